@@ -1,0 +1,62 @@
+"""Load the compiled modules on first use, and say why one cannot be used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from types import ModuleType
+
+from .errors import EvaRuntimeError
+
+__all__ = ["MODULES", "load", "load_or_none", "unavailable"]
+
+logger = logging.getLogger(__name__)
+
+# Device type -> the module with the code for it.
+MODULES = {"cpu": "eva_kernels._C", "cuda": "eva_kernels._cuda"}
+
+
+@functools.cache
+def _import(device_type: str) -> ModuleType | str:
+    """Return the module for a device type, or the reason why there is none."""
+    name = MODULES.get(device_type)
+    if name is None:
+        return f"there is no native code for device type {device_type!r}"
+    try:
+        # `from eva_kernels import _C` would report a missing file as a circular import.
+        return importlib.import_module(name)
+    except ImportError as error:
+        return (
+            f"the compiled module {name} cannot be imported ({error}); "
+            "install from source with a C++ compiler"
+            + (", nvcc and EVA_KERNELS_CUDA=1" if device_type == "cuda" else "")
+        )
+
+
+def unavailable(device_type: str) -> str | None:
+    """Return why no native code can run on `device_type`, or None if it can."""
+    found = _import(device_type)
+    return found if isinstance(found, str) else None
+
+
+def load(device_type: str) -> ModuleType:
+    """Return the compiled module for `device_type` ("cpu", "cuda").
+
+    Raises:
+        EvaRuntimeError: with the reason, if there is none.
+    """
+    found = _import(device_type)
+    if isinstance(found, str):
+        raise EvaRuntimeError(f"backend='native' cannot run: {found}")
+    return found
+
+
+@functools.cache
+def load_or_none(device_type: str) -> ModuleType | None:
+    """Return the compiled module, or None; the reason is logged the first time."""
+    found = _import(device_type)
+    if isinstance(found, str):
+        logger.info("using PyTorch instead of native code: %s", found)
+        return None
+    return found

@@ -1,0 +1,253 @@
+"""``IncrementalPCA``: the engine by itself, with scikit-learn's conventions."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import EvaTypeError, EvaValueError
+from .streaming.plan import METHODS, plan_streams
+from .streaming.stream import InputStream, Options, Spectrum, fold_streams
+
+__all__ = ["IncrementalPCA"]
+
+
+class IncrementalPCA:
+    """Principal components of a stream of batches, in memory that does not grow.
+
+    The conventions are those of ``sklearn.decomposition.IncrementalPCA`` and so of PEFT's class of
+    the same name; data are tensors (or arrays) and results are tensors on the data's device.
+
+    Args:
+        n_components: K; ``None`` means the smaller side of the first batch.
+        method: ``"sketch"`` (a basis of ``oversample * K`` rows), ``"gram"`` (exact, D x D) or
+            ``"auto"`` (exact where that takes no more memory than the sketch).
+        oversample: sketch width over components.
+        seed: of the first basis.
+        batch_size: rows a batch in :meth:`fit`; 5 times the features if ``None``.
+        backend, precision: see ``eva_kernels.ops``.
+
+    Attributes (after the first ``partial_fit``; all tensors on the device of the data):
+        components_: (K, D), orthonormal rows; the largest entry of each is positive.
+        singular_values_: (K,), explained_variance_: (K,), explained_variance_ratio_: (K,).
+        mean_: (D,), var_: (D,) per-feature variance (denominator n, as scikit-learn).
+        n_samples_seen_: int. noise_variance_: float, mean variance of what is left out.
+
+    Raises:
+        EvaValueError: (a ValueError) too many components, another number of features, an unknown
+            method; NonFiniteError: a row holds NaN or infinity.
+
+    Reference: arXiv 1706.05736 (sketch); ``sklearn.decomposition.IncrementalPCA``.
+    """
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        *,
+        method: str = "auto",
+        oversample: float = 2.0,
+        seed: int = 0,
+        batch_size: int | None = None,
+        backend: str = "auto",
+        precision: str = "high",
+    ) -> None:
+        if method not in METHODS:
+            raise EvaValueError(f"method={method!r} is unknown; choose one of {METHODS}")
+        self.n_components = n_components
+        self.method = method
+        self.oversample = oversample
+        self.seed = seed
+        self.batch_size = batch_size
+        self.backend = backend
+        self.precision = precision
+        self._reset()
+
+    def _reset(self) -> None:
+        self._stream: InputStream | None = None
+        self._answer: Spectrum | None = None
+        self._sum = self._square = torch.empty(0)
+        self._pivot = torch.empty(0)
+
+    def fit(self, x: Tensor | np.ndarray, y: None = None, *, batch_size: int | None = None) -> IncrementalPCA:
+        """Forget everything and learn from x, (N, D), batch by batch."""
+        data = _as_tensor(x)
+        self._reset()
+        size = batch_size or self.batch_size or 5 * data.shape[1]
+        least = self.n_components or 1
+        begin = 0
+        while begin < len(data):
+            end = begin + size
+            if len(data) - end < least:  # scikit-learn, too, joins a short rest to the last batch
+                end = len(data)
+            self.partial_fit(data[begin:end])
+            begin = end
+        return self
+
+    @torch.no_grad()
+    def partial_fit(
+        self, x: Tensor | np.ndarray, y: None = None, *, mask: Tensor | None = None
+    ) -> IncrementalPCA:
+        """Learn from one more batch.
+
+        Args:
+            x: (N, D); or (..., D), flattened. Any floating dtype, any strides.
+            y: ignored, for scikit-learn.
+            mask: rows to use, bool (N,) or the leading shape of ``x``.
+        """
+        data = _as_tensor(x)
+        data = data.reshape(-1, data.shape[-1])
+        rows = None
+        if mask is not None:
+            keep = torch.as_tensor(mask, device=data.device).reshape(-1).bool()
+            if len(keep) != len(data):
+                raise EvaValueError(f"mask has {len(keep)} entries for {len(data)} rows")
+            rows = keep.nonzero().flatten()
+        used = len(data) if rows is None else len(rows)
+        if self._stream is None:
+            if used == 0:
+                return self
+            self._stream = self._make_stream(data, used)
+            self._pivot = data.new_zeros(data.shape[1], dtype=torch.float64)
+            self._sum, self._square = self._pivot.clone(), self._pivot.clone()
+        elif data.shape[1] != self._stream.features:
+            raise EvaValueError(
+                f"X has {data.shape[1]} features, but IncrementalPCA is expecting "
+                f"{self._stream.features} features as input"
+            )
+        self._stream.add(data, rows)
+        self._moments(data if rows is None else data.index_select(0, rows))
+        fold_streams([self._stream])
+        self._answer = None
+        return self
+
+    def _make_stream(self, data: Tensor, used: int) -> InputStream:
+        features = data.shape[1]
+        k = min(used, features) if self.n_components is None else self.n_components
+        if not 1 <= k <= features:
+            raise EvaValueError(
+                f"n_components={k} invalid for n_features={features}, need more rows than columns "
+                "for IncrementalPCA processing"
+            )
+        if k > used:
+            raise EvaValueError(
+                f"n_components={k} must be less or equal to the batch number of samples {used} "
+                "for the first partial_fit call."
+            )
+        dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
+        plan = plan_streams([features], [k], method=self.method, oversample=self.oversample)[0]
+        options = Options(plan.method, self.seed, self.backend, self.precision)
+        return InputStream(features, k, plan.width, data.device, dtype, options)
+
+    def _moments(self, data: Tensor) -> None:
+        # Per-feature variance is exact whatever the sketch leaves out; float64, about the first
+        # row, so that a large constant offset does not cancel it away.
+        if not len(data):
+            return
+        if self.n_samples_seen_ == len(data):
+            self._pivot = data[0].double()
+        offset = data.double() - self._pivot
+        self._sum = self._sum + offset.sum(0)
+        self._square = self._square + offset.square().sum(0)
+
+    def transform(self, x: Tensor | np.ndarray) -> Tensor:
+        """Return the coordinates of x, (N, K), dtype of the components."""
+        components = self.components_
+        return (_as_tensor(x).to(components) - self.mean_.to(components)) @ components.mT
+
+    def fit_transform(self, x: Tensor | np.ndarray, y: None = None) -> Tensor:
+        """Fit, then transform."""
+        return self.fit(x).transform(x)
+
+    def merge(self, other: IncrementalPCA) -> IncrementalPCA:
+        """Take everything that ``other`` has seen into this one (``other`` is left as it is)."""
+        if other._stream is None:
+            return self
+        if self._stream is None:
+            self._stream = other._stream.clone()
+            self._pivot, self._sum, self._square = other._pivot, other._sum, other._square
+        else:
+            mine, theirs = self._stream, other._stream
+            if (mine.features, mine.width) != (theirs.features, theirs.width):
+                raise EvaValueError(
+                    f"cannot merge a stream of {theirs.features} features and width "
+                    f"{theirs.width} into one of {mine.features} and {mine.width}"
+                )
+            delta, n = other._pivot - self._pivot, other.n_samples_seen_
+            self._square = (
+                self._square + other._square + 2 * delta * other._sum + n * delta.square()
+            )
+            self._sum = self._sum + other._sum + n * delta
+            mine.merge(theirs.clone())
+        self._answer = None
+        return self
+
+    @property
+    def _spectrum(self) -> Spectrum:
+        if self._stream is None:
+            raise AttributeError("this IncrementalPCA has not seen any data; call partial_fit")
+        if self._answer is None:
+            self._answer = self._stream.spectrum()
+        return self._answer
+
+    @property
+    def n_samples_seen_(self) -> int:
+        """Rows seen."""
+        return 0 if self._stream is None else self._stream.tokens
+
+    @property
+    def components_(self) -> Tensor:
+        """Principal directions, (K, D)."""
+        return self._spectrum.components
+
+    @property
+    def singular_values_(self) -> Tensor:
+        """Singular values of the centred data, (K,)."""
+        return self._spectrum.singular_values.to(self.components_.dtype)
+
+    @property
+    def explained_variance_(self) -> Tensor:
+        """Variance along each component, (K,), denominator n - 1."""
+        variance = self._spectrum.singular_values.square() / max(self.n_samples_seen_ - 1, 1)
+        return variance.to(self.components_.dtype)
+
+    @property
+    def explained_variance_ratio_(self) -> Tensor:
+        """Share of the total variance along each component, (K,)."""
+        return self._spectrum.ratio.to(self.components_.dtype)
+
+    @property
+    def mean_(self) -> Tensor:
+        """Mean of the rows, (D,)."""
+        return self._spectrum.mean
+
+    @property
+    def var_(self) -> Tensor:
+        """Variance of each feature, (D,), denominator n."""
+        n = max(self.n_samples_seen_, 1)
+        return (self._square / n - (self._sum / n).square()).clamp_min(0).to(self.mean_.dtype)
+
+    @property
+    def noise_variance_(self) -> float:
+        """Mean variance of the directions left out."""
+        answer, left = self._spectrum, self.components_.shape[1] - self.components_.shape[0]
+        if left == 0:
+            return 0.0
+        rest = answer.total - float(answer.singular_values.square().sum())
+        return max(rest, 0.0) / max(self.n_samples_seen_ - 1, 1) / left
+
+    @property
+    def n_features_in_(self) -> int:
+        """Features, D."""
+        return int(self._spectrum.mean.shape[0])
+
+
+def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
+    data = torch.as_tensor(x)
+    if data.dim() < 1 or data.numel() == 0:
+        raise EvaValueError(f"expected rows of features, got an array of shape {tuple(data.shape)}")
+    if not data.is_floating_point():
+        if data.is_complex():
+            raise EvaTypeError("complex data are not supported")
+        data = data.float()
+    return data

@@ -1,0 +1,48 @@
+"""Errors and warnings that the package raises.
+
+Every error is an ``EvaError`` and, at the same time, the built-in that PEFT or scikit-learn raises in
+the same case, so that existing ``except`` clauses keep working.
+"""
+
+__all__ = [
+    "EvaError",
+    "EvaRuntimeError",
+    "EvaTypeError",
+    "EvaValueError",
+    "EvaWarning",
+    "NonFiniteError",
+    "NotConvergedError",
+    "NotConvergedWarning",
+]
+
+
+class EvaError(Exception):
+    """Base of all errors of this package."""
+
+
+class EvaValueError(EvaError, ValueError):
+    """An argument, option, batch or file has a value that cannot be used."""
+
+
+class EvaTypeError(EvaError, TypeError):
+    """An argument, batch or layer input has a type that cannot be used."""
+
+
+class EvaRuntimeError(EvaError, RuntimeError):
+    """The machine, the model or the data prevented the work from being done."""
+
+
+class NonFiniteError(EvaRuntimeError, FloatingPointError):
+    """A layer input holds NaN or infinity."""
+
+
+class NotConvergedError(EvaRuntimeError):
+    """A limit was reached before every layer had converged (``on_not_converged="raise"``)."""
+
+
+class EvaWarning(UserWarning):
+    """Base of all warnings of this package."""
+
+
+class NotConvergedWarning(EvaWarning):
+    """A limit was reached before every layer had converged; the best estimate is used."""

@@ -1,0 +1,138 @@
+"""The convergence check: how far every component of every layer turned since the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import _native, reference
+from ..errors import EvaTypeError, EvaValueError
+
+__all__ = ["BACKENDS", "convergence"]
+
+BACKENDS = ("auto", "native", "torch")
+
+
+@torch.no_grad()
+def convergence(
+    previous: Sequence[Tensor],
+    current: Sequence[Tensor],
+    ranks: Sequence[int],
+    tau: float,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Compare the components of every layer with those of the step before, in one launch.
+
+    ``similarity_j = |<u_j, v_j>| / (|u_j| |v_j|)`` for row u_j before and row v_j now.
+
+    Args:
+        previous: one float32 matrix (K_i, D_i) a layer, rows are components, all on one device.
+            Rows may have any stride; a matrix whose last dimension is not contiguous is copied.
+        current: the same shapes, one step later.
+        ranks: how many leading components of each layer must agree, ``0 <= R_i <= K_i``.
+        tau: least similarity that counts as agreement, between 0 and 1.
+        backend: "native" (compiled C++ or CUDA), "torch", or "auto": native where it was built,
+            otherwise torch, with the reason logged once.
+
+    Returns:
+        ``similarity``, float32 (sum of K_i,): 0 where either row is zero, NaN where either holds
+        a NaN or an infinity. ``unconverged``, int32 (layers,): how many of the first R_i
+        components of each layer are not at least ``tau`` similar; NaN never is. Both on the
+        device of the matrices, without a synchronisation.
+
+    Raises:
+        EvaValueError: lengths, shapes, devices, a rank, ``tau`` or ``backend`` do not fit.
+        EvaTypeError: a matrix is not a float32 tensor.
+        EvaRuntimeError: ``backend="native"`` and the module for this device was not built.
+
+    Numerics: products are exact and accumulate in float64, so backends differ by the order of the
+        additions only; the same bits for the same input.
+    Cost: ``8 sum K_i D_i`` bytes read, ``6 sum K_i D_i`` flops.
+    Reference: EVA (arXiv 2410.07170) section 3; PEFT's ``SVDHook`` in ``peft.tuners.lora.eva``.
+    """
+    _check(previous, current, ranks, tau)
+    if backend not in BACKENDS:
+        raise EvaValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if not current or backend == "torch":
+        return reference.convergence(previous, current, ranks, tau)
+    kind = current[0].device.type
+    module = _native.load(kind) if backend == "native" else _native.load_or_none(kind)
+    if module is None:
+        return reference.convergence(previous, current, ranks, tau)
+    return _launch(module, previous, current, ranks, tau)
+
+
+def _launch(
+    module: ModuleType,
+    previous: Sequence[Tensor],
+    current: Sequence[Tensor],
+    ranks: Sequence[int],
+    tau: float,
+) -> tuple[Tensor, Tensor]:
+    """Describe the ragged batch as csrc/convergence.h wants it, and run it."""
+    device = current[0].device
+    # Held until the launch: the table has only the addresses of these.
+    before = [_with_contiguous_rows(matrix) for matrix in previous]
+    now = [_with_contiguous_rows(matrix) for matrix in current]
+    entries, n_rows = [], 0
+    for u, v, rank in zip(before, now, ranks, strict=True):
+        rows, columns = v.shape
+        strides = (u.stride(0), v.stride(0))
+        entries.append((u.data_ptr(), v.data_ptr(), *strides, rows, columns, n_rows, int(rank)))
+        n_rows += rows
+    # From pinned memory the upload does not wait for the device.
+    table = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = table.to(device, non_blocking=True)
+    similarity = torch.empty(n_rows, dtype=torch.float32, device=device)
+    unconverged = torch.empty(len(entries), dtype=torch.int32, device=device)
+    addresses = (similarity.data_ptr(), unconverged.data_ptr())
+    arguments = (table.data_ptr(), len(entries), n_rows, float(tau), *addresses)
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        module.convergence(*arguments, device.index, stream)
+    else:
+        module.convergence(*arguments)
+    return similarity, unconverged
+
+
+def _with_contiguous_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[1] < 2 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _check(
+    previous: Sequence[Tensor], current: Sequence[Tensor], ranks: Sequence[int], tau: float
+) -> None:
+    if not len(previous) == len(current) == len(ranks):
+        raise EvaValueError(
+            "previous, current and ranks must be equally long, "
+            f"not {len(previous)}, {len(current)} and {len(ranks)}"
+        )
+    if not 0.0 <= tau <= 1.0:  # NaN, too
+        raise EvaValueError(f"tau must be between 0 and 1, not {tau}")
+    for i, (before, now, rank) in enumerate(zip(previous, current, ranks, strict=True)):
+        _check_matrix(f"current[{i}]", now)
+        _check_matrix(f"previous[{i}]", before)
+        for name, matrix in (("previous", before), ("current", now)):
+            if matrix.device != current[0].device:
+                raise EvaValueError(
+                    f"{name}[{i}] is on {matrix.device}, current[0] on {current[0].device}"
+                )
+        if before.shape != now.shape:
+            raise EvaValueError(
+                f"previous[{i}] and current[{i}] must have the same shape, "
+                f"not {tuple(before.shape)} and {tuple(now.shape)}"
+            )
+        if not 0 <= rank <= now.shape[0]:
+            raise EvaValueError(f"ranks[{i}] must be between 0 and {now.shape[0]}, not {rank}")
+
+
+def _check_matrix(name: str, matrix: Tensor) -> None:
+    if not isinstance(matrix, Tensor) or matrix.dtype != torch.float32:
+        kind = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise EvaTypeError(f"{name} must be a float32 tensor, not {kind}")
+    if matrix.dim() != 2:
+        raise EvaValueError(f"{name} must have 2 dimensions, not {matrix.dim()}")

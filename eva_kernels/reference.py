@@ -1,0 +1,120 @@
+"""Plain PyTorch twins of every operation: the truth that fast paths are tested against.
+
+Letters as everywhere in the package: N tokens, D features, Q sketch width, x one token (a row of X),
+p the pivot, v_j the rows of the basis V (Q, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["convergence", "gram", "sketch"]
+
+# Rows are streamed in tiles that stay in the cache: the centred copy is written once and read
+# twice from there, so X itself is read from memory once and never copied as a whole.
+TILE_ROWS = 512
+
+
+def _tiles(x: Tensor, rows: Tensor | None) -> list[Tensor]:
+    if rows is None:
+        return list(x.split(TILE_ROWS))
+    return [x.index_select(0, part) for part in rows.split(TILE_ROWS)]
+
+
+def sketch(
+    x: Tensor,
+    basis: Tensor,
+    pivot: Tensor,
+    products: Tensor,
+    shift: Tensor,
+    square: Tensor,
+    rows: Tensor | None = None,
+) -> None:
+    """Add the sums of one batch for a sketched layer input, in place.
+
+    ``products += sum_x (V (x - p)) (x - p)^T``, ``shift += sum_x (x - p)``,
+    ``square += sum_x |x - p|^2``.
+
+    Args:
+        x: tokens, (N, D), any floating dtype and any strides.
+        basis: V, (Q, D), orthonormal rows, float32 or float64 (the dtype of the computation).
+        pivot: p, (D,), dtype of ``basis``.
+        products: (Q, D), dtype of ``basis``; updated.
+        shift: (D,), float64; updated.
+        square: (), float64; updated.
+        rows: indices of the tokens to use, (M,) int64; all if ``None``.
+
+    Numerics: products accumulate in the dtype of ``basis``, sums per tile in that dtype and across
+        tiles in float64; the same bits for the same input. NaN and infinity propagate.
+    Cost: ``4 N D Q`` flops; X is read once.
+    """
+    for tile in _tiles(x, rows):
+        centred = torch.sub(tile, pivot) if tile.dtype == basis.dtype else tile.to(basis.dtype)
+        if tile.dtype != basis.dtype:
+            centred -= pivot
+        products.addmm_((centred @ basis.mT).mT, centred)
+        shift += centred.sum(0)
+        square += torch.linalg.vector_norm(centred).double() ** 2
+
+
+def gram(
+    x: Tensor,
+    pivot: Tensor,
+    scatter: Tensor,
+    shift: Tensor,
+    square: Tensor,
+    rows: Tensor | None = None,
+) -> None:
+    """Add the sums of one batch for an exactly tracked layer input, in place.
+
+    ``scatter += sum_x (x - p) (x - p)^T``, ``shift += sum_x (x - p)``,
+    ``square += sum_x |x - p|^2``.
+
+    Args:
+        x: tokens, (N, D), any floating dtype and any strides.
+        pivot: p, (D,), float32 or float64 (the dtype of the computation).
+        scatter: (D, D), dtype of ``pivot``; updated.
+        shift: (D,), float64; updated.
+        square: (), float64; updated.
+        rows: indices of the tokens to use, (M,) int64; all if ``None``.
+
+    Numerics: as :func:`sketch`.
+    Cost: ``2 N D^2`` flops; X is read once.
+    """
+    for tile in _tiles(x, rows):
+        centred = tile.to(pivot.dtype) - pivot
+        scatter.addmm_(centred.mT, centred)
+        shift += centred.sum(0)
+        square += torch.linalg.vector_norm(centred).double() ** 2
+
+
+def convergence(
+    previous: Sequence[Tensor], current: Sequence[Tensor], ranks: Sequence[int], tau: float
+) -> tuple[Tensor, Tensor]:
+    """Compare the components of every layer with those of the step before.
+
+    Args:
+        previous: one matrix a layer, (K_i, D_i), rows are components.
+        current: the same shapes, one step later.
+        ranks: how many leading components of each layer must agree, ``0 <= R_i <= K_i``.
+        tau: least absolute cosine that counts as agreement.
+
+    Returns:
+        ``similarity``, float32 (sum of K_i,): absolute cosine of every component with its
+        predecessor (0 where either is zero, NaN where either is NaN), and ``unconverged``, int32
+        (layers,): how many of the first R_i components of each layer are not at least ``tau``.
+    """
+    similarity, unconverged = [], []
+    for before, now, rank in zip(previous, current, ranks, strict=True):
+        before, now = before.double(), now.double()
+        norms = before.norm(dim=1) * now.norm(dim=1)
+        cosine = (before * now).sum(1).abs() / norms.clamp_min(torch.finfo(torch.float64).tiny)
+        cosine = torch.where(norms.isnan(), norms, cosine).float()
+        similarity.append(cosine)
+        unconverged.append((~(cosine[:rank] >= tau)).sum())
+    if not similarity:
+        return torch.empty(0), torch.empty(0, dtype=torch.int32)
+    return torch.cat(similarity), torch.stack(unconverged).to(torch.int32)

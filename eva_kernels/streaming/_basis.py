@@ -1,0 +1,35 @@
+"""Orthonormal rows: a seeded random start, and the completion of a basis of deficient rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _gaussian(rows: int, features: int, seed: int) -> Tensor:
+    # The CPU generator, so that every device and every process starts from the same numbers.
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, features, generator=generator, dtype=torch.float64)
+
+
+def random_basis(rows: int, features: int, seed: int) -> Tensor:
+    """Return ``rows`` orthonormal rows, float64 (rows, features), rows <= features."""
+    return torch.linalg.qr(_gaussian(rows, features, seed).mT).Q.mT.contiguous()
+
+
+def complete_basis(basis: Tensor, rank: int, seed: int = 0) -> Tensor:
+    """Replace the rows from ``rank`` on by seeded directions orthogonal to the rows before.
+
+    Args:
+        basis: float64 (Q, D); the first ``rank`` rows are orthonormal.
+        rank: rows to keep.
+
+    Returns:
+        (Q, D) with orthonormal rows, the first ``rank`` unchanged.
+    """
+    kept = basis[:rank]
+    fresh = _gaussian(basis.shape[0] - rank, basis.shape[1], seed).to(basis.device)
+    for _ in range(2):  # twice is enough to remove what rounding left of the first pass
+        fresh = fresh - (fresh @ kept.mT) @ kept
+        fresh = torch.linalg.qr(fresh.mT).Q.mT
+    return torch.cat([kept, fresh])

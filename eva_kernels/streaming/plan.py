@@ -1,0 +1,95 @@
+"""Which layer inputs are tracked exactly and which by a sketch, within a memory budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import EvaValueError
+
+__all__ = ["METHODS", "StreamPlan", "plan_streams", "sketch_width", "stream_bytes"]
+
+METHODS = ("auto", "sketch", "gram")
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How one layer input is to be tracked.
+
+    Attributes:
+        features: D.
+        components: K, at most D.
+        width: sketch width Q.
+        method: ``"sketch"`` or ``"gram"``.
+    """
+
+    features: int
+    components: int
+    width: int
+    method: str
+
+
+def sketch_width(features: int, components: int, oversample: float) -> int:
+    """Return Q: ``oversample`` times the components, never above D."""
+    return min(features, max(components, math.ceil(components * oversample)))
+
+
+def stream_bytes(plan: StreamPlan, itemsize: int = 4) -> int:
+    """Return the bytes that the state and the sums of one layer input take between steps."""
+    d, q = plan.features, plan.width
+    if plan.method == "gram":
+        return itemsize * (d * d + q * d + 2 * d) + 8 * (d + q + 6)
+    return itemsize * (2 * q * d + d) + 8 * (d + q + 6)
+
+
+def plan_streams(
+    features: Sequence[int],
+    components: Sequence[int],
+    *,
+    method: str = "auto",
+    oversample: float = 2.0,
+    memory_budget: int | None = None,
+    itemsize: int = 4,
+) -> list[StreamPlan]:
+    """Choose the method of every layer input.
+
+    ``"auto"`` tracks an input exactly where that takes no more memory than a sketch, and beyond
+    that, narrowest first, while all states together fit the budget; the rest is sketched.
+
+    Args:
+        features: D of each layer input.
+        components: K wanted of each; cut to D.
+        method: ``"auto"``, ``"sketch"`` or ``"gram"``.
+        oversample: Q over K.
+        memory_budget: bytes for all states together; no limit on what is needed if ``None``, and
+            then ``"auto"`` spends nothing on exactness.
+        itemsize: bytes of one number of the state.
+
+    Raises:
+        EvaValueError: unknown method, ``oversample`` below 1, or a budget that is too small; the
+            message gives the least that would do.
+    """
+    if method not in METHODS:
+        raise EvaValueError(f"method={method!r} is unknown; choose one of {METHODS}")
+    if oversample < 1:
+        raise EvaValueError(f"oversample={oversample} must be at least 1")
+    sketches, grams = [], []
+    for d, k in zip(features, components, strict=True):
+        k = min(k, d)
+        width = sketch_width(d, k, oversample)
+        sketches.append(StreamPlan(d, k, width, "sketch"))
+        grams.append(StreamPlan(d, k, width, "gram"))
+    chosen = list(grams if method == "gram" else sketches)
+    total = sum(stream_bytes(p, itemsize) for p in chosen)
+    if method == "auto":
+        for i in sorted(range(len(chosen)), key=lambda i: features[i]):
+            extra = stream_bytes(grams[i], itemsize) - stream_bytes(sketches[i], itemsize)
+            if extra <= 0 or (memory_budget is not None and total + extra <= memory_budget):
+                chosen[i], total = grams[i], total + extra
+    if memory_budget is not None and total > memory_budget:
+        raise EvaValueError(
+            f"memory_budget={memory_budget} bytes is too small: method={method!r} needs at least "
+            f"{total} bytes for {len(chosen)} layer inputs; raise it, or lower r, rho or oversample"
+        )
+    return chosen

@@ -1,0 +1,145 @@
+"""Everything that depends on PEFT's internals or on its version; no other module does."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from copy import copy
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import EvaConfig
+from peft.tuners.lora.eva import (
+    forward_fn_dict,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+)
+from peft.tuners.tuners_utils import (
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .errors import EvaValueError
+
+__all__ = [
+    "EvaConfig",
+    "LoraConfig",
+    "LoraLayer",
+    "PeftModel",
+    "forward_fn_dict",
+    "matches_target",
+    "pattern_value",
+    "prepare_layer_inputs_fn_language_modeling",
+    "prepare_model_inputs_fn_language_modeling",
+    "resolved_config",
+    "update_layer",
+    "versions",
+]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {name: version(name) for name in ("torch", "transformers", "peft")}
+
+
+def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Return a copy of a config with ``target_modules`` as PEFT would resolve it for this model.
+
+    Raises:
+        EvaValueError: no ``target_modules`` given and PEFT knows no default for the model type.
+    """
+    config = copy(config)
+    if config.target_modules is None and config.target_parameters is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        if default is None:
+            raise EvaValueError(
+                f"please specify target_modules in the LoraConfig: PEFT has no default for model "
+                f'type {kind!r} (target_modules="all-linear" takes every linear layer)'
+            )
+        config.target_modules = set(default) if not isinstance(default, str) else default
+    return _maybe_include_all_linear_layers(config, model)
+
+
+def matches_target(config: LoraConfig, name: str) -> bool:
+    """Tell whether PEFT would adapt the module of this name."""
+    if config.target_modules is None:
+        return False
+    return bool(check_target_module_exists(config, name))
+
+
+def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """Look a layer up in ``rank_pattern`` or ``alpha_pattern`` as PEFT does."""
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def update_layer(
+    layer: LoraLayer, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig
+) -> None:
+    """Rebuild one adapter of a LoRA layer with another rank, B zero."""
+    parameters = inspect.signature(layer.update_layer).parameters
+    if "config" in parameters:
+        layer.update_layer(adapter_name=adapter_name, r=r, lora_alpha=lora_alpha, config=config)
+        return
+    # PEFT before 0.18.1 takes the fields one by one
+    wanted = {
+        name: getattr(config, name)
+        for name in parameters
+        if name not in ("adapter_name", "r", "lora_alpha") and hasattr(config, name)
+    }
+    layer.update_layer(adapter_name, r, lora_alpha=lora_alpha, **wanted)
+
+
+def anchored_pattern(name: str) -> str:
+    """Return a ``rank_pattern`` key that matches this layer and no other.
+
+    PEFT matches keys as suffixes of regular expressions, so that ``lin`` also matches ``sub.lin``.
+    """
+    return "^" + re.escape(name)
+
+
+def exclude_layers(config: LoraConfig, names: Iterable[str]) -> str:
+    """Return ``exclude_modules`` as one regular expression: what it excluded, and these layers."""
+    parts = [re.escape(name) for name in names]
+    before = config.exclude_modules
+    if isinstance(before, str):
+        parts.append(f"(?:{before})")
+    elif before:
+        parts += [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(before)]
+    return "|".join(parts)
+
+
+def adapter_tensors(layer: LoraLayer) -> dict[str, Any]:
+    """Return shallow copies of everything that a layer keeps by adapter name."""
+    kept: dict[str, Any] = {}
+    for name in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
+        value = getattr(layer, name, None)
+        if isinstance(value, nn.ModuleDict):
+            kept[name] = dict(value._modules)
+        elif isinstance(value, nn.ParameterDict):
+            kept[name] = {key: value[key] for key in value}
+        elif isinstance(value, dict):
+            kept[name] = dict(value)
+    return kept
+
+
+def restore_adapter_tensors(layer: LoraLayer, kept: dict[str, Any]) -> None:
+    """Put back what :func:`adapter_tensors` returned."""
+    for name, entries in kept.items():
+        value = getattr(layer, name)
+        value.clear()
+        for key, entry in entries.items():
+            value[key] = entry
+
+
+def base_weight_dtype(layer: LoraLayer) -> torch.dtype | None:
+    """Return the dtype of the frozen weight below an adapter, if it has one."""
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    return weight.dtype if isinstance(weight, torch.Tensor) else None

@@ -1,0 +1,265 @@
+"""Write a result into LoRA adapters: all of it, or nothing."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy, deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from ._peft_compat import (
+    EvaConfig,
+    LoraConfig,
+    LoraLayer,
+    PeftModel,
+    adapter_tensors,
+    anchored_pattern,
+    exclude_layers,
+    pattern_value,
+    restore_adapter_tensors,
+    update_layer,
+)
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
+from .targets import base_name, unwrap
+from .world import random_state_kept
+
+if TYPE_CHECKING:
+    from .result import EvaResult
+
+__all__ = ["wrap_model", "write_result", "write_state_dict"]
+
+
+def wrap_model(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
+    """Return a PeftModel around a base model, its adapters ready to be written."""
+    config = deepcopy(config)
+    config.init_lora_weights = "eva"
+    config.eva_config = config.eva_config or EvaConfig()
+    with random_state_kept(), warnings.catch_warnings():
+        # the weights are written right away, so they need not wait on the meta device
+        warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
+        return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def write_result(
+    model: nn.Module,
+    result: EvaResult,
+    config: LoraConfig | None,
+    adapter_name: str,
+    strict: bool = True,
+) -> PeftModel:
+    """Write a result into a model, wrapping it first if it has no adapters.
+
+    Raises:
+        EvaValueError: layers of the model and of the result differ (with ``strict``).
+    """
+    inner = unwrap(model)
+    if not isinstance(inner, PeftModel):
+        inner = wrap_model(inner, config or result.config, adapter_name)
+    write_state_dict(inner, result.state_dict(), adapter_name, strict, result.uncalled)
+    inner.eva_result = result
+    return inner
+
+
+@torch.no_grad()
+def write_state_dict(
+    model: PeftModel,
+    state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    strict: bool = True,
+    default_layers: list[str] | None = None,
+) -> None:
+    """Set the ranks, scaling and ``lora_A`` of one adapter; ``lora_B`` becomes zero.
+
+    Other adapters are not touched. On any exception, Ctrl-C included, every layer and the config
+    are as before. The mapping is not changed.
+
+    Args:
+        model: with a LoRA adapter of this name.
+        state_dict: layer name -> (rank, in_features), with or without the prefixes of PEFT, DDP
+            and compile; rank 0 removes the adapter from that layer.
+        strict: raise on layers that only one side has; otherwise warn, and leave them with the
+            default initialisation.
+        default_layers: layers that are known to be missing and get the default initialisation.
+
+    Raises:
+        EvaValueError: no such adapter, unknown or missing layers, or a width that does not fit.
+    """
+    if adapter_name not in model.peft_config:
+        raise EvaValueError(f"the model has no adapter {adapter_name!r}")
+    layers = {
+        base_name(name): (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+    }
+    rows = {base_name(name): value for name, value in state_dict.items()}
+    _check_names(layers, rows, strict, set(default_layers or ()))
+    _check_shapes(layers, rows)
+    with _all_or_nothing() as undo, random_state_kept():
+        config = model.peft_config[adapter_name]
+        undo.append(lambda: model.peft_config.__setitem__(adapter_name, config))
+        writer = _Writer(model, copy(config), adapter_name, undo)
+        for name, (path, layer) in layers.items():
+            writer.write(name, path, layer, rows.get(name))
+        writer.finish()
+
+
+def _check_names(
+    layers: Mapping[str, Any], rows: Mapping[str, Any], strict: bool, default: set[str]
+) -> None:
+    unknown = [name for name in rows if name not in layers]
+    missing = [name for name in layers if name not in rows and name not in default]
+    if not unknown and not missing:
+        return
+    message = "the EVA state dict does not fit the model:"
+    if unknown:
+        message += f" {len(unknown)} unknown layers ({', '.join(unknown[:6])})"
+    if missing:
+        message += f" {len(missing)} layers of the adapter are missing ({', '.join(missing[:6])})"
+    if strict:
+        raise EvaValueError(message + "; pass strict=False to use what fits")
+    warnings.warn(
+        message + "; missing layers keep the default initialisation", EvaWarning, stacklevel=4
+    )
+
+
+def _check_shapes(layers: Mapping[str, tuple[str, LoraLayer]], rows: Mapping[str, Tensor]) -> None:
+    for name, value in rows.items():
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor")
+        if name in layers and value.shape[1] != layers[name][1].in_features:
+            raise EvaValueError(
+                f"layer {name}: the state dict has {value.shape[1]} features, the layer "
+                f"{layers[name][1].in_features}"
+            )
+
+
+@contextmanager
+def _all_or_nothing() -> Iterator[list[Callable[[], Any]]]:
+    """Run the registered undo steps, last first, if the block is left by an exception."""
+    undo: list[Callable[[], Any]] = []
+    try:
+        yield undo
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+class _Writer:
+    """Writes layer after layer, and keeps the config in step with them."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        config: LoraConfig,
+        adapter_name: str,
+        undo: list[Callable[[], Any]],
+    ) -> None:
+        self.model, self.config, self.adapter, self.undo = model, config, adapter_name, undo
+        self.eva = config.eva_config or EvaConfig()
+        self.removed: list[str] = []
+        self.ranks: dict[str, int] = {}
+        self.alphas: dict[str, float] = {}
+
+    def write(self, name: str, path: str, layer: LoraLayer, rows: Tensor | None) -> None:
+        kept = adapter_tensors(layer)
+        self.undo.append(lambda: restore_adapter_tensors(layer, kept))
+        rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
+        if rows is not None and len(rows) == 0:
+            self._remove(name, path, layer)
+            return
+        if rows is not None and len(rows) != rank:
+            if self.eva.adjust_scaling_factors:
+                alpha = self._scaled(alpha, rank, len(rows))
+            rank = len(rows)
+        weight = layer.lora_A[self.adapter].weight
+        if rank != weight.shape[0] or weight.is_meta:
+            self._rebuild(layer, rank, alpha, default=rows is None)
+        if rows is not None:
+            self._fill(layer, rows)
+        self.ranks[name], self.alphas[name] = rank, alpha
+
+    def _scaled(self, alpha: float, rank: int, new_rank: int) -> float:
+        # the LoRA scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; it stays as it was
+        ratio = new_rank / rank
+        return alpha * (math.sqrt(ratio) if self.config.use_rslora else ratio)
+
+    def _rebuild(self, layer: LoraLayer, rank: int, alpha: float, default: bool) -> None:
+        before = layer.lora_A[self.adapter].weight
+        dtype, trainable = before.dtype, before.requires_grad
+        config = copy(self.config)
+        config.init_lora_weights = True if default else "eva"
+        update_layer(layer, self.adapter, rank, alpha, config)
+        for name in layer.adapter_layer_names:
+            parts = getattr(layer, name)
+            if self.adapter in parts:
+                parts[self.adapter] = parts[self.adapter].to(dtype)
+        layer.lora_A[self.adapter].weight.requires_grad_(trainable)
+
+    def _fill(self, layer: LoraLayer, rows: Tensor) -> None:
+        # In place, so that an optimizer made before still holds the parameters of layers whose
+        # rank has not changed.
+        for weight, value in (
+            (layer.lora_A[self.adapter].weight, rows),
+            (layer.lora_B[self.adapter].weight, 0.0),
+        ):
+            before = weight.detach().clone()
+            self.undo.append(lambda w=weight, b=before: w.data.copy_(b))
+            weight.copy_(value) if isinstance(value, Tensor) else weight.fill_(value)
+
+    def _remove(self, name: str, path: str, layer: LoraLayer) -> None:
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
+            entries = getattr(layer, attribute, None)
+            if entries is not None and self.adapter in entries:
+                del entries[self.adapter]
+        self.removed.append(name)
+        if layer.lora_A or layer.lora_embedding_A:
+            return  # another adapter lives here
+        parent = self.model.get_submodule(path.rpartition(".")[0])
+        attribute = path.rpartition(".")[2]
+        self.undo.append(lambda: setattr(parent, attribute, layer))
+        setattr(parent, attribute, layer.get_base_layer())
+
+    def finish(self) -> None:
+        """Bring the config in line, so that a saved adapter loads with the same layers and ranks.
+
+        Raises:
+            EvaRuntimeError: it would not; nothing is changed then.
+        """
+        config = self.config
+        old_ranks, old_alphas = config.rank_pattern, config.alpha_pattern
+        others = self._other_layers()
+        for name in others:
+            self.ranks[name] = pattern_value(old_ranks, name, config.r)
+            self.alphas[name] = pattern_value(old_alphas, name, config.lora_alpha)
+        config.rank_pattern = {
+            anchored_pattern(n): r for n, r in self.ranks.items() if r != config.r
+        }
+        config.alpha_pattern = {
+            anchored_pattern(n): a for n, a in self.alphas.items() if a != config.lora_alpha
+        }
+        if self.removed:
+            config.exclude_modules = exclude_layers(config, self.removed)
+        for name, rank in self.ranks.items():
+            if pattern_value(config.rank_pattern, name, config.r) != rank:
+                raise EvaRuntimeError(f"layer {name}: the rank pattern does not give its rank")
+        self.model.peft_config[self.adapter] = config
+        names = getattr(self.model.base_model, "targeted_module_names", None)
+        if names is not None and self.removed:
+            self.undo.append(lambda before=list(names): names.__setitem__(slice(None), before))
+            gone = set(self.removed)
+            names[:] = [n for n in names if n not in gone]
+
+    def _other_layers(self) -> list[str]:
+        # layers of this adapter that EVA does not write (embeddings)
+        return [
+            base_name(name)
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLayer) and self.adapter in module.lora_embedding_A
+        ]

@@ -1,0 +1,123 @@
+"""Batches: from any loader, to the model's device, without what EVA does not need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import EvaTypeError, EvaValueError
+
+__all__ = ["iterate", "model_arguments", "model_device", "to_device", "trim_padding"]
+
+# What has one entry a token along dimension 1, and can be cut where all samples are padding.
+_TOKEN_KEYS = frozenset(
+    "input_ids attention_mask token_type_ids position_ids labels inputs_embeds".split()
+)
+
+
+def iterate(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches, starting another epoch whenever a loader can be iterated again.
+
+    Raises:
+        EvaTypeError: not iterable. EvaValueError: it yields no batch at all.
+    """
+    try:
+        epoch = iter(loader)
+    except TypeError as error:
+        raise EvaTypeError(f"the loader must be iterable, got {type(loader)}") from error
+    once = epoch is loader
+    first = True
+    while True:
+        empty = True
+        for batch in epoch:
+            empty = first = False
+            yield batch
+            del batch  # no batch is kept while the next one is being made
+        if first:
+            raise EvaValueError("dataloader is empty: it yielded no batch")
+        if once or empty:
+            return
+        epoch = iter(loader)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the first weight that is not on meta (inputs go there)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with every tensor on a device; containers keep their type."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        moved = {k: to_device(v, device) for k, v in batch.items()}
+        try:
+            return type(batch)(moved)  # type: ignore[call-arg]
+        except TypeError:
+            return moved
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(v, device) for v in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(v, device) for v in batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return {f.name: to_device(getattr(batch, f.name), device) for f in fields(batch)}
+    return batch
+
+
+def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments of the model for a batch.
+
+    Raises:
+        EvaTypeError: the batch is nothing that a model takes.
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        return tuple(batch), {}
+    raise EvaTypeError(
+        f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
+        "forward_fn to run the model on other batches"
+    )
+
+
+def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Drop ``labels``, so that no loss is computed, unless the model builds its inputs from them."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in arguments:
+        return arguments
+    return {k: v for k, v in arguments.items() if k != "labels"}
+
+
+def trim_padding(batch: Any) -> Any:
+    """Cut the columns at the end that are padding in every sample.
+
+    Exact for right padding: no token attends to a masked position. A batch with a tensor of
+    that length that this module does not know, or with a mask of another kind, is left alone.
+    """
+    if not isinstance(batch, Mapping):
+        return batch
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
+        return batch
+    length = mask.shape[1]
+    used = mask.bool().any(0).nonzero()
+    keep = int(used[-1]) + 1 if len(used) else length
+    if keep == length:
+        return batch
+    trimmed = dict(batch)
+    for key, value in batch.items():
+        if not isinstance(value, Tensor) or value.dim() < 2 or length not in value.shape[1:]:
+            continue
+        if key not in _TOKEN_KEYS or value.shape[1] != length:
+            return batch
+        trimmed[key] = value[:, :keep]
+    return trimmed

@@ -1,0 +1,346 @@
+"""The calibration pass: run the frozen model until every layer's components have converged."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from eva_kernels.streaming import InputStream, Options, compare_streams, fold_streams
+
+from . import batches
+from ._peft_compat import EvaConfig, LoraConfig
+from .errors import EvaRuntimeError, EvaValueError, EvaWarning, NotConvergedError
+from .errors import NotConvergedWarning
+from .hooks import InputCollector, Selector, StopForward
+from .memory import PeakMemory
+from .options import AUTO, CalibrateOptions
+from .planning import components_of, plan_targets
+from .ranks import allocate
+from .result import EvaResult, collect_result
+from .targets import Target, base_name, find_targets
+from .token_mask import TokenMask, mask_of_batch
+from .world import quiet_model, random_state_kept
+
+__all__ = ["CalibrationPass", "run_pass"]
+
+
+def run_pass(
+    model: nn.Module, loader: Iterable[Any], config: LoraConfig, options: CalibrateOptions
+) -> EvaResult:
+    """Compute EVA's components and ranks for a model; touches no weight.
+
+    Args:
+        model: a PeftModel or a base model, without DDP or compile wrappers.
+        loader: any iterable of batches.
+        config: the LoRA config; its ``eva_config`` gives rho, tau and the label mask.
+        options: see :class:`CalibrateOptions`.
+
+    Raises:
+        EvaValueError: no layer found, no batch, a layer input of another width.
+        NonFiniteError: a layer input holds NaN or infinity.
+        NotConvergedError: with ``on_not_converged="raise"``.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise EvaRuntimeError(
+                "calibration across several processes is not supported; calibrate in one process, "
+                "save the result, and apply it in all of them"
+            )
+    targets = find_targets(model, config, options.adapter_name)
+    with random_state_kept(), torch.no_grad(), quiet_model(model):
+        return CalibrationPass(model, config, options, targets).run(loader)
+
+
+class CalibrationPass:
+    """One pass over the data.
+
+    Args:
+        model, config, options: see :func:`run_pass`.
+        targets: the layers to initialise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoraConfig,
+        options: CalibrateOptions,
+        targets: list[Target],
+    ) -> None:
+        self.model, self.config, self.options, self.targets = model, config, options, targets
+        self.eva = config.eva_config or EvaConfig()
+        self.plan = plan_targets(model, targets, self.eva.rho, options)
+        self.device = batches.model_device(model)
+        self.forwards = self.steps = self.tokens = 0
+        self.seconds = dict.fromkeys(("forward", "accumulate", "fold", "check", "total"), 0.0)
+        self.ranks: dict[int, int] = {}
+        self.history: dict[str, list[Any]] = {
+            key: [] for key in ("step", "forwards", "tokens", "seconds", "converged", "similarity")
+        }
+        self._default_forward = options.forward_fn is None
+        self._plain_masks = options.prepare_model_inputs_fn == AUTO
+        selectors = _selectors(targets, options)
+        self.collector = InputCollector(targets, self._make_stream, selectors)
+
+    def run(self, loader: Iterable[Any]) -> EvaResult:
+        """Run until converged or at a limit, and return the result."""
+        begin = time.perf_counter()
+        memory = PeakMemory(self.device)
+        bar = tqdm(
+            total=len(self.targets),
+            desc="EVA",
+            unit="layer",
+            leave=False,
+            disable=not self.options.progress,
+            file=sys.stderr,
+        )
+        try:
+            with self.collector, memory:
+                done = self._loop(loader, begin, bar)
+                if self._close_step(final=True):
+                    self._record(begin, bar)
+        finally:
+            bar.close()
+        self.seconds["total"] = time.perf_counter() - begin
+        self.seconds["forward"] -= self.seconds["accumulate"]
+        uncalled = [t.name for i, t in enumerate(self.targets) if i not in self.collector.slot_of]
+        self._report(done, uncalled)
+        return collect_result(self, memory.peak_bytes)
+
+    def _loop(self, loader: Iterable[Any], begin: float, bar: Any) -> bool:
+        for batch in batches.iterate(loader):
+            self._forward(batch)
+            del batch
+            if self._close_step():
+                self._record(begin, bar)
+                if self._converged():
+                    return True
+            if self._limit_reached(time.perf_counter() - begin):
+                return False
+        return False
+
+    def _limit_reached(self, elapsed: float) -> bool:
+        options = self.options
+        return (
+            self.forwards >= options.max_steps
+            or (options.max_tokens is not None and self.tokens >= options.max_tokens)
+            or (options.max_seconds is not None and elapsed >= options.max_seconds)
+        )
+
+    # ---- one forward pass ------------------------------------------------------------------
+
+    def _forward(self, batch: Any) -> None:
+        begin = time.perf_counter()
+        before = self.collector.seconds
+        if self._default_forward and self.options.trim_padding and self._plain_masks:
+            batch = batches.trim_padding(batch)
+        mask = mask_of_batch(batch, self.config, getattr(self.model, "config", None))
+        batch = batches.to_device(batch, self.device)
+        model_input = self._model_input(batch)
+        if not self._plain_masks:
+            mask = TokenMask(None)
+        self.collector.tokens, self.collector.step = 0, self.steps
+        complete = self._run_model(batch, mask, model_input)
+        again = self.collector.end_forward(complete)
+        if again:
+            self.collector.only(again)
+            self._run_model(batch, mask, model_input)
+            self.collector.end_forward()
+        self.forwards += 1
+        self.tokens += self.collector.tokens
+        self.seconds["forward"] += time.perf_counter() - begin
+        self.seconds["accumulate"] += self.collector.seconds - before
+
+    def _model_input(self, batch: Any) -> Any:
+        prepare = self.options.prepare_model_inputs_fn
+        if prepare == AUTO or prepare is None:
+            return batch
+        return prepare(deepcopy(batch), self.config)
+
+    def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> bool:
+        self.collector.begin_forward(mask, model_input, self._may_stop_early())
+        try:
+            if self.options.forward_fn is not None:
+                self.options.forward_fn(self.model, batch)
+            else:
+                args, kwargs = batches.model_arguments(batch)
+                self.model(*args, **batches.without_labels(kwargs, self.model))
+        except StopForward:
+            return False
+        return True
+
+    def _may_stop_early(self) -> bool:
+        if self.options.early_exit != AUTO:
+            return bool(self.options.early_exit)
+        wrappers = ("FullyShardedDataParallel", "DeepSpeedEngine", "PipelineParallel", "FSDPModule")
+        names = {kind.__name__ for m in self.model.modules() for kind in type(m).__mro__}
+        offloaded = set(map(str, getattr(self.model, "hf_device_map", {}).values()))
+        return not names & set(wrappers) and not offloaded & {"cpu", "disk"}
+
+    def _make_stream(self, target: Target, x: Tensor) -> InputStream:
+        plan = self.plan[target.in_features]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        options = Options(
+            plan.method,
+            self.options.seed,
+            self.options.backend,
+            self.options.precision,
+            self.options.on_nonfinite == "skip",
+        )
+        size = (target.in_features, plan.components, plan.width)
+        return InputStream(*size, device=x.device, dtype=dtype, options=options)
+
+    # ---- one step --------------------------------------------------------------------------
+
+    def _close_step(self, final: bool = False) -> bool:
+        begin = time.perf_counter()
+        slots = self.collector.slots
+        folded = fold_streams([s.stream for s in slots], final=final)
+        middle = time.perf_counter()
+        self.seconds["fold"] += middle - begin
+        if not folded:
+            return False
+        self.ranks = allocate(self)
+        needed = {id(s.stream): max(self.ranks[i] for i in s.members) for s in slots}
+        compare_streams(
+            folded,
+            [needed[id(stream)] for stream in folded],
+            tau=self.eva.tau,
+            criterion=self.options.criterion,
+        )
+        if self.options.freeze_converged:
+            self._freeze(needed)
+        self.steps += 1
+        self.seconds["check"] += time.perf_counter() - middle
+        return True
+
+    def _freeze(self, needed: dict[int, int]) -> None:
+        frozen: set[int] = set()
+        for slot in self.collector.slots:
+            stream = slot.stream
+            if stream.cosines is not None:  # a layer may need more components than it did
+                least = stream.cosines[: needed[id(stream)]]
+                stream.converged = bool((least >= self.eva.tau).all())
+            if stream.converged:
+                frozen |= set(slot.members)
+        self.collector.frozen = frozen
+
+    def _converged(self) -> bool:
+        return all(s.stream.converged for s in self.collector.slots)
+
+    def _record(self, begin: float, bar: Any) -> None:
+        streams = {i: slot.stream for i, slot in self.collector.slot_of.items()}
+        similarity = [
+            streams[i].similarity if i in streams else None for i in range(len(self.targets))
+        ]
+        converged = sum(s.converged for s in streams.values())
+        numbers = {
+            "step": self.steps,
+            "forwards": self.forwards,
+            "tokens": self.tokens,
+            "seconds": time.perf_counter() - begin,
+            "converged": converged,
+            "similarity": similarity,
+        }
+        for key, value in numbers.items():
+            self.history[key].append(value)
+        bar.n = converged
+        slowest = min(
+            ((v, i) for i, v in enumerate(similarity) if v is not None and not math.isnan(v)),
+            default=None,
+        )
+        if slowest is not None:
+            name = self.targets[slowest[1]].name
+            bar.set_postfix_str(f"step {self.steps}, slowest {name} at {slowest[0]:.3f}")
+        bar.refresh()
+        if self.options.callback is not None:
+            self.options.callback({**numbers, "layers": len(self.targets)})
+
+    def limit(self, target: Target) -> int:
+        """Return the most components that a layer may be given."""
+        return components_of(target, self.eva.rho)
+
+    # ---- the end ---------------------------------------------------------------------------
+
+    def _report(self, done: bool, uncalled: list[str]) -> None:
+        if len(uncalled) == len(self.targets) or not self.tokens:
+            raise EvaValueError(
+                f"no token reached any of the {len(self.targets)} target layers in "
+                f"{self.forwards} forward passes; check the attention and label masks of the loader"
+            )
+        if uncalled:
+            warnings.warn(
+                f"{len(uncalled)} layers were never called and keep the default initialisation: "
+                f"{', '.join(uncalled[:8])}",
+                EvaWarning,
+                stacklevel=5,
+            )
+        if done or self.options.on_not_converged == "ignore":
+            return
+        slots = self.collector.slots
+        missing = [self.targets[i].name for s in slots if not s.stream.converged for i in s.members]
+        if not missing:
+            return
+        message = (
+            f"{len(missing)} of {len(self.targets)} layers have not converged after "
+            f"{self.forwards} forward passes, {self.tokens} tokens: {', '.join(missing[:8])}"
+            f"{' ...' if len(missing) > 8 else ''}. The best estimate is used; raise max_steps, "
+            "give more data, or lower tau"
+        )
+        if self.options.on_not_converged == "raise":
+            raise NotConvergedError(message)
+        warnings.warn(message, NotConvergedWarning, stacklevel=4)
+
+
+def _selectors(targets: list[Target], options: CalibrateOptions) -> list[Selector | None]:
+    """Return each layer's own selection function; ``None`` where the token mask selects."""
+    given = options.prepare_layer_inputs_fn
+    default: Callable[..., Any] | None = None
+    if options.prepare_model_inputs_fn is None or given is None:
+        default = _every_row
+    elif options.prepare_model_inputs_fn != AUTO:
+        default = _rows_by_index  # PEFT's contract: the model input is an index of (sample, token)
+    if callable(given):
+        default = given
+    if not isinstance(given, Mapping):
+        return [_checked(default)] * len(targets)
+    by_name = {base_name(name): fn for name, fn in given.items()}
+    unknown = set(by_name) - {t.name for t in targets}
+    if unknown:
+        raise EvaValueError(
+            "prepare_layer_inputs_fn is a mapping but the following module names were not found "
+            f"in the model: {sorted(unknown)}"
+        )
+    return [_checked(by_name.get(t.name, default)) for t in targets]
+
+
+def _checked(fn: Callable[..., Any] | None) -> Selector | None:
+    if fn is None:
+        return None
+
+    def select(layer_input: Any, model_input: Any, name: str) -> Tensor:
+        rows = fn(layer_input, model_input, name)
+        if not isinstance(rows, Tensor):
+            raise EvaValueError(
+                f"prepare_layer_inputs_fn must return a tensor, got {type(rows)} for layer {name}"
+            )
+        return rows
+
+    return select
+
+
+def _every_row(layer_input: Any, model_input: Any, name: str) -> Tensor:
+    return layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+
+
+def _rows_by_index(layer_input: Any, model_input: Any, name: str) -> Tensor:
+    x = _every_row(layer_input, model_input, name)
+    return x[model_input.T.unbind()]

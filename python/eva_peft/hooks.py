@@ -1,0 +1,300 @@
+"""Forward pre-hooks that stream the inputs of the target layers into their incremental SVDs."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_kernels.streaming import InputStream
+
+from .errors import EvaTypeError, EvaValueError, EvaWarning, NonFiniteError
+from .shared_inputs import Seen, Slot
+from .targets import Target
+from .token_mask import TokenMask
+
+__all__ = ["InputCollector", "StopForward"]
+
+# A layer's own selection of its input: f(positional arguments, model input, layer name) -> rows
+Selector = Callable[[Any, Any, str], Tensor]
+
+
+class StopForward(Exception):  # noqa: N818  (it is control flow, not an error)
+    """Raised by a hook behind the last layer that is needed, to end the forward pass."""
+
+
+class InputCollector(AbstractContextManager["InputCollector"]):
+    """Hooks on all target layers; a context manager that removes them.
+
+    Args:
+        targets: the layers.
+        make_stream: returns a new stream for a layer, on a device and for a dtype of input.
+        selectors: per layer, a user's function that selects rows, or ``None`` for the mask.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        make_stream: Callable[[Target, Tensor], InputStream],
+        selectors: Sequence[Selector | None],
+    ) -> None:
+        self.targets, self.selectors = targets, selectors
+        self.slots: list[Slot] = []
+        self.slot_of: dict[int, Slot] = {}
+        self.frozen: set[int] = set()  # layers that are no longer accumulated
+        self.seconds = 0.0
+        self.step = 0
+        self.tokens = 0
+        self._make_stream = make_stream
+        self._mask = TokenMask(None)
+        self._model_input: Any = None
+        self._fresh: list[Slot] = []
+        self._most_calls: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
+        self._stop_early = False
+        self._alone: set[int] = set()
+        self._only: set[int] | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> InputCollector:
+        try:
+            for i, target in enumerate(self.targets):
+                hook = self._hook_for(i)
+                self._handles.append(
+                    target.module.register_forward_pre_hook(hook, with_kwargs=True)
+                )
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook_for(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            begin = time.perf_counter()
+            try:
+                self._called(i, args, kwargs)
+            finally:
+                self.seconds += time.perf_counter() - begin
+            if self._stop_early and self._seen_all():
+                raise StopForward
+
+        return hook
+
+    # ---- one forward pass ------------------------------------------------------------------
+
+    def begin_forward(self, mask: TokenMask, model_input: Any, stop_early: bool) -> None:
+        """Prepare for a forward pass over a batch.
+
+        Args:
+            mask: the tokens to use.
+            model_input: handed to the users' selectors.
+            stop_early: raise :class:`StopForward` once every layer that is needed was called as
+                often as in any forward pass before (never in the first).
+        """
+        self._mask, self._model_input = mask, model_input
+        self._counts, self._fresh = {}, []
+        self._stop_early = stop_early and bool(self._most_calls)
+        for slot in self.slots:
+            slot.begin_forward()
+
+    def end_forward(self, complete: bool = True) -> set[int]:
+        """Settle what is open after a forward pass.
+
+        Args:
+            complete: the pass was not cut short.
+
+        Returns:
+            Layers that turned out not to share an input they were thought to share in their very
+            first forward pass; the batch must be run again for them alone (:meth:`only`).
+        """
+        begin = time.perf_counter()
+        for slot in list(self.slots):
+            if slot not in self._fresh:
+                self._settle(slot)
+        again: set[int] = set()
+        for slot in self._fresh:
+            if any(count != len(slot.calls) for count in slot.counts.values()):
+                again |= set(slot.members)
+                self._drop(slot)
+        if complete and self._only is None:
+            for i, count in self._counts.items():
+                self._most_calls[i] = max(count, self._most_calls.get(i, 0))
+        self._only = None
+        self._alone |= again
+        self._fresh = []
+        self.seconds += time.perf_counter() - begin
+        return again
+
+    def only(self, layers: set[int]) -> None:
+        """Let the next forward pass count for some layers only."""
+        self._only = layers
+
+    def _seen_all(self) -> bool:
+        counts = self._counts
+        return all(
+            counts.get(i, 0) >= most
+            for i, most in self._most_calls.items()
+            if i not in self.frozen
+        )
+
+    def _called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._only is not None and i not in self._only:
+            return
+        call = self._counts.get(i, 0)
+        self._counts[i] = call + 1
+        if i in self.frozen:
+            return
+        x = self._first_tensor(i, args, kwargs)
+        slot = self.slot_of.get(i)
+        if slot is None:
+            slot = self._join(i, x)
+            if slot is None:
+                self._open(i, x, args)
+                return
+        if call < len(slot.calls):
+            self._follow(slot, i, call, x, args)
+        else:
+            self._lead(slot, i, x, args)
+
+    def _first_tensor(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        for value in (*args, *kwargs.values()):
+            x = value[0] if isinstance(value, (tuple, list)) and value else value
+            if isinstance(x, Tensor):
+                return x
+        raise EvaTypeError(
+            f"unsupported input type in layer {self.targets[i].name}: it was called without a "
+            "tensor; please provide a custom prepare_layer_inputs_fn"
+        )
+
+    # ---- who shares what -------------------------------------------------------------------
+
+    def _join(self, i: int, x: Tensor) -> Slot | None:
+        # A layer joins a slot only in the forward pass in which that slot began: from then on
+        # both have seen the same data.
+        if self.selectors[i] is not None or i in self._alone:
+            return None
+        for slot in self._fresh:
+            if slot.calls[0].is_same(x) and self.selectors[slot.members[0]] is None:
+                slot.members.append(i)
+                slot.counts[i] = 0
+                self.slot_of[i] = slot
+                return slot
+        return None
+
+    def _open(self, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        stream = self._make_stream(self.targets[i], x)
+        slot = Slot(stream, [i], counts={i: 0})
+        self._accumulate(slot, i, x, args)
+        slot.calls.append(Seen(x))
+        slot.counts[i] = 1
+        self.slots.append(slot)
+        self._fresh.append(slot)
+        self.slot_of[i] = slot
+
+    def _lead(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        slot.counts[i] += 1
+        shared = len(slot.members) > 1 and slot not in self._fresh
+        slot.calls.append(Seen(x, hold=shared))
+        if not shared:
+            self._accumulate(slot, i, x, args)
+
+    def _follow(self, slot: Slot, i: int, call: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        if not slot.calls[call].is_same(x):
+            if slot in self._fresh:
+                return  # the counts no longer agree, and end_forward asks for another run
+            self._accumulate(self._split(slot, [i], call), i, x, args)
+            return
+        slot.counts[i] += 1
+        if slot not in self._fresh and slot.complete(call):
+            self._accumulate_held(slot, call)
+
+    def _accumulate_held(self, slot: Slot, call: int) -> None:
+        seen = slot.calls[call]
+        unchanged, x = seen.unchanged, seen.take()
+        if x is None:
+            return
+        if unchanged:
+            self._accumulate(slot, slot.members[0], x, (x,))
+            return
+        names = ", ".join(self.targets[m].name for m in slot.members)
+        warnings.warn(
+            f"step {self.step}: the input of {names} was changed in place after the layers were "
+            "called; its tokens of this batch are left out",
+            EvaWarning,
+            stacklevel=2,
+        )
+
+    def _split(self, slot: Slot, leaving: Sequence[int], calls: int) -> Slot:
+        """Give layers that no longer share an input a copy of all that they did share."""
+        new = Slot(slot.stream.clone(), list(leaving))
+        for seen in slot.calls[:calls]:  # shared, but waiting for a third layer
+            if seen.held is not None and seen.unchanged:
+                self._accumulate(new, leaving[0], seen.held, (seen.held,))
+        new.calls = [Seen(torch.empty(0)) for _ in range(calls + 1)]
+        for i in leaving:
+            slot.members.remove(i)
+            new.counts[i] = slot.counts.pop(i, 0) + 1
+            self.slot_of[i] = new
+        self.slots.append(new)
+        for call in range(calls, len(slot.calls)):
+            if slot.complete(call):
+                self._accumulate_held(slot, call)
+        return new
+
+    def _settle(self, slot: Slot) -> None:
+        """Accumulate what waited for layers that were not called any more, without them."""
+        least = min(slot.counts.values(), default=0)
+        while least < len(slot.calls):
+            late = [i for i, count in slot.counts.items() if count == least]
+            new = Slot(slot.stream.clone(), late)
+            for i in late:
+                slot.members.remove(i)
+                del slot.counts[i]
+                self.slot_of[i] = new
+            self.slots.append(new)
+            least = min(slot.counts.values(), default=len(slot.calls))
+        for call in range(len(slot.calls)):
+            self._accumulate_held(slot, call)
+
+    def _drop(self, slot: Slot) -> None:
+        self.slots.remove(slot)
+        for i in slot.members:
+            del self.slot_of[i]
+
+    # ---- data ------------------------------------------------------------------------------
+
+    def _accumulate(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        target, selector = self.targets[i], self.selectors[i]
+        if selector is not None:
+            x, rows = selector(args, self._model_input, target.name), None
+        else:
+            rows = self._mask.rows(x.shape, x.device, target.name)
+        if not x.is_floating_point() or x.shape[-1] != target.in_features:
+            raise EvaValueError(
+                f"layer {target.name}, step {self.step + 1}: expected floating-point tokens of "
+                f"{target.in_features} features, got {tuple(x.shape)} of {x.dtype}"
+            )
+        try:
+            used = slot.stream.add(x.detach().reshape(-1, x.shape[-1]), rows)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"layer {target.name}, step {self.step + 1}: {error}. Look for overflow (float16?) "
+                'or broken samples, or pass on_nonfinite="skip" to leave such tokens out'
+            ) from None
+        self.tokens = max(self.tokens, used)

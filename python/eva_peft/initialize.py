@@ -1,0 +1,128 @@
+"""``initialize`` and ``calibrate``: the public face of the PEFT layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import copy
+from typing import Any
+
+from torch import nn
+
+from ._peft_compat import EvaConfig, LoraConfig, PeftModel
+from .adapters import write_result
+from .calibrate import run_pass
+from .errors import EvaValueError
+from .options import CalibrateOptions
+from .planning import Estimate, estimate_targets
+from .result import EvaResult
+from .targets import check_config, find_targets, unwrap
+
+__all__ = ["calibrate", "default_config", "estimate", "initialize"]
+
+
+def default_config() -> LoraConfig:
+    """Return the config used when none is given: r = 16, rho = 2, all linear layers."""
+    return LoraConfig(
+        r=16,
+        lora_alpha=16,
+        target_modules="all-linear",
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=2.0),
+    )
+
+
+def initialize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    config: LoraConfig | None = None,
+    *,
+    allow_any_init: bool = False,
+    **options: Any,
+) -> PeftModel:
+    """Initialise the LoRA adapters of a model from data, ready to train.
+
+    Args:
+        model: a PeftModel made with ``init_lora_weights="eva"``, or a base model, which is
+            wrapped. DistributedDataParallel and ``torch.compile`` wrappers are looked through.
+        loader: any iterable of batches (mappings, tuples, tensors), with or without a length;
+            iterated again for another epoch where it can be.
+        config: for a base model; without one r = 16, rho = 2 and all linear layers. For a
+            PeftModel it says how EVA is to be done (rho, tau, masks).
+        allow_any_init: accept a PeftModel that was not made with ``"eva"``; its adapter's
+            weights are overwritten.
+        **options: the options of :class:`CalibrateOptions`, all with defaults.
+
+    Returns:
+        The PeftModel; ``model.eva_result`` holds what was found.
+
+    Raises:
+        EvaError: and the built-in that PEFT raises in the same case; nothing is changed then.
+
+    Reference: arXiv 2410.07170; PEFT ``initialize_lora_eva_weights``.
+    """
+    inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
+    if isinstance(inner, PeftModel):
+        chosen = check_config(inner, config, parsed.adapter_name)
+        own = inner.peft_config.get(parsed.adapter_name)
+        made_for_eva = getattr(own, "init_lora_weights", None) == "eva"
+        if not (made_for_eva or allow_any_init or config is not None):
+            raise EvaValueError(
+                "`initialize` can only be used with `init_lora_weights='eva'`; pass "
+                "allow_any_init=True to overwrite the weights of another adapter"
+            )
+    else:
+        chosen = default_config() if config is None else check_config(inner, config, "")
+    result = run_pass(inner, loader, _with_eva(chosen), parsed)
+    return write_result(inner, result, _with_eva(chosen), parsed.adapter_name)
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    config: LoraConfig | None = None,
+    **options: Any,
+) -> EvaResult:
+    """Compute what :func:`initialize` writes, without touching a weight.
+
+    Args:
+        model, loader, config, options: as :func:`initialize`; any LoRA PeftModel is accepted.
+
+    Returns:
+        The result; ``result.apply(model)`` writes it.
+    """
+    inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
+    if config is None and not isinstance(inner, PeftModel):
+        config = default_config()
+    chosen = check_config(inner, config, parsed.adapter_name)
+    return run_pass(inner, loader, _with_eva(chosen), parsed)
+
+
+def estimate(
+    model: nn.Module,
+    config: LoraConfig | None = None,
+    batch_shape: Sequence[int] = (1, 1),
+    **options: Any,
+) -> Estimate:
+    """Tell what a pass will take before anything runs.
+
+    Args:
+        model, config, options: as :func:`calibrate`.
+        batch_shape: (samples, tokens) of a batch.
+
+    Returns:
+        Bytes of the state, of the temporaries and in all above the weights, and the method of
+        every layer. Layers are counted one by one, so sharing only makes it less.
+    """
+    inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
+    if config is None and not isinstance(inner, PeftModel):
+        config = default_config()
+    chosen = _with_eva(check_config(inner, config, parsed.adapter_name))
+    targets = find_targets(inner, chosen, parsed.adapter_name)
+    return estimate_targets(inner, targets, chosen.eva_config.rho, parsed, batch_shape)
+
+
+def _with_eva(config: LoraConfig) -> LoraConfig:
+    """Return the config with its EVA part filled in; the caller's object is not changed."""
+    config = copy(config)
+    config.eva_config = config.eva_config or EvaConfig()
+    return config

@@ -1,0 +1,51 @@
+"""Peak memory of a block of code: what was allocated on a GPU, resident memory on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+
+import torch
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+__all__ = ["PeakMemory"]
+
+
+class PeakMemory(AbstractContextManager["PeakMemory"]):
+    """Measure the peak above the level at entry.
+
+    Args:
+        device: CUDA devices count allocated bytes; on others, the growth of the process's
+            high-water mark of resident memory (0 if it had been higher before).
+
+    Attributes:
+        peak_bytes: valid after the block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peak_bytes = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+        else:
+            self._start = _resident_peak()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._start
+        else:
+            self.peak_bytes = _resident_peak() - self._start
+
+
+def _resident_peak() -> int:
+    if resource is None:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

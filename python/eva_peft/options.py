@@ -1,0 +1,109 @@
+"""The keyword options of ``initialize`` and ``calibrate``, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .errors import EvaTypeError, EvaValueError
+
+__all__ = ["AUTO", "CalibrateOptions"]
+
+AUTO: Literal["auto"] = "auto"
+
+_CHOICES = {
+    "on_not_converged": ("warn", "raise", "ignore"),
+    "on_nonfinite": ("raise", "skip"),
+    "method": ("auto", "sketch", "gram"),
+    "criterion": ("cosine", "subspace"),
+    "backend": ("auto", "triton", "torch"),
+    "precision": ("high", "fast"),
+    "budget": ("rank", "params"),
+    "early_exit": ("auto", True, False),
+}
+_POSITIVE = ("max_steps", "max_tokens", "max_seconds")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """Options of a calibration pass.
+
+    Attributes:
+        forward_fn: ``f(model, batch)`` that runs the model; by default the batch is unpacked.
+        prepare_model_inputs_fn: ``f(batch, peft_config)``, as PEFT; ``"auto"`` selects tokens by
+            the attention and label masks, ``None`` uses every token.
+        prepare_layer_inputs_fn: ``f(layer_input, model_input, layer_name)`` returning (tokens, D),
+            or a mapping from layer names to such functions; layers not in it use the default.
+        adapter_name: the adapter of a PeftModel to initialise.
+        max_steps: forward passes at most.
+        max_tokens: tokens at most (the batch that reaches it is still used).
+        max_seconds: seconds at most (checked between forward passes).
+        on_not_converged: ``"warn"``, ``"raise"`` or ``"ignore"`` when a limit is reached first.
+        method: ``"sketch"``, ``"gram"`` (exact) or ``"auto"``.
+        oversample: sketch width over components, at least 1.
+        criterion: ``"cosine"`` (the paper's) or ``"subspace"``.
+        freeze_converged: stop accumulating layers that have converged.
+        memory_budget: bytes that the streaming state may take, or ``"auto"``.
+        budget: ``"rank"`` (the sum of ranks stays) or ``"params"`` (the number of parameters).
+        min_rank: every layer keeps at least this rank.
+        backend, precision: see ``eva_kernels.ops``.
+        early_exit: stop the forward pass behind the last target layer.
+        trim_padding: drop columns that are padding in the whole batch.
+        seed: of the first basis.
+        on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
+        progress: show a tqdm bar (rank 0 only).
+        callback: called after every step with a dict of numbers.
+    """
+
+    forward_fn: Callable[..., Any] | None = None
+    prepare_model_inputs_fn: Callable[..., Any] | None | Literal["auto"] = AUTO
+    prepare_layer_inputs_fn: (
+        Callable[..., Any] | Mapping[str, Callable[..., Any]] | None | Literal["auto"]
+    ) = AUTO
+    adapter_name: str = "default"
+    max_steps: int = 1000
+    max_tokens: int | None = None
+    max_seconds: float | None = None
+    on_not_converged: str = "warn"
+    method: str = "auto"
+    oversample: float = 2.0
+    criterion: str = "cosine"
+    freeze_converged: bool = False
+    memory_budget: int | Literal["auto"] = AUTO
+    budget: str = "rank"
+    min_rank: int = 0
+    backend: str = "auto"
+    precision: str = "high"
+    early_exit: bool | Literal["auto"] = AUTO
+    trim_padding: bool = True
+    seed: int = 0
+    on_nonfinite: str = "raise"
+    progress: bool = True
+    callback: Callable[[dict[str, Any]], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise EvaValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of {allowed}"
+                )
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise EvaValueError(f"{name}={value} must be positive")
+        if self.oversample < 1:
+            raise EvaValueError(f"oversample={self.oversample} must be at least 1")
+        if self.min_rank < 0:
+            raise EvaValueError(f"min_rank={self.min_rank} must not be negative")
+        if self.memory_budget != AUTO and int(self.memory_budget) <= 0:
+            raise EvaValueError(f"memory_budget={self.memory_budget} must be positive bytes")
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> CalibrateOptions:
+        """Build the options, naming the nearest option for one that does not exist."""
+        known = [f.name for f in fields(cls)]
+        for name in kwargs:
+            if name not in known:
+                raise EvaTypeError(f"unknown option {name!r}; the options are {', '.join(known)}")
+        return cls(**kwargs)

@@ -1,0 +1,181 @@
+"""PEFT's two functions, with PEFT's signatures, and a switch that makes PEFT's functions ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import peft
+import peft.tuners.lora
+import peft.tuners.lora.eva
+from torch import Tensor, nn
+
+from ._peft_compat import (
+    LoraConfig,
+    PeftModel,
+    forward_fn_dict,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+)
+from .adapters import write_state_dict
+from .errors import EvaValueError
+from .initialize import calibrate
+from .options import AUTO
+from .targets import base_name, unwrap
+
+__all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
+
+# PEFT's defaults stand for our own token selection, which does the same and more.
+_DEFAULTS = {
+    forward_fn_dict: None,
+    prepare_model_inputs_fn_language_modeling: AUTO,
+    prepare_layer_inputs_fn_language_modeling: AUTO,
+}
+
+
+def _ours(fn: Any) -> Any:
+    return _DEFAULTS.get(fn, fn) if callable(fn) else fn
+
+
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Callable[..., Any] | None = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[..., Any] | None = (
+        prepare_model_inputs_fn_language_modeling
+    ),
+    prepare_layer_inputs_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = (
+        prepare_layer_inputs_fn_language_modeling
+    ),
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Compute EVA's ``lora_A`` for every layer; drop-in for ``peft.get_eva_state_dict``.
+
+    Args:
+        model, dataloader, peft_config, forward_fn, prepare_model_inputs_fn,
+        prepare_layer_inputs_fn, adapter_name, show_progress_bar: as PEFT. Nothing that is passed
+            in is changed.
+        gather_distributed_inputs: accepted for PEFT's sake; there is one process.
+        **options: further options of :func:`initialize`.
+
+    Returns:
+        Layer name, as in ``model.named_modules()``, to (rank, in_features), float32; separate
+        contiguous tensors. Rank 0 for layers that get no adapter.
+    """
+    is_peft = isinstance(unwrap(model), PeftModel)
+    if peft_config is None and not is_peft:
+        raise EvaValueError("peft_config is required if model is not a PeftModel")
+    result = calibrate(
+        model,
+        dataloader,
+        peft_config,
+        forward_fn=_ours(forward_fn),
+        prepare_model_inputs_fn=_ours(prepare_model_inputs_fn),
+        prepare_layer_inputs_fn=_ours(prepare_layer_inputs_fn),
+        adapter_name=adapter_name,
+        progress=show_progress_bar,
+        **options,
+    )
+    state = result.state_dict()
+    names = {base_name(name): name for name, _ in model.named_modules()}
+    return {names.get(name, name): value for name, value in state.items()}
+
+
+def initialize_lora_eva_weights(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    forward_fn: Callable[..., Any] | None = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[..., Any] | None = (
+        prepare_model_inputs_fn_language_modeling
+    ),
+    prepare_layer_inputs_fn: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = (
+        prepare_layer_inputs_fn_language_modeling
+    ),
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+    *,
+    strict: bool = True,
+    **options: Any,
+) -> None:
+    """Initialise the LoRA weights by EVA; drop-in for ``peft.initialize_lora_eva_weights``.
+
+    Args:
+        model: a PeftModel with ``init_lora_weights="eva"``.
+        dataloader: needed unless ``eva_state_dict`` is given.
+        eva_state_dict: from :func:`get_eva_state_dict` of this model, bare or wrapped; it is not
+            changed.
+        strict: raise if the state dict's layers are not the adapter's.
+        Others: as :func:`get_eva_state_dict`.
+
+    Raises:
+        EvaValueError: not a PeftModel, several active adapters, another ``init_lora_weights``,
+            neither data nor state dict, or layers that do not fit.
+    """
+    inner = unwrap(model)
+    if not isinstance(inner, PeftModel):
+        raise EvaValueError("model must be a PeftModel")
+    if len(inner.active_adapters) > 1:
+        raise EvaValueError(
+            "`initialize_lora_eva_weights` currently only works with a single active adapter"
+        )
+    if adapter_name not in inner.peft_config:
+        raise EvaValueError(f"the model has no adapter {adapter_name!r}")
+    if inner.peft_config[adapter_name].init_lora_weights != "eva":
+        raise EvaValueError(
+            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
+        )
+    if eva_state_dict is not None:
+        write_state_dict(inner, eva_state_dict, adapter_name, strict)
+        return
+    if dataloader is None:
+        raise EvaValueError("dataloader is required if eva_state_dict is not provided")
+    result = calibrate(
+        inner,
+        dataloader,
+        forward_fn=_ours(forward_fn),
+        prepare_model_inputs_fn=_ours(prepare_model_inputs_fn),
+        prepare_layer_inputs_fn=_ours(prepare_layer_inputs_fn),
+        adapter_name=adapter_name,
+        progress=show_progress_bar,
+        **options,
+    )
+    result.apply(inner, adapter_name=adapter_name)
+
+
+class patch_peft:  # noqa: N801  (a function to its users: called, or used with "with")
+    """Make PEFT's two EVA functions ours: for the process, or for a ``with`` block.
+
+    Code that has already imported the functions by name keeps PEFT's.
+    """
+
+    _modules = (peft, peft.tuners.lora, peft.tuners.lora.eva)
+    _functions = (get_eva_state_dict, initialize_lora_eva_weights)
+
+    def __init__(self) -> None:
+        self._before = [
+            (module, fn.__name__, getattr(module, fn.__name__))
+            for module in self._modules
+            for fn in self._functions
+            if hasattr(module, fn.__name__)
+        ]
+        for module, name, _ in self._before:
+            setattr(module, name, {fn.__name__: fn for fn in self._functions}[name])
+
+    def __enter__(self) -> patch_peft:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for module, name, function in self._before:
+            setattr(module, name, function)

@@ -1,0 +1,110 @@
+"""Before anything runs: how each layer input will be tracked, and what that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from eva_kernels.streaming import StreamPlan, plan_streams, stream_bytes
+
+from .options import AUTO, CalibrateOptions
+from .targets import Target
+
+__all__ = ["Estimate", "components_of", "estimate_targets", "plan_targets"]
+
+# Share of the model's own bytes that "auto" may spend on exactness.
+AUTO_BUDGET = 0.03
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a calibration pass will take, told before it runs.
+
+    Attributes:
+        state_bytes: the streaming state, if no two layers shared an input (so at most).
+        workspace_bytes: the largest temporaries of a step.
+        activation_bytes: rough size of the forward pass's own live activations.
+        peak_bytes: their sum: expected peak above the weights.
+        method: ``"sketch"`` or ``"gram"`` by layer.
+    """
+
+    state_bytes: int
+    workspace_bytes: int
+    activation_bytes: int
+    peak_bytes: int
+    method: dict[str, str]
+
+
+def components_of(target: Target, rho: float) -> int:
+    """Return K, the components that a layer may be given: ``round(r * rho)``, at most D."""
+    return max(1, min(round(target.rank * rho), target.in_features))
+
+
+def plan_targets(
+    model: nn.Module, targets: Sequence[Target], rho: float, options: CalibrateOptions
+) -> dict[int, StreamPlan]:
+    """Plan the streams, one plan for all layer inputs of a width.
+
+    Layers of equal width get the same shape, so that their folds are one batch.
+
+    Raises:
+        EvaValueError: an explicit memory budget is too small.
+    """
+    widest: dict[int, int] = {}
+    for target in targets:
+        k = components_of(target, rho)
+        widest[target.in_features] = max(k, widest.get(target.in_features, 0))
+    features = [t.in_features for t in targets]
+    if options.memory_budget == AUTO:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        floor = plan_streams(
+            features, [widest[d] for d in features], method="sketch", oversample=options.oversample
+        )
+        budget = max(int(AUTO_BUDGET * size), sum(stream_bytes(p) for p in floor))
+        budget = None if options.method == "gram" else budget
+    else:
+        budget = int(options.memory_budget)
+    plans = plan_streams(
+        features,
+        [widest[d] for d in features],
+        method=options.method,
+        oversample=options.oversample,
+        memory_budget=budget,
+    )
+    # The budget may run out among layers of one width: those are all sketched.
+    chosen: dict[int, StreamPlan] = {}
+    for plan in plans:
+        if plan.features not in chosen or plan.method == "sketch":
+            chosen[plan.features] = plan
+    return chosen
+
+
+def estimate_targets(
+    model: nn.Module,
+    targets: Sequence[Target],
+    rho: float,
+    options: CalibrateOptions,
+    batch_shape: Sequence[int],
+) -> Estimate:
+    """Estimate a pass over batches of ``batch_shape`` = (samples, tokens)."""
+    plan = plan_targets(model, targets, rho, options)
+    tokens = 1
+    for size in batch_shape:
+        tokens *= int(size)
+    state = sum(stream_bytes(plan[t.in_features]) for t in targets)
+    widest = max(targets, key=lambda t: t.in_features)
+    itemsize = next((p.element_size() for p in model.parameters()), 4)
+    step = plan[widest.in_features]
+    # float64 copies of a chunk in the fold, or the centred tile in the accumulation
+    workspace = max(6 * 8 * step.width * step.features, 4 * min(tokens, 512) * step.features)
+    # residual stream, the widest layer's input and output, and their two operands
+    activation = itemsize * tokens * (3 * widest.in_features + 2 * widest.out_features)
+    return Estimate(
+        state_bytes=state,
+        workspace_bytes=workspace,
+        activation_bytes=activation,
+        peak_bytes=state + workspace + activation,
+        method={t.name: plan[t.in_features].method for t in targets},
+    )

@@ -1,0 +1,49 @@
+"""Spend the budget: from explained variance to the rank of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from eva_kernels.streaming import allocate_ranks
+
+from .planning import components_of
+from .targets import Target
+
+if TYPE_CHECKING:
+    from .calibrate import CalibrationPass
+
+__all__ = ["allocate", "spend"]
+
+
+def allocate(run: CalibrationPass) -> dict[int, int]:
+    """Return the rank of every layer that was called so far, by its index."""
+    indices = sorted(run.collector.slot_of)
+    targets = [run.targets[i] for i in indices]
+    spectra = {id(s): s.stream.ratios().cpu() for s in run.collector.slots}
+    ratios = [
+        spectra[id(run.collector.slot_of[i])][: components_of(run.targets[i], run.eva.rho)]
+        for i in indices
+    ]
+    ranks = spend(targets, ratios, run.options.budget, run.options.min_rank)
+    return dict(zip(indices, ranks, strict=True))
+
+
+def spend(
+    targets: Sequence[Target], ratios: Sequence[Tensor], budget: str, min_rank: int
+) -> list[int]:
+    """Distribute the layers' own budget among them.
+
+    Args:
+        targets: the layers that take part.
+        ratios: their explained-variance ratios, descending.
+        budget: ``"rank"``: the sum of ranks stays; ``"params"``: the number of parameters.
+        min_rank: every layer keeps at least this rank.
+    """
+    if budget == "rank":
+        return allocate_ranks(ratios, sum(t.rank for t in targets), min_rank=min_rank)
+    costs = [t.in_features + t.out_features for t in targets]
+    total = sum(t.rank * cost for t, cost in zip(targets, costs, strict=True))
+    return allocate_ranks(ratios, total, costs=costs, min_rank=min_rank)

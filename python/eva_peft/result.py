@@ -1,0 +1,297 @@
+"""``EvaResult``: what a calibration pass found, as data that can be kept and applied later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import eva_kernels
+
+from ._peft_compat import LoraConfig, versions
+from .errors import EvaValueError
+from .ranks import spend
+from .targets import Target
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from .calibrate import CalibrationPass
+
+__all__ = ["EvaResult", "collect_result"]
+
+
+@dataclass
+class EvaResult:
+    """Components, spectra and ranks of every layer, by its name in the base model.
+
+    Attributes:
+        ranks: rank given to each layer, in module order; 0 means no adapter there.
+        components: (K, in_features) float32, unit rows; layers that share an input share the
+            tensor.
+        singular_values: (K,) float32, descending; 0 beyond the numerical rank.
+        explained_variance_ratio: (K,) float32.
+        converged: whether the components in use had converged.
+        numerical_rank: of the input, among the K components.
+        lost_variance: estimated share of the captured variance that is still missing.
+        method: ``"sketch"`` or ``"gram"``.
+        in_features, out_features: widths of the layer.
+        base_ranks, alphas: r and LoRA alpha of the layer before redistribution.
+        shared_inputs: groups of layers that read the same tensor.
+        tokens: tokens used over the pass; ``skipped_tokens`` of them left out as not finite.
+        steps, forwards: folds, and forward passes.
+        seconds: by phase: forward, accumulate, fold, check, total.
+        peak_memory_bytes: above the level before the pass.
+        history: numbers after each step.
+        metadata: JSON-able: versions, model, LoRA config, options.
+        uncalled: layers that no forward pass called; they keep the default initialisation.
+    """
+
+    ranks: dict[str, int]
+    components: dict[str, Tensor]
+    singular_values: dict[str, Tensor]
+    explained_variance_ratio: dict[str, Tensor]
+    converged: dict[str, bool]
+    numerical_rank: dict[str, int]
+    lost_variance: dict[str, float]
+    method: dict[str, str]
+    in_features: dict[str, int]
+    out_features: dict[str, int]
+    base_ranks: dict[str, int]
+    alphas: dict[str, float]
+    shared_inputs: list[list[str]]
+    tokens: int
+    skipped_tokens: int
+    steps: int
+    forwards: int
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+    history: dict[str, list[Any]]
+    metadata: dict[str, Any]
+    uncalled: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> LoraConfig:
+        """The LoRA config that the pass was made for."""
+        return _config_from_dict(self.metadata["lora_config"])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the new ``lora_A`` of every layer: name -> (rank, in_features).
+
+        Whitened if the config asks for it (rows divided by the square root of their singular
+        value, once a layer). Separate, contiguous tensors that safetensors can save.
+        """
+        eva = self.config.eva_config
+        state = {}
+        for name, rank in self.ranks.items():
+            rows = self.components[name][:rank].clone()
+            if eva is not None and eva.whiten:
+                rows /= self.singular_values[name][:rank, None].sqrt()
+            state[name] = rows.contiguous()
+        return state
+
+    def reallocated(
+        self,
+        *,
+        r: int | None = None,
+        rho: float | None = None,
+        budget: str = "rank",
+        min_rank: int = 0,
+    ) -> EvaResult:
+        """Return a result with other ranks from the same spectra, without another pass.
+
+        Args:
+            r: rank of every layer before redistribution; the layers' own if ``None``.
+            rho: a layer gets at most ``round(r * rho)``; that of the config if ``None``.
+            budget, min_rank: as in ``initialize``.
+
+        Raises:
+            EvaValueError: more components are asked for than the pass has tracked.
+        """
+        from copy import copy  # a shallow copy: tensors are shared, never changed
+
+        config = self.config
+        rho = rho if rho is not None else (config.eva_config.rho if config.eva_config else 2.0)
+        targets, ratios = [], []
+        for name in self.ranks:
+            rank = r or self.base_ranks[name]
+            features = self.in_features[name]
+            wanted, have = min(round(rank * rho), features), len(self.singular_values[name])
+            if wanted > have:
+                raise EvaValueError(
+                    f"layer {name}: r={rank} and rho={rho} may need {wanted} components, but this "
+                    f"result has {have}; calibrate again with a larger r or rho"
+                )
+            alpha = self.alphas[name]
+            out = self.out_features[name]
+            targets.append(Target(name, nn.Identity(), features, out, rank, alpha))
+            ratios.append(self.explained_variance_ratio[name][:wanted])
+        other = copy(self)
+        other.ranks = dict(zip(self.ranks, spend(targets, ratios, budget, min_rank), strict=True))
+        other.base_ranks = {t.name: t.rank for t in targets}
+        lora = {**self.metadata["lora_config"], "r": r or config.r}
+        if r is not None:
+            lora["rank_pattern"] = {}
+        other.metadata = {**self.metadata, "lora_config": lora}
+        return other
+
+    def apply(
+        self,
+        model: nn.Module,
+        config: LoraConfig | None = None,
+        *,
+        adapter_name: str = "default",
+        strict: bool = True,
+        **allocation: Any,
+    ) -> PeftModel:
+        """Write the result into a model.
+
+        Args:
+            model: a PeftModel with a LoRA adapter, or a base model, which is then wrapped.
+            config: for a base model; that of the pass if ``None``.
+            adapter_name: which adapter of a PeftModel.
+            strict: raise if the layers of the model and of the result differ.
+            **allocation: ``r``, ``rho``, ``budget``, ``min_rank``; see :meth:`reallocated`.
+
+        Returns:
+            The PeftModel, with this result as ``eva_result``.
+        """
+        from .adapters import write_result
+
+        result = self.reallocated(**allocation) if allocation else self
+        return write_result(model, result, config, adapter_name, strict)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write one safetensors file, atomically; never pickle."""
+        from .storage import save_result
+
+        save_result(self, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> EvaResult:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            EvaValueError: not such a file, or damaged.
+        """
+        from .storage import load_result
+
+        return load_result(path)
+
+    def summary(self) -> str:
+        """Return a table as text: one line a kind of layer, and the totals."""
+        from .storage import summary_text
+
+        return summary_text(self)
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Write ranks, explained variance and convergence as a PNG or SVG."""
+        from .plots import save_result_plot
+
+        save_result_plot(self, path)
+
+    def to_html(self, path: str | PathLike[str]) -> None:
+        """Write one self-contained HTML report."""
+        from .report import write_html
+
+        write_html(self, path)
+
+
+def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
+    """Build the result of a finished pass."""
+    slots = run.collector.slots
+    spectra = {id(s): s.stream.spectrum() for s in slots}
+    shared = {
+        id(s): (
+            spectra[id(s)].components.float().cpu().contiguous(),
+            spectra[id(s)].singular_values.float().cpu(),
+            spectra[id(s)].ratio.float().cpu(),
+        )
+        for s in slots
+    }
+    called = [i for i in range(len(run.targets)) if i in run.collector.slot_of]
+    pairs = [(run.targets[i], run.collector.slot_of[i]) for i in called]
+    # An exact stream answers by eigen-decomposition, so the ranks come from the final spectra.
+    ratios = [shared[id(s)][2][: run.limit(t)] for t, s in pairs]
+    ranks = spend([t for t, _ in pairs], ratios, run.options.budget, run.options.min_rank)
+    return EvaResult(
+        ranks={t.name: r for (t, _), r in zip(pairs, ranks, strict=True)},
+        components={t.name: shared[id(s)][0][: run.limit(t)] for t, s in pairs},
+        singular_values={t.name: shared[id(s)][1][: run.limit(t)] for t, s in pairs},
+        explained_variance_ratio={t.name: shared[id(s)][2][: run.limit(t)] for t, s in pairs},
+        converged={t.name: s.stream.converged for t, s in pairs},
+        numerical_rank={t.name: spectra[id(s)].rank for t, s in pairs},
+        lost_variance={t.name: spectra[id(s)].lost for t, s in pairs},
+        method={t.name: s.stream.options.method for t, s in pairs},
+        in_features={t.name: t.in_features for t, _ in pairs},
+        out_features={t.name: t.out_features for t, _ in pairs},
+        base_ranks={t.name: t.rank for t, _ in pairs},
+        alphas={t.name: t.alpha for t, _ in pairs},
+        shared_inputs=[
+            [run.targets[i].name for i in sorted(s.members)] for s in slots if len(s.members) > 1
+        ],
+        tokens=run.tokens,
+        skipped_tokens=max((s.stream.skipped for s in slots), default=0),
+        steps=run.steps,
+        forwards=run.forwards,
+        seconds=dict(run.seconds),
+        peak_memory_bytes=peak_bytes,
+        history=run.history,
+        metadata=_metadata(run),
+        uncalled=[t.name for i, t in enumerate(run.targets) if i not in run.collector.slot_of],
+    )
+
+
+def _metadata(run: CalibrationPass) -> dict[str, Any]:
+    config = getattr(run.model, "config", None)
+    parameter = next(iter(run.model.parameters()), None)
+    names = ("method", "oversample", "criterion", "budget", "min_rank", "precision", "seed")
+    return {
+        "eva_kernels": eva_kernels.__version__,
+        "versions": versions(),
+        "model": getattr(config, "_name_or_path", "") or type(run.model).__name__,
+        "model_type": getattr(config, "model_type", None),
+        "dtype": str(None if parameter is None else parameter.dtype).removeprefix("torch."),
+        "device": str(run.device),
+        "lora_config": _config_to_dict(run.config),
+        "options": {name: getattr(run.options, name) for name in names},
+    }
+
+
+def _config_to_dict(config: LoraConfig) -> dict[str, Any]:
+    kept = {
+        name: _plain(getattr(config, name))
+        for name in _CONFIG_FIELDS
+        if getattr(config, name, None) is not None
+    }
+    eva = config.eva_config
+    kept["eva_config"] = None if eva is None else {k: _plain(v) for k, v in vars(eva).items()}
+    return kept
+
+
+# What a LoRA adapter is built from; run-time state of a config is left out.
+_CONFIG_FIELDS: Sequence[str] = (
+    "task_type inference_mode r target_modules exclude_modules lora_alpha lora_dropout "
+    "fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform "
+    "layers_pattern rank_pattern alpha_pattern use_dora lora_bias base_model_name_or_path revision"
+).split()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return getattr(value, "value", value) if type(value).__module__.startswith("peft") else value
+
+
+def _config_from_dict(values: dict[str, Any]) -> LoraConfig:
+    from ._peft_compat import EvaConfig
+
+    fields = dict(values)
+    eva = fields.pop("eva_config", None)
+    return LoraConfig(**fields, eva_config=None if eva is None else EvaConfig(**eva))

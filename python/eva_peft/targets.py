@@ -1,0 +1,158 @@
+"""Which layers EVA initialises: found as PEFT would find them, named as in the base model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ._peft_compat import (
+    LoraConfig,
+    LoraLayer,
+    PeftModel,
+    matches_target,
+    pattern_value,
+    resolved_config,
+)
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
+
+__all__ = ["Target", "base_name", "find_targets", "unwrap"]
+
+# What DDP, torch.compile and PEFT put in front of the names of the base model.
+_PREFIX = re.compile(r"^(?:(?:_orig_mod|module)\.|base_model\.model\.)+")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to initialise.
+
+    Attributes:
+        name: in the base model.
+        module: whose input is read (below the adapter, if there is one).
+        in_features, out_features: D and the output width.
+        rank: r of this layer before redistribution.
+        alpha: LoRA alpha of this layer.
+    """
+
+    name: str
+    module: nn.Module
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float
+
+
+def base_name(name: str) -> str:
+    """Return a layer's name in the base model, without the prefixes of any wrapper."""
+    name = name.replace("._orig_mod.", ".")
+    return _PREFIX.sub("", name)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model below DistributedDataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def widths(module: nn.Module) -> tuple[int, int] | None:
+    """Return (in_features, out_features) of a layer whose input EVA can read, else ``None``."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+        return None
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)
+    return None
+
+
+def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraConfig:
+    """Return the LoRA config to use for a model.
+
+    Raises:
+        EvaTypeError: not a LoraConfig. EvaValueError: no config, or no such adapter.
+    """
+    if config is None and isinstance(model, PeftModel):
+        if adapter_name not in model.peft_config:
+            raise EvaValueError(
+                f"the model has no adapter {adapter_name!r}; it has {sorted(model.peft_config)}"
+            )
+        config = model.peft_config[adapter_name]
+    if config is None:
+        raise EvaValueError("peft_config is required if model is not a PeftModel")
+    if not isinstance(config, LoraConfig):
+        raise EvaTypeError(f"EVA initialises LoRA: expected a LoraConfig, got {type(config)}")
+    return config
+
+
+def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Target]:
+    """List the layers to initialise, in module order.
+
+    Args:
+        model: a PeftModel (layers that own ``adapter_name``) or a base model (layers that PEFT
+            would adapt under ``config``), without wrappers.
+
+    Raises:
+        EvaValueError: no layer found. EvaRuntimeError: the adapter is merged into the weights.
+    """
+    pairs = _adapted(model, adapter_name) if isinstance(model, PeftModel) else None
+    if pairs is None:
+        config = resolved_config(model, config)
+        pairs = ((n, m) for n, m in model.named_modules() if matches_target(config, n))
+    targets, unsupported = [], []
+    for name, module in pairs:
+        size = widths(module)
+        if size is None:
+            unsupported.append(name)
+            continue
+        rank = int(pattern_value(config.rank_pattern, name, config.r))
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        targets.append(Target(name, module, *size, rank, alpha))
+    if not targets:
+        raise EvaValueError(
+            f"no layer to initialise: target_modules={config.target_modules!r} matches no linear "
+            f"layer of {type(model).__name__}" + _suggest(model, unsupported)
+        )
+    if unsupported:
+        warnings.warn(
+            "EVA reads the inputs of linear layers only; these keep the default initialisation: "
+            f"{_shorten(unsupported)}",
+            EvaWarning,
+            stacklevel=3,
+        )
+    return targets
+
+
+def _adapted(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter_name not in module.lora_A and adapter_name not in module.lora_embedding_A:
+            continue
+        if module.merged:
+            raise EvaRuntimeError(
+                f"layer {base_name(name)} has merged adapters {module.merged_adapters}; "
+                "call model.unmerge_adapter() first"
+            )
+        yield base_name(name), module.get_base_layer()
+
+
+def _suggest(model: nn.Module, unsupported: list[str]) -> str:
+    if unsupported:
+        return f"; it matches {_shorten(unsupported)}, whose inputs EVA cannot read"
+    kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if widths(m)})
+    return f"; the linear layers are called {_shorten(kinds)}" if kinds else ""
+
+
+def _shorten(names: Iterable[str], most: int = 12) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

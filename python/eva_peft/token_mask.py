@@ -1,0 +1,143 @@
+"""Which tokens of a batch count, and which rows of a layer's input they are."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._peft_compat import LoraConfig
+from .errors import EvaWarning
+
+__all__ = ["TokenMask", "mask_of_batch"]
+
+# Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
+_READS_ENCODER = re.compile(
+    r"(EncDecAttention|encoder_attn|crossattention|cross_attn).*\b(k|v|k_proj|v_proj|key|value)$"
+)
+# A Decision Transformer interleaves return, state and action: three tokens a time step.
+_DECISION_STREAMS = 3
+
+
+class TokenMask:
+    """The tokens of one batch that EVA uses.
+
+    Args:
+        main: bool (B, T): tokens of the model's only, or encoder's, stream; all if ``None``.
+        decoder: bool (B, T_dec): tokens of an encoder-decoder model's decoder stream.
+        streams: how many tokens of a layer's input one position of ``main`` stands for.
+    """
+
+    def __init__(
+        self, main: Tensor | None, decoder: Tensor | None = None, streams: int = 1
+    ) -> None:
+        self.main, self.decoder, self.streams = main, decoder, streams
+        self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
+        self._warned: set[str] = set()
+
+    def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
+        """Return the rows of a layer's input to use, after flattening all but the last dimension.
+
+        Args:
+            shape: of the layer's input, features last.
+            device: where the indices are needed.
+            name: of the layer.
+
+        Returns:
+            int64 indices, or ``None`` for all rows.
+        """
+        leading = tuple(shape[:-1])
+        for kind, mask in self._candidates(name):
+            if leading == tuple(mask.shape) or (
+                len(leading) == 1 and leading[0] == mask.numel() and mask.numel() != mask.shape[0]
+            ):
+                return self._indices(kind, mask, device)
+            if leading == tuple(mask.shape)[::-1]:  # sequence-first layers
+                return self._indices(kind, mask, device, transposed=True)
+            if self.streams > 1 and leading == (mask.shape[0], mask.shape[1] * self.streams):
+                wide = mask.repeat_interleave(self.streams, dim=1)
+                return self._indices(kind + "*", wide, device)
+        self._warn_unknown(leading, name)
+        return None
+
+    def _candidates(self, name: str) -> list[tuple[str, Tensor]]:
+        found = [("main", self.main), ("decoder", self.decoder)]
+        if "decoder" in name and not _READS_ENCODER.search(name):
+            found.reverse()
+        return [(kind, mask) for kind, mask in found if mask is not None]
+
+    def _indices(
+        self, kind: str, mask: Tensor, device: torch.device, transposed: bool = False
+    ) -> Tensor | None:
+        key = (kind, transposed, device)
+        if key not in self._rows:
+            flat = (mask.mT if transposed else mask).reshape(-1)
+            rows = None if bool(flat.all()) else flat.nonzero().flatten().to(device)
+            self._rows[key] = rows
+        return self._rows[key]
+
+    def _warn_unknown(self, leading: tuple[int, ...], name: str) -> None:
+        masks = [m for _, m in self._candidates(name)]
+        # Without a mask, with one that keeps everything, and for pooled inputs (one row a
+        # sample), using every row is what is wanted.
+        if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
+            return
+        warnings.warn(
+            f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
+            f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to select",
+            EvaWarning,
+            stacklevel=2,
+        )
+
+
+def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> TokenMask:
+    """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
+
+    Labels count only where they are labels of tokens, that is where their shape is that of the
+    tokens; the labels of an encoder-decoder model mask its decoder.
+
+    Args:
+        batch: a mapping; anything else has no mask.
+        config: its ``eva_config`` says whether, and with which value, labels mask tokens.
+        model_config: of the model, for the kind of architecture.
+    """
+    if not isinstance(batch, Mapping):
+        return TokenMask(None)
+    attention, labels = batch.get("attention_mask"), batch.get("labels")
+    main = _token_mask(attention)
+    decoder = _token_mask(batch.get("decoder_attention_mask"))
+    eva = config.eva_config
+    label_mask = None
+    if isinstance(labels, Tensor) and labels.dim() == 2 and (eva is None or eva.use_label_mask):
+        if not labels.is_floating_point():
+            label_mask = (labels != (-100 if eva is None else eva.label_mask_value)).cpu()
+    if getattr(model_config, "is_encoder_decoder", False):
+        if label_mask is not None:
+            fits = decoder is not None and decoder.shape == label_mask.shape
+            decoder = decoder & label_mask if decoder is not None and fits else label_mask
+        return TokenMask(main, decoder)
+    shape = _token_shape(batch, main)
+    if label_mask is not None and tuple(label_mask.shape) == shape:
+        main = label_mask if main is None else main & label_mask
+    decision = getattr(model_config, "model_type", "") == "decision_transformer"
+    return TokenMask(main, decoder, _DECISION_STREAMS if decision else 1)
+
+
+def _token_mask(mask: Any) -> Tensor | None:
+    # A 4-D mask says which token sees which, not which tokens are padding.
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    return mask.bool().cpu()
+
+
+def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ...] | None:
+    ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return tuple(ids.shape)
+    if isinstance(embeds, Tensor):
+        return tuple(embeds.shape[:2])
+    return None if main is None else tuple(main.shape)

@@ -1,0 +1,63 @@
+"""Leave the world as it was: modes, caches, adapters and random state around a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._peft_compat import LoraLayer
+
+__all__ = ["quiet_model", "random_state_kept"]
+
+
+@contextmanager
+def quiet_model(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, with adapters off and without a generation cache.
+
+    Every module's own mode, flag and config value is put back on leaving, however that happens.
+    """
+    training = [(m, m.training) for m in model.modules()]
+    adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, LoraLayer)]
+    caches = [(c, c.use_cache) for c in _configs(model) if hasattr(c, "use_cache")]
+    try:
+        model.eval()
+        for layer, _ in adapters:
+            layer._disable_adapters = True
+        for config, _ in caches:
+            config.use_cache = False
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for layer, flag in adapters:
+            layer._disable_adapters = flag
+        for config, value in caches:
+            config.use_cache = value
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found: list[Any] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and all(config is not other for other in found):
+            found.append(config)
+    return found
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the global random state of the CPU and of every accelerator back on leaving."""
+    cpu = torch.get_rng_state()
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    module = torch.get_device_module(kind) if kind is not None else None
+    states = module.get_rng_state_all() if hasattr(module, "get_rng_state_all") else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if states is not None:
+            module.set_rng_state_all(states)
