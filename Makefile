@@ -1,0 +1,65 @@
+# Each target makes .venv itself, once, and again when the package's build files change.
+#
+#   PYTHON       the interpreter of .venv                      make test PYTHON=python3.12
+#   TORCH        what to install as torch
+#   TORCH_INDEX  where torch comes from, instead of pip's own index. PyPI's Linux wheel brings
+#                gigabytes of CUDA; on a machine without an NVIDIA GPU take the CPU wheel:
+#                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   EVA_KERNELS_CUDA   auto, 1 or 0 (see setup.py); without a driver nothing is built for CUDA
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+TRITON ?= triton==3.9.0; python_version >= "3.11"
+VENV := .venv
+BIN := $(VENV)/bin
+
+HAS_GPU := $(shell { nvidia-smi -L || test -e /dev/nvidia0; } >/dev/null 2>&1 && echo yes)
+EVA_KERNELS_CUDA ?= $(if $(HAS_GPU),auto,0)
+export EVA_KERNELS_CUDA
+export OPENBLAS_NUM_THREADS ?= 1
+
+READY := $(VENV)/.ready
+BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*.cu tests/emulator/*.h tests/emulator/*.cpp)
+
+.PHONY: help setup demo test lint bench docs clean
+
+help:
+	@echo "make demo   EVA on the embedded model against PEFT's; writes demo-report/"
+	@echo "make test   all tests      make lint   linters, formatters, types"
+	@echo "make bench  measurements   make docs   API documentation in site/"
+	@echo "make clean  remove what was built; make setup creates .venv"
+
+setup: $(READY)
+
+# torch first and by itself: the package must find a torch and leave it alone. A CUDA torch
+# brings its own triton; beside a CPU torch one is added for the interpreter.
+$(READY): $(BUILD_FILES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(if $(HAS_GPU),,$(BIN)/python -m pip install '$(TRITON)')
+	$(BIN)/python -m pip install -c constraints.txt -e ".[all]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/eva-kernels demo --out demo-report
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: $(READY)
+	$(BIN)/python -m bench
+
+docs: $(READY)
+	$(BIN)/pdoc --docformat google -o site eva_kernels eva_kernels.ops eva_kernels.streaming eva_kernels.reference eva_kernels.errors eva_peft
+
+clean:
+	rm -rf build dist site demo-report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(READY) eva_kernels/_C*.so eva_kernels/_cuda*.so

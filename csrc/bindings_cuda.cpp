@@ -1,0 +1,41 @@
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include "convergence.h"
+
+#ifndef EVA_CUDA_ARCHS
+#define EVA_CUDA_ARCHS ""
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+int device_count() {
+  int count = 0;
+  // Without a driver this is an error to CUDA; to a caller who asks how many there are it is 0.
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  (void)cudaGetLastError();
+  return 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() =
+      "CUDA part of eva_kernels. Addresses and sizes in, nothing checked: see csrc/README.md.";
+  m.attr("archs") = EVA_CUDA_ARCHS;
+  m.attr("toolkit") = CUDART_VERSION;
+  m.def("device_count", &device_count);
+  m.def(
+      "convergence",
+      [](uintptr_t matrices, int64_t n_matrices, int64_t n_rows, float tau, uintptr_t similarity,
+         uintptr_t unconverged, int device, uintptr_t stream) {
+        eva_kernels::convergence_cuda(eva_kernels::convergence_args(matrices, n_matrices, n_rows,
+                                                                    tau, similarity, unconverged),
+                                      device, stream);
+      },
+      py::arg("matrices"), py::arg("n_matrices"), py::arg("n_rows"), py::arg("tau"),
+      py::arg("similarity"), py::arg("unconverged"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,44 @@
+"""Set up the process for tests: no network, few threads, the Triton interpreter without a GPU."""
+
+import os
+import sys
+
+# Read when numpy and triton are first imported, so these stand above every other import.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+if not HAS_CUDA and "TRITON_INTERPRET" not in os.environ:
+    # The mode is fixed when triton is imported: setting the variable later mixes both modes.
+    if "triton" in sys.modules:
+        raise RuntimeError("triton was imported before tests/conftest.py could set its mode")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the numeric tests run: the GPU if there is one."""
+    return torch.device("cuda", 0) if HAS_CUDA else torch.device("cpu")

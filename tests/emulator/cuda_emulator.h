@@ -1,0 +1,223 @@
+// Runs device code on the CPU, functionally: the subset of CUDA that csrc/*.cuh uses, for tests.
+//
+// A CUDA thread is a fiber (ucontext). The fibers of a block share one OS thread and give way to
+// each other at barriers and warp shuffles; blocks run one after another, so `static` is memory
+// shared by a block. A seed shuffles the order of fibers and blocks, which exposes a missing
+// barrier. A round in which no fiber gets on is reported as a deadlock, with what is waited for.
+//
+// Not modelled: races between two synchronisation points, memory ordering, speed.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __shared__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct Index {
+  unsigned x;
+};
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 << 10;  // AddressSanitizer's red zones need the room
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  bool done = false;
+  const char* waits_for = "";
+};
+
+// A meeting point of some threads: all deposit a value, and the last to arrive opens it.
+struct Meeting {
+  int arrived = 0;
+  unsigned round = 0;
+  uint64_t value[2][kWarp] = {};  // by round: a fast lane may be in the next one already
+};
+
+struct Block {
+  unsigned index = 0;
+  unsigned thread = 0;  // the one that runs now
+  int alive = 0;
+  Meeting barrier;
+  std::vector<Meeting> warps;
+  std::vector<Fiber> fibers;
+  ucontext_t scheduler;
+  uint64_t progress = 0;
+  std::exception_ptr error;
+  void (*body)(void*) = nullptr;
+  void* arguments = nullptr;
+};
+
+inline Block*& block() {
+  static Block* current = nullptr;
+  return current;
+}
+
+inline void give_way(const char* waits_for) {
+  Block* b = block();
+  Fiber& fiber = b->fibers[b->thread];
+  fiber.waits_for = waits_for;
+  swapcontext(&fiber.context, &b->scheduler);
+}
+
+inline void open(Meeting& meeting) {
+  meeting.arrived = 0;
+  ++meeting.round;
+}
+
+// Returns the round that has been waited for.
+inline unsigned meet(Meeting& meeting, int expected, const char* name) {
+  const unsigned round = meeting.round;
+  ++block()->progress;
+  if (++meeting.arrived == expected) {
+    open(meeting);
+  } else {
+    while (meeting.round == round) give_way(name);
+  }
+  return round;
+}
+
+inline void fiber_main() {
+  Block* b = block();
+  try {
+    b->body(b->arguments);
+  } catch (...) {
+    b->error = std::current_exception();
+  }
+  b->fibers[b->thread].done = true;
+  ++b->progress;
+  --b->alive;
+  // Threads that have exited count as arrived, as they do on the device.
+  if (b->barrier.arrived > 0 && b->barrier.arrived == b->alive) open(b->barrier);
+  swapcontext(&b->fibers[b->thread].context, &b->scheduler);
+}
+
+inline std::string deadlock(const Block& b) {
+  std::map<std::string, int> waiting;
+  for (const Fiber& fiber : b.fibers) {
+    if (!fiber.done) ++waiting[fiber.waits_for];
+  }
+  std::string text = "deadlock:";
+  for (const auto& [name, count] : waiting) {
+    text += " " + std::to_string(count) + " threads wait at " + name + ";";
+  }
+  return text;
+}
+
+inline void run_block(Block& b, std::mt19937& random, bool shuffle) {
+  const unsigned threads = b.fibers.size();
+  b.alive = static_cast<int>(threads);
+  b.barrier = Meeting{};
+  b.warps.assign((threads + kWarp - 1) / kWarp, Meeting{});
+  for (Fiber& fiber : b.fibers) {
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  std::vector<unsigned> order(threads);
+  std::iota(order.begin(), order.end(), 0u);
+  while (b.alive > 0) {
+    if (shuffle) std::shuffle(order.begin(), order.end(), random);
+    const uint64_t before = b.progress;
+    for (const unsigned thread : order) {
+      if (b.fibers[thread].done) continue;
+      b.thread = thread;
+      swapcontext(&b.scheduler, &b.fibers[thread].context);
+      if (b.error) std::rethrow_exception(b.error);
+    }
+    if (b.progress == before) throw std::runtime_error(deadlock(b));
+  }
+}
+
+// Run `kernel(argument)` on a grid. Seed 0 is the plain order.
+template <class Argument>
+void launch(void (*kernel)(Argument), unsigned grid, unsigned threads, Argument argument,
+            unsigned seed) {
+  struct Call {
+    void (*kernel)(Argument);
+    Argument argument;
+  } call{kernel, argument};
+  Block b;
+  b.fibers.resize(threads);
+  b.body = [](void* p) { static_cast<Call*>(p)->kernel(static_cast<Call*>(p)->argument); };
+  b.arguments = &call;
+  std::mt19937 random(seed);
+  std::vector<unsigned> order(grid);
+  std::iota(order.begin(), order.end(), 0u);
+  if (seed != 0) std::shuffle(order.begin(), order.end(), random);
+  block() = &b;
+  for (const unsigned index : order) {
+    b.index = index;
+    run_block(b, random, seed != 0);
+  }
+  block() = nullptr;
+}
+
+// Every lane of the warp deposits a value; returns what all deposited.
+template <class T>
+const uint64_t* exchange(unsigned mask, T value, const char* name) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  if (mask != 0xffffffffu) throw std::runtime_error("only full warps are modelled");
+  Block* b = block();
+  Meeting& warp = b->warps[b->thread / kWarp];
+  uint64_t raw = 0;
+  std::memcpy(&raw, &value, sizeof(T));
+  warp.value[warp.round & 1][b->thread % kWarp] = raw;
+  const unsigned round = meet(warp, kWarp, name);
+  return warp.value[round & 1];
+}
+
+template <class T>
+T read_lane(const uint64_t* values, int lane) {
+  T value;
+  std::memcpy(&value, &values[lane], sizeof(T));
+  return value;
+}
+
+}  // namespace emulator
+
+#define threadIdx (Index{emulator::block()->thread})
+#define blockIdx (Index{emulator::block()->index})
+
+inline void __syncthreads() {
+  emulator::Block* b = emulator::block();
+  emulator::meet(b->barrier, b->alive, "__syncthreads");
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
+  const uint64_t* values = emulator::exchange(mask, value, "__shfl_down_sync");
+  const int lane = emulator::block()->thread % emulator::kWarp + delta;
+  return lane < emulator::kWarp ? emulator::read_lane<T>(values, lane) : value;
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address = old + value;
+  return old;
+}

@@ -1,0 +1,105 @@
+"""The CUDA kernel of the convergence check, run on the CPU, and planted bugs that must show."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+CXX = shutil.which("g++") or shutil.which("c++") or "c++"
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def compile_and_run(
+    source: str, folder: Path, *flags: str, csrc: Path = CSRC
+) -> subprocess.CompletedProcess[str]:
+    program = folder / "program"
+    command = [CXX, "-std=c++17", *flags, f"-I{csrc}", str(HERE / source), "-o", str(program)]
+    subprocess.run(command, check=True)
+    return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+
+
+def test_kernel_agrees_under_every_schedule(tmp_path: Path) -> None:
+    done = compile_and_run("run_convergence.cpp", tmp_path, "-O1", *WARNINGS)
+    assert (done.returncode, done.stdout) == (0, "all agree\n")
+
+
+def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
+    done = compile_and_run("run_convergence.cpp", tmp_path, *SANITIZERS)
+    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
+
+
+# What a slip of the pen would do: file, text as it stands, text with the bug.
+MUTATIONS = {
+    "no barrier": ("convergence.cuh", "  __syncthreads();\n", ""),
+    "half a warp": ("convergence.cuh", "offset = kWarpSize / 2", "offset = kWarpSize / 4"),
+    "reduction skips a step": ("convergence.cuh", "offset /= 2", "offset /= 4"),
+    "one sum not reduced": (
+        "convergence.cuh",
+        "sums.current += __shfl_down_sync(0xffffffffu, sums.current, offset);",
+        "",
+    ),
+    "last warp left out": ("convergence.cuh", "w < kWarps; ++w", "w < kWarps - 1; ++w"),
+    "first warp twice": ("convergence.cuh", "int w = 1; w < kWarps", "int w = 0; w < kWarps"),
+    "wrong lane stores": ("convergence.cuh", "% kWarpSize == 0)", "% kWarpSize == 1)"),
+    "strides swapped": (
+        "convergence.cuh",
+        "matrix.previous + i_row * matrix.previous_row_stride",
+        "matrix.previous + i_row * matrix.columns",
+    ),
+    "alignment of one side only": (
+        "convergence.cuh",
+        "is_vector_aligned(previous) && is_vector_aligned(current)",
+        "is_vector_aligned(previous)",
+    ),
+    "tail left out": ("convergence.cuh", "done + threadIdx.x; i < columns", "done; i < 0"),
+    "tail read too far": (
+        "convergence.cuh",
+        "threadIdx.x; i < columns;",
+        "threadIdx.x; i <= columns;",
+    ),
+    "tail counted twice": ("convergence.cuh", "done = columns / 4 * 4;", "done = columns / 8 * 4;"),
+    "one component missed": ("convergence.cuh", "sums.add(x.w, y.w);", ""),
+    "search off by one": ("convergence.cuh", ".first_row <= row", ".first_row < row"),
+    "search stops early": ("convergence.cuh", "high - low > 1", "high - low > 2"),
+    "count overwritten": (
+        "convergence.cuh",
+        "atomicAdd(&args.unconverged[m], 1)",
+        "args.unconverged[m] = 1",
+    ),
+    "rank ignored": ("convergence.cuh", "i_row < matrix.rank && ", ""),
+    "rank inclusive": ("convergence.cuh", "i_row < matrix.rank", "i_row <= matrix.rank"),
+    "NaN converges": ("convergence.h", "!(similarity >= tau)", "similarity < tau"),
+    "tau exclusive": ("convergence.h", "!(similarity >= tau)", "!(similarity > tau)"),
+    "sign kept": ("convergence.h", "fabs(sums.dot / scale)", "sums.dot / scale"),
+    "zero row is NaN": ("convergence.h", "scale == 0.0 ? 0.0f : ", ""),
+}
+
+
+# The CPU forgives these: it loads from any address, and finds the NaN of a gap in few places.
+ONLY_SANITIZERS_SEE = {"alignment of one side only", "tail read too far"}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
+    file, text, bug = MUTATIONS[name]
+    mutant = tmp_path / "csrc"
+    shutil.copytree(CSRC, mutant)
+    source = (mutant / file).read_text("utf-8")
+    assert source.count(text) == 1
+    (mutant / file).write_text(source.replace(text, bug), "utf-8")
+    flags = SANITIZERS if name in ONLY_SANITIZERS_SEE else ["-w"]
+    done = compile_and_run("run_convergence.cpp", tmp_path, *flags, csrc=mutant)
+    assert done.returncode != 0
+
+
+def test_emulator_sees_deadlocks_and_missing_barriers(tmp_path: Path) -> None:
+    done = compile_and_run("self_test.cpp", tmp_path, "-O1", *WARNINGS)
+    assert done.stdout.splitlines() == [
+        "deadlock: 16 threads wait at __shfl_down_sync; 16 threads wait at __syncthreads;",
+        "wrong without a barrier: yes, with it: 0",
+        "after an early exit of 24 threads: 40",
+    ]

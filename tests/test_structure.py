@@ -1,0 +1,221 @@
+"""The layers, sizes and habits of the source tree, read from the source itself."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import eva_kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = {
+    "eva_kernels": ROOT / "eva_kernels",
+    "eva_peft": ROOT / "python" / "eva_peft",
+}
+UTILITIES = {"eva_kernels.errors", "eva_kernels._native", "eva_kernels._env"}
+
+# Layer -> what it may import besides itself. A module belongs to the longest name that fits it.
+LAYERS = {
+    "eva_kernels.errors": set(),
+    "eva_kernels._env": {"eva_kernels.errors"},
+    "eva_kernels._native": {"eva_kernels.errors"},
+    "eva_kernels.kernels": {"eva_kernels._env"},
+    "eva_kernels.reference": set(),
+    "eva_kernels.ops": {"eva_kernels.kernels", "eva_kernels.reference", *UTILITIES},
+    "eva_kernels.streaming": {"eva_kernels.ops", "eva_kernels.errors"},
+    "eva_kernels._pca": {"eva_kernels.streaming", "eva_kernels.errors"},
+    "eva_kernels": {"eva_kernels", "eva_peft"},  # the front door: the one arrow that points up
+    "eva_peft": {"eva_kernels", "eva_kernels.errors", "eva_kernels.ops", "eva_kernels.streaming"},
+}
+MODEL_LIBRARIES = {"accelerate", "datasets", "peft", "transformers"}
+PUBLIC = [
+    "EvaError",
+    "EvaResult",
+    "EvaRuntimeError",
+    "EvaTypeError",
+    "EvaValueError",
+    "EvaWarning",
+    "IncrementalPCA",
+    "NonFiniteError",
+    "NotConvergedError",
+    "NotConvergedWarning",
+    "__version__",
+    "calibrate",
+    "estimate",
+    "get_eva_state_dict",
+    "initialize",
+    "initialize_lora_eva_weights",
+    "patch_peft",
+]
+
+
+def modules() -> dict[str, Path]:
+    """Return every module of both packages by its dotted name."""
+    found = {}
+    for package, folder in SOURCES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join((package, *parts))] = path
+    return found
+
+
+MODULES = modules()
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def imports(name: str, tree: ast.Module) -> Iterator[str]:
+    """Yield the modules that a module imports, wherever the statement stands."""
+    package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*parents, node.module or ""]).strip(".") if node.level else node.module
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}"
+                yield submodule if submodule in MODULES else base
+
+
+def layer_of(name: str) -> str:
+    fitting = [layer for layer in LAYERS if name == layer or name.startswith(layer + ".")]
+    if name not in LAYERS:  # only modules named in the table are the front door itself
+        fitting = [layer for layer in fitting if layer != "eva_kernels"]
+    return max(fitting, key=len, default="")
+
+
+def layer_violations(name: str, imported: Iterator[str]) -> list[str]:
+    layer = layer_of(name)
+    if not layer:
+        return [f"{name} belongs to no layer of tests/test_structure.py"]
+    bad = []
+    for target in imported:
+        root = target.split(".")[0]
+        if root in MODEL_LIBRARIES and layer != "eva_peft":
+            bad.append(f"{name} imports {target}: the engine knows no model")
+        if root not in SOURCES or layer_of(target) == layer:
+            continue
+        if layer_of(target) not in LAYERS[layer] and layer != "eva_kernels":
+            bad.append(f"{name} imports {target}: {layer} may not know {layer_of(target)}")
+    return bad
+
+
+def test_both_packages_are_found() -> None:
+    assert {"eva_kernels", "eva_peft", "eva_kernels.reference", "eva_kernels.ops"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_follow_the_layers(name: str) -> None:
+    assert layer_violations(name, imports(name, parse(name))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("eva_kernels.reference", "eva_kernels.ops"),
+        ("eva_kernels.ops.sketch", "eva_kernels.streaming"),
+        ("eva_kernels.streaming.fold", "eva_kernels.reference"),
+        ("eva_kernels.streaming.fold", "eva_kernels"),
+        ("eva_kernels.streaming.fold", "transformers"),
+        ("eva_kernels._pca", "eva_peft.result"),
+        ("eva_peft.hooks", "eva_kernels.reference"),
+        ("eva_peft.hooks", "eva_kernels._native"),
+        ("eva_kernels.somewhere", "torch"),
+    ],
+)
+def test_the_check_sees_a_wrong_import(name: str, target: str) -> None:
+    assert len(layer_violations(name, iter([target]))) == 1
+
+
+def test_relative_imports_are_resolved() -> None:
+    tree = ast.parse("from .. import reference\nfrom .gram import gram\nfrom ..errors import E")
+    found = list(imports("eva_kernels.ops.sketch", tree))
+    assert found == ["eva_kernels.reference", "eva_kernels.ops.gram", "eva_kernels.errors"]
+
+
+def test_native_code_includes_no_framework() -> None:
+    for path in (ROOT / "csrc").iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert not any(header in text for header in ("<torch/", "<ATen/", "<c10/")), path
+
+
+def test_no_file_is_over_500_lines() -> None:
+    folders = ["eva_kernels", "python", "csrc", "tests", "bench"]
+    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h"}
+    files = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in suffixes]
+    long = {str(p): n for p in files if (n := len(p.read_text("utf-8").splitlines())) > 500}
+    assert long == {}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"eva_peft.cli", "eva_peft.demo"}))
+def test_no_print_in_the_library(name: str) -> None:
+    calls = [node for node in ast.walk(parse(name)) if isinstance(node, ast.Call)]
+    prints = [c.lineno for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+    assert prints == []
+
+
+def compares_versions(tree: ast.Module) -> list[int]:
+    """Return the lines that compare or parse a version."""
+    lines = []
+    for node in ast.walk(tree):
+        names = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        names |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        compared = isinstance(node, ast.Compare) and names & {"__version__", "version_info"}
+        parsed = isinstance(node, ast.ImportFrom | ast.Import) and "packaging.version" in {
+            getattr(node, "module", None),
+            *(alias.name for alias in node.names),
+        }
+        if compared or parsed:
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_versions_are_compared_in_one_place(name: str) -> None:
+    if name != "eva_peft._peft_compat":
+        assert compares_versions(parse(name)) == []
+
+
+def test_the_version_check_sees_a_comparison() -> None:
+    source = "from packaging.version import Version\nif Version(peft.__version__) < x: pass"
+    assert compares_versions(ast.parse(source)) == [1, 2]
+
+
+def test_exports_are_pinned() -> None:
+    assert sorted(eva_kernels.__all__) == PUBLIC
+    assert set(PUBLIC) <= set(dir(eva_kernels))
+    for name in PUBLIC:
+        assert getattr(eva_kernels, name) is not None
+
+
+def test_unknown_names_raise() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'initialise'"):
+        eva_kernels.initialise  # noqa: B018
+
+
+IMPORT_PROBE = """
+import json, sys, time
+import torch
+start = time.perf_counter()
+import eva_kernels
+seconds = time.perf_counter() - start
+heavy = sorted({"transformers", "peft", "triton", "eva_peft"} & set(sys.modules))
+print(json.dumps([seconds, heavy, torch.cuda.is_initialized()]))
+"""
+
+
+def test_import_is_light() -> None:
+    run = subprocess.run([sys.executable, "-c", IMPORT_PROBE], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    seconds, heavy, cuda = json.loads(run.stdout)
+    assert heavy == []
+    assert not cuda
+    assert seconds < 2.0
