@@ -69,7 +69,9 @@ class IncrementalPCA:
         self._sum = self._square = torch.empty(0)
         self._pivot = torch.empty(0)
 
-    def fit(self, x: Tensor | np.ndarray, y: None = None, *, batch_size: int | None = None) -> IncrementalPCA:
+    def fit(
+        self, x: Tensor | np.ndarray, y: None = None, *, batch_size: int | None = None
+    ) -> IncrementalPCA:
         """Forget everything and learn from x, (N, D), batch by batch."""
         data = _as_tensor(x)
         self._reset()

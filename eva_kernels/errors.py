@@ -1,7 +1,7 @@
 """Errors and warnings that the package raises.
 
-Every error is an ``EvaError`` and, at the same time, the built-in that PEFT or scikit-learn raises in
-the same case, so that existing ``except`` clauses keep working.
+Every error is an ``EvaError`` and, at the same time, the built-in that PEFT or scikit-learn raises
+in the same case, so that existing ``except`` clauses keep working.
 """
 
 __all__ = [

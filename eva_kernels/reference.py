@@ -1,7 +1,7 @@
 """Plain PyTorch twins of every operation: the truth that fast paths are tested against.
 
-Letters as everywhere in the package: N tokens, D features, Q sketch width, x one token (a row of X),
-p the pivot, v_j the rows of the basis V (Q, D).
+Letters as everywhere in the package: N tokens, D features, Q sketch width, x one token (a row of
+X), p the pivot, v_j the rows of the basis V (Q, D).
 """
 
 from __future__ import annotations

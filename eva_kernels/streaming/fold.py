@@ -97,9 +97,7 @@ def _fold_chunk(
     ]
 
 
-def nystrom(
-    image: Tensor, basis: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def nystrom(image: Tensor, basis: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Find the leading eigenpairs of a positive matrix C from its image of a basis.
 
     ``C ~ Y B^-1 Y^T`` with ``Y = C V^T`` and ``B = V Y``, and B^-1 truncated where the scaled

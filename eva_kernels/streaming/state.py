@@ -69,11 +69,11 @@ class GramState:
 
 def zero_sums(rows: int, features: int, dtype: torch.dtype, device: torch.device) -> StepSums:
     """Return empty sums with ``products`` of shape (rows, features)."""
-    exact = {"dtype": torch.float64, "device": device}
+    wide = torch.float64
     return StepSums(
-        count=torch.zeros((), **exact),
-        shift=torch.zeros(features, **exact),
-        square=torch.zeros((), **exact),
+        count=torch.zeros((), dtype=wide, device=device),
+        shift=torch.zeros(features, dtype=wide, device=device),
+        square=torch.zeros((), dtype=wide, device=device),
         products=torch.zeros(rows, features, dtype=dtype, device=device),
     )
 

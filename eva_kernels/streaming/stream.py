@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 
 from ..errors import EvaValueError, NonFiniteError
-from ..ops import convergence, gram, sketch
+from ..ops import gram, sketch
 from .fold import FoldReport, fold, fold_gram, scatter_about_mean
 from .merge import merge_gram, merge_sketch
 from .state import GramState, SketchState, StepSums, empty_sketch, zero_sums
 
-__all__ = ["InputStream", "Options", "Spectrum", "compare_streams", "fold_streams", "variance_ratio"]
+__all__ = [
+    "InputStream",
+    "Options",
+    "Spectrum",
+    "fold_streams",
+    "variance_ratio",
+]
 
 # The first basis comes from at most this many tokens per row of the sketch: it need not be exact.
 WARM_UP_TOKENS = 4
@@ -157,9 +163,7 @@ class InputStream:
         limit = WARM_UP_TOKENS * self.width
         index = torch.arange(len(x), device=x.device) if rows is None else rows
         sample = x.index_select(0, index[:: -(-len(index) // limit)]).to(self.dtype)
-        blank = empty_sketch(
-            self.width, self.features, self.dtype, self.device, self.options.seed
-        )
+        blank = empty_sketch(self.width, self.features, self.dtype, self.device, self.options.seed)
         blank = replace(blank, mean=sample.double().mean(0).to(self.dtype))
         sums = zero_sums(self.width, self.features, self.dtype, self.device)
         self._sketch_into(sample, None, blank, sums)
@@ -352,56 +356,3 @@ def _fold_group(
         return [fold_gram(s.state) for s in group if isinstance(s.state, GramState)]
     states = [s.state for s in group if isinstance(s.state, SketchState)]
     return fold(states, [s.sums for s in group if s.sums is not None])
-
-
-def compare_streams(
-    folded: Sequence[InputStream],
-    ranks: Sequence[int],
-    *,
-    tau: float,
-    criterion: str = "cosine",
-    backend: str = "auto",
-) -> None:
-    """Compare the leading components of folded streams with those before the fold.
-
-    Sets ``similarity`` (smallest over the first R components; ``None`` before the second fold)
-    and ``converged`` of every stream, and drops the old basis.
-
-    Args:
-        folded: what :func:`fold_streams` returned.
-        ranks: R, how many components of each stream are needed.
-        tau: threshold; NaN never passes.
-        criterion: ``"cosine"`` compares vector with vector (the paper's rule, without the sign),
-            ``"subspace"`` the spans: the smallest cosine of their principal angles.
-        backend: of the ``convergence`` op.
-    """
-    by_device: dict[torch.device, list[int]] = defaultdict(list)
-    for i, stream in enumerate(folded):
-        if stream.previous is None:
-            stream.similarity, stream.converged = None, False
-        else:
-            by_device[stream.device].append(i)
-    for indices in by_device.values():
-        chosen, needed = [folded[i] for i in indices], [ranks[i] for i in indices]
-        old = [s.previous.float() for s in chosen if s.previous is not None]
-        new = [s.sketch.basis[: s.components].float() for s in chosen if s.sketch is not None]
-        if criterion == "subspace":
-            smallest = [_principal_cosine(o, n, r) for o, n, r in zip(old, new, needed, strict=True)]
-            passed = [value >= tau for value in smallest]
-        else:
-            cosines, missing = convergence(old, new, needed, tau, backend=backend)
-            parts = cosines.cpu().split([s.components for s in chosen])
-            for stream, part in zip(chosen, parts, strict=True):
-                stream.cosines = part
-            smallest = [_least(p[:r]) for p, r in zip(parts, needed, strict=True)]
-            passed = [count == 0 for count in missing.tolist()]
-        for stream, value, flag in zip(chosen, smallest, passed, strict=True):
-            stream.similarity, stream.converged, stream.previous = value, flag, None
-
-
-def _least(cosines: Tensor) -> float:
-    return float(cosines.min()) if cosines.numel() else 1.0
-
-
-def _principal_cosine(old: Tensor, new: Tensor, rank: int) -> float:
-    return _least(torch.linalg.svdvals(new[:rank] @ old[:rank].mT)) if rank else 1.0

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -210,7 +211,7 @@ class _Writer:
             (layer.lora_B[self.adapter].weight, 0.0),
         ):
             before = weight.detach().clone()
-            self.undo.append(lambda w=weight, b=before: w.data.copy_(b))
+            self.undo.append(partial(weight.data.copy_, before))
             weight.copy_(value) if isinstance(value, Tensor) else weight.fill_(value)
 
     def _remove(self, name: str, path: str, layer: LoraLayer) -> None:
@@ -252,7 +253,7 @@ class _Writer:
         self.model.peft_config[self.adapter] = config
         names = getattr(self.model.base_model, "targeted_module_names", None)
         if names is not None and self.removed:
-            self.undo.append(lambda before=list(names): names.__setitem__(slice(None), before))
+            self.undo.append(partial(names.__setitem__, slice(None), list(names)))
             gone = set(self.removed)
             names[:] = [n for n in names if n not in gone]
 

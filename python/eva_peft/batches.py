@@ -15,7 +15,7 @@ __all__ = ["iterate", "model_arguments", "model_device", "to_device", "trim_padd
 
 # What has one entry a token along dimension 1, and can be cut where all samples are padding.
 _TOKEN_KEYS = frozenset(
-    "input_ids attention_mask token_type_ids position_ids labels inputs_embeds".split()
+    ["input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "inputs_embeds"]
 )
 
 
@@ -90,7 +90,7 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Drop ``labels``, so that no loss is computed, unless the model builds its inputs from them."""
+    """Drop ``labels``, to spare the loss, unless the model builds its inputs from them."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in arguments:
         return arguments

@@ -18,8 +18,13 @@ from eva_kernels.streaming import InputStream, Options, compare_streams, fold_st
 
 from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
-from .errors import EvaRuntimeError, EvaValueError, EvaWarning, NotConvergedError
-from .errors import NotConvergedWarning
+from .errors import (
+    EvaRuntimeError,
+    EvaValueError,
+    EvaWarning,
+    NotConvergedError,
+    NotConvergedWarning,
+)
 from .hooks import InputCollector, Selector, StopForward
 from .memory import PeakMemory
 from .options import AUTO, CalibrateOptions
@@ -49,12 +54,12 @@ def run_pass(
         NonFiniteError: a layer input holds NaN or infinity.
         NotConvergedError: with ``on_not_converged="raise"``.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise EvaRuntimeError(
-                "calibration across several processes is not supported; calibrate in one process, "
-                "save the result, and apply it in all of them"
-            )
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise EvaRuntimeError(
+            "calibration across several processes is not supported; calibrate in one process, "
+            "save the result, and apply it in all of them"
+        )
     targets = find_targets(model, config, options.adapter_name)
     with random_state_kept(), torch.no_grad(), quiet_model(model):
         return CalibrationPass(model, config, options, targets).run(loader)

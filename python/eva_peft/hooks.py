@@ -25,7 +25,7 @@ __all__ = ["InputCollector", "StopForward"]
 Selector = Callable[[Any, Any, str], Tensor]
 
 
-class StopForward(Exception):  # noqa: N818  (it is control flow, not an error)
+class StopForward(Exception):
     """Raised by a hook behind the last layer that is needed, to end the forward pass."""
 
 
@@ -148,9 +148,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _seen_all(self) -> bool:
         counts = self._counts
         return all(
-            counts.get(i, 0) >= most
-            for i, most in self._most_calls.items()
-            if i not in self.frozen
+            counts.get(i, 0) >= most for i, most in self._most_calls.items() if i not in self.frozen
         )
 
     def _called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

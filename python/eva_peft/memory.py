@@ -7,10 +7,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
 
 __all__ = ["PeakMemory"]
 
@@ -45,7 +43,7 @@ class PeakMemory(AbstractContextManager["PeakMemory"]):
 
 
 def _resident_peak() -> int:
-    if resource is None:
+    if sys.platform == "win32":
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

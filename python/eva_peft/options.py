@@ -57,9 +57,9 @@ class CalibrateOptions:
     """
 
     forward_fn: Callable[..., Any] | None = None
-    prepare_model_inputs_fn: Callable[..., Any] | None | Literal["auto"] = AUTO
+    prepare_model_inputs_fn: Callable[..., Any] | Literal["auto"] | None = AUTO
     prepare_layer_inputs_fn: (
-        Callable[..., Any] | Mapping[str, Callable[..., Any]] | None | Literal["auto"]
+        Callable[..., Any] | Mapping[str, Callable[..., Any]] | Literal["auto"] | None
     ) = AUTO
     adapter_name: str = "default"
     max_steps: int = 1000

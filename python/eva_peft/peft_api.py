@@ -149,7 +149,7 @@ def initialize_lora_eva_weights(
     result.apply(inner, adapter_name=adapter_name)
 
 
-class patch_peft:  # noqa: N801  (a function to its users: called, or used with "with")
+class patch_peft:
     """Make PEFT's two EVA functions ours: for the process, or for a ``with`` block.
 
     Code that has already imported the functions by name keeps PEFT's.

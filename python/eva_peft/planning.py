@@ -57,13 +57,14 @@ def plan_targets(
         k = components_of(target, rho)
         widest[target.in_features] = max(k, widest.get(target.in_features, 0))
     features = [t.in_features for t in targets]
+    budget: int | None
     if options.memory_budget == AUTO:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         floor = plan_streams(
             features, [widest[d] for d in features], method="sketch", oversample=options.oversample
         )
-        budget = max(int(AUTO_BUDGET * size), sum(stream_bytes(p) for p in floor))
-        budget = None if options.method == "gram" else budget
+        least = sum(stream_bytes(p) for p in floor)
+        budget = None if options.method == "gram" else max(int(AUTO_BUDGET * size), least)
     else:
         budget = int(options.memory_budget)
     plans = plan_streams(

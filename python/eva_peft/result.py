@@ -275,10 +275,27 @@ def _config_to_dict(config: LoraConfig) -> dict[str, Any]:
 
 # What a LoRA adapter is built from; run-time state of a config is left out.
 _CONFIG_FIELDS: Sequence[str] = (
-    "task_type inference_mode r target_modules exclude_modules lora_alpha lora_dropout "
-    "fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern use_dora lora_bias base_model_name_or_path revision"
-).split()
+    "task_type",
+    "inference_mode",
+    "r",
+    "target_modules",
+    "exclude_modules",
+    "lora_alpha",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "lora_bias",
+    "base_model_name_or_path",
+    "revision",
+)
 
 
 def _plain(value: Any) -> Any:

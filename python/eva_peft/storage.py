@@ -73,7 +73,9 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
     try:
         index: dict[str, dict[str, str]] = json.loads(metadata["index"])
         rest: dict[str, Any] = json.loads(metadata["result"])
-        found = {kind: {n: tensors[k] for n, k in index[kind].items()} for kind in _TENSORS}
+        found: dict[str, Any] = {
+            kind: {n: tensors[k] for n, k in index[kind].items()} for kind in _TENSORS
+        }
         result = EvaResult(**found, **rest)
     except (KeyError, TypeError, ValueError) as error:
         raise EvaValueError(f"{path} is damaged: {error!r}") from error
@@ -93,9 +95,7 @@ def summary_text(result: EvaResult) -> str:
         ]
         width = max(result.in_features[n] for n in names)
         span = f"{min(ranks)}-{max(ranks)}"
-        lines.append(
-            f"{kind:<24}{len(names):>6}{width:>7}{span:>12}{median(explained):>19.1%}"
-        )
+        lines.append(f"{kind:<24}{len(names):>6}{width:>7}{span:>12}{median(explained):>19.1%}")
     converged = sum(result.converged.values())
     lines += [
         "",

@@ -66,11 +66,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def widths(module: nn.Module) -> tuple[int, int] | None:
     """Return (in_features, out_features) of a layer whose input EVA can read, else ``None``."""
     if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.weight.shape[1])
+        rows, columns = module.weight.shape  # stored transposed
+        return rows, columns
     if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
         return None
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features), int(module.out_features)
+    size = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(size[0], int) and isinstance(size[1], int):
+        return size[0], size[1]
     return None
 
 

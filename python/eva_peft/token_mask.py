@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -112,9 +112,9 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
     decoder = _token_mask(batch.get("decoder_attention_mask"))
     eva = config.eva_config
     label_mask = None
-    if isinstance(labels, Tensor) and labels.dim() == 2 and (eva is None or eva.use_label_mask):
-        if not labels.is_floating_point():
-            label_mask = (labels != (-100 if eva is None else eva.label_mask_value)).cpu()
+    wanted = eva is None or eva.use_label_mask
+    if wanted and _is_token_labels(labels):
+        label_mask = labels.cpu() != (-100 if eva is None else eva.label_mask_value)
     if getattr(model_config, "is_encoder_decoder", False):
         if label_mask is not None:
             fits = decoder is not None and decoder.shape == label_mask.shape
@@ -125,6 +125,10 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
         main = label_mask if main is None else main & label_mask
     decision = getattr(model_config, "model_type", "") == "decision_transformer"
     return TokenMask(main, decoder, _DECISION_STREAMS if decision else 1)
+
+
+def _is_token_labels(labels: Any) -> TypeGuard[Tensor]:
+    return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
 def _token_mask(mask: Any) -> Tensor | None:

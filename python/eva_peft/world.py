@@ -53,7 +53,7 @@ def random_state_kept() -> Iterator[None]:
     """Put the global random state of the CPU and of every accelerator back on leaving."""
     cpu = torch.get_rng_state()
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module = torch.get_device_module(kind) if kind is not None else None
+    module: Any = torch.get_device_module(kind) if kind is not None else None
     states = module.get_rng_state_all() if hasattr(module, "get_rng_state_all") else None
     try:
         yield
