@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from .errors import EvaTypeError, EvaValueError
 
-__all__ = ["iterate", "model_arguments", "model_device", "to_device", "trim_padding"]
+__all__ = [
+    "iterate",
+    "model_arguments",
+    "model_device",
+    "to_device",
+    "without_labels",
+    "without_padding",
+]
+
+# What another forward pass costs by itself, in padded tokens: the work that does not depend on
+# their number, or the loss of a device that is not full.
+FORWARD_OVERHEAD = {"cpu": 64}
+FORWARD_OVERHEAD_ACCELERATOR = 4096
 
 # What has one entry a token along dimension 1, and can be cut where all samples are padding.
 _TOKEN_KEYS = frozenset(
@@ -97,27 +109,64 @@ def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any
     return {k: v for k, v in arguments.items() if k != "labels"}
 
 
-def trim_padding(batch: Any) -> Any:
-    """Cut the columns at the end that are padding in every sample.
+def without_padding(batch: Any, device: torch.device) -> list[Any]:
+    """Return a batch as one or more that hold less padding, and the same tokens.
 
-    Exact for right padding: no token attends to a masked position. A batch with a tensor of
-    that length that this module does not know, or with a mask of another kind, is left alone.
+    Columns at the end that are padding in every sample are cut, and short samples run apart from
+    long ones where that saves more than another forward pass costs. Exact for right padding: no
+    token attends to a masked position, nor to another sample. A batch with padding elsewhere, a
+    mask of another kind, or a tensor that this module does not know is returned as it is.
+
+    Args:
+        batch: on the CPU, as it came from the loader.
+        device: where the model will run it.
     """
     if not isinstance(batch, Mapping):
-        return batch
+        return [batch]
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
-        return batch
-    length = mask.shape[1]
-    used = mask.bool().any(0).nonzero()
-    keep = int(used[-1]) + 1 if len(used) else length
-    if keep == length:
-        return batch
-    trimmed = dict(batch)
+        return [batch]
+    samples, columns = mask.shape
     for key, value in batch.items():
-        if not isinstance(value, Tensor) or value.dim() < 2 or length not in value.shape[1:]:
+        if not isinstance(value, Tensor):
             continue
-        if key not in _TOKEN_KEYS or value.shape[1] != length:
-            return batch
-        trimmed[key] = value[:, :keep]
-    return trimmed
+        per_token = value.dim() >= 2 and columns in value.shape[1:]
+        if per_token and (key not in _TOKEN_KEYS or value.shape[1] != columns):
+            return [batch]
+        if value.dim() == 0 or value.shape[0] != samples:
+            return [batch]
+    kept = mask.bool()
+    lengths = kept.sum(1)
+    if not bool((kept == (torch.arange(columns) < lengths[:, None])).all()) or not kept.any():
+        return [batch]
+    overhead = FORWARD_OVERHEAD.get(device.type, FORWARD_OVERHEAD_ACCELERATOR)
+    groups = _group_by_length(lengths.tolist(), overhead)
+    if len(groups) == 1 and int(lengths.max()) == columns:
+        return [batch]
+    return [_cut(batch, rows, columns, int(lengths[rows].max())) for rows in groups]
+
+
+def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:
+    """Partition samples so that padded tokens plus ``overhead`` a group are least."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best: list[tuple[int, int]] = [(0, 0)]  # (cost, where the last group begins) of a prefix
+    for end in range(1, len(order) + 1):
+        longest = max(lengths[order[end - 1]], 1)
+        best.append(min((best[b][0] + (end - b) * longest + overhead, b) for b in range(end)))
+    groups, end = [], len(order)
+    while end:
+        begin = best[end][1]
+        groups.append(sorted(order[begin:end]))
+        end = begin
+    return groups[::-1]
+
+
+def _cut(batch: Mapping[str, Any], rows: list[int], columns: int, keep: int) -> dict[str, Any]:
+    cut = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            value = value if len(rows) == len(value) else value[rows]
+            if key in _TOKEN_KEYS and value.dim() >= 2 and value.shape[1] == columns:
+                value = value[:, : max(keep, 1)]
+        cut[key] = value
+    return cut

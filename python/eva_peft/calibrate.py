@@ -145,8 +145,14 @@ class CalibrationPass:
     def _forward(self, batch: Any) -> None:
         begin = time.perf_counter()
         before = self.collector.seconds
-        if self._default_forward and self.options.trim_padding and self._plain_masks:
-            batch = batches.trim_padding(batch)
+        trim = self._default_forward and self.options.trim_padding and self._plain_masks
+        for part in batches.without_padding(batch, self.device) if trim else [batch]:
+            self._forward_part(part)
+        self.forwards += 1
+        self.seconds["forward"] += time.perf_counter() - begin
+        self.seconds["accumulate"] += self.collector.seconds - before
+
+    def _forward_part(self, batch: Any) -> None:
         mask = mask_of_batch(batch, self.config, getattr(self.model, "config", None))
         batch = batches.to_device(batch, self.device)
         model_input = self._model_input(batch)
@@ -159,10 +165,7 @@ class CalibrationPass:
             self.collector.only(again)
             self._run_model(batch, mask, model_input)
             self.collector.end_forward()
-        self.forwards += 1
         self.tokens += self.collector.tokens
-        self.seconds["forward"] += time.perf_counter() - begin
-        self.seconds["accumulate"] += self.collector.seconds - before
 
     def _model_input(self, batch: Any) -> Any:
         prepare = self.options.prepare_model_inputs_fn

@@ -49,7 +49,8 @@ class CalibrateOptions:
         min_rank: every layer keeps at least this rank.
         backend, precision: see ``eva_kernels.ops``.
         early_exit: stop the forward pass behind the last target layer.
-        trim_padding: drop columns that are padding in the whole batch.
+        trim_padding: drop columns that are padding in the whole batch, and run short samples
+            apart from long ones where that saves time; exact, for right padding.
         seed: of the first basis.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
         progress: show a tqdm bar (rank 0 only).

@@ -1,0 +1,84 @@
+"""What all benchmarks share: the machine, interleaved timing, result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the versions that a number was measured with."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def commit() -> str:
+    """Return the commit that is measured, marked if the tree has changes."""
+    root = Path(__file__).parent.parent
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
+    )
+    return told.stdout.strip() or "unknown"
+
+
+def save(name: str, rows: Any, **settings: Any) -> Path:
+    """Write one result file."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    record = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(),
+        "settings": settings,
+        "rows": rows,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def interleave(
+    competitors: Mapping[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[float]]:
+    """Time competitors in turn, A B A B ..., in seconds; the caller discards nothing."""
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for _ in range(repeats):
+        for name, run in competitors.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, p20 and p80."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "p20", "p80"), values[0])
+    parts = quantiles(values, n=10, method="inclusive")
+    return {"median": parts[4], "p20": parts[1], "p80": parts[7]}

@@ -1,0 +1,168 @@
+"""The whole initialisation on MiniLM: ours, PEFT's, and the plain forward passes."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from statistics import median
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.eva import SVDHook
+from torch import nn
+
+import eva_kernels
+
+from . import minilm
+from .common import save, spread
+
+FORWARDS, BATCH = 12, 8
+
+
+def run_plain(batches: list[dict[str, Any]]) -> float:
+    """Return the seconds of the plain forward passes."""
+    model = minilm.load_model()
+    begin = time.perf_counter()
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    return time.perf_counter() - begin
+
+
+def _adapted() -> PeftModel:
+    # tau = 1 is not reached: the number of forward passes is the same for all
+    config = minilm.lora_config(tau=1.0)
+    return get_peft_model(minilm.load_model(), config, low_cpu_mem_usage=True)
+
+
+def run_ours(batches: list[dict[str, Any]]) -> tuple[float, PeftModel]:
+    """Return the seconds of our initialisation, and the model."""
+    model = _adapted()
+    begin = time.perf_counter()
+    eva_kernels.initialize(
+        model, batches, max_steps=len(batches), on_not_converged="ignore", progress=False
+    )
+    return time.perf_counter() - begin, model
+
+
+def run_peft(batches: list[dict[str, Any]]) -> tuple[float, PeftModel]:
+    """Return the seconds of PEFT's initialisation, and the model.
+
+    PEFT has no limit of its own, so after the last forward pass its hooks are told that they
+    have converged. The first of the passes is the one that it spends on hashing.
+    """
+    model = _adapted()
+    done = 0
+
+    def forward(module: nn.Module, inputs: dict[str, Any]) -> None:
+        nonlocal done
+        module(**inputs)
+        done += 1
+        if done >= len(batches):
+            for layer in module.modules():
+                for hook in layer._forward_hooks.values():
+                    if isinstance(hook, SVDHook):
+                        hook.converged = torch.ones_like(hook.converged)
+
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
+    seconds = time.perf_counter() - begin
+    assert done == len(batches), done
+    return seconds, model
+
+
+def lora_rows(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return ``lora_A`` of every adapted layer by its name in the base model."""
+    return {
+        name.replace("base_model.model.", ""): module.lora_A["default"].weight.detach()
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+
+
+def measure_length(length: int, repeats: int) -> dict[str, Any]:
+    """Time the three in turn on texts padded to one length."""
+    batches = minilm.load_batches(FORWARDS, BATCH, length)
+    seconds: dict[str, list[float]] = {"plain": [], "ours": [], "peft": []}
+    for _ in range(repeats):
+        seconds["plain"].append(run_plain(batches))
+        seconds["ours"].append(run_ours(batches)[0])
+        seconds["peft"].append(run_peft(batches)[0])
+    pairs = list(zip(seconds["plain"], seconds["ours"], seconds["peft"], strict=True))
+    tokens = sum(int(b["attention_mask"].sum()) for b in batches)
+    return {
+        "padded_to": length,
+        "tokens": tokens,
+        "filled": tokens / (FORWARDS * BATCH * length),
+        **{f"{name}_s": spread(values) for name, values in seconds.items()},
+        "peft_over_ours": spread([p / o for _, o, p in pairs]),
+        "ours_over_plain": spread([o / f for f, o, _ in pairs]),
+        "peft_over_plain": spread([p / f for f, _, p in pairs]),
+    }
+
+
+def measure_ranks() -> dict[str, Any]:
+    """Compare lost variance and ranks with exact PCA on the same tokens."""
+    batches = minilm.load_batches(FORWARDS, BATCH, 128)
+    base = minilm.load_model()
+    names = [n for n, m in base.named_modules() if minilm.is_target(n, m)]
+    inputs = minilm.layer_inputs(base, batches, names)
+    # PEFT never uses the batch of its hashing pass: give it the same tokens for its steps
+    ours = lora_rows(run_ours(batches)[1])
+    peft = lora_rows(run_peft([batches[0], *batches])[1])
+    covariances = {name: minilm.centred_covariance(parts) for name, parts in inputs.items()}
+    spectra = {name: torch.linalg.eigvalsh(c) for name, c in covariances.items()}
+    exact = _exact_ranks(spectra, budget=16 * len(names), most=32)
+    rows = []
+    for name in names:
+        row: dict[str, Any] = {"layer": name, "exact_rank": exact[name]}
+        for label, weights in (("ours", ours), ("peft", peft)):
+            rank = len(weights[name]) if name in weights else 0
+            row[f"{label}_rank"] = rank
+            row[f"{label}_lost"] = (
+                minilm.lost_variance(weights[name], covariances[name], spectra[name])
+                if rank
+                else 0.0
+            )
+        rows.append(row)
+    differ = [r for r in rows if r["ours_rank"] != r["peft_rank"]]
+    return {
+        "layers": rows,
+        "ours_lost_mean": sum(r["ours_lost"] for r in rows) / len(rows),
+        "peft_lost_mean": sum(r["peft_lost"] for r in rows) / len(rows),
+        "ours_total": sum(r["ours_rank"] for r in rows),
+        "peft_total": sum(r["peft_rank"] for r in rows),
+        "differ": len(differ),
+        "ours_rank_error": sum(abs(r["ours_rank"] - r["exact_rank"]) for r in rows),
+        "peft_rank_error": sum(abs(r["peft_rank"] - r["exact_rank"]) for r in rows),
+    }
+
+
+def _exact_ranks(spectra: dict[str, torch.Tensor], budget: int, most: int) -> dict[str, int]:
+    entries = sorted(
+        (-float(value / spectrum.sum()), i, name)
+        for i, (name, spectrum) in enumerate(spectra.items())
+        for value in spectrum.flip(0)[:most]
+    )
+    ranks = dict.fromkeys(spectra, 0)
+    for _, _, name in entries[:budget]:
+        ranks[name] += 1
+    return ranks
+
+
+def run(repeats: int = 5) -> None:
+    """Measure and save."""
+    for length in (128, 512):
+        run_ours(minilm.load_batches(2, BATCH, length))  # warm-up
+    rows = [measure_length(length, repeats) for length in (128, 512)]
+    save("initialize", rows, forwards=FORWARDS, batch=BATCH, repeats=repeats, r=16, rho=2.0)
+    ranks = measure_ranks()
+    save("ranks", ranks, forwards=FORWARDS, batch=BATCH, r=16, rho=2.0)
+
+
+def medians(rows: list[dict[str, Any]], key: str) -> float:
+    """Return the median over rows of a spread's median."""
+    return median(row[key]["median"] for row in rows)

