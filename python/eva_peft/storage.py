@@ -45,10 +45,18 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
     os.close(handle)
     try:
         save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    # mkstemp makes private files; what is saved is to be readable as any other file
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def load_result(path: str | PathLike[str]) -> EvaResult:

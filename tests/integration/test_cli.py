@@ -1,0 +1,461 @@
+"""The command line: what each command writes, says and returns."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from typer.testing import CliRunner, Result
+
+import eva_kernels
+from eva_peft import cli
+from eva_peft.errors import EvaRuntimeError
+from eva_peft.result import EvaResult
+
+# PEFT asks transformers for a property by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+LAYERS = 14  # two blocks of seven
+WRITTEN = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+WRITTEN += ["eva.safetensors", "report.html"]
+QUICK = ["--r", "4", "--batch-size", "4", "--max-length", "32", "--tau", "0.5"]
+RUN = [sys.executable, "-c", "from eva_peft.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with two small models and a data file."""
+    home = tmp_path_factory.mktemp("home")
+    letters = {chr(97 + i): i + 3 for i in range(26)}
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **letters}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    torch.manual_seed(0)
+    size = {"vocab_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = LlamaConfig(hidden_size=64, intermediate_size=96, max_position_embeddings=64, **size)
+    LlamaForCausalLM(llama).save_pretrained(home / "llama")
+    t5 = T5Config(
+        vocab_size=32,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=4,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(t5).save_pretrained(home / "t5")
+    for name in ("llama", "t5"):
+        fast.save_pretrained(home / name)
+    generator = torch.Generator().manual_seed(0)
+    texts = torch.randint(97, 123, (64, 40), generator=generator).tolist()
+    rows = [json.dumps({"text": bytes(text).decode()}) for text in texts]
+    (home / "data.jsonl").write_text("\n".join(rows))
+    return home
+
+
+@pytest.fixture(scope="module")
+def made(home: Path) -> Path:
+    """Make an adapter folder by `init`, for tests that read it."""
+    out = home / "made"
+    assert run("init", home / "llama", *data_and_out(home, out), *QUICK).exit_code == 0
+    return out
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def data_and_out(home: Path, out: Path) -> tuple[object, ...]:
+    return "--data", home / "data.jsonl", "--out", out
+
+
+def init(home: Path, out: Path, *arguments: object, model: str = "llama") -> Result:
+    return run("init", home / model, *data_and_out(home, out), *QUICK, *arguments)
+
+
+def reason(result: Result) -> str:
+    """Return the last line on stderr of a failed command, which holds the whole reason."""
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.stderr
+    return result.stderr.rstrip("\n").splitlines()[-1]
+
+
+def test_help_is_light_and_fast() -> None:
+    code = (
+        "import sys; from eva_peft import cli; "
+        "heavy = {'torch', 'numpy', 'transformers', 'peft', 'datasets', 'matplotlib'}; "
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = subprocess.run([*RUN, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert all(command in shown.stdout for command in ("demo", "init", "info", "report"))
+    assert min(seconds) < 1.0
+
+
+def test_version() -> None:
+    shown = run("--version")
+    assert shown.exit_code == 0
+    assert shown.stdout == f"eva-kernels {eva_kernels.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "No such command 'nothing'"),
+        (["init", "m"], "Missing option '--data'"),
+        (["init", "m", "--data", "d"], "Missing option '--out'"),
+        (["init", "m", "--data", "d", "--out", "o", "--r", "0"], "--r"),
+        (["init", "m", "--data", "d", "--out", "o", "--tau", "2"], "--tau"),
+        (["init", "m", "--data", "d", "--out", "o", "--method", "svd"], "--method"),
+        (["init", "m", "--data", "d", "--out", "o", "--task", "speech"], "--task"),
+        (
+            ["init", "m", "--data", "d", "--out", "o", "--device", "cpu", "--device-map", "auto"],
+            "give --device or --device-map, not both",
+        ),
+        (["demo", "--seeds", "0"], "--seeds"),
+        (["report", "x.safetensors", "--out", "x.pdf"], "must end in one of .html, .png, .svg"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_info_names_versions_devices_and_backends() -> None:
+    shown = run("info")
+    assert shown.exit_code == 0
+    for part in ("python", "torch", torch.__version__, "transformers", "cpu", "cuda"):
+        assert part in shown.stdout, part
+    from eva_kernels.ops import backend_report
+
+    for op, backend, _ in backend_report():
+        assert any(op in line and backend in line for line in shown.stdout.splitlines())
+    assert "eva_kernels._C" in shown.stdout
+
+
+def test_info_without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton", "matplotlib", "datasets", "eva_kernels._cuda"):
+        monkeypatch.setitem(sys.modules, name, None)
+    real = cli.metadata.version
+
+    def version(name: str) -> str:
+        if name in ("triton", "matplotlib", "datasets"):
+            raise cli.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(cli.metadata, "version", version)
+    shown = run("info")
+    assert shown.exit_code == 0
+    assert shown.stdout.count("not installed") == 3
+    assert "not usable" in shown.stdout
+
+
+def test_info_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: found)
+    (line,) = (line for line in run("info").stdout.splitlines() if "cuda:0" in line)
+    assert "Some GPU, compute capability 9.0" in line
+    assert "80.0 GiB" in line
+
+
+def test_init_writes_an_adapter_that_loads(home: Path, made: Path) -> None:
+    assert sorted(path.name for path in made.iterdir()) == WRITTEN
+    result = EvaResult.load(made / "eva.safetensors")
+    assert sum(result.ranks.values()) == 4 * LAYERS
+    assert max(result.ranks.values()) <= 8
+    base = AutoModelForCausalLM.from_pretrained(home / "llama").eval()
+    tokens = torch.arange(3, 29).reshape(2, 13)
+    with torch.no_grad():
+        before = base(tokens).logits.clone()
+        loaded = PeftModel.from_pretrained(base, made).eval()
+        after = loaded(tokens).logits
+    torch.testing.assert_close(after, before)
+    modules = dict(loaded.base_model.model.named_modules())
+    for name, rows in result.state_dict().items():
+        if result.ranks[name]:
+            torch.testing.assert_close(modules[name].lora_A["default"].weight.detach(), rows)
+            assert not modules[name].lora_B["default"].weight.any()
+    assert "EVA initialisation of" in (made / "report.html").read_text(encoding="utf-8")
+
+
+def test_init_repeats_to_the_bit(home: Path, made: Path, tmp_path: Path) -> None:
+    shown = init(home, tmp_path / "out")
+    assert shown.exit_code == 0
+    assert "total rank 56 over 14 layers" in shown.stdout
+    assert str(tmp_path / "out") in shown.stdout
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (made, tmp_path / "out"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"], "the temporary folder is gone"
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "plain" / "file").stat().st_mode}
+
+
+def test_options_go_before_the_config_file(home: Path, tmp_path: Path) -> None:
+    config = {"r": 2, "lora_alpha": 7, "target_modules": ["q_proj", "k_proj"], "use_rslora": True}
+    config |= {"eva_config": {"rho": 1.0, "tau": 0.1}, "inference_mode": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["--config", tmp_path / "config.json", "--target-modules", "q_proj, v_proj"]
+    assert init(home, tmp_path / "out", *options, "--method", "gram", "--seed", "5").exit_code == 0
+    saved = PeftConfig.from_pretrained(tmp_path / "out")
+    assert (saved.r, saved.lora_alpha, saved.use_rslora) == (4, 7, True)
+    assert saved.task_type == "CAUSAL_LM"
+    result = EvaResult.load(tmp_path / "out" / "eva.safetensors")
+    assert {name.rpartition(".")[2] for name in result.ranks} == {"q_proj", "v_proj"}
+    assert set(result.method.values()) == {"gram"}
+    assert set(result.ranks.values()) == {4}, "rho 1 leaves no room"
+    assert result.metadata["lora_config"]["eva_config"]["tau"] == 0.5
+    assert result.metadata["lora_config"]["inference_mode"] is False
+    assert result.metadata["options"]["seed"] == 5
+
+
+def test_defaults_are_those_of_initialize(home: Path, tmp_path: Path) -> None:
+    from eva_peft import default_config
+
+    fields = cli._config_fields(None, {"r": None}, {"rho": None})
+    mine, theirs = cli._lora_config(fields, cli.Task.CAUSAL_LM), default_config()
+    mine.task_type = None
+    assert mine.to_dict() == theirs.to_dict()
+
+
+def test_encoder_decoder_models(home: Path, tmp_path: Path) -> None:
+    config = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "k", "v", "o"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shown = init(home, tmp_path / "a", "--config", tmp_path / "config.json", model="t5")
+    assert shown.exit_code == 0, shown.stderr
+    result = EvaResult.load(tmp_path / "a" / "eva.safetensors")
+    assert len(result.ranks) == 12
+    assert not result.uncalled
+    base = AutoModelForSeq2SeqLM.from_pretrained(home / "t5")
+    assert PeftModel.from_pretrained(base, tmp_path / "a").peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "feature-extraction"])
+def test_other_tasks(home: Path, tmp_path: Path, task: str) -> None:
+    shown = init(home, tmp_path / "out", "--task", task, "--dtype", "bfloat16")
+    assert shown.exit_code == 0, shown.stderr
+    saved = PeftConfig.from_pretrained(tmp_path / "out")
+    assert saved.task_type == cli._TASKS[cli.Task(task)][1]
+    result = EvaResult.load(tmp_path / "out" / "eva.safetensors")
+    assert result.metadata["dtype"] == "bfloat16"
+    assert len(result.ranks) == LAYERS
+
+
+@pytest.mark.filterwarnings("always")
+def test_warnings_are_one_line(home: Path, tmp_path: Path) -> None:
+    shown = init(home, tmp_path / "out", "--tau", "1", "--max-steps", "2")
+    assert shown.exit_code == 0
+    lines = [line for line in shown.stderr.splitlines() if "have not converged" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: 14 of 14 layers")
+    assert "0 of 14 layers converged after" in shown.stdout
+
+
+def test_a_filled_folder_is_refused_or_forced(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    (out / "report.html").write_text("old")
+    assert "is not empty; --force replaces the files" in reason(init(home, out))
+    assert (out / "report.html").read_text() == "old"
+    assert init(home, out, "--force").exit_code == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert sorted(p.name for p in out.iterdir()) == sorted([*WRITTEN, "notes.txt"])
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_empty_folder_is_taken(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert init(home, tmp_path / "out").exit_code == 0
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_a_file_as_folder_is_refused(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    assert "is a file, a folder is needed" in reason(init(home, tmp_path / "out", "--force"))
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must hold a JSON object"),
+        ('{"rank": 3}', "LoraConfig has no field 'rank'"),
+        ('{"eva_config": {"steps": 3}}', "EvaConfig has no field 'steps'"),
+        ('{"eva_config": 3}', "eva_config must be a JSON object"),
+        ('{"peft_type": "IA3"}', "describes IA3; EVA initialises LORA only"),
+        ('{"init_lora_weights": "pissa"}', "asks for init_lora_weights='pissa', not 'eva'"),
+        ('{"layers_pattern": "h"}', "the LoRA config is refused"),
+    ],
+)
+def test_bad_config_files(home: Path, tmp_path: Path, content: str, message: str) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(content)
+    assert message in reason(init(home, tmp_path / "out", "--config", config))
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_failures_leave_nothing_behind(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert "there is no file" in reason(init(home, out, "--config", tmp_path / "no.json"))
+    assert "there is no file" in reason(init(home, out, "--data", tmp_path / "no.jsonl"))
+    assert "no column 'body'" in reason(init(home, out, "--text-column", "body"))
+    assert "no-such-model" in reason(run("init", home / "no-such-model", *data_and_out(home, out)))
+    assert "no_proj" in reason(init(home, out, "--target-modules", "no_proj"))
+    monkeypatch.setattr("eva_peft.report.write_html", _raise_full)
+    assert "No space left" in reason(init(home, out))
+    assert list(tmp_path.iterdir()) == []
+
+
+def _raise_full(*args: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _initialize_that(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def initialize(*args: Any, **kwargs: Any) -> None:
+        if "checkpoint" in kwargs:
+            Path(kwargs["checkpoint"]).touch()
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("eva_peft.initialize"), "initialize", initialize)
+
+
+def test_debug_shows_the_traceback(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _initialize_that(monkeypatch, EvaRuntimeError("layer [b]x[/b]:\n  bad"))
+    assert reason(init(home, tmp_path / "out")) == "error: layer [b]x[/b]: bad"
+    arguments = ["init", home / "llama", *data_and_out(home, tmp_path / "out")]
+    shown = run("--debug", *arguments)
+    assert shown.exit_code == 1
+    assert "Traceback (most recent call last)" in shown.stderr
+    assert shown.stderr.endswith("error: layer [b]x[/b]: bad\n")
+
+
+def test_unexpected_errors_keep_their_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _initialize_that(monkeypatch, KeyError("x"))
+    assert reason(init(home, tmp_path / "out")).startswith("error: KeyError: 'x' (")
+
+
+def test_interruption_says_what_was_kept(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _initialize_that(monkeypatch, KeyboardInterrupt())
+    out, checkpoint = tmp_path / "out", tmp_path / "state.safetensors"
+    shown = init(home, out)
+    assert shown.exit_code == 130
+    assert shown.stderr.endswith("interrupted: nothing was kept\n")
+    shown = init(home, out, "--checkpoint", checkpoint)
+    assert shown.exit_code == 130
+    assert f"the checkpoint {checkpoint} was kept; the same command goes on" in shown.stderr
+    checkpoint.unlink()
+    shown = init(home, out, "--checkpoint", checkpoint, "--text-column", "body")
+    assert shown.exit_code == 1
+    monkeypatch.setattr("eva_peft.data.load_texts", _raise_interrupt)
+    shown = init(home, out, "--checkpoint", checkpoint)
+    assert "no checkpoint had been written" in shown.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _raise_interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_in_the_middle_of_the_pass(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["init", home / "llama", *data_and_out(home, out), *QUICK, "--tau", "1"]
+    arguments += ["--max-steps", "1000000"]
+    process = subprocess.Popen(
+        [*RUN, *map(str, arguments)], stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stderr is not None
+    seen = b""
+    while b"step 3" not in seen:
+        chunk = process.stderr.read1()
+        assert chunk, f"ended early: {seen!r}"
+        seen += chunk
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.decode().rstrip().endswith("interrupted: nothing was kept")
+    assert b"Traceback" not in rest
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".html", ".png", ".svg"])
+def test_report_writes_each_format(made: Path, tmp_path: Path, suffix: str) -> None:
+    target = tmp_path / f"report{suffix}"
+    shown = run("report", made / "eva.safetensors", "--out", target)
+    assert shown.exit_code == 0
+    assert shown.stdout == f"wrote {target}\n"
+    start = {".html": b"<!DOCTYPE html>", ".png": b"\x89PNG", ".svg": b"<?xml"}[suffix]
+    assert target.read_bytes().startswith(start)
+
+
+def test_report_stands_beside_its_file(made: Path, tmp_path: Path) -> None:
+    file = tmp_path / "eva.safetensors"
+    file.write_bytes((made / "eva.safetensors").read_bytes())
+    assert run("report", file).exit_code == 0
+    assert (tmp_path / "eva.html").is_file()
+
+
+def test_report_of_something_else(made: Path, tmp_path: Path) -> None:
+    assert "there is no file" in reason(run("report", tmp_path / "no.safetensors"))
+    (tmp_path / "a.safetensors").write_text("text")
+    assert "not a readable safetensors file" in reason(run("report", tmp_path / "a.safetensors"))
+    assert "not written by" in reason(run("report", made / "adapter_model.safetensors"))
+
+
+def test_demo_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Path, dict[str, Any]]] = []
+    demo = importlib.import_module("eva_peft.demo")
+    monkeypatch.setattr(demo, "run_demo", lambda out, **options: calls.append((out, options)))
+    assert run("demo", "--out", tmp_path / "d", "--quick", "--seeds", "2").exit_code == 0
+    assert run("demo").exit_code == 0
+    (first, quick), (second, full) = calls
+    assert (first, quick["quick"], quick["seeds"]) == (tmp_path / "d", True, 2)
+    assert (second, full["quick"], full["seeds"]) == (Path("demo-report"), False, 3)
+    monkeypatch.setattr(demo, "run_demo", _raise_interrupt)
+    shown = run("demo")
+    assert shown.exit_code == 130
+    assert shown.stderr == "interrupted: nothing was kept\n"

@@ -1,0 +1,227 @@
+"""Calibration texts from files and datasets, and the batches made of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from eva_peft.data import DataNotFoundError, DecoderInputs, load_texts, make_loader
+from eva_peft.errors import EvaError, EvaValueError
+
+CHAT = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    words = ["<s>", "</s>", "<pad>", "<unk>", "a", "b", "c", "d", "e"]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **special)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def write_jsonl(path: Path, *rows: object) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_text_file_has_a_text_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.TXT"
+    file.write_bytes("\ufeffone ä\r\n\r\n  \ntwo\n".encode())
+    assert load_texts(str(file)) == ["one ä", "two"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"content": "x", "text": "one"}, {"text": " "}, {"text": None}, {"text": "two"}], 2),
+        ([{"id": 1, "content": "one"}, {"content": "two"}], 2),
+        ([{"prompt": "p", "response": "q"}], ["p\nq"]),
+        ([{"prompt": "p", "completion": "q"}], ["p\nq"]),
+        ([{"messages": CHAT}, {"messages": []}], ["why\nbecause"]),
+        ([{"prompt": CHAT[:1], "completion": CHAT[1:]}], ["why\nbecause"]),
+    ],
+)
+def test_columns_are_guessed(tmp_path: Path, rows: list[object], expected: object) -> None:
+    texts = load_texts(write_jsonl(tmp_path / "a.jsonl", *rows))
+    assert texts == (["one", "two"] if expected == 2 else expected)
+
+
+def test_a_column_can_be_named(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", {"text": "x", "body": "y"})
+    assert load_texts(file, text_column="body") == ["y"]
+
+
+def test_limit_counts_texts_that_are_not_blank(tmp_path: Path) -> None:
+    rows = [{"text": text} for text in ("a", "", "b", "c")]
+    assert load_texts(write_jsonl(tmp_path / "a.jsonl", *rows), limit=2) == ["a", "b"]
+
+
+def test_parquet_in_a_folder_with_brackets(tmp_path: Path) -> None:
+    folder = tmp_path / "part[1]"
+    folder.mkdir()
+    pq.write_table(pa.table({"n": [1, 2], "text": ["one", "two"]}), folder / "a.parquet")
+    assert load_texts(str(folder / "a.parquet"), limit=1) == ["one"]
+
+
+def test_chat_goes_through_the_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT})
+    tokenizer.chat_template = TEMPLATE
+    # The tokenizer puts <s> in front itself, so the template's is taken off.
+    assert load_texts(file, tokenizer=tokenizer) == ["<user>why<assistant>because"]
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(EvaValueError, match=r"chat template refuses a chat .*no system role"):
+        load_texts(file, tokenizer=tokenizer)
+
+
+def test_hub_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, str]]:
+        calls.append((args, kwargs))
+        return [{"text": "one"}, {"text": "two"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert load_texts("org/name:en", split="test") == ["one", "two"]
+    assert load_texts("org/name") == ["one", "two"]
+    assert calls == [
+        (("org/name", "en"), {"split": "test", "streaming": True}),
+        (("org/name", None), {"split": "train", "streaming": True}),
+    ]
+
+
+def test_a_folder_of_files_is_a_dataset(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", {"text": "one"})
+    assert load_texts(str(tmp_path)) == ["one"]
+    with pytest.raises(EvaValueError, match=r"cannot load the dataset .*: Bad split: dev"):
+        load_texts(str(tmp_path), split="dev")
+
+
+BAD_FILES = [
+    ("a.txt", b"", "a.txt is empty: no text to calibrate on"),
+    ("a.jsonl", b"\n \n", "a.jsonl is empty"),
+    ("a.txt", b"good\nb\xe4d\n", "a.txt, line 2: not UTF-8"),
+    ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl, line 1: not UTF-8"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
+    ("a.jsonl", b'["x"]', "line 1: a JSON object is needed, got list"),
+    ("a.jsonl", b'{"body": "x", "n": 1}', "the columns are 'body', 'n'; name one"),
+    ("a.jsonl", b'{"text": " "}', "every row of text is blank"),
+    ("a.jsonl", b'{"text": 3}', "column 'text' of .* holds int, not text or chats"),
+    ("a.jsonl", b'{"messages": ["x"]}', "'messages' .* no chat: messages need 'role'"),
+    ("a.csv", b"text\nx\n", r"the suffix must be one of \.jsonl, \.parquet, \.txt"),
+    ("a.parquet", b"text", "cannot read .*a.parquet as Parquet"),
+    ("a.parquet", b"", "cannot read .*a.parquet as Parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EvaValueError, match=message):
+        load_texts(str(tmp_path / name))
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", {"text": "x"})
+    with pytest.raises(EvaValueError, match="no column 'body'; the columns are 'text'"):
+        load_texts(file, text_column="body")
+    with pytest.raises(EvaValueError, match="has no split 'test', only 'train'"):
+        load_texts(file, split="test")
+    with pytest.raises(EvaValueError, match="limit must be at least 1"):
+        load_texts(file, limit=0)
+
+
+def test_missing_data(tmp_path: Path) -> None:
+    with pytest.raises(DataNotFoundError, match=r"there is no file .*a\.jsonl") as caught:
+        load_texts(str(tmp_path / "a.jsonl"))
+    assert isinstance(caught.value, EvaError)
+    assert isinstance(caught.value, FileNotFoundError)
+    with pytest.raises(DataNotFoundError, match="'no/such' is neither a file nor a dataset"):
+        load_texts("no/such")
+
+
+def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install eva-kernels\[data\]"):
+        load_texts("org/name")
+    (tmp_path / "a.txt").write_text("one")
+    assert load_texts(str(tmp_path / "a.txt")) == ["one"]
+
+
+def test_batches_are_padded_to_the_longest(tokenizer: PreTrainedTokenizerFast) -> None:
+    (batch,) = make_loader(["a", "a b c", "a b"], tokenizer, 3, 16, seed=0)
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
+    rows = sorted(zip(batch["attention_mask"].tolist(), batch["input_ids"].tolist(), strict=True))
+    assert rows == [
+        ([1, 1, 0, 0], [0, 4, 2, 2]),
+        ([1, 1, 1, 0], [0, 4, 5, 2]),
+        ([1, 1, 1, 1], [0, 4, 5, 6]),
+    ]
+
+
+@pytest.mark.parametrize(("special", "pad"), [({"eos_token": "</s>"}, 1), ({}, 0)])
+def test_pad_token_falls_back(special: dict[str, str], pad: int) -> None:
+    tokenizer = make_tokenizer(**special)
+    (batch,) = make_loader(["a", "a b"], tokenizer, 2, 16, seed=0)
+    assert batch["input_ids"][~batch["attention_mask"].bool()].tolist() == [pad]
+    assert tokenizer.pad_token is None
+
+
+def test_long_texts_are_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    (batch,) = make_loader(["a b c d e"], tokenizer, 2, 3, seed=0)
+    assert batch["input_ids"].tolist() == [[0, 4, 5]]
+    tokenizer.model_max_length = 2
+    (batch,) = make_loader(["a b c d e"], tokenizer, 2, 3, seed=0)
+    assert batch["input_ids"].tolist() == [[0, 4]]
+
+
+def test_order_comes_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["a", "b", "c", "d", "e"]
+
+    def order(seed: int) -> list[int]:
+        return [int(b["input_ids"][0, 1]) for b in make_loader(texts, tokenizer, 1, 4, seed)]
+
+    state = torch.get_rng_state()
+    first = order(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert order(1) == first
+    assert sorted(first) == [4, 5, 6, 7, 8]
+    assert len({tuple(order(seed)) for seed in range(6)}) > 1
+
+
+def test_bad_loader_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(EvaValueError, match="no texts"):
+        make_loader([], tokenizer, 1, 4, 0)
+    with pytest.raises(EvaValueError, match="batch_size must be at least 1, got 0"):
+        make_loader(["a"], tokenizer, 0, 4, 0)
+    with pytest.raises(EvaValueError, match="max_length must be at least 1, got 0"):
+        make_loader(["a"], tokenizer, 1, 0, 0)
+
+
+def test_decoder_inputs_are_shifted() -> None:
+    class Model:
+        device = torch.device("cpu")
+
+        def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+            return labels.roll(1, 1)
+
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    loader = DecoderInputs([batch], Model())
+    for _ in range(2):
+        (given,) = loader
+        assert given["decoder_input_ids"].tolist() == [[3, 1, 2]]
+        assert given["decoder_attention_mask"].tolist() == [[1, 1, 0]]
