@@ -18,7 +18,7 @@ def main(context: typer.Context) -> None:
 
 
 @app.command()
-def step(steps: int = 24) -> None:
+def step(steps: int = 46) -> None:
     """One SVD step on real activations, against PEFT's IncrementalPCA."""
     from . import svd_step
 
@@ -45,11 +45,14 @@ def memory(repeats: int = 3, child: str = "") -> None:
 
 
 @app.command()
-def tables() -> None:
-    """Print the README's tables from the result files."""
+def tables(write: bool = False) -> None:
+    """Print the README's tables from the result files, or put them into the README."""
     from . import tables as benchmark
 
-    print(benchmark.render())
+    if write:
+        benchmark.write_readme()
+    else:
+        print(benchmark.render())
 
 
 if __name__ == "__main__":

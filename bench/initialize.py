@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from statistics import median
 from typing import Any
 
 import torch
@@ -106,7 +105,7 @@ def measure_length(length: int, repeats: int) -> dict[str, Any]:
 
 def measure_ranks() -> dict[str, Any]:
     """Compare lost variance and ranks with exact PCA on the same tokens."""
-    batches = minilm.load_batches(FORWARDS, BATCH, 128)
+    batches = minilm.load_batches(FORWARDS, BATCH, 128, whole=True)
     base = minilm.load_model()
     names = [n for n, m in base.named_modules() if minilm.is_target(n, m)]
     inputs = minilm.layer_inputs(base, batches, names)
@@ -161,8 +160,3 @@ def run(repeats: int = 5) -> None:
     save("initialize", rows, forwards=FORWARDS, batch=BATCH, repeats=repeats, r=16, rho=2.0)
     ranks = measure_ranks()
     save("ranks", ranks, forwards=FORWARDS, batch=BATCH, r=16, rho=2.0)
-
-
-def medians(rows: list[dict[str, Any]], key: str) -> float:
-    """Return the median over rows of a spread's median."""
-    return median(row[key]["median"] for row in rows)

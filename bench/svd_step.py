@@ -22,7 +22,7 @@ LAYERS = {
 COMPONENTS, OVERSAMPLE = 32, 2
 
 
-def measure(steps: int = 24) -> list[dict[str, Any]]:
+def measure(steps: int = 46) -> list[dict[str, Any]]:
     """Time both on the same tokens, step by step in turn, and compare with exact PCA."""
     batches = minilm.load_batches(steps, 12, 128, whole=True)
     inputs = minilm.layer_inputs(minilm.load_model(), batches, list(LAYERS.values()))
@@ -65,7 +65,7 @@ def _measure_layer(label: str, parts: list[torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def run(steps: int = 24) -> None:
+def run(steps: int = 46) -> None:
     """Measure and save."""
     rows = measure(steps)
     save("svd_step", rows, components=COMPONENTS, oversample=OVERSAMPLE, steps=steps)

@@ -1,0 +1,126 @@
+"""The README's tables, made from the result files alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read one result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _table(headers: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [headers, ["---"] * len(headers), *rows]]
+    return "\n".join(lines)
+
+
+def _source(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    return (
+        f"{record['date']}, commit {record['commit']}, {machine['cpu']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}"
+    )
+
+
+def whole_pass() -> str:
+    """Render the table of the whole initialisation."""
+    record, memory, ranks = load("initialize"), load("memory"), load("ranks")
+    settings = record["settings"]
+    headers = ["", *(f"padded to {row['padded_to']}" for row in record["rows"])]
+
+    def line(label: str, key: str, unit: str) -> list[str]:
+        return [label, *(f"{row[key]['median']:.2f}{unit}" for row in record["rows"])]
+
+    rows = [
+        line("plain forward passes", "plain_s", " s"),
+        line("PEFT's EVA", "peft_s", " s"),
+        line("**this package**", "ours_s", " s"),
+        line("PEFT over this package", "peft_over_ours", "x"),
+        line("this package over the plain passes", "ours_over_plain", "x"),
+    ]
+    found = ranks["rows"]
+    return "\n".join(
+        [
+            f"MiniLM (36 layers, {settings['forwards']} batches of {settings['batch']} texts of "
+            f"the Python documentation, r = {settings['r']}, rho = {settings['rho']:g}); medians "
+            f"of {settings['repeats']} interleaved runs in one process:",
+            "",
+            _table(headers, rows),
+            "",
+            _table(
+                ["", "PEFT's EVA", "this package"],
+                [
+                    [
+                        "peak memory above the plain passes",
+                        f"{memory['rows']['peft_over_plain'] / 2**20:.0f} MiB",
+                        f"{memory['rows']['ours_over_plain'] / 2**20:.0f} MiB",
+                    ],
+                    [
+                        "lost variance of `lora_A` against exact PCA, mean",
+                        f"{found['peft_lost_mean']:.1e}",
+                        f"{found['ours_lost_mean']:.1e}",
+                    ],
+                    [
+                        "ranks off the exact allocation (sum over "
+                        f"{len(found['layers'])} layers, budget {found['ours_total']})",
+                        str(found["peft_rank_error"]),
+                        str(found["ours_rank_error"]),
+                    ],
+                ],
+            ),
+            "",
+            f"({_source(record)})",
+        ]
+    )
+
+
+def svd_step() -> str:
+    """Render the table of one SVD step."""
+    record = load("svd_step")
+    rows = [
+        [
+            row["layer"],
+            str(row["features"]),
+            f"{row['peft_ms']['median']:.1f} ms",
+            f"{row['ours_ms']['median']:.1f} ms",
+            f"{row['speedup']['median']:.1f}x",
+            f"{row['peft_lost']:.1e}",
+            f"{row['ours_lost']:.1e}",
+        ]
+        for row in record["rows"]
+    ]
+    settings = record["settings"]
+    headers = ["layer input", "D", "PEFT", "this package", "ratio", "PEFT lost", "ours lost"]
+    tokens = record["rows"][0]["tokens"]
+    return "\n".join(
+        [
+            f"One SVD step on its real activations ({tokens} tokens, K = "
+            f"{settings['components']}) against PEFT's `IncrementalPCA(lowrank=True)`, and the "
+            f"share of variance lost against exact PCA after {settings['steps']} steps:",
+            "",
+            _table(headers, rows),
+            "",
+            f"({_source(record)})",
+        ]
+    )
+
+
+def render() -> str:
+    """Render the block between the README's marks."""
+    return "\n\n".join([whole_pass(), svd_step()])
+
+
+def write_readme() -> None:
+    """Put the tables into the README."""
+    text = README.read_text()
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    README.write_text(f"{head}{BEGIN}\n{render()}\n{END}{tail}")
