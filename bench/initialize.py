@@ -19,39 +19,33 @@ from .common import save, spread
 FORWARDS, BATCH = 12, 8
 
 
-def run_plain(batches: list[dict[str, Any]]) -> float:
-    """Return the seconds of the plain forward passes."""
-    model = minilm.load_model()
-    begin = time.perf_counter()
-    with torch.no_grad():
-        for batch in batches:
-            model(**batch)
-    return time.perf_counter() - begin
-
-
-def _adapted() -> PeftModel:
+def adapted() -> PeftModel:
+    """Return the model with EVA adapters that wait on the meta device."""
     # tau = 1 is not reached: the number of forward passes is the same for all
     config = minilm.lora_config(tau=1.0)
     return get_peft_model(minilm.load_model(), config, low_cpu_mem_usage=True)
 
 
-def run_ours(batches: list[dict[str, Any]]) -> tuple[float, PeftModel]:
-    """Return the seconds of our initialisation, and the model."""
-    model = _adapted()
-    begin = time.perf_counter()
+def pass_plain(model: PeftModel, batches: list[dict[str, Any]]) -> None:
+    """Run the plain forward passes."""
+    with torch.no_grad(), model.disable_adapter():
+        for batch in batches:
+            model(**batch)
+
+
+def pass_ours(model: PeftModel, batches: list[dict[str, Any]]) -> None:
+    """Run our initialisation."""
     eva_kernels.initialize(
         model, batches, max_steps=len(batches), on_not_converged="ignore", progress=False
     )
-    return time.perf_counter() - begin, model
 
 
-def run_peft(batches: list[dict[str, Any]]) -> tuple[float, PeftModel]:
-    """Return the seconds of PEFT's initialisation, and the model.
+def pass_peft(model: PeftModel, batches: list[dict[str, Any]]) -> None:
+    """Run PEFT's initialisation.
 
     PEFT has no limit of its own, so after the last forward pass its hooks are told that they
     have converged. The first of the passes is the one that it spends on hashing.
     """
-    model = _adapted()
     done = 0
 
     def forward(module: nn.Module, inputs: dict[str, Any]) -> None:
@@ -64,13 +58,21 @@ def run_peft(batches: list[dict[str, Any]]) -> tuple[float, PeftModel]:
                     if isinstance(hook, SVDHook):
                         hook.converged = torch.ones_like(hook.converged)
 
-    begin = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
-    seconds = time.perf_counter() - begin
     assert done == len(batches), done
-    return seconds, model
+
+
+PASSES = {"plain": pass_plain, "ours": pass_ours, "peft": pass_peft}
+
+
+def timed(name: str, batches: list[dict[str, Any]]) -> tuple[float, PeftModel]:
+    """Return the seconds of one pass on a fresh model, and the model."""
+    model = adapted()
+    begin = time.perf_counter()
+    PASSES[name](model, batches)
+    return time.perf_counter() - begin, model
 
 
 def lora_rows(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -87,9 +89,8 @@ def measure_length(length: int, repeats: int) -> dict[str, Any]:
     batches = minilm.load_batches(FORWARDS, BATCH, length)
     seconds: dict[str, list[float]] = {"plain": [], "ours": [], "peft": []}
     for _ in range(repeats):
-        seconds["plain"].append(run_plain(batches))
-        seconds["ours"].append(run_ours(batches)[0])
-        seconds["peft"].append(run_peft(batches)[0])
+        for name, values in seconds.items():
+            values.append(timed(name, batches)[0])
     pairs = list(zip(seconds["plain"], seconds["ours"], seconds["peft"], strict=True))
     tokens = sum(int(b["attention_mask"].sum()) for b in batches)
     return {
@@ -110,8 +111,8 @@ def measure_ranks() -> dict[str, Any]:
     names = [n for n, m in base.named_modules() if minilm.is_target(n, m)]
     inputs = minilm.layer_inputs(base, batches, names)
     # PEFT never uses the batch of its hashing pass: give it the same tokens for its steps
-    ours = lora_rows(run_ours(batches)[1])
-    peft = lora_rows(run_peft([batches[0], *batches])[1])
+    ours = lora_rows(timed("ours", batches)[1])
+    peft = lora_rows(timed("peft", [batches[0], *batches])[1])
     covariances = {name: minilm.centred_covariance(parts) for name, parts in inputs.items()}
     spectra = {name: torch.linalg.eigvalsh(c) for name, c in covariances.items()}
     exact = _exact_ranks(spectra, budget=16 * len(names), most=32)
@@ -155,7 +156,7 @@ def _exact_ranks(spectra: dict[str, torch.Tensor], budget: int, most: int) -> di
 def run(repeats: int = 5) -> None:
     """Measure and save."""
     for length in (128, 512):
-        run_ours(minilm.load_batches(2, BATCH, length))  # warm-up
+        timed("ours", minilm.load_batches(2, BATCH, length))  # warm-up
     rows = [measure_length(length, repeats) for length in (128, 512)]
     save("initialize", rows, forwards=FORWARDS, batch=BATCH, repeats=repeats, r=16, rho=2.0)
     ranks = measure_ranks()

@@ -22,7 +22,8 @@ class IncrementalPCA:
     Args:
         n_components: K; ``None`` means the smaller side of the first batch.
         method: ``"sketch"`` (a basis of ``oversample * K`` rows), ``"gram"`` (exact, D x D) or
-            ``"auto"`` (exact where that takes no more memory than the sketch).
+            ``"auto"`` (exact where that costs no more arithmetic, for at most ``2 * oversample *
+            K`` features).
         oversample: sketch width over components.
         seed: of the first basis.
         batch_size: rows a batch in :meth:`fit`; 5 times the features if ``None``.
@@ -106,18 +107,21 @@ class IncrementalPCA:
                 raise EvaValueError(f"mask has {len(keep)} entries for {len(data)} rows")
             rows = keep.nonzero().flatten()
         used = len(data) if rows is None else len(rows)
-        if self._stream is None:
+        stream = self._stream
+        if stream is None:
             if used == 0:
                 return self
-            self._stream = self._make_stream(data, used)
-            self._pivot = data.new_zeros(data.shape[1], dtype=torch.float64)
-            self._sum, self._square = self._pivot.clone(), self._pivot.clone()
-        elif data.shape[1] != self._stream.features:
+            stream = self._make_stream(data, used)
+        elif data.shape[1] != stream.features:
             raise EvaValueError(
                 f"X has {data.shape[1]} features, but IncrementalPCA is expecting "
-                f"{self._stream.features} features as input"
+                f"{stream.features} features as input"
             )
-        self._stream.add(data, rows)
+        stream.add(data, rows)
+        if self._stream is None:  # only now: a first batch that is refused leaves nothing behind
+            self._stream = stream
+            self._pivot = data.new_zeros(data.shape[1], dtype=torch.float64)
+            self._sum, self._square = self._pivot.clone(), self._pivot.clone()
         self._moments(data if rows is None else data.index_select(0, rows))
         fold_streams([self._stream])
         self._answer = None
@@ -176,11 +180,11 @@ class IncrementalPCA:
                     f"{theirs.width} into one of {mine.features} and {mine.width}"
                 )
             delta, n = other._pivot - self._pivot, other.n_samples_seen_
+            mine.merge(theirs.clone())  # first: it refuses another method
             self._square = (
                 self._square + other._square + 2 * delta * other._sum + n * delta.square()
             )
             self._sum = self._sum + other._sum + n * delta
-            mine.merge(theirs.clone())
         self._answer = None
         return self
 

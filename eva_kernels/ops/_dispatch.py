@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import Tensor
 
 from ..errors import EvaRuntimeError, EvaValueError
@@ -47,12 +48,28 @@ def check_precision(precision: str) -> None:
         raise EvaValueError(f"precision={precision!r} is unknown; choose one of {PRECISIONS}")
 
 
-def check_sums(op: str, x: Tensor, features: int, *tensors: Tensor) -> None:
-    """Raise EvaValueError unless x is (N, features), floating, and on the device of all others."""
+def check_sums(
+    op: str, x: Tensor, features: int, like: Tensor, **state: tuple[Tensor, tuple[int, ...]]
+) -> None:
+    """Raise EvaValueError unless x is (N, features), floating, and the state fits it.
+
+    Args:
+        op: name for the message.
+        x: tokens.
+        features: D.
+        like: gives the dtype of the computation; ``shift`` and ``square`` are float64.
+        state: every tensor of the state with the shape that it must have.
+    """
     if x.dim() != 2 or x.shape[1] != features:
         raise EvaValueError(f"{op}: x must be (N, {features}), got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise EvaValueError(f"{op}: x must be floating point, got {x.dtype}")
-    for other in tensors:
-        if other.device != x.device:
-            raise EvaValueError(f"{op}: x is on {x.device}, the state on {other.device}")
+    for name, (tensor, shape) in state.items():
+        dtype = torch.float64 if name in ("shift", "square") else like.dtype
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise EvaValueError(
+                f"{op}: {name} must be {shape} of {dtype}, "
+                f"got {tuple(tensor.shape)} of {tensor.dtype}"
+            )
+        if tensor.device != x.device:
+            raise EvaValueError(f"{op}: x is on {x.device}, {name} on {tensor.device}")

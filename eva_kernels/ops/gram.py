@@ -33,6 +33,16 @@ def gram(
         EvaRuntimeError: an explicit backend that cannot run.
     """
     check_precision(precision)
-    check_sums("gram", x, pivot.shape[0], pivot, scatter)
+    d = pivot.shape[0]
+    check_sums(
+        "gram",
+        x,
+        d,
+        pivot,
+        pivot=(pivot, (d,)),
+        scatter=(scatter, (d, d)),
+        shift=(shift, (d,)),
+        square=(square, ()),
+    )
     choose_backend("gram", backend, x)
     reference.gram(x, pivot, scatter, shift, square, rows)

@@ -34,6 +34,17 @@ def sketch(
         EvaRuntimeError: an explicit backend that cannot run.
     """
     check_precision(precision)
-    check_sums("sketch", x, basis.shape[1], basis, products)
+    q, d = basis.shape
+    check_sums(
+        "sketch",
+        x,
+        d,
+        basis,
+        basis=(basis, (q, d)),
+        pivot=(pivot, (d,)),
+        products=(products, (q, d)),
+        shift=(shift, (d,)),
+        square=(square, ()),
+    )
     choose_backend("sketch", backend, x)
     reference.sketch(x, basis, pivot, products, shift, square, rows)

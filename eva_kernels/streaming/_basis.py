@@ -17,6 +17,17 @@ def random_basis(rows: int, features: int, seed: int) -> Tensor:
     return torch.linalg.qr(_gaussian(rows, features, seed).mT).Q.mT.contiguous()
 
 
+def orthonormalise(rows: Tensor) -> Tensor:
+    """Return rows (r, D) that are nearly orthonormal as orthonormal ones of the same spans.
+
+    The first j rows keep their span, for every j (a QR by the Cholesky factor of the overlaps).
+    """
+    lower, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
+    if failed:  # further from orthonormal than rounding of a fold has been seen to leave them
+        return torch.linalg.qr(rows.mT).Q.mT
+    return torch.linalg.solve_triangular(lower, rows, upper=False)
+
+
 def complete_basis(basis: Tensor, rank: int, seed: int = 0) -> Tensor:
     """Replace the rows from ``rank`` on by seeded directions orthogonal to the rows before.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._basis import complete_basis
+from ._basis import complete_basis, orthonormalise
 from .state import GramState, SketchState, StepSums
 
 __all__ = ["FoldReport", "fold", "fold_gram", "scatter_about_mean"]
@@ -21,9 +21,11 @@ __all__ = ["FoldReport", "fold", "fold_gram", "scatter_about_mean"]
 NOISE = 1e-12
 # Directions of the scaled (Q, Q) matrix below this eigenvalue carry no information about C.
 CUT = 1e-6
+# Eigenvalues below this share of the largest leave rows that need a second orthogonalisation.
+UNEVEN = 1e-6
 # Layers are folded together in chunks whose float64 copies stay below this many bytes: what the
 # cache of a CPU holds, and enough to fill a GPU.
-CHUNK_BYTES = {"cpu": 4 << 20}
+CHUNK_BYTES = {"cpu": 1 << 20}
 CHUNK_BYTES_ACCELERATOR = 64 << 20
 
 
@@ -133,8 +135,13 @@ def nystrom(image: Tensor, basis: Tensor, count: Tensor) -> tuple[Tensor, Tensor
     inverse = torch.where(alive, squares.rsqrt(), 0.0)
     mixing = scale[:, :, None] * (whitener @ rotation) * inverse[:, None, :]
     new_basis = mixing.mT @ image
-    for i in torch.nonzero(rank < squares.shape[1]).flatten().tolist():
-        new_basis[i] = complete_basis(new_basis[i], int(rank[i]))
+    # A row is orthogonal to the others only to eps times (largest / its own eigenvalue).
+    least = torch.where(alive, squares, squares[:, :1]).amin(1)
+    uneven = (rank < squares.shape[1]) | (least < UNEVEN * squares[:, 0])
+    for i in torch.nonzero(uneven).flatten().tolist():
+        kept = int(rank[i])
+        new_basis[i, :kept] = orthonormalise(new_basis[i, :kept])
+        new_basis[i] = complete_basis(new_basis[i], kept)
     return new_basis, squares, rank, captured
 
 

@@ -39,8 +39,8 @@ def stream_bytes(plan: StreamPlan, itemsize: int = 4) -> int:
     """Return the bytes that the state and the sums of one layer input take between steps."""
     d, q = plan.features, plan.width
     if plan.method == "gram":
-        return itemsize * (d * d + q * d + 2 * d) + 8 * (d + q + 6)
-    return itemsize * (2 * q * d + d) + 8 * (d + q + 6)
+        return itemsize * (d * d + q * d + 2 * d) + 8 * (d + q + 5)
+    return itemsize * (2 * q * d + d) + 8 * (d + q + 5)
 
 
 def plan_streams(
@@ -54,16 +54,16 @@ def plan_streams(
 ) -> list[StreamPlan]:
     """Choose the method of every layer input.
 
-    ``"auto"`` tracks an input exactly where that takes no more memory than a sketch, and beyond
-    that, narrowest first, while all states together fit the budget; the rest is sketched.
+    ``"auto"`` tracks inputs exactly, narrowest first, while all states together fit the budget;
+    the rest is sketched. Without a budget it does so where the exact sums cost no more arithmetic
+    than a sketch, ``D <= 2 Q``.
 
     Args:
         features: D of each layer input.
         components: K wanted of each; cut to D.
         method: ``"auto"``, ``"sketch"`` or ``"gram"``.
         oversample: Q over K.
-        memory_budget: bytes for all states together; no limit on what is needed if ``None``, and
-            then ``"auto"`` spends nothing on exactness.
+        memory_budget: bytes for all states together; no limit if ``None``.
         itemsize: bytes of one number of the state.
 
     Raises:
@@ -85,7 +85,11 @@ def plan_streams(
     if method == "auto":
         for i in sorted(range(len(chosen)), key=lambda i: features[i]):
             extra = stream_bytes(grams[i], itemsize) - stream_bytes(sketches[i], itemsize)
-            if extra <= 0 or (memory_budget is not None and total + extra <= memory_budget):
+            if memory_budget is None:
+                affordable = features[i] <= 2 * grams[i].width
+            else:
+                affordable = total + extra <= memory_budget
+            if affordable:
                 chosen[i], total = grams[i], total + extra
     if memory_budget is not None and total > memory_budget:
         raise EvaValueError(

@@ -148,7 +148,8 @@ class InputStream:
     def _finite_rows(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         # One pass over X that the CPU does at the speed of memory; masked rows may hold anything,
         # so only the slow path below looks at them one by one.
-        if torch.isfinite(torch.linalg.vector_norm(x, dtype=self.dtype)):
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        if torch.isfinite(torch.linalg.vector_norm(x, dtype=dtype)):
             return rows
         chosen = x if rows is None else x.index_select(0, rows)
         finite = chosen.isfinite().all(1)
@@ -156,6 +157,11 @@ class InputStream:
         if bad and not self.options.skip_nonfinite:
             raise NonFiniteError(f"{bad} of {len(chosen)} tokens hold NaN or infinity")
         self.skipped += bad
+        if not torch.isfinite(torch.linalg.vector_norm(chosen[finite], dtype=dtype)):
+            raise NonFiniteError(
+                f"tokens are finite, but their squares overflow {self.dtype}; scale the data, or "
+                "give it as float64"
+            )
         index = torch.arange(len(x), device=x.device) if rows is None else rows
         return index[finite]
 
@@ -312,11 +318,15 @@ def _counted(state: SketchState | GramState) -> Tensor:
 
 
 def _eigen(state: GramState, components: int) -> tuple[Tensor, Tensor, int]:
-    squares, vectors = torch.linalg.eigh(scatter_about_mean(state))
+    scatter = scatter_about_mean(state)
+    squares, vectors = torch.linalg.eigh(scatter)
     squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    # float32 sums over many tokens leave noise of this relative size on the diagonal
-    noise = torch.finfo(state.pivot.dtype).eps * max(len(squares), 1)
-    rank = int((squares > noise * squares[0]).sum())
+    # Rounding of the sums is relative to the two features of an entry, not to the largest of all:
+    # an outlier feature must not declare every direction without it to be noise.
+    spread = vectors.abs().mT @ scatter.diagonal().clamp_min(0).sqrt()
+    noise = 4 * torch.finfo(state.pivot.dtype).eps * spread.square()
+    noise += len(squares) * torch.finfo(squares.dtype).eps * squares[0]  # of the eigen-solver
+    rank = int((squares > noise).long().cumprod(0).sum())
     rank = min(rank, max(int(state.sums.count) - 1, 0), components)
     alive = torch.arange(components, device=squares.device) < rank
     squares = torch.where(alive, squares[:components], 0.0)

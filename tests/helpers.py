@@ -1,0 +1,145 @@
+"""What numeric tests share: inputs by spectrum, an independent truth, one tolerance table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eva_kernels.ops._dispatch import triton_unavailable
+from eva_kernels.streaming import InputStream, Options, fold_streams
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What rounding may cost, relative to the size of the answer.
+
+    Attributes:
+        sums: of the shift (to the sum of magnitudes) and of the sum of squares: one rounding a
+            token, and a pairwise sum within a tile.
+        products: of the (Q, D) products in Frobenius norm: two chained dot products, of length D
+            and of the tokens of a tile, whose errors grow with the root of the length.
+        orthonormal: largest entry of ``V V^T - I``: one rounding of each of D entries.
+        values: of the singular values of data that the sketch holds exactly; a sum of squares of
+            relative error ``products`` halves it under the root.
+        cosine: what a principal cosine of two spans that are equal but for rounding may miss to 1.
+    """
+
+    sums: float
+    products: float
+    orthonormal: float
+    values: float
+    cosine: float
+
+
+EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+_SINGLE = Tolerance(
+    sums=4 * EPS32, products=16 * EPS32, orthonormal=4 * EPS32, values=8 * EPS32, cosine=4 * EPS32
+)
+# Half precision inputs are widened before any arithmetic, or split into parts that are exact in
+# their sum, so that they are held to single precision.
+TOLERANCES = {
+    torch.float16: _SINGLE,
+    torch.bfloat16: _SINGLE,
+    torch.float32: _SINGLE,
+    # The truth is rounded to float64 as well, and the (Q, Q) work of a fold costs a few digits.
+    torch.float64: Tolerance(
+        sums=32 * EPS64, products=64 * EPS64, orthonormal=1e-10, values=1e-10, cosine=1e-12
+    ),
+}
+DTYPES = list(TOLERANCES)
+
+
+# The backends of the streaming ops that run here.
+BACKENDS = ["torch"]
+if triton_unavailable("cuda" if torch.cuda.is_available() else "cpu") is None:
+    BACKENDS.append("triton")
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Return the Frobenius error relative to the expected size."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
+
+
+def with_spectrum(
+    tokens: int,
+    features: int,
+    singular_values: Iterable[float] | Tensor,
+    *,
+    offset: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Tensor:
+    """Return (tokens, features) data whose centred singular values are given.
+
+    ``offset`` is the size of a constant vector that is added to every token.
+    """
+    values = torch.as_tensor(singular_values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(tokens, len(values), generator=generator, dtype=torch.float64)
+    # Orthogonal to the vector of ones: the columns keep their lengths when the mean is taken off.
+    ones = torch.ones(tokens, 1, dtype=torch.float64)
+    left = torch.linalg.qr(torch.cat([ones, normal], 1)).Q[:, 1:]
+    normal = torch.randn(features, len(values), generator=generator, dtype=torch.float64)
+    right = torch.linalg.qr(normal).Q
+    shift = torch.randn(features, generator=generator, dtype=torch.float64)
+    return ((left * values) @ right.mT + offset * shift / shift.norm()).to(dtype)
+
+
+def decaying(count: int, power: float = 1.0, scale: float = 100.0) -> Tensor:
+    """Return ``scale / j^power`` for j = 1, 2, ..."""
+    return scale / torch.arange(1, count + 1, dtype=torch.float64) ** power
+
+
+def exact(x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Return singular values, right-singular vectors and total of the centred data (full SVD)."""
+    centred = x.double() - x.double().mean(0)
+    _, values, rows = torch.linalg.svd(centred, full_matrices=False)
+    return values, rows, float(centred.square().sum())
+
+
+def lost_variance(x: Tensor, components: Tensor) -> float:
+    """Return ``1 - captured / (what the best directions of the same number capture)``."""
+    values = exact(x)[0]
+    centred, basis = x.double() - x.double().mean(0), torch.linalg.qr(components.double().mT).Q
+    best = values[: len(components)].square().sum()
+    return float(1 - (centred @ basis).square().sum() / best)
+
+
+def orthonormality(rows: Tensor) -> float:
+    """Return the largest entry of ``V V^T - I``."""
+    rows = rows.double()
+    return float((rows @ rows.mT - torch.eye(len(rows), dtype=torch.float64)).abs().max())
+
+
+def principal_cosine(left: Tensor, right: Tensor) -> float:
+    """Return the smallest cosine of the principal angles between two spans of rows."""
+    bases = [torch.linalg.qr(rows.double().mT).Q for rows in (left, right)]
+    return float(torch.linalg.svdvals(bases[0].mT @ bases[1]).min())
+
+
+def make_stream(
+    features: int,
+    components: int,
+    width: int | None = None,
+    *,
+    method: str = "sketch",
+    dtype: torch.dtype = torch.float32,
+    **options: object,
+) -> InputStream:
+    """Return an empty stream on the CPU; the width is twice the components, at most D."""
+    width = min(features, 2 * components) if width is None else width
+    return InputStream(features, components, width, CPU, dtype, Options(method, **options))
+
+
+def feed(stream: InputStream, batches: Sequence[Tensor]) -> InputStream:
+    """Run one step a batch."""
+    for batch in batches:
+        stream.add(batch)
+        fold_streams([stream])
+    return stream

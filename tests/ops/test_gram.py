@@ -1,0 +1,118 @@
+"""The gram op against the same sums in float64, the same tests for every backend."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels.errors import EvaRuntimeError, EvaValueError
+from eva_kernels.ops import gram
+from eva_kernels.ops._dispatch import triton_unavailable
+from helpers import BACKENDS, DTYPES, TOLERANCES, relative
+
+SHAPES = [(1, 33), (127, 250), (513, 33), (521, 1024)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def state(x: Tensor, pivot: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return pivot and empty sums for x, in the dtype that its stream has."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    d = x.shape[1]
+    pivot = (torch.zeros(d) if pivot is None else pivot).to(dtype)
+    sums = (torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    return tuple(t.to(x.device) for t in (pivot, torch.zeros(d, d, dtype=dtype), *sums))
+
+
+def check(x: Tensor, backend: str, pivot: Tensor | None = None, rows: Tensor | None = None):
+    pivot, scatter, shift, square = state(x, pivot)
+    gram(x, pivot, scatter, shift, square, rows, backend=backend)
+    centred = (x if rows is None else x[rows]).double() - pivot.double()
+    limit = TOLERANCES[x.dtype]
+    assert relative(scatter, centred.mT @ centred) <= limit.products
+    magnitude = centred.abs().sum(0).clamp_min(1e-300)
+    assert float(((shift - centred.sum(0)).abs() / magnitude).max()) <= limit.sums
+    assert relative(square, centred.square().sum()) <= limit.sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_sums(n: int, d: int, dtype: torch.dtype, backend: str, device: torch.device):
+    check(torch.randn(n, d, device=device).to(dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers_and_offset(dtype: torch.dtype, backend: str, device: torch.device):
+    x = torch.randn(301, 250, device=device)
+    x[:, 7], x[:, 100], x[0] = 800.0, -800.0, 800.0 * x[0].sign()
+    check(x.to(dtype), backend)
+    offset = (torch.randn(301, 250, device=device) + 800).to(dtype)
+    check(offset, backend, pivot=torch.full((250,), 800.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
+    wide = torch.full((600, 80), float("nan"), device=device, dtype=dtype)
+    wide[1::3, 3:70:2] = torch.randn(200, 34, device=device).to(dtype)
+    check(wide[1::3, 3:70:2], backend)
+    check(torch.randn(34, 200, device=device).to(dtype).mT, backend)
+
+
+def test_rows_that_are_not_selected_may_hold_anything(backend: str, device: torch.device):
+    x = torch.randn(1500, 33, device=device)
+    keep = torch.rand(1500, device=device) > 0.6
+    x[~keep] = float("nan")
+    check(x, backend, rows=keep.nonzero().flatten())
+
+
+def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
+    x = torch.randn(300, 33, dtype=torch.float64, device=device)
+    pivot, *once = state(x)
+    gram(x, pivot, *once, backend=backend)
+    _, *parts = state(x)
+    for part in (x[:1], x[1:210], x[210:]):
+        gram(part, pivot, *parts, backend=backend)
+    for found, expected in zip(parts, once, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_same_bits_twice(backend: str, device: torch.device):
+    x = torch.randn(1031, 250, device=device).to(torch.bfloat16)
+    results = []
+    for _ in range(2):
+        pivot, *sums = state(x)
+        gram(x, pivot, *sums, backend=backend)
+        results.append(sums)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(4, 9)}, r"x must be \(N, 8\), got \(4, 9\)"),
+        ({"x": torch.ones(4, 8, dtype=torch.int64)}, "floating point, got torch.int64"),
+        ({"x": torch.ones(4, 8, device="meta")}, "x is on meta, .* on cpu"),
+        ({"scatter": torch.zeros(8, 7)}, r"scatter must be \(8, 8\)"),
+        ({"scatter": torch.zeros(8, 8, dtype=torch.float64)}, "got .* of torch.float64"),
+        ({"shift": torch.zeros(8)}, "shift .* of torch.float32"),
+        ({"backend": "cuda"}, "backend='cuda' is unknown; choose one of"),
+        ({"precision": "low"}, "precision='low' is unknown; choose one of"),
+    ],
+)
+def test_wrong_arguments(change: dict, message: str):
+    names = ("pivot", "scatter", "shift", "square")
+    arguments = dict(zip(names, state(torch.ones(4, 8)), strict=True))
+    with pytest.raises(EvaValueError, match=message):
+        gram(**({"x": torch.ones(4, 8)} | arguments | change))
+
+
+def test_an_explicit_backend_that_cannot_run_says_why():
+    reason = triton_unavailable("cpu")
+    if reason is None:
+        pytest.skip("Triton runs here")
+    x = torch.ones(4, 8)
+    with pytest.raises(EvaRuntimeError, match="cannot run gram") as caught:
+        gram(x, *state(x), backend="triton")
+    assert reason in str(caught.value)

@@ -1,0 +1,159 @@
+"""The sketch op against the same sums in float64, the same tests for every backend."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels.errors import EvaRuntimeError, EvaValueError
+from eva_kernels.ops import sketch
+from eva_kernels.ops._dispatch import triton_unavailable
+from eva_kernels.streaming._basis import random_basis
+from helpers import BACKENDS, DTYPES, TOLERANCES, relative
+
+# One token, primes, one more than a tile, the widths that components of 8, 20 and 32 give.
+SHAPES = [(1, 33, 17), (127, 250, 40), (513, 33, 17), (521, 1024, 64), (64, 1024, 17)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def state(x: Tensor, q: int, pivot: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return basis, pivot and empty sums for x, in the dtype that its stream has."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    d = x.shape[1]
+    basis = random_basis(q, d, seed=1).to(x.device, dtype)
+    pivot = torch.zeros(d) if pivot is None else pivot
+    sums = (torch.zeros(d, dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    products = torch.zeros(q, d, dtype=dtype)
+    return basis, pivot.to(x.device, dtype), *(t.to(x.device) for t in (products, *sums))
+
+
+def check(x: Tensor, q: int, backend: str, pivot: Tensor | None = None, rows: Tensor | None = None):
+    basis, pivot, products, shift, square = state(x, q, pivot)
+    sketch(x, basis, pivot, products, shift, square, rows, backend=backend)
+    tokens = (x if rows is None else x[rows]).double()
+    centred = tokens - pivot.double()
+    limit = TOLERANCES[x.dtype]
+    assert relative(products, basis.double() @ centred.mT @ centred) <= limit.products
+    magnitude = centred.abs().sum(0).clamp_min(1e-300)
+    assert float(((shift - centred.sum(0)).abs() / magnitude).max()) <= limit.sums
+    assert relative(square, centred.square().sum()) <= limit.sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d", "q"), SHAPES)
+def test_sums(n: int, d: int, q: int, dtype: torch.dtype, backend: str, device: torch.device):
+    check(torch.randn(n, d, device=device).to(dtype), q, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outlier_features_and_tokens(dtype: torch.dtype, backend: str, device: torch.device):
+    x = torch.randn(301, 250, device=device)
+    x[:, 7], x[:, 100], x[0] = 800.0, -800.0, 800.0 * x[0].sign()
+    check(x.to(dtype), 40, backend)
+    check(x.to(dtype), 40, backend, pivot=x.mean(0).cpu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_constant_offset_is_taken_off_before_the_products(
+    dtype: torch.dtype, backend: str, device: torch.device
+):
+    x = (torch.randn(301, 250, device=device) + 800).to(dtype)
+    check(x, 40, backend, pivot=torch.full((250,), 800.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
+    # NaN around the tokens: a read outside of them shows.
+    wide = torch.full((600, 80), float("nan"), device=device, dtype=dtype)
+    wide[1::3, 3:70:2] = torch.randn(200, 34, device=device).to(dtype)
+    check(wide[1::3, 3:70:2], 17, backend)
+    check(torch.randn(34, 200, device=device).to(dtype).mT, 17, backend)
+    check(torch.randn(1, 34, device=device).to(dtype).expand(77, 34), 17, backend)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_selected_may_hold_anything(
+    bad: float, backend: str, device: torch.device
+):
+    x = torch.randn(1500, 33, device=device)
+    keep = torch.rand(1500, device=device) > 0.6
+    x[~keep] = bad
+    check(x, 17, backend, rows=keep.nonzero().flatten())
+
+
+def test_no_rows_add_nothing(backend: str, device: torch.device):
+    x = torch.full((5, 33), float("nan"), device=device)
+    basis, pivot, *sums = state(x, 17)
+    rows = torch.empty(0, dtype=torch.int64, device=device)
+    sketch(x, basis, pivot, *sums, rows, backend=backend)
+    assert all(not bool(part.any()) for part in sums)
+
+
+def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
+    x = torch.randn(300, 33, dtype=torch.float64, device=device)
+    basis, pivot, *once = state(x, 17)
+    sketch(x, basis, pivot, *once, backend=backend)
+    *_, products, shift, square = state(x, 17)
+    for part in (x[:1], x[1:210], x[210:]):
+        sketch(part, basis, pivot, products, shift, square, backend=backend)
+    for found, expected in zip((products, shift, square), once, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nan_in_a_used_row_propagates(backend: str, device: torch.device):
+    x = torch.randn(50, 33, device=device)
+    x[20, 3] = float("nan")
+    basis, pivot, products, shift, square = state(x, 17)
+    sketch(x, basis, pivot, products, shift, square, backend=backend)
+    assert products.isnan().any()
+    assert shift.isnan().nonzero().flatten().tolist() == [3]
+    assert square.isnan()
+
+
+@pytest.mark.parametrize("precision", ["high", "fast"])
+def test_same_bits_twice(precision: str, backend: str, device: torch.device):
+    x = torch.randn(1031, 250, device=device).to(torch.bfloat16)
+    results = []
+    for _ in range(2):
+        basis, pivot, *sums = state(x, 40)
+        sketch(x, basis, pivot, *sums, backend=backend, precision=precision)
+        results.append(sums)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.ones(4, 9)}, r"x must be \(N, 8\), got \(4, 9\)"),
+        ({"x": torch.ones(8)}, r"x must be \(N, 8\), got \(8,\)"),
+        ({"x": torch.ones(4, 2, 8)}, r"x must be \(N, 8\)"),
+        ({"x": torch.ones(4, 8, dtype=torch.int64)}, "floating point, got torch.int64"),
+        ({"x": torch.ones(4, 8, device="meta")}, "x is on meta, .* on cpu"),
+        ({"pivot": torch.zeros(1)}, r"pivot must be \(8,\)"),
+        ({"pivot": torch.zeros(8, device="meta")}, "pivot"),
+        ({"products": torch.zeros(4, 8)}, r"products must be \(3, 8\)"),
+        ({"products": torch.zeros(3, 8, dtype=torch.float64)}, "got .* of torch.float64"),
+        ({"shift": torch.zeros(8)}, "shift .* of torch.float32"),
+        ({"square": torch.zeros(1, dtype=torch.float64)}, r"square must be \(\)"),
+        ({"backend": "cuda"}, "backend='cuda' is unknown; choose one of"),
+        ({"precision": "low"}, "precision='low' is unknown; choose one of"),
+    ],
+)
+def test_wrong_arguments(change: dict, message: str):
+    names = ("basis", "pivot", "products", "shift", "square")
+    arguments = dict(zip(names, state(torch.ones(4, 8), 3), strict=True))
+    with pytest.raises(EvaValueError, match=message):
+        sketch(**({"x": torch.ones(4, 8)} | arguments | change))
+
+
+def test_an_explicit_backend_that_cannot_run_says_why():
+    reason = triton_unavailable("cpu")
+    if reason is None:
+        pytest.skip("Triton runs here")
+    x = torch.ones(4, 8)
+    with pytest.raises(EvaRuntimeError, match="cannot run sketch") as caught:
+        sketch(x, *state(x, 3), backend="triton")
+    assert reason in str(caught.value)

@@ -1,0 +1,111 @@
+"""Rank allocation against a brute force that sorts and spends one rank at a time."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eva_kernels.errors import EvaValueError
+from eva_kernels.streaming import allocate_ranks
+
+examples = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+# Few distinct values, exact in binary, so that ties are common and prices make more of them.
+values = st.sampled_from([0.0, 0.0625, 0.125, 0.25, 0.25, 0.5, float("nan")])
+
+
+def descending(entries: list[float]) -> Tensor:
+    return torch.tensor(sorted(entries, key=lambda v: -v if v == v else 1.0), dtype=torch.float64)
+
+
+layers = st.lists(st.lists(values, max_size=6).map(descending), max_size=6)
+
+
+def brute_force(ratios: list[Tensor], budget: int, costs: list[int], floor: int) -> list[int]:
+    limits = [sum(1 for v in row.tolist() if v > 0) for row in ratios]
+    ranks = [min(floor, limit) for limit in limits]
+    left = budget - sum(r * c for r, c in zip(ranks, costs, strict=True))
+    pool = [
+        (-row[j].item() / costs[i], i, j)
+        for i, row in enumerate(ratios)
+        for j in range(ranks[i], limits[i])
+    ]
+    for _, i, _ in sorted(pool):
+        if costs[i] <= left:
+            ranks[i], left = ranks[i] + 1, left - costs[i]
+    return ranks
+
+
+@examples
+@given(ratios=layers, budget=st.integers(0, 40))
+def test_equals_brute_force(ratios: list[Tensor], budget: int):
+    assert allocate_ranks(ratios, budget) == brute_force(ratios, budget, [1] * len(ratios), 0)
+
+
+@examples
+@given(ratios=layers, extra=st.integers(0, 60), floor=st.integers(0, 3), data=st.data())
+def test_equals_brute_force_with_prices(ratios: list[Tensor], extra: int, floor: int, data):
+    prices = st.lists(st.sampled_from([1, 2, 4, 8]), min_size=len(ratios), max_size=len(ratios))
+    costs = data.draw(prices)
+    budget = extra + floor * sum(costs)
+    found = allocate_ranks(ratios, budget, costs=costs, min_rank=floor)
+    assert found == brute_force(ratios, budget, costs, floor)
+    assert sum(r * c for r, c in zip(found, costs, strict=True)) <= budget
+
+
+@examples
+@given(ratios=layers, budget=st.integers(0, 30))
+def test_a_larger_budget_only_adds(ratios: list[Tensor], budget: int):
+    smaller, larger = allocate_ranks(ratios, budget), allocate_ranks(ratios, budget + 1)
+    assert 0 <= sum(larger) - sum(smaller) <= 1
+    assert all(a <= b for a, b in zip(smaller, larger, strict=True))
+
+
+def test_the_largest_ratios_win():
+    ratios = [torch.tensor([0.5, 0.1, 0.01]), torch.tensor([0.4, 0.3, 0.2])]
+    assert allocate_ranks(ratios, 4) == [1, 3]
+    assert allocate_ranks(ratios, 5) == [2, 3]
+
+
+def test_equal_ratios_are_ranked_by_layer_order():
+    ratios = [torch.tensor([0.25, 0.25])] * 3
+    assert allocate_ranks(ratios, 1) == [1, 0, 0]
+    assert allocate_ranks(ratios, 3) == [2, 1, 0]
+
+
+def test_zeros_and_nan_win_nothing():
+    nan = float("nan")
+    ratios = [torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([nan, nan])]
+    assert allocate_ranks(ratios, 6) == [1, 0, 0]
+    assert allocate_ranks(ratios, 6, min_rank=2) == [1, 0, 0]
+
+
+def test_every_layer_keeps_its_floor():
+    ratios = [torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.01, 0.005])]
+    assert allocate_ranks(ratios, 3) == [3, 0]
+    assert allocate_ranks(ratios, 3, min_rank=1) == [2, 1]
+
+
+def test_prices_change_the_order():
+    ratios = [torch.tensor([0.6, 0.5]), torch.tensor([0.4, 0.3])]
+    assert allocate_ranks(ratios, 4, costs=[4, 1]) == [0, 2]
+    # What no longer fits is passed over, what is cheaper still fits.
+    assert allocate_ranks([torch.tensor([0.9]), torch.tensor([0.1])], 2, costs=[3, 2]) == [0, 1]
+
+
+def test_dtypes_may_differ():
+    ratios = [torch.tensor([0.5, 0.25]), torch.tensor([0.4], dtype=torch.float64)]
+    assert allocate_ranks(ratios, 2) == [1, 1]
+
+
+def test_no_layers():
+    assert allocate_ranks([], 8) == []
+    assert allocate_ranks([torch.empty(0)], 8) == [0]
+
+
+def test_a_floor_above_the_budget_raises():
+    message = "min_rank=2 for 3 layers costs 6, more than the budget of 5"
+    with pytest.raises(EvaValueError, match=message):
+        allocate_ranks([torch.tensor([0.5, 0.2])] * 3, 5, min_rank=2)
+    with pytest.raises(EvaValueError, match="costs 30, more than the budget of 20"):
+        allocate_ranks([torch.tensor([0.5])] * 3, 20, costs=[10, 10, 10], min_rank=1)

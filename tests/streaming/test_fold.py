@@ -1,0 +1,243 @@
+"""The fold against float64 linear algebra: exact where the sketch can be, safe everywhere else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels import reference
+from eva_kernels.streaming import fold as fold_module
+from eva_kernels.streaming._basis import complete_basis, orthonormalise, random_basis
+from eva_kernels.streaming.fold import _whitener, fold, fold_gram, nystrom, scatter_about_mean
+from eva_kernels.streaming.state import SketchState, StepSums, empty_sketch, zero_sums
+from helpers import (
+    CPU,
+    EPS64,
+    TOLERANCES,
+    decaying,
+    exact,
+    feed,
+    make_stream,
+    orthonormality,
+    principal_cosine,
+    relative,
+    with_spectrum,
+)
+
+METHODS = ["sketch", "gram"]
+REAL = [torch.float32, torch.float64]
+SPECTRA = {0: [0.0], 1: [50.0], 3: [50.0, 20.0, 3.0]}
+
+
+def sums_of(x: Tensor, state: SketchState) -> StepSums:
+    sums = zero_sums(*state.basis.shape, state.basis.dtype, CPU)
+    reference.sketch(x, state.basis, state.mean, sums.products, sums.shift, sums.square)
+    sums.count.fill_(len(x))
+    return sums
+
+
+def one_step(x: Tensor, width: int, seed: int = 0) -> SketchState:
+    state = empty_sketch(width, x.shape[1], x.dtype, CPU, seed)
+    return fold([state], [sums_of(x, state)])[0][0]
+
+
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("rank", SPECTRA)
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_on_data_of_low_rank(method: str, rank: int, offset: float, dtype: torch.dtype):
+    x = with_spectrum(240, 48, SPECTRA[rank], offset=offset, dtype=dtype)
+    answer = feed(make_stream(48, 6, method=method, dtype=dtype), x.split(60)).spectrum()
+    limit = TOLERANCES[dtype]
+    # What the dtype can hold of a token: rounding of the offset stands for variance of its own.
+    rounding = limit.values * (1 + offset / 20)
+    values, rows, total = exact(x)
+    found = answer.singular_values
+    assert answer.rank == rank
+    assert float((found[:rank] - values[:rank]).abs().max() if rank else 0.0) <= rounding * 50
+    assert found[rank:].tolist() == [0.0] * (6 - rank)
+    assert answer.ratio[rank:].tolist() == [0.0] * (6 - rank)
+    assert orthonormality(answer.components) <= limit.orthonormal
+    if rank:
+        assert 1 - principal_cosine(answer.components[:rank], rows[:rank]) <= limit.cosine
+        assert abs(answer.total / total - 1) <= rounding
+
+
+@pytest.mark.parametrize("dtype", REAL)
+@pytest.mark.parametrize("features", [1, 2, 5, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_where_the_sketch_is_as_wide_as_the_data(
+    method: str, features: int, dtype: torch.dtype
+):
+    x = with_spectrum(200, features, decaying(features), dtype=dtype)
+    stream = make_stream(features, features, method=method, dtype=dtype)
+    answer = feed(stream, x.split(40)).spectrum()
+    assert relative(answer.singular_values, exact(x)[0]) <= TOLERANCES[dtype].values
+    assert orthonormality(answer.components) <= TOLERANCES[dtype].orthonormal
+
+
+@pytest.mark.parametrize(("count", "lowest"), [(40, 1e-3), (40, 1e-5), (100, 1e-1), (100, 1e-7)])
+@pytest.mark.parametrize("dtype", REAL)
+def test_orthonormal_however_graded_the_spectrum(dtype: torch.dtype, count: int, lowest: float):
+    exponents = torch.linspace(0, 1, count, dtype=torch.float64)
+    x = with_spectrum(600, 128, 10 * lowest**exponents, dtype=dtype)
+    stream = feed(make_stream(128, 32, dtype=dtype), x.split(150))
+    # Every row counts, also those that only carry the sketch.
+    assert orthonormality(stream.sketch.basis) <= TOLERANCES[dtype].orthonormal
+
+
+@pytest.mark.parametrize("dtype", REAL)
+def test_count_mean_and_total(dtype: torch.dtype):
+    x = with_spectrum(500, 64, decaying(64), offset=200.0, dtype=dtype)
+    state = one_step(x[:130], 8)
+    for batch in (x[130:131], x[131:300], x[300:]):
+        state = fold([state], [sums_of(batch, state)])[0][0]
+    limit = TOLERANCES[dtype].sums
+    assert float(state.count) == 500
+    assert relative(state.mean, x.double().mean(0)) <= limit
+    # The mean between steps is rounded to the dtype, an error of eps * 200 against deviations of 5.
+    assert abs(float(state.total) / exact(x)[2] - 1) <= limit * 40
+
+
+def test_outlier_features_do_not_hide_the_others():
+    x = with_spectrum(400, 64, [60.0, 30.0, 10.0], dtype=torch.float64)
+    x[:, 5] += 800 * torch.randn(400, dtype=torch.float64)
+    answer = feed(make_stream(64, 6, dtype=torch.float64), x.split(100)).spectrum()
+    assert answer.rank == 4
+    torch.testing.assert_close(answer.singular_values[:4], exact(x)[0][:4], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_unit_of_the_data_does_not_matter(method: str, factor: float):
+    x = with_spectrum(300, 48, decaying(48), dtype=torch.float64)
+    plain, scaled = (
+        feed(make_stream(48, 6, method=method), (scale * x).float().split(75)).spectrum()
+        for scale in (1, factor)
+    )
+    assert plain.rank == scaled.rank == 6
+    assert relative(scaled.singular_values, factor * plain.singular_values) <= 1e-5
+    assert relative(scaled.ratio, plain.ratio) <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_rank_is_below_the_number_of_tokens(tokens: int):
+    x = torch.randn(tokens, 40)
+    state = one_step(x, 12)
+    assert int(state.rank) == tokens - 1
+    assert orthonormality(state.basis) <= TOLERANCES[torch.float32].orthonormal
+    expected = exact(x)[0][: tokens - 1]
+    torch.testing.assert_close(state.singular_values[: tokens - 1], expected, rtol=2e-6, atol=0)
+
+
+def test_many_at_once_are_the_same_as_each(monkeypatch: pytest.MonkeyPatch):
+    kinds = [
+        torch.zeros(50, 32, dtype=torch.float64),
+        with_spectrum(50, 32, [9.0], dtype=torch.float64),
+        with_spectrum(50, 32, decaying(32), dtype=torch.float64),
+        torch.randn(1, 32, dtype=torch.float64),
+        with_spectrum(50, 32, [4.0, 3.0, 2.0], offset=50.0, dtype=torch.float64),
+    ]
+    states = [empty_sketch(6, 32, torch.float64, CPU, seed) for seed in range(len(kinds))]
+    sums = [sums_of(x, state) for x, state in zip(kinds, states, strict=True)]
+    alone = [fold([s], [u])[0][0] for s, u in zip(states, sums, strict=True)]
+    together = [state for state, _ in fold(states, sums)]
+    monkeypatch.setitem(fold_module.CHUNK_BYTES, "cpu", 2 * 6 * 32 * 8)
+    chunked = [state for state, _ in fold(states, sums)]
+    for expected, *found in zip(alone, together, chunked, strict=True):
+        for state in found:
+            assert int(state.rank) == int(expected.rank)
+            torch.testing.assert_close(state.singular_values, expected.singular_values)
+            torch.testing.assert_close(state.basis, expected.basis, rtol=0, atol=1e-10)
+
+
+def test_nothing_to_fold():
+    assert fold([], []) == []
+
+
+def test_states_are_not_changed():
+    x = torch.randn(60, 20)
+    state = one_step(x, 6)
+    before = {name: value.clone() for name, value in vars(state).items()}
+    fold([state], [sums_of(x, state)])
+    assert all(torch.equal(before[name], value) for name, value in vars(state).items())
+
+
+def nystrom_of(matrix: Tensor, width: int, count: float = 1e6) -> tuple[Tensor, ...]:
+    basis = random_basis(width, len(matrix), seed=3)
+    counts = torch.tensor([count], dtype=torch.float64)
+    found = nystrom((basis @ matrix)[None], basis[None], counts)
+    return tuple(part[0] for part in found)
+
+
+def test_nystrom_recovers_a_matrix_of_low_rank():
+    rows = random_basis(4, 50, seed=9)
+    matrix = rows.mT @ torch.diag(torch.tensor([9.0, 4.0, 1.0, 0.5]).double()) @ rows
+    basis, squares, rank, captured = nystrom_of(matrix, 10)
+    assert int(rank) == 4
+    assert relative(basis[:4].mT @ torch.diag(squares[:4]) @ basis[:4], matrix) <= 1e-12
+    assert (captured >= 0).all()
+
+
+def test_nystrom_never_claims_more_than_there_is():
+    x = with_spectrum(300, 60, decaying(60), dtype=torch.float64)
+    matrix = x.mT @ x
+    _, squares, _, _ = nystrom_of(matrix, 12)
+    true = torch.linalg.eigvalsh(matrix).flip(0)[:12]
+    assert (squares <= true * (1 + 1e-9)).all()
+    assert squares.sum() >= 0.9 * true.sum()
+
+
+def test_nystrom_of_nothing():
+    basis, squares, rank, _ = nystrom_of(torch.zeros(20, 20, dtype=torch.float64), 5)
+    assert int(rank) == 0
+    assert squares.tolist() == [0.0] * 5
+    assert orthonormality(basis) <= 1e-14
+
+
+def test_whitener_takes_the_cheap_way_only_where_it_is_safe():
+    vectors = random_basis(6, 6, seed=2)
+    spectra = torch.tensor([[1, 0.9, 0.8, 0.5, 0.2, 1e-2], [1, 1, 1, 1, 1e-3, 1e-9]]).double()
+    cores = vectors.mT @ torch.diag_embed(spectra) @ vectors
+    whitener = _whitener(cores)
+    kept = torch.where(spectra > fold_module.CUT, 1 / spectra, 0.0)
+    expected = vectors.mT @ torch.diag_embed(kept) @ vectors
+    torch.testing.assert_close(whitener @ whitener.mT, expected, rtol=1e-9, atol=1e-9)
+    # Triangular is the cheap one.
+    assert not bool(whitener[0].tril(-1).any())
+    assert bool(whitener[1].tril(-1).any())
+
+
+@pytest.mark.parametrize("size", [1e-4, 10.0])
+def test_second_orthogonalisation(size: float):
+    generator = torch.Generator().manual_seed(5)
+    rows = random_basis(6, 20, seed=4)
+    rows = rows + size * torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    if size > 1:  # so far from orthonormal that the overlaps have no Cholesky factor
+        rows[5] = 0
+    polished = orthonormalise(rows)
+    assert orthonormality(polished) <= 1e-12
+    assert 1 - principal_cosine(polished[:3], rows[:3]) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("kept", "width", "features"), [(0, 5, 9), (3, 5, 9), (4, 9, 9), (5, 5, 6)]
+)
+def test_completion_keeps_the_rows_before(kept: int, width: int, features: int):
+    rows = random_basis(width, features, seed=4)
+    broken = rows.clone()
+    broken[kept:] = float("nan")
+    full = complete_basis(broken, kept)
+    assert torch.equal(full[:kept], rows[:kept])
+    assert orthonormality(full) <= 16 * EPS64
+    assert torch.equal(full, complete_basis(broken, kept))
+
+
+def test_gram_scatter_is_about_the_mean():
+    x = with_spectrum(300, 30, decaying(30), offset=50.0, dtype=torch.float64)
+    stream = make_stream(30, 5, method="gram", dtype=torch.float64)
+    for batch in x.split(77):
+        stream.add(batch)
+    state, _ = fold_gram(stream.state)
+    centred = x - x.mean(0)
+    assert relative(scatter_about_mean(state), centred.mT @ centred) <= 1e-12
+    assert relative(state.sketch.mean, x.mean(0)) <= 4 * EPS64

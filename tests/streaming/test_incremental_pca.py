@@ -1,0 +1,249 @@
+"""``IncrementalPCA`` against scikit-learn: names, shapes, values, errors."""
+
+import numpy as np
+import pytest
+import sklearn.decomposition
+import torch
+from torch import Tensor
+
+from eva_kernels import IncrementalPCA, NonFiniteError
+from eva_kernels.errors import EvaTypeError, EvaValueError
+from helpers import decaying, exact, lost_variance, orthonormality, relative, with_spectrum
+
+METHODS = ["sketch", "gram"]
+ATTRIBUTES = [
+    "components_",
+    "singular_values_",
+    "explained_variance_",
+    "explained_variance_ratio_",
+    "mean_",
+    "var_",
+]
+
+
+def data(tokens: int = 400, features: int = 40, **options: object) -> Tensor:
+    return with_spectrum(tokens, features, decaying(features, 2.0), offset=20.0, **options)
+
+
+def fitted(x: Tensor, method: str, k: int | None = 6, size: int = 100) -> IncrementalPCA:
+    pca = IncrementalPCA(k, method=method)
+    for batch in x.split(size):
+        pca.partial_fit(batch)
+    return pca
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attributes_are_those_of_scikit_learn(method: str):
+    x = data()
+    ours = fitted(x, method)
+    theirs = sklearn.decomposition.PCA(6, svd_solver="full").fit(x.double().numpy())
+    stream = sklearn.decomposition.IncrementalPCA(6, batch_size=100).fit(x.double().numpy())
+    for name in ATTRIBUTES:
+        expected = torch.as_tensor(getattr(stream if name == "var_" else theirs, name))
+        found = getattr(ours, name)
+        assert found.shape == expected.shape, name
+        assert found.dtype == torch.float32, name
+        if name == "components_":
+            assert float((found.double() * expected).sum(1).abs().min()) >= 1 - 1e-4
+        else:
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    assert ours.n_samples_seen_ == stream.n_samples_seen_ == 400
+    assert isinstance(ours.noise_variance_, float)
+    assert ours.noise_variance_ == pytest.approx(theirs.noise_variance_, rel=1e-3)
+    assert ours.n_features_in_ == 40
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_signs(method: str):
+    rows = fitted(data(), method).components_
+    assert (rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()
+    mirrored = fitted(-data(), method).components_
+    torch.testing.assert_close(mirrored, rows, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fit_is_as_good_as_the_exact_answer(method: str):
+    x = data(903)
+    pca = IncrementalPCA(6, method=method, batch_size=200).fit(x)
+    assert pca.n_samples_seen_ == 903
+    assert lost_variance(x, pca.components_) <= 1e-6
+    assert pca.fit(x[:300]).n_samples_seen_ == 300  # fit forgets
+    again = IncrementalPCA(6, method=method).fit(x, batch_size=200)
+    assert torch.equal(pca.fit(x).components_, again.components_)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("tokens", "expected"), [(7, 7), (90, 12)])
+def test_no_number_of_components(method: str, tokens: int, expected: int):
+    x = torch.randn(tokens, 12)
+    pca = IncrementalPCA(method=method).partial_fit(x)
+    assert pca.components_.shape == (expected, 12)
+    kept = min(expected, tokens - 1)
+    assert relative(pca.singular_values_[:kept], exact(x)[0][:kept]) <= 1e-5
+    if expected == 12:
+        assert pca.noise_variance_ == 0.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_small_batches_after_the_first(method: str):
+    x = with_spectrum(200, 40, [9.0, 5.0, 2.0], dtype=torch.float64)
+    pca = fitted(x[:30], method)
+    for batch in x[30:].split(3):
+        pca.partial_fit(batch)
+    assert pca.n_samples_seen_ == 200
+    assert relative(pca.singular_values_[:3], exact(x)[0][:3]) <= 1e-9
+    torch.testing.assert_close(pca.var_, x.var(0, correction=0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_in_float64_out(method: str):
+    x = with_spectrum(200, 40, decaying(5), dtype=torch.float64)
+    pca = fitted(x, method, k=5)
+    assert {getattr(pca, name).dtype for name in ATTRIBUTES} == {torch.float64}
+    assert relative(pca.singular_values_, exact(x)[0][:5]) <= 1e-10
+    assert orthonormality(pca.components_) <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype):
+    x = with_spectrum(300, 32, decaying(32, 1.5)).to(dtype)
+    pca = fitted(x, "gram")
+    assert pca.components_.dtype == torch.float32
+    assert relative(pca.singular_values_, exact(x)[0][:6]) <= 1e-5
+
+
+def test_arrays_lists_and_integers():
+    x = data().numpy()
+    expected = fitted(data(), "sketch", size=400)
+    assert torch.equal(IncrementalPCA(6, method="sketch").partial_fit(x).mean_, expected.mean_)
+    whole = np.random.default_rng(0).integers(-50, 50, (60, 8))
+    for values in (whole, torch.as_tensor(whole), whole.tolist()):
+        pca = IncrementalPCA(8, method="gram").partial_fit(values)
+        assert pca.components_.dtype == torch.float32
+        assert relative(pca.singular_values_, exact(torch.as_tensor(whole))[0]) <= 1e-5
+
+
+def test_dtypes_may_change_on_the_way():
+    x = data(dtype=torch.float64)
+    pca = IncrementalPCA(6).partial_fit(x[:200].float()).partial_fit(x[200:])
+    assert pca.components_.dtype == torch.float32
+    assert pca.n_samples_seen_ == 400
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mask(method: str):
+    x = data()
+    keep = torch.rand(400) > 0.3
+    broken = x.clone()
+    broken[~keep] = float("nan")
+    pca = IncrementalPCA(6, method=method)
+    pca.partial_fit(broken[:5], mask=torch.zeros(5))
+    assert pca.n_samples_seen_ == 0
+    pca.partial_fit(broken.view(4, 100, 40), mask=keep.view(4, 100))
+    assert pca.n_samples_seen_ == int(keep.sum())
+    plain = IncrementalPCA(6, method=method).partial_fit(x[keep])
+    torch.testing.assert_close(pca.singular_values_, plain.singular_values_, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pca.var_, plain.var_)
+    with pytest.raises(EvaValueError, match="mask has 3 entries for 5 rows"):
+        pca.partial_fit(x[:5], mask=torch.ones(3))
+
+
+def test_transform():
+    x = data(dtype=torch.float64)
+    pca = fitted(x, "gram")
+    found = pca.transform(x[:9].numpy())
+    expected = sklearn.decomposition.PCA(6).fit(x.numpy()).transform(x[:9].numpy())
+    torch.testing.assert_close(found.abs(), torch.as_tensor(expected).abs(), rtol=1e-6, atol=1e-8)
+    assert relative(IncrementalPCA(6, method="gram").fit_transform(x)[:9], found) <= 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merge(method: str):
+    x = data(dtype=torch.float64)
+    x[250:] += 5
+    left, right = fitted(x[:250], method), fitted(x[250:], method)
+    seen = right.components_.clone()
+    assert left.merge(right) is left
+    assert left.n_samples_seen_ == 400
+    assert torch.equal(right.components_, seen)
+    assert lost_variance(x, left.components_) <= 1e-5
+    torch.testing.assert_close(left.mean_, x.mean(0))
+    torch.testing.assert_close(left.var_, x.var(0, correction=0))
+    empty = IncrementalPCA(6, method=method)
+    assert left.merge(IncrementalPCA(6)).n_samples_seen_ == 400
+    assert torch.equal(empty.merge(left).components_, left.components_)
+    torch.testing.assert_close(empty.var_, left.var_)
+
+
+def test_a_refused_merge_leaves_no_trace():
+    x = data()
+    left = fitted(x, "sketch")
+    before = left.var_.clone()
+    with pytest.raises(EvaValueError, match="cannot be merged"):
+        left.merge(fitted(x, "gram"))
+    with pytest.raises(EvaValueError, match="cannot merge a stream of 40 features and width 8"):
+        left.merge(fitted(x, "sketch", k=4))
+    assert torch.equal(left.var_, before)
+
+
+def theirs(k: int, *shapes: tuple[int, int]) -> str:
+    """Return what scikit-learn says to batches of these shapes."""
+    pca = sklearn.decomposition.IncrementalPCA(k)
+    *accepted, refused = [np.random.default_rng(0).normal(size=shape) for shape in shapes]
+    for x in accepted:
+        pca.partial_fit(x)
+    with pytest.raises(ValueError) as caught:
+        pca.partial_fit(refused)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("k", "shapes", "words"),
+    [
+        (9, [(50, 8)], "n_components=9 invalid for n_features=8"),
+        (6, [(5, 8)], "n_components=6 must be less or equal to the batch number of samples 5"),
+        (3, [(9, 8), (9, 7)], "X has 7 features, but IncrementalPCA is expecting 8 features"),
+    ],
+)
+def test_the_errors_of_scikit_learn(k: int, shapes: list[tuple[int, int]], words: str):
+    assert words in theirs(k, *shapes)
+    pca = IncrementalPCA(k)
+    *accepted, refused = [torch.randn(shape) for shape in shapes]
+    for x in accepted:
+        pca.partial_fit(x)
+    with pytest.raises(EvaValueError, match=words):
+        pca.partial_fit(refused)
+
+
+def test_other_errors():
+    with pytest.raises(EvaValueError, match="method='svd' is unknown"):
+        IncrementalPCA(3, method="svd")
+    with pytest.raises(EvaValueError, match=r"got an array of shape \(0, 4\)"):
+        IncrementalPCA(3).partial_fit(torch.empty(0, 4))
+    with pytest.raises(EvaTypeError, match="complex"):
+        IncrementalPCA(3).partial_fit(torch.ones(5, 4, dtype=torch.complex64))
+    with pytest.raises(AttributeError, match="has not seen any data"):
+        _ = IncrementalPCA(3).components_
+
+
+def test_a_refused_batch_leaves_no_trace():
+    x = data()
+    broken = x[:50].clone()
+    broken[3, 3] = float("inf")
+    pca = IncrementalPCA(6)
+    with pytest.raises(NonFiniteError, match="1 of 50"):
+        pca.partial_fit(broken)
+    assert pca.n_samples_seen_ == 0
+    pca.partial_fit(x[:, :30])  # another width: nothing was settled yet
+    with pytest.raises(NonFiniteError):
+        pca.partial_fit(broken[:, :30])
+    assert pca.n_samples_seen_ == 400
+    assert torch.equal(pca.components_, IncrementalPCA(6).partial_fit(x[:, :30]).components_)
+
+
+def test_same_bits_twice_and_another_seed():
+    x = data()
+    assert torch.equal(fitted(x, "sketch").components_, fitted(x, "sketch").components_)
+    other = IncrementalPCA(6, method="sketch", seed=1).fit(x, batch_size=100)
+    assert not torch.equal(other.components_, fitted(x, "sketch").components_)
+    assert lost_variance(x, other.components_) <= 1e-5

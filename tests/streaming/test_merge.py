@@ -1,0 +1,160 @@
+"""The union of streams against one stream that has seen everything."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from eva_kernels.errors import EvaValueError
+from eva_kernels.streaming import InputStream
+from eva_kernels.streaming.merge import merge_gram, merge_sketch
+from helpers import (
+    EPS32,
+    TOLERANCES,
+    decaying,
+    exact,
+    feed,
+    lost_variance,
+    make_stream,
+    orthonormality,
+    principal_cosine,
+    relative,
+    with_spectrum,
+)
+
+METHODS = ["sketch", "gram"]
+examples = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+counts = st.tuples(*[st.integers(1, 90)] * 3)
+
+
+def stream_of(x: Tensor, method: str = "sketch", k: int = 8) -> InputStream:
+    stream = feed(make_stream(x.shape[1], k, method=method, dtype=x.dtype), x.split(50))
+    stream.spectrum()
+    return stream
+
+
+def parts_of_low_rank(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Return batches that all lie in one span of 5 directions, each about a mean of its own."""
+    x = with_spectrum(300, 32, [30.0, 20.0, 10.0, 5.0, 2.0], dtype=torch.float64)
+    return x[: sum(sizes)].split(sizes)
+
+
+@examples
+@given(sizes=counts)
+def test_commutative(sizes: tuple[int, ...]):
+    left, right = (stream_of(part).state for part in parts_of_low_rank(sizes)[:2])
+    one, other = merge_sketch(left, right), merge_sketch(right, left)
+    assert torch.equal(one.count, other.count)
+    assert int(one.rank) == int(other.rank)
+    torch.testing.assert_close(one.singular_values, other.singular_values, rtol=1e-9, atol=1e-7)
+    torch.testing.assert_close(one.total, other.total, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.mean, other.mean, rtol=1e-12, atol=1e-12)
+    rank = int(one.rank)
+    if rank:
+        assert 1 - principal_cosine(one.basis[:rank], other.basis[:rank]) <= 1e-9
+
+
+@examples
+@given(sizes=counts)
+def test_associative_and_equal_to_one_stream(sizes: tuple[int, ...]):
+    parts = parts_of_low_rank(sizes)
+    a, b, c = (stream_of(part).state for part in parts)
+    left, right = merge_sketch(merge_sketch(a, b), c), merge_sketch(a, merge_sketch(b, c))
+    values, _, total = exact(torch.cat(parts))
+    for merged in (left, right):
+        assert float(merged.count) == sum(sizes)
+        # Within the span the sketch is exact; beyond it there is rounding only.
+        kept = min(5, len(values))
+        expected = values[:kept]
+        torch.testing.assert_close(merged.singular_values[:kept], expected, rtol=1e-6, atol=1e-5)
+        assert abs(float(merged.total) - total) <= 1e-10 * (1 + total)
+        assert orthonormality(merged.basis) <= TOLERANCES[torch.float64].orthonormal
+    torch.testing.assert_close(left.mean, right.mean, rtol=1e-12, atol=1e-12)
+
+
+def test_union_of_sketches_of_full_rank():
+    x = with_spectrum(800, 96, decaying(96), offset=30.0)
+    left, right = stream_of(x[:300], k=12), stream_of(x[300:], k=12)
+    left.merge(right)
+    answer = left.spectrum()
+    assert answer.count == 800
+    assert lost_variance(x, answer.components) <= 1e-3
+    assert abs(answer.total / exact(x)[2] - 1) <= 40 * EPS32
+    assert orthonormality(answer.components) <= TOLERANCES[torch.float32].orthonormal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_union_of_grams_is_exact(dtype: torch.dtype):
+    x = with_spectrum(800, 48, decaying(48, 0.3), offset=3.0, dtype=dtype)
+    x[300:] += 1
+    left, right = (stream_of(part, "gram") for part in (x[:300], x[300:]))
+    pivot = left.state.pivot.clone()
+    left.merge(right)
+    assert torch.equal(left.state.pivot, pivot)
+    answer = left.spectrum()
+    assert answer.count == 800
+    assert relative(answer.singular_values, exact(x)[0][:8]) <= TOLERANCES[dtype].values
+    assert abs(lost_variance(x, answer.components)) <= 1e-9
+    assert relative(answer.mean, x.double().mean(0)) <= TOLERANCES[dtype].sums
+
+
+def test_merged_gram_sums_stay_about_the_left_pivot():
+    x = torch.randn(90, 12, dtype=torch.float64)
+    left, right = stream_of(x[:40], "gram", k=4), stream_of(x[40:], "gram", k=4)
+    merged = merge_gram(left.state, right.state)
+    centred = x - left.state.pivot
+    torch.testing.assert_close(merged.sums.products, centred.mT @ centred)
+    torch.testing.assert_close(merged.sums.shift, centred.sum(0))
+    torch.testing.assert_close(merged.sums.square, centred.square().sum())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merged_stream_goes_on(method: str):
+    x = with_spectrum(400, 32, [30.0, 20.0, 10.0], dtype=torch.float64)
+    left, right = stream_of(x[:100], method), stream_of(x[100:250], method)
+    left.merge(right)
+    answer = feed(left, [x[250:]]).spectrum()
+    assert (answer.count, answer.rank) == (400, 3)
+    assert relative(answer.singular_values[:3], exact(x)[0][:3]) <= 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_pending_is_merged_too(method: str):
+    x = with_spectrum(210, 32, [30.0, 20.0, 10.0], dtype=torch.float64)
+    left, right = stream_of(x[:100], method), stream_of(x[100:200], method)
+    left.add(x[200:205])
+    right.add(x[205:])
+    left.merge(right)
+    assert left.spectrum().count == 210
+    assert relative(left.spectrum().singular_values[:3], exact(x)[0][:3]) <= 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_empty_streams(method: str):
+    x = torch.randn(60, 32)
+    full, empty = stream_of(x, method), make_stream(32, 8, method=method)
+    expected = full.spectrum()
+    full.merge(make_stream(32, 8, method=method))
+    empty.merge(full)
+    for stream in (full, empty):
+        assert stream.spectrum().count == 60
+        assert torch.equal(stream.spectrum().components, expected.components)
+    feed(empty, [torch.randn(60, 32)])
+    assert torch.equal(full.spectrum().components, expected.components)  # nothing is shared
+
+
+def test_constant_streams():
+    left, right = stream_of(torch.full((60, 32), 3.3)), stream_of(torch.full((20, 32), 3.3))
+    left.merge(right)
+    assert (left.spectrum().rank, left.spectrum().count) == (0, 80)
+    far = stream_of(torch.full((20, 32), 5.3))
+    left.merge(far)
+    assert left.spectrum().rank == 1
+    assert left.spectrum().ratio[0] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_methods_do_not_mix():
+    x = torch.randn(60, 32)
+    with pytest.raises(EvaValueError, match="a sketch and an exact Gram stream cannot be merged"):
+        stream_of(x).merge(stream_of(x, "gram"))

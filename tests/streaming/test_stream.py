@@ -1,0 +1,396 @@
+"""The stream of one layer input: steps, what is left of them, convergence, bad input."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils.incremental_pca import IncrementalPCA as PeftIncrementalPCA
+from torch import Tensor
+
+from eva_kernels.errors import EvaValueError, NonFiniteError
+from eva_kernels.streaming import InputStream, compare_streams, fold_streams
+from helpers import (
+    DTYPES,
+    EPS32,
+    TOLERANCES,
+    decaying,
+    exact,
+    feed,
+    lost_variance,
+    make_stream,
+    orthonormality,
+    principal_cosine,
+    relative,
+    with_spectrum,
+)
+
+METHODS = ["sketch", "gram"]
+SINGLE = TOLERANCES[torch.float32]
+few_examples = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, 0.1, 3.3])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_constant_input_has_no_variance(method: str, value: float, dtype: torch.dtype):
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    stream = make_stream(33, 4, method=method, dtype=state_dtype)
+    answer = feed(stream, [torch.full((n, 33), value, dtype=dtype) for n in (97, 8, 31)]).spectrum()
+    assert answer.rank == 0
+    assert answer.ratio.tolist() == [0.0] * 4
+    assert orthonormality(answer.components) <= TOLERANCES[dtype].orthonormal
+    expected = torch.full((33,), value, dtype=dtype).double()
+    assert float((answer.mean.double() - expected).abs().max()) <= TOLERANCES[dtype].sums * value
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rounding_of_the_mean_is_not_variance(method: str):
+    # Three means that float32 cannot hold: the batches are shifted by a rounding error each.
+    x = torch.full((90, 64), 3.3) * (1 + EPS32 * torch.arange(3).repeat_interleave(30)[:, None])
+    answer = feed(make_stream(64, 4, method=method), x.split(30)).spectrum()
+    assert answer.total > 0
+    assert answer.rank == 0
+    assert not answer.ratio.any()
+
+
+def test_a_small_variance_about_a_large_mean_counts():
+    x = 10 + with_spectrum(400, 32, [1e-2], dtype=torch.float64)
+    answer = feed(make_stream(32, 2, dtype=torch.float64), x.split(100)).spectrum()
+    assert answer.rank == 1
+    assert answer.ratio.tolist() == pytest.approx([1.0, 0.0], abs=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_token_a_batch(method: str):
+    x = with_spectrum(40, 24, [8.0, 3.0, 1.0], dtype=torch.float64)
+    answer = feed(make_stream(24, 4, method=method, dtype=torch.float64), x.split(1)).spectrum()
+    assert (answer.count, answer.rank) == (40, 3)
+    assert relative(answer.singular_values[:3], exact(x)[0][:3]) <= 1e-9
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_fewer_tokens_than_components(method: str, tokens: int):
+    x = torch.randn(tokens, 24)
+    answer = feed(make_stream(24, 8, method=method), [x]).spectrum()
+    assert (answer.count, answer.rank) == (tokens, tokens - 1)
+    assert (
+        relative(answer.singular_values[: tokens - 1], exact(x)[0][: tokens - 1]) <= SINGLE.values
+    )
+    assert answer.singular_values[tokens - 1 :].tolist() == [0.0] * (9 - tokens)
+    assert orthonormality(answer.components) <= SINGLE.orthonormal
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_duplicated_tokens(method: str):
+    x = torch.randn(5, 24, dtype=torch.float64).repeat(30, 1)
+    answer = feed(make_stream(24, 8, method=method, dtype=torch.float64), x.split(50)).spectrum()
+    assert answer.rank == 4
+    assert relative(answer.singular_values[:4], exact(x)[0][:4]) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_dtype_into_a_float32_state(method: str, dtype: torch.dtype):
+    x = with_spectrum(300, 32, decaying(16)).to(dtype)
+    answer = feed(make_stream(32, 16, method=method), x.split(75)).spectrum()
+    assert answer.components.dtype == torch.float32
+    assert relative(answer.singular_values, exact(x)[0][:16]) <= SINGLE.values
+    assert abs(answer.total / exact(x)[2] - 1) <= SINGLE.sums
+
+
+@pytest.mark.parametrize("offset", [0.0, 500.0])
+def test_sums_and_total_are_exact_whatever_the_sketch_leaves_out(offset: float):
+    x = with_spectrum(900, 96, decaying(96, power=0.3), offset=offset)
+    answer = feed(make_stream(96, 4), x.split(128)).spectrum()
+    assert answer.count == 900
+    error = (answer.mean.double() - x.double().mean(0)).norm()
+    assert float(error) <= SINGLE.sums * (offset + 30)
+    # Deviations are 30 a token: the offset costs the digits that it has more than they.
+    assert abs(answer.total / exact(x)[2] - 1) <= SINGLE.sums * (1 + offset / 30)
+    assert answer.ratio.sum() <= 1
+
+
+def test_an_offset_changes_nothing():
+    x = with_spectrum(960, 96, decaying(96), dtype=torch.float64)
+    plain = feed(make_stream(96, 12), x.float().split(240)).spectrum()
+    moved = (x + 100 * x.std()).float()
+    answer = feed(make_stream(96, 12), moved.split(240)).spectrum()
+    assert 1 - principal_cosine(plain.components, answer.components) <= SINGLE.cosine
+    assert relative(answer.singular_values, plain.singular_values) <= 4e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_bits_twice(method: str):
+    x = with_spectrum(500, 64, decaying(64))
+    first, second = (feed(make_stream(64, 8, method=method), x.split(90)).spectrum() for _ in "ab")
+    assert torch.equal(first.components, second.components)
+    assert torch.equal(first.singular_values, second.singular_values)
+
+
+@pytest.fixture(scope="module")
+def begun() -> tuple[InputStream, Tensor, InputStream]:
+    """A stream after a first step, the tokens of a second one, and the stream after them."""
+    x = with_spectrum(400, 64, decaying(64), dtype=torch.float64)
+    begun = feed(make_stream(64, 8, dtype=torch.float64), [x[:150]])
+    return begun, x[150:], feed(begun.clone(), [x[150:]])
+
+
+@few_examples
+@given(cuts=st.lists(st.integers(0, 250), max_size=12), shuffle=st.integers(0, 99))
+def test_any_micro_batches_make_the_same_step(begun: tuple, cuts: list[int], shuffle: int):
+    start, tokens, whole = begun
+    order = torch.randperm(250, generator=torch.Generator().manual_seed(shuffle))
+    stream, edges = start.clone(), [0, *sorted(cuts), 250]
+    for low, high in pairwise(edges):
+        stream.add(tokens[order[low:high]])
+    assert fold_streams([stream]) == [stream]
+    # Against the order of the whole batch only the order of additions differs.
+    assert 1 - principal_cosine(stream.sketch.basis, whole.sketch.basis) <= 1e-9
+    assert relative(stream.sketch.singular_values, whole.sketch.singular_values) <= 1e-9
+    assert relative(stream.sketch.total, whole.sketch.total) <= 1e-13
+
+
+def test_the_order_of_batches_matters_little():
+    x = with_spectrum(960, 96, decaying(96))
+    batches = list(x.split(240))
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        answer = feed(make_stream(96, 12), [batches[i] for i in order]).spectrum()
+        assert lost_variance(x, answer.components) <= 1e-4
+
+
+@pytest.mark.parametrize(("power", "bound"), [(0.5, 5e-3), (1.0, 2e-5), (1.5, 1e-7)])
+def test_lost_variance(power: float, bound: float):
+    x = with_spectrum(1280, 128, decaying(128, power))
+    answer = feed(make_stream(128, 16), x.split(160)).spectrum()
+    theirs = PeftIncrementalPCA(16, lowrank=True, lowrank_seed=0)
+    for batch in x.split(160):
+        theirs.partial_fit(batch)
+    lost = lost_variance(x, answer.components)
+    assert lost <= bound
+    assert lost < lost_variance(x, theirs.components_.float())
+    # The estimate is what the last step gained: of the right size where that is what is lost,
+    # and on the safe side where the steps converge fast.
+    assert lost / 4 <= answer.lost
+    if power == 0.5:
+        assert answer.lost <= 4 * lost
+
+
+def test_gram_is_exact_however_the_spectrum_decays():
+    x = with_spectrum(600, 64, decaying(64, 0.3))
+    answer = feed(make_stream(64, 8, method="gram"), x.split(100)).spectrum()
+    assert abs(lost_variance(x, answer.components)) <= 1e-9
+    assert relative(answer.singular_values, exact(x)[0][:8]) <= SINGLE.values
+    assert answer.lost == 0.0
+
+
+def test_gram_sees_past_an_outlier_feature():
+    x = torch.randn(600, 256)
+    x[:, 7] *= 800
+    answer = feed(make_stream(256, 16, method="gram"), x.split(100)).spectrum()
+    assert answer.rank == 16
+    assert relative(answer.singular_values[1:], exact(x)[0][1:16]) <= 1e-5
+
+
+def test_largest_entries_are_positive():
+    x = with_spectrum(300, 40, decaying(40))
+    for method in METHODS:
+        rows = feed(make_stream(40, 6, method=method), x.split(100)).spectrum().components
+        assert (rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+def test_a_step_is_at_least_as_many_tokens_as_the_sketch_is_wide():
+    x = with_spectrum(100, 40, decaying(40), dtype=torch.float64)
+    stream = make_stream(40, 8, dtype=torch.float64)  # 16 wide
+    steps = []
+    for batch in x.split(6):
+        stream.add(batch)
+        steps.append(bool(fold_streams([stream])))
+    assert steps == [False, False, True] * 5 + [False, False]
+    assert (stream.folds, stream.pending, stream.tokens) == (5, 10, 100)
+    answer = stream.spectrum()  # folds the rest
+    assert (answer.count, stream.pending, stream.folds) == (100, 0, 6)
+    assert relative(torch.tensor(answer.total), torch.tensor(exact(x)[2])) <= 1e-12
+    torch.testing.assert_close(answer.mean, x.mean(0), rtol=0, atol=1e-13)
+    assert fold_streams([stream], final=True) == []
+
+
+def test_streams_of_many_shapes_in_one_call():
+    shapes = [(24, 4, "sketch"), (40, 4, "sketch"), (24, 4, "sketch"), (24, 3, "gram")]
+    data = [with_spectrum(120, d, decaying(d), seed=i) for i, (d, _, _) in enumerate(shapes)]
+    streams = [make_stream(d, k, method=method) for d, k, method in shapes]
+    for stream, x in zip(streams, data, strict=True):
+        stream.add(x)
+    folded = fold_streams([*streams, make_stream(24, 4)])
+    assert {id(s) for s in folded} == {id(s) for s in streams}
+    for stream, x, (d, k, method) in zip(streams, data, shapes, strict=True):
+        alone = feed(make_stream(d, k, method=method), [x]).spectrum()
+        found = stream.spectrum().singular_values
+        torch.testing.assert_close(found, alone.singular_values, rtol=1e-6, atol=0)
+
+
+def begin(method: str = "sketch") -> tuple[InputStream, Tensor]:
+    x = with_spectrum(600, 48, decaying(48))
+    return feed(make_stream(48, 6, method=method), [x[:200]]), x
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+def test_convergence_needs_two_steps(method: str, criterion: str):
+    stream, x = begin(method)
+    compare_streams([stream], [6], tau=0.0, criterion=criterion)
+    assert (stream.similarity, stream.converged) == (None, False)
+    before = stream.sketch.basis[:6].double()
+    feed(stream, [x[200:400]])
+    compare_streams([stream], [4], tau=0.0, criterion=criterion)
+    after = stream.sketch.basis[:6].double()
+    cosines = (before * after).sum(1).abs()
+    angles = torch.linalg.svdvals(before[:4] @ after[:4].mT)
+    expected = float(cosines[:4].min() if criterion == "cosine" else angles.min())
+    assert stream.similarity == pytest.approx(expected, abs=1e-6)
+    assert stream.converged
+    if criterion == "cosine":
+        assert relative(stream.cosines, cosines) <= 1e-6
+
+
+def test_the_threshold_decides():
+    stream, x = begin()
+    feed(stream, [x[200:400]])
+    level = float((stream.previous * stream.sketch.basis[:6]).sum(1).abs()[:4].min())
+    for tau, converged in ((level + 1e-4, False), (level - 1e-4, True)):
+        again = stream.clone()
+        compare_streams([again], [4], tau=tau)
+        assert again.converged is converged
+        assert again.previous is None
+
+
+def compared(previous: Tensor, criterion: str, ranks: int = 6) -> InputStream:
+    stream = begin()[0]
+    stream.previous = previous
+    compare_streams([stream], [ranks], tau=0.99, criterion=criterion)
+    return stream
+
+
+def test_signs_do_not_matter():
+    basis = begin()[0].sketch.basis[:6]
+    for criterion in ("cosine", "subspace"):
+        assert compared(-basis, criterion).converged
+
+
+def test_a_rotation_within_the_span_matters_to_the_cosine_only():
+    basis = begin()[0].sketch.basis[:6]
+    rotated = torch.linalg.qr(torch.randn(6, 6)).Q @ basis
+    assert compared(rotated, "subspace").converged
+    assert compared(rotated, "subspace").similarity == pytest.approx(1, abs=1e-5)
+    assert not compared(rotated, "cosine").converged
+
+
+def test_only_the_components_that_are_needed_count():
+    basis = begin()[0].sketch.basis[:6].clone()
+    basis[3:] = basis[3:].roll(1, 0)
+    assert compared(basis, "cosine", ranks=3).converged
+    assert not compared(basis, "cosine", ranks=4).converged
+    assert compared(basis, "cosine", ranks=0).similarity == 1.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_never_converges(method: str):
+    stream, x = begin(method)
+    feed(stream, [x[200:400]])
+    stream.previous = stream.previous.clone()
+    stream.previous[2, 5] = float("nan")
+    compare_streams([stream], [6], tau=0.0)
+    assert not stream.converged
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_token_raises_and_leaves_no_trace(method: str, bad: float):
+    stream, x = begin(method)
+    expected = feed(stream.clone(), [x[200:400]]).spectrum()
+    broken = x[200:400].clone()
+    broken[[3, 70, 71], 5] = bad
+    with pytest.raises(NonFiniteError, match="3 of 200 tokens hold NaN or infinity"):
+        stream.add(broken)
+    assert torch.equal(feed(stream, [x[200:400]]).spectrum().components, expected.components)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_skipping_leaves_out_exactly_the_bad_tokens(method: str):
+    x = with_spectrum(400, 48, decaying(48))
+    rows = torch.arange(0, 400, 2)
+    broken = x.clone()
+    broken[[4, 100, 101], 5] = torch.tensor([float("nan"), float("inf"), float("nan")])
+    stream = make_stream(48, 6, method=method, skip_nonfinite=True)
+    assert stream.add(broken, rows) == 198  # 101 is not selected
+    assert stream.skipped == 2
+    plain = make_stream(48, 6, method=method)
+    plain.add(x, rows[(rows != 4) & (rows != 100)])
+    assert torch.equal(stream.spectrum().components, plain.spectrum().components)
+    assert stream.add(torch.full((7, 48), float("nan"))) == 0
+    assert (stream.skipped, stream.tokens) == (9, 198)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_tokens_that_are_not_selected_do_not_matter(method: str):
+    x = with_spectrum(300, 48, decaying(48))
+    broken = x.clone()
+    broken[200:] = float("nan")
+    stream, rows = make_stream(48, 6, method=method), torch.arange(200)
+    assert stream.add(broken, rows) == 200
+    expected = make_stream(48, 6, method=method)
+    expected.add(x, rows)
+    assert stream.skipped == 0
+    assert torch.equal(stream.spectrum().components, expected.spectrum().components)
+
+
+def test_overflow_in_float16_is_seen():
+    x = torch.randn(40, 24).half()
+    x[7] *= 60000
+    x[7] *= 60000
+    with pytest.raises(NonFiniteError, match="1 of 40"):
+        make_stream(24, 4).add(x)
+
+
+def test_large_finite_numbers_are_no_infinity():
+    # The norm of the batch overflows in half precision, no entry does.
+    x = torch.full((64, 24), 3e4).half() * torch.randn(64, 24).sign().half()
+    stream = make_stream(24, 4)
+    assert stream.add(x) == 64
+    assert stream.skipped == 0
+    assert stream.spectrum().rank == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rollback(method: str):
+    stream, x = begin(method)
+    expected = feed(stream.clone(), [x[400:]]).spectrum()
+    snapshot = stream.snapshot()
+    stream.add(x[200:400])
+    stream.rollback(snapshot)
+    assert stream.tokens == 200
+    assert torch.equal(feed(stream, [x[400:]]).spectrum().components, expected.components)
+    fresh = make_stream(48, 6, method=method)
+    snapshot = fresh.snapshot()
+    fresh.add(x)
+    fresh.rollback(snapshot)
+    assert (fresh.tokens, fresh.state) == (0, None)
+
+
+def test_wrong_use():
+    with pytest.raises(EvaValueError, match="1 <= components <= width <= features"):
+        make_stream(8, 4, 9)
+    with pytest.raises(EvaValueError, match=r"shape \(N, 8\), got \(3, 7\)"):
+        make_stream(8, 2).add(torch.ones(3, 7))
+    with pytest.raises(EvaValueError, match="no tokens were seen"):
+        make_stream(8, 2).spectrum()
+    assert make_stream(8, 2).add(torch.ones(3, 8), torch.empty(0, dtype=torch.int64)) == 0
+
+
+def test_squares_that_overflow_name_the_remedy():
+    stream = make_stream(16, 2)
+    with pytest.raises(NonFiniteError, match=r"squares overflow torch.float32; .* float64"):
+        stream.add(torch.full((50, 16), 1e20))
+    assert stream.tokens == 0
