@@ -1,6 +1,7 @@
 """The method: state, fold, convergence, rank allocation, merge. Knows no model."""
 
 from .allocation import allocate_ranks
+from .checkpoint import export_stream, restore_stream
 from .convergence import compare_streams
 from .plan import StreamPlan, plan_streams, stream_bytes
 from .stream import InputStream, Options, Spectrum, fold_streams
@@ -12,7 +13,9 @@ __all__ = [
     "StreamPlan",
     "allocate_ranks",
     "compare_streams",
+    "export_stream",
     "fold_streams",
     "plan_streams",
+    "restore_stream",
     "stream_bytes",
 ]

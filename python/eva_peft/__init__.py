@@ -5,7 +5,9 @@ Names load on first use, so that the command line starts without torch and trans
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,15 +44,23 @@ _MODULES = {
 }
 
 
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing a submodule binds its name here, in whatever order modules are imported; the
+        # public function of that name must win.
+        if not (isinstance(value, ModuleType) and name in _MODULES):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{_MODULES[name]}")
-    # Importing a submodule binds its own name here; a function of that name must win.
-    for key, origin in _MODULES.items():
-        if origin == _MODULES[name]:
-            globals()[key] = getattr(module, key)
-    return globals()[name]
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

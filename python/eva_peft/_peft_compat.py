@@ -19,16 +19,18 @@ from peft.tuners.lora.eva import (
     prepare_model_inputs_fn_language_modeling,
 )
 from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from .errors import EvaValueError
 
 __all__ = [
+    "SWITCHABLE",
     "EvaConfig",
     "LoraConfig",
     "LoraLayer",
@@ -42,6 +44,10 @@ __all__ = [
     "update_layer",
     "versions",
 ]
+
+
+# What PEFT's own ``disable_adapter`` switches off: adapters, and trained copies of modules.
+SWITCHABLE = (BaseTunerLayer, ModulesToSaveWrapper)
 
 
 def versions() -> dict[str, str]:

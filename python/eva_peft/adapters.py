@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,14 @@ from ._peft_compat import (
     adapter_tensors,
     anchored_pattern,
     exclude_layers,
+    matches_target,
     pattern_value,
+    resolved_config,
     restore_adapter_tensors,
     update_layer,
 )
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
-from .targets import base_name, unwrap
+from .targets import base_name, resolve_name, unwrap, widths
 from .world import random_state_kept
 
 if TYPE_CHECKING:
@@ -39,12 +41,36 @@ __all__ = ["wrap_model", "write_result", "write_state_dict"]
 def wrap_model(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
     """Return a PeftModel around a base model, its adapters ready to be written."""
     config = deepcopy(config)
-    config.init_lora_weights = "eva"
-    config.eva_config = config.eva_config or EvaConfig()
+    config.init_lora_weights, config.eva_config = "eva", config.eva_config or EvaConfig()
+    if config.lora_bias or _adapts_convolution(model, config):
+        # PEFT refuses "eva" with these, also when it loads a saved adapter
+        config.init_lora_weights, config.eva_config = True, None
     with random_state_kept(), warnings.catch_warnings():
         # the weights are written right away, so they need not wait on the meta device
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
         return get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def _adapts_convolution(model: nn.Module, config: LoraConfig) -> bool:
+    config = resolved_config(model, config)
+    kinds = nn.modules.conv._ConvNd
+    return any(matches_target(config, n) for n, m in model.named_modules() if isinstance(m, kinds))
+
+
+@contextmanager
+def _unwrapped_on_failure(model: nn.Module, config: LoraConfig, name: str) -> Iterator[PeftModel]:
+    """Wrap a base model; take the adapters off again if the block is left by an exception."""
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
+    wrapped = wrap_model(model, config, name)
+    try:
+        yield wrapped
+    except BaseException:
+        wrapped.unload()
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        raise
 
 
 def write_result(
@@ -59,10 +85,12 @@ def write_result(
     Raises:
         EvaValueError: layers of the model and of the result differ (with ``strict``).
     """
-    inner = unwrap(model)
-    if not isinstance(inner, PeftModel):
-        inner = wrap_model(inner, config or result.config, adapter_name)
-    write_state_dict(inner, result.state_dict(), adapter_name, strict, result.uncalled)
+    inner, chosen = unwrap(model), config or result.config
+    with ExitStack() as stack:
+        if not isinstance(inner, PeftModel):
+            inner = stack.enter_context(_unwrapped_on_failure(inner, chosen, adapter_name))
+        eva = chosen.eva_config
+        write_state_dict(inner, result.state_dict(), adapter_name, strict, result.uncalled, eva)
     inner.eva_result = result
     return inner
 
@@ -74,6 +102,7 @@ def write_state_dict(
     adapter_name: str,
     strict: bool = True,
     default_layers: list[str] | None = None,
+    eva: EvaConfig | None = None,
 ) -> None:
     """Set the ranks, scaling and ``lora_A`` of one adapter; ``lora_B`` becomes zero.
 
@@ -87,6 +116,7 @@ def write_state_dict(
         strict: raise on layers that only one side has; otherwise warn, and leave them with the
             default initialisation.
         default_layers: layers that are known to be missing and get the default initialisation.
+        eva: says whether scaling factors are adjusted; that of the adapter's config if ``None``.
 
     Raises:
         EvaValueError: no such adapter, unknown or missing layers, or a width that does not fit.
@@ -98,13 +128,14 @@ def write_state_dict(
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
-    rows = {base_name(name): value for name, value in state_dict.items()}
-    _check_names(layers, rows, strict, set(default_layers or ()))
+    rows = {resolve_name(name, layers): value for name, value in state_dict.items()}
+    unreadable = {n for n, (_, m) in layers.items() if widths(m.get_base_layer()) is None}
+    _check_names(layers, rows, strict, unreadable | set(default_layers or ()))
     _check_shapes(layers, rows)
     with _all_or_nothing() as undo, random_state_kept():
         config = model.peft_config[adapter_name]
         undo.append(lambda: model.peft_config.__setitem__(adapter_name, config))
-        writer = _Writer(model, copy(config), adapter_name, undo)
+        writer = _Writer(model, copy(config), adapter_name, undo, eva)
         for name, (path, layer) in layers.items():
             writer.write(name, path, layer, rows.get(name))
         writer.finish()
@@ -161,9 +192,10 @@ class _Writer:
         config: LoraConfig,
         adapter_name: str,
         undo: list[Callable[[], Any]],
+        eva: EvaConfig | None,
     ) -> None:
         self.model, self.config, self.adapter, self.undo = model, config, adapter_name, undo
-        self.eva = config.eva_config or EvaConfig()
+        self.eva = eva or config.eva_config or EvaConfig()
         self.removed: list[str] = []
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
@@ -192,23 +224,28 @@ class _Writer:
         return alpha * (math.sqrt(ratio) if self.config.use_rslora else ratio)
 
     def _rebuild(self, layer: LoraLayer, rank: int, alpha: float, default: bool) -> None:
-        before = layer.lora_A[self.adapter].weight
-        dtype, trainable = before.dtype, before.requires_grad
+        before = layer.lora_A[self.adapter]
+        dtype, mode = before.weight.dtype, before.training
+        trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
         config = copy(self.config)
         config.init_lora_weights = True if default else "eva"
         update_layer(layer, self.adapter, rank, alpha, config)
-        for name in layer.adapter_layer_names:
+        for name in (*layer.adapter_layer_names, "lora_dropout"):
             parts = getattr(layer, name)
             if self.adapter in parts:
-                parts[self.adapter] = parts[self.adapter].to(dtype)
-        layer.lora_A[self.adapter].weight.requires_grad_(trainable)
+                parts[self.adapter] = parts[self.adapter].to(dtype).train(mode)
+        for name, parameter in layer.named_parameters():  # PEFT sets those of other adapters too
+            parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
     def _fill(self, layer: LoraLayer, rows: Tensor) -> None:
         # In place, so that an optimizer made before still holds the parameters of layers whose
         # rank has not changed.
+        second = layer.lora_B[self.adapter]
+        bias = [(second.bias, 0.0)] if second.bias is not None else []
         for weight, value in (
             (layer.lora_A[self.adapter].weight, rows),
-            (layer.lora_B[self.adapter].weight, 0.0),
+            (second.weight, 0.0),
+            *bias,
         ):
             before = weight.detach().clone()
             self.undo.append(partial(weight.data.copy_, before))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .errors import EvaTypeError, EvaValueError
 
 __all__ = [
+    "as_mapping",
     "iterate",
     "model_arguments",
     "model_device",
@@ -67,7 +68,8 @@ def model_device(model: nn.Module) -> torch.device:
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with every tensor on a device; containers keep their type."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        # a copy to the host must be complete before it is read
+        return batch.to(device, non_blocking=device.type != "cpu")
     if isinstance(batch, Mapping):
         moved = {k: to_device(v, device) for k, v in batch.items()}
         try:
@@ -79,7 +81,20 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(v, device) for v in batch)
     if is_dataclass(batch) and not isinstance(batch, type):
-        return {f.name: to_device(getattr(batch, f.name), device) for f in fields(batch)}
+        moved = {k: to_device(v, device) for k, v in dataclass_fields(batch).items()}
+        return replace(batch, **moved)
+    return batch
+
+
+def dataclass_fields(batch: Any) -> dict[str, Any]:
+    """Return the fields that the constructor of a dataclass object takes."""
+    return {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
+
+
+def as_mapping(batch: Any) -> Any:
+    """Return the fields of a dataclass object as a dict, anything else as it is."""
+    if is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
+        return dataclass_fields(batch)
     return batch
 
 
@@ -109,7 +124,7 @@ def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any
     return {k: v for k, v in arguments.items() if k != "labels"}
 
 
-def without_padding(batch: Any, device: torch.device) -> list[Any]:
+def without_padding(batch: Any, device: torch.device, encoder_decoder: bool = False) -> list[Any]:
     """Return a batch as one or more that hold less padding, and the same tokens.
 
     Columns at the end that are padding in every sample are cut, and short samples run apart from
@@ -120,6 +135,7 @@ def without_padding(batch: Any, device: torch.device) -> list[Any]:
     Args:
         batch: on the CPU, as it came from the loader.
         device: where the model will run it.
+        encoder_decoder: ``labels`` belong to another stream than ``attention_mask``.
     """
     if not isinstance(batch, Mapping):
         return [batch]
@@ -128,10 +144,13 @@ def without_padding(batch: Any, device: torch.device) -> list[Any]:
         return [batch]
     samples, columns = mask.shape
     for key, value in batch.items():
+        if isinstance(value, (Mapping, list, tuple)):
+            return [batch]
         if not isinstance(value, Tensor):
             continue
         per_token = value.dim() >= 2 and columns in value.shape[1:]
-        if per_token and (key not in _TOKEN_KEYS or value.shape[1] != columns):
+        unknown = key not in _TOKEN_KEYS or (encoder_decoder and key == "labels")
+        if per_token and (unknown or value.shape[1] != columns):
             return [batch]
         if value.dim() == 0 or value.shape[0] != samples:
             return [batch]

@@ -18,6 +18,7 @@ from eva_kernels.streaming import InputStream, Options, compare_streams, fold_st
 
 from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
+from .checkpoint import CheckpointKeeper
 from .errors import (
     EvaRuntimeError,
     EvaValueError,
@@ -31,7 +32,7 @@ from .options import AUTO, CalibrateOptions
 from .planning import components_of, plan_targets
 from .ranks import allocate
 from .result import EvaResult, collect_result
-from .targets import Target, base_name, find_targets
+from .targets import Target, find_targets, resolve_name
 from .token_mask import TokenMask, mask_of_batch
 from .world import quiet_model, random_state_kept
 
@@ -61,7 +62,9 @@ def run_pass(
             "save the result, and apply it in all of them"
         )
     targets = find_targets(model, config, options.adapter_name)
-    with random_state_kept(), torch.no_grad(), quiet_model(model):
+    # Shared inputs are told apart by tensor versions, which inference mode does not count.
+    no_grad = torch.inference_mode(False), torch.no_grad()
+    with random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
         return CalibrationPass(model, config, options, targets).run(loader)
 
 
@@ -91,13 +94,16 @@ class CalibrationPass:
             key: [] for key in ("step", "forwards", "tokens", "seconds", "converged", "similarity")
         }
         self._default_forward = options.forward_fn is None
+        self._warned: set[str] = set()  # layers that were warned about, once a pass
         self._plain_masks = options.prepare_model_inputs_fn == AUTO
         selectors = _selectors(targets, options)
-        self.collector = InputCollector(targets, self._make_stream, selectors)
+        self.collector = InputCollector(targets, self.make_stream, selectors)
+        self.keeper = CheckpointKeeper(self)
 
     def run(self, loader: Iterable[Any]) -> EvaResult:
         """Run until converged or at a limit, and return the result."""
-        begin = time.perf_counter()
+        self.keeper.open(time.perf_counter())
+        begin = time.perf_counter() - self.keeper.elapsed
         memory = PeakMemory(self.device)
         bar = tqdm(
             total=len(self.targets),
@@ -109,11 +115,13 @@ class CalibrationPass:
         )
         try:
             with self.collector, memory:
-                done = self._loop(loader, begin, bar)
+                with self.keeper:
+                    done = self._loop(loader, begin, bar)
                 if self._close_step(final=True):
-                    self._record(begin, bar)
+                    self._call_back(self._record(begin, bar))
         finally:
             bar.close()
+        self.collector.drop_empty()
         self.seconds["total"] = time.perf_counter() - begin
         self.seconds["forward"] -= self.seconds["accumulate"]
         uncalled = [t.name for i, t in enumerate(self.targets) if i not in self.collector.slot_of]
@@ -121,13 +129,19 @@ class CalibrationPass:
         return collect_result(self, memory.peak_bytes)
 
     def _loop(self, loader: Iterable[Any], begin: float, bar: Any) -> bool:
-        for batch in batches.iterate(loader):
+        keeper = self.keeper
+        if keeper.done or (self.forwards and self._limit_reached(keeper.elapsed)):
+            return keeper.done  # resumed where the pass had ended
+        for batch in keeper.remaining(batches.iterate(loader)):
+            keeper.begin_forward()
             self._forward(batch)
             del batch
-            if self._close_step():
-                self._record(begin, bar)
-                if self._converged():
-                    return True
+            numbers = self._record(begin, bar) if self._close_step() else None
+            done = numbers is not None and self._converged()
+            keeper.end_forward(time.perf_counter(), done)
+            self._call_back(numbers)
+            if done:
+                return True
             if self._limit_reached(time.perf_counter() - begin):
                 return False
         return False
@@ -145,19 +159,26 @@ class CalibrationPass:
     def _forward(self, batch: Any) -> None:
         begin = time.perf_counter()
         before = self.collector.seconds
-        trim = self._default_forward and self.options.trim_padding and self._plain_masks
-        for part in batches.without_padding(batch, self.device) if trim else [batch]:
+        parts = [batch]
+        if self._default_forward:
+            batch = batches.as_mapping(batch)
+            if self.options.trim_padding and self._plain_masks:
+                kind = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+                parts = batches.without_padding(batch, self.device, bool(kind))
+        for part in parts:
             self._forward_part(part)
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before
 
     def _forward_part(self, batch: Any) -> None:
-        mask = mask_of_batch(batch, self.config, getattr(self.model, "config", None))
+        mask = TokenMask(None)
+        if self._plain_masks:
+            model_config = getattr(self.model, "config", None)
+            mask = mask_of_batch(batches.as_mapping(batch), self.config, model_config)
+            mask.warned = self._warned
         batch = batches.to_device(batch, self.device)
-        model_input = self._model_input(batch)
-        if not self._plain_masks:
-            mask = TokenMask(None)
+        model_input = self._model_input(batch, mask)
         self.collector.tokens, self.collector.step = 0, self.steps
         complete = self._run_model(batch, mask, model_input)
         again = self.collector.end_forward(complete)
@@ -167,11 +188,14 @@ class CalibrationPass:
             self.collector.end_forward()
         self.tokens += self.collector.tokens
 
-    def _model_input(self, batch: Any) -> Any:
+    def _model_input(self, batch: Any, mask: TokenMask) -> Any:
         prepare = self.options.prepare_model_inputs_fn
-        if prepare == AUTO or prepare is None:
+        if prepare == AUTO and mask.main is not None and any(self.collector.selectors):
+            # what PEFT's default hands to users' functions: (tokens, 2) of (sample, position)
+            return mask.main.nonzero().to(self.device)
+        if prepare == AUTO:
             return batch
-        return prepare(deepcopy(batch), self.config)
+        return batch if prepare is None else prepare(deepcopy(batch), self.config)
 
     def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> bool:
         self.collector.begin_forward(mask, model_input, self._may_stop_early())
@@ -193,7 +217,8 @@ class CalibrationPass:
         offloaded = set(map(str, getattr(self.model, "hf_device_map", {}).values()))
         return not names & set(wrappers) and not offloaded & {"cpu", "disk"}
 
-    def _make_stream(self, target: Target, x: Tensor) -> InputStream:
+    def make_stream(self, target: Target, x: Tensor) -> InputStream:
+        """Return a new stream for a layer whose input is like ``x``."""
         plan = self.plan[target.in_features]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         options = Options(
@@ -224,27 +249,39 @@ class CalibrationPass:
             tau=self.eva.tau,
             criterion=self.options.criterion,
         )
-        if self.options.freeze_converged:
-            self._freeze(needed)
+        self._recheck(needed)
         self.steps += 1
         self.seconds["check"] += time.perf_counter() - middle
         return True
 
-    def _freeze(self, needed: dict[int, int]) -> None:
+    def _recheck(self, needed: dict[int, int]) -> None:
         frozen: set[int] = set()
         for slot in self.collector.slots:
             stream = slot.stream
-            if stream.cosines is not None:  # a layer may need more components than it did
+            # A layer that was not folded in this step may need more components than it did.
+            if stream.cosines is not None and self.options.criterion == "cosine":
                 least = stream.cosines[: needed[id(stream)]]
                 stream.converged = bool((least >= self.eva.tau).all())
             if stream.converged:
                 frozen |= set(slot.members)
-        self.collector.frozen = frozen
+        if self.options.freeze_converged:
+            self.collector.frozen = frozen
 
     def _converged(self) -> bool:
         return all(s.stream.converged for s in self.collector.slots)
 
-    def _record(self, begin: float, bar: Any) -> None:
+    def judge_again(self) -> bool:
+        """Tell whether every layer has converged under a ``tau`` that was not used before."""
+        if not self.ranks:
+            return False
+        slots = self.collector.slots
+        for stream in (s.stream for s in slots):
+            value = stream.similarity
+            stream.converged = value is not None and value >= self.eva.tau
+        self._recheck({id(s.stream): max(self.ranks[i] for i in s.members) for s in slots})
+        return self._converged()
+
+    def _record(self, begin: float, bar: Any) -> dict[str, Any]:
         streams = {i: slot.stream for i, slot in self.collector.slot_of.items()}
         similarity = [
             streams[i].similarity if i in streams else None for i in range(len(self.targets))
@@ -269,8 +306,11 @@ class CalibrationPass:
             name = self.targets[slowest[1]].name
             bar.set_postfix_str(f"step {self.steps}, slowest {name} at {slowest[0]:.3f}")
         bar.refresh()
-        if self.options.callback is not None:
-            self.options.callback({**numbers, "layers": len(self.targets)})
+        return {**numbers, "layers": len(self.targets)}
+
+    def _call_back(self, numbers: dict[str, Any] | None) -> None:
+        if numbers is not None and self.options.callback is not None:
+            self.options.callback(numbers)
 
     def limit(self, target: Target) -> int:
         """Return the most components that a layer may be given."""
@@ -286,8 +326,9 @@ class CalibrationPass:
             )
         if uncalled:
             warnings.warn(
-                f"{len(uncalled)} layers were never called and keep the default initialisation: "
-                f"{', '.join(uncalled[:8])}",
+                f"{len(uncalled)} layers were never called with a token that counts and keep the "
+                f"default initialisation: {', '.join(uncalled[:8])}"
+                f"{' ...' if len(uncalled) > 8 else ''}",
                 EvaWarning,
                 stacklevel=5,
             )
@@ -312,16 +353,19 @@ def _selectors(targets: list[Target], options: CalibrateOptions) -> list[Selecto
     """Return each layer's own selection function; ``None`` where the token mask selects."""
     given = options.prepare_layer_inputs_fn
     default: Callable[..., Any] | None = None
-    if options.prepare_model_inputs_fn is None or given is None:
+    if given is None:
         default = _every_row
+    elif options.prepare_model_inputs_fn is None:
+        default = None  # there is no mask, so every row counts and inputs can be shared
     elif options.prepare_model_inputs_fn != AUTO:
         default = _rows_by_index  # PEFT's contract: the model input is an index of (sample, token)
     if callable(given):
         default = given
     if not isinstance(given, Mapping):
         return [_checked(default)] * len(targets)
-    by_name = {base_name(name): fn for name, fn in given.items()}
-    unknown = set(by_name) - {t.name for t in targets}
+    known = {t.name for t in targets}
+    by_name = {resolve_name(name, known): fn for name, fn in given.items()}
+    unknown = set(by_name) - known
     if unknown:
         raise EvaValueError(
             "prepare_layer_inputs_fn is a mapping but the following module names were not found "

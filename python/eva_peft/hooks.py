@@ -48,6 +48,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.slots: list[Slot] = []
         self.slot_of: dict[int, Slot] = {}
         self.frozen: set[int] = set()  # layers that are no longer accumulated
+        self.alone: set[int] = set()  # layers that were found not to share an input
+        self.most_calls: dict[int, int] = {}  # of each layer in a complete forward pass
         self.seconds = 0.0
         self.step = 0
         self.tokens = 0
@@ -55,10 +57,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._mask = TokenMask(None)
         self._model_input: Any = None
         self._fresh: list[Slot] = []
-        self._most_calls: dict[int, int] = {}
         self._counts: dict[int, int] = {}
         self._stop_early = False
-        self._alone: set[int] = set()
         self._only: set[int] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -104,12 +104,14 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         Args:
             mask: the tokens to use.
             model_input: handed to the users' selectors.
-            stop_early: raise :class:`StopForward` once every layer that is needed was called as
-                often as in any forward pass before (never in the first).
+            stop_early: raise :class:`StopForward` once every layer that is needed was called.
+                Never while a layer was not called at all (a later batch may call it), nor if one
+                is called several times (a later batch may call it more often).
         """
         self._mask, self._model_input = mask, model_input
         self._counts, self._fresh = {}, []
-        self._stop_early = stop_early and bool(self._most_calls)
+        once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
+        self._stop_early = stop_early and once
         for slot in self.slots:
             slot.begin_forward()
 
@@ -134,10 +136,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 self._drop(slot)
         if complete and self._only is None:
             for i, count in self._counts.items():
-                self._most_calls[i] = max(count, self._most_calls.get(i, 0))
+                self.most_calls[i] = max(count, self.most_calls.get(i, 0))
         self._only = None
-        self._alone |= again
+        self.alone |= again
         self._fresh = []
+        self._mask, self._model_input = TokenMask(None), None  # no batch is kept
         self.seconds += time.perf_counter() - begin
         return again
 
@@ -146,10 +149,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._only = layers
 
     def _seen_all(self) -> bool:
-        counts = self._counts
-        return all(
-            counts.get(i, 0) >= most for i, most in self._most_calls.items() if i not in self.frozen
-        )
+        return all(i in self._counts or i in self.frozen for i in range(len(self.targets)))
 
     def _called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._only is not None and i not in self._only:
@@ -185,7 +185,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _join(self, i: int, x: Tensor) -> Slot | None:
         # A layer joins a slot only in the forward pass in which that slot began: from then on
         # both have seen the same data.
-        if self.selectors[i] is not None or i in self._alone:
+        if self.selectors[i] is not None or i in self.alone:
             return None
         for slot in self._fresh:
             if slot.calls[0].is_same(x) and self.selectors[slot.members[0]] is None:
@@ -232,8 +232,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             return
         names = ", ".join(self.targets[m].name for m in slot.members)
         warnings.warn(
-            f"step {self.step}: the input of {names} was changed in place after the layers were "
-            "called; its tokens of this batch are left out",
+            f"step {self.step + 1}: the input of {names} was changed in place after the layers "
+            "were called; its tokens of this batch are left out",
             EvaWarning,
             stacklevel=2,
         )
@@ -270,6 +270,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for call in range(len(slot.calls)):
             self._accumulate_held(slot, call)
 
+    def drop_empty(self) -> None:
+        """Forget layers that were called, but never with a token that counts."""
+        for slot in [s for s in self.slots if not s.stream.tokens]:
+            self._drop(slot)
+
     def _drop(self, slot: Slot) -> None:
         self.slots.remove(slot)
         for i in slot.members:
@@ -283,7 +288,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             x, rows = selector(args, self._model_input, target.name), None
         else:
             rows = self._mask.rows(x.shape, x.device, target.name)
-        if not x.is_floating_point() or x.shape[-1] != target.in_features:
+        if not x.is_floating_point() or x.shape[-1:] != (target.in_features,):
             raise EvaValueError(
                 f"layer {target.name}, step {self.step + 1}: expected floating-point tokens of "
                 f"{target.in_features} features, got {tuple(x.shape)} of {x.dtype}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from os import PathLike
 from typing import Any, Literal
 
 from .errors import EvaTypeError, EvaValueError
@@ -22,7 +24,23 @@ _CHOICES = {
     "budget": ("rank", "params"),
     "early_exit": ("auto", True, False),
 }
-_POSITIVE = ("max_steps", "max_tokens", "max_seconds")
+_NUMBERS: dict[str, Any] = {
+    "max_steps": Integral,
+    "max_tokens": Integral,
+    "max_seconds": Real,
+    "oversample": Real,
+    "min_rank": Integral,
+    "memory_budget": Integral,
+    "seed": Integral,
+    "checkpoint_every": Integral,
+}
+_LEAST = {
+    "max_steps": 1,
+    "max_tokens": 1,
+    "oversample": 1,
+    "memory_budget": 1,
+    "checkpoint_every": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,17 @@ class CalibrateOptions:
         trim_padding: drop columns that are padding in the whole batch, and run short samples
             apart from long ones where that saves time; exact, for right padding.
         seed: of the first basis.
+        checkpoint: safetensors file with the state of the pass. It is written every
+            ``checkpoint_every`` forward passes, at the end, and when an exception or Ctrl-C stops
+            the pass between two of them; its folder is made. If it exists, the pass goes on from
+            it, with the result of a run that was never stopped: the loader starts again, and the
+            batches that were seen are passed over without running the model. So the loader must
+            yield the same batches in the same order. A ``DataLoader`` that shuffles by torch's
+            global random state does, since the file keeps that state; one that shuffles otherwise
+            needs the same seed, or gives other batches, and a one-shot generator must yield the
+            same stream from its beginning. ``max_steps``, ``max_tokens`` and ``max_seconds`` count
+            all runs together. The file of another model, config or data type is refused.
+        checkpoint_every: forward passes from one write to the next.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
         progress: show a tqdm bar (rank 0 only).
         callback: called after every step with a dict of numbers.
@@ -79,6 +108,8 @@ class CalibrateOptions:
     early_exit: bool | Literal["auto"] = AUTO
     trim_padding: bool = True
     seed: int = 0
+    checkpoint: str | PathLike[str] | None = None
+    checkpoint_every: int = 10
     on_nonfinite: str = "raise"
     progress: bool = True
     callback: Callable[[dict[str, Any]], None] | None = None
@@ -89,16 +120,23 @@ class CalibrateOptions:
                 raise EvaValueError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of {allowed}"
                 )
-        for name in _POSITIVE:
+        for name, kind in _NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise EvaValueError(f"{name}={value} must be positive")
-        if self.oversample < 1:
-            raise EvaValueError(f"oversample={self.oversample} must be at least 1")
-        if self.min_rank < 0:
-            raise EvaValueError(f"min_rank={self.min_rank} must not be negative")
-        if self.memory_budget != AUTO and int(self.memory_budget) <= 0:
-            raise EvaValueError(f"memory_budget={self.memory_budget} must be positive bytes")
+            if value is None and name in ("max_tokens", "max_seconds"):
+                continue
+            if value == AUTO and name == "memory_budget":
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise EvaTypeError(f"{name}={value!r} must be a number ({kind.__name__})")
+            if name != "seed" and not value >= _LEAST.get(name, 0):
+                raise EvaValueError(f"{name}={value} must be at least {_LEAST.get(name, 0)}")
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise EvaValueError(f"max_seconds={self.max_seconds} must be positive")
+        if self.checkpoint is not None and not isinstance(self.checkpoint, (str, PathLike)):
+            raise EvaTypeError(f"checkpoint={self.checkpoint!r} must be a path or None")
+        for name in ("forward_fn", "callback"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise EvaTypeError(f"{name}={getattr(self, name)!r} must be callable")
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> CalibrateOptions:

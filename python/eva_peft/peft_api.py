@@ -22,20 +22,20 @@ from .adapters import write_state_dict
 from .errors import EvaValueError
 from .initialize import calibrate
 from .options import AUTO
-from .targets import base_name, unwrap
+from .targets import resolve_name, unwrap
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
 
 # PEFT's defaults stand for our own token selection, which does the same and more.
-_DEFAULTS = {
-    forward_fn_dict: None,
-    prepare_model_inputs_fn_language_modeling: AUTO,
-    prepare_layer_inputs_fn_language_modeling: AUTO,
-}
+_DEFAULTS = (
+    (forward_fn_dict, None),
+    (prepare_model_inputs_fn_language_modeling, AUTO),
+    (prepare_layer_inputs_fn_language_modeling, AUTO),
+)
 
 
 def _ours(fn: Any) -> Any:
-    return _DEFAULTS.get(fn, fn) if callable(fn) else fn
+    return next((ours for theirs, ours in _DEFAULTS if fn is theirs), fn)
 
 
 def get_eva_state_dict(
@@ -67,7 +67,8 @@ def get_eva_state_dict(
         Layer name, as in ``model.named_modules()``, to (rank, in_features), float32; separate
         contiguous tensors. Rank 0 for layers that get no adapter.
     """
-    is_peft = isinstance(unwrap(model), PeftModel)
+    inner = unwrap(model)
+    is_peft = isinstance(inner, PeftModel)
     if peft_config is None and not is_peft:
         raise EvaValueError("peft_config is required if model is not a PeftModel")
     result = calibrate(
@@ -82,8 +83,9 @@ def get_eva_state_dict(
         **options,
     )
     state = result.state_dict()
-    names = {base_name(name): name for name, _ in model.named_modules()}
-    return {names.get(name, name): value for name, value in state.items()}
+    outer = next(f"{n}." if n else "" for n, m in model.named_modules() if m is inner)
+    names = {resolve_name(name, state): f"{outer}{name}" for name, _ in inner.named_modules()}
+    return {names[name]: value for name, value in state.items()}
 
 
 def initialize_lora_eva_weights(

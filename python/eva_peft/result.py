@@ -293,6 +293,8 @@ _CONFIG_FIELDS: Sequence[str] = (
     "alpha_pattern",
     "use_dora",
     "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
     "base_model_name_or_path",
     "revision",
 )
@@ -310,5 +312,9 @@ def _config_from_dict(values: dict[str, Any]) -> LoraConfig:
     from ._peft_compat import EvaConfig
 
     fields = dict(values)
-    eva = fields.pop("eva_config", None)
-    return LoraConfig(**fields, eva_config=None if eva is None else EvaConfig(**eva))
+    eva, init = fields.pop("eva_config", None), fields.pop("init_lora_weights", True)
+    config = LoraConfig(**fields)
+    # Set afterwards: PEFT warns about an eva_config next to another initialisation.
+    config.init_lora_weights = init
+    config.eva_config = None if eva is None else EvaConfig(**eva)
+    return config

@@ -55,7 +55,7 @@ def _version(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """The layers that share one input, and its stream.
 

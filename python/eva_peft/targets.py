@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,10 +20,11 @@ from ._peft_compat import (
 )
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
 
-__all__ = ["Target", "base_name", "find_targets", "unwrap"]
+__all__ = ["Target", "base_name", "find_targets", "resolve_name", "unwrap"]
 
-# What DDP, torch.compile and PEFT put in front of the names of the base model.
-_PREFIX = re.compile(r"^(?:(?:_orig_mod|module)\.|base_model\.model\.)+")
+# What DDP and PEFT put in front of the names of the base model, and torch.compile anywhere.
+_PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
+_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,30 @@ class Target:
 
 
 def base_name(name: str) -> str:
-    """Return a layer's name in the base model, without the prefixes of any wrapper."""
-    name = name.replace("._orig_mod.", ".")
-    return _PREFIX.sub("", name)
+    """Return the name in the base model of a module of a PeftModel."""
+    return _COMPILED.sub("", name).removeprefix("base_model.model.")
+
+
+def resolve_name(name: str, known: Container[str]) -> str:
+    """Return the known layer that a key means, looking through the prefixes of wrappers.
+
+    Prefixes are taken off one by one, since a base model may itself have a ``module``. A key that
+    means no known layer is returned as it is.
+    """
+    candidate = _COMPILED.sub("", name)
+    while candidate not in known:
+        shorter = _PREFIX.sub("", candidate)
+        if shorter == candidate:
+            return name
+        candidate = shorter
+    return candidate
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model below DistributedDataParallel and torch.compile."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        # Not getattr: a PeftModel hands the attributes of a compiled base model on.
+        inner = model._modules.get("_orig_mod")
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         if inner is None:
@@ -82,12 +98,12 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
     Raises:
         EvaTypeError: not a LoraConfig. EvaValueError: no config, or no such adapter.
     """
-    if config is None and isinstance(model, PeftModel):
+    if isinstance(model, PeftModel):
         if adapter_name not in model.peft_config:
             raise EvaValueError(
                 f"the model has no adapter {adapter_name!r}; it has {sorted(model.peft_config)}"
             )
-        config = model.peft_config[adapter_name]
+        config = model.peft_config[adapter_name] if config is None else config
     if config is None:
         raise EvaValueError("peft_config is required if model is not a PeftModel")
     if not isinstance(config, LoraConfig):
@@ -108,7 +124,8 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     pairs = _adapted(model, adapter_name) if isinstance(model, PeftModel) else None
     if pairs is None:
         config = resolved_config(model, config)
-        pairs = ((n, m) for n, m in model.named_modules() if matches_target(config, n))
+        named = ((_COMPILED.sub("", n), m) for n, m in model.named_modules())
+        pairs = ((n, m) for n, m in named if matches_target(config, n))
     targets, unsupported = [], []
     for name, module in pairs:
         size = widths(module)

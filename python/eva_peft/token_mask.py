@@ -37,7 +37,7 @@ class TokenMask:
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()  # layers that need no second warning
 
     def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.
@@ -84,8 +84,9 @@ class TokenMask:
         masks = [m for _, m in self._candidates(name)]
         # Without a mask, with one that keeps everything, and for pooled inputs (one row a
         # sample), using every row is what is wanted.
-        if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
+        if name in self.warned or all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
             return
+        self.warned.add(name)
         warnings.warn(
             f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
             f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to select",

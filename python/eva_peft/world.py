@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from ._peft_compat import LoraLayer
+from ._peft_compat import SWITCHABLE
 
 __all__ = ["quiet_model", "random_state_kept"]
 
@@ -21,15 +21,21 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
     Every module's own mode, flag and config value is put back on leaving, however that happens.
     """
     training = [(m, m.training) for m in model.modules()]
-    adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, LoraLayer)]
+    adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)]
     caches = [(c, c.use_cache) for c in _configs(model) if hasattr(c, "use_cache")]
+    compiled = any(
+        "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()
+    )
+    # Compiled code does not call hooks that were added after it was compiled.
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:
         model.eval()
         for layer, _ in adapters:
             layer._disable_adapters = True
         for config, _ in caches:
             config.use_cache = False
-        yield
+        with eager:
+            yield
     finally:
         for module, mode in training:
             module.training = mode

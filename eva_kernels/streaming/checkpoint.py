@@ -1,0 +1,115 @@
+"""A stream as numbers and plain tensors, and back, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EvaValueError
+from .state import GramState, SketchState, StepSums, zero_sums
+from .stream import InputStream
+
+__all__ = ["export_stream", "restore_stream"]
+
+_NUMBERS = ("pending", "skipped", "folds", "similarity", "converged", "lost")
+_OPTIONAL = ("previous", "cosines")
+
+
+def export_stream(stream: InputStream) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Take a stream apart into what a file can hold.
+
+    Args:
+        stream: between two calls of ``add`` and ``fold_streams``.
+
+    Returns:
+        A JSON-able record, and tensors by name. The tensors are the stream's own: write or copy
+        them before the stream goes on.
+    """
+    record = {**_sizes(stream), **{name: getattr(stream, name) for name in _NUMBERS}}
+    tensors: dict[str, Tensor] = {}
+    if stream.sketch is not None:
+        tensors |= _parts("sketch", stream.sketch)
+    if isinstance(stream.state, GramState):
+        tensors["pivot"] = stream.state.pivot
+    # A sketch starts its sums at zero after a fold; those of a Gram stream are its state.
+    exact = isinstance(stream.state, GramState)
+    if stream.sums is not None and (exact or stream.pending):
+        tensors |= _parts("sums", stream.sums)
+    for name in _OPTIONAL:
+        value = getattr(stream, name)
+        if value is not None:
+            tensors[name] = value
+    return record, tensors
+
+
+def restore_stream(
+    stream: InputStream, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put what :func:`export_stream` returned into an empty stream of the same sizes.
+
+    Args:
+        stream: new; its device and its options, but for the method, may be others.
+        record, tensors: as exported; the tensors are copied.
+
+    Raises:
+        EvaValueError: a stream of other sizes, another dtype or method, or a part is missing.
+    """
+    differing = [
+        f"{name} {record.get(name)!r} instead of {value!r}"
+        for name, value in _sizes(stream).items()
+        if record.get(name) != value
+    ]
+    if differing:
+        raise EvaValueError(f"the stored stream has {', '.join(differing)}")
+    try:
+        numbers = {name: record[name] for name in _NUMBERS}
+        if "sketch.basis" in tensors:
+            _restore_state(stream, tensors)
+    except KeyError as error:
+        raise EvaValueError(f"the stored stream has no {error.args[0]}") from error
+    for name, number in numbers.items():
+        setattr(stream, name, number)
+    if "previous" in tensors:
+        stream.previous = _copy(tensors["previous"], stream.device)
+    if "cosines" in tensors:
+        stream.cosines = _copy(tensors["cosines"], torch.device("cpu"))
+
+
+def _restore_state(stream: InputStream, tensors: Mapping[str, Tensor]) -> None:
+    def parts(prefix: str, kind: type) -> dict[str, Tensor]:
+        names = [f.name for f in fields(kind)]
+        return {name: _copy(tensors[f"{prefix}.{name}"], stream.device) for name in names}
+
+    sketch = SketchState(**parts("sketch", SketchState))
+    if stream.options.method == "gram":
+        sums = StepSums(**parts("sums", StepSums))
+        pivot = _copy(tensors["pivot"], stream.device)
+        # One object in both places: the sums of a Gram stream are accumulated in place.
+        stream.state, stream.sums = GramState(sums, pivot, sketch), sums
+    elif "sums.products" in tensors:
+        stream.state, stream.sums = sketch, StepSums(**parts("sums", StepSums))
+    else:
+        size = (stream.width, stream.features, stream.dtype, stream.device)
+        stream.state, stream.sums = sketch, zero_sums(*size)
+
+
+def _sizes(stream: InputStream) -> dict[str, Any]:
+    return {
+        "features": stream.features,
+        "components": stream.components,
+        "width": stream.width,
+        "dtype": str(stream.dtype).removeprefix("torch."),
+        "method": stream.options.method,
+    }
+
+
+def _parts(prefix: str, state: SketchState | StepSums) -> dict[str, Tensor]:
+    return {f"{prefix}.{f.name}": getattr(state, f.name) for f in fields(state)}
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device, copy=True)

@@ -1,0 +1,220 @@
+"""The state of a calibration pass, kept so that a pass that was killed can go on.
+
+It is the pass as it stood between two forward passes: what the streams have gathered, tokens of a
+step that is not full included, and every count.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from eva_kernels.streaming import export_stream, restore_stream
+
+from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
+from .errors import EvaValueError, EvaWarning
+from .fingerprint import differences, fingerprint_of
+from .shared_inputs import Slot
+from .targets import Target
+
+if TYPE_CHECKING:
+    from .calibrate import CalibrationPass
+
+__all__ = ["CheckpointKeeper"]
+
+_LOGGER = logging.getLogger("eva_kernels")
+_COUNTS = ("forwards", "steps", "tokens", "seconds", "history")
+_MOST_NAMED = 6  # differences that an error spells out
+
+
+class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
+    """Resume a pass from its checkpoint, and write the next ones; a context around the loop.
+
+    Without a path it does nothing. Leaving the context, by whatever exception, writes the state
+    unless a forward pass was under way: then the file stays as it was.
+
+    Args:
+        run: a pass that has not begun.
+
+    Attributes:
+        done: every layer had converged when the checkpoint was written.
+        elapsed: seconds that the pass took before.
+    """
+
+    def __init__(self, run: CalibrationPass) -> None:
+        self.run, self.done, self.elapsed = run, False, 0.0
+        given = run.options.checkpoint
+        # Through links, so that what is replaced is the file and not the link.
+        self.path = None if given is None else Path(os.path.realpath(given))
+        self._begin = 0.0
+        self._between = True  # no forward pass is under way
+        self._written = 0  # forward passes behind the last file
+        self._fingerprint: dict[str, Any] = {}
+        self._first_random = self._random = torch.empty(0, dtype=torch.uint8)
+
+    def open(self, begin: float) -> None:
+        """Check that the path can be written, and take over the state of the file, if any.
+
+        Args:
+            begin: ``time.perf_counter()`` at which the pass began.
+
+        Raises:
+            EvaValueError: a path that cannot be written, a damaged file, one of another kind, or
+                the checkpoint of another pass.
+        """
+        self._begin = begin
+        if self.path is None:
+            return
+        check_path(self.path)
+        self._fingerprint = fingerprint_of(self.run)
+        self._first_random = self._random = torch.get_rng_state()
+        if self.path.exists():
+            self._resume(self.path)
+
+    def remaining(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches behind those that the checkpoint has seen.
+
+        Raises:
+            EvaValueError: there are fewer batches than were seen.
+        """
+        for number in range(self.run.forwards):
+            if next(batches, self) is self:
+                raise EvaValueError(
+                    f"the checkpoint {self.path} has seen {self.run.forwards} batches, but the "
+                    f"loader ended after {number}: it must yield the same batches again"
+                )
+        if self.run.forwards:
+            torch.set_rng_state(self._random)
+        yield from batches
+
+    def begin_forward(self) -> None:
+        """Mark the state as half done."""
+        self._between = False
+
+    def end_forward(self, now: float, done: bool) -> None:
+        """Mark the state as whole again, and write it if its turn has come.
+
+        Args:
+            now: ``time.perf_counter()``.
+            done: every layer has converged.
+        """
+        self.done, self.elapsed = done, now - self._begin
+        if self.path is None:
+            return
+        self._random = torch.get_rng_state()
+        self._between = True
+        if self.run.forwards - self._written >= self.run.options.checkpoint_every:
+            self._write(self.path)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.path is not None and self._between and self.run.forwards > self._written:
+            self._write(self.path)
+
+    def _write(self, path: Path) -> None:
+        state, tensors = self._collect()
+        try:
+            write_checkpoint(path, state, tensors)
+        except (OSError, SafetensorError) as error:
+            # A full disk must not cost the pass itself.
+            warnings.warn(
+                f"the checkpoint {path} could not be written after {self.run.forwards} forward "
+                f"passes ({error}); the pass goes on, the file stays as it was",
+                EvaWarning,
+                stacklevel=3,
+            )
+            return
+        self._written = self.run.forwards
+
+    # ---- the state of the pass --------------------------------------------------------------
+
+    def _collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        run, names = self.run, [t.name for t in self.run.targets]
+        collector = run.collector
+        tensors = {"random.first": self._first_random, "random.now": self._random}
+        slots = []
+        for i, slot in enumerate(collector.slots):
+            record, parts = export_stream(slot.stream)
+            slots.append({"members": [names[m] for m in slot.members], "stream": record})
+            tensors |= {f"slots.{i}.{key}": tensor for key, tensor in parts.items()}
+        state = {
+            "fingerprint": self._fingerprint,
+            "tau": run.eva.tau,
+            "done": self.done,
+            "elapsed": self.elapsed,
+            "counts": {name: getattr(run, name) for name in _COUNTS},
+            "ranks": {names[i]: rank for i, rank in run.ranks.items()},
+            "slots": slots,
+            "most_calls": {names[i]: calls for i, calls in collector.most_calls.items()},
+            "alone": sorted(names[i] for i in collector.alone),
+            "frozen": sorted(names[i] for i in collector.frozen),
+        }
+        return state, tensors
+
+    def _resume(self, path: Path) -> None:
+        state, tensors = read_checkpoint(path)
+        try:
+            told = differences(state["fingerprint"], self._fingerprint)
+            if not told:
+                self._restore(state, tensors)
+        except EvaValueError as error:
+            raise EvaValueError(f"the checkpoint {path} is of no use: {error}; {REMEDY}") from error
+        except (KeyError, TypeError) as error:
+            raise EvaValueError(f"the checkpoint {path} lacks {error}; {REMEDY}") from error
+        if told:
+            more = f"; and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
+            raise EvaValueError(
+                f"the checkpoint {path} belongs to another pass: "
+                f"{'; '.join(told[:_MOST_NAMED])}{more}. To go on, {REMEDY}"
+            )
+        _LOGGER.info("resumed %s after %d forward passes", path, self.run.forwards)
+
+    def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        run, collector = self.run, self.run.collector
+        index = {t.name: i for i, t in enumerate(run.targets)}
+        for i, record in enumerate(state["slots"]):
+            members = [index[name] for name in record["members"]]
+            target, dtype = run.targets[members[0]], getattr(torch, record["stream"]["dtype"])
+            prefix = f"slots.{i}."
+            parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            like = torch.empty(0, dtype=dtype, device=_device_of(target, run.device))
+            slot = Slot(run.make_stream(target, like), members)
+            restore_stream(slot.stream, record["stream"], parts)
+            collector.slots.append(slot)
+            collector.slot_of |= dict.fromkeys(members, slot)
+        collector.most_calls = {index[n]: calls for n, calls in state["most_calls"].items()}
+        collector.alone = {index[n] for n in state["alone"]}
+        collector.frozen = {index[n] for n in state["frozen"]}
+        run.ranks = {index[n]: rank for n, rank in state["ranks"].items()}
+        for name in _COUNTS:
+            setattr(run, name, state["counts"][name])
+        self.done, self.elapsed = state["done"], state["elapsed"]
+        self._written = run.forwards
+        if state["tau"] != run.eva.tau:
+            self.done = run.judge_again()
+        # The order of a shuffling loader comes from the state with which the pass began.
+        self._first_random, self._random = tensors["random.first"], tensors["random.now"]
+        torch.set_rng_state(self._first_random)
+
+
+def _device_of(target: Target, default: torch.device) -> torch.device:
+    """Return the device of a layer's input: that of its weights, or where a hook will put them."""
+    for tensor in (*target.module.parameters(), *target.module.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    hooked = getattr(getattr(target.module, "_hf_hook", None), "execution_device", None)
+    return default if hooked is None else torch.device(hooked)

@@ -1,0 +1,169 @@
+"""What a checkpoint must agree on with the pass that goes on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._peft_compat import PeftModel
+from .options import AUTO
+from .targets import base_name
+
+if TYPE_CHECKING:
+    from .calibrate import CalibrationPass
+
+__all__ = ["differences", "fingerprint_of"]
+
+# Other values of these options give other numbers. The rest may change from run to run: limits,
+# tau, what is said and asked, and ways to compute the same.
+_OPTIONS = (
+    "method",
+    "oversample",
+    "criterion",
+    "freeze_converged",
+    "budget",
+    "min_rank",
+    "precision",
+    "seed",
+)
+_FUNCTIONS = ("forward_fn", "prepare_model_inputs_fn", "prepare_layer_inputs_fn")
+# Where a model was loaded from and with what; and what the pass itself switches off.
+_NOT_THE_MODEL = frozenset(["_name_or_path", "transformers_version", "use_cache"])
+# Names of weights that an adapter adds, and what it puts into the names of the others.
+_ADDED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save)\.")
+_INSERTED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
+
+SAMPLES = 16  # elements of each target's weight that are looked at
+
+
+def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
+    """Return what decides the numbers of a pass, JSON-able; wrappers and adapters are no part.
+
+    Weights count by name, shape and dtype, and those of the target layers by a few elements each.
+    """
+    model = run.model.get_base_model() if isinstance(run.model, PeftModel) else run.model
+    weights = list(_base_weights(run.model))
+    eva = run.eva
+    parts = {
+        "model": type(model).__name__,
+        "data type": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
+        "r": run.config.r,
+        "rho": eva.rho,
+        "use_label_mask": eva.use_label_mask,
+        "label_mask_value": eva.label_mask_value,
+        **{name: getattr(run.options, name) for name in _OPTIONS},
+        **{name: _kind(getattr(run.options, name)) for name in _FUNCTIONS},
+        "model config": _config_of(model),
+        "layers": {t.name: {"features": t.in_features, "rank": t.rank} for t in run.targets},
+        "streams": {
+            f"{d} features": {"components": p.components, "width": p.width, "method": p.method}
+            for d, p in sorted(run.plan.items())
+        },
+        "names, shapes and dtypes of the weights": _digest(
+            [[name, list(w.shape), str(w.dtype)] for name, w in weights]
+        ),
+        "values of the weights": {t.name: _sample(t.module) for t in run.targets},
+    }
+    # As it will be read back: tuples as lists, keys as text.
+    normal: dict[str, Any] = json.loads(_as_json(parts))
+    return normal
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Tell in words where two fingerprints differ, the most telling parts first."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    told = []
+    for key in [*new, *(k for k in old if k not in new)]:
+        if key in old and key in new and old[key] == new[key]:
+            continue
+        name = " ".join(key)
+        if any(key[0] == part for part in ("values of the weights", *_DIGESTS)):
+            told.append(f"{name} are others")
+        else:
+            was, is_ = (_shown(side, key) for side in (old, new))
+            told.append(f"{name}: {was} in the file, {is_} now")
+    return told
+
+
+_DIGESTS = ("names, shapes and dtypes of the weights",)
+
+
+def _shown(values: Mapping[tuple[str, ...], Any], key: tuple[str, ...]) -> str:
+    if key not in values:
+        return "absent"
+    return values[key] if isinstance(values[key], str) else json.dumps(values[key])
+
+
+def _flat(
+    values: Mapping[str, Any], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in model.named_parameters():
+        if not _ADDED.search(name):
+            yield _INSERTED.sub("", base_name(name)), weight
+
+
+def _config_of(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    if callable(getattr(config, "to_dict", None)):
+        config = config.to_dict()
+    return _without(config, _NOT_THE_MODEL) if isinstance(config, Mapping) else None
+
+
+def _without(value: Any, names: frozenset[str]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {k: _without(v, names) for k, v in value.items() if k not in names}
+
+
+def _kind(option: Any) -> str:
+    """Tell which sort of function is used; the code of a function has no lasting name."""
+    if option is None or option == AUTO:
+        return "default" if option is None else AUTO
+    if isinstance(option, Mapping):
+        return f"functions for {', '.join(sorted(option))}"
+    return "own function"
+
+
+def _sample(module: nn.Module) -> str:
+    """Digest some elements, evenly spaced, of a layer's weight; ``"hidden"`` if it has no values.
+
+    Weights on the meta device are filled in by a hook only while the layer runs, and some
+    quantised ones cannot be indexed.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.device.type == "meta" or not weight.numel():
+        return "hidden"
+    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    try:
+        # By coordinates, since flattening would copy a weight that is stored transposed.
+        chosen = weight.detach()[torch.unravel_index(index.to(weight.device), weight.shape)]
+        return _digest(chosen.double().tolist())
+    except (NotImplementedError, RuntimeError, TypeError):
+        return "hidden"
+
+
+def _digest(value: Sequence[Any]) -> str:
+    return hashlib.sha256(_as_json(value).encode()).hexdigest()[:16]
+
+
+def _as_json(value: Any) -> str:
+    def named(other: Any) -> Any:
+        if isinstance(other, (set, frozenset)):
+            return sorted(other, key=str)
+        return str(other) if isinstance(other, torch.dtype) else type(other).__name__
+
+    return json.dumps(value, default=named)

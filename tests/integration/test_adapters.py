@@ -1,0 +1,427 @@
+"""Writing adapters: saved and loaded the same, scaling, dtypes, other adapters, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+import eva_kernels
+from integration.conftest import (
+    QUIET,
+    Clash,
+    lora,
+    lora_layers,
+    make_llama,
+    make_mlp,
+    output_of,
+    perturb_b,
+    run,
+    same_state,
+    state_of,
+    vectors,
+    wrapped,
+)
+
+
+def reloaded(model: PeftModel, base: nn.Module, folder: Any, adapter: str = "default") -> nn.Module:
+    model.save_pretrained(folder)
+    path = folder if adapter == "default" else folder / adapter
+    return PeftModel.from_pretrained(base, path).eval()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"lin": 3, "sub.other": 5}, "alpha_pattern": {"sub.other": 3}},
+        {"target_modules": ["lin", "other"], "lora_dropout": 0.1},
+        {"target_modules": r"(sub\.)?(lin|other|head)", "exclude_modules": ["head"]},
+        {"target_modules": ["lin", "other"], "modules_to_save": ["head"]},
+        pytest.param(
+            {"init_lora_weights": True, "lora_bias": True},
+            marks=pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape"),
+        ),
+        {"whiten": True},
+    ],
+    ids=[
+        "plain",
+        "rslora",
+        "dora",
+        "patterns",
+        "suffixes",
+        "regex",
+        "modules_to_save",
+        "bias",
+        "whiten",
+    ],
+)
+@pytest.mark.parametrize("dead", [True, False])
+def test_saved_adapters_reload_exactly(fields: dict[str, Any], dead: bool, tmp_path: Any) -> None:
+    x = vectors(6, features=16)
+    config = lora(tau=1.0, **copy.deepcopy(fields))
+    before = output_of(Clash(dead), x[0])
+    model = eva_kernels.initialize(Clash(dead), iter(x), config, method="gram", **QUIET)
+    torch.testing.assert_close(output_of(model, x[0]), before, rtol=0, atol=1e-6)
+    ranks = model.eva_result.ranks
+    # different ranks for names that end alike, one of them 0, is what used to break
+    assert (ranks["sub.lin"] == 0) == dead
+    assert len(set(ranks.values())) > 1
+    layers = lora_layers(model)
+    assert ("sub.lin" in layers) != dead
+    assert sum(layer.r["default"] for layer in layers.values()) == sum(ranks.values())
+    if dead:
+        assert type(model.base_model.model.sub["lin"]) is nn.Linear
+        assert "sub.lin" not in model.targeted_module_names
+    perturb_b(model.eval())
+    expected = output_of(model, x[0])
+    assert not torch.allclose(expected, before, atol=1e-3)
+    again = reloaded(model, Clash(dead), tmp_path)
+    assert torch.equal(output_of(again, x[0]), expected)
+    assert {n: m.r["default"] for n, m in lora_layers(again).items()} == {
+        n: m.r["default"] for n, m in layers.items()
+    }
+    assert {n: m.scaling["default"] for n, m in lora_layers(again).items()} == {
+        n: m.scaling["default"] for n, m in layers.items()
+    }
+
+
+def test_llama_reloads_exactly(initialized: PeftModel, texts: list[Any], tmp_path: Any) -> None:
+    perturb_b(initialized)
+    expected = output_of(initialized, texts[0])
+    again = reloaded(initialized, make_llama(), tmp_path)
+    assert torch.equal(output_of(again, texts[0]), expected)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(output_of(merged, texts[0]), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_user_patterns_set_the_budget() -> None:
+    config = lora(rank_pattern={"lin": 3, "sub.other": 5}, alpha_pattern={"sub.other": 3})
+    result = run(Clash(False), vectors(3, features=16), config)
+    # "lin" is a suffix pattern in PEFT: it means sub.lin as well
+    assert result.base_ranks == {"lin": 3, "sub.lin": 3, "sub.other": 5, "head": 4}
+    assert sum(result.ranks.values()) == 15
+    assert result.alphas["sub.other"] == 3
+    assert result.ranks["sub.other"] <= 10
+    assert result.ranks["lin"] <= 6
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("adjust", [True, False])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_scaling(rslora: bool, adjust: bool, prepared: bool) -> None:
+    config = lora(
+        use_rslora=rslora,
+        adjust_scaling_factors=adjust,
+        alpha_pattern={"sub.other": 3},
+    )
+    model: nn.Module = Clash()
+    x = vectors(4, features=16)
+    if prepared:
+        model, given = wrapped(model, config), None
+    else:
+        given = config
+    model = eva_kernels.initialize(model, x, given, max_steps=4, **QUIET)
+    layers = lora_layers(model)
+    assert any(layer.r["default"] != 4 for layer in layers.values())
+    for name, layer in layers.items():
+        alpha = 3 if name == "sub.other" else 8
+        root = math.sqrt if rslora else float
+        rank = 4 if adjust else layer.r["default"]
+        assert layer.scaling["default"] == pytest.approx(alpha / root(rank), rel=1e-12)
+
+
+@pytest.mark.parametrize("meta", [True, False])
+@pytest.mark.parametrize("way", ["adapters", "base", "plain"])
+def test_adapter_dtype_is_that_of_plain_lora(meta: bool, way: str, texts: list[Any]) -> None:
+    base = make_llama(torch.bfloat16)
+    if way == "plain":
+        model = wrapped(base, lora(init_lora_weights=True), low_cpu_mem_usage=meta)
+        done = eva_kernels.initialize(model, texts, lora(), max_steps=2, **QUIET)
+    elif way == "adapters":
+        model = wrapped(base, lora(), low_cpu_mem_usage=meta)
+        done = eva_kernels.initialize(model, texts, max_steps=2, **QUIET)
+    else:
+        done = eva_kernels.initialize(base, texts, lora(), max_steps=2, **QUIET)
+    assert len({layer.r["default"] for layer in lora_layers(done).values()}) > 1
+    for layer in lora_layers(done).values():
+        assert layer.lora_A["default"].weight.dtype == torch.float32
+        assert layer.lora_B["default"].weight.dtype == torch.float32
+        assert layer.get_base_layer().weight.dtype == torch.bfloat16
+    half = wrapped(make_llama(torch.bfloat16), lora(), autocast_adapter_dtype=False)
+    done = eva_kernels.initialize(half, texts, max_steps=2, **QUIET)
+    for layer in lora_layers(done).values():
+        assert layer.lora_A["default"].weight.dtype == torch.bfloat16
+
+
+def test_another_adapter_is_untouched(texts: list[Any]) -> None:
+    config = lora(r=3, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    model = wrapped(make_llama(), config, adapter_name="other")
+    model.add_adapter("mine", lora(target_modules=["q_proj", "v_proj"]))
+    kept = {n: v for n, v in state_of(model).items() if ".other." in n}
+    saved = copy.deepcopy(model.peft_config["other"])
+    model.set_adapter("other")
+    expected = output_of(model, texts[0])
+    flags = {n: p.requires_grad for n, p in model.named_parameters() if ".other." in n}
+    model = eva_kernels.initialize(
+        model, texts, adapter_name="mine", max_steps=4, method="gram", **QUIET
+    )
+    assert model.eva_result.ranks.keys() == {
+        f"model.layers.{i}.self_attn.{k}_proj" for i in (0, 1) for k in "qv"
+    }
+    assert sum(model.eva_result.ranks.values()) == 16
+    assert same_state(kept, {n: v for n, v in state_of(model).items() if ".other." in n})
+    assert model.peft_config["other"] == saved
+    assert model.active_adapters == ["other"]
+    assert torch.equal(output_of(model, texts[0]), expected)
+    after = {n: p.requires_grad for n, p in model.named_parameters() if ".other." in n}
+    assert after == flags
+    layers = lora_layers(model, "mine")
+    assert {n: m.r["mine"] for n, m in layers.items()} == {
+        n: r for n, r in model.eva_result.ranks.items() if r
+    }
+
+
+def test_rank_zero_leaves_the_other_adapter_in_place(tmp_path: Any) -> None:
+    x = vectors(4, features=16)
+    model = wrapped(Clash(), lora(r=2, init_lora_weights=False, target_modules=["lin"]))
+    expected = output_of(model, x[0])
+    model.add_adapter("mine", lora())
+    model = eva_kernels.initialize(model, x, adapter_name="mine", max_steps=4, **QUIET)
+    assert model.eva_result.ranks["sub.lin"] == 0
+    assert set(lora_layers(model)) == {"lin", "sub.lin"}
+    assert set(lora_layers(model, "mine")) == {"lin", "sub.other", "head"}
+    model.set_adapter("default")
+    assert torch.equal(output_of(model, x[0]), expected)
+    model.set_adapter("mine")
+    perturb_b(model, "mine")
+    expected = output_of(model, x[0])
+    again = reloaded(model, Clash(), tmp_path, "mine")
+    assert torch.equal(output_of(again, x[0]), expected)
+
+
+def test_whitening_per_layer_and_out_of_place(texts: list[Any]) -> None:
+    options = {"method": "gram", "max_steps": 4}
+    shared = run(make_llama(), texts, lora(whiten=True), **options)
+    plain = run(make_llama(), texts, lora(), **options)
+    names = ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+    assert any(set(names) <= set(group) for group in shared.shared_inputs)
+    alone = {
+        n: run(make_llama(), texts, lora(whiten=True, target_modules=[n]), **options) for n in names
+    }
+    state = shared.state_dict()
+    for name in names:
+        rank = shared.ranks[name]
+        assert rank > 0
+        values = shared.singular_values[name][:rank]
+        torch.testing.assert_close(state[name].norm(dim=1), values.rsqrt())
+        other = alone[name].state_dict()[name]
+        both = min(rank, len(other))
+        torch.testing.assert_close(state[name][:both], other[:both], rtol=1e-3, atol=1e-5)
+    for name, rows in plain.components.items():
+        torch.testing.assert_close(shared.components[name], rows)  # not whitened in place
+    again = shared.state_dict()
+    assert all(torch.equal(again[n], rows) for n, rows in state.items())
+
+
+def test_dora_and_modules_to_save(texts: list[Any]) -> None:
+    config = lora(use_dora=True, modules_to_save=["lm_head"], target_modules=["q_proj", "up_proj"])
+    base = make_llama()
+    before = output_of(base, texts[0])
+    model = eva_kernels.initialize(base, texts, config, max_steps=4, **QUIET)
+    torch.testing.assert_close(output_of(model, texts[0]), before, rtol=1e-5, atol=1e-5)
+    for layer in lora_layers(model).values():
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        assert magnitude.shape == (layer.out_features,)
+        torch.testing.assert_close(magnitude, layer.get_base_layer().weight.norm(dim=1))
+        assert magnitude.requires_grad
+    head = model.base_model.model.lm_head.modules_to_save["default"]
+    assert head.weight.requires_grad
+    assert "lm_head" not in model.eva_result.ranks
+
+
+def test_saved_copies_of_modules_are_off_during_the_pass(mlp: nn.Module, data: list[Any]) -> None:
+    config = lora(target_modules=["2"], modules_to_save=["0"])
+    expected = run(copy.deepcopy(mlp), iter(data), config, method="gram")
+    model = wrapped(mlp, config)
+    with torch.no_grad():
+        model.base_model.model[0].modules_to_save["default"].weight.mul_(-3)
+    found = run(model, iter(data), method="gram")
+    torch.testing.assert_close(found.components["2"], expected.components["2"])
+
+
+def test_trained_adapters_are_off_during_the_pass(
+    initialized: PeftModel, texts: list[Any], llama_result: Any
+) -> None:
+    perturb_b(initialized)
+    result = run(initialized, iter(texts), lora(tau=1.0), method="gram")
+    for name, rows in result.components.items():
+        assert torch.equal(rows, llama_result.components[name])
+
+
+def test_lora_bias_is_zeroed(data: list[Any]) -> None:
+    config = lora(lora_bias=True, init_lora_weights=False, target_modules=["0", "2"])
+    model = wrapped(make_mlp(), config)
+    with model.disable_adapter():
+        expected = output_of(model, data[0])
+    model = eva_kernels.initialize(model, data, allow_any_init=True, max_steps=3, **QUIET)
+    assert torch.equal(output_of(model, data[0]), expected)
+
+
+def test_parameters_of_unchanged_rank_stay_in_the_optimizer(data: list[Any]) -> None:
+    model = wrapped(make_mlp(), lora(rho=1.0, target_modules=["0", "2"]))
+    before = {id(p) for p in model.parameters() if p.requires_grad}
+    model = eva_kernels.initialize(model, data, max_steps=3, **QUIET)
+    assert {id(p) for p in model.parameters() if p.requires_grad} == before
+
+
+def test_flags_and_modes_of_rebuilt_layers() -> None:
+    x = vectors(3, features=16)
+    model = wrapped(Clash(), lora(lora_dropout=0.5)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_A" not in name and parameter.requires_grad)
+    model = eva_kernels.initialize(model, x, max_steps=3, **QUIET)
+    assert len({layer.r["default"] for layer in lora_layers(model).values()}) > 1
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_B" in name), name
+    assert not any(m.training for m in model.modules())
+    perturb_b(model)
+    assert torch.equal(output_of(model, x[0]), output_of(model, x[0]))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("way", ["adapters", "meta", "base", "two adapters"])
+def test_all_or_nothing(
+    error: type[BaseException], way: str, llama_result: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eva_peft import adapters
+
+    model: nn.Module = make_llama()
+    if way != "base":
+        model = wrapped(model, lora(), low_cpu_mem_usage=way == "meta")
+    if way == "two adapters":
+        model.add_adapter("other", lora(init_lora_weights=True))
+    before = state_of(model)
+    config = copy.deepcopy(getattr(model, "peft_config", None))
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    modules = {n: id(m) for n, m in model.named_modules()}
+    parameters = {n: id(p) for n, p in model.named_parameters()}
+    original = adapters._Writer.write
+    calls: list[str] = []
+
+    def failing(self: Any, name: str, *args: Any) -> None:
+        original(self, name, *args)
+        calls.append(name)
+        if len(calls) == 9:
+            raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters._Writer, "write", failing)
+        with pytest.raises(error):
+            llama_result.apply(model)
+    assert len(calls) == 9
+    after = state_of(model)
+    meta = [n for n, v in before.items() if v.is_meta]
+    assert [n for n, v in after.items() if v.is_meta] == meta
+    for name in meta:
+        assert before.pop(name).shape == after.pop(name).shape
+    assert same_state(before, after)
+    assert getattr(model, "peft_config", None) == config
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert {n: id(p) for n, p in model.named_parameters()} == parameters
+    if way != "base":
+        assert {n: id(m) for n, m in model.named_modules()} == modules
+    assert not hasattr(model, "eva_result")
+    done = llama_result.apply(model)
+    assert sum(layer.r["default"] for layer in lora_layers(done).values()) == 56
+
+
+def test_failure_at_the_very_end(llama_result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eva_peft import adapters
+
+    model = wrapped(make_llama())
+    before, config = state_of(model), copy.deepcopy(model.peft_config["default"])
+    names = list(model.targeted_module_names)
+
+    def failing(*args: Any) -> str:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "anchored_pattern", failing)
+        with pytest.raises(RuntimeError, match="broken"):
+            llama_result.apply(model)
+    assert same_state(before, state_of(model))
+    assert model.peft_config["default"] == config
+    assert model.targeted_module_names == names
+
+
+def test_convolutions_keep_the_default(tmp_path: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.conv, self.lin = nn.Conv2d(3, 6, 3), nn.Linear(6, 10)
+            self.last = nn.Linear(10, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(torch.tanh(self.lin(self.conv(x).flatten(2).mT)))
+
+    x = list(torch.randn(3, 4, 3, 8, 8))
+    base, config = Net(), lora(target_modules=["conv", "lin", "last"])
+    before = output_of(base, x[0])
+    with pytest.warns(eva_kernels.EvaWarning, match="keep the default initialisation: conv"):
+        model = eva_kernels.initialize(base, x, config, max_steps=3, **QUIET)
+    layers = lora_layers(model)
+    assert set(layers) == {"conv", "lin", "last"}
+    torch.testing.assert_close(output_of(model, x[0]), before)
+    assert layers["conv"].lora_A["default"].weight.any()
+    a = layers["lin"].lora_A["default"].weight
+    torch.testing.assert_close(a @ a.mT, torch.eye(len(a)), atol=2e-6, rtol=0)
+    perturb = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in layers.values():
+            weight = layer.lora_B["default"].weight
+            weight.copy_(torch.randn(weight.shape, generator=perturb))
+    expected = output_of(model, x[0])
+    torch.testing.assert_close(output_of(reloaded(model, Net(), tmp_path), x[0]), expected)
+
+
+def test_names_that_look_like_wrappers(tmp_path: Any) -> None:
+    class Outer(nn.Module):
+        """``module.lin`` beside ``lin``, as in a wrapper's prefix."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.module = nn.ModuleDict({"lin": nn.Linear(16, 16)})
+            self.lin = nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lin(torch.tanh(self.module["lin"](x)) * 0.1)
+
+    x = vectors(4, features=16)
+    config = lora(target_modules=["lin"], rank_pattern={"module.lin": 6})
+    model = eva_kernels.initialize(Outer(), iter(x), config, method="gram", **QUIET)
+    assert list(model.eva_result.ranks) == ["module.lin", "lin"]
+    assert model.eva_result.base_ranks == {"module.lin": 6, "lin": 4}
+    ranks = {n: m.r["default"] for n, m in lora_layers(model).items()}
+    assert ranks == model.eva_result.ranks
+    perturb_b(model)
+    expected = output_of(model, x[0])
+    assert torch.equal(output_of(reloaded(model, Outer(), tmp_path), x[0]), expected)
+
+
+def test_wrapping_keeps_the_random_state(llama_result: Any) -> None:
+    model = make_llama()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    llama_result.apply(model)
+    assert torch.equal(torch.rand(3), expected)

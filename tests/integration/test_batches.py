@@ -1,0 +1,195 @@
+"""Loaders and batches of every kind; what is kept of them: nothing."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from transformers import BatchEncoding
+
+import eva_kernels
+from integration.conftest import angle, lora, make_llama, make_mlp, run, text_batches, vectors
+
+TEXTS = text_batches(4)
+CONFIG = {"target_modules": ["0", "2"], "tau": 1.0}
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.cat(vectors()))
+
+
+@dataclass
+class Sample:
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Endless:
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.cycle(vectors())
+
+
+LOADERS = {
+    "list": lambda: vectors(),
+    "tuple": lambda: tuple(vectors()),
+    "DataLoader": lambda: DataLoader(
+        TensorDataset(torch.cat(vectors())),
+        batch_size=40,
+        collate_fn=lambda b: torch.stack([x for (x,) in b]),
+    ),
+    "generator": lambda: (x for x in vectors()),
+    "IterableDataset": lambda: DataLoader(Stream(), batch_size=40),
+    "infinite": Endless,
+    "map": lambda: map(torch.clone, vectors()),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_loaders(kind: str) -> None:
+    expected = run(make_mlp(), vectors(), lora(**CONFIG), max_steps=8, method="gram")
+    result = run(make_mlp(), LOADERS[kind](), lora(**CONFIG), max_steps=8, method="gram")
+    assert result.forwards == 8
+    assert result.tokens == 320
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[name])
+
+
+def as_dataclass(batch: dict[str, Tensor]) -> Any:
+    return Sample(**batch)
+
+
+def as_user_dict(batch: dict[str, Tensor]) -> Any:
+    class Mine(dict):
+        pass
+
+    return Mine(batch)
+
+
+@pytest.mark.parametrize("make", [dict, BatchEncoding, as_dataclass, as_user_dict])
+def test_batches_with_a_mask(make: Any) -> None:
+    expected = run(make_llama(), iter(TEXTS), lora(tau=1.0), method="gram")
+    result = run(make_llama(), (make(b) for b in TEXTS), lora(tau=1.0), method="gram")
+    assert result.tokens == expected.tokens
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[name])
+
+
+Pair = namedtuple("Pair", "x extra")
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: (x,), lambda x: [x]])
+def test_positional_batches(make: Any) -> None:
+    result = run(make_mlp(), (make(x) for x in vectors()), lora(**CONFIG), method="gram")
+    expected = run(make_mlp(), iter(vectors()), lora(**CONFIG), method="gram")
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[name])
+
+
+def test_custom_forward_gets_the_batch_as_it_was() -> None:
+    seen: list[type] = []
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        seen.append(type(batch))
+        model(batch[0] if isinstance(batch, tuple) else batch.input_ids.float()[:, :20])
+
+    loader = [Pair(vectors()[0], 3), as_dataclass(TEXTS[0])]
+    run(make_mlp(), iter(loader), lora(**CONFIG), forward_fn=forward)
+    assert seen == [Pair, Sample]
+
+
+def test_a_generator_is_used_once() -> None:
+    with pytest.warns(eva_kernels.NotConvergedWarning, match="after 8 forward passes"):
+        result = run(make_mlp(), iter(vectors()), lora(**CONFIG), on_not_converged="warn")
+    assert result.forwards == 8
+
+
+def test_another_epoch_is_shuffled_anew() -> None:
+    seen: list[float] = []
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        seen.append(float(batch[0][0, 0]))
+        model(batch[0])
+
+    loader = DataLoader(TensorDataset(torch.cat(vectors())), batch_size=40, shuffle=True)
+    run(make_mlp(), loader, lora(**CONFIG), forward_fn=forward, max_steps=16)
+    assert len(seen) == 16
+    assert seen[:8] != seen[8:]
+
+
+@pytest.mark.parametrize("keys", [("input_ids", "attention_mask"), ("input_ids",)])
+def test_no_batch_is_kept(keys: tuple[str, ...]) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = []
+
+    def copies() -> Iterator[dict[str, Tensor]]:
+        for i in range(5):
+            gc.collect()
+            most.append(sum(r() is not None for r in alive))
+            batch = {k: TEXTS[i % 4][k].clone() for k in keys}
+            alive.append(weakref.ref(batch["input_ids"]))
+            yield batch
+            del batch
+
+    model = make_llama()
+    gc.freeze()  # the collections below look at what is new only
+    try:
+        result = run(model, copies(), lora(tau=1.0))
+        gc.collect()
+    finally:
+        gc.unfreeze()
+    assert result.forwards == 5
+    assert most == [0] * 5  # not even the last one, while the next is made
+    assert not any(r() is not None for r in alive)
+
+
+def test_splitting_batches() -> None:
+    whole = text_batches(6)
+    halves = [{k: v[i : i + 2] for k, v in b.items()} for b in whole for i in (0, 2)]
+    ones = [{k: v[i : i + 1] for k, v in b.items()} for b in whole for i in range(4)]
+    pairs = zip(whole[::2], whole[1::2], strict=True)
+    joined = [{k: torch.cat([a[k], b[k]]) for k in a} for a, b in pairs]
+    shuffled = [whole[i] for i in (3, 0, 5, 1, 4, 2)]
+    gram = run(make_llama(), iter(whole), lora(tau=1.0), method="gram")
+    sketch = run(make_llama(), iter(whole), lora(tau=1.0), method="sketch")
+    for other in (halves, ones, joined, shuffled):
+        exact = run(make_llama(), iter(other), lora(tau=1.0), method="gram")
+        assert exact.tokens == gram.tokens
+        assert sum(abs(r - gram.ranks[n]) for n, r in exact.ranks.items()) <= 2
+        close = run(make_llama(), iter(other), lora(tau=1.0), method="sketch")
+        for name, values in gram.singular_values.items():
+            torch.testing.assert_close(exact.singular_values[name], values, rtol=1e-4, atol=1e-4)
+            gap = (values[:-1] - values[1:]) / values[:-1]
+            rank = int(gap.argmax()) + 1
+            rows = gram.components[name][:rank]
+            assert angle(exact.components[name][:rank], rows) < 5e-4
+            # the sketch forgets a little at every fold: at most 5 degrees
+            assert angle(close.components[name][:rank], sketch.components[name][:rank]) < 0.087
+
+
+def test_small_batches_add_up_to_a_step() -> None:
+    x = torch.cat(vectors())
+    result = run(make_mlp(), iter(x.split(3)), lora(**CONFIG), method="sketch")
+    assert result.tokens == 320
+    assert result.forwards == 107
+    assert 1 < result.steps < 107  # a step is at least as many tokens as the sketch is wide
+    expected = run(make_mlp(), iter([x]), lora(**CONFIG), method="gram")
+    for name, values in expected.singular_values.items():
+        torch.testing.assert_close(result.singular_values[name], values, rtol=0.02, atol=0.05)
+
+
+def test_float64_and_half_inputs() -> None:
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        data = [x.to(dtype) for x in vectors()]
+        result = run(make_mlp().to(dtype), iter(data), lora(**CONFIG), method="sketch")
+        assert sum(result.ranks.values()) == 8
+        assert all(rows.dtype == torch.float32 for rows in result.components.values())

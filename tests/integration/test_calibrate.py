@@ -1,0 +1,163 @@
+"""``calibrate``: exact directions and ranks, when it stops, the same bits twice."""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import eva_kernels
+from integration.conftest import (
+    angle,
+    exact_pca,
+    layer_inputs,
+    lora,
+    lost,
+    run,
+    same_state,
+    state_of,
+    wrapped,
+)
+
+
+def test_directions_are_exact(llama: nn.Module, texts: list[Any], llama_result: Any) -> None:
+    names = list(llama_result.ranks)
+    inputs = layer_inputs(llama, texts, names)
+    state = llama_result.state_dict()
+    compared = 0
+    for name in names:
+        rank, rows = llama_result.ranks[name], state[name]
+        assert rows.shape == (rank, llama_result.in_features[name])
+        if rank == 0:
+            continue
+        variances, exact = exact_pca(inputs[name])
+        assert lost(rows, inputs[name]) < 1e-9
+        if variances[rank] < 0.95 * variances[rank - 1]:
+            assert angle(rows, exact[:rank]) < 1e-4
+            compared += 1
+        ratio = variances / variances.sum()
+        found = llama_result.explained_variance_ratio[name].double()
+        torch.testing.assert_close(found, ratio[: len(found)], rtol=1e-4, atol=1e-8)
+        values = llama_result.singular_values[name].double()
+        torch.testing.assert_close(values, variances.sqrt()[: len(values)], rtol=1e-4, atol=1e-5)
+    assert compared >= 7
+    kept = sum(int(b["attention_mask"].sum()) for b in texts)
+    assert llama_result.tokens == kept
+    assert llama_result.forwards == len(texts)
+
+
+def test_ranks_follow_the_exact_ratios(
+    llama: nn.Module, texts: list[Any], llama_result: Any
+) -> None:
+    inputs = layer_inputs(llama, texts, list(llama_result.ranks))
+    pool = []
+    for name in llama_result.ranks:
+        variances = exact_pca(inputs[name])[0]
+        pool += [(float(v / variances.sum()), name) for v in variances[:8]]
+    pool.sort(key=lambda entry: -entry[0])
+    expected = dict.fromkeys(llama_result.ranks, 0)
+    for _, name in pool[: 14 * 4]:
+        expected[name] += 1
+    # layers that share an input have equal ratios: the last one in may be either of them
+    difference = sum(abs(expected[n] - r) for n, r in llama_result.ranks.items())
+    assert difference <= 2
+    assert max(llama_result.ranks.values()) <= 8
+
+
+def test_sketch_is_close_to_exact(llama: nn.Module, texts: list[Any], llama_result: Any) -> None:
+    result = run(llama, iter(texts), lora(tau=1.0), method="sketch")
+    inputs = layer_inputs(llama, texts, list(result.ranks))
+    assert set(result.method.values()) == {"sketch"}
+    losses = [lost(rows, inputs[n]) for n, rows in result.state_dict().items() if len(rows)]
+    assert max(losses) < 0.02
+    difference = sum(abs(result.ranks[n] - r) for n, r in llama_result.ranks.items())
+    assert difference <= 0.2 * 56
+
+
+def test_calibrate_touches_no_weight(llama: nn.Module, texts: list[Any]) -> None:
+    model = wrapped(llama, lora())
+    before, config = state_of(model), copy.deepcopy(model.peft_config["default"])
+    result = run(model, texts, max_steps=3)
+    assert same_state(before, state_of(model))
+    assert model.peft_config["default"] == config
+    assert not hasattr(model, "eva_result")
+    done = result.apply(model)
+    assert done is model
+    assert not same_state(before, state_of(model))
+
+
+def test_second_run_gives_the_same_bits(llama: nn.Module, texts: list[Any]) -> None:
+    torch.manual_seed(1)
+    first = run(llama, texts, lora(), max_steps=6, method="sketch")
+    torch.manual_seed(2)
+    second = run(llama, texts, lora(), max_steps=6, method="sketch")
+    assert first.ranks == second.ranks
+    for name, rows in first.components.items():
+        assert torch.equal(rows, second.components[name])
+        assert torch.equal(first.singular_values[name], second.singular_values[name])
+    other = run(llama, texts, lora(), max_steps=6, method="sketch", seed=5)
+    assert any(not torch.equal(r, other.components[n]) for n, r in first.components.items())
+
+
+def test_stops_when_converged(llama: nn.Module, texts: list[Any]) -> None:
+    seen: list[dict[str, Any]] = []
+    result = eva_kernels.calibrate(
+        llama, texts, lora(tau=0.95), method="gram", progress=False, callback=seen.append
+    )
+    assert all(result.converged.values())
+    assert len(seen) == result.steps == len(result.history["step"])
+    assert seen[-1]["converged"] == seen[-1]["layers"] == 14
+    assert seen[-1]["tokens"] == result.tokens
+    assert {len(v) for v in result.history.values()} == {result.steps}
+    assert result.history["similarity"][0] == [None] * 14
+    assert set(result.seconds) == {"forward", "accumulate", "fold", "check", "total"}
+    assert all(value >= 0 for value in result.seconds.values())
+
+
+def test_freeze_converged_and_subspace(llama: nn.Module, texts: list[Any]) -> None:
+    config = lora(tau=0.9)
+    for extra in ({"freeze_converged": True}, {"criterion": "subspace"}):
+        result = eva_kernels.calibrate(llama, texts, config, progress=False, **extra)
+        assert all(result.converged.values())
+        assert sum(result.ranks.values()) == 56
+    both = {"freeze_converged": True, "criterion": "subspace"}
+    result = eva_kernels.calibrate(llama, texts, config, progress=False, **both)
+    assert all(result.converged.values())
+
+
+class Parallel(nn.Module):
+    """The input of ``easy`` has one strong direction, that of ``hard`` has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.easy, self.hard = nn.Linear(20, 4), nn.Linear(20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        strong = torch.cat([1000 * x[:, :1], x[:, 1:]], 1)
+        return self.easy(strong) + self.hard(x)
+
+
+def test_frozen_layers_see_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("eva_peft.calibrate")
+    passes: list[Any] = []
+    original = module.CalibrationPass.run
+
+    def spy(self: Any, loader: Any) -> Any:
+        passes.append(self)
+        return original(self, loader)
+
+    monkeypatch.setattr(module.CalibrationPass, "run", spy)
+    data = list(torch.randn(10, 60, 20))
+    config = lora(r=1, rho=1.0, tau=0.9999, target_modules=["easy", "hard"])
+    for freeze in (False, True):
+        run(Parallel(), iter(data), config, freeze_converged=freeze, method="sketch")
+    all_of_it, frozen = (
+        {p.targets[i].name: slot.stream.tokens for i, slot in p.collector.slot_of.items()}
+        for p in passes
+    )
+    assert all_of_it == {"easy": 600, "hard": 600}
+    assert frozen["easy"] < frozen["hard"] == 600

@@ -1,0 +1,364 @@
+"""A pass that was killed goes on to the bits of an unbroken one, and no wrong file is taken up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typer.testing import CliRunner
+
+import eva_kernels
+from eva_kernels import EvaResult, EvaValueError
+from eva_peft import cli
+from eva_peft.checkpoint_file import read_checkpoint
+from integration import passes
+from integration.conftest import (
+    lora,
+    make_llama,
+    run,
+    text_batches,
+    vectors,
+    wrapped,
+)
+from integration.passes import (
+    CASES,
+    EPOCH,
+    FORWARDS,
+    Endless,
+    Noisy,
+    Stop,
+    file_of,
+    forwards_in,
+    kill_points,
+    never,
+    never_iterated,
+    one_thread,
+    same,
+    stopped,
+)
+
+PLACES = [(name, where) for name in CASES for where in kill_points(name)]
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kill every case in every place, in a process that imports everything once."""
+    folder = tmp_path_factory.mktemp("killed")
+    tests = Path(__file__).resolve().parent.parent
+    roots = os.pathsep.join([str(tests), *filter(None, sys.path)])
+    shown = subprocess.run(
+        [sys.executable, passes.__file__, str(folder)],
+        env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    lines = shown.stdout.splitlines()
+    assert len(lines) == len(PLACES)
+    assert all(line.endswith(f"|{-signal.SIGKILL}") for line in lines), lines
+    # most of them had written by then, so that there is something to go on from
+    assert sum(file_of(folder, *place).is_file() for place in PLACES) > len(PLACES) / 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> dict[str, EvaResult]:
+    with one_thread():
+        return {name: case.result() for name, case in CASES.items()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
+@pytest.mark.parametrize(("name", "where"), PLACES)
+def test_killed_and_resumed(
+    name: str, where: str, killed: Path, unbroken: dict[str, EvaResult]
+) -> None:
+    path = file_of(killed, name, where)
+    seen = forwards_in(path) if path.is_file() else 0
+    assert seen % 3 == 0
+    assert seen < FORWARDS
+    result = CASES[name].result(checkpoint=path)
+    same(result, unbroken[name])
+    # what a killed write had left is gone as well
+    assert os.listdir(path.parent) == [path.name]
+    assert forwards_in(path) == result.forwards
+
+
+def test_the_cases_are_what_they_say(unbroken: dict[str, EvaResult]) -> None:
+    several = unbroken["steps of several batches"]
+    assert several.steps < several.forwards - 2
+    assert max(several.history["forwards"]) == FORWARDS
+    for name in ("frozen layers", "subspace"):
+        assert 3 < unbroken[name].forwards < FORWARDS
+        assert all(unbroken[name].converged.values())
+    assert unbroken["changing sharing"].shared_inputs == []
+    assert unbroken["sketch"].shared_inputs[0][:2] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.k_proj",
+    ]
+    assert set(unbroken["gram"].method.values()) == {"gram"}
+
+
+# ---- stopped between forward passes --------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("name", ["gram", "steps of several batches", "changing sharing"])
+def test_an_exception_of_the_loader_keeps_the_last_forward(
+    name: str, error: type[BaseException], tmp_path: Path, unbroken: dict[str, EvaResult]
+) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped(CASES[name], path, 7, error)
+    assert forwards_in(path) == 7
+    same(CASES[name].result(checkpoint=path), unbroken[name])
+
+
+def test_ctrl_c_in_the_callback(tmp_path: Path, unbroken: dict[str, EvaResult]) -> None:
+    path = tmp_path / "state.safetensors"
+
+    def interrupt(numbers: dict[str, Any]) -> None:
+        if numbers["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        CASES["sketch"].result(checkpoint=path, callback=interrupt)
+    assert forwards_in(path) == 4
+    steps: list[int] = []
+    result = CASES["sketch"].result(checkpoint=path, callback=lambda n: steps.append(n["step"]))
+    same(result, unbroken["sketch"])
+    assert steps == list(range(5, FORWARDS + 1))  # none twice, none left out
+
+
+@pytest.mark.parametrize("where", ["forward", "fold"])
+def test_a_half_done_forward_is_never_written(
+    where: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unbroken: dict[str, EvaResult],
+) -> None:
+    path, model, calls = tmp_path / "state.safetensors", make_llama(), iter(range(8))
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+
+    if where == "forward":  # half of the layers have been accumulated by then
+        model.model.layers[1].register_forward_pre_hook(interrupt)
+    else:
+        calibrate = import_module("eva_peft.calibrate")
+        compare = calibrate.compare_streams
+
+        def interrupted(*args: Any, **kwargs: Any) -> None:
+            interrupt()
+            compare(*args, **kwargs)
+
+        monkeypatch.setattr(calibrate, "compare_streams", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, text_batches(EPOCH), lora(tau=1.0), method="sketch", checkpoint=path,
+            checkpoint_every=3)  # fmt: skip
+    assert forwards_in(path) == 6
+    monkeypatch.undo()
+    same(CASES["sketch"].result(checkpoint=path), unbroken["sketch"])
+
+
+def test_without_a_forward_there_is_no_file(tmp_path: Path) -> None:
+    stopped(CASES["sketch"], tmp_path / "state.safetensors", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- limits, ends, loaders -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gram", "frozen layers"])
+def test_a_finished_pass_runs_no_forward(
+    name: str, tmp_path: Path, unbroken: dict[str, EvaResult]
+) -> None:
+    path, case = tmp_path / "state.safetensors", CASES[name]
+    same(case.result(checkpoint=path), unbroken[name])
+    model = case.model()
+    model.register_forward_pre_hook(never)
+    before = path.stat()
+    options = {"max_steps": FORWARDS, **case.options}
+    again = run(model, never_iterated(), lora(tau=case.tau), checkpoint=path, **options)
+    same(again, unbroken[name])
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert again.seconds["total"] > unbroken[name].seconds["forward"] / 100
+
+
+@pytest.mark.parametrize("name", ["gram", "steps of several batches"])
+def test_a_higher_limit_goes_on(name: str, tmp_path: Path, unbroken: dict[str, EvaResult]) -> None:
+    # The last, partial step of the first run must not have been folded in the file.
+    path = tmp_path / "state.safetensors"
+    first = CASES[name].result(checkpoint=path, max_steps=7)
+    assert first.forwards == 7
+    same(CASES[name].result(checkpoint=path), unbroken[name])
+
+
+@pytest.mark.parametrize("limit", ["max_steps", "max_tokens", "max_seconds"])
+def test_limits_count_both_runs(limit: str, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped(CASES["gram"], path, 6)
+    state = read_checkpoint(path)[0]
+    value = {
+        "max_steps": 6,
+        "max_tokens": state["counts"]["tokens"],
+        "max_seconds": state["elapsed"],
+    }[limit]
+    result = run(
+        make_llama(), never_iterated(), lora(tau=1.0), checkpoint=path, method="gram",
+        **{limit: value}
+    )  # fmt: skip
+    assert result.forwards == 6
+    assert result.seconds["total"] > state["elapsed"]
+
+
+def test_another_tau_is_judged_by_what_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    for criterion in ("cosine", "subspace"):
+        path.unlink(missing_ok=True)
+        options = {"checkpoint": path, "criterion": criterion, "method": "sketch"}
+        strict = run(make_llama(), text_batches(8), lora(tau=1.0), max_steps=8, **options)
+        assert not any(strict.converged.values())
+        lenient = run(make_llama(), never_iterated(), lora(tau=0.3), **options)
+        assert all(lenient.converged.values())
+        assert lenient.forwards == 8
+        path.unlink()
+        run(make_llama(), text_batches(8), lora(tau=0.3), **options)
+        before = forwards_in(path)
+        again = run(make_llama(), text_batches(8), lora(tau=1.0), max_steps=before + 1, **options)
+        assert again.forwards == before + 1
+
+
+def test_what_may_differ_does(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped(CASES["gram"], path, 6)
+    other = lora(tau=1.0, lora_alpha=99, whiten=True)
+    options = {"on_nonfinite": "skip", "checkpoint_every": 1, "early_exit": False, "max_steps": 7}
+    result = run(make_llama(), text_batches(EPOCH), other, method="gram", checkpoint=path,
+                 on_not_converged="ignore", backend="torch", **options)  # fmt: skip
+    assert result.forwards == 7
+    assert result.config.lora_alpha == 99
+
+
+# PEFT asks transformers for a property by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("how", ["base", "adapters", "meta", "renamed"])
+def test_wrapped_or_not_is_the_same_model(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped(CASES["gram"], path, 4)
+    model = make_llama()
+    if how == "renamed":
+        model.config._name_or_path = "elsewhere"
+    if how in ("adapters", "meta"):
+        model = wrapped(model, lora(tau=1.0), low_cpu_mem_usage=how == "meta")
+    config = None if how in ("adapters", "meta") else lora(tau=1.0)
+    options = {"method": "gram", "max_steps": 5, "progress": False, "on_not_converged": "ignore"}
+    done = eva_kernels.initialize(model, text_batches(EPOCH), config, checkpoint=path, **options)
+    assert done.eva_result.forwards == 5
+
+
+def test_a_generator_must_yield_the_same_again(
+    tmp_path: Path, unbroken: dict[str, EvaResult]
+) -> None:
+    path, case = tmp_path / "state.safetensors", CASES["gram"]
+    stopped(case, path, 7)
+    before = path.read_bytes()
+    with pytest.raises(EvaValueError, match=r"has seen 7 batches, but the loader ended after 5"):
+        case.result(iter(case.batches()), checkpoint=path)
+    assert path.read_bytes() == before
+    endless = Endless(case.batches(), lambda: None)
+    same(case.result(islice(iter(endless), FORWARDS), checkpoint=path), unbroken["gram"])
+
+
+def test_a_shuffling_loader_yields_the_same_order(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    data = torch.cat(vectors(EPOCH))
+
+    def loader() -> DataLoader[Tensor]:
+        return DataLoader(data, batch_size=40, shuffle=True)  # type: ignore[arg-type]
+
+    def result(seed: int, **options: Any) -> EvaResult:
+        model = Noisy()
+        torch.manual_seed(seed)
+        return run(model, loader(), lora(tau=1.0), method="sketch", **options)
+
+    whole = result(5, max_steps=9)
+    result(5, max_steps=4, checkpoint=path)
+    other = result(6, max_steps=9)
+    assert not torch.equal(other.components["layers.0"], whole.components["layers.0"])
+    # whatever the seed of the second run
+    same(result(6, max_steps=9, checkpoint=path), whole)
+
+
+def test_random_state_of_the_caller_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped(CASES["random forward"], path, 4)
+    model, batches = Noisy(), vectors(EPOCH)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    run(model, batches, lora(tau=1.0), max_steps=6, checkpoint=path)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- the command line ----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore::eva_kernels.errors.NotConvergedWarning")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_init_is_interrupted_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assets = Path(sys.modules["eva_peft"].__file__ or "").parent / "assets" / "tiny_llama"
+    lines = (Path(__file__).read_text(encoding="utf-8") * 2).splitlines()
+    (tmp_path / "data.txt").write_text("\n".join(line for line in lines if len(line) > 30))
+    path = tmp_path / "state.safetensors"
+
+    def command(out: str, *more: object) -> list[str]:
+        options = ["--r", "4", "--batch-size", "2", "--max-length", "24", "--tau", "1"]
+        data = ["--data", tmp_path / "data.txt", "--out", tmp_path / out]
+        return [str(part) for part in ("init", assets, *data, *options, *more)]
+
+    code = "from eva_peft.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command("first", "--checkpoint", path)],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    seen = b""
+    while b"step 12" not in seen:
+        chunk = process.stderr.read1()  # type: ignore[attr-defined]
+        assert chunk, f"ended early: {seen!r}"
+        seen += chunk
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert f"the checkpoint {path} was kept; the same command goes on from it" in rest
+    assert "Traceback" not in rest
+    assert not (tmp_path / "first").exists()
+
+    monkeypatch.setattr("eva_peft.report.write_html", lambda result, path: None)  # slow
+    done = forwards_in(path)
+    assert done >= 10
+    limit = ("--max-steps", done + 3)
+    for out, more in (("resumed", ("--checkpoint", path)), ("unbroken", ())):
+        shown = CliRunner().invoke(cli.app, command(out, *limit, *more))
+        assert shown.exit_code == 0, shown.output
+    same(*(EvaResult.load(tmp_path / out / "eva.safetensors") for out in ("resumed", "unbroken")))
+    weights = [tmp_path / out / "adapter_model.safetensors" for out in ("resumed", "unbroken")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert forwards_in(path) == done + 3
+
+    shown = CliRunner().invoke(cli.app, command("other", "--checkpoint", path, "--r", 5))
+    assert shown.exit_code == 1
+    assert "belongs to another pass: r: 4 in the file, 5 now" in shown.stderr

@@ -1,0 +1,337 @@
+"""The file of a checkpoint: what is refused, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from eva_kernels import EvaResult, EvaTypeError, EvaValueError, EvaWarning
+from eva_peft import checkpoint_file
+from eva_peft.checkpoint_file import read_checkpoint, write_checkpoint
+from integration.conftest import (
+    Clash,
+    hooks_of,
+    lora,
+    make_gpt2,
+    make_llama,
+    make_mlp,
+    run,
+    vectors,
+)
+from integration.passes import (
+    CASES,
+    forwards_in,
+    never,
+    never_iterated,
+    one_thread,
+    same,
+    stopped,
+)
+
+# ---- the file ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return a checkpoint of the case "gram" after six forward passes."""
+    path = tmp_path_factory.mktemp("kept") / "state.safetensors"
+    with one_thread():
+        stopped(CASES["gram"], path, 6)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole() -> EvaResult:
+    with one_thread():
+        return CASES["gram"].result()
+
+
+@pytest.fixture
+def path(kept: bytes, tmp_path: Path) -> Path:
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(kept)
+    return path
+
+
+def refused(path: Path, message: str, **changes: Any) -> None:
+    """Expect an error that tells what and the remedy, before any batch, leaving the file alone."""
+    before = path.read_bytes()
+    options = {"method": "gram", "checkpoint": path, **changes.pop("options", {})}
+    model = changes.pop("model", None) or make_llama()
+    with pytest.raises(EvaValueError, match=message) as caught:
+        run(model, never_iterated(), lora(**{"tau": 1.0, **changes}), **options)
+    assert str(path) in str(caught.value)
+    assert "delete the file to begin anew, or pass another path" in str(caught.value)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+    assert hooks_of(model) == 0
+
+
+def llama_with(change: Callable[[Any], Any]) -> nn.Module:
+    model = make_llama()
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 5}, r"another pass: r: 4 in the file, 5 now; layers model\.layers\.0\S+ rank: 4"),
+        ({"rho": 1.5}, r"rho: 2\.0 in the file, 1\.5 now"),
+        ({"rank_pattern": {"down_proj": 2}}, r"1\.mlp\.down_proj rank: 4 in the file, 2 now"),
+        ({"target_modules": ["q_proj"]}, r"k_proj features: 64 in the file, absent now"),
+        ({"use_label_mask": False}, r"use_label_mask: true in the file, false now"),
+        ({"label_mask_value": 1}, r"label_mask_value: -100 in the file, 1 now"),
+        ({"options": {"method": "sketch"}}, r"method: gram in the file, sketch now"),
+        ({"options": {"oversample": 3.0}}, r"oversample: 2\.0 in the file, 3\.0 now"),
+        ({"options": {"seed": 1}}, r"seed: 0 in the file, 1 now"),
+        ({"options": {"criterion": "subspace"}}, r"criterion: cosine in the file, subspace now"),
+        ({"options": {"precision": "fast"}}, r"precision: high in the file, fast now"),
+        ({"options": {"freeze_converged": True}}, r"freeze_converged: false in the file, true"),
+        ({"options": {"budget": "params"}}, r"budget: rank in the file, params now"),
+        ({"options": {"min_rank": 1}}, r"min_rank: 0 in the file, 1 now"),
+        ({"options": {"forward_fn": never}}, r"forward_fn: default in the file, own function now"),
+        (
+            {"options": {"prepare_layer_inputs_fn": {"lm_head": never}}},
+            r"prepare_layer_inputs_fn: auto in the file, functions for lm_head now",
+        ),
+    ],
+)
+def test_another_config_is_named(path: Path, changes: dict[str, Any], message: str) -> None:
+    changes = {**changes}
+    if "prepare_layer_inputs_fn" in changes.get("options", {}):
+        changes["options"] = {"prepare_layer_inputs_fn": {"model.layers.0.mlp.up_proj": never}}
+        message = message.replace("lm_head", r"model\.layers\.0\.mlp\.up_proj")
+    refused(path, message, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (make_gpt2, r"model: LlamaForCausalLM in the file, GPT2LMHeadModel now"),
+        (lambda: make_llama(torch.bfloat16), r"data type: float32 in the file, bfloat16 now"),
+        (lambda: make_llama().double(), r"data type: float32 in the file, float64 now"),
+        (
+            lambda: llama_with(lambda m: m.model.layers[1].mlp.up_proj.weight.mul_(1.001)),
+            r"pass: values of the weights model\.layers\.1\.mlp\.up_proj are others\. To",
+        ),
+        (
+            lambda: llama_with(lambda m: setattr(m.config, "rms_norm_eps", 0.5)),
+            r"another pass: model config rms_norm_eps: 1e-06 in the file, 0\.5 now\. To go on",
+        ),
+        (
+            lambda: llama_with(lambda m: m.resize_token_embeddings(104)),
+            r"vocab_size: 96 in the file, 104 now; names, shapes and dtypes of the weights are",
+        ),
+    ],
+)
+def test_another_model_is_named(path: Path, model: Callable[[], nn.Module], message: str) -> None:
+    refused(path, message, model=model())
+
+
+def test_a_model_without_config_and_with_hidden_weights(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    data = [x[:, :16] for x in vectors(3)]
+    run(Clash(), data, lora(tau=1.0), max_steps=3, checkpoint=path)
+    assert read_checkpoint(path)[0]["fingerprint"]["model config"] is None
+    meta = make_mlp().to("meta")
+    with pytest.raises(EvaValueError, match=r"model: Clash in the file, Sequential now"):
+        run(meta, never_iterated(), lora(), checkpoint=path)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.999])
+def test_a_file_that_was_cut_short(path: Path, kept: bytes, share: float) -> None:
+    path.write_bytes(kept[: int(share * len(kept))])
+    refused(path, r"not a readable safetensors file \(.*\): it is damaged, cut short, or another")
+
+
+@pytest.mark.parametrize("content", [b"text", b"\x80\x04]q\x00.", bytes(4096), b"\xff" * 4096])
+def test_garbage(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    refused(path, "not a readable safetensors file")
+
+
+def test_something_behind_the_end(path: Path, kept: bytes) -> None:
+    path.write_bytes(kept + b"more")
+    refused(path, "not a readable safetensors file")
+
+
+def test_a_flipped_bit(path: Path, kept: bytes) -> None:
+    begin = 8 + int.from_bytes(kept[:8], "little")
+    damaged = bytearray(kept)
+    damaged[begin + (len(kept) - begin) // 2] ^= 4
+    path.write_bytes(damaged)
+    refused(path, "is damaged: its contents do not match its checksum")
+
+
+def test_flipped_bits_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    write_checkpoint(path, {"a": [1, 2.5, None]}, {"x": torch.arange(5.0), "y": torch.zeros(())})
+    good = path.read_bytes()
+    state, tensors = read_checkpoint(path)
+    accepted = 0
+    chosen = random.Random(0)
+    for position in (8 * byte + chosen.randrange(8) for byte in range(len(good))):
+        damaged = bytearray(good)
+        damaged[position // 8] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            found, values = read_checkpoint(path)
+        except EvaValueError:
+            continue
+        # only a change that means nothing may pass, such as another kind of white space
+        accepted += 1
+        assert found == state
+        assert {k: v.tolist() for k, v in values.items()} == {
+            k: v.tolist() for k, v in tensors.items()
+        }
+    assert accepted < 8
+
+
+def test_another_version_of_the_format(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, tensors = read_checkpoint(path)
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_file, "FORMAT", "eva_kernels.checkpoint/99")
+        write_checkpoint(path, state, tensors)
+    refused(path, r"holds eva_kernels\.checkpoint/99, expected \S+/1: another version wrote it")
+
+
+def test_other_safetensors_files(path: Path, whole: EvaResult) -> None:
+    save_file({"weight": torch.zeros(3)}, path)
+    refused(path, r"holds no format mark, expected \S+: it is no checkpoint of a pass")
+    whole.save(path)
+    refused(path, r"holds eva_kernels\.result/1, expected \S+: it is no checkpoint of a pass")
+
+
+def test_a_part_is_missing(path: Path) -> None:
+    state, tensors = read_checkpoint(path)
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    write_checkpoint(path, state, {k: v for k, v in tensors.items() if k != "slots.2.pivot"})
+    refused(path, "the stored stream has no pivot")
+    del state["alone"]
+    write_checkpoint(path, state, tensors)
+    refused(path, "lacks 'alone'")
+
+
+def test_it_is_plain_data(path: Path) -> None:
+    with safe_open(str(path), framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    assert state["counts"]["forwards"] == 6
+    assert state["slots"][0]["members"][0] == "model.layers.0.self_attn.q_proj"
+    assert {t.dtype for t in load_file(path).values()} == {
+        torch.float32, torch.float64, torch.int64, torch.uint8
+    }  # fmt: skip
+
+
+# ---- writing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["save_file", "os.fsync", "os.chmod", "os.replace"])
+def test_an_interrupted_write_leaves_the_file_before(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult
+) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped(CASES["gram"], path, 4)
+    before = path.read_bytes()
+
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"eva_peft.checkpoint_file.{step}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            CASES["gram"].result(checkpoint=path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    same(CASES["gram"].result(checkpoint=path), whole)
+
+
+def test_a_full_disk_does_not_cost_the_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult
+) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped(CASES["gram"], path, 4)
+    before = path.read_bytes()
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_file, "save_file", full)
+    with pytest.warns(EvaWarning, match=r"could not be written after 13 .*No space left.*goes on"):
+        result = CASES["gram"].result(checkpoint=path)
+    same(result, whole)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["a folder", "below a file", "no permission"])
+def test_a_path_that_cannot_be_written_fails_at_once(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, message = tmp_path, "is a folder; give the path of a file"
+    if kind == "below a file":
+        (tmp_path / "file").touch()
+        path, message = tmp_path / "file" / "state", r"cannot be written \(.*file"
+    elif kind == "no permission":
+        path, message = tmp_path / "state", r"cannot be written \(.*Permission denied"
+        monkeypatch.setattr(checkpoint_file.os, "open", denied)
+    with pytest.raises(EvaValueError, match=message):
+        run(make_llama(), never_iterated(), lora(), checkpoint=path)
+
+
+def denied(*args: Any, **kwargs: Any) -> int:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_folders_links_and_modes(tmp_path: Path) -> None:
+    target, link = tmp_path / "new" / "folder" / "state", tmp_path / "link"
+    mask = os.umask(0o027)
+    try:
+        run(make_mlp(), vectors(2), lora(), max_steps=1, checkpoint=str(target))
+        assert stat.S_IMODE(target.stat().st_mode) == 0o640
+        link.symlink_to(target)
+        run(make_mlp(), vectors(2), lora(), max_steps=2, checkpoint=link)
+    finally:
+        os.umask(mask)
+    assert link.is_symlink()
+    assert forwards_in(target) == 2
+    assert os.listdir(target.parent) == ["state"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"checkpoint": 3}, EvaTypeError, "checkpoint=3 must be a path or None"),
+        ({"checkpoint_every": 0}, EvaValueError, "checkpoint_every=0 must be at least 1"),
+        ({"checkpoint_every": 1.5}, EvaTypeError, r"checkpoint_every=1\.5 must be a number"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        run(make_mlp(), never_iterated(), lora(), **options)
+
+
+def test_how_often_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(
+        "eva_peft.checkpoint.write_checkpoint",
+        lambda path, state, tensors: written.append(state["counts"]["forwards"]),
+    )
+    for every, options in ((10, {}), (4, {"checkpoint_every": 4})):
+        run(make_mlp(), vectors(5), lora(tau=1.0), max_steps=22, checkpoint=tmp_path / "s",
+            **options)  # fmt: skip
+        assert written == [*range(every, 22, every), 22]
+        written.clear()

@@ -1,0 +1,401 @@
+"""Bad input: refused or survived with a message that says what, where and what to do."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, get_peft_model
+from torch import Tensor, nn
+
+import eva_kernels
+from eva_kernels import EvaError, EvaTypeError, EvaValueError, EvaWarning, NonFiniteError
+from integration.conftest import (
+    QUIET,
+    Clash,
+    exact_pca,
+    lora,
+    lora_layers,
+    make_bert,
+    make_llama,
+    make_mlp,
+    run,
+    text_batches,
+    vectors,
+    wrapped,
+)
+
+CONFIG = {"target_modules": ["0", "2"]}
+
+
+@pytest.mark.parametrize("empty", [list, tuple, lambda: iter(()), lambda: (x for x in [])])
+def test_empty_loader(empty: Any) -> None:
+    with pytest.raises(EvaValueError, match="dataloader is empty: it yielded no batch"):
+        run(make_mlp(), empty(), lora(**CONFIG))
+
+
+@pytest.mark.parametrize("loader", [5, None, object(), torch.float32])
+def test_loader_that_is_none(loader: Any) -> None:
+    with pytest.raises(EvaTypeError, match="the loader must be iterable, got"):
+        run(make_mlp(), loader, lora(**CONFIG))
+
+
+@pytest.mark.parametrize("batch", ["text", b"text", 5, object(), {1, 2}])
+def test_batch_that_is_none(batch: Any) -> None:
+    with pytest.raises(EvaTypeError, match=r"a batch must be a mapping.*got.*forward_fn"):
+        run(make_mlp(), [batch], lora(**CONFIG))
+
+
+def test_no_target() -> None:
+    texts = text_batches(1)
+    with pytest.raises(
+        EvaValueError, match=r"no layer to initialise: target_modules=\{'query'\}.*LlamaForCausalLM"
+    ) as caught:
+        run(make_llama(), texts, lora(target_modules=["query"]))
+    assert "the linear layers are called" in str(caught.value)
+    assert "gate_proj" in str(caught.value)
+    with pytest.raises(
+        EvaValueError, match=r"it matches .*word_embeddings, whose inputs EVA cannot"
+    ):
+        run(make_bert(), texts, lora(target_modules=["word_embeddings"]))
+    with pytest.raises(EvaValueError, match="PEFT has no default for model type None"):
+        run(make_mlp(), vectors(1), lora(target_modules=None))
+
+
+def test_default_targets_are_those_of_peft() -> None:
+    result = run(make_llama(), text_batches(1), lora(target_modules=None), max_steps=1)
+    assert {n.rsplit(".")[-1] for n in result.ranks} == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("config", [{"r": 4}, "eva", 16, IA3Config()])
+def test_config_of_another_kind(config: Any) -> None:
+    for fn in (eva_kernels.initialize, eva_kernels.calibrate):
+        with pytest.raises(EvaTypeError, match="expected a LoraConfig, got"):
+            fn(make_mlp(), vectors(1), config)
+
+
+def test_peft_model_of_another_kind() -> None:
+    model = get_peft_model(make_llama(), IA3Config())
+    with pytest.raises(EvaError, match=r"expected a LoraConfig|init_lora_weights='eva'"):
+        eva_kernels.initialize(model, text_batches(1))
+
+
+def test_unknown_adapter() -> None:
+    model = wrapped(make_mlp(), lora(**CONFIG))
+    for config in (None, lora(**CONFIG)):
+        with pytest.raises(EvaValueError, match=r"no adapter 'mine'; it has \['default'\]"):
+            eva_kernels.initialize(model, vectors(1), config, adapter_name="mine", **QUIET)
+
+
+def test_unknown_option() -> None:
+    for fn in (eva_kernels.initialize, eva_kernels.calibrate):
+        with pytest.raises(EvaTypeError, match=r"unknown option 'max_step'.*max_steps"):
+            fn(make_mlp(), vectors(1), lora(**CONFIG), max_step=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("on_not_converged", "error", "on_not_converged='error' is unknown.*'warn', 'raise'"),
+        ("on_nonfinite", "drop", "on_nonfinite='drop' is unknown"),
+        ("method", "exact", "method='exact' is unknown.*'auto', 'sketch', 'gram'"),
+        ("criterion", "angle", "criterion='angle' is unknown"),
+        ("backend", "cuda", "backend='cuda' is unknown"),
+        ("precision", "low", "precision='low' is unknown"),
+        ("budget", "memory", "budget='memory' is unknown"),
+        ("early_exit", "yes", "early_exit='yes' is unknown"),
+        ("max_steps", 0, "max_steps=0 must be"),
+        ("max_steps", -1, "max_steps=-1 must be"),
+        ("max_steps", None, "max_steps=None must be a number"),
+        ("max_steps", 2.5, "max_steps=2.5 must be a number"),
+        ("max_steps", "9", "max_steps='9' must be a number"),
+        ("max_steps", True, "max_steps=True must be a number"),
+        ("max_tokens", 0, "max_tokens=0 must be"),
+        ("max_seconds", 0, "max_seconds=0 must be"),
+        ("max_seconds", float("nan"), "max_seconds=nan must be"),
+        ("oversample", 0.5, "oversample=0.5 must be at least 1"),
+        ("oversample", float("nan"), "oversample=nan must be at least 1"),
+        ("min_rank", -1, "min_rank=-1 must"),
+        ("memory_budget", 0, "memory_budget=0 must be"),
+        ("memory_budget", "1GB", "memory_budget='1GB' must be a number"),
+        ("seed", "x", "seed='x' must be a number"),
+        ("callback", 3, "callback=3 must be callable"),
+        ("forward_fn", "f", "forward_fn='f' must be callable"),
+    ],
+)
+def test_bad_option_values(option: str, value: Any, message: str) -> None:
+    with pytest.raises(EvaError, match=message):
+        run(make_mlp(), vectors(1), lora(**CONFIG), **{option: value})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_non_finite_activations(value: float, method: str) -> None:
+    data = vectors(4)
+    data[2][5, 3] = value
+    data[2][7] = value
+    with pytest.raises(
+        NonFiniteError, match=r"layer 0, step 3: 2 of 40 tokens hold NaN or infinity.*\"skip\""
+    ) as caught:
+        run(make_mlp(), iter(data), lora(tau=1.0, **CONFIG), method=method)
+    assert isinstance(caught.value, RuntimeError)
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_non_finite_tokens_are_skipped(method: str) -> None:
+    data = vectors(4)
+    clean = [x.clone() for x in data]
+    keep = torch.ones(40, dtype=torch.bool)
+    keep[[5, 7]] = False
+    for i in (0, 2):  # in the first batch, too, which also gives the first basis
+        data[i][5, 3], data[i][7] = float("nan"), float("inf")
+        clean[i] = clean[i][keep]
+    options = {"on_nonfinite": "skip", "method": method}
+    result = run(make_mlp(), iter(data), lora(tau=1.0, **CONFIG), **options)
+    expected = run(make_mlp(), iter(clean), lora(tau=1.0, **CONFIG), method=method)
+    assert result.skipped_tokens == 4
+    assert result.tokens == expected.tokens == 156
+    torch.testing.assert_close(result.components["0"], expected.components["0"])
+
+
+def test_non_finite_padding_is_no_fault() -> None:
+    batches = text_batches(3)
+    table = make_llama().model.embed_tokens
+    with torch.no_grad():
+        for batch in batches:
+            x = table(batch.pop("input_ids"))
+            x[batch["attention_mask"] == 0] = float("nan")
+            batch["inputs_embeds"] = x
+    config = lora(target_modules=[r"model.layers.0.self_attn.q_proj"])
+    result = run(make_llama(), batches, config, max_steps=3, trim_padding=False)
+    assert result.skipped_tokens == 0
+
+
+def test_overflow_in_half_precision_names_the_layer() -> None:
+    model = make_mlp().half()
+    with torch.no_grad():
+        model[0].weight.mul_(1e4)
+        model[1] = nn.Identity()
+    with pytest.raises(NonFiniteError, match=r"layer 2, step 1: .*overflow \(float16"):
+        run(model, [x.half() * 100 for x in vectors(1)], lora(**CONFIG))
+
+
+def test_never_converging() -> None:
+    def endless() -> Any:
+        while True:
+            yield torch.randn(60, 20)
+
+    config = lora(tau=1.0, **CONFIG)
+    message = (
+        r"2 of 2 layers have not converged after 5 forward passes, 300 tokens: 0, 2\. The best"
+        ".*max_steps"
+    )
+    options = {"progress": False, "max_steps": 5, "method": "sketch"}
+    with pytest.warns(eva_kernels.NotConvergedWarning, match=message):
+        result = eva_kernels.calibrate(make_mlp(), endless(), config, **options)
+    assert result.forwards == 5
+    assert not any(result.converged.values())
+    assert sum(result.ranks.values()) == 8
+    with pytest.raises(eva_kernels.NotConvergedError, match=message):
+        eva_kernels.calibrate(make_mlp(), endless(), config, on_not_converged="raise", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eva_kernels.calibrate(make_mlp(), endless(), config, on_not_converged="ignore", **options)
+
+
+def test_further_limits() -> None:
+    config = lora(tau=1.0, **CONFIG)
+    result = run(make_mlp(), vectors(), config, max_tokens=100)
+    assert (result.forwards, result.tokens) == (3, 120)
+    begin = time.perf_counter()
+    result = run(make_mlp(), vectors(), config, max_seconds=0.2)
+    assert time.perf_counter() - begin < 2
+    assert result.forwards > 1
+    assert sum(result.ranks.values()) == 8
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram", "auto"])
+def test_rank_above_the_width(method: str) -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.narrow, self.wide = nn.Linear(3, 40), nn.Linear(40, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(
+                torch.tanh(self.narrow(x[:, :3])) + 0.1 * torch.cos(9 * x.repeat(1, 2))
+            )
+
+    config = lora(r=8, rho=2.0, target_modules=["narrow", "wide"])
+    model = eva_kernels.initialize(
+        Narrow(), vectors(6, rows=60), config, max_steps=6, method=method, **QUIET
+    )
+    result = model.eva_result
+    assert result.ranks["narrow"] <= 3
+    assert sum(result.ranks.values()) == 16  # the rest goes to the other layer
+    assert result.components["narrow"].shape == (3, 3)
+    for name, layer in lora_layers(model).items():
+        a = layer.lora_A["default"].weight
+        assert layer.scaling["default"] == pytest.approx(1.0), name
+        torch.testing.assert_close(a @ a.mT, torch.eye(len(a)), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_deficient_rank(method: str) -> None:
+    result = run(
+        make_mlp(), vectors(6, rank=2), lora(tau=1.0, **CONFIG), method=method, max_steps=6
+    )
+    assert result.numerical_rank["0"] == 2
+    assert result.ranks == {"0": 2, "2": 6} or result.ranks["0"] <= 2
+    assert sum(result.ranks.values()) <= 8
+    assert not result.singular_values["0"][2:].any()
+    rows = result.components["0"][:2]
+    exact = exact_pca(torch.cat(vectors(6, rank=2)))[1][:2]
+    assert torch.linalg.svdvals(rows.double() @ exact.mT).min() > 1 - 1e-6
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+@pytest.mark.parametrize("constant", [0.0, 3.0, 1e4])
+def test_dead_inputs_win_no_budget(method: str, constant: float) -> None:
+    class Dead(Clash):
+        def forward(self, x: Tensor) -> Tensor:
+            self.sub["lin"](torch.full_like(x, constant))
+            return self.head(torch.tanh(self.lin(x)) + self.sub["other"](x))
+
+    result = run(Dead(), vectors(5, features=16), lora(), method=method, max_steps=5)
+    assert result.ranks["sub.lin"] == 0
+    assert sum(result.ranks.values()) == 16
+    assert not result.explained_variance_ratio["sub.lin"].any()
+    assert result.numerical_rank["sub.lin"] == 0
+
+
+def test_outlier_features_leave_the_rest_visible() -> None:
+    """One direction may hold nearly all of the variance, as in language models."""
+    torch.manual_seed(0)
+    scale = torch.cat([torch.tensor([2000.0]), 0.8 ** torch.arange(127)])
+    data = [torch.randn(200, 128) * scale for _ in range(4)]
+    model = nn.Sequential(nn.Linear(128, 8))
+    exact = exact_pca(torch.cat(data))[0].sqrt()
+    for method in ("sketch", "gram"):
+        config = lora(tau=1.0, target_modules=["0"])
+        result = run(model, iter(data), config, method=method)
+        assert result.ranks == {"0": 4}
+        found = result.singular_values["0"][:4].double()
+        torch.testing.assert_close(found, exact[:4], rtol=0.05, atol=0)
+
+
+def test_one_token_a_batch() -> None:
+    data = torch.cat(vectors(2)).split(1)
+    result = run(make_mlp(), iter(data), lora(tau=1.0, **CONFIG), method="sketch")
+    assert result.tokens == 80
+    assert sum(result.ranks.values()) == 8
+    few = run(make_mlp(), iter(data[:3]), lora(tau=1.0, **CONFIG))
+    assert few.steps == 1
+    assert max(few.ranks.values()) <= 2  # three points span two directions
+    with pytest.raises(EvaValueError, match=r"no token reached|no tokens"):
+        run(make_mlp(), iter([torch.empty(0, 20)]), lora(**CONFIG))
+
+
+def test_all_tokens_masked() -> None:
+    batches = text_batches(2)
+    for batch in batches:
+        batch["attention_mask"].zero_()
+    with pytest.raises(EvaValueError, match=r"no token reached any of the 14 target layers.*masks"):
+        run(make_llama(), batches, lora(), max_steps=3)
+    batches = text_batches(2, labels=True)
+    for batch in batches:
+        batch["labels"].fill_(-100)
+    with pytest.raises(EvaValueError, match="in 3 forward passes; check the attention and label"):
+        run(make_llama(), batches, lora(), max_steps=3)
+
+
+def test_one_layer_without_tokens() -> None:
+    mapping = {"2": lambda layer_input, model_input, name: layer_input[0][:0]}
+    with pytest.warns(EvaWarning, match=r"1 layers were never called with a token.*: 2"):
+        result = run(
+            make_mlp(), vectors(), lora(**CONFIG), max_steps=3, prepare_layer_inputs_fn=mapping
+        )
+    assert result.uncalled == ["2"]
+    assert result.ranks == {"0": 4}
+
+
+def test_layer_functions() -> None:
+    def refused(function: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            run(make_mlp(), vectors(2), lora(**CONFIG), prepare_layer_inputs_fn=function)
+
+    refused({"9": lambda *_: None}, EvaValueError, r"module names were not found.*\['9'\]")
+    refused(lambda *_: None, EvaValueError, "must return a tensor, got .*NoneType.* for layer 0")
+    refused(lambda x, *_: x[0][:, :3], EvaValueError, r"layer 0, step 1: expected .* 20 features")
+    refused(lambda x, *_: x[0].long(), EvaValueError, "expected floating-point tokens")
+    refused(lambda x, *_: x[0].sum(), EvaValueError, "layer 0, step 1: expected")
+
+
+def test_triton_that_cannot_run() -> None:
+    from eva_kernels.ops import triton_unavailable
+
+    reason = triton_unavailable("cpu")
+    if reason is None:
+        pytest.skip("triton runs on this device")
+    with pytest.raises(eva_kernels.EvaRuntimeError, match=r'backend="triton" cannot run') as caught:
+        run(make_mlp(), vectors(2), lora(**CONFIG), backend="triton")
+    assert reason in str(caught.value)
+
+
+def test_layer_input_without_tensor() -> None:
+    class Odd(nn.Linear):
+        def forward(self, x: Any) -> Tensor:
+            return super().forward(x["x"])
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = Odd(20, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a({"x": x})
+
+    with pytest.raises(EvaTypeError, match=r"unsupported input type in layer a.*prepare_layer"):
+        run(Outer(), vectors(1), lora(target_modules=["a"]))
+
+
+def test_errors_are_also_the_builtins_of_peft() -> None:
+    assert issubclass(EvaValueError, ValueError)
+    assert issubclass(EvaTypeError, TypeError)
+    assert issubclass(NonFiniteError, RuntimeError)
+    assert issubclass(eva_kernels.NotConvergedWarning, UserWarning)
+
+
+def test_a_failed_pass_changes_nothing_on_a_base_model() -> None:
+    model = make_mlp()
+    kinds = [type(m) for m in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(EvaValueError):
+        eva_kernels.initialize(model, [], lora(**CONFIG))
+    assert [type(m) for m in model.modules()] == kinds
+    assert not hasattr(model, "peft_config")
+    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_result_for_another_model() -> None:
+    result = run(make_mlp(), vectors(), lora(**CONFIG), max_steps=3)
+    model = nn.Sequential(*make_mlp()[:2], nn.Linear(24, 9))
+    kinds = [type(m) for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(EvaValueError, match=r"unknown layers \(2\)"):
+        result.apply(model, lora(target_modules=["0"]))
+    assert [type(m) for m in model.modules()] == kinds
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not hasattr(model, "peft_config")
+    wide = nn.Sequential(nn.Linear(30, 24), nn.Tanh(), nn.Linear(24, 4))
+    with pytest.raises(
+        EvaValueError, match="layer 0: the state dict has 20 features, the layer 30"
+    ):
+        result.apply(wide)
+    assert result.apply(model).eva_result is result

@@ -1,0 +1,164 @@
+"""``initialize``: every way in, every kind of model, output unchanged."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+import eva_kernels
+from integration.conftest import (
+    QUIET,
+    hooks_of,
+    layer_inputs,
+    lora,
+    lora_layers,
+    lost,
+    make_bert,
+    make_gpt2,
+    make_llama,
+    make_mlp,
+    output_of,
+    run,
+    text_batches,
+    wrapped,
+)
+
+
+def prepared(how: str, base: nn.Module) -> tuple[nn.Module, LoraConfig | None]:
+    if how == "config":
+        return base, lora()
+    if how == "no config":
+        return base, None
+    return wrapped(base, lora(), low_cpu_mem_usage=how == "meta"), None
+
+
+@pytest.mark.parametrize("how", ["adapters", "meta", "config", "no config"])
+def test_every_way_in(how: str, llama: nn.Module, texts: list[Any]) -> None:
+    before = output_of(llama, texts[0])
+    model, config = prepared(how, llama)
+    done = eva_kernels.initialize(model, texts, config, max_steps=8, **QUIET)
+    assert isinstance(done, PeftModel)
+    assert isinstance(done.eva_result, eva_kernels.EvaResult)
+    r = 16 if how == "no config" else 4
+    layers = lora_layers(done)
+    assert sum(layer.r["default"] for layer in layers.values()) == 14 * r
+    assert sum(done.eva_result.ranks.values()) == 14 * r
+    for name, layer in layers.items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert a.device.type == "cpu"
+        assert a.dtype == b.dtype == torch.float32
+        assert a.shape == (done.eva_result.ranks[name], layer.in_features)
+        torch.testing.assert_close(a @ a.mT, torch.eye(len(a)), atol=2e-6, rtol=0)
+        assert not b.any()
+        assert a.requires_grad
+        assert b.requires_grad
+    assert torch.equal(output_of(done, texts[0]), before)
+    assert hooks_of(done) == 0
+    done(**texts[0], labels=texts[0]["input_ids"]).loss.backward()
+    assert all(m.lora_B["default"].weight.grad.any() for m in layers.values())
+
+
+@pytest.mark.parametrize("make", [make_bert, make_gpt2])
+def test_other_architectures(make: Any) -> None:
+    model, batches = make(), text_batches(4)
+    config = lora(tau=1.0, fan_in_fan_out=make is make_gpt2)
+    before = output_of(model, batches[0])
+    done = eva_kernels.initialize(model, iter(batches), config, method="gram", **QUIET)
+    result = done.eva_result
+    assert torch.equal(output_of(done, batches[0]), before)
+    inputs = layer_inputs(make(), batches, list(result.ranks))
+    for name, rows in result.state_dict().items():
+        assert len(rows) == 0 or lost(rows, inputs[name]) < 1e-6, name
+    assert sum(result.ranks.values()) == 4 * len(result.ranks)
+    kinds = {name.rsplit(".", 1)[-1] for name in result.ranks}
+    assert kinds >= ({"c_attn", "c_fc", "c_proj"} if make is make_gpt2 else {"query", "dense"})
+
+
+def test_plain_module_and_tensor_batches(mlp: nn.Module, data: list[Any]) -> None:
+    done = eva_kernels.initialize(
+        mlp, iter(data), lora(target_modules=["0", "2"], tau=1.0), method="gram", **QUIET
+    )
+    inputs = layer_inputs(done, data, ["base_model.model.0", "base_model.model.2"])
+    for name, layer in lora_layers(done).items():
+        rows = layer.lora_A["default"].weight.detach()
+        assert lost(rows, inputs[f"base_model.model.{name}"]) < 1e-7
+
+
+def test_compiled_wrappers_are_looked_through(mlp: nn.Module, data: list[Any]) -> None:
+    config = lora(target_modules=["0", "2"])
+    plain = run(copy.deepcopy(mlp), data, config, max_steps=3).state_dict()
+    outside = torch.compile(wrapped(copy.deepcopy(mlp), config), backend="eager")
+    done = eva_kernels.initialize(outside, data, max_steps=3, **QUIET)
+    assert isinstance(done, PeftModel)
+    assert done.eva_result.state_dict().keys() == plain.keys()
+    inside = wrapped(
+        torch.compile(copy.deepcopy(mlp), backend="eager"), lora(target_modules=r".*\.(0|2)")
+    )
+    assert isinstance(inside, PeftModel)
+    done = eva_kernels.initialize(inside, data, max_steps=3, **QUIET)
+    assert done is inside
+    for layer in lora_layers(done).values():
+        a = layer.lora_A["default"].weight
+        torch.testing.assert_close(a @ a.mT, torch.eye(len(a)), atol=2e-6, rtol=0)
+
+
+def test_data_parallel_wrapper(mlp: nn.Module, data: list[Any], tmp_path: Any) -> None:
+    model = wrapped(mlp, lora(target_modules=["0", "2"]))
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        outer = nn.parallel.DistributedDataParallel(model)
+        done = eva_kernels.initialize(outer, data, max_steps=3, **QUIET)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert done is model
+    assert sum(done.eva_result.ranks.values()) == 8
+
+
+def test_allow_any_init(mlp: nn.Module, data: list[Any]) -> None:
+    plain = lora(init_lora_weights=True, target_modules=["0", "2"])
+    model = wrapped(mlp, plain)
+    with pytest.raises(ValueError, match=r"init_lora_weights='eva'.*allow_any_init"):
+        eva_kernels.initialize(model, data, **QUIET)
+    done = eva_kernels.initialize(model, data, allow_any_init=True, max_steps=2, **QUIET)
+    assert done is model
+    other = wrapped(make_mlp(), lora(init_lora_weights="gaussian", target_modules=["0"]))
+    again = eva_kernels.initialize(other, data, lora(), max_steps=2, **QUIET)
+    assert again.eva_result.ranks == {"0": 4}
+    assert not lora_layers(again)["0"].lora_B["default"].weight.any()
+
+
+def test_a_second_call_works(llama: nn.Module, texts: list[Any]) -> None:
+    model = eva_kernels.initialize(llama, texts, lora(), max_steps=3, **QUIET)
+    again = eva_kernels.initialize(model, texts, max_steps=3, **QUIET)
+    assert again is model
+    assert sum(layer.r["default"] for layer in lora_layers(model).values()) == 56
+
+
+def test_caller_config_is_unchanged(llama: nn.Module, texts: list[Any]) -> None:
+    config = lora(init_lora_weights=True)
+    before = copy.deepcopy(config)
+    eva_kernels.initialize(llama, texts, config, max_steps=2, **QUIET)
+    assert config == before
+
+
+def test_bfloat16_base(texts: list[Any]) -> None:
+    base = make_llama(torch.bfloat16)
+    done = eva_kernels.initialize(base, iter(texts), lora(tau=1.0), method="gram", **QUIET)
+    inputs = layer_inputs(make_llama(torch.bfloat16), texts, list(done.eva_result.ranks))
+    for name, rows in done.eva_result.state_dict().items():
+        assert rows.dtype == torch.float32
+        assert len(rows) == 0 or lost(rows, inputs[name]) < 1e-5
+
+
+def test_options_are_keyword_only() -> None:
+    for fn in (eva_kernels.initialize, eva_kernels.calibrate):
+        kinds = [p.kind for p in inspect.signature(fn).parameters.values()]
+        assert kinds[:3] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3
+        assert inspect.Parameter.POSITIONAL_OR_KEYWORD not in kinds[3:]

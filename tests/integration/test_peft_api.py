@@ -1,0 +1,300 @@
+"""PEFT's two functions: the same signatures, keys, shapes and totals, without their defects."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from importlib import import_module
+from typing import Any
+
+import peft
+import peft.tuners.lora.eva as theirs
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eva_kernels
+import eva_peft
+from eva_peft import patch_peft
+from integration.conftest import (
+    Clash,
+    lora,
+    lora_layers,
+    make_llama,
+    make_mlp,
+    run,
+    same_state,
+    state_of,
+    text_batches,
+    vectors,
+    wrapped,
+)
+
+FUNCTIONS = ("get_eva_state_dict", "initialize_lora_eva_weights")
+QUIET: dict[str, Any] = {"show_progress_bar": False}
+OURS: dict[str, Any] = {**QUIET, "on_not_converged": "ignore", "max_steps": 12}
+PLAIN: dict[str, Any] = {
+    "forward_fn": lambda model, batch: model(batch["x"]),
+    "prepare_model_inputs_fn": None,
+    "prepare_layer_inputs_fn": None,
+}
+
+
+def loader() -> list[dict[str, Tensor]]:
+    return [{"x": x} for x in vectors(6, rows=60)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_signatures_start_with_theirs(name: str) -> None:
+    original = inspect.signature(getattr(peft, name)).parameters
+    ours = inspect.signature(getattr(eva_kernels, name)).parameters
+    assert list(ours)[: len(original)] == list(original)
+    for key, parameter in original.items():
+        assert ours[key].default == parameter.default, key
+        assert ours[key].kind == parameter.kind, key
+    rest = list(ours.values())[len(original) :]
+    assert all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in rest)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_same_keys_shapes_and_totals(prepared: bool) -> None:
+    config = lora(target_modules=["0", "2"], tau=0.9)
+    states = []
+    for function, options in (
+        (peft.get_eva_state_dict, QUIET),
+        (eva_kernels.get_eva_state_dict, OURS),
+    ):
+        model: nn.Module = make_mlp()
+        given: Any = config
+        if prepared:
+            model, given = wrapped(model, config), None
+        states.append(function(model, loader(), given, **PLAIN, **options))
+    original, ours = states
+    assert list(ours) == list(original)
+    assert sum(map(len, ours.values())) == sum(map(len, original.values())) == 8
+    for name, rows in ours.items():
+        assert rows.shape[1] == original[name].shape[1]
+        assert abs(len(rows) - len(original[name])) <= 1
+        assert rows.dtype == torch.float32
+        first = torch.cosine_similarity(rows[:2].double(), original[name][:2].double()).abs()
+        assert first.min() > 0.98
+
+
+def test_llama_against_theirs() -> None:
+    """The whole of PEFT's initialisation beside ours on the same text."""
+    batches = text_batches(6, samples=8)
+    config = lora(r=2, rho=1.5, tau=0.6, target_modules=["q_proj", "o_proj", "down_proj"])
+    models = [wrapped(make_llama(), config) for _ in range(2)]
+    peft.initialize_lora_eva_weights(models[0], batches, **QUIET)
+    eva_kernels.initialize_lora_eva_weights(models[1], batches, **OURS)
+    ranks = [{n: m.r["default"] for n, m in lora_layers(model).items()} for model in models]
+    assert sum(ranks[0].values()) == sum(ranks[1].values()) == 12
+    for name in set(ranks[0]) & set(ranks[1]):
+        one, other = (lora_layers(m)[name] for m in models)
+        assert one.lora_A["default"].weight.shape[1] == other.lora_A["default"].weight.shape[1]
+    assert isinstance(models[1].eva_result, eva_kernels.EvaResult)
+
+
+def test_defaults_are_our_own_selection(texts: list[Any]) -> None:
+    config = lora(tau=1.0)
+    state = eva_kernels.get_eva_state_dict(make_llama(), iter(texts), config, **OURS)
+    result = run(make_llama(), iter(texts), config, max_steps=12)
+    expected = result.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(rows, expected[n]) for n, rows in state.items())
+    assert result.shared_inputs  # which needs our own selection
+
+
+def test_custom_functions_have_their_contract(texts: list[Any]) -> None:
+    """What PEFT hands to users' functions: the model input is an index (tokens, 2)."""
+    seen: list[Any] = []
+
+    def prepare_layer(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+        seen.append((type(layer_input), model_input.shape[1], layer_name))
+        return theirs.prepare_layer_inputs_fn_language_modeling(
+            layer_input, model_input, layer_name
+        )
+
+    def prepare_model(model_input: Any, peft_config: Any) -> Any:
+        assert peft_config.r == 4
+        model_input["attention_mask"] = model_input["attention_mask"].clone()
+        return theirs.prepare_model_inputs_fn_language_modeling(model_input, peft_config)
+
+    config = lora(tau=1.0, target_modules=["q_proj", "down_proj"])
+    expected = eva_kernels.get_eva_state_dict(make_llama(), iter(texts), config, **OURS)
+    for given in (
+        {"prepare_layer_inputs_fn": prepare_layer},
+        {"prepare_layer_inputs_fn": prepare_layer, "prepare_model_inputs_fn": prepare_model},
+        {"prepare_model_inputs_fn": prepare_model},
+        {"forward_fn": lambda model, batch: model(**batch)},
+    ):
+        state = eva_kernels.get_eva_state_dict(make_llama(), iter(texts), config, **OURS, **given)
+        for name, rows in expected.items():
+            assert len(rows) == len(state[name])
+            assert torch.linalg.svdvals(rows @ state[name].mT).min() > 0.999
+    assert {kind for kind, _, _ in seen} == {tuple}
+    assert {columns for _, columns, _ in seen} == {2}
+    assert {name for _, _, name in seen} == set(expected)
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_mapping_of_functions(prefix: str, texts: list[Any]) -> None:
+    """Layers that are not in the mapping keep the masked default; the mapping is not emptied."""
+    name = "model.layers.0.self_attn.q_proj"
+    mapping = {prefix + name: lambda layer_input, model_input, layer_name: layer_input[0][:, 0]}
+    before = dict(mapping)
+    config = lora(tau=1.0)
+    plain = run(make_llama(), iter(texts), config, method="gram")
+    model: nn.Module = wrapped(make_llama(), config) if prefix else make_llama()
+    result = run(model, iter(texts), config, method="gram", prepare_layer_inputs_fn=mapping)
+    assert mapping == before
+    for other in result.components:
+        same = torch.allclose(
+            result.singular_values[other], plain.singular_values[other], rtol=1e-4
+        )
+        assert same == (other != name), other
+
+
+@pytest.mark.parametrize("made", ["base", "adapters"])
+@pytest.mark.parametrize("used", ["adapters", "meta", "ddp"])
+def test_state_dicts_are_interchangeable(made: str, used: str, tmp_path: Any) -> None:
+    config = lora(target_modules=["0", "2"])
+    source = wrapped(make_mlp(), config) if made == "adapters" else make_mlp()
+    state = eva_kernels.get_eva_state_dict(source, loader(), config, **PLAIN, **OURS)
+    assert all(n.startswith("base_model.model.") == (made == "adapters") for n in state)
+    before = {n: rows.clone() for n, rows in state.items()}
+    model = wrapped(make_mlp(), config, low_cpu_mem_usage=used == "meta")
+    target: nn.Module = model
+    if used == "ddp":
+        store = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        target = nn.parallel.DistributedDataParallel(model)
+        state = {f"module.{n}": rows for n, rows in state.items()}
+        before = {f"module.{n}": rows for n, rows in before.items()}
+    try:
+        eva_kernels.initialize_lora_eva_weights(target, eva_state_dict=state, **QUIET)
+    finally:
+        if used == "ddp":
+            torch.distributed.destroy_process_group()
+    assert same_state(before, state)
+    for name, layer in lora_layers(model).items():
+        rows = next(rows for n, rows in state.items() if n.endswith(name))
+        assert torch.equal(layer.lora_A["default"].weight, rows)
+
+
+def test_compiled_keys() -> None:
+    config = lora(target_modules=["0", "2"])
+    state = eva_kernels.get_eva_state_dict(make_mlp(), loader(), config, **PLAIN, **OURS)
+    model = wrapped(make_mlp(), config)
+    eva_kernels.initialize_lora_eva_weights(
+        model, eva_state_dict={f"_orig_mod.module.{n}": rows for n, rows in state.items()}
+    )
+    assert sum(layer.r["default"] for layer in lora_layers(model).values()) == 8
+
+
+def test_strictness() -> None:
+    config = lora(target_modules=["0", "2"])
+    state = eva_kernels.get_eva_state_dict(make_mlp(), loader(), config, **PLAIN, **OURS)
+    model = wrapped(make_mlp(), config)
+    before = state_of(model)
+    cases = [
+        ({**state, "nine": torch.ones(2, 20)}, r"1 unknown layers \(nine\).*strict=False"),
+        ({"0": state["0"]}, r"1 layers of the adapter are missing \(2\)"),
+        ({"0": state["0"], "4": state["2"]}, r"unknown layers \(4\) 1 layers.*missing \(2\)"),
+        ({"0": state["0"][:, :9], "2": state["2"]}, "layer 0: the state dict has 9 features.* 20"),
+        ({"0": state["0"][0], "2": state["2"]}, r"layer 0: expected a \(rank, in_features\)"),
+        ({"0": state["0"].tolist(), "2": state["2"]}, r"layer 0: expected a \(rank, in_features\)"),
+    ]
+    for broken, message in cases:
+        with pytest.raises(eva_kernels.EvaError, match=message):
+            eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=broken)
+        assert same_state(before, state_of(model))
+    with pytest.warns(eva_kernels.EvaWarning, match=r"missing \(2\); missing layers keep"):
+        eva_kernels.initialize_lora_eva_weights(
+            model, eva_state_dict={"0": state["0"], "nine": torch.ones(1, 5)}, strict=False
+        )
+    layers = lora_layers(model)
+    assert torch.equal(layers["0"].lora_A["default"].weight, state["0"])
+    kept = before["base_model.model.2.lora_A.default.weight"]
+    assert torch.equal(layers["2"].lora_A["default"].weight, kept)
+
+
+def test_missing_layers_on_meta_get_the_default() -> None:
+    model = wrapped(Clash(False), lora(), low_cpu_mem_usage=True)
+    with pytest.warns(eva_kernels.EvaWarning, match="2 layers of the adapter are missing"):
+        eva_kernels.initialize_lora_eva_weights(
+            model,
+            eva_state_dict={"lin": torch.eye(16)[:3], "sub.lin": torch.eye(16)[:5]},
+            strict=False,
+        )
+    for name, layer in lora_layers(model).items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert len(a) == {"lin": 3, "sub.lin": 5}.get(name, 4)
+        assert a.any()
+        assert not b.any()
+
+
+def test_misuse_is_refused_as_theirs() -> None:
+    init = eva_kernels.initialize_lora_eva_weights
+    with pytest.raises(ValueError, match="model must be a PeftModel"):
+        init(make_mlp(), loader())
+    with pytest.raises(ValueError, match="peft_config is required"):
+        eva_kernels.get_eva_state_dict(make_mlp(), loader())
+    model = wrapped(make_mlp(), lora(target_modules=["0"]))
+    with pytest.raises(ValueError, match="dataloader is required"):
+        init(model)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        init(model, loader(), adapter_name="other")
+    plain = wrapped(make_mlp(), lora(init_lora_weights=True, target_modules=["0"]))
+    with pytest.raises(ValueError, match="only be used with `init_lora_weights='eva'`"):
+        init(plain, loader())
+    model.add_adapter("other", lora(target_modules=["0"]))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="single active adapter"):
+        init(model, loader())
+
+
+def test_nothing_passed_in_is_changed(texts: list[Any]) -> None:
+    config = lora(rank_pattern={"q_proj": 2}, init_lora_weights=True)
+    before = copy.deepcopy(config)
+    batches = copy.deepcopy(texts)
+    state = eva_kernels.get_eva_state_dict(make_llama(), texts, config, **OURS)
+    assert config == before
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(texts, batches, strict=True) for k in a)
+    assert sum(map(len, state.values())) == 12 * 4 + 2 * 2
+
+
+def test_patch_as_context_manager() -> None:
+    originals = {n: getattr(peft, n) for n in FUNCTIONS}
+    with patch_peft() as patch:
+        assert isinstance(patch, patch_peft)
+        for module in (peft, peft.tuners.lora, theirs):
+            for name in FUNCTIONS:
+                assert getattr(module, name, None) in (getattr(eva_kernels, name), None)
+        model = wrapped(make_mlp(), lora(target_modules=["0", "2"], tau=0.8))
+        peft.initialize_lora_eva_weights(model, loader(), **PLAIN, **QUIET)
+        assert isinstance(model.eva_result, eva_kernels.EvaResult)
+    assert {n: getattr(peft, n) for n in FUNCTIONS} == originals
+    with pytest.raises(KeyError), patch_peft():
+        raise KeyError
+    assert {n: getattr(theirs, n) for n in FUNCTIONS} == originals
+
+
+def test_patch_for_the_process() -> None:
+    originals = {n: getattr(peft, n) for n in FUNCTIONS}
+    patch = eva_kernels.patch_peft()
+    try:
+        assert peft.get_eva_state_dict is eva_kernels.get_eva_state_dict
+        assert theirs.initialize_lora_eva_weights is eva_kernels.initialize_lora_eva_weights
+    finally:
+        patch.__exit__(None, None, None)
+    assert {n: getattr(peft, n) for n in FUNCTIONS} == originals
+
+
+@pytest.mark.parametrize("name", ["initialize", "calibrate"])
+def test_functions_win_over_modules_of_their_name(name: str) -> None:
+    module = import_module(f"eva_peft.{name}")
+    # what the import system does after the first import, whichever module came first
+    setattr(eva_peft, name, module)
+    assert inspect.isfunction(getattr(eva_peft, name))
+    assert inspect.isfunction(getattr(eva_kernels, name))

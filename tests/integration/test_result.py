@@ -1,0 +1,301 @@
+"""``EvaResult``: kept as a file, allocated anew, applied elsewhere; ``estimate`` beforehand."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import eva_kernels
+from eva_kernels import EvaResult
+from integration.conftest import (
+    Clash,
+    lora,
+    lora_layers,
+    make_llama,
+    make_mlp,
+    output_of,
+    perturb_b,
+    run,
+    text_batches,
+    vectors,
+    wrapped,
+)
+
+
+def assert_same(one: EvaResult, other: EvaResult) -> None:
+    for field in dataclasses.fields(EvaResult):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if field.name in ("components", "singular_values", "explained_variance_ratio"):
+            assert list(a) == list(b)
+            for name, value in a.items():
+                assert value.dtype == b[name].dtype
+                assert torch.equal(value, b[name])
+        else:
+            assert a == b, field.name
+
+
+def test_round_trip(llama_result: EvaResult, tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "eva.safetensors"
+    llama_result.save(path)
+    again = EvaResult.load(path)
+    assert_same(llama_result, again)
+    assert again.config == llama_result.config
+    assert os.listdir(path.parent) == ["eva.safetensors"]
+    # layers that share an input share the numbers
+    distinct = {(t.data_ptr(), t.shape) for t in llama_result.components.values()}
+    assert len(distinct) == 8
+    assert sum(key.startswith("components.") for key in load_file(path)) == 8
+    again.save(path)
+    assert_same(llama_result, EvaResult.load(path))
+
+
+def test_state_dict_is_its_own(llama_result: EvaResult, tmp_path: Path) -> None:
+    state = llama_result.state_dict()
+    save_file({n: t for n, t in state.items() if len(t)}, tmp_path / "state.safetensors")
+    pointers = [t.untyped_storage().data_ptr() for t in state.values() if len(t)]
+    assert len(set(pointers)) == len(pointers)
+    for name, rows in state.items():
+        assert rows.is_contiguous()
+        assert rows.untyped_storage().nbytes() == rows.numel() * 4
+        rows.zero_()
+        assert llama_result.components[name].any()
+
+
+def test_applied_elsewhere(llama_result: EvaResult, texts: list[Any], tmp_path: Path) -> None:
+    llama_result.save(tmp_path / "eva.safetensors")
+    loaded = EvaResult.load(tmp_path / "eva.safetensors")
+    outputs = []
+    for result, model in (
+        (llama_result, make_llama()),
+        (loaded, make_llama()),
+        (loaded, wrapped(make_llama())),
+        (loaded, wrapped(make_llama(), low_cpu_mem_usage=True)),
+    ):
+        done = result.apply(model)
+        assert done.eva_result is result
+        perturb_b(done)
+        outputs.append(output_of(done, texts[0]))
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_config_survives() -> None:
+    config = lora(
+        r=3,
+        rho=1.5,
+        use_rslora=True,
+        lora_dropout=0.1,
+        modules_to_save=["head"],
+        exclude_modules=["other"],
+        rank_pattern={"lin": 2},
+        target_modules=["lin", "other"],
+        whiten=True,
+        bias="lora_only",
+        task_type="FEATURE_EXTRACTION",
+    )
+    result = run(Clash(), vectors(3, features=16), config, max_steps=3)
+    json.dumps(result.metadata)
+    again = result.config
+    for field in dataclasses.fields(LoraConfig):
+        a, b = getattr(config, field.name), getattr(again, field.name)
+        if isinstance(a, set):
+            a, b = sorted(a), sorted(b)
+        assert a == b, field.name
+    assert again.eva_config == config.eva_config
+
+
+def test_config_of_plain_lora_is_silent() -> None:
+    model = wrapped(make_mlp(), lora(init_lora_weights="gaussian", target_modules=["0"]))
+    result = run(model, vectors(3), max_steps=2)
+    assert result.config.init_lora_weights == "gaussian"
+    assert result.config.eva_config is not None
+    assert result.state_dict()["0"].shape == (4, 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("missing", lambda path, result: None, "does not exist"),
+        ("folder", lambda path, result: path.mkdir(), "does not exist"),
+        ("empty", lambda path, result: path.write_bytes(b""), "not a readable safetensors"),
+        ("text", lambda path, result: path.write_text("eva"), "not a readable safetensors"),
+        (
+            "foreign",
+            lambda path, result: save_file({"x": torch.ones(2)}, path),
+            "holds no format mark.*not written by EvaResult.save",
+        ),
+        (
+            "other version",
+            lambda path, result: save_file({}, path, {"format": "eva_kernels.result/9"}),
+            "result/9.*expected eva_kernels.result/1",
+        ),
+        (
+            "incomplete",
+            lambda path, result: save_file({}, path, {"format": "eva_kernels.result/1"}),
+            "damaged",
+        ),
+    ],
+)
+def test_bad_files(
+    name: str, make: Any, message: str, llama_result: EvaResult, tmp_path: Path
+) -> None:
+    path = tmp_path / f"{name}.safetensors"
+    make(path, llama_result)
+    with pytest.raises(eva_kernels.EvaValueError, match=message) as caught:
+        EvaResult.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+def test_truncated_file(share: float, llama_result: EvaResult, tmp_path: Path) -> None:
+    path = tmp_path / "eva.safetensors"
+    llama_result.save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(eva_kernels.EvaValueError, match="not a readable safetensors file"):
+        EvaResult.load(path)
+
+
+def test_failed_save_leaves_the_old_file(
+    llama_result: EvaResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "eva.safetensors"
+    llama_result.save(path)
+    before = path.read_bytes()
+
+    def failing(*args: Any, **options: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(import_module("eva_peft.storage"), "save_file", failing)
+    with pytest.raises(OSError, match="disk full"):
+        llama_result.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["eva.safetensors"]
+
+
+def test_allocated_anew(llama_result: EvaResult) -> None:
+    before = copy.deepcopy(llama_result.ranks)
+    small = llama_result.reallocated(r=2)
+    assert sum(small.ranks.values()) == 2 * 14
+    assert max(small.ranks.values()) <= 4
+    flat = llama_result.reallocated(rho=1.0)
+    assert set(flat.ranks.values()) == {4}
+    wide = llama_result.reallocated(r=2, rho=4.0)
+    assert max(wide.ranks.values()) <= 8
+    assert sum(wide.ranks.values()) == 28
+    floor = llama_result.reallocated(min_rank=2)
+    assert min(floor.ranks.values()) >= 2
+    assert sum(floor.ranks.values()) == 56
+    assert llama_result.reallocated().ranks == before == llama_result.ranks
+    with pytest.raises(eva_kernels.EvaValueError, match=r"layer .*q_proj: r=8.*has 8; calibrate"):
+        llama_result.reallocated(r=8)
+    with pytest.raises(eva_kernels.EvaValueError, match="min_rank=9"):
+        llama_result.reallocated(min_rank=9)
+
+
+def test_applied_with_another_allocation(llama_result: EvaResult) -> None:
+    model = llama_result.apply(make_llama(), r=2)
+    layers = lora_layers(model)
+    assert sum(layer.r["default"] for layer in layers.values()) == 28
+    assert model.peft_config["default"].r == 2
+    assert model.eva_result.base_ranks == dict.fromkeys(llama_result.ranks, 2)
+    for layer in layers.values():  # alpha / r of the new r, wherever the rank went
+        assert layer.scaling["default"] == pytest.approx(8 / 2)
+    model = llama_result.apply(make_llama(), min_rank=1)
+    assert len(lora_layers(model)) == 14
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_budget_in_parameters(anew: bool, llama_result: EvaResult, texts: list[Any]) -> None:
+    if anew:
+        result = llama_result.reallocated(budget="params")
+    else:
+        options = {"method": "gram", "budget": "params", "early_exit": True}
+        result = run(make_llama(), iter(texts), lora(tau=1.0), **options)
+        assert result.ranks == llama_result.reallocated(budget="params").ranks
+    cost = {n: result.in_features[n] + result.out_features[n] for n in result.ranks}
+    allowed = sum(4 * c for c in cost.values())
+    spent = sum(r * cost[n] for n, r in result.ranks.items())
+    assert allowed - min(cost.values()) < spent <= allowed
+    assert result.ranks != llama_result.ranks
+
+
+def test_minimal_rank(texts: list[Any]) -> None:
+    result = run(make_llama(), texts, lora(), max_steps=2, min_rank=3)
+    assert min(result.ranks.values()) >= 3
+    assert sum(result.ranks.values()) == 56
+    dead = run(Clash(), vectors(3, features=16), lora(), max_steps=3, min_rank=2)
+    assert dead.ranks["sub.lin"] == 0  # there is no direction to give
+    assert sum(dead.ranks.values()) == 16
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram", "auto"])
+def test_estimate_bounds_the_state(
+    method: str, texts: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("eva_peft.calibrate")
+    passes: list[Any] = []
+    original = module.CalibrationPass.run
+
+    def spy(self: Any, loader: Any) -> Any:
+        passes.append(self)
+        return original(self, loader)
+
+    monkeypatch.setattr(module.CalibrationPass, "run", spy)
+
+    def nbytes(value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            return value.numel() * value.element_size()
+        if dataclasses.is_dataclass(value):
+            return sum(nbytes(getattr(value, f.name)) for f in dataclasses.fields(value))
+        return 0
+
+    config = lora(r=2, tau=1.0)
+    names = [n for n, m in make_llama().named_modules() if n.endswith("_proj")]
+    for single in (names[:1], names):
+        config = lora(r=2, tau=1.0, target_modules=single)
+        told = eva_kernels.estimate(make_llama(), config, (4, 24), method=method)
+        result = run(make_llama(), iter(texts), config, method=method)
+        assert told.method == result.method
+        assert told.peak_bytes == told.state_bytes + told.workspace_bytes + told.activation_bytes
+        streams = [slot.stream for slot in passes[-1].collector.slots]
+        real = 0
+        for stream in streams:
+            real += nbytes(stream.state)
+            if method != "gram" and stream.options.method != "gram":
+                real += nbytes(stream.sums)
+        assert real <= told.state_bytes
+        if len(single) == 1:
+            assert real > 0.9 * told.state_bytes
+
+
+def test_memory_budget_chooses_the_method() -> None:
+    model = make_llama()
+    least = eva_kernels.estimate(model, lora(), method="sketch").state_bytes
+    most = eva_kernels.estimate(model, lora(), method="gram").state_bytes
+    assert least < most
+    tight = eva_kernels.estimate(model, lora(), memory_budget=least)
+    assert set(tight.method.values()) == {"sketch"}
+    ample = eva_kernels.estimate(model, lora(), memory_budget=most)
+    assert set(ample.method.values()) == {"gram"}
+    middle = eva_kernels.estimate(model, lora(), memory_budget=most - 1)
+    assert set(middle.method.values()) == {"gram", "sketch"}
+    assert least <= middle.state_bytes < most
+    with pytest.raises(eva_kernels.EvaValueError, match=f"needs at least {least} bytes"):
+        run(model, text_batches(1), lora(), memory_budget=least - 1)
+
+
+def test_summary_and_files(llama_result: EvaResult, tmp_path: Path) -> None:
+    text = llama_result.summary()
+    assert "total rank 56 over 14 layers" in text
+    assert "q_proj" in text
+    assert f"{llama_result.forwards} forward passes, {llama_result.tokens} tokens" in text

@@ -1,0 +1,329 @@
+"""Only tokens that the masks keep count, whatever stands in the other places."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+import eva_kernels
+from eva_peft.token_mask import TokenMask, mask_of_batch
+from integration.conftest import (
+    VOCABULARY,
+    angle,
+    layer_inputs,
+    lora,
+    lost,
+    make_bert,
+    make_llama,
+    run,
+    text_batches,
+)
+
+LAYER = "model.layers.1.self_attn.q_proj"
+
+
+def equal(one: Any, other: Any) -> bool:
+    return one.ranks == other.ranks and all(
+        torch.equal(rows, other.components[n])
+        and torch.equal(one.singular_values[n], other.singular_values[n])
+        for n, rows in one.components.items()
+    )
+
+
+def close(one: Any, other: Any, atol: float = 2e-4) -> None:
+    assert one.tokens == other.tokens
+    for name, rows in one.components.items():
+        values = one.singular_values[name]
+        # directions are determined where the spectrum has gaps; their span always is
+        torch.testing.assert_close(values, other.singular_values[name], rtol=1e-4, atol=1e-4)
+        gap = (values[:-1] - values[1:]) / values[:-1]
+        rank = int(gap.argmax()) + 1
+        assert angle(rows[:rank], other.components[name][:rank]) < atol, name
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("method", ["gram", "sketch"])
+def test_padding_values_do_not_matter(trim: bool, method: str) -> None:
+    batches = text_batches(4)
+    other = copy.deepcopy(batches)
+    for batch in other:
+        padding = batch["attention_mask"] == 0
+        batch["input_ids"][padding] = torch.randint(1, VOCABULARY, (int(padding.sum()),))
+    options = {"method": method, "trim_padding": trim}
+    first = run(make_llama(), iter(batches), lora(tau=1.0), **options)
+    second = run(make_llama(), iter(other), lora(tau=1.0), **options)
+    assert any(
+        not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, other, strict=True)
+    )
+    assert equal(first, second)
+    assert first.tokens == sum(int(b["attention_mask"].sum()) for b in batches)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+def test_trimming_changes_nothing_but_the_width(make: Any) -> None:
+    batches = text_batches(5)
+    results, widths = [], []
+    for trim in (True, False):
+        model, seen = make(), []
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape))
+        config = lora(tau=1.0)
+        results.append(run(model, iter(batches), config, method="gram", trim_padding=trim))
+        widths.append(seen)
+    close(*results)
+    assert all(shape[1] == 24 for shape in widths[1])
+    assert all(shape[1] < 24 for shape in widths[0])
+    padded = [sum(s[0] * s[1] for s in shapes) for shapes in widths]
+    kept = sum(int(b["attention_mask"].sum()) for b in batches)
+    assert kept <= padded[0] < padded[1]
+
+
+def test_short_samples_run_apart() -> None:
+    """Samples of very different lengths go through the model in groups; nothing else changes."""
+    ids = torch.randint(1, VOCABULARY, (8, 60))
+    lengths = torch.tensor([3, 60, 5, 4, 59, 6, 3, 58])
+    mask = (torch.arange(60) < lengths[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(ids > 3, -100)}
+    seen: list[Any] = []
+    results = []
+    for trim in (True, False):
+        model = make_llama()
+        model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        options = {"method": "gram", "trim_padding": trim}
+        results.append(run(model, iter([batch] * 2), lora(tau=1.0), **options))
+    assert [x.shape[0] for x in seen[:-2]] != [8] * (len(seen) - 2)
+    assert results[0].forwards == results[1].forwards == 2
+    assert results[0].tokens == 2 * int((mask.bool() & (ids > 3)).sum())
+    close(*results)
+
+
+def test_left_padding_and_unknown_tensors_are_not_cut() -> None:
+    batches = text_batches(3)
+    left = [{k: v.flip(1) for k, v in b.items()} for b in batches]
+    model = make_llama()
+    widths: list[int] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, a: widths.append(a[0].shape[1]))
+    result = run(model, iter(left), lora(tau=1.0), method="gram")
+    assert widths == [24] * 3
+    names = [LAYER, "model.layers.0.mlp.down_proj"]
+    inputs = layer_inputs(model, left, names)
+    for name in names:
+        assert lost(result.components[name], inputs[name]) < 1e-6
+
+
+def test_list_of_samples_beside_tensors_is_not_regrouped() -> None:
+    class Paired(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.lin = nn.Embedding(VOCABULARY, 20), nn.Linear(20, 20)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, extra: list[int]) -> Tensor:
+            assert len(extra) == len(input_ids)
+            assert [int(row[0]) for row in input_ids] == extra
+            return self.lin(self.embed(input_ids))
+
+    ids = torch.randint(1, VOCABULARY, (6, 90))
+    mask = (torch.arange(90) < torch.tensor([2, 90, 2, 90, 2, 2])[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "extra": ids[:, 0].tolist()}
+    assert sum(run(Paired(), iter([batch]), lora(target_modules=["lin"])).ranks.values()) == 4
+
+
+def test_labels_mask_tokens_but_never_reach_the_model() -> None:
+    batches = text_batches(4, labels=True)
+    for batch in batches:
+        batch["labels"][:, :3] = -100  # a prompt
+    model, seen = make_llama(), []
+    forward = model.forward
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(set(kwargs))
+        return forward(*args, **kwargs)
+
+    model.forward = spy
+    result = run(model, iter(batches), lora(tau=1.0), method="gram")
+    assert seen
+    assert all("labels" not in names for names in seen)
+    kept = [
+        {**b, "attention_mask": b["attention_mask"], "keep": b["labels"] != -100} for b in batches
+    ]
+    assert result.tokens == sum(int(b["keep"].sum()) for b in kept)
+    rows = []
+    plain = make_llama()
+    for batch in kept:
+        pair = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        x = layer_inputs(plain, [pair], [LAYER], masked=False)[LAYER]
+        rows.append(x[batch["keep"].flatten()])
+    assert lost(result.components[LAYER], torch.cat(rows)) < 1e-6
+
+
+def test_label_mask_options() -> None:
+    batches = text_batches(3, labels=True)
+    for batch in batches:
+        batch["labels"][:, :3] = -100
+    attended = sum(int(b["attention_mask"].sum()) for b in batches)
+    off = run(make_llama(), iter(batches), lora(tau=1.0, use_label_mask=False))
+    assert off.tokens == attended
+    on = run(make_llama(), iter(batches), lora(tau=1.0))
+    assert on.tokens == attended - 3 * 3 * 4
+    value = int(batches[0]["labels"][0, 4])
+    other = run(make_llama(), iter(batches), lora(tau=1.0, label_mask_value=value))
+    hits = sum(int(((b["labels"] == value) & (b["attention_mask"] == 1)).sum()) for b in batches)
+    assert other.tokens == attended - hits
+
+
+@pytest.mark.parametrize("labels", ["classes", "length equals batch", "multi-label", "scores"])
+def test_labels_of_samples_are_no_token_mask(labels: str) -> None:
+    samples, length = (24, 24) if labels == "length equals batch" else (4, 24)
+    batches = text_batches(3, samples=samples, length=length)
+    for batch in batches:
+        batch["labels"] = {
+            "classes": torch.tensor([0, 1, -100, 1]),
+            "length equals batch": torch.tensor([-100, 1] * 12),
+            "multi-label": torch.randint(0, 2, (4, 5)),
+            "scores": torch.rand(4, 24),
+        }[labels]
+    model = make_bert()
+    result = run(model, iter(batches), lora(tau=1.0), method="gram")
+    assert result.tokens == sum(int(b["attention_mask"].sum()) for b in batches)
+    plain = [{k: v for k, v in b.items() if k != "labels"} for b in batches]
+    name = "encoder.layer.1.output.dense"
+    assert lost(result.components[name], layer_inputs(model, plain, [name])[name]) < 1e-6
+
+
+def test_pooled_inputs_are_taken_whole() -> None:
+    batches = text_batches(4)
+    model = make_bert()
+    result = run(model, iter(batches), lora(tau=1.0), method="gram")
+    x = layer_inputs(model, batches, ["pooler.dense"])["pooler.dense"]
+    assert x.shape == (16, 32)
+    assert lost(result.components["pooler.dense"], x) < 1e-6
+
+
+class Shaped(nn.Module):
+    """An embedding, then layers that see the tokens in other layouts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embed = nn.Embedding(VOCABULARY, 20)
+        self.names = ("usual", "flat", "seq_first", "non_contiguous")
+        for name in self.names:
+            self.add_module(name, nn.Linear(20, 20))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        self.flat(x.flatten(0, 1))
+        self.seq_first(x.transpose(0, 1))
+        self.non_contiguous(x.mT.contiguous().mT)
+        return self.usual(x)
+
+
+def test_layouts() -> None:
+    batches = text_batches(4, length=20, samples=5)
+    model = Shaped()
+    result = run(model, iter(batches), lora(tau=1.0), method="gram")
+    for name in model.names[1:]:
+        a, b = result.components["usual"], result.components[name]
+        torch.testing.assert_close(
+            result.singular_values[name], result.singular_values["usual"], rtol=1e-4, atol=1e-4
+        )
+        assert angle(a[:4], b[:4]) < 1e-3, name
+
+
+def test_no_rule_fits() -> None:
+    class Doubled(Shaped):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            x = self.embed(input_ids)
+            return self.usual(torch.cat([x, x[:, :3]], 1))
+
+    batches = text_batches(5)
+    with pytest.warns(eva_kernels.EvaWarning, match="usual: no token mask fits") as caught:
+        run(Doubled(), iter(batches), lora(tau=1.0, target_modules=["usual"]))
+    assert len(caught) == 1  # once for the layer, not once a batch
+
+
+def test_without_a_mask_every_token_counts() -> None:
+    batches = [{"input_ids": b["input_ids"]} for b in text_batches(3, padded=False)]
+    assert run(make_llama(), iter(batches), lora(tau=1.0)).tokens == 3 * 4 * 24
+    square = torch.zeros(4, 1, 24, 24)  # which token sees which: no padding mask
+    for batch in batches:
+        batch["attention_mask"] = square
+    assert run(make_llama(), iter(batches), lora(tau=1.0)).tokens == 3 * 4 * 24
+
+
+def test_embeddings_as_input() -> None:
+    model, batches = make_llama(), text_batches(3, labels=True)
+    table = model.get_input_embeddings()
+    with torch.no_grad():
+        embedded = [{**b, "inputs_embeds": table(b["input_ids"])} for b in batches]
+    for batch in embedded:
+        del batch["input_ids"]
+    close(
+        run(make_llama(), iter(embedded), lora(tau=1.0), method="gram"),
+        run(make_llama(), iter(batches), lora(tau=1.0), method="gram"),
+    )
+
+
+def test_encoder_and_decoder_have_their_own_masks() -> None:
+    torch.manual_seed(7)
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    config = T5Config(
+        vocab_size=VOCABULARY, **size, decoder_start_token_id=0, tie_word_embeddings=False
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    batches = text_batches(4)
+    for i, batch in enumerate(batches):
+        # as long as the input on purpose: only the stream tells the two masks apart
+        labels = text_batches(1, seed=50 + i, padded=False)[0]["input_ids"]
+        labels[:, 15:] = -100
+        labels[0, 5:] = -100
+        batch["labels"] = labels
+    result = run(model, iter(batches), lora(tau=1.0), method="gram")
+    encoder = "encoder.block.0.layer.0.SelfAttention.q"
+    decoder = "decoder.block.0.layer.0.SelfAttention.q"
+    cross_q = "decoder.block.0.layer.1.EncDecAttention.q"
+    cross_k = "decoder.block.0.layer.1.EncDecAttention.k"
+    names = [encoder, decoder, cross_q, cross_k]
+    rows: dict[str, list[Tensor]] = {n: [] for n in names}
+    for batch in batches:
+        full = {**batch, "decoder_input_ids": model._shift_right(batch["labels"])}
+        x = layer_inputs(model, [full], names, masked=False)
+        masks = dict.fromkeys((decoder, cross_q), batch["labels"] != -100)
+        masks |= {n: batch["attention_mask"].bool() for n in (encoder, cross_k)}
+        for name in names:
+            rows[name].append(x[name][masks[name].flatten()])
+    for name in names:
+        assert lost(result.components[name], torch.cat(rows[name])) < 1e-6, name
+
+
+def test_interleaved_streams() -> None:
+    """A Decision Transformer's layers see three tokens a time step."""
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    config = type("Config", (), {"model_type": "decision_transformer"})
+    found = mask_of_batch({"attention_mask": mask}, lora(), config())
+    rows = found.rows(torch.Size((2, 9, 8)), torch.device("cpu"), "c_attn")
+    assert rows is not None
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11]
+
+
+def test_rows_of_a_mask() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    cpu = torch.device("cpu")
+    rule = TokenMask(mask)
+    for shape, expected in (
+        ((2, 3, 8), [0, 1, 3]),
+        ((6, 8), [0, 1, 3]),
+        ((3, 2, 8), [0, 1, 2]),  # sequence first: positions (0,0), (0,1), (1,0)
+    ):
+        rows = rule.rows(torch.Size(shape), cpu, "layer")
+        assert rows is not None
+        assert rows.tolist() == expected
+    assert rule.rows(torch.Size((2, 8)), cpu, "pooled") is None
+    assert (
+        TokenMask(torch.ones(2, 3, dtype=torch.bool)).rows(torch.Size((2, 3, 8)), cpu, "x") is None
+    )

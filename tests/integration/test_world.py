@@ -1,0 +1,245 @@
+"""After a pass, however it ended, the model and the process are as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+import eva_kernels
+from integration.conftest import (
+    QUIET,
+    hooks_of,
+    lora,
+    lora_layers,
+    make_llama,
+    perturb_b,
+    run,
+    same_state,
+    state_of,
+    text_batches,
+    wrapped,
+)
+
+BATCHES = text_batches(3)
+
+
+class World:
+    """Everything about a model and the process that a pass must leave alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.state = state_of(model)
+        self.facts = self.look()
+
+    def look(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
+            "other hooks": [len(m._forward_hooks) for m in model.modules()],
+            "modes": {n: m.training for n, m in model.named_modules()},
+            "flags": {n: p.requires_grad for n, p in model.named_parameters()},
+            "grads": {n: p.grad for n, p in model.named_parameters()},
+            "cache": model.config.use_cache,
+            "adapters": {n: m.disable_adapters for n, m in lora_layers(model).items()},
+            "random": torch.get_rng_state().tolist(),
+            "python": random.getstate(),
+            "numpy": np.random.get_state()[1].tolist(),
+            "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            "ids": {n: id(p) for n, p in model.named_parameters()},
+        }
+
+    def unchanged(self) -> bool:
+        assert same_state(self.state, state_of(self.model))
+        now = self.look()
+        for key, value in self.facts.items():
+            assert now[key] == value, key
+        return True
+
+
+def busy_model(prepared: bool) -> nn.Module:
+    """A model in train mode with frozen parts in eval mode, a user's hooks, a cache."""
+    model: nn.Module = make_llama()
+    model = wrapped(model) if prepared else model
+    model.train()
+    inner = model.get_submodule("base_model.model" if prepared else "")
+    inner.model.layers[0].mlp.eval()
+    inner.model.norm.eval()
+    inner.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: None)
+    inner.model.layers[1].register_forward_hook(lambda *_: None)
+    inner.lm_head.weight.requires_grad_(True)
+    assert inner.config.use_cache
+    return model
+
+
+class Broken(Exception):
+    pass
+
+
+def failing_loader(model: nn.Module) -> Iterator[Any]:
+    yield BATCHES[0]
+    torch.rand(5)
+    raise Broken("loader")
+
+
+def failing_callback(numbers: dict[str, Any]) -> None:
+    raise Broken("callback")
+
+
+def failing_forward(model: nn.Module, batch: Any) -> None:
+    model(**batch)
+    raise Broken("forward")
+
+
+def interrupted_hook(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    stream = import_module("eva_kernels.streaming.stream").InputStream
+    original, calls = stream.add, []
+
+    def add(self: Any, *args: Any, **options: Any) -> int:
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    patch.setattr(stream, "add", add)
+
+
+def interrupted_fold(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    def fold(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    patch.setattr(import_module("eva_peft.calibrate"), "fold_streams", fold)
+
+
+def interrupted_registration(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    original, calls = nn.Module.register_forward_pre_hook, []
+
+    def register(self: nn.Module, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(self, *args, **options)
+
+    patch.setattr(nn.Module, "register_forward_pre_hook", register)
+
+
+CASES: dict[str, tuple[type[BaseException], Any, dict[str, Any], Any]] = {
+    "forward": (Broken, BATCHES, {"forward_fn": failing_forward}, None),
+    "loader": (Broken, failing_loader, {}, None),
+    "callback": (Broken, BATCHES, {"callback": failing_callback}, None),
+    "interrupt in a hook": (KeyboardInterrupt, BATCHES, {}, interrupted_hook),
+    "interrupt in a fold": (KeyboardInterrupt, BATCHES, {}, interrupted_fold),
+    "interrupt at the start": (KeyboardInterrupt, BATCHES, {}, interrupted_registration),
+    "not converged": (
+        eva_kernels.NotConvergedError,
+        BATCHES,
+        {"max_steps": 1, "on_not_converged": "raise"},
+        None,
+    ),
+    "not iterable": (TypeError, 5, {}, None),
+    "empty": (ValueError, [], {}, None),
+}
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_after_a_failure(case: str, prepared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, loader, options, sabotage = CASES[case]
+    model = busy_model(prepared)
+    config = None if prepared else lora()
+    world = World(model)
+    with monkeypatch.context() as patch:
+        if sabotage is not None:
+            sabotage(model, patch)
+        data = loader(model) if callable(loader) else loader
+        with pytest.raises(error):
+            eva_kernels.initialize(model, data, config, **{**QUIET, **options})
+    assert world.unchanged()
+    assert not hasattr(model, "eva_result")
+    done = eva_kernels.initialize(model, BATCHES, config, max_steps=3, **QUIET)
+    assert sum(done.eva_result.ranks.values()) == 56
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_after_success(prepared: bool) -> None:
+    model = busy_model(prepared)
+    world = World(model)
+    run(model, BATCHES, None if prepared else lora(), max_steps=3)
+    assert world.unchanged()
+    modes = [(n, m, m.training) for n, m in model.named_modules()]
+    done = eva_kernels.initialize(
+        model, BATCHES, None if prepared else lora(), max_steps=3, **QUIET
+    )
+    assert torch.get_rng_state().tolist() == world.facts["random"]
+    assert sum(world.facts["hooks"]) == 1
+    assert hooks_of(done) == 2
+    for name, module, mode in modes:
+        assert module.training == mode, name
+    assert not any(m.disable_adapters for m in lora_layers(done).values())
+
+
+def test_disabled_adapters_stay_disabled() -> None:
+    model = wrapped(make_llama())
+    with model.disable_adapter():
+        run(model, BATCHES, max_steps=2)
+        assert all(m.disable_adapters for m in lora_layers(model).values())
+    assert not any(m.disable_adapters for m in lora_layers(model).values())
+
+
+def test_no_cache_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    original = DynamicCache.update
+
+    def update(self: Any, *args: Any, **options: Any) -> Any:
+        built.append(1)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(DynamicCache, "update", update)
+    model = make_llama()
+    run(model, BATCHES, lora(), max_steps=2)
+    assert not built
+    assert model.config.use_cache
+    model(**BATCHES[0])
+    assert built  # otherwise the spy sees nothing
+
+
+def test_no_gradients_and_eval_mode_during_the_pass() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def forward(model: nn.Module, batch: Any) -> None:
+        seen.append((torch.is_grad_enabled(), any(m.training for m in model.modules())))
+        model(**batch)
+
+    run(busy_model(True), BATCHES, max_steps=3, forward_fn=forward)
+    assert seen == [(False, False)] * 3
+
+
+def test_merged_adapters_are_refused() -> None:
+    model = wrapped(make_llama(), lora(init_lora_weights=True))
+    perturb_b(model)
+    model.merge_adapter()
+    with pytest.raises(eva_kernels.EvaRuntimeError, match=r"merged adapters.*unmerge_adapter"):
+        run(model, BATCHES, lora())
+
+
+def test_user_hooks_still_fire() -> None:
+    model, fired = make_llama(), []
+    hook: Callable[..., None] = lambda *_: fired.append(1)  # noqa: E731
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(hook)
+    done = eva_kernels.initialize(model, BATCHES, lora(), max_steps=2, **QUIET)
+    fired.clear()
+    done(**BATCHES[0])
+    assert fired == [1]
+
+
+def test_result_does_not_depend_on_the_mode() -> None:
+    base = run(make_llama(), iter(BATCHES), lora(tau=1.0))
+    other = run(make_llama().train(), iter(BATCHES), lora(tau=1.0))
+    assert all(torch.equal(rows, other.components[n]) for n, rows in base.components.items())

@@ -1,0 +1,179 @@
+"""A stream that is taken apart and put together goes on with the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels.errors import EvaValueError
+from eva_kernels.streaming import (
+    InputStream,
+    compare_streams,
+    export_stream,
+    fold_streams,
+    restore_stream,
+)
+from helpers import decaying, feed, make_stream, with_spectrum
+
+# (D, K, Q): even, odd (so that no row starts on a round address), and all that there is
+SIZES = [(32, 4, 8), (19, 3, 5), (6, 6, 6)]
+KINDS = [*((size, torch.float32) for size in SIZES), (SIZES[1], torch.float64)]
+# What has happened before: tokens of each step, and whether the last one is still open.
+PASTS = {
+    "nothing": ([], False),
+    "an open first step": ([3], True),
+    "one step": ([40], False),
+    "several steps": ([40, 17, 33], False),
+    "an open later step": ([40, 33, 4], True),
+}
+
+
+def tokens_of(features: int, sizes: list[int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    values = decaying(min(features, 12))
+    x = with_spectrum(max(sum(sizes), 40), features, values, offset=3, dtype=dtype)
+    return list(x[: sum(sizes)].split(sizes)) if sizes else []
+
+
+def step(stream: InputStream, x: Tensor, needed: int = 2) -> None:
+    """Run a step with its check, as a pass does."""
+    stream.add(x)
+    compare_streams(fold_streams([stream]), [needed], tau=0.9)
+
+
+def brought_to(past: str, size: tuple[int, int, int], **options: Any) -> InputStream:
+    # The interpreter of the other backend is slow, and what is kept does not depend on it.
+    stream = make_stream(*size, backend="torch", **options)
+    sizes, is_open = PASTS[past]
+    batches = tokens_of(size[0], sizes, stream.dtype)
+    for x in batches[: len(batches) - is_open]:
+        step(stream, x)
+    if is_open:
+        stream.add(batches[-1])
+        assert 0 < stream.pending < stream.width
+    return stream
+
+
+def through_text(stream: InputStream, **options: Any) -> InputStream:
+    """Export, send the record through JSON, and restore."""
+    record, tensors = export_stream(stream)
+    size = (stream.features, stream.components, stream.width)
+    method = stream.options.method
+    options = {"backend": "torch", **options}
+    copy = make_stream(*size, method=method, dtype=stream.dtype, **options)
+    restore_stream(copy, json.loads(json.dumps(record)), {k: t.clone() for k, t in tensors.items()})
+    return copy
+
+
+def differing(left: Any, right: Any, name: str = "stream") -> list[str]:
+    """Name what is not the same, bit for bit, in two objects."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        same = left.dtype == right.dtype and torch.equal(left, right)
+        return [] if same else [name]
+    if isinstance(left, InputStream):
+        assert vars(left).keys() == vars(right).keys()
+        return [d for k, v in vars(left).items() for d in differing(v, getattr(right, k), k)]
+    if is_dataclass(left) and type(left) is type(right):
+        pairs = ((f.name, getattr(left, f.name), getattr(right, f.name)) for f in fields(left))
+        return [d for key, a, b in pairs for d in differing(a, b, f"{name}.{key}")]
+    if isinstance(left, float) and math.isnan(left):
+        return [] if math.isnan(right) else [name]
+    return [] if left == right else [name]
+
+
+@pytest.mark.parametrize("past", PASTS)
+@pytest.mark.parametrize(("size", "dtype"), KINDS)
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_goes_on_with_the_same_bits(
+    method: str, size: tuple[int, int, int], past: str, dtype: torch.dtype
+) -> None:
+    stream = brought_to(past, size, method=method, dtype=dtype)
+    copy = through_text(stream)
+    assert differing(stream, copy) == []
+    for x in tokens_of(size[0], [5, 1, 30, 30], dtype):
+        for one in (stream, copy):
+            step(one, x)
+    assert differing(stream, copy) == []
+    assert stream.folds >= 2
+    assert stream.similarity is not None
+    assert differing(stream.spectrum(), copy.spectrum()) == []
+
+
+def test_the_sums_of_a_gram_stream_are_its_state() -> None:
+    copy = through_text(brought_to("several steps", SIZES[0], method="gram"))
+    assert copy.state is not None
+    assert copy.sums is copy.state.sums
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_nothing_is_shared_with_what_was_exported(method: str) -> None:
+    stream = brought_to("an open later step", SIZES[0], method=method)
+    record, tensors = export_stream(stream)
+    copy = make_stream(*SIZES[0], method=method)
+    restore_stream(copy, record, tensors)
+    before = export_stream(copy.clone())[1]
+    feed(stream, tokens_of(SIZES[0][0], [30]))
+    after = export_stream(copy)[1]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_interrupted_check_is_kept() -> None:
+    stream = brought_to("several steps", SIZES[0])
+    stream.add(tokens_of(SIZES[0][0], [20])[0])
+    folded = fold_streams([stream])
+    copy = through_text(stream)
+    for one in (folded[0], copy):
+        assert one.previous is not None
+        compare_streams([one], [2], tau=0.9)
+    assert differing(stream, copy) == []
+
+
+def test_closed_sums_take_no_room() -> None:
+    assert not any("sums" in key for key in export_stream(brought_to("one step", SIZES[0]))[1])
+    assert "sums.products" in export_stream(brought_to("an open later step", SIZES[0]))[1]
+
+
+def test_other_options_may_differ() -> None:
+    stream = brought_to("several steps", SIZES[0])
+    copy = through_text(stream, backend="auto", skip_nonfinite=True)
+    assert differing(stream, copy) == ["options.backend", "options.skip_nonfinite"]
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        ((33, 4, 8), {}, "features 32 instead of 33"),
+        ((32, 5, 8), {}, "components 4 instead of 5"),
+        ((32, 4, 9), {}, "width 8 instead of 9"),
+        ((32, 4, 8), {"method": "gram"}, "method 'sketch' instead of 'gram'"),
+        ((32, 4, 8), {"dtype": torch.float64}, "dtype 'float32' instead of 'float64'"),
+    ],
+)
+def test_another_shape_is_refused(
+    size: tuple[int, int, int], options: dict[str, Any], message: str
+) -> None:
+    record, tensors = export_stream(brought_to("one step", SIZES[0]))
+    other = make_stream(*size, **options)
+    with pytest.raises(EvaValueError, match=message):
+        restore_stream(other, record, tensors)
+    assert other.state is None
+
+
+@pytest.mark.parametrize("part", ["sketch.mean", "pivot", "sums.shift"])
+def test_a_missing_tensor_is_named(part: str) -> None:
+    record, tensors = export_stream(brought_to("one step", SIZES[0], method="gram"))
+    del tensors[part]
+    with pytest.raises(EvaValueError, match=f"has no {part}"):
+        restore_stream(make_stream(*SIZES[0], method="gram"), record, tensors)
+
+
+def test_a_missing_number_is_named() -> None:
+    record, tensors = export_stream(brought_to("one step", SIZES[0]))
+    del record["pending"]
+    with pytest.raises(EvaValueError, match="has no pending"):
+        restore_stream(make_stream(*SIZES[0]), record, tensors)
