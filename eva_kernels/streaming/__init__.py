@@ -2,7 +2,7 @@
 
 from .allocation import allocate_ranks
 from .checkpoint import export_stream, restore_stream
-from .convergence import compare_streams
+from .convergence import compare_streams, leading_similar
 from .plan import StreamPlan, plan_streams, stream_bytes
 from .stream import InputStream, Options, Spectrum, fold_streams
 
@@ -15,6 +15,7 @@ __all__ = [
     "compare_streams",
     "export_stream",
     "fold_streams",
+    "leading_similar",
     "plan_streams",
     "restore_stream",
     "stream_bytes",

@@ -15,7 +15,7 @@ from .stream import InputStream
 
 __all__ = ["export_stream", "restore_stream"]
 
-_NUMBERS = ("pending", "skipped", "folds", "similarity", "converged", "lost")
+_NUMBERS = ("pending", "skipped", "folds", "similarity", "converged", "settled", "lost")
 _OPTIONAL = ("previous", "cosines")
 
 

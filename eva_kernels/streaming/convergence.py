@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import convergence
 from .stream import InputStream
 
-__all__ = ["compare_streams"]
+__all__ = ["compare_streams", "leading_similar"]
 
 
 def compare_streams(
@@ -25,7 +25,8 @@ def compare_streams(
     """Compare the leading components of folded streams with those before the fold.
 
     Sets ``similarity`` (smallest over the first R components; ``None`` before the second fold)
-    and ``converged`` of every stream, and drops the old basis.
+    and ``converged`` of every stream, raises ``settled`` (how many leading components have been
+    similar enough together), and drops the old basis.
 
     Args:
         folded: what :func:`fold_streams` returned.
@@ -50,15 +51,23 @@ def compare_streams(
                 _principal_cosine(o, n, r) for o, n, r in zip(old, new, needed, strict=True)
             ]
             passed = [value >= tau for value in smallest]
+            for stream, rank, flag in zip(chosen, needed, passed, strict=True):
+                stream.settled = max(stream.settled, rank if flag else 0)
         else:
             cosines, missing = convergence(old, new, needed, tau, backend=backend)
             parts = cosines.cpu().split([s.components for s in chosen])
             for stream, part in zip(chosen, parts, strict=True):
                 stream.cosines = part
+                stream.settled = max(stream.settled, leading_similar(part, tau))
             smallest = [_least(p[:r]) for p, r in zip(parts, needed, strict=True)]
             passed = [count == 0 for count in missing.tolist()]
         for stream, value, flag in zip(chosen, smallest, passed, strict=True):
             stream.similarity, stream.converged, stream.previous = value, flag, None
+
+
+def leading_similar(cosines: Tensor, tau: float) -> int:
+    """Return how many leading components are at least ``tau`` similar; NaN is not."""
+    return int((cosines >= tau).long().cumprod(0).sum())
 
 
 def _least(cosines: Tensor) -> float:

@@ -14,6 +14,7 @@ from ..errors import EvaValueError, NonFiniteError
 from ..ops import gram, sketch
 from .fold import FoldReport, fold, fold_gram, scatter_about_mean
 from .merge import merge_gram, merge_sketch
+from .plan import StreamPlan, stream_bytes
 from .state import GramState, SketchState, StepSums, empty_sketch, zero_sums
 
 __all__ = [
@@ -105,6 +106,7 @@ class InputStream:
         self.cosines: Tensor | None = None  # (K,) on the CPU, of the last fold, once compared
         self.similarity: float | None = None  # smallest needed one; None before the second fold
         self.converged = False
+        self.settled = 0  # leading components that were all similar enough at some fold
         self.lost = float("nan")
         self.state: SketchState | GramState | None = None
         self.sums: StepSums | None = None
@@ -119,6 +121,14 @@ class InputStream:
         """Tokens seen, those of the current step included."""
         folded = 0 if self.state is None else int(_counted(self.state))
         return folded if isinstance(self.state, GramState) else folded + self.pending
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state and the sums."""
+        if self.state is None:
+            return 0
+        plan = StreamPlan(self.features, self.components, self.width, self.options.method)
+        return stream_bytes(plan, self.dtype.itemsize)
 
     def add(self, x: Tensor, rows: Tensor | None = None) -> int:
         """Accumulate tokens; returns how many were used.

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from eva_kernels.streaming import InputStream, Options, compare_streams, fold_streams
+from eva_kernels.streaming import (
+    InputStream,
+    Options,
+    compare_streams,
+    fold_streams,
+    leading_similar,
+)
 
 from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
@@ -255,17 +261,16 @@ class CalibrationPass:
         return True
 
     def _recheck(self, needed: dict[int, int]) -> None:
-        frozen: set[int] = set()
-        for slot in self.collector.slots:
-            stream = slot.stream
-            # A layer that was not folded in this step may need more components than it did.
-            if stream.cosines is not None and self.options.criterion == "cosine":
-                least = stream.cosines[: needed[id(stream)]]
-                stream.converged = bool((least >= self.eva.tau).all())
-            if stream.converged:
-                frozen |= set(slot.members)
+        """Decide which layers have converged: those whose needed components did, at some step.
+
+        A layer that is given more rank than had converged is open again. As in PEFT, a layer need
+        not pass again at the step at which the last one does; unlike there, it goes on learning.
+        """
+        for stream in (slot.stream for slot in self.collector.slots):
+            stream.converged = stream.folds > 1 and needed[id(stream)] <= stream.settled
         if self.options.freeze_converged:
-            self.collector.frozen = frozen
+            slots = self.collector.slots
+            self.collector.frozen = {i for s in slots if s.stream.converged for i in s.members}
 
     def _converged(self) -> bool:
         return all(s.stream.converged for s in self.collector.slots)
@@ -275,10 +280,13 @@ class CalibrationPass:
         if not self.ranks:
             return False
         slots = self.collector.slots
+        needed = {id(s.stream): max(self.ranks[i] for i in s.members) for s in slots}
         for stream in (s.stream for s in slots):
-            value = stream.similarity
-            stream.converged = value is not None and value >= self.eva.tau
-        self._recheck({id(s.stream): max(self.ranks[i] for i in s.members) for s in slots})
+            passed = stream.similarity is not None and stream.similarity >= self.eva.tau
+            stream.settled = needed[id(stream)] if passed else 0
+            if stream.cosines is not None:
+                stream.settled = leading_similar(stream.cosines, self.eva.tau)
+        self._recheck(needed)
         return self._converged()
 
     def _record(self, begin: float, bar: Any) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class EvaResult:
         tokens: tokens used over the pass; ``skipped_tokens`` of them left out as not finite.
         steps, forwards: folds, and forward passes.
         seconds: by phase: forward, accumulate, fold, check, total.
-        peak_memory_bytes: above the level before the pass.
+        peak_memory_bytes: above the level before the pass: allocated on a GPU; on the CPU the
+            growth of the process's high-water mark, and at least the streaming state.
         history: numbers after each step.
         metadata: JSON-able: versions, model, LoRA config, options.
         uncalled: layers that no forward pass called; they keep the default initialisation.
@@ -239,7 +240,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         steps=run.steps,
         forwards=run.forwards,
         seconds=dict(run.seconds),
-        peak_memory_bytes=peak_bytes,
+        peak_memory_bytes=max(peak_bytes, sum(s.stream.nbytes for s in slots)),
         history=run.history,
         metadata=_metadata(run),
         uncalled=[t.name for i, t in enumerate(run.targets) if i not in run.collector.slot_of],

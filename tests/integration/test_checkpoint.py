@@ -171,6 +171,23 @@ def test_a_half_done_forward_is_never_written(
     same(CASES["sketch"].result(checkpoint=path), unbroken["sketch"])
 
 
+@pytest.mark.parametrize("name", ["sketch", "frozen layers", "changing sharing"])
+def test_the_last_file_is_the_same_as_well(name: str, tmp_path: Path) -> None:
+    case, files = CASES[name], (tmp_path / "whole", tmp_path / "resumed")
+    case.result(checkpoint=files[0])
+    stopped(case, files[1], 3)
+    case.result(checkpoint=files[1])
+    (left, left_tensors), (right, right_tensors) = map(read_checkpoint, files)
+    for state in (left, right):  # nothing but the time may differ
+        del state["elapsed"], state["counts"]["seconds"], state["counts"]["history"]["seconds"]
+    assert left == right
+    assert left["most_calls"]
+    assert bool(left["alone"]) == (name == "changing sharing")
+    assert bool(left["frozen"]) == (name == "frozen layers")
+    assert left_tensors.keys() == right_tensors.keys()
+    assert all(torch.equal(left_tensors[key], right_tensors[key]) for key in left_tensors)
+
+
 def test_without_a_forward_there_is_no_file(tmp_path: Path) -> None:
     stopped(CASES["sketch"], tmp_path / "state.safetensors", 0)
     assert list(tmp_path.iterdir()) == []
