@@ -20,6 +20,7 @@ from integration.conftest import (
     run,
     same_state,
     state_of,
+    text_batches,
     wrapped,
 )
 
@@ -161,3 +162,19 @@ def test_frozen_layers_see_less(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert all_of_it == {"easy": 600, "hard": 600}
     assert frozen["easy"] < frozen["hard"] == 600
+
+
+def test_a_layer_that_has_converged_once_has_converged(llama: nn.Module) -> None:
+    # rho = 1: every layer needs its own r components throughout, so only similarity decides
+    batches = text_batches(24, seed=3)
+    config = lora(r=3, rho=1.0, tau=0.97)
+    result = eva_kernels.calibrate(llama, batches, config, progress=False, max_steps=400)
+    similarity = result.history["similarity"]
+    passed = [
+        next(step for step, values in enumerate(similarity) if (values[i] or 0.0) >= 0.97)
+        for i in range(len(result.ranks))
+    ]
+    assert result.steps == max(passed) + 1
+    # at that step some layer is below tau again, so waiting for all at once would go on
+    assert min(similarity[-1]) < 0.97
+    assert all(result.converged.values())
