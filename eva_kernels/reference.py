@@ -6,7 +6,7 @@ X), p the pivot, v_j the rows of the basis V (Q, D).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +18,15 @@ __all__ = ["convergence", "gram", "sketch"]
 TILE_ROWS = 512
 
 
-def _tiles(x: Tensor, rows: Tensor | None) -> list[Tensor]:
-    if rows is None:
-        return list(x.split(TILE_ROWS))
-    return [x.index_select(0, part) for part in rows.split(TILE_ROWS)]
+def _centred_tiles(x: Tensor, pivot: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
+    """Yield x - p tile by tile, in one buffer that every tile overwrites."""
+    count = len(x) if rows is None else len(rows)
+    buffer = pivot.new_empty(min(count, TILE_ROWS), x.shape[1])
+    for begin in range(0, count, TILE_ROWS):
+        end = min(begin + TILE_ROWS, count)
+        tile = x[begin:end] if rows is None else x.index_select(0, rows[begin:end])
+        # Widened before the subtraction: the difference of two 16-bit numbers would be rounded.
+        yield torch.sub(tile.to(pivot.dtype), pivot, out=buffer[: end - begin])
 
 
 def _sum_of_squares(centred: Tensor) -> Tensor:
@@ -56,10 +61,7 @@ def sketch(
         tiles in float64; the same bits for the same input. NaN and infinity propagate.
     Cost: ``4 N D Q`` flops; X is read once.
     """
-    for tile in _tiles(x, rows):
-        centred = torch.sub(tile, pivot) if tile.dtype == basis.dtype else tile.to(basis.dtype)
-        if tile.dtype != basis.dtype:
-            centred -= pivot
+    for centred in _centred_tiles(x, pivot, rows):
         products.addmm_((centred @ basis.mT).mT, centred)
         shift += centred.sum(0)
         square += _sum_of_squares(centred)
@@ -89,8 +91,7 @@ def gram(
     Numerics: as :func:`sketch`.
     Cost: ``2 N D^2`` flops; X is read once.
     """
-    for tile in _tiles(x, rows):
-        centred = tile.to(pivot.dtype) - pivot
+    for centred in _centred_tiles(x, pivot, rows):
         scatter.addmm_(centred.mT, centred)
         shift += centred.sum(0)
         square += _sum_of_squares(centred)

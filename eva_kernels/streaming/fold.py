@@ -115,17 +115,16 @@ def nystrom(image: Tensor, basis: Tensor, count: Tensor) -> tuple[Tensor, Tensor
         diagonal of B (L, Q).
     """
     core = image @ basis.mT
-    captured = core.diagonal(dim1=1, dim2=2).clamp_min(0)
+    captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
     floor = captured.amax(1, keepdim=True) * NOISE
     # Entries are graded (activations of language models have outlier features), so scale to a
     # unit diagonal before judging what is singular.
     scale = torch.where(captured > floor, captured.rsqrt(), 0.0)
     outer = scale[:, :, None] * scale[:, None, :]
-    core = (core + core.mT).mul_(outer).mul_(0.5)
+    # Symmetric but for rounding: the factorisations below read the lower triangle only.
+    whitener = _whitener(core.mul_(outer))
     metric = (image @ image.mT).mul_(outer)
-    whitener = _whitener(core)
-    inner = whitener.mT @ metric @ whitener
-    squares, rotation = torch.linalg.eigh((inner + inner.mT).mul_(0.5))
+    squares, rotation = torch.linalg.eigh(whitener.mT @ metric @ whitener)
     squares, rotation = squares.flip(1).clamp_min(0), rotation.flip(2)
 
     rank = (squares > NOISE * squares[:, :1]).sum(1)
