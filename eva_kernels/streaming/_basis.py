@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,12 @@ def _gaussian(rows: int, features: int, seed: int) -> Tensor:
     return torch.randn(rows, features, generator=generator, dtype=torch.float64)
 
 
+@functools.lru_cache(maxsize=4)  # layers of one shape begin with the same basis
 def random_basis(rows: int, features: int, seed: int) -> Tensor:
-    """Return ``rows`` orthonormal rows, float64 (rows, features), rows <= features."""
+    """Return ``rows`` orthonormal rows, float64 (rows, features), rows <= features.
+
+    The tensor is shared between calls and must not be written to.
+    """
     return torch.linalg.qr(_gaussian(rows, features, seed).mT).Q.mT.contiguous()
 
 

@@ -85,7 +85,7 @@ def empty_sketch(
     return SketchState(
         count=torch.zeros((), dtype=torch.float64, device=device),
         mean=torch.zeros(features, dtype=dtype, device=device),
-        basis=random_basis(width, features, seed).to(device=device, dtype=dtype),
+        basis=random_basis(width, features, seed).to(device=device, dtype=dtype, copy=True),
         singular_values=torch.zeros(width, dtype=torch.float64, device=device),
         total=torch.zeros((), dtype=torch.float64, device=device),
         rank=torch.zeros((), dtype=torch.int64, device=device),

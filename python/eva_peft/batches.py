@@ -23,7 +23,7 @@ __all__ = [
 
 # What another forward pass costs by itself, in padded tokens: the work that does not depend on
 # their number, or the loss of a device that is not full.
-FORWARD_OVERHEAD = {"cpu": 64}
+FORWARD_OVERHEAD = {"cpu": 128}
 FORWARD_OVERHEAD_ACCELERATOR = 4096
 
 # What has one entry a token along dimension 1, and can be cut where all samples are padding.

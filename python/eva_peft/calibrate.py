@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
@@ -204,7 +205,7 @@ class CalibrationPass:
         return batch if prepare is None else prepare(deepcopy(batch), self.config)
 
     def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> bool:
-        self.collector.begin_forward(mask, model_input, self._may_stop_early())
+        self.collector.begin_forward(mask, model_input, self._may_stop_early)
         try:
             if self.options.forward_fn is not None:
                 self.options.forward_fn(self.model, batch)
@@ -215,6 +216,7 @@ class CalibrationPass:
             return False
         return True
 
+    @functools.cached_property
     def _may_stop_early(self) -> bool:
         if self.options.early_exit != AUTO:
             return bool(self.options.early_exit)
