@@ -1,0 +1,163 @@
+"""The demo from end to end, in its quick form, and the measures that it reports."""
+
+import copy
+import io
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+from eva_peft.demo import comparison, finetune, run_demo
+from eva_peft.demo.comparison import OURS, PEFT, QUICK, SAME
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "made"
+    console = Console(file=io.StringIO(), width=80)
+    numbers = run_demo(folder, quick=True, console=console)
+    return folder, numbers, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return comparison.read_inputs(QUICK)
+
+
+def test_it_writes_its_files(demo):
+    folder, numbers, _ = demo
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"demo-report.html", "demo.json", "loss.png", "eva.png"}
+    assert json.loads((folder / "demo.json").read_text(encoding="utf-8")) == numbers
+    for name in ("loss.png", "eva.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_needs_no_other_file(demo):
+    page = (demo[0] / "demo-report.html").read_text(encoding="utf-8")
+    for heading in ("What was run", "Initialisation", "Fine-tuning", "Ranks", "Convergence"):
+        assert f"<h2>{heading}</h2>" in page
+    for reference in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert reference.startswith(("data:", "#"))
+
+
+def test_it_prints_both_tables_without_cutting_them(demo):
+    text = demo[2]
+    for words in (
+        "eva-kernels*",
+        "PEFT",
+        "lost variance",
+        "random orthonormal",
+        "demo-report.html",
+    ):
+        assert words in text.replace("\n", "")
+    assert "…" not in text
+
+
+def test_both_packages_spend_the_same_ranks(demo):
+    measured = demo[1]["initialisation"]
+    for name in (OURS, SAME, PEFT):
+        assert sum(measured[name]["ranks"].values()) == 35 * QUICK.r
+        assert measured[name]["seconds_median"] > 0
+        assert measured[name]["forwards"] >= 2
+    assert measured[SAME]["forwards"] == measured[PEFT]["forwards"]
+
+
+def test_ours_is_no_further_from_exact_than_peft(demo):
+    measured = demo[1]["initialisation"]
+    assert 0 <= measured[OURS]["lost_variance"] < 0.02
+    assert measured[SAME]["lost_variance"] <= measured[PEFT]["lost_variance"] < 0.2
+
+
+def test_ours_adds_less_memory_than_peft(demo):
+    measured = demo[1]["initialisation"]
+    assert measured["plain_peak_bytes"] > 100 * 2**20
+    assert measured[OURS]["peak_bytes_above_plain"] < measured[PEFT]["peak_bytes_above_plain"]
+
+
+def test_every_start_begins_at_the_same_loss_and_lowers_it(demo):
+    curves = demo[1]["fine_tuning"]
+    assert len(curves) == 3
+    assert len({curve["mean"][0] for curve in curves.values()}) == 1
+    for curve in curves.values():
+        assert curve["steps"] == [0, 3, 6]
+        assert curve["rank"] == 35 * QUICK.r
+        assert curve["mean"][-1] < curve["mean"][0] < 6
+
+
+def test_lost_variance_is_zero_for_exact_rows_and_one_for_the_worst():
+    covariance = torch.diag(torch.tensor([9.0, 4.0, 1.0, 0.0], dtype=torch.float64))
+    eye = torch.eye(4)
+    lost = comparison._lost_variance
+    assert lost(covariance, eye[:2]) == pytest.approx(0)
+    assert lost(covariance, 3 * eye[[1, 0]] + eye[[0, 1]]) == pytest.approx(0)
+    assert lost(covariance, eye[[0, 2]]) == pytest.approx(1 - 10 / 13)
+    assert lost(covariance, eye[3:]) == pytest.approx(1)
+
+
+def test_exact_covariances_leave_padding_out_and_share_inputs(inputs):
+    (batch,) = inputs.batches(QUICK)[:1]
+    seen = {}
+
+    def keep(_, args):
+        seen["x"] = args[0]
+
+    sums = comparison._InputSums(inputs.model)
+    layer = "model.layers.1.self_attn.v_proj"
+    handle = inputs.model.get_submodule(layer).register_forward_pre_hook(keep)
+    with sums, torch.no_grad():
+        sums.mask = batch["attention_mask"].bool()
+        inputs.model(**batch)
+    handle.remove()
+    kept = seen["x"][batch["attention_mask"].bool()].double()
+    expected = (len(kept) - 1) * torch.cov(kept.T)
+    torch.testing.assert_close(sums.covariance(layer), expected)
+    assert sums.first_reader[layer] == "model.layers.1.self_attn.q_proj"
+    assert len(sums.sums) == 4 * 5
+    assert not any(module._forward_pre_hooks for module in inputs.model.modules())
+
+
+def test_a_pass_of_peft_without_an_end_is_given_up(inputs):
+    run = comparison.run_peft(inputs.model, inputs.batches(QUICK), QUICK, limit=2)
+    assert run.forwards == 2
+    assert run.lora_a is None
+
+
+def test_the_random_starts_differ_in_the_length_of_their_rows(inputs):
+    config = QUICK.lora_config()
+    for start, seed in ((finetune.random_start, 0), (finetune.orthonormal_start, 1)):
+        first, again, other = (
+            finetune.lora_a_weights(start(config)(copy.deepcopy(inputs.model), s))
+            for s in (seed, seed, seed + 1)
+        )
+        name = "model.layers.0.mlp.down_proj"
+        assert len(first) == 35
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
+        products = first[name] @ first[name].T
+        unit = torch.allclose(products, torch.eye(QUICK.r), atol=1e-5)
+        assert unit == (start is finetune.orthonormal_start)
+
+
+def test_fine_tuning_repeats_itself_and_trains_the_adapter_alone(inputs):
+    before = {name: p.clone() for name, p in inputs.model.named_parameters()}
+    recipe = finetune.Recipe(steps=2, every=1, batch=2)
+    starts = {"random": finetune.random_start(QUICK.lora_config())}
+    arguments = (inputs.model, starts, inputs.train[:8, :64], inputs.held_out[:2, :64], recipe)
+    first = finetune.compare_starts(*arguments, seeds=2)["random"]
+    assert first == finetune.compare_starts(*arguments, seeds=2)["random"]
+    assert first.steps == [0, 1, 2]
+    assert first.runs[0] != first.runs[1]
+    for name, parameter in inputs.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_the_mean_and_its_standard_error():
+    curve = finetune.Curve(steps=[0, 1], runs=[[4.0, 1.0], [4.0, 3.0]], parameters=1, rank=1)
+    assert curve.mean() == [4.0, 2.0]
+    assert curve.standard_error() == [0.0, pytest.approx(1.0)]
+    assert finetune.Curve([0], [[4.0]], 1, 1).standard_error() == [0.0]
