@@ -40,7 +40,7 @@ class Recipe:
     steps: int = 40
     every: int = 10
     batch: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
 
 
 @dataclass(frozen=True)
