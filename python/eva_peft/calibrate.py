@@ -161,8 +161,6 @@ class CalibrationPass:
             or (options.max_seconds is not None and elapsed >= options.max_seconds)
         )
 
-    # ---- one forward pass ------------------------------------------------------------------
-
     def _forward(self, batch: Any) -> None:
         begin = time.perf_counter()
         before = self.collector.seconds
@@ -238,8 +236,6 @@ class CalibrationPass:
         )
         size = (target.in_features, plan.components, plan.width)
         return InputStream(*size, device=x.device, dtype=dtype, options=options)
-
-    # ---- one step --------------------------------------------------------------------------
 
     def _close_step(self, final: bool = False) -> bool:
         begin = time.perf_counter()
@@ -325,8 +321,6 @@ class CalibrationPass:
     def limit(self, target: Target) -> int:
         """Return the most components that a layer may be given."""
         return components_of(target, self.eva.rho)
-
-    # ---- the end ---------------------------------------------------------------------------
 
     def _report(self, done: bool, uncalled: list[str]) -> None:
         if len(uncalled) == len(self.targets) or not self.tokens:

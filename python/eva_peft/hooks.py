@@ -96,8 +96,6 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
         return hook
 
-    # ---- one forward pass ------------------------------------------------------------------
-
     def begin_forward(self, mask: TokenMask, model_input: Any, stop_early: bool) -> None:
         """Prepare for a forward pass over a batch.
 
@@ -179,8 +177,6 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             f"unsupported input type in layer {self.targets[i].name}: it was called without a "
             "tensor; please provide a custom prepare_layer_inputs_fn"
         )
-
-    # ---- who shares what -------------------------------------------------------------------
 
     def _join(self, i: int, x: Tensor) -> Slot | None:
         # A layer joins a slot only in the forward pass in which that slot began: from then on
@@ -279,8 +275,6 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.slots.remove(slot)
         for i in slot.members:
             del self.slot_of[i]
-
-    # ---- data ------------------------------------------------------------------------------
 
     def _accumulate(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         target, selector = self.targets[i], self.selectors[i]
