@@ -140,8 +140,6 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             return
         self._written = self.run.forwards
 
-    # ---- the state of the pass --------------------------------------------------------------
-
     def _collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         run, names = self.run, [t.name for t in self.run.targets]
         collector = run.collector

@@ -109,9 +109,6 @@ def test_the_cases_are_what_they_say(unbroken: dict[str, EvaResult]) -> None:
     assert set(unbroken["gram"].method.values()) == {"gram"}
 
 
-# ---- stopped between forward passes --------------------------------------------------------
-
-
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("name", ["gram", "steps of several batches", "changing sharing"])
 def test_an_exception_of_the_loader_keeps_the_last_forward(
@@ -191,9 +188,6 @@ def test_the_last_file_is_the_same_as_well(name: str, tmp_path: Path) -> None:
 def test_without_a_forward_there_is_no_file(tmp_path: Path) -> None:
     stopped(CASES["sketch"], tmp_path / "state.safetensors", 0)
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- limits, ends, loaders -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gram", "frozen layers"])
@@ -325,9 +319,6 @@ def test_random_state_of_the_caller_is_kept(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     run(model, batches, lora(tau=1.0), max_steps=6, checkpoint=path)
     assert torch.equal(before, torch.get_rng_state())
-
-
-# ---- the command line ----------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -39,8 +39,6 @@ from integration.passes import (
     stopped,
 )
 
-# ---- the file ------------------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> bytes:
@@ -234,9 +232,6 @@ def test_it_is_plain_data(path: Path) -> None:
     assert {t.dtype for t in load_file(path).values()} == {
         torch.float32, torch.float64, torch.int64, torch.uint8
     }  # fmt: skip
-
-
-# ---- writing -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", ["save_file", "os.fsync", "os.chmod", "os.replace"])
