@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -340,6 +341,8 @@ def test_init_is_interrupted_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         [sys.executable, "-c", code, *command("first", "--checkpoint", path)],
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # where the tests run as a background job, SIGINT is ignored, and children inherit that
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.stderr is not None

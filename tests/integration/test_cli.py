@@ -1,5 +1,6 @@
 """The command line: what each command writes, says and returns."""
 
+import functools
 import importlib
 import json
 import os
@@ -406,7 +407,11 @@ def test_ctrl_c_in_the_middle_of_the_pass(home: Path, tmp_path: Path) -> None:
     arguments = ["init", home / "llama", *data_and_out(home, out), *QUICK, "--tau", "1"]
     arguments += ["--max-steps", "1000000"]
     process = subprocess.Popen(
-        [*RUN, *map(str, arguments)], stderr=subprocess.PIPE, start_new_session=True
+        [*RUN, *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # where the tests run as a background job, SIGINT is ignored, and children inherit that
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     seen = b""
