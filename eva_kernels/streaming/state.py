@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._basis import random_basis
 
-__all__ = ["GramState", "SketchState", "StepSums", "empty_sketch", "zero_sums"]
+__all__ = ["GramState", "SketchState", "StepSums", "clear_sums", "empty_sketch", "zero_sums"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,12 @@ def zero_sums(rows: int, features: int, dtype: torch.dtype, device: torch.device
         square=torch.zeros((), dtype=wide, device=device),
         products=torch.zeros(rows, features, dtype=dtype, device=device),
     )
+
+
+def clear_sums(sums: StepSums) -> None:
+    """Set sums back to those of no token, in place."""
+    for part in (sums.count, sums.shift, sums.square, sums.products):
+        part.zero_()
 
 
 def empty_sketch(

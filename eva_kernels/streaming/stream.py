@@ -15,7 +15,7 @@ from ..ops import gram, sketch
 from .fold import FoldReport, fold, fold_gram, scatter_about_mean
 from .merge import merge_gram, merge_sketch
 from .plan import StreamPlan, stream_bytes
-from .state import GramState, SketchState, StepSums, empty_sketch, zero_sums
+from .state import GramState, SketchState, StepSums, clear_sums, empty_sketch, zero_sums
 
 __all__ = [
     "InputStream",
@@ -190,7 +190,7 @@ class InputStream:
             total = zero_sums(self.features, self.features, self.dtype, self.device)
             self.state, self.sums = GramState(total, start.mean, start), total
         else:
-            sums.products.zero_(), sums.shift.zero_(), sums.square.zero_(), sums.count.zero_()
+            clear_sums(sums)
             self.state, self.sums = start, sums
 
     def _sketch_into(
@@ -233,26 +233,11 @@ class InputStream:
         self.folds += 1
         if isinstance(state, SketchState):
             assert self.sums is not None
-            for part in (self.sums.products, self.sums.shift, self.sums.square, self.sums.count):
-                part.zero_()
+            clear_sums(self.sums)
         k, now = self.components, self.sketch
         assert now is not None
         best = float(now.singular_values[:k].square().sum())
         self.lost = max(0.0, 1 - float(report.captured[:k].sum()) / best) if best > 0 else 0.0
-
-    def snapshot(self) -> tuple[int, int, StepSums | None]:
-        """Return what :meth:`rollback` needs to undo the accumulation since now."""
-        return self.pending, self.skipped, deepcopy(self.sums)
-
-    def rollback(self, snapshot: tuple[int, int, StepSums | None]) -> None:
-        """Forget what was accumulated since ``snapshot``."""
-        self.pending, self.skipped, sums = snapshot
-        if sums is None:
-            self.state = self.sums = None
-        else:
-            assert self.sums is not None
-            for name in ("count", "shift", "square", "products"):
-                getattr(self.sums, name).copy_(getattr(sums, name))
 
     def clone(self) -> InputStream:
         """Return an independent copy."""

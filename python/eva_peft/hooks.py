@@ -212,7 +212,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         if not slot.calls[call].is_same(x):
             if slot in self._fresh:
                 return  # the counts no longer agree, and end_forward asks for another run
-            self._accumulate(self._split(slot, [i], call), i, x, args)
+            self._accumulate(self._split(slot, i, call), i, x, args)
             return
         slot.counts[i] += 1
         if slot not in self._fresh and slot.complete(call):
@@ -234,17 +234,16 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             stacklevel=2,
         )
 
-    def _split(self, slot: Slot, leaving: Sequence[int], calls: int) -> Slot:
-        """Give layers that no longer share an input a copy of all that they did share."""
-        new = Slot(slot.stream.clone(), list(leaving))
+    def _split(self, slot: Slot, i: int, calls: int) -> Slot:
+        """Give a layer that no longer shares an input a copy of all that it did share."""
+        new = Slot(slot.stream.clone(), [i])
         for seen in slot.calls[:calls]:  # shared, but waiting for a third layer
             if seen.held is not None and seen.unchanged:
-                self._accumulate(new, leaving[0], seen.held, (seen.held,))
+                self._accumulate(new, i, seen.held, (seen.held,))
         new.calls = [Seen(torch.empty(0)) for _ in range(calls + 1)]
-        for i in leaving:
-            slot.members.remove(i)
-            new.counts[i] = slot.counts.pop(i, 0) + 1
-            self.slot_of[i] = new
+        slot.members.remove(i)
+        new.counts[i] = slot.counts.pop(i) + 1
+        self.slot_of[i] = new
         self.slots.append(new)
         for call in range(calls, len(slot.calls)):
             if slot.complete(call):

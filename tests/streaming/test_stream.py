@@ -363,22 +363,6 @@ def test_large_finite_numbers_are_no_infinity():
     assert stream.spectrum().rank == 4
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_rollback(method: str):
-    stream, x = begin(method)
-    expected = feed(stream.clone(), [x[400:]]).spectrum()
-    snapshot = stream.snapshot()
-    stream.add(x[200:400])
-    stream.rollback(snapshot)
-    assert stream.tokens == 200
-    assert torch.equal(feed(stream, [x[400:]]).spectrum().components, expected.components)
-    fresh = make_stream(48, 6, method=method)
-    snapshot = fresh.snapshot()
-    fresh.add(x)
-    fresh.rollback(snapshot)
-    assert (fresh.tokens, fresh.state) == (0, None)
-
-
 def test_wrong_use():
     with pytest.raises(EvaValueError, match="1 <= components <= width <= features"):
         make_stream(8, 4, 9)
