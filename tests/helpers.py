@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -52,12 +53,25 @@ TOLERANCES = {
     ),
 }
 DTYPES = list(TOLERANCES)
+# Two bfloat16 planes keep 16 bits of a factor, one keeps 8: the error of products of tensor cores.
+PLANES = {"high": 1e-5, "fast": 5e-3}
 
 
-# The backends of the streaming ops that run here.
+# The backends of the streaming ops that run here, and what tokens they take.
 BACKENDS = ["torch"]
 if triton_unavailable("cuda" if torch.cuda.is_available() else "cpu") is None:
     BACKENDS.append("triton")
+KINDS = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype).removeprefix('torch.')}")
+    for backend in BACKENDS
+    for dtype in DTYPES
+    if backend == "torch" or dtype != torch.float64
+]
+
+
+def products_limit(backend: str, dtype: torch.dtype, precision: str = "high") -> float:
+    """Return the relative error allowed to products in Frobenius norm."""
+    return PLANES[precision] if backend == "triton" else TOLERANCES[dtype].products
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

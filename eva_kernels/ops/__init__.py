@@ -7,8 +7,9 @@ import torch
 from .. import _native
 from ._dispatch import BACKENDS, PRECISIONS, choose_backend, triton_unavailable
 from .convergence import convergence
-from .gram import gram
-from .sketch import sketch
+from .eigh import eigh
+from .gram import gram, gram_workspace_bytes
+from .sketch import device_arch, sketch, sketch_workspace_bytes
 
 __all__ = [
     "BACKENDS",
@@ -16,8 +17,11 @@ __all__ = [
     "backend_report",
     "choose_backend",
     "convergence",
+    "eigh",
     "gram",
+    "gram_workspace_bytes",
     "sketch",
+    "sketch_workspace_bytes",
 ]
 
 
@@ -26,8 +30,15 @@ def backend_report() -> list[tuple[str, str, str]]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for op in ("sketch", "gram"):
-        why = triton_unavailable(kind)
-        rows.append((op, "torch" if why else "triton", why or f"Triton runs on {kind}"))
+        why = triton_unavailable(kind) if kind == "cuda" else "tensors are on the CPU"
+        rows.append((op, "torch" if why else "triton", why or f"launch numbers of {_arch_name()}"))
     why = _native.unavailable(kind)
     rows.append(("convergence", "torch" if why else "native", why or _native.MODULES[kind]))
+    if kind == "cpu":
+        why = "LAPACK is faster than the compiled twin on the CPU"
+    rows.append(("eigh", "torch" if why else "native", why or _native.MODULES[kind]))
     return rows
+
+
+def _arch_name() -> str:
+    return str(device_arch(torch.device("cuda")).name)

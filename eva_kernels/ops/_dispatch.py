@@ -2,26 +2,75 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import EvaRuntimeError, EvaValueError
 
 BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("high", "fast")
+# What the tensor cores take, directly or as two bfloat16 planes.
+TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_FEATURES, MOST_WIDTH = 16, 256
 _log = logging.getLogger("eva_kernels")
 _reasons_logged: set[str] = set()
 
 
-def triton_unavailable(device_type: str) -> str | None:
+@functools.cache
+def _import_kernels() -> str | None:
+    """Return why the kernels cannot be imported, or ``None``."""
+    try:
+        importlib.import_module("eva_kernels.kernels.sketch")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
+
+
+def triton_unavailable(device: torch.device | str) -> str | None:
     """Return why the Triton kernels cannot run on a device, or ``None`` if they can."""
-    return f"this version has no Triton kernels (tensors are on {device_type})"
+    device = torch.device(device)
+    if device.type not in ("cuda", "cpu"):
+        return f"there are no Triton kernels for device type {device.type!r}"
+    reason = _import_kernels()
+    if reason is not None:
+        return reason
+    from ..kernels.launch import arch_of
+    from ..kernels.primitives import INTERPRET
+
+    if device.type == "cpu":
+        if INTERPRET.value:
+            return None
+        return "tensors are on the CPU; Triton's interpreter needs TRITON_INTERPRET=1 at import"
+    arch = arch_of(device)
+    return arch if isinstance(arch, str) else None
 
 
-def choose_backend(op: str, backend: str, x: Tensor) -> str:
+def _unsuitable(x: Tensor, state: torch.dtype, width: int) -> str | None:
+    """Return why the kernels do not take these tensors, or ``None``."""
+    if x.dtype not in TOKEN_DTYPES or state != torch.float32:
+        return f"tokens of {x.dtype} with sums of {state} are computed by PyTorch"
+    if x.shape[1] < LEAST_FEATURES:
+        return f"{x.shape[1]} features are fewer than the {LEAST_FEATURES} of a tensor-core tile"
+    if width > MOST_WIDTH:
+        return f"a width of {width} is above {MOST_WIDTH}"
+    return None
+
+
+def choose_backend(op: str, backend: str, x: Tensor, state: torch.dtype, width: int = 1) -> str:
     """Return the backend that an op runs on.
+
+    Args:
+        op: name for messages.
+        backend: one of ``BACKENDS``. ``"auto"`` never interprets kernels on a CPU: that is for
+            tests, and slow.
+        x: tokens, (N, D).
+        state: dtype of the sums.
+        width: Q, 1 for ops without one.
 
     Raises:
         EvaValueError: unknown name.
@@ -31,7 +80,10 @@ def choose_backend(op: str, backend: str, x: Tensor) -> str:
         raise EvaValueError(f"backend={backend!r} is unknown; choose one of {BACKENDS}")
     if backend == "torch":
         return "torch"
-    reason = triton_unavailable(x.device.type)
+    if backend == "auto" and x.device.type == "cpu":
+        reason: str | None = "tensors are on the CPU"
+    else:
+        reason = triton_unavailable(x.device) or _unsuitable(x, state, width)
     if reason is None:
         return "triton"
     if backend == "triton":
@@ -49,13 +101,19 @@ def check_precision(precision: str) -> None:
 
 
 def check_sums(
-    op: str, x: Tensor, features: int, like: Tensor, **state: tuple[Tensor, tuple[int, ...]]
+    op: str,
+    x: Tensor,
+    rows: Tensor | None,
+    features: int,
+    like: Tensor,
+    **state: tuple[Tensor, tuple[int, ...]],
 ) -> None:
-    """Raise EvaValueError unless x is (N, features), floating, and the state fits it.
+    """Raise EvaValueError unless x is (N, features), floating, and rows and the state fit it.
 
     Args:
         op: name for the message.
         x: tokens.
+        rows: indices into ``x``.
         features: D.
         like: gives the dtype of the computation; ``shift`` and ``square`` are float64.
         state: every tensor of the state with the shape that it must have.
@@ -64,6 +122,12 @@ def check_sums(
         raise EvaValueError(f"{op}: x must be (N, {features}), got {tuple(x.shape)}")
     if not x.is_floating_point():
         raise EvaValueError(f"{op}: x must be floating point, got {x.dtype}")
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise EvaValueError(
+            f"{op}: rows must be a vector of torch.int64, got {tuple(rows.shape)} of {rows.dtype}"
+        )
+    if rows is not None and rows.device != x.device:
+        raise EvaValueError(f"{op}: x is on {x.device}, rows on {rows.device}")
     for name, (tensor, shape) in state.items():
         dtype = torch.float64 if name in ("shift", "square") else like.dtype
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
@@ -73,3 +137,31 @@ def check_sums(
             )
         if tensor.device != x.device:
             raise EvaValueError(f"{op}: x is on {x.device}, {name} on {tensor.device}")
+
+
+def with_contiguous_columns(x: Tensor) -> Tensor:
+    """Return tokens whose features are neighbours in memory: x, or a copy of it."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def workspace_for(op: str, x: Tensor, nbytes: int, workspace: Tensor | None) -> Tensor:
+    """Return the workspace that was given, checked, or a new one of ``nbytes`` bytes."""
+    if workspace is None:
+        return torch.empty(nbytes, dtype=torch.uint8, device=x.device)
+    fits = workspace.dtype == torch.uint8 and workspace.device == x.device
+    fits = fits and workspace.dim() == 1 and workspace.is_contiguous()
+    if not fits or workspace.numel() < nbytes:
+        raise EvaValueError(
+            f"{op}: workspace must be at least {nbytes} contiguous bytes of torch.uint8 on "
+            f"{x.device}, got {tuple(workspace.shape)} of {workspace.dtype} on {workspace.device}"
+        )
+    if not isinstance(workspace, FakeTensor) and workspace.data_ptr() % 16:
+        raise EvaValueError(f"{op}: workspace must start at a multiple of 16 bytes")
+    return workspace
+
+
+def check_contiguous(op: str, **state: Tensor) -> None:
+    """Raise EvaValueError if a tensor that a kernel writes to has gaps."""
+    for name, tensor in state.items():
+        if not tensor.is_contiguous():
+            raise EvaValueError(f"{op}: {name} must be contiguous, strides are {tensor.stride()}")

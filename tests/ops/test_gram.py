@@ -7,7 +7,7 @@ from torch import Tensor
 from eva_kernels.errors import EvaRuntimeError, EvaValueError
 from eva_kernels.ops import gram
 from eva_kernels.ops._dispatch import triton_unavailable
-from helpers import BACKENDS, DTYPES, TOLERANCES, relative
+from helpers import BACKENDS, KINDS, TOLERANCES, products_limit, relative
 
 SHAPES = [(1, 33), (127, 250), (513, 33), (521, 1024)]
 
@@ -31,19 +31,19 @@ def check(x: Tensor, backend: str, pivot: Tensor | None = None, rows: Tensor | N
     gram(x, pivot, scatter, shift, square, rows, backend=backend)
     centred = (x if rows is None else x[rows]).double() - pivot.double()
     limit = TOLERANCES[x.dtype]
-    assert relative(scatter, centred.mT @ centred) <= limit.products
+    assert relative(scatter, centred.mT @ centred) <= products_limit(backend, x.dtype)
     magnitude = centred.abs().sum(0).clamp_min(1e-300)
     assert float(((shift - centred.sum(0)).abs() / magnitude).max()) <= limit.sums
     assert relative(square, centred.square().sum()) <= limit.sums
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 @pytest.mark.parametrize(("n", "d"), SHAPES)
 def test_sums(n: int, d: int, dtype: torch.dtype, backend: str, device: torch.device):
     check(torch.randn(n, d, device=device).to(dtype), backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 def test_outliers_and_offset(dtype: torch.dtype, backend: str, device: torch.device):
     x = torch.randn(301, 250, device=device)
     x[:, 7], x[:, 100], x[0] = 800.0, -800.0, 800.0 * x[0].sign()
@@ -52,7 +52,7 @@ def test_outliers_and_offset(dtype: torch.dtype, backend: str, device: torch.dev
     check(offset, backend, pivot=torch.full((250,), 800.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
     wide = torch.full((600, 80), float("nan"), device=device, dtype=dtype)
     wide[1::3, 3:70:2] = torch.randn(200, 34, device=device).to(dtype)
@@ -68,14 +68,15 @@ def test_rows_that_are_not_selected_may_hold_anything(backend: str, device: torc
 
 
 def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
-    x = torch.randn(300, 33, dtype=torch.float64, device=device)
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    x = torch.randn(300, 33, dtype=dtype, device=device)
     pivot, *once = state(x)
     gram(x, pivot, *once, backend=backend)
     _, *parts = state(x)
     for part in (x[:1], x[1:210], x[210:]):
         gram(part, pivot, *parts, backend=backend)
     for found, expected in zip(parts, once, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert relative(found, expected) <= (1e-12 if backend == "torch" else 1e-6)
 
 
 def test_same_bits_twice(backend: str, device: torch.device):
@@ -106,13 +107,3 @@ def test_wrong_arguments(change: dict, message: str):
     arguments = dict(zip(names, state(torch.ones(4, 8)), strict=True))
     with pytest.raises(EvaValueError, match=message):
         gram(**({"x": torch.ones(4, 8)} | arguments | change))
-
-
-def test_an_explicit_backend_that_cannot_run_says_why():
-    reason = triton_unavailable("cpu")
-    if reason is None:
-        pytest.skip("Triton runs here")
-    x = torch.ones(4, 8)
-    with pytest.raises(EvaRuntimeError, match="cannot run gram") as caught:
-        gram(x, *state(x), backend="triton")
-    assert reason in str(caught.value)

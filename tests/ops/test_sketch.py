@@ -8,7 +8,7 @@ from eva_kernels.errors import EvaRuntimeError, EvaValueError
 from eva_kernels.ops import sketch
 from eva_kernels.ops._dispatch import triton_unavailable
 from eva_kernels.streaming._basis import random_basis
-from helpers import BACKENDS, DTYPES, TOLERANCES, relative
+from helpers import BACKENDS, KINDS, TOLERANCES, products_limit, relative
 
 # One token, primes, one more than a tile, the widths that components of 8, 20 and 32 give.
 SHAPES = [(1, 33, 17), (127, 250, 40), (513, 33, 17), (521, 1024, 64), (64, 1024, 17)]
@@ -36,19 +36,21 @@ def check(x: Tensor, q: int, backend: str, pivot: Tensor | None = None, rows: Te
     tokens = (x if rows is None else x[rows]).double()
     centred = tokens - pivot.double()
     limit = TOLERANCES[x.dtype]
-    assert relative(products, basis.double() @ centred.mT @ centred) <= limit.products
+    assert relative(products, basis.double() @ centred.mT @ centred) <= products_limit(
+        backend, x.dtype
+    )
     magnitude = centred.abs().sum(0).clamp_min(1e-300)
     assert float(((shift - centred.sum(0)).abs() / magnitude).max()) <= limit.sums
     assert relative(square, centred.square().sum()) <= limit.sums
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 @pytest.mark.parametrize(("n", "d", "q"), SHAPES)
 def test_sums(n: int, d: int, q: int, dtype: torch.dtype, backend: str, device: torch.device):
     check(torch.randn(n, d, device=device).to(dtype), q, backend)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 def test_outlier_features_and_tokens(dtype: torch.dtype, backend: str, device: torch.device):
     x = torch.randn(301, 250, device=device)
     x[:, 7], x[:, 100], x[0] = 800.0, -800.0, 800.0 * x[0].sign()
@@ -56,7 +58,7 @@ def test_outlier_features_and_tokens(dtype: torch.dtype, backend: str, device: t
     check(x.to(dtype), 40, backend, pivot=x.mean(0).cpu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 def test_constant_offset_is_taken_off_before_the_products(
     dtype: torch.dtype, backend: str, device: torch.device
 ):
@@ -64,7 +66,7 @@ def test_constant_offset_is_taken_off_before_the_products(
     check(x, 40, backend, pivot=torch.full((250,), 800.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "dtype"), KINDS)
 def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
     # NaN around the tokens: a read outside of them shows.
     wide = torch.full((600, 80), float("nan"), device=device, dtype=dtype)
@@ -93,14 +95,15 @@ def test_no_rows_add_nothing(backend: str, device: torch.device):
 
 
 def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
-    x = torch.randn(300, 33, dtype=torch.float64, device=device)
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    x = torch.randn(300, 33, dtype=dtype, device=device)
     basis, pivot, *once = state(x, 17)
     sketch(x, basis, pivot, *once, backend=backend)
     *_, products, shift, square = state(x, 17)
     for part in (x[:1], x[1:210], x[210:]):
         sketch(part, basis, pivot, products, shift, square, backend=backend)
     for found, expected in zip((products, shift, square), once, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert relative(found, expected) <= (1e-12 if backend == "torch" else 1e-6)
 
 
 def test_nan_in_a_used_row_propagates(backend: str, device: torch.device):
@@ -147,13 +150,3 @@ def test_wrong_arguments(change: dict, message: str):
     arguments = dict(zip(names, state(torch.ones(4, 8), 3), strict=True))
     with pytest.raises(EvaValueError, match=message):
         sketch(**({"x": torch.ones(4, 8)} | arguments | change))
-
-
-def test_an_explicit_backend_that_cannot_run_says_why():
-    reason = triton_unavailable("cpu")
-    if reason is None:
-        pytest.skip("Triton runs here")
-    x = torch.ones(4, 8)
-    with pytest.raises(EvaRuntimeError, match="cannot run sketch") as caught:
-        sketch(x, *state(x, 3), backend="triton")
-    assert reason in str(caught.value)

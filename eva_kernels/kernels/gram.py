@@ -1,0 +1,204 @@
+"""The exact second moment of one batch: upper triangle of tiles, split over tokens.
+
+Tokens are centred in registers and multiplied as two bfloat16 planes, which keeps 16 bits of each;
+the lower triangle is the mirrored upper one. Nothing is added atomically.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import GRAM_TILES, Arch, Tile, rows_of_a_thread
+from .primitives import add_product, add_sums, load_tokens, split_bf16
+
+__all__ = ["GramPlan", "launch_gram", "plan_gram"]
+
+ALIGNMENT = 256
+
+
+@triton.jit
+def _store_mirrored(out_ptr, acc, o_i, o_j, d, ADD: tl.constexpr, MIRROR: tl.constexpr):
+    # Each entry has one owner: the tile above the diagonal, or on it.
+    m_out = (o_i < d)[:, None] & (o_j < d)[None, :]
+    p_out = out_ptr + o_i.to(tl.int64)[:, None] * d + o_j[None, :]
+    if ADD:
+        acc += tl.load(p_out, mask=m_out, other=0.0)
+    tl.store(p_out, acc, mask=m_out)
+    if MIRROR:
+        p_mirror = out_ptr + o_j.to(tl.int64)[:, None] * d + o_i[None, :]
+        tl.store(p_mirror, tl.trans(acc), mask=(o_j < d)[:, None] & (o_i < d)[None, :])
+
+
+@triton.jit(do_not_specialize=["n", "blocks_per_split"])
+def gram_kernel(
+    x_ptr, rows_ptr, pivot_ptr, out_ptr, shift_ptr, square_ptr,
+    n, d, stride_xn, blocks_per_split,
+    HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, DIRECT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Add to the scatter matrix (DIRECT), or write this split's share to (splits, D, D).
+
+    Programs on the diagonal also write the sums of x - p, (splits, D), and of its squares,
+    (splits, blocks of D).
+    """
+    pid_i = tl.program_id(0)
+    pid_j = tl.program_id(1)
+    pid_s = tl.program_id(2)
+    if pid_j < pid_i:
+        return
+    o_i = pid_i * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_j = pid_j * BLOCK_D + tl.arange(0, BLOCK_D)
+    pivot_i = tl.load(pivot_ptr + o_i, mask=o_i < d, other=0.0)
+    pivot_j = tl.load(pivot_ptr + o_j, mask=o_j < d, other=0.0)
+    begin = pid_s * blocks_per_split
+    end = tl.minimum(begin + blocks_per_split, tl.cdiv(n, BLOCK_N))
+    acc = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    for i in range(begin, end):
+        o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS)
+        left = tl.where(m_x, x.to(tl.float32) - pivot_i[None, :], 0.0)
+        x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_j, n, d, stride_xn, HAS_ROWS)
+        right = tl.where(m_x, x.to(tl.float32) - pivot_j[None, :], 0.0)
+        left_high, left_low = split_bf16(tl.trans(left))
+        right_high, right_low = split_bf16(right)
+        acc = add_product(acc, left_high, left_low, right_high, right_low, HIGH)
+    if DIRECT:
+        if pid_i == pid_j:
+            _store_mirrored(out_ptr, acc, o_i, o_j, d, True, False)
+        else:
+            _store_mirrored(out_ptr, acc, o_i, o_j, d, True, True)
+    else:
+        p_split = out_ptr + pid_s * tl.cast(d, tl.int64) * d
+        _store_mirrored(p_split, acc, o_i, o_j, d, False, False)
+    if pid_i == pid_j:
+        shift = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
+        square = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
+        for i in range(begin, end):  # once more, from the cache: a tile of D / BLOCK_D pays for it
+            o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS)
+            centred = tl.where(m_x, x.to(tl.float32) - pivot_i[None, :], 0.0)
+            shift, square = add_sums(shift, square, centred, BLOCK_N, BLOCK_D, FOLD)
+        tl.store(shift_ptr + pid_s * tl.cast(d, tl.int64) + o_i, tl.sum(shift, 0), mask=o_i < d)
+        total = tl.sum(tl.sum(square, axis=0), axis=0)
+        tl.store(square_ptr + pid_s * tl.num_programs(0) + pid_i, total)
+
+
+@triton.jit(do_not_specialize=["splits", "square_blocks"])
+def collect_kernel(
+    partial_ptr, shift_partial_ptr, square_partial_ptr, scatter_ptr, shift_ptr, square_ptr,
+    d, splits, square_blocks,
+    DIRECT: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add the splits to the scatter matrix (unless DIRECT), shift (D,) and square ()."""
+    pid_i = tl.program_id(0)
+    pid_j = tl.program_id(1)
+    if pid_j < pid_i:
+        return
+    o_i = pid_i * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_j = pid_j * BLOCK_D + tl.arange(0, BLOCK_D)
+    if not DIRECT:
+        m_out = (o_i < d)[:, None] & (o_j < d)[None, :]
+        p_out = o_i.to(tl.int64)[:, None] * d + o_j[None, :]
+        acc = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+        for s in range(splits):
+            p_split = partial_ptr + s * tl.cast(d, tl.int64) * d
+            acc += tl.load(p_split + p_out, mask=m_out, other=0.0)
+        if pid_i == pid_j:
+            _store_mirrored(scatter_ptr, acc, o_i, o_j, d, True, False)
+        else:
+            _store_mirrored(scatter_ptr, acc, o_i, o_j, d, True, True)
+    if pid_i == pid_j:
+        shift = tl.load(shift_ptr + o_i, mask=o_i < d, other=0.0)
+        for s in range(splits):
+            p_shift = shift_partial_ptr + s * tl.cast(d, tl.int64) + o_i
+            shift += tl.load(p_shift, mask=o_i < d, other=0.0).to(tl.float64)
+        tl.store(shift_ptr + o_i, shift, mask=o_i < d)
+    if (pid_i == 0) & (pid_j == 0):
+        total = tl.load(square_ptr)
+        for i in range(square_blocks):
+            total += tl.load(square_partial_ptr + i).to(tl.float64)
+        tl.store(square_ptr, total)
+
+
+@dataclass(frozen=True)
+class GramPlan:
+    """Tile and splits of one launch, and where its partial results lie.
+
+    Attributes:
+        tile: of the tokens.
+        splits: over tokens; ``blocks`` token blocks each.
+        offsets: byte offset of every part of the workspace.
+        nbytes: of the workspace.
+    """
+
+    tile: Tile
+    splits: int
+    blocks: int
+    offsets: dict[str, int]
+    nbytes: int
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_gram(n: int, d: int, itemsize: int, arch: Arch) -> GramPlan:
+    """Return how to add (n, d) tokens to a scatter matrix (d, d)."""
+    tile = GRAM_TILES[arch.name].of(itemsize)
+    d_blocks, n_blocks = triton.cdiv(d, tile.block_d), triton.cdiv(n, tile.block_n)
+    # Splits where the triangle alone leaves processors idle, unless they outweigh half of X.
+    triangle = d_blocks * (d_blocks + 1) // 2
+    splits = min(arch.processors // triangle, n // (4 * d), n_blocks)
+    blocks = triton.cdiv(n_blocks, max(1, splits))
+    splits = triton.cdiv(n_blocks, blocks)
+    parts = {
+        "scatter": 4 * splits * d * d if splits > 1 else 0,
+        "shift": 4 * splits * d,
+        "square": 4 * splits * d_blocks,
+    }
+    offsets, end = {}, 0
+    for name, nbytes in parts.items():
+        offsets[name], end = end, end + triton.cdiv(nbytes, ALIGNMENT) * ALIGNMENT
+    return GramPlan(tile, splits, blocks, offsets, end)
+
+
+def launch_gram(
+    x: Tensor,
+    pivot: Tensor,
+    scatter: Tensor,
+    shift: Tensor,
+    square: Tensor,
+    rows: Tensor | None,
+    workspace: Tensor,
+    high: bool,
+    arch: Arch,
+) -> None:
+    """Run both kernels; see :func:`eva_kernels.reference.gram` for the arguments.
+
+    Args:
+        x: (N, D) bfloat16, float16 or float32; columns contiguous, any row stride.
+        workspace: at least ``plan_gram(...).nbytes`` bytes, uint8; overwritten.
+        high: split precision, see ``ops.gram``.
+        arch: of the device.
+    """
+    n, d = len(x) if rows is None else len(rows), x.shape[1]
+    plan = plan_gram(n, d, x.element_size(), arch)
+    tile, direct = plan.tile, plan.splits == 1
+    partial, shifts, squares = (
+        workspace[begin:].view(torch.float32) for begin in plan.offsets.values()
+    )
+    d_blocks = triton.cdiv(d, tile.block_d)
+    gram_kernel[(d_blocks, d_blocks, plan.splits)](
+        x, rows, pivot, scatter if direct else partial, shifts, squares,
+        n, d, x.stride(0), plan.blocks,
+        HAS_ROWS=rows is not None, HIGH=high, DIRECT=direct,
+        BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, FOLD=rows_of_a_thread(tile, x.element_size()),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    collect_kernel[(d_blocks, d_blocks)](
+        partial, shifts, squares, scatter, shift, square, d, plan.splits, plan.splits * d_blocks,
+        DIRECT=direct, BLOCK_D=tile.block_d, num_warps=tile.num_warps, enable_fp_fusion=True,
+    )  # fmt: skip

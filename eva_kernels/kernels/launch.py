@@ -1,0 +1,194 @@
+"""Launch numbers of every kernel by architecture, and what an architecture can hold.
+
+The numbers were chosen from compiled code, not timed: tiles as large as fit without spilling
+registers (larger tiles read V and P less often through the L2 cache), and stages that keep two
+programs on a multiprocessor. ``bench kernel-report`` prints the evidence for each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+__all__ = ["GRAM_TILES", "SKETCH_TILES", "Arch", "GramTiles", "SketchTiles", "Tile", "arch_of"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tile of the tokens that one program streams, and how it does.
+
+    Attributes:
+        block_n: tokens.
+        block_d: features.
+        num_warps: warps of a program.
+        num_stages: tiles in flight.
+    """
+
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class SketchTiles:
+    """Tiles of the two kernels that stream tokens, at one width of the sketch.
+
+    Attributes:
+        project, back: for bfloat16 tokens, which the tensor cores take as they are.
+        project_centred, back_centred: for float16 and float32 tokens, centred in registers.
+    """
+
+    project: Tile
+    back: Tile
+    project_centred: Tile
+    back_centred: Tile
+
+    def of(self, centred: bool) -> tuple[Tile, Tile]:
+        """Return the tiles of project and back."""
+        if centred:
+            return self.project_centred, self.back_centred
+        return self.project, self.back
+
+
+@dataclass(frozen=True)
+class GramTiles:
+    """Tiles of the Gram kernel: block_d by block_d outputs, block_n tokens at a time.
+
+    Attributes:
+        short: for tokens of 16 bits.
+        wide: for tokens of 32 bits.
+    """
+
+    short: Tile
+    wide: Tile
+
+    def of(self, itemsize: int) -> Tile:
+        """Return the tile for tokens of so many bytes an entry."""
+        return self.short if itemsize == 2 else self.wide
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What the launchers ask of a chip.
+
+    Attributes:
+        name: ``"sm_90"``, ``"gfx942"``, ...
+        processors: multiprocessors of the device (of the family's largest, if none is present).
+        shared_bytes: most shared memory of one program.
+        least_q: narrowest tile of Q that the tensor cores take at full rate.
+    """
+
+    name: str
+    processors: int
+    shared_bytes: int
+    least_q: int
+
+
+# The largest chip of each family: only the number of splits depends on it.
+ARCHS: Mapping[str, Arch] = MappingProxyType(
+    {
+        "sm_80": Arch("sm_80", 108, 166_912, 16),
+        "sm_86": Arch("sm_86", 84, 101_376, 16),
+        "sm_89": Arch("sm_89", 142, 101_376, 16),
+        "sm_90": Arch("sm_90", 132, 232_448, 64),  # wgmma has 64 rows
+        "sm_100": Arch("sm_100", 148, 232_448, 64),  # so has tcgen05.mma
+        "sm_120": Arch("sm_120", 188, 101_376, 16),
+        "gfx942": Arch("gfx942", 304, 65_536, 16),
+    }
+)
+
+# A warpgroup multiplies 64 rows of V or P at once, so a tile of Q = 64 is one warpgroup and Q = 128
+# or more is two.
+_HOPPER = {
+    64: SketchTiles(
+        Tile(128, 64, 4, 3), Tile(64, 128, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)
+    ),
+    128: SketchTiles(
+        Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
+    ),
+    256: SketchTiles(
+        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
+    ),
+}
+_AMPERE = {
+    64: SketchTiles(
+        Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
+    ),
+    128: SketchTiles(
+        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
+    ),
+    256: SketchTiles(
+        Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+    ),
+}
+_SMALL = {
+    64: SketchTiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    128: SketchTiles(
+        Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+    ),
+    256: SketchTiles(
+        Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
+    ),
+}
+# Key: architecture; then the widest Q that the tiles are for.
+SKETCH_TILES: Mapping[str, Mapping[int, SketchTiles]] = MappingProxyType(
+    {
+        "sm_80": _AMPERE,
+        "sm_86": _SMALL,
+        "sm_89": _SMALL,
+        "sm_90": _HOPPER,
+        "sm_100": _HOPPER,
+        "sm_120": _SMALL,
+        "gfx942": _SMALL,
+    }
+)
+_GRAM_SMALL = GramTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2))
+GRAM_TILES: Mapping[str, GramTiles] = MappingProxyType(
+    {
+        "sm_80": GramTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+        "sm_86": _GRAM_SMALL,
+        "sm_89": _GRAM_SMALL,
+        "sm_90": GramTiles(Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+        "sm_100": GramTiles(Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+        "sm_120": _GRAM_SMALL,
+        "gfx942": _GRAM_SMALL,
+    }
+)
+
+
+def rows_of_a_thread(tile: Tile, itemsize: int) -> int:
+    """Return how many rows of a tile of tokens one thread loads, 16 bytes at a time."""
+    rows_of_a_load = tile.num_warps * 32 * (16 // itemsize) // tile.block_d
+    return max(1, tile.block_n // max(1, rows_of_a_load))
+
+
+@functools.cache
+def _device_arch(index: int) -> Arch | str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(index)
+        name = f"sm_{major}{minor}"
+        if name not in ARCHS and major >= 8:
+            # Code for a chip runs on later ones of its family; 10.3 runs what 10.0 does.
+            name = {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
+    if name not in ARCHS:
+        return f"there are no launch numbers for {name}; known are {', '.join(ARCHS)}"
+    known = ARCHS[name]
+    return Arch(name, properties.multi_processor_count, known.shared_bytes, known.least_q)
+
+
+def arch_of(device: torch.device) -> Arch | str:
+    """Return the architecture of a device, or why it has none.
+
+    Without a driver (the interpreter, or tensors that only pretend) it is the family's largest.
+    """
+    if device.type == "cpu" or not torch.cuda.is_available():
+        return ARCHS["sm_90"]
+    return _device_arch(torch.cuda.current_device() if device.index is None else device.index)
