@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "convergence.h"
+#include "eigh.h"
 
 #ifndef EVA_CUDA_ARCHS
 #define EVA_CUDA_ARCHS ""
@@ -38,4 +39,15 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("matrices"), py::arg("n_matrices"), py::arg("n_rows"), py::arg("tau"),
       py::arg("similarity"), py::arg("unconverged"), py::arg("device"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "eigh",
+      [](uintptr_t matrices, int64_t n_matrices, int width, uintptr_t values, uintptr_t vectors,
+         int device, uintptr_t stream) {
+        eva_kernels::eigh_cuda(eva_kernels::eigh_args(matrices, n_matrices, width, values, vectors),
+                               device, stream);
+      },
+      py::arg("matrices"), py::arg("n_matrices"), py::arg("width"), py::arg("values"),
+      py::arg("vectors"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("eigh_max_width", &eva_kernels::eigh_cuda_max_width, py::arg("device"));
 }

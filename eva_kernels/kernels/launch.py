@@ -102,37 +102,61 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
     }
 )
 
-# A warpgroup multiplies 64 rows of V or P at once, so a tile of Q = 64 is one warpgroup and Q = 128
-# or more is two.
+# Order in each entry: project, back, project_centred, back_centred. Where two tiles compile without
+# spilling, the larger one is taken, then the deeper one.
+#
+# A warpgroup multiplies 64 rows of V or P at once: Q = 64 is one warpgroup, and two programs share
+# a multiprocessor; Q = 128 is two. 256 rows leave registers for 64 columns only.
 _HOPPER = {
     64: SketchTiles(
-        Tile(128, 64, 4, 3), Tile(64, 128, 4, 3), Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)
+        Tile(128, 64, 4, 3), Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)
     ),
     128: SketchTiles(
         Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
     ),
     256: SketchTiles(
-        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
+        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 2)
     ),
 }
+# The accumulator lies in tensor memory, not in registers: wider tiles than Hopper's at Q = 64.
+_BLACKWELL = {
+    **_HOPPER,
+    64: SketchTiles(
+        Tile(256, 64, 8, 3), Tile(64, 256, 8, 3), Tile(256, 64, 8, 3), Tile(64, 128, 8, 3)
+    ),
+}
+# mma.sync takes both operands from registers, so that four warps spill what eight hold.
 _AMPERE = {
     64: SketchTiles(
-        Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
+        Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)
     ),
     128: SketchTiles(
-        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
+        Tile(64, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 3), Tile(64, 128, 8, 2)
     ),
     256: SketchTiles(
-        Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+        Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
     ),
 }
+# 99 KiB of shared memory: two stages, and narrow tiles at Q = 256.
 _SMALL = {
+    64: SketchTiles(
+        Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+    ),
+    128: SketchTiles(
+        Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+    ),
+    256: SketchTiles(
+        Tile(64, 64, 8, 2), Tile(16, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
+    ),
+}
+# 64 KiB of local memory and 512 registers a lane.
+_CDNA = {
     64: SketchTiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
     128: SketchTiles(
         Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
     ),
     256: SketchTiles(
-        Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
+        Tile(32, 64, 8, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2)
     ),
 }
 # Key: architecture; then the widest Q that the tiles are for.
@@ -142,19 +166,19 @@ SKETCH_TILES: Mapping[str, Mapping[int, SketchTiles]] = MappingProxyType(
         "sm_86": _SMALL,
         "sm_89": _SMALL,
         "sm_90": _HOPPER,
-        "sm_100": _HOPPER,
+        "sm_100": _BLACKWELL,
         "sm_120": _SMALL,
-        "gfx942": _SMALL,
+        "gfx942": _CDNA,
     }
 )
 _GRAM_SMALL = GramTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2))
 GRAM_TILES: Mapping[str, GramTiles] = MappingProxyType(
     {
-        "sm_80": GramTiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+        "sm_80": _GRAM_SMALL,
         "sm_86": _GRAM_SMALL,
         "sm_89": _GRAM_SMALL,
-        "sm_90": GramTiles(Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
-        "sm_100": GramTiles(Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+        "sm_90": GramTiles(Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
+        "sm_100": GramTiles(Tile(64, 128, 8, 2), Tile(64, 128, 8, 2)),
         "sm_120": _GRAM_SMALL,
         "gfx942": _GRAM_SMALL,
     }

@@ -35,8 +35,10 @@ FLAG_BLOCK = tl.constexpr(64)
 LARGE_OFFSET = tl.constexpr(16.0)
 # Tokens that tell the spread; a wrong guess costs time or digits, never the answer.
 SAMPLE = tl.constexpr(32)
-# Tokens of a program of finish, what the rows of P are padded to, and what parts start at.
-FINISH_N, PITCH, ALIGNMENT = 64, 64, 256
+# What the rows of P are padded to, and what parts of the workspace start at.
+PITCH, ALIGNMENT = 64, 256
+# Entries of a tile of Q by tokens in finish.
+FINISH_TILE = 4096
 
 
 @triton.jit
@@ -235,7 +237,10 @@ def collect_kernel(
     q, d, splits, sums_blocks, square_blocks,
     CENTRED: tl.constexpr, FLAGS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits of a block of features to products (Q, D), shift (D,) and square ()."""
+    """Add the splits of a block of features to products (Q, D), shift (D,) and square ().
+
+    FLAGS blocks make one of back's, which is corrected for the pivot as a whole or not at all.
+    """
     pid = tl.program_id(0)
     o_d = pid * BLOCK_D + tl.arange(0, BLOCK_D)
     o_q = tl.arange(0, BLOCK_Q)
@@ -248,13 +253,15 @@ def collect_kernel(
         acc += tl.load(partial_ptr + s * step + p_products, mask=m_d[None, :], other=0.0)
         part = tl.load(shift_partial_ptr + s * d.to(tl.int64) + o_d, mask=m_d, other=0.0)
         shift += part.to(tl.float64)
+    corrected = not CENTRED
     if not CENTRED:
-        if not _any_flag(flags_ptr, pid, d, FLAGS):
-            sums = tl.zeros((BLOCK_Q,), tl.float32)
-            for i in range(sums_blocks):
-                sums += tl.load(sums_ptr + i * BLOCK_Q + o_q)
-            pivot = tl.load(pivot_ptr + o_d, mask=m_d, other=0.0)
-            acc -= sums[:, None] * pivot[None, :]
+        corrected = not _any_flag(flags_ptr, pid // FLAGS, d, FLAGS)
+    if corrected:
+        sums = tl.zeros((BLOCK_Q,), tl.float32)
+        for i in range(sums_blocks):
+            sums += tl.load(sums_ptr + i * BLOCK_Q + o_q)
+        pivot = tl.load(pivot_ptr + o_d, mask=m_d, other=0.0)
+        acc -= sums[:, None] * pivot[None, :]
     m_out = (o_q < q)[:, None] & m_d[None, :]
     acc += tl.load(products_ptr + p_products, mask=m_out, other=0.0)
     tl.store(products_ptr + p_products, acc, mask=m_out)
@@ -292,6 +299,16 @@ class SketchPlan:
     nbytes: int
 
 
+def finish_tokens(block_q: int) -> int:
+    """Return how many tokens a program of finish takes."""
+    return FINISH_TILE // block_q
+
+
+def small_warps(block_q: int) -> int:
+    """Return the warps of the kernels whose tiles are (block_q, FLAG_BLOCK)."""
+    return max(4, block_q // 32)
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan:
     """Return how to sketch (n, d) tokens with a basis (q, d)."""
@@ -317,7 +334,7 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
         "projected": 4 * splits_d * block_q * pitch,
         "p_high": 2 * block_q * pitch,
         "p_low": 2 * block_q * pitch,
-        "sums": 4 * triton.cdiv(pitch, FINISH_N) * block_q,
+        "sums": 4 * triton.cdiv(pitch, finish_tokens(block_q)) * block_q,
         "products": 4 * splits_n * block_q * d,
         "shift": 4 * splits_n * d,
         "square": 4 * splits_n * d_blocks,
@@ -367,11 +384,12 @@ def launch_sketch(
     flag_blocks = triton.cdiv(d, FLAG_BLOCK.value)
     shared = {"HIGH": high, "BLOCK_Q": plan.block_q, "enable_fp_fusion": True}
     tokens = {"HAS_ROWS": rows is not None}
+    warps = small_warps(plan.block_q)
     stride = x.stride(0)
     if not centred:
         prepare_kernel[(flag_blocks,)](
             x, rows, basis, pivot, *v_planes, along, flags, n, q, d, stride,
-            BLOCK_D=FLAG_BLOCK.value, num_warps=4, **shared, **tokens,
+            BLOCK_D=FLAG_BLOCK.value, num_warps=warps, **shared, **tokens,
         )  # fmt: skip
     project_kernel[(triton.cdiv(n, project.block_n), plan.splits_d)](
         x, rows, basis, pivot, *v_planes, flags, projected,
@@ -380,9 +398,10 @@ def launch_sketch(
         BLOCK_N=project.block_n, BLOCK_D=project.block_d,
         num_warps=project.num_warps, num_stages=project.num_stages, **shared, **tokens,
     )  # fmt: skip
-    finish_kernel[(triton.cdiv(plan.pitch, FINISH_N),)](
+    finish_blocks = triton.cdiv(plan.pitch, finish_tokens(plan.block_q))
+    finish_kernel[(finish_blocks,)](
         projected, along, *p_planes, sums, n, plan.pitch, plan.splits_d, flag_blocks,
-        CENTRED=centred, BLOCK_N=FINISH_N, num_warps=4, **shared,
+        CENTRED=centred, BLOCK_N=finish_tokens(plan.block_q), num_warps=4, **shared,
     )  # fmt: skip
     d_blocks = triton.cdiv(d, back.block_d)
     flags_of_block = back.block_d // FLAG_BLOCK.value
@@ -392,9 +411,9 @@ def launch_sketch(
         FOLD=rows_of_a_thread(back, x.element_size()),
         num_warps=back.num_warps, num_stages=back.num_stages, **shared, **tokens,
     )  # fmt: skip
-    collect_kernel[(d_blocks,)](
+    collect_kernel[(flag_blocks,)](
         *split, sums, flags, pivot, products, shift, square,
-        q, d, plan.splits_n, triton.cdiv(plan.pitch, FINISH_N), plan.splits_n * d_blocks,
-        CENTRED=centred, FLAGS=flags_of_block, BLOCK_Q=plan.block_q, BLOCK_D=back.block_d,
-        num_warps=4, enable_fp_fusion=True,
+        q, d, plan.splits_n, finish_blocks, plan.splits_n * d_blocks,
+        CENTRED=centred, FLAGS=flags_of_block, BLOCK_Q=plan.block_q, BLOCK_D=FLAG_BLOCK.value,
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip

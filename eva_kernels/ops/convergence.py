@@ -60,10 +60,42 @@ def convergence(
     if not current or backend == "torch":
         return reference.convergence(previous, current, ranks, tau)
     kind = current[0].device.type
-    module = _native.load(kind) if backend == "native" else _native.load_or_none(kind)
+    if backend == "native" and kind not in _native.MODULES:
+        _native.load(kind)  # raises, and says why
+    if kind not in _native.MODULES:
+        return reference.convergence(previous, current, ranks, tau)
+    matrices = [m.detach() for m in previous], [m.detach() for m in current]
+    return _compare(*matrices, [int(rank) for rank in ranks], float(tau), backend == "auto")
+
+
+# Which module runs is decided inside of the operator: so a simulation with fake tensors sees one
+# call, as on a machine with the module.
+@torch.library.custom_op("eva_kernels::convergence", mutates_args=())
+def _compare(
+    previous: list[Tensor],
+    current: list[Tensor],
+    ranks: list[int],
+    tau: float,
+    may_fall_back: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run native code; ``may_fall_back`` allows PyTorch where it was not built."""
+    kind = current[0].device.type
+    module = _native.load_or_none(kind) if may_fall_back else _native.load(kind)
     if module is None:
         return reference.convergence(previous, current, ranks, tau)
     return _launch(module, previous, current, ranks, tau)
+
+
+@_compare.register_fake
+def _compare_fake(
+    previous: list[Tensor],
+    current: list[Tensor],
+    ranks: list[int],
+    tau: float,
+    may_fall_back: bool,
+) -> tuple[Tensor, Tensor]:
+    like, rows = current[0], sum(matrix.shape[0] for matrix in current)
+    return like.new_empty((rows,)), like.new_empty((len(current),), dtype=torch.int32)
 
 
 def _launch(

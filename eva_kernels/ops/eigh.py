@@ -47,7 +47,7 @@ def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         themselves where H is well conditioned, which those of torch are not. Its vectors have their
         component of largest magnitude (the first of equals) positive; torch's signs are LAPACK's.
         The same bits for the same input, backend and device.
-    Cost: native ``12 Q^3`` flops a sweep without symmetric savings in the vectors, 6 to 10 sweeps.
+    Cost: native ``8 L Q^3`` flops a sweep, 4 to 10 sweeps; ``16 L Q^2`` bytes of memory.
     Reference: Golub and Van Loan, Matrix Computations, section 8.5; Demmel and Veselic 1992,
         Jacobi's method is more accurate than QR.
     """
@@ -123,10 +123,12 @@ def _widest(device_index: int) -> int:
 
 def _plain(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Decompose with ``torch.linalg.eigh``; NaN where a matrix is not finite."""
-    broken = ~matrices.tril().isfinite().flatten(1).all(1)
-    values, vectors = torch.linalg.eigh(matrices.masked_fill(broken[:, None, None], 0.0))
-    values.masked_fill_(broken[:, None], torch.nan)
-    vectors.masked_fill_(broken[:, None, None], torch.nan)
+    count = matrices.shape[0]
+    # Operators rather than `~` and indexing: a simulated GPU without a driver has only these.
+    broken = matrices.tril().isfinite().flatten(1).all(1).logical_not()
+    values, vectors = torch.linalg.eigh(matrices.masked_fill(broken.view(count, 1, 1), 0.0))
+    values.masked_fill_(broken.view(count, 1), torch.nan)
+    vectors.masked_fill_(broken.view(count, 1, 1), torch.nan)
     return values, vectors
 
 

@@ -53,6 +53,7 @@ struct Meeting {
   int arrived = 0;
   unsigned round = 0;
   uint64_t value[2][kWarp] = {};  // by round: a fast lane may be in the next one already
+  bool any[2] = {};
 };
 
 struct Block {
@@ -62,6 +63,7 @@ struct Block {
   Meeting barrier;
   std::vector<Meeting> warps;
   std::vector<Fiber> fibers;
+  std::vector<unsigned char> dynamic_shared;  // of the exact size, for AddressSanitizer
   ucontext_t scheduler;
   uint64_t progress = 0;
   std::exception_ptr error;
@@ -84,6 +86,7 @@ inline void give_way(const char* waits_for) {
 inline void open(Meeting& meeting) {
   meeting.arrived = 0;
   ++meeting.round;
+  meeting.any[meeting.round & 1] = false;  // of two rounds ago, which all have left
 }
 
 // Returns the round that has been waited for.
@@ -130,6 +133,7 @@ inline void run_block(Block& b, std::mt19937& random, bool shuffle) {
   b.alive = static_cast<int>(threads);
   b.barrier = Meeting{};
   b.warps.assign((threads + kWarp - 1) / kWarp, Meeting{});
+  std::fill(b.dynamic_shared.begin(), b.dynamic_shared.end(), 0xff);  // NaN, as a float
   for (Fiber& fiber : b.fibers) {
     fiber.done = false;
     getcontext(&fiber.context);
@@ -156,13 +160,14 @@ inline void run_block(Block& b, std::mt19937& random, bool shuffle) {
 // Run `kernel(argument)` on a grid. Seed 0 is the plain order.
 template <class Argument>
 void launch(void (*kernel)(Argument), unsigned grid, unsigned threads, Argument argument,
-            unsigned seed) {
+            unsigned seed, size_t dynamic_shared_bytes = 0) {
   struct Call {
     void (*kernel)(Argument);
     Argument argument;
   } call{kernel, argument};
   Block b;
   b.fibers.resize(threads);
+  b.dynamic_shared.resize(dynamic_shared_bytes);
   b.body = [](void* p) { static_cast<Call*>(p)->kernel(static_cast<Call*>(p)->argument); };
   b.arguments = &call;
   std::mt19937 random(seed);
@@ -202,10 +207,25 @@ T read_lane(const uint64_t* values, int lane) {
 
 #define threadIdx (Index{emulator::block()->thread})
 #define blockIdx (Index{emulator::block()->index})
+#define blockDim (Index{static_cast<unsigned>(emulator::block()->fibers.size())})
+#define EVA_DYNAMIC_SHARED(type, name) \
+  type* name = reinterpret_cast<type*>(emulator::block()->dynamic_shared.data())
 
 inline void __syncthreads() {
   emulator::Block* b = emulator::block();
   emulator::meet(b->barrier, b->alive, "__syncthreads");
+}
+
+inline int __syncthreads_or(int predicate) {
+  emulator::Meeting& barrier = emulator::block()->barrier;
+  barrier.any[barrier.round & 1] |= predicate != 0;
+  const unsigned round = emulator::meet(barrier, emulator::block()->alive, "__syncthreads_or");
+  return barrier.any[round & 1];
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulator::read_lane<T>(emulator::exchange(mask, value, "__shfl_sync"), lane);
 }
 
 template <class T>

@@ -138,6 +138,13 @@ def test_same_bits_twice(backend: str, device: torch.device) -> None:
     assert torch.equal(first[1], second[1])
 
 
+def test_registered_operator_keeps_its_promises(backend: str, device: torch.device) -> None:
+    previous, current = batch(device)
+    ranks = [len(matrix) for matrix in current]
+    arguments = (previous, current, ranks, 0.99, backend == "torch")
+    torch.library.opcheck(torch.ops.eva_kernels.convergence, arguments)
+
+
 def test_gradients_are_not_tracked(backend: str, device: torch.device) -> None:
     u = torch.randn(2, 5, device=device, requires_grad=True)
     assert not convergence([u], [u], [2], 0.5, backend=backend)[0].requires_grad

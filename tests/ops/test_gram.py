@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eva_kernels.errors import EvaRuntimeError, EvaValueError
+from eva_kernels.errors import EvaValueError
 from eva_kernels.ops import gram
-from eva_kernels.ops._dispatch import triton_unavailable
 from helpers import BACKENDS, KINDS, TOLERANCES, products_limit, relative
 
 SHAPES = [(1, 33), (127, 250), (513, 33), (521, 1024)]

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eva_kernels.errors import EvaRuntimeError, EvaValueError
+from eva_kernels.errors import EvaValueError
 from eva_kernels.ops import sketch
-from eva_kernels.ops._dispatch import triton_unavailable
 from eva_kernels.streaming._basis import random_basis
 from helpers import BACKENDS, KINDS, TOLERANCES, products_limit, relative
 

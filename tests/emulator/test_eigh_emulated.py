@@ -1,0 +1,125 @@
+"""The CUDA kernel of the eigen-decomposition, run on the CPU, and planted bugs that must show."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+CXX = shutil.which("g++") or shutil.which("c++") or "c++"
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def compile_and_run(
+    folder: Path, *flags: str, csrc: Path = CSRC, small: bool = False
+) -> subprocess.CompletedProcess[str]:
+    program = folder / "program"
+    source = str(HERE / "run_eigh.cpp")
+    command = [CXX, "-std=c++17", *flags, f"-I{csrc}", source, "-o", str(program)]
+    subprocess.run(command, check=True)
+    arguments = [str(program), *(["small"] if small else [])]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+
+
+def test_kernel_agrees_under_every_schedule(tmp_path: Path) -> None:
+    done = compile_and_run(tmp_path, "-O1", *WARNINGS)
+    assert (done.returncode, done.stdout) == (0, "all agree\n")
+
+
+def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
+    done = compile_and_run(tmp_path, *SANITIZERS, small=True)
+    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
+
+
+# What a slip of the pen would do: file, text as it stands, text with the bug.
+MUTATIONS = {
+    "no barrier after a round": (
+        "eigh.cuh",
+        "rotate_vectors(block, round);\n    __syncthreads();",
+        "rotate_vectors(block, round);",
+    ),
+    "no barrier after loading": (
+        "eigh.cuh",
+        "  __syncthreads();\n  return exponent;",
+        "  return exponent;",
+    ),
+    "no barrier before storing": (
+        "eigh.cuh",
+        "  __syncthreads();\n  const int half",
+        "  const int half",
+    ),
+    "no barrier after staging": (
+        "eigh.cuh",
+        "first + i % columns];\n    }\n    __syncthreads();",
+        "first + i % columns];\n    }",
+    ),
+    "a thread skips the round alone": (
+        "eigh.cuh",
+        "if (!__syncthreads_or(rotated)) continue;",
+        "if (__syncthreads(), !rotated) continue;",
+    ),
+    "a sweep is one round short": (
+        "eigh.cuh",
+        "round < block.players - 1",
+        "round < block.players - 2",
+    ),
+    "circle closes late": ("eigh.cuh", "q < 0 ? q + circle", "q < 0 ? q + players"),
+    "block skipped for one identity": (
+        "eigh.cuh",
+        "rotation_a.sine == 0.0 && rotation_b",
+        "rotation_a.sine == 0.0 || rotation_b",
+    ),
+    "rotation of the wrong side": (
+        "eigh.cuh",
+        "rotation_b.apply(v_qp, v_qq)",
+        "rotation_a.apply(v_qp, v_qq)",
+    ),
+    "upper triangle read": ("eigh.cuh", "if (column > row) continue;", ""),
+    "row of the odd player not zeroed": ("eigh.cuh", "block.triangle[i] = 0.0;", ""),
+    "only the first warp's largest": (
+        "eigh.cuh",
+        "i < static_cast<int>(blockDim.x) / kLanes",
+        "i < 1",
+    ),
+    "NaN goes on": ("eigh.cuh", "finite = !__syncthreads_or(bad)", "finite = true"),
+    "equal values share a place": ("eigh.cuh", " && i < j", ""),
+    "negative peak": ("eigh.cuh", "row[peak] < 0.0", "row[peak] > 0.0"),
+    "peak of half a warp": (
+        "eigh.cuh",
+        "int offset = kLanes / 2; offset > 0; offset /= 2) {\n      const",
+        "int offset = kLanes / 4; offset > 0; offset /= 2) {\n      const",
+    ),
+    "last columns stored past the end": (
+        "eigh.cuh",
+        "first + half < width ? half : width - first",
+        "half",
+    ),
+    "shared memory too small": ("eigh.cuh", "even + even / 2", "even"),
+    "root of the other sign": ("eigh.h", "theta < 0.0 ? -size : size", "size"),
+    "negligible to the norm": (
+        "eigh.h",
+        "kEighTolerance * sqrt(fabs(a_pp)) * sqrt(fabs(a_qq))",
+        "kEighTolerance",
+    ),
+    "stops early": ("eigh.h", "kEighMaxSweeps = 40", "kEighMaxSweeps = 3"),
+}
+
+
+# A few bytes beyond the memory are there for the CPU, and nobody else's.
+ONLY_SANITIZERS_SEE = {"shared memory too small"}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
+    file, text, bug = MUTATIONS[name]
+    mutant = tmp_path / "csrc"
+    shutil.copytree(CSRC, mutant)
+    source = (mutant / file).read_text("utf-8")
+    assert source.count(text) == 1
+    (mutant / file).write_text(source.replace(text, bug), "utf-8")
+    flags = SANITIZERS if name in ONLY_SANITIZERS_SEE else ["-w"]
+    done = compile_and_run(tmp_path, *flags, csrc=mutant, small=True)
+    assert done.returncode != 0

@@ -1,0 +1,49 @@
+"""The Triton kernels compiled for real chips, in processes that do not interpret them."""
+
+import re
+
+import pytest
+
+from bench import kernel_report
+
+pytest.importorskip("triton")
+# The instruction that each chip's matrix units are driven by.
+UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+STREAMING = re.compile("project_kernel|back_kernel|gram_kernel")
+
+
+@pytest.fixture(scope="module")
+def records() -> list[dict]:
+    return kernel_report.compile_all(tuple(UNITS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", UNITS)
+def test_every_entry_of_the_launch_tables(arch: str, records: list[dict]):
+    ours = [record for record in records if record["arch"] == arch]
+    assert kernel_report.faults(ours) == []
+    streaming = [record for record in ours if STREAMING.search(record["kernel"])]
+    tiles = {(r["kernel"], r["tokens"], *r["tile"]) for r in streaming}
+    assert len(tiles) == 3 * 2 * 2 + 2 * 2  # widths, kernels, tokens; gram: splits, tokens
+    assert all(set(record["tensor_core"]) == {UNITS[arch]} for record in streaming)
+
+
+def test_a_spill_an_overflow_and_a_missing_unit_are_faults():
+    good = {
+        "arch": "sm_90", "kernel": "back_kernel Q=64", "tokens": "bf16", "tile": [64, 128],
+        "stack": 0, "shared": 1000, "shared_limit": 2000, "tensor_core": {"wgmma": 8},
+    }  # fmt: skip
+    assert kernel_report.faults([good]) == []
+    for change, message in (
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"shared": 2001}, "2001 bytes of shared memory"),
+        ({"tensor_core": {}}, "no tensor-core instruction"),
+    ):
+        [fault] = kernel_report.faults([good | change])
+        assert message in fault
+
+
+def test_predictions_name_the_shapes_and_are_not_below_the_roofline():
+    rows = kernel_report.predictions()
+    assert {(r["N"], r["D"]) for r in rows} == set(kernel_report.SHAPES)
+    assert all(r["predicted_us"] >= max(r["microseconds"].values()) for r in rows)

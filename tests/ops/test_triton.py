@@ -1,0 +1,289 @@
+"""What holds for the Triton kernels alone: tiles, splits, memory, precision, registration."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels import reference
+from eva_kernels.errors import EvaRuntimeError, EvaValueError
+from eva_kernels.ops import (
+    backend_report,
+    gram,
+    gram_workspace_bytes,
+    sketch,
+    sketch_workspace_bytes,
+)
+from eva_kernels.ops._dispatch import choose_backend, triton_unavailable
+from helpers import PLANES, relative
+
+launch = pytest.importorskip("eva_kernels.kernels.launch")
+kernel = pytest.importorskip("eva_kernels.kernels.sketch")
+pytestmark = pytest.mark.skipif(
+    triton_unavailable("cuda" if torch.cuda.is_available() else "cpu") is not None,
+    reason="Triton neither runs nor is interpreted here",
+)
+SHORT = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def arguments(x: Tensor, q: int, pivot: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Return basis, pivot and empty sums in float32."""
+    d = x.shape[1]
+    basis = torch.linalg.qr(torch.randn(d, q, dtype=torch.float64))[0].mT.contiguous().float()
+    pivot = torch.zeros(d) if pivot is None else pivot.float().cpu()
+    wide = torch.float64
+    sums = (torch.zeros(q, d), torch.zeros(d, dtype=wide), torch.zeros((), dtype=wide))
+    return tuple(t.to(x.device) for t in (basis, pivot, *sums))
+
+
+def errors(x: Tensor, q: int, pivot: Tensor | None = None, **options) -> list[float]:
+    """Return the errors of products, shift and square against float64.
+
+    Relative to their norms; that of the shift, which may be nothing, to the sums of magnitudes.
+    """
+    basis, pivot, *sums = arguments(x, q, pivot)
+    rows = options.get("rows")
+    sketch(x, basis, pivot, *sums, backend="triton", **options)
+    expected = [torch.zeros_like(part, dtype=torch.float64) for part in sums]
+    reference.sketch(x.double(), basis.double(), pivot.double(), *expected, rows)
+    centred = (x if rows is None else x[rows]).double() - pivot.double()
+    magnitude = centred.abs().sum(0).norm()
+    shift = float((sums[1] - expected[1]).norm() / magnitude)
+    return [relative(sums[0], expected[0]), shift, relative(sums[2], expected[2])]
+
+
+def decaying(n: int, d: int, device: torch.device) -> Tensor:
+    """Return tokens whose features have scales of 1 to 1/30, and a mean."""
+    scales = torch.logspace(0, -1.5, d)[torch.randperm(d)]
+    return (torch.randn(n, d) * scales + 0.3 * torch.randn(d)).to(device)
+
+
+@pytest.fixture(params=sorted(launch.ARCHS))
+def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Use the launch numbers of every architecture in turn."""
+    if torch.cuda.is_available():
+        pytest.skip("the device has its own launch numbers")
+    monkeypatch.setattr(launch, "arch_of", lambda device: launch.ARCHS[request.param])
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tiles_of_every_architecture(arch: str, dtype: torch.dtype, device: torch.device):
+    x = decaying(71, 193, device).to(dtype)
+    assert max(errors(x, 40, pivot=x.float().mean(0))) <= PLANES["high"]
+    scatter = torch.zeros(193, 193)
+    shift, square = torch.zeros(193, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    gram(x, torch.zeros(193), scatter, shift, square, backend="triton")
+    assert relative(scatter, x.double().mT @ x.double()) <= PLANES["high"]
+    assert torch.equal(scatter.triu(128), scatter.tril(-128).mT)
+
+
+@pytest.mark.parametrize("q", [16, 128, 200, 256])
+@pytest.mark.parametrize("dtype", SHORT)
+def test_widths(q: int, dtype: torch.dtype, device: torch.device):
+    assert max(errors(decaying(97, 257, device).to(dtype), q)) <= PLANES["high"]
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 16), (40, 4096), (3000, 64), (64, 1025)])
+def test_splits_over_features_and_tokens(n: int, d: int, device: torch.device):
+    plan = kernel.plan_sketch(n, 16, d, False, launch.arch_of(device))
+    assert (plan.splits_d > 1) == (d > 1000)
+    assert (plan.splits_n > 1) == (n == 3000)
+    assert max(errors(decaying(n, d, device).bfloat16(), 16)) <= PLANES["high"]
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+@pytest.mark.parametrize("kind", ["one feature", "all features", "rare", "signs"])
+@pytest.mark.parametrize("precision", ["high", "fast"])
+def test_offsets_and_outliers(kind: str, dtype: torch.dtype, precision: str, device: torch.device):
+    x = decaying(300, 250, device)
+    if kind == "one feature":
+        x[:, 100] = 800 + torch.randn(300, device=device)
+    elif kind == "all features":
+        x += 800
+    elif kind == "rare":
+        x[::100, 70] = 800.0
+    else:
+        x[:, 70] = 800 * torch.randn(300, device=device).sign()
+    x = x.to(dtype)
+    found = errors(x, 64, pivot=x[:75].float().mean(0), precision=precision)
+    assert found[0] <= PLANES[precision]
+    assert max(found[1:]) <= 1e-5
+
+
+def test_without_centring_an_offset_costs_digits(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+):
+    if torch.cuda.is_available():
+        pytest.skip("compiled kernels do not see the change")
+    monkeypatch.setattr(kernel, "LARGE_OFFSET", kernel.tl.constexpr(1e15))
+    x = (decaying(300, 250, device) + 800).bfloat16()
+    assert errors(x, 64, pivot=x[:75].float().mean(0))[0] > 1e-4
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_memory_around_and_before(dtype: torch.dtype, device: torch.device):
+    x = decaying(130, 193, device).to(dtype)
+    rows = torch.arange(0, 130, 3, device=device)
+    basis, pivot, _, shift, square = arguments(x, 20)
+    # Everything that is written lies in a larger buffer of NaN, and scratch memory starts as NaN.
+    room = torch.full((26, 193), float("nan"), device=device)
+    room[3:23] = 0
+    nbytes = sketch_workspace_bytes(len(rows), 20, 193, dtype, device)
+    scratch = torch.full((nbytes + 512,), 255, dtype=torch.uint8, device=device)
+    workspace = scratch[256 : 256 + nbytes]
+    sketch(x, basis, pivot, room[3:23], shift, square, rows, backend="triton", workspace=workspace)
+    expected = [torch.zeros_like(t, dtype=torch.float64) for t in (room[3:23], shift, square)]
+    reference.sketch(x.double(), basis.double(), pivot.double(), *expected, rows)
+    assert relative(room[3:23], expected[0]) <= PLANES["high"]
+    assert room[:3].isnan().all()
+    assert room[23:].isnan().all()
+    assert (scratch[:256] == 255).all()
+    assert (scratch[256 + nbytes :] == 255).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gram_memory_around_and_before(dtype: torch.dtype, device: torch.device):
+    x = decaying(700, 40, device).to(dtype)
+    wide = torch.float64
+    shift = torch.zeros(40, dtype=wide, device=device)
+    square = torch.zeros((), dtype=wide, device=device)
+    room = torch.full((46, 40), float("nan"), device=device)
+    room[3:43] = 0
+    nbytes = gram_workspace_bytes(700, 40, dtype, device)
+    scratch = torch.full((nbytes + 512,), 255, dtype=torch.uint8, device=device)
+    workspace = scratch[256 : 256 + nbytes]
+    pivot = torch.zeros(40, device=device)
+    gram(x, pivot, room[3:43], shift, square, backend="triton", workspace=workspace)
+    assert relative(room[3:43], x.double().mT @ x.double()) <= PLANES["high"]
+    assert room[:3].isnan().all()
+    assert room[43:].isnan().all()
+    assert (scratch[:256] == 255).all()
+    assert (scratch[256 + nbytes :] == 255).all()
+
+
+def test_rows_beyond_32_bits_of_address(device: torch.device):
+    # 4 GiB of which three rows are ever touched: the last begins 2**31 elements in.
+    store = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    x = store.as_strided((3, 64), (2**30, 1))
+    x.copy_(torch.randn(3, 64))
+    assert max(errors(x, 16)) <= PLANES["high"]
+    assert max(errors(x, 16, rows=torch.tensor([2, 0], device=device))) <= PLANES["high"]
+
+
+def test_misaligned_tokens(device: torch.device):
+    x = torch.randn(101 * 65 + 1, device=device).bfloat16()[1:].view(101, 65)[:, 1:]
+    assert max(errors(x, 16)) <= PLANES["high"]
+
+
+def test_registered_operators_keep_their_promises(device: torch.device):
+    x = torch.randn(70, 33, device=device).bfloat16()
+    rows = torch.arange(0, 70, 2, device=device)
+    basis, pivot, *sums = arguments(x, 17)
+    nbytes = sketch_workspace_bytes(70, 17, 33, x.dtype, device)
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    for index in (None, rows):
+        torch.library.opcheck(
+            torch.ops.eva_kernels.sketch, (x, basis, pivot, *sums, workspace, index, True)
+        )
+    workspace = torch.empty(
+        gram_workspace_bytes(70, 33, x.dtype, device), dtype=torch.uint8, device=device
+    )
+    scatter = torch.zeros(33, 33, device=device)
+    torch.library.opcheck(
+        torch.ops.eva_kernels.gram, (x, pivot, scatter, *sums[1:], workspace, None, False)
+    )
+
+
+def test_compiled_code_sees_one_operator(device: torch.device):
+    x = torch.randn(70, 33, device=device).bfloat16()
+    basis, pivot, *sums = arguments(x, 17)
+    nbytes = sketch_workspace_bytes(70, 17, 33, x.dtype, device)
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    seen = []
+
+    def remember(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    @torch.compile(backend=remember, fullgraph=True)
+    def step(x: Tensor) -> Tensor:
+        torch.ops.eva_kernels.sketch(x, basis, pivot, *sums, workspace, None, True)
+        return x + 1
+
+    step(x)
+    assert any("eva_kernels.sketch" in name for name in seen)
+    assert sums[0].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "q", "reason"),
+    [
+        ((20, 33), torch.float64, 17, "tokens of torch.float64 with sums of torch.float64"),
+        ((20, 8), torch.float32, 4, "8 features are fewer than the 16"),
+        ((20, 300), torch.float32, 257, "a width of 257 is above 256"),
+    ],
+)
+def test_what_the_kernels_do_not_take(
+    shape: tuple[int, int], dtype: torch.dtype, q: int, reason: str, device: torch.device
+):
+    x = torch.randn(shape, dtype=dtype, device=device)
+    basis, pivot, *sums = arguments(x, q)
+    wide = dtype == torch.float64
+    basis, pivot, sums[0] = (t.to(dtype) if wide else t for t in (basis, pivot, sums[0]))
+    with pytest.raises(EvaRuntimeError, match=f"cannot run sketch: {reason}"):
+        sketch(x, basis, pivot, *sums, backend="triton")
+    sketch(x, basis, pivot, *sums)
+    expected = (basis.double() @ x.double().mT) @ x.double()
+    assert relative(sums[0], expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": torch.zeros(3, dtype=torch.int32)}, "rows must be a vector of torch.int64"),
+        ({"rows": torch.zeros(3, 1, dtype=torch.int64)}, "rows must be a vector"),
+        ({"rows": torch.zeros(3, dtype=torch.int64, device="meta")}, "rows on meta"),
+        ({"products": torch.zeros(33, 17).mT}, r"products must be contiguous, strides are \(1"),
+        ({"shift": torch.zeros(66, dtype=torch.float64)[::2]}, "shift must be contiguous"),
+        ({"workspace": torch.empty(8, dtype=torch.uint8)}, r"at least \d+ contiguous bytes"),
+        ({"workspace": torch.empty(10**6)}, "of torch.uint8 on cpu, got .* of torch.float32"),
+        ({"workspace": torch.empty(10**6, dtype=torch.uint8)[1:]}, "a multiple of 16 bytes"),
+    ],
+)
+def test_wrong_arguments(change: dict, message: str):
+    if torch.cuda.is_available():
+        pytest.skip("the arguments are on the CPU, which is not interpreted here")
+    x = torch.randn(50, 33)
+    names = ("basis", "pivot", "products", "shift", "square")
+    given = dict(zip(names, arguments(x, 17), strict=True)) | change
+    with pytest.raises(EvaValueError, match=message):
+        sketch(x, **given, backend="triton")
+
+
+def test_auto_never_interprets():
+    x = torch.randn(50, 33)
+    assert choose_backend("sketch", "auto", x, torch.float32, 17) == "torch"
+    if not torch.cuda.is_available():
+        rows = {op: (backend, reason) for op, backend, reason in backend_report()}
+        assert rows["sketch"] == rows["gram"] == ("torch", "tensors are on the CPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", SHORT)
+def test_the_fast_path_is_taken_on_a_gpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
+):
+    def fail(*_args: object) -> None:
+        raise AssertionError("plain PyTorch ran")
+
+    monkeypatch.setattr(reference, "sketch", fail)
+    monkeypatch.setattr(reference, "gram", fail)
+    x = torch.randn(512, 1024, device=device).to(dtype)
+    basis, pivot, *sums = arguments(x, 64)
+    sketch(x, basis, pivot, *sums)
+    gram(x, pivot, torch.zeros(1024, 1024, device=device), *sums[1:])
+    torch.cuda.synchronize()
+    assert sums[0].any()
+    assert {op: backend for op, backend, _ in backend_report()}["sketch"] == "triton"
