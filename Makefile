@@ -6,11 +6,18 @@
 #                gigabytes of CUDA; on a machine without an NVIDIA GPU take the CPU wheel:
 #                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #   EVA_KERNELS_CUDA   auto, 1 or 0 (see setup.py); without a driver nothing is built for CUDA
+#
+# `make gpu-check` takes PYTHON as it is, and makes no .venv, where it has torch already.
+#
+#   OUT          where its results go                          make gpu-check OUT=results
+#   CHECK_ARGS   its further options                           CHECK_ARGS="--dry-run"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TRITON ?= triton==3.9.0; python_version >= "3.11"
+OUT ?= gpu-check
+CHECK_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -23,12 +30,13 @@ READY := $(VENV)/.ready
 BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*.cu tests/emulator/*.h tests/emulator/*.cpp)
 
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test lint bench gpu-check docs clean
 
 help:
 	@echo "make demo   EVA on the embedded model against PEFT's; writes demo-report/"
 	@echo "make test   all tests      make lint   linters, formatters, types"
 	@echo "make bench  measurements   make docs   API documentation in site/"
+	@echo "make gpu-check  build, test, sanitise and measure on a GPU, in nine minutes; see bench/README.md"
 	@echo "make clean  remove what was built; make setup creates .venv"
 
 setup: $(READY)
@@ -57,9 +65,16 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m bench
 
+gpu-check:
+	@if $(PYTHON) -c 'import torch, typer' 2>/dev/null; then \
+	  exec $(PYTHON) -m bench gpu-check --out "$(OUT)" $(CHECK_ARGS); \
+	else \
+	  $(MAKE) setup && exec $(BIN)/python -m bench gpu-check --out "$(OUT)" $(CHECK_ARGS); \
+	fi
+
 docs: $(READY)
 	$(BIN)/pdoc --docformat google -o site eva_kernels eva_kernels.ops eva_kernels.streaming eva_kernels.reference eva_kernels.errors eva_peft
 
 clean:
-	rm -rf build dist site demo-report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site demo-report gpu-check *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(READY) eva_kernels/_C*.so eva_kernels/_cuda*.so

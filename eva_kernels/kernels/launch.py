@@ -122,19 +122,19 @@ _HOPPER = {
 _BLACKWELL = {
     **_HOPPER,
     64: SketchTiles(
-        Tile(256, 64, 8, 3), Tile(64, 256, 8, 3), Tile(256, 64, 8, 3), Tile(64, 128, 8, 3)
+        Tile(256, 64, 8, 3), Tile(64, 256, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
     ),
 }
 # mma.sync takes both operands from registers, so that four warps spill what eight hold.
 _AMPERE = {
     64: SketchTiles(
-        Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)
+        Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
     ),
     128: SketchTiles(
-        Tile(64, 64, 8, 3), Tile(64, 128, 8, 2), Tile(64, 64, 8, 3), Tile(64, 128, 8, 2)
+        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 128, 8, 2)
     ),
     256: SketchTiles(
-        Tile(64, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
+        Tile(32, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
     ),
 }
 # 99 KiB of shared memory: two stages, and narrow tiles at Q = 256.

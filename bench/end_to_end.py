@@ -1,0 +1,387 @@
+"""The whole pass on a language model's shape: plain forward, ours, and PEFT's EVA.
+
+Random weights, real-looking text: what is measured is time, memory, launches and waits, none of
+which depends on what the weights have learnt.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+import transformers
+from peft import EvaConfig, LoraConfig, get_eva_state_dict
+from peft.tuners.lora.eva import SVDHook
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import eva_kernels
+from eva_peft.assets import source_texts, token_stream
+
+from .common import spread
+from .kernels._timing import count_device_calls
+
+Batch = dict[str, torch.Tensor]
+Save = Callable[[dict[str, Any]], None]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        model: arguments of ``LlamaConfig``.
+        batches: samples in a batch, one row of results each.
+        length: tokens of a sample.
+        steps: forward passes of a timed run; ``peft_steps`` of PEFT's.
+        hash_tokens: of the batch that PEFT spends on hashing; its time grows with the tokens and
+            would be minutes for a real batch.
+        r, rho: of the adapters.
+        dtype: of the weights.
+    """
+
+    model: dict[str, int]
+    batches: tuple[int, ...]
+    length: int
+    steps: int
+    peft_steps: int
+    hash_tokens: int
+    r: int
+    rho: float
+    dtype: torch.dtype
+
+
+SETTINGS = {
+    "llama-2-7b": Setting(
+        model={
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+        batches=(4, 8, 16),
+        length=512,
+        steps=6,
+        peft_steps=3,
+        hash_tokens=64,
+        r=16,
+        rho=2.0,
+        dtype=torch.bfloat16,
+    ),
+    "tiny": Setting(
+        model={
+            "vocab_size": 512,
+            "hidden_size": 48,
+            "intermediate_size": 112,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
+        batches=(2,),
+        length=32,
+        steps=3,
+        peft_steps=2,
+        hash_tokens=16,
+        r=4,
+        rho=2.0,
+        dtype=torch.float32,
+    ),
+}
+
+
+def build_model(setting: Setting, device: torch.device) -> nn.Module:
+    """Return the model with random weights, made on the device: there is no second copy."""
+    config = LlamaConfig(**setting.model, max_position_embeddings=max(64, setting.length))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def load_ids(vocabulary: int, count: int) -> torch.Tensor:
+    """Return token ids of source code by the embedded tokenizer, folded into a vocabulary."""
+    with resources.as_file(resources.files("eva_peft.assets") / "tiny_llama") as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # a token of source code is about three bytes long; twice that is enough
+    ids = torch.tensor(token_stream(tokenizer, source_texts(6 * count + 20_000)))
+    return ids.repeat(-(-count // len(ids)))[:count] % vocabulary
+
+
+def make_batches(setting: Setting, size: int, device: torch.device) -> list[Batch]:
+    """Return as many different batches as a timed run has steps."""
+    ids = load_ids(setting.model["vocab_size"], setting.steps * size * setting.length)
+    parts = ids.view(setting.steps, size, setting.length).to(device)
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
+
+
+def lora_config(setting: Setting) -> LoraConfig:
+    """Return the config of all methods; a similarity of 1 is not reached, so all steps are run."""
+    return LoraConfig(
+        r=setting.r,
+        lora_alpha=setting.r,
+        target_modules=TARGETS,
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=setting.rho, tau=1.0),
+    )
+
+
+class Bench:
+    """One model, one batch size; the methods are measured on it one after another."""
+
+    def __init__(self, setting: Setting, model: nn.Module, size: int, device: torch.device) -> None:
+        self.setting, self.model, self.device = setting, model, device
+        self.batches = make_batches(setting, size, device)
+        self.config = lora_config(setting)
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def peak_above(self, run: Callable[[], Any]) -> int | None:
+        """Run, and return the peak of allocated bytes above what was there before."""
+        if self.device.type != "cuda":
+            run()
+            return None
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def forward(self, batch: Batch) -> None:
+        with torch.no_grad():
+            self.model(**batch, use_cache=False)
+
+    def calibrate(self, steps: int, stamps: list[float] | None = None) -> eva_kernels.EvaResult:
+        """Run our pass; the clock is read after every step."""
+        note = None if stamps is None else lambda numbers: stamps.append(self.now())
+        return eva_kernels.calibrate(
+            self.model,
+            self.batches[:steps],
+            self.config,
+            max_steps=steps,
+            on_not_converged="ignore",
+            progress=False,
+            callback=note,
+        )
+
+
+def measure_plain(bench: Bench) -> dict[str, Any]:
+    """Forward passes with the head and without a cache."""
+
+    def run() -> list[float]:
+        stamps = [bench.now()]
+        for batch in bench.batches:
+            bench.forward(batch)
+            stamps.append(bench.now())
+        return _differences(stamps)
+
+    bench.forward(bench.batches[0])
+    seconds = run()
+    peak = bench.peak_above(lambda: bench.forward(bench.batches[0]))
+    calls = count_device_calls(lambda: bench.forward(bench.batches[0]), bench.device)
+    return {"step_s": spread(seconds + run()), "peak_above_weights": peak, "calls_per_step": calls}
+
+
+def measure_ours(bench: Bench) -> dict[str, Any]:
+    """Our pass, twice: once for the time, again for the time and for the same bits."""
+    steps = bench.setting.steps
+    seconds: list[float] = []
+    firsts, results = [], []
+    bench.calibrate(2)  # kernels are compiled
+    for _ in range(2):
+        stamps = [bench.now()]
+        results.append(bench.calibrate(steps, stamps))
+        firsts.append(stamps[1] - stamps[0])
+        seconds += _differences(stamps[1:])
+    peak = bench.peak_above(lambda: bench.calibrate(2))
+    few, many = (
+        count_device_calls(lambda n=n: bench.calibrate(n), bench.device) for n in (2, steps)
+    )
+    return {
+        "step_s": spread(seconds),
+        "first_step_s": min(firsts),
+        "peak_above_weights": peak,
+        "calls_per_step": per_step(few, many, steps - 2),
+        "same_bits_twice": same_bits(*results),
+        "methods": sorted(set(results[0].method.values())),
+    }
+
+
+def measure_peft(bench: Bench) -> dict[str, Any]:
+    """PEFT's EVA: a hash pass over a short batch, then steps over the real ones.
+
+    PEFT has no limit of its own, so after the last step its hooks are told that they have
+    converged.
+    """
+    steps, model = bench.setting.peft_steps, bench.model
+    loader = _HashThenSteps(bench)
+    begins: list[float] = []
+    ends: list[float] = []
+
+    def forward(module: nn.Module, batch: Batch) -> None:
+        begins.append(bench.now())
+        with torch.no_grad():
+            module(**batch, use_cache=False)
+        ends.append(bench.now())
+        if len(ends) > steps:
+            hooks = (h for layer in module.modules() for h in layer._forward_hooks.values())
+            for hook in hooks:
+                if isinstance(hook, SVDHook):
+                    hook.converged = torch.ones_like(hook.converged)
+
+    def run() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            get_eva_state_dict(
+                model, loader, bench.config, forward_fn=forward, show_progress_bar=False
+            )
+
+    peak = bench.peak_above(run)
+    tokens = bench.batches[0]["input_ids"].numel()
+    hashing = ends[0] - begins[0]
+    # a step lasts until the next begins; the first is a full start of every decomposition
+    seconds = _differences([*begins[1:], ends[-1]])
+    return {
+        "step_s": spread(seconds[1:]),
+        "first_step_s": seconds[0],
+        "peak_above_weights": peak,
+        "hash_pass_s": hashing,
+        "hash_pass_tokens": bench.setting.hash_tokens,
+        "hash_pass_extrapolated_s": hashing * tokens / bench.setting.hash_tokens,
+    }
+
+
+# Everything that is compared. A method takes the bench and returns one row.
+METHODS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "plain": measure_plain,
+    "ours": measure_ours,
+    "peft": measure_peft,
+}
+
+
+class _HashThenSteps:
+    """A loader whose first iteration, PEFT's hash pass, gives one short batch."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.iterations = bench, 0
+
+    def __len__(self) -> int:
+        return len(self.bench.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.iterations += 1
+        if self.iterations > 1:
+            return iter(self.bench.batches)
+        short = self.bench.batches[0]["input_ids"][:1, : self.bench.setting.hash_tokens]
+        return iter([{"input_ids": short, "attention_mask": torch.ones_like(short)}])
+
+
+def _differences(stamps: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in itertools.pairwise(stamps)]
+
+
+def per_step(
+    few: dict[str, int | None], many: dict[str, int | None], steps: int
+) -> dict[str, float | None]:
+    """Return the counts of one step from two runs that differ by some steps."""
+    pairs = {key: (few[key], many[key]) for key in few}
+    return {
+        key: None if a is None or b is None else (b - a) / steps for key, (a, b) in pairs.items()
+    }
+
+
+def same_bits(first: eva_kernels.EvaResult, second: eva_kernels.EvaResult) -> bool:
+    """Tell whether two results agree to the last bit."""
+    names = first.components.keys() == second.components.keys()
+    return (
+        names
+        and first.ranks == second.ranks
+        and all(
+            torch.equal(tensor, second.components[name])
+            for name, tensor in first.components.items()
+        )
+    )
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare the methods that were measured at each batch size."""
+    found = []
+    for size in dict.fromkeys(row["batch"] for row in rows):
+        medians = {
+            row["method"]: row["step_s"]["median"]
+            for row in rows
+            if row["batch"] == size and row["status"] == "measured"
+        }
+        entry: dict[str, Any] = {"batch": size}
+        if {"ours", "plain"} <= medians.keys():
+            entry["ours_over_plain"] = medians["ours"] / medians["plain"]
+        if {"ours", "peft"} <= medians.keys():
+            entry["peft_over_ours"] = medians["peft"] / medians["ours"]
+        found.append(entry)
+    return found
+
+
+def plan(setting: Setting) -> list[tuple[int, str]]:
+    """Return (batch, method) in order of value: all on the first batch, then PEFT's last."""
+    first, *others = setting.batches
+    quick = [name for name in METHODS if name != "peft"]
+    rows = [(first, name) for name in METHODS]
+    return rows + [(n, m) for n in others for m in quick] + [(n, "peft") for n in others]
+
+
+def run(
+    config: str, device: torch.device, *, seconds: float = 600.0, save: Save = lambda found: None
+) -> dict[str, Any]:
+    """Measure in order of value while time is left.
+
+    Args:
+        config: a name in ``SETTINGS``.
+        device: where to measure.
+        seconds: nothing is begun that, going by the methods before, would end later.
+        save: called with all that was found so far.
+    """
+    setting, deadline = SETTINGS[config], time.monotonic() + seconds
+    transformers.logging.set_verbosity_error()
+    model = build_model(setting, device)
+    weights = sum(p.nbytes for p in model.parameters())
+    found: dict[str, Any] = {
+        "config": config,
+        "weights_bytes": weights,
+        "allocated_by_model": torch.cuda.memory_allocated() if device.type == "cuda" else None,
+        "length": setting.length,
+        "rows": [],
+    }
+    spent: dict[str, list[float]] = {}
+    for size, method in plan(setting):
+        row: dict[str, Any] = {"batch": size, "method": method}
+        # time grows at most with the batch
+        expected = 2 * statistics.fmean(spent.get(method, [0.0]))
+        begin = time.monotonic()
+        if begin + expected > deadline:
+            row["status"] = "not reached"
+        else:
+            try:
+                bench = Bench(setting, model, size, device)
+                row.update(METHODS[method](bench), status="measured")
+            except Exception as error:  # the other methods are worth their time
+                row.update(status="failed", reason=f"{type(error).__name__}: {error}"[:500])
+            spent.setdefault(method, []).append(time.monotonic() - begin)
+        found["rows"].append(row)
+        found["ratios"] = ratios(found["rows"])
+        save(found)
+    return found

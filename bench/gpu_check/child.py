@@ -1,0 +1,50 @@
+"""The process of one stage: ``python -m bench.gpu_check.child STAGE --out DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from .context import Context, StageFailed, StageSkipped
+
+PASSED, FAILED, SKIPPED = 0, 1, 77
+
+
+def run_stage(context: Context) -> int:
+    """Run one stage and return the exit status that stands for its outcome."""
+    context.save({})
+    try:
+        module = importlib.import_module(f"bench.gpu_check.stages.{context.stage}")
+        module.run(context)
+    except StageSkipped as skipped:
+        context.save(context.saved(), "skipped", str(skipped))
+        return SKIPPED
+    except Exception as error:  # the parent goes on with the next stage
+        if not isinstance(error, StageFailed):
+            traceback.print_exc()
+        name = "" if isinstance(error, StageFailed) else f"{type(error).__name__}: "
+        context.save(context.saved(), "failed", f"{name}{error}")
+        return FAILED
+    context.save(context.saved(), "passed")
+    return PASSED
+
+
+def main(arguments: list[str]) -> int:
+    """Parse the arguments and run the stage."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    given = parser.parse_args(arguments)
+    # Should the parent be killed outright, nobody else would end this process.
+    signal.alarm(int(given.seconds) + 10)
+    return run_stage(Context(given.stage, given.out, given.dry_run, given.seconds))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+"""What a stage is given, and how it tells that something is wrong or lacking."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .record import FILE, read_json, write_json
+
+__all__ = ["Context", "StageFailed", "StageSkipped", "result_path"]
+
+
+class StageFailed(Exception):
+    """The stage found something wrong; the message says what."""
+
+
+class StageSkipped(Exception):
+    """The machine lacks what the stage needs; the message says what."""
+
+
+@dataclass
+class Context:
+    """What a stage is given.
+
+    Attributes:
+        stage: its name.
+        out: folder of the results.
+        dry_run: a rehearsal on the CPU.
+        seconds: until it is killed, from its start.
+    """
+
+    stage: str
+    out: Path
+    dry_run: bool
+    seconds: float
+    begin: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        """A folder for files of this stage."""
+        folder = self.out / self.stage
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, less what it takes to end in order."""
+        return self.seconds - (time.monotonic() - self.begin) - 2.0
+
+    def save(self, results: dict[str, Any], status: str = "running", reason: str = "") -> None:
+        """Write what was found so far."""
+        found = {"status": status, "reason": reason, "results": results}
+        write_json(result_path(self.out, self.stage), found)
+
+    def saved(self) -> dict[str, Any]:
+        """Return what was found so far."""
+        return (read_json(result_path(self.out, self.stage)) or {}).get("results", {})
+
+    def results_of(self, stage: str) -> dict[str, Any]:
+        """Return what an earlier stage found, if it passed."""
+        record = read_json(self.out / FILE) or {}
+        found = record.get("stages", {}).get(stage, {})
+        return found.get("results", {}) if found.get("status") == "passed" else {}
+
+
+def result_path(out: Path, stage: str) -> Path:
+    """Return the file through which a stage tells what it found."""
+    return out / stage / "result.json"

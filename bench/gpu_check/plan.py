@@ -1,0 +1,56 @@
+"""The stages, what each is worth in time, and how time that is left over passes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["SHARES", "STAGES", "TOTAL_SECONDS", "Stage", "limit_of"]
+
+TOTAL_SECONDS = 540.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the check.
+
+    Attributes:
+        name: also of its module in ``stages``.
+        share: seconds that are kept for it, whatever the stages before it take.
+        rehearsal: seconds at most in a dry run.
+        required: the check is green only if this stage passed; another may be skipped where the
+            machine lacks what it needs, but not fail.
+    """
+
+    name: str
+    share: float
+    rehearsal: float
+    required: bool = True
+
+
+# In order of value: what comes last suffers first if the whole check is cut short.
+STAGES = (
+    Stage("build", 50.0, 90.0),
+    Stage("environment", 15.0, 60.0),
+    Stage("tests", 210.0, 120.0),
+    Stage("sanitizer", 60.0, 10.0, required=False),
+    Stage("ceilings", 15.0, 40.0),
+    Stage("kernels", 75.0, 100.0),
+    Stage("end_to_end", 105.0, 120.0),
+)
+SHARES = {stage.name: stage.share for stage in STAGES}
+
+
+def limit_of(stage: Stage, later: Sequence[Stage], remaining: float) -> float:
+    """Return how long a stage may take: all that is left but the shares of those after it.
+
+    Args:
+        stage: about to begin.
+        later: the stages that will be run after it.
+        remaining: seconds left of the whole.
+
+    Returns:
+        At least 0. When time was lost before, the stage has its share while there is that much.
+    """
+    spare = remaining - sum(other.share for other in later)
+    return max(0.0, min(remaining, max(spare, stage.share)))

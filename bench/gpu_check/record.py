@@ -1,0 +1,99 @@
+"""The result file: written whole after every stage, and read again to go on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA_VERSION = 1
+FILE = "gpu-check.json"
+SOURCES = ("eva_kernels", "python", "csrc", "bench", "tests", "setup.py", "pyproject.toml")
+SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h", ".toml"}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a file holds, or ``None`` if there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def revision() -> str:
+    """Return the commit, marked if the tree has changes; CI's where the checkout has no history."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return os.environ.get("GITHUB_SHA", "unknown")
+    return told.stdout.strip() or os.environ.get("GITHUB_SHA", "unknown")
+
+
+def source_hash(root: Path = ROOT) -> str:
+    """Return a digest of all sources: says what was checked where there is no commit."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        top = root / name
+        files = sorted(top.rglob("*")) if top.is_dir() else [top]
+        for path in files:
+            if path.suffix in SUFFIXES and path.is_file():
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+                digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def new_record(dry_run: bool) -> dict[str, Any]:
+    """Return a record without stages."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": revision(),
+        "sources": source_hash(),
+        "dry_run": dry_run,
+        "status": "running",
+        "seconds": 0.0,
+        "machine": {},
+        "versions": {},
+        "stages": {},
+    }
+
+
+def resumed(earlier: Any, record: dict[str, Any]) -> dict[str, Any]:
+    """Return the stages of an earlier record that need not be run again.
+
+    Those that passed, if it is of the same schema, sources and kind of run; nothing otherwise.
+    """
+    keys = ("schema_version", "sources", "dry_run")
+    if not isinstance(earlier, Mapping) or any(earlier.get(k) != record[k] for k in keys):
+        return {}
+    kept = {n: s for n, s in earlier.get("stages", {}).items() if s.get("status") == "passed"}
+    return {name: {**stage, "kept": True} for name, stage in kept.items()}
+
+
+def verdict(stages: Mapping[str, Mapping[str, Any]], required: Mapping[str, bool]) -> str:
+    """Return ``"passed"`` if all required stages did and no other failed, else ``"failed"``.
+
+    Args:
+        stages: name -> what was found, ``status`` among it.
+        required: name -> whether the stage may not be skipped, for every stage of the plan.
+    """
+    for name, needed in required.items():
+        status = stages.get(name, {}).get("status", "not reached")
+        if status != "passed" and (needed or status != "skipped"):
+            return "failed"
+    return "passed"

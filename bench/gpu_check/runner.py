@@ -1,0 +1,198 @@
+"""Run the stages one after another, each in its own process and within its own time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .child import SKIPPED
+from .context import result_path
+from .plan import STAGES, TOTAL_SECONDS, Stage, limit_of
+from .record import FILE, ROOT, new_record, read_json, resumed, verdict, write_json
+from .table import render
+
+TABLE = "gpu-check.txt"
+GRACE_SECONDS = 3.0  # between the request to end and the end
+LOG_LINES = 15
+
+Say = Callable[[str], None]
+
+
+class Check:
+    """One run of the check.
+
+    Args:
+        out: folder of the results.
+        dry_run: rehearse on the CPU, with small shapes and Triton's interpreter.
+        skip: names of stages to leave out; the check is then not green.
+        resume: keep what passed before in the same folder with the same sources.
+        say: prints a line.
+        stages, total: the plan.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        dry_run: bool = False,
+        skip: Sequence[str] = (),
+        resume: bool = False,
+        say: Say = print,
+        stages: Sequence[Stage] = STAGES,
+        total: float = TOTAL_SECONDS,
+    ) -> None:
+        unknown = sorted(set(skip) - {stage.name for stage in stages})
+        if unknown:
+            names = ", ".join(stage.name for stage in stages)
+            raise ValueError(f"no stage {', '.join(unknown)}; there are {names}")
+        self.out, self.dry_run, self.skip, self.say = out.resolve(), dry_run, set(skip), say
+        self.stages, self.total = stages, total
+        self.begin = time.monotonic()
+        self.record = new_record(dry_run)
+        if resume:
+            self.record["stages"] = resumed(read_json(self.out / FILE), self.record)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left of the whole."""
+        return self.total - (time.monotonic() - self.begin)
+
+    def run(self) -> bool:
+        """Run all stages, write and print the table, and tell whether the check is green."""
+        self._write()
+        for index, stage in enumerate(self.stages):
+            self._run_one(index, stage)
+            self._write()
+        required = {stage.name: stage.required for stage in self.stages}
+        self.record["status"] = verdict(self.record["stages"], required)
+        self._write()
+        self.say(render(self.record))
+        return self.record["status"] == "passed"
+
+    def _run_one(self, index: int, stage: Stage) -> None:
+        found = self.record["stages"]
+        if stage.name in found:
+            self.say(f"{stage.name}: kept from an earlier run")
+            return
+        if stage.name in self.skip:
+            found[stage.name] = _outcome(stage, "skipped", "left out by --skip")
+            self.say(f"{stage.name}: left out")
+            return
+        later = [s for s in self.stages[index + 1 :] if s.name not in self.skip | set(found)]
+        limit = stage.rehearsal if self.dry_run else limit_of(stage, later, self.remaining)
+        limit = min(limit, self.remaining)
+        if limit < 1.0:
+            found[stage.name] = _outcome(stage, "not reached", "no time was left")
+            return
+        self.say(f"{stage.name}: at most {limit:.0f} s, {self.remaining:.0f} s left of the whole")
+        outcome = self._launch(stage, limit)
+        found[stage.name] = outcome
+        for key in ("machine", "versions"):
+            self.record[key].update(outcome["results"].pop(key, {}))
+        line = f"{stage.name}: {outcome['status']} in {outcome['seconds']:.1f} s"
+        self.say(f"{line} ({outcome['reason']})" if outcome["reason"] else line)
+        if outcome["status"] in ("failed", "timed out"):
+            self.say(_tail(self.out / stage.name / "log.txt"))
+
+    def _launch(self, stage: Stage, limit: float) -> dict[str, Any]:
+        folder = self.out / stage.name
+        folder.mkdir(parents=True, exist_ok=True)
+        result_path(self.out, stage.name).unlink(missing_ok=True)
+        own = max(0.5, limit - GRACE_SECONDS)
+        command = [sys.executable, "-m", "bench.gpu_check.child", stage.name]
+        command += ["--out", str(self.out), "--seconds", f"{own:.1f}"]
+        command += ["--dry-run"] if self.dry_run else []
+        begin = time.monotonic()
+        with (folder / "log.txt").open("w", encoding="utf-8") as log:
+            status = run_limited(command, own, log, child_environment(os.environ, self.dry_run))
+        found = read_json(result_path(self.out, stage.name)) or {}
+        outcome = _outcome(stage, found.get("status", "failed"), found.get("reason", ""))
+        outcome["results"] = found.get("results", {})
+        outcome["seconds"] = round(time.monotonic() - begin, 2)
+        outcome["limit"] = round(limit, 1)
+        if status is None:
+            outcome.update(status="timed out", reason=f"killed after {own:.0f} s")
+        elif outcome["status"] == "running" or (status not in (0, SKIPPED) and not found):
+            outcome.update(status="failed", reason=f"the process ended with status {status}")
+        return outcome
+
+    def _write(self) -> None:
+        self.record["seconds"] = round(time.monotonic() - self.begin, 2)
+        write_json(self.out / FILE, self.record)
+        (self.out / TABLE).write_text(render(self.record) + "\n", encoding="utf-8")
+
+
+def _outcome(stage: Stage, status: str, reason: str) -> dict[str, Any]:
+    return {
+        "status": status,
+        "reason": reason,
+        "required": stage.required,
+        "seconds": 0.0,
+        "results": {},
+    }
+
+
+def child_environment(given: Mapping[str, str], dry_run: bool) -> dict[str, str]:
+    """Return the environment of a stage: the checkout's code, no network, the right Triton."""
+    environment = {key: value for key, value in given.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    if dry_run:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def run_limited(
+    command: Sequence[str], seconds: float, log: Any, environment: Mapping[str, str]
+) -> int | None:
+    """Run a process with everything it starts; return its exit status, ``None`` if it was killed.
+
+    It has a process group of its own, so that nothing it started outlives it.
+    """
+    process = subprocess.Popen(
+        list(command),
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=dict(environment),
+        start_new_session=True,
+    )
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS - 1.0), (signal.SIGKILL, 1.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _tail(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(f"    {line}" for line in lines[-LOG_LINES:])

@@ -1,0 +1,42 @@
+"""The whole pass on the shape of Llama-2-7B: plain forward, ours, PEFT's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..context import Context, StageFailed
+
+
+def run(context: Context) -> None:
+    """Measure all methods; each must have run, and ours must give the same bits twice."""
+    import torch
+
+    from bench import end_to_end
+
+    cuda = torch.cuda.is_available()
+    if not (cuda or context.dry_run):
+        raise StageFailed("torch sees no CUDA device")
+    found = end_to_end.run(
+        "tiny" if context.dry_run else "llama-2-7b",
+        torch.device("cuda" if cuda else "cpu"),
+        seconds=context.remaining,
+        save=context.save,
+    )
+    context.save(found)
+    reason = judge(found["rows"])
+    if reason:
+        raise StageFailed(reason)
+
+
+def judge(rows: list[dict[str, Any]]) -> str:
+    """Return what is missing or wrong, or an empty string."""
+    if not rows:
+        return "nothing was measured"
+    bad = [f"{r['method']} at {r['batch']}: {r['status']}" for r in rows]
+    bad = [text for text in bad if not text.endswith(": measured")]
+    bad += [
+        f"{r['method']} at {r['batch']}: other bits in a second run"
+        for r in rows
+        if r.get("same_bits_twice") is False
+    ]
+    return "; ".join(bad)[:300]

@@ -1,0 +1,40 @@
+"""Timings of every kernel, each after its answer was found right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..context import Context, StageFailed
+
+
+def run(context: Context) -> None:
+    """Measure all cases that time allows; all must be timed."""
+    import torch
+
+    from bench.kernels._timing import Ceilings
+    from bench.kernels.run import run as measure
+
+    cuda = torch.cuda.is_available()
+    if not (cuda or context.dry_run):
+        raise StageFailed("torch sees no CUDA device")
+    known = context.results_of("ceilings")
+    names = ("bytes_per_second", "flops_per_second")
+    rows = measure(
+        torch.device("cuda" if cuda else "cpu"),
+        small=context.dry_run,
+        ceilings=Ceilings(*(known[name] for name in names)) if known else None,
+        seconds=context.remaining,
+        save=lambda found: context.save({"rows": found}),
+    )
+    reason = judge(rows)
+    if reason:
+        raise StageFailed(reason)
+
+
+def judge(rows: list[dict[str, Any]]) -> str:
+    """Return which cases were not timed, or an empty string."""
+    if not rows:
+        return "no case was measured"
+    bad = [f"{row.get('label', row['op'])}: {row['status']}" for row in rows]
+    bad = [text for text in bad if not text.endswith(": timed")]
+    return "" if not bad else f"{len(bad)} of {len(rows)} cases: {'; '.join(bad)[:300]}"

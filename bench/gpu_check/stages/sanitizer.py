@@ -1,0 +1,86 @@
+"""compute-sanitizer over the tests of the native kernels."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..context import Context, StageFailed, StageSkipped
+from ..record import ROOT
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+TESTS = ("tests/ops/test_convergence.py", "tests/ops/test_eigh.py")
+NATIVE = "native or graded"  # tests that launch them
+# The tools instrument our kernels alone: all of torch's would take minutes.
+OURS = "kns=eva_kernels"  # a substring of the mangled names: the namespace
+PLACES = ("/usr/local/cuda/bin/compute-sanitizer",)
+UNSUPPORTED = ("Device not supported", "Unsupported device", "not supported on this")
+
+
+def run(context: Context) -> None:
+    """Run all tools; each must find nothing."""
+    tool_path = next(filter(None, map(shutil.which, ("compute-sanitizer", *PLACES))), None)
+    if tool_path is None:
+        raise StageSkipped("compute-sanitizer is not installed")
+    if context.dry_run:
+        raise StageSkipped("a dry run has no device to check")
+    # Side by side: most of the time goes into loading torch under the tool.
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        jobs = {tool: pool.submit(_run_tool, tool_path, tool, context) for tool in TOOLS}
+        found = {tool: job.result() for tool, job in jobs.items()}
+    context.save({"tools": found})
+    if all(result["reason"].startswith("unsupported") for result in found.values()):
+        raise StageSkipped("compute-sanitizer does not support this device")
+    bad = [f"{tool}: {result['reason']}" for tool, result in found.items() if result["reason"]]
+    if bad:
+        raise StageFailed("; ".join(bad))
+
+
+def _run_tool(path: str, tool: str, context: Context) -> dict[str, Any]:
+    seconds = context.remaining
+    tests = [name for name in TESTS if (ROOT / name).exists()]
+    command = [path, "--tool", tool, "--kernel-name", OURS, "--target-processes", "all"]
+    command += ["--error-exitcode", "99", sys.executable, "-m", "pytest", "-q", *tests]
+    command += ["-k", NATIVE, "-p", "no:cacheprovider"]
+    # From torch's cache of blocks a tensor's end is not the end of an allocation.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    log = context.folder / f"{tool}.txt"
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            status = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"reason": f"not done after {seconds:.0f} s", "log": log.name}
+    output = log.read_text(encoding="utf-8", errors="replace")
+    return {"summary": summaries(output), "reason": judge(output, status), "log": log.name}
+
+
+def summaries(output: str) -> list[str]:
+    """Return the lines in which the tool sums up what it found."""
+    return re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+
+
+def judge(output: str, status: int) -> str:
+    """Return what is wrong, or an empty string: no summary or no test run is wrong, too."""
+    if any(words in output for words in UNSUPPORTED):
+        return "unsupported device"
+    found = summaries(output)
+    bad = [line for line in found if not re.search(r"SUMMARY: 0 (?:error|hazard)", line)]
+    if bad:
+        return bad[0]
+    if status:
+        return f"ended with status {status}"
+    if not found:
+        return "no summary in the output"
+    return "" if re.search(r"\b[1-9]\d* passed", output) else "no test ran"

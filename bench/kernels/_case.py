@@ -1,0 +1,156 @@
+"""One case of a kernel benchmark: made, checked against float64, and only then timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eva_kernels.errors import EvaRuntimeError
+
+from ._timing import Ceilings, CpuTimer, CudaTimer, Run, against_ceilings, time_together, timer_for
+
+# Tensor-core products per product of the formula: how many parts the operands are split into.
+SKETCH_PASSES = {
+    ("high", torch.bfloat16): 2,
+    ("high", torch.float16): 3,
+    ("high", torch.float32): 3,
+}
+GRAM_PASSES = {"high": 3}
+# Limits of the relative error of the products.
+ERROR_LIMITS = {"high": 1e-5, "fast": 5e-3}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case with its data on the device.
+
+    Attributes:
+        competitors: name -> call; the fast path first, by its backend's name.
+        errors: name -> relative error of one fresh run against float64.
+        limit: largest error that may be timed.
+        flops, nbytes: least work of one call; 0 flops where the rate means nothing.
+    """
+
+    competitors: dict[str, Run]
+    errors: dict[str, float]
+    limit: float
+    flops: float
+    nbytes: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to be timed.
+
+    Attributes:
+        op: name of the operation.
+        model: whose shape it is.
+        shape: letters as everywhere, N, D, Q, or L for layers.
+        make: puts it on a device.
+        dtype: of the tokens.
+        precision: of the tensor-core products, where there is a choice.
+    """
+
+    op: str
+    model: str
+    shape: dict[str, int]
+    make: Callable[[torch.device], Prepared]
+    dtype: torch.dtype = torch.float32
+    precision: str | None = None
+
+    @property
+    def label(self) -> str:
+        """A readable name, unique among the cases."""
+        shape = " ".join(f"{key}={value}" for key, value in self.shape.items())
+        kind = str(self.dtype).removeprefix("torch.")
+        return " ".join(filter(None, [self.op, self.model, shape, kind, self.precision]))
+
+
+def check(prepared: Prepared) -> None:
+    """Raise ArithmeticError unless every competitor that was checked is right."""
+    for name, error in prepared.errors.items():
+        if not error <= prepared.limit:  # NaN fails, too
+            raise ArithmeticError(f"{name} is wrong by {error:.1e}, more than {prepared.limit:.0e}")
+
+
+def fast_path(backend: str, attempt: Callable[[str], Any], device: torch.device) -> str:
+    """Return the explicit backend if it runs; on the CPU, in a rehearsal, else ``"auto"``.
+
+    Raises:
+        EvaRuntimeError: on a GPU, with the reason why the fast path cannot run.
+    """
+    try:
+        attempt(backend)
+    except EvaRuntimeError:
+        if device.type == "cuda":
+            raise
+        return "auto"
+    return backend
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    ceilings: Ceilings | None = None,
+    timer: CpuTimer | CudaTimer | None = None,
+    budget: float = 0.5,
+) -> dict[str, Any]:
+    """Return one row: errors, and times, rates and the share of the ceilings if it is right."""
+    row: dict[str, Any] = {
+        "op": case.op,
+        "model": case.model,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "precision": case.precision,
+    }
+    try:
+        prepared = case.make(device)
+        row["errors"] = prepared.errors
+        check(prepared)
+        timer = timer or timer_for(device)
+        most = 5 if device.type == "cpu" else 50
+        least = 2 if device.type == "cpu" else 5
+        times = time_together(prepared.competitors, timer, budget=budget, least=least, most=most)
+    except ArithmeticError as error:
+        return {**row, "status": "incorrect", "reason": str(error)}
+    except Exception as error:  # one case must not cost the others their time
+        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
+    fast = next(iter(times))
+    median = times[fast]["ms"]["median"]
+    ratios = {name: t["ms"]["median"] / median for name, t in times.items() if name != fast}
+    rates = against_ceilings(median / 1e3, prepared.flops, prepared.nbytes, ceilings)
+    return {
+        **row,
+        "status": "timed",
+        "fast": fast,
+        "timer": timer.name,
+        "times": times,
+        "over_fast": ratios,
+        **rates,
+    }
+
+
+def measure_all(
+    cases: Sequence[Case],
+    device: torch.device,
+    ceilings: Ceilings | None,
+    deadline: float,
+    save: Callable[[list[dict[str, Any]]], None],
+    budget: float = 0.5,
+) -> list[dict[str, Any]]:
+    """Measure cases in order until a deadline (of ``time.monotonic``); the rest is named."""
+    timer, rows = timer_for(device), []
+    for case in cases:
+        if time.monotonic() > deadline:
+            rows.append({"op": case.op, "label": case.label, "status": "not reached"})
+        else:
+            row = measure(case, device, ceilings, timer, budget)
+            rows.append({**row, "label": case.label})
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        save(rows)
+    return rows

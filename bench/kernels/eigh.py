@@ -1,0 +1,59 @@
+"""The ``eigh`` op: the small symmetric eigenproblems of all layer inputs in one launch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from eva_kernels import ops
+
+from ._case import Case, Prepared, fast_path
+
+SHAPES = [("Llama-2-7B", 96, 64), ("Llama-2-7B", 32, 64), ("Llama-2-7B", 96, 128)]
+LIMIT = 1e-11
+
+
+def cases(small: bool = False) -> list[Case]:
+    """Return the cases of a GPU, or small ones for a rehearsal; none without the op."""
+    shapes = [("tiny", 3, 16)] if small else SHAPES
+    return [
+        Case(
+            op="eigh",
+            model=model,
+            shape={"L": count, "Q": q},
+            make=functools.partial(_make, count, q),
+            dtype=torch.float64,
+        )
+        for model, count, q in shapes
+    ]
+
+
+def _make(count: int, q: int, device: torch.device) -> Prepared:
+    # Graded like the scatter of activations: a few directions carry nearly everything.
+    factors = torch.randn(count, q, 4 * q, dtype=torch.float64, device=device)
+    factors *= torch.logspace(0, -5, q, dtype=torch.float64, device=device)[:, None]
+    matrices = factors @ factors.mT
+    expected = torch.linalg.eigvalsh(matrices.cpu()).to(device)
+    scale = expected.abs().amax(1)
+
+    def run(backend: str) -> Any:
+        return ops.eigh(matrices, backend=backend)
+
+    def error(name: str) -> float:
+        values, vectors = run(name)
+        residual = (matrices @ vectors - vectors * values[:, None, :]).abs().amax((1, 2)) / scale
+        identity = torch.eye(q, dtype=torch.float64, device=device)
+        skew = (vectors.mT @ vectors - identity).abs().amax((1, 2))
+        off = (values - expected).abs().amax(1) / scale
+        return float(torch.stack([residual, skew, off]).max())
+
+    names = [fast_path("native", run, device), "torch"]
+    return Prepared(
+        competitors={name: functools.partial(run, name) for name in names},
+        errors={name: error(name) for name in names},
+        limit=LIMIT,
+        flops=0.0,  # an iteration: its number of operations is not known beforehand
+        nbytes=2.0 * matrices.nbytes,
+    )

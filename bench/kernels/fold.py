@@ -1,0 +1,125 @@
+"""The end of a step: fold all layer inputs of a model, and compare them with the step before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from eva_kernels.streaming import InputStream, Options, compare_streams, fold_streams
+
+from ..common import spread
+from ._timing import count_device_calls
+
+COMPONENTS, WIDTH, TAU = 32, 64, 0.99
+WIDTHS = [(4096, 96), (11008, 32)]  # Llama-2-7B: D and layer inputs
+SMALL_WIDTHS = [(64, 3), (96, 1)]
+LOST_LIMIT = 0.02
+
+
+def measure(device: torch.device, small: bool = False) -> dict[str, Any]:
+    """Time ``fold_streams`` and ``compare_streams`` of one step, from the host's side.
+
+    The host waits for the answer of a step, so a clock around both, with the device idle before
+    and after, is what a user waits for.
+    """
+    widths = SMALL_WIDTHS if small else WIDTHS
+    components, width = (4, 8) if small else (COMPONENTS, WIDTH)
+    streams = [
+        InputStream(d, components, width, device, options=Options("sketch", seed=i))
+        for d, count in widths
+        for i in range(count)
+    ]
+    batches = {d: _decaying(8 * width, d, device) for d, _ in widths}
+    step = _Step(streams, batches, components, device)
+    row: dict[str, Any] = {
+        "op": "fold",
+        "model": "tiny" if small else "Llama-2-7B",
+        "label": "fold and convergence of a step",
+        "shape": {"L": len(streams), "Q": width, "K": components},
+    }
+    for _ in range(3):
+        step.accumulate()
+        step.close()
+    # one stream of each width is compared with the exact answer before anything is timed
+    firsts = {d: next(s for s in streams if s.features == d) for d, _ in widths}
+    lost = {d: lost_variance(firsts[d], batches[d]) for d, _ in widths}
+    row["lost_variance"] = {str(d): value for d, value in lost.items()}
+    if not max(lost.values()) <= LOST_LIMIT:
+        return {**row, "status": "incorrect", "reason": f"lost variance {max(lost.values()):.1e}"}
+    times = _times(step, 3 if small else 12)
+    step.accumulate()
+    calls = count_device_calls(_refilled(step), device)
+    filling = count_device_calls(step.accumulate, device)
+    # counted together, for sums must be there to be folded; the filling is then taken off
+    own = {key: _less(calls[key], filling[key]) for key in calls}
+    return {**row, "status": "timed", "wall_ms": times, "calls": own, "calls_of_adding": filling}
+
+
+class _Step:
+    """One step over prepared streams, in its two halves."""
+
+    def __init__(
+        self,
+        streams: list[InputStream],
+        batches: dict[int, torch.Tensor],
+        components: int,
+        device: torch.device,
+    ) -> None:
+        self.streams, self.batches, self.device = streams, batches, device
+        self.ranks = [components // 2] * len(streams)
+
+    def accumulate(self) -> None:
+        for stream in self.streams:
+            stream.add(self.batches[stream.features])
+
+    def close(self) -> None:
+        folded = fold_streams(self.streams)
+        compare_streams(folded, self.ranks, tau=TAU)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _refilled(step: _Step) -> Callable[[], None]:
+    def run() -> None:
+        step.close()
+        step.accumulate()
+
+    return run
+
+
+def _times(step: _Step, repetitions: int) -> dict[str, float]:
+    milliseconds = []
+    for _ in range(repetitions):
+        step.accumulate()
+        step.wait()
+        begin = time.perf_counter()
+        step.close()
+        step.wait()
+        milliseconds.append(1e3 * (time.perf_counter() - begin))
+    return {**spread(milliseconds), "fastest": min(milliseconds)}
+
+
+def _less(total: int | None, part: int | None) -> int | None:
+    return None if total is None or part is None else total - part
+
+
+def _decaying(count: int, d: int, device: torch.device) -> torch.Tensor:
+    """Return bfloat16 tokens whose spectrum falls quickly, as that of activations does."""
+    rank = min(d, 4 * COMPONENTS)
+    values = torch.logspace(2, -1, rank, device=device)
+    mixing = torch.randn(rank, d, device=device)
+    return ((torch.randn(count, rank, device=device) * values) @ mixing).bfloat16()
+
+
+def lost_variance(stream: InputStream, x: torch.Tensor) -> float:
+    """Return ``1 - captured / (the most that as many directions capture)`` of one batch."""
+    centred = x.double() - x.double().mean(0)
+    best = torch.linalg.eigvalsh((centred @ centred.mT).cpu()).flip(0)
+    components = stream.spectrum().components
+    basis = torch.linalg.qr(components.double().mT).Q
+    return float(1 - float((centred @ basis).square().sum()) / float(best[: len(components)].sum()))

@@ -1,0 +1,70 @@
+"""The ``gram`` op at the shapes of language models."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from eva_kernels.ops import gram
+
+from ._case import ERROR_LIMITS, GRAM_PASSES, Case, Prepared, fast_path
+from ._timing import relative_error
+from .sketch import tokens
+
+SHAPES = [
+    ("Llama-2-7B", 4096, 2048),
+    ("Llama-2-7B", 4096, 8192),
+    ("Llama-3.2-1B", 2048, 2048),
+    ("Llama-3.2-1B", 2048, 8192),
+]
+
+
+def cases(small: bool = False) -> list[Case]:
+    """Return the cases of a GPU, or small ones for a rehearsal."""
+    shapes = [("tiny", 64, 96)] if small else SHAPES
+    return [
+        Case(
+            op="gram",
+            model=model,
+            shape={"N": n, "D": d},
+            make=functools.partial(_make, d, n, torch.bfloat16, "high"),
+            dtype=torch.bfloat16,
+            precision="high",
+        )
+        for model, d, n in shapes
+    ]
+
+
+def _make(d: int, n: int, dtype: torch.dtype, precision: str, device: torch.device) -> Prepared:
+    x = tokens(n, d, dtype, device)
+    pivot = x[: n // 4].float().mean(0)
+
+    def blank() -> tuple[torch.Tensor, ...]:
+        wide = {"dtype": torch.float64, "device": device}
+        return torch.zeros(d, d, device=device), torch.zeros(d, **wide), torch.zeros((), **wide)
+
+    def run(backend: str, sums: tuple[torch.Tensor, ...]) -> Any:
+        return gram(x, pivot, *sums, backend=backend, precision=precision)
+
+    centred = x.double() - pivot.double()
+    truth = (centred.mT @ centred, centred.sum(0), centred.square().sum())
+    del centred
+
+    def error(name: str) -> float:
+        sums = blank()
+        run(name, sums)
+        return max(relative_error(*pair) for pair in zip(sums, truth, strict=True))
+
+    names = [fast_path("triton", lambda name: run(name, blank()), device), "torch"]
+    sums = {name: blank() for name in names}
+    passes = GRAM_PASSES.get(precision, 1)
+    return Prepared(
+        competitors={name: functools.partial(run, name, sums[name]) for name in names},
+        errors={name: error(name) for name in names},
+        limit=ERROR_LIMITS[precision],
+        # a symmetric product: half of the 2 N D^2 flops do
+        flops=1.0 * passes * n * d * (d + 1),
+        nbytes=x.nbytes + 2 * 4 * d * d,
+    )

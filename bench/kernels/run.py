@@ -1,0 +1,66 @@
+"""All kernel timings, in order of value, as rows that JSON can hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from eva_kernels import ops
+
+from . import convergence, eigh, fold, gram, sketch
+from ._case import Case, measure_all
+from ._timing import Ceilings
+
+Rows = list[dict[str, Any]]
+
+
+def all_cases(small: bool = False) -> list[Case]:
+    """Return the cases of every op, the most telling first."""
+    sketches = sketch.cases(small)
+    return [
+        *sketches[:1],
+        *convergence.cases(small)[:1],
+        *eigh.cases(small)[:1],
+        *gram.cases(small)[:1],
+        *sketches[1:],
+        *eigh.cases(small)[1:],
+        *gram.cases(small)[1:],
+        *convergence.cases(small)[1:],
+    ]
+
+
+def run(
+    device: torch.device,
+    *,
+    small: bool = False,
+    ceilings: Ceilings | None = None,
+    seconds: float = 60.0,
+    save: Callable[[Rows], None] = lambda rows: None,
+) -> Rows:
+    """Measure the fold, then case by case while time is left; what is left over is named.
+
+    Args:
+        device: where to measure.
+        small: shapes of a rehearsal.
+        ceilings: of this machine, for the shares.
+        seconds: no case is begun later than this.
+        save: called with all rows so far after each.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        rows = [fold.measure(device, small)]
+    except Exception as error:  # the cases below are worth their time without it
+        rows = [{"op": "fold", "label": "fold", "status": "failed", "reason": repr(error)[:500]}]
+    save(rows)
+    first = list(rows)
+    cases = [case for case in all_cases(small) if hasattr(ops, case.op)]
+    missing = sorted({case.op for case in all_cases(small)} - {case.op for case in cases})
+    first += [{"op": op, "label": op, "status": "failed", "reason": "no such op"} for op in missing]
+    rest = measure_all(
+        cases, device, ceilings, deadline, lambda found: save(first + found), 0.1 if small else 0.5
+    )
+    save(first + rest)
+    return first + rest

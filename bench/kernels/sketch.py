@@ -1,0 +1,111 @@
+"""The ``sketch`` op at the shapes of language models."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from eva_kernels.ops import sketch
+
+from ._case import ERROR_LIMITS, SKETCH_PASSES, Case, Prepared, fast_path
+from ._timing import relative_error
+
+# model, D, N, Q; the most telling first, for time may run out
+SHAPES = [
+    ("Llama-2-7B", 4096, 8192, 64),
+    ("Llama-2-7B", 4096, 2048, 64),
+    ("Llama-2-7B", 11008, 2048, 64),
+    ("Llama-2-7B", 11008, 8192, 64),
+    ("Llama-2-7B", 4096, 2048, 128),
+    ("Llama-2-7B", 4096, 8192, 128),
+    ("Llama-2-7B", 11008, 2048, 128),
+    ("Llama-2-7B", 11008, 8192, 128),
+    ("Gemma-2-9B", 3584, 8192, 64),
+    ("Gemma-2-9B", 14336, 8192, 64),
+    ("Llama-3.1-70B", 8192, 8192, 64),
+    ("Llama-3.1-70B", 28672, 8192, 64),
+    ("Llama-3.2-1B", 2048, 2048, 64),
+    ("Llama-3.2-1B", 8192, 2048, 64),
+]
+VARIANTS = [(torch.bfloat16, "fast"), (torch.float16, "high"), (torch.float32, "high")]
+
+
+def cases(small: bool = False) -> list[Case]:
+    """Return the cases of a GPU, or small ones for a rehearsal."""
+    if small:
+        return [_case("tiny", 64, 96, 16, torch.bfloat16, "high")]
+    found = [_case(*shape, torch.bfloat16, "high") for shape in SHAPES]
+    return found[:4] + [_case(*SHAPES[0], *variant) for variant in VARIANTS] + found[4:]
+
+
+def _case(model: str, d: int, n: int, q: int, dtype: torch.dtype, precision: str) -> Case:
+    with_peft = q == 64 and d in (4096, 11008) and n == 2048
+    return Case(
+        op="sketch",
+        model=model,
+        shape={"N": n, "D": d, "Q": q},
+        make=functools.partial(_make, d, n, q, dtype, precision, with_peft),
+        dtype=dtype,
+        precision=precision,
+    )
+
+
+def tokens(n: int, d: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return random tokens with features of very different size, some far from zero."""
+    scale = torch.rand(d, device=device).mul_(4).exp_()
+    offset = 8 * torch.randn(d, device=device)
+    return torch.randn(n, d, device=device).mul_(scale).add_(offset).to(dtype)
+
+
+def _make(
+    d: int,
+    n: int,
+    q: int,
+    dtype: torch.dtype,
+    precision: str,
+    with_peft: bool,
+    device: torch.device,
+) -> Prepared:
+    x = tokens(n, d, dtype, device)
+    pivot = x[: n // 4].float().mean(0)
+    basis = torch.linalg.qr(torch.randn(d, q, device=device)).Q.mT.contiguous()
+
+    def blank() -> tuple[torch.Tensor, ...]:
+        wide = {"dtype": torch.float64, "device": device}
+        products = torch.zeros(q, d, device=device)
+        return products, torch.zeros(d, **wide), torch.zeros((), **wide)
+
+    def run(backend: str, sums: tuple[torch.Tensor, ...]) -> Any:
+        return sketch(x, basis, pivot, *sums, backend=backend, precision=precision)
+
+    fast = fast_path("triton", lambda name: run(name, blank()), device)
+    names = [fast, "torch"]
+    truth = _truth(x, basis, pivot)
+    errors = {name: _error(functools.partial(run, name), blank(), truth) for name in names}
+    sums = {name: blank() for name in names}
+    competitors = {name: functools.partial(run, name, sums[name]) for name in names}
+    if with_peft:
+        # PEFT brings transformers, which takes seconds to load
+        from peft.utils.incremental_pca import IncrementalPCA
+
+        pca = IncrementalPCA(q // 2, copy=True, lowrank=True, lowrank_seed=42)
+        pca.partial_fit(x.float())
+        competitors["peft step"] = lambda: pca.partial_fit(x.float())
+    passes = SKETCH_PASSES.get((precision, dtype), 1)
+    nbytes = x.nbytes + 3 * basis.nbytes  # X and V read; the products read and written
+    return Prepared(competitors, errors, ERROR_LIMITS[precision], 4.0 * passes * n * d * q, nbytes)
+
+
+def _truth(
+    x: torch.Tensor, basis: torch.Tensor, pivot: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    centred = x.double() - pivot.double()
+    products = (centred @ basis.double().mT).mT @ centred
+    return products, centred.sum(0), centred.square().sum()
+
+
+def _error(run: Any, sums: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...]) -> float:
+    run(sums)
+    return max(relative_error(*pair) for pair in zip(sums, truth, strict=True))

@@ -1,0 +1,49 @@
+"""Kernel timings by pytest-benchmark: ``python -m pytest bench/kernels``.
+
+Shapes of language models on a GPU, small ones on the CPU. A case that is not right is a failure
+and is not timed. The rounds of pytest-benchmark are of the host's clock and wait for the device;
+what the device's own clock says stands in the extra information.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench.kernels._case import Case, check
+from bench.kernels._timing import against_ceilings, time_together, timer_for
+from bench.kernels.run import all_cases
+from eva_kernels import ops
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = all_cases(small=DEVICE.type == "cpu")
+
+
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def test_fast_path(case: Case, benchmark: Any) -> None:
+    if not hasattr(ops, case.op):
+        pytest.fail(f"there is no op {case.op}")
+    prepared = case.make(DEVICE)
+    check(prepared)
+    timer = timer_for(DEVICE)
+    fast = next(iter(prepared.competitors))
+    times = time_together(prepared.competitors, timer, budget=0.3, least=2, most=30)
+    rates = against_ceilings(
+        times[fast]["ms"]["median"] / 1e3, prepared.flops, prepared.nbytes, None
+    )
+    benchmark.group = case.label
+    benchmark.extra_info.update({"timer": timer.name, "times": times, "errors": prepared.errors})
+    benchmark.extra_info.update(rates)
+
+    def once() -> None:
+        prepared.competitors[fast]()
+        wait()
+
+    benchmark.pedantic(once, rounds=3 if DEVICE.type == "cpu" else 20, warmup_rounds=1)

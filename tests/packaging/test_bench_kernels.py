@@ -1,0 +1,234 @@
+"""The benchmarks' own arithmetic: what is timed, what is refused, and what the numbers mean."""
+
+import functools
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from bench import end_to_end
+from bench.kernels import _case, _timing, fold, sketch
+from bench.kernels._case import Case, Prepared
+from bench.kernels.run import all_cases
+from eva_kernels.errors import EvaRuntimeError
+
+CPU = torch.device("cpu")
+
+
+def prepared(error: float, calls: list[str]) -> Prepared:
+    return Prepared(
+        competitors={"fast": lambda: calls.append("fast"), "torch": lambda: calls.append("torch")},
+        errors={"fast": error, "torch": 0.0},
+        limit=1e-5,
+        flops=2e9,
+        nbytes=1e6,
+    )
+
+
+@pytest.mark.parametrize("error", [2e-5, float("nan"), float("inf")])
+def test_what_is_wrong_is_not_timed(error: float) -> None:
+    calls: list[str] = []
+    case = Case("sketch", "none", {"N": 1}, lambda device: prepared(error, calls))
+    row = _case.measure(case, CPU)
+    assert row["status"] == "incorrect"
+    assert "fast is wrong by" in row["reason"]
+    assert calls == []
+    assert "times" not in row
+
+
+def test_what_is_right_is_timed_in_turn() -> None:
+    calls: list[str] = []
+    case = Case("sketch", "none", {"N": 1}, lambda device: prepared(1e-6, calls))
+    row = _case.measure(case, CPU, _timing.Ceilings(1e9, 1e12))
+    assert row["status"] == "timed"
+    assert calls == ["fast", "torch"] * (len(calls) // 2)
+    assert len(calls) >= 8
+    assert row["limited_by"] == "arithmetic"
+    assert row["floor_ms"] == pytest.approx(2.0)
+    assert set(row["over_fast"]) == {"torch"}
+
+
+def test_a_case_that_raises_does_not_stop_the_others() -> None:
+    def fail(device: torch.device) -> Prepared:
+        raise ValueError("no such shape")
+
+    good = Case("gram", "good", {"N": 1}, lambda device: prepared(0.0, []))
+    cases = [Case("gram", "bad", {"N": 1}, fail), good, good]
+    saved: list[int] = []
+    run = functools.partial(_case.measure_all, device=CPU, ceilings=None)
+    rows = run(cases, deadline=time.monotonic() + 60, save=lambda rows: saved.append(len(rows)))
+    assert [row["status"] for row in rows] == ["failed", "timed", "timed"]
+    assert rows[0]["reason"] == "ValueError: no such shape"
+    assert saved == [1, 2, 3]
+    rows = run(cases, deadline=time.monotonic() - 1, save=lambda rows: None)
+    assert [row["status"] for row in rows] == ["not reached"] * 3
+
+
+def test_a_gpu_has_its_fast_path_or_says_why() -> None:
+    def refuse(backend: str) -> None:
+        raise EvaRuntimeError("no kernels here")
+
+    with pytest.raises(EvaRuntimeError, match="no kernels here"):
+        _case.fast_path("triton", refuse, torch.device("cuda"))
+    assert _case.fast_path("triton", refuse, CPU) == "auto"
+    assert _case.fast_path("triton", lambda backend: None, torch.device("cuda")) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "nbytes", "limited_by", "share"),
+    [(2e-3, 1e6, "arithmetic", 0.5), (8e-3, 4e9, "memory", 0.5)],
+)
+def test_share_of_the_larger_term(
+    seconds: float, nbytes: float, limited_by: str, share: float
+) -> None:
+    ceilings = _timing.Ceilings(bytes_per_second=1e12, flops_per_second=1e12)
+    found = _timing.against_ceilings(seconds, 1e9, nbytes, ceilings)
+    assert found["limited_by"] == limited_by
+    assert found["share_of_ceiling"] == pytest.approx(share)
+    assert found["gb_s"] == pytest.approx(nbytes / seconds / 1e9)
+    assert "share_of_ceiling" not in _timing.against_ceilings(seconds, 1e9, nbytes, None)
+
+
+def test_repetitions_stay_within_limits() -> None:
+    assert _timing.repetitions(0.1, 1.0, 5, 50) == 10
+    assert _timing.repetitions(1.0, 1.0, 5, 50) == 5
+    assert _timing.repetitions(1e-6, 1.0, 5, 50) == 50
+
+
+def test_profiled_events_are_sorted() -> None:
+    events = {
+        ("cudaLaunchKernel", False): 3,
+        ("cuLaunchKernelEx", False): 2,
+        ("cudaStreamSynchronize", False): 1,
+        ("aten::mm", False): 7,
+        ("sketch_project", True): 4,
+        ("Memcpy DtoH (Device -> Pinned)", True): 1,
+        ("Memset (Device)", True): 9,
+    }
+    assert _timing.tally(events) == {
+        "launches": 5,
+        "kernels": 4,
+        "host_waits": 1,
+        "copies_to_host": 1,
+    }
+
+
+class FakeEvent:
+    """A CUDA event of a device that works at once."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: "FakeEvent") -> float:
+        return 1e3 * (later.at - self.at)
+
+
+def test_cuda_timer_with_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(_timing, "FLUSH_BYTES", 1 << 20)
+    timer = _timing.CudaTimer(CPU)
+    timer.buffer.fill_(1)
+    flushed = []
+
+    def run() -> None:
+        flushed.append(int(timer.buffer.max()) == 0)
+        timer.buffer.fill_(1)
+        time.sleep(0.01)
+
+    seconds, host = timer.sample(run)
+    # the first call tells the host's time, the second the device's, after the cache was overwritten
+    assert flushed == [False, True]
+    assert 0.01 <= seconds < 0.1
+    assert 0.01 <= host < 0.1
+
+
+def test_labels_are_unique_and_shapes_are_those_of_models() -> None:
+    cases = all_cases()
+    labels = [case.label for case in cases]
+    assert len(set(labels)) == len(labels)
+    shapes = {(c.shape["D"], c.shape["N"], c.shape["Q"]) for c in cases if c.op == "sketch"}
+    wanted = {(d, n, q) for d in (4096, 11008) for n in (2048, 8192) for q in (64, 128)}
+    assert wanted <= shapes
+    assert {case.op for case in cases} == {"sketch", "gram", "convergence", "eigh"}
+    layers = next(c.shape["L"] for c in cases if c.op == "convergence")
+    assert layers == 128
+
+
+def test_peft_step_is_a_competitor() -> None:
+    made = sketch._make(48, 64, 8, torch.bfloat16, "high", True, CPU)
+    assert list(made.competitors)[1:] == ["torch", "peft step"]
+    for run in made.competitors.values():
+        run()
+    # 4 N D Q flops, twice for bfloat16
+    assert made.flops == 2 * 4 * 64 * 48 * 8
+
+
+def test_errors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Any, basis: Any, pivot: Any, products: Any, *rest: Any, **options: Any) -> None:
+        real(x, basis, pivot, products, *rest, **options)
+        products[0, 0] *= 1.01
+
+    real = sketch.sketch
+    monkeypatch.setattr(sketch, "sketch", wrong)
+    made = sketch._make(48, 64, 8, torch.float32, "high", False, CPU)
+    with pytest.raises(ArithmeticError):
+        _case.check(made)
+
+
+def test_fold_refuses_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fold.measure(CPU, small=True)["status"] == "timed"
+    monkeypatch.setattr(fold, "lost_variance", lambda stream, x: 0.5)
+    row = fold.measure(CPU, small=True)
+    assert row["status"] == "incorrect"
+    assert "wall_ms" not in row
+
+
+def test_end_to_end_plan_and_ratios() -> None:
+    plan = end_to_end.plan(end_to_end.SETTINGS["llama-2-7b"])
+    assert plan[:3] == [(4, "plain"), (4, "ours"), (4, "peft")]
+    assert plan[-1] == (16, "peft")
+    assert sorted(plan) == sorted((n, m) for n in (4, 8, 16) for m in end_to_end.METHODS)
+    rows = [
+        {"batch": 4, "method": name, "status": "measured", "step_s": {"median": seconds}}
+        for name, seconds in (("plain", 1.0), ("ours", 1.04), ("peft", 10.4))
+    ]
+    rows.append({"batch": 8, "method": "plain", "status": "failed"})
+    first, second = end_to_end.ratios(rows)
+    assert first == {
+        "batch": 4,
+        "ours_over_plain": pytest.approx(1.04),
+        "peft_over_ours": pytest.approx(10.0),
+    }
+    assert second == {"batch": 8}
+
+
+def test_calls_of_one_step_are_a_difference() -> None:
+    few, many = {"launches": 30, "kernels": None}, {"launches": 70, "kernels": None}
+    assert end_to_end.per_step(few, many, 4) == {"launches": 10.0, "kernels": None}
+
+
+def test_text_is_folded_into_the_vocabulary() -> None:
+    ids = end_to_end.load_ids(100, 500)
+    assert ids.shape == (500,)
+    assert int(ids.min()) >= 0
+    assert int(ids.max()) < 100
+    assert ids.unique().numel() > 20
+
+
+def test_a_method_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(bench: end_to_end.Bench) -> dict[str, Any]:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(end_to_end.METHODS, "ours", fail)
+    monkeypatch.delitem(end_to_end.METHODS, "peft")
+    found = end_to_end.run("tiny", CPU)
+    assert [row["status"] for row in found["rows"]] == ["measured", "failed"]
+    assert found["rows"][1]["reason"] == "RuntimeError: out of memory"

@@ -1,0 +1,430 @@
+"""The check on a GPU: its time, its records, how it reads reports, and a rehearsal of it all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu_check import child, context, record, runner, table
+from bench.gpu_check.plan import STAGES, TOTAL_SECONDS, Stage, limit_of
+from bench.gpu_check.stages import build, end_to_end, environment, kernels, sanitizer, tests
+
+A, B, C = Stage("a", 10.0, 5.0), Stage("b", 20.0, 5.0), Stage("c", 30.0, 5.0)
+
+
+def test_shares_fit_the_whole() -> None:
+    assert sum(stage.share for stage in STAGES) <= TOTAL_SECONDS - 5
+    assert TOTAL_SECONDS == 9 * 60
+
+
+@pytest.mark.parametrize(
+    ("stage", "later", "remaining", "limit"),
+    [
+        (A, [B, C], 60.0, 10.0),  # no spare time: its share
+        (A, [B, C], 70.0, 20.0),  # what is spare
+        (B, [C], 58.0, 28.0),  # what a quick stage before it left
+        (C, [], 45.0, 45.0),  # the last has all
+        (B, [C], 15.0, 15.0),  # too little for its share
+        (A, [], -1.0, 0.0),
+    ],
+)
+def test_limit(stage: Stage, later: list[Stage], remaining: float, limit: float) -> None:
+    assert limit_of(stage, later, remaining) == limit
+
+
+def test_later_stages_keep_their_shares_whatever_happens_before() -> None:
+    remaining = TOTAL_SECONDS
+    for i, stage in enumerate(STAGES):
+        limit = limit_of(stage, STAGES[i + 1 :], remaining)
+        assert limit >= stage.share
+        remaining -= limit
+    assert remaining >= 0
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ({"a": "passed", "b": "passed"}, "passed"),
+        ({"a": "passed", "b": "skipped"}, "passed"),
+        ({"a": "passed", "b": "failed"}, "failed"),
+        ({"a": "passed", "b": "timed out"}, "failed"),
+        ({"a": "skipped", "b": "passed"}, "failed"),
+        ({"a": "not reached", "b": "passed"}, "failed"),
+        ({"b": "passed"}, "failed"),
+    ],
+)
+def test_verdict(statuses: dict[str, str], expected: str) -> None:
+    stages = {name: {"status": status} for name, status in statuses.items()}
+    assert record.verdict(stages, {"a": True, "b": False}) == expected
+
+
+def test_resume_keeps_what_passed_with_the_same_sources() -> None:
+    new = record.new_record(dry_run=False)
+    stages = {"a": {"status": "passed"}, "b": {"status": "failed"}, "c": {"status": "timed out"}}
+    earlier = {**new, "stages": stages}
+    assert record.resumed(earlier, new) == {"a": {"status": "passed", "kept": True}}
+    for key, other in (("sources", "x"), ("dry_run", True), ("schema_version", 0)):
+        assert record.resumed({**earlier, key: other}, new) == {}
+    assert record.resumed(None, new) == {}
+
+
+def test_source_hash_sees_a_change(tmp_path: Path) -> None:
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "a.cu").write_text("1")
+    first = record.source_hash(tmp_path)
+    assert record.source_hash(tmp_path) == first
+    (tmp_path / "csrc" / "a.cu").write_text("2")
+    assert record.source_hash(tmp_path) != first
+
+
+def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder" / "x.json"
+    record.write_json(path, {"a": 1})
+
+    def fail(*arguments: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError):
+        record.write_json(path, {"a": 2})
+    assert record.read_json(path) == {"a": 1}
+    path.write_text('{"a"')
+    assert record.read_json(path) is None
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="t.a" name="one"/>
+<testcase classname="t.a" name="two"><failure message="x">x</failure></testcase>
+<testcase classname="t.b" name="three"><error message="collection failure">x</error></testcase>
+<testcase classname="t.b" name="four"><skipped message="no nvcc">x</skipped></testcase>
+<testcase classname="t.c" name="five">
+  <properties><property name="gpu" value="yes"/></properties></testcase>
+<testcase classname="t.c" name="six"><properties><property name="gpu" value="yes"/></properties>
+  <skipped message="needs a CUDA device">x</skipped></testcase>
+</testsuite></testsuites>"""
+
+
+def test_junit_report(tmp_path: Path) -> None:
+    (tmp_path / "report.xml").write_text(JUNIT)
+    found = tests.parse(tmp_path / "report.xml")
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 2, 2)
+    assert (found["gpu_passed"], found["gpu_failed"], found["gpu_skipped"]) == (1, 0, 1)
+    assert found["failures"] == ["t.a::two", "t.b::three"]
+    assert found["skip_reasons"] == {"no nvcc": 1, "needs a CUDA device": 1}
+
+
+GREEN = {"passed": 3, "failed": 0, "gpu_passed": 1, "gpu_skipped": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "reason"),
+    [
+        ({}, 0, ""),
+        ({"failed": 2, "missing_packages": ["sklearn"]}, 1, "2 tests failed (not installed: skl"),
+        ({}, 2, "pytest ended with status 2"),
+        ({"passed": 0}, 0, "no test ran"),
+        ({"gpu_passed": 0}, 0, "no test that needs the GPU ran"),
+        ({"gpu_skipped": 4}, 0, "4 tests that need the GPU were skipped"),
+    ],
+)
+def test_suite_is_judged(change: dict[str, Any], status: int, reason: str) -> None:
+    found = tests.judge({**GREEN, **change}, status, dry_run=False)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "reason"),
+    [
+        ("5 passed in 3s\n========= ERROR SUMMARY: 0 errors\n", 0, ""),
+        ("5 passed\n= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, ""),
+        ("5 passed\n= RACECHECK SUMMARY: 2 hazards displayed (2 errors)\n", 99, "RACECHECK"),
+        ("5 passed\n========= ERROR SUMMARY: 3 errors\n", 99, "ERROR SUMMARY: 3 errors"),
+        ("5 passed\n========= ERROR SUMMARY: 3 errors\n", 0, "ERROR SUMMARY: 3 errors"),
+        ("1 failed\n========= ERROR SUMMARY: 0 errors\n", 1, "ended with status 1"),
+        ("5 passed\n", 0, "no summary"),
+        ("no tests ran\n========= ERROR SUMMARY: 0 errors\n", 0, "no test ran"),
+        ("Device not supported. Please refer\n", 255, "unsupported"),
+    ],
+)
+def test_sanitizer_output_is_judged(output: str, status: int, reason: str) -> None:
+    found = sanitizer.judge(output, status)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+FAKE_TOOL = """#!/bin/sh
+echo "$@" > {folder}/$2.args
+echo "9 passed in 1s"
+echo "========= ERROR SUMMARY: {errors} errors"
+"""
+
+
+@pytest.mark.parametrize(("errors", "reason"), [(0, None), (2, "memcheck: ERROR SUMMARY: 2")])
+def test_sanitizer_runs_three_tools(
+    errors: int, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(FAKE_TOOL.format(folder=tmp_path, errors=errors))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    given = context.Context("sanitizer", tmp_path, dry_run=False, seconds=30.0)
+    if reason is None:
+        sanitizer.run(given)
+    else:
+        with pytest.raises(context.StageFailed, match=reason):
+            sanitizer.run(given)
+    assert set(given.saved()["tools"]) == {"memcheck", "racecheck", "synccheck"}
+    for tool in sanitizer.TOOLS:
+        arguments = (tmp_path / f"{tool}.args").read_text()
+        assert "tests/ops/test_eigh.py" in arguments
+        assert "kns=eva_kernels" in arguments
+
+
+def test_sanitizer_that_is_not_installed_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda name: None)
+    with pytest.raises(context.StageSkipped, match="not installed"):
+        sanitizer.run(context.Context("sanitizer", tmp_path, dry_run=False, seconds=30.0))
+
+
+def test_kernel_and_end_to_end_rows_are_judged() -> None:
+    timed = {"op": "sketch", "status": "timed"}
+    assert kernels.judge([timed]) == ""
+    assert kernels.judge([timed, {"op": "eigh", "status": "not reached"}]).startswith("1 of 2")
+    assert kernels.judge([]) != ""
+    ours = {"method": "ours", "batch": 4, "status": "measured", "same_bits_twice": True}
+    assert end_to_end.judge([ours]) == ""
+    assert "other bits" in end_to_end.judge([{**ours, "same_bits_twice": False}])
+    assert "failed" in end_to_end.judge([{**ours, "status": "failed"}])
+    assert end_to_end.judge([]) != ""
+
+
+def test_a_module_older_than_its_sources_is_not_up_to_date(tmp_path: Path) -> None:
+    names = ["setup.py", "csrc/a.cpp", "eva_kernels/_C.cpython-312.so"]
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (i, i))
+    assert build.up_to_date(tmp_path) == "_C.cpython-312.so"
+    os.utime(tmp_path / "csrc" / "a.cpp", (5, 5))
+    assert build.up_to_date(tmp_path) == ""
+    (tmp_path / names[2]).unlink()
+    assert build.up_to_date(tmp_path) == ""
+
+
+def test_smi_fields() -> None:
+    told = "580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W, 143771 MiB\nother\n"
+    found = environment.parse_smi(told)
+    assert found["driver_version"] == "580.1"
+    assert found["memory.total"] == "143771 MiB"
+    assert environment.parse_smi("") == {}
+
+
+def test_environment_of_a_stage() -> None:
+    given = {"TRITON_INTERPRET": "1", "HOME": "/home"}
+    real = runner.child_environment(given, dry_run=False)
+    assert "TRITON_INTERPRET" not in real
+    assert "CUDA_VISIBLE_DEVICES" not in real
+    assert real["HOME"] == "/home"
+    rehearsal = runner.child_environment({}, dry_run=True)
+    assert (rehearsal["TRITON_INTERPRET"], rehearsal["CUDA_VISIBLE_DEVICES"]) == ("1", "")
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_late_process_is_killed_with_all_it_started(tmp_path: Path) -> None:
+    code = f"""
+        import pathlib, signal, subprocess, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(sleeper.pid))
+        time.sleep(60)
+    """
+    begin = time.monotonic()
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        assert runner.run_limited(command, 2.0, log, os.environ) is None
+    assert time.monotonic() - begin < 10
+    deadline = time.monotonic() + 5
+    pid = int((tmp_path / "pid").read_text())
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+def test_marked_tests_are_named_in_the_report(tmp_path: Path) -> None:
+    (tmp_path / "test_marks.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", tests.PLUGIN, "--junitxml=report.xml"]
+    found = {**os.environ, "PYTHONPATH": str(record.ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=found, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    parsed = tests.parse(tmp_path / "report.xml")
+    assert (parsed["passed"], parsed["gpu_passed"]) == (2, 1)
+
+
+class Stubbed(runner.Check):
+    """A check whose stages are given by their outcomes."""
+
+    outcomes: dict[str, str]
+
+    def _launch(self, stage: Stage, limit: float) -> dict[str, Any]:
+        status = self.outcomes[stage.name]
+        results = {"versions": {"torch": "1"}}
+        return {"status": status, "reason": "", "seconds": 0.0, "results": results}
+
+
+def stubbed(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
+    stages = [Stage(name, 1.0, 1.0, required=name != "c") for name in outcomes]
+    check = Stubbed(out, stages=stages, total=30.0, say=lambda line: None, **options)
+    check.outcomes = outcomes
+    return check
+
+
+def test_later_stages_run_after_a_failure_and_the_check_is_red(tmp_path: Path) -> None:
+    assert not stubbed(tmp_path, {"a": "passed", "b": "timed out", "c": "passed"}).run()
+    found = record.read_json(tmp_path / "gpu-check.json")
+    assert [s["status"] for s in found["stages"].values()] == ["passed", "timed out", "passed"]
+    assert found["status"] == "failed"
+    assert found["versions"] == {"torch": "1"}
+
+
+def test_a_stage_left_out_is_red_unless_it_may_be(tmp_path: Path) -> None:
+    outcomes = dict.fromkeys("abc", "passed")
+    assert stubbed(tmp_path, outcomes).run()
+    assert stubbed(tmp_path, outcomes, skip=["c"]).run()
+    assert not stubbed(tmp_path, outcomes, skip=["b"]).run()
+    with pytest.raises(ValueError, match="no stage nope; there are a, b, c"):
+        stubbed(tmp_path, outcomes, skip=["nope"])
+
+
+def test_resumed_check_runs_what_had_not_passed(tmp_path: Path) -> None:
+    assert not stubbed(tmp_path, {"a": "passed", "b": "failed"}).run()
+    again = stubbed(tmp_path, {"a": "failed", "b": "passed"}, resume=True)
+    assert again.run()
+    assert again.record["stages"]["a"]["kept"]
+
+
+def test_a_check_without_time_reaches_nothing(tmp_path: Path) -> None:
+    check = stubbed(tmp_path, {"a": "passed"})
+    check.total = 0.5
+    assert not check.run()
+    assert check.record["stages"]["a"]["status"] == "not reached"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "outcome", "reason"),
+    [
+        ("context.save({'x': 1})", child.PASSED, "passed", ""),
+        ("raise StageSkipped('lacks it')", child.SKIPPED, "skipped", "lacks it"),
+        ("raise StageFailed('is wrong')", child.FAILED, "failed", "is wrong"),
+        ("context.save({'x': 1}); 1 / 0", child.FAILED, "failed", "ZeroDivisionError: division"),
+    ],
+)
+def test_outcome_of_a_stage(
+    body: str,
+    status: int,
+    outcome: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    names = {"StageSkipped": context.StageSkipped, "StageFailed": context.StageFailed}
+
+    class Module:
+        @staticmethod
+        def run(context: context.Context) -> None:
+            exec(body, {**names, "context": context})
+
+    monkeypatch.setitem(sys.modules, "bench.gpu_check.stages.made_up", Module)
+    given = context.Context("made_up", tmp_path, dry_run=True, seconds=5.0)
+    assert child.run_stage(given) == status
+    found = record.read_json(context.result_path(tmp_path, "made_up"))
+    assert found["status"] == outcome
+    assert found["reason"].startswith(reason)
+    # what was found before an error is kept
+    assert found["results"] == ({"x": 1} if "save" in body else {})
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, float]:
+    out = tmp_path_factory.mktemp("rehearsal")
+    command = [sys.executable, "-m", "bench", "gpu-check", "--out", str(out), "--dry-run"]
+    begin = time.monotonic()
+    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
+    return out, done.returncode, done.stdout + done.stderr, time.monotonic() - begin
+
+
+@pytest.mark.slow
+def test_rehearsal_is_green(rehearsal: tuple[Path, int, str, float]) -> None:
+    out, status, output, _ = rehearsal
+    found = json.loads((out / "gpu-check.json").read_text())
+    outcomes = {name: stage["status"] for name, stage in found["stages"].items()}
+    expected = {stage.name: "passed" for stage in STAGES} | {"sanitizer": "skipped"}
+    assert outcomes == expected, output
+    assert status == 0
+    assert found["status"] == "passed"
+    assert found["schema_version"] == record.SCHEMA_VERSION
+    assert {"torch", "triton", "peft"} <= found["versions"].keys()
+    assert "left of the whole" in output
+    assert (out / "gpu-check.txt").read_text().strip() in output
+
+
+@pytest.mark.slow
+def test_rehearsal_looks_like_no_gpu(rehearsal: tuple[Path, int, str, float]) -> None:
+    out = rehearsal[0]
+    found = json.loads((out / "gpu-check.json").read_text())
+    assert found["dry_run"] is True
+    assert found["machine"]["gpu"] is None
+    text = (out / "gpu-check.txt").read_text()
+    assert table.WARNING in text
+    rows = found["stages"]["kernels"]["results"]["rows"]
+    assert {row["op"] for row in rows} == {"fold", "sketch", "gram", "convergence", "eigh"}
+    assert {row["timer"] for row in rows if "timer" in row} == {"cpu clock"}
+    methods = [row["method"] for row in found["stages"]["end_to_end"]["results"]["rows"]]
+    assert methods == ["plain", "ours", "peft"]
+    assert found["stages"]["tests"]["results"]["passed"] > 10
+
+
+@pytest.mark.slow
+def test_a_check_that_is_ended_keeps_its_record_and_leaves_no_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "gpu-check", "--out", str(tmp_path), "--dry-run"]
+    process = subprocess.Popen(
+        [*command, "--skip", "build"], cwd=record.ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while "environment: at most" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    process.stdout.close()
+    found = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert found["status"] == "running"
+    assert found["stages"]["build"]["status"] == "skipped"
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in _read(p)]
+    assert left == []
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

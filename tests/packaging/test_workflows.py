@@ -1,0 +1,126 @@
+"""The workflows: what actionlint says of them, pinned actions, and least permissions."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".github" / "workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.yml"))
+PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}")
+USES = re.compile(r"^\s*(?:-\s+)?uses:\s*(\S+)(.*)$", re.MULTILINE)
+
+
+def read(path: Path) -> dict[str, Any]:
+    # BaseLoader: YAML 1.1 reads the key `on` as a boolean
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+
+
+def unpinned(text: str) -> list[str]:
+    """Return the actions that are not named by a full hash with the version beside it."""
+    return [
+        action
+        for action, rest in USES.findall(text)
+        if not PINNED.fullmatch(action) or not re.match(r"\s+# v\d", rest)
+    ]
+
+
+def find_actionlint() -> str | None:
+    beside = Path(sys.executable).with_name("actionlint")
+    return str(beside) if beside.exists() else shutil.which("actionlint")
+
+
+def test_workflows_are_found() -> None:
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "gpu.yml"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_actionlint_finds_nothing(path: Path) -> None:
+    program = find_actionlint()
+    if program is None:
+        pytest.skip("actionlint is not installed; CI runs it in a job of its own")
+    done = subprocess.run([program, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_actions_are_pinned_by_hash(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert USES.findall(text)
+    assert unpinned(text) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "- uses: actions/checkout@v4 # v4.2.2",
+        "- uses: actions/checkout@11bd719 # v4.2.2",
+        "uses: actions/checkout@11bd71901bbe5b1630ceea73d27597364c9af683",
+        "uses: ./local",
+    ],
+)
+def test_the_check_sees_what_is_not_pinned(line: str) -> None:
+    assert len(unpinned(f"      {line}\n")) == 1
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_least_permissions(path: Path) -> None:
+    workflow = read(path)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "group" in workflow["concurrency"]
+    for job in workflow["jobs"].values():
+        assert "permissions" not in job
+        assert int(job["timeout-minutes"]) <= 60
+        checkouts = [s for s in job["steps"] if "actions/checkout" in s.get("uses", "")]
+        assert all(step["with"]["persist-credentials"] == "false" for step in checkouts)
+
+
+def test_gpu_workflow_runs_the_check_and_keeps_its_results() -> None:
+    workflow = read(FOLDER / "gpu.yml")
+    assert set(workflow["on"]) == {"schedule", "workflow_dispatch"}
+    steps = workflow["jobs"]["gpu-check"]["steps"]
+    check = next(step for step in steps if "make gpu-check" in step.get("run", ""))
+    # a red check is a red job
+    assert "continue-on-error" not in check
+    assert "||" not in check["run"]
+    upload = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
+    assert upload["if"] == "always()"
+    assert {"gpu-check/gpu-check.json", "gpu-check/gpu-check.txt"} <= set(
+        upload["with"]["path"].split()
+    )
+
+
+def test_ci_runs_with_and_without_nvcc() -> None:
+    matrix = read(FOLDER / "ci.yml")["jobs"]["check"]["strategy"]["matrix"]
+    assert matrix["cuda"] == [""]
+    assert [entry["cuda"] for entry in matrix["include"]] == ["13.0"]
+
+
+@pytest.mark.parametrize(
+    ("has_torch", "expected"),
+    [(True, "-m bench gpu-check --out results --dry-run\n"), (False, None)],
+)
+def test_make_takes_a_python_that_has_torch(
+    has_torch: bool, expected: str | None, tmp_path: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$1 $2" in\n'
+        f'"-c "*torch*) exit {0 if has_torch else 1} ;;\n"-c "*) exit 9 ;;\nesac\necho "$@"\n'
+    )
+    python.chmod(0o755)
+    command = ["make", "-s", "gpu-check", f"PYTHON={python}", "OUT=results"]
+    command += ["CHECK_ARGS=--dry-run", f"VENV={tmp_path / 'venv'}"]
+    # `make setup` of the other branch is a stand-in that fails: nothing is installed in a test
+    command += ["MAKE=false"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not (tmp_path / "venv").exists()
+    assert (done.returncode == 0) == has_torch
+    if expected is not None:
+        assert done.stdout == expected
