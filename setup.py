@@ -147,4 +147,5 @@ def extensions() -> list[Pybind11Extension]:
     return [*found, extension("_C", ["bindings.cpp", "convergence.cpp", "eigh.cpp"])]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_py": BuildPy, "build_ext": BuildExt})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_py": BuildPy, "build_ext": BuildExt})
