@@ -92,6 +92,22 @@ def kernel_report(
 
 
 @app.command()
+def simulate(
+    model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
+    write: Annotated[bool, typer.Option(help="Keep the result in bench/results.")] = False,
+) -> None:
+    """Peak memory of the initialisation of 7B to 70B models, simulated; needs no GPU."""
+    from . import simulated_memory
+
+    unknown = set(model or ()) - set(simulated_memory.MODELS)
+    if unknown:
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}: known are {', '.join(simulated_memory.MODELS)}"
+        )
+    simulated_memory.run(model or list(simulated_memory.MODELS), write)
+
+
+@app.command()
 def end_to_end(config: str = "tiny", seconds: float = 600.0, out: Path | None = None) -> None:
     """Plain forward, ours and PEFT's EVA on the shape of a model: "tiny" or "llama-2-7b"."""
     import json

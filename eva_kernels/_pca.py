@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .errors import EvaTypeError, EvaValueError
 from .streaming.plan import METHODS, plan_streams
-from .streaming.stream import InputStream, Options, Spectrum, fold_streams
+from .streaming.step import fold_streams
+from .streaming.stream import InputStream, Options, Spectrum
 
 __all__ = ["IncrementalPCA"]
 
@@ -142,7 +143,10 @@ class IncrementalPCA:
             )
         dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
         plan = plan_streams([features], [k], method=self.method, oversample=self.oversample)[0]
-        options = Options(plan.method, self.seed, self.backend, self.precision)
+        # A call that brings bad rows is refused by itself, at the price of a read on a GPU.
+        options = Options(
+            plan.method, self.seed, self.backend, self.precision, check_every_add=True
+        )
         return InputStream(features, k, plan.width, data.device, dtype, options)
 
     def _moments(self, data: Tensor) -> None:

@@ -4,10 +4,12 @@ from .allocation import allocate_ranks
 from .checkpoint import export_stream, restore_stream
 from .convergence import compare_streams, leading_similar
 from .plan import StreamPlan, plan_streams, stream_bytes
-from .stream import InputStream, Options, Spectrum, fold_streams
+from .step import NonFiniteStepError, fold_streams
+from .stream import InputStream, Options, Spectrum
 
 __all__ = [
     "InputStream",
+    "NonFiniteStepError",
     "Options",
     "Spectrum",
     "StreamPlan",

@@ -34,6 +34,22 @@ def orthonormalise(rows: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, rows, upper=False)
 
 
+def correction(error: Tensor) -> Tensor:
+    """Return C such that ``(1 - C) V`` is orthonormal but for the square of the error of V.
+
+    The first-order Cholesky factor: triangular, so that the first j rows keep their span.
+
+    Args:
+        error: ``V V^T - 1``, (..., Q, Q).
+    """
+    return error.tril(-1) + 0.5 * torch.diag_embed(error.diagonal(dim1=-2, dim2=-1))
+
+
+def repair(rows: Tensor, rank: int) -> Tensor:
+    """Orthonormalise the first ``rank`` rows, float64 (Q, D), and replace the others."""
+    return complete_basis(torch.cat([orthonormalise(rows[:rank]), rows[rank:]]), rank)
+
+
 def complete_basis(basis: Tensor, rank: int, seed: int = 0) -> Tensor:
     """Replace the rows from ``rank`` on by seeded directions orthogonal to the rows before.
 

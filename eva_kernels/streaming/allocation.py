@@ -38,9 +38,12 @@ def allocate_ranks(
     Reference: arXiv 2410.07170, section 3; PEFT ``_get_rank_distribution``.
     """
     prices = list(costs) if costs is not None else [1] * len(ratios)
-    # Copied to the host in one go: layers may live on several devices.
-    usable = [torch.nan_to_num(r.detach().double().cpu(), nan=0.0) for r in ratios]
-    limits = [int((r > 0).sum()) for r in usable]
+    sizes = torch.tensor([len(r) for r in ratios], dtype=torch.int64)
+    layer = torch.repeat_interleave(torch.arange(len(ratios)), sizes)
+    index = torch.arange(len(layer)) - (sizes.cumsum(0) - sizes)[layer]
+    pooled = torch.cat([torch.empty(0), *(r.detach().double().cpu() for r in ratios)])
+    pooled = torch.nan_to_num(pooled, nan=0.0)
+    limits = torch.bincount(layer[pooled > 0], minlength=len(ratios)).tolist()
     ranks = [min(min_rank, limit) for limit in limits]
     left = budget - sum(r * p for r, p in zip(ranks, prices, strict=True))
     if left < 0:
@@ -50,9 +53,7 @@ def allocate_ranks(
         )
     if not ratios:
         return ranks
-    layer = torch.cat([torch.full((len(r),), i) for i, r in enumerate(usable)])
-    index = torch.cat([torch.arange(len(r)) for r in usable])
-    density = torch.cat([r / p for r, p in zip(usable, prices, strict=True)])
+    density = pooled / torch.tensor(prices)[layer]
     floor, ceiling = torch.tensor(ranks), torch.tensor(limits)
     open_ = (index >= floor[layer]) & (index < ceiling[layer])
     order = torch.sort(density.masked_fill(~open_, -1.0), descending=True, stable=True).indices

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ __all__ = ["export_stream", "restore_stream"]
 
 _NUMBERS = ("pending", "skipped", "folds", "similarity", "converged", "settled", "lost")
 _OPTIONAL = ("previous", "cosines")
+CPU = torch.device("cpu")
 
 
 def export_stream(stream: InputStream) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -32,13 +32,13 @@ def export_stream(stream: InputStream) -> tuple[dict[str, Any], dict[str, Tensor
     record = {**_sizes(stream), **{name: getattr(stream, name) for name in _NUMBERS}}
     tensors: dict[str, Tensor] = {}
     if stream.sketch is not None:
-        tensors |= _parts("sketch", stream.sketch)
+        tensors |= _sketch_parts(stream.sketch)
     if isinstance(stream.state, GramState):
         tensors["pivot"] = stream.state.pivot
     # A sketch starts its sums at zero after a fold; those of a Gram stream are its state.
     exact = isinstance(stream.state, GramState)
     if stream.sums is not None and (exact or stream.pending):
-        tensors |= _parts("sums", stream.sums)
+        tensors |= _sums_parts(stream.sums)
     for name in _OPTIONAL:
         value = getattr(stream, name)
         if value is not None:
@@ -76,22 +76,18 @@ def restore_stream(
     if "previous" in tensors:
         stream.previous = _copy(tensors["previous"], stream.device)
     if "cosines" in tensors:
-        stream.cosines = _copy(tensors["cosines"], torch.device("cpu"))
+        stream.cosines = _copy(tensors["cosines"], CPU)
 
 
 def _restore_state(stream: InputStream, tensors: Mapping[str, Tensor]) -> None:
-    def parts(prefix: str, kind: type) -> dict[str, Tensor]:
-        names = [f.name for f in fields(kind)]
-        return {name: _copy(tensors[f"{prefix}.{name}"], stream.device) for name in names}
-
-    sketch = SketchState(**parts("sketch", SketchState))
+    sketch = _sketch_of(stream, tensors)
     if stream.options.method == "gram":
-        sums = StepSums(**parts("sums", StepSums))
+        sums = _sums_of(stream, tensors)
         pivot = _copy(tensors["pivot"], stream.device)
         # One object in both places: the sums of a Gram stream are accumulated in place.
         stream.state, stream.sums = GramState(sums, pivot, sketch), sums
     elif "sums.products" in tensors:
-        stream.state, stream.sums = sketch, StepSums(**parts("sums", StepSums))
+        stream.state, stream.sums = sketch, _sums_of(stream, tensors)
     else:
         size = (stream.width, stream.features, stream.dtype, stream.device)
         stream.state, stream.sums = sketch, zero_sums(*size)
@@ -107,8 +103,49 @@ def _sizes(stream: InputStream) -> dict[str, Any]:
     }
 
 
-def _parts(prefix: str, state: SketchState | StepSums) -> dict[str, Tensor]:
-    return {f"{prefix}.{f.name}": getattr(state, f.name) for f in fields(state)}
+def _sketch_parts(sketch: SketchState) -> dict[str, Tensor]:
+    return {
+        "sketch.count": torch.tensor(sketch.count, dtype=torch.float64),
+        "sketch.mean": sketch.mean,
+        "sketch.basis": sketch.basis,
+        "sketch.singular_values": sketch.singular_values,
+        "sketch.total": torch.tensor(sketch.total, dtype=torch.float64),
+        "sketch.rank": torch.tensor(sketch.rank),
+        "sketch.mean_norm": torch.tensor(sketch.mean_norm, dtype=torch.float64),
+    }
+
+
+def _sketch_of(stream: InputStream, tensors: Mapping[str, Tensor]) -> SketchState:
+    return SketchState(
+        count=int(tensors["sketch.count"]),
+        mean=_copy(tensors["sketch.mean"], stream.device),
+        basis=_copy(tensors["sketch.basis"], stream.device),
+        values=_copy(tensors["sketch.singular_values"], CPU).numpy(),
+        total=float(tensors["sketch.total"]),
+        rank=int(tensors["sketch.rank"]),
+        mean_norm=float(tensors["sketch.mean_norm"]),
+    )
+
+
+def _sums_parts(sums: StepSums) -> dict[str, Tensor]:
+    parts = {
+        "sums.count": torch.tensor(sums.count, dtype=torch.float64),
+        "sums.shift": sums.shift,
+        "sums.square": sums.square,
+        "sums.products": sums.products,
+    }
+    return parts if sums.bad is None else {**parts, "sums.bad": sums.bad}
+
+
+def _sums_of(stream: InputStream, tensors: Mapping[str, Tensor]) -> StepSums:
+    bad = tensors.get("sums.bad")
+    return StepSums(
+        count=int(tensors["sums.count"]),
+        shift=_copy(tensors["sums.shift"], stream.device),
+        square=_copy(tensors["sums.square"], stream.device),
+        products=_copy(tensors["sums.products"], stream.device),
+        bad=None if bad is None else _copy(bad, stream.device),
+    )
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import convergence
+from ..errors import EvaValueError
+from ..ops.eigh import eigh
+from . import _host
+from ._host import Array
+from .step import cosines_of
 from .stream import InputStream
 
 __all__ = ["compare_streams", "leading_similar"]
@@ -34,45 +39,92 @@ def compare_streams(
         tau: threshold; NaN never passes.
         criterion: ``"cosine"`` compares vector with vector (the paper's rule, without the sign),
             ``"subspace"`` the spans: the smallest cosine of their principal angles.
-        backend: of the ``convergence`` op.
+        backend: of the ``convergence`` op, where the fold has not compared already.
+
+    Raises:
+        EvaValueError: ``tau`` is not between 0 and 1.
+    Cost: on an accelerator ``"cosine"`` asks for nothing, for the fold has read the cosines;
+        ``"subspace"`` reads once.
     """
-    by_device: dict[torch.device, list[int]] = defaultdict(list)
-    for i, stream in enumerate(folded):
+    if not 0.0 <= tau <= 1.0:  # NaN, too
+        raise EvaValueError(f"tau must be between 0 and 1, not {tau}")
+    pairs = [(stream, ranks[i]) for i, stream in enumerate(folded)]
+    if criterion == "subspace":
+        _compare_spans([(s, r) for s, r in pairs if s.previous is not None], tau)
+    else:
+        _fetch_cosines([s for s in folded if s.turned is None], backend)
+        for stream, rank in pairs:
+            if stream.turned is not None:
+                similar = leading_similar(stream.turned, tau)
+                stream.cosines = torch.from_numpy(stream.turned.astype(np.float32))
+                stream.settled = max(stream.settled, similar)
+                stream.similarity = _least(stream.turned[:rank])
+                stream.converged = similar >= rank
+    for stream in folded:
         if stream.previous is None:
             stream.similarity, stream.converged = None, False
-        else:
-            by_device[stream.device].append(i)
-    for indices in by_device.values():
-        chosen, needed = [folded[i] for i in indices], [ranks[i] for i in indices]
-        old = [s.previous.float() for s in chosen if s.previous is not None]
-        new = [s.sketch.basis[: s.components].float() for s in chosen if s.sketch is not None]
-        if criterion == "subspace":
-            smallest = [
-                _principal_cosine(o, n, r) for o, n, r in zip(old, new, needed, strict=True)
-            ]
-            passed = [value >= tau for value in smallest]
-            for stream, rank, flag in zip(chosen, needed, passed, strict=True):
-                stream.settled = max(stream.settled, rank if flag else 0)
-        else:
-            cosines, missing = convergence(old, new, needed, tau, backend=backend)
-            parts = cosines.cpu().split([s.components for s in chosen])
-            for stream, part in zip(chosen, parts, strict=True):
-                stream.cosines = part
-                stream.settled = max(stream.settled, leading_similar(part, tau))
-            smallest = [_least(p[:r]) for p, r in zip(parts, needed, strict=True)]
-            passed = [count == 0 for count in missing.tolist()]
-        for stream, value, flag in zip(chosen, smallest, passed, strict=True):
-            stream.similarity, stream.converged, stream.previous = value, flag, None
+        stream.previous = stream.turned = None
 
 
-def leading_similar(cosines: Tensor, tau: float) -> int:
+def leading_similar(cosines: Tensor | Array, tau: float) -> int:
     """Return how many leading components are at least ``tau`` similar; NaN is not."""
-    return int((cosines >= tau).long().cumprod(0).sum())
+    values = cosines.numpy() if isinstance(cosines, Tensor) else cosines
+    # In single precision, as the cosines are: one that was rounded to tau passes.
+    others = np.flatnonzero(~(values.astype(np.float32) >= np.float32(tau)))
+    return int(others[0]) if len(others) else len(values)
 
 
-def _least(cosines: Tensor) -> float:
-    return float(cosines.min()) if cosines.numel() else 1.0
+def _by_device(streams: Sequence[InputStream]) -> list[list[InputStream]]:
+    parts: dict[torch.device, list[InputStream]] = defaultdict(list)
+    for stream in streams:
+        parts[stream.device].append(stream)
+    return list(parts.values())
 
 
-def _principal_cosine(old: Tensor, new: Tensor, rank: int) -> float:
-    return _least(torch.linalg.svdvals(new[:rank] @ old[:rank].mT)) if rank else 1.0
+def _fetch_cosines(streams: Sequence[InputStream], backend: str) -> None:
+    parts = _by_device([s for s in streams if s.previous is not None])
+    launched = []
+    for part in parts:
+        pairs = [
+            (s.previous, s.sketch.basis[: s.components])
+            for s in part
+            if s.previous is not None and s.sketch is not None
+        ]
+        launched.append(cosines_of(pairs, backend))
+    for part, array in zip(parts, _host.read(launched), strict=True):
+        edges = np.cumsum([s.components for s in part])[:-1]
+        for stream, own in zip(part, np.split(array, edges), strict=True):
+            stream.turned = own
+
+
+def _compare_spans(pairs: Sequence[tuple[InputStream, int]], tau: float) -> None:
+    rank_of = {id(stream): rank for stream, rank in pairs}
+    parts = _by_device([stream for stream, _ in pairs])
+    launched = [_principal_cosines(part, [rank_of[id(s)] for s in part]) for part in parts]
+    for part, array in zip(parts, _host.read(launched), strict=True):
+        for stream, value in zip(part, array.tolist(), strict=True):
+            stream.similarity, stream.converged = value, value >= tau
+            stream.settled = max(stream.settled, rank_of[id(stream)] if value >= tau else 0)
+
+
+def _principal_cosines(streams: Sequence[InputStream], ranks: Sequence[int]) -> Tensor:
+    """Return the smallest cosine of the principal angles of each stream, (L,)."""
+    overlaps = [
+        s.sketch.basis[:r].float() @ s.previous[:r].float().mT
+        for s, r in zip(streams, ranks, strict=True)
+        if s.sketch is not None and s.previous is not None
+    ]
+    if _host.reads_are_free(streams[0].device):
+        return torch.tensor([_least(torch.linalg.svdvals(o).numpy()) for o in overlaps])
+    # One launch for all: the singular values squared, each block filled up with ones, which are
+    # the largest that a cosine can be.
+    width = max(ranks)
+    blocks = torch.eye(width, dtype=torch.float64, device=streams[0].device)
+    blocks = blocks.repeat(len(streams), 1, 1)
+    for block, overlap, rank in zip(blocks.unbind(0), overlaps, ranks, strict=True):
+        block[:rank, :rank] = overlap.double().mT @ overlap.double()
+    return eigh(blocks)[0][:, 0].clamp(0.0, 1.0).sqrt()
+
+
+def _least(cosines: Array) -> float:
+    return float(cosines.min()) if cosines.size else 1.0

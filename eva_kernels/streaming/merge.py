@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ._basis import complete_basis
-from .fold import NOISE
+from ._host import read, upload
+from .nystrom import NOISE
 from .state import GramState, SketchState, StepSums
 
 __all__ = ["merge_gram", "merge_sketch"]
@@ -17,32 +19,35 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
     ``C = C_1 + C_2 + n_1 n_2 / (n_1 + n_2) d d^T`` with ``d = mu_1 - mu_2``, cut to rank Q.
     """
     count = left.count + right.count
-    if float(count) == 0:
+    if count == 0:
         return left
     delta = (left.mean - right.mean).double()
     weight = left.count * right.count / count
-    rows = torch.cat(
-        [
-            left.singular_values[:, None] * left.basis.double(),
-            right.singular_values[:, None] * right.basis.double(),
-            weight.sqrt() * delta[None],
-        ]
-    )
+    scaled = [
+        upload(state.singular_values, state.basis.device)[:, None] * state.basis.double()
+        for state in (left, right)
+    ]
+    rows = torch.cat([*scaled, weight**0.5 * delta[None]])
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
-    width = left.basis.shape[0]
-    squares, basis = values[:width].square(), vectors[:width]
-    alive = int(min(int((squares > NOISE * squares[0]).sum()), max(int(count) - 1, 0)))
-    if alive < width:
-        basis = complete_basis(basis, alive)
-        squares = torch.where(torch.arange(width, device=squares.device) < alive, squares, 0.0)
-    share = (right.count / count).to(left.mean.dtype)
+    width = len(left.basis)
+    share = right.count / count
+    mean = left.mean + share * (right.mean - left.mean)
+    norm = torch.linalg.vector_norm(mean, dtype=torch.float64)
+    host, distance, norm_ = read([values[:width], delta.square().sum(), norm])
+    squares = host**2
+    rank = min(int((squares > NOISE * squares[0]).sum()), max(count - 1, 0))
+    basis = vectors[:width]
+    if rank < width:
+        basis = complete_basis(basis, rank)
+        squares = np.where(np.arange(width) < rank, squares, 0.0)
     return SketchState(
         count=count,
-        mean=left.mean + share * (right.mean - left.mean),
+        mean=mean,
         basis=basis.to(left.basis.dtype),
-        singular_values=squares.sqrt(),
-        total=left.total + right.total + weight * delta.square().sum(),
-        rank=torch.tensor(alive, device=squares.device),
+        values=np.sqrt(squares),
+        total=left.total + right.total + weight * float(distance),
+        rank=rank,
+        mean_norm=float(norm_),
     )
 
 

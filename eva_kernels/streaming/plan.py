@@ -39,8 +39,8 @@ def stream_bytes(plan: StreamPlan, itemsize: int = 4) -> int:
     """Return the bytes that the state and the sums of one layer input take between steps."""
     d, q = plan.features, plan.width
     if plan.method == "gram":
-        return itemsize * (d * d + q * d + 2 * d) + 8 * (d + q + 5)
-    return itemsize * (2 * q * d + d) + 8 * (d + q + 5)
+        return itemsize * (d * d + q * d + 2 * d) + 8 * (d + q + 1)
+    return itemsize * (2 * q * d + d) + 8 * (d + q + 1)
 
 
 def plan_streams(

@@ -1,12 +1,19 @@
-"""What is kept of one layer input between steps: data only, the mathematics is in ``fold``."""
+"""What is kept of one layer input between steps: data only, the mathematics is in ``fold``.
+
+Vectors of D numbers live on the device. What the host decides on (counts, singular values, ranks)
+lives on the host, so that looking at it never waits for the device.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import _host
 from ._basis import random_basis
 
 __all__ = ["GramState", "SketchState", "StepSums", "clear_sums", "empty_sketch", "zero_sums"]
@@ -17,37 +24,47 @@ class SketchState:
     """A truncated, mean-centred PCA of all tokens folded so far: ``C ~ V^T diag(s^2) V``.
 
     Attributes:
-        count: tokens seen, float64 ().
+        count: tokens seen.
         mean: (D,), dtype of ``basis``.
         basis: V, (Q, D), orthonormal rows, by descending singular value.
-        singular_values: s, (Q,), float64; 0 beyond the numerical rank.
-        total: centred sum of squares over all directions, float64 ().
-        rank: numerical rank, int64 ().
+        values: s, (Q,), float64, on the host; 0 beyond the numerical rank.
+        total: centred sum of squares over all directions.
+        rank: numerical rank.
+        mean_norm: Euclidean norm of ``mean``.
     """
 
-    count: Tensor
+    count: int
     mean: Tensor
     basis: Tensor
-    singular_values: Tensor
-    total: Tensor
-    rank: Tensor
+    values: _host.Array
+    total: float
+    rank: int
+    mean_norm: float
+
+    @property
+    def singular_values(self) -> Tensor:
+        """The values as a tensor on the CPU; it shares their memory."""
+        return torch.from_numpy(self.values)
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepSums:
     """The additive sums of one step about the pivot p; see ``reference.sketch``.
 
     Attributes:
-        count: tokens, float64 ().
+        count: tokens.
         shift: sum of (x - p), float64 (D,).
         square: sum of |x - p|^2, float64 ().
         products: sum of (V (x - p)) (x - p)^T, (Q, D), dtype of the basis.
+        bad: tokens among ``count`` that are not finite and were replaced by the pivot, float64 ();
+            ``None`` where nobody counts them.
     """
 
-    count: Tensor
+    count: int
     shift: Tensor
     square: Tensor
     products: Tensor
+    bad: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,28 +88,35 @@ def zero_sums(rows: int, features: int, dtype: torch.dtype, device: torch.device
     """Return empty sums with ``products`` of shape (rows, features)."""
     wide = torch.float64
     return StepSums(
-        count=torch.zeros((), dtype=wide, device=device),
+        count=0,
         shift=torch.zeros(features, dtype=wide, device=device),
         square=torch.zeros((), dtype=wide, device=device),
         products=torch.zeros(rows, features, dtype=dtype, device=device),
     )
 
 
-def clear_sums(sums: StepSums) -> None:
-    """Set sums back to those of no token, in place."""
-    for part in (sums.count, sums.shift, sums.square, sums.products):
-        part.zero_()
+def clear_sums(sums: Iterable[StepSums]) -> None:
+    """Set sums back to those of no token, in place; tensors of equal dtype and device in one go."""
+    parts: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for one in sums:
+        one.count = 0
+        for part in (one.shift, one.square, one.products):
+            parts.setdefault((part.dtype, part.device), []).append(part)
+    for tensors in parts.values():
+        torch._foreach_zero_(tensors)
 
 
 def empty_sketch(
     width: int, features: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> SketchState:
     """Return a state that has seen nothing, with a random orthonormal basis (width, features)."""
+    basis = random_basis(width, features, seed)
     return SketchState(
-        count=torch.zeros((), dtype=torch.float64, device=device),
+        count=0,
         mean=torch.zeros(features, dtype=dtype, device=device),
-        basis=random_basis(width, features, seed).to(device=device, dtype=dtype, copy=True),
-        singular_values=torch.zeros(width, dtype=torch.float64, device=device),
-        total=torch.zeros((), dtype=torch.float64, device=device),
-        rank=torch.zeros((), dtype=torch.int64, device=device),
+        basis=_host.upload(basis.to(dtype, copy=True), device),
+        values=np.zeros(width),
+        total=0.0,
+        rank=0,
+        mean_norm=0.0,
     )

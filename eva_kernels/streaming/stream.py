@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
@@ -12,16 +10,18 @@ from torch import Tensor
 
 from ..errors import EvaValueError, NonFiniteError
 from ..ops import gram, sketch
-from .fold import FoldReport, fold, fold_gram, scatter_about_mean
+from . import _host
+from ._host import Array
+from .fold import first_basis, fold_gram, scatter_about_mean
 from .merge import merge_gram, merge_sketch
 from .plan import StreamPlan, stream_bytes
 from .state import GramState, SketchState, StepSums, clear_sums, empty_sketch, zero_sums
+from .step import fold_streams
 
 __all__ = [
     "InputStream",
     "Options",
     "Spectrum",
-    "fold_streams",
     "variance_ratio",
 ]
 
@@ -37,7 +37,10 @@ class Options:
         method: ``"sketch"`` or ``"gram"``.
         seed: of the first basis.
         backend, precision: see ``ops``.
-        skip_nonfinite: leave tokens with NaN or infinity out instead of raising.
+        skip_nonfinite: leave tokens with NaN or infinity out instead of raising; looks for them in
+            every ``add``.
+        check_every_add: look for NaN and infinity in every ``add`` although that is a read on an
+            accelerator, where otherwise the fold finds them.
     """
 
     method: str = "sketch"
@@ -45,6 +48,7 @@ class Options:
     backend: str = "auto"
     precision: str = "high"
     skip_nonfinite: bool = False
+    check_every_add: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class InputStream:
         self.skipped = 0  # tokens left out because they are not finite
         self.folds = 0
         self.previous: Tensor | None = None  # (K, D) before the last fold, until compared
+        self.turned: Array | None = None  # (K,) cosines that the fold has read, until compared
         self.cosines: Tensor | None = None  # (K,) on the CPU, of the last fold, once compared
         self.similarity: float | None = None  # smallest needed one; None before the second fold
         self.converged = False
@@ -119,8 +124,9 @@ class InputStream:
     @property
     def tokens(self) -> int:
         """Tokens seen, those of the current step included."""
-        folded = 0 if self.state is None else int(_counted(self.state))
-        return folded if isinstance(self.state, GramState) else folded + self.pending
+        if isinstance(self.state, GramState):
+            return self.state.sums.count
+        return self.pending + (0 if self.state is None else self.state.count)
 
     @property
     def nbytes(self) -> int:
@@ -138,22 +144,42 @@ class InputStream:
             rows: indices of the tokens to use, int64 on the device of ``x``; all if ``None``.
 
         Raises:
-            NonFiniteError: a token to be used holds NaN or infinity, unless ``skip_nonfinite``.
+            NonFiniteError: a token to be used holds NaN or infinity, unless ``skip_nonfinite``. On
+                an accelerator the fold raises it, unless ``check_every_add``.
             EvaValueError: another number of features.
         """
         if x.dim() != 2 or x.shape[1] != self.features:
             raise EvaValueError(
                 f"expected tokens of shape (N, {self.features}), got {tuple(x.shape)}"
             )
-        rows = self._finite_rows(x, rows)
+        options, bad = self.options, None
+        exact = options.method == "gram"
+        at_once = options.check_every_add or options.skip_nonfinite
+        if at_once or _host.reads_are_free(self.device):
+            rows = self._finite_rows(x, rows)
+        elif exact:
+            x, bad = self._without_bad(x, rows)
         used = x.shape[0] if rows is None else rows.numel()
         if used == 0:
             return 0
         if self.state is None:
             self._start(x, rows)
         self._accumulate(x, rows)
+        if bad is not None and self.sums is not None:
+            self.sums.bad = bad if self.sums.bad is None else self.sums.bad + bad
         self.pending += used
         return used
+
+    def _without_bad(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        # The sums of an exact stream hold all that it has seen, so what spoils them must be kept
+        # out. Without knowing whether there is any: the pivot in place of a token adds nothing
+        # (but for its rounding to the dtype of x).
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        finite = torch.linalg.vector_norm(x, dim=1, dtype=dtype).isfinite()
+        chosen = finite if rows is None else finite.index_select(0, rows)
+        bad = len(chosen) - chosen.sum(dtype=torch.float64)
+        pivot = self.state.pivot if isinstance(self.state, GramState) else x.new_zeros(())
+        return torch.where(finite[:, None], x, pivot.to(x.dtype)), bad
 
     def _finite_rows(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         # One pass over X that the CPU does at the speed of memory; masked rows may hold anything,
@@ -168,10 +194,7 @@ class InputStream:
             raise NonFiniteError(f"{bad} of {len(chosen)} tokens hold NaN or infinity")
         self.skipped += bad
         if not torch.isfinite(torch.linalg.vector_norm(chosen[finite], dtype=dtype)):
-            raise NonFiniteError(
-                f"tokens are finite, but their squares overflow {self.dtype}; scale the data, or "
-                "give it as float64"
-            )
+            raise NonFiniteError(_overflow(self.dtype))
         index = torch.arange(len(x), device=x.device) if rows is None else rows
         return index[finite]
 
@@ -183,14 +206,14 @@ class InputStream:
         blank = replace(blank, mean=sample.double().mean(0).to(self.dtype))
         sums = zero_sums(self.width, self.features, self.dtype, self.device)
         self._sketch_into(sample, None, blank, sums)
-        sums.count.fill_(len(sample))
-        warm, _ = fold([blank], [sums])[0]
-        start = replace(blank, mean=warm.mean, basis=warm.basis)
+        sums.count = len(sample)
+        start = first_basis(blank, sums)
         if self.options.method == "gram":
             total = zero_sums(self.features, self.features, self.dtype, self.device)
-            self.state, self.sums = GramState(total, start.mean, start), total
+            # A copy: a fold may write the next mean in place of this one.
+            self.state, self.sums = GramState(total, start.mean.clone(), start), total
         else:
-            clear_sums(sums)
+            clear_sums([sums])
             self.state, self.sums = start, sums
 
     def _sketch_into(
@@ -225,19 +248,49 @@ class InputStream:
         else:
             assert self.state is not None
             self._sketch_into(x, rows, self.state, self.sums)
-        self.sums.count.add_(len(x) if rows is None else rows.numel())
+        self.sums.count += len(x) if rows is None else rows.numel()
 
-    def close_step(self, state: SketchState | GramState, report: FoldReport) -> None:
-        """Take over a folded state and start the next step."""
+    def close_step(
+        self, state: SketchState | GramState, captured: Array, previous: Tensor | None
+    ) -> None:
+        """Take over a folded state and start the next step.
+
+        Args:
+            state: the new one.
+            captured: variance along each row of the basis before, (Q,).
+            previous: the K leading rows before, (K, D), to be compared.
+        """
         self.state, self.pending = state, 0
         self.folds += 1
-        if isinstance(state, SketchState):
-            assert self.sums is not None
-            clear_sums(self.sums)
+        self.previous, self.turned = previous, None
         k, now = self.components, self.sketch
         assert now is not None
-        best = float(now.singular_values[:k].square().sum())
-        self.lost = max(0.0, 1 - float(report.captured[:k].sum()) / best) if best > 0 else 0.0
+        best = float(now.values[:k] @ now.values[:k])
+        self.lost = max(0.0, 1 - float(captured[:k].sum()) / best) if best > 0 else 0.0
+
+    def drop_pending(self) -> str:
+        """Forget the tokens of the current step that spoil it, and say what was wrong; reads.
+
+        A sketch forgets all tokens of the step, an exact stream those that are not finite, and a
+        stream that was never folded everything.
+        """
+        assert self.sums is not None
+        bad, pending = self.sums.bad, self.pending
+        if bad is not None:
+            count = int(bad)
+            told = f"{count} of {pending} tokens hold NaN or infinity"
+            self.sums.count -= count
+            self.pending -= count
+            bad.zero_()
+        else:
+            told = f"some of {pending} tokens hold NaN or infinity"
+            if bool(self.sums.shift.isfinite().all()):
+                told = _overflow(self.dtype)
+            clear_sums([self.sums])
+            self.pending = 0
+        if not self.folds:  # the basis, too, came from these tokens
+            self.state, self.sums, self.pending = None, None, 0
+        return told
 
     def clone(self) -> InputStream:
         """Return an independent copy."""
@@ -251,16 +304,16 @@ class InputStream:
         if self.state is None:
             self.__dict__.update(other.clone().__dict__)
         elif isinstance(self.state, GramState) and isinstance(other.state, GramState):
-            state, report = fold_gram(merge_gram(self.state, other.state))
+            state, captured = fold_gram(merge_gram(self.state, other.state))
             self.sums = state.sums
-            self.close_step(state, report)
+            self.close_step(state, captured, self.previous)
         elif isinstance(self.state, SketchState) and isinstance(other.state, SketchState):
             self.state = merge_sketch(self.state, other.state)
         else:
             raise EvaValueError("a sketch and an exact Gram stream cannot be merged")
 
     def ratios(self) -> Tensor:
-        """Return the explained-variance ratios after the last fold, (K,) float64."""
+        """Return the explained-variance ratios after the last fold, (K,) float64 on the CPU."""
         now = self.sketch
         if now is None:
             return torch.zeros(self.components, dtype=torch.float64)
@@ -280,7 +333,7 @@ class InputStream:
         else:
             k = self.components
             squares, basis = self.state.singular_values[:k].square(), self.state.basis[:k]
-            rank = min(int(self.state.rank), k)
+            squares, rank = squares.to(self.device), min(self.state.rank, k)
         now = self.sketch
         assert now is not None
         ratio = variance_ratio(squares, now)
@@ -290,26 +343,35 @@ class InputStream:
             singular_values=squares.sqrt(),
             ratio=ratio,
             mean=now.mean.clone(),
-            count=int(now.count),
-            total=float(now.total),
-            rank=rank if bool(ratio.any()) else 0,
+            count=now.count,
+            total=now.total,
+            rank=rank if has_variance(now) else 0,
             lost=0.0 if isinstance(self.state, GramState) else self.lost,
         )
 
 
-def variance_ratio(squares: Tensor, state: SketchState) -> Tensor:
-    """Return the explained-variance ratios ``s^2 / total``; all 0 for a constant input.
+def has_variance(state: SketchState) -> bool:
+    """Tell whether the tokens of a state differ by more than rounding.
 
     What rounding leaves of a constant (its mean is not exact) is not variance: totals below
     ``n (4 eps |mean|)^2`` count as none.
     """
-    noise = 4 * torch.finfo(state.mean.dtype).eps * state.mean.double().norm()
-    alive = state.total > state.count * noise.square()
-    return torch.where(alive, squares / state.total, 0.0).clamp_max(1.0)
+    noise = 4 * torch.finfo(state.mean.dtype).eps * state.mean_norm
+    return state.total > state.count * noise**2
 
 
-def _counted(state: SketchState | GramState) -> Tensor:
-    return state.sums.count if isinstance(state, GramState) else state.count
+def variance_ratio(squares: Tensor, state: SketchState) -> Tensor:
+    """Return the explained-variance ratios ``s^2 / total``; all 0 without variance."""
+    if not has_variance(state):
+        return torch.zeros_like(squares)
+    return (squares / state.total).clamp_max(1.0)
+
+
+def _overflow(dtype: torch.dtype) -> str:
+    return (
+        f"tokens are finite, but their squares overflow {dtype}; scale the data, or give it as "
+        "float64"
+    )
 
 
 def _eigen(state: GramState, components: int) -> tuple[Tensor, Tensor, int]:
@@ -322,42 +384,7 @@ def _eigen(state: GramState, components: int) -> tuple[Tensor, Tensor, int]:
     noise = 4 * torch.finfo(state.pivot.dtype).eps * spread.square()
     noise += len(squares) * torch.finfo(squares.dtype).eps * squares[0]  # of the eigen-solver
     rank = int((squares > noise).long().cumprod(0).sum())
-    rank = min(rank, max(int(state.sums.count) - 1, 0), components)
+    rank = min(rank, max(state.sums.count - 1, 0), components)
     alive = torch.arange(components, device=squares.device) < rank
     squares = torch.where(alive, squares[:components], 0.0)
     return squares, vectors[:, :components].mT.contiguous().to(state.pivot.dtype), rank
-
-
-def fold_streams(streams: Iterable[InputStream], *, final: bool = False) -> list[InputStream]:
-    """Fold every stream that has a full step.
-
-    Args:
-        streams: of any shapes and devices; those of equal shape are folded as one batch.
-        final: fold whatever is pending, however few tokens.
-
-    Returns:
-        The streams that were folded. A step is at least Q tokens; fewer stay pending.
-    """
-    groups: dict[tuple[object, ...], list[InputStream]] = defaultdict(list)
-    for stream in streams:
-        least = 1 if final else stream.width
-        if stream.pending >= least and stream.state is not None:
-            kind = type(stream.state)
-            key = (kind, stream.features, stream.width, stream.device, stream.dtype)
-            groups[key].append(stream)
-    for group in groups.values():
-        for stream, (state, report) in zip(group, _fold_group(group), strict=True):
-            # The first fold starts from the warm-up, which is no step to compare with.
-            before = stream.sketch
-            stream.previous = before.basis[: stream.components] if stream.folds and before else None
-            stream.close_step(state, report)
-    return [stream for group in groups.values() for stream in group]
-
-
-def _fold_group(
-    group: Sequence[InputStream],
-) -> Sequence[tuple[SketchState | GramState, FoldReport]]:
-    if isinstance(group[0].state, GramState):
-        return [fold_gram(s.state) for s in group if isinstance(s.state, GramState)]
-    states = [s.state for s in group if isinstance(s.state, SketchState)]
-    return fold(states, [s.sums for s in group if s.sums is not None])

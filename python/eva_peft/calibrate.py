@@ -7,6 +7,7 @@ import math
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from eva_kernels.streaming import (
     InputStream,
+    NonFiniteStepError,
     Options,
     compare_streams,
     fold_streams,
@@ -104,8 +106,12 @@ class CalibrationPass:
         self._warned: set[str] = set()  # layers that were warned about, once a pass
         self._plain_masks = options.prepare_model_inputs_fn == AUTO
         selectors = _selectors(targets, options)
-        self.collector = InputCollector(targets, self.make_stream, selectors)
-        self.keeper = CheckpointKeeper(self)
+        # Its parts know the pass weakly: in a cycle its state would stay on the device until Python
+        # looks for cycles, maybe long after the adapters are written and training has begun.
+        itself = weakref.proxy(self)
+        make_stream = functools.partial(CalibrationPass.make_stream, itself)
+        self.collector = InputCollector(targets, make_stream, selectors)
+        self.keeper = CheckpointKeeper(itself)
 
     def run(self, loader: Iterable[Any]) -> EvaResult:
         """Run until converged or at a limit, and return the result."""
@@ -240,7 +246,10 @@ class CalibrationPass:
     def _close_step(self, final: bool = False) -> bool:
         begin = time.perf_counter()
         slots = self.collector.slots
-        folded = fold_streams([s.stream for s in slots], final=final)
+        try:
+            folded = fold_streams([s.stream for s in slots], final=final)
+        except NonFiniteStepError as error:
+            raise self.collector.explained(error) from None
         middle = time.perf_counter()
         self.seconds["fold"] += middle - begin
         if not folded:

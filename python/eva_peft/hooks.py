@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_kernels.streaming import InputStream
+from eva_kernels.streaming import InputStream, NonFiniteStepError
 
 from .errors import EvaTypeError, EvaValueError, EvaWarning, NonFiniteError
 from .shared_inputs import Seen, Slot
@@ -289,8 +289,16 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         try:
             used = slot.stream.add(x.detach().reshape(-1, x.shape[-1]), rows)
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"layer {target.name}, step {self.step + 1}: {error}. Look for overflow (float16?) "
-                'or broken samples, or pass on_nonfinite="skip" to leave such tokens out'
-            ) from None
+            raise self._explained(target.name, error) from None
         self.tokens = max(self.tokens, used)
+
+    def explained(self, error: NonFiniteStepError) -> NonFiniteError:
+        """Return the error of a fold as one that names the layer and the step."""
+        slot = next(slot for slot in self.slots if slot.stream is error.stream)
+        return self._explained(self.targets[slot.members[0]].name, error)
+
+    def _explained(self, name: str, error: NonFiniteError) -> NonFiniteError:
+        return NonFiniteError(
+            f"layer {name}, step {self.step + 1}: {error}. Look for overflow (float16?) "
+            'or broken samples, or pass on_nonfinite="skip" to leave such tokens out'
+        )

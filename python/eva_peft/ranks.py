@@ -22,7 +22,7 @@ def allocate(run: CalibrationPass) -> dict[int, int]:
     """Return the rank of every layer that was called so far, by its index."""
     indices = sorted(run.collector.slot_of)
     targets = [run.targets[i] for i in indices]
-    spectra = {id(s): s.stream.ratios().cpu() for s in run.collector.slots}
+    spectra = {id(s): s.stream.ratios() for s in run.collector.slots}
     ratios = [
         spectra[id(run.collector.slot_of[i])][: components_of(run.targets[i], run.eva.rho)]
         for i in indices

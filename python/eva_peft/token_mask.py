@@ -76,8 +76,10 @@ class TokenMask:
         key = (kind, transposed, device)
         if key not in self._rows:
             flat = (mask.mT if transposed else mask).reshape(-1)
-            rows = None if bool(flat.all()) else flat.nonzero().flatten().to(device)
-            self._rows[key] = rows
+            rows = None if bool(flat.all()) else flat.nonzero().flatten()
+            if rows is not None and device.type == "cuda":
+                rows = rows.pin_memory()  # only from there the upload does not wait for the GPU
+            self._rows[key] = None if rows is None else rows.to(device, non_blocking=True)
         return self._rows[key]
 
     def _warn_unknown(self, leading: tuple[int, ...], name: str) -> None:

@@ -7,6 +7,7 @@ import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ def differing(left: Any, right: Any, name: str = "stream") -> list[str]:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         same = left.dtype == right.dtype and torch.equal(left, right)
         return [] if same else [name]
+    if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
+        return [] if left.dtype == right.dtype and np.array_equal(left, right) else [name]
     if isinstance(left, InputStream):
         assert vars(left).keys() == vars(right).keys()
         return [d for k, v in vars(left).items() for d in differing(v, getattr(right, k), k)]

@@ -22,12 +22,12 @@ def total(plans: list[StreamPlan]) -> int:
 
 
 def held(stream: InputStream) -> int:
-    """Return the bytes of all distinct tensors that a stream holds between steps."""
+    """Return the bytes of all distinct tensors and arrays that a stream holds between steps."""
     sketch, sums = stream.sketch, stream.sums
-    tensors = [*vars(sketch).values(), *vars(sums).values()]
+    parts = [*vars(sketch).values(), *vars(sums).values()]
     if isinstance(stream.state, GramState):
-        tensors.append(stream.state.pivot)
-    return sum(t.numel() * t.element_size() for t in tensors)
+        parts.append(stream.state.pivot)
+    return sum(getattr(part, "nbytes", 0) for part in parts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,0 +1,448 @@
+"""Peak memory of the initialisation of 7B to 70B models, simulated without a GPU.
+
+The package's own code runs, from ``initialize`` down to the operators, on a PEFT model of fake
+CUDA tensors (``fake_cuda``): transformers' forward, the hooks, the fused sketch by its registered
+operator and workspace, fold, comparison, the result, and the writing of the adapters. Replaced is
+only what needs contents: what the host reads (plausible numbers; nothing converges, so that no
+step is left out), the random first basis, uploads, random state, and the ranks (a quarter of each
+budget changes hands, so that layers are rebuilt). Launch numbers are those of an H100.
+
+The numbers are live bytes of tensors, each rounded up to 512, as ``torch.cuda.memory_allocated``
+counts them. Left out are the CUDA context, the allocator's fragmentation, workspaces of cuBLAS
+and cuSOLVER, tables of a few kB that native code uploads, and what the library allocates inside of
+one operator. Attention is a fused kernel for every model (without the cap of Gemma's scores); no
+sample is padded, so there is no attention mask. The base model is bfloat16; PEFT keeps its adapters
+in float32, and they count as parameters.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from peft import EvaConfig, LoraConfig
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig
+
+from eva_kernels.kernels import launch
+from eva_kernels.ops.sketch import sketch_workspace_bytes
+from eva_kernels.streaming import _host, state
+from eva_peft import calibrate, estimate, initialize
+from eva_peft.adapters import wrap_model
+
+from . import fake_cuda
+from .common import save
+from .fake_cuda import LiveMemory
+
+GIB = 2**30
+BATCH, LENGTH, FORWARDS = 4, 512, 3
+RANK, RHO = 16, 2.0
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# Name of a phase of the initialisation, and of the function that it is.
+PHASES = {
+    "forward": "_forward",
+    "accumulate": "add",
+    "fold": "fold_streams",
+    "compare": "compare_streams",
+    "result": "collect_result",
+    "write": "write_result",
+}
+
+
+def _llama(**sizes: int) -> LlamaConfig:
+    return LlamaConfig(max_position_embeddings=4096, **sizes)
+
+
+# As published in the config.json of each model.
+MODELS: dict[str, Callable[[], PretrainedConfig]] = {
+    "Llama-2-7B": lambda: _llama(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+    ),
+    "Llama-3.1-8B": lambda: _llama(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "Gemma-2-9B": lambda: Gemma2Config(
+        vocab_size=256000,
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+    ),
+    "Gemma-2-27B": lambda: Gemma2Config(
+        vocab_size=256000,
+        hidden_size=4608,
+        intermediate_size=36864,
+        num_hidden_layers=46,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=144,
+    ),
+    "Llama-3.1-70B": lambda: _llama(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory of a run, in bytes above what was live before it.
+
+    Attributes:
+        bytes: how much.
+        where: what was running, the phase and the innermost module.
+        phases: the peak of every phase.
+    """
+
+    bytes: int
+    where: str
+    phases: dict[str, int]
+
+
+@dataclass
+class Row:
+    """The simulated memory of one model, in bytes.
+
+    Attributes:
+        model: name.
+        base_bytes, adapter_bytes: parameters and buffers.
+        plain: a forward pass of the base model, with logits, without a cache.
+        cached: the same with the cache for generation.
+        full: the calibration pass with ``early_exit=False``.
+        ours: the whole ``initialize`` with its defaults.
+        state_bytes: live after a step: state and sums.
+        planned_state_bytes: the same by the formula that plans use, without rounding.
+        workspace_bytes: the largest of the sketch kernels.
+        left_bytes: live after ``initialize`` above the parameters and before a garbage collection.
+        estimate_bytes: what ``eva_kernels.estimate`` tells beforehand.
+    """
+
+    model: str
+    base_bytes: int
+    adapter_bytes: int
+    plain: Peak
+    cached: Peak
+    full: Peak
+    ours: Peak
+    state_bytes: int
+    planned_state_bytes: int
+    workspace_bytes: int
+    left_bytes: int
+    estimate_bytes: int
+
+    @property
+    def overhead(self) -> int:
+        """Peak of ``initialize`` above that of the plain forward pass."""
+        return self.ours.bytes - self.plain.bytes
+
+
+class Simulation:
+    """One model on the fake device.
+
+    Args:
+        config: of a transformers model with the seven usual projections.
+        shape: (samples, tokens) of a batch.
+        forwards: of the pass; each is a step. Stopping early begins with the second.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        shape: tuple[int, int] = (BATCH, LENGTH),
+        forwards: int = FORWARDS,
+    ) -> None:
+        fake_cuda.enable()
+        self.config, self.shape, self.forwards = config, shape, forwards
+        self.memory = LiveMemory()
+        self.state_bytes: list[int] = []
+        self.planned = 0
+
+    @contextmanager
+    def running(self) -> Iterator[Simulation]:
+        """Enter the simulated world."""
+        # Without the collector, what waits for it counts as live, and every run counts the same.
+        gc.disable()
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), _replaced(self), self.memory:
+                yield self
+        finally:
+            gc.enable()
+            gc.collect()
+
+    def base_model(self) -> nn.Module:
+        """Return the base model, bfloat16, in eval mode."""
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.bfloat16, attn_implementation=fake_cuda.ATTENTION
+            )
+        self.memory.follow(model)
+        return model.eval()
+
+    def batch(self) -> dict[str, Tensor]:
+        """Return a batch without padding, on the CPU."""
+        return {"input_ids": torch.zeros(self.shape, dtype=torch.long)}
+
+    def measured(self, run: Callable[[], Any]) -> Peak:
+        """Run, and return the peak above the level before."""
+        gc.collect()
+        self.memory.restart()
+        before = self.memory.live
+        run()
+        peaks = {name: peak - before for name, peak in self.memory.peak_of.items()}
+        phases = {name: peak for name, peak in peaks.items() if name.partition(" ")[0] in PHASES}
+        where = self.memory.where
+        place = " > ".join(dict.fromkeys([*where[:1], *where[-1:]]))
+        return Peak(self.memory.peak - before, place, phases)
+
+    def plain(self, model: nn.Module, use_cache: bool = False) -> Peak:
+        """Measure a forward pass with logits."""
+
+        @torch.no_grad()
+        def run() -> None:
+            model(input_ids=self.batch()["input_ids"].to("cuda"), use_cache=use_cache)
+
+        return self.measured(run)
+
+    def initialize(self, model: nn.Module, **options: Any) -> Peak:
+        """Measure ``initialize`` on a PEFT model."""
+        return self.measured(lambda: self._run(initialize, model, options))
+
+    def calibrate(self, model: nn.Module, **options: Any) -> Peak:
+        """Measure ``calibrate``, the pass without the writing, on a PEFT model."""
+        return self.measured(lambda: self._run(calibrate, model, options))
+
+    def _run(self, function: Callable[..., Any], model: nn.Module, options: dict[str, Any]) -> None:
+        batch = options.pop("batch", None) or self.batch()
+        self.state_bytes.clear()
+        before = self.memory.live
+        result = function(
+            model,
+            [batch],
+            backend="triton",
+            max_steps=self.forwards,
+            on_not_converged="ignore",
+            progress=False,
+            callback=lambda _: self.state_bytes.append(self.memory.live - before),
+            **options,
+        )
+        found = getattr(result, "eva_result", result)
+        if found.steps != self.forwards or any(found.converged.values()):
+            raise RuntimeError(f"{found.steps} steps were simulated, not {self.forwards}")
+
+
+def lora_config() -> LoraConfig:
+    """Return r = 16 and rho = 2 on the seven projections."""
+    return LoraConfig(
+        r=RANK, target_modules=TARGETS, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO)
+    )
+
+
+def simulate(name: str, config: PretrainedConfig) -> Row:
+    """Simulate one model."""
+    simulation = Simulation(config)
+    with simulation.running():
+        memory = simulation.memory
+        base = simulation.base_model()
+        base_bytes = memory.live
+        plain, cached = simulation.plain(base), simulation.plain(base, use_cache=True)
+        model = wrap_model(base, lora_config(), "default")
+        gc.collect()
+        parameters = memory.live
+        told = estimate(model, batch_shape=simulation.shape)
+        full = simulation.calibrate(model, early_exit=False)
+        ours = simulation.initialize(model)
+        left = memory.live
+        features = {m.in_features for m in base.modules() if isinstance(m, nn.Linear)}
+        gc.collect()
+        return Row(
+            model=name,
+            base_bytes=base_bytes,
+            adapter_bytes=parameters - base_bytes,
+            plain=plain,
+            cached=cached,
+            full=full,
+            ours=ours,
+            state_bytes=max(simulation.state_bytes),
+            planned_state_bytes=simulation.planned,
+            workspace_bytes=max(_workspace(d) for d in features),
+            left_bytes=left - memory.live,
+            estimate_bytes=told.peak_bytes,
+        )
+
+
+def _workspace(features: int) -> int:
+    width = 2 * round(RANK * RHO)
+    device = torch.device("cuda")
+    return sketch_workspace_bytes(BATCH * LENGTH, width, features, torch.bfloat16, device)
+
+
+@contextmanager
+def _replaced(simulation: Simulation) -> Iterator[None]:
+    """Replace what needs contents or a driver, and name the phases."""
+    memory = simulation.memory
+    # the package's attributes of these names are its public functions
+    pass_, whole, adapters, ranks = (
+        import_module(f"eva_peft.{name}")
+        for name in ("calibrate", "initialize", "adapters", "ranks")
+    )
+
+    @contextmanager
+    def nothing() -> Iterator[None]:
+        yield
+
+    def upload(host: Tensor, device: torch.device) -> Tensor:
+        return torch.empty(host.shape, dtype=host.dtype, device=device)
+
+    def random_basis(rows: int, features: int, seed: int) -> Tensor:
+        return torch.empty(rows, features, dtype=torch.float64)
+
+    collect = pass_.collect_result
+
+    def collect_result(run: Any, peak_bytes: int) -> Any:
+        simulation.planned = sum(slot.stream.nbytes for slot in run.collector.slots)
+        return collect(run, peak_bytes)
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (_host, "read", _read),
+        (_host, "upload", upload),
+        (state, "random_basis", random_basis),
+        (ranks, "allocate_ranks", _unequal_ranks),
+        (pass_, "random_state_kept", nothing),
+        (adapters, "random_state_kept", nothing),
+        (pass_, "collect_result", collect_result),
+        (launch, "arch_of", lambda device: launch.ARCHS["sm_90"]),
+        (nn.Module, "_apply", fake_cuda.apply_to_module),
+        (torch.cuda, "reset_peak_memory_stats", lambda device: None),
+        (torch.cuda, "memory_allocated", lambda device: memory.live),
+        (torch.cuda, "max_memory_allocated", lambda device: memory.peak),
+    ]
+    with ExitStack() as stack:
+        for place, name, new in replacements:
+            stack.enter_context(mock.patch.object(place, name, new))
+        places = (pass_.CalibrationPass, pass_.InputStream, pass_, pass_, pass_, whole)
+        for place, (phase, name) in zip(places, PHASES.items(), strict=True):
+            new = _phase(memory, phase, getattr(place, name))
+            stack.enter_context(mock.patch.object(place, name, new))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage.*")
+        yield
+
+
+def _phase(memory: LiveMemory, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        number = f" {args[0].forwards + 1}" if name == "forward" else ""
+        with memory.running(name + number):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _read(tensors: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:
+    """Answer as if data were of full rank, and still turning: no repair, no convergence."""
+    if not tensors:
+        return []
+    torch.cat([t.reshape(-1).double() for t in tensors])  # what the host copies
+    width = max(t.shape[-1] for t in tensors if t.dim() == 2)
+    found = []
+    for tensor in tensors:
+        if tensor.dtype == torch.bool:  # uneven
+            values = np.zeros(tensor.shape)
+        elif tensor.dtype == torch.int64:  # ranks
+            values = np.full(tensor.shape, float(width))
+        elif tensor.dim() == 2:  # squares of singular values
+            values = np.tile(np.linspace(1.0, 0.1, tensor.shape[1]), (tensor.shape[0], 1))
+        else:  # cosines, norms, sums of squares
+            values = np.full(tensor.shape, 0.5)
+        found.append(values)
+    return found
+
+
+def _unequal_ranks(ratios: Sequence[Tensor], budget: int, **ignored: Any) -> list[int]:
+    """Give half of its neighbour's quarter to every other layer; the sum stays."""
+    each, moved = budget // len(ratios), budget // len(ratios) // 4
+    return [each + (moved if i % 2 else -moved) for i in range(len(ratios))]
+
+
+HEADERS = [
+    "model",
+    "parameters",
+    "plain forward",
+    "with KV cache",
+    "this package",
+    "more than plain",
+    "state and sums",
+    "peak in",
+]
+
+
+def rows_for_table(record: Mapping[str, Any]) -> list[list[str]]:
+    """Return a result file's rows as text below ``HEADERS``, GiB; peaks are above the parameters.
+
+    Args:
+        record: what ``simulated_memory.json`` holds.
+    """
+    return [
+        [
+            row["model"],
+            f"{(row['base_bytes'] + row['adapter_bytes']) / GIB:.2f}",
+            f"{row['plain']['bytes'] / GIB:.3f}",
+            f"{row['cached']['bytes'] / GIB:.3f}",
+            f"{row['ours']['bytes'] / GIB:.3f}",
+            f"{(row['ours']['bytes'] - row['plain']['bytes']) / GIB:.3f}",
+            f"{row['state_bytes'] / GIB:.3f}",
+            row["ours"]["where"],
+        ]
+        for row in record["rows"]
+    ]
+
+
+def run(names: Sequence[str], write: bool) -> None:
+    """Simulate models, print a table, and keep the result if asked."""
+    rows = []
+    title = f"GiB, simulated, batches of {BATCH} x {LENGTH} tokens; peaks above the parameters"
+    table = Table(*HEADERS, title=title)
+    for name in names:
+        rows.append(asdict(simulate(name, MODELS[name]())))
+        table.add_row(*rows_for_table({"rows": rows[-1:]})[0])
+    Console(width=140).print(table)
+    if write:
+        save(
+            "simulated_memory",
+            rows,
+            batch=BATCH,
+            length=LENGTH,
+            forwards=FORWARDS,
+            r=RANK,
+            rho=RHO,
+            launch_numbers="sm_90",
+        )

@@ -1,0 +1,128 @@
+"""The (Q, Q) algebra of a fold: from the image of a basis to the leading eigenpairs.
+
+See "Fold" in this folder's README. Shapes have a leading batch axis L; all is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.eigh import eigh
+from . import _host
+from ._basis import correction
+
+__all__ = ["CUT", "NOISE", "Nystrom", "nystrom"]
+
+# Squares below this share of the largest are rounding noise (singular values below 1e-6 of it).
+NOISE = 1e-12
+# Directions of the scaled (Q, Q) matrix below this eigenvalue carry no information about C.
+CUT = 1e-6
+# Eigenvalues below this share of the largest leave rows that need a second orthogonalisation.
+UNEVEN = 1e-6
+# Where the overlaps of the new rows are known, rows are uneven if one is off by more than this:
+# below the rounding of a float32 basis, and a tenth of what a float64 basis is held to.
+LOOSE = {torch.float32: 1e-8, torch.float64: 1e-11}
+
+
+@dataclass(frozen=True)
+class Nystrom:
+    """Leading eigenpairs of ``C ~ Y^T B^-1 Y`` for L layer inputs.
+
+    Attributes:
+        mixing: (L, Q, Q); ``mixing^T Y`` are the new rows, zero beyond the rank.
+        squares: eigenvalues (L, Q), descending, 0 beyond the rank.
+        rank: (L,) int64.
+        captured: variance along each row of the basis before, the diagonal of B, (L, Q).
+        uneven: (L,) bool: the rows need :func:`._basis.repair`.
+    """
+
+    mixing: Tensor
+    squares: Tensor
+    rank: Tensor
+    captured: Tensor
+    uneven: Tensor
+
+
+def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -> Nystrom:
+    """Decompose C from ``Y = V C``, the image of a basis V of orthonormal rows.
+
+    ``C ~ Y^T B^-1 Y``, with B^-1 truncated where the scaled matrix is singular (Tropp, Yurtsever,
+    Udell and Cevher 2017, arXiv 1706.05736).
+
+    Args:
+        core: ``B = Y V^T``, (L, Q, Q); overwritten.
+        metric: ``Y Y^T``, (L, Q, Q); overwritten.
+        ceiling: the rank is at most this, (L,).
+        dtype: that the rows will be rounded to.
+
+    Numerics: where reads are free, a triangular whitener if it is safe, eigenvectors otherwise;
+        elsewhere always eigenvectors, without a decision of the host, followed by a correction of
+        the rows by their overlaps. NaN in gives rank 0.
+    """
+    captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
+    floor = captured.amax(1, keepdim=True) * NOISE
+    # Entries are graded (activations of language models have outlier features), so scale to a
+    # unit diagonal before judging what is singular.
+    scale = torch.where(captured > floor, captured.rsqrt(), 0.0)
+    outer = scale[:, :, None] * scale[:, None, :]
+    # Symmetric but for rounding: the factorisations below read the lower triangle only.
+    core, metric = core.mul_(outer), metric.mul_(outer)
+    free = _host.reads_are_free(core.device)
+    whitener = _whitener(core) if free else _whiten(*eigh(core))
+    image = whitener.mT @ metric @ whitener
+    squares, rotation = torch.linalg.eigh(image) if free else eigh(image)
+    squares, rotation = squares.flip(1).clamp_min(0), rotation.flip(2)
+
+    rank = (squares > NOISE * squares[:, :1]).sum(1)
+    rank = torch.minimum(rank, ceiling.to(rank.dtype))
+    alive = torch.arange(squares.shape[1], device=squares.device) < rank[:, None]
+    squares = torch.where(alive, squares, 0.0)
+    inverse = torch.where(alive, squares.rsqrt(), 0.0)
+    mixing = (whitener @ rotation) * inverse[:, None, :]
+    uneven = rank < squares.shape[1]
+    if free:
+        # A row is orthogonal to the others only to eps times (largest / its own eigenvalue).
+        least = torch.where(alive, squares, squares[:, :1]).amin(1)
+        uneven |= least < UNEVEN * squares[:, 0]
+    else:
+        mixing, loose = _corrected(mixing, metric, alive)
+        uneven |= loose > LOOSE[dtype]
+    return Nystrom(scale[:, :, None] * mixing, squares, rank, captured, uneven)
+
+
+def _whitener(core: Tensor) -> Tensor:
+    """Return T with ``T T^T = core^-1`` (pseudo-inverse below CUT), (L, Q, Q).
+
+    A triangular factor does where the matrix is well away from singular, which is the normal case
+    (the basis is nearly that of the step before) and ten times cheaper than eigenvectors:
+    ``|L^-1|_F^2`` is the trace of the inverse and bounds its largest eigenvalue.
+    """
+    lower, info = torch.linalg.cholesky_ex(core)
+    identity = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device).expand_as(core)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    regular = (info == 0) & (inverse.square().sum((1, 2)) < 1 / CUT)
+    whitener = inverse.mT
+    singular = torch.nonzero(~regular).flatten()
+    if singular.numel():
+        whitener = whitener.clone()
+        whitener[singular] = _whiten(*torch.linalg.eigh(core[singular]))
+    return whitener
+
+
+def _whiten(values: Tensor, vectors: Tensor) -> Tensor:
+    return vectors * torch.where(values > CUT, values.rsqrt(), 0.0)[:, None, :]
+
+
+def _corrected(mixing: Tensor, metric: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mixing with what its rows miss to orthonormal taken off, and what is left, (L,).
+
+    The overlaps of the new rows are ``M^T (Y Y^T) M``: a second orthogonalisation in (Q, Q), where
+    it costs nothing beside the work in (Q, D).
+    """
+    target = torch.diag_embed(alive.to(metric.dtype))
+    for _ in range(2):  # each squares the error
+        mixing = mixing - mixing @ correction(mixing.mT @ metric @ mixing - target).mT
+    return mixing, (mixing.mT @ metric @ mixing - target).abs().amax((1, 2))

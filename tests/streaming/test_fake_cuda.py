@@ -1,0 +1,66 @@
+"""A step on a GPU that is not there: devices, the one read, and the bytes at the peak."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from eva_kernels.streaming import InputStream, Options, _host, compare_streams, fold_streams
+from eva_kernels.streaming._basis import random_basis
+from fake_cuda import DEVICE, compiler_missing, fake_cuda
+
+pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs g++ for a device guard")
+GIB = 1 << 30
+
+
+def on_gpu(features: int, components: int, method: str = "sketch") -> InputStream:
+    options = Options(method, backend="torch")
+    return InputStream(features, components, 2 * components, DEVICE, options=options)
+
+
+@pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+def test_a_step_runs_and_reads_once(criterion: str) -> None:
+    shapes = [(96, 8, "sketch"), (64, 8, "sketch"), (96, 8, "sketch"), (32, 4, "gram")]
+    with fake_cuda() as reads:
+        streams = [on_gpu(*shape) for shape in shapes]
+        for step in range(2):
+            for stream in streams:
+                x = torch.zeros(50, stream.features, dtype=torch.bfloat16, device=DEVICE)
+                assert stream.add(x, torch.arange(40, device=DEVICE)) == 40
+            assert len(reads) == step
+            folded = fold_streams(streams)
+            assert len(reads) == step + 1
+            if step == 0:  # nothing to compare with: no read
+                compare_streams(folded, [2] * 4, tau=0.9, criterion=criterion)
+        compare_streams(folded, [2] * 4, tau=0.9, criterion=criterion)
+        assert len(reads) == (3 if criterion == "subspace" else 2)
+        for stream in streams:
+            assert stream.tokens == 80
+            assert {t.device for t in (stream.sketch.basis, stream.sketch.mean)} == {DEVICE}
+            assert stream.similarity == 0.0
+
+
+def test_memory_of_a_step_of_llama_2_7b() -> None:
+    with fake_cuda():
+        streams = [on_gpu(d, 32) for d in [4096, 4096, 4096, 11008] * 32]
+        tracker = MemTracker()
+        with tracker:
+            for _ in range(2):  # only the second step is compared with one before
+                for stream in streams:
+                    stream.add(torch.zeros(64, stream.features, device=DEVICE))
+                held = tracker.get_tracker_snapshot("current")[DEVICE]["Total"]
+                compare_streams(fold_streams(streams), [1] * 128, tau=0.9)
+        peak = tracker.get_tracker_snapshot("peak")[DEVICE]["Total"]
+        kept = tracker.get_tracker_snapshot("current")[DEVICE]["Total"]
+    assert held == kept == pytest.approx(sum(s.nbytes for s in streams), rel=0.01)
+    assert 0.3 * GIB < held < 0.4 * GIB
+    # The rows before, half of each basis, are a quarter of this, three chunks the rest.
+    assert peak - held < 0.2 * GIB
+
+
+def test_nothing_fake_is_left_behind() -> None:
+    with fake_cuda():
+        random_basis(2, 5, 0)
+    assert type(random_basis(2, 5, 0)) is torch.Tensor
+    assert _host.read([torch.ones(2)])[0].tolist() == [1.0, 1.0]

@@ -1,0 +1,354 @@
+"""The way of an accelerator, taken on the CPU: same answers, one read a step, faults by name."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+import helpers
+from eva_kernels import IncrementalPCA
+from eva_kernels.errors import EvaValueError, NonFiniteError
+from eva_kernels.streaming import (
+    InputStream,
+    NonFiniteStepError,
+    _host,
+    compare_streams,
+    export_stream,
+    fold_streams,
+    restore_stream,
+)
+from eva_kernels.streaming import batch as batch_module
+from helpers import (
+    EPS32,
+    TOLERANCES,
+    decaying,
+    feed,
+    lost_variance,
+    orthonormality,
+    principal_cosine,
+    relative,
+    with_spectrum,
+)
+from host_reads import HostReads, counted
+
+METHODS = ["sketch", "gram"]
+# The interpreter of the other backend is slow, and nothing here depends on it.
+make_stream = functools.partial(helpers.make_stream, backend="torch")
+SINGLE = TOLERANCES[torch.float32]
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU pass for a device whose numbers are not free."""
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
+
+
+def kinds() -> dict[str, tuple[Tensor, int, int]]:
+    """Return data with the tokens of a batch and the components wanted."""
+    outlier = with_spectrum(400, 64, decaying(64))
+    outlier[:, 3] *= 1000
+    return {
+        "ordinary": (with_spectrum(400, 64, decaying(64)), 100, 8),
+        "offset": (with_spectrum(400, 64, decaying(64), offset=100.0), 100, 8),
+        "outlier feature": (outlier, 100, 8),
+        "steep": (with_spectrum(400, 64, 10 * 0.4 ** torch.arange(32.0)), 100, 8),
+        "low rank": (with_spectrum(400, 64, [50.0, 20.0, 3.0]), 100, 8),
+        "rank one": (with_spectrum(400, 64, [50.0], dtype=torch.float64), 100, 8),
+        "constant": (torch.full((100, 33), 3.3), 25, 4),
+        "zero": (torch.zeros(100, 33), 25, 4),
+        "one token a batch": (with_spectrum(40, 24, [8.0, 3.0, 1.0]), 1, 4),
+        "few tokens": (with_spectrum(5, 24, [8.0, 3.0, 1.0]), 5, 8),
+        "all features": (with_spectrum(200, 6, decaying(6)), 50, 6),
+        "one feature": (with_spectrum(200, 1, [3.0]), 50, 1),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("method", METHODS)
+def test_same_answers(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, size, k = kinds()[kind]
+    dtype = x.dtype
+    streams = [make_stream(x.shape[1], k, method=method, dtype=dtype) for _ in "ab"]
+    expected = feed(streams[0], x.split(size)).spectrum()
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
+    found = feed(streams[1], x.split(size)).spectrum()
+    limit = TOLERANCES[dtype]
+    assert (found.rank, found.count) == (expected.rank, expected.count)
+    assert orthonormality(found.components) <= limit.orthonormal
+    assert orthonormality(streams[1].sketch.basis) <= limit.orthonormal
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-6, atol=1e-6)
+    assert found.total == pytest.approx(expected.total, rel=4 * limit.sums, abs=1e-9)
+    rank = found.rank
+    assert found.singular_values[rank:].tolist() == [0.0] * (k - rank)
+    if kind == "outlier feature":  # float32 products hold the last components to some digits only
+        lost = [lost_variance(x, answer.components) for answer in (found, expected)]
+        assert lost[0] <= 1.01 * lost[1] + 1e-12
+    elif rank:
+        values = [answer.singular_values[:rank] for answer in (found, expected)]
+        assert relative(*values) <= limit.values
+        spans = [answer.components[:rank] for answer in (found, expected)]
+        assert 1 - principal_cosine(*spans) <= limit.cosine
+    assert found.ratio[rank:].tolist() == [0.0] * (k - rank)
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * 12 * 40 * 8, 1 << 20])
+@pytest.mark.usefixtures("away")
+def test_chunks_make_no_difference(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [with_spectrum(200, 40, decaying(40), seed=i) for i in range(5)]
+
+    def run() -> list[InputStream]:
+        streams = [make_stream(40, 6) for _ in data]
+        for part in (slice(0, 100), slice(100, 200)):
+            for stream, x in zip(streams, data, strict=True):
+                stream.add(x[part])
+            compare_streams(fold_streams(streams), [4] * 5, tau=0.5)
+        return streams
+
+    whole = run()
+    monkeypatch.setattr(batch_module, "CHUNK_BYTES_ACCELERATOR", chunk)
+    for one, other in zip(whole, run(), strict=True):
+        torch.testing.assert_close(
+            one.sketch.singular_values, other.sketch.singular_values, rtol=1e-9, atol=0
+        )
+        torch.testing.assert_close(one.sketch.basis, other.sketch.basis, rtol=0, atol=4 * EPS32)
+        assert one.similarity == pytest.approx(other.similarity, abs=1e-6)
+
+
+def several() -> list[tuple[InputStream, Tensor]]:
+    """Return streams of several shapes and kinds with data for two steps, 40 tokens each."""
+    shapes = [(48, 6, "sketch"), (32, 6, "sketch"), (48, 6, "sketch"), (24, 4, "gram")]
+    return [
+        (make_stream(d, k, method=method), with_spectrum(80, d, decaying(d), seed=i))
+        for i, (d, k, method) in enumerate(shapes)
+    ]
+
+
+def waits_of(seen: HostReads) -> dict[str, int]:
+    # Here ``ops.eigh`` is torch's; its own launch on a GPU does not wait.
+    return {name: count for name, count in seen.waits.items() if name != "_linalg_eigh"}
+
+
+@pytest.mark.usefixtures("away")
+def test_one_read_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = several()
+    streams = [stream for stream, _ in pairs]
+    rows = torch.arange(0, 40, 1)
+    for begin in (0, 40):
+        with counted(monkeypatch) as seen:
+            for stream, x in pairs:
+                stream.add(x[begin : begin + 40], rows)
+                assert stream.tokens == begin + 40
+        assert waits_of(seen) == {}
+        with counted(monkeypatch) as seen:
+            folded = fold_streams(streams)
+            ratios = [stream.ratios() for stream in folded]
+            compare_streams(folded, [3] * len(folded), tau=0.5)
+        assert waits_of(seen) == {"read": 1}
+        assert len(ratios) == 4
+        assert all(bool(r[0] > 0) for r in ratios)
+    assert all(stream.converged and stream.previous is None for stream in streams)
+
+
+def test_the_count_sees_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.arange(4.0)
+    with counted(monkeypatch) as seen:
+        float(x.sum())
+        bool((x > 1).any())
+        x[x > 1]
+        torch.nonzero(x)
+        torch.linalg.eigh(torch.eye(2))
+        _host.read([x])
+    assert seen.waits["_local_scalar_dense"] == 2
+    assert {"index", "nonzero", "_linalg_eigh", "read"} <= set(seen.waits)
+
+
+def test_the_cpu_looks_at_every_token_at_once() -> None:
+    with pytest.raises(NonFiniteError, match="1 of 2 tokens"):
+        make_stream(4, 2).add(torch.tensor([[1.0] * 4, [float("nan")] * 4]))
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+def test_the_comparison_is_that_of_the_cpu(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = several()
+    streams = [stream for stream, _ in pairs]
+    for begin in (0, 40):
+        for stream, x in pairs:
+            stream.add(x[begin : begin + 40])
+        folded = fold_streams(streams)
+        if begin:
+            old = {id(s): s.previous.clone() for s in folded}
+        with counted(monkeypatch) as seen:
+            compare_streams(folded, [3] * 4, tau=0.9, criterion=criterion)
+        assert seen.waits["read"] == (1 if begin and criterion == "subspace" else 0)
+    for stream in folded:
+        overlaps = old[id(stream)].double() @ stream.sketch.basis[: stream.components].double().mT
+        cosines = overlaps.diagonal().abs()
+        expected = cosines[:3].min()
+        if criterion == "subspace":
+            expected = torch.linalg.svdvals(overlaps[:3, :3]).min()
+        else:
+            assert relative(stream.cosines, cosines) <= 1e-6
+        assert stream.similarity == pytest.approx(float(expected), abs=1e-6)
+    with pytest.raises(EvaValueError, match="tau must be"):
+        compare_streams(folded, [3] * 4, tau=float("nan"))
+
+
+@pytest.mark.usefixtures("away")
+def test_a_rank_that_is_deficient_is_repaired_and_compared_again() -> None:
+    x = with_spectrum(120, 48, [30.0, 10.0, 3.0])
+    stream = feed(make_stream(48, 6), [x[:60]])
+    stream.add(x[60:])
+    fold_streams([stream])
+    basis = stream.sketch.basis
+    assert stream.sketch.rank == 3
+    assert orthonormality(basis) <= SINGLE.orthonormal
+    cosines = (stream.previous.double() * basis[:6].double()).sum(1).abs()
+    compare_streams([stream], [3], tau=0.9)
+    torch.testing.assert_close(stream.cosines, cosines.float(), rtol=0, atol=1e-6)
+    assert stream.converged
+
+
+def snapshot(stream: InputStream) -> dict[str, object]:
+    record, tensors = export_stream(stream)
+    return {**record, **{name: tensor.clone() for name, tensor in tensors.items()}}
+
+
+def same(left: dict[str, object], right: dict[str, object]) -> bool:
+    return left.keys() == right.keys() and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b or a != a
+        for a, b in ((left[key], right[key]) for key in left)
+    )
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_token_is_found_by_the_fold_and_changes_nothing(method: str, value: float) -> None:
+    x = with_spectrum(400, 48, decaying(48))
+    bad, good = (feed(make_stream(48, 6, method=method), [x[:200]]) for _ in "ab")
+    other = feed(make_stream(32, 6), [x[:200, :32]])
+    before, others = snapshot(bad), snapshot(other)
+    broken = x[200:300].clone()
+    broken[[3, 70], 5] = value
+    bad.add(broken)
+    other.add(x[200:300, :32])
+    open_ = snapshot(other)
+    told = "2 of 100 tokens hold NaN" if method == "gram" else "some of 100 tokens hold NaN"
+    if value == 1e25 and method == "sketch":
+        told = "squares overflow torch.float32; .* float64"
+    with pytest.raises(NonFiniteStepError, match=told) as caught:
+        fold_streams([other, bad])
+    assert caught.value.stream is bad
+    # Every state is as it was; the other stream still has its tokens, to the bit.
+    assert same(snapshot(other), open_)
+    assert not same(open_, others)
+    if method == "sketch":
+        assert same(snapshot(bad), before)
+        assert bad.tokens == 200
+    else:
+        assert (bad.tokens, bad.pending) == (298, 98)
+        keep = torch.ones(100, dtype=torch.bool)
+        keep[[3, 70]] = False
+        good.add(x[200:300][keep])
+    for stream in (bad, good):
+        stream.add(x[300:])
+    assert {id(s) for s in fold_streams([other, bad])} == {id(other), id(bad)}
+    assert other.tokens == 300
+    fold_streams([good])
+    found, expected = bad.spectrum(), good.spectrum()
+    assert found.count == expected.count
+    torch.testing.assert_close(
+        found.singular_values, expected.singular_values, rtol=SINGLE.values, atol=0
+    )
+    assert 1 - principal_cosine(found.components, expected.components) <= SINGLE.cosine
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_first_batch_leaves_nothing(method: str) -> None:
+    x = with_spectrum(200, 48, decaying(48))
+    stream, expected = (make_stream(48, 6, method=method) for _ in "ab")
+    broken = x[:100].clone()
+    broken[[0, 50]] = float("nan")
+    stream.add(broken)
+    with pytest.raises(NonFiniteStepError):
+        fold_streams([stream])
+    assert (stream.tokens, stream.pending, stream.state) == (0, 0, None)
+    answers = [feed(s, [x[100:]]).spectrum() for s in (stream, expected)]
+    assert torch.equal(answers[0].components, answers[1].components)
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_tokens_that_are_not_selected_do_not_matter(method: str) -> None:
+    x = with_spectrum(300, 48, decaying(48))
+    x[200:] = float("nan")
+    stream, expected = (make_stream(48, 6, method=method) for _ in "ab")
+    stream.add(x, torch.arange(200))
+    expected.add(x[:200], torch.arange(200))
+    answers = [s.spectrum() for s in (stream, expected)]
+    assert torch.equal(answers[0].components, answers[1].components)
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("option", ["skip_nonfinite", "check_every_add"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_check_at_every_add_can_be_asked_for(method: str, option: str) -> None:
+    x = with_spectrum(100, 24, decaying(24))
+    x[7] = float("nan")
+    stream = make_stream(24, 4, method=method, **{option: True})
+    if option == "skip_nonfinite":
+        assert stream.add(x) == 99
+        assert stream.spectrum().rank == 4
+    else:
+        with pytest.raises(NonFiniteError, match="1 of 100 tokens"):
+            stream.add(x)
+        assert stream.tokens == 0
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_shares_nothing_with_the_stream(method: str) -> None:
+    x = with_spectrum(300, 48, decaying(48))
+    stream = feed(make_stream(48, 6, method=method), [x[:100]])
+    copy = stream.clone()
+    kept = snapshot(copy)
+    feed(stream, [x[100:200]])  # writes in place
+    assert same(snapshot(copy), kept)
+    if method == "gram":
+        pivot = copy.state.pivot
+        assert torch.equal(pivot, stream.state.pivot)
+        assert not torch.equal(pivot, stream.state.sketch.mean)
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_restored_stream_goes_on_with_the_same_bits(method: str) -> None:
+    x = with_spectrum(300, 48, decaying(48))
+    stream = feed(make_stream(48, 6, method=method), [x[:100], x[100:200]])
+    stream.add(x[200:205])
+    copy = make_stream(48, 6, method=method)
+    restore_stream(copy, *export_stream(stream))
+    for one in (stream, copy):
+        one.add(x[205:])
+        compare_streams(fold_streams([one]), [4], tau=0.9)
+    assert same(snapshot(stream), snapshot(copy))
+
+
+@pytest.mark.usefixtures("away")
+def test_incremental_pca_refuses_bad_rows_at_once() -> None:
+    x = with_spectrum(200, 24, decaying(24))
+    bad = x[100:].clone()
+    bad[4, 2] = float("nan")
+    found, expected = (IncrementalPCA(4, backend="torch").partial_fit(x[:100]) for _ in "ab")
+    with pytest.raises(NonFiniteError, match="1 of 100 tokens"):
+        found.partial_fit(bad)
+    for pca in (found, expected):
+        pca.partial_fit(x[100:])
+    assert found.n_samples_seen_ == 200
+    assert torch.equal(found.components_, expected.components_)
+    assert torch.equal(found.var_, expected.var_)
