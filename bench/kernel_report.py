@@ -96,6 +96,7 @@ def compile_for(arch: str) -> list[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
 
     from eva_kernels.kernels.launch import ARCHS as LIMITS
+    from eva_kernels.kernels.launch import stages
     from eva_kernels.kernels.sketch import small_warps
 
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch[:3] == "sm_" else None
@@ -105,7 +106,8 @@ def compile_for(arch: str) -> list[dict[str, Any]]:
         options: dict[str, Any] = {"num_warps": 4}
         if tile is not None:
             constants = {"BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d} | constants
-            options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+            indirect = "project" not in name  # there the addresses are loaded before the loop
+            options = {"num_warps": tile.num_warps, "num_stages": stages(tile, indirect)}
         elif name.startswith("gram"):
             options["num_warps"] = 8 if constants["BLOCK_D"] == 128 else 4
         elif "finish" not in name:

@@ -113,9 +113,27 @@ def svd_step() -> str:
     )
 
 
+def simulated_memory() -> str:
+    """Render the table of simulated peak memory."""
+    from .simulated_memory import HEADERS, rows_for_table
+
+    record = load("simulated_memory")
+    return "\n".join(
+        [
+            "Peak GPU memory in GiB above the parameters, of the real code on tensors without "
+            "contents (4 x 512 tokens, bfloat16, seven projections a layer, r = 16, rho = 2; "
+            "simulated, see `bench/simulated_memory.py` for what that leaves out):",
+            "",
+            _table(HEADERS, rows_for_table(record)),
+            "",
+            f"({_source(record)})",
+        ]
+    )
+
+
 def render() -> str:
     """Render the block between the README's marks."""
-    return "\n\n".join([whole_pass(), svd_step()])
+    return "\n\n".join([whole_pass(), svd_step(), simulated_memory()])
 
 
 def write_readme() -> None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import GRAM_TILES, Arch, Tile, rows_of_a_thread
+from .launch import GRAM_TILES, Arch, Tile, rows_of_a_thread, stages
 from .primitives import add_product, add_sums, load_tokens, split_bf16
 
 __all__ = ["GramPlan", "launch_gram", "plan_gram"]
@@ -196,7 +196,7 @@ def launch_gram(
         n, d, x.stride(0), plan.blocks,
         HAS_ROWS=rows is not None, HIGH=high, DIRECT=direct,
         BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, FOLD=rows_of_a_thread(tile, x.element_size()),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=stages(tile, rows is not None), enable_fp_fusion=True,
     )  # fmt: skip
     collect_kernel[(d_blocks, d_blocks)](
         partial, shifts, squares, scatter, shift, square, d, plan.splits, plan.splits * d_blocks,

@@ -128,7 +128,7 @@ _BLACKWELL = {
 # mma.sync takes both operands from registers, so that four warps spill what eight hold.
 _AMPERE = {
     64: SketchTiles(
-        Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
+        Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
     ),
     128: SketchTiles(
         Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 128, 8, 2)
@@ -183,6 +183,15 @@ GRAM_TILES: Mapping[str, GramTiles] = MappingProxyType(
         "gfx942": _GRAM_SMALL,
     }
 )
+
+
+def stages(tile: Tile, indirect: bool) -> int:
+    """Return the stages of a loop over tokens; the address of an indirect one is loaded before.
+
+    The compiler spreads such a chain of loads over stages: two more of them give the tokens the
+    same depth, and take the same shared memory but for the indices.
+    """
+    return tile.num_stages + (2 if indirect else 0)
 
 
 def rows_of_a_thread(tile: Tile, itemsize: int) -> int:

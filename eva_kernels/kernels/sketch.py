@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SKETCH_TILES, Arch, Tile, rows_of_a_thread
+from .launch import SKETCH_TILES, Arch, Tile, rows_of_a_thread, stages
 from .primitives import add_product, add_sums, dot, load_tokens, split_bf16
 
 __all__ = ["SketchPlan", "launch_sketch", "plan_sketch"]
@@ -409,7 +409,7 @@ def launch_sketch(
         x, rows, pivot, *p_planes, flags, *split, n, d, plan.pitch, stride, plan.blocks_n,
         CENTRED=centred, FLAGS=flags_of_block, BLOCK_N=back.block_n, BLOCK_D=back.block_d,
         FOLD=rows_of_a_thread(back, x.element_size()),
-        num_warps=back.num_warps, num_stages=back.num_stages, **shared, **tokens,
+        num_warps=back.num_warps, num_stages=stages(back, rows is not None), **shared, **tokens,
     )  # fmt: skip
     collect_kernel[(flag_blocks,)](
         *split, sums, flags, pivot, products, shift, square,

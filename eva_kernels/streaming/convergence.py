@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,7 +12,7 @@ from ..errors import EvaValueError
 from ..ops.eigh import eigh
 from . import _host
 from ._host import Array
-from .step import cosines_of
+from .step import by_device, cosines_of
 from .stream import InputStream
 
 __all__ = ["compare_streams", "leading_similar"]
@@ -74,15 +73,8 @@ def leading_similar(cosines: Tensor | Array, tau: float) -> int:
     return int(others[0]) if len(others) else len(values)
 
 
-def _by_device(streams: Sequence[InputStream]) -> list[list[InputStream]]:
-    parts: dict[torch.device, list[InputStream]] = defaultdict(list)
-    for stream in streams:
-        parts[stream.device].append(stream)
-    return list(parts.values())
-
-
 def _fetch_cosines(streams: Sequence[InputStream], backend: str) -> None:
-    parts = _by_device([s for s in streams if s.previous is not None])
+    parts = by_device([s for s in streams if s.previous is not None])
     launched = []
     for part in parts:
         pairs = [
@@ -99,7 +91,7 @@ def _fetch_cosines(streams: Sequence[InputStream], backend: str) -> None:
 
 def _compare_spans(pairs: Sequence[tuple[InputStream, int]], tau: float) -> None:
     rank_of = {id(stream): rank for stream, rank in pairs}
-    parts = _by_device([stream for stream, _ in pairs])
+    parts = by_device([stream for stream, _ in pairs])
     launched = [_principal_cosines(part, [rank_of[id(s)] for s in part]) for part in parts]
     for part, array in zip(parts, _host.read(launched), strict=True):
         for stream, value in zip(part, array.tolist(), strict=True):

@@ -28,7 +28,7 @@ from .state import GramState, SketchState, clear_sums
 if TYPE_CHECKING:
     from .stream import InputStream
 
-__all__ = ["NonFiniteStepError", "cosines_of", "fold_streams"]
+__all__ = ["NonFiniteStepError", "by_device", "cosines_of", "fold_streams"]
 
 
 class NonFiniteStepError(NonFiniteError):
@@ -182,7 +182,7 @@ def _renew_chunk(
 def _compare(streams: Sequence[InputStream], old: dict[int, Tensor]) -> list[Tensor]:
     """Launch the comparison of all streams; returns the cosines, one tensor a device."""
     cosines = []
-    for part in _by_device(streams):
+    for part in by_device(streams):
         pairs = [(old[id(s)], s.sketch.basis[: s.components]) for s in part if s.sketch is not None]
         cosines.append(cosines_of(pairs))
     return cosines
@@ -194,7 +194,8 @@ def cosines_of(pairs: Sequence[tuple[Tensor, Tensor]], backend: str = "auto") ->
     return convergence(before, after, [0] * len(pairs), 0.0, backend=backend)[0]
 
 
-def _by_device(streams: Sequence[InputStream]) -> list[list[InputStream]]:
+def by_device(streams: Sequence[InputStream]) -> list[list[InputStream]]:
+    """Split streams by their device, in order."""
     parts: dict[torch.device, list[InputStream]] = defaultdict(list)
     for stream in streams:
         parts[stream.device].append(stream)
@@ -202,7 +203,7 @@ def _by_device(streams: Sequence[InputStream]) -> list[list[InputStream]]:
 
 
 def _keep_cosines(streams: Sequence[InputStream], cosines: Sequence[Array]) -> None:
-    for part, array in zip(_by_device(streams), cosines, strict=True):
+    for part, array in zip(by_device(streams), cosines, strict=True):
         begin = 0
         for stream in part:
             stream.turned = array[begin : begin + stream.components]

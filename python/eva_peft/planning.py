@@ -102,6 +102,8 @@ def estimate_targets(
     workspace = max(6 * 8 * step.width * step.features, 4 * min(tokens, 512) * step.features)
     # residual stream, the widest layer's input and output, and their two operands
     activation = itemsize * tokens * (3 * widest.in_features + 2 * widest.out_features)
+    # or the logits, which the first pass makes before it is known which layer is called last
+    activation = max(activation, itemsize * tokens * _logits_of_a_token(model))
     return Estimate(
         state_bytes=state,
         workspace_bytes=workspace,
@@ -109,3 +111,12 @@ def estimate_targets(
         peak_bytes=state + workspace + activation,
         method={t.name: plan[t.in_features].method for t in targets},
     )
+
+
+def _logits_of_a_token(model: nn.Module) -> int:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    width = int(getattr(head, "out_features", 0))
+    # Capping (Gemma 2) divides them out of place.
+    capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
+    return 2 * width if capped else width

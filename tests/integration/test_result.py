@@ -278,6 +278,16 @@ def test_estimate_bounds_the_state(
             assert real > 0.9 * told.state_bytes
 
 
+def test_estimate_counts_the_logits_where_they_are_the_most() -> None:
+    model = make_llama()
+    narrow = eva_kernels.estimate(model, lora(), (4, 24))
+    model.resize_token_embeddings(5000)
+    wide = eva_kernels.estimate(model, lora(), (4, 24))
+    assert wide.activation_bytes == 4 * 96 * 5000 > narrow.activation_bytes
+    model.config.final_logit_softcapping = 30.0
+    assert eva_kernels.estimate(model, lora(), (4, 24)).activation_bytes == 2 * 4 * 96 * 5000
+
+
 def test_memory_budget_chooses_the_method() -> None:
     model = make_llama()
     least = eva_kernels.estimate(model, lora(), method="sketch").state_bytes

@@ -1,8 +1,15 @@
 """The Triton kernels compiled for real chips, in processes that do not interpret them."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 
 from bench import kernel_report
 
@@ -26,6 +33,26 @@ def test_every_entry_of_the_launch_tables(arch: str, records: list[dict]):
     tiles = {(r["kernel"], r["tokens"], *r["tile"]) for r in streaming}
     assert len(tiles) == 3 * 2 * 2 + 2 * 2  # widths, kernels, tokens; gram: splits, tokens
     assert all(set(record["tensor_core"]) == {UNITS[arch]} for record in streaming)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, the launchers themselves run")
+def test_launchers_reach_the_launch(tmp_path: Path):
+    script = Path(__file__).with_name("launch_path.py")
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), "sm_90"],
+        env=kept | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    compiled = json.loads(done.stdout.splitlines()[-1])
+    # 3 kinds of tokens, with and without rows; prepare only for bfloat16, collect in both ops
+    assert Counter(name for name, *_ in compiled) == {
+        "prepare_kernel": 2, "project_kernel": 6, "finish_kernel": 6, "back_kernel": 6,
+        "gram_kernel": 6, "collect_kernel": 12,
+    }  # fmt: skip
 
 
 def test_a_spill_an_overflow_and_a_missing_unit_are_faults():

@@ -21,6 +21,8 @@ from eva_kernels.streaming import (
     restore_stream,
 )
 from eva_kernels.streaming import batch as batch_module
+from eva_kernels.streaming._basis import random_basis
+from eva_kernels.streaming.nystrom import nystrom
 from helpers import (
     EPS32,
     TOLERANCES,
@@ -352,3 +354,59 @@ def test_incremental_pca_refuses_bad_rows_at_once() -> None:
     assert found.n_samples_seen_ == 200
     assert torch.equal(found.components_, expected.components_)
     assert torch.equal(found.var_, expected.var_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("away")
+def test_graded_spectra_stay_orthonormal_by_one_read(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exponents = torch.linspace(0, 1, 100, dtype=torch.float64)
+    x = with_spectrum(600, 128, 10 * 1e-5**exponents, dtype=dtype)
+    stream = make_stream(128, 32, dtype=dtype)
+    for part in x.split(150):
+        stream.add(part)
+        with counted(monkeypatch) as seen:
+            fold_streams([stream])
+        if dtype == torch.float32:
+            assert waits_of(seen) == {"read": 1}
+        assert orthonormality(stream.sketch.basis) <= TOLERANCES[dtype].orthonormal
+
+
+@pytest.mark.usefixtures("away")
+def test_rows_that_stay_uneven_are_flagged() -> None:
+    # From a random start the image of every row is as large as the largest, and the digits of the
+    # small eigenvalues are lost.
+    rotation = random_basis(192, 192, seed=2)
+    spectrum = torch.full((192,), 5e-8, dtype=torch.float64)
+    spectrum[:32] = torch.logspace(0, -7, 32, dtype=torch.float64)
+    matrix = rotation.mT @ torch.diag(spectrum) @ rotation
+    basis = random_basis(32, 192, seed=1)
+    deviations, flags = [], []
+    for _ in range(2):
+        image = (basis @ matrix)[None]
+        ceiling = torch.tensor([1e6], dtype=torch.float64)
+        found = nystrom(image @ basis.mT, image @ image.mT, ceiling, torch.float32)
+        rows = (found.mixing.mT @ image)[0]
+        deviations.append(orthonormality(rows))
+        flags.append(bool(found.uneven))
+        basis = torch.linalg.qr(rows.mT).Q.mT
+    assert deviations[0] > 1e-7
+    assert deviations[1] < 1e-12
+    assert flags == [True, False]
+
+
+@pytest.mark.usefixtures("away")
+def test_a_start_without_variance_keeps_its_random_rows() -> None:
+    stream = make_stream(40, 4)
+    stream.add(torch.full((30, 40), 2.0))
+    start = random_basis(8, 40, stream.options.seed)
+    assert 1 - principal_cosine(stream.sketch.basis, start) <= SINGLE.cosine
+    assert orthonormality(stream.sketch.basis) <= SINGLE.orthonormal
+    # Of rank 3, the three directions come first, and the rest are random rows as well.
+    stream = make_stream(40, 4)
+    x = with_spectrum(30, 40, [9.0, 5.0, 2.0])
+    stream.add(x)
+    basis = stream.sketch.basis
+    assert 1 - principal_cosine(basis[:3], torch.linalg.svd(x)[2][:3]) <= SINGLE.cosine
+    assert principal_cosine(torch.cat([basis[:3], start[3:].float()]), basis) > 1 - SINGLE.cosine
