@@ -107,7 +107,8 @@ def compile_for(arch: str) -> list[dict[str, Any]]:
         if tile is not None:
             constants = {"BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d} | constants
             indirect = "project" not in name  # there the addresses are loaded before the loop
-            options = {"num_warps": tile.num_warps, "num_stages": stages(tile, indirect)}
+            depth = stages(tile, indirect, LIMITS[arch])
+            options = {"num_warps": tile.num_warps, "num_stages": depth}
         elif name.startswith("gram"):
             options["num_warps"] = 8 if constants["BLOCK_D"] == 128 else 4
         elif "finish" not in name:

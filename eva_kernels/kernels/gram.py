@@ -196,7 +196,8 @@ def launch_gram(
         n, d, x.stride(0), plan.blocks,
         HAS_ROWS=rows is not None, HIGH=high, DIRECT=direct,
         BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, FOLD=rows_of_a_thread(tile, x.element_size()),
-        num_warps=tile.num_warps, num_stages=stages(tile, rows is not None), enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=stages(tile, rows is not None, arch),
+        enable_fp_fusion=True,
     )  # fmt: skip
     collect_kernel[(d_blocks, d_blocks)](
         partial, shifts, squares, scatter, shift, square, d, plan.splits, plan.splits * d_blocks,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -81,12 +81,16 @@ class Arch:
         processors: multiprocessors of the device (of the family's largest, if none is present).
         shared_bytes: most shared memory of one program.
         least_q: narrowest tile of Q that the tensor cores take at full rate.
+        indirect_stages: more stages of a loop whose addresses are loaded in it. The compiler for
+            NVIDIA spreads such a chain of loads over stages: two more give the tokens the same
+            depth, and take the same shared memory but for the indices.
     """
 
     name: str
     processors: int
     shared_bytes: int
     least_q: int
+    indirect_stages: int = 2
 
 
 # The largest chip of each family: only the number of splits depends on it.
@@ -98,7 +102,7 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
         "sm_90": Arch("sm_90", 132, 232_448, 64),  # wgmma has 64 rows
         "sm_100": Arch("sm_100", 148, 232_448, 64),  # so has tcgen05.mma
         "sm_120": Arch("sm_120", 188, 101_376, 16),
-        "gfx942": Arch("gfx942", 304, 65_536, 16),
+        "gfx942": Arch("gfx942", 304, 65_536, 16, indirect_stages=0),
     }
 )
 
@@ -140,7 +144,7 @@ _AMPERE = {
 # 99 KiB of shared memory: two stages, and narrow tiles at Q = 256.
 _SMALL = {
     64: SketchTiles(
-        Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+        Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
     ),
     128: SketchTiles(
         Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
@@ -185,13 +189,9 @@ GRAM_TILES: Mapping[str, GramTiles] = MappingProxyType(
 )
 
 
-def stages(tile: Tile, indirect: bool) -> int:
-    """Return the stages of a loop over tokens; the address of an indirect one is loaded before.
-
-    The compiler spreads such a chain of loads over stages: two more of them give the tokens the
-    same depth, and take the same shared memory but for the indices.
-    """
-    return tile.num_stages + (2 if indirect else 0)
+def stages(tile: Tile, indirect: bool, arch: Arch) -> int:
+    """Return the stages of a loop over tokens; the address of an indirect one is loaded before."""
+    return tile.num_stages + (arch.indirect_stages if indirect else 0)
 
 
 def rows_of_a_thread(tile: Tile, itemsize: int) -> int:
@@ -214,7 +214,7 @@ def _device_arch(index: int) -> Arch | str:
     if name not in ARCHS:
         return f"there are no launch numbers for {name}; known are {', '.join(ARCHS)}"
     known = ARCHS[name]
-    return Arch(name, properties.multi_processor_count, known.shared_bytes, known.least_q)
+    return replace(known, processors=properties.multi_processor_count)
 
 
 def arch_of(device: torch.device) -> Arch | str:

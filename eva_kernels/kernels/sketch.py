@@ -409,7 +409,8 @@ def launch_sketch(
         x, rows, pivot, *p_planes, flags, *split, n, d, plan.pitch, stride, plan.blocks_n,
         CENTRED=centred, FLAGS=flags_of_block, BLOCK_N=back.block_n, BLOCK_D=back.block_d,
         FOLD=rows_of_a_thread(back, x.element_size()),
-        num_warps=back.num_warps, num_stages=stages(back, rows is not None), **shared, **tokens,
+        num_warps=back.num_warps, num_stages=stages(back, rows is not None, arch),
+        **shared, **tokens,
     )  # fmt: skip
     collect_kernel[(flag_blocks,)](
         *split, sums, flags, pivot, products, shift, square,
