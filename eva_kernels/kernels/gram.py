@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import GRAM_TILES, Arch, Tile, rows_of_a_thread, stages
-from .primitives import add_product, add_sums, load_tokens, split_bf16
+from .primitives import add_product, add_sums, load_tokens, split_bf16, sum_all
 
 __all__ = ["GramPlan", "launch_gram", "plan_gram"]
 
@@ -120,10 +120,7 @@ def collect_kernel(
             shift += tl.load(p_shift, mask=o_i < d, other=0.0).to(tl.float64)
         tl.store(shift_ptr + o_i, shift, mask=o_i < d)
     if (pid_i == 0) & (pid_j == 0):
-        total = tl.load(square_ptr)
-        for i in range(square_blocks):
-            total += tl.load(square_partial_ptr + i).to(tl.float64)
-        tl.store(square_ptr, total)
+        tl.store(square_ptr, tl.load(square_ptr) + sum_all(square_partial_ptr, square_blocks))
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,7 @@ def launch_gram(
     plan = plan_gram(n, d, x.element_size(), arch)
     tile, direct = plan.tile, plan.splits == 1
     partial, shifts, squares = (
-        workspace[begin:].view(torch.float32) for begin in plan.offsets.values()
+        workspace[begin : plan.nbytes].view(torch.float32) for begin in plan.offsets.values()
     )
     d_blocks = triton.cdiv(d, tile.block_d)
     gram_kernel[(d_blocks, d_blocks, plan.splits)](

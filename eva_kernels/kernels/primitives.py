@@ -12,7 +12,8 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRET", "add_product", "add_sums", "dot", "load_tokens", "split_bf16", "to_bf16"]
+__all__ = ["INTERPRET", "add_product", "add_sums", "dot", "load_tokens", "split_bf16", "sum_all"]
+__all__ += ["sum_rows", "to_bf16"]
 
 # As triton reads it, when it is imported: setting the variable later mixes both modes.
 INTERPRET = tl.constexpr(
@@ -82,3 +83,29 @@ def add_sums(
     """
     tile = tl.reshape(centred, (FOLD, BLOCK_N // FOLD, BLOCK_D))
     return shift + tl.sum(tile, axis=0), square + tl.sum(tile * tile, axis=0)
+
+
+@triton.jit
+def sum_rows(ptr, o_q, rows, BLOCK_Q: tl.constexpr):
+    """Return the column sums of a float32 matrix (rows, BLOCK_Q).
+
+    Many rows at a time: a loop over single ones would wait for memory once for each.
+    """
+    BLOCK: tl.constexpr = 2048 // BLOCK_Q
+    total = tl.zeros((BLOCK, BLOCK_Q), tl.float32)
+    for begin in range(0, rows, BLOCK):
+        o_r = begin + tl.arange(0, BLOCK)
+        total += tl.load(
+            ptr + o_r[:, None] * BLOCK_Q + o_q[None, :], mask=(o_r < rows)[:, None], other=0.0
+        )
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def sum_all(ptr, count):
+    """Return the sum of float32 numbers in float64."""
+    total = tl.zeros((1024,), tl.float64)
+    for begin in range(0, count, 1024):
+        offset = begin + tl.arange(0, 1024)
+        total += tl.load(ptr + offset, mask=offset < count, other=0.0).to(tl.float64)
+    return tl.sum(total, axis=0)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SKETCH_TILES, Arch, Tile, rows_of_a_thread, stages
-from .primitives import add_product, add_sums, dot, load_tokens, split_bf16
+from .primitives import add_product, add_sums, dot, load_tokens, split_bf16, sum_all, sum_rows
 
 __all__ = ["SketchPlan", "launch_sketch", "plan_sketch"]
 
@@ -144,10 +144,7 @@ def finish_kernel(
     for s in range(splits):
         p += tl.load(partial_ptr + s * step + p_out, mask=m_n, other=0.0)
     if not CENTRED:
-        along = tl.zeros((BLOCK_Q,), tl.float32)
-        for i in range(along_blocks):
-            along += tl.load(along_ptr + i * BLOCK_Q + o_q)
-        p -= along[:, None]
+        p -= sum_rows(along_ptr, o_q, along_blocks, BLOCK_Q)[:, None]
     p = tl.where((o_n < n)[None, :], p, 0.0)
     high, low = split_bf16(p)
     used = high.to(tl.float32)
@@ -257,9 +254,7 @@ def collect_kernel(
     if not CENTRED:
         corrected = not _any_flag(flags_ptr, pid // FLAGS, d, FLAGS)
     if corrected:
-        sums = tl.zeros((BLOCK_Q,), tl.float32)
-        for i in range(sums_blocks):
-            sums += tl.load(sums_ptr + i * BLOCK_Q + o_q)
+        sums = sum_rows(sums_ptr, o_q, sums_blocks, BLOCK_Q)
         pivot = tl.load(pivot_ptr + o_d, mask=m_d, other=0.0)
         acc -= sums[:, None] * pivot[None, :]
     m_out = (o_q < q)[:, None] & m_d[None, :]
@@ -267,10 +262,7 @@ def collect_kernel(
     tl.store(products_ptr + p_products, acc, mask=m_out)
     tl.store(shift_ptr + o_d, tl.load(shift_ptr + o_d, mask=m_d, other=0.0) + shift, mask=m_d)
     if pid == 0:
-        total = tl.load(square_ptr)
-        for i in range(square_blocks):
-            total += tl.load(square_partial_ptr + i).to(tl.float64)
-        tl.store(square_ptr, total)
+        tl.store(square_ptr, tl.load(square_ptr) + sum_all(square_partial_ptr, square_blocks))
 
 
 @dataclass(frozen=True)
@@ -372,7 +364,7 @@ def launch_sketch(
     plan = plan_sketch(n, q, d, centred, arch)
 
     def part(name: str, dtype: torch.dtype) -> Tensor:
-        return workspace[plan.offsets[name] :].view(dtype)
+        return workspace[plan.offsets[name] : plan.nbytes].view(dtype)
 
     bf16, f32 = torch.bfloat16, torch.float32
     v_planes = part("v_high", bf16), part("v_low", bf16)

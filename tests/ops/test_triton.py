@@ -79,6 +79,18 @@ def test_tiles_of_every_architecture(arch: str, dtype: torch.dtype, device: torc
     assert torch.equal(scatter.triu(128), scatter.tril(-128).mT)
 
 
+def test_tiles_hold_whole_blocks_of_flags():
+    # project skips by blocks of flags, back and collect centre whole tiles of them
+    flags = kernel.FLAG_BLOCK.value
+    for by_width in launch.SKETCH_TILES.values():
+        assert list(by_width) == [64, 128, 256]
+        for tiles in by_width.values():
+            for centred in (False, True):
+                project, back = tiles.of(centred)
+                assert project.block_d == flags
+                assert back.block_d % flags == 0
+
+
 @pytest.mark.parametrize("q", [16, 128, 200, 256])
 @pytest.mark.parametrize("dtype", SHORT)
 def test_widths(q: int, dtype: torch.dtype, device: torch.device):
@@ -131,8 +143,8 @@ def test_memory_around_and_before(dtype: torch.dtype, device: torch.device):
     room = torch.full((26, 193), float("nan"), device=device)
     room[3:23] = 0
     nbytes = sketch_workspace_bytes(len(rows), 20, 193, dtype, device)
-    scratch = torch.full((nbytes + 512,), 255, dtype=torch.uint8, device=device)
-    workspace = scratch[256 : 256 + nbytes]
+    scratch = torch.full((nbytes + 515,), 255, dtype=torch.uint8, device=device)
+    workspace = scratch[256 : 256 + nbytes + 3]  # more than is needed, and not a multiple of 4
     sketch(x, basis, pivot, room[3:23], shift, square, rows, backend="triton", workspace=workspace)
     expected = [torch.zeros_like(t, dtype=torch.float64) for t in (room[3:23], shift, square)]
     reference.sketch(x.double(), basis.double(), pivot.double(), *expected, rows)
