@@ -1,8 +1,8 @@
 """Launch numbers of every kernel by architecture, and what an architecture can hold.
 
 The numbers were chosen from compiled code, not timed: tiles as large as fit without spilling
-registers (larger tiles read V and P less often through the L2 cache), and stages that keep two
-programs on a multiprocessor. ``bench kernel-report`` prints the evidence for each of them.
+registers (larger tiles read V and P less often through the L2 cache), then as many stages as shared
+memory has room for. ``bench kernel-report`` prints the evidence for each of them.
 """
 
 from __future__ import annotations

@@ -309,11 +309,11 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
     width = min(width for width in by_width if width >= block_q)
     project, back = by_width[width].of(centred)
     pitch = triton.cdiv(n, PITCH) * PITCH
-    # Two programs on a multiprocessor, unless the partial sums would outweigh a quarter of X.
+    # Two programs on a multiprocessor, unless the partial sums would outweigh half of X.
     slots = 2 * arch.processors
     k_blocks, n_blocks = triton.cdiv(d, project.block_d), triton.cdiv(n, back.block_n)
     splits_d = min(slots // triton.cdiv(n, project.block_n), d // (4 * block_q), k_blocks)
-    splits_n = min(slots // triton.cdiv(d, back.block_d), n // (2 * block_q), n_blocks)
+    splits_n = min(slots // triton.cdiv(d, back.block_d), n // (4 * block_q), n_blocks)
     blocks_d = triton.cdiv(k_blocks, max(1, splits_d))
     blocks_n = triton.cdiv(n_blocks, max(1, splits_n))
     splits_d, splits_n = triton.cdiv(k_blocks, blocks_d), triton.cdiv(n_blocks, blocks_n)
