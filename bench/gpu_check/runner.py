@@ -161,21 +161,29 @@ def run_limited(
 
     It has a process group of its own, so that nothing it started outlives it.
     """
-    process = subprocess.Popen(
-        list(command),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env=dict(environment),
-        start_new_session=True,
-    )
+    # A signal that ends the check must not come between the start of a process and the block that
+    # ends it.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    process = None
     try:
+        process = subprocess.Popen(
+            list(command),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, held),
+        )
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        _end_group(process)
+        if process is not None:
+            _end_group(process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
