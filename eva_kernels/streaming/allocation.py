@@ -17,7 +17,7 @@ def allocate_ranks(
     budget: int,
     *,
     costs: Sequence[int] | None = None,
-    min_rank: int = 0,
+    min_rank: int | Sequence[int] = 0,
 ) -> list[int]:
     """Pool the explained-variance ratios of all layers and spend the budget on the largest.
 
@@ -27,7 +27,8 @@ def allocate_ranks(
         budget: sum of the ranks, or of the costs of the ranks if ``costs`` is given.
         costs: price of one rank of each layer (for example its parameters); then the order is by
             ratio per price, and a component that no longer fits is passed over.
-        min_rank: every layer keeps at least this many of its components.
+        min_rank: every layer keeps at least this many of its components; one number, or one a
+            layer.
 
     Returns:
         The rank of each layer, at most the number of its components.
@@ -44,12 +45,13 @@ def allocate_ranks(
     pooled = torch.cat([torch.empty(0), *(r.detach().double().cpu() for r in ratios)])
     pooled = torch.nan_to_num(pooled, nan=0.0)
     limits = torch.bincount(layer[pooled > 0], minlength=len(ratios)).tolist()
-    ranks = [min(min_rank, limit) for limit in limits]
+    floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * len(ratios)
+    ranks = [min(least, limit) for least, limit in zip(floors, limits, strict=True)]
     left = budget - sum(r * p for r, p in zip(ranks, prices, strict=True))
     if left < 0:
         raise EvaValueError(
-            f"min_rank={min_rank} for {len(ranks)} layers costs {budget - left}, more than the "
-            f"budget of {budget}; lower min_rank or raise r"
+            f"min_rank={max(floors)} for {len(ranks)} layers costs {budget - left}, more than "
+            f"the budget of {budget}; lower min_rank or raise r"
         )
     if not ratios:
         return ranks

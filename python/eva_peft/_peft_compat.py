@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from peft.tuners.lora.eva import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
+from peft.tuners.lora.layer import _ConvNd
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
@@ -28,6 +30,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from .errors import EvaValueError
+from .layers import adapter_dilation
 
 __all__ = [
     "SWITCHABLE",
@@ -36,6 +39,7 @@ __all__ = [
     "LoraLayer",
     "PeftModel",
     "forward_fn_dict",
+    "keep_dilation",
     "matches_target",
     "pattern_value",
     "prepare_layer_inputs_fn_language_modeling",
@@ -101,6 +105,25 @@ def update_layer(
         if name not in ("adapter_name", "r", "lora_alpha") and hasattr(config, name)
     }
     layer.update_layer(adapter_name, r, lora_alpha=lora_alpha, **wanted)
+
+
+def keep_dilation() -> None:
+    """Make PEFT's LoRA of a convolution take over the dilation of its base layer, for the process.
+
+    Without it lora_A makes an output of another size than the base layer, and forward fails; so
+    nothing that works is changed. It is not undone: models made in between go on needing it.
+    """
+    original = _ConvNd.update_layer
+    if getattr(original, "keeps_dilation", False):
+        return
+
+    @functools.wraps(original)
+    def update_layer(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        original(self, adapter_name, *args, **kwargs)
+        self.lora_A[adapter_name].dilation = adapter_dilation(self.get_base_layer())
+
+    update_layer.keeps_dilation = True  # type: ignore[attr-defined]
+    _ConvNd.update_layer = update_layer
 
 
 def anchored_pattern(name: str) -> str:

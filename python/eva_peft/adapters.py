@@ -22,6 +22,7 @@ from ._peft_compat import (
     adapter_tensors,
     anchored_pattern,
     exclude_layers,
+    keep_dilation,
     matches_target,
     pattern_value,
     resolved_config,
@@ -29,7 +30,8 @@ from ._peft_compat import (
     update_layer,
 )
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
-from .targets import base_name, resolve_name, unwrap, widths
+from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
+from .targets import base_name, resolve_name, unwrap
 from .world import random_state_kept
 
 if TYPE_CHECKING:
@@ -164,10 +166,19 @@ def _check_shapes(layers: Mapping[str, tuple[str, LoraLayer]], rows: Mapping[str
     for name, value in rows.items():
         if not isinstance(value, Tensor) or value.dim() != 2:
             raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor")
-        if name in layers and value.shape[1] != layers[name][1].in_features:
+        if name not in layers:
+            continue
+        base = layers[name][1].get_base_layer()
+        features, _ = widths(base) or (value.shape[1], 0)
+        if value.shape[1] != features:
             raise EvaValueError(
-                f"layer {name}: the state dict has {value.shape[1]} features, the layer "
-                f"{layers[name][1].in_features}"
+                f"layer {name}: the state dict has {value.shape[1]} features, the layer {features}"
+            )
+        groups = base.groups if isinstance(base, CONVOLUTIONS) else 1
+        if len(value) % groups:
+            raise EvaValueError(
+                f"layer {name}: rank {len(value)} is no multiple of the {groups} groups of the "
+                "convolution"
             )
 
 
@@ -197,6 +208,7 @@ class _Writer:
         self.model, self.config, self.adapter, self.undo = model, config, adapter_name, undo
         self.eva = eva or config.eva_config or EvaConfig()
         self.removed: list[str] = []
+        self.dilated: list[str] = []
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
 
@@ -214,9 +226,23 @@ class _Writer:
         weight = layer.lora_A[self.adapter].weight
         if rank != weight.shape[0] or weight.is_meta:
             self._rebuild(layer, rank, alpha, default=rows is None)
+        base = layer.get_base_layer()
+        if isinstance(base, CONVOLUTIONS):
+            self._keep_dilation(name, layer, base)
+            if rows is not None:
+                rows = dealt_to_groups(rows, base.groups)
         if rows is not None:
             self._fill(layer, rows)
         self.ranks[name], self.alphas[name] = rank, alpha
+
+    def _keep_dilation(self, name: str, layer: LoraLayer, base: Any) -> None:
+        dilation = adapter_dilation(base)
+        if all(gap == 1 for gap in dilation):
+            return
+        self.dilated.append(name)
+        first = layer.lora_A[self.adapter]
+        self.undo.append(partial(setattr, first, "dilation", first.dilation))
+        first.dilation = dilation
 
     def _scaled(self, alpha: float, rank: int, new_rank: int) -> float:
         # the LoRA scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; it stays as it was
@@ -228,7 +254,9 @@ class _Writer:
         dtype, mode = before.weight.dtype, before.training
         trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
         config = copy(self.config)
-        config.init_lora_weights = True if default else "eva"
+        # PEFT knows no "eva" for convolutions; whatever it draws is overwritten
+        drawn = default or isinstance(layer.get_base_layer(), CONVOLUTIONS)
+        config.init_lora_weights = True if drawn else "eva"
         update_layer(layer, self.adapter, rank, alpha, config)
         for name in (*layer.adapter_layer_names, "lora_dropout"):
             parts = getattr(layer, name)
@@ -249,7 +277,10 @@ class _Writer:
         ):
             before = weight.detach().clone()
             self.undo.append(partial(weight.data.copy_, before))
-            weight.copy_(value) if isinstance(value, Tensor) else weight.fill_(value)
+            if isinstance(value, Tensor):
+                weight.copy_(value.reshape(weight.shape))  # (r, C, *kernel) of a convolution
+            else:
+                weight.fill_(value)
 
     def _remove(self, name: str, path: str, layer: LoraLayer) -> None:
         for attribute in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
@@ -293,6 +324,15 @@ class _Writer:
             self.undo.append(partial(names.__setitem__, slice(None), list(names)))
             gone = set(self.removed)
             names[:] = [n for n in names if n not in gone]
+        if self.dilated:
+            keep_dilation()
+            warnings.warn(
+                f"PEFT's LoRA leaves out the dilation of a convolution ({', '.join(self.dilated)}) "
+                "and cannot run there. This is mended in this process; call "
+                "eva_kernels.patch_peft() in others, before they load the adapter",
+                EvaWarning,
+                stacklevel=5,
+            )
 
     def _other_layers(self) -> list[str]:
         # layers of this adapter that EVA does not write (embeddings)

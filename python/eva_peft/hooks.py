@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -183,8 +183,12 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         # both have seen the same data.
         if self.selectors[i] is not None or i in self.alone:
             return None
+        patches = self.targets[i].patches
         for slot in self._fresh:
-            if slot.calls[0].is_same(x) and self.selectors[slot.members[0]] is None:
+            first = slot.members[0]
+            if self.selectors[first] is not None or self.targets[first].patches != patches:
+                continue
+            if slot.calls[0].is_same(x):
                 slot.members.append(i)
                 slot.counts[i] = 0
                 self.slot_of[i] = slot
@@ -276,21 +280,46 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             del self.slot_of[i]
 
     def _accumulate(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
-        target, selector = self.targets[i], self.selectors[i]
-        if selector is not None:
-            x, rows = selector(args, self._model_input, target.name), None
-        else:
-            rows = self._mask.rows(x.shape, x.device, target.name)
-        if not x.is_floating_point() or x.shape[-1:] != (target.in_features,):
-            raise EvaValueError(
-                f"layer {target.name}, step {self.step + 1}: expected floating-point tokens of "
-                f"{target.in_features} features, got {tuple(x.shape)} of {x.dtype}"
-            )
+        target = self.targets[i]
         try:
-            used = slot.stream.add(x.detach().reshape(-1, x.shape[-1]), rows)
+            parts = self._rows_of(i, x, args)
+            used = sum(slot.stream.add(part, rows) for part, rows in parts)
         except NonFiniteError as error:
             raise self._explained(target.name, error) from None
         self.tokens = max(self.tokens, used)
+
+    def _rows_of(
+        self, i: int, x: Tensor, args: tuple[Any, ...]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield what a layer was called with as (N, D) matrices, each with the rows to use."""
+        target, selector = self.targets[i], self.selectors[i]
+        if selector is not None:
+            x = selector(args, self._model_input, target.name)
+        elif target.patches is not None:
+            self._check_tokens(target, x, x.dim() - len(target.patches.kernel) in (1, 2))
+            windows = target.patches.windows(x.detach())
+            shape = torch.Size([*windows.shape[: windows.dim() // 2], target.in_features])
+            rows = self._mask.rows(shape, x.device, target.name)
+            for part in target.patches.tokens(windows, rows):
+                yield part, None
+            return
+        self._check_tokens(target, x, x.shape[-1:] == (target.in_features,))
+        rows = None
+        if selector is None:
+            rows = self._mask.rows(x.shape, x.device, target.name)
+        yield x.detach().reshape(-1, x.shape[-1]), rows
+
+    def _check_tokens(self, target: Target, x: Tensor, fits: bool) -> None:
+        if x.is_floating_point() and fits:
+            return
+        expected = f"floating-point tokens of {target.in_features} features"
+        if target.patches is not None and not fits:
+            sizes = ", ".join("space" for _ in target.patches.kernel)
+            expected += f", or an input of shape (samples, {target.patches.channels}, {sizes})"
+        raise EvaValueError(
+            f"layer {target.name}, step {self.step + 1}: expected {expected}, got "
+            f"{tuple(x.shape)} of {x.dtype}"
+        )
 
     def explained(self, error: NonFiniteStepError) -> NonFiniteError:
         """Return the error of a fold as one that names the layer and the step."""

@@ -15,6 +15,7 @@ from ._peft_compat import (
     LoraConfig,
     PeftModel,
     forward_fn_dict,
+    keep_dilation,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
@@ -154,13 +155,15 @@ def initialize_lora_eva_weights(
 class patch_peft:
     """Make PEFT's two EVA functions ours: for the process, or for a ``with`` block.
 
-    Code that has already imported the functions by name keeps PEFT's.
+    Code that has already imported the functions by name keeps PEFT's. LoRA of dilated convolutions,
+    which PEFT cannot run, works from then on in the whole process.
     """
 
     _modules = (peft, peft.tuners.lora, peft.tuners.lora.eva)
     _functions = (get_eva_state_dict, initialize_lora_eva_weights)
 
     def __init__(self) -> None:
+        keep_dilation()
         self._before = [
             (module, fn.__name__, getattr(module, fn.__name__))
             for module in self._modules

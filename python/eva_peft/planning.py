@@ -38,8 +38,12 @@ class Estimate:
 
 
 def components_of(target: Target, rho: float) -> int:
-    """Return K, the components that a layer may be given: ``round(r * rho)``, at most D."""
-    return max(1, min(round(target.rank * rho), target.in_features))
+    """Return K, the components that a layer may be given: ``round(r * rho)``, at most D.
+
+    A multiple of the step of its ranks.
+    """
+    most = min(round(target.rank * rho), target.in_features)
+    return max(1, most // target.step * target.step)
 
 
 def plan_targets(

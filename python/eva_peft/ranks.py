@@ -42,8 +42,22 @@ def spend(
         budget: ``"rank"``: the sum of ranks stays; ``"params"``: the number of parameters.
         min_rank: every layer keeps at least this rank.
     """
-    if budget == "rank":
-        return allocate_ranks(ratios, sum(t.rank for t in targets), min_rank=min_rank)
-    costs = [t.in_features + t.out_features for t in targets]
-    total = sum(t.rank * cost for t, cost in zip(targets, costs, strict=True))
-    return allocate_ranks(ratios, total, costs=costs, min_rank=min_rank)
+    steps = [t.step for t in targets]
+    each = [1 if budget == "rank" else t.in_features + t.out_features for t in targets]
+    prices = [step * price for step, price in zip(steps, each, strict=True)]
+    total = sum(t.rank * price for t, price in zip(targets, each, strict=True))
+    counts = allocate_ranks(
+        [_by_step(r, step) for r, step in zip(ratios, steps, strict=True)],
+        total,
+        costs=None if set(prices) <= {1} else prices,
+        min_rank=[-(-min_rank // step) for step in steps],
+    )
+    return [count * step for count, step in zip(counts, steps, strict=True)]
+
+
+def _by_step(ratios: Tensor, step: int) -> Tensor:
+    """Return what each further ``step`` components explain; an incomplete step is left out."""
+    if step == 1:
+        return ratios
+    whole = len(ratios) // step * step
+    return ratios[:whole].reshape(-1, step).sum(1)

@@ -14,6 +14,7 @@ import eva_kernels
 
 from ._peft_compat import LoraConfig, versions
 from .errors import EvaValueError
+from .planning import components_of
 from .ranks import spend
 from .targets import Target
 
@@ -50,6 +51,8 @@ class EvaResult:
         history: numbers after each step.
         metadata: JSON-able: versions, model, LoRA config, options.
         uncalled: layers that no forward pass called; they keep the default initialisation.
+        rank_steps: what the ranks of a layer are multiples of, where that is not 1 (the groups of
+            a convolution).
     """
 
     ranks: dict[str, int]
@@ -74,6 +77,7 @@ class EvaResult:
     history: dict[str, list[Any]]
     metadata: dict[str, Any]
     uncalled: list[str] = field(default_factory=list)
+    rank_steps: dict[str, int] = field(default_factory=dict)
 
     @property
     def config(self) -> LoraConfig:
@@ -120,16 +124,21 @@ class EvaResult:
         targets, ratios = [], []
         for name in self.ranks:
             rank = r or self.base_ranks[name]
-            features = self.in_features[name]
-            wanted, have = min(round(rank * rho), features), len(self.singular_values[name])
+            features, out = self.in_features[name], self.out_features[name]
+            step = self.rank_steps.get(name, 1)
+            if rank % step:
+                raise EvaValueError(
+                    f"layer {name}: r={rank} is no multiple of its convolution's {step} groups"
+                )
+            layer = nn.Identity()
+            target = Target(name, layer, features, out, rank, self.alphas[name], step=step)
+            wanted, have = components_of(target, rho), len(self.singular_values[name])
             if wanted > have:
                 raise EvaValueError(
                     f"layer {name}: r={rank} and rho={rho} may need {wanted} components, but this "
                     f"result has {have}; calibrate again with a larger r or rho"
                 )
-            alpha = self.alphas[name]
-            out = self.out_features[name]
-            targets.append(Target(name, nn.Identity(), features, out, rank, alpha))
+            targets.append(target)
             ratios.append(self.explained_variance_ratio[name][:wanted])
         other = copy(self)
         other.ranks = dict(zip(self.ranks, spend(targets, ratios, budget, min_rank), strict=True))
@@ -244,6 +253,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         history=run.history,
         metadata=_metadata(run),
         uncalled=[t.name for i, t in enumerate(run.targets) if i not in run.collector.slot_of],
+        rank_steps={t.name: t.step for t, _ in pairs if t.step > 1},
     )
 
 

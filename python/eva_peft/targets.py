@@ -8,7 +8,6 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ._peft_compat import (
     LoraConfig,
@@ -19,6 +18,7 @@ from ._peft_compat import (
     resolved_config,
 )
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
+from .layers import Patches, patches_of, widths
 
 __all__ = ["Target", "base_name", "find_targets", "resolve_name", "unwrap"]
 
@@ -37,6 +37,8 @@ class Target:
         in_features, out_features: D and the output width.
         rank: r of this layer before redistribution.
         alpha: LoRA alpha of this layer.
+        patches: how a convolution cuts its input into tokens; ``None`` for other layers.
+        step: what ranks of this layer are multiples of (the groups of a convolution).
     """
 
     name: str
@@ -45,6 +47,8 @@ class Target:
     out_features: int
     rank: int
     alpha: float
+    patches: Patches | None = None
+    step: int = 1
 
 
 def base_name(name: str) -> str:
@@ -77,19 +81,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def widths(module: nn.Module) -> tuple[int, int] | None:
-    """Return (in_features, out_features) of a layer whose input EVA can read, else ``None``."""
-    if isinstance(module, Conv1D):
-        rows, columns = module.weight.shape  # stored transposed
-        return rows, columns
-    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
-        return None
-    size = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(size[0], int) and isinstance(size[1], int):
-        return size[0], size[1]
-    return None
 
 
 def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraConfig:
@@ -134,7 +125,15 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
             continue
         rank = int(pattern_value(config.rank_pattern, name, config.r))
         alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        targets.append(Target(name, module, *size, rank, alpha))
+        patches = patches_of(module)
+        groups = int(module.groups) if patches is not None else 1  # type: ignore[arg-type]
+        if rank % groups:
+            raise EvaValueError(
+                f"layer {name}: PEFT adapts a convolution with {groups} groups only where the rank "
+                f"is a multiple of them, and r is {rank}; give it another in rank_pattern, or name "
+                "it in exclude_modules"
+            )
+        targets.append(Target(name, module, *size, rank, alpha, patches, groups))
     if not targets:
         raise EvaValueError(
             f"no layer to initialise: target_modules={config.target_modules!r} matches no linear "
@@ -142,8 +141,8 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
         )
     if unsupported:
         warnings.warn(
-            "EVA reads the inputs of linear layers only; these keep the default initialisation: "
-            f"{_shorten(unsupported)}",
+            "EVA reads the inputs of linear layers and convolutions; these keep the default "
+            f"initialisation: {_shorten(unsupported)}",
             EvaWarning,
             stacklevel=3,
         )

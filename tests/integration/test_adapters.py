@@ -362,37 +362,6 @@ def test_failure_at_the_very_end(llama_result: Any, monkeypatch: pytest.MonkeyPa
     assert model.targeted_module_names == names
 
 
-def test_convolutions_keep_the_default(tmp_path: Any) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(7)
-            self.conv, self.lin = nn.Conv2d(3, 6, 3), nn.Linear(6, 10)
-            self.last = nn.Linear(10, 5)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(torch.tanh(self.lin(self.conv(x).flatten(2).mT)))
-
-    x = list(torch.randn(3, 4, 3, 8, 8))
-    base, config = Net(), lora(target_modules=["conv", "lin", "last"])
-    before = output_of(base, x[0])
-    with pytest.warns(eva_kernels.EvaWarning, match="keep the default initialisation: conv"):
-        model = eva_kernels.initialize(base, x, config, max_steps=3, **QUIET)
-    layers = lora_layers(model)
-    assert set(layers) == {"conv", "lin", "last"}
-    torch.testing.assert_close(output_of(model, x[0]), before)
-    assert layers["conv"].lora_A["default"].weight.any()
-    a = layers["lin"].lora_A["default"].weight
-    torch.testing.assert_close(a @ a.mT, torch.eye(len(a)), atol=2e-6, rtol=0)
-    perturb = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in layers.values():
-            weight = layer.lora_B["default"].weight
-            weight.copy_(torch.randn(weight.shape, generator=perturb))
-    expected = output_of(model, x[0])
-    torch.testing.assert_close(output_of(reloaded(model, Net(), tmp_path), x[0]), expected)
-
-
 def test_names_that_look_like_wrappers(tmp_path: Any) -> None:
     class Outer(nn.Module):
         """``module.lin`` beside ``lin``, as in a wrapper's prefix."""
