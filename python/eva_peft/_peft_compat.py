@@ -19,7 +19,7 @@ from peft.tuners.lora.eva import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
-from peft.tuners.lora.layer import _ConvNd
+from peft.tuners.lora.layer import ParamWrapper, _ConvNd
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
@@ -37,9 +37,11 @@ __all__ = [
     "EvaConfig",
     "LoraConfig",
     "LoraLayer",
+    "ParamWrapper",
     "PeftModel",
     "forward_fn_dict",
     "keep_dilation",
+    "matches_parameter",
     "matches_target",
     "pattern_value",
     "prepare_layer_inputs_fn_language_modeling",
@@ -83,6 +85,12 @@ def matches_target(config: LoraConfig, name: str) -> bool:
     if config.target_modules is None:
         return False
     return bool(check_target_module_exists(config, name))
+
+
+def matches_parameter(config: LoraConfig, name: str) -> bool:
+    """Tell whether PEFT would adapt the parameter of this name by itself."""
+    wanted = config.target_parameters or ()
+    return any(name == key or name.endswith(f".{key}") for key in wanted)
 
 
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from functools import partial
@@ -18,6 +18,7 @@ from ._peft_compat import (
     EvaConfig,
     LoraConfig,
     LoraLayer,
+    ParamWrapper,
     PeftModel,
     adapter_tensors,
     anchored_pattern,
@@ -31,7 +32,8 @@ from ._peft_compat import (
 )
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
-from .targets import base_name, resolve_name, unwrap
+from .routing import expert_names
+from .targets import base_name, layer_name, resolve_name, unwrap
 from .world import random_state_kept
 
 if TYPE_CHECKING:
@@ -125,22 +127,42 @@ def write_state_dict(
     """
     if adapter_name not in model.peft_config:
         raise EvaValueError(f"the model has no adapter {adapter_name!r}")
-    layers = {
-        base_name(name): (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
-    }
-    rows = {resolve_name(name, layers): value for name, value in state_dict.items()}
-    unreadable = {n for n, (_, m) in layers.items() if widths(m.get_base_layer()) is None}
-    _check_names(layers, rows, strict, unreadable | set(default_layers or ()))
-    _check_shapes(layers, rows)
+    layers = _layers_of(model, adapter_name)
+    parts = {part: name for name, (_, layer) in layers.items() for part in _parts(name, layer)}
+    rows = {resolve_name(name, parts): value for name, value in state_dict.items()}
+    unreadable = {part for part, name in parts.items() if _features(layers[name][1]) is None}
+    _check_names(parts, rows, strict, unreadable | set(default_layers or ()))
+    _check_shapes(layers, parts, rows)
     with _all_or_nothing() as undo, random_state_kept():
         config = model.peft_config[adapter_name]
         undo.append(lambda: model.peft_config.__setitem__(adapter_name, config))
         writer = _Writer(model, copy(config), adapter_name, undo, eva)
         for name, (path, layer) in layers.items():
-            writer.write(name, path, layer, rows.get(name))
+            writer.write(name, path, layer, [rows.get(part) for part in _parts(name, layer)])
         writer.finish()
+
+
+def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
+    """Return path and layer by the name in the base model, of a layer or of a parameter."""
+    return {
+        layer_name(name, module): (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+    }
+
+
+def _parts(name: str, layer: LoraLayer) -> list[str]:
+    """Return the names that a state dict has for a layer: one, or one for each expert."""
+    if not isinstance(layer, ParamWrapper):
+        return [name]
+    return expert_names(name, layer.get_param().dim() == 3, layer.num_experts)
+
+
+def _features(layer: LoraLayer) -> int | None:
+    if isinstance(layer, ParamWrapper):
+        return int(layer.in_features)
+    size = widths(layer.get_base_layer())
+    return None if size is None else size[0]
 
 
 def _check_names(
@@ -162,23 +184,35 @@ def _check_names(
     )
 
 
-def _check_shapes(layers: Mapping[str, tuple[str, LoraLayer]], rows: Mapping[str, Tensor]) -> None:
+def _check_shapes(
+    layers: Mapping[str, tuple[str, LoraLayer]],
+    parts: Mapping[str, str],
+    rows: Mapping[str, Tensor],
+) -> None:
+    ranks: dict[str, int] = {}
     for name, value in rows.items():
         if not isinstance(value, Tensor) or value.dim() != 2:
             raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor")
-        if name not in layers:
+        if name not in parts:
             continue
-        base = layers[name][1].get_base_layer()
-        features, _ = widths(base) or (value.shape[1], 0)
-        if value.shape[1] != features:
+        layer = layers[parts[name]][1]
+        features = _features(layer)
+        if features is not None and value.shape[1] != features:
             raise EvaValueError(
                 f"layer {name}: the state dict has {value.shape[1]} features, the layer {features}"
             )
+        base = layer.get_base_layer()
         groups = base.groups if isinstance(base, CONVOLUTIONS) else 1
         if len(value) % groups:
             raise EvaValueError(
                 f"layer {name}: rank {len(value)} is no multiple of the {groups} groups of the "
                 "convolution"
+            )
+        common = ranks.setdefault(parts[name], len(value))
+        if isinstance(layer, ParamWrapper) and (len(value) != common or not common):
+            raise EvaValueError(
+                f"layer {name}: rank {len(value)}, but the experts of {parts[name]} have one rank "
+                f"in common, at least 1 (another one has {common})"
             )
 
 
@@ -212,28 +246,29 @@ class _Writer:
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
 
-    def write(self, name: str, path: str, layer: LoraLayer, rows: Tensor | None) -> None:
+    def write(self, name: str, path: str, layer: LoraLayer, parts: Sequence[Tensor | None]) -> None:
+        """Write one layer; ``parts`` are the rows of lora_A, those of each expert apart."""
         kept = adapter_tensors(layer)
         self.undo.append(lambda: restore_adapter_tensors(layer, kept))
         rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
-        if rows is not None and len(rows) == 0:
+        new_rank = next((len(rows) for rows in parts if rows is not None), rank)
+        default = all(rows is None for rows in parts)
+        if new_rank == 0:
             self._remove(name, path, layer)
             return
-        if rows is not None and len(rows) != rank:
-            if self.eva.adjust_scaling_factors:
-                alpha = self._scaled(alpha, rank, len(rows))
-            rank = len(rows)
+        if new_rank != rank and self.eva.adjust_scaling_factors:
+            alpha = self._scaled(alpha, rank, new_rank)
         weight = layer.lora_A[self.adapter].weight
-        if rank != weight.shape[0] or weight.is_meta:
-            self._rebuild(layer, rank, alpha, default=rows is None)
+        if new_rank * len(parts) != weight.shape[0] or weight.is_meta:
+            # what EVA does not write of a layer is drawn as plain LoRA would
+            self._rebuild(layer, new_rank, alpha, drawn=any(rows is None for rows in parts))
         base = layer.get_base_layer()
         if isinstance(base, CONVOLUTIONS):
             self._keep_dilation(name, layer, base)
-            if rows is not None:
-                rows = dealt_to_groups(rows, base.groups)
-        if rows is not None:
-            self._fill(layer, rows)
-        self.ranks[name], self.alphas[name] = rank, alpha
+            parts = [None if rows is None else dealt_to_groups(rows, base.groups) for rows in parts]
+        if not default:
+            self._fill(layer, parts)
+        self.ranks[name], self.alphas[name] = new_rank, alpha
 
     def _keep_dilation(self, name: str, layer: LoraLayer, base: Any) -> None:
         dilation = adapter_dilation(base)
@@ -249,13 +284,13 @@ class _Writer:
         ratio = new_rank / rank
         return alpha * (math.sqrt(ratio) if self.config.use_rslora else ratio)
 
-    def _rebuild(self, layer: LoraLayer, rank: int, alpha: float, default: bool) -> None:
+    def _rebuild(self, layer: LoraLayer, rank: int, alpha: float, drawn: bool) -> None:
         before = layer.lora_A[self.adapter]
         dtype, mode = before.weight.dtype, before.training
         trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
         config = copy(self.config)
         # PEFT knows no "eva" for convolutions; whatever it draws is overwritten
-        drawn = default or isinstance(layer.get_base_layer(), CONVOLUTIONS)
+        drawn = drawn or isinstance(layer.get_base_layer(), CONVOLUTIONS)
         config.init_lora_weights = True if drawn else "eva"
         update_layer(layer, self.adapter, rank, alpha, config)
         for name in (*layer.adapter_layer_names, "lora_dropout"):
@@ -265,22 +300,19 @@ class _Writer:
         for name, parameter in layer.named_parameters():  # PEFT sets those of other adapters too
             parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
-    def _fill(self, layer: LoraLayer, rows: Tensor) -> None:
+    def _fill(self, layer: LoraLayer, parts: Sequence[Tensor | None]) -> None:
         # In place, so that an optimizer made before still holds the parameters of layers whose
         # rank has not changed.
-        second = layer.lora_B[self.adapter]
-        bias = [(second.bias, 0.0)] if second.bias is not None else []
-        for weight, value in (
-            (layer.lora_A[self.adapter].weight, rows),
-            (second.weight, 0.0),
-            *bias,
-        ):
+        first, second = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter]
+        zeroed = [second.weight] if second.bias is None else [second.weight, second.bias]
+        for weight in (first, *zeroed):
             before = weight.detach().clone()
             self.undo.append(partial(weight.data.copy_, before))
-            if isinstance(value, Tensor):
-                weight.copy_(value.reshape(weight.shape))  # (r, C, *kernel) of a convolution
-            else:
-                weight.fill_(value)
+        for weight in zeroed:
+            weight.zero_()
+        for rows, own in zip(parts, first.chunk(len(parts)), strict=True):
+            if rows is not None:
+                own.copy_(rows.reshape(own.shape))  # (r, C, *kernel) of a convolution
 
     def _remove(self, name: str, path: str, layer: LoraLayer) -> None:
         for attribute in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):

@@ -9,6 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -211,11 +212,12 @@ class CalibrationPass:
     def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> bool:
         self.collector.begin_forward(mask, model_input, self._may_stop_early)
         try:
-            if self.options.forward_fn is not None:
-                self.options.forward_fn(self.model, batch)
-            else:
-                args, kwargs = batches.model_arguments(batch)
-                self.model(*args, **batches.without_labels(kwargs, self.model))
+            with self.collector.routed if self.collector.routed.needed else nullcontext():
+                if self.options.forward_fn is not None:
+                    self.options.forward_fn(self.model, batch)
+                else:
+                    args, kwargs = batches.model_arguments(batch)
+                    self.model(*args, **batches.without_labels(kwargs, self.model))
         except StopForward:
             return False
         return True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eva_kernels.streaming import InputStream, NonFiniteStepError
 
 from .errors import EvaTypeError, EvaValueError, EvaWarning, NonFiniteError
+from .routing import RoutedInputs, eager_experts
 from .shared_inputs import Seen, Slot
 from .targets import Target
 from .token_mask import TokenMask
@@ -61,10 +62,17 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._stop_early = False
         self._only: set[int] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
+        self.routed = RoutedInputs(weights, self._multiplied)
+        self._routing: bool | None = None  # whether inputs are picked tokens; None: to be seen
+        self._eager = eager_experts([t.module for t in targets if t.weight is not None])
 
     def __enter__(self) -> InputCollector:
+        self._eager.__enter__()
         try:
             for i, target in enumerate(self.targets):
+                if target.weight is not None:
+                    continue
                 hook = self._hook_for(i)
                 self._handles.append(
                     target.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -83,18 +91,25 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._eager.__exit__(None, None, None)
 
     def _hook_for(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            begin = time.perf_counter()
-            try:
-                self._called(i, args, kwargs)
-            finally:
-                self.seconds += time.perf_counter() - begin
-            if self._stop_early and self._seen_all():
-                raise StopForward
+            self._timed_call(i, args, kwargs)
 
         return hook
+
+    def _multiplied(self, i: int, x: Tensor) -> None:
+        self._timed_call(i, (x,), {})
+
+    def _timed_call(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin = time.perf_counter()
+        try:
+            self._called(i, args, kwargs)
+        finally:
+            self.seconds += time.perf_counter() - begin
+        if self._stop_early and self._seen_all():
+            raise StopForward
 
     def begin_forward(self, mask: TokenMask, model_input: Any, stop_early: bool) -> None:
         """Prepare for a forward pass over a batch.
@@ -108,6 +123,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """
         self._mask, self._model_input = mask, model_input
         self._counts, self._fresh = {}, []
+        self.routed.following = mask.selective and self._routing is not False
         once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
         self._stop_early = stop_early and once
         for slot in self.slots:
@@ -135,9 +151,12 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         if complete and self._only is None:
             for i, count in self._counts.items():
                 self.most_calls[i] = max(count, self.most_calls.get(i, 0))
+            if self.routed.following:
+                self._routing = bool(self._routing)
         self._only = None
         self.alone |= again
         self._fresh = []
+        self.routed.forget()
         self._mask, self._model_input = TokenMask(None), None  # no batch is kept
         self.seconds += time.perf_counter() - begin
         return again
@@ -306,8 +325,17 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._check_tokens(target, x, x.shape[-1:] == (target.in_features,))
         rows = None
         if selector is None:
-            rows = self._mask.rows(x.shape, x.device, target.name)
+            rows = self._masked_rows(x, target.name)
         yield x.detach().reshape(-1, x.shape[-1]), rows
+
+    def _masked_rows(self, x: Tensor, name: str) -> Tensor | None:
+        picked = self.routed.tokens_of(x)
+        if picked is not None:
+            fits, rows = self._mask.rows_of_tokens(*picked, name)
+            if fits:
+                self._routing = True
+                return rows
+        return self._mask.rows(x.shape, x.device, name)
 
     def _check_tokens(self, target: Target, x: Tensor, fits: bool) -> None:
         if x.is_floating_point() and fits:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from eva_kernels.streaming import allocate_ranks
@@ -42,22 +43,41 @@ def spend(
         budget: ``"rank"``: the sum of ranks stays; ``"params"``: the number of parameters.
         min_rank: every layer keeps at least this rank.
     """
-    steps = [t.step for t in targets]
-    each = [1 if budget == "rank" else t.in_features + t.out_features for t in targets]
-    prices = [step * price for step, price in zip(steps, each, strict=True)]
-    total = sum(t.rank * price for t, price in zip(targets, each, strict=True))
+    layers = _with_common_rank(targets)
+    first = [targets[members[0]] for members in layers]
+    # rows of lora_A are what a rank costs: of each expert one
+    each = [t.experts for t in first]
+    if budget == "params":
+        each = [n * (t.in_features + t.out_features) for n, t in zip(each, first, strict=True)]
+    prices = [t.step * price for t, price in zip(first, each, strict=True)]
     counts = allocate_ranks(
-        [_by_step(r, step) for r, step in zip(ratios, steps, strict=True)],
-        total,
+        [_by_step([ratios[i] for i in m], t.step) for m, t in zip(layers, first, strict=True)],
+        sum(t.rank * price for t, price in zip(first, each, strict=True)),
         costs=None if set(prices) <= {1} else prices,
-        min_rank=[-(-min_rank // step) for step in steps],
+        # PEFT cannot take the adapter off one of several parameters of a module
+        min_rank=[max(-(-min_rank // t.step), int(bool(t.owner))) for t in first],
     )
-    return [count * step for count, step in zip(counts, steps, strict=True)]
+    ranks = [0] * len(targets)
+    for members, target, count in zip(layers, first, counts, strict=True):
+        for i in members:
+            ranks[i] = count * target.step
+    return ranks
 
 
-def _by_step(ratios: Tensor, step: int) -> Tensor:
-    """Return what each further ``step`` components explain; an incomplete step is left out."""
-    if step == 1:
-        return ratios
-    whole = len(ratios) // step * step
-    return ratios[:whole].reshape(-1, step).sum(1)
+def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
+    """Group the experts of a parameter, whose adapters have one rank; any other layer is alone."""
+    groups: dict[Any, list[int]] = {}
+    for i, target in enumerate(targets):
+        groups.setdefault(target.owner or i, []).append(i)
+    return list(groups.values())
+
+
+def _by_step(ratios: Sequence[Tensor], step: int) -> Tensor:
+    """Return what each further ``step`` components explain, in sum over layers of common rank."""
+    length = max(len(r) for r in ratios)
+    total = torch.zeros(length, dtype=torch.float64)
+    for ratio in ratios:
+        total[: len(ratio)] += ratio.double().cpu().nan_to_num()
+    if len(ratios) == step == 1:
+        return ratios[0]
+    return total[: length // step * step].reshape(-1, step).sum(1)

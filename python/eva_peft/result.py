@@ -53,6 +53,7 @@ class EvaResult:
         uncalled: layers that no forward pass called; they keep the default initialisation.
         rank_steps: what the ranks of a layer are multiples of, where that is not 1 (the groups of
             a convolution).
+        owners: for layers that are parts of a fused parameter its name and how many parts it has.
     """
 
     ranks: dict[str, int]
@@ -78,6 +79,7 @@ class EvaResult:
     metadata: dict[str, Any]
     uncalled: list[str] = field(default_factory=list)
     rank_steps: dict[str, int] = field(default_factory=dict)
+    owners: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def config(self) -> LoraConfig:
@@ -130,8 +132,18 @@ class EvaResult:
                 raise EvaValueError(
                     f"layer {name}: r={rank} is no multiple of its convolution's {step} groups"
                 )
-            layer = nn.Identity()
-            target = Target(name, layer, features, out, rank, self.alphas[name], step=step)
+            owner, experts = self.owners.get(name, ("", 1))
+            target = Target(
+                name,
+                nn.Identity(),
+                features,
+                out,
+                rank,
+                self.alphas[name],
+                step=step,
+                owner=owner,
+                experts=experts,
+            )
             wanted, have = components_of(target, rho), len(self.singular_values[name])
             if wanted > have:
                 raise EvaValueError(
@@ -254,6 +266,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         metadata=_metadata(run),
         uncalled=[t.name for i, t in enumerate(run.targets) if i not in run.collector.slot_of],
         rank_steps={t.name: t.step for t, _ in pairs if t.step > 1},
+        owners={t.name: [t.owner, t.experts] for t, _ in pairs if t.owner},
     )
 
 

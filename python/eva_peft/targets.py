@@ -12,19 +12,24 @@ from torch import nn
 from ._peft_compat import (
     LoraConfig,
     LoraLayer,
+    ParamWrapper,
     PeftModel,
+    matches_parameter,
     matches_target,
     pattern_value,
     resolved_config,
 )
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
 from .layers import Patches, patches_of, widths
+from .routing import ExpertWeight, expert_names, expert_weights
 
-__all__ = ["Target", "base_name", "find_targets", "resolve_name", "unwrap"]
+__all__ = ["Target", "base_name", "find_targets", "layer_name", "resolve_name", "unwrap"]
 
 # What DDP and PEFT put in front of the names of the base model, and torch.compile anywhere.
 _PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
 _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
+# What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
+_WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Target:
         alpha: LoRA alpha of this layer.
         patches: how a convolution cuts its input into tokens; ``None`` for other layers.
         step: what ranks of this layer are multiples of (the groups of a convolution).
+        weight: where the layer is no module, but a part of a fused parameter of ``module``.
+        owner: name of that parameter; layers of one owner have one rank.
+        experts: how many layers the owner stands for.
     """
 
     name: str
@@ -49,11 +57,22 @@ class Target:
     alpha: float
     patches: Patches | None = None
     step: int = 1
+    weight: ExpertWeight | None = None
+    owner: str = ""
+    experts: int = 1
 
 
 def base_name(name: str) -> str:
     """Return the name in the base model of a module of a PeftModel."""
-    return _COMPILED.sub("", name).removeprefix("base_model.model.")
+    return _WRAPPED.sub("", _COMPILED.sub("", name).removeprefix("base_model.model."))
+
+
+def layer_name(path: str, module: LoraLayer) -> str:
+    """Return the name in the base model of what a LoRA layer adapts: a module, or a parameter."""
+    name = base_name(path)
+    if not isinstance(module, ParamWrapper):
+        return name
+    return f"{name}.{module.parameter_name}"
 
 
 def resolve_name(name: str, known: Container[str]) -> str:
@@ -115,10 +134,12 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     pairs = _adapted(model, adapter_name) if isinstance(model, PeftModel) else None
     if pairs is None:
         config = resolved_config(model, config)
-        named = ((_COMPILED.sub("", n), m) for n, m in model.named_modules())
-        pairs = ((n, m) for n, m in named if matches_target(config, n))
+        pairs = _matching(model, config)
     targets, unsupported = [], []
-    for name, module in pairs:
+    for name, module, parameter in pairs:
+        if parameter is not None:
+            targets += _experts(name, module, parameter, config)
+            continue
         size = widths(module)
         if size is None:
             unsupported.append(name)
@@ -149,7 +170,39 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     return targets
 
 
-def _adapted(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, nn.Module]]:
+# name in the base model, module, and name of the parameter of it that is meant, if not all
+_Found = tuple[str, nn.Module, str | None]
+
+
+def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
+    for path, module in model.named_modules():
+        name = _COMPILED.sub("", path)
+        if matches_target(config, name):
+            yield name, module, None
+        for parameter, _ in module.named_parameters(recurse=False):
+            if matches_parameter(config, f"{name}.{parameter}"):
+                yield name, module, parameter
+
+
+def _experts(name: str, module: nn.Module, parameter: str, config: LoraConfig) -> list[Target]:
+    owner = f"{name}.{parameter}"
+    found = expert_weights(module, parameter)
+    if found is None:
+        raise EvaValueError(
+            f"target_parameters: {owner} has {getattr(module, parameter).dim()} dimensions; LoRA "
+            "and EVA take matrices, and stacks of them"
+        )
+    rank = int(pattern_value(config.rank_pattern, owner, config.r))
+    alpha = pattern_value(config.alpha_pattern, owner, config.lora_alpha)
+    weights, (wide, out) = found
+    names = expert_names(owner, getattr(module, parameter).dim() == 3, len(weights))
+    return [
+        Target(n, module, wide, out, rank, alpha, weight=w, owner=owner, experts=len(weights))
+        for n, w in zip(names, weights, strict=True)
+    ]
+
+
+def _adapted(model: PeftModel, adapter_name: str) -> Iterator[_Found]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -160,7 +213,10 @@ def _adapted(model: PeftModel, adapter_name: str) -> Iterator[tuple[str, nn.Modu
                 f"layer {base_name(name)} has merged adapters {module.merged_adapters}; "
                 "call model.unmerge_adapter() first"
             )
-        yield base_name(name), module.get_base_layer()
+        own, parameter = layer_name(name, module), None
+        if isinstance(module, ParamWrapper):
+            own, _, parameter = own.rpartition(".")
+        yield own, module.get_base_layer(), parameter
 
 
 def _suggest(model: nn.Module, unsupported: list[str]) -> str:

@@ -64,6 +64,28 @@ class TokenMask:
         self._warn_unknown(leading, name)
         return None
 
+    @property
+    def selective(self) -> bool:
+        """Whether any token is left out."""
+        return any(m is not None and not bool(m.all()) for m in (self.main, self.decoder))
+
+    def rows_of_tokens(self, tokens: Tensor, count: int, name: str) -> tuple[bool, Tensor | None]:
+        """Return the rows to use of an input that holds picked tokens, as that of an expert.
+
+        Args:
+            tokens: which token each row is, (n,).
+            count: how many tokens they were picked from.
+            name: of the layer.
+
+        Returns:
+            Whether a mask is known for so many tokens; and the rows, all if ``None``.
+        """
+        for _, mask in self._candidates(name):
+            if mask.numel() == count:
+                kept = mask.reshape(-1).to(tokens.device)[tokens]
+                return True, None if bool(kept.all()) else kept.nonzero().flatten()
+        return False, None
+
     def _candidates(self, name: str) -> list[tuple[str, Tensor]]:
         found = [("main", self.main), ("decoder", self.decoder)]
         if "decoder" in name and not _READS_ENCODER.search(name):

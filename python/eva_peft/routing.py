@@ -1,0 +1,194 @@
+"""Mixtures of experts: which tokens an expert was given, and what meets its fused weights.
+
+Two things cannot be read by a hook on a module. Experts get some tokens only, picked by indexing,
+so that a token mask no longer fits. And many models keep the weights of all experts in one
+parameter and multiply with slices of it. Both are seen here at the level of torch functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["ExpertWeight", "RoutedInputs", "eager_experts", "expert_names", "expert_weights"]
+
+_INDEXING = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
+_PRODUCTS = (
+    functional.linear,
+    torch.matmul,
+    torch.mm,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.__matmul__,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeight:
+    """The part of a parameter that belongs to one expert.
+
+    Attributes:
+        parameter: (E, out, in) or (E, in, out), or (out, in) for one expert.
+        index: of the expert.
+    """
+
+    parameter: Tensor
+    index: int
+
+
+def expert_names(owner: str, stacked: bool, experts: int) -> list[str]:
+    """Return the names that the layers of a parameter would have as modules of their own.
+
+    Args:
+        owner: name of the parameter in the base model.
+        stacked: it has a dimension for the experts.
+        experts: how many.
+    """
+    module, _, name = owner.rpartition(".")
+    return [f"{module}.{i}.{name}" for i in range(experts)] if stacked else [owner]
+
+
+def expert_weights(
+    module: nn.Module, name: str
+) -> tuple[list[ExpertWeight], tuple[int, int]] | None:
+    """Return the experts of a parameter and their (in_features, out_features), as PEFT has them.
+
+    ``None`` for a parameter that is neither two- nor three-dimensional.
+    """
+    parameter = getattr(module, name)
+    if parameter.dim() not in (2, 3):
+        return None
+    rows, columns = parameter.shape[-2:]
+    transposed = parameter.dim() == 3 and getattr(module, "is_transposed", False)
+    count = len(parameter) if parameter.dim() == 3 else 1
+    weights = [ExpertWeight(parameter, i) for i in range(count)]
+    return weights, (rows, columns) if transposed else (columns, rows)
+
+
+class RoutedInputs(TorchFunctionMode):
+    """Sees the products with experts' weights, and follows tokens through indexing.
+
+    Args:
+        weights: the experts to watch, by the index of their layer.
+        called: ``f(layer, x)`` before a product of x, (..., D), with a layer's weight.
+    """
+
+    def __init__(
+        self, weights: Iterable[tuple[int, ExpertWeight]], called: Callable[[int, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.following = False
+        self._called = called
+        self._parameters: dict[int, list[tuple[Tensor, dict[int, int]]]] = {}
+        layers: dict[int, dict[int, int]] = {}
+        for layer, weight in weights:
+            known = layers.setdefault(id(weight.parameter), {})
+            if not known:
+                place = weight.parameter.untyped_storage().data_ptr()
+                self._parameters.setdefault(place, []).append((weight.parameter, known))
+            known[weight.index] = layer
+        self._tokens: Any = WeakTensorKeyDictionary()
+
+    @property
+    def needed(self) -> bool:
+        """Whether anything would be seen that hooks do not see."""
+        return bool(self._parameters) or self.following
+
+    def tokens_of(self, x: Tensor) -> tuple[Tensor, int] | None:
+        """Return which tokens the rows of x are, and of how many; ``None`` if that is not known."""
+        found: tuple[Tensor, int] | None = self._tokens.get(x)
+        return found
+
+    def forget(self) -> None:
+        """Drop what is known of the tensors of a forward pass."""
+        self._tokens.clear()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._parameters and func in _PRODUCTS:
+            x, weight = (*args, *kwargs.values())[:2]
+            layer = self._layer_of(weight)
+            if layer is not None:
+                self._called(layer, x)
+        result = func(*args, **kwargs)
+        if self.following:
+            for part in result if isinstance(result, tuple) else (result,):
+                if isinstance(part, Tensor) and part.dim() >= 2:
+                    self._follow(func, args, part)
+        return result
+
+    def _layer_of(self, weight: Any) -> int | None:
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device.type == "meta":
+            return None
+        for parameter, layers in self._parameters.get(weight.untyped_storage().data_ptr(), ()):
+            if parameter.dim() == 2:
+                return layers.get(0) if weight.numel() == parameter.numel() else None
+            begin = weight.storage_offset() - parameter.storage_offset()
+            index, rest = divmod(int(begin), parameter.stride(0))
+            if rest == 0 and weight.numel() == parameter[0].numel():
+                return layers.get(index)
+        return None
+
+    def _follow(self, func: Any, args: Sequence[Any], result: Tensor) -> None:
+        rows = result.shape[:-1].numel()
+        if func in _INDEXING:
+            picked = _picked(args)
+            if picked is not None and len(picked[0]) == rows:
+                self._tokens[result] = self._composed(args[0], *picked)
+            return
+        for x in args:
+            known = self._tokens.get(x) if isinstance(x, Tensor) else None
+            if known is not None and len(known[0]) == rows:
+                self._tokens[result] = known
+                return
+
+    def _composed(self, x: Tensor, index: Tensor, count: int) -> tuple[Tensor, int]:
+        before = self._tokens.get(x)
+        return (index, count) if before is None else (before[0][index], before[1])
+
+
+def _picked(args: Sequence[Any]) -> tuple[Tensor, int] | None:
+    """Return the index over tokens, (n,), of an indexing call, and the number of tokens."""
+    x, index = args[0], args[-1]
+    if isinstance(index, (tuple, list)):
+        tensors = [i for i in index if isinstance(i, Tensor)]
+        others = [
+            i for i in index if not isinstance(i, Tensor) and i is not None and i != slice(None)
+        ]
+        if len(tensors) != 1 or others:
+            return None
+        index = tensors[0]
+    if not isinstance(index, Tensor) or not x.is_floating_point():
+        return None
+    if index.dtype == torch.bool:
+        if index.shape != x.shape[: index.dim()] or index.dim() != x.dim() - 1:
+            return None
+        return index.flatten().nonzero().flatten(), index.numel()
+    if index.dim() != 1 or index.is_floating_point() or x.dim() != 2:
+        return None
+    return index, len(x)
+
+
+@contextmanager
+def eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let transformers multiply with experts one by one, where it can do all of them at once."""
+    name = "_experts_implementation_internal"
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, name)}
+    before = {key: getattr(config, name) for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            setattr(config, name, "eager")
+        yield
+    finally:
+        for key, config in configs.items():
+            setattr(config, name, before[key])

@@ -1,0 +1,291 @@
+"""Mixtures of experts: every expert's components come from the tokens that it was given."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import eva_kernels
+from eva_kernels import EvaValueError, EvaWarning
+from integration.conftest import (
+    QUIET,
+    VOCABULARY,
+    exact_pca,
+    lora,
+    lora_layers,
+    lost,
+    output_of,
+    perturb_b,
+    run,
+    same_state,
+    state_of,
+    text_batches,
+    wrapped,
+)
+
+EXPERTS = 4
+FUSED = {
+    "target_modules": ["q_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
+
+
+def make_mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(7)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+def routed_inputs(model: MixtralForCausalLM, batches: list[Any], layer: int) -> dict[str, Tensor]:
+    """Return what each expert of a layer multiplies its weights with, from the router's choice."""
+    experts = model.model.layers[layer].mlp.experts
+    kept: dict[str, list[Tensor]] = {}
+    mask: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        tokens, choice, _ = args
+        for e in range(EXPERTS):
+            rows = tokens[(choice == e).any(1) & mask[0]]
+            gate, up = (rows @ experts.gate_up_proj[e].T).chunk(2, dim=1)
+            kept.setdefault(f"{e}.gate_up_proj", []).append(rows)
+            kept.setdefault(f"{e}.down_proj", []).append(nn.functional.silu(gate) * up)
+
+    handle = experts.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for batch in batches:
+            mask[:] = [batch["attention_mask"].bool().flatten()]
+            model(**batch)
+    handle.remove()
+    return {f"model.layers.{layer}.mlp.experts.{n}": torch.cat(parts) for n, parts in kept.items()}
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_fused_experts_are_exact(trim: bool) -> None:
+    model, texts = make_mixtral(), text_batches(5, samples=6)
+    config = lora(tau=1.0, **FUSED)
+    result = run(model, iter(texts), config, method="gram", trim_padding=trim)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert len(result.ranks) == 2 + 2 * 2 * EXPERTS
+    for layer in (0, 1):
+        for name, rows in routed_inputs(model, texts, layer).items():
+            variances, _ = exact_pca(rows)
+            found = result.explained_variance_ratio[name].double()
+            ratio = (variances / variances.sum())[: len(found)]
+            torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
+            assert lost(result.components[name], rows) < 1e-6
+    assert result.tokens == sum(int(b["attention_mask"].sum()) for b in texts)
+
+
+def test_fused_experts_train_and_reload(tmp_path: Any) -> None:
+    base, texts = make_mixtral(), text_batches(3)
+    before, weights = output_of(base, texts[0]), state_of(base)
+    model = eva_kernels.initialize(base, texts, lora(**FUSED), max_steps=6, **QUIET)
+    torch.testing.assert_close(output_of(model, texts[0]), before)
+    result = model.eva_result
+    state = result.state_dict()
+    layers = {
+        f"{n.removesuffix('.base_layer')}.{layer.parameter_name}": layer
+        for n, layer in lora_layers(model).items()
+        if hasattr(layer, "parameter_name")
+    }
+    assert len(layers) == 4
+    for name, layer in layers.items():
+        module, _, parameter = name.rpartition(".")
+        names = [f"{module}.{e}.{parameter}" for e in range(EXPERTS)]
+        assert {result.ranks[n] for n in names} == {layer.r["default"]}
+        rows = torch.cat([state[n] for n in names])
+        torch.testing.assert_close(layer.lora_A["default"].weight.detach(), rows)
+        assert not layer.lora_B["default"].weight.any()
+    model(**texts[0], labels=texts[0]["input_ids"]).loss.backward()
+    for layer in layers.values():
+        assert layer.lora_B["default"].weight.grad.any()
+    perturb_b(model)
+    for layer in layers.values():
+        with torch.no_grad():
+            layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
+    expected = output_of(model, texts[0])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_mixtral(), tmp_path)
+    torch.testing.assert_close(output_of(again, texts[0]), expected)
+    assert same_state(weights, state_of(again.unload()))
+
+
+def test_peft_model_with_adapters_on_meta() -> None:
+    texts = text_batches(3)
+    config = lora(**FUSED)
+    model = wrapped(make_mixtral(), config, low_cpu_mem_usage=True)
+    eva_kernels.initialize(model, texts, max_steps=4, **QUIET)
+    expected = eva_kernels.initialize(make_mixtral(), texts, config, max_steps=4, **QUIET)
+    assert not any(p.is_meta for p in model.parameters())
+    assert same_state(state_of(model), state_of(expected))
+
+
+def test_ranks_of_experts_are_paid_for_by_each() -> None:
+    texts = text_batches(3)
+    result = run(make_mixtral(), texts, lora(**FUSED), max_steps=3)
+    price = {name: result.owners.get(name, ["", 1])[1] for name in result.ranks}
+    assert sorted(set(price.values())) == [1, EXPERTS]
+    assert sum(result.ranks.values()) == 4 * len(result.ranks)  # all of them were called
+    fewer = result.reallocated(r=1, rho=2.0)
+    assert min(r for n, r in fewer.ranks.items() if price[n] > 1) == 1
+    for owner in {o for o, _ in result.owners.values()}:
+        ranks = {fewer.ranks[n] for n, (o, _) in result.owners.items() if o == owner}
+        assert len(ranks) == 1
+
+
+def test_state_dicts_that_do_not_fit() -> None:
+    texts = text_batches(2)
+    result = run(make_mixtral(), texts, lora(**FUSED), max_steps=2)
+    model = wrapped(make_mixtral(), lora(**FUSED))
+    facts = state_of(model)
+    name = "model.layers.0.mlp.experts.2.down_proj"
+    for rows, message in (
+        (result.state_dict()[name][:1], f"layer {name}: rank 1, but the experts of .* one rank"),
+        (torch.zeros(4, 5), f"layer {name}: the state dict has 5 features, the layer 24"),
+    ):
+        with pytest.raises(EvaValueError, match=message):
+            eva_kernels.initialize_lora_eva_weights(
+                model, eva_state_dict={**result.state_dict(), name: rows}
+            )
+    empty = {n: v[:0] if n in result.owners else v for n, v in result.state_dict().items()}
+    with pytest.raises(EvaValueError, match="at least 1"):
+        eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=empty)
+    assert same_state(facts, state_of(model))
+
+
+def test_failure_leaves_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_mixtral()
+    seen = []
+
+    def fail(model: nn.Module, batch: Any) -> None:
+        seen.append(model.config._experts_implementation)
+        model(**batch)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, text_batches(1), lora(**FUSED), forward_fn=fail)
+    assert seen == ["eager"]
+    assert model.config._experts_implementation == "grouped_mm"
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Block(nn.Module):
+    """Tokens flattened, each sent to one of three experts; the way in and out is by indexing."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.how = how
+        self.embed, self.router = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 10), nn.SiLU(), nn.Linear(10, 12)) for _ in range(3)
+        )
+        self.stacked = nn.Parameter(torch.randn(3, 12, 9))
+        self.single = nn.Parameter(torch.randn(5, 12))
+        self.is_transposed = True
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = self.embed(input_ids)
+        flat = tokens.reshape(-1, 12)
+        choice = self.router(flat).argmax(1)
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.experts):
+            picked = torch.where(choice == e)[0]
+            if self.how == "extra dimension":
+                rows = flat[None, picked].reshape(-1, 12)
+            elif self.how == "boolean":
+                rows = tokens[(choice == e).reshape(input_ids.shape)]
+            elif self.how == "sorted first":
+                order = choice.argsort(stable=True)
+                rows = flat.index_select(0, order)[choice[order] == e]
+            else:
+                rows = flat[picked]
+            if len(rows):
+                out = out.index_add(
+                    0, picked, expert(rows) + (rows @ self.stacked[e]).sum(1)[:, None]
+                )
+        return out.reshape(tokens.shape) + (flat @ self.single.T).sum()
+
+
+class Outer(nn.Module):
+    """PEFT adapts no parameter of the outermost module."""
+
+    def __init__(self, how: str = "rows") -> None:
+        super().__init__()
+        self.moe = Block(how)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.moe(input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("how", ["rows", "extra dimension", "boolean", "sorted first"])
+def test_masks_follow_tokens_to_expert_modules(how: str) -> None:
+    outer, texts = Outer(how), text_batches(4, samples=6)
+    model = outer.moe
+    config = lora(tau=1.0, target_modules=r".*experts\.\d\.[02]", target_parameters=["moe.stacked"])
+    result = run(outer, iter(texts), config, method="gram", trim_padding=False)
+    ids = torch.cat([b["input_ids"].flatten() for b in texts])
+    kept = torch.cat([b["attention_mask"].bool().flatten() for b in texts])
+    with torch.no_grad():
+        tokens = model.embed(ids)
+        choice = model.router(tokens).argmax(1)
+    for e, expert in enumerate(model.experts):
+        rows = tokens[kept & (choice == e)]
+        with torch.no_grad():
+            inputs = {
+                f"experts.{e}.0": rows,
+                f"experts.{e}.2": expert[1](expert[0](rows)),
+                f"moe.{e}.stacked": rows,
+            }
+        for end, x in inputs.items():
+            name = next(n for n in result.ranks if n.endswith(end))
+            found = result.explained_variance_ratio[name].double()
+            variances = exact_pca(x)[0]
+            ratio = (variances / variances.sum())[: len(found)]
+            torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
+
+
+def test_a_matrix_as_parameter() -> None:
+    outer, texts = Outer(), text_batches(3)
+    model = outer.moe
+    config = lora(tau=1.0, target_modules=None, target_parameters=["moe.single"])
+    result = run(outer, iter(texts), config, method="gram", trim_padding=False)
+    ids = torch.cat([b["input_ids"].flatten() for b in texts])
+    with torch.no_grad():
+        x = model.embed(ids)[torch.cat([b["attention_mask"].bool().flatten() for b in texts])]
+    assert list(result.ranks) == ["moe.single"]
+    assert lost(result.components["moe.single"], x) < 1e-6
+
+
+def test_experts_without_tokens_keep_the_default() -> None:
+    model = Outer()
+    with torch.no_grad():
+        model.moe.router.bias[1] = -1e6
+    base = copy.deepcopy(model)
+    config = lora(target_modules=["experts.0.0"], target_parameters=["moe.stacked"])
+    with pytest.warns(EvaWarning, match="1 layers were never called .*1.stacked"):
+        peft_model = eva_kernels.initialize(model, text_batches(3), config, max_steps=3, **QUIET)
+    layer = next(m for m in peft_model.modules() if hasattr(m, "parameter_name"))
+    a = layer.lora_A["default"].weight.detach().unflatten(0, (3, -1))
+    assert a.isfinite().all()
+    assert a[1].any()
+    for e in (0, 2):
+        torch.testing.assert_close(a[e] @ a[e].mT, torch.eye(a.shape[1]), atol=3e-6, rtol=0)
+    batch = text_batches(1)[0]
+    torch.testing.assert_close(output_of(peft_model, batch), output_of(base, batch))
