@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterable
-from copy import copy
+from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
 
@@ -32,6 +32,11 @@ from torch import nn
 from .errors import EvaValueError
 from .layers import adapter_dilation
 
+try:  # targets of models whose experts were fused in transformers 5
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError:
+    convert_peft_config_for_transformers = None
+
 __all__ = [
     "SWITCHABLE",
     "EvaConfig",
@@ -56,18 +61,39 @@ __all__ = [
 SWITCHABLE = (BaseTunerLayer, ModulesToSaveWrapper)
 
 
+# What PEFT's models of these tasks add to ``modules_to_save``.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def _is_transformers_model(model: nn.Module) -> bool:
+    return hasattr(getattr(model, "config", None), "model_type")
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {name: version(name) for name in ("torch", "transformers", "peft")}
 
 
 def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """Return a copy of a config with ``target_modules`` as PEFT would resolve it for this model.
+    """Return a copy of a config with its targets as PEFT would resolve them for this model.
 
     Raises:
-        EvaValueError: no ``target_modules`` given and PEFT knows no default for the model type.
+        EvaValueError: no ``target_modules`` given and PEFT knows no default for the model type, or
+            targets that PEFT cannot translate to fused experts.
     """
-    config = copy(config)
+    config = deepcopy(config)
+    heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    if heads:  # trained whole, so not adapted
+        config.modules_to_save = [*(config.modules_to_save or ()), *heads]
+    if convert_peft_config_for_transformers is not None and _is_transformers_model(model):
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=None)
+        except ValueError as error:
+            raise EvaValueError(str(error)) from error
     if config.target_modules is None and config.target_parameters is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -131,30 +132,18 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     Raises:
         EvaValueError: no layer found. EvaRuntimeError: the adapter is merged into the weights.
     """
-    pairs = _adapted(model, adapter_name) if isinstance(model, PeftModel) else None
-    if pairs is None:
+    found: Iterator[_Found]
+    if isinstance(model, PeftModel):
+        found = _adapted(model, adapter_name)
+    else:
         config = resolved_config(model, config)
-        pairs = _matching(model, config)
+        found = _matching(model, config)
     targets, unsupported = [], []
-    for name, module, parameter in pairs:
-        if parameter is not None:
-            targets += _experts(name, module, parameter, config)
-            continue
-        size = widths(module)
-        if size is None:
-            unsupported.append(name)
-            continue
-        rank = int(pattern_value(config.rank_pattern, name, config.r))
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        patches = patches_of(module)
-        groups = int(module.groups) if patches is not None else 1  # type: ignore[arg-type]
-        if rank % groups:
-            raise EvaValueError(
-                f"layer {name}: PEFT adapts a convolution with {groups} groups only where the rank "
-                f"is a multiple of them, and r is {rank}; give it another in rank_pattern, or name "
-                "it in exclude_modules"
-            )
-        targets.append(Target(name, module, *size, rank, alpha, patches, groups))
+    for each in found:
+        parts = _experts(each) if each.parameter is not None else _layer(each)
+        targets += parts
+        if not parts:
+            unsupported.append(each.name)
     if not targets:
         raise EvaValueError(
             f"no layer to initialise: target_modules={config.target_modules!r} matches no linear "
@@ -170,53 +159,83 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     return targets
 
 
-# name in the base model, module, and name of the parameter of it that is meant, if not all
-_Found = tuple[str, nn.Module, str | None]
+@dataclass(frozen=True)
+class _Found:
+    """A module that PEFT adapts, or a parameter of it; the name is that in the base model."""
+
+    name: str
+    module: nn.Module
+    rank: int
+    alpha: float
+    parameter: str | None = None
 
 
 def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
+    def found(name: str, module: nn.Module, parameter: str | None = None) -> _Found:
+        key = name if parameter is None else f"{name}.{parameter}"
+        rank = int(pattern_value(config.rank_pattern, key, config.r))
+        alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
+        return _Found(name, module, rank, alpha, parameter)
+
     for path, module in model.named_modules():
         name = _COMPILED.sub("", path)
         if matches_target(config, name):
-            yield name, module, None
+            yield found(name, module)
         for parameter, _ in module.named_parameters(recurse=False):
             if matches_parameter(config, f"{name}.{parameter}"):
-                yield name, module, parameter
-
-
-def _experts(name: str, module: nn.Module, parameter: str, config: LoraConfig) -> list[Target]:
-    owner = f"{name}.{parameter}"
-    found = expert_weights(module, parameter)
-    if found is None:
-        raise EvaValueError(
-            f"target_parameters: {owner} has {getattr(module, parameter).dim()} dimensions; LoRA "
-            "and EVA take matrices, and stacks of them"
-        )
-    rank = int(pattern_value(config.rank_pattern, owner, config.r))
-    alpha = pattern_value(config.alpha_pattern, owner, config.lora_alpha)
-    weights, (wide, out) = found
-    names = expert_names(owner, getattr(module, parameter).dim() == 3, len(weights))
-    return [
-        Target(n, module, wide, out, rank, alpha, weight=w, owner=owner, experts=len(weights))
-        for n, w in zip(names, weights, strict=True)
-    ]
+                yield found(name, module, parameter)
 
 
 def _adapted(model: PeftModel, adapter_name: str) -> Iterator[_Found]:
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
         if adapter_name not in module.lora_A and adapter_name not in module.lora_embedding_A:
             continue
         if module.merged:
             raise EvaRuntimeError(
-                f"layer {base_name(name)} has merged adapters {module.merged_adapters}; "
+                f"layer {base_name(path)} has merged adapters {module.merged_adapters}; "
                 "call model.unmerge_adapter() first"
             )
-        own, parameter = layer_name(name, module), None
+        name, parameter = layer_name(path, module), None
         if isinstance(module, ParamWrapper):
-            own, _, parameter = own.rpartition(".")
-        yield own, module.get_base_layer(), parameter
+            name, _, parameter = name.rpartition(".")
+        rank, alpha = module.r[adapter_name], module.lora_alpha[adapter_name]
+        yield _Found(name, module.get_base_layer(), rank, alpha, parameter)
+
+
+def _layer(found: _Found) -> list[Target]:
+    size = widths(found.module)
+    if size is None:
+        return []
+    patches = patches_of(found.module)
+    groups = int(found.module.groups) if patches is not None else 1  # type: ignore[arg-type]
+    if found.rank % groups:
+        raise EvaValueError(
+            f"layer {found.name}: PEFT adapts a convolution with {groups} groups only where the "
+            f"rank is a multiple of them, and r is {found.rank}; give it another in rank_pattern, "
+            "or name it in exclude_modules"
+        )
+    return [Target(found.name, found.module, *size, found.rank, found.alpha, patches, groups)]
+
+
+def _experts(found: _Found) -> list[Target]:
+    assert found.parameter is not None
+    owner, module = f"{found.name}.{found.parameter}", found.module
+    known = expert_weights(module, found.parameter)
+    dimensions = getattr(module, found.parameter).dim()
+    if known is None:
+        raise EvaValueError(
+            f"target_parameters: {owner} has {dimensions} dimensions; LoRA and EVA take matrices, "
+            "and stacks of them"
+        )
+    weights, (wide, out) = known
+    names = expert_names(owner, dimensions == 3, len(weights))
+    common: dict[str, Any] = {"owner": owner, "experts": len(weights)}
+    return [
+        Target(name, module, wide, out, found.rank, found.alpha, weight=weight, **common)
+        for name, weight in zip(names, weights, strict=True)
+    ]
 
 
 def _suggest(model: nn.Module, unsupported: list[str]) -> str:

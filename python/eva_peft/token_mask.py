@@ -19,6 +19,11 @@ __all__ = ["TokenMask", "mask_of_batch"]
 _READS_ENCODER = re.compile(
     r"(EncDecAttention|encoder_attn|crossattention|cross_attn).*\b(k|v|k_proj|v_proj|key|value)$"
 )
+# Layers of the other stream of a model that takes text and something else.
+_READS_NO_TEXT = re.compile(
+    r"vision|visual|image|img|video|pixel|patch|audio|speech|sound|multi_modal|mm_proj|connector"
+    r"|perceiver|resampler|qformer"
+)
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
 
@@ -30,12 +35,17 @@ class TokenMask:
         main: bool (B, T): tokens of the model's only, or encoder's, stream; all if ``None``.
         decoder: bool (B, T_dec): tokens of an encoder-decoder model's decoder stream.
         streams: how many tokens of a layer's input one position of ``main`` stands for.
+        mixed: the batch holds something beside text (images, sound).
     """
 
     def __init__(
-        self, main: Tensor | None, decoder: Tensor | None = None, streams: int = 1
+        self,
+        main: Tensor | None,
+        decoder: Tensor | None = None,
+        streams: int = 1,
+        mixed: bool = False,
     ) -> None:
-        self.main, self.decoder, self.streams = main, decoder, streams
+        self.main, self.decoder, self.streams, self.mixed = main, decoder, streams, mixed
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
         self.warned: set[str] = set()  # layers that need no second warning
 
@@ -87,6 +97,8 @@ class TokenMask:
         return False, None
 
     def _candidates(self, name: str) -> list[tuple[str, Tensor]]:
+        if self.mixed and _READS_NO_TEXT.search(name):
+            return []
         found = [("main", self.main), ("decoder", self.decoder)]
         if "decoder" in name and not _READS_ENCODER.search(name):
             found.reverse()
@@ -106,9 +118,12 @@ class TokenMask:
 
     def _warn_unknown(self, leading: tuple[int, ...], name: str) -> None:
         masks = [m for _, m in self._candidates(name)]
-        # Without a mask, with one that keeps everything, and for pooled inputs (one row a
-        # sample), using every row is what is wanted.
-        if name in self.warned or all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
+        # Without a mask, with one that keeps everything, for pooled inputs (one row a sample), for
+        # what is the same for all samples (embeddings of positions), and beside text, using every
+        # row is what is wanted.
+        if name in self.warned or self.mixed or leading[:1] == (1,):
+            return
+        if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
             return
         self.warned.add(name)
         warnings.warn(
@@ -149,7 +164,17 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
     if label_mask is not None and tuple(label_mask.shape) == shape:
         main = label_mask if main is None else main & label_mask
     decision = getattr(model_config, "model_type", "") == "decision_transformer"
-    return TokenMask(main, decoder, _DECISION_STREAMS if decision else 1)
+    return TokenMask(main, decoder, _DECISION_STREAMS if decision else 1, _is_mixed(batch))
+
+
+def _is_mixed(batch: Mapping[str, Any]) -> bool:
+    """Tell whether a batch of text holds values of another kind, too."""
+    text = isinstance(batch.get("input_ids"), Tensor)
+    return text and any(
+        isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+        for key, value in batch.items()
+        if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels") and "mask" not in key
+    )
 
 
 def _is_token_labels(labels: Any) -> TypeGuard[Tensor]:

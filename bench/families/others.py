@@ -1,0 +1,195 @@
+"""Models of images, sound, decisions, several streams; and plain torch modules."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+from .family import VOCABULARY, Batch, Family, images, mean_square, seeded, texts
+from .language import SIZE
+
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+TEXT = {k: v for k, v in SIZE.items() if k != "pad_token_id"}
+IMAGE_TOKEN = VOCABULARY - 1
+
+
+def _dinov2() -> nn.Module:
+    config = {k: v for k, v in VISION.items() if k != "intermediate_size"}
+    return hf.Dinov2ForImageClassification(hf.Dinov2Config(**config, mlp_ratio=2, num_labels=3))
+
+
+def _vit() -> nn.Module:
+    return hf.ViTForImageClassification(hf.ViTConfig(**VISION, num_labels=3))
+
+
+def _clip() -> nn.Module:
+    text = {**TEXT, "bos_token_id": 1, "eos_token_id": 2}
+    config = hf.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
+    return hf.CLIPModel(config)
+
+
+def _clip_batches(count: int) -> list[Batch]:
+    pairs = zip(texts(count), images(count, classes=None), strict=True)
+    batches = [{**text, **image} for text, image in pairs]
+    for batch in batches:  # the text model pools at the end-of-text token
+        last = batch["attention_mask"].sum(1) - 1
+        batch["input_ids"][torch.arange(4), last] = 2
+    return batches
+
+
+def _whisper() -> nn.Module:
+    config = hf.WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=12,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    return hf.WhisperForConditionalGeneration(config)
+
+
+def _whisper_batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(5)
+    sounds = torch.randn(count, 4, 8, 24, generator=generator).cumsum(-1) / 4
+    return [
+        {"input_features": sound, "labels": text["labels"]}
+        for sound, text in zip(sounds, texts(count, length=12, labels="tokens"), strict=True)
+    ]
+
+
+def _decisions() -> nn.Module:
+    config = hf.DecisionTransformerConfig(
+        state_dim=7, act_dim=3, hidden_size=32, max_ep_len=32, n_layer=2, n_head=2
+    )
+    return hf.DecisionTransformerModel(config)
+
+
+def _decision_batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(count):
+        draw = partial(torch.randn, generator=generator)
+        lengths = torch.randint(4, 10, (4, 1), generator=generator)
+        states = draw(4, 10, 7).cumsum(1) / 3
+        batches.append(
+            {
+                "states": states,
+                "actions": draw(4, 10, 3),
+                "rewards": draw(4, 10, 1),
+                "returns_to_go": draw(4, 10, 1).cumsum(1),
+                "timesteps": torch.arange(10).expand(4, 10),
+                "attention_mask": (torch.arange(10) < lengths).long(),
+            }
+        )
+    return batches
+
+
+def _decision_loss(model: nn.Module, batch: Batch) -> Tensor:
+    out = model(**batch)
+    kept = batch["attention_mask"].bool()
+    errors = (out.action_preds - batch["actions"])[kept].square().mean()
+    return errors + out.state_preds[kept].square().mean() + out.return_preds[kept].square().mean()
+
+
+def _llava() -> nn.Module:
+    config = hf.LlavaConfig(
+        text_config=hf.LlamaConfig(**SIZE, num_key_value_heads=1),
+        vision_config=hf.CLIPVisionConfig(**{**VISION, "patch_size": 8}),
+        image_token_id=IMAGE_TOKEN,
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _llava_batches(count: int) -> list[Batch]:
+    batches = []
+    for text, image in zip(texts(count, labels="tokens"), images(count, classes=None), strict=True):
+        text["input_ids"][:, 1:5] = IMAGE_TOKEN  # 4 patches an image
+        text["labels"][:, 1:5] = -100
+        batches.append({**text, **image})
+    return batches
+
+
+class ConvolutionalNet(nn.Module):
+    """A stem, a grouped, a dilated and a pointwise convolution, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.grouped = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=4)
+        self.dilated = nn.Conv2d(16, 16, 3, padding=2, dilation=2)
+        self.pointwise = nn.Conv2d(16, 24, 1)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.stem, self.grouped, self.dilated, self.pointwise):
+            x = torch.nn.functional.gelu(layer(x))
+        return self.head(x.mean((2, 3)))
+
+
+def _sequential() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 4)
+    )
+
+
+def _vectors(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return list(torch.randn(count, 40, 20, generator=generator) * 0.8 ** torch.arange(20))
+
+
+_CONVOLUTIONS = {"target_modules": ["stem", "grouped", "dilated", "pointwise", "head"]}
+_IMAGES = {"task_type": None}
+
+OTHERS: dict[str, Family] = {
+    "DINOv2": Family(seeded(_dinov2), images),
+    "ViT": Family(seeded(_vit), images),
+    "CLIP": Family(
+        seeded(_clip),
+        _clip_batches,
+        loss=lambda model, batch: model(**batch, return_loss=True).loss,
+    ),
+    "Whisper": Family(seeded(_whisper), _whisper_batches),
+    "Decision Transformer": Family(
+        seeded(_decisions),
+        _decision_batches,
+        loss=_decision_loss,
+    ),
+    "Llava (two token streams)": Family(
+        seeded(_llava),
+        _llava_batches,
+        untrained=(
+            r"vision_tower.*layers\.1\.|post_layernorm",
+            "the language model reads the last layer but one of the vision tower",
+        ),
+    ),
+    "Conv2d network": Family(
+        seeded(ConvolutionalNet),
+        lambda count: [b["pixel_values"] for b in images(count, classes=None)],
+        _CONVOLUTIONS,
+        loss=mean_square,
+    ),
+    "nn.Sequential": Family(seeded(_sequential), _vectors, loss=mean_square),
+}
