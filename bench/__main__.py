@@ -108,6 +108,22 @@ def simulate(
 
 
 @app.command()
+def families(
+    family: Annotated[list[str] | None, typer.Option(help="A family; all if none.")] = None,
+    write: Annotated[bool, typer.Option(help="Keep the result in bench/results.")] = False,
+) -> None:
+    """Initialise tiny models of all families, with this package and with PEFT's defaults."""
+    from .families import FAMILIES
+    from .families.run import run, words
+
+    unknown = set(family or ()) - set(FAMILIES)
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(FAMILIES)}")
+    for row in run(family, write):
+        print(f"{row['family']}: {words(row['ours'])}; PEFT: {words(row['peft'])}")
+
+
+@app.command()
 def end_to_end(config: str = "tiny", seconds: float = 600.0, out: Path | None = None) -> None:
     """Plain forward, ours and PEFT's EVA on the shape of a model: "tiny" or "llama-2-7b"."""
     import json

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .common import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -131,14 +131,41 @@ def simulated_memory() -> str:
     )
 
 
-def render() -> str:
-    """Render the block between the README's marks."""
+def families() -> str:
+    """Render the table of model families."""
+    from .families.run import words
+
+    record = load("families")
+    rows = [[row["family"], words(row["ours"]), words(row["peft"])] for row in record["rows"]]
+    return "\n".join([_table(["family", "this package", "PEFT's EVA"], rows), "", _source(record)])
+
+
+def measured() -> str:
+    """Render the block of measurements."""
     return "\n\n".join([whole_pass(), svd_step(), simulated_memory()])
+
+
+# The README's blocks: what stands between the marks of each.
+BLOCKS: dict[str, Callable[[], str]] = {"bench": measured, "families": families}
+
+
+def render() -> str:
+    """Render all blocks, one after the other."""
+    return "\n\n".join(block() for block in BLOCKS.values())
+
+
+def with_tables(text: str) -> str:
+    """Return the README with every block as the result files have it."""
+    for name, block in BLOCKS.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, found, rest = text.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"README.md has no block {name!r} between {begin} and {end}")
+        text = f"{head}{begin}\n{block()}\n{end}{tail}"
+    return text
 
 
 def write_readme() -> None:
     """Put the tables into the README."""
-    text = README.read_text()
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    README.write_text(f"{head}{BEGIN}\n{render()}\n{END}{tail}")
+    README.write_text(with_tables(README.read_text()))

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from .family import VOCABULARY, Family, mean_square, seeded, texts
+from .family import VOCABULARY, Batch, Family, mean_square, seeded, texts
 
 SIZE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -121,6 +121,13 @@ def _routed() -> nn.Module:
 
 
 _causal = partial(texts, labels="tokens")
+
+
+def _translations(count: int) -> list[Batch]:
+    pairs = zip(texts(count), texts(count, length=12, labels="tokens", seed=6), strict=True)
+    return [{**source, "labels": target["labels"]} for source, target in pairs]
+
+
 _FUSED = {
     "target_modules": ["q_proj", "v_proj"],
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -138,7 +145,7 @@ LANGUAGE: dict[str, Family] = {
     "Mixtral, fused experts": Family(seeded(_mixtral), _causal, _FUSED),
     "Mixtral, experts as modules": Family(seeded(_routed), _causal, {"task_type": "CAUSAL_LM"}),
     "GPT-2 (Conv1D)": Family(seeded(_gpt2), _causal, {"task_type": "CAUSAL_LM"}),
-    "T5": Family(seeded(_t5), _causal, {"task_type": "SEQ_2_SEQ_LM"}),
+    "T5": Family(seeded(_t5), _translations, {"task_type": "SEQ_2_SEQ_LM"}),
     "T5 encoder": Family(seeded(lambda: hf.T5EncoderModel(_t5_config())), texts, loss=mean_square),
     "DeBERTa-v3 classifier": Family(seeded(_deberta), partial(texts, labels="classes"), CLASSES),
     "RoBERTa classifier": Family(seeded(_roberta), partial(texts, labels="classes"), CLASSES),

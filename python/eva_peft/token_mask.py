@@ -36,6 +36,7 @@ class TokenMask:
         decoder: bool (B, T_dec): tokens of an encoder-decoder model's decoder stream.
         streams: how many tokens of a layer's input one position of ``main`` stands for.
         mixed: the batch holds something beside text (images, sound).
+        encoder_decoder: ``main`` is that of the encoder only, whatever the shapes.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class TokenMask:
         decoder: Tensor | None = None,
         streams: int = 1,
         mixed: bool = False,
+        encoder_decoder: bool = False,
     ) -> None:
-        self.main, self.decoder, self.streams, self.mixed = main, decoder, streams, mixed
+        self.main, self.decoder, self.streams = main, decoder, streams
+        self.mixed, self.encoder_decoder = mixed, encoder_decoder
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
         self.warned: set[str] = set()  # layers that need no second warning
 
@@ -97,11 +100,14 @@ class TokenMask:
         return False, None
 
     def _candidates(self, name: str) -> list[tuple[str, Tensor]]:
-        if self.mixed and _READS_NO_TEXT.search(name):
-            return []
         found = [("main", self.main), ("decoder", self.decoder)]
-        if "decoder" in name and not _READS_ENCODER.search(name):
-            found.reverse()
+        reads_encoder = bool(_READS_ENCODER.search(name))
+        if self.mixed and _READS_NO_TEXT.search(name):
+            found = []
+        elif self.encoder_decoder and "decoder" in name and not reads_encoder:
+            found = found[1:]
+        elif self.encoder_decoder and (reads_encoder or "encoder" in name):
+            found = found[:1]
         return [(kind, mask) for kind, mask in found if mask is not None]
 
     def _indices(
@@ -159,7 +165,7 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
         if label_mask is not None:
             fits = decoder is not None and decoder.shape == label_mask.shape
             decoder = decoder & label_mask if decoder is not None and fits else label_mask
-        return TokenMask(main, decoder)
+        return TokenMask(main, decoder, encoder_decoder=True)
     shape = _token_shape(batch, main)
     if label_mask is not None and tuple(label_mask.shape) == shape:
         main = label_mask if main is None else main & label_mask

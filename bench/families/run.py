@@ -1,0 +1,152 @@
+"""Initialise the adapters of every family with this package and with PEFT's defaults."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..common import save
+from . import FAMILIES, Family
+
+RANK, RHO = 4, 2.0
+BATCHES = 6
+MOST_FORWARDS = 300  # PEFT has no limit of its own; ours needs under 60
+SECONDS = 120
+SIDES = ("ours", "peft")
+
+
+def attempt(name: str, side: str) -> dict[str, Any]:
+    """Initialise, train one step, save, load; return how far that went.
+
+    Returns:
+        ``stage`` that failed (``None`` if none did) and ``error``, the first line of the exception;
+        and forward passes, layers, warnings.
+    """
+    family = FAMILIES[name]
+    told: dict[str, Any] = {"stage": "initialise", "error": None, "forwards": 0, "warnings": []}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            _steps(family, side, told)
+        except Exception as error:  # whatever it is, is the finding
+            text = str(error).strip().split("\n")[0]
+            told["error"] = f"{type(error).__name__}: {text}"[:160]
+    kinds = {w.category.__name__ for w in caught}
+    told["warnings"] = sorted(kinds & {"EvaWarning", "NotConvergedWarning"})
+    return told
+
+
+def _steps(family: Family, side: str, told: dict[str, Any]) -> None:
+    from peft import PeftModel
+
+    base, data = family.make_model(), family.make_batches(BATCHES)
+    counter = base.register_forward_pre_hook(_counting(told), prepend=True)
+    model = (_initialize_ours if side == "ours" else _initialize_peft)(base, data, family)
+    counter.remove()
+    told["layers"] = sum(hasattr(m, "lora_A") and bool(m.lora_A) for m in model.modules())
+    told["stage"] = "train"
+    batch = _as_peft_takes_it(base, data[0]) if side == "peft" else data[0]
+    family.loss(model.train(), batch).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not any(p.grad is not None and p.grad.any() for p in trained):
+        raise ValueError("no gradient reaches an adapter")
+    torch.optim.SGD(trained, 0.05).step()
+    told["stage"] = "reload"
+    model.eval()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(family.make_model(), folder).eval()
+        before, after = (family.loss(m, batch) for m in (model, again))
+    if not torch.allclose(before, after, rtol=1e-5, atol=1e-6):
+        raise ValueError(f"the loaded adapter gives {float(after):.6g}, not {float(before):.6g}")
+    told["stage"] = None
+
+
+def _counting(told: dict[str, Any]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        told["forwards"] += 1
+        if told["forwards"] > MOST_FORWARDS:
+            raise RuntimeError(f"no end in {MOST_FORWARDS} forward passes")
+
+    return hook
+
+
+def _config(family: Family) -> Any:
+    from peft import EvaConfig, LoraConfig
+
+    fields = {"target_modules": "all-linear", **family.config}
+    return LoraConfig(r=RANK, init_lora_weights="eva", eva_config=EvaConfig(rho=RHO), **fields)
+
+
+def _initialize_ours(base: nn.Module, data: Sequence[Any], family: Family) -> nn.Module:
+    import eva_kernels
+
+    return eva_kernels.initialize(base, data, _config(family), progress=False)
+
+
+def _initialize_peft(base: nn.Module, data: Sequence[Any], family: Family) -> nn.Module:
+    from peft import get_peft_model, initialize_lora_eva_weights
+
+    model = get_peft_model(base, _config(family), low_cpu_mem_usage=True)
+    batches = [_as_peft_takes_it(base, batch) for batch in data]
+    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
+    return model
+
+
+def _as_peft_takes_it(model: nn.Module, batch: Any) -> Any:
+    """Return a batch as the dict that PEFT insists on."""
+    if not isinstance(batch, Tensor):
+        return batch
+    return {next(iter(inspect.signature(model.forward).parameters)): batch}
+
+
+def run(names: Sequence[str] | None = None, write: bool = False) -> list[dict[str, Any]]:
+    """Try all families, each in a process of its own, and tell what happened."""
+    rows = []
+    chosen = list(names or FAMILIES)
+    for name in tqdm(chosen, unit="family"):
+        row: dict[str, Any] = {"family": name}
+        for side in SIDES:
+            row[side] = _in_a_process(name, side)
+        rows.append(row)
+    if write:
+        save("families", rows, r=RANK, rho=RHO, batches=BATCHES, most_forwards=MOST_FORWARDS)
+    return rows
+
+
+def _in_a_process(name: str, side: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.families.run", name, side]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"stage": "initialise", "error": f"no end in {SECONDS} seconds"}
+    if done.returncode:
+        return {"stage": "initialise", "error": f"the process ended with {done.returncode}"}
+    result: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
+    return result
+
+
+def words(told: dict[str, Any]) -> str:
+    """Return what happened as the cell of a table."""
+    if told["stage"] is None:
+        return "works"
+    stage = {"initialise": "", "train": "training: ", "reload": "reload: "}[told["stage"]]
+    return f"{stage}`{told['error']}`".replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    print(json.dumps(attempt(sys.argv[1], sys.argv[2])))
