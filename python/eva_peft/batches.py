@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -9,16 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._peft_compat import PeftModel
 from .errors import EvaTypeError, EvaValueError
 
 __all__ = [
     "as_mapping",
+    "as_tensors",
     "iterate",
     "model_arguments",
     "model_device",
     "to_device",
     "without_labels",
     "without_padding",
+    "without_text",
 ]
 
 # What another forward pass costs by itself, in padded tokens: the work that does not depend on
@@ -114,6 +118,61 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
         "forward_fn to run the model on other batches"
     )
+
+
+def as_tensors(batch: Any) -> Any:
+    """Return a mapping whose lists of numbers are tensors, and a single sample as a batch of one.
+
+    Streaming datasets yield lists, and samples where nothing collates them. Lists beside tensors
+    are meant as lists.
+
+    Raises:
+        EvaValueError: samples of different lengths, which want a collator.
+    """
+    if not isinstance(batch, Mapping):
+        return batch
+    found: dict[str, Any] = {}
+    listed = not any(isinstance(value, Tensor) for value in batch.values())
+    for key, value in batch.items():
+        if listed and isinstance(value, (list, tuple)) and value and _holds_numbers(value):
+            try:
+                found[key] = torch.as_tensor(value)
+            except ValueError as error:
+                raise EvaValueError(
+                    f"the samples of {key!r} in a batch have different lengths; give the loader a "
+                    "collator that pads them, such as transformers' DataCollatorWithPadding"
+                ) from error
+    ids = found.get("input_ids", batch.get("input_ids"))
+    alone = isinstance(ids, Tensor) and ids.dim() == 1
+    if not found and not alone:
+        return batch
+    whole = {**batch, **found}
+    if alone:
+        whole = {k: v[None] if isinstance(v, Tensor) else v for k, v in whole.items()}
+    return whole
+
+
+def _holds_numbers(values: Sequence[Any]) -> bool:
+    first = values[0]
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    return isinstance(first, (int, float))
+
+
+def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Drop columns of text that ``forward`` does not name, as transformers' ``Trainer`` does."""
+    columns = {k for k, v in arguments.items() if _is_text(v)}
+    if not columns:
+        return arguments
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    named = inspect.signature(base.forward).parameters
+    return {k: v for k, v in arguments.items() if k not in columns or k in named}
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(v, str) for v in value)
+    return isinstance(value, str)
 
 
 def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -42,6 +42,7 @@ from .options import AUTO, CalibrateOptions
 from .planning import components_of, plan_targets
 from .ranks import allocate
 from .result import EvaResult, collect_result
+from .subsample import Draw
 from .targets import Target, find_targets, resolve_name
 from .token_mask import TokenMask, mask_of_batch
 from .world import quiet_model, random_state_kept
@@ -146,18 +147,20 @@ class CalibrationPass:
         keeper = self.keeper
         if keeper.done or (self.forwards and self._limit_reached(keeper.elapsed)):
             return keeper.done  # resumed where the pass had ended
-        for batch in keeper.remaining(batches.iterate(loader)):
-            keeper.begin_forward()
-            self._forward(batch)
-            del batch
-            numbers = self._record(begin, bar) if self._close_step() else None
-            done = numbers is not None and self._converged()
-            keeper.end_forward(time.perf_counter(), done)
-            self._call_back(numbers)
-            if done:
-                return True
-            if self._limit_reached(time.perf_counter() - begin):
-                return False
+        # closed at once, so that the workers of a loader do not wait for a traceback to go
+        with closing(keeper.remaining(batches.iterate(loader))) as stream:
+            for batch in stream:
+                keeper.begin_forward()
+                self._forward(batch)
+                del batch
+                numbers = self._record(begin, bar) if self._close_step() else None
+                done = numbers is not None and self._converged()
+                keeper.end_forward(time.perf_counter(), done)
+                self._call_back(numbers)
+                if done:
+                    return True
+                if self._limit_reached(time.perf_counter() - begin):
+                    return False
         return False
 
     def _limit_reached(self, elapsed: float) -> bool:
@@ -173,22 +176,32 @@ class CalibrationPass:
         before = self.collector.seconds
         parts = [batch]
         if self._default_forward:
-            batch = batches.as_mapping(batch)
+            batch = batches.as_tensors(batches.as_mapping(batch))
             if self.options.trim_padding and self._plain_masks:
                 kind = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
                 parts = batches.without_padding(batch, self.device, bool(kind))
-        for part in parts:
-            self._forward_part(part)
+        for part, draw in zip(parts, self._draws(parts), strict=True):
+            self._forward_part(part, draw)
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before
 
-    def _forward_part(self, batch: Any) -> None:
+    def _draws(self, parts: Sequence[Any]) -> Sequence[Draw | None]:
+        limit = self.options.tokens_per_step
+        if limit is None:
+            return [None] * len(parts)
+        whole = Draw(limit, self.options.seed, self.forwards)
+        if len(parts) == 1:
+            return [whole]
+        return whole.shared_out([int(part["attention_mask"].sum()) for part in parts])
+
+    def _forward_part(self, batch: Any, draw: Draw | None) -> None:
         mask = TokenMask(None)
         if self._plain_masks:
             model_config = getattr(self.model, "config", None)
             mask = mask_of_batch(batches.as_mapping(batch), self.config, model_config)
             mask.warned = self._warned
+        mask.draw = draw
         batch = batches.to_device(batch, self.device)
         model_input = self._model_input(batch, mask)
         self.collector.tokens, self.collector.step = 0, self.steps
@@ -217,6 +230,7 @@ class CalibrationPass:
                     self.options.forward_fn(self.model, batch)
                 else:
                     args, kwargs = batches.model_arguments(batch)
+                    kwargs = batches.without_text(kwargs, self.model)
                     self.model(*args, **batches.without_labels(kwargs, self.model))
         except StopForward:
             return False

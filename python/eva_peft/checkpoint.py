@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -81,7 +81,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         if self.path.exists():
             self._resume(self.path)
 
-    def remaining(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def remaining(self, batches: Iterator[Any]) -> Generator[Any]:
         """Yield the batches behind those that the checkpoint has seen.
 
         Raises:

@@ -31,6 +31,7 @@ _OPTIONS = (
     "min_rank",
     "precision",
     "seed",
+    "tokens_per_step",
 )
 _FUNCTIONS = ("forward_fn", "prepare_model_inputs_fn", "prepare_layer_inputs_fn")
 # Where a model was loaded from and with what; and what the pass itself switches off.

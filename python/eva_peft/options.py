@@ -27,6 +27,7 @@ _CHOICES = {
 _NUMBERS: dict[str, Any] = {
     "max_steps": Integral,
     "max_tokens": Integral,
+    "tokens_per_step": Integral,
     "max_seconds": Real,
     "oversample": Real,
     "min_rank": Integral,
@@ -37,6 +38,7 @@ _NUMBERS: dict[str, Any] = {
 _LEAST = {
     "max_steps": 1,
     "max_tokens": 1,
+    "tokens_per_step": 1,
     "oversample": 1,
     "memory_budget": 1,
     "checkpoint_every": 1,
@@ -56,6 +58,9 @@ class CalibrateOptions:
         adapter_name: the adapter of a PeftModel to initialise.
         max_steps: forward passes at most.
         max_tokens: tokens at most (the batch that reaches it is still used).
+        tokens_per_step: of a batch, at most so many of the tokens that count are accumulated in
+            each layer, drawn uniformly and anew for every batch, the same ones in all layers. The
+            model still runs on the whole batch; it is the time of long batches that this saves.
         max_seconds: seconds at most (checked between forward passes).
         on_not_converged: ``"warn"``, ``"raise"`` or ``"ignore"`` when a limit is reached first.
         method: ``"sketch"``, ``"gram"`` (exact) or ``"auto"``.
@@ -94,6 +99,7 @@ class CalibrateOptions:
     adapter_name: str = "default"
     max_steps: int = 1000
     max_tokens: int | None = None
+    tokens_per_step: int | None = None
     max_seconds: float | None = None
     on_not_converged: str = "warn"
     method: str = "auto"
@@ -122,7 +128,7 @@ class CalibrateOptions:
                 )
         for name, kind in _NUMBERS.items():
             value = getattr(self, name)
-            if value is None and name in ("max_tokens", "max_seconds"):
+            if value is None and name in ("max_tokens", "max_seconds", "tokens_per_step"):
                 continue
             if value == AUTO and name == "memory_budget":
                 continue

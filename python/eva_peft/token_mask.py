@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._peft_compat import LoraConfig
 from .errors import EvaWarning
+from .subsample import Draw
 
 __all__ = ["TokenMask", "mask_of_batch"]
 
@@ -37,6 +38,10 @@ class TokenMask:
         streams: how many tokens of a layer's input one position of ``main`` stands for.
         mixed: the batch holds something beside text (images, sound).
         encoder_decoder: ``main`` is that of the encoder only, whatever the shapes.
+
+    Attributes:
+        draw: leaves a random part of the tokens, if set.
+        warned: layers that need no second warning.
     """
 
     def __init__(
@@ -49,8 +54,10 @@ class TokenMask:
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
+        self.draw: Draw | None = None
+        self.warned: set[str] = set()
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
-        self.warned: set[str] = set()  # layers that need no second warning
+        self._drawn: dict[str, Tensor] = {}
 
     def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.
@@ -75,7 +82,10 @@ class TokenMask:
                 wide = mask.repeat_interleave(self.streams, dim=1)
                 return self._indices(kind + "*", wide, device)
         self._warn_unknown(leading, name)
-        return None
+        if self.draw is None:
+            return None
+        whole = torch.ones(leading, dtype=torch.bool)
+        return self._indices(f"all of {whole.numel()}", whole.reshape(-1), device)
 
     @property
     def selective(self) -> bool:
@@ -93,9 +103,9 @@ class TokenMask:
         Returns:
             Whether a mask is known for so many tokens; and the rows, all if ``None``.
         """
-        for _, mask in self._candidates(name):
+        for kind, mask in self._candidates(name):
             if mask.numel() == count:
-                kept = mask.reshape(-1).to(tokens.device)[tokens]
+                kept = self._after_draw(kind, mask).reshape(-1).to(tokens.device)[tokens]
                 return True, None if bool(kept.all()) else kept.nonzero().flatten()
         return False, None
 
@@ -110,11 +120,19 @@ class TokenMask:
             found = found[:1]
         return [(kind, mask) for kind, mask in found if mask is not None]
 
+    def _after_draw(self, kind: str, mask: Tensor) -> Tensor:
+        if self.draw is None:
+            return mask
+        if kind not in self._drawn:
+            self._drawn[kind] = self.draw.subset(mask)
+        return self._drawn[kind]
+
     def _indices(
         self, kind: str, mask: Tensor, device: torch.device, transposed: bool = False
     ) -> Tensor | None:
         key = (kind, transposed, device)
         if key not in self._rows:
+            mask = self._after_draw(kind, mask)
             flat = (mask.mT if transposed else mask).reshape(-1)
             rows = None if bool(flat.all()) else flat.nonzero().flatten()
             if rows is not None and device.type == "cuda":
@@ -159,7 +177,7 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
     eva = config.eva_config
     label_mask = None
     wanted = eva is None or eva.use_label_mask
-    if wanted and _is_token_labels(labels):
+    if wanted and _are_token_labels(labels, model_config):
         label_mask = labels.cpu() != (-100 if eva is None else eva.label_mask_value)
     if getattr(model_config, "is_encoder_decoder", False):
         if label_mask is not None:
@@ -167,6 +185,8 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
             decoder = decoder & label_mask if decoder is not None and fits else label_mask
         return TokenMask(main, decoder, encoder_decoder=True)
     shape = _token_shape(batch, main)
+    if main is not None and shape is not None:
+        main = _without_prefix(main, shape)
     if label_mask is not None and tuple(label_mask.shape) == shape:
         main = label_mask if main is None else main & label_mask
     decision = getattr(model_config, "model_type", "") == "decision_transformer"
@@ -183,15 +203,31 @@ def _is_mixed(batch: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_token_labels(labels: Any) -> TypeGuard[Tensor]:
+def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
+    if getattr(model_config, "problem_type", None) == "multi_label_classification":
+        return False
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
 def _token_mask(mask: Any) -> Tensor | None:
-    # A 4-D mask says which token sees which, not which tokens are padding.
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+    """Return the tokens that a mask keeps, bool (B, T).
+
+    A mask over pairs, (B, heads or 1, T, T), says which token sees which. A token that does not
+    even see itself is padding; where padding sees itself, it cannot be told from tokens.
+    """
+    if not isinstance(mask, Tensor):
         return None
-    return mask.bool().cpu()
+    if mask.dim() == 4 and mask.shape[2] == mask.shape[3]:
+        own = mask[:, 0].diagonal(dim1=-2, dim2=-1).cpu()
+        additive = own.is_floating_point() and bool((mask <= 0).all())
+        return own > -1 if additive else own.bool()
+    return mask.bool().cpu() if mask.dim() == 2 else None
+
+
+def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the mask of the tokens of a batch, where it covers cached ones in front, too."""
+    longer = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
+    return mask[:, -shape[1] :] if longer else mask
 
 
 def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ...] | None:

@@ -1,0 +1,56 @@
+"""A random part of the tokens of a batch, the same for every layer and on every device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Draw"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Draws at most so many of the tokens that count, uniformly and without replacement.
+
+    What is drawn depends on nothing but these numbers and on how many tokens there are; the global
+    random state is not used.
+
+    Attributes:
+        limit: tokens at most.
+        seed: of the pass.
+        forward: number of the batch.
+        part: number of the part of the batch, where it is run in several.
+    """
+
+    limit: int
+    seed: int
+    forward: int
+    part: int = 0
+
+    def indices(self, count: int) -> Tensor | None:
+        """Return the drawn ones of ``count`` tokens, ascending int64; ``None`` if it is all."""
+        if count <= self.limit:
+            return None
+        seed = (self.seed * 1_000_003 + self.forward) * 1_009 + self.part
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        return torch.randperm(count, generator=generator)[: self.limit].sort().values
+
+    def subset(self, mask: Tensor) -> Tensor:
+        """Return a bool mask of the same shape that keeps the drawn ones of its tokens."""
+        kept = mask.reshape(-1).nonzero().flatten()
+        drawn = self.indices(len(kept))
+        if drawn is None:
+            return mask
+        chosen = torch.zeros(mask.numel(), dtype=torch.bool)
+        chosen[kept[drawn]] = True
+        return chosen.reshape(mask.shape)
+
+    def shared_out(self, tokens: list[int]) -> list[Draw]:
+        """Return one draw for each part of the batch, in proportion to their tokens."""
+        total = max(1, sum(tokens))
+        return [
+            Draw(max(1, round(self.limit * n / total)), self.seed, self.forward, part)
+            for part, n in enumerate(tokens)
+        ]

@@ -1,0 +1,312 @@
+"""Loaders of the libraries people use, and batches as they come out of them."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import types
+from collections import UserDict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from datasets import IterableDataset as StreamingDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import DataCollatorWithFlattening
+from transformers.modeling_outputs import BaseModelOutput
+
+import eva_kernels
+from eva_kernels import EvaValueError
+from integration.conftest import (
+    QUIET,
+    VOCABULARY,
+    angle,
+    exact_pca,
+    hooks_of,
+    layer_inputs,
+    lora,
+    lost,
+    make_bert,
+    make_llama,
+    make_mlp,
+    run,
+    text_batches,
+    vectors,
+)
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def samples(count: int = 12, length: int = 16) -> list[dict[str, list[int]]]:
+    batches = text_batches(count, 1, length, padded=False)
+    return [{k: v[0].tolist() for k, v in b.items()} for b in batches]
+
+
+def reference(batches: list[Any], **options: Any) -> Any:
+    return run(make_llama(), iter(batches), lora(tau=1.0), method="gram", **options)
+
+
+def same(result: Any, expected: Any) -> None:
+    assert result.tokens == expected.tokens
+    assert angle(result.components[LAYER][:2], expected.components[LAYER][:2]) < 1e-3
+
+
+STREAMS = {
+    "samples as lists": lambda data: data,
+    "samples as tensors": lambda data: data.with_format("torch"),
+    "batches as lists": lambda data: data.batch(4),
+    "batches as tensors": lambda data: data.with_format("torch").batch(4),
+    "DataLoader": lambda data: DataLoader(data.with_format("torch"), batch_size=4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")  # datasets
+@pytest.mark.parametrize("kind", STREAMS)
+def test_streaming_datasets(kind: str) -> None:
+    rows = samples()
+    named = [{**row, "text": f"sample {i}"} for i, row in enumerate(rows)]
+    whole = [{k: torch.tensor([row[k]]) for k in row} for row in rows]
+    data = StreamingDataset.from_generator(lambda: iter(named))
+    result = run(
+        make_llama(), STREAMS[kind](data), lora(tau=1.0), method="gram", max_tokens=12 * 16
+    )
+    same(result, reference(whole))
+
+
+def test_map_style_dataset() -> None:
+    rows = samples()
+    data = Dataset.from_list(rows).with_format("torch")
+    result = run(
+        make_llama(), DataLoader(data, batch_size=6), lora(tau=1.0), method="gram", max_steps=2
+    )
+    same(result, reference([{k: torch.tensor([row[k]]) for k in row} for row in rows]))
+
+
+def test_samples_of_different_lengths_want_a_collator() -> None:
+    rows = [{"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]}]
+    model = make_llama()
+    with pytest.raises(EvaValueError, match=r"'input_ids' .*different lengths.*collator"):
+        run(model, rows)
+    assert hooks_of(model) == 0
+
+
+class Numbered(IterableDataset):
+    """Tells which epoch it is in, and in which process it works; may fail."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at = fail_at
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for i, x in enumerate(vectors(4)):
+            if i == self.fail_at:
+                raise OSError("disk")
+            yield x
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_are_gone_afterwards(persistent: bool) -> None:
+    config = lora(target_modules=["0", "2"], tau=1.0)
+    before = set(multiprocessing.active_children())
+    loader = DataLoader(Numbered(), batch_size=None, num_workers=1, persistent_workers=persistent)
+    result = run(make_mlp(), loader, config, max_steps=6)  # ends within the second epoch
+    assert result.tokens == 6 * 40
+    del loader
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_failing_workers_keep_their_error() -> None:
+    model = make_mlp()
+    loader = DataLoader(Numbered(fail_at=2), batch_size=None, num_workers=1)
+    with pytest.raises(OSError, match="disk"):
+        run(model, loader, lora(target_modules=["0", "2"], tau=1.0))
+    assert hooks_of(model) == 0
+    del loader
+    gc.collect()  # the traceback
+    assert not multiprocessing.active_children()
+
+
+def test_interrupted_passes_end_their_workers() -> None:
+    def interrupt(model: nn.Module, batch: Any) -> None:
+        raise KeyboardInterrupt
+
+    loader = DataLoader(Numbered(), batch_size=None, num_workers=1)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(make_mlp(), loader, lora(target_modules=["0"]), forward_fn=interrupt)
+    assert not multiprocessing.active_children()
+    assert caught.tb is not None  # although the traceback lives
+
+
+def test_more_mappings() -> None:
+    texts = text_batches(3)
+    expected = reference(texts)
+    kinds: dict[str, Any] = {
+        "UserDict": UserDict,
+        "MappingProxyType": types.MappingProxyType,
+        "ModelOutput": lambda b: Named(**b),
+    }
+    for make in kinds.values():
+        same(reference([make(b) for b in texts]), expected)
+
+
+class Named(BaseModelOutput):
+    """A transformers output with fields of a batch."""
+
+    def __init__(self, **fields: Tensor) -> None:
+        super().__init__()
+        for key, value in fields.items():
+            self[key] = value
+
+
+def test_columns_of_text_are_left_out_unless_named() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(20, 4)
+            self.seen: list[Any] = []
+
+        def forward(self, x: Tensor, caption: list[str] | None = None) -> Tensor:
+            self.seen.append(caption)
+            return self.lin(x)
+
+    model = Reader()
+    data = [{"x": x, "caption": ["a"] * 40, "path": ["b"] * 40} for x in vectors(3)]
+    run(model, iter(data), lora(target_modules=["lin"]))
+    assert model.seen == [["a"] * 40] * 3
+    assert set(data[0]) == {"x", "caption", "path"}
+
+
+def test_packed_sequences() -> None:
+    rows = [
+        {"input_ids": s["input_ids"][:n]} for s, n in zip(samples(8), range(5, 13), strict=True)
+    ]
+    collate = DataCollatorWithFlattening(return_tensors="pt")
+    batches = [dict(collate(rows[:4])), dict(collate(rows[4:]))]
+    assert batches[0]["input_ids"].shape[0] == 1
+    result = run(make_llama(), iter(batches), lora(tau=1.0), method="gram")
+    # the collator marks the first token of each sample as no label
+    assert result.tokens == sum(len(r["input_ids"]) - 1 for r in rows)
+    model = make_llama()
+    model.config.use_cache = False  # with a cache transformers lets packed samples see each other
+    inputs = layer_inputs(model, batches, [LAYER], masked=False)[LAYER]
+    keep = torch.cat([b["labels"].flatten() != -100 for b in batches])
+    assert lost(result.components[LAYER], inputs[keep]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "integers"])
+def test_masks_over_pairs(kind: str) -> None:
+    texts = text_batches(3)
+    batches = []
+    for batch in texts:
+        keep = batch["attention_mask"].bool()
+        causal = torch.ones(24, 24, dtype=torch.bool).tril()
+        pairs = (causal & keep[:, None, :] & keep[:, :, None])[:, None]
+        if kind == "additive":
+            pairs = torch.where(pairs, 0.0, torch.finfo(torch.float32).min)
+        elif kind == "integers":
+            pairs = pairs.long()
+        batches.append({"input_ids": batch["input_ids"], "attention_mask": pairs})
+    # an attention of this test, since transformers takes masks of some kinds only
+    model = Attention()
+    result = run(model, iter(batches), lora(target_modules=["lin"], tau=1.0), method="gram")
+    assert result.tokens == sum(int(b["attention_mask"].sum()) for b in texts)
+    with torch.no_grad():
+        rows = [model.embed(b["input_ids"])[b["attention_mask"].bool()] for b in texts]
+    assert lost(result.components["lin"], torch.cat(rows)) < 1e-6
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embed, self.lin = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        assert attention_mask.dim() == 4
+        return self.lin(self.embed(input_ids))
+
+
+def test_whole_mask_over_pairs_keeps_every_token() -> None:
+    ids = text_batches(2, padded=False)[0]["input_ids"]
+    pairs = torch.ones(4, 1, 24, 24, dtype=torch.bool).tril()
+    result = run(
+        Attention(),
+        iter([{"input_ids": ids, "attention_mask": pairs}]),
+        lora(target_modules=["lin"]),
+    )
+    assert result.tokens == ids.numel()
+
+
+def test_mask_that_covers_a_prefix() -> None:
+    class Prefixed(Attention):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            assert attention_mask.shape[1] == input_ids.shape[1] + 5
+            return self.lin(self.embed(input_ids))
+
+    batches = []
+    for batch in text_batches(2):
+        ahead = torch.ones(4, 5, dtype=torch.long)
+        mask = torch.cat([ahead, batch["attention_mask"]], 1)
+        batches.append({"input_ids": batch["input_ids"], "attention_mask": mask})
+    result = run(Prefixed(), iter(batches), lora(target_modules=["lin"]), trim_padding=False)
+    assert result.tokens == sum(int(b["attention_mask"][:, 5:].sum()) for b in batches)
+
+
+def test_multi_label_classes_of_the_width_of_a_text() -> None:
+    batches = text_batches(3)
+    for batch in batches:
+        batch["labels"] = torch.randint(0, 2, (4, 24))
+    model = make_bert()
+    model.config.problem_type = "multi_label_classification"
+    result = run(model, iter(batches), lora(tau=1.0))
+    assert result.tokens == sum(int(b["attention_mask"].sum()) for b in batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.uint8])
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    texts = text_batches(3)
+    expected = run(Masked(), iter(texts), lora(target_modules=["lin"], tau=1.0))
+    other = [{**b, "attention_mask": b["attention_mask"].to(dtype)} for b in texts]
+    result = run(Masked(), iter(other), lora(target_modules=["lin"], tau=1.0))
+    assert result.tokens == expected.tokens
+    torch.testing.assert_close(result.components["lin"], expected.components["lin"])
+
+
+class Masked(Attention):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.lin(self.embed(input_ids))
+
+
+def test_left_padding() -> None:
+    right = text_batches(4)
+    left = []
+    for batch in right:
+        shifts = (24 - batch["attention_mask"].sum(1)).tolist()
+        left.append(
+            {
+                key: torch.stack([row.roll(n) for row, n in zip(value, shifts, strict=True)])
+                for key, value in batch.items()
+            }
+        )
+    assert all(not bool(b["attention_mask"][:, 0].all()) for b in left)
+    model = make_llama()
+    result = run(model, iter(left), lora(tau=1.0), method="gram")
+    rows = layer_inputs(model, left, [LAYER])[LAYER]
+    assert result.tokens == len(rows)
+    variances = exact_pca(rows)[0]
+    ratio = (variances / variances.sum())[:8]
+    torch.testing.assert_close(
+        result.explained_variance_ratio[LAYER].double(), ratio, rtol=1e-3, atol=1e-6
+    )
+
+
+def test_loader_state_is_the_callers() -> None:
+    generator = torch.Generator().manual_seed(3)
+    data = torch.cat(vectors())
+    loader = DataLoader(data, batch_size=40, shuffle=True, generator=generator)
+    config = lora(target_modules=["0", "2"])
+    eva_kernels.initialize(make_mlp(), loader, config, max_steps=3, **QUIET)
+    assert loader.batch_size == 40
+    assert len(list(loader)) == 8  # it can be iterated as before

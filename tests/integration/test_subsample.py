@@ -1,0 +1,150 @@
+"""``tokens_per_step``: a part of the tokens, drawn alike everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.families import FAMILIES
+from eva_kernels import EvaError
+from eva_peft.subsample import Draw
+from integration.conftest import (
+    exact_pca,
+    layer_inputs,
+    lora,
+    lost,
+    make_llama,
+    make_mlp,
+    run,
+    text_batches,
+    vectors,
+)
+
+LAYER = "model.layers.1.self_attn.o_proj"
+
+
+def test_result_is_that_of_the_drawn_tokens() -> None:
+    texts, limit = text_batches(5), 20
+    result = run(
+        make_llama(),
+        iter(texts),
+        lora(tau=1.0),
+        method="gram",
+        tokens_per_step=limit,
+        seed=3,
+        trim_padding=False,
+    )
+    assert result.tokens == 5 * limit
+    inputs = layer_inputs(make_llama(), texts, [LAYER])[LAYER]  # the tokens that count
+    begin, drawn = 0, []
+    for forward, batch in enumerate(texts):
+        count = int(batch["attention_mask"].sum())
+        chosen = Draw(limit, 3, forward).indices(count)
+        assert chosen is not None
+        drawn.append(inputs[begin : begin + count][chosen])
+        begin += count
+    rows = torch.cat(drawn)
+    assert lost(result.components[LAYER], rows) < 1e-6
+    variances = exact_pca(rows)[0]
+    torch.testing.assert_close(
+        result.explained_variance_ratio[LAYER].double(),
+        (variances / variances.sum())[:8],
+        rtol=1e-3,
+        atol=1e-6,
+    )
+    assert [len(g) for g in result.shared_inputs] == [3, 2, 3, 2]
+
+
+def test_parts_of_a_trimmed_batch_share_the_limit() -> None:
+    ids = torch.randint(1, 90, (8, 60))
+    lengths = torch.tensor([60, 2, 2, 60, 2, 2, 2, 2])
+    mask = (torch.arange(60) < lengths[:, None]).long()
+    model, seen = make_llama(), []
+    model.register_forward_pre_hook(
+        lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True
+    )
+    options: dict[str, Any] = {"tokens_per_step": 66, "max_steps": 1}
+    result = run(model, [{"input_ids": ids, "attention_mask": mask}], lora(), **options)
+    assert sorted(seen) == [2, 6]
+    # 120 and 12 of the tokens: 60 and 6 are drawn
+    assert result.tokens == 66
+
+
+@pytest.mark.parametrize("name", ["T5", "Whisper", "ViT", "BERT with pooler, bare", "Mixtral"])
+def test_no_layer_sees_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eva_kernels.streaming import InputStream
+
+    family, limit, sizes = FAMILIES[name], 10, []
+    original = InputStream.add
+
+    def add(self: Any, x: Tensor, rows: Tensor | None = None) -> int:
+        used = original(self, x, rows)
+        sizes.append(used)
+        return used
+
+    monkeypatch.setattr(InputStream, "add", add)
+    config = lora(tau=1.0, **family.config)
+    data = family.make_batches(3)
+    run(family.make_model(), iter(data), config, tokens_per_step=limit, trim_padding=False)
+    assert max(sizes) == limit
+
+
+def test_same_draw_whatever_the_global_state() -> None:
+    def drawn(**options: Any) -> Tensor:
+        model, config = make_mlp(), lora(target_modules=["0"])
+        torch.manual_seed(len(options))
+        state = torch.get_rng_state()
+        result = run(model, vectors(4), config, tokens_per_step=15, max_steps=4, **options)
+        assert torch.equal(torch.get_rng_state(), state)
+        return result.components["0"]
+
+    assert torch.equal(drawn(), drawn(seed=0))
+    assert not torch.equal(drawn(), drawn(seed=1))
+
+
+def test_every_token_is_as_likely() -> None:
+    counts = torch.zeros(50)
+    draws = 4000
+    for forward in range(draws):
+        chosen = Draw(10, 0, forward).indices(50)
+        assert chosen is not None
+        assert len(chosen.unique()) == 10
+        counts[chosen] += 1
+    # binomial with p = 0.2: five standard deviations
+    assert (counts / draws - 0.2).abs().max() < 5 * (0.2 * 0.8 / draws) ** 0.5
+    assert Draw(50, 0, 0).indices(50) is None
+
+
+def test_tokens_are_counted_as_used() -> None:
+    config = lora(target_modules=["0", "2"], tau=1.0)
+    result = run(make_mlp(), vectors(8), config, tokens_per_step=15, max_tokens=60)
+    assert (result.tokens, result.forwards) == (60, 4)
+
+
+def test_resumed_draws_are_those_of_an_unbroken_run(tmp_path: Any) -> None:
+    config = lora(target_modules=["0", "2"], tau=1.0)
+    options: dict[str, Any] = {"tokens_per_step": 15, "checkpoint": tmp_path / "c.safetensors"}
+    run(make_mlp(), vectors(8), config, max_steps=3, **options)
+    resumed = run(make_mlp(), vectors(8), config, max_steps=7, **options)
+    whole = run(make_mlp(), vectors(8), config, max_steps=7, tokens_per_step=15)
+    assert torch.equal(resumed.components["0"], whole.components["0"])
+    with pytest.raises(EvaError, match="tokens_per_step: 15 in the file, 16 now"):
+        run(make_mlp(), vectors(8), config, max_steps=9, **{**options, "tokens_per_step": 16})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0, "tokens_per_step=0 must be at least 1"),
+        (-3, "tokens_per_step=-3 must be at least 1"),
+        (2.5, "tokens_per_step=2.5 must be a number"),
+        (True, "tokens_per_step=True must be a number"),
+        ("9", "tokens_per_step='9' must be a number"),
+    ],
+)
+def test_wrong_values(value: Any, message: str) -> None:
+    with pytest.raises(EvaError, match=message):
+        run(nn.Sequential(nn.Linear(20, 4)), vectors(1), lora(), tokens_per_step=value)
