@@ -19,17 +19,23 @@ from .errors import (
     NonFiniteError,
     NotConvergedError,
     NotConvergedWarning,
+    NotInitializedError,
 )
 
 if TYPE_CHECKING:
     from eva_peft import (
+        EvaCallback,
         EvaResult,
+        NotInitializedWarning,
+        OutOfMemoryError,
         calibrate,
         estimate,
         get_eva_state_dict,
         initialize,
         initialize_lora_eva_weights,
+        is_initialized,
         patch_peft,
+        watch,
     )
 
     from ._pca import IncrementalPCA
@@ -37,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "EvaCallback",
     "EvaError",
     "EvaResult",
     "EvaRuntimeError",
@@ -47,16 +54,26 @@ __all__ = [
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",
+    "NotInitializedError",
+    "NotInitializedWarning",
+    "OutOfMemoryError",
     "__version__",
     "calibrate",
     "estimate",
     "get_eva_state_dict",
     "initialize",
     "initialize_lora_eva_weights",
+    "is_initialized",
     "patch_peft",
+    "watch",
 ]
 
 _LAZY = {
+    "EvaCallback": "eva_peft",
+    "NotInitializedWarning": "eva_peft",
+    "OutOfMemoryError": "eva_peft",
+    "is_initialized": "eva_peft",
+    "watch": "eva_peft",
     "IncrementalPCA": "eva_kernels._pca",
     "EvaResult": "eva_peft",
     "calibrate": "eva_peft",

@@ -13,6 +13,7 @@ __all__ = [
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",
+    "NotInitializedError",
 ]
 
 
@@ -38,6 +39,10 @@ class NonFiniteError(EvaRuntimeError, FloatingPointError):
 
 class NotConvergedError(EvaRuntimeError):
     """A limit was reached before every layer had converged (``on_not_converged="raise"``)."""
+
+
+class NotInitializedError(EvaRuntimeError):
+    """Training was to start on an adapter that was made for EVA and never initialised."""
 
 
 class EvaWarning(UserWarning):

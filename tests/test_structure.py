@@ -33,6 +33,7 @@ LAYERS = {
 }
 MODEL_LIBRARIES = {"accelerate", "datasets", "peft", "transformers"}
 PUBLIC = [
+    "EvaCallback",
     "EvaError",
     "EvaResult",
     "EvaRuntimeError",
@@ -43,13 +44,18 @@ PUBLIC = [
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",
+    "NotInitializedError",
+    "NotInitializedWarning",
+    "OutOfMemoryError",
     "__version__",
     "calibrate",
     "estimate",
     "get_eva_state_dict",
     "initialize",
     "initialize_lora_eva_weights",
+    "is_initialized",
     "patch_peft",
+    "watch",
 ]
 
 

@@ -13,34 +13,46 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .initialize import calibrate, default_config, estimate, initialize
     from .options import CalibrateOptions
+    from .out_of_memory import OutOfMemoryError
     from .peft_api import get_eva_state_dict, initialize_lora_eva_weights, patch_peft
     from .planning import Estimate
     from .result import EvaResult
+    from .training import EvaCallback, NotInitializedWarning, is_initialized, watch
 
 __all__ = [
     "CalibrateOptions",
     "Estimate",
+    "EvaCallback",
     "EvaResult",
+    "NotInitializedWarning",
+    "OutOfMemoryError",
     "calibrate",
     "default_config",
     "estimate",
     "get_eva_state_dict",
     "initialize",
     "initialize_lora_eva_weights",
+    "is_initialized",
     "patch_peft",
+    "watch",
 ]
 
 _MODULES = {
     "CalibrateOptions": "options",
     "Estimate": "planning",
+    "EvaCallback": "training",
     "EvaResult": "result",
+    "NotInitializedWarning": "training",
+    "OutOfMemoryError": "out_of_memory",
     "calibrate": "initialize",
     "default_config": "initialize",
     "estimate": "initialize",
     "get_eva_state_dict": "peft_api",
     "initialize": "initialize",
     "initialize_lora_eva_weights": "peft_api",
+    "is_initialized": "training",
     "patch_peft": "peft_api",
+    "watch": "training",
 }
 
 

@@ -34,6 +34,7 @@ from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
 from .routing import expert_names
 from .targets import base_name, layer_name, resolve_name, unwrap
+from .training import mark_initialized
 from .world import random_state_kept
 
 if TYPE_CHECKING:
@@ -268,6 +269,7 @@ class _Writer:
             parts = [None if rows is None else dealt_to_groups(rows, base.groups) for rows in parts]
         if not default:
             self._fill(layer, parts)
+            mark_initialized(layer.lora_A[self.adapter].weight)
         self.ranks[name], self.alphas[name] = new_rank, alpha
 
     def _keep_dilation(self, name: str, layer: LoraLayer, base: Any) -> None:

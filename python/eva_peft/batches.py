@@ -19,6 +19,7 @@ __all__ = [
     "iterate",
     "model_arguments",
     "model_device",
+    "shape_of",
     "to_device",
     "without_labels",
     "without_padding",
@@ -93,6 +94,16 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def dataclass_fields(batch: Any) -> dict[str, Any]:
     """Return the fields that the constructor of a dataclass object takes."""
     return {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
+
+
+def shape_of(batch: Any) -> tuple[int, int] | None:
+    """Return (samples, tokens) of a batch, as far as they can be told."""
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    found = [batch] if isinstance(batch, Tensor) else values if isinstance(values, Iterable) else ()
+    for value in found:
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0], value.shape[1] if value.dim() in (2, 3) else 1
+    return None
 
 
 def as_mapping(batch: Any) -> Any:

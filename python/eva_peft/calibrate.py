@@ -39,6 +39,7 @@ from .errors import (
 from .hooks import InputCollector, Selector, StopForward
 from .memory import PeakMemory
 from .options import AUTO, CalibrateOptions
+from .out_of_memory import explained, is_out_of_memory
 from .planning import components_of, plan_targets
 from .ranks import allocate
 from .result import EvaResult, collect_result
@@ -65,6 +66,7 @@ def run_pass(
         EvaValueError: no layer found, no batch, a layer input of another width.
         NonFiniteError: a layer input holds NaN or infinity.
         NotConvergedError: with ``on_not_converged="raise"``.
+        OutOfMemoryError: memory ran out.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
@@ -76,7 +78,13 @@ def run_pass(
     # Shared inputs are told apart by tensor versions, which inference mode does not count.
     no_grad = torch.inference_mode(False), torch.no_grad()
     with random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
-        return CalibrationPass(model, config, options, targets).run(loader)
+        run = CalibrationPass(model, config, options, targets)
+        try:
+            return run.run(loader)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explained(run, error) from error
 
 
 class CalibrationPass:
@@ -99,6 +107,8 @@ class CalibrationPass:
         self.plan = plan_targets(model, targets, self.eva.rho, options)
         self.device = batches.model_device(model)
         self.forwards = self.steps = self.tokens = 0
+        self.phase = "forward"
+        self.batch_shape: tuple[int, int] | None = None
         self.seconds = dict.fromkeys(("forward", "accumulate", "fold", "check", "total"), 0.0)
         self.ranks: dict[int, int] = {}
         self.history: dict[str, list[Any]] = {
@@ -173,6 +183,7 @@ class CalibrationPass:
 
     def _forward(self, batch: Any) -> None:
         begin = time.perf_counter()
+        self.phase = "forward"
         before = self.collector.seconds
         parts = [batch]
         if self._default_forward:
@@ -203,6 +214,7 @@ class CalibrationPass:
             mask.warned = self._warned
         mask.draw = draw
         batch = batches.to_device(batch, self.device)
+        self.batch_shape = batches.shape_of(batch)
         model_input = self._model_input(batch, mask)
         self.collector.tokens, self.collector.step = 0, self.steps
         complete = self._run_model(batch, mask, model_input)
@@ -261,6 +273,7 @@ class CalibrationPass:
 
     def _close_step(self, final: bool = False) -> bool:
         begin = time.perf_counter()
+        self.phase = "fold"
         slots = self.collector.slots
         try:
             folded = fold_streams([s.stream for s in slots], final=final)

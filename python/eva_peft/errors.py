@@ -9,6 +9,7 @@ from eva_kernels.errors import (
     NonFiniteError,
     NotConvergedError,
     NotConvergedWarning,
+    NotInitializedError,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",
+    "NotInitializedError",
 ]

@@ -53,6 +53,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.most_calls: dict[int, int] = {}  # of each layer in a complete forward pass
         self.seconds = 0.0
         self.step = 0
+        self.current: str | None = None  # the layer that is being accumulated
         self.tokens = 0
         self._make_stream = make_stream
         self._mask = TokenMask(None)
@@ -293,6 +294,13 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for slot in [s for s in self.slots if not s.stream.tokens]:
             self._drop(slot)
 
+    def release(self) -> None:
+        """Let go of all state, after a pass that failed."""
+        self.slots.clear()
+        self.slot_of.clear()
+        self._fresh.clear()
+        self.routed.forget()
+
     def _drop(self, slot: Slot) -> None:
         self.slots.remove(slot)
         for i in slot.members:
@@ -300,12 +308,13 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def _accumulate(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         target = self.targets[i]
+        self.current = target.name
         try:
             parts = self._rows_of(i, x, args)
             used = sum(slot.stream.add(part, rows) for part, rows in parts)
         except NonFiniteError as error:
             raise self._explained(target.name, error) from None
-        self.tokens = max(self.tokens, used)
+        self.tokens, self.current = max(self.tokens, used), None
 
     def _rows_of(
         self, i: int, x: Tensor, args: tuple[Any, ...]

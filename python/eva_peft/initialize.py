@@ -16,6 +16,7 @@ from .options import CalibrateOptions
 from .planning import Estimate, estimate_targets
 from .result import EvaResult
 from .targets import check_config, find_targets, unwrap
+from .training import check_not_trained
 
 __all__ = ["calibrate", "default_config", "estimate", "initialize"]
 
@@ -37,6 +38,7 @@ def initialize(
     config: LoraConfig | None = None,
     *,
     allow_any_init: bool = False,
+    overwrite_trained: bool = False,
     **options: Any,
 ) -> PeftModel:
     """Initialise the LoRA adapters of a model from data, ready to train.
@@ -50,6 +52,7 @@ def initialize(
             PeftModel it says how EVA is to be done (rho, tau, masks).
         allow_any_init: accept a PeftModel that was not made with ``"eva"``; its adapter's
             weights are overwritten.
+        overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero).
         **options: the options of :class:`CalibrateOptions`, all with defaults.
 
     Returns:
@@ -70,6 +73,8 @@ def initialize(
                 "`initialize` can only be used with `init_lora_weights='eva'`; pass "
                 "allow_any_init=True to overwrite the weights of another adapter"
             )
+        if not overwrite_trained:
+            check_not_trained(inner, parsed.adapter_name)
     else:
         chosen = default_config() if config is None else check_config(inner, config, "")
     result = run_pass(inner, loader, _with_eva(chosen), parsed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
 import peft
+import peft.mapping_func
 import peft.tuners.lora
 import peft.tuners.lora.eva
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from .errors import EvaValueError
 from .initialize import calibrate
 from .options import AUTO
 from .targets import resolve_name, unwrap
+from .training import check_not_trained, watch
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
 
@@ -105,6 +108,7 @@ def initialize_lora_eva_weights(
     show_progress_bar: bool = True,
     *,
     strict: bool = True,
+    overwrite_trained: bool = False,
     **options: Any,
 ) -> None:
     """Initialise the LoRA weights by EVA; drop-in for ``peft.initialize_lora_eva_weights``.
@@ -115,6 +119,7 @@ def initialize_lora_eva_weights(
         eva_state_dict: from :func:`get_eva_state_dict` of this model, bare or wrapped; it is not
             changed.
         strict: raise if the state dict's layers are not the adapter's.
+        overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero).
         Others: as :func:`get_eva_state_dict`.
 
     Raises:
@@ -134,6 +139,8 @@ def initialize_lora_eva_weights(
         raise EvaValueError(
             "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
         )
+    if not overwrite_trained:
+        check_not_trained(inner, adapter_name)
     if eva_state_dict is not None:
         write_state_dict(inner, eva_state_dict, adapter_name, strict)
         return
@@ -149,18 +156,29 @@ def initialize_lora_eva_weights(
         progress=show_progress_bar,
         **options,
     )
-    result.apply(inner, adapter_name=adapter_name)
+    result.apply(inner, adapter_name=adapter_name, overwrite_trained=True)
+
+
+@functools.wraps(peft.get_peft_model)
+def get_peft_model(*args: Any, **kwargs: Any) -> Any:
+    """Call PEFT's function, and watch that adapters made for EVA are initialised."""
+    return watch(_get_peft_model(*args, **kwargs))
+
+
+_get_peft_model = get_peft_model.__wrapped__
 
 
 class patch_peft:
     """Make PEFT's two EVA functions ours: for the process, or for a ``with`` block.
 
+    Models that ``peft.get_peft_model`` makes meanwhile are watched (:func:`eva_kernels.watch`).
+
     Code that has already imported the functions by name keeps PEFT's. LoRA of dilated convolutions,
     which PEFT cannot run, works from then on in the whole process.
     """
 
-    _modules = (peft, peft.tuners.lora, peft.tuners.lora.eva)
-    _functions = (get_eva_state_dict, initialize_lora_eva_weights)
+    _modules = (peft, peft.tuners.lora, peft.tuners.lora.eva, peft.mapping_func)
+    _functions = (get_eva_state_dict, initialize_lora_eva_weights, get_peft_model)
 
     def __init__(self) -> None:
         keep_dilation()

@@ -168,6 +168,7 @@ class EvaResult:
         *,
         adapter_name: str = "default",
         strict: bool = True,
+        overwrite_trained: bool = False,
         **allocation: Any,
     ) -> PeftModel:
         """Write the result into a model.
@@ -177,13 +178,17 @@ class EvaResult:
             config: for a base model; that of the pass if ``None``.
             adapter_name: which adapter of a PeftModel.
             strict: raise if the layers of the model and of the result differ.
+            overwrite_trained: accept an adapter that has been trained.
             **allocation: ``r``, ``rho``, ``budget``, ``min_rank``; see :meth:`reallocated`.
 
         Returns:
             The PeftModel, with this result as ``eva_result``.
         """
         from .adapters import write_result
+        from .training import check_not_trained
 
+        if not overwrite_trained:
+            check_not_trained(model, adapter_name)
         result = self.reallocated(**allocation) if allocation else self
         return write_result(model, result, config, adapter_name, strict)
 

@@ -1,0 +1,248 @@
+"""Trainers: one call before ``train()``, on whatever model the trainer has made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+import eva_kernels
+from eva_kernels import EvaCallback, NotInitializedWarning
+from integration.conftest import QUIET, lora, lora_layers, make_llama, text_batches, wrapped
+
+FREQUENT = "ignore:.*(pin_memory|use_cache|use_reentrant|deprecat|dataloader)"
+
+
+def rows(count: int = 8) -> list[dict[str, Any]]:
+    batches = text_batches(count, samples=2, labels=True)
+    return [{k: v[i] for k, v in b.items()} for b in batches for i in range(2)]
+
+
+def arguments(folder: Path, **fields: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        **fields,
+    }
+
+
+def check_trained(model: nn.Module, before: dict[str, Any]) -> None:
+    """Every adapter has moved: the optimizer held the parameters that EVA wrote."""
+    for name, layer in lora_layers(model).items():
+        assert layer.lora_B["default"].weight.any(), name
+        assert not torch.equal(layer.lora_A["default"].weight, before[name]), name
+
+
+def rows_of(model: nn.Module) -> dict[str, Any]:
+    return {
+        n: layer.lora_A["default"].weight.detach().clone()
+        for n, layer in lora_layers(model).items()
+    }
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("wrap", ["before", "by initialize"])
+def test_trainer(wrap: str, tmp_path: Path) -> None:
+    config = lora(task_type="CAUSAL_LM")
+    if wrap == "before":
+        model: nn.Module = wrapped(make_llama(), config)
+    else:
+        loader = DataLoader(rows(), batch_size=4)
+        model = eva_kernels.initialize(make_llama(), loader, config, max_steps=6, **QUIET)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**arguments(tmp_path)),
+        train_dataset=rows(),
+        callbacks=[EvaCallback("raise")],
+    )
+    if wrap == "before":
+        loader = trainer.get_train_dataloader()
+        same = eva_kernels.initialize(trainer.model, loader, max_steps=6, **QUIET)
+        assert same is trainer.model
+    before = rows_of(trainer.model)
+    trainer.train()
+    check_trained(trainer.model, before)
+    found = losses(trainer)
+    assert found[-1] < found[0]
+
+
+def test_trainer_that_forgot(tmp_path: Path) -> None:
+    trainer = Trainer(
+        model=wrapped(make_llama(), lora(task_type="CAUSAL_LM")),
+        args=TrainingArguments(**arguments(tmp_path, max_steps=1)),
+        train_dataset=rows(),
+        callbacks=[EvaCallback()],
+    )
+    with pytest.warns(NotInitializedWarning, match="never initialised"):
+        trainer.train()
+
+
+@pytest.mark.filterwarnings(FREQUENT)
+def test_sft_trainer(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from eva_peft.assets import load_tiny_llama
+
+    base, tokenizer = load_tiny_llama()
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * 3 for i in range(16)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")
+        trainer = SFTTrainer(
+            model=base,
+            args=SFTConfig(**arguments(tmp_path, max_length=64)),
+            train_dataset=Dataset.from_dict({"text": texts}),
+            processing_class=tokenizer,
+            peft_config=lora(task_type="CAUSAL_LM"),
+            callbacks=[EvaCallback("raise")],
+        )
+    loader = trainer.get_train_dataloader()
+    model = eva_kernels.initialize(trainer.model, loader, max_steps=6, **QUIET)
+    assert model is trainer.model
+    assert all(result > 0 for result in (model.eva_result.tokens, model.eva_result.steps))
+    before = rows_of(model)
+    trainer.train()
+    check_trained(model, before)
+    found = losses(trainer)
+    assert found[-1] < found[0]
+
+
+@pytest.mark.filterwarnings(FREQUENT)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*(does not have many workers|tensorboard)")
+def test_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning", reason="extra 'trainers' is not installed")
+
+    class Task(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = wrapped(make_llama(), lora(task_type="CAUSAL_LM"))
+            self.losses: list[float] = []
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            loss = self.model(**batch).loss
+            self.losses.append(float(loss.detach()))
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            return torch.optim.AdamW(trained, lr=5e-3)
+
+    task, loader = Task(), DataLoader(rows(), batch_size=4)
+    eva_kernels.initialize(task.model, loader, max_steps=6, **QUIET)
+    before = rows_of(task.model)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(task.train(), loader)
+    check_trained(task.model, before)
+    assert task.losses[-1] < task.losses[0]
+
+
+ONE_PROCESS = """
+import torch
+from accelerate import Accelerator
+import eva_kernels
+from integration.conftest import QUIET, lora, make_llama, text_batches, wrapped
+accelerator = Accelerator(cpu=True)
+model = wrapped(make_llama(), lora(task_type="CAUSAL_LM"))
+loader = torch.utils.data.DataLoader(text_batches(6, labels=True), batch_size=None)
+loader = accelerator.prepare(loader)
+eva_kernels.initialize(model, loader, max_steps=4, **QUIET)
+trained = [p for p in model.parameters() if p.requires_grad]
+model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=5e-3))
+model.train()
+for batch in loader:
+    accelerator.backward(model(**batch).loss)
+    optimizer.step()
+    optimizer.zero_grad()
+assert eva_kernels.is_initialized(model)
+accelerator.print("one process:", len(trained))
+"""
+
+# What the README advises: one process calibrates, all of them apply.
+TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import PartialState
+import eva_kernels
+from integration.conftest import QUIET, lora, make_llama, text_batches
+state, path = PartialState(cpu=True), sys.argv[1]
+texts, config = text_batches(6), lora(task_type="CAUSAL_LM")
+assert state.num_processes == 2
+try:
+    eva_kernels.calibrate(make_llama(), texts, config, **QUIET)
+except RuntimeError as error:
+    assert "across several processes is not supported" in str(error), error
+    assert "save the result, and apply it in all" in str(error), error
+else:
+    raise SystemExit("two processes were not refused")
+state.wait_for_everyone()
+model = eva_kernels.EvaResult.load(path).apply(make_llama(), config)
+own = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_" in n])
+both = [torch.empty_like(own) for _ in range(2)]
+torch.distributed.all_gather(both, own)
+assert torch.equal(both[0], both[1])
+if state.is_main_process:
+    print("two processes:", own.numel())
+torch.distributed.destroy_process_group()
+"""
+
+
+def launch(script: str, folder: Path, processes: int, *arguments: str) -> str:
+    path = folder / "train.py"
+    path.write_text(script)
+    root = Path(__file__).parents[2]
+    environment = dict(os.environ)
+    parts = [root / "tests", root, root / "python", environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, parts))
+    environment["OMP_NUM_THREADS"] = "1"
+    if processes == 1:
+        launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", *launcher, str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path: Path) -> None:
+    assert "one process: 28" in launch(ONE_PROCESS, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_several_processes_apply_what_one_has_computed(tmp_path: Path) -> None:
+    config = lora(task_type="CAUSAL_LM")
+    result = eva_kernels.calibrate(make_llama(), text_batches(6), config, max_steps=6, **QUIET)
+    path = tmp_path / "eva.safetensors"
+    result.save(path)
+    assert "two processes:" in launch(TWO_PROCESSES, tmp_path, 2, str(path))

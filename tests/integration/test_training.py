@@ -1,0 +1,240 @@
+"""Asked for EVA and never initialised is told; initialised or trained adapters are recognised."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import IA3Config, PeftModel, get_peft_model
+from torch import nn
+
+import eva_kernels
+from eva_kernels import (
+    EvaCallback,
+    EvaTypeError,
+    EvaValueError,
+    NotInitializedError,
+    NotInitializedWarning,
+    is_initialized,
+    watch,
+)
+from integration.conftest import (
+    QUIET,
+    hooks_of,
+    lora,
+    make_llama,
+    make_mlp,
+    perturb_b,
+    run,
+    same_state,
+    state_of,
+    text_batches,
+    vectors,
+    wrapped,
+)
+
+CONFIG = {"target_modules": ["0", "2"]}
+
+
+def fresh(**fields: Any) -> PeftModel:
+    return wrapped(make_mlp(), lora(**{**CONFIG, **fields}))
+
+
+def done(**fields: Any) -> PeftModel:
+    return eva_kernels.initialize(fresh(**fields), vectors(), max_steps=3, **QUIET)
+
+
+def by_peft(**fields: Any) -> PeftModel:
+    model = wrapped(make_llama(), lora(target_modules=["q_proj"], tau=0.5, **fields))
+    peft.initialize_lora_eva_weights(model, text_batches(20), show_progress_bar=False)
+    return model
+
+
+def loaded(model: PeftModel, folder: Any) -> PeftModel:
+    model.save_pretrained(folder)
+    return PeftModel.from_pretrained(make_mlp(), folder, is_trainable=True)
+
+
+YES: dict[str, Callable[[Any], nn.Module]] = {
+    "initialised": lambda folder: done(),
+    "one rank": lambda folder: done(r=1, rho=1.0),
+    "whitened": lambda folder: done(whiten=True),
+    "bfloat16": lambda folder: done().to(torch.bfloat16),
+    "removed layers": lambda folder: done(r=1, rho=8.0),
+    "loaded": lambda folder: loaded(done(), folder),
+    "loaded, whitened": lambda folder: loaded(done(whiten=True), folder),
+    "trained": lambda folder: trained(fresh(init_lora_weights=True)),
+    "by PEFT": lambda folder: by_peft(),
+    "compiled": lambda folder: torch.compile(done(), backend="eager"),
+    "result applied": lambda folder: run(make_mlp(), vectors(), lora(**CONFIG)).apply(fresh()),
+}
+NO: dict[str, Callable[[Any], nn.Module]] = {
+    "fresh": lambda folder: fresh(),
+    "one rank": lambda folder: fresh(r=1),
+    "whitened": lambda folder: fresh(whiten=True),
+    "on meta": lambda folder: get_peft_model(make_mlp(), lora(**CONFIG), low_cpu_mem_usage=True),
+    "plain LoRA": lambda folder: fresh(init_lora_weights=True),
+    "loaded": lambda folder: loaded(fresh(), folder),
+    "wide and in bfloat16": lambda folder: wrapped(
+        nn.Sequential(nn.Linear(4096, 8)), lora(r=16, target_modules=["0"])
+    ).to(torch.bfloat16),
+}
+
+
+def trained(model: PeftModel) -> PeftModel:
+    perturb_b(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", YES)
+def test_initialised(kind: str, tmp_path: Any) -> None:
+    assert is_initialized(YES[kind](tmp_path))
+
+
+@pytest.mark.parametrize("kind", NO)
+def test_not_initialised(kind: str, tmp_path: Any) -> None:
+    assert not is_initialized(NO[kind](tmp_path))
+
+
+def test_adapters_are_told_apart() -> None:
+    model = done()
+    model.add_adapter("other", lora(target_modules=["0"], init_lora_weights=True))
+    assert is_initialized(model, "default")
+    assert not is_initialized(model, "other")
+
+
+def test_models_that_cannot_be_asked() -> None:
+    with pytest.raises(EvaTypeError, match=r"expected a PeftModel, got .*initialize returns one"):
+        is_initialized(make_mlp())
+    with pytest.raises(EvaValueError, match=r"no LoRA adapter 'mine'; it has \['default'\]"):
+        is_initialized(fresh(), "mine")
+    with pytest.raises(EvaValueError, match="no LoRA adapter 'default'"):
+        is_initialized(get_peft_model(make_llama(), IA3Config()))
+
+
+TRAINED_CALLS: dict[str, Callable[[PeftModel, Any], Any]] = {
+    "initialize": lambda model, more: eva_kernels.initialize(
+        model, vectors(), max_steps=2, **QUIET, **more
+    ),
+    "apply": lambda model, more: run(make_mlp(), vectors(), lora(**CONFIG)).apply(model, **more),
+    "PEFT's name": lambda model, more: eva_kernels.initialize_lora_eva_weights(
+        model,
+        vectors(),
+        prepare_model_inputs_fn=None,
+        forward_fn=lambda m, x: m(x),
+        show_progress_bar=False,
+        max_steps=2,
+        on_not_converged="ignore",
+        **more,
+    ),
+    "a state dict": lambda model, more: eva_kernels.initialize_lora_eva_weights(
+        model, eva_state_dict=run(make_mlp(), vectors(), lora(**CONFIG)).state_dict(), **more
+    ),
+}
+
+
+@pytest.mark.parametrize("call", TRAINED_CALLS)
+def test_trained_adapters_are_refused_unless_asked(call: str) -> None:
+    model = trained(fresh())
+    before = state_of(model)
+    with pytest.raises(
+        EvaValueError, match=r"'default' has been trained.*layers 0, 2.*overwrite_trained=True"
+    ):
+        TRAINED_CALLS[call](model, {})
+    assert same_state(before, state_of(model))
+    TRAINED_CALLS[call](model, {"overwrite_trained": True})
+    assert not same_state(before, state_of(model))
+    assert is_initialized(model)
+
+
+def test_random_b_counts_as_trained() -> None:
+    model = fresh(init_lora_weights=False)
+    with pytest.raises(EvaValueError, match="or was not made with lora_B = 0"):
+        eva_kernels.initialize(model, vectors(), allow_any_init=True, **QUIET)
+
+
+def test_refused_before_any_forward_pass() -> None:
+    model, seen = trained(fresh()), []
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    with pytest.raises(EvaValueError, match="has been trained"):
+        eva_kernels.initialize(model, vectors(), **QUIET)
+    assert not seen
+
+
+def step(model: nn.Module) -> None:
+    model.train()
+    model(vectors(1)[0]).sum().backward()
+
+
+def test_watch_tells_once_and_takes_itself_off() -> None:
+    model = watch(fresh())
+    assert hooks_of(model) == 1
+    model.eval()
+    model(vectors(1)[0])
+    with torch.no_grad():
+        model.train()
+        model(vectors(1)[0])
+    assert hooks_of(model) == 1
+    with pytest.warns(NotInitializedWarning, match=r"'default' was made .*initialize\(model, load"):
+        step(model)
+    assert hooks_of(model) == 0
+    step(model)
+
+
+def test_watch_is_silent_where_all_is_well() -> None:
+    for model in (done(), trained(fresh()), fresh(init_lora_weights=True), make_mlp()):
+        step(watch(model))
+        assert hooks_of(model) == 0
+    model = watch(fresh())
+    eva_kernels.initialize(model, vectors(), max_steps=2, **QUIET)
+    step(model)
+
+
+def test_watch_may_raise() -> None:
+    model = watch(fresh(), "raise")
+    with pytest.raises(NotInitializedError, match="never initialised: it trains as plain LoRA"):
+        step(model)
+    assert hooks_of(model) == 0
+    with pytest.raises(EvaValueError, match="action='stop' is unknown"):
+        watch(model, "stop")  # type: ignore[arg-type]
+
+
+def test_a_watched_model_can_be_copied_and_saved(tmp_path: Any) -> None:
+    model = watch(fresh())
+    assert same_state(state_of(fresh()), state_of(model))
+    torch.save(model, io.BytesIO())
+    twin = copy.deepcopy(model)
+    with pytest.warns(NotInitializedWarning):
+        step(twin)
+    model.save_pretrained(tmp_path)
+
+
+def test_patched_peft_watches_what_it_makes() -> None:
+    before = peft.get_peft_model
+    with eva_kernels.patch_peft():
+        assert peft.get_peft_model is not before
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")
+            model = peft.get_peft_model(make_mlp(), lora(**CONFIG))
+    assert peft.get_peft_model is before
+    assert peft.mapping_func.get_peft_model is before
+    with pytest.warns(NotInitializedWarning):
+        step(model)
+
+
+def test_callback() -> None:
+    state: tuple[Any, ...] = (None, None, None)
+    with pytest.warns(NotInitializedWarning, match="before the optimizer is made"):
+        EvaCallback().on_train_begin(*state, model=fresh())
+    with pytest.raises(NotInitializedError):
+        EvaCallback("raise").on_train_begin(*state, model=torch.compile(fresh(), backend="eager"))
+    for model in (done(), make_mlp(), None):
+        EvaCallback("raise").on_train_begin(*state, model=model)
+    with pytest.raises(EvaValueError, match="action='never' is unknown"):
+        EvaCallback("never")  # type: ignore[arg-type]
