@@ -16,6 +16,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 TRITON ?= triton==3.9.0; python_version >= "3.11"
+# PEFT imports these wherever they are installed, which takes seconds each time: so they have a
+# folder of their own, and only the tests of quantised bases look there.
+QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
 OUT ?= gpu-check
 CHECK_ARGS ?=
 VENV := .venv
@@ -48,6 +51,7 @@ $(READY): $(BUILD_FILES)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(if $(HAS_GPU),,$(BIN)/python -m pip install '$(TRITON)')
 	$(BIN)/python -m pip install -c constraints.txt -e ".[all]"
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(VENV)/quantization $(QUANTIZATION)
 	touch $@
 
 demo: $(READY)

@@ -30,6 +30,8 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
     eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     try:
         model.eval()
+        for module in filter(_repacks_in_eval, model.modules()):
+            module.training = True
         for layer, _ in adapters:
             layer._disable_adapters = True
         for config, _ in caches:
@@ -43,6 +45,16 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = flag
         for config, value in caches:
             config.use_cache = value
+
+
+def _repacks_in_eval(module: nn.Module) -> bool:
+    """Tell whether a layer would rearrange its weight for good when it runs in eval mode.
+
+    bitsandbytes does, in four bits on a CPU with AVX-512, and no gradient passes afterwards; its
+    mode has no other meaning.
+    """
+    kind = type(module)
+    return kind.__module__.startswith("bitsandbytes.") and kind.__name__.endswith("4bit")
 
 
 def _configs(model: nn.Module) -> list[Any]:
