@@ -355,7 +355,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             expected += f", or an input of shape (samples, {target.patches.channels}, {sizes})"
         raise EvaValueError(
             f"layer {target.name}, step {self.step + 1}: expected {expected}, got "
-            f"{tuple(x.shape)} of {x.dtype}"
+            f"{tuple(x.shape)} of {x.dtype}; pass prepare_layer_inputs_fn to make such tokens of it"
         )
 
     def explained(self, error: NonFiniteStepError) -> NonFiniteError:

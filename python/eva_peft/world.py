@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -68,7 +70,8 @@ def _configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Put the global random state of the CPU and of every accelerator back on leaving."""
+    """Put the global random states back on leaving: torch's of every device, Python's, numpy's."""
+    plain, array = random.getstate(), np.random.get_state()
     cpu = torch.get_rng_state()
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     module: Any = torch.get_device_module(kind) if kind is not None else None
@@ -76,6 +79,8 @@ def random_state_kept() -> Iterator[None]:
     try:
         yield
     finally:
+        random.setstate(plain)
+        np.random.set_state(array)
         torch.set_rng_state(cpu)
         if states is not None:
             module.set_rng_state_all(states)

@@ -1,0 +1,531 @@
+"""One fault a row: the error says what, where and what to do, and nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import IA3Config, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import eva_kernels
+from eva_kernels import EvaError, EvaResult
+from integration.conftest import (
+    QUIET,
+    lora,
+    lora_layers,
+    make_llama,
+    make_mlp,
+    perturb_b,
+    run,
+    same_state,
+    state_of,
+    text_batches,
+    vectors,
+    wrapped,
+)
+
+TEXTS = text_batches(4)
+MLP = {"target_modules": ["0", "2"]}
+
+
+class Broken(Exception):
+    """An error of the user's own code."""
+
+
+class Scene:
+    """A model in a state of its own, a config and batches, all of which must stay as they are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.llama = self._busy(make_llama())
+        self.mlp = self._busy(make_mlp())
+        self.peft = self._busy(wrapped(make_mlp(), lora(**MLP)))
+        self.config, self.mlp_config = lora(), lora(**MLP)
+        self.texts, self.data = copy.deepcopy(TEXTS), vectors()
+        self.watched: list[nn.Module] = [self.llama, self.mlp, self.peft]
+        self.snapshot()
+
+    @staticmethod
+    def _busy(model: nn.Module) -> Any:
+        model.train()
+        next(iter(model.children())).eval()
+        model.register_forward_hook(lambda *_: None)
+        return model
+
+    def own(self, model: nn.Module) -> Any:
+        """Watch a further model, which the fault brings along."""
+        self.watched.append(self._busy(model))
+        self.snapshot()
+        return model
+
+    def snapshot(self) -> None:
+        """Take what has to be the same afterwards."""
+        self.states = [state_of(m) for m in self.watched]
+        self.facts = self.look()
+
+    def look(self) -> dict[str, Any]:
+        return {
+            "models": [self._look_at(model) for model in self.watched],
+            "configs": [repr(self.config), repr(self.mlp_config)],
+            "texts": [sorted(b) for b in self.texts],
+            "random": (torch.get_rng_state().tolist(), random.getstate()),
+            "numpy": np.random.get_state()[1].tolist(),
+            "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            "dtype": torch.get_default_dtype(),
+        }
+
+    @staticmethod
+    def _look_at(model: nn.Module) -> dict[str, Any]:
+        return {
+            "kinds": [type(m).__name__ for m in model.modules()],
+            "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()],
+            "training": [m.training for m in model.modules()],
+            "flags": [(p.requires_grad, p.grad is None) for p in model.parameters()],
+            "objects": [id(p) for p in model.parameters()],
+            "cache": getattr(getattr(model, "config", None), "use_cache", None),
+            "adapters": [(n, m.disable_adapters) for n, m in lora_layers(model).items()],
+            "names": ("eva_result" in vars(model), "peft_config" in vars(model)),
+        }
+
+    def check(self) -> None:
+        for state, model in zip(self.states, self.watched, strict=True):
+            assert same_state(state, state_of(model))
+        now = self.look()
+        for key, value in self.facts.items():
+            assert now[key] == value, key
+        for before, after in zip(TEXTS, self.texts, strict=True):
+            assert all(torch.equal(before[k], after[k]) for k in before)
+        assert all(torch.equal(a, b) for a, b in zip(vectors(), self.data, strict=True))
+        assert not list(self.folder.glob("*.tmp*"))
+
+
+def on_text(scene: Scene, batches: Any, config: Any = None, **options: Any) -> Any:
+    return eva_kernels.initialize(
+        scene.llama, batches, config or scene.config, **{**QUIET, **options}
+    )
+
+
+def on_data(scene: Scene, data: Any = None, config: Any = None, **options: Any) -> Any:
+    data = scene.data if data is None else data
+    return eva_kernels.initialize(
+        scene.mlp, data, config or scene.mlp_config, **{**QUIET, **options}
+    )
+
+
+def option(**value: Any) -> Callable[[Scene], Any]:
+    return lambda s: on_data(s, **value)
+
+
+def state_dict(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Scene], Any]:
+    def call(scene: Scene) -> Any:
+        state = quick_result().state_dict()
+        change(state)
+        return eva_kernels.initialize_lora_eva_weights(scene.peft, eva_state_dict=state)
+
+    return call
+
+
+def result_file(content: Callable[[Path], Any]) -> Callable[[Scene], Any]:
+    def call(scene: Scene) -> Any:
+        path = scene.folder / "eva.safetensors"
+        content(path)
+        return EvaResult.load(path).apply(scene.peft)
+
+    return call
+
+
+def quick_result() -> EvaResult:
+    with torch.random.fork_rng(devices=[]):
+        return run(make_mlp(), vectors(), lora(**MLP), max_steps=2)
+
+
+def saved(path: Path) -> bytes:
+    quick_result().save(path)
+    return path.read_bytes()
+
+
+def checkpoint(second: Callable[[Scene, Path], Any]) -> Callable[[Scene], Any]:
+    def call(scene: Scene) -> Any:
+        path = scene.folder / "pass.safetensors"
+        with torch.random.fork_rng(devices=[]):
+            run(make_mlp(), vectors(), lora(tau=1.0, **MLP), max_steps=3, checkpoint=path)
+        return second(scene, path)
+
+    return call
+
+
+def bad_values(value: float) -> Callable[[Scene], Any]:
+    def call(scene: Scene) -> Any:
+        data = [x.clone() for x in scene.data]
+        data[1][3, 2] = value
+        return on_data(scene, data, lora(tau=1.0, **MLP))
+
+    return call
+
+
+def raising_iterator(number: int) -> Iterator[Tensor]:
+    yield from vectors()[:number]
+    raise Broken("disk")
+
+
+class RaisesAtOnce:
+    def __iter__(self) -> Iterator[Tensor]:
+        raise Broken("no file")
+
+
+class Odd(nn.Module):
+    """A layer that is called with something that holds no tensor at its top."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Inner(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a({"x": x})
+
+
+class Inner(nn.Linear):
+    def forward(self, x: Any) -> Tensor:
+        return super().forward(x["x"])
+
+
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(20, 4, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x.to(torch.complex64)).abs()
+
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise Broken("mine")
+
+
+def interrupt(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done, which error it must raise, and a pattern of its text."""
+
+    call: Callable[[Scene], Any]
+    error: type[BaseException] | tuple[type[BaseException], ...]
+    text: str
+
+
+def _merged(scene: Scene) -> Any:
+    model = wrapped(make_mlp(), lora(init_lora_weights=True, **MLP))
+    perturb_b(model)
+    model.merge_adapter()
+    return eva_kernels.calibrate(scene.own(model), scene.data, **QUIET)
+
+
+def _trained(scene: Scene) -> Any:
+    model = wrapped(make_mlp(), lora(**MLP))
+    perturb_b(model)
+    return eva_kernels.initialize(scene.own(model), scene.data, **QUIET)
+
+
+def _two_active(scene: Scene) -> Any:
+    model = wrapped(make_mlp(), lora(**MLP))
+    model.add_adapter("other", lora(init_lora_weights=True, **MLP))
+    model.base_model.set_adapter(["default", "other"])
+    return eva_kernels.initialize_lora_eva_weights(scene.own(model), scene.data)
+
+
+def _half(scene: Scene) -> Any:
+    model = scene.own(make_llama(torch.float16))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(6e4)
+    scene.snapshot()
+    return eva_kernels.initialize(model, scene.texts, scene.config, **QUIET)
+
+
+def _shorter(scene: Scene, path: Path) -> Any:
+    config = lora(tau=1.0, **MLP)
+    return eva_kernels.calibrate(
+        scene.mlp, iter(vectors()[:2]), config, checkpoint=path, max_steps=9, **QUIET
+    )
+
+
+def _resume(scene: Scene, path: Path, **options: Any) -> Any:
+    return on_data(scene, config=lora(tau=1.0, **MLP), checkpoint=path, max_steps=9, **options)
+
+
+def _truncated(scene: Scene, path: Path) -> Any:
+    path.write_bytes(path.read_bytes()[:-200])
+    return _resume(scene, path)
+
+
+def _foreign(scene: Scene, path: Path) -> Any:
+    path.unlink()
+    save_file({"x": torch.zeros(2)}, path)
+    return _resume(scene, path)
+
+
+V, T, R = ValueError, TypeError, RuntimeError
+FAULTS: dict[str, Fault] = {
+    # loaders
+    "loader: a number": Fault(lambda s: on_data(s, 5), T, "loader must be iterable, got .*int"),
+    "loader: nothing": Fault(lambda s: on_text(s, []), V, "empty: it yielded no batch"),
+    "loader: fails to start": Fault(lambda s: on_data(s, RaisesAtOnce()), Broken, "no file"),
+    "loader: fails midway": Fault(lambda s: on_data(s, raising_iterator(2)), Broken, "disk"),
+    "loader: interrupted": Fault(
+        lambda s: on_data(s, (interrupt() for _ in [1])), KeyboardInterrupt, ""
+    ),
+    # batches
+    "batch: text": Fault(lambda s: on_text(s, ["abc"]), T, "batch must be a mapping.*forward_fn"),
+    "batch: a number": Fault(lambda s: on_text(s, [7]), T, "batch must be a mapping.*got.*int"),
+    "batch: ragged": Fault(
+        lambda s: on_text(s, [{"input_ids": [[1, 2], [3]]}]), V, "'input_ids'.*lengths.*collator"
+    ),
+    "batch: unknown argument": Fault(
+        lambda s: on_data(s, [{"x": s.data[0], "y": s.data[0]}]), T, "unexpected keyword|positional"
+    ),
+    "batch: token beyond the vocabulary": Fault(
+        lambda s: on_text(s, [{"input_ids": torch.full((2, 9), 9999)}]), IndexError, "out of range"
+    ),
+    "batch: all masked": Fault(
+        lambda s: on_text(
+            s, iter([{**s.texts[0], "attention_mask": torch.zeros(4, 24, dtype=torch.long)}])
+        ),
+        V,
+        "no token reached any of the 14 target layers in 1 forward.*masks of the loader",
+    ),
+    "batch: another width": Fault(
+        lambda s: on_data(s, [torch.ones(4, 7)]),
+        V,
+        r"layer 0, step 1: expected .* 20 features, got \(4, 7\).*prepare_layer_inputs_fn",
+    ),
+    "values: NaN": Fault(
+        bad_values(float("nan")), R, 'layer 0, step 2: 1 of 40 tokens hold NaN.*on_nonfinite="skip"'
+    ),
+    "values: infinite": Fault(
+        bad_values(float("inf")), FloatingPointError, "layer 0, step 2: 1 of 40 tokens .*overflow"
+    ),
+    "values: float16 overflows": Fault(
+        _half, R, r"layer model\.layers\.0\.mlp\.down_proj, step 1: .* hold NaN.*float16"
+    ),
+    # configs and targets
+    "config: a dict": Fault(
+        lambda s: eva_kernels.initialize(s.mlp, s.data, {"r": 4}), T, "expected a LoraConfig"
+    ),
+    "config: another method": Fault(
+        lambda s: eva_kernels.initialize(s.mlp, s.data, IA3Config()), T, "LoraConfig, got .*IA3"
+    ),
+    "targets: none match": Fault(
+        lambda s: on_text(s, s.texts, lora(target_modules=["query"])),
+        V,
+        r"target_modules=\{'query'\} matches no linear.*Llama.*are called .*q_proj",
+    ),
+    "targets: an embedding": Fault(
+        lambda s: on_text(s, s.texts, lora(target_modules=["embed_tokens"])),
+        V,
+        "it matches model.embed_tokens, whose inputs EVA cannot read",
+    ),
+    "targets: not given": Fault(
+        lambda s: on_data(s, config=lora(target_modules=None)), V, "specify target_modules.*all-lin"
+    ),
+    "targets: rank against groups": Fault(
+        lambda s: eva_kernels.initialize(
+            s.own(nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))),
+            [torch.ones(2, 4, 8, 8)],
+            lora(r=6, target_modules=["0"]),
+        ),
+        V,
+        "layer 0: .*4 groups.*r is 6.*rank_pattern",
+    ),
+    "adapter: unknown": Fault(
+        lambda s: eva_kernels.initialize(s.peft, s.data, adapter_name="mine", **QUIET),
+        V,
+        r"no adapter 'mine'; it has \['default'\]",
+    ),
+    "adapter: not made for EVA": Fault(
+        lambda s: eva_kernels.initialize(
+            s.own(wrapped(make_mlp(), lora(init_lora_weights=True, **MLP))), s.data, **QUIET
+        ),
+        V,
+        "init_lora_weights='eva'.*allow_any_init=True",
+    ),
+    "adapter: merged": Fault(_merged, R, r"layer 0 has merged adapters.*unmerge_adapter\(\)"),
+    "adapter: trained": Fault(_trained, V, "layers 0, 2.*overwrite_trained=True"),
+    "adapter: another method": Fault(
+        lambda s: eva_kernels.initialize(
+            s.own(get_peft_model(make_llama(), IA3Config())), s.texts, **QUIET
+        ),
+        EvaError,
+        "LoraConfig|init_lora_weights='eva'",
+    ),
+    # options
+    "option: unknown": Fault(option(max_step=3), T, "unknown option 'max_step'.*max_steps"),
+    "option: method": Fault(option(method="svd"), V, "method='svd' is unknown.*'gram'"),
+    "option: backend": Fault(option(backend="cuda"), V, "backend='cuda' is unknown.*'triton'"),
+    "option: max_steps": Fault(option(max_steps=0), V, "max_steps=0 must be at least 1"),
+    "option: max_steps as text": Fault(option(max_steps="9"), T, "max_steps='9' must be a number"),
+    "option: max_seconds": Fault(option(max_seconds=0), V, "max_seconds=0 must be positive"),
+    "option: tokens_per_step": Fault(
+        option(tokens_per_step=0), V, "tokens_per_step=0 must be at least 1"
+    ),
+    "option: oversample": Fault(option(oversample=0.5), V, "oversample=0.5 must be at least 1"),
+    "option: callback": Fault(option(callback=3), T, "callback=3 must be callable"),
+    "option: forward_fn": Fault(option(forward_fn="f"), T, "forward_fn='f' must be callable"),
+    "option: checkpoint": Fault(option(checkpoint=3), T, "checkpoint=3 must be a path or None"),
+    "option: on_nonfinite": Fault(option(on_nonfinite="drop"), V, "on_nonfinite='drop'.*'skip'"),
+    "option: min_rank beyond the budget": Fault(
+        option(min_rank=9), V, "min_rank=9 for 2 layers costs .*budget of 8; lower min_rank"
+    ),
+    "option: memory_budget": Fault(option(memory_budget=9), V, "memory_budget|budget of 9 bytes"),
+    # functions of the user
+    "function: forward_fn fails": Fault(option(forward_fn=fail), Broken, "mine"),
+    "function: forward_fn does nothing": Fault(
+        option(forward_fn=lambda m, b: None, max_steps=2), V, "no token reached any of the 2"
+    ),
+    "function: model inputs fail": Fault(option(prepare_model_inputs_fn=fail), Broken, "mine"),
+    "function: layer inputs fail": Fault(option(prepare_layer_inputs_fn=fail), Broken, "mine"),
+    "function: unknown layer": Fault(
+        option(prepare_layer_inputs_fn={"9": fail}), V, r"names were not found.*\['9'\]"
+    ),
+    "function: no tensor": Fault(
+        option(prepare_layer_inputs_fn=lambda *_: 3), V, "must return a tensor, got .*int.*layer 0"
+    ),
+    "function: another width": Fault(
+        option(prepare_layer_inputs_fn=lambda x, *_: x[0][:, :3]),
+        V,
+        "layer 0, step 1: expected floating-point tokens of 20 features, got .*3",
+    ),
+    "function: integers": Fault(
+        option(prepare_layer_inputs_fn=lambda x, *_: x[0].long()), V, "layer 0, step 1: .*int64"
+    ),
+    "function: callback fails": Fault(option(callback=fail), Broken, "mine"),
+    "function: interrupted": Fault(option(callback=interrupt), KeyboardInterrupt, ""),
+    # models
+    "model: a layer without a tensor": Fault(
+        lambda s: eva_kernels.initialize(s.own(Odd()), s.data, lora(target_modules=["a"])),
+        T,
+        "unsupported input type in layer a: .*prepare_layer_inputs_fn",
+    ),
+    "model: complex inputs": Fault(
+        lambda s: eva_kernels.initialize(s.own(Complex()), s.data, lora(target_modules=["a"])),
+        V,
+        "layer a, step 1: expected floating-point tokens .*complex64",
+    ),
+    "model: out of memory": Fault(
+        option(forward_fn=lambda m, b: torch.empty(1 << 60)),
+        torch.OutOfMemoryError,
+        r"out of memory on cpu .*batch of 40 x 20.*estimate\(\)",
+    ),
+    "model: not converged": Fault(
+        option(max_steps=2, on_not_converged="raise"), R, "2 of 2 layers have not.*raise max_steps"
+    ),
+    # PEFT's names
+    "PEFT's name: a base model": Fault(
+        lambda s: eva_kernels.initialize_lora_eva_weights(s.mlp, s.data), V, "must be a PeftModel"
+    ),
+    "PEFT's name: no data": Fault(
+        lambda s: eva_kernels.initialize_lora_eva_weights(s.peft), V, "dataloader is required"
+    ),
+    "PEFT's name: several active": Fault(_two_active, V, "single active adapter"),
+    "PEFT's name: no config": Fault(
+        lambda s: eva_kernels.get_eva_state_dict(s.mlp, s.data), V, "peft_config is required"
+    ),
+    # state dicts
+    "state dict: unknown layer": Fault(
+        state_dict(lambda d: d.update(nine=d["0"])), V, r"1 unknown layers \(nine\).*strict=False"
+    ),
+    "state dict: missing layer": Fault(
+        state_dict(lambda d: d.pop("2")), V, r"are missing \(2\); pass strict=False"
+    ),
+    "state dict: another width": Fault(
+        state_dict(lambda d: d.update({"0": d["0"][:, :7]})), V, "layer 0: .* 7 features.*layer 20"
+    ),
+    "state dict: a vector": Fault(
+        state_dict(lambda d: d.update({"0": d["0"][0]})), T, "layer 0: expected a .rank, in_feat"
+    ),
+    "state dict: no tensor": Fault(
+        state_dict(lambda d: d.update({"0": [1.0]})), T, "layer 0: expected a .rank, in_features"
+    ),
+    # files
+    "result: no file": Fault(
+        lambda s: EvaResult.load(s.folder / "none.safetensors"), (EvaError, OSError), "none"
+    ),
+    "result: not safetensors": Fault(
+        result_file(lambda p: p.write_bytes(b"hello")), V, "eva.safetensors"
+    ),
+    "result: truncated": Fault(
+        result_file(lambda p: p.write_bytes(saved(p)[:-300])), V, "eva.safetensors"
+    ),
+    "result: another file": Fault(
+        result_file(lambda p: save_file({"x": torch.zeros(2)}, p)), V, "eva.safetensors"
+    ),
+    "result: more rank than was tracked": Fault(
+        lambda s: quick_result().apply(s.peft, r=9),
+        V,
+        "layer 0: r=9 and rho=2.0 may need 18 components.*has 8; calibrate again",
+    ),
+    "checkpoint: another rank": Fault(
+        checkpoint(lambda s, p: on_data(s, config=lora(r=3, **MLP), checkpoint=p)),
+        V,
+        "r: 4 in the file, 3 now",
+    ),
+    "checkpoint: another model": Fault(
+        checkpoint(lambda s, p: on_text(s, s.texts, checkpoint=p)), V, "Sequential.*Llama"
+    ),
+    "checkpoint: truncated": Fault(checkpoint(_truncated), V, "pass.safetensors"),
+    "checkpoint: another file": Fault(checkpoint(_foreign), V, "pass.safetensors"),
+    "checkpoint: fewer batches": Fault(
+        checkpoint(_shorter), V, "seen 3 batches, but the loader ended after 2"
+    ),
+    "checkpoint: no folder can be made": Fault(
+        option(checkpoint="/proc/nowhere/c.safetensors", max_steps=2), (EvaError, OSError), "proc"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault(name: str, tmp_path: Path) -> None:
+    fault, scene = FAULTS[name], Scene(tmp_path)
+    with pytest.raises(fault.error) as caught:
+        fault.call(scene)
+    text = str(caught.value)
+    assert re.search(fault.text, text, re.DOTALL), text
+    scene.check()
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(FAULTS) >= 40
+    texts = [f.text for f in FAULTS.values() if f.text not in ("", "mine")]
+    assert len(set(texts)) > 0.8 * len(texts)
+
+
+def test_the_check_sees_what_is_left(tmp_path: Path) -> None:
+    """The helper of this file fails when it should."""
+    changes: list[Callable[[Scene], Any]] = [
+        lambda s: s.llama.eval(),
+        lambda s: s.mlp[0].register_forward_pre_hook(lambda *_: None),
+        lambda s: s.mlp[0].weight.data.add_(1e-6),
+        lambda s: s.peft.get_parameter("base_model.model.0.lora_A.default.weight").data.zero_(),
+        lambda s: s.mlp[2].weight.requires_grad_(False),
+        lambda s: torch.rand(1),
+        lambda s: random.random(),
+        lambda s: s.texts[0].pop("attention_mask"),
+        lambda s: setattr(s.config, "r", 5),
+        lambda s: setattr(s.llama.config, "use_cache", False),
+    ]
+    for change in changes:
+        scene = Scene(tmp_path)
+        scene.check()
+        change(scene)
+        with pytest.raises(AssertionError):
+            scene.check()
