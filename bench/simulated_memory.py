@@ -340,6 +340,7 @@ def _replaced(simulation: Simulation) -> Iterator[None]:
         (pass_, "random_state_kept", nothing),
         (adapters, "random_state_kept", nothing),
         (pass_, "collect_result", collect_result),
+        (whole, "check_not_trained", lambda model, adapter_name: None),
         (launch, "arch_of", lambda device: launch.ARCHS["sm_90"]),
         (nn.Module, "_apply", fake_cuda.apply_to_module),
         (torch.cuda, "reset_peak_memory_stats", lambda device: None),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -64,7 +66,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._only: set[int] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
-        self.routed = RoutedInputs(weights, self._multiplied)
+        # weakly, as a cycle would keep all streams on the device until Python looks for cycles
+        multiplied = functools.partial(InputCollector._multiplied, weakref.proxy(self))
+        self.routed = RoutedInputs(weights, multiplied)
         self._routing: bool | None = None  # whether inputs are picked tokens; None: to be seen
         self._eager = eager_experts([t.module for t in targets if t.weight is not None])
 
@@ -347,6 +351,12 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         return self._mask.rows(x.shape, x.device, name)
 
     def _check_tokens(self, target: Target, x: Tensor, fits: bool) -> None:
+        if x.is_nested or x.layout != torch.strided:
+            kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+            raise EvaValueError(
+                f"layer {target.name}, step {self.step + 1}: expected a dense tensor, got {kind}; "
+                "pass prepare_layer_inputs_fn to make dense tokens of it"
+            )
         if x.is_floating_point() and fits:
             return
         expected = f"floating-point tokens of {target.in_features} features"

@@ -49,7 +49,8 @@ def initialize(
         loader: any iterable of batches (mappings, tuples, tensors), with or without a length;
             iterated again for another epoch where it can be.
         config: for a base model; without one r = 16, rho = 2 and all linear layers. For a
-            PeftModel it says how EVA is to be done (rho, tau, masks).
+            PeftModel it says how EVA is to be done (rho, tau, masks), and its ranks replace
+            those of the adapter.
         allow_any_init: accept a PeftModel that was not made with ``"eva"``; its adapter's
             weights are overwritten.
         overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero).
@@ -73,7 +74,9 @@ def initialize(
                 "`initialize` can only be used with `init_lora_weights='eva'`; pass "
                 "allow_any_init=True to overwrite the weights of another adapter"
             )
-        if not overwrite_trained:
+        # such an adapter starts with a random lora_B, which tells nothing
+        random_start = allow_any_init and getattr(own, "init_lora_weights", None) is False
+        if not (overwrite_trained or random_start):
             check_not_trained(inner, parsed.adapter_name)
     else:
         chosen = default_config() if config is None else check_config(inner, config, "")

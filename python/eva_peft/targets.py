@@ -31,6 +31,8 @@ _PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
 _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
 # What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
+# The options of a config that say how large the adapters are.
+_SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     """
     found: Iterator[_Found]
     if isinstance(model, PeftModel):
-        found = _adapted(model, adapter_name)
+        found = _adapted(model, config, adapter_name)
     else:
         config = resolved_config(model, config)
         found = _matching(model, config)
@@ -170,12 +172,15 @@ class _Found:
     parameter: str | None = None
 
 
+def _rank_and_alpha(config: LoraConfig, name: str, parameter: str | None) -> tuple[int, float]:
+    key = name if parameter is None else f"{name}.{parameter}"
+    rank = int(pattern_value(config.rank_pattern, key, config.r))
+    return rank, pattern_value(config.alpha_pattern, key, config.lora_alpha)
+
+
 def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
     def found(name: str, module: nn.Module, parameter: str | None = None) -> _Found:
-        key = name if parameter is None else f"{name}.{parameter}"
-        rank = int(pattern_value(config.rank_pattern, key, config.r))
-        alpha = pattern_value(config.alpha_pattern, key, config.lora_alpha)
-        return _Found(name, module, rank, alpha, parameter)
+        return _Found(name, module, *_rank_and_alpha(config, name, parameter), parameter)
 
     for path, module in model.named_modules():
         name = _COMPILED.sub("", path)
@@ -186,7 +191,9 @@ def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
                 yield found(name, module, parameter)
 
 
-def _adapted(model: PeftModel, adapter_name: str) -> Iterator[_Found]:
+def _adapted(model: PeftModel, config: LoraConfig, adapter_name: str) -> Iterator[_Found]:
+    own = model.peft_config[adapter_name]
+    as_wrapped = all(getattr(config, each) == getattr(own, each) for each in _SIZES)
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -200,7 +207,10 @@ def _adapted(model: PeftModel, adapter_name: str) -> Iterator[_Found]:
         name, parameter = layer_name(path, module), None
         if isinstance(module, ParamWrapper):
             name, _, parameter = name.rpartition(".")
-        rank, alpha = module.r[adapter_name], module.lora_alpha[adapter_name]
+        if as_wrapped:  # PEFT has the last word: it converts patterns of fused experts
+            rank, alpha = module.r[adapter_name], module.lora_alpha[adapter_name]
+        else:
+            rank, alpha = _rank_and_alpha(config, name, parameter)
         yield _Found(name, module.get_base_layer(), rank, alpha, parameter)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from typing import Any, Literal
 
 import torch
@@ -55,9 +56,8 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
         return False
     config = unwrap(model).peft_config[adapter_name]  # type: ignore[index]
     whitened = bool(getattr(getattr(config, "eva_config", None), "whiten", False))
-    return any(
-        _is_trained(layer, adapter_name) or _has_eva_rows(layer, adapter_name, whitened)
-        for layer in layers.values()
+    return bool(_trained(layers, adapter_name)) or any(
+        _has_eva_rows(layer, adapter_name, whitened) for layer in layers.values()
     )
 
 
@@ -70,7 +70,7 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(unwrap(model), PeftModel):
         return
     layers = _layers(model, adapter_name)
-    trained = [name for name, layer in layers.items() if _is_trained(layer, adapter_name)]
+    trained = _trained(layers, adapter_name)
     if trained:
         more = f" and {len(trained) - 4} more" if len(trained) > 4 else ""
         raise EvaValueError(
@@ -98,9 +98,19 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return found
 
 
-def _is_trained(layer: LoraLayer, adapter_name: str) -> bool:
-    second = layer.lora_B[adapter_name].weight
-    return not second.is_meta and bool(second.detach().any())
+@torch.no_grad()
+def _trained(layers: dict[str, LoraLayer], adapter_name: str) -> list[str]:
+    """Return the names of the layers whose ``lora_B`` is not zero, by one read a device."""
+    by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
+    for name, layer in layers.items():
+        weight = layer.lora_B[adapter_name].weight
+        if not weight.is_meta:
+            by_device[weight.device][name] = weight.any()
+    found = set()
+    for flags in by_device.values():
+        told = torch.stack(list(flags.values())).tolist()
+        found |= {name for name, flag in zip(flags, told, strict=True) if flag}
+    return [name for name in layers if name in found]
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import IA3Config, get_peft_model
@@ -22,91 +20,18 @@ from eva_kernels import EvaError, EvaResult
 from integration.conftest import (
     QUIET,
     lora,
-    lora_layers,
     make_llama,
     make_mlp,
     perturb_b,
     run,
-    same_state,
-    state_of,
-    text_batches,
     vectors,
     wrapped,
 )
-
-TEXTS = text_batches(4)
-MLP = {"target_modules": ["0", "2"]}
+from integration.scene import MLP, Scene
 
 
 class Broken(Exception):
     """An error of the user's own code."""
-
-
-class Scene:
-    """A model in a state of its own, a config and batches, all of which must stay as they are."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.llama = self._busy(make_llama())
-        self.mlp = self._busy(make_mlp())
-        self.peft = self._busy(wrapped(make_mlp(), lora(**MLP)))
-        self.config, self.mlp_config = lora(), lora(**MLP)
-        self.texts, self.data = copy.deepcopy(TEXTS), vectors()
-        self.watched: list[nn.Module] = [self.llama, self.mlp, self.peft]
-        self.snapshot()
-
-    @staticmethod
-    def _busy(model: nn.Module) -> Any:
-        model.train()
-        next(iter(model.children())).eval()
-        model.register_forward_hook(lambda *_: None)
-        return model
-
-    def own(self, model: nn.Module) -> Any:
-        """Watch a further model, which the fault brings along."""
-        self.watched.append(self._busy(model))
-        self.snapshot()
-        return model
-
-    def snapshot(self) -> None:
-        """Take what has to be the same afterwards."""
-        self.states = [state_of(m) for m in self.watched]
-        self.facts = self.look()
-
-    def look(self) -> dict[str, Any]:
-        return {
-            "models": [self._look_at(model) for model in self.watched],
-            "configs": [repr(self.config), repr(self.mlp_config)],
-            "texts": [sorted(b) for b in self.texts],
-            "random": (torch.get_rng_state().tolist(), random.getstate()),
-            "numpy": np.random.get_state()[1].tolist(),
-            "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-            "dtype": torch.get_default_dtype(),
-        }
-
-    @staticmethod
-    def _look_at(model: nn.Module) -> dict[str, Any]:
-        return {
-            "kinds": [type(m).__name__ for m in model.modules()],
-            "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()],
-            "training": [m.training for m in model.modules()],
-            "flags": [(p.requires_grad, p.grad is None) for p in model.parameters()],
-            "objects": [id(p) for p in model.parameters()],
-            "cache": getattr(getattr(model, "config", None), "use_cache", None),
-            "adapters": [(n, m.disable_adapters) for n, m in lora_layers(model).items()],
-            "names": ("eva_result" in vars(model), "peft_config" in vars(model)),
-        }
-
-    def check(self) -> None:
-        for state, model in zip(self.states, self.watched, strict=True):
-            assert same_state(state, state_of(model))
-        now = self.look()
-        for key, value in self.facts.items():
-            assert now[key] == value, key
-        for before, after in zip(TEXTS, self.texts, strict=True):
-            assert all(torch.equal(before[k], after[k]) for k in before)
-        assert all(torch.equal(a, b) for a, b in zip(vectors(), self.data, strict=True))
-        assert not list(self.folder.glob("*.tmp*"))
 
 
 def on_text(scene: Scene, batches: Any, config: Any = None, **options: Any) -> Any:

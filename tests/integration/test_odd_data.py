@@ -1,0 +1,242 @@
+"""Odd data through ``initialize``: the adapters are finite, orthonormal and right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eva_kernels
+from eva_kernels import EvaError
+from integration.conftest import (
+    QUIET,
+    angle,
+    exact_pca,
+    lora,
+    lora_layers,
+    lost,
+    make_llama,
+    run,
+    text_batches,
+    vectors,
+)
+
+METHODS = ["sketch", "gram"]
+
+
+def two_layers(width: int = 20, out: int = 6) -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, out)).eval()
+
+
+def initialized(data: Any, model: nn.Module | None = None, **options: Any) -> Any:
+    # tau = 1.0: no layer converges, so that every batch is used
+    fields = {"target_modules": options.pop("targets", ["0", "2"]), "tau": 1.0}
+    config = lora(**{**fields, **options.pop("lora", {})})
+    base = two_layers() if model is None else model
+    return eva_kernels.initialize(base, data, config, max_steps=6, **{**QUIET, **options})
+
+
+def check_adapters(model: nn.Module) -> None:
+    for name, layer in lora_layers(model).items():
+        a = layer.lora_A["default"].weight.detach().double().flatten(1)
+        assert a.isfinite().all(), name
+        torch.testing.assert_close(
+            a @ a.mT, torch.eye(len(a), dtype=a.dtype), atol=1e-5, rtol=0, msg=name
+        )
+        assert not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.0, 3.5, -1e4])
+def test_constant_inputs(method: str, value: float) -> None:
+    """Without variance there is nothing to explain: no rank for it, and no harm to the others."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.dead, self.live = nn.Linear(12, 4), nn.Linear(20, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.live(x) + self.dead(torch.full((len(x), 12), value))
+
+    model = initialized(vectors(), Both(), targets=["dead", "live"], method=method)
+    assert model.eva_result.ranks == {"dead": 0, "live": 8}
+    check_adapters(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_inputs_of_low_rank(method: str, rank: int) -> None:
+    data = vectors(rank=rank)
+    model = initialized(data, targets=["0"], method=method)
+    result = model.eva_result
+    assert result.numerical_rank["0"] == rank
+    assert result.ranks["0"] <= max(rank, 1)
+    assert lost(result.state_dict()["0"], torch.cat(data[:6])) < 1e-6
+    check_adapters(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_token_twice(method: str) -> None:
+    once = vectors(6)
+    twice = [torch.cat([x, x]) for x in once]
+    results = [
+        run(two_layers(), iter(d), lora(target_modules=["0"], tau=1.0), method=method)
+        for d in (once, twice)
+    ]
+    assert angle(*(r.components["0"][:3] for r in results)) < 1e-3
+    torch.testing.assert_close(
+        *(r.explained_variance_ratio["0"] for r in results), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_token_in_all(method: str) -> None:
+    model = initialized(iter([vectors()[0][:1]]), method=method)
+    assert model.eva_result.tokens == 1
+    check_adapters(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e15])
+def test_scales(method: str, scale: float) -> None:
+    data = [x * scale for x in vectors()]
+    model = initialized(data, targets=["0"], method=method)
+    rows = torch.cat([x.double() for x in data[:6]])
+    state = model.eva_result.state_dict()["0"]
+    if len(state):
+        assert lost(state, rows) < (1e-6 if method == "gram" else 5e-3)
+    check_adapters(model)
+
+
+def test_squares_beyond_float32_are_told() -> None:
+    data = [x * 1e25 for x in vectors()]
+    with pytest.raises(EvaError, match=r"layer 0, step 1: .*overflow.*float64"):
+        initialized(data)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_columns_of_very_different_scale(method: str) -> None:
+    scale = 10.0 ** torch.linspace(-6, 6, 20)
+    data = [x * scale for x in vectors()]
+    model = initialized(data, targets=["0"], method=method)
+    assert lost(model.eva_result.components["0"][:4], torch.cat(data[:6])) < 1e-6
+    check_adapters(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    data = [x.to(dtype) for x in vectors()]
+    model = initialized(data, two_layers().to(dtype), targets=["0"], method="gram")
+    assert lost(model.eva_result.components["0"], torch.cat(data[:6])) < 1e-5
+    weight = lora_layers(model)["0"].lora_A["default"].weight
+    assert weight.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize(("width", "r"), [(1, 4), (2, 4), (3, 8)])
+def test_narrower_than_the_rank(width: int, r: int) -> None:
+    data = [x[:, :width] for x in vectors()]
+    model = initialized(data, two_layers(width), lora={"r": r})
+    assert model.eva_result.ranks["0"] <= width
+    assert sum(model.eva_result.ranks.values()) <= 2 * r
+    check_adapters(model)
+
+
+def test_one_output() -> None:
+    model = initialized(vectors(), two_layers(out=1))
+    check_adapters(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_empty_batches_between_others(method: str) -> None:
+    data = vectors(6)
+    with_empty = [data[0][:0], data[0], data[1][:0], *data[1:], data[2][:0]]
+    results = [
+        run(two_layers(), iter(d), lora(target_modules=["0"], tau=1.0), method=method)
+        for d in (data, with_empty)
+    ]
+    assert results[1].tokens == results[0].tokens
+    assert torch.equal(results[0].components["0"], results[1].components["0"])
+
+
+def test_a_mask_that_is_empty_in_some_batches() -> None:
+    texts = text_batches(5)
+    texts[1]["attention_mask"].zero_()
+    texts[3]["attention_mask"].zero_()
+    result = run(make_llama(), iter(texts), lora(tau=1.0))
+    assert result.tokens == sum(int(b["attention_mask"].sum()) for b in texts)
+
+
+def test_recurrent_layer_and_tied_weights() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.cell, self.head = nn.Linear(20, 20), nn.Linear(20, 20)
+            self.head.weight = self.cell.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = torch.tanh(self.cell(x)) + 0.5 * x
+            return self.head(x)
+
+    model, data = Recurrent(), vectors(5)
+    result = run(model, iter(data), lora(target_modules=["cell", "head"], tau=1.0), method="gram")
+    rows = []
+    with torch.no_grad():
+        for x in data:
+            for _ in range(3):
+                rows.append(x)
+                x = torch.tanh(model.cell(x)) + 0.5 * x
+    variances, directions = exact_pca(torch.cat(rows))
+    assert angle(result.components["cell"][:2], directions[:2]) < 1e-4
+    ratio = (variances / variances.sum())[:8]
+    torch.testing.assert_close(
+        result.explained_variance_ratio["cell"].double(), ratio, rtol=1e-4, atol=1e-7
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_inputs_are_refused(layout: torch.layout) -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(20, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x.to_sparse() if layout == torch.sparse_coo else x.to_sparse_csr())
+
+    with pytest.raises(EvaError, match=r"layer a, step 1: .*sparse.*prepare_layer_inputs_fn"):
+        initialized(vectors(), Sparse(), targets=["a"])
+
+
+def test_nested_tensors_are_refused() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(20, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged))
+
+    with pytest.raises(EvaError, match=r"layer a, step 1: .*nested.*prepare_layer_inputs_fn"):
+        initialized(vectors(), Nested(), targets=["a"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_bad_token_among_many(method: str) -> None:
+    data = vectors(6)
+    data[2][7, 3] = float("nan")
+    data[4][0] = float("inf")
+    model = initialized(iter(data), targets=["0"], on_nonfinite="skip", method=method)
+    good = torch.cat(data)
+    good = good[good.isfinite().all(1)]
+    assert model.eva_result.tokens == len(good)
+    assert model.eva_result.skipped_tokens == 2
+    assert lost(model.eva_result.components["0"], good) < (1e-6 if method == "gram" else 5e-3)
+    check_adapters(model)
