@@ -103,7 +103,19 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
                 f'type {kind!r} (target_modules="all-linear" takes every linear layer)'
             )
         config.target_modules = set(default) if not isinstance(default, str) else default
-    return _maybe_include_all_linear_layers(config, model)
+    asked = config.target_modules
+    config = _maybe_include_all_linear_layers(config, model)
+    names = config.target_modules
+    if isinstance(asked, str) and isinstance(names, set) and _end_others(names, model):
+        config.target_modules = "|".join(sorted(map(re.escape, names)))
+    return config
+
+
+def _end_others(names: set[str], model: nn.Module) -> bool:
+    # PEFT matches names by their ends, and that of a layer may end that of a container: "0" of an
+    # nn.Sequential that of "1.layers.0"
+    paths = (path.split(".") for path, _ in model.named_modules() if path not in names)
+    return any(".".join(parts[i:]) in names for parts in paths for i in range(1, len(parts)))
 
 
 def matches_target(config: LoraConfig, name: str) -> bool:

@@ -47,7 +47,10 @@ def wrap_model(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftM
     """Return a PeftModel around a base model, its adapters ready to be written."""
     config = deepcopy(config)
     config.init_lora_weights, config.eva_config = "eva", config.eva_config or EvaConfig()
-    if config.lora_bias or _adapts_convolution(model, config):
+    resolved = resolved_config(model, config)
+    if config.target_modules and isinstance(resolved.target_modules, str):
+        config.target_modules = resolved.target_modules
+    if config.lora_bias or _adapts_convolution(model, resolved):
         # PEFT refuses "eva" with these, also when it loads a saved adapter
         config.init_lora_weights, config.eva_config = True, None
     with random_state_kept(), warnings.catch_warnings():
@@ -57,7 +60,6 @@ def wrap_model(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftM
 
 
 def _adapts_convolution(model: nn.Module, config: LoraConfig) -> bool:
-    config = resolved_config(model, config)
     kinds = nn.modules.conv._ConvNd
     return any(matches_target(config, n) for n, m in model.named_modules() if isinstance(m, kinds))
 

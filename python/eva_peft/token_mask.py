@@ -81,6 +81,9 @@ class TokenMask:
             if self.streams > 1 and leading == (mask.shape[0], mask.shape[1] * self.streams):
                 wide = mask.repeat_interleave(self.streams, dim=1)
                 return self._indices(kind + "*", wide, device)
+            heads = _for_every_head(mask, leading)
+            if heads is not None:
+                return self._indices(f"{kind} {leading}", heads, device)
         self._warn_unknown(leading, name)
         if self.draw is None:
             return None
@@ -191,6 +194,15 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
         main = label_mask if main is None else main & label_mask
     decision = getattr(model_config, "model_type", "") == "decision_transformer"
     return TokenMask(main, decoder, _DECISION_STREAMS if decision else 1, _is_mixed(batch))
+
+
+def _for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
+    """Return the mask of an input that has each token once a head: (B, H, T) or (B, T, H)."""
+    if len(leading) != 3 or mask.dim() != 2 or leading[1] == leading[2] != 1:
+        return None
+    if (leading[0], leading[2]) == tuple(mask.shape):
+        return mask[:, None].expand(leading)
+    return mask[:, :, None].expand(leading) if leading[:2] == tuple(mask.shape) else None
 
 
 def _is_mixed(batch: Mapping[str, Any]) -> bool:

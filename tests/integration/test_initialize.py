@@ -24,8 +24,10 @@ from integration.conftest import (
     make_llama,
     make_mlp,
     output_of,
+    perturb_b,
     run,
     text_batches,
+    vectors,
     wrapped,
 )
 
@@ -88,6 +90,25 @@ def test_plain_module_and_tensor_batches(mlp: nn.Module, data: list[Any]) -> Non
     for name, layer in lora_layers(done).items():
         rows = layer.lora_A["default"].weight.detach()
         assert lost(rows, inputs[f"base_model.model.{name}"]) < 1e-7
+
+
+def test_all_linear_of_containers_whose_names_end_alike(tmp_path: Any) -> None:
+    """The layer "0" of the outer container is no reason to adapt "1.layers.0"."""
+
+    def make() -> nn.Sequential:
+        torch.manual_seed(7)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        return nn.Sequential(nn.Linear(20, 16), nn.TransformerEncoder(layer, 2), nn.Linear(16, 4))
+
+    data = [x.reshape(5, 8, 20) for x in vectors(4)]
+    with pytest.warns(eva_kernels.EvaWarning, match=r"never called .*1\.layers\.0\.self_attn"):
+        done = eva_kernels.initialize(make().eval(), data, lora(), max_steps=4, **QUIET)
+    called = {"0", "2", *(f"1.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2))}
+    assert set(done.eva_result.ranks) == called
+    perturb_b(done)
+    done.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make().eval(), tmp_path)
+    assert torch.equal(output_of(again, data[0]), output_of(done, data[0]))
 
 
 def test_compiled_wrappers_are_looked_through(mlp: nn.Module, data: list[Any]) -> None:

@@ -319,11 +319,16 @@ def test_rows_of_a_mask() -> None:
         ((2, 3, 8), [0, 1, 3]),
         ((6, 8), [0, 1, 3]),
         ((3, 2, 8), [0, 1, 2]),  # sequence first: positions (0,0), (0,1), (1,0)
+        ((2, 1, 3, 8), [0, 1, 3]),  # one head
+        ((2, 2, 3, 8), [0, 1, 3, 4, 6, 9]),  # two heads, tokens last
+        ((2, 3, 2, 8), [0, 1, 2, 3, 6, 7]),  # two heads, tokens first
     ):
         rows = rule.rows(torch.Size(shape), cpu, "layer")
         assert rows is not None
         assert rows.tolist() == expected
     assert rule.rows(torch.Size((2, 8)), cpu, "pooled") is None
+    with pytest.warns(eva_kernels.EvaWarning, match="heads: no token mask fits"):
+        assert rule.rows(torch.Size((2, 3, 3, 8)), cpu, "heads") is None  # which are the tokens?
     assert (
         TokenMask(torch.ones(2, 3, dtype=torch.bool)).rows(torch.Size((2, 3, 8)), cpu, "x") is None
     )
