@@ -48,10 +48,10 @@ def commit() -> str:
     return told.stdout.strip() or "unknown"
 
 
-def save(name: str, rows: Any, **settings: Any) -> Path:
+def save(name: str, rows: Any, *, out: Path = RESULTS, **settings: Any) -> Path:
     """Write one result file."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{name}.json"
     record = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),

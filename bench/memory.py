@@ -7,15 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from .common import save
+from .meter import reset_resident_peak, resident_bytes
+from .processes import ALLOCATOR
 
 LENGTH = 128
-# Freed blocks go back to the system at once, so that the high-water mark is of live memory.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def child(mode: str) -> None:
@@ -29,16 +28,10 @@ def child(mode: str) -> None:
     run_pass(initialize.adapted(), minilm.load_batches(2, 2, 64))
     model = initialize.adapted()
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _resident("VmRSS")
+    reset_resident_peak()
+    before = resident_bytes()
     run_pass(model, batches)
-    sys.stdout.write(json.dumps({"peak": _resident("VmHWM") - before}) + "\n")
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
+    sys.stdout.write(json.dumps({"peak": resident_bytes("VmHWM") - before}) + "\n")
 
 
 def measure(repeats: int = 3) -> dict[str, Any]:

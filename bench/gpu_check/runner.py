@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..processes import GRACE_SECONDS, child_environment, run_limited
 from .child import SKIPPED
 from .context import result_path
 from .plan import STAGES, TOTAL_SECONDS, Stage, limit_of
-from .record import FILE, ROOT, new_record, read_json, resumed, verdict, write_json
+from .record import FILE, new_record, read_json, resumed, verdict, write_json
 from .table import render
 
 TABLE = "gpu-check.txt"
-GRACE_SECONDS = 3.0  # between the request to end and the end
 LOG_LINES = 15
 
 Say = Callable[[str], None]
@@ -136,66 +134,6 @@ def _outcome(stage: Stage, status: str, reason: str) -> dict[str, Any]:
         "seconds": 0.0,
         "results": {},
     }
-
-
-def child_environment(given: Mapping[str, str], dry_run: bool) -> dict[str, str]:
-    """Return the environment of a stage: the checkout's code, no network, the right Triton."""
-    environment = {key: value for key, value in given.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    environment |= {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    if dry_run:
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return environment
-
-
-def run_limited(
-    command: Sequence[str], seconds: float, log: Any, environment: Mapping[str, str]
-) -> int | None:
-    """Run a process with everything it starts; return its exit status, ``None`` if it was killed.
-
-    It has a process group of its own, so that nothing it started outlives it.
-    """
-    # A signal that ends the check must not come between the start of a process and the block that
-    # ends it.
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    process = None
-    try:
-        process = subprocess.Popen(
-            list(command),
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            start_new_session=True,
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, held),
-        )
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        return process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process is not None:
-            _end_group(process)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    for number, patience in ((signal.SIGTERM, GRACE_SECONDS - 1.0), (signal.SIGKILL, 1.0)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(timeout=patience)
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _tail(path: Path) -> str:

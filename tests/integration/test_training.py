@@ -28,6 +28,7 @@ from integration.conftest import (
     QUIET,
     hooks_of,
     lora,
+    lora_layers,
     make_llama,
     make_mlp,
     perturb_b,
@@ -153,10 +154,14 @@ def test_trained_adapters_are_refused_unless_asked(call: str) -> None:
     assert is_initialized(model)
 
 
-def test_random_b_counts_as_trained() -> None:
-    model = fresh(init_lora_weights=False)
+def test_random_b_tells_nothing_where_it_was_made_so() -> None:
+    """With ``init_lora_weights=False`` the start is random; asking for any init overwrites it."""
+    model, config = fresh(init_lora_weights=False), lora(target_modules=["0", "2"])
     with pytest.raises(EvaValueError, match="or was not made with lora_B = 0"):
-        eva_kernels.initialize(model, vectors(), allow_any_init=True, **QUIET)
+        eva_kernels.initialize(model, vectors(), config, **QUIET)
+    eva_kernels.initialize(model, vectors(), allow_any_init=True, **QUIET)
+    assert is_initialized(model)
+    assert not any(layer.lora_B["default"].weight.any() for layer in lora_layers(model).values())
 
 
 def test_refused_before_any_forward_pass() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench import processes
 from bench.gpu_check import child, context, record, runner, table
 from bench.gpu_check.plan import STAGES, TOTAL_SECONDS, Stage, limit_of
 from bench.gpu_check.stages import build, end_to_end, environment, kernels, sanitizer, tests
@@ -231,11 +232,11 @@ def test_smi_fields() -> None:
 
 def test_environment_of_a_stage() -> None:
     given = {"TRITON_INTERPRET": "1", "HOME": "/home"}
-    real = runner.child_environment(given, dry_run=False)
+    real = processes.child_environment(given, dry_run=False)
     assert "TRITON_INTERPRET" not in real
     assert "CUDA_VISIBLE_DEVICES" not in real
     assert real["HOME"] == "/home"
-    rehearsal = runner.child_environment({}, dry_run=True)
+    rehearsal = processes.child_environment({}, dry_run=True)
     assert (rehearsal["TRITON_INTERPRET"], rehearsal["CUDA_VISIBLE_DEVICES"]) == ("1", "")
 
 
@@ -258,7 +259,7 @@ def test_a_late_process_is_killed_with_all_it_started(tmp_path: Path) -> None:
     begin = time.monotonic()
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-c", textwrap.dedent(code)]
-        assert runner.run_limited(command, 2.0, log, os.environ) is None
+        assert processes.run_limited(command, 2.0, log, os.environ) is None
     assert time.monotonic() - begin < 10
     deadline = time.monotonic() + 5
     pid = int((tmp_path / "pid").read_text())

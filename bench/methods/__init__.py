@@ -1,0 +1,22 @@
+"""Every initialiser of LoRA adapters that is compared, each as a function of one signature."""
+
+from __future__ import annotations
+
+from . import covariances, eva, gradients, weights
+from ._job import Batch, Job, Method, forward, lora_layers
+
+__all__ = ["METHODS", "Batch", "Job", "Method", "after_step", "forward", "lora_layers"]
+
+METHODS: dict[str, Method] = {
+    **weights.METHODS,
+    **gradients.METHODS,
+    **covariances.METHODS,
+    **eva.METHODS,
+}
+
+
+def after_step(model: object, step: int) -> None:
+    """Let a method act after a step of the optimizer (1, 2, ...), as AdaLoRA has to."""
+    base = getattr(model, "base_model", None)
+    if hasattr(base, "update_and_allocate"):
+        base.update_and_allocate(step)

@@ -1,0 +1,106 @@
+"""What every initialiser is given, and what it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..meter import Meter
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an initialiser is given, the same for all in a comparison.
+
+    Attributes:
+        targets: names of the layers to adapt, as PEFT matches them.
+        batches: calibration data, mappings of tensors on the device of the model.
+        loss: ``f(model, batch)``, what training goes down on.
+        r: rank of every layer; methods that move ranks keep their sum.
+        rho, tau: of EVA.
+        most_forwards: after which EVA is ended, whatever has converged.
+        steps: of the training that follows, for AdaLoRA.
+        seed: of whatever is random.
+        text: the batches are text, with padding that an ``attention_mask`` tells.
+        modules_to_save: layers that are trained whole.
+    """
+
+    targets: Sequence[str]
+    batches: Sequence[Batch]
+    loss: Callable[[nn.Module, Batch], Tensor]
+    r: int = 16
+    rho: float = 2.0
+    tau: float = 0.99
+    most_forwards: int = 100
+    steps: int = 100
+    seed: int = 0
+    text: bool = True
+    modules_to_save: Sequence[str] = ()
+
+    def config(self, kind: type[Any] = LoraConfig, **fields: Any) -> Any:
+        """Return a PEFT config of a kind, with the fields that all methods share."""
+        if kind is LoraConfig:
+            fields = {"r": self.r, **fields}
+        return kind(
+            lora_alpha=self.r,
+            target_modules=list(self.targets),
+            modules_to_save=list(self.modules_to_save) or None,
+            **fields,
+        )
+
+
+def forward(model: nn.Module, batch: Batch, meter: Meter) -> Any:
+    """Run a forward pass without labels, and count it."""
+    count(batch, meter)
+    return model(**{key: value for key, value in batch.items() if key != "labels"})
+
+
+def count(batch: Batch, meter: Meter) -> None:
+    """Count a forward pass, and its tokens (or samples, where there are no token ids)."""
+    meter.forwards += 1
+    ids = batch.get("input_ids")
+    meter.tokens += ids.numel() if ids is not None else len(next(iter(batch.values())))
+
+
+def wrap(model: nn.Module, config: Any, seed: int, **options: Any) -> PeftModel:
+    """Return ``get_peft_model``, by random numbers of a seed."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice to users of single methods
+        torch.manual_seed(seed)
+        return get_peft_model(model, config, **options)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Return the adapted layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.lora_A}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to initialise.
+
+    Attributes:
+        label: for tables.
+        start: ``f(base, job, meter)`` returns the adapted model; it measures the phases
+            ``collect`` (passes over data), ``solve`` (decompositions) and ``apply``. Where one call
+            of PEFT does two of them, both count for the first.
+        source: what was followed.
+        reads_data: it looks at the batches.
+        one_sample: it takes one sample at a time, whatever the batches.
+    """
+
+    label: str
+    start: Callable[[nn.Module, Job, Meter], PeftModel]
+    source: str
+    reads_data: bool = False
+    one_sample: bool = False

@@ -1,0 +1,110 @@
+"""EVA: by PEFT, and by this package."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import EvaConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
+from peft.tuners.lora import eva
+from torch import Tensor, nn
+
+import eva_kernels
+
+from ..meter import Meter
+from ._job import Batch, Job, Method, forward, wrap
+
+
+def _adapted(model: nn.Module, job: Job) -> PeftModel:
+    config = job.config(init_lora_weights="eva", eva_config=EvaConfig(rho=job.rho, tau=job.tau))
+    return wrap(model, config, job.seed, low_cpu_mem_usage=True)
+
+
+def _peft(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+    """Initialise by PEFT's own functions, ended after ``most_forwards``, which PEFT cannot be.
+
+    The first of its forward passes is for hashing alone, and counts.
+    """
+    with meter.phase("apply"):
+        adapted = _adapted(model, job)
+    first = meter.forwards
+
+    def run(module: nn.Module, batch: Batch) -> None:
+        forward(module, batch, meter)
+        if meter.forwards - first >= job.most_forwards:
+            for layer in module.modules():
+                for hook in layer._forward_hooks.values():
+                    if isinstance(hook, eva.SVDHook):
+                        hook.converged = torch.ones_like(hook.converged)
+
+    with meter.phase("collect"), _solving(meter), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = get_eva_state_dict(
+            adapted, job.batches, forward_fn=run, show_progress_bar=False, **_functions(job)
+        )
+    with meter.phase("apply"):
+        initialize_lora_eva_weights(adapted, eva_state_dict=state)
+    return adapted
+
+
+def _solving(meter: Meter) -> Any:
+    step = eva.IncrementalPCA.partial_fit
+
+    def partial_fit(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with meter.phase("solve"):
+            return step(self, *args, **kwargs)
+
+    return mock.patch.object(eva.IncrementalPCA, "partial_fit", partial_fit)
+
+
+def _functions(job: Job) -> dict[str, Any]:
+    """Return the functions without which PEFT's EVA runs on text only."""
+
+    def rows(layer_input: tuple[Tensor, ...], model_input: Any, name: str) -> Tensor:
+        return layer_input[0].reshape(-1, layer_input[0].shape[-1])
+
+    if job.text:
+        return {}
+    return {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": rows}
+
+
+def _ours(**options: Any) -> Callable[[nn.Module, Job, Meter], PeftModel]:
+    def start(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+        with meter.phase("apply"):
+            adapted = _adapted(model, job)
+        with meter.phase("collect"):
+            result = eva_kernels.calibrate(
+                adapted,
+                job.batches,
+                max_steps=job.most_forwards,
+                on_not_converged="ignore",
+                progress=False,
+                seed=job.seed,
+                **options,
+            )
+        meter.move("collect", "solve", result.seconds["fold"] + result.seconds["check"])
+        meter.forwards += result.forwards
+        meter.tokens += sum(
+            batch["input_ids"].numel() if job.text else len(next(iter(batch.values())))
+            for batch in (job.batches[i % len(job.batches)] for i in range(result.forwards))
+        )
+        with meter.phase("apply"):
+            return result.apply(adapted)
+
+    return start
+
+
+_method = functools.partial(Method, reads_data=True)
+METHODS = {
+    "eva-peft": _method("EVA (PEFT)", _peft, "PEFT"),
+    "eva": _method("EVA (this package)", _ours(), "this package"),
+    "eva-sketch": _method("EVA (this package, sketch)", _ours(method="sketch"), "this package"),
+    "eva-gram": _method("EVA (this package, exact)", _ours(method="gram"), "this package"),
+    "eva-freeze": _method(
+        "EVA (this package, freeze_converged)", _ours(freeze_converged=True), "this package"
+    ),
+}

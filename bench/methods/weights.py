@@ -1,0 +1,78 @@
+"""Initialisers that look at nothing, or at the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, PeftModel
+from torch import nn
+
+from ..meter import Meter
+from ._job import Job, Method, lora_layers, wrap
+
+PEFT = "PEFT"
+
+
+def _wrapping(phase: str, **fields: Any) -> Any:
+    def start(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+        with meter.phase(phase):
+            return wrap(model, job.config(**fields), job.seed)
+
+    return start
+
+
+def _orthonormal(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+    with meter.phase("apply"):
+        adapted = wrap(model, job.config(), job.seed)
+        generator = torch.Generator().manual_seed(job.seed)
+        for layer in lora_layers(adapted).values():
+            weight = layer.lora_A["default"].weight
+            rows = nn.init.orthogonal_(torch.empty(weight.shape), generator=generator)
+            weight.data.copy_(rows)
+        return adapted
+
+
+def _adalora(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+    config = job.config(
+        AdaLoraConfig,
+        init_r=round(1.5 * job.r),
+        target_r=job.r,
+        tinit=max(1, job.steps // 10),
+        tfinal=max(1, job.steps // 3),
+        deltaT=max(1, job.steps // 50),
+        total_step=job.steps,
+    )
+    with meter.phase("apply"):
+        return wrap(model, config, job.seed)
+
+
+@torch.no_grad()
+def _milora(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+    with meter.phase("apply"):
+        adapted = wrap(model, job.config(init_lora_weights=False), job.seed)
+    with meter.phase("solve"):
+        for layer in lora_layers(adapted).values():
+            weight, scaling = layer.get_base_layer().weight, layer.scaling["default"]
+            r = layer.r["default"]
+            u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+            root = (s[-r:] / scaling).sqrt()
+            first, second = root[:, None] * vh[-r:], u[:, -r:] * root
+            layer.lora_A["default"].weight.copy_(first)
+            layer.lora_B["default"].weight.copy_(second)
+            weight.sub_((scaling * second @ first).to(weight.dtype))
+    return adapted
+
+
+METHODS = {
+    "lora": Method("LoRA", _wrapping("apply"), PEFT),
+    "orthonormal": Method("LoRA, orthonormal rows (control)", _orthonormal, "this harness"),
+    "dora": Method("DoRA", _wrapping("apply", use_dora=True), PEFT),
+    "adalora": Method("AdaLoRA", _adalora, PEFT),
+    "pissa": Method("PiSSA", _wrapping("solve", init_lora_weights="pissa"), PEFT),
+    "pissa-niter": Method(
+        "PiSSA, 16 iterations", _wrapping("solve", init_lora_weights="pissa_niter_16"), PEFT
+    ),
+    "milora": Method("MiLoRA", _milora, "arXiv 2406.09044"),
+    "olora": Method("OLoRA", _wrapping("solve", init_lora_weights="olora"), PEFT),
+}

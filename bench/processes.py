@@ -1,0 +1,117 @@
+"""Processes of their own for what is measured, ended with all that they started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+GRACE_SECONDS = 3.0  # between the request to end and the end
+# Freed blocks go back to the system at once, so that the high-water mark is of live memory.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+class ChildFailedError(RuntimeError):
+    """The process gave no answer; the message says why, in a line."""
+
+
+def ask_child(module: str, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Run ``python -m MODULE`` with a question as JSON, and return its answer.
+
+    The process reads the question as its only argument and prints the answer, JSON on one line,
+    as the last of its output.
+
+    Args:
+        module: with a ``__main__``.
+        question: what JSON can hold.
+        seconds: after which it is ended.
+
+    Raises:
+        ChildFailedError: it failed, or took too long.
+    """
+    command = [sys.executable, "-m", module, json.dumps(question)]
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        with log.open("w", encoding="utf-8") as file:
+            environment = {**child_environment(os.environ), **ALLOCATOR}
+            status = run_limited(command, seconds, file, environment)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if status is None:
+        raise ChildFailedError(f"no answer within {seconds:.0f} s")
+    if status != 0:
+        said = [line for line in lines if line.strip()]
+        raise ChildFailedError(said[-1][:300] if said else f"ended with status {status}")
+    answer: dict[str, Any] = json.loads(lines[-1])
+    return answer
+
+
+def child_environment(given: Mapping[str, str], dry_run: bool = False) -> dict[str, str]:
+    """Return the environment of a process: the checkout's code, no network, the right Triton.
+
+    Args:
+        given: to begin with.
+        dry_run: use no GPU, and Triton's interpreter.
+    """
+    environment = {key: value for key, value in given.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    if dry_run:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def run_limited(
+    command: Sequence[str], seconds: float, log: Any, environment: Mapping[str, str]
+) -> int | None:
+    """Run a process with everything it starts; return its exit status, ``None`` if it was killed.
+
+    It has a process group of its own, so that nothing it started outlives it.
+    """
+    # A signal that ends the caller must not come between the start of a process and the block that
+    # ends it.
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    process = None
+    try:
+        process = subprocess.Popen(
+            list(command),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, held),
+        )
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process is not None:
+            _end_group(process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    for number, patience in ((signal.SIGTERM, GRACE_SECONDS - 1.0), (signal.SIGKILL, 1.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        try:
+            process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
