@@ -1,0 +1,157 @@
+"""The process of one row: ``python -m bench.cost QUESTION`` measures a method and prints it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..meter import Meter
+from ..methods import METHODS, Batch, Method, after_step, lora_layers
+from .configs import CONFIGS, Config, causal_loss, warm_up_model
+
+TRAIN_STEPS = 4  # the first is a phase; the others tell what a step of training takes
+
+
+def answer(question: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure one method.
+
+    Args:
+        question: ``config``, ``method``, ``batch`` and ``real`` (weights of the hub).
+
+    Returns:
+        ``runs``, a list with seconds and bytes by phase of every repetition, and what the first of
+        them left behind.
+    """
+    config, method = CONFIGS[question["config"]], METHODS[question["method"]]
+    device, begin = config.device(), time.perf_counter()
+    _warm_up(method, config, device)
+    warm = time.perf_counter() - begin
+    found: dict[str, Any] = {"warm_up_s": warm, "runs": []}
+    spent = 0.0
+    while len(found["runs"]) < config.repeats and spent < config.seconds:
+        begin = time.perf_counter()
+        run, adapted = _measured(config, method, question, device)
+        spent += time.perf_counter() - begin
+        found["runs"].append(run)
+        if len(found["runs"]) == 1:
+            found |= _left(adapted, config, question["real"], device)
+        del adapted
+        gc.collect()
+    return found
+
+
+def _warm_up(method: Method, config: Config, device: torch.device) -> None:
+    ids = torch.arange(2 * 48, device=device).view(2, 48) % 64
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    job = config.job([batch, batch])
+    adapted = method.start(warm_up_model(device, config.dtype), job, Meter(device))
+    _train(adapted, [batch], Meter(device))
+    gc.collect()
+
+
+def _measured(
+    config: Config, method: Method, question: Mapping[str, Any], device: torch.device
+) -> tuple[dict[str, Any], PeftModel]:
+    loading = Meter(device)
+    with loading.phase("load"):
+        model = config.make_model(question["real"])
+        batches = config.make_batches(question["batch"], device)
+    train = config.make_batches(config.train_batch, device)[:TRAIN_STEPS]
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    meter = Meter(device)
+    adapted = method.start(model, config.job(batches), meter)
+    gc.collect()
+    before = dict(meter.seconds)
+    step_seconds = _train(adapted, train, meter)
+    run = {
+        "seconds": {**loading.seconds, **before, "first step": meter.seconds["first step"]},
+        "peaks": meter.peaks,
+        "reserved": meter.reserved,
+        "init_peak": max((meter.peaks.get(name, 0) for name in before), default=0),
+        "init_reserved": max((meter.reserved.get(name, 0) for name in before), default=0),
+        "forwards": meter.forwards,
+        "tokens": meter.tokens,
+        "train_step_s": step_seconds,
+    }
+    return run, adapted
+
+
+def _train(model: PeftModel, batches: list[Batch], meter: Meter) -> float:
+    """Train a step a batch; return the median seconds of those after the first."""
+    model.train()
+    seconds = []
+    for step, batch in enumerate(batches, 1):
+        with meter.phase("first step" if step == 1 else "steps"):
+            begin = time.perf_counter()
+            if step == 1:
+                trained = [p for p in model.parameters() if p.requires_grad]
+                optimizer = torch.optim.AdamW(trained, lr=1e-3)
+            optimizer.zero_grad()
+            causal_loss(model, batch).backward()
+            optimizer.step()
+            after_step(model, step)
+            if meter.device.type == "cuda":
+                torch.cuda.synchronize(meter.device)
+            seconds.append(time.perf_counter() - begin)
+    return sorted(seconds[1:])[len(seconds[1:]) // 2] if seconds[1:] else seconds[0]
+
+
+@torch.no_grad()
+def _left(model: PeftModel, config: Config, real: bool, device: torch.device) -> dict[str, Any]:
+    """Tell what a method has done to the model, by comparison with a fresh base."""
+    fresh = config.make_model(real)
+    plain = dict(fresh.named_modules())
+    changed = total = 0.0
+    for name, layer in lora_layers(model).items():
+        before = plain[name.removeprefix("base_model.model.")].weight.float()
+        after = layer.get_base_layer().weight.float()
+        changed += float((after - before).square().sum())
+        total += float(before.square().sum())
+    ranks = [len(layer.lora_A["default"].weight) for layer in lora_layers(model).values()]
+    return {
+        "weights_changed": (changed / total) ** 0.5 if total else 0.0,
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "ranks": sum(ranks),
+        "layers": len(ranks),
+        **_reloaded(model, fresh, config.make_batches(2, device)[0]["input_ids"]),
+    }
+
+
+def _reloaded(model: PeftModel, fresh: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """Save the adapter that was trained a few steps, load it on a fresh base, compare logits."""
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder)
+            again = PeftModel.from_pretrained(fresh, folder).eval()
+        except Exception as error:  # it is the finding
+            text = str(error).strip().splitlines()[0][:120]
+            return {"reload_error": f"{type(error).__name__}: {text}"}
+        found = again(input_ids=ids, use_cache=False).logits
+    return {"reload_difference": float((found - expected).abs().max())}
+
+
+def main() -> None:
+    """Answer the question on the command line."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    sys.stdout.write("\n" + json.dumps(answer(json.loads(sys.argv[1]))) + "\n")
+
+
+if __name__ == "__main__":
+    main()

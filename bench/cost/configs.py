@@ -1,0 +1,166 @@
+"""The models, the data and the sizes that costs are measured with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from ..end_to_end import TARGETS, load_ids
+from ..methods import Batch, Job
+from ..simulated_memory import MODELS
+
+
+@dataclass(frozen=True)
+class Config:
+    """One configuration.
+
+    Attributes:
+        make_config: returns the transformers config.
+        hub: name of the weights on the hub; random weights where that is not reached.
+        samples: in all, of every method; each sees the same.
+        length: tokens of a sample.
+        batches: batch sizes of data-driven methods.
+        passes: over the samples, after which EVA is ended, whatever has converged.
+        epoch: samples of a training epoch, with which costs are compared.
+        train_batch: batch size of that training.
+        r: rank.
+        dtype: of the weights.
+        repeats: measured runs of every row, at most.
+        seconds: after which a row is not repeated, and after thrice which it is ended.
+        gpu: it makes no sense on a CPU.
+    """
+
+    make_config: Callable[[], PretrainedConfig]
+    hub: str | None
+    samples: int
+    length: int
+    batches: tuple[int, ...]
+    passes: int
+    epoch: int
+    train_batch: int
+    r: int
+    dtype: torch.dtype
+    repeats: int
+    seconds: float
+    gpu: bool = True
+
+    def device(self) -> torch.device:
+        """Return where it runs.
+
+        Raises:
+            RuntimeError: it wants a GPU, and torch sees none.
+        """
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if self.gpu:
+            raise RuntimeError("this configuration needs a GPU, and torch sees none")
+        return torch.device("cpu")
+
+    def make_model(self, real: bool) -> nn.Module:
+        """Return the model, with the same weights at every call, in eval mode.
+
+        Args:
+            real: take the weights of the hub.
+        """
+        device = self.device()
+        if real:
+            model = AutoModelForCausalLM.from_pretrained(self.hub, dtype=self.dtype)
+            return model.to(device).eval()
+        torch.manual_seed(0)
+        with torch.device(device):  # made there: there is no second copy
+            model = AutoModelForCausalLM.from_config(self.make_config(), dtype=self.dtype)
+        return model.eval()
+
+    def has_weights(self) -> bool:
+        """Tell whether the weights can be loaded from the hub, or from its cache."""
+        if self.hub is None:
+            return False
+        try:
+            AutoModelForCausalLM.from_pretrained(self.hub, dtype=self.dtype, device_map="meta")
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def make_batches(self, size: int, device: torch.device) -> list[Batch]:
+        """Return the samples in batches: source code in tokens of the embedded tokenizer."""
+        vocabulary = self.make_config().vocab_size
+        ids = load_ids(vocabulary, self.samples * self.length).view(self.samples, self.length)
+        parts = ids.to(device).split(size)
+        return [
+            {"input_ids": part, "attention_mask": torch.ones_like(part), "labels": part}
+            for part in parts
+        ]
+
+    def job(self, batches: list[Batch]) -> Job:
+        """Return what a method is given."""
+        most = self.passes * len(batches)
+        steps = max(1, self.epoch // self.train_batch)
+        return Job(TARGETS, batches, causal_loss, r=self.r, most_forwards=most, steps=steps)
+
+
+def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss of the next token."""
+    loss: Tensor = model(**batch, use_cache=False).loss
+    return loss
+
+
+def _tiny() -> PretrainedConfig:
+    return LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=256,
+    )
+
+
+def warm_up_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Return a model on which a method can load all of its code."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    with torch.device(device):
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def _large(name: str, hub: str) -> Config:
+    # An epoch is the common-sense training set of the paper: 170,420 samples.
+    sizes: dict[str, Any] = {"samples": 64, "length": 512, "batches": (16, 8, 4), "passes": 2}
+    train: dict[str, Any] = {"epoch": 170_420, "train_batch": 8, "r": 16}
+    run: dict[str, Any] = {"dtype": torch.bfloat16, "repeats": 2, "seconds": 60.0}
+    return Config(MODELS[name], hub, **sizes, **train, **run)
+
+
+CONFIGS = {
+    "tiny": Config(
+        make_config=_tiny,
+        hub=None,
+        samples=64,
+        length=128,
+        batches=(16, 8, 4),
+        passes=2,
+        epoch=8192,
+        train_batch=8,
+        r=16,
+        dtype=torch.float32,
+        repeats=3,
+        seconds=6.0,
+        gpu=False,
+    ),
+    "llama-2-7b": _large("Llama-2-7B", "meta-llama/Llama-2-7b-hf"),
+    "llama-3.1-8b": _large("Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+    "gemma-2-9b": _large("Gemma-2-9B", "google/gemma-2-9b"),
+}

@@ -1,0 +1,174 @@
+"""The table of costs, its plot, and what it says in words."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eva_peft.plots import require_matplotlib
+
+from ..methods import METHODS
+from ..sections import Section
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+HEADERS = [
+    "method",
+    "batch",
+    "collect",
+    "solve",
+    "apply",
+    "initialise",
+    "p20 to p80",
+    "of an epoch",
+    "memory",
+    "first step",
+    "forwards",
+    "tokens",
+    "base changed",
+    "reload",
+]
+RIVALS = ("eva-peft", "lora-ga", "lora-ga-paper", "corda-ipm", "corda-kpm")
+
+
+def sections(record: Mapping[str, Any]) -> list[Section]:
+    """Return the section of one configuration."""
+    settings, rows = record["settings"], record["rows"]
+    epoch = epoch_seconds(settings, rows)
+    size = settings["model"]
+    text = (
+        f"Configuration `{settings['config']}`: {size['num_hidden_layers']} layers of width "
+        f"{size['hidden_size']}, vocabulary {size['vocab_size']}, {settings['dtype']}, weights "
+        f"{settings['weights']}; {settings['samples']} samples of {settings['length']} tokens for "
+        f"every method that reads data, r = {settings['r']}. EVA goes over them "
+        f"{settings['passes']} times at most. Seconds are medians over repetitions in a process of "
+        "its own for each row; memory is the peak above the weights.\n\n" + in_words(rows)
+    )
+    notes = (
+        f"An epoch is {settings['epoch']} samples in batches of {settings['train_batch']}, at the "
+        "seconds of a training step with LoRA. *first step*: forward, backward and optimizer. *base "
+        "changed*: relative Frobenius norm. *reload*: whether the saved adapter gives the same "
+        "logits on a fresh base. Where PEFT decomposes and applies in one call, both are under "
+        "*solve*. CorDA takes one sample at a time."
+    )
+    body = [_cells(row, epoch) for row in rows]
+    figures = {f"cost-{settings['config']}": functools.partial(plot, rows)}
+    return [Section(f"Cost: {settings['config']}", text, HEADERS, body, figures, notes)]
+
+
+def epoch_seconds(settings: Row, rows: Sequence[Row]) -> float | None:
+    """Return the seconds of a training epoch with LoRA, ``None`` if that row failed."""
+    step = next(
+        (r["train_step_s"]["median"] for r in rows if r["method"] == "lora" and _ok(r)), None
+    )
+    return None if step is None else step * settings["epoch"] / settings["train_batch"]
+
+
+def _ok(row: Row) -> bool:
+    return "error" not in row
+
+
+def _cells(row: Row, epoch: float | None) -> list[str]:
+    head = [METHODS[row["method"]].label, str(row["batch"]) if _reads(row) else "-"]
+    if not _ok(row):
+        return [*head, row["error"].replace("|", "\\|"), *[""] * (len(HEADERS) - 3)]
+    init = row["init_s"]
+    share = "" if epoch is None else f"{100 * init['median'] / epoch:.2g} %"
+    return [
+        *head,
+        *(_seconds(row["seconds"].get(name, {}).get("median")) for name in HEADERS[2:5]),
+        _seconds(init["median"]),
+        f"{init['p20']:.2f} to {init['p80']:.2f}",
+        share,
+        mib(row["init_peak"]["median"]),
+        mib(row["first_step_peak"]["median"]),
+        str(row["forwards"]),
+        str(row["tokens"]),
+        "no" if row["weights_changed"] == 0 else f"{row['weights_changed']:.1e}",
+        reload_words(row),
+    ]
+
+
+def _reads(row: Row) -> bool:
+    return METHODS[row["method"]].reads_data
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} s"
+
+
+def mib(value: float) -> str:
+    """Return bytes in MiB, or GiB."""
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def reload_words(row: Row) -> str:
+    """Say whether the adapter came back."""
+    if "reload_error" in row:
+        return row["reload_error"].split(":")[0]
+    difference = row["reload_difference"]
+    return "exact" if difference == 0 else f"off by {difference:.1e}"
+
+
+def in_words(rows: Sequence[Row]) -> str:
+    """Say how this package compares with the other methods that read data, batch by batch."""
+    found = {(r["method"], r["batch"]): r for r in rows if _ok(r)}
+    sizes = sorted({batch for method, batch in found if method == "eva"}, reverse=True)
+    lines = []
+    for rival in RIVALS:
+        label = METHODS[rival].label
+        pairs = [(size, found["eva", size], _at(found, rival, size)) for size in sizes]
+        told = [(size, ours, theirs) for size, ours, theirs in pairs if theirs is not None]
+        if not told:
+            lines.append(f"- {label}: no numbers to compare with.")
+            continue
+        times = [theirs["init_s"]["median"] / ours["init_s"]["median"] for _, ours, theirs in told]
+        peaks = [
+            _ratio(ours["init_peak"]["median"], theirs["init_peak"]["median"])
+            for _, ours, theirs in told
+        ]
+        at = "/".join(str(size) for size, *_ in told)
+        lines.append(
+            f"- {label} takes {_list(times)} times as long as this package (batch {at}; below 1 "
+            f"it is faster), and this package {_list(peaks)} of its memory."
+        )
+    return "\n".join(lines)
+
+
+def _at(found: Mapping[tuple[str, int], Row], method: str, size: int) -> Row | None:
+    return found.get((method, 1 if METHODS[method].one_sample else size))
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    return max(ours, 0.0) / theirs if theirs > 0 else float("inf")
+
+
+def _list(values: Sequence[float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in values)
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Draw memory against seconds, one point a row."""
+    figure = require_matplotlib()(figsize=(7.5, 4.8), layout="constrained", facecolor="white")
+    figure.set_label("Memory above the weights against seconds to initialise, one point a row")
+    axes = figure.subplots()
+    colours = {"eva": "#0072b2", "eva-peft": "#d55e00", "lora-ga": "#009e73", "corda": "#cc79a7"}
+    for row in filter(_ok, rows):
+        name = row["method"]
+        family = next(
+            (k for k in ("eva-peft", "eva", "lora-ga", "corda") if name.startswith(k)), ""
+        )
+        x, y = row["init_s"]["median"], max(row["init_peak"]["median"] / 2**20, 0.5)
+        axes.scatter(x, y, color=colours.get(family, "#666666"), s=24, zorder=3)
+        label = f"{name} {row['batch']}" if _reads(row) else name
+        axes.annotate(label, (x, y), (4, 2), textcoords="offset points", fontsize=6.5)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("seconds to initialise")
+    axes.set_ylabel("peak memory above the weights, MiB")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
