@@ -4,23 +4,105 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
 
+from .common import RESULTS
+
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
+Out = Annotated[Path, typer.Option(help="Folder of the results.")]
+Full = Annotated[bool, typer.Option("--full", help="All seeds and sizes; else a few.")]
+
+
 @app.callback(invoke_without_command=True)
-def main(context: typer.Context) -> None:
-    """Run everything, then print the tables."""
+def main(context: typer.Context, out: Out = Path("bench-report"), full: Full = False) -> None:
+    """Run cost, scale, accuracy and quality, then write tables, plots and a page."""
     if context.invoked_subcommand is None:
-        step()
-        initialize()
-        memory()
-        tables()
+        cost(out=out)
+        scale(out, full)
+        accuracy(out, full)
+        quality(out, full)
+        report(out)
+
+
+@app.command()
+def cost(
+    config: Annotated[
+        str, typer.Option(help="Which model; only tiny makes sense on a CPU.")
+    ] = "tiny",
+    method: Annotated[list[str] | None, typer.Option(help="A method; all if none.")] = None,
+    out: Out = RESULTS,
+) -> None:
+    """What every initialiser costs: seconds by phase, memory, data, what is left of the base."""
+    from .cost.configs import CONFIGS
+    from .cost.run import run
+    from .methods import METHODS
+
+    _check_names([config], CONFIGS)
+    _check_names(method or (), METHODS)
+    try:
+        run(config, out, method)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def scale(out: Out = RESULTS, full: Full = False) -> None:
+    """Cost of a step against width, tokens, layers and rank; memory of 7B to 70B models."""
+    from .scale.run import run
+
+    run("full" if full else "quick", out)
+
+
+@app.command()
+def accuracy(out: Out = RESULTS, full: Full = False) -> None:
+    """Lost variance and rank error against exact PCA, and what they cost."""
+    from .accuracy.run import run
+
+    run("full" if full else "quick", out)
+
+
+@app.command()
+def quality(
+    out: Out = RESULTS,
+    full: Full = False,
+    domain: Annotated[list[str] | None, typer.Option(help="A domain; all if none.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method; all if none.")] = None,
+) -> None:
+    """Fine-tune from every initialisation in four domains."""
+    from .methods import METHODS
+    from .quality.run import run
+
+    _check_names(method or (), METHODS)
+    run("full" if full else "quick", out, domain, method)
+
+
+@app.command()
+def report(
+    out: Out = RESULTS,
+    readme: Annotated[
+        bool, typer.Option("--readme", help="Renew the tables of the README.")
+    ] = False,
+) -> None:
+    """Write one page, the plots and the tables of a folder of results, from its JSON alone."""
+    from . import report as benchmark
+
+    print(f"wrote {benchmark.run(out)}")
+    if readme:
+        tables(write=True)
+
+
+def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(known)}")
 
 
 @app.command()
@@ -99,11 +181,7 @@ def simulate(
     """Peak memory of the initialisation of 7B to 70B models, simulated; needs no GPU."""
     from . import simulated_memory
 
-    unknown = set(model or ()) - set(simulated_memory.MODELS)
-    if unknown:
-        raise typer.BadParameter(
-            f"{', '.join(sorted(unknown))}: known are {', '.join(simulated_memory.MODELS)}"
-        )
+    _check_names(model or (), simulated_memory.MODELS)
     simulated_memory.run(model or list(simulated_memory.MODELS), write)
 
 
@@ -116,9 +194,7 @@ def families(
     from .families import FAMILIES
     from .families.run import run, words
 
-    unknown = set(family or ()) - set(FAMILIES)
-    if unknown:
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: known are {', '.join(FAMILIES)}")
+    _check_names(family or (), FAMILIES)
     for row in run(family, write):
         print(f"{row['family']}: {words(row['ours'])}; PEFT: {words(row['peft'])}")
 
@@ -132,8 +208,7 @@ def end_to_end(config: str = "tiny", seconds: float = 600.0, out: Path | None = 
 
     from . import end_to_end as benchmark
 
-    if config not in benchmark.SETTINGS:
-        raise typer.BadParameter(f"{config!r} is none of {', '.join(benchmark.SETTINGS)}")
+    _check_names([config], benchmark.SETTINGS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _put(json.dumps(benchmark.run(config, device, seconds=seconds), indent=1), out)
 

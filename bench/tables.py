@@ -8,31 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from .common import RESULTS
+from .cost.show import short
+from .sections import markdown, source, table
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def load(name: str) -> dict[str, Any]:
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """Read one result file."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    record: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    return record
 
 
-def _table(headers: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in [headers, ["---"] * len(headers), *rows]]
-    return "\n".join(lines)
-
-
-def _source(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    return (
-        f"{record['date']}, commit {record['commit']}, {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, peft {machine['peft']}"
-    )
-
-
-def whole_pass() -> str:
+def whole_pass(folder: Path = RESULTS) -> str:
     """Render the table of the whole initialisation."""
-    record, memory, ranks = load("initialize"), load("memory"), load("ranks")
+    record, memory, ranks = (
+        load("initialize", folder),
+        load("memory", folder),
+        load("ranks", folder),
+    )
     settings = record["settings"]
     headers = ["", *(f"padded to {row['padded_to']}" for row in record["rows"])]
 
@@ -53,9 +47,9 @@ def whole_pass() -> str:
             f"the Python documentation, r = {settings['r']}, rho = {settings['rho']:g}); medians "
             f"of {settings['repeats']} interleaved runs in one process:",
             "",
-            _table(headers, rows),
+            table(headers, rows),
             "",
-            _table(
+            table(
                 ["", "PEFT's EVA", "this package"],
                 [
                     [
@@ -77,14 +71,14 @@ def whole_pass() -> str:
                 ],
             ),
             "",
-            f"({_source(record)})",
+            f"({source(record)})",
         ]
     )
 
 
-def svd_step() -> str:
+def svd_step(folder: Path = RESULTS) -> str:
     """Render the table of one SVD step."""
-    record = load("svd_step")
+    record = load("svd_step", folder)
     rows = [
         [
             row["layer"],
@@ -106,43 +100,44 @@ def svd_step() -> str:
             f"{settings['components']}) against PEFT's `IncrementalPCA(lowrank=True)`, and the "
             f"share of variance lost against exact PCA after {settings['steps']} steps:",
             "",
-            _table(headers, rows),
+            table(headers, rows),
             "",
-            f"({_source(record)})",
+            f"({source(record)})",
         ]
     )
 
 
-def simulated_memory() -> str:
+def simulated_memory(folder: Path = RESULTS) -> str:
     """Render the table of simulated peak memory."""
     from .simulated_memory import HEADERS, rows_for_table
 
-    record = load("simulated_memory")
+    record = load("simulated_memory", folder)
     return "\n".join(
         [
             "Peak GPU memory in GiB above the parameters, of the real code on tensors without "
             "contents (4 x 512 tokens, bfloat16, seven projections a layer, r = 16, rho = 2; "
             "simulated, see `bench/simulated_memory.py` for what that leaves out):",
             "",
-            _table(HEADERS, rows_for_table(record)),
+            table(HEADERS, rows_for_table(record)),
             "",
-            f"({_source(record)})",
+            f"({source(record)})",
         ]
     )
 
 
-def families() -> str:
+def families(folder: Path = RESULTS) -> str:
     """Render the table of model families."""
     from .families.run import words
 
-    record = load("families")
+    record = load("families", folder)
     rows = [[row["family"], words(row["ours"]), words(row["peft"])] for row in record["rows"]]
-    return "\n".join([_table(["family", "this package", "PEFT's EVA"], rows), "", _source(record)])
+    return "\n".join([table(["family", "this package", "PEFT's EVA"], rows), "", source(record)])
 
 
 def measured() -> str:
     """Render the block of measurements."""
-    return "\n\n".join([whole_pass(), svd_step(), simulated_memory()])
+    cost = load("cost-tiny")
+    return "\n\n".join([whole_pass(), svd_step(), markdown(short(cost), cost), simulated_memory()])
 
 
 # The README's blocks: what stands between the marks of each.

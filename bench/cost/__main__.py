@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..meter import Meter
-from ..methods import METHODS, Batch, Method, after_step, lora_layers
+from ..methods import METHODS, Batch, Method, after_step, lora_layers, rank_of
 from .configs import CONFIGS, Config, causal_loss, warm_up_model
 
 TRAIN_STEPS = 4  # the first is a phase; the others tell what a step of training takes
@@ -39,7 +39,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     warm = time.perf_counter() - begin
     found: dict[str, Any] = {"warm_up_s": warm, "runs": []}
     spent = 0.0
-    while len(found["runs"]) < config.repeats and spent < config.seconds:
+    while not spent or (len(found["runs"]) < config.repeats and spent < config.seconds):
         begin = time.perf_counter()
         run, adapted = _measured(config, method, question, device)
         spent += time.perf_counter() - begin
@@ -120,7 +120,7 @@ def _left(model: PeftModel, config: Config, real: bool, device: torch.device) ->
         after = layer.get_base_layer().weight.float()
         changed += float((after - before).square().sum())
         total += float(before.square().sum())
-    ranks = [len(layer.lora_A["default"].weight) for layer in lora_layers(model).values()]
+    ranks = [rank_of(layer) for layer in lora_layers(model).values()]
     return {
         "weights_changed": (changed / total) ** 0.5 if total else 0.0,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -48,15 +48,27 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
         "its own for each row; memory is the peak above the weights.\n\n" + in_words(rows)
     )
     notes = (
-        f"An epoch is {settings['epoch']} samples in batches of {settings['train_batch']}, at the "
-        "seconds of a training step with LoRA. *first step*: forward, backward and optimizer. *base "
-        "changed*: relative Frobenius norm. *reload*: whether the saved adapter gives the same "
-        "logits on a fresh base. Where PEFT decomposes and applies in one call, both are under "
-        "*solve*. CorDA takes one sample at a time."
+        f"An epoch is {settings['epoch']} samples in batches of {settings['train_batch']}, at "
+        "the seconds of a training step with LoRA. *first step*: memory of forward, backward and "
+        "optimizer. *base changed*: relative Frobenius norm. *reload*: whether the saved adapter "
+        "gives the same logits on a fresh base. Where PEFT decomposes and applies in one call, "
+        "both are under *solve*. CorDA takes one sample at a time."
     )
     body = [_cells(row, epoch) for row in rows]
     figures = {f"cost-{settings['config']}": functools.partial(plot, rows)}
     return [Section(f"Cost: {settings['config']}", text, HEADERS, body, figures, notes)]
+
+
+def short(record: Mapping[str, Any], batch: int = 8) -> Section:
+    """Return a few columns of the rows of one batch size, for the README."""
+    section = sections(record)[0]
+    columns = [0, 5, 7, 8, 12, 13]
+    rows = [
+        [cells[i] if len(cells) > 3 else "" for i in columns]
+        for row, cells in zip(record["rows"], section.rows, strict=True)
+        if row["batch"] in (1, batch) or not _reads(row)
+    ]
+    return Section(section.title, section.text, [HEADERS[i] for i in columns], rows)
 
 
 def epoch_seconds(settings: Row, rows: Sequence[Row]) -> float | None:
@@ -120,17 +132,14 @@ def in_words(rows: Sequence[Row]) -> str:
     lines = []
     for rival in RIVALS:
         label = METHODS[rival].label
-        pairs = [(size, found["eva", size], _at(found, rival, size)) for size in sizes]
-        told = [(size, ours, theirs) for size, ours, theirs in pairs if theirs is not None]
-        if not told:
+        told = [(size, found["eva", size], _at(found, rival, size)) for size in sizes]
+        pairs = [(size, ours, theirs) for size, ours, theirs in told if theirs is not None]
+        if not pairs:
             lines.append(f"- {label}: no numbers to compare with.")
             continue
-        times = [theirs["init_s"]["median"] / ours["init_s"]["median"] for _, ours, theirs in told]
-        peaks = [
-            _ratio(ours["init_peak"]["median"], theirs["init_peak"]["median"])
-            for _, ours, theirs in told
-        ]
-        at = "/".join(str(size) for size, *_ in told)
+        times = [_ratio(theirs, ours, "init_s") for _, ours, theirs in pairs]
+        peaks = [_ratio(ours, theirs, "init_peak") for _, ours, theirs in pairs]
+        at = "/".join(str(size) for size, *_ in pairs)
         lines.append(
             f"- {label} takes {_list(times)} times as long as this package (batch {at}; below 1 "
             f"it is faster), and this package {_list(peaks)} of its memory."
@@ -142,12 +151,18 @@ def _at(found: Mapping[tuple[str, int], Row], method: str, size: int) -> Row | N
     return found.get((method, 1 if METHODS[method].one_sample else size))
 
 
-def _ratio(ours: float, theirs: float) -> float:
-    return max(ours, 0.0) / theirs if theirs > 0 else float("inf")
+def _ratio(first: Row, second: Row, what: str) -> float:
+    below = second[what]["median"]
+    return max(first[what]["median"], 0.0) / below if below > 0 else float("inf")
 
 
 def _list(values: Sequence[float]) -> str:
     return " / ".join(f"{value:.2f}" for value in values)
+
+
+def _colour(method: str) -> str:
+    families = {"eva-peft": "#d55e00", "eva": "#0072b2", "lora-ga": "#009e73", "corda": "#cc79a7"}
+    return next((c for name, c in families.items() if method.startswith(name)), "#666666")
 
 
 def plot(rows: Sequence[Row]) -> Figure:
@@ -155,14 +170,10 @@ def plot(rows: Sequence[Row]) -> Figure:
     figure = require_matplotlib()(figsize=(7.5, 4.8), layout="constrained", facecolor="white")
     figure.set_label("Memory above the weights against seconds to initialise, one point a row")
     axes = figure.subplots()
-    colours = {"eva": "#0072b2", "eva-peft": "#d55e00", "lora-ga": "#009e73", "corda": "#cc79a7"}
     for row in filter(_ok, rows):
         name = row["method"]
-        family = next(
-            (k for k in ("eva-peft", "eva", "lora-ga", "corda") if name.startswith(k)), ""
-        )
         x, y = row["init_s"]["median"], max(row["init_peak"]["median"] / 2**20, 0.5)
-        axes.scatter(x, y, color=colours.get(family, "#666666"), s=24, zorder=3)
+        axes.scatter(x, y, color=_colour(name), s=24, zorder=3)
         label = f"{name} {row['batch']}" if _reads(row) else name
         axes.annotate(label, (x, y), (4, 2), textcoords="offset points", fontsize=6.5)
     axes.set_xscale("log")

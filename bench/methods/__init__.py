@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from . import covariances, eva, gradients, weights
-from ._job import Batch, Job, Method, forward, lora_layers
+from ._job import Batch, Job, Method, forward, lora_layers, rank_of
 
-__all__ = ["METHODS", "Batch", "Job", "Method", "after_step", "forward", "lora_layers"]
+__all__ = ["METHODS", "Batch", "Job", "Method", "after_step", "forward", "lora_layers", "rank_of"]
 
 METHODS: dict[str, Method] = {
     **weights.METHODS,

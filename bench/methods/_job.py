@@ -85,6 +85,12 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer) and m.lora_A}
 
 
+def rank_of(layer: LoraLayer) -> int:
+    """Return how many rows ``lora_A`` has; AdaLoRA's is no layer, but a parameter."""
+    first = layer.lora_A["default"]
+    return len(getattr(first, "weight", first))
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to initialise.

@@ -8,6 +8,7 @@ first changes the base weights by about a hundredth of what the second does.
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 from peft import LoraGAConfig, PeftModel, preprocess_loraga
@@ -27,7 +28,8 @@ def _gradients(model: nn.Module, job: Job, meter: Meter) -> None:
             count(batch, meter)
             job.loss(model, batch).backward()
 
-    with meter.phase("collect"):
+    with meter.phase("collect"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         preprocess_loraga(model, config, train_step)
 
 

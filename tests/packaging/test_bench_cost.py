@@ -1,0 +1,148 @@
+"""The cost of each initialiser: what is measured, and what the table says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bench.cost import __main__ as measuring
+from bench.cost import run as running
+from bench.cost.configs import CONFIGS
+from bench.cost.show import HEADERS, in_words, sections, short
+from bench.methods import METHODS
+
+
+def model() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A model that takes no time, measured in this process."""
+    made = dataclasses.replace(
+        CONFIGS["tiny"], make_config=model, samples=16, length=16, r=4, seconds=0.0
+    )
+    monkeypatch.setitem(CONFIGS, "tiny", made)
+    monkeypatch.setattr(
+        running, "ask_child", lambda module, question, seconds: measuring.answer(question)
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def measure(out: Path, methods: list[str]) -> dict[str, Any]:
+    path = running.run("tiny", out, methods, quiet=True)
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
+
+
+def test_rows(tmp_path: Path) -> None:
+    record = measure(tmp_path, ["lora", "pissa", "corda-ipm", "lora-ga", "eva-peft", "eva"])
+    rows = record["rows"]
+    assert not [row for row in rows if "error" in row]
+    sizes: dict[str, list[int]] = {}
+    for row in rows:
+        sizes.setdefault(row["method"], []).append(row["batch"])
+    assert sizes["lora"] == sizes["pissa"] == [16]
+    assert sizes["corda-ipm"] == [1]
+    assert sizes["eva"] == sizes["lora-ga"] == [16, 8, 4]
+    by_name = {(row["method"], row["batch"]): row for row in rows}
+    assert by_name["lora-ga", 4]["tokens"] == by_name["corda-ipm", 1]["tokens"] == 256
+    assert by_name["eva", 16]["forwards"] <= 2
+    assert by_name["eva", 4]["forwards"] <= 8
+    for row in rows:
+        changed = row["method"] in ("pissa", "corda-ipm", "lora-ga")
+        assert (row["weights_changed"] > 0) == changed
+        assert row["ranks"] == 28
+        assert row["init_s"]["median"] > 0
+    assert by_name["eva", 8]["reload_difference"] == by_name["lora", 16]["reload_difference"] == 0
+    assert "eigens" in by_name["corda-ipm", 1]["reload_error"]
+    assert by_name["lora-ga", 8]["reload_difference"] > 0
+
+
+def test_a_method_that_cannot_run_keeps_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Any:
+        raise NotImplementedError("not on this | machine")
+
+    broken_method = dataclasses.replace(METHODS["dora"], start=broken)
+    monkeypatch.setitem(METHODS, "dora", broken_method)
+    record = measure(tmp_path, ["lora", "dora"])
+    assert record["rows"][1]["error"] == "NotImplementedError: not on this | machine"
+    section = sections(record)[0]
+    assert section.rows[1][2] == "NotImplementedError: not on this \\| machine"
+    assert {len(row) for row in section.rows} == {len(HEADERS)}
+
+
+def test_a_gpu_is_asked_for() -> None:
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        running.run("llama-2-7b")
+
+
+def row(method: str, batch: int, seconds: float, peak: float) -> dict[str, Any]:
+    one = {"median": seconds, "p20": seconds, "p80": seconds}
+    memory = {"median": peak * 2**20, "p20": 0.0, "p80": 0.0}
+    return {
+        "method": method,
+        "batch": batch,
+        "init_s": one,
+        "init_peak": memory,
+        "first_step_peak": memory,
+        "train_step_s": {"median": 0.5},
+        "seconds": {"apply": one},
+        "forwards": 1,
+        "tokens": 2,
+        "weights_changed": 0.0,
+        "reload_difference": 0.25,
+    }
+
+
+def test_words_and_cells() -> None:
+    rows = [
+        row("lora", 16, 0.1, 1),
+        row("corda-ipm", 1, 1.0, 400),
+        row("eva-peft", 8, 8.0, 100),
+        row("eva", 8, 2.0, 50),
+    ]
+    said = in_words(rows)
+    assert "CorDA (ipm) takes 0.50 times as long" in said
+    assert "(batch 8; below 1 it is faster), and this package 0.12 of its memory" in said
+    assert "EVA (PEFT) takes 4.00 times as long" in said
+    assert "LoRA-GA (paper): no numbers" in said
+    settings = {
+        "config": "tiny",
+        "weights": "random",
+        "samples": 4,
+        "length": 8,
+        "passes": 2,
+        "epoch": 80,
+        "train_batch": 8,
+        "r": 4,
+        "dtype": "float32",
+        "model": {"num_hidden_layers": 1, "hidden_size": 2, "vocab_size": 3},
+    }
+    record = {"settings": settings, "rows": rows}
+    section = sections(record)[0]
+    eva = dict(zip(HEADERS, section.rows[3], strict=True))
+    assert eva["of an epoch"] == "40 %"  # 2 s of 10 steps of half a second
+    assert eva["memory"] == "50 MiB"
+    assert eva["reload"] == "off by 2.5e-01"
+    assert [cells[0] for cells in short(record).rows] == [cells[0] for cells in section.rows]
+    assert next(iter(section.figures.values()))() is not None

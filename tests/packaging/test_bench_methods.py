@@ -1,0 +1,175 @@
+"""Every initialiser of the harness does what it is called, and the meter reads right."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.meter import Meter
+from bench.methods import METHODS, Job, after_step, lora_layers, rank_of
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# What these take away from the base weights they give to the adapter.
+CHANGE_BASE = {
+    "pissa",
+    "pissa-niter",
+    "milora",
+    "olora",
+    "lora-ga",
+    "lora-ga-paper",
+    "corda-ipm",
+    "corda-kpm",
+}
+
+
+def batches(count: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    share = 1 / torch.arange(1, 65).float()
+    ids = torch.multinomial(share, count * 4 * 24, True, generator=generator).view(count, 4, 24)
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x} for x in ids]
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    value: Tensor = model(**batch).loss
+    return value
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def job(**fields: object) -> Job:
+    return Job(PROJECTIONS, batches(), loss, **{"r": 4, "most_forwards": 6, **fields})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_method(name: str, base: nn.Module) -> None:
+    model, data, method = copy.deepcopy(base), batches(), METHODS[name]
+    with torch.no_grad():
+        before = model(**data[0]).logits
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    random, meter = torch.get_rng_state(), Meter()
+    adapted = method.start(model, job(), meter).eval()
+    if name not in ("lora-ga", "lora-ga-paper", "eva-peft", "pissa-niter"):
+        assert torch.equal(torch.get_rng_state(), random)
+    with torch.no_grad():  # whatever the start, the model computes the same
+        torch.testing.assert_close(adapted(**data[0]).logits, before, atol=2e-5, rtol=0)
+    layers = lora_layers(adapted)
+    assert len(layers) == 14
+    changed = [
+        n
+        for n, layer in layers.items()
+        if not torch.equal(
+            layer.get_base_layer().weight, weights[n.removeprefix("base_model.model.") + ".weight"]
+        )
+    ]
+    assert len(changed) == (14 if name in CHANGE_BASE else 0)
+    ranks = [rank_of(layer) for layer in layers.values()]
+    assert sum(ranks) == 14 * (6 if name == "adalora" else 4)
+    assert bool(meter.forwards) == method.reads_data
+    assert meter.tokens == meter.forwards * 24 * (1 if method.one_sample else 4)
+    assert set(meter.seconds) <= {"collect", "solve", "apply"}
+    assert min(meter.seconds.values()) >= 0
+    assert ("collect" in meter.seconds) == method.reads_data
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_trains(name: str, base: nn.Module) -> None:
+    model = METHODS[name].start(copy.deepcopy(base), job(), Meter()).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for step in range(1, 9):
+        value = loss(model, batches(1)[0])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        after_step(model, step)
+        losses.append(value.item())
+    assert losses[-1] < losses[0]
+
+
+def test_seeds_make_another_start(base: nn.Module) -> None:
+    def rows(name: str, seed: int) -> Tensor:
+        model = METHODS[name].start(copy.deepcopy(base), job(seed=seed), Meter())
+        return next(iter(lora_layers(model).values())).lora_A["default"].weight
+
+    for name in ("lora", "orthonormal"):
+        assert torch.equal(rows(name, 1), rows(name, 1))
+        assert not torch.equal(rows(name, 1), rows(name, 2))
+    a = rows("orthonormal", 1)
+    torch.testing.assert_close(a @ a.mT, torch.eye(4), atol=1e-5, rtol=0)
+
+
+def test_both_forms_of_lora_ga_are_what_they_are_called(base: nn.Module) -> None:
+    """By the paper both matrices have orthonormal directions of one length."""
+    found = {}
+    for name in ("lora-ga", "lora-ga-paper"):
+        model = METHODS[name].start(copy.deepcopy(base), job(), Meter())
+        layer = lora_layers(model)["base_model.model.model.layers.0.mlp.gate_proj"]
+        found[name] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a, b = found["lora-ga-paper"]
+    length = 48**0.5 / 16
+    torch.testing.assert_close(a @ a.mT, length * torch.eye(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(b.mT @ b, length * torch.eye(4), atol=1e-4, rtol=0)
+    assert found["lora-ga"][1].norm() < 0.2 * b.norm()
+
+
+def test_milora_takes_the_smallest_singular_values(base: nn.Module) -> None:
+    model = METHODS["milora"].start(copy.deepcopy(base), job(), Meter())
+    layer = lora_layers(model)["base_model.model.model.layers.0.mlp.up_proj"]
+    taken = layer.get_delta_weight("default")
+    weight = layer.get_base_layer().weight + taken
+    expected = torch.linalg.svdvals(weight)[-4:]
+    torch.testing.assert_close(torch.linalg.svdvals(taken)[:4], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_meter() -> None:
+    meter = Meter()
+    with meter.phase("outer"):
+        time.sleep(0.02)
+        with meter.phase("inner"):
+            block = torch.ones(16 << 20)  # 64 MiB
+            time.sleep(0.05)
+        assert block.numel()
+        del block
+    assert 0.02 <= meter.seconds["outer"] < 0.05 <= meter.seconds["inner"] < 0.5
+    assert 60 << 20 < meter.peaks["inner"] < 100 << 20
+    with meter.phase("after"):
+        pass
+    assert meter.peaks["after"] < 32 << 20
+    assert meter.peak == max(meter.peaks.values())
+    meter.move("inner", "solve", 0.01)
+    assert meter.seconds["solve"] == 0.01
+
+
+def test_a_phase_that_fails_is_measured() -> None:
+    meter = Meter()
+    with pytest.raises(KeyError), meter.phase("a"):
+        raise KeyError
+    with meter.phase("b"):
+        pass
+    assert set(meter.seconds) == {"a", "b"}
