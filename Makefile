@@ -11,6 +11,11 @@
 #
 #   OUT          where its results go                          make gpu-check OUT=results
 #   CHECK_ARGS   its further options                           CHECK_ARGS="--dry-run"
+#
+# `make bench` goes on where it was interrupted.
+#
+#   BENCH_OUT    where its results go                          make bench BENCH_OUT=bench/results
+#   BENCH_ARGS   its further options                           BENCH_ARGS="--full"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -20,6 +25,8 @@ TRITON ?= triton==3.9.0; python_version >= "3.11"
 # folder of their own, and only the tests of quantised bases look there.
 QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
 OUT ?= gpu-check
+BENCH_OUT ?= bench-report
+BENCH_ARGS ?=
 CHECK_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +45,8 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*.cu tests/emulator/
 help:
 	@echo "make demo   EVA on the embedded model against PEFT's; writes demo-report/"
 	@echo "make test   all tests      make lint   linters, formatters, types"
-	@echo "make bench  measurements   make docs   API documentation in site/"
+	@echo "make bench  every initialiser compared, in 25 minutes; writes bench-report/"
+	@echo "make docs   API documentation in site/"
 	@echo "make gpu-check  build, test, sanitise and measure on a GPU, in nine minutes; see bench/README.md"
 	@echo "make clean  remove what was built; make setup creates .venv"
 
@@ -67,7 +75,7 @@ lint: $(READY)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 bench: $(READY)
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --out "$(BENCH_OUT)" $(BENCH_ARGS)
 
 gpu-check:
 	@if $(PYTHON) -c 'import torch, typer' 2>/dev/null; then \
@@ -80,5 +88,5 @@ docs: $(READY)
 	$(BIN)/pdoc --docformat google -o site eva_kernels eva_kernels.ops eva_kernels.streaming eva_kernels.reference eva_kernels.errors eva_peft
 
 clean:
-	rm -rf build dist site demo-report gpu-check *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site demo-report bench-report gpu-check *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(READY) eva_kernels/_C*.so eva_kernels/_cuda*.so
