@@ -1,0 +1,173 @@
+"""The methods that are compared, each a stream of tokens with an answer at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from peft.utils.incremental_pca import IncrementalPCA
+from sklearn.decomposition import IncrementalPCA as ScikitIncrementalPCA
+from torch import Tensor
+
+from eva_kernels.streaming import InputStream, Options, fold_streams, plan_streams
+
+from .. import minilm
+from .exact import Exact
+
+OVERSAMPLES = (1.0, 1.5, 2.0, 3.0, 4.0)
+CPU = torch.device("cpu")
+# On data whose rank is below K every method here is exact but for the rounding of float32.
+PLANTED_RANK, PLANTED_COMPONENTS, PLANTED_FEATURES, PLANTED_TOKENS = 6, 8, 48, 96
+PLANTED_LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says of the tokens so far.
+
+    Attributes:
+        components: (K, D), rows.
+        ratios: explained-variance ratios, (K,) float64.
+    """
+
+    components: Tensor
+    ratios: Tensor
+
+
+class Running(Protocol):
+    """A method at work on one layer input."""
+
+    def step(self, x: Tensor) -> object:
+        """Take in the tokens of a step, (N, D) float32; this is what is timed."""
+
+    def answer(self) -> Answer:
+        """Return the answer so far, and leave the stream able to go on."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to follow a stream.
+
+    Attributes:
+        label: for tables and legends.
+        start: ``f(features, components)`` returns it at work.
+        oversample: of a sketch; ``None`` for the others.
+    """
+
+    label: str
+    start: Callable[[int, int], Running]
+    oversample: float | None = None
+
+
+class _Stream:
+    """Ours."""
+
+    def __init__(self, features: int, components: int, method: str, oversample: float) -> None:
+        plan = plan_streams([features], [components], method=method, oversample=oversample)[0]
+        options = Options(plan.method)
+        self.stream = InputStream(features, plan.components, plan.width, CPU, options=options)
+
+    def step(self, x: Tensor) -> object:
+        self.stream.add(x)
+        return fold_streams([self.stream])
+
+    def answer(self) -> Answer:
+        found = self.stream.spectrum()
+        return Answer(found.components, found.ratio)
+
+
+class _Peft:
+    """PEFT's, with the settings and the cast of its EVA hook.
+
+    ``kept`` directions are carried from step to step, of which the K leading are the answer. EVA
+    keeps K.
+    """
+
+    def __init__(self, components: int, kept: int) -> None:
+        self.components = components
+        self.pca = IncrementalPCA(kept, copy=True, lowrank=True, lowrank_seed=42)
+
+    def step(self, x: Tensor) -> object:
+        return self.pca.partial_fit(x.to(torch.float32))
+
+    def answer(self) -> Answer:
+        k, pca = self.components, self.pca
+        return Answer(pca.components_[:k], pca.explained_variance_ratio_[:k].double())
+
+
+class _Scikit:
+    """scikit-learn's, with its defaults: a full decomposition at every step."""
+
+    def __init__(self, components: int) -> None:
+        self.pca = ScikitIncrementalPCA(components)
+
+    def step(self, x: Tensor) -> object:
+        return self.pca.partial_fit(x.numpy())
+
+    def answer(self) -> Answer:
+        ratios = torch.from_numpy(self.pca.explained_variance_ratio_)
+        return Answer(torch.from_numpy(self.pca.components_), ratios.double())
+
+
+def _sketch(oversample: float) -> Method:
+    def start(features: int, components: int) -> Running:
+        return _Stream(features, components, "sketch", oversample)
+
+    return Method(f"sketch Q = {oversample:g} K", start, oversample)
+
+
+METHODS: dict[str, Method] = {
+    "peft": Method("PEFT's EVA", lambda d, k: _Peft(k, k)),
+    "peft-2k": Method("PEFT with 2 K kept", lambda d, k: _Peft(k, min(2 * k, d))),
+    "scikit": Method("scikit-learn", lambda d, k: _Scikit(k)),
+    "gram": Method("exact Gram", lambda d, k: _Stream(d, k, "gram", 2.0)),
+    **{f"sketch-{value:g}": _sketch(value) for value in OVERSAMPLES},
+}
+
+
+def check(method: Method) -> float:
+    """Run a method on data of known low rank, and return the variance it lost.
+
+    Raises:
+        ArithmeticError: more than rounding; its times would be those of something else.
+    """
+    parts = planted()
+    exact = Exact(PLANTED_FEATURES)
+    running = method.start(PLANTED_FEATURES, PLANTED_COMPONENTS)
+    for part in parts:
+        exact.add(part)
+        running.step(part)
+    found, truth = running.answer(), exact.solve(PLANTED_COMPONENTS)
+    lost = minilm.lost_variance(found.components, truth.covariance, truth.spectrum)
+    off = float((found.ratios - truth.ratios).abs().max())
+    if not (lost <= PLANTED_LIMIT and off <= PLANTED_LIMIT):  # NaN fails, too
+        raise ArithmeticError(
+            f"{method.label} loses {lost:.1e} of the variance of data of rank {PLANTED_RANK}, and "
+            f"its ratios are off by {off:.1e}"
+        )
+    return lost
+
+
+def check_all(methods: Mapping[str, Method]) -> dict[str, str]:
+    """Return why methods must not be timed; those that may be are not in it."""
+    faults = {}
+    for name, method in methods.items():
+        try:
+            check(method)
+        except ArithmeticError as error:
+            faults[name] = str(error)
+    return faults
+
+
+def planted(steps: int = 3) -> list[Tensor]:
+    """Return steps of tokens of rank ``PLANTED_RANK`` about a mean far from zero."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(PLANTED_RANK, PLANTED_FEATURES, generator=generator)
+    mean = 3 * torch.randn(PLANTED_FEATURES, generator=generator)
+    scale = torch.linspace(3, 1, PLANTED_RANK)
+    return [
+        (torch.randn(PLANTED_TOKENS, PLANTED_RANK, generator=generator) * scale) @ mixing + mean
+        for _ in range(steps)
+    ]

@@ -1,0 +1,159 @@
+"""Follow every stream with every method, and compare with exact PCA at checkpoints."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from .. import minilm
+from ..common import RESULTS, spread
+from ..rows import Rows
+from . import inputs
+from .exact import Exact, Truth, rank_errors
+from .inputs import Inputs, Sizes
+from .methods import METHODS, Answer, Method, Running, check_all
+
+RANK, COMPONENTS = 16, 32  # r, and K = r rho
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is measured; checkpoints are numbers of steps."""
+
+    sizes: Sizes
+    checkpoints: Sequence[int]
+    synthetic_checkpoints: Sequence[int]
+
+
+_LABELS = list(inputs.LAYERS)
+PRESETS = {
+    "quick": Preset(Sizes(_LABELS[:7], 16, 2048, 512, 12), (1, 2, 4, 8, 16), (1, 3, 6, 12)),
+    "full": Preset(Sizes(_LABELS, 46, 4096, 1024, 16), (1, 2, 4, 8, 16, 32, 46), (1, 4, 8, 16)),
+}
+
+
+def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path:
+    """Measure and save ``accuracy.json``.
+
+    Args:
+        preset: ``"quick"`` (three minutes) or ``"full"`` (eight) on two cores.
+        out: folder of the results.
+        quiet: show no progress bar.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    settings = {
+        "preset": preset,
+        "components": COMPONENTS,
+        "rank": RANK,
+        **json_ready(asdict(chosen)),
+        "labels": {name: method.label for name, method in METHODS.items()},
+    }
+    rows = Rows("accuracy", settings, out, quiet)
+    faults, streams = check_all(METHODS), Inputs(chosen.sizes)
+    right = {name: method for name, method in METHODS.items() if name not in faults}
+
+    def one(key: Mapping[str, Any]) -> dict[str, Any]:
+        synthetic = key["input"] == inputs.SYNTHETIC
+        points = chosen.synthetic_checkpoints if synthetic else chosen.checkpoints
+        _, parts = streams.steps(key["input"])
+        return {"synthetic": synthetic, **measure(parts, right, COMPONENTS, points)}
+
+    made = rows.make([{"input": label} for label in chosen.sizes.labels], one)
+    real = [row for row in made if "error" not in row and not row["synthetic"]]
+    return rows.finish({"inputs": made, "ranks": rank_errors(real, RANK), "refused": faults})
+
+
+def json_ready(value: Any) -> Any:
+    """Return settings with lists in place of tuples, as they are read back."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def measure(
+    parts: Iterable[Tensor],
+    methods: Mapping[str, Method],
+    components: int,
+    checkpoints: Sequence[int],
+) -> dict[str, Any]:
+    """Follow one stream with all methods, taking turns step by step.
+
+    Args:
+        parts: tokens of each step, (N, D) float32.
+        methods: name -> method.
+        components: K.
+        checkpoints: after which steps they are compared with exact PCA, 1, 2, ...
+
+    Returns:
+        ``features``, ``tokens`` of a step, ``steps``; ``exact``, by checkpoint the tokens so far
+        and the exact ratios; ``methods``, by name the milliseconds of a step but the first (a
+        start-up: a first basis, a full decomposition), of the last answer, and by checkpoint the
+        lost variance, the ratios, and the relative error of the ratio of component K.
+    """
+    parts = iter(parts)
+    first = next(parts)
+    features, exact = first.shape[1], Exact(first.shape[1])
+    running = {name: method.start(features, components) for name, method in methods.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    record: dict[str, Any] = {"features": features, "tokens": len(first), "exact": []}
+    found: dict[str, dict[str, Any]] = {name: {"points": []} for name in methods}
+    # as many threads for numpy's library as for torch, whatever the environment says
+    with torch.no_grad(), threadpool_limits(torch.get_num_threads(), user_api="blas"):
+        for step, x in enumerate(_chain(first, parts), 1):
+            exact.add(x)
+            for name in _turned(list(running), step):
+                seconds[name].append(_clocked(running[name], x))
+            record["steps"] = step
+            if step in checkpoints:
+                truth = exact.solve(components)
+                place = {"step": step, "tokens": exact.count}
+                record["exact"].append({**place, "ratios": truth.ratios.tolist()})
+                for name, one in running.items():
+                    begin = time.perf_counter()
+                    answer = one.answer()
+                    found[name]["answer_ms"] = 1e3 * (time.perf_counter() - begin)
+                    found[name]["points"].append({**place, **compare(answer, truth)})
+    for name, values in seconds.items():
+        found[name]["ms"] = spread([1e3 * value for value in values[1:] or values])
+    return {**record, "methods": found}
+
+
+def compare(answer: Answer, truth: Truth) -> dict[str, Any]:
+    """Return lost variance, ratios, and the relative error of the ratio of component K.
+
+    The error is negative where a method underestimates.
+    """
+    lost = minilm.lost_variance(answer.components, truth.covariance, truth.spectrum)
+    last = float(truth.ratios[-1])
+    error = float(answer.ratios[-1]) / last - 1 if last > 0 else None
+    return {"lost": lost, "ratio_error": error, "ratios": answer.ratios.tolist()}
+
+
+def _chain(first: Tensor, rest: Iterable[Tensor]) -> Iterable[Tensor]:
+    yield first
+    yield from rest
+
+
+def _turned(names: Sequence[str], step: int) -> list[str]:
+    """Return another order for every step.
+
+    Whoever comes first finds the tokens cold, and whoever comes after scikit-learn shares the
+    cores with threads of numpy's library that have not gone to sleep: nobody does so always.
+    """
+    return random.Random(step).sample(names, len(names))
+
+
+def _clocked(running: Running, x: Tensor) -> float:
+    begin = time.perf_counter()
+    running.step(x)
+    return time.perf_counter() - begin
