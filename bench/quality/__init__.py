@@ -1,0 +1,1 @@
+"""Fine-tuning from every initialisation, in the four domains of the paper."""

@@ -1,0 +1,188 @@
+"""Decision making: a Decision Transformer on a point mass, adapted to other dynamics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DecisionTransformerConfig, DecisionTransformerModel
+from transformers.pytorch_utils import Conv1D
+
+from ..methods import Batch
+from . import hub, point_mass
+from .descent import descend
+from .domain import Domain, Recipe, Task, examples, linear_layers
+from .point_mass import HORIZON, Trajectories, World
+from .understanding import Output
+
+CONTEXT = 8
+OLD, NEW = World(), World(angle=2.0, force=0.8, drag=0.3)
+RECIPE = Recipe(
+    title="Decision making",
+    what=(
+        "A Decision Transformer (3 layers, width 64, its layers of the kind Conv1D written as "
+        "linear ones) that the harness pre-trains on trajectories of a noisy expert who drives a "
+        "point mass to a goal, adapted to trajectories under other dynamics (forces turned by two "
+        "radians, weaker, more drag). Old task: the dynamics of the pre-training."
+    ),
+    loss="squared error of actions",
+    score="normalised return (0 random, 1 expert)",
+    old="squared error and normalised return under the old dynamics",
+    steps=60,
+    every=10,
+    batch=32,
+    r=4,
+    rates=(1e-3, 3e-3, 1e-2, 3e-2),
+    calibration=8,
+)
+PRETRAINING = {"steps": 300, "batch": 32, "rate": 2e-3}
+
+
+class Policy(nn.Module):
+    """A Decision Transformer whose output has a loss: the squared error of the actions."""
+
+    def __init__(self, state: int, action: int, longest: int) -> None:
+        super().__init__()
+        config = DecisionTransformerConfig(
+            state_dim=state,
+            act_dim=action,
+            hidden_size=64,
+            n_layer=3,
+            n_head=2,
+            max_ep_len=longest,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        self.transformer = as_linear(DecisionTransformerModel(config))
+
+    def forward(self, labels: Tensor | None = None, **trajectories: Tensor) -> Output:
+        """Return actions (batch, steps, A) as logits; labels are the actions that were taken."""
+        actions = self.transformer(**trajectories).action_preds
+        loss = None if labels is None else nn.functional.mse_loss(actions, labels)
+        return Output(loss=loss, logits=actions)
+
+
+def build(data: str = "embedded", seed: int = 0) -> Domain:
+    """Build the domain.
+
+    With ``data="hub"`` old and new trajectories are those of ``hub.TRAJECTORIES``; there is no
+    environment then, and the score is the share of the actions' variance that is explained.
+    """
+    if data == "hub":
+        old, new = hub.trajectories()
+        train, validation, test = (windows(part) for part in hub.three(new))
+        before, before_test, _ = (windows(part) for part in hub.three(old))
+        tasks = [imitation(part) for part in (validation, test, before_test)]
+    else:
+        train, before = (
+            windows(point_mass.record(world, count, seed + i))
+            for i, (world, count) in enumerate([(NEW, 100), (OLD, 500)])
+        )
+        tasks = [
+            driving(world, count, 1000 + seed + i)
+            for i, (world, count) in enumerate([(NEW, 48), (NEW, 96), (OLD, 96)])
+        ]
+    base = pretrained(before, seed)
+    return Domain(
+        recipe=RECIPE,
+        base=base,
+        targets=linear_layers(
+            base, without=[f"transformer.{name}" for name in ("embed_", "predict_")]
+        ),
+        train=train,
+        validation=tasks[0],
+        test=tasks[1],
+        old=tasks[2],
+    )
+
+
+def windows(found: Trajectories) -> Batch:
+    """Cut trajectories into windows of CONTEXT steps: (windows, CONTEXT, ...) each."""
+    steps = found["rewards"].shape[1]
+    to_go = found["rewards"].flip(1).cumsum(1).flip(1)
+    times = torch.arange(steps).expand(len(to_go), steps)[..., None]
+    whole = {**found, "returns_to_go": to_go, "timesteps": times, "labels": found["actions"]}
+    batch = {}
+    for key, value in whole.items():
+        cut = value.unfold(1, CONTEXT, CONTEXT // 2).transpose(2, 3)
+        batch[key] = cut.reshape(-1, CONTEXT, value.shape[-1])
+    batch["timesteps"] = batch["timesteps"][..., 0]
+    return batch
+
+
+def error(output: Any, part: Batch) -> Tensor:
+    """Return the squared error of the actions, a value for each window."""
+    return (output.logits - part["labels"]).square().mean((1, 2))
+
+
+def imitation(batch: Batch) -> Task:
+    """Return the task to tell the actions: squared error, share of the variance explained."""
+    variance = float(batch["labels"].var(correction=0))
+    return examples(batch, 128, error, lambda output, part: 1 - error(output, part) / variance)
+
+
+def driving(world: World, count: int, seed: int) -> Task:
+    """Return the task of a world: the error on new trajectories, the return in new episodes."""
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    first = world.begin(count, generator)
+    actions = 2 * torch.rand(HORIZON, count, point_mass.ACTION, generator=generator) - 1
+    steps = iter(actions)
+    lowest = point_mass.returns(point_mass.play(world, first, lambda s, _: next(steps))).mean()
+    best = point_mass.returns(point_mass.play(world, first, lambda s, _: world.expert(s)))
+
+    recorded = imitation(windows(point_mass.record(world, count, seed)))
+
+    def both(model: nn.Module) -> tuple[float, float]:
+        reached = point_mass.returns(point_mass.play(world, first, _driver(model, best))).mean()
+        return recorded.loss(model), float((reached - lowest) / (best.mean() - lowest))
+
+    return Task(recorded.loss, both)
+
+
+def _driver(model: nn.Module, wanted: Tensor) -> Any:
+    """Return the policy as ``play`` wants it; it is told the return of the expert, (count,)."""
+
+    @torch.no_grad()
+    def act(states: Tensor, so_far: Trajectories) -> Tensor:
+        training = model.training
+        model.eval()
+        blank = {"states": states[:, None], "actions": states.new_zeros(len(states), 1, 2)}
+        blank["rewards"] = states.new_zeros(len(states), 1, 1)
+        whole = {k: torch.cat([so_far[k], v], 1) if so_far else v for k, v in blank.items()}
+        now = whole["rewards"].shape[1]
+        spent = whole["rewards"].cumsum(1) - whole["rewards"]
+        whole["returns_to_go"] = wanted[:, None, None] - spent
+        whole["timesteps"] = torch.arange(now).expand(len(states), now)
+        seen = {key: value[:, -CONTEXT:] for key, value in whole.items()}
+        actions: Tensor = model(**seen).logits[:, -1]
+        model.train(training)
+        return actions
+
+    return act
+
+
+def pretrained(train: Batch, seed: int) -> nn.Module:
+    """Train the base on the old trajectories."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        longest = int(train["timesteps"].max()) + 1
+        model = Policy(train["states"].shape[-1], train["actions"].shape[-1], longest)
+        descend(model, train, seed=seed, **PRETRAINING)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def as_linear(model: nn.Module) -> nn.Module:
+    """Replace layers of the kind Conv1D by linear ones of the same function.
+
+    Some methods' formulas are for weights (out, in), and would fail or be wrong on (in, out).
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Conv1D):
+                linear = nn.Linear(*child.weight.shape)
+                linear.weight.data.copy_(child.weight.T)
+                linear.bias.data.copy_(child.bias)
+                setattr(parent, name, linear)
+    return model

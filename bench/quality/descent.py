@@ -1,0 +1,68 @@
+"""The one training loop: pre-training of the harness's bases, and every fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import Batch
+from .domain import take
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer finite."""
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Return what training goes down on; AdaLoRA adds its regularisation to it."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def descend(
+    model: nn.Module,
+    train: Batch,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Train what requires gradients by AdamW without weight decay, and leave it in train mode.
+
+    Args:
+        model: ``model(**batch).loss`` is a scalar.
+        train: (samples, ...) each.
+        steps, batch: optimiser steps, and samples in each.
+        rate: reached after a tenth of the steps; falls linearly to zero.
+        seed: of the order of the samples, which goes through all before it repeats one.
+        after: called with the number of steps taken, after each.
+
+    Raises:
+        DivergedError: the loss is infinite or no number.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    order = _order(len(next(iter(train.values()))), steps * batch, seed)
+    warmup = max(1, steps // 10)
+    model.train()
+    for step in range(1, steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
+        loss = loss_of(model, take(train, order[(step - 1) * batch : step * batch]))
+        if not torch.isfinite(loss):
+            raise DivergedError(f"the training loss is {float(loss)} at step {step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if after is not None:
+            after(step)
+
+
+def _order(count: int, needed: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rounds = range(1 + needed // count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in rounds])

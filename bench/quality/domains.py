@@ -1,0 +1,26 @@
+"""The domains by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from . import decisions, images, language, understanding
+from .domain import Domain, Recipe
+
+_MODULES = {
+    "language": language,
+    "understanding": understanding,
+    "images": images,
+    "decisions": decisions,
+}
+RECIPES: dict[str, Recipe] = {name: module.RECIPE for name, module in _MODULES.items()}
+_BUILD: dict[str, Callable[[str], Domain]] = {
+    name: module.build for name, module in _MODULES.items()
+}
+
+
+@functools.cache
+def domain(name: str, data: str = "embedded") -> Domain:
+    """Return a domain, built once in a process."""
+    return _BUILD[name](data)

@@ -1,0 +1,122 @@
+"""The paper's data sets, or sets like them, where the hub can be reached: ``--data hub``.
+
+Any name may also be a local folder with files ``train.*`` and ``test.*`` of the same columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+# name, config, split
+GENERATION = (("openai/gsm8k", "main", "train"), ("meta-math/MetaMathQA", None, "train"))
+UNDERSTANDING = ("nyu-mll/glue", "sst2", "train")
+IMAGES = ("uoft-cs/cifar10", None, "train")
+TRAJECTORIES = (
+    ("edbeeching/decision_transformer_gym_replay", "hopper-medium-v2", "train"),
+    ("edbeeching/decision_transformer_gym_replay", "hopper-expert-v2", "train"),
+)
+Source = tuple[str, str | None, str]
+T = TypeVar("T")
+
+_PAIRS = (("question", "answer"), ("query", "response"))
+_SENTENCES = (
+    ("sentence",),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+)
+_IMAGES = ("image", "img")
+_LABELS = ("label", "labels", "fine_label")
+
+
+def rows(source: Source, limit: int) -> list[Mapping[str, Any]]:
+    """Return the first rows of a split, streamed.
+
+    Raises:
+        ImportError: ``datasets`` is not installed.
+    """
+    from datasets import load_dataset
+
+    name, config, split = source
+    return list(islice(load_dataset(name, config, split=split, streaming=True), limit))
+
+
+def three(found: Any) -> tuple[Any, Any, Any]:
+    """Cut a list, or a mapping of tensors, into 7 parts to train on, 1 to validate, 2 to test."""
+    if isinstance(found, Mapping):
+        parts = {key: three(value) for key, value in found.items()}
+        a, b, c = ({key: value[i] for key, value in parts.items()} for i in range(3))
+        return a, b, c
+    low, high = 7 * len(found) // 10, 8 * len(found) // 10
+    return found[:low], found[low:high], found[high:]
+
+
+def generation_texts(sources: Sequence[Source] = GENERATION, limit: int = 1000) -> list[str]:
+    """Return problems with their solutions, the sources in turn."""
+    each = [
+        [f"{row[ask]}\n{row[tell]}\n" for row in found]
+        for source in sources
+        if (found := rows(source, limit // len(sources)))
+        for ask, tell in [_first(_PAIRS, found[0])]
+    ]
+    return [text for texts in zip(*each, strict=False) for text in texts]
+
+
+def labelled_sentences(source: Source = UNDERSTANDING, limit: int = 2000) -> list[tuple[str, int]]:
+    """Return sentences, or pairs of them joined, with their labels; hidden labels (-1) left out."""
+    found = rows(source, limit)
+    columns = _first(_SENTENCES, found[0])
+    return [
+        (" [SEP] ".join(row[column] for column in columns), row["label"])
+        for row in found
+        if row["label"] >= 0
+    ]
+
+
+def labelled_images(
+    source: Source = IMAGES, limit: int = 3000, size: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Return images (count, 3, size, size), values from -1 to 1, and labels (count,)."""
+    import numpy
+
+    found = rows(source, limit)
+    (image,) = _first([(name,) for name in _IMAGES], found[0])
+    (label,) = _first([(name,) for name in _LABELS], found[0])
+    pixels = [numpy.asarray(row[image].convert("RGB").resize((size, size))) for row in found]
+    images = torch.from_numpy(numpy.stack(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, torch.tensor([row[label] for row in found])
+
+
+def trajectories(
+    sources: tuple[Source, Source] = TRAJECTORIES, limit: int = 200, steps: int = 20
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return old and new trajectories, all (count, steps, ...): pieces of the episodes."""
+    old, new = (_pieces(rows(source, limit), steps) for source in sources)
+    mean, scale = (f(old["states"].flatten(0, 1), 0) for f in (torch.mean, torch.std))
+    for found in (old, new):  # one scale for both, that of the pre-training
+        found["states"] = (found["states"] - mean) / (scale + 1e-6)
+    return old, new
+
+
+def _pieces(episodes: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {"states": [], "actions": [], "rewards": []}
+    for episode in episodes:
+        for key, column in zip(parts, ("observations", "actions", "rewards"), strict=True):
+            value = torch.tensor(episode[column], dtype=torch.float32)
+            value = value[..., None] if value.ndim == 1 else value
+            whole = len(value) // steps
+            parts[key].append(value[: whole * steps].reshape(whole, steps, -1))
+    return {key: torch.cat(value) for key, value in parts.items()}
+
+
+def _first(known: Sequence[tuple[str, ...]], row: Mapping[str, Any]) -> tuple[str, ...]:
+    for columns in known:
+        if all(column in row for column in columns):
+            return columns
+    raise ValueError(f"none of the columns {list(row)} is known; wanted is one of {list(known)}")

@@ -1,0 +1,90 @@
+"""Language generation: the embedded Llama, trained on documentation, adapted to source code."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_peft.assets import (
+    documentation_texts,
+    is_held_out,
+    load_tiny_llama,
+    source_texts,
+    token_stream,
+)
+
+from ..methods import Batch
+from . import hub
+from .domain import Domain, Recipe, Task, examples, linear_layers
+
+LENGTH = 128
+RECIPE = Recipe(
+    title="Language generation",
+    what=(
+        "The embedded Llama-architecture model (2.5 million parameters), trained on the "
+        "documentation of Python, adapted to source code of the standard library without "
+        "docstrings; splits by file. Old task: documentation held out from the pre-training."
+    ),
+    loss="loss, nats a token",
+    score="next-token accuracy",
+    old="loss and next-token accuracy on held-out documentation",
+    steps=40,
+    every=8,
+    batch=4,
+    r=8,
+    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+)
+
+
+def build(data: str = "embedded", seed: int = 0) -> Domain:
+    """Build the domain; with ``data="hub"`` the texts are those of ``hub.GENERATION``."""
+    model, tokenizer = load_tiny_llama()
+    if data == "hub":
+        train, validation, test = hub.three(hub.generation_texts())
+    else:
+        texts = source_texts(500_000, seed)
+        validation, test = texts[::5], texts[1::5]
+        train = [text for i, text in enumerate(texts) if i % 5 > 1]
+    old = [text for name, text in documentation().items() if is_held_out(name)]
+    return Domain(
+        recipe=RECIPE,
+        base=model,
+        targets=linear_layers(model, without=["lm_head"]),
+        train=blocks(token_stream(tokenizer, train)),
+        validation=next_token(blocks(token_stream(tokenizer, validation), 12)),
+        test=next_token(blocks(token_stream(tokenizer, test), 24)),
+        old=next_token(blocks(token_stream(tokenizer, old), 16)),
+        text=True,
+    )
+
+
+@functools.cache
+def documentation() -> dict[str, str]:
+    """Return ``documentation_texts()``, which takes seconds."""
+    return documentation_texts()
+
+
+def blocks(ids: list[int], most: int | None = None) -> Batch:
+    """Cut a stream of token ids into full rows, int64 (rows, LENGTH); keep some, spread evenly."""
+    count = len(ids) // LENGTH
+    rows = torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+    if most is not None:
+        rows = rows[torch.linspace(0, count - 1, min(most, count)).long()]
+    return {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows.clone()}
+
+
+def next_token(batch: Batch) -> Task:
+    """Return the task to tell the next token: nats a token, and accuracy."""
+
+    def loss(output: Any, part: Batch) -> Tensor:
+        logits = output.logits[:, :-1].transpose(1, 2)
+        each = nn.functional.cross_entropy(logits, part["labels"][:, 1:], reduction="none")
+        return each.mean(1)
+
+    def right(output: Any, part: Batch) -> Tensor:
+        return (output.logits[:, :-1].argmax(-1) == part["labels"][:, 1:]).float().mean(1)
+
+    return examples(batch, 8, loss, right)

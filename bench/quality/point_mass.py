@@ -1,0 +1,92 @@
+"""A tiny environment: a point mass in the plane that a force drives to a goal; all vectorised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HORIZON = 20
+STATE, ACTION = 6, 2
+Trajectories = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class World:
+    """The dynamics: ``v <- (1 - drag) v + 0.3 force R(angle) a``, ``x <- x + 0.3 v``.
+
+    Attributes:
+        angle: by which an action is turned before it acts, radians.
+        force: of an action of length one.
+        drag: share of the velocity that is lost in a step.
+    """
+
+    angle: float = 0.0
+    force: float = 1.0
+    drag: float = 0.2
+
+    def _turn(self, angle: float) -> Tensor:
+        cos, sin = torch.cos(torch.tensor(angle)), torch.sin(torch.tensor(angle))
+        return torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
+
+    def begin(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return first states (count, 6): position, velocity (zero), goal."""
+        places = 2 * torch.rand(count, 4, generator=generator) - 1
+        return torch.cat([places[:, :2], torch.zeros(count, 2), places[:, 2:]], 1)
+
+    def step(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next states, and the rewards (count,): minus the distance to the goal."""
+        place, speed, goal = states.split(2, 1)
+        force = self.force * actions.clamp(-1, 1) @ self._turn(self.angle).T
+        speed = (1 - self.drag) * speed + 0.3 * force
+        place = place + 0.3 * speed
+        return torch.cat([place, speed, goal], 1), -(place - goal).norm(dim=1)
+
+    def expert(self, states: Tensor) -> Tensor:
+        """Return what a controller that knows the dynamics does, (count, 2) in [-1, 1]."""
+        place, speed, goal = states.split(2, 1)
+        wanted = (4.0 * (goal - place) - 3.0 * speed) / self.force
+        return (wanted @ self._turn(-self.angle).T).clamp(-1, 1)
+
+
+def play(
+    world: World, states: Tensor, act: Callable[[Tensor, Trajectories], Tensor]
+) -> Trajectories:
+    """Run all episodes at once.
+
+    Args:
+        world: the dynamics.
+        states: to begin with, (count, 6).
+        act: ``f(states, so_far)`` returns actions (count, 2).
+
+    Returns:
+        ``states`` (count, HORIZON, 6), ``actions`` (.., 2), ``rewards`` (.., 1).
+    """
+    found: dict[str, list[Tensor]] = {"states": [], "actions": [], "rewards": []}
+    for _ in range(HORIZON):
+        so_far = {key: torch.stack(value, 1) for key, value in found.items() if value}
+        actions = act(states, so_far)
+        after, rewards = world.step(states, actions)
+        for key, value in zip(found, (states, actions, rewards[:, None]), strict=True):
+            found[key].append(value)
+        states = after
+    return {key: torch.stack(value, 1) for key, value in found.items()}
+
+
+def record(world: World, count: int, seed: int) -> Trajectories:
+    """Record the expert, each episode with its own amount of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = 0.4 * torch.rand(count, 1, generator=generator)
+
+    def act(states: Tensor, so_far: Trajectories) -> Tensor:
+        drawn = torch.randn(count, ACTION, generator=generator)
+        return (world.expert(states) + noise * drawn).clamp(-1, 1)
+
+    return play(world, world.begin(count, generator), act)
+
+
+def returns(trajectories: Trajectories) -> Tensor:
+    """Return the sums of rewards, (count,)."""
+    return trajectories["rewards"].sum((1, 2))

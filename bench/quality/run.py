@@ -1,0 +1,173 @@
+"""The part ``quality``: sweep of the rates on validation splits, then seeds on test splits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..methods import METHODS
+from ..rows import Rows
+from . import training
+from .domain import Domain, Recipe
+from .domains import RECIPES, domain
+from .statistics import best_rates
+from .workers import Workers
+
+VARIANTS = ("eva-sketch", "eva-gram", "eva-freeze")  # of one method; run when asked for
+DATA = ("embedded", "hub")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is run.
+
+    Attributes:
+        rates: which of a recipe's.
+        sweep_seeds: of the choice of the rate; none of them is among ``seeds``.
+        seeds: of the comparison.
+        shorter: by which the steps of a recipe are divided.
+    """
+
+    rates: slice
+    sweep_seeds: tuple[int, ...]
+    seeds: tuple[int, ...]
+    shorter: int = 1
+
+
+PRESETS = {
+    "quick": Preset(slice(-4, -1), (100,), (0, 1, 2), shorter=2),
+    "full": Preset(slice(None), (100, 101), (0, 1, 2, 3, 4)),
+}
+
+
+def run(
+    preset: str,
+    out: Path,
+    domains: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    quiet: bool = False,
+    data: str = "embedded",
+    workers: int | None = None,
+) -> None:
+    """Write ``quality.json``; go on where an interrupted run with the same settings was.
+
+    Args:
+        preset: of ``PRESETS``.
+        out: folder of the results.
+        domains, methods: all, or all but variants, if ``None``.
+        quiet: show no progress bar.
+        data: ``"embedded"``, or ``"hub"`` for the sets of ``hub``.
+        workers: processes, one a core if ``None``; 0 for this one.
+    """
+    run_preset(
+        preset, _known("preset", [preset], PRESETS)[0], out, domains, methods, quiet, data, workers
+    )
+
+
+def run_preset(
+    name: str,
+    preset: Preset,
+    out: Path,
+    domains: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    quiet: bool = False,
+    data: str = "embedded",
+    workers: int | None = None,
+) -> None:
+    """Do what ``run`` does, with any preset."""
+    _known("data", [data], dict.fromkeys(DATA))
+    recipes = {name: shortened(RECIPES[name], preset) for name in _names(domains, RECIPES)}
+    chosen = [name for name in _names(methods, METHODS) if methods or name not in VARIANTS]
+    with Workers(workers) as pool:
+        rows = Rows("quality", _settings(name, preset, recipes, chosen, data), out, quiet)
+
+        def make(keys: list[dict[str, Any]]) -> list[Any]:
+            return rows.make(keys, pool.ahead(keys, functools.partial(make_row, preset, data)))
+
+        bases = make([{"domain": name, "base": True} for name in recipes])
+        sweep = make(
+            [
+                {"domain": name, "method": method, "rate": rate, "seed": seed, "on": "validation"}
+                for name, recipe in recipes.items()
+                for method in chosen
+                for rate in recipe.rates
+                for seed in preset.sweep_seeds
+            ]
+        )
+        final = make(
+            [
+                {"domain": name, "method": method, "rate": rate, "seed": seed, "on": "test"}
+                for (name, method), rate in best_rates(sweep).items()
+                for seed in preset.seeds
+            ]
+        )
+        rows.finish({"bases": bases, "sweep": sweep, "final": final})
+
+
+def make_row(preset: Preset, data: str, key: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Make one row: of a base, or of a fine-tuning that is measured on the split ``key["on"]``."""
+    found = domain(key["domain"], data)
+    found = dataclasses.replace(found, recipe=shortened(found.recipe, preset))
+    if "base" in key:
+        return base_row(found)
+    final = key["on"] == "test"
+    task = found.test if final else found.validation
+    return training.fine_tune(found, key["method"], key["rate"], key["seed"], task, curve=final)
+
+
+def base_row(found: Domain) -> dict[str, Any]:
+    """Measure a base before it is adapted."""
+    loss, score = found.test.both(found.fresh(0))
+    old_loss, old_score = found.old.both(found.base)
+    return {
+        "loss": loss,
+        "score": score,
+        "old_loss": old_loss,
+        "old_score": old_score,
+        "parameters": sum(p.numel() for p in found.base.parameters()),
+        "layers": len(found.targets),
+        "train": len(next(iter(found.train.values()))),
+    }
+
+
+def shortened(recipe: Recipe, preset: Preset) -> Recipe:
+    """Return a recipe with the rates and steps of a preset."""
+    return dataclasses.replace(
+        recipe,
+        rates=recipe.rates[preset.rates],
+        steps=max(1, recipe.steps // preset.shorter),
+        every=max(1, recipe.every // preset.shorter),
+    )
+
+
+def _settings(
+    name: str, preset: Preset, recipes: Mapping[str, Recipe], methods: Sequence[str], data: str
+) -> dict[str, Any]:
+    return {
+        "preset": name,
+        "data": data,
+        "sweep_seeds": preset.sweep_seeds,
+        "seeds": preset.seeds,
+        "rho": training.RHO,
+        "most_forwards": training.MOST_FORWARDS,
+        "methods": {method: METHODS[method].label for method in methods},
+        "domains": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+    }
+
+
+def _names(asked: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
+    """Return the names in the order of the registry."""
+    if asked is not None:
+        _known("name", asked, known)
+    return [name for name in known if asked is None or name in asked]
+
+
+def _known(what: str, asked: Sequence[str], known: Mapping[str, Any]) -> list[Any]:
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}: known are {', '.join(known)}")
+    return [known[name] for name in asked]

@@ -1,0 +1,111 @@
+"""Single-threaded processes that make rows ahead of whoever waits for them in order."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any
+
+import torch
+
+Key = Mapping[str, Any]
+Make = Callable[[Key], Mapping[str, Any]]
+
+
+class Workers:
+    """A pool, as a context; models this small gain nothing from a second thread.
+
+    Args:
+        count: processes; 0 makes the rows in this process, with one thread.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = (os.cpu_count() or 1) if count is None else count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        if self.count:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.count, context, _begin)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # what runs is seconds from its end; what waits is not begun
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def ahead(self, keys: Sequence[Key], make: Make) -> Make:
+        """Return ``f(key)`` for ``Rows.make``: all keys from the first that is asked for are begun.
+
+        Rows are stored in the order of the keys, so those that an earlier run has left are in front
+        of the first that is asked for.
+
+        Args:
+            keys: in the order in which they are asked for.
+            make: what the processes run, importable.
+        """
+        if self._pool is None:
+            return lambda key: _in_one_thread(make, key)
+        pool = self._pool
+        futures: dict[str, Future[Mapping[str, Any]]] = {}
+
+        def get(key: Key) -> Mapping[str, Any]:
+            if not futures:
+                later = list(keys)[list(keys).index(key) :]
+                futures.update({_text(k): pool.submit(_attempt, make, k) for k in later})
+            try:
+                return futures[_text(key)].result()
+            except BrokenProcessPool as error:
+                # not an Exception: such a row must not be kept as one that cannot be made
+                raise SystemExit("a worker process has died; the rows so far are kept") from error
+
+        return get
+
+
+def _attempt(make: Make, key: Key) -> Mapping[str, Any]:
+    try:
+        return make(key)
+    except Exception as error:  # not every exception survives the way between processes
+        first = (str(error).strip().splitlines() or [""])[0]
+        return {"error": f"{type(error).__name__}: {first}"[:300]}
+
+
+def _in_one_thread(make: Make, key: Key) -> Mapping[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _attempt(make, key)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _begin() -> None:
+    """Prepare a process: one thread, ended by its parent alone, and with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _text(key: Key) -> str:
+    return json.dumps(dict(key), sort_keys=True)

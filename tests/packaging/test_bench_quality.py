@@ -1,0 +1,544 @@
+"""The part ``quality`` of the benchmarks: bases, fine-tuning, statistics, words, resuming, hub."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.methods import METHODS
+from bench.quality import (
+    decisions,
+    hub,
+    images,
+    language,
+    show,
+    statistics,
+    training,
+    understanding,
+)
+from bench.quality import run as quality
+from bench.quality.descent import DivergedError, descend
+from bench.quality.domain import Domain, Task, take
+from bench.quality.domains import RECIPES, domain
+from bench.quality.point_mass import World, play, record, returns
+from bench.quality.run import Preset, run_preset
+from bench.quality.workers import Workers
+
+RUN = [name for name in METHODS if name not in quality.VARIANTS]
+TINY = Preset(slice(0, 2), (100,), (0, 1, 2), shorter=20)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(name: str) -> Domain:
+    """Return a domain whose fine-tuning takes three steps, on little data."""
+    found = domain(name)
+    recipe = dataclasses.replace(found.recipe, steps=3, every=1, batch=4, calibration=3)
+    blank = Task(lambda model: 1.0, lambda model: (1.0, 0.0))
+    return dataclasses.replace(found, recipe=recipe, validation=blank, test=blank, old=blank)
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "worse"),
+    [
+        ("language", 0.2, 0.3),  # of next tokens, among 2048
+        ("understanding", 0.3, 0.2),  # of second halves, among 48
+        ("images", 0.8, 1.0),  # of ten digits
+    ],
+)
+def test_the_base_has_learnt_its_old_task_and_not_the_new_one(
+    name: str, least: float, worse: float
+) -> None:
+    found = domain(name)
+    old_loss, old_score = found.old.both(found.base)
+    loss, _ = found.validation.both(found.base)
+    assert old_score > least
+    assert loss > old_loss + worse
+    assert found.old.loss(found.base) == pytest.approx(old_loss)
+    assert not found.base.training
+
+
+def test_the_base_policy_drives_in_its_own_world_only() -> None:
+    found = domain("decisions")
+    old_loss, old_score = found.old.both(found.base)
+    loss, score = found.validation.both(found.base)
+    assert old_score > 0.9
+    assert score < 0.2
+    assert loss > 3 * old_loss
+
+
+@pytest.mark.parametrize("world", [World(), World(angle=2.0, force=0.8, drag=0.3)])
+def test_the_expert_knows_the_dynamics(world: World) -> None:
+    first = world.begin(64, torch.Generator().manual_seed(0))
+    other = dataclasses.replace(world, angle=world.angle + 1.5)
+    best = returns(play(world, first, lambda states, so_far: world.expert(states)))
+    wrong = returns(play(world, first, lambda states, so_far: other.expert(states)))
+    still = returns(play(world, first, lambda states, so_far: torch.zeros(64, 2)))
+    assert best.mean() > 0.6 * still.mean()  # rewards are negative
+    assert (best > wrong).float().mean() > 0.9
+
+
+def test_recorded_trajectories_follow_the_world() -> None:
+    world = World(angle=0.5)
+    found = record(world, 5, seed=0)
+    after, rewards = world.step(found["states"][:, 3], found["actions"][:, 3])
+    torch.testing.assert_close(after, found["states"][:, 4])
+    torch.testing.assert_close(rewards[:, None], found["rewards"][:, 3])
+
+
+@pytest.mark.parametrize("method", RUN)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_method_runs_in_every_domain(name: str, method: str) -> None:
+    found = small(name)
+    before = {key: value.clone() for key, value in found.base.state_dict().items()}
+    row = training.fine_tune(found, method, 1e-3, 0, found.test)
+    assert [step for step, _ in row["curve"]] == [0, 1, 2, 3]
+    assert (row["forwards"] > 0) == METHODS[method].reads_data
+    for key, value in found.base.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_all_methods_begin_where_the_base_is() -> None:
+    found = domain("images")
+    expected = found.validation.loss(found.base)
+    for method in RUN:
+        model, _ = training.start(found, method, seed=3)
+        assert found.validation.loss(model) == pytest.approx(expected, abs=2e-3), method
+
+
+def test_all_methods_share_head_data_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = small("understanding")
+    seen: dict[str, list[Any]] = {}
+    for method in ("lora", "eva", "pissa"):
+        calls: list[Any] = seen.setdefault(method, [])
+
+        def spy(model: Any, train: Any, *, steps: int, batch: int, calls: Any = calls, **more: Any):
+            calls.append(model.get_submodule("base_model.model.classifier").weight.clone())
+            calls.append({key: value for key, value in more.items() if key != "after"})
+
+        monkeypatch.setattr(training, "descend", spy)
+        training.fine_tune(found, method, 1e-3, 5, found.test, curve=False)
+    assert torch.equal(seen["lora"][0], seen["eva"][0])
+    assert torch.equal(seen["lora"][0], seen["pissa"][0])
+    assert seen["lora"][1] == seen["eva"][1] == seen["pissa"][1]
+    first, again = found.calibration(5), found.calibration(5)
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True)
+    )
+    assert not torch.equal(first[0]["classes"], found.calibration(6)[0]["classes"])
+    assert not torch.equal(
+        found.fresh(0).classifier.weight,  # type: ignore[union-attr]
+        found.fresh(1).classifier.weight,  # type: ignore[union-attr]
+    )
+
+
+def test_the_splits_of_a_domain_do_not_overlap() -> None:
+    splits = understanding.docstrings(language.documentation(), seed=0)
+    texts = [{text for text, _ in split} for split in splits]
+    assert [len(split) for split in splits] == [960, 120, 192]
+    assert len(set.union(*texts)) == sum(len(split) for split in splits)
+
+
+def test_one_key_gives_one_row_in_any_order() -> None:
+    keys = [
+        {"domain": "images", "method": method, "rate": 3e-3, "seed": seed, "on": "test"}
+        for method in ("lora", "eva", "adalora")
+        for seed in (0, 1)
+    ]
+
+    def rows(order: list[dict[str, Any]]) -> dict[str, Any]:
+        made = {json.dumps(key): dict(quality.make_row(TINY, "embedded", key)) for key in order}
+        for row in made.values():
+            del row["cpu_seconds"]
+        return made
+
+    torch.manual_seed(1)
+    first = rows(keys)
+    torch.manual_seed(2)
+    assert first == rows(keys[::-1])
+    assert first[json.dumps(keys[0])]["loss"] != first[json.dumps(keys[1])]["loss"]
+
+
+def test_random_state_of_the_caller_is_left_alone() -> None:
+    found = small("images")
+    torch.manual_seed(4)
+    state = torch.random.get_rng_state()
+    training.fine_tune(found, "eva", 1e-3, 0, found.test)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_loss_that_diverges_is_an_error() -> None:
+    found = domain("images")
+    found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, steps=5))
+    with pytest.raises(DivergedError, match="loss is"):
+        training.fine_tune(found, "lora", 1e30, 0, found.validation, curve=False)
+
+
+def test_descent_goes_through_all_samples_before_it_repeats_one() -> None:
+    seen: list[float] = []
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            seen.extend(x.tolist())
+            return type("Output", (), {"loss": (self.weight - x).square().mean()})()
+
+    model = Model()
+    descend(model, {"x": torch.arange(6.0)}, steps=6, batch=2, rate=0.1, seed=0)
+    assert sorted(seen[:6]) == sorted(seen[6:]) == [0, 1, 2, 3, 4, 5]
+    assert model.weight > 0
+
+
+def test_padding_that_all_share_is_cut() -> None:
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 3], [4, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
+        "labels": torch.tensor([7, 8]),
+    }
+    taken = take(batch, torch.tensor([1]))
+    assert taken["input_ids"].tolist() == [[4]]
+    assert taken["labels"].tolist() == [8]
+
+
+# statistics
+
+
+def test_mean_and_standard_error() -> None:
+    assert statistics.mean_error([1.0, 2.0, 3.0]) == (2.0, pytest.approx(1 / 3**0.5))
+    assert statistics.mean_error([4.0]) == (4.0, None)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "lower", "told"),
+    [
+        ({0: 1.1, 1: 2.1, 2: 3.2}, True, "wins"),  # differences .1, .1, .2: seeds are paired
+        ({0: 1.1, 1: 2.1, 2: 3.2}, False, "loses"),
+        ({0: 0.9, 1: 1.9, 2: 2.8}, True, "loses"),
+        ({0: 1.3, 1: 1.9, 2: 3.1}, True, "ties"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, True, "ties"),
+        ({0: 9.0, 1: 9.0}, True, "too few seeds"),
+    ],
+)
+def test_verdicts(theirs: Mapping[int, float], lower: bool, told: str) -> None:
+    assert statistics.verdict({0: 1.0, 1: 2.0, 2: 3.0}, theirs, lower) == told
+
+
+def test_words_say_where_it_wins_ties_and_loses() -> None:
+    told = statistics.words("X", "loss", {"A": "wins", "B": "loses", "C": "loses"})
+    assert told == "By loss, X wins against A; ties with none; loses to B and C."
+    told = statistics.words("X", "loss", {"A": "too few seeds", "B": "too few seeds"})
+    assert "too few seeds for a verdict" in told
+    told = statistics.words("X", "loss", {"A": "ties", "B": "too few seeds"})
+    assert told.endswith("; too few seeds to compare with B.")
+
+
+def test_steps_to_a_loss() -> None:
+    curve = [(0, 4.0), (10, 3.0), (20, 2.0)]
+    assert statistics.steps_to(curve, 2.5) == 15.0
+    assert statistics.steps_to(curve, 5.0) == 0.0
+    assert statistics.steps_to(curve, 2.0) == 20.0
+    assert statistics.steps_to(curve, 1.9) is None
+
+
+def test_the_best_rate_has_the_lowest_mean_validation_loss_and_never_failed() -> None:
+    def row(method: str, rate: float, seed: int, loss: float | None) -> dict[str, Any]:
+        key = {"domain": "d", "method": method, "rate": rate, "seed": seed}
+        return {**key, "error": "X: y"} if loss is None else {**key, "loss": loss}
+
+    sweep = [
+        row("a", 0.1, 0, 1.0),
+        row("a", 0.1, 1, 3.0),
+        row("a", 0.2, 0, 1.5),
+        row("a", 0.2, 1, 1.6),
+        row("a", 0.3, 0, 0.1),
+        row("a", 0.3, 1, None),
+        row("b", 0.1, 0, None),
+    ]
+    assert statistics.best_rates(sweep) == {("d", "a"): 0.2}
+
+
+# the whole part
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Put made-up domains and fine-tunings in the place of the real ones; list the calls."""
+    calls: list[tuple[Any, ...]] = []
+
+    def task(name: str) -> Task:
+        return Task(lambda model: 3.0, lambda model: (3.0, 0.1))
+
+    found = Domain(
+        recipe=RECIPES["images"],
+        base=torch.nn.Linear(2, 2),
+        targets=("x",),
+        train={"x": torch.zeros(8, 2)},
+        validation=task("validation"),
+        test=task("test"),
+        old=task("old"),
+    )
+
+    def fine_tune(
+        where: Domain, method: str, rate: float, seed: int, task: Task, curve: bool = True
+    ) -> dict[str, Any]:
+        calls.append((method, rate, seed, "test" if task is where.test else "validation"))
+        if method == "pissa":
+            raise ValueError("no weights\nfurther lines")
+        rank = list(METHODS).index(method)
+        # the lower rate is better on the validation split, the higher one on the test split
+        better = rate == min(where.recipe.rates) if task is where.validation else True
+        loss = 2.0 - 0.1 * rank + 0.01 * seed * (-1) ** rank + (0 if better else 1)
+        return {
+            "curve": [(0, 3.0), (2, 2.5), (4, loss)],
+            "loss": loss,
+            "score": 0.5 + 0.001 * seed,
+            "old_loss": 3.5 + rank,
+            "old_score": 0.05,
+            "parameters": 1000 + rank,
+            "forwards": 0,
+            "cpu_seconds": {},
+        }
+
+    monkeypatch.setattr(quality, "domain", lambda name, data: found)
+    monkeypatch.setattr(training, "fine_tune", fine_tune)
+    return calls
+
+
+def written(out: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((out / "quality.json").read_text())
+    return record
+
+
+def go(out: Path, methods: list[str], **more: Any) -> None:
+    run_preset("tiny", TINY, out, ["images"], methods, quiet=True, workers=0, **more)
+
+
+def test_rates_are_chosen_on_the_validation_split_alone(
+    tmp_path: Path, fake: list[tuple[Any, ...]]
+) -> None:
+    go(tmp_path, ["lora", "eva"])
+    rates = RECIPES["images"].rates[:2]
+    swept = [call for call in fake if call[2] == 100]
+    assert [call[3] for call in swept] == ["validation"] * 4
+    final = fake[len(swept) :]
+    assert {call[3] for call in final} == {"test"}
+    assert {call[1] for call in final} == {min(rates)}
+    assert [call[2] for call in final] == [0, 1, 2] * 2
+
+
+def test_fine_tuning_looks_at_no_other_split() -> None:
+    def refuse(model: Any) -> Any:
+        raise AssertionError("this split is not to be looked at")
+
+    found = dataclasses.replace(small("images"), test=Task(refuse, refuse))
+    assert training.fine_tune(found, "lora", 1e-3, 0, found.validation)["score"] == 0.0
+    with pytest.raises(AssertionError, match="not to be looked at"):
+        training.fine_tune(found, "lora", 1e-3, 0, found.test)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    tmp_path: Path, fake: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(tmp_path / "whole", ["lora", "eva"])
+    calls = len(fake)
+    inner = training.fine_tune
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        if len(fake) == calls + 6:
+            raise KeyboardInterrupt
+        return inner(*arguments, **more)
+
+    monkeypatch.setattr(training, "fine_tune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", ["lora", "eva"])
+    monkeypatch.setattr(training, "fine_tune", inner)
+    go(tmp_path / "cut", ["lora", "eva"])
+    assert len(fake) == 2 * calls
+    assert written(tmp_path / "cut")["rows"] == written(tmp_path / "whole")["rows"]
+
+
+def test_a_method_that_cannot_run_keeps_its_reason(
+    tmp_path: Path, fake: list[tuple[Any, ...]]
+) -> None:
+    go(tmp_path, ["lora", "pissa", "eva"])
+    summary, section = show.sections(written(tmp_path))
+    assert [row[0] for row in section.rows] == [METHODS[m].label for m in ("lora", "pissa", "eva")]
+    assert section.rows[1][3] == "ValueError: no weights"
+    assert all(len(row) == len(section.headers) for row in section.rows)
+    assert summary.rows[1][1] == "not run"
+
+
+def test_tables_and_words_come_from_the_numbers(
+    tmp_path: Path, fake: list[tuple[Any, ...]]
+) -> None:
+    go(tmp_path, ["lora", "orthonormal", "eva-peft", "eva", "eva-gram"])
+    summary, section = show.sections(written(tmp_path))
+    assert "By cross entropy, nats, EVA (this package) wins against LoRA" in section.text
+    assert "loses to EVA (this package, exact)." in section.text
+    assert "By accuracy, EVA (this package) wins against none; ties with LoRA" in section.text
+    assert (
+        "what is forgotten of the old task (its loss), EVA (this package) wins against EVA ("
+        in (section.text)
+    )
+    assert "to theirs it is -0.1" in section.text
+    labels = [row[0] for row in section.rows]
+    assert labels == [METHODS[m].label for m in METHODS if METHODS[m].label in labels]
+    lora = section.rows[0]
+    assert lora[0] == "LoRA"
+    assert lora[3] == "2.010 ± 0.006"
+    assert lora[4] == "wins"
+    assert lora[7] == "4.0 (2 of 3)"
+    assert lora[8] == "+0.500 ± 0.000"
+    assert "wins 3 times, ties 4 times and loses 1 times" in summary.text
+    assert "* the best rate is at the edge" in section.notes
+    for draw in section.figures.values():
+        assert draw().axes
+
+
+def test_too_few_seeds_give_no_verdict(tmp_path: Path, fake: list[tuple[Any, ...]]) -> None:
+    few = dataclasses.replace(TINY, seeds=(0, 1))
+    run_preset("few", few, tmp_path, ["images"], ["lora", "eva"], quiet=True, workers=0)
+    assert "too few seeds for a verdict" in show.sections(written(tmp_path))[1].text
+
+
+def test_variants_run_only_when_asked_for(tmp_path: Path, fake: list[tuple[Any, ...]]) -> None:
+    run_preset("tiny", TINY, tmp_path, ["images"], None, quiet=True, workers=0)
+    assert list(written(tmp_path)["settings"]["methods"]) == RUN
+    assert len(RUN) == 14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("slow",), "unknown preset slow: known are quick, full"),
+        (("quick", Path(), ["sound"]), "unknown name sound: known are language"),
+        (("quick", Path(), None, ["best"]), "unknown name best: known are lora"),
+    ],
+)
+def test_unknown_names_are_refused(arguments: Any, message: str, tmp_path: Path) -> None:
+    preset, *rest = arguments
+    with pytest.raises(ValueError, match=message):
+        quality.run(preset, tmp_path, *rest[1:])
+
+
+def test_the_seeds_of_the_sweep_are_not_those_of_the_comparison() -> None:
+    for preset in quality.PRESETS.values():
+        assert not set(preset.seeds) & set(preset.sweep_seeds)
+        assert len(preset.seeds) >= statistics.FEWEST
+
+
+def test_workers_give_the_rows_of_one_process() -> None:
+    keys = [
+        {"domain": "images", "method": "lora", "rate": 3e-3, "seed": 0, "on": "test"},
+        {"domain": "images", "method": "nothing", "rate": 3e-3, "seed": 0, "on": "test"},
+    ]
+    make = functools.partial(quality.make_row, TINY, "embedded")
+    with Workers(1) as pool:
+        get = pool.ahead(keys, make)
+        first, second = (dict(get(key)) for key in keys)
+    assert second == {"error": "KeyError: 'nothing'"}
+    here = dict(make(keys[0]))
+    del first["cpu_seconds"], here["cpu_seconds"]
+    assert first == here
+
+
+# data sets of the hub, as local files with the same columns
+
+
+def folder(path: Path, columns: Mapping[str, Any]) -> str:
+    from datasets import Dataset
+
+    path.mkdir()
+    Dataset.from_dict(dict(columns)).to_parquet(path / "train.parquet")
+    return str(path)
+
+
+def test_gsm8k_and_metamathqa(tmp_path: Path) -> None:
+    first = folder(tmp_path / "a", {"question": ["1+1?", "2+2?"], "answer": ["#### 2", "#### 4"]})
+    second = folder(tmp_path / "b", {"query": ["3+3?"], "response": ["6"], "type": ["GSM"]})
+    texts = hub.generation_texts([(first, None, "train"), (second, None, "train")])
+    assert texts == ["1+1?\n#### 2\n", "3+3?\n6\n"]
+
+
+def test_glue(tmp_path: Path) -> None:
+    columns = {"sentence": ["good", "bad", "?"], "label": [1, 0, -1], "idx": [0, 1, 2]}
+    one = folder(tmp_path / "sst2", columns)
+    assert hub.labelled_sentences((one, None, "train")) == [("good", 1), ("bad", 0)]
+    columns = {"sentence1": ["a"], "sentence2": ["b"], "label": [1]}
+    two = folder(tmp_path / "mrpc", columns)
+    assert hub.labelled_sentences((two, None, "train")) == [("a [SEP] b", 1)]
+
+
+def test_images(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Image, Value
+    from PIL import Image as pillow
+
+    (tmp_path / "cifar").mkdir()
+    pictures = [pillow.new("RGB", (32, 32), colour) for colour in ("black", "red")]
+    features = Features({"img": Image(), "label": Value("int64")})
+    rows = Dataset.from_dict({"img": pictures, "label": [3, 5]}, features=features)
+    rows.to_parquet(tmp_path / "cifar" / "train.parquet")
+    images, labels = hub.labelled_images((str(tmp_path / "cifar"), None, "train"))
+    assert images.shape == (2, 3, 16, 16)
+    assert labels.tolist() == [3, 5]
+    assert images[1].mean((1, 2)).tolist() == [1.0, -1.0, -1.0]
+
+
+def test_trajectories(tmp_path: Path) -> None:
+    def episodes(shift: float) -> dict[str, Any]:
+        steps = torch.arange(10.0)
+        one = {
+            "observations": torch.stack([steps + shift, -steps, steps.cos()], 1).tolist(),
+            "actions": torch.stack([steps.sin(), steps.cos()], 1).tolist(),
+            "rewards": steps.tolist(),
+            "dones": [False] * 10,
+        }
+        return {key: [value] * 2 for key, value in one.items()}
+
+    sources = [folder(tmp_path / n, episodes(s)) for n, s in (("old", 0.0), ("new", 3.0))]
+    old, new = hub.trajectories(tuple((s, None, "train") for s in sources), steps=4)  # type: ignore[arg-type]
+    assert {key: tuple(value.shape) for key, value in old.items()} == {
+        "states": (4, 4, 3),
+        "actions": (4, 4, 2),
+        "rewards": (4, 4, 1),
+    }
+    assert old["states"].mean((0, 1)).abs().max() < 1e-5
+    assert new["states"].mean((0, 1))[0] > 0.5
+
+
+def test_unknown_columns_are_named(tmp_path: Path) -> None:
+    path = folder(tmp_path / "x", {"prompt": ["a"]})
+    with pytest.raises(ValueError, match=r"none of the columns \['prompt'\] is known"):
+        hub.generation_texts([(path, None, "train")])
+
+
+def test_a_domain_is_built_from_hub_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def batch(seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"states": 11, "actions": 3, "rewards": 1}
+        return {k: torch.rand(30, 20, n, generator=generator) for k, n in shapes.items()}
+
+    pixels = torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(hub, "labelled_images", lambda: (pixels, torch.arange(200) % 4))
+    monkeypatch.setattr(hub, "trajectories", lambda: (batch(0), batch(1)))
+    monkeypatch.setitem(images.PRETRAINING, "steps", 2)
+    monkeypatch.setitem(decisions.PRETRAINING, "steps", 2)
+    for module in (images, decisions):
+        found = module.build("hub")
+        recipe = dataclasses.replace(found.recipe, steps=2, every=1, batch=4, calibration=2)
+        found = dataclasses.replace(found, recipe=recipe)
+        assert training.fine_tune(found, "eva", 1e-3, 0, found.test)["loss"] > 0
