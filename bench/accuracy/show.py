@@ -190,6 +190,7 @@ def _over_tokens(
     text = f"{group.title}: lost variance / ranks off, after so many tokens."
     if DEFAULT in lost:
         text += " " + _trend(lost[DEFAULT], lost.get(PEER), [point["tokens"] for point in points])
+        text += _ranks_trend(ranks)
     plots = {"accuracy_tokens": functools.partial(figures.over_tokens, found, labels)}
     if ranks:
         plots["accuracy_ranks"] = functools.partial(figures.ranks_over_tokens, ranks, labels)
@@ -218,3 +219,17 @@ def _trend(ours: Sequence[float], peer: Sequence[float] | None, tokens: Sequence
             f"{closer[-1]} tokens, and further off from {tokens[len(closer)]} on."
         )
     return f"{text} PEFT's EVA is closer after {', '.join(map(str, closer))} tokens."
+
+
+def _ranks_trend(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """Say at how many checkpoints the ranks of the default sketch are nearer than PEFT's."""
+    ours, theirs = ([e["rank_error"] for e in ranks if e["method"] == n] for n in (DEFAULT, PEER))
+    if not ours or len(ours) != len(theirs):
+        return ""
+    nearer = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    further = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    return (
+        f" Its ranks are nearer to the exact ones than those of PEFT's EVA at {nearer} of "
+        f"{len(ours)} checkpoints, and further at {further}; at the last {ours[-1]} against "
+        f"{theirs[-1]} are off."
+    )

@@ -248,6 +248,7 @@ def test_sections_say_where_we_win_and_where_we_lose() -> None:
     assert [row[0] for row in first.rows] == [METHODS[name].label for name in GOOD]
     assert first.rows[2][2] == "exact"
     assert "closer up to 100 tokens, and further off from 200 on" in second.text
+    assert "nearer to the exact ones than those of PEFT's EVA at 0 of 2" in second.text
     assert second.rows[0][1:] == ["4.0e-04 / 1", "4.0e-03 / 2"]
 
 
