@@ -1,0 +1,1 @@
+"""The cost of a step against width, tokens, layer inputs and components, each varied alone."""

@@ -1,0 +1,213 @@
+"""The time of one step at one point, beside its competitors, once all were found right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from peft.utils.incremental_pca import IncrementalPCA
+from torch.nn.functional import linear
+
+from eva_kernels.streaming import InputStream, Options, compare_streams, fold_streams
+
+from ..common import spread
+from ..kernels._timing import repetitions, timer_for
+from .data import Tokens, make_tokens
+from .work import OUTPUTS, Ceilings, Point, floors, forward_flops, gram_flops
+
+TAU = 0.99
+CHECK_STEPS = 3
+LIMITS = {"sketch": 0.02, "gram": 1e-4, "peft": 0.02}
+Phases = dict[str, float]
+
+
+def _idle(device: torch.device) -> float:
+    """Return the time, once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Ours:
+    """Our step by the public engine, on all layer inputs."""
+
+    def __init__(self, point: Point, device: torch.device, data: list[Tokens], method: str) -> None:
+        plan = point.plan(method)
+        self.data, self.device = data, device
+        self.ranks = [max(1, point.K // 2)] * point.L
+        self.streams = [
+            InputStream(plan.features, plan.components, plan.width, device, options=Options(method))
+            for _ in data
+        ]
+
+    def step(self) -> Phases:
+        """Take one step; return the seconds of its phases and of the whole.
+
+        On a GPU these are two steps: waiting between phases keeps the host from running ahead, as
+        it does in use.
+        """
+        phases = self._take(lambda: _idle(self.device))
+        if self.device.type == "cuda":
+            phases["step"] = self._take(time.perf_counter)["step"]
+        return phases
+
+    def _take(self, between: Callable[[], float]) -> Phases:
+        marks = [_idle(self.device)]
+        for stream, tokens in zip(self.streams, self.data, strict=True):
+            stream.add(tokens.x)
+        marks.append(between())
+        folded = fold_streams(self.streams)
+        marks.append(between())
+        compare_streams(folded, self.ranks, tau=TAU)
+        marks.append(_idle(self.device))
+        if len(folded) != len(self.streams):
+            raise ArithmeticError(f"{len(folded)} of {len(self.streams)} layer inputs were folded")
+        spans = [after - before for before, after in pairwise(marks)]
+        phases = dict(zip(("accumulate", "fold", "compare"), spans, strict=True))
+        return {**phases, "step": marks[-1] - marks[0]}
+
+    def lost(self) -> float:
+        """Return the most that a layer input lost.
+
+        Exact streams, too, answer by the rows that their folds made: those are what is timed, and
+        the decomposition at the end takes minutes at large D.
+        """
+        rows = [
+            stream.sketch.basis[: stream.components] for stream in self.streams if stream.sketch
+        ]
+        return max(tokens.lost(one) for tokens, one in zip(self.data, rows, strict=True))
+
+
+class Peft:
+    """PEFT's step, with the settings and the cast of its EVA hook, on all layer inputs."""
+
+    def __init__(self, point: Point, device: torch.device, data: list[Tokens]) -> None:
+        self.data, self.device = data, device
+        self.pcas = [
+            IncrementalPCA(point.K, copy=True, lowrank=True, lowrank_seed=42) for _ in data
+        ]
+
+    def step(self) -> Phases:
+        """Take one step; return its seconds."""
+        begin = _idle(self.device)
+        for pca, tokens in zip(self.pcas, self.data, strict=True):
+            before = getattr(pca, "components_", None)
+            pca.partial_fit(tokens.x.to(torch.float32))
+            if before is not None:
+                torch.nn.functional.cosine_similarity(pca.components_, before)
+        return {"step": _idle(self.device) - begin}
+
+    def lost(self) -> float:
+        """Return the most that a layer input lost."""
+        pairs = zip(self.pcas, self.data, strict=True)
+        return max(tokens.lost(pca.components_) for pca, tokens in pairs)
+
+
+class Forward:
+    """The linear layers that read one layer input; times are multiplied to all."""
+
+    def __init__(self, point: Point, device: torch.device, data: list[Tokens]) -> None:
+        self.x, self.count, self.timer = data[0].x, point.L, timer_for(device)
+        shape = (OUTPUTS, point.D, point.D)
+        self.weights = torch.randn(shape, device=device).mul_(point.D**-0.5).to(self.x.dtype)
+
+    def step(self) -> Phases:
+        """Run them; return their seconds for all layer inputs."""
+        return {"step": self.count * self.timer.sample(self._run)[0]}
+
+    def _run(self) -> None:
+        for weight in self.weights:
+            linear(self.x, weight)
+
+
+def measure(
+    point: Point, device: torch.device, dtype: torch.dtype, ceilings: Ceilings, limit: float
+) -> dict[str, Any]:
+    """Return one row: what every competitor lost, its times, and the least that is possible.
+
+    Args:
+        point: the size of the step.
+        device: where.
+        dtype: of the tokens.
+        ceilings: of the machine.
+        limit: seconds; a competitor whose step would take longer is left out, and the rounds stop
+            when they have taken about as long.
+
+    Raises:
+        ArithmeticError: our step is wrong.
+    """
+    data = [make_tokens(point, device, dtype, seed) for seed in range(point.L)]
+    entrants: dict[str, Callable[[], Any]] = {
+        "sketch": lambda: Ours(point, device, data, "sketch"),
+        "gram": lambda: Ours(point, device, data, "gram"),
+        "peft": lambda: Peft(point, device, data),
+    }
+    row: dict[str, Any] = {
+        "width": point.plan().width,
+        "floor": floors(point, dtype, ceilings),
+        "state_bytes": {method: point.state_bytes(method) for method in ("sketch", "gram")},
+        "left_out": {},
+        "lost": {},
+    }
+    guesses = {
+        "gram": gram_flops(point) / ceilings.flops_per_second,
+        "forward": forward_flops(point) / point.L / ceilings.flops_per_second,
+        "peft": _guess_peft(point, device, data[:1]),
+    }
+    for name, seconds in guesses.items():
+        if seconds > limit:
+            row["left_out"][name] = f"would take about {seconds:.1f} s"
+    running = {}
+    for name, make in entrants.items():
+        if name not in row["left_out"]:
+            running[name] = make()
+            row["lost"][name] = check(name, running[name])
+    if "forward" not in row["left_out"]:
+        running["forward"] = Forward(point, device, data)
+    return {**row, "ms": take_turns(running, limit)}
+
+
+def check(name: str, entrant: Any, steps: int = CHECK_STEPS) -> float:
+    """Take some steps, and return the variance lost against the exact answer in float64.
+
+    Raises:
+        ArithmeticError: more than an answer that may be timed.
+    """
+    with torch.no_grad():
+        for _ in range(steps):
+            entrant.step()
+        lost = float(entrant.lost())
+    if not lost <= LIMITS[name]:  # NaN fails, too
+        raise ArithmeticError(f"{name} is wrong: it lost {lost:.1e} of the variance")
+    return lost
+
+
+def take_turns(running: dict[str, Any], limit: float) -> dict[str, dict[str, Any]]:
+    """Return the milliseconds of every phase of every competitor, spread over rounds in turn."""
+    samples: dict[str, list[Phases]] = {name: [] for name in running}
+    with torch.no_grad():
+        begin = time.perf_counter()
+        for one in running.values():
+            one.step()
+        rounds = repetitions(time.perf_counter() - begin, limit, 3, 25)
+        for _ in range(rounds):
+            for name, one in running.items():
+                samples[name].append(one.step())
+    return {
+        name: {phase: spread([1e3 * s[phase] for s in taken]) for phase in taken[0]}
+        for name, taken in samples.items()
+    }
+
+
+def _guess_peft(point: Point, device: torch.device, data: list[Tokens]) -> float:
+    """Return the seconds of PEFT's step on all layer inputs, by the second one on the first.
+
+    The first is another: in float32, and with whatever a library loads.
+    """
+    one = Peft(point, device, data)
+    with torch.no_grad():
+        one.step()
+        return point.L * one.step()["step"]

@@ -1,0 +1,74 @@
+"""The simulated memory of 7B to 70B models, read from its result file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eva_kernels.streaming import plan_streams, stream_bytes
+
+from ..common import RESULTS
+
+FILE = "simulated_memory.json"
+
+
+def simulated(out: Path) -> dict[str, Any] | None:
+    """Return what the part shows of it, in bytes, with the state that exact Gram would keep.
+
+    Args:
+        out: folder whose result file is preferred to the one of this repository.
+
+    Returns:
+        ``date``, ``commit``, ``batch``, ``length`` and ``models``; ``None`` without a file.
+    """
+    path = next((folder / FILE for folder in (out, RESULTS) if (folder / FILE).exists()), None)
+    if path is None:
+        return None
+    record = json.loads(path.read_text("utf-8"))
+    settings = record["settings"]
+    components = round(settings["r"] * settings["rho"])
+    models = [
+        {
+            "model": row["model"],
+            "parameters": row["base_bytes"] + row["adapter_bytes"],
+            "plain": row["plain"]["bytes"],
+            "ours": row["ours"]["bytes"],
+            "state": row["state_bytes"],
+            "gram_state": _gram_bytes(row["model"], components, row["planned_state_bytes"]),
+        }
+        for row in record["rows"]
+    ]
+    told = {key: record[key] for key in ("date", "commit")}
+    return {**told, "batch": settings["batch"], "length": settings["length"], "models": models}
+
+
+def _gram_bytes(model: str, components: int, planned: int) -> int | None:
+    """Return the bytes of exact states by the widths of a model's layer inputs.
+
+    ``None`` where these widths do not give the planned bytes of the sketches, for then they are
+    not those that were simulated.
+    """
+    widths = _widths(model)
+    if widths is None or _bytes(widths, components, "sketch") != planned:
+        return None
+    return _bytes(widths, components, "gram")
+
+
+def _bytes(widths: Sequence[int], components: int, method: str) -> int:
+    plans = plan_streams(widths, [components] * len(widths), method=method)
+    return sum(stream_bytes(plan) for plan in plans)
+
+
+def _widths(model: str) -> list[int] | None:
+    # brings transformers, and is only needed where a file was found
+    from ..simulated_memory import MODELS
+
+    if model not in MODELS:
+        return None
+    config = MODELS[model]()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    block = [config.hidden_size, heads * size, config.hidden_size, config.intermediate_size]
+    return config.num_hidden_layers * block

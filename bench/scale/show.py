@@ -1,0 +1,153 @@
+"""What the part shows: tables, sentences made from the numbers, and plots."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..sections import Section
+from . import figures, words
+from .fit import TAIL, slope
+from .words import Row, end_of_step, milliseconds
+from .work import AXES, OUTPUTS, Point, along
+
+GIB, MIB = 2**30, 2**20
+COSTS = {
+    "accumulate": lambda row: milliseconds(row, "sketch", "accumulate"),
+    "fold and compare": end_of_step,
+    "step": lambda row: milliseconds(row, "sketch"),
+    "exact Gram": lambda row: milliseconds(row, "gram"),
+    "PEFT": lambda row: milliseconds(row, "peft"),
+    "forward": lambda row: milliseconds(row, "forward"),
+}
+
+
+def sections(record: Mapping[str, Any]) -> list[Section]:
+    """Return what there is to show of a result file."""
+    base = Point(**record["settings"]["base"])
+    good = [row for row in record["rows"]["points"] if "error" not in row]
+    failed = [row for row in record["rows"]["points"] if "error" in row]
+    notes = [f"Not timed, {_place(row)}: {row['error']}." for row in failed]
+    if not good:
+        first = Section("Cost of a step", "Nothing was measured.", notes=" ".join(notes))
+    else:
+        first = _costs(record, base, good, " ".join(notes))
+    found = [first]
+    if good:
+        found += [_slopes(base, good), _crossovers(base, good)]
+    memory = record["rows"]["memory"]
+    return [*found, _memory(memory)] if memory and memory["models"] else found
+
+
+def _place(row: Row) -> str:
+    return " ".join(f"{axis} = {row[axis]}" for axis in AXES)
+
+
+def _costs(record: Mapping[str, Any], base: Point, rows: Sequence[Row], notes: str) -> Section:
+    settings, ceilings = record["settings"], record["rows"]["ceilings"]
+    text = (
+        "Milliseconds of one step: L layer inputs of width D, N tokens each, K = r rho components, "
+        f"the sketch twice as wide, {settings['dtype']} on the {settings['device'].upper()}. Each "
+        f"size is varied alone around {_place({a: getattr(base, a) for a in AXES})}. *Floor* is "
+        "the least that the machine's ceilings allow: "
+        f"{ceilings['bytes_per_second'] / 1e9:.3g} GB/s in a copy, "
+        f"{ceilings['flops_per_second'] / 1e12:.3g} TFLOP/s in a matrix product, "
+        f"{ceilings['wide_flops_per_second'] / 1e12:.3g} in float64. *Forward* is {OUTPUTS} linear "
+        "layers from D to D for each input, measured for one and multiplied. Medians of runs in "
+        "turn; all answers were compared with float64 before."
+    )
+    headers = ["varied", *AXES, "accumulate", "fold, compare", "step", "of the floor", "bound by"]
+    headers += ["exact Gram", "PEFT's step", "forward", "step / forward"]
+    table = []
+    for axis in AXES:
+        for row in along(axis, base, rows):
+            table.append([axis, *(str(row[a]) for a in AXES), *_cells(row)])
+    plots = {
+        "scale_cost": functools.partial(figures.costs, base, rows),
+        "scale_ratios": functools.partial(figures.ratios, base, rows),
+    }
+    return Section("Cost of a step", text, headers, table, plots, notes)
+
+
+def _cells(row: Row) -> list[str]:
+    step, forward = milliseconds(row, "sketch") or 0.0, milliseconds(row, "forward")
+    others = [milliseconds(row, name) for name in ("gram", "peft", "forward")]
+    return [
+        f"{milliseconds(row, 'sketch', 'accumulate'):.2f}",
+        f"{end_of_step(row):.2f}",
+        f"{step:.2f}",
+        f"{100 * row['floor']['step_ms'] / step:.0f} %",
+        row["floor"]["limited_by"],
+        *("—" if value is None else f"{value:.1f}" for value in others),
+        "—" if forward is None else f"{100 * step / forward:.1f} %",
+    ]
+
+
+def _slopes(base: Point, rows: Sequence[Row]) -> Section:
+    table = []
+    for axis, label in AXES.items():
+        line = along(axis, base, rows)
+        table.append([label, *(_slope(axis, line, cost) for cost in COSTS.values())])
+    text = (
+        "Exponents of the power law through the times (least squares in log-log), over all points "
+        f"and, in brackets, over the {TAIL} largest. 1 is proportional."
+    )
+    return Section("Slopes", text, ["size", *COSTS], table)
+
+
+def _slope(axis: str, rows: Sequence[Row], cost: Any) -> str:
+    known = [(row[axis], cost(row)) for row in rows if cost(row) is not None]
+    whole = slope(*zip(*known, strict=True)) if known else None
+    if whole is None:
+        return "—"
+    tail = slope(*zip(*known[-TAIL:], strict=True))
+    return f"{whole:.2f} ({tail:.2f})"
+
+
+def _crossovers(base: Point, rows: Sequence[Row]) -> Section:
+    said = [f"- {sentence}" for sentence in words.crossovers(base, rows)]
+    widths = along("D", base, rows)
+    headers = ["D", "sketch", "exact Gram", "ratio"]
+    table = []
+    for row in widths:
+        sketch, gram = (row["state_bytes"][method] for method in ("sketch", "gram"))
+        ratio = f"{gram / sketch:.2g}"
+        table.append([str(row["D"]), f"{sketch / MIB:.2f}", f"{gram / MIB:.2f}", ratio])
+    text = "\n".join(said) + f"\n\nMiB kept between steps, {base.L} layer inputs, K = {base.K}:"
+    plots = {"scale_state": functools.partial(figures.states, widths)} if len(widths) > 1 else {}
+    return Section("Where the order changes", text, headers, table, plots)
+
+
+def _memory(memory: Mapping[str, Any]) -> Section:
+    headers = ["model", "parameters", "plain forward", "this package", "more than plain"]
+    headers += ["state and sums", "exact Gram's state"]
+    table = []
+    for row in memory["models"]:
+        gram = row["gram_state"]
+        more = row["ours"] - row["plain"]
+        values = [row["parameters"], row["plain"], row["ours"], more, row["state"]]
+        exact = "—" if gram is None else f"{gram / GIB:.1f}"
+        table.append([row["model"], *(f"{value / GIB:.2f}" for value in values), exact])
+    text = (
+        f"Peak GPU memory in GiB above the parameters, simulated ({memory['batch']} x "
+        f"{memory['length']} tokens, `bench/simulated_memory.py`, {memory['date']}, commit "
+        f"{memory['commit']}). {_memory_words(memory['models'])}"
+    )
+    plots = {"scale_models": functools.partial(figures.models, memory["models"])}
+    return Section("Memory from 7B to 70B, simulated", text, headers, table, plots)
+
+
+def _memory_words(models: Sequence[Mapping[str, Any]]) -> str:
+    shares = [100 * (m["ours"] - m["plain"]) / m["parameters"] for m in models]
+    text = (
+        f"What the pass takes beyond a plain forward is {min(shares):.1f} to {max(shares):.1f} % "
+        "of the parameters."
+    )
+    exponent = slope([m["parameters"] for m in models], [m["state"] for m in models])
+    if exponent is not None:
+        text += f" State and sums grow as the parameters to the power of {exponent:.2f}."
+    known = [m["gram_state"] / m["state"] for m in models if m["gram_state"]]
+    if known:
+        text += f" Exact Gram would keep {min(known):.0f} to {max(known):.0f} times as much."
+    return text
