@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..sections import Section
 from . import figures
-from .statistics import LOSES, TIES, WINS, best_rates, mean_error, steps_to, verdict, words
+from .statistics import (
+    LOSES,
+    TIES,
+    WINS,
+    best_rates,
+    chance,
+    mean_error,
+    steps_to,
+    verdict,
+    words,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,9 +110,9 @@ def _section(record: Mapping[str, Any], domain: str) -> Section:
         "rate",
         "trained",
         recipe["loss"],
-        "EVA",
+        "EVA by it",
         recipe["score"],
-        "EVA",
+        "EVA by it",
         "steps to LoRA's loss",
         "old loss",
         "old score",
@@ -181,7 +191,7 @@ def _words(found: Mapping[str, Found], recipe: Mapping[str, Any]) -> str:
         ("what is forgotten of the old task (its loss)", verdicts(found, "old_loss", True)),
     ]
     subject = found[OURS].label
-    return " ".join(
+    return "\n\n".join(
         words(subject, measure, {found[method].label: told for method, told in told_of.items()})
         for measure, told_of in measures
         if told_of
@@ -216,18 +226,19 @@ def _notes(
     )
     return (
         f"{recipe['steps']} steps of {recipe['batch']} samples, rank {recipe['r']} in every layer "
-        "(moved between layers by EVA and AdaLoRA, which begins with half as much again); all in a "
-        "row have the same batches, schedule and calibration data, which are "
+        "(moved between layers by EVA and AdaLoRA, which begins with half as much again); all "
+        "have the same batches, schedule and calibration data, which are "
         f"{recipe['calibration']} batches of the training split, drawn by the seed as are "
         f"initialisation and order. Rates {rates}, chosen by the loss on the validation split, "
         f"seeds {', '.join(map(str, swept))}; then {len(seeds)} seeds on the test split: mean ± "
-        "standard error. EVA: what EVA of this package does against the row, a tie being a "
-        "difference within two of its standard errors, taken seed by seed. Steps to LoRA's loss: "
+        "standard error. EVA by it: what EVA of this package does against the row, a tie being "
+        "a difference within two of its standard errors, taken seed by seed; so few seeds exceed "
+        f"that by chance in {chance(len(seeds)):.0%} of the cases. Steps to LoRA's loss: "
         "to the mean loss at the end of plain LoRA, interpolated, mean over the seeds that reach "
         "it. Old loss, old score: change on the old task; it grows with the rate, too. PEFT's EVA "
         "is given functions of its own where the inputs are no text, and no labels of sentences, "
-        f"or else it does not run; both EVAs end after {settings['most_forwards']} forward passes at most.{edge}"
-        + (f" Failed: {failed}." if failed else "")
+        f"or else it does not run; both EVAs end after {settings['most_forwards']} forward passes "
+        f"at most.{edge}" + (f" Failed: {failed}." if failed else "")
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -77,25 +78,42 @@ def steps_to(curve: Sequence[Sequence[float]], target: float) -> float | None:
     return None
 
 
-def listing(names: Sequence[str]) -> str:
-    """Join names as a sentence does."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def chance(seeds: int) -> float:
+    """Return how often methods that do not differ are told apart by two standard errors.
+
+    The tail of Student's distribution beyond 2 on both sides, with ``seeds - 1`` degrees of
+    freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    freedom = seeds - 1
+    angle = math.atan(2 / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term = total = cosine if odd else 1.0
+    for i in range(3 if odd else 2, freedom - 1, 2):
+        term *= cosine**2 * (i - 1) / i
+        total += term
+    if odd:
+        inner = angle + (sine * total if freedom > 1 else 0.0)
+        return 1 - 2 / math.pi * inner
+    return 1 - sine * total
 
 
 def words(subject: str, measure: str, verdicts: Mapping[str, str]) -> str:
-    """Return a sentence that says against whom something wins, ties and loses.
+    """Return a paragraph that says against whom something wins, ties and loses.
 
     Args:
         subject: its name.
         measure: what was compared.
-        verdicts: name of another -> verdict.
+        verdicts: name of another -> verdict; names may hold commas.
     """
     parts = []
-    for kind, verb in ((WINS, "wins against"), (TIES, "ties with"), (LOSES, "loses to")):
+    for kind, verb in (
+        (WINS, "wins against"),
+        (TIES, "ties with"),
+        (LOSES, "loses to"),
+        (UNKNOWN, "has too few seeds for a verdict against"),
+    ):
         names = [name for name, told in verdicts.items() if told == kind]
-        parts.append(f"{verb} {listing(names) if names else 'none'}")
-    unknown = [name for name, told in verdicts.items() if told == UNKNOWN]
-    if len(unknown) == len(verdicts):
-        return f"By {measure}, {subject} was run with too few seeds for a verdict."
-    more = f"; too few seeds to compare with {listing(unknown)}" if unknown else ""
-    return f"By {measure}, {subject} {'; '.join(parts)}{more}."
+        if names or kind != UNKNOWN:
+            parts.append(f"{verb} {'; '.join(names) if names else 'none'}.")
+    return f"By {measure}, {subject} {' It '.join(parts)}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
@@ -30,9 +31,11 @@ class Workers:
     def __init__(self, count: int | None = None) -> None:
         self.count = (os.cpu_count() or 1) if count is None else count
         self._pool: ProcessPoolExecutor | None = None
+        self._others: set[BaseProcess] = set()
 
     def __enter__(self) -> Workers:
         if self.count:
+            self._others = set(multiprocessing.active_children())
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.count, context, _begin)
         return self
@@ -43,9 +46,13 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # what runs is seconds from its end; what waits is not begun
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:  # the pool by itself would first end what its processes have fetched
+            for child in set(multiprocessing.active_children()) - self._others:
+                child.terminate()
+                child.join()
 
     def ahead(self, keys: Sequence[Key], make: Make) -> Make:
         """Return ``f(key)`` for ``Rows.make``: all keys from the first that is asked for are begun.

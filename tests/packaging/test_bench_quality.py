@@ -3,7 +3,11 @@
 import dataclasses
 import functools
 import json
+import multiprocessing
+import signal
+import time
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -239,11 +243,18 @@ def test_verdicts(theirs: Mapping[int, float], lower: bool, told: str) -> None:
 
 def test_words_say_where_it_wins_ties_and_loses() -> None:
     told = statistics.words("X", "loss", {"A": "wins", "B": "loses", "C": "loses"})
-    assert told == "By loss, X wins against A; ties with none; loses to B and C."
+    assert told == "By loss, X wins against A. It ties with none. It loses to B; C."
     told = statistics.words("X", "loss", {"A": "too few seeds", "B": "too few seeds"})
-    assert "too few seeds for a verdict" in told
+    assert told.endswith("It has too few seeds for a verdict against A; B.")
     told = statistics.words("X", "loss", {"A": "ties", "B": "too few seeds"})
-    assert told.endswith("; too few seeds to compare with B.")
+    assert "ties with A. It loses to none. It has too few seeds" in told
+
+
+@pytest.mark.parametrize(
+    ("seeds", "share"), [(2, 0.295167), (3, 0.183503), (4, 0.139326), (5, 0.116117), (8, 0.085619)]
+)
+def test_chance_is_the_tail_of_students_distribution(seeds: int, share: float) -> None:
+    assert statistics.chance(seeds) == pytest.approx(share, abs=1e-6)
 
 
 def test_steps_to_a_loss() -> None:
@@ -389,7 +400,7 @@ def test_tables_and_words_come_from_the_numbers(
     summary, section = show.sections(written(tmp_path))
     assert "By cross entropy, nats, EVA (this package) wins against LoRA" in section.text
     assert "loses to EVA (this package, exact)." in section.text
-    assert "By accuracy, EVA (this package) wins against none; ties with LoRA" in section.text
+    assert "By accuracy, EVA (this package) wins against none. It ties with LoRA" in section.text
     assert (
         "what is forgotten of the old task (its loss), EVA (this package) wins against EVA ("
         in (section.text)
@@ -439,6 +450,31 @@ def test_the_seeds_of_the_sweep_are_not_those_of_the_comparison() -> None:
     for preset in quality.PRESETS.values():
         assert not set(preset.seeds) & set(preset.sweep_seeds)
         assert len(preset.seeds) >= statistics.FEWEST
+
+
+def test_an_interruption_ends_the_workers_with_what_they_do() -> None:
+    keys = [
+        {"domain": "images", "method": "lora", "rate": 1e-9, "seed": seed, "on": "test"}
+        for seed in (0, 1)
+    ]
+    minutes = dataclasses.replace(TINY, shorter=Fraction(1, 1000))  # type: ignore[arg-type]
+    before = set(multiprocessing.active_children())
+
+    def interrupt() -> None:
+        with Workers(1) as pool:
+            get = pool.ahead(keys, functools.partial(quality.make_row, minutes, "embedded"))
+            signal.setitimer(signal.ITIMER_REAL, 1.0)
+            get(keys[0])
+
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    begin = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert time.monotonic() - begin < 30
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_workers_give_the_rows_of_one_process() -> None:
