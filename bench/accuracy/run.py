@@ -70,7 +70,16 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
 
     made = rows.make([{"input": label} for label in chosen.sizes.labels], one)
     real = [row for row in made if "error" not in row and not row["synthetic"]]
-    return rows.finish({"inputs": made, "ranks": rank_errors(real, RANK), "refused": faults})
+    ranks = rank_errors(real, RANK)
+    kept = [_without_ratios(row) for row in made]
+    return rows.finish({"inputs": kept, "ranks": ranks, "refused": faults})
+
+
+def _without_ratios(value: Any) -> Any:
+    """Leave the ratios out: nine tenths of the file, and the ranks are made of them by now."""
+    if isinstance(value, Mapping):
+        return {k: _without_ratios(entry) for k, entry in value.items() if k != "ratios"}
+    return [_without_ratios(entry) for entry in value] if isinstance(value, list) else value
 
 
 def json_ready(value: Any) -> Any:

@@ -174,6 +174,7 @@ def test_a_run_that_was_cut_off_goes_on(
     record = json.loads(path.read_text())
     assert [row["synthetic"] for row in record["rows"]["inputs"]] == [False, True]
     assert {e["method"] for e in record["rows"]["ranks"]} == set(METHODS)
+    assert '"ratios"' not in path.read_text()
     for section in show.sections(record):
         assert markdown(section, record)
 
