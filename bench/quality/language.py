@@ -20,7 +20,7 @@ from ..methods import Batch
 from . import hub
 from .domain import Domain, Recipe, Task, examples, linear_layers
 
-LENGTH = 128
+LENGTH = 96
 RECIPE = Recipe(
     title="Language generation",
     what=(

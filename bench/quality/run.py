@@ -29,7 +29,7 @@ class Preset:
         rates: which of a recipe's.
         sweep_seeds: of the choice of the rate; none of them is among ``seeds``.
         seeds: of the comparison.
-        shorter: by which the steps of a recipe are divided.
+        shorter: by which the steps of a recipe are divided, but not those between evaluations.
     """
 
     rates: slice
@@ -140,7 +140,6 @@ def shortened(recipe: Recipe, preset: Preset) -> Recipe:
         recipe,
         rates=recipe.rates[preset.rates],
         steps=max(1, recipe.steps // preset.shorter),
-        every=max(1, recipe.every // preset.shorter),
     )
 
 

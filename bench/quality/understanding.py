@@ -19,7 +19,7 @@ from . import hub
 from .domain import Domain, Recipe, Task, classification, linear_layers
 from .language import documentation
 
-LENGTH = 24
+LENGTH = 16  # tokens of a paragraph, at most
 CLASSES = 12
 SIZES = {"train": 80, "validation": 10, "test": 16}  # paragraphs of a class
 SCALE = 20.0  # of cosines, with which the encoder was trained
@@ -28,8 +28,9 @@ RECIPE = Recipe(
     what=(
         "MiniLM (all-MiniLM-L6-v2, 6 layers, width 384) with mean pooling and a new head, adapted "
         f"to tell which of the {CLASSES} best documented packages of the standard library "
-        "a paragraph of a docstring is from. Old task: to find the second half of a paragraph of "
-        "the reference documentation among 48, by the cosine of sentence embeddings."
+        f"a paragraph of a docstring, cut after {LENGTH} tokens, is from. Old task: to find "
+        "the second half of a paragraph of the reference documentation among 48, by the cosine of "
+        "sentence embeddings."
     ),
     loss="cross entropy, nats",
     score="accuracy",
@@ -94,9 +95,9 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
         recipe=RECIPE,
         base=model,
         targets=linear_layers(model, without=["classifier", "encoder.pooler"]),
-        train=encode(*zip(*train, strict=True)),
-        validation=classification(encode(*zip(*_by_length(validation), strict=True)), "classes"),
-        test=classification(encode(*zip(*_by_length(test), strict=True)), "classes"),
+        train=labelled(train),
+        validation=classification(labelled(_by_length(validation)), "classes"),
+        test=classification(labelled(_by_length(test)), "classes"),
         old=halves([text for name, text in texts.items() if name.startswith("topics/")], seed),
         text=True,
         head=("classifier",),
@@ -122,17 +123,22 @@ def docstrings(texts: dict[str, str], seed: int) -> tuple[Labelled, Labelled, La
     return splits
 
 
-def encode(texts: Sequence[str], classes: Sequence[int] | None = None) -> Batch:
-    """Return token ids and mask, int64 (texts, LENGTH) or shorter, and the classes.
+def labelled(split: Labelled) -> Batch:
+    """Return encoded texts with their classes, int64 (texts,).
 
     They are not called ``labels``, which PEFT's EVA takes for labels of tokens.
     """
+    encoded = encode([text for text, _ in split], LENGTH)
+    return {**encoded, "classes": torch.tensor([label for _, label in split])}
+
+
+def encode(texts: Sequence[str], length: int) -> Batch:
+    """Return token ids and mask, int64 (texts, length) or shorter."""
     tokenizer = AutoTokenizer.from_pretrained(minilm.FOLDER)
     told = tokenizer(
-        list(texts), padding=True, truncation=True, max_length=LENGTH, return_tensors="pt"
+        list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
     )
-    batch = {"input_ids": told["input_ids"], "attention_mask": told["attention_mask"]}
-    return batch if classes is None else {**batch, "classes": torch.tensor(classes)}
+    return {"input_ids": told["input_ids"], "attention_mask": told["attention_mask"]}
 
 
 def halves(texts: Sequence[str], seed: int, count: int = 48) -> Task:
@@ -145,7 +151,7 @@ def halves(texts: Sequence[str], seed: int, count: int = 48) -> Task:
         middle = len(words) // 2
         firsts.append(" ".join(words[max(0, middle - 16) : middle]))
         seconds.append(" ".join(words[middle : middle + 16]))
-    first, second = encode(firsts), encode(seconds)
+    first, second = encode(firsts, 24), encode(seconds, 24)
 
     @torch.no_grad()
     def both(model: nn.Module) -> tuple[float, float]:
