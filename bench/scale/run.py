@@ -104,6 +104,7 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
         "axes": {axis: list(values) for axis, values in chosen.axes.items()},
         "seconds": chosen.seconds,
     }
+    memory = simulated(out)  # before minutes of measuring, for what may be wrong with the file
     rows = Rows("scale", settings, out, quiet)
     ceilings = rows.make([{"ceilings": device.type}], lambda key: asdict(ceilings_of(device)))[0]
     if "error" in ceilings:
@@ -119,7 +120,7 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
 
     keys = [asdict(point) for point in points(chosen.base, chosen.axes)]
     made = rows.make(keys, one)
-    return rows.finish({"ceilings": ceilings, "points": made, "memory": simulated(out)})
+    return rows.finish({"ceilings": ceilings, "points": made, "memory": memory})
 
 
 def ceilings_of(device: torch.device) -> Ceilings:

@@ -97,8 +97,8 @@ def _forward(lines: Mapping[str, Sequence[Row]]) -> list[str]:
     (least, there), (most, here) = min(shares), max(shares)
     return [
         f"The step takes less than {100 * SMALL:.0f} % of the forward pass of the three linear "
-        f"layers (D to D) that read the input {'; '.join(parts)}. Its share is {least:.2g} % "
-        f"({there}) to {most:.2g} % ({here})."
+        f"layers (D to D) that read the input {'; '.join(parts)}. Its share is {least:.1f} % "
+        f"({there}) to {most:.1f} % ({here})."
     ]
 
 
