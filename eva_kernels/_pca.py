@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import EvaTypeError, EvaValueError
+from .streaming._autocast import without_autocast
 from .streaming.plan import METHODS, plan_streams
 from .streaming.step import fold_streams
 from .streaming.stream import InputStream, Options, Spectrum
@@ -68,8 +69,8 @@ class IncrementalPCA:
     def _reset(self) -> None:
         self._stream: InputStream | None = None
         self._answer: Spectrum | None = None
-        self._sum = self._square = torch.empty(0)
-        self._pivot = torch.empty(0)
+        self._sum = self._square = torch.empty(0, device="cpu")
+        self._pivot = torch.empty(0, device="cpu")
 
     def fit(
         self, x: Tensor | np.ndarray, y: None = None, *, batch_size: int | None = None
@@ -89,6 +90,7 @@ class IncrementalPCA:
         return self
 
     @torch.no_grad()
+    @without_autocast
     def partial_fit(
         self, x: Tensor | np.ndarray, y: None = None, *, mask: Tensor | None = None
     ) -> IncrementalPCA:
@@ -160,6 +162,7 @@ class IncrementalPCA:
         self._sum = self._sum + offset.sum(0)
         self._square = self._square + offset.square().sum(0)
 
+    @without_autocast
     def transform(self, x: Tensor | np.ndarray) -> Tensor:
         """Return the coordinates of x, (N, K), dtype of the components."""
         components = self.components_

@@ -117,7 +117,7 @@ def _launch(
         entries.append((u.data_ptr(), v.data_ptr(), *strides, rows, columns, n_rows, int(rank)))
         n_rows += rows
     # From pinned memory the upload does not wait for the device.
-    table = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.tensor(entries, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     table = table.to(device, non_blocking=True)
     similarity = torch.empty(n_rows, dtype=torch.float32, device=device)
     unconverged = torch.empty(len(entries), dtype=torch.int32, device=device)

@@ -11,7 +11,7 @@ from torch import Tensor
 def _gaussian(rows: int, features: int, seed: int) -> Tensor:
     # The CPU generator, so that every device and every process starts from the same numbers.
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, features, generator=generator, dtype=torch.float64)
+    return torch.randn(rows, features, generator=generator, dtype=torch.float64, device="cpu")
 
 
 @functools.lru_cache(maxsize=4)  # layers of one shape begin with the same basis

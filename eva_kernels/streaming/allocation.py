@@ -39,10 +39,10 @@ def allocate_ranks(
     Reference: arXiv 2410.07170, section 3; PEFT ``_get_rank_distribution``.
     """
     prices = list(costs) if costs is not None else [1] * len(ratios)
-    sizes = torch.tensor([len(r) for r in ratios], dtype=torch.int64)
-    layer = torch.repeat_interleave(torch.arange(len(ratios)), sizes)
-    index = torch.arange(len(layer)) - (sizes.cumsum(0) - sizes)[layer]
-    pooled = torch.cat([torch.empty(0), *(r.detach().double().cpu() for r in ratios)])
+    sizes = torch.tensor([len(r) for r in ratios], dtype=torch.int64, device="cpu")
+    layer = torch.repeat_interleave(torch.arange(len(ratios), device="cpu"), sizes)
+    index = torch.arange(len(layer), device="cpu") - (sizes.cumsum(0) - sizes)[layer]
+    pooled = torch.cat([torch.empty(0, device="cpu"), *(r.detach().double().cpu() for r in ratios)])
     pooled = torch.nan_to_num(pooled, nan=0.0)
     limits = torch.bincount(layer[pooled > 0], minlength=len(ratios)).tolist()
     floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * len(ratios)
@@ -55,8 +55,8 @@ def allocate_ranks(
         )
     if not ratios:
         return ranks
-    density = pooled / torch.tensor(prices)[layer]
-    floor, ceiling = torch.tensor(ranks), torch.tensor(limits)
+    density = pooled / torch.tensor(prices, device="cpu")[layer]
+    floor, ceiling = (torch.tensor(values, device="cpu") for values in (ranks, limits))
     open_ = (index >= floor[layer]) & (index < ceiling[layer])
     order = torch.sort(density.masked_fill(~open_, -1.0), descending=True, stable=True).indices
     winners = layer[order[: int(open_.sum())]]

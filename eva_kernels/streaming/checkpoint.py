@@ -105,13 +105,13 @@ def _sizes(stream: InputStream) -> dict[str, Any]:
 
 def _sketch_parts(sketch: SketchState) -> dict[str, Tensor]:
     return {
-        "sketch.count": torch.tensor(sketch.count, dtype=torch.float64),
+        "sketch.count": torch.tensor(sketch.count, dtype=torch.float64, device="cpu"),
         "sketch.mean": sketch.mean,
         "sketch.basis": sketch.basis,
         "sketch.singular_values": sketch.singular_values,
-        "sketch.total": torch.tensor(sketch.total, dtype=torch.float64),
-        "sketch.rank": torch.tensor(sketch.rank),
-        "sketch.mean_norm": torch.tensor(sketch.mean_norm, dtype=torch.float64),
+        "sketch.total": torch.tensor(sketch.total, dtype=torch.float64, device="cpu"),
+        "sketch.rank": torch.tensor(sketch.rank, device="cpu"),
+        "sketch.mean_norm": torch.tensor(sketch.mean_norm, dtype=torch.float64, device="cpu"),
     }
 
 
@@ -129,7 +129,7 @@ def _sketch_of(stream: InputStream, tensors: Mapping[str, Tensor]) -> SketchStat
 
 def _sums_parts(sums: StepSums) -> dict[str, Tensor]:
     parts = {
-        "sums.count": torch.tensor(sums.count, dtype=torch.float64),
+        "sums.count": torch.tensor(sums.count, dtype=torch.float64, device="cpu"),
         "sums.shift": sums.shift,
         "sums.square": sums.square,
         "sums.products": sums.products,

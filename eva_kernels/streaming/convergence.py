@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import EvaValueError
 from ..ops.eigh import eigh
 from . import _host
+from ._autocast import without_autocast
 from ._host import Array
 from .step import by_device, cosines_of
 from .stream import InputStream
@@ -18,6 +19,7 @@ from .stream import InputStream
 __all__ = ["compare_streams", "leading_similar"]
 
 
+@without_autocast
 def compare_streams(
     folded: Sequence[InputStream],
     ranks: Sequence[int],
@@ -107,7 +109,9 @@ def _principal_cosines(streams: Sequence[InputStream], ranks: Sequence[int]) -> 
         if s.sketch is not None and s.previous is not None
     ]
     if _host.reads_are_free(streams[0].device):
-        return torch.tensor([_least(torch.linalg.svdvals(o).numpy()) for o in overlaps])
+        return torch.tensor(
+            [_least(torch.linalg.svdvals(o).numpy()) for o in overlaps], device="cpu"
+        )
     # One launch for all: the singular values squared, each block filled up with ones, which are
     # the largest that a cosine can be.
     width = max(ranks)

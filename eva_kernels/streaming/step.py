@@ -19,6 +19,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from ..ops import convergence
 from . import _host
+from ._autocast import without_autocast
 from ._basis import repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, SketchBatch, decompose
@@ -43,6 +44,7 @@ class NonFiniteStepError(NonFiniteError):
         self.stream = stream
 
 
+@without_autocast
 def fold_streams(streams: Iterable[InputStream], *, final: bool = False) -> list[InputStream]:
     """Fold every stream that has a full step.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import EvaValueError, NonFiniteError
 from ..ops import gram, sketch
 from . import _host
+from ._autocast import without_autocast
 from ._host import Array
 from .fold import first_basis, fold_gram, scatter_about_mean
 from .merge import merge_gram, merge_sketch
@@ -136,6 +137,7 @@ class InputStream:
         plan = StreamPlan(self.features, self.components, self.width, self.options.method)
         return stream_bytes(plan, self.dtype.itemsize)
 
+    @without_autocast
     def add(self, x: Tensor, rows: Tensor | None = None) -> int:
         """Accumulate tokens; returns how many were used.
 
@@ -296,6 +298,7 @@ class InputStream:
         """Return an independent copy."""
         return deepcopy(self)
 
+    @without_autocast
     def merge(self, other: InputStream) -> None:
         """Take the tokens of another stream of the same shape and method into this one."""
         fold_streams([self, other], final=True)
@@ -312,13 +315,15 @@ class InputStream:
         else:
             raise EvaValueError("a sketch and an exact Gram stream cannot be merged")
 
+    @without_autocast
     def ratios(self) -> Tensor:
         """Return the explained-variance ratios after the last fold, (K,) float64 on the CPU."""
         now = self.sketch
         if now is None:
-            return torch.zeros(self.components, dtype=torch.float64)
+            return torch.zeros(self.components, dtype=torch.float64, device="cpu")
         return variance_ratio(now.singular_values[: self.components].square(), now)
 
+    @without_autocast
     def spectrum(self) -> Spectrum:
         """Return the answer so far; the pending step is folded first.
 

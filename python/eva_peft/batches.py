@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +48,6 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
         epoch = iter(loader)
     except TypeError as error:
         raise EvaTypeError(f"the loader must be iterable, got {type(loader)}") from error
-    once = epoch is loader
     first = True
     while True:
         empty = True
@@ -57,7 +57,7 @@ def iterate(loader: Iterable[Any]) -> Iterator[Any]:
             del batch  # no batch is kept while the next one is being made
         if first:
             raise EvaValueError("dataloader is empty: it yielded no batch")
-        if once or empty:
+        if empty:  # of an iterator that was used up, among others
             return
         epoch = iter(loader)
 
@@ -84,7 +84,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(v, device) for v in batch)
+        plain = [to_device(v, device) for v in batch]
+        try:
+            return type(batch)(plain)
+        except TypeError:
+            return plain
     if is_dataclass(batch) and not isinstance(batch, type):
         moved = {k: to_device(v, device) for k, v in dataclass_fields(batch).items()}
         return replace(batch, **moved)
@@ -99,8 +103,9 @@ def dataclass_fields(batch: Any) -> dict[str, Any]:
 def shape_of(batch: Any) -> tuple[int, int] | None:
     """Return (samples, tokens) of a batch, as far as they can be told."""
     values = batch.values() if isinstance(batch, Mapping) else batch
-    found = [batch] if isinstance(batch, Tensor) else values if isinstance(values, Iterable) else ()
-    for value in found:
+    # other iterables may be used up by looking at them
+    parts = values if isinstance(batch, (Mapping, tuple, list)) else ()
+    for value in [batch] if isinstance(batch, Tensor) else parts:
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0], value.shape[1] if value.dim() in (2, 3) else 1
     return None
@@ -111,6 +116,19 @@ def as_mapping(batch: Any) -> Any:
     if is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
         return dataclass_fields(batch)
     return batch
+
+
+def by_name(batch: Any, model: nn.Module) -> Any:
+    """Return positional arguments of a model as a mapping, where that names a mask or labels."""
+    if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
+        return batch
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        bound = inspect.signature(base.forward).bind(*batch)
+    except (TypeError, ValueError):
+        return batch
+    names = bound.arguments
+    return dict(names) if names.keys() & {"attention_mask", "labels"} else batch
 
 
 def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -124,6 +142,11 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        if batch and isinstance(batch[0], Mapping):
+            raise EvaTypeError(
+                "a batch is a list of samples; give the loader a collator that makes one mapping "
+                "of them, such as transformers' DataCollatorWithPadding"
+            )
         return tuple(batch), {}
     raise EvaTypeError(
         f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
@@ -132,7 +155,7 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def as_tensors(batch: Any) -> Any:
-    """Return a mapping whose lists of numbers are tensors, and a single sample as a batch of one.
+    """Return a mapping whose arrays and lists of numbers are tensors, a single sample as a batch.
 
     Streaming datasets yield lists, and samples where nothing collates them. Lists beside tensors
     are meant as lists.
@@ -145,9 +168,11 @@ def as_tensors(batch: Any) -> Any:
     found: dict[str, Any] = {}
     listed = not any(isinstance(value, Tensor) for value in batch.values())
     for key, value in batch.items():
-        if listed and isinstance(value, (list, tuple)) and value and _holds_numbers(value):
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            found[key] = torch.from_numpy(value)
+        elif listed and isinstance(value, (list, tuple)) and value and _holds_numbers(value):
             try:
-                found[key] = torch.as_tensor(value)
+                found[key] = torch.as_tensor(value, device="cpu")
             except ValueError as error:
                 raise EvaValueError(
                     f"the samples of {key!r} in a batch have different lengths; give the loader a "
@@ -226,7 +251,8 @@ def without_padding(batch: Any, device: torch.device, encoder_decoder: bool = Fa
             return [batch]
     kept = mask.bool()
     lengths = kept.sum(1)
-    if not bool((kept == (torch.arange(columns) < lengths[:, None])).all()) or not kept.any():
+    begins = torch.arange(columns, device="cpu") < lengths[:, None]
+    if not torch.equal(kept, begins) or not kept.any():
         return [batch]
     overhead = FORWARD_OVERHEAD.get(device.type, FORWARD_OVERHEAD_ACCELERATOR)
     groups = _group_by_length(lengths.tolist(), overhead)

@@ -116,6 +116,7 @@ class CalibrationPass:
         }
         self._default_forward = options.forward_fn is None
         self._warned: set[str] = set()  # layers that were warned about, once a pass
+        self._transposed: dict[str, bool] = {}  # layers that were seen to take the sequence first
         self._plain_masks = options.prepare_model_inputs_fn == AUTO
         selectors = _selectors(targets, options)
         # Its parts know the pass weakly: in a cycle its state would stay on the device until Python
@@ -187,7 +188,8 @@ class CalibrationPass:
         before = self.collector.seconds
         parts = [batch]
         if self._default_forward:
-            batch = batches.as_tensors(batches.as_mapping(batch))
+            batch = batches.by_name(batches.as_mapping(batch), self.model)
+            batch = batches.as_tensors(batch)
             if self.options.trim_padding and self._plain_masks:
                 kind = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
                 parts = batches.without_padding(batch, self.device, bool(kind))
@@ -211,7 +213,7 @@ class CalibrationPass:
         if self._plain_masks:
             model_config = getattr(self.model, "config", None)
             mask = mask_of_batch(batches.as_mapping(batch), self.config, model_config)
-            mask.warned = self._warned
+            mask.warned, mask.transposed = self._warned, self._transposed
         mask.draw = draw
         batch = batches.to_device(batch, self.device)
         self.batch_shape = batches.shape_of(batch)
@@ -235,7 +237,7 @@ class CalibrationPass:
         return batch if prepare is None else prepare(deepcopy(batch), self.config)
 
     def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> bool:
-        self.collector.begin_forward(mask, model_input, self._may_stop_early)
+        self.collector.begin_forward(mask, model_input, self._may_stop_early, self.batch_shape)
         try:
             with self.collector.routed if self.collector.routed.needed else nullcontext():
                 if self.options.forward_fn is not None:
@@ -246,7 +248,7 @@ class CalibrationPass:
                     self.model(*args, **batches.without_labels(kwargs, self.model))
         except StopForward:
             return False
-        return True
+        return not self.collector.stopped  # the model may have caught it
 
     @functools.cached_property
     def _may_stop_early(self) -> bool:

@@ -60,7 +60,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         self._between = True  # no forward pass is under way
         self._written = 0  # forward passes behind the last file
         self._fingerprint: dict[str, Any] = {}
-        self._first_random = self._random = torch.empty(0, dtype=torch.uint8)
+        self._first_random = self._random = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def open(self, begin: float) -> None:
         """Check that the path can be written, and take over the state of the file, if any.

@@ -148,7 +148,7 @@ def _sample(module: nn.Module) -> str:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.device.type == "meta" or not weight.numel():
         return "hidden"
-    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64).long()
+    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
     try:
         # By coordinates, since flattening would copy a weight that is stored transposed.
         chosen = weight.detach()[torch.unravel_index(index.to(weight.device), weight.shape)]

@@ -28,8 +28,11 @@ __all__ = ["InputCollector", "StopForward"]
 Selector = Callable[[Any, Any, str], Tensor]
 
 
-class StopForward(Exception):
-    """Raised by a hook behind the last layer that is needed, to end the forward pass."""
+class StopForward(BaseException):
+    """Raised by a hook behind the last layer that is needed, to end the forward pass.
+
+    No ``Exception``: a model may catch those, and go on with something else.
+    """
 
 
 class InputCollector(AbstractContextManager["InputCollector"]):
@@ -62,7 +65,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._model_input: Any = None
         self._fresh: list[Slot] = []
         self._counts: dict[int, int] = {}
-        self._stop_early = False
+        self._stop_early = self.stopped = False
+        self._shape = self._largest = (0, 0)  # of this batch; of those that were run to the end
         self._only: set[int] | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
@@ -108,15 +112,23 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._timed_call(i, (x,), {})
 
     def _timed_call(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        begin = time.perf_counter()
-        try:
-            self._called(i, args, kwargs)
-        finally:
-            self.seconds += time.perf_counter() - begin
-        if self._stop_early and self._seen_all():
+        if not self.stopped:
+            begin = time.perf_counter()
+            try:
+                self._called(i, args, kwargs)
+            finally:
+                self.seconds += time.perf_counter() - begin
+            self.stopped = self._stop_early and self._seen_all()
+        if self.stopped:  # again, where the model went on all the same
             raise StopForward
 
-    def begin_forward(self, mask: TokenMask, model_input: Any, stop_early: bool) -> None:
+    def begin_forward(
+        self,
+        mask: TokenMask,
+        model_input: Any,
+        stop_early: bool,
+        shape: tuple[int, int] | None = None,
+    ) -> None:
         """Prepare for a forward pass over a batch.
 
         Args:
@@ -124,13 +136,17 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             model_input: handed to the users' selectors.
             stop_early: raise :class:`StopForward` once every layer that is needed was called.
                 Never while a layer was not called at all (a later batch may call it), nor if one
-                is called several times (a later batch may call it more often).
+                is called several times (a later batch may call it more often), nor on a batch that
+                is larger than all that were run to the end (a model may cut it in parts).
+            shape: (samples, tokens) of the batch, if known.
         """
         self._mask, self._model_input = mask, model_input
-        self._counts, self._fresh = {}, []
+        self._counts, self._fresh, self.stopped = {}, [], False
         self.routed.following = mask.selective and self._routing is not False
         once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
-        self._stop_early = stop_early and once
+        self._shape = shape or (0, 0)
+        known = all(n <= most for n, most in zip(self._shape, self._largest, strict=True))
+        self._stop_early = stop_early and once and known
         for slot in self.slots:
             slot.begin_forward()
 
@@ -156,6 +172,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         if complete and self._only is None:
             for i, count in self._counts.items():
                 self.most_calls[i] = max(count, self.most_calls.get(i, 0))
+            samples, tokens = self._largest
+            self._largest = max(samples, self._shape[0]), max(tokens, self._shape[1])
             if self.routed.following:
                 self._routing = bool(self._routing)
         self._only = None
@@ -268,7 +286,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for seen in slot.calls[:calls]:  # shared, but waiting for a third layer
             if seen.held is not None and seen.unchanged:
                 self._accumulate(new, i, seen.held, (seen.held,))
-        new.calls = [Seen(torch.empty(0)) for _ in range(calls + 1)]
+        new.calls = [Seen(torch.empty(0, device="cpu")) for _ in range(calls + 1)]
         slot.members.remove(i)
         new.counts[i] = slot.counts.pop(i) + 1
         self.slot_of[i] = new
@@ -326,7 +344,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """Yield what a layer was called with as (N, D) matrices, each with the rows to use."""
         target, selector = self.targets[i], self.selectors[i]
         if selector is not None:
-            x = selector(args, self._model_input, target.name)
+            x = selector(args or (x,), self._model_input, target.name)
         elif target.patches is not None:
             self._check_tokens(target, x, x.dim() - len(target.patches.kernel) in (1, 2))
             windows = target.patches.windows(x.detach())
@@ -335,7 +353,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             for part in target.patches.tokens(windows, rows):
                 yield part, None
             return
-        self._check_tokens(target, x, x.shape[-1:] == (target.in_features,))
+        self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
         rows = None
         if selector is None:
             rows = self._masked_rows(x, target.name)

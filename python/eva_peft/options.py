@@ -136,6 +136,8 @@ class CalibrateOptions:
                 raise EvaTypeError(f"{name}={value!r} must be a number ({kind.__name__})")
             if name != "seed" and not value >= _LEAST.get(name, 0):
                 raise EvaValueError(f"{name}={value} must be at least {_LEAST.get(name, 0)}")
+            if kind is Integral:  # of numpy, say, which JSON and generators do not take
+                object.__setattr__(self, name, int(value))
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise EvaValueError(f"max_seconds={self.max_seconds} must be positive")
         if self.checkpoint is not None and not isinstance(self.checkpoint, (str, PathLike)):

@@ -75,7 +75,7 @@ def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
 def _by_step(ratios: Sequence[Tensor], step: int) -> Tensor:
     """Return what each further ``step`` components explain, in sum over layers of common rank."""
     length = max(len(r) for r in ratios)
-    total = torch.zeros(length, dtype=torch.float64)
+    total = torch.zeros(length, dtype=torch.float64, device="cpu")
     for ratio in ratios:
         total[: len(ratio)] += ratio.double().cpu().nan_to_num()
     if len(ratios) == step == 1:

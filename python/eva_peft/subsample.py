@@ -35,7 +35,7 @@ class Draw:
             return None
         seed = (self.seed * 1_000_003 + self.forward) * 1_009 + self.part
         generator = torch.Generator().manual_seed(seed % 2**63)
-        return torch.randperm(count, generator=generator)[: self.limit].sort().values
+        return torch.randperm(count, generator=generator, device="cpu")[: self.limit].sort().values
 
     def subset(self, mask: Tensor) -> Tensor:
         """Return a bool mask of the same shape that keeps the drawn ones of its tokens."""
@@ -43,7 +43,7 @@ class Draw:
         drawn = self.indices(len(kept))
         if drawn is None:
             return mask
-        chosen = torch.zeros(mask.numel(), dtype=torch.bool)
+        chosen = torch.zeros(mask.numel(), dtype=torch.bool, device="cpu")
         chosen[kept[drawn]] = True
         return chosen.reshape(mask.shape)
 

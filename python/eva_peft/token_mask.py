@@ -18,7 +18,8 @@ __all__ = ["TokenMask", "mask_of_batch"]
 
 # Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
 _READS_ENCODER = re.compile(
-    r"(EncDecAttention|encoder_attn|crossattention|cross_attn).*\b(k|v|k_proj|v_proj|key|value)$"
+    r"(EncDecAttention|encoder_attn|encoder_decoder_attention|cross_?att(ention|n)).*"
+    r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj)$"
 )
 # Layers of the other stream of a model that takes text and something else.
 _READS_NO_TEXT = re.compile(
@@ -42,6 +43,7 @@ class TokenMask:
     Attributes:
         draw: leaves a random part of the tokens, if set.
         warned: layers that need no second warning.
+        transposed: layer -> whether it takes the sequence first, as far as batches have told.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class TokenMask:
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
         self.draw: Draw | None = None
         self.warned: set[str] = set()
+        self.transposed: dict[str, bool] = {}
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
         self._drawn: dict[str, Tensor] = {}
 
@@ -72,12 +75,11 @@ class TokenMask:
         """
         leading = tuple(shape[:-1])
         for kind, mask in self._candidates(name):
-            if leading == tuple(mask.shape) or (
-                len(leading) == 1 and leading[0] == mask.numel() and mask.numel() != mask.shape[0]
-            ):
+            if len(leading) == 1 and leading[0] == mask.numel() != mask.shape[0]:
                 return self._indices(kind, mask, device)
-            if leading == tuple(mask.shape)[::-1]:  # sequence-first layers
-                return self._indices(kind, mask, device, transposed=True)
+            if leading in (tuple(mask.shape), tuple(mask.shape)[::-1]):
+                transposed = self._is_transposed(leading, mask, name)
+                return self._indices(kind, mask, device, transposed)
             if self.streams > 1 and leading == (mask.shape[0], mask.shape[1] * self.streams):
                 wide = mask.repeat_interleave(self.streams, dim=1)
                 return self._indices(kind + "*", wide, device)
@@ -87,8 +89,14 @@ class TokenMask:
         self._warn_unknown(leading, name)
         if self.draw is None:
             return None
-        whole = torch.ones(leading, dtype=torch.bool)
+        whole = torch.ones(leading, dtype=torch.bool, device="cpu")
         return self._indices(f"all of {whole.numel()}", whole.reshape(-1), device)
+
+    def _is_transposed(self, leading: tuple[int, ...], mask: Tensor, name: str) -> bool:
+        """Tell whether a layer takes the sequence first; as many samples as tokens tell nothing."""
+        if mask.shape[0] != mask.shape[1]:
+            self.transposed[name] = leading != tuple(mask.shape)
+        return self.transposed.get(name, False)
 
     @property
     def selective(self) -> bool:
@@ -148,7 +156,8 @@ class TokenMask:
         # Without a mask, with one that keeps everything, for pooled inputs (one row a sample), for
         # what is the same for all samples (embeddings of positions), and beside text, using every
         # row is what is wanted.
-        if name in self.warned or self.mixed or leading[:1] == (1,):
+        one_for_all = leading[:1] == (1,) and all(m.shape[0] > 1 for m in masks)
+        if name in self.warned or self.mixed or one_for_all:
             return
         if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
             return
@@ -174,7 +183,7 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
     """
     if not isinstance(batch, Mapping):
         return TokenMask(None)
-    attention, labels = batch.get("attention_mask"), batch.get("labels")
+    attention, labels = _of_samples(batch, "attention_mask"), batch.get("labels")
     main = _token_mask(attention)
     decoder = _token_mask(batch.get("decoder_attention_mask"))
     eva = config.eva_config
@@ -207,12 +216,23 @@ def _for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
 
 def _is_mixed(batch: Mapping[str, Any]) -> bool:
     """Tell whether a batch of text holds values of another kind, too."""
-    text = isinstance(batch.get("input_ids"), Tensor)
-    return text and any(
-        isinstance(value, Tensor) and value.is_floating_point() and value.dim() >= 2
+    ids = batch.get("input_ids")
+    return isinstance(ids, Tensor) and any(
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() >= 2
+        and value.shape != ids.shape  # weights of tokens, say
         for key, value in batch.items()
         if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels") and "mask" not in key
     )
+
+
+def _of_samples(batch: Mapping[str, Any], key: str) -> Any:
+    """Return a value; where samples have choices, (B, C, T), as the model runs them, (B C, T)."""
+    value, ids = batch.get(key), batch.get("input_ids")
+    if isinstance(value, Tensor) and isinstance(ids, Tensor) and ids.dim() == 3:
+        return value.flatten(0, 1) if value.shape == ids.shape else value
+    return value
 
 
 def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
@@ -224,13 +244,18 @@ def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
 def _token_mask(mask: Any) -> Tensor | None:
     """Return the tokens that a mask keeps, bool (B, T).
 
-    A mask over pairs, (B, heads or 1, T, T), says which token sees which. A token that does not
-    even see itself is padding; where padding sees itself, it cannot be told from tokens.
+    A mask over pairs, (B, T, T) or (B, heads or 1, T or 1, T), says which token sees which. A token
+    that does not even see itself is padding; where padding sees itself, it cannot be told from
+    tokens.
     """
     if not isinstance(mask, Tensor):
         return None
-    if mask.dim() == 4 and mask.shape[2] == mask.shape[3]:
-        own = mask[:, 0].diagonal(dim1=-2, dim2=-1).cpu()
+    if mask.dim() == 3 and mask.shape[1] == mask.shape[2]:
+        mask = mask[:, None]
+    if mask.dim() == 4 and mask.shape[2] in (1, mask.shape[3]):
+        first = mask[:, 0]
+        alike = mask.shape[2] == 1  # (B, 1, 1, T): the same for every token
+        own = (first[:, 0] if alike else first.diagonal(dim1=-2, dim2=-1)).cpu()
         additive = own.is_floating_point() and bool((mask <= 0).all())
         return own > -1 if additive else own.bool()
     return mask.bool().cpu() if mask.dim() == 2 else None
@@ -245,7 +270,7 @@ def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ...] | None:
     ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
     if isinstance(ids, Tensor):
-        return tuple(ids.shape)
+        return tuple(ids.flatten(0, -2).shape) if ids.dim() > 2 else tuple(ids.shape)
     if isinstance(embeds, Tensor):
         return tuple(embeds.shape[:2])
     return None if main is None else tuple(main.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -25,12 +26,14 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
     training = [(m, m.training) for m in model.modules()]
     adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)]
     caches = [(c, c.use_cache) for c in _configs(model) if hasattr(c, "use_cache")]
-    compiled = any(
-        "_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules()
-    )
-    # Compiled code does not call hooks that were added after it was compiled.
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    # Compiled code does not call hooks that were added after it was compiled. Nothing is compiled
+    # where the compiler was never loaded, which takes a second.
+    loaded = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+    # torch's own Transformer layers would hand their parts nested tensors, or not call them at all.
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         for module in filter(_repacks_in_eval, model.modules()):
             module.training = True
@@ -41,6 +44,7 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
         with eager:
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in training:
             module.training = mode
         for layer, flag in adapters:
