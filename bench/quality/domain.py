@@ -26,8 +26,8 @@ class Recipe:
         every: steps between two evaluations on the test split.
         batch: samples a step.
         r: rank of every layer; methods that move ranks keep their sum.
-        rates: highest learning rates of the sweep, rising.
         calibration: batches, of ``batch`` samples each, for methods that look at data.
+        rates: highest learning rates of the sweep, rising.
     """
 
     title: str
@@ -39,8 +39,8 @@ class Recipe:
     every: int
     batch: int
     r: int
-    rates: tuple[float, ...]
-    calibration: int = 16
+    calibration: int
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
 @dataclass(frozen=True)

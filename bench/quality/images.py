@@ -27,7 +27,6 @@ RECIPE = Recipe(
     every=10,
     batch=32,
     r=4,
-    rates=(1e-3, 3e-3, 1e-2, 3e-2),
     calibration=8,
 )
 PRETRAINING = {"steps": 300, "batch": 32, "rate": 2e-3}

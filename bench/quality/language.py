@@ -35,7 +35,7 @@ RECIPE = Recipe(
     every=8,
     batch=4,
     r=8,
-    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    calibration=16,
 )
 
 

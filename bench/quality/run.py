@@ -39,7 +39,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(slice(1, 4), (100,), (0, 1, 2), shorter=2),
+    "quick": Preset(slice(2, 4), (100,), (0, 1, 2), shorter=2),
     "full": Preset(slice(None), (100, 101), (0, 1, 2, 3, 4)),
 }
 

@@ -38,11 +38,11 @@ RECIPE = Recipe(
         f"contrastive loss (cosines times {SCALE:g}, nats) and accuracy in finding the second half "
         "of a paragraph; the head has no part in it"
     ),
-    steps=40,
+    steps=30,
     every=10,
     batch=8,
     r=8,
-    rates=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    calibration=8,
 )
 Labelled = list[tuple[str, int]]
 
