@@ -160,7 +160,7 @@ def test_the_splits_of_a_domain_do_not_overlap() -> None:
 def test_one_key_gives_one_row_in_any_order() -> None:
     keys = [
         {"domain": "images", "method": method, "rate": 3e-3, "seed": seed, "on": "test"}
-        for method in ("lora", "eva", "adalora")
+        for method in ("lora", "eva-peft", "adalora")
         for seed in (0, 1)
     ]
 
@@ -175,6 +175,13 @@ def test_one_key_gives_one_row_in_any_order() -> None:
     torch.manual_seed(2)
     assert first == rows(keys[::-1])
     assert first[json.dumps(keys[0])]["loss"] != first[json.dumps(keys[1])]["loss"]
+
+
+def test_adalora_acts_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, steps = small("images"), []
+    monkeypatch.setattr(training, "after_step", lambda model, step: steps.append(step))
+    training.fine_tune(found, "adalora", 1e-3, 0, found.test)
+    assert steps == [1, 2, 3]
 
 
 def test_random_state_of_the_caller_is_left_alone() -> None:
