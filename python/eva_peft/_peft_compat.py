@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import traceback
 from collections.abc import Iterable
 from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import (
@@ -26,6 +27,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
@@ -39,19 +41,29 @@ except ImportError:
 
 __all__ = [
     "SWITCHABLE",
+    "BaseTunerLayer",
     "EvaConfig",
     "LoraConfig",
     "LoraLayer",
     "ParamWrapper",
+    "PeftMixedModel",
     "PeftModel",
+    "anchored_pattern",
+    "exclude_layers",
     "forward_fn_dict",
+    "injected_adapters",
+    "is_lora",
     "keep_dilation",
+    "kind_of",
+    "layer_of_failure",
+    "magnitude",
     "matches_parameter",
     "matches_target",
     "pattern_value",
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
     "resolved_config",
+    "untrained_magnitude",
     "update_layer",
     "versions",
 ]
@@ -191,30 +203,42 @@ def exclude_layers(config: LoraConfig, names: Iterable[str]) -> str:
     return "|".join(parts)
 
 
-def adapter_tensors(layer: LoraLayer) -> dict[str, Any]:
-    """Return shallow copies of everything that a layer keeps by adapter name."""
-    kept: dict[str, Any] = {}
-    for name in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
-        value = getattr(layer, name, None)
-        if isinstance(value, nn.ModuleDict):
-            kept[name] = dict(value._modules)
-        elif isinstance(value, nn.ParameterDict):
-            kept[name] = {key: value[key] for key in value}
-        elif isinstance(value, dict):
-            kept[name] = dict(value)
-    return kept
+def injected_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the adapters in a model's layers, with or without a PeftModel."""
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    return sorted({name for layer in layers for name in layer._get_available_adapters()})
 
 
-def restore_adapter_tensors(layer: LoraLayer, kept: dict[str, Any]) -> None:
-    """Put back what :func:`adapter_tensors` returned."""
-    for name, entries in kept.items():
-        value = getattr(layer, name)
-        value.clear()
-        for key, entry in entries.items():
-            value[key] = entry
+def is_lora(config: object) -> bool:
+    """Tell whether a config makes plain LoRA layers; AdaLoRA's is a subclass, and does not."""
+    return isinstance(config, LoraConfig) and config.peft_type == PeftType.LORA
 
 
-def base_weight_dtype(layer: LoraLayer) -> torch.dtype | None:
-    """Return the dtype of the frozen weight below an adapter, if it has one."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    return weight.dtype if isinstance(weight, torch.Tensor) else None
+def kind_of(config: Any) -> str:
+    """Return PEFT's name of the method that a config is for."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def layer_of_failure(error: BaseException) -> str | None:
+    """Return the layer that PEFT was about to wrap when it failed; its own message has no name."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == "_create_and_replace":
+            name = frame.f_locals.get("current_key")
+            return name if isinstance(name, str) else None
+    return None
+
+
+def magnitude(layer: LoraLayer, adapter_name: str) -> nn.Parameter | None:
+    """Return DoRA's magnitude vector of an adapter, if it has one."""
+    vectors = layer.lora_magnitude_vector
+    return vectors[adapter_name].weight if vectors and adapter_name in vectors else None
+
+
+@torch.no_grad()
+def untrained_magnitude(layer: LoraLayer, adapter_name: str) -> torch.Tensor:
+    """Return what DoRA's magnitude vector is while ``lora_B`` is zero: the norms of the weight."""
+    base = layer.get_base_layer()
+    with gather_params_ctx(base.parameters()):
+        weight = dequantize_module_weight(base).detach()
+        nothing = weight.new_zeros(())
+        return layer.lora_magnitude_vector[adapter_name].get_weight_norm(weight, nothing, scaling=1)

@@ -6,12 +6,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 
 from ._peft_compat import (
@@ -20,64 +19,28 @@ from ._peft_compat import (
     LoraLayer,
     ParamWrapper,
     PeftModel,
-    adapter_tensors,
     anchored_pattern,
     exclude_layers,
     keep_dilation,
-    matches_target,
+    magnitude,
     pattern_value,
-    resolved_config,
-    restore_adapter_tensors,
+    untrained_magnitude,
     update_layer,
 )
+from .checks import check_base_model
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
 from .routing import expert_names
-from .targets import base_name, layer_name, resolve_name, unwrap
+from .snapshot import restored_on_failure
+from .targets import base_name, check_not_merged, layer_name, resolve_name, unwrap
 from .training import mark_initialized
 from .world import random_state_kept
+from .wrapping import wrap_model
 
 if TYPE_CHECKING:
     from .result import EvaResult
 
 __all__ = ["wrap_model", "write_result", "write_state_dict"]
-
-
-def wrap_model(model: nn.Module, config: LoraConfig, adapter_name: str) -> PeftModel:
-    """Return a PeftModel around a base model, its adapters ready to be written."""
-    config = deepcopy(config)
-    config.init_lora_weights, config.eva_config = "eva", config.eva_config or EvaConfig()
-    resolved = resolved_config(model, config)
-    if config.target_modules and isinstance(resolved.target_modules, str):
-        config.target_modules = resolved.target_modules
-    if config.lora_bias or _adapts_convolution(model, resolved):
-        # PEFT refuses "eva" with these, also when it loads a saved adapter
-        config.init_lora_weights, config.eva_config = True, None
-    with random_state_kept(), warnings.catch_warnings():
-        # the weights are written right away, so they need not wait on the meta device
-        warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
-        return get_peft_model(model, config, adapter_name=adapter_name)
-
-
-def _adapts_convolution(model: nn.Module, config: LoraConfig) -> bool:
-    kinds = nn.modules.conv._ConvNd
-    return any(matches_target(config, n) for n, m in model.named_modules() if isinstance(m, kinds))
-
-
-@contextmanager
-def _unwrapped_on_failure(model: nn.Module, config: LoraConfig, name: str) -> Iterator[PeftModel]:
-    """Wrap a base model; take the adapters off again if the block is left by an exception."""
-    trainable = [(p, p.requires_grad) for p in model.parameters()]
-    wrapped = wrap_model(model, config, name)
-    try:
-        yield wrapped
-    except BaseException:
-        wrapped.unload()
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
-        raise
 
 
 def write_result(
@@ -95,13 +58,16 @@ def write_result(
     inner, chosen = unwrap(model), config or result.config
     with ExitStack() as stack:
         if not isinstance(inner, PeftModel):
-            inner = stack.enter_context(_unwrapped_on_failure(inner, chosen, adapter_name))
+            check_base_model(inner, adapter_name)
+            stack.enter_context(restored_on_failure(inner))
+            inner = wrap_model(inner, chosen, adapter_name)
         eva = chosen.eva_config
         write_state_dict(inner, result.state_dict(), adapter_name, strict, result.uncalled, eva)
     inner.eva_result = result
     return inner
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
 @torch.no_grad()
 def write_state_dict(
     model: PeftModel,
@@ -127,19 +93,20 @@ def write_state_dict(
 
     Raises:
         EvaValueError: no such adapter, unknown or missing layers, or a width that does not fit.
+        EvaRuntimeError: adapters are merged into the weights.
     """
     if adapter_name not in model.peft_config:
         raise EvaValueError(f"the model has no adapter {adapter_name!r}")
+    check_not_merged(model)
     layers = _layers_of(model, adapter_name)
     parts = {part: name for name, (_, layer) in layers.items() for part in _parts(name, layer)}
     rows = {resolve_name(name, parts): value for name, value in state_dict.items()}
-    unreadable = {part for part, name in parts.items() if _features(layers[name][1]) is None}
+    unreadable = {part for part, name in parts.items() if _unreadable(name, layers)}
     _check_names(parts, rows, strict, unreadable | set(default_layers or ()))
     _check_shapes(layers, parts, rows)
-    with _all_or_nothing() as undo, random_state_kept():
-        config = model.peft_config[adapter_name]
-        undo.append(lambda: model.peft_config.__setitem__(adapter_name, config))
-        writer = _Writer(model, copy(config), adapter_name, undo, eva)
+    with restored_on_failure(model), _values_restored() as undo, random_state_kept():
+        config = copy(model.peft_config[adapter_name])
+        writer = _Writer(model, config, adapter_name, undo, eva)
         for name, (path, layer) in layers.items():
             writer.write(name, path, layer, [rows.get(part) for part in _parts(name, layer)])
         writer.finish()
@@ -168,6 +135,16 @@ def _features(layer: LoraLayer) -> int | None:
     return None if size is None else size[0]
 
 
+def _unreadable(name: str, layers: Mapping[str, tuple[str, LoraLayer]]) -> bool:
+    """Tell whether EVA cannot read a layer's input, or it is a part of such a layer.
+
+    PEFT adapts the output projection of an attention together with it.
+    """
+    steps = name.split(".")
+    owners = (".".join(steps[:i]) for i in range(1, len(steps) + 1))
+    return any(owner in layers and _features(layers[owner][1]) is None for owner in owners)
+
+
 def _check_names(
     layers: Mapping[str, Any], rows: Mapping[str, Any], strict: bool, default: set[str]
 ) -> None:
@@ -183,7 +160,7 @@ def _check_names(
     if strict:
         raise EvaValueError(message + "; pass strict=False to use what fits")
     warnings.warn(
-        message + "; missing layers keep the default initialisation", EvaWarning, stacklevel=4
+        message + "; missing layers keep the default initialisation", EvaWarning, stacklevel=5
     )
 
 
@@ -220,8 +197,11 @@ def _check_shapes(
 
 
 @contextmanager
-def _all_or_nothing() -> Iterator[list[Callable[[], Any]]]:
-    """Run the registered undo steps, last first, if the block is left by an exception."""
+def _values_restored() -> Iterator[list[Callable[[], Any]]]:
+    """Run the registered undo steps, last first, if the block is left by an exception.
+
+    They put back what was written into tensors; all else is in a snapshot of the model.
+    """
     undo: list[Callable[[], Any]] = []
     try:
         yield undo
@@ -251,8 +231,6 @@ class _Writer:
 
     def write(self, name: str, path: str, layer: LoraLayer, parts: Sequence[Tensor | None]) -> None:
         """Write one layer; ``parts`` are the rows of lora_A, those of each expert apart."""
-        kept = adapter_tensors(layer)
-        self.undo.append(lambda: restore_adapter_tensors(layer, kept))
         rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
         new_rank = next((len(rows) for rows in parts if rows is not None), rank)
         default = all(rows is None for rows in parts)
@@ -262,7 +240,8 @@ class _Writer:
         if new_rank != rank and self.eva.adjust_scaling_factors:
             alpha = self._scaled(alpha, rank, new_rank)
         weight = layer.lora_A[self.adapter].weight
-        if new_rank * len(parts) != weight.shape[0] or weight.is_meta:
+        fits = new_rank * len(parts) == weight.shape[0]
+        if not fits or weight.is_meta or weight.is_inference():
             # what EVA does not write of a layer is drawn as plain LoRA would
             self._rebuild(layer, new_rank, alpha, drawn=any(rows is None for rows in parts))
         base = layer.get_base_layer()
@@ -279,9 +258,7 @@ class _Writer:
         if all(gap == 1 for gap in dilation):
             return
         self.dilated.append(name)
-        first = layer.lora_A[self.adapter]
-        self.undo.append(partial(setattr, first, "dilation", first.dilation))
-        first.dilation = dilation
+        layer.lora_A[self.adapter].dilation = dilation
 
     def _scaled(self, alpha: float, rank: int, new_rank: int) -> float:
         # the LoRA scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; it stays as it was
@@ -309,11 +286,14 @@ class _Writer:
         # rank has not changed.
         first, second = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter]
         zeroed = [second.weight] if second.bias is None else [second.weight, second.bias]
-        for weight in (first, *zeroed):
+        dora = magnitude(layer, self.adapter)
+        for weight in (first, *zeroed, *([] if dora is None else [dora])):
             before = weight.detach().clone()
             self.undo.append(partial(weight.data.copy_, before))
         for weight in zeroed:
             weight.zero_()
+        if dora is not None:  # maybe trained; the output is to be that of the base model
+            dora.copy_(untrained_magnitude(layer, self.adapter).reshape(dora.shape))
         for rows, own in zip(parts, first.chunk(len(parts)), strict=True):
             if rows is not None:
                 own.copy_(rows.reshape(own.shape))  # (r, C, *kernel) of a convolution
@@ -328,7 +308,6 @@ class _Writer:
             return  # another adapter lives here
         parent = self.model.get_submodule(path.rpartition(".")[0])
         attribute = path.rpartition(".")[2]
-        self.undo.append(lambda: setattr(parent, attribute, layer))
         setattr(parent, attribute, layer.get_base_layer())
 
     def finish(self) -> None:
@@ -357,7 +336,6 @@ class _Writer:
         self.model.peft_config[self.adapter] = config
         names = getattr(self.model.base_model, "targeted_module_names", None)
         if names is not None and self.removed:
-            self.undo.append(partial(names.__setitem__, slice(None), list(names)))
             gone = set(self.removed)
             names[:] = [n for n in names if n not in gone]
         if self.dilated:
@@ -367,7 +345,7 @@ class _Writer:
                 "and cannot run there. This is mended in this process; call "
                 "eva_kernels.patch_peft() in others, before they load the adapter",
                 EvaWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _other_layers(self) -> list[str]:

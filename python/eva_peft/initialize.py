@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
@@ -11,12 +12,14 @@ from torch import nn
 from ._peft_compat import EvaConfig, LoraConfig, PeftModel
 from .adapters import write_result
 from .calibrate import run_pass
+from .checks import check_config
 from .errors import EvaValueError
 from .options import CalibrateOptions
 from .planning import Estimate, estimate_targets
 from .result import EvaResult
-from .targets import check_config, find_targets, unwrap
+from .targets import find_targets, unwrap
 from .training import check_not_trained
+from .wrapping import check_wrapping
 
 __all__ = ["calibrate", "default_config", "estimate", "initialize"]
 
@@ -53,20 +56,22 @@ def initialize(
             those of the adapter.
         allow_any_init: accept a PeftModel that was not made with ``"eva"``; its adapter's
             weights are overwritten.
-        overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero).
+        overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero, or
+            whose DoRA magnitudes have moved).
         **options: the options of :class:`CalibrateOptions`, all with defaults.
 
     Returns:
         The PeftModel; ``model.eva_result`` holds what was found.
 
     Raises:
-        EvaError: and the built-in that PEFT raises in the same case; nothing is changed then.
+        EvaError: and the built-in that PEFT raises in the same case; nothing is changed then. What
+            PEFT would refuse about a base model or its config is found before the pass.
 
     Reference: arXiv 2410.07170; PEFT ``initialize_lora_eva_weights``.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
+    chosen = _chosen_config(inner, config, parsed)
     if isinstance(inner, PeftModel):
-        chosen = check_config(inner, config, parsed.adapter_name)
         own = inner.peft_config.get(parsed.adapter_name)
         made_for_eva = getattr(own, "init_lora_weights", None) == "eva"
         if not (made_for_eva or allow_any_init or config is not None):
@@ -79,9 +84,11 @@ def initialize(
         if not (overwrite_trained or random_start):
             check_not_trained(inner, parsed.adapter_name)
     else:
-        chosen = default_config() if config is None else check_config(inner, config, "")
-    result = run_pass(inner, loader, _with_eva(chosen), parsed)
-    return write_result(inner, result, _with_eva(chosen), parsed.adapter_name)
+        with warnings.catch_warnings(record=True):  # the pass looks again, and tells
+            find_targets(inner, chosen, parsed.adapter_name)
+        check_wrapping(inner, chosen, parsed.adapter_name)
+    result = run_pass(inner, loader, chosen, parsed)
+    return write_result(inner, result, chosen, parsed.adapter_name)
 
 
 def calibrate(
@@ -99,10 +106,7 @@ def calibrate(
         The result; ``result.apply(model)`` writes it.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
-    if config is None and not isinstance(inner, PeftModel):
-        config = default_config()
-    chosen = check_config(inner, config, parsed.adapter_name)
-    return run_pass(inner, loader, _with_eva(chosen), parsed)
+    return run_pass(inner, loader, _chosen_config(inner, config, parsed), parsed)
 
 
 def estimate(
@@ -122,15 +126,17 @@ def estimate(
         every layer. Layers are counted one by one, so sharing only makes it less.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
-    if config is None and not isinstance(inner, PeftModel):
-        config = default_config()
-    chosen = _with_eva(check_config(inner, config, parsed.adapter_name))
+    chosen = _chosen_config(inner, config, parsed)
     targets = find_targets(inner, chosen, parsed.adapter_name)
     return estimate_targets(inner, targets, chosen.eva_config.rho, parsed, batch_shape)
 
 
-def _with_eva(config: LoraConfig) -> LoraConfig:
-    """Return the config with its EVA part filled in; the caller's object is not changed."""
-    config = copy(config)
-    config.eva_config = config.eva_config or EvaConfig()
-    return config
+def _chosen_config(
+    model: nn.Module, config: LoraConfig | None, options: CalibrateOptions
+) -> LoraConfig:
+    """Return the config to use, checked, its EVA part filled in; the caller's is not changed."""
+    if config is None and not isinstance(model, PeftModel):
+        config = default_config()
+    chosen = copy(check_config(model, config, options.adapter_name))
+    chosen.eva_config = chosen.eva_config or EvaConfig()
+    return chosen

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ._peft_compat import (
+    BaseTunerLayer,
     LoraConfig,
     LoraLayer,
     ParamWrapper,
@@ -20,7 +21,8 @@ from ._peft_compat import (
     pattern_value,
     resolved_config,
 )
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
+from .checks import plain_number
+from .errors import EvaRuntimeError, EvaValueError, EvaWarning
 from .layers import Patches, patches_of, widths
 from .routing import ExpertWeight, expert_names, expert_weights
 
@@ -105,23 +107,19 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraConfig:
-    """Return the LoRA config to use for a model.
+def check_not_merged(model: nn.Module) -> None:
+    """Refuse a model whose weights are not those of the base model.
 
     Raises:
-        EvaTypeError: not a LoraConfig. EvaValueError: no config, or no such adapter.
+        EvaRuntimeError: some adapter is merged, maybe another than the one that is asked for; the
+            pass would unmerge it, since it runs with all adapters off.
     """
-    if isinstance(model, PeftModel):
-        if adapter_name not in model.peft_config:
-            raise EvaValueError(
-                f"the model has no adapter {adapter_name!r}; it has {sorted(model.peft_config)}"
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise EvaRuntimeError(
+                f"layer {base_name(path)} has merged adapters {module.merged_adapters}; "
+                "call model.unmerge_adapter() first"
             )
-        config = model.peft_config[adapter_name] if config is None else config
-    if config is None:
-        raise EvaValueError("peft_config is required if model is not a PeftModel")
-    if not isinstance(config, LoraConfig):
-        raise EvaTypeError(f"EVA initialises LoRA: expected a LoraConfig, got {type(config)}")
-    return config
 
 
 def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Target]:
@@ -132,16 +130,23 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
             would adapt under ``config``), without wrappers.
 
     Raises:
-        EvaValueError: no layer found. EvaRuntimeError: the adapter is merged into the weights.
+        EvaValueError: no layer found. EvaRuntimeError: an adapter is merged into the weights.
     """
+    check_not_merged(model)
     found: Iterator[_Found]
     if isinstance(model, PeftModel):
         found = _adapted(model, config, adapter_name)
     else:
         config = resolved_config(model, config)
         found = _matching(model, config)
-    targets, unsupported = [], []
+    targets: list[Target] = []
+    unsupported: list[str] = []
+    attentions: list[str] = []
     for each in found:
+        if isinstance(each.module, nn.MultiheadAttention):
+            attentions.append(f"{each.name}.")
+        if each.name.startswith(tuple(attentions)):
+            continue  # adapted with the attention, which uses its weight and does not call it
         parts = _experts(each) if each.parameter is not None else _layer(each)
         targets += parts
         if not parts:
@@ -175,7 +180,7 @@ class _Found:
 def _rank_and_alpha(config: LoraConfig, name: str, parameter: str | None) -> tuple[int, float]:
     key = name if parameter is None else f"{name}.{parameter}"
     rank = int(pattern_value(config.rank_pattern, key, config.r))
-    return rank, pattern_value(config.alpha_pattern, key, config.lora_alpha)
+    return rank, plain_number(pattern_value(config.alpha_pattern, key, config.lora_alpha))
 
 
 def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
@@ -199,16 +204,12 @@ def _adapted(model: PeftModel, config: LoraConfig, adapter_name: str) -> Iterato
             continue
         if adapter_name not in module.lora_A and adapter_name not in module.lora_embedding_A:
             continue
-        if module.merged:
-            raise EvaRuntimeError(
-                f"layer {base_name(path)} has merged adapters {module.merged_adapters}; "
-                "call model.unmerge_adapter() first"
-            )
         name, parameter = layer_name(path, module), None
         if isinstance(module, ParamWrapper):
             name, _, parameter = name.rpartition(".")
         if as_wrapped:  # PEFT has the last word: it converts patterns of fused experts
-            rank, alpha = module.r[adapter_name], module.lora_alpha[adapter_name]
+            rank = int(module.r[adapter_name])
+            alpha = plain_number(module.lora_alpha[adapter_name])
         else:
             rank, alpha = _rank_and_alpha(config, name, parameter)
         yield _Found(name, module.get_base_layer(), rank, alpha, parameter)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ._peft_compat import LoraLayer, PeftModel
+from ._peft_compat import LoraLayer, PeftModel, is_lora, kind_of, magnitude, untrained_magnitude
 from .errors import EvaTypeError, EvaValueError, EvaWarning, NotInitializedError
 from .targets import base_name, unwrap
 
@@ -26,6 +26,8 @@ _MARK = "_eva_initialized"
 # Rows of a random lora_A have a norm of about 0.58, and in 28,672 dimensions still cosines of 0.01.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _LOW_PRECISION = 1e-2
+# Relative; more than the rounding of norms that were taken in bfloat16 (2**-8).
+_MAGNITUDE_TOLERANCE = 5e-3
 
 
 class NotInitializedWarning(EvaWarning):
@@ -41,8 +43,9 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
     """Tell whether the adapters of a model carry an EVA initialisation, or have been trained.
 
     Judged by the weights, so that it holds for adapters that PEFT initialised or that were loaded:
-    some ``lora_B`` is not zero, or the rows of some ``lora_A`` are orthonormal (orthogonal, with
-    ``whiten``), which random rows are not. Adapters on the meta device are not initialised.
+    some ``lora_B`` is not zero, or some magnitude of DoRA has moved, or the rows of some ``lora_A``
+    are orthonormal (orthogonal, with ``whiten``), which random rows are not. Adapters on the meta
+    device are not initialised.
 
     Args:
         model: a PeftModel, maybe in DistributedDataParallel or compiled.
@@ -65,7 +68,8 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
     """Refuse adapters that have been trained, whose weights would be lost.
 
     Raises:
-        EvaValueError: some ``lora_B`` is not zero.
+        EvaValueError: some ``lora_B`` is not zero, or DoRA's magnitudes are not the norms of the
+            weights.
     """
     if not isinstance(unwrap(model), PeftModel):
         return
@@ -86,6 +90,12 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         raise EvaTypeError(
             f"expected a PeftModel, got {type(model)}; eva_kernels.initialize returns one"
         )
+    config = inner.peft_config.get(adapter_name)
+    if config is not None and not is_lora(config):
+        raise EvaValueError(
+            f"the model has no LoRA adapter {adapter_name!r}: that adapter is of kind "
+            f"{kind_of(config)}"
+        )
     found = {
         base_name(name): module
         for name, module in inner.named_modules()
@@ -100,17 +110,33 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 @torch.no_grad()
 def _trained(layers: dict[str, LoraLayer], adapter_name: str) -> list[str]:
-    """Return the names of the layers whose ``lora_B`` is not zero, by one read a device."""
+    """Return the names of the layers that are not as they were made, by one read a device.
+
+    Their ``lora_B`` is not zero, or DoRA's magnitudes have moved away from the norms of the weight.
+    """
     by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, layer in layers.items():
         weight = layer.lora_B[adapter_name].weight
         if not weight.is_meta:
-            by_device[weight.device][name] = weight.any()
+            by_device[weight.device][name] = weight.any() | _magnitude_moved(layer, adapter_name)
     found = set()
     for flags in by_device.values():
         told = torch.stack(list(flags.values())).tolist()
         found |= {name for name, flag in zip(flags, told, strict=True) if flag}
     return [name for name in layers if name in found]
+
+
+def _magnitude_moved(layer: LoraLayer, adapter_name: str) -> Tensor | bool:
+    vector = magnitude(layer, adapter_name)
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    # a quantised or sharded weight has no norms to rely on
+    if vector is None or vector.is_meta or type(weight) is not nn.Parameter or weight.dim() < 2:
+        return False
+    if weight.is_meta or not weight.is_floating_point():
+        return False
+    norms = untrained_magnitude(layer, adapter_name).reshape(vector.shape).to(vector)
+    moved = ((vector - norms).abs() > _MAGNITUDE_TOLERANCE * norms).any()
+    return moved.to(layer.lora_B[adapter_name].weight.device)
 
 
 @torch.no_grad()

@@ -80,8 +80,9 @@ def test_config_of_another_kind(config: Any) -> None:
 
 def test_peft_model_of_another_kind() -> None:
     model = get_peft_model(make_llama(), IA3Config())
-    with pytest.raises(EvaError, match=r"expected a LoraConfig|init_lora_weights='eva'"):
-        eva_kernels.initialize(model, text_batches(1))
+    for config in (None, lora()):
+        with pytest.raises(EvaTypeError, match=r"adapter 'default' is of kind IA3; .* LoraConfig"):
+            eva_kernels.initialize(model, text_batches(1), config)
 
 
 def test_unknown_adapter() -> None:

@@ -31,6 +31,7 @@ from integration.conftest import (
     lora_layers,
     make_llama,
     make_mlp,
+    output_of,
     perturb_b,
     run,
     same_state,
@@ -115,7 +116,7 @@ def test_models_that_cannot_be_asked() -> None:
         is_initialized(make_mlp())
     with pytest.raises(EvaValueError, match=r"no LoRA adapter 'mine'; it has \['default'\]"):
         is_initialized(fresh(), "mine")
-    with pytest.raises(EvaValueError, match="no LoRA adapter 'default'"):
+    with pytest.raises(EvaValueError, match=r"no LoRA adapter 'default': .* of kind IA3"):
         is_initialized(get_peft_model(make_llama(), IA3Config()))
 
 
@@ -162,6 +163,78 @@ def test_random_b_tells_nothing_where_it_was_made_so() -> None:
     eva_kernels.initialize(model, vectors(), allow_any_init=True, **QUIET)
     assert is_initialized(model)
     assert not any(layer.lora_B["default"].weight.any() for layer in lora_layers(model).values())
+
+
+def dora(dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
+    model = wrapped(make_mlp().to(dtype), lora(rho=1.0, use_dora=True, **{**CONFIG, **fields}))
+    data = [x.to(dtype) for x in vectors()]
+    return eva_kernels.initialize(model, data, max_steps=3, **QUIET)
+
+
+def grow_magnitudes(model: PeftModel, factor: float = 1.5) -> None:
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_magnitude_vector["default"].weight.mul_(factor)
+
+
+@pytest.mark.parametrize("also_b", [True, False])
+def test_trained_magnitudes_are_made_anew(also_b: bool) -> None:
+    """With DoRA the output is that of the base model only with the norms of its weights."""
+    model, x = dora().eval(), vectors(1)[0]
+    kept = {id(p) for p in model.parameters()}
+    grow_magnitudes(model)
+    if also_b:
+        perturb_b(model)
+    with pytest.raises(EvaValueError, match=r"'default' has been trained.*layers 0, 2"):
+        eva_kernels.initialize(model, vectors(), **QUIET)
+    eva_kernels.initialize(model, vectors(), overwrite_trained=True, max_steps=3, **QUIET)
+    torch.testing.assert_close(output_of(model, x), output_of(make_mlp(), x))
+    assert {id(p) for p in model.parameters()} == kept  # an optimizer may hold them
+
+
+def test_magnitudes_of_a_failed_write_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eva_peft import adapters
+
+    def stop(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, result = dora(), run(make_mlp(), vectors(), lora(rho=1.0, **CONFIG))
+    grow_magnitudes(model)
+    before = state_of(model)
+    monkeypatch.setattr(adapters._Writer, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        result.apply(model, overwrite_trained=True)
+    assert same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_untrained_magnitudes_are_no_training(dtype: torch.dtype, tmp_path: Any) -> None:
+    model = dora(dtype)
+    model.save_pretrained(tmp_path)
+    for base in (make_mlp().to(dtype), make_mlp()):  # norms of rounded weights, too
+        again = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+        data = [x.to(base[0].weight.dtype) for x in vectors()]
+        eva_kernels.initialize(again, data, max_steps=2, **QUIET)
+        grow_magnitudes(again, 1.05)
+        with pytest.raises(EvaValueError, match="has been trained"):
+            eva_kernels.initialize(again, data, max_steps=2, **QUIET)
+
+
+def test_magnitudes_of_convolutions() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(7)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)).eval()
+
+    data = [torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    model = eva_kernels.initialize(
+        make(), data, lora(rho=1.0, use_dora=True, target_modules=["0", "2"]), max_steps=3, **QUIET
+    ).eval()
+    grow_magnitudes(model)
+    config = lora(rho=1.0, use_dora=True, target_modules=["0", "2"])
+    with pytest.raises(EvaValueError, match="layers 0, 2"):
+        eva_kernels.initialize(model, data, config, **QUIET)
+    eva_kernels.initialize(model, data, config, overwrite_trained=True, max_steps=3, **QUIET)
+    torch.testing.assert_close(output_of(model, data[0]), output_of(make(), data[0]))
 
 
 def test_refused_before_any_forward_pass() -> None:

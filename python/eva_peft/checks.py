@@ -1,0 +1,123 @@
+"""What is asked for, checked before anything runs: the config, the base model, the numbers."""
+
+from __future__ import annotations
+
+from copy import copy
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ._peft_compat import (
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    injected_adapters,
+    is_lora,
+    kind_of,
+)
+from .errors import EvaTypeError, EvaValueError
+
+__all__ = ["check_base_model", "check_config", "checked_number", "plain_number"]
+
+
+def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraConfig:
+    """Return the LoRA config to use for a model, with plain Python numbers.
+
+    Raises:
+        EvaTypeError: not a LoraConfig, or the adapter or the model is of another kind.
+        EvaValueError: no config, no such adapter, a rank below 1, options that EVA cannot serve, or
+            a base model that carries adapters.
+    """
+    if isinstance(model, PeftModel):
+        own = model.peft_config.get(adapter_name)
+        if own is None:
+            raise EvaValueError(
+                f"the model has no adapter {adapter_name!r}; it has {sorted(model.peft_config)}"
+            )
+        if not is_lora(own):
+            raise EvaTypeError(
+                f"the model's adapter {adapter_name!r} is of kind {kind_of(own)}; EVA "
+                "initialises LoRA adapters, which are made with a LoraConfig"
+            )
+        config = own if config is None else config
+    else:
+        check_base_model(model, adapter_name)
+    if config is None:
+        raise EvaValueError("peft_config is required if model is not a PeftModel")
+    if not isinstance(config, LoraConfig) or not is_lora(config):
+        raise EvaTypeError(f"EVA initialises LoRA: expected a LoraConfig, got {type(config)}")
+    if not isinstance(model, PeftModel):
+        _check_leaves_model(config)
+    return _with_plain_numbers(config)
+
+
+def check_base_model(model: nn.Module, adapter_name: str) -> None:
+    """Refuse what cannot be wrapped: a model that has adapters already, or a name PEFT cannot use.
+
+    Raises:
+        EvaTypeError: a PeftMixedModel. EvaValueError: adapters without a PeftModel, or such a name.
+    """
+    if isinstance(model, PeftMixedModel):
+        raise EvaTypeError(
+            "EVA cannot initialise a PeftMixedModel; make a PeftModel, by peft.get_peft_model "
+            "without mixed=True"
+        )
+    names = injected_adapters(model)
+    if names:
+        raise EvaValueError(
+            f"the model carries the adapters {names} and is no PeftModel, as after "
+            "model.add_adapter() of transformers; EVA would overwrite them. Delete them first "
+            "(model.delete_adapter), or make a PeftModel with peft.get_peft_model or "
+            "PeftModel.from_pretrained and pass that"
+        )
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise EvaValueError(
+            f"adapter_name={adapter_name!r} must be text without a dot: PEFT makes a module of it"
+        )
+
+
+def _check_leaves_model(config: LoraConfig) -> None:
+    # what changes the base model would have to be done before the pass, and could not be undone
+    for name in ("layer_replication", "kasa_config"):
+        if getattr(config, name, None):
+            raise EvaValueError(
+                f"{name} changes the layers of the base model, so that EVA would read other inputs "
+                "than the adapters get; wrap it with peft.get_peft_model(model, config) first, and "
+                "initialise that"
+            )
+
+
+def checked_number(name: str, value: Any, kind: Any = Integral, least: int = 1) -> Any:
+    """Return a number, a plain one of Python.
+
+    Raises:
+        EvaTypeError: not of this kind. EvaValueError: below ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise EvaTypeError(f"{name}={value!r} must be a number ({kind.__name__})")
+    if not value >= least:
+        raise EvaValueError(f"{name}={value} must be at least {least}")
+    return plain_number(value)
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of numpy as one of Python, anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
+    # numpy's cannot be saved as JSON, by us or by PEFT
+    config = copy(config)
+    config.eva_config = copy(config.eva_config)
+    for part in filter(None, (config, config.eva_config)):
+        for name, value in vars(part).items():
+            setattr(part, name, plain_number(value))
+    config.r = checked_number("r", config.r)
+    config.rank_pattern = {
+        key: checked_number(f"rank_pattern[{key!r}]", rank)
+        for key, rank in (config.rank_pattern or {}).items()
+    }
+    config.alpha_pattern = {k: plain_number(a) for k, a in (config.alpha_pattern or {}).items()}
+    return config

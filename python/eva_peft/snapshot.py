@@ -1,0 +1,78 @@
+"""Put a model back as it was: modules, parameters, hooks, flags and attributes, but not values."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["ModelSnapshot", "restored", "restored_on_failure"]
+
+# Subclasses keep books of their own that a plain refill would break.
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+class ModelSnapshot:
+    """What a model consists of, by reference: no tensor is copied.
+
+    Every attribute of every module and of the configs they hold, the contents of the dicts, lists
+    and sets among these (children, parameters, buffers, hooks, what LoRA layers keep by adapter),
+    and which tensors ask for a gradient. Values that are written in place are not kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        owners: dict[int, Any] = {id(m): m for m in modules}
+        for module in modules:
+            for name in ("config", "generation_config"):
+                config = vars(module).get(name)
+                if hasattr(config, "__dict__"):
+                    owners[id(config)] = config
+        self._containers: list[tuple[Any, Any]] = []
+        for owner in owners.values():
+            attributes = vars(owner)
+            self._keep(attributes)
+            for value in attributes.values():
+                if type(value) in _CONTAINERS:
+                    self._keep(value)
+        tensors = (*model.parameters(), *model.buffers())
+        self._flags = [(tensor, tensor.requires_grad) for tensor in tensors]
+
+    def _keep(self, container: Any) -> None:
+        self._containers.append((container, container.copy()))
+
+    def restore(self) -> None:
+        """Put everything back, in its order."""
+        for container, before in self._containers:
+            if isinstance(container, list):
+                container[:] = before
+            else:
+                container.clear()
+                container.update(before)
+        for tensor, flag in self._flags:
+            if tensor.requires_grad != flag:
+                tensor.requires_grad_(flag)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put the model back when the block is left, however that happens."""
+    snapshot = ModelSnapshot(model)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put the model back if the block is left by an exception, Ctrl-C included."""
+    snapshot = ModelSnapshot(model)
+    try:
+        yield
+    except BaseException:
+        snapshot.restore()
+        raise
