@@ -13,10 +13,8 @@ from torch import Tensor, nn
 import eva_kernels
 
 from ._peft_compat import LoraConfig, versions
-from .errors import EvaValueError
-from .planning import components_of
+from .checks import plain_number
 from .ranks import spend
-from .targets import Target
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -111,55 +109,23 @@ class EvaResult:
     ) -> EvaResult:
         """Return a result with other ranks from the same spectra, without another pass.
 
+        The LoRA scaling (alpha over r, or its root with rsLoRA) of every layer stays as it was:
+        with another ``r`` alpha changes, too. Only a config that says not to
+        (``adjust_scaling_factors=False``) keeps alpha instead.
+
         Args:
             r: rank of every layer before redistribution; the layers' own if ``None``.
             rho: a layer gets at most ``round(r * rho)``; that of the config if ``None``.
             budget, min_rank: as in ``initialize``.
 
         Raises:
-            EvaValueError: more components are asked for than the pass has tracked.
+            EvaValueError: more components are asked for than the pass has tracked, or a number is
+                too small.
+            EvaTypeError: no number.
         """
-        from copy import copy  # a shallow copy: tensors are shared, never changed
+        from .reallocation import reallocate
 
-        config = self.config
-        rho = rho if rho is not None else (config.eva_config.rho if config.eva_config else 2.0)
-        targets, ratios = [], []
-        for name in self.ranks:
-            rank = r or self.base_ranks[name]
-            features, out = self.in_features[name], self.out_features[name]
-            step = self.rank_steps.get(name, 1)
-            if rank % step:
-                raise EvaValueError(
-                    f"layer {name}: r={rank} is no multiple of its convolution's {step} groups"
-                )
-            owner, experts = self.owners.get(name, ("", 1))
-            target = Target(
-                name,
-                nn.Identity(),
-                features,
-                out,
-                rank,
-                self.alphas[name],
-                step=step,
-                owner=owner,
-                experts=experts,
-            )
-            wanted, have = components_of(target, rho), len(self.singular_values[name])
-            if wanted > have:
-                raise EvaValueError(
-                    f"layer {name}: r={rank} and rho={rho} may need {wanted} components, but this "
-                    f"result has {have}; calibrate again with a larger r or rho"
-                )
-            targets.append(target)
-            ratios.append(self.explained_variance_ratio[name][:wanted])
-        other = copy(self)
-        other.ranks = dict(zip(self.ranks, spend(targets, ratios, budget, min_rank), strict=True))
-        other.base_ranks = {t.name: t.rank for t in targets}
-        lora = {**self.metadata["lora_config"], "r": r or config.r}
-        if r is not None:
-            lora["rank_pattern"] = {}
-        other.metadata = {**self.metadata, "lora_config": lora}
-        return other
+        return reallocate(self, r, rho, budget, min_rank)
 
     def apply(
         self,
@@ -179,7 +145,8 @@ class EvaResult:
             adapter_name: which adapter of a PeftModel.
             strict: raise if the layers of the model and of the result differ.
             overwrite_trained: accept an adapter that has been trained.
-            **allocation: ``r``, ``rho``, ``budget``, ``min_rank``; see :meth:`reallocated`.
+            **allocation: ``r``, ``rho``, ``budget``, ``min_rank``; see :meth:`reallocated`. Whether
+                the adapters are new or there already, their scaling stays as it was.
 
         Returns:
             The PeftModel, with this result as ``eva_result``.
@@ -323,6 +290,7 @@ _CONFIG_FIELDS: Sequence[str] = (
     "use_dora",
     "lora_bias",
     "target_parameters",
+    "layer_replication",
     "trainable_token_indices",
     "base_model_name_or_path",
     "revision",
@@ -332,8 +300,11 @@ _CONFIG_FIELDS: Sequence[str] = (
 def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, torch.Tensor):
         return value.tolist()
+    value = plain_number(value)
     return getattr(value, "value", value) if type(value).__module__.startswith("peft") else value
 
 

@@ -208,8 +208,9 @@ def test_applied_with_another_allocation(llama_result: EvaResult) -> None:
     assert sum(layer.r["default"] for layer in layers.values()) == 28
     assert model.peft_config["default"].r == 2
     assert model.eva_result.base_ranks == dict.fromkeys(llama_result.ranks, 2)
-    for layer in layers.values():  # alpha / r of the new r, wherever the rank went
-        assert layer.scaling["default"] == pytest.approx(8 / 2)
+    assert model.peft_config["default"].lora_alpha == 4
+    for layer in layers.values():  # alpha / r of the pass, wherever the rank went
+        assert layer.scaling["default"] == pytest.approx(8 / 4)
     model = llama_result.apply(make_llama(), min_rank=1)
     assert len(lora_layers(model)) == 14
 

@@ -1,0 +1,96 @@
+"""Other ranks from the spectra of a pass that was made: no data, no model."""
+
+from __future__ import annotations
+
+import math
+from copy import copy
+from numbers import Real
+from typing import Any
+
+from torch import nn
+
+from ._peft_compat import LoraConfig, anchored_pattern, pattern_value
+from .checks import checked_number
+from .errors import EvaValueError
+from .options import CalibrateOptions
+from .planning import components_of
+from .ranks import spend
+from .result import EvaResult
+from .targets import Target
+
+__all__ = ["reallocate"]
+
+
+def reallocate(
+    result: EvaResult, r: int | None, rho: float | None, budget: str, min_rank: int
+) -> EvaResult:
+    """Do what :meth:`EvaResult.reallocated` says."""
+    CalibrateOptions(budget=budget, min_rank=min_rank)  # checks both
+    config = result.config
+    r = None if r is None else checked_number("r", r)
+    if rho is None:
+        rho = config.eva_config.rho if config.eva_config else 2.0
+    rho = float(checked_number("rho", rho, Real))
+    targets = [_target(result, name, r) for name in result.ranks]
+    ratios = []
+    for target in targets:
+        name = target.name
+        wanted, have = components_of(target, rho), len(result.singular_values[name])
+        if wanted > have:
+            raise EvaValueError(
+                f"layer {name}: r={target.rank} and rho={rho} may need {wanted} components, but "
+                f"this result has {have}; calibrate again with a larger r or rho"
+            )
+        ratios.append(result.explained_variance_ratio[name][:wanted])
+    other = copy(result)  # shallow: tensors are shared, never changed
+    other.ranks = dict(zip(result.ranks, spend(targets, ratios, budget, min_rank), strict=True))
+    other.base_ranks = {t.name: t.rank for t in targets}
+    if r is not None:
+        other.alphas = {
+            t.name: _scaled(config, t.alpha, result.base_ranks[t.name], r) for t in targets
+        }
+        lora = {**result.metadata["lora_config"], **_sizes(other, config, r)}
+        other.metadata = {**result.metadata, "lora_config": lora}
+    return other
+
+
+def _target(result: EvaResult, name: str, r: int | None) -> Target:
+    rank = result.base_ranks[name] if r is None else r
+    step = result.rank_steps.get(name, 1)
+    if rank % step:
+        raise EvaValueError(
+            f"layer {name}: r={rank} is no multiple of its convolution's {step} groups"
+        )
+    owner, experts = result.owners.get(name, ("", 1))
+    features, out, alpha = result.in_features[name], result.out_features[name], result.alphas[name]
+    module = nn.Identity()  # it is not run
+    return Target(name, module, features, out, rank, alpha, step=step, owner=owner, experts=experts)
+
+
+def _scaled(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float:
+    """Return the alpha that gives another rank the same scaling."""
+    eva = config.eva_config
+    if eva is not None and not eva.adjust_scaling_factors:
+        return alpha
+    ratio = new_rank / rank
+    scaled = alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+    return int(scaled) if scaled == int(scaled) else scaled
+
+
+def _sizes(result: EvaResult, config: LoraConfig, r: int) -> dict[str, Any]:
+    """Return the fields of the config that say how large the adapters are, for r everywhere."""
+    default = _scaled(config, config.lora_alpha, config.r, r)
+    before = {k: _scaled(config, a, config.r, r) for k, a in config.alpha_pattern.items()}
+    alphas = {result.owners.get(name, [name])[0]: alpha for name, alpha in result.alphas.items()}
+    for name in result.uncalled:
+        rank = pattern_value(config.rank_pattern, name, config.r)
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        alphas[name] = _scaled(config, alpha, rank, r)
+    own = {
+        anchored_pattern(name): alpha
+        for name, alpha in alphas.items()
+        if pattern_value(before, name, default) != alpha
+    }
+    # the first key that matches counts
+    pattern = {**own, **{key: alpha for key, alpha in before.items() if key not in own}}
+    return {"r": r, "rank_pattern": {}, "lora_alpha": default, "alpha_pattern": pattern}

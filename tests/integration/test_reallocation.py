@@ -1,0 +1,142 @@
+"""Other ranks from the same spectra: the scaling stays, the numbers are checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from torch import nn
+
+import eva_kernels
+from eva_kernels import EvaError, EvaResult, EvaTypeError, EvaValueError
+from integration.conftest import (
+    QUIET,
+    Clash,
+    lora,
+    lora_layers,
+    make_llama,
+    make_mlp,
+    output_of,
+    perturb_b,
+    run,
+    text_batches,
+    vectors,
+    wrapped,
+)
+from integration.test_experts import FUSED, make_mixtral
+
+
+def scalings(model: nn.Module) -> dict[str, float]:
+    return {name: layer.scaling["default"] for name, layer in lora_layers(model).items()}
+
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"lin": 6, "head": 5}, "alpha_pattern": {"head": 3, "lin": 5}},
+    "one alpha": {"rank_pattern": {"lin": 6}},
+    "rslora and patterns": {"use_rslora": True, "rank_pattern": {"lin": 6}},
+}
+
+
+@pytest.mark.parametrize("r", [1, 3, 4])
+@pytest.mark.parametrize("case", FIELDS)
+def test_scaling_stays_whatever_the_model(case: str, r: int, tmp_path: Path) -> None:
+    x, config = vectors(4, features=16), lora(lora_alpha=12, **FIELDS[case])
+    result = run(Clash(False), iter(x), config, method="gram")
+    root = math.sqrt if config.use_rslora else float
+    expected = {n: result.alphas[n] / root(result.base_ranks[n]) for n in result.ranks}
+    assert (len(set(expected.values())) > 1) == bool(config.rank_pattern)
+    onto: dict[str, nn.Module] = {"base": Clash(False), "adapters": wrapped(Clash(False), config)}
+    for way, model in onto.items():
+        done = result.apply(model, r=r)
+        assert sum(m.r["default"] for m in lora_layers(done).values()) == 4 * r
+        for name, scaling in scalings(done).items():
+            assert scaling == pytest.approx(expected[name], rel=1e-12), (way, name)
+        # another reallocation starts from the right numbers, and a saved adapter has them
+        assert scalings(done.eva_result.apply(Clash(False))) == pytest.approx(scalings(done))
+        perturb_b(done)
+        done.save_pretrained(tmp_path / way)
+        again = PeftModel.from_pretrained(Clash(False), tmp_path / way)
+        assert scalings(again) == pytest.approx(scalings(done))
+        assert output_of(again, x[0]).equal(output_of(done, x[0]))
+
+
+def test_alpha_may_be_kept_instead() -> None:
+    config = lora(adjust_scaling_factors=False)
+    result = run(Clash(False), vectors(3, features=16), config, max_steps=3)
+    for model in (Clash(False), wrapped(Clash(False), config)):
+        for layer in lora_layers(result.apply(model, r=2)).values():
+            assert layer.lora_alpha["default"] == 8
+            assert layer.scaling["default"] == 8 / layer.r["default"]
+
+
+# PEFT looks for the pattern among modules only, says so, and applies it to the parameter
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any:RuntimeWarning")
+def test_experts_keep_their_scaling() -> None:
+    config = lora(rank_pattern={"experts.down_proj": 6}, **FUSED)
+    result = run(make_mixtral(), text_batches(2), config, max_steps=2)
+    before = scalings(result.apply(make_mixtral()))
+    assert len(set(before.values())) == 2
+    assert scalings(result.apply(make_mixtral(), r=2)) == pytest.approx(before)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "error", "message"),
+    [
+        ({"r": 0}, EvaValueError, "^r=0 must be at least 1"),
+        ({"r": -2}, EvaValueError, "^r=-2 must be at least 1"),
+        ({"r": 2.5}, EvaTypeError, r"^r=2.5 must be a number \(Integral\)"),
+        ({"r": True}, EvaTypeError, "^r=True must be a number"),
+        ({"r": "4"}, EvaTypeError, "^r='4' must be a number"),
+        ({"rho": 0.5}, EvaValueError, "^rho=0.5 must be at least 1"),
+        ({"rho": float("nan")}, EvaValueError, "^rho=nan must be at least 1"),
+        ({"rho": "2"}, EvaTypeError, r"^rho='2' must be a number \(Real\)"),
+        ({"budget": "param"}, EvaValueError, "^budget='param' is unknown.*'params'"),
+        ({"min_rank": -1}, EvaValueError, "^min_rank=-1 must be at least 0"),
+        ({"min_rank": 1.5}, EvaTypeError, r"^min_rank=1.5 must be a number \(Integral\)"),
+    ],
+)
+def test_bad_numbers(
+    allocation: dict[str, Any], error: type[Exception], message: str, llama_result: EvaResult
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        llama_result.reallocated(**allocation)
+    assert isinstance(caught.value, EvaError)
+    model = make_llama()
+    with pytest.raises(error, match=message):
+        llama_result.apply(model, **allocation)
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_numbers_of_numpy(prepared: bool, tmp_path: Path) -> None:
+    config = lora(
+        r=np.int64(4),
+        rho=np.float32(2),
+        lora_alpha=np.float32(8),
+        rank_pattern={"2": np.int32(3)},
+        alpha_pattern={"2": np.int64(5)},
+        target_modules=["0", "2"],
+    )
+    base = make_mlp()
+    model = wrapped(base, config) if prepared else base
+    done = eva_kernels.initialize(
+        model, vectors(), None if prepared else config, max_steps=3, **QUIET
+    )
+    result = done.eva_result
+    result.save(tmp_path / "eva.safetensors")
+    again = EvaResult.load(tmp_path / "eva.safetensors")
+    assert again.base_ranks == {"0": 4, "2": 3}
+    assert again.alphas == {"0": 8, "2": 5}
+    smaller = again.reallocated(r=np.int64(2))
+    json.dumps([smaller.base_ranks, smaller.alphas, smaller.metadata])
+    assert scalings(smaller.apply(make_mlp())) == pytest.approx({"0": 2, "2": 5 / 3})
+    if not prepared:
+        done.save_pretrained(tmp_path / "adapter")
+        assert isinstance(config.r, np.int64)  # the caller's own

@@ -1,0 +1,355 @@
+"""Wrapping a base model: refused before the pass, restored after any failure, fit to be trained."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+import eva_kernels
+from eva_kernels import EvaTypeError, EvaValueError, EvaWarning
+from integration.conftest import (
+    QUIET,
+    lora,
+    lora_layers,
+    make_llama,
+    make_mlp,
+    output_of,
+    run,
+    same_state,
+    state_of,
+    text_batches,
+    vectors,
+    wrapped,
+)
+
+
+class Attentive(nn.Module):
+    """PEFT adapts an ``nn.MultiheadAttention`` together with its output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.lin = nn.Linear(20, 20)
+        self.mha = nn.MultiheadAttention(20, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lin(x)[None]
+        return self.mha(y, y, y)[0]
+
+
+def checkpointed(model: Any) -> nn.Module:
+    """Let PEFT put a hook on the embeddings; transformers 5 has another name for it."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
+    return model
+
+
+def facts(model: nn.Module) -> dict[str, Any]:
+    """Return what a model consists of, in its order."""
+    config = getattr(model, "config", None)
+    return {
+        "modules": [(n, id(m), type(m)) for n, m in model.named_modules()],
+        "parameters": [(n, id(p), p.requires_grad) for n, p in model.named_parameters()],
+        "keys": list(model.state_dict()),
+        "hooks": [
+            [*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for m in model.modules()
+        ],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "modes": [m.training for m in model.modules()],
+        "config": None if config is None else copy.deepcopy(config.to_dict()),
+    }
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[list[int]]:
+    """Check that a model is as before, and give a list that grows with every forward pass."""
+    calls: list[int] = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    before, state = facts(model), state_of(model)
+    yield calls
+    assert facts(model) == before
+    assert same_state(state, state_of(model))
+    handle.remove()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a norm": (
+        {"target_modules": ["q_proj", "input_layernorm"]},
+        r"layer model\.layers\.0\.input_layernorm: PEFT cannot wrap it: .*not supported",
+    ),
+    "tokens of an unknown layer": (
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"nope": [1]}},
+        "PEFT cannot wrap the model with this LoraConfig: .*'nope'.* not found",
+    ),
+    "replicated layers": (
+        {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]},
+        r"layer_replication changes the layers.*get_peft_model\(model, config\) first",
+    ),
+    "rank 0": ({"r": 0}, "^r=0 must be at least 1"),
+    "a negative rank": ({"r": -2}, "^r=-2 must be at least 1"),
+    "half a rank": ({"r": 2.5}, r"^r=2.5 must be a number \(Integral\)"),
+    "rank 0 of a layer": (
+        {"rank_pattern": {"q_proj": 0}},
+        r"^rank_pattern\['q_proj'\]=0 must be at least 1",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:EVA reads the inputs of linear layers")
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_the_pass(case: str) -> None:
+    fields, text = REFUSED[case]
+    model = checkpointed(make_llama().train())
+    with untouched(model) as calls:
+        with pytest.raises((EvaValueError, EvaTypeError), match=text):
+            eva_kernels.initialize(model, text_batches(2), lora(**fields), max_steps=2, **QUIET)
+        assert not calls
+
+
+@pytest.mark.parametrize("name", ["a.b", "", 3])
+def test_names_that_cannot_be_a_module(name: Any) -> None:
+    with untouched(make_mlp()) as calls:
+        with pytest.raises(EvaValueError, match=r"adapter_name=.* must be text without a dot"):
+            eva_kernels.initialize(make_mlp(), vectors(1), adapter_name=name, **QUIET)
+        assert not calls
+
+
+def test_a_dry_run_leaves_nothing_and_warns_of_nothing() -> None:
+    module = import_module("eva_peft.wrapping")
+    config = lora(modules_to_save=["lm_head"], trainable_token_indices=[1, 2], use_dora=True)
+    model = make_llama().train()
+    with untouched(model), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        module.check_wrapping(model, config, "default")
+    assert not told
+
+
+def test_what_fails_on_meta_only_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("eva_peft.wrapping")
+    original, seen = module.get_peft_model, []
+
+    def picky(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["low_cpu_mem_usage"])
+        if seen[-1]:
+            raise RuntimeError("Expected all tensors to be on the same device")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "get_peft_model", picky)
+    model = eva_kernels.initialize(
+        make_mlp(), vectors(), lora(target_modules=["0"]), max_steps=2, **QUIET
+    )
+    assert seen == [True, False, False]
+    assert sum(model.eva_result.ranks.values()) == 4
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("number", [1, 5, 14])
+def test_interrupted_while_wrapping(
+    error: type[BaseException], number: int, llama_result: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = LoraModel._create_and_replace, []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        calls.append(kwargs["current_key"])
+        if len(calls) == number:
+            raise error("stop")
+
+    model = checkpointed(make_llama())
+    with untouched(model), monkeypatch.context() as patch:
+        patch.setattr(LoraModel, "_create_and_replace", failing)
+        with pytest.raises(error):
+            llama_result.apply(model)
+        assert len(calls) == number
+    assert sum(m.r["default"] for m in lora_layers(llama_result.apply(model)).values()) == 56
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradient checkpointing": {"checkpointing": True},
+    "modules to save": {"modules_to_save": ["lm_head"]},
+    "trainable tokens": {"trainable_token_indices": [1, 2]},
+    "bias": {"bias": "all"},
+    "DoRA": {"use_dora": True},
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_failed_write_restores_the_base_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eva_peft import adapters
+
+    def stop(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    fields = dict(CHANGES[case])
+    model = make_llama().train()
+    if fields.pop("checkpointing", False):
+        checkpointed(model)
+    model.lm_head.weight.requires_grad_(False)
+    monkeypatch.setattr(adapters._Writer, "finish", stop)
+    with untouched(model), pytest.raises(KeyboardInterrupt):
+        eva_kernels.initialize(
+            model, text_batches(1), lora(target_modules=["q_proj"], **fields), max_steps=1, **QUIET
+        )
+
+
+def test_flags_of_a_frozen_adapter_come_back(
+    llama_result: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eva_peft import adapters
+
+    model = wrapped(make_llama(), lora())
+    model.add_adapter("other", lora(init_lora_weights=True))
+    model.base_model.set_adapter(["default", "other"])
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.requires_grad_(False)
+    original, calls = adapters.update_layer, []
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapters, "update_layer", failing)
+    with untouched(model), pytest.raises(KeyboardInterrupt):
+        llama_result.apply(model)
+
+
+def names_of_peft(model: nn.Module, data: Any) -> PeftModel:
+    model = wrapped(model, lora())
+    eva_kernels.initialize_lora_eva_weights(model, data, show_progress_bar=False, max_steps=2)
+    return model
+
+
+WAYS: dict[str, Callable[[nn.Module, Any], PeftModel]] = {
+    "initialize": lambda model, data: eva_kernels.initialize(
+        model, data, lora(), max_steps=2, **QUIET
+    ),
+    "apply": lambda model, data: run(model, data, lora(), max_steps=2).apply(model),
+    "apply, other ranks": lambda model, data: run(model, data, lora(), max_steps=2).apply(
+        model, r=3
+    ),
+    "DoRA": lambda model, data: eva_kernels.initialize(
+        model, data, lora(use_dora=True), max_steps=2, **QUIET
+    ),
+    "PEFT's name": names_of_peft,
+}
+
+
+@pytest.mark.filterwarnings("ignore::eva_kernels.NotConvergedWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_caller_in_inference_mode_gets_what_can_be_trained(way: str) -> None:
+    model, data = make_llama(), text_batches(2)
+    with torch.inference_mode():
+        done = WAYS[way](model, data)
+        assert torch.is_inference_mode_enabled()
+    plain = {n: p.requires_grad for n, p in WAYS[way](make_llama(), data).named_parameters()}
+    assert {n: p.requires_grad for n, p in done.named_parameters()} == plain
+    assert not any(p.is_inference() for p in done.parameters())
+    done.train()(**data[0], labels=data[0]["input_ids"]).loss.backward()
+    assert all(m.lora_B["default"].weight.grad.any() for m in lora_layers(done).values())
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_attention_keeps_the_default_initialisation(prepared: bool, tmp_path: Any) -> None:
+    data, config = vectors(4), lora(target_modules=["lin", "mha"])
+    model = wrapped(Attentive(), config) if prepared else Attentive()
+    with pytest.warns(EvaWarning, match=r"default initialisation: mha$"):
+        done = eva_kernels.initialize(
+            model, data, None if prepared else config, max_steps=3, **QUIET
+        )
+    assert done.eva_result.ranks == {"lin": 4}
+    layers = lora_layers(done)
+    assert set(layers) == {"lin", "mha", "mha.base_layer.out_proj"}
+    rows = layers["lin"].lora_A["default"].weight
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(4), atol=2e-6, rtol=0)
+    done.eval()
+    assert torch.allclose(output_of(done, data[0]), output_of(Attentive().eval(), data[0]))
+    optimizer = torch.optim.SGD([p for p in done.parameters() if p.requires_grad], 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        done(data[0]).square().sum().backward()
+        optimizer.step()
+    assert all(m.lora_B["default"].weight.any() for m in layers.values())
+    done.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Attentive(), tmp_path).eval()
+    # PEFT merges into the attention's weight and takes out again on every call, which rounds
+    torch.testing.assert_close(output_of(again, data[0]), output_of(done, data[0]))
+
+
+def test_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eva_peft import adapters
+
+    def stop(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapters._Writer, "finish", stop)
+    model, config = Attentive(), lora(target_modules=["lin", "mha"])
+    with untouched(model), pytest.warns(EvaWarning, match="mha"), pytest.raises(KeyboardInterrupt):
+        eva_kernels.initialize(model, vectors(4), config, max_steps=2, **QUIET)
+
+
+INJECTED_CALLS: dict[str, Callable[[nn.Module], Any]] = {
+    "initialize": lambda model: eva_kernels.initialize(model, text_batches(1), lora(), **QUIET),
+    "calibrate": lambda model: run(model, text_batches(1), lora()),
+    "apply": lambda model: run(make_llama(), text_batches(1), lora(), max_steps=1).apply(model),
+}
+
+
+@pytest.mark.parametrize("call", INJECTED_CALLS)
+def test_adapters_without_a_peft_model_are_refused(call: str) -> None:
+    model = make_llama()
+    model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    with untouched(model) as calls:
+        with pytest.raises(
+            EvaValueError, match=r"adapters \['default'\] and is no PeftModel.*delete_adapter"
+        ):
+            INJECTED_CALLS[call](model)
+        assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+def test_deleted_adapters_are_not_in_the_way() -> None:
+    model = make_llama()
+    model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"]))
+    model.delete_adapter("default")
+    config = lora(target_modules=["q_proj"])
+    done = eva_kernels.initialize(model, text_batches(2), config, max_steps=2, **QUIET)
+    assert sum(done.eva_result.ranks.values()) == 8
+
+
+def test_mixed_models_are_refused() -> None:
+    config = lora(target_modules=["q_proj"], init_lora_weights=True)
+    model = get_peft_model(make_llama(), config, mixed=True)
+    result = run(make_llama(), text_batches(1), config, max_steps=1)
+    with untouched(model) as calls:
+        for call in (
+            lambda: eva_kernels.initialize(model, text_batches(1), config, **QUIET),
+            lambda: result.apply(model),
+        ):
+            with pytest.raises(EvaTypeError, match="cannot initialise a PeftMixedModel"):
+                call()
+        assert not calls
+
+
+def test_replicated_layers_of_a_peft_model() -> None:
+    config = lora(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
+    model = wrapped(make_llama(), config)
+    done = eva_kernels.initialize(model, text_batches(2), max_steps=2, **QUIET)
+    assert len(done.eva_result.ranks) == 3
+    again = done.eva_result.apply(make_llama())
+    assert {n: m.r["default"] for n, m in lora_layers(again).items()} == {
+        n: m.r["default"] for n, m in lora_layers(done).items()
+    }
