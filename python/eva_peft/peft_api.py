@@ -88,8 +88,27 @@ def get_eva_state_dict(
     )
     state = result.state_dict()
     outer = next(f"{n}." if n else "" for n, m in model.named_modules() if m is inner)
-    names = {resolve_name(name, state): f"{outer}{name}" for name, _ in inner.named_modules()}
-    return {names[name]: value for name, value in state.items()}
+    paths = _paths(inner, state)
+    return {f"{outer}{paths[name]}": value for name, value in state.items()}
+
+
+def _paths(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return where layers are in a model, which may be wrapped: their names in the base model ->.
+
+    An expert of a fused parameter is no module; its path is that of the module it belongs to, and
+    the rest of its name.
+    """
+    steps = {name: name.split(".") for name in names}
+    owners = {".".join(s[:i]): None for s in steps.values() for i in range(len(s) + 1)}
+    found: dict[str, str] = {}
+    for path, _ in model.named_modules():  # what is inside of an adapter's layer comes after it
+        found.setdefault(resolve_name(path, owners), path)
+    paths = {}
+    for name, parts in steps.items():
+        inside = next(i for i in range(len(parts), -1, -1) if ".".join(parts[:i]) in found)
+        owner = found[".".join(parts[:inside])]
+        paths[name] = ".".join([*([owner] if owner else []), *parts[inside:]])
+    return paths
 
 
 def initialize_lora_eva_weights(
@@ -135,7 +154,7 @@ def initialize_lora_eva_weights(
         )
     if adapter_name not in inner.peft_config:
         raise EvaValueError(f"the model has no adapter {adapter_name!r}")
-    if inner.peft_config[adapter_name].init_lora_weights != "eva":
+    if getattr(inner.peft_config[adapter_name], "init_lora_weights", None) != "eva":
         raise EvaValueError(
             "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
         )

@@ -29,6 +29,7 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
+from integration.test_experts import FUSED, make_mixtral
 
 FUNCTIONS = ("get_eva_state_dict", "initialize_lora_eva_weights")
 QUIET: dict[str, Any] = {"show_progress_bar": False}
@@ -298,3 +299,19 @@ def test_functions_win_over_modules_of_their_name(name: str) -> None:
     setattr(eva_peft, name, module)
     assert inspect.isfunction(getattr(eva_peft, name))
     assert inspect.isfunction(getattr(eva_kernels, name))
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_experts_of_a_fused_parameter(prepared: bool, texts: list[Any]) -> None:
+    config = lora(**FUSED)
+    model = wrapped(make_mixtral(), config) if prepared else make_mixtral()
+    state = eva_kernels.get_eva_state_dict(model, texts, config, **OURS)
+    prefix = "base_model.model." if prepared else ""
+    owner = f"{prefix}model.layers.0.mlp.experts"
+    assert {f"{owner}.{i}.gate_up_proj" for i in range(4)} <= set(state)
+    assert f"{prefix}model.layers.1.self_attn.q_proj" in state
+    target = wrapped(make_mixtral(), config)
+    eva_kernels.initialize_lora_eva_weights(target, eva_state_dict=state)
+    layers = lora_layers(target).values()
+    rows = sum(layer.lora_A["default"].weight.shape[0] for layer in layers)
+    assert rows == sum(map(len, state.values()))
