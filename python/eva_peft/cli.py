@@ -187,6 +187,7 @@ def init(
         raise typer.BadParameter("give --device or --device-map, not both")
     with _exit_codes(ctx, checkpoint), _staged_folder(out, force) as folder:
         lora = {"r": r, "lora_alpha": alpha, "target_modules": _targets(target_modules)}
+        _check_device(device)
         fields = _config_fields(config, lora, {"rho": rho, "tau": tau})
         task = task or _task_of(fields)
         lora_config = _lora_config(fields, task)
@@ -352,7 +353,23 @@ def _open_to_readers(folder: Path) -> None:
 def _targets(names: str | None) -> str | list[str] | None:
     if names is None or names == "all-linear":
         return names
-    return [name.strip() for name in names.split(",") if name.strip()]
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise EvaValueError(f"--target-modules {names!r} names no module")
+    return wanted
+
+
+def _check_device(name: str | None) -> None:
+    """Refuse a device that is not there, before anything is loaded."""
+    if name is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise EvaValueError(f"--device {name} cannot be used: {why}") from error
 
 
 def _config_fields(

@@ -128,6 +128,22 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "cuda:77", "error: --device cuda:77 cannot be used: "),
+        ("--device", "gpu", "error: --device gpu cannot be used: "),
+        ("--target-modules", " , ", "error: --target-modules ' , ' names no module"),
+    ],
+)
+def test_refused_before_the_model_is_loaded(
+    tmp_path: Path, option: str, value: str, message: str
+) -> None:
+    result = run("init", "no/model", "--data", "no.txt", "--out", tmp_path / "o", option, value)
+    assert reason(result).startswith(message)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nothing"], "No such command 'nothing'"),
