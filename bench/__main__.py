@@ -75,13 +75,19 @@ def quality(
     full: Full = False,
     domain: Annotated[list[str] | None, typer.Option(help="A domain; all if none.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; all if none.")] = None,
+    data: Annotated[
+        str, typer.Option(help="embedded, or hub: the sets of the paper.")
+    ] = "embedded",
 ) -> None:
     """Fine-tune from every initialisation in four domains."""
     from .methods import METHODS
-    from .quality.run import run
+    from .quality.domains import RECIPES
+    from .quality.run import DATA, run
 
+    _check_names(domain or (), RECIPES)
     _check_names(method or (), METHODS)
-    run("full" if full else "quick", out, domain, method)
+    _check_names([data], DATA)
+    run("full" if full else "quick", out, domain, method, data=data)
 
 
 @app.command()

@@ -41,7 +41,7 @@ def _adalora(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
         tinit=max(1, job.steps // 10),
         tfinal=max(1, job.steps // 3),
         deltaT=max(1, job.steps // 50),
-        total_step=job.steps,
+        total_step=max(3, job.steps),
     )
     with meter.phase("apply"):
         return wrap(model, config, job.seed)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from scipy.stats import t as student
 
 FEWEST = 3  # seeds, below which no verdict is given
 WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "too few seeds"
@@ -82,20 +83,9 @@ def chance(seeds: int) -> float:
     """Return how often methods that do not differ are told apart by two standard errors.
 
     The tail of Student's distribution beyond 2 on both sides, with ``seeds - 1`` degrees of
-    freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    freedom.
     """
-    freedom = seeds - 1
-    angle = math.atan(2 / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term = total = cosine if odd else 1.0
-    for i in range(3 if odd else 2, freedom - 1, 2):
-        term *= cosine**2 * (i - 1) / i
-        total += term
-    if odd:
-        inner = angle + (sine * total if freedom > 1 else 0.0)
-        return 1 - 2 / math.pi * inner
-    return 1 - sine * total
+    return float(2 * student.sf(2, seeds - 1))
 
 
 def words(subject: str, measure: str, verdicts: Mapping[str, str]) -> str:

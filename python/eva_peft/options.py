@@ -73,7 +73,8 @@ class CalibrateOptions:
         backend, precision: see ``eva_kernels.ops``.
         early_exit: stop the forward pass behind the last target layer.
         trim_padding: drop columns that are padding in the whole batch, and run short samples
-            apart from long ones where that saves time; exact, for right padding.
+            apart from long ones where that saves time; exact, for right padding, in models that let
+            no token see what the mask leaves out (not in a recurrent network that reads backwards).
         seed: of the first basis.
         checkpoint: safetensors file with the state of the pass. It is written every
             ``checkpoint_every`` forward passes, at the end, and when an exception or Ctrl-C stops
