@@ -9,6 +9,7 @@ from typing import Any
 
 from .common import RESULTS
 from .cost.show import short
+from .quality import show as quality
 from .sections import markdown, source, table
 
 README = Path(__file__).parent.parent / "README.md"
@@ -136,8 +137,15 @@ def families(folder: Path = RESULTS) -> str:
 
 def measured() -> str:
     """Render the block of measurements."""
-    cost = load("cost-tiny")
-    return "\n\n".join([whole_pass(), svd_step(), markdown(short(cost), cost), simulated_memory()])
+    cost, tuned = load("cost-tiny"), load("quality")
+    blocks = [
+        whole_pass(),
+        svd_step(),
+        markdown(short(cost), cost),
+        markdown(quality.sections(tuned)[0], tuned),
+        simulated_memory(),
+    ]
+    return "\n\n".join(blocks)
 
 
 # The README's blocks: what stands between the marks of each.
