@@ -37,7 +37,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
         "repeats": len(runs),
         "seconds": {p: spread([run["seconds"].get(p, 0.0) for run in runs]) for p in phases},
         "init_s": spread(init),
-        "train_step_s": spread([run["train_step_s"] for run in runs]),
+        "train_step_s": runs[0]["train_step_s"],
         **{
             name: spread([float(run[name]) for run in runs])
             for name in ("init_peak", "init_reserved")

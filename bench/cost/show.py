@@ -18,19 +18,23 @@ Row = Mapping[str, Any]
 HEADERS = [
     "method",
     "batch",
+    "load",
     "collect",
     "solve",
     "apply",
     "initialise",
     "p20 to p80",
     "of an epoch",
-    "memory",
     "first step",
+    "memory",
+    "reserved",
+    "first step's",
     "forwards",
     "tokens",
     "base changed",
     "reload",
 ]
+SHORT = ("method", "batch", "initialise", "of an epoch", "memory", "base changed", "reload")
 RIVALS = ("eva-peft", "lora-ga", "lora-ga-paper", "corda-ipm", "corda-kpm")
 
 
@@ -45,37 +49,37 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
         f"{settings['weights']}; {settings['samples']} samples of {settings['length']} tokens for "
         f"every method that reads data, r = {settings['r']}. EVA goes over them "
         f"{settings['passes']} times at most. Seconds are medians over repetitions in a process of "
-        "its own for each row; memory is the peak above the weights.\n\n" + in_words(rows)
+        "its own for each row; memory is the peak above the weights, of the initialisation and of "
+        "the first step of training.\n\n" + in_words(rows)
     )
     notes = (
         f"An epoch is {settings['epoch']} samples in batches of {settings['train_batch']}, at "
-        "the seconds of a training step with LoRA. *first step*: memory of forward, backward and "
-        "optimizer. *base changed*: relative Frobenius norm. *reload*: whether the saved adapter "
-        "gives the same logits on a fresh base. Where PEFT decomposes and applies in one call, "
-        "both are under *solve*. CorDA takes one sample at a time."
+        "the seconds of a training step with LoRA. *initialise*: collect, solve and apply. *first "
+        "step*: forward, backward and optimizer. *memory*, *first step's*: tensors in use on a GPU "
+        "(*reserved*: what the allocator held), the resident set on a CPU. *base changed*: "
+        "relative Frobenius norm. *reload*: whether the saved adapter gives the same logits on a "
+        "fresh base. Where PEFT decomposes and applies in one call, both are under *solve*. CorDA "
+        "takes one sample at a time."
     )
-    body = [_cells(row, epoch) for row in rows]
+    # on a CPU the allocator's share cannot be told apart
+    headers = [h for h in HEADERS if h != "reserved" or record["machine"]["gpu"]]
+    body = [_line(row, epoch, headers) for row in rows]
     figures = {f"cost-{settings['config']}": functools.partial(plot, rows)}
-    return [Section(f"Cost: {settings['config']}", text, HEADERS, body, figures, notes)]
+    return [Section(f"Cost: {settings['config']}", text, headers, body, figures, notes)]
 
 
 def short(record: Mapping[str, Any], batch: int = 8) -> Section:
     """Return a few columns of the rows of one batch size, for the README."""
     section = sections(record)[0]
-    columns = [0, 5, 7, 8, 12, 13]
-    rows = [
-        [cells[i] if len(cells) > 3 else "" for i in columns]
-        for row, cells in zip(record["rows"], section.rows, strict=True)
-        if row["batch"] in (1, batch) or not _reads(row)
-    ]
-    return Section(section.title, section.text, [HEADERS[i] for i in columns], rows)
+    shown = [row for row in record["rows"] if row["batch"] in (1, batch) or not _reads(row)]
+    epoch = epoch_seconds(record["settings"], record["rows"])
+    rows = [_line(row, epoch, SHORT) for row in shown]
+    return Section(section.title, section.text, SHORT, rows)
 
 
 def epoch_seconds(settings: Row, rows: Sequence[Row]) -> float | None:
     """Return the seconds of a training epoch with LoRA, ``None`` if that row failed."""
-    step = next(
-        (r["train_step_s"]["median"] for r in rows if r["method"] == "lora" and _ok(r)), None
-    )
+    step = next((r["train_step_s"] for r in rows if r["method"] == "lora" and _ok(r)), None)
     return None if step is None else step * settings["epoch"] / settings["train_batch"]
 
 
@@ -83,33 +87,44 @@ def _ok(row: Row) -> bool:
     return "error" not in row
 
 
-def _cells(row: Row, epoch: float | None) -> list[str]:
-    head = [METHODS[row["method"]].label, str(row["batch"]) if _reads(row) else "-"]
+def _line(row: Row, epoch: float | None, headers: Sequence[str]) -> list[str]:
+    cells = _cells(row, epoch)
+    if not _ok(row):  # the reason stands where the numbers would begin
+        cells[headers[2]] = row["error"].replace("|", "\\|")
+    return [cells.get(header, "") for header in headers]
+
+
+def _cells(row: Row, epoch: float | None) -> dict[str, str]:
+    head = {
+        "method": METHODS[row["method"]].label,
+        "batch": str(row["batch"]) if _reads(row) else "-",
+    }
     if not _ok(row):
-        return [*head, row["error"].replace("|", "\\|"), *[""] * (len(HEADERS) - 3)]
+        return head
     init = row["init_s"]
-    share = "" if epoch is None else f"{100 * init['median'] / epoch:.2g} %"
-    return [
-        *head,
-        *(_seconds(row["seconds"].get(name, {}).get("median")) for name in HEADERS[2:5]),
-        _seconds(init["median"]),
-        f"{init['p20']:.2f} to {init['p80']:.2f}",
-        share,
-        mib(row["init_peak"]["median"]),
-        mib(row["first_step_peak"]["median"]),
-        str(row["forwards"]),
-        str(row["tokens"]),
-        "no" if row["weights_changed"] == 0 else f"{row['weights_changed']:.1e}",
-        reload_words(row),
-    ]
+    phases = {name: _seconds(told["median"]) for name, told in row["seconds"].items()}
+    return {
+        **head,
+        **phases,
+        "initialise": _seconds(init["median"]),
+        "p20 to p80": f"{init['p20']:.2f} to {init['p80']:.2f}",
+        "of an epoch": "" if epoch is None else f"{100 * init['median'] / epoch:.2g} %",
+        "memory": mib(row["init_peak"]["median"]),
+        "reserved": mib(row["init_reserved"]["median"]),
+        "first step's": mib(row["first_step_peak"]["median"]),
+        "forwards": str(row["forwards"]),
+        "tokens": str(row["tokens"]),
+        "base changed": "no" if row["weights_changed"] == 0 else f"{row['weights_changed']:.1e}",
+        "reload": reload_words(row),
+    }
 
 
 def _reads(row: Row) -> bool:
     return METHODS[row["method"]].reads_data
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f} s"
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s"
 
 
 def mib(value: float) -> str:

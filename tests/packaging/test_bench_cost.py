@@ -88,7 +88,8 @@ def test_a_method_that_cannot_run_keeps_its_row(
     assert record["rows"][1]["error"] == "NotImplementedError: not on this | machine"
     section = sections(record)[0]
     assert section.rows[1][2] == "NotImplementedError: not on this \\| machine"
-    assert {len(row) for row in section.rows} == {len(HEADERS)}
+    assert {len(row) for row in section.rows} == {len(section.headers)} == {len(HEADERS) - 1}
+    assert short(record).rows[1][:3] == ["DoRA", "-", section.rows[1][2]]
 
 
 def test_a_gpu_is_asked_for() -> None:
@@ -104,8 +105,9 @@ def row(method: str, batch: int, seconds: float, peak: float) -> dict[str, Any]:
         "batch": batch,
         "init_s": one,
         "init_peak": memory,
+        "init_reserved": memory,
         "first_step_peak": memory,
-        "train_step_s": {"median": 0.5},
+        "train_step_s": 0.5,
         "seconds": {"apply": one},
         "forwards": 1,
         "tokens": 2,
@@ -138,9 +140,11 @@ def test_words_and_cells() -> None:
         "dtype": "float32",
         "model": {"num_hidden_layers": 1, "hidden_size": 2, "vocab_size": 3},
     }
-    record = {"settings": settings, "rows": rows}
+    record = {"settings": settings, "rows": rows, "machine": {"gpu": "a GPU"}}
     section = sections(record)[0]
     eva = dict(zip(HEADERS, section.rows[3], strict=True))
+    assert eva["reserved"] == "50 MiB"
+    assert (eva["apply"], eva["collect"]) == ("2.00 s", "")
     assert eva["of an epoch"] == "40 %"  # 2 s of 10 steps of half a second
     assert eva["memory"] == "50 MiB"
     assert eva["reload"] == "off by 2.5e-01"
