@@ -39,9 +39,11 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     warm = time.perf_counter() - begin
     found: dict[str, Any] = {"warm_up_s": warm, "runs": []}
     spent = 0.0
-    while not spent or (len(found["runs"]) < config.repeats and spent < config.seconds):
+    while (done := len(found["runs"])) < config.repeats:
+        if done >= config.least and spent >= config.seconds:
+            break
         begin = time.perf_counter()
-        steps = 1 if found["runs"] else TRAIN_STEPS
+        steps = 1 if done else TRAIN_STEPS
         run, adapted = _measured(config, method, question, device, steps)
         spent += time.perf_counter() - begin
         found["runs"].append(run)

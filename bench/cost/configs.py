@@ -30,8 +30,8 @@ class Config:
         train_batch: batch size of that training.
         r: rank.
         dtype: of the weights.
-        repeats: measured runs of every row, at most.
-        seconds: after which a row is not repeated, and after thrice which it is ended.
+        least, repeats: measured runs of every row, at least and at most.
+        seconds: after which a row is not repeated any more.
         gpu: it makes no sense on a CPU.
     """
 
@@ -45,6 +45,7 @@ class Config:
     train_batch: int
     r: int
     dtype: torch.dtype
+    least: int
     repeats: int
     seconds: float
     gpu: bool = True
@@ -140,7 +141,7 @@ def _large(name: str, hub: str) -> Config:
     # An epoch is the common-sense training set of the paper: 170,420 samples.
     sizes: dict[str, Any] = {"samples": 64, "length": 512, "batches": (16, 8, 4), "passes": 2}
     train: dict[str, Any] = {"epoch": 170_420, "train_batch": 8, "r": 16}
-    run: dict[str, Any] = {"dtype": torch.bfloat16, "repeats": 2, "seconds": 60.0}
+    run: dict[str, Any] = {"dtype": torch.bfloat16, "least": 1, "repeats": 3, "seconds": 60.0}
     return Config(MODELS[name], hub, **sizes, **train, **run)
 
 
@@ -148,7 +149,7 @@ CONFIGS = {
     "tiny": Config(
         make_config=_tiny,
         hub=None,
-        samples=64,
+        samples=32,
         length=128,
         batches=(16, 8, 4),
         passes=2,
@@ -156,6 +157,7 @@ CONFIGS = {
         train_batch=8,
         r=16,
         dtype=torch.float32,
+        least=2,
         repeats=3,
         seconds=6.0,
         gpu=False,

@@ -83,7 +83,7 @@ def run(
 
     def measure(key: Any) -> dict[str, Any]:
         question = {**key, "config": name, "real": real}
-        limit = START_SECONDS + 3 * config.repeats * config.seconds + 10 * config.seconds
+        limit = START_SECONDS + 20 * config.seconds
         return summary(ask_child("bench.cost", question, limit))
 
     rows = Rows(f"cost-{name}", settings, out, quiet)

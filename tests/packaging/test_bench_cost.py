@@ -71,6 +71,7 @@ def test_rows(tmp_path: Path) -> None:
         assert (row["weights_changed"] > 0) == changed
         assert row["ranks"] == 28
         assert row["init_s"]["median"] > 0
+        assert row["repeats"] == 2
     assert by_name["eva", 8]["reload_difference"] == by_name["lora", 16]["reload_difference"] == 0
     assert "eigens" in by_name["corda-ipm", 1]["reload_error"]
     assert by_name["lora-ga", 8]["reload_difference"] > 0
