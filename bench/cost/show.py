@@ -35,6 +35,7 @@ HEADERS = [
     "reload",
 ]
 SHORT = ("method", "batch", "initialise", "of an epoch", "memory", "base changed", "reload")
+OURS = "this package"
 RIVALS = ("eva-peft", "lora-ga", "lora-ga-paper", "corda-ipm", "corda-kpm")
 
 
@@ -175,26 +176,32 @@ def _list(values: Sequence[float]) -> str:
     return " / ".join(f"{value:.2f}" for value in values)
 
 
-def _colour(method: str) -> str:
-    families = {"eva-peft": "#d55e00", "eva": "#0072b2", "lora-ga": "#009e73", "corda": "#cc79a7"}
-    return next((c for name, c in families.items() if method.startswith(name)), "#666666")
-
-
 def plot(rows: Sequence[Row]) -> Figure:
-    """Draw memory against seconds, one point a row."""
-    figure = require_matplotlib()(figsize=(7.5, 4.8), layout="constrained", facecolor="white")
-    figure.set_label("Memory above the weights against seconds to initialise, one point a row")
-    axes = figure.subplots()
-    for row in filter(_ok, rows):
-        name = row["method"]
-        x, y = row["init_s"]["median"], max(row["init_peak"]["median"] / 2**20, 0.5)
-        axes.scatter(x, y, color=_colour(name), s=24, zorder=3)
-        label = f"{name} {row['batch']}" if _reads(row) else name
-        axes.annotate(label, (x, y), (4, 2), textcoords="offset points", fontsize=6.5)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("seconds to initialise")
-    axes.set_ylabel("peak memory above the weights, MiB")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    """Draw seconds and memory, a line a method, a mark a batch size."""
+    shown = [row for row in rows if _ok(row)]
+    methods = list(dict.fromkeys(row["method"] for row in shown))
+    figure = require_matplotlib()(figsize=(8, 5.4), layout="constrained", facecolor="white")
+    figure.set_label("Seconds and memory of every initialisation, one line a method")
+    panels = figure.subplots(1, 2, sharey=True)
+    sizes = sorted({row["batch"] for row in shown if _reads(row)}, reverse=True)
+    marks = dict(zip(sizes, "osD^v", strict=False))
+    for axes, what, unit, label in (
+        (panels[0], "init_s", 1.0, "seconds to initialise"),
+        (panels[1], "init_peak", 2.0**20, "peak memory above the weights, MiB"),
+    ):
+        for row in shown:
+            value = max(row[what]["median"] / unit, 1e-3)
+            mark = marks[row["batch"]] if _reads(row) else "_"
+            ours = METHODS[row["method"]].source == OURS
+            colour = "#0072b2" if ours else "#555555"
+            axes.plot(value, methods.index(row["method"]), mark, color=colour, markersize=6)
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(methods)), [METHODS[name].label for name in methods])
+    panels[0].invert_yaxis()
+    for size in sizes:
+        panels[0].plot([], [], marks[size], color="#555555", label=f"batch {size}")
+    panels[0].legend(frameon=False, loc="lower left")
     return figure
