@@ -153,7 +153,11 @@ def _resources(code: Any) -> dict[str, Any]:
     """Return registers, spills, shared memory and tensor-core instructions of compiled code."""
     text = code.asm.get("ptx") or code.asm["amdgcn"]
     found = {name: len(re.findall(pattern, text)) for name, pattern in TENSOR_CORE.items()}
-    record = {"shared": code.metadata.shared, "tensor_core": {k: v for k, v in found.items() if v}}
+    record = {
+        "shared": code.metadata.shared,
+        "tensor_core": {k: v for k, v in found.items() if v},
+        "in_flight": in_flight(code.asm["ttgir"]),
+    }
     if "amdgcn" in code.asm:
         spilled = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text)
         return record | {
@@ -161,6 +165,22 @@ def _resources(code: Any) -> dict[str, Any]:
             "stack": sum(map(int, spilled)),
         }
     return record | _usage(code.asm["cubin"])
+
+
+def in_flight(ttgir: str) -> int:
+    """Count the rounds of loops that end while a product of the tensor cores still reads a tile.
+
+    The copy of a later tile may overtake it, see ``add_product``.
+    """
+    found, reading = 0, False
+    for line in ttgir.splitlines():
+        if "warp_group_dot " in line and "isAsync = true" in line:
+            reading = True
+        elif "warp_group_dot_wait" in line and "pendings = 0" in line:
+            reading = False
+        elif "scf.yield" in line:
+            found, reading = found + reading, False
+    return found
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -219,6 +239,8 @@ def faults(records: list[dict[str, Any]]) -> list[str]:
             found.append(f"{name}: {record['stack']} bytes of stack or spills")
         if record["shared"] > record["shared_limit"]:
             found.append(f"{name}: {record['shared']} bytes of shared memory")
+        if record["in_flight"]:
+            found.append(f"{name}: a product is in flight at the end of a round of its loop")
         streams = any(k in record["kernel"] for k in ("project", "back", "gram_kernel"))
         if streams and not record["tensor_core"]:
             found.append(f"{name}: no tensor-core instruction")

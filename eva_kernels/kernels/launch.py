@@ -113,20 +113,26 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
 # a multiprocessor; Q = 128 is two. 256 rows leave registers for 64 columns only.
 _HOPPER = {
     64: SketchTiles(
-        Tile(128, 64, 4, 3), Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)
+        Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)
     ),
     128: SketchTiles(
         Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
     ),
     256: SketchTiles(
-        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 2)
+        Tile(64, 64, 8, 3), Tile(32, 64, 8, 3), Tile(32, 64, 8, 3), Tile(64, 64, 8, 2)
     ),
 }
 # The accumulator lies in tensor memory, not in registers: wider tiles than Hopper's at Q = 64.
 _BLACKWELL = {
     **_HOPPER,
     64: SketchTiles(
-        Tile(256, 64, 8, 3), Tile(64, 256, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
+        Tile(256, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
+    ),
+    128: SketchTiles(
+        Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
+    ),
+    256: SketchTiles(
+        Tile(64, 64, 8, 3), Tile(16, 64, 8, 3), Tile(32, 64, 8, 3), Tile(64, 64, 8, 2)
     ),
 }
 # mma.sync takes both operands from registers, so that four warps spill what eight hold.
@@ -135,10 +141,10 @@ _AMPERE = {
         Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
     ),
     128: SketchTiles(
-        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 128, 8, 2)
+        Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
     ),
     256: SketchTiles(
-        Tile(32, 64, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
+        Tile(32, 64, 8, 3), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
     ),
 }
 # 99 KiB of shared memory: two stages, and narrow tiles at Q = 256.
@@ -150,7 +156,7 @@ _SMALL = {
         Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
     ),
     256: SketchTiles(
-        Tile(64, 64, 8, 2), Tile(16, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)
+        Tile(32, 64, 8, 2), Tile(16, 64, 8, 2), Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)
     ),
 }
 # 64 KiB of local memory and 512 registers a lane.

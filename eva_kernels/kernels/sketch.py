@@ -25,7 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import SKETCH_TILES, Arch, Tile, rows_of_a_thread, stages
-from .primitives import add_product, add_sums, dot, load_tokens, split_bf16, sum_all, sum_rows
+from .primitives import (
+    add_half_product,
+    add_product,
+    add_sums,
+    load_tokens,
+    split_bf16,
+    sum_all,
+    sum_rows,
+)
 
 __all__ = ["SketchPlan", "launch_sketch", "plan_sketch"]
 
@@ -104,9 +112,11 @@ def project_kernel(
             x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
             p_plane = o_q.to(tl.int64)[:, None] * d + o_d[None, :]
             m_d = (o_d < d)[None, :]
+            v_high = tl.load(high_ptr + p_plane, mask=m_d, other=0.0)
+            v_low = v_high
             if HIGH:
-                acc = dot(tl.load(low_ptr + p_plane, mask=m_d, other=0.0), tl.trans(x), acc)
-            acc = dot(tl.load(high_ptr + p_plane, mask=m_d, other=0.0), tl.trans(x), acc)
+                v_low = tl.load(low_ptr + p_plane, mask=m_d, other=0.0)
+            acc = add_half_product(acc, v_high, v_low, tl.trans(x), HIGH)
         o_flag = tl.arange(0, FLAGS)
         flags = tl.load(flags_ptr + begin + o_flag, mask=o_flag < end - begin, other=0)
         flagged = tl.max(flags, axis=0) > 0
@@ -196,9 +206,7 @@ def back_kernel(
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
             p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH)
-            if HIGH:
-                acc = dot(p_low, x, acc)
-            acc = dot(p_high, x, acc)
+            acc = add_half_product(acc, p_high, p_low, x, HIGH)
             centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
             shift, square = add_sums(shift, square, centred, BLOCK_N, BLOCK_D, FOLD)
     p_out = (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * d + o_d[None, :]

@@ -59,15 +59,25 @@ def test_a_spill_an_overflow_and_a_missing_unit_are_faults():
     good = {
         "arch": "sm_90", "kernel": "back_kernel Q=64", "tokens": "bf16", "tile": [64, 128],
         "stack": 0, "shared": 1000, "shared_limit": 2000, "tensor_core": {"wgmma": 8},
+        "in_flight": 0,
     }  # fmt: skip
     assert kernel_report.faults([good]) == []
     for change, message in (
         ({"stack": 8}, "8 bytes of stack"),
         ({"shared": 2001}, "2001 bytes of shared memory"),
         ({"tensor_core": {}}, "no tensor-core instruction"),
+        ({"in_flight": 1}, "a product is in flight at the end of a round"),
     ):
         [fault] = kernel_report.faults([good | change])
         assert message in fault
+
+
+def test_a_product_in_flight_is_counted():
+    product = "%p = ttng.warp_group_dot %a, %b, %c {isAsync = true}\n"
+    wait, leave = "%w = ttng.warp_group_dot_wait %p {{pendings = {}}}\n", "scf.yield %w\n"
+    assert kernel_report.in_flight(product + wait.format(0) + leave) == 0
+    assert kernel_report.in_flight(product + wait.format(1) + leave) == 1
+    assert kernel_report.in_flight(product + wait.format(0) + product + leave + leave) == 1
 
 
 def test_predictions_name_the_shapes_and_are_not_below_the_roofline():

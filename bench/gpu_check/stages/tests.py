@@ -60,7 +60,7 @@ def _parallel(dry_run: bool) -> list[str]:
     if dry_run or cores < 8 or importlib.util.find_spec("xdist") is None:
         return []
     # by file: what a file prepares once is prepared once
-    return ["-n", str(min(6, cores // 2)), "--dist", "loadfile"]
+    return ["-n", str(min(12, 3 * cores // 4)), "--dist", "loadfile"]
 
 
 def parse(report: Path) -> dict[str, Any]:
