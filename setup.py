@@ -141,10 +141,10 @@ def extensions() -> list[Pybind11Extension]:
     found = []
     mode = cuda_mode()
     if mode == "1" or (mode == "auto" and find_nvcc() is not None):
-        cuda = extension("_cuda", ["bindings_cuda.cpp", "convergence.cu", "eigh.cu"])
+        cuda = extension("_cuda", ["bindings_cuda.cpp", "convergence.cu", "eigh.cu", "fold.cu"])
         cuda.optional = mode == "auto"  # setuptools then turns a failure into a warning
         found.append(cuda)  # first: where it is required and cannot be built, that shows at once
-    return [*found, extension("_C", ["bindings.cpp", "convergence.cpp", "eigh.cpp"])]
+    return [*found, extension("_C", ["bindings.cpp", "convergence.cpp", "eigh.cpp", "fold.cpp"])]
 
 
 if __name__ == "__main__":

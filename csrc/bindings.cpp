@@ -2,6 +2,7 @@
 
 #include "convergence.h"
 #include "eigh.h"
+#include "fold.h"
 
 namespace py = pybind11;
 
@@ -23,4 +24,30 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("matrices"), py::arg("n_matrices"), py::arg("width"), py::arg("values"),
       py::arg("vectors"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "fold_measure",
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t delta,
+         uintptr_t numbers, int64_t numbers_stride, uintptr_t along, int64_t columns,
+         uintptr_t partial, uintptr_t core, uintptr_t metric) {
+        const auto fold = eva_kernels::fold_args(layers, n_layers, width, features, delta, numbers,
+                                                 numbers_stride, along);
+        eva_kernels::fold_measure_cpu(
+            eva_kernels::fold_measure_args(fold, columns, partial, core, metric));
+      },
+      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
+      py::arg("delta"), py::arg("numbers"), py::arg("numbers_stride"), py::arg("along"),
+      py::arg("columns"), py::arg("partial"), py::arg("core"), py::arg("metric"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "fold_rows",
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t delta,
+         uintptr_t numbers, int64_t numbers_stride, uintptr_t along, uintptr_t mixing,
+         uintptr_t sound) {
+        const auto fold = eva_kernels::fold_args(layers, n_layers, width, features, delta, numbers,
+                                                 numbers_stride, along);
+        eva_kernels::fold_rows_cpu(eva_kernels::fold_rows_args(fold, mixing, sound));
+      },
+      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
+      py::arg("delta"), py::arg("numbers"), py::arg("numbers_stride"), py::arg("along"),
+      py::arg("mixing"), py::arg("sound"), py::call_guard<py::gil_scoped_release>());
 }

@@ -3,6 +3,7 @@
 
 #include "convergence.h"
 #include "eigh.h"
+#include "fold.h"
 
 #ifndef EVA_CUDA_ARCHS
 #define EVA_CUDA_ARCHS ""
@@ -50,4 +51,32 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("vectors"), py::arg("device"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
   m.def("eigh_max_width", &eva_kernels::eigh_cuda_max_width, py::arg("device"));
+  m.def(
+      "fold_measure",
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t delta,
+         uintptr_t numbers, int64_t numbers_stride, uintptr_t along, int64_t columns,
+         uintptr_t partial, uintptr_t core, uintptr_t metric, int device, uintptr_t stream) {
+        const auto fold = eva_kernels::fold_args(layers, n_layers, width, features, delta, numbers,
+                                                 numbers_stride, along);
+        eva_kernels::fold_measure_cuda(
+            eva_kernels::fold_measure_args(fold, columns, partial, core, metric), device, stream);
+      },
+      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
+      py::arg("delta"), py::arg("numbers"), py::arg("numbers_stride"), py::arg("along"),
+      py::arg("columns"), py::arg("partial"), py::arg("core"), py::arg("metric"), py::arg("device"),
+      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "fold_rows",
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t delta,
+         uintptr_t numbers, int64_t numbers_stride, uintptr_t along, uintptr_t mixing,
+         uintptr_t sound, int device, uintptr_t stream) {
+        const auto fold = eva_kernels::fold_args(layers, n_layers, width, features, delta, numbers,
+                                                 numbers_stride, along);
+        eva_kernels::fold_rows_cuda(eva_kernels::fold_rows_args(fold, mixing, sound), device,
+                                    stream);
+      },
+      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
+      py::arg("delta"), py::arg("numbers"), py::arg("numbers_stride"), py::arg("along"),
+      py::arg("mixing"), py::arg("sound"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
 }

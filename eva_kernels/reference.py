@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["convergence", "gram", "sketch"]
+__all__ = ["convergence", "fold_measure", "fold_rows", "gram", "sketch"]
 
 # Rows are streamed in tiles that stay in the cache: the centred copy is written once and read
 # twice from there, so X itself is read from memory once and never copied as a whole.
@@ -124,3 +124,61 @@ def convergence(
     if not similarity:
         return torch.empty(0), torch.empty(0, dtype=torch.int32)
     return torch.cat(similarity), torch.stack(unconverged).to(torch.int32)
+
+
+def fold_measure(
+    bases: Sequence[Tensor], products: Sequence[Tensor], delta: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how the image Y = V C of each basis V lies to the basis and to itself.
+
+    C is what a layer input's state and the sums of a step represent:
+    ``Y = products + diag(s^2) V - along delta^T`` with ``along = weight V delta``.
+
+    Args:
+        bases: V, one (Q, D) a layer, orthonormal rows.
+        products: of the step about the mean before, (Q, D) each; see :func:`sketch`.
+        delta: shift of the mean by the tokens of the step alone, (L, D), float64.
+        numbers: ``weight = added^2 / count`` and the squares s^2, (L, 1 + Q), float64.
+
+    Returns:
+        ``along`` (L, Q), ``core = Y V^T`` and ``metric = Y Y^T`` (L, Q, Q), float64. Where they
+        differ by rounding, their lower triangles count.
+    """
+    along, core, metric = [], [], []
+    for i, (basis, step) in enumerate(zip(bases, products, strict=True)):
+        wide = basis.double()
+        along.append(numbers[i, 0] * (wide @ delta[i]))
+        image = _image(wide, step, delta[i], numbers[i, 1:], along[-1])
+        core.append(image @ wide.mT)
+        metric.append(image @ image.mT)
+    return torch.stack(along), torch.stack(core), torch.stack(metric)
+
+
+def fold_rows(
+    bases: Sequence[Tensor],
+    products: Sequence[Tensor],
+    delta: Tensor,
+    numbers: Tensor,
+    along: Tensor,
+    mixing: Tensor,
+    sound: Tensor,
+    before: Sequence[Tensor],
+) -> None:
+    """Put ``mixing^T Y`` in place of each basis, after saving its leading rows.
+
+    Args:
+        bases, products, delta, numbers: as :func:`fold_measure`; ``bases`` are updated.
+        along: from :func:`fold_measure`.
+        mixing: (L, Q, Q), float64.
+        sound: (), bool: where false, ``bases`` stay, and what ``before`` holds is not defined.
+        before: (K_i, D) each, K_i <= Q, dtype of the bases; written.
+    """
+    for i, (basis, step, saved) in enumerate(zip(bases, products, before, strict=True)):
+        saved.copy_(basis[: len(saved)])
+        image = _image(basis.double(), step, delta[i], numbers[i, 1:], along[i])
+        rows = (mixing[i].mT @ image).to(basis.dtype)
+        basis.copy_(torch.where(sound, rows, basis))
+
+
+def _image(wide: Tensor, step: Tensor, delta: Tensor, squares: Tensor, along: Tensor) -> Tensor:
+    return step.double() + wide * squares[:, None] - torch.outer(along, delta)

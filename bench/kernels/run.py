@@ -10,7 +10,7 @@ import torch
 
 from eva_kernels import ops
 
-from . import convergence, eigh, fold, gram, sketch
+from . import convergence, eigh, fold, fold_passes, gram, sketch
 from ._case import Case, measure_all
 from ._timing import Ceilings
 
@@ -24,9 +24,11 @@ def all_cases(small: bool = False) -> list[Case]:
         *sketches[:1],
         *convergence.cases(small)[:1],
         *eigh.cases(small)[:1],
+        *fold_passes.cases(small)[:2],
         *gram.cases(small)[:1],
         *sketches[1:],
         *eigh.cases(small)[1:],
+        *fold_passes.cases(small)[2:],
         *gram.cases(small)[1:],
         *convergence.cases(small)[1:],
     ]

@@ -8,6 +8,7 @@ from .. import _native
 from ._dispatch import BACKENDS, PRECISIONS, choose_backend, triton_unavailable
 from .convergence import convergence
 from .eigh import eigh
+from .fold import fold_measure, fold_rows
 from .gram import gram, gram_workspace_bytes
 from .sketch import device_arch, sketch, sketch_workspace_bytes
 
@@ -18,6 +19,8 @@ __all__ = [
     "choose_backend",
     "convergence",
     "eigh",
+    "fold_measure",
+    "fold_rows",
     "gram",
     "gram_workspace_bytes",
     "sketch",
@@ -35,8 +38,9 @@ def backend_report() -> list[tuple[str, str, str]]:
     why = _native.unavailable(kind)
     rows.append(("convergence", "torch" if why else "native", why or _native.MODULES[kind]))
     if kind == "cpu":
-        why = "LAPACK is faster than the compiled twin on the CPU"
-    rows.append(("eigh", "torch" if why else "native", why or _native.MODULES[kind]))
+        why = "LAPACK and BLAS are faster than the compiled twins on the CPU"
+    for op in ("eigh", "fold"):
+        rows.append((op, "torch" if why else "native", why or _native.MODULES[kind]))
     return rows
 
 

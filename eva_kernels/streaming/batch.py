@@ -5,6 +5,8 @@ with itself. ``decompose``, over (Q, Q), for all layers at once whatever their D
 (Q, D) again: the new basis. Where all layers fit one chunk, Y is kept from the first pass to the
 last; otherwise it is built twice, which costs less than the memory to keep it.
 
+On a GPU native code does both passes of a sketch without ever storing Y, and there are no chunks.
+
 Nothing here asks the device for a number, except for a repair where reads are free.
 """
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops.fold import fold_measure, fold_rows, runs_natively
 from . import _host
 from ._basis import repair
 from ._host import Array
@@ -118,6 +121,29 @@ class Batch:
             self._kept = basis, image
         return image @ wide.mT, image @ image.mT
 
+    def renew(self, sound: Tensor, kept: Sequence[int]) -> list[Tensor]:
+        """Put the new rows in place of the old, if ``sound``, a () bool.
+
+        Args:
+            sound: whether the sums of all layers are finite.
+            kept: how many leading rows before to return, by layer.
+
+        Returns:
+            Copies of the rows before, (K_i, D) each.
+        """
+        before: list[Tensor] = []
+        for chunk in self.chunks:
+            before += self._renew(chunk, sound, kept[chunk])
+        return before
+
+    def _renew(self, chunk: slice, sound: Tensor, kept: Sequence[int]) -> list[Tensor]:
+        basis, rows = self.rows(chunk)
+        # A copy: a view would keep all rows, or be those that are written below.
+        leading = basis[:, : max(kept)].clone().unbind(0)
+        rows = torch.where(sound, rows.to(self.dtype), basis)
+        torch._foreach_copy_([s.basis for s in self.sketches[chunk]], list(rows.unbind(0)))
+        return [part[:count] for part, count in zip(leading, kept, strict=True)]
+
     def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
         """Return the old rows of a chunk and, float64, the new ones, (l, Q, D)."""
         if self._kept is not None:
@@ -174,24 +200,47 @@ class SketchBatch(Batch):
         super().__init__(states, states[0].basis.numel() * 8)
         self.sums = list(sums)
         self.starts = []
+        self._native = runs_natively(states[0].basis)
         host = np.empty((len(states), 4 + self.width))
         for row, state, step in zip(host, states, sums, strict=True):
             seen, added = float(state.count), float(step.count)
             count = seen + added
             self.starts.append((state.count + step.count, state.total))
-            row[:4] = added, added**2 / count, added / count, max(count - 1, 0)
+            row[:4] = added, added / count, max(count - 1, 0), added**2 / count
             np.square(state.values, out=row[4:])
         table = _host.upload(torch.from_numpy(host), self.device)
-        added_, weight, share, ceiling, squares = table.split([1, 1, 1, 1, self.width], 1)
+        added_, share, ceiling, weight, squares = table.split([1, 1, 1, 1, self.width], 1)
         delta = stacked([s.shift for s in sums]) / added_
         self.check, self.ceiling = stacked([s.square for s in sums]), ceiling.squeeze(1)
         away = (weight * delta.square().sum(1, keepdim=True)).squeeze(1)
         self.gain = (self.check - away).clamp_min(0)
         mean = stacked([s.mean for s in states])
         self.mean = torch.addcmul(mean, share, delta).to(self.dtype)
-        self._delta = delta.unsqueeze(1)
+        self._delta, self._numbers = delta.unsqueeze(1), table[:, 3:]
         self._weight, self._squares = weight.unsqueeze(2), squares.unsqueeze(2)
         self._along: dict[int, Tensor] = {}
+
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """See :class:`Batch`."""
+        if not self._native:
+            return super().measure()
+        self._whole_along, core, metric = fold_measure(*self._native_inputs())
+        self._along = {c.start: self._whole_along[c].unsqueeze(2) for c in self.chunks}
+        return core, metric
+
+    def renew(self, sound: Tensor, kept: Sequence[int]) -> list[Tensor]:
+        """See :class:`Batch`."""
+        if not self._native:
+            return super().renew(sound, kept)
+        inputs = self._native_inputs()
+        rows = inputs[0][0].new_empty(sum(kept), self._delta.shape[2])
+        before = list(rows.split(list(kept)))
+        fold_rows(*inputs, self._whole_along, self.found.mixing, sound, before)
+        return before
+
+    def _native_inputs(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        bases, products = [s.basis for s in self.sketches], [s.products for s in self.sums]
+        return bases, products, self._delta.squeeze(1), self._numbers
 
     def image(self, chunk: slice, basis: Tensor, wide: Tensor | None = None) -> Tensor:
         """See :class:`Batch`; exact for the C that the state represents."""

@@ -157,28 +157,12 @@ def _renew(group: Sequence[InputStream], batch: Batch, sound: Tensor) -> dict[in
         By id of its stream, a copy of the K leading rows before; not for a stream's first fold,
         which starts from the warm-up, no step to compare with.
     """
-    before: dict[int, Tensor] = {}
-    for chunk in batch.chunks:
-        before.update(_renew_chunk(group[chunk], batch, chunk, sound))
+    kept = [s.components if s.folds else 0 for s in group]
+    before = zip(group, batch.renew(sound, kept), strict=True)
     means = [s.mean for s in batch.sketches]
-    kept = torch.where(sound, batch.mean, torch.stack(means))
-    torch._foreach_copy_(means, list(kept.unbind(0)))
-    return before
-
-
-def _renew_chunk(
-    streams: Sequence[InputStream], batch: Batch, chunk: slice, sound: Tensor
-) -> dict[int, Tensor]:
-    basis, rows = batch.rows(chunk)
-    before: dict[int, Tensor] = {}
-    folded = [s for s in streams if s.folds]
-    if folded:  # a copy, for a view would keep all rows, or be those that are written below
-        leading = basis[:, : max(s.components for s in folded)].clone().unbind(0)
-        parts = zip(streams, leading, strict=True)
-        before = {id(s): part[: s.components] for s, part in parts if s.folds}
-    rows = torch.where(sound, rows.to(batch.dtype), basis)
-    torch._foreach_copy_([s.basis for s in batch.sketches[chunk]], list(rows.unbind(0)))
-    return before
+    new = torch.where(sound, batch.mean, torch.stack(means))
+    torch._foreach_copy_(means, list(new.unbind(0)))
+    return {id(s): rows for s, rows in before if s.folds}
 
 
 def _compare(streams: Sequence[InputStream], old: dict[int, Tensor]) -> list[Tensor]:

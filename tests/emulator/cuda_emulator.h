@@ -32,6 +32,9 @@
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
 struct Index {
   unsigned x;
 };

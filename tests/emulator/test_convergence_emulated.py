@@ -1,25 +1,10 @@
 """The CUDA kernel of the convergence check, run on the CPU, and planted bugs that must show."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-CXX = shutil.which("g++") or shutil.which("c++") or "c++"
-WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-
-
-def compile_and_run(
-    source: str, folder: Path, *flags: str, csrc: Path = CSRC
-) -> subprocess.CompletedProcess[str]:
-    program = folder / "program"
-    command = [CXX, "-std=c++17", *flags, f"-I{csrc}", str(HERE / source), "-o", str(program)]
-    subprocess.run(command, check=True)
-    return subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+from emulation import SANITIZERS, WARNINGS, compile_and_run, with_bug
 
 
 def test_kernel_agrees_under_every_schedule(tmp_path: Path) -> None:
@@ -85,14 +70,10 @@ ONLY_SANITIZERS_SEE = {"alignment of one side only", "tail read too far"}
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
-    file, text, bug = MUTATIONS[name]
-    mutant = tmp_path / "csrc"
-    shutil.copytree(CSRC, mutant)
-    source = (mutant / file).read_text("utf-8")
-    assert source.count(text) == 1
-    (mutant / file).write_text(source.replace(text, bug), "utf-8")
     flags = SANITIZERS if name in ONLY_SANITIZERS_SEE else ["-w"]
-    done = compile_and_run("run_convergence.cpp", tmp_path, *flags, csrc=mutant)
+    done = compile_and_run(
+        "run_convergence.cpp", tmp_path, *flags, csrc=with_bug(tmp_path, *MUTATIONS[name])
+    )
     assert done.returncode != 0
 
 

@@ -1,36 +1,19 @@
 """The CUDA kernel of the eigen-decomposition, run on the CPU, and planted bugs that must show."""
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
-CXX = shutil.which("g++") or shutil.which("c++") or "c++"
-WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-
-
-def compile_and_run(
-    folder: Path, *flags: str, csrc: Path = CSRC, small: bool = False
-) -> subprocess.CompletedProcess[str]:
-    program = folder / "program"
-    source = str(HERE / "run_eigh.cpp")
-    command = [CXX, "-std=c++17", *flags, f"-I{csrc}", source, "-o", str(program)]
-    subprocess.run(command, check=True)
-    arguments = [str(program), *(["small"] if small else [])]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+from emulation import SANITIZERS, WARNINGS, compile_and_run, with_bug
 
 
 def test_kernel_agrees_under_every_schedule(tmp_path: Path) -> None:
-    done = compile_and_run(tmp_path, "-O1", *WARNINGS)
+    done = compile_and_run("run_eigh.cpp", tmp_path, "-O1", *WARNINGS)
     assert (done.returncode, done.stdout) == (0, "all agree\n")
 
 
 def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
-    done = compile_and_run(tmp_path, *SANITIZERS, small=True)
+    done = compile_and_run("run_eigh.cpp", tmp_path, *SANITIZERS, small=True)
     assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
 
 
@@ -114,12 +97,8 @@ ONLY_SANITIZERS_SEE = {"shared memory too small"}
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
-    file, text, bug = MUTATIONS[name]
-    mutant = tmp_path / "csrc"
-    shutil.copytree(CSRC, mutant)
-    source = (mutant / file).read_text("utf-8")
-    assert source.count(text) == 1
-    (mutant / file).write_text(source.replace(text, bug), "utf-8")
     flags = SANITIZERS if name in ONLY_SANITIZERS_SEE else ["-w"]
-    done = compile_and_run(tmp_path, *flags, csrc=mutant, small=True)
+    done = compile_and_run(
+        "run_eigh.cpp", tmp_path, *flags, csrc=with_bug(tmp_path, *MUTATIONS[name]), small=True
+    )
     assert done.returncode != 0

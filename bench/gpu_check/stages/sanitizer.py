@@ -14,7 +14,7 @@ from ..context import Context, StageFailed, StageSkipped
 from ..record import ROOT
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-TESTS = ("tests/ops/test_convergence.py", "tests/ops/test_eigh.py")
+TESTS = tuple(f"tests/ops/test_{name}.py" for name in ("convergence", "eigh", "fold_passes"))
 NATIVE = "native or graded"  # tests that launch them
 # The tools instrument our kernels alone: all of torch's would take minutes.
 OURS = "kns=eva_kernels"  # a substring of the mangled names: the namespace

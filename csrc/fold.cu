@@ -1,0 +1,58 @@
+#include "fold.cuh"
+
+#include <limits>
+
+#include "cuda_utils.cuh"
+
+namespace eva_kernels {
+namespace {
+
+unsigned grid_of(int64_t blocks) {
+  if (blocks > std::numeric_limits<int>::max()) {
+    throw std::runtime_error("eva_kernels: fold: more work than a CUDA grid has blocks");
+  }
+  return static_cast<unsigned>(blocks);
+}
+
+void check_width(int width) {
+  if (width <= kFoldMaxWidth) return;
+  throw std::runtime_error("eva_kernels: fold: width " + std::to_string(width) +
+                           " is too large; the kernels take up to " +
+                           std::to_string(kFoldMaxWidth));
+}
+
+bool is_empty(const FoldArgs& fold) {
+  return fold.n_layers == 0 || fold.width == 0 || fold.features == 0;
+}
+
+}  // namespace
+
+void fold_measure_cuda(const FoldMeasureArgs& args, int device, uintptr_t stream) {
+  const FoldArgs& fold = args.fold;
+  check_width(fold.width);
+  if (is_empty(fold)) return;
+  const DeviceGuard guard(device);
+  const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+  constexpr int kRows = kAlongThreads / kFoldLanes;
+  const int64_t rows = fold.n_layers * fold.width;
+  fold_along_kernel<<<grid_of((rows + kRows - 1) / kRows), kAlongThreads, 0, cuda_stream>>>(fold);
+  cuda_check(cudaGetLastError(), "fold: launch of along");
+  fold_measure_kernel<<<grid_of(fold_blocks(args)), kMeasureThreads, 0, cuda_stream>>>(args);
+  cuda_check(cudaGetLastError(), "fold: launch of measure");
+  const int64_t tiles = fold.n_layers * fold_pairs(fold.width);
+  fold_reduce_kernel<<<grid_of(tiles), kReduceThreads, 0, cuda_stream>>>(args);
+  cuda_check(cudaGetLastError(), "fold: launch of reduce");
+}
+
+void fold_rows_cuda(const FoldRowsArgs& args, int device, uintptr_t stream) {
+  const FoldArgs& fold = args.fold;
+  check_width(fold.width);
+  if (is_empty(fold)) return;
+  const DeviceGuard guard(device);
+  const int64_t blocks = (fold.features + kRowsColumns - 1) / kRowsColumns * fold.n_layers;
+  fold_rows_kernel<<<grid_of(blocks), kRowsThreads, fold_rows_shared_bytes(fold.width),
+                     reinterpret_cast<cudaStream_t>(stream)>>>(args);
+  cuda_check(cudaGetLastError(), "fold: launch of rows");
+}
+
+}  // namespace eva_kernels

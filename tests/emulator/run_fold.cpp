@@ -1,0 +1,179 @@
+// Runs the device code of the fold under several schedules and compares it with the code for the
+// CPU; the same bits whatever the schedule. Exit code 0 if all agree; otherwise 1 and the first
+// difference. With the argument "small" the widths that take long are left out.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+
+#include "cuda_emulator.h"
+// after the emulator, which stands in for the CUDA headers
+#include "fold.cpp"
+#include "fold.cuh"
+
+namespace {
+
+using namespace eva_kernels;
+using Doubles = std::vector<double>;
+using Floats = std::vector<float>;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr int kGap = 2;  // between rows of numbers, NaN
+
+struct Shape {
+  int layers, width;
+  int64_t features, columns;
+  int shift = 0;  // elements before a matrix, NaN: moves the alignment
+};
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::runtime_error(what);
+}
+
+// Everything that both sides get, and their answers. Buffers are of the exact size, so that
+// AddressSanitizer sees a read behind them.
+struct Fold {
+  Shape shape;
+  std::vector<Floats> bases{}, products{}, before{};
+  Doubles delta{}, numbers{}, along{}, core{}, metric{}, mixing{};
+  std::vector<FoldLayer> table{};
+
+  explicit Fold(const Shape& s) : shape(s) {
+    std::mt19937 random(s.width + s.features);
+    std::normal_distribution<float> normal;
+    const size_t size = s.width * s.features, square = s.layers * s.width * s.width;
+    const auto fill = [&](Floats& matrix) {
+      matrix.assign(s.shift + size, static_cast<float>(kNan));
+      for (size_t i = 0; i < size; ++i) matrix[s.shift + i] = normal(random);
+    };
+    bases.resize(s.layers);
+    products.resize(s.layers);
+    before.resize(s.layers);
+    for (int i = 0; i < s.layers; ++i) {
+      fill(bases[i]);
+      fill(products[i]);
+      before[i].assign(kept(i) * s.features, static_cast<float>(kNan));
+    }
+    delta.resize(s.layers * s.features);
+    mixing.resize(square);
+    for (double& x : delta) x = normal(random);
+    for (double& x : mixing) x = normal(random);
+    numbers.assign(s.layers * stride() - kGap, kNan);
+    for (int i = 0; i < s.layers; ++i) {
+      for (int j = 0; j <= s.width; ++j) numbers[i * stride() + j] = std::fabs(normal(random));
+    }
+    along.assign(s.layers * s.width, kNan);
+    core.assign(square, kNan);
+    metric.assign(square, kNan);
+  }
+
+  int stride() const { return 1 + shape.width + kGap; }
+  // All rows of the last layer, none of the first, some of those between.
+  int64_t kept(int layer) const {
+    if (layer == shape.layers - 1) return shape.width;
+    return layer == 0 ? 0 : shape.width / 2;
+  }
+
+  FoldArgs args() {
+    table.clear();
+    for (int i = 0; i < shape.layers; ++i) {
+      float* saved = before[i].empty() ? nullptr : before[i].data();
+      table.push_back(
+          {bases[i].data() + shape.shift, products[i].data() + shape.shift, saved, kept(i)});
+    }
+    return {table.data(), shape.layers,   shape.width, shape.features,
+            delta.data(), numbers.data(), stride(),    along.data()};
+  }
+};
+
+template <class Vector>
+void compare(const Vector& found, const Vector& wanted, double tolerance, const std::string& what) {
+  double scale = 1.0;
+  for (const auto x : wanted) {
+    if (std::isfinite(x)) scale = std::max(scale, std::fabs(static_cast<double>(x)));
+  }
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    const bool both = std::isnan(found[i]) && std::isnan(wanted[i]);
+    require(both || std::fabs(static_cast<double>(found[i]) - wanted[i]) <= tolerance * scale,
+            what + " " + std::to_string(i) + ": " + std::to_string(found[i]) + ", expected " +
+                std::to_string(wanted[i]));
+  }
+}
+
+// Bits, so that NaN is equal to itself.
+template <class Vector>
+bool identical(const Vector& a, const Vector& b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
+}
+
+void run_on_device(Fold& fold, bool sound, unsigned seed) {
+  const FoldArgs args = fold.args();
+  FoldMeasureArgs measure{args, fold.shape.columns, nullptr, fold.core.data(), fold.metric.data()};
+  Doubles partial(2 * kFoldTileSize * fold_blocks(measure), kNan);
+  measure.partial = partial.data();
+  constexpr int kRows = kAlongThreads / kFoldLanes;
+  const int rows = fold.shape.layers * fold.shape.width;
+  emulator::launch<FoldArgs>(fold_along_kernel, (rows + kRows - 1) / kRows, kAlongThreads, args,
+                             seed);
+  emulator::launch<FoldMeasureArgs>(fold_measure_kernel, fold_blocks(measure), kMeasureThreads,
+                                    measure, seed);
+  emulator::launch<FoldMeasureArgs>(fold_reduce_kernel,
+                                    fold.shape.layers * fold_pairs(fold.shape.width),
+                                    kReduceThreads, measure, seed);
+  const int64_t blocks = (fold.shape.features + kRowsColumns - 1) / kRowsColumns;
+  emulator::launch<FoldRowsArgs>(fold_rows_kernel, blocks * fold.shape.layers, kRowsThreads,
+                                 {args, fold.mixing.data(), &sound}, seed,
+                                 fold_rows_shared_bytes(fold.shape.width));
+}
+
+void check(const Shape& shape, unsigned seeds) {
+  const std::string name = std::to_string(shape.width) + " x " + std::to_string(shape.features);
+  const Fold given(shape);
+  const bool sound = true;
+  Fold wanted = given;
+  const FoldArgs args = wanted.args();
+  fold_measure_cpu({args, 0, nullptr, wanted.core.data(), wanted.metric.data()});
+  fold_rows_cpu({args, wanted.mixing.data(), &sound});
+  Fold first = given;
+  run_on_device(first, true, 0);
+  compare(first.along, wanted.along, 1e-13, name + ": along");
+  compare(first.core, wanted.core, 1e-13, name + ": core");
+  compare(first.metric, wanted.metric, 1e-13, name + ": metric");
+  for (int i = 0; i < shape.layers; ++i) {
+    compare(first.bases[i], wanted.bases[i], 1e-6, name + ": basis");
+    require(identical(first.before[i], wanted.before[i]), name + ": rows before");
+    require(identical(first.products[i], given.products[i]), name + ": products were written");
+  }
+  for (unsigned seed = 1; seed <= seeds; ++seed) {
+    Fold other = given;
+    run_on_device(other, true, seed);
+    bool same = identical(other.core, first.core) && identical(other.metric, first.metric);
+    for (int i = 0; i < shape.layers; ++i) same = same && identical(other.bases[i], first.bases[i]);
+    require(same, name + ": other bits under seed " + std::to_string(seed));
+  }
+  Fold refused = given;
+  run_on_device(refused, false, 1);
+  for (int i = 0; i < shape.layers; ++i) {
+    require(identical(refused.bases[i], given.bases[i]), name + ": written though not sound");
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  try {
+    check({1, 1, 1, 16}, 3);
+    check({3, 5, 7, 16}, 3);
+    check({2, 16, 100, 48}, 3);
+    check({2, 64, 130, 64, 1}, 2);
+    check({3, 70, 96, 32}, 2);
+    if (!small) check({2, 128, 150, 64}, 2);
+    if (!small) check({1, 100, 37, 48, 3}, 2);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+  std::printf("all agree\n");
+  return 0;
+}
