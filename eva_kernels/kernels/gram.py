@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .launch import GRAM_TILES, Arch, Tile, rows_of_a_thread, stages
 from .primitives import add_product, add_sums, load_tokens, split_bf16, sum_all
+from .sequence import Call, LaunchSequence
 
 __all__ = ["GramPlan", "launch_gram", "plan_gram"]
 
@@ -152,14 +153,49 @@ def plan_gram(n: int, d: int, itemsize: int, arch: Arch) -> GramPlan:
     blocks = triton.cdiv(n_blocks, max(1, splits))
     splits = triton.cdiv(n_blocks, blocks)
     parts = {
-        "scatter": 4 * splits * d * d if splits > 1 else 0,
-        "shift": 4 * splits * d,
-        "square": 4 * splits * d_blocks,
+        "scatter_parts": 4 * splits * d * d if splits > 1 else 0,
+        "shift_parts": 4 * splits * d,
+        "square_parts": 4 * splits * d_blocks,
     }
     offsets, end = {}, 0
     for name, nbytes in parts.items():
         offsets[name], end = end, end + triton.cdiv(nbytes, ALIGNMENT) * ALIGNMENT
     return GramPlan(tile, splits, blocks, offsets, end)
+
+
+GIVEN = ("x", "rows", "pivot", "scatter", "shift", "square")
+PARTS = ("scatter_parts", "shift_parts", "square_parts")
+
+
+@functools.lru_cache(maxsize=1024)
+def _sequence(
+    n: int, d: int, stride: int, dtype: torch.dtype, has_rows: bool, high: bool, arch: Arch
+) -> LaunchSequence:
+    plan = plan_gram(n, d, dtype.itemsize, arch)
+    tile, direct = plan.tile, plan.splits == 1
+    d_blocks = triton.cdiv(d, tile.block_d)
+    warps = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
+    add = Call(
+        gram_kernel,
+        (d_blocks, d_blocks, plan.splits),
+        ("x", "rows", "pivot", "scatter" if direct else PARTS[0], *PARTS[1:]),
+        (n, d, stride, plan.blocks),
+        {
+            "HAS_ROWS": has_rows, "HIGH": high, "DIRECT": direct, "BLOCK_N": tile.block_n,
+            "BLOCK_D": tile.block_d, "FOLD": rows_of_a_thread(tile, dtype.itemsize),
+        },
+        {**warps, "num_stages": stages(tile, has_rows, arch)},
+    )  # fmt: skip
+    collect = Call(
+        collect_kernel,
+        (d_blocks, d_blocks),
+        (*PARTS, "scatter", "shift", "square"),
+        (d, plan.splits, plan.splits * d_blocks),
+        {"DIRECT": direct, "BLOCK_D": tile.block_d},
+        warps,
+    )
+    parts = {name: (plan.offsets[name], torch.float32) for name in PARTS}
+    return LaunchSequence([add, collect], GIVEN, parts)
 
 
 def launch_gram(
@@ -182,21 +218,5 @@ def launch_gram(
         arch: of the device.
     """
     n, d = len(x) if rows is None else len(rows), x.shape[1]
-    plan = plan_gram(n, d, x.element_size(), arch)
-    tile, direct = plan.tile, plan.splits == 1
-    partial, shifts, squares = (
-        workspace[begin : plan.nbytes].view(torch.float32) for begin in plan.offsets.values()
-    )
-    d_blocks = triton.cdiv(d, tile.block_d)
-    gram_kernel[(d_blocks, d_blocks, plan.splits)](
-        x, rows, pivot, scatter if direct else partial, shifts, squares,
-        n, d, x.stride(0), plan.blocks,
-        HAS_ROWS=rows is not None, HIGH=high, DIRECT=direct,
-        BLOCK_N=tile.block_n, BLOCK_D=tile.block_d, FOLD=rows_of_a_thread(tile, x.element_size()),
-        num_warps=tile.num_warps, num_stages=stages(tile, rows is not None, arch),
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    collect_kernel[(d_blocks, d_blocks)](
-        partial, shifts, squares, scatter, shift, square, d, plan.splits, plan.splits * d_blocks,
-        DIRECT=direct, BLOCK_D=tile.block_d, num_warps=tile.num_warps, enable_fp_fusion=True,
-    )  # fmt: skip
+    sequence = _sequence(n, d, x.stride(0), x.dtype, rows is not None, high, arch)
+    sequence.run((x, rows, pivot, scatter, shift, square), workspace)

@@ -34,6 +34,7 @@ from .primitives import (
     sum_all,
     sum_rows,
 )
+from .sequence import Call, LaunchSequence
 
 __all__ = ["SketchPlan", "launch_sketch", "plan_sketch"]
 
@@ -335,9 +336,9 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
         "p_high": 2 * block_q * pitch,
         "p_low": 2 * block_q * pitch,
         "sums": 4 * triton.cdiv(pitch, finish_tokens(block_q)) * block_q,
-        "products": 4 * splits_n * block_q * d,
-        "shift": 4 * splits_n * d,
-        "square": 4 * splits_n * d_blocks,
+        "products_parts": 4 * splits_n * block_q * d,
+        "shift_parts": 4 * splits_n * d,
+        "square_parts": 4 * splits_n * d_blocks,
     }
     offsets, end = {}, 0
     for name, nbytes in parts.items():
@@ -345,6 +346,97 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
     return SketchPlan(
         block_q, project, back, pitch, splits_d, blocks_d, splits_n, blocks_n, offsets, end
     )  # fmt: skip
+
+
+# The tensors of a launch, in order, and the dtype of every part of the workspace.
+GIVEN = ("x", "rows", "basis", "pivot", "products", "shift", "square")
+PART_DTYPES = {
+    "v_high": torch.bfloat16,
+    "v_low": torch.bfloat16,
+    "along": torch.float32,
+    "flags": torch.int32,
+    "projected": torch.float32,
+    "p_high": torch.bfloat16,
+    "p_low": torch.bfloat16,
+    "sums": torch.float32,
+    "products_parts": torch.float32,
+    "shift_parts": torch.float32,
+    "square_parts": torch.float32,
+}
+V_PLANES, P_PLANES = ("v_high", "v_low"), ("p_high", "p_low")
+SPLIT = ("products_parts", "shift_parts", "square_parts")
+
+
+@functools.lru_cache(maxsize=1024)
+def _sequence(
+    n: int, q: int, d: int, stride: int, dtype: torch.dtype, has_rows: bool, high: bool, arch: Arch
+) -> LaunchSequence:
+    centred = dtype != torch.bfloat16
+    plan = plan_sketch(n, q, d, centred, arch)
+    project, back = plan.project, plan.back
+    flag_blocks = triton.cdiv(d, FLAG_BLOCK.value)
+    finish_block = finish_tokens(plan.block_q)
+    finish_blocks = triton.cdiv(plan.pitch, finish_block)
+    d_blocks = triton.cdiv(d, back.block_d)
+    flags_of_block = back.block_d // FLAG_BLOCK.value
+    width, rows, high_ = {"BLOCK_Q": plan.block_q}, {"HAS_ROWS": has_rows}, {"HIGH": high}
+    path, feature_block = {"CENTRED": centred}, {"BLOCK_D": FLAG_BLOCK.value}
+    small = {"num_warps": small_warps(plan.block_q), "enable_fp_fusion": True}
+    prepare = Call(
+        prepare_kernel,
+        (flag_blocks,),
+        ("x", "rows", "basis", "pivot", *V_PLANES, "along", "flags"),
+        (n, q, d, stride),
+        {**rows, **high_, **width, **feature_block},
+        small,
+    )
+    calls = [
+        Call(
+            project_kernel,
+            (triton.cdiv(n, project.block_n), plan.splits_d),
+            ("x", "rows", "basis", "pivot", *V_PLANES, "flags", "projected"),
+            (n, q, d, plan.pitch, stride, plan.blocks_d),
+            {
+                **rows, **path, **high_, **width, "FLAGS": triton.next_power_of_2(flag_blocks),
+                "BLOCK_N": project.block_n, "BLOCK_D": project.block_d,
+            },
+            _options(project, project.num_stages),
+        ),
+        Call(
+            finish_kernel,
+            (finish_blocks,),
+            ("projected", "along", *P_PLANES, "sums"),
+            (n, plan.pitch, plan.splits_d, flag_blocks),
+            {**path, **high_, **width, "BLOCK_N": finish_block},
+            {"num_warps": 4, "enable_fp_fusion": True},
+        ),
+        Call(
+            back_kernel,
+            (d_blocks, plan.splits_n),
+            ("x", "rows", "pivot", *P_PLANES, "flags", *SPLIT),
+            (n, d, plan.pitch, stride, plan.blocks_n),
+            {
+                **rows, **path, **high_, **width, "FLAGS": flags_of_block,
+                "BLOCK_N": back.block_n, "BLOCK_D": back.block_d,
+                "FOLD": rows_of_a_thread(back, dtype.itemsize),
+            },
+            _options(back, stages(back, has_rows, arch)),
+        ),
+        Call(
+            collect_kernel,
+            (flag_blocks,),
+            (*SPLIT, "sums", "flags", "pivot", "products", "shift", "square"),
+            (q, d, plan.splits_n, finish_blocks, plan.splits_n * d_blocks),
+            {**path, "FLAGS": flags_of_block, **width, **feature_block},
+            small,
+        ),
+    ]  # fmt: skip
+    parts = {name: (plan.offsets[name], dtype) for name, dtype in PART_DTYPES.items()}
+    return LaunchSequence(calls if centred else [prepare, *calls], GIVEN, parts)
+
+
+def _options(tile: Tile, num_stages: int) -> dict[str, int | bool]:
+    return {"num_warps": tile.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def launch_sketch(
@@ -368,53 +460,5 @@ def launch_sketch(
         arch: of the device.
     """
     (q, d), n = basis.shape, len(x) if rows is None else len(rows)
-    centred = x.dtype != torch.bfloat16
-    plan = plan_sketch(n, q, d, centred, arch)
-
-    def part(name: str, dtype: torch.dtype) -> Tensor:
-        return workspace[plan.offsets[name] : plan.nbytes].view(dtype)
-
-    bf16, f32 = torch.bfloat16, torch.float32
-    v_planes = part("v_high", bf16), part("v_low", bf16)
-    p_planes = part("p_high", bf16), part("p_low", bf16)
-    along, flags = part("along", f32), part("flags", torch.int32)
-    projected, sums = part("projected", f32), part("sums", f32)
-    split = part("products", f32), part("shift", f32), part("square", f32)
-    project, back = plan.project, plan.back
-    flag_blocks = triton.cdiv(d, FLAG_BLOCK.value)
-    shared = {"HIGH": high, "BLOCK_Q": plan.block_q, "enable_fp_fusion": True}
-    tokens = {"HAS_ROWS": rows is not None}
-    warps = small_warps(plan.block_q)
-    stride = x.stride(0)
-    if not centred:
-        prepare_kernel[(flag_blocks,)](
-            x, rows, basis, pivot, *v_planes, along, flags, n, q, d, stride,
-            BLOCK_D=FLAG_BLOCK.value, num_warps=warps, **shared, **tokens,
-        )  # fmt: skip
-    project_kernel[(triton.cdiv(n, project.block_n), plan.splits_d)](
-        x, rows, basis, pivot, *v_planes, flags, projected,
-        n, q, d, plan.pitch, stride, plan.blocks_d,
-        CENTRED=centred, FLAGS=triton.next_power_of_2(flag_blocks),
-        BLOCK_N=project.block_n, BLOCK_D=project.block_d,
-        num_warps=project.num_warps, num_stages=project.num_stages, **shared, **tokens,
-    )  # fmt: skip
-    finish_blocks = triton.cdiv(plan.pitch, finish_tokens(plan.block_q))
-    finish_kernel[(finish_blocks,)](
-        projected, along, *p_planes, sums, n, plan.pitch, plan.splits_d, flag_blocks,
-        CENTRED=centred, BLOCK_N=finish_tokens(plan.block_q), num_warps=4, **shared,
-    )  # fmt: skip
-    d_blocks = triton.cdiv(d, back.block_d)
-    flags_of_block = back.block_d // FLAG_BLOCK.value
-    back_kernel[(d_blocks, plan.splits_n)](
-        x, rows, pivot, *p_planes, flags, *split, n, d, plan.pitch, stride, plan.blocks_n,
-        CENTRED=centred, FLAGS=flags_of_block, BLOCK_N=back.block_n, BLOCK_D=back.block_d,
-        FOLD=rows_of_a_thread(back, x.element_size()),
-        num_warps=back.num_warps, num_stages=stages(back, rows is not None, arch),
-        **shared, **tokens,
-    )  # fmt: skip
-    collect_kernel[(flag_blocks,)](
-        *split, sums, flags, pivot, products, shift, square,
-        q, d, plan.splits_n, finish_blocks, plan.splits_n * d_blocks,
-        CENTRED=centred, FLAGS=flags_of_block, BLOCK_Q=plan.block_q, BLOCK_D=FLAG_BLOCK.value,
-        num_warps=warps, enable_fp_fusion=True,
-    )  # fmt: skip
+    sequence = _sequence(n, q, d, x.stride(0), x.dtype, rows is not None, high, arch)
+    sequence.run((x, rows, basis, pivot, products, shift, square), workspace)

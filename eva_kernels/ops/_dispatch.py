@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -137,6 +138,26 @@ def check_sums(
             )
         if tensor.device != x.device:
             raise EvaValueError(f"{op}: x is on {x.device}, {name} on {tensor.device}")
+
+
+def define_in_place(name: str, arguments: str, run: Callable[..., None]) -> Callable[..., None]:
+    """Return an operator that writes to its arguments, for launches that many layers make a step.
+
+    A ``torch.library.custom_op`` spends 40 microseconds a call on what is of no use here: gradients
+    and version counters. Everything that sees operators (simulations with fake tensors, a
+    compiler, a profiler) sees this one, too.
+
+    Args:
+        name: within ``torch.ops.eva_kernels``.
+        arguments: as a schema has them, ``Tensor(a!) out``, for one that is written to.
+        run: its implementation on every device.
+    """
+    qualified = f"eva_kernels::{name}"
+    torch.library.define(qualified, f"({arguments}) -> ()")
+    torch.library.impl(qualified, ("cpu", "cuda"), run)
+    torch.library.register_fake(qualified, lambda *given: None)
+    operator: Callable[..., None] = getattr(torch.ops.eva_kernels, name).default
+    return operator
 
 
 def with_contiguous_columns(x: Tensor) -> Tensor:

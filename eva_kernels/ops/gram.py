@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from ._dispatch import (
     check_precision,
     check_sums,
     choose_backend,
+    define_in_place,
     with_contiguous_columns,
     workspace_for,
 )
@@ -90,10 +89,7 @@ def gram_workspace_bytes(n: int, d: int, dtype: torch.dtype, device: torch.devic
     return plan_gram(n, d, dtype.itemsize, device_arch(device)).nbytes
 
 
-@torch.library.custom_op(
-    "eva_kernels::gram", mutates_args=("scatter", "shift", "square", "workspace")
-)
-def _launch(
+def _run(
     x: Tensor,
     pivot: Tensor,
     scatter: Tensor,
@@ -110,6 +106,9 @@ def _launch(
         launch_gram(x, pivot, scatter, shift, square, rows, workspace, high, arch)
 
 
-@_launch.register_fake
-def _(*args: Any) -> None:
-    return None
+_launch = define_in_place(
+    "gram",
+    "Tensor x, Tensor pivot, Tensor(a!) scatter, Tensor(b!) shift, Tensor(c!) square, "
+    "Tensor(d!) workspace, Tensor? rows, bool high",
+    _run,
+)

@@ -15,6 +15,7 @@ from ._dispatch import (
     check_precision,
     check_sums,
     choose_backend,
+    define_in_place,
     with_contiguous_columns,
     workspace_for,
 )
@@ -118,10 +119,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-@torch.library.custom_op(
-    "eva_kernels::sketch", mutates_args=("products", "shift", "square", "workspace")
-)
-def _launch(
+def _run(
     x: Tensor,
     basis: Tensor,
     pivot: Tensor,
@@ -139,6 +137,9 @@ def _launch(
         launch_sketch(x, basis, pivot, products, shift, square, rows, workspace, high, arch)
 
 
-@_launch.register_fake
-def _(*args: Any) -> None:
-    return None
+_launch = define_in_place(
+    "sketch",
+    "Tensor x, Tensor basis, Tensor pivot, Tensor(a!) products, Tensor(b!) shift, "
+    "Tensor(c!) square, Tensor(d!) workspace, Tensor? rows, bool high",
+    _run,
+)
