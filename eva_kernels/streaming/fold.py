@@ -12,10 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..ops.eigh import eigh
 from . import _host
 from ._basis import repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, SketchBatch, chunk_bytes, decompose
+from .nystrom import CUT, graded_scale
 from .state import GramState, SketchState, StepSums
 
 __all__ = ["first_basis", "fold", "fold_gram", "scatter_about_mean"]
@@ -76,19 +78,45 @@ def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:
 def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
     """Return ``blank`` with basis and mean after a fold of ``sums``; it has seen no token.
 
-    Where a read is not free, the rank stays on the device: a QR factorisation of the rows as they
-    are, with those of ``blank`` beyond the rank, does what otherwise is done where it is needed.
+    What matters of a first basis is its span. So where a read is not free, and every layer input
+    goes through here by itself, it is what :func:`.nystrom.nystrom` would span, orthonormalised as it
+    stands: one eigen-decomposition, no decision of the host.
     """
     if _host.reads_are_free(blank.basis.device):
         warm = fold([blank], [sums])[0][0]
         return replace(blank, mean=warm.mean, basis=warm.basis)
     batch = SketchBatch([blank], [sums])
-    decompose([batch])
-    old, rows = batch.rows(batch.chunks[0])
-    alive = torch.arange(batch.width, device=batch.device) < batch.found.rank
-    rows = torch.where(alive[:, None], rows[0], old[0])
-    basis = torch.linalg.qr(rows.mT).Q.mT.to(batch.dtype).contiguous()
+    wide = blank.basis.double()
+    image = batch.image(batch.chunks[0], blank.basis[None], wide[None])[0]
+    basis = _spanning(image, wide, sums.count - 1).to(batch.dtype)
     return replace(blank, mean=batch.mean[0], basis=basis)
+
+
+def _spanning(image: Tensor, basis: Tensor, ceiling: int) -> Tensor:
+    """Return orthonormal rows for the image of a basis, filled up from the basis itself.
+
+    Args:
+        image, basis: float64 (Q, D); the rows of ``basis`` are orthonormal.
+        ceiling: the rank is at most this.
+
+    Numerics: whitening by B as in a fold squares the grading of the rows away, so that the Cholesky
+        factor of their overlaps exists (once for the grading, once more for what that leaves).
+        Where it does not, or the image is not finite, it is ``basis``.
+    """
+    core = image @ basis.mT
+    scale = graded_scale(core[None])[0]
+    values, vectors = (
+        found[0].flip(-1) for found in eigh((core * torch.outer(scale, scale))[None])
+    )
+    index = torch.arange(len(image), device=image.device)
+    alive = (values > CUT) & (index < ceiling)
+    mixing = scale[:, None] * vectors * torch.where(alive, values, 1.0).rsqrt()
+    rows = torch.where(alive[:, None], mixing.mT @ image, basis)
+    rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    for _ in range(2):
+        lower = torch.linalg.cholesky_ex(rows @ rows.mT)[0]
+        rows = torch.linalg.solve_triangular(lower, rows, upper=False)
+    return torch.where(rows.isfinite().all(), rows, basis).contiguous()
 
 
 def scatter_about_mean(state: GramState) -> Tensor:

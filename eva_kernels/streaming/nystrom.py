@@ -14,7 +14,7 @@ from ..ops.eigh import eigh
 from . import _host
 from ._basis import correction
 
-__all__ = ["CUT", "NOISE", "Nystrom", "nystrom"]
+__all__ = ["CUT", "NOISE", "Nystrom", "graded_scale", "nystrom"]
 
 # Squares below this share of the largest are rounding noise (singular values below 1e-6 of it).
 NOISE = 1e-12
@@ -63,10 +63,7 @@ def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -
         the rows by their overlaps. NaN in gives rank 0.
     """
     captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
-    floor = captured.amax(1, keepdim=True) * NOISE
-    # Entries are graded (activations of language models have outlier features), so scale to a
-    # unit diagonal before judging what is singular.
-    scale = torch.where(captured > floor, captured.rsqrt(), 0.0)
+    scale = graded_scale(core)
     outer = scale[:, :, None] * scale[:, None, :]
     # Symmetric but for rounding: the factorisations below read the lower triangle only.
     core, metric = core.mul_(outer), metric.mul_(outer)
@@ -91,6 +88,17 @@ def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -
         mixing, loose = _corrected(mixing, metric, alive)
         uneven |= loose > LOOSE[dtype]
     return Nystrom(scale[:, :, None] * mixing, squares, rank, captured, uneven)
+
+
+def graded_scale(core: Tensor) -> Tensor:
+    """Return what scales B to a unit diagonal, and 0 where that is noise, (L, Q).
+
+    Entries are graded (activations of language models have outlier features), so this comes before
+    judging what is singular.
+    """
+    captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
+    floor = captured.amax(1, keepdim=True) * NOISE
+    return torch.where(captured > floor, captured.rsqrt(), 0.0)
 
 
 def _whitener(core: Tensor) -> Tensor:
