@@ -79,8 +79,8 @@ def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
     """Return ``blank`` with basis and mean after a fold of ``sums``; it has seen no token.
 
     What matters of a first basis is its span. So where a read is not free, and every layer input
-    goes through here by itself, it is what :func:`.nystrom.nystrom` would span, orthonormalised as it
-    stands: one eigen-decomposition, no decision of the host.
+    goes through here by itself, it is what :func:`.nystrom.nystrom` would span, orthonormalised as
+    it stands: one eigen-decomposition, no decision of the host.
     """
     if _host.reads_are_free(blank.basis.device):
         warm = fold([blank], [sums])[0][0]
