@@ -1,8 +1,14 @@
-"""A pytest plugin: the report names the tests that are marked ``gpu``."""
+"""A pytest plugin: the report names the tests marked ``gpu``, and failures are written at once."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+
+# Names a file. A suite that is killed for its time leaves no report, but it leaves this.
+FAILURES = "EVA_GPU_CHECK_FAILURES"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -10,3 +16,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.user_properties.append(("gpu", "yes"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write the name of a test that failed, and what it says, to the file."""
+    path = os.environ.get(FAILURES)
+    # Processes of pytest-xdist report to the one that started them, which writes.
+    if not report.failed or not path or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext[-3000:]}\n\n")

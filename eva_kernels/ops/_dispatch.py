@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,23 +141,29 @@ def check_sums(
             raise EvaValueError(f"{op}: x is on {x.device}, {name} on {tensor.device}")
 
 
-def define_in_place(name: str, arguments: str, run: Callable[..., None]) -> Callable[..., None]:
-    """Return an operator that writes to its arguments, for launches that many layers make a step.
+def define_operator(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any] = lambda *given: None,
+) -> Callable[..., Any]:
+    """Return an operator for what is called many times a step, or with many tensors.
 
-    A ``torch.library.custom_op`` spends 40 microseconds a call on what is of no use here: gradients
-    and version counters. Everything that sees operators (simulations with fake tensors, a
-    compiler, a profiler) sees this one, too.
+    A ``torch.library.custom_op`` spends 40 microseconds a call, and more on lists of tensors, on
+    what is of no use here: gradients and version counters. Whatever sees operators (simulations
+    with fake tensors, a compiler, a profiler) sees this one, too.
 
     Args:
         name: within ``torch.ops.eva_kernels``.
-        arguments: as a schema has them, ``Tensor(a!) out``, for one that is written to.
+        schema: arguments and results, ``(Tensor x, Tensor(a!) out) -> ()``; ``!`` is written to.
         run: its implementation on every device.
+        fake: its implementation on fake tensors; by default, of an operator without results.
     """
     qualified = f"eva_kernels::{name}"
-    torch.library.define(qualified, f"({arguments}) -> ()")
+    torch.library.define(qualified, schema)
     torch.library.impl(qualified, ("cpu", "cuda"), run)
-    torch.library.register_fake(qualified, lambda *given: None)
-    operator: Callable[..., None] = getattr(torch.ops.eva_kernels, name).default
+    torch.library.register_fake(qualified, fake)
+    operator: Callable[..., Any] = getattr(torch.ops.eva_kernels, name).default
     return operator
 
 

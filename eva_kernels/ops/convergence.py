@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..errors import EvaTypeError, EvaValueError
+from ._dispatch import define_operator
 
 __all__ = ["BACKENDS", "convergence"]
 
@@ -70,8 +71,7 @@ def convergence(
 
 # Which module runs is decided inside of the operator: so a simulation with fake tensors sees one
 # call, as on a machine with the module.
-@torch.library.custom_op("eva_kernels::convergence", mutates_args=())
-def _compare(
+def _run(
     previous: list[Tensor],
     current: list[Tensor],
     ranks: list[int],
@@ -86,16 +86,18 @@ def _compare(
     return _launch(module, previous, current, ranks, tau)
 
 
-@_compare.register_fake
-def _compare_fake(
-    previous: list[Tensor],
-    current: list[Tensor],
-    ranks: list[int],
-    tau: float,
-    may_fall_back: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake(previous: list[Tensor], current: list[Tensor], *given: object) -> tuple[Tensor, Tensor]:
     like, rows = current[0], sum(matrix.shape[0] for matrix in current)
     return like.new_empty((rows,)), like.new_empty((len(current),), dtype=torch.int32)
+
+
+_compare = define_operator(
+    "convergence",
+    "(Tensor[] previous, Tensor[] current, int[] ranks, float tau, bool may_fall_back) "
+    "-> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
 
 
 def _launch(

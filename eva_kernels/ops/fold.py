@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _native, reference
 from ..errors import EvaTypeError, EvaValueError
+from ._dispatch import define_operator
 
 __all__ = ["BACKENDS", "MAX_WIDTH", "fold_measure", "fold_rows", "runs_natively"]
 
@@ -135,8 +136,7 @@ def _is_native(basis: Tensor, backend: str) -> bool:
     return True
 
 
-@torch.library.custom_op("eva_kernels::fold_measure", mutates_args=("partial",))
-def _measure(
+def _run_measure(
     bases: list[Tensor],
     products: list[Tensor],
     delta: Tensor,
@@ -158,20 +158,16 @@ def _measure(
     return along, core, metric
 
 
-@_measure.register_fake
-def _measure_fake(
-    bases: list[Tensor],
-    products: list[Tensor],
-    delta: Tensor,
-    numbers: Tensor,
-    partial: Tensor,
-    columns: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_results(bases)
+_measure = define_operator(
+    "fold_measure",
+    "(Tensor[] bases, Tensor[] products, Tensor delta, Tensor numbers, Tensor(a!) partial, "
+    "int columns) -> (Tensor, Tensor, Tensor)",
+    _run_measure,
+    lambda bases, *given: _empty_results(bases),
+)
 
 
-@torch.library.custom_op("eva_kernels::fold_rows", mutates_args=("bases", "before"))
-def _rows(
+def _run_rows(
     bases: list[Tensor],
     products: list[Tensor],
     delta: Tensor,
@@ -191,9 +187,12 @@ def _rows(
     )
 
 
-@_rows.register_fake
-def _rows_fake(*args: object) -> None:
-    return None
+_rows = define_operator(
+    "fold_rows",
+    "(Tensor(a!)[] bases, Tensor[] products, Tensor delta, Tensor numbers, Tensor along, "
+    "Tensor mixing, Tensor sound, Tensor(b!)[] before) -> ()",
+    _run_rows,
+)
 
 
 def _empty_results(bases: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

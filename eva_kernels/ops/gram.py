@@ -11,7 +11,7 @@ from ._dispatch import (
     check_precision,
     check_sums,
     choose_backend,
-    define_in_place,
+    define_operator,
     with_contiguous_columns,
     workspace_for,
 )
@@ -106,9 +106,9 @@ def _run(
         launch_gram(x, pivot, scatter, shift, square, rows, workspace, high, arch)
 
 
-_launch = define_in_place(
+_launch = define_operator(
     "gram",
-    "Tensor x, Tensor pivot, Tensor(a!) scatter, Tensor(b!) shift, Tensor(c!) square, "
-    "Tensor(d!) workspace, Tensor? rows, bool high",
+    "(Tensor x, Tensor pivot, Tensor(a!) scatter, Tensor(b!) shift, Tensor(c!) square, "
+    "Tensor(d!) workspace, Tensor? rows, bool high) -> ()",
     _run,
 )

@@ -15,7 +15,7 @@ from ._dispatch import (
     check_precision,
     check_sums,
     choose_backend,
-    define_in_place,
+    define_operator,
     with_contiguous_columns,
     workspace_for,
 )
@@ -137,9 +137,9 @@ def _run(
         launch_sketch(x, basis, pivot, products, shift, square, rows, workspace, high, arch)
 
 
-_launch = define_in_place(
+_launch = define_operator(
     "sketch",
-    "Tensor x, Tensor basis, Tensor pivot, Tensor(a!) products, Tensor(b!) shift, "
-    "Tensor(c!) square, Tensor(d!) workspace, Tensor? rows, bool high",
+    "(Tensor x, Tensor basis, Tensor pivot, Tensor(a!) products, Tensor(b!) shift, "
+    "Tensor(c!) square, Tensor(d!) workspace, Tensor? rows, bool high) -> ()",
     _run,
 )

@@ -268,17 +268,27 @@ def test_a_late_process_is_killed_with_all_it_started(tmp_path: Path) -> None:
     assert not alive(pid)
 
 
-def test_marked_tests_are_named_in_the_report(tmp_path: Path) -> None:
+def test_marked_tests_are_named_in_the_report_and_failures_at_once(tmp_path: Path) -> None:
     (tmp_path / "test_marks.py").write_text(
-        "import pytest\n@pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): pass\n"
+        "import os, pytest\n@pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): pass\n"
+        "def test_c(): assert 'why' == 'not'\n"
+        "def test_d():\n    if 'KILLED' in os.environ: os._exit(3)\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", tests.PLUGIN, "--junitxml=report.xml"]
-    found = {**os.environ, "PYTHONPATH": str(record.ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=found, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    plugin = ["-p", tests.marks.__name__, "--junitxml=report.xml"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugin]
+    failures = tmp_path / "failures.txt"
+    found = {**os.environ, "PYTHONPATH": str(record.ROOT), tests.marks.FAILURES: str(failures)}
+    found |= {"KILLED": "yes"}
+    assert subprocess.run(command, cwd=tmp_path, env=found).returncode == 3
+    assert not (tmp_path / "report.xml").exists()
+    written = failures.read_text()
+    assert written.startswith("test_marks.py::test_c (call)")
+    assert "assert 'why' == 'not'" in written
+    del found["KILLED"]
+    assert subprocess.run(command, cwd=tmp_path, env=found).returncode == 1
     parsed = tests.parse(tmp_path / "report.xml")
-    assert (parsed["passed"], parsed["gpu_passed"]) == (2, 1)
+    assert (parsed["passed"], parsed["failed"], parsed["gpu_passed"]) == (3, 1, 1)
 
 
 class Stubbed(runner.Check):

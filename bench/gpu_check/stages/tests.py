@@ -11,12 +11,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .. import marks
 from ..context import Context, StageFailed
 from ..record import ROOT
 
-PLUGIN = "bench.gpu_check.marks"
 # A rehearsal runs these alone: one file of an op, one of the method.
 REHEARSED = ("tests/ops/test_convergence.py", "tests/streaming/test_allocation.py")
+# These compile, and run on the CPU whatever the device.
+ELSEWHERE = ("tests/emulator", "tests/packaging/test_cuda_build.py")
 # The check rehearses itself in these: not within the check.
 OWN = "tests/packaging/test_gpu_check.py::test_rehearsal"
 # What the suite imports beyond the package's own requirements; module -> package.
@@ -33,18 +35,21 @@ NEEDED = {
 
 
 def run(context: Context) -> None:
-    """Run pytest, and read its report."""
+    """Run pytest, and read its report; ``failures.txt`` has what failed until then."""
     missing = [pack for name, pack in NEEDED.items() if importlib.util.find_spec(name) is None]
     if importlib.util.find_spec("pytest") is None:
         raise StageFailed("pytest is not installed")
     context.save({"missing_packages": missing})
     report = context.folder / "junit.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", PLUGIN]
+    failures = context.folder / "failures.txt"
+    failures.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", marks.__name__]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     command += [f"--deselect={OWN}", f"--junitxml={report}", *_parallel(context.dry_run)]
-    command += REHEARSED if context.dry_run else ()
-    status = subprocess.run(command, cwd=ROOT).returncode
+    command += REHEARSED if context.dry_run else (f"--ignore={path}" for path in ELSEWHERE)
+    environment = {**os.environ, marks.FAILURES: str(failures)}
+    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if not report.exists():
         raise StageFailed(f"pytest wrote no report and ended with status {status}")
     found = {**parse(report), "missing_packages": missing, "exit_status": status}
