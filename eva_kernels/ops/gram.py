@@ -20,6 +20,7 @@ from .sketch import device_arch, on_device
 __all__ = ["gram", "gram_workspace_bytes"]
 
 
+@torch.no_grad()
 def gram(
     x: Tensor,
     pivot: Tensor,

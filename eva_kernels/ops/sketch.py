@@ -23,6 +23,7 @@ from ._dispatch import (
 __all__ = ["sketch", "sketch_workspace_bytes"]
 
 
+@torch.no_grad()
 def sketch(
     x: Tensor,
     basis: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ _TOKEN_KEYS = frozenset(
 )
 
 
-def iterate(loader: Iterable[Any]) -> Iterator[Any]:
+def iterate(loader: Iterable[Any]) -> Generator[Any]:
     """Yield batches, starting another epoch whenever a loader can be iterated again.
 
     Raises:

@@ -29,8 +29,8 @@ from eva_kernels.streaming import (
 from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
 from .checkpoint import CheckpointKeeper
+from .data_parallel import Processes, processes_of
 from .errors import (
-    EvaRuntimeError,
     EvaValueError,
     EvaWarning,
     NotConvergedError,
@@ -67,18 +67,14 @@ def run_pass(
         NonFiniteError: a layer input holds NaN or infinity.
         NotConvergedError: with ``on_not_converged="raise"``.
         OutOfMemoryError: memory ran out.
+        EvaRuntimeError: another process of the group failed; it has the error.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise EvaRuntimeError(
-            "calibration across several processes is not supported; calibrate in one process, "
-            "save the result, and apply it in all of them"
-        )
+    processes = processes_of(options)
     targets = find_targets(model, config, options.adapter_name)
     # Shared inputs are told apart by tensor versions, which inference mode does not count.
     no_grad = torch.inference_mode(False), torch.no_grad()
     with random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
-        run = CalibrationPass(model, config, options, targets)
+        run = CalibrationPass(model, config, options, targets, processes)
         try:
             return run.run(loader)
         except Exception as error:
@@ -93,6 +89,7 @@ class CalibrationPass:
     Args:
         model, config, options: see :func:`run_pass`.
         targets: the layers to initialise.
+        processes: those that share the pass, if there are several.
     """
 
     def __init__(
@@ -101,7 +98,9 @@ class CalibrationPass:
         config: LoraConfig,
         options: CalibrateOptions,
         targets: list[Target],
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes
         self.model, self.config, self.options, self.targets = model, config, options, targets
         self.eva = config.eva_config or EvaConfig()
         self.plan = plan_targets(model, targets, self.eva.rho, options)
@@ -131,22 +130,36 @@ class CalibrationPass:
         self.keeper.open(time.perf_counter())
         begin = time.perf_counter() - self.keeper.elapsed
         memory = PeakMemory(self.device)
+        leads = self.processes is None or self.processes.leads
         bar = tqdm(
             total=len(self.targets),
             desc="EVA",
             unit="layer",
             leave=False,
-            disable=not self.options.progress,
+            disable=not (self.options.progress and leads),
             file=sys.stderr,
         )
+
         try:
             with self.collector, memory:
-                with self.keeper:
-                    done = self._loop(loader, begin, bar)
-                if self._close_step(final=True):
-                    self._call_back(self._record(begin, bar))
+                if self.processes is not None:
+                    done = self.processes.loop(self, loader, begin, bar)
+                else:
+                    with self.keeper:
+                        done = self._loop(loader, begin, bar)
+                    self.fold_rest(begin, bar)
         finally:
             bar.close()
+        if self.processes is not None:
+            return self.processes.result(lambda: self._result(done, begin, memory))
+        return self._result(done, begin, memory)
+
+    def fold_rest(self, begin: float, bar: Any) -> None:
+        """Fold what is pending at the end of the pass, however little."""
+        if self.close_step(final=True):
+            self.call_back(self.record(begin, bar))
+
+    def _result(self, done: bool, begin: float, memory: PeakMemory) -> EvaResult:
         self.collector.drop_empty()
         self.seconds["total"] = time.perf_counter() - begin
         self.seconds["forward"] -= self.seconds["accumulate"]
@@ -156,25 +169,26 @@ class CalibrationPass:
 
     def _loop(self, loader: Iterable[Any], begin: float, bar: Any) -> bool:
         keeper = self.keeper
-        if keeper.done or (self.forwards and self._limit_reached(keeper.elapsed)):
+        if keeper.done or (self.forwards and self.limit_reached(keeper.elapsed)):
             return keeper.done  # resumed where the pass had ended
         # closed at once, so that the workers of a loader do not wait for a traceback to go
         with closing(keeper.remaining(batches.iterate(loader))) as stream:
             for batch in stream:
                 keeper.begin_forward()
-                self._forward(batch)
+                self.forward(batch)
                 del batch
-                numbers = self._record(begin, bar) if self._close_step() else None
-                done = numbers is not None and self._converged()
+                numbers = self.record(begin, bar) if self.close_step() else None
+                done = numbers is not None and self.converged()
                 keeper.end_forward(time.perf_counter(), done)
-                self._call_back(numbers)
+                self.call_back(numbers)
                 if done:
                     return True
-                if self._limit_reached(time.perf_counter() - begin):
+                if self.limit_reached(time.perf_counter() - begin):
                     return False
         return False
 
-    def _limit_reached(self, elapsed: float) -> bool:
+    def limit_reached(self, elapsed: float) -> bool:
+        """Tell whether a limit of the options was reached, ``elapsed`` seconds after the begin."""
         options = self.options
         return (
             self.forwards >= options.max_steps
@@ -182,7 +196,8 @@ class CalibrationPass:
             or (options.max_seconds is not None and elapsed >= options.max_seconds)
         )
 
-    def _forward(self, batch: Any) -> None:
+    def forward(self, batch: Any) -> None:
+        """Run a batch through the model, whose hooks accumulate."""
         begin = time.perf_counter()
         self.phase = "forward"
         before = self.collector.seconds
@@ -273,18 +288,26 @@ class CalibrationPass:
         size = (target.in_features, plan.components, plan.width)
         return InputStream(*size, device=x.device, dtype=dtype, options=options)
 
-    def _close_step(self, final: bool = False) -> bool:
+    def close_step(
+        self, final: bool = False, merged: Sequence[InputStream] = ()
+    ) -> list[InputStream]:
+        """Fold what is due, compare, and allocate ranks; returns the streams that were renewed.
+
+        Args:
+            final: fold whatever is pending.
+            merged: streams that were renewed already, by those of other processes.
+        """
         begin = time.perf_counter()
         self.phase = "fold"
         slots = self.collector.slots
         try:
-            folded = fold_streams([s.stream for s in slots], final=final)
+            folded = [*merged, *fold_streams([s.stream for s in slots], final=final)]
         except NonFiniteStepError as error:
             raise self.collector.explained(error) from None
         middle = time.perf_counter()
         self.seconds["fold"] += middle - begin
         if not folded:
-            return False
+            return folded
         self.ranks = allocate(self)
         needed = {id(s.stream): max(self.ranks[i] for i in s.members) for s in slots}
         compare_streams(
@@ -296,7 +319,7 @@ class CalibrationPass:
         self._recheck(needed)
         self.steps += 1
         self.seconds["check"] += time.perf_counter() - middle
-        return True
+        return folded
 
     def _recheck(self, needed: dict[int, int]) -> None:
         """Decide which layers have converged: those whose needed components did, at some step.
@@ -310,7 +333,8 @@ class CalibrationPass:
             slots = self.collector.slots
             self.collector.frozen = {i for s in slots if s.stream.converged for i in s.members}
 
-    def _converged(self) -> bool:
+    def converged(self) -> bool:
+        """Tell whether every layer has converged."""
         return all(s.stream.converged for s in self.collector.slots)
 
     def judge_again(self) -> bool:
@@ -325,9 +349,10 @@ class CalibrationPass:
             if stream.cosines is not None:
                 stream.settled = leading_similar(stream.cosines, self.eva.tau)
         self._recheck(needed)
-        return self._converged()
+        return self.converged()
 
-    def _record(self, begin: float, bar: Any) -> dict[str, Any]:
+    def record(self, begin: float, bar: Any) -> dict[str, Any]:
+        """Keep the numbers of a step in the history, and show them."""
         streams = {i: slot.stream for i, slot in self.collector.slot_of.items()}
         similarity = [
             streams[i].similarity if i in streams else None for i in range(len(self.targets))
@@ -354,7 +379,8 @@ class CalibrationPass:
         bar.refresh()
         return {**numbers, "layers": len(self.targets)}
 
-    def _call_back(self, numbers: dict[str, Any] | None) -> None:
+    def call_back(self, numbers: dict[str, Any] | None) -> None:
+        """Hand the numbers of a step to the user's function."""
         if numbers is not None and self.options.callback is not None:
             self.options.callback(numbers)
 

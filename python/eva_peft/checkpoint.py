@@ -24,8 +24,7 @@ from eva_kernels.streaming import export_stream, restore_stream
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
 from .errors import EvaValueError, EvaWarning
 from .fingerprint import differences, fingerprint_of
-from .shared_inputs import Slot
-from .targets import Target
+from .targets import input_device
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
@@ -189,11 +188,9 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             target, dtype = run.targets[members[0]], getattr(torch, record["stream"]["dtype"])
             prefix = f"slots.{i}."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            like = torch.empty(0, dtype=dtype, device=_device_of(target, run.device))
-            slot = Slot(run.make_stream(target, like), members)
+            like = torch.empty(0, dtype=dtype, device=input_device(target, run.device))
+            slot = collector.install(run.make_stream(target, like), members)
             restore_stream(slot.stream, record["stream"], parts)
-            collector.slots.append(slot)
-            collector.slot_of |= dict.fromkeys(members, slot)
         collector.most_calls = {index[n]: calls for n, calls in state["most_calls"].items()}
         collector.alone = {index[n] for n in state["alone"]}
         collector.frozen = {index[n] for n in state["frozen"]}
@@ -207,12 +204,3 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         # The order of a shuffling loader comes from the state with which the pass began.
         self._first_random, self._random = tensors["random.first"], tensors["random.now"]
         torch.set_rng_state(self._first_random)
-
-
-def _device_of(target: Target, default: torch.device) -> torch.device:
-    """Return the device of a layer's input: that of its weights, or where a hook will put them."""
-    for tensor in (*target.module.parameters(), *target.module.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    hooked = getattr(getattr(target.module, "_hf_hook", None), "execution_device", None)
-    return default if hooked is None else torch.device(hooked)

@@ -300,16 +300,24 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """Accumulate what waited for layers that were not called any more, without them."""
         least = min(slot.counts.values(), default=0)
         while least < len(slot.calls):
-            late = [i for i, count in slot.counts.items() if count == least]
-            new = Slot(slot.stream.clone(), late)
-            for i in late:
-                slot.members.remove(i)
-                del slot.counts[i]
-                self.slot_of[i] = new
-            self.slots.append(new)
+            self.divide(slot, [i for i, count in slot.counts.items() if count == least])
             least = min(slot.counts.values(), default=len(slot.calls))
         for call in range(len(slot.calls)):
             self._accumulate_held(slot, call)
+
+    def divide(self, slot: Slot, layers: Sequence[int]) -> None:
+        """Give some layers of a slot one of their own, with a copy of all that they shared."""
+        new = self.install(slot.stream.clone(), layers)
+        for i in new.members:
+            slot.members.remove(i)
+            slot.counts.pop(i, None)
+
+    def install(self, stream: InputStream, layers: Sequence[int]) -> Slot:
+        """Return a new slot for layers that share an input from the next forward pass on."""
+        slot = Slot(stream, list(layers))
+        self.slots.append(slot)
+        self.slot_of |= dict.fromkeys(layers, slot)
+        return slot
 
     def drop_empty(self) -> None:
         """Forget layers that were called, but never with a token that counts."""

@@ -87,9 +87,12 @@ class CalibrateOptions:
             same stream from its beginning. ``max_steps``, ``max_tokens`` and ``max_seconds`` count
             all runs together. The file of another model, config or data type is refused.
         checkpoint_every: forward passes from one write to the next.
+        group: ``torch.distributed`` process group whose processes share one pass, each with its own
+            batches: all get the same result, from the tokens of all. ``"auto"`` is the default
+            group where ``torch.distributed`` was initialised; ``None`` leaves each process alone.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
         progress: show a tqdm bar (rank 0 only).
-        callback: called after every step with a dict of numbers.
+        callback: called after every step with a dict of numbers (rank 0 only).
     """
 
     forward_fn: Callable[..., Any] | None = None
@@ -117,6 +120,7 @@ class CalibrateOptions:
     seed: int = 0
     checkpoint: str | PathLike[str] | None = None
     checkpoint_every: int = 10
+    group: Any = AUTO
     on_nonfinite: str = "raise"
     progress: bool = True
     callback: Callable[[dict[str, Any]], None] | None = None

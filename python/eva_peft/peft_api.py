@@ -38,6 +38,10 @@ _DEFAULTS = (
 )
 
 
+def _with_group(options: dict[str, Any], gather: bool) -> dict[str, Any]:
+    return options if gather or "group" in options else {**options, "group": None}
+
+
 def _ours(fn: Any) -> Any:
     return next((ours for theirs, ours in _DEFAULTS if fn is theirs), fn)
 
@@ -64,7 +68,8 @@ def get_eva_state_dict(
         model, dataloader, peft_config, forward_fn, prepare_model_inputs_fn,
         prepare_layer_inputs_fn, adapter_name, show_progress_bar: as PEFT. Nothing that is passed
             in is changed.
-        gather_distributed_inputs: accepted for PEFT's sake; there is one process.
+        gather_distributed_inputs: as PEFT, share the tokens of all processes; sums travel, inputs
+            do not.
         **options: further options of :func:`initialize`.
 
     Returns:
@@ -84,7 +89,7 @@ def get_eva_state_dict(
         prepare_layer_inputs_fn=_ours(prepare_layer_inputs_fn),
         adapter_name=adapter_name,
         progress=show_progress_bar,
-        **options,
+        **_with_group(options, gather_distributed_inputs),
     )
     state = result.state_dict()
     outer = next(f"{n}." if n else "" for n, m in model.named_modules() if m is inner)
@@ -173,7 +178,7 @@ def initialize_lora_eva_weights(
         prepare_layer_inputs_fn=_ours(prepare_layer_inputs_fn),
         adapter_name=adapter_name,
         progress=show_progress_bar,
-        **options,
+        **_with_group(options, gather_distributed_inputs),
     )
     result.apply(inner, adapter_name=adapter_name, overwrite_trained=True)
 

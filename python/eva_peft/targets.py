@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ._peft_compat import (
@@ -26,7 +27,15 @@ from .errors import EvaRuntimeError, EvaValueError, EvaWarning
 from .layers import Patches, patches_of, widths
 from .routing import ExpertWeight, expert_names, expert_weights
 
-__all__ = ["Target", "base_name", "find_targets", "layer_name", "resolve_name", "unwrap"]
+__all__ = [
+    "Target",
+    "base_name",
+    "find_targets",
+    "input_device",
+    "layer_name",
+    "resolve_name",
+    "unwrap",
+]
 
 # What DDP and PEFT put in front of the names of the base model, and torch.compile anywhere.
 _PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
@@ -260,3 +269,12 @@ def _shorten(names: Iterable[str], most: int = 12) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
+
+
+def input_device(target: Target, default: torch.device) -> torch.device:
+    """Return the device of a layer's input: that of its weights, or where a hook will put them."""
+    for tensor in (*target.module.parameters(), *target.module.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    hooked = getattr(getattr(target.module, "_hf_hook", None), "execution_device", None)
+    return default if hooked is None else torch.device(hooked)

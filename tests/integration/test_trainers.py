@@ -186,7 +186,7 @@ assert eva_kernels.is_initialized(model)
 accelerator.print("one process:", len(trained))
 """
 
-# What the README advises: one process calibrates, all of them apply.
+# Both ways of several processes: they share a pass, or all apply what one has computed.
 TWO_PROCESSES = """
 import sys
 import torch
@@ -196,19 +196,14 @@ from integration.conftest import QUIET, lora, make_llama, text_batches
 state, path = PartialState(cpu=True), sys.argv[1]
 texts, config = text_batches(6), lora(task_type="CAUSAL_LM")
 assert state.num_processes == 2
-try:
-    eva_kernels.calibrate(make_llama(), texts, config, **QUIET)
-except RuntimeError as error:
-    assert "across several processes is not supported" in str(error), error
-    assert "save the result, and apply it in all" in str(error), error
-else:
-    raise SystemExit("two processes were not refused")
-state.wait_for_everyone()
-model = eva_kernels.EvaResult.load(path).apply(make_llama(), config)
-own = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_" in n])
-both = [torch.empty_like(own) for _ in range(2)]
-torch.distributed.all_gather(both, own)
-assert torch.equal(both[0], both[1])
+own = texts[state.process_index :: 2]
+shared = eva_kernels.calibrate(make_llama(), own, config, max_steps=3, **QUIET)
+for result in (shared, eva_kernels.EvaResult.load(path)):
+    model = result.apply(make_llama(), config)
+    own = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_" in n])
+    both = [torch.empty_like(own) for _ in range(2)]
+    torch.distributed.all_gather(both, own)
+    assert torch.equal(both[0], both[1])
 if state.is_main_process:
     print("two processes:", own.numel())
 torch.distributed.destroy_process_group()
@@ -240,7 +235,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_processes_apply_what_one_has_computed(tmp_path: Path) -> None:
+def test_several_processes(tmp_path: Path) -> None:
     config = lora(task_type="CAUSAL_LM")
     result = eva_kernels.calibrate(make_llama(), text_batches(6), config, max_steps=6, **QUIET)
     path = tmp_path / "eva.safetensors"

@@ -1,0 +1,420 @@
+"""One pass over the batches of several processes, of which the first leads.
+
+Each process runs its own copy of the model on its own batches. After every forward pass:
+
+1. All report how many tokens wait in which layer, and whether something went wrong.
+2. Sums are additive about one basis and mean, so those of layers that all know are added up by the
+   leader. Layers that are new were begun by each process from its own tokens: such streams are
+   folded where they are, sent to the leader, and merged (once a layer).
+3. The leader folds, compares, and decides, as if it were alone.
+4. All get the decision, and the new bases and means.
+
+No activation travels. At the end all get the leader's result, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, distributed
+
+from eva_kernels.streaming import InputStream, export_stream, fold_streams, restore_stream
+from eva_kernels.streaming.parallel import absorb, follow, hand_over, pending_sums
+from eva_kernels.streaming.state import GramState
+
+from . import batches
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError
+from .hooks import InputCollector
+from .options import AUTO, CalibrateOptions
+from .shared_inputs import Slot
+from .targets import input_device
+
+if TYPE_CHECKING:
+    from .calibrate import CalibrationPass
+    from .result import EvaResult
+
+__all__ = ["Processes", "processes_of"]
+
+Cell = tuple[int, ...]  # layers that share an input, on every process
+# Tensors travel together up to this many bytes, which are copied once.
+BUCKET_BYTES = 32 << 20
+_NO_BATCH = object()
+
+
+def processes_of(options: CalibrateOptions) -> Processes | None:
+    """Return the processes of a pass; ``None`` where there is one, or each is for itself.
+
+    Raises:
+        EvaTypeError: ``group`` is no process group.
+        EvaValueError: a checkpoint across several processes.
+    """
+    running = distributed.is_available() and distributed.is_initialized()
+    group = options.group
+    if group is None or (group == AUTO and not running):
+        return None
+    if group == AUTO:
+        group = distributed.group.WORLD
+    if not (running and isinstance(group, distributed.ProcessGroup)):
+        raise EvaTypeError(f"group={group!r} must be a torch.distributed process group or None")
+    if distributed.get_world_size(group) < 2:
+        return None
+    if options.checkpoint is not None:
+        raise EvaValueError(
+            "checkpoint= is for one process; pass group=None in a single one, save the result, "
+            "and apply it in all"
+        )
+    return Processes(group)
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What waits in one slot of a process."""
+
+    members: Cell
+    pending: int
+    skipped: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a process tells the others after its forward pass."""
+
+    layers: int
+    ran: bool
+    tokens: int
+    slots: tuple[_Waiting, ...]
+    error: str | None
+
+    def waiting(self, cell: Cell) -> _Waiting | None:
+        return next((w for w in self.slots if cell[0] in w.members), None)
+
+    def pending(self, cell: Cell) -> int:
+        found = self.waiting(cell)
+        return 0 if found is None else found.pending
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What the leader tells the others after a step.
+
+    Attributes:
+        done, stop: every layer has converged; no further step.
+        frozen: layers that are no longer accumulated.
+        renewed: layers with a new basis, the dtype of their streams, and whether they are exact.
+        error: what went wrong.
+    """
+
+    done: bool = False
+    stop: bool = True
+    frozen: frozenset[int] = frozenset()
+    renewed: tuple[tuple[Cell, torch.dtype, bool], ...] = ()
+    error: str | None = None
+
+
+class Processes:
+    """The processes of a group, seen from one of them.
+
+    Args:
+        group: of at least two processes.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
+        self.leads = self.rank == 0
+        self._leader = distributed.get_global_rank(group, 0)
+        self._known: set[int] = set()  # layers whose basis is the leader's, everywhere
+        self._error: Exception | None = None  # of this process
+
+    def loop(self, run: CalibrationPass, loader: Iterable[Any], begin: float, bar: Any) -> bool:
+        """Run batches until the leader says stop; returns whether every layer has converged.
+
+        A loader that ends early leaves its process waiting for the others.
+
+        Raises:
+            Exception: the process's own; EvaRuntimeError where another one failed.
+        """
+        # What "auto" decides depends on the memory of each device.
+        run.plan = self._from_leader(run.plan)
+        with closing(batches.iterate(loader)) as stream:
+            while True:
+                reports = self._exchange(self._forward(run, stream))
+                last = not any(report.ran for report in reports)
+                cells = _common_cells(reports)
+                _divide(run.collector, cells)
+                merged = self._collect(run, reports, cells)
+                if self.leads:
+                    run.tokens += sum(report.tokens for report in reports[1:])
+                    run.forwards += not (reports[0].ran or last)
+                decision = self._decide(run, merged, last, begin, bar)
+                if decision.stop:
+                    return decision.done
+
+    def result(self, make: Callable[[], EvaResult]) -> EvaResult:
+        """Return what the leader makes, on every process.
+
+        Raises:
+            NotConvergedError: on all processes.
+            Exception: another one of the leader's; EvaRuntimeError on the others.
+        """
+        found: Any = None
+        if self.leads:
+            try:
+                found = make()
+            except NotConvergedError as raised:
+                self._error = found = raised
+            except Exception as raised:
+                self._error, found = raised, _told(raised)
+        found = self._from_leader(found)
+        self._raise_if(found if isinstance(found, str) else None, 0)
+        if isinstance(found, NotConvergedError):
+            raise self._error or found
+        result: EvaResult = found
+        return result
+
+    def _from_leader(self, thing: Any) -> Any:
+        box = [thing]
+        distributed.broadcast_object_list(box, src=self._leader, group=self.group)
+        return box[0]
+
+    def _forward(self, run: CalibrationPass, stream: Iterator[Any]) -> _Report:
+        before, ran, error = run.tokens, False, None
+        try:
+            batch = next(stream, _NO_BATCH)
+            if batch is not _NO_BATCH:
+                run.forward(batch)
+                ran = True
+        except Exception as raised:
+            self._error, error = raised, _told(raised)
+        slots = tuple(
+            _Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
+            for s in run.collector.slots
+            if s.members
+        )
+        return _Report(len(run.targets), ran, run.tokens - before, slots, error)
+
+    def _exchange(self, report: _Report) -> list[_Report]:
+        reports: list[Any] = [None] * self.size
+        distributed.all_gather_object(reports, report, group=self.group)
+        for rank, other in enumerate(reports):
+            self._raise_if(other.error, rank)
+        counts = [other.layers for other in reports]
+        if len(set(counts)) > 1:
+            raise EvaValueError(f"the processes have different models: {counts} target layers")
+        return reports
+
+    def _raise_if(self, error: str | None, rank: int) -> None:
+        if error is None:
+            return
+        if self._error is not None:
+            raise self._error
+        raise EvaRuntimeError(f"process {rank} failed: {error}")
+
+    def _collect(
+        self, run: CalibrationPass, reports: Sequence[_Report], cells: Sequence[Cell]
+    ) -> list[InputStream]:
+        """Bring all that waits to the leader; returns the streams that were merged there."""
+        slot_of = run.collector.slot_of
+        waiting = [cell for cell in cells if any(report.pending(cell) for report in reports)]
+        known = [cell for cell in waiting if cell[0] in self._known]
+        streams = [slot_of[cell[0]].stream for cell in known]
+        self._add_up([part for stream in streams for part in pending_sums(stream)])
+        for cell, stream in zip(known, streams, strict=True):
+            if not self.leads:
+                hand_over(stream)
+                continue
+            others = [w for w in (report.waiting(cell) for report in reports[1:]) if w is not None]
+            absorb(stream, sum(w.pending for w in others), sum(w.skipped for w in others))
+        fresh = [cell for cell in waiting if cell[0] not in self._known]
+        return self._merge(run, reports, fresh) if fresh else []
+
+    def _merge(
+        self, run: CalibrationPass, reports: Sequence[_Report], fresh: Sequence[Cell]
+    ) -> list[InputStream]:
+        merged: dict[int, InputStream] = {}
+        for rank in range(1, self.size):
+            own = [cell for cell in fresh if reports[rank].pending(cell)]
+            parcel: list[Any] = [None]
+            if not own:
+                continue
+            if self.rank == rank:
+                slots = [run.collector.slot_of[cell[0]] for cell in own]
+                parcel[0] = self._folded(run, slots)
+                distributed.send_object_list(parcel, dst=self._leader, group=self.group)
+            elif self.leads:
+                source = distributed.get_global_rank(self.group, rank)
+                distributed.recv_object_list(parcel, src=source, group=self.group)
+                if isinstance(parcel[0], str):
+                    self._error = EvaRuntimeError(f"process {rank} failed: {parcel[0]}")
+                    continue
+                for cell, (record, tensors) in zip(own, parcel[0], strict=True):
+                    slot = _slot_for(run, cell, getattr(torch, record["dtype"]))
+                    other = run.make_stream(run.targets[cell[0]], _like(slot.stream))
+                    restore_stream(other, record, tensors)
+                    slot.stream.merge(other)
+                    merged[id(slot.stream)] = slot.stream
+        return list(merged.values())
+
+    def _folded(self, run: CalibrationPass, slots: Sequence[Slot]) -> Any:
+        """Return the streams of slots, folded, as plain data on the host; or what went wrong."""
+        try:
+            fold_streams([slot.stream for slot in slots], final=True)
+        except Exception as raised:
+            self._error = raised
+            return _told(raised)
+        parcels = []
+        for slot in slots:
+            record, tensors = export_stream(slot.stream)
+            parcels.append((record, {name: t.cpu() for name, t in tensors.items()}))
+        return parcels
+
+    def _decide(
+        self,
+        run: CalibrationPass,
+        merged: Sequence[InputStream],
+        last: bool,
+        begin: float,
+        bar: Any,
+    ) -> _Decision:
+        """Let the leader end the step, and tell all what came of it."""
+        own = self._lead(run, merged, last, begin, bar) if self.leads else None
+        decision: _Decision = self._from_leader(own)
+        self._raise_if(decision.error, 0)
+        if decision.stop:
+            return decision
+        run.collector.frozen = set(decision.frozen)
+        self._share(run, decision)
+        return decision
+
+    def _lead(
+        self,
+        run: CalibrationPass,
+        merged: Sequence[InputStream],
+        last: bool,
+        begin: float,
+        bar: Any,
+    ) -> _Decision:
+        try:
+            if self._error is not None:
+                raise self._error
+            folded = run.close_step(merged=merged)
+            numbers = run.record(begin, bar) if folded else None
+            done = bool(folded) and run.converged()
+            run.call_back(numbers)
+            stop = last or done or run.limit_reached(time.perf_counter() - begin)
+            if stop:
+                run.fold_rest(begin, bar)
+        except Exception as raised:
+            self._error = raised
+            return _Decision(error=_told(raised))
+        new = {id(stream) for stream in folded}
+        renewed = []
+        for slot in run.collector.slots:
+            exact = isinstance(slot.stream.state, GramState)
+            # The pivot of an exact stream, about which others accumulate, never changes.
+            if id(slot.stream) in new and not (exact and slot.members[0] in self._known):
+                renewed.append((tuple(slot.members), slot.stream.dtype, exact))
+        return _Decision(done, stop, frozenset(run.collector.frozen), tuple(renewed))
+
+    def _share(self, run: CalibrationPass, decision: _Decision) -> None:
+        """Bring the new bases and means from the leader to all."""
+        slots = [_slot_for(run, cell, dtype) for cell, dtype, _ in decision.renewed]
+        exact = [gram for _, _, gram in decision.renewed]
+        parts = [_anchors(s.stream, gram, self.leads) for s, gram in zip(slots, exact, strict=True)]
+        self._send_out([part for own in parts for part in own])
+        for (cell, _, _), slot, own in zip(decision.renewed, slots, parts, strict=True):
+            self._known |= set(cell)
+            if not self.leads:
+                basis, mean, *pivot = own
+                follow(slot.stream, basis, mean, pivot[0] if pivot else None)
+
+    def _add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Add tensors of the same shapes over all processes; only the leader has the sums."""
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            distributed.reduce(flat, dst=self._leader, group=self.group)
+            if self.leads:
+                _unpack(flat, bucket)
+
+    def _send_out(self, tensors: Sequence[Tensor]) -> None:
+        """Write the leader's tensors into those of all."""
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            distributed.broadcast(flat, src=self._leader, group=self.group)
+            if not self.leads:
+                _unpack(flat, bucket)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _common_cells(reports: Sequence[_Report]) -> list[Cell]:
+    """Return the layers that share an input on every process that was called with one."""
+    places: dict[int, list[int]] = defaultdict(lambda: [-1] * len(reports))
+    for rank, report in enumerate(reports):
+        for number, slot in enumerate(report.slots):
+            for i in slot.members:
+                places[i][rank] = number
+    cells: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i in sorted(places):
+        cells[tuple(places[i])].append(i)
+    return [tuple(cell) for cell in cells.values()]
+
+
+def _divide(collector: InputCollector, cells: Sequence[Cell]) -> None:
+    """Divide slots whose layers do not share an input on every process."""
+    cell_of = {i: cell for cell in cells for i in cell}
+    for slot in [slot for slot in collector.slots if slot.members]:
+        for cell in sorted({cell_of[i] for i in slot.members})[1:]:
+            collector.divide(slot, cell)
+
+
+def _slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
+    """Return the slot of some layers, a new one where they were not called here."""
+    slot = run.collector.slot_of.get(cell[0])
+    if slot is None:
+        target = run.targets[cell[0]]
+        like = torch.empty(0, dtype=dtype, device=input_device(target, run.device))
+        slot = run.collector.install(run.make_stream(target, like), cell)
+    return slot
+
+
+def _like(stream: InputStream) -> Tensor:
+    return torch.empty(0, dtype=stream.dtype, device=stream.device)
+
+
+def _anchors(stream: InputStream, exact: bool, own: bool) -> list[Tensor]:
+    """Return basis, mean and, of an exact stream, pivot: its own ones, or memory for them."""
+    state, sketch = stream.state, stream.sketch
+    if own and sketch is not None:
+        return [sketch.basis, sketch.mean, *([state.pivot] if isinstance(state, GramState) else [])]
+    shapes = [(stream.width, stream.features), *[(stream.features,)] * (2 if exact else 1)]
+    return [torch.zeros(shape, dtype=stream.dtype, device=stream.device) for shape in shapes]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors of one dtype and device, together no larger than a bucket, in order."""
+    kinds: dict[Any, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        kinds[tensor.dtype, tensor.device].append(tensor)
+    for group in kinds.values():
+        bucket: list[Tensor] = []
+        for tensor in group:
+            if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket
+
+
+def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

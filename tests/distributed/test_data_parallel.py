@@ -1,0 +1,189 @@
+"""A pass over two processes: one answer, that of all tokens, and no process left waiting."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import eva_kernels
+from integration.conftest import (
+    QUIET,
+    exact_pca,
+    layer_inputs,
+    lora,
+    lost,
+    make_llama,
+    text_batches,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo"),
+]
+Seen = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Seen]:
+    """Run all scenarios in two processes; returns what each of them saw."""
+    folder = tmp_path_factory.mktemp("processes")
+    paths = [ROOT / "tests", ROOT, ROOT / "python", os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TRITON_INTERPRET": "1"}
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", *launcher, str(Path(__file__).with_name("worker.py"))]
+    done = subprocess.run(
+        [*command, str(folder)], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    return one, other
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+    return bool(one == other)
+
+
+def union(count: int = 4) -> list[dict[str, Tensor]]:
+    """Return the batches of both processes, step by step, as one process would see them."""
+    parts = [text_batches(count, padded=False, seed=10 + rank) for rank in (0, 1)]
+    return [{k: torch.cat([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
+
+
+ANSWERS = [
+    "sketch",
+    "gram",
+    "given_group",
+    "loaders_of_other_lengths",
+    "leader_goes_on_alone",
+    "converged_and_frozen",
+    "experts",
+    "inputs_shared_in_one_process_only",
+    "initialised",
+]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_all_processes_have_the_same_answer(name: str, seen: tuple[Seen, Seen]) -> None:
+    assert not isinstance(seen[0][name], tuple), seen[0][name]
+    assert same(seen[0][name], seen[1][name])
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_the_answer_is_that_of_all_tokens(method: str, seen: tuple[Seen, Seen]) -> None:
+    found, model, data = seen[0][method], make_llama(), union()
+    alone = eva_kernels.calibrate(model, data, lora(), max_steps=4, method=method, **QUIET)
+    assert found["tokens"] == alone.tokens == 4 * 2 * 4 * 24
+    assert (found["steps"], found["forwards"]) == (alone.steps, alone.forwards) == (4, 4)
+    assert found["shared_inputs"] == alone.shared_inputs
+    inputs = layer_inputs(model, data, list(found["components"]))
+    for name, rows in found["components"].items():
+        # A sketch is as good as that of one process; an exact answer is exact.
+        allowed = 1e-6 if method == "gram" else lost(alone.components[name], inputs[name]) + 0.003
+        assert lost(rows, inputs[name]) <= allowed
+        if method == "gram":
+            values = exact_pca(inputs[name])[0][: len(rows)].sqrt()
+            error = (found["singular_values"][name] - values).abs() / values[0]
+            assert float(error.max()) <= 1e-5
+    if method == "gram":
+        assert found["ranks"] == alone.ranks
+
+
+def test_a_group_that_is_given_is_the_group(seen: tuple[Seen, Seen]) -> None:
+    assert same(seen[0]["given_group"], seen[0]["sketch"])
+
+
+def test_without_a_group_each_process_is_alone(seen: tuple[Seen, Seen]) -> None:
+    for rank in (0, 1):
+        batches = text_batches(4, padded=False, seed=10 + rank)
+        alone = eva_kernels.calibrate(make_llama(), batches, lora(), max_steps=4, **QUIET)
+        assert same(seen[rank]["alone"]["components"], alone.components)
+        assert seen[rank]["alone"]["tokens"] == alone.tokens
+
+
+@pytest.mark.parametrize("name", ["loaders_of_other_lengths", "leader_goes_on_alone"])
+def test_every_batch_of_an_uneven_split_counts(name: str, seen: tuple[Seen, Seen]) -> None:
+    found = seen[0][name]
+    assert found["tokens"] == (2 + 5) * 4 * 24
+    assert (found["steps"], found["forwards"]) == (5, 5)
+
+
+def test_convergence_is_decided_for_all(seen: tuple[Seen, Seen]) -> None:
+    found = seen[1]["converged_and_frozen"]
+    assert all(found["converged"].values())
+    assert found["steps"] < 30
+
+
+def test_layers_that_one_process_never_calls(seen: tuple[Seen, Seen]) -> None:
+    from distributed.worker import routed_tokens
+
+    found = seen[1]["experts"]
+    assert found["uncalled"] == []
+    tokens = torch.cat([routed_tokens(rank, step) for step in range(4) for rank in (0, 1)])
+    for i in range(4):
+        own = tokens[tokens[:, 0] == i]
+        assert lost(found["components"][f"expert.{i}"], own) <= 0.02
+
+
+def test_inputs_that_one_process_does_not_share_are_apart(seen: tuple[Seen, Seen]) -> None:
+    found = seen[0]["inputs_shared_in_one_process_only"]
+    assert found["shared_inputs"] == []
+    a, b = found["components"].values()
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert found["tokens"] == 2 * 3 * 80
+
+
+def test_adapters_are_written_everywhere(seen: tuple[Seen, Seen]) -> None:
+    for rank in (0, 1):
+        rows = [p for n, p in seen[rank]["initialised"].items() if "lora_A" in n]
+        assert len(rows) == 14
+        for matrix in rows:
+            gram = matrix @ matrix.mT
+            torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "error", "message"),
+    [
+        ("follower_fails", 1, "OSError", "the disk is gone"),
+        ("leader_fails", 0, "OSError", "the report is gone"),
+    ],
+)
+def test_an_error_of_one_ends_all(
+    name: str, where: int, error: str, message: str, seen: tuple[Seen, Seen]
+) -> None:
+    assert seen[where][name] == (error, message)
+    told = f"process {where} failed: {error}: {message}"
+    assert seen[1 - where][name] == ("EvaRuntimeError", told)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("not_converged", "NotConvergedError", "14 of 14 layers have not converged"),
+        ("other_models", "EvaValueError", "different models: [2, 4] target layers"),
+        ("checkpointed", "EvaValueError", "checkpoint= is for one process"),
+        ("no_group", "EvaTypeError", "group='all' must be a torch.distributed process group"),
+    ],
+)
+def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Seen]) -> None:
+    for rank in (0, 1):
+        assert seen[rank][name][0] == error
+        assert message in seen[rank][name][1]
+
+
+def test_a_group_needs_torch_distributed() -> None:
+    with pytest.raises(eva_kernels.errors.EvaTypeError, match="process group or None"):
+        eva_kernels.calibrate(make_llama(), union(1), lora(), group=object(), **QUIET)

@@ -1,0 +1,199 @@
+"""Run scenarios of a pass over two processes, and write what each of them saw; for torchrun."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+import eva_kernels
+from integration.conftest import QUIET, lora, make_llama, text_batches
+
+SCENARIOS: dict[str, Callable[[int], Any]] = {}
+
+
+def scenario(run: Callable[[int], Any]) -> Callable[[int], Any]:
+    SCENARIOS[run.__name__] = run
+    return run
+
+
+def calibrate(model: nn.Module, data: Any, **options: Any) -> eva_kernels.EvaResult:
+    return eva_kernels.calibrate(model, data, lora(), **{**QUIET, **options})
+
+
+def own_batches(rank: int, count: int = 4) -> list[dict[str, Tensor]]:
+    return text_batches(count, padded=False, seed=10 + rank)
+
+
+@scenario
+def sketch(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, method="sketch")
+
+
+@scenario
+def gram(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, method="gram")
+
+
+@scenario
+def given_group(rank: int) -> Any:
+    group = distributed.new_group([0, 1])
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, method="sketch", group=group)
+
+
+@scenario
+def alone(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, group=None)
+
+
+@scenario
+def loaders_of_other_lengths(rank: int) -> Any:
+    return calibrate(make_llama(), iter(own_batches(rank, 2 if rank == 0 else 5)))
+
+
+@scenario
+def leader_goes_on_alone(rank: int) -> Any:
+    return calibrate(make_llama(), iter(own_batches(rank, 5 if rank == 0 else 2)))
+
+
+@scenario
+def converged_and_frozen(rank: int) -> Any:
+    config = lora(tau=0.5)
+    options = {"max_steps": 30, "freeze_converged": True, **QUIET}
+    return eva_kernels.calibrate(make_llama(), own_batches(rank), config, **options)
+
+
+class Experts(nn.Module):
+    """Each token goes to the layer that its first feature names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.expert = nn.ModuleList(nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.expert):
+            rows = (x[:, 0] == i).nonzero().flatten()
+            if len(rows):
+                out[rows] = expert(x[rows])
+        return out
+
+
+def routed_tokens(rank: int, step: int) -> Tensor:
+    """Tokens for experts 0 and 1 in process 0, for 1 and 2 in process 1; for 3 in step 2 alone."""
+    torch.manual_seed(100 * rank + step)
+    x = torch.randn(120, 24) * torch.linspace(3, 0.1, 24)
+    x[:, 0] = torch.arange(120) % 2 + rank
+    if step == 2:
+        x[:40, 0] = 3
+    return x
+
+
+@scenario
+def experts(rank: int) -> Any:
+    data = [routed_tokens(rank, step) for step in range(4)]
+    config = lora(target_modules=[f"expert.{i}" for i in range(4)])
+    options = {**QUIET, "prepare_model_inputs_fn": None, "max_steps": 4}
+    return eva_kernels.calibrate(Experts(), data, config, **options)
+
+
+class Sharing(nn.Module):
+    """Two layers that read one tensor, or copies of it."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.shared = shared
+        self.a, self.b = nn.Linear(24, 8), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x if self.shared else x.clone())
+
+
+@scenario
+def inputs_shared_in_one_process_only(rank: int) -> Any:
+    torch.manual_seed(rank)
+    data = [torch.randn(80, 24) * torch.linspace(3, 0.1, 24) for _ in range(3)]
+    config = lora(target_modules=["a", "b"])
+    return eva_kernels.calibrate(Sharing(rank == 0), data, config, max_steps=3, **QUIET)
+
+
+@scenario
+def initialised(rank: int) -> Any:
+    model = eva_kernels.initialize(make_llama(), own_batches(rank), lora(), max_steps=3, **QUIET)
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+@scenario
+def follower_fails(rank: int) -> Any:
+    def broken() -> Iterator[Any]:
+        yield from own_batches(rank, 2)
+        if rank == 1:
+            raise OSError("the disk is gone")
+        yield from own_batches(rank, 2)
+
+    return calibrate(make_llama(), broken())
+
+
+@scenario
+def leader_fails(rank: int) -> Any:
+    def fail(numbers: Any) -> None:
+        raise OSError("the report is gone")
+
+    return calibrate(make_llama(), own_batches(rank), callback=fail)
+
+
+@scenario
+def not_converged(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=2, on_not_converged="raise")
+
+
+@scenario
+def other_models(rank: int) -> Any:
+    config = lora(target_modules=["q_proj"] if rank == 0 else ["q_proj", "v_proj"])
+    return eva_kernels.calibrate(make_llama(), own_batches(rank), config, max_steps=2, **QUIET)
+
+
+@scenario
+def checkpointed(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), checkpoint="never-written.safetensors")
+
+
+@scenario
+def no_group(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), group="all")
+
+
+def plain(result: Any) -> Any:
+    """Return what a test looks at."""
+    if not isinstance(result, eva_kernels.EvaResult):
+        return result
+    names = ("ranks", "components", "singular_values", "explained_variance_ratio", "converged")
+    names += ("tokens", "steps", "forwards", "shared_inputs", "uncalled", "method")
+    return {name: getattr(result, name) for name in names}
+
+
+def main(folder: Path) -> None:
+    distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rank, found = distributed.get_rank(), {}
+    for name, run in SCENARIOS.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found[name] = plain(run(rank))
+        except Exception as error:
+            found[name] = (type(error).__name__, str(error))
+        distributed.barrier()
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
