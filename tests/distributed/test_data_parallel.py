@@ -66,6 +66,7 @@ ANSWERS = [
     "sketch",
     "gram",
     "given_group",
+    "budgets_differ",
     "loaders_of_other_lengths",
     "leader_goes_on_alone",
     "converged_and_frozen",
@@ -99,6 +100,17 @@ def test_the_answer_is_that_of_all_tokens(method: str, seen: tuple[Seen, Seen]) 
             assert float(error.max()) <= 1e-5
     if method == "gram":
         assert found["ranks"] == alone.ranks
+
+
+def test_streams_are_merged_once_and_frozen_everywhere(seen: tuple[Seen, Seen]) -> None:
+    inputs = 4 * 2  # of two layers: attention, its output, gate and up, down
+    assert [found["counted"]["merged"] for found in seen] == [inputs, 0]
+    one, other = (found["counted"]["added"] for found in seen)
+    assert one == other < 8 * inputs
+
+
+def test_the_leaders_plan_is_the_plan(seen: tuple[Seen, Seen]) -> None:
+    assert set(seen[1]["budgets_differ"]["method"].values()) == {"gram"}
 
 
 def test_a_group_that_is_given_is_the_group(seen: tuple[Seen, Seen]) -> None:

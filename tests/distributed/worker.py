@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import eva_kernels
+from eva_kernels.streaming import InputStream
 from integration.conftest import QUIET, lora, make_llama, text_batches
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {}
@@ -20,6 +22,26 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {}
 def scenario(run: Callable[[int], Any]) -> Callable[[int], Any]:
     SCENARIOS[run.__name__] = run
     return run
+
+
+class Counted(AbstractContextManager["Counted"]):
+    """Count the calls of a method."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind, self.name, self.calls = kind, name, 0
+
+    def __enter__(self) -> Counted:
+        self.original = original = getattr(self.kind, self.name)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            return original(*arguments, **options)
+
+        setattr(self.kind, self.name, counting)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        setattr(self.kind, self.name, self.original)
 
 
 def calibrate(model: nn.Module, data: Any, **options: Any) -> eva_kernels.EvaResult:
@@ -38,6 +60,23 @@ def sketch(rank: int) -> Any:
 @scenario
 def gram(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), max_steps=4, method="gram")
+
+
+@scenario
+def counted(rank: int) -> Any:
+    """Return how many streams were merged, and how often tokens were added, with freezing."""
+    merged, added = Counted(InputStream, "merge"), Counted(InputStream, "add")
+    with merged, added:
+        options = {"max_steps": 8, "freeze_converged": True, "tokens_per_step": 40}
+        calibrate(make_llama(), own_batches(rank), **options)
+    return {"merged": merged.calls, "added": added.calls}
+
+
+@scenario
+def budgets_differ(rank: int) -> Any:
+    # A plan may depend on the memory of a device: enough for exact streams in process 0 alone.
+    budget = 1 << 30 if rank == 0 else 200_000
+    return calibrate(make_llama(), own_batches(rank), max_steps=3, memory_budget=budget)
 
 
 @scenario
