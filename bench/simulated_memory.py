@@ -52,7 +52,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 # Name of a phase of the initialisation, and of the function that it is.
 PHASES = {
-    "forward": "_forward",
+    "forward": "forward",
     "accumulate": "add",
     "fold": "fold_streams",
     "compare": "compare_streams",
