@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -251,15 +251,13 @@ class Processes:
             elif self.leads:
                 source = distributed.get_global_rank(self.group, rank)
                 distributed.recv_object_list(parcel, src=source, group=self.group)
-                if isinstance(parcel[0], str):
-                    self._error = EvaRuntimeError(f"process {rank} failed: {parcel[0]}")
-                    continue
-                for cell, (record, tensors) in zip(own, parcel[0], strict=True):
-                    slot = _slot_for(run, cell, getattr(torch, record["dtype"]))
-                    other = run.make_stream(run.targets[cell[0]], _like(slot.stream))
-                    restore_stream(other, record, tensors)
-                    slot.stream.merge(other)
-                    merged[id(slot.stream)] = slot.stream
+                try:
+                    self._raise_if(parcel[0] if isinstance(parcel[0], str) else None, rank)
+                    for cell, (record, tensors) in zip(own, parcel[0], strict=True):
+                        stream = _merged(run, cell, record, tensors)
+                        merged[id(stream)] = stream
+                except Exception as raised:  # the others wait for the decision, which tells them
+                    self._error = raised
         return list(merged.values())
 
     def _folded(self, run: CalibrationPass, slots: Sequence[Slot]) -> Any:
@@ -338,7 +336,7 @@ class Processes:
     def _add_up(self, tensors: Sequence[Tensor]) -> None:
         """Add tensors of the same shapes over all processes; only the leader has the sums."""
         for bucket in _buckets(tensors):
-            flat = torch.cat([t.reshape(-1) for t in bucket])
+            flat = _packed(bucket)
             distributed.reduce(flat, dst=self._leader, group=self.group)
             if self.leads:
                 _unpack(flat, bucket)
@@ -346,7 +344,7 @@ class Processes:
     def _send_out(self, tensors: Sequence[Tensor]) -> None:
         """Write the leader's tensors into those of all."""
         for bucket in _buckets(tensors):
-            flat = torch.cat([t.reshape(-1) for t in bucket])
+            flat = _packed(bucket)
             distributed.broadcast(flat, src=self._leader, group=self.group)
             if not self.leads:
                 _unpack(flat, bucket)
@@ -387,8 +385,16 @@ def _slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
     return slot
 
 
-def _like(stream: InputStream) -> Tensor:
-    return torch.empty(0, dtype=stream.dtype, device=stream.device)
+def _merged(
+    run: CalibrationPass, cell: Cell, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> InputStream:
+    """Take the stream of another process into one's own, and return that."""
+    stream = _slot_for(run, cell, getattr(torch, record["dtype"])).stream
+    like = torch.empty(0, dtype=stream.dtype, device=stream.device)
+    other = run.make_stream(run.targets[cell[0]], like)
+    restore_stream(other, record, tensors)
+    stream.merge(other)
+    return stream
 
 
 def _anchors(stream: InputStream, exact: bool, own: bool) -> list[Tensor]:
@@ -401,10 +407,13 @@ def _anchors(stream: InputStream, exact: bool, own: bool) -> list[Tensor]:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors of one dtype and device, together no larger than a bucket, in order."""
-    kinds: dict[Any, list[Tensor]] = defaultdict(list)
+    """Yield tensors of one dtype, together no larger than a bucket, in order.
+
+    Not by device: the layers of another process may lie elsewhere.
+    """
+    kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        kinds[tensor.dtype, tensor.device].append(tensor)
+        kinds[tensor.dtype].append(tensor)
     for group in kinds.values():
         bucket: list[Tensor] = []
         for tensor in group:
@@ -413,6 +422,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
                 bucket = []
             bucket.append(tensor)
         yield bucket
+
+
+def _packed(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1).to(tensors[0].device) for t in tensors])
 
 
 def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:

@@ -171,6 +171,7 @@ def test_adapters_are_written_everywhere(seen: tuple[Seen, Seen]) -> None:
     [
         ("follower_fails", 1, "OSError", "the disk is gone"),
         ("leader_fails", 0, "OSError", "the report is gone"),
+        ("merging_fails", 0, "OSError", "the memory is gone"),
     ],
 )
 def test_an_error_of_one_ends_all(

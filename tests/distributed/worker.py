@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, nn
 
 import eva_kernels
 from eva_kernels.streaming import InputStream
+from eva_peft import data_parallel
 from integration.conftest import QUIET, lora, make_llama, text_batches
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {}
@@ -197,6 +199,15 @@ def not_converged(rank: int) -> Any:
 def other_models(rank: int) -> Any:
     config = lora(target_modules=["q_proj"] if rank == 0 else ["q_proj", "v_proj"])
     return eva_kernels.calibrate(make_llama(), own_batches(rank), config, max_steps=2, **QUIET)
+
+
+@scenario
+def merging_fails(rank: int) -> Any:
+    def fail(*arguments: Any) -> None:
+        raise OSError("the memory is gone")
+
+    with mock.patch.object(data_parallel, "restore_stream", fail):
+        return calibrate(make_llama(), own_batches(rank))
 
 
 @scenario
