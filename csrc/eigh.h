@@ -6,13 +6,7 @@
 #include <cstdint>
 #include <limits>
 
-#ifndef EVA_HOST_DEVICE
-#if defined(__CUDACC__)
-#define EVA_HOST_DEVICE __host__ __device__
-#else
-#define EVA_HOST_DEVICE
-#endif
-#endif
+#include "host_device.h"
 
 namespace eva_kernels {
 
