@@ -90,6 +90,7 @@ class CalibrateOptions:
         group: ``torch.distributed`` process group whose processes share one pass, each with its own
             batches: all get the same result, from the tokens of all. ``"auto"`` is the default
             group where ``torch.distributed`` was initialised; ``None`` leaves each process alone.
+            A model that is sharded over them (FSDP) needs equally many batches in each.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
         progress: show a tqdm bar (rank 0 only).
         callback: called after every step with a dict of numbers (rank 0 only).
