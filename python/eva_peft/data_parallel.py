@@ -325,7 +325,7 @@ class Processes:
         """Bring the new bases and means from the leader to all."""
         slots = [_slot_for(run, cell, dtype) for cell, dtype, _ in decision.renewed]
         exact = [gram for _, _, gram in decision.renewed]
-        parts = [_anchors(s.stream, gram, self.leads) for s, gram in zip(slots, exact, strict=True)]
+        parts = [_anchors(s.stream, gram) for s, gram in zip(slots, exact, strict=True)]
         self._send_out([part for own in parts for part in own])
         for (cell, _, _), slot, own in zip(decision.renewed, slots, parts, strict=True):
             self._known |= set(cell)
@@ -397,10 +397,10 @@ def _merged(
     return stream
 
 
-def _anchors(stream: InputStream, exact: bool, own: bool) -> list[Tensor]:
+def _anchors(stream: InputStream, exact: bool) -> list[Tensor]:
     """Return basis, mean and, of an exact stream, pivot: its own ones, or memory for them."""
     state, sketch = stream.state, stream.sketch
-    if own and sketch is not None:
+    if sketch is not None:
         return [sketch.basis, sketch.mean, *([state.pivot] if isinstance(state, GramState) else [])]
     shapes = [(stream.width, stream.features), *[(stream.features,)] * (2 if exact else 1)]
     return [torch.zeros(shape, dtype=stream.dtype, device=stream.device) for shape in shapes]
