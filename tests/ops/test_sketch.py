@@ -126,6 +126,14 @@ def test_same_bits_twice(precision: str, backend: str, device: torch.device):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_gradients_are_not_tracked(backend: str, device: torch.device):
+    x = torch.randn(20, 33, device=device).requires_grad_()
+    basis, pivot, *sums = state(x.detach(), 17)
+    sketch(x, basis, pivot, *sums, backend=backend)
+    assert float(sums[2]) > 0
+    assert not any(t.requires_grad for t in sums)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
