@@ -130,28 +130,28 @@ class CalibrationPass:
         self.keeper.open(time.perf_counter())
         begin = time.perf_counter() - self.keeper.elapsed
         memory = PeakMemory(self.device)
-        leads = self.processes is None or self.processes.leads
+        together = self.processes
+        leads = together is None or together.leads
         bar = tqdm(
             total=len(self.targets),
-            desc="EVA",
+            desc="EVA" if together is None else f"EVA, {together.size} processes",
             unit="layer",
             leave=False,
             disable=not (self.options.progress and leads),
             file=sys.stderr,
         )
-
         try:
             with self.collector, memory:
-                if self.processes is not None:
-                    done = self.processes.loop(self, loader, begin, bar)
+                if together is not None:
+                    done = together.loop(self, loader, begin, bar)
                 else:
                     with self.keeper:
                         done = self._loop(loader, begin, bar)
                     self.fold_rest(begin, bar)
         finally:
             bar.close()
-        if self.processes is not None:
-            return self.processes.result(lambda: self._result(done, begin, memory))
+        if together is not None:
+            return together.result(lambda: self._result(done, begin, memory))
         return self._result(done, begin, memory)
 
     def fold_rest(self, begin: float, bar: Any) -> None:

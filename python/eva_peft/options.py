@@ -89,7 +89,8 @@ class CalibrateOptions:
         checkpoint_every: forward passes from one write to the next.
         group: ``torch.distributed`` process group whose processes share one pass, each with its own
             batches: all get the same result, from the tokens of all. ``"auto"`` is the default
-            group where ``torch.distributed`` was initialised; ``None`` leaves each process alone.
+            group where ``torch.distributed`` was initialised: then all must make the call. ``None``
+            leaves each process alone.
             A model that is sharded over them (FSDP) needs equally many batches in each.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
         progress: show a tqdm bar (rank 0 only).
