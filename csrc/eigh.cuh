@@ -23,10 +23,6 @@
 
 #include "eigh.h"
 
-#ifndef EVA_DYNAMIC_SHARED
-#define EVA_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-#endif
-
 namespace eva_kernels {
 
 constexpr int kEighMaxThreads = 1024;

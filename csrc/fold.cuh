@@ -18,10 +18,6 @@
 
 #include "fold.h"
 
-#ifndef EVA_DYNAMIC_SHARED
-#define EVA_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
-#endif
-
 namespace eva_kernels {
 
 constexpr int kFoldLanes = 32;

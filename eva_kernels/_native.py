@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
 from types import ModuleType
+
+import torch
+from torch import Tensor
 
 from .errors import EvaRuntimeError
 
-__all__ = ["MODULES", "load", "load_or_none", "unavailable"]
+__all__ = ["MODULES", "call", "load", "load_or_none", "unavailable", "upload"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,3 +64,20 @@ def load_or_none(device_type: str) -> ModuleType | None:
         logger.info("using PyTorch instead of native code: %s", found)
         return None
     return found
+
+
+def call(module: ModuleType, name: str, *arguments: float, device: torch.device) -> None:
+    """Call a function of a module; on CUDA it goes to the device's current stream."""
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(module, name)(*arguments, device.index, stream)
+    else:
+        getattr(module, name)(*arguments)
+
+
+def upload(table: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return a table of addresses and sizes, int64, on a device, without waiting for it."""
+    # Only from pinned memory does a copy not wait for the queue.
+    pinned = device.type == "cuda"
+    host = torch.tensor(table, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    return host.to(device, non_blocking=True)

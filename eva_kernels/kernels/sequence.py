@@ -1,7 +1,7 @@
 """A fixed sequence of kernels, launched again and again on other tensors of the same kind.
 
 Triton binds the arguments of every launch: it asks each for its type and alignment, looks up the
-compiled kernel and the options, some 60 microseconds a launch. For hundreds of layer inputs a step
+compiled kernel and the options, tens of microseconds a launch. For hundreds of layer inputs a step
 the host would spend more on that than a GPU on the model. Here the first launch is Triton's; it
 returns the compiled kernel, and the next ones pass addresses straight to it.
 """

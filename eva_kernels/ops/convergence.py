@@ -118,18 +118,12 @@ def _launch(
         strides = (u.stride(0), v.stride(0))
         entries.append((u.data_ptr(), v.data_ptr(), *strides, rows, columns, n_rows, int(rank)))
         n_rows += rows
-    # From pinned memory the upload does not wait for the device.
-    table = torch.tensor(entries, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    table = table.to(device, non_blocking=True)
+    table = _native.upload(entries, device)
     similarity = torch.empty(n_rows, dtype=torch.float32, device=device)
     unconverged = torch.empty(len(entries), dtype=torch.int32, device=device)
     addresses = (similarity.data_ptr(), unconverged.data_ptr())
     arguments = (table.data_ptr(), len(entries), n_rows, float(tau), *addresses)
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        module.convergence(*arguments, device.index, stream)
-    else:
-        module.convergence(*arguments)
+    _native.call(module, "convergence", *arguments, device=device)
     return similarity, unconverged
 
 

@@ -107,12 +107,7 @@ def _launch(module: ModuleType, matrices: Tensor) -> tuple[Tensor, Tensor]:
     matrices = matrices.contiguous()  # held until the launch
     addresses = (values.data_ptr(), vectors.data_ptr())
     arguments = (matrices.data_ptr(), *matrices.shape[:2], *addresses)
-    device = matrices.device
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        module.eigh(*arguments, device.index, stream)
-    else:
-        module.eigh(*arguments)
+    _native.call(module, "eigh", *arguments, device=matrices.device)
     return values, vectors
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -61,8 +60,8 @@ def fold_measure(
 
     Numerics: float64 throughout, on products and bases as they are; native core and metric are
         symmetric to the bit. The same bits for the same input, backend and device.
-    Cost: ``4 L Q^2 D`` flops (half of it native); bases and products are read once, or twice where
-        Q is above 64. Native scratch memory: 64 KiB for each of some 768 blocks.
+    Cost: ``4 L Q^2 D`` flops (half of it native); bases are read twice and products once, both
+        once more where Q is above 64. Native scratch memory: 64 KiB for each of some 768 blocks.
     """
     _check(bases, products, delta, numbers)
     if not _is_native(bases[0], backend):
@@ -146,7 +145,8 @@ def _run_measure(
 ) -> tuple[Tensor, Tensor, Tensor]:
     along, core, metric = _empty_results(bases)
     table = _table(bases, products, [])
-    _call(
+    _native.call(
+        _native.load(delta.device.type),
         "fold_measure",
         *_fold_arguments(table, bases, delta, numbers, along),
         columns,
@@ -178,7 +178,8 @@ def _run_rows(
     before: list[Tensor],
 ) -> None:
     table = _table(bases, products, before)
-    _call(
+    _native.call(
+        _native.load(delta.device.type),
         "fold_rows",
         *_fold_arguments(table, bases, delta, numbers, along),
         mixing.data_ptr(),
@@ -204,15 +205,12 @@ def _empty_results(bases: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _table(bases: Sequence[Tensor], products: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """Describe the layers as csrc/fold.h wants it, on their device."""
-    device = bases[0].device
     kept = [(part.data_ptr(), len(part)) for part in before] or [(0, 0)] * len(bases)
     entries = [
         (basis.data_ptr(), product.data_ptr(), *saved)
         for basis, product, saved in zip(bases, products, kept, strict=True)
     ]
-    # From pinned memory the upload does not wait for the device.
-    table = torch.tensor(entries, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+    return _native.upload(entries, bases[0].device)
 
 
 def _fold_arguments(
@@ -221,15 +219,6 @@ def _fold_arguments(
     shape = (len(bases), *bases[0].shape)
     addresses = (delta.data_ptr(), numbers.data_ptr(), numbers.stride(0), along.data_ptr())
     return (table.data_ptr(), *shape, *addresses)
-
-
-def _call(name: str, *arguments: int, device: torch.device) -> None:
-    module: ModuleType = _native.load(device.type)
-    if device.type == "cuda":
-        stream = torch.cuda.current_stream(device).cuda_stream
-        getattr(module, name)(*arguments, device.index, stream)
-    else:
-        getattr(module, name)(*arguments)
 
 
 def _check(

@@ -218,14 +218,14 @@ class SketchBatch(Batch):
         self.mean = torch.addcmul(mean, share, delta).to(self.dtype)
         self._delta, self._numbers = delta.unsqueeze(1), table[:, 3:]
         self._weight, self._squares = weight.unsqueeze(2), squares.unsqueeze(2)
-        self._along: dict[int, Tensor] = {}
+        self._along = delta.new_empty(len(states), self.width, 1)
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """See :class:`Batch`."""
         if not self._native:
             return super().measure()
-        self._whole_along, core, metric = fold_measure(*self._native_inputs())
-        self._along = {c.start: self._whole_along[c].unsqueeze(2) for c in self.chunks}
+        along, core, metric = fold_measure(*self._native_inputs())
+        self._along = along.unsqueeze(2)
         return core, metric
 
     def renew(self, sound: Tensor, kept: Sequence[int]) -> list[Tensor]:
@@ -235,7 +235,7 @@ class SketchBatch(Batch):
         inputs = self._native_inputs()
         rows = inputs[0][0].new_empty(sum(kept), self._delta.shape[2])
         before = list(rows.split(list(kept)))
-        fold_rows(*inputs, self._whole_along, self.found.mixing, sound, before)
+        fold_rows(*inputs, self._along.squeeze(2), self.found.mixing, sound, before)
         return before
 
     def _native_inputs(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -247,12 +247,12 @@ class SketchBatch(Batch):
         products = stacked([s.products for s in self.sums[chunk]])
         delta, squares = self._delta[chunk], self._squares[chunk]
         if wide is not None:
-            self._along[chunk.start] = (wide @ delta.mT) * self._weight[chunk]
+            torch.mul(wide @ delta.mT, self._weight[chunk], out=self._along[chunk])
         if self.free and wide is not None:  # faster on a CPU, same bits
             image = products.to(torch.float64, copy=True).addcmul_(wide, squares)
         else:  # promoted to float64 on the way, in one kernel
             image = torch.addcmul(products, basis, squares)
-        return image.baddbmm_(self._along[chunk.start], delta, alpha=-1)
+        return image.baddbmm_(self._along[chunk], delta, alpha=-1)
 
 
 class GramBatch(Batch):

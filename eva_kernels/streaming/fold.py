@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..ops.eigh import eigh
 from . import _host
-from ._basis import repair
+from ._basis import cholesky_qr, repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, SketchBatch, chunk_bytes, decompose
-from .nystrom import CUT, graded_scale
+from .nystrom import CUT, graded_scale, whiten
 from .state import GramState, SketchState, StepSums
 
 __all__ = ["first_basis", "fold", "fold_gram", "scatter_about_mean"]
@@ -105,17 +105,15 @@ def _spanning(image: Tensor, basis: Tensor, ceiling: int) -> Tensor:
     """
     core = image @ basis.mT
     scale = graded_scale(core[None])[0]
-    values, vectors = (
-        found[0].flip(-1) for found in eigh((core * torch.outer(scale, scale))[None])
-    )
+    scaled = core * torch.outer(scale, scale)
+    values, vectors = (found.flip(-1) for found in eigh(scaled[None]))
     index = torch.arange(len(image), device=image.device)
-    alive = (values > CUT) & (index < ceiling)
-    mixing = scale[:, None] * vectors * torch.where(alive, values, 1.0).rsqrt()
+    alive = (values[0] > CUT) & (index < ceiling)
+    mixing = scale[:, None] * whiten(values, vectors)[0]
     rows = torch.where(alive[:, None], mixing.mT @ image, basis)
     rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     for _ in range(2):
-        lower = torch.linalg.cholesky_ex(rows @ rows.mT)[0]
-        rows = torch.linalg.solve_triangular(lower, rows, upper=False)
+        rows, _ = cholesky_qr(rows)
     return torch.where(rows.isfinite().all(), rows, basis).contiguous()
 
 

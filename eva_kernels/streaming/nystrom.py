@@ -14,7 +14,7 @@ from ..ops.eigh import eigh
 from . import _host
 from ._basis import correction
 
-__all__ = ["CUT", "NOISE", "Nystrom", "graded_scale", "nystrom"]
+__all__ = ["CUT", "NOISE", "Nystrom", "graded_scale", "nystrom", "whiten"]
 
 # Squares below this share of the largest are rounding noise (singular values below 1e-6 of it).
 NOISE = 1e-12
@@ -68,7 +68,7 @@ def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -
     # Symmetric but for rounding: the factorisations below read the lower triangle only.
     core, metric = core.mul_(outer), metric.mul_(outer)
     free = _host.reads_are_free(core.device)
-    whitener = _whitener(core) if free else _whiten(*eigh(core))
+    whitener = _whitener(core) if free else whiten(*eigh(core))
     image = whitener.mT @ metric @ whitener
     squares, rotation = torch.linalg.eigh(image) if free else eigh(image)
     squares, rotation = squares.flip(1).clamp_min(0), rotation.flip(2)
@@ -116,11 +116,12 @@ def _whitener(core: Tensor) -> Tensor:
     singular = torch.nonzero(~regular).flatten()
     if singular.numel():
         whitener = whitener.clone()
-        whitener[singular] = _whiten(*torch.linalg.eigh(core[singular]))
+        whitener[singular] = whiten(*torch.linalg.eigh(core[singular]))
     return whitener
 
 
-def _whiten(values: Tensor, vectors: Tensor) -> Tensor:
+def whiten(values: Tensor, vectors: Tensor) -> Tensor:
+    """Return T with ``T T^T`` the pseudo-inverse, below CUT, of (L, Q, Q) from its eigenpairs."""
     return vectors * torch.where(values > CUT, values.rsqrt(), 0.0)[:, None, :]
 
 

@@ -14,6 +14,7 @@ No activation travels. At the end all get the leader's result, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -92,11 +93,12 @@ class _Report:
     slots: tuple[_Waiting, ...]
     error: str | None
 
-    def waiting(self, cell: Cell) -> _Waiting | None:
-        return next((w for w in self.slots if cell[0] in w.members), None)
+    @functools.cached_property
+    def of_layer(self) -> dict[int, _Waiting]:
+        return {i: waiting for waiting in self.slots for i in waiting.members}
 
     def pending(self, cell: Cell) -> int:
-        found = self.waiting(cell)
+        found = self.of_layer.get(cell[0])
         return 0 if found is None else found.pending
 
 
@@ -153,7 +155,8 @@ class Processes:
                 if self.leads:
                     run.tokens += sum(report.tokens for report in reports[1:])
                     run.forwards += not (reports[0].ran or last)
-                decision = self._decide(run, merged, last, begin, bar)
+                own = self._lead(run, merged, last, begin, bar) if self.leads else None
+                decision = self._follow(run, self._from_leader(own))
                 if decision.stop:
                     return decision.done
 
@@ -230,7 +233,7 @@ class Processes:
             if not self.leads:
                 hand_over(stream)
                 continue
-            others = [w for w in (report.waiting(cell) for report in reports[1:]) if w is not None]
+            others = [r.of_layer[cell[0]] for r in reports[1:] if cell[0] in r.of_layer]
             absorb(stream, sum(w.pending for w in others), sum(w.skipped for w in others))
         fresh = [cell for cell in waiting if cell[0] not in self._known]
         return self._merge(run, reports, fresh) if fresh else []
@@ -273,17 +276,8 @@ class Processes:
             parcels.append((record, {name: t.cpu() for name, t in tensors.items()}))
         return parcels
 
-    def _decide(
-        self,
-        run: CalibrationPass,
-        merged: Sequence[InputStream],
-        last: bool,
-        begin: float,
-        bar: Any,
-    ) -> _Decision:
-        """Let the leader end the step, and tell all what came of it."""
-        own = self._lead(run, merged, last, begin, bar) if self.leads else None
-        decision: _Decision = self._from_leader(own)
+    def _follow(self, run: CalibrationPass, decision: _Decision) -> _Decision:
+        """Do what the leader has decided, on every process."""
         self._raise_if(decision.error, 0)
         if decision.stop:
             return decision
@@ -299,6 +293,7 @@ class Processes:
         begin: float,
         bar: Any,
     ) -> _Decision:
+        """End the step, and say what came of it."""
         try:
             if self._error is not None:
                 raise self._error
@@ -356,14 +351,9 @@ def _told(error: Exception) -> str:
 
 def _common_cells(reports: Sequence[_Report]) -> list[Cell]:
     """Return the layers that share an input on every process that was called with one."""
-    places: dict[int, list[int]] = defaultdict(lambda: [-1] * len(reports))
-    for rank, report in enumerate(reports):
-        for number, slot in enumerate(report.slots):
-            for i in slot.members:
-                places[i][rank] = number
-    cells: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i in sorted(places):
-        cells[tuple(places[i])].append(i)
+    cells: dict[tuple[_Waiting | None, ...], list[int]] = defaultdict(list)
+    for i in sorted({i for report in reports for i in report.of_layer}):
+        cells[tuple(report.of_layer.get(i) for report in reports)].append(i)
     return [tuple(cell) for cell in cells.values()]
 
 
