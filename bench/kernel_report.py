@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from eva_kernels.kernels.sequence import Call, LaunchSequence
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDTHS = (64, 128, 256)
-# Tokens that take a tile of their own; float16 uses the one of float32 with smaller operands.
-TOKENS = {"bf16": 2, "fp32": 4}
 TENSOR_CORE = {
     "wgmma": r"wgmma\.mma_async",
     "mma.sync": r"(?<![.\w])mma\.sync",
@@ -57,96 +58,78 @@ def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict
         return [record for records in pool.map(child, archs) for record in records]
 
 
-def kernels(arch: str) -> Iterator[tuple[Any, dict[str, Any], Any, str, str]]:
-    """Yield (kernel, constants, tile or None, tokens, name) of everything that is launched."""
-    from eva_kernels.kernels import gram, sketch
-    from eva_kernels.kernels.launch import GRAM_TILES, SKETCH_TILES, rows_of_a_thread
+def launches(arch: str) -> Iterator[tuple[str, str, LaunchSequence]]:
+    """Yield (suffix of the names, tokens, sequence) of everything that is launched.
 
-    # Row indices and split precision: the code with the most in it.
-    full = {"HAS_ROWS": True, "HIGH": True}
-    for width in WIDTHS:
-        shared = {**full, "BLOCK_Q": width}
-        block_n = sketch.finish_tokens(width)
-        small = {"FLAGS": 1, "BLOCK_N": block_n, "BLOCK_D": 64, "CENTRED": False}
-        for kernel in (sketch.prepare_kernel, sketch.finish_kernel):
-            yield kernel, shared | small, None, "bf16", f"{kernel.__name__} Q={width}"
-        for tokens, itemsize in TOKENS.items():
-            centred = tokens != "bf16"
-            project, back = SKETCH_TILES[arch][width].of(centred)
-            for kernel, tile in ((sketch.project_kernel, project), (sketch.back_kernel, back)):
-                constants = shared | {
-                    "CENTRED": centred,
-                    "FLAGS": 256 if kernel is sketch.project_kernel else tile.block_d // 64,
-                    "FOLD": rows_of_a_thread(tile, itemsize),
-                }
-                yield kernel, constants, tile, tokens, f"{kernel.__name__} Q={width}"
-            constants = shared | {"CENTRED": centred, "FLAGS": back.block_d // 64, "BLOCK_D": 64}
-            yield sketch.collect_kernel, constants, None, tokens, f"collect_kernel Q={width}"
-    for tokens, itemsize in TOKENS.items():
-        tile = GRAM_TILES[arch].of(itemsize)
-        for direct in (True, False):
-            constants = full | {"DIRECT": direct, "FOLD": rows_of_a_thread(tile, itemsize)}
-            yield gram.gram_kernel, constants, tile, tokens, f"gram_kernel direct={direct}"
-            constants = {"DIRECT": direct, "BLOCK_D": tile.block_d}
-            yield gram.collect_kernel, constants, None, tokens, f"gram collect direct={direct}"
+    With row indices and split precision: the code with the most in it.
+    """
+    import torch
+
+    from eva_kernels.kernels import gram, sketch
+    from eva_kernels.kernels.launch import ARCHS as KNOWN
+
+    # The tile for float16 is that for float32, with smaller operands.
+    for tokens, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
+        for q in WIDTHS:
+            found = sketch.sketch_sequence(8192, q, 4096, 4096, dtype, True, True, KNOWN[arch])
+            yield f" Q={q}", tokens, found
+        for d in (512, 4096):  # the splits of narrow tokens are added by another kernel
+            found = gram.gram_sequence(8192, d, d, dtype, True, True, KNOWN[arch])
+            yield f" gram D={d}", tokens, found
 
 
 def compile_for(arch: str) -> list[dict[str, Any]]:
     """Compile what is launched on an architecture, in this process."""
     from triton.backends.compiler import GPUTarget
 
-    from eva_kernels.kernels.launch import ARCHS as LIMITS
-    from eva_kernels.kernels.launch import stages
-    from eva_kernels.kernels.sketch import small_warps
+    from eva_kernels.kernels.launch import ARCHS as KNOWN
 
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch[:3] == "sm_" else None
     target = target or GPUTarget("hip", arch, 64)
     records = []
-    for kernel, constants, tile, tokens, name in kernels(arch):
-        options: dict[str, Any] = {"num_warps": 4}
-        if tile is not None:
-            constants = {"BLOCK_N": tile.block_n, "BLOCK_D": tile.block_d} | constants
-            indirect = "project" not in name  # there the addresses are loaded before the loop
-            depth = stages(tile, indirect, LIMITS[arch])
-            options = {"num_warps": tile.num_warps, "num_stages": depth}
-        elif name.startswith("gram"):
-            options["num_warps"] = 8 if constants["BLOCK_D"] == 128 else 4
-        elif "finish" not in name:
-            options["num_warps"] = small_warps(constants["BLOCK_Q"])
-        code = _compile(kernel, constants, tokens, target, options)
-        records.append(
-            {
-                "arch": arch,
-                "kernel": name,
-                "tokens": tokens,
-                "tile": None if tile is None else [tile.block_n, tile.block_d],
-                **options,
-                **_resources(code),
-                "shared_limit": LIMITS[arch].shared_bytes,
-            }
-        )
+    for suffix, tokens, sequence in launches(arch):
+        for call in sequence.calls:
+            tile = [call.constants.get(name) for name in ("BLOCK_N", "BLOCK_D")]
+            streams = "num_stages" in call.options
+            code = _compile(call, sequence, tokens, target)
+            records.append(
+                {
+                    "arch": arch,
+                    "kernel": call.kernel.__name__ + suffix,
+                    "tokens": tokens,
+                    "tile": tile if streams else None,
+                    **{k: v for k, v in call.options.items() if k.startswith("num_")},
+                    **_resources(code),
+                    "shared_limit": KNOWN[arch].shared_bytes,
+                }
+            )
     return records
 
 
-def _compile(kernel: Any, constants: dict[str, Any], tokens: str, target: Any, options: Any) -> Any:
+def _compile(call: Call, sequence: LaunchSequence, tokens: str, target: Any) -> Any:
+    """Compile as a launch on aligned tensors would."""
     import triton
     from triton.compiler import ASTSource
 
-    names = list(kernel.arg_names)
-    types = {"x_ptr": f"*{tokens}", "rows_ptr": "*i64", "flags_ptr": "*i32", "stride_xn": "i64"}
-    types |= {"high_ptr": "*bf16", "low_ptr": "*bf16"}
-    if kernel.__name__ == "collect_kernel":
-        types |= {"shift_ptr": "*fp64", "square_ptr": "*fp64"}
-    constants = {name: value for name, value in constants.items() if name in names}
-    signature, aligned = {}, {}
-    for i, name in enumerate(names):
-        default = "*fp32" if name.endswith("_ptr") else "i32"
-        signature[name] = "constexpr" if name in constants else types.get(name, default)
-        # As at a launch with D a multiple of 16: without it nothing is loaded 16 bytes at a time.
-        if name.endswith("_ptr") or name in ("d", "pitch", "stride_xn"):
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options=options)
+    types = {"x": f"*{tokens}", "rows": "*i64", "shift": "*fp64", "square": "*fp64"}
+    names = {"float32": "*fp32", "bfloat16": "*bf16", "int32": "*i32"}
+    parts = {
+        k: names[str(dtype).removeprefix("torch.")] for k, (_, dtype) in sequence.parts.items()
+    }
+    types = dict.fromkeys(sequence.given, "*fp32") | types | parts
+    values = [types[name] for name in call.pointers] + ["i32"] * len(call.numbers)
+    constants = call.own_constants
+    signature = dict(zip(call.kernel.arg_names, values, strict=False))
+    signature |= dict.fromkeys(constants, "constexpr")
+    first = len(call.pointers)
+    whole = [
+        i
+        for i, number in enumerate(call.numbers, first)
+        if number % 16 == 0 and not call.kernel.params[i].do_not_specialize
+    ]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in [*range(first), *whole]}
+    source = ASTSource(call.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options=dict(call.options))
 
 
 def _resources(code: Any) -> dict[str, Any]:
@@ -157,6 +140,8 @@ def _resources(code: Any) -> dict[str, Any]:
         "shared": code.metadata.shared,
         "tensor_core": {k: v for k, v in found.items() if v},
         "in_flight": in_flight(code.asm["ttgir"]),
+        "exchanged": exchanged(code.asm["ttgir"]),
+        "early": early(text),
     }
     if "amdgcn" in code.asm:
         spilled = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text)
@@ -183,6 +168,21 @@ def in_flight(ttgir: str) -> int:
     return found
 
 
+def exchanged(ttgir: str) -> int:
+    """Count the products whose rows move to other threads before the next product adds to them.
+
+    Through shared memory, in every round; and some were multiplied twice, see ``warps_share_rows``.
+    """
+    return len(re.findall(r"ttg\.convert_layout .*, #mma\d*> -> tensor<\w+, #mma\d*>", ttgir))
+
+
+def early(ptx: str) -> bool:
+    """Tell whether memory is touched before the kernel in front is known to be over."""
+    touched = re.search(r"\b(?:ld|st|red|atom)\.global|cp\.async|cp\.reduce", ptx)
+    wait = ptx.find("griddepcontrol.wait")
+    return "griddepcontrol" in ptx and touched is not None and not 0 <= wait < touched.start()
+
+
 def _usage(cubin: bytes) -> dict[str, int]:
     import triton
 
@@ -200,7 +200,7 @@ def _usage(cubin: bytes) -> dict[str, int]:
 def predictions() -> list[dict[str, Any]]:
     """Return what bytes and flops allow a sketch on an H200, by shape and width."""
     from eva_kernels.kernels.launch import ARCHS as KNOWN
-    from eva_kernels.kernels.sketch import plan_sketch
+    from eva_kernels.kernels.sketch_plan import plan_sketch
 
     rows = []
     for n, d in SHAPES:
@@ -241,6 +241,10 @@ def faults(records: list[dict[str, Any]]) -> list[str]:
             found.append(f"{name}: {record['shared']} bytes of shared memory")
         if record["in_flight"]:
             found.append(f"{name}: a product is in flight at the end of a round of its loop")
+        if record["early"]:
+            found.append(f"{name}: memory is touched before the kernel in front is over")
+        if record["exchanged"]:
+            found.append(f"{name}: a product changes hands between two steps")
         streams = any(k in record["kernel"] for k in ("project", "back", "gram_kernel"))
         if streams and not record["tensor_core"]:
             found.append(f"{name}: no tensor-core instruction")

@@ -14,11 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import GRAM_TILES, Arch, Tile, rows_of_a_thread, stages
-from .primitives import add_product, add_sums, load_tokens, split_bf16, sum_all
+from .launch import GRAM_TILES, Arch, Tile, options, rows_of_a_thread, stages
+from .primitives import (
+    add_product,
+    add_splits,
+    add_sums,
+    begin_kernel,
+    load_tokens,
+    split_bf16,
+    sum_all,
+)
 from .sequence import Call, LaunchSequence
 
-__all__ = ["GramPlan", "launch_gram", "plan_gram"]
+__all__ = ["GramPlan", "gram_sequence", "launch_gram", "plan_gram"]
 
 ALIGNMENT = 256
 
@@ -41,13 +49,14 @@ def gram_kernel(
     x_ptr, rows_ptr, pivot_ptr, out_ptr, shift_ptr, square_ptr,
     n, d, stride_xn, blocks_per_split,
     HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, DIRECT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Add to the scatter matrix (DIRECT), or write this split's share to (splits, D, D).
 
     Programs on the diagonal also write the sums of x - p, (splits, D), and of its squares,
     (splits, blocks of D).
     """
+    begin_kernel(DEPENDENT)
     pid_i = tl.program_id(0)
     pid_j = tl.program_id(1)
     pid_s = tl.program_id(2)
@@ -84,7 +93,7 @@ def gram_kernel(
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS)
             centred = tl.where(m_x, x.to(tl.float32) - pivot_i[None, :], 0.0)
-            shift, square = add_sums(shift, square, centred, BLOCK_N, BLOCK_D, FOLD)
+            shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
         tl.store(shift_ptr + pid_s * tl.cast(d, tl.int64) + o_i, tl.sum(shift, 0), mask=o_i < d)
         total = tl.sum(tl.sum(square, axis=0), axis=0)
         tl.store(square_ptr + pid_s * tl.num_programs(0) + pid_i, total)
@@ -94,9 +103,10 @@ def gram_kernel(
 def collect_kernel(
     partial_ptr, shift_partial_ptr, square_partial_ptr, scatter_ptr, shift_ptr, square_ptr,
     d, splits, square_blocks,
-    DIRECT: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIRECT: tl.constexpr, BLOCK_D: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Add the splits to the scatter matrix (unless DIRECT), shift (D,) and square ()."""
+    begin_kernel(DEPENDENT)
     pid_i = tl.program_id(0)
     pid_j = tl.program_id(1)
     if pid_j < pid_i:
@@ -116,9 +126,8 @@ def collect_kernel(
             _store_mirrored(scatter_ptr, acc, o_i, o_j, d, True, True)
     if pid_i == pid_j:
         shift = tl.load(shift_ptr + o_i, mask=o_i < d, other=0.0)
-        for s in range(splits):
-            p_shift = shift_partial_ptr + s * tl.cast(d, tl.int64) + o_i
-            shift += tl.load(p_shift, mask=o_i < d, other=0.0).to(tl.float64)
+        step = tl.cast(d, tl.int64)
+        shift = add_splits(shift, shift_partial_ptr, o_i, o_i < d, splits, step)
         tl.store(shift_ptr + o_i, shift, mask=o_i < d)
     if (pid_i == 0) & (pid_j == 0):
         tl.store(square_ptr, tl.load(square_ptr) + sum_all(square_partial_ptr, square_blocks))
@@ -168,31 +177,32 @@ PARTS = ("scatter_parts", "shift_parts", "square_parts")
 
 
 @functools.lru_cache(maxsize=1024)
-def _sequence(
+def gram_sequence(
     n: int, d: int, stride: int, dtype: torch.dtype, has_rows: bool, high: bool, arch: Arch
 ) -> LaunchSequence:
+    """Return the launches of a scatter matrix of tokens of one kind, the same object every time."""
     plan = plan_gram(n, d, dtype.itemsize, arch)
     tile, direct = plan.tile, plan.splits == 1
     d_blocks = triton.cdiv(d, tile.block_d)
-    warps = {"num_warps": tile.num_warps, "enable_fp_fusion": True}
+    common = {"DIRECT": direct, "BLOCK_D": tile.block_d, "DEPENDENT": arch.dependent_launch}
     add = Call(
         gram_kernel,
         (d_blocks, d_blocks, plan.splits),
         ("x", "rows", "pivot", "scatter" if direct else PARTS[0], *PARTS[1:]),
         (n, d, stride, plan.blocks),
         {
-            "HAS_ROWS": has_rows, "HIGH": high, "DIRECT": direct, "BLOCK_N": tile.block_n,
-            "BLOCK_D": tile.block_d, "FOLD": rows_of_a_thread(tile, dtype.itemsize),
+            **common, "HAS_ROWS": has_rows, "HIGH": high, "BLOCK_N": tile.block_n,
+            "FOLD": rows_of_a_thread(tile, dtype.itemsize),
         },
-        {**warps, "num_stages": stages(tile, has_rows, arch)},
+        options(arch, tile.num_warps, stages(tile, has_rows, arch)),
     )  # fmt: skip
     collect = Call(
         collect_kernel,
         (d_blocks, d_blocks),
         (*PARTS, "scatter", "shift", "square"),
         (d, plan.splits, plan.splits * d_blocks),
-        {"DIRECT": direct, "BLOCK_D": tile.block_d},
-        warps,
+        common,
+        options(arch, tile.num_warps),
     )
     parts = {name: (plan.offsets[name], torch.float32) for name in PARTS}
     return LaunchSequence([add, collect], GIVEN, parts)
@@ -218,5 +228,5 @@ def launch_gram(
         arch: of the device.
     """
     n, d = len(x) if rows is None else len(rows), x.shape[1]
-    sequence = _sequence(n, d, x.stride(0), x.dtype, rows is not None, high, arch)
+    sequence = gram_sequence(n, d, x.stride(0), x.dtype, rows is not None, high, arch)
     sequence.run((x, rows, pivot, scatter, shift, square), workspace)

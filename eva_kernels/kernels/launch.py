@@ -8,6 +8,7 @@ memory has room for. ``bench kernel-report`` prints the evidence for each of the
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -84,6 +85,7 @@ class Arch:
         indirect_stages: more stages of a loop whose addresses are loaded in it. The compiler for
             NVIDIA spreads such a chain of loads over stages: two more give the tokens the same
             depth, and take the same shared memory but for the indices.
+        dependent_launch: a kernel can be launched before the one that it waits for is over.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Arch:
     shared_bytes: int
     least_q: int
     indirect_stages: int = 2
+    dependent_launch: bool = False
 
 
 # The largest chip of each family: only the number of splits depends on it.
@@ -99,9 +102,10 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
         "sm_80": Arch("sm_80", 108, 166_912, 16),
         "sm_86": Arch("sm_86", 84, 101_376, 16),
         "sm_89": Arch("sm_89", 142, 101_376, 16),
-        "sm_90": Arch("sm_90", 132, 232_448, 64),  # wgmma has 64 rows
-        "sm_100": Arch("sm_100", 148, 232_448, 64),  # so has tcgen05.mma
-        "sm_120": Arch("sm_120", 188, 101_376, 16),
+        # wgmma has 64 rows, and so has tcgen05.mma
+        "sm_90": Arch("sm_90", 132, 232_448, 64, dependent_launch=True),
+        "sm_100": Arch("sm_100", 148, 232_448, 64, dependent_launch=True),
+        "sm_120": Arch("sm_120", 188, 101_376, 16, dependent_launch=True),
         "gfx942": Arch("gfx942", 304, 65_536, 16, indirect_stages=0),
     }
 )
@@ -109,17 +113,19 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
 # Order in each entry: project, back, project_centred, back_centred. Where two tiles compile without
 # spilling, the larger one is taken, then the deeper one.
 #
-# A warpgroup multiplies 64 rows of V or P at once: Q = 64 is one warpgroup, and two programs share
-# a multiprocessor; Q = 128 is two. 256 rows leave registers for 64 columns only.
+# A warpgroup multiplies 64 rows of V or P at once. At Q = 64 back has one of them, and two programs
+# share a multiprocessor; project has two, for 256 tokens: V is read half as often, and on an H200
+# the L2 cache was what limited tiles of 128 (75 MB more of X took 47 us more, at 6.4 TB/s).
+# Q = 128 is two warpgroups. 256 rows leave registers for 64 columns only.
 _HOPPER = {
     64: SketchTiles(
-        Tile(128, 64, 4, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)
+        Tile(256, 64, 8, 3), Tile(64, 128, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2)
     ),
     128: SketchTiles(
         Tile(128, 64, 8, 3), Tile(64, 128, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
     ),
     256: SketchTiles(
-        Tile(64, 64, 8, 3), Tile(32, 64, 8, 3), Tile(32, 64, 8, 3), Tile(64, 64, 8, 2)
+        Tile(64, 64, 8, 3), Tile(32, 64, 8, 3), Tile(32, 64, 8, 3), Tile(32, 64, 8, 3)
     ),
 }
 # The accumulator lies in tensor memory, not in registers: wider tiles than Hopper's at Q = 64.
@@ -135,10 +141,11 @@ _BLACKWELL = {
         Tile(64, 64, 8, 3), Tile(16, 64, 8, 3), Tile(32, 64, 8, 3), Tile(64, 64, 8, 2)
     ),
 }
-# mma.sync takes both operands from registers, so that four warps spill what eight hold.
+# mma.sync takes both operands from registers, so that four warps spill what eight hold from 128
+# rows of V or P on.
 _AMPERE = {
     64: SketchTiles(
-        Tile(128, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
+        Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)
     ),
     128: SketchTiles(
         Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3), Tile(64, 64, 8, 3)
@@ -150,7 +157,7 @@ _AMPERE = {
 # 99 KiB of shared memory: two stages, and narrow tiles at Q = 256.
 _SMALL = {
     64: SketchTiles(
-        Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
+        Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 8, 2)
     ),
     128: SketchTiles(
         Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)
@@ -198,6 +205,40 @@ GRAM_TILES: Mapping[str, GramTiles] = MappingProxyType(
 def stages(tile: Tile, indirect: bool, arch: Arch) -> int:
     """Return the stages of a loop over tokens; the address of an indirect one is loaded before."""
     return tile.num_stages + (arch.indirect_stages if indirect else 0)
+
+
+def options(arch: Arch, num_warps: int, num_stages: int | None = None) -> dict[str, int | bool]:
+    """Return the compiler's options for a kernel."""
+    found: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    if num_stages is not None:
+        found["num_stages"] = num_stages
+    if arch.dependent_launch:
+        found["launch_pdl"] = True
+    return found
+
+
+def splits_to_fill(programs: int, rounds: int, most: int, tile: Tile, arch: Arch) -> int:
+    """Return into how many parts to split the loop of a kernel that streams tokens.
+
+    Args:
+        programs: of the kernel without splits.
+        rounds: of its loop without splits.
+        most: splits, at most.
+        tile: of the kernel.
+        arch: of the device.
+
+    Returns:
+        The fewest splits that take at most a tenth longer than the best; at least 1.
+    """
+    # A thread takes more than 128 registers: eight warps fill a multiprocessor.
+    at_once = arch.processors * max(1, 8 // tile.num_warps)
+
+    def duration(splits: int) -> int:
+        return math.ceil(programs * splits / at_once) * math.ceil(rounds / splits)
+
+    counts = range(1, max(1, min(most, rounds)) + 1)
+    shortest = min(map(duration, counts))
+    return next(splits for splits in counts if duration(splits) <= 1.1 * shortest)
 
 
 def rows_of_a_thread(tile: Tile, itemsize: int) -> int:

@@ -11,14 +11,27 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-__all__ = ["INTERPRET", "add_half_product", "add_product", "add_sums", "dot", "load_tokens"]
-__all__ += ["split_bf16", "sum_all", "sum_rows", "to_bf16"]
+__all__ = ["INTERPRET", "add_half_product", "add_product", "add_splits", "add_sums"]
+__all__ += ["begin_kernel", "dot", "load_tokens", "split_bf16", "sum_all", "sum_rows", "to_bf16"]
 
 # As triton reads it, when it is imported: setting the variable later mixes both modes.
 INTERPRET = tl.constexpr(
     os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "yes", "y")
 )
+
+
+@triton.jit
+def begin_kernel(DEPENDENT: tl.constexpr):
+    """Begin a kernel: wait until the one before it is over and all that it wrote can be read.
+
+    DEPENDENT: it was launched before that (programmatic dependent launch), so that its set-up costs
+    no time. Then the next one may be set up from here on.
+    """
+    if DEPENDENT and not INTERPRET:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -66,6 +79,20 @@ def load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS: tl.constex
 
 
 @triton.jit
+def warps_share_rows(acc):
+    """Tell whether a product has fewer rows than its warps multiply at once, 16 each.
+
+    Triton gives each warp rows of its own where another product adds to a product, so that the
+    warps beyond the last row repeat what others do, and moves the sum to threads of another layout
+    through shared memory. Products that begin at zero stay where they are.
+    """
+    if INTERPRET:
+        return False
+    else:
+        return acc.shape[0] < 16 * cuda.num_warps()
+
+
+@triton.jit
 def add_product(acc, a_high, a_low, b_high, b_low, HIGH: tl.constexpr):
     """Return acc + a @ b; all but the product of the low planes if HIGH, else the high ones.
 
@@ -77,7 +104,13 @@ def add_product(acc, a_high, a_low, b_high, b_low, HIGH: tl.constexpr):
     tile = tl.zeros_like(acc)
     if HIGH:
         tile = dot(a_low, b_high, tile)
+        if warps_share_rows(acc):
+            acc += tile
+            tile = tl.zeros_like(acc)
         tile = dot(a_high, b_low, tile)
+        if warps_share_rows(acc):
+            acc += tile
+            tile = tl.zeros_like(acc)
     return acc + dot(a_high, b_high, tile)
 
 
@@ -87,32 +120,43 @@ def add_half_product(acc, a_high, a_low, b, HIGH: tl.constexpr):
     tile = tl.zeros_like(acc)
     if HIGH:
         tile = dot(a_low, b, tile)
+        if warps_share_rows(acc):
+            acc += tile
+            tile = tl.zeros_like(acc)
     return acc + dot(a_high, b, tile)
 
 
 @triton.jit
-def add_sums(
-    shift, square, centred,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    """Add the column sums of a tile, and those of its squares, to (BLOCK_N // FOLD, BLOCK_D).
+def add_sums(shift, square, centred, ROWS: tl.constexpr):
+    """Add the column sums of a tile, and those of its squares, to (ROWS, BLOCK_D).
 
-    FOLD is how many rows a thread holds; they lie BLOCK_N // FOLD apart, so nothing is exchanged.
+    Rows that are ROWS apart are added; where a thread holds just these, nothing is exchanged.
     """
-    tile = tl.reshape(centred, (FOLD, BLOCK_N // FOLD, BLOCK_D))
+    FOLD: tl.constexpr = centred.shape[0] // ROWS
+    tile = tl.reshape(centred, (FOLD, ROWS, centred.shape[1]))
     return shift + tl.sum(tile, axis=0), square + tl.sum(tile * tile, axis=0)
 
 
 @triton.jit
-def sum_rows(ptr, o_q, rows, BLOCK_Q: tl.constexpr):
-    """Return the column sums of a float32 matrix (rows, BLOCK_Q).
+def add_splits(acc, ptr, offset, mask, splits, step):
+    """Return acc plus the tiles at ``ptr + s * step + offset`` for s in 0 .. splits - 1, in order.
 
-    Many rows at a time: a loop over single ones would wait for memory once for each.
+    Four are loaded before the first is added: one at a time would wait for memory once for each.
     """
+    for s in range(0, splits, 4):
+        for i in tl.static_range(4):
+            m = mask & (tl.zeros_like(offset) + (s + i) < splits)
+            acc += tl.load(ptr + (s + i) * step + offset, mask=m, other=0.0).to(acc.dtype)
+    return acc
+
+
+@triton.jit
+def sum_rows(ptr, o_q, rows, BLOCK_Q: tl.constexpr):
+    """Return the column sums of a float32 matrix (rows, BLOCK_Q)."""
     BLOCK: tl.constexpr = 2048 // BLOCK_Q
     total = tl.zeros((BLOCK, BLOCK_Q), tl.float32)
-    for begin in range(0, rows, BLOCK):
-        o_r = begin + tl.arange(0, BLOCK)
+    for first in range(0, rows, BLOCK):
+        o_r = first + tl.arange(0, BLOCK)
         total += tl.load(
             ptr + o_r[:, None] * BLOCK_Q + o_q[None, :], mask=(o_r < rows)[:, None], other=0.0
         )
@@ -123,7 +167,7 @@ def sum_rows(ptr, o_q, rows, BLOCK_Q: tl.constexpr):
 def sum_all(ptr, count):
     """Return the sum of float32 numbers in float64."""
     total = tl.zeros((1024,), tl.float64)
-    for begin in range(0, count, 1024):
-        offset = begin + tl.arange(0, 1024)
+    for first in range(0, count, 1024):
+        offset = first + tl.arange(0, 1024)
         total += tl.load(ptr + offset, mask=offset < count, other=0.0).to(tl.float64)
     return tl.sum(total, axis=0)

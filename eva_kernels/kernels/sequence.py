@@ -31,7 +31,7 @@ class Call:
         grid: programs along one or two axes.
         pointers: names of the tensors, in the kernel's order.
         numbers: integers that follow them.
-        constants: its constexpr arguments, by name.
+        constants: by name, all of its constexpr arguments; what it has not is left out.
         options: of the compiler, ``num_warps`` and such.
     """
 
@@ -43,10 +43,15 @@ class Call:
     options: Mapping[str, Any]
 
     @property
+    def own_constants(self) -> dict[str, Any]:
+        """The constexpr arguments of the kernel, in its order."""
+        names = self.kernel.arg_names[len(self.pointers) + len(self.numbers) :]
+        return {name: self.constants[name] for name in names}
+
+    @property
     def values(self) -> tuple[Any, ...]:
         """Everything that follows the pointers, in the kernel's order."""
-        names = self.kernel.arg_names[len(self.pointers) + len(self.numbers) :]
-        return (*self.numbers, *(self.constants[name] for name in names))
+        return (*self.numbers, *self.own_constants.values())
 
 
 class LaunchSequence:
@@ -104,7 +109,9 @@ class LaunchSequence:
         for call in self.calls:
             pointers = (named[name] for name in call.pointers)
             compiled.append(
-                call.kernel[call.grid](*pointers, *call.numbers, **call.constants, **call.options)
+                call.kernel[call.grid](
+                    *pointers, *call.numbers, **call.own_constants, **call.options
+                )
             )
         if _can_be_kept(workspace.device):
             self._ready[key] = [

@@ -17,37 +17,35 @@ Nothing is added atomically: every partial sum has a place of its own, and the o
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SKETCH_TILES, Arch, Tile, rows_of_a_thread, stages
+from .launch import Arch, options, rows_of_a_thread, stages
 from .primitives import (
     add_half_product,
     add_product,
+    add_splits,
     add_sums,
+    begin_kernel,
     load_tokens,
     split_bf16,
     sum_all,
     sum_rows,
 )
 from .sequence import Call, LaunchSequence
+from .sketch_plan import COLLECT_BLOCK, FINISH_BLOCK, FLAG_BLOCK, plan_sketch, small_block
 
-__all__ = ["SketchPlan", "launch_sketch", "plan_sketch"]
+__all__ = ["launch_sketch", "sketch_sequence"]
 
-# Features that are centred or not together; a launch's feature blocks are multiples of it.
-FLAG_BLOCK = tl.constexpr(64)
 # A pivot this many times the spread leaves 1e-6 of the spread to float32's cancellation.
 LARGE_OFFSET = tl.constexpr(16.0)
 # Tokens that tell the spread; a wrong guess costs time or digits, never the answer.
 SAMPLE = tl.constexpr(32)
-# What the rows of P are padded to, and what parts of the workspace start at.
-PITCH, ALIGNMENT = 64, 256
-# Entries of a tile of Q by tokens in finish.
-FINISH_TILE = 4096
+# Features that a program of collect takes where it adds sums.
+SUMS_BLOCK = tl.constexpr(512)
 
 
 @triton.jit
@@ -57,16 +55,25 @@ def _load_basis(basis_ptr, o_q, o_d, q, d):
     return tl.load(basis_ptr + o_q.to(tl.int64)[:, None] * d + o_d[None, :], mask=m_v, other=0.0)
 
 
+@triton.jit
+def _add_rows(rows_ptr, out_ptr, rows, BLOCK_Q: tl.constexpr):
+    """Write the column sums of (rows, BLOCK_Q): once, beside a kernel that takes longer."""
+    o_q = tl.arange(0, BLOCK_Q)
+    tl.store(out_ptr + o_q, sum_rows(rows_ptr, o_q, rows, BLOCK_Q))
+
+
 @triton.jit(do_not_specialize=["n", "q"])
 def prepare_kernel(
     x_ptr, rows_ptr, basis_ptr, pivot_ptr, high_ptr, low_ptr, along_ptr, flags_ptr,
     n, q, d, stride_xn,
     HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Write V as planes (BLOCK_Q, D), V p of this block (blocks, BLOCK_Q), and its flag.
 
     A flagged block has zero planes and no V p: it is left to the centred path.
     """
+    begin_kernel(DEPENDENT)
     pid = tl.program_id(0)
     o_d = pid * BLOCK_D + tl.arange(0, BLOCK_D)
     o_q = tl.arange(0, BLOCK_Q)
@@ -93,24 +100,40 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=["n", "q", "blocks_per_split"])
 def project_kernel(
-    x_ptr, rows_ptr, basis_ptr, pivot_ptr, high_ptr, low_ptr, flags_ptr, partial_ptr,
+    x_ptr, rows_ptr, basis_ptr, pivot_ptr, high_ptr, low_ptr, flags_ptr, along_ptr,
+    partial_ptr, offset_ptr,
     n, q, d, pitch, stride_xn, blocks_per_split,
     HAS_ROWS: tl.constexpr, CENTRED: tl.constexpr, HIGH: tl.constexpr, FLAGS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Write this split's share of V x (V (x - p) where centred) to partial (splits, Q, N)."""
+    """Write this split's share of V x (V (x - p) where centred) to partial (splits, Q, N).
+
+    Programs beyond the last token block: the first adds V p of all blocks to offset (Q,).
+    """
+    begin_kernel(DEPENDENT)
     pid_n = tl.program_id(0)
     pid_s = tl.program_id(1)
+    if pid_n * BLOCK_N >= n:
+        if pid_s == 0:
+            _add_rows(along_ptr, offset_ptr, tl.cdiv(d, FLAG_BLOCK), BLOCK_Q)
+        return
     o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_q = tl.arange(0, BLOCK_Q)
     begin = pid_s * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, tl.cdiv(d, BLOCK_D))
     acc = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
-    flagged = CENTRED
-    if not CENTRED:
+    if CENTRED:
         for i in range(begin, end):
             o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-            x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
+            acc = _add_centred(
+                acc, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_n, o_q, o_d, n, q, d, stride_xn,
+                HAS_ROWS, HIGH,
+            )  # fmt: skip
+    else:
+        for i in range(begin, end):
+            o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
+            x, _ = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
             p_plane = o_q.to(tl.int64)[:, None] * d + o_d[None, :]
             m_d = (o_d < d)[None, :]
             v_high = tl.load(high_ptr + p_plane, mask=m_d, other=0.0)
@@ -118,33 +141,52 @@ def project_kernel(
             if HIGH:
                 v_low = tl.load(low_ptr + p_plane, mask=m_d, other=0.0)
             acc = add_half_product(acc, v_high, v_low, tl.trans(x), HIGH)
+    p_partial = partial_ptr + (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * pitch
+    tl.store(p_partial + o_n[None, :], acc, mask=(o_n < pitch)[None, :])
+    if not CENTRED:
         o_flag = tl.arange(0, FLAGS)
         flags = tl.load(flags_ptr + begin + o_flag, mask=o_flag < end - begin, other=0)
-        flagged = tl.max(flags, axis=0) > 0
-    if flagged:
-        for i in range(begin, end):
-            needed = CENTRED
-            if not CENTRED:
-                needed = tl.load(flags_ptr + i) > 0
-            if needed:
-                o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-                x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
-                pivot = tl.load(pivot_ptr + o_d, mask=o_d < d, other=0.0)
-                centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
-                x_high, x_low = split_bf16(tl.trans(centred))
-                v_high, v_low = split_bf16(_load_basis(basis_ptr, o_q, o_d, q, d))
-                acc = add_product(acc, v_high, v_low, x_high, x_low, HIGH)
-    p_partial = (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * pitch + o_n[None, :]
-    tl.store(partial_ptr + p_partial, acc, mask=(o_n < pitch)[None, :])
+        if tl.max(flags, axis=0) > 0:
+            # A quarter of the tokens at a time: centred tiles take many registers.
+            tl.debug_barrier()  # the sums above were written by other threads
+            PART: tl.constexpr = BLOCK_N // 4
+            for part in range(4):
+                o_part = pid_n * BLOCK_N + part * PART + tl.arange(0, PART)
+                m_part = (o_part < pitch)[None, :]
+                some = tl.load(p_partial + o_part[None, :], mask=m_part, other=0.0)
+                for i in range(begin, end):
+                    if tl.load(flags_ptr + i) > 0:
+                        o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
+                        some = _add_centred(
+                            some, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_part, o_q, o_d, n, q, d,
+                            stride_xn, HAS_ROWS, HIGH,
+                        )  # fmt: skip
+                tl.store(p_partial + o_part[None, :], some, mask=m_part)
 
 
-@triton.jit(do_not_specialize=["n", "splits", "along_blocks"])
+@triton.jit
+def _add_centred(
+    acc, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_n, o_q, o_d, n, q, d, stride_xn,
+    HAS_ROWS: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """Return acc + V (x - p) of a block of features, both factors split in registers."""
+    x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
+    pivot = tl.load(pivot_ptr + o_d, mask=o_d < d, other=0.0)
+    centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
+    x_high, x_low = split_bf16(tl.trans(centred))
+    v_high, v_low = split_bf16(_load_basis(basis_ptr, o_q, o_d, q, d))
+    return add_product(acc, v_high, v_low, x_high, x_low, HIGH)
+
+
+@triton.jit(do_not_specialize=["n", "splits"])
 def finish_kernel(
-    partial_ptr, along_ptr, high_ptr, low_ptr, sums_ptr,
-    n, pitch, splits, along_blocks,
+    partial_ptr, offset_ptr, high_ptr, low_ptr, sums_ptr,
+    n, pitch, splits,
     CENTRED: tl.constexpr, HIGH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Write P as planes (BLOCK_Q, pitch), 0 beyond the tokens, and its sums over this block."""
+    begin_kernel(DEPENDENT)
     pid = tl.program_id(0)
     o_n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
     o_q = tl.arange(0, BLOCK_Q)
@@ -152,10 +194,9 @@ def finish_kernel(
     p_out = o_q.to(tl.int64)[:, None] * pitch + o_n[None, :]
     p = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
     step = tl.cast(BLOCK_Q, tl.int64) * pitch
-    for s in range(splits):
-        p += tl.load(partial_ptr + s * step + p_out, mask=m_n, other=0.0)
+    p = add_splits(p, partial_ptr, p_out, m_n, splits, step)
     if not CENTRED:
-        p -= sum_rows(along_ptr, o_q, along_blocks, BLOCK_Q)[:, None]
+        p -= tl.load(offset_ptr + o_q)[:, None]
     p = tl.where((o_n < n)[None, :], p, 0.0)
     high, low = split_bf16(p)
     used = high.to(tl.float32)
@@ -166,21 +207,28 @@ def finish_kernel(
     tl.store(sums_ptr + pid * BLOCK_Q + o_q, tl.sum(used, axis=1))
 
 
-@triton.jit(do_not_specialize=["n", "blocks_per_split"])
+@triton.jit(do_not_specialize=["n", "blocks_per_split", "sums_blocks"])
 def back_kernel(
-    x_ptr, rows_ptr, pivot_ptr, high_ptr, low_ptr, flags_ptr,
-    products_ptr, shift_ptr, square_ptr,
-    n, d, pitch, stride_xn, blocks_per_split,
+    x_ptr, rows_ptr, pivot_ptr, high_ptr, low_ptr, flags_ptr, sums_ptr,
+    products_ptr, shift_ptr, square_ptr, total_ptr,
+    n, d, pitch, stride_xn, blocks_per_split, sums_blocks,
     HAS_ROWS: tl.constexpr, CENTRED: tl.constexpr, HIGH: tl.constexpr, FLAGS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Write this split's P x^T (P (x - p)^T where centred), sum of x - p and of its squares.
 
     To (splits, BLOCK_Q, D), (splits, D) and (splits, blocks of D). FOLD: rows of a tile that are
     added before they join the running sums, so that these take few registers.
+    Programs beyond the last feature block: the first adds the sums of P to total (Q,).
     """
+    begin_kernel(DEPENDENT)
     pid_d = tl.program_id(0)
     pid_s = tl.program_id(1)
+    if pid_d * BLOCK_D >= d:
+        if pid_s == 0:
+            _add_rows(sums_ptr, total_ptr, sums_blocks, BLOCK_Q)
+        return
     o_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     o_q = tl.arange(0, BLOCK_Q)
     m_d = o_d < d
@@ -194,11 +242,12 @@ def back_kernel(
     shift = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
     square = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
     if flagged:
-        for i in range(begin, end):
-            o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+        PART: tl.constexpr = BLOCK_N if CENTRED or FOLD == 1 or BLOCK_N < 32 else BLOCK_N // 2
+        for i in range(begin * (BLOCK_N // PART), end * (BLOCK_N // PART)):
+            o_n = i * PART + tl.arange(0, PART)
             x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
             centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
-            shift, square = add_sums(shift, square, centred, BLOCK_N, BLOCK_D, FOLD)
+            shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
             x_high, x_low = split_bf16(centred)
             p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH)
             acc = add_product(acc, p_high, p_low, x_high, x_low, HIGH)
@@ -209,12 +258,12 @@ def back_kernel(
             p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH)
             acc = add_half_product(acc, p_high, p_low, x, HIGH)
             centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
-            shift, square = add_sums(shift, square, centred, BLOCK_N, BLOCK_D, FOLD)
+            shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
     p_out = (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * d + o_d[None, :]
     tl.store(products_ptr + p_out, acc, mask=m_d[None, :])
     tl.store(shift_ptr + pid_s.to(tl.int64) * d + o_d, tl.sum(shift, axis=0), mask=m_d)
     total = tl.sum(tl.sum(square, axis=0), axis=0)
-    tl.store(square_ptr + pid_s * tl.num_programs(0) + pid_d, total)
+    tl.store(square_ptr + pid_s * tl.cdiv(d, BLOCK_D) + pid_d, total)
 
 
 @triton.jit
@@ -236,116 +285,50 @@ def _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH: tl.constexpr):
     return high, low
 
 
-@triton.jit(do_not_specialize=["q", "splits", "sums_blocks", "square_blocks"])
+@triton.jit(do_not_specialize=["q", "splits", "square_blocks"])
 def collect_kernel(
-    partial_ptr, shift_partial_ptr, square_partial_ptr, sums_ptr, flags_ptr, pivot_ptr,
+    partial_ptr, shift_partial_ptr, square_partial_ptr, total_ptr, flags_ptr, pivot_ptr,
     products_ptr, shift_ptr, square_ptr,
-    q, d, splits, sums_blocks, square_blocks,
+    q, d, splits, square_blocks,
     CENTRED: tl.constexpr, FLAGS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits of a block of features to products (Q, D), shift (D,) and square ().
+    """Add the splits of a block of features to products (Q, D).
 
-    FLAGS blocks make one of back's, which is corrected for the pivot as a whole or not at all.
+    FLAGS flags are those of a block of back, which is corrected for the pivot as a whole or not at
+    all. Programs beyond the last block add to shift (D,) and square ().
     """
+    begin_kernel(DEPENDENT)
     pid = tl.program_id(0)
+    blocks = tl.cdiv(d, BLOCK_D)
+    if pid >= blocks:
+        o_d = (pid - blocks) * SUMS_BLOCK + tl.arange(0, SUMS_BLOCK)
+        shift = tl.load(shift_ptr + o_d, mask=o_d < d, other=0.0)
+        for s in range(splits):
+            part = tl.load(
+                shift_partial_ptr + s * tl.cast(d, tl.int64) + o_d, mask=o_d < d, other=0.0
+            )
+            shift += part.to(tl.float64)
+        tl.store(shift_ptr + o_d, shift, mask=o_d < d)
+        if pid == blocks:
+            tl.store(square_ptr, tl.load(square_ptr) + sum_all(square_partial_ptr, square_blocks))
+        return
     o_d = pid * BLOCK_D + tl.arange(0, BLOCK_D)
     o_q = tl.arange(0, BLOCK_Q)
     m_d = o_d < d
+    m_out = (o_q < q)[:, None] & m_d[None, :]
     p_products = o_q.to(tl.int64)[:, None] * d + o_d[None, :]
-    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    shift = tl.zeros((BLOCK_D,), tl.float64)
-    step = tl.cast(BLOCK_Q, tl.int64) * d
-    for s in range(splits):
-        acc += tl.load(partial_ptr + s * step + p_products, mask=m_d[None, :], other=0.0)
-        part = tl.load(shift_partial_ptr + s * d.to(tl.int64) + o_d, mask=m_d, other=0.0)
-        shift += part.to(tl.float64)
+    before = tl.load(products_ptr + p_products, mask=m_out, other=0.0)
+    pivot = tl.load(pivot_ptr + o_d, mask=m_d, other=0.0)
     corrected = not CENTRED
     if not CENTRED:
-        corrected = not _any_flag(flags_ptr, pid // FLAGS, d, FLAGS)
+        corrected = not _any_flag(flags_ptr, pid // (FLAGS * FLAG_BLOCK // BLOCK_D), d, FLAGS)
+    step = tl.cast(BLOCK_Q, tl.int64) * d
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    acc = add_splits(acc, partial_ptr, p_products, m_d[None, :], splits, step)
     if corrected:
-        sums = sum_rows(sums_ptr, o_q, sums_blocks, BLOCK_Q)
-        pivot = tl.load(pivot_ptr + o_d, mask=m_d, other=0.0)
-        acc -= sums[:, None] * pivot[None, :]
-    m_out = (o_q < q)[:, None] & m_d[None, :]
-    acc += tl.load(products_ptr + p_products, mask=m_out, other=0.0)
-    tl.store(products_ptr + p_products, acc, mask=m_out)
-    tl.store(shift_ptr + o_d, tl.load(shift_ptr + o_d, mask=m_d, other=0.0) + shift, mask=m_d)
-    if pid == 0:
-        tl.store(square_ptr, tl.load(square_ptr) + sum_all(square_partial_ptr, square_blocks))
-
-
-@dataclass(frozen=True)
-class SketchPlan:
-    """Tiles and splits of one launch, and where its partial results lie.
-
-    Attributes:
-        block_q: rows of V and P, padded.
-        project, back: tiles of the kernels that stream tokens.
-        pitch: tokens, padded: row length of P.
-        splits_d: over features, of project; ``blocks_d`` feature blocks each.
-        splits_n: over tokens, of back; ``blocks_n`` token blocks each.
-        offsets: byte offset of every part of the workspace.
-        nbytes: of the workspace.
-    """
-
-    block_q: int
-    project: Tile
-    back: Tile
-    pitch: int
-    splits_d: int
-    blocks_d: int
-    splits_n: int
-    blocks_n: int
-    offsets: dict[str, int]
-    nbytes: int
-
-
-def finish_tokens(block_q: int) -> int:
-    """Return how many tokens a program of finish takes."""
-    return FINISH_TILE // block_q
-
-
-def small_warps(block_q: int) -> int:
-    """Return the warps of the kernels whose tiles are (block_q, FLAG_BLOCK)."""
-    return max(4, block_q // 32)
-
-
-@functools.lru_cache(maxsize=1024)
-def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan:
-    """Return how to sketch (n, d) tokens with a basis (q, d)."""
-    block_q = max(arch.least_q, triton.next_power_of_2(q), 16)
-    by_width = SKETCH_TILES[arch.name]
-    width = min(width for width in by_width if width >= block_q)
-    project, back = by_width[width].of(centred)
-    pitch = triton.cdiv(n, PITCH) * PITCH
-    # Two programs on a multiprocessor, unless the partial sums would outweigh half of X.
-    slots = 2 * arch.processors
-    k_blocks, n_blocks = triton.cdiv(d, project.block_d), triton.cdiv(n, back.block_n)
-    splits_d = min(slots // triton.cdiv(n, project.block_n), d // (4 * block_q), k_blocks)
-    splits_n = min(slots // triton.cdiv(d, back.block_d), n // (4 * block_q), n_blocks)
-    blocks_d = triton.cdiv(k_blocks, max(1, splits_d))
-    blocks_n = triton.cdiv(n_blocks, max(1, splits_n))
-    splits_d, splits_n = triton.cdiv(k_blocks, blocks_d), triton.cdiv(n_blocks, blocks_n)
-    flag_blocks, d_blocks = triton.cdiv(d, FLAG_BLOCK.value), triton.cdiv(d, back.block_d)
-    parts = {
-        "v_high": 2 * block_q * d,
-        "v_low": 2 * block_q * d,
-        "along": 4 * flag_blocks * block_q,
-        "flags": 4 * flag_blocks,
-        "projected": 4 * splits_d * block_q * pitch,
-        "p_high": 2 * block_q * pitch,
-        "p_low": 2 * block_q * pitch,
-        "sums": 4 * triton.cdiv(pitch, finish_tokens(block_q)) * block_q,
-        "products_parts": 4 * splits_n * block_q * d,
-        "shift_parts": 4 * splits_n * d,
-        "square_parts": 4 * splits_n * d_blocks,
-    }
-    offsets, end = {}, 0
-    for name, nbytes in parts.items():
-        offsets[name], end = end, end + triton.cdiv(nbytes, ALIGNMENT) * ALIGNMENT
-    return SketchPlan(
-        block_q, project, back, pitch, splits_d, blocks_d, splits_n, blocks_n, offsets, end
-    )  # fmt: skip
+        acc -= tl.load(total_ptr + o_q)[:, None] * pivot[None, :]
+    tl.store(products_ptr + p_products, acc + before, mask=m_out)
 
 
 # The tensors of a launch, in order, and the dtype of every part of the workspace.
@@ -354,11 +337,13 @@ PART_DTYPES = {
     "v_high": torch.bfloat16,
     "v_low": torch.bfloat16,
     "along": torch.float32,
+    "offset": torch.float32,
     "flags": torch.int32,
     "projected": torch.float32,
     "p_high": torch.bfloat16,
     "p_low": torch.bfloat16,
     "sums": torch.float32,
+    "total": torch.float32,
     "products_parts": torch.float32,
     "shift_parts": torch.float32,
     "square_parts": torch.float32,
@@ -368,75 +353,76 @@ SPLIT = ("products_parts", "shift_parts", "square_parts")
 
 
 @functools.lru_cache(maxsize=1024)
-def _sequence(
+def sketch_sequence(
     n: int, q: int, d: int, stride: int, dtype: torch.dtype, has_rows: bool, high: bool, arch: Arch
 ) -> LaunchSequence:
+    """Return the launches of a sketch of tokens of one kind, the same object every time."""
     centred = dtype != torch.bfloat16
     plan = plan_sketch(n, q, d, centred, arch)
     project, back = plan.project, plan.back
     flag_blocks = triton.cdiv(d, FLAG_BLOCK.value)
-    finish_block = finish_tokens(plan.block_q)
+    finish_block = small_block(plan.block_q, FINISH_BLOCK)
     finish_blocks = triton.cdiv(plan.pitch, finish_block)
     d_blocks = triton.cdiv(d, back.block_d)
+    collect_block = small_block(plan.block_q, COLLECT_BLOCK)
     flags_of_block = back.block_d // FLAG_BLOCK.value
-    width, rows, high_ = {"BLOCK_Q": plan.block_q}, {"HAS_ROWS": has_rows}, {"HIGH": high}
-    path, feature_block = {"CENTRED": centred}, {"BLOCK_D": FLAG_BLOCK.value}
-    small = {"num_warps": small_warps(plan.block_q), "enable_fp_fusion": True}
+    small_warps = max(8, plan.block_q // 16)
+    # A program that adds what the next kernel needs, see project and back.
+    extra = 0 if centred else 1
+    # What every kernel is compiled for, and what those that stream tokens are besides.
+    common = {"HIGH": high, "BLOCK_Q": plan.block_q, "DEPENDENT": arch.dependent_launch}
+    common["CENTRED"] = centred
     prepare = Call(
         prepare_kernel,
         (flag_blocks,),
         ("x", "rows", "basis", "pivot", *V_PLANES, "along", "flags"),
         (n, q, d, stride),
-        {**rows, **high_, **width, **feature_block},
-        small,
+        {**common, "HAS_ROWS": has_rows, "BLOCK_D": FLAG_BLOCK.value},
+        options(arch, max(4, plan.block_q // 32)),
     )
     calls = [
         Call(
             project_kernel,
-            (triton.cdiv(n, project.block_n), plan.splits_d),
-            ("x", "rows", "basis", "pivot", *V_PLANES, "flags", "projected"),
+            (triton.cdiv(n, project.block_n) + extra, plan.splits_d),
+            ("x", "rows", "basis", "pivot", *V_PLANES, "flags", "along", "projected", "offset"),
             (n, q, d, plan.pitch, stride, plan.blocks_d),
             {
-                **rows, **path, **high_, **width, "FLAGS": triton.next_power_of_2(flag_blocks),
+                **common, "HAS_ROWS": has_rows, "FLAGS": triton.next_power_of_2(flag_blocks),
                 "BLOCK_N": project.block_n, "BLOCK_D": project.block_d,
             },
-            _options(project, project.num_stages),
+            options(arch, project.num_warps, project.num_stages),
         ),
         Call(
             finish_kernel,
             (finish_blocks,),
-            ("projected", "along", *P_PLANES, "sums"),
-            (n, plan.pitch, plan.splits_d, flag_blocks),
-            {**path, **high_, **width, "BLOCK_N": finish_block},
-            {"num_warps": 4, "enable_fp_fusion": True},
+            ("projected", "offset", *P_PLANES, "sums"),
+            (n, plan.pitch, plan.splits_d),
+            {**common, "BLOCK_N": finish_block},
+            options(arch, small_warps),
         ),
         Call(
             back_kernel,
-            (d_blocks, plan.splits_n),
-            ("x", "rows", "pivot", *P_PLANES, "flags", *SPLIT),
-            (n, d, plan.pitch, stride, plan.blocks_n),
+            (d_blocks + extra, plan.splits_n),
+            ("x", "rows", "pivot", *P_PLANES, "flags", "sums", *SPLIT, "total"),
+            (n, d, plan.pitch, stride, plan.blocks_n, finish_blocks),
             {
-                **rows, **path, **high_, **width, "FLAGS": flags_of_block,
+                **common, "HAS_ROWS": has_rows, "FLAGS": flags_of_block,
                 "BLOCK_N": back.block_n, "BLOCK_D": back.block_d,
                 "FOLD": rows_of_a_thread(back, dtype.itemsize),
             },
-            _options(back, stages(back, has_rows, arch)),
+            options(arch, back.num_warps, stages(back, has_rows, arch)),
         ),
         Call(
             collect_kernel,
-            (flag_blocks,),
-            (*SPLIT, "sums", "flags", "pivot", "products", "shift", "square"),
-            (q, d, plan.splits_n, finish_blocks, plan.splits_n * d_blocks),
-            {**path, "FLAGS": flags_of_block, **width, **feature_block},
-            small,
+            (triton.cdiv(d, collect_block) + triton.cdiv(d, SUMS_BLOCK.value),),
+            (*SPLIT, "total", "flags", "pivot", "products", "shift", "square"),
+            (q, d, plan.splits_n, plan.splits_n * d_blocks),
+            {**common, "FLAGS": flags_of_block, "BLOCK_D": collect_block},
+            options(arch, small_warps),
         ),
     ]  # fmt: skip
     parts = {name: (plan.offsets[name], dtype) for name, dtype in PART_DTYPES.items()}
     return LaunchSequence(calls if centred else [prepare, *calls], GIVEN, parts)
-
-
-def _options(tile: Tile, num_stages: int) -> dict[str, int | bool]:
-    return {"num_warps": tile.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 def launch_sketch(
@@ -460,5 +446,5 @@ def launch_sketch(
         arch: of the device.
     """
     (q, d), n = basis.shape, len(x) if rows is None else len(rows)
-    sequence = _sequence(n, q, d, x.stride(0), x.dtype, rows is not None, high, arch)
+    sequence = sketch_sequence(n, q, d, x.stride(0), x.dtype, rows is not None, high, arch)
     sequence.run((x, rows, basis, pivot, products, shift, square), workspace)

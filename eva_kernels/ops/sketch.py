@@ -96,7 +96,7 @@ def sketch(
 
 def sketch_workspace_bytes(n: int, q: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return the bytes of scratch memory that Triton needs for (n, d) tokens and a (q, d) basis."""
-    from ..kernels.sketch import plan_sketch
+    from ..kernels.sketch_plan import plan_sketch
 
     return plan_sketch(n, q, d, dtype != torch.bfloat16, device_arch(device)).nbytes
 

@@ -18,7 +18,8 @@ from triton.runtime import driver, jit
 from eva_kernels.kernels import sequence
 from eva_kernels.kernels.gram import launch_gram, plan_gram
 from eva_kernels.kernels.launch import ARCHS
-from eva_kernels.kernels.sketch import launch_sketch, plan_sketch
+from eva_kernels.kernels.sketch import launch_sketch
+from eva_kernels.kernels.sketch_plan import plan_sketch
 
 STREAM = 7
 launched: list[tuple] = []

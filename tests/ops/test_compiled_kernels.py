@@ -59,7 +59,7 @@ def test_a_spill_an_overflow_and_a_missing_unit_are_faults():
     good = {
         "arch": "sm_90", "kernel": "back_kernel Q=64", "tokens": "bf16", "tile": [64, 128],
         "stack": 0, "shared": 1000, "shared_limit": 2000, "tensor_core": {"wgmma": 8},
-        "in_flight": 0,
+        "in_flight": 0, "exchanged": 0, "early": False,
     }  # fmt: skip
     assert kernel_report.faults([good]) == []
     for change, message in (
@@ -67,6 +67,8 @@ def test_a_spill_an_overflow_and_a_missing_unit_are_faults():
         ({"shared": 2001}, "2001 bytes of shared memory"),
         ({"tensor_core": {}}, "no tensor-core instruction"),
         ({"in_flight": 1}, "a product is in flight at the end of a round"),
+        ({"early": True}, "memory is touched before the kernel in front is over"),
+        ({"exchanged": 1}, "a product changes hands between two steps"),
     ):
         [fault] = kernel_report.faults([good | change])
         assert message in fault
@@ -78,6 +80,21 @@ def test_a_product_in_flight_is_counted():
     assert kernel_report.in_flight(product + wait.format(0) + leave) == 0
     assert kernel_report.in_flight(product + wait.format(1) + leave) == 1
     assert kernel_report.in_flight(product + wait.format(0) + product + leave + leave) == 1
+
+
+def test_a_product_that_changes_hands_is_counted():
+    change = "%t = ttg.convert_layout %w : tensor<64x128xf32, #mma1> -> tensor<64x128xf32, {}>\n"
+    assert kernel_report.exchanged(change.format("#mma")) == 1
+    assert kernel_report.exchanged(change.format("#blocked")) == 0
+
+
+def test_a_read_before_the_wait_is_told():
+    wait, read = "griddepcontrol.wait;\n", "ld.global.b32 %r1, [%rd1];\n"
+    leave = "griddepcontrol.launch_dependents;\n"
+    assert kernel_report.early(read + wait + leave)
+    assert kernel_report.early(read + leave)
+    assert not kernel_report.early(wait + leave + read)
+    assert not kernel_report.early(read)  # launched when the one in front is over
 
 
 def test_predictions_name_the_shapes_and_are_not_below_the_roofline():

@@ -20,6 +20,7 @@ from helpers import PLANES, relative
 
 launch = pytest.importorskip("eva_kernels.kernels.launch")
 kernel = pytest.importorskip("eva_kernels.kernels.sketch")
+sketch_plan = pytest.importorskip("eva_kernels.kernels.sketch_plan")
 pytestmark = pytest.mark.skipif(
     triton_unavailable("cuda" if torch.cuda.is_available() else "cpu") is not None,
     reason="Triton neither runs nor is interpreted here",
@@ -81,7 +82,7 @@ def test_tiles_of_every_architecture(arch: str, dtype: torch.dtype, device: torc
 
 def test_tiles_hold_whole_blocks_of_flags():
     # project skips by blocks of flags, back and collect centre whole tiles of them
-    flags = kernel.FLAG_BLOCK.value
+    flags = sketch_plan.FLAG_BLOCK.value
     for by_width in launch.SKETCH_TILES.values():
         assert list(by_width) == [64, 128, 256]
         for tiles in by_width.values():
@@ -99,10 +100,22 @@ def test_widths(q: int, dtype: torch.dtype, device: torch.device):
 
 @pytest.mark.parametrize(("n", "d"), [(1, 16), (40, 4096), (3000, 64), (64, 1025)])
 def test_splits_over_features_and_tokens(n: int, d: int, device: torch.device):
-    plan = kernel.plan_sketch(n, 16, d, False, launch.arch_of(device))
+    plan = sketch_plan.plan_sketch(n, 16, d, False, launch.arch_of(device))
     assert (plan.splits_d > 1) == (d > 1000)
     assert (plan.splits_n > 1) == (n == 3000)
     assert max(errors(decaying(n, d, device).bfloat16(), 16)) <= PLANES["high"]
+
+
+def test_splits_fill_the_chip():
+    narrow, wide = launch.Tile(64, 128, 4, 3), launch.Tile(64, 128, 8, 3)
+    splits, hopper = launch.splits_to_fill, launch.ARCHS["sm_90"]
+    assert splits(64, 64, 16, narrow, hopper) == 4  # 256 programs of the 264 at once
+    assert splits(64, 64, 16, wide, hopper) == 2
+    # 86 programs leave a third idle, and twice as many begin a second round for a few
+    assert splits(86, 128, 32, wide, hopper) == 3
+    assert splits(86, 128, 2, wide, hopper) == 1
+    assert splits(1, 5, 100, narrow, hopper) == 5  # not more than there are rounds
+    assert splits(1, 5, 0, narrow, hopper) == splits(1000, 64, 16, narrow, hopper) == 1
 
 
 @pytest.mark.parametrize("dtype", SHORT)

@@ -18,7 +18,11 @@ from ..record import ROOT
 # A rehearsal runs these alone: one file of an op, one of the method.
 REHEARSED = ("tests/ops/test_convergence.py", "tests/streaming/test_allocation.py")
 # These compile, and run on the CPU whatever the device.
-ELSEWHERE = ("tests/emulator", "tests/packaging/test_cuda_build.py")
+ELSEWHERE = (
+    "tests/emulator",
+    "tests/ops/test_compiled_kernels.py",
+    "tests/packaging/test_cuda_build.py",
+)
 # The check rehearses itself in these: not within the check.
 OWN = "tests/packaging/test_gpu_check.py::test_rehearsal"
 # What the suite imports beyond the package's own requirements; module -> package.

@@ -1,0 +1,94 @@
+"""Tiles and splits of a sketch, and what lies where in its workspace."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from .launch import SKETCH_TILES, Arch, Tile, splits_to_fill
+
+__all__ = ["COLLECT_BLOCK", "FINISH_BLOCK", "FLAG_BLOCK", "SketchPlan"]
+__all__ += ["plan_sketch", "small_block"]
+
+# Features that are centred or not together; a launch's feature blocks are multiples of it.
+FLAG_BLOCK = tl.constexpr(64)
+# What the rows of P are padded to, and what parts of the workspace start at.
+PITCH, ALIGNMENT = 64, 256
+# Tokens that a program of finish takes at most, and features that one of collect does. So few that
+# four tiles of a split fit the registers.
+FINISH_BLOCK, COLLECT_BLOCK, SMALL_TILE = 32, 32, 2048
+
+
+@dataclass(frozen=True)
+class SketchPlan:
+    """Tiles and splits of one launch, and where its partial results lie.
+
+    Attributes:
+        block_q: rows of V and P, padded.
+        project, back: tiles of the kernels that stream tokens.
+        pitch: tokens, padded: row length of P.
+        splits_d: over features, of project; ``blocks_d`` feature blocks each.
+        splits_n: over tokens, of back; ``blocks_n`` token blocks each.
+        offsets: byte offset of every part of the workspace.
+        nbytes: of the workspace.
+    """
+
+    block_q: int
+    project: Tile
+    back: Tile
+    pitch: int
+    splits_d: int
+    blocks_d: int
+    splits_n: int
+    blocks_n: int
+    offsets: dict[str, int]
+    nbytes: int
+
+
+def small_block(block_q: int, most: int) -> int:
+    """Return the columns of a tile with block_q rows in finish and collect."""
+    return max(16, min(most, SMALL_TILE // block_q))
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan:
+    """Return how to sketch (n, d) tokens with a basis (q, d)."""
+    block_q = max(arch.least_q, triton.next_power_of_2(q), 16)
+    by_width = SKETCH_TILES[arch.name]
+    width = min(width for width in by_width if width >= block_q)
+    project, back = by_width[width].of(centred)
+    pitch = triton.cdiv(n, PITCH) * PITCH
+    k_blocks, n_blocks = triton.cdiv(d, project.block_d), triton.cdiv(n, back.block_n)
+    # The partial sums must not outweigh half of X.
+    most_d, most_n = d // (4 * block_q), n // (4 * block_q)
+    programs_d, programs_n = triton.cdiv(n, project.block_n), triton.cdiv(d, back.block_d)
+    splits_d = splits_to_fill(programs_d, k_blocks, most_d, project, arch)
+    splits_n = splits_to_fill(programs_n, n_blocks, most_n, back, arch)
+    blocks_d = triton.cdiv(k_blocks, splits_d)
+    blocks_n = triton.cdiv(n_blocks, splits_n)
+    splits_d, splits_n = triton.cdiv(k_blocks, blocks_d), triton.cdiv(n_blocks, blocks_n)
+    flag_blocks, d_blocks = triton.cdiv(d, FLAG_BLOCK.value), triton.cdiv(d, back.block_d)
+    parts = {
+        "v_high": 2 * block_q * d,
+        "v_low": 2 * block_q * d,
+        "along": 4 * flag_blocks * block_q,
+        "offset": 4 * block_q,
+        "flags": 4 * flag_blocks,
+        "projected": 4 * splits_d * block_q * pitch,
+        "p_high": 2 * block_q * pitch,
+        "p_low": 2 * block_q * pitch,
+        "sums": 4 * triton.cdiv(pitch, small_block(block_q, FINISH_BLOCK)) * block_q,
+        "total": 4 * block_q,
+        "products_parts": 4 * splits_n * block_q * d,
+        "shift_parts": 4 * splits_n * d,
+        "square_parts": 4 * splits_n * d_blocks,
+    }
+    offsets, end = {}, 0
+    for name, nbytes in parts.items():
+        offsets[name], end = end, end + triton.cdiv(nbytes, ALIGNMENT) * ALIGNMENT
+    return SketchPlan(
+        block_q, project, back, pitch, splits_d, blocks_d, splits_n, blocks_n, offsets, end
+    )  # fmt: skip
