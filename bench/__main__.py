@@ -168,6 +168,25 @@ def kernels(seconds: float = 300.0, out: Path | None = None) -> None:
 
 
 @app.command()
+def tune(seconds: float = 200.0, out: Path | None = None) -> None:
+    """The sketch with other launch numbers, one thing changed at a time."""
+    import json
+
+    import torch
+
+    from .kernels import tune
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def put(rows: tune.Rows) -> None:
+        _put(json.dumps(rows, indent=1), out)
+
+    save = put if out is not None else lambda rows: None  # a table to the screen at the end only
+    rows = tune.run(device, small=device.type == "cpu", seconds=seconds, save=save)
+    print(tune.table(rows))
+
+
+@app.command()
 def kernel_report(
     arch: Annotated[list[str] | None, typer.Option(help="An architecture; all if none.")] = None,
     write: Annotated[bool, typer.Option(help="Keep the result in bench/results.")] = False,

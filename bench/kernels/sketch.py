@@ -82,8 +82,8 @@ def _make(
 
     fast = fast_path("triton", lambda name: run(name, blank()), device)
     names = [fast, "torch"]
-    truth = _truth(x, basis, pivot)
-    errors = {name: _error(functools.partial(run, name), blank(), truth) for name in names}
+    right = truth(x, basis, pivot)
+    errors = {name: _error(functools.partial(run, name), blank(), right) for name in names}
     sums = {name: blank() for name in names}
     competitors = {name: functools.partial(run, name, sums[name]) for name in names}
     if with_peft:
@@ -98,9 +98,10 @@ def _make(
     return Prepared(competitors, errors, ERROR_LIMITS[precision], 4.0 * passes * n * d * q, nbytes)
 
 
-def _truth(
+def truth(
     x: torch.Tensor, basis: torch.Tensor, pivot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return products (Q, D), shift (D,) and square () of the tokens in float64."""
     centred = x.double() - pivot.double()
     products = (centred @ basis.double().mT).mT @ centred
     return products, centred.sum(0), centred.square().sum()

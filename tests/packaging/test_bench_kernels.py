@@ -2,13 +2,14 @@
 
 import functools
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from bench import end_to_end
-from bench.kernels import _case, _timing, fold, sketch
+from bench.kernels import _case, _timing, fold, sketch, tune
 from bench.kernels._case import Case, Prepared
 from bench.kernels.run import all_cases
 from eva_kernels.errors import EvaRuntimeError
@@ -233,3 +234,55 @@ def test_a_method_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) 
     found = end_to_end.run("tiny", CPU)
     assert [row["status"] for row in found["rows"]] == ["measured", "failed"]
     assert found["rows"][1]["reason"] == "RuntimeError: out of memory"
+
+
+def test_tuning_changes_one_thing_at_a_time_and_leaves_the_table_alone() -> None:
+    sketch_plan = pytest.importorskip("eva_kernels.kernels.sketch_plan")
+    launch = pytest.importorskip("eva_kernels.kernels.launch")
+    table, arch = sketch_plan.SKETCH_TILES, launch.ARCHS["sm_90"]
+    tiles = dict(table)
+    seen = list(tune.changes(arch, 64, tiles))
+    for change in seen:
+        before, after = arch, change.arch
+        if change.arch.name == arch.name:
+            assert replace(after, dependent_launch=True) == before
+            continue
+        old, new = table["sm_90"][64], tiles[after.name][64]
+        assert sum(getattr(old, f) != getattr(new, f) for f in ("project", "back")) == 1
+        assert replace(after, name="sm_90") == before
+    assert len({change.label for change in seen}) == len(seen) > 10
+    assert sketch_plan.SKETCH_TILES is table
+
+
+def test_tuning_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = pytest.importorskip("eva_kernels.kernels.launch")
+    problem, arch = tune.Problem(64, 96, 16, CPU), launch.ARCHS["sm_90"]
+    change = tune.Change("as is", arch)
+    timer = _timing.CpuTimer()
+    assert tune.measure(problem, change, arch, timer, 0.01)["status"] == "timed"
+    right = problem.truth
+    problem.truth = (1.001 * right[0], *right[1:])
+    row = tune.measure(problem, change, arch, timer, 0.01)
+    assert row["status"] == "incorrect"
+    assert "wrong by 1" in row["reason"]
+    problem.truth = right
+    drift = iter((0.0, 1e-6))
+
+    def other(arch: Any, sums: tune.Sums) -> tune.Sums:
+        products = right[0].float() * (1 + next(drift))
+        return products, *right[1:]
+
+    monkeypatch.setattr(problem, "run", other)
+    assert problem.fault(arch) == "other bits in a second run"
+
+
+def test_tuning_goes_through_all_changes() -> None:
+    launch = pytest.importorskip("eva_kernels.kernels.launch")
+    saved: list[int] = []
+    rows = tune.run(CPU, small=True, seconds=0.0, save=lambda rows: saved.append(len(rows)))
+    assert {row["status"] for row in rows} == {"not reached"}
+    assert saved == list(range(1, len(rows) + 1))
+    assert rows[0]["change"] == "as is"
+    assert "not reached" in tune.table(rows)
+    arch = launch.ARCHS["sm_90"]
+    assert len(rows) == 1 + len(list(tune.changes(arch, 64, dict(launch.SKETCH_TILES))))

@@ -1,0 +1,208 @@
+"""Which launch numbers are fast: the sketch of bfloat16 tokens with one thing changed at a time.
+
+On a GPU this is what `kernels/launch.py` is to be filled from; on the CPU it only rehearses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from eva_kernels import ops
+from eva_kernels.kernels import sketch_plan
+from eva_kernels.kernels.launch import Arch, Tile, arch_of
+
+from . import sketch as cases
+from ._case import ERROR_LIMITS
+from ._timing import CpuTimer, CudaTimer, relative_error, time_together, timer_for
+
+Rows = list[dict[str, Any]]
+Sums = tuple[torch.Tensor, ...]
+# N, D, Q; the most telling first, for time may run out
+SHAPES = ((8192, 4096, 64), (2048, 4096, 64), (8192, 11008, 64), (8192, 4096, 128))
+# Width -> kernel -> tiles that compile for Hopper without spilling, or nearly.
+CANDIDATES: dict[int, dict[str, tuple[Tile, ...]]] = {
+    64: {
+        "project": (
+            Tile(128, 64, 4, 3), Tile(256, 64, 8, 3), Tile(256, 64, 8, 4), Tile(128, 64, 4, 4),
+            Tile(128, 64, 8, 3), Tile(64, 64, 4, 4),
+        ),
+        "back": (
+            Tile(64, 128, 4, 3), Tile(64, 128, 8, 3), Tile(64, 128, 4, 4), Tile(128, 128, 8, 2),
+            Tile(64, 256, 8, 3), Tile(32, 128, 4, 4), Tile(64, 64, 4, 4),
+        ),
+    },
+    128: {
+        "project": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(64, 64, 4, 3)),
+        "back": (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(64, 64, 8, 3)),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that differs from the launch table.
+
+    Attributes:
+        label: for tables.
+        arch: that the launchers are told; its tiles are known under its name.
+    """
+
+    label: str
+    arch: Arch
+
+
+def changes(arch: Arch, width: int, tiles: dict[str, Any]) -> Iterator[Change]:
+    """Yield what to try on a chip at a width of the sketch, and put its tiles into ``tiles``."""
+    known = tiles[arch.name]
+    if arch.dependent_launch:
+        yield Change("kernels one after another", replace(arch, dependent_launch=False))
+    for kernel, candidates in CANDIDATES[width].items():
+        for tile in candidates:
+            if tile == getattr(known[width], kernel):
+                continue
+            size = f"{tile.block_n} x {tile.block_d}"
+            label = f"{kernel} {size}, {tile.num_warps} warps, {tile.num_stages} stages"
+            tiles[label] = {**known, width: replace(known[width], **{kernel: tile})}
+            yield Change(label, replace(arch, name=label))
+
+
+@contextlib.contextmanager
+def told(arch: Arch) -> Iterator[None]:
+    """Let the sketch op believe that it runs on ``arch``."""
+    # the package's attribute of that name is the function
+    module = importlib.import_module("eva_kernels.ops.sketch")
+    with mock.patch.object(module, "device_arch", return_value=arch):
+        yield
+
+
+class Problem:
+    """Tokens and basis of one shape, what is right, and the sketch under any launch numbers."""
+
+    def __init__(self, n: int, d: int, q: int, device: torch.device) -> None:
+        self.x = cases.tokens(n, d, torch.bfloat16, device)
+        self.pivot = self.x[: n // 4].float().mean(0)
+        self.basis = torch.linalg.qr(torch.randn(d, q, device=device)).Q.mT.contiguous()
+        self.truth = cases.truth(self.x, self.basis, self.pivot)
+
+    def run(self, arch: Arch, sums: Sums) -> Sums:
+        """Add the batch to the sums, by the kernels."""
+        with told(arch):
+            ops.sketch(self.x, self.basis, self.pivot, *sums, backend="triton")
+        return sums
+
+    def fault(self, arch: Arch) -> str:
+        """Return what is wrong with the result on ``arch``, or an empty string."""
+        first, second = (self.run(arch, self.sums()) for _ in range(2))
+        error = max(relative_error(*pair) for pair in zip(first, self.truth, strict=True))
+        if not error <= ERROR_LIMITS["high"]:
+            return f"wrong by {error:.1e}"
+        same = all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+        return "" if same else "other bits in a second run"
+
+    def sums(self) -> Sums:
+        """Return sums of nothing in the dtypes of the state."""
+        products, shift, square = (torch.zeros_like(t) for t in self.truth)
+        return products.float(), shift, square
+
+
+def breakdown(run: Callable[[], Any], device: torch.device, count: int = 10) -> dict[str, float]:
+    """Return the median microseconds of every kernel of a call, caches cold; empty on the CPU."""
+    if device.type != "cuda":
+        return {}
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(count):
+            flush.zero_()
+            run()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.name.endswith("_kernel"):
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    return {name: sorted(times)[len(times) // 2] for name, times in found.items()}
+
+
+def measure(
+    problem: Problem, change: Change, arch: Arch, timer: CpuTimer | CudaTimer, budget: float
+) -> dict[str, Any]:
+    """Return one row: the time with a change over the time without, in turn."""
+    row: dict[str, Any] = {"change": change.label}
+    try:
+        fault = problem.fault(change.arch)
+        if fault:
+            return {**row, "status": "incorrect", "reason": fault}
+        runs = {
+            name: functools.partial(problem.run, which, problem.sums())
+            for name, which in (("changed", change.arch), ("as is", arch))
+        }
+        least = 2 if isinstance(timer, CpuTimer) else 5
+        times = time_together(runs, timer, budget=budget, least=least, most=30)
+    except Exception as error:  # the others are worth their time
+        return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+    medians = {name: found["ms"]["median"] for name, found in times.items()}
+    over = medians["changed"] / medians["as is"]
+    return {**row, "status": "timed", "ms": times["changed"]["ms"], "over_as_is": over}
+
+
+def run(
+    device: torch.device,
+    *,
+    small: bool = False,
+    seconds: float = 200.0,
+    save: Callable[[Rows], None] = lambda rows: None,
+) -> Rows:
+    """Measure shape by shape, change by change, while time is left.
+
+    Args:
+        device: where to measure.
+        small: one shape of a rehearsal.
+        seconds: nothing is begun later than this.
+        save: called with all rows so far after each.
+
+    Raises:
+        RuntimeError: there are no launch numbers for the device.
+    """
+    deadline, timer, rows = time.monotonic() + seconds, timer_for(device), []
+    arch = arch_of(device)
+    if isinstance(arch, str):
+        raise RuntimeError(arch)
+    tiles: dict[str, Any] = dict(sketch_plan.SKETCH_TILES)
+    with mock.patch.object(sketch_plan, "SKETCH_TILES", tiles):
+        for n, d, q in [(64, 96, 16)] if small else SHAPES:
+            problem = Problem(n, d, q, device)
+            width = min(width for width in CANDIDATES if width >= q)
+            same = Change("as is", arch)
+            kernels = breakdown(functools.partial(problem.run, arch, problem.sums()), device)
+            for change in (same, *changes(arch, width, tiles)):
+                if time.monotonic() > deadline:
+                    row: dict[str, Any] = {"change": change.label, "status": "not reached"}
+                else:
+                    row = measure(problem, change, arch, timer, 0.02 if small else 0.3)
+                rows.append({"shape": {"N": n, "D": d, "Q": q}, **row})
+                if change is same:
+                    rows[-1]["kernels_us"] = kernels
+                save(rows)
+    return rows
+
+
+def table(rows: Rows) -> str:
+    """Return the rows as text: microseconds, and the ratio to the launch table's."""
+    lines = []
+    for row in rows:
+        shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+        told = row["status"] if row["status"] == "not reached" else f"{row.get('reason', '')}"
+        if row["status"] == "timed":
+            told = f"{1e3 * row['ms']['median']:9.1f} us {row['over_as_is']:7.3f}"
+        lines.append(f"{shape:24} {row['change']:38} {told}")
+        lines += [f"{'':24} {k:38} {us:9.1f} us" for k, us in row.get("kernels_us", {}).items()]
+    return "\n".join(lines)
