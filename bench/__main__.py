@@ -54,6 +54,32 @@ def cost(
 
 
 @app.command()
+def depth(
+    config: Annotated[str, typer.Option(help="Which model.")] = "tiny",
+    layers: Annotated[list[int] | None, typer.Option(help="A depth; 2 and 6 if none.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A method.")] = None,
+    out: Out = RESULTS,
+) -> None:
+    """What initialisers would cost on a model too large to run, from a few of its layers."""
+    import json
+
+    from .cost import depth as benchmark
+    from .cost.configs import CONFIGS
+    from .methods import METHODS
+    from .sections import markdown
+
+    _check_names([config], CONFIGS)
+    _check_names(method or (), METHODS)
+    try:
+        path = benchmark.run(config, layers or (2, 6), method or benchmark.METHODS, out=out)
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
+    record = json.loads(path.read_text("utf-8"))
+    print(markdown(benchmark.sections(record)[0], record))
+
+
+@app.command()
 def scale(out: Out = RESULTS, full: Full = False) -> None:
     """Cost of a step against width, tokens, layers and rank; memory of 7B to 70B models."""
     from .scale.run import run
@@ -225,8 +251,15 @@ def families(
 
 
 @app.command()
-def end_to_end(config: str = "tiny", seconds: float = 600.0, out: Path | None = None) -> None:
-    """Plain forward, ours and PEFT's EVA on the shape of a model: "tiny" or "llama-2-7b"."""
+def end_to_end(
+    config: str = "tiny",
+    seconds: float = 600.0,
+    out: Path | None = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Profile of our steps, for a trace viewer; .gz is packed.")
+    ] = None,
+) -> None:
+    """Plain forward, ours and PEFT's EVA on the shape of a model."""
     import json
 
     import torch
@@ -235,7 +268,8 @@ def end_to_end(config: str = "tiny", seconds: float = 600.0, out: Path | None = 
 
     _check_names([config], benchmark.SETTINGS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _put(json.dumps(benchmark.run(config, device, seconds=seconds), indent=1), out)
+    found = benchmark.run(config, device, seconds=seconds, trace=trace)
+    _put(json.dumps(found, indent=1), out)
 
 
 @app.command()

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Setting:
             would be minutes for a real batch.
         r, rho: of the adapters.
         dtype: of the weights.
+        methods: names in ``METHODS``, in order of value.
     """
 
     model: dict[str, int]
@@ -58,6 +60,7 @@ class Setting:
     r: int
     rho: float
     dtype: torch.dtype
+    methods: tuple[str, ...] = ("plain", "ours", "peft")
 
 
 SETTINGS = {
@@ -78,6 +81,26 @@ SETTINGS = {
         r=16,
         rho=2.0,
         dtype=torch.bfloat16,
+    ),
+    # A vocabulary of 128,256: what an early exit saves.
+    "llama-3.1-8b": Setting(
+        model={
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        batches=(4, 8, 16),
+        length=512,
+        steps=6,
+        peft_steps=0,
+        hash_tokens=0,
+        r=16,
+        rho=2.0,
+        dtype=torch.bfloat16,
+        methods=("plain", "ours"),
     ),
     "tiny": Setting(
         model={
@@ -339,13 +362,28 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plan(setting: Setting) -> list[tuple[int, str]]:
     """Return (batch, method) in order of value: all on the first batch, then PEFT's last."""
     first, *others = setting.batches
-    quick = [name for name in METHODS if name != "peft"]
-    rows = [(first, name) for name in METHODS]
-    return rows + [(n, m) for n in others for m in quick] + [(n, "peft") for n in others]
+    quick = [name for name in setting.methods if name != "peft"]
+    slow = [name for name in setting.methods if name == "peft"]
+    rows = [(first, name) for name in setting.methods]
+    return rows + [(n, m) for names in (quick, slow) for n in others for m in names]
+
+
+def write_trace(bench: Bench, path: Path, steps: int = 3) -> None:
+    """Profile some steps of our pass, and write what a browser's trace viewer shows."""
+    bench.calibrate(steps)
+    with torch.profiler.profile() as profile:
+        bench.calibrate(steps)
+        bench.now()
+    profile.export_chrome_trace(str(path))
 
 
 def run(
-    config: str, device: torch.device, *, seconds: float = 600.0, save: Save = lambda found: None
+    config: str,
+    device: torch.device,
+    *,
+    seconds: float = 600.0,
+    save: Save = lambda found: None,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Measure in order of value while time is left.
 
@@ -354,6 +392,7 @@ def run(
         device: where to measure.
         seconds: nothing is begun that, going by the methods before, would end later.
         save: called with all that was found so far.
+        trace: where to write a profile of our steps on the first batch size.
     """
     setting, deadline = SETTINGS[config], time.monotonic() + seconds
     transformers.logging.set_verbosity_error()
@@ -384,4 +423,6 @@ def run(
         found["rows"].append(row)
         found["ratios"] = ratios(found["rows"])
         save(found)
+    if trace is not None:
+        write_trace(Bench(setting, model, setting.batches[0], device), trace)
     return found

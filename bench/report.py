@@ -22,6 +22,7 @@ Show = Callable[[Mapping[str, Any]], list[Section]]
 # Result files by pattern, in the order of the page, and the module that shows them.
 PARTS = {
     "cost-*": "bench.cost.show",
+    "depth-*": "bench.cost.depth",
     "scale": "bench.scale.show",
     "accuracy": "bench.accuracy.show",
     "quality": "bench.quality.show",

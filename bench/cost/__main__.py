@@ -27,13 +27,16 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     """Measure one method.
 
     Args:
-        question: ``config``, ``method``, ``batch`` and ``real`` (weights of the hub).
+        question: ``config``, ``method``, ``batch`` and ``real`` (weights of the hub); ``depth``,
+            layers of the model, if not all.
 
     Returns:
         ``runs``, a list with seconds and bytes by phase of every repetition, and what the first of
         them left behind.
     """
     config, method = CONFIGS[question["config"]], METHODS[question["method"]]
+    if "depth" in question:
+        config = config.with_depth(question["depth"])
     device, begin = config.device(), time.perf_counter()
     _warm_up(method, config, device)
     warm = time.perf_counter() - begin

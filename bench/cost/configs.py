@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,16 @@ class Config:
             for part in parts
         ]
 
+    def with_depth(self, count: int) -> Config:
+        """Return the same configuration with so many layers, and random weights."""
+
+        def make_config() -> PretrainedConfig:
+            made = self.make_config()
+            made.num_hidden_layers = count
+            return made
+
+        return replace(self, make_config=make_config, hub=None)
+
     def job(self, batches: list[Batch]) -> Job:
         """Return what a method is given."""
         most = self.passes * len(batches)
@@ -137,7 +147,7 @@ def warm_up_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def _large(name: str, hub: str) -> Config:
+def _large(name: str, hub: str | None) -> Config:
     # An epoch is the common-sense training set of the paper: 170,420 samples.
     sizes: dict[str, Any] = {"samples": 64, "length": 512, "batches": (16, 8, 4), "passes": 2}
     train: dict[str, Any] = {"epoch": 170_420, "train_batch": 8, "r": 16}
@@ -165,4 +175,5 @@ CONFIGS = {
     "llama-2-7b": _large("Llama-2-7B", "meta-llama/Llama-2-7b-hf"),
     "llama-3.1-8b": _large("Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
     "gemma-2-9b": _large("Gemma-2-9B", "google/gemma-2-9b"),
+    "llama-3.1-70b": _large("Llama-3.1-70B", None),  # whole, it needs 132 GiB for its weights
 }

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from bench.cost import __main__ as measuring
+from bench.cost import depth
 from bench.cost import run as running
 from bench.cost.configs import CONFIGS
 from bench.cost.show import HEADERS, in_words, sections, short
@@ -151,3 +152,41 @@ def test_words_and_cells() -> None:
     assert eva["reload"] == "off by 2.5e-01"
     assert [cells[0] for cells in short(record).rows] == [cells[0] for cells in section.rows]
     assert next(iter(section.figures.values()))() is not None
+
+
+def test_depths_are_measured_and_extrapolated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        depth, "ask_child", lambda module, question, seconds: measuring.answer(question)
+    )
+    path = depth.run("tiny", (3, 2), ["eva", "lora-ga"], batch=8, out=tmp_path, quiet=True)
+    record = json.loads(path.read_text())
+    measured, whole = record["rows"]["measured"], record["rows"]["whole"]
+    assert [(row["method"], row["depth"]) for row in measured] == [
+        ("eva", 2), ("eva", 3), ("lora-ga", 2), ("lora-ga", 3),
+    ]  # fmt: skip
+    assert [row["depth"] for row in whole] == [1, 1]
+    assert whole[0]["from"] == [2, 3]
+    assert "**extrapolated**" in depth.sections(record)[0].text
+    with pytest.raises(ValueError, match="two depths"):
+        depth.run("tiny", (2, 2), ["eva"], out=tmp_path, quiet=True)
+
+
+def test_a_line_through_two_depths() -> None:
+    def row(layers: int, seconds: float) -> dict[str, Any]:
+        figures = {name: {"median": seconds} for name in depth.FIGURES}
+        return {"method": "eva", "batch": 4, "depth": layers, **figures}
+
+    [found] = depth.extrapolate([row(6, 7.0), row(2, 3.0)], full=32)
+    assert found["init_s"] == 33.0
+    assert found["init_peak_of_a_layer"] == 1.0
+    [failed] = depth.extrapolate([row(2, 3.0), {**row(6, 1.0), "error": "no memory"}], full=32)
+    assert failed["error"] == "no memory"
+    assert "init_s" not in failed
+    assert "no memory" in depth._line(failed)
+
+
+def test_depth_of_a_configuration() -> None:
+    question = {"config": "tiny", "method": "lora", "batch": 16, "real": False, "depth": 2}
+    assert measuring.answer(question)["layers"] == 2 * 7  # targets of a layer

@@ -1,8 +1,10 @@
 """The benchmarks' own arithmetic: what is timed, what is refused, and what the numbers mean."""
 
 import functools
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,6 +200,8 @@ def test_end_to_end_plan_and_ratios() -> None:
     assert plan[:3] == [(4, "plain"), (4, "ours"), (4, "peft")]
     assert plan[-1] == (16, "peft")
     assert sorted(plan) == sorted((n, m) for n in (4, 8, 16) for m in end_to_end.METHODS)
+    plan = end_to_end.plan(end_to_end.SETTINGS["llama-3.1-8b"])
+    assert plan == [(n, name) for n in (4, 8, 16) for name in ("plain", "ours")]
     rows = [
         {"batch": 4, "method": name, "status": "measured", "step_s": {"median": seconds}}
         for name, seconds in (("plain", 1.0), ("ours", 1.04), ("peft", 10.4))
@@ -230,7 +234,8 @@ def test_a_method_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("out of memory")
 
     monkeypatch.setitem(end_to_end.METHODS, "ours", fail)
-    monkeypatch.delitem(end_to_end.METHODS, "peft")
+    quick = replace(end_to_end.SETTINGS["tiny"], methods=("plain", "ours"))
+    monkeypatch.setitem(end_to_end.SETTINGS, "tiny", quick)
     found = end_to_end.run("tiny", CPU)
     assert [row["status"] for row in found["rows"]] == ["measured", "failed"]
     assert found["rows"][1]["reason"] == "RuntimeError: out of memory"
@@ -286,3 +291,11 @@ def test_tuning_goes_through_all_changes() -> None:
     assert "not reached" in tune.table(rows)
     arch = launch.ARCHS["sm_90"]
     assert len(rows) == 1 + len(list(tune.changes(arch, 64, dict(launch.SKETCH_TILES))))
+
+
+def test_a_trace_of_our_steps(tmp_path: Path) -> None:
+    setting = replace(end_to_end.SETTINGS["tiny"], steps=2)
+    bench = end_to_end.Bench(setting, end_to_end.build_model(setting, CPU), 1, CPU)
+    end_to_end.write_trace(bench, tmp_path / "trace.json", steps=2)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "aten::embedding" for event in events) == 2

@@ -1,0 +1,117 @@
+"""What a whole model would cost, from a few of its layers: two depths, and a line through them.
+
+For models that do not fit, or methods that would take hours. Every cost of an initialiser is that
+of the embeddings and the head, which all depths share, and that of a layer, times their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common import RESULTS
+from ..processes import ask_child
+from ..rows import Rows
+from ..sections import Section
+from .configs import CONFIGS
+from .run import START_SECONDS, summary
+
+METHODS = ("eva", "eva-peft", "lora-ga", "lora-ga-paper", "corda-ipm")
+FIGURES = ("init_s", "init_peak", "init_reserved")
+HEADERS = ("method", "batch", "depth", "initialise", "memory", "reserved", "a layer", "from")
+
+
+def run(
+    name: str,
+    depths: Sequence[int] = (2, 6),
+    methods: Sequence[str] = METHODS,
+    batch: int = 4,
+    out: Path = RESULTS,
+    quiet: bool = False,
+) -> Path:
+    """Measure each method at each depth, and extrapolate to the depth of the model.
+
+    Args:
+        name: of a configuration.
+        depths: numbers of layers, two at least.
+        methods: of ``bench.methods``.
+        batch: samples in a batch; methods that take one at a time take one.
+        out: folder of the results; the file is ``depth-NAME.json``.
+        quiet: show no progress bar.
+
+    Raises:
+        ValueError: fewer than two depths.
+        RuntimeError: the configuration needs a GPU, and there is none.
+    """
+    depths = sorted(set(depths))
+    if len(depths) < 2:
+        raise ValueError("a line needs two depths")
+    config = CONFIGS[name]
+    config.device()
+    full = config.make_config().num_hidden_layers
+    settings = {
+        "config": name,
+        "depth": full,
+        "samples": config.samples,
+        "length": config.length,
+        "passes": config.passes,
+        "r": config.r,
+        "dtype": str(config.dtype).removeprefix("torch."),
+    }
+
+    def measure(key: Any) -> dict[str, Any]:
+        question = {**key, "config": name, "real": False}
+        return summary(ask_child("bench.cost", question, START_SECONDS + 20 * config.seconds))
+
+    keys = [{"method": m, "batch": batch, "depth": n} for m in methods for n in depths]
+    rows = Rows(f"depth-{name}", settings, out, quiet)
+    measured = rows.make(keys, measure)
+    return rows.finish({"measured": measured, "whole": extrapolate(measured, full)})
+
+
+def extrapolate(measured: Sequence[Mapping[str, Any]], full: int) -> list[dict[str, Any]]:
+    """Return what each method would cost at ``full`` layers: the line through its extreme depths.
+
+    A method that failed at a depth has its ``error`` instead.
+    """
+    found = []
+    for name in dict.fromkeys(row["method"] for row in measured):
+        rows = sorted((r for r in measured if r["method"] == name), key=lambda row: row["depth"])
+        row: dict[str, Any] = {"method": name, "batch": rows[0]["batch"], "depth": full}
+        errors = [r["error"] for r in rows if "error" in r]
+        if errors:
+            found.append({**row, "error": errors[0]})
+            continue
+        first, last = rows[0], rows[-1]
+        row["from"] = [first["depth"], last["depth"]]
+        for figure in FIGURES:
+            low, high = first[figure]["median"], last[figure]["median"]
+            layer = (high - low) / (last["depth"] - first["depth"])
+            row[figure] = low + layer * (full - first["depth"])
+            row[f"{figure}_of_a_layer"] = layer
+        found.append(row)
+    return found
+
+
+def sections(record: Mapping[str, Any]) -> list[Section]:
+    """Return the extrapolated costs as a table."""
+    settings, rows = record["settings"], record["rows"]["whole"]
+    text = (
+        f"Configuration `{settings['config']}`, {settings['depth']} layers, **extrapolated** by "
+        f"the line through two smaller depths; {settings['samples']} samples of "
+        f"{settings['length']} tokens, r = {settings['r']}, {settings['dtype']}. Seconds, and GiB "
+        "above the weights."
+    )
+    title = f"Cost by depth: {settings['config']}"
+    return [Section(title, text, HEADERS, [_line(row) for row in rows])]
+
+
+def _line(row: Mapping[str, Any]) -> list[str]:
+    begin = [row["method"], str(row["batch"]), str(row["depth"])]
+    if "error" in row:
+        return [*begin, row["error"], "", "", "", ""]
+    gib = [f"{row[name] / 2**30:.3f}" for name in ("init_peak", "init_reserved")]
+    layer = f"{row['init_s_of_a_layer']:.3f} s, {row['init_peak_of_a_layer'] / 2**20:.1f} MiB"
+    depths = " and ".join(map(str, row["from"]))
+    return [*begin, f"{row['init_s']:.2f}", *gib, layer, depths]
