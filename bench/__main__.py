@@ -99,7 +99,9 @@ def accuracy(out: Out = RESULTS, full: Full = False) -> None:
 def quality(
     out: Out = RESULTS,
     full: Full = False,
-    domain: Annotated[list[str] | None, typer.Option(help="A domain; all if none.")] = None,
+    domain: Annotated[
+        list[str] | None, typer.Option(help="A domain; if none, all but pretrained, for a GPU.")
+    ] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method; all if none.")] = None,
     data: Annotated[
         str, typer.Option(help="embedded, or hub: the sets of the paper.")

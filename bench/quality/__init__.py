@@ -1,1 +1,1 @@
-"""Fine-tuning from every initialisation, in the four domains of the paper."""
+"""Fine-tuning from every initialisation, in the four domains of the paper and one for a GPU."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from . import decisions, images, language, understanding
+from . import decisions, images, language, pretrained, understanding
 from .domain import Domain, Recipe
 
 _MODULES = {
@@ -13,7 +13,10 @@ _MODULES = {
     "understanding": understanding,
     "images": images,
     "decisions": decisions,
+    "pretrained": pretrained,
 }
+# Minutes on a GPU, and nothing on a CPU: run when asked for.
+ON_REQUEST = ("pretrained",)
 RECIPES: dict[str, Recipe] = {name: module.RECIPE for name, module in _MODULES.items()}
 _BUILD: dict[str, Callable[[str], Domain]] = {
     name: module.build for name, module in _MODULES.items()

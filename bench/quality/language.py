@@ -67,10 +67,10 @@ def documentation() -> dict[str, str]:
     return documentation_texts()
 
 
-def blocks(ids: list[int], most: int | None = None) -> Batch:
-    """Cut a stream of token ids into full rows, int64 (rows, LENGTH); keep some, spread evenly."""
-    count = len(ids) // LENGTH
-    rows = torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+def blocks(ids: list[int], most: int | None = None, length: int = LENGTH) -> Batch:
+    """Cut a stream of token ids into full rows, int64 (rows, length); keep some, spread evenly."""
+    count = len(ids) // length
+    rows = torch.tensor(ids[: count * length]).view(count, length)
     if most is not None:
         rows = rows[torch.linspace(0, count - 1, min(most, count)).long()]
     return {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows.clone()}
@@ -80,7 +80,7 @@ def next_token(batch: Batch) -> Task:
     """Return the task to tell the next token: nats a token, and accuracy."""
 
     def loss(output: Any, part: Batch) -> Tensor:
-        logits = output.logits[:, :-1].transpose(1, 2)
+        logits = output.logits[:, :-1].float().transpose(1, 2)
         each = nn.functional.cross_entropy(logits, part["labels"][:, 1:], reduction="none")
         return each.mean(1)
 

@@ -13,7 +13,7 @@ from ..methods import METHODS
 from ..rows import Rows
 from . import training
 from .domain import Domain, Recipe
-from .domains import RECIPES, domain
+from .domains import ON_REQUEST, RECIPES, domain
 from .statistics import best_rates
 from .workers import Workers
 
@@ -58,7 +58,7 @@ def run(
     Args:
         preset: of ``PRESETS``.
         out: folder of the results.
-        domains, methods: all, or all but variants, if ``None``.
+        domains, methods: all but variants, and what is run on request, if ``None``.
         quiet: show no progress bar.
         data: ``"embedded"``, or ``"hub"`` for the sets of ``hub``.
         workers: processes, one a core if ``None``; 0 for this one.
@@ -80,7 +80,10 @@ def run_preset(
 ) -> None:
     """Do what ``run`` does, with any preset."""
     _known("data", [data], dict.fromkeys(DATA))
-    recipes = {name: shortened(RECIPES[name], preset) for name in _names(domains, RECIPES)}
+    known = [name for name in _names(domains, RECIPES) if domains or name not in ON_REQUEST]
+    recipes = {name: shortened(RECIPES[name], preset) for name in known}
+    if workers is None and "pretrained" in recipes:
+        workers = 0  # one GPU, and a base that is trained once
     chosen = [name for name in _names(methods, METHODS) if methods or name not in VARIANTS]
     with Workers(workers) as pool:
         rows = Rows("quality", _settings(name, preset, recipes, chosen, data), out, quiet)

@@ -1,0 +1,147 @@
+"""Language generation at a size for a GPU: pre-trained here on Python, adapted to C++.
+
+The text is what torch and transformers bring along: their Python sources, and the headers of torch.
+On a CPU everything is small, and the numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from eva_peft.assets import load_tiny_llama, token_stream
+
+from ..methods import Batch
+from .descent import descend
+from .domain import Domain, Recipe, linear_layers
+from .language import blocks, next_token
+
+RECIPE = Recipe(
+    title="Language generation, pre-trained here",
+    what=(
+        "A Llama-architecture model (on a GPU 88 million parameters, 49 million tokens), trained "
+        "on the Python sources of torch and transformers, adapted to the C++ headers of torch; "
+        "splits by file. Old task: Python held out from the pre-training."
+    ),
+    loss="loss, nats a token",
+    score="next-token accuracy",
+    old="loss and next-token accuracy on held-out Python",
+    steps=200,
+    every=50,
+    batch=16,
+    r=16,
+    calibration=16,
+)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the base is, and how long it is trained.
+
+    Attributes:
+        width, inner, layers, heads: of the model.
+        length: tokens of a sample.
+        steps, batch, rate: of the pre-training.
+        source_bytes: of Python; a quarter as much C++.
+        tested: samples of a held-out split.
+    """
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    length: int
+    steps: int
+    batch: int
+    rate: float
+    source_bytes: int
+    tested: int
+
+
+SCALES = {
+    "cuda": Scale(768, 2048, 12, 12, 512, 1500, 64, 1e-3, 40_000_000, 64),
+    "cpu": Scale(48, 128, 2, 4, 64, 30, 8, 3e-3, 400_000, 8),
+}
+
+
+def build(data: str = "embedded", seed: int = 0) -> Domain:
+    """Build the domain on a GPU if there is one, which takes minutes; ``data`` changes nothing."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scale = SCALES[device.type]
+    _, tokenizer = load_tiny_llama()
+
+    def rows(texts: Iterable[str], most: int | None = None) -> Batch:
+        found = blocks(token_stream(tokenizer, texts), most, scale.length)
+        return {key: value.to(device) for key, value in found.items()}
+
+    python = read(("torch", "transformers"), "*.py", scale.source_bytes, seed)
+    headers = read(("torch",), "include/**/*.h", scale.source_bytes // 4, seed)
+    base = pretrain(rows(python[len(python) // 20 :]), tokenizer, scale, seed)
+    return Domain(
+        recipe=RECIPE,
+        base=base,
+        targets=linear_layers(base, without=["lm_head"]),
+        train=rows(text for i, text in enumerate(headers) if i % 5 > 1),
+        validation=next_token(rows(headers[::5], scale.tested)),
+        test=next_token(rows(headers[1::5], scale.tested)),
+        old=next_token(rows(python[: len(python) // 20], scale.tested)),
+        text=True,
+    )
+
+
+def read(packages: Iterable[str], pattern: str, limit_bytes: int, seed: int) -> list[str]:
+    """Return files of installed packages, in an order of the seed, until there are enough.
+
+    Args:
+        packages: top-level packages; nothing is imported.
+        pattern: of the files, as ``Path.rglob`` takes it, relative to the package.
+        limit_bytes: of UTF-8.
+        seed: of the order.
+    """
+    paths: list[Path] = []
+    for name in packages:
+        spec = find_spec(name)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            found = sorted(Path(folder).rglob(pattern))
+            paths += [path for path in found if path.stat().st_size < 200_000]
+    random.Random(seed).shuffle(paths)
+    texts: list[str] = []
+    for path in paths:
+        if limit_bytes <= 0:
+            break
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if len(text) >= 200:
+            texts.append(text)
+            limit_bytes -= len(text)
+    return texts
+
+
+def pretrain(
+    train: Batch, tokenizer: PreTrainedTokenizerBase, scale: Scale, seed: int
+) -> nn.Module:
+    """Return a model trained from scratch, in eval mode; on a GPU in bfloat16."""
+    device = train["input_ids"].device
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=scale.width,
+        intermediate_size=scale.inner,
+        num_hidden_layers=scale.layers,
+        num_attention_heads=scale.heads,
+        num_key_value_heads=scale.heads,
+        max_position_embeddings=max(256, scale.length),
+    )
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.manual_seed(seed)
+        model: nn.Module = LlamaForCausalLM(config).to(device)
+    with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+        descend(model, train, steps=scale.steps, batch=scale.batch, rate=scale.rate, seed=seed)
+    return (model.to(torch.bfloat16) if on_gpu else model).eval()
