@@ -68,7 +68,11 @@ def main(arch: str) -> None:
 
     def named(self, *arguments, **options):
         by_triton.append(self.fn.__name__)
-        return run(self, *arguments, **options)
+        compiled = run(self, *arguments, **options)
+        # a kernel that waits by itself, and only such a one, is launched before its turn
+        assert compiled.metadata.launch_pdl == ("griddepcontrol.wait" in compiled.asm["ptx"])
+        assert compiled.metadata.launch_pdl == ARCHS[arch].dependent_launch
+        return compiled
 
     jit.JITFunction.run = named
     sequence._can_be_kept = lambda device: True
