@@ -15,13 +15,7 @@ import pytest
 import torch
 
 from bench.methods import METHODS
-from bench.quality import (
-    language,
-    show,
-    statistics,
-    training,
-    understanding,
-)
+from bench.quality import language, show, statistics, training, understanding
 from bench.quality import run as quality
 from bench.quality.descent import DivergedError, descend
 from bench.quality.domain import Domain, Task, take
