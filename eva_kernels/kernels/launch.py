@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
+import triton
 
 __all__ = ["GRAM_TILES", "SKETCH_TILES", "Arch", "GramTiles", "SketchTiles", "Tile", "arch_of"]
 
@@ -96,6 +97,9 @@ class Arch:
     dependent_launch: bool = False
 
 
+# Kernels can wait for the one in front of them; earlier releases lack it, or fail to compile it.
+EARLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
+
 # The largest chip of each family: only the number of splits depends on it.
 ARCHS: Mapping[str, Arch] = MappingProxyType(
     {
@@ -103,9 +107,9 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
         "sm_86": Arch("sm_86", 84, 101_376, 16),
         "sm_89": Arch("sm_89", 142, 101_376, 16),
         # wgmma has 64 rows, and so has tcgen05.mma
-        "sm_90": Arch("sm_90", 132, 232_448, 64, dependent_launch=True),
-        "sm_100": Arch("sm_100", 148, 232_448, 64, dependent_launch=True),
-        "sm_120": Arch("sm_120", 188, 101_376, 16, dependent_launch=True),
+        "sm_90": Arch("sm_90", 132, 232_448, 64, dependent_launch=EARLY),
+        "sm_100": Arch("sm_100", 148, 232_448, 64, dependent_launch=EARLY),
+        "sm_120": Arch("sm_120", 188, 101_376, 16, dependent_launch=EARLY),
         "gfx942": Arch("gfx942", 304, 65_536, 16, indirect_stages=0),
     }
 )

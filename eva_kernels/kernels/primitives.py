@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from .launch import EARLY
+
 __all__ = ["INTERPRET", "add_half_product", "add_product", "add_splits", "add_sums"]
 __all__ += ["begin_kernel", "dot", "load_tokens", "split_bf16", "sum_all", "sum_rows", "to_bf16"]
 
@@ -22,16 +24,26 @@ INTERPRET = tl.constexpr(
 )
 
 
-@triton.jit
-def begin_kernel(DEPENDENT: tl.constexpr):
-    """Begin a kernel: wait until the one before it is over and all that it wrote can be read.
+# Triton looks names up before it drops a branch, so that each release needs a function of its own.
+if EARLY:
 
-    DEPENDENT: it was launched before that (programmatic dependent launch), so that its set-up costs
-    no time. Then the next one may be set up from here on.
-    """
-    if DEPENDENT and not INTERPRET:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    @triton.jit
+    def begin_kernel(DEPENDENT: tl.constexpr):
+        """Begin a kernel: wait until the one before it is over and what it wrote can be read.
+
+        DEPENDENT: it was launched before that (programmatic dependent launch), so that its set-up
+        costs no time. Then the next one may be set up from here on.
+        """
+        if DEPENDENT and not INTERPRET:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
+
+else:
+
+    @triton.jit
+    def begin_kernel(DEPENDENT: tl.constexpr):
+        """Begin a kernel, which is launched when the one before it is over."""
+        tl.static_assert(not DEPENDENT)
 
 
 @triton.jit
@@ -141,12 +153,11 @@ def add_sums(shift, square, centred, ROWS: tl.constexpr):
 def add_splits(acc, ptr, offset, mask, splits, step):
     """Return acc plus the tiles at ``ptr + s * step + offset`` for s in 0 .. splits - 1, in order.
 
-    Four are loaded before the first is added: one at a time would wait for memory once for each.
+    Three are on their way before the first is added: one at a time would wait for memory once for
+    each. (Loads that merely stand in front of the sums are moved behind them by ptxas.)
     """
-    for s in range(0, splits, 4):
-        for i in tl.static_range(4):
-            m = mask & (tl.zeros_like(offset) + (s + i) < splits)
-            acc += tl.load(ptr + (s + i) * step + offset, mask=m, other=0.0).to(acc.dtype)
+    for s in tl.range(0, splits, num_stages=4):
+        acc += tl.load(ptr + s * step + offset, mask=mask, other=0.0).to(acc.dtype)
     return acc
 
 

@@ -149,8 +149,8 @@ def project_kernel(
         if tl.max(flags, axis=0) > 0:
             # A quarter of the tokens at a time: centred tiles take many registers.
             tl.debug_barrier()  # the sums above were written by other threads
-            PART: tl.constexpr = BLOCK_N // 4
-            for part in range(4):
+            PART: tl.constexpr = BLOCK_N // 4 if BLOCK_N >= 64 else 16
+            for part in range(BLOCK_N // PART):
                 o_part = pid_n * BLOCK_N + part * PART + tl.arange(0, PART)
                 m_part = (o_part < pitch)[None, :]
                 some = tl.load(p_partial + o_part[None, :], mask=m_part, other=0.0)
@@ -242,7 +242,8 @@ def back_kernel(
     shift = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
     square = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
     if flagged:
-        PART: tl.constexpr = BLOCK_N if CENTRED or FOLD == 1 or BLOCK_N < 32 else BLOCK_N // 2
+        WHOLE: tl.constexpr = (CENTRED or FOLD == 1) or BLOCK_N < 32
+        PART: tl.constexpr = BLOCK_N if WHOLE else BLOCK_N // 2
         for i in range(begin * (BLOCK_N // PART), end * (BLOCK_N // PART)):
             o_n = i * PART + tl.arange(0, PART)
             x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
