@@ -1,7 +1,8 @@
 """What a whole model would cost, from a few of its layers: two depths, and a line through them.
 
-For models that do not fit, or methods that would take hours. Every cost of an initialiser is that
-of the embeddings and the head, which all depths share, and that of a layer, times their number.
+For models that do not fit, or methods that would take hours. Seconds are those of the embeddings
+and the head, which all depths share, and those of a layer, times their number. A peak of memory is
+the largest of several phases, each of which is such a line: its extrapolation is a lower bound.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
         f"Configuration `{settings['config']}`, {settings['depth']} layers, **extrapolated** by "
         f"the line through two smaller depths; {settings['samples']} samples of "
         f"{settings['length']} tokens, r = {settings['r']}, {settings['dtype']}. Seconds, and GiB "
-        "above the weights."
+        "above the weights (peaks: a lower bound)."
     )
     title = f"Cost by depth: {settings['config']}"
     return [Section(title, text, HEADERS, [_line(row) for row in rows])]

@@ -8,13 +8,14 @@ memory has room for. ``bench kernel-report`` prints the evidence for each of the
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
-import triton
+from triton.language.extra import cuda
 
 __all__ = ["GRAM_TILES", "SKETCH_TILES", "Arch", "GramTiles", "SketchTiles", "Tile", "arch_of"]
 
@@ -97,8 +98,13 @@ class Arch:
     dependent_launch: bool = False
 
 
-# Kernels can wait for the one in front of them; earlier releases lack it, or fail to compile it.
-EARLY = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
+def _can_wait() -> bool:
+    """Tell whether this Triton compiles a wait for the kernel in front (3.4 has it, and fails)."""
+    wait = getattr(cuda, "gdc_wait", None)
+    return wait is not None and "_semantic" in inspect.signature(wait).parameters
+
+
+EARLY = _can_wait()
 
 # The largest chip of each family: only the number of splits depends on it.
 ARCHS: Mapping[str, Arch] = MappingProxyType(
