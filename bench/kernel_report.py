@@ -61,7 +61,7 @@ def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict
 def launches(arch: str) -> Iterator[tuple[str, str, LaunchSequence]]:
     """Yield (suffix of the names, tokens, sequence) of everything that is launched.
 
-    With row indices and split precision: the code with the most in it.
+    In split precision, the code with the most in it; bfloat16 tokens with row indices and without.
     """
     import torch
 
@@ -73,6 +73,9 @@ def launches(arch: str) -> Iterator[tuple[str, str, LaunchSequence]]:
         for q in WIDTHS:
             found = sketch.sketch_sequence(8192, q, 4096, 4096, dtype, True, True, KNOWN[arch])
             yield f" Q={q}", tokens, found
+            if tokens == "bf16":
+                whole = sketch.sketch_sequence(8192, q, 4096, 4096, dtype, False, True, KNOWN[arch])
+                yield f" Q={q} all rows", tokens, whole
         for d in (512, 4096):  # the splits of narrow tokens are added by another kernel
             found = gram.gram_sequence(8192, d, d, dtype, True, True, KNOWN[arch])
             yield f" gram D={d}", tokens, found

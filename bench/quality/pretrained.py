@@ -29,7 +29,8 @@ RECIPE = Recipe(
     what=(
         "A Llama-architecture model (on a GPU 88 million parameters), trained "
         "on the Python sources of torch and transformers, adapted to the C++ headers of torch; "
-        "splits by file, so that what is copied between files lies on both sides. Old task: Python held out from the pre-training."
+        "splits by file, so that what is copied between files lies on both sides. Old task: "
+        "Python held out from the pre-training."
     ),
     loss="loss, nats a token",
     score="next-token accuracy",
