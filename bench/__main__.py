@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -197,7 +197,10 @@ def kernels(seconds: float = 300.0, out: Path | None = None) -> None:
 
 @app.command()
 def tune(seconds: float = 200.0, out: Path | None = None) -> None:
-    """The sketch with other launch numbers, one thing changed at a time."""
+    """The sketch with other launch numbers, one thing changed at a time.
+
+    A rehearsal without a GPU needs TRITON_INTERPRET=1 in the environment.
+    """
     import json
 
     import torch
@@ -270,8 +273,12 @@ def end_to_end(
 
     _check_names([config], benchmark.SETTINGS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = benchmark.run(config, device, seconds=seconds, trace=trace)
-    _put(json.dumps(found, indent=1), out)
+
+    def put(found: dict[str, Any]) -> None:
+        _put(json.dumps(found, indent=1), out)
+
+    save = put if out is not None else lambda found: None  # to the screen at the end only
+    put(benchmark.run(config, device, seconds=seconds, save=save, trace=trace))
 
 
 @app.command()

@@ -370,6 +370,7 @@ def plan(setting: Setting) -> list[tuple[int, str]]:
 
 def write_trace(bench: Bench, path: Path, steps: int = 3) -> None:
     """Profile some steps of our pass, and write what a browser's trace viewer shows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     bench.calibrate(steps)
     with torch.profiler.profile() as profile:
         bench.calibrate(steps)
@@ -424,5 +425,8 @@ def run(
         found["ratios"] = ratios(found["rows"])
         save(found)
     if trace is not None:
-        write_trace(Bench(setting, model, setting.batches[0], device), trace)
+        try:
+            write_trace(Bench(setting, model, setting.batches[0], device), trace)
+        except Exception as error:  # the numbers are worth more
+            found["trace"] = f"{type(error).__name__}: {error}"[:500]
     return found

@@ -102,7 +102,10 @@ class Config:
 
         def make_config() -> PretrainedConfig:
             made = self.make_config()
-            made.num_hidden_layers = count
+            full, made.num_hidden_layers = made.num_hidden_layers, count
+            for key, value in vars(made).items():
+                if isinstance(value, list) and len(value) == full:  # an entry a layer
+                    setattr(made, key, value[:count])
             return made
 
         return replace(self, make_config=make_config, hub=None)

@@ -8,6 +8,7 @@ the largest of several phases, each of which is such a line: its extrapolation i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from ..processes import ask_child
 from ..rows import Rows
 from ..sections import Section
 from .configs import CONFIGS
-from .run import START_SECONDS, summary
+from .run import START_SECONDS, keys_of, summary
 
 METHODS = ("eva", "eva-peft", "lora-ga", "lora-ga-paper", "corda-ipm")
 FIGURES = ("init_s", "init_peak", "init_reserved")
-HEADERS = ("method", "batch", "depth", "initialise", "memory", "reserved", "a layer", "from")
+HEADERS = (
+    "method", "batch", "depth", "initialise", "memory", "reserved", "a layer", "from", "forwards",
+    "line off between",
+)  # fmt: skip
 
 
 def run(
@@ -65,7 +69,8 @@ def run(
         question = {**key, "config": name, "real": False}
         return summary(ask_child("bench.cost", question, START_SECONDS + 20 * config.seconds))
 
-    keys = [{"method": m, "batch": batch, "depth": n} for m in methods for n in depths]
+    sized = keys_of(replace(config, batches=(batch,)), methods)
+    keys = [{**key, "depth": n} for key in sized for n in depths]
     rows = Rows(f"depth-{name}", settings, out, quiet)
     measured = rows.make(keys, measure)
     return rows.finish({"measured": measured, "whole": extrapolate(measured, full)})
@@ -74,7 +79,8 @@ def run(
 def extrapolate(measured: Sequence[Mapping[str, Any]], full: int) -> list[dict[str, Any]]:
     """Return what each method would cost at ``full`` layers: the line through its extreme depths.
 
-    A method that failed at a depth has its ``error`` instead.
+    ``FIGURE_off`` tells by how much, relatively, the line is off at each depth between them. A
+    method that failed at a depth has its ``error`` instead.
     """
     found = []
     for name in dict.fromkeys(row["method"] for row in measured):
@@ -84,13 +90,16 @@ def extrapolate(measured: Sequence[Mapping[str, Any]], full: int) -> list[dict[s
         if errors:
             found.append({**row, "error": errors[0]})
             continue
-        first, last = rows[0], rows[-1]
-        row["from"] = [first["depth"], last["depth"]]
+        row["from"] = [r["depth"] for r in rows]
+        row["forwards"] = [r["forwards"] for r in rows]
+        first, *between, last = rows
         for figure in FIGURES:
             low, high = first[figure]["median"], last[figure]["median"]
             layer = (high - low) / (last["depth"] - first["depth"])
             row[figure] = low + layer * (full - first["depth"])
             row[f"{figure}_of_a_layer"] = layer
+            told = [(low + layer * (r["depth"] - first["depth"]), r[figure]) for r in between]
+            row[f"{figure}_off"] = [line / seen["median"] - 1 for line, seen in told]
         found.append(row)
     return found
 
@@ -100,9 +109,11 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
     settings, rows = record["settings"], record["rows"]["whole"]
     text = (
         f"Configuration `{settings['config']}`, {settings['depth']} layers, **extrapolated** by "
-        f"the line through two smaller depths; {settings['samples']} samples of "
-        f"{settings['length']} tokens, r = {settings['r']}, {settings['dtype']}. Seconds, and GiB "
-        "above the weights (peaks: a lower bound)."
+        f"the line through the smallest and the largest depth measured; {settings['samples']} "
+        f"samples of {settings['length']} tokens, r = {settings['r']}, {settings['dtype']}. "
+        "Seconds, and GiB above the weights (peaks: a lower bound). *Line off between*: what the "
+        "line would say of the seconds at the depths between, over what was measured there, less "
+        "one."
     )
     title = f"Cost by depth: {settings['config']}"
     return [Section(title, text, HEADERS, [_line(row) for row in rows])]
@@ -111,8 +122,9 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
 def _line(row: Mapping[str, Any]) -> list[str]:
     begin = [row["method"], str(row["batch"]), str(row["depth"])]
     if "error" in row:
-        return [*begin, row["error"], "", "", "", ""]
+        return [*begin, row["error"], *[""] * (len(HEADERS) - 4)]
     gib = [f"{row[name] / 2**30:.3f}" for name in ("init_peak", "init_reserved")]
     layer = f"{row['init_s_of_a_layer']:.3f} s, {row['init_peak_of_a_layer'] / 2**20:.1f} MiB"
-    depths = " and ".join(map(str, row["from"]))
-    return [*begin, f"{row['init_s']:.2f}", *gib, layer, depths]
+    depths, forwards = (", ".join(map(str, row[key])) for key in ("from", "forwards"))
+    off = ", ".join(f"{share:+.0%}" for share in row["init_s_off"]) or "-"
+    return [*begin, f"{row['init_s']:.2f}", *gib, layer, depths, forwards, off]

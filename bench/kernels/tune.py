@@ -133,11 +133,16 @@ def breakdown(run: Callable[[], Any], device: torch.device, count: int = 10) -> 
 
 
 def measure(
-    problem: Problem, change: Change, arch: Arch, timer: CpuTimer | CudaTimer, budget: float
+    make_problem: Callable[[], Problem],
+    change: Change,
+    arch: Arch,
+    timer: CpuTimer | CudaTimer,
+    budget: float,
 ) -> dict[str, Any]:
-    """Return one row: the time with a change over the time without, in turn."""
+    """Return one row: the time with a change over the time without, in turn; of none, by kernel."""
     row: dict[str, Any] = {"change": change.label}
     try:
+        problem = make_problem()
         fault = problem.fault(change.arch)
         if fault:
             return {**row, "status": "incorrect", "reason": fault}
@@ -147,6 +152,11 @@ def measure(
         }
         least = 2 if isinstance(timer, CpuTimer) else 5
         times = time_together(runs, timer, budget=budget, least=least, most=30)
+        if change.arch == arch:
+            # launched early, a kernel's time would hold the end of the one before
+            apart = replace(arch, dependent_launch=False)
+            call = functools.partial(problem.run, apart, problem.sums())
+            row["kernels_us"] = breakdown(call, problem.x.device)
     except Exception as error:  # the others are worth their time
         return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
     medians = {name: found["ms"]["median"] for name, found in times.items()}
@@ -179,20 +189,15 @@ def run(
     tiles: dict[str, Any] = dict(sketch_plan.SKETCH_TILES)
     with mock.patch.object(sketch_plan, "SKETCH_TILES", tiles):
         for n, d, q in [(64, 96, 16)] if small else SHAPES:
-            problem = Problem(n, d, q, device)
             width = min(width for width in CANDIDATES if width >= q)
-            same = Change("as is", arch)
-            # launched early, a kernel's time would hold the end of the one before
-            apart = replace(arch, dependent_launch=False)
-            kernels = breakdown(functools.partial(problem.run, apart, problem.sums()), device)
-            for change in (same, *changes(arch, width, tiles)):
+            # made when it is reached
+            problem = functools.cache(functools.partial(Problem, n, d, q, device))
+            for change in (Change("as is", arch), *changes(arch, width, tiles)):
                 if time.monotonic() > deadline:
                     row: dict[str, Any] = {"change": change.label, "status": "not reached"}
                 else:
                     row = measure(problem, change, arch, timer, 0.02 if small else 0.3)
                 rows.append({"shape": {"N": n, "D": d, "Q": q}, **row})
-                if change is same:
-                    rows[-1]["kernels_us"] = kernels
                 save(rows)
     return rows
 

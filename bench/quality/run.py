@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..methods import METHODS
 from ..rows import Rows
@@ -61,7 +64,8 @@ def run(
         domains, methods: all but variants, and what is run on request, if ``None``.
         quiet: show no progress bar.
         data: ``"embedded"``, or ``"hub"`` for the sets of ``hub``.
-        workers: processes, one a core if ``None``; 0 for this one.
+        workers: processes, one a core if ``None``; 0 for this one, as always with a domain that is
+            run on request.
     """
     run_preset(
         preset, _known("preset", [preset], PRESETS)[0], out, domains, methods, quiet, data, workers
@@ -82,13 +86,15 @@ def run_preset(
     _known("data", [data], dict.fromkeys(DATA))
     known = [name for name in _names(domains, RECIPES) if domains or name not in ON_REQUEST]
     recipes = {name: shortened(RECIPES[name], preset) for name in known}
-    if workers is None and "pretrained" in recipes:
-        workers = 0  # one GPU, and a base that is trained once
+    trained = {name: trained_here(name, data) for name in recipes if name in ON_REQUEST}
+    if trained:
+        workers = 0  # one GPU, and a base that no other process has
     chosen = [name for name in _names(methods, METHODS) if methods or name not in VARIANTS]
     with Workers(workers) as pool:
         rows = Rows("quality", _settings(name, preset, recipes, chosen, data), out, quiet)
 
         def make(keys: list[dict[str, Any]]) -> list[Any]:
+            keys = [{**key, **trained.get(key["domain"], {})} for key in keys]
             return rows.make(keys, pool.ahead(keys, functools.partial(make_row, preset, data)))
 
         bases = make([{"domain": name, "base": True} for name in recipes])
@@ -120,6 +126,17 @@ def make_row(preset: Preset, data: str, key: Mapping[str, Any]) -> Mapping[str, 
     final = key["on"] == "test"
     task = found.test if final else found.validation
     return training.fine_tune(found, key["method"], key["rate"], key["seed"], task, curve=final)
+
+
+def trained_here(name: str, data: str) -> dict[str, str]:
+    """Return what marks the rows of a base that is trained anew by every run, never quite the same.
+
+    A run that goes on where another was keeps no rows of the other's base.
+    """
+    digest = hashlib.sha256()
+    for tensor in domain(name, data).base.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return {"base_sha256": digest.hexdigest()}
 
 
 def base_row(found: Domain) -> dict[str, Any]:

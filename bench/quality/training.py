@@ -33,7 +33,8 @@ def fine_tune(
 
     Returns:
         ``curve`` (step, loss), ``loss`` and ``score`` at the end, ``old_loss`` and ``old_score``,
-        trained ``parameters``, ``forwards`` of the initialisation, ``cpu_seconds``.
+        trained ``parameters``, ``forwards`` of the initialisation, ``cpu_seconds`` (of
+        the host: what a GPU takes is not in them).
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice to users of single methods

@@ -160,13 +160,15 @@ def test_depths_are_measured_and_extrapolated(
     monkeypatch.setattr(
         depth, "ask_child", lambda module, question, seconds: measuring.answer(question)
     )
-    path = depth.run("tiny", (3, 2), ["eva", "lora-ga"], batch=8, out=tmp_path, quiet=True)
+    methods = ["eva", "lora-ga", "corda-ipm"]
+    path = depth.run("tiny", (3, 2), methods, batch=8, out=tmp_path, quiet=True)
     record = json.loads(path.read_text())
     measured, whole = record["rows"]["measured"], record["rows"]["whole"]
-    assert [(row["method"], row["depth"]) for row in measured] == [
-        ("eva", 2), ("eva", 3), ("lora-ga", 2), ("lora-ga", 3),
+    assert [(row["method"], row["batch"], row["depth"]) for row in measured] == [
+        ("eva", 8, 2), ("eva", 8, 3), ("lora-ga", 8, 2), ("lora-ga", 8, 3),
+        ("corda-ipm", 1, 2), ("corda-ipm", 1, 3),
     ]  # fmt: skip
-    assert [row["depth"] for row in whole] == [1, 1]
+    assert [row["depth"] for row in whole] == [1, 1, 1]
     assert whole[0]["from"] == [2, 3]
     assert "**extrapolated**" in depth.sections(record)[0].text
     with pytest.raises(ValueError, match="two depths"):
@@ -176,17 +178,26 @@ def test_depths_are_measured_and_extrapolated(
 def test_a_line_through_two_depths() -> None:
     def row(layers: int, seconds: float) -> dict[str, Any]:
         figures = {name: {"median": seconds} for name in depth.FIGURES}
-        return {"method": "eva", "batch": 4, "depth": layers, **figures}
+        return {"method": "eva", "batch": 4, "depth": layers, "forwards": 8, **figures}
 
-    [found] = depth.extrapolate([row(6, 7.0), row(2, 3.0)], full=32)
+    [found] = depth.extrapolate([row(6, 7.0), row(2, 3.0), row(4, 4.0)], full=32)
     assert found["init_s"] == 33.0
+    assert found["init_s_off"] == [0.25]  # 5 by the line, 4 in truth
+    assert found["from"] == [2, 4, 6]
+    cells = depth._line(found)
+    assert cells[-3:] == ["2, 4, 6", "8, 8, 8", "+25%"]
+    assert len(cells) == len(depth.HEADERS)
     assert found["init_peak_of_a_layer"] == 1.0
     [failed] = depth.extrapolate([row(2, 3.0), {**row(6, 1.0), "error": "no memory"}], full=32)
     assert failed["error"] == "no memory"
     assert "init_s" not in failed
     assert "no memory" in depth._line(failed)
+    assert len(depth._line(failed)) == len(depth.HEADERS)
 
 
 def test_depth_of_a_configuration() -> None:
     question = {"config": "tiny", "method": "lora", "batch": 16, "real": False, "depth": 2}
     assert measuring.answer(question)["layers"] == 2 * 7  # targets of a layer
+    for name, config in CONFIGS.items():
+        assert config.with_depth(2).make_config().num_hidden_layers == 2, name
+    assert len(CONFIGS["gemma-2-9b"].with_depth(3).make_config().layer_types) == 3

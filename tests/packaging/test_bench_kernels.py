@@ -265,10 +265,18 @@ def test_tuning_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, arch = tune.Problem(64, 96, 16, CPU), launch.ARCHS["sm_90"]
     change = tune.Change("as is", arch)
     timer = _timing.CpuTimer()
-    assert tune.measure(problem, change, arch, timer, 0.01)["status"] == "timed"
+    timed = tune.measure(lambda: problem, change, arch, timer, 0.01)
+    assert timed["status"] == "timed"
+    assert timed["kernels_us"] == {}  # of a GPU only
+    other_chip = tune.Change("another", replace(arch, name="another"))
+    failed = tune.measure(lambda: problem, other_chip, arch, timer, 0.01)
+    assert failed["status"] == "failed"
+    assert "another" in failed["reason"]
+    none = tune.measure(lambda: tune.Problem(0, 0, 0, CPU), change, arch, timer, 0.01)
+    assert none["status"] == "failed"
     right = problem.truth
     problem.truth = (1.001 * right[0], *right[1:])
-    row = tune.measure(problem, change, arch, timer, 0.01)
+    row = tune.measure(lambda: problem, change, arch, timer, 0.01)
     assert row["status"] == "incorrect"
     assert "wrong by 1" in row["reason"]
     problem.truth = right
@@ -282,8 +290,9 @@ def test_tuning_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem.fault(arch) == "other bits in a second run"
 
 
-def test_tuning_goes_through_all_changes() -> None:
+def test_tuning_goes_through_all_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = pytest.importorskip("eva_kernels.kernels.launch")
+    monkeypatch.setattr(tune, "Problem", pytest.fail)  # not made after the deadline
     saved: list[int] = []
     rows = tune.run(CPU, small=True, seconds=0.0, save=lambda rows: saved.append(len(rows)))
     assert {row["status"] for row in rows} == {"not reached"}
@@ -297,6 +306,18 @@ def test_tuning_goes_through_all_changes() -> None:
 def test_a_trace_of_our_steps(tmp_path: Path) -> None:
     setting = replace(end_to_end.SETTINGS["tiny"], steps=2)
     bench = end_to_end.Bench(setting, end_to_end.build_model(setting, CPU), 1, CPU)
-    end_to_end.write_trace(bench, tmp_path / "trace.json", steps=2)
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    path = tmp_path / "new" / "trace.json"
+    end_to_end.write_trace(bench, path, steps=2)
+    events = json.loads(path.read_text())["traceEvents"]
     assert sum(event.get("name") == "aten::embedding" for event in events) == 2
+
+
+def test_a_trace_that_fails_costs_no_numbers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(end_to_end.SETTINGS, "tiny", replace(end_to_end.SETTINGS["tiny"], steps=2))
+    monkeypatch.setattr(end_to_end, "METHODS", {"plain": end_to_end.measure_plain})
+    (tmp_path / "file").touch()
+    found = end_to_end.run("tiny", CPU, trace=tmp_path / "file" / "trace.json")
+    assert found["rows"][0]["status"] == "measured"
+    assert "file" in found["trace"]

@@ -1,13 +1,18 @@
 """The domain of ``quality`` that is pre-trained where it runs, at its size for a CPU."""
 
+import copy
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench.quality import pretrained, training
+from bench.quality import run as quality
 from bench.quality.domain import Domain
 
 
@@ -39,3 +44,37 @@ def test_a_base_is_trained_here(found: Domain) -> None:
     assert found.old.loss(found.base) < 0.85 * math.log(vocabulary)  # Python is learnt
     assert found.old.loss(found.base) < found.test.loss(found.base)  # C++ less so
     assert not found.base.training
+
+
+def test_no_rows_of_another_base_are_kept(
+    found: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, rates = copy.deepcopy(found.base), []
+
+    def fine_tune(at: Domain, method: str, rate: float, *args: Any, **more: Any) -> dict[str, Any]:
+        rates.append(rate)
+        if len(rates) == 2:
+            raise KeyboardInterrupt
+        return {"loss": rate, "score": 0.0}
+
+    def run() -> None:
+        few = quality.Preset(slice(0, 2), (100,), (0,))
+        quality.run_preset("few", few, tmp_path, ["pretrained"], ["lora"], quiet=True, workers=2)
+
+    monkeypatch.setattr(training, "fine_tune", fine_tune)
+    monkeypatch.setattr(quality, "domain", lambda *args: dataclasses.replace(found, base=base))
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    run()  # goes on after the first row
+    assert len(rates) == 2 + 2
+    (tmp_path / ".unfinished").mkdir(exist_ok=True)
+    rates.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with torch.no_grad():
+        next(base.parameters()).view(-1)[0] += 1.0
+    run()
+    assert len(rates) == 2 + 3  # both rates again, and the test
+    rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
+    digests = {row["base_sha256"] for part in rows.values() for row in part}
+    assert len(digests) == 1
