@@ -1,5 +1,6 @@
 """The method: state, fold, convergence, rank allocation, merge. Knows no model."""
 
+from ._host import Array, as_array
 from .allocation import allocate_ranks
 from .checkpoint import export_stream, restore_stream
 from .convergence import compare_streams, leading_similar
@@ -8,12 +9,14 @@ from .step import NonFiniteStepError, fold_streams
 from .stream import InputStream, Options, Spectrum
 
 __all__ = [
+    "Array",
     "InputStream",
     "NonFiniteStepError",
     "Options",
     "Spectrum",
     "StreamPlan",
     "allocate_ranks",
+    "as_array",
     "compare_streams",
     "export_stream",
     "fold_streams",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "read", "reads_are_free", "upload"]
+__all__ = ["Array", "as_array", "read", "reads_are_free", "upload"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _NOTHING: Array = np.empty(0)
@@ -53,6 +53,11 @@ def read(tensors: Sequence[Tensor]) -> list[Array]:
         for i, part in zip(indices, parts, strict=True):
             arrays[i] = part.reshape(tensors[i].shape)
     return arrays
+
+
+def as_array(values: Tensor | Array) -> Array:
+    """Return values as float64 on the host; an array as it is, of a tensor a copy or a view."""
+    return values.detach().double().cpu().numpy() if isinstance(values, Tensor) else values
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

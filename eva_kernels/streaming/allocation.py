@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from ..errors import EvaValueError
+from ._host import Array, as_array
 
 __all__ = ["allocate_ranks"]
 
 
 def allocate_ranks(
-    ratios: Sequence[Tensor],
+    ratios: Sequence[Tensor | Array],
     budget: int,
     *,
     costs: Sequence[int] | None = None,
@@ -38,32 +40,40 @@ def allocate_ranks(
 
     Reference: arXiv 2410.07170, section 3; PEFT ``_get_rank_distribution``.
     """
-    prices = list(costs) if costs is not None else [1] * len(ratios)
-    sizes = torch.tensor([len(r) for r in ratios], dtype=torch.int64, device="cpu")
-    layer = torch.repeat_interleave(torch.arange(len(ratios), device="cpu"), sizes)
-    index = torch.arange(len(layer), device="cpu") - (sizes.cumsum(0) - sizes)[layer]
-    pooled = torch.cat([torch.empty(0, device="cpu"), *(r.detach().double().cpu() for r in ratios)])
-    pooled = torch.nan_to_num(pooled, nan=0.0)
-    limits = torch.bincount(layer[pooled > 0], minlength=len(ratios)).tolist()
-    floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * len(ratios)
-    ranks = [min(least, limit) for least, limit in zip(floors, limits, strict=True)]
+    parts = [as_array(r) for r in ratios]
+    prices = list(costs) if costs is not None else [1] * len(parts)
+    sizes = np.array([len(part) for part in parts], np.int64)
+    layer = np.repeat(np.arange(len(parts)), sizes)
+    index = np.arange(len(layer)) - (sizes.cumsum() - sizes)[layer]
+    pooled = np.nan_to_num(np.concatenate([np.empty(0), *parts]), nan=0.0)
+    ceiling = np.bincount(layer[pooled > 0], minlength=len(parts))
+    floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * len(parts)
+    ranks = np.minimum(np.array(floors, np.int64), ceiling).tolist()
     left = budget - sum(r * p for r, p in zip(ranks, prices, strict=True))
     if left < 0:
         raise EvaValueError(
             f"min_rank={max(floors)} for {len(ranks)} layers costs {budget - left}, more than "
             f"the budget of {budget}; lower min_rank or raise r"
         )
-    if not ratios:
+    if not parts:
         return ranks
-    density = pooled / torch.tensor(prices, device="cpu")[layer]
-    floor, ceiling = (torch.tensor(values, device="cpu") for values in (ranks, limits))
-    open_ = (index >= floor[layer]) & (index < ceiling[layer])
-    order = torch.sort(density.masked_fill(~open_, -1.0), descending=True, stable=True).indices
-    winners = layer[order[: int(open_.sum())]]
+    open_ = np.flatnonzero((index >= np.array(ranks)[layer]) & (index < ceiling[layer]))
     if costs is None:
-        counts = torch.bincount(winners[:left], minlength=len(ranks))
-        return (floor + counts).tolist()
-    for i in winners.tolist():
+        winners = open_[_largest(pooled[open_], left)]
+        return (np.array(ranks) + np.bincount(layer[winners], minlength=len(ranks))).tolist()
+    density = pooled[open_] / np.array(prices)[layer[open_]]
+    for i in layer[open_[np.argsort(-density, kind="stable")]].tolist():
         if prices[i] <= left:
             ranks[i], left = ranks[i] + 1, left - prices[i]
     return ranks
+
+
+def _largest(values: Array, count: int) -> np.ndarray[Any, Any]:
+    """Return where the largest values are, of equal ones the first; no order, so no sort."""
+    if count >= len(values):
+        return np.arange(len(values))
+    if count == 0:
+        return np.arange(0)
+    least = np.partition(values, -count)[-count]
+    above = np.flatnonzero(values > least)
+    return np.concatenate([above, np.flatnonzero(values == least)[: count - len(above)]])

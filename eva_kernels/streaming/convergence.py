@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from ._autocast import without_autocast
 from ._host import Array
 from .step import by_device, cosines_of
 from .stream import InputStream
+
+Singles = np.ndarray[Any, np.dtype[np.float32]]
 
 __all__ = ["compare_streams", "leading_similar"]
 
@@ -54,25 +58,46 @@ def compare_streams(
         _compare_spans([(s, r) for s, r in pairs if s.previous is not None], tau)
     else:
         _fetch_cosines([s for s in folded if s.turned is None], backend)
+        by_width: dict[int, list[tuple[InputStream, int]]] = defaultdict(list)
         for stream, rank in pairs:
             if stream.turned is not None:
-                similar = leading_similar(stream.turned, tau)
-                stream.cosines = torch.from_numpy(stream.turned.astype(np.float32))
-                stream.settled = max(stream.settled, similar)
-                stream.similarity = _least(stream.turned[:rank])
-                stream.converged = similar >= rank
+                by_width[len(stream.turned)].append((stream, rank))
+        for group in by_width.values():
+            _judge(group, tau)
     for stream in folded:
         if stream.previous is None:
             stream.similarity, stream.converged = None, False
         stream.previous = stream.turned = None
 
 
-def leading_similar(cosines: Tensor | Array, tau: float) -> int:
+def leading_similar(cosines: Tensor, tau: float) -> int:
     """Return how many leading components are at least ``tau`` similar; NaN is not."""
-    values = cosines.numpy() if isinstance(cosines, Tensor) else cosines
+    return int(_similar(_least_of_leading(cosines.float().numpy()), tau))
+
+
+def _judge(group: Sequence[tuple[InputStream, int]], tau: float) -> None:
+    """Compare the cosines of streams of equal K, which the fold has read, with ``tau``."""
+    turned = np.stack([s.turned for s, _ in group if s.turned is not None]).astype(np.float32)
+    least = _least_of_leading(turned)
+    similar = _similar(least, tau).tolist()
+    rows, ranks = np.arange(len(group)), np.array([rank for _, rank in group])
+    smallest = np.where(ranks > 0, least[rows, np.maximum(ranks, 1) - 1], 1.0).tolist()
+    for i, (cosines, (stream, rank)) in enumerate(
+        zip(torch.from_numpy(turned), group, strict=True)
+    ):
+        stream.cosines = cosines
+        stream.settled = max(stream.settled, similar[i])
+        stream.similarity, stream.converged = smallest[i], similar[i] >= rank
+
+
+def _least_of_leading(cosines: Singles) -> Singles:
+    """Return the smallest of the first 1, 2, ... along the last axis; after a NaN all are NaN."""
+    return np.minimum.accumulate(cosines, axis=-1)
+
+
+def _similar(least: Singles, tau: float) -> np.ndarray[Any, Any]:
     # In single precision, as the cosines are: one that was rounded to tau passes.
-    others = np.flatnonzero(~(values.astype(np.float32) >= np.float32(tau)))
-    return int(others[0]) if len(others) else len(values)
+    return (least >= np.float32(tau)).sum(-1)
 
 
 def _fetch_cosines(streams: Sequence[InputStream], backend: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -315,13 +316,12 @@ class InputStream:
         else:
             raise EvaValueError("a sketch and an exact Gram stream cannot be merged")
 
-    @without_autocast
-    def ratios(self) -> Tensor:
-        """Return the explained-variance ratios after the last fold, (K,) float64 on the CPU."""
+    def ratios(self) -> Array:
+        """Return the explained-variance ratios after the last fold, float64 (K,)."""
         now = self.sketch
-        if now is None:
-            return torch.zeros(self.components, dtype=torch.float64, device="cpu")
-        return variance_ratio(now.singular_values[: self.components].square(), now)
+        if now is None or not has_variance(now):
+            return np.zeros(self.components)
+        return np.minimum(np.square(now.values[: self.components]) / now.total, 1.0)
 
     @without_autocast
     def spectrum(self) -> Spectrum:

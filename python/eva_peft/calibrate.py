@@ -384,9 +384,10 @@ class CalibrationPass:
         if numbers is not None and self.options.callback is not None:
             self.options.callback(numbers)
 
-    def limit(self, target: Target) -> int:
-        """Return the most components that a layer may be given."""
-        return components_of(target, self.eva.rho)
+    @functools.cached_property
+    def limits(self) -> list[int]:
+        """Return the most components that each layer may be given."""
+        return [components_of(target, self.eva.rho) for target in self.targets]
 
     def _report(self, done: bool, uncalled: list[str]) -> None:
         if len(uncalled) == len(self.targets) or not self.tokens:

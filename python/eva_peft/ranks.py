@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from eva_kernels.streaming import allocate_ranks
+from eva_kernels.streaming import Array, allocate_ranks, as_array
 
-from .planning import components_of
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -24,16 +23,13 @@ def allocate(run: CalibrationPass) -> dict[int, int]:
     indices = sorted(run.collector.slot_of)
     targets = [run.targets[i] for i in indices]
     spectra = {id(s): s.stream.ratios() for s in run.collector.slots}
-    ratios = [
-        spectra[id(run.collector.slot_of[i])][: components_of(run.targets[i], run.eva.rho)]
-        for i in indices
-    ]
+    ratios = [spectra[id(run.collector.slot_of[i])][: run.limits[i]] for i in indices]
     ranks = spend(targets, ratios, run.options.budget, run.options.min_rank)
     return dict(zip(indices, ranks, strict=True))
 
 
 def spend(
-    targets: Sequence[Target], ratios: Sequence[Tensor], budget: str, min_rank: int
+    targets: Sequence[Target], ratios: Sequence[Tensor | Array], budget: str, min_rank: int
 ) -> list[int]:
     """Distribute the layers' own budget among them.
 
@@ -72,12 +68,13 @@ def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _by_step(ratios: Sequence[Tensor], step: int) -> Tensor:
+def _by_step(ratios: Sequence[Tensor | Array], step: int) -> Array:
     """Return what each further ``step`` components explain, in sum over layers of common rank."""
-    length = max(len(r) for r in ratios)
-    total = torch.zeros(length, dtype=torch.float64, device="cpu")
-    for ratio in ratios:
-        total[: len(ratio)] += ratio.double().cpu().nan_to_num()
-    if len(ratios) == step == 1:
-        return ratios[0]
+    arrays = [as_array(r) for r in ratios]
+    if len(arrays) == step == 1:
+        return arrays[0]
+    length = max(map(len, arrays))
+    total = np.zeros(length)
+    for array in arrays:
+        total[: len(array)] += np.nan_to_num(array)
     return total[: length // step * step].reshape(-1, step).sum(1)

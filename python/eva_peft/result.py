@@ -210,13 +210,19 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
     called = [i for i in range(len(run.targets)) if i in run.collector.slot_of]
     pairs = [(run.targets[i], run.collector.slot_of[i]) for i in called]
     # An exact stream answers by eigen-decomposition, so the ranks come from the final spectra.
-    ratios = [shared[id(s)][2][: run.limit(t)] for t, s in pairs]
+    limited = {
+        run.targets[i].name: [
+            part[: run.limits[i]] for part in shared[id(run.collector.slot_of[i])]
+        ]
+        for i in called
+    }
+    ratios = [limited[t.name][2] for t, _ in pairs]
     ranks = spend([t for t, _ in pairs], ratios, run.options.budget, run.options.min_rank)
     return EvaResult(
         ranks={t.name: r for (t, _), r in zip(pairs, ranks, strict=True)},
-        components={t.name: shared[id(s)][0][: run.limit(t)] for t, s in pairs},
-        singular_values={t.name: shared[id(s)][1][: run.limit(t)] for t, s in pairs},
-        explained_variance_ratio={t.name: shared[id(s)][2][: run.limit(t)] for t, s in pairs},
+        components={name: parts[0] for name, parts in limited.items()},
+        singular_values={name: parts[1] for name, parts in limited.items()},
+        explained_variance_ratio={name: parts[2] for name, parts in limited.items()},
         converged={t.name: s.stream.converged for t, s in pairs},
         numerical_rank={t.name: spectra[id(s)].rank for t, s in pairs},
         lost_variance={t.name: spectra[id(s)].lost for t, s in pairs},

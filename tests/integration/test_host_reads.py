@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -76,3 +76,31 @@ def test_bad_tokens_are_skipped() -> None:
         make_mlp(), iter(data), lora(tau=1.0, **CONFIG), on_nonfinite="skip", backend="torch"
     )
     assert (result.skipped_tokens, result.tokens) == (1, 159)
+
+
+def test_between_read_and_next_forward_torch_is_not_asked_layer_by_layer(
+    away: HostReads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, at_read, between = _host.read, [0], []
+
+    def noted(tensors: Sequence[torch.Tensor]) -> list[_host.Array]:
+        arrays = read(tensors)
+        if tensors:
+            at_read.append(away.calls.total())
+        return arrays
+
+    def calls(layers: int) -> int:
+        model = torch.nn.Sequential(*(torch.nn.Linear(12, 12) for _ in range(layers))).eval()
+        for linear in model:
+            torch.nn.init.orthogonal_(linear.weight)  # no layer's input is of lower rank
+        between.clear()
+        model[0].register_forward_pre_hook(
+            lambda *given: between.append(away.calls.total() - at_read[-1])
+        )
+        targets = [str(i) for i in range(layers)]
+        config = lora(tau=1.0, target_modules=targets)
+        run(model, iter(vectors(4, rows=60, features=12)), config, method="sketch", backend="torch")
+        return between[-1]
+
+    monkeypatch.setattr(_host, "read", noted)
+    assert calls(12) == calls(3) <= 10
