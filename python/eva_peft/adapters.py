@@ -32,7 +32,14 @@ from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
 from .routing import expert_names
 from .snapshot import restored_on_failure
-from .targets import base_name, check_not_merged, layer_name, resolve_name, unwrap
+from .targets import (
+    base_name,
+    check_not_merged,
+    layer_name,
+    resolve_name,
+    tied_weight,
+    unwrap,
+)
 from .training import mark_initialized
 from .world import random_state_kept
 from .wrapping import wrap_model
@@ -109,16 +116,31 @@ def write_state_dict(
         writer = _Writer(model, config, adapter_name, undo, eva)
         for name, (path, layer) in layers.items():
             writer.write(name, path, layer, [rows.get(part) for part in _parts(name, layer)])
+        writer.draw_others()
         writer.finish()
 
 
 def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
-    """Return path and layer by the name in the base model, of a layer or of a parameter."""
+    """Return path and layer by the name in the base model, of a layer or of a parameter.
+
+    Those whose adapter is tied to that of the embeddings are left out.
+    """
+    embedding = tied_weight(model, model.peft_config[adapter_name])
     return {
         layer_name(name, module): (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+        if isinstance(module, LoraLayer)
+        and adapter_name in module.lora_A
+        and not _is_tied(module, embedding)
     }
+
+
+def _is_embedding(layer: LoraLayer) -> bool:
+    return len(layer.lora_embedding_A) > 0
+
+
+def _is_tied(layer: LoraLayer, embedding: nn.Parameter | None) -> bool:
+    return embedding is not None and getattr(layer.get_base_layer(), "weight", None) is embedding
 
 
 def _parts(name: str, layer: LoraLayer) -> list[str]:
@@ -266,8 +288,11 @@ class _Writer:
         return alpha * (math.sqrt(ratio) if self.config.use_rslora else ratio)
 
     def _rebuild(self, layer: LoraLayer, rank: int, alpha: float, drawn: bool) -> None:
-        before = layer.lora_A[self.adapter]
-        dtype, mode = before.weight.dtype, before.training
+        if _is_embedding(layer):
+            dtype, mode = layer.lora_embedding_A[self.adapter].dtype, layer.training
+        else:
+            before = layer.lora_A[self.adapter]
+            dtype, mode = before.weight.dtype, before.training
         trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
         config = copy(self.config)
         # PEFT knows no "eva" for convolutions; whatever it draws is overwritten
@@ -276,8 +301,13 @@ class _Writer:
         update_layer(layer, self.adapter, rank, alpha, config)
         for name in (*layer.adapter_layer_names, "lora_dropout"):
             parts = getattr(layer, name)
-            if self.adapter in parts:
-                parts[self.adapter] = parts[self.adapter].to(dtype).train(mode)
+            if self.adapter not in parts:
+                continue
+            own = parts[self.adapter]
+            if isinstance(own, nn.Module):
+                own.to(dtype).train(mode)
+            else:
+                parts[self.adapter] = nn.Parameter(own.detach().to(dtype))
         for name, parameter in layer.named_parameters():  # PEFT sets those of other adapters too
             parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
@@ -310,6 +340,28 @@ class _Writer:
         attribute = path.rpartition(".")[2]
         setattr(parent, attribute, layer.get_base_layer())
 
+    def draw_others(self) -> None:
+        """Draw, as plain LoRA would, what EVA does not write and PEFT has made without memory."""
+        shared = tied_weight(self.model, self.config)
+        others = self._others().values()
+        for layer in others:
+            weight = layer.lora_embedding_A[self.adapter] if _is_embedding(layer) else None
+            if weight is None or not (weight.is_meta or weight.is_inference()):
+                continue
+            rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
+            self._rebuild(layer, rank, alpha, drawn=True)
+            if _is_tied(layer, shared):
+                for tied in (each for each in others if not _is_embedding(each)):
+                    self._tie(tied, layer)
+
+    def _tie(self, layer: LoraLayer, embedding: LoraLayer) -> None:
+        """Make the adapter of a layer the transposed one of the embeddings, as PEFT does."""
+        for own, its in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
+            weight = getattr(embedding, its)[self.adapter]
+            getattr(layer, own)[self.adapter].weight = nn.Parameter(
+                weight.detach().t(), weight.requires_grad
+            )
+
     def finish(self) -> None:
         """Bring the config in line, so that a saved adapter loads with the same layers and ranks.
 
@@ -318,7 +370,7 @@ class _Writer:
         """
         config = self.config
         old_ranks, old_alphas = config.rank_pattern, config.alpha_pattern
-        others = self._other_layers()
+        others = self._others()
         for name in others:
             self.ranks[name] = pattern_value(old_ranks, name, config.r)
             self.alphas[name] = pattern_value(old_alphas, name, config.lora_alpha)
@@ -348,10 +400,15 @@ class _Writer:
                 stacklevel=6,
             )
 
-    def _other_layers(self) -> list[str]:
-        # layers of this adapter that EVA does not write (embeddings)
-        return [
-            base_name(name)
+    def _others(self) -> dict[str, LoraLayer]:
+        # layers of this adapter that EVA does not write: embeddings, and what is tied to them
+        embedding = tied_weight(self.model, self.config)
+        return {
+            base_name(name): module
             for name, module in self.model.named_modules()
-            if isinstance(module, LoraLayer) and self.adapter in module.lora_embedding_A
-        ]
+            if isinstance(module, LoraLayer)
+            and (
+                self.adapter in module.lora_embedding_A
+                or (self.adapter in module.lora_A and _is_tied(module, embedding))
+            )
+        }

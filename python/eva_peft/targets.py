@@ -34,6 +34,7 @@ __all__ = [
     "input_device",
     "layer_name",
     "resolve_name",
+    "tied_weight",
     "unwrap",
 ]
 
@@ -131,6 +132,23 @@ def check_not_merged(model: nn.Module) -> None:
             )
 
 
+def tied_weight(model: nn.Module, config: LoraConfig) -> nn.Parameter | None:
+    """Return the weight of the embeddings, if PEFT ties the adapters of layers that share it.
+
+    Such an adapter is the transposed one of the embeddings, so it cannot be chosen by itself.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    if not getattr(config, "ensure_weight_tying", False) or not callable(find):
+        return None
+    try:
+        embedding = find()
+    except NotImplementedError:  # of a transformers model that has none
+        return None
+    if isinstance(embedding, BaseTunerLayer):
+        embedding = embedding.get_base_layer()
+    return getattr(embedding, "weight", None)
+
+
 def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Target]:
     """List the layers to initialise, in module order.
 
@@ -148,10 +166,16 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     else:
         config = resolved_config(model, config)
         found = _matching(model, config)
+    own = model.peft_config[adapter_name] if isinstance(model, PeftModel) else config
+    embedding = tied_weight(model, own)
     targets: list[Target] = []
     unsupported: list[str] = []
     attentions: list[str] = []
+    tied: list[str] = []
     for each in found:
+        if embedding is not None and getattr(each.module, "weight", None) is embedding:
+            tied.append(each.name)
+            continue
         if isinstance(each.module, nn.MultiheadAttention):
             attentions.append(f"{each.name}.")
         if each.name.startswith(tuple(attentions)):
@@ -163,7 +187,14 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     if not targets:
         raise EvaValueError(
             f"no layer to initialise: target_modules={config.target_modules!r} matches no linear "
-            f"layer of {type(model).__name__}" + _suggest(model, unsupported)
+            f"layer of {type(model).__name__}" + _suggest(model, unsupported + tied)
+        )
+    if tied:
+        warnings.warn(
+            f"adapters of the embeddings and of what is tied to them ({_shorten(tied)}) keep the "
+            "default initialisation, as ensure_weight_tying makes one adapter of them",
+            EvaWarning,
+            stacklevel=3,
         )
     if unsupported:
         warnings.warn(

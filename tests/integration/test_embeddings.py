@@ -1,0 +1,132 @@
+"""Adapters of embeddings, and of heads that share their weight: EVA leaves both at the default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import eva_kernels
+from eva_kernels import EvaValueError, EvaWarning
+from integration.conftest import QUIET, lora, same_state, state_of, wrapped
+
+WORDS = 64
+TARGETS = [
+    ["q_proj", "embed_tokens"],
+    ["q_proj", "lm_head"],
+    ["q_proj", "embed_tokens", "lm_head"],
+    r".*(q_proj|embed_tokens)",
+]
+
+
+def make_tied() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def batches(count: int = 6) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(1, WORDS, (4, 16), generator=generator) for _ in range(count)]
+    return [{"input_ids": part, "labels": part} for part in ids]
+
+
+def adapters(model: PeftModel) -> tuple[nn.Module, nn.Module]:
+    return model.get_input_embeddings(), model.base_model.model.lm_head
+
+
+def assert_tied(model: PeftModel) -> None:
+    embedding, head = adapters(model)
+    pairs = (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A"))
+    for own, its in pairs:
+        weight = getattr(head, own)["default"].weight
+        other = getattr(embedding, its)["default"]
+        assert weight.data_ptr() == other.data_ptr(), own
+        assert torch.equal(weight, other.T), own
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=["embedding", "head", "both", "regex"])
+@pytest.mark.parametrize("way", ["base", "adapters", "meta"])
+def test_tied_adapters_stay_tied(way: str, targets: Any, tmp_path: Any) -> None:
+    model: Any = make_tied()
+    config = lora(
+        target_modules=targets,
+        ensure_weight_tying=True,
+        rank_pattern={"lm_head": 6, "embed_tokens": 6},
+    )
+    if way != "base":
+        model = wrapped(model, config, low_cpu_mem_usage=way == "meta")
+    with pytest.warns(EvaWarning, match=r"tied to them \(.*\) keep the default"):
+        model = eva_kernels.initialize(model, batches(), config if way == "base" else None, **QUIET)
+    assert list(model.eva_result.ranks) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert_tied(model)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trained if "lm_head" in n or "embed" in n} == {
+        f"base_model.model.{part}"
+        for part in (
+            "model.embed_tokens.lora_embedding_A.default",
+            "model.embed_tokens.lora_embedding_B.default",
+            "lm_head.lora_A.default.weight",
+            "lm_head.lora_B.default.weight",
+        )
+    }
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for batch in batches(2):
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert_tied(model)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    again = PeftModel.from_pretrained(make_tied(), tmp_path)
+    assert_tied(again)
+    ids = batches(1)[0]
+    torch.testing.assert_close(again(**ids).logits, model.eval()(**ids).logits)
+
+
+def test_rows_for_a_tied_adapter_are_refused() -> None:
+    free = lora(target_modules=["q_proj", "lm_head"])
+    result = eva_kernels.calibrate(make_tied(), batches(), free, **QUIET)
+    model = wrapped(
+        make_tied(), lora(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
+    )
+    before = state_of(model)
+    with pytest.raises(EvaValueError, match=r"1 unknown layers \(lm_head\)"):
+        result.apply(model)
+    assert same_state(before, state_of(model))
+
+
+def test_nothing_but_tied_layers() -> None:
+    config = lora(target_modules=["lm_head"], ensure_weight_tying=True)
+    with pytest.raises(EvaValueError, match=r"no layer to initialise.*matches lm_head"):
+        eva_kernels.initialize(make_tied(), batches(), config, **QUIET)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_without_memory_is_drawn(dtype: torch.dtype) -> None:
+    config = lora(target_modules=["q_proj", "embed_tokens"])
+    model = wrapped(make_tied().to(dtype), config, low_cpu_mem_usage=True)
+    with pytest.warns(EvaWarning, match="keep the default"):
+        model = eva_kernels.initialize(model, batches(), **QUIET)
+    assert not any(p.is_meta for p in model.parameters())
+    embedding = model.get_input_embeddings()
+    first, second = embedding.lora_embedding_A["default"], embedding.lora_embedding_B["default"]
+    assert not first.any()  # as PEFT draws it
+    assert second.std() > 0.5
+    assert first.requires_grad
+    plain = wrapped(make_tied().to(dtype), lora(target_modules=["q_proj", "embed_tokens"]))
+    assert first.dtype == plain.get_input_embeddings().lora_embedding_A["default"].dtype
+    model(**batches(1)[0]).loss.backward()
+    assert first.grad.any()
