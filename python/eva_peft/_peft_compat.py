@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
@@ -59,6 +59,7 @@ __all__ = [
     "magnitude",
     "matches_parameter",
     "matches_target",
+    "pattern_of",
     "pattern_value",
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
@@ -68,6 +69,9 @@ __all__ = [
     "versions",
 ]
 
+
+# ``re`` keeps 512 compiled expressions, which the patterns of ranks and of alphas share.
+MOST_KEYS = 240
 
 # What PEFT's own ``disable_adapter`` switches off: adapters, and trained copies of modules.
 SWITCHABLE = (BaseTunerLayer, ModulesToSaveWrapper)
@@ -144,8 +148,19 @@ def matches_parameter(config: LoraConfig, name: str) -> bool:
 
 
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """Look a layer up in ``rank_pattern`` or ``alpha_pattern`` as PEFT does."""
-    return pattern.get(get_pattern_key(list(pattern), name), default)
+    """Look a layer up in ``rank_pattern`` or ``alpha_pattern`` as PEFT does.
+
+    PEFT tries key after key as a regular expression, which it compiles anew where there are more
+    of them than ``re`` keeps. Those that name one other layer are left out.
+    """
+    own = anchored_pattern(name)
+    keys = [key for key in pattern if key == own or not _names_one_layer(key)]
+    return pattern.get(get_pattern_key(keys, name), default)
+
+
+@functools.cache
+def _names_one_layer(key: str) -> bool:
+    return key == anchored_pattern(re.sub(r"\\(.)", r"\1", key.removeprefix("^")))
 
 
 def update_layer(
@@ -190,6 +205,21 @@ def anchored_pattern(name: str) -> str:
     PEFT matches keys as suffixes of regular expressions, so that ``lin`` also matches ``sub.lin``.
     """
     return "^" + re.escape(name)
+
+
+def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Return the ``rank_pattern`` or ``alpha_pattern`` that gives each layer its value.
+
+    One key a layer; where these are too many, one a value. PEFT tries every key on every layer
+    when it loads an adapter, and takes minutes for a thousand.
+    """
+    others = {name: value for name, value in values.items() if value != default}
+    if len(others) <= MOST_KEYS:
+        return {anchored_pattern(name): value for name, value in others.items()}
+    layers: dict[Any, list[str]] = {}
+    for name, value in others.items():
+        layers.setdefault(value, []).append(re.escape(name))
+    return {f"^(?:{'|'.join(names)})": value for value, names in layers.items()}
 
 
 def exclude_layers(config: LoraConfig, names: Iterable[str]) -> str:

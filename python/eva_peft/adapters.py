@@ -19,10 +19,10 @@ from ._peft_compat import (
     LoraLayer,
     ParamWrapper,
     PeftModel,
-    anchored_pattern,
     exclude_layers,
     keep_dilation,
     magnitude,
+    pattern_of,
     pattern_value,
     untrained_magnitude,
     update_layer,
@@ -374,12 +374,8 @@ class _Writer:
         for name in others:
             self.ranks[name] = pattern_value(old_ranks, name, config.r)
             self.alphas[name] = pattern_value(old_alphas, name, config.lora_alpha)
-        config.rank_pattern = {
-            anchored_pattern(n): r for n, r in self.ranks.items() if r != config.r
-        }
-        config.alpha_pattern = {
-            anchored_pattern(n): a for n, a in self.alphas.items() if a != config.lora_alpha
-        }
+        config.rank_pattern = pattern_of(self.ranks, config.r)
+        config.alpha_pattern = pattern_of(self.alphas, config.lora_alpha)
         if self.removed:
             config.exclude_modules = exclude_layers(config, self.removed)
         for name, rank in self.ranks.items():

@@ -63,7 +63,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._make_stream = make_stream
         self._mask = TokenMask(None)
         self._model_input: Any = None
-        self._fresh: list[Slot] = []
+        self._fresh: dict[Slot, None] = {}  # in order; those that began in this forward pass
+        self._fresh_of: dict[int, list[Slot]] = {}  # by the id of the tensor they began with
+        self._missing = 0  # layers that are needed and were not called yet in this forward pass
         self._counts: dict[int, int] = {}
         self._stop_early = self.stopped = False
         self._shape = self._largest = (0, 0)  # of this batch; of those that were run to the end
@@ -118,7 +120,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 self._called(i, args, kwargs)
             finally:
                 self.seconds += time.perf_counter() - begin
-            self.stopped = self._stop_early and self._seen_all()
+            self.stopped = self._stop_early and self._missing == 0
         if self.stopped:  # again, where the model went on all the same
             raise StopForward
 
@@ -141,7 +143,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             shape: (samples, tokens) of the batch, if known.
         """
         self._mask, self._model_input = mask, model_input
-        self._counts, self._fresh, self.stopped = {}, [], False
+        self._counts, self.stopped = {}, False
+        self._forget_fresh()
+        self._missing = len(self.targets) - len(self.frozen)
         self.routed.following = mask.selective and self._routing is not False
         once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
         self._shape = shape or (0, 0)
@@ -178,7 +182,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 self._routing = bool(self._routing)
         self._only = None
         self.alone |= again
-        self._fresh = []
+        self._forget_fresh()
         self.routed.forget()
         self._mask, self._model_input = TokenMask(None), None  # no batch is kept
         self.seconds += time.perf_counter() - begin
@@ -188,8 +192,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """Let the next forward pass count for some layers only."""
         self._only = layers
 
-    def _seen_all(self) -> bool:
-        return all(i in self._counts or i in self.frozen for i in range(len(self.targets)))
+    def _forget_fresh(self) -> None:
+        self._fresh.clear()
+        self._fresh_of.clear()
 
     def _called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._only is not None and i not in self._only:
@@ -198,6 +203,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._counts[i] = call + 1
         if i in self.frozen:
             return
+        self._missing -= call == 0
         x = self._first_tensor(i, args, kwargs)
         slot = self.slot_of.get(i)
         if slot is None:
@@ -226,7 +232,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         if self.selectors[i] is not None or i in self.alone:
             return None
         patches = self.targets[i].patches
-        for slot in self._fresh:
+        for slot in self._fresh_of.get(id(x), ()):
             first = slot.members[0]
             if self.selectors[first] is not None or self.targets[first].patches != patches:
                 continue
@@ -244,7 +250,10 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         slot.calls.append(Seen(x))
         slot.counts[i] = 1
         self.slots.append(slot)
-        self._fresh.append(slot)
+        self._fresh[slot] = None
+        # an id may be that of a tensor that is gone
+        alike = [s for s in self._fresh_of.get(id(x), ()) if s.calls[0].is_same(x)]
+        self._fresh_of[id(x)] = [*alike, slot]
         self.slot_of[i] = slot
 
     def _lead(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
@@ -328,7 +337,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """Let go of all state, after a pass that failed."""
         self.slots.clear()
         self.slot_of.clear()
-        self._fresh.clear()
+        self._forget_fresh()
         self.routed.forget()
 
     def _drop(self, slot: Slot) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 import eva_kernels
+from eva_peft import _peft_compat
+from eva_peft._peft_compat import MOST_KEYS
 from integration.conftest import (
     QUIET,
     Clash,
@@ -354,7 +357,7 @@ def test_failure_at_the_very_end(llama_result: Any, monkeypatch: pytest.MonkeyPa
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "anchored_pattern", failing)
+        patch.setattr(adapters, "pattern_of", failing)
         with pytest.raises(RuntimeError, match="broken"):
             llama_result.apply(model)
     assert same_state(before, state_of(model))
@@ -394,3 +397,38 @@ def test_wrapping_keeps_the_random_state(llama_result: Any) -> None:
     torch.manual_seed(5)
     llama_result.apply(model)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_many_ranks_are_few_keys(tmp_path: Any) -> None:
+    """PEFT tries every key on every layer, so a thousand of them would take it minutes."""
+    count = 2 * MOST_KEYS
+    model = wrapped(make_chain(count), lora(r=4, target_modules="all-linear"))
+    rows = {str(i): torch.eye(1 + i % 6, 8) for i in range(count)}
+    eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=rows)
+    pattern = model.peft_config["default"].rank_pattern
+    assert sorted(pattern.values()) == [1, 2, 3, 5, 6]
+    perturb_b(model)
+    again = reloaded(model, make_chain(count), tmp_path)
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(again).items()}
+    assert ranks == {name: len(row) for name, row in rows.items()}
+    assert same_state(state_of(model), state_of(again))
+
+
+def make_chain(count: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(count)))
+
+
+@pytest.mark.parametrize("most", [0, MOST_KEYS])
+def test_patterns_mean_to_peft_what_they_mean_here(most: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(_peft_compat, "MOST_KEYS", most)
+    names = ["a.lin", "b.lin", "lin", "a.lin.0", "a-lin", "a+.lin", "x.a.lin", "a.lin_2"]
+    values = {name: i // 2 for i, name in enumerate(names)}
+    pattern = _peft_compat.pattern_of(values, default=1)
+    assert len(pattern) == (3 if most == 0 else 6)
+    loose = {"lin": 7, r"a\\.lin": 8, "^b": 9, r".*\d": 10}
+    for tried in (pattern, {**loose, **pattern}, {**pattern, **loose}, loose):
+        for name in names:
+            theirs = tried.get(get_pattern_key(list(tried), name), 1)
+            assert _peft_compat.pattern_value(tried, name, 1) == theirs, (tried, name)
+    assert all(_peft_compat.pattern_value(pattern, n, 1) == v for n, v in values.items())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import eva_kernels
+from eva_peft.shared_inputs import Seen
 from integration.conftest import (
     PROJECTIONS,
     exact_pca,
@@ -334,3 +335,23 @@ def test_freezing_cuts_the_forward_earlier() -> None:
     run(Net(body, "first", "second"), batches(), config, freeze_converged=True, method="sketch")
     # "second" converges at once, then the pass stops at "first", before it is run
     assert 2 <= len(seen) < 8
+
+
+def test_the_first_pass_compares_no_layer_with_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[Tensor] = []
+    is_same = Seen.is_same
+
+    def counting(self: Seen, x: Tensor) -> bool:
+        compared.append(x)
+        return is_same(self, x)
+
+    def chain(net: Net, x: Tensor) -> Tensor:
+        for name in names:
+            x = net.get_submodule(name)(x)
+        return x
+
+    monkeypatch.setattr(Seen, "is_same", counting)
+    names = [f"lin{i}" for i in range(40)]
+    result = run(Net(chain, *names), vectors(1), lora(target_modules=names), method="gram")
+    assert result.shared_inputs == []
+    assert len(compared) <= 2 * len(names)  # the id of a tensor that is gone may come back
