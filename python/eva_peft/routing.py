@@ -145,7 +145,8 @@ class RoutedInputs(TorchFunctionMode):
             picked = _picked(args)
             if picked is not None and len(picked[0]) == rows:
                 self._tokens[result] = self._composed(args[0], *picked)
-            return
+            if picked is not None or not _keeps_rows(args, result):
+                return
         for x in args:
             known = self._tokens.get(x) if isinstance(x, Tensor) else None
             if known is not None and len(known[0]) == rows:
@@ -177,6 +178,14 @@ def _picked(args: Sequence[Any]) -> tuple[Tensor, int] | None:
     if index.dim() != 1 or index.is_floating_point() or x.dim() != 2:
         return None
     return index, len(x)
+
+
+def _keeps_rows(args: Sequence[Any], result: Tensor) -> bool:
+    """Tell whether an indexing call takes features only: no slice of all rows reorders them."""
+    x, index = args[0], args[-1]
+    parts = index if isinstance(index, tuple) else (index,)
+    sliced = all(part is Ellipsis or isinstance(part, slice) for part in parts)
+    return sliced and result.shape[:-1] == x.shape[:-1]
 
 
 @contextmanager

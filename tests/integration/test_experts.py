@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import eva_kernels
 from eva_kernels import EvaValueError, EvaWarning
@@ -90,6 +90,52 @@ def test_fused_experts_are_exact(trim: bool) -> None:
             torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
             assert lost(result.components[name], rows) < 1e-6
     assert result.tokens == sum(int(b["attention_mask"].sum()) for b in texts)
+
+
+def make_gpt_oss() -> GptOssForCausalLM:
+    torch.manual_seed(7)
+    config = GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    return GptOssForCausalLM(config).eval()
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_gate_and_up_may_alternate() -> None:
+    """The experts of GPT-OSS take every second feature of a product."""
+    model, texts = make_gpt_oss(), text_batches(5, samples=6)
+    experts = model.model.layers[0].mlp.experts
+    kept: dict[int, list[Tensor]] = {e: [] for e in range(EXPERTS)}
+    mask: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        tokens, choice = args[0].reshape(-1, 32), args[1]
+        for e in range(EXPERTS):
+            rows = tokens[(choice == e).any(1) & mask[0]]
+            product = rows @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+            gate = product[:, ::2].clamp(max=experts.limit)
+            up = product[:, 1::2].clamp(-experts.limit, experts.limit)
+            kept[e].append((up + 1) * gate * torch.sigmoid(gate * experts.alpha))
+
+    config = lora(tau=1.0, **FUSED)
+    result = run(model, iter(texts), config, method="gram", trim_padding=False)
+    experts.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for batch in texts:
+            mask[:] = [batch["attention_mask"].bool().flatten()]
+            model(**batch)
+    for e, parts in kept.items():
+        name = f"model.layers.0.mlp.experts.{e}.down_proj"
+        assert lost(result.components[name], torch.cat(parts)) < 1e-6
 
 
 def test_fused_experts_train_and_reload(tmp_path: Any) -> None:
