@@ -219,7 +219,11 @@ def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any
     return {k: v for k, v in arguments.items() if k != "labels"}
 
 
-def without_padding(batch: Any, device: torch.device, encoder_decoder: bool = False) -> list[Any]:
+# Models whose sentence is the output at the last position, which for short texts is padding.
+_READ_THE_LAST = ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model")
+
+
+def without_padding(batch: Any, device: torch.device, model_config: Any = None) -> list[Any]:
     """Return a batch as one or more that hold less padding, and the same tokens.
 
     Columns at the end that are padding in every sample are cut, and short samples run apart from
@@ -230,8 +234,13 @@ def without_padding(batch: Any, device: torch.device, encoder_decoder: bool = Fa
     Args:
         batch: on the CPU, as it came from the loader.
         device: where the model will run it.
-        encoder_decoder: ``labels`` belong to another stream than ``attention_mask``.
+        model_config: of the model. In an encoder-decoder ``labels`` belong to another stream than
+            ``attention_mask``; some models read the last position, whatever it holds.
     """
+    encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
+    configs = (model_config, getattr(model_config, "text_config", None))
+    if any(getattr(c, "model_type", None) in _READ_THE_LAST for c in configs):
+        return [batch]
     if not isinstance(batch, Mapping):
         return [batch]
     mask = batch.get("attention_mask")

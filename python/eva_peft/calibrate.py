@@ -45,7 +45,7 @@ from .ranks import allocate
 from .result import EvaResult, collect_result
 from .subsample import Draw
 from .targets import Target, find_targets, resolve_name
-from .token_mask import TokenMask, mask_of_batch
+from .token_mask import TokenMask, frame_lengths, mask_of_batch
 from .world import quiet_model, random_state_kept
 
 __all__ = ["CalibrationPass", "run_pass"]
@@ -206,8 +206,8 @@ class CalibrationPass:
             batch = batches.by_name(batches.as_mapping(batch), self.model)
             batch = batches.as_tensors(batch)
             if self.options.trim_padding and self._plain_masks:
-                kind = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-                parts = batches.without_padding(batch, self.device, bool(kind))
+                model_config = getattr(self.model, "config", None)
+                parts = batches.without_padding(batch, self.device, model_config)
         for part, draw in zip(parts, self._draws(parts), strict=True):
             self._forward_part(part, draw)
         self.forwards += 1
@@ -227,7 +227,8 @@ class CalibrationPass:
         mask = TokenMask(None)
         if self._plain_masks:
             model_config = getattr(self.model, "config", None)
-            mask = mask_of_batch(batches.as_mapping(batch), self.config, model_config)
+            given, lengths = batches.as_mapping(batch), frame_lengths(self.model)
+            mask = mask_of_batch(given, self.config, model_config, lengths)
             mask.warned, mask.transposed = self._warned, self._transposed
         mask.draw = draw
         batch = batches.to_device(batch, self.device)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._peft_compat import LoraConfig
 from .errors import EvaWarning
 from .subsample import Draw
 
-__all__ = ["TokenMask", "mask_of_batch"]
+__all__ = ["TokenMask", "frame_lengths", "mask_of_batch"]
+
+FrameLengths = Callable[..., Any]  # f(samples, (B,)) -> frames, (B,); some take add_adapter
 
 # Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
 _READS_ENCODER = re.compile(
@@ -39,6 +41,8 @@ class TokenMask:
         streams: how many tokens of a layer's input one position of ``main`` stands for.
         mixed: the batch holds something beside text (images, sound).
         encoder_decoder: ``main`` is that of the encoder only, whatever the shapes.
+        frame_lengths: of a model that turns T samples of sound into fewer frames: see
+            :func:`frame_lengths`.
 
     Attributes:
         draw: leaves a random part of the tokens, if set.
@@ -53,9 +57,11 @@ class TokenMask:
         streams: int = 1,
         mixed: bool = False,
         encoder_decoder: bool = False,
+        frame_lengths: FrameLengths | None = None,
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
+        self.frame_lengths = frame_lengths
         self.draw: Draw | None = None
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
@@ -86,11 +92,28 @@ class TokenMask:
             heads = _for_every_head(mask, leading)
             if heads is not None:
                 return self._indices(f"{kind} {leading}", heads, device)
+            frames = self._frames(mask, leading) if kind == "main" else None
+            if frames is not None:
+                return self._indices(f"{kind} {leading}", frames, device)
         self._warn_unknown(leading, name)
         if self.draw is None:
             return None
         whole = torch.ones(leading, dtype=torch.bool, device="cpu")
         return self._indices(f"all of {whole.numel()}", whole.reshape(-1), device)
+
+    def _frames(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
+        """Return the mask of frames, (B, T'), of a mask over samples of sound, (B, T)."""
+        if self.frame_lengths is None or mask.dim() != 2 or leading[:-1] != (len(mask),):
+            return None
+        whole = torch.tensor([mask.shape[1]], device="cpu")
+        for options in ({}, {"add_adapter": False}, {"add_adapter": True}):
+            try:
+                longest, kept = (self.frame_lengths(n, **options) for n in (whole, mask.sum(1)))
+            except TypeError:  # of a model without these layers
+                continue
+            if isinstance(longest, Tensor) and int(longest) == leading[-1]:
+                return torch.arange(leading[-1], device="cpu") < kept[:, None]
+        return None
 
     def _is_transposed(self, leading: tuple[int, ...], mask: Tensor, name: str) -> bool:
         """Tell whether a layer takes the sequence first; as many samples as tokens tell nothing."""
@@ -170,7 +193,21 @@ class TokenMask:
         )
 
 
-def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> TokenMask:
+def frame_lengths(model: nn.Module) -> FrameLengths | None:
+    """Return ``f(samples)``, how many frames a model of speech, or its encoder, makes of them."""
+    for part in (model, getattr(model, "encoder", None)):
+        found = getattr(part, "_get_feat_extract_output_lengths", None)
+        if callable(found):
+            return found
+    return None
+
+
+def mask_of_batch(
+    batch: Any,
+    config: LoraConfig,
+    model_config: Any = None,
+    lengths: FrameLengths | None = None,
+) -> TokenMask:
     """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
 
     Labels count only where they are labels of tokens, that is where their shape is that of the
@@ -180,6 +217,7 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
         batch: a mapping; anything else has no mask.
         config: its ``eva_config`` says whether, and with which value, labels mask tokens.
         model_config: of the model, for the kind of architecture.
+        lengths: see :func:`frame_lengths`.
     """
     if not isinstance(batch, Mapping):
         return TokenMask(None)
@@ -195,14 +233,15 @@ def mask_of_batch(batch: Any, config: LoraConfig, model_config: Any = None) -> T
         if label_mask is not None:
             fits = decoder is not None and decoder.shape == label_mask.shape
             decoder = decoder & label_mask if decoder is not None and fits else label_mask
-        return TokenMask(main, decoder, encoder_decoder=True)
+        return TokenMask(main, decoder, encoder_decoder=True, frame_lengths=lengths)
     shape = _token_shape(batch, main)
     if main is not None and shape is not None:
         main = _without_prefix(main, shape)
     if label_mask is not None and tuple(label_mask.shape) == shape:
         main = label_mask if main is None else main & label_mask
     decision = getattr(model_config, "model_type", "") == "decision_transformer"
-    return TokenMask(main, decoder, _DECISION_STREAMS if decision else 1, _is_mixed(batch))
+    streams = _DECISION_STREAMS if decision else 1
+    return TokenMask(main, decoder, streams, _is_mixed(batch), frame_lengths=lengths)
 
 
 def _for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:

@@ -1,0 +1,135 @@
+"""Models of speech: a mask over samples of sound is a mask over frames; texts that are not cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    HubertConfig,
+    HubertModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+)
+
+from integration.conftest import layer_inputs, lora, lost, run, text_batches
+
+SIZE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+CONVOLUTIONS: dict[str, Any] = {
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 4),
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+}
+
+
+def make_wav2vec2() -> nn.Module:
+    adapter = {"add_adapter": True, "num_adapter_layers": 1, "output_hidden_size": 24}
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**SIZE, **CONVOLUTIONS, **adapter, vocab_size=30))
+
+
+def make_hubert() -> nn.Module:
+    return HubertModel(HubertConfig(**SIZE, **CONVOLUTIONS))
+
+
+def make_speech2text() -> nn.Module:
+    sides = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    config = Speech2TextConfig(
+        vocab_size=30, d_model=32, input_feat_per_channel=8, conv_channels=16, **sides
+    )
+    return Speech2TextForConditionalGeneration(config)
+
+
+def sounds(count: int, key: str, *features: int) -> list[dict[str, Tensor]]:
+    """Return batches of sound of different lengths, and noise behind them."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(count):
+        lengths = torch.randint(300, 1000, (3,), generator=generator)
+        mask = (torch.arange(1000) < lengths[:, None]).long()
+        found.append({key: torch.randn(3, 1000, *features, generator=generator)})
+        found[-1]["attention_mask"] = mask
+    return found
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (
+            make_wav2vec2,
+            {
+                "wav2vec2.feature_projection.projection": False,
+                "wav2vec2.encoder.layers.1.attention.q_proj": False,
+                "lm_head": True,  # behind the adapter, which halves the frames
+            },
+        ),
+        (make_hubert, {"encoder.layers.1.feed_forward.output_dense": False}),
+    ],
+    ids=["wav2vec2", "hubert"],
+)
+def test_samples_and_frames(make: Any, layers: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    model, data = make().eval(), sounds(4, "input_values")
+    names = list(layers)
+    config = lora(tau=1.0, target_modules=names)
+    result = run(model, data, config, method="gram", max_steps=4)
+    for name, behind in layers.items():
+        rows = []
+        for batch in data:
+            seen = layer_inputs(model, [batch], [name], masked=False)[name]
+            options = {"add_adapter": behind} if "wav2vec2" in name or behind else {}
+            lengths = model._get_feat_extract_output_lengths(
+                batch["attention_mask"].sum(1), **options
+            )
+            frames = seen.reshape(3, -1, seen.shape[-1])
+            rows += [part[:n] for part, n in zip(frames, lengths.tolist(), strict=True)]
+        assert len(torch.cat(rows)) < len(data) * 3 * frames.shape[1]
+        assert lost(result.components[name], torch.cat(rows)) < 1e-6, name
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_an_encoder_of_sound_with_a_decoder_of_text() -> None:
+    torch.manual_seed(0)
+    model, data = make_speech2text().eval(), sounds(4, "input_features", 8)
+    for i, batch in enumerate(data):
+        batch["decoder_input_ids"] = torch.arange(3 * 9).reshape(3, 9).add(i) % 30
+    name = "model.encoder.layers.0.self_attn.q_proj"
+    names = [name, "model.decoder.layers.0.encoder_attn.k_proj"]
+    config = lora(tau=1.0, target_modules=names)
+    result = run(model, data, config, method="gram", max_steps=4)
+    rows = []
+    for batch in data:
+        seen = layer_inputs(model, [batch], [name], masked=False)[name].reshape(3, 250, 32)
+        lengths = model.model.encoder._get_feat_extract_output_lengths(
+            batch["attention_mask"].sum(1)
+        )
+        rows += [part[:n] for part, n in zip(seen, lengths.tolist(), strict=True)]
+    assert lost(result.components[name], torch.cat(rows)) < 1e-6
+
+
+def test_texts_whose_last_position_is_read_are_not_cut() -> None:
+    torch.manual_seed(0)
+    config = SiglipTextConfig(**SIZE, vocab_size=97, max_position_embeddings=64)
+    model, texts = SiglipTextModel(config).eval(), text_batches(6, length=24)
+    config_ = lora(tau=1.0, target_modules=["head"])
+    result = run(model, texts, config_, method="gram", max_steps=6)
+    name = next(iter(result.ranks))
+    rows = layer_inputs(model, texts, [name], masked=False)[name]
+    assert lost(result.components[name], rows) < 1e-6
