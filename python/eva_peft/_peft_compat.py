@@ -203,8 +203,13 @@ def anchored_pattern(name: str) -> str:
     """Return a ``rank_pattern`` key that matches this layer and no other.
 
     PEFT matches keys as suffixes of regular expressions, so that ``lin`` also matches ``sub.lin``.
+    What torch.compile has put into a path may be there or not.
     """
-    return "^" + re.escape(name)
+    return "^" + _escaped(name)
+
+
+def _escaped(path: str) -> str:
+    return re.escape(path).replace(r"_orig_mod\.", r"(?:_orig_mod\.)?")
 
 
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
@@ -218,13 +223,13 @@ def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
         return {anchored_pattern(name): value for name, value in others.items()}
     layers: dict[Any, list[str]] = {}
     for name, value in others.items():
-        layers.setdefault(value, []).append(re.escape(name))
+        layers.setdefault(value, []).append(_escaped(name))
     return {f"^(?:{'|'.join(names)})": value for value, names in layers.items()}
 
 
 def exclude_layers(config: LoraConfig, names: Iterable[str]) -> str:
     """Return ``exclude_modules`` as one regular expression: what it excluded, and these layers."""
-    parts = [re.escape(name) for name in names]
+    parts = [_escaped(name) for name in names]
     before = config.exclude_modules
     if isinstance(before, str):
         parts.append(f"(?:{before})")

@@ -33,9 +33,9 @@ from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
 from .routing import expert_names
 from .snapshot import restored_on_failure
 from .targets import (
-    base_name,
     check_not_merged,
     layer_name,
+    peft_key,
     resolve_name,
     tied_weight,
     unwrap,
@@ -257,7 +257,7 @@ class _Writer:
         new_rank = next((len(rows) for rows in parts if rows is not None), rank)
         default = all(rows is None for rows in parts)
         if new_rank == 0:
-            self._remove(name, path, layer)
+            self._remove(path, layer)
             return
         if new_rank != rank and self.eva.adjust_scaling_factors:
             alpha = self._scaled(alpha, rank, new_rank)
@@ -273,7 +273,8 @@ class _Writer:
         if not default:
             self._fill(layer, parts)
             mark_initialized(layer.lora_A[self.adapter].weight)
-        self.ranks[name], self.alphas[name] = new_rank, alpha
+        key = peft_key(path, layer)
+        self.ranks[key], self.alphas[key] = new_rank, alpha
 
     def _keep_dilation(self, name: str, layer: LoraLayer, base: Any) -> None:
         dilation = adapter_dilation(base)
@@ -328,12 +329,12 @@ class _Writer:
             if rows is not None:
                 own.copy_(rows.reshape(own.shape))  # (r, C, *kernel) of a convolution
 
-    def _remove(self, name: str, path: str, layer: LoraLayer) -> None:
+    def _remove(self, path: str, layer: LoraLayer) -> None:
         for attribute in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
             entries = getattr(layer, attribute, None)
             if entries is not None and self.adapter in entries:
                 del entries[self.adapter]
-        self.removed.append(name)
+        self.removed.append(peft_key(path, layer))
         if layer.lora_A or layer.lora_embedding_A:
             return  # another adapter lives here
         parent = self.model.get_submodule(path.rpartition(".")[0])
@@ -371,16 +372,16 @@ class _Writer:
         config = self.config
         old_ranks, old_alphas = config.rank_pattern, config.alpha_pattern
         others = self._others()
-        for name in others:
-            self.ranks[name] = pattern_value(old_ranks, name, config.r)
-            self.alphas[name] = pattern_value(old_alphas, name, config.lora_alpha)
+        for key in others:
+            self.ranks[key] = pattern_value(old_ranks, key, config.r)
+            self.alphas[key] = pattern_value(old_alphas, key, config.lora_alpha)
         config.rank_pattern = pattern_of(self.ranks, config.r)
         config.alpha_pattern = pattern_of(self.alphas, config.lora_alpha)
         if self.removed:
             config.exclude_modules = exclude_layers(config, self.removed)
-        for name, rank in self.ranks.items():
-            if pattern_value(config.rank_pattern, name, config.r) != rank:
-                raise EvaRuntimeError(f"layer {name}: the rank pattern does not give its rank")
+        for key, rank in self.ranks.items():
+            if pattern_value(config.rank_pattern, key, config.r) != rank:
+                raise EvaRuntimeError(f"layer {key}: the rank pattern does not give its rank")
         self.model.peft_config[self.adapter] = config
         names = getattr(self.model.base_model, "targeted_module_names", None)
         if names is not None and self.removed:
@@ -400,7 +401,7 @@ class _Writer:
         # layers of this adapter that EVA does not write: embeddings, and what is tied to them
         embedding = tied_weight(self.model, self.config)
         return {
-            base_name(name): module
+            peft_key(name): module
             for name, module in self.model.named_modules()
             if isinstance(module, LoraLayer)
             and (

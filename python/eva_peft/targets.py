@@ -33,6 +33,7 @@ __all__ = [
     "find_targets",
     "input_device",
     "layer_name",
+    "peft_key",
     "resolve_name",
     "tied_weight",
     "unwrap",
@@ -79,15 +80,21 @@ class Target:
 
 def base_name(name: str) -> str:
     """Return the name in the base model of a module of a PeftModel."""
-    return _WRAPPED.sub("", _COMPILED.sub("", name).removeprefix("base_model.model."))
+    return _COMPILED.sub("", peft_key(name))
+
+
+def peft_key(path: str, module: nn.Module | None = None) -> str:
+    """Return by what PEFT knows a module of a PeftModel, or the parameter that a layer adapts.
+
+    The path in the base model; where parts of that are compiled, their ``_orig_mod`` stay.
+    """
+    key = _WRAPPED.sub("", path.removeprefix("base_model.model."))
+    return f"{key}.{module.parameter_name}" if isinstance(module, ParamWrapper) else key
 
 
 def layer_name(path: str, module: LoraLayer) -> str:
     """Return the name in the base model of what a LoRA layer adapts: a module, or a parameter."""
-    name = base_name(path)
-    if not isinstance(module, ParamWrapper):
-        return name
-    return f"{name}.{module.parameter_name}"
+    return _COMPILED.sub("", peft_key(path, module))
 
 
 def resolve_name(name: str, known: Container[str]) -> str:
@@ -217,23 +224,24 @@ class _Found:
     parameter: str | None = None
 
 
-def _rank_and_alpha(config: LoraConfig, name: str, parameter: str | None) -> tuple[int, float]:
-    key = name if parameter is None else f"{name}.{parameter}"
+def _rank_and_alpha(config: LoraConfig, path: str, parameter: str | None) -> tuple[int, float]:
+    key = path if parameter is None else f"{path}.{parameter}"
     rank = int(pattern_value(config.rank_pattern, key, config.r))
     return rank, plain_number(pattern_value(config.alpha_pattern, key, config.lora_alpha))
 
 
 def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
-    def found(name: str, module: nn.Module, parameter: str | None = None) -> _Found:
-        return _Found(name, module, *_rank_and_alpha(config, name, parameter), parameter)
-
-    for path, module in model.named_modules():
+    def found(path: str, module: nn.Module, parameter: str | None = None) -> _Found:
         name = _COMPILED.sub("", path)
-        if matches_target(config, name):
-            yield found(name, module)
+        return _Found(name, module, *_rank_and_alpha(config, path, parameter), parameter)
+
+    # PEFT looks at the paths as they are, with what torch.compile has put into them
+    for path, module in model.named_modules():
+        if matches_target(config, path):
+            yield found(path, module)
         for parameter, _ in module.named_parameters(recurse=False):
-            if matches_parameter(config, f"{name}.{parameter}"):
-                yield found(name, module, parameter)
+            if matches_parameter(config, f"{path}.{parameter}"):
+                yield found(path, module, parameter)
 
 
 def _adapted(model: PeftModel, config: LoraConfig, adapter_name: str) -> Iterator[_Found]:
@@ -251,7 +259,7 @@ def _adapted(model: PeftModel, config: LoraConfig, adapter_name: str) -> Iterato
             rank = int(module.r[adapter_name])
             alpha = plain_number(module.lora_alpha[adapter_name])
         else:
-            rank, alpha = _rank_and_alpha(config, name, parameter)
+            rank, alpha = _rank_and_alpha(config, peft_key(path), parameter)
         yield _Found(name, module.get_base_layer(), rank, alpha, parameter)
 
 
