@@ -6,7 +6,8 @@ import functools
 import inspect
 import re
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib.metadata import version
 from typing import Any
@@ -48,6 +49,7 @@ __all__ = [
     "ParamWrapper",
     "PeftMixedModel",
     "PeftModel",
+    "adapters_not_moved",
     "anchored_pattern",
     "exclude_layers",
     "forward_fn_dict",
@@ -178,6 +180,17 @@ def update_layer(
         if name not in ("adapter_name", "r", "lora_alpha") and hasattr(config, name)
     }
     layer.update_layer(adapter_name, r, lora_alpha=lora_alpha, **wanted)
+
+
+@contextmanager
+def adapters_not_moved(layer: LoraLayer) -> Iterator[None]:
+    """Leave what PEFT makes for a layer within the block where it was made, on the CPU."""
+    name = "_move_adapter_to_device_of_base_layer"
+    setattr(layer, name, lambda *args, **kwargs: None)
+    try:
+        yield
+    finally:
+        delattr(layer, name)
 
 
 def keep_dilation() -> None:

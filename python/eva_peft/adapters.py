@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from ._peft_compat import (
     LoraLayer,
     ParamWrapper,
     PeftModel,
+    adapters_not_moved,
     exclude_layers,
     keep_dilation,
     magnitude,
@@ -34,6 +35,7 @@ from .routing import expert_names
 from .snapshot import restored_on_failure
 from .targets import (
     check_not_merged,
+    device_of,
     layer_name,
     peft_key,
     resolve_name,
@@ -299,16 +301,21 @@ class _Writer:
         # PEFT knows no "eva" for convolutions; whatever it draws is overwritten
         drawn = drawn or isinstance(layer.get_base_layer(), CONVOLUTIONS)
         config.init_lora_weights = True if drawn else "eva"
-        update_layer(layer, self.adapter, rank, alpha, config)
+        base = layer.get_base_layer()
+        offloaded = all(parameter.is_meta for parameter in base.parameters())
+        # PEFT would put it where the weights of the layer are, and so nowhere
+        with adapters_not_moved(layer) if offloaded else nullcontext():
+            update_layer(layer, self.adapter, rank, alpha, config)
+        device = device_of(base) if offloaded else None
         for name in (*layer.adapter_layer_names, "lora_dropout"):
             parts = getattr(layer, name)
             if self.adapter not in parts:
                 continue
             own = parts[self.adapter]
             if isinstance(own, nn.Module):
-                own.to(dtype).train(mode)
+                own.to(device, dtype).train(mode)
             else:
-                parts[self.adapter] = nn.Parameter(own.detach().to(dtype))
+                parts[self.adapter] = nn.Parameter(own.detach().to(device, dtype))
         for name, parameter in layer.named_parameters():  # PEFT sets those of other adapters too
             parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 

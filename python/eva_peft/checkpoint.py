@@ -24,7 +24,7 @@ from eva_kernels.streaming import export_stream, restore_stream
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
 from .errors import EvaValueError, EvaWarning
 from .fingerprint import differences, fingerprint_of
-from .targets import input_device
+from .targets import device_of
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
@@ -188,7 +188,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             target, dtype = run.targets[members[0]], getattr(torch, record["stream"]["dtype"])
             prefix = f"slots.{i}."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            like = torch.empty(0, dtype=dtype, device=input_device(target, run.device))
+            like = torch.empty(0, dtype=dtype, device=device_of(target.module) or run.device)
             slot = collector.install(run.make_stream(target, like), members)
             restore_stream(slot.stream, record["stream"], parts)
         collector.most_calls = {index[n]: calls for n, calls in state["most_calls"].items()}

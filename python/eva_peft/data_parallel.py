@@ -34,7 +34,7 @@ from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedEr
 from .hooks import InputCollector
 from .options import AUTO, CalibrateOptions
 from .shared_inputs import Slot
-from .targets import input_device
+from .targets import device_of
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
@@ -370,7 +370,7 @@ def _slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
     slot = run.collector.slot_of.get(cell[0])
     if slot is None:
         target = run.targets[cell[0]]
-        like = torch.empty(0, dtype=dtype, device=input_device(target, run.device))
+        like = torch.empty(0, dtype=dtype, device=device_of(target.module) or run.device)
         slot = run.collector.install(run.make_stream(target, like), cell)
     return slot
 

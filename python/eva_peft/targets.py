@@ -30,8 +30,8 @@ from .routing import ExpertWeight, expert_names, expert_weights
 __all__ = [
     "Target",
     "base_name",
+    "device_of",
     "find_targets",
-    "input_device",
     "layer_name",
     "peft_key",
     "resolve_name",
@@ -310,10 +310,10 @@ def _shorten(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def input_device(target: Target, default: torch.device) -> torch.device:
-    """Return the device of a layer's input: that of its weights, or where a hook will put them."""
-    for tensor in (*target.module.parameters(), *target.module.buffers()):
+def device_of(module: nn.Module) -> torch.device | None:
+    """Return the device of a module's weights, or where a hook will put them, if that is known."""
+    for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type != "meta":
             return tensor.device
-    hooked = getattr(getattr(target.module, "_hf_hook", None), "execution_device", None)
-    return default if hooked is None else torch.device(hooked)
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if hooked is None else torch.device(hooked)
