@@ -113,6 +113,7 @@ def write_state_dict(
     unreadable = {part for part, name in parts.items() if _unreadable(name, layers)}
     _check_names(parts, rows, strict, unreadable | set(default_layers or ()))
     _check_shapes(layers, parts, rows)
+    _check_variance(parts, rows)
     with restored_on_failure(model), _values_restored() as undo, random_state_kept():
         config = copy(model.peft_config[adapter_name])
         writer = _Writer(model, config, adapter_name, undo, eva)
@@ -218,6 +219,15 @@ def _check_shapes(
                 f"layer {name}: rank {len(value)}, but the experts of {parts[name]} have one rank "
                 f"in common, at least 1 (another one has {common})"
             )
+
+
+def _check_variance(parts: Mapping[str, str], rows: Mapping[str, Tensor]) -> None:
+    ranks = [len(rows[part]) if part in rows else None for part in parts]
+    if ranks and not any(rank is None or rank for rank in ranks):
+        raise EvaValueError(
+            f"none of the {len(ranks)} layers is given a rank: no layer's inputs differ from one "
+            "another, so there is no variance to explain. Give more, and different, samples"
+        )
 
 
 @contextmanager

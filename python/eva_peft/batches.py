@@ -219,8 +219,12 @@ def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any
     return {k: v for k, v in arguments.items() if k != "labels"}
 
 
-# Models whose sentence is the output at the last position, which for short texts is padding.
-_READ_THE_LAST = ("siglip", "siglip_text_model", "siglip2", "siglip2_text_model")
+# Models in which padding is seen: as the last position, which stands for the sentence, or by what
+# mixes neighbours or all positions without a mask.
+_SEE_PADDING = (
+    "siglip", "siglip_text_model", "siglip2", "siglip2_text_model",
+    "canine", "convbert", "fnet", "nystromformer",
+)  # fmt: skip
 
 
 def without_padding(batch: Any, device: torch.device, model_config: Any = None) -> list[Any]:
@@ -235,11 +239,11 @@ def without_padding(batch: Any, device: torch.device, model_config: Any = None) 
         batch: on the CPU, as it came from the loader.
         device: where the model will run it.
         model_config: of the model. In an encoder-decoder ``labels`` belong to another stream than
-            ``attention_mask``; some models read the last position, whatever it holds.
+            ``attention_mask``; some models see padding.
     """
     encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
     configs = (model_config, getattr(model_config, "text_config", None))
-    if any(getattr(c, "model_type", None) in _READ_THE_LAST for c in configs):
+    if any(getattr(c, "model_type", None) in _SEE_PADDING for c in configs):
         return [batch]
     if not isinstance(batch, Mapping):
         return [batch]

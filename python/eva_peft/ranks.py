@@ -55,8 +55,8 @@ def spend(
     )
     ranks = [0] * len(targets)
     for members, target, count in zip(layers, first, counts, strict=True):
-        for i in members:
-            ranks[i] = count * target.step
+        for i in members:  # one, too, where no expert's tokens differ
+            ranks[i] = max(count, int(bool(target.owner))) * target.step
     return ranks
 
 

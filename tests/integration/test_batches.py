@@ -8,6 +8,7 @@ import weakref
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import BatchEncoding
 
 import eva_kernels
+from eva_peft.batches import without_padding
 from integration.conftest import angle, lora, make_llama, make_mlp, run, text_batches, vectors
 
 TEXTS = text_batches(4)
@@ -193,3 +195,14 @@ def test_float64_and_half_inputs() -> None:
         result = run(make_mlp().to(dtype), iter(data), lora(**CONFIG), method="sketch")
         assert sum(result.ranks.values()) == 8
         assert all(rows.dtype == torch.float32 for rows in result.components.values())
+
+
+@pytest.mark.parametrize("kind", ["fnet", "canine", "siglip"])
+def test_padding_that_a_model_sees_stays(kind: str) -> None:
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
+    batch = {"input_ids": mask * 5, "attention_mask": mask}
+    inner, other = SimpleNamespace(model_type=kind), SimpleNamespace(model_type="bert")
+    for config in (inner, SimpleNamespace(model_type="pair", text_config=inner)):
+        assert without_padding(batch, torch.device("cpu"), config) == [batch]
+    [cut] = without_padding(batch, torch.device("cpu"), other)
+    assert cut["input_ids"].shape == (2, 3)

@@ -335,3 +335,13 @@ def test_experts_without_tokens_keep_the_default() -> None:
         torch.testing.assert_close(a[e] @ a[e].mT, torch.eye(a.shape[1]), atol=3e-6, rtol=0)
     batch = text_batches(1)[0]
     torch.testing.assert_close(output_of(peft_model, batch), output_of(base, batch))
+
+
+@pytest.mark.filterwarnings("ignore:.*never called with a token:eva_kernels.EvaWarning")
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_experts_keep_a_rank_though_their_tokens_do_not_differ(tokens: int) -> None:
+    data = [{"input_ids": torch.arange(5, 5 + tokens)[None]}]
+    model = eva_kernels.initialize(make_mixtral(), data, lora(**FUSED), **QUIET)
+    ranks = {n: layer.r["default"] for n, layer in lora_layers(model).items() if "experts" in n}
+    assert set(ranks.values()) == {1}
+    model(**data[0], labels=data[0]["input_ids"])

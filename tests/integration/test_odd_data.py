@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import eva_kernels
-from eva_kernels import EvaError
+from eva_kernels import EvaError, EvaValueError
 from integration.conftest import (
     QUIET,
     angle,
@@ -19,8 +19,11 @@ from integration.conftest import (
     lost,
     make_llama,
     run,
+    same_state,
+    state_of,
     text_batches,
     vectors,
+    wrapped,
 )
 
 METHODS = ["sketch", "gram"]
@@ -96,9 +99,11 @@ def test_every_token_twice(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_token_in_all(method: str) -> None:
-    model = initialized(iter([vectors()[0][:1]]), method=method)
-    assert model.eva_result.tokens == 1
-    check_adapters(model)
+    one = [vectors()[0][:1]]
+    result = run(two_layers(), one, lora(target_modules=["0", "2"]), method=method)
+    assert (result.tokens, set(result.ranks.values())) == (1, {0})
+    with pytest.raises(EvaValueError, match="no variance to explain"):
+        initialized(one, method=method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -240,3 +245,13 @@ def test_one_bad_token_among_many(method: str) -> None:
     assert model.eva_result.skipped_tokens == 2
     assert lost(model.eva_result.components["0"], good) < (1e-6 if method == "gram" else 5e-3)
     check_adapters(model)
+
+
+@pytest.mark.parametrize("way", ["base", "adapters"])
+def test_tokens_that_do_not_differ_are_told(way: str) -> None:
+    data, base = [{"input_ids": torch.full((2, 9), 5)}], make_llama()
+    model: Any = base if way == "base" else wrapped(base)
+    before = state_of(model)
+    with pytest.raises(EvaValueError, match=r"none of the 14 layers.*no variance.*samples"):
+        eva_kernels.initialize(model, data, lora() if way == "base" else None, **QUIET)
+    assert same_state(before, state_of(model))
