@@ -100,7 +100,7 @@ def test_every_token_twice(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_one_token_in_all(method: str) -> None:
     one = [vectors()[0][:1]]
-    result = run(two_layers(), one, lora(target_modules=["0", "2"]), method=method)
+    result = run(two_layers(), iter(one), lora(target_modules=["0", "2"]), method=method)
     assert (result.tokens, set(result.ranks.values())) == (1, {0})
     with pytest.raises(EvaValueError, match="no variance to explain"):
         initialized(one, method=method)
