@@ -41,6 +41,17 @@ def _gemma2() -> nn.Module:
     return hf.Gemma2ForCausalLM(config)
 
 
+def _gemma3() -> nn.Module:
+    config = hf.Gemma3TextConfig(**SIZE, **GROUPED, head_dim=16, sliding_window=8)
+    return hf.Gemma3ForCausalLM(config)
+
+
+def _gpt_oss() -> nn.Module:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = hf.GptOssConfig(**SIZE, **GROUPED, **experts, head_dim=16, sliding_window=8)
+    return hf.GptOssForCausalLM(config)
+
+
 def _mixtral() -> nn.Module:
     config = hf.MixtralConfig(**SIZE, **GROUPED, num_local_experts=4, num_experts_per_tok=2)
     return hf.MixtralForCausalLM(config)
@@ -77,6 +88,14 @@ def _deberta() -> nn.Module:
 
 def _roberta() -> nn.Module:
     return hf.RobertaForSequenceClassification(hf.RobertaConfig(**SIZE, num_labels=3))
+
+
+def _modernbert() -> nn.Module:
+    tokens = dict.fromkeys(("bos_token_id", "cls_token_id"), 1)
+    tokens |= dict.fromkeys(("eos_token_id", "sep_token_id"), 2)
+    return hf.ModernBertForSequenceClassification(
+        hf.ModernBertConfig(**SIZE, **tokens, num_labels=3)
+    )
 
 
 def _bert(kind: str) -> nn.Module:
@@ -141,6 +160,8 @@ LANGUAGE: dict[str, Family] = {
         seeded(_qwen3), partial(texts, labels="tokens", left=True), {"task_type": "CAUSAL_LM"}
     ),
     "Gemma-2": Family(seeded(_gemma2), _causal, {"task_type": "CAUSAL_LM"}),
+    "Gemma-3": Family(seeded(_gemma3), _causal, {"task_type": "CAUSAL_LM"}),
+    "GPT-OSS, fused experts": Family(seeded(_gpt_oss), _causal, _FUSED),
     "Mixtral": Family(seeded(_mixtral), _causal, {"task_type": "CAUSAL_LM"}),
     "Mixtral, fused experts": Family(seeded(_mixtral), _causal, _FUSED),
     "Mixtral, experts as modules": Family(seeded(_routed), _causal, {"task_type": "CAUSAL_LM"}),
@@ -149,6 +170,7 @@ LANGUAGE: dict[str, Family] = {
     "T5 encoder": Family(seeded(lambda: hf.T5EncoderModel(_t5_config())), texts, loss=mean_square),
     "DeBERTa-v3 classifier": Family(seeded(_deberta), partial(texts, labels="classes"), CLASSES),
     "RoBERTa classifier": Family(seeded(_roberta), partial(texts, labels="classes"), CLASSES),
+    "ModernBERT classifier": Family(seeded(_modernbert), partial(texts, labels="classes"), CLASSES),
     "BERT classifier": Family(
         seeded(lambda: _bert("BertForSequenceClassification")),
         partial(texts, labels="classes"),

@@ -39,9 +39,13 @@ def _clip() -> nn.Module:
     return hf.CLIPModel(config)
 
 
-def _clip_batches(count: int) -> list[Batch]:
+def _pairs(count: int) -> list[Batch]:
     pairs = zip(texts(count), images(count, classes=None), strict=True)
-    batches = [{**text, **image} for text, image in pairs]
+    return [{**text, **image} for text, image in pairs]
+
+
+def _clip_batches(count: int) -> list[Batch]:
+    batches = _pairs(count)
     for batch in batches:  # the text model pools at the end-of-text token
         last = batch["attention_mask"].sum(1) - 1
         batch["input_ids"][torch.arange(4), last] = 2
@@ -78,6 +82,57 @@ def _whisper_batches(count: int) -> list[Batch]:
         {"input_features": sound, "labels": text["labels"]}
         for sound, text in zip(sounds, texts(count, length=12, labels="tokens"), strict=True)
     ]
+
+
+SPEECH: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "conv_dim": (16, 16),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 4),
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 2,
+    "feat_extract_norm": "layer",
+    "mask_time_prob": 0.0,
+}
+ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+
+
+def _wav2vec2() -> nn.Module:
+    config = hf.Wav2Vec2Config(**SPEECH, vocab_size=VOCABULARY, pad_token_id=0)
+    return hf.Wav2Vec2ForCTC(config)
+
+
+def _hubert() -> nn.Module:
+    config = hf.HubertConfig(**SPEECH, classifier_proj_size=16, num_labels=3)
+    return hf.HubertForSequenceClassification(config)
+
+
+def _sounds(count: int, *, classes: bool) -> list[Batch]:
+    """Return sounds of different lengths, padded, with a class or a short text each."""
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(count):
+        lengths = torch.randint(300, 800, (4, 1), generator=generator)
+        mask = (torch.arange(800) < lengths).long()
+        sound = torch.randn(4, 800, generator=generator).cumsum(-1) / 10
+        shape = (4,) if classes else (4, 5)
+        labels = torch.randint(1, 3, shape, generator=generator)
+        batches.append({"input_values": sound * mask, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def _siglip() -> nn.Module:
+    config = hf.SiglipConfig(text_config=TEXT, vision_config=VISION)
+    return hf.SiglipModel(config)
+
+
+def _swin() -> nn.Module:
+    size = {"image_size": 16, "patch_size": 2, "embed_dim": 16, "window_size": 4}
+    config = hf.SwinConfig(**size, depths=[1, 1], num_heads=[2, 4], num_labels=3)
+    return hf.SwinForImageClassification(config)
 
 
 def _decisions() -> nn.Module:
@@ -166,6 +221,15 @@ _IMAGES = {"task_type": None}
 OTHERS: dict[str, Family] = {
     "DINOv2": Family(seeded(_dinov2), images),
     "ViT": Family(seeded(_vit), images),
+    "Swin": Family(seeded(_swin), images),
+    "SigLIP": Family(
+        seeded(_siglip),
+        _pairs,
+        {"exclude_modules": r".*vision_model\.head\.attention.*"},  # never called, used as a weight
+        loss=lambda model, batch: model(**batch, return_loss=True).loss,
+    ),
+    "Wav2Vec2": Family(seeded(_wav2vec2), partial(_sounds, classes=False), ATTENTION),
+    "HuBERT classifier": Family(seeded(_hubert), partial(_sounds, classes=True)),
     "CLIP": Family(
         seeded(_clip),
         _clip_batches,
