@@ -28,7 +28,7 @@ from ._peft_compat import (
     untrained_magnitude,
     update_layer,
 )
-from .checks import check_base_model
+from .checks import check_base_model, check_not_sharded
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
 from .routing import expert_names
@@ -65,6 +65,7 @@ def write_result(
         EvaValueError: layers of the model and of the result differ (with ``strict``).
     """
     inner, chosen = unwrap(model), config or result.config
+    check_not_sharded(inner)
     with ExitStack() as stack:
         if not isinstance(inner, PeftModel):
             check_base_model(inner, adapter_name)

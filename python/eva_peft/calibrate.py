@@ -29,6 +29,7 @@ from eva_kernels.streaming import (
 from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
 from .checkpoint import CheckpointKeeper
+from .checks import is_sharded
 from .data_parallel import Processes, processes_of
 from .errors import (
     EvaValueError,
@@ -270,10 +271,10 @@ class CalibrationPass:
     def _may_stop_early(self) -> bool:
         if self.options.early_exit != AUTO:
             return bool(self.options.early_exit)
-        wrappers = ("FullyShardedDataParallel", "DeepSpeedEngine", "PipelineParallel", "FSDPModule")
         names = {kind.__name__ for m in self.model.modules() for kind in type(m).__mro__}
         offloaded = set(map(str, getattr(self.model, "hf_device_map", {}).values()))
-        return not names & set(wrappers) and not offloaded & {"cpu", "disk"}
+        wrapped = is_sharded(self.model) or names & {"DeepSpeedEngine", "PipelineParallel"}
+        return not wrapped and not offloaded & {"cpu", "disk"}
 
     def make_stream(self, target: Target, x: Tensor) -> InputStream:
         """Return a new stream for a layer whose input is like ``x``."""

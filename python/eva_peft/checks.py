@@ -17,9 +17,16 @@ from ._peft_compat import (
     is_lora,
     kind_of,
 )
-from .errors import EvaTypeError, EvaValueError
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError
 
-__all__ = ["check_base_model", "check_config", "checked_number", "plain_number"]
+__all__ = [
+    "check_base_model",
+    "check_config",
+    "check_not_sharded",
+    "checked_number",
+    "is_sharded",
+    "plain_number",
+]
 
 
 def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraConfig:
@@ -75,6 +82,26 @@ def check_base_model(model: nn.Module, adapter_name: str) -> None:
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise EvaValueError(
             f"adapter_name={adapter_name!r} must be text without a dot: PEFT makes a module of it"
+        )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether FSDP, of either kind, has divided the weights of a model among processes."""
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return bool(kinds & {"FullyShardedDataParallel", "FSDPModule"})
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Refuse a model to whose adapters nothing can be written any more.
+
+    Raises:
+        EvaRuntimeError: it is sharded by FSDP, which knows the parameters of then only.
+    """
+    if is_sharded(model):
+        raise EvaRuntimeError(
+            "the model is sharded by FSDP, which would not know adapters that are made or get "
+            "another rank now. Initialise before sharding; or calibrate() the sharded model, and "
+            "apply the result to one that is not"
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ._peft_compat import EvaConfig, LoraConfig, PeftModel
 from .adapters import write_result
 from .calibrate import run_pass
-from .checks import check_config
+from .checks import check_config, check_not_sharded
 from .errors import EvaValueError
 from .options import CalibrateOptions
 from .planning import Estimate, estimate_targets
@@ -70,6 +70,7 @@ def initialize(
     Reference: arXiv 2410.07170; PEFT ``initialize_lora_eva_weights``.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
+    check_not_sharded(inner)
     chosen = _chosen_config(inner, config, parsed)
     if isinstance(inner, PeftModel):
         own = inner.peft_config.get(parsed.adapter_name)

@@ -22,6 +22,7 @@ from ._peft_compat import (
     prepare_model_inputs_fn_language_modeling,
 )
 from .adapters import write_state_dict
+from .checks import check_not_sharded
 from .errors import EvaValueError
 from .initialize import calibrate
 from .options import AUTO
@@ -151,6 +152,7 @@ def initialize_lora_eva_weights(
             neither data nor state dict, or layers that do not fit.
     """
     inner = unwrap(model)
+    check_not_sharded(inner)
     if not isinstance(inner, PeftModel):
         raise EvaValueError("model must be a PeftModel")
     if len(inner.active_adapters) > 1:

@@ -44,6 +44,7 @@ _PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
 _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
 # What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
+_REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 # The options of a config that say how large the adapters are.
 _SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
@@ -113,11 +114,11 @@ def resolve_name(name: str, known: Container[str]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model below DistributedDataParallel and torch.compile."""
+    """Return the model below DataParallel, DistributedDataParallel and torch.compile."""
     while True:
         # Not getattr: a PeftModel hands the attributes of a compiled base model on.
         inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(model, _REPLICATED):
             inner = model.module
         if inner is None:
             return model

@@ -108,6 +108,12 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return found
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that FSDP has divided as one; all processes have to ask for it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 @torch.no_grad()
 def _trained(layers: dict[str, LoraLayer], adapter_name: str) -> list[str]:
     """Return the names of the layers that are not as they were made, by one read a device.
@@ -116,7 +122,7 @@ def _trained(layers: dict[str, LoraLayer], adapter_name: str) -> list[str]:
     """
     by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, layer in layers.items():
-        weight = layer.lora_B[adapter_name].weight
+        weight = _whole(layer.lora_B[adapter_name].weight)
         if not weight.is_meta:
             by_device[weight.device][name] = weight.any() | _magnitude_moved(layer, adapter_name)
     found = set()
@@ -145,7 +151,7 @@ def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
     if getattr(weight, _MARK, False):
         return True
     tolerance = _TOLERANCE.get(weight.dtype, _LOW_PRECISION)
-    rows = weight.detach().float().flatten(1)
+    rows = _whole(weight.detach()).float().flatten(1)
     norms = rows.norm(dim=1)
     if whitened:
         norms, rows = norms / norms.clamp_min(1e-30), rows / norms.clamp_min(1e-30)[:, None]

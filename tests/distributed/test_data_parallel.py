@@ -197,6 +197,26 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
         assert message in seen[rank][name][1]
 
 
+def test_adapters_in_shards_are_looked_at_whole(seen: tuple[Seen, Seen]) -> None:
+    told = "NotInitializedError"
+    for rank in (0, 1):
+        assert seen[rank]["trained_in_shards"] == {
+            "initialised": [True, None, None],
+            "not initialised": [False, told, told],
+            "trained": True,
+        }
+
+
+def test_what_is_sharded_is_calibrated_but_not_initialised(seen: tuple[Seen, Seen]) -> None:
+    for rank in (0, 1):
+        found = seen[rank]["initialised_in_shards"]
+        assert list(found) == ["adapters", "base"]
+        for kind, message in found.values():
+            assert kind == "EvaRuntimeError"
+            assert "Initialise before sharding" in message
+    assert same(seen[0]["calibrated_in_shards"], seen[0]["gram"])
+
+
 def test_a_group_needs_torch_distributed() -> None:
     with pytest.raises(eva_kernels.errors.EvaTypeError, match="process group or None"):
         eva_kernels.calibrate(make_llama(), union(1), lora(), group=object(), **QUIET)

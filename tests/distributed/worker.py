@@ -11,12 +11,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from peft import PeftModel
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 import eva_kernels
 from eva_kernels.streaming import InputStream
 from eva_peft import data_parallel
-from integration.conftest import QUIET, lora, make_llama, text_batches
+from integration.conftest import QUIET, lora, make_llama, text_batches, wrapped
 
 SCENARIOS: dict[str, Callable[[int], Any]] = {}
 
@@ -213,6 +215,64 @@ def merging_fails(rank: int) -> Any:
 @scenario
 def checkpointed(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), checkpoint="never-written.safetensors")
+
+
+def sharded(model: Any) -> Any:
+    """Divide the weights of a model, block by block, among the processes."""
+    base = model.base_model.model if isinstance(model, PeftModel) else model
+    for block in base.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def told_of(run: Callable[[], Any]) -> str | None:
+    try:
+        run()
+    except eva_kernels.EvaError as error:
+        return type(error).__name__
+    return None
+
+
+@scenario
+def trained_in_shards(rank: int) -> Any:
+    """Return what is told of adapters, which were initialised or not, after they were divided."""
+    ids = own_batches(rank)[0]["input_ids"]
+
+    def look(model: Any) -> Any:
+        sharded(eva_kernels.watch(model, "raise"))
+        callback = eva_kernels.EvaCallback("raise")
+        return [
+            eva_kernels.is_initialized(model),
+            told_of(lambda: callback.on_train_begin(None, None, None, model=model)),
+            told_of(lambda: model.train()(input_ids=ids, labels=ids).loss.backward()),
+        ]
+
+    done, plain = wrapped(make_llama(), lora()), wrapped(make_llama(), lora())
+    eva_kernels.initialize(done, own_batches(rank), **QUIET)
+    found = {"initialised": look(done), "not initialised": look(plain)}
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1.0)
+    return {**found, "trained": eva_kernels.is_initialized(plain)}
+
+
+@scenario
+def initialised_in_shards(rank: int) -> Any:
+    found = {}
+    for name, model in (("adapters", wrapped(make_llama(), lora())), ("base", make_llama())):
+        config = lora() if name == "base" else None
+        try:
+            eva_kernels.initialize(sharded(model), own_batches(rank), config, **QUIET)
+        except eva_kernels.EvaError as error:
+            found[name] = (type(error).__name__, str(error))
+    return found
+
+
+@scenario
+def calibrated_in_shards(rank: int) -> Any:
+    model = sharded(make_llama())
+    return calibrate(model, own_batches(rank), max_steps=4, method="gram")
 
 
 @scenario
