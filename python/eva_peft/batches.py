@@ -118,14 +118,28 @@ def as_mapping(batch: Any) -> Any:
     return batch
 
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
 def by_name(batch: Any, model: nn.Module) -> Any:
-    """Return positional arguments of a model as a mapping, where that names a mask or labels."""
+    """Return positional arguments of a model as a mapping, where that names a mask or labels.
+
+    Those that the model does not take, as the targets of (input, target), are left out.
+    """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
-        bound = inspect.signature(base.forward).bind(*batch)
-    except (TypeError, ValueError):
+        signature = inspect.signature(base.forward)
+    except ValueError:
+        return batch
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        most = sum(kind in _POSITIONAL for kind in kinds)
+        batch = tuple(batch[:most]) if len(batch) > most > 0 else batch
+    try:
+        bound = signature.bind(*batch)
+    except TypeError:
         return batch
     names = bound.arguments
     return dict(names) if names.keys() & {"attention_mask", "labels"} else batch

@@ -232,8 +232,17 @@ class CalibrationPass:
             mask = mask_of_batch(given, self.config, model_config, lengths)
             mask.warned, mask.transposed = self._warned, self._transposed
         mask.draw = draw
-        batch = batches.to_device(batch, self.device)
         self.batch_shape = batches.shape_of(batch)
+        samples, tokens = self.batch_shape or (1, 1)
+        if self._default_forward and not samples * tokens:
+            warnings.warn(
+                f"forward pass {self.forwards + 1}: the batch holds {samples} samples of {tokens} "
+                "tokens, and is left out",
+                EvaWarning,
+                stacklevel=2,
+            )
+            return
+        batch = batches.to_device(batch, self.device)
         model_input = self._model_input(batch, mask)
         self.collector.tokens, self.collector.step = 0, self.steps
         complete = self._run_model(batch, mask, model_input)

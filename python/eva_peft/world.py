@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,44 @@ from ._peft_compat import SWITCHABLE
 __all__ = ["quiet_model", "random_state_kept"]
 
 
+class _Process:
+    """Switches of the whole process, which are off while any pass runs; passes may overlap."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._passes = 0
+        self._undo = ExitStack()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Switch them off for a pass, and on again after the last that runs."""
+        with self._lock:
+            self._passes += 1
+            if self._passes == 1:
+                self._switch_off()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._passes -= 1
+                if not self._passes:
+                    self._undo.close()
+
+    def _switch_off(self) -> None:
+        # Compiled code does not call hooks that were added after it was compiled. Nothing is
+        # compiled where the compiler was never loaded, which takes a second.
+        if "torch._dynamo" in sys.modules:
+            self._undo.enter_context(torch.compiler.set_stance("force_eager"))
+        # torch's own Transformer layers would hand their parts nested tensors, or not call them.
+        self._undo.callback(
+            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+
+
+_PROCESS = _Process()
+
+
 @contextmanager
 def quiet_model(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, with adapters off and without a generation cache.
@@ -26,14 +65,7 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
     training = [(m, m.training) for m in model.modules()]
     adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)]
     caches = [(c, c.use_cache) for c in _configs(model) if hasattr(c, "use_cache")]
-    # Compiled code does not call hooks that were added after it was compiled. Nothing is compiled
-    # where the compiler was never loaded, which takes a second.
-    loaded = "torch._dynamo" in sys.modules
-    eager = torch.compiler.set_stance("force_eager") if loaded else nullcontext()
-    # torch's own Transformer layers would hand their parts nested tensors, or not call them at all.
-    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         for module in filter(_repacks_in_eval, model.modules()):
             module.training = True
@@ -41,10 +73,9 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = True
         for config, _ in caches:
             config.use_cache = False
-        with eager:
+        with _PROCESS.quiet():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in training:
             module.training = mode
         for layer, flag in adapters:

@@ -97,6 +97,15 @@ def test_positional_batches(make: Any) -> None:
         assert torch.equal(rows, result.components[name])
 
 
+def test_targets_beside_the_input_are_left_out() -> None:
+    x = torch.cat(vectors())
+    loader = DataLoader(TensorDataset(x, torch.arange(len(x))), batch_size=40)
+    result = run(make_mlp(), loader, lora(**CONFIG), method="gram", max_steps=8)
+    expected = run(make_mlp(), iter(vectors()), lora(**CONFIG), method="gram", max_steps=8)
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[name])
+
+
 def test_custom_forward_gets_the_batch_as_it_was() -> None:
     seen: list[type] = []
 

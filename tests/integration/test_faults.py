@@ -298,6 +298,29 @@ def test_one_token_a_batch() -> None:
     few = run(make_mlp(), iter(data[:3]), lora(tau=1.0, **CONFIG))
     assert few.steps == 1
     assert max(few.ranks.values()) <= 2  # three points span two directions
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_batch_without_samples_is_left_out(where: int) -> None:
+    data = vectors(4)
+    expected = run(make_mlp(), iter(data), lora(tau=1.0, **CONFIG), method="gram")
+    data.insert(where, torch.empty(0, 20))
+    with pytest.warns(EvaWarning, match=f"forward pass {where + 1}: the batch holds 0 samples"):
+        found = run(make_mlp(), iter(data), lora(tau=1.0, **CONFIG), method="gram")
+    assert found.ranks == expected.ranks
+    assert (found.tokens, found.forwards) == (160, 5)
+
+
+def test_texts_without_tokens_are_left_out() -> None:
+    texts = text_batches(3)
+    texts.insert(1, {key: value[:, :0] for key, value in texts[0].items()})
+    with pytest.warns(EvaWarning, match="forward pass 2: the batch holds 4 samples of 0 tokens"):
+        found = run(make_llama(), iter(texts), lora(tau=1.0))
+    assert found.forwards == 4
+
+
+@pytest.mark.filterwarnings("ignore:forward pass .*the batch holds:eva_kernels.EvaWarning")
+def test_nothing_but_batches_without_samples() -> None:
     with pytest.raises(EvaValueError, match=r"no token reached|no tokens"):
         run(make_mlp(), iter([torch.empty(0, 20)]), lora(**CONFIG))
 

@@ -111,6 +111,22 @@ def test_all_linear_of_containers_whose_names_end_alike(tmp_path: Any) -> None:
     assert torch.equal(output_of(again, data[0]), output_of(done, data[0]))
 
 
+def test_data_parallel_is_looked_through(mlp: nn.Module, data: list[Any], tmp_path: Any) -> None:
+    config = lora(target_modules=["0", "2"])
+    plain = run(copy.deepcopy(mlp), data, config, max_steps=3)
+    for model, given in (
+        (nn.DataParallel(copy.deepcopy(mlp)), config),
+        (nn.DataParallel(wrapped(copy.deepcopy(mlp), config)), None),
+    ):
+        done = eva_kernels.initialize(model, data, given, max_steps=3, **QUIET)
+        assert isinstance(done, PeftModel)
+        assert done.eva_result.ranks == plain.ranks
+        perturb_b(done)
+        done.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(copy.deepcopy(mlp), tmp_path)
+        assert torch.equal(output_of(again, data[0]), output_of(done, data[0]))
+
+
 def test_compiled_wrappers_are_looked_through(mlp: nn.Module, data: list[Any]) -> None:
     config = lora(target_modules=["0", "2"])
     plain = run(copy.deepcopy(mlp), data, config, max_steps=3).state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -20,11 +21,13 @@ from integration.conftest import (
     lora,
     lora_layers,
     make_llama,
+    make_mlp,
     perturb_b,
     run,
     same_state,
     state_of,
     text_batches,
+    vectors,
     wrapped,
 )
 
@@ -243,3 +246,38 @@ def test_result_does_not_depend_on_the_mode() -> None:
     base = run(make_llama(), iter(BATCHES), lora(tau=1.0))
     other = run(make_llama().train(), iter(BATCHES), lora(tau=1.0))
     assert all(torch.equal(rows, other.components[n]) for n, rows in base.components.items())
+
+
+def test_passes_may_overlap_in_threads() -> None:
+    """Each leaves the switches of the process as they were before the first."""
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    began, graphs = [threading.Event(), threading.Event()], []
+
+    def first(model: Any, batch: Any) -> None:  # ends while the other runs
+        began[0].set()
+        assert began[1].wait(20)
+        model(batch)
+
+    def second(model: Any, batch: Any) -> None:
+        began[1].set()
+        thread.join(20)
+        assert not torch.backends.mha.get_fastpath_enabled()
+        model(batch)
+
+    def calibrate(forward: Any) -> None:
+        config = lora(target_modules=["0"])
+        run(make_mlp(), iter(vectors(1)), config, forward_fn=forward)
+
+    thread = threading.Thread(target=calibrate, args=(first,))
+    thread.start()
+    assert began[0].wait(20)
+    calibrate(second)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+    def remember(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(lambda x: x * 2, backend=remember)(torch.ones(3))
+    assert len(graphs) == 1
