@@ -401,11 +401,20 @@ class CalibrationPass:
         return [components_of(target, self.eva.rho) for target in self.targets]
 
     def _report(self, done: bool, uncalled: list[str]) -> None:
+        backwards = [self.targets[i].name for i in sorted(self.collector.routed.backwards)]
+        why = "because PEFT's lora_A faces their output, and not their input"
+        if len(backwards) == len(self.targets):
+            raise EvaValueError(f"EVA can initialise none of the {len(backwards)} layers, {why}")
         if len(uncalled) == len(self.targets) or not self.tokens:
             raise EvaValueError(
                 f"no token reached any of the {len(self.targets)} target layers in "
                 f"{self.forwards} forward passes; check the attention and label masks of the loader"
             )
+        if backwards:
+            names = ", ".join(backwards[:8]) + (" ..." if len(backwards) > 8 else "")
+            told = f"{len(backwards)} layers keep the default initialisation, {why}: {names}"
+            warnings.warn(told, EvaWarning, stacklevel=5)
+            uncalled = [name for name in uncalled if name not in set(backwards)]
         if uncalled:
             warnings.warn(
                 f"{len(uncalled)} layers were never called with a token that counts and keep the "

@@ -21,6 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["ExpertWeight", "RoutedInputs", "eager_experts", "expert_names", "expert_weights"]
 
 _INDEXING = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
+_SPLITTING = (Tensor.split, torch.split, Tensor.chunk, torch.chunk, torch.tensor_split)
+_BATCHED = (torch.bmm, Tensor.bmm)
 _PRODUCTS = (
     functional.linear,
     torch.matmul,
@@ -38,10 +40,12 @@ class ExpertWeight:
     Attributes:
         parameter: (E, out, in) or (E, in, out), or (out, in) for one expert.
         index: of the expert.
+        transposed: it is (E, in, out) to PEFT, whose ``lora_A`` faces ``in``.
     """
 
     parameter: Tensor
     index: int
+    transposed: bool = False
 
 
 def expert_names(owner: str, stacked: bool, experts: int) -> list[str]:
@@ -69,7 +73,7 @@ def expert_weights(
     rows, columns = parameter.shape[-2:]
     transposed = parameter.dim() == 3 and getattr(module, "is_transposed", False)
     count = len(parameter) if parameter.dim() == 3 else 1
-    weights = [ExpertWeight(parameter, i) for i in range(count)]
+    weights = [ExpertWeight(parameter, i, transposed) for i in range(count)]
     return weights, (rows, columns) if transposed else (columns, rows)
 
 
@@ -86,8 +90,10 @@ class RoutedInputs(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.following = False
+        self.backwards: set[int] = set()  # layers with x @ W where LoRA's A faces the output of W
         self._called = called
         self._parameters: dict[int, list[tuple[Tensor, dict[int, int]]]] = {}
+        self._transposed: dict[int, bool] = {}
         layers: dict[int, dict[int, int]] = {}
         for layer, weight in weights:
             known = layers.setdefault(id(weight.parameter), {})
@@ -95,6 +101,7 @@ class RoutedInputs(TorchFunctionMode):
                 place = weight.parameter.untyped_storage().data_ptr()
                 self._parameters.setdefault(place, []).append((weight.parameter, known))
             known[weight.index] = layer
+            self._transposed[id(weight.parameter)] = weight.transposed
         self._tokens: Any = WeakTensorKeyDictionary()
 
     @property
@@ -120,12 +127,29 @@ class RoutedInputs(TorchFunctionMode):
             layer = self._layer_of(weight)
             if layer is not None:
                 self._called(layer, x)
+        elif self._parameters and func in _BATCHED:
+            self._multiplied_at_once(*(*args, *kwargs.values())[:2])
         result = func(*args, **kwargs)
+        if self.following and func in _SPLITTING:
+            self._follow_parts(args[0], result)
         if self.following:
             for part in result if isinstance(result, tuple) else (result,):
                 if isinstance(part, Tensor) and part.dim() >= 2:
                     self._follow(func, args, part)
         return result
+
+    def _multiplied_at_once(self, x: Tensor, weight: Any) -> None:
+        """See the product of each expert's tokens, (E, N, D), with the weights of all."""
+        if not isinstance(weight, Tensor) or weight.device.type == "meta":
+            return
+        for parameter, layers in self._parameters.get(weight.untyped_storage().data_ptr(), ()):
+            if weight.shape != parameter.shape or weight.stride() != parameter.stride():
+                continue
+            if not self._transposed[id(parameter)]:
+                self.backwards |= set(layers.values())
+                continue
+            for index, layer in layers.items():
+                self._called(layer, x[index])
 
     def _layer_of(self, weight: Any) -> int | None:
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device.type == "meta":
@@ -152,6 +176,15 @@ class RoutedInputs(TorchFunctionMode):
             if known is not None and len(known[0]) == rows:
                 self._tokens[result] = known
                 return
+
+    def _follow_parts(self, x: Tensor, parts: Sequence[Tensor]) -> None:
+        """Follow consecutive rows, cut apart where one expert's end and another's begin."""
+        known = self._tokens.get(x)
+        lengths = [len(part) for part in parts]
+        if known is None or sum(lengths) != len(known[0]) or x.dim() != 2:
+            return
+        for part, tokens in zip(parts, known[0].split(lengths), strict=True):
+            self._tokens[part] = (tokens, known[1])
 
     def _composed(self, x: Tensor, index: Tensor, count: int) -> tuple[Tensor, int]:
         before = self._tokens.get(x)

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ._peft_compat import LoraConfig
 from .errors import EvaWarning
@@ -20,8 +21,8 @@ FrameLengths = Callable[..., Any]  # f(samples, (B,)) -> frames, (B,); some take
 
 # Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
 _READS_ENCODER = re.compile(
-    r"(EncDecAttention|encoder_attn|encoder_decoder_attention|cross_?att(ention|n)).*"
-    r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj)$"
+    r"(EncDecAttention|encoder_attn|encoder_decoder_attention|cross_?att(ention|n)|attn2).*"
+    r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj|to_k|to_v)$"
 )
 # Layers of the other stream of a model that takes text and something else.
 _READS_NO_TEXT = re.compile(
@@ -41,6 +42,8 @@ class TokenMask:
         streams: how many tokens of a layer's input one position of ``main`` stands for.
         mixed: the batch holds something beside text (images, sound).
         encoder_decoder: ``main`` is that of the encoder only, whatever the shapes.
+        given: bool (B, S): tokens of hidden states that cross attention is given from elsewhere.
+        window: the model pads texts on the right to a multiple of so many tokens.
         frame_lengths: of a model that turns T samples of sound into fewer frames: see
             :func:`frame_lengths`.
 
@@ -57,11 +60,13 @@ class TokenMask:
         streams: int = 1,
         mixed: bool = False,
         encoder_decoder: bool = False,
+        given: Tensor | None = None,
+        window: int = 1,
         frame_lengths: FrameLengths | None = None,
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
-        self.frame_lengths = frame_lengths
+        self.given, self.window, self.frame_lengths = given, window, frame_lengths
         self.draw: Draw | None = None
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
@@ -152,7 +157,14 @@ class TokenMask:
             found = found[1:]
         elif self.encoder_decoder and (reads_encoder or "encoder" in name):
             found = found[:1]
-        return [(kind, mask) for kind, mask in found if mask is not None]
+        if self.given is not None and reads_encoder:
+            found = [("given", self.given)]
+        present = [(kind, mask) for kind, mask in found if mask is not None]
+        return present + [
+            (f"{kind} padded", functional.pad(mask, (0, -mask.shape[1] % self.window)))
+            for kind, mask in present
+            if mask.dim() == 2 and mask.shape[1] % self.window
+        ]
 
     def _after_draw(self, kind: str, mask: Tensor) -> Tensor:
         if self.draw is None:
@@ -223,6 +235,11 @@ def mask_of_batch(
         return TokenMask(None)
     attention, labels = _of_samples(batch, "attention_mask"), batch.get("labels")
     main = _token_mask(attention)
+    more: dict[str, Any] = {
+        "given": _token_mask(batch.get("encoder_attention_mask")),
+        "window": _window(model_config),
+        "frame_lengths": lengths,
+    }
     decoder = _token_mask(batch.get("decoder_attention_mask"))
     eva = config.eva_config
     label_mask = None
@@ -233,7 +250,7 @@ def mask_of_batch(
         if label_mask is not None:
             fits = decoder is not None and decoder.shape == label_mask.shape
             decoder = decoder & label_mask if decoder is not None and fits else label_mask
-        return TokenMask(main, decoder, encoder_decoder=True, frame_lengths=lengths)
+        return TokenMask(main, decoder, encoder_decoder=True, **more)
     shape = _token_shape(batch, main)
     if main is not None and shape is not None:
         main = _without_prefix(main, shape)
@@ -241,7 +258,15 @@ def mask_of_batch(
         main = label_mask if main is None else main & label_mask
     decision = getattr(model_config, "model_type", "") == "decision_transformer"
     streams = _DECISION_STREAMS if decision else 1
-    return TokenMask(main, decoder, streams, _is_mixed(batch), frame_lengths=lengths)
+    return TokenMask(main, decoder, streams, _is_mixed(batch), **more)
+
+
+def _window(model_config: Any) -> int:
+    """Return what a Longformer pads its texts to a multiple of."""
+    if getattr(model_config, "model_type", None) not in ("longformer", "led"):
+        return 1
+    windows = model_config.attention_window
+    return max(windows) if isinstance(windows, (list, tuple)) else int(windows)
 
 
 def _for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:

@@ -345,3 +345,41 @@ def test_experts_keep_a_rank_though_their_tokens_do_not_differ(tokens: int) -> N
     ranks = {n: layer.r["default"] for n, layer in lora_layers(model).items() if "experts" in n}
     assert set(ranks.values()) == {1}
     model(**data[0], labels=data[0]["input_ids"])
+
+
+class Sorted(nn.Module):
+    """Tokens in the order of their experts, cut apart; or all of them for every expert at once."""
+
+    def __init__(self, at_once: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.at_once = self.is_transposed = at_once
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.experts = nn.Parameter(torch.randn(EXPERTS, 16, 16))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = torch.tanh(self.embed(input_ids) + attention_mask[..., None]).reshape(-1, 16)
+        if self.at_once:
+            return torch.bmm(tokens.expand(EXPERTS, -1, -1), self.experts)
+        expert = input_ids.reshape(-1) % EXPERTS
+        order = expert.argsort(stable=True)
+        parts = tokens[order].split(torch.bincount(expert, minlength=EXPERTS).tolist(), dim=0)
+        pairs = zip(parts, self.experts, strict=True)
+        return torch.cat([nn.functional.linear(part, weight) for part, weight in pairs])
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("at_once", [False, True])
+def test_other_ways_to_multiply_with_experts(at_once: bool) -> None:
+    model, texts = Sorted(at_once).eval(), text_batches(5, samples=6)
+    config = lora(tau=1.0, target_modules=[], target_parameters=["experts"])
+    result = run(model, iter(texts), config, method="gram", trim_padding=False)
+    assert len(result.ranks) == EXPERTS
+    for e in range(EXPERTS):
+        rows = []
+        for batch in texts:
+            ids, kept = batch["input_ids"], batch["attention_mask"].bool()
+            own = kept if at_once else kept & (ids % EXPERTS == e)
+            rows.append(torch.tanh(model.embed(ids) + batch["attention_mask"][..., None])[own])
+        name = next(n for n in result.ranks if n.endswith(f"{e}.experts"))
+        assert lost(result.components[name], torch.cat(rows).detach()) < 1e-6, name

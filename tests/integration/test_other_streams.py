@@ -1,0 +1,186 @@
+"""Masks of other streams, and of inputs that a model has made longer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    LEDConfig,
+    LEDForConditionalGeneration,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LongformerConfig,
+    LongformerModel,
+)
+
+import eva_kernels
+from eva_kernels import EvaValueError, EvaWarning
+from integration.conftest import (
+    QUIET,
+    VOCABULARY,
+    layer_inputs,
+    lora,
+    lora_layers,
+    lost,
+    run,
+    text_batches,
+)
+
+SIZE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+class CrossAttention(nn.Module):
+    """Pixels that look at text, with the names that diffusers gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn2 = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("to_q", "to_k", "to_v")})
+
+    def forward(
+        self, sample: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
+    ) -> Tensor:
+        parts = [encoder_hidden_states] * 2
+        q, k, v = (layer(x) for layer, x in zip(self.attn2.values(), [sample, *parts], strict=True))
+        hidden = (encoder_attention_mask == 0)[:, None, :]
+        return (q @ k.mT).masked_fill(hidden, -1e9).softmax(-1) @ v
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_a_mask_of_given_states_is_of_keys_and_values_alone() -> None:
+    generator, mask = torch.Generator().manual_seed(0), torch.ones(3, 7)
+    mask[1, 4:], mask[2, 2:] = 0, 0
+    batches = [
+        {
+            "sample": torch.randn(3, 7, 16, generator=generator),  # as many as there is text
+            "encoder_hidden_states": torch.randn(3, 7, 16, generator=generator).cumsum(1),
+            "encoder_attention_mask": mask,
+        }
+        for _ in range(4)
+    ]
+    config = lora(tau=1.0, target_modules=["to_q", "to_k", "to_v"])
+    result = run(CrossAttention(), batches, config, method="gram", max_steps=4)
+    text = torch.cat([b["encoder_hidden_states"][mask.bool()] for b in batches])
+    pixels = torch.cat([b["sample"].flatten(0, 1) for b in batches])
+    for name, rows in (("to_q", pixels), ("to_k", text), ("to_v", text)):
+        assert lost(result.components[f"attn2.{name}"], rows) < 1e-6, name
+
+
+def test_a_decoder_that_is_given_states() -> None:
+    torch.manual_seed(0)
+    config = BertConfig(**SIZE, is_decoder=True, add_cross_attention=True)
+    model, texts = BertLMHeadModel(config).eval(), text_batches(4, length=9)
+    mask = torch.ones(4, 9).long()
+    mask[1:, 5:] = 0
+    generator = torch.Generator().manual_seed(0)
+    for batch in texts:
+        batch["encoder_hidden_states"] = torch.randn(4, 9, 32, generator=generator).cumsum(1)
+        batch["encoder_attention_mask"] = mask
+    name = "bert.encoder.layer.0.crossattention.self.key"
+    query = name.replace("key", "query")
+    found = run(
+        model, texts, lora(tau=1.0, target_modules=[name, query]), method="gram", max_steps=4
+    )
+    given = torch.cat([b["encoder_hidden_states"][mask.bool()] for b in texts])
+    assert lost(found.components[name], given) < 1e-6
+    assert lost(found.components[query], layer_inputs(model, texts, [query])[query]) < 1e-6
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_texts_that_are_padded_to_a_window() -> None:
+    torch.manual_seed(0)
+    config = LongformerConfig(**SIZE, attention_window=[8, 16], pad_token_id=1)
+    model, texts = LongformerModel(config).eval(), text_batches(4, length=21)
+    names = ["encoder.layer.1.attention.self.query", "encoder.layer.1.intermediate.dense"]
+    config_ = lora(tau=1.0, target_modules=names)
+    result = run(model, texts, config_, method="gram", max_steps=4, trim_padding=False)
+    for name in names:
+        rows = []
+        for batch in texts:
+            seen = layer_inputs(model, [batch], [name], masked=False)[name]
+            shape = (32, 4) if "self" in name else (4, 32)
+            x = seen.reshape(*shape, -1)
+            x = x.transpose(0, 1) if "self" in name else x
+            rows.append(x[:, :21][batch["attention_mask"].bool()])
+        assert lost(result.components[name], torch.cat(rows)) < 1e-6, name
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_only_the_encoder_is_padded_to_a_window() -> None:
+    torch.manual_seed(0)
+    sides = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
+    }
+    config = LEDConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        **sides,
+        attention_window=8,
+        max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64,
+    )
+    model = LEDForConditionalGeneration(config).eval()
+    pairs = zip(text_batches(4, length=21), text_batches(4, length=11, seed=3), strict=True)
+    batches = [
+        {
+            **source,
+            "decoder_input_ids": target["input_ids"],
+            "decoder_attention_mask": target["attention_mask"],
+        }
+        for source, target in pairs
+    ]
+    names = ["led.encoder.layers.0.fc1", "led.decoder.layers.0.fc1"]
+    config_ = lora(tau=1.0, target_modules=names)
+    result = run(model, batches, config_, method="gram", max_steps=4, trim_padding=False)
+    for name, length, key in zip(names, (21, 11), ("", "decoder_"), strict=True):
+        rows = []
+        for batch in batches:
+            seen = layer_inputs(model, [batch], [name], masked=False)[name].reshape(4, -1, 32)
+            rows.append(seen[:, :length][batch[f"{key}attention_mask"].bool()])
+        assert lost(result.components[name], torch.cat(rows)) < 1e-6, name
+
+
+def make_llama4() -> nn.Module:
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        **SIZE,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        pad_token_id=0,
+    )
+    model = Llama4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
+
+
+def test_experts_whose_lora_a_faces_the_output() -> None:
+    """Llama 4 keeps its weights as (E, in, out), and PEFT does not know it."""
+    experts = ["experts.gate_up_proj", "experts.down_proj"]
+    config = lora(target_modules=["q_proj"], target_parameters=experts)
+    with pytest.warns(EvaWarning, match="16 layers keep the default.*lora_A faces their output"):
+        model = eva_kernels.initialize(make_llama4(), text_batches(3), config, **QUIET)
+    assert {n.rpartition(".")[2] for n in model.eva_result.ranks} == {"q_proj"}
+    assert len(lora_layers(model)) == 2 + 4
+    config = lora(target_modules=[], target_parameters=experts)
+    with pytest.raises(EvaValueError, match="none of the 16 layers, because PEFT's lora_A"):
+        run(make_llama4(), text_batches(3), config)
