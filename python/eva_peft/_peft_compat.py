@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import (
     forward_fn_dict,
@@ -66,11 +66,15 @@ __all__ = [
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
     "resolved_config",
+    "ties_adapters",
     "untrained_magnitude",
     "update_layer",
     "versions",
 ]
 
+
+# Earlier versions tie only what is trained whole.
+_TIES_TARGETS = "_add_targets_to_tie" in vars(LoraModel)
 
 # ``re`` keeps 512 compiled expressions, which the patterns of ranks and of alphas share.
 MOST_KEYS = 240
@@ -134,6 +138,11 @@ def _end_others(names: set[str], model: nn.Module) -> bool:
     # nn.Sequential that of "1.layers.0"
     paths = (path.split(".") for path, _ in model.named_modules() if path not in names)
     return any(".".join(parts[i:]) in names for parts in paths for i in range(1, len(parts)))
+
+
+def ties_adapters(config: Any) -> bool:
+    """Tell whether PEFT makes one adapter of those of the embeddings and of a head tied to them."""
+    return bool(getattr(config, "ensure_weight_tying", False)) and _TIES_TARGETS
 
 
 def matches_target(config: LoraConfig, name: str) -> bool:

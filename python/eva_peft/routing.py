@@ -124,9 +124,7 @@ class RoutedInputs(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._parameters and func in _PRODUCTS:
             x, weight = (*args, *kwargs.values())[:2]
-            layer = self._layer_of(weight)
-            if layer is not None:
-                self._called(layer, x)
+            self._multiplied(x, weight, summed=1 if func is functional.linear else 0)
         elif self._parameters and func in _BATCHED:
             self._multiplied_at_once(*(*args, *kwargs.values())[:2])
         result = func(*args, **kwargs)
@@ -151,17 +149,28 @@ class RoutedInputs(TorchFunctionMode):
             for index, layer in layers.items():
                 self._called(layer, x[index])
 
-    def _layer_of(self, weight: Any) -> int | None:
+    def _multiplied(self, x: Tensor, weight: Any, summed: int) -> None:
+        """See the product of an expert's tokens, (..., D), with its weight.
+
+        Args:
+            x: the tokens.
+            weight: 2-D, if it is one of those that are watched.
+            summed: the dimension of the weight that the product sums over.
+        """
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device.type == "meta":
-            return None
+            return
         for parameter, layers in self._parameters.get(weight.untyped_storage().data_ptr(), ()):
-            if parameter.dim() == 2:
-                return layers.get(0) if weight.numel() == parameter.numel() else None
-            begin = weight.storage_offset() - parameter.storage_offset()
-            index, rest = divmod(int(begin), parameter.stride(0))
-            if rest == 0 and weight.numel() == parameter[0].numel():
-                return layers.get(index)
-        return None
+            begin = int(weight.storage_offset() - parameter.storage_offset())
+            index, rest = divmod(begin, parameter.stride(0)) if parameter.dim() == 3 else (0, 0)
+            size = parameter.shape[-2:].numel()
+            if rest or weight.numel() != size or index not in layers:
+                continue
+            faced = parameter.stride(-2 if self._transposed[id(parameter)] else -1)
+            if weight.stride(summed) == faced:
+                self._called(layers[index], x)
+            else:
+                self.backwards.add(layers[index])
+            return
 
     def _follow(self, func: Any, args: Sequence[Any], result: Tensor) -> None:
         rows = result.shape[:-1].numel()

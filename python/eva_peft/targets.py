@@ -21,6 +21,7 @@ from ._peft_compat import (
     matches_target,
     pattern_value,
     resolved_config,
+    ties_adapters,
 )
 from .checks import plain_number
 from .errors import EvaRuntimeError, EvaValueError, EvaWarning
@@ -146,7 +147,7 @@ def tied_weight(model: nn.Module, config: LoraConfig) -> nn.Parameter | None:
     Such an adapter is the transposed one of the embeddings, so it cannot be chosen by itself.
     """
     find = getattr(model, "get_input_embeddings", None)
-    if not getattr(config, "ensure_weight_tying", False) or not callable(find):
+    if not ties_adapters(config) or not callable(find):
         return None
     try:
         embedding = find()

@@ -350,10 +350,10 @@ def test_experts_keep_a_rank_though_their_tokens_do_not_differ(tokens: int) -> N
 class Sorted(nn.Module):
     """Tokens in the order of their experts, cut apart; or all of them for every expert at once."""
 
-    def __init__(self, at_once: bool) -> None:
+    def __init__(self, at_once: bool, transposed: bool) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.at_once = self.is_transposed = at_once
+        self.at_once, self.is_transposed = at_once, transposed
         self.embed = nn.Embedding(VOCABULARY, 16)
         self.experts = nn.Parameter(torch.randn(EXPERTS, 16, 16))
 
@@ -368,10 +368,19 @@ class Sorted(nn.Module):
         return torch.cat([nn.functional.linear(part, weight) for part, weight in pairs])
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_lora_a_that_faces_the_output(at_once: bool) -> None:
+    """Which side it faces cannot be told by the shape of a square weight."""
+    model = Sorted(at_once, transposed=not at_once).eval()
+    config = lora(target_modules=[], target_parameters=["experts"])
+    with pytest.raises(EvaValueError, match="none of the 4 layers, because PEFT's lora_A faces"):
+        run(model, text_batches(3), config)
+
+
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("at_once", [False, True])
 def test_other_ways_to_multiply_with_experts(at_once: bool) -> None:
-    model, texts = Sorted(at_once).eval(), text_batches(5, samples=6)
+    model, texts = Sorted(at_once, transposed=at_once).eval(), text_batches(5, samples=6)
     config = lora(tau=1.0, target_modules=[], target_parameters=["experts"])
     result = run(model, iter(texts), config, method="gram", trim_padding=False)
     assert len(result.ranks) == EXPERTS
