@@ -135,7 +135,7 @@ def trained_here(name: str, data: str) -> dict[str, str]:
     """
     digest = hashlib.sha256()
     for tensor in domain(name, data).base.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return {"base_sha256": digest.hexdigest()}
 
 

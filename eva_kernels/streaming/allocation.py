@@ -36,7 +36,7 @@ def allocate_ranks(
         The rank of each layer, at most the number of its components.
 
     Raises:
-        EvaValueError: ``min_rank`` alone costs more than the budget.
+        EvaValueError: ``min_rank`` alone costs more than the budget, or is of another length.
 
     Reference: arXiv 2410.07170, section 3; PEFT ``_get_rank_distribution``.
     """
@@ -48,6 +48,8 @@ def allocate_ranks(
     pooled = np.nan_to_num(np.concatenate([np.empty(0), *parts]), nan=0.0)
     ceiling = np.bincount(layer[pooled > 0], minlength=len(parts))
     floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * len(parts)
+    if len(floors) != len(parts):
+        raise EvaValueError(f"min_rank has {len(floors)} entries for {len(parts)} layers")
     ranks = np.minimum(np.array(floors, np.int64), ceiling).tolist()
     left = budget - sum(r * p for r, p in zip(ranks, prices, strict=True))
     if left < 0:

@@ -81,11 +81,10 @@ def _judge(group: Sequence[tuple[InputStream, int]], tau: float) -> None:
     least = _least_of_leading(turned)
     similar = _similar(least, tau).tolist()
     rows, ranks = np.arange(len(group)), np.array([rank for _, rank in group])
-    smallest = np.where(ranks > 0, least[rows, np.maximum(ranks, 1) - 1], 1.0).tolist()
-    for i, (cosines, (stream, rank)) in enumerate(
-        zip(torch.from_numpy(turned), group, strict=True)
-    ):
-        stream.cosines = cosines
+    last = ranks.clip(1, least.shape[1]) - 1
+    smallest = np.where(ranks > 0, least[rows, last], 1.0).tolist()
+    for i, (stream, rank) in enumerate(group):
+        stream.cosines = torch.from_numpy(turned[i].copy())
         stream.settled = max(stream.settled, similar[i])
         stream.similarity, stream.converged = smallest[i], similar[i] >= rank
 

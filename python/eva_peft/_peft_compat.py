@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -66,7 +67,7 @@ __all__ = [
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
     "resolved_config",
-    "ties_adapters",
+    "tied_modules",
     "untrained_magnitude",
     "update_layer",
     "versions",
@@ -140,9 +141,23 @@ def _end_others(names: set[str], model: nn.Module) -> bool:
     return any(".".join(parts[i:]) in names for parts in paths for i in range(1, len(parts)))
 
 
-def ties_adapters(config: Any) -> bool:
-    """Tell whether PEFT makes one adapter of those of the embeddings and of a head tied to them."""
-    return bool(getattr(config, "ensure_weight_tying", False)) and _TIES_TARGETS
+def tied_modules(model: nn.Module, config: LoraConfig) -> set[str]:
+    """Return the paths in the base model of layers whose adapter PEFT ties to the embeddings'.
+
+    Args:
+        model: a PeftModel, or a base model that would be wrapped.
+        config: that of the adapter.
+    """
+    if not (getattr(config, "ensure_weight_tying", False) and _TIES_TARGETS):
+        return set()
+    if not isinstance(model, PeftModel):  # what PEFT would find when it wraps
+        config, tuner = deepcopy(config), LoraModel.__new__(LoraModel)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuner._check_tied_modules(model, config)
+    return set(getattr(config, "target_modules_to_tie", None) or ())
 
 
 def matches_target(config: LoraConfig, name: str) -> bool:
@@ -169,7 +184,7 @@ def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
     return pattern.get(get_pattern_key(keys, name), default)
 
 
-@functools.cache
+@functools.lru_cache(1 << 14)
 def _names_one_layer(key: str) -> bool:
     return key == anchored_pattern(re.sub(r"\\(.)", r"\1", key.removeprefix("^")))
 

@@ -25,6 +25,7 @@ from ._peft_compat import (
     magnitude,
     pattern_of,
     pattern_value,
+    tied_modules,
     untrained_magnitude,
     update_layer,
 )
@@ -39,7 +40,6 @@ from .targets import (
     layer_name,
     peft_key,
     resolve_name,
-    tied_weight,
     unwrap,
 )
 from .training import mark_initialized
@@ -129,22 +129,18 @@ def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, tuple[str, Lora
 
     Those whose adapter is tied to that of the embeddings are left out.
     """
-    embedding = tied_weight(model, model.peft_config[adapter_name])
+    tied = tied_modules(model, model.peft_config[adapter_name])
     return {
-        layer_name(name, module): (name, module)
-        for name, module in model.named_modules()
+        layer_name(path, module): (path, module)
+        for path, module in model.named_modules()
         if isinstance(module, LoraLayer)
         and adapter_name in module.lora_A
-        and not _is_tied(module, embedding)
+        and peft_key(path, module) not in tied
     }
 
 
 def _is_embedding(layer: LoraLayer) -> bool:
     return len(layer.lora_embedding_A) > 0
-
-
-def _is_tied(layer: LoraLayer, embedding: nn.Parameter | None) -> bool:
-    return embedding is not None and getattr(layer.get_base_layer(), "weight", None) is embedding
 
 
 def _parts(name: str, layer: LoraLayer) -> list[str]:
@@ -313,7 +309,8 @@ class _Writer:
         drawn = drawn or isinstance(layer.get_base_layer(), CONVOLUTIONS)
         config.init_lora_weights = True if drawn else "eva"
         base = layer.get_base_layer()
-        offloaded = all(parameter.is_meta for parameter in base.parameters())
+        parameters = list(base.parameters())
+        offloaded = bool(parameters) and all(p.is_meta for p in parameters)
         # PEFT would put it where the weights of the layer are, and so nowhere
         with adapters_not_moved(layer) if offloaded else nullcontext():
             update_layer(layer, self.adapter, rank, alpha, config)
@@ -361,7 +358,6 @@ class _Writer:
 
     def draw_others(self) -> None:
         """Draw, as plain LoRA would, what EVA does not write and PEFT has made without memory."""
-        shared = tied_weight(self.model, self.config)
         others = self._others().values()
         for layer in others:
             weight = layer.lora_embedding_A[self.adapter] if _is_embedding(layer) else None
@@ -369,8 +365,8 @@ class _Writer:
                 continue
             rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
             self._rebuild(layer, rank, alpha, drawn=True)
-            if _is_tied(layer, shared):
-                for tied in (each for each in others if not _is_embedding(each)):
+            for tied in (each for each in others if not _is_embedding(each)):
+                if layer is self.model.get_input_embeddings():
                     self._tie(tied, layer)
 
     def _tie(self, layer: LoraLayer, embedding: LoraLayer) -> None:
@@ -417,13 +413,10 @@ class _Writer:
 
     def _others(self) -> dict[str, LoraLayer]:
         # layers of this adapter that EVA does not write: embeddings, and what is tied to them
-        embedding = tied_weight(self.model, self.config)
+        tied = tied_modules(self.model, self.config)
         return {
-            peft_key(name): module
-            for name, module in self.model.named_modules()
+            peft_key(path): module
+            for path, module in self.model.named_modules()
             if isinstance(module, LoraLayer)
-            and (
-                self.adapter in module.lora_embedding_A
-                or (self.adapter in module.lora_A and _is_tied(module, embedding))
-            )
+            and (self.adapter in module.lora_embedding_A or peft_key(path, module) in tied)
         }

@@ -102,13 +102,23 @@ def dataclass_fields(batch: Any) -> dict[str, Any]:
 
 def shape_of(batch: Any) -> tuple[int, int] | None:
     """Return (samples, tokens) of a batch, as far as they can be told."""
-    values = batch.values() if isinstance(batch, Mapping) else batch
-    # other iterables may be used up by looking at them
-    parts = values if isinstance(batch, (Mapping, tuple, list)) else ()
-    for value in [batch] if isinstance(batch, Tensor) else parts:
+    for value in _values(batch):
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0], value.shape[1] if value.dim() in (2, 3) else 1
     return None
+
+
+def is_empty(batch: Any) -> bool:
+    """Tell whether a batch has tensors, and all are without elements."""
+    tensors = [value for value in _values(batch) if isinstance(value, Tensor)]
+    return bool(tensors) and not any(tensor.numel() for tensor in tensors)
+
+
+def _values(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    # other iterables may be used up by looking at them
+    return batch if isinstance(batch, (tuple, list)) else [batch]
 
 
 def as_mapping(batch: Any) -> Any:
@@ -136,13 +146,24 @@ def by_name(batch: Any, model: nn.Module) -> Any:
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         most = sum(kind in _POSITIONAL for kind in kinds)
-        batch = tuple(batch[:most]) if len(batch) > most > 0 else batch
+        if 0 < most < len(batch) and all(_is_target(part, batch[0]) for part in batch[most:]):
+            batch = tuple(batch[:most])
     try:
         bound = signature.bind(*batch)
     except TypeError:
         return batch
     names = bound.arguments
     return dict(names) if names.keys() & {"attention_mask", "labels"} else batch
+
+
+def _is_target(part: Any, first: Any) -> bool:
+    """Tell whether a tensor goes with the samples of another, and is not just another sample."""
+    return (
+        isinstance(part, Tensor)
+        and isinstance(first, Tensor)
+        and part.shape[:1] == first.shape[:1]
+        and (part.shape, part.dtype) != (first.shape, first.dtype)
+    )
 
 
 def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -237,7 +258,7 @@ def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any
 # mixes neighbours or all positions without a mask.
 _SEE_PADDING = (
     "siglip", "siglip_text_model", "siglip2", "siglip2_text_model",
-    "canine", "convbert", "fnet", "nystromformer",
+    "canine", "convbert", "fnet", "nystromformer", "yoso", "funnel",
 )  # fmt: skip
 
 

@@ -233,15 +233,8 @@ class CalibrationPass:
             mask.warned, mask.transposed = self._warned, self._transposed
         mask.draw = draw
         self.batch_shape = batches.shape_of(batch)
-        samples, tokens = self.batch_shape or (1, 1)
-        if self._default_forward and not samples * tokens:
-            warnings.warn(
-                f"forward pass {self.forwards + 1}: the batch holds {samples} samples of {tokens} "
-                "tokens, and is left out",
-                EvaWarning,
-                stacklevel=2,
-            )
-            return
+        if self._default_forward and batches.is_empty(batch) and not is_sharded(self.model):
+            return  # many a model would fail; the processes of a sharded one wait for each other
         batch = batches.to_device(batch, self.device)
         model_input = self._model_input(batch, mask)
         self.collector.tokens, self.collector.step = 0, self.steps

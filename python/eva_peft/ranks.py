@@ -68,11 +68,11 @@ def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _by_step(ratios: Sequence[Tensor | Array], step: int) -> Array:
+def _by_step(ratios: Sequence[Tensor | Array], step: int) -> Tensor | Array:
     """Return what each further ``step`` components explain, in sum over layers of common rank."""
+    if len(ratios) == step == 1:
+        return ratios[0]
     arrays = [as_array(r) for r in ratios]
-    if len(arrays) == step == 1:
-        return arrays[0]
     length = max(map(len, arrays))
     total = np.zeros(length)
     for array in arrays:

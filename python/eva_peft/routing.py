@@ -122,18 +122,19 @@ class RoutedInputs(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        given = (*args, *kwargs.values())
         if self._parameters and func in _PRODUCTS:
-            x, weight = (*args, *kwargs.values())[:2]
+            x, weight = given[:2]
             self._multiplied(x, weight, summed=1 if func is functional.linear else 0)
         elif self._parameters and func in _BATCHED:
-            self._multiplied_at_once(*(*args, *kwargs.values())[:2])
+            self._multiplied_at_once(*given[:2])
         result = func(*args, **kwargs)
         if self.following and func in _SPLITTING:
-            self._follow_parts(args[0], result)
+            self._follow_parts(given[0], result)
         if self.following:
             for part in result if isinstance(result, tuple) else (result,):
                 if isinstance(part, Tensor) and part.dim() >= 2:
-                    self._follow(func, args, part)
+                    self._follow(func, given, part)
         return result
 
     def _multiplied_at_once(self, x: Tensor, weight: Any) -> None:

@@ -21,7 +21,7 @@ from ._peft_compat import (
     matches_target,
     pattern_value,
     resolved_config,
-    ties_adapters,
+    tied_modules,
 )
 from .checks import plain_number
 from .errors import EvaRuntimeError, EvaValueError, EvaWarning
@@ -36,7 +36,6 @@ __all__ = [
     "layer_name",
     "peft_key",
     "resolve_name",
-    "tied_weight",
     "unwrap",
 ]
 
@@ -141,23 +140,6 @@ def check_not_merged(model: nn.Module) -> None:
             )
 
 
-def tied_weight(model: nn.Module, config: LoraConfig) -> nn.Parameter | None:
-    """Return the weight of the embeddings, if PEFT ties the adapters of layers that share it.
-
-    Such an adapter is the transposed one of the embeddings, so it cannot be chosen by itself.
-    """
-    find = getattr(model, "get_input_embeddings", None)
-    if not ties_adapters(config) or not callable(find):
-        return None
-    try:
-        embedding = find()
-    except NotImplementedError:  # of a transformers model that has none
-        return None
-    if isinstance(embedding, BaseTunerLayer):
-        embedding = embedding.get_base_layer()
-    return getattr(embedding, "weight", None)
-
-
 def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Target]:
     """List the layers to initialise, in module order.
 
@@ -176,13 +158,13 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
         config = resolved_config(model, config)
         found = _matching(model, config)
     own = model.peft_config[adapter_name] if isinstance(model, PeftModel) else config
-    embedding = tied_weight(model, own)
+    elsewhere = {_COMPILED.sub("", path) for path in tied_modules(model, own)}
     targets: list[Target] = []
     unsupported: list[str] = []
     attentions: list[str] = []
     tied: list[str] = []
     for each in found:
-        if embedding is not None and getattr(each.module, "weight", None) is embedding:
+        if each.name in elsewhere:
             tied.append(each.name)
             continue
         if isinstance(each.module, nn.MultiheadAttention):
@@ -196,12 +178,12 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     if not targets:
         raise EvaValueError(
             f"no layer to initialise: target_modules={config.target_modules!r} matches no linear "
-            f"layer of {type(model).__name__}" + _suggest(model, unsupported + tied)
+            f"layer of {type(model).__name__}" + _suggest(model, unsupported, tied)
         )
     if tied:
         warnings.warn(
-            f"adapters of the embeddings and of what is tied to them ({_shorten(tied)}) keep the "
-            "default initialisation, as ensure_weight_tying makes one adapter of them",
+            f"the adapter of {_shorten(tied)} keeps the default initialisation, as "
+            "ensure_weight_tying makes it that of the embeddings, transposed",
             EvaWarning,
             stacklevel=3,
         )
@@ -299,9 +281,11 @@ def _experts(found: _Found) -> list[Target]:
     ]
 
 
-def _suggest(model: nn.Module, unsupported: list[str]) -> str:
+def _suggest(model: nn.Module, unsupported: list[str], tied: list[str]) -> str:
     if unsupported:
         return f"; it matches {_shorten(unsupported)}, whose inputs EVA cannot read"
+    if tied:
+        return f"; it matches {_shorten(tied)}, which ensure_weight_tying ties to the embeddings"
     kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if widths(m)})
     return f"; the linear layers are called {_shorten(kinds)}" if kinds else ""
 

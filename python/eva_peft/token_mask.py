@@ -110,13 +110,17 @@ class TokenMask:
         """Return the mask of frames, (B, T'), of a mask over samples of sound, (B, T)."""
         if self.frame_lengths is None or mask.dim() != 2 or leading[:-1] != (len(mask),):
             return None
-        whole = torch.tensor([mask.shape[1]], device="cpu")
+        counts = [mask.shape[1], *mask.sum(1).tolist()]
         for options in ({}, {"add_adapter": False}, {"add_adapter": True}):
             try:
-                longest, kept = (self.frame_lengths(n, **options) for n in (whole, mask.sum(1)))
-            except TypeError:  # of a model without these layers
+                lengths = [
+                    int(self.frame_lengths(torch.tensor([n], device="cpu"), **options))
+                    for n in counts
+                ]
+            except (TypeError, ValueError, RuntimeError):  # of another kind of model
                 continue
-            if isinstance(longest, Tensor) and int(longest) == leading[-1]:
+            if lengths[0] == leading[-1]:
+                kept = torch.tensor(lengths[1:], device="cpu")
                 return torch.arange(leading[-1], device="cpu") < kept[:, None]
         return None
 

@@ -45,7 +45,7 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
     Judged by the weights, so that it holds for adapters that PEFT initialised or that were loaded:
     some ``lora_B`` is not zero, or some magnitude of DoRA has moved, or the rows of some ``lora_A``
     are orthonormal (orthogonal, with ``whiten``), which random rows are not. Adapters on the meta
-    device are not initialised.
+    device are not initialised. Of a model that FSDP has sharded, every process has to ask.
 
     Args:
         model: a PeftModel, maybe in DistributedDataParallel or compiled.
@@ -140,8 +140,9 @@ def _magnitude_moved(layer: LoraLayer, adapter_name: str) -> Tensor | bool:
         return False
     if weight.is_meta or not weight.is_floating_point():
         return False
-    norms = untrained_magnitude(layer, adapter_name).reshape(vector.shape).to(vector)
-    moved = ((vector - norms).abs() > _MAGNITUDE_TOLERANCE * norms).any()
+    now = _whole(vector)
+    norms = untrained_magnitude(layer, adapter_name).reshape(now.shape).to(now)
+    moved = ((now - norms).abs() > _MAGNITUDE_TOLERANCE * norms).any()
     return moved.to(layer.lora_B[adapter_name].weight.device)
 
 

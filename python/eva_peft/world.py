@@ -30,9 +30,11 @@ class _Process:
     def quiet(self) -> Iterator[None]:
         """Switch them off for a pass, and on again after the last that runs."""
         with self._lock:
+            if not self._passes:
+                with ExitStack() as undo:
+                    self._switch_off(undo)
+                    self._undo = undo.pop_all()
             self._passes += 1
-            if self._passes == 1:
-                self._switch_off()
         try:
             yield
         finally:
@@ -41,13 +43,13 @@ class _Process:
                 if not self._passes:
                     self._undo.close()
 
-    def _switch_off(self) -> None:
+    def _switch_off(self, undo: ExitStack) -> None:
         # Compiled code does not call hooks that were added after it was compiled. Nothing is
         # compiled where the compiler was never loaded, which takes a second.
         if "torch._dynamo" in sys.modules:
-            self._undo.enter_context(torch.compiler.set_stance("force_eager"))
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
         # torch's own Transformer layers would hand their parts nested tensors, or not call them.
-        self._undo.callback(
+        undo.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)

@@ -204,6 +204,7 @@ def test_adapters_in_shards_are_looked_at_whole(seen: tuple[Seen, Seen]) -> None
             "initialised": [True, None, None],
             "not initialised": [False, told, told],
             "trained": True,
+            "dora": [False, True],
         }
 
 

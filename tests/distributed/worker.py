@@ -254,7 +254,20 @@ def trained_in_shards(rank: int) -> Any:
         for name, parameter in plain.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(1.0)
-    return {**found, "trained": eva_kernels.is_initialized(plain)}
+    return {**found, "trained": eva_kernels.is_initialized(plain), "dora": _dora_in_shards()}
+
+
+def _dora_in_shards() -> list[bool]:
+    """Look at magnitudes in shards, of weights that are whole: as made, and trained."""
+    model, found = wrapped(make_llama(), lora(init_lora_weights=True, use_dora=True)), []
+    fully_shard(model, ignored_params={p for n, p in model.named_parameters() if "lora_" not in n})
+    for step in (0.0, 1.0):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name:
+                    parameter.add_(step)
+        found.append(eva_kernels.is_initialized(model))
+    return found
 
 
 @scenario

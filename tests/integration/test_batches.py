@@ -104,6 +104,9 @@ def test_targets_beside_the_input_are_left_out() -> None:
     expected = run(make_mlp(), iter(vectors()), lora(**CONFIG), method="gram", max_steps=8)
     for name, rows in expected.components.items():
         assert torch.equal(rows, result.components[name])
+    samples = [list(x[:2])]  # of a loader that does not collate
+    with pytest.raises(TypeError, match="positional"):
+        run(make_mlp(), samples, lora(**CONFIG))
 
 
 def test_custom_forward_gets_the_batch_as_it_was() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import eva_kernels
 from eva_kernels import EvaValueError, EvaWarning
@@ -69,7 +69,7 @@ def test_tied_adapters_stay_tied(way: str, targets: Any, tmp_path: Any) -> None:
     )
     if way != "base":
         model = wrapped(model, config, low_cpu_mem_usage=way == "meta")
-    with pytest.warns(EvaWarning, match=r"tied to them \(.*\) keep the default"):
+    with pytest.warns(EvaWarning, match="the default initialisation"):
         model = eva_kernels.initialize(model, batches(), config if way == "base" else None, **QUIET)
     assert list(model.eva_result.ranks) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert_tied(model)
@@ -130,3 +130,24 @@ def test_an_embedding_without_memory_is_drawn(dtype: torch.dtype) -> None:
     assert first.dtype == plain.get_input_embeddings().lora_embedding_A["default"].dtype
     model(**batches(1)[0]).loss.backward()
     assert first.grad.any()
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning")
+def test_what_peft_does_not_tie_is_initialised() -> None:
+    """PEFT ties what is called ``lm_head``; the head of a BERT is not."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    model = BertForMaskedLM(config).eval()
+    wanted = lora(target_modules=["query", "decoder"], ensure_weight_tying=True)
+    data = [{"input_ids": batch["input_ids"]} for batch in batches()]
+    done = eva_kernels.initialize(model, data, wanted, **QUIET)
+    head = done.base_model.model.cls.predictions.decoder
+    assert head.get_base_layer().weight is done.get_input_embeddings().weight
+    rows = head.lora_A["default"].weight
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)

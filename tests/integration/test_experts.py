@@ -363,7 +363,8 @@ class Sorted(nn.Module):
             return torch.bmm(tokens.expand(EXPERTS, -1, -1), self.experts)
         expert = input_ids.reshape(-1) % EXPERTS
         order = expert.argsort(stable=True)
-        parts = tokens[order].split(torch.bincount(expert, minlength=EXPERTS).tolist(), dim=0)
+        sizes = torch.bincount(expert, minlength=EXPERTS).tolist()
+        parts = torch.split(tensor=tokens[order], split_size_or_sections=sizes)
         pairs = zip(parts, self.experts, strict=True)
         return torch.cat([nn.functional.linear(part, weight) for part, weight in pairs])
 

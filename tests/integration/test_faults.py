@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -301,25 +302,38 @@ def test_one_token_a_batch() -> None:
 
 
 @pytest.mark.parametrize("where", [0, 2])
-def test_a_batch_without_samples_is_left_out(where: int) -> None:
-    data = vectors(4)
-    expected = run(make_mlp(), iter(data), lora(tau=1.0, **CONFIG), method="gram")
-    data.insert(where, torch.empty(0, 20))
-    with pytest.warns(EvaWarning, match=f"forward pass {where + 1}: the batch holds 0 samples"):
-        found = run(make_mlp(), iter(data), lora(tau=1.0, **CONFIG), method="gram")
-    assert found.ranks == expected.ranks
-    assert (found.tokens, found.forwards) == (160, 5)
-
-
-def test_texts_without_tokens_are_left_out() -> None:
+def test_texts_without_samples_or_tokens_are_left_out(where: int) -> None:
     texts = text_batches(3)
-    texts.insert(1, {key: value[:, :0] for key, value in texts[0].items()})
-    with pytest.warns(EvaWarning, match="forward pass 2: the batch holds 4 samples of 0 tokens"):
-        found = run(make_llama(), iter(texts), lora(tau=1.0))
-    assert found.forwards == 4
+    expected = run(make_llama(), iter(texts), lora(tau=1.0), method="gram")
+    for cut in (slice(0, 0), (slice(None), slice(0, 0))):
+        texts.insert(where, {key: value[cut] for key, value in texts[-1].items()})
+    found = run(make_llama(), iter(texts), lora(tau=1.0), method="gram")
+    assert found.ranks == expected.ranks
+    assert (found.tokens, found.forwards) == (expected.tokens, 5)
 
 
-@pytest.mark.filterwarnings("ignore:forward pass .*the batch holds:eva_kernels.EvaWarning")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_processes_that_share_a_model_all_run_it(
+    sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("eva_peft.calibrate"), "is_sharded", lambda model: sharded)
+    model, calls = make_mlp(), []
+    model.register_forward_pre_hook(lambda *given: calls.append(1))
+    data = [*vectors(2), torch.empty(0, 20)]
+    run(model, iter(data), lora(tau=1.0, **CONFIG))
+    assert len(calls) == (3 if sharded else 2)
+
+
+def test_a_tensor_without_elements_beside_others() -> None:
+    texts = text_batches(3)
+    expected = run(make_llama(), iter(texts), lora(tau=1.0), method="gram")
+    model = make_llama()
+    forward = model.forward
+    model.forward = lambda prefix_ids, **batch: forward(**batch)
+    data = [{"prefix_ids": torch.empty(4, 0), **batch} for batch in texts]
+    assert run(model, iter(data), lora(tau=1.0), method="gram").ranks == expected.ranks
+
+
 def test_nothing_but_batches_without_samples() -> None:
     with pytest.raises(EvaValueError, match=r"no token reached|no tokens"):
         run(make_mlp(), iter([torch.empty(0, 20)]), lora(**CONFIG))

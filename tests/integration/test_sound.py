@@ -18,6 +18,8 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
+from eva_kernels import EvaWarning
+from eva_peft.token_mask import TokenMask
 from integration.conftest import layer_inputs, lora, lost, run, text_batches
 
 SIZE: dict[str, Any] = {
@@ -133,3 +135,30 @@ def test_texts_whose_last_position_is_read_are_not_cut() -> None:
     name = next(iter(result.ranks))
     rows = layer_inputs(model, texts, [name], masked=False)[name]
     assert lost(result.components[name], rows) < 1e-6
+
+
+def of_one(samples: Tensor) -> int:
+    return int((samples - 10) / 4 + 1)  # as Moonshine's, which takes no batch
+
+
+def of_many(samples: Tensor) -> Tensor:
+    return (samples - 10) // 4 + 1
+
+
+def of_pairs(samples: Tensor) -> tuple[Tensor, Tensor]:
+    return samples, samples  # as Qwen2-Audio's
+
+
+@pytest.mark.parametrize(("lengths", "known"), [(of_one, True), (of_many, True), (of_pairs, False)])
+def test_functions_of_lengths(lengths: Any, known: bool) -> None:
+    counts = torch.tensor([50, 26, 14])
+    mask = torch.arange(50) < counts[:, None]
+    rule = TokenMask(mask, frame_lengths=lengths)
+    shape, cpu = torch.Size((3, 11, 8)), torch.device("cpu")
+    if not known:
+        with pytest.warns(EvaWarning, match="no token mask fits"):
+            assert rule.rows(shape, cpu, "layer") is None
+        return
+    rows = rule.rows(shape, cpu, "layer")
+    assert rows is not None
+    assert rows.tolist() == [*range(11), *range(11, 11 + 5), *range(22, 22 + 2)]

@@ -281,3 +281,28 @@ def test_passes_may_overlap_in_threads() -> None:
     torch._dynamo.reset()
     torch.compile(lambda x: x * 2, backend=remember)(torch.ones(3))
     assert len(graphs) == 1
+
+
+def test_a_pass_that_cannot_switch_off_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    config = lora(target_modules=["0"])
+
+    def failing(enabled: bool) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mha, "set_fastpath_enabled", failing)
+        with pytest.raises(KeyboardInterrupt):
+            run(make_mlp(), iter(vectors(1)), config)
+    seen: list[bool] = []
+
+    def forward(model: Any, batch: Any) -> None:
+        seen.append(torch.backends.mha.get_fastpath_enabled())
+        model(batch)
+
+    run(make_mlp(), iter(vectors(1)), config, forward_fn=forward)
+    assert seen == [False]
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
