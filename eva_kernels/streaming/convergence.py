@@ -83,8 +83,9 @@ def _judge(group: Sequence[tuple[InputStream, int]], tau: float) -> None:
     rows, ranks = np.arange(len(group)), np.array([rank for _, rank in group])
     last = ranks.clip(1, least.shape[1]) - 1
     smallest = np.where(ranks > 0, least[rows, last], 1.0).tolist()
+    kept = torch.from_numpy(turned).unbind()  # one call for all
     for i, (stream, rank) in enumerate(group):
-        stream.cosines = torch.from_numpy(turned[i].copy())
+        stream.cosines = kept[i]
         stream.settled = max(stream.settled, similar[i])
         stream.similarity, stream.converged = smallest[i], similar[i] >= rank
 

@@ -160,15 +160,14 @@ def test_depths_are_measured_and_extrapolated(
     monkeypatch.setattr(
         depth, "ask_child", lambda module, question, seconds: measuring.answer(question)
     )
-    methods = ["eva", "lora-ga", "corda-ipm"]
+    methods = ["eva", "corda-ipm"]
     path = depth.run("tiny", (3, 2), methods, batch=8, out=tmp_path, quiet=True)
     record = json.loads(path.read_text())
     measured, whole = record["rows"]["measured"], record["rows"]["whole"]
     assert [(row["method"], row["batch"], row["depth"]) for row in measured] == [
-        ("eva", 8, 2), ("eva", 8, 3), ("lora-ga", 8, 2), ("lora-ga", 8, 3),
-        ("corda-ipm", 1, 2), ("corda-ipm", 1, 3),
+        ("eva", 8, 2), ("eva", 8, 3), ("corda-ipm", 1, 2), ("corda-ipm", 1, 3),
     ]  # fmt: skip
-    assert [row["depth"] for row in whole] == [1, 1, 1]
+    assert [row["depth"] for row in whole] == [1, 1]
     assert whole[0]["from"] == [2, 3]
     assert "**extrapolated**" in depth.sections(record)[0].text
     with pytest.raises(ValueError, match="two depths"):
