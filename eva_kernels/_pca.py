@@ -256,11 +256,16 @@ class IncrementalPCA:
 
 
 def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
+    if not isinstance(x, Tensor):
+        x = np.asarray(x)
+        if x.dtype.kind in "biuf":  # of any byte order and strides
+            kind = x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.dtype(np.float64)
+            x = np.ascontiguousarray(x, kind)
     data = torch.as_tensor(x)
     if data.dim() < 1 or data.numel() == 0:
         raise EvaValueError(f"expected rows of features, got an array of shape {tuple(data.shape)}")
     if not data.is_floating_point():
         if data.is_complex():
             raise EvaTypeError("complex data are not supported")
-        data = data.float()
+        data = data.double()  # as scikit-learn
     return data

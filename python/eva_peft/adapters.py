@@ -35,6 +35,7 @@ from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
 from .routing import expert_names
 from .snapshot import restored_on_failure
 from .targets import (
+    base_name,
     check_not_merged,
     device_of,
     layer_name,
@@ -72,7 +73,8 @@ def write_result(
             stack.enter_context(restored_on_failure(inner))
             inner = wrap_model(inner, chosen, adapter_name)
         eva = chosen.eva_config
-        write_state_dict(inner, result.state_dict(), adapter_name, strict, result.uncalled, eva)
+        rows = result.state_dict(None if eva is None else eva.whiten)
+        write_state_dict(inner, rows, adapter_name, strict, result.uncalled, eva)
     inner.eva_result = result
     return inner
 
@@ -111,6 +113,8 @@ def write_state_dict(
     layers = _layers_of(model, adapter_name)
     parts = {part: name for name, (_, layer) in layers.items() for part in _parts(name, layer)}
     rows = {resolve_name(name, parts): value for name, value in state_dict.items()}
+    for name in _without_adapter(model, parts, rows):
+        del rows[name]
     unreadable = {part for part, name in parts.items() if _unreadable(name, layers)}
     _check_names(parts, rows, strict, unreadable | set(default_layers or ()))
     _check_shapes(layers, parts, rows)
@@ -165,6 +169,18 @@ def _unreadable(name: str, layers: Mapping[str, tuple[str, LoraLayer]]) -> bool:
     steps = name.split(".")
     owners = (".".join(steps[:i]) for i in range(1, len(steps) + 1))
     return any(owner in layers and _features(layers[owner][1]) is None for owner in owners)
+
+
+def _without_adapter(
+    model: nn.Module, parts: Mapping[str, str], rows: Mapping[str, Any]
+) -> list[str]:
+    """Return the layers that are given rank 0, and had been before: they have no adapter."""
+    known = {base_name(path) for path, _ in model.named_modules()}
+    return [
+        name
+        for name, value in rows.items()
+        if name not in parts and not len(value) and resolve_name(name, known) in known
+    ]
 
 
 def _check_names(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -38,8 +38,12 @@ _TOKEN_KEYS = frozenset(
 )
 
 
-def iterate(loader: Iterable[Any]) -> Generator[Any]:
+def iterate(loader: Iterable[Any], useful: Callable[[], bool] = lambda: True) -> Generator[Any]:
     """Yield batches, starting another epoch whenever a loader can be iterated again.
+
+    Args:
+        loader: any iterable.
+        useful: asked after each epoch; if not, there is no other.
 
     Raises:
         EvaTypeError: not iterable. EvaValueError: it yields no batch at all.
@@ -57,7 +61,7 @@ def iterate(loader: Iterable[Any]) -> Generator[Any]:
             del batch  # no batch is kept while the next one is being made
         if first:
             raise EvaValueError("dataloader is empty: it yielded no batch")
-        if empty:  # of an iterator that was used up, among others
+        if empty or not useful():  # of an iterator that was used up, among others
             return
         epoch = iter(loader)
 

@@ -115,6 +115,7 @@ class CalibrationPass:
             key: [] for key in ("step", "forwards", "tokens", "seconds", "converged", "similarity")
         }
         self._default_forward = options.forward_fn is None
+        self.skipped = 0  # tokens, most of any layer; known at the end
         self._warned: set[str] = set()  # layers that were warned about, once a pass
         self._transposed: dict[str, bool] = {}  # layers that were seen to take the sequence first
         self._plain_masks = options.prepare_model_inputs_fn == AUTO
@@ -161,6 +162,7 @@ class CalibrationPass:
             self.call_back(self.record(begin, bar))
 
     def _result(self, done: bool, begin: float, memory: PeakMemory) -> EvaResult:
+        self.skipped = max((s.stream.skipped for s in self.collector.slots), default=0)
         self.collector.drop_empty()
         self.seconds["total"] = time.perf_counter() - begin
         self.seconds["forward"] -= self.seconds["accumulate"]
@@ -172,8 +174,9 @@ class CalibrationPass:
         keeper = self.keeper
         if keeper.done or (self.forwards and self.limit_reached(keeper.elapsed)):
             return keeper.done  # resumed where the pass had ended
+        every = batches.iterate(loader, lambda: self.tokens > 0)
         # closed at once, so that the workers of a loader do not wait for a traceback to go
-        with closing(keeper.remaining(batches.iterate(loader))) as stream:
+        with closing(keeper.remaining(every)) as stream:
             for batch in stream:
                 keeper.begin_forward()
                 self.forward(batch)
@@ -398,10 +401,13 @@ class CalibrationPass:
         why = "because PEFT's lora_A faces their output, and not their input"
         if len(backwards) == len(self.targets):
             raise EvaValueError(f"EVA can initialise none of the {len(backwards)} layers, {why}")
+        skipped = f"; {self.skipped} tokens with NaN or infinity were left out"
+        skipped = skipped if self.skipped else ""
         if len(uncalled) == len(self.targets) or not self.tokens:
             raise EvaValueError(
                 f"no token reached any of the {len(self.targets)} target layers in "
                 f"{self.forwards} forward passes; check the attention and label masks of the loader"
+                + skipped
             )
         if backwards:
             names = ", ".join(backwards[:8]) + (" ..." if len(backwards) > 8 else "")

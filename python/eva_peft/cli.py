@@ -185,7 +185,7 @@ def init(
     """Calibrate on your data and write an adapter folder for PeftModel.from_pretrained."""
     if device is not None and device_map is not None:
         raise typer.BadParameter("give --device or --device-map, not both")
-    with _exit_codes(ctx, checkpoint), _staged_folder(out, force) as folder:
+    with _exit_codes(ctx, checkpoint), _staged_folder(out, force, checkpoint) as folder:
         lora = {"r": r, "lora_alpha": alpha, "target_modules": _targets(target_modules)}
         _check_device(device)
         fields = _config_fields(config, lora, {"rho": rho, "tau": tau})
@@ -316,12 +316,13 @@ def _say(console: Console, text: str) -> None:
 
 
 @contextmanager
-def _staged_folder(out: Path, force: bool) -> Iterator[Path]:
-    """Give a folder beside `out` to write to; its files become `out` when all went well."""
+def _staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path]:
+    """Give a folder to write to, which becomes `out` if all goes well; `besides` may lie there."""
     target = out.resolve()
     if target.exists() and not target.is_dir():
         raise EvaValueError(f"--out {out} is a file, a folder is needed")
-    filled = target.is_dir() and any(target.iterdir())
+    own = None if besides is None else besides.resolve()
+    filled = target.is_dir() and any(path != own for path in target.iterdir())
     if filled and not force:
         raise EvaValueError(f"--out {out} is not empty; --force replaces the files in it")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -331,7 +332,7 @@ def _staged_folder(out: Path, force: bool) -> Iterator[Path]:
         stage.mkdir()
         yield stage
         _open_to_readers(stage)
-        if filled:
+        if target.is_dir() and any(target.iterdir()):
             for path in stage.iterdir():
                 os.replace(path, target / path.name)
         else:
@@ -423,13 +424,10 @@ def _lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
         unknown = sorted(set(given) - set(known[name]))
         if unknown:
             raise EvaValueError(f"--config: {name} has no field {', '.join(map(repr, unknown))}")
-    fixed = {
-        "task_type": _TASKS[task][1],
-        "inference_mode": False,
-        "init_lora_weights": "eva",
-        "eva_config": EvaConfig(**fields["eva_config"]),
-    }
+    kind = _TASKS[task][1]
+    fixed = {"task_type": kind, "inference_mode": False, "init_lora_weights": "eva"}
     try:
+        fixed["eva_config"] = EvaConfig(**fields["eva_config"])
         return LoraConfig(**{**fields, **fixed})
     except (TypeError, ValueError) as error:
         raise EvaValueError(f"the LoRA config is refused: {error}") from error
@@ -495,3 +493,7 @@ def _table(title: str, headers: tuple[str, ...], rows: Any) -> Table:
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     return table
+
+
+if __name__ == "__main__":
+    main()

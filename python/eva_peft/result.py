@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["EvaResult", "collect_result"]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class EvaResult:
     """Components, spectra and ranks of every layer, by its name in the base model.
 
@@ -79,22 +79,29 @@ class EvaResult:
     rank_steps: dict[str, int] = field(default_factory=dict)
     owners: dict[str, list[Any]] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"EvaResult({len(self.ranks)} layers, {self.tokens} tokens, {self.steps} steps)"
+
     @property
     def config(self) -> LoraConfig:
         """The LoRA config that the pass was made for."""
         return _config_from_dict(self.metadata["lora_config"])
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, whiten: bool | None = None) -> dict[str, Tensor]:
         """Return the new ``lora_A`` of every layer: name -> (rank, in_features).
 
-        Whitened if the config asks for it (rows divided by the square root of their singular
-        value, once a layer). Separate, contiguous tensors that safetensors can save.
+        Separate, contiguous tensors that safetensors can save.
+
+        Args:
+            whiten: divide rows by the square root of their singular value; as the config of the
+                pass says if ``None``.
         """
-        eva = self.config.eva_config
+        if whiten is None:
+            whiten = bool(getattr(self.config.eva_config, "whiten", False))
         state = {}
         for name, rank in self.ranks.items():
             rows = self.components[name][:rank].clone()
-            if eva is not None and eva.whiten:
+            if whiten:
                 rows /= self.singular_values[name][:rank, None].sqrt()
             state[name] = rows.contiguous()
         return state
@@ -235,7 +242,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
             [run.targets[i].name for i in sorted(s.members)] for s in slots if len(s.members) > 1
         ],
         tokens=run.tokens,
-        skipped_tokens=max((s.stream.skipped for s in slots), default=0),
+        skipped_tokens=run.skipped,
         steps=run.steps,
         forwards=run.forwards,
         seconds=dict(run.seconds),

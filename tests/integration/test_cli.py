@@ -122,6 +122,8 @@ def test_help_is_light_and_fast() -> None:
 
 
 def test_version() -> None:
+    command = [sys.executable, "-m", "eva_peft.cli", "--version"]
+    assert subprocess.run(command, capture_output=True).stdout.startswith(b"eva-kernels ")
     shown = run("--version")
     assert shown.exit_code == 0
     assert shown.stdout == f"eva-kernels {eva_kernels.__version__}\n"
@@ -480,3 +482,14 @@ def test_demo_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shown = run("demo")
     assert shown.exit_code == 130
     assert shown.stderr == "interrupted: nothing was kept\n"
+
+
+def test_a_checkpoint_may_lie_in_the_output_folder(home: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--checkpoint", out / "pass.safetensors")
+    assert init(home, out, *arguments).exit_code == 0
+    kept = {"pass.safetensors", "adapter_config.json", "adapter_model.safetensors"}
+    assert kept <= {path.name for path in out.iterdir()}
+    for path in out.iterdir():
+        path.unlink() if path.name != "pass.safetensors" else None
+    assert init(home, out, *arguments).exit_code == 0  # as after an interruption

@@ -339,6 +339,33 @@ def test_nothing_but_batches_without_samples() -> None:
         run(make_mlp(), iter([torch.empty(0, 20)]), lora(**CONFIG))
 
 
+def test_an_epoch_without_a_token_is_the_last() -> None:
+    texts, model, calls = text_batches(3), make_llama(), []
+    for batch in texts:
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)
+    model.register_forward_pre_hook(lambda *given: calls.append(1))
+    with pytest.raises(EvaValueError, match="in 3 forward passes; check the attention and label"):
+        run(model, texts, lora(), trim_padding=False)
+    assert len(calls) == 3
+
+
+def test_tokens_that_were_all_left_out_are_counted() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(20, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) * torch.nan)
+
+    options = {"on_nonfinite": "skip", "max_steps": 4}
+    with pytest.warns(EvaWarning, match="1 layers were never called with a token that counts"):
+        result = run(Broken(), vectors(4), lora(target_modules=["a", "b"]), **options)
+    assert result.skipped_tokens == 160
+    with pytest.raises(EvaValueError, match="160 tokens with NaN or infinity were left out"):
+        run(Broken(), vectors(4), lora(target_modules=["b"]), **options)
+
+
 def test_all_tokens_masked() -> None:
     batches = text_batches(2)
     for batch in batches:
@@ -348,7 +375,7 @@ def test_all_tokens_masked() -> None:
     batches = text_batches(2, labels=True)
     for batch in batches:
         batch["labels"].fill_(-100)
-    with pytest.raises(EvaValueError, match="in 3 forward passes; check the attention and label"):
+    with pytest.raises(EvaValueError, match="in 2 forward passes; check the attention and label"):
         run(make_llama(), batches, lora(), max_steps=3)
 
 

@@ -6,17 +6,18 @@ import copy
 import dataclasses
 import json
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 import eva_kernels
-from eva_kernels import EvaResult
+from eva_kernels import EvaResult, EvaValueError
 from integration.conftest import (
     Clash,
     lora,
@@ -26,6 +27,8 @@ from integration.conftest import (
     output_of,
     perturb_b,
     run,
+    same_state,
+    state_of,
     text_batches,
     vectors,
     wrapped,
@@ -310,3 +313,39 @@ def test_summary_and_files(llama_result: EvaResult, tmp_path: Path) -> None:
     assert "total rank 56 over 14 layers" in text
     assert "q_proj" in text
     assert f"{llama_result.forwards} forward passes, {llama_result.tokens} tokens" in text
+
+
+def test_results_are_compared_by_identity_and_shown_in_a_line(llama_result: Any) -> None:
+    assert llama_result == llama_result
+    assert llama_result != copy.copy(llama_result)
+    assert re.fullmatch(r"EvaResult\(14 layers, \d+ tokens, \d+ steps\)", repr(llama_result))
+
+
+def test_the_config_that_is_applied_says_whether_rows_are_whitened(llama_result: Any) -> None:
+    for config in (lora(whiten=True), lora()):
+        model = llama_result.apply(make_llama(), config)
+        for name, layer in lora_layers(model).items():
+            norms = layer.lora_A["default"].weight.detach().norm(dim=1)
+            values = llama_result.singular_values[name][: len(norms)]
+            whitened = config.eva_config.whiten
+            torch.testing.assert_close(norms, values**-0.5 if whitened else torch.ones(len(norms)))
+
+
+def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
+    result = run(make_llama(), text_batches(3), lora(r=1, rho=8.0), max_steps=3)
+    none = [name for name, rank in result.ranks.items() if not rank]
+    assert none
+    model = result.apply(make_llama())
+    before = state_of(model)
+    result.apply(model)
+    assert same_state(before, state_of(model))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
+    assert same_state(before, state_of(result.apply(again)))
+    result.ranks[none[0]] = 1  # wants an adapter that is gone
+    with pytest.raises(EvaValueError, match=f"1 unknown layers .{none[0]}"):
+        result.apply(model)
+    result.ranks = {**result.ranks, none[0]: 0, "no.such.layer": 0}
+    result.components["no.such.layer"] = torch.eye(4)
+    with pytest.raises(EvaValueError, match=r"1 unknown layers .no\.such\.layer"):
+        result.apply(model)

@@ -119,7 +119,7 @@ def test_arrays_lists_and_integers():
     whole = np.random.default_rng(0).integers(-50, 50, (60, 8))
     for values in (whole, torch.as_tensor(whole), whole.tolist()):
         pca = IncrementalPCA(8, method="gram").partial_fit(values)
-        assert pca.components_.dtype == torch.float32
+        assert pca.components_.dtype == torch.float64
         assert relative(pca.singular_values_, exact(torch.as_tensor(whole))[0]) <= 1e-5
 
 
@@ -247,3 +247,17 @@ def test_same_bits_twice_and_another_seed():
     other = IncrementalPCA(6, method="sketch", seed=1).fit(x, batch_size=100)
     assert not torch.equal(other.components_, fitted(x, "sketch").components_)
     assert lost_variance(x, other.components_) <= 1e-5
+
+
+def test_arrays_of_any_kind_give_what_plain_ones_do():
+    x = np.random.default_rng(0).normal(size=(40, 6)) * np.arange(1, 7)
+    plain = IncrementalPCA(4).fit(np.ascontiguousarray(x[::-1]))
+    for other in (x[::-1], np.asfortranarray(x[::-1]), x[::-1].astype(">f8"), x[::-1].tolist()):
+        found = IncrementalPCA(4).fit(other)
+        assert found.components_.dtype == torch.float64
+        assert torch.equal(found.components_, plain.components_)
+    whole = (1000 * x).astype(np.int64) + 10**9  # beyond what float32 tells apart
+    for integers in (whole, whole.astype(">i8"), whole.tolist()):
+        values = IncrementalPCA(4).fit(integers).explained_variance_
+        exact = np.linalg.eigvalsh(np.cov(whole.T.astype(np.float64)))[::-1][:4]
+        np.testing.assert_allclose(values.numpy(), exact, rtol=1e-6)
