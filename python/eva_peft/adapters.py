@@ -179,7 +179,11 @@ def _without_adapter(
     return [
         name
         for name, value in rows.items()
-        if name not in parts and not len(value) and resolve_name(name, known) in known
+        if name not in parts
+        and isinstance(value, Tensor)
+        and value.dim() == 2
+        and not len(value)
+        and resolve_name(name, known) in known
     ]
 
 
@@ -375,15 +379,16 @@ class _Writer:
     def draw_others(self) -> None:
         """Draw, as plain LoRA would, what EVA does not write and PEFT has made without memory."""
         others = self._others().values()
+        tied = [layer for layer in others if not _is_embedding(layer)]
         for layer in others:
             weight = layer.lora_embedding_A[self.adapter] if _is_embedding(layer) else None
             if weight is None or not (weight.is_meta or weight.is_inference()):
                 continue
             rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
             self._rebuild(layer, rank, alpha, drawn=True)
-            for tied in (each for each in others if not _is_embedding(each)):
-                if layer is self.model.get_input_embeddings():
-                    self._tie(tied, layer)
+            if tied and layer is self.model.get_input_embeddings():
+                for each in tied:
+                    self._tie(each, layer)
 
     def _tie(self, layer: LoraLayer, embedding: LoraLayer) -> None:
         """Make the adapter of a layer the transposed one of the embeddings, as PEFT does."""

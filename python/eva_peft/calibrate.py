@@ -401,8 +401,9 @@ class CalibrationPass:
         why = "because PEFT's lora_A faces their output, and not their input"
         if len(backwards) == len(self.targets):
             raise EvaValueError(f"EVA can initialise none of the {len(backwards)} layers, {why}")
-        skipped = f"; {self.skipped} tokens with NaN or infinity were left out"
-        skipped = skipped if self.skipped else ""
+        skipped = ""
+        if self.skipped:
+            skipped = f"; {self.skipped} tokens with NaN or infinity were left out"
         if len(uncalled) == len(self.targets) or not self.tokens:
             raise EvaValueError(
                 f"no token reached any of the {len(self.targets)} target layers in "

@@ -151,3 +151,14 @@ def test_what_peft_does_not_tie_is_initialised() -> None:
     assert head.get_base_layer().weight is done.get_input_embeddings().weight
     rows = head.lora_A["default"].weight
     torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:EVA reads the inputs of linear:eva_kernels.EvaWarning")
+def test_an_embedding_of_a_plain_module_is_drawn() -> None:
+    model = nn.Sequential(nn.Embedding(WORDS, 16), nn.Linear(16, 16))
+    adapted = wrapped(model, lora(target_modules=["0", "1"]), low_cpu_mem_usage=True)
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randint(0, WORDS, (4, 9), generator=generator) for _ in range(5)]
+    eva_kernels.initialize(adapted, data, **QUIET)
+    assert not any(p.is_meta for p in adapted.parameters())
+    assert adapted(data[0]).shape == (4, 9, 16)
