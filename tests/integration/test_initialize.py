@@ -111,6 +111,7 @@ def test_all_linear_of_containers_whose_names_end_alike(tmp_path: Any) -> None:
     assert torch.equal(output_of(again, data[0]), output_of(done, data[0]))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="DataParallel moves the model to the GPU")
 def test_data_parallel_is_looked_through(mlp: nn.Module, data: list[Any], tmp_path: Any) -> None:
     config = lora(target_modules=["0", "2"])
     plain = run(copy.deepcopy(mlp), data, config, max_steps=3)
