@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -201,19 +201,12 @@ def tune(seconds: float = 200.0, out: Path | None = None) -> None:
 
     A rehearsal without a GPU needs TRITON_INTERPRET=1 in the environment.
     """
-    import json
-
     import torch
 
     from .kernels import tune
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def put(rows: tune.Rows) -> None:
-        _put(json.dumps(rows, indent=1), out)
-
-    save = put if out is not None else lambda rows: None  # a table to the screen at the end only
-    rows = tune.run(device, small=device.type == "cpu", seconds=seconds, save=save)
+    rows = tune.run(device, small=device.type == "cpu", seconds=seconds, save=_saver(out))
     print(tune.table(rows))
 
 
@@ -273,12 +266,8 @@ def end_to_end(
 
     _check_names([config], benchmark.SETTINGS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def put(found: dict[str, Any]) -> None:
-        _put(json.dumps(found, indent=1), out)
-
-    save = put if out is not None else lambda found: None  # to the screen at the end only
-    put(benchmark.run(config, device, seconds=seconds, save=save, trace=trace))
+    found = benchmark.run(config, device, seconds=seconds, save=_saver(out), trace=trace)
+    _put(json.dumps(found, indent=1), out)
 
 
 @app.command()
@@ -302,6 +291,13 @@ def gpu_check(
 
 def _leave(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def _saver(out: Path | None) -> Callable[[Any], None]:
+    """Return what keeps all that was found so far in a file; on the screen, only the end is."""
+    import json
+
+    return (lambda found: _put(json.dumps(found, indent=1), out)) if out else (lambda found: None)
 
 
 def _put(text: str, out: Path | None) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -175,16 +175,13 @@ def _without_adapter(
     model: nn.Module, parts: Mapping[str, str], rows: Mapping[str, Any]
 ) -> list[str]:
     """Return the layers that are given rank 0, and had been before: they have no adapter."""
-    known = {base_name(path) for path, _ in model.named_modules()}
-    return [
+    asked = [
         name
         for name, value in rows.items()
-        if name not in parts
-        and isinstance(value, Tensor)
-        and value.dim() == 2
-        and not len(value)
-        and resolve_name(name, known) in known
+        if name not in parts and isinstance(value, Tensor) and value.dim() == 2 and not len(value)
     ]
+    known = {base_name(path) for path, _ in model.named_modules()} if asked else set()
+    return [name for name in asked if resolve_name(name, known) in known]
 
 
 def _check_names(
@@ -355,7 +352,7 @@ class _Writer:
         dora = magnitude(layer, self.adapter)
         for weight in (first, *zeroed, *([] if dora is None else [dora])):
             before = weight.detach().clone()
-            self.undo.append(partial(weight.data.copy_, before))
+            self.undo.append(functools.partial(weight.data.copy_, before))
         for weight in zeroed:
             weight.zero_()
         if dora is not None:  # maybe trained; the output is to be that of the base model
@@ -378,7 +375,7 @@ class _Writer:
 
     def draw_others(self) -> None:
         """Draw, as plain LoRA would, what EVA does not write and PEFT has made without memory."""
-        others = self._others().values()
+        others = self._others.values()
         tied = [layer for layer in others if not _is_embedding(layer)]
         for layer in others:
             weight = layer.lora_embedding_A[self.adapter] if _is_embedding(layer) else None
@@ -406,8 +403,7 @@ class _Writer:
         """
         config = self.config
         old_ranks, old_alphas = config.rank_pattern, config.alpha_pattern
-        others = self._others()
-        for key in others:
+        for key in self._others:
             self.ranks[key] = pattern_value(old_ranks, key, config.r)
             self.alphas[key] = pattern_value(old_alphas, key, config.lora_alpha)
         config.rank_pattern = pattern_of(self.ranks, config.r)
@@ -432,6 +428,7 @@ class _Writer:
                 stacklevel=6,
             )
 
+    @functools.cached_property
     def _others(self) -> dict[str, LoraLayer]:
         # layers of this adapter that EVA does not write: embeddings, and what is tied to them
         tied = tied_modules(self.model, self.config)

@@ -29,7 +29,7 @@ from eva_kernels.streaming import (
 from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
 from .checkpoint import CheckpointKeeper
-from .checks import is_sharded
+from .checks import FSDP, class_names, is_sharded
 from .data_parallel import Processes, processes_of
 from .errors import (
     EvaValueError,
@@ -276,10 +276,9 @@ class CalibrationPass:
     def _may_stop_early(self) -> bool:
         if self.options.early_exit != AUTO:
             return bool(self.options.early_exit)
-        names = {kind.__name__ for m in self.model.modules() for kind in type(m).__mro__}
+        wrappers = FSDP | {"DeepSpeedEngine", "PipelineParallel"}
         offloaded = set(map(str, getattr(self.model, "hf_device_map", {}).values()))
-        wrapped = is_sharded(self.model) or names & {"DeepSpeedEngine", "PipelineParallel"}
-        return not wrapped and not offloaded & {"cpu", "disk"}
+        return not class_names(self.model) & wrappers and not offloaded & {"cpu", "disk"}
 
     def make_stream(self, target: Target, x: Tensor) -> InputStream:
         """Return a new stream for a layer whose input is like ``x``."""

@@ -20,13 +20,17 @@ from ._peft_compat import (
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError
 
 __all__ = [
+    "FSDP",
     "check_base_model",
     "check_config",
     "check_not_sharded",
     "checked_number",
+    "class_names",
     "is_sharded",
     "plain_number",
 ]
+
+FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
 
 
 def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraConfig:
@@ -85,10 +89,14 @@ def check_base_model(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def class_names(model: nn.Module) -> set[str]:
+    """Return the names of all classes that a model and its parts are of."""
+    return {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether FSDP, of either kind, has divided the weights of a model among processes."""
-    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-    return bool(kinds & {"FullyShardedDataParallel", "FSDPModule"})
+    return bool(class_names(model) & FSDP)
 
 
 def check_not_sharded(model: nn.Module) -> None:

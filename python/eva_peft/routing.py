@@ -92,16 +92,14 @@ class RoutedInputs(TorchFunctionMode):
         self.following = False
         self.backwards: set[int] = set()  # layers with x @ W where LoRA's A faces the output of W
         self._called = called
-        self._parameters: dict[int, list[tuple[Tensor, dict[int, int]]]] = {}
-        self._transposed: dict[int, bool] = {}
+        self._parameters: dict[int, list[tuple[ExpertWeight, dict[int, int]]]] = {}
         layers: dict[int, dict[int, int]] = {}
         for layer, weight in weights:
             known = layers.setdefault(id(weight.parameter), {})
             if not known:
                 place = weight.parameter.untyped_storage().data_ptr()
-                self._parameters.setdefault(place, []).append((weight.parameter, known))
+                self._parameters.setdefault(place, []).append((weight, known))
             known[weight.index] = layer
-            self._transposed[id(weight.parameter)] = weight.transposed
         self._tokens: Any = WeakTensorKeyDictionary()
 
     @property
@@ -137,14 +135,19 @@ class RoutedInputs(TorchFunctionMode):
                     self._follow(func, given, part)
         return result
 
+    def _watched(self, weight: Any) -> Sequence[tuple[ExpertWeight, dict[int, int]]]:
+        """Return an expert of each parameter in whose memory a weight is, and all its layers."""
+        if not isinstance(weight, Tensor) or weight.device.type == "meta":
+            return ()
+        return self._parameters.get(weight.untyped_storage().data_ptr(), ())
+
     def _multiplied_at_once(self, x: Tensor, weight: Any) -> None:
         """See the product of each expert's tokens, (E, N, D), with the weights of all."""
-        if not isinstance(weight, Tensor) or weight.device.type == "meta":
-            return
-        for parameter, layers in self._parameters.get(weight.untyped_storage().data_ptr(), ()):
+        for expert, layers in self._watched(weight):
+            parameter = expert.parameter
             if weight.shape != parameter.shape or weight.stride() != parameter.stride():
                 continue
-            if not self._transposed[id(parameter)]:
+            if not expert.transposed:
                 self.backwards |= set(layers.values())
                 continue
             for index, layer in layers.items():
@@ -158,16 +161,16 @@ class RoutedInputs(TorchFunctionMode):
             weight: 2-D, if it is one of those that are watched.
             summed: the dimension of the weight that the product sums over.
         """
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.device.type == "meta":
-            return
-        for parameter, layers in self._parameters.get(weight.untyped_storage().data_ptr(), ()):
+        for expert, layers in self._watched(weight):
+            parameter = expert.parameter
+            if weight.dim() != 2:
+                return
             begin = int(weight.storage_offset() - parameter.storage_offset())
             index, rest = divmod(begin, parameter.stride(0)) if parameter.dim() == 3 else (0, 0)
             size = parameter.shape[-2:].numel()
             if rest or weight.numel() != size or index not in layers:
                 continue
-            faced = parameter.stride(-2 if self._transposed[id(parameter)] else -1)
-            if weight.stride(summed) == faced:
+            if weight.stride(summed) == parameter.stride(-2 if expert.transposed else -1):
                 self._called(layers[index], x)
             else:
                 self.backwards.add(layers[index])

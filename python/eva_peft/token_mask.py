@@ -72,6 +72,7 @@ class TokenMask:
         self.transposed: dict[str, bool] = {}
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
         self._drawn: dict[str, Tensor] = {}
+        self._framed: dict[tuple[int, ...], Tensor | None] = {}
 
     def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.
@@ -97,7 +98,9 @@ class TokenMask:
             heads = _for_every_head(mask, leading)
             if heads is not None:
                 return self._indices(f"{kind} {leading}", heads, device)
-            frames = self._frames(mask, leading) if kind == "main" else None
+            if kind == "main" and leading not in self._framed:
+                self._framed[leading] = self._frames(mask, leading)
+            frames = self._framed[leading] if kind == "main" else None
             if frames is not None:
                 return self._indices(f"{kind} {leading}", frames, device)
         self._warn_unknown(leading, name)

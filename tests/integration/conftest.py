@@ -25,11 +25,17 @@ from transformers import (
 import eva_kernels
 
 VOCABULARY = 96
+# A small encoder and decoder, in the words of BART's configs and their kin.
+BOTH_SIDES: dict[str, Any] = {
+    f"{side}_{what}": n
+    for side in ("encoder", "decoder")
+    for what, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUIET: dict[str, Any] = {"progress": False, "on_not_converged": "ignore"}
 
 
-def make_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def make_llama(dtype: torch.dtype = torch.float32, **fields: Any) -> LlamaForCausalLM:
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -40,6 +46,7 @@ def make_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=64,
         pad_token_id=0,
+        **fields,
     )
     return LlamaForCausalLM(config).to(dtype).eval()
 

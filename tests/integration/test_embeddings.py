@@ -8,13 +8,20 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 import eva_kernels
 from eva_kernels import EvaValueError, EvaWarning
-from integration.conftest import QUIET, lora, same_state, state_of, wrapped
+from integration.conftest import (
+    QUIET,
+    VOCABULARY,
+    lora,
+    make_llama,
+    same_state,
+    state_of,
+    wrapped,
+)
 
-WORDS = 64
 TARGETS = [
     ["q_proj", "embed_tokens"],
     ["q_proj", "lm_head"],
@@ -24,23 +31,12 @@ TARGETS = [
 
 
 def make_tied() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_llama(tie_word_embeddings=True)
 
 
 def batches(count: int = 6) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(1, WORDS, (4, 16), generator=generator) for _ in range(count)]
+    ids = [torch.randint(1, VOCABULARY, (4, 16), generator=generator) for _ in range(count)]
     return [{"input_ids": part, "labels": part} for part in ids]
 
 
@@ -137,7 +133,7 @@ def test_what_peft_does_not_tie_is_initialised() -> None:
     """PEFT ties what is called ``lm_head``; the head of a BERT is not."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=WORDS,
+        vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=1,
@@ -155,10 +151,10 @@ def test_what_peft_does_not_tie_is_initialised() -> None:
 
 @pytest.mark.filterwarnings("ignore:EVA reads the inputs of linear:eva_kernels.EvaWarning")
 def test_an_embedding_of_a_plain_module_is_drawn() -> None:
-    model = nn.Sequential(nn.Embedding(WORDS, 16), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16))
     adapted = wrapped(model, lora(target_modules=["0", "1"]), low_cpu_mem_usage=True)
     generator = torch.Generator().manual_seed(0)
-    data = [torch.randint(0, WORDS, (4, 9), generator=generator) for _ in range(5)]
+    data = [torch.randint(0, VOCABULARY, (4, 9), generator=generator) for _ in range(5)]
     eva_kernels.initialize(adapted, data, **QUIET)
     assert not any(p.is_meta for p in adapted.parameters())
     assert adapted(data[0]).shape == (4, 9, 16)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import eva_kernels
+from bench.families import FAMILIES
 from eva_kernels import EvaValueError, EvaWarning
 from integration.conftest import (
     QUIET,
@@ -92,28 +93,11 @@ def test_fused_experts_are_exact(trim: bool) -> None:
     assert result.tokens == sum(int(b["attention_mask"].sum()) for b in texts)
 
 
-def make_gpt_oss() -> GptOssForCausalLM:
-    torch.manual_seed(7)
-    config = GptOssConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-    )
-    return GptOssForCausalLM(config).eval()
-
-
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 def test_gate_and_up_may_alternate() -> None:
     """The experts of GPT-OSS take every second feature of a product."""
-    model, texts = make_gpt_oss(), text_batches(5, samples=6)
-    experts = model.model.layers[0].mlp.experts
+    model, texts = FAMILIES["GPT-OSS, fused experts"].make_model(), text_batches(5, samples=6)
+    experts: Any = model.model.layers[0].mlp.experts
     kept: dict[int, list[Tensor]] = {e: [] for e in range(EXPERTS)}
     mask: list[Tensor] = []
 

@@ -21,6 +21,7 @@ from transformers import (
 import eva_kernels
 from eva_kernels import EvaValueError, EvaWarning
 from integration.conftest import (
+    BOTH_SIDES,
     QUIET,
     VOCABULARY,
     layer_inputs,
@@ -120,15 +121,10 @@ def test_texts_that_are_padded_to_a_window() -> None:
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 def test_only_the_encoder_is_padded_to_a_window() -> None:
     torch.manual_seed(0)
-    sides = {
-        f"{side}_{what}": n
-        for side in ("encoder", "decoder")
-        for what, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
-    }
     config = LEDConfig(
         vocab_size=VOCABULARY,
         d_model=32,
-        **sides,
+        **BOTH_SIDES,
         attention_window=8,
         max_encoder_position_embeddings=64,
         max_decoder_position_embeddings=64,

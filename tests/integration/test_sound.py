@@ -18,9 +18,10 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
+from bench.families.others import SPEECH
 from eva_kernels import EvaWarning
 from eva_peft.token_mask import TokenMask
-from integration.conftest import layer_inputs, lora, lost, run, text_batches
+from integration.conftest import BOTH_SIDES, layer_inputs, lora, lost, run, text_batches
 
 SIZE: dict[str, Any] = {
     "hidden_size": 32,
@@ -28,33 +29,20 @@ SIZE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-CONVOLUTIONS: dict[str, Any] = {
-    "conv_dim": (16, 16),
-    "conv_stride": (5, 4),
-    "conv_kernel": (10, 4),
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
-    "feat_extract_norm": "layer",
-}
 
 
 def make_wav2vec2() -> nn.Module:
     adapter = {"add_adapter": True, "num_adapter_layers": 1, "output_hidden_size": 24}
-    return Wav2Vec2ForCTC(Wav2Vec2Config(**SIZE, **CONVOLUTIONS, **adapter, vocab_size=30))
+    return Wav2Vec2ForCTC(Wav2Vec2Config(**SPEECH, **adapter, vocab_size=30))
 
 
 def make_hubert() -> nn.Module:
-    return HubertModel(HubertConfig(**SIZE, **CONVOLUTIONS))
+    return HubertModel(HubertConfig(**SPEECH))
 
 
 def make_speech2text() -> nn.Module:
-    sides = {
-        f"{side}_{what}": n
-        for side in ("encoder", "decoder")
-        for what, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
-    }
     config = Speech2TextConfig(
-        vocab_size=30, d_model=32, input_feat_per_channel=8, conv_channels=16, **sides
+        vocab_size=30, d_model=32, input_feat_per_channel=8, conv_channels=16, **BOTH_SIDES
     )
     return Speech2TextForConditionalGeneration(config)
 
