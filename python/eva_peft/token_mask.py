@@ -17,7 +17,7 @@ from .subsample import Draw
 
 __all__ = ["TokenMask", "frame_lengths", "mask_of_batch"]
 
-FrameLengths = Callable[..., Any]  # f(samples, (B,)) -> frames, (B,); some take add_adapter
+FrameLengths = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_adapter
 
 # Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
 _READS_ENCODER = re.compile(
