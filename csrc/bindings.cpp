@@ -3,6 +3,7 @@
 #include "convergence.h"
 #include "eigh.h"
 #include "fold.h"
+#include "nystrom.h"
 
 namespace py = pybind11;
 
@@ -25,29 +26,50 @@ PYBIND11_MODULE(_C, m) {
       py::arg("matrices"), py::arg("n_matrices"), py::arg("width"), py::arg("values"),
       py::arg("vectors"), py::call_guard<py::gil_scoped_release>());
   m.def(
+      "fold_prepare",
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
+         uintptr_t delta, uintptr_t along, uintptr_t mean, uintptr_t scalars) {
+        const auto fold =
+            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
+        eva_kernels::fold_prepare_cpu(eva_kernels::fold_prepare_args(fold, mean, scalars));
+      },
+      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
+      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("mean"), py::arg("scalars"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "fold_measure",
-      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t delta,
-         uintptr_t numbers, int64_t numbers_stride, uintptr_t along, int64_t columns,
-         uintptr_t partial, uintptr_t core, uintptr_t metric) {
-        const auto fold = eva_kernels::fold_args(layers, n_layers, width, features, delta, numbers,
-                                                 numbers_stride, along);
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
+         uintptr_t delta, uintptr_t along, int64_t columns, uintptr_t partial, uintptr_t core,
+         uintptr_t metric) {
+        const auto fold =
+            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
         eva_kernels::fold_measure_cpu(
             eva_kernels::fold_measure_args(fold, columns, partial, core, metric));
       },
       py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
-      py::arg("delta"), py::arg("numbers"), py::arg("numbers_stride"), py::arg("along"),
-      py::arg("columns"), py::arg("partial"), py::arg("core"), py::arg("metric"),
+      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("columns"),
+      py::arg("partial"), py::arg("core"), py::arg("metric"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "fold_rows",
-      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t delta,
-         uintptr_t numbers, int64_t numbers_stride, uintptr_t along, uintptr_t mixing,
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
+         uintptr_t delta, uintptr_t along, uintptr_t mean, uintptr_t mixing, uintptr_t told,
          uintptr_t sound) {
-        const auto fold = eva_kernels::fold_args(layers, n_layers, width, features, delta, numbers,
-                                                 numbers_stride, along);
-        eva_kernels::fold_rows_cpu(eva_kernels::fold_rows_args(fold, mixing, sound));
+        const auto fold =
+            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
+        eva_kernels::fold_rows_cpu(eva_kernels::fold_rows_args(fold, mean, mixing, told, sound));
       },
       py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
-      py::arg("delta"), py::arg("numbers"), py::arg("numbers_stride"), py::arg("along"),
-      py::arg("mixing"), py::arg("sound"), py::call_guard<py::gil_scoped_release>());
+      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("mean"), py::arg("mixing"),
+      py::arg("told"), py::arg("sound"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "nystrom",
+      [](uintptr_t core, uintptr_t metric, uintptr_t ceiling, int64_t n_layers, int width,
+         double loose, double span, uintptr_t scratch, uintptr_t mixing, uintptr_t told) {
+        eva_kernels::nystrom_cpu(eva_kernels::nystrom_args(core, metric, ceiling, n_layers, width,
+                                                           loose, span, scratch, mixing, told));
+      },
+      py::arg("core"), py::arg("metric"), py::arg("ceiling"), py::arg("n_layers"), py::arg("width"),
+      py::arg("loose"), py::arg("span"), py::arg("scratch"), py::arg("mixing"), py::arg("told"),
+      py::call_guard<py::gil_scoped_release>());
 }

@@ -4,6 +4,7 @@
 #include "convergence.h"
 #include "eigh.h"
 #include "fold.h"
+#include "nystrom.h"
 
 #ifndef EVA_CUDA_ARCHS
 #define EVA_CUDA_ARCHS ""
@@ -52,31 +53,56 @@ PYBIND11_MODULE(_cuda, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def("eigh_max_width", &eva_kernels::eigh_cuda_max_width, py::arg("device"));
   m.def(
+      "fold_prepare",
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
+         uintptr_t delta, uintptr_t along, uintptr_t mean, uintptr_t scalars, int device,
+         uintptr_t stream) {
+        const auto fold =
+            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
+        eva_kernels::fold_prepare_cuda(eva_kernels::fold_prepare_args(fold, mean, scalars), device,
+                                       stream);
+      },
+      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
+      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("mean"), py::arg("scalars"),
+      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
       "fold_measure",
-      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t delta,
-         uintptr_t numbers, int64_t numbers_stride, uintptr_t along, int64_t columns,
-         uintptr_t partial, uintptr_t core, uintptr_t metric, int device, uintptr_t stream) {
-        const auto fold = eva_kernels::fold_args(layers, n_layers, width, features, delta, numbers,
-                                                 numbers_stride, along);
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
+         uintptr_t delta, uintptr_t along, int64_t columns, uintptr_t partial, uintptr_t core,
+         uintptr_t metric, int device, uintptr_t stream) {
+        const auto fold =
+            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
         eva_kernels::fold_measure_cuda(
             eva_kernels::fold_measure_args(fold, columns, partial, core, metric), device, stream);
       },
       py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
-      py::arg("delta"), py::arg("numbers"), py::arg("numbers_stride"), py::arg("along"),
-      py::arg("columns"), py::arg("partial"), py::arg("core"), py::arg("metric"), py::arg("device"),
-      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("columns"),
+      py::arg("partial"), py::arg("core"), py::arg("metric"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
   m.def(
       "fold_rows",
-      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t delta,
-         uintptr_t numbers, int64_t numbers_stride, uintptr_t along, uintptr_t mixing,
+      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
+         uintptr_t delta, uintptr_t along, uintptr_t mean, uintptr_t mixing, uintptr_t told,
          uintptr_t sound, int device, uintptr_t stream) {
-        const auto fold = eva_kernels::fold_args(layers, n_layers, width, features, delta, numbers,
-                                                 numbers_stride, along);
-        eva_kernels::fold_rows_cuda(eva_kernels::fold_rows_args(fold, mixing, sound), device,
-                                    stream);
+        const auto fold =
+            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
+        eva_kernels::fold_rows_cuda(eva_kernels::fold_rows_args(fold, mean, mixing, told, sound),
+                                    device, stream);
       },
       py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
-      py::arg("delta"), py::arg("numbers"), py::arg("numbers_stride"), py::arg("along"),
-      py::arg("mixing"), py::arg("sound"), py::arg("device"), py::arg("stream"),
+      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("mean"), py::arg("mixing"),
+      py::arg("told"), py::arg("sound"), py::arg("device"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "nystrom",
+      [](uintptr_t core, uintptr_t metric, uintptr_t ceiling, int64_t n_layers, int width,
+         double loose, double span, uintptr_t scratch, uintptr_t mixing, uintptr_t told, int device,
+         uintptr_t stream) {
+        eva_kernels::nystrom_cuda(eva_kernels::nystrom_args(core, metric, ceiling, n_layers, width,
+                                                            loose, span, scratch, mixing, told),
+                                  device, stream);
+      },
+      py::arg("core"), py::arg("metric"), py::arg("ceiling"), py::arg("n_layers"), py::arg("width"),
+      py::arg("loose"), py::arg("span"), py::arg("scratch"), py::arg("mixing"), py::arg("told"),
+      py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }

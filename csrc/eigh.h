@@ -56,6 +56,15 @@ struct Rotation {
   }
 };
 
+// On a GPU one instruction sequence in place of two, and as good as rounding.
+EVA_HOST_DEVICE inline double inverse_sqrt(double x) {
+#if defined(__CUDA_ARCH__)
+  return rsqrt(x);
+#else
+  return 1.0 / sqrt(x);
+#endif
+}
+
 // Annihilates off = a_pq: updates the two diagonal entries, sets off to zero and the rotation.
 // Returns false, and leaves everything but `rotation` (the identity), where off is negligible.
 //
@@ -67,12 +76,13 @@ struct Rotation {
 EVA_HOST_DEVICE inline bool jacobi_rotation(double& a_pp, double& a_qq, double& off,
                                             Rotation& rotation) {
   rotation = {0.0, 0.0};
-  if (fabs(off) <= kEighTolerance * sqrt(fabs(a_pp)) * sqrt(fabs(a_qq))) return false;
-  // An infinite square makes the tangent 0, to which it is then equal within rounding.
-  const double theta = (a_qq - a_pp) / (2.0 * off);
-  const double size = 1.0 / (fabs(theta) + sqrt(theta * theta + 1.0));
-  const double tangent = theta < 0.0 ? -size : size;
-  const double cosine = 1.0 / sqrt(tangent * tangent + 1.0);
+  if (off * off <= kEighTolerance * kEighTolerance * fabs(a_pp * a_qq)) return false;
+  // The smaller root of t^2 + 2 theta t = 1 with theta = gap / twice. Roots and divisions, each of
+  // which waits for the one before, are most of a rotation's time: hence this form, with four.
+  const double gap = a_qq - a_pp, twice = 2.0 * off;
+  const double size = twice / (fabs(gap) + sqrt(gap * gap + twice * twice));
+  const double tangent = gap < 0.0 ? -size : size;
+  const double cosine = inverse_sqrt(tangent * tangent + 1.0);
   rotation.sine = tangent * cosine;
   rotation.half = rotation.sine / (1.0 + cosine);
   a_pp -= tangent * off;

@@ -32,6 +32,25 @@ double dot(const Left* left, const Right* right, int64_t count) {
 
 }  // namespace
 
+void fold_prepare_cpu(const FoldPrepareArgs& args) {
+  const FoldArgs& fold = args.fold;
+  for (int64_t i = 0; i < fold.n_layers; ++i) {
+    const FoldLayer& layer = fold.layers[i];
+    const FoldNumbers& numbers = fold.head(i);
+    double away = 0.0, norm = 0.0;
+    for (int64_t d = 0; d < fold.features; ++d) {
+      const int64_t at = i * fold.features + d;
+      const double delta = layer.shift[d] / numbers.added;
+      const float mean = static_cast<float>(layer.mean[d] + numbers.share * delta);
+      fold.delta[at] = delta;
+      args.mean[at] = mean;
+      away += delta * delta;
+      norm += static_cast<double>(mean) * mean;
+    }
+    fold_scalars(*layer.square, numbers.weight * away, norm, args.scalars + i * kFoldScalars);
+  }
+}
+
 void fold_measure_cpu(const FoldMeasureArgs& args) {
   const FoldArgs& fold = args.fold;
   const int width = fold.width;
@@ -40,7 +59,7 @@ void fold_measure_cpu(const FoldMeasureArgs& args) {
     const float* basis = fold.layers[i].basis;
     for (int row = 0; row < width; ++row) {
       fold.along[i * width + row] =
-          fold.weight(i) * dot(basis + row * features, fold.delta + i * features, features);
+          fold.head(i).weight * dot(basis + row * features, fold.delta + i * features, features);
     }
     const std::vector<double> image = image_of(fold, i);
     for (int a = 0; a < width; ++a) {
@@ -66,7 +85,8 @@ void fold_rows_cpu(const FoldRowsArgs& args) {
     const FoldLayer& layer = fold.layers[i];
     const std::vector<double> image = image_of(fold, i);
     std::copy_n(layer.basis, layer.kept * features, layer.before);
-    for (int j = 0; j < width; ++j) {
+    std::copy_n(args.mean + i * features, features, layer.mean);
+    for (int j = 0; j < args.rank(i); ++j) {
       std::fill(row.begin(), row.end(), 0.0);
       for (int a = 0; a < width; ++a) {
         const double factor = args.mixing[(i * width + a) * width + j];

@@ -27,6 +27,15 @@ bool is_empty(const FoldArgs& fold) {
 
 }  // namespace
 
+void fold_prepare_cuda(const FoldPrepareArgs& args, int device, uintptr_t stream) {
+  const FoldArgs& fold = args.fold;
+  if (is_empty(fold)) return;
+  const DeviceGuard guard(device);
+  fold_prepare_kernel<<<grid_of(fold.n_layers), kPrepareThreads, 0,
+                        reinterpret_cast<cudaStream_t>(stream)>>>(args);
+  cuda_check(cudaGetLastError(), "fold: launch of prepare");
+}
+
 void fold_measure_cuda(const FoldMeasureArgs& args, int device, uintptr_t stream) {
   const FoldArgs& fold = args.fold;
   check_width(fold.width);

@@ -1,9 +1,10 @@
 // Device code of the fold. It includes no CUDA header, so that the tests can compile the same text
 // with a host compiler (tests/emulator).
 //
-// Both passes are bound by float64 arithmetic, and nothing of size (width, features) leaves the
-// chip but the new rows: Y is formed from basis and products wherever a block needs it.
+// Measure and rows are bound by float64 arithmetic, and nothing of size (width, features) leaves
+// the chip but the new rows: Y is formed from basis and products wherever a block needs it.
 //
+//   prepare  a block a layer: shift of the mean, new mean, what the step adds to the total variance
 //   along    a warp a row:  weight * basis . delta
 //   measure  a block takes a pair of row tiles of one layer and a split of its features. It stages
 //            16 columns of Y and of the basis at a time, transposed, and each thread adds up a
@@ -21,6 +22,7 @@
 namespace eva_kernels {
 
 constexpr int kFoldLanes = 32;
+constexpr int kPrepareThreads = 512;
 constexpr int kAlongThreads = 256;
 constexpr int kMeasureThreads = 256;
 constexpr int kReduceThreads = 256;
@@ -110,6 +112,42 @@ __device__ __forceinline__ double image_at(const FoldRow& row, const FoldFour& f
   return four.products[i] + four.basis[i] * row.square - row.along * delta[column + i];
 }
 
+// The sum over a block in a fixed order, for every thread.
+__device__ __forceinline__ double block_sum(double sum) {
+  __shared__ double of_warp[kPrepareThreads / kFoldLanes];
+  for (int offset = kFoldLanes / 2; offset > 0; offset /= 2) {
+    sum += __shfl_down_sync(0xffffffffu, sum, offset);
+  }
+  __syncthreads();  // a sum before this one has been read
+  if (threadIdx.x % kFoldLanes == 0) of_warp[threadIdx.x / kFoldLanes] = sum;
+  __syncthreads();
+  sum = 0.0;
+  for (int i = 0; i < kPrepareThreads / kFoldLanes; ++i) sum += of_warp[i];
+  return sum;
+}
+
+// Grid: layers.
+__global__ void __launch_bounds__(kPrepareThreads) fold_prepare_kernel(FoldPrepareArgs args) {
+  const FoldArgs& fold = args.fold;
+  const FoldLayer& layer = fold.layers[blockIdx.x];
+  const FoldNumbers& numbers = fold.head(blockIdx.x);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * fold.features;
+  double away = 0.0, norm = 0.0;
+  for (int64_t d = threadIdx.x; d < fold.features; d += kPrepareThreads) {
+    const double delta = layer.shift[d] / numbers.added;
+    const float mean = static_cast<float>(layer.mean[d] + numbers.share * delta);
+    fold.delta[first + d] = delta;
+    args.mean[first + d] = mean;
+    away += delta * delta;
+    norm += static_cast<double>(mean) * mean;
+  }
+  away = block_sum(away);
+  norm = block_sum(norm);
+  if (threadIdx.x != 0) return;
+  fold_scalars(*layer.square, numbers.weight * away, norm,
+               args.scalars + blockIdx.x * kFoldScalars);
+}
+
 // Grid: blocks of 8 rows of all rows of all layers, a warp each.
 __global__ void __launch_bounds__(kAlongThreads) fold_along_kernel(FoldArgs args) {
   const int64_t row =
@@ -127,7 +165,7 @@ __global__ void __launch_bounds__(kAlongThreads) fold_along_kernel(FoldArgs args
   for (int offset = kFoldLanes / 2; offset > 0; offset /= 2) {
     sum += __shfl_down_sync(0xffffffffu, sum, offset);
   }
-  if (threadIdx.x % kFoldLanes == 0) args.along[row] = args.weight(layer) * sum;
+  if (threadIdx.x % kFoldLanes == 0) args.along[row] = args.head(layer).weight * sum;
 }
 
 struct TilePair {
@@ -298,7 +336,12 @@ __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs ar
   const int64_t layer = blockIdx.x / blocks;
   const int64_t begin = blockIdx.x % blocks * kRowsColumns;
   const double* of_layer = args.mixing + layer * width * width;
+  const int rank = args.rank(layer);
   stage_image(fold, layer, begin, image);
+  if (threadIdx.x < kRowsColumns && begin + threadIdx.x < fold.features) {
+    const int64_t column = begin + threadIdx.x;
+    fold.layers[layer].mean[column] = args.mean[layer * fold.features + column];
+  }
 
   const int part_row = threadIdx.x / (kRowsColumns / kFoldPart);
   const int part_column = threadIdx.x % (kRowsColumns / kFoldPart);
@@ -328,7 +371,7 @@ __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs ar
     }
     for (int i = 0; i < kFoldPart; ++i) {
       const int row = tile + part_row * kFoldPart + i;
-      if (row >= width) break;
+      if (row >= rank) break;
       for (int j = 0; j < kFoldPart; ++j) {
         const int64_t column = begin + part_column * kFoldPart + j;
         if (column >= fold.features) break;

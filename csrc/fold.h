@@ -1,7 +1,8 @@
-// The two passes of a fold over (width, features), for layer inputs of one shape, on raw pointers:
-// no framework header. csrc/README.md states the contract; eva_kernels/ops/fold.py is the caller.
+// The passes of a fold over (width, features), for layer inputs of one shape, on raw pointers: no
+// framework header. csrc/README.md states the contract; eva_kernels/ops/fold.py is the caller.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -15,27 +16,57 @@ struct FoldLayer {
   const float* products;  // (width, features), contiguous
   float* before;          // (kept, features), contiguous; may be null where kept is 0
   int64_t kept;           // leading rows of the basis that fold_rows saves in `before`
+  const double* shift;    // (features,), sum of the step's tokens about the mean
+  const double* square;   // (), sum of their squared distances
+  float* mean;            // (features,); fold_rows puts the new one in its place
 };
-static_assert(sizeof(FoldLayer) == 4 * sizeof(int64_t), "the table is int64 (n, 4)");
+static_assert(sizeof(FoldLayer) == 7 * sizeof(int64_t), "the table is int64 (n, 7)");
+
+// What the host knows of a layer before the fold; the squares of the singular values follow.
+struct FoldNumbers {
+  double added;    // tokens of the step
+  double share;    // added / count, count with them
+  double ceiling;  // the rank is at most this
+  double weight;   // added^2 / count
+};
+constexpr int kFoldNumbers = 4;
+static_assert(sizeof(FoldNumbers) == kFoldNumbers * sizeof(double), "the head of a row of numbers");
 
 // A layer has C = diag(squares) in its basis, its sums about the mean before, and the shift
-// `delta` of the mean by the step. The image of its basis is
+// `delta = shift / added` of the mean by the step. The image of its basis is
 //   Y = products + diag(squares) basis - along delta^T,  along = weight basis delta.
 struct FoldArgs {
   const FoldLayer* layers;
   int64_t n_layers;
   int width;
   int64_t features;
-  const double* delta;    // (n_layers, features), contiguous
-  const double* numbers;  // rows of a layer: weight, then the squares (width,)
-  int64_t numbers_stride;
-  double* along;  // (n_layers, width): fold_measure writes it, fold_rows reads it
+  const double* numbers;  // (n_layers, kFoldNumbers + width), contiguous
+  double* delta;          // (n_layers, features): fold_prepare writes it, the others read it
+  double* along;          // (n_layers, width): fold_measure writes it, fold_rows reads it
 
-  EVA_HOST_DEVICE double weight(int64_t layer) const { return numbers[layer * numbers_stride]; }
+  EVA_HOST_DEVICE const FoldNumbers& head(int64_t layer) const {
+    return *reinterpret_cast<const FoldNumbers*>(numbers + layer * (kFoldNumbers + width));
+  }
   EVA_HOST_DEVICE const double* squares(int64_t layer) const {
-    return numbers + layer * numbers_stride + 1;
+    return numbers + layer * (kFoldNumbers + width) + kFoldNumbers;
   }
 };
+
+struct FoldPrepareArgs {
+  FoldArgs fold;
+  float* mean;      // (n_layers, features), the new ones
+  double* scalars;  // (n_layers, kFoldScalars): square, gain of the total, norm of the new mean
+};
+constexpr int kFoldScalars = 3;
+
+// The scalars of a layer: its sum of squares, what of it adds to the total variance (NaN stays
+// NaN), and the norm of its mean.
+EVA_HOST_DEVICE inline void fold_scalars(double square, double away, double norm, double* out) {
+  const double gain = square - away;
+  out[0] = square;
+  out[1] = gain < 0.0 ? 0.0 : gain;
+  out[2] = sqrt(norm);
+}
 
 struct FoldMeasureArgs {
   FoldArgs fold;
@@ -47,8 +78,14 @@ struct FoldMeasureArgs {
 
 struct FoldRowsArgs {
   FoldArgs fold;
+  const float* mean;     // from fold_prepare
   const double* mixing;  // (n_layers, width, width), contiguous: the new rows are mixing^T Y
+  const double* told;    // (n_layers, 2 + 2 width), first the rank: rows beyond it stay
   const bool* sound;     // (): nothing is written where false
+
+  EVA_HOST_DEVICE int rank(int64_t layer) const {
+    return static_cast<int>(told[layer * (2 + 2 * fold.width)]);
+  }
 };
 
 // Rows of a tile of core and metric. A wider basis has the pairs of its tiles in the lower
@@ -72,16 +109,18 @@ inline int64_t fold_blocks(const FoldMeasureArgs& args) {
 }
 
 inline FoldArgs fold_args(uintptr_t layers, int64_t n_layers, int width, int64_t features,
-                          uintptr_t delta, uintptr_t numbers, int64_t numbers_stride,
-                          uintptr_t along) {
+                          uintptr_t numbers, uintptr_t delta, uintptr_t along) {
   return {reinterpret_cast<const FoldLayer*>(layers),
           n_layers,
           width,
           features,
-          reinterpret_cast<const double*>(delta),
           reinterpret_cast<const double*>(numbers),
-          numbers_stride,
+          reinterpret_cast<double*>(delta),
           reinterpret_cast<double*>(along)};
+}
+
+inline FoldPrepareArgs fold_prepare_args(const FoldArgs& fold, uintptr_t mean, uintptr_t scalars) {
+  return {fold, reinterpret_cast<float*>(mean), reinterpret_cast<double*>(scalars)};
 }
 
 inline FoldMeasureArgs fold_measure_args(const FoldArgs& fold, int64_t columns, uintptr_t partial,
@@ -90,15 +129,19 @@ inline FoldMeasureArgs fold_measure_args(const FoldArgs& fold, int64_t columns, 
           reinterpret_cast<double*>(metric)};
 }
 
-inline FoldRowsArgs fold_rows_args(const FoldArgs& fold, uintptr_t mixing, uintptr_t sound) {
-  return {fold, reinterpret_cast<const double*>(mixing), reinterpret_cast<const bool*>(sound)};
+inline FoldRowsArgs fold_rows_args(const FoldArgs& fold, uintptr_t mean, uintptr_t mixing,
+                                   uintptr_t told, uintptr_t sound) {
+  return {fold, reinterpret_cast<const float*>(mean), reinterpret_cast<const double*>(mixing),
+          reinterpret_cast<const double*>(told), reinterpret_cast<const bool*>(sound)};
 }
 
+void fold_prepare_cpu(const FoldPrepareArgs& args);
 void fold_measure_cpu(const FoldMeasureArgs& args);
 void fold_rows_cpu(const FoldRowsArgs& args);
 
 // Asynchronous on `stream` of `device`; throw std::runtime_error with CUDA's own message, or where
 // the basis is wider than kFoldMaxWidth.
+void fold_prepare_cuda(const FoldPrepareArgs& args, int device, uintptr_t stream);
 void fold_measure_cuda(const FoldMeasureArgs& args, int device, uintptr_t stream);
 void fold_rows_cuda(const FoldRowsArgs& args, int device, uintptr_t stream);
 

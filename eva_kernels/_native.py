@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,9 +76,10 @@ def call(module: ModuleType, name: str, *arguments: float, device: torch.device)
         getattr(module, name)(*arguments)
 
 
-def upload(table: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def upload(table: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
     """Return a table of addresses and sizes, int64, on a device, without waiting for it."""
+    host = torch.from_numpy(table)
+    if device.type != "cuda":
+        return host
     # Only from pinned memory does a copy not wait for the queue.
-    pinned = device.type == "cuda"
-    host = torch.tensor(table, dtype=torch.int64, device="cpu", pin_memory=pinned)
-    return host.to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True)

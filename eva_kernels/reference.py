@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["convergence", "fold_measure", "fold_rows", "gram", "sketch"]
+__all__ = ["convergence", "fold_measure", "fold_prepare", "fold_rows", "gram", "sketch"]
 
 # Rows are streamed in tiles that stay in the cache: the centred copy is written once and read
 # twice from there, so X itself is read from memory once and never copied as a whole.
@@ -126,8 +126,34 @@ def convergence(
     return torch.cat(similarity), torch.stack(unconverged).to(torch.int32)
 
 
+def fold_prepare(
+    shifts: Sequence[Tensor], squares: Sequence[Tensor], means: Sequence[Tensor], numbers: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how the tokens of a step move the means of layer inputs.
+
+    Args:
+        shifts, squares: sums of the step about the mean before, float64 (D,) and (); see
+            :func:`sketch`.
+        means: before, (D,) each.
+        numbers: float64 (L, 4 + Q): tokens of the step, their share among all, the most that the
+            rank can be, ``weight = added^2 / count``, and the squares s^2.
+
+    Returns:
+        ``delta`` float64 (L, D), the shift of the mean by the step alone; the new means (L, D), in
+        the dtype of the old; ``scalars`` float64 (L, 3): sum of squares, what of it adds to the
+        total variance, norm of the new mean.
+    """
+    added, share, _, weight = numbers[:, :4].split(1, dim=1)
+    delta, square = torch.stack(list(shifts)) / added, torch.stack(list(squares))
+    before = torch.stack(list(means))
+    mean = torch.addcmul(before, share, delta).to(before.dtype)
+    gain = square - (weight * delta.square().sum(1, keepdim=True)).squeeze(1)
+    norm = torch.linalg.vector_norm(mean, dim=1, dtype=torch.float64)
+    return delta, mean, torch.stack([square, gain.clamp_min(0), norm], 1)
+
+
 def fold_measure(
-    bases: Sequence[Tensor], products: Sequence[Tensor], delta: Tensor, numbers: Tensor
+    bases: Sequence[Tensor], products: Sequence[Tensor], numbers: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return how the image Y = V C of each basis V lies to the basis and to itself.
 
@@ -137,8 +163,7 @@ def fold_measure(
     Args:
         bases: V, one (Q, D) a layer, orthonormal rows.
         products: of the step about the mean before, (Q, D) each; see :func:`sketch`.
-        delta: shift of the mean by the tokens of the step alone, (L, D), float64.
-        numbers: ``weight = added^2 / count`` and the squares s^2, (L, 1 + Q), float64.
+        numbers, delta: as :func:`fold_prepare` takes and returns them.
 
     Returns:
         ``along`` (L, Q), ``core = Y V^T`` and ``metric = Y Y^T`` (L, Q, Q), float64. Where they
@@ -147,8 +172,8 @@ def fold_measure(
     along, core, metric = [], [], []
     for i, (basis, step) in enumerate(zip(bases, products, strict=True)):
         wide = basis.double()
-        along.append(numbers[i, 0] * (wide @ delta[i]))
-        image = _image(wide, step, delta[i], numbers[i, 1:], along[-1])
+        along.append(numbers[i, 3] * (wide @ delta[i]))
+        image = _image(wide, step, delta[i], numbers[i, 4:], along[-1])
         core.append(image @ wide.mT)
         metric.append(image @ image.mT)
     return torch.stack(along), torch.stack(core), torch.stack(metric)
@@ -157,27 +182,38 @@ def fold_measure(
 def fold_rows(
     bases: Sequence[Tensor],
     products: Sequence[Tensor],
-    delta: Tensor,
+    means: Sequence[Tensor],
+    kept: Sequence[int],
     numbers: Tensor,
+    delta: Tensor,
     along: Tensor,
+    mean: Tensor,
     mixing: Tensor,
+    told: Tensor,
     sound: Tensor,
-    before: Sequence[Tensor],
-) -> None:
-    """Put ``mixing^T Y`` in place of each basis, after saving its leading rows.
+) -> Tensor:
+    """Put ``mixing^T Y`` in place of each basis and new means in place of the old.
 
     Args:
-        bases, products, delta, numbers: as :func:`fold_measure`; ``bases`` are updated.
+        bases, products, means, numbers, delta: as above; ``bases`` and ``means`` are updated.
+        kept: how many leading rows of each basis are returned as they were.
         along: from :func:`fold_measure`.
+        mean: from :func:`fold_prepare`.
         mixing: (L, Q, Q), float64.
-        sound: (), bool: where false, ``bases`` stay, and what ``before`` holds is not defined.
-        before: (K_i, D) each, K_i <= Q, dtype of the bases; written.
+        told: (L, 2 + 2 Q), float64, first the rank of each layer: rows from there on stay.
+        sound: (), bool: where false, ``bases`` and ``means`` stay.
+
+    Returns:
+        The rows kept of all layers, (sum of kept, D).
     """
-    for i, (basis, step, saved) in enumerate(zip(bases, products, before, strict=True)):
-        saved.copy_(basis[: len(saved)])
-        image = _image(basis.double(), step, delta[i], numbers[i, 1:], along[i])
+    saved = torch.cat([basis[:count] for basis, count in zip(bases, kept, strict=True)])
+    for i, (basis, step) in enumerate(zip(bases, products, strict=True)):
+        image = _image(basis.double(), step, delta[i], numbers[i, 4:], along[i])
         rows = (mixing[i].mT @ image).to(basis.dtype)
-        basis.copy_(torch.where(sound, rows, basis))
+        new = torch.arange(len(basis), device=basis.device) < told[i, 0]
+        basis.copy_(torch.where(sound & new[:, None], rows, basis))
+        means[i].copy_(torch.where(sound, mean[i], means[i]))
+    return saved
 
 
 def _image(wide: Tensor, step: Tensor, delta: Tensor, squares: Tensor, along: Tensor) -> Tensor:

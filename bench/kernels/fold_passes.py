@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eva_kernels import ops
+from eva_kernels import ops, reference
 
-from ._case import Case, Prepared, fast_path
+from ._case import Case, Prepared
 
 SHAPES = [
     ("Llama-2-7B", 96, 64, 4096),
@@ -37,67 +37,75 @@ def cases(small: bool = False) -> list[Case]:
     ]
 
 
-def _layers(
-    count: int, q: int, d: int, device: torch.device
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    like: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    bases = [torch.randn(q, d, device=device) / d**0.5 for _ in range(count)]
-    products = [torch.randn(q, d, device=device) for _ in range(count)]
-    return bases, products, torch.randn(count, d, **like), torch.rand(count, 1 + q, **like)
+class _Problem:
+    """Layers of one shape with the sums of a step, and what the passes make of them."""
+
+    def __init__(self, count: int, q: int, d: int, device: torch.device) -> None:
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.bases = [torch.randn(q, d, device=device) / d**0.5 for _ in range(count)]
+        self.products = [torch.randn(q, d, device=device) for _ in range(count)]
+        self.means = [torch.randn(d, device=device) for _ in range(count)]
+        shifts = [torch.randn(d, **wide) for _ in range(count)]
+        squares = [torch.ones((), **wide) for _ in range(count)]
+        self.numbers = torch.rand(count, 4 + q, **wide) + 0.5
+        self.kept = [q // 2] * count
+        self.delta, self.mean, _ = reference.fold_prepare(shifts, squares, self.means, self.numbers)
+        self.sums = shifts, squares
+
+    def layers(self) -> ops.FoldLayers:
+        return ops.fold_layers(self.bases, self.products, *self.sums, self.means, self.kept)
+
+    def plain_measure(self) -> tuple[Tensor, Tensor, Tensor]:
+        return reference.fold_measure(self.bases, self.products, self.numbers, self.delta)
 
 
 def _make_measure(count: int, q: int, d: int, device: torch.device) -> Prepared:
-    inputs = _layers(count, q, d, device)
+    problem = _Problem(count, q, d, device)
+    layers = problem.layers()
+    wanted = problem.plain_measure()
 
-    def run(backend: str) -> tuple[Tensor, ...]:
-        return ops.fold_measure(*inputs, backend=backend)
+    def native() -> tuple[Tensor, ...]:
+        return ops.fold_measure(layers, problem.numbers, problem.delta)
 
-    wanted = run("torch")
-
-    def error(backend: str) -> float:
-        pairs = zip(run(backend), wanted, strict=True)
-        return max(float((a.tril() - b.tril()).abs().max() / b.abs().max()) for a, b in pairs)
-
+    pairs = zip(native(), wanted, strict=True)
+    error = max(float((a.tril() - b.tril()).abs().max() / b.abs().max()) for a, b in pairs)
     # A basis is read for `along`, and again with its products.
-    return _prepared("fold_measure", run, error, device, 4.0 * 3 * count * q * d)
+    return _prepared("fold_measure", native, problem.plain_measure, error, 4.0 * 3 * count * q * d)
 
 
 def _make_rows(count: int, q: int, d: int, device: torch.device) -> Prepared:
-    inputs = _layers(count, q, d, device)
-    along = ops.fold_measure(*inputs, backend="torch")[0]
+    problem = _Problem(count, q, d, device)
+    layers, numbers, delta = problem.layers(), problem.numbers, problem.delta
+    along = problem.plain_measure()[0]
     # A contraction: a basis that is renewed again and again stays within bounds.
     mixing = torch.linalg.qr(torch.randn(count, q, q, dtype=torch.float64, device=device)).Q
-    mixing /= 1 + float(inputs[3].max())
+    mixing /= 1 + float(numbers.max())
+    told = numbers.new_full((count, 2 + 2 * q), float(q))
     sound = torch.ones((), dtype=torch.bool, device=device)
-    before = [basis.new_empty(q // 2, d) for basis in inputs[0]]
+    given = numbers, delta, along, problem.mean, mixing, told, sound
 
-    def run(backend: str) -> None:
-        ops.fold_rows(*inputs, along, mixing, sound, before, backend=backend)
+    def native() -> None:
+        ops.fold_rows(layers, *given)
 
-    def error(backend: str) -> float:
-        kept = [basis.clone() for basis in inputs[0]]
-        run("torch")
-        wanted = torch.stack(inputs[0])
-        torch._foreach_copy_(inputs[0], kept)
-        run(backend)
-        found = torch.stack(inputs[0])
-        torch._foreach_copy_(inputs[0], kept)
-        return float((found - wanted).abs().max() / wanted.abs().max())
+    def plain() -> None:
+        state = problem.bases, problem.products, problem.means, problem.kept
+        reference.fold_rows(*state, *given)
 
-    return _prepared("fold_rows", run, error, device, 4.0 * 3.5 * count * q * d)
+    old = [basis.clone() for basis in problem.bases]
+    plain()
+    wanted = torch.stack(problem.bases)
+    torch._foreach_copy_(problem.bases, old)
+    native()
+    error = float((torch.stack(problem.bases) - wanted).abs().max() / wanted.abs().max())
+    return _prepared("fold_rows", native, plain, error, 4.0 * 3.5 * count * q * d)
 
 
 def _prepared(
-    op: str,
-    run: Callable[[str], Any],
-    error: Callable[[str], float],
-    device: torch.device,
-    nbytes: float,
+    op: str, native: Callable[[], Any], plain: Callable[[], Any], error: float, nbytes: float
 ) -> Prepared:
-    names = [fast_path("native", run, device), "torch"]
     return Prepared(
-        competitors={name: functools.partial(run, name) for name in names},
-        errors={name: error(name) for name in names},
+        competitors={"native": native, "torch": plain},
+        errors={"native": error},
         limit=LIMITS[op],
         flops=0.0,  # of float64, for which no ceiling is measured
         nbytes=nbytes,

@@ -10,7 +10,7 @@ import torch
 
 from eva_kernels import ops
 
-from . import convergence, eigh, fold, fold_passes, gram, sketch
+from . import convergence, eigh, fold, fold_passes, gram, nystrom, sketch
 from ._case import Case, measure_all
 from ._timing import Ceilings
 
@@ -23,11 +23,12 @@ def all_cases(small: bool = False) -> list[Case]:
     return [
         *sketches[:1],
         *convergence.cases(small)[:1],
-        *eigh.cases(small)[:1],
+        *nystrom.cases(small)[:1],
         *fold_passes.cases(small)[:2],
         *gram.cases(small)[:1],
         *sketches[1:],
-        *eigh.cases(small)[1:],
+        *nystrom.cases(small)[1:],
+        *eigh.cases(small),
         *fold_passes.cases(small)[2:],
         *gram.cases(small)[1:],
         *convergence.cases(small)[1:],

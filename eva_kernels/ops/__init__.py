@@ -8,21 +8,26 @@ from .. import _native
 from ._dispatch import BACKENDS, PRECISIONS, choose_backend, triton_unavailable
 from .convergence import convergence
 from .eigh import eigh
-from .fold import fold_measure, fold_rows
+from .fold import FoldLayers, fold_layers, fold_measure, fold_prepare, fold_rows
 from .gram import gram, gram_workspace_bytes
+from .nystrom import nystrom
 from .sketch import device_arch, sketch, sketch_workspace_bytes
 
 __all__ = [
     "BACKENDS",
     "PRECISIONS",
+    "FoldLayers",
     "backend_report",
     "choose_backend",
     "convergence",
     "eigh",
+    "fold_layers",
     "fold_measure",
+    "fold_prepare",
     "fold_rows",
     "gram",
     "gram_workspace_bytes",
+    "nystrom",
     "sketch",
     "sketch_workspace_bytes",
 ]

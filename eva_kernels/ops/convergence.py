@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from .. import _native, reference
 from ..errors import EvaTypeError, EvaValueError
 from ._dispatch import define_operator
 
-__all__ = ["BACKENDS", "convergence"]
+__all__ = ["BACKENDS", "convergence", "cosines"]
 
 BACKENDS = ("auto", "native", "torch")
 
@@ -112,12 +114,22 @@ def _launch(
     # Held until the launch: the table has only the addresses of these.
     before = [_with_contiguous_rows(matrix) for matrix in previous]
     now = [_with_contiguous_rows(matrix) for matrix in current]
-    entries, n_rows = [], 0
-    for u, v, rank in zip(before, now, ranks, strict=True):
+    entries, n_rows = np.empty((len(now), 8), np.int64), 0
+    for i, (u, v, rank) in enumerate(zip(before, now, ranks, strict=True)):
         rows, columns = v.shape
         strides = (u.stride(0), v.stride(0))
-        entries.append((u.data_ptr(), v.data_ptr(), *strides, rows, columns, n_rows, int(rank)))
+        entries[i] = u.data_ptr(), v.data_ptr(), *strides, rows, columns, n_rows, int(rank)
         n_rows += rows
+    return _run_table(module, entries, n_rows, tau, device)
+
+
+def _run_table(
+    module: ModuleType,
+    entries: np.ndarray[Any, np.dtype[np.int64]],
+    n_rows: int,
+    tau: float,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     table = _native.upload(entries, device)
     similarity = torch.empty(n_rows, dtype=torch.float32, device=device)
     unconverged = torch.empty(len(entries), dtype=torch.int32, device=device)
@@ -125,6 +137,83 @@ def _launch(
     arguments = (table.data_ptr(), len(entries), n_rows, float(tau), *addresses)
     _native.call(module, "convergence", *arguments, device=device)
     return similarity, unconverged
+
+
+@torch.no_grad()
+def cosines(
+    saved: Sequence[Tensor], bases: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[int]]
+) -> Tensor:
+    """Compare saved rows with those that now stand where they were taken from, in one launch.
+
+    What :func:`convergence` does with "auto", for groups of layers of one shape whose saved rows
+    lie one after another: hundreds a step, at which nothing is looked at one by one but the address
+    of a basis.
+
+    Args:
+        saved: of each group, (sum of K_i, D), float32 and contiguous, as all matrices here.
+        bases: of each group, (Q, D) each, of which only the first is checked.
+        kept: K_i of each layer of each group: so many leading rows of its basis are compared.
+
+    Returns:
+        |cos| of all rows, float32 (sum of all K_i,).
+
+    Raises:
+        EvaTypeError, EvaValueError: dtypes or sizes do not fit.
+    """
+    for rows, group, counts in zip(saved, bases, kept, strict=True):
+        for matrix in (rows, *group[:1]):
+            _check_matrix("a matrix of cosines", matrix)
+        fits = len(group) == len(counts) and len(rows) == sum(counts)
+        if not (fits and rows.is_contiguous() and all(b.is_contiguous() for b in group[:1])):
+            raise EvaValueError(
+                f"{len(group)} contiguous bases must have kept {len(rows)} contiguous rows, not "
+                f"{list(counts)}"
+            )
+    flat = [basis for group in bases for basis in group]
+    if not flat:
+        return torch.empty(0)
+    counts = [count for group in kept for count in group]
+    if flat[0].device.type not in _native.MODULES:
+        return _cosines_plain(list(saved), flat, counts, list(map(len, bases)))
+    return _cosines(list(saved), flat, counts, list(map(len, bases)))
+
+
+def _run_cosines(
+    saved: list[Tensor], bases: list[Tensor], kept: list[int], layers: list[int]
+) -> Tensor:
+    module = _native.load_or_none(bases[0].device.type)
+    if module is None:
+        return _cosines_plain(saved, bases, kept, layers)
+    entries = np.zeros((len(bases), 8), np.int64)
+    rows = np.array(kept, np.int64)
+    entries[:, 1] = [basis.data_ptr() for basis in bases]
+    entries[:, 4], entries[:, 6] = rows, rows.cumsum() - rows
+    begin = 0
+    for part, count in zip(saved, layers, strict=True):
+        group = slice(begin, begin + count)
+        offsets = rows[group].cumsum() - rows[group]
+        entries[group, 0] = part.data_ptr() + offsets * (part.shape[1] * part.element_size())
+        entries[group, 2] = entries[group, 3] = entries[group, 5] = part.shape[1]
+        begin += count
+    return _run_table(module, entries, sum(kept), 0.0, bases[0].device)[0]
+
+
+def _cosines_plain(
+    saved: list[Tensor], bases: list[Tensor], kept: list[int], layers: list[int]
+) -> Tensor:
+    before: list[Tensor] = []
+    for part, count in zip(saved, layers, strict=True):
+        before += part.split(kept[len(before) : len(before) + count])
+    now = [basis[:count] for basis, count in zip(bases, kept, strict=True)]
+    return reference.convergence(before, now, [0] * len(now), 0.0)[0]
+
+
+_cosines = define_operator(
+    "cosines",
+    "(Tensor[] saved, Tensor[] bases, int[] kept, int[] layers) -> Tensor",
+    _run_cosines,
+    lambda saved, bases, kept, layers: bases[0].new_empty((sum(kept),)),
+)
 
 
 def _with_contiguous_rows(matrix: Tensor) -> Tensor:

@@ -81,10 +81,10 @@ def _decompose_cuda(matrices: Tensor, may_fall_back: bool) -> tuple[Tensor, Tens
     module = _native.load_or_none("cuda") if may_fall_back else _native.load("cuda")
     if module is None:
         return _plain(matrices)
-    widest = _widest(matrices.device.index)
-    if matrices.shape[-1] <= widest:
+    most = widest(matrices.device.index)
+    if matrices.shape[-1] <= most:
         return _launch(module, matrices)
-    reason = f"a block of this GPU has shared memory for Q up to {widest}"
+    reason = f"a block of this GPU has shared memory for Q up to {most}"
     if not may_fall_back:
         raise EvaRuntimeError(f"backend='native' cannot run: {reason}")
     _log_once(reason)
@@ -112,7 +112,7 @@ def _launch(module: ModuleType, matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _widest(device_index: int) -> int:
+def widest(device_index: int) -> int:
     return int(_native.load("cuda").eigh_max_width(device_index))
 
 

@@ -1,111 +1,186 @@
-"""The two passes of a fold over (Q, D), for all layer inputs of one shape at once."""
+"""The passes of a fold over (Q, D), for all layer inputs of one shape at once: native code.
+
+Where there is none, ``streaming.batch`` does the same with PyTorch; the plain twins are in
+``reference``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .. import _native, reference
+from .. import _native
 from ..errors import EvaTypeError, EvaValueError
 from ._dispatch import define_operator
 
-__all__ = ["BACKENDS", "MAX_WIDTH", "fold_measure", "fold_rows", "runs_natively"]
+__all__ = [
+    "MAX_WIDTH",
+    "FoldLayers",
+    "fold_layers",
+    "fold_measure",
+    "fold_prepare",
+    "fold_rows",
+    "runs_natively",
+]
 
-BACKENDS = ("auto", "native", "torch")
 # Two tiles of csrc/fold.h: what a block of any GPU holds in shared memory.
 MAX_WIDTH = 128
 TILE = 64
+HEAD = 4  # numbers of a layer before its squares
 # Blocks that fill a GPU a few times over. Each leaves 64 KiB of partial sums.
 BLOCKS = 768
 LEAST_COLUMNS = 256
 
 
 def runs_natively(basis: Tensor) -> bool:
-    """Tell whether ``"auto"`` runs native code for a basis (Q, D).
+    """Tell whether there is native code for a basis (Q, D) on an accelerator.
 
-    On a simulated GPU it does: what a simulation is asked for is a machine with the module.
+    On a simulated GPU there is: what a simulation is asked for is a machine with the module.
     """
     if basis.device.type != "cuda" or basis.dtype != torch.float32 or len(basis) > MAX_WIDTH:
         return False
     return isinstance(basis, FakeTensor) or _native.load_or_none("cuda") is not None
 
 
+@dataclass(frozen=True)
+class FoldLayers:
+    """Layer inputs of one shape, as the passes of a fold want them; see :func:`fold_layers`.
+
+    Attributes:
+        count, width, features: L, Q and D.
+        kept: how many leading rows of each basis are saved.
+        table: addresses, int64 (L, 7), see csrc/fold.h.
+        memory: float32; the partial sums of :func:`fold_measure`, then the saved rows.
+        columns: features that a block of the kernel adds up.
+        held: what the table points to.
+    """
+
+    count: int
+    width: int
+    features: int
+    kept: list[int]
+    table: Tensor
+    memory: Tensor
+    columns: int
+    held: list[list[Tensor]]
+
+    @property
+    def saved(self) -> Tensor:
+        """The saved rows of all layers, (sum of kept, D); :func:`fold_rows` writes them."""
+        rows = sum(self.kept)
+        return self.memory[: rows * self.features].view(rows, self.features)
+
+
 @torch.no_grad()
-def fold_measure(
+def fold_layers(
     bases: Sequence[Tensor],
     products: Sequence[Tensor],
-    delta: Tensor,
-    numbers: Tensor,
-    *,
-    backend: str = "auto",
+    shifts: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    means: Sequence[Tensor],
+    kept: Sequence[int],
+) -> FoldLayers:
+    """Describe layer inputs of one shape for the passes of a fold, without touching them.
+
+    Args:
+        bases: V, one (Q, D) a layer, float32 and contiguous, Q at most 128. Here and below, only
+            the tensors of the first layer are checked.
+        products: of the step about the mean before, the same.
+        shifts, squares: of the step, float64 (D,) and (); see :func:`reference.sketch`.
+        means: before the step, float32 (D,).
+        kept: how many leading rows of each basis :func:`fold_rows` saves.
+
+    Raises:
+        EvaValueError, EvaTypeError: lengths, shapes, devices or dtypes do not fit.
+        EvaRuntimeError: the module for this device was not built.
+
+    Cost: one copy of 56 bytes a layer; memory for the saved rows, or for the partial sums (64 KiB
+        for each of some 768 blocks), whichever is more.
+    """
+    _check_layers(bases, products, shifts, squares, means, kept)
+    count, (q, d) = len(bases), bases[0].shape
+    columns = columns_of_a_split(count, q, d)
+    blocks = count * _pairs(q) * -(-d // columns) if bases[0].is_cuda else 0
+    memory = bases[0].new_empty(max(sum(kept) * d, blocks * 4 * TILE * TILE))
+    held = [list(given) for given in (bases, products, shifts, squares, means)]
+    table = _table(held, memory, kept)
+    return FoldLayers(count, q, d, list(kept), table, memory, columns, held)
+
+
+@torch.no_grad()
+def fold_prepare(layers: FoldLayers, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return how the step moves the means; see :func:`reference.fold_prepare`.
+
+    Args:
+        layers: see :func:`fold_layers`.
+        numbers: float64 (L, 4 + Q): tokens of the step, their share among all, the most that the
+            rank can be, ``added^2 / count``, and the squares s^2.
+
+    Returns:
+        ``delta`` float64 (L, D); the new means, float32 (L, D); ``scalars`` float64 (L, 3): sum of
+        squares of the step, what it adds to the total variance, norm of the new mean.
+
+    Numerics: float64 in a fixed order; here as in all passes the same bits for the same input.
+    """
+    _check_tensor(
+        "numbers", numbers, (layers.count, HEAD + layers.width), torch.float64, layers.table.device
+    )
+    return _prepare(layers.table, numbers, layers.features)
+
+
+@torch.no_grad()
+def fold_measure(
+    layers: FoldLayers, numbers: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return how the image of each basis lies to the basis; see :func:`reference.fold_measure`.
 
-    Args:
-        bases, products, delta, numbers: as the reference; native code takes float32 bases.
-        backend: "native" (compiled C++ or CUDA, Q at most 128), "torch", or "auto": native on CUDA
-            where it was built and the bases fit, otherwise torch.
-
     Returns:
-        ``along`` (L, Q), ``core`` and ``metric`` (L, Q, Q), float64, on the device of the bases,
-        without a synchronisation.
+        ``along`` (L, Q), ``core`` and ``metric`` (L, Q, Q), float64, symmetric to the bit.
 
-    Raises:
-        EvaValueError: lengths, shapes, devices or ``backend`` do not fit.
-        EvaTypeError: another dtype.
-        EvaRuntimeError: ``backend="native"`` and the module for this device was not built.
-
-    Numerics: float64 throughout, on products and bases as they are; native core and metric are
-        symmetric to the bit. The same bits for the same input, backend and device.
-    Cost: ``4 L Q^2 D`` flops (half of it native); bases are read twice and products once, both
-        once more where Q is above 64. Native scratch memory: 64 KiB for each of some 768 blocks.
+    Numerics: float64 throughout, on products and bases as they are.
+    Cost: ``2 L Q^2 D`` flops; bases are read twice and products once, both once more where Q is
+        above 64.
     """
-    _check(bases, products, delta, numbers)
-    if not _is_native(bases[0], backend):
-        return reference.fold_measure(bases, products, delta, numbers)
-    count, (q, d) = len(bases), bases[0].shape
-    columns = columns_of_a_split(count, q, d)
-    blocks = count * _pairs(q) * -(-d // columns)
-    partial = delta.new_empty(2 * TILE * TILE * blocks if delta.device.type == "cuda" else 0)
-    return _measure(list(bases), list(products), delta, numbers, partial, columns)
+    _check_passes(layers, numbers, delta)
+    return _measure(layers.table, numbers, delta, layers.memory, layers.columns)
 
 
 @torch.no_grad()
 def fold_rows(
-    bases: Sequence[Tensor],
-    products: Sequence[Tensor],
-    delta: Tensor,
+    layers: FoldLayers,
     numbers: Tensor,
+    delta: Tensor,
     along: Tensor,
+    mean: Tensor,
     mixing: Tensor,
+    told: Tensor,
     sound: Tensor,
-    before: Sequence[Tensor],
-    *,
-    backend: str = "auto",
 ) -> None:
-    """Put the new bases in place of the old; see :func:`reference.fold_rows`.
+    """Put new bases and means in place of the old, after saving rows: :func:`reference.fold_rows`.
 
     Args:
-        bases, products, delta, numbers, along, mixing, sound, before: as the reference.
-        backend: as :func:`fold_measure`.
+        layers, numbers, delta, along, mean: of the passes before.
+        mixing, told: of :func:`.nystrom.nystrom`: ``mixing^T Y`` are the new rows, and those from
+            the rank on, with which ``told`` begins, stay.
+        sound: () bool: where false nothing is written.
 
-    Raises:
-        As :func:`fold_measure`.
-
-    Numerics: formed in float64 and rounded once; the same bits for the same input.
+    Numerics: formed in float64 and rounded once.
     Cost: ``2 L Q^2 D`` flops; bases and products are read once, bases written once.
     """
-    _check(bases, products, delta, numbers)
-    _check_rows(bases, along, mixing, sound, before)
-    if not _is_native(bases[0], backend):
-        reference.fold_rows(bases, products, delta, numbers, along, mixing, sound, before)
-        return
-    _rows(
-        list(bases), list(products), delta, numbers, along, mixing.contiguous(), sound, list(before)
-    )
+    count, q, d = layers.count, layers.width, layers.features
+    _check_passes(layers, numbers, delta)
+    _check_tensor("along", along, (count, q), torch.float64, layers.table.device)
+    _check_tensor("mean", mean, (count, d), torch.float32, layers.table.device)
+    _check_tensor("mixing", mixing, (count, q, q), torch.float64, layers.table.device)
+    _check_tensor("told", told, (count, 2 + 2 * q), torch.float64, layers.table.device)
+    _check_tensor("sound", sound, (), torch.bool, layers.table.device)
+    _rows(layers.table, numbers, delta, along, mean, mixing, told, sound)
 
 
 def columns_of_a_split(count: int, width: int, features: int) -> int:
@@ -119,167 +194,151 @@ def _pairs(width: int) -> int:
     return tiles * (tiles + 1) // 2
 
 
-def _is_native(basis: Tensor, backend: str) -> bool:
-    if backend not in BACKENDS:
-        raise EvaValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "auto":
-        return runs_natively(basis)
-    if backend == "torch":
-        return False
-    if basis.dtype != torch.float32:
-        raise EvaTypeError(f"backend='native' takes float32 bases, not {basis.dtype}")
-    if len(basis) > MAX_WIDTH:
-        raise EvaValueError(f"backend='native' takes Q up to {MAX_WIDTH}, not {len(basis)}")
-    if not isinstance(basis, FakeTensor):
-        _native.load(basis.device.type)  # raises, and says why
-    return True
+def _table(held: Sequence[Sequence[Tensor]], memory: Tensor, kept: Sequence[int]) -> Tensor:
+    """Describe the layers as csrc/fold.h wants it, on their device."""
+    if isinstance(memory, FakeTensor):  # which has no address
+        return memory.new_empty((len(kept), 7), dtype=torch.int64)
+    entries = np.empty((len(kept), 7), np.int64)
+    for column, tensors in zip((0, 1, 4, 5, 6), held, strict=True):
+        entries[:, column] = [tensor.data_ptr() for tensor in tensors]
+    rows = np.array(kept, np.int64)
+    row_bytes = held[0][0].shape[1] * memory.element_size()
+    entries[:, 2] = memory.data_ptr() + (rows.cumsum() - rows) * row_bytes
+    entries[:, 3] = rows
+    return _native.upload(entries, memory.device)
+
+
+def _run_prepare(table: Tensor, numbers: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor]:
+    delta, mean, scalars = _empty_prepared(table, numbers, features)
+    call = _call("fold_prepare", table, numbers, delta, 0)
+    call(mean.data_ptr(), scalars.data_ptr())
+    return delta, mean, scalars
+
+
+def _empty_prepared(table: Tensor, numbers: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = len(numbers)
+    mean = numbers.new_empty((count, features), dtype=torch.float32)
+    return numbers.new_empty(count, features), mean, numbers.new_empty(count, 3)
+
+
+_prepare = define_operator(
+    "fold_prepare",
+    "(Tensor table, Tensor numbers, int features) -> (Tensor, Tensor, Tensor)",
+    _run_prepare,
+    _empty_prepared,
+)
 
 
 def _run_measure(
-    bases: list[Tensor],
-    products: list[Tensor],
-    delta: Tensor,
-    numbers: Tensor,
-    partial: Tensor,
-    columns: int,
+    table: Tensor, numbers: Tensor, delta: Tensor, partial: Tensor, columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    along, core, metric = _empty_results(bases)
-    table = _table(bases, products, [])
-    _native.call(
-        _native.load(delta.device.type),
-        "fold_measure",
-        *_fold_arguments(table, bases, delta, numbers, along),
-        columns,
-        partial.data_ptr(),
-        core.data_ptr(),
-        metric.data_ptr(),
-        device=delta.device,
-    )
+    along, core, metric = _empty_measured(table, numbers)
+    call = _call("fold_measure", table, numbers, delta, along.data_ptr())
+    call(columns, partial.data_ptr(), core.data_ptr(), metric.data_ptr())
     return along, core, metric
+
+
+def _empty_measured(
+    table: Tensor, numbers: Tensor, *given: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    count, q = len(numbers), numbers.shape[1] - HEAD
+    empty = numbers.new_empty
+    return empty(count, q), empty(count, q, q), empty(count, q, q)
 
 
 _measure = define_operator(
     "fold_measure",
-    "(Tensor[] bases, Tensor[] products, Tensor delta, Tensor numbers, Tensor(a!) partial, "
-    "int columns) -> (Tensor, Tensor, Tensor)",
+    "(Tensor table, Tensor numbers, Tensor delta, Tensor(a!) partial, int columns) "
+    "-> (Tensor, Tensor, Tensor)",
     _run_measure,
-    lambda bases, *given: _empty_results(bases),
+    _empty_measured,
 )
 
 
 def _run_rows(
-    bases: list[Tensor],
-    products: list[Tensor],
-    delta: Tensor,
+    table: Tensor,
     numbers: Tensor,
+    delta: Tensor,
     along: Tensor,
+    mean: Tensor,
     mixing: Tensor,
+    told: Tensor,
     sound: Tensor,
-    before: list[Tensor],
 ) -> None:
-    table = _table(bases, products, before)
-    _native.call(
-        _native.load(delta.device.type),
-        "fold_rows",
-        *_fold_arguments(table, bases, delta, numbers, along),
-        mixing.data_ptr(),
-        sound.data_ptr(),
-        device=delta.device,
-    )
+    call = _call("fold_rows", table, numbers, delta, along.data_ptr())
+    call(mean.data_ptr(), mixing.data_ptr(), told.data_ptr(), sound.data_ptr())
 
 
 _rows = define_operator(
     "fold_rows",
-    "(Tensor(a!)[] bases, Tensor[] products, Tensor delta, Tensor numbers, Tensor along, "
-    "Tensor mixing, Tensor sound, Tensor(b!)[] before) -> ()",
+    "(Tensor table, Tensor numbers, Tensor delta, Tensor along, Tensor mean, Tensor mixing, "
+    "Tensor told, Tensor sound) -> ()",
     _run_rows,
 )
 
 
-def _empty_results(bases: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    count, q = len(bases), len(bases[0])
-    shapes = ((count, q), (count, q, q), (count, q, q))
-    along, core, metric = (bases[0].new_empty(shape, dtype=torch.float64) for shape in shapes)
-    return along, core, metric
+def _call(
+    name: str, table: Tensor, numbers: Tensor, delta: Tensor, along: int
+) -> Callable[..., None]:
+    """Return a function of the module with the arguments that all passes share."""
+    device, (count, columns) = numbers.device, numbers.shape
+    shape = count, columns - HEAD, delta.shape[1]
+    module = _native.load(device.type)
+    shared = table.data_ptr(), *shape, numbers.data_ptr(), delta.data_ptr(), along
+    return functools.partial(_native.call, module, name, *shared, device=device)
 
 
-def _table(bases: Sequence[Tensor], products: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """Describe the layers as csrc/fold.h wants it, on their device."""
-    kept = [(part.data_ptr(), len(part)) for part in before] or [(0, 0)] * len(bases)
-    entries = [
-        (basis.data_ptr(), product.data_ptr(), *saved)
-        for basis, product, saved in zip(bases, products, kept, strict=True)
-    ]
-    return _native.upload(entries, bases[0].device)
-
-
-def _fold_arguments(
-    table: Tensor, bases: Sequence[Tensor], delta: Tensor, numbers: Tensor, along: Tensor
-) -> tuple[int, ...]:
-    shape = (len(bases), *bases[0].shape)
-    addresses = (delta.data_ptr(), numbers.data_ptr(), numbers.stride(0), along.data_ptr())
-    return (table.data_ptr(), *shape, *addresses)
-
-
-def _check(
-    bases: Sequence[Tensor], products: Sequence[Tensor], delta: Tensor, numbers: Tensor
-) -> None:
-    if not bases or len(bases) != len(products):
-        raise EvaValueError(
-            "bases and products must be equally many, at least one, "
-            f"not {len(bases)} and {len(products)}"
-        )
-    like = bases[0]
-    if like.dim() != 2 or like.dtype not in (torch.float32, torch.float64):
-        raise EvaTypeError(
-            f"bases must be (Q, D) of float32 or float64, not {tuple(like.shape)} of {like.dtype}"
-        )
-    for name, tensors in (("bases", bases), ("products", products)):
-        for i, t in enumerate(tensors):
-            # Hundreds a step: what is wrong is looked for only where something is.
-            fits = t.shape == like.shape and t.dtype == like.dtype and t.is_contiguous()
-            if not (fits and t.device == like.device):
-                _check_tensor(f"{name}[{i}]", t, tuple(like.shape), like.dtype, like.device)
-    count, (q, d) = len(bases), like.shape
-    _check_tensor("delta", delta, (count, d), torch.float64, like.device)
-    whole = numbers.dim() != 2 or numbers.stride(1) != 1  # rows may lie apart
-    shape = (count, 1 + q)
-    _check_tensor("numbers", numbers, shape, torch.float64, like.device, contiguous=whole)
-
-
-def _check_rows(
+def _check_layers(
     bases: Sequence[Tensor],
-    along: Tensor,
-    mixing: Tensor,
-    sound: Tensor,
-    before: Sequence[Tensor],
+    products: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    means: Sequence[Tensor],
+    kept: Sequence[int],
 ) -> None:
-    like, count, (q, d) = bases[0], len(bases), bases[0].shape
-    _check_tensor("along", along, (count, q), torch.float64, like.device)
-    _check_tensor("mixing", mixing, (count, q, q), torch.float64, like.device, contiguous=False)
-    _check_tensor("sound", sound, (), torch.bool, like.device)
-    if len(before) != count:
-        raise EvaValueError(f"before must have {count} matrices, not {len(before)}")
-    for i, part in enumerate(before):
-        kept = min(len(part), q) if part.dim() else 0
-        _check_tensor(f"before[{i}]", part, (kept, d), like.dtype, like.device)
+    lengths = [len(given) for given in (bases, products, shifts, squares, means, kept)]
+    if not bases or len(set(lengths)) > 1:
+        raise EvaValueError(f"layers must be described equally often, at least once, not {lengths}")
+    like = bases[0]
+    if like.dim() != 2 or len(like) > MAX_WIDTH:
+        raise EvaValueError(
+            f"bases must be (Q, D) with Q at most {MAX_WIDTH}, not {tuple(like.shape)}"
+        )
+    if not isinstance(like, FakeTensor):
+        _native.load(like.device.type)  # raises, and says why
+    q, d = like.shape
+    single, double = torch.float32, torch.float64
+    # Hundreds a step, all made alike: of each kind the first is looked at.
+    described = (
+        ("bases", bases, (q, d), single),
+        ("products", products, (q, d), single),
+        ("shifts", shifts, (d,), double),
+        ("squares", squares, (), double),
+        ("means", means, (d,), single),
+    )
+    for name, tensors, shape, dtype in described:
+        _check_tensor(f"{name}[0]", tensors[0], shape, dtype, like.device)
+    if not all(0 <= count <= q for count in kept):
+        raise EvaValueError(f"kept must be between 0 and {q}, not {list(kept)}")
+
+
+def _check_passes(layers: FoldLayers, numbers: Tensor, delta: Tensor) -> None:
+    shape = layers.count, HEAD + layers.width
+    _check_tensor("numbers", numbers, shape, torch.float64, layers.table.device)
+    _check_tensor(
+        "delta", delta, (layers.count, layers.features), torch.float64, layers.table.device
+    )
 
 
 def _check_tensor(
-    name: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    contiguous: bool = True,
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     if tensor.dtype != dtype:
         raise EvaTypeError(f"{name} must be {dtype}, not {tensor.dtype}")
-    if tuple(tensor.shape) != shape or (contiguous and not tensor.is_contiguous()):
+    if tensor.device != device:
+        raise EvaValueError(f"{name} is on {tensor.device}, bases[0] on {device}")
+    if tensor.shape != shape or not tensor.is_contiguous():
         raise EvaValueError(
             f"{name} must be contiguous {shape}, not {tuple(tensor.shape)} "
             f"with strides {tensor.stride()}"
         )
-    if tensor.device != device:
-        raise EvaValueError(f"{name} is on {tensor.device}, bases[0] on {device}")

@@ -28,16 +28,10 @@ def orthonormalise(rows: Tensor) -> Tensor:
 
     The first j rows keep their span, for every j (a QR by the Cholesky factor of the overlaps).
     """
-    found, failed = cholesky_qr(rows)
+    lower, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
     if failed:  # further from orthonormal than rounding of a fold has been seen to leave them
         return torch.linalg.qr(rows.mT).Q.mT
-    return found
-
-
-def cholesky_qr(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows (r, D) orthonormalised, and whether that failed, not 0 then; no host read."""
-    lower, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
-    return torch.linalg.solve_triangular(lower, rows, upper=False), failed
+    return torch.linalg.solve_triangular(lower, rows, upper=False)
 
 
 def correction(error: Tensor) -> Tensor:

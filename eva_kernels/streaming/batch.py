@@ -5,7 +5,8 @@ with itself. ``decompose``, over (Q, Q), for all layers at once whatever their D
 (Q, D) again: the new basis. Where all layers fit one chunk, Y is kept from the first pass to the
 last; otherwise it is built twice, which costs less than the memory to keep it.
 
-On a GPU native code does both passes of a sketch without ever storing Y, and there are no chunks.
+On a GPU native code does both passes of a sketch without ever storing Y, and there are no chunks,
+see ``native_batch.py``.
 
 Nothing here asks the device for a number, except for a repair where reads are free.
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import fields
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,14 +22,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.fold import fold_measure, fold_rows, runs_natively
+from ..ops.fold import HEAD
 from . import _host
 from ._basis import repair
 from ._host import Array
 from .nystrom import Nystrom, nystrom
 from .state import GramState, SketchState, StepSums
 
-__all__ = ["Batch", "GramBatch", "Numbers", "SketchBatch", "chunk_bytes", "decompose"]
+__all__ = [
+    "Batch",
+    "GramBatch",
+    "Numbers",
+    "SketchBatch",
+    "chunk_bytes",
+    "decompose",
+    "head_of",
+]
 
 # Layers go through a pass in chunks whose float64 basis stays below this many bytes. On a CPU the
 # cache should hold a chunk. On a GPU a pass holds three such arrays at its worst, so this bounds
@@ -55,9 +63,17 @@ class Numbers(NamedTuple):
     squares: Array
     captured: Array
 
+    @classmethod
+    def of(cls, scalars: Array, told: Array) -> Numbers:
+        """Take :attr:`Batch.scalars` and :attr:`Nystrom.told` apart."""
+        width = told.shape[1] // 2 - 1
+        check, gain, norm = scalars.T
+        squares, captured = told[:, 2 : 2 + width], told[:, 2 + width :]
+        return cls(check, gain, norm, told[:, 0], told[:, 1], squares, captured)
+
     @property
     def sound(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """As :attr:`Batch.sound`."""
+        """Whether the sums of each layer are finite, (L,)."""
         return np.isfinite(self.check + self.captured.sum(1))
 
 
@@ -69,17 +85,18 @@ class Batch:
         size: bytes of the largest float64 array of one layer.
 
     Attributes:
+        numbers: of sketches, see :func:`head_of`.
         mean: the new ones, (L, D), dtype of the basis.
-        check: float64 (L,), not finite where the sums of a layer are of no use.
-        gain: float64 (L,), what the step adds to ``total``.
+        scalars: float64 (L, 3): a number that is not finite where the sums of a layer are of no
+            use, what the step adds to ``total``, and the norm of the new mean.
         ceiling: float64 (L,), the most that the rank can be.
         starts: tokens after the fold, and ``total`` before it, of each layer.
         found: set by :func:`decompose`.
     """
 
+    numbers: Tensor
     mean: Tensor
-    check: Tensor
-    gain: Tensor
+    scalars: Tensor
     ceiling: Tensor
     starts: list[tuple[int, float]]
     found: Nystrom
@@ -121,28 +138,34 @@ class Batch:
             self._kept = basis, image
         return image @ wide.mT, image @ image.mT
 
-    def renew(self, sound: Tensor, kept: Sequence[int]) -> list[Tensor]:
-        """Put the new rows in place of the old, if ``sound``, a () bool.
+    def renew(self, sound: Tensor, kept: Sequence[int]) -> Tensor:
+        """Put new rows and means in place of the old, if ``sound``, a () bool.
+
+        Rows from the rank on stay as they are.
 
         Args:
             sound: whether the sums of all layers are finite.
             kept: how many leading rows before to return, by layer.
 
         Returns:
-            Copies of the rows before, (K_i, D) each.
+            Copies of the rows before, (sum of kept, D).
         """
-        before: list[Tensor] = []
+        before = self.sketches[0].basis.new_empty(sum(kept), self.mean.shape[1])
         for chunk in self.chunks:
-            before += self._renew(chunk, sound, kept[chunk])
+            self._renew(chunk, sound, kept[chunk], before[sum(kept[: chunk.start]) :])
+        means = [s.mean for s in self.sketches]
+        new = torch.where(sound, self.mean, torch.stack(means))
+        torch._foreach_copy_(means, list(new.unbind(0)))
         return before
 
-    def _renew(self, chunk: slice, sound: Tensor, kept: Sequence[int]) -> list[Tensor]:
+    def _renew(self, chunk: slice, sound: Tensor, kept: Sequence[int], before: Tensor) -> None:
         basis, rows = self.rows(chunk)
-        # A copy: a view would keep all rows, or be those that are written below.
-        leading = basis[:, : max(kept)].clone().unbind(0)
-        rows = torch.where(sound, rows.to(self.dtype), basis)
+        leading = [old[:count] for old, count in zip(basis, kept, strict=True) if count]
+        if leading:
+            torch.cat(leading, out=before[: sum(kept)])
+        new = torch.arange(self.width, device=self.device) < self.found.rank[chunk, None]
+        rows = torch.where((sound & new)[:, :, None], rows.to(self.dtype), basis)
         torch._foreach_copy_([s.basis for s in self.sketches[chunk]], list(rows.unbind(0)))
-        return [part[:count] for part, count in zip(leading, kept, strict=True)]
 
     def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
         """Return the old rows of a chunk and, float64, the new ones, (l, Q, D)."""
@@ -156,19 +179,6 @@ class Batch:
             for i in torch.nonzero(self.found.uneven[chunk]).flatten().tolist():
                 rows[i] = repair(rows[i], int(self.found.rank[chunk][i]))
         return basis, rows
-
-    @property
-    def sound(self) -> Tensor:
-        """Whether the sums of each layer are finite, (L,) bool."""
-        return (self.check + self.found.captured.sum(1)).isfinite()
-
-    @property
-    def numbers(self) -> list[Tensor]:
-        """What the host wants to know; see :class:`Numbers`."""
-        norm = torch.linalg.vector_norm(self.mean, dim=1, dtype=torch.float64)
-        found = self.found
-        scalars = [self.check, self.gain, norm, found.rank, found.uneven]
-        return [*scalars, found.squares, found.captured]
 
     def results(
         self, numbers: Numbers, bases: Sequence[Tensor], means: Sequence[Tensor]
@@ -188,6 +198,25 @@ class Batch:
         return found
 
 
+def head_of(
+    states: Sequence[SketchState], sums: Sequence[StepSums]
+) -> tuple[Tensor, list[tuple[int, float]]]:
+    """Return what the host knows of sketches before a fold.
+
+    Returns:
+        On their device, float64 (L, 4 + Q): tokens of the step, their share among all, the most
+        that the rank can be, ``added^2 / count``, and the squares; and :attr:`Batch.starts`.
+    """
+    basis = states[0].basis
+    host, starts = np.empty((len(states), HEAD + len(basis))), []
+    for row, state, step in zip(host, states, sums, strict=True):
+        added, count = float(step.count), float(state.count + step.count)
+        starts.append((state.count + step.count, state.total))
+        row[:HEAD] = added, added / count, max(count - 1, 0), added**2 / count
+        np.square(state.values, out=row[HEAD:])
+    return _host.upload(torch.from_numpy(host), basis.device), starts
+
+
 class SketchBatch(Batch):
     """Sketched layer inputs.
 
@@ -199,48 +228,18 @@ class SketchBatch(Batch):
     def __init__(self, states: Sequence[SketchState], sums: Sequence[StepSums]) -> None:
         super().__init__(states, states[0].basis.numel() * 8)
         self.sums = list(sums)
-        self.starts = []
-        self._native = runs_natively(states[0].basis)
-        host = np.empty((len(states), 4 + self.width))
-        for row, state, step in zip(host, states, sums, strict=True):
-            seen, added = float(state.count), float(step.count)
-            count = seen + added
-            self.starts.append((state.count + step.count, state.total))
-            row[:4] = added, added / count, max(count - 1, 0), added**2 / count
-            np.square(state.values, out=row[4:])
-        table = _host.upload(torch.from_numpy(host), self.device)
-        added_, share, ceiling, weight, squares = table.split([1, 1, 1, 1, self.width], 1)
-        delta = stacked([s.shift for s in sums]) / added_
-        self.check, self.ceiling = stacked([s.square for s in sums]), ceiling.squeeze(1)
-        away = (weight * delta.square().sum(1, keepdim=True)).squeeze(1)
-        self.gain = (self.check - away).clamp_min(0)
+        self.numbers, self.starts = head_of(states, sums)
+        self.ceiling = self.numbers[:, 2]
+        added, share, _, weight = self.numbers[:, :HEAD].split(1, dim=1)
+        delta, square = stacked([s.shift for s in sums]) / added, stacked([s.square for s in sums])
         mean = stacked([s.mean for s in states])
         self.mean = torch.addcmul(mean, share, delta).to(self.dtype)
-        self._delta, self._numbers = delta.unsqueeze(1), table[:, 3:]
-        self._weight, self._squares = weight.unsqueeze(2), squares.unsqueeze(2)
+        gain = square - (weight * delta.square().sum(1, keepdim=True)).squeeze(1)
+        norm = torch.linalg.vector_norm(self.mean, dim=1, dtype=torch.float64)
+        self.scalars = torch.stack([square, gain.clamp_min(0), norm], 1)
+        self._delta = delta.unsqueeze(1)
+        self._weight, self._squares = weight.unsqueeze(2), self.numbers[:, HEAD:, None]
         self._along = delta.new_empty(len(states), self.width, 1)
-
-    def measure(self) -> tuple[Tensor, Tensor]:
-        """See :class:`Batch`."""
-        if not self._native:
-            return super().measure()
-        along, core, metric = fold_measure(*self._native_inputs())
-        self._along = along.unsqueeze(2)
-        return core, metric
-
-    def renew(self, sound: Tensor, kept: Sequence[int]) -> list[Tensor]:
-        """See :class:`Batch`."""
-        if not self._native:
-            return super().renew(sound, kept)
-        inputs = self._native_inputs()
-        rows = inputs[0][0].new_empty(sum(kept), self._delta.shape[2])
-        before = list(rows.split(list(kept)))
-        fold_rows(*inputs, self._along.squeeze(2), self.found.mixing, sound, before)
-        return before
-
-    def _native_inputs(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        bases, products = [s.basis for s in self.sketches], [s.products for s in self.sums]
-        return bases, products, self._delta.squeeze(1), self._numbers
 
     def image(self, chunk: slice, basis: Tensor, wide: Tensor | None = None) -> Tensor:
         """See :class:`Batch`; exact for the C that the state represents."""
@@ -271,15 +270,15 @@ class GramBatch(Batch):
         count_, self._share, self.ceiling = table.unbind(1)
         self._shift = stacked([s.shift for s in self.sums])
         diagonal = stacked([s.products.diagonal() for s in self.sums])
-        self.gain = self._about_mean(diagonal, self._shift, self._shift, slice(None))
-        self.gain = self.gain.sum(1).clamp_min(0)
+        gain = self._about_mean(diagonal, self._shift, self._shift, slice(None)).sum(1)
         pivot = stacked([s.pivot for s in states])
         self.mean = (pivot + self._shift / count_[:, None]).to(self.dtype)
-        self.check = torch.zeros_like(self.gain)
+        check = torch.zeros_like(gain)
         if any(s.bad is not None for s in self.sums):
-            none = self.check[0]
-            bad = stacked([none if s.bad is None else s.bad for s in self.sums])
-            self.check = torch.where(bad > 0, torch.inf, 0.0)
+            bad = stacked([check[0] if s.bad is None else s.bad for s in self.sums])
+            check = torch.where(bad > 0, torch.inf, 0.0)
+        norm = torch.linalg.vector_norm(self.mean, dim=1, dtype=torch.float64)
+        self.scalars = torch.stack([check, gain.clamp_min(0), norm], 1)
 
     def _about_mean(self, scatter: Tensor, left: Tensor, right: Tensor, chunk: slice) -> Tensor:
         share = self._share[chunk].reshape(-1, *[1] * (right.dim() - 1))
@@ -301,13 +300,10 @@ def decompose(batches: Sequence[Batch]) -> None:
         cores, metrics = zip(*(batch.measure() for batch in group), strict=True)
         ceiling = joined([batch.ceiling for batch in group])
         found = nystrom(joined(cores), joined(metrics), ceiling, group[0].dtype)
-        if len(group) == 1:
-            group[0].found = found
-            continue
         sizes = [len(batch) for batch in group]
-        parts = [getattr(found, f.name).split(sizes) for f in fields(Nystrom)]
-        for batch, *own in zip(group, *parts, strict=True):
-            batch.found = Nystrom(*own)
+        parts = zip(group, found.mixing.split(sizes), found.told.split(sizes), strict=True)
+        for batch, mixing, told in parts:
+            batch.found = Nystrom(mixing, told)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

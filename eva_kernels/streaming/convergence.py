@@ -15,7 +15,7 @@ from ..ops.eigh import eigh
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
-from .step import by_device, cosines_of
+from .step import by_device, read_cosines
 from .stream import InputStream
 
 Singles = np.ndarray[Any, np.dtype[np.float32]]
@@ -57,7 +57,7 @@ def compare_streams(
     if criterion == "subspace":
         _compare_spans([(s, r) for s, r in pairs if s.previous is not None], tau)
     else:
-        _fetch_cosines([s for s in folded if s.turned is None], backend)
+        read_cosines([s for s in folded if s.turned is None], backend)
         by_width: dict[int, list[tuple[InputStream, int]]] = defaultdict(list)
         for stream, rank in pairs:
             if stream.turned is not None:
@@ -98,22 +98,6 @@ def _least_of_leading(cosines: Singles) -> Singles:
 def _similar(least: Singles, tau: float) -> np.ndarray[Any, Any]:
     # In single precision, as the cosines are: one that was rounded to tau passes.
     return (least >= np.float32(tau)).sum(-1)
-
-
-def _fetch_cosines(streams: Sequence[InputStream], backend: str) -> None:
-    parts = by_device([s for s in streams if s.previous is not None])
-    launched = []
-    for part in parts:
-        pairs = [
-            (s.previous, s.sketch.basis[: s.components])
-            for s in part
-            if s.previous is not None and s.sketch is not None
-        ]
-        launched.append(cosines_of(pairs, backend))
-    for part, array in zip(parts, _host.read(launched), strict=True):
-        edges = np.cumsum([s.components for s in part])[:-1]
-        for stream, own in zip(part, np.split(array, edges), strict=True):
-            stream.turned = own
 
 
 def _compare_spans(pairs: Sequence[tuple[InputStream, int]], tau: float) -> None:

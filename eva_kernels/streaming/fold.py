@@ -6,21 +6,23 @@ folder's README.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.eigh import eigh
+from ..ops.fold import runs_natively
 from . import _host
-from ._basis import cholesky_qr, repair
+from ._basis import repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, SketchBatch, chunk_bytes, decompose
-from .nystrom import CUT, graded_scale, whiten
-from .state import GramState, SketchState, StepSums
+from .native_batch import NativeSketchBatch
+from .nystrom import Nystrom, orthogonalisation, whitening
+from .state import GramState, SketchState, StepSums, clear_sums
 
-__all__ = ["first_basis", "fold", "fold_gram", "scatter_about_mean"]
+__all__ = ["first_basis", "fold", "fold_gram", "scatter_about_mean", "sketch_batch"]
 
 
 def fold(
@@ -68,53 +70,57 @@ def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:
     bases: list[Tensor] = []
     for chunk in batch.chunks:
         bases += batch.rows(chunk)[1].to(batch.dtype).unbind(0)
-    numbers = Numbers(*_host.read(batch.numbers))
+    numbers = Numbers.of(*_host.read([batch.scalars, batch.found.told]))
     if not batch.free:  # where they are, this was done before rounding
         for i in numbers.uneven.nonzero()[0].tolist():
             bases[i] = repair(bases[i].double(), int(numbers.rank[i])).to(batch.dtype)
     return batch.results(numbers, bases, batch.mean.unbind(0))
 
 
+def sketch_batch(
+    states: Sequence[SketchState], sums: Sequence[StepSums], kept: Sequence[int]
+) -> Batch:
+    """Return layer inputs of one shape as a batch, of native code where there is some.
+
+    Args:
+        states, sums: see :class:`SketchBatch`.
+        kept: how many leading rows of each basis its ``renew`` will be asked to return.
+    """
+    if runs_natively(states[0].basis):
+        return NativeSketchBatch(states, sums, kept)
+    return SketchBatch(states, sums)
+
+
 def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
     """Return ``blank`` with basis and mean after a fold of ``sums``; it has seen no token.
 
+    The sums are cleared. Where a read is not free, basis and mean are written in place.
+
     What matters of a first basis is its span. So where a read is not free, and every layer input
-    goes through here by itself, it is what :func:`.nystrom.nystrom` would span, orthonormalised as
-    it stands: one eigen-decomposition, no decision of the host.
+    goes through here by itself, its rows are those of the image, whitened twice: by their products
+    with the random basis, which leaves rows of C^(1/2), and then by their own, which makes them
+    orthonormal. That takes no decision of the host and, in native code, no eigenvectors. Random
+    rows stay in place of those beyond the rank.
     """
     if _host.reads_are_free(blank.basis.device):
         warm = fold([blank], [sums])[0][0]
+        clear_sums([sums])
         return replace(blank, mean=warm.mean, basis=warm.basis)
-    batch = SketchBatch([blank], [sums])
-    wide = blank.basis.double()
-    image = batch.image(batch.chunks[0], blank.basis[None], wide[None])[0]
-    basis = _spanning(image, wide, sums.count - 1).to(batch.dtype)
-    return replace(blank, mean=batch.mean[0], basis=basis)
+    sound = torch.ones((), dtype=torch.bool, device=blank.basis.device)
+    _span(sketch_batch([blank], [sums], [0]), whitening, sound)
+    # One token at the mean, on a C that is V^T V: the image is the basis itself.
+    clear_sums([sums])
+    sums.count = 1
+    unit = replace(blank, values=np.ones_like(blank.values))
+    _span(sketch_batch([unit], [sums], [0]), orthogonalisation, sound)
+    sums.count = 0
+    return blank
 
 
-def _spanning(image: Tensor, basis: Tensor, ceiling: int) -> Tensor:
-    """Return orthonormal rows for the image of a basis, filled up from the basis itself.
-
-    Args:
-        image, basis: float64 (Q, D); the rows of ``basis`` are orthonormal.
-        ceiling: the rank is at most this.
-
-    Numerics: whitening by B as in a fold squares the grading of the rows away, so that the Cholesky
-        factor of their overlaps exists (once for the grading, once more for what that leaves).
-        Where it does not, or the image is not finite, it is ``basis``.
-    """
-    core = image @ basis.mT
-    scale = graded_scale(core[None])[0]
-    scaled = core * torch.outer(scale, scale)
-    values, vectors = (found.flip(-1) for found in eigh(scaled[None]))
-    index = torch.arange(len(image), device=image.device)
-    alive = (values[0] > CUT) & (index < ceiling)
-    mixing = scale[:, None] * whiten(values, vectors)[0]
-    rows = torch.where(alive[:, None], mixing.mT @ image, basis)
-    rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    for _ in range(2):
-        rows, _ = cholesky_qr(rows)
-    return torch.where(rows.isfinite().all(), rows, basis).contiguous()
+def _span(batch: Batch, mixing_of: Callable[[Tensor], Nystrom], sound: Tensor) -> None:
+    """Put a mixture of the rows of the image in place of the basis."""
+    batch.found = mixing_of(batch.measure()[0])
+    batch.renew(sound, [0])
 
 
 def scatter_about_mean(state: GramState) -> Tensor:

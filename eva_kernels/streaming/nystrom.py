@@ -10,11 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..ops.eigh import eigh
+from ..ops.nystrom import runs_natively
 from . import _host
 from ._basis import correction
 
-__all__ = ["CUT", "NOISE", "Nystrom", "graded_scale", "nystrom", "whiten"]
+__all__ = [
+    "CUT",
+    "LOOSE",
+    "NOISE",
+    "Nystrom",
+    "nystrom",
+    "nystrom_plain",
+    "orthogonalisation",
+    "whitening",
+]
 
 # Squares below this share of the largest are rounding noise (singular values below 1e-6 of it).
 NOISE = 1e-12
@@ -33,17 +44,31 @@ class Nystrom:
 
     Attributes:
         mixing: (L, Q, Q); ``mixing^T Y`` are the new rows, zero beyond the rank.
-        squares: eigenvalues (L, Q), descending, 0 beyond the rank.
-        rank: (L,) int64.
-        captured: variance along each row of the basis before, the diagonal of B, (L, Q).
-        uneven: (L,) bool: the rows need :func:`._basis.repair`.
+        told: what the host wants to know, (L, 2 + 2 Q): the columns that follow.
     """
 
     mixing: Tensor
-    squares: Tensor
-    rank: Tensor
-    captured: Tensor
-    uneven: Tensor
+    told: Tensor
+
+    @property
+    def rank(self) -> Tensor:
+        """(L,)."""
+        return self.told[:, 0]
+
+    @property
+    def uneven(self) -> Tensor:
+        """1 where the rows need :func:`._basis.repair`, otherwise 0, (L,)."""
+        return self.told[:, 1]
+
+    @property
+    def squares(self) -> Tensor:
+        """Eigenvalues (L, Q), descending, 0 beyond the rank."""
+        return self.told[:, 2 : 2 + self.mixing.shape[1]]
+
+    @property
+    def captured(self) -> Tensor:
+        """Variance along each row of the basis before, the diagonal of B, (L, Q)."""
+        return self.told[:, 2 + self.mixing.shape[1] :]
 
 
 def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -> Nystrom:
@@ -59,16 +84,24 @@ def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -
         dtype: that the rows will be rounded to.
 
     Numerics: where reads are free, a triangular whitener if it is safe, eigenvectors otherwise;
-        elsewhere always eigenvectors, without a decision of the host, followed by a correction of
-        the rows by their overlaps. NaN in gives rank 0.
+        elsewhere without a decision of the host: native code decides for itself, PyTorch always
+        takes eigenvectors and corrects the rows by their overlaps, which the graded accuracy of
+        Jacobi's method makes needless in native code. NaN in gives rank 0.
     """
+    if runs_natively(core):
+        return Nystrom(*ops.nystrom(core, metric, ceiling, LOOSE[dtype]))
+    return nystrom_plain(core, metric, ceiling, dtype)
+
+
+def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -> Nystrom:
+    """As :func:`nystrom`, by PyTorch."""
     captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
-    scale = graded_scale(core)
+    scale = _graded_scale(core)
     outer = scale[:, :, None] * scale[:, None, :]
     # Symmetric but for rounding: the factorisations below read the lower triangle only.
     core, metric = core.mul_(outer), metric.mul_(outer)
     free = _host.reads_are_free(core.device)
-    whitener = _whitener(core) if free else whiten(*eigh(core))
+    whitener = _whitener(core) if free else _whiten(*eigh(core))
     image = whitener.mT @ metric @ whitener
     squares, rotation = torch.linalg.eigh(image) if free else eigh(image)
     squares, rotation = squares.flip(1).clamp_min(0), rotation.flip(2)
@@ -87,10 +120,51 @@ def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -
     else:
         mixing, loose = _corrected(mixing, metric, alive)
         uneven |= loose > LOOSE[dtype]
-    return Nystrom(scale[:, :, None] * mixing, squares, rank, captured, uneven)
+    flags = torch.stack([rank.to(squares.dtype), uneven.to(squares.dtype)], 1)
+    told = torch.cat([flags, squares, captured], 1)
+    return Nystrom(scale[:, :, None] * mixing, told)
 
 
-def graded_scale(core: Tensor) -> Tensor:
+def whitening(core: Tensor) -> Nystrom:
+    """Return a mixing whose rows ``mixing^T Y`` span what Y does, but far better: those of C^1/2.
+
+    Nothing else of the result means what it says, but for the rank.
+
+    Args:
+        core: ``B = Y V^T``, (L, Q, Q), of float32 sums. One that is not finite has rank 0.
+    """
+    if runs_natively(core):
+        return Nystrom(*ops.nystrom(core, core, core[:, 0, 0], 0.0, span=CUT))
+    scale = _graded_scale(core)
+    values, vectors = eigh(core * scale[:, :, None] * scale[:, None, :])
+    alive = values > CUT  # NaN is not
+    mixing = torch.where(alive[:, None, :], vectors * values.rsqrt()[:, None, :], 0.0).flip(2)
+    return _of_rank(scale[:, :, None] * mixing, alive.sum(1))
+
+
+def orthogonalisation(overlaps: Tensor) -> Nystrom:
+    """Return a mixing that makes rows orthonormal, the first j of which keep their span.
+
+    Args:
+        overlaps: of the rows, (L, Q, Q). Where they have no Cholesky factor, the rank is 0.
+    """
+    if runs_natively(overlaps):
+        return Nystrom(*ops.nystrom(overlaps, overlaps, overlaps[:, 0, 0], 0.0, span=NOISE))
+    scale = _graded_scale(overlaps)
+    lower, failed = torch.linalg.cholesky_ex(overlaps * scale[:, :, None] * scale[:, None, :])
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    rank = torch.where(failed == 0, lower.shape[-1], 0)
+    return _of_rank(scale[:, :, None] * inverse.mT, rank)
+
+
+def _of_rank(mixing: Tensor, rank: Tensor) -> Nystrom:
+    told = mixing.new_zeros(len(mixing), 2 + 2 * mixing.shape[1])
+    told[:, 0] = rank
+    return Nystrom(mixing, told)
+
+
+def _graded_scale(core: Tensor) -> Tensor:
     """Return what scales B to a unit diagonal, and 0 where that is noise, (L, Q).
 
     Entries are graded (activations of language models have outlier features), so this comes before
@@ -116,11 +190,11 @@ def _whitener(core: Tensor) -> Tensor:
     singular = torch.nonzero(~regular).flatten()
     if singular.numel():
         whitener = whitener.clone()
-        whitener[singular] = whiten(*torch.linalg.eigh(core[singular]))
+        whitener[singular] = _whiten(*torch.linalg.eigh(core[singular]))
     return whitener
 
 
-def whiten(values: Tensor, vectors: Tensor) -> Tensor:
+def _whiten(values: Tensor, vectors: Tensor) -> Tensor:
     """Return T with ``T T^T`` the pseudo-inverse, below CUT, of (L, Q, Q) from its eigenpairs."""
     return vectors * torch.where(values > CUT, values.rsqrt(), 0.0)[:, None, :]
 

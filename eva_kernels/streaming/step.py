@@ -10,26 +10,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..ops import convergence
+from ..ops.convergence import convergence, cosines
 from . import _host
 from ._autocast import without_autocast
 from ._basis import repair
 from ._host import Array
-from .batch import Batch, GramBatch, Numbers, SketchBatch, decompose
-from .fold import fold, fold_gram
+from .batch import Batch, GramBatch, Numbers, decompose
+from .fold import fold, fold_gram, sketch_batch
 from .state import GramState, SketchState, clear_sums
 
 if TYPE_CHECKING:
     from .stream import InputStream
 
-__all__ = ["NonFiniteStepError", "by_device", "cosines_of", "fold_streams"]
+__all__ = ["NonFiniteStepError", "by_device", "fold_streams", "read_cosines"]
 
 
 class NonFiniteStepError(NonFiniteError):
@@ -101,83 +101,84 @@ def _fold_here(group: Sequence[InputStream]) -> None:
 
 
 def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStream]) -> None:
-    batches = [_batch_of(group) for group in groups]
+    # The first fold starts from the warm-up, which is no step to compare with.
+    kept = [[s.components if s.folds else 0 for s in group] for group in groups]
+    batches = [_batch_of(group, counts) for group, counts in zip(groups, kept, strict=True)]
     decompose(batches)
     sound = _sound(batches)
-    old = {}
-    for group, batch in zip(groups, batches, strict=True):
-        old.update(_renew(group, batch, sound[batch.device]))
-    streams = [s for group in groups for s in group]
-    compared = [s for s in streams if id(s) in old]
-    launched = _compare(compared, old)
-    wanted = [batch.numbers for batch in batches]
-    arrays = iter(_host.read([*chain.from_iterable(wanted), *launched]))
-    numbers = [Numbers(*islice(arrays, len(Numbers._fields))) for _ in batches]
-    cosines = list(arrays)
+    saved = [b.renew(sound[b.device], counts) for b, counts in zip(batches, kept, strict=True)]
+    turned = _compare(batches, saved, kept)
+    # The device has its work: what follows costs it no time until the read.
+    previous = [rows.split(counts) for rows, counts in zip(saved, kept, strict=True)]
+    wanted = [part for batch in batches for part in (batch.scalars, batch.found.told)]
+    arrays = iter(_host.read([*wanted, *turned.values()]))
+    numbers = [Numbers.of(*islice(arrays, 2)) for _ in batches]
+    cosines = dict(zip(turned, arrays, strict=True))
     _refuse(groups, numbers, due)
 
     uneven = []
-    for group, batch, told in zip(groups, batches, numbers, strict=True):
+    for group, batch, told, rows in zip(groups, batches, numbers, previous, strict=True):
         bases, means = [s.basis for s in batch.sketches], [s.mean for s in batch.sketches]
         results = batch.results(told, bases, means)
-        for stream, (sketch, captured) in zip(group, results, strict=True):
+        for stream, (sketch, captured), before in zip(group, results, rows, strict=True):
             state: SketchState | GramState = sketch
             if isinstance(stream.state, GramState):
                 state = GramState(stream.state.sums, stream.state.pivot, sketch)
-            stream.close_step(state, captured, old.get(id(stream)))
+            stream.close_step(state, captured, before if stream.folds else None)
         uneven += [group[i] for i in told.uneven.nonzero()[0].tolist()]
-    _clear(streams)
-    _keep_cosines(compared, cosines)
+    _clear([s for group in groups for s in group])
+    for device, array in cosines.items():
+        here = [s for group in groups for s in group if s.device == device]
+        _keep_cosines([s for s in here if s.previous is not None], array)
     _repair(uneven)
 
 
-def _batch_of(group: Sequence[InputStream]) -> Batch:
+def _batch_of(group: Sequence[InputStream], kept: Sequence[int]) -> Batch:
     if isinstance(group[0].state, GramState):
         return GramBatch([s.state for s in group if isinstance(s.state, GramState)])
     states = [s.state for s in group if isinstance(s.state, SketchState)]
-    return SketchBatch(states, [s.sums for s in group if s.sums is not None])
+    return sketch_batch(states, [s.sums for s in group if s.sums is not None], kept)
 
 
 def _sound(batches: Sequence[Batch]) -> dict[torch.device, Tensor]:
     """Return, on every device, whether the sums of all streams on all devices are finite."""
-    flags: dict[torch.device, list[Tensor]] = defaultdict(list)
+    sums: dict[torch.device, list[Tensor]] = defaultdict(list)
     for batch in batches:
-        flags[batch.device].append(batch.sound)
-    every = {device: torch.cat(parts).all() for device, parts in flags.items()}
-    return {
-        device: torch.stack([f.to(device, non_blocking=True) for f in every.values()]).all()
-        for device in every
-    }
+        sums[batch.device] += [batch.scalars.sum(), batch.found.told.sum()]
+    total = {device: torch.stack(parts).sum() for device, parts in sums.items()}
+    found = {}
+    for device in total:
+        every = [t.to(device, non_blocking=True) for t in total.values()]
+        of_all = every[0] if len(every) == 1 else torch.stack(every).sum()
+        found[device] = of_all - of_all == 0  # two launches, where isfinite takes four
+    return found
 
 
-def _renew(group: Sequence[InputStream], batch: Batch, sound: Tensor) -> dict[int, Tensor]:
-    """Put the new rows and means in place of the old, if ``sound``.
-
-    Returns:
-        By id of its stream, a copy of the K leading rows before; not for a stream's first fold,
-        which starts from the warm-up, no step to compare with.
-    """
-    kept = [s.components if s.folds else 0 for s in group]
-    before = zip(group, batch.renew(sound, kept), strict=True)
-    means = [s.mean for s in batch.sketches]
-    new = torch.where(sound, batch.mean, torch.stack(means))
-    torch._foreach_copy_(means, list(new.unbind(0)))
-    return {id(s): rows for s, rows in before if s.folds}
-
-
-def _compare(streams: Sequence[InputStream], old: dict[int, Tensor]) -> list[Tensor]:
-    """Launch the comparison of all streams; returns the cosines, one tensor a device."""
-    cosines = []
-    for part in by_device(streams):
-        pairs = [(old[id(s)], s.sketch.basis[: s.components]) for s in part if s.sketch is not None]
-        cosines.append(cosines_of(pairs))
-    return cosines
+def _compare(
+    batches: Sequence[Batch], saved: Sequence[Tensor], kept: Sequence[Sequence[int]]
+) -> dict[torch.device, Tensor]:
+    """Launch the comparison of all rows saved; returns the cosines by device."""
+    parts: dict[torch.device, list[tuple[Tensor, list[Tensor], Sequence[int]]]] = defaultdict(list)
+    for batch, rows, counts in zip(batches, saved, kept, strict=True):
+        if not len(rows):
+            continue
+        bases = [sketch.basis for sketch in batch.sketches]
+        if batch.dtype != torch.float32:
+            bases = [basis[:k].float() for basis, k in zip(bases, counts, strict=True)]
+        parts[batch.device].append((rows.float(), bases, counts))
+    return {device: cosines(*zip(*groups, strict=True)) for device, groups in parts.items()}
 
 
-def cosines_of(pairs: Sequence[tuple[Tensor, Tensor]], backend: str = "auto") -> Tensor:
-    """Launch the comparison of rows before with rows after; returns |cos| of all rows, (sum K,)."""
-    before, after = [p[0].float() for p in pairs], [p[1].float() for p in pairs]
-    return convergence(before, after, [0] * len(pairs), 0.0, backend=backend)[0]
+def read_cosines(streams: Sequence[InputStream], backend: str = "auto") -> None:
+    """Compare the rows of each stream before its fold, ``previous``, with those now; one read."""
+    parts = by_device([s for s in streams if s.previous is not None])
+    launched = []
+    for part in parts:
+        before = [s.previous.float() for s in part if s.previous is not None]
+        now = [s.sketch.basis[: s.components].float() for s in part if s.sketch is not None]
+        launched.append(convergence(before, now, [0] * len(part), 0.0, backend=backend)[0])
+    for part, array in zip(parts, _host.read(launched), strict=True):
+        _keep_cosines(part, array)
 
 
 def by_device(streams: Sequence[InputStream]) -> list[list[InputStream]]:
@@ -188,12 +189,11 @@ def by_device(streams: Sequence[InputStream]) -> list[list[InputStream]]:
     return list(parts.values())
 
 
-def _keep_cosines(streams: Sequence[InputStream], cosines: Sequence[Array]) -> None:
-    for part, array in zip(by_device(streams), cosines, strict=True):
-        begin = 0
-        for stream in part:
-            stream.turned = array[begin : begin + stream.components]
-            begin += stream.components
+def _keep_cosines(streams: Sequence[InputStream], cosines: Array) -> None:
+    begin = 0
+    for stream in streams:
+        stream.turned = cosines[begin : begin + stream.components]
+        begin += stream.components
 
 
 def _clear(streams: Sequence[InputStream]) -> None:
@@ -208,10 +208,7 @@ def _repair(streams: Sequence[InputStream]) -> None:
         sketch = stream.sketch
         assert sketch is not None
         sketch.basis.copy_(repair(sketch.basis.double(), sketch.rank))
-    again = [s for s in streams if s.previous is not None]
-    if again:
-        old = {id(s): s.previous for s in again if s.previous is not None}
-        _keep_cosines(again, _host.read(_compare(again, old)))
+    read_cosines(streams)
 
 
 def _refuse(

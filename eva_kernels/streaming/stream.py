@@ -216,7 +216,6 @@ class InputStream:
             # A copy: a fold may write the next mean in place of this one.
             self.state, self.sums = GramState(total, start.mean.clone(), start), total
         else:
-            clear_sums([sums])
             self.state, self.sums = start, sums
 
     def _sketch_into(

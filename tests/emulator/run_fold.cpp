@@ -17,8 +17,6 @@ using Doubles = std::vector<double>;
 using Floats = std::vector<float>;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-constexpr int kGap = 2;  // between rows of numbers, NaN
-
 struct Shape {
   int layers, width;
   int64_t features, columns;
@@ -33,8 +31,10 @@ void require(bool holds, const std::string& what) {
 // AddressSanitizer sees a read behind them.
 struct Fold {
   Shape shape;
-  std::vector<Floats> bases{}, products{}, before{};
-  Doubles delta{}, numbers{}, along{}, core{}, metric{}, mixing{};
+  std::vector<Floats> bases{}, products{}, before{}, means{};
+  std::vector<Doubles> shifts{};
+  Floats mean{};
+  Doubles squares{}, scalars{}, delta{}, numbers{}, along{}, core{}, metric{}, mixing{}, told{};
   std::vector<FoldLayer> table{};
 
   explicit Fold(const Shape& s) : shape(s) {
@@ -53,20 +53,30 @@ struct Fold {
       fill(products[i]);
       before[i].assign(kept(i) * s.features, static_cast<float>(kNan));
     }
-    delta.resize(s.layers * s.features);
-    mixing.resize(square);
-    for (double& x : delta) x = normal(random);
-    for (double& x : mixing) x = normal(random);
-    numbers.assign(s.layers * stride() - kGap, kNan);
     for (int i = 0; i < s.layers; ++i) {
-      for (int j = 0; j <= s.width; ++j) numbers[i * stride() + j] = std::fabs(normal(random));
+      means.emplace_back(s.features);
+      shifts.emplace_back(s.features);
+      for (float& x : means[i]) x = normal(random);
+      for (double& x : shifts[i]) x = normal(random);
+      // Of the last layer nearly all squares lie about the mean, of the first none.
+      squares.push_back(i == 0 ? 0.0 : 1e6);
     }
+    delta.assign(s.layers * s.features, kNan);
+    mean.assign(s.layers * s.features, static_cast<float>(kNan));
+    scalars.assign(s.layers * kFoldScalars, kNan);
+    mixing.resize(square);
+    for (double& x : mixing) x = normal(random);
+    told.assign(s.layers * (2 + 2 * s.width), kNan);
+    for (int i = 0; i < s.layers; ++i) {  // the last layer has full rank
+      told[i * (2 + 2 * s.width)] = i == s.layers - 1 ? s.width : s.width / 2;
+    }
+    numbers.resize(s.layers * (kFoldNumbers + s.width));
+    for (double& x : numbers) x = 0.5 + std::fabs(normal(random));
     along.assign(s.layers * s.width, kNan);
     core.assign(square, kNan);
     metric.assign(square, kNan);
   }
 
-  int stride() const { return 1 + shape.width + kGap; }
   // All rows of the last layer, none of the first, some of those between.
   int64_t kept(int layer) const {
     if (layer == shape.layers - 1) return shape.width;
@@ -77,11 +87,11 @@ struct Fold {
     table.clear();
     for (int i = 0; i < shape.layers; ++i) {
       float* saved = before[i].empty() ? nullptr : before[i].data();
-      table.push_back(
-          {bases[i].data() + shape.shift, products[i].data() + shape.shift, saved, kept(i)});
+      table.push_back({bases[i].data() + shape.shift, products[i].data() + shape.shift, saved,
+                       kept(i), shifts[i].data(), &squares[i], means[i].data()});
     }
-    return {table.data(), shape.layers,   shape.width, shape.features,
-            delta.data(), numbers.data(), stride(),    along.data()};
+    return {table.data(),   shape.layers, shape.width, shape.features,
+            numbers.data(), delta.data(), along.data()};
   }
 };
 
@@ -111,6 +121,8 @@ void run_on_device(Fold& fold, bool sound, unsigned seed) {
   FoldMeasureArgs measure{args, fold.shape.columns, nullptr, fold.core.data(), fold.metric.data()};
   Doubles partial(2 * kFoldTileSize * fold_blocks(measure), kNan);
   measure.partial = partial.data();
+  emulator::launch<FoldPrepareArgs>(fold_prepare_kernel, fold.shape.layers, kPrepareThreads,
+                                    {args, fold.mean.data(), fold.scalars.data()}, seed);
   constexpr int kRows = kAlongThreads / kFoldLanes;
   const int rows = fold.shape.layers * fold.shape.width;
   emulator::launch<FoldArgs>(fold_along_kernel, (rows + kRows - 1) / kRows, kAlongThreads, args,
@@ -121,9 +133,10 @@ void run_on_device(Fold& fold, bool sound, unsigned seed) {
                                     fold.shape.layers * fold_pairs(fold.shape.width),
                                     kReduceThreads, measure, seed);
   const int64_t blocks = (fold.shape.features + kRowsColumns - 1) / kRowsColumns;
-  emulator::launch<FoldRowsArgs>(fold_rows_kernel, blocks * fold.shape.layers, kRowsThreads,
-                                 {args, fold.mixing.data(), &sound}, seed,
-                                 fold_rows_shared_bytes(fold.shape.width));
+  emulator::launch<FoldRowsArgs>(
+      fold_rows_kernel, blocks * fold.shape.layers, kRowsThreads,
+      {args, fold.mean.data(), fold.mixing.data(), fold.told.data(), &sound}, seed,
+      fold_rows_shared_bytes(fold.shape.width));
 }
 
 void check(const Shape& shape, unsigned seeds) {
@@ -132,22 +145,28 @@ void check(const Shape& shape, unsigned seeds) {
   const bool sound = true;
   Fold wanted = given;
   const FoldArgs args = wanted.args();
+  fold_prepare_cpu({args, wanted.mean.data(), wanted.scalars.data()});
   fold_measure_cpu({args, 0, nullptr, wanted.core.data(), wanted.metric.data()});
-  fold_rows_cpu({args, wanted.mixing.data(), &sound});
+  fold_rows_cpu({args, wanted.mean.data(), wanted.mixing.data(), wanted.told.data(), &sound});
   Fold first = given;
   run_on_device(first, true, 0);
+  compare(first.delta, wanted.delta, 0.0, name + ": delta");
+  compare(first.mean, wanted.mean, 0.0, name + ": mean");
+  compare(first.scalars, wanted.scalars, 1e-13, name + ": scalars");
   compare(first.along, wanted.along, 1e-13, name + ": along");
   compare(first.core, wanted.core, 1e-13, name + ": core");
   compare(first.metric, wanted.metric, 1e-13, name + ": metric");
   for (int i = 0; i < shape.layers; ++i) {
     compare(first.bases[i], wanted.bases[i], 1e-6, name + ": basis");
     require(identical(first.before[i], wanted.before[i]), name + ": rows before");
+    require(identical(first.means[i], wanted.means[i]), name + ": mean not put in place");
     require(identical(first.products[i], given.products[i]), name + ": products were written");
   }
   for (unsigned seed = 1; seed <= seeds; ++seed) {
     Fold other = given;
     run_on_device(other, true, seed);
-    bool same = identical(other.core, first.core) && identical(other.metric, first.metric);
+    bool same = identical(other.core, first.core) && identical(other.metric, first.metric) &&
+                identical(other.scalars, first.scalars);
     for (int i = 0; i < shape.layers; ++i) same = same && identical(other.bases[i], first.bases[i]);
     require(same, name + ": other bits under seed " + std::to_string(seed));
   }
@@ -155,6 +174,7 @@ void check(const Shape& shape, unsigned seeds) {
   run_on_device(refused, false, 1);
   for (int i = 0; i < shape.layers; ++i) {
     require(identical(refused.bases[i], given.bases[i]), name + ": written though not sound");
+    require(identical(refused.means[i], given.means[i]), name + ": mean written, not sound");
   }
 }
 

@@ -81,11 +81,11 @@ MUTATIONS = {
         "half",
     ),
     "shared memory too small": ("eigh.cuh", "even + even / 2", "even"),
-    "root of the other sign": ("eigh.h", "theta < 0.0 ? -size : size", "size"),
+    "root of the other sign": ("eigh.h", "gap < 0.0 ? -size : size", "size"),
     "negligible to the norm": (
         "eigh.h",
-        "kEighTolerance * sqrt(fabs(a_pp)) * sqrt(fabs(a_qq))",
-        "kEighTolerance",
+        "kEighTolerance * kEighTolerance * fabs(a_pp * a_qq)",
+        "kEighTolerance * kEighTolerance",
     ),
     "stops early": ("eigh.h", "kEighMaxSweeps = 40", "kEighMaxSweeps = 3"),
 }

@@ -35,9 +35,23 @@ MUTATIONS = {
         "      __syncthreads();  // the stage before has been read, and once: the image is there\n",
         "",
     ),
-    "half a warp": ("offset = kFoldLanes / 2", "offset = kFoldLanes / 4"),
+    "sums of warps not published": (
+        "threadIdx.x / kFoldLanes] = sum;\n  __syncthreads();",
+        "threadIdx.x / kFoldLanes] = sum;",
+    ),
+    "one warp's sum": ("i < kPrepareThreads / kFoldLanes; ++i", "i < 1; ++i"),
+    "delta of the sum": ("layer.shift[d] / numbers.added", "layer.shift[d]"),
+    "whole step taken by the mean": ("numbers.share * delta", "delta"),
+    "mean of another layer": (
+        "args.mean[layer * fold.features + column]",
+        "args.mean[column]",
+    ),
+    "mean beyond the features": (
+        "threadIdx.x < kRowsColumns && begin + threadIdx.x < fold.features",
+        "threadIdx.x < kRowsColumns",
+    ),
     "wrong lane stores": ("% kFoldLanes == 0) args", "% kFoldLanes == 1) args"),
-    "weight left out": ("args.weight(layer) * sum", "sum"),
+    "weight left out": ("args.head(layer).weight * sum", "sum"),
     "rows of another layer": ("row % args.width * args.features", "row * args.features"),
     "along past the last row": (
         "if (row >= args.n_layers * args.width) return;  // a whole warp",
@@ -98,7 +112,8 @@ MUTATIONS = {
         "of_layer[(tile + row) * width + old + k]",
     ),
     "mixing beyond the width": ("old + k < width && tile + row < width", "true"),
-    "rows beyond the width": ("if (row >= width) break;", ""),
+    "rows beyond the rank": ("if (row >= rank) break;", "if (row >= width) break;"),
+    "rows beyond the width": ("if (row >= rank) break;", ""),
     "columns beyond the features": ("if (column >= fold.features) break;", ""),
     "only the first tile of rows": (
         "tile < width; tile += kFoldTile",

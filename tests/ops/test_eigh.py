@@ -251,7 +251,7 @@ def test_gpu_with_little_shared_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(MODULE, "_reasons_logged", set())
-    monkeypatch.setattr(MODULE, "_widest", lambda index: 5)
+    monkeypatch.setattr(MODULE, "widest", lambda index: 5)
     monkeypatch.setattr(MODULE, "_launch", lambda module, matrices: "launched")
     for name in ("load", "load_or_none"):
         monkeypatch.setattr(_native, name, lambda kind: MODULE)

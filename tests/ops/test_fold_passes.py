@@ -1,8 +1,6 @@
-"""The two passes of a fold against their plain twins, on every backend, and in a whole fold."""
+"""The passes of a fold against dense algebra, native and plain, and in a whole fold."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,9 +10,17 @@ from torch.library import opcheck
 from eva_kernels import _native, reference
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from eva_kernels.ops import fold as module
-from eva_kernels.ops.fold import MAX_WIDTH, columns_of_a_split, fold_measure, fold_rows
+from eva_kernels.ops.fold import (
+    MAX_WIDTH,
+    columns_of_a_split,
+    fold_layers,
+    fold_measure,
+    fold_prepare,
+    fold_rows,
+)
 from eva_kernels.streaming import _host, compare_streams, fold_streams
-from eva_kernels.streaming import batch as batch_module
+from eva_kernels.streaming import fold as fold_module
+from eva_kernels.streaming import nystrom as nystrom_module
 from fake_cuda import DEVICE, compiler_missing, fake_cuda
 from helpers import decaying, make_stream, with_spectrum
 
@@ -24,12 +30,12 @@ needs_module = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+@pytest.fixture(params=["native", "plain"])
+def passes(request: pytest.FixtureRequest, device: torch.device) -> type[Passes]:
     if request.param == "native" and (reason := _native.unavailable(device.type)):
         # tests/packaging builds the C++ module, so a broken build fails there.
         pytest.skip(reason)
-    return request.param
+    return {"native": Passes, "plain": PlainPasses}[request.param]
 
 
 class Problem:
@@ -39,37 +45,92 @@ class Problem:
         wide = torch.float64
         self.bases = [torch.randn(q, d, device=device) for _ in range(count)]
         self.products = [torch.randn(q, d, device=device) for _ in range(count)]
-        self.delta = torch.randn(count, d, dtype=wide, device=device)
-        # As in a fold: a part of a wider table.
-        table = torch.rand(count, q + 4, dtype=wide, device=device)
-        self.numbers = table[:, 3:]
+        self.means = [torch.randn(d, device=device) for _ in range(count)]
+        self.shifts = [torch.randn(d, dtype=wide, device=device) for _ in range(count)]
+        # Of the first layer the squares lie all about the old mean: nothing is gained.
+        self.squares = [torch.tensor(1e4 * i, dtype=wide, device=device) for i in range(count)]
+        self.numbers = 0.5 + torch.rand(count, 4 + q, dtype=wide, device=device)
         self.mixing = torch.randn(count, q, q, dtype=wide, device=device)
+        self.ranks = [q if i == 0 else i % (q + 1) for i in range(count)]
+        self.told = torch.full((count, 2 + 2 * q), torch.nan, dtype=wide, device=device)
+        self.told[:, 0] = torch.tensor(self.ranks)
         self.kept = [q if i == count - 1 else i % (q + 1) for i in range(count)]
-        self.before = [basis.new_full((k, d), torch.nan) for basis, k in self.layers()]
-
-    def layers(self) -> Iterator[tuple[Tensor, int]]:
-        return zip(self.bases, self.kept, strict=True)
 
     @property
-    def inputs(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        return self.bases, self.products, self.delta, self.numbers
+    def layers(self) -> tuple:
+        return self.bases, self.products, self.shifts, self.squares, self.means, self.kept
+
+    def delta(self, i: int) -> Tensor:
+        return self.shifts[i] / self.numbers[i, 0]
 
     def image(self, i: int) -> Tensor:
-        basis, weight = self.bases[i].double(), self.numbers[i, 0]
-        carried = self.numbers[i, 1:].diag() @ basis
-        delta = self.delta[i][:, None]
+        basis, weight = self.bases[i].double(), self.numbers[i, 3]
+        carried = self.numbers[i, 4:].diag() @ basis
+        delta = self.delta(i)[:, None]
         return self.products[i].double() + carried - weight * (basis @ delta) @ delta.mT
 
 
+class Passes:
+    """The three native passes of a problem, one after another."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.layers = problem, fold_layers(*problem.layers)
+
+    def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
+        return fold_prepare(self.layers, self.problem.numbers)
+
+    def measure(self) -> tuple[Tensor, Tensor, Tensor]:
+        return fold_measure(self.layers, self.problem.numbers, self.prepare()[0])
+
+    def rows(self, sound: Tensor) -> Tensor:
+        p, (delta, mean, _) = self.problem, self.prepare()
+        along = fold_measure(self.layers, p.numbers, delta)[0]
+        fold_rows(self.layers, p.numbers, delta, along, mean, p.mixing, p.told, sound)
+        return self.layers.saved
+
+
+class PlainPasses(Passes):
+    """The same by the plain twins."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def prepare(self) -> tuple[Tensor, Tensor, Tensor]:
+        p = self.problem
+        return reference.fold_prepare(p.shifts, p.squares, p.means, p.numbers)
+
+    def measure(self) -> tuple[Tensor, Tensor, Tensor]:
+        p = self.problem
+        return reference.fold_measure(p.bases, p.products, p.numbers, self.prepare()[0])
+
+    def rows(self, sound: Tensor) -> Tensor:
+        p, (delta, mean, _) = self.problem, self.prepare()
+        state = p.bases, p.products, p.means, p.kept, p.numbers, delta
+        return reference.fold_rows(*state, self.measure()[0], mean, p.mixing, p.told, sound)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_measure(shape: tuple[int, int, int], backend: str, device: torch.device) -> None:
+def test_prepare(shape: tuple[int, int, int], passes: type[Passes], device: torch.device) -> None:
     problem = Problem(*shape, device)
-    along, core, metric = fold_measure(*problem.inputs, backend=backend)
+    delta, mean, scalars = passes(problem).prepare()
+    for i, before in enumerate(problem.means):
+        share, weight = problem.numbers[i, 1], problem.numbers[i, 3]
+        torch.testing.assert_close(delta[i], problem.delta(i))
+        torch.testing.assert_close(mean[i], (before + share * problem.delta(i)).float())
+        gain = problem.squares[i] - weight * problem.delta(i).square().sum()
+        wanted = [problem.squares[i], max(gain, 0 * gain), mean[i].double().norm()]
+        torch.testing.assert_close(scalars[i], torch.stack(wanted))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_measure(shape: tuple[int, int, int], passes: type[Passes], device: torch.device) -> None:
+    problem = Problem(*shape, device)
+    along, core, metric = passes(problem).measure()
     for i, basis in enumerate(problem.bases):
         wide, image = basis.double(), problem.image(i)
-        weight = problem.numbers[i, 0]
+        weight = problem.numbers[i, 3]
         scale = float(image.abs().max()) ** 2 * basis.shape[1]
-        torch.testing.assert_close(along[i], weight * (wide @ problem.delta[i]))
+        torch.testing.assert_close(along[i], weight * (wide @ problem.delta(i)))
         torch.testing.assert_close(
             core[i].tril(), (image @ wide.mT).tril(), rtol=0, atol=1e-13 * scale
         )
@@ -78,62 +139,57 @@ def test_measure(shape: tuple[int, int, int], backend: str, device: torch.device
 
 @pytest.mark.parametrize("sound", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows(shape: tuple[int, int, int], sound: bool, backend: str, device: torch.device) -> None:
+def test_rows(
+    shape: tuple[int, int, int], sound: bool, passes: type[Passes], device: torch.device
+) -> None:
     problem = Problem(*shape, device)
-    along = fold_measure(*problem.inputs, backend=backend)[0]
+    steps = passes(problem)
     old = [basis.clone() for basis in problem.bases]
+    before = [mean.clone() for mean in problem.means]
+    new = steps.prepare()[1]
     wanted = [(problem.mixing[i].mT @ problem.image(i)).float() for i in range(len(old))]
-    flag = torch.tensor(sound, device=device)
-    fold_rows(*problem.inputs, along, problem.mixing, flag, problem.before, backend=backend)
-    for i, (basis, kept) in enumerate(problem.layers()):
-        if not sound:
-            assert torch.equal(basis, old[i])
-            continue
-        assert torch.equal(problem.before[i], old[i][:kept])
+    saved = steps.rows(torch.tensor(sound, device=device))
+    if not sound:
+        for found, kept in zip(problem.bases + problem.means, old + before, strict=True):
+            assert torch.equal(found, kept)
+        return
+    rows = [basis[:count] for basis, count in zip(old, problem.kept, strict=True)]
+    assert torch.equal(saved, torch.cat(rows))
+    for i, (basis, rank) in enumerate(zip(problem.bases, problem.ranks, strict=True)):
         scale = float(wanted[i].abs().max())
-        torch.testing.assert_close(basis, wanted[i], rtol=0, atol=2e-7 * scale)
+        torch.testing.assert_close(basis[:rank], wanted[i][:rank], rtol=0, atol=2e-7 * scale)
+        assert torch.equal(basis[rank:], old[i][rank:])
+        assert torch.equal(problem.means[i], new[i])
 
 
-def test_mixing_of_any_strides(backend: str, device: torch.device) -> None:
-    one, other = Problem(2, 8, 50, device), Problem(2, 8, 50, device)
-    other.__dict__.update(bases=[b.clone() for b in one.bases], products=one.products)
-    other.delta, other.numbers = one.delta, one.numbers
-    along = fold_measure(*one.inputs, backend=backend)[0]
-    sound = torch.ones((), dtype=torch.bool, device=device)
-    strided = one.mixing.mT.contiguous().mT
-    fold_rows(*one.inputs, along, one.mixing, sound, one.before, backend=backend)
-    fold_rows(*other.inputs, along, strided, sound, other.before, backend=backend)
-    for i in range(2):
-        torch.testing.assert_close(other.bases[i], one.bases[i], rtol=0, atol=1e-6)
-
-
-def test_same_bits_twice_and_alone(backend: str, device: torch.device) -> None:
-    problem = Problem(4, 33, 700, device)
-    first, second = (fold_measure(*problem.inputs, backend=backend) for _ in range(2))
+def test_same_bits_twice(passes: type[Passes], device: torch.device) -> None:
+    steps = passes(Problem(4, 33, 700, device))
+    first, second = ((*steps.prepare(), *steps.measure()) for _ in range(2))
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one, two)
 
 
 @needs_module
 def test_native_results_are_symmetric(device: torch.device) -> None:
-    problem = Problem(2, 70, 130, device)
-    for found in fold_measure(*problem.inputs, backend="native")[1:]:
+    for found in Passes(Problem(2, 70, 130, device)).measure()[1:]:
         assert torch.equal(found, found.mT)
 
 
 @needs_module
 def test_operators_are_well_formed(device: torch.device) -> None:
     problem = Problem(2, 5, 20, device)
-    ops = torch.ops.eva_kernels
-    partial = problem.delta.new_empty(0 if device.type == "cpu" else 4 * 64 * 64)
-    measured = opcheck(ops.fold_measure.default, (*problem.inputs, partial, 32))
-    along = fold_measure(*problem.inputs, backend="native")[0]
+    layers, numbers = fold_layers(*problem.layers), problem.numbers
+    delta, mean, _ = fold_prepare(layers, numbers)
+    along = fold_measure(layers, numbers, delta)[0]
     sound = torch.ones((), dtype=torch.bool, device=device)
-    written = opcheck(
-        ops.fold_rows.default,
-        (*problem.inputs, along, problem.mixing, sound, problem.before),
-    )
-    assert {*measured.values(), *written.values()} == {"SUCCESS"}
+    mixed = along, mean, problem.mixing, problem.told, sound
+    table, ops = layers.table, torch.ops.eva_kernels
+    found = [
+        opcheck(ops.fold_prepare.default, (table, numbers, layers.features)),
+        opcheck(ops.fold_measure.default, (table, numbers, delta, layers.memory, layers.columns)),
+        opcheck(ops.fold_rows.default, (table, numbers, delta, *mixed)),
+    ]
+    assert {result for checked in found for result in checked.values()} == {"SUCCESS"}
 
 
 @pytest.mark.parametrize(
@@ -154,8 +210,8 @@ def test_splits_fill_a_gpu_and_hold_all_features(count: int, width: int, feature
 def compiled_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the way of a GPU on the CPU, with the compiled twins for its kernels."""
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
-    monkeypatch.setattr(batch_module, "runs_natively", lambda basis: True)
-    monkeypatch.setattr(module, "runs_natively", lambda basis: True)
+    for where in (fold_module, nystrom_module):
+        monkeypatch.setattr(where, "runs_natively", lambda tensor: True)
 
 
 @needs_module
@@ -174,7 +230,8 @@ def test_a_whole_fold_gives_the_same_answers(
         return streams
 
     native = run()
-    monkeypatch.setattr(batch_module, "runs_natively", lambda basis: False)
+    for where in (fold_module, nystrom_module):
+        monkeypatch.setattr(where, "runs_natively", lambda tensor: False)
     for one, other in zip(native, run(), strict=True):
         torch.testing.assert_close(
             one.sketch.singular_values, other.sketch.singular_values, rtol=1e-6, atol=1e-4
@@ -191,98 +248,101 @@ needs_fake_cuda = pytest.mark.skipif(compiler_missing(), reason="needs g++ for a
 
 
 @needs_fake_cuda
-def test_simulated_gpu_sees_two_calls() -> None:
+def test_simulated_gpu_sees_three_calls() -> None:
     seen = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "eva_kernels":
-                seen.append(func.name())
+                seen.append(func.name().removeprefix("eva_kernels::"))
             return func(*args, **(kwargs or {}))
 
     with fake_cuda():
         problem = Problem(2, 8, 600, DEVICE)
+        layers, numbers = fold_layers(*problem.layers), problem.numbers
         with Recorder():
-            along, core, metric = fold_measure(*problem.inputs)
+            delta, mean, scalars = fold_prepare(layers, numbers)
+            along, core, metric = fold_measure(layers, numbers, delta)
             sound = torch.ones((), dtype=torch.bool, device=DEVICE)
-            fold_rows(*problem.inputs, along, problem.mixing, sound, problem.before)
-    assert seen == ["eva_kernels::fold_measure", "eva_kernels::fold_rows"]
-    assert (along.shape, core.shape, metric.shape) == ((2, 8), (2, 8, 8), (2, 8, 8))
-    assert {t.device.type for t in (along, core, metric)} == {"cuda"}
+            mixed = along, mean, problem.mixing, problem.told, sound
+            fold_rows(layers, numbers, delta, *mixed)
+    assert seen == ["fold_prepare", "fold_measure", "fold_rows"]
+    shapes = [tuple(t.shape) for t in (delta, mean, scalars, along, core, metric, layers.saved)]
+    assert shapes == [(2, 600), (2, 600), (2, 3), (2, 8), (2, 8, 8), (2, 8, 8), (8, 600)]
+    assert {t.device.type for t in (delta, mean, scalars, along, core, metric)} == {"cuda"}
+    # the partial sums of four blocks, and afterwards the saved rows
+    assert layers.memory.numel() == 4 * 2 * 2 * 64 * 64
 
 
 @needs_fake_cuda
-def test_auto_is_torch_where_native_code_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_has_native_code() -> None:
     assert not module.runs_natively(torch.empty(2, 8))
     with fake_cuda():
         assert module.runs_natively(torch.empty(2, 8, device=DEVICE))
         assert not module.runs_natively(torch.empty(2, 8, device=DEVICE).double())
         assert not module.runs_natively(torch.empty(MAX_WIDTH + 1, 200, device=DEVICE))
-    monkeypatch.setattr(reference, "fold_measure", lambda *inputs: "plain")
-    assert fold_measure(*Problem(1, 2, 8, torch.device("cpu")).inputs) == "plain"
 
 
 def _bad(**changes: object) -> tuple:
     problem = Problem(2, 3, 10, torch.device("cpu"))
     problem.__dict__.update(changes)
-    return problem.inputs
+    return problem.layers
 
 
+@needs_module
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"bases": []}, EvaValueError, "at least one, not 0 and 2"),
-        ({"products": [torch.ones(3, 10)]}, EvaValueError, "not 2 and 1"),
-        ({"bases": [torch.ones(3, 10).half()] * 2}, EvaTypeError, "float32 or float64"),
-        ({"products": [torch.ones(3, 10), torch.ones(3, 9)]}, EvaValueError, r"products\[1\]"),
-        ({"bases": [torch.ones(3, 10), torch.ones(10, 3).mT]}, EvaValueError, r"bases\[1\].*cont"),
-        ({"products": [torch.ones(3, 10).double()] * 2}, EvaTypeError, r"products\[0\] must be"),
-        ({"delta": torch.ones(2, 10)}, EvaTypeError, "delta must be torch.float64"),
-        ({"numbers": torch.ones(2, 3).double()}, EvaValueError, r"numbers must be .*\(2, 4\)"),
-        ({"numbers": torch.ones(4, 2).double().mT}, EvaValueError, "numbers must be contiguous"),
-        ({"delta": torch.ones(2, 10, device="meta").double()}, EvaValueError, "delta is on meta"),
+        ({"bases": []}, EvaValueError, r"at least once, not \[0, 2, 2"),
+        ({"products": [torch.ones(3, 10)]}, EvaValueError, r"not \[2, 1, 2"),
+        ({"bases": [torch.ones(3, 10).half()] * 2}, EvaTypeError, r"bases\[0\] must be torch.fl"),
+        ({"bases": [torch.ones(129, 130)] * 2}, EvaValueError, "Q at most 128"),
+        ({"products": [torch.ones(3, 9)] * 2}, EvaValueError, r"products\[0\] must be cont"),
+        ({"bases": [torch.ones(10, 3).mT] * 2}, EvaValueError, r"bases\[0\].*contiguous"),
+        ({"shifts": [torch.ones(10)] * 2}, EvaTypeError, r"shifts\[0\] must be torch.float64"),
+        ({"squares": [torch.ones(1).double()] * 2}, EvaValueError, r"squares\[0\] must be"),
+        ({"means": [torch.ones(10, device="meta")] * 2}, EvaValueError, r"means\[0\] is on meta"),
+        ({"kept": [0, 4]}, EvaValueError, "kept must be between 0 and 3"),
     ],
 )  # fmt: skip
-def test_bad_input(changes: dict, error: type, message: str) -> None:
+def test_bad_layers(changes: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        fold_measure(*_bad(**changes))
+        fold_layers(*_bad(**changes))
 
 
+@needs_module
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
+        ("numbers", torch.ones(2, 3).double(), EvaValueError),
+        ("delta", torch.ones(2, 10), EvaTypeError),
         ("along", torch.ones(2, 2).double(), EvaValueError),
-        ("mixing", torch.ones(2, 3, 3), EvaTypeError),
+        ("mean", torch.ones(2, 10).double(), EvaTypeError),
+        ("mixing", torch.ones(2, 3, 3).double().mT, EvaValueError),
+        ("told", torch.ones(2, 2).double(), EvaValueError),
         ("sound", torch.ones(()), EvaTypeError),
-        ("before", [torch.ones(0, 10)], EvaValueError),
-        ("before", [torch.ones(4, 10), torch.ones(0, 10)], EvaValueError),
     ],
 )
-def test_bad_input_of_rows(name: str, value: object, error: type) -> None:
+def test_bad_input_of_rows(name: str, value: Tensor, error: type) -> None:
     problem = Problem(2, 3, 10, torch.device("cpu"))
+    if name == "mixing":
+        value = torch.ones(3, 2, 3).double().transpose(0, 1)
     given = {
+        "numbers": problem.numbers,
+        "delta": torch.ones(2, 10).double(),
         "along": torch.ones(2, 3).double(),
+        "mean": torch.ones(2, 10),
         "mixing": problem.mixing,
+        "told": problem.told,
         "sound": torch.ones((), dtype=torch.bool),
-        "before": problem.before,
     }
     with pytest.raises(error, match=name):
-        fold_rows(*problem.inputs, **{**given, name: value})
+        fold_rows(fold_layers(*problem.layers), **{**given, name: value})
 
 
-def test_explicit_native_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EvaValueError, match="one of auto, native, torch, not 'triton'"):
-        fold_measure(*_bad(), backend="triton")
-    wide = Problem(1, MAX_WIDTH + 1, 130, torch.device("cpu"))
-    with pytest.raises(EvaValueError, match="Q up to 128, not 129"):
-        fold_measure(*wide.inputs, backend="native")
-    doubled = _bad(
-        bases=[torch.ones(3, 10).double()] * 2, products=[torch.ones(3, 10).double()] * 2
-    )
-    with pytest.raises(EvaTypeError, match=r"float32 bases, not torch\.float64"):
-        fold_measure(*doubled, backend="native")
+def test_no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "MODULES", {"cpu": "eva_kernels._absent"})
     _native._import.cache_clear()
     with pytest.raises(EvaRuntimeError, match=r"backend='native' cannot run.*_absent"):
-        fold_measure(*_bad(), backend="native")
+        fold_layers(*_bad())
     _native._import.cache_clear()

@@ -160,7 +160,7 @@ def test_labels_are_unique_and_shapes_are_those_of_models() -> None:
     shapes = {(c.shape["D"], c.shape["N"], c.shape["Q"]) for c in cases if c.op == "sketch"}
     wanted = {(d, n, q) for d in (4096, 11008) for n in (2048, 8192) for q in (64, 128)}
     assert wanted <= shapes
-    ops = {"sketch", "gram", "convergence", "eigh", "fold_measure", "fold_rows"}
+    ops = {"sketch", "gram", "convergence", "eigh", "fold_measure", "fold_rows", "nystrom"}
     assert {case.op for case in cases} == ops
     layers = next(c.shape["L"] for c in cases if c.op == "convergence")
     assert layers == 128

@@ -96,9 +96,10 @@ def test_every_architecture_is_compiled_without_a_warning(built: Path) -> None:
 def test_it_loads_without_a_driver_and_a_launch_says_so(built: Path) -> None:
     code = """
 answer = {"devices": cuda.device_count()}
-fold = (0, 1, 1, 1, 0, 0, 0, 0)
+fold = (0, 1, 1, 1, 0, 0, 0)
 calls = {"convergence": (0, 1, 1, 0.5, 0, 0), "eigh": (0, 1, 1, 0, 0)}
-calls |= {"fold_measure": (*fold, 16, 0, 0, 0), "fold_rows": (*fold, 0, 0)}
+calls |= {"fold_prepare": (*fold, 0, 0), "fold_measure": (*fold, 16, 0, 0, 0)}
+calls |= {"fold_rows": (*fold, 0, 0, 0, 0), "nystrom": (0, 0, 0, 1, 1, 0.0, 0.0, 0, 0, 0)}
 for name, arguments in calls.items():
     try:
         getattr(cuda, name)(*arguments, 0, 0)
@@ -108,5 +109,6 @@ print(json.dumps(answer))
 """
     answer = ask(built, code)
     assert answer["devices"] == 0
-    for name in ("convergence", "eigh", "fold_measure", "fold_rows"):
+    passes = "fold_prepare", "fold_measure", "fold_rows"
+    for name in ("convergence", "eigh", "nystrom", *passes):
         assert re.match(r"eva_kernels: cuda\w+: .*\(cudaError\w+\)", answer[name]), answer

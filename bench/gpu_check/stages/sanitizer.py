@@ -14,7 +14,8 @@ from ..context import Context, StageFailed, StageSkipped
 from ..record import ROOT
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
-TESTS = tuple(f"tests/ops/test_{name}.py" for name in ("convergence", "eigh", "fold_passes"))
+OPS = ("convergence", "eigh", "fold_passes", "nystrom")
+TESTS = tuple(f"tests/ops/test_{name}.py" for name in OPS)
 NATIVE = "native or graded"  # tests that launch them
 # The tools instrument our kernels alone: all of torch's would take minutes.
 OURS = "kns=eva_kernels"  # a substring of the mangled names: the namespace

@@ -1,0 +1,63 @@
+"""The ``nystrom`` op: the (Q, Q) part of a fold for all layer inputs in one launch."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from eva_kernels import ops
+from eva_kernels.streaming.nystrom import LOOSE, Nystrom, nystrom_plain
+
+from ._case import Case, Prepared
+
+SHAPES = [("Llama-2-7B", 128, 64), ("Llama-2-7B", 128, 128)]
+LIMIT = 1e-9
+SINGLE = torch.float32
+
+
+def cases(small: bool = False) -> list[Case]:
+    """Return the cases of a GPU, or small ones for a rehearsal."""
+    shapes = [("tiny", 3, 16)] if small else SHAPES
+    return [
+        Case(
+            op="nystrom",
+            model=model,
+            shape={"L": count, "Q": q},
+            make=functools.partial(_make, count, q),
+            dtype=torch.float64,
+        )
+        for model, count, q in shapes
+    ]
+
+
+def _make(count: int, q: int, device: torch.device) -> Prepared:
+    core, metric = _steady(count, q, device)
+    ceiling = core.new_full((count,), 1e6)
+
+    def native() -> Nystrom:
+        return Nystrom(*ops.nystrom(core, metric, ceiling, LOOSE[SINGLE]))
+
+    def plain() -> Nystrom:
+        # which writes to both
+        return nystrom_plain(core.clone(), metric.clone(), ceiling, SINGLE)
+
+    found, wanted = native().squares, plain().squares
+    return Prepared(
+        competitors={"native": native, "torch": plain},
+        errors={"native": float((found - wanted).abs().max() / wanted.max())},
+        limit=LIMIT,
+        flops=0.0,  # an iteration: its number of operations is not known beforehand
+        nbytes=3.0 * core.nbytes,
+    )
+
+
+def _steady(count: int, q: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return core and metric of a basis near the eigenvectors of C, as after a few steps."""
+    features = 4 * q
+    draw = torch.randn(count, features, features, dtype=torch.float64, device=device)
+    near = torch.eye(features, dtype=torch.float64, device=device) + 0.05 * draw / features**0.5
+    vectors = torch.linalg.qr(near).Q
+    spectrum = torch.logspace(0, -4, features, dtype=torch.float64, device=device)
+    image = (vectors[:, :q] * spectrum) @ vectors.mT
+    return image[:, :, :q].contiguous(), image @ image.mT

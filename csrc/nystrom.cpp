@@ -1,0 +1,213 @@
+#include "nystrom.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "eigh.h"
+
+namespace eva_kernels {
+namespace {
+
+// A square matrix, row-major.
+struct Matrix {
+  explicit Matrix(int width) : width(width), entries(size_t(width) * width) {}
+  Matrix(int width, const double* from) : width(width), entries(from, from + width * width) {}
+
+  double& at(int i, int j) { return entries[i * width + j]; }
+  double at(int i, int j) const { return entries[i * width + j]; }
+
+  int width;
+  std::vector<double> entries;
+};
+
+template <class Entry>
+Matrix matrix_of(int width, Entry entry) {
+  Matrix out(width);
+  for (int i = 0; i < width; ++i) {
+    for (int j = 0; j < width; ++j) out.at(i, j) = entry(i, j);
+  }
+  return out;
+}
+
+Matrix product(const Matrix& left, const Matrix& right) {
+  Matrix out(left.width);
+  for (int i = 0; i < left.width; ++i) {
+    for (int k = 0; k < left.width; ++k) {
+      for (int j = 0; j < left.width; ++j) out.at(i, j) += left.at(i, k) * right.at(k, j);
+    }
+  }
+  return out;
+}
+
+Matrix transposed(const Matrix& of) {
+  return matrix_of(of.width, [&](int i, int j) { return of.at(j, i); });
+}
+
+// L^-1 of the Cholesky factor L. Rows and columns whose pivot is not above `cut` are left out:
+// these rows are 0.
+struct InverseFactor {
+  Matrix rows;
+  std::vector<bool> kept;
+  double norm = 0.0;  // |L^-1|_F^2
+
+  int rank() const { return static_cast<int>(std::count(kept.begin(), kept.end(), true)); }
+};
+
+InverseFactor inverse_factor(const Matrix& matrix, double cut) {
+  const int width = matrix.width;
+  Matrix lower(width);
+  InverseFactor out{Matrix(width), std::vector<bool>(width)};
+  for (int i = 0; i < width; ++i) {
+    double pivot = matrix.at(i, i);
+    for (int j = 0; j < i; ++j) {
+      if (!out.kept[j]) continue;
+      double rest = matrix.at(i, j);
+      for (int k = 0; k < j; ++k) rest -= lower.at(i, k) * lower.at(j, k);
+      lower.at(i, j) = rest / lower.at(j, j);
+      pivot -= lower.at(i, j) * lower.at(i, j);
+    }
+    out.kept[i] = pivot > cut;
+    if (!out.kept[i]) {
+      for (int j = 0; j < i; ++j) lower.at(i, j) = 0.0;
+      continue;
+    }
+    lower.at(i, i) = std::sqrt(pivot);
+    for (int j = 0; j <= i; ++j) {
+      double rest = i == j ? 1.0 : 0.0;
+      for (int k = j; k < i; ++k) rest -= lower.at(i, k) * out.rows.at(k, j);
+      out.rows.at(i, j) = rest / lower.at(i, i);
+      out.norm += out.rows.at(i, j) * out.rows.at(i, j);
+    }
+  }
+  return out;
+}
+
+struct Pairs {
+  std::vector<double> values;  // ascending
+  Matrix vectors;              // rows
+};
+
+Pairs eigenpairs(const Matrix& matrix) {
+  Pairs out{std::vector<double>(matrix.width), Matrix(matrix.width)};
+  eigh_cpu({matrix.entries.data(), 1, matrix.width, out.values.data(), out.vectors.entries.data()});
+  return out;
+}
+
+// 1 / sqrt(x) where x is above the floor, otherwise 0.
+double inverse_root(double x, double floor) { return x > floor ? 1.0 / std::sqrt(x) : 0.0; }
+
+// What scales the core to a unit diagonal.
+std::vector<double> scale_of(const Matrix& core) {
+  double largest = 0.0;
+  for (int i = 0; i < core.width; ++i) largest = std::max(largest, core.at(i, i));
+  std::vector<double> scale(core.width);
+  for (int i = 0; i < core.width; ++i) {
+    scale[i] = inverse_root(core.at(i, i), largest * kNystromNoise);
+  }
+  return scale;
+}
+
+Matrix scaled_core(const Matrix& core, const std::vector<double>& scale) {
+  return matrix_of(core.width, [&](int i, int j) {
+    return core.at(std::max(i, j), std::min(i, j)) * scale[i] * scale[j];
+  });
+}
+
+// Rows that whiten the core, unless it is not finite.
+std::optional<Matrix> whitener(const Matrix& core) {
+  const int width = core.width;
+  const std::vector<double> scale = scale_of(core);
+  const Matrix scaled = scaled_core(core, scale);
+  const InverseFactor inverse = inverse_factor(scaled, 0.0);
+  if (inverse.rank() == width && inverse.norm < kNystromRegular) {
+    return matrix_of(width, [&](int i, int j) { return inverse.rows.at(i, j) * scale[j]; });
+  }
+  const Pairs pairs = eigenpairs(scaled);
+  if (!eigh_is_finite(pairs.values.back())) return std::nullopt;
+  return matrix_of(width, [&](int i, int j) {
+    return inverse_root(pairs.values[i], kNystromCut) * pairs.vectors.at(i, j) * scale[j];
+  });
+}
+
+// Rows that whiten what a Cholesky factor with this cut leaves of the core; those left out come
+// last, and are 0.
+Matrix span_of(const Matrix& core, double cut, int& rank) {
+  const std::vector<double> scale = scale_of(core);
+  const InverseFactor inverse = inverse_factor(scaled_core(core, scale), cut);
+  Matrix out(core.width);
+  rank = 0;
+  for (int i = 0; i < core.width; ++i) {
+    if (!inverse.kept[i]) continue;
+    for (int j = 0; j < core.width; ++j) out.at(rank, j) = inverse.rows.at(i, j) * scale[j];
+    ++rank;
+  }
+  return out;
+}
+
+// What the overlaps of rows miss to those of orthonormal ones.
+Matrix missing(const Matrix& rows, const Matrix& metric, int rank) {
+  Matrix out = product(product(rows, metric), transposed(rows));
+  for (int i = 0; i < rank; ++i) out.at(i, i) -= 1.0;
+  return out;
+}
+
+int rank_of(const std::vector<double>& ascending, double ceiling) {
+  const double floor = kNystromNoise * std::max(ascending.back(), 0.0);
+  int rank = 0;
+  for (const double value : ascending) rank += value > floor;  // NaN is not
+  return std::min(rank, static_cast<int>(std::max(ceiling, 0.0)));
+}
+
+void solve(const NystromArgs& args, int64_t layer) {
+  const int width = args.width;
+  const int64_t size = int64_t(width) * width;
+  const Matrix core(width, args.core + layer * size), metric(width, args.metric + layer * size);
+  const NystromTold told = told_of(args, layer);
+  std::fill_n(told.squares, width, 0.0);
+  for (int i = 0; i < width; ++i) {
+    told.captured[i] = core.at(i, i) < 0.0 ? 0.0 : core.at(i, i);  // NaN stays
+  }
+  double* mixing = args.mixing + layer * size;
+  const auto finish = [&](const Matrix& rows, int rank, bool uneven) {
+    *told.rank = rank;
+    *told.uneven = uneven;
+    const Matrix out = transposed(rows);
+    std::copy(out.entries.begin(), out.entries.end(), mixing);
+  };
+
+  if (args.span > 0.0) {
+    int left = 0;
+    const Matrix rows = span_of(core, args.span, left);
+    return finish(rows, left, left < width);
+  }
+  const auto rows = whitener(core);
+  if (!rows) return finish(Matrix(width), 0, true);
+  const Pairs pairs = eigenpairs(product(product(*rows, metric), transposed(*rows)));
+  if (!eigh_is_finite(pairs.values.back())) return finish(Matrix(width), 0, true);
+  const int rank = rank_of(pairs.values, args.ceiling[layer]);
+  Matrix found =
+      product(matrix_of(width,
+                        [&](int i, int j) {
+                          if (i >= rank) return 0.0;
+                          const int from = width - 1 - i;
+                          return pairs.vectors.at(from, j) / std::sqrt(pairs.values[from]);
+                        }),
+              *rows);
+  for (int i = 0; i < rank; ++i) told.squares[i] = pairs.values[width - 1 - i];
+  double farthest = 0.0;
+  for (const double miss : missing(found, metric, rank).entries) {
+    farthest = std::max(farthest, std::fabs(miss));
+  }
+  finish(found, rank, rank < width || !(farthest <= args.loose));
+}
+
+}  // namespace
+
+void nystrom_cpu(const NystromArgs& args) {
+  if (args.width == 0) return;
+  for (int64_t layer = 0; layer < args.n_layers; ++layer) solve(args, layer);
+}
+
+}  // namespace eva_kernels

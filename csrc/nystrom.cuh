@@ -1,0 +1,301 @@
+// Device code of the (width, width) part of a fold. It includes no CUDA header, so that the tests
+// can compile the same text with a host compiler (tests/emulator).
+//
+// One block a layer does all of it, in the order of eva_kernels/streaming/nystrom.py: as single
+// launches these are some seventy, and each is over before the host has the next one ready. The
+// block decides for itself what a host would have to read numbers for: it whitens by a Cholesky
+// factor, which takes about a thirtieth of the time of eigenvectors, unless the core is singular.
+//
+// Matrices are row-major. Below, rows of R whiten: R C R^T = 1 with C = core. What is multiplied
+// stands in global memory, where the L1 cache holds it; the triangle of the eigen-decomposition is
+// also where the Cholesky factorisation works.
+#pragma once
+
+#include "eigh.cuh"
+#include "nystrom.h"
+
+namespace eva_kernels {
+
+constexpr int kProductRows = 8;  // rows of a product that a thread makes, of one column
+
+struct NystromBlock {
+  EighBlock eigh;
+  double* scale;   // (width,), shared
+  double* values;  // (width,), shared
+  int width;
+};
+
+// The sum or the largest over a block, in a fixed order, for every thread.
+template <class Join>
+__device__ __forceinline__ double over_block(double x, Join join) {
+  __shared__ double of_warp[kEighMaxThreads / kLanes];
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    x = join(x, __shfl_down_sync(0xffffffffu, x, offset));
+  }
+  __syncthreads();  // what was joined before has been read
+  if (threadIdx.x % kLanes == 0) of_warp[threadIdx.x / kLanes] = x;
+  __syncthreads();
+  x = of_warp[0];
+  for (int i = 1; i < static_cast<int>(blockDim.x) / kLanes; ++i) x = join(x, of_warp[i]);
+  return x;
+}
+
+struct Sum {
+  __device__ __forceinline__ double operator()(double x, double y) const { return x + y; }
+};
+
+struct Largest {
+  __device__ __forceinline__ double operator()(double x, double y) const { return fmax(x, y); }
+};
+
+// out = left right, and its transpose where one is wanted. Threads of a warp take neighbouring
+// columns, so that they read one number of `left` and neighbours of `right`.
+__device__ __forceinline__ void multiply(const double* left, const double* right, int width,
+                                         double* out, double* transposed = nullptr) {
+  const int strips = (width + kProductRows - 1) / kProductRows;
+  for (int task = threadIdx.x; task < strips * width; task += blockDim.x) {
+    const int column = task % width;
+    const int first = task / width * kProductRows;
+    int row[kProductRows];
+#pragma unroll
+    for (int i = 0; i < kProductRows; ++i) {
+      row[i] = (first + i < width ? first + i : width - 1) * width;
+    }
+    double sum[kProductRows] = {};
+    for (int k = 0; k < width; ++k) {
+      const double x = right[k * width + column];
+#pragma unroll
+      for (int i = 0; i < kProductRows; ++i) sum[i] += left[row[i] + k] * x;
+    }
+#pragma unroll
+    for (int i = 0; i < kProductRows; ++i) {
+      if (first + i >= width) break;
+      out[(first + i) * width + column] = sum[i];
+      if (transposed != nullptr) transposed[column * width + first + i] = sum[i];
+    }
+  }
+  __syncthreads();
+}
+
+// Factor the matrix in the triangle, M = L L^T, and put L^-1 into the vectors, zeros above its
+// diagonal. Rows and columns whose pivot is not above `cut` are left out: their rows are of no use.
+// Every thread returns how many are not in `rank`, and if that is all, |L^-1|_F^2.
+__device__ __forceinline__ double invert_factor(const EighBlock& block, double cut, int& rank) {
+  const int width = block.width;
+  for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
+    block.vectors[i] = i / width == i % width ? 1.0 : 0.0;
+  }
+  // M = U D U^T with a unit lower U: a step needs no square root, and so one barrier only.
+  rank = 0;
+  for (int k = 0; k < width; ++k) {
+    __syncthreads();
+    const double pivot = block.at(k, k);
+    if (!(pivot > cut)) continue;
+    ++rank;
+    const double inverse = 1.0 / pivot;
+    const double* of_pivot = block.vectors + k * width;
+    for (int i = threadIdx.x; i < (width - 1 - k) * width; i += blockDim.x) {
+      const int row = k + 1 + i / width, column = i % width;
+      if (column > row) continue;
+      const double factor = block.at(row, k) * inverse;
+      if (column > k) {
+        block.at(row, column) -= factor * block.at(column, k);
+      } else {
+        block.vectors[row * width + column] -= factor * of_pivot[column];
+      }
+    }
+  }
+  __syncthreads();
+  double squares = 0.0;
+  for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
+    const int row = i / width;
+    const double entry = block.vectors[i] / sqrt(block.at(row, row));
+    block.vectors[i] = entry;
+    squares += entry * entry;
+  }
+  return over_block(squares, Sum());  // its barriers publish the vectors
+}
+
+// Eigenvalues, ascending, into values, and eigenvectors, as rows, into `vectors`, which is not the
+// block's own. False for every thread where the matrix is not finite.
+__device__ __forceinline__ bool eigenpairs(const NystromBlock& block, const double* matrix,
+                                           double* vectors) {
+  bool finite = false;
+  const int exponent = load(block.eigh, matrix, finite);
+  if (!finite) return false;
+  for (int i = 0; i < kEighMaxSweeps && sweep(block.eigh); ++i) {
+  }
+  store(block.eigh, exponent, block.values, vectors);
+  return true;
+}
+
+// Fill scale and what the layer's old rows capture.
+__device__ __forceinline__ void grade(const NystromBlock& block, const double* core,
+                                      double* captured) {
+  double largest = 0.0;
+  for (int i = threadIdx.x; i < block.width; i += blockDim.x) {
+    const double entry = core[i * (block.width + 1)];
+    const double positive = entry < 0.0 ? 0.0 : entry;  // NaN stays
+    block.scale[i] = captured[i] = positive;
+    largest = fmax(largest, positive);
+  }
+  const double floor = over_block(largest, Largest()) * kNystromNoise;
+  for (int i = threadIdx.x; i < block.width; i += blockDim.x) {
+    const double entry = block.scale[i];
+    block.scale[i] = entry > floor ? 1.0 / sqrt(entry) : 0.0;
+  }
+  __syncthreads();
+}
+
+// The lower triangle of the scaled core.
+__device__ __forceinline__ double scaled_core(const NystromBlock& block, const double* core,
+                                              int entry) {
+  const int row = entry / block.width, column = entry % block.width;
+  return core[entry] * block.scale[row] * block.scale[column];
+}
+
+__device__ __forceinline__ void fill_triangle(const NystromBlock& block, const double* core) {
+  for (int i = threadIdx.x; i < block.width * block.width; i += blockDim.x) {
+    const int row = i / block.width, column = i % block.width;
+    if (column <= row) block.eigh.at(row, column) = scaled_core(block, core, i);
+  }
+}
+
+// Rows R that whiten the core, and their transpose. `vectors` is overwritten. False for every
+// thread where the core is not finite.
+__device__ __forceinline__ bool whiten(const NystromBlock& block, const double* core, double* rows,
+                                       double* transposed, double* vectors) {
+  const int width = block.width;
+  fill_triangle(block, core);
+  const double* whitener = block.eigh.vectors;
+  int rank = 0;
+  const double norm = invert_factor(block.eigh, 0.0, rank);
+  const bool regular = rank == width && norm < kNystromRegular;
+  if (!regular) {
+    for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
+      vectors[i] = i % width <= i / width ? scaled_core(block, core, i) : 0.0;
+    }
+    __syncthreads();
+    if (!eigenpairs(block, vectors, vectors)) return false;
+    whitener = vectors;
+  }
+  for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
+    const double value = regular ? 1.0 : block.values[i / width];
+    const double factor = value > kNystromCut ? 1.0 / sqrt(value) : 0.0;
+    const double entry = factor * whitener[i] * block.scale[i % width];
+    rows[i] = entry;
+    transposed[i % width * width + i / width] = entry;
+  }
+  __syncthreads();
+  return true;
+}
+
+// The transpose of rows that whiten the core, without those that a Cholesky factor with this cut
+// leaves out. Every thread returns how many there are.
+__device__ __forceinline__ int whiten_span(const NystromBlock& block, const double* core,
+                                           double cut, double* transposed) {
+  const int width = block.width;
+  fill_triangle(block, core);
+  int rank = 0;
+  invert_factor(block.eigh, cut, rank);
+  for (int i = threadIdx.x; i < width * width; i += blockDim.x) transposed[i] = 0.0;
+  __syncthreads();
+  for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
+    const int row = i / width;
+    if (!(block.eigh.at(row, row) > cut)) continue;
+    int place = 0;  // rows that are left stand first
+    for (int j = 0; j < row; ++j) place += block.eigh.at(j, j) > cut;
+    transposed[i % width * width + place] = block.eigh.vectors[i] * block.scale[i % width];
+  }
+  return rank;
+}
+
+// Divide the eigenvectors by the roots of their values, descending, 0 beyond the rank, which every
+// thread returns; tells the host the squares.
+__device__ __forceinline__ int normalise(const NystromBlock& block, const double* vectors,
+                                         double ceiling, double* out, double* squares) {
+  const int width = block.width;
+  const double largest = fmax(block.values[width - 1], 0.0);
+  int rank = 0;
+  while (rank < width && block.values[width - 1 - rank] > kNystromNoise * largest) ++rank;
+  if (rank > ceiling) rank = static_cast<int>(fmax(ceiling, 0.0));
+  for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
+    const int row = i / width, from = width - 1 - row;
+    const double factor = row < rank ? 1.0 / sqrt(block.values[from]) : 0.0;
+    out[i] = factor * vectors[from * width + i % width];
+  }
+  for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    squares[i] = i < rank ? block.values[width - 1 - i] : 0.0;
+  }
+  __syncthreads();
+  return rank;
+}
+
+__device__ __forceinline__ double farthest(const double* overlaps, int rank, int width) {
+  double miss = 0.0;
+  for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
+    const int row = i / width;
+    const double target = row == i % width && row < rank ? 1.0 : 0.0;
+    miss = fmax(miss, fabs(overlaps[i] - target));
+  }
+  return over_block(miss, Largest());
+}
+
+__device__ __forceinline__ void tell(const NystromTold& told, int width, int rank, bool uneven) {
+  for (int i = threadIdx.x; i < width; i += blockDim.x) told.squares[i] = 0.0;
+  if (threadIdx.x == 0) *told.rank = rank, *told.uneven = uneven;
+}
+
+// What is left of a layer whose numbers are of no use: no row.
+__device__ __forceinline__ void give_up(int width, const NystromTold& told, double* mixing) {
+  tell(told, width, 0, true);
+  for (int i = threadIdx.x; i < width * width; i += blockDim.x) mixing[i] = 0.0;
+}
+
+// Grid: layers; threads: eigh_threads(width); dynamic shared memory: eigh_shared_size doubles.
+template <bool kVectorsInShared>
+__global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs args) {
+  EVA_DYNAMIC_SHARED(double, shared);
+  __shared__ double scale[kEighMaxWidth], values[kEighMaxWidth];
+  const int width = args.width;
+  const int64_t size = int64_t(width) * width, layer = blockIdx.x;
+  double* a = args.scratch + layer * kNystromScratch * size;
+  double *b = a + size, *c = b + size;
+  double* mixing = args.mixing + layer * size;
+  const double* metric = args.metric + layer * size;
+  const NystromTold told = told_of(args, layer);
+
+  NystromBlock block{{}, scale, values, width};
+  block.eigh.width = width;
+  block.eigh.players = even_width(width);
+  block.eigh.triangle = shared;
+  block.eigh.rotations = reinterpret_cast<Rotation*>(shared + triangle(block.eigh.players));
+  // Where they are in global memory, nothing else of that scratch is alive while they are.
+  block.eigh.vectors = kVectorsInShared ? shared + eigh_shared_size(width, false) : c;
+
+  grade(block, args.core + layer * size, told.captured);
+  if (args.span > 0.0) {
+    const int rank = whiten_span(block, args.core + layer * size, args.span, mixing);
+    tell(told, width, rank, rank < width);
+    return;
+  }
+  // rows R in a, their transpose in mixing
+  if (!whiten(block, args.core + layer * size, a, mixing, b)) {
+    give_up(width, told, mixing);
+    return;
+  }
+  multiply(a, metric, width, c);
+  multiply(c, mixing, width, b);  // G = R (Y Y^T) R^T
+  if (!eigenpairs(block, b, b)) {
+    give_up(width, told, mixing);
+    return;
+  }
+  const int rank = normalise(block, b, args.ceiling[layer], c, told.squares);
+  multiply(c, a, width, b, mixing);  // the new rows as mixtures of those of Y
+  multiply(b, metric, width, a);
+  multiply(a, mixing, width, c);
+  const double miss = farthest(c, rank, width);
+  if (threadIdx.x == 0) *told.rank = rank, *told.uneven = rank < width || !(miss <= args.loose);
+}
+
+}  // namespace eva_kernels

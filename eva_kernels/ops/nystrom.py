@@ -1,0 +1,108 @@
+"""The (Q, Q) part of a fold for all layers at once, in one launch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import _native
+from ..errors import EvaTypeError, EvaValueError
+from ._dispatch import define_operator
+from .eigh import MAX_WIDTH, widest
+
+__all__ = ["nystrom", "runs_natively"]
+
+SCRATCH = 3  # (Q, Q) matrices a layer, see csrc/nystrom.h
+
+
+def runs_natively(core: Tensor) -> bool:
+    """Tell whether there is native code for matrices (L, Q, Q) on an accelerator.
+
+    On a simulated GPU there is: what a simulation is asked for is a machine with the module.
+    """
+    width, device = core.shape[-1], core.device
+    if device.type != "cuda" or width > MAX_WIDTH:
+        return False
+    if isinstance(core, FakeTensor):
+        return True
+    return _native.load_or_none("cuda") is not None and width <= widest(device.index)
+
+
+@torch.no_grad()
+def nystrom(
+    core: Tensor, metric: Tensor, ceiling: Tensor, loose: float, *, span: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Decompose C from the image ``Y = V C`` of a basis V of Q rows, for L layers.
+
+    The native twin of ``streaming.nystrom.nystrom``, which has the mathematics.
+
+    Args:
+        core: ``B = Y V^T``, float64 (L, Q, Q); the lower triangles count.
+        metric: ``Y Y^T``, float64 (L, Q, Q), symmetric.
+        ceiling: the rank is at most this, float64 (L,).
+        loose: rows that miss orthonormal by more than this are uneven.
+        span: if not 0, rows that whiten the core will do, by a Cholesky factor of the core scaled
+            to a unit diagonal, without those of which it leaves no more than this; a thirtieth of
+            the time. Then ``metric`` is not read, and there are no squares.
+
+    Returns:
+        ``mixing`` (L, Q, Q), ``mixing^T Y`` are the new rows; ``told`` (L, 2 + 2 Q): rank, uneven
+        (0 or 1), squares (Q), captured (Q). Both float64, without a synchronisation.
+
+    Raises:
+        EvaValueError, EvaTypeError: shapes, devices or dtypes do not fit, or Q is above 128.
+        EvaRuntimeError: the module for this device was not built.
+
+    Numerics: float64. Whitens by a Cholesky factor where that cuts nothing off, by eigenvectors
+        where the core is singular. The same bits for the same input and device. A layer that is
+        not finite has rank 0, and no other notices.
+    Cost: one eigen-decomposition and some 25 ``Q^3`` flops a layer; memory 4 (Q, Q) a layer.
+    Reference: Tropp, Yurtsever, Udell and Cevher 2017, arXiv 1706.05736.
+    """
+    _check(core, metric, ceiling)
+    return _nystrom(
+        core.contiguous(), metric.contiguous(), ceiling.contiguous(), float(loose), float(span)
+    )
+
+
+def _run(
+    core: Tensor, metric: Tensor, ceiling: Tensor, loose: float, span: float
+) -> tuple[Tensor, Tensor]:
+    module = _native.load(core.device.type)
+    mixing, told = _empty_results(core)
+    count, width = core.shape[:2]
+    scratch = core.new_empty(SCRATCH * core.numel() if core.device.type == "cuda" else 0)
+    inputs = core.data_ptr(), metric.data_ptr(), ceiling.data_ptr(), count, width, loose, span
+    outputs = scratch.data_ptr(), mixing.data_ptr(), told.data_ptr()
+    _native.call(module, "nystrom", *inputs, *outputs, device=core.device)
+    return mixing, told
+
+
+def _empty_results(core: Tensor, *given: object) -> tuple[Tensor, Tensor]:
+    count, width = core.shape[:2]
+    return core.new_empty(core.shape), core.new_empty(count, 2 + 2 * width)
+
+
+_nystrom = define_operator(
+    "nystrom",
+    "(Tensor core, Tensor metric, Tensor ceiling, float loose, float span) -> (Tensor, Tensor)",
+    _run,
+    _empty_results,
+)
+
+
+def _check(core: Tensor, metric: Tensor, ceiling: Tensor) -> None:
+    given = {"core": core, "metric": metric, "ceiling": ceiling}
+    for name, tensor in given.items():
+        if tensor.dtype != torch.float64:
+            raise EvaTypeError(f"{name} must be float64, not {tensor.dtype}")
+        if tensor.device != core.device:
+            raise EvaValueError(f"{name} is on {tensor.device}, core on {core.device}")
+    if core.dim() != 3 or core.shape[1] != core.shape[2] or metric.shape != core.shape:
+        shapes = f"{tuple(core.shape)} and {tuple(metric.shape)}"
+        raise EvaValueError(f"core and metric must both be (L, Q, Q), not {shapes}")
+    if ceiling.shape != core.shape[:1]:
+        raise EvaValueError(f"ceiling must be ({len(core)},), not {tuple(ceiling.shape)}")
+    if core.shape[1] > MAX_WIDTH:
+        raise EvaValueError(f"Q is at most {MAX_WIDTH}, not {core.shape[1]}")

@@ -1,0 +1,58 @@
+"""Sketched layer inputs of one shape on their way through a fold of native code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..ops.fold import fold_layers, fold_measure, fold_prepare, fold_rows
+from .batch import Batch, head_of
+from .state import SketchState, StepSums
+
+__all__ = ["NativeSketchBatch"]
+
+
+class NativeSketchBatch(Batch):
+    """As :class:`.batch.SketchBatch`, in six launches whatever the number of layers.
+
+    Args:
+        states: what the sums are to be folded into.
+        sums: about each state's mean; every count at least 1.
+        kept: how many leading rows of each basis :meth:`renew` will be asked to return.
+    """
+
+    def __init__(
+        self, states: Sequence[SketchState], sums: Sequence[StepSums], kept: Sequence[int]
+    ) -> None:
+        super().__init__(states, states[0].basis.numel() * 8)
+        self.numbers, self.starts = head_of(states, sums)
+        self.ceiling = self.numbers[:, 2]
+        self._layers = fold_layers(
+            [s.basis for s in states],
+            [s.products for s in sums],
+            [s.shift for s in sums],
+            [s.square for s in sums],
+            [s.mean for s in states],
+            kept,
+        )
+        self._delta, self.mean, self.scalars = fold_prepare(self._layers, self.numbers)
+
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """See :class:`Batch`."""
+        self._along, core, metric = fold_measure(self._layers, self.numbers, self._delta)
+        return core, metric
+
+    def renew(self, sound: Tensor, kept: Sequence[int]) -> Tensor:
+        """See :class:`Batch`."""
+        fold_rows(
+            self._layers,
+            self.numbers,
+            self._delta,
+            self._along,
+            self.mean,
+            self.found.mixing,
+            self.found.told,
+            sound,
+        )
+        return self._layers.saved

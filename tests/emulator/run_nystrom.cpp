@@ -1,0 +1,295 @@
+// Runs the device code of the (Q, Q) part of a fold under several schedules and compares it with
+// the code for the CPU; the same bits whatever the schedule, and where the vectors are kept. Exit
+// code 0 if all agree; otherwise 1 and the first difference. With the argument "small" the widths
+// that take long are left out.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+
+#include "cuda_emulator.h"
+// after the emulator, which stands in for the CUDA headers
+#include "eigh.cpp"
+#include "nystrom.cpp"
+#include "nystrom.cuh"
+
+namespace {
+
+using namespace eva_kernels;
+using Doubles = std::vector<double>;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kLoose = 1e-8;
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::runtime_error(what);
+}
+
+// Y = V C for a random V with orthonormal rows and a C of the given eigenvalues, which has the
+// eigenvectors of a second random basis or, `near`, almost those rows of V themselves.
+struct Layer {
+  std::string name;
+  Doubles squares;
+  double near;  // 0: another basis; otherwise how far off
+  double ceiling = 1e6;
+};
+
+using Rows = std::vector<Doubles>;
+
+double dot(const Doubles& a, const Doubles& b) {
+  double sum = 0.0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void orthonormalise(Rows& rows) {
+  for (int pass = 0; pass < 2; ++pass) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) {
+        const double overlap = dot(rows[i], rows[j]);
+        for (size_t d = 0; d < rows[i].size(); ++d) rows[i][d] -= overlap * rows[j][d];
+      }
+      const double norm = std::sqrt(dot(rows[i], rows[i]));
+      for (double& x : rows[i]) x /= norm;
+    }
+  }
+}
+
+Rows random_rows(int count, int features, std::mt19937& random) {
+  std::normal_distribution<double> normal;
+  Rows rows(count, Doubles(features));
+  for (Doubles& row : rows) {
+    for (double& x : row) x = normal(random);
+  }
+  return rows;
+}
+
+struct Problem {
+  int width;
+  std::vector<Layer> layers;
+  std::vector<Rows> images{};
+  Doubles core{}, metric{}, ceiling{}, mixing{}, told{};
+
+  Problem(int w, std::vector<Layer> given) : width(w), layers(std::move(given)) {
+    std::mt19937 random(w);
+    for (const Layer& layer : layers) add(layer, random);
+    mixing.assign(core.size(), kNan);
+    told.assign(layers.size() * nystrom_told(width), kNan);
+  }
+
+  void add(const Layer& layer, std::mt19937& random) {
+    const int features = 2 * width + 3;
+    Rows basis = random_rows(width, features, random);
+    orthonormalise(basis);
+    if (layer.name == "twice") basis[std::min(1, width - 1)] = basis[0];
+    Rows vectors = random_rows(layer.squares.size(), features, random);
+    if (layer.near > 0.0) {
+      for (size_t i = 0; i < vectors.size(); ++i) {
+        for (int d = 0; d < features; ++d) {
+          vectors[i][d] = basis[i % width][d] + layer.near * vectors[i][d];
+        }
+      }
+    }
+    orthonormalise(vectors);
+    Rows image(width, Doubles(features));
+    for (int i = 0; i < width; ++i) {
+      for (size_t k = 0; k < vectors.size(); ++k) {
+        const double factor = layer.squares[k] * dot(basis[i], vectors[k]);
+        for (int d = 0; d < features; ++d) image[i][d] += factor * vectors[k][d];
+      }
+    }
+    if (layer.name == "noise") {  // of directions that core has, metric knows nothing
+      for (int i = 0; i < width; ++i) {
+        std::fill(image[i].begin(), image[i].end(), 0.0);
+        std::fill(basis[i].begin(), basis[i].end(), 0.0);
+        image[i][i] = std::sqrt(layer.squares[i]);
+        basis[i][i] = 1.0 / image[i][i];
+      }
+    }
+    for (int i = 0; i < width; ++i) {
+      for (int j = 0; j < width; ++j) {
+        // Of core the lower triangle counts.
+        core.push_back(j > i ? kNan : dot(image[i], basis[j]));
+        metric.push_back(dot(image[i], image[j]));
+      }
+    }
+    if (layer.name == "NaN") core[core.size() - width] = kNan;
+    if (layer.name == "NaN in metric") metric.back() = kNan;
+    ceiling.push_back(layer.ceiling);
+    images.push_back(image);
+  }
+
+  NystromArgs args(double span) {
+    return {core.data(),   metric.data(), ceiling.data(), static_cast<int64_t>(layers.size()),
+            width,         kLoose,        span,           nullptr,
+            mixing.data(), told.data()};
+  }
+
+  NystromTold of(int layer) { return told_of(args(0.0), layer); }
+
+  // New rows of a layer.
+  Rows rows(int layer) const {
+    Rows out(width, Doubles(images[layer][0].size()));
+    for (int j = 0; j < width; ++j) {
+      for (int k = 0; k < width; ++k) {
+        const double factor = mixing[(layer * width + k) * width + j];
+        for (size_t d = 0; d < out[j].size(); ++d) out[j][d] += factor * images[layer][k][d];
+      }
+    }
+    return out;
+  }
+};
+
+bool identical(const Doubles& a, const Doubles& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+}
+
+void run_on_device(Problem& problem, double span, bool in_shared, unsigned seed) {
+  NystromArgs args = problem.args(span);
+  const int width = problem.width;
+  Doubles scratch(problem.layers.size() * kNystromScratch * width * width, kNan);
+  args.scratch = scratch.data();
+  emulator::launch<NystromArgs>(
+      in_shared ? nystrom_kernel<true> : nystrom_kernel<false>,
+      static_cast<unsigned>(problem.layers.size()), eigh_threads(width), args, seed,
+      static_cast<int>(sizeof(double)) * eigh_shared_size(width, in_shared));
+}
+
+// Both sides find the same spaces: |<row, row>| of the leading rows, whose values lie apart.
+void compare(Problem& found, Problem& wanted) {
+  for (size_t i = 0; i < found.layers.size(); ++i) {
+    const std::string name = found.layers[i].name + ", width " + std::to_string(found.width);
+    const NystromTold one = found.of(i), other = wanted.of(i);
+    require(*one.rank == *other.rank, name + ": rank " + std::to_string(*one.rank) + ", expected " +
+                                          std::to_string(*other.rank));
+    require(*one.uneven == *other.uneven, name + ": uneven");
+    for (int j = 0; j < found.width; ++j) {
+      const double scale = std::max(1e-30, other.squares[0]);
+      require(std::fabs(one.squares[j] - other.squares[j]) <= 1e-9 * scale, name + ": squares");
+      const bool both = std::isnan(one.captured[j]) && std::isnan(other.captured[j]);
+      require(both || one.captured[j] == other.captured[j], name + ": captured");
+    }
+    const Rows rows = found.rows(i);
+    // Uneven: the host orthonormalises these again, unless it is only that some are missing.
+    const bool whole = found.layers[i].name == "low rank" || found.layers[i].name == "few tokens";
+    const bool left_off = *one.uneven != 0.0 && !whole;
+    for (int j = 0; j < found.width && !left_off; ++j) {
+      for (int k = 0; k <= j; ++k) {
+        const double target = j == k && j < *one.rank ? 1.0 : 0.0;
+        require(std::fabs(dot(rows[j], rows[k]) - target) <= 2 * kLoose,
+                name + ": not orthonormal");
+      }
+    }
+    const Rows expected = wanted.rows(i);
+    for (int j = 0; j < std::min<int>(*one.rank, 3); ++j) {
+      require(std::fabs(std::fabs(dot(rows[j], expected[j])) - 1.0) <= 1e-6, name + ": row");
+    }
+  }
+}
+
+Doubles decaying(int count, double ratio) {
+  Doubles out;
+  for (int i = 0; i < count; ++i) out.push_back(100.0 * std::pow(ratio, i));
+  return out;
+}
+
+constexpr double kSpanCut = 1e-6;
+
+// mixing^T core mixing is 1 up to the rank, and the mixing that of the CPU.
+void check_span(int width) {
+  const Problem given(width, {{"span", decaying(2 * width + 3, 0.9), 0.0},
+                              {"twice", decaying(2 * width + 3, 0.9), 0.0},
+                              {"low rank", decaying((width + 1) / 2, 0.9), 0.0},
+                              {"no rank", {0.0}, 0.0},
+                              {"NaN", decaying(width, 0.9), 0.0}});
+  Problem wanted = given, found = given, other = given;
+  nystrom_cpu(wanted.args(kSpanCut));
+  run_on_device(found, kSpanCut, true, 0);
+  run_on_device(other, kSpanCut, false, 1);
+  require(identical(other.mixing, found.mixing), "span: other bits");
+  const int ranks[] = {width, std::max(1, width - 1), (width + 1) / 2, 0, width - 1};
+  for (int layer = 0; layer < 5; ++layer) {
+    const std::string name = "span of " + given.layers[layer].name;
+    const int rank = ranks[layer];
+    require(*found.of(layer).rank == rank && *wanted.of(layer).rank == rank, name + ": rank");
+    require(*found.of(layer).uneven == (rank < width), name + ": uneven");
+    const size_t first = layer * width * width;
+    const auto at = [&](const Doubles& matrix, int i, int j) {
+      return matrix[first + i * width + j];
+    };
+    for (int j = 0; j < width; ++j) {
+      for (int i = 0; i < width; ++i) {
+        const double off = at(found.mixing, i, j) - at(wanted.mixing, i, j);
+        require(std::fabs(off) <= 1e-8 * (std::fabs(at(wanted.mixing, i, j)) + 1e-3), name);
+        if (j >= rank) require(at(found.mixing, i, j) == 0.0, name + ": rows beyond the rank");
+      }
+      for (int i = 0; i < rank && j < rank && layer < 3; ++i) {
+        double overlap = 0.0;
+        for (int k = 0; k < width; ++k) {
+          for (int l = 0; l < width; ++l) {
+            const double core = at(given.core, std::max(k, l), std::min(k, l));
+            overlap += at(found.mixing, k, i) * core * at(found.mixing, l, j);
+          }
+        }
+        require(std::fabs(overlap - (i == j)) <= 1e-8, name + ": not white");
+      }
+    }
+  }
+}
+
+// The last one is rounding, to judge by the first.
+Doubles with_noise(int width) {
+  Doubles out = decaying(width, 0.9);
+  if (width > 1) out.back() = 1e-14 * out.front();
+  return out;
+}
+
+std::vector<Layer> layers_of(int width) {
+  const double steep = std::pow(1e-10, 1.0 / std::max(1, width - 1));
+  // Far from the basis, rows come out orthonormal to eps times the square of this.
+  const double mild = std::pow(1e-3, 1.0 / width);
+  return {{"steady", decaying(width, 0.9), 1e-3},
+          {"fresh", decaying(2 * width, mild), 0.0},
+          {"graded", decaying(width, steep), 1e-8},
+          {"low rank", decaying((width + 1) / 2, mild * mild), 0.0},
+          {"few tokens", decaying(width, 0.9), 1e-2, std::floor(width / 3.0)},
+          {"nearly singular", decaying(2 * width, std::pow(1e-7, 1.0 / width)), 0.0},
+          {"noise", with_noise(width), 0.0},
+          {"nothing", {0.0}, 0.0},
+          {"NaN", decaying(width, 0.9), 1e-2},
+          {"NaN in metric", decaying(width, 0.9), 1e-2}};
+}
+
+void check(int width, unsigned seeds) {
+  const Problem given(width, layers_of(width));
+  Problem wanted = given;
+  nystrom_cpu(wanted.args(0.0));
+  Problem first = given;
+  run_on_device(first, 0.0, true, 0);
+  compare(first, wanted);
+  for (unsigned seed = 1; seed <= seeds; ++seed) {
+    Problem other = given;
+    run_on_device(other, 0.0, seed % 2 == 0, seed);
+    require(identical(other.mixing, first.mixing) && identical(other.told, first.told),
+            "other bits under seed " + std::to_string(seed));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool small = argc > 1 && std::string(argv[1]) == "small";
+  try {
+    check(1, 3);
+    check(5, 3);
+    check(16, 3);
+    check(33, small ? 1 : 2);
+    check_span(1);
+    check_span(17);
+    if (!small) check(70, 1);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+  std::printf("all agree\n");
+  return 0;
+}

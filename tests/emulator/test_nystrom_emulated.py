@@ -1,0 +1,65 @@
+"""The CUDA kernel of the (Q, Q) part of a fold, run on the CPU, and planted bugs that must show."""
+
+from pathlib import Path
+
+import pytest
+
+from emulation import SANITIZERS, WARNINGS, compile_and_run, with_bug
+
+
+def test_kernel_agrees_under_every_schedule(tmp_path: Path) -> None:
+    done = compile_and_run("run_nystrom.cpp", tmp_path, "-O1", *WARNINGS)
+    assert (done.returncode, done.stdout) == (0, "all agree\n")
+
+
+def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
+    done = compile_and_run("run_nystrom.cpp", tmp_path, *SANITIZERS, small=True)
+    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
+
+
+# What a slip of the pen would do: text as it stands, text with the bug.
+MUTATIONS = {
+    "a product's last rows left out": ("+ kProductRows - 1) / kProductRows", ") / kProductRows"),
+    "row beyond the width": ("first + i < width ? first + i : width - 1", "first + i"),
+    "product not published": (
+        "= sum[i];\n    }\n  }\n  __syncthreads();",
+        "= sum[i];\n    }\n  }",
+    ),
+    "transpose not transposed": (
+        "transposed[column * width + first + i] = sum[i]",
+        "transposed[(first + i) * width + column] = sum[i]",
+    ),
+    "a step of the factor not published": (
+        "k < width; ++k) {\n    __syncthreads();",
+        "k < width; ++k) {",
+    ),
+    "pivot not divided": ("block.at(row, k) * inverse", "block.at(row, k)"),
+    "pivots below the cut taken": ("if (!(pivot > cut)) continue;", ""),
+    "root left out": ("block.vectors[i] / sqrt(block.at(row, row))", "block.vectors[i]"),
+    "norm of a part": ("return over_block(squares, Sum());", "return squares;"),
+    "upper triangle read": ("if (column <= row) block", "block"),
+    "singular core taken as regular": ("rank == width && norm < kNystromRegular", "true"),
+    "scale left out": (
+        "factor * whitener[i] * block.scale[i % width]",
+        "factor * whitener[i]",
+    ),
+    "cut left out": ("value > kNystromCut ?", "value != 0.0 ?"),
+    "rows left out stay in place": ("place += block.eigh.at(j, j) > cut", "++place"),
+    "noise counted": ("> kNystromNoise * largest", "> 0.0"),
+    "ceiling forgotten": ("if (rank > ceiling)", "if (false)"),
+    "ascending": ("from = width - 1 - row;", "from = row;"),
+    "squares beyond the rank": ("i < rank ? block.values[width - 1 - i] : 0.0", "block.values[0]"),
+    "overlaps of other rows": ("multiply(b, metric, width, a);", "multiply(a, metric, width, b);"),
+    "always even": ("!(miss <= args.loose)", "false"),
+    "captured below 0": ("positive = entry < 0.0 ? 0.0 : entry", "positive = 1.0"),
+}  # fmt: skip
+# The CPU forgives these: a few numbers beyond the memory are there.
+ONLY_SANITIZERS_SEE = {"row beyond the width"}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
+    flags = SANITIZERS if name in ONLY_SANITIZERS_SEE else ["-w"]
+    csrc = with_bug(tmp_path, "nystrom.cuh", *MUTATIONS[name])
+    done = compile_and_run("run_nystrom.cpp", tmp_path, *flags, csrc=csrc, small=True)
+    assert done.returncode != 0

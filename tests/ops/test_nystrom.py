@@ -1,0 +1,161 @@
+"""The (Q, Q) part of a fold: native code against its plain twin and against what defines it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from eva_kernels import _native
+from eva_kernels.errors import EvaTypeError, EvaValueError
+from eva_kernels.ops import nystrom
+from eva_kernels.ops.nystrom import runs_natively
+from eva_kernels.streaming.nystrom import CUT, LOOSE, Nystrom, nystrom_plain
+from fake_cuda import DEVICE, compiler_missing, fake_cuda
+
+# The native twin of the CPU, too, is in the module; tests/packaging builds it.
+pytestmark = pytest.mark.skipif(
+    _native.unavailable("cpu") is not None, reason="the C++ module is not built"
+)
+LIMIT = LOOSE[torch.float32]
+
+
+class Problem:
+    """Images Y = V C of random bases, or of such near the eigenvectors of C."""
+
+    def __init__(
+        self, q: int, spectrum: Tensor, device: torch.device, near: float | None = None
+    ) -> None:
+        d = len(spectrum)
+        vectors, start = (_orthogonal(d, device, near) for near in (None, near))
+        spectrum = spectrum.to(device, torch.float64)
+        c = vectors.mT @ torch.diag(spectrum) @ vectors
+        self.basis = (start @ vectors if near is not None else start)[:q]
+        self.image = self.basis @ c
+        self.core = (self.image @ self.basis.mT)[None]
+        self.metric = (self.image @ self.image.mT)[None]
+        self.ceiling = torch.full((1,), 1e6, dtype=torch.float64, device=device)
+
+    def solve(self, **options: float) -> Nystrom:
+        return Nystrom(*nystrom(self.core, self.metric, self.ceiling, LIMIT, **options))
+
+    def plain(self) -> Nystrom:
+        given = self.core.clone(), self.metric.clone(), self.ceiling
+        return nystrom_plain(*given, torch.float32)
+
+    def rows(self, found: Nystrom) -> Tensor:
+        return found.mixing[0].mT @ self.image
+
+
+def _orthogonal(d: int, device: torch.device, near: float | None) -> Tensor:
+    draw = torch.randn(d, d, dtype=torch.float64, device=device)
+    if near is not None:
+        draw = torch.eye(d, dtype=torch.float64, device=device) + near * draw / d**0.5
+    return torch.linalg.qr(draw).Q
+
+
+def decaying(d: int, least: float = 1e-3) -> Tensor:
+    return torch.logspace(2, 2 + torch.tensor(least).log10().item(), d, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("near", [0.01, None])
+@pytest.mark.parametrize("q", [1, 7, 32, 64, 100])
+def test_same_answer_as_the_plain_twin(q: int, near: float | None, device: torch.device) -> None:
+    problem = Problem(q, decaying(q + 40), device, near)
+    found, wanted = problem.solve(), problem.plain()
+    assert found.rank.tolist() == wanted.rank.tolist() == [q]
+    assert found.uneven.tolist() == [0.0]
+    torch.testing.assert_close(found.captured, wanted.captured)
+    torch.testing.assert_close(found.squares, wanted.squares, rtol=1e-7, atol=1e-9)
+    rows = problem.rows(found)
+    identity = torch.eye(q, dtype=torch.float64, device=device)
+    torch.testing.assert_close(rows @ rows.mT, identity, rtol=0, atol=1e-8)
+    overlap = (rows @ problem.rows(wanted).mT).abs()
+    torch.testing.assert_close(overlap[:3, :3], identity[:3, :3], rtol=0, atol=1e-6)
+
+
+def test_low_rank_is_exact(device: torch.device) -> None:
+    spectrum = torch.tensor([50.0, 20.0, 3.0] + [0.0] * 30)
+    problem = Problem(16, spectrum, device)
+    found = problem.solve()
+    assert (found.rank.item(), found.uneven.item()) == (3.0, 1.0)
+    torch.testing.assert_close(found.squares[0, :3].cpu(), spectrum[:3].double())
+    assert not found.squares[0, 3:].any()
+    assert not found.mixing[0, :, 3:].any()
+    problem.ceiling[:] = 2.0  # three tokens
+    assert problem.solve().rank.item() == 2.0
+
+
+def test_layers_do_not_notice_each_other(device: torch.device) -> None:
+    problems = [Problem(9, decaying(30), device) for _ in range(3)]
+    core, metric = (torch.cat([getattr(p, n) for p in problems]) for n in ("core", "metric"))
+    core[1, 4, 2] = torch.nan
+    found = Nystrom(*nystrom(core, metric, torch.full_like(core[:, 0, 0], 1e6), LIMIT))
+    for i in (0, 2):
+        alone = problems[i].solve()
+        assert torch.equal(found.mixing[i], alone.mixing[0])
+        assert torch.equal(found.told[i], alone.told[0])
+    assert found.rank[1] == 0
+    assert not found.mixing[1].any()
+
+
+def test_span_whitens(device: torch.device) -> None:
+    problem = Problem(12, decaying(50), device)
+    mixing = problem.solve(span=CUT).mixing[0]
+    white = mixing.mT @ problem.core[0] @ mixing
+    identity = torch.eye(12, dtype=torch.float64, device=device)
+    torch.testing.assert_close(white, identity, rtol=0, atol=1e-9)
+    # a factor keeps the order: row j has nothing of the rows after it
+    assert torch.equal(mixing, mixing.triu())
+
+
+def test_span_leaves_out_what_depends_on_rows_before(device: torch.device) -> None:
+    problem = Problem(8, decaying(20), device)
+    core = problem.core.clone()
+    core[:, 2], core[:, :, 2] = core[:, 0].clone(), core[:, :, 0].clone()
+    core[:, 2, 2] = core[:, 0, 0]
+    found = Nystrom(*nystrom(core, core, problem.ceiling, LIMIT, span=CUT))
+    assert (found.rank.item(), found.uneven.item()) == (7.0, 1.0)
+    mixing = found.mixing[0]
+    assert not mixing[2].any()
+    assert not mixing[:, 7].any()
+    white = mixing.mT @ core[0] @ mixing
+    wanted = torch.eye(8, dtype=torch.float64, device=device)
+    wanted[7, 7] = 0
+    torch.testing.assert_close(white, wanted, rtol=0, atol=1e-9)
+
+
+def test_operator_is_well_formed(device: torch.device) -> None:
+    problem = Problem(5, decaying(20), device)
+    given = problem.core, problem.metric, problem.ceiling, LIMIT, 0.0
+    checked = opcheck(torch.ops.eva_kernels.nystrom.default, given)
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+@pytest.mark.skipif(compiler_missing(), reason="needs g++ for a device guard")
+def test_simulated_gpu_has_native_code() -> None:
+    assert not runs_natively(torch.empty(2, 8, 8))
+    with fake_cuda():
+        assert runs_natively(torch.empty(2, 128, 128, device=DEVICE))
+        assert not runs_natively(torch.empty(2, 129, 129, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"core": torch.ones(2, 3, 3)}, EvaTypeError, "core must be float64"),
+        ({"core": torch.ones(2, 3, 4).double()}, EvaValueError, r"both be \(L, Q, Q\)"),
+        ({"metric": torch.ones(2, 4, 4).double()}, EvaValueError, "core and metric"),
+        ({"ceiling": torch.ones(3).double()}, EvaValueError, r"ceiling must be \(2,\)"),
+        ({"ceiling": torch.ones(2, device="meta").double()}, EvaValueError, "ceiling is on meta"),
+    ],
+)
+def test_bad_input(changes: dict[str, Tensor], error: type, message: str) -> None:
+    square = torch.ones(2, 3, 3).double()
+    given = {"core": square, "metric": square, "ceiling": torch.ones(2).double(), **changes}
+    with pytest.raises(error, match=message):
+        nystrom(**given, loose=LIMIT)
+    wide = torch.ones(1, 129, 129).double()
+    with pytest.raises(EvaValueError, match="Q is at most 128, not 129"):
+        nystrom(wide, wide, torch.ones(1).double(), LIMIT)
