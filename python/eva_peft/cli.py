@@ -37,7 +37,7 @@ app = typer.Typer(
 )
 
 REPORT_SUFFIXES = (".html", ".png", ".svg")
-_PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "matplotlib")
+_PACKAGES = ("triton", "transformers", "peft", "accelerate", "datasets", "matplotlib")
 _NATIVE_MODULES = ("eva_kernels._C", "eva_kernels._cuda")
 
 
@@ -229,6 +229,7 @@ def info(ctx: typer.Context) -> None:
         from eva_kernels.ops import backend_report
 
         rows = [("python", platform.python_version()), ("eva_kernels", __version__)]
+        rows += [("torch", import_module("torch").__version__)]  # its build, too
         rows += [(name, _version(name)) for name in _PACKAGES]
         console = Console()
         console.print(_table("Versions", ("package", "version"), rows))
