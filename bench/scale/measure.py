@@ -147,7 +147,7 @@ def measure(
     }
     row: dict[str, Any] = {
         "width": point.plan().width,
-        "floor": floors(point, dtype, ceilings),
+        "floor": floors(point, device, dtype, ceilings),
         "state_bytes": {method: point.state_bytes(method) for method in ("sketch", "gram")},
         "left_out": {},
         "lost": {},

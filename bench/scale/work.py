@@ -73,7 +73,9 @@ def along(axis: str, base: Point, rows: Sequence[Mapping[str, Any]]) -> list[Map
     return sorted(chosen, key=lambda row: row[axis])
 
 
-def floors(point: Point, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, Any]:
+def floors(
+    point: Point, device: torch.device, dtype: torch.dtype, ceilings: Ceilings
+) -> dict[str, Any]:
     """Return the least milliseconds of a step by the machine's ceilings, and what binds it.
 
     Accumulating takes ``4 N D Q`` flops a pass of the tensor cores (one on a CPU), reads X once,
@@ -82,7 +84,7 @@ def floors(point: Point, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, An
     is left out.
     """
     d, n, k, q = point.D, point.N, point.K, point.plan().width
-    flops = 4.0 * sketch_passes(dtype) * n * d * q
+    flops = 4.0 * sketch_passes(device, dtype) * n * d * q
     terms = {
         "accumulate, arithmetic": flops / ceilings.flops_per_second,
         "accumulate, memory": (n * d * dtype.itemsize + 12 * q * d) / ceilings.bytes_per_second,
@@ -101,9 +103,9 @@ def floors(point: Point, dtype: torch.dtype, ceilings: Ceilings) -> dict[str, An
     }
 
 
-def sketch_passes(dtype: torch.dtype) -> int:
+def sketch_passes(device: torch.device, dtype: torch.dtype) -> int:
     """Return how many products of the tensor cores one product takes; on a CPU one."""
-    return SKETCH_PASSES.get(("high", dtype), 1) if torch.cuda.is_available() else 1
+    return SKETCH_PASSES.get(("high", dtype), 1) if device.type == "cuda" else 1
 
 
 def forward_flops(point: Point) -> float:

@@ -72,7 +72,7 @@ def test_points_vary_one_size_alone() -> None:
 
 def test_floor_counts_flops_and_bytes() -> None:
     point = Point(D=100, N=1000, L=3, K=4)  # Q = 8
-    found = work.floors(point, torch.float32, Ceilings(1e9, 1e9, 1e9))
+    found = work.floors(point, CPU, torch.float32, Ceilings(1e9, 1e9, 1e9))
     terms = found["terms_ms"]
     assert terms["accumulate, arithmetic"] == pytest.approx(3 * 4 * 1000 * 100 * 8 / 1e6)
     assert terms["accumulate, memory"] == pytest.approx(3 * (400_000 + 12 * 800) / 1e6)
@@ -80,11 +80,22 @@ def test_floor_counts_flops_and_bytes() -> None:
     assert terms["fold, memory"] == pytest.approx(3 * (16 * 800 + 16 * 400) / 1e6)
     assert found["limited_by"] == "accumulate, arithmetic"
     assert found["step_ms"] == pytest.approx(found["accumulate_ms"] + found["fold_ms"])
-    slow = work.floors(point, torch.float32, Ceilings(1e6, 1e9, 1e9))
+    slow = work.floors(point, CPU, torch.float32, Ceilings(1e6, 1e9, 1e9))
     assert slow["limited_by"] == "accumulate, memory"
-    assert work.floors(point, torch.float32, Ceilings(1e9, 1e9, 1e5))["limited_by"] == (
+    assert work.floors(point, CPU, torch.float32, Ceilings(1e9, 1e9, 1e5))["limited_by"] == (
         "fold, arithmetic"
     )
+
+
+@pytest.mark.parametrize(("dtype", "parts"), [(torch.float32, 3), (torch.bfloat16, 2)])
+def test_floor_of_a_gpu_counts_the_parts_of_a_product(dtype: torch.dtype, parts: int) -> None:
+    on_gpu, on_cpu = (
+        work.floors(SMALL, torch.device(name), dtype, CEILINGS)["terms_ms"]
+        for name in ("cuda", "cpu")
+    )
+    key = "accumulate, arithmetic"
+    assert on_gpu.pop(key) == pytest.approx(parts * on_cpu.pop(key))
+    assert on_gpu == on_cpu
 
 
 def test_lost_variance_is_that_of_a_full_decomposition() -> None:
@@ -145,7 +156,7 @@ def made_up(point: Point, sketch: float, gram: float, peft: float, end: float) -
     others = {"gram": gram, "peft": peft, "forward": 5 * sketch * point.N / 1024}
     return {
         **asdict(point),
-        "floor": work.floors(point, torch.float32, CEILINGS),
+        "floor": work.floors(point, CPU, torch.float32, CEILINGS),
         "state_bytes": {m: point.state_bytes(m) for m in ("sketch", "gram")},
         "left_out": {},
         "ms": {
