@@ -88,13 +88,18 @@ def test_a_method_that_cannot_run_keeps_its_row(
     monkeypatch.setitem(METHODS, "dora", broken_method)
     record = measure(tmp_path, ["lora", "dora"])
     assert record["rows"][1]["error"] == "NotImplementedError: not on this | machine"
-    section = sections(record)[0]
-    assert section.rows[1][2] == "NotImplementedError: not on this \\| machine"
-    assert {len(row) for row in section.rows} == {len(section.headers)} == {len(HEADERS) - 1}
+    for gpu, columns in ((None, [h for h in HEADERS if h != "reserved"]), ("a GPU", HEADERS)):
+        record["machine"]["gpu"] = gpu  # there alone the allocator's share is told
+        section = sections(record)[0]
+        assert section.rows[1][2] == "NotImplementedError: not on this \\| machine"
+        assert section.headers == columns
+        assert {len(row) for row in section.rows} == {len(columns)}
     assert short(record).rows[1][:3] == ["DoRA", "-", section.rows[1][2]]
 
 
-def test_a_gpu_is_asked_for() -> None:
+def test_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a machine that has one would not refuse, and measure a model of seven billion weights
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="needs a GPU"):
         running.run("llama-2-7b")
 
