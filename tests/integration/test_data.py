@@ -4,8 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -13,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eva_peft.data import DataNotFoundError, DecoderInputs, load_texts, make_loader
 from eva_peft.errors import EvaError, EvaValueError
+from extras import needs
 
 CHAT = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -70,9 +69,13 @@ def test_limit_counts_texts_that_are_not_blank(tmp_path: Path) -> None:
 
 
 def test_parquet_in_a_folder_with_brackets(tmp_path: Path) -> None:
+    needs("datasets")
+    pa = needs("pyarrow")
     folder = tmp_path / "part[1]"
     folder.mkdir()
-    pq.write_table(pa.table({"n": [1, 2], "text": ["one", "two"]}), folder / "a.parquet")
+    needs("pyarrow.parquet").write_table(
+        pa.table({"n": [1, 2], "text": ["one", "two"]}), folder / "a.parquet"
+    )
     assert load_texts(str(folder / "a.parquet"), limit=1) == ["one"]
 
 
@@ -87,6 +90,7 @@ def test_chat_goes_through_the_template(tmp_path: Path, tokenizer: PreTrainedTok
 
 
 def test_hub_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("datasets")
     calls = []
 
     def load_dataset(*args: object, **kwargs: object) -> list[dict[str, str]]:
@@ -103,6 +107,7 @@ def test_hub_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_of_files_is_a_dataset(tmp_path: Path) -> None:
+    needs("datasets")
     write_jsonl(tmp_path / "train.jsonl", {"text": "one"})
     assert load_texts(str(tmp_path)) == ["one"]
     with pytest.raises(EvaValueError, match=r"cannot load the dataset .*: Bad split: dev"):
@@ -128,6 +133,8 @@ BAD_FILES = [
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
 def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    if name.endswith(".parquet"):
+        needs("datasets")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(EvaValueError, match=message):
         load_texts(str(tmp_path / name))
@@ -143,11 +150,15 @@ def test_bad_arguments(tmp_path: Path) -> None:
         load_texts(file, limit=0)
 
 
-def test_missing_data(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataNotFoundError, match=r"there is no file .*a\.jsonl") as caught:
         load_texts(str(tmp_path / "a.jsonl"))
     assert isinstance(caught.value, EvaError)
     assert isinstance(caught.value, FileNotFoundError)
+
+
+def test_missing_dataset() -> None:
+    needs("datasets")
     with pytest.raises(DataNotFoundError, match="'no/such' is neither a file nor a dataset"):
         load_texts("no/such")
 

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from datasets import IterableDataset as StreamingDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorWithFlattening
@@ -20,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import eva_kernels
 from eva_kernels import EvaValueError
+from extras import needs
 from integration.conftest import (
     QUIET,
     VOCABULARY,
@@ -66,10 +65,11 @@ STREAMS = {
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")  # datasets
 @pytest.mark.parametrize("kind", STREAMS)
 def test_streaming_datasets(kind: str) -> None:
+    datasets = needs("datasets")
     rows = samples()
     named = [{**row, "text": f"sample {i}"} for i, row in enumerate(rows)]
     whole = [{k: torch.tensor([row[k]]) for k in row} for row in rows]
-    data = StreamingDataset.from_generator(lambda: iter(named))
+    data = datasets.IterableDataset.from_generator(lambda: iter(named))
     result = run(
         make_llama(), STREAMS[kind](data), lora(tau=1.0), method="gram", max_tokens=12 * 16
     )
@@ -77,8 +77,9 @@ def test_streaming_datasets(kind: str) -> None:
 
 
 def test_map_style_dataset() -> None:
+    datasets = needs("datasets")
     rows = samples()
-    data = Dataset.from_list(rows).with_format("torch")
+    data = datasets.Dataset.from_list(rows).with_format("torch")
     result = run(
         make_llama(), DataLoader(data, batch_size=6), lora(tau=1.0), method="gram", max_steps=2
     )

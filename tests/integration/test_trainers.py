@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import eva_kernels
 from eva_kernels import EvaCallback, NotInitializedWarning
+from extras import needs
 from integration.conftest import QUIET, lora, lora_layers, make_llama, text_batches, wrapped
 
 FREQUENT = "ignore:.*(pin_memory|use_cache|use_reentrant|deprecat|dataloader)"
@@ -99,19 +100,17 @@ def test_trainer_that_forgot(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings(FREQUENT)
 def test_sft_trainer(tmp_path: Path) -> None:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
     from eva_peft.assets import load_tiny_llama
 
+    datasets, trl = needs("datasets"), needs("trl")
     base, tokenizer = load_tiny_llama()
     texts = [f"def f{i}(x):\n    return x + {i}\n" * 3 for i in range(16)]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")
-        trainer = SFTTrainer(
+        trainer = trl.SFTTrainer(
             model=base,
-            args=SFTConfig(**arguments(tmp_path, max_length=64)),
-            train_dataset=Dataset.from_dict({"text": texts}),
+            args=trl.SFTConfig(**arguments(tmp_path, max_length=64)),
+            train_dataset=datasets.Dataset.from_dict({"text": texts}),
             processing_class=tokenizer,
             peft_config=lora(task_type="CAUSAL_LM"),
             callbacks=[EvaCallback("raise")],
@@ -130,8 +129,9 @@ def test_sft_trainer(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings(FREQUENT)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*(does not have many workers|tensorboard)")
+@pytest.mark.filterwarnings("ignore:GPU available but not used")  # as is meant: on the CPU
 def test_lightning(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning", reason="extra 'trainers' is not installed")
+    lightning = needs("lightning")
 
     class Task(lightning.LightningModule):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:

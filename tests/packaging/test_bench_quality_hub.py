@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from bench.quality import decisions, hub, images, training
+from extras import needs
 
 
 def folder(path: Path, columns: Mapping[str, Any]) -> str:
-    from datasets import Dataset
-
+    datasets = needs("datasets")
     path.mkdir()
-    Dataset.from_dict(dict(columns)).to_parquet(path / "train.parquet")
+    datasets.Dataset.from_dict(dict(columns)).to_parquet(path / "train.parquet")
     return str(path)
 
 
@@ -36,13 +36,11 @@ def test_glue(tmp_path: Path) -> None:
 
 
 def test_images(tmp_path: Path) -> None:
-    from datasets import Dataset, Features, Image, Value
-    from PIL import Image as pillow
-
+    datasets, pillow = needs("datasets"), needs("PIL.Image")
     (tmp_path / "cifar").mkdir()
     pictures = [pillow.new("RGB", (32, 32), colour) for colour in ("black", "red")]
-    features = Features({"img": Image(), "label": Value("int64")})
-    rows = Dataset.from_dict({"img": pictures, "label": [3, 5]}, features=features)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"img": pictures, "label": [3, 5]}, features=features)
     rows.to_parquet(tmp_path / "cifar" / "train.parquet")
     images, labels = hub.labelled_images((str(tmp_path / "cifar"), None, "train"))
     assert images.shape == (2, 3, 16, 16)

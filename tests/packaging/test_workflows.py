@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+import extras
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".github" / "workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.yml"))
@@ -124,3 +126,18 @@ def test_make_takes_a_python_that_has_torch(
     assert (done.returncode == 0) == has_torch
     if expected is not None:
         assert done.stdout == expected
+
+
+def test_make_test_has_every_package_and_skips_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = subprocess.run(
+        ["make", "-n", "-o", ".venv/.ready", "test"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert re.search(rf"^{extras.ALL_INSTALLED}=1 \S+python -m pytest$", told.stdout, re.MULTILINE)
+    monkeypatch.setenv(extras.ALL_INSTALLED, "1")
+    assert extras.needs("json").dumps([]) == "[]"
+    with pytest.raises(ModuleNotFoundError):
+        extras.needs("no_such_package")
+    monkeypatch.delenv(extras.ALL_INSTALLED)
+    assert extras.needs("json").dumps([]) == "[]"
+    with pytest.raises(pytest.skip.Exception, match="no_such_package is not installed"):
+        extras.needs("no_such_package")
