@@ -20,9 +20,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Write the name of a test that failed, and what it says, to the file."""
+    _write(report, str(report.when))
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Write the name of a file whose tests cannot be collected, and why."""
+    _write(report, "collection")
+
+
+def _write(report: pytest.TestReport | pytest.CollectReport, when: str) -> None:
     path = os.environ.get(FAILURES)
     # Processes of pytest-xdist report to the one that started them, which writes.
     if not report.failed or not path or "PYTEST_XDIST_WORKER" in os.environ:
         return
     with Path(path).open("a", encoding="utf-8") as file:
-        file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext[-3000:]}\n\n")
+        file.write(f"{report.nodeid} ({when})\n{report.longreprtext[-3000:]}\n\n")

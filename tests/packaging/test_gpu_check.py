@@ -292,6 +292,19 @@ def test_marked_tests_are_named_in_the_report_and_failures_at_once(tmp_path: Pat
     assert (parsed["passed"], parsed["failed"], parsed["gpu_passed"]) == (3, 1, 1)
 
 
+def test_a_file_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    (tmp_path / "test_broken.py").write_text("import no_such_package\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    failures = tmp_path / "failures.txt"
+    found = {**os.environ, "PYTHONPATH": str(record.ROOT), tests.marks.FAILURES: str(failures)}
+    found.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", tests.marks.__name__]
+    assert subprocess.run(command, cwd=tmp_path, env=found).returncode == 2
+    written = failures.read_text()
+    assert written.startswith("test_broken.py (collection)")
+    assert "no_such_package" in written
+
+
 class Stubbed(runner.Check):
     """A check whose stages are given by their outcomes."""
 
