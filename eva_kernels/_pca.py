@@ -9,8 +9,9 @@ from torch import Tensor
 from .errors import EvaTypeError, EvaValueError
 from .streaming._autocast import without_autocast
 from .streaming.plan import METHODS, plan_streams
+from .streaming.spectrum import Spectrum
 from .streaming.step import fold_streams
-from .streaming.stream import InputStream, Options, Spectrum
+from .streaming.stream import InputStream, Options
 
 __all__ = ["IncrementalPCA"]
 
@@ -216,18 +217,18 @@ class IncrementalPCA:
     @property
     def singular_values_(self) -> Tensor:
         """Singular values of the centred data, (K,)."""
-        return self._spectrum.singular_values.to(self.components_.dtype)
+        return self._spectrum.singular_values.to(self.components_)
 
     @property
     def explained_variance_(self) -> Tensor:
         """Variance along each component, (K,), denominator n - 1."""
         variance = self._spectrum.singular_values.square() / max(self.n_samples_seen_ - 1, 1)
-        return variance.to(self.components_.dtype)
+        return variance.to(self.components_)
 
     @property
     def explained_variance_ratio_(self) -> Tensor:
         """Share of the total variance along each component, (K,)."""
-        return self._spectrum.ratio.to(self.components_.dtype)
+        return self._spectrum.ratio.to(self.components_)
 
     @property
     def mean_(self) -> Tensor:

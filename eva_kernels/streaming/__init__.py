@@ -5,8 +5,9 @@ from .allocation import allocate_ranks
 from .checkpoint import export_stream, restore_stream
 from .convergence import compare_streams, leading_similar
 from .plan import StreamPlan, plan_streams, stream_bytes
+from .spectrum import Spectrum, spectra
 from .step import NonFiniteStepError, fold_streams
-from .stream import InputStream, Options, Spectrum
+from .stream import InputStream, Options
 
 __all__ = [
     "Array",
@@ -23,5 +24,6 @@ __all__ = [
     "leading_similar",
     "plan_streams",
     "restore_stream",
+    "spectra",
     "stream_bytes",
 ]

@@ -14,18 +14,14 @@ from ..ops import gram, sketch
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
-from .fold import first_basis, fold_gram, scatter_about_mean
+from .fold import first_basis, fold_gram
 from .merge import merge_gram, merge_sketch
 from .plan import StreamPlan, stream_bytes
+from .spectrum import Spectrum, spectra, variance_ratio
 from .state import GramState, SketchState, StepSums, clear_sums, empty_sketch, zero_sums
 from .step import fold_streams
 
-__all__ = [
-    "InputStream",
-    "Options",
-    "Spectrum",
-    "variance_ratio",
-]
+__all__ = ["InputStream", "Options"]
 
 # The first basis comes from at most this many tokens per row of the sketch: it need not be exact.
 WARM_UP_TOKENS = 4
@@ -51,33 +47,6 @@ class Options:
     precision: str = "high"
     skip_nonfinite: bool = False
     check_every_add: bool = False
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The answer for one layer input.
-
-    Attributes:
-        components: (K, D), orthonormal rows, dtype of the stream, the entry of largest magnitude
-            of each row positive.
-        singular_values: (K,), float64, descending; 0 beyond the numerical rank.
-        ratio: explained-variance ratio ``s^2 / total``, (K,), float64; 0 without variance.
-        mean: (D,).
-        count: tokens.
-        total: centred sum of squares.
-        rank: numerical rank among the directions tracked.
-        lost: share of the captured variance that the last fold still gained; an estimate of the
-            variance lost against the best K components.
-    """
-
-    components: Tensor
-    singular_values: Tensor
-    ratio: Tensor
-    mean: Tensor
-    count: int
-    total: float
-    rank: int
-    lost: float
 
 
 @dataclass
@@ -318,57 +287,17 @@ class InputStream:
     def ratios(self) -> Array:
         """Return the explained-variance ratios after the last fold, float64 (K,)."""
         now = self.sketch
-        if now is None or not has_variance(now):
+        if now is None:
             return np.zeros(self.components)
-        return np.minimum(np.square(now.values[: self.components]) / now.total, 1.0)
+        return variance_ratio(np.square(now.values[: self.components]), now)
 
-    @without_autocast
     def spectrum(self) -> Spectrum:
         """Return the answer so far; the pending step is folded first.
 
         Raises:
             EvaValueError: no token was seen.
         """
-        fold_streams([self], final=True)
-        if self.state is None:
-            raise EvaValueError("no tokens were seen")
-        if isinstance(self.state, GramState):
-            squares, basis, rank = _eigen(self.state, self.components)
-        else:
-            k = self.components
-            squares, basis = self.state.singular_values[:k].square(), self.state.basis[:k]
-            squares, rank = squares.to(self.device), min(self.state.rank, k)
-        now = self.sketch
-        assert now is not None
-        ratio = variance_ratio(squares, now)
-        peak = basis.gather(1, basis.abs().argmax(1, keepdim=True))
-        return Spectrum(
-            components=basis * torch.where(peak < 0, -1.0, 1.0).to(basis.dtype),
-            singular_values=squares.sqrt(),
-            ratio=ratio,
-            mean=now.mean.clone(),
-            count=now.count,
-            total=now.total,
-            rank=rank if has_variance(now) else 0,
-            lost=0.0 if isinstance(self.state, GramState) else self.lost,
-        )
-
-
-def has_variance(state: SketchState) -> bool:
-    """Tell whether the tokens of a state differ by more than rounding.
-
-    What rounding leaves of a constant (its mean is not exact) is not variance: totals below
-    ``n (4 eps |mean|)^2`` count as none.
-    """
-    noise = 4 * torch.finfo(state.mean.dtype).eps * state.mean_norm
-    return state.total > state.count * noise**2
-
-
-def variance_ratio(squares: Tensor, state: SketchState) -> Tensor:
-    """Return the explained-variance ratios ``s^2 / total``; all 0 without variance."""
-    if not has_variance(state):
-        return torch.zeros_like(squares)
-    return (squares / state.total).clamp_max(1.0)
+        return spectra([self])[0]
 
 
 def _overflow(dtype: torch.dtype) -> str:
@@ -376,19 +305,3 @@ def _overflow(dtype: torch.dtype) -> str:
         f"tokens are finite, but their squares overflow {dtype}; scale the data, or give it as "
         "float64"
     )
-
-
-def _eigen(state: GramState, components: int) -> tuple[Tensor, Tensor, int]:
-    scatter = scatter_about_mean(state)
-    squares, vectors = torch.linalg.eigh(scatter)
-    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-    # Rounding of the sums is relative to the two features of an entry, not to the largest of all:
-    # an outlier feature must not declare every direction without it to be noise.
-    spread = vectors.abs().mT @ scatter.diagonal().clamp_min(0).sqrt()
-    noise = 4 * torch.finfo(state.pivot.dtype).eps * spread.square()
-    noise += len(squares) * torch.finfo(squares.dtype).eps * squares[0]  # of the eigen-solver
-    rank = int((squares > noise).long().cumprod(0).sum())
-    rank = min(rank, max(state.sums.count - 1, 0), components)
-    alive = torch.arange(components, device=squares.device) < rank
-    squares = torch.where(alive, squares[:components], 0.0)
-    return squares, vectors[:, :components].mT.contiguous().to(state.pivot.dtype), rank

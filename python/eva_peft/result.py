@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import eva_kernels
+from eva_kernels.streaming import Array, Spectrum, spectra
 
 from ._peft_compat import LoraConfig, versions
 from .checks import plain_number
@@ -205,25 +207,19 @@ class EvaResult:
 def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
     """Build the result of a finished pass."""
     slots = run.collector.slots
-    spectra = {id(s): s.stream.spectrum() for s in slots}
-    shared = {
-        id(s): (
-            spectra[id(s)].components.float().cpu().contiguous(),
-            spectra[id(s)].singular_values.float().cpu(),
-            spectra[id(s)].ratio.float().cpu(),
-        )
-        for s in slots
-    }
     called = [i for i in range(len(run.targets)) if i in run.collector.slot_of]
     pairs = [(run.targets[i], run.collector.slot_of[i]) for i in called]
-    # An exact stream answers by eigen-decomposition, so the ranks come from the final spectra.
+    answers = spectra([s.stream for s in slots], torch.device("cpu"))
+    found = dict(zip(map(id, slots), answers, strict=True))
+    tensors = dict(zip(map(id, slots), _tensors(answers), strict=True))
     limited = {
-        run.targets[i].name: [
-            part[: run.limits[i]] for part in shared[id(run.collector.slot_of[i])]
-        ]
-        for i in called
+        t.name: [_leading(part, run.limits[i]) for part in tensors[id(s)]]
+        for i, (t, s) in zip(called, pairs, strict=True)
     }
-    ratios = [limited[t.name][2] for t, _ in pairs]
+    # An exact stream answers by eigen-decomposition, so the ranks come from the final spectra; in
+    # single precision, as the result holds them, so that ``reallocated`` decides alike.
+    single = {key: a.ratios.astype(np.float32).astype(np.float64) for key, a in found.items()}
+    ratios = [single[id(s)][: run.limits[i]] for i, (_, s) in zip(called, pairs, strict=True)]
     ranks = spend([t for t, _ in pairs], ratios, run.options.budget, run.options.min_rank)
     return EvaResult(
         ranks={t.name: r for (t, _), r in zip(pairs, ranks, strict=True)},
@@ -231,8 +227,8 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         singular_values={name: parts[1] for name, parts in limited.items()},
         explained_variance_ratio={name: parts[2] for name, parts in limited.items()},
         converged={t.name: s.stream.converged for t, s in pairs},
-        numerical_rank={t.name: spectra[id(s)].rank for t, s in pairs},
-        lost_variance={t.name: spectra[id(s)].lost for t, s in pairs},
+        numerical_rank={t.name: found[id(s)].rank for t, s in pairs},
+        lost_variance={t.name: found[id(s)].lost for t, s in pairs},
         method={t.name: s.stream.options.method for t, s in pairs},
         in_features={t.name: t.in_features for t, _ in pairs},
         out_features={t.name: t.out_features for t, _ in pairs},
@@ -253,6 +249,25 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         rank_steps={t.name: t.step for t, _ in pairs if t.step > 1},
         owners={t.name: [t.owner, t.experts] for t, _ in pairs if t.owner},
     )
+
+
+def _tensors(answers: Sequence[Spectrum]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Return components, singular values and ratios, float32, each in memory of its own."""
+    components = [answer.components.float() for answer in answers]
+    numbers = [_as_single([a.values for a in answers]), _as_single([a.ratios for a in answers])]
+    return zip(components, *numbers, strict=True)
+
+
+def _as_single(arrays: Sequence[Array]) -> Sequence[Tensor]:
+    whole = torch.from_numpy(np.concatenate(arrays)).float()
+    # one call for all layers
+    parts: Sequence[Tensor] = torch.ops.aten.split_with_sizes_copy(whole, list(map(len, arrays)))
+    return parts
+
+
+def _leading(part: Tensor, count: int) -> Tensor:
+    """Return the first entries; the tensor itself, which layers share, where these are all."""
+    return part if len(part) == count else part[:count]
 
 
 def _metadata(run: CalibrationPass) -> dict[str, Any]:

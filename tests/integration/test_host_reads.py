@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
-from eva_kernels import NonFiniteError
+from eva_kernels import EvaResult, NonFiniteError
 from eva_kernels.streaming import _host
 from host_reads import HostReads, counted
 from integration.conftest import exact_pca, lora, make_llama, make_mlp, run, text_batches, vectors
@@ -78,29 +78,55 @@ def test_bad_tokens_are_skipped() -> None:
     assert (result.skipped_tokens, result.tokens) == (1, 159)
 
 
-def test_between_read_and_next_forward_torch_is_not_asked_layer_by_layer(
-    away: HostReads, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, at_read, between = _host.read, [0], []
+@pytest.fixture
+def at_read(away: HostReads, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return how many operators had run when the host began and at each read since."""
+    read, counts = _host.read, [0]
 
     def noted(tensors: Sequence[torch.Tensor]) -> list[_host.Array]:
         arrays = read(tensors)
         if tensors:
-            at_read.append(away.calls.total())
+            counts.append(away.calls.total())
         return arrays
 
+    monkeypatch.setattr(_host, "read", noted)
+    return counts
+
+
+def run_chain(layers: int, method: str, seen: Callable[[], None] = lambda: None) -> EvaResult:
+    """Take four steps with so many linear layers of one shape; calls ``seen`` at each forward."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(12, 12) for _ in range(layers))).eval()
+    for linear in model:
+        torch.nn.init.orthogonal_(linear.weight)  # no layer's input is of lower rank
+    model[0].register_forward_pre_hook(lambda *given: seen())
+    config = lora(tau=1.0, target_modules=[str(i) for i in range(layers)])
+    data = iter(vectors(4, rows=60, features=12))
+    return run(model, data, config, method=method, backend="torch")
+
+
+def test_between_read_and_next_forward_torch_is_not_asked_layer_by_layer(
+    away: HostReads, at_read: list[int]
+) -> None:
     def calls(layers: int) -> int:
-        model = torch.nn.Sequential(*(torch.nn.Linear(12, 12) for _ in range(layers))).eval()
-        for linear in model:
-            torch.nn.init.orthogonal_(linear.weight)  # no layer's input is of lower rank
-        between.clear()
-        model[0].register_forward_pre_hook(
-            lambda *given: between.append(away.calls.total() - at_read[-1])
-        )
-        targets = [str(i) for i in range(layers)]
-        config = lora(tau=1.0, target_modules=targets)
-        run(model, iter(vectors(4, rows=60, features=12)), config, method="sketch", backend="torch")
+        between: list[int] = []
+        run_chain(layers, "sketch", lambda: between.append(away.calls.total() - at_read[-1]))
         return between[-1]
 
-    monkeypatch.setattr(_host, "read", noted)
     assert calls(12) == calls(3) <= 10
+
+
+@pytest.mark.parametrize(("method", "reads", "most"), [("sketch", 0, 30), ("gram", 1, 80)])
+def test_the_result_is_not_fetched_layer_by_layer(
+    method: str, reads: int, most: int, away: HostReads, at_read: list[int]
+) -> None:
+    def calls(layers: int) -> int:
+        del at_read[1:]
+        away.waits.clear()
+        result = run_chain(layers, method)
+        assert (result.steps, len(result.components)) == (4, layers)
+        assert away.waits["read"] == 4 + reads
+        away.waits.pop("_linalg_eigh", None)  # a GPU's own launch does not wait
+        assert set(away.waits) == {"read"}
+        return away.calls.total() - at_read[4]
+
+    assert calls(12) == calls(3) <= most

@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from eva_kernels.streaming import InputStream, Options, _host, compare_streams, fold_streams
+from eva_kernels.streaming import (
+    InputStream,
+    Options,
+    _host,
+    compare_streams,
+    fold_streams,
+    spectra,
+)
+from eva_kernels.streaming import batch as batch_module
 from eva_kernels.streaming._basis import random_basis
 from fake_cuda import DEVICE, compiler_missing, fake_cuda
+from helpers import CPU
+from host_reads import HostReads
 
 pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs g++ for a device guard")
 GIB = 1 << 30
@@ -57,6 +67,26 @@ def test_memory_of_a_step_of_llama_2_7b() -> None:
     assert 0.3 * GIB < held < 0.4 * GIB
     # The rows before, half of each basis, are a quarter of this, three chunks the rest.
     assert peak - held < 0.2 * GIB
+
+
+def test_the_answers_of_llama_2_7b_leave_the_device_by_chunks() -> None:
+    with fake_cuda():
+        streams = [on_gpu(d, 32) for d in [4096, 4096, 4096, 11008] * 32]
+        for stream in streams:
+            stream.add(torch.zeros(64, stream.features, device=DEVICE))
+        fold_streams(streams)
+        tracker, seen = MemTracker(), HostReads()
+        with tracker, seen:
+            answers = spectra(streams, CPU)
+        peak = tracker.get_tracker_snapshot("peak")[DEVICE]["Total"]
+    assert {(a.components.device, a.mean.device) for a in answers} == {(CPU, CPU)}
+    assert [a.components.shape for a in answers] == [(32, s.features) for s in streams]
+    # 16 layers of 4096 or 5 of 11008 are a chunk: 6 + 7 chunks, each of which launches a dozen
+    # operators and is two copies, of components and of means.
+    assert seen.calls["_to_copy"] == 13 * 2
+    del seen.calls["prim::device"]  # asked of tensors without contents only
+    assert seen.calls.total() < 13 * 20
+    assert 0 < peak <= batch_module.CHUNK_BYTES_ACCELERATOR
 
 
 def test_nothing_fake_is_left_behind() -> None:

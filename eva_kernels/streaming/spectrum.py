@@ -1,0 +1,238 @@
+"""The answers of many streams, by launches that are as many for a hundred layers as for one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import EvaValueError
+from ..ops.eigh import eigh
+from . import _host
+from ._autocast import without_autocast
+from ._host import Array
+from .batch import chunk_bytes, stacked
+from .state import GramState, SketchState
+from .step import fold_streams
+
+if TYPE_CHECKING:
+    from .stream import InputStream
+
+__all__ = ["Spectrum", "centred_scatter", "spectra", "variance_ratio"]
+
+# (D, D) arrays that the eigen-decomposition of one scatter matrix holds at once.
+EIGEN_ARRAYS = 4
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The answer for one layer input.
+
+    Attributes:
+        components: (K, D), orthonormal rows, dtype of the stream, the entry of largest magnitude
+            of each row positive.
+        values: singular values, (K,), float64, on the host, descending; 0 beyond the numerical
+            rank.
+        ratios: explained-variance ratios ``s^2 / total``, as ``values``; 0 without variance.
+        mean: (D,), where the components are.
+        count: tokens.
+        total: centred sum of squares.
+        rank: numerical rank among the directions tracked.
+        lost: share of the captured variance that the last fold still gained; an estimate of the
+            variance lost against the best K components.
+    """
+
+    components: Tensor
+    values: Array
+    ratios: Array
+    mean: Tensor
+    count: int
+    total: float
+    rank: int
+    lost: float
+
+    @property
+    def singular_values(self) -> Tensor:
+        """The values as a tensor on the CPU; it shares their memory."""
+        return torch.from_numpy(self.values)
+
+    @property
+    def ratio(self) -> Tensor:
+        """The ratios as a tensor on the CPU; it shares their memory."""
+        return torch.from_numpy(self.ratios)
+
+
+@without_autocast
+def spectra(streams: Sequence[InputStream], device: torch.device | None = None) -> list[Spectrum]:
+    """Return the answers of streams so far; the pending steps are folded first.
+
+    Args:
+        streams: of any shapes, methods and devices.
+        device: where components and means are to be; on that of each stream if ``None``. Where it
+            is the CPU, an accelerator never holds the components of all streams.
+
+    Raises:
+        EvaValueError: a stream has seen no token.
+    Cost: on an accelerator some ten launches and two copies to ``device`` for every 32 MB of
+        float64 bases, and one read for all exact streams, each of which also takes a full
+        eigen-decomposition.
+    """
+    fold_streams(streams, final=True)
+    if any(s.state is None for s in streams):
+        raise EvaValueError("no tokens were seen")
+    parts = [_vectors(chunk, device) for chunk in _chunks(streams)]
+    told = iter(_host.read([tensor for part in parts for tensor in part.numbers]))
+    found: dict[int, Spectrum] = {}
+    for part in parts:
+        numbers = _numbers(part.streams, [next(told) for _ in part.numbers])
+        tensors = zip(part.streams, part.components, part.means, strict=True)
+        for (stream, components, mean), own in zip(tensors, numbers, strict=True):
+            found[id(stream)] = _spectrum(stream, components, mean, *own)
+    return [found[id(s)] for s in streams]
+
+
+def has_variance(state: SketchState) -> bool:
+    """Tell whether the tokens of a state differ by more than rounding.
+
+    What rounding leaves of a constant (its mean is not exact) is not variance: totals below
+    ``n (4 eps |mean|)^2`` count as none.
+    """
+    noise = 4 * torch.finfo(state.mean.dtype).eps * state.mean_norm
+    return state.total > state.count * noise**2
+
+
+def variance_ratio(squares: Array, state: SketchState) -> Array:
+    """Return the explained-variance ratios ``s^2 / total``; all 0 without variance."""
+    if not has_variance(state):
+        return np.zeros_like(squares)
+    return np.minimum(squares / state.total, 1.0)
+
+
+def centred_scatter(states: Sequence[GramState]) -> Tensor:
+    """Return the exact centred scatter matrices C of states of equal D, float64 (L, D, D)."""
+    shift = stacked([s.sums.shift for s in states])
+    share = np.array([-1 / max(s.sums.count, 1) for s in states])
+    share_ = _host.upload(torch.from_numpy(share), shift.device)[:, None]
+    products = stacked([s.sums.products for s in states]).double()
+    return torch.addcmul(products, shift[:, :, None], (shift * share_)[:, None, :])
+
+
+class _Vectors(NamedTuple):
+    """What is on a device of the answers of streams, and what the host is to know of it.
+
+    Attributes:
+        numbers: of exact streams, see :func:`_eigen`; nothing of sketches.
+    """
+
+    streams: Sequence[InputStream]
+    components: Sequence[Tensor]
+    means: Sequence[Tensor]
+    numbers: Sequence[Tensor]
+
+
+def _chunks(streams: Sequence[InputStream]) -> Iterator[list[InputStream]]:
+    """Split streams into those of one shape, and these into what goes through memory together."""
+    groups: dict[tuple[object, ...], list[InputStream]] = defaultdict(list)
+    for s in streams:
+        groups[type(s.state), s.features, s.width, s.components, s.device, s.dtype].append(s)
+    for group in groups.values():
+        first = group[0]
+        exact = isinstance(first.state, GramState)
+        rows = EIGEN_ARRAYS * first.features if exact else first.width
+        most = chunk_bytes(_host.reads_are_free(first.device))
+        size = max(1, most // (8 * rows * first.features))
+        yield from (group[begin : begin + size] for begin in range(0, len(group), size))
+
+
+# A function of its own, so that nothing of a chunk but what is asked for outlives it.
+def _vectors(chunk: Sequence[InputStream], device: torch.device | None) -> _Vectors:
+    sketches = [s.sketch for s in chunk if s.sketch is not None]
+    exact = [s.state for s in chunk if isinstance(s.state, GramState)]
+    count = chunk[0].components
+    numbers: list[Tensor] = []
+    if exact:
+        rows, *numbers = _eigen(exact, count)
+    else:
+        rows = stacked([s.basis for s in sketches])[:, :count]
+    peak = rows.gather(2, rows.abs().argmax(2, keepdim=True))
+    rows = rows * torch.where(peak < 0, -1.0, 1.0).to(rows.dtype)
+    means = torch.stack([s.mean for s in sketches])  # a copy, of one, too
+    return _Vectors(chunk, _apart(rows, device), _apart(means, device), numbers)
+
+
+def _apart(block: Tensor, device: torch.device | None) -> Sequence[Tensor]:
+    """Return each layer's part on a device, in memory of its own.
+
+    As a view it would keep the memory of all, and a pickle of it would hold all of that.
+    """
+    if device is not None:
+        block = block.to(device)  # one copy for all
+    if len(block) == 1:
+        return block.unbind()
+    parts: Sequence[Tensor] = torch.ops.aten.unbind_copy(block)
+    return parts
+
+
+def _eigen(states: Sequence[GramState], components: int) -> tuple[Tensor, ...]:
+    """Return the leading eigenvectors of exact streams as rows, and what tells them from noise.
+
+    Returns:
+        (L, K, D) in the dtype of the streams; their eigenvalues, the roots of these, and
+        ``sum_i |v_i| sqrt(C_ii)`` of each, float64 (L, K).
+    """
+    scatter = centred_scatter(states)
+    squares, vectors = eigh(scatter)
+    squares = squares.flip(1)[:, :components].clamp_min(0)
+    rows = vectors[:, :, -components:].flip(2).mT.contiguous()
+    deviation = scatter.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    spread = (rows.abs() @ deviation[:, :, None]).squeeze(2)
+    return rows.to(states[0].pivot.dtype), squares, squares.sqrt(), spread
+
+
+def _numbers(
+    streams: Sequence[InputStream], told: Sequence[Array]
+) -> list[tuple[Array, Array, int]]:
+    """Return singular values, their squares, (K,), and the rank of streams of one shape."""
+    first = streams[0]
+    if not told:
+        count = first.components
+        states = [s.state for s in streams if isinstance(s.state, SketchState)]
+        values = [s.values[:count].copy() for s in states]
+        return [(v, np.square(v), min(s.rank, count)) for v, s in zip(values, states, strict=True)]
+    squares, roots, spread = told
+    # Rounding of the sums is relative to the two features of an entry, not to the largest of all:
+    # an outlier feature must not declare every direction without it to be noise.
+    noise = 4 * torch.finfo(first.dtype).eps * np.square(spread)
+    noise += first.features * np.finfo(np.float64).eps * squares[:, :1]  # of the eigen-solver
+    ranks = np.logical_and.accumulate(squares > noise, 1).sum(1)
+    ranks = np.minimum(ranks, [max(s.tokens - 1, 0) for s in streams])
+    alive = np.arange(first.components) < ranks[:, None]
+    parts = (np.where(alive, each, 0.0) for each in (roots, squares))
+    return list(zip(*parts, ranks.tolist(), strict=True))
+
+
+def _spectrum(
+    stream: InputStream,
+    components: Tensor,
+    mean: Tensor,
+    values: Array,
+    squares: Array,
+    rank: int,
+) -> Spectrum:
+    now = stream.sketch
+    assert now is not None
+    return Spectrum(
+        components=components,
+        values=values,
+        ratios=variance_ratio(squares, now),
+        mean=mean,
+        count=now.count,
+        total=now.total,
+        rank=rank if has_variance(now) else 0,
+        lost=0.0 if isinstance(stream.state, GramState) else stream.lost,
+    )

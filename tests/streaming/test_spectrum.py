@@ -1,0 +1,113 @@
+"""The answers of many streams at once: those of each alone, in few calls, each by itself."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+
+import pytest
+import torch
+
+import helpers
+from eva_kernels.errors import EvaValueError
+from eva_kernels.streaming import InputStream, Spectrum, _host, spectra
+from eva_kernels.streaming import batch as batch_module
+from helpers import CPU, decaying, feed, with_spectrum
+from host_reads import counted
+
+# The interpreter of the other backend is slow, and nothing here depends on it.
+make_stream = functools.partial(helpers.make_stream, backend="torch")
+FIELDS = ("components", "values", "ratios", "mean", "count", "total", "rank", "lost")
+
+
+def several() -> list[InputStream]:
+    """Return streams of several shapes and kinds, in no order, some with a step pending."""
+    single, double = torch.float32, torch.float64
+    shapes = [
+        (48, 6, 12, "sketch", single),
+        (24, 4, 8, "gram", single),
+        (48, 6, 12, "sketch", single),
+        (48, 4, 12, "sketch", single),
+        (48, 6, 12, "sketch", double),
+        (24, 4, 8, "gram", single),
+        (24, 4, 8, "gram", double),
+        (48, 6, 12, "sketch", single),
+    ]
+    streams = []
+    for i, (d, k, width, method, dtype) in enumerate(shapes):
+        # one is of low rank, one does not vary
+        values = [9.0, 3.0] if i == 5 else decaying(d)
+        x = with_spectrum(100, d, values, dtype=dtype, seed=i) if i != 7 else torch.full((90, d), 2)
+        stream = feed(make_stream(d, k, width, method=method, dtype=dtype), [x.to(dtype)[:60]])
+        stream.add(x.to(dtype)[60:])
+        streams.append(stream)
+    return streams
+
+
+def assert_same(one: Spectrum, other: Spectrum) -> None:
+    """Compare two answers but for rounding, since LAPACK's depends on where its input lies."""
+    for name in FIELDS:
+        found, expected = getattr(one, name), getattr(other, name)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("chunk", [1, 3 * 12 * 48 * 8, 1 << 20])
+def test_together_as_alone(free: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
+    expected = [stream.spectrum() for stream in several()]
+    assert [a.rank for a in expected] == [6, 4, 6, 4, 6, 2, 4, 0]
+    for name in ("CHUNK_BYTES", "CHUNK_BYTES_ACCELERATOR"):
+        monkeypatch.setattr(batch_module, name, chunk)
+    for device in (None, CPU):
+        streams = several()
+        found = spectra(streams, device)
+        assert [s.pending for s in streams] == [0] * len(streams)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+
+
+def test_each_has_memory_of_its_own() -> None:
+    streams = [feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))]) for _ in "abcd"]
+    for answer in spectra(streams):
+        for tensor in (answer.components, answer.mean):
+            assert tensor.is_contiguous()
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+            assert len(pickle.dumps(tensor)) < tensor.nbytes + 2000
+    before = streams[0].sketch.basis.clone()
+    answer = streams[0].spectrum()
+    for changed in (answer.components, answer.mean, answer.singular_values):
+        changed.zero_()
+    assert torch.equal(streams[0].sketch.basis, before)
+    assert streams[0].spectrum().singular_values.all()
+    assert streams[0].spectrum().mean.any()
+
+
+@pytest.mark.parametrize(("method", "reads"), [("sketch", 0), ("gram", 1)])
+def test_calls_do_not_grow_with_the_streams(
+    method: str, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
+    x = with_spectrum(120, 24, decaying(24))
+
+    def calls(count: int) -> int:
+        streams = [feed(make_stream(24, 4, method=method), [x[:60]]) for _ in range(count)]
+        with counted(monkeypatch) as seen:
+            spectra(streams, CPU)
+        assert seen.waits["read"] == reads
+        found = seen.calls.total()
+        for stream in streams:
+            stream.add(x[60:])
+        with counted(monkeypatch) as seen:
+            spectra(streams, CPU)
+        assert seen.waits["read"] == 1 + reads  # all pending steps are one fold
+        return found
+
+    assert calls(12) == calls(3)
+
+
+def test_no_token_no_answer() -> None:
+    seen = feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))])
+    with pytest.raises(EvaValueError, match="no tokens were seen"):
+        spectra([seen, make_stream(12, 4)])
+    assert spectra([]) == []
