@@ -22,7 +22,7 @@ from .native_batch import NativeSketchBatch
 from .nystrom import Nystrom, orthogonalisation, whitening
 from .state import GramState, SketchState, StepSums, clear_sums
 
-__all__ = ["first_basis", "fold", "fold_gram", "scatter_about_mean", "sketch_batch"]
+__all__ = ["first_basis", "fold", "fold_gram", "sketch_batch"]
 
 
 def fold(
@@ -121,10 +121,3 @@ def _span(batch: Batch, mixing_of: Callable[[Tensor], Nystrom], sound: Tensor) -
     """Put a mixture of the rows of the image in place of the basis."""
     batch.found = mixing_of(batch.measure()[0])
     batch.renew(sound, [0])
-
-
-def scatter_about_mean(state: GramState) -> Tensor:
-    """Return the exact centred scatter matrix C, float64 (D, D)."""
-    shift = state.sums.shift
-    share = -1 / max(state.sums.count, 1)
-    return torch.addcmul(state.sums.products.double(), shift[:, None], shift[None, :] * share)
