@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -16,7 +17,15 @@ from torch import Tensor
 from . import _host
 from ._basis import random_basis
 
-__all__ = ["GramState", "SketchState", "StepSums", "clear_sums", "empty_sketch", "zero_sums"]
+__all__ = [
+    "GramState",
+    "SketchState",
+    "StepSums",
+    "clear_sums",
+    "empty_sketch",
+    "start_basis",
+    "zero_sums",
+]
 
 
 @dataclass(frozen=True)
@@ -106,15 +115,35 @@ def clear_sums(sums: Iterable[StepSums]) -> None:
         torch._foreach_zero_(tensors)
 
 
+# Alive as long as someone holds them.
+_starts: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
+
+
+def start_basis(
+    width: int, features: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> Tensor:
+    """Return the random basis (width, features) that layers of one shape begin with.
+
+    To be copied, not written to. Whoever holds it spares the others the way to the device: a
+    conversion and a copy of 1 MB and more, for each of hundreds of layers.
+    """
+    key = width, features, dtype, device, seed
+    basis = _starts.get(key)
+    if basis is None:
+        basis = _host.upload(random_basis(width, features, seed).to(dtype, copy=True), device)
+        _starts[key] = basis
+    return basis
+
+
 def empty_sketch(
     width: int, features: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> SketchState:
     """Return a state that has seen nothing, with a random orthonormal basis (width, features)."""
-    basis = random_basis(width, features, seed)
+    basis = start_basis(width, features, dtype, device, seed)
     return SketchState(
         count=0,
         mean=torch.zeros(features, dtype=dtype, device=device),
-        basis=_host.upload(basis.to(dtype, copy=True), device),
+        basis=basis.clone(),
         values=np.zeros(width),
         total=0.0,
         rank=0,

@@ -18,7 +18,15 @@ from .fold import first_basis, fold_gram
 from .merge import merge_gram, merge_sketch
 from .plan import StreamPlan, stream_bytes
 from .spectrum import Spectrum, spectra, variance_ratio
-from .state import GramState, SketchState, StepSums, clear_sums, empty_sketch, zero_sums
+from .state import (
+    GramState,
+    SketchState,
+    StepSums,
+    clear_sums,
+    empty_sketch,
+    start_basis,
+    zero_sums,
+)
 from .step import fold_streams
 
 __all__ = ["InputStream", "Options"]
@@ -77,6 +85,7 @@ class InputStream:
         self.pending = 0  # tokens accumulated since the last fold
         self.skipped = 0  # tokens left out because they are not finite
         self.folds = 0
+        self._start_rows: Tensor | None = None  # until the first fold, for others of this shape
         self.previous: Tensor | None = None  # (K, D) before the last fold, until compared
         self.turned: Array | None = None  # (K,) cosines that the fold has read, until compared
         self.cosines: Tensor | None = None  # (K,) on the CPU, of the last fold, once compared
@@ -174,7 +183,9 @@ class InputStream:
         limit = WARM_UP_TOKENS * self.width
         index = torch.arange(len(x), device=x.device) if rows is None else rows
         sample = x.index_select(0, index[:: -(-len(index) // limit)]).to(self.dtype)
-        blank = empty_sketch(self.width, self.features, self.dtype, self.device, self.options.seed)
+        place = self.width, self.features, self.dtype, self.device, self.options.seed
+        self._start_rows = start_basis(*place)
+        blank = empty_sketch(*place)
         blank = replace(blank, mean=sample.double().mean(0).to(self.dtype))
         sums = zero_sums(self.width, self.features, self.dtype, self.device)
         self._sketch_into(sample, None, blank, sums)
@@ -231,7 +242,7 @@ class InputStream:
             captured: variance along each row of the basis before, (Q,).
             previous: the K leading rows before, (K, D), to be compared.
         """
-        self.state, self.pending = state, 0
+        self.state, self.pending, self._start_rows = state, 0, None
         self.folds += 1
         self.previous, self.turned = previous, None
         k, now = self.components, self.sketch

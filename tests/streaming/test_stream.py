@@ -10,7 +10,7 @@ from peft.utils.incremental_pca import IncrementalPCA as PeftIncrementalPCA
 from torch import Tensor
 
 from eva_kernels.errors import EvaValueError, NonFiniteError
-from eva_kernels.streaming import InputStream, compare_streams, fold_streams
+from eva_kernels.streaming import InputStream, compare_streams, fold_streams, state
 from helpers import (
     DTYPES,
     EPS32,
@@ -378,3 +378,22 @@ def test_squares_that_overflow_name_the_remedy():
     with pytest.raises(NonFiniteError, match=r"squares overflow torch.float32; .* float64"):
         stream.add(torch.full((50, 16), 1e20))
     assert stream.tokens == 0
+
+
+def test_streams_of_one_shape_share_the_rows_they_begin_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, random_basis = [], state.random_basis
+    monkeypatch.setattr(
+        state, "random_basis", lambda *size: made.append(size) or random_basis(*size)
+    )
+    streams = [make_stream(24, 3, seed=77) for _ in range(3)]
+    x = torch.randn(60, 24)
+    for stream in streams[:2]:
+        stream.add(x)
+    assert len(made) == 1
+    assert torch.equal(streams[0].sketch.basis, streams[1].sketch.basis)
+    assert streams[0].sketch.basis.data_ptr() != streams[1].sketch.basis.data_ptr()
+    fold_streams(streams[:2])  # after which nobody needs them
+    streams[2].add(x)
+    assert len(made) == 2
