@@ -65,11 +65,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "nystrom",
       [](uintptr_t core, uintptr_t metric, uintptr_t ceiling, int64_t n_layers, int width,
-         double loose, double span, uintptr_t scratch, uintptr_t mixing, uintptr_t told) {
+         double loose, int goal, uintptr_t scratch, uintptr_t mixing, uintptr_t told) {
         eva_kernels::nystrom_cpu(eva_kernels::nystrom_args(core, metric, ceiling, n_layers, width,
-                                                           loose, span, scratch, mixing, told));
+                                                           loose, goal, scratch, mixing, told));
       },
       py::arg("core"), py::arg("metric"), py::arg("ceiling"), py::arg("n_layers"), py::arg("width"),
-      py::arg("loose"), py::arg("span"), py::arg("scratch"), py::arg("mixing"), py::arg("told"),
+      py::arg("loose"), py::arg("goal"), py::arg("scratch"), py::arg("mixing"), py::arg("told"),
       py::call_guard<py::gil_scoped_release>());
 }

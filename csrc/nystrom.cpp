@@ -45,8 +45,8 @@ Matrix transposed(const Matrix& of) {
   return matrix_of(of.width, [&](int i, int j) { return of.at(j, i); });
 }
 
-// L^-1 of the Cholesky factor L. Rows and columns whose pivot is not above `cut` are left out:
-// these rows are 0.
+// L^-1 of the Cholesky factor L. RankedRows and columns whose pivot is not above `cut` are left
+// out: these rows are 0.
 struct InverseFactor {
   Matrix rows;
   std::vector<bool> kept;
@@ -98,13 +98,13 @@ Pairs eigenpairs(const Matrix& matrix) {
 // 1 / sqrt(x) where x is above the floor, otherwise 0.
 double inverse_root(double x, double floor) { return x > floor ? 1.0 / std::sqrt(x) : 0.0; }
 
-// What scales the core to a unit diagonal.
-std::vector<double> scale_of(const Matrix& core) {
+// What scales the core to a unit diagonal, and 0 for what is not above `noise` of the largest.
+std::vector<double> scale_of(const Matrix& core, double noise) {
   double largest = 0.0;
   for (int i = 0; i < core.width; ++i) largest = std::max(largest, core.at(i, i));
   std::vector<double> scale(core.width);
   for (int i = 0; i < core.width; ++i) {
-    scale[i] = inverse_root(core.at(i, i), largest * kNystromNoise);
+    scale[i] = inverse_root(core.at(i, i), largest * noise);
   }
   return scale;
 }
@@ -115,33 +115,44 @@ Matrix scaled_core(const Matrix& core, const std::vector<double>& scale) {
   });
 }
 
-// Rows that whiten the core, unless it is not finite.
-std::optional<Matrix> whitener(const Matrix& core) {
+struct RankedRows {
+  Matrix matrix;
+  int rank;  // rows from there on are 0
+};
+
+// RankedRows that whiten the core, unless it is not finite.
+std::optional<RankedRows> whitener(const Matrix& core, double noise, bool regular) {
   const int width = core.width;
-  const std::vector<double> scale = scale_of(core);
+  const std::vector<double> scale = scale_of(core, noise);
   const Matrix scaled = scaled_core(core, scale);
   const InverseFactor inverse = inverse_factor(scaled, 0.0);
-  if (inverse.rank() == width && inverse.norm < kNystromRegular) {
-    return matrix_of(width, [&](int i, int j) { return inverse.rows.at(i, j) * scale[j]; });
+  if (regular && inverse.rank() == width && inverse.norm < kNystromRegular) {
+    const auto entry = [&](int i, int j) { return inverse.rows.at(i, j) * scale[j]; };
+    return RankedRows{matrix_of(width, entry), width};
   }
   const Pairs pairs = eigenpairs(scaled);
   if (!eigh_is_finite(pairs.values.back())) return std::nullopt;
-  return matrix_of(width, [&](int i, int j) {
-    return inverse_root(pairs.values[i], kNystromCut) * pairs.vectors.at(i, j) * scale[j];
-  });
+  const auto entry = [&](int i, int j) {
+    const int from = width - 1 - i;
+    return inverse_root(pairs.values[from], kNystromCut) * pairs.vectors.at(from, j) * scale[j];
+  };
+  const auto above = [](double value) { return value > kNystromCut; };
+  const auto rank = std::count_if(pairs.values.begin(), pairs.values.end(), above);
+  return RankedRows{matrix_of(width, entry), static_cast<int>(rank)};
 }
 
-// Rows that whiten what a Cholesky factor with this cut leaves of the core; those left out come
-// last, and are 0.
-Matrix span_of(const Matrix& core, double cut, int& rank) {
-  const std::vector<double> scale = scale_of(core);
-  const InverseFactor inverse = inverse_factor(scaled_core(core, scale), cut);
-  Matrix out(core.width);
-  rank = 0;
-  for (int i = 0; i < core.width; ++i) {
+// The orthogonalisation of rows with these overlaps; those that depend on others come last, and are
+// 0.
+RankedRows orthogonalisation(const Matrix& overlaps) {
+  const std::vector<double> scale = scale_of(overlaps, 0.0);
+  const InverseFactor inverse = inverse_factor(scaled_core(overlaps, scale), kNystromNoise);
+  RankedRows out{Matrix(overlaps.width), 0};
+  for (int i = 0; i < overlaps.width; ++i) {
     if (!inverse.kept[i]) continue;
-    for (int j = 0; j < core.width; ++j) out.at(rank, j) = inverse.rows.at(i, j) * scale[j];
-    ++rank;
+    for (int j = 0; j < overlaps.width; ++j) {
+      out.matrix.at(out.rank, j) = inverse.rows.at(i, j) * scale[j];
+    }
+    ++out.rank;
   }
   return out;
 }
@@ -177,16 +188,22 @@ void solve(const NystromArgs& args, int64_t layer) {
     std::copy(out.entries.begin(), out.entries.end(), mixing);
   };
 
-  if (args.span > 0.0) {
-    int left = 0;
-    const Matrix rows = span_of(core, args.span, left);
-    return finish(rows, left, left < width);
+  if (args.goal == kNystromOrthogonal) {
+    const RankedRows rows = orthogonalisation(core);
+    return finish(rows.matrix, rows.rank, rows.rank < width);
   }
-  const auto rows = whitener(core);
-  if (!rows) return finish(Matrix(width), 0, true);
-  const Pairs pairs = eigenpairs(product(product(*rows, metric), transposed(*rows)));
+  const double ceiling = args.ceiling[layer];
+  const bool all = args.goal == kNystromSolve;
+  const auto white = whitener(core, all ? kNystromNoise : 0.0, all || ceiling >= width);
+  if (!white) return finish(Matrix(width), 0, true);
+  if (args.goal == kNystromWhiten) {
+    const int rank = ceiling < white->rank ? static_cast<int>(std::max(ceiling, 0.0)) : white->rank;
+    return finish(white->matrix, rank, rank < width);
+  }
+  const Matrix& rows = white->matrix;
+  const Pairs pairs = eigenpairs(product(product(rows, metric), transposed(rows)));
   if (!eigh_is_finite(pairs.values.back())) return finish(Matrix(width), 0, true);
-  const int rank = rank_of(pairs.values, args.ceiling[layer]);
+  const int rank = rank_of(pairs.values, ceiling);
   Matrix found =
       product(matrix_of(width,
                         [&](int i, int j) {
@@ -194,7 +211,7 @@ void solve(const NystromArgs& args, int64_t layer) {
                           const int from = width - 1 - i;
                           return pairs.vectors.at(from, j) / std::sqrt(pairs.values[from]);
                         }),
-              *rows);
+              rows);
   for (int i = 0; i < rank; ++i) told.squares[i] = pairs.values[width - 1 - i];
   double farthest = 0.0;
   for (const double miss : missing(found, metric, rank).entries) {

@@ -21,7 +21,7 @@ constexpr int kProductRows = 8;  // rows of a product that a thread makes, of on
 struct NystromBlock {
   EighBlock eigh;
   double* scale;   // (width,), shared
-  double* values;  // (width,), shared
+  double* values;  // (width,), shared: eigenvalues, or which rows of a factor are kept
   int width;
 };
 
@@ -78,9 +78,11 @@ __device__ __forceinline__ void multiply(const double* left, const double* right
 }
 
 // Factor the matrix in the triangle, M = L L^T, and put L^-1 into the vectors, zeros above its
-// diagonal. Rows and columns whose pivot is not above `cut` are left out: their rows are of no use.
-// Every thread returns how many are not in `rank`, and if that is all, |L^-1|_F^2.
-__device__ __forceinline__ double invert_factor(const EighBlock& block, double cut, int& rank) {
+// diagonal. Rows and columns whose pivot is not above `cut` are left out: their rows are of no use,
+// and their value is 0, otherwise 1. Every thread returns how many are kept in `rank`, and if that
+// is all, |L^-1|_F^2.
+__device__ __forceinline__ double invert_factor(const NystromBlock& of, double cut, int& rank) {
+  const EighBlock& block = of.eigh;
   const int width = block.width;
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
     block.vectors[i] = i / width == i % width ? 1.0 : 0.0;
@@ -90,6 +92,7 @@ __device__ __forceinline__ double invert_factor(const EighBlock& block, double c
   for (int k = 0; k < width; ++k) {
     __syncthreads();
     const double pivot = block.at(k, k);
+    if (threadIdx.x == 0) of.values[k] = pivot > cut;
     if (!(pivot > cut)) continue;
     ++rank;
     const double inverse = 1.0 / pivot;
@@ -129,8 +132,9 @@ __device__ __forceinline__ bool eigenpairs(const NystromBlock& block, const doub
   return true;
 }
 
-// Fill scale and what the layer's old rows capture.
-__device__ __forceinline__ void grade(const NystromBlock& block, const double* core,
+// Fill scale and what the layer's old rows capture. What is not above `noise` of the largest has
+// scale 0.
+__device__ __forceinline__ void grade(const NystromBlock& block, const double* core, double noise,
                                       double* captured) {
   double largest = 0.0;
   for (int i = threadIdx.x; i < block.width; i += blockDim.x) {
@@ -139,7 +143,7 @@ __device__ __forceinline__ void grade(const NystromBlock& block, const double* c
     block.scale[i] = captured[i] = positive;
     largest = fmax(largest, positive);
   }
-  const double floor = over_block(largest, Largest()) * kNystromNoise;
+  const double floor = over_block(largest, Largest()) * noise;
   for (int i = threadIdx.x; i < block.width; i += blockDim.x) {
     const double entry = block.scale[i];
     block.scale[i] = entry > floor ? 1.0 / sqrt(entry) : 0.0;
@@ -161,50 +165,55 @@ __device__ __forceinline__ void fill_triangle(const NystromBlock& block, const d
   }
 }
 
-// Rows R that whiten the core, and their transpose. `vectors` is overwritten. False for every
-// thread where the core is not finite.
-__device__ __forceinline__ bool whiten(const NystromBlock& block, const double* core, double* rows,
-                                       double* transposed, double* vectors) {
+// Rows R that whiten the core, the last ones 0 if it is singular, and their transpose. `vectors` is
+// overwritten. Every thread returns how many are not 0, or -1 where the core is not finite.
+// `regular` tells whether a triangular whitener may do.
+__device__ __forceinline__ int whiten(const NystromBlock& block, const double* core, bool regular,
+                                      double* rows, double* transposed, double* vectors) {
   const int width = block.width;
   fill_triangle(block, core);
   const double* whitener = block.eigh.vectors;
   int rank = 0;
-  const double norm = invert_factor(block.eigh, 0.0, rank);
-  const bool regular = rank == width && norm < kNystromRegular;
+  const double norm = invert_factor(block, 0.0, rank);
+  regular = regular && rank == width && norm < kNystromRegular;
   if (!regular) {
     for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
       vectors[i] = i % width <= i / width ? scaled_core(block, core, i) : 0.0;
     }
     __syncthreads();
-    if (!eigenpairs(block, vectors, vectors)) return false;
+    if (!eigenpairs(block, vectors, vectors)) return -1;
     whitener = vectors;
+    rank = 0;
+    for (int i = 0; i < width; ++i) rank += block.values[i] > kNystromCut;
   }
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
-    const double value = regular ? 1.0 : block.values[i / width];
+    // Eigenvalues ascend.
+    const int row = regular ? i / width : width - 1 - i / width;
+    const double value = regular ? 1.0 : block.values[row];
     const double factor = value > kNystromCut ? 1.0 / sqrt(value) : 0.0;
-    const double entry = factor * whitener[i] * block.scale[i % width];
+    const double entry = factor * whitener[row * width + i % width] * block.scale[i % width];
     rows[i] = entry;
     transposed[i % width * width + i / width] = entry;
   }
   __syncthreads();
-  return true;
+  return rank;
 }
 
-// The transpose of rows that whiten the core, without those that a Cholesky factor with this cut
-// leaves out. Every thread returns how many there are.
-__device__ __forceinline__ int whiten_span(const NystromBlock& block, const double* core,
-                                           double cut, double* transposed) {
+// The transpose of the orthogonalisation; rows that depend on those before are left out. Every
+// thread returns how many there are.
+__device__ __forceinline__ int orthogonalise(const NystromBlock& block, const double* core,
+                                             double* transposed) {
   const int width = block.width;
   fill_triangle(block, core);
   int rank = 0;
-  invert_factor(block.eigh, cut, rank);
+  invert_factor(block, kNystromNoise, rank);
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) transposed[i] = 0.0;
   __syncthreads();
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
     const int row = i / width;
-    if (!(block.eigh.at(row, row) > cut)) continue;
+    if (block.values[row] == 0.0) continue;
     int place = 0;  // rows that are left stand first
-    for (int j = 0; j < row; ++j) place += block.eigh.at(j, j) > cut;
+    for (int j = 0; j < row; ++j) place += block.values[j] != 0.0;
     transposed[i % width * width + place] = block.eigh.vectors[i] * block.scale[i % width];
   }
   return rank;
@@ -273,15 +282,25 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
   // Where they are in global memory, nothing else of that scratch is alive while they are.
   block.eigh.vectors = kVectorsInShared ? shared + eigh_shared_size(width, false) : c;
 
-  grade(block, args.core + layer * size, told.captured);
-  if (args.span > 0.0) {
-    const int rank = whiten_span(block, args.core + layer * size, args.span, mixing);
-    tell(told, width, rank, rank < width);
+  const double* core = args.core + layer * size;
+  // Of a random basis all entries are alike, and rows to be orthogonalised have any length.
+  grade(block, core, args.goal == kNystromSolve ? kNystromNoise : 0.0, told.captured);
+  if (args.goal == kNystromOrthogonal) {
+    const int left = orthogonalise(block, core, mixing);
+    tell(told, width, left, left < width);
     return;
   }
-  // rows R in a, their transpose in mixing
-  if (!whiten(block, args.core + layer * size, a, mixing, b)) {
+  const double ceiling = args.ceiling[layer];
+  // Of too few tokens what lies beyond the ceiling is rounding, however large.
+  const bool full = args.goal == kNystromSolve || ceiling >= width;
+  const int left = whiten(block, core, full, a, mixing, b);  // R in a, its transpose in mixing
+  if (left < 0) {
     give_up(width, told, mixing);
+    return;
+  }
+  if (args.goal == kNystromWhiten) {
+    const int rank = ceiling < left ? static_cast<int>(fmax(ceiling, 0.0)) : left;
+    tell(told, width, rank, rank < width);
     return;
   }
   multiply(a, metric, width, c);
@@ -290,7 +309,7 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
     give_up(width, told, mixing);
     return;
   }
-  const int rank = normalise(block, b, args.ceiling[layer], c, told.squares);
+  const int rank = normalise(block, b, ceiling, c, told.squares);
   multiply(c, a, width, b, mixing);  // the new rows as mixtures of those of Y
   multiply(b, metric, width, a);
   multiply(a, mixing, width, c);

@@ -14,14 +14,18 @@ struct NystromArgs {
   const double* ceiling;  // of the rank of each layer, (n_layers,), contiguous
   int64_t n_layers;
   int width;
-  double loose;  // rows off orthonormal by more than this are told
-  // 0, or: rows that whiten the core will do, without those of which a Cholesky factor of the
-  // scaled core leaves no more than this.
-  double span;
+  double loose;     // rows off orthonormal by more than this are told
+  int goal;         // see below
   double* scratch;  // kNystromScratch (width, width) matrices a layer; the CPU has no use for it
   double* mixing;   // (n_layers, width, width): mixing^T Y are the new rows
   double* told;     // (n_layers, nystrom_told(width)): see NystromTold
 };
+
+// Everything; or only rows that whiten the core, which is read as it is; or an orthogonalisation
+// that keeps the span of the first j rows for every j, of rows whose overlaps are the core.
+constexpr int kNystromSolve = 0;
+constexpr int kNystromWhiten = 1;
+constexpr int kNystromOrthogonal = 2;
 
 constexpr int kNystromScratch = 3;
 
@@ -50,7 +54,7 @@ constexpr double kNystromCut = 1e-6;
 constexpr double kNystromRegular = 1.0 / kNystromCut;
 
 inline NystromArgs nystrom_args(uintptr_t core, uintptr_t metric, uintptr_t ceiling,
-                                int64_t n_layers, int width, double loose, double span,
+                                int64_t n_layers, int width, double loose, int goal,
                                 uintptr_t scratch, uintptr_t mixing, uintptr_t told) {
   return {reinterpret_cast<const double*>(core),
           reinterpret_cast<const double*>(metric),
@@ -58,7 +62,7 @@ inline NystromArgs nystrom_args(uintptr_t core, uintptr_t metric, uintptr_t ceil
           n_layers,
           width,
           loose,
-          span,
+          goal,
           reinterpret_cast<double*>(scratch),
           reinterpret_cast<double*>(mixing),
           reinterpret_cast<double*>(told)};

@@ -146,12 +146,11 @@ def cosines(
     """Compare saved rows with those that now stand where they were taken from, in one launch.
 
     What :func:`convergence` does with "auto", for groups of layers of one shape whose saved rows
-    lie one after another: hundreds a step, at which nothing is looked at one by one but the address
-    of a basis.
+    lie one after another: hundreds a step, of which little is looked at one by one.
 
     Args:
         saved: of each group, (sum of K_i, D), float32 and contiguous, as all matrices here.
-        bases: of each group, (Q, D) each, of which only the first is checked.
+        bases: of each group, (Q, D) each; of dtype and shape, only those of the first are checked.
         kept: K_i of each layer of each group: so many leading rows of its basis are compared.
 
     Returns:
@@ -164,7 +163,7 @@ def cosines(
         for matrix in (rows, *group[:1]):
             _check_matrix("a matrix of cosines", matrix)
         fits = len(group) == len(counts) and len(rows) == sum(counts)
-        if not (fits and rows.is_contiguous() and all(b.is_contiguous() for b in group[:1])):
+        if not (fits and all(matrix.is_contiguous() for matrix in (rows, *group))):
             raise EvaValueError(
                 f"{len(group)} contiguous bases must have kept {len(rows)} contiguous rows, not "
                 f"{list(counts)}"

@@ -89,8 +89,8 @@ def fold_layers(
     """Describe layer inputs of one shape for the passes of a fold, without touching them.
 
     Args:
-        bases: V, one (Q, D) a layer, float32 and contiguous, Q at most 128. Here and below, only
-            the tensors of the first layer are checked.
+        bases: V, one (Q, D) a layer, float32 and contiguous, Q at most 128. But for being
+            contiguous, here and below only the tensors of the first layer are checked.
         products: of the step about the mean before, the same.
         shifts, squares: of the step, float64 (D,) and (); see :func:`reference.sketch`.
         means: before the step, float32 (D,).
@@ -317,7 +317,9 @@ def _check_layers(
         ("means", means, (d,), single),
     )
     for name, tensors, shape, dtype in described:
-        _check_tensor(f"{name}[0]", tensors[0], shape, dtype, like.device)
+        for i, tensor in enumerate(tensors):
+            if i == 0 or not tensor.is_contiguous():
+                _check_tensor(f"{name}[{i}]", tensor, shape, dtype, like.device)
     if not all(0 <= count <= q for count in kept):
         raise EvaValueError(f"kept must be between 0 and {q}, not {list(kept)}")
 

@@ -13,6 +13,7 @@ from .eigh import MAX_WIDTH, widest
 
 __all__ = ["nystrom", "runs_natively"]
 
+GOALS = ("solve", "whiten", "orthogonalise")  # as csrc/nystrom.h numbers them
 SCRATCH = 3  # (Q, Q) matrices a layer, see csrc/nystrom.h
 
 
@@ -31,7 +32,7 @@ def runs_natively(core: Tensor) -> bool:
 
 @torch.no_grad()
 def nystrom(
-    core: Tensor, metric: Tensor, ceiling: Tensor, loose: float, *, span: float = 0.0
+    core: Tensor, metric: Tensor, ceiling: Tensor, loose: float, *, goal: str = "solve"
 ) -> tuple[Tensor, Tensor]:
     """Decompose C from the image ``Y = V C`` of a basis V of Q rows, for L layers.
 
@@ -42,9 +43,11 @@ def nystrom(
         metric: ``Y Y^T``, float64 (L, Q, Q), symmetric.
         ceiling: the rank is at most this, float64 (L,).
         loose: rows that miss orthonormal by more than this are uneven.
-        span: if not 0, rows that whiten the core will do, by a Cholesky factor of the core scaled
-            to a unit diagonal, without those of which it leaves no more than this; a thirtieth of
-            the time. Then ``metric`` is not read, and there are no squares.
+        goal: "solve". Or "whiten": rows ``mixing^T Y`` with ``mixing^T B mixing = 1`` will do, a
+            thirtieth of the time unless B is singular. Or "orthogonalise": the rows are to keep the
+            span of the first j for every j, and B holds the overlaps of Y itself, of rows of any
+            lengths; those that depend on rows before are left out, and ``ceiling`` is not read.
+            With both, ``metric`` is not, and there are no squares.
 
     Returns:
         ``mixing`` (L, Q, Q), ``mixing^T Y`` are the new rows; ``told`` (L, 2 + 2 Q): rank, uneven
@@ -56,24 +59,30 @@ def nystrom(
 
     Numerics: float64. Whitens by a Cholesky factor where that cuts nothing off, by eigenvectors
         where the core is singular. The same bits for the same input and device. A layer that is
-        not finite has rank 0, and no other notices.
+        not finite has rank 0 ("orthogonalise": that of its finite rows), and no other notices.
     Cost: one eigen-decomposition and some 25 ``Q^3`` flops a layer; memory 4 (Q, Q) a layer.
     Reference: Tropp, Yurtsever, Udell and Cevher 2017, arXiv 1706.05736.
     """
     _check(core, metric, ceiling)
+    if goal not in GOALS:
+        raise EvaValueError(f"goal must be one of {', '.join(GOALS)}, not {goal!r}")
     return _nystrom(
-        core.contiguous(), metric.contiguous(), ceiling.contiguous(), float(loose), float(span)
+        core.contiguous(),
+        metric.contiguous(),
+        ceiling.contiguous(),
+        float(loose),
+        GOALS.index(goal),
     )
 
 
 def _run(
-    core: Tensor, metric: Tensor, ceiling: Tensor, loose: float, span: float
+    core: Tensor, metric: Tensor, ceiling: Tensor, loose: float, goal: int
 ) -> tuple[Tensor, Tensor]:
     module = _native.load(core.device.type)
     mixing, told = _empty_results(core)
     count, width = core.shape[:2]
     scratch = core.new_empty(SCRATCH * core.numel() if core.device.type == "cuda" else 0)
-    inputs = core.data_ptr(), metric.data_ptr(), ceiling.data_ptr(), count, width, loose, span
+    inputs = core.data_ptr(), metric.data_ptr(), ceiling.data_ptr(), count, width, loose, goal
     outputs = scratch.data_ptr(), mixing.data_ptr(), told.data_ptr()
     _native.call(module, "nystrom", *inputs, *outputs, device=core.device)
     return mixing, told
@@ -86,7 +95,7 @@ def _empty_results(core: Tensor, *given: object) -> tuple[Tensor, Tensor]:
 
 _nystrom = define_operator(
     "nystrom",
-    "(Tensor core, Tensor metric, Tensor ceiling, float loose, float span) -> (Tensor, Tensor)",
+    "(Tensor core, Tensor metric, Tensor ceiling, float loose, int goal) -> (Tensor, Tensor)",
     _run,
     _empty_results,
 )

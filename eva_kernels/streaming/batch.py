@@ -73,8 +73,9 @@ class Numbers(NamedTuple):
 
     @property
     def sound(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Whether the sums of each layer are finite, (L,)."""
-        return np.isfinite(self.check + self.captured.sum(1))
+        """Whether all numbers of a layer are finite, (L,), by which the device decides, too."""
+        scalars = self.check + self.gain + self.mean_norm
+        return np.isfinite(scalars + self.squares.sum(1) + self.captured.sum(1))
 
 
 class Batch:

@@ -6,7 +6,7 @@ folder's README.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from ._basis import repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, SketchBatch, chunk_bytes, decompose
 from .native_batch import NativeSketchBatch
-from .nystrom import Nystrom, orthogonalisation, whitening
+from .nystrom import orthogonalisation, whitening
 from .state import GramState, SketchState, StepSums, clear_sums
 
 __all__ = ["first_basis", "fold", "fold_gram", "sketch_batch"]
@@ -100,24 +100,22 @@ def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
     goes through here by itself, its rows are those of the image, whitened twice: by their products
     with the random basis, which leaves rows of C^(1/2), and then by their own, which makes them
     orthonormal. That takes no decision of the host and, in native code, no eigenvectors. Random
-    rows stay in place of those beyond the rank.
+    rows take the place of those beyond the rank.
     """
     if _host.reads_are_free(blank.basis.device):
         warm = fold([blank], [sums])[0][0]
         clear_sums([sums])
         return replace(blank, mean=warm.mean, basis=warm.basis)
     sound = torch.ones((), dtype=torch.bool, device=blank.basis.device)
-    _span(sketch_batch([blank], [sums], [0]), whitening, sound)
+    batch = sketch_batch([blank], [sums], [0])
+    batch.found = whitening(batch.measure()[0], batch.ceiling)
+    batch.renew(sound, [0])
     # One token at the mean, on a C that is V^T V: the image is the basis itself.
     clear_sums([sums])
     sums.count = 1
     unit = replace(blank, values=np.ones_like(blank.values))
-    _span(sketch_batch([unit], [sums], [0]), orthogonalisation, sound)
+    batch = sketch_batch([unit], [sums], [0])
+    batch.found = orthogonalisation(batch.measure()[0])
+    batch.renew(sound, [0])
     sums.count = 0
     return blank
-
-
-def _span(batch: Batch, mixing_of: Callable[[Tensor], Nystrom], sound: Tensor) -> None:
-    """Put a mixture of the rows of the image in place of the basis."""
-    batch.found = mixing_of(batch.measure()[0])
-    batch.renew(sound, [0])

@@ -36,7 +36,7 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
     host, distance, norm_ = read([values[:width], delta.square().sum(), norm])
     squares = host**2
     rank = min(int((squares > NOISE * squares[0]).sum()), max(count - 1, 0))
-    basis = vectors[:width]
+    basis = vectors[:width].contiguous()  # LAPACK's are by columns
     if rank < width:
         basis = complete_basis(basis, rank)
         squares = np.where(np.arange(width) < rank, squares, 0.0)

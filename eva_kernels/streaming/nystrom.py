@@ -125,37 +125,47 @@ def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dt
     return Nystrom(scale[:, :, None] * mixing, told)
 
 
-def whitening(core: Tensor) -> Nystrom:
+def whitening(core: Tensor, ceiling: Tensor) -> Nystrom:
     """Return a mixing whose rows ``mixing^T Y`` span what Y does, but far better: those of C^1/2.
 
     Nothing else of the result means what it says, but for the rank.
 
     Args:
-        core: ``B = Y V^T``, (L, Q, Q), of float32 sums. One that is not finite has rank 0.
+        core: ``B = Y V^T``, (L, Q, Q), of float32 sums.
+        ceiling: the rank is at most this, (L,): what lies beyond is rounding, however large.
     """
     if runs_natively(core):
-        return Nystrom(*ops.nystrom(core, core, core[:, 0, 0], 0.0, span=CUT))
-    scale = _graded_scale(core)
+        return Nystrom(*ops.nystrom(core, core, ceiling, 0.0, goal="whiten"))
+    scale = _unit_scale(core)
     values, vectors = eigh(core * scale[:, :, None] * scale[:, None, :])
     alive = values > CUT  # NaN is not
     mixing = torch.where(alive[:, None, :], vectors * values.rsqrt()[:, None, :], 0.0).flip(2)
-    return _of_rank(scale[:, :, None] * mixing, alive.sum(1))
+    return _of_rank(scale[:, :, None] * mixing, torch.minimum(alive.sum(1), ceiling))
 
 
 def orthogonalisation(overlaps: Tensor) -> Nystrom:
     """Return a mixing that makes rows orthonormal, the first j of which keep their span.
 
     Args:
-        overlaps: of the rows, (L, Q, Q). Where they have no Cholesky factor, the rank is 0.
+        overlaps: of independent rows, of any lengths, (L, Q, Q). Of rows that are not independent,
+            PyTorch leaves all as they are, and native code those that depend on others.
     """
     if runs_natively(overlaps):
-        return Nystrom(*ops.nystrom(overlaps, overlaps, overlaps[:, 0, 0], 0.0, span=NOISE))
-    scale = _graded_scale(overlaps)
+        return Nystrom(
+            *ops.nystrom(overlaps, overlaps, overlaps[:, 0, 0], 0.0, goal="orthogonalise")
+        )
+    scale = _unit_scale(overlaps)
     lower, failed = torch.linalg.cholesky_ex(overlaps * scale[:, :, None] * scale[:, None, :])
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     rank = torch.where(failed == 0, lower.shape[-1], 0)
     return _of_rank(scale[:, :, None] * inverse.mT, rank)
+
+
+def _unit_scale(matrix: Tensor) -> Tensor:
+    """Return what scales to a unit diagonal, and 0 where that is not possible, (L, Q)."""
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    return torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
 
 
 def _of_rank(mixing: Tensor, rank: Tensor) -> Nystrom:

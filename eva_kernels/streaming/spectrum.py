@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..errors import EvaValueError
-from ..ops.eigh import eigh
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
@@ -186,7 +185,8 @@ def _eigen(states: Sequence[GramState], components: int) -> tuple[Tensor, ...]:
         ``sum_i |v_i| sqrt(C_ii)`` of each, float64 (L, K).
     """
     scatter = centred_scatter(states)
-    squares, vectors = eigh(scatter)
+    # finite, or the fold would have refused it; no copy beside it
+    squares, vectors = torch.linalg.eigh(scatter)
     squares = squares.flip(1)[:, :components].clamp_min(0)
     rows = vectors[:, :, -components:].flip(2).mT.contiguous()
     deviation = scatter.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()

@@ -128,7 +128,8 @@ def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStrea
         uneven += [group[i] for i in told.uneven.nonzero()[0].tolist()]
     _clear([s for group in groups for s in group])
     for device, array in cosines.items():
-        here = [s for group in groups for s in group if s.device == device]
+        pairs = zip(groups, batches, strict=True)
+        here = [s for group, batch in pairs if batch.device == device for s in group]
         _keep_cosines([s for s in here if s.previous is not None], array)
     _repair(uneven)
 

@@ -11,7 +11,7 @@ from eva_kernels import _native
 from eva_kernels.errors import EvaTypeError, EvaValueError
 from eva_kernels.ops import nystrom
 from eva_kernels.ops.nystrom import runs_natively
-from eva_kernels.streaming.nystrom import CUT, LOOSE, Nystrom, nystrom_plain
+from eva_kernels.streaming.nystrom import LOOSE, Nystrom, nystrom_plain
 from fake_cuda import DEVICE, compiler_missing, fake_cuda
 
 # The native twin of the CPU, too, is in the module; tests/packaging builds it.
@@ -37,7 +37,7 @@ class Problem:
         self.metric = (self.image @ self.image.mT)[None]
         self.ceiling = torch.full((1,), 1e6, dtype=torch.float64, device=device)
 
-    def solve(self, **options: float) -> Nystrom:
+    def solve(self, **options: str) -> Nystrom:
         return Nystrom(*nystrom(self.core, self.metric, self.ceiling, LIMIT, **options))
 
     def plain(self) -> Nystrom:
@@ -61,7 +61,9 @@ def decaying(d: int, least: float = 1e-3) -> Tensor:
 
 @pytest.mark.parametrize("near", [0.01, None])
 @pytest.mark.parametrize("q", [1, 7, 32, 64, 100])
-def test_same_answer_as_the_plain_twin(q: int, near: float | None, device: torch.device) -> None:
+def test_native_answer_is_that_of_the_plain_twin(
+    q: int, near: float | None, device: torch.device
+) -> None:
     problem = Problem(q, decaying(q + 40), device, near)
     found, wanted = problem.solve(), problem.plain()
     assert found.rank.tolist() == wanted.rank.tolist() == [q]
@@ -75,7 +77,7 @@ def test_same_answer_as_the_plain_twin(q: int, near: float | None, device: torch
     torch.testing.assert_close(overlap[:3, :3], identity[:3, :3], rtol=0, atol=1e-6)
 
 
-def test_low_rank_is_exact(device: torch.device) -> None:
+def test_native_low_rank_is_exact(device: torch.device) -> None:
     spectrum = torch.tensor([50.0, 20.0, 3.0] + [0.0] * 30)
     problem = Problem(16, spectrum, device)
     found = problem.solve()
@@ -87,7 +89,7 @@ def test_low_rank_is_exact(device: torch.device) -> None:
     assert problem.solve().rank.item() == 2.0
 
 
-def test_layers_do_not_notice_each_other(device: torch.device) -> None:
+def test_native_layers_do_not_notice_each_other(device: torch.device) -> None:
     problems = [Problem(9, decaying(30), device) for _ in range(3)]
     core, metric = (torch.cat([getattr(p, n) for p in problems]) for n in ("core", "metric"))
     core[1, 4, 2] = torch.nan
@@ -100,9 +102,9 @@ def test_layers_do_not_notice_each_other(device: torch.device) -> None:
     assert not found.mixing[1].any()
 
 
-def test_span_whitens(device: torch.device) -> None:
+def test_native_whitening(device: torch.device) -> None:
     problem = Problem(12, decaying(50), device)
-    mixing = problem.solve(span=CUT).mixing[0]
+    mixing = problem.solve(goal="whiten").mixing[0]
     white = mixing.mT @ problem.core[0] @ mixing
     identity = torch.eye(12, dtype=torch.float64, device=device)
     torch.testing.assert_close(white, identity, rtol=0, atol=1e-9)
@@ -110,12 +112,30 @@ def test_span_whitens(device: torch.device) -> None:
     assert torch.equal(mixing, mixing.triu())
 
 
-def test_span_leaves_out_what_depends_on_rows_before(device: torch.device) -> None:
+def test_native_whitening_of_too_few_tokens(device: torch.device) -> None:
+    problem = Problem(12, decaying(50), device)
+    problem.ceiling[:] = 5.0
+    found = problem.solve(goal="whiten")
+    assert (found.rank.item(), found.uneven.item()) == (5.0, 1.0)
+    # the leading eigenvectors of the scaled core
+    leading = found.mixing[0, :, :5]
+    white = leading.mT @ problem.core[0] @ leading
+    identity = torch.eye(5, dtype=torch.float64, device=device)
+    torch.testing.assert_close(white, identity, rtol=0, atol=1e-9)
+    scale = problem.core[0].diagonal().rsqrt()
+    values = torch.linalg.eigvalsh(problem.core[0] * torch.outer(scale, scale)).flip(0)[:5]
+    lengths = (leading / scale[:, None]).square().sum(0)
+    torch.testing.assert_close(lengths, 1 / values)
+
+
+def test_native_orthogonalisation_leaves_out_what_depends_on_rows_before(
+    device: torch.device,
+) -> None:
     problem = Problem(8, decaying(20), device)
     core = problem.core.clone()
     core[:, 2], core[:, :, 2] = core[:, 0].clone(), core[:, :, 0].clone()
     core[:, 2, 2] = core[:, 0, 0]
-    found = Nystrom(*nystrom(core, core, problem.ceiling, LIMIT, span=CUT))
+    found = Nystrom(*nystrom(core, core, problem.ceiling, LIMIT, goal="orthogonalise"))
     assert (found.rank.item(), found.uneven.item()) == (7.0, 1.0)
     mixing = found.mixing[0]
     assert not mixing[2].any()
@@ -126,9 +146,9 @@ def test_span_leaves_out_what_depends_on_rows_before(device: torch.device) -> No
     torch.testing.assert_close(white, wanted, rtol=0, atol=1e-9)
 
 
-def test_operator_is_well_formed(device: torch.device) -> None:
+def test_native_operator_is_well_formed(device: torch.device) -> None:
     problem = Problem(5, decaying(20), device)
-    given = problem.core, problem.metric, problem.ceiling, LIMIT, 0.0
+    given = problem.core, problem.metric, problem.ceiling, LIMIT, 0
     checked = opcheck(torch.ops.eva_kernels.nystrom.default, given)
     assert set(checked.values()) == {"SUCCESS"}
 
@@ -156,6 +176,8 @@ def test_bad_input(changes: dict[str, Tensor], error: type, message: str) -> Non
     given = {"core": square, "metric": square, "ceiling": torch.ones(2).double(), **changes}
     with pytest.raises(error, match=message):
         nystrom(**given, loose=LIMIT)
+    with pytest.raises(EvaValueError, match="goal must be one of solve, whiten, orthog"):
+        nystrom(square, square, torch.ones(2).double(), LIMIT, goal="span")
     wide = torch.ones(1, 129, 129).double()
     with pytest.raises(EvaValueError, match="Q is at most 128, not 129"):
         nystrom(wide, wide, torch.ones(1).double(), LIMIT)

@@ -1,0 +1,111 @@
+"""The basis that a stream begins with, where the host takes no decision for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels import _native
+from eva_kernels.errors import NonFiniteError
+from eva_kernels.streaming import InputStream, _host, fold_streams
+from eva_kernels.streaming import fold as fold_module
+from eva_kernels.streaming import nystrom as nystrom_module
+from helpers import make_stream, orthonormality, principal_cosine
+
+WIDTH = 32
+
+
+@pytest.fixture(params=["native", "plain"], autouse=True)
+def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the way of a GPU, with the compiled twins for its kernels or by PyTorch."""
+    if request.param == "native" and (reason := _native.unavailable("cpu")):
+        pytest.skip(reason)
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
+    for where in (fold_module, nystrom_module):
+        monkeypatch.setattr(where, "runs_natively", lambda tensor: request.param == "native")
+
+
+def few_tokens() -> Tensor:
+    return torch.randn(8, 300, dtype=torch.float64)
+
+
+def dead_features() -> Tensor:
+    x = torch.randn(200, 300, dtype=torch.float64)
+    x[:, 6:] = 0
+    return x
+
+
+def low_rank() -> Tensor:
+    return torch.randn(200, 20, dtype=torch.float64) @ torch.randn(20, 300, dtype=torch.float64)
+
+
+def started(x: Tensor) -> InputStream:
+    stream = make_stream(x.shape[1], WIDTH // 2, WIDTH, backend="torch")
+    stream.add(x.float())
+    return stream
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1e-6, 1.0, 1e6, 1e8])
+@pytest.mark.parametrize(("data", "rank"), [(few_tokens, 7), (dead_features, 6), (low_rank, 20)])
+def test_a_deficient_rank_at_any_scale(data, rank: int, scale: float) -> None:
+    x = data()
+    stream = started(x * scale)
+    basis = stream.sketch.basis
+    assert orthonormality(basis) < 5e-7
+    exact = torch.linalg.svd(x - x.mean(0))[2][:rank].float()
+    assert 1 - principal_cosine(basis[:rank], exact) < 1e-6
+    fold_streams([stream], final=True)
+    assert stream.sketch.rank == rank
+    wanted = torch.linalg.svdvals(x - x.mean(0))[:rank] * scale
+    torch.testing.assert_close(
+        stream.sketch.singular_values[:rank], wanted, rtol=1e-5, atol=1e-6 * float(wanted[0])
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("outlier", [1e3, 1e5])
+def test_an_outlier_feature_at_any_scale(outlier: float, scale: float) -> None:
+    spread = torch.logspace(0, -2, 300, dtype=torch.float64)
+    spread[0] = outlier
+    x = torch.randn(600, 300, dtype=torch.float64) * spread + 1
+    stream = started(x * scale)
+    assert orthonormality(stream.sketch.basis) < 5e-7
+    fold_streams([stream], final=True)
+    assert stream.sketch.rank == WIDTH
+    # The direction of the outlier is exact; of the rest, most of what 15 components can have.
+    rest = x - x.mean(0)
+    first = torch.linalg.svd(rest, full_matrices=False)[2][:1]
+    rest = rest - (rest @ first.mT) @ first
+    found = torch.linalg.qr(torch.cat([first, stream.sketch.basis[:16].double()]).mT).Q
+    best = float(torch.linalg.svdvals(rest)[:15].square().sum())
+    assert float((rest @ found).square().sum()) > 0.8 * best
+
+
+def test_tokens_that_are_not_finite_leave_the_start_as_good_as_new() -> None:
+    x = torch.randn(100, 40)
+    stream, other = (make_stream(40, 4, backend="torch") for _ in range(2))
+    bad = x.clone()
+    bad[3, 5] = torch.nan
+    stream.add(bad)
+    with pytest.raises(NonFiniteError, match="NaN or infinity"):
+        fold_streams([stream])
+    for one in (stream, other):
+        one.add(x)
+        fold_streams([one])
+    assert torch.equal(stream.sketch.basis, other.sketch.basis)
+
+
+def test_a_merged_stream_folds_among_others() -> None:
+    streams = [make_stream(40, 4, backend="torch") for _ in range(3)]
+    batches = [torch.randn(100, 40) * torch.logspace(0, -1, 40) for _ in streams]
+    for stream, x in zip(streams, batches, strict=True):
+        stream.add(x)
+    streams[1].merge(streams.pop())
+    for stream, x in zip(streams, batches, strict=False):
+        stream.add(x)
+    fold_streams(streams)
+    merged = torch.cat([batches[1], batches[2], batches[1]]).double()
+    exact = torch.linalg.svdvals(merged - merged.mean(0))[:4]
+    torch.testing.assert_close(streams[1].sketch.singular_values[:4], exact, rtol=0.1, atol=0)
+    assert streams[1].turned is not None
