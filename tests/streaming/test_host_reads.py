@@ -61,8 +61,8 @@ def kinds() -> dict[str, tuple[Tensor, int, int]]:
         "rank one": (with_spectrum(400, 64, [50.0], dtype=torch.float64), 100, 8),
         "constant": (torch.full((100, 33), 3.3), 25, 4),
         "zero": (torch.zeros(100, 33), 25, 4),
-        # In float64: of a rank of 3 against a random basis, the rounding of float32 leaves 0.9e-6 in
-        # the scaled core, which is cut at 1e-6, or above it on another machine.
+        # In float64: of rank 3 against a random basis, the rounding of float32 leaves 0.9e-6 in the
+        # scaled core, which is cut at 1e-6; on another machine it was above.
         "one token a batch": (with_spectrum(40, 24, [8.0, 3.0, 1.0], dtype=torch.float64), 1, 4),
         "few tokens": (with_spectrum(5, 24, [8.0, 3.0, 1.0]), 5, 8),
         "all features": (with_spectrum(200, 6, decaying(6)), 50, 6),
