@@ -167,13 +167,14 @@ def fold_rows(
     Args:
         layers, numbers, delta, along, mean: of the passes before.
         mixing, told: of :func:`.nystrom.nystrom`: ``mixing^T Y`` are the new rows, and those from
-            the rank on, with which ``told`` begins, stay.
+            the rank on, with which ``told`` begins, stay. ``mixing`` may have any strides.
         sound: () bool: where false nothing is written.
 
     Numerics: formed in float64 and rounded once.
     Cost: ``2 L Q^2 D`` flops; bases and products are read once, bases written once.
     """
     count, q, d = layers.count, layers.width, layers.features
+    mixing = mixing.contiguous()
     _check_passes(layers, numbers, delta)
     _check_tensor("along", along, (count, q), torch.float64, layers.table.device)
     _check_tensor("mean", mean, (count, d), torch.float32, layers.table.device)
