@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,25 @@ class Case:
         shape = " ".join(f"{key}={value}" for key, value in self.shape.items())
         kind = str(self.dtype).removeprefix("torch.")
         return " ".join(filter(None, [self.op, self.model, shape, kind, self.precision]))
+
+
+def matrix_cases(
+    op: str,
+    shapes: Sequence[tuple[str, int, int]],
+    make: Callable[[int, int, torch.device], Prepared],
+    small: bool,
+) -> list[Case]:
+    """Return the cases of an op on (L, Q, Q) matrices: model, L and Q; small for a rehearsal."""
+    return [
+        Case(
+            op=op,
+            model=model,
+            shape={"L": count, "Q": q},
+            make=functools.partial(make, count, q),
+            dtype=torch.float64,
+        )
+        for model, count, q in ([("tiny", 3, 16)] if small else shapes)
+    ]
 
 
 def check(prepared: Prepared) -> None:

@@ -9,25 +9,15 @@ import torch
 
 from eva_kernels import ops
 
-from ._case import Case, Prepared, fast_path
+from ._case import Case, Prepared, fast_path, matrix_cases
 
 SHAPES = [("Llama-2-7B", 96, 64), ("Llama-2-7B", 32, 64), ("Llama-2-7B", 96, 128)]
 LIMIT = 1e-11
 
 
 def cases(small: bool = False) -> list[Case]:
-    """Return the cases of a GPU, or small ones for a rehearsal; none without the op."""
-    shapes = [("tiny", 3, 16)] if small else SHAPES
-    return [
-        Case(
-            op="eigh",
-            model=model,
-            shape={"L": count, "Q": q},
-            make=functools.partial(_make, count, q),
-            dtype=torch.float64,
-        )
-        for model, count, q in shapes
-    ]
+    """Return the cases of a GPU, or small ones for a rehearsal."""
+    return matrix_cases("eigh", SHAPES, _make, small)
 
 
 def _make(count: int, q: int, device: torch.device) -> Prepared:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from eva_kernels import ops
 from eva_kernels.streaming.nystrom import LOOSE, Nystrom, nystrom_plain
 
-from ._case import Case, Prepared
+from ._case import Case, Prepared, matrix_cases
 
 SHAPES = [("Llama-2-7B", 128, 64), ("Llama-2-7B", 128, 128)]
 LIMIT = 1e-9
@@ -18,17 +16,7 @@ SINGLE = torch.float32
 
 def cases(small: bool = False) -> list[Case]:
     """Return the cases of a GPU, or small ones for a rehearsal."""
-    shapes = [("tiny", 3, 16)] if small else SHAPES
-    return [
-        Case(
-            op="nystrom",
-            model=model,
-            shape={"L": count, "Q": q},
-            make=functools.partial(_make, count, q),
-            dtype=torch.float64,
-        )
-        for model, count, q in shapes
-    ]
+    return matrix_cases("nystrom", SHAPES, _make, small)
 
 
 def _make(count: int, q: int, device: torch.device) -> Prepared:

@@ -103,12 +103,12 @@ def fold_layers(
     Cost: one copy of 56 bytes a layer; memory for the saved rows, or for the partial sums (64 KiB
         for each of some 768 blocks), whichever is more.
     """
-    _check_layers(bases, products, shifts, squares, means, kept)
+    held = [list(given) for given in (bases, products, shifts, squares, means)]
+    _check_layers(held, kept)
     count, (q, d) = len(bases), bases[0].shape
     columns = columns_of_a_split(count, q, d)
     blocks = count * _pairs(q) * -(-d // columns) if bases[0].is_cuda else 0
     memory = bases[0].new_empty(max(sum(kept) * d, blocks * 4 * TILE * TILE))
-    held = [list(given) for given in (bases, products, shifts, squares, means)]
     table = _table(held, memory, kept)
     return FoldLayers(count, q, d, list(kept), table, memory, columns, held)
 
@@ -289,18 +289,11 @@ def _call(
     return functools.partial(_native.call, module, name, *shared, device=device)
 
 
-def _check_layers(
-    bases: Sequence[Tensor],
-    products: Sequence[Tensor],
-    shifts: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    means: Sequence[Tensor],
-    kept: Sequence[int],
-) -> None:
-    lengths = [len(given) for given in (bases, products, shifts, squares, means, kept)]
-    if not bases or len(set(lengths)) > 1:
+def _check_layers(held: Sequence[Sequence[Tensor]], kept: Sequence[int]) -> None:
+    lengths = [*map(len, held), len(kept)]
+    if not kept or len(set(lengths)) > 1:
         raise EvaValueError(f"layers must be described equally often, at least once, not {lengths}")
-    like = bases[0]
+    like = held[0][0]
     if like.dim() != 2 or len(like) > MAX_WIDTH:
         raise EvaValueError(
             f"bases must be (Q, D) with Q at most {MAX_WIDTH}, not {tuple(like.shape)}"
@@ -310,14 +303,9 @@ def _check_layers(
     q, d = like.shape
     single, double = torch.float32, torch.float64
     # Hundreds a step, all made alike: of each kind the first is looked at.
-    described = (
-        ("bases", bases, (q, d), single),
-        ("products", products, (q, d), single),
-        ("shifts", shifts, (d,), double),
-        ("squares", squares, (), double),
-        ("means", means, (d,), single),
-    )
-    for name, tensors, shape, dtype in described:
+    names = ("bases", "products", "shifts", "squares", "means")
+    wanted = (((q, d), single), ((q, d), single), ((d,), double), ((), double), ((d,), single))
+    for name, tensors, (shape, dtype) in zip(names, held, wanted, strict=True):
         for i, tensor in enumerate(tensors):
             if i == 0 or not tensor.is_contiguous():
                 _check_tensor(f"{name}[{i}]", tensor, shape, dtype, like.device)

@@ -113,7 +113,7 @@ def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStrea
     wanted = [part for batch in batches for part in (batch.scalars, batch.found.told)]
     arrays = iter(_host.read([*wanted, *turned.values()]))
     numbers = [Numbers.of(*islice(arrays, 2)) for _ in batches]
-    cosines = dict(zip(turned, arrays, strict=True))
+    told_cosines = dict(zip(turned, arrays, strict=True))
     _refuse(groups, numbers, due)
 
     uneven = []
@@ -127,7 +127,7 @@ def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStrea
             stream.close_step(state, captured, before if stream.folds else None)
         uneven += [group[i] for i in told.uneven.nonzero()[0].tolist()]
     _clear([s for group in groups for s in group])
-    for device, array in cosines.items():
+    for device, array in told_cosines.items():
         pairs = zip(groups, batches, strict=True)
         here = [s for group, batch in pairs if batch.device == device for s in group]
         _keep_cosines([s for s in here if s.previous is not None], array)
