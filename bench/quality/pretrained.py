@@ -89,7 +89,8 @@ def build_on(device: torch.device, seed: int = 0) -> Domain:
 
     python = read(("torch", "transformers"), "*.py", scale.source_bytes, seed)
     headers = read(("torch",), "include/**/*.h", scale.source_bytes // 4, seed)
-    base = pretrain(rows(python[len(python) // 20 :]), tokenizer, scale, seed)
+    held_out = -(-len(python) // 20)
+    base = pretrain(rows(python[held_out:]), tokenizer, scale, seed)
     return Domain(
         recipe=RECIPE,
         base=base,
@@ -97,7 +98,7 @@ def build_on(device: torch.device, seed: int = 0) -> Domain:
         train=rows(text for i, text in enumerate(headers) if i % 5 > 1),
         validation=next_token(rows(headers[::5], scale.tested)),
         test=next_token(rows(headers[1::5], scale.tested)),
-        old=next_token(rows(python[: len(python) // 20], scale.tested)),
+        old=next_token(rows(python[:held_out], scale.tested)),
         text=True,
     )
 

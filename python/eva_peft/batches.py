@@ -53,17 +53,22 @@ def iterate(loader: Iterable[Any], useful: Callable[[], bool] = lambda: True) ->
     except TypeError as error:
         raise EvaTypeError(f"the loader must be iterable, got {type(loader)}") from error
     first = True
-    while True:
-        empty = True
-        for batch in epoch:
-            empty = first = False
-            yield batch
-            del batch  # no batch is kept while the next one is being made
-        if first:
-            raise EvaValueError("dataloader is empty: it yielded no batch")
-        if empty or not useful():  # of an iterator that was used up, among others
-            return
-        epoch = iter(loader)
+    try:
+        while True:
+            empty = True
+            for batch in epoch:
+                empty = first = False
+                yield batch
+                del batch  # no batch is kept while the next one is being made
+            if first:
+                raise EvaValueError("dataloader is empty: it yielded no batch")
+            if empty or not useful():  # of an iterator that was used up, among others
+                return
+            epoch = iter(loader)
+    finally:
+        # Python 3.12.0 to 3.12.3 keep the locals of a generator that is closed while it waits
+        # outside a `try`: with them the workers of a loader (cpython issue 118272)
+        del epoch
 
 
 def model_device(model: nn.Module) -> torch.device:

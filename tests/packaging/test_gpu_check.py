@@ -192,7 +192,7 @@ def test_sanitizer_runs_three_tools(
 @pytest.mark.parametrize("tool", sanitizer.TOOLS)
 def test_sanitizer_sees_every_native_kernel(tool: str) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *sanitizer.TESTS]
-    command += ["-k", sanitizer.SELECTIONS[tool], "-p", "no:cacheprovider"]
+    command += ["-k", sanitizer.SELECTIONS[tool], "-p", "no:cacheprovider", "-p", "no:benchmark"]
     found = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True).stdout
     wanted = ("convergence.py::test_ragged", "eigh.py::test_random", "fold_passes.py::test_rows")
     for name in (*wanted, "fold_passes.py::test_measure", "nystrom.py::test_native_answer"):

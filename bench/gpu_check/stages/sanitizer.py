@@ -50,7 +50,7 @@ def _run_tool(path: str, tool: str, context: Context) -> dict[str, Any]:
     tests = [name for name in TESTS if (ROOT / name).exists()]
     command = [path, "--tool", tool, "--kernel-name", OURS, "--target-processes", "all"]
     command += ["--error-exitcode", "99", sys.executable, "-m", "pytest", "-q", *tests]
-    command += ["-k", SELECTIONS[tool], "-p", "no:cacheprovider"]
+    command += ["-k", SELECTIONS[tool], "-p", "no:cacheprovider", "-p", "no:benchmark"]
     # From torch's cache of blocks a tensor's end is not the end of an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     log = context.folder / f"{tool}.txt"
