@@ -5,7 +5,7 @@ from .allocation import allocate_ranks
 from .checkpoint import export_stream, restore_stream
 from .convergence import compare_streams, leading_similar
 from .plan import StreamPlan, plan_streams, stream_bytes
-from .spectrum import Spectrum, spectra
+from .spectrum import Spectrum, leading_ratios, spectra
 from .step import NonFiniteStepError, fold_streams
 from .stream import InputStream, Options
 
@@ -21,6 +21,7 @@ __all__ = [
     "compare_streams",
     "export_stream",
     "fold_streams",
+    "leading_ratios",
     "leading_similar",
     "plan_streams",
     "restore_stream",

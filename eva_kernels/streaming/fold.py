@@ -22,7 +22,7 @@ from .native_batch import NativeSketchBatch
 from .nystrom import orthogonalisation, whitening
 from .state import GramState, SketchState, StepSums, clear_sums
 
-__all__ = ["first_basis", "fold", "fold_gram", "sketch_batch"]
+__all__ = ["first_basis", "fold", "fold_gram", "lost_shares", "sketch_batch"]
 
 
 def fold(
@@ -63,6 +63,20 @@ def fold_gram(state: GramState) -> tuple[GramState, Array]:
     """
     sketch, captured = _fold_batch(GramBatch([state]))[0]
     return GramState(state.sums, state.pivot, sketch), captured
+
+
+def lost_shares(squares: Array, captured: Array, components: Sequence[int]) -> list[float]:
+    """Return what share of the variance that layer inputs capture now they did not before a fold.
+
+    Args:
+        squares: s^2 after the fold, (L, Q).
+        captured: variance along each row of the basis before it, (L, Q).
+        components: K of each; the leading K rows are meant, before and after.
+    """
+    at = np.arange(len(components)), np.array(components) - 1
+    now, before = squares.cumsum(1)[at], captured.cumsum(1)[at]
+    lost = 1 - before / np.where(now > 0, now, np.inf)
+    return np.where(now > 0, lost.clip(min=0.0), 0.0).tolist()
 
 
 def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:

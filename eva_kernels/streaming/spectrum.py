@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .step import fold_streams
 if TYPE_CHECKING:
     from .stream import InputStream
 
-__all__ = ["Spectrum", "centred_scatter", "spectra", "variance_ratio"]
+__all__ = ["Spectrum", "centred_scatter", "leading_ratios", "spectra"]
 
 # (D, D) arrays that the eigen-decomposition of one scatter matrix holds at once.
 EIGEN_ARRAYS = 4
@@ -101,15 +102,35 @@ def has_variance(state: SketchState) -> bool:
     What rounding leaves of a constant (its mean is not exact) is not variance: totals below
     ``n (4 eps |mean|)^2`` count as none.
     """
-    noise = 4 * torch.finfo(state.mean.dtype).eps * state.mean_norm
+    noise = 4 * _eps(state.mean.dtype) * state.mean_norm
     return state.total > state.count * noise**2
 
 
-def variance_ratio(squares: Array, state: SketchState) -> Array:
-    """Return the explained-variance ratios ``s^2 / total``; all 0 without variance."""
-    if not has_variance(state):
-        return np.zeros_like(squares)
-    return np.minimum(squares / state.total, 1.0)
+@functools.cache
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def leading_ratios(streams: Sequence[InputStream]) -> list[Array]:
+    """Return the explained-variance ratios of streams after their last fold, float64 (K,) each."""
+    found: list[Array] = [np.zeros(s.components) for s in streams]
+    groups: dict[int, list[tuple[int, SketchState]]] = defaultdict(list)
+    for i, stream in enumerate(streams):
+        if stream.sketch is not None:
+            groups[stream.components].append((i, stream.sketch))
+    for count, members in groups.items():
+        states = [state for _, state in members]
+        values = np.stack([state.values[:count] for state in states])
+        ratios = variance_ratios(np.square(values), states)
+        for (i, _), row in zip(members, ratios, strict=True):
+            found[i] = row
+    return found
+
+
+def variance_ratios(squares: Array, states: Sequence[SketchState]) -> Array:
+    """Return ``s^2 / total`` of states, (L, K), each; all 0 without variance."""
+    totals = np.array([state.total if has_variance(state) else np.inf for state in states])
+    return np.minimum(squares / totals[:, None], 1.0)
 
 
 def centred_scatter(states: Sequence[GramState]) -> Tensor:
@@ -229,7 +250,7 @@ def _spectrum(
     return Spectrum(
         components=components,
         values=values,
-        ratios=variance_ratio(squares, now),
+        ratios=variance_ratios(squares[None], [now])[0],
         mean=mean,
         count=now.count,
         total=now.total,

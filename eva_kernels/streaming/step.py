@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,8 @@ from ._autocast import without_autocast
 from ._basis import repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, decompose
-from .fold import fold, fold_gram, sketch_batch
-from .state import GramState, SketchState, clear_sums
+from .fold import fold, fold_gram, lost_shares, sketch_batch
+from .state import GramState, SketchState, StepSums, clear_sums
 
 if TYPE_CHECKING:
     from .stream import InputStream
@@ -93,11 +94,18 @@ def _fold_here(group: Sequence[InputStream]) -> None:
     else:
         states = [s.state for s in group if isinstance(s.state, SketchState)]
         results = list(fold(states, [s.sums for s in group if s.sums is not None]))
-    for stream, old, (state, captured) in zip(group, before, results, strict=True):
+    squares = np.square([_sketch_of(state).values for state, _ in results])
+    captured = np.stack([part for _, part in results])
+    lost = lost_shares(squares, captured, [s.components for s in group])
+    for stream, old, (state, _), share in zip(group, before, results, lost, strict=True):
         # The first fold starts from the warm-up, which is no step to compare with.
         rows = old.basis[: stream.components] if stream.folds and old is not None else None
-        stream.close_step(state, captured, rows)
-    _clear(group)
+        stream.close_step(state, share, rows)
+    clear_sums(_step_sums(group))
+
+
+def _sketch_of(state: SketchState | GramState) -> SketchState:
+    return state.sketch if isinstance(state, GramState) else state
 
 
 def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStream]) -> None:
@@ -108,6 +116,8 @@ def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStrea
     sound = _sound(batches)
     saved = [b.renew(sound[b.device], counts) for b, counts in zip(batches, kept, strict=True)]
     turned = _compare(batches, saved, kept)
+    cleared = _step_sums([s for group in groups for s in group])
+    _clear_where(sound, cleared)
     # The device has its work: what follows costs it no time until the read.
     previous = [rows.split(counts) for rows, counts in zip(saved, kept, strict=True)]
     wanted = [part for batch in batches for part in (batch.scalars, batch.found.told)]
@@ -120,13 +130,15 @@ def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStrea
     for group, batch, told, rows in zip(groups, batches, numbers, previous, strict=True):
         bases, means = [s.basis for s in batch.sketches], [s.mean for s in batch.sketches]
         results = batch.results(told, bases, means)
-        for stream, (sketch, captured), before in zip(group, results, rows, strict=True):
+        lost = lost_shares(told.squares, told.captured, [s.components for s in group])
+        for stream, (sketch, _), share, before in zip(group, results, lost, rows, strict=True):
             state: SketchState | GramState = sketch
             if isinstance(stream.state, GramState):
                 state = GramState(stream.state.sums, stream.state.pivot, sketch)
-            stream.close_step(state, captured, before if stream.folds else None)
+            stream.close_step(state, share, before if stream.folds else None)
         uneven += [group[i] for i in told.uneven.nonzero()[0].tolist()]
-    _clear([s for group in groups for s in group])
+    for sums in cleared:
+        sums.count = 0
     for device, array in told_cosines.items():
         pairs = zip(groups, batches, strict=True)
         here = [s for group, batch in pairs if batch.device == device for s in group]
@@ -197,10 +209,20 @@ def _keep_cosines(streams: Sequence[InputStream], cosines: Array) -> None:
         begin += stream.components
 
 
-def _clear(streams: Sequence[InputStream]) -> None:
+def _step_sums(streams: Sequence[InputStream]) -> list[StepSums]:
     # The sums of an exact stream are its state.
-    open_ = [s.sums for s in streams if s.sums is not None and not isinstance(s.state, GramState)]
-    clear_sums(open_)
+    return [s.sums for s in streams if s.sums is not None and not isinstance(s.state, GramState)]
+
+
+def _clear_where(sound: dict[torch.device, Tensor], sums: Sequence[StepSums]) -> None:
+    """Clear sums where the device finds that they were folded, before the host hears of it."""
+    parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for one in sums:
+        for part in (one.shift, one.square, one.products):
+            parts[part.device, part.dtype].append(part)
+    for (device, dtype), tensors in parts.items():
+        # where they were, they are finite
+        torch._foreach_mul_(tensors, sound[device].logical_not().to(dtype))
 
 
 def _repair(streams: Sequence[InputStream]) -> None:

@@ -14,10 +14,10 @@ from ..ops import gram, sketch
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
-from .fold import first_basis, fold_gram
+from .fold import first_basis, fold_gram, lost_shares
 from .merge import merge_gram, merge_sketch
 from .plan import StreamPlan, stream_bytes
-from .spectrum import Spectrum, spectra, variance_ratio
+from .spectrum import Spectrum, leading_ratios, spectra
 from .state import (
     GramState,
     SketchState,
@@ -233,22 +233,18 @@ class InputStream:
         self.sums.count += len(x) if rows is None else rows.numel()
 
     def close_step(
-        self, state: SketchState | GramState, captured: Array, previous: Tensor | None
+        self, state: SketchState | GramState, lost: float, previous: Tensor | None
     ) -> None:
         """Take over a folded state and start the next step.
 
         Args:
             state: the new one.
-            captured: variance along each row of the basis before, (Q,).
+            lost: see :func:`.fold.lost_shares`.
             previous: the K leading rows before, (K, D), to be compared.
         """
         self.state, self.pending, self._start_rows = state, 0, None
         self.folds += 1
-        self.previous, self.turned = previous, None
-        k, now = self.components, self.sketch
-        assert now is not None
-        best = float(now.values[:k] @ now.values[:k])
-        self.lost = max(0.0, 1 - float(captured[:k].sum()) / best) if best > 0 else 0.0
+        self.previous, self.turned, self.lost = previous, None, lost
 
     def drop_pending(self) -> str:
         """Forget the tokens of the current step that spoil it, and say what was wrong; reads.
@@ -289,7 +285,9 @@ class InputStream:
         elif isinstance(self.state, GramState) and isinstance(other.state, GramState):
             state, captured = fold_gram(merge_gram(self.state, other.state))
             self.sums = state.sums
-            self.close_step(state, captured, self.previous)
+            values = state.sketch.values
+            lost = lost_shares(np.square(values)[None], captured[None], [self.components])
+            self.close_step(state, lost[0], self.previous)
         elif isinstance(self.state, SketchState) and isinstance(other.state, SketchState):
             self.state = merge_sketch(self.state, other.state)
         else:
@@ -297,10 +295,7 @@ class InputStream:
 
     def ratios(self) -> Array:
         """Return the explained-variance ratios after the last fold, float64 (K,)."""
-        now = self.sketch
-        if now is None:
-            return np.zeros(self.components)
-        return variance_ratio(np.square(now.values[: self.components]), now)
+        return leading_ratios([self])[0]
 
     def spectrum(self) -> Spectrum:
         """Return the answer so far; the pending step is folded first.

@@ -42,7 +42,7 @@ from .memory import PeakMemory
 from .options import AUTO, CalibrateOptions
 from .out_of_memory import explained, is_out_of_memory
 from .planning import components_of, plan_targets
-from .ranks import allocate
+from .ranks import Budget, allocate
 from .result import EvaResult, collect_result
 from .subsample import Draw
 from .targets import Target, find_targets, resolve_name
@@ -111,6 +111,8 @@ class CalibrationPass:
         self.batch_shape: tuple[int, int] | None = None
         self.seconds = dict.fromkeys(("forward", "accumulate", "fold", "check", "total"), 0.0)
         self.ranks: dict[int, int] = {}
+        self.budget: Budget | None = None
+        self.budget_of: tuple[int, ...] = ()  # the layers that share it
         self.history: dict[str, list[Any]] = {
             key: [] for key in ("step", "forwards", "tokens", "seconds", "converged", "similarity")
         }

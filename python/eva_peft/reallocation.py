@@ -14,7 +14,7 @@ from .checks import checked_number
 from .errors import EvaValueError
 from .options import CalibrateOptions
 from .planning import components_of
-from .ranks import spend
+from .ranks import Budget
 from .result import EvaResult
 from .targets import Target
 
@@ -43,7 +43,8 @@ def reallocate(
             )
         ratios.append(result.explained_variance_ratio[name][:wanted])
     other = copy(result)  # shallow: tensors are shared, never changed
-    other.ranks = dict(zip(result.ranks, spend(targets, ratios, budget, min_rank), strict=True))
+    ranks = Budget(targets, budget, min_rank).spend(ratios)
+    other.ranks = dict(zip(result.ranks, ranks, strict=True))
     other.base_ranks = {t.name: t.rank for t in targets}
     if r is not None:
         other.alphas = {

@@ -16,7 +16,7 @@ from eva_kernels.streaming import Array, Spectrum, spectra
 
 from ._peft_compat import LoraConfig, versions
 from .checks import plain_number
-from .ranks import spend
+from .ranks import Budget
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -220,7 +220,8 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
     # single precision, as the result holds them, so that ``reallocated`` decides alike.
     single = {key: a.ratios.astype(np.float32).astype(np.float64) for key, a in found.items()}
     ratios = [single[id(s)][: run.limits[i]] for i, (_, s) in zip(called, pairs, strict=True)]
-    ranks = spend([t for t, _ in pairs], ratios, run.options.budget, run.options.min_rank)
+    budget = Budget([t for t, _ in pairs], run.options.budget, run.options.min_rank)
+    ranks = budget.spend(ratios)
     return EvaResult(
         ranks={t.name: r for (t, _), r in zip(pairs, ranks, strict=True)},
         components={name: parts[0] for name, parts in limited.items()},
