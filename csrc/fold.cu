@@ -49,7 +49,7 @@ void fold_measure_cuda(const FoldMeasureArgs& args, int device, uintptr_t stream
   fold_measure_kernel<<<grid_of(fold_blocks(args)), kMeasureThreads, 0, cuda_stream>>>(args);
   cuda_check(cudaGetLastError(), "fold: launch of measure");
   const int64_t tiles = fold.n_layers * fold_pairs(fold.width);
-  fold_reduce_kernel<<<grid_of(tiles), kReduceThreads, 0, cuda_stream>>>(args);
+  fold_reduce_kernel<<<grid_of(tiles * kReduceBlocks), kReduceThreads, 0, cuda_stream>>>(args);
   cuda_check(cudaGetLastError(), "fold: launch of reduce");
 }
 

@@ -34,6 +34,7 @@ constexpr int kFoldPitch = kFoldTile + 2;  // between staged columns; even, for 
 constexpr int kRowsPitch = kRowsColumns + 2;
 constexpr int kFoldParts = kFoldTile / kFoldPart;
 constexpr int kFoldTileSize = kFoldTile * kFoldTile;
+constexpr int kReduceBlocks = kFoldTileSize / kReduceThreads;  // of a tile
 static_assert(kMeasureThreads == kFoldParts * kFoldParts, "a part a thread");
 static_assert(kMeasureThreads == kFoldTile * kFoldDepth / 4, "four numbers of a stage a thread");
 static_assert(kRowsThreads == kFoldParts * kRowsColumns / kFoldPart, "a part a thread");
@@ -278,28 +279,29 @@ __global__ void __launch_bounds__(kMeasureThreads, 2) fold_measure_kernel(FoldMe
   }
 }
 
-// Grid: pairs of row tiles, by layers.
+// Grid: blocks of kReduceThreads entries of a tile, by pairs of row tiles, by layers.
 __global__ void __launch_bounds__(kReduceThreads) fold_reduce_kernel(FoldMeasureArgs args) {
   const int width = args.fold.width;
   const int64_t splits = fold_splits(args.fold.features, args.columns);
   const int pairs = fold_pairs(width);
-  const int64_t layer = blockIdx.x / pairs;
-  const TilePair pair = tile_pair(static_cast<int>(blockIdx.x % pairs));
-  const double* partial = args.partial + 2 * kFoldTileSize * splits * blockIdx.x;
-  for (int entry = threadIdx.x; entry < kFoldTileSize; entry += kReduceThreads) {
-    const int row = pair.rows * kFoldTile + entry / kFoldTile;
-    const int column = pair.columns * kFoldTile + entry % kFoldTile;
-    if (row >= width || column > row) continue;
-    double core = 0.0, metric = 0.0;
-    for (int64_t split = 0; split < splits; ++split) {
-      core += partial[2 * kFoldTileSize * split + entry];
-      metric += partial[2 * kFoldTileSize * split + kFoldTileSize + entry];
-    }
-    const int64_t lower = (layer * width + row) * width + column;
-    const int64_t upper = (layer * width + column) * width + row;
-    args.core[lower] = args.core[upper] = core;
-    args.metric[lower] = args.metric[upper] = metric;
+  const int64_t tile = blockIdx.x / kReduceBlocks;
+  const int entry = static_cast<int>(blockIdx.x % kReduceBlocks) * kReduceThreads + threadIdx.x;
+  const int64_t layer = tile / pairs;
+  const TilePair pair = tile_pair(static_cast<int>(tile % pairs));
+  const double* partial = args.partial + 2 * kFoldTileSize * splits * tile;
+  const int row = pair.rows * kFoldTile + entry / kFoldTile;
+  const int column = pair.columns * kFoldTile + entry % kFoldTile;
+  if (row >= width || column > row) return;
+  double core = 0.0, metric = 0.0;
+#pragma unroll 8
+  for (int64_t split = 0; split < splits; ++split) {
+    core += partial[2 * kFoldTileSize * split + entry];
+    metric += partial[2 * kFoldTileSize * split + kFoldTileSize + entry];
   }
+  const int64_t lower = (layer * width + row) * width + column;
+  const int64_t upper = (layer * width + column) * width + row;
+  args.core[lower] = args.core[upper] = core;
+  args.metric[lower] = args.metric[upper] = metric;
 }
 
 // Put Y of the block's columns into shared memory, (width, kRowsPitch), and save the leading rows.

@@ -18,7 +18,7 @@ from . import _host
 from ._basis import repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, SketchBatch, chunk_bytes, decompose
-from .native_batch import NativeSketchBatch
+from .native_batch import NativeSketchBatch, WarmUp, start_rows, warm_up
 from .nystrom import orthogonalisation, whitening
 from .state import GramState, SketchState, StepSums, clear_sums
 
@@ -105,10 +105,11 @@ def sketch_batch(
     return SketchBatch(states, sums)
 
 
-def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
+def first_basis(blank: SketchState, sums: StepSums) -> tuple[SketchState, WarmUp | None]:
     """Return ``blank`` with basis and mean after a fold of ``sums``; it has seen no token.
 
-    The sums are cleared. Where a read is not free, basis and mean are written in place.
+    The sums are cleared. Where a read is not free, basis and mean are written in place. Whoever
+    holds on to the second result makes the next call for such a layer input cheaper.
 
     What matters of a first basis is its span. So where a read is not free, and every layer input
     goes through here by itself, its rows are those of the image, whitened twice: by their products
@@ -119,17 +120,22 @@ def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
     if _host.reads_are_free(blank.basis.device):
         warm = fold([blank], [sums])[0][0]
         clear_sums([sums])
-        return replace(blank, mean=warm.mean, basis=warm.basis)
+        return replace(blank, mean=warm.mean, basis=warm.basis), None
+    if runs_natively(blank.basis):
+        shared = warm_up(sums.count, len(blank.basis), blank.basis.device)
+        start_rows(blank, sums, shared)
+        sums.count = 0
+        return blank, shared
     sound = torch.ones((), dtype=torch.bool, device=blank.basis.device)
-    batch = sketch_batch([blank], [sums], [0])
+    batch = SketchBatch([blank], [sums])
     batch.found = whitening(batch.measure()[0], batch.ceiling)
     batch.renew(sound, [0])
     # One token at the mean, on a C that is V^T V: the image is the basis itself.
     clear_sums([sums])
     sums.count = 1
     unit = replace(blank, values=np.ones_like(blank.values))
-    batch = sketch_batch([unit], [sums], [0])
+    batch = SketchBatch([unit], [sums])
     batch.found = orthogonalisation(batch.measure()[0])
     batch.renew(sound, [0])
     sums.count = 0
-    return blank
+    return blank, None

@@ -136,13 +136,22 @@ def start_basis(
 
 
 def empty_sketch(
-    width: int, features: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+    width: int,
+    features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    mean: Tensor | None = None,
 ) -> SketchState:
-    """Return a state that has seen nothing, with a random orthonormal basis (width, features)."""
+    """Return a state that has seen nothing, with a random orthonormal basis (width, features).
+
+    Args:
+        mean: (features,), to begin with; 0 if ``None``.
+    """
     basis = start_basis(width, features, dtype, device, seed)
     return SketchState(
         count=0,
-        mean=torch.zeros(features, dtype=dtype, device=device),
+        mean=torch.zeros(features, dtype=dtype, device=device) if mean is None else mean,
         basis=basis.clone(),
         values=np.zeros(width),
         total=0.0,

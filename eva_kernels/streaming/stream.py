@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ class InputStream:
         self.pending = 0  # tokens accumulated since the last fold
         self.skipped = 0  # tokens left out because they are not finite
         self.folds = 0
-        self._start_rows: Tensor | None = None  # until the first fold, for others of this shape
+        self._shared: object = None  # until the first fold, for others of this shape
         self.previous: Tensor | None = None  # (K, D) before the last fold, until compared
         self.turned: Array | None = None  # (K,) cosines that the fold has read, until compared
         self.cosines: Tensor | None = None  # (K,) on the CPU, of the last fold, once compared
@@ -181,16 +181,18 @@ class InputStream:
 
     def _start(self, x: Tensor, rows: Tensor | None) -> None:
         limit = WARM_UP_TOKENS * self.width
-        index = torch.arange(len(x), device=x.device) if rows is None else rows
-        sample = x.index_select(0, index[:: -(-len(index) // limit)]).to(self.dtype)
+        every = -(-(len(x) if rows is None else len(rows)) // limit)
+        sample = x[::every] if rows is None else x.index_select(0, rows[::every])
+        sample = sample.to(self.dtype).contiguous()
         place = self.width, self.features, self.dtype, self.device, self.options.seed
-        self._start_rows = start_basis(*place)
-        blank = empty_sketch(*place)
-        blank = replace(blank, mean=sample.double().mean(0).to(self.dtype))
+        rows_to_start = start_basis(*place)
+        mean = sample.mean(0, dtype=torch.float64).to(self.dtype)
+        blank = empty_sketch(*place, mean)
         sums = zero_sums(self.width, self.features, self.dtype, self.device)
         self._sketch_into(sample, None, blank, sums)
         sums.count = len(sample)
-        start = first_basis(blank, sums)
+        start, shared = first_basis(blank, sums)
+        self._shared = rows_to_start, shared
         if self.options.method == "gram":
             total = zero_sums(self.features, self.features, self.dtype, self.device)
             # A copy: a fold may write the next mean in place of this one.
@@ -242,7 +244,7 @@ class InputStream:
             lost: see :func:`.fold.lost_shares`.
             previous: the K leading rows before, (K, D), to be compared.
         """
-        self.state, self.pending, self._start_rows = state, 0, None
+        self.state, self.pending, self._shared = state, 0, None
         self.folds += 1
         self.previous, self.turned, self.lost = previous, None, lost
 

@@ -129,9 +129,9 @@ void run_on_device(Fold& fold, bool sound, unsigned seed) {
                              seed);
   emulator::launch<FoldMeasureArgs>(fold_measure_kernel, fold_blocks(measure), kMeasureThreads,
                                     measure, seed);
-  emulator::launch<FoldMeasureArgs>(fold_reduce_kernel,
-                                    fold.shape.layers * fold_pairs(fold.shape.width),
-                                    kReduceThreads, measure, seed);
+  emulator::launch<FoldMeasureArgs>(
+      fold_reduce_kernel, fold.shape.layers * fold_pairs(fold.shape.width) * kReduceBlocks,
+      kReduceThreads, measure, seed);
   const int64_t blocks = (fold.shape.features + kRowsColumns - 1) / kRowsColumns;
   emulator::launch<FoldRowsArgs>(
       fold_rows_kernel, blocks * fold.shape.layers, kRowsThreads,
