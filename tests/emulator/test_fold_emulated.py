@@ -100,9 +100,10 @@ MUTATIONS = {
     ),
     "last split left out": ("split < splits; ++split", "split < splits - 1; ++split"),
     "upper triangle stored": (
-        "if (row >= width || column > row) continue;",
-        "if (row >= width) continue;",
+        "if (row >= width || column > row) return;",
+        "if (row >= width) return;",
     ),
+    "first entries of a tile alone": ("% kReduceBlocks) * kReduceThreads", "% kReduceBlocks) * 0"),
     "not mirrored": ("args.core[lower] = args.core[upper] = core", "args.core[lower] = core"),
     "saved row too many": ("if (i < of.kept && column", "if (i <= of.kept && column"),
     "saved beyond the row": ("i < of.kept && column < fold.features", "i < of.kept"),
