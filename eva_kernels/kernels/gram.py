@@ -20,6 +20,7 @@ from .primitives import (
     add_splits,
     add_sums,
     begin_kernel,
+    centre_tokens,
     load_tokens,
     split_bf16,
     sum_all,
@@ -49,7 +50,8 @@ def gram_kernel(
     x_ptr, rows_ptr, pivot_ptr, out_ptr, shift_ptr, square_ptr,
     n, d, stride_xn, blocks_per_split,
     HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, DIRECT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr, WHOLE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Add to the scatter matrix (DIRECT), or write this split's share to (splits, D, D).
 
@@ -71,10 +73,10 @@ def gram_kernel(
     acc = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     for i in range(begin, end):
         o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS)
-        left = tl.where(m_x, x.to(tl.float32) - pivot_i[None, :], 0.0)
-        x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_j, n, d, stride_xn, HAS_ROWS)
-        right = tl.where(m_x, x.to(tl.float32) - pivot_j[None, :], 0.0)
+        x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS, WHOLE)
+        left = centre_tokens(x, pivot_i, o_n, o_i, n, d, WHOLE)
+        x = load_tokens(x_ptr, rows_ptr, o_n, o_j, n, d, stride_xn, HAS_ROWS, WHOLE)
+        right = centre_tokens(x, pivot_j, o_n, o_j, n, d, WHOLE)
         left_high, left_low = split_bf16(tl.trans(left))
         right_high, right_low = split_bf16(right)
         acc = add_product(acc, left_high, left_low, right_high, right_low, HIGH)
@@ -91,8 +93,8 @@ def gram_kernel(
         square = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
         for i in range(begin, end):  # once more, from the cache: a tile of D / BLOCK_D pays for it
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS)
-            centred = tl.where(m_x, x.to(tl.float32) - pivot_i[None, :], 0.0)
+            x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS, WHOLE)
+            centred = centre_tokens(x, pivot_i, o_n, o_i, n, d, WHOLE)
             shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
         tl.store(shift_ptr + pid_s * tl.cast(d, tl.int64) + o_i, tl.sum(shift, 0), mask=o_i < d)
         total = tl.sum(tl.sum(square, axis=0), axis=0)
@@ -192,7 +194,7 @@ def gram_sequence(
         (n, d, stride, plan.blocks),
         {
             **common, "HAS_ROWS": has_rows, "HIGH": high, "BLOCK_N": tile.block_n,
-            "FOLD": rows_of_a_thread(tile, dtype.itemsize),
+            "FOLD": rows_of_a_thread(tile, dtype.itemsize), "WHOLE": tile.divides(n, d),
         },
         options(arch, tile.num_warps, stages(tile, has_rows, arch)),
     )  # fmt: skip

@@ -36,6 +36,10 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def divides(self, n: int, d: int) -> bool:
+        """Tell whether tiles of (n, d) tokens have nothing outside."""
+        return n % self.block_n == 0 and d % self.block_d == 0
+
 
 @dataclass(frozen=True)
 class SketchTiles:

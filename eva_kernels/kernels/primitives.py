@@ -16,7 +16,8 @@ from triton.language.extra import cuda
 from .launch import EARLY
 
 __all__ = ["INTERPRET", "add_half_product", "add_product", "add_splits", "add_sums"]
-__all__ += ["begin_kernel", "dot", "load_tokens", "split_bf16", "sum_all", "sum_rows", "to_bf16"]
+__all__ += ["begin_kernel", "centre_tokens", "dot", "load_tokens", "split_bf16", "sum_all"]
+__all__ += ["sum_rows", "to_bf16"]
 
 # As triton reads it, when it is imported: setting the variable later mixes both modes.
 INTERPRET = tl.constexpr(
@@ -79,15 +80,36 @@ def split_bf16(x):
 
 
 @triton.jit
-def load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS: tl.constexpr):
-    """Return the tile x (BLOCK_N, BLOCK_D), 0 outside, and which of its entries are inside."""
-    m_n = o_n < n
+def load_tokens(
+    x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS: tl.constexpr, WHOLE: tl.constexpr = False
+):  # fmt: skip
+    """Return the tile x (BLOCK_N, BLOCK_D), 0 outside.
+
+    WHOLE: no tile has an outside. Masks, and what they keep out of the sums, are a quarter of the
+    instructions of a loop over tokens.
+    """
     if HAS_ROWS:
-        i_row = tl.load(rows_ptr + o_n, mask=m_n, other=0)
+        if WHOLE:
+            i_row = tl.load(rows_ptr + o_n)
+        else:
+            i_row = tl.load(rows_ptr + o_n, mask=o_n < n, other=0)
     else:
         i_row = o_n.to(tl.int64)
-    m_x = m_n[:, None] & (o_d < d)[None, :]
-    return tl.load(x_ptr + i_row[:, None] * stride_xn + o_d[None, :], mask=m_x, other=0.0), m_x
+    p_x = x_ptr + i_row[:, None] * stride_xn + o_d[None, :]
+    if WHOLE:
+        return tl.load(p_x)
+    else:
+        return tl.load(p_x, mask=(o_n < n)[:, None] & (o_d < d)[None, :], other=0.0)
+
+
+@triton.jit
+def centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE: tl.constexpr = False):
+    """Return x - p in float32, 0 outside; ``load_tokens`` has the arguments."""
+    centred = x.to(tl.float32) - pivot[None, :]
+    if WHOLE:
+        return centred
+    else:
+        return tl.where((o_n < n)[:, None] & (o_d < d)[None, :], centred, 0.0)
 
 
 @triton.jit

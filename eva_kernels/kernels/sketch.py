@@ -30,6 +30,7 @@ from .primitives import (
     add_splits,
     add_sums,
     begin_kernel,
+    centre_tokens,
     load_tokens,
     split_bf16,
     sum_all,
@@ -80,8 +81,8 @@ def prepare_kernel(
     pivot = tl.load(pivot_ptr + o_d, mask=o_d < d, other=0.0)
 
     o_sample = (tl.arange(0, SAMPLE).to(tl.int64) * n // SAMPLE).to(tl.int32)
-    x, m_x = load_tokens(x_ptr, rows_ptr, o_sample, o_d, n, d, stride_xn, HAS_ROWS)
-    centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
+    x = load_tokens(x_ptr, rows_ptr, o_sample, o_d, n, d, stride_xn, HAS_ROWS)
+    centred = centre_tokens(x, pivot, o_sample, o_d, n, d)
     spread = tl.sum(tl.sum(centred * centred, axis=0), axis=0) / (SAMPLE * BLOCK_D)
     flag = tl.max(pivot * pivot, axis=0) > LARGE_OFFSET * LARGE_OFFSET * spread
     tl.store(flags_ptr + pid, flag.to(tl.int32))
@@ -104,7 +105,7 @@ def project_kernel(
     partial_ptr, offset_ptr,
     n, q, d, pitch, stride_xn, blocks_per_split,
     HAS_ROWS: tl.constexpr, CENTRED: tl.constexpr, HIGH: tl.constexpr, FLAGS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Write this split's share of V x (V (x - p) where centred) to partial (splits, Q, N).
@@ -128,18 +129,13 @@ def project_kernel(
             o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
             acc = _add_centred(
                 acc, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_n, o_q, o_d, n, q, d, stride_xn,
-                HAS_ROWS, HIGH,
+                HAS_ROWS, HIGH, WHOLE,
             )  # fmt: skip
     else:
         for i in range(begin, end):
             o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-            x, _ = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
-            p_plane = o_q.to(tl.int64)[:, None] * d + o_d[None, :]
-            m_d = (o_d < d)[None, :]
-            v_high = tl.load(high_ptr + p_plane, mask=m_d, other=0.0)
-            v_low = v_high
-            if HIGH:
-                v_low = tl.load(low_ptr + p_plane, mask=m_d, other=0.0)
+            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
+            v_high, v_low = _load_planes(high_ptr, low_ptr, o_q, o_d, d, d, HIGH, WHOLE)
             acc = add_half_product(acc, v_high, v_low, tl.trans(x), HIGH)
     p_partial = partial_ptr + (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * pitch
     tl.store(p_partial + o_n[None, :], acc, mask=(o_n < pitch)[None, :])
@@ -159,7 +155,7 @@ def project_kernel(
                         o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
                         some = _add_centred(
                             some, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_part, o_q, o_d, n, q, d,
-                            stride_xn, HAS_ROWS, HIGH,
+                            stride_xn, HAS_ROWS, HIGH, WHOLE,
                         )  # fmt: skip
                 tl.store(p_partial + o_part[None, :], some, mask=m_part)
 
@@ -167,12 +163,12 @@ def project_kernel(
 @triton.jit
 def _add_centred(
     acc, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_n, o_q, o_d, n, q, d, stride_xn,
-    HAS_ROWS: tl.constexpr, HIGH: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Return acc + V (x - p) of a block of features, both factors split in registers."""
-    x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
+    x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
     pivot = tl.load(pivot_ptr + o_d, mask=o_d < d, other=0.0)
-    centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
+    centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
     x_high, x_low = split_bf16(tl.trans(centred))
     v_high, v_low = split_bf16(_load_basis(basis_ptr, o_q, o_d, q, d))
     return add_product(acc, v_high, v_low, x_high, x_low, HIGH)
@@ -214,7 +210,7 @@ def back_kernel(
     n, d, pitch, stride_xn, blocks_per_split, sums_blocks,
     HAS_ROWS: tl.constexpr, CENTRED: tl.constexpr, HIGH: tl.constexpr, FLAGS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Write this split's P x^T (P (x - p)^T where centred), sum of x - p and of its squares.
 
@@ -242,23 +238,23 @@ def back_kernel(
     shift = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
     square = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
     if flagged:
-        WHOLE: tl.constexpr = (CENTRED or FOLD == 1) or BLOCK_N < 32
-        PART: tl.constexpr = BLOCK_N if WHOLE else BLOCK_N // 2
+        UNCUT: tl.constexpr = (CENTRED or FOLD == 1) or BLOCK_N < 32
+        PART: tl.constexpr = BLOCK_N if UNCUT else BLOCK_N // 2
         for i in range(begin * (BLOCK_N // PART), end * (BLOCK_N // PART)):
             o_n = i * PART + tl.arange(0, PART)
-            x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
-            centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
+            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
+            centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
             shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
             x_high, x_low = split_bf16(centred)
-            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH)
+            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, pitch, HIGH, WHOLE)
             acc = add_product(acc, p_high, p_low, x_high, x_low, HIGH)
     elif not CENTRED:
         for i in range(begin, end):
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            x, m_x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS)
-            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH)
+            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
+            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, pitch, HIGH, WHOLE)
             acc = add_half_product(acc, p_high, p_low, x, HIGH)
-            centred = tl.where(m_x, x.to(tl.float32) - pivot[None, :], 0.0)
+            centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
             shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
     p_out = (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * d + o_d[None, :]
     tl.store(products_ptr + p_out, acc, mask=m_d[None, :])
@@ -275,14 +271,22 @@ def _any_flag(flags_ptr, pid_d, d, FLAGS: tl.constexpr):
 
 
 @triton.jit
-def _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH: tl.constexpr):
-    p_plane = o_q.to(tl.int64)[:, None] * pitch + o_n[None, :]
-    m_n = (o_n < pitch)[None, :]
-    high = tl.load(high_ptr + p_plane, mask=m_n, other=0.0)
-    if HIGH:
-        low = tl.load(low_ptr + p_plane, mask=m_n, other=0.0)
+def _load_planes(
+    high_ptr, low_ptr, o_q, o_column, columns, pitch, HIGH: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):  # fmt: skip
+    """Return columns of both planes, rows ``pitch`` apart; 0 outside, which WHOLE has not."""
+    p_plane = o_q.to(tl.int64)[:, None] * pitch + o_column[None, :]
+    if WHOLE:
+        high = tl.load(high_ptr + p_plane)
     else:
-        low = high
+        high = tl.load(high_ptr + p_plane, mask=(o_column < columns)[None, :], other=0.0)
+    low = high
+    if HIGH:
+        if WHOLE:
+            low = tl.load(low_ptr + p_plane)
+        else:
+            low = tl.load(low_ptr + p_plane, mask=(o_column < columns)[None, :], other=0.0)
     return high, low
 
 
@@ -390,6 +394,7 @@ def sketch_sequence(
             {
                 **common, "HAS_ROWS": has_rows, "FLAGS": triton.next_power_of_2(flag_blocks),
                 "BLOCK_N": project.block_n, "BLOCK_D": project.block_d,
+                "WHOLE": project.divides(n, d),
             },
             options(arch, project.num_warps, project.num_stages),
         ),
@@ -409,7 +414,7 @@ def sketch_sequence(
             {
                 **common, "HAS_ROWS": has_rows, "FLAGS": flags_of_block,
                 "BLOCK_N": back.block_n, "BLOCK_D": back.block_d,
-                "FOLD": rows_of_a_thread(back, dtype.itemsize),
+                "FOLD": rows_of_a_thread(back, dtype.itemsize), "WHOLE": back.divides(n, d),
             },
             options(arch, back.num_warps, stages(back, has_rows, arch)),
         ),
