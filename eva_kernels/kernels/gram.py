@@ -19,6 +19,7 @@ from .primitives import (
     add_product,
     add_splits,
     add_sums,
+    admit_next,
     begin_kernel,
     centre_tokens,
     load_tokens,
@@ -80,6 +81,7 @@ def gram_kernel(
         left_high, left_low = split_bf16(tl.trans(left))
         right_high, right_low = split_bf16(right)
         acc = add_product(acc, left_high, left_low, right_high, right_low, HIGH)
+    admit_next(DEPENDENT)
     if DIRECT:
         if pid_i == pid_j:
             _store_mirrored(out_ptr, acc, o_i, o_j, d, True, False)

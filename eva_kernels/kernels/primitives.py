@@ -15,7 +15,7 @@ from triton.language.extra import cuda
 
 from .launch import EARLY
 
-__all__ = ["INTERPRET", "add_half_product", "add_product", "add_splits", "add_sums"]
+__all__ = ["INTERPRET", "add_half_product", "add_product", "add_splits", "add_sums", "admit_next"]
 __all__ += ["begin_kernel", "centre_tokens", "dot", "load_tokens", "split_bf16", "sum_all"]
 __all__ += ["sum_rows", "to_bf16"]
 
@@ -33,10 +33,18 @@ if EARLY:
         """Begin a kernel: wait until the one before it is over and what it wrote can be read.
 
         DEPENDENT: it was launched before that (programmatic dependent launch), so that its set-up
-        costs no time. Then the next one may be set up from here on.
+        costs no time.
         """
         if DEPENDENT and not INTERPRET:
             cuda.gdc_wait()
+
+    @triton.jit
+    def admit_next(DEPENDENT: tl.constexpr):
+        """Let the next kernel be set up: beside what is left to do it should take nothing away.
+
+        A program that does not come here lets it when it ends.
+        """
+        if DEPENDENT and not INTERPRET:
             cuda.gdc_launch_dependents()
 
 else:
@@ -44,6 +52,11 @@ else:
     @triton.jit
     def begin_kernel(DEPENDENT: tl.constexpr):
         """Begin a kernel, which is launched when the one before it is over."""
+        tl.static_assert(not DEPENDENT)
+
+    @triton.jit
+    def admit_next(DEPENDENT: tl.constexpr):
+        """Do nothing: the next kernel is launched when this one is over."""
         tl.static_assert(not DEPENDENT)
 
 

@@ -29,6 +29,7 @@ from .primitives import (
     add_product,
     add_splits,
     add_sums,
+    admit_next,
     begin_kernel,
     centre_tokens,
     load_tokens,
@@ -88,6 +89,7 @@ def prepare_kernel(
     tl.store(flags_ptr + pid, flag.to(tl.int32))
 
     v = _load_basis(basis_ptr, o_q, o_d, q, d)
+    admit_next(DEPENDENT)
     v = tl.where(flag, 0.0, v)
     high, low = split_bf16(v)
     used = high.to(tl.float32)
@@ -137,6 +139,7 @@ def project_kernel(
             x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
             v_high, v_low = _load_planes(high_ptr, low_ptr, o_q, o_d, d, d, HIGH, WHOLE)
             acc = add_half_product(acc, v_high, v_low, tl.trans(x), HIGH)
+    admit_next(DEPENDENT)
     p_partial = partial_ptr + (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * pitch
     tl.store(p_partial + o_n[None, :], acc, mask=(o_n < pitch)[None, :])
     if not CENTRED:
@@ -191,6 +194,7 @@ def finish_kernel(
     p = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
     step = tl.cast(BLOCK_Q, tl.int64) * pitch
     p = add_splits(p, partial_ptr, p_out, m_n, splits, step)
+    admit_next(DEPENDENT)
     if not CENTRED:
         p -= tl.load(offset_ptr + o_q)[:, None]
     p = tl.where((o_n < n)[None, :], p, 0.0)
@@ -256,6 +260,7 @@ def back_kernel(
             acc = add_half_product(acc, p_high, p_low, x, HIGH)
             centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
             shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
+    admit_next(DEPENDENT)
     p_out = (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * d + o_d[None, :]
     tl.store(products_ptr + p_out, acc, mask=m_d[None, :])
     tl.store(shift_ptr + pid_s.to(tl.int64) * d + o_d, tl.sum(shift, axis=0), mask=m_d)
@@ -331,6 +336,7 @@ def collect_kernel(
     step = tl.cast(BLOCK_Q, tl.int64) * d
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     acc = add_splits(acc, partial_ptr, p_products, m_d[None, :], splits, step)
+    admit_next(DEPENDENT)
     if corrected:
         acc -= tl.load(total_ptr + o_q)[:, None] * pivot[None, :]
     tl.store(products_ptr + p_products, acc + before, mask=m_out)
