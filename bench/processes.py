@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 3.0  # between the request to end and the end
+STOP_SECONDS = 0.2  # until a request to stop is seen
 # Freed blocks go back to the system at once, so that the high-water mark is of live memory.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -74,11 +77,21 @@ def child_environment(given: Mapping[str, str], dry_run: bool = False) -> dict[s
 
 
 def run_limited(
-    command: Sequence[str], seconds: float, log: Any, environment: Mapping[str, str]
+    command: Sequence[str],
+    seconds: float,
+    log: Any,
+    environment: Mapping[str, str],
+    stop: threading.Event | None = None,
 ) -> int | None:
     """Run a process with everything it starts; return its exit status, ``None`` if it was killed.
 
     It has a process group of its own, so that nothing it started outlives it.
+
+    Args:
+        command, environment: of the process.
+        seconds: after which it is killed.
+        log: a file for what it says.
+        stop: it is killed, too, once this is set.
     """
     # A signal that ends the caller must not come between the start of a process and the block that
     # ends it.
@@ -96,13 +109,23 @@ def run_limited(
             preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, held),
         )
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        return process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return None
+        return _wait(process, seconds, stop)
     finally:
         if process is not None:
             _end_group(process)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _wait(
+    process: subprocess.Popen[bytes], seconds: float, stop: threading.Event | None
+) -> int | None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0 and not (stop is not None and stop.is_set()):
+        try:
+            return process.wait(timeout=left if stop is None else min(left, STOP_SECONDS))
+        except subprocess.TimeoutExpired:
+            continue
+    return None
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

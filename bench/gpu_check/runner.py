@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +67,9 @@ class Check:
     def run(self) -> bool:
         """Run all stages, write and print the table, and tell whether the check is green."""
         self._write()
-        for index, stage in enumerate(self.stages):
-            self._run_one(index, stage)
+        begins = [i for i, stage in enumerate(self.stages) if i == 0 or not stage.beside]
+        for begin, end in itertools.pairwise([*begins, len(self.stages)]):
+            self._run_together(self.stages[begin:end], self.stages[end:])
             self._write()
         required = {stage.name: stage.required for stage in self.stages}
         self.record["status"] = verdict(self.record["stages"], required)
@@ -73,24 +77,46 @@ class Check:
         self.say(render(self.record))
         return self.record["status"] == "passed"
 
-    def _run_one(self, index: int, stage: Stage) -> None:
+    def _run_together(self, stages: Sequence[Stage], later: Sequence[Stage]) -> None:
+        """Run a stage and those beside it; ``later`` are those after them."""
+        found = self.record["stages"]
+        later = [s for s in later if s.name not in self.skip | set(found)]
+        due: list[tuple[Stage, float]] = []
+        for stage in filter(self._is_due, stages):
+            limit = stage.rehearsal if self.dry_run else limit_of(stage, later, self.remaining)
+            limit = min(limit, self.remaining)
+            if limit < 1.0:
+                found[stage.name] = _outcome(stage, "not reached", "no time was left")
+                continue
+            left = f"{self.remaining:.0f} s left of the whole"
+            self.say(f"{stage.name}: at most {limit:.0f} s, {left}")
+            due.append((stage, limit))
+        if not due:
+            return
+        stop = threading.Event()
+        with ThreadPoolExecutor(len(due)) as pool:
+            beside = [(s, pool.submit(self._launch, s, limit, stop)) for s, limit in due[1:]]
+            try:
+                self._keep(due[0][0], self._launch(*due[0], stop))
+            except BaseException:
+                stop.set()
+                raise
+            for stage, job in beside:
+                self._keep(stage, job.result())
+
+    def _is_due(self, stage: Stage) -> bool:
         found = self.record["stages"]
         if stage.name in found:
             self.say(f"{stage.name}: kept from an earlier run")
-            return
+            return False
         if stage.name in self.skip:
             found[stage.name] = _outcome(stage, "skipped", "left out by --skip")
             self.say(f"{stage.name}: left out")
-            return
-        later = [s for s in self.stages[index + 1 :] if s.name not in self.skip | set(found)]
-        limit = stage.rehearsal if self.dry_run else limit_of(stage, later, self.remaining)
-        limit = min(limit, self.remaining)
-        if limit < 1.0:
-            found[stage.name] = _outcome(stage, "not reached", "no time was left")
-            return
-        self.say(f"{stage.name}: at most {limit:.0f} s, {self.remaining:.0f} s left of the whole")
-        outcome = self._launch(stage, limit)
-        found[stage.name] = outcome
+            return False
+        return True
+
+    def _keep(self, stage: Stage, outcome: dict[str, Any]) -> None:
+        self.record["stages"][stage.name] = outcome
         for key in ("machine", "versions"):
             self.record[key].update(outcome["results"].pop(key, {}))
         line = f"{stage.name}: {outcome['status']} in {outcome['seconds']:.1f} s"
@@ -98,7 +124,7 @@ class Check:
         if outcome["status"] in ("failed", "timed out"):
             self.say(_tail(self.out / stage.name / "log.txt"))
 
-    def _launch(self, stage: Stage, limit: float) -> dict[str, Any]:
+    def _launch(self, stage: Stage, limit: float, stop: threading.Event) -> dict[str, Any]:
         folder = self.out / stage.name
         folder.mkdir(parents=True, exist_ok=True)
         result_path(self.out, stage.name).unlink(missing_ok=True)
@@ -108,7 +134,8 @@ class Check:
         command += ["--dry-run"] if self.dry_run else []
         begin = time.monotonic()
         with (folder / "log.txt").open("w", encoding="utf-8") as log:
-            status = run_limited(command, own, log, child_environment(os.environ, self.dry_run))
+            environment = child_environment(os.environ, self.dry_run)
+            status = run_limited(command, own, log, environment, stop)
         found = read_json(result_path(self.out, stage.name)) or {}
         outcome = _outcome(stage, found.get("status", "failed"), found.get("reason", ""))
         outcome["results"] = found.get("results", {})

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +260,8 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_a_late_process_is_killed_with_all_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["late", "stopped"])
+def test_a_process_is_killed_with_all_it_started(how: str, tmp_path: Path) -> None:
     code = f"""
         import pathlib, signal, subprocess, sys, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -269,7 +272,11 @@ def test_a_late_process_is_killed_with_all_it_started(tmp_path: Path) -> None:
     begin = time.monotonic()
     with (tmp_path / "log").open("w") as log:
         command = [sys.executable, "-c", textwrap.dedent(code)]
-        assert processes.run_limited(command, 2.0, log, os.environ) is None
+        stop = threading.Event() if how == "stopped" else None
+        if stop is not None:
+            threading.Timer(2.0, stop.set).start()
+        seconds = 2.0 if stop is None else 60.0
+        assert processes.run_limited(command, seconds, log, os.environ, stop) is None
     assert time.monotonic() - begin < 10
     deadline = time.monotonic() + 5
     pid = int((tmp_path / "pid").read_text())
@@ -319,9 +326,18 @@ class Stubbed(runner.Check):
     """A check whose stages are given by their outcomes."""
 
     outcomes: dict[str, str]
+    meet: frozenset[str] = frozenset()
+    barrier = threading.Barrier(2)
 
-    def _launch(self, stage: Stage, limit: float) -> dict[str, Any]:
+    def _launch(self, stage: Stage, limit: float, stop: threading.Event) -> dict[str, Any]:
+        if stage.name in self.meet:  # in time only if they are there together
+            self.barrier.wait(timeout=10)
         status = self.outcomes[stage.name]
+        if status == "interrupted":
+            raise KeyboardInterrupt
+        if status == "stopped":
+            assert stop.wait(timeout=10)
+            status = "failed"
         results = {"versions": {"torch": "1"}}
         return {"status": status, "reason": "", "seconds": 0.0, "results": results}
 
@@ -348,6 +364,33 @@ def test_a_stage_left_out_is_red_unless_it_may_be(tmp_path: Path) -> None:
     assert not stubbed(tmp_path, outcomes, skip=["b"]).run()
     with pytest.raises(ValueError, match="no stage nope; there are a, b, c"):
         stubbed(tmp_path, outcomes, skip=["nope"])
+
+
+def beside(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
+    check = stubbed(out, outcomes, **options)
+    check.stages = [replace(s, beside=s.name == "b") for s in check.stages]
+    return check
+
+
+def test_a_stage_beside_another_runs_with_it(tmp_path: Path) -> None:
+    outcomes = {"a": "passed", "b": "passed", "c": "passed"}
+    check = beside(tmp_path, outcomes)
+    check.meet = frozenset("ab")
+    assert check.run()
+    assert list(check.record["stages"]) == ["a", "b", "c"]
+    assert not beside(tmp_path, {**outcomes, "b": "failed"}).run()
+    assert beside(tmp_path, {**outcomes, "a": "failed"}, resume=True).record["stages"].keys() == {
+        "a", "c",
+    }  # fmt: skip
+    assert beside(tmp_path, {**outcomes, "a": "failed", "c": "failed"}, resume=True).run()
+
+
+def test_an_interrupt_ends_what_runs_beside(tmp_path: Path) -> None:
+    check = beside(tmp_path, {"a": "interrupted", "b": "stopped", "c": "passed"})
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        check.run()
+    assert time.monotonic() - begin < 5
 
 
 def test_resumed_check_runs_what_had_not_passed(tmp_path: Path) -> None:
