@@ -25,7 +25,7 @@ from setuptools.errors import CompileError
 
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 PACKAGES = ("eva_kernels", "eva_peft")
-NATIVE = ("convergence", "eigh", "fold", "nystrom")  # each .cpp for the CPU, .cu for CUDA
+NATIVE = ("convergence", "eigh", "fold", "nystrom", "start")  # each .cpp for the CPU, .cu for CUDA
 CXX_FLAGS = [] if os.name == "nt" else ["-O3", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 

@@ -5,6 +5,7 @@
 #include "eigh.h"
 #include "fold.h"
 #include "nystrom.h"
+#include "start.h"
 
 #ifndef EVA_CUDA_ARCHS
 #define EVA_CUDA_ARCHS ""
@@ -105,4 +106,19 @@ PYBIND11_MODULE(_cuda, m) {
       py::arg("core"), py::arg("metric"), py::arg("ceiling"), py::arg("n_layers"), py::arg("width"),
       py::arg("loose"), py::arg("goal"), py::arg("scratch"), py::arg("mixing"), py::arg("told"),
       py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "start",
+      [](uintptr_t basis, uintptr_t products, uintptr_t shift, uintptr_t square, uintptr_t mean,
+         int width, int64_t features, double tokens, int64_t columns, uintptr_t workspace,
+         int device, uintptr_t stream) {
+        const auto args = eva_kernels::start_args(basis, products, shift, square, mean, width,
+                                                  features, tokens, columns, workspace);
+        eva_kernels::start_cuda(args, device, stream);
+      },
+      py::arg("basis"), py::arg("products"), py::arg("shift"), py::arg("square"), py::arg("mean"),
+      py::arg("width"), py::arg("features"), py::arg("tokens"), py::arg("columns"),
+      py::arg("workspace"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def("start_bytes", &eva_kernels::start_bytes, py::arg("width"), py::arg("features"),
+        py::arg("columns"));
 }

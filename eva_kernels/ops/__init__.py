@@ -12,6 +12,7 @@ from .fold import FoldLayers, fold_layers, fold_measure, fold_prepare, fold_rows
 from .gram import gram, gram_workspace_bytes
 from .nystrom import nystrom
 from .sketch import device_arch, sketch, sketch_workspace_bytes
+from .start import start
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +31,7 @@ __all__ = [
     "nystrom",
     "sketch",
     "sketch_workspace_bytes",
+    "start",
 ]
 
 

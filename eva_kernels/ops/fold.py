@@ -22,6 +22,8 @@ from ._dispatch import define_operator
 __all__ = [
     "MAX_WIDTH",
     "FoldLayers",
+    "check_layers",
+    "columns_of_a_split",
     "fold_layers",
     "fold_measure",
     "fold_prepare",
@@ -104,7 +106,7 @@ def fold_layers(
         for each of some 768 blocks), whichever is more.
     """
     held = [list(given) for given in (bases, products, shifts, squares, means)]
-    _check_layers(held, kept)
+    check_layers(held, kept)
     count, (q, d) = len(bases), bases[0].shape
     columns = columns_of_a_split(count, q, d)
     blocks = count * _pairs(q) * -(-d // columns) if bases[0].is_cuda else 0
@@ -289,7 +291,8 @@ def _call(
     return functools.partial(_native.call, module, name, *shared, device=device)
 
 
-def _check_layers(held: Sequence[Sequence[Tensor]], kept: Sequence[int]) -> None:
+def check_layers(held: Sequence[Sequence[Tensor]], kept: Sequence[int]) -> None:
+    """Raise unless bases, products, shifts, squares and means fit; see :func:`fold_layers`."""
     lengths = [*map(len, held), len(kept)]
     if not kept or len(set(lengths)) > 1:
         raise EvaValueError(f"layers must be described equally often, at least once, not {lengths}")

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import start
 from ..ops.fold import runs_natively
 from . import _host
 from ._basis import repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, SketchBatch, chunk_bytes, decompose
-from .native_batch import NativeSketchBatch, WarmUp, start_rows, warm_up
+from .native_batch import NativeSketchBatch
 from .nystrom import orthogonalisation, whitening
 from .state import GramState, SketchState, StepSums, clear_sums
 
@@ -105,11 +106,10 @@ def sketch_batch(
     return SketchBatch(states, sums)
 
 
-def first_basis(blank: SketchState, sums: StepSums) -> tuple[SketchState, WarmUp | None]:
+def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
     """Return ``blank`` with basis and mean after a fold of ``sums``; it has seen no token.
 
-    The sums are cleared. Where a read is not free, basis and mean are written in place. Whoever
-    holds on to the second result makes the next call for such a layer input cheaper.
+    The sums are cleared. Where a read is not free, basis and mean are written in place.
 
     What matters of a first basis is its span. So where a read is not free, and every layer input
     goes through here by itself, its rows are those of the image, whitened twice: by their products
@@ -120,12 +120,11 @@ def first_basis(blank: SketchState, sums: StepSums) -> tuple[SketchState, WarmUp
     if _host.reads_are_free(blank.basis.device):
         warm = fold([blank], [sums])[0][0]
         clear_sums([sums])
-        return replace(blank, mean=warm.mean, basis=warm.basis), None
+        return replace(blank, mean=warm.mean, basis=warm.basis)
     if runs_natively(blank.basis):
-        shared = warm_up(sums.count, len(blank.basis), blank.basis.device)
-        start_rows(blank, sums, shared)
+        start(blank.basis, sums.products, sums.shift, sums.square, blank.mean, sums.count)
         sums.count = 0
-        return blank, shared
+        return blank
     sound = torch.ones((), dtype=torch.bool, device=blank.basis.device)
     batch = SketchBatch([blank], [sums])
     batch.found = whitening(batch.measure()[0], batch.ceiling)
@@ -138,4 +137,4 @@ def first_basis(blank: SketchState, sums: StepSums) -> tuple[SketchState, WarmUp
     batch.found = orthogonalisation(batch.measure()[0])
     batch.renew(sound, [0])
     sums.count = 0
-    return blank, None
+    return blank

@@ -85,7 +85,7 @@ class InputStream:
         self.pending = 0  # tokens accumulated since the last fold
         self.skipped = 0  # tokens left out because they are not finite
         self.folds = 0
-        self._shared: object = None  # until the first fold, for others of this shape
+        self._start_rows: Tensor | None = None  # until the first fold, for others of this shape
         self.previous: Tensor | None = None  # (K, D) before the last fold, until compared
         self.turned: Array | None = None  # (K,) cosines that the fold has read, until compared
         self.cosines: Tensor | None = None  # (K,) on the CPU, of the last fold, once compared
@@ -185,14 +185,13 @@ class InputStream:
         sample = x[::every] if rows is None else x.index_select(0, rows[::every])
         sample = sample.to(self.dtype).contiguous()
         place = self.width, self.features, self.dtype, self.device, self.options.seed
-        rows_to_start = start_basis(*place)
+        self._start_rows = start_basis(*place)
         mean = sample.mean(0, dtype=torch.float64).to(self.dtype)
         blank = empty_sketch(*place, mean)
         sums = zero_sums(self.width, self.features, self.dtype, self.device)
         self._sketch_into(sample, None, blank, sums)
         sums.count = len(sample)
-        start, shared = first_basis(blank, sums)
-        self._shared = rows_to_start, shared
+        start = first_basis(blank, sums)
         if self.options.method == "gram":
             total = zero_sums(self.features, self.features, self.dtype, self.device)
             # A copy: a fold may write the next mean in place of this one.
@@ -244,7 +243,7 @@ class InputStream:
             lost: see :func:`.fold.lost_shares`.
             previous: the K leading rows before, (K, D), to be compared.
         """
-        self.state, self.pending, self._shared = state, 0, None
+        self.state, self.pending, self._start_rows = state, 0, None
         self.folds += 1
         self.previous, self.turned, self.lost = previous, None, lost
 

@@ -100,6 +100,7 @@ fold = (0, 1, 1, 1, 0, 0, 0)
 calls = {"convergence": (0, 1, 1, 0.5, 0, 0), "eigh": (0, 1, 1, 0, 0)}
 calls |= {"fold_prepare": (*fold, 0, 0), "fold_measure": (*fold, 16, 0, 0, 0)}
 calls |= {"fold_rows": (*fold, 0, 0, 0, 0), "nystrom": (0, 0, 0, 1, 1, 0.0, 0, 0, 0, 0)}
+calls["start"] = (0, 0, 0, 0, 0, 1, 1, 1.0, 16, 0)
 for name, arguments in calls.items():
     try:
         getattr(cuda, name)(*arguments, 0, 0)
@@ -110,5 +111,5 @@ print(json.dumps(answer))
     answer = ask(built, code)
     assert answer["devices"] == 0
     passes = "fold_prepare", "fold_measure", "fold_rows"
-    for name in ("convergence", "eigh", "nystrom", *passes):
+    for name in ("convergence", "eigh", "nystrom", "start", *passes):
         assert re.match(r"eva_kernels: cuda\w+: .*\(cudaError\w+\)", answer[name]), answer

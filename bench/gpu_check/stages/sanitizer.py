@@ -13,7 +13,7 @@ from typing import Any
 from ..context import Context, StageFailed, StageSkipped
 from ..record import ROOT
 
-OPS = ("convergence", "eigh", "fold_passes", "nystrom")
+OPS = ("convergence", "eigh", "fold_passes", "nystrom", "start")
 TESTS = tuple(f"tests/ops/test_{name}.py" for name in OPS)
 NATIVE = "native or graded"  # tests that launch them
 # racecheck follows every access to shared memory: by far the slowest, so small widths do for it.

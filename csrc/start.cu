@@ -1,0 +1,53 @@
+#include "cuda_utils.cuh"
+#include "start.h"
+
+namespace eva_kernels {
+namespace {
+
+constexpr int kSetUpThreads = 128;
+
+// Grid: one block. Written here, what the folds are told needs no copy from the host.
+__global__ void __launch_bounds__(kSetUpThreads) set_up_kernel(StartArgs args, StartParts parts) {
+  for (int i = threadIdx.x; i < 2 * (kFoldNumbers + args.width); i += kSetUpThreads) {
+    parts.numbers[i] = start_number(i, args.width, args.tokens);
+  }
+  if (threadIdx.x != 0) return;
+  *parts.layers = args.layer;
+  *parts.sound = true;
+}
+
+struct Cuda {
+  int device;
+  uintptr_t stream;
+
+  cudaStream_t queue() const { return reinterpret_cast<cudaStream_t>(stream); }
+  void set_up(const StartArgs& args, const StartParts& parts) const {
+    const DeviceGuard guard(device);
+    set_up_kernel<<<1, kSetUpThreads, 0, queue()>>>(args, parts);
+    cuda_check(cudaGetLastError(), "start: launch of set_up");
+  }
+  void clear(const StartSums& sums, const StartParts& parts) const {
+    const DeviceGuard guard(device);
+    zero(sums.products, sums.size * sizeof(float));
+    zero(sums.shift, sums.features * sizeof(double));
+    zero(sums.square, sizeof(double));
+    zero(parts.delta, sums.features * sizeof(double));
+  }
+  void prepare(const FoldPrepareArgs& args) const { fold_prepare_cuda(args, device, stream); }
+  void measure(const FoldMeasureArgs& args) const { fold_measure_cuda(args, device, stream); }
+  void decompose(const NystromArgs& args) const { nystrom_cuda(args, device, stream); }
+  void rows(const FoldRowsArgs& args) const { fold_rows_cuda(args, device, stream); }
+
+ private:
+  void zero(void* memory, size_t bytes) const {
+    cuda_check(cudaMemsetAsync(memory, 0, bytes, queue()), "start: cudaMemsetAsync");
+  }
+};
+
+}  // namespace
+
+void start_cuda(const StartArgs& args, int device, uintptr_t stream) {
+  run_start(args, Cuda{device, stream});
+}
+
+}  // namespace eva_kernels

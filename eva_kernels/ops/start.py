@@ -1,0 +1,61 @@
+"""The first basis of a layer input: two folds of a warm-up by one call of native code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from ._dispatch import define_operator
+from .fold import check_layers, columns_of_a_split
+
+__all__ = ["start"]
+
+
+@torch.no_grad()
+def start(
+    basis: Tensor, products: Tensor, shift: Tensor, square: Tensor, mean: Tensor, tokens: int
+) -> None:
+    """Put mean and rows of a first basis in place, and clear the sums of the tokens they are from.
+
+    The same as :func:`.fold.fold_prepare` to :func:`.fold.fold_rows` with the mixing of
+    ``nystrom(..., goal="whiten")``, and once more with that of ``goal="orthogonalise"``, each of
+    which takes Python longer than the device. See ``streaming.fold.first_basis``.
+
+    Args:
+        basis: V, random, float32 (Q, D), Q at most 128; contiguous, as all.
+        products: of V and the tokens about the mean, float32 (Q, D); see :func:`reference.sketch`.
+        shift, square: of the tokens, float64 (D,) and ().
+        mean: before, float32 (D,).
+        tokens: in the sums, at least 1.
+
+    Raises:
+        EvaValueError, EvaTypeError: shapes, devices or dtypes do not fit.
+        EvaRuntimeError: the module for this device was not built.
+
+    Numerics: those of the passes of a fold. Rows beyond the rank stay random.
+    Cost: ``8 Q^2 D`` flops; some 1 MB of memory for a while.
+    """
+    check_layers([[basis], [products], [shift], [square], [mean]], [0])
+    _start(basis, products, shift, square, mean, tokens)
+
+
+def _run(
+    basis: Tensor, products: Tensor, shift: Tensor, square: Tensor, mean: Tensor, tokens: int
+) -> None:
+    q, d = basis.shape
+    columns = columns_of_a_split(1, q, d)
+    module = _native.load(basis.device.type)
+    nbytes = module.start_bytes(q, d, columns)
+    workspace = torch.empty(nbytes, dtype=torch.uint8, device=basis.device)
+    tensors = (tensor.data_ptr() for tensor in (basis, products, shift, square, mean))
+    given = q, d, float(tokens), columns, workspace.data_ptr()
+    _native.call(module, "start", *tensors, *given, device=basis.device)
+
+
+_start = define_operator(
+    "start",
+    "(Tensor(a!) basis, Tensor(b!) products, Tensor(c!) shift, Tensor(d!) square, "
+    "Tensor(e!) mean, int tokens) -> ()",
+    _run,
+)

@@ -1,0 +1,119 @@
+"""The first basis by one call of native code: against the passes that it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from eva_kernels import _native, reference
+from eva_kernels.errors import EvaTypeError, EvaValueError
+from eva_kernels.ops import fold_layers, fold_measure, fold_prepare, fold_rows, nystrom, start
+
+# The native twin of the CPU, too, is in the module; tests/packaging builds it.
+pytestmark = pytest.mark.skipif(
+    _native.unavailable("cpu") is not None, reason="the C++ module is not built"
+)
+SHAPES = [(1, 16), (7, 40), (32, 300), (64, 700), (100, 260)]
+
+
+class Problem:
+    """A random basis and the sums of tokens about their mean.
+
+    Args:
+        q, d: of the basis.
+        device: of all tensors.
+        rank: of the tokens, if not full.
+    """
+
+    def __init__(self, q: int, d: int, device: torch.device, rank: int | None = None) -> None:
+        self.tokens = 4 * q
+        x = torch.randn(self.tokens, d) + 3
+        if rank is not None:
+            x = torch.randn(self.tokens, rank) @ torch.randn(rank, d) + 3
+        self.mean = x.double().mean(0).float().to(device)
+        self.basis = torch.linalg.qr(torch.randn(d, q)).Q.mT.contiguous().to(device)
+        self.sums = (
+            torch.zeros(q, d, device=device),
+            torch.zeros(d, dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+        )
+        reference.sketch(x.to(device), self.basis, self.mean, *self.sums)
+
+    def copy(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return basis, sums and mean, to be changed."""
+        return tuple(t.to(device, copy=True) for t in (self.basis, *self.sums, self.mean))
+
+    def by_passes(self) -> tuple[Tensor, Tensor]:
+        """Return the first basis and mean from the passes of two folds."""
+        device = self.basis.device
+        basis, products, shift, square, mean = self.copy(device)
+        layers = fold_layers([basis], [products], [shift], [square], [mean], [0])
+        sound = torch.ones((), dtype=torch.bool, device=device)
+        n, q = float(self.tokens), len(basis)
+        for goal, head in (("whiten", (n, 1.0, n - 1, n)), ("orthogonalise", (1.0, 1, 1, 1))):
+            squares = [float(goal == "orthogonalise")] * q
+            numbers = torch.tensor([[*head, *squares]], dtype=torch.float64, device=device)
+            delta, moved, _ = fold_prepare(layers, numbers)
+            along, core, _ = fold_measure(layers, numbers, delta)
+            mixing, told = nystrom(core, core, numbers[:, 2], 0.0, goal=goal)
+            fold_rows(layers, numbers, delta, along, moved, mixing, told, sound)
+            for one in (products, shift, square):
+                one.zero_()
+        return basis, mean
+
+
+@pytest.mark.parametrize("rank", [None, 5])
+@pytest.mark.parametrize(("q", "d"), SHAPES)
+def test_native_start_is_that_of_the_passes(
+    q: int, d: int, rank: int | None, device: torch.device
+) -> None:
+    problem = Problem(q, d, device, rank)
+    basis, products, shift, square, mean = given = problem.copy(device)
+    start(*given, problem.tokens)
+    wanted_basis, wanted_mean = problem.by_passes()
+    assert torch.equal(basis, wanted_basis)
+    assert torch.equal(mean, wanted_mean)
+    assert not torch.equal(basis, problem.basis)
+    for one in (products, shift, square):
+        assert not one.any()
+    known = q if rank is None else min(q, rank)
+    overlaps = basis[:known].double() @ basis[:known].double().mT
+    identity = torch.eye(known, dtype=torch.float64, device=device)
+    torch.testing.assert_close(overlaps, identity, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("q", "d"), [(32, 300), (64, 4096)])
+def test_native_twins_agree(q: int, d: int) -> None:
+    problem = Problem(q, d, torch.device("cpu"))
+    here, there = problem.copy(torch.device("cpu")), problem.copy(torch.device("cuda"))
+    start(*here, problem.tokens)
+    start(*there, problem.tokens)
+    torch.testing.assert_close(there[0].cpu(), here[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(there[4].cpu(), here[4])
+
+
+def test_tokens_that_are_not_finite_are_left_to_the_fold(device: torch.device) -> None:
+    problem = Problem(7, 40, device)
+    given = problem.copy(device)
+    given[2][3] = float("nan")
+    start(*given, problem.tokens)
+    assert given[4].isnan().any()  # the sketch of the step is not finite then, which the fold tells
+
+
+def test_bad_input_is_refused(device: torch.device) -> None:
+    problem = Problem(7, 40, device)
+    basis, products, shift, square, mean = problem.copy(device)
+    with pytest.raises(EvaTypeError, match=r"shifts.*float64"):
+        start(basis, products, shift.float(), square, mean, 28)
+    with pytest.raises(EvaValueError, match="products"):
+        start(basis, products[:, 1:], shift, square, mean, 28)
+
+
+def test_operator(device: torch.device) -> None:
+    problem = Problem(7, 40, device)
+    operator = torch.ops.eva_kernels.start.default
+    tests = ("test_schema", "test_faketensor")
+    opcheck(operator, (*problem.copy(device), problem.tokens), test_utils=tests)
