@@ -56,14 +56,15 @@ def ask_child(module: str, question: Mapping[str, Any], seconds: float) -> dict[
 
 
 def child_environment(given: Mapping[str, str], dry_run: bool = False) -> dict[str, str]:
-    """Return the environment of a process: the checkout's code, no network, the right Triton.
+    """Return the environment of a process: the checkout's code first, no network, the right Triton.
 
     Args:
         given: to begin with.
         dry_run: use no GPU, and Triton's interpreter.
     """
     environment = {key: value for key, value in given.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    paths = [str(ROOT), str(ROOT / "python"), given.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -1,0 +1,97 @@
+"""The check on a GPU: the order of its stages, what runs beside another, and what is kept."""
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu_check import record, runner
+from bench.gpu_check.plan import Stage
+
+
+class Stubbed(runner.Check):
+    """A check whose stages are given by their outcomes."""
+
+    outcomes: dict[str, str]
+    meet: frozenset[str] = frozenset()
+    barrier = threading.Barrier(2)
+
+    def _launch(self, stage: Stage, limit: float, stop: threading.Event) -> dict[str, Any]:
+        if stage.name in self.meet:  # in time only if they are there together
+            self.barrier.wait(timeout=10)
+        status = self.outcomes[stage.name]
+        if status == "interrupted":
+            raise KeyboardInterrupt
+        if status == "stopped":
+            assert stop.wait(timeout=10)
+            status = "failed"
+        results = {"versions": {"torch": "1"}}
+        return {"status": status, "reason": "", "seconds": 0.0, "results": results}
+
+
+def stubbed(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
+    stages = [Stage(name, 1.0, 1.0, required=name != "c") for name in outcomes]
+    check = Stubbed(out, stages=stages, total=30.0, say=lambda line: None, **options)
+    check.outcomes = outcomes
+    return check
+
+
+def test_later_stages_run_after_a_failure_and_the_check_is_red(tmp_path: Path) -> None:
+    assert not stubbed(tmp_path, {"a": "passed", "b": "timed out", "c": "passed"}).run()
+    found = record.read_json(tmp_path / "gpu-check.json")
+    assert [s["status"] for s in found["stages"].values()] == ["passed", "timed out", "passed"]
+    assert found["status"] == "failed"
+    assert found["versions"] == {"torch": "1"}
+
+
+def test_a_stage_left_out_is_red_unless_it_may_be(tmp_path: Path) -> None:
+    outcomes = dict.fromkeys("abc", "passed")
+    assert stubbed(tmp_path, outcomes).run()
+    assert stubbed(tmp_path, outcomes, skip=["c"]).run()
+    assert not stubbed(tmp_path, outcomes, skip=["b"]).run()
+    with pytest.raises(ValueError, match="no stage nope; there are a, b, c"):
+        stubbed(tmp_path, outcomes, skip=["nope"])
+
+
+def beside(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
+    check = stubbed(out, outcomes, **options)
+    check.stages = [replace(s, beside=s.name == "b") for s in check.stages]
+    return check
+
+
+def test_a_stage_beside_another_runs_with_it(tmp_path: Path) -> None:
+    outcomes = {"a": "passed", "b": "passed", "c": "passed"}
+    check = beside(tmp_path, outcomes)
+    check.meet = frozenset("ab")
+    assert check.run()
+    assert list(check.record["stages"]) == ["a", "b", "c"]
+    assert not beside(tmp_path, {**outcomes, "b": "failed"}).run()
+    assert beside(tmp_path, {**outcomes, "a": "failed"}, resume=True).record["stages"].keys() == {
+        "a", "c",
+    }  # fmt: skip
+    assert beside(tmp_path, {**outcomes, "a": "failed", "c": "failed"}, resume=True).run()
+
+
+def test_an_interrupt_ends_what_runs_beside(tmp_path: Path) -> None:
+    check = beside(tmp_path, {"a": "interrupted", "b": "stopped", "c": "passed"})
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        check.run()
+    assert time.monotonic() - begin < 5
+
+
+def test_resumed_check_runs_what_had_not_passed(tmp_path: Path) -> None:
+    assert not stubbed(tmp_path, {"a": "passed", "b": "failed"}).run()
+    again = stubbed(tmp_path, {"a": "failed", "b": "passed"}, resume=True)
+    assert again.run()
+    assert again.record["stages"]["a"]["kept"]
+
+
+def test_a_check_without_time_reaches_nothing(tmp_path: Path) -> None:
+    check = stubbed(tmp_path, {"a": "passed"})
+    check.total = 0.5
+    assert not check.run()
+    assert check.record["stages"]["a"]["status"] == "not reached"
