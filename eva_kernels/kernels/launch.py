@@ -117,9 +117,10 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
         "sm_86": Arch("sm_86", 84, 101_376, 16),
         "sm_89": Arch("sm_89", 142, 101_376, 16),
         # wgmma has 64 rows, and so has tcgen05.mma
-        # On an H200 a sketch launched one after another takes 0.82 of the time of one launched
-        # early at N = 2048, 0.99 to 1.01 at N = 8192 (2026-11-26, bench/results/h200/second).
-        "sm_90": Arch("sm_90", 132, 232_448, 64),
+        # On an H200 a sketch whose kernels are launched early takes 0.95 of the time of one whose
+        # kernels wait at N = 2048 and D = 4096, 0.93 at D = 11008, 0.97 at N = 8192 (2026-11-26,
+        # bench/results/h200/third); 1.22 at N = 2048 where they came before the loop was over.
+        "sm_90": Arch("sm_90", 132, 232_448, 64, dependent_launch=EARLY),
         "sm_100": Arch("sm_100", 148, 232_448, 64, dependent_launch=EARLY),
         "sm_120": Arch("sm_120", 188, 101_376, 16, dependent_launch=EARLY),
         "gfx942": Arch("gfx942", 304, 65_536, 16, indirect_stages=0),

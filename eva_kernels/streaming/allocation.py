@@ -15,7 +15,7 @@ __all__ = ["allocate_ranks"]
 
 
 def allocate_ranks(
-    ratios: Sequence[Tensor | Array],
+    ratios: Sequence[Tensor | Array] | Array,
     budget: int,
     *,
     costs: Sequence[int] | None = None,
@@ -24,8 +24,8 @@ def allocate_ranks(
     """Pool the explained-variance ratios of all layers and spend the budget on the largest.
 
     Args:
-        ratios: one vector a layer, descending; entries that are 0 or NaN are not components and
-            never win budget. Equal ratios are ranked by layer order.
+        ratios: one vector a layer, descending, or all as rows of an array; entries that are 0 or
+            NaN are not components and never win budget. Equal ratios are ranked by layer order.
         budget: sum of the ranks, or of the costs of the ranks if ``costs`` is given.
         costs: price of one rank of each layer (for example its parameters); then the order is by
             ratio per price, and a component that no longer fits is passed over.
@@ -40,16 +40,21 @@ def allocate_ranks(
 
     Reference: arXiv 2410.07170, section 3; PEFT ``_get_rank_distribution``.
     """
-    parts = [as_array(r) for r in ratios]
-    prices = list(costs) if costs is not None else [1] * len(parts)
-    sizes = np.array([len(part) for part in parts], np.int64)
-    layer = np.repeat(np.arange(len(parts)), sizes)
+    if isinstance(ratios, np.ndarray):
+        sizes, values = np.full(len(ratios), ratios.shape[1]), ratios.reshape(-1)
+    else:
+        parts = [as_array(r) for r in ratios]
+        sizes = np.array([len(part) for part in parts], np.int64)
+        values = np.concatenate([np.empty(0), *parts])
+    layers = len(sizes)
+    prices = list(costs) if costs is not None else [1] * layers
+    layer = np.repeat(np.arange(layers), sizes)
     index = np.arange(len(layer)) - (sizes.cumsum() - sizes)[layer]
-    pooled = np.nan_to_num(np.concatenate([np.empty(0), *parts]), nan=0.0)
-    ceiling = np.bincount(layer[pooled > 0], minlength=len(parts))
-    floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * len(parts)
-    if len(floors) != len(parts):
-        raise EvaValueError(f"min_rank has {len(floors)} entries for {len(parts)} layers")
+    pooled = np.nan_to_num(values, nan=0.0)
+    ceiling = np.bincount(layer[pooled > 0], minlength=layers)
+    floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * layers
+    if len(floors) != layers:
+        raise EvaValueError(f"min_rank has {len(floors)} entries for {layers} layers")
     ranks = np.minimum(np.array(floors, np.int64), ceiling).tolist()
     left = budget - sum(r * p for r, p in zip(ranks, prices, strict=True))
     if left < 0:
@@ -57,7 +62,7 @@ def allocate_ranks(
             f"min_rank={max(floors)} for {len(ranks)} layers costs {budget - left}, more than "
             f"the budget of {budget}; lower min_rank or raise r"
         )
-    if not parts:
+    if not layers:
         return ranks
     open_ = np.flatnonzero((index >= np.array(ranks)[layer]) & (index < ceiling[layer]))
     if costs is None:

@@ -111,19 +111,21 @@ def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def leading_ratios(streams: Sequence[InputStream]) -> list[Array]:
-    """Return the explained-variance ratios of streams after their last fold, float64 (K,) each."""
-    found: list[Array] = [np.zeros(s.components) for s in streams]
+def leading_ratios(streams: Sequence[InputStream]) -> Array:
+    """Return the explained-variance ratios of streams after their last fold.
+
+    Returns:
+        Float64 (L, K) with the largest K; 0 beyond that of a stream, and before its first fold.
+    """
+    found = np.zeros((len(streams), max((s.components for s in streams), default=0)))
     groups: dict[int, list[tuple[int, SketchState]]] = defaultdict(list)
     for i, stream in enumerate(streams):
         if stream.sketch is not None:
             groups[stream.components].append((i, stream.sketch))
     for count, members in groups.items():
-        states = [state for _, state in members]
-        values = np.stack([state.values[:count] for state in states])
-        ratios = variance_ratios(np.square(values), states)
-        for (i, _), row in zip(members, ratios, strict=True):
-            found[i] = row
+        rows, states = zip(*members, strict=True)
+        squares = np.square([state.values[:count] for state in states])
+        found[list(rows), :count] = variance_ratios(squares, states)
     return found
 
 

@@ -296,7 +296,8 @@ class InputStream:
 
     def ratios(self) -> Array:
         """Return the explained-variance ratios after the last fold, float64 (K,)."""
-        return leading_ratios([self])[0]
+        row: Array = leading_ratios([self])[0]
+        return row
 
     def spectrum(self) -> Spectrum:
         """Return the answer so far; the pending step is folded first.

@@ -26,9 +26,11 @@ def allocate(run: CalibrationPass) -> dict[int, int]:
         targets = [run.targets[i] for i in indices]
         run.budget = Budget(targets, run.options.budget, run.options.min_rank)
         run.budget_of = indices
-    spectra = dict(zip(map(id, slots), leading_ratios([s.stream for s in slots]), strict=True))
-    ranks = run.budget.spend([spectra[id(slot_of[i])][: run.limits[i]] for i in indices])
-    return dict(zip(indices, ranks, strict=True))
+    row_of = {id(slot): row for row, slot in enumerate(slots)}
+    ratios = leading_ratios([s.stream for s in slots])[[row_of[id(slot_of[i])] for i in indices]]
+    limits = np.array([run.limits[i] for i in indices])
+    ratios[np.arange(ratios.shape[1]) >= limits[:, None]] = 0.0  # no component of that layer
+    return dict(zip(indices, run.budget.spend(ratios), strict=True))
 
 
 class Budget:
@@ -53,21 +55,23 @@ class Budget:
         self._prices = None if set(prices) <= {1} else prices
         # PEFT cannot take the adapter off one of several parameters of a module
         self._owned = [int(bool(t.owner)) for t in first]
+        single = all(len(members) == step == 1 for members, step in self._layers)
+        self._alone = single and not any(self._owned)
         least = zip(self._owned, first, strict=True)
         self._least = [max(-(-min_rank // t.step), owned) for owned, t in least]
 
-    def spend(self, ratios: Sequence[Tensor | Array]) -> list[int]:
+    def spend(self, ratios: Sequence[Tensor | Array] | Array) -> list[int]:
         """Return the rank of every layer.
 
         Args:
-            ratios: the layers' explained-variance ratios, descending.
+            ratios: the layers' explained-variance ratios, descending; as ``allocate_ranks``.
         """
-        counts = allocate_ranks(
-            [_by_step([ratios[i] for i in members], step) for members, step in self._layers],
-            self._total,
-            costs=self._prices,
-            min_rank=self._least,
-        )
+        pooled: Sequence[Tensor | Array] | Array = ratios
+        if not self._alone:
+            pooled = [_by_step([ratios[i] for i in m], step) for m, step in self._layers]
+        counts = allocate_ranks(pooled, self._total, costs=self._prices, min_rank=self._least)
+        if self._alone:
+            return counts
         ranks = [0] * len(ratios)
         for (members, step), owned, count in zip(self._layers, self._owned, counts, strict=True):
             for i in members:  # one, too, where no expert's tokens differ
@@ -85,8 +89,6 @@ def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
 
 def _by_step(ratios: Sequence[Tensor | Array], step: int) -> Tensor | Array:
     """Return what each further ``step`` components explain, in sum over layers of common rank."""
-    if len(ratios) == step == 1:
-        return ratios[0]
     arrays = [as_array(r) for r in ratios]
     length = max(map(len, arrays))
     total = np.zeros(length)

@@ -1,5 +1,6 @@
 """Rank allocation against a brute force that sorts and spends one rank at a time."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,3 +112,13 @@ def test_a_floor_above_the_budget_raises():
         allocate_ranks([torch.tensor([0.5])] * 3, 20, costs=[10, 10, 10], min_rank=1)
     with pytest.raises(EvaValueError, match="min_rank has 1 entries for 3 layers"):
         allocate_ranks([torch.tensor([0.5])] * 3, 20, min_rank=[1])
+
+
+@pytest.mark.parametrize("costs", [None, [1, 3, 2, 5]])
+def test_rows_of_an_array_are_layers(costs: list[int] | None) -> None:
+    ratios = np.sort(np.random.default_rng(0).random((4, 6)))[:, ::-1].copy()
+    ratios[1, 4:], ratios[2, 1:] = 0.0, np.nan
+    for budget in (0, 3, 9, 100):
+        assert allocate_ranks(ratios, budget, costs=costs) == allocate_ranks(
+            list(ratios), budget, costs=costs
+        )
