@@ -76,6 +76,26 @@ __device__ __forceinline__ void load_four(const float* row, int64_t column, int6
   for (int i = 0; i < 4; ++i) out[i] = column + i < columns ? from[i] : 0.0f;
 }
 
+// Numbers `column`.. of a row of `columns`, as far as it goes. One by one, the numbers of a warp's
+// rows would fill each sector of 32 bytes in four stores.
+__device__ __forceinline__ void store_four(float* row, int64_t column, int64_t columns,
+                                           const float (&in)[4]) {
+  float* to = row + column;
+  if (column + 4 <= columns && reinterpret_cast<uintptr_t>(to) % sizeof(float4) == 0) {
+    float4 four;
+    four.x = in[0];
+    four.y = in[1];
+    four.z = in[2];
+    four.w = in[3];
+    *reinterpret_cast<float4*>(to) = four;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (column + i < columns) to[i] = in[i];
+  }
+}
+
 // What a thread needs of one row of a layer to form Y.
 struct FoldRow {
   const float* basis;  // null beyond the last row
@@ -319,10 +339,9 @@ __device__ __forceinline__ void stage_image(const FoldArgs& fold, int64_t layer,
     for (int j = 0; j < 4; ++j) {
       image[i * kRowsPitch + staged_at<kRowsColumns>(first + j)] =
           image_at(row, four, j, delta, begin + first, fold.features);
-      const int64_t column = begin + first + j;
-      if (i < of.kept && column < fold.features) {
-        of.before[i * fold.features + column] = four.basis[j];
-      }
+    }
+    if (i < of.kept) {
+      store_four(of.before + i * fold.features, begin + first, fold.features, four.basis);
     }
   }
 }
@@ -374,11 +393,11 @@ __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs ar
     for (int i = 0; i < kFoldPart; ++i) {
       const int row = tile + part_row * kFoldPart + i;
       if (row >= rank) break;
-      for (int j = 0; j < kFoldPart; ++j) {
-        const int64_t column = begin + part_column * kFoldPart + j;
-        if (column >= fold.features) break;
-        fold.layers[layer].basis[row * fold.features + column] = static_cast<float>(sum[i][j]);
-      }
+      float rounded[kFoldPart];
+#pragma unroll
+      for (int j = 0; j < kFoldPart; ++j) rounded[j] = static_cast<float>(sum[i][j]);
+      store_four(fold.layers[layer].basis + row * fold.features, begin + part_column * kFoldPart,
+                 fold.features, rounded);
     }
   }
 }

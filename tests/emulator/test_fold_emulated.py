@@ -65,7 +65,10 @@ MUTATIONS = {
         "column + i < columns ? from[i] : 0.0f",
         "from[i]",
     ),
-    "vector past the end": ("column + 4 <= columns && ", ""),
+    "vector past the end": (
+        "if (column + 4 <= columns && reinterpret_cast<uintptr_t>(from)",
+        "if (reinterpret_cast<uintptr_t>(from)",
+    ),
     "alignment not asked for": (
         "&& reinterpret_cast<uintptr_t>(from) % sizeof(float4) == 0",
         "",
@@ -105,8 +108,13 @@ MUTATIONS = {
     ),
     "first entries of a tile alone": ("% kReduceBlocks) * kReduceThreads", "% kReduceBlocks) * 0"),
     "not mirrored": ("args.core[lower] = args.core[upper] = core", "args.core[lower] = core"),
-    "saved row too many": ("if (i < of.kept && column", "if (i <= of.kept && column"),
-    "saved beyond the row": ("i < of.kept && column < fold.features", "i < of.kept"),
+    "saved row too many": ("if (i < of.kept)", "if (i <= of.kept)"),
+    "stored beyond the row": ("if (column + i < columns) to[i]", "to[i]"),
+    "four stored beyond the row": (
+        "if (column + 4 <= columns && reinterpret_cast<uintptr_t>(to)",
+        "if (reinterpret_cast<uintptr_t>(to)",
+    ),
+    "four stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float4) == 0", ""),
     "written though not sound": ("if (!*args.sound) return;", ""),
     "mixing transposed": (
         "of_layer[(old + k) * width + tile + row]",
@@ -115,7 +123,6 @@ MUTATIONS = {
     "mixing beyond the width": ("old + k < width && tile + row < width", "true"),
     "rows beyond the rank": ("if (row >= rank) break;", "if (row >= width) break;"),
     "rows beyond the width": ("if (row >= rank) break;", ""),
-    "columns beyond the features": ("if (column >= fold.features) break;", ""),
     "only the first tile of rows": (
         "tile < width; tile += kFoldTile",
         "tile < kFoldTile; tile += kFoldTile",
@@ -130,6 +137,9 @@ ONLY_SANITIZERS_SEE = {
     "row beyond the width",
     "alignment not asked for",
     "vector past the end",
+    "stored beyond the row",
+    "four stored beyond the row",
+    "four stored anywhere",
     "end of a row read as the next row",
     "along past the last row",
     "mixing beyond the width",
