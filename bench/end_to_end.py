@@ -237,6 +237,8 @@ def measure_ours(bench: Bench) -> dict[str, Any]:
     )
     return {
         "step_s": spread(seconds),
+        "steps_s": seconds,  # those of the first run, then of the second, without the first step
+        "host_s": results[0].seconds,  # by phase, of the first run; a fold waits for the device
         "first_step_s": min(firsts),
         "peak_above_weights": peak,
         "calls_per_step": per_step(few, many, steps - 2),
