@@ -13,11 +13,11 @@ struct Cpu {
       parts.numbers[i] = start_number(i, args.width, args.tokens);
     }
   }
-  void clear(const StartSums& sums, const StartParts& parts) const {
-    std::fill_n(sums.products, sums.size, 0.0f);
-    std::fill_n(sums.shift, sums.features, 0.0);
-    std::fill_n(parts.delta, sums.features, 0.0);
-    *sums.square = 0.0;
+  void clear(const StartArgs& args, const StartParts& parts) const {
+    std::fill_n(args.sums.products, args.width * args.features, 0.0f);
+    std::fill_n(args.sums.shift, args.features, 0.0);
+    std::fill_n(parts.delta, args.features, 0.0);
+    *args.sums.square = 0.0;
   }
   void prepare(const FoldPrepareArgs& args) const { fold_prepare_cpu(args); }
   void measure(const FoldMeasureArgs& args) const { fold_measure_cpu(args); }

@@ -26,12 +26,12 @@ struct Cuda {
     set_up_kernel<<<1, kSetUpThreads, 0, queue()>>>(args, parts);
     cuda_check(cudaGetLastError(), "start: launch of set_up");
   }
-  void clear(const StartSums& sums, const StartParts& parts) const {
+  void clear(const StartArgs& args, const StartParts& parts) const {
     const DeviceGuard guard(device);
-    zero(sums.products, sums.size * sizeof(float));
-    zero(sums.shift, sums.features * sizeof(double));
-    zero(sums.square, sizeof(double));
-    zero(parts.delta, sums.features * sizeof(double));
+    zero(args.sums.products, args.width * args.features * sizeof(float));
+    zero(args.sums.shift, args.features * sizeof(double));
+    zero(args.sums.square, sizeof(double));
+    zero(parts.delta, args.features * sizeof(double));
   }
   void prepare(const FoldPrepareArgs& args) const { fold_prepare_cuda(args, device, stream); }
   void measure(const FoldMeasureArgs& args) const { fold_measure_cuda(args, device, stream); }

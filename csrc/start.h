@@ -19,8 +19,6 @@ struct StartSums {
   float* products;
   double* shift;
   double* square;
-  size_t size;      // of products: width * features
-  size_t features;  // of shift
 };
 
 struct StartArgs {
@@ -102,11 +100,11 @@ void run_start(const StartArgs& args, const Device& device) {
   device.prepare({fold, parts.mean, parts.scalars});
   for (const int goal : {kNystromWhiten, kNystromOrthogonal}) {
     device.measure({fold, args.columns, parts.partial, parts.core, parts.metric});
-    device.decompose({parts.core, parts.core, fold.numbers + 2, 1, args.width, 0.0, goal,
+    device.decompose({parts.core, parts.core, &fold.head(0).ceiling, 1, args.width, 0.0, goal,
                       parts.scratch, parts.mixing, parts.told});
     device.rows({fold, parts.mean, parts.mixing, parts.told, parts.sound});
     if (goal == kNystromOrthogonal) break;
-    device.clear(args.sums, parts);
+    device.clear(args, parts);
     fold.numbers += kFoldNumbers + args.width;
   }
 }
@@ -114,9 +112,8 @@ void run_start(const StartArgs& args, const Device& device) {
 inline StartArgs start_args(uintptr_t basis, uintptr_t products, uintptr_t shift, uintptr_t square,
                             uintptr_t mean, int width, int64_t features, double tokens,
                             int64_t columns, uintptr_t workspace) {
-  const auto count = static_cast<size_t>(features);
   const StartSums sums{reinterpret_cast<float*>(products), reinterpret_cast<double*>(shift),
-                       reinterpret_cast<double*>(square), width * count, count};
+                       reinterpret_cast<double*>(square)};
   const FoldLayer layer{
       reinterpret_cast<float*>(basis), sums.products, nullptr, 0, sums.shift, sums.square,
       reinterpret_cast<float*>(mean)};

@@ -18,7 +18,7 @@ import torch
 
 from eva_kernels import ops
 from eva_kernels.kernels import sketch_plan
-from eva_kernels.kernels.launch import EARLY, Arch, Tile, arch_of
+from eva_kernels.kernels.launch import Arch, Tile, arch_of
 
 from . import sketch as cases
 from ._case import ERROR_LIMITS
@@ -65,8 +65,6 @@ def changes(arch: Arch, width: int, tiles: dict[str, Any]) -> Iterator[Change]:
     known = tiles[arch.name]
     if arch.dependent_launch:
         yield Change("kernels one after another", replace(arch, dependent_launch=False))
-    elif EARLY and arch.name in ("sm_90", "sm_100", "sm_120"):
-        yield Change("kernels launched early", replace(arch, dependent_launch=True))
     for kernel, candidates in CANDIDATES[width].items():
         for tile in candidates:
             if tile == getattr(known[width], kernel):

@@ -16,8 +16,8 @@ from triton.language.extra import cuda
 from .launch import EARLY
 
 __all__ = ["INTERPRET", "add_half_product", "add_product", "add_splits", "add_sums", "admit_next"]
-__all__ += ["begin_kernel", "centre_tokens", "dot", "load_tokens", "split_bf16", "sum_all"]
-__all__ += ["sum_rows", "to_bf16"]
+__all__ += ["begin_kernel", "centre_tokens", "dot", "load_inside", "load_tokens", "split_bf16"]
+__all__ += ["sum_all", "sum_rows", "to_bf16"]
 
 # As triton reads it, when it is imported: setting the variable later mixes both modes.
 INTERPRET = tl.constexpr(
@@ -93,26 +93,29 @@ def split_bf16(x):
 
 
 @triton.jit
+def load_inside(ptr, inside, WHOLE: tl.constexpr):
+    """Return what is inside, 0 elsewhere.
+
+    WHOLE: all is inside. Masks, and what they keep out of the sums, are a quarter of the
+    instructions of a loop over tokens.
+    """
+    if WHOLE:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=inside, other=0)
+
+
+@triton.jit
 def load_tokens(
     x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS: tl.constexpr, WHOLE: tl.constexpr = False
 ):  # fmt: skip
-    """Return the tile x (BLOCK_N, BLOCK_D), 0 outside.
-
-    WHOLE: no tile has an outside. Masks, and what they keep out of the sums, are a quarter of the
-    instructions of a loop over tokens.
-    """
+    """Return the tile x (BLOCK_N, BLOCK_D), 0 outside; WHOLE: there is no outside."""
     if HAS_ROWS:
-        if WHOLE:
-            i_row = tl.load(rows_ptr + o_n)
-        else:
-            i_row = tl.load(rows_ptr + o_n, mask=o_n < n, other=0)
+        i_row = load_inside(rows_ptr + o_n, o_n < n, WHOLE)
     else:
         i_row = o_n.to(tl.int64)
     p_x = x_ptr + i_row[:, None] * stride_xn + o_d[None, :]
-    if WHOLE:
-        return tl.load(p_x)
-    else:
-        return tl.load(p_x, mask=(o_n < n)[:, None] & (o_d < d)[None, :], other=0.0)
+    return load_inside(p_x, (o_n < n)[:, None] & (o_d < d)[None, :], WHOLE)
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from .primitives import (
     admit_next,
     begin_kernel,
     centre_tokens,
+    load_inside,
     load_tokens,
     split_bf16,
     sum_all,
@@ -137,7 +138,7 @@ def project_kernel(
         for i in range(begin, end):
             o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
             x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
-            v_high, v_low = _load_planes(high_ptr, low_ptr, o_q, o_d, d, d, HIGH, WHOLE)
+            v_high, v_low = _load_planes(high_ptr, low_ptr, o_q, o_d, d, HIGH, WHOLE)
             acc = add_half_product(acc, v_high, v_low, tl.trans(x), HIGH)
     admit_next(DEPENDENT)
     p_partial = partial_ptr + (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * pitch
@@ -250,13 +251,13 @@ def back_kernel(
             centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
             shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
             x_high, x_low = split_bf16(centred)
-            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, pitch, HIGH, WHOLE)
+            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH, WHOLE)
             acc = add_product(acc, p_high, p_low, x_high, x_low, HIGH)
     elif not CENTRED:
         for i in range(begin, end):
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
-            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, pitch, HIGH, WHOLE)
+            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH, WHOLE)
             acc = add_half_product(acc, p_high, p_low, x, HIGH)
             centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
             shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
@@ -277,21 +278,16 @@ def _any_flag(flags_ptr, pid_d, d, FLAGS: tl.constexpr):
 
 @triton.jit
 def _load_planes(
-    high_ptr, low_ptr, o_q, o_column, columns, pitch, HIGH: tl.constexpr,
-    WHOLE: tl.constexpr = False,
-):  # fmt: skip
-    """Return columns of both planes, rows ``pitch`` apart; 0 outside, which WHOLE has not."""
-    p_plane = o_q.to(tl.int64)[:, None] * pitch + o_column[None, :]
-    if WHOLE:
-        high = tl.load(high_ptr + p_plane)
-    else:
-        high = tl.load(high_ptr + p_plane, mask=(o_column < columns)[None, :], other=0.0)
-    low = high
+    high_ptr, low_ptr, o_q, o_column, columns, HIGH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Return some of the columns of both planes; 0 outside, which WHOLE has not."""
+    p_plane = o_q.to(tl.int64)[:, None] * columns + o_column[None, :]
+    inside = (o_column < columns)[None, :]
+    high = load_inside(high_ptr + p_plane, inside, WHOLE)
     if HIGH:
-        if WHOLE:
-            low = tl.load(low_ptr + p_plane)
-        else:
-            low = tl.load(low_ptr + p_plane, mask=(o_column < columns)[None, :], other=0.0)
+        low = load_inside(low_ptr + p_plane, inside, WHOLE)
+    else:
+        low = high
     return high, low
 
 

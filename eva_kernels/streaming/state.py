@@ -6,7 +6,8 @@ lives on the host, so that looking at it never waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
@@ -23,7 +24,9 @@ __all__ = [
     "StepSums",
     "clear_sums",
     "empty_sketch",
+    "sketch_of",
     "start_basis",
+    "tensors_of",
     "zero_sums",
 ]
 
@@ -93,6 +96,11 @@ class GramState:
     sketch: SketchState
 
 
+def sketch_of(state: SketchState | GramState) -> SketchState:
+    """Return the sketch of a state of either kind."""
+    return state.sketch if isinstance(state, GramState) else state
+
+
 def zero_sums(rows: int, features: int, dtype: torch.dtype, device: torch.device) -> StepSums:
     """Return empty sums with ``products`` of shape (rows, features)."""
     wide = torch.float64
@@ -104,15 +112,21 @@ def zero_sums(rows: int, features: int, dtype: torch.dtype, device: torch.device
     )
 
 
-def clear_sums(sums: Iterable[StepSums]) -> None:
+def clear_sums(sums: Sequence[StepSums]) -> None:
     """Set sums back to those of no token, in place; tensors of equal dtype and device in one go."""
-    parts: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for one in sums:
         one.count = 0
-        for part in (one.shift, one.square, one.products):
-            parts.setdefault((part.dtype, part.device), []).append(part)
-    for tensors in parts.values():
+    for tensors in tensors_of(sums).values():
         torch._foreach_zero_(tensors)
+
+
+def tensors_of(sums: Sequence[StepSums]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """Return the tensors of sums by device and dtype, without the counts of bad tokens."""
+    parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for one in sums:
+        for part in (one.shift, one.square, one.products):
+            parts[part.device, part.dtype].append(part)
+    return parts
 
 
 # Alive as long as someone holds them.

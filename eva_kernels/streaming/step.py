@@ -25,7 +25,7 @@ from ._basis import repair
 from ._host import Array
 from .batch import Batch, GramBatch, Numbers, decompose
 from .fold import fold, fold_gram, lost_shares, sketch_batch
-from .state import GramState, SketchState, StepSums, clear_sums
+from .state import GramState, SketchState, StepSums, clear_sums, sketch_of, tensors_of
 
 if TYPE_CHECKING:
     from .stream import InputStream
@@ -94,7 +94,7 @@ def _fold_here(group: Sequence[InputStream]) -> None:
     else:
         states = [s.state for s in group if isinstance(s.state, SketchState)]
         results = list(fold(states, [s.sums for s in group if s.sums is not None]))
-    squares = np.square([_sketch_of(state).values for state, _ in results])
+    squares = np.square([sketch_of(state).values for state, _ in results])
     captured = np.stack([part for _, part in results])
     lost = lost_shares(squares, captured, [s.components for s in group])
     for stream, old, (state, _), share in zip(group, before, results, lost, strict=True):
@@ -102,10 +102,6 @@ def _fold_here(group: Sequence[InputStream]) -> None:
         rows = old.basis[: stream.components] if stream.folds and old is not None else None
         stream.close_step(state, share, rows)
     clear_sums(_step_sums(group))
-
-
-def _sketch_of(state: SketchState | GramState) -> SketchState:
-    return state.sketch if isinstance(state, GramState) else state
 
 
 def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStream]) -> None:
@@ -216,11 +212,7 @@ def _step_sums(streams: Sequence[InputStream]) -> list[StepSums]:
 
 def _clear_where(sound: dict[torch.device, Tensor], sums: Sequence[StepSums]) -> None:
     """Clear sums where the device finds that they were folded, before the host hears of it."""
-    parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for one in sums:
-        for part in (one.shift, one.square, one.products):
-            parts[part.device, part.dtype].append(part)
-    for (device, dtype), tensors in parts.items():
+    for (device, dtype), tensors in tensors_of(sums).items():
         # where they were, they are finite
         torch._foreach_mul_(tensors, sound[device].logical_not().to(dtype))
 

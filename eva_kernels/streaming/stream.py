@@ -17,13 +17,14 @@ from ._host import Array
 from .fold import first_basis, fold_gram, lost_shares
 from .merge import merge_gram, merge_sketch
 from .plan import StreamPlan, stream_bytes
-from .spectrum import Spectrum, leading_ratios, spectra
+from .spectrum import Spectrum, spectra
 from .state import (
     GramState,
     SketchState,
     StepSums,
     clear_sums,
     empty_sketch,
+    sketch_of,
     start_basis,
     zero_sums,
 )
@@ -99,7 +100,7 @@ class InputStream:
     @property
     def sketch(self) -> SketchState | None:
         """The current sketch, whatever the method."""
-        return self.state.sketch if isinstance(self.state, GramState) else self.state
+        return None if self.state is None else sketch_of(self.state)
 
     @property
     def tokens(self) -> int:
@@ -293,11 +294,6 @@ class InputStream:
             self.state = merge_sketch(self.state, other.state)
         else:
             raise EvaValueError("a sketch and an exact Gram stream cannot be merged")
-
-    def ratios(self) -> Array:
-        """Return the explained-variance ratios after the last fold, float64 (K,)."""
-        row: Array = leading_ratios([self])[0]
-        return row
 
     def spectrum(self) -> Spectrum:
         """Return the answer so far; the pending step is folded first.
