@@ -26,6 +26,7 @@ from setuptools.errors import CompileError
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 PACKAGES = ("eva_kernels", "eva_peft")
 NATIVE = ("convergence", "eigh", "fold", "nystrom", "start")  # each .cpp for the CPU, .cu for CUDA
+CUDA_SOURCES = [*(f"{name}.cu" for name in NATIVE), "launch.cu"]
 CXX_FLAGS = [] if os.name == "nt" else ["-O3", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
@@ -142,7 +143,7 @@ def extensions() -> list[Pybind11Extension]:
     found = []
     mode = cuda_mode()
     if mode == "1" or (mode == "auto" and find_nvcc() is not None):
-        cuda = extension("_cuda", ["bindings_cuda.cpp", *(f"{name}.cu" for name in NATIVE)])
+        cuda = extension("_cuda", ["bindings_cuda.cpp", *CUDA_SOURCES])
         cuda.optional = mode == "auto"  # setuptools then turns a failure into a warning
         found.append(cuda)  # first: where it is required and cannot be built, that shows at once
     return [*found, extension("_C", ["bindings.cpp", *(f"{name}.cpp" for name in NATIVE)])]

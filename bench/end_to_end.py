@@ -102,6 +102,26 @@ SETTINGS = {
         dtype=torch.bfloat16,
         methods=("plain", "ours"),
     ),
+    # The largest that one H200 holds: 131 GiB of weights.
+    "llama-3.1-70b": Setting(
+        model={
+            "vocab_size": 128_256,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+        },
+        batches=(4,),
+        length=512,
+        steps=4,
+        peft_steps=0,
+        hash_tokens=0,
+        r=16,
+        rho=2.0,
+        dtype=torch.bfloat16,
+        methods=("plain", "ours"),
+    ),
     "tiny": Setting(
         model={
             "vocab_size": 512,

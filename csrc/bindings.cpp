@@ -1,5 +1,6 @@
 #include <pybind11/pybind11.h>
 
+#include "bindings_launch.h"
 #include "convergence.h"
 #include "eigh.h"
 #include "fold.h"
@@ -86,4 +87,5 @@ PYBIND11_MODULE(_C, m) {
       py::arg("workspace"), py::call_guard<py::gil_scoped_release>());
   m.def("start_bytes", &eva_kernels::start_bytes, py::arg("width"), py::arg("features"),
         py::arg("columns"));
+  eva_kernels::bind_launch_list(m);
 }

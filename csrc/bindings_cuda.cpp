@@ -1,6 +1,7 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include "bindings_launch.h"
 #include "convergence.h"
 #include "eigh.h"
 #include "fold.h"
@@ -121,4 +122,8 @@ PYBIND11_MODULE(_cuda, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def("start_bytes", &eva_kernels::start_bytes, py::arg("width"), py::arg("features"),
         py::arg("columns"));
+  eva_kernels::bind_launch_list(m).def("run", &eva_kernels::launch_cuda, py::arg("given"),
+                                       py::arg("workspace"), py::arg("device"), py::arg("stream"),
+                                       py::call_guard<py::gil_scoped_release>());
+  m.def("parameter_sizes", &eva_kernels::parameter_sizes_cuda, py::arg("function"));
 }

@@ -23,7 +23,7 @@ LAYERS = {
     "eva_kernels.errors": set(),
     "eva_kernels._env": {"eva_kernels.errors"},
     "eva_kernels._native": {"eva_kernels.errors"},
-    "eva_kernels.kernels": {"eva_kernels._env"},
+    "eva_kernels.kernels": {"eva_kernels._env", "eva_kernels._native"},
     "eva_kernels.reference": set(),
     "eva_kernels.ops": {"eva_kernels.kernels", "eva_kernels.reference", *UTILITIES},
     "eva_kernels.streaming": {"eva_kernels.ops", "eva_kernels.errors"},

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .launch import GRAM_TILES, Arch, Tile, options, rows_of_a_thread, stages
 from .primitives import (
@@ -28,7 +27,7 @@ from .primitives import (
 )
 from .sequence import Call, LaunchSequence
 
-__all__ = ["GramPlan", "gram_sequence", "launch_gram", "plan_gram"]
+__all__ = ["GramPlan", "gram_sequence", "plan_gram"]
 
 ALIGNMENT = 256
 
@@ -184,7 +183,11 @@ PARTS = ("scatter_parts", "shift_parts", "square_parts")
 def gram_sequence(
     n: int, d: int, stride: int, dtype: torch.dtype, has_rows: bool, high: bool, arch: Arch
 ) -> LaunchSequence:
-    """Return the launches of a scatter matrix of tokens of one kind, the same object every time."""
+    """Return the launches of a scatter matrix of tokens of one kind, the same object every time.
+
+    :meth:`~.sequence.LaunchSequence.run` takes the tensors of ``GIVEN``, see
+    :func:`eva_kernels.reference.gram`; the arguments are those of a sketch's.
+    """
     plan = plan_gram(n, d, dtype.itemsize, arch)
     tile, direct = plan.tile, plan.splits == 1
     d_blocks = triton.cdiv(d, tile.block_d)
@@ -209,28 +212,4 @@ def gram_sequence(
         options(arch, tile.num_warps),
     )
     parts = {name: (plan.offsets[name], torch.float32) for name in PARTS}
-    return LaunchSequence([add, collect], GIVEN, parts)
-
-
-def launch_gram(
-    x: Tensor,
-    pivot: Tensor,
-    scatter: Tensor,
-    shift: Tensor,
-    square: Tensor,
-    rows: Tensor | None,
-    workspace: Tensor,
-    high: bool,
-    arch: Arch,
-) -> None:
-    """Run both kernels; see :func:`eva_kernels.reference.gram` for the arguments.
-
-    Args:
-        x: (N, D) bfloat16, float16 or float32; columns contiguous, any row stride.
-        workspace: at least ``plan_gram(...).nbytes`` bytes, uint8; overwritten.
-        high: split precision, see ``ops.gram``.
-        arch: of the device.
-    """
-    n, d = len(x) if rows is None else len(rows), x.shape[1]
-    sequence = gram_sequence(n, d, x.stride(0), x.dtype, rows is not None, high, arch)
-    sequence.run((x, rows, pivot, scatter, shift, square), workspace)
+    return LaunchSequence([add, collect], GIVEN, parts, plan.nbytes)

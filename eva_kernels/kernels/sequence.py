@@ -3,23 +3,32 @@
 Triton binds the arguments of every launch: it asks each for its type and alignment, looks up the
 compiled kernel and the options, tens of microseconds a launch. For hundreds of layer inputs a step
 the host would spend more on that than a GPU on the model. Here the first launch is Triton's; it
-returns the compiled kernel, and the next ones pass addresses straight to it.
+returns the compiled kernels, and from then on one call of native code launches them all, on other
+addresses. Where there is none, each is launched by Triton, without what it binds. Hooks that
+Triton calls at a launch do not see what native code launches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
-__all__ = ["Call", "LaunchSequence"]
+from .. import _native
+
+__all__ = ["Call", "LaunchSequence", "native_launches"]
 
 # What Triton specialises an address on.
 ALIGNMENT = 16
+# Where a parameter comes from, see csrc/launch.h.
+GIVEN, WORKSPACE, NUMBER = range(3)
+# f(addresses of the tensors that are given, 0 for none, address of the workspace)
+Again = Callable[[Sequence[int], int], None]
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class LaunchSequence:
         calls: in order.
         given: names of the tensors that :meth:`run` is given.
         parts: byte offset and dtype of every part of the workspace.
+        nbytes: of the workspace.
     """
 
     def __init__(
@@ -68,39 +78,37 @@ class LaunchSequence:
         calls: Sequence[Call],
         given: Sequence[str],
         parts: Mapping[str, tuple[int, torch.dtype]],
+        nbytes: int,
     ) -> None:
+        self.nbytes = nbytes
         self.calls, self.given, self.parts = tuple(calls), tuple(given), dict(parts)
-        self._offsets = [offset for offset, _ in self.parts.values()]
-        place = {name: i for i, name in enumerate((*self.given, *self.parts))}
-        # Two at least, or the getter would not return a tuple.
-        assert all(len(call.pointers) > 1 for call in self.calls)
-        self._pick = [itemgetter(*(place[name] for name in c.pointers)) for c in self.calls]
-        self._ready: dict[Any, list[tuple[Any, Any, tuple[Any, ...]]]] = {}
+        self._ready: dict[Any, Again] = {}
 
     def run(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> None:
-        """Launch all kernels on the current device and stream.
+        """Launch all kernels on the tensors' device and its current stream.
 
         Args:
             tensors: in the order of ``given``, of equal dtypes, and ``None`` for the same ones, at
                 every call. A sequence is for one set of shapes and strides.
-            workspace: uint8, at least as large as its parts; on the device of the tensors.
+            workspace: uint8, at least ``nbytes``, overwritten; on the device of the tensors.
         """
-        base = workspace.data_ptr()
-        spots: list[int | None] = [None if t is None else t.data_ptr() for t in tensors]
-        aligned = [spot is None or spot % ALIGNMENT == 0 for spot in spots]
-        key = (workspace.device, base % ALIGNMENT == 0, *aligned)
-        ready = self._ready.get(key)
-        if ready is None:
-            self._run_by_triton(tensors, workspace, key)
+        base, device = workspace.data_ptr(), workspace.device
+        spots = [0 if t is None else t.data_ptr() for t in tensors]
+        bits = base
+        for spot in spots:
+            bits |= spot
+        odd = tuple(spot % ALIGNMENT for spot in (base, *spots)) if bits % ALIGNMENT else None
+        again = self._ready.get((device.index, odd))
+        if again is not None:
+            again(spots, base)
             return
-        spots += [base + offset for offset in self._offsets]
-        stream = _stream_of(workspace.device)
-        for pick, (compiled, grid, values) in zip(self._pick, ready, strict=True):
-            compiled[grid](*pick(spots), *values, stream=stream)
+        with current_device(device):
+            compiled = self._run_by_triton(tensors, workspace)
+        if _can_be_kept(device):
+            self._ready[device.index, odd] = self._again(compiled, device)
 
-    def _run_by_triton(
-        self, tensors: Sequence[Tensor | None], workspace: Tensor, key: tuple[Any, ...]
-    ) -> None:
+    def _run_by_triton(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> list[Any]:
+        """Launch all kernels as Triton does, and return them compiled."""
         named: dict[str, Tensor | None] = dict(zip(self.given, tensors, strict=True))
         for name, (offset, dtype) in self.parts.items():
             end = len(workspace) - (len(workspace) - offset) % dtype.itemsize
@@ -113,17 +121,81 @@ class LaunchSequence:
                     *pointers, *call.numbers, **call.own_constants, **call.options
                 )
             )
-        if _can_be_kept(workspace.device):
-            self._ready[key] = [
-                (kernel, (*call.grid, 1, 1)[:3], call.values)
-                for kernel, call in zip(compiled, self.calls, strict=True)
-            ]
+        return compiled
+
+    def _again(self, compiled: Sequence[Any], device: torch.device) -> Again:
+        """Return what launches compiled kernels on other addresses: by native code if possible."""
+        places = {name: (GIVEN, i) for i, name in enumerate(self.given)}
+        places |= {name: (WORKSPACE, offset) for name, (offset, _) in self.parts.items()}
+        module, index = _native.load_or_none("cuda"), device.index
+        launches = None
+        if module is not None:
+            launches = native_launches(module, self.calls, compiled, places)
+        if launches is not None:
+            run, stream_of = launches.run, driver.active.get_current_stream
+            return lambda spots, base: run(spots, base, index, stream_of(index))
+        ready = [
+            (kernel[(*call.grid, 1, 1)[:3]], [places[n] for n in call.pointers], call.values)
+            for kernel, call in zip(compiled, self.calls, strict=True)
+        ]
+
+        def by_triton(spots: Sequence[int], base: int) -> None:
+            with current_device(device):
+                stream = driver.active.get_current_stream(index)
+                for launch, pointers, values in ready:
+                    found = [
+                        spots[i] or None if origin == GIVEN else base + i for origin, i in pointers
+                    ]
+                    launch(*found, *values, stream=stream)
+
+        return by_triton
+
+
+def native_launches(
+    module: Any,
+    calls: Sequence[Call],
+    compiled: Sequence[Any],
+    places: Mapping[str, tuple[int, int]],
+) -> Any:
+    """Return a ``LaunchList`` of compiled kernels, or ``None`` if one is not as expected.
+
+    What a kernel of Triton takes: of its arguments those that are not constants, in order, and the
+    addresses of scratch memory, which is of no size here. The driver tells what it does take.
+
+    Args:
+        module: compiled, see csrc/README.md.
+        calls: in order.
+        compiled: the kernel of each, as Triton returned it.
+        places: origin, and which or how far, of every tensor by name.
+    """
+    launches = module.LaunchList()
+    for call, kernel in zip(calls, compiled, strict=True):
+        meta, kinds = kernel.metadata, kernel.src.signature
+        plain = not (meta.global_scratch_size or meta.profile_scratch_size)
+        if not plain or meta.num_ctas != 1 or meta.launch_cooperative_grid:
+            return None
+        values = [*(places[name] for name in call.pointers), *((NUMBER, n) for n in call.numbers)]
+        named = dict(zip(call.kernel.arg_names, values, strict=False))
+        taken = {name: value for name, value in named.items() if kinds[name] != "constexpr"}
+        sizes = [8 if kinds[name].startswith("*") else int(kinds[name][1:]) // 8 for name in taken]
+        try:
+            wanted = module.parameter_sizes(kernel.function)
+        except RuntimeError:  # an older driver
+            return None
+        scratch = len(wanted) - len(sizes)
+        if scratch not in range(3) or wanted != sizes + [8] * scratch:
+            return None
+        grid, threads = (*call.grid, 1, 1)[:3], 32 * meta.num_warps
+        parameters = [*taken.values(), *[(NUMBER, 0)] * scratch]
+        launches.add(kernel.function, grid, threads, meta.shared, bool(meta.launch_pdl), parameters)
+    return launches
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which Triton launches on a device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _can_be_kept(device: torch.device) -> bool:
     # An interpreter compiles nothing. On ROCm Triton also specialises on the size of a tensor.
     return device.type == "cuda" and torch.version.hip is None
-
-
-def _stream_of(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream

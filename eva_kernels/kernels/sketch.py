@@ -21,7 +21,6 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .launch import Arch, options, rows_of_a_thread, stages
 from .primitives import (
@@ -41,7 +40,7 @@ from .primitives import (
 from .sequence import Call, LaunchSequence
 from .sketch_plan import COLLECT_BLOCK, FINISH_BLOCK, FLAG_BLOCK, plan_sketch, small_block
 
-__all__ = ["launch_sketch", "sketch_sequence"]
+__all__ = ["sketch_sequence"]
 
 # A pivot this many times the spread leaves 1e-6 of the spread to float32's cancellation.
 LARGE_OFFSET = tl.constexpr(16.0)
@@ -363,7 +362,20 @@ SPLIT = ("products_parts", "shift_parts", "square_parts")
 def sketch_sequence(
     n: int, q: int, d: int, stride: int, dtype: torch.dtype, has_rows: bool, high: bool, arch: Arch
 ) -> LaunchSequence:
-    """Return the launches of a sketch of tokens of one kind, the same object every time."""
+    """Return the launches of a sketch of tokens of one kind, the same object every time.
+
+    :meth:`~.sequence.LaunchSequence.run` takes the tensors of ``GIVEN``, see
+    :func:`eva_kernels.reference.sketch`.
+
+    Args:
+        n: tokens, those that the rows choose if there are any.
+        q, d: shape of the basis.
+        stride: of the rows of x; its columns are contiguous.
+        dtype: of x; bfloat16, float16 or float32.
+        has_rows: whether rows are given.
+        high: split precision, see ``ops.sketch``.
+        arch: of the device.
+    """
     centred = dtype != torch.bfloat16
     plan = plan_sketch(n, q, d, centred, arch)
     project, back = plan.project, plan.back
@@ -430,29 +442,4 @@ def sketch_sequence(
         ),
     ]  # fmt: skip
     parts = {name: (plan.offsets[name], dtype) for name, dtype in PART_DTYPES.items()}
-    return LaunchSequence(calls if centred else [prepare, *calls], GIVEN, parts)
-
-
-def launch_sketch(
-    x: Tensor,
-    basis: Tensor,
-    pivot: Tensor,
-    products: Tensor,
-    shift: Tensor,
-    square: Tensor,
-    rows: Tensor | None,
-    workspace: Tensor,
-    high: bool,
-    arch: Arch,
-) -> None:
-    """Run the five kernels; see :func:`eva_kernels.reference.sketch` for the arguments.
-
-    Args:
-        x: (N, D) bfloat16, float16 or float32; columns contiguous, any row stride.
-        workspace: at least ``plan_sketch(...).nbytes`` bytes, uint8; overwritten.
-        high: split precision, see ``ops.sketch``.
-        arch: of the device.
-    """
-    (q, d), n = basis.shape, len(x) if rows is None else len(rows)
-    sequence = sketch_sequence(n, q, d, x.stride(0), x.dtype, rows is not None, high, arch)
-    sequence.run((x, rows, basis, pivot, products, shift, square), workspace)
+    return LaunchSequence(calls if centred else [prepare, *calls], GIVEN, parts, plan.nbytes)

@@ -11,7 +11,7 @@ from .eigh import eigh
 from .fold import FoldLayers, fold_layers, fold_measure, fold_prepare, fold_rows
 from .gram import gram, gram_workspace_bytes
 from .nystrom import nystrom
-from .sketch import device_arch, sketch, sketch_workspace_bytes
+from .sketch import device_arch, sketch, sketch_unchecked, sketch_workspace_bytes
 from .start import start
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "gram_workspace_bytes",
     "nystrom",
     "sketch",
+    "sketch_unchecked",
     "sketch_workspace_bytes",
     "start",
 ]

@@ -52,12 +52,18 @@ def triton_unavailable(device: torch.device | str) -> str | None:
     return arch if isinstance(arch, str) else None
 
 
-def _unsuitable(x: Tensor, state: torch.dtype, width: int) -> str | None:
-    """Return why the kernels do not take these tensors, or ``None``."""
-    if x.dtype not in TOKEN_DTYPES or state != torch.float32:
-        return f"tokens of {x.dtype} with sums of {state} are computed by PyTorch"
-    if x.shape[1] < LEAST_FEATURES:
-        return f"{x.shape[1]} features are fewer than the {LEAST_FEATURES} of a tensor-core tile"
+@functools.lru_cache(maxsize=256)
+def _reason_against(
+    device: torch.device, dtype: torch.dtype, features: int, state: torch.dtype, width: int
+) -> str | None:
+    """Return why the kernels do not take tokens of this kind, or ``None``."""
+    reason = triton_unavailable(device)
+    if reason is not None:
+        return reason
+    if dtype not in TOKEN_DTYPES or state != torch.float32:
+        return f"tokens of {dtype} with sums of {state} are computed by PyTorch"
+    if features < LEAST_FEATURES:
+        return f"{features} features are fewer than the {LEAST_FEATURES} of a tensor-core tile"
     if width > MOST_WIDTH:
         return f"a width of {width} is above {MOST_WIDTH}"
     return None
@@ -85,7 +91,7 @@ def choose_backend(op: str, backend: str, x: Tensor, state: torch.dtype, width: 
     if backend == "auto" and x.device.type == "cpu":
         reason: str | None = "tensors are on the CPU"
     else:
-        reason = triton_unavailable(x.device) or _unsuitable(x, state, width)
+        reason = _reason_against(x.device, x.dtype, x.shape[1], state, width)
     if reason is None:
         return "triton"
     if backend == "triton":
@@ -165,6 +171,16 @@ def define_operator(
     torch.library.register_fake(qualified, fake)
     operator: Callable[..., Any] = getattr(torch.ops.eva_kernels, name).default
     return operator
+
+
+def is_observed(x: Tensor) -> bool:
+    """Tell whether somebody may be looking at operators, or whether x is no plain tensor."""
+    return (
+        type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch.compiler.is_compiling()
+    )
 
 
 def with_contiguous_columns(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ._dispatch import (
     with_contiguous_columns,
     workspace_for,
 )
-from .sketch import device_arch, on_device
+from .sketch import device_arch, kernels
 
 __all__ = ["gram", "gram_workspace_bytes"]
 
@@ -85,9 +85,7 @@ def gram(
 
 def gram_workspace_bytes(n: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return the bytes of scratch memory that Triton needs for (n, d) tokens."""
-    from ..kernels.gram import plan_gram
-
-    return plan_gram(n, d, dtype.itemsize, device_arch(device)).nbytes
+    return int(kernels("gram").plan_gram(n, d, dtype.itemsize, device_arch(device)).nbytes)
 
 
 def _run(
@@ -100,11 +98,10 @@ def _run(
     rows: Tensor | None,
     high: bool,
 ) -> None:
-    from ..kernels.gram import launch_gram
-
-    arch = device_arch(x.device)
-    with on_device(x.device):
-        launch_gram(x, pivot, scatter, shift, square, rows, workspace, high, arch)
+    n, d = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
+    kind = n, d, x.stride(0), x.dtype, rows is not None, high, device_arch(x.device)
+    sequence = kernels("gram").gram_sequence(*kind)
+    sequence.run((x, rows, pivot, scatter, shift, square), workspace)
 
 
 _launch = define_operator(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from ._dispatch import (
     check_sums,
     choose_backend,
     define_operator,
+    is_observed,
     with_contiguous_columns,
     workspace_for,
 )
 
-__all__ = ["sketch", "sketch_workspace_bytes"]
+__all__ = ["sketch", "sketch_unchecked", "sketch_workspace_bytes"]
 
 
 @torch.no_grad()
@@ -72,33 +75,58 @@ def sketch(
         shift=(shift, (d,)),
         square=(square, ()),
     )
+    if choose_backend("sketch", backend, x, basis.dtype, q) == "triton":
+        check_contiguous("sketch", products=products, shift=shift)
+    state = basis, pivot, products, shift, square
+    sketch_unchecked(x, *state, rows, backend, precision == "high", workspace)
+
+
+def sketch_unchecked(
+    x: Tensor,
+    basis: Tensor,
+    pivot: Tensor,
+    products: Tensor,
+    shift: Tensor,
+    square: Tensor,
+    rows: Tensor | None,
+    backend: str,
+    high: bool,
+    workspace: Tensor | None = None,
+) -> None:
+    """Do what :func:`sketch` does for a caller whose tensors are known to fit, without gradients.
+
+    What looks at the tensors of every layer input of every step takes as long as their launch.
+    """
+    q = basis.shape[0]
     chosen = choose_backend("sketch", backend, x, basis.dtype, q)
-    if (len(x) if rows is None else len(rows)) == 0:
+    if (x if rows is None else rows).shape[0] == 0:
         return
     if chosen == "torch":
-        reference.sketch(x, basis, pivot, products, shift, square, rows)
+        with torch.no_grad():
+            reference.sketch(x, basis, pivot, products, shift, square, rows)
         return
-    check_contiguous("sketch", products=products, shift=shift)
-    n = len(x) if rows is None else len(rows)
-    nbytes = sketch_workspace_bytes(n, q, d, x.dtype, x.device)
-    _launch(
-        with_contiguous_columns(x),
-        basis.contiguous(),
-        pivot.contiguous(),
-        products,
-        shift,
-        square,
-        workspace_for("sketch", x, nbytes, workspace),
-        None if rows is None else rows.contiguous(),
-        precision == "high",
-    )
+    x = with_contiguous_columns(x)
+    sequence = _sequence(x, rows, q, high)
+    basis, pivot = basis.contiguous(), pivot.contiguous()
+    workspace = workspace_for("sketch", x, sequence.nbytes, workspace)
+    rows = None if rows is None else rows.contiguous()
+    if is_observed(x):
+        _launch(x, basis, pivot, products, shift, square, workspace, rows, high)
+    else:
+        sequence.run((x, rows, basis, pivot, products, shift, square), workspace)
+
+
+def _sequence(x: Tensor, rows: Tensor | None, q: int, high: bool) -> Any:
+    (n, d), arch = x.shape, device_arch(x.device)
+    n = n if rows is None else rows.shape[0]
+    kind = n, q, d, x.stride(0), x.dtype, rows is not None, high
+    return kernels("sketch").sketch_sequence(*kind, arch)
 
 
 def sketch_workspace_bytes(n: int, q: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return the bytes of scratch memory that Triton needs for (n, d) tokens and a (q, d) basis."""
-    from ..kernels.sketch_plan import plan_sketch
-
-    return plan_sketch(n, q, d, dtype != torch.bfloat16, device_arch(device)).nbytes
+    plan = kernels("sketch_plan").plan_sketch(n, q, d, dtype != torch.bfloat16, device_arch(device))
+    return int(plan.nbytes)
 
 
 def device_arch(device: torch.device) -> Any:
@@ -107,17 +135,16 @@ def device_arch(device: torch.device) -> Any:
     Raises:
         EvaRuntimeError: there are none; the message says why.
     """
-    from ..kernels.launch import arch_of
-
-    arch = arch_of(device)
+    arch = kernels("launch").arch_of(device)
     if isinstance(arch, str):
         raise EvaRuntimeError(arch)
     return arch
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which Triton launches on a device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """Return a module of kernels, which needs Triton, faster than an import statement does."""
+    return importlib.import_module(f"eva_kernels.kernels.{name}")
 
 
 def _run(
@@ -131,11 +158,8 @@ def _run(
     rows: Tensor | None,
     high: bool,
 ) -> None:
-    from ..kernels.sketch import launch_sketch
-
-    arch = device_arch(x.device)
-    with on_device(x.device):
-        launch_sketch(x, basis, pivot, products, shift, square, rows, workspace, high, arch)
+    sequence = _sequence(x, rows, len(basis), high)
+    sequence.run((x, rows, basis, pivot, products, shift, square), workspace)
 
 
 _launch = define_operator(

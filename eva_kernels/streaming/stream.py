@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EvaValueError, NonFiniteError
-from ..ops import gram, sketch
+from ..ops import gram, sketch_unchecked
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
@@ -128,7 +128,7 @@ class InputStream:
         Raises:
             NonFiniteError: a token to be used holds NaN or infinity, unless ``skip_nonfinite``. On
                 an accelerator the fold raises it, unless ``check_every_add``.
-            EvaValueError: another number of features.
+            EvaValueError: another number of features, another device, or integers.
         """
         if x.dim() != 2 or x.shape[1] != self.features:
             raise EvaValueError(
@@ -203,17 +203,13 @@ class InputStream:
     def _sketch_into(
         self, x: Tensor, rows: Tensor | None, state: SketchState, sums: StepSums
     ) -> None:
-        sketch(
-            x,
-            state.basis,
-            state.mean,
-            sums.products,
-            sums.shift,
-            sums.square,
-            rows,
-            backend=self.options.backend,
-            precision=self.options.precision,
-        )
+        options, place = self.options, sums.shift.device
+        if x.device != place or not x.is_floating_point():
+            raise EvaValueError(
+                f"expected floating-point tokens on {place}, got {x.dtype} on {x.device}"
+            )
+        given = sums.products, sums.shift, sums.square, rows, options.backend
+        sketch_unchecked(x, state.basis, state.mean, *given, options.precision == "high")
 
     def _accumulate(self, x: Tensor, rows: Tensor | None) -> None:
         assert self.sums is not None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,22 @@ _READS_NO_TEXT = re.compile(
 )
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
+
+
+class LayerKind(NamedTuple):
+    """What a layer's name tells of the tokens that it reads."""
+
+    reads_encoder: bool
+    reads_no_text: bool
+    in_encoder: bool
+    in_decoder: bool
+
+
+@functools.cache
+def kind_of_layer(name: str) -> LayerKind:
+    """Return what the name tells; asked for every layer of every batch."""
+    found = bool(_READS_ENCODER.search(name)), bool(_READS_NO_TEXT.search(name))
+    return LayerKind(*found, "encoder" in name, "decoder" in name)
 
 
 class TokenMask:
@@ -71,6 +88,7 @@ class TokenMask:
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
+        self._by_kind: dict[LayerKind, list[tuple[str, Tensor]]] = {}
         self._drawn: dict[str, Tensor] = {}
         self._framed: dict[tuple[int, ...], Tensor | None] = {}
 
@@ -156,15 +174,21 @@ class TokenMask:
         return False, None
 
     def _candidates(self, name: str) -> list[tuple[str, Tensor]]:
+        """Return the masks that a layer's tokens may be those of, the likeliest first."""
+        kind = kind_of_layer(name)
+        if kind not in self._by_kind:
+            self._by_kind[kind] = self._candidates_of(kind)
+        return self._by_kind[kind]
+
+    def _candidates_of(self, layer: LayerKind) -> list[tuple[str, Tensor]]:
         found = [("main", self.main), ("decoder", self.decoder)]
-        reads_encoder = bool(_READS_ENCODER.search(name))
-        if self.mixed and _READS_NO_TEXT.search(name):
+        if self.mixed and layer.reads_no_text:
             found = []
-        elif self.encoder_decoder and "decoder" in name and not reads_encoder:
+        elif self.encoder_decoder and layer.in_decoder and not layer.reads_encoder:
             found = found[1:]
-        elif self.encoder_decoder and (reads_encoder or "encoder" in name):
+        elif self.encoder_decoder and (layer.reads_encoder or layer.in_encoder):
             found = found[:1]
-        if self.given is not None and reads_encoder:
+        if self.given is not None and layer.reads_encoder:
             found = [("given", self.given)]
         present = [(kind, mask) for kind, mask in found if mask is not None]
         return present + [

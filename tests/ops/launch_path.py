@@ -2,34 +2,64 @@
 
 Run as a script, in a process that does not interpret kernels. A stand-in for the driver names a
 chip and takes down what is launched; specialisation on arguments, compilation and options are
-Triton's own. Fails unless later launches, which go past Triton, are the same as its first one.
+Triton's own. Fails unless later launches, by native code or past Triton's binding, are the same as
+its first one.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
+from eva_kernels import _C, _native
 from eva_kernels.kernels import sequence
-from eva_kernels.kernels.gram import launch_gram, plan_gram
+from eva_kernels.kernels.gram import gram_sequence
 from eva_kernels.kernels.launch import ARCHS
-from eva_kernels.kernels.sketch import launch_sketch
-from eva_kernels.kernels.sketch_plan import plan_sketch
+from eva_kernels.kernels.sketch import sketch_sequence
 
 STREAM = 7
+SCRATCH = [0, 0]  # addresses that a kernel of Triton takes behind its arguments
 launched: list[tuple] = []
 by_triton: list[str] = []  # kernels that Triton launched
+kernels: dict[int, Any] = {}  # by handle
 
 
 def record(gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *arguments):
     assert min(gx, gy, gz) > 0, (gx, gy, gz)
     passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     launched.append((gx, gy, gz, stream, function, *passed))
+
+
+def at_driver(gx, gy, gz, stream, function, *arguments) -> tuple:
+    """Return what the driver is given, of what Triton's launcher is given."""
+    kernel = kernels[function]
+    kinds, meta = kernel.src.signature.values(), kernel.metadata
+    taken = [a for a, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
+    how = 32 * meta.num_warps, meta.shared, meta.launch_pdl
+    return (function, [gx, gy, gz], *how, [*taken, *SCRATCH], stream)
+
+
+class Launches(_C.LaunchList):
+    """The native list, in front of a driver that takes down what it is given."""
+
+    def run(self, given, workspace, device, stream):
+        launched.extend((*launch, stream) for launch in self.resolve(given, workspace))
+
+
+def parameter_sizes(function: int) -> list[int]:
+    """Return what the driver would read in the compiled code."""
+    declared = re.findall(r"\.param \.u(\d+) .*_param_\d+,?\n", kernels[function].asm["ptx"])
+    return [int(bits) // 8 for bits in declared]
+
+
+NATIVE = SimpleNamespace(LaunchList=Launches, parameter_sizes=parameter_sizes)
 
 
 def stand_in(arch: str) -> SimpleNamespace:
@@ -50,8 +80,9 @@ def stand_in(arch: str) -> SimpleNamespace:
     )
 
 
-def check(launch: Callable[[], None]) -> None:
+def check(launch: Callable[[], None], native: bool) -> None:
     """Launch by Triton, then twice by what it returned: all launches must be the same."""
+    _native.load_or_none = lambda kind: NATIVE if native else None
     seen = []
     for i in range(3):
         launched.clear()
@@ -59,6 +90,8 @@ def check(launch: Callable[[], None]) -> None:
         launch()
         assert (len(by_triton) > count) == (i == 0), "who launched?"
         seen.append(list(launched))
+    if native:
+        seen[0] = [at_driver(*launch) for launch in seen[0]]
     assert seen[0] == seen[1] == seen[2], seen
 
 
@@ -69,6 +102,7 @@ def main(arch: str) -> None:
     def named(self, *arguments, **options):
         by_triton.append(self.fn.__name__)
         compiled = run(self, *arguments, **options)
+        kernels[compiled.function] = compiled
         # a kernel that waits by itself, and only such a one, is launched before its turn
         assert compiled.metadata.launch_pdl == ("griddepcontrol.wait" in compiled.asm["ptx"])
         assert compiled.metadata.launch_pdl == ARCHS[arch].dependent_launch
@@ -76,27 +110,33 @@ def main(arch: str) -> None:
 
     jit.JITFunction.run = named
     sequence._can_be_kept = lambda device: True
-    sequence._stream_of = lambda device: STREAM
+    sequence.current_device = lambda device: sequence.nullcontext()
     known, wide, n, q, d = ARCHS[arch], torch.float64, 333, 40, 512
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for rows in (None, torch.arange(300)):
             used = n if rows is None else len(rows)
             x = torch.zeros(n, d + 8, dtype=dtype)[:, :d]
             sums = torch.zeros(d, dtype=wide), torch.zeros((), dtype=wide)
-            plan = plan_sketch(used, q, d, dtype != torch.bfloat16, known)
-            workspace = torch.empty(plan.nbytes + 3, dtype=torch.uint8)
+            kind = x.stride(0), dtype, rows is not None, True, known
             state = torch.zeros(q, d), torch.zeros(d), torch.zeros(q, d), *sums
-            given = (*state, rows, workspace, True, known)
-            check(lambda x=x, given=given: launch_sketch(x, *given))
-            plan = plan_gram(used, d, x.element_size(), known)
-            workspace = torch.empty(plan.nbytes, dtype=torch.uint8)
+            sketched = sketch_sequence.__wrapped__(used, q, d, *kind)
+            check_both(sketched, (x, rows, *state))
             state = torch.zeros(d), torch.zeros(d, d), *sums
-            given = (*state, rows, workspace, True, known)
-            check(lambda x=x, given=given: launch_gram(x, *given))
+            added = gram_sequence.__wrapped__(used, d, *kind)
+            check_both(added, (x, rows, *state))
     sys.stdout.write(json.dumps(by_triton) + "\n")
     # Another alignment is another kernel, which Triton has to choose.
     shifted = torch.zeros(n * (d + 8) + 1, dtype=dtype)[1:].view(n, d + 8)[:, :d]
-    check(lambda: launch_gram(shifted, *given))
+    workspace = torch.empty(added.nbytes, dtype=torch.uint8)
+    check(lambda: added.run((shifted, rows, *state), workspace), native=True)
+
+
+def check_both(launches: sequence.LaunchSequence, tensors: tuple) -> None:
+    """Check a sequence with native code and, forgetting what is known by then, without."""
+    workspace = torch.empty(launches.nbytes + 3, dtype=torch.uint8)
+    for native in (True, False):
+        launches._ready.clear()
+        check(lambda: launches.run(tensors, workspace), native)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+#include <cuda.h>
+
+#include <string>
+
+#include "cuda_utils.cuh"
+#include "launch.h"
+
+namespace eva_kernels {
+namespace {
+
+// A function of the driver, which is not linked: without one the module can still be imported.
+template <class Function>
+Function driver_function(const char* name, unsigned version) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion(name, &found, version, cudaEnableDefault, &result);
+#else
+  (void)version;
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  cuda_check(error, name);
+  if (found == nullptr) {
+    throw std::runtime_error(std::string("eva_kernels: the CUDA driver has no ") + name);
+  }
+  return reinterpret_cast<Function>(found);
+}
+
+void driver_check(CUresult result, const char* what) {
+  if (result == CUDA_SUCCESS) return;
+  using Name = CUresult (*)(CUresult, const char**);
+  static const auto name_of = driver_function<Name>("cuGetErrorName", 6000);
+  const char* name = nullptr;
+  if (name_of(result, &name) != CUDA_SUCCESS) name = "unknown error";
+  throw std::runtime_error(std::string("eva_kernels: ") + what + ": " + name);
+}
+
+}  // namespace
+
+void launch_cuda(const LaunchList& list, const std::vector<uintptr_t>& given, uintptr_t workspace,
+                 int device, uintptr_t stream) {
+  using LaunchKernel = CUresult (*)(const CUlaunchConfig*, CUfunction, void**, void**);
+  static const auto launch_kernel = driver_function<LaunchKernel>("cuLaunchKernelEx", 11060);
+  const DeviceGuard guard(device);
+  CUlaunchAttribute early{};
+  early.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  early.value.programmaticStreamSerializationAllowed = 1;
+  list.run(given, workspace, [&](const Launch& launch, void** parameters) {
+    CUlaunchConfig config{};
+    config.gridDimX = launch.grid[0];
+    config.gridDimY = launch.grid[1];
+    config.gridDimZ = launch.grid[2];
+    config.blockDimX = launch.threads;
+    config.blockDimY = config.blockDimZ = 1;
+    config.sharedMemBytes = launch.shared_bytes;
+    config.hStream = reinterpret_cast<CUstream>(stream);
+    config.attrs = &early;
+    config.numAttrs = launch.early ? 1 : 0;
+    const auto function = reinterpret_cast<CUfunction>(launch.function);
+    driver_check(launch_kernel(&config, function, parameters, nullptr), "cuLaunchKernelEx");
+  });
+}
+
+std::vector<size_t> parameter_sizes_cuda(uintptr_t function) {
+  using ParameterInfo = CUresult (*)(CUfunction, size_t, size_t*, size_t*);
+  static const auto info = driver_function<ParameterInfo>("cuFuncGetParamInfo", 12040);
+  std::vector<size_t> sizes;
+  size_t offset = 0, size = 0;
+  while (info(reinterpret_cast<CUfunction>(function), sizes.size(), &offset, &size) ==
+         CUDA_SUCCESS) {
+    sizes.push_back(size);
+  }
+  return sizes;
+}
+
+}  // namespace eva_kernels

@@ -1,0 +1,98 @@
+"""Launches by native code: what a kernel is given, and when Triton must launch it itself."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from eva_kernels import _C
+
+sequence = pytest.importorskip("eva_kernels.kernels.sequence")
+PLACES = {"x": (sequence.GIVEN, 0), "rows": (sequence.GIVEN, 1), "part": (sequence.WORKSPACE, 48)}
+SIGNATURE = {"x": "*bf16", "rows": "constexpr", "part": "*fp32", "n": "i32", "one": "constexpr"}
+META = {
+    "global_scratch_size": 0,
+    "profile_scratch_size": 0,
+    "num_ctas": 1,
+    "launch_cooperative_grid": False,
+    "num_warps": 4,
+    "shared": 640,
+    "launch_pdl": True,
+}
+
+
+def launches(sizes: list[int] | Exception, **meta: Any) -> Any:
+    """Return the native list of one kernel whose parameters have these sizes, or ``None``."""
+
+    def parameter_sizes(function: int) -> list[int]:
+        if isinstance(sizes, Exception):
+            raise sizes
+        return sizes
+
+    module = SimpleNamespace(LaunchList=_C.LaunchList, parameter_sizes=parameter_sizes)
+    compiled = SimpleNamespace(
+        metadata=SimpleNamespace(**META | meta),
+        src=SimpleNamespace(signature=SIGNATURE | {"BLOCK": "constexpr"}),
+        function=7,
+    )
+    kernel = SimpleNamespace(arg_names=[*SIGNATURE, "BLOCK"])
+    call = sequence.Call(kernel, (3, 2), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
+    return sequence.native_launches(module, [call], [compiled], PLACES)
+
+
+@pytest.mark.parametrize("scratch", [0, 1, 2])
+def test_a_kernel_is_given_what_it_takes(scratch: int):
+    found = launches([8, 8, 4] + [8] * scratch).resolve([1024, 0], 4096)
+    [(function, grid, threads, shared, early, values)] = found
+    assert (function, grid, threads, shared, early) == (7, [3, 2, 1], 128, 640, True)
+    assert values == [1024, 4096 + 48, 2**64 - 5] + [0] * scratch
+    assert values[2] % 2**32 == torch.tensor(-5, dtype=torch.int32).view(torch.uint32)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "meta"),
+    [
+        ([8, 8], {}),
+        ([8, 8, 8], {}),
+        ([8, 8, 4, 4], {}),
+        ([8, 8, 4, 8, 8, 8], {}),
+        (RuntimeError("no cuFuncGetParamInfo"), {}),
+        ([8, 8, 4, 8, 8], {"global_scratch_size": 16}),
+        ([8, 8, 4, 8, 8], {"profile_scratch_size": 16}),
+        ([8, 8, 4, 8, 8], {"num_ctas": 2}),
+        ([8, 8, 4, 8, 8], {"launch_cooperative_grid": True}),
+    ],
+)
+def test_what_is_not_as_expected_is_left_to_triton(sizes: Any, meta: dict[str, Any]):
+    assert launches(sizes, **meta) is None
+
+
+def test_addresses_that_are_missing_and_too_many_parameters_are_errors():
+    with pytest.raises(IndexError):
+        launches([8, 8, 4]).resolve([], 0)
+    with pytest.raises(ValueError, match="too many parameters"):
+        _C.LaunchList().add(7, (1, 1, 1), 32, 0, False, [(sequence.NUMBER, 1)] * 33)
+
+
+@pytest.mark.gpu
+def test_native_code_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    from eva_kernels.kernels.sketch import sketch_sequence
+    from eva_kernels.ops import sketch
+
+    found, choose = [], sequence.native_launches
+    monkeypatch.setattr(
+        sequence, "native_launches", lambda *given: found.append(choose(*given)) or found[-1]
+    )
+    sketch_sequence.cache_clear()
+    sums = []
+    for _ in range(3):
+        x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0)).bfloat16().cuda()
+        basis = torch.eye(32, 256, device="cuda")
+        products = torch.zeros_like(basis)
+        shift = torch.zeros(256, dtype=torch.float64, device="cuda")
+        sketch(x, basis, shift.float(), products, shift, shift.new_zeros(()))
+        sums.append(products)
+    assert len(found) == 1
+    assert found[0] is not None
+    assert all(torch.equal(other, sums[0]) for other in sums)
