@@ -32,7 +32,8 @@ inline std::vector<Resolved> resolve(const LaunchList& list, const std::vector<u
 
 inline pybind11::class_<LaunchList> bind_launch_list(pybind11::module_& m) {
   namespace py = pybind11;
-  return py::class_<LaunchList>(m, "LaunchList")
+  // local: both modules may be loaded, and each has its own
+  return py::class_<LaunchList>(m, "LaunchList", py::module_local())
       .def(py::init<>())
       .def(
           "add",

@@ -1,12 +1,15 @@
 """Launches by native code: what a kernel is given, and when Triton must launch it itself."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from eva_kernels import _C
+from eva_kernels import _C, _native
 
 sequence = pytest.importorskip("eva_kernels.kernels.sequence")
 PLACES = {"x": (sequence.GIVEN, 0), "rows": (sequence.GIVEN, 1), "part": (sequence.WORKSPACE, 48)}
@@ -75,6 +78,13 @@ def test_addresses_that_are_missing_and_too_many_parameters_are_errors():
         _C.LaunchList().add(7, (1, 1, 1), 32, 0, False, [(sequence.NUMBER, 1)] * 33)
 
 
+@pytest.mark.skipif(not find_spec("eva_kernels._cuda"), reason="the CUDA module is not built")
+@pytest.mark.parametrize("order", ["_C, _cuda", "_cuda, _C"])
+def test_both_modules_live_in_one_process(order: str):
+    code = f"from eva_kernels import {order}; print(_C.LaunchList(), _cuda.LaunchList().run)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
 @pytest.mark.gpu
 def test_native_code_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     from eva_kernels.kernels.sketch import sketch_sequence
@@ -93,6 +103,7 @@ def test_native_code_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
         shift = torch.zeros(256, dtype=torch.float64, device="cuda")
         sketch(x, basis, shift.float(), products, shift, shift.new_zeros(()))
         sums.append(products)
+    assert _native.unavailable("cuda") is None
     assert len(found) == 1
     assert found[0] is not None
     assert all(torch.equal(other, sums[0]) for other in sums)
