@@ -40,39 +40,42 @@ def allocate_ranks(
 
     Reference: arXiv 2410.07170, section 3; PEFT ``_get_rank_distribution``.
     """
-    if isinstance(ratios, np.ndarray):
-        sizes, values = np.full(len(ratios), ratios.shape[1]), ratios.reshape(-1)
-    else:
-        parts = [as_array(r) for r in ratios]
-        sizes = np.array([len(part) for part in parts], np.int64)
-        values = np.concatenate([np.empty(0), *parts])
-    layers = len(sizes)
+    pooled = _table(ratios)
+    layers, length = pooled.shape
     prices = list(costs) if costs is not None else [1] * layers
-    layer = np.repeat(np.arange(layers), sizes)
-    index = np.arange(len(layer)) - (sizes.cumsum() - sizes)[layer]
-    pooled = np.nan_to_num(values, nan=0.0)
-    ceiling = np.bincount(layer[pooled > 0], minlength=layers)
+    ceiling = np.count_nonzero(pooled, axis=1)
     floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * layers
     if len(floors) != layers:
         raise EvaValueError(f"min_rank has {len(floors)} entries for {layers} layers")
-    ranks = np.minimum(np.array(floors, np.int64), ceiling).tolist()
+    least = np.minimum(np.array(floors, np.int64), ceiling)
+    ranks = least.tolist()
     left = budget - sum(r * p for r, p in zip(ranks, prices, strict=True))
     if left < 0:
         raise EvaValueError(
             f"min_rank={max(floors)} for {len(ranks)} layers costs {budget - left}, more than "
             f"the budget of {budget}; lower min_rank or raise r"
         )
-    if not layers:
-        return ranks
-    open_ = np.flatnonzero((index >= np.array(ranks)[layer]) & (index < ceiling[layer]))
+    index = np.arange(length)
+    open_ = np.flatnonzero((index >= least[:, None]) & (index < ceiling[:, None]))
+    layer = open_ // max(length, 1)
     if costs is None:
-        winners = open_[_largest(pooled[open_], left)]
-        return (np.array(ranks) + np.bincount(layer[winners], minlength=len(ranks))).tolist()
-    density = pooled[open_] / np.array(prices)[layer[open_]]
-    for i in layer[open_[np.argsort(-density, kind="stable")]].tolist():
+        winners = layer[_largest(pooled.reshape(-1)[open_], left)]
+        return (least + np.bincount(winners, minlength=layers)).tolist()
+    density = pooled.reshape(-1)[open_] / np.array(prices)[layer]
+    for i in layer[np.argsort(-density, kind="stable")].tolist():
         if prices[i] <= left:
             ranks[i], left = ranks[i] + 1, left - prices[i]
     return ranks
+
+
+def _table(ratios: Sequence[Tensor | Array] | Array) -> Array:
+    """Return the ratios as rows of one array, 0 where there is no component."""
+    if not isinstance(ratios, np.ndarray):
+        parts = [as_array(r) for r in ratios]
+        ratios = np.zeros((len(parts), max(map(len, parts), default=0)))
+        for row, part in zip(ratios, parts, strict=True):
+            row[: len(part)] = part
+    return np.where(ratios > 0, ratios, 0.0)  # NaN is not
 
 
 def _largest(values: Array, count: int) -> np.ndarray[Any, Any]:

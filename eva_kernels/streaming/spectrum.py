@@ -6,7 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -96,14 +96,15 @@ def spectra(streams: Sequence[InputStream], device: torch.device | None = None) 
     return [found[id(s)] for s in streams]
 
 
-def has_variance(state: SketchState) -> bool:
-    """Tell whether the tokens of a state differ by more than rounding.
+def have_variance(states: Sequence[SketchState]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Tell for each state whether its tokens differ by more than rounding, (L,).
 
     What rounding leaves of a constant (its mean is not exact) is not variance: totals below
     ``n (4 eps |mean|)^2`` count as none.
     """
-    noise = 4 * _eps(state.mean.dtype) * state.mean_norm
-    return state.total > state.count * noise**2
+    numbers = [(s.total, s.count, 4 * _eps(s.mean.dtype) * s.mean_norm) for s in states]
+    totals, counts, noise = np.array(numbers, np.float64).reshape(-1, 3).T
+    return totals > counts * noise**2
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def leading_ratios(streams: Sequence[InputStream]) -> Array:
 
 def variance_ratios(squares: Array, states: Sequence[SketchState]) -> Array:
     """Return ``s^2 / total`` of states, (L, K), each; all 0 without variance."""
-    totals = np.array([state.total if has_variance(state) else np.inf for state in states])
+    totals = np.where(have_variance(states), [state.total for state in states], np.inf)
     return np.minimum(squares / totals[:, None], 1.0)
 
 
@@ -256,6 +257,6 @@ def _spectrum(
         mean=mean,
         count=now.count,
         total=now.total,
-        rank=rank if has_variance(now) else 0,
+        rank=rank if have_variance([now])[0] else 0,
         lost=0.0 if isinstance(stream.state, GramState) else stream.lost,
     )
