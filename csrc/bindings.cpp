@@ -1,91 +1,21 @@
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-#include "bindings_launch.h"
-#include "convergence.h"
-#include "eigh.h"
-#include "fold.h"
-#include "nystrom.h"
-#include "start.h"
+namespace {
 
-namespace py = pybind11;
+struct Cpu {
+  static constexpr auto convergence = &eva_kernels::convergence_cpu;
+  static constexpr auto eigh = &eva_kernels::eigh_cpu;
+  static constexpr auto fold_prepare = &eva_kernels::fold_prepare_cpu;
+  static constexpr auto fold_measure = &eva_kernels::fold_measure_cpu;
+  static constexpr auto fold_rows = &eva_kernels::fold_rows_cpu;
+  static constexpr auto nystrom = &eva_kernels::nystrom_cpu;
+  static constexpr auto start = &eva_kernels::start_cpu;
+};
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU part of eva_kernels. Addresses and sizes in, nothing checked: see csrc/README.md.";
-  m.def(
-      "convergence",
-      [](uintptr_t matrices, int64_t n_matrices, int64_t n_rows, float tau, uintptr_t similarity,
-         uintptr_t unconverged) {
-        eva_kernels::convergence_cpu(eva_kernels::convergence_args(matrices, n_matrices, n_rows,
-                                                                   tau, similarity, unconverged));
-      },
-      py::arg("matrices"), py::arg("n_matrices"), py::arg("n_rows"), py::arg("tau"),
-      py::arg("similarity"), py::arg("unconverged"), py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "eigh",
-      [](uintptr_t matrices, int64_t n_matrices, int width, uintptr_t values, uintptr_t vectors) {
-        eva_kernels::eigh_cpu(eva_kernels::eigh_args(matrices, n_matrices, width, values, vectors));
-      },
-      py::arg("matrices"), py::arg("n_matrices"), py::arg("width"), py::arg("values"),
-      py::arg("vectors"), py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "fold_prepare",
-      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
-         uintptr_t delta, uintptr_t along, uintptr_t mean, uintptr_t scalars) {
-        const auto fold =
-            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
-        eva_kernels::fold_prepare_cpu(eva_kernels::fold_prepare_args(fold, mean, scalars));
-      },
-      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
-      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("mean"), py::arg("scalars"),
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "fold_measure",
-      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
-         uintptr_t delta, uintptr_t along, int64_t columns, uintptr_t partial, uintptr_t core,
-         uintptr_t metric) {
-        const auto fold =
-            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
-        eva_kernels::fold_measure_cpu(
-            eva_kernels::fold_measure_args(fold, columns, partial, core, metric));
-      },
-      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
-      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("columns"),
-      py::arg("partial"), py::arg("core"), py::arg("metric"),
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "fold_rows",
-      [](uintptr_t layers, int64_t n_layers, int width, int64_t features, uintptr_t numbers,
-         uintptr_t delta, uintptr_t along, uintptr_t mean, uintptr_t mixing, uintptr_t told,
-         uintptr_t sound) {
-        const auto fold =
-            eva_kernels::fold_args(layers, n_layers, width, features, numbers, delta, along);
-        eva_kernels::fold_rows_cpu(eva_kernels::fold_rows_args(fold, mean, mixing, told, sound));
-      },
-      py::arg("layers"), py::arg("n_layers"), py::arg("width"), py::arg("features"),
-      py::arg("numbers"), py::arg("delta"), py::arg("along"), py::arg("mean"), py::arg("mixing"),
-      py::arg("told"), py::arg("sound"), py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "nystrom",
-      [](uintptr_t core, uintptr_t metric, uintptr_t ceiling, int64_t n_layers, int width,
-         double loose, int goal, uintptr_t scratch, uintptr_t mixing, uintptr_t told) {
-        eva_kernels::nystrom_cpu(eva_kernels::nystrom_args(core, metric, ceiling, n_layers, width,
-                                                           loose, goal, scratch, mixing, told));
-      },
-      py::arg("core"), py::arg("metric"), py::arg("ceiling"), py::arg("n_layers"), py::arg("width"),
-      py::arg("loose"), py::arg("goal"), py::arg("scratch"), py::arg("mixing"), py::arg("told"),
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "start",
-      [](uintptr_t basis, uintptr_t products, uintptr_t shift, uintptr_t square, uintptr_t mean,
-         int width, int64_t features, double tokens, int64_t columns, uintptr_t workspace) {
-        const auto args = eva_kernels::start_args(basis, products, shift, square, mean, width,
-                                                  features, tokens, columns, workspace);
-        eva_kernels::start_cpu(args);
-      },
-      py::arg("basis"), py::arg("products"), py::arg("shift"), py::arg("square"), py::arg("mean"),
-      py::arg("width"), py::arg("features"), py::arg("tokens"), py::arg("columns"),
-      py::arg("workspace"), py::call_guard<py::gil_scoped_release>());
-  m.def("start_bytes", &eva_kernels::start_bytes, py::arg("width"), py::arg("features"),
-        py::arg("columns"));
+  eva_kernels::bind_functions<Cpu>(m);
   eva_kernels::bind_launch_list(m);
 }

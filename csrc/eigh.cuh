@@ -21,13 +21,13 @@
 // without padding (2.1 times the ideal number of cycles at width 128, counted).
 #pragma once
 
+#include "block.cuh"
 #include "eigh.h"
 
 namespace eva_kernels {
 
-constexpr int kEighMaxThreads = 1024;
+constexpr int kEighMaxThreads = kBlockMaxThreads;
 constexpr int kEighMaxWidth = 128;
-constexpr int kLanes = 32;
 
 // Enough threads for the 2 x 2 blocks of a round; the vectors take as much work again.
 inline int eigh_threads(int width) {
@@ -142,7 +142,6 @@ __device__ __forceinline__ bool sweep(const EighBlock& block) {
 // Copy the scaled matrix and set up the vectors. Every thread returns the exponent of the scale;
 // `finite` is false, again for every thread, where an entry is NaN or infinite.
 __device__ __forceinline__ int load(const EighBlock& block, const double* matrix, bool& finite) {
-  __shared__ double warp_largest[kEighMaxThreads / kLanes];
   const int width = block.width;
   double largest = 0.0;
   bool bad = false;
@@ -159,15 +158,8 @@ __device__ __forceinline__ int load(const EighBlock& block, const double* matrix
   for (int i = triangle(width) + threadIdx.x; i < triangle(block.players); i += blockDim.x) {
     block.triangle[i] = 0.0;
   }
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    largest = fmax(largest, __shfl_down_sync(0xffffffffu, largest, offset));
-  }
-  if (threadIdx.x % kLanes == 0) warp_largest[threadIdx.x / kLanes] = largest;
+  largest = over_block(largest, Largest());
   finite = !__syncthreads_or(bad);
-  largest = 0.0;
-  for (int i = 0; i < static_cast<int>(blockDim.x) / kLanes; ++i) {
-    largest = fmax(largest, warp_largest[i]);
-  }
   const int exponent = finite ? eigh_exponent(largest) : 0;
   for (int i = threadIdx.x; i < triangle(width); i += blockDim.x) {
     block.triangle[i] = scalbn(block.triangle[i], -exponent);

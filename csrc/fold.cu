@@ -42,7 +42,7 @@ void fold_measure_cuda(const FoldMeasureArgs& args, int device, uintptr_t stream
   if (is_empty(fold)) return;
   const DeviceGuard guard(device);
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-  constexpr int kRows = kAlongThreads / kFoldLanes;
+  constexpr int kRows = kAlongThreads / kLanes;
   const int64_t rows = fold.n_layers * fold.width;
   fold_along_kernel<<<grid_of((rows + kRows - 1) / kRows), kAlongThreads, 0, cuda_stream>>>(fold);
   cuda_check(cudaGetLastError(), "fold: launch of along");

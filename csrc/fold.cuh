@@ -17,11 +17,11 @@
 // 32 apart: threads that are neighbours then read neighbouring pairs, without a bank conflict.
 #pragma once
 
+#include "block.cuh"
 #include "fold.h"
 
 namespace eva_kernels {
 
-constexpr int kFoldLanes = 32;
 constexpr int kPrepareThreads = 512;
 constexpr int kAlongThreads = 256;
 constexpr int kMeasureThreads = 256;
@@ -133,20 +133,6 @@ __device__ __forceinline__ double image_at(const FoldRow& row, const FoldFour& f
   return four.products[i] + four.basis[i] * row.square - row.along * delta[column + i];
 }
 
-// The sum over a block in a fixed order, for every thread.
-__device__ __forceinline__ double block_sum(double sum) {
-  __shared__ double of_warp[kPrepareThreads / kFoldLanes];
-  for (int offset = kFoldLanes / 2; offset > 0; offset /= 2) {
-    sum += __shfl_down_sync(0xffffffffu, sum, offset);
-  }
-  __syncthreads();  // a sum before this one has been read
-  if (threadIdx.x % kFoldLanes == 0) of_warp[threadIdx.x / kFoldLanes] = sum;
-  __syncthreads();
-  sum = 0.0;
-  for (int i = 0; i < kPrepareThreads / kFoldLanes; ++i) sum += of_warp[i];
-  return sum;
-}
-
 // Grid: layers.
 __global__ void __launch_bounds__(kPrepareThreads) fold_prepare_kernel(FoldPrepareArgs args) {
   const FoldArgs& fold = args.fold;
@@ -162,8 +148,8 @@ __global__ void __launch_bounds__(kPrepareThreads) fold_prepare_kernel(FoldPrepa
     away += delta * delta;
     norm += static_cast<double>(mean) * mean;
   }
-  away = block_sum(away);
-  norm = block_sum(norm);
+  away = over_block(away, Sum());
+  norm = over_block(norm, Sum());
   if (threadIdx.x != 0) return;
   fold_scalars(*layer.square, numbers.weight * away, norm,
                args.scalars + blockIdx.x * kFoldScalars);
@@ -172,21 +158,21 @@ __global__ void __launch_bounds__(kPrepareThreads) fold_prepare_kernel(FoldPrepa
 // Grid: blocks of 8 rows of all rows of all layers, a warp each.
 __global__ void __launch_bounds__(kAlongThreads) fold_along_kernel(FoldArgs args) {
   const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kAlongThreads / kFoldLanes) + threadIdx.x / kFoldLanes;
+      static_cast<int64_t>(blockIdx.x) * (kAlongThreads / kLanes) + threadIdx.x / kLanes;
   if (row >= args.n_layers * args.width) return;  // a whole warp
   const int64_t layer = row / args.width;
   const float* basis = args.layers[layer].basis + row % args.width * args.features;
   const double* delta = args.delta + layer * args.features;
   double sum = 0.0;
-  for (int64_t d = threadIdx.x % kFoldLanes * 4; d < args.features; d += kFoldLanes * 4) {
+  for (int64_t d = threadIdx.x % kLanes * 4; d < args.features; d += kLanes * 4) {
     float four[4];
     load_four(basis, d, args.features, four);
     for (int i = 0; i < 4 && d + i < args.features; ++i) sum += four[i] * delta[d + i];
   }
-  for (int offset = kFoldLanes / 2; offset > 0; offset /= 2) {
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     sum += __shfl_down_sync(0xffffffffu, sum, offset);
   }
-  if (threadIdx.x % kFoldLanes == 0) args.along[row] = args.head(layer).weight * sum;
+  if (threadIdx.x % kLanes == 0) args.along[row] = args.head(layer).weight * sum;
 }
 
 struct TilePair {

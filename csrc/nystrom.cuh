@@ -25,29 +25,6 @@ struct NystromBlock {
   int width;
 };
 
-// The sum or the largest over a block, in a fixed order, for every thread.
-template <class Join>
-__device__ __forceinline__ double over_block(double x, Join join) {
-  __shared__ double of_warp[kEighMaxThreads / kLanes];
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    x = join(x, __shfl_down_sync(0xffffffffu, x, offset));
-  }
-  __syncthreads();  // what was joined before has been read
-  if (threadIdx.x % kLanes == 0) of_warp[threadIdx.x / kLanes] = x;
-  __syncthreads();
-  x = of_warp[0];
-  for (int i = 1; i < static_cast<int>(blockDim.x) / kLanes; ++i) x = join(x, of_warp[i]);
-  return x;
-}
-
-struct Sum {
-  __device__ __forceinline__ double operator()(double x, double y) const { return x + y; }
-};
-
-struct Largest {
-  __device__ __forceinline__ double operator()(double x, double y) const { return fmax(x, y); }
-};
-
 // out = left right, and its transpose where one is wanted. Threads of a warp take neighbouring
 // columns, so that they read one number of `left` and neighbours of `right`.
 __device__ __forceinline__ void multiply(const double* left, const double* right, int width,

@@ -123,7 +123,7 @@ void run_on_device(Fold& fold, bool sound, unsigned seed) {
   measure.partial = partial.data();
   emulator::launch<FoldPrepareArgs>(fold_prepare_kernel, fold.shape.layers, kPrepareThreads,
                                     {args, fold.mean.data(), fold.scalars.data()}, seed);
-  constexpr int kRows = kAlongThreads / kFoldLanes;
+  constexpr int kRows = kAlongThreads / kLanes;
   const int rows = fold.shape.layers * fold.shape.width;
   emulator::launch<FoldArgs>(fold_along_kernel, (rows + kRows - 1) / kRows, kAlongThreads, args,
                              seed);

@@ -63,7 +63,7 @@ MUTATIONS = {
     "upper triangle read": ("eigh.cuh", "if (column > row) continue;", ""),
     "row of the odd player not zeroed": ("eigh.cuh", "block.triangle[i] = 0.0;", ""),
     "only the first warp's largest": (
-        "eigh.cuh",
+        "block.cuh",
         "i < static_cast<int>(blockDim.x) / kLanes",
         "i < 1",
     ),

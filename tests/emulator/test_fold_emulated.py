@@ -35,11 +35,6 @@ MUTATIONS = {
         "      __syncthreads();  // the stage before has been read, and once: the image is there\n",
         "",
     ),
-    "sums of warps not published": (
-        "threadIdx.x / kFoldLanes] = sum;\n  __syncthreads();",
-        "threadIdx.x / kFoldLanes] = sum;",
-    ),
-    "one warp's sum": ("i < kPrepareThreads / kFoldLanes; ++i", "i < 1; ++i"),
     "delta of the sum": ("layer.shift[d] / numbers.added", "layer.shift[d]"),
     "whole step taken by the mean": ("numbers.share * delta", "delta"),
     "mean of another layer": (
@@ -50,7 +45,7 @@ MUTATIONS = {
         "threadIdx.x < kRowsColumns && begin + threadIdx.x < fold.features",
         "threadIdx.x < kRowsColumns",
     ),
-    "wrong lane stores": ("% kFoldLanes == 0) args", "% kFoldLanes == 1) args"),
+    "wrong lane stores": ("% kLanes == 0) args", "% kLanes == 1) args"),
     "weight left out": ("args.head(layer).weight * sum", "sum"),
     "rows of another layer": ("row % args.width * args.features", "row * args.features"),
     "along past the last row": (
@@ -132,6 +127,19 @@ MUTATIONS = {
         "out[2] = high.y;\n  out[3] = high.x;",
     ),
 }
+# The same, of what a block adds up.
+BLOCK_MUTATIONS = {
+    "sums of warps not published": (
+        "threadIdx.x / kLanes] = x;\n  __syncthreads();",
+        "threadIdx.x / kLanes] = x;",
+    ),
+    "sum before not read yet": (
+        "  __syncthreads();  // what was joined before has been read\n",
+        "",
+    ),
+    "one warp's sum": ("i < static_cast<int>(blockDim.x) / kLanes", "i < 1"),
+    "half a warp's sum": ("int offset = kLanes / 2", "int offset = kLanes / 4"),
+}
 # The CPU forgives these: it loads from any address, and a few bytes beyond the memory are there.
 ONLY_SANITIZERS_SEE = {
     "row beyond the width",
@@ -151,4 +159,11 @@ def test_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
     flags = SANITIZERS if name in ONLY_SANITIZERS_SEE else ["-w"]
     csrc = with_bug(tmp_path, "fold.cuh", *MUTATIONS[name])
     done = compile_and_run("run_fold.cpp", tmp_path, *flags, csrc=csrc, small=True)
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize("name", BLOCK_MUTATIONS)
+def test_planted_bug_of_a_block_is_seen(name: str, tmp_path: Path) -> None:
+    csrc = with_bug(tmp_path, "block.cuh", *BLOCK_MUTATIONS[name])
+    done = compile_and_run("run_fold.cpp", tmp_path, "-w", csrc=csrc, small=True)
     assert done.returncode != 0
