@@ -133,10 +133,6 @@ BLOCK_MUTATIONS = {
         "threadIdx.x / kLanes] = x;\n  __syncthreads();",
         "threadIdx.x / kLanes] = x;",
     ),
-    "sum before not read yet": (
-        "  __syncthreads();  // what was joined before has been read\n",
-        "",
-    ),
     "one warp's sum": ("i < static_cast<int>(blockDim.x) / kLanes", "i < 1"),
     "half a warp's sum": ("int offset = kLanes / 2", "int offset = kLanes / 4"),
 }
