@@ -6,9 +6,9 @@ On a CPU everything is small, and the numbers mean nothing.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from eva_peft.assets import load_tiny_llama, token_stream
 
 from ..methods import Batch
-from .descent import descend
+from .descent import DivergedError, descend
 from .domain import Domain, Recipe, linear_layers
 from .language import blocks, next_token
 
@@ -67,8 +67,9 @@ class Scale:
     tested: int
 
 
+LEARNT = 0.75  # of the loss of a guess: what a base must have come below
 SCALES = {
-    "cuda": Scale(768, 2048, 12, 12, 512, 1500, 64, 1e-3, 40_000_000, 64),
+    "cuda": Scale(768, 2048, 12, 12, 512, 1500, 64, 6e-4, 40_000_000, 64),
     "cpu": Scale(48, 128, 2, 4, 64, 100, 8, 3e-3, 400_000, 32),
 }
 
@@ -79,7 +80,11 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
 
 
 def build_on(device: torch.device, seed: int = 0) -> Domain:
-    """Build the domain on a device, at its scale."""
+    """Build the domain on a device, at its scale.
+
+    Raises:
+        DivergedError: the base has not learnt; what is adapted from it would tell nothing.
+    """
     scale = SCALES[device.type]
     _, tokenizer = load_tiny_llama()
 
@@ -91,6 +96,10 @@ def build_on(device: torch.device, seed: int = 0) -> Domain:
     headers = read(("torch",), "include/**/*.h", scale.source_bytes // 4, seed)
     held_out = -(-len(python) // 20)
     base = pretrain(rows(python[held_out:]), tokenizer, scale, seed)
+    old = next_token(rows(python[:held_out], scale.tested))
+    loss, blind = old.loss(base), math.log(len(tokenizer))
+    if not loss < LEARNT * blind:
+        raise DivergedError(f"the base has not learnt: {loss:.2f} nats a token of {blind:.2f}")
     return Domain(
         recipe=RECIPE,
         base=base,
@@ -98,7 +107,7 @@ def build_on(device: torch.device, seed: int = 0) -> Domain:
         train=rows(text for i, text in enumerate(headers) if i % 5 > 1),
         validation=next_token(rows(headers[::5], scale.tested)),
         test=next_token(rows(headers[1::5], scale.tested)),
-        old=next_token(rows(python[:held_out], scale.tested)),
+        old=old,
         text=True,
     )
 
@@ -135,7 +144,7 @@ def read(packages: Iterable[str], pattern: str, limit_bytes: int, seed: int) -> 
 def pretrain(
     train: Batch, tokenizer: PreTrainedTokenizerBase, scale: Scale, seed: int
 ) -> nn.Module:
-    """Return a model trained from scratch, in eval mode; on a GPU in bfloat16."""
+    """Return a model trained in mixed precision, in eval mode; on a GPU in bfloat16."""
     device = train["input_ids"].device
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -150,6 +159,7 @@ def pretrain(
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.manual_seed(seed)
         model: nn.Module = LlamaForCausalLM(config).to(device)
-    with torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext():
+    # The cache would hold the weights of the first step until the end.
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
         descend(model, train, steps=scale.steps, batch=scale.batch, rate=scale.rate, seed=seed)
     return (model.to(torch.bfloat16) if on_gpu else model).eval()

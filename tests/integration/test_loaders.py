@@ -126,6 +126,8 @@ def test_failing_workers_keep_their_error() -> None:
     assert hooks_of(model) == 0
     del loader
     gc.collect()  # the traceback
+    for worker in multiprocessing.active_children():
+        worker.join(timeout=10)  # torch terminates one that failed, and does not wait
     assert not multiprocessing.active_children()
 
 
