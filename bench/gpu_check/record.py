@@ -74,15 +74,18 @@ def new_record(dry_run: bool) -> dict[str, Any]:
 
 
 def resumed(earlier: Any, record: dict[str, Any]) -> dict[str, Any]:
-    """Return the stages of an earlier record that need not be run again.
+    """Return the parts of an earlier record that stay: stages that passed, and what they ran on.
 
-    Those that passed, if it is of the same schema, sources and kind of run; nothing otherwise.
+    Nothing, unless it is of the same schema, sources and kind of run.
     """
     keys = ("schema_version", "sources", "dry_run")
     if not isinstance(earlier, Mapping) or any(earlier.get(k) != record[k] for k in keys):
         return {}
     kept = {n: s for n, s in earlier.get("stages", {}).items() if s.get("status") == "passed"}
-    return {name: {**stage, "kept": True} for name, stage in kept.items()}
+    return {
+        "stages": {name: {**stage, "kept": True} for name, stage in kept.items()},
+        **{key: earlier.get(key, {}) for key in ("machine", "versions")},
+    }
 
 
 def verdict(stages: Mapping[str, Mapping[str, Any]], required: Mapping[str, bool]) -> str:

@@ -57,7 +57,7 @@ class Check:
         self.begin = time.monotonic()
         self.record = new_record(dry_run)
         if resume:
-            self.record["stages"] = resumed(read_json(self.out / FILE), self.record)
+            self.record |= resumed(read_json(self.out / FILE), self.record)
 
     @property
     def remaining(self) -> float:

@@ -70,8 +70,12 @@ def test_verdict(statuses: dict[str, str], expected: str) -> None:
 def test_resume_keeps_what_passed_with_the_same_sources() -> None:
     new = record.new_record(dry_run=False)
     stages = {"a": {"status": "passed"}, "b": {"status": "failed"}, "c": {"status": "timed out"}}
-    earlier = {**new, "stages": stages}
-    assert record.resumed(earlier, new) == {"a": {"status": "passed", "kept": True}}
+    earlier = {**new, "stages": stages, "machine": {"gpu": "x"}, "versions": {"torch": "2"}}
+    assert record.resumed(earlier, new) == {
+        "stages": {"a": {"status": "passed", "kept": True}},
+        "machine": {"gpu": "x"},  # what is kept ran there
+        "versions": {"torch": "2"},
+    }
     for key, other in (("sources", "x"), ("dry_run", True), ("schema_version", 0)):
         assert record.resumed({**earlier, key: other}, new) == {}
     assert record.resumed(None, new) == {}
