@@ -83,6 +83,7 @@ class LaunchSequence:
         self.nbytes = nbytes
         self.calls, self.given, self.parts = tuple(calls), tuple(given), dict(parts)
         self._ready: dict[Any, Again] = {}
+        self._kept: list[Any] = []  # Triton unloads the code of a kernel with its object
 
     def run(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> None:
         """Launch all kernels on the tensors' device and its current stream.
@@ -97,15 +98,17 @@ class LaunchSequence:
         bits = base
         for spot in spots:
             bits |= spot
-        odd = tuple(spot % ALIGNMENT for spot in (base, *spots)) if bits % ALIGNMENT else None
-        again = self._ready.get((device.index, odd))
+        odd = [spot % ALIGNMENT > 0 for spot in (base, *spots)] if bits % ALIGNMENT else ()
+        key = device.index, *odd
+        again = self._ready.get(key)
         if again is not None:
             again(spots, base)
             return
         with current_device(device):
             compiled = self._run_by_triton(tensors, workspace)
         if _can_be_kept(device):
-            self._ready[device.index, odd] = self._again(compiled, device)
+            self._ready[key] = self._again(compiled, device)
+            self._kept += compiled
 
     def _run_by_triton(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> list[Any]:
         """Launch all kernels as Triton does, and return them compiled."""

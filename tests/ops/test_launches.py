@@ -1,7 +1,9 @@
 """Launches by native code: what a kernel is given, and when Triton must launch it itself."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +71,59 @@ def test_a_kernel_is_given_what_it_takes(scratch: int):
 )
 def test_what_is_not_as_expected_is_left_to_triton(sizes: Any, meta: dict[str, Any]):
     assert launches(sizes, **meta) is None
+
+
+class Compiled:
+    """A kernel of Triton, whose code is gone with it."""
+
+    def __init__(self) -> None:
+        self.metadata = SimpleNamespace(**META)
+        self.src = SimpleNamespace(signature=SIGNATURE | {"BLOCK": "constexpr"})
+        self.function = 7
+
+
+class Kernel:
+    """A kernel that Triton forgets as soon as it has launched it."""
+
+    arg_names = (*SIGNATURE, "BLOCK")
+
+    def __init__(self) -> None:
+        self.compiled: list[weakref.ref[Compiled]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*given: Any, **constants: Any) -> Compiled:
+            compiled = Compiled()
+            self.compiled.append(weakref.ref(compiled))
+            return compiled
+
+        return launch
+
+
+def test_kernels_live_as_long_as_their_launches(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+
+    class Launches(_C.LaunchList):
+        def run(self, given: list[int], workspace: int, device: int, stream: int) -> None:
+            seen.append(self.resolve(given, workspace))
+
+    module = SimpleNamespace(LaunchList=Launches, parameter_sizes=lambda function: [8, 8, 4])
+    monkeypatch.setattr(sequence._native, "load_or_none", lambda kind: module)
+    monkeypatch.setattr(sequence, "_can_be_kept", lambda device: True)
+    active = SimpleNamespace(get_current_stream=lambda index: 0)
+    monkeypatch.setattr(sequence, "driver", SimpleNamespace(active=active))
+    kernel = Kernel()
+    call = sequence.Call(kernel, (3,), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
+    found = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
+    memory, workspace = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.uint8)
+    # one kernel for aligned tokens, one for any others, each launched by Triton once
+    for skipped, known in [(0, 1), (0, 1), (1, 2), (3, 2), (8, 2), (2, 2)]:
+        found.run([memory[skipped:], None], workspace)
+        assert len(kernel.compiled) == known
+    gc.collect()
+    assert all(reference() is not None for reference in kernel.compiled)
+    given = [launch[0][-1] for launch in seen]
+    assert [values[0] - memory.data_ptr() for values in given] == [0, 6, 16, 4]
+    assert {values[1] - workspace.data_ptr() for values in given} == {48}
 
 
 def test_addresses_that_are_missing_and_too_many_parameters_are_errors():
