@@ -16,13 +16,14 @@ inline void cuda_check(cudaError_t error, const char* what) {
 }
 
 // Makes `device` current and restores the caller's: the default stream does not name its device.
+// Set also where it is current already: that gives a new thread the context that the driver's own
+// functions need.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     cuda_check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device == previous_) return;
     cuda_check(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = true;
+    changed_ = device != previous_;
   }
   ~DeviceGuard() {
     if (changed_) (void)cudaSetDevice(previous_);

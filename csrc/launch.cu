@@ -66,12 +66,14 @@ std::vector<size_t> parameter_sizes_cuda(uintptr_t function) {
   using ParameterInfo = CUresult (*)(CUfunction, size_t, size_t*, size_t*);
   static const auto info = driver_function<ParameterInfo>("cuFuncGetParamInfo", 12040);
   std::vector<size_t> sizes;
-  size_t offset = 0, size = 0;
-  while (info(reinterpret_cast<CUfunction>(function), sizes.size(), &offset, &size) ==
-         CUDA_SUCCESS) {
+  while (true) {
+    size_t offset = 0, size = 0;
+    const CUresult result =
+        info(reinterpret_cast<CUfunction>(function), sizes.size(), &offset, &size);
+    if (result == CUDA_ERROR_INVALID_VALUE) return sizes;  // there are no more
+    driver_check(result, "cuFuncGetParamInfo");
     sizes.push_back(size);
   }
-  return sizes;
 }
 
 }  // namespace eva_kernels

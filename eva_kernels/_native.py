@@ -62,7 +62,7 @@ def load_or_none(device_type: str) -> ModuleType | None:
     """Return the compiled module, or None; the reason is logged the first time."""
     found = _import(device_type)
     if isinstance(found, str):
-        logger.info("using PyTorch instead of native code: %s", found)
+        logger.info("going on without native code: %s", found)
         return None
     return found
 

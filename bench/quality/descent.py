@@ -12,7 +12,7 @@ from .domain import take
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer finite."""
+    """The loss is no longer finite, or has not fallen."""
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -7,7 +7,6 @@ stages as shared memory has room for. ``bench kernel-report`` prints the evidenc
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -265,8 +264,11 @@ def rows_of_a_thread(tile: Tile, itemsize: int) -> int:
     return max(1, tile.block_n // max(1, rows_of_a_load))
 
 
-@functools.cache
-def _device_arch(index: int) -> Arch | str:
+# Of the devices that were asked for, by index: every sketch asks.
+_FOUND: dict[int | None, Arch | str] = {}
+
+
+def _read_arch(index: int) -> Arch | str:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
@@ -287,6 +289,10 @@ def arch_of(device: torch.device) -> Arch | str:
 
     Without a driver (the interpreter, or tensors that only pretend) it is the family's largest.
     """
+    found = _FOUND.get(device.index) if device.type == "cuda" else None
+    if found is not None:
+        return found
     if device.type == "cpu" or not torch.cuda.is_available():
         return ARCHS["sm_90"]
-    return _device_arch(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _FOUND.setdefault(index, _read_arch(index))

@@ -106,9 +106,9 @@ class LaunchSequence:
             return
         with current_device(device):
             compiled = self._run_by_triton(tensors, workspace)
-        if _can_be_kept(device):
-            self._ready[key] = self._again(compiled, device)
-            self._kept += compiled
+            if _can_be_kept(device):
+                self._ready[key] = self._again(compiled, device)
+                self._kept += compiled
 
     def _run_by_triton(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> list[Any]:
         """Launch all kernels as Triton does, and return them compiled."""
@@ -172,26 +172,38 @@ def native_launches(
         places: origin, and which or how far, of every tensor by name.
     """
     launches = module.LaunchList()
-    for call, kernel in zip(calls, compiled, strict=True):
-        meta, kinds = kernel.metadata, kernel.src.signature
-        plain = not (meta.global_scratch_size or meta.profile_scratch_size)
-        if not plain or meta.num_ctas != 1 or meta.launch_cooperative_grid:
-            return None
-        values = [*(places[name] for name in call.pointers), *((NUMBER, n) for n in call.numbers)]
-        named = dict(zip(call.kernel.arg_names, values, strict=False))
-        taken = {name: value for name, value in named.items() if kinds[name] != "constexpr"}
-        sizes = [8 if kinds[name].startswith("*") else int(kinds[name][1:]) // 8 for name in taken]
-        try:
-            wanted = module.parameter_sizes(kernel.function)
-        except RuntimeError:  # an older driver
-            return None
-        scratch = len(wanted) - len(sizes)
-        if scratch not in range(3) or wanted != sizes + [8] * scratch:
-            return None
-        grid, threads = (*call.grid, 1, 1)[:3], 32 * meta.num_warps
-        parameters = [*taken.values(), *[(NUMBER, 0)] * scratch]
-        launches.add(kernel.function, grid, threads, meta.shared, bool(meta.launch_pdl), parameters)
+    try:
+        for call, kernel in zip(calls, compiled, strict=True):
+            parameters = _parameters(module, call, kernel, places)
+            if parameters is None:
+                return None
+            meta, grid = kernel.metadata, (*call.grid, 1, 1)[:3]
+            early = bool(getattr(meta, "launch_pdl", False))
+            threads = 32 * meta.num_warps
+            launches.add(kernel.function, grid, threads, meta.shared, early, parameters)
+    except (AttributeError, KeyError, RuntimeError, ValueError):  # another Triton, an older driver
+        return None
     return launches
+
+
+def _parameters(
+    module: Any, call: Call, kernel: Any, places: Mapping[str, tuple[int, int]]
+) -> list[tuple[int, int]] | None:
+    """Return what a kernel is given, or ``None`` if it is not as expected."""
+    meta, kinds = kernel.metadata, kernel.src.signature
+    # one that wants memory, a cluster or all blocks at once; what a Triton does not know is not on
+    special = "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid"
+    if meta.num_ctas != 1 or any(getattr(meta, name, 0) for name in special):
+        return None
+    values = [*(places[name] for name in call.pointers), *((NUMBER, n) for n in call.numbers)]
+    named = dict(zip(call.kernel.arg_names, values, strict=False))
+    taken = {name: value for name, value in named.items() if kinds[name] != "constexpr"}
+    sizes = [8 if kinds[name].startswith("*") else int(kinds[name][1:]) // 8 for name in taken]
+    wanted = module.parameter_sizes(kernel.function)
+    scratch = len(wanted) - len(sizes)
+    if scratch not in range(3) or wanted != sizes + [8] * scratch:
+        return None
+    return [*taken.values(), *[(NUMBER, 0)] * scratch]
 
 
 def current_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from .. import _native
-from ._dispatch import BACKENDS, PRECISIONS, choose_backend, triton_unavailable
+from ._dispatch import (
+    BACKENDS,
+    PRECISIONS,
+    check_precision,
+    check_tokens,
+    choose_backend,
+    triton_unavailable,
+)
 from .convergence import convergence
 from .eigh import eigh
 from .fold import FoldLayers, fold_layers, fold_measure, fold_prepare, fold_rows
@@ -19,6 +26,8 @@ __all__ = [
     "PRECISIONS",
     "FoldLayers",
     "backend_report",
+    "check_precision",
+    "check_tokens",
     "choose_backend",
     "convergence",
     "eigh",

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +34,12 @@ def _import_kernels() -> str | None:
     return None
 
 
+@functools.cache
+def kernels(name: str) -> ModuleType:
+    """Return a module of kernels, which needs Triton, faster than an import statement does."""
+    return importlib.import_module(f"eva_kernels.kernels.{name}")
+
+
 def triton_unavailable(device: torch.device | str) -> str | None:
     """Return why the Triton kernels cannot run on a device, or ``None`` if they can."""
     device = torch.device(device)
@@ -41,29 +48,20 @@ def triton_unavailable(device: torch.device | str) -> str | None:
     reason = _import_kernels()
     if reason is not None:
         return reason
-    from ..kernels.launch import arch_of
-    from ..kernels.primitives import INTERPRET
-
     if device.type == "cpu":
-        if INTERPRET.value:
+        if kernels("primitives").INTERPRET.value:
             return None
         return "tensors are on the CPU; Triton's interpreter needs TRITON_INTERPRET=1 at import"
-    arch = arch_of(device)
+    arch = kernels("launch").arch_of(device)
     return arch if isinstance(arch, str) else None
 
 
-@functools.lru_cache(maxsize=256)
-def _reason_against(
-    device: torch.device, dtype: torch.dtype, features: int, state: torch.dtype, width: int
-) -> str | None:
-    """Return why the kernels do not take tokens of this kind, or ``None``."""
-    reason = triton_unavailable(device)
-    if reason is not None:
-        return reason
-    if dtype not in TOKEN_DTYPES or state != torch.float32:
-        return f"tokens of {dtype} with sums of {state} are computed by PyTorch"
-    if features < LEAST_FEATURES:
-        return f"{features} features are fewer than the {LEAST_FEATURES} of a tensor-core tile"
+def _unsuitable(x: Tensor, state: torch.dtype, width: int) -> str | None:
+    """Return why the kernels do not take these tensors, or ``None``."""
+    if x.dtype not in TOKEN_DTYPES or state != torch.float32:
+        return f"tokens of {x.dtype} with sums of {state} are computed by PyTorch"
+    if x.shape[1] < LEAST_FEATURES:
+        return f"{x.shape[1]} features are fewer than the {LEAST_FEATURES} of a tensor-core tile"
     if width > MOST_WIDTH:
         return f"a width of {width} is above {MOST_WIDTH}"
     return None
@@ -91,7 +89,7 @@ def choose_backend(op: str, backend: str, x: Tensor, state: torch.dtype, width: 
     if backend == "auto" and x.device.type == "cpu":
         reason: str | None = "tensors are on the CPU"
     else:
-        reason = _reason_against(x.device, x.dtype, x.shape[1], state, width)
+        reason = triton_unavailable(x.device) or _unsuitable(x, state, width)
     if reason is None:
         return "triton"
     if backend == "triton":
@@ -106,6 +104,20 @@ def check_precision(precision: str) -> None:
     """Raise EvaValueError for an unknown precision."""
     if precision not in PRECISIONS:
         raise EvaValueError(f"precision={precision!r} is unknown; choose one of {PRECISIONS}")
+
+
+def check_tokens(op: str, x: Tensor, rows: Tensor | None) -> None:
+    """Raise EvaValueError unless x is floating and rows can choose from it."""
+    if not x.is_floating_point():
+        raise EvaValueError(f"{op}: x must be floating point, got {x.dtype}")
+    if rows is None:
+        return
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise EvaValueError(
+            f"{op}: rows must be a vector of torch.int64, got {tuple(rows.shape)} of {rows.dtype}"
+        )
+    if rows.device != x.device:
+        raise EvaValueError(f"{op}: x is on {x.device}, rows on {rows.device}")
 
 
 def check_sums(
@@ -128,14 +140,7 @@ def check_sums(
     """
     if x.dim() != 2 or x.shape[1] != features:
         raise EvaValueError(f"{op}: x must be (N, {features}), got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise EvaValueError(f"{op}: x must be floating point, got {x.dtype}")
-    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
-        raise EvaValueError(
-            f"{op}: rows must be a vector of torch.int64, got {tuple(rows.shape)} of {rows.dtype}"
-        )
-    if rows is not None and rows.device != x.device:
-        raise EvaValueError(f"{op}: x is on {x.device}, rows on {rows.device}")
+    check_tokens(op, x, rows)
     for name, (tensor, shape) in state.items():
         dtype = torch.float64 if name in ("shift", "square") else like.dtype
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
@@ -178,6 +183,8 @@ def is_observed(x: Tensor) -> bool:
     return (
         type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or torch.compiler.is_compiling()
     )

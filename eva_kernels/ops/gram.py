@@ -12,10 +12,11 @@ from ._dispatch import (
     check_sums,
     choose_backend,
     define_operator,
+    kernels,
     with_contiguous_columns,
     workspace_for,
 )
-from .sketch import device_arch, kernels
+from .sketch import device_arch
 
 __all__ = ["gram", "gram_workspace_bytes"]
 

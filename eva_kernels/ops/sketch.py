@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ from ._dispatch import (
     choose_backend,
     define_operator,
     is_observed,
+    kernels,
     with_contiguous_columns,
     workspace_for,
 )
@@ -75,10 +73,11 @@ def sketch(
         shift=(shift, (d,)),
         square=(square, ()),
     )
-    if choose_backend("sketch", backend, x, basis.dtype, q) == "triton":
+    chosen = choose_backend("sketch", backend, x, basis.dtype, q)
+    if chosen == "triton" and (x if rows is None else rows).shape[0] > 0:
         check_contiguous("sketch", products=products, shift=shift)
     state = basis, pivot, products, shift, square
-    sketch_unchecked(x, *state, rows, backend, precision == "high", workspace)
+    sketch_unchecked(x, *state, rows, chosen, precision == "high", workspace)
 
 
 def sketch_unchecked(
@@ -96,8 +95,14 @@ def sketch_unchecked(
     """Do what :func:`sketch` does for a caller whose tensors are known to fit, without gradients.
 
     What looks at the tensors of every layer input of every step takes as long as their launch.
+
+    Args:
+        x, basis, pivot, products, shift, square, rows: of the shapes, dtypes and device that
+            :func:`sketch` asks for; sums for Triton without gaps.
+        backend, workspace: as :func:`sketch`.
+        high: ``precision="high"``.
     """
-    q = basis.shape[0]
+    q = int(basis.shape[0])  # of a traced tensor, too
     chosen = choose_backend("sketch", backend, x, basis.dtype, q)
     if (x if rows is None else rows).shape[0] == 0:
         return
@@ -117,10 +122,9 @@ def sketch_unchecked(
 
 
 def _sequence(x: Tensor, rows: Tensor | None, q: int, high: bool) -> Any:
-    (n, d), arch = x.shape, device_arch(x.device)
-    n = n if rows is None else rows.shape[0]
-    kind = n, q, d, x.stride(0), x.dtype, rows is not None, high
-    return kernels("sketch").sketch_sequence(*kind, arch)
+    n, d = (x if rows is None else rows).shape[0], x.shape[1]
+    kind = int(n), q, int(d), int(x.stride(0)), x.dtype, rows is not None, high
+    return kernels("sketch").sketch_sequence(*kind, device_arch(x.device))
 
 
 def sketch_workspace_bytes(n: int, q: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -139,12 +143,6 @@ def device_arch(device: torch.device) -> Any:
     if isinstance(arch, str):
         raise EvaRuntimeError(arch)
     return arch
-
-
-@functools.cache
-def kernels(name: str) -> ModuleType:
-    """Return a module of kernels, which needs Triton, faster than an import statement does."""
-    return importlib.import_module(f"eva_kernels.kernels.{name}")
 
 
 def _run(

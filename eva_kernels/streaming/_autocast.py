@@ -20,9 +20,9 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        casting = [kind for kind in _DEVICES if torch.is_autocast_enabled(kind)]
-        if not casting:
+        if not torch._C._is_any_autocast_enabled():
             return function(*args, **kwargs)
+        casting = [kind for kind in _DEVICES if torch.is_autocast_enabled(kind)]
         with ExitStack() as stack:
             for kind in casting:
                 stack.enter_context(torch.autocast(kind, enabled=False))

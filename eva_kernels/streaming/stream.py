@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EvaValueError, NonFiniteError
-from ..ops import gram, sketch_unchecked
+from ..ops import check_precision, check_tokens, gram, sketch_unchecked
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
@@ -56,6 +56,9 @@ class Options:
     precision: str = "high"
     skip_nonfinite: bool = False
     check_every_add: bool = False
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
 
 
 @dataclass
@@ -128,12 +131,17 @@ class InputStream:
         Raises:
             NonFiniteError: a token to be used holds NaN or infinity, unless ``skip_nonfinite``. On
                 an accelerator the fold raises it, unless ``check_every_add``.
-            EvaValueError: another number of features, another device, or integers.
+            EvaValueError: another number of features, another device, or no floating-point tokens;
+                rows of another kind.
         """
         if x.dim() != 2 or x.shape[1] != self.features:
             raise EvaValueError(
                 f"expected tokens of shape (N, {self.features}), got {tuple(x.shape)}"
             )
+        check_tokens("add", x, rows)
+        place = self.device if self.sums is None else self.sums.shift.device
+        if x.device.type != place.type or place.index not in (None, x.device.index):
+            raise EvaValueError(f"expected tokens on {place}, got {x.device}")
         options, bad = self.options, None
         exact = options.method == "gram"
         at_once = options.check_every_add or options.skip_nonfinite
@@ -203,11 +211,7 @@ class InputStream:
     def _sketch_into(
         self, x: Tensor, rows: Tensor | None, state: SketchState, sums: StepSums
     ) -> None:
-        options, place = self.options, sums.shift.device
-        if x.device != place or not x.is_floating_point():
-            raise EvaValueError(
-                f"expected floating-point tokens on {place}, got {x.dtype} on {x.device}"
-            )
+        options = self.options
         given = sums.products, sums.shift, sums.square, rows, options.backend
         sketch_unchecked(x, state.basis, state.mean, *given, options.precision == "high")
 

@@ -6,7 +6,7 @@ import functools
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from eva_kernels.streaming import InputStream, NonFiniteStepError
 
 from .errors import EvaTypeError, EvaValueError, EvaWarning, NonFiniteError
+from .layers import Patches
 from .routing import RoutedInputs, eager_experts
 from .shared_inputs import Seen, Slot
 from .targets import Target
@@ -217,6 +218,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             self._lead(slot, i, x, args)
 
     def _first_tensor(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if args and isinstance(args[0], Tensor):  # nearly always
+            return args[0]
         for value in (*args, *kwargs.values()):
             x = value[0] if isinstance(value, (tuple, list)) and value else value
             if isinstance(x, Tensor):
@@ -349,32 +352,37 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         target = self.targets[i]
         self.current = target.name
         try:
-            parts = self._rows_of(i, x, args)
-            used = sum(slot.stream.add(part, rows) for part, rows in parts)
+            used = 0
+            for part, rows in self._rows_of(i, x, args):
+                used += slot.stream.add(part, rows)
         except NonFiniteError as error:
             raise self._explained(target.name, error) from None
         self.tokens, self.current = max(self.tokens, used), None
 
     def _rows_of(
         self, i: int, x: Tensor, args: tuple[Any, ...]
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield what a layer was called with as (N, D) matrices, each with the rows to use."""
+    ) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Return what a layer was called with as (N, D) matrices, each with the rows to use."""
         target, selector = self.targets[i], self.selectors[i]
         if selector is not None:
             x = selector(args or (x,), self._model_input, target.name)
         elif target.patches is not None:
-            self._check_tokens(target, x, x.dim() - len(target.patches.kernel) in (1, 2))
-            windows = target.patches.windows(x.detach())
-            shape = torch.Size([*windows.shape[: windows.dim() // 2], target.in_features])
-            rows = self._mask.rows(shape, x.device, target.name)
-            for part in target.patches.tokens(windows, rows):
-                yield part, None
-            return
+            return self._patches_of(target, target.patches, x)
         self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
         rows = None
         if selector is None:
             rows = self._masked_rows(x, target.name)
-        yield x.detach().reshape(-1, x.shape[-1]), rows
+        return ((x.detach().reshape(-1, x.shape[-1]), rows),)
+
+    def _patches_of(
+        self, target: Target, patches: Patches, x: Tensor
+    ) -> Iterator[tuple[Tensor, None]]:
+        self._check_tokens(target, x, x.dim() - len(patches.kernel) in (1, 2))
+        windows = patches.windows(x.detach())
+        shape = torch.Size([*windows.shape[: windows.dim() // 2], target.in_features])
+        rows = self._mask.rows(shape, x.device, target.name)
+        for part in patches.tokens(windows, rows):
+            yield part, None
 
     def _masked_rows(self, x: Tensor, name: str) -> Tensor | None:
         picked = self.routed.tokens_of(x)

@@ -109,6 +109,8 @@ class RoutedInputs(TorchFunctionMode):
 
     def tokens_of(self, x: Tensor) -> tuple[Tensor, int] | None:
         """Return which tokens the rows of x are, and of how many; ``None`` if that is not known."""
+        if not self.following:  # then nothing is known, and looking it up takes longer than this
+            return None
         found: tuple[Tensor, int] | None = self._tokens.get(x)
         return found
 

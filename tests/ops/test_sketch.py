@@ -1,11 +1,16 @@
 """The sketch op against the same sums in float64, the same tests for every backend."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eva_kernels.errors import EvaValueError
 from eva_kernels.ops import sketch
+from eva_kernels.ops._dispatch import is_observed
 from eva_kernels.streaming._basis import random_basis
 from helpers import BACKENDS, KINDS, TOLERANCES, products_limit, relative
 
@@ -157,3 +162,42 @@ def test_wrong_arguments(change: dict, message: str):
     arguments = dict(zip(names, state(torch.ones(4, 8), 3), strict=True))
     with pytest.raises(EvaValueError, match=message):
         sketch(**({"x": torch.ones(4, 8)} | arguments | change))
+
+
+class Seen(TorchDispatchMode):
+    """Takes down the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_at_operators_sees_it(device: torch.device):
+    if "triton" not in BACKENDS:
+        pytest.skip("the kernels do not run here")
+    x, basis = torch.randn(20, 16, device=device), torch.eye(4, 16, device=device)
+    wide = torch.zeros(16, dtype=torch.float64, device=device)
+
+    def run(x: Tensor, basis: Tensor, wide: Tensor) -> Tensor:
+        products = torch.zeros_like(basis)
+        sums = products, wide.clone(), wide.new_zeros(())
+        sketch(x, basis, basis.new_zeros(16), *sums, backend="triton")
+        return products
+
+    with Seen() as seen:
+        run(x, basis, wide)
+    assert seen.names.count("eva_kernels::sketch") == 1
+    with torch.profiler.profile() as profile:
+        run(x, basis, wide)
+    assert "eva_kernels::sketch" in {event.name for event in profile.events()}
+    traced = make_fx(run, tracing_mode="symbolic")(x, basis, wide)
+    assert "torch.ops.eva_kernels.sketch" in traced.code
+    # a transform hides a tensor without storage behind one of the plain type
+    torch.func.jvp(lambda x: run(x, basis, wide), (x,), (torch.ones_like(x),))
+    assert not is_observed(x)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,7 @@ def test_methods_adapt_it(found: Domain, method: str) -> None:
 
 
 def test_a_base_is_trained_here(found: Domain) -> None:
-    vocabulary = found.base.config.vocab_size
-    assert found.old.loss(found.base) < 0.75 * math.log(vocabulary)  # Python is learnt
+    # Python is learnt, or `found` would have been refused
     assert found.old.loss(found.base) < found.test.loss(found.base)  # C++ less so
     assert not found.base.training
 

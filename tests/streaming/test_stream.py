@@ -10,7 +10,7 @@ from peft.utils.incremental_pca import IncrementalPCA as PeftIncrementalPCA
 from torch import Tensor
 
 from eva_kernels.errors import EvaValueError, NonFiniteError
-from eva_kernels.streaming import InputStream, compare_streams, fold_streams, state
+from eva_kernels.streaming import InputStream, Options, compare_streams, fold_streams, state
 from helpers import (
     DTYPES,
     EPS32,
@@ -397,3 +397,33 @@ def test_streams_of_one_shape_share_the_rows_they_begin_with(
     fold_streams(streams[:2])  # after which nobody needs them
     streams[2].add(x)
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(
+    ("x", "rows", "message"),
+    [
+        (torch.ones(9, 5), None, "shape"),
+        (torch.ones(9, 6, dtype=torch.int64), None, "floating point"),
+        (torch.ones(9, 6, device="meta"), None, "expected tokens on cpu, got meta"),
+        (torch.ones(9, 6), torch.arange(3, dtype=torch.int32), "int64"),
+        (torch.ones(9, 6), torch.ones(9, dtype=torch.bool), "int64"),
+        (torch.ones(9, 6), torch.zeros(3, 1, dtype=torch.int64), "vector"),
+        (torch.ones(9, 6), torch.arange(3, device="meta"), "rows on meta"),
+    ],
+)
+def test_tokens_and_rows_of_another_kind_are_refused(
+    method: str, started: bool, x: Tensor, rows: Tensor | None, message: str
+):
+    stream = InputStream(6, 2, 3, torch.device("cpu"), options=Options(method))
+    if started:
+        stream.add(torch.randn(20, 6))
+    with pytest.raises(EvaValueError, match=message):
+        stream.add(x, rows)
+    assert stream.pending == 20 * started
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(EvaValueError, match=r"precision='hihg'.*'high', 'fast'"):
+        Options(precision="hihg")
