@@ -7,8 +7,7 @@ imports what it needs.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import signal
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import EvaError, EvaValueError, EvaWarning
+from .staging import staged_folder
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -82,9 +82,18 @@ _TASKS = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """Asked to end, as by a scheduler that takes the machine away."""
+
+
 def main() -> None:
     """Run the command line."""
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="eva-kernels")
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def _print_version(wanted: bool) -> None:
@@ -107,7 +116,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    pass
+    signal.signal(signal.SIGTERM, _terminate)
 
 
 @app.command()
@@ -185,7 +194,7 @@ def init(
     """Calibrate on your data and write an adapter folder for PeftModel.from_pretrained."""
     if device is not None and device_map is not None:
         raise typer.BadParameter("give --device or --device-map, not both")
-    with _exit_codes(ctx, checkpoint), _staged_folder(out, force, checkpoint) as folder:
+    with _exit_codes(ctx, checkpoint), staged_folder(out, force, checkpoint) as folder:
         lora = {"r": r, "lora_alpha": alpha, "target_modules": _targets(target_modules)}
         _check_device(device)
         fields = _config_fields(config, lora, {"rho": rho, "tau": tau})
@@ -267,7 +276,10 @@ def report(
 
 @contextmanager
 def _exit_codes(ctx: typer.Context, checkpoint: Path | None = None) -> Iterator[None]:
-    """End a failed command with a line on stderr and its exit code: 1, or 130 when interrupted."""
+    """End a failed command with a line on stderr and its exit code.
+
+    That is 1; when interrupted 130, when terminated 143.
+    """
     console = Console(stderr=True)
     debug = ctx.find_root().params["debug"]
     try:
@@ -278,15 +290,16 @@ def _exit_codes(ctx: typer.Context, checkpoint: Path | None = None) -> Iterator[
             yield
     except (typer.Exit, typer.BadParameter):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if checkpoint is None:
             fate = "nothing was kept"
         elif checkpoint.is_file():
             fate = f"the checkpoint {checkpoint} was kept; the same command goes on from it"
         else:
             fate = f"no checkpoint had been written to {checkpoint} yet"
-        _say(console, f"interrupted: {fate}")
-        raise typer.Exit(130) from None
+        ended = isinstance(error, Terminated)
+        _say(console, f"{'terminated' if ended else 'interrupted'}: {fate}")
+        raise typer.Exit(128 + (signal.SIGTERM if ended else signal.SIGINT)) from None
     except Exception as error:
         if debug:
             traceback.print_exception(error)
@@ -314,42 +327,6 @@ def _plain_warnings(console: Console, fallback: Any) -> Any:
 def _say(console: Console, text: str) -> None:
     """Print one line as it is: no markup, no colours by guess, no wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path]:
-    """Give a folder to write to, which becomes `out` if all goes well; `besides` may lie there."""
-    target = out.resolve()
-    if target.exists() and not target.is_dir():
-        raise EvaValueError(f"--out {out} is a file, a folder is needed")
-    own = None if besides is None else besides.resolve()
-    filled = target.is_dir() and any(path != own for path in target.iterdir())
-    if filled and not force:
-        raise EvaValueError(f"--out {out} is not empty; --force replaces the files in it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        # One level down, because the outer folder is closed to other users.
-        stage = Path(scratch) / target.name
-        stage.mkdir()
-        yield stage
-        _open_to_readers(stage)
-        if target.is_dir() and any(target.iterdir()):
-            for path in stage.iterdir():
-                os.replace(path, target / path.name)
-        else:
-            if target.is_dir():
-                target.rmdir()
-            stage.rename(target)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Give every file the mode of a new file; some writers leave theirs closed to other users."""
-    sample = folder / ".mode"
-    sample.touch()
-    mode = sample.stat().st_mode & 0o777
-    sample.unlink()
-    for path in folder.iterdir():
-        path.chmod(mode)
 
 
 def _targets(names: str | None) -> str | list[str] | None:

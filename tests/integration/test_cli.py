@@ -423,7 +423,13 @@ def _raise_interrupt(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_in_the_middle_of_the_pass(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_ended_in_the_middle_of_the_pass(
+    home: Path, tmp_path: Path, number: int, code: int, told: str
+) -> None:
     out = tmp_path / "out"
     arguments = ["init", home / "llama", *data_and_out(home, out), *QUICK, "--tau", "1"]
     arguments += ["--max-steps", "1000000"]
@@ -440,10 +446,10 @@ def test_ctrl_c_in_the_middle_of_the_pass(home: Path, tmp_path: Path) -> None:
         chunk = process.stderr.read1()
         assert chunk, f"ended early: {seen!r}"
         seen += chunk
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert rest.decode().rstrip().endswith("interrupted: nothing was kept")
+    assert process.returncode == code
+    assert rest.decode().rstrip().endswith(f"{told}: nothing was kept")
     assert b"Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
 
