@@ -116,7 +116,7 @@ def _root(
         ),
     ] = False,
 ) -> None:
-    signal.signal(signal.SIGTERM, _terminate)
+    pass
 
 
 @app.command()

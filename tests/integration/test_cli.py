@@ -423,13 +423,8 @@ def _raise_interrupt(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize(
-    ("number", "code", "told"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-)
-def test_ended_in_the_middle_of_the_pass(
-    home: Path, tmp_path: Path, number: int, code: int, told: str
-) -> None:
+@pytest.mark.parametrize(("number", "told"), [(2, "interrupted"), (15, "terminated")])
+def test_ended_in_the_middle_of_the_pass(home: Path, tmp_path: Path, number: int, told: str):
     out = tmp_path / "out"
     arguments = ["init", home / "llama", *data_and_out(home, out), *QUICK, "--tau", "1"]
     arguments += ["--max-steps", "1000000"]
@@ -448,7 +443,7 @@ def test_ended_in_the_middle_of_the_pass(
         seen += chunk
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 128 + number
     assert rest.decode().rstrip().endswith(f"{told}: nothing was kept")
     assert b"Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
