@@ -229,9 +229,10 @@ def simulate(
 ) -> None:
     """Peak memory of the initialisation of 7B to 70B models, simulated; needs no GPU."""
     from . import simulated_memory
+    from .models import MODELS
 
-    _check_names(model or (), simulated_memory.MODELS)
-    simulated_memory.run(model or list(simulated_memory.MODELS), write)
+    _check_names(model or (), MODELS)
+    simulated_memory.run(model or list(MODELS), write)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ import transformers
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
 from peft.tuners.lora.eva import SVDHook
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig
 
 import eva_kernels
 from eva_peft.assets import source_texts, token_stream
 
 from .common import spread
 from .kernels._timing import count_device_calls
+from .models import MODELS, TARGETS
 
 Batch = dict[str, torch.Tensor]
 Save = Callable[[dict[str, Any]], None]
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Setting:
     """What is measured.
 
     Attributes:
-        model: arguments of ``LlamaConfig``.
+        model: returns the config of transformers.
         batches: samples in a batch, one row of results each.
         length: tokens of a sample.
         steps: forward passes of a timed run; ``peft_steps`` of PEFT's.
@@ -51,7 +51,7 @@ class Setting:
         methods: names in ``METHODS``, in order of value.
     """
 
-    model: dict[str, int]
+    model: Callable[[], PretrainedConfig]
     batches: tuple[int, ...]
     length: int
     steps: int
@@ -63,74 +63,40 @@ class Setting:
     methods: tuple[str, ...] = ("plain", "ours", "peft")
 
 
+def _tiny() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=512,
+        hidden_size=48,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+    )
+
+
+_LARGE = Setting(
+    model=MODELS["Llama-2-7B"],
+    batches=(4, 8, 16),
+    length=512,
+    steps=6,
+    peft_steps=3,
+    hash_tokens=64,
+    r=16,
+    rho=2.0,
+    dtype=torch.bfloat16,
+)
+_WITHOUT_PEFT = ("plain", "ours")
 SETTINGS = {
-    "llama-2-7b": Setting(
-        model={
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-        },
-        batches=(4, 8, 16),
-        length=512,
-        steps=6,
-        peft_steps=3,
-        hash_tokens=64,
-        r=16,
-        rho=2.0,
-        dtype=torch.bfloat16,
-    ),
+    "llama-2-7b": _LARGE,
     # A vocabulary of 128,256: what an early exit saves.
-    "llama-3.1-8b": Setting(
-        model={
-            "vocab_size": 128_256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        },
-        batches=(4, 8, 16),
-        length=512,
-        steps=6,
-        peft_steps=0,
-        hash_tokens=0,
-        r=16,
-        rho=2.0,
-        dtype=torch.bfloat16,
-        methods=("plain", "ours"),
-    ),
+    "llama-3.1-8b": replace(_LARGE, model=MODELS["Llama-3.1-8B"], methods=_WITHOUT_PEFT),
     # The largest that one H200 holds: 131 GiB of weights.
-    "llama-3.1-70b": Setting(
-        model={
-            "vocab_size": 128_256,
-            "hidden_size": 8192,
-            "intermediate_size": 28672,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-        },
-        batches=(4,),
-        length=512,
-        steps=4,
-        peft_steps=0,
-        hash_tokens=0,
-        r=16,
-        rho=2.0,
-        dtype=torch.bfloat16,
-        methods=("plain", "ours"),
+    "llama-3.1-70b": replace(
+        _LARGE, model=MODELS["Llama-3.1-70B"], batches=(4,), steps=4, methods=_WITHOUT_PEFT
     ),
     "tiny": Setting(
-        model={
-            "vocab_size": 512,
-            "hidden_size": 48,
-            "intermediate_size": 112,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-        },
+        model=_tiny,
         batches=(2,),
         length=32,
         steps=3,
@@ -145,10 +111,9 @@ SETTINGS = {
 
 def build_model(setting: Setting, device: torch.device) -> nn.Module:
     """Return the model with random weights, made on the device: there is no second copy."""
-    config = LlamaConfig(**setting.model, max_position_embeddings=max(64, setting.length))
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=setting.dtype)
+        model = AutoModelForCausalLM.from_config(setting.model(), dtype=setting.dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -163,7 +128,7 @@ def load_ids(vocabulary: int, count: int) -> torch.Tensor:
 
 def make_batches(setting: Setting, size: int, device: torch.device) -> list[Batch]:
     """Return as many different batches as a timed run has steps."""
-    ids = load_ids(setting.model["vocab_size"], setting.steps * size * setting.length)
+    ids = load_ids(setting.model().vocab_size, setting.steps * size * setting.length)
     parts = ids.view(setting.steps, size, setting.length).to(device)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
 

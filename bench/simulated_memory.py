@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from eva_kernels.kernels import launch
 from eva_kernels.ops.sketch import sketch_workspace_bytes
@@ -44,11 +44,11 @@ from eva_peft.adapters import wrap_model
 from . import fake_cuda
 from .common import save
 from .fake_cuda import LiveMemory
+from .models import MODELS, TARGETS
 
 GIB = 2**30
 BATCH, LENGTH, FORWARDS = 4, 512, 3
 RANK, RHO = 16, 2.0
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # Name of a phase of the initialisation, and of the function that it is.
 PHASES = {
@@ -58,59 +58,6 @@ PHASES = {
     "compare": "compare_streams",
     "result": "collect_result",
     "write": "write_result",
-}
-
-
-def _llama(**sizes: int) -> LlamaConfig:
-    return LlamaConfig(max_position_embeddings=4096, **sizes)
-
-
-# As published in the config.json of each model.
-MODELS: dict[str, Callable[[], PretrainedConfig]] = {
-    "Llama-2-7B": lambda: _llama(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-    ),
-    "Llama-3.1-8B": lambda: _llama(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "Gemma-2-9B": lambda: Gemma2Config(
-        vocab_size=256000,
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=256,
-        query_pre_attn_scalar=256,
-    ),
-    "Gemma-2-27B": lambda: Gemma2Config(
-        vocab_size=256000,
-        hidden_size=4608,
-        intermediate_size=36864,
-        num_hidden_layers=46,
-        num_attention_heads=32,
-        num_key_value_heads=16,
-        head_dim=128,
-        query_pre_attn_scalar=144,
-    ),
-    "Llama-3.1-70B": lambda: _llama(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
 }
 
 

@@ -6,7 +6,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from ..end_to_end import TARGETS, load_ids
+from ..end_to_end import load_ids
 from ..methods import Batch, Job
-from ..simulated_memory import MODELS
+from ..models import MODELS, TARGETS
 
 
 @dataclass(frozen=True)

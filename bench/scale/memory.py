@@ -63,7 +63,7 @@ def _bytes(widths: Sequence[int], components: int, method: str) -> int:
 
 def _widths(model: str) -> list[int] | None:
     # brings transformers, and is only needed where a file was found
-    from ..simulated_memory import MODELS
+    from ..models import MODELS
 
     if model not in MODELS:
         return None

@@ -7,6 +7,7 @@ stages as shared memory has room for. ``bench kernel-report`` prints the evidenc
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -264,11 +265,8 @@ def rows_of_a_thread(tile: Tile, itemsize: int) -> int:
     return max(1, tile.block_n // max(1, rows_of_a_load))
 
 
-# Of the devices that were asked for, by index: every sketch asks.
-_FOUND: dict[int | None, Arch | str] = {}
-
-
-def _read_arch(index: int) -> Arch | str:
+@functools.cache
+def _device_arch(index: int) -> Arch | str:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
@@ -289,10 +287,8 @@ def arch_of(device: torch.device) -> Arch | str:
 
     Without a driver (the interpreter, or tensors that only pretend) it is the family's largest.
     """
-    found = _FOUND.get(device.index) if device.type == "cuda" else None
-    if found is not None:
-        return found
-    if device.type == "cpu" or not torch.cuda.is_available():
+    # Where a device was read there is a driver: every sketch asks, and torch takes long to tell.
+    driver = _device_arch.cache_info().currsize > 0 or torch.cuda.is_available()
+    if device.type == "cpu" or not driver:
         return ARCHS["sm_90"]
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _FOUND.setdefault(index, _read_arch(index))
+    return _device_arch(torch.cuda.current_device() if device.index is None else device.index)

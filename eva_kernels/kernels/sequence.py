@@ -175,8 +175,6 @@ def native_launches(
     try:
         for call, kernel in zip(calls, compiled, strict=True):
             parameters = _parameters(module, call, kernel, places)
-            if parameters is None:
-                return None
             meta, grid = kernel.metadata, (*call.grid, 1, 1)[:3]
             early = bool(getattr(meta, "launch_pdl", False))
             threads = 32 * meta.num_warps
@@ -188,13 +186,13 @@ def native_launches(
 
 def _parameters(
     module: Any, call: Call, kernel: Any, places: Mapping[str, tuple[int, int]]
-) -> list[tuple[int, int]] | None:
-    """Return what a kernel is given, or ``None`` if it is not as expected."""
+) -> list[tuple[int, int]]:
+    """Return what a kernel is given, or raise an error if it is not as expected."""
     meta, kinds = kernel.metadata, kernel.src.signature
     # one that wants memory, a cluster or all blocks at once; what a Triton does not know is not on
     special = "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid"
     if meta.num_ctas != 1 or any(getattr(meta, name, 0) for name in special):
-        return None
+        raise ValueError("a kernel of a special kind")
     values = [*(places[name] for name in call.pointers), *((NUMBER, n) for n in call.numbers)]
     named = dict(zip(call.kernel.arg_names, values, strict=False))
     taken = {name: value for name, value in named.items() if kinds[name] != "constexpr"}
@@ -202,7 +200,7 @@ def _parameters(
     wanted = module.parameter_sizes(kernel.function)
     scratch = len(wanted) - len(sizes)
     if scratch not in range(3) or wanted != sizes + [8] * scratch:
-        return None
+        raise ValueError(f"a kernel that takes parameters of {wanted} bytes, not of {sizes}")
     return [*taken.values(), *[(NUMBER, 0)] * scratch]
 
 

@@ -25,19 +25,19 @@ _reasons_logged: set[str] = set()
 
 
 @functools.cache
-def _import_kernels() -> str | None:
-    """Return why the kernels cannot be imported, or ``None``."""
-    try:
-        importlib.import_module("eva_kernels.kernels.sketch")
-    except ImportError as error:
-        return f"triton cannot be imported ({error})"
-    return None
-
-
-@functools.cache
 def kernels(name: str) -> ModuleType:
     """Return a module of kernels, which needs Triton, faster than an import statement does."""
     return importlib.import_module(f"eva_kernels.kernels.{name}")
+
+
+@functools.cache
+def _import_kernels() -> str | None:
+    """Return why the kernels cannot be imported, or ``None``."""
+    try:
+        kernels("sketch")
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    return None
 
 
 def triton_unavailable(device: torch.device | str) -> str | None:

@@ -73,20 +73,13 @@ def sketch(
         shift=(shift, (d,)),
         square=(square, ()),
     )
-    chosen = choose_backend("sketch", backend, x, basis.dtype, q)
-    if chosen == "triton" and (x if rows is None else rows).shape[0] > 0:
-        check_contiguous("sketch", products=products, shift=shift)
     state = basis, pivot, products, shift, square
-    sketch_unchecked(x, *state, rows, chosen, precision == "high", workspace)
+    sketch_unchecked(x, state, rows, backend, precision == "high", workspace)
 
 
 def sketch_unchecked(
     x: Tensor,
-    basis: Tensor,
-    pivot: Tensor,
-    products: Tensor,
-    shift: Tensor,
-    square: Tensor,
+    state: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     rows: Tensor | None,
     backend: str,
     high: bool,
@@ -97,19 +90,21 @@ def sketch_unchecked(
     What looks at the tensors of every layer input of every step takes as long as their launch.
 
     Args:
-        x, basis, pivot, products, shift, square, rows: of the shapes, dtypes and device that
-            :func:`sketch` asks for; sums for Triton without gaps.
+        x, rows: of the shapes, dtypes and device that :func:`sketch` asks for.
+        state: basis, pivot, products, shift and square, the same.
         backend, workspace: as :func:`sketch`.
         high: ``precision="high"``.
     """
+    basis, pivot, products, shift, square = state
     q = int(basis.shape[0])  # of a traced tensor, too
     chosen = choose_backend("sketch", backend, x, basis.dtype, q)
     if (x if rows is None else rows).shape[0] == 0:
         return
     if chosen == "torch":
         with torch.no_grad():
-            reference.sketch(x, basis, pivot, products, shift, square, rows)
+            reference.sketch(x, *state, rows)
         return
+    check_contiguous("sketch", products=products, shift=shift)
     x = with_contiguous_columns(x)
     sequence = _sequence(x, rows, q, high)
     basis, pivot = basis.contiguous(), pivot.contiguous()

@@ -211,9 +211,9 @@ class InputStream:
     def _sketch_into(
         self, x: Tensor, rows: Tensor | None, state: SketchState, sums: StepSums
     ) -> None:
-        options = self.options
-        given = sums.products, sums.shift, sums.square, rows, options.backend
-        sketch_unchecked(x, state.basis, state.mean, *given, options.precision == "high")
+        given = state.basis, state.mean, sums.products, sums.shift, sums.square
+        high = self.options.precision == "high"
+        sketch_unchecked(x, given, rows, self.options.backend, high)
 
     def _accumulate(self, x: Tensor, rows: Tensor | None) -> None:
         assert self.sums is not None

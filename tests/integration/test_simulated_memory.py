@@ -13,11 +13,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from bench import fake_cuda
 from bench.common import RESULTS
+from bench.models import MODELS, TARGETS
 from bench.simulated_memory import (
     GIB,
     HEADERS,
-    MODELS,
-    TARGETS,
     Peak,
     Simulation,
     lora_config,

@@ -28,6 +28,17 @@ META = {
 }
 
 
+class Compiled:
+    """A kernel of Triton, whose code is gone with it."""
+
+    def __init__(self, **meta: Any) -> None:
+        """Take what differs from META; None is left out."""
+        known = {name: value for name, value in (META | meta).items() if value is not None}
+        self.metadata = SimpleNamespace(**known)
+        self.src = SimpleNamespace(signature=SIGNATURE | {"BLOCK": "constexpr"})
+        self.function = 7
+
+
 def launches(sizes: list[int] | Exception, **meta: Any) -> Any:
     """Return the native list of one kernel whose parameters have these sizes, or ``None``."""
 
@@ -37,14 +48,9 @@ def launches(sizes: list[int] | Exception, **meta: Any) -> Any:
         return sizes
 
     module = SimpleNamespace(LaunchList=_C.LaunchList, parameter_sizes=parameter_sizes)
-    compiled = SimpleNamespace(
-        metadata=SimpleNamespace(**{k: v for k, v in (META | meta).items() if v is not None}),
-        src=SimpleNamespace(signature=SIGNATURE | {"BLOCK": "constexpr"}),
-        function=7,
-    )
     kernel = SimpleNamespace(arg_names=[*SIGNATURE, "BLOCK"])
     call = sequence.Call(kernel, (3, 2), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
-    return sequence.native_launches(module, [call], [compiled], PLACES)
+    return sequence.native_launches(module, [call], [Compiled(**meta)], PLACES)
 
 
 @pytest.mark.parametrize("scratch", [0, 1, 2])
@@ -78,15 +84,6 @@ def test_a_kernel_is_given_what_it_takes(scratch: int, unknown: tuple[str, ...])
 )
 def test_what_is_not_as_expected_is_left_to_triton(sizes: Any, meta: dict[str, Any]):
     assert launches(sizes, **meta) is None
-
-
-class Compiled:
-    """A kernel of Triton, whose code is gone with it."""
-
-    def __init__(self) -> None:
-        self.metadata = SimpleNamespace(**META)
-        self.src = SimpleNamespace(signature=SIGNATURE | {"BLOCK": "constexpr"})
-        self.function = 7
 
 
 class Kernel:
