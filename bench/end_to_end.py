@@ -126,10 +126,10 @@ def load_ids(vocabulary: int, count: int) -> torch.Tensor:
     return ids.repeat(-(-count // len(ids)))[:count] % vocabulary
 
 
-def make_batches(setting: Setting, size: int, device: torch.device) -> list[Batch]:
-    """Return as many different batches as a timed run has steps."""
+def make_batches(setting: Setting, size: int) -> list[Batch]:
+    """Return as many different batches as a timed run has steps, on the host as a loader's are."""
     ids = load_ids(setting.model().vocab_size, setting.steps * size * setting.length)
-    parts = ids.view(setting.steps, size, setting.length).to(device)
+    parts = ids.view(setting.steps, size, setting.length)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
 
 
@@ -149,7 +149,7 @@ class Bench:
 
     def __init__(self, setting: Setting, model: nn.Module, size: int, device: torch.device) -> None:
         self.setting, self.model, self.device = setting, model, device
-        self.batches = make_batches(setting, size, device)
+        self.batches = make_batches(setting, size)
         self.config = lora_config(setting)
 
     def now(self) -> float:
@@ -171,8 +171,9 @@ class Bench:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def forward(self, batch: Batch) -> None:
+        inputs = {key: x.to(self.device, non_blocking=True) for key, x in batch.items()}
         with torch.no_grad():
-            self.model(**batch, use_cache=False)
+            self.model(**inputs, use_cache=False)
 
     def calibrate(self, steps: int, stamps: list[float] | None = None) -> eva_kernels.EvaResult:
         """Run our pass; the clock is read after every step."""
@@ -243,7 +244,7 @@ def measure_peft(bench: Bench) -> dict[str, Any]:
     begins: list[float] = []
     ends: list[float] = []
 
-    def forward(module: nn.Module, batch: Batch) -> None:
+    def forward(module: nn.Module, batch: Batch) -> None:  # PEFT has moved it to the device
         begins.append(bench.now())
         with torch.no_grad():
             module(**batch, use_cache=False)
