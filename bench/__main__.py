@@ -276,7 +276,9 @@ def gpu_check(
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Rehearse on the CPU.")] = False,
     skip: Annotated[list[str] | None, typer.Option(help="A stage to leave out.")] = None,
+    also: Annotated[list[str] | None, typer.Option(help="A stage beyond the check.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what passed before.")] = False,
+    seconds: Annotated[float, typer.Option(help="Of the whole.")] = 540.0,
 ) -> None:
     """Build, test, sanitise and measure on a GPU within nine minutes; red unless all is green."""
     from .gpu_check.runner import Check
@@ -284,7 +286,9 @@ def gpu_check(
     # a polite end: the stage that runs is ended, too
     signal.signal(signal.SIGTERM, _leave)
     try:
-        check = Check(out, dry_run=dry_run, skip=skip or (), resume=resume)
+        check = Check(
+            out, dry_run=dry_run, skip=skip or (), also=also or (), resume=resume, total=seconds
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(0 if check.run() else 1)

@@ -10,15 +10,18 @@ import traceback
 from pathlib import Path
 
 from .context import Context, StageFailed, StageSkipped
+from .plan import STAGES
 
 PASSED, FAILED, SKIPPED = 0, 1, 77
+SHARED = {stage.name: stage.module for stage in STAGES if stage.module}
 
 
 def run_stage(context: Context) -> int:
     """Run one stage and return the exit status that stands for its outcome."""
     context.save({})
     try:
-        module = importlib.import_module(f"bench.gpu_check.stages.{context.stage}")
+        name = SHARED.get(context.stage, context.stage)
+        module = importlib.import_module(f"bench.gpu_check.stages.{name}")
         module.run(context)
     except StageSkipped as skipped:
         context.save(context.saved(), "skipped", str(skipped))

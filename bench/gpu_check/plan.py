@@ -1,11 +1,14 @@
-"""The stages, what each is worth in time, and how time that is left over passes on."""
+"""The stages, what each is worth in time, and how time that is left over passes on.
+
+What belongs to the check is run always, and what goes beyond it when it is asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["SHARES", "STAGES", "TOTAL_SECONDS", "Stage", "limit_of"]
+__all__ = ["BEYOND", "SHARES", "STAGES", "TOTAL_SECONDS", "Stage", "chosen", "limit_of"]
 
 TOTAL_SECONDS = 540.0
 
@@ -15,13 +18,15 @@ class Stage:
     """One stage of the check.
 
     Attributes:
-        name: also of its module in ``stages``.
+        name: also of its module in ``stages``, where there is no other.
         share: seconds that are kept for it, whatever the stages before it take.
         rehearsal: seconds at most in a dry run.
         required: the check is green only if this stage passed; another may be skipped where the
             machine lacks what it needs, but not fail.
         beside: runs at the same time as the stage before it, whose time is then also its own. Not
             for a stage that measures time.
+        beyond: not part of the check: run if asked for, and then required.
+        module: in ``stages``, of one that several stages share.
     """
 
     name: str
@@ -29,6 +34,8 @@ class Stage:
     rehearsal: float
     required: bool = True
     beside: bool = False
+    beyond: bool = False
+    module: str = ""
 
 
 # In order of value: what comes last suffers first if the whole check is cut short.
@@ -37,11 +44,22 @@ STAGES = (
     Stage("environment", 15.0, 60.0),
     Stage("tests", 210.0, 120.0),
     Stage("sanitizer", 60.0, 10.0, required=False, beside=True),
+    Stage("quality", 310.0, 240.0, beside=True, beyond=True),
     Stage("ceilings", 15.0, 40.0),
     Stage("kernels", 75.0, 100.0),
     Stage("end_to_end", 105.0, 120.0),
+    Stage("end_to_end_8b", 45.0, 120.0, beyond=True, module="end_to_end"),
+    Stage("end_to_end_70b", 75.0, 120.0, beyond=True, module="end_to_end"),
+    Stage("tune", 60.0, 60.0, beyond=True),
+    Stage("corda", 60.0, 240.0, beyond=True),
 )
 SHARES = {stage.name: stage.share for stage in STAGES}
+BEYOND = tuple(stage.name for stage in STAGES if stage.beyond)
+
+
+def chosen(also: Sequence[str]) -> tuple[Stage, ...]:
+    """Return the stages of the check, and those beyond it that are named."""
+    return tuple(stage for stage in STAGES if not stage.beyond or stage.name in also)
 
 
 def limit_of(stage: Stage, later: Sequence[Stage], remaining: float) -> float:

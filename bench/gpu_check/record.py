@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -73,19 +73,30 @@ def new_record(dry_run: bool) -> dict[str, Any]:
     }
 
 
-def resumed(earlier: Any, record: dict[str, Any]) -> dict[str, Any]:
+def resumed(
+    earlier: Any, record: dict[str, Any], skip: Collection[str] = (), gpu: str | None = None
+) -> dict[str, Any]:
     """Return the parts of an earlier record that stay: stages that passed, and what they ran on.
 
-    Nothing, unless it is of the same schema, sources and kind of run.
+    Nothing, unless it is of the same schema, sources, kind of run and GPU.
+
+    Args:
+        earlier: as read.
+        record: the new one.
+        skip: stages that stay, whatever came of them.
+        gpu: name of the present one, where it is known.
     """
     keys = ("schema_version", "sources", "dry_run")
     if not isinstance(earlier, Mapping) or any(earlier.get(k) != record[k] for k in keys):
         return {}
-    kept = {n: s for n, s in earlier.get("stages", {}).items() if s.get("status") == "passed"}
-    return {
-        "stages": {name: {**stage, "kept": True} for name, stage in kept.items()},
-        **{key: earlier.get(key, {}) for key in ("machine", "versions")},
+    if earlier.get("machine", {}).get("name") != gpu:
+        return {}
+    kept = {
+        name: {**stage, "kept": True}
+        for name, stage in earlier.get("stages", {}).items()
+        if stage.get("status") == "passed" or name in skip
     }
+    return {"stages": kept, **{key: earlier.get(key, {}) for key in ("machine", "versions")}}
 
 
 def verdict(stages: Mapping[str, Mapping[str, Any]], required: Mapping[str, bool]) -> str:

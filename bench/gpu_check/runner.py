@@ -15,8 +15,9 @@ from typing import Any
 from ..processes import GRACE_SECONDS, child_environment, run_limited
 from .child import SKIPPED
 from .context import result_path
-from .plan import STAGES, TOTAL_SECONDS, Stage, limit_of
+from .plan import BEYOND, TOTAL_SECONDS, Stage, chosen, limit_of
 from .record import FILE, new_record, read_json, resumed, verdict, write_json
+from .stages.environment import smi
 from .table import render
 
 TABLE = "gpu-check.txt"
@@ -32,9 +33,12 @@ class Check:
         out: folder of the results.
         dry_run: rehearse on the CPU, with small shapes and Triton's interpreter.
         skip: names of stages to leave out; the check is then not green.
-        resume: keep what passed before in the same folder with the same sources.
+        also: names of stages beyond the check.
+        resume: keep what passed before in the same folder with the same sources on the same GPU;
+            of what is skipped, whatever came of it.
+        total: seconds of the whole.
         say: prints a line.
-        stages, total: the plan.
+        stages: the plan, in place of the real one.
     """
 
     def __init__(
@@ -43,21 +47,22 @@ class Check:
         *,
         dry_run: bool = False,
         skip: Sequence[str] = (),
+        also: Sequence[str] = (),
         resume: bool = False,
-        say: Say = print,
-        stages: Sequence[Stage] = STAGES,
         total: float = TOTAL_SECONDS,
+        say: Say = print,
+        stages: Sequence[Stage] | None = None,
     ) -> None:
-        unknown = sorted(set(skip) - {stage.name for stage in stages})
-        if unknown:
-            names = ", ".join(stage.name for stage in stages)
-            raise ValueError(f"no stage {', '.join(unknown)}; there are {names}")
+        stages = chosen(also) if stages is None else stages
+        _known("stage", skip, [stage.name for stage in stages])
+        _known("stage beyond the check", also, BEYOND)
         self.out, self.dry_run, self.skip, self.say = out.resolve(), dry_run, set(skip), say
         self.stages, self.total = stages, total
         self.begin = time.monotonic()
         self.record = new_record(dry_run)
         if resume:
-            self.record |= resumed(read_json(self.out / FILE), self.record)
+            gpu = None if dry_run else smi().get("name")
+            self.record |= resumed(read_json(self.out / FILE), self.record, self.skip, gpu)
 
     @property
     def remaining(self) -> float:
@@ -161,6 +166,12 @@ def _outcome(stage: Stage, status: str, reason: str) -> dict[str, Any]:
         "seconds": 0.0,
         "results": {},
     }
+
+
+def _known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
 
 
 def _tail(path: Path) -> str:

@@ -32,7 +32,12 @@ def render(record: Mapping[str, Any]) -> str:
     parts += _tests(results.get("tests", {}))
     parts += _ceilings(results.get("ceilings", {}), dry)
     parts += _kernels(results.get("kernels", {}), dry)
-    parts += _end_to_end(results.get("end_to_end", {}), dry)
+    for name, found in results.items():
+        if name.startswith("end_to_end"):
+            parts += _end_to_end(found, dry)
+    parts += _tune(results.get("tune", {}), dry)
+    parts += _quality(results.get("quality", {}), dry)
+    parts += _depth(results.get("corda", {}), dry)
     return _text(parts)
 
 
@@ -160,3 +165,51 @@ def _end_to_end(found: Mapping[str, Any], dry: bool) -> list[Any]:
         notes.append(f"  batch {entry['batch']}: {text}{' (dry run)' if dry else ''}")
     columns = ["method", unit, "p20-p80", "peak above weights, GiB"]
     return [_table(f"end to end, {found['config']}", columns, lines), *notes]
+
+
+def _tune(found: Mapping[str, Any], dry: bool) -> list[Any]:
+    timed = [row for row in found.get("rows", []) if row["status"] == "timed"]
+    if not timed:
+        return []
+    lines = []
+    for row in timed:
+        shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
+        line = [f"{shape}: {row['change']}", f"{1e3 * row['ms']['median']:.1f}"]
+        lines.append([*line, f"{row['over_as_is']:.3f}"])
+    columns = ["launch numbers of the sketch", "dry us" if dry else "us", "over the table's"]
+    return [_table("tune", columns, lines)]
+
+
+def _quality(found: Mapping[str, Any], dry: bool) -> list[Any]:
+    rows = found.get("rows", [])
+    if not rows:
+        return []
+    base = found["base"]
+    lines = [["the base", "", "", *_pair(base, "loss"), *_pair(base, "score")]]
+    for row in rows:
+        rate = "" if row["rate"] is None else f"{row['rate']:g}"
+        seeds = str(row["seeds"])
+        lines.append([row["method"], rate, seeds, *_pair(row, "loss"), *_pair(row, "score")])
+    columns = ["initialisation", "rate", "seeds", "loss", "+-", "score", "+-"]
+    size = f"{base['parameters'] / 1e6:.3g} million parameters"
+    return [_table(f"quality, {size}{' (dry run)' if dry else ''}", columns, lines)]
+
+
+def _pair(row: Mapping[str, Any], name: str) -> list[str]:
+    return [f"{row[key]:.4f}" if key in row else "" for key in (name, f"{name}_error")]
+
+
+def _depth(found: Mapping[str, Any], dry: bool) -> list[Any]:
+    notes = []
+    for row in found.get("whole", []):
+        if "error" in row:
+            continue
+        depths = " and ".join(map(str, row["from"]))
+        what = f"{row['init_s']:.4g} s" if dry else f"{row['init_s']:.4g} s, {_gib(row)}"
+        note = f"{row['method']}, {row['depth']} layers (extrapolated from {depths}): {what}"
+        notes.append(f"{note}{' (dry run)' if dry else ''}")
+    return notes
+
+
+def _gib(row: Mapping[str, Any]) -> str:
+    return f"{row['init_peak'] / 2**30:.3g} GiB above the weights"

@@ -15,14 +15,17 @@ import pytest
 
 from bench import processes
 from bench.gpu_check import child, context, record, table
-from bench.gpu_check.plan import STAGES, TOTAL_SECONDS, Stage, limit_of
+from bench.gpu_check.plan import TOTAL_SECONDS, Stage, chosen, limit_of
 from bench.gpu_check.stages import build, end_to_end, environment, kernels, sanitizer, tests
 
 A, B, C = Stage("a", 10.0, 5.0), Stage("b", 20.0, 5.0), Stage("c", 30.0, 5.0)
 
 
+OF_THE_CHECK = chosen(())
+
+
 def test_shares_fit_the_whole() -> None:
-    assert sum(stage.share for stage in STAGES) <= TOTAL_SECONDS - 5
+    assert sum(stage.share for stage in OF_THE_CHECK) <= TOTAL_SECONDS - 5
     assert TOTAL_SECONDS == 9 * 60
 
 
@@ -43,8 +46,8 @@ def test_limit(stage: Stage, later: list[Stage], remaining: float, limit: float)
 
 def test_later_stages_keep_their_shares_whatever_happens_before() -> None:
     remaining = TOTAL_SECONDS
-    for i, stage in enumerate(STAGES):
-        limit = limit_of(stage, STAGES[i + 1 :], remaining)
+    for i, stage in enumerate(OF_THE_CHECK):
+        limit = limit_of(stage, OF_THE_CHECK[i + 1 :], remaining)
         assert limit >= stage.share
         remaining -= limit
     assert remaining >= 0
@@ -70,15 +73,18 @@ def test_verdict(statuses: dict[str, str], expected: str) -> None:
 def test_resume_keeps_what_passed_with_the_same_sources() -> None:
     new = record.new_record(dry_run=False)
     stages = {"a": {"status": "passed"}, "b": {"status": "failed"}, "c": {"status": "timed out"}}
-    earlier = {**new, "stages": stages, "machine": {"gpu": "x"}, "versions": {"torch": "2"}}
+    earlier = {**new, "stages": stages, "machine": {"cpu": "x"}, "versions": {"torch": "2"}}
     assert record.resumed(earlier, new) == {
         "stages": {"a": {"status": "passed", "kept": True}},
-        "machine": {"gpu": "x"},  # what is kept ran there
+        "machine": {"cpu": "x"},  # what is kept ran there
         "versions": {"torch": "2"},
     }
     for key, other in (("sources", "x"), ("dry_run", True), ("schema_version", 0)):
         assert record.resumed({**earlier, key: other}, new) == {}
     assert record.resumed(None, new) == {}
+    assert record.resumed(earlier, new, gpu="another") == {}
+    assert record.resumed({**earlier, "machine": {"name": "this"}}, new, gpu="this") != {}
+    assert set(record.resumed(earlier, new, skip=["b"])["stages"]) == {"a", "b"}
 
 
 def test_source_hash_sees_a_change(tmp_path: Path) -> None:
@@ -239,9 +245,11 @@ def test_a_module_older_than_its_sources_is_not_up_to_date(tmp_path: Path) -> No
 
 
 def test_smi_fields() -> None:
-    told = "580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W, 143771 MiB\nother\n"
+    told = (
+        "NVIDIA H200, 580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W, 143771 MiB\nother\n"
+    )
     found = environment.parse_smi(told)
-    assert found["driver_version"] == "580.1"
+    assert (found["name"], found["driver_version"]) == ("NVIDIA H200", "580.1")
     assert found["memory.total"] == "143771 MiB"
     assert environment.parse_smi("") == {}
 
@@ -367,6 +375,7 @@ def test_outcome_of_a_stage(
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str, float]:
     out = tmp_path_factory.mktemp("rehearsal")
     command = [sys.executable, "-m", "bench", "gpu-check", "--out", str(out), "--dry-run"]
+    command += ["--also", "end_to_end_8b"]
     begin = time.monotonic()
     done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
     return out, done.returncode, done.stdout + done.stderr, time.monotonic() - begin
@@ -377,7 +386,8 @@ def test_rehearsal_is_green(rehearsal: tuple[Path, int, str, float]) -> None:
     out, status, output, _ = rehearsal
     found = json.loads((out / "gpu-check.json").read_text())
     outcomes = {name: stage["status"] for name, stage in found["stages"].items()}
-    expected = {stage.name: "passed" for stage in STAGES} | {"sanitizer": "skipped"}
+    names = [stage.name for stage in chosen(["end_to_end_8b"])]
+    expected = {**dict.fromkeys(names, "passed"), "sanitizer": "skipped"}
     assert outcomes == expected, output
     assert status == 0
     assert found["status"] == "passed"

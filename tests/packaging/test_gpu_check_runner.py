@@ -1,5 +1,6 @@
 """The check on a GPU: the order of its stages, what runs beside another, and what is kept."""
 
+import importlib
 import threading
 import time
 from dataclasses import replace
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_check import record, runner
+from bench.gpu_check import plan, record, runner
 from bench.gpu_check.plan import Stage
 
 
@@ -56,6 +57,21 @@ def test_a_stage_left_out_is_red_unless_it_may_be(tmp_path: Path) -> None:
         stubbed(tmp_path, outcomes, skip=["nope"])
 
 
+def test_a_stage_beyond_the_check_is_run_when_it_is_named(tmp_path: Path) -> None:
+    names = [stage.name for stage in runner.Check(tmp_path).stages]
+    assert not set(names) & {*plan.BEYOND}
+    asked = runner.Check(tmp_path, also=["quality", "tune"]).stages
+    assert {stage.name for stage in asked} == {*names, "quality", "tune"}
+    with pytest.raises(ValueError, match="no stage beyond the check kernels; there are quality, "):
+        runner.Check(tmp_path, also=["kernels"])
+
+
+def test_every_stage_has_a_module() -> None:
+    for stage in plan.STAGES:
+        module = importlib.import_module(f"bench.gpu_check.stages.{stage.module or stage.name}")
+        assert callable(module.run)
+
+
 def beside(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
     check = stubbed(out, outcomes, **options)
     check.stages = [replace(s, beside=s.name == "b") for s in check.stages]
@@ -88,6 +104,13 @@ def test_resumed_check_runs_what_had_not_passed(tmp_path: Path) -> None:
     again = stubbed(tmp_path, {"a": "failed", "b": "passed"}, resume=True)
     assert again.run()
     assert again.record["stages"]["a"]["kept"]
+
+
+def test_resumed_check_keeps_what_came_of_a_stage_that_is_left_out(tmp_path: Path) -> None:
+    assert not stubbed(tmp_path, {"a": "failed", "b": "failed"}).run()
+    again = stubbed(tmp_path, {"a": "passed", "b": "passed"}, resume=True, skip=["a"])
+    assert not again.run()
+    assert [s["status"] for s in again.record["stages"].values()] == ["failed", "passed"]
 
 
 def test_a_check_without_time_reaches_nothing(tmp_path: Path) -> None:

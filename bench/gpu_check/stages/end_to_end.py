@@ -1,10 +1,16 @@
-"""The whole pass on the shape of Llama-2-7B: plain forward, ours, PEFT's."""
+"""The whole pass on the shape of a model: plain forward, ours, and on Llama-2-7B PEFT's."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..context import Context, StageFailed
+
+CONFIGS = {
+    "end_to_end": "llama-2-7b",
+    "end_to_end_8b": "llama-3.1-8b",
+    "end_to_end_70b": "llama-3.1-70b",
+}
 
 
 def run(context: Context) -> None:
@@ -17,7 +23,7 @@ def run(context: Context) -> None:
     if not (cuda or context.dry_run):
         raise StageFailed("torch sees no CUDA device")
     found = end_to_end.run(
-        "tiny" if context.dry_run else "llama-2-7b",
+        "tiny" if context.dry_run else CONFIGS[context.stage],
         torch.device("cuda" if cuda else "cpu"),
         seconds=context.remaining,
         save=context.save,

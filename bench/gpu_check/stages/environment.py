@@ -14,7 +14,9 @@ from typing import Any
 from ..context import Context, StageFailed
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "pybind11", "pytest")
-QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
+QUERY = (
+    "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,memory.total"
+)
 
 
 def run(context: Context) -> None:

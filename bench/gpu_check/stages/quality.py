@@ -1,0 +1,50 @@
+"""Fine-tuning at a size for a GPU: a base that is pre-trained here, adapted from each start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..context import Context, StageFailed
+from ..record import read_json
+
+DOMAIN = "pretrained"
+METHODS = ("lora", "eva", "lora-ga")
+
+
+def run(context: Context) -> None:
+    """Train, keep every row in ``quality.json`` of the folder, and tell how the methods ended."""
+    import torch
+
+    from bench.quality.run import run
+
+    if not (torch.cuda.is_available() or context.dry_run):
+        raise StageFailed("torch sees no CUDA device")
+    run("quick", context.folder, [DOMAIN], METHODS[:2] if context.dry_run else METHODS, quiet=True)
+    found = summary(read_json(context.folder / "quality.json"))
+    context.save(found)
+    reason = judge(found["rows"])
+    if reason:
+        raise StageFailed(reason)
+
+
+def summary(record: Any) -> dict[str, Any]:
+    """Return how each method ended on the test split, the mean over seeds, and the base."""
+    from bench.quality import show
+    from bench.quality.statistics import mean_error
+
+    (base,) = record["rows"]["bases"]
+    rows = []
+    for method, found in show.find(record, DOMAIN).items():
+        row: dict[str, Any] = {"method": method, "seeds": len(found.rows), "rate": found.rate}
+        if found.reason:
+            row["reason"] = found.reason
+        for name in ("loss", "score") if found.rows else ():
+            row[name], row[f"{name}_error"] = mean_error(list(found.values(name).values()))
+        rows.append(row)
+    return {"base": base, "rows": rows}
+
+
+def judge(rows: list[dict[str, Any]]) -> str:
+    """Return what is missing, or an empty string."""
+    bad = [f"{row['method']}: {row['reason']}" for row in rows if "reason" in row]
+    return "; ".join(bad)[:300] if rows else "nothing was measured"

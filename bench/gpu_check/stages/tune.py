@@ -1,0 +1,35 @@
+"""The sketch with other launch numbers: what ``kernels/launch.py`` is filled from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..context import Context, StageFailed
+
+
+def run(context: Context) -> None:
+    """Measure, shape by shape, what time is left for; no launch numbers may give wrong sums."""
+    import torch
+
+    from bench.kernels import tune
+
+    cuda = torch.cuda.is_available()
+    if not (cuda or context.dry_run):
+        raise StageFailed("torch sees no CUDA device")
+    rows = tune.run(
+        torch.device("cuda" if cuda else "cpu"),
+        small=context.dry_run,
+        seconds=context.remaining,
+        save=lambda rows: context.save({"rows": rows}),
+    )
+    reason = judge(rows)
+    if reason:
+        raise StageFailed(reason)
+
+
+def judge(rows: list[dict[str, Any]]) -> str:
+    """Return what is wrong, or an empty string; what does not fit the chip is not wrong."""
+    wrong = [f"{row['change']}: {row['reason']}" for row in rows if row["status"] == "incorrect"]
+    if not any(row["status"] == "timed" for row in rows):
+        return "nothing was timed"
+    return "; ".join(wrong)[:300]

@@ -1,0 +1,96 @@
+"""The stages beyond the check on a GPU: what they make of what was measured."""
+
+from typing import Any
+
+import pytest
+
+from bench.gpu_check import table
+from bench.gpu_check.stages import corda, quality, tune
+
+BASE = {"domain": quality.DOMAIN, "base": True, "parameters": 88_000_000, "loss": 3.0, "score": 0.4}
+
+
+def record(losses: dict[str, list[float]]) -> dict[str, Any]:
+    """Return what a run of the quality part keeps, of methods that end at some losses."""
+
+    def row(method: str, seed: int, loss: float, on: str) -> dict[str, Any]:
+        where = {"domain": quality.DOMAIN, "method": method, "rate": 1e-3, "seed": seed, "on": on}
+        return {**where, "loss": loss, "score": 1 / loss}
+
+    sweep = [row(name, 100, values[0], "validation") for name, values in losses.items()]
+    final = [
+        row(name, seed, loss, "test")
+        for name, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+    return {
+        "settings": {
+            "methods": {name: name.upper() for name in losses},
+            "domains": {quality.DOMAIN: {"rates": [1e-3, 1e-2]}},
+        },
+        "rows": {"bases": [BASE], "sweep": sweep, "final": final},
+    }
+
+
+def test_quality_is_summed_up() -> None:
+    found = quality.summary(record({"lora": [2.0, 2.2], "eva": [1.8, 2.0]}))
+    assert found["base"]["loss"] == 3.0
+    lora, eva = found["rows"]
+    assert (lora["method"], lora["seeds"], lora["rate"]) == ("lora", 2, 1e-3)
+    assert lora["loss"] == pytest.approx(2.1)
+    assert eva["score"] == pytest.approx((1 / 1.8 + 1 / 2.0) / 2)
+    assert quality.judge(found["rows"]) == ""
+    text = table.render({**EMPTY, "stages": {"quality": passed(found)}})
+    assert "quality, 88 million parameters" in text
+    assert "2.1000" in text
+
+
+def test_quality_names_what_did_not_run() -> None:
+    given = record({"lora": [2.0, 2.2], "eva": [1.8]})
+    given["rows"]["final"] = [r for r in given["rows"]["final"] if r["method"] == "lora"]
+    for row in given["rows"]["sweep"]:
+        if row["method"] == "eva":
+            row["error"] = "OutOfMemoryError: x"
+    found = quality.summary(given)
+    assert quality.judge(found["rows"]) == "eva: OutOfMemoryError: x"
+    assert quality.judge([]) != ""
+    table.render({**EMPTY, "stages": {"quality": passed(found)}})
+
+
+EMPTY: dict[str, Any] = {
+    "status": "passed",
+    "dry_run": False,
+    "date": "",
+    "commit": "",
+    "sources": "",
+    "machine": {},
+    "versions": {},
+}
+
+
+def passed(results: dict[str, Any]) -> dict[str, Any]:
+    return {"status": "passed", "seconds": 1.0, "reason": "", "results": results}
+
+
+def test_launch_numbers_are_judged_and_told() -> None:
+    shape = {"N": 64, "D": 96, "Q": 16}
+    timed = {"shape": shape, "change": "as is", "status": "timed", "over_as_is": 1.0}
+    timed["ms"] = {"median": 0.042}
+    too_large = {"shape": shape, "change": "x", "status": "failed", "reason": "OutOfResources"}
+    wrong = {"shape": shape, "change": "y", "status": "incorrect", "reason": "wrong by 1e-2"}
+    assert tune.judge([timed, too_large]) == ""
+    assert tune.judge([timed, wrong]) == "y: wrong by 1e-2"
+    assert tune.judge([too_large]) != ""
+    text = table.render({**EMPTY, "stages": {"tune": passed({"rows": [timed, too_large]})}})
+    assert "N=64 D=96 Q=16: as is" in text
+    assert "42.0" in text
+
+
+def test_corda_is_judged_and_told() -> None:
+    row = {"method": "corda-ipm", "depth": 32, "from": [1, 2], "init_s": 300.0, "init_peak": 2**32}
+    assert corda.judge([row]) == ""
+    failed = {"method": "corda-ipm", "error": "OutOfMemoryError"}
+    assert corda.judge([failed]) == "corda-ipm: OutOfMemoryError"
+    assert corda.judge([]) != ""
+    text = table.render({**EMPTY, "stages": {"corda": passed({"whole": [row, failed]})}})
+    assert "32 layers (extrapolated from 1 and 2): 300 s, 4 GiB above the weights" in text
