@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
+import operator
+import warnings
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,32 +22,52 @@ from .streaming.stream import InputStream, Options
 
 __all__ = ["IncrementalPCA"]
 
+SEEDS = -(2**63), 2**63 - 1
+
+
+def _engine(method: Any) -> Any:
+    """Let a method run as the engine needs it, whatever context the user has opened."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # what is made in inference mode cannot be written to outside
+        with torch.inference_mode(False), torch.no_grad():
+            return without_autocast(method)(*args, **kwargs)
+
+    return run
+
 
 class IncrementalPCA:
     """Principal components of a stream of batches, in memory that does not grow.
 
     The conventions are those of ``sklearn.decomposition.IncrementalPCA`` and so of PEFT's class of
-    the same name; data are tensors (or arrays) and results are tensors on the data's device.
+    the same name: it is cloned, searched over and put into pipelines like any estimator. Data are
+    dense tensors (or arrays), and results are tensors on the data's device. Not there: whitening,
+    and ``get_precision``.
 
     Args:
-        n_components: K; ``None`` means the smaller side of the first batch.
+        n_components: K; ``None`` means the smaller side of the first batch. A stream keeps the one
+            that it began with; ``fit`` begins another.
         method: ``"sketch"`` (a basis of ``oversample * K`` rows), ``"gram"`` (exact, D x D) or
             ``"auto"`` (exact where that costs no more arithmetic, for at most ``2 * oversample *
             K`` features).
         oversample: sketch width over components.
         seed: of the first basis.
-        batch_size: rows a batch in :meth:`fit`; 5 times the features if ``None``.
+        batch_size: rows a batch in :meth:`fit`, at least 1; 5 times the features if ``None``.
         backend, precision: see ``eva_kernels.ops``.
 
     Attributes (after the first ``partial_fit``; all tensors on the device of the data):
-        components_: (K, D), orthonormal rows; the largest entry of each is positive.
+        components_: (K, D), orthonormal rows; the largest entry of each is positive. Reading this
+            or any of the following closes the current step of the stream.
         singular_values_: (K,), explained_variance_: (K,), explained_variance_ratio_: (K,).
         mean_: (D,), var_: (D,) per-feature variance (denominator n, as scikit-learn).
         n_samples_seen_: int. noise_variance_: float, mean variance of what is left out.
+        n_components_: K. n_features_in_: D. batch_size_: rows a batch of the last :meth:`fit`.
 
     Raises:
-        EvaValueError: (a ValueError) too many components, another number of features, an unknown
-            method; NonFiniteError: a row holds NaN or infinity.
+        EvaValueError: (a ValueError) too many components, another number of features, an argument
+            out of range; EvaTypeError: (a TypeError) sparse or complex data, an argument of another
+            type; NonFiniteError: a row holds NaN or infinity.
 
     Reference: arXiv 1706.05736 (sketch); ``sklearn.decomposition.IncrementalPCA``.
     """
@@ -56,8 +83,6 @@ class IncrementalPCA:
         backend: str = "auto",
         precision: str = "high",
     ) -> None:
-        if method not in METHODS:
-            raise EvaValueError(f"method={method!r} is unknown; choose one of {METHODS}")
         self.n_components = n_components
         self.method = method
         self.oversample = oversample
@@ -65,7 +90,52 @@ class IncrementalPCA:
         self.batch_size = batch_size
         self.backend = backend
         self.precision = precision
+        self._check_arguments()
         self._reset()
+
+    def _check_arguments(self) -> None:
+        if self.method not in METHODS:
+            raise EvaValueError(f"method={self.method!r} is unknown; choose one of {METHODS}")
+        _check_whole("n_components", self.n_components, 1)
+        _check_whole("batch_size", self.batch_size, 1)
+        _check_whole("seed", self.seed, *SEEDS)
+        if not 1 <= self.oversample < math.inf:
+            raise EvaValueError(f"oversample={self.oversample} must be at least 1, and finite")
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the arguments of the constructor; ``deep`` changes nothing."""
+        return {name: getattr(self, name) for name in _PARAMETERS}
+
+    def set_params(self, **params: Any) -> IncrementalPCA:
+        """Set arguments of the constructor, for the next :meth:`fit`."""
+        unknown = sorted(set(params) - {*_PARAMETERS})
+        if unknown:
+            raise EvaValueError(
+                f"invalid parameter {unknown[0]!r} for IncrementalPCA; valid parameters are "
+                f"{list(_PARAMETERS)}"
+            )
+        before = self.get_params()
+        self.__dict__.update(params)
+        try:
+            self._check_arguments()
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        return self
+
+    def __repr__(self) -> str:
+        given = (f"{name}={value!r}" for name, value in self.get_params().items())
+        return f"IncrementalPCA({', '.join(given)})"
+
+    def __sklearn_tags__(self) -> Any:
+        # only scikit-learn asks
+        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
+
+        target = TargetTags(required=False)
+        return Tags(None, target, transformer_tags=TransformerTags(), input_tags=InputTags())
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return self._stream is not None
 
     def _reset(self) -> None:
         self._stream: InputStream | None = None
@@ -78,8 +148,11 @@ class IncrementalPCA:
     ) -> IncrementalPCA:
         """Forget everything and learn from x, (N, D), batch by batch."""
         data = _as_tensor(x)
+        _check_rows(data)
+        self._check_arguments()
+        _check_whole("batch_size", batch_size, 1)
         self._reset()
-        size = batch_size or self.batch_size or 5 * data.shape[1]
+        size = self.batch_size_ = batch_size or self.batch_size or 5 * data.shape[1]
         least = self.n_components or 1
         begin = 0
         while begin < len(data):
@@ -90,8 +163,7 @@ class IncrementalPCA:
             begin = end
         return self
 
-    @torch.no_grad()
-    @without_autocast
+    @_engine
     def partial_fit(
         self, x: Tensor | np.ndarray, y: None = None, *, mask: Tensor | None = None
     ) -> IncrementalPCA:
@@ -116,11 +188,13 @@ class IncrementalPCA:
             if used == 0:
                 return self
             stream = self._make_stream(data, used)
-        elif data.shape[1] != stream.features:
-            raise EvaValueError(
-                f"X has {data.shape[1]} features, but IncrementalPCA is expecting "
-                f"{stream.features} features as input"
-            )
+        else:
+            _check_features(data, stream.features)
+            if self.n_components not in (None, stream.components):
+                raise EvaValueError(
+                    f"n_components was {stream.components} for the batches before, and is "
+                    f"{self.n_components} now; call fit to begin anew"
+                )
         stream.add(data, rows)
         if self._stream is None:  # only now: a first batch that is refused leaves nothing behind
             self._stream = stream
@@ -132,8 +206,9 @@ class IncrementalPCA:
         return self
 
     def _make_stream(self, data: Tensor, used: int) -> InputStream:
+        self._check_arguments()
         features = data.shape[1]
-        k = min(used, features) if self.n_components is None else self.n_components
+        k = min(used, features) if self.n_components is None else int(self.n_components)
         if not 1 <= k <= features:
             raise EvaValueError(
                 f"n_components={k} invalid for n_features={features}, need more rows than columns "
@@ -148,7 +223,7 @@ class IncrementalPCA:
         plan = plan_streams([features], [k], method=self.method, oversample=self.oversample)[0]
         # A call that brings bad rows is refused by itself, at the price of a read on a GPU.
         options = Options(
-            plan.method, self.seed, self.backend, self.precision, check_every_add=True
+            plan.method, int(self.seed), self.backend, self.precision, check_every_add=True
         )
         return InputStream(features, k, plan.width, data.device, dtype, options)
 
@@ -166,18 +241,42 @@ class IncrementalPCA:
     @without_autocast
     def transform(self, x: Tensor | np.ndarray) -> Tensor:
         """Return the coordinates of x, (N, K), dtype of the components."""
-        components = self.components_
-        return (_as_tensor(x).to(components) - self.mean_.to(components)) @ components.mT
+        components, data = self.components_, _as_tensor(x)
+        _check_features(data, components.shape[1])
+        return (data.to(components) - self.mean_.to(components)) @ components.mT
+
+    @without_autocast
+    def inverse_transform(self, x: Tensor | np.ndarray) -> Tensor:
+        """Return the data, (N, D), whose coordinates are x, (N, K)."""
+        components, data = self.components_, _as_tensor(x)
+        if data.shape[-1] != len(components):
+            raise EvaValueError(f"X has {data.shape[-1]} coordinates, not {len(components)}")
+        return data.to(components) @ components + self.mean_.to(components)
+
+    @without_autocast
+    def get_covariance(self) -> Tensor:
+        """Return the covariance of the model, (D, D): components, and noise in what is left out."""
+        components, noise = self.components_, self.noise_variance_
+        above = (self.explained_variance_ - noise).clamp_min(0)
+        covariance = (components * above[:, None]).mT @ components
+        covariance.diagonal().add_(noise)
+        return covariance
 
     def fit_transform(self, x: Tensor | np.ndarray, y: None = None) -> Tensor:
         """Fit, then transform."""
         return self.fit(x).transform(x)
 
+    @_engine
     def merge(self, other: IncrementalPCA) -> IncrementalPCA:
         """Take everything that ``other`` has seen into this one (``other`` is left as it is)."""
         if other._stream is None:
             return self
         if self._stream is None:
+            if self.n_components not in (None, other._stream.components):
+                raise EvaValueError(
+                    f"cannot merge {other._stream.components} components into an IncrementalPCA "
+                    f"of n_components={self.n_components}"
+                )
             self._stream = other._stream.clone()
             self._pivot, self._sum, self._square = other._pivot, other._sum, other._square
         else:
@@ -200,8 +299,11 @@ class IncrementalPCA:
     def _spectrum(self) -> Spectrum:
         if self._stream is None:
             raise AttributeError("this IncrementalPCA has not seen any data; call partial_fit")
-        if self._answer is None:
-            self._answer = self._stream.spectrum()
+        return self._answer or self._find_answer(self._stream)
+
+    @_engine
+    def _find_answer(self, stream: InputStream) -> Spectrum:
+        self._answer = stream.spectrum()
         return self._answer
 
     @property
@@ -217,7 +319,7 @@ class IncrementalPCA:
     @property
     def singular_values_(self) -> Tensor:
         """Singular values of the centred data, (K,)."""
-        return self._spectrum.singular_values.to(self.components_)
+        return self._spectrum.singular_values.to(self.components_, copy=True)
 
     @property
     def explained_variance_(self) -> Tensor:
@@ -228,7 +330,7 @@ class IncrementalPCA:
     @property
     def explained_variance_ratio_(self) -> Tensor:
         """Share of the total variance along each component, (K,)."""
-        return self._spectrum.ratio.to(self.components_)
+        return self._spectrum.ratio.to(self.components_, copy=True)
 
     @property
     def mean_(self) -> Tensor:
@@ -251,18 +353,65 @@ class IncrementalPCA:
         return max(rest, 0.0) / max(self.n_samples_seen_ - 1, 1) / left
 
     @property
+    def n_components_(self) -> int:
+        """Components, K."""
+        return len(self.components_)
+
+    @property
     def n_features_in_(self) -> int:
         """Features, D."""
         return int(self._spectrum.mean.shape[0])
 
 
+_PARAMETERS = tuple(inspect.signature(IncrementalPCA).parameters)
+
+
+def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if value is None and name != "seed":
+        return
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(value, bool):
+        raise EvaTypeError(f"{name}={value!r} must be a whole number")
+    if whole < least or (most is not None and whole > most):
+        told = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise EvaValueError(f"{name}={value} must be {told}")
+
+
+def _check_rows(data: Tensor) -> None:
+    if data.dim() != 2:
+        raise EvaValueError(
+            f"expected a 2D array of rows of features, got shape {tuple(data.shape)}; "
+            "reshape(-1, D) makes rows of features, reshape(1, -1) one row"
+        )
+
+
+def _check_features(data: Tensor, features: int) -> None:
+    if data.shape[-1] != features:
+        raise EvaValueError(
+            f"X has {data.shape[-1]} features, but IncrementalPCA is expecting {features} "
+            "features as input"
+        )
+
+
 def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
     if not isinstance(x, Tensor):
+        if hasattr(x, "toarray"):
+            raise EvaTypeError(f"dense data are needed, got {type(x).__name__}; see its toarray()")
         x = np.asarray(x)
+        if x.dtype.kind not in "biufc":
+            raise EvaTypeError(f"numbers are needed, got an array of dtype {x.dtype}")
         if x.dtype.kind in "biuf":  # of any byte order and strides
             kind = x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.dtype(np.float64)
             x = np.ascontiguousarray(x, kind)
-    data = torch.as_tensor(x)
+    with warnings.catch_warnings():
+        # that data are read-only: they are read only
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
+        data = torch.as_tensor(x)
+    if data.layout != torch.strided:
+        raise EvaTypeError(f"dense data are needed, got a tensor of layout {data.layout}")
     if data.dim() < 1 or data.numel() == 0:
         raise EvaValueError(f"expected rows of features, got an array of shape {tuple(data.shape)}")
     if not data.is_floating_point():

@@ -85,7 +85,7 @@ def prepare_kernel(
     x = load_tokens(x_ptr, rows_ptr, o_sample, o_d, n, d, stride_xn, HAS_ROWS)
     centred = centre_tokens(x, pivot, o_sample, o_d, n, d)
     spread = tl.sum(tl.sum(centred * centred, axis=0), axis=0) / (SAMPLE * BLOCK_D)
-    flag = tl.max(pivot * pivot, axis=0) > LARGE_OFFSET * LARGE_OFFSET * spread
+    flag = tl.max(pivot * pivot, axis=0) > spread * (LARGE_OFFSET * LARGE_OFFSET)
     tl.store(flags_ptr + pid, flag.to(tl.int32))
 
     v = _load_basis(basis_ptr, o_q, o_d, q, d)

@@ -31,7 +31,7 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
     width = len(left.basis)
     share = right.count / count
-    mean = left.mean + share * (right.mean - left.mean)
+    mean = torch.lerp(left.mean.double(), right.mean.double(), share).to(left.mean.dtype)
     norm = torch.linalg.vector_norm(mean, dtype=torch.float64)
     host, distance, norm_ = read([values[:width], delta.square().sum(), norm])
     squares = host**2

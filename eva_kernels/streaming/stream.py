@@ -174,8 +174,7 @@ class InputStream:
     def _finite_rows(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         # One pass over X that the CPU does at the speed of memory; masked rows may hold anything,
         # so only the slow path below looks at them one by one.
-        dtype = torch.promote_types(x.dtype, self.dtype)
-        if torch.isfinite(torch.linalg.vector_norm(x, dtype=dtype)):
+        if self._fits(x):
             return rows
         chosen = x if rows is None else x.index_select(0, rows)
         finite = chosen.isfinite().all(1)
@@ -183,10 +182,18 @@ class InputStream:
         if bad and not self.options.skip_nonfinite:
             raise NonFiniteError(f"{bad} of {len(chosen)} tokens hold NaN or infinity")
         self.skipped += bad
-        if not torch.isfinite(torch.linalg.vector_norm(chosen[finite], dtype=dtype)):
+        if not self._fits(chosen[finite]):
             raise NonFiniteError(_overflow(self.dtype))
         index = torch.arange(len(x), device=x.device) if rows is None else rows
         return index[finite]
+
+    def _fits(self, x: Tensor) -> bool:
+        """Tell whether the numbers of a fold are finite; a read."""
+        dtype = torch.promote_types(x.dtype, self.dtype)
+        norm = torch.linalg.vector_norm(x, dtype=dtype)
+        # a fold multiplies sums of squares with each other, in float64
+        most = norm.square().square() if dtype == torch.float64 else norm
+        return bool(torch.isfinite(most))
 
     def _start(self, x: Tensor, rows: Tensor | None) -> None:
         limit = WARM_UP_TOKENS * self.width
@@ -305,6 +312,8 @@ class InputStream:
 
 
 def _overflow(dtype: torch.dtype) -> str:
+    if dtype == torch.float64:
+        return f"tokens are finite, but products of their squares overflow {dtype}; scale the data"
     return (
         f"tokens are finite, but their squares overflow {dtype}; scale the data, or give it as "
         "float64"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -23,6 +24,9 @@ _CHOICES = {
     "precision": ("high", "fast"),
     "budget": ("rank", "params"),
     "early_exit": ("auto", True, False),
+    "freeze_converged": (True, False),
+    "trim_padding": (True, False),
+    "progress": (True, False),
 }
 _NUMBERS: dict[str, Any] = {
     "max_steps": Integral,
@@ -134,6 +138,12 @@ class CalibrateOptions:
                 raise EvaValueError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of {allowed}"
                 )
+        self._check_numbers()
+        if self.checkpoint is not None and not isinstance(self.checkpoint, (str, PathLike)):
+            raise EvaTypeError(f"checkpoint={self.checkpoint!r} must be a path or None")
+        self._check_functions()
+
+    def _check_numbers(self) -> None:
         for name, kind in _NUMBERS.items():
             value = getattr(self, name)
             if value is None and name in ("max_tokens", "max_seconds", "tokens_per_step"):
@@ -144,19 +154,32 @@ class CalibrateOptions:
                 raise EvaTypeError(f"{name}={value!r} must be a number ({kind.__name__})")
             if name != "seed" and not value >= _LEAST.get(name, 0):
                 raise EvaValueError(f"{name}={value} must be at least {_LEAST.get(name, 0)}")
+            if name == "oversample" and value == math.inf:
+                raise EvaValueError(f"{name}={value} must be finite")
             if kind is Integral:  # of numpy, say, which JSON and generators do not take
                 object.__setattr__(self, name, int(value))
+        if not -(2**63) <= self.seed < 2**63:
+            raise EvaValueError(f"seed={self.seed} must be a number of 64 bits")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise EvaValueError(f"max_seconds={self.max_seconds} must be positive")
-        if self.checkpoint is not None and not isinstance(self.checkpoint, (str, PathLike)):
-            raise EvaTypeError(f"checkpoint={self.checkpoint!r} must be a path or None")
-        for name in ("forward_fn", "callback"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise EvaTypeError(f"{name}={getattr(self, name)!r} must be callable")
+
+    def _check_functions(self) -> None:
+        for name in ("forward_fn", "callback", "prepare_model_inputs_fn"):
+            value = getattr(self, name)
+            known = value is None or (name.startswith("prepare") and value == AUTO)
+            if not (known or callable(value)):
+                raise EvaTypeError(f"{name}={value!r} must be callable")
+        given = self.prepare_layer_inputs_fn
+        parts = given.values() if isinstance(given, Mapping) else [given]
+        if not all(value is None or callable(value) or value == AUTO for value in parts):
+            raise EvaTypeError(
+                f"prepare_layer_inputs_fn={given!r} must be callable, or a mapping from layer "
+                "names to functions"
+            )
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> CalibrateOptions:
-        """Build the options, naming the nearest option for one that does not exist."""
+        """Build the options; the error for one that does not exist names those that do."""
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from eva_kernels.streaming import StreamPlan, plan_streams, stream_bytes
 
+from .errors import EvaValueError
 from .options import AUTO, CalibrateOptions
 from .targets import Target
 
@@ -41,7 +43,12 @@ def components_of(target: Target, rho: float) -> int:
     """Return K, the components that a layer may be given: ``round(r * rho)``, at most D.
 
     A multiple of the step of its ranks.
+
+    Raises:
+        EvaValueError: ``rho`` is not finite.
     """
+    if not math.isfinite(rho):
+        raise EvaValueError(f"rho={rho} must be finite")
     most = min(round(target.rank * rho), target.in_features)
     return max(1, most // target.step * target.step)
 

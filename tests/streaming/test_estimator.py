@@ -1,0 +1,211 @@
+"""``IncrementalPCA`` as an estimator: what scikit-learn's tools ask of it, and odd arguments."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import sklearn.base
+import torch
+from sklearn.decomposition import PCA
+from sklearn.model_selection import ParameterGrid
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from eva_kernels import IncrementalPCA, NonFiniteError
+from eva_kernels.errors import EvaTypeError, EvaValueError
+from helpers import decaying, exact, relative, with_spectrum
+
+METHODS = ["sketch", "gram"]
+
+
+def data(tokens: int = 400, features: int = 40, **options: Any) -> Tensor:
+    return with_spectrum(tokens, features, decaying(features, 2.0), offset=20.0, **options)
+
+
+def test_it_is_cloned_and_searched_over():
+    first = IncrementalPCA(4, method="gram", oversample=3.0).fit(data())
+    again = sklearn.base.clone(first)
+    assert again.get_params() == first.get_params()
+    assert again._stream is None
+    sizes = [
+        IncrementalPCA().set_params(**given).fit(data()).n_components_
+        for given in ParameterGrid({"n_components": [2, 5], "seed": [1]})
+    ]
+    assert sizes == [2, 5]
+    assert repr(first).startswith("IncrementalPCA(n_components=4, method='gram', oversample=3.0,")
+
+
+def test_it_goes_into_a_pipeline():
+    x = data(dtype=torch.float64).numpy()
+    pipeline = make_pipeline(StandardScaler(), IncrementalPCA(4, method="gram"))
+    found = pipeline.fit(x).transform(x)
+    expected = make_pipeline(StandardScaler(), PCA(4, svd_solver="full")).fit_transform(x)
+    assert relative(found.abs(), torch.as_tensor(np.abs(expected))) <= 1e-6
+    check_is_fitted(pipeline[-1])
+    with pytest.raises(sklearn.exceptions.NotFittedError):
+        check_is_fitted(IncrementalPCA(3))
+
+
+def test_parameters_that_are_refused_change_nothing():
+    pca = IncrementalPCA(4)
+    with pytest.raises(EvaValueError, match=r"invalid parameter 'k' .* valid parameters are \['n_"):
+        pca.set_params(k=3)
+    with pytest.raises(EvaValueError, match="method='x' is unknown"):
+        pca.set_params(n_components=5, method="x")
+    assert (pca.n_components, pca.method) == (4, "auto")
+
+
+@pytest.mark.parametrize(("method", "close"), [("gram", 1e-6), ("sketch", 1e-4)])
+def test_back_from_the_coordinates(method: str, close: float):
+    x = data(dtype=torch.float64)
+    pca = IncrementalPCA(6, method=method).fit(x)
+    theirs = PCA(6, svd_solver="full").fit(x.numpy())
+    back = pca.inverse_transform(pca.transform(x))
+    expected = theirs.inverse_transform(theirs.transform(x.numpy()))
+    assert relative(back, torch.as_tensor(expected)) <= close
+    assert relative(pca.get_covariance(), torch.as_tensor(theirs.get_covariance())) <= 1e-4
+    with pytest.raises(EvaValueError, match="X has 5 coordinates, not 6"):
+        pca.inverse_transform(x[:, :5])
+
+
+def test_covariance_of_all_components_is_that_of_the_data():
+    x = data(300, 8, dtype=torch.float64)
+    found = IncrementalPCA(8).fit(x).get_covariance()
+    torch.testing.assert_close(found, torch.cov(x.mT))
+
+
+def test_what_fit_leaves():
+    pca = IncrementalPCA(6, batch_size=150).fit(data())
+    assert (pca.n_components_, pca.n_features_in_, pca.batch_size_) == (6, 40, 150)
+    assert IncrementalPCA(6).fit(data()).batch_size_ == 5 * 40
+
+
+def test_results_are_the_callers_own():
+    x = data(dtype=torch.float64)
+    pca = IncrementalPCA(6).fit(x)
+    for name in ("singular_values_", "explained_variance_ratio_"):
+        before = getattr(pca, name).clone()
+        getattr(pca, name).mul_(2)
+        assert torch.equal(getattr(pca, name), before), name
+
+
+def test_another_number_of_components_needs_a_new_fit():
+    pca = IncrementalPCA(4).partial_fit(data())
+    pca.n_components = 6
+    with pytest.raises(EvaValueError, match=r"n_components was 4 .* and is 6 now; call fit"):
+        pca.partial_fit(data())
+    assert pca.fit(data()).n_components_ == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"n_components": 2.0}, EvaTypeError, "n_components=2.0 must be a whole number"),
+        ({"n_components": 0.95}, EvaTypeError, "n_components=0.95 must be a whole number"),
+        ({"n_components": "mle"}, EvaTypeError, "n_components='mle' must be"),
+        ({"n_components": True}, EvaTypeError, "n_components=True must be"),
+        ({"n_components": 0}, EvaValueError, "n_components=0 must be at least 1"),
+        ({"batch_size": 0}, EvaValueError, "batch_size=0 must be at least 1"),
+        ({"oversample": 0.5}, EvaValueError, "oversample=0.5 must be at least 1"),
+        ({"oversample": float("inf")}, EvaValueError, "oversample=inf must be .* finite"),
+        ({"oversample": float("nan")}, EvaValueError, "oversample=nan must be"),
+        ({"seed": 2**70}, EvaValueError, "seed=.* must be between"),
+        ({"seed": None}, EvaTypeError, "seed=None must be a whole number"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
+        IncrementalPCA(**arguments)
+
+
+def test_whole_numbers_of_any_kind():
+    assert IncrementalPCA(np.int64(3), seed=np.int32(1)).fit(data()).n_components_ == 3
+    assert IncrementalPCA(3, seed=-5).fit(data()).n_components_ == 3
+
+
+def test_shapes_that_are_refused():
+    pca = IncrementalPCA(4)
+    with pytest.raises(EvaValueError, match=r"expected a 2D array .* reshape\(1, -1\) one row"):
+        pca.fit(torch.randn(40))
+    pca.fit(data())
+    with pytest.raises(EvaValueError, match=r"X has 39 features, but .* expecting 40 features"):
+        pca.transform(data()[:, :39])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (torch.eye(6).to_sparse(), "dense data are needed, got a tensor of layout torch.sparse"),
+        (scipy.sparse.eye(6, format="csr"), r"dense data are needed, got csr.*; see its toarray"),
+        (np.array([["a", "b"]]), "numbers are needed, got an array of dtype <U1"),
+        (np.array([[None, 1]]), "numbers are needed, got an array of dtype object"),
+    ],
+)
+def test_what_is_no_dense_array_of_numbers(values: Any, words: str):
+    with pytest.raises(EvaTypeError, match=words):
+        IncrementalPCA(2).partial_fit(values)
+
+
+def test_read_only_arrays_are_read():
+    x = data().numpy()
+    x.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pca = IncrementalPCA(4).partial_fit(x)
+    assert torch.equal(pca.mean_, IncrementalPCA(4).partial_fit(data()).mean_)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_may_come_and_go(method: str, first: bool):
+    x, pca = data(), IncrementalPCA(4, method=method)
+    for i, batch in enumerate(x.split(100)):
+        with torch.inference_mode(first == (i % 2 == 0)):
+            pca.partial_fit(batch * 1.0)
+            pca.components_  # noqa: B018  # closes the step
+    expected = IncrementalPCA(4, method=method)
+    for batch in x.split(100):
+        expected.partial_fit(batch)
+        expected.components_  # noqa: B018
+    assert torch.equal(pca.components_, expected.components_)
+    with torch.inference_mode():
+        merged = IncrementalPCA(4, method=method).merge(pca)
+    merged.partial_fit(x)
+    assert merged.n_samples_seen_ == 800
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_streams_of_two_dtypes_are_merged(method: str, dtypes: tuple[torch.dtype, ...]):
+    x = data(600)
+    parts = x[:200], x[200:400]
+    left, right = (
+        IncrementalPCA(6, method=method).fit(part.to(dtype))
+        for part, dtype in zip(parts, dtypes, strict=True)
+    )
+    left.merge(right).partial_fit(x[400:].to(dtypes[0]))
+    assert {left.mean_.dtype, left.components_.dtype} == {dtypes[0]}
+    assert relative(left.singular_values_[:4], exact(x)[0][:4]) <= 1e-3
+    assert relative(left.mean_, x.double().mean(0)) <= 1e-6
+
+
+def test_a_merge_keeps_the_number_of_components():
+    seven = IncrementalPCA(7).fit(data())
+    with pytest.raises(EvaValueError, match=r"merge 7 components into .* of n_components=3"):
+        IncrementalPCA(3).merge(seven)
+    assert IncrementalPCA().merge(seven).n_components_ == 7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float64_that_is_too_large(method: str):
+    x = data(dtype=torch.float64)
+    with pytest.raises(
+        NonFiniteError, match=r"products of their squares overflow .* scale the dat"
+    ):
+        IncrementalPCA(4, method=method).fit(x * 1e80)
+    pca = IncrementalPCA(4, method=method).fit(x * 1e70)
+    assert relative(pca.singular_values_ / 1e70, exact(x)[0][:4]) <= 1e-3
