@@ -6,26 +6,35 @@ imports what it needs.
 
 from __future__ import annotations
 
-import json
 import signal
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .errors import EvaError, EvaValueError, EvaWarning
+from .model_setup import (
+    DType,
+    Task,
+    check_device,
+    config_fields,
+    load_model,
+    load_tokenizer,
+    lora_config,
+    needs_decoder_inputs,
+    target_names,
+    task_of,
+    warn_of_unknown,
+)
 from .staging import staged_folder
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 app = typer.Typer(
     name="eva-kernels",
@@ -36,6 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+RESULT = "eva.safetensors"  # beside an adapter
 REPORT_SUFFIXES = (".html", ".png", ".svg")
 _PACKAGES = ("triton", "transformers", "peft", "accelerate", "datasets", "matplotlib")
 _NATIVE_MODULES = ("eva_kernels._C", "eva_kernels._cuda")
@@ -47,39 +57,6 @@ class Method(str, Enum):
     AUTO = "auto"
     SKETCH = "sketch"
     GRAM = "gram"
-
-
-class DType(str, Enum):
-    """The data type of the model's weights during the pass; `auto` is that of the checkpoint."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Task(str, Enum):
-    """What the model is loaded for."""
-
-    CAUSAL_LM = "causal-lm"
-    SEQ2SEQ_LM = "seq2seq-lm"
-    MASKED_LM = "masked-lm"
-    SEQUENCE_CLASSIFICATION = "sequence-classification"
-    TOKEN_CLASSIFICATION = "token-classification"
-    QUESTION_ANSWERING = "question-answering"
-    FEATURE_EXTRACTION = "feature-extraction"
-
-
-# Task -> (class of transformers, PEFT's task type)
-_TASKS = {
-    Task.CAUSAL_LM: ("AutoModelForCausalLM", "CAUSAL_LM"),
-    Task.SEQ2SEQ_LM: ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
-    Task.MASKED_LM: ("AutoModelForMaskedLM", None),
-    Task.SEQUENCE_CLASSIFICATION: ("AutoModelForSequenceClassification", "SEQ_CLS"),
-    Task.TOKEN_CLASSIFICATION: ("AutoModelForTokenClassification", "TOKEN_CLS"),
-    Task.QUESTION_ANSWERING: ("AutoModelForQuestionAnswering", "QUESTION_ANS"),
-    Task.FEATURE_EXTRACTION: ("AutoModel", "FEATURE_EXTRACTION"),
-}
 
 
 class Terminated(KeyboardInterrupt):
@@ -125,7 +102,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the report and the plots.")] = Path(
         "demo-report"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps, and one seed.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tuning runs of each method.")] = 3,
 ) -> None:
     """Run EVA on the embedded model and text, compare with PEFT's EVA, fine-tune, report."""
@@ -195,12 +172,12 @@ def init(
     if device is not None and device_map is not None:
         raise typer.BadParameter("give --device or --device-map, not both")
     with _exit_codes(ctx, checkpoint), staged_folder(out, force, checkpoint) as folder:
-        lora = {"r": r, "lora_alpha": alpha, "target_modules": _targets(target_modules)}
-        _check_device(device)
-        fields = _config_fields(config, lora, {"rho": rho, "tau": tau})
-        task = task or _task_of(fields)
-        lora_config = _lora_config(fields, task)
-        tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(model)
+        lora = {"r": r, "lora_alpha": alpha, "target_modules": target_names(target_modules)}
+        check_device(device)
+        fields = config_fields(config, lora, {"rho": rho, "tau": tau})
+        task = task or task_of(fields)
+        peft_config = lora_config(fields, task)
+        tokenizer = load_tokenizer(model)
 
         from .data import DecoderInputs, load_texts, make_loader, padding_token
 
@@ -208,7 +185,8 @@ def init(
             data, text_column=text_column, split=split, limit=limit, tokenizer=tokenizer
         )
         batches: Any = make_loader(texts, tokenizer, batch_size, max_length, seed)
-        base = _load_model(model, task, dtype.value, device, device_map, seed)
+        base = load_model(model, task, dtype.value, device, device_map, seed)
+        warn_of_unknown(peft_config.target_modules, base)
         if getattr(base.config, "pad_token_id", None) is None:  # classifiers look for it
             base.config.pad_token_id = padding_token(tokenizer)
         options: dict[str, Any] = {"max_steps": max_steps, "method": method.value, "seed": seed}
@@ -218,11 +196,11 @@ def init(
         from .initialize import initialize
         from .report import write_html
 
-        if task is Task.SEQ2SEQ_LM:
+        if needs_decoder_inputs(base, task):
             batches = DecoderInputs(batches, base)
-        tuned = initialize(base, batches, lora_config, **options)
+        tuned = initialize(base, batches, peft_config, **options)
         tuned.save_pretrained(folder)
-        tuned.eva_result.save(folder / "eva.safetensors")
+        tuned.eva_result.save(folder / RESULT)
         write_html(tuned.eva_result, folder / "report.html")
     _say(Console(), tuned.eva_result.summary())
     _say(Console(), f"wrote {out}: PeftModel.from_pretrained(base_model, {str(out)!r}) loads it")
@@ -251,13 +229,15 @@ def info(ctx: typer.Context) -> None:
 @app.command()
 def report(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="A saved result, such as eva.safetensors.")],
+    file: Annotated[Path, typer.Argument(help=f"A saved result, or a folder with {RESULT} in it.")],
     out: Annotated[
         Path | None,
         typer.Option(help="What to write: .html, .png or .svg.", show_default="FILE as .html"),
     ] = None,
 ) -> None:
     """Write the report or the plots of a saved result."""
+    if file.is_dir():
+        file /= RESULT
     target = file.with_suffix(".html") if out is None else out
     if target.suffix.lower() not in REPORT_SUFFIXES:
         raise typer.BadParameter(f"--out must end in one of {', '.join(REPORT_SUFFIXES)}")
@@ -327,105 +307,6 @@ def _plain_warnings(console: Console, fallback: Any) -> Any:
 def _say(console: Console, text: str) -> None:
     """Print one line as it is: no markup, no colours by guess, no wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _targets(names: str | None) -> str | list[str] | None:
-    if names is None or names == "all-linear":
-        return names
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
-        raise EvaValueError(f"--target-modules {names!r} names no module")
-    return wanted
-
-
-def _check_device(name: str | None) -> None:
-    """Refuse a device that is not there, before anything is loaded."""
-    if name is None:
-        return
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (AssertionError, ImportError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise EvaValueError(f"--device {name} cannot be used: {why}") from error
-
-
-def _config_fields(
-    path: Path | None, lora: Mapping[str, Any], eva: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Merge the config file with the options that were given; options go before the file."""
-    fields: dict[str, Any] = {}
-    if path is not None:
-        if not path.is_file():
-            raise EvaValueError(f"--config: there is no file {path}")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise EvaValueError(f"--config {path} is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise EvaValueError(f"--config {path} must hold a JSON object")
-    kind = fields.pop("peft_type", "LORA")
-    if kind != "LORA":
-        raise EvaValueError(f"--config {path} describes {kind}; EVA initialises LORA only")
-    weights = fields.pop("init_lora_weights", True)
-    if weights not in (True, "eva"):
-        raise EvaValueError(f"--config {path} asks for init_lora_weights={weights!r}, not 'eva'")
-    own = fields.get("eva_config") or {}
-    if not isinstance(own, dict):
-        raise EvaValueError(f"--config {path}: eva_config must be a JSON object")
-    fields["eva_config"] = {
-        **own,
-        **{name: value for name, value in eva.items() if value is not None},
-    }
-    fields |= {name: value for name, value in lora.items() if value is not None}
-    if fields.get("target_modules") is None:
-        fields["target_modules"] = "all-linear"
-    return {"r": 16, "lora_alpha": 16, **fields}
-
-
-def _task_of(fields: Mapping[str, Any]) -> Task:
-    wanted = fields.get("task_type")
-    return next((t for t, (_, kind) in _TASKS.items() if kind and kind == wanted), Task.CAUSAL_LM)
-
-
-def _lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
-    import dataclasses
-
-    from peft import EvaConfig, LoraConfig
-
-    known = {
-        "LoraConfig": [field.name for field in dataclasses.fields(LoraConfig) if field.init],
-        "EvaConfig": [field.name for field in dataclasses.fields(EvaConfig)],
-    }
-    for name, given in (("LoraConfig", fields), ("EvaConfig", fields["eva_config"])):
-        unknown = sorted(set(given) - set(known[name]))
-        if unknown:
-            raise EvaValueError(f"--config: {name} has no field {', '.join(map(repr, unknown))}")
-    kind = _TASKS[task][1]
-    fixed = {"task_type": kind, "inference_mode": False, "init_lora_weights": "eva"}
-    try:
-        fixed["eva_config"] = EvaConfig(**fields["eva_config"])
-        return LoraConfig(**{**fields, **fixed})
-    except (TypeError, ValueError) as error:
-        raise EvaValueError(f"the LoRA config is refused: {error}") from error
-
-
-def _load_model(
-    name: str, task: Task, dtype: str, device: str | None, device_map: str | None, seed: int
-) -> Any:
-    import torch
-    import transformers
-
-    # Heads that the checkpoint lacks, and adapters that EVA leaves alone, start at random.
-    torch.manual_seed(seed)
-    options: dict[str, Any] = {"dtype": dtype}
-    if device_map is not None:
-        options["device_map"] = device_map
-    model = getattr(transformers, _TASKS[task][0]).from_pretrained(name, **options)
-    if device_map is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model
 
 
 def _version(package: str) -> str:

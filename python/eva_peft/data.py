@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
+COLUMN_ROWS = 100  # rows that tell what columns there are
 
 _ONE_COLUMN = ("text", "content", "messages")
 _TWO_COLUMNS = (("prompt", "response"), ("prompt", "completion"))
@@ -63,12 +64,15 @@ def load_texts(
     """
     if limit < 1:
         raise EvaValueError(f"limit must be at least 1, got {limit}")
+    if not data.strip():
+        raise EvaValueError("data is empty: name a file, or a dataset of the hub")
     rows = iter(_rows(data, split))
-    first = next(rows, None)
-    if first is None:
+    # not every row need have every key
+    first = list(islice(rows, min(limit, COLUMN_ROWS)))
+    if not first:
         raise EvaValueError(f"{data} is empty: no text to calibrate on")
-    columns = _columns(data, list(first), text_column)
-    texts = (_text(data, row, columns, tokenizer) for row in chain([first], rows))
+    columns = _columns(data, list(dict.fromkeys(chain(*first))), text_column)
+    texts = (_text(data, row, columns, tokenizer) for row in chain(first, rows))
     found = list(islice((text for text in texts if text.strip()), limit))
     if not found:
         raise EvaValueError(f"{data} holds no text: every row of {' and '.join(columns)} is blank")
@@ -146,7 +150,7 @@ class DecoderInputs:
 
     Args:
         batches: dicts with `input_ids` and `attention_mask`, any number of times.
-        model: has `prepare_decoder_input_ids_from_labels`.
+        model: an encoder-decoder.
     """
 
     def __init__(self, batches: Iterable[dict[str, Any]], model: Any) -> None:
@@ -156,9 +160,17 @@ class DecoderInputs:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.batches:
             tokens = batch["input_ids"].to(self.model.device)
-            shifted = self.model.prepare_decoder_input_ids_from_labels(labels=tokens)
+            shifted = self._shifted(tokens)
             mask = batch["attention_mask"]
             yield {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": mask}
+
+    def _shifted(self, tokens: torch.Tensor) -> torch.Tensor:
+        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None:
+            return shift(labels=tokens)
+        # a model without a head
+        start = getattr(self.model.config, "decoder_start_token_id", None) or 0
+        return torch.cat([torch.full_like(tokens[:, :1], start), tokens[:, :-1]], dim=1)
 
 
 def _rows(data: str, split: str) -> Iterable[Mapping[str, Any]]:
@@ -243,7 +255,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _columns(data: str, present: list[str], wanted: str | None) -> tuple[str, ...]:
-    listed = f"the columns are {', '.join(map(repr, present))}"
+    listed = f"the columns are {', '.join(map(repr, present)) or 'none'}"
     if wanted is not None:
         if wanted not in present:
             raise EvaValueError(f"{data} has no column {wanted!r}; {listed}")
@@ -251,7 +263,10 @@ def _columns(data: str, present: list[str], wanted: str | None) -> tuple[str, ..
     for columns in (*((column,) for column in _ONE_COLUMN), *_TWO_COLUMNS):
         if set(columns) <= set(present):
             return columns
-    raise EvaValueError(f"cannot tell which column of {data} holds the text: {listed}; name one")
+    raise EvaValueError(
+        f"cannot tell which column of {data} holds the text: {listed}; name one "
+        "(text_column, --text-column)"
+    )
 
 
 def _text(

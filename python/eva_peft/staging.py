@@ -30,24 +30,27 @@ def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path
     if target.exists() and not target.is_dir():
         raise EvaValueError(f"--out {out} is a file, a folder is needed")
     own = None if besides is None else besides.resolve()
-    there = target.is_dir()
-    if there and not force and any(not p.is_dir() and p != own for p in target.rglob("*")):
+    if (
+        not force
+        and target.is_dir()
+        and any(not p.is_dir() and p != own for p in target.rglob("*"))
+    ):
         raise EvaValueError(f"--out {out} is not empty; --force replaces the files in it")
-    with _scratch(target, there, out) as scratch:
+    with _scratch(target, out) as scratch:
         # One level down, because the outer folder is closed to other users.
         stage = Path(scratch) / target.name
         stage.mkdir()
         yield stage
         _open_to_readers(stage)
-        if there:
+        if target.is_dir():  # by now, it may be for a checkpoint
             _move_into(stage, target, out)
         else:
             stage.rename(target)
 
 
-def _scratch(target: Path, there: bool, out: Path) -> tempfile.TemporaryDirectory[str]:
+def _scratch(target: Path, out: Path) -> tempfile.TemporaryDirectory[str]:
     """Return a folder on the file system of the target: in it, or where it will be."""
-    home = target if there else target.parent
+    home = target if target.is_dir() else target.parent
     try:
         home.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=home)

@@ -16,22 +16,14 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
-from typer.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from typer.testing import CliRunner
 
 import eva_kernels
-from eva_peft import cli
+from eva_peft import cli, model_setup
 from eva_peft.errors import EvaRuntimeError
 from eva_peft.result import EvaResult
+from integration.command import QUICK, data_and_out, init, make_home, reason, run
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -39,43 +31,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 LAYERS = 14  # two blocks of seven
 WRITTEN = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 WRITTEN += ["eva.safetensors", "report.html"]
-QUICK = ["--r", "4", "--batch-size", "4", "--max-length", "32", "--tau", "0.5"]
 RUN = [sys.executable, "-c", "from eva_peft.cli import main; main()"]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a folder with two small models and a data file."""
-    home = tmp_path_factory.mktemp("home")
-    letters = {chr(97 + i): i + 3 for i in range(26)}
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **letters}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    torch.manual_seed(0)
-    size = {"vocab_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    llama = LlamaConfig(hidden_size=64, intermediate_size=96, max_position_embeddings=64, **size)
-    LlamaForCausalLM(llama).save_pretrained(home / "llama")
-    t5 = T5Config(
-        vocab_size=32,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=1,
-        num_heads=4,
-        pad_token_id=0,
-        decoder_start_token_id=0,
-    )
-    T5ForConditionalGeneration(t5).save_pretrained(home / "t5")
-    for name in ("llama", "t5"):
-        fast.save_pretrained(home / name)
-    generator = torch.Generator().manual_seed(0)
-    texts = torch.randint(97, 123, (64, 40), generator=generator).tolist()
-    rows = [json.dumps({"text": bytes(text).decode()}) for text in texts]
-    (home / "data.jsonl").write_text("\n".join(rows))
-    return home
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
@@ -84,25 +45,6 @@ def made(home: Path) -> Path:
     out = home / "made"
     assert run("init", home / "llama", *data_and_out(home, out), *QUICK).exit_code == 0
     return out
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def data_and_out(home: Path, out: Path) -> tuple[object, ...]:
-    return "--data", home / "data.jsonl", "--out", out
-
-
-def init(home: Path, out: Path, *arguments: object, model: str = "llama") -> Result:
-    return run("init", home / model, *data_and_out(home, out), *QUICK, *arguments)
-
-
-def reason(result: Result) -> str:
-    """Return the last line on stderr of a failed command, which holds the whole reason."""
-    assert result.exit_code == 1, result.output
-    assert "Traceback" not in result.stderr
-    return result.stderr.rstrip("\n").splitlines()[-1]
 
 
 def test_help_is_light_and_fast() -> None:
@@ -267,8 +209,8 @@ def test_options_go_before_the_config_file(home: Path, tmp_path: Path) -> None:
 def test_defaults_are_those_of_initialize(home: Path, tmp_path: Path) -> None:
     from eva_peft import default_config
 
-    fields = cli._config_fields(None, {"r": None}, {"rho": None})
-    mine, theirs = cli._lora_config(fields, cli.Task.CAUSAL_LM), default_config()
+    fields = model_setup.config_fields(None, {"r": None}, {"rho": None})
+    mine, theirs = model_setup.lora_config(fields, cli.Task.CAUSAL_LM), default_config()
     mine.task_type = None
     assert mine.to_dict() == theirs.to_dict()
 
@@ -290,7 +232,7 @@ def test_other_tasks(home: Path, tmp_path: Path, task: str) -> None:
     shown = init(home, tmp_path / "out", "--task", task, "--dtype", "bfloat16")
     assert shown.exit_code == 0, shown.stderr
     saved = PeftConfig.from_pretrained(tmp_path / "out")
-    assert saved.task_type == cli._TASKS[cli.Task(task)][1]
+    assert saved.task_type == model_setup._TASKS[cli.Task(task)][1]
     result = EvaResult.load(tmp_path / "out" / "eva.safetensors")
     assert result.metadata["dtype"] == "bfloat16"
     assert len(result.ranks) == LAYERS
@@ -464,6 +406,12 @@ def test_report_stands_beside_its_file(made: Path, tmp_path: Path) -> None:
     file.write_bytes((made / "eva.safetensors").read_bytes())
     assert run("report", file).exit_code == 0
     assert (tmp_path / "eva.html").is_file()
+
+
+def test_report_of_an_adapter_folder(made: Path, tmp_path: Path) -> None:
+    assert run("report", made, "--out", tmp_path / "r.html").exit_code == 0
+    assert (tmp_path / "r.html").is_file()
+    assert f"there is no file {tmp_path / 'eva.safetensors'}" in reason(run("report", tmp_path))
 
 
 def test_report_of_something_else(made: Path, tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def test_text_file_has_a_text_a_line(tmp_path: Path) -> None:
     [
         ([{"content": "x", "text": "one"}, {"text": " "}, {"text": None}, {"text": "two"}], 2),
         ([{"id": 1, "content": "one"}, {"content": "two"}], 2),
+        ([{"id": 1}, {"text": "one", "id": 2}, {"text": "two"}], 2),
+        ([{}, {"text": "one"}, {"text": "two"}], 2),
         ([{"prompt": "p", "response": "q"}], ["p\nq"]),
         ([{"prompt": "p", "completion": "q"}], ["p\nq"]),
         ([{"messages": CHAT}, {"messages": []}], ["why\nbecause"]),

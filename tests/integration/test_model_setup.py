@@ -1,0 +1,93 @@
+"""What `eva-kernels init` makes of a model and a task, and what it says where it cannot."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from peft import AutoPeftModelForTokenClassification, PeftConfig
+
+from eva_peft.result import EvaResult
+from integration.command import init, make_home, reason, run
+
+# PEFT asks transformers for a property by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+@pytest.mark.parametrize("task", ["token-classification", "question-answering"])
+def test_heads_are_trained_and_not_adapted(
+    home: Path, tmp_path: Path, task: str, model: str
+) -> None:
+    shown = init(home, tmp_path / "out", "--task", task, model=model)
+    assert shown.exit_code == 0, shown.stderr
+    result = EvaResult.load(tmp_path / "out" / "eva.safetensors")
+    assert len(result.ranks) == {"llama": 14, "bert": 12}[model]
+    assert not any("classifier" in name or "outputs" in name for name in result.ranks)
+    saved = PeftConfig.from_pretrained(tmp_path / "out")
+    assert saved.modules_to_save
+    if (task, model) == ("token-classification", "bert"):
+        AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "out")
+
+
+def test_an_encoder_decoder_without_a_head(home: Path, tmp_path: Path) -> None:
+    shown = init(home, tmp_path / "out", "--task", "feature-extraction", model="t5")
+    assert shown.exit_code == 0, shown.stderr
+    assert not EvaResult.load(tmp_path / "out" / "eva.safetensors").uncalled
+
+
+def test_a_model_of_another_kind_is_named(home: Path, tmp_path: Path) -> None:
+    told = reason(init(home, tmp_path / "out", model="t5"))
+    assert "is a t5 model, which --task causal-lm does not load; it has seq2seq-lm" in told
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/folder/deep"])
+def test_a_folder_that_is_not_there(home: Path, tmp_path: Path, name: str) -> None:
+    arguments = ("--data", home / "data.jsonl", "--out", tmp_path / "out")
+    assert reason(run("init", name, *arguments)) == f"error: there is no folder {name}"
+
+
+def test_a_folder_without_a_tokenizer(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "llama", tmp_path / "model")
+    for path in (tmp_path / "model").glob("token*"):
+        path.unlink()
+    arguments = ("--data", home / "data.jsonl", "--out", tmp_path / "out")
+    assert "has no tokenizer that can be loaded" in reason(
+        run("init", tmp_path / "model", *arguments)
+    )
+
+
+@pytest.mark.parametrize("kind", ["SEQ_CLASS", "seq_cls"])
+def test_a_task_type_that_does_not_exist(home: Path, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "c.json").write_text(json.dumps({"task_type": kind}))
+    told = reason(init(home, tmp_path / "out", "--config", tmp_path / "c.json"))
+    assert f"task_type='{kind}' is unknown; give --task, or one of CAUSAL_LM, SEQ_2_SEQ" in told
+
+
+def test_a_config_with_a_byte_order_mark(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(json.dumps({"r": 3}), encoding="utf-8-sig")
+    out = tmp_path / "out"
+    assert init(home, out, "--config", tmp_path / "c.json").exit_code == 0
+    assert PeftConfig.from_pretrained(out).r == 4  # the option goes before the file
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_target_module_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
+    shown = init(home, tmp_path / "out", "--target-modules", "q_proj,vproj,self_attn.k_proj")
+    assert shown.exit_code == 0
+    assert "warning: the model has no module vproj, which the target modules name" in shown.stderr
+    assert "k_proj" not in shown.stderr
+
+
+def test_rho_without_bounds(home: Path, tmp_path: Path) -> None:
+    assert "rho=inf must be finite" in reason(init(home, tmp_path / "out", "--rho", "inf"))
+
+
+def test_no_data(home: Path, tmp_path: Path) -> None:
+    told = reason(run("init", home / "llama", "--data", "", "--out", tmp_path / "out"))
+    assert told == "error: data is empty: name a file, or a dataset of the hub"

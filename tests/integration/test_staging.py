@@ -1,0 +1,105 @@
+"""Output folders that are written whole or not at all."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from eva_peft.errors import EvaValueError
+from eva_peft.staging import staged_folder
+
+
+def write(out: Path, *names: str, force: bool = False, besides: Path | None = None) -> None:
+    with staged_folder(out, force, besides) as folder:
+        for name in names:
+            (folder / name).write_text("new")
+
+
+def write_half(out: Path) -> None:
+    with staged_folder(out, False, None) as folder:
+        (folder / "a").write_text("new")
+        raise ZeroDivisionError
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
+
+
+def test_a_folder_that_is_there_stays_the_same_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o2770)
+    before = out.stat()
+    with staged_folder(out, force=False, besides=None) as folder:
+        # as where it is a mount point, or its parent belongs to somebody else
+        assert list(tmp_path.iterdir()) == [out]
+        (folder / "a").write_text("new")
+    assert contents(out) == {"a": "new"}
+    assert list(out.iterdir()) == [out / "a"]
+    assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("."), "a")
+    assert os.listdir() == ["a"]
+
+
+def test_a_new_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with staged_folder(out, force=False, besides=None) as folder:
+        (folder / "a").write_text("new")
+        assert not out.exists()
+    assert contents(out) == {"a": "new"}
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failure_leaves_nothing(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    with pytest.raises(ZeroDivisionError):
+        write_half(out)
+    assert list(tmp_path.rglob("*")) == [out] * there
+
+
+def test_only_files_fill_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    write(tmp_path, "a")
+    (tmp_path / "logs" / "x").write_text("mine")
+    with pytest.raises(EvaValueError, match="is not empty; --force"):
+        write(tmp_path, "b")
+    write(tmp_path, "a", "b", force=True)
+    assert contents(tmp_path) == {"a": "new", "b": "new"}
+    assert contents(tmp_path / "logs") == {"x": "mine"}
+
+
+def test_a_checkpoint_may_lie_anywhere_in_it(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "state" / "pass.safetensors"
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("state")
+    write(tmp_path, "a", besides=checkpoint)
+    assert checkpoint.read_text() == "state"
+
+
+def test_where_a_file_cannot_be_replaced_none_is(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(EvaValueError, match="has a folder b where a file is to be written"):
+        write(tmp_path, "a", "b", force=True)
+    assert contents(tmp_path) == {"a": "old"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: object) -> None:
+        raise PermissionError(13, "Permission denied", f"{tmp_path}/.out.x")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EvaValueError, match=f"--out out: cannot write in {tmp_path}: Permission"):
+        write(Path("out"), "a")
