@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._peft_compat import PeftModel
+from .architecture import Architecture
 from .errors import EvaTypeError, EvaValueError
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
 # their number, or the loss of a device that is not full.
 FORWARD_OVERHEAD = {"cpu": 128}
 FORWARD_OVERHEAD_ACCELERATOR = 4096
+
+_ANY = Architecture()
 
 # What has one entry a token along dimension 1, and can be cut where all samples are padding.
 _TOKEN_KEYS = frozenset(
@@ -255,23 +258,17 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def without_labels(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Drop ``labels``, to spare the loss, unless the model builds its inputs from them."""
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in arguments:
+def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """Drop ``labels``, to spare the loss, unless the model needs them or makes inputs of them."""
+    from_labels = architecture.encoder_decoder and "decoder_input_ids" not in arguments
+    if from_labels or architecture.needs_labels:
         return arguments
     return {k: v for k, v in arguments.items() if k != "labels"}
 
 
-# Models in which padding is seen: as the last position, which stands for the sentence, or by what
-# mixes neighbours or all positions without a mask.
-_SEE_PADDING = (
-    "siglip", "siglip_text_model", "siglip2", "siglip2_text_model",
-    "canine", "convbert", "fnet", "nystromformer", "yoso", "funnel",
-)  # fmt: skip
-
-
-def without_padding(batch: Any, device: torch.device, model_config: Any = None) -> list[Any]:
+def without_padding(
+    batch: Any, device: torch.device, architecture: Architecture = _ANY
+) -> list[Any]:
     """Return a batch as one or more that hold less padding, and the same tokens.
 
     Columns at the end that are padding in every sample are cut, and short samples run apart from
@@ -282,14 +279,10 @@ def without_padding(batch: Any, device: torch.device, model_config: Any = None) 
     Args:
         batch: on the CPU, as it came from the loader.
         device: where the model will run it.
-        model_config: of the model. In an encoder-decoder ``labels`` belong to another stream than
+        architecture: of the model. In an encoder-decoder ``labels`` belong to another stream than
             ``attention_mask``; some models see padding.
     """
-    encoder_decoder = bool(getattr(model_config, "is_encoder_decoder", False))
-    configs = (model_config, getattr(model_config, "text_config", None))
-    if any(getattr(c, "model_type", None) in _SEE_PADDING for c in configs):
-        return [batch]
-    if not isinstance(batch, Mapping):
+    if architecture.sees_padding or not isinstance(batch, Mapping):
         return [batch]
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
@@ -301,7 +294,7 @@ def without_padding(batch: Any, device: torch.device, model_config: Any = None) 
         if not isinstance(value, Tensor):
             continue
         per_token = value.dim() >= 2 and columns in value.shape[1:]
-        unknown = key not in _TOKEN_KEYS or (encoder_decoder and key == "labels")
+        unknown = key not in _TOKEN_KEYS or (architecture.encoder_decoder and key == "labels")
         if per_token and (unknown or value.shape[1] != columns):
             return [batch]
         if value.dim() == 0 or value.shape[0] != samples:

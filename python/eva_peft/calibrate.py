@@ -28,6 +28,7 @@ from eva_kernels.streaming import (
 
 from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
+from .architecture import architecture_of
 from .checkpoint import CheckpointKeeper
 from .checks import FSDP, class_names, is_sharded
 from .data_parallel import Processes, processes_of
@@ -46,7 +47,7 @@ from .ranks import Budget, allocate
 from .result import EvaResult, collect_result
 from .subsample import Draw
 from .targets import Target, find_targets, resolve_name
-from .token_mask import TokenMask, frame_lengths, mask_of_batch
+from .token_mask import TokenMask, mask_of_batch
 from .world import quiet_model, random_state_kept
 
 __all__ = ["CalibrationPass", "run_pass"]
@@ -106,6 +107,7 @@ class CalibrationPass:
         self.eva = config.eva_config or EvaConfig()
         self.plan = plan_targets(model, targets, self.eva.rho, options)
         self.device = batches.model_device(model)
+        self.architecture = architecture_of(model)
         self.forwards = self.steps = self.tokens = 0
         self.phase = "forward"
         self.batch_shape: tuple[int, int] | None = None
@@ -212,8 +214,7 @@ class CalibrationPass:
             batch = batches.by_name(batches.as_mapping(batch), self.model)
             batch = batches.as_tensors(batch)
             if self.options.trim_padding and self._plain_masks:
-                model_config = getattr(self.model, "config", None)
-                parts = batches.without_padding(batch, self.device, model_config)
+                parts = batches.without_padding(batch, self.device, self.architecture)
         for part, draw in zip(parts, self._draws(parts), strict=True):
             self._forward_part(part, draw)
         self.forwards += 1
@@ -232,9 +233,7 @@ class CalibrationPass:
     def _forward_part(self, batch: Any, draw: Draw | None) -> None:
         mask = TokenMask(None)
         if self._plain_masks:
-            model_config = getattr(self.model, "config", None)
-            given, lengths = batches.as_mapping(batch), frame_lengths(self.model)
-            mask = mask_of_batch(given, self.config, model_config, lengths)
+            mask = mask_of_batch(batches.as_mapping(batch), self.config, self.architecture)
             mask.warned, mask.transposed = self._warned, self._transposed
         mask.draw = draw
         self.batch_shape = batches.shape_of(batch)
@@ -269,7 +268,7 @@ class CalibrationPass:
                 else:
                     args, kwargs = batches.model_arguments(batch)
                     kwargs = batches.without_text(kwargs, self.model)
-                    self.model(*args, **batches.without_labels(kwargs, self.model))
+                    self.model(*args, **batches.without_labels(kwargs, self.architecture))
         except StopForward:
             return False
         return not self.collector.stopped  # the model may have caught it

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ._peft_compat import LoraConfig
+from .architecture import Architecture, FrameLengths
 from .errors import EvaWarning
 from .subsample import Draw
 
-__all__ = ["TokenMask", "frame_lengths", "mask_of_batch"]
-
-FrameLengths = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_adapter
+__all__ = ["TokenMask", "mask_of_batch"]
 
 # Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
 _READS_ENCODER = re.compile(
@@ -27,11 +27,13 @@ _READS_ENCODER = re.compile(
 )
 # Layers of the other stream of a model that takes text and something else.
 _READS_NO_TEXT = re.compile(
-    r"vision|visual|image|img|video|pixel|patch|audio|speech|sound|multi_modal|mm_proj|connector"
+    r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound|multi_modal|mm_proj|connector"
     r"|perceiver|resampler|qformer"
 )
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
+_ADAPTER_OPTIONS: tuple[dict[str, bool], ...] = ({}, {"add_adapter": False}, {"add_adapter": True})
+_ANY = Architecture()
 
 
 class LayerKind(NamedTuple):
@@ -62,7 +64,10 @@ class TokenMask:
         given: bool (B, S): tokens of hidden states that cross attention is given from elsewhere.
         window: the model pads texts on the right to a multiple of so many tokens.
         frame_lengths: of a model that turns T samples of sound into fewer frames: see
-            :func:`frame_lengths`.
+            :class:`.architecture.Architecture`.
+        text_first: where a sequence is longer than a mixed batch's text, whether text comes first
+            in it; ``None`` if that is not known.
+        beside: bool (B, V): which of the other tokens of such a sequence count; all if ``None``.
 
     Attributes:
         draw: leaves a random part of the tokens, if set.
@@ -79,11 +84,14 @@ class TokenMask:
         encoder_decoder: bool = False,
         given: Tensor | None = None,
         window: int = 1,
-        frame_lengths: FrameLengths | None = None,
+        frame_lengths: Sequence[FrameLengths] = (),
+        text_first: bool | None = None,
+        beside: Tensor | None = None,
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
         self.given, self.window, self.frame_lengths = given, window, frame_lengths
+        self.text_first, self.beside = text_first, beside
         self.draw: Draw | None = None
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
@@ -121,6 +129,9 @@ class TokenMask:
             frames = self._framed[leading] if kind == "main" else None
             if frames is not None:
                 return self._indices(f"{kind} {leading}", frames, device)
+            longer = self._with_others(mask, leading) if kind == "main" else None
+            if longer is not None:
+                return self._indices(f"{kind} {leading}", longer, device)
         self._warn_unknown(leading, name)
         if self.draw is None:
             return None
@@ -129,21 +140,28 @@ class TokenMask:
 
     def _frames(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         """Return the mask of frames, (B, T'), of a mask over samples of sound, (B, T)."""
-        if self.frame_lengths is None or mask.dim() != 2 or leading[:-1] != (len(mask),):
+        if mask.dim() != 2 or leading[:-1] != (len(mask),):
             return None
         counts = [mask.shape[1], *mask.sum(1).tolist()]
-        for options in ({}, {"add_adapter": False}, {"add_adapter": True}):
+        for lengths, options in itertools.product(self.frame_lengths, _ADAPTER_OPTIONS):
             try:
-                lengths = [
-                    int(self.frame_lengths(torch.tensor([n], device="cpu"), **options))
-                    for n in counts
-                ]
+                found = [int(lengths(torch.tensor([n], device="cpu"), **options)) for n in counts]
             except (TypeError, ValueError, RuntimeError):  # of another kind of model
                 continue
-            if lengths[0] == leading[-1]:
-                kept = torch.tensor(lengths[1:], device="cpu")
+            if found[0] == leading[-1]:
+                kept = torch.tensor(found[1:], device="cpu")
                 return torch.arange(leading[-1], device="cpu") < kept[:, None]
         return None
+
+    def _with_others(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
+        """Return the mask of text, (B, T), and of what stands beside it in one sequence."""
+        if self.text_first is None or not _is_longer(leading, mask):
+            return None
+        count = leading[1] - mask.shape[1]
+        others = mask.new_ones(len(mask), count)
+        if self.beside is not None and self.beside.shape == others.shape:
+            others = self.beside
+        return torch.cat([mask, others] if self.text_first else [others, mask], dim=1)
 
     def _is_transposed(self, leading: tuple[int, ...], mask: Tensor, name: str) -> bool:
         """Tell whether a layer takes the sequence first; as many samples as tokens tell nothing."""
@@ -223,7 +241,10 @@ class TokenMask:
         # what is the same for all samples (embeddings of positions), and beside text, using every
         # row is what is wanted.
         one_for_all = leading[:1] == (1,) and all(m.shape[0] > 1 for m in masks)
-        if name in self.warned or self.mixed or one_for_all:
+        if self.mixed:  # beside text, but not in one sequence with it
+            reads_other = kind_of_layer(name).reads_encoder
+            masks = [m for m in masks if not reads_other and _is_longer(leading, m)]
+        if name in self.warned or one_for_all:
             return
         if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
             return
@@ -236,21 +257,7 @@ class TokenMask:
         )
 
 
-def frame_lengths(model: nn.Module) -> FrameLengths | None:
-    """Return ``f(samples)``, how many frames a model of speech, or its encoder, makes of them."""
-    for part in (model, getattr(model, "encoder", None)):
-        found = getattr(part, "_get_feat_extract_output_lengths", None)
-        if callable(found):
-            return found
-    return None
-
-
-def mask_of_batch(
-    batch: Any,
-    config: LoraConfig,
-    model_config: Any = None,
-    lengths: FrameLengths | None = None,
-) -> TokenMask:
+def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _ANY) -> TokenMask:
     """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
 
     Labels count only where they are labels of tokens, that is where their shape is that of the
@@ -259,17 +266,20 @@ def mask_of_batch(
     Args:
         batch: a mapping; anything else has no mask.
         config: its ``eva_config`` says whether, and with which value, labels mask tokens.
-        model_config: of the model, for the kind of architecture.
-        lengths: see :func:`frame_lengths`.
+        architecture: of the model.
     """
     if not isinstance(batch, Mapping):
         return TokenMask(None)
     attention, labels = _of_samples(batch, "attention_mask"), batch.get("labels")
     main = _token_mask(attention)
+    model_config = architecture.config
     more: dict[str, Any] = {
         "given": _token_mask(batch.get("encoder_attention_mask")),
-        "window": _window(model_config),
-        "frame_lengths": lengths,
+        "mixed": _is_mixed(batch),
+        "window": architecture.window,
+        "frame_lengths": architecture.frame_lengths,
+        "text_first": architecture.text_first,
+        "beside": _token_mask(batch.get("visual_attention_mask")),
     }
     decoder = _token_mask(batch.get("decoder_attention_mask"))
     eva = config.eva_config
@@ -277,7 +287,7 @@ def mask_of_batch(
     wanted = eva is None or eva.use_label_mask
     if wanted and _are_token_labels(labels, model_config):
         label_mask = labels.cpu() != (-100 if eva is None else eva.label_mask_value)
-    if getattr(model_config, "is_encoder_decoder", False):
+    if architecture.encoder_decoder:
         if label_mask is not None:
             fits = decoder is not None and decoder.shape == label_mask.shape
             decoder = decoder & label_mask if decoder is not None and fits else label_mask
@@ -289,15 +299,14 @@ def mask_of_batch(
         main = label_mask if main is None else main & label_mask
     decision = getattr(model_config, "model_type", "") == "decision_transformer"
     streams = _DECISION_STREAMS if decision else 1
-    return TokenMask(main, decoder, streams, _is_mixed(batch), **more)
+    return TokenMask(main, decoder, streams, **more)
 
 
-def _window(model_config: Any) -> int:
-    """Return what a Longformer pads its texts to a multiple of."""
-    if getattr(model_config, "model_type", None) not in ("longformer", "led"):
-        return 1
-    windows = model_config.attention_window
-    return max(windows) if isinstance(windows, (list, tuple)) else int(windows)
+def _is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:
+    """Tell whether an input, (B, T + more), may hold the tokens of a mask among others."""
+    return (
+        len(leading) == mask.dim() == 2 and leading[0] == len(mask) and leading[1] > mask.shape[1]
+    )
 
 
 def _for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:

@@ -6,7 +6,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ._peft_compat import SWITCHABLE
+from .architecture import configs_of
 
 __all__ = ["quiet_model", "random_state_kept"]
 
@@ -66,15 +67,17 @@ def quiet_model(model: nn.Module) -> Iterator[None]:
     """
     training = [(m, m.training) for m in model.modules()]
     adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)]
-    caches = [(c, c.use_cache) for c in _configs(model) if hasattr(c, "use_cache")]
+    caches: list[tuple[Any, Any]] = []
     try:
         model.eval()
         for module in filter(_repacks_in_eval, model.modules()):
             module.training = True
         for layer, _ in adapters:
             layer._disable_adapters = True
-        for config, _ in caches:
-            config.use_cache = False
+        for config in configs_of(model):
+            with suppress(AttributeError, TypeError):  # it has none, or is frozen
+                before, config.use_cache = config.use_cache, False
+                caches.append((config, before))
         with _PROCESS.quiet():
             yield
     finally:
@@ -94,15 +97,6 @@ def _repacks_in_eval(module: nn.Module) -> bool:
     """
     kind = type(module)
     return kind.__module__.startswith("bitsandbytes.") and kind.__name__.endswith("4bit")
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    found: list[Any] = []
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and all(config is not other for other in found):
-            found.append(config)
-    return found
 
 
 @contextmanager

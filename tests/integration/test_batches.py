@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import BatchEncoding
 
 import eva_kernels
+from eva_peft.architecture import architecture_of
 from eva_peft.batches import without_padding
 from integration.conftest import angle, lora, make_llama, make_mlp, run, text_batches, vectors
 
@@ -214,7 +215,11 @@ def test_padding_that_a_model_sees_stays(kind: str) -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
     batch = {"input_ids": mask * 5, "attention_mask": mask}
     inner, other = SimpleNamespace(model_type=kind), SimpleNamespace(model_type="bert")
+    model = nn.Linear(1, 1)
     for config in (inner, SimpleNamespace(model_type="pair", text_config=inner)):
-        assert without_padding(batch, torch.device("cpu"), config) == [batch]
-    [cut] = without_padding(batch, torch.device("cpu"), other)
+        model.config = config
+        for outer in (model, nn.Sequential(model)):  # a user's module around it, too
+            assert without_padding(batch, torch.device("cpu"), architecture_of(outer)) == [batch]
+    model.config = other
+    [cut] = without_padding(batch, torch.device("cpu"), architecture_of(model))
     assert cut["input_ids"].shape == (2, 3)

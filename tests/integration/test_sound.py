@@ -141,7 +141,7 @@ def of_pairs(samples: Tensor) -> tuple[Tensor, Tensor]:
 def test_functions_of_lengths(lengths: Any, known: bool) -> None:
     counts = torch.tensor([50, 26, 14])
     mask = torch.arange(50) < counts[:, None]
-    rule = TokenMask(mask, frame_lengths=lengths)
+    rule = TokenMask(mask, frame_lengths=[lengths])
     shape, cpu = torch.Size((3, 11, 8)), torch.device("cpu")
     if not known:
         with pytest.warns(EvaWarning, match="no token mask fits"):

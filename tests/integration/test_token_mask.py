@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import eva_kernels
+from eva_peft.architecture import Architecture
 from eva_peft.token_mask import TokenMask, mask_of_batch
 from integration.conftest import (
     VOCABULARY,
@@ -305,7 +306,7 @@ def test_interleaved_streams() -> None:
     """A Decision Transformer's layers see three tokens a time step."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     config = type("Config", (), {"model_type": "decision_transformer"})
-    found = mask_of_batch({"attention_mask": mask}, lora(), config())
+    found = mask_of_batch({"attention_mask": mask}, lora(), Architecture(config()))
     rows = found.rows(torch.Size((2, 9, 8)), torch.device("cpu"), "c_attn")
     assert rows is not None
     assert rows.tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11]

@@ -1,0 +1,137 @@
+"""What a model says of how it reads a batch: a model of transformers, or one in a user's module."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ._peft_compat import PeftModel
+
+__all__ = ["Architecture", "FrameLengths", "architecture_of", "configs_of"]
+
+FrameLengths = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_adapter
+
+# Models in which padding is seen: as the last position, which stands for the sentence, or by what
+# mixes neighbours or all positions without a mask.
+_SEE_PADDING = frozenset(
+    [
+        "siglip", "siglip_text_model", "siglip2", "siglip2_text_model",
+        "canine", "convbert", "fnet", "nystromformer", "yoso", "funnel",
+    ]
+)  # fmt: skip
+# Models that read text and images as one sequence of tokens; the batch has a mask of the text.
+_TEXT_FIRST = frozenset(["layoutlmv3", "vilt", "visual_bert"])
+_TEXT_LAST = frozenset(["git"])
+# Methods that tell how many frames a model of speech makes of samples or of spectra.
+_FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model reads a batch.
+
+    Attributes:
+        config: of the outermost part that is a model of transformers; ``None`` if there is none.
+        kinds: ``model_type`` of every config in the model.
+        needs_labels: ``forward`` cannot be called without them.
+        frame_lengths: what may tell how many frames are made of sound.
+    """
+
+    config: Any = None
+    kinds: frozenset[str] = frozenset()
+    needs_labels: bool = False
+    frame_lengths: tuple[FrameLengths, ...] = ()
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether there is a stream of tokens for each of two parts."""
+        return bool(getattr(self.config, "is_encoder_decoder", False))
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether tokens depend on how much padding there is."""
+        return bool(self.kinds & _SEE_PADDING)
+
+    @property
+    def text_first(self) -> bool | None:
+        """Whether, in one sequence with images, text comes first; ``None`` if nobody knows."""
+        known = bool(self.kinds & (_TEXT_FIRST | _TEXT_LAST))
+        return bool(self.kinds & _TEXT_FIRST) if known else None
+
+    @property
+    def window(self) -> int:
+        """What the model pads its texts on the right to a multiple of; 1 if it does not."""
+        kind = getattr(self.config, "model_type", None)
+        if kind in ("longformer", "led"):
+            windows = self.config.attention_window
+            return max(windows) if isinstance(windows, (list, tuple)) else int(windows)
+        if kind == "pegasus_x":
+            return int(self.config.block_size)
+        if kind == "reformer":
+            layers = set(self.config.attn_layers)
+            return math.lcm(*(int(getattr(self.config, f"{n}_attn_chunk_length")) for n in layers))
+        return 1
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """Return how a model, with or without adapters, reads a batch."""
+    configs = configs_of(model)
+    named = [config for config in configs if isinstance(_kind(config), str)]
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return Architecture(
+        config=named[0] if named else getattr(model, "config", None),
+        kinds=frozenset(kind for config in named for kind in _kinds(config)),
+        needs_labels=_needs_labels(base),
+        frame_lengths=tuple(_frame_lengths(model)),
+    )
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Return the configs of all modules that have one, the outermost first, each once."""
+    found: list[Any] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and all(config is not other for other in found):
+            found.append(config)
+    return found
+
+
+def _kind(config: Any) -> Any:
+    return getattr(config, "model_type", None)
+
+
+def _kinds(config: Any) -> list[str]:
+    kinds = (_kind(config), _kind(getattr(config, "text_config", None)))
+    return [kind for kind in kinds if isinstance(kind, str)]
+
+
+def _needs_labels(base: nn.Module) -> bool:
+    try:
+        given = inspect.signature(base.forward).parameters.get("labels")
+    except (TypeError, ValueError):
+        return False
+    return given is not None and given.default is inspect.Parameter.empty
+
+
+def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:
+    for module in model.modules():
+        found = next((f for f in (getattr(module, n, None) for n in _FRAMES) if callable(f)), None)
+        if found is None:
+            continue
+        yield found
+        factor = getattr(getattr(module, "config", None), "squeeze_factor", None)
+        if factor:  # SEW adds up so many frames each
+            yield _squeezed(found, int(factor))
+        return  # inner parts have the same
+
+
+def _squeezed(lengths: FrameLengths, factor: int) -> FrameLengths:
+    def frames(samples: Any, **options: Any) -> Any:
+        return lengths(samples, **options) // factor
+
+    return frames

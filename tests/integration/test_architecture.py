@@ -1,0 +1,276 @@
+"""What a model says of how it reads a batch: text beside images, models in users' modules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    FNetConfig,
+    FNetModel,
+    GitConfig,
+    GitModel,
+    LayoutLMv3Config,
+    LayoutLMv3Model,
+    PegasusXConfig,
+    PegasusXModel,
+    ReformerConfig,
+    ReformerModel,
+    SEWConfig,
+    SEWModel,
+    SpeechT5Config,
+    SpeechT5ForSpeechToText,
+    T5Config,
+    T5ForConditionalGeneration,
+    VisualBertConfig,
+    VisualBertModel,
+)
+
+from eva_kernels import EvaWarning
+from eva_peft.architecture import architecture_of
+from eva_peft.token_mask import TokenMask, mask_of_batch
+from integration.conftest import (
+    BOTH_SIDES,
+    VOCABULARY,
+    layer_inputs,
+    lora,
+    lost,
+    make_llama,
+    run,
+    text_batches,
+)
+
+CPU = torch.device("cpu")
+SIZE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+VISION = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION |= {"hidden_size": 32, "intermediate_size": 48}
+LENGTHS = torch.tensor([14, 9, 7, 5])
+SAMPLES, TOKENS = len(LENGTHS), 14
+MASK = torch.arange(TOKENS) < LENGTHS[:, None]
+
+
+def text() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {
+        "input_ids": torch.randint(3, VOCABULARY, (SAMPLES, TOKENS)),
+        "attention_mask": MASK.long(),
+    }
+
+
+def layout() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    config = LayoutLMv3Config(**SIZE, input_size=16, patch_size=8, coordinate_size=4, shape_size=8)
+    boxes = torch.zeros(SAMPLES, TOKENS, 4, dtype=torch.long)
+    batch = {**text(), "bbox": boxes, "pixel_values": torch.randn(SAMPLES, 3, 16, 16)}
+    return LayoutLMv3Model(config), batch, torch.cat([MASK, torch.ones(SAMPLES, 5).bool()], 1)
+
+
+def visual_bert() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    seen = torch.arange(5) < torch.tensor([5, 3, 2, 1])[:, None]
+    batch = {
+        **text(),
+        "visual_embeds": torch.randn(SAMPLES, 5, 16),
+        "visual_attention_mask": seen.long(),
+    }
+    model = VisualBertModel(VisualBertConfig(**SIZE, visual_embedding_dim=16))
+    return model, batch, torch.cat([MASK, seen], 1)
+
+
+def git() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+    model = GitModel(GitConfig(**SIZE, vision_config=VISION))
+    batch = {**text(), "pixel_values": torch.randn(SAMPLES, 3, 16, 16)}
+    return model, batch, torch.cat([torch.ones(SAMPLES, 5).bool(), MASK], 1)
+
+
+@pytest.mark.parametrize("make", [layout, visual_bert, git])
+def test_text_and_images_in_one_sequence(make: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model, batch, mask = make()
+    model.eval()
+    name = "encoder.layer.0.attention.self.query"
+    config = lora(target_modules=[name], tau=1.0)
+    result = run(model, iter([batch]), config, method="gram", max_steps=1)
+    rows = layer_inputs(model, [batch], [name], masked=False)[name][mask.flatten()]
+    assert result.tokens == int(mask.sum())
+    assert lost(result.components[name], rows) < 1e-6
+
+
+class Prefixed(nn.Module):
+    """A language model that gets tokens of its own in front of the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.prefix = make_llama(), nn.Linear(16, 64)
+
+    def forward(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        front = self.prefix(features)
+        ones = attention_mask.new_ones(front.shape[:2])
+        whole = torch.cat([front, self.inner.get_input_embeddings()(input_ids)], 1)
+        mask = torch.cat([ones, attention_mask], 1)
+        return self.inner(inputs_embeds=whole, attention_mask=mask)
+
+
+def test_an_unknown_order_is_warned_of() -> None:
+    model, batch = Prefixed().eval(), {**text(), "features": torch.randn(SAMPLES, 3, 16)}
+    config = lora(target_modules=["inner.model.layers.0.self_attn.q_proj"])
+    told = r"q_proj: no token mask fits its input of leading shape \(4, 17\)"
+    with pytest.warns(EvaWarning, match=told):
+        run(model, iter([batch]), config, max_steps=1)
+    # with nothing left out there is nothing to tell
+    run(model, iter([{**batch, "attention_mask": torch.ones_like(MASK).long()}]), config)
+
+
+@pytest.mark.parametrize("name", ["encoder.visn_fc.visn_fc", "encoder.r_layers.0.attention.query"])
+def test_boxes_that_are_as_many_as_words(name: str) -> None:
+    rule = TokenMask(MASK, mixed=True)
+    assert rule.rows(torch.Size((SAMPLES, TOKENS, 8)), CPU, name) is None
+    assert rule.rows(torch.Size((SAMPLES, TOKENS, 8)), CPU, "encoder.layer.0.query") is not None
+
+
+class Wrapped(nn.Module):
+    """A user's module around a model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **batch: Any) -> Any:
+        return self.inner(**batch)
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    config = T5Config(vocab_size=VOCABULARY, **sizes, decoder_start_token_id=0, pad_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def test_an_encoder_decoder_in_a_users_module() -> None:
+    batches = text_batches(3, padded=True)
+    for batch in batches:
+        batch["labels"] = torch.where(batch["input_ids"] % 3 > 0, batch["input_ids"], -100)
+    plain = run(t5(), iter(batches), lora(target_modules=["q", "k"]), method="gram")
+    inside = run(Wrapped(t5()), iter(batches), lora(target_modules=["q", "k"]), method="gram")
+    assert inside.tokens == plain.tokens
+    for name, rows in plain.components.items():
+        torch.testing.assert_close(inside.components[f"inner.{name}"], rows)
+
+
+def fnet() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {key: n for key, n in SIZE.items() if key != "num_attention_heads"}
+    return FNetModel(FNetConfig(**sizes, use_tpu_fourier_optimizations=False)).eval()
+
+
+class Unmasked(Wrapped):
+    """A module around a model that takes no mask."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.inner(input_ids)
+
+
+def test_padding_that_a_model_in_a_users_module_sees_stays() -> None:
+    model, batch = Unmasked(fnet()), text()
+    batch["attention_mask"][:, 10:] = 0  # columns that would be cut
+    config = lora(target_modules=["encoder.layer.0.intermediate.dense"], tau=1.0)
+    kept = run(model, iter([batch]), config, method="gram", max_steps=1, trim_padding=False)
+    trimmed = run(model, iter([batch]), config, method="gram", max_steps=1)
+    for name, rows in kept.components.items():
+        assert torch.equal(trimmed.components[name], rows)
+
+
+class Strict(nn.Module):
+    """A model whose author always has labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = BertModel(BertConfig(**SIZE)), nn.Linear(32, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        pooled = self.inner(input_ids, attention_mask).last_hidden_state[:, 0]
+        return nn.functional.cross_entropy(self.head(pooled), labels)
+
+
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_labels_that_forward_cannot_do_without(kind: type) -> None:
+    batch: Any = {**text(), "labels": torch.tensor([0, 1, 1, 0])}
+    if kind is tuple:
+        batch = tuple(batch.values())
+    result = run(Strict().eval(), iter([batch]), lora(target_modules=["query"]), max_steps=1)
+    assert result.tokens == int(MASK.sum())
+
+
+def test_a_config_that_cannot_be_written_to() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Frozen:
+        use_cache: bool = True
+
+    model = make_llama()
+    model.config.use_cache = True
+    outer = Wrapped(model)
+    outer.config = Frozen()
+    outer.forward = lambda **batch: model(**batch)  # type: ignore[method-assign]
+    run(outer, iter(text_batches(1)), lora(target_modules=["q_proj"]), max_steps=1)
+    assert (outer.config.use_cache, model.config.use_cache) == (True, True)
+
+
+def sew() -> nn.Module:
+    sizes = {**SIZE, "conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (8, 4)}
+    sizes |= {"squeeze_factor": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return SEWModel(SEWConfig(**sizes, num_feat_extract_layers=2))
+
+
+def speech_t5() -> nn.Module:
+    sizes = {**SIZE, "conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (8, 4)}
+    sizes |= BOTH_SIDES | {"num_feat_extract_layers": 2, "max_speech_positions": 64}
+    sizes |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return SpeechT5ForSpeechToText(SpeechT5Config(**sizes))
+
+
+@pytest.mark.parametrize(("make", "frames", "kept"), [(sew, 24, 11), (speech_t5, 48, 23)])
+def test_frames_of_sound(make: Callable[[], nn.Module], frames: int, kept: int) -> None:
+    counts = torch.tensor([400, 200])
+    mask = torch.arange(400) < counts[:, None]
+    batch = {"input_values": torch.randn(2, 400), "attention_mask": mask.long()}
+    rule = mask_of_batch(batch, lora(), architecture_of(make()))
+    rows = rule.rows(torch.Size((2, frames, 32)), CPU, "encoder.layers.0.attention.q_proj")
+    assert rows is not None
+    assert rows.tolist() == [*range(frames), *range(frames, frames + kept)]
+
+
+def test_what_models_pad_to() -> None:
+    pegasus = PegasusXConfig(vocab_size=VOCABULARY, d_model=32, block_size=8, **BOTH_SIDES)
+    assert architecture_of(PegasusXModel(pegasus)).window == 8
+    reformer = ReformerConfig(
+        vocab_size=VOCABULARY,
+        attn_layers=["local", "lsh"],
+        local_attn_chunk_length=6,
+        lsh_attn_chunk_length=4,
+        num_buckets=4,
+        axial_pos_embds=False,
+        hidden_size=32,
+        attention_head_size=8,
+        num_attention_heads=4,
+        feed_forward_size=48,
+        max_position_embeddings=48,
+    )
+    assert architecture_of(ReformerModel(reformer)).window == 12
+    assert architecture_of(nn.Linear(2, 2)).window == 1
+
+
+def test_a_model_without_a_config_reads_what_it_is_given() -> None:
+    found = architecture_of(nn.Linear(2, 2))
+    assert not any([found.encoder_decoder, found.sees_padding, found.needs_labels])
+    assert (found.text_first, found.frame_lengths) == (None, ())
