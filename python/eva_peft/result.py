@@ -15,7 +15,7 @@ import eva_kernels
 from eva_kernels.streaming import Array, Spectrum, spectra
 
 from ._peft_compat import LoraConfig, versions
-from .checks import plain_number
+from .kept_config import config_from_dict, config_to_dict
 from .ranks import Budget
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class EvaResult:
     @property
     def config(self) -> LoraConfig:
         """The LoRA config that the pass was made for."""
-        return _config_from_dict(self.metadata["lora_config"])
+        return config_from_dict(self.metadata["lora_config"])
 
     def state_dict(self, whiten: bool | None = None) -> dict[str, Tensor]:
         """Return the new ``lora_A`` of every layer: name -> (rank, in_features).
@@ -282,68 +282,6 @@ def _metadata(run: CalibrationPass) -> dict[str, Any]:
         "model_type": getattr(config, "model_type", None),
         "dtype": str(None if parameter is None else parameter.dtype).removeprefix("torch."),
         "device": str(run.device),
-        "lora_config": _config_to_dict(run.config),
+        "lora_config": config_to_dict(run.config),
         "options": {name: getattr(run.options, name) for name in names},
     }
-
-
-def _config_to_dict(config: LoraConfig) -> dict[str, Any]:
-    kept = {
-        name: _plain(getattr(config, name))
-        for name in _CONFIG_FIELDS
-        if getattr(config, name, None) is not None
-    }
-    eva = config.eva_config
-    kept["eva_config"] = None if eva is None else {k: _plain(v) for k, v in vars(eva).items()}
-    return kept
-
-
-# What a LoRA adapter is built from; run-time state of a config is left out.
-_CONFIG_FIELDS: Sequence[str] = (
-    "task_type",
-    "inference_mode",
-    "r",
-    "target_modules",
-    "exclude_modules",
-    "lora_alpha",
-    "lora_dropout",
-    "fan_in_fan_out",
-    "bias",
-    "use_rslora",
-    "modules_to_save",
-    "init_lora_weights",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_dora",
-    "lora_bias",
-    "target_parameters",
-    "layer_replication",
-    "trainable_token_indices",
-    "base_model_name_or_path",
-    "revision",
-)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    value = plain_number(value)
-    return getattr(value, "value", value) if type(value).__module__.startswith("peft") else value
-
-
-def _config_from_dict(values: dict[str, Any]) -> LoraConfig:
-    from ._peft_compat import EvaConfig
-
-    fields = dict(values)
-    eva, init = fields.pop("eva_config", None), fields.pop("init_lora_weights", True)
-    config = LoraConfig(**fields)
-    # Set afterwards: PEFT warns about an eva_config next to another initialisation.
-    config.init_lora_weights = init
-    config.eva_config = None if eva is None else EvaConfig(**eva)
-    return config

@@ -202,7 +202,7 @@ def test_options_go_before_the_config_file(home: Path, tmp_path: Path) -> None:
     assert set(result.method.values()) == {"gram"}
     assert set(result.ranks.values()) == {4}, "rho 1 leaves no room"
     assert result.metadata["lora_config"]["eva_config"]["tau"] == 0.5
-    assert result.metadata["lora_config"]["inference_mode"] is False
+    assert result.config.inference_mode is False
     assert result.metadata["options"]["seed"] == 5
 
 

@@ -1,0 +1,107 @@
+"""A LoRA config as a result keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+from peft.tuners.lora.config import BdLoraConfig
+
+from eva_kernels import EvaValueError
+from eva_peft.kept_config import LEFT_OUT, config_from_dict, config_to_dict
+from integration.conftest import lora, make_llama, run, text_batches
+
+# A value other than the default for every field; what a check of PEFT's wants beside it.
+VALUES: dict[str, Any] = {
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "r": 3,
+    "target_modules": {"q_proj", "v_proj"},
+    "exclude_modules": {"k_proj"},
+    "lora_alpha": 5,
+    "lora_dropout": 0.1,
+    "fan_in_fan_out": True,
+    "bias": "lora_only",
+    "use_rslora": True,
+    "modules_to_save": ["lm_head"],
+    "init_lora_weights": False,
+    "layers_to_transform": [0, 1],
+    "layers_pattern": "layers",
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 7},
+    "megatron_config": {"a": 1},
+    "megatron_core": "elsewhere",
+    "trainable_token_indices": [1, 2],
+    "alora_invocation_tokens": [7],
+    "use_qalora": True,
+    "qalora_group_size": 8,
+    "use_dora": True,
+    "use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"]),
+    "layer_replication": [(0, 2), (1, 2)],
+    "lora_bias": True,
+    "target_parameters": ["experts.up"],
+    "ensure_weight_tying": True,
+    "base_model_name_or_path": "a/model",
+    "revision": "main",
+}
+BESIDE = {
+    "layers_to_transform": {"layers_pattern": "h"},
+    "layers_pattern": {"layers_to_transform": 1},
+}
+# variants that are configured by an object that wants more than a test of keeping it
+OBJECTS = {"velora_config", "monteclora_config", "arrow_config", "kasa_config"}
+
+
+def test_no_field_of_peft_is_forgotten() -> None:
+    """A new release has new fields: each is kept, or left out on purpose."""
+    names = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert names - LEFT_OUT - OBJECTS <= VALUES.keys()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_field_survives(name: str) -> None:
+    if name not in {field.name for field in dataclasses.fields(LoraConfig)}:
+        pytest.skip(f"this PEFT has no {name}")
+    given = {"target_modules": ["q_proj"], **BESIDE.get(name, {}), name: VALUES[name]}
+    if name == "alora_invocation_tokens":  # PEFT warns of other tasks
+        given["task_type"] = "CAUSAL_LM"
+    config = LoraConfig(**given)
+    kept = json.loads(json.dumps(config_to_dict(config)))
+    again = config_from_dict(kept)
+    found, expected = getattr(again, name), getattr(config, name)
+    if name == "layer_replication":
+        found = [tuple(pair) for pair in found]
+    assert found == expected
+    assert again.to_dict() | {name: None} == config.to_dict() | {name: None}
+
+
+def test_a_field_that_peft_does_not_know_is_named() -> None:
+    with pytest.raises(EvaValueError, match="sets use_nothing, which the installed PEFT does not"):
+        config_from_dict({"r": 2, "use_nothing": True})
+
+
+def test_adapters_that_wait_for_their_words_still_do() -> None:
+    config = lora(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[7])
+    result = run(make_llama(), iter(text_batches(2)), config, max_steps=2)
+    done = result.apply(make_llama())
+    assert done.peft_config["default"].alora_invocation_tokens == [7]
+
+
+def test_tied_weights_are_tied_where_a_result_is_applied() -> None:
+    config = lora(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    base = make_llama(tie_word_embeddings=True)
+    result = run(base, iter(text_batches(2)), config, max_steps=2)
+    done = result.apply(make_llama(tie_word_embeddings=True))
+    saved = {n: p for n, p in done.named_parameters() if "modules_to_save" in n}
+    assert done.peft_config["default"].ensure_weight_tying
+    assert len({p.data_ptr() for p in saved.values()}) == 1
+    assert any(
+        "lm_head" in n
+        for n, _ in done.named_parameters(remove_duplicate=False)
+        if "modules_to_save" in n
+    )
