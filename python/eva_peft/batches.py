@@ -189,10 +189,16 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        if batch and isinstance(batch[0], Mapping):
+        samples = [isinstance(part, Mapping) for part in batch]
+        if samples and all(samples):
             raise EvaTypeError(
                 "a batch is a list of samples; give the loader a collator that makes one mapping "
                 "of them, such as transformers' DataCollatorWithPadding"
+            )
+        if any(samples):
+            raise EvaTypeError(
+                "a batch is a mapping among other things, as (inputs, targets); pass forward_fn to "
+                "tell how the model is run on it, or let the loader yield the mapping alone"
             )
         return tuple(batch), {}
     raise EvaTypeError(
@@ -217,10 +223,10 @@ def as_tensors(batch: Any) -> Any:
     for key, value in batch.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             found[key] = torch.from_numpy(value)
-        elif listed and isinstance(value, (list, tuple)) and value and _holds_numbers(value):
+        elif listed and isinstance(value, (list, tuple)) and value and _are_samples(key, value):
             try:
-                found[key] = torch.as_tensor(value, device="cpu")
-            except ValueError as error:
+                found[key] = _stacked(value)
+            except (RuntimeError, ValueError) as error:
                 raise EvaValueError(
                     f"the samples of {key!r} in a batch have different lengths; give the loader a "
                     "collator that pads them, such as transformers' DataCollatorWithPadding"
@@ -235,11 +241,25 @@ def as_tensors(batch: Any) -> Any:
     return whole
 
 
-def _holds_numbers(values: Sequence[Any]) -> bool:
+def _are_samples(key: str, values: Sequence[Any]) -> bool:
+    """Tell whether a list is what a tensor is to be made of; some models take lists of tensors."""
     first = values[0]
+    if _is_sample(first):
+        return key in _TOKEN_KEYS
     while isinstance(first, (list, tuple)) and first:
         first = first[0]
     return isinstance(first, (int, float))
+
+
+def _is_sample(value: Any) -> bool:
+    array = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    return array or isinstance(value, Tensor)
+
+
+def _stacked(values: Sequence[Any]) -> Tensor:
+    if all(map(_is_sample, values)):
+        return torch.stack([torch.as_tensor(value) for value in values])
+    return torch.as_tensor(values, device="cpu")
 
 
 def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:

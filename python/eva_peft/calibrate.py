@@ -30,7 +30,7 @@ from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
 from .architecture import architecture_of
 from .checkpoint import CheckpointKeeper
-from .checks import FSDP, class_names, is_sharded
+from .checks import FSDP, check_loaded, class_names, is_sharded
 from .data_parallel import Processes, processes_of
 from .errors import (
     EvaValueError,
@@ -48,7 +48,7 @@ from .result import EvaResult, collect_result
 from .subsample import Draw
 from .targets import Target, find_targets, resolve_name
 from .token_mask import TokenMask, mask_of_batch
-from .world import quiet_model, random_state_kept
+from .world import claimed, quiet_model, random_state_kept
 
 __all__ = ["CalibrationPass", "run_pass"]
 
@@ -69,13 +69,15 @@ def run_pass(
         NonFiniteError: a layer input holds NaN or infinity.
         NotConvergedError: with ``on_not_converged="raise"``.
         OutOfMemoryError: memory ran out.
-        EvaRuntimeError: another process of the group failed; it has the error.
+        EvaRuntimeError: another process of the group failed; it has the error. Or another pass is
+            running on the model.
     """
     processes = processes_of(options)
+    check_loaded(model)
     targets = find_targets(model, config, options.adapter_name)
     # Shared inputs are told apart by tensor versions, which inference mode does not count.
     no_grad = torch.inference_mode(False), torch.no_grad()
-    with random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
+    with claimed(model), random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
         run = CalibrationPass(model, config, options, targets, processes)
         try:
             return run.run(loader)

@@ -23,6 +23,7 @@ __all__ = [
     "FSDP",
     "check_base_model",
     "check_config",
+    "check_loaded",
     "check_not_sharded",
     "checked_number",
     "class_names",
@@ -97,6 +98,21 @@ def class_names(model: nn.Module) -> set[str]:
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether FSDP, of either kind, has divided the weights of a model among processes."""
     return bool(class_names(model) & FSDP)
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Refuse a model that has no weights yet.
+
+    Raises:
+        EvaValueError: all are on the meta device, and nothing brings them where they are needed.
+    """
+    parts = list(model.parameters())
+    missing = bool(parts) and all(part.is_meta for part in parts)
+    if missing and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise EvaValueError(
+            "the weights of the model are on the meta device: load them first (estimate() works "
+            "without them)"
+        )
 
 
 def check_not_sharded(model: nn.Module) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from torch import nn
 
 from eva_kernels.streaming import StreamPlan, plan_streams, stream_bytes
 
-from .errors import EvaValueError
+from .errors import EvaTypeError, EvaValueError
 from .options import AUTO, CalibrateOptions
 from .targets import Target
 
@@ -100,7 +101,15 @@ def estimate_targets(
     options: CalibrateOptions,
     batch_shape: Sequence[int],
 ) -> Estimate:
-    """Estimate a pass over batches of ``batch_shape`` = (samples, tokens)."""
+    """Estimate a pass over batches of ``batch_shape`` = (samples, tokens).
+
+    Raises:
+        EvaTypeError: no such pair.
+    """
+    if not isinstance(batch_shape, Sequence) or not all(
+        isinstance(n, Integral) for n in batch_shape
+    ):
+        raise EvaTypeError(f"batch_shape={batch_shape!r} must be (samples, tokens)")
     plan = plan_targets(model, targets, rho, options)
     tokens = 1
     for size in batch_shape:

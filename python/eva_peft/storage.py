@@ -26,7 +26,13 @@ _TENSORS = ("components", "singular_values", "explained_variance_ratio")
 
 
 def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
-    """Write a result; layers that share an input share the tensors in the file, too."""
+    """Write a result; layers that share an input share the tensors in the file, too.
+
+    Raises:
+        EvaValueError: the path is that of a folder.
+    """
+    if Path(path).is_dir():
+        raise EvaValueError(f"{str(path)!r} is a folder; name a file, such as eva.safetensors")
     tensors: dict[str, Tensor] = {}
     index: dict[str, dict[str, str]] = {}
     for kind in _TENSORS:
@@ -65,6 +71,8 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
     Raises:
         EvaValueError: missing, damaged, or another kind of file.
     """
+    if Path(path).is_dir():
+        raise EvaValueError(f"{path} is a folder; pass the file in it that EvaResult.save wrote")
     if not Path(path).is_file():
         raise EvaValueError(f"{path} does not exist; pass the file that EvaResult.save wrote")
     try:

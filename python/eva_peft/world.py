@@ -6,17 +6,19 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import nn
 
-from ._peft_compat import SWITCHABLE
+from ._peft_compat import SWITCHABLE, PeftModel
 from .architecture import configs_of
+from .errors import EvaRuntimeError
 
-__all__ = ["quiet_model", "random_state_kept"]
+__all__ = ["claimed", "quiet_model", "random_state_kept"]
 
 
 class _Process:
@@ -26,6 +28,23 @@ class _Process:
         self._lock = threading.Lock()
         self._passes = 0
         self._undo = ExitStack()
+        self._claimed: WeakSet[nn.Module] = WeakSet()
+
+    @contextmanager
+    def claimed(self, model: nn.Module) -> Iterator[None]:
+        """Keep other passes off a model; the hooks of each would hear the other's batches."""
+        with self._lock:
+            if model in self._claimed:
+                raise EvaRuntimeError(
+                    "another calibration pass is running on this model, in a thread or around this "
+                    "call; run one after the other"
+                )
+            self._claimed.add(model)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._claimed.discard(model)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -57,6 +76,15 @@ class _Process:
 
 
 _PROCESS = _Process()
+
+
+def claimed(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which no other pass may run on a model, with or without adapters.
+
+    Raises:
+        EvaRuntimeError: one is running.
+    """
+    return _PROCESS.claimed(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 @contextmanager

@@ -6,9 +6,10 @@ import gc
 import multiprocessing
 import types
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import eva_kernels
 from eva_kernels import EvaValueError
+from eva_peft.errors import EvaTypeError
 from extras import needs
 from integration.conftest import (
     QUIET,
@@ -86,12 +88,41 @@ def test_map_style_dataset() -> None:
     same(result, reference([{k: torch.tensor([row[k]]) for k in row} for row in rows]))
 
 
-def test_samples_of_different_lengths_want_a_collator() -> None:
-    rows = [{"input_ids": [[1, 2, 3], [4, 5]], "attention_mask": [[1, 1, 1], [1, 1]]}]
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_samples_of_different_lengths_want_a_collator(kind: Callable[[Any], Any]) -> None:
+    rows = [
+        {"input_ids": [kind([1, 2, 3]), kind([4, 5])], "attention_mask": [kind([1] * 3), kind([1])]}
+    ]
     model = make_llama()
     with pytest.raises(EvaValueError, match=r"'input_ids' .*different lengths.*collator"):
         run(model, rows)
     assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("kind", [list, torch.as_tensor, np.array])
+def test_samples_of_equal_lengths_need_none(kind: Callable[[Any], Any]) -> None:
+    texts = text_batches(3)
+    lists = [{k: [kind(row) for row in v.tolist()] for k, v in b.items()} for b in texts]
+    same(run(make_llama(), iter(lists), lora()), run(make_llama(), iter(texts), lora()))
+
+
+def test_lists_that_a_model_takes_stay_lists() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(20, 12)
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return torch.stack([self.lin(image).mean(0) for image in images])
+
+    batch = {"images": [torch.randn(5, 20), torch.randn(7, 20)]}
+    assert run(Listed(), iter([batch]), lora(target_modules=["lin"])).tokens == 7
+
+
+def test_inputs_and_targets_want_a_function() -> None:
+    (texts,) = text_batches(1)
+    with pytest.raises(EvaTypeError, match=r"mapping among other things.*pass forward_fn"):
+        run(make_llama(), iter([(texts, texts["input_ids"])]))
 
 
 class Numbered(IterableDataset):

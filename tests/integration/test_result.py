@@ -128,7 +128,7 @@ def test_config_of_plain_lora_is_silent() -> None:
     ("name", "make", "message"),
     [
         ("missing", lambda path, result: None, "does not exist"),
-        ("folder", lambda path, result: path.mkdir(), "does not exist"),
+        ("folder", lambda path, result: path.mkdir(), "is a folder; pass the file in it"),
         ("empty", lambda path, result: path.write_bytes(b""), "not a readable safetensors"),
         ("text", lambda path, result: path.write_text("eva"), "not a readable safetensors"),
         (
@@ -156,6 +156,12 @@ def test_bad_files(
     with pytest.raises(eva_kernels.EvaValueError, match=message) as caught:
         EvaResult.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_folder_is_no_file(llama_result: EvaResult, tmp_path: Path) -> None:
+    with pytest.raises(EvaValueError, match=r"is a folder; name a file, such as eva.safetensors"):
+        llama_result.save(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.99])

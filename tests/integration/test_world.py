@@ -15,6 +15,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import eva_kernels
+from eva_kernels import EvaValueError
+from eva_peft.errors import EvaRuntimeError, EvaTypeError
 from integration.conftest import (
     QUIET,
     hooks_of,
@@ -281,6 +283,32 @@ def test_passes_may_overlap_in_threads() -> None:
     torch._dynamo.reset()
     torch.compile(lambda x: x * 2, backend=remember)(torch.ones(3))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_two_passes_on_one_model_are_refused(adapted: bool) -> None:
+    model = wrapped(make_llama(), lora(tau=1.0)) if adapted else make_llama()
+    config = None if adapted else lora(tau=1.0)
+    refused = []
+
+    def again(numbers: Any) -> None:
+        with pytest.raises(EvaRuntimeError, match="another calibration pass is running on this"):
+            run(model, iter(text_batches(1)), config)
+        refused.append(numbers["step"])
+
+    result = run(model, iter(text_batches(2)), config, callback=again)
+    assert len(refused) == result.forwards == 2
+    assert run(model, iter(text_batches(1)), config).forwards == 1  # afterwards it is free
+
+
+def test_weights_that_are_not_there() -> None:
+    with torch.device("meta"):
+        model = make_llama()
+    with pytest.raises(EvaValueError, match="on the meta device: load them first"):
+        run(model, iter(text_batches(1)), lora())
+    assert eva_kernels.estimate(model, lora(), batch_shape=(2, 8)).peak_bytes > 0
+    with pytest.raises(EvaTypeError, match=r"batch_shape=4 must be \(samples, tokens\)"):
+        eva_kernels.estimate(model, lora(), batch_shape=4)  # type: ignore[arg-type]
 
 
 def test_a_pass_that_cannot_switch_off_leaves_nothing_behind(

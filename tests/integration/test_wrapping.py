@@ -308,10 +308,21 @@ INJECTED_CALLS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+def injected(config: LoraConfig) -> Any:
+    """Return a model with adapters that transformers has put into it."""
+    model = make_llama()
+    try:
+        model.add_adapter(config)
+    except ValueError as error:  # transformers 5.24 wants a PEFT that is not out yet
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
+    return model
+
+
 @pytest.mark.parametrize("call", INJECTED_CALLS)
 def test_adapters_without_a_peft_model_are_refused(call: str) -> None:
-    model = make_llama()
-    model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
+    model = injected(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
     with untouched(model) as calls:
         with pytest.raises(
             EvaValueError, match=r"adapters \['default'\] and is no PeftModel.*delete_adapter"
@@ -322,8 +333,7 @@ def test_adapters_without_a_peft_model_are_refused(call: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 def test_deleted_adapters_are_not_in_the_way() -> None:
-    model = make_llama()
-    model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"]))
+    model = injected(LoraConfig(r=3, target_modules=["q_proj"]))
     model.delete_adapter("default")
     config = lora(target_modules=["q_proj"])
     done = eva_kernels.initialize(model, text_batches(2), config, max_steps=2, **QUIET)
