@@ -30,6 +30,9 @@ _READS_NO_TEXT = re.compile(
     r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound|multi_modal|mm_proj|connector"
     r"|perceiver|resampler|qformer"
 )
+_READS_SOUND = re.compile(r"audio|speech|sound")
+# Masks over frames of sound, (samples, frames), beside text.
+_SOUND_MASKS = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
 _ADAPTER_OPTIONS: tuple[dict[str, bool], ...] = ({}, {"add_adapter": False}, {"add_adapter": True})
@@ -41,6 +44,7 @@ class LayerKind(NamedTuple):
 
     reads_encoder: bool
     reads_no_text: bool
+    reads_sound: bool
     in_encoder: bool
     in_decoder: bool
 
@@ -48,8 +52,13 @@ class LayerKind(NamedTuple):
 @functools.cache
 def kind_of_layer(name: str) -> LayerKind:
     """Return what the name tells; asked for every layer of every batch."""
-    found = bool(_READS_ENCODER.search(name)), bool(_READS_NO_TEXT.search(name))
-    return LayerKind(*found, "encoder" in name, "decoder" in name)
+    return LayerKind(
+        reads_encoder=bool(_READS_ENCODER.search(name)),
+        reads_no_text=bool(_READS_NO_TEXT.search(name)),
+        reads_sound=bool(_READS_SOUND.search(name)),
+        in_encoder="encoder" in name,
+        in_decoder="decoder" in name,
+    )
 
 
 class TokenMask:
@@ -68,6 +77,7 @@ class TokenMask:
         text_first: where a sequence is longer than a mixed batch's text, whether text comes first
             in it; ``None`` if that is not known.
         beside: bool (B, V): which of the other tokens of such a sequence count; all if ``None``.
+        sound: bool (samples, F): frames of sound beside text, which layers may see fewer of.
 
     Attributes:
         draw: leaves a random part of the tokens, if set.
@@ -87,11 +97,12 @@ class TokenMask:
         frame_lengths: Sequence[FrameLengths] = (),
         text_first: bool | None = None,
         beside: Tensor | None = None,
+        sound: Tensor | None = None,
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
         self.given, self.window, self.frame_lengths = given, window, frame_lengths
-        self.text_first, self.beside = text_first, beside
+        self.text_first, self.beside, self.sound = text_first, beside, sound
         self.draw: Draw | None = None
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
@@ -132,6 +143,9 @@ class TokenMask:
             longer = self._with_others(mask, leading) if kind == "main" else None
             if longer is not None:
                 return self._indices(f"{kind} {leading}", longer, device)
+        sound = self._of_sound(leading, name)
+        if sound is not None:
+            return self._indices(f"sound {leading}", sound, device)
         self._warn_unknown(leading, name)
         if self.draw is None:
             return None
@@ -152,6 +166,20 @@ class TokenMask:
                 kept = torch.tensor(found[1:], device="cpu")
                 return torch.arange(leading[-1], device="cpu") < kept[:, None]
         return None
+
+    def _of_sound(self, leading: tuple[int, ...], name: str) -> Tensor | None:
+        """Return the mask of frames that a layer sees, (B, F'), each of which stands for F / F'."""
+        mask = self.sound
+        if mask is None or not kind_of_layer(name).reads_sound or len(leading) != 2:
+            return None
+        samples, frames = mask.shape
+        lengths = mask.sum(1)
+        if leading[0] != samples or not 0 < leading[1] <= frames:
+            return None
+        if not torch.equal(mask, torch.arange(frames, device="cpu") < lengths[:, None]):
+            return None  # padded elsewhere
+        kept = -(-lengths * leading[1] // frames)
+        return torch.arange(leading[1], device="cpu") < kept[:, None]
 
     def _with_others(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         """Return the mask of text, (B, T), and of what stands beside it in one sequence."""
@@ -273,6 +301,7 @@ def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _
     attention, labels = _of_samples(batch, "attention_mask"), batch.get("labels")
     main = _token_mask(attention)
     model_config = architecture.config
+    sound = (_token_mask(batch.get(key)) for key in _SOUND_MASKS)
     more: dict[str, Any] = {
         "given": _token_mask(batch.get("encoder_attention_mask")),
         "mixed": _is_mixed(batch),
@@ -280,6 +309,7 @@ def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _
         "frame_lengths": architecture.frame_lengths,
         "text_first": architecture.text_first,
         "beside": _token_mask(batch.get("visual_attention_mask")),
+        "sound": next((mask for mask in sound if mask is not None), None),
     }
     decoder = _token_mask(batch.get("decoder_attention_mask"))
     eva = config.eva_config

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import (
     HubertConfig,
     HubertModel,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
     SiglipTextConfig,
     SiglipTextModel,
     Speech2TextConfig,
@@ -112,6 +114,50 @@ def test_an_encoder_of_sound_with_a_decoder_of_text() -> None:
         )
         rows += [part[:n] for part, n in zip(seen, lengths.tolist(), strict=True)]
     assert lost(result.components[name], torch.cat(rows)) < 1e-6
+
+
+def make_qwen2_audio() -> nn.Module:
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4}
+    audio |= {"encoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 20}
+    text = {**SIZE, "model_type": "qwen2", "vocab_size": 96, "num_key_value_heads": 2}
+    config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=3)
+    return Qwen2AudioForConditionalGeneration(config)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_sound_beside_text() -> None:
+    """Frames of padding, most of 30 seconds, do not count in the layers that read sound."""
+    torch.manual_seed(0)
+    model, mels = make_qwen2_audio().eval(), torch.tensor([40, 21, 13])
+    frames = [40 // 2, 11, 7]  # halved by a convolution, and once more behind the pooling
+    ids = torch.full((3, 16), 5)
+    for row, n in zip(ids, frames, strict=True):
+        row[1 : 1 + n // 2] = 3  # a token stands for two frames
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "input_features": torch.randn(3, 8, 40),
+        "feature_attention_mask": (torch.arange(40) < mels[:, None]).long(),
+    }
+    (name,) = (n for n, _ in model.named_modules() if n.endswith("audio_tower.layers.0.fc1"))
+    result = run(model, iter([batch]), lora(tau=1.0, target_modules=[name]), method="gram")
+    x = layer_inputs(model, [batch], [name], masked=False)[name].reshape(3, 20, 32)
+    rows = torch.cat([part[:n] for part, n in zip(x, frames, strict=True)])
+    assert lost(result.components[name], rows) < 1e-6
+
+
+def test_frames_that_layers_see_fewer_of() -> None:
+    mask = torch.arange(40) < torch.tensor([40, 21, 13])[:, None]
+    rule = TokenMask(torch.ones(3, 16, dtype=torch.bool), mixed=True, sound=mask)
+    cpu = torch.device("cpu")
+    for count, kept in ((40, [40, 21, 13]), (20, [20, 11, 7]), (10, [10, 6, 4])):
+        rows = rule.rows(torch.Size((3, count, 8)), cpu, "audio_tower.layers.0.fc1")
+        assert rows is not None
+        counts = torch.bincount(rows // count, minlength=3)
+        assert counts.tolist() == kept
+        # of images as many as there are sounds
+        assert rule.rows(torch.Size((3, count, 8)), cpu, "vision_tower.layers.0.fc1") is None
+    assert rule.rows(torch.Size((5, 8)), cpu, "audio_tower.layers.0.fc1") is None  # packed
 
 
 def test_texts_whose_last_position_is_read_are_not_cut() -> None:
