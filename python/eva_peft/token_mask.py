@@ -16,6 +16,7 @@ from torch.nn import functional
 from ._peft_compat import LoraConfig
 from .architecture import Architecture, FrameLengths
 from .errors import EvaWarning
+from .media_masks import frames_seen, patches_seen, pixel_mask, sound_mask
 from .subsample import Draw
 
 __all__ = ["TokenMask", "mask_of_batch"]
@@ -31,8 +32,6 @@ _READS_NO_TEXT = re.compile(
     r"|perceiver|resampler|qformer"
 )
 _READS_SOUND = re.compile(r"audio|speech|sound")
-# Masks over frames of sound, (samples, frames), beside text.
-_SOUND_MASKS = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
 _ADAPTER_OPTIONS: tuple[dict[str, bool], ...] = ({}, {"add_adapter": False}, {"add_adapter": True})
@@ -77,7 +76,7 @@ class TokenMask:
         text_first: where a sequence is longer than a mixed batch's text, whether text comes first
             in it; ``None`` if that is not known.
         beside: bool (B, V): which of the other tokens of such a sequence count; all if ``None``.
-        sound: bool (samples, F): frames of sound beside text, which layers may see fewer of.
+        sound, pixels: of sound and images, beside text or by themselves; see ``media_masks``.
 
     Attributes:
         draw: leaves a random part of the tokens, if set.
@@ -98,11 +97,13 @@ class TokenMask:
         text_first: bool | None = None,
         beside: Tensor | None = None,
         sound: Tensor | None = None,
+        pixels: Tensor | None = None,
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
         self.given, self.window, self.frame_lengths = given, window, frame_lengths
-        self.text_first, self.beside, self.sound = text_first, beside, sound
+        self.text_first, self.beside = text_first, beside
+        self.sound, self.pixels = sound, pixels
         self.draw: Draw | None = None
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
@@ -143,9 +144,9 @@ class TokenMask:
             longer = self._with_others(mask, leading) if kind == "main" else None
             if longer is not None:
                 return self._indices(f"{kind} {leading}", longer, device)
-        sound = self._of_sound(leading, name)
-        if sound is not None:
-            return self._indices(f"sound {leading}", sound, device)
+        kind, media = self._of_media(leading, name)
+        if media is not None:
+            return self._indices(f"{kind} {leading}", media, device)
         self._warn_unknown(leading, name)
         if self.draw is None:
             return None
@@ -167,19 +168,15 @@ class TokenMask:
                 return torch.arange(leading[-1], device="cpu") < kept[:, None]
         return None
 
-    def _of_sound(self, leading: tuple[int, ...], name: str) -> Tensor | None:
-        """Return the mask of frames that a layer sees, (B, F'), each of which stands for F / F'."""
-        mask = self.sound
-        if mask is None or not kind_of_layer(name).reads_sound or len(leading) != 2:
-            return None
-        samples, frames = mask.shape
-        lengths = mask.sum(1)
-        if leading[0] != samples or not 0 < leading[1] <= frames:
-            return None
-        if not torch.equal(mask, torch.arange(frames, device="cpu") < lengths[:, None]):
-            return None  # padded elsewhere
-        kept = -(-lengths * leading[1] // frames)
-        return torch.arange(leading[1], device="cpu") < kept[:, None]
+    def _of_media(self, leading: tuple[int, ...], name: str) -> tuple[str, Tensor | None]:
+        """Return the mask of a layer that sees frames of sound, or patches of images."""
+        layer = kind_of_layer(name)
+        if self.sound is not None and layer.reads_sound:
+            return "sound", frames_seen(self.sound, leading)
+        reads_images = layer.reads_no_text if self.mixed else not layer.in_decoder
+        if self.pixels is not None and reads_images and not layer.reads_sound:
+            return "pixels", patches_seen(self.pixels, leading)
+        return "", None
 
     def _with_others(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         """Return the mask of text, (B, T), and of what stands beside it in one sequence."""
@@ -301,7 +298,6 @@ def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _
     attention, labels = _of_samples(batch, "attention_mask"), batch.get("labels")
     main = _token_mask(attention)
     model_config = architecture.config
-    sound = (_token_mask(batch.get(key)) for key in _SOUND_MASKS)
     more: dict[str, Any] = {
         "given": _token_mask(batch.get("encoder_attention_mask")),
         "mixed": _is_mixed(batch),
@@ -309,7 +305,8 @@ def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _
         "frame_lengths": architecture.frame_lengths,
         "text_first": architecture.text_first,
         "beside": _token_mask(batch.get("visual_attention_mask")),
-        "sound": next((mask for mask in sound if mask is not None), None),
+        "sound": sound_mask(batch),
+        "pixels": pixel_mask(batch),
     }
     decoder = _token_mask(batch.get("decoder_attention_mask"))
     eva = config.eva_config
