@@ -21,7 +21,7 @@ VISION: dict[str, Any] = {
     "patch_size": 4,
 }
 TEXT = {k: v for k, v in SIZE.items() if k != "pad_token_id"}
-IMAGE_TOKEN = VOCABULARY - 1
+IMAGE_TOKEN = SOUND_TOKEN = VOCABULARY - 1
 
 
 def _dinov2() -> nn.Module:
@@ -187,6 +187,54 @@ def _llava_batches(count: int) -> list[Batch]:
     return batches
 
 
+def _layout() -> nn.Module:
+    # 16 patches and a class token stand behind the text, in one sequence
+    config = hf.LayoutLMv3Config(
+        **TEXT, input_size=16, patch_size=4, coordinate_size=4, shape_size=8, num_labels=3
+    )
+    return hf.LayoutLMv3ForTokenClassification(config)
+
+
+def _layout_batches(count: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for batch in _pairs(count):
+        shape = batch["input_ids"].shape
+        boxes = torch.randint(0, 500, (*shape, 2), generator=generator)
+        labels = torch.randint(0, 3, shape, generator=generator)
+        labels = torch.where(batch["attention_mask"].bool(), labels, -100)
+        batches.append({**batch, "bbox": torch.cat([boxes, boxes + 9], 2), "labels": labels})
+    return batches
+
+
+def _qwen2_audio() -> nn.Module:
+    sound = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2}
+    sound |= {"encoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 20}
+    text = hf.Qwen2Config(**SIZE, num_key_value_heads=1)
+    config = hf.Qwen2AudioConfig(
+        audio_config=sound, text_config=text, audio_token_index=SOUND_TOKEN, pad_token_id=0
+    )
+    return hf.Qwen2AudioForConditionalGeneration(config)
+
+
+def _qwen2_audio_batches(count: int) -> list[Batch]:
+    """Return texts with sounds of different lengths, which the processor pads to 30 seconds."""
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for batch in texts(count, labels="tokens"):
+        tokens = torch.randint(1, 6, (4,), generator=generator)
+        frames = 4 * tokens  # a token stands for four
+        mask = torch.arange(40) < frames[:, None]
+        sound = torch.randn(4, 8, 40, generator=generator).cumsum(-1) / 4
+        places = torch.arange(batch["input_ids"].shape[1]) < tokens[:, None]
+        batch["input_ids"].masked_fill_(places, SOUND_TOKEN)
+        batch["labels"].masked_fill_(places, -100)
+        batch["attention_mask"] |= places
+        sound = {"input_features": sound, "feature_attention_mask": mask.long()}
+        batches.append({**batch, **sound})
+    return batches
+
+
 class ConvolutionalNet(nn.Module):
     """A stem, a grouped, a dilated and a pointwise convolution, and a head."""
 
@@ -249,6 +297,12 @@ OTHERS: dict[str, Family] = {
             "the language model reads the last layer but one of the vision tower",
         ),
     ),
+    "LayoutLMv3 classifier": Family(
+        seeded(_layout),
+        _layout_batches,
+        {"task_type": "TOKEN_CLS", "exclude_modules": ["classifier"]},
+    ),
+    "Qwen2-Audio": Family(seeded(_qwen2_audio), _qwen2_audio_batches),
     "Conv2d network": Family(
         seeded(ConvolutionalNet),
         lambda count: [b["pixel_values"] for b in images(count, classes=None)],
