@@ -278,16 +278,17 @@ def gpu_check(
     skip: Annotated[list[str] | None, typer.Option(help="A stage to leave out.")] = None,
     also: Annotated[list[str] | None, typer.Option(help="A stage beyond the check.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what passed before.")] = False,
-    seconds: Annotated[float, typer.Option(help="Of the whole.")] = 540.0,
+    seconds: Annotated[float | None, typer.Option(help="Of the whole.", show_default="540")] = None,
 ) -> None:
     """Build, test, sanitise and measure on a GPU within nine minutes; red unless all is green."""
-    from .gpu_check.runner import Check
+    from .gpu_check.runner import TOTAL_SECONDS, Check
 
+    total = TOTAL_SECONDS if seconds is None else seconds
     # a polite end: the stage that runs is ended, too
     signal.signal(signal.SIGTERM, _leave)
     try:
         check = Check(
-            out, dry_run=dry_run, skip=skip or (), also=also or (), resume=resume, total=seconds
+            out, dry_run=dry_run, skip=skip or (), also=also or (), resume=resume, total=total
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -7,7 +7,8 @@ import inspect
 import math
 import operator
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,17 +23,20 @@ from .streaming.stream import InputStream, Options
 
 __all__ = ["IncrementalPCA"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 SEEDS = -(2**63), 2**63 - 1
 
 
-def _engine(method: Any) -> Any:
+def _engine(method: Callable[P, T]) -> Callable[P, T]:
     """Let a method run as the engine needs it, whatever context the user has opened."""
+    plain = without_autocast(method)
 
     @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         # what is made in inference mode cannot be written to outside
         with torch.inference_mode(False), torch.no_grad():
-            return without_autocast(method)(*args, **kwargs)
+            return plain(*args, **kwargs)
 
     return run
 
