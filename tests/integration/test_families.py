@@ -148,6 +148,15 @@ def kept_rows(name: str, x: Tensor, batch: Any) -> Tensor:
         frames = ((attention.sum(1) - 10) // 5 + 1 - 4) // 4 + 1
         kept = torch.arange(((800 - 10) // 5 + 1 - 4) // 4 + 1) < frames[:, None]
         masks = {tuple(kept.shape): kept}
+    if "bbox" in batch:  # 17 positions of the image stand behind the text, in one sequence
+        kept = attention.bool() & (labels != -100)
+        masks = {
+            tuple(kept.shape): kept,
+            (4, kept.shape[1] + 17): nn.functional.pad(kept, (0, 17), value=1),
+        }
+    if "feature_attention_mask" in batch and "audio_tower" in name:  # halved by a convolution
+        frames = (batch["feature_attention_mask"].sum(1) + 1) // 2
+        masks = {(4, 20): torch.arange(20) < frames[:, None]}
     for shape, mask in masks.items():
         if tuple(x.shape[:-1]) == shape:
             return x[mask]
