@@ -37,6 +37,10 @@ H200 = {"flops": 989e12, "memory": 4.8e12, "l2": 6.4e12, "launch": 2e-6}
 SHAPES = ((2048, 4096), (8192, 4096), (2048, 11008), (8192, 11008))
 
 
+# Bytes that a release of Triton spills whatever the tile, in project: 3.8 does, 3.6 and 3.9 do not.
+SPILLS = {("3.8", "sm_80"): 24}
+
+
 def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict[str, Any]]:
     """Return one record a compiled kernel, from child processes, one an architecture."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -236,10 +240,12 @@ def predictions() -> list[dict[str, Any]]:
 
 def faults(records: list[dict[str, Any]]) -> list[str]:
     """Return what is wrong with compiled kernels, one line each."""
-    found = []
+    import triton
+
+    found, release = [], ".".join(triton.__version__.split(".")[:2])
     for record in records:
         name = f"{record['arch']} {record['kernel']} {record['tokens']} tile {record['tile']}"
-        if record["stack"]:
+        if record["stack"] > SPILLS.get((release, record["arch"]), 0):
             found.append(f"{name}: {record['stack']} bytes of stack or spills")
         if record["shared"] > record["shared_limit"]:
             found.append(f"{name}: {record['shared']} bytes of shared memory")
