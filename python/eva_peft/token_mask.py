@@ -111,6 +111,7 @@ class TokenMask:
         self._by_kind: dict[LayerKind, list[tuple[str, Tensor]]] = {}
         self._drawn: dict[str, Tensor] = {}
         self._framed: dict[tuple[int, ...], Tensor | None] = {}
+        self._media: dict[tuple[str, tuple[int, ...]], Tensor | None] = {}
 
     def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.
@@ -144,7 +145,8 @@ class TokenMask:
             longer = self._with_others(mask, leading) if kind == "main" else None
             if longer is not None:
                 return self._indices(f"{kind} {leading}", longer, device)
-        kind, media = self._of_media(leading, name)
+        kind = self._kind_of_media(name)
+        media = self._of_media(kind, leading)
         if media is not None:
             return self._indices(f"{kind} {leading}", media, device)
         self._warn_unknown(leading, name)
@@ -168,15 +170,25 @@ class TokenMask:
                 return torch.arange(leading[-1], device="cpu") < kept[:, None]
         return None
 
-    def _of_media(self, leading: tuple[int, ...], name: str) -> tuple[str, Tensor | None]:
-        """Return the mask of a layer that sees frames of sound, or patches of images."""
+    def _kind_of_media(self, name: str) -> str:
+        """Return whether a layer sees frames of sound or patches of images that have a mask."""
         layer = kind_of_layer(name)
-        if self.sound is not None and layer.reads_sound:
-            return "sound", frames_seen(self.sound, leading)
+        if layer.reads_sound:
+            return "" if self.sound is None else "sound"
         reads_images = layer.reads_no_text if self.mixed else not layer.in_decoder
-        if self.pixels is not None and reads_images and not layer.reads_sound:
-            return "pixels", patches_seen(self.pixels, leading)
-        return "", None
+        return "pixels" if self.pixels is not None and reads_images else ""
+
+    def _of_media(self, kind: str, leading: tuple[int, ...]) -> Tensor | None:
+        """Return the mask of such a layer; many layers see the same."""
+        key = kind, leading
+        if key not in self._media:
+            seen = None
+            if kind == "sound" and self.sound is not None:
+                seen = frames_seen(self.sound, leading)
+            elif kind == "pixels" and self.pixels is not None:
+                seen = patches_seen(self.pixels, leading)
+            self._media[key] = seen
+        return self._media[key]
 
     def _with_others(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         """Return the mask of text, (B, T), and of what stands beside it in one sequence."""

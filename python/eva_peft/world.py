@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -28,23 +27,23 @@ class _Process:
         self._lock = threading.Lock()
         self._passes = 0
         self._undo = ExitStack()
-        self._claimed: WeakSet[nn.Module] = WeakSet()
+        self._claimed: set[int] = set()  # ids of models that are alive, as long as they are in it
 
     @contextmanager
     def claimed(self, model: nn.Module) -> Iterator[None]:
         """Keep other passes off a model; the hooks of each would hear the other's batches."""
         with self._lock:
-            if model in self._claimed:
+            if id(model) in self._claimed:
                 raise EvaRuntimeError(
                     "another calibration pass is running on this model, in a thread or around this "
                     "call; run one after the other"
                 )
-            self._claimed.add(model)
+            self._claimed.add(id(model))
         try:
             yield
         finally:
             with self._lock:
-                self._claimed.discard(model)
+                self._claimed.discard(id(model))
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
