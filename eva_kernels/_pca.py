@@ -8,6 +8,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -47,7 +48,8 @@ class IncrementalPCA:
     The conventions are those of ``sklearn.decomposition.IncrementalPCA`` and so of PEFT's class of
     the same name: it is cloned, searched over and put into pipelines like any estimator. Data are
     dense tensors (or arrays), and results are tensors on the data's device. Not there: whitening,
-    and ``get_precision``.
+    ``get_precision`` and ``set_output``. Squares must neither overflow, which is refused, nor
+    vanish: scale data below 1e-18 (float64: 1e-75).
 
     Args:
         n_components: K; ``None`` means the smaller side of the first batch. A stream keeps the one
@@ -65,7 +67,8 @@ class IncrementalPCA:
             or any of the following closes the current step of the stream.
         singular_values_: (K,), explained_variance_: (K,), explained_variance_ratio_: (K,).
         mean_: (D,), var_: (D,) per-feature variance (denominator n, as scikit-learn).
-        n_samples_seen_: int. noise_variance_: float, mean variance of what is left out.
+        n_samples_seen_: int. noise_variance_: float, mean variance of the D - K directions that are
+            left out (scikit-learn has fewer of them where there are fewer rows than features).
         n_components_: K. n_features_in_: D. batch_size_: rows a batch of the last :meth:`fit`.
 
     Raises:
@@ -103,6 +106,9 @@ class IncrementalPCA:
         _check_whole("n_components", self.n_components, 1)
         _check_whole("batch_size", self.batch_size, 1)
         _check_whole("seed", self.seed, *SEEDS)
+        oversample: Any = self.oversample
+        if not isinstance(oversample, Real):
+            raise EvaTypeError(f"oversample={oversample!r} must be a number")
         if not 1 <= self.oversample < math.inf:
             raise EvaValueError(f"oversample={self.oversample} must be at least 1, and finite")
 
@@ -130,6 +136,18 @@ class IncrementalPCA:
     def __repr__(self) -> str:
         given = (f"{name}={value!r}" for name, value in self.get_params().items())
         return f"IncrementalPCA({', '.join(given)})"
+
+    def __copy__(self) -> IncrementalPCA:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        if self._stream is not None:  # it learns in place
+            copied._stream = self._stream.clone()
+        return copied
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """Return names of the coordinates, as scikit-learn gives them."""
+        names = [f"incrementalpca{i}" for i in range(self.n_components_)]
+        return np.asarray(names, dtype=object)
 
     def __sklearn_tags__(self) -> Any:
         # only scikit-learn asks

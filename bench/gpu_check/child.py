@@ -8,11 +8,14 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
 
 from .context import Context, StageFailed, StageSkipped
 from .plan import STAGES
 
 PASSED, FAILED, SKIPPED = 0, 1, 77
+# What a stage says of itself, and the exit status that goes with it.
+STATUSES = {"passed": PASSED, "failed": FAILED, "skipped": SKIPPED}
 SHARED = {stage.name: stage.module for stage in STAGES if stage.module}
 
 
@@ -44,9 +47,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args(arguments)
+    # An exception, so that what this process started in groups of their own is ended, too.
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _leave)
     # Should the parent be killed outright, nobody else would end this process.
     signal.alarm(int(given.seconds) + 10)
     return run_stage(Context(given.stage, given.out, given.dry_run, given.seconds))
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,13 @@ def source_hash(root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
-def new_record(dry_run: bool) -> dict[str, Any]:
-    """Return a record without stages."""
+def new_record(dry_run: bool, gpu: str | None = None) -> dict[str, Any]:
+    """Return a record without stages.
+
+    Args:
+        dry_run: whether it is a rehearsal.
+        gpu: name of the GPU, where it is known.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -67,15 +72,13 @@ def new_record(dry_run: bool) -> dict[str, Any]:
         "dry_run": dry_run,
         "status": "running",
         "seconds": 0.0,
-        "machine": {},
+        "machine": {} if gpu is None else {"name": gpu},
         "versions": {},
         "stages": {},
     }
 
 
-def resumed(
-    earlier: Any, record: dict[str, Any], skip: Collection[str] = (), gpu: str | None = None
-) -> dict[str, Any]:
+def resumed(earlier: Any, record: dict[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
     """Return the parts of an earlier record that stay: stages that passed, and what they ran on.
 
     Nothing, unless it is of the same schema, sources, kind of run and GPU.
@@ -84,12 +87,11 @@ def resumed(
         earlier: as read.
         record: the new one.
         skip: stages that stay, whatever came of them.
-        gpu: name of the present one, where it is known.
     """
     keys = ("schema_version", "sources", "dry_run")
     if not isinstance(earlier, Mapping) or any(earlier.get(k) != record[k] for k in keys):
         return {}
-    if earlier.get("machine", {}).get("name") != gpu:
+    if earlier.get("machine", {}).get("name") != record["machine"].get("name"):
         return {}
     kept = {
         name: {**stage, "kept": True}

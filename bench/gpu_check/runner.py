@@ -8,12 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from ..processes import GRACE_SECONDS, child_environment, run_limited
-from .child import SKIPPED
+from .child import STATUSES
 from .context import result_path
 from .plan import BEYOND, TOTAL_SECONDS, Stage, chosen, limit_of
 from .record import FILE, new_record, read_json, resumed, verdict, write_json
@@ -59,10 +59,12 @@ class Check:
         self.out, self.dry_run, self.skip, self.say = out.resolve(), dry_run, set(skip), say
         self.stages, self.total = stages, total
         self.begin = time.monotonic()
-        self.record = new_record(dry_run)
+        self.record = new_record(dry_run, None if dry_run else smi().get("name"))
         if resume:
-            gpu = None if dry_run else smi().get("name")
-            self.record |= resumed(read_json(self.out / FILE), self.record, self.skip, gpu)
+            kept = resumed(read_json(self.out / FILE), self.record, self.skip)
+            self.record |= kept
+            if not kept:
+                say(f"nothing to resume in {self.out} of these sources on this GPU")
 
     @property
     def remaining(self) -> float:
@@ -100,14 +102,14 @@ class Check:
             return
         stop = threading.Event()
         with ThreadPoolExecutor(len(due)) as pool:
-            beside = [(s, pool.submit(self._launch, s, limit, stop)) for s, limit in due[1:]]
+            jobs = {pool.submit(self._launch, *one, stop): one[0] for one in due}
             try:
-                self._keep(due[0][0], self._launch(*due[0], stop))
+                for job in as_completed(jobs):
+                    self._keep(jobs[job], job.result())
+                    self._write()
             except BaseException:
                 stop.set()
                 raise
-            for stage, job in beside:
-                self._keep(stage, job.result())
 
     def _is_due(self, stage: Stage) -> bool:
         found = self.record["stages"]
@@ -148,7 +150,7 @@ class Check:
         outcome["limit"] = round(limit, 1)
         if status is None:
             outcome.update(status="timed out", reason=f"killed after {own:.0f} s")
-        elif outcome["status"] == "running" or (status not in (0, SKIPPED) and not found):
+        elif not found or status != STATUSES.get(outcome["status"]):  # died, be it at its very end
             outcome.update(status="failed", reason=f"the process ended with status {status}")
         return outcome
 

@@ -188,12 +188,12 @@ class InputStream:
         return index[finite]
 
     def _fits(self, x: Tensor) -> bool:
-        """Tell whether the numbers of a fold are finite; a read."""
+        """Tell whether the numbers of a fold with these tokens are finite; a read."""
         dtype = torch.promote_types(x.dtype, self.dtype)
-        norm = torch.linalg.vector_norm(x, dtype=dtype)
-        # a fold multiplies sums of squares with each other, in float64
-        most = norm.square().square() if dtype == torch.float64 else norm
-        return bool(torch.isfinite(most))
+        total = torch.linalg.vector_norm(x, dtype=dtype).square()
+        if isinstance(self.state, GramState):  # its sums go on
+            total = total + self.state.sums.square
+        return _square_fits(total, self.dtype)
 
     def _start(self, x: Tensor, rows: Tensor | None) -> None:
         limit = WARM_UP_TOKENS * self.width
@@ -285,10 +285,17 @@ class InputStream:
 
     @without_autocast
     def merge(self, other: InputStream) -> None:
-        """Take the tokens of another stream of the same shape and method into this one."""
+        """Take the tokens of another stream of the same shape and method into this one.
+
+        Raises:
+            EvaValueError: another method, or numbers beyond this one's dtype.
+        """
         fold_streams([self, other], final=True)
         if other.state is None:
             return
+        total = sum(s.sketch.total for s in (self, other) if s.sketch is not None)
+        if not _square_fits(torch.tensor(total, dtype=torch.float64), self.dtype):
+            raise EvaValueError(_overflow(self.dtype))
         if self.state is None:
             self.__dict__.update(other.clone().__dict__)
         elif isinstance(self.state, GramState) and isinstance(other.state, GramState):
@@ -309,6 +316,13 @@ class InputStream:
             EvaValueError: no token was seen.
         """
         return spectra([self])[0]
+
+
+def _square_fits(total: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a sum of squares can be folded in ``dtype``; a read."""
+    # a fold multiplies sums of squares with each other, in float64
+    most = total.double().square() if dtype == torch.float64 else total.to(dtype)
+    return bool(torch.isfinite(most))
 
 
 def _overflow(dtype: torch.dtype) -> str:

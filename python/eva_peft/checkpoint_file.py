@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import EvaValueError
+from .files import make_file, replacing
 
 __all__ = ["FORMAT", "REMEDY", "check_path", "read_checkpoint", "write_checkpoint"]
 
@@ -33,16 +32,8 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "state": text, "checksum": _checksum(text, ready)}
     temporary = _partial(path)
-    try:
-        mode = _new_file(temporary)
+    with replacing(path, temporary):
         save_file(ready, temporary, metadata=metadata)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name without its contents
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -90,16 +81,6 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _new_file(path: Path) -> int:
-    """Make an empty file in place of any old one, and return the mode that the umask gives it."""
-    path.unlink(missing_ok=True)
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    try:
-        return stat.S_IMODE(os.fstat(handle).st_mode)
-    finally:
-        os.close(handle)
-
-
 def check_path(path: Path) -> None:
     """Make the folder, and prove that a file can be made in it.
 
@@ -110,7 +91,7 @@ def check_path(path: Path) -> None:
         raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _new_file(_partial(path))
+        make_file(_partial(path))
         _partial(path).unlink()
     except OSError as error:
         raise EvaValueError(

@@ -154,8 +154,14 @@ def checked_number(name: str, value: Any, kind: Any = Integral, least: int = 1) 
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number of numpy as one of Python, anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Return numbers of numpy, also in collections, as those of Python; anything else as it is."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {plain_number(key): plain_number(each) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(plain_number(each) for each in value)
+    return value
 
 
 def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
@@ -170,5 +176,5 @@ def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
         key: checked_number(f"rank_pattern[{key!r}]", rank)
         for key, rank in (config.rank_pattern or {}).items()
     }
-    config.alpha_pattern = {k: plain_number(a) for k, a in (config.alpha_pattern or {}).items()}
+    config.alpha_pattern = config.alpha_pattern or {}
     return config

@@ -145,7 +145,9 @@ def init(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text at most.")] = 512,
     max_steps: Annotated[int, typer.Option(min=1, help="Forward passes at most.")] = 1000,
     method: Annotated[Method, typer.Option(help="How components are found.")] = Method.AUTO,
-    seed: Annotated[int, typer.Option(help="Of the order of texts and the first basis.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of texts' order and the first basis.")
+    ] = 0,
     task: Annotated[
         Task | None, typer.Option(help="What to load the model for.", show_default="causal-lm")
     ] = None,
@@ -184,11 +186,11 @@ def init(
         texts = load_texts(
             data, text_column=text_column, split=split, limit=limit, tokenizer=tokenizer
         )
-        batches: Any = make_loader(texts, tokenizer, batch_size, max_length, seed)
         base = load_model(model, task, dtype.value, device, device_map, seed)
+        batches: Any = make_loader(texts, tokenizer, batch_size, max_length, seed, base)
         warn_of_unknown(peft_config.target_modules, base)
         if getattr(base.config, "pad_token_id", None) is None:  # classifiers look for it
-            base.config.pad_token_id = padding_token(tokenizer)
+            base.config.pad_token_id = padding_token(tokenizer, base)
         options: dict[str, Any] = {"max_steps": max_steps, "method": method.value, "seed": seed}
         if checkpoint is not None:
             options["checkpoint"] = checkpoint
@@ -250,7 +252,9 @@ def report(
         from .result import EvaResult
 
         write = write_html if target.suffix.lower() == ".html" else save_result_plot
-        write(EvaResult.load(file), target)
+        result = EvaResult.load(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(result, target)
         _say(Console(), f"wrote {target}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -24,6 +25,7 @@ COLUMN_ROWS = 100  # rows that tell what columns there are
 
 _ONE_COLUMN = ("text", "content", "messages")
 _TWO_COLUMNS = (("prompt", "response"), ("prompt", "completion"))
+_SAID = {"content", "tool_calls"}  # a message that calls tools need not have text
 _log = logging.getLogger("eva_kernels")
 
 
@@ -73,7 +75,9 @@ def load_texts(
         raise EvaValueError(f"{data} is empty: no text to calibrate on")
     columns = _columns(data, list(dict.fromkeys(chain(*first))), text_column)
     texts = (_text(data, row, columns, tokenizer) for row in chain(first, rows))
-    found = list(islice((text for text in texts if text.strip()), limit))
+    # half of an emoji, as cut texts have it, is no text to a tokenizer
+    whole = (text.encode("utf-8", "replace").decode() for text in texts)
+    found = list(islice((text for text in whole if text.strip()), limit))
     if not found:
         raise EvaValueError(f"{data} holds no text: every row of {' and '.join(columns)} is blank")
     return found
@@ -85,18 +89,20 @@ def make_loader(
     batch_size: int,
     max_length: int,
     seed: int,
+    model: Any = None,
 ) -> DataLoader[str]:
     """Batch texts for a model, shuffled by a generator of their own.
 
-    Rows are padded on the right to the longest of their batch, with the pad token, or the end token
-    where a tokenizer has none. The tokenizer is not changed.
+    Rows are padded on the right to the longest of their batch, see :func:`padding_token`. The
+    tokenizer is not changed.
 
     Args:
         texts: at least one.
         tokenizer: the model's.
         batch_size: texts a batch.
-        max_length: tokens of a text at most; lowered to what the tokenizer allows.
+        max_length: tokens of a text at most; lowered to what the tokenizer and the model allow.
         seed: of the order.
+        model: where it is known.
 
     Returns:
         A loader of dicts: `input_ids` and `attention_mask`, int64 of shape (batch, length).
@@ -109,10 +115,10 @@ def make_loader(
     for name, size in (("batch_size", batch_size), ("max_length", max_length)):
         if size < 1:
             raise EvaValueError(f"{name} must be at least 1, got {size}")
-    if max_length > tokenizer.model_max_length:
-        _log.info("max_length lowered to %d, the model's limit", tokenizer.model_max_length)
-    length = min(max_length, tokenizer.model_max_length)
-    padding = padding_token(tokenizer)
+    length = min(max_length, tokenizer.model_max_length, _positions(model))
+    if length < max_length:
+        _log.info("max_length lowered to %d, the model's limit", length)
+    padding = padding_token(tokenizer, model)
 
     def collate(batch: list[str]) -> dict[str, torch.Tensor]:
         rows = tokenizer(batch, truncation=True, max_length=length)["input_ids"]
@@ -133,16 +139,26 @@ def make_loader(
     )
 
 
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_token(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
     """Return the token that fills short rows: the pad token, or the end token, or 0.
 
     Args:
         tokenizer: the model's.
+        model: where it is known; a token that it has no embedding of is none.
     """
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    found = end if pad is None else pad
-    # With neither, any token will do: the mask leaves it out.
-    return 0 if found is None else int(found)
+    embeddings = None if model is None else model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", math.inf)
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None and token < rows:
+            return int(token)
+    return 0  # any token will do: the mask leaves it out
+
+
+def _positions(model: Any) -> float:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 class DecoderInputs:
@@ -219,6 +235,10 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     load_dataset = _require_datasets()
     try:
+        from pyarrow.parquet import read_metadata
+
+        if read_metadata(path).num_rows == 0:  # datasets fails on it
+            return
         files = glob.escape(str(path.resolve()))
         yield from load_dataset("parquet", data_files=files, split="train", streaming=True)
     except Exception as error:
@@ -294,7 +314,7 @@ def _chat(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> str:
     for message in messages:
-        if not (isinstance(message, dict) and {"role", "content"} <= set(message)):
+        if not isinstance(message, dict) or "role" not in message or not _SAID & set(message):
             raise EvaValueError(
                 f"column {' and '.join(map(repr, columns))} of {data} holds a list that is no "
                 "chat: messages need 'role' and 'content'"
@@ -312,4 +332,4 @@ def _chat(
         start = tokenizer.bos_token
         adds_start = start and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         return text.removeprefix(start) if adds_start else text
-    return "\n".join(str(message["content"] or "") for message in messages)
+    return "\n".join(str(message.get("content") or "") for message in messages)

@@ -109,7 +109,7 @@ def config_fields(
         **{name: value for name, value in eva.items() if value is not None},
     }
     fields |= {name: value for name, value in lora.items() if value is not None}
-    if fields.get("target_modules") is None:
+    if fields.get("target_modules") is None and not fields.get("target_parameters"):
         fields["target_modules"] = "all-linear"
     return {"r": 16, "lora_alpha": 16, **fields}
 
@@ -140,8 +140,8 @@ def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
         unknown = sorted(set(given) - set(known[name]))
         if unknown:
             raise EvaValueError(f"--config: {name} has no field {', '.join(map(repr, unknown))}")
-    if fields["target_modules"] == "all-linear" and fields.get("exclude_modules") is None:
-        fields = {**fields, "exclude_modules": _HEADS.get(task)}
+    if fields.get("target_modules") == "all-linear":
+        fields = {**fields, "exclude_modules": _excluded(fields.get("exclude_modules"), task)}
     kind = _TASKS[task][1]
     fixed = {"task_type": kind, "inference_mode": False, "init_lora_weights": "eva"}
     try:
@@ -149,6 +149,14 @@ def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
         return LoraConfig(**{**fields, **fixed})
     except (TypeError, ValueError) as error:
         raise EvaValueError(f"the LoRA config is refused: {error}") from error
+
+
+def _excluded(given: str | list[str] | None, task: Task) -> str | list[str] | None:
+    """Add the heads of a task to the modules, or the pattern of modules, that are left out."""
+    heads = _HEADS.get(task, [])
+    if isinstance(given, str) and heads:
+        return rf"(?:{given})|(?:.*\.)?(?:{'|'.join(heads)})"
+    return given if isinstance(given, str) else [*(given or ()), *heads] or None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -211,13 +219,8 @@ def warn_of_unknown(names: str | set[str] | None, model: Any) -> None:
     """Warn of target modules that the model does not have: PEFT goes on without a word."""
     if names is None or isinstance(names, str):
         return
-    present = {part for name, _ in model.named_modules() for part in _endings(name)}
-    unknown = sorted(name for name in names if name not in present)
+    present = [f".{name}" for name, _ in model.named_modules()]
+    unknown = sorted(n for n in names if not any(name.endswith(f".{n}") for name in present))
     if 0 < len(unknown) < len(names):  # of all of them there is an error
         told = f"the model has no module {', '.join(unknown)}, which the target modules name"
         warnings.warn(told, EvaWarning, stacklevel=2)
-
-
-def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]

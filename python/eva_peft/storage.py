@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import defaultdict
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from statistics import median
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import EvaValueError
+from .files import replacing
 from .result import EvaResult
 
 __all__ = ["load_result", "save_result", "summary_text"]
@@ -47,22 +47,10 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
     metadata = {"format": FORMAT, "index": json.dumps(index), "result": json.dumps(rest)}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
+    # A name of its own: several processes may save one result to one path.
+    temporary = target.with_name(f".{target.name}.{uuid4().hex[:12]}")
+    with replacing(target, temporary):
         save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    # mkstemp makes private files; what is saved is to be readable as any other file
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def load_result(path: str | PathLike[str]) -> EvaResult:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eva_kernels import EvaResult, EvaTypeError, EvaValueError, EvaWarning
-from eva_peft import checkpoint_file
+from eva_peft import checkpoint_file, files
 from eva_peft.checkpoint_file import read_checkpoint, write_checkpoint
 from integration.conftest import (
     Clash,
@@ -235,7 +235,10 @@ def test_it_is_plain_data(path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.fsync", "os.chmod", "os.replace"])
+STEPS = ["checkpoint_file.save_file", "files.os.fsync", "files.os.chmod", "files.os.replace"]
+
+
+@pytest.mark.parametrize("step", STEPS)
 def test_an_interrupted_write_leaves_the_file_before(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult
 ) -> None:
@@ -247,7 +250,7 @@ def test_an_interrupted_write_leaves_the_file_before(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"eva_peft.checkpoint_file.{step}", interrupt)
+        patch.setattr(f"eva_peft.{step}", interrupt)
         with pytest.raises(KeyboardInterrupt):
             CASES["gram"].result(checkpoint=path)
     assert path.read_bytes() == before
@@ -283,7 +286,7 @@ def test_a_path_that_cannot_be_written_fails_at_once(
         path, message = tmp_path / "file" / "state", r"cannot be written \(.*file"
     elif kind == "no permission":
         path, message = tmp_path / "state", r"cannot be written \(.*Permission denied"
-        monkeypatch.setattr(checkpoint_file.os, "open", denied)
+        monkeypatch.setattr(files.os, "open", denied)
     with pytest.raises(EvaValueError, match=message):
         run(make_llama(), never_iterated(), lora(), checkpoint=path)
 

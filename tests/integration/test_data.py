@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eva_peft.data import DataNotFoundError, DecoderInputs, load_texts, make_loader
+from eva_peft.data import DataNotFoundError, DecoderInputs, load_texts, make_loader, padding_token
 from eva_peft.errors import EvaError, EvaValueError
 from extras import needs
 
@@ -199,6 +199,42 @@ def test_long_texts_are_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.model_max_length = 2
     (batch,) = make_loader(["a b c d e"], tokenizer, 2, 3, seed=0)
     assert batch["input_ids"].tolist() == [[0, 4]]
+
+
+def test_a_model_limits_length_and_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = LlamaConfig(
+        vocab_size=2, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, max_position_embeddings=3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    assert padding_token(tokenizer) == 2
+    assert padding_token(tokenizer, model) == 1  # the end token: of 2 there is no embedding
+    batches = make_loader(["a b c d e", "a"], tokenizer, 2, 16, seed=0, model=model)
+    assert sorted(next(iter(batches))["input_ids"].tolist()) == [[0, 4, 1], [0, 4, 5]]
+
+
+def test_half_an_emoji_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"text": "one \\ud83d"}\n{"text": "two \\ud83d\\ude00"}\n')
+    assert load_texts(str(path)) == ["one ?", "two \U0001f600"]
+
+
+def test_a_message_that_calls_tools_needs_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    calls = [{"role": "user", "content": "one"}, {"role": "assistant", "tool_calls": [{}]}]
+    path.write_text(json.dumps({"messages": calls}))
+    assert load_texts(str(path)) == ["one\n"]
+    path.write_text(json.dumps({"messages": [{"role": "assistant"}]}))
+    with pytest.raises(EvaValueError, match="messages need 'role' and 'content'"):
+        load_texts(str(path))
+
+
+def test_an_empty_parquet_file(tmp_path: Path) -> None:
+    needs("datasets")
+    table = needs("pyarrow").table({"text": []})
+    needs("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(EvaValueError, match="is empty: no text to calibrate on"):
+        load_texts(str(tmp_path / "a.parquet"))
 
 
 def test_order_comes_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from peft import LoraConfig
 from peft.tuners.lora.config import BdLoraConfig
 
-from eva_kernels import EvaValueError
+from eva_kernels import EvaValueError, initialize
 from eva_peft.kept_config import LEFT_OUT, config_from_dict, config_to_dict
 from integration.conftest import lora, make_llama, run, text_batches
 
@@ -76,6 +78,23 @@ def test_every_field_survives(name: str) -> None:
         found = [tuple(pair) for pair in found]
     assert found == expected
     assert again.to_dict() | {name: None} == config.to_dict() | {name: None}
+
+
+def test_numbers_of_numpy_become_plain(tmp_path: Path) -> None:
+    config = lora(
+        r=np.int64(4),
+        rho=np.float64(1),
+        target_modules=["q_proj"],
+        layers_to_transform=[np.int64(1)],
+        alpha_pattern={"q_proj": np.float32(2)},
+    )
+    model = initialize(
+        make_llama(), text_batches(2), config, max_steps=2, on_not_converged="ignore"
+    )
+    model.eva_result.save(tmp_path / "eva.safetensors")
+    model.save_pretrained(tmp_path / "adapter")
+    assert LoraConfig.from_pretrained(tmp_path / "adapter").layers_to_transform == [1]
+    assert isinstance(config.layers_to_transform[0], np.int64)  # the user's stays
 
 
 def test_a_field_that_peft_does_not_know_is_named() -> None:

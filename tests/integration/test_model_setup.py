@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from peft import AutoPeftModelForTokenClassification, PeftConfig
 
+from eva_peft.model_setup import Task, lora_config
 from eva_peft.result import EvaResult
 from integration.command import init, make_home, reason, run
 
@@ -60,6 +61,25 @@ def test_a_folder_without_a_tokenizer(home: Path, tmp_path: Path) -> None:
     assert "has no tokenizer that can be loaded" in reason(
         run("init", tmp_path / "model", *arguments)
     )
+
+
+@pytest.mark.parametrize("excluded", [["key"], r".*\.key"])
+def test_a_config_s_exclusions_join_the_heads(
+    home: Path, tmp_path: Path, excluded: str | list[str]
+) -> None:
+    given = {"task_type": "TOKEN_CLS", "exclude_modules": excluded}
+    (tmp_path / "c.json").write_text(json.dumps(given))
+    shown = init(home, tmp_path / "out", "--config", tmp_path / "c.json", model="bert")
+    assert shown.exit_code == 0, shown.stderr
+    names = EvaResult.load(tmp_path / "out" / "eva.safetensors").ranks
+    assert len(names) == 10
+    assert not any("classifier" in name or "key" in name for name in names)
+
+
+def test_a_config_of_parameters_alone_adapts_no_modules() -> None:
+    fields = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": None}
+    config = lora_config({**fields, "eva_config": {}}, Task.CAUSAL_LM)
+    assert not config.target_modules
 
 
 @pytest.mark.parametrize("kind", ["SEQ_CLASS", "seq_cls"])

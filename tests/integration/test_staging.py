@@ -1,13 +1,12 @@
 """Output folders that are written whole or not at all."""
 
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from eva_peft.errors import EvaValueError
-from eva_peft.staging import staged_folder
+from eva_peft.staging import INDEX, staged_folder
 
 
 def write(out: Path, *names: str, force: bool = False, besides: Path | None = None) -> None:
@@ -87,19 +86,88 @@ def test_a_checkpoint_may_lie_anywhere_in_it(tmp_path: Path) -> None:
 def test_where_a_file_cannot_be_replaced_none_is(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     (tmp_path / "b").mkdir()
-    with pytest.raises(EvaValueError, match="has a folder b where a file is to be written"):
+    with pytest.raises(EvaValueError, match="has a folder b where a file is to be written") as told:
         write(tmp_path, "a", "b", force=True)
     assert contents(tmp_path) == {"a": "old"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert contents(kept(told)) == {"a": "new", "b": "new"}
+
+
+def kept(told: pytest.ExceptionInfo[EvaValueError]) -> Path:
+    """Return the folder that an error says holds what was to be written."""
+    return Path(str(told.value).rpartition(" is in ")[2])
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_failure_halfway_takes_all_back(
+    tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, names = tmp_path / "out", ["weights", INDEX, "new", "z"]
+    out.mkdir()
+    for name in ("weights", INDEX, "z"):
+        (out / name).write_text("old")
+    real, calls = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        calls.append(target.name)
+        if len(calls) == failing + 1:
+            assert not (out / INDEX).exists()  # nobody takes the folder for whole
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(EvaValueError, match="No space left on device") as told:
+        write(out, *names, force=True)
+    assert calls[failing] == ["new", "weights", "z", INDEX][failing]
+    assert contents(out) == {"weights": "old", INDEX: "old", "z": "old"}
+    assert contents(kept(told)) == dict.fromkeys(names, "new")
+    assert sorted(p.name for p in kept(told).iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_of_two_at_once_the_first_stays(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    second = staged_folder(out, False, None)
+    (second.__enter__() / "a").write_text("second")
+    write(out, "a")
+    with pytest.raises(EvaValueError, match="somebody else has written files to it") as told:
+        second.__exit__(None, None, None)
+    assert contents(out) == {"a": "new"}
+    assert contents(kept(told)) == {"a": "second"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_killed_run_left_is_no_obstacle(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    abandoned = staged_folder(out, False, None)
+    (abandoned.__enter__() / "a").write_text("half")
+    write(out, "a")
+    assert contents(out) == {"a": "new"}
+
+
+def test_files_are_open_to_readers_and_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with staged_folder(tmp_path / "out", False, None) as folder:
+        (folder / "a").write_text("new")
+        (folder / "a").chmod(0o600)
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "out" / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert len(synced) == 1
 
 
 def test_what_cannot_be_written_to_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(**options: object) -> None:
-        raise PermissionError(13, "Permission denied", f"{tmp_path}/.out.x")
+    def refuse(path: Path, *_: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EvaValueError, match=f"--out out: cannot write in {tmp_path}: Permission"):
         write(Path("out"), "a")

@@ -82,8 +82,9 @@ def test_resume_keeps_what_passed_with_the_same_sources() -> None:
     for key, other in (("sources", "x"), ("dry_run", True), ("schema_version", 0)):
         assert record.resumed({**earlier, key: other}, new) == {}
     assert record.resumed(None, new) == {}
-    assert record.resumed(earlier, new, gpu="another") == {}
-    assert record.resumed({**earlier, "machine": {"name": "this"}}, new, gpu="this") != {}
+    here = record.new_record(dry_run=False, gpu="this")
+    assert record.resumed(earlier, here) == {}
+    assert record.resumed({**earlier, "machine": here["machine"]}, here) != {}
     assert set(record.resumed(earlier, new, skip=["b"])["stages"]) == {"a", "b"}
 
 

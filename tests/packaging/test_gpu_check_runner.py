@@ -1,6 +1,11 @@
 """The check on a GPU: the order of its stages, what runs beside another, and what is kept."""
 
 import importlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -9,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_check import plan, record, runner
+from bench.gpu_check import child, context, plan, record, runner
 from bench.gpu_check.plan import Stage
 
 
@@ -29,6 +34,12 @@ class Stubbed(runner.Check):
         if status == "stopped":
             assert stop.wait(timeout=10)
             status = "failed"
+        if status == "until a is written":
+            end = time.monotonic() + 10
+            while "a" not in record.read_json(self.out / "gpu-check.json")["stages"]:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            status = "passed"
         results = {"versions": {"torch": "1"}}
         return {"status": status, "reason": "", "seconds": 0.0, "results": results}
 
@@ -91,8 +102,13 @@ def test_a_stage_beside_another_runs_with_it(tmp_path: Path) -> None:
     assert beside(tmp_path, {**outcomes, "a": "failed", "c": "failed"}, resume=True).run()
 
 
-def test_an_interrupt_ends_what_runs_beside(tmp_path: Path) -> None:
-    check = beside(tmp_path, {"a": "interrupted", "b": "stopped", "c": "passed"})
+def test_what_is_over_is_written_while_another_runs_beside(tmp_path: Path) -> None:
+    assert beside(tmp_path, {"a": "passed", "b": "until a is written", "c": "passed"}).run()
+
+
+@pytest.mark.parametrize("ends", [("interrupted", "stopped"), ("stopped", "interrupted")])
+def test_an_interrupt_ends_what_runs_beside(tmp_path: Path, ends: tuple[str, str]) -> None:
+    check = beside(tmp_path, {"a": ends[0], "b": ends[1], "c": "passed"})
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         check.run()
@@ -111,6 +127,64 @@ def test_resumed_check_keeps_what_came_of_a_stage_that_is_left_out(tmp_path: Pat
     again = stubbed(tmp_path, {"a": "passed", "b": "passed"}, resume=True, skip=["a"])
     assert not again.run()
     assert [s["status"] for s in again.record["stages"].values()] == ["failed", "passed"]
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "outcome"),
+    [
+        ("passed", 0, ("passed", "")),
+        ("skipped", child.SKIPPED, ("skipped", "why")),
+        ("failed", child.FAILED, ("failed", "why")),
+        ("passed", -6, ("failed", "the process ended with status -6")),
+        ("running", 1, ("failed", "the process ended with status 1")),
+        (None, 0, ("failed", "the process ended with status 0")),
+        ("passed", None, ("timed out", "killed after 1 s")),
+    ],
+)
+def test_a_stage_is_believed_if_its_process_ends_as_it_says(
+    said: str | None,
+    status: int | None,
+    outcome: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_limited(*_: object) -> int | None:
+        if said is not None:
+            found = {"status": said, "reason": "" if said == "passed" else "why", "results": {}}
+            record.write_json(context.result_path(tmp_path, "a"), found)
+        return status
+
+    monkeypatch.setattr(runner, "run_limited", run_limited)
+    stages = [Stage("a", 4.0, 4.0)]
+    check = runner.Check(tmp_path, dry_run=True, stages=stages, total=4.0, say=lambda line: None)
+    check.run()
+    found = check.record["stages"]["a"]
+    assert (found["status"], found["reason"]) == outcome
+
+
+def test_a_stage_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
+    code = f"""
+        import os, sys
+        from bench.gpu_check import child
+        from bench.processes import run_limited
+
+        class Module:
+            def run(context):
+                command = ["sh", "-c", "echo $$ > {tmp_path}/pid; exec sleep 60"]
+                run_limited(command, 60.0, sys.stdout, os.environ)
+
+        sys.modules["bench.gpu_check.stages.made_up"] = Module
+        child.main(["made_up", "--out", {str(tmp_path)!r}, "--seconds", "60"])
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=record.ROOT)
+    end = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_check_without_time_reaches_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """``IncrementalPCA`` as an estimator: what scikit-learn's tools ask of it, and odd arguments."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -48,6 +49,49 @@ def test_it_goes_into_a_pipeline():
     check_is_fitted(pipeline[-1])
     with pytest.raises(sklearn.exceptions.NotFittedError):
         check_is_fitted(IncrementalPCA(3))
+
+
+def test_names_of_the_coordinates():
+    x = data(dtype=torch.float64).numpy()
+    pipeline = make_pipeline(StandardScaler(), IncrementalPCA(2)).fit(x)
+    theirs = make_pipeline(sklearn.decomposition.IncrementalPCA(2)).fit(x)
+    assert list(pipeline.get_feature_names_out()) == list(theirs.get_feature_names_out())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_shallow_copy_learns_by_itself(method: str):
+    x = data()
+    pca = IncrementalPCA(4, method=method).partial_fit(x[:200])
+    variance, spread = pca.explained_variance_.clone(), pca.var_.clone()
+    copied = copy.copy(pca).partial_fit(3 * x[200:])
+    assert (pca.n_samples_seen_, copied.n_samples_seen_) == (200, 400)
+    assert torch.equal(pca.explained_variance_, variance)
+    assert torch.equal(pca.var_, spread)
+    assert copy.copy(IncrementalPCA(4)).n_samples_seen_ == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_first_batch_s_dtype_cannot_hold_is_refused(method: str):
+    x = data(dtype=torch.float64)
+    pca = IncrementalPCA(4, method=method).partial_fit(x.float())
+    before = pca.components_.clone()
+    with pytest.raises(NonFiniteError, match=r"overflow torch.float32; scale the data"):
+        pca.partial_fit(x * 1e30)
+    with pytest.raises(EvaValueError, match=r"overflow torch.float32; scale the data"):
+        pca.merge(IncrementalPCA(4, method=method).partial_fit(x * 1e30))
+    assert pca.n_samples_seen_ == 400
+    assert torch.equal(pca.components_, before)
+    assert pca.partial_fit(x).n_samples_seen_ == 800
+
+
+def test_exact_sums_overflow_batch_by_batch():
+    x = 1e17 * torch.randn(400, 40)
+    pca = IncrementalPCA(4, method="gram").partial_fit(x).partial_fit(x)
+    with pytest.raises(NonFiniteError, match="overflow"):
+        pca.partial_fit(x)
+    assert pca.n_samples_seen_ == 800
+    assert pca.components_.isfinite().all()
+    assert pca.partial_fit(x[:1] / 1e16).n_samples_seen_ == 801
 
 
 def test_parameters_that_are_refused_change_nothing():

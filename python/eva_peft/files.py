@@ -1,0 +1,47 @@
+"""Files that are there whole or not at all, also after a power cut."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["make_file", "replacing", "sync"]
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[None]:
+    """Have a file written that takes the place of another, if all goes well.
+
+    Args:
+        path: holds the old file or the new one at any time. The new one has the mode of a new file,
+            whatever its writer gives it.
+        temporary: is written to, in the same folder; it does not outlive the block.
+    """
+    try:
+        mode = make_file(temporary)
+        yield
+        os.chmod(temporary, mode)
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def make_file(path: Path) -> int:
+    """Make an empty file in place of any old one, and return the mode that the umask gives it."""
+    path.unlink(missing_ok=True)
+    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+
+
+def sync(path: Path) -> None:
+    """Have the contents of a file on the disk; a power cut could leave a new name without them."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
