@@ -65,9 +65,10 @@ $(READY): $(BUILD_FILES)
 demo: $(READY)
 	$(BIN)/eva-kernels demo --out demo-report
 
-# The variable: no test may be skipped for want of a package, all of them are installed.
+# The variable: no test may be skipped for want of a package, all of them are installed. By file: what
+# a file prepares once is prepared once.
 test: $(READY)
-	EVA_TESTS_HAVE_ALL_EXTRAS=1 $(BIN)/python -m pytest
+	EVA_TESTS_HAVE_ALL_EXTRAS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

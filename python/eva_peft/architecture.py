@@ -21,12 +21,13 @@ FrameLengths = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_a
 _SEE_PADDING = frozenset(
     [
         "siglip", "siglip_text_model", "siglip2", "siglip2_text_model",
-        "canine", "convbert", "fnet", "nystromformer", "yoso", "funnel",
+        "canine", "convbert", "fnet", "nystromformer", "yoso", "funnel", "mobilebert",
+        "big_bird", "bigbird_pegasus",
     ]
 )  # fmt: skip
-# Models that read text and images as one sequence of tokens; the batch has a mask of the text.
-_TEXT_FIRST = frozenset(["layoutlmv3", "vilt", "visual_bert"])
-_TEXT_LAST = frozenset(["git"])
+# Models that read text and images (or entities) as one sequence; the batch has a mask of the text.
+_TEXT_FIRST = frozenset(["layoutlmv3", "luke", "mluke", "vilt", "visual_bert"])
+_TEXT_LAST = frozenset(["flava", "git"])
 # Methods that tell how many frames a model of speech makes of samples or of spectra.
 _FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
 
@@ -38,13 +39,17 @@ class Architecture:
     Attributes:
         config: of the outermost part that is a model of transformers; ``None`` if there is none.
         kinds: ``model_type`` of every config in the model.
+        prefix: what the names of all layers but the head's begin with.
         needs_labels: ``forward`` cannot be called without them.
+        takes_decoder_ids: ``forward`` can be given the decoder's tokens.
         frame_lengths: what may tell how many frames are made of sound.
     """
 
     config: Any = None
     kinds: frozenset[str] = frozenset()
+    prefix: str = ""
     needs_labels: bool = False
+    takes_decoder_ids: bool = False
     frame_lengths: tuple[FrameLengths, ...] = ()
 
     @property
@@ -53,9 +58,15 @@ class Architecture:
         return bool(getattr(self.config, "is_encoder_decoder", False))
 
     @property
+    def makes_decoder_ids(self) -> bool:
+        """Whether, given none, the decoder's tokens are made of labels."""
+        return self.encoder_decoder and self.takes_decoder_ids
+
+    @property
     def sees_padding(self) -> bool:
         """Whether tokens depend on how much padding there is."""
-        return bool(self.kinds & _SEE_PADDING)
+        wraps = "reformer" in self.kinds and not getattr(self.config, "is_decoder", False)
+        return wraps or bool(self.kinds & _SEE_PADDING)
 
     @property
     def text_first(self) -> bool | None:
@@ -70,7 +81,8 @@ class Architecture:
         if kind in ("longformer", "led"):
             windows = self.config.attention_window
             return max(windows) if isinstance(windows, (list, tuple)) else int(windows)
-        if kind == "pegasus_x":
+        blocks = kind in ("big_bird", "bigbird_pegasus")
+        if kind == "pegasus_x" or (blocks and self.config.attention_type == "block_sparse"):
             return int(self.config.block_size)
         if kind == "reformer":
             layers = set(self.config.attn_layers)
@@ -83,10 +95,13 @@ def architecture_of(model: nn.Module) -> Architecture:
     configs = configs_of(model)
     named = [config for config in configs if isinstance(_kind(config), str)]
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name, inner = _outermost(base)
     return Architecture(
         config=named[0] if named else getattr(model, "config", None),
         kinds=frozenset(kind for config in named for kind in _kinds(config)),
-        needs_labels=_needs_labels(base),
+        prefix=_prefix(name, inner),
+        needs_labels=_parameter(base, "labels") is inspect.Parameter.empty,
+        takes_decoder_ids=_parameter(inner, "decoder_input_ids") is None,
         frame_lengths=tuple(_frame_lengths(model)),
     )
 
@@ -95,7 +110,10 @@ def configs_of(model: nn.Module) -> list[Any]:
     """Return the configs of all modules that have one, the outermost first, each once."""
     found: list[Any] = []
     for module in model.modules():
-        config = getattr(module, "config", None)
+        try:
+            config = getattr(module, "config", None)
+        except Exception:  # a property of the user's
+            continue
         if config is not None and all(config is not other for other in found):
             found.append(config)
     return found
@@ -110,12 +128,29 @@ def _kinds(config: Any) -> list[str]:
     return [kind for kind in kinds if isinstance(kind, str)]
 
 
-def _needs_labels(base: nn.Module) -> bool:
+def _outermost(base: nn.Module) -> tuple[str, nn.Module]:
+    """Return the outermost model of transformers with its name, or the whole if there is none."""
+    named = base.named_modules()
+    return next(((n, m) for n, m in named if isinstance(_base_prefix(m), str)), ("", base))
+
+
+def _base_prefix(module: nn.Module) -> Any:
+    return getattr(module, "base_model_prefix", None)
+
+
+def _prefix(name: str, inner: nn.Module) -> str:
+    body = _base_prefix(inner)
+    parts = [name, body if body in dict(inner.named_children()) else ""]
+    return "".join(f"{part}." for part in parts if part)
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """Return the default of an argument of ``forward``; ``Ellipsis`` where it has no such one."""
     try:
-        given = inspect.signature(base.forward).parameters.get("labels")
+        found = inspect.signature(module.forward).parameters.get(name)
     except (TypeError, ValueError):
-        return False
-    return given is not None and given.default is inspect.Parameter.empty
+        return ...
+    return ... if found is None else found.default
 
 
 def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:

@@ -121,8 +121,8 @@ def shape_of(batch: Any) -> tuple[int, int] | None:
 
 
 def is_empty(batch: Any) -> bool:
-    """Tell whether a batch has tensors, and all are without elements."""
-    tensors = [value for value in _values(batch) if isinstance(value, Tensor)]
+    """Tell whether a batch has tensors, and all (but for numbers) are without elements."""
+    tensors = [value for value in _values(batch) if isinstance(value, Tensor) and value.dim()]
     return bool(tensors) and not any(tensor.numel() for tensor in tensors)
 
 
@@ -222,7 +222,8 @@ def as_tensors(batch: Any) -> Any:
     listed = not any(isinstance(value, Tensor) for value in batch.values())
     for key, value in batch.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            found[key] = torch.from_numpy(value)
+            native = value.dtype.newbyteorder("=")
+            found[key] = torch.from_numpy(np.require(value, native, ["C", "W"]))
         elif listed and isinstance(value, (list, tuple)) and value and _are_samples(key, value):
             try:
                 found[key] = _stacked(value)
@@ -280,7 +281,7 @@ def _is_text(value: Any) -> bool:
 
 def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Drop ``labels``, to spare the loss, unless the model needs them or makes inputs of them."""
-    from_labels = architecture.encoder_decoder and "decoder_input_ids" not in arguments
+    from_labels = architecture.makes_decoder_ids and "decoder_input_ids" not in arguments
     if from_labels or architecture.needs_labels:
         return arguments
     return {k: v for k, v in arguments.items() if k != "labels"}
@@ -292,7 +293,8 @@ def without_padding(
     """Return a batch as one or more that hold less padding, and the same tokens.
 
     Columns at the end that are padding in every sample are cut, and short samples run apart from
-    long ones where that saves more than another forward pass costs. Exact for right padding: no
+    long ones where that saves more than another forward pass costs and every value is known to
+    have an entry a sample: of images there may be as many by chance. Exact for right padding: no
     token attends to a masked position, nor to another sample. A batch with padding elsewhere, a
     mask of another kind, or a tensor that this module does not know is returned as it is.
 
@@ -308,6 +310,7 @@ def without_padding(
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
         return [batch]
     samples, columns = mask.shape
+    splits = True
     for key, value in batch.items():
         if isinstance(value, (Mapping, list, tuple)):
             return [batch]
@@ -319,13 +322,15 @@ def without_padding(
             return [batch]
         if value.dim() == 0 or value.shape[0] != samples:
             return [batch]
+        splits &= key in _TOKEN_KEYS or value.dim() == 1
     kept = mask.bool()
     lengths = kept.sum(1)
     begins = torch.arange(columns, device="cpu") < lengths[:, None]
     if not torch.equal(kept, begins) or not kept.any():
         return [batch]
     overhead = FORWARD_OVERHEAD.get(device.type, FORWARD_OVERHEAD_ACCELERATOR)
-    groups = _group_by_length(lengths.tolist(), overhead)
+    every = list(range(samples))
+    groups = _group_by_length(lengths.tolist(), overhead) if splits else [every]
     if len(groups) == 1 and int(lengths.max()) == columns:
         return [batch]
     return [_cut(batch, rows, columns, int(lengths[rows].max())) for rows in groups]

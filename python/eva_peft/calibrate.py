@@ -29,6 +29,7 @@ from eva_kernels.streaming import (
 from . import batches
 from ._peft_compat import EvaConfig, LoraConfig
 from .architecture import architecture_of
+from .batch_mask import mask_of_batch
 from .checkpoint import CheckpointKeeper
 from .checks import FSDP, check_loaded, class_names, is_sharded
 from .data_parallel import Processes, processes_of
@@ -47,7 +48,7 @@ from .ranks import Budget, allocate
 from .result import EvaResult, collect_result
 from .subsample import Draw
 from .targets import Target, find_targets, resolve_name
-from .token_mask import TokenMask, mask_of_batch
+from .token_mask import TokenMask
 from .world import claimed, quiet_model, random_state_kept
 
 __all__ = ["CalibrationPass", "run_pass"]
@@ -217,27 +218,33 @@ class CalibrationPass:
             batch = batches.as_tensors(batch)
             if self.options.trim_padding and self._plain_masks:
                 parts = batches.without_padding(batch, self.device, self.architecture)
-        for part, draw in zip(parts, self._draws(parts), strict=True):
-            self._forward_part(part, draw)
+        masks = [self._mask_of(part) for part in parts]
+        self._draw(masks)
+        for part, mask in zip(parts, masks, strict=True):
+            self._forward_part(part, mask)
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before
 
-    def _draws(self, parts: Sequence[Any]) -> Sequence[Draw | None]:
+    def _mask_of(self, batch: Any) -> TokenMask:
+        if not self._plain_masks:
+            return TokenMask(None)
+        mask = mask_of_batch(batches.as_mapping(batch), self.config, self.architecture)
+        mask.warned, mask.transposed = self._warned, self._transposed
+        return mask
+
+    def _draw(self, masks: Sequence[TokenMask]) -> None:
+        """Let a random part of a batch's tokens count, if that is an option."""
         limit = self.options.tokens_per_step
         if limit is None:
-            return [None] * len(parts)
-        whole = Draw(limit, self.options.seed, self.forwards)
-        if len(parts) == 1:
-            return [whole]
-        return whole.shared_out([int(part["attention_mask"].sum()) for part in parts])
+            return
+        draws = [Draw(limit, self.options.seed, self.forwards)]
+        if len(masks) > 1:  # they have a mask each, by which the batch was split
+            draws = draws[0].shared_out([int(m.main.sum()) for m in masks if m.main is not None])
+        for mask, draw in zip(masks, draws, strict=True):
+            mask.draw = draw
 
-    def _forward_part(self, batch: Any, draw: Draw | None) -> None:
-        mask = TokenMask(None)
-        if self._plain_masks:
-            mask = mask_of_batch(batches.as_mapping(batch), self.config, self.architecture)
-            mask.warned, mask.transposed = self._warned, self._transposed
-        mask.draw = draw
+    def _forward_part(self, batch: Any, mask: TokenMask) -> None:
         self.batch_shape = batches.shape_of(batch)
         if self._default_forward and batches.is_empty(batch) and not is_sharded(self.model):
             return  # many a model would fail; the processes of a sharded one wait for each other
@@ -457,7 +464,7 @@ def _selectors(targets: list[Target], options: CalibrateOptions) -> list[Selecto
     if not isinstance(given, Mapping):
         return [_checked(default)] * len(targets)
     known = {t.name for t in targets}
-    by_name = {resolve_name(name, known): fn for name, fn in given.items()}
+    by_name = {resolve_name(name, known): None if fn == AUTO else fn for name, fn in given.items()}
     unknown = set(by_name) - known
     if unknown:
         raise EvaValueError(

@@ -133,6 +133,7 @@ class Processes:
         self.leads = self.rank == 0
         self._leader = distributed.get_global_rank(group, 0)
         self._known: set[int] = set()  # layers whose basis is the leader's, everywhere
+        self._seen = 0  # tokens of all processes
         self._error: Exception | None = None  # of this process
 
     def loop(self, run: CalibrationPass, loader: Iterable[Any], begin: float, bar: Any) -> bool:
@@ -145,9 +146,10 @@ class Processes:
         """
         # What "auto" decides depends on the memory of each device.
         run.plan = self._from_leader(run.plan)
-        with closing(batches.iterate(loader)) as stream:
+        with closing(batches.iterate(loader, lambda: self._seen > 0)) as stream:
             while True:
                 reports = self._exchange(self._forward(run, stream))
+                self._seen += sum(report.tokens for report in reports)
                 last = not any(report.ran for report in reports)
                 cells = _common_cells(reports)
                 _divide(run.collector, cells)

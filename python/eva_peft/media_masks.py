@@ -1,19 +1,22 @@
 """Masks over sound and images, and what of them layers see: frames and patches.
 
 A layer behind convolutions or a pooling sees fewer frames or patches than the mask has entries;
-each of them stands for equally many.
+each of them stands for equally many, but for the last.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-__all__ = ["frames_seen", "patches_seen", "pixel_mask", "sound_mask"]
+__all__ = ["frames_seen", "patches_seen", "pixel_mask", "sound_mask", "tile_mask", "tiles_seen"]
 
 # Masks over frames of sound, (samples, frames), beside text.
 _SOUND = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
@@ -37,6 +40,12 @@ def pixel_mask(batch: Mapping[str, Any]) -> Tensor | None:
     return (mask.flatten(0, 1) if mask.dim() == 4 else mask).bool().cpu()
 
 
+def tile_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return which tiles of its images a batch keeps, bool (samples, images, tiles)."""
+    mask = batch.get("aspect_ratio_mask")
+    return mask.bool().cpu() if isinstance(mask, Tensor) and mask.dim() == 3 else None
+
+
 def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     """Return the mask of a layer's frames, bool (samples, F').
 
@@ -58,7 +67,7 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
 
 
 def patches_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
-    """Return the mask of a layer's patches, bool (images, P'), those that hold a pixel.
+    """Return the mask of a layer's patches, bool (images, P'), those whose first pixel counts.
 
     Args:
         mask: see :func:`pixel_mask`. Images without any pixel fill up samples; models leave them
@@ -73,8 +82,32 @@ def patches_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         return None
     if mask.dim() == 2:
         return mask if leading[1] == mask.shape[1] else None
-    side = math.isqrt(mask[0].numel() // max(leading[1], 1))
-    if not 0 < side <= min(mask.shape[1:]):
+    grid = _grid(mask.shape[1], mask.shape[2], leading[1])
+    if grid is None:
         return None
-    patches = mask.unfold(1, side, side).unfold(2, side, side).flatten(3).any(3).flatten(1)
-    return patches if patches.shape[1] == leading[1] else None
+    return functional.interpolate(mask[:, None].float(), grid).bool().flatten(1)
+
+
+def tiles_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
+    """Return the mask of an input that has the tokens of all tiles one after another.
+
+    Args:
+        mask: see :func:`tile_mask`.
+        leading: shape of the layer's input without its features.
+    """
+    if len(leading) < 2 or math.prod(leading) % mask.numel():
+        return None
+    rows = mask.reshape(-1).repeat_interleave(math.prod(leading) // mask.numel())
+    return rows.reshape(leading)
+
+
+@functools.cache
+def _grid(height: int, width: int, patches: int) -> tuple[int, int] | None:
+    """Return how many patches stand above and beside each other in an image of so many pixels."""
+    smallest = min(height, width)
+    powers = [2**i for i in range(smallest.bit_length())]
+    for side in itertools.chain(powers, range(1, smallest + 1)):
+        for shape in ((-(-height // side), -(-width // side)), (height // side, width // side)):
+            if math.prod(shape) == patches:
+                return shape
+    return None

@@ -48,9 +48,15 @@ class Draw:
         return chosen.reshape(mask.shape)
 
     def shared_out(self, tokens: list[int]) -> list[Draw]:
-        """Return one draw for each part of the batch, in proportion to their tokens."""
-        total = max(1, sum(tokens))
-        return [
-            Draw(max(1, round(self.limit * n / total)), self.seed, self.forward, part)
-            for part, n in enumerate(tokens)
-        ]
+        """Return one draw for each part of the batch, in proportion to their tokens.
+
+        The limits add up to that of the batch, or to all of its tokens.
+        """
+        total = sum(tokens)
+        limit = min(self.limit, total)
+        exact = [limit * n / max(1, total) for n in tokens]
+        limits = [int(share) for share in exact]
+        largest = sorted(range(len(tokens)), key=lambda part: limits[part] - exact[part])
+        for part in largest[: limit - sum(limits)]:
+            limits[part] += 1
+        return [Draw(n, self.seed, self.forward, part) for part, n in enumerate(limits)]

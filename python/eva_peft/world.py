@@ -27,23 +27,24 @@ class _Process:
         self._lock = threading.Lock()
         self._passes = 0
         self._undo = ExitStack()
-        self._claimed: set[int] = set()  # ids of models that are alive, as long as they are in it
+        self._claimed: set[int] = set()  # ids of modules that are alive, as long as they are in it
 
     @contextmanager
     def claimed(self, model: nn.Module) -> Iterator[None]:
         """Keep other passes off a model; the hooks of each would hear the other's batches."""
+        modules = {id(module) for module in model.modules()}
         with self._lock:
-            if id(model) in self._claimed:
+            if modules & self._claimed:
                 raise EvaRuntimeError(
-                    "another calibration pass is running on this model, in a thread or around this "
-                    "call; run one after the other"
+                    "another calibration pass is running on this model, or on a part of it, in a "
+                    "thread or around this call; run one after the other"
                 )
-            self._claimed.add(id(model))
+            self._claimed |= modules
         try:
             yield
         finally:
             with self._lock:
-                self._claimed.discard(id(model))
+                self._claimed -= modules
 
     @contextmanager
     def quiet(self) -> Iterator[None]:

@@ -34,7 +34,8 @@ from transformers import (
 
 from eva_kernels import EvaWarning
 from eva_peft.architecture import architecture_of
-from eva_peft.token_mask import TokenMask, mask_of_batch
+from eva_peft.batch_mask import mask_of_batch
+from eva_peft.token_mask import TokenMask
 from integration.conftest import (
     BOTH_SIDES,
     VOCABULARY,

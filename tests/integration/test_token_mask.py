@@ -12,7 +12,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import eva_kernels
 from eva_peft.architecture import Architecture
-from eva_peft.token_mask import TokenMask, mask_of_batch
+from eva_peft.batch_mask import mask_of_batch
+from eva_peft.token_mask import TokenMask
 from integration.conftest import (
     VOCABULARY,
     angle,

@@ -1,0 +1,159 @@
+"""What a batch says of its tokens: masks of several kinds, and labels."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from torch import Tensor
+
+from ._peft_compat import LoraConfig
+from .architecture import Architecture
+from .errors import EvaWarning
+from .media_masks import pixel_mask, sound_mask, tile_mask
+from .token_mask import TokenMask
+
+__all__ = ["mask_of_batch"]
+
+# A Decision Transformer interleaves return, state and action: three tokens a time step.
+_DECISION_STREAMS = 3
+# Masks of tokens beside text: boxes of images, entities.
+_BESIDE = ("visual_attention_mask", "entity_attention_mask")
+_ANY = Architecture()
+
+
+def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _ANY) -> TokenMask:
+    """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
+
+    Labels count only where they are labels of tokens, that is where their shape is that of the
+    tokens; the labels of an encoder-decoder model mask its decoder.
+
+    Args:
+        batch: a mapping; anything else has no mask.
+        config: its ``eva_config`` says whether, and with which value, labels mask tokens.
+        architecture: of the model.
+    """
+    if not isinstance(batch, Mapping):
+        return TokenMask(None)
+    main, decoder = _text_masks(batch, config, architecture)
+    decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
+    return TokenMask(
+        main,
+        decoder,
+        streams=_DECISION_STREAMS if decision else 1,
+        mixed=_is_mixed(batch),
+        encoder_decoder=architecture.encoder_decoder,
+        given=_token_mask(batch.get("encoder_attention_mask")),
+        window=architecture.window,
+        frame_lengths=architecture.frame_lengths,
+        text_first=architecture.text_first,
+        beside=next((_token_mask(batch[key]) for key in _BESIDE if key in batch), None),
+        queries=_token_mask(batch.get("qformer_attention_mask")),
+        sound=sound_mask(batch),
+        pixels=pixel_mask(batch),
+        tiles=tile_mask(batch),
+        prefix=architecture.prefix,
+    )
+
+
+def _text_masks(
+    batch: Mapping[str, Any], config: LoraConfig, architecture: Architecture
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's."""
+    main = _attention_mask(batch)
+    decoder = _token_mask(batch.get("decoder_attention_mask"))
+    eva, labels = config.eva_config, batch.get("labels")
+    label_mask = None
+    wanted = eva is None or eva.use_label_mask
+    if wanted and _are_token_labels(labels, architecture.config):
+        label_mask = labels.cpu() != (-100 if eva is None else eva.label_mask_value)
+    if architecture.encoder_decoder:
+        if label_mask is not None:
+            fits = decoder is not None and decoder.shape == label_mask.shape
+            decoder = decoder & label_mask if decoder is not None and fits else label_mask
+        return main, decoder
+    shape = _token_shape(batch, main)
+    if main is not None and shape is not None:
+        main = _without_prefix(main, shape)
+    if label_mask is not None and tuple(label_mask.shape) == shape:
+        main = label_mask if main is None else main & label_mask
+    return main, decoder
+
+
+def _attention_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    given, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if isinstance(given, Mapping):  # one for each kind of attention
+        given = given.get("full_attention", next(iter(given.values()), None))
+    if not isinstance(given, Tensor):
+        return None
+    if isinstance(ids, Tensor) and ids.dim() == 3 and given.shape == ids.shape:
+        given = given.flatten(0, 1)  # samples have choices, which the model runs as samples
+    past = getattr(batch.get("past_key_values"), "get_seq_length", None)
+    mask = _token_mask(given, int(past()) if past is not None else 0)
+    if mask is None:
+        warnings.warn(
+            f"an attention_mask of shape {tuple(given.shape)} is not understood; every token "
+            "counts. Pass prepare_layer_inputs_fn to select",
+            EvaWarning,
+            stacklevel=2,
+        )
+    return mask
+
+
+def _is_mixed(batch: Mapping[str, Any]) -> bool:
+    """Tell whether a batch of text holds values of another kind, too."""
+    ids = batch.get("input_ids")
+    return isinstance(ids, Tensor) and any(
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() >= 2
+        and value.shape != ids.shape  # weights of tokens, say
+        for key, value in batch.items()
+        if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels") and "mask" not in key
+    )
+
+
+def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
+    if getattr(model_config, "problem_type", None) == "multi_label_classification":
+        return False
+    return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def _token_mask(mask: Any, cached: int = 0) -> Tensor | None:
+    """Return the tokens that a mask keeps, bool (B, T).
+
+    A mask over pairs, (B, T, S) or (B, heads or 1, T or 1, S), says which token sees which. A token
+    that does not even see itself is padding; where padding sees itself, it cannot be told from
+    tokens.
+
+    Args:
+        mask: of anything else comes ``None``.
+        cached: how many of the S tokens come before the first of the T.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 3 and mask.shape[1] == mask.shape[2]:
+        mask = mask[:, None]
+    if mask.dim() == 4 and mask.shape[2] + cached <= mask.shape[3]:
+        first = mask[:, 0]
+        alike = mask.shape[2] == 1  # (B, 1, 1, T): the same for every token
+        own = (first[:, 0] if alike else first.diagonal(cached, dim1=-2, dim2=-1)).cpu()
+        additive = own.is_floating_point() and bool((mask <= 0).all())
+        return own > -1 if additive else own.bool()
+    return mask.bool().cpu() if mask.dim() == 2 else None
+
+
+def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the mask of the tokens of a batch, where it covers cached ones in front, too."""
+    longer = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
+    return mask[:, -shape[1] :] if longer else mask
+
+
+def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ...] | None:
+    ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return tuple(ids.flatten(0, -2).shape) if ids.dim() > 2 else tuple(ids.shape)
+    if isinstance(embeds, Tensor):
+        return tuple(embeds.shape[:2])
+    return None if main is None else tuple(main.shape)

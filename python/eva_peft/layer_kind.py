@@ -1,0 +1,46 @@
+"""What a layer's name tells of the tokens that it reads."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple
+
+__all__ = ["LayerKind", "kind_of_layer"]
+
+# Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
+_READS_ENCODER = re.compile(
+    r"(EncDecAttention|encoder_attn|encoder_decoder_attention|cross_?att(ention|n)|attn2).*"
+    r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj|to_k|to_v)$"
+    r"|\benc_to_dec_proj$"
+)
+# Layers of the other stream of a model that takes text and something else.
+_READS_NO_TEXT = re.compile(
+    r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound"
+    r"|multi_modal|(^|\.)mm_proj|connector|perceiver|resampler|qformer"
+)
+_READS_SOUND = re.compile(r"audio|speech|sound")
+
+
+class LayerKind(NamedTuple):
+    """What a layer's name tells of the tokens that it reads."""
+
+    reads_encoder: bool
+    reads_no_text: bool
+    reads_sound: bool
+    in_encoder: bool
+    in_decoder: bool
+    in_qformer: bool
+
+
+@functools.cache
+def kind_of_layer(name: str) -> LayerKind:
+    """Return what the name tells; asked for every layer of every batch."""
+    return LayerKind(
+        reads_encoder=bool(_READS_ENCODER.search(name)),
+        reads_no_text=bool(_READS_NO_TEXT.search(name)),
+        reads_sound=bool(_READS_SOUND.search(name)),
+        in_encoder="encoder" in name,
+        in_decoder="decoder" in name,
+        in_qformer="qformer" in name,
+    )
