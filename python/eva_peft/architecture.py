@@ -97,7 +97,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name, inner = _outermost(base)
     return Architecture(
-        config=named[0] if named else getattr(model, "config", None),
+        config=next(iter([*named, *configs]), None),
         kinds=frozenset(kind for config in named for kind in _kinds(config)),
         prefix=_prefix(name, inner),
         needs_labels=_parameter(base, "labels") is inspect.Parameter.empty,
@@ -110,10 +110,7 @@ def configs_of(model: nn.Module) -> list[Any]:
     """Return the configs of all modules that have one, the outermost first, each once."""
     found: list[Any] = []
     for module in model.modules():
-        try:
-            config = getattr(module, "config", None)
-        except Exception:  # a property of the user's
-            continue
+        config = getattr(module, "config", None)
         if config is not None and all(config is not other for other in found):
             found.append(config)
     return found

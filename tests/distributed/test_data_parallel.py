@@ -197,6 +197,11 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
         assert message in seen[rank][name][1]
 
 
+def test_data_without_a_token_end_after_an_epoch(seen: tuple[Seen, Seen]) -> None:
+    assert "no token reached any of the 14 target layers in 2 forward" in seen[0]["no_tokens"][1]
+    assert seen[1]["no_tokens"][0] == "EvaRuntimeError"
+
+
 def test_adapters_in_shards_are_looked_at_whole(seen: tuple[Seen, Seen]) -> None:
     told = "NotInitializedError"
     for rank in (0, 1):

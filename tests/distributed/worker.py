@@ -198,6 +198,14 @@ def not_converged(rank: int) -> Any:
 
 
 @scenario
+def no_tokens(rank: int) -> Any:
+    batches = own_batches(rank, 2)
+    for batch in batches:
+        batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    return calibrate(make_llama(), batches, max_steps=50)
+
+
+@scenario
 def other_models(rank: int) -> Any:
     config = lora(target_modules=["q_proj"] if rank == 0 else ["q_proj", "v_proj"])
     return eva_kernels.calibrate(make_llama(), own_batches(rank), config, max_steps=2, **QUIET)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertModel,
+    BigBirdConfig,
+    BigBirdModel,
+    DetrConfig,
     FNetConfig,
     FNetModel,
     GitConfig,
@@ -20,6 +24,7 @@ from transformers import (
     LayoutLMv3Model,
     PegasusXConfig,
     PegasusXModel,
+    PreTrainedModel,
     ReformerConfig,
     ReformerModel,
     SEWConfig,
@@ -29,12 +34,14 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     VisualBertConfig,
+    VisualBertForQuestionAnswering,
     VisualBertModel,
 )
 
 from eva_kernels import EvaWarning
 from eva_peft.architecture import architecture_of
 from eva_peft.batch_mask import mask_of_batch
+from eva_peft.batches import without_labels
 from eva_peft.token_mask import TokenMask
 from integration.conftest import (
     BOTH_SIDES,
@@ -106,6 +113,58 @@ def test_text_and_images_in_one_sequence(make: Callable[[], Any]) -> None:
     rows = layer_inputs(model, [batch], [name], masked=False)[name][mask.flatten()]
     assert result.tokens == int(mask.sum())
     assert lost(result.components[name], rows) < 1e-6
+
+
+def visual_bert_for_answers() -> Any:
+    config = VisualBertConfig(**SIZE, visual_embedding_dim=16)
+    _, batch, mask = visual_bert()
+    return VisualBertForQuestionAnswering(config), batch, mask
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_the_prefix_of_a_model_tells_nothing_of_its_layers(wrap: bool) -> None:
+    """All layers of this one are below ``visual_bert``, and read text, too."""
+    model, batch, mask = visual_bert_for_answers()
+    outer = nn.ModuleDict({"net": model}) if wrap else model
+    rule = mask_of_batch(batch, lora(), architecture_of(outer))
+    name = "net." * wrap + "visual_bert.encoder.layer.0.attention.self.query"
+    rows = rule.rows(torch.Size((*mask.shape, 32)), CPU, name)
+    assert rows is not None
+    assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
+
+
+def test_boxes_have_a_mask_of_their_own() -> None:
+    _, batch, mask = visual_bert_for_answers()
+    rule = mask_of_batch(batch, lora())
+    rows = rule.rows(torch.Size((SAMPLES, 5, 16)), CPU, "embeddings.visual_projection")
+    assert rows is not None
+    assert len(rows) == int(mask[:, TOKENS:].sum())
+
+
+def test_a_q_former_reads_text_behind_its_queries() -> None:
+    batch = {
+        **text(),
+        "qformer_attention_mask": MASK.long(),
+        "pixel_values": torch.ones(4, 3, 8, 8),
+    }
+    rule = mask_of_batch(batch, lora())
+    for count, kept in ((TOKENS, MASK), (TOKENS + 6, torch.cat([MASK[:, :6] | True, MASK], 1))):
+        rows = rule.rows(torch.Size((SAMPLES, count, 32)), CPU, "qformer.layers.0.query")
+        assert rows is not None
+        assert rows.tolist() == kept.flatten().nonzero().flatten().tolist()
+
+
+def test_entities_beside_words() -> None:
+    entities = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(model_type="luke")
+    batch = {**text(), "entity_attention_mask": entities}
+    rule = mask_of_batch(batch, lora(), architecture_of(model))
+    both = torch.cat([MASK, entities.bool()], 1)
+    for mask in (MASK, entities.bool(), both):
+        rows = rule.rows(torch.Size((*mask.shape, 32)), CPU, "encoder.layer.0.output.dense")
+        assert rows is not None
+        assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
 
 
 class Prefixed(nn.Module):
@@ -269,6 +328,37 @@ def test_what_models_pad_to() -> None:
     )
     assert architecture_of(ReformerModel(reformer)).window == 12
     assert architecture_of(nn.Linear(2, 2)).window == 1
+
+
+def test_blocks_of_tokens() -> None:
+    """BigBird pads to whole blocks, and its last one is seen by all."""
+    sizes = {**SIZE, "attention_type": "block_sparse", "block_size": 8}
+    found = architecture_of(BigBirdModel(BigBirdConfig(**sizes)))
+    assert (found.window, found.sees_padding) == (8, True)
+    mask = torch.arange(20) < torch.tensor([20, 11])[:, None]
+    rule = mask_of_batch({"attention_mask": mask.long()}, lora(), found)
+    rows = rule.rows(torch.Size((2, 24, 32)), CPU, "encoder.layer.0.attention.self.query")
+    assert rows is not None
+    assert len(rows) == 31
+    full = BigBirdConfig(**{**sizes, "attention_type": "original_full"})
+    assert architecture_of(BigBirdModel(full)).window == 1
+
+
+def test_labels_that_make_no_inputs_are_left_out() -> None:
+    """An object detector says that it is an encoder-decoder; its labels only make a loss."""
+
+    class Detector(PreTrainedModel):
+        config_class = DetrConfig
+
+        def forward(self, pixel_values: Tensor, labels: Any = None) -> Any: ...
+
+    config = DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False)
+    found = architecture_of(Detector(config))
+    assert found.encoder_decoder
+    arguments = {"pixel_values": torch.ones(1, 3, 8, 8), "labels": [{}]}
+    assert "labels" not in without_labels(arguments, found)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, num_layers=1))
+    assert "labels" in without_labels(arguments, architecture_of(t5))
 
 
 def test_a_model_without_a_config_reads_what_it_is_given() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -210,7 +211,41 @@ def test_float64_and_half_inputs() -> None:
         assert all(rows.dtype == torch.float32 for rows in result.components.values())
 
 
-@pytest.mark.parametrize("kind", ["fnet", "canine", "siglip"])
+@pytest.mark.parametrize("kind", ["backwards", "read-only", "big-endian"])
+def test_arrays_of_any_kind(kind: str) -> None:
+    batch = {key: value.numpy() for key, value in text_batches(1)[0].items()}
+    expected = run(make_llama(), iter([batch]), lora(tau=1.0))
+    if kind == "backwards":
+        batch = {key: np.flip(np.flip(value, 1).copy(), 1) for key, value in batch.items()}
+    elif kind == "read-only":
+        for value in batch.values():
+            value.flags.writeable = False
+    else:
+        batch = {key: value.astype(value.dtype.newbyteorder(">")) for key, value in batch.items()}
+    assert run(make_llama(), iter([batch]), lora(tau=1.0)).ranks == expected.ranks
+
+
+def test_a_number_beside_no_samples_is_no_batch() -> None:
+    empty = {key: value[:0] for key, value in text_batches(1)[0].items()}
+    empty["num_items_in_batch"] = torch.tensor(0)
+    data = [empty, *text_batches(1)]
+    result = run(make_llama(), data, lora(tau=1.0), forward_fn=None, max_steps=2)
+    assert result.tokens == int(data[1]["attention_mask"].sum())
+
+
+def test_images_that_are_no_entry_of_each_sample() -> None:
+    """As many images as samples, all of them in the first: nothing tells whose they are."""
+    mask = (torch.arange(300) < torch.tensor([300, 20])[:, None]).long()
+    batch = {"input_ids": mask * 5, "attention_mask": mask}
+    cpu, model = torch.device("cpu"), architecture_of(nn.Linear(1, 1))
+    assert len(without_padding(batch, cpu, model)) == 2
+    mask[:, 250:] = 0
+    [cut] = without_padding({**batch, "pixel_values": torch.ones(2, 3, 4, 4)}, cpu, model)
+    assert cut["input_ids"].shape == (2, 250)
+    assert cut["pixel_values"].shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["fnet", "canine", "siglip", "mobilebert", "big_bird", "reformer"])
 def test_padding_that_a_model_sees_stays(kind: str) -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
     batch = {"input_ids": mask * 5, "attention_mask": mask}

@@ -5,14 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import (
+    DetrConfig,
+    DetrForObjectDetection,
     Idefics3Config,
     Idefics3Model,
+    ResNetConfig,
     Siglip2VisionConfig,
     Siglip2VisionModel,
 )
 
-from eva_peft.media_masks import patches_seen, pixel_mask
+from eva_kernels import EvaWarning
+from eva_peft.architecture import architecture_of
+from eva_peft.batch_mask import mask_of_batch
+from eva_peft.media_masks import patches_seen, pixel_mask, tile_mask
 from eva_peft.token_mask import TokenMask
 from integration.conftest import layer_inputs, lora, lost, run
 
@@ -73,12 +80,78 @@ def test_patches_by_themselves() -> None:
     assert lost(result.components[name], rows) < 1e-6
 
 
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (100, 75)])
+def test_an_object_detector(height: int, width: int) -> None:
+    """Patches of padding do not count, for the decoder neither; queries do, whatever their number.
+
+    A hundred queries are a grid of 10 x 10 patches to whoever looks at their number.
+    """
+    torch.manual_seed(0)
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic",
+        out_features=["stage4"],
+    )  # fmt: skip
+    sides = {f"{side}_{n}": m for side in ("encoder", "decoder") for n, m in
+             (("layers", 1), ("attention_heads", 2), ("ffn_dim", 48))}  # fmt: skip
+    config = DetrConfig(
+        backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False,
+        d_model=32, num_queries=100, **sides,
+    )  # fmt: skip
+    model = DetrForObjectDetection(config).eval()
+    mask = pixels((height, width), (height // 2, width // 3), height=height, width=width)
+    batch = {"pixel_values": torch.randn(2, 3, height, width) * mask[:, None], "pixel_mask": mask}
+    grid = -(-height // 32), -(-width // 32)
+    kept = functional.interpolate(mask[:, None].float(), grid).bool().flatten()
+    names = ["encoder.layers.0.self_attn.q_proj", "decoder.layers.0.encoder_attn.k_proj"]
+    names = [f"model.{name}" for name in names]
+    result = run(model, iter([batch]), lora(target_modules=names, tau=1.0), method="gram")
+    seen = layer_inputs(model, [batch], names, masked=False)
+    for name in names:
+        assert len(seen[name]) == len(kept) > kept.sum()
+        assert lost(result.components[name], seen[name][kept]) < 1e-6
+    rule = mask_of_batch(batch, lora(), architecture_of(model))
+    for name in (
+        "class_labels_classifier",
+        "bbox_predictor.layers.0",
+        "model.decoder.layers.0.fc1",
+    ):
+        assert rule.rows(torch.Size((2, 100, 32)), CPU, name) is None
+
+
+def test_tiles_of_images() -> None:
+    """Mllama cuts images into tiles, and fills up the number of them."""
+    tiles = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]]])
+    text = torch.ones(2, 7, dtype=torch.bool)
+    rule = TokenMask(text, mixed=True, tiles=tile_mask({"aspect_ratio_mask": tiles}))
+    kept = tiles.bool().flatten().repeat_interleave(5)
+    for shape in ((2, 20, 8), (2, 1, 4, 5, 8), (8, 5, 8)):
+        for name in ("vision_model.layers.0.fc1", "language_model.layers.3.cross_attn.k_proj"):
+            rows = rule.rows(torch.Size(shape), CPU, name)
+            assert rows is not None
+            assert rows.tolist() == kept.nonzero().flatten().tolist()
+    assert rule.rows(torch.Size((3, 7, 8)), CPU, "vision_model.layers.0.fc1") is None
+    assert rule.rows(torch.Size((2, 7, 8)), CPU, "language_model.layers.0.q_proj") is None
+
+
+def test_patches_that_fit_no_grid_are_warned_of() -> None:
+    mask = pixels((16, 16), (8, 8)).bool()
+    rule = TokenMask(None, pixels=mask)
+    with pytest.warns(EvaWarning, match=r"fits its input of leading shape \(2, 11\)"):
+        assert rule.rows(torch.Size((2, 11, 8)), CPU, "model.encoder.layers.0.fc1") is None
+
+
 def test_patches_that_layers_see_fewer_of() -> None:
     mask = pixels((16, 24), (6, 9), width=24).bool()
     for side, kept in ((2, [96, 15]), (4, [24, 6]), (8, [6, 2])):
         patches = patches_seen(mask, (2, 16 * 24 // side**2))
         assert patches is not None
         assert patches.sum(1).tolist() == kept
+    # of 3 x 3 pixels, with the last row or without
+    for count, of_second in ((48, 9), (40, 6)):
+        patches = patches_seen(mask, (2, count))
+        assert patches is not None
+        assert patches.sum(1).tolist() == [count, of_second]
     for leading in ((2, 7), (3, 24), (2, 0), (2,), (2, 4, 24)):
         assert patches_seen(mask, leading) is None
 

@@ -73,6 +73,33 @@ def test_parts_of_a_trimmed_batch_share_the_limit() -> None:
     assert result.tokens == 66
 
 
+def test_parts_share_by_what_counts() -> None:
+    """Of the long sample only four tokens have a label that counts."""
+    ids = torch.randint(1, 90, (3, 60))
+    mask = (torch.arange(60) < torch.tensor([60, 10, 9])[:, None]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 4:] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    result = run(make_llama(), [batch], lora(), tokens_per_step=20, max_steps=1)
+    assert result.tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("limit", "tokens", "limits"),
+    [
+        (66, [120, 12], [60, 6]),
+        (1, [300, 60], [1, 0]),
+        (3, [100, 100, 1], [2, 1, 0]),
+        (10, [3, 4], [3, 4]),
+        (5, [0, 0], [0, 0]),
+    ],
+)
+def test_limits_of_parts_add_up(limit: int, tokens: list[int], limits: list[int]) -> None:
+    draws = Draw(limit, 0, 0).shared_out(tokens)
+    assert [draw.limit for draw in draws] == limits
+    assert [draw.part for draw in draws] == list(range(len(tokens)))
+
+
 @pytest.mark.parametrize("name", ["T5", "Whisper", "ViT", "BERT with pooler, bare", "Mixtral"])
 def test_no_layer_sees_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from eva_kernels.streaming import InputStream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,6 +259,35 @@ def test_without_a_mask_every_token_counts() -> None:
     assert run(make_llama(), iter(batches), lora(tau=1.0)).tokens == 3 * 4 * 24
 
 
+def test_a_mask_for_each_kind_of_attention() -> None:
+    kept = torch.tensor([[True, True, False], [True, False, False]])
+    pairs = (kept[:, None, None, :] & kept[:, None, :, None]).expand(2, 1, 3, 3)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": {"full_attention": pairs}}
+    found = mask_of_batch(batch, lora()).main
+    assert found is not None
+    assert torch.equal(found, kept)
+    batch["attention_mask"] = {"sliding_attention": pairs}
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+def test_a_mask_over_pairs_with_a_cache(cached: int) -> None:
+    """Of a static cache, whose end is empty, or behind tokens that were cached."""
+    kept = torch.tensor([[True, True, False], [True, False, False]])
+    pairs = torch.zeros(2, 1, 3, 8, dtype=torch.bool)
+    pairs[:, 0, :, cached : cached + 3] = kept[:, :, None] & kept[:, None, :]
+    past = SimpleNamespace(get_seq_length=lambda: cached)
+    batch = {"input_ids": torch.ones(2, 3), "attention_mask": pairs, "past_key_values": past}
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+
+
+def test_a_mask_of_another_kind_is_warned_of() -> None:
+    batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3, 4, 5, 6)}
+    with pytest.warns(eva_kernels.EvaWarning, match=r"\(2, 3, 4, 5, 6\) is not understood; every"):
+        assert mask_of_batch(batch, lora()).main is None
+
+
 def test_embeddings_as_input() -> None:
     model, batches = make_llama(), text_batches(3, labels=True)
     table = model.get_input_embeddings()
@@ -301,6 +331,16 @@ def test_encoder_and_decoder_have_their_own_masks() -> None:
             rows[name].append(x[name][masks[name].flatten()])
     for name in names:
         assert lost(result.components[name], torch.cat(rows[name])) < 1e-6, name
+
+
+def test_an_encoder_decoder_s_layers_by_other_names() -> None:
+    encoder, decoder = torch.ones(2, 4).bool(), torch.ones(2, 4).bool()
+    encoder[:, 1:], decoder[:, 3:] = False, False
+    rule = TokenMask(encoder, decoder, encoder_decoder=True)
+    for name, count in (("lm_head", 6), ("enc_to_dec_proj", 2), ("model.encoder.fc", 2)):
+        rows = rule.rows(torch.Size((2, 4, 8)), torch.device("cpu"), name)
+        assert rows is not None
+        assert len(rows) == count
 
 
 def test_interleaved_streams() -> None:

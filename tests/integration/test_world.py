@@ -301,6 +301,19 @@ def test_two_passes_on_one_model_are_refused(adapted: bool) -> None:
     assert run(model, iter(text_batches(1)), config).forwards == 1  # afterwards it is free
 
 
+def test_a_pass_on_a_part_of_a_model_is_refused() -> None:
+    model, refused = make_llama(), []
+
+    def again(numbers: Any) -> None:
+        with pytest.raises(EvaRuntimeError, match="on this model, or on a part of it"):
+            run(model.model, iter(text_batches(1)), lora())
+        refused.append(numbers["step"])
+
+    run(model, iter(text_batches(1)), lora(tau=1.0), callback=again)
+    assert refused
+    assert run(model.model, iter(text_batches(1)), lora()).forwards == 1
+
+
 def test_weights_that_are_not_there() -> None:
     with torch.device("meta"):
         model = make_llama()
