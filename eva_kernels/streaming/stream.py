@@ -294,7 +294,7 @@ class InputStream:
         if other.state is None:
             return
         total = sum(s.sketch.total for s in (self, other) if s.sketch is not None)
-        if not _square_fits(torch.tensor(total, dtype=torch.float64), self.dtype):
+        if not _square_fits(torch.tensor(total, dtype=torch.float64, device="cpu"), self.dtype):
             raise EvaValueError(_overflow(self.dtype))
         if self.state is None:
             self.__dict__.update(other.clone().__dict__)

@@ -90,9 +90,9 @@ def _move_into(stage: Path, target: Path) -> None:
     before = stage / ".before"
     before.mkdir()
     old = [name for name in names if (target / name).exists()]
-    for name in old:
-        shutil.copy2(target / name, before / name)  # may fail; nothing has been touched yet
     try:
+        for name in old:
+            shutil.copy2(target / name, before / name)
         if INDEX in old:
             (target / INDEX).unlink()
         for name in names:

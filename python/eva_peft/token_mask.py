@@ -168,7 +168,7 @@ class TokenMask:
     def _streams_of(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
         main, decoder = ("main", self.main), ("decoder", self.decoder)
         if layer.in_qformer and self.queries is not None:
-            return [("queries", self.queries)]
+            return [] if layer.reads_encoder else [("queries", self.queries)]
         if layer.reads_encoder and self.given is not None:
             return [("given", self.given)]
         if self.mixed and layer.reads_no_text:
@@ -181,10 +181,12 @@ class TokenMask:
 
     def _all_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[Fit]:
         """Yield the masks that fit an input of a shape, the likeliest first."""
-        for key, mask in self._text(layer):
+        beside = [] if self.beside is None else [Fit("beside", self.beside)]
+        for key, mask in [*self._text(layer), *beside]:
             flat = len(leading) == 1 and leading[0] == mask.numel() != mask.shape[0]
             if flat or leading in (tuple(mask.shape), tuple(mask.shape)[::-1]):
                 yield Fit(key, mask.reshape(-1) if flat else mask)
+        for key, mask in self._text(layer):
             for seen in self._expanded(key, mask, leading):
                 yield Fit(f"{key} {leading}", seen)
         for kind, found in self._of_media(layer, leading):
@@ -233,8 +235,6 @@ class TokenMask:
     def _of_media(
         self, layer: LayerKind, leading: tuple[int, ...]
     ) -> Iterator[tuple[str, Tensor | None]]:
-        if self.beside is not None and tuple(self.beside.shape) == leading:
-            yield "beside", self.beside
         if self.sound is not None and layer.reads_sound:
             yield "sound", frames_seen(self.sound, leading)
         if self.pixels is not None and self._sees_pixels(layer):

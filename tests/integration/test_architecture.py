@@ -152,10 +152,13 @@ def test_a_q_former_reads_text_behind_its_queries() -> None:
         rows = rule.rows(torch.Size((SAMPLES, count, 32)), CPU, "qformer.layers.0.query")
         assert rows is not None
         assert rows.tolist() == kept.flatten().nonzero().flatten().tolist()
+    of_images = torch.Size((SAMPLES, TOKENS + 6, 32))
+    assert rule.rows(of_images, CPU, "qformer.layers.0.crossattention.attention.key") is None
 
 
-def test_entities_beside_words() -> None:
-    entities = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+@pytest.mark.parametrize("count", [3, TOKENS + 2])
+def test_entities_beside_words(count: int) -> None:
+    entities = (torch.arange(count) < torch.tensor([3, 1, 2, 0])[:, None]).long()
     model = nn.Linear(1, 1)
     model.config = SimpleNamespace(model_type="luke")
     batch = {**text(), "entity_attention_mask": entities}

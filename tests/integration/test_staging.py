@@ -1,6 +1,7 @@
 """Output folders that are written whole or not at all."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,20 @@ def test_a_failure_halfway_takes_all_back(
     assert contents(out) == {"weights": "old", INDEX: "old", "z": "old"}
     assert contents(kept(told)) == dict.fromkeys(names, "new")
     assert sorted(p.name for p in kept(told).iterdir()) == sorted(names)
+
+
+def test_a_copy_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a", "b")
+
+    def full(source: Path, target: Path) -> None:
+        target.write_text("ha")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(EvaValueError, match="No space left on device") as told:
+        write(tmp_path, "a", "b", force=True)
+    assert contents(tmp_path) == {"a": "new", "b": "new"}
+    assert sorted(path.name for path in kept(told).iterdir()) == ["a", "b"]
 
 
 @pytest.mark.parametrize("there", [True, False])
