@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine, interleaved timing, result files."""
+"""What all benchmarks share: the machine, spreads of timings, result files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -61,19 +59,6 @@ def save(name: str, rows: Any, *, out: Path = RESULTS, **settings: Any) -> Path:
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
-
-
-def interleave(
-    competitors: Mapping[str, Callable[[], Any]], repeats: int
-) -> dict[str, list[float]]:
-    """Time competitors in turn, A B A B ..., in seconds; the caller discards nothing."""
-    seconds: dict[str, list[float]] = {name: [] for name in competitors}
-    for _ in range(repeats):
-        for name, run in competitors.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
 
 
 def spread(values: list[float]) -> dict[str, float]:

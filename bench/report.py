@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from html import escape
 from importlib import import_module
 from pathlib import Path
@@ -16,8 +16,6 @@ from eva_peft.report import figure_to_html, render_html, table_to_html
 from . import tables
 from .common import RESULTS
 from .sections import Section, markdown, source
-
-Show = Callable[[Mapping[str, Any]], list[Section]]
 
 # Result files by pattern, in the order of the page, and the module that shows them.
 PARTS = {

@@ -60,7 +60,9 @@ class IncrementalPCA:
         oversample: sketch width over components.
         seed: of the first basis.
         batch_size: rows a batch in :meth:`fit`, at least 1; 5 times the features if ``None``.
-        backend, precision: see ``eva_kernels.ops``.
+        backend: of what streams tokens: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU
+            where it can. What follows uses native code wherever it is built.
+        precision: ``"high"`` multiplies 16 bits of each factor on a GPU, ``"fast"`` 8.
 
     Attributes (after the first ``partial_fit``; all tensors on the device of the data):
         components_: (K, D), orthonormal rows; the largest entry of each is positive. Reading this

@@ -126,6 +126,9 @@ def convergence(
     return torch.cat(similarity), torch.stack(unconverged).to(torch.int32)
 
 
+# The passes of a native fold, to compare it with. Without native code ``streaming.batch`` folds.
+
+
 def fold_prepare(
     shifts: Sequence[Tensor], squares: Sequence[Tensor], means: Sequence[Tensor], numbers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,14 +16,13 @@ SOURCES = {
     "eva_kernels": ROOT / "eva_kernels",
     "eva_peft": ROOT / "python" / "eva_peft",
 }
-UTILITIES = {"eva_kernels.errors", "eva_kernels._native", "eva_kernels._env"}
+UTILITIES = {"eva_kernels.errors", "eva_kernels._native"}
 
 # Layer -> what it may import besides itself. A module belongs to the longest name that fits it.
 LAYERS = {
     "eva_kernels.errors": set(),
-    "eva_kernels._env": {"eva_kernels.errors"},
     "eva_kernels._native": {"eva_kernels.errors"},
-    "eva_kernels.kernels": {"eva_kernels._env", "eva_kernels._native"},
+    "eva_kernels.kernels": {"eva_kernels._native"},
     "eva_kernels.reference": set(),
     "eva_kernels.ops": {"eva_kernels.kernels", "eva_kernels.reference", *UTILITIES},
     "eva_kernels.streaming": {"eva_kernels.ops", "eva_kernels.errors"},

@@ -48,9 +48,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args(arguments)
     # An exception, so that what this process started in groups of their own is ended, too.
-    for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, _leave)
-    # Should the parent be killed outright, nobody else would end this process.
+    signal.signal(signal.SIGTERM, _leave)
+    # Should the parent be killed outright, nobody else would end this one, whatever it hangs in.
     signal.alarm(int(given.seconds) + 10)
     return run_stage(Context(given.stage, given.out, given.dry_run, given.seconds))
 

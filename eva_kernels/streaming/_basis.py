@@ -50,7 +50,7 @@ def repair(rows: Tensor, rank: int) -> Tensor:
     return complete_basis(torch.cat([orthonormalise(rows[:rank]), rows[rank:]]), rank)
 
 
-def complete_basis(basis: Tensor, rank: int, seed: int = 0) -> Tensor:
+def complete_basis(basis: Tensor, rank: int) -> Tensor:
     """Replace the rows from ``rank`` on by seeded directions orthogonal to the rows before.
 
     Args:
@@ -61,7 +61,7 @@ def complete_basis(basis: Tensor, rank: int, seed: int = 0) -> Tensor:
         (Q, D) with orthonormal rows, the first ``rank`` unchanged.
     """
     kept = basis[:rank]
-    fresh = _gaussian(basis.shape[0] - rank, basis.shape[1], seed).to(basis.device)
+    fresh = _gaussian(basis.shape[0] - rank, basis.shape[1], 0).to(basis.device)
     for _ in range(2):  # twice is enough to remove what rounding left of the first pass
         fresh = fresh - (fresh @ kept.mT) @ kept
         fresh = torch.linalg.qr(fresh.mT).Q.mT

@@ -1,4 +1,4 @@
-"""The host and the device: the only place where one waits for the other.
+"""The host and the device: the only place where a step waits for the device.
 
 A device works through a queue. Whoever asks for a number that is still being computed
 (``.item()``, ``bool(tensor)``, a boolean index) stops until the queue is empty, and the queue then

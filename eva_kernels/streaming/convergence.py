@@ -30,7 +30,6 @@ def compare_streams(
     *,
     tau: float,
     criterion: str = "cosine",
-    backend: str = "auto",
 ) -> None:
     """Compare the leading components of folded streams with those before the fold.
 
@@ -44,7 +43,6 @@ def compare_streams(
         tau: threshold; NaN never passes.
         criterion: ``"cosine"`` compares vector with vector (the paper's rule, without the sign),
             ``"subspace"`` the spans: the smallest cosine of their principal angles.
-        backend: of the ``convergence`` op, where the fold has not compared already.
 
     Raises:
         EvaValueError: ``tau`` is not between 0 and 1.
@@ -57,7 +55,7 @@ def compare_streams(
     if criterion == "subspace":
         _compare_spans([(s, r) for s, r in pairs if s.previous is not None], tau)
     else:
-        read_cosines([s for s in folded if s.turned is None], backend)
+        read_cosines([s for s in folded if s.turned is None])
         by_width: dict[int, list[tuple[InputStream, int]]] = defaultdict(list)
         for stream, rank in pairs:
             if stream.turned is not None:

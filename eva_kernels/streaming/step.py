@@ -178,14 +178,14 @@ def _compare(
     return {device: cosines(*zip(*groups, strict=True)) for device, groups in parts.items()}
 
 
-def read_cosines(streams: Sequence[InputStream], backend: str = "auto") -> None:
+def read_cosines(streams: Sequence[InputStream]) -> None:
     """Compare the rows of each stream before its fold, ``previous``, with those now; one read."""
     parts = by_device([s for s in streams if s.previous is not None])
     launched = []
     for part in parts:
         before = [s.previous.float() for s in part if s.previous is not None]
         now = [s.sketch.basis[: s.components].float() for s in part if s.sketch is not None]
-        launched.append(convergence(before, now, [0] * len(part), 0.0, backend=backend)[0])
+        launched.append(convergence(before, now, [0] * len(part), 0.0)[0])
     for part, array in zip(parts, _host.read(launched), strict=True):
         _keep_cosines(part, array)
 

@@ -1,4 +1,4 @@
-"""Everything that depends on PEFT's internals or on its version; no other module does."""
+"""What differs between releases of PEFT, and its private functions; no other module uses those."""
 
 from __future__ import annotations
 
@@ -96,6 +96,16 @@ def _is_transformers_model(model: nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "model_type")
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model without PEFT's around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def eva_of(config: LoraConfig) -> EvaConfig:
+    """Return the EVA part of a config, with PEFT's defaults where it has none."""
+    return config.eva_config or EvaConfig()
+
+
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     return {name: version(name) for name in ("torch", "transformers", "peft")}
@@ -112,6 +122,9 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     if heads:  # trained whole, so not adapted
         config.modules_to_save = [*(config.modules_to_save or ()), *heads]
+        if config.target_modules == "all-linear" and config.task_type != "SEQ_CLS":
+            # PEFT leaves out the head of that task alone, and refuses to adapt those of others
+            config.exclude_modules = _with_heads(config.exclude_modules, heads)
     if convert_peft_config_for_transformers is not None and _is_transformers_model(model):
         try:
             convert_peft_config_for_transformers(config, model=model, conversions=None)
@@ -132,6 +145,13 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     if isinstance(asked, str) and isinstance(names, set) and _end_others(names, model):
         config.target_modules = "|".join(sorted(map(re.escape, names)))
     return config
+
+
+def _with_heads(given: str | list[str] | None, heads: tuple[str, ...]) -> str | list[str]:
+    """Add heads to the modules, or to the pattern of modules, that are left out."""
+    if isinstance(given, str):
+        return rf"{given}|(?:.*\.)?(?:{'|'.join(heads)})"  # flags, if any, stay in front
+    return [*(given or ()), *heads]
 
 
 def _end_others(names: set[str], model: nn.Module) -> bool:

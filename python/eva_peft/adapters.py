@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
@@ -20,6 +18,7 @@ from ._peft_compat import (
     ParamWrapper,
     PeftModel,
     adapters_not_moved,
+    eva_of,
     exclude_layers,
     keep_dilation,
     magnitude,
@@ -30,8 +29,9 @@ from ._peft_compat import (
     update_layer,
 )
 from .checks import check_base_model, check_not_sharded
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, EvaWarning
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
+from .ranks import scaled_alpha
 from .routing import expert_names
 from .snapshot import restored_on_failure
 from .targets import (
@@ -72,8 +72,8 @@ def write_result(
             check_base_model(inner, adapter_name)
             stack.enter_context(restored_on_failure(inner))
             inner = wrap_model(inner, chosen, adapter_name)
-        eva = chosen.eva_config
-        rows = result.state_dict(None if eva is None else eva.whiten)
+        eva = eva_of(chosen)
+        rows = result.state_dict(eva.whiten)
         write_state_dict(inner, rows, adapter_name, strict, result.uncalled, eva)
     inner.eva_result = result
     return inner
@@ -191,16 +191,12 @@ def _check_names(
     missing = [name for name in layers if name not in rows and name not in default]
     if not unknown and not missing:
         return
-    message = "the EVA state dict does not fit the model:"
-    if unknown:
-        message += f" {len(unknown)} unknown layers ({', '.join(unknown[:6])})"
-    if missing:
-        message += f" {len(missing)} layers of the adapter are missing ({', '.join(missing[:6])})"
+    told = {"unknown layers": unknown, "layers of the adapter are missing": missing}
+    parts = [f"{len(names)} {what} ({listed(names)})" for what, names in told.items() if names]
+    message = f"the EVA state dict does not fit the model: {', and '.join(parts)}"
     if strict:
         raise EvaValueError(message + "; pass strict=False to use what fits")
-    warnings.warn(
-        message + "; missing layers keep the default initialisation", EvaWarning, stacklevel=5
-    )
+    warn(f"{message}; missing layers keep the default initialisation")
 
 
 def _check_shapes(
@@ -271,7 +267,7 @@ class _Writer:
         eva: EvaConfig | None,
     ) -> None:
         self.model, self.config, self.adapter, self.undo = model, config, adapter_name, undo
-        self.eva = eva or config.eva_config or EvaConfig()
+        self.eva = eva or eva_of(config)
         self.removed: list[str] = []
         self.dilated: list[str] = []
         self.ranks: dict[str, int] = {}
@@ -285,8 +281,8 @@ class _Writer:
         if new_rank == 0:
             self._remove(path, layer)
             return
-        if new_rank != rank and self.eva.adjust_scaling_factors:
-            alpha = self._scaled(alpha, rank, new_rank)
+        if self.eva.adjust_scaling_factors:
+            alpha = scaled_alpha(self.config, alpha, rank, new_rank)
         weight = layer.lora_A[self.adapter].weight
         fits = new_rank * len(parts) == weight.shape[0]
         if not fits or weight.is_meta or weight.is_inference():
@@ -308,11 +304,6 @@ class _Writer:
             return
         self.dilated.append(name)
         layer.lora_A[self.adapter].dilation = dilation
-
-    def _scaled(self, alpha: float, rank: int, new_rank: int) -> float:
-        # the LoRA scaling is alpha / r, or alpha / sqrt(r) with rsLoRA; it stays as it was
-        ratio = new_rank / rank
-        return alpha * (math.sqrt(ratio) if self.config.use_rslora else ratio)
 
     def _rebuild(self, layer: LoraLayer, rank: int, alpha: float, drawn: bool) -> None:
         if _is_embedding(layer):
@@ -420,12 +411,10 @@ class _Writer:
             names[:] = [n for n in names if n not in gone]
         if self.dilated:
             keep_dilation()
-            warnings.warn(
+            warn(
                 f"PEFT's LoRA leaves out the dilation of a convolution ({', '.join(self.dilated)}) "
                 "and cannot run there. This is mended in this process; call "
                 "eva_kernels.patch_peft() in others, before they load the adapter",
-                EvaWarning,
-                stacklevel=6,
             )
 
     @functools.cached_property

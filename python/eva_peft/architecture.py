@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ._peft_compat import PeftModel
+from ._peft_compat import base_of
 
 __all__ = ["Architecture", "FrameLengths", "architecture_of", "configs_of"]
 
@@ -39,15 +39,18 @@ class Architecture:
     Attributes:
         config: of the outermost part that is a model of transformers; ``None`` if there is none.
         kinds: ``model_type`` of every config in the model.
-        prefix: what the names of all layers but the head's begin with.
+        prefix: the part of all layers' names but the head's, which tells nothing.
+        patch_sizes: pixels along a side of the patches that images are cut into, if that is all
+            that is done to them.
         needs_labels: ``forward`` cannot be called without them.
-        takes_decoder_ids: ``forward`` can be given the decoder's tokens.
+        takes_decoder_ids: it can be given the decoder's tokens, or make them of labels.
         frame_lengths: what may tell how many frames are made of sound.
     """
 
     config: Any = None
     kinds: frozenset[str] = frozenset()
     prefix: str = ""
+    patch_sizes: tuple[int, ...] = ()
     needs_labels: bool = False
     takes_decoder_ids: bool = False
     frame_lengths: tuple[FrameLengths, ...] = ()
@@ -94,14 +97,15 @@ def architecture_of(model: nn.Module) -> Architecture:
     """Return how a model, with or without adapters, reads a batch."""
     configs = configs_of(model)
     named = [config for config in configs if isinstance(_kind(config), str)]
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    name, inner = _outermost(base)
+    base = base_of(model)
+    inner = [m for m in base.modules() if isinstance(_base_prefix(m), str)]
     return Architecture(
         config=next(iter([*named, *configs]), None),
         kinds=frozenset(kind for config in named for kind in _kinds(config)),
-        prefix=_prefix(name, inner),
+        prefix=_prefix(inner[0]) if inner else "",
+        patch_sizes=_patch_sizes(configs),
         needs_labels=_parameter(base, "labels") is inspect.Parameter.empty,
-        takes_decoder_ids=_parameter(inner, "decoder_input_ids") is None,
+        takes_decoder_ids=not inner or any(map(_takes_decoder_ids, inner)),
         frame_lengths=tuple(_frame_lengths(model)),
     )
 
@@ -125,20 +129,25 @@ def _kinds(config: Any) -> list[str]:
     return [kind for kind in kinds if isinstance(kind, str)]
 
 
-def _outermost(base: nn.Module) -> tuple[str, nn.Module]:
-    """Return the outermost model of transformers with its name, or the whole if there is none."""
-    named = base.named_modules()
-    return next(((n, m) for n, m in named if isinstance(_base_prefix(m), str)), ("", base))
-
-
 def _base_prefix(module: nn.Module) -> Any:
+    """Return what only models of transformers, and wrappers of them, have."""
     return getattr(module, "base_model_prefix", None)
 
 
-def _prefix(name: str, inner: nn.Module) -> str:
-    body = _base_prefix(inner)
-    parts = [name, body if body in dict(inner.named_children()) else ""]
-    return "".join(f"{part}." for part in parts if part)
+def _prefix(model: nn.Module) -> str:
+    prefix = str(_base_prefix(model))
+    return prefix if isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _takes_decoder_ids(model: nn.Module) -> bool:
+    made = hasattr(model, "prepare_decoder_input_ids_from_labels")
+    return made or _parameter(model, "decoder_input_ids") is not ...
+
+
+def _patch_sizes(configs: list[Any]) -> tuple[int, ...]:
+    found = [getattr(config, "patch_size", None) for config in configs]
+    strided = any(getattr(config, "backbone_config", None) is not None for config in configs)
+    return () if strided else tuple(sorted({n for n in found if isinstance(n, int) and n > 0}))
 
 
 def _parameter(module: nn.Module, name: str) -> Any:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor
 
-from ._peft_compat import LoraConfig
+from ._peft_compat import LoraConfig, eva_of
 from .architecture import Architecture
-from .errors import EvaWarning
+from .errors import warn
 from .media_masks import pixel_mask, sound_mask, tile_mask
 from .token_mask import TokenMask
 
@@ -23,7 +22,12 @@ _BESIDE = ("visual_attention_mask", "entity_attention_mask")
 _ANY = Architecture()
 
 
-def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _ANY) -> TokenMask:
+def mask_of_batch(
+    batch: Any,
+    config: LoraConfig,
+    architecture: Architecture = _ANY,
+    warned: set[str] | None = None,
+) -> TokenMask:
     """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
 
     Labels count only where they are labels of tokens, that is where their shape is that of the
@@ -33,12 +37,14 @@ def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _
         batch: a mapping; anything else has no mask.
         config: its ``eva_config`` says whether, and with which value, labels mask tokens.
         architecture: of the model.
+        warned: what needs no second warning; added to.
     """
+    warned = set() if warned is None else warned
     if not isinstance(batch, Mapping):
         return TokenMask(None)
-    main, decoder = _text_masks(batch, config, architecture)
+    main, decoder = _text_masks(batch, config, architecture, warned)
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
-    return TokenMask(
+    mask = TokenMask(
         main,
         decoder,
         streams=_DECISION_STREAMS if decision else 1,
@@ -53,21 +59,23 @@ def mask_of_batch(batch: Any, config: LoraConfig, architecture: Architecture = _
         sound=sound_mask(batch),
         pixels=pixel_mask(batch),
         tiles=tile_mask(batch),
+        patch_sizes=architecture.patch_sizes,
         prefix=architecture.prefix,
     )
+    mask.warned = warned
+    return mask
 
 
 def _text_masks(
-    batch: Mapping[str, Any], config: LoraConfig, architecture: Architecture
+    batch: Mapping[str, Any], config: LoraConfig, architecture: Architecture, warned: set[str]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's."""
-    main = _attention_mask(batch)
+    main = _attention_mask(batch, warned)
     decoder = _token_mask(batch.get("decoder_attention_mask"))
-    eva, labels = config.eva_config, batch.get("labels")
+    eva, labels = eva_of(config), batch.get("labels")
     label_mask = None
-    wanted = eva is None or eva.use_label_mask
-    if wanted and _are_token_labels(labels, architecture.config):
-        label_mask = labels.cpu() != (-100 if eva is None else eva.label_mask_value)
+    if eva.use_label_mask and _are_token_labels(labels, architecture.config):
+        label_mask = labels.cpu() != eva.label_mask_value
     if architecture.encoder_decoder:
         if label_mask is not None:
             fits = decoder is not None and decoder.shape == label_mask.shape
@@ -81,22 +89,23 @@ def _text_masks(
     return main, decoder
 
 
-def _attention_mask(batch: Mapping[str, Any]) -> Tensor | None:
+def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:
     given, ids = batch.get("attention_mask"), batch.get("input_ids")
     if isinstance(given, Mapping):  # one for each kind of attention
-        given = given.get("full_attention", next(iter(given.values()), None))
+        every = [given.get("full_attention"), *given.values()]
+        given = next((mask for mask in every if isinstance(mask, Tensor)), None)
     if not isinstance(given, Tensor):
         return None
     if isinstance(ids, Tensor) and ids.dim() == 3 and given.shape == ids.shape:
         given = given.flatten(0, 1)  # samples have choices, which the model runs as samples
     past = getattr(batch.get("past_key_values"), "get_seq_length", None)
-    mask = _token_mask(given, int(past()) if past is not None else 0)
-    if mask is None:
-        warnings.warn(
+    shape = _token_shape(batch, None) or (0, 0)
+    mask = _token_mask(given, int(past()) if past is not None else 0, shape[-1])
+    if mask is None and "attention_mask" not in warned:
+        warned.add("attention_mask")
+        warn(
             f"an attention_mask of shape {tuple(given.shape)} is not understood; every token "
             "counts. Pass prepare_layer_inputs_fn to select",
-            EvaWarning,
-            stacklevel=2,
         )
     return mask
 
@@ -120,7 +129,7 @@ def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
-def _token_mask(mask: Any, cached: int = 0) -> Tensor | None:
+def _token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
     """Return the tokens that a mask keeps, bool (B, T).
 
     A mask over pairs, (B, T, S) or (B, heads or 1, T or 1, S), says which token sees which. A token
@@ -130,6 +139,7 @@ def _token_mask(mask: Any, cached: int = 0) -> Tensor | None:
     Args:
         mask: of anything else comes ``None``.
         cached: how many of the S tokens come before the first of the T.
+        tokens: T, where it is known.
     """
     if not isinstance(mask, Tensor):
         return None
@@ -139,6 +149,7 @@ def _token_mask(mask: Any, cached: int = 0) -> Tensor | None:
         first = mask[:, 0]
         alike = mask.shape[2] == 1  # (B, 1, 1, T): the same for every token
         own = (first[:, 0] if alike else first.diagonal(cached, dim1=-2, dim2=-1)).cpu()
+        own = own[:, cached : cached + tokens] if alike and tokens else own
         additive = own.is_floating_point() and bool((mask <= 0).all())
         return own > -1 if additive else own.bool()
     return mask.bool().cpu() if mask.dim() == 2 else None

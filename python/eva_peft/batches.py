@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._peft_compat import PeftModel
+from ._peft_compat import base_of
 from .architecture import Architecture
 from .errors import EvaTypeError, EvaValueError
 
@@ -150,7 +150,7 @@ def by_name(batch: Any, model: nn.Module) -> Any:
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     try:
         signature = inspect.signature(base.forward)
     except ValueError:
@@ -268,7 +268,7 @@ def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     columns = {k for k, v in arguments.items() if _is_text(v)}
     if not columns:
         return arguments
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     named = inspect.signature(base.forward).parameters
     return {k: v for k, v in arguments.items() if k not in columns or k in named}
 

@@ -6,9 +6,8 @@ import functools
 import math
 import sys
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from typing import Any
@@ -27,28 +26,24 @@ from eva_kernels.streaming import (
 )
 
 from . import batches
-from ._peft_compat import EvaConfig, LoraConfig
+from ._peft_compat import LoraConfig, eva_of
 from .architecture import architecture_of
 from .batch_mask import mask_of_batch
 from .checkpoint import CheckpointKeeper
 from .checks import FSDP, check_loaded, class_names, is_sharded
 from .data_parallel import Processes, processes_of
-from .errors import (
-    EvaValueError,
-    EvaWarning,
-    NotConvergedError,
-    NotConvergedWarning,
-)
-from .hooks import InputCollector, Selector, StopForward
+from .hooks import InputCollector, StopForward
 from .memory import PeakMemory
 from .options import AUTO, CalibrateOptions
 from .out_of_memory import explained, is_out_of_memory
 from .planning import components_of, plan_targets
 from .ranks import Budget, allocate
 from .result import EvaResult, collect_result
+from .selectors import selectors_of
 from .subsample import Draw
-from .targets import Target, find_targets, resolve_name
+from .targets import Target, find_targets
 from .token_mask import TokenMask
+from .verdict import check_answer
 from .world import claimed, quiet_model, random_state_kept
 
 __all__ = ["CalibrationPass", "run_pass"]
@@ -107,7 +102,7 @@ class CalibrationPass:
     ) -> None:
         self.processes = processes
         self.model, self.config, self.options, self.targets = model, config, options, targets
-        self.eva = config.eva_config or EvaConfig()
+        self.eva = eva_of(config)
         self.plan = plan_targets(model, targets, self.eva.rho, options)
         self.device = batches.model_device(model)
         self.architecture = architecture_of(model)
@@ -126,7 +121,7 @@ class CalibrationPass:
         self._warned: set[str] = set()  # layers that were warned about, once a pass
         self._transposed: dict[str, bool] = {}  # layers that were seen to take the sequence first
         self._plain_masks = options.prepare_model_inputs_fn == AUTO
-        selectors = _selectors(targets, options)
+        selectors = selectors_of(targets, options)
         # Its parts know the pass weakly: in a cycle its state would stay on the device until Python
         # looks for cycles, maybe long after the adapters are written and training has begun.
         itself = weakref.proxy(self)
@@ -174,7 +169,7 @@ class CalibrationPass:
         self.seconds["total"] = time.perf_counter() - begin
         self.seconds["forward"] -= self.seconds["accumulate"]
         uncalled = [t.name for i, t in enumerate(self.targets) if i not in self.collector.slot_of]
-        self._report(done, uncalled)
+        check_answer(self, done, uncalled)
         return collect_result(self, memory.peak_bytes)
 
     def _loop(self, loader: Iterable[Any], begin: float, bar: Any) -> bool:
@@ -229,8 +224,9 @@ class CalibrationPass:
     def _mask_of(self, batch: Any) -> TokenMask:
         if not self._plain_masks:
             return TokenMask(None)
-        mask = mask_of_batch(batches.as_mapping(batch), self.config, self.architecture)
-        mask.warned, mask.transposed = self._warned, self._transposed
+        batch = batches.as_mapping(batch)
+        mask = mask_of_batch(batch, self.config, self.architecture, self._warned)
+        mask.transposed = self._transposed
         return mask
 
     def _draw(self, masks: Sequence[TokenMask]) -> None:
@@ -238,11 +234,11 @@ class CalibrationPass:
         limit = self.options.tokens_per_step
         if limit is None:
             return
-        draws = [Draw(limit, self.options.seed, self.forwards)]
-        if len(masks) > 1:  # they have a mask each, by which the batch was split
-            draws = draws[0].shared_out([int(m.main.sum()) for m in masks if m.main is not None])
-        for mask, draw in zip(masks, draws, strict=True):
-            mask.draw = draw
+        whole = Draw(limit, self.options.seed, self.forwards)
+        main = whole.shared_out([m.main for m in masks])
+        decoder = whole.shared_out([m.decoder for m in masks])
+        for mask, draw, decoder_draw in zip(masks, main, decoder, strict=True):
+            mask.draw, mask.decoder_draw = draw, decoder_draw
 
     def _forward_part(self, batch: Any, mask: TokenMask) -> None:
         self.batch_shape = batches.shape_of(batch)
@@ -404,95 +400,3 @@ class CalibrationPass:
     def limits(self) -> list[int]:
         """Return the most components that each layer may be given."""
         return [components_of(target, self.eva.rho) for target in self.targets]
-
-    def _report(self, done: bool, uncalled: list[str]) -> None:
-        backwards = [self.targets[i].name for i in sorted(self.collector.routed.backwards)]
-        why = "because PEFT's lora_A faces their output, and not their input"
-        if len(backwards) == len(self.targets):
-            raise EvaValueError(f"EVA can initialise none of the {len(backwards)} layers, {why}")
-        skipped = ""
-        if self.skipped:
-            skipped = f"; {self.skipped} tokens with NaN or infinity were left out"
-        if len(uncalled) == len(self.targets) or not self.tokens:
-            raise EvaValueError(
-                f"no token reached any of the {len(self.targets)} target layers in "
-                f"{self.forwards} forward passes; check the attention and label masks of the loader"
-                + skipped
-            )
-        if backwards:
-            names = ", ".join(backwards[:8]) + (" ..." if len(backwards) > 8 else "")
-            told = f"{len(backwards)} layers keep the default initialisation, {why}: {names}"
-            warnings.warn(told, EvaWarning, stacklevel=5)
-            uncalled = [name for name in uncalled if name not in set(backwards)]
-        if uncalled:
-            warnings.warn(
-                f"{len(uncalled)} layers were never called with a token that counts and keep the "
-                f"default initialisation: {', '.join(uncalled[:8])}"
-                f"{' ...' if len(uncalled) > 8 else ''}",
-                EvaWarning,
-                stacklevel=5,
-            )
-        if done or self.options.on_not_converged == "ignore":
-            return
-        slots = self.collector.slots
-        missing = [self.targets[i].name for s in slots if not s.stream.converged for i in s.members]
-        if not missing:
-            return
-        message = (
-            f"{len(missing)} of {len(self.targets)} layers have not converged after "
-            f"{self.forwards} forward passes, {self.tokens} tokens: {', '.join(missing[:8])}"
-            f"{' ...' if len(missing) > 8 else ''}. The best estimate is used; raise max_steps, "
-            "give more data, or lower tau"
-        )
-        if self.options.on_not_converged == "raise":
-            raise NotConvergedError(message)
-        warnings.warn(message, NotConvergedWarning, stacklevel=4)
-
-
-def _selectors(targets: list[Target], options: CalibrateOptions) -> list[Selector | None]:
-    """Return each layer's own selection function; ``None`` where the token mask selects."""
-    given = options.prepare_layer_inputs_fn
-    default: Callable[..., Any] | None = None
-    if given is None:
-        default = _every_row
-    elif options.prepare_model_inputs_fn is None:
-        default = None  # there is no mask, so every row counts and inputs can be shared
-    elif options.prepare_model_inputs_fn != AUTO:
-        default = _rows_by_index  # PEFT's contract: the model input is an index of (sample, token)
-    if callable(given):
-        default = given
-    if not isinstance(given, Mapping):
-        return [_checked(default)] * len(targets)
-    known = {t.name for t in targets}
-    by_name = {resolve_name(name, known): None if fn == AUTO else fn for name, fn in given.items()}
-    unknown = set(by_name) - known
-    if unknown:
-        raise EvaValueError(
-            "prepare_layer_inputs_fn is a mapping but the following module names were not found "
-            f"in the model: {sorted(unknown)}"
-        )
-    return [_checked(by_name.get(t.name, default)) for t in targets]
-
-
-def _checked(fn: Callable[..., Any] | None) -> Selector | None:
-    if fn is None:
-        return None
-
-    def select(layer_input: Any, model_input: Any, name: str) -> Tensor:
-        rows = fn(layer_input, model_input, name)
-        if not isinstance(rows, Tensor):
-            raise EvaValueError(
-                f"prepare_layer_inputs_fn must return a tensor, got {type(rows)} for layer {name}"
-            )
-        return rows
-
-    return select
-
-
-def _every_row(layer_input: Any, model_input: Any, name: str) -> Tensor:
-    return layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
-
-
-def _rows_by_index(layer_input: Any, model_input: Any, name: str) -> Tensor:
-    x = _every_row(layer_input, model_input, name)
-    return x[model_input.T.unbind()]

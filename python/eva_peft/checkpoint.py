@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from eva_kernels.streaming import export_stream, restore_stream
 
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
-from .errors import EvaValueError, EvaWarning
+from .errors import EvaValueError, warn
 from .fingerprint import differences, fingerprint_of
 from .targets import device_of
 
@@ -130,11 +129,9 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             write_checkpoint(path, state, tensors)
         except (OSError, SafetensorError) as error:
             # A full disk must not cost the pass itself.
-            warnings.warn(
+            warn(
                 f"the checkpoint {path} could not be written after {self.run.forwards} forward "
                 f"passes ({error}); the pass goes on, the file stays as it was",
-                EvaWarning,
-                stacklevel=3,
             )
             return
         self._written = self.run.forwards

@@ -56,8 +56,6 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
         config = own if config is None else config
     else:
         check_base_model(model, adapter_name)
-    if config is None:
-        raise EvaValueError("peft_config is required if model is not a PeftModel")
     if not isinstance(config, LoraConfig) or not is_lora(config):
         raise EvaTypeError(f"EVA initialises LoRA: expected a LoraConfig, got {type(config)}")
     if not isinstance(model, PeftModel):

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,10 +156,16 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
 
 
 def _positions(model: Any) -> float:
+    """Return how many tokens a model has positions for, as far as it tells."""
     config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
+    with suppress(AttributeError, ValueError):  # none, or several
         config = config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return math.inf
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    first = [getattr(table, "padding_idx", None) for table in tables]
+    return most - max([0, *(index + 1 for index in first if index is not None)])
 
 
 class DecoderInputs:

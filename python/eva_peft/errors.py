@@ -1,4 +1,9 @@
-"""The errors of the package, under the name that the PEFT layer uses."""
+"""The errors of the package, under the name that the PEFT layer uses, and how it warns."""
+
+import sys
+import warnings
+from collections.abc import Iterable
+from types import FrameType
 
 from eva_kernels.errors import (
     EvaError,
@@ -22,4 +27,26 @@ __all__ = [
     "NotConvergedError",
     "NotConvergedWarning",
     "NotInitializedError",
+    "listed",
+    "warn",
 ]
+
+_OURS = ("eva_kernels", "eva_peft")
+
+
+def warn(message: str, category: type[Warning] = EvaWarning) -> None:
+    """Warn at the line that called the package, from however deep within it, or within a hook."""
+    frame: FrameType | None = sys._getframe()
+    level, caller = 1, 2
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+            caller = level + 1
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=caller)
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Return names for a message: all, or the first and how many more."""
+    every = list(names)
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return ", ".join(every[:most]) + more

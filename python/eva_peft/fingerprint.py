@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._peft_compat import PeftModel
+from ._peft_compat import base_of
 from .options import AUTO
 from .targets import base_name
 
@@ -48,7 +48,7 @@ def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
 
     Weights count by name, shape and dtype, and those of the target layers by a few elements each.
     """
-    model = run.model.get_base_model() if isinstance(run.model, PeftModel) else run.model
+    model = base_of(run.model)
     weights = list(_base_weights(run.model))
     eva = run.eva
     parts = {
@@ -60,7 +60,7 @@ def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
         "label_mask_value": eva.label_mask_value,
         **{name: getattr(run.options, name) for name in _OPTIONS},
         **{name: _kind(getattr(run.options, name)) for name in _FUNCTIONS},
-        "model config": _config_of(model),
+        "model config": _plain_config(run.architecture.config),
         "layers": {t.name: {"features": t.in_features, "rank": t.rank} for t in run.targets},
         "streams": {
             f"{d} features": {"components": p.components, "width": p.width, "method": p.method}
@@ -117,8 +117,7 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield _INSERTED.sub("", base_name(name)), weight
 
 
-def _config_of(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
+def _plain_config(config: Any) -> Any:
     if callable(getattr(config, "to_dict", None)):
         config = config.to_dict()
     return _without(config, _NOT_THE_MODEL) if isinstance(config, Mapping) else None

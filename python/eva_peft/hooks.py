@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from eva_kernels.streaming import InputStream, NonFiniteStepError
 
-from .errors import EvaTypeError, EvaValueError, EvaWarning, NonFiniteError
+from .errors import EvaTypeError, EvaValueError, NonFiniteError, warn
 from .layers import Patches
 from .routing import RoutedInputs, eager_experts
 from .shared_inputs import Seen, Slot
@@ -285,11 +284,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             self._accumulate(slot, slot.members[0], x, (x,))
             return
         names = ", ".join(self.targets[m].name for m in slot.members)
-        warnings.warn(
+        warn(
             f"step {self.step + 1}: the input of {names} was changed in place after the layers "
             "were called; its tokens of this batch are left out",
-            EvaWarning,
-            stacklevel=2,
         )
 
     def _split(self, slot: Slot, i: int, calls: int) -> Slot:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ._peft_compat import EvaConfig, LoraConfig, PeftModel
+from ._peft_compat import EvaConfig, LoraConfig, PeftModel, eva_of
 from .adapters import write_result
 from .calibrate import run_pass
 from .checks import check_config, check_not_sharded
@@ -105,6 +105,9 @@ def calibrate(
 
     Returns:
         The result; ``result.apply(model)`` writes it.
+
+    Raises:
+        EvaError: and the built-in that PEFT raises in the same case; the model is as before.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
     return run_pass(inner, loader, _chosen_config(inner, config, parsed), parsed)
@@ -125,6 +128,9 @@ def estimate(
     Returns:
         Bytes of the state, of the temporaries and in all above the weights, and the method of
         every layer. Layers are counted one by one, so sharing only makes it less.
+
+    Raises:
+        EvaError: the config, an option or ``batch_shape`` cannot be used.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
     chosen = _chosen_config(inner, config, parsed)
@@ -139,5 +145,5 @@ def _chosen_config(
     if config is None and not isinstance(model, PeftModel):
         config = default_config()
     chosen = copy(check_config(model, config, options.adapter_name))
-    chosen.eva_config = chosen.eva_config or EvaConfig()
+    chosen.eva_config = eva_of(chosen)
     return chosen

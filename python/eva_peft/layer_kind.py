@@ -11,13 +11,18 @@ __all__ = ["LayerKind", "kind_of_layer"]
 # Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
 _READS_ENCODER = re.compile(
     r"(EncDecAttention|encoder_attn|encoder_decoder_attention|cross_?att(ention|n)|attn2).*"
-    r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj|to_k|to_v)$"
-    r"|\benc_to_dec_proj$"
+    r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj|to_k|to_v|k_content_proj|k_pos_proj)$"
+    r"|\bcross_attn_(key_\w+|value)_proj$|\benc_to_dec_proj$"
 )
 # Layers of the other stream of a model that takes text and something else.
 _READS_NO_TEXT = re.compile(
     r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound"
     r"|multi_modal|(^|\.)mm_proj|connector|perceiver|resampler|qformer"
+)
+# Learnt queries, as many whatever the batch, or several levels of patches one after another.
+_READS_QUERIES = re.compile(
+    r"perceiver|resampler|pixel_decoder|pixel_level_module\.decoder"
+    r"|qformer.*(crossattention\.(attention\.query|output)|(intermediate|output)_query)"
 )
 _READS_SOUND = re.compile(r"audio|speech|sound")
 
@@ -28,18 +33,27 @@ class LayerKind(NamedTuple):
     reads_encoder: bool
     reads_no_text: bool
     reads_sound: bool
+    reads_queries: bool
     in_encoder: bool
     in_decoder: bool
     in_qformer: bool
 
 
 @functools.cache
-def kind_of_layer(name: str) -> LayerKind:
-    """Return what the name tells; asked for every layer of every batch."""
+def kind_of_layer(name: str, prefix: str = "") -> LayerKind:
+    """Return what the name tells; asked for every layer of every batch.
+
+    Args:
+        name: of the layer.
+        prefix: a part of the name that tells nothing.
+    """
+    if prefix:
+        name = re.sub(rf"(^|\.){re.escape(prefix)}\.", r"\1", name, count=1)
     return LayerKind(
         reads_encoder=bool(_READS_ENCODER.search(name)),
         reads_no_text=bool(_READS_NO_TEXT.search(name)),
         reads_sound=bool(_READS_SOUND.search(name)),
+        reads_queries=bool(_READS_QUERIES.search(name)),
         in_encoder="encoder" in name,
         in_decoder="decoder" in name,
         in_qformer="qformer" in name,

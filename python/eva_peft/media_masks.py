@@ -6,8 +6,6 @@ each of them stands for equally many, but for the last.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +21,11 @@ _SOUND = ("feature_attention_mask", "input_features_mask", "audio_attention_mask
 # Masks over pixels, (images, height, width) or (samples, images, height, width), or over patches,
 # (images, patches).
 _PIXELS = ("pixel_attention_mask", "pixel_mask")
+
+
+# Pixels between the patches of a network of convolutions.
+_STRIDES = (1, 2, 4, 8, 16, 32, 64)
+_MERGED = (1, 2, 4)  # patches along a side that later layers may see as one
 
 
 def sound_mask(batch: Mapping[str, Any]) -> Tensor | None:
@@ -66,15 +69,19 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     return torch.arange(leading[1], device="cpu") < kept[:, None]
 
 
-def patches_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
+def patches_seen(
+    mask: Tensor, leading: tuple[int, ...], sizes: tuple[int, ...] = ()
+) -> Tensor | None:
     """Return the mask of a layer's patches, bool (images, P'), those whose first pixel counts.
 
     Args:
         mask: see :func:`pixel_mask`. Images without any pixel fill up samples; models leave them
             out.
         leading: shape of the layer's input without its features.
+        sizes: of the model's patches, in pixels, if it tells: what they leave over at the end of an
+            image is cut off. Otherwise patches come of strides, of which the last may be short.
     """
-    if len(leading) != 2:
+    if len(leading) != 2 or leading[1] < 1:
         return None
     images = mask.flatten(1)
     mask = mask if leading[0] == len(mask) else mask[images.any(1)]
@@ -82,10 +89,17 @@ def patches_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         return None
     if mask.dim() == 2:
         return mask if leading[1] == mask.shape[1] else None
-    grid = _grid(mask.shape[1], mask.shape[2], leading[1])
-    if grid is None:
-        return None
-    return functional.interpolate(mask[:, None].float(), grid).bool().flatten(1)
+    height, width = mask.shape[1:]
+    for side in (size * merged for size in sizes for merged in _MERGED):
+        rows, columns = height // side, width // side
+        if rows * columns == leading[1]:
+            return mask[:, ::side, ::side][:, :rows, :columns].flatten(1)
+    for side in () if sizes else _STRIDES:
+        rows, columns = -(-height // side), -(-width // side)
+        if rows * columns == leading[1]:  # as object detectors do it
+            seen = functional.interpolate(mask[:, None].float(), (rows, columns))
+            return seen.bool().flatten(1)
+    return None
 
 
 def tiles_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
@@ -99,15 +113,3 @@ def tiles_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         return None
     rows = mask.reshape(-1).repeat_interleave(math.prod(leading) // mask.numel())
     return rows.reshape(leading)
-
-
-@functools.cache
-def _grid(height: int, width: int, patches: int) -> tuple[int, int] | None:
-    """Return how many patches stand above and beside each other in an image of so many pixels."""
-    smallest = min(height, width)
-    powers = [2**i for i in range(smallest.bit_length())]
-    for side in itertools.chain(powers, range(1, smallest + 1)):
-        for shape in ((-(-height // side), -(-width // side)), (height // side, width // side)):
-            if math.prod(shape) == patches:
-                return shape
-    return None

@@ -6,14 +6,13 @@ Nothing heavy is imported before it is needed, see ``cli.py``.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import EvaValueError, EvaWarning
+from .errors import EvaValueError, warn
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -49,12 +48,6 @@ _TASKS = {
     Task.TOKEN_CLASSIFICATION: ("AutoModelForTokenClassification", "TOKEN_CLS"),
     Task.QUESTION_ANSWERING: ("AutoModelForQuestionAnswering", "QUESTION_ANS"),
     Task.FEATURE_EXTRACTION: ("AutoModel", "FEATURE_EXTRACTION"),
-}
-# PEFT trains these heads whole, and refuses to adapt them, too, which "all-linear" asks for; of
-# sequence classification it leaves them out by itself.
-_HEADS = {
-    Task.TOKEN_CLASSIFICATION: ["classifier", "score"],
-    Task.QUESTION_ANSWERING: ["qa_outputs"],
 }
 
 
@@ -140,8 +133,6 @@ def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
         unknown = sorted(set(given) - set(known[name]))
         if unknown:
             raise EvaValueError(f"--config: {name} has no field {', '.join(map(repr, unknown))}")
-    if fields.get("target_modules") == "all-linear":
-        fields = {**fields, "exclude_modules": _excluded(fields.get("exclude_modules"), task)}
     kind = _TASKS[task][1]
     fixed = {"task_type": kind, "inference_mode": False, "init_lora_weights": "eva"}
     try:
@@ -149,14 +140,6 @@ def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
         return LoraConfig(**{**fields, **fixed})
     except (TypeError, ValueError) as error:
         raise EvaValueError(f"the LoRA config is refused: {error}") from error
-
-
-def _excluded(given: str | list[str] | None, task: Task) -> str | list[str] | None:
-    """Add the heads of a task to the modules, or the pattern of modules, that are left out."""
-    heads = _HEADS.get(task, [])
-    if isinstance(given, str) and heads:
-        return rf"(?:{given})|(?:.*\.)?(?:{'|'.join(heads)})"
-    return given if isinstance(given, str) else [*(given or ()), *heads] or None
 
 
 def load_tokenizer(name: str) -> Any:
@@ -223,4 +206,4 @@ def warn_of_unknown(names: str | set[str] | None, model: Any) -> None:
     unknown = sorted(n for n in names if not any(name.endswith(f".{n}") for name in present))
     if 0 < len(unknown) < len(names):  # of all of them there is an error
         told = f"the model has no module {', '.join(unknown)}, which the target modules name"
-        warnings.warn(told, EvaWarning, stacklevel=2)
+        warn(told)

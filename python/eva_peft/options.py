@@ -9,6 +9,9 @@ from numbers import Integral, Real
 from os import PathLike
 from typing import Any, Literal
 
+from eva_kernels.ops import BACKENDS, PRECISIONS
+from eva_kernels.streaming.plan import METHODS
+
 from .errors import EvaTypeError, EvaValueError
 
 __all__ = ["AUTO", "CalibrateOptions"]
@@ -18,10 +21,10 @@ AUTO: Literal["auto"] = "auto"
 _CHOICES = {
     "on_not_converged": ("warn", "raise", "ignore"),
     "on_nonfinite": ("raise", "skip"),
-    "method": ("auto", "sketch", "gram"),
+    "method": METHODS,
     "criterion": ("cosine", "subspace"),
-    "backend": ("auto", "triton", "torch"),
-    "precision": ("high", "fast"),
+    "backend": BACKENDS,
+    "precision": PRECISIONS,
     "budget": ("rank", "params"),
     "early_exit": ("auto", True, False),
     "freeze_converged": (True, False),
@@ -60,7 +63,7 @@ class CalibrateOptions:
         prepare_layer_inputs_fn: ``f(layer_input, model_input, layer_name)`` returning (tokens, D),
             or a mapping from layer names to such functions; layers not in it use the default.
         adapter_name: the adapter of a PeftModel to initialise.
-        max_steps: forward passes at most.
+        max_steps: forward passes at most. (A *step* of the result is a fold, after one or several.)
         max_tokens: tokens at most (the batch that reaches it is still used).
         tokens_per_step: of a batch, at most so many of the tokens that count are accumulated in
             each layer, drawn uniformly and anew for every batch, the same ones in all layers. The
@@ -74,7 +77,9 @@ class CalibrateOptions:
         memory_budget: bytes that the streaming state may take, or ``"auto"``.
         budget: ``"rank"`` (the sum of ranks stays) or ``"params"`` (the number of parameters).
         min_rank: every layer keeps at least this rank.
-        backend, precision: see ``eva_kernels.ops``.
+        backend: of what streams tokens: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU
+            where it can. What follows uses native code wherever it is built.
+        precision: ``"high"`` multiplies 16 bits of each factor on a GPU, ``"fast"`` 8.
         early_exit: stop the forward pass behind the last target layer.
         trim_padding: drop columns that are padding in the whole batch, and run short samples
             apart from long ones where that saves time; exact, for right padding, in models that let
@@ -99,7 +104,9 @@ class CalibrateOptions:
             A model that is sharded over them (FSDP) needs equally many batches in each.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
         progress: show a tqdm bar (rank 0 only).
-        callback: called after every step with a dict of numbers (rank 0 only).
+        callback: called after every step with a dict (rank 0 only): ``step``, ``forwards``,
+            ``tokens`` and ``seconds`` so far; ``converged`` of ``layers``; ``similarity``, the
+            smallest |cos| of each layer, ``None`` before its second step.
     """
 
     forward_fn: Callable[..., Any] | None = None

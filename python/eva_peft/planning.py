@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
+import torch
 from torch import nn
 
 from eva_kernels.streaming import StreamPlan, plan_streams, stream_bytes
 
+from .architecture import architecture_of
 from .errors import EvaTypeError, EvaValueError
 from .options import AUTO, CalibrateOptions
 from .targets import Target
@@ -69,13 +71,14 @@ def plan_targets(
         k = components_of(target, rho)
         widest[target.in_features] = max(k, widest.get(target.in_features, 0))
     features = [t.in_features for t in targets]
+    itemsize = _state_itemsize(model)
     budget: int | None
     if options.memory_budget == AUTO:
         size = sum(p.numel() * p.element_size() for p in model.parameters())
         floor = plan_streams(
             features, [widest[d] for d in features], method="sketch", oversample=options.oversample
         )
-        least = sum(stream_bytes(p) for p in floor)
+        least = sum(stream_bytes(p, itemsize) for p in floor)
         budget = None if options.method == "gram" else max(int(AUTO_BUDGET * size), least)
     else:
         budget = int(options.memory_budget)
@@ -85,6 +88,7 @@ def plan_targets(
         method=options.method,
         oversample=options.oversample,
         memory_budget=budget,
+        itemsize=itemsize,
     )
     # The budget may run out among layers of one width: those are all sketched.
     chosen: dict[int, StreamPlan] = {}
@@ -114,7 +118,7 @@ def estimate_targets(
     tokens = 1
     for size in batch_shape:
         tokens *= int(size)
-    state = sum(stream_bytes(plan[t.in_features]) for t in targets)
+    state = sum(stream_bytes(plan[t.in_features], _state_itemsize(model)) for t in targets)
     widest = max(targets, key=lambda t: t.in_features)
     itemsize = next((p.element_size() for p in model.parameters()), 4)
     step = plan[widest.in_features]
@@ -133,10 +137,15 @@ def estimate_targets(
     )
 
 
+def _state_itemsize(model: nn.Module) -> int:
+    """Return the bytes of a number of the state: of float64 inputs it is float64, too."""
+    return 8 if any(p.dtype == torch.float64 for p in model.parameters()) else 4
+
+
 def _logits_of_a_token(model: nn.Module) -> int:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     width = int(getattr(head, "out_features", 0))
     # Capping (Gemma 2) divides them out of place.
-    capped = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
+    capped = getattr(architecture_of(model).config, "final_logit_softcapping", None)
     return 2 * width if capped else width

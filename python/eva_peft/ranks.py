@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from eva_kernels.streaming import Array, allocate_ranks, as_array, leading_ratios
 
+from ._peft_compat import LoraConfig
 from .targets import Target
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
 
-__all__ = ["Budget", "allocate"]
+__all__ = ["Budget", "allocate", "scaled_alpha"]
 
 
 def allocate(run: CalibrationPass) -> dict[int, int]:
@@ -31,6 +33,18 @@ def allocate(run: CalibrationPass) -> dict[int, int]:
     limits = np.array([run.limits[i] for i in indices])
     ratios[np.arange(ratios.shape[1]) >= limits[:, None]] = 0.0  # no component of that layer
     return dict(zip(indices, run.budget.spend(ratios), strict=True))
+
+
+def scaled_alpha(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float:
+    """Return the alpha that gives another rank the same LoRA scaling.
+
+    The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """
+    if new_rank == rank:
+        return alpha
+    ratio = new_rank / rank
+    scaled = alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+    return int(scaled) if scaled == int(scaled) else scaled
 
 
 class Budget:

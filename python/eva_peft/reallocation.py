@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from copy import copy
 from numbers import Real
 from typing import Any
 
 from torch import nn
 
-from ._peft_compat import LoraConfig, anchored_pattern, pattern_value
+from ._peft_compat import LoraConfig, anchored_pattern, eva_of, pattern_value
 from .checks import checked_number
 from .errors import EvaValueError
 from .options import CalibrateOptions
 from .planning import components_of
-from .ranks import Budget
+from .ranks import Budget, scaled_alpha
 from .result import EvaResult
 from .targets import Target
 
@@ -29,7 +28,7 @@ def reallocate(
     config = result.config
     r = None if r is None else checked_number("r", r)
     if rho is None:
-        rho = config.eva_config.rho if config.eva_config else 2.0
+        rho = eva_of(config).rho
     rho = float(checked_number("rho", rho, Real))
     targets = [_target(result, name, r) for name in result.ranks]
     ratios = []
@@ -69,13 +68,9 @@ def _target(result: EvaResult, name: str, r: int | None) -> Target:
 
 
 def _scaled(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float:
-    """Return the alpha that gives another rank the same scaling."""
-    eva = config.eva_config
-    if eva is not None and not eva.adjust_scaling_factors:
+    if not eva_of(config).adjust_scaling_factors:
         return alpha
-    ratio = new_rank / rank
-    scaled = alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
-    return int(scaled) if scaled == int(scaled) else scaled
+    return scaled_alpha(config, alpha, rank, new_rank)
 
 
 def _sizes(result: EvaResult, config: LoraConfig, r: int) -> dict[str, Any]:

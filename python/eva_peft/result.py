@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import eva_kernels
 from eva_kernels.streaming import Array, Spectrum, spectra
 
-from ._peft_compat import LoraConfig, versions
+from ._peft_compat import LoraConfig, eva_of, versions
 from .kept_config import config_from_dict, config_to_dict
 from .ranks import Budget
 
@@ -48,7 +48,8 @@ class EvaResult:
         seconds: by phase: forward, accumulate, fold, check, total.
         peak_memory_bytes: above the level before the pass: allocated on a GPU; on the CPU the
             growth of the process's high-water mark, and at least the streaming state.
-        history: numbers after each step.
+        history: lists with an entry a step, by the names that ``callback`` is given, see
+            :class:`CalibrateOptions`.
         metadata: JSON-able: versions, model, LoRA config, options.
         uncalled: layers that no forward pass called; they keep the default initialisation.
         rank_steps: what the ranks of a layer are multiples of, where that is not 1 (the groups of
@@ -99,7 +100,7 @@ class EvaResult:
                 pass says if ``None``.
         """
         if whiten is None:
-            whiten = bool(getattr(self.config.eva_config, "whiten", False))
+            whiten = eva_of(self.config).whiten
         state = {}
         for name, rank in self.ranks.items():
             rows = self.components[name][:rank].clone()
@@ -159,6 +160,10 @@ class EvaResult:
 
         Returns:
             The PeftModel, with this result as ``eva_result``.
+
+        Raises:
+            EvaError: layers differ, the adapter has been trained, or PEFT refuses the config;
+                nothing is changed then.
         """
         from .adapters import write_result
         from .training import check_not_trained
@@ -169,7 +174,11 @@ class EvaResult:
         return write_result(model, result, config, adapter_name, strict)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file, atomically; never pickle."""
+        """Write one safetensors file, whole or not at all; never pickle.
+
+        Raises:
+            EvaValueError: the path is that of a folder.
+        """
         from .storage import save_result
 
         save_result(self, path)
@@ -192,13 +201,21 @@ class EvaResult:
         return summary_text(self)
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Write ranks, explained variance and convergence as a PNG or SVG."""
+        """Write ranks, explained variance and convergence as a PNG or SVG, by the path's suffix.
+
+        Raises:
+            EvaValueError: another suffix. ImportError: matplotlib is not installed.
+        """
         from .plots import save_result_plot
 
         save_result_plot(self, path)
 
     def to_html(self, path: str | PathLike[str]) -> None:
-        """Write one self-contained HTML report."""
+        """Write one self-contained HTML report.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
         from .report import write_html
 
         write_html(self, path)
@@ -272,7 +289,7 @@ def _leading(part: Tensor, count: int) -> Tensor:
 
 
 def _metadata(run: CalibrationPass) -> dict[str, Any]:
-    config = getattr(run.model, "config", None)
+    config = run.architecture.config
     parameter = next(iter(run.model.parameters()), None)
     names = ("method", "oversample", "criterion", "budget", "min_rank", "precision", "seed")
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,16 +56,18 @@ def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path
         else:
             stage.rename(target)
     except (OSError, EvaValueError) as error:
-        raise EvaValueError(
-            f"--out {out}: {error}; what was to be written is in {stage}"
-        ) from error
+        kept = f"what was to be written is in {stage}"
+        raise EvaValueError(f"--out {out}: {error}; {kept}") from error
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
 
 
 def _holds_files(target: Path, own: Path | None) -> bool:
     """Tell whether there are files but for one's own, and what a killed run had staged."""
-    staged = target / f".{target.name}."
+    staged = re.compile("^" + re.escape(f".{target.name}.") + "[0-9a-f]{12}/")
     return target.is_dir() and any(
-        not path.is_dir() and path != own and not str(path).startswith(str(staged))
+        not path.is_dir() and path != own and not staged.search(str(path.relative_to(target)))
         for path in target.rglob("*")
     )
 

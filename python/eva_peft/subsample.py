@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,16 +48,18 @@ class Draw:
         chosen[kept[drawn]] = True
         return chosen.reshape(mask.shape)
 
-    def shared_out(self, tokens: list[int]) -> list[Draw]:
-        """Return one draw for each part of the batch, in proportion to their tokens.
+    def shared_out(self, masks: Sequence[Tensor | None]) -> list[Draw]:
+        """Return one draw for each part of the batch, in proportion to the tokens of their masks.
 
-        The limits add up to that of the batch, or to all of its tokens.
+        Where there are more tokens than the limit, the limits of the parts add up to it.
         """
-        total = sum(tokens)
-        limit = min(self.limit, total)
-        exact = [limit * n / max(1, total) for n in tokens]
-        limits = [int(share) for share in exact]
-        largest = sorted(range(len(tokens)), key=lambda part: limits[part] - exact[part])
-        for part in largest[: limit - sum(limits)]:
-            limits[part] += 1
-        return [Draw(n, self.seed, self.forward, part) for part, n in enumerate(limits)]
+        counts = [0 if mask is None else int(mask.sum()) for mask in masks]
+        limits = [self.limit] * len(masks)
+        total = sum(counts)
+        if len(masks) > 1 and total > self.limit:
+            exact = [self.limit * count / total for count in counts]
+            limits = [int(share) for share in exact]
+            largest = sorted(range(len(masks)), key=lambda part: limits[part] - exact[part])
+            for part in largest[: self.limit - sum(limits)]:
+                limits[part] += 1
+        return [replace(self, limit=limit, part=part) for part, limit in enumerate(limits)]

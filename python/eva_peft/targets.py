@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from ._peft_compat import (
     tied_modules,
 )
 from .checks import plain_number
-from .errors import EvaRuntimeError, EvaValueError, EvaWarning
+from .errors import EvaRuntimeError, EvaValueError, listed, warn
 from .layers import Patches, patches_of, widths
 from .routing import ExpertWeight, expert_names, expert_weights
 
@@ -181,18 +180,14 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
             f"layer of {type(model).__name__}" + _suggest(model, unsupported, tied)
         )
     if tied:
-        warnings.warn(
-            f"the adapter of {_shorten(tied)} keeps the default initialisation, as "
+        warn(
+            f"the adapter of {listed(tied)} keeps the default initialisation, as "
             "ensure_weight_tying makes it that of the embeddings, transposed",
-            EvaWarning,
-            stacklevel=3,
         )
     if unsupported:
-        warnings.warn(
+        warn(
             "EVA reads the inputs of linear layers and convolutions; these keep the default "
-            f"initialisation: {_shorten(unsupported)}",
-            EvaWarning,
-            stacklevel=3,
+            f"initialisation: {listed(unsupported)}",
         )
     return targets
 
@@ -283,17 +278,11 @@ def _experts(found: _Found) -> list[Target]:
 
 def _suggest(model: nn.Module, unsupported: list[str], tied: list[str]) -> str:
     if unsupported:
-        return f"; it matches {_shorten(unsupported)}, whose inputs EVA cannot read"
+        return f"; it matches {listed(unsupported)}, whose inputs EVA cannot read"
     if tied:
-        return f"; it matches {_shorten(tied)}, which ensure_weight_tying ties to the embeddings"
+        return f"; it matches {listed(tied)}, which ensure_weight_tying ties to the embeddings"
     kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if widths(m)})
-    return f"; the linear layers are called {_shorten(kinds)}" if kinds else ""
-
-
-def _shorten(names: Iterable[str], most: int = 12) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    return f"; the linear layers are called {listed(kinds)}" if kinds else ""
 
 
 def device_of(module: nn.Module) -> torch.device | None:

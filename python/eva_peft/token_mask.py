@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .architecture import FrameLengths
-from .errors import EvaWarning
+from .errors import warn
 from .layer_kind import LayerKind, kind_of_layer
 from .media_masks import frames_seen, patches_seen, tiles_seen
 from .subsample import Draw
@@ -53,10 +52,11 @@ class TokenMask:
         queries: bool (B, T): the text that a Q-Former reads behind its queries.
         sound, pixels, tiles: of sound and images, beside text or by themselves; see
             ``media_masks``.
-        prefix: of the names of layers, which tells nothing of what they read.
+        patch_sizes: of images in pixels, where the model tells them.
+        prefix: a part of the names of layers that tells nothing of what they read.
 
     Attributes:
-        draw: leaves a random part of the tokens, if set.
+        draw, decoder_draw: leave a random part of the tokens, if set.
         warned: layers that need no second warning.
         transposed: layer -> whether it takes the sequence first, as far as batches have told.
     """
@@ -77,6 +77,7 @@ class TokenMask:
         sound: Tensor | None = None,
         pixels: Tensor | None = None,
         tiles: Tensor | None = None,
+        patch_sizes: tuple[int, ...] = (),
         prefix: str = "",
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
@@ -84,14 +85,16 @@ class TokenMask:
         self.given, self.window, self.frame_lengths = given, window, frame_lengths
         self.text_first, self.beside, self.queries = text_first, beside, queries
         self.sound, self.pixels, self.tiles = sound, pixels, tiles
-        self.prefix = prefix
+        self.patch_sizes, self.prefix = patch_sizes, prefix
         self.draw: Draw | None = None
+        self.decoder_draw: Draw | None = None
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
         self._texts: dict[LayerKind, list[Fit]] = {}
         self._fits: dict[tuple[LayerKind, tuple[int, ...]], Fit | None] = {}
         self._drawn: dict[str, Tensor] = {}
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
+        self._kept: dict[tuple[str, torch.device], Tensor | None] = {}
         self._picked: tuple[Tensor | None, str, Tensor | None] = (None, "", None)
 
     @property
@@ -143,16 +146,15 @@ class TokenMask:
         return False, None
 
     def _of_picked(self, fit: Fit, tokens: Tensor) -> Tensor | None:
-        kept = self._after_draw(fit).reshape(-1)
-        if bool(kept.all()):
-            return None
-        place = tokens.device
-        if place.type != "cuda":
-            return kept.to(place)[tokens].nonzero().flatten()
-        return kept.pin_memory().to(place, non_blocking=True)[tokens].nonzero().flatten()
+        place = fit.key, tokens.device
+        if place not in self._kept:
+            kept = self._after_draw(fit).reshape(-1)
+            self._kept[place] = None if bool(kept.all()) else _upload(kept, tokens.device)
+        kept_there = self._kept[place]
+        return None if kept_there is None else kept_there[tokens].nonzero().flatten()
 
     def _kind(self, name: str) -> LayerKind:
-        return kind_of_layer(name.removeprefix(self.prefix))
+        return kind_of_layer(name, self.prefix)
 
     def _text(self, layer: LayerKind) -> list[Fit]:
         """Return the masks that a layer's tokens may be those of, the likeliest first."""
@@ -168,7 +170,8 @@ class TokenMask:
     def _streams_of(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
         main, decoder = ("main", self.main), ("decoder", self.decoder)
         if layer.in_qformer and self.queries is not None:
-            return [] if layer.reads_encoder else [("queries", self.queries)]
+            alone = layer.reads_encoder or layer.reads_queries  # patches, or queries, and no text
+            return [] if alone else [("queries", self.queries)]
         if layer.reads_encoder and self.given is not None:
             return [("given", self.given)]
         if self.mixed and layer.reads_no_text:
@@ -238,11 +241,13 @@ class TokenMask:
         if self.sound is not None and layer.reads_sound:
             yield "sound", frames_seen(self.sound, leading)
         if self.pixels is not None and self._sees_pixels(layer):
-            yield "pixels", patches_seen(self.pixels, leading)
+            yield "pixels", patches_seen(self.pixels, leading, self.patch_sizes)
         if self.tiles is not None and (layer.reads_no_text or layer.reads_encoder):
             yield "tiles", tiles_seen(self.tiles, leading)
 
     def _sees_pixels(self, layer: LayerKind) -> bool:
+        if layer.reads_queries:
+            return False
         if layer.reads_sound or layer.reads_no_text or self.mixed:
             return layer.reads_no_text and not layer.reads_sound
         # behind the encoder's patches there may be queries, whose number means nothing
@@ -257,10 +262,11 @@ class TokenMask:
         return self.transposed.get(name, False)
 
     def _after_draw(self, fit: Fit) -> Tensor:
-        if self.draw is None:
+        draw = self.decoder_draw if fit.key.startswith("decoder") else self.draw
+        if draw is None:
             return fit.mask
         if fit.key not in self._drawn:
-            self._drawn[fit.key] = self.draw.subset(fit.mask)
+            self._drawn[fit.key] = draw.subset(fit.mask)
         return self._drawn[fit.key].reshape(fit.mask.shape)
 
     def _indices(self, fit: Fit, device: torch.device, transposed: bool) -> Tensor | None:
@@ -268,10 +274,8 @@ class TokenMask:
         if key not in self._rows:
             mask = self._after_draw(fit)
             flat = (mask.mT if transposed else mask).reshape(-1)
-            rows = None if bool(flat.all()) else flat.nonzero().flatten()
-            if rows is not None and device.type == "cuda":
-                rows = rows.pin_memory()  # only from there the upload does not wait for the GPU
-            self._rows[key] = None if rows is None else rows.to(device, non_blocking=True)
+            kept = None if bool(flat.all()) else flat.nonzero().flatten()
+            self._rows[key] = None if kept is None else _upload(kept, device)
         return self._rows[key]
 
     def _warn_unknown(self, layer: LayerKind, leading: tuple[int, ...], name: str) -> None:
@@ -283,18 +287,23 @@ class TokenMask:
         if self.mixed:  # beside text, but not in one sequence with it
             masks = [m for m in masks if not layer.reads_encoder and _is_longer(leading, m)]
         if self.pixels is not None and layer.in_encoder and self._sees_pixels(layer):
-            masks = [self.pixels] if len(leading) == 2 and leading[1] > 1 else []
+            images = len(leading) == 2 and leading[0] == len(self.pixels) and leading[1] > 1
+            masks = [self.pixels] if images else []
         if name in self.warned or one_for_all:
             return
         if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
             return
         self.warned.add(name)
-        warnings.warn(
+        warn(
             f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
             f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to select",
-            EvaWarning,
-            stacklevel=2,
         )
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # only from there the upload does not wait for the GPU
+    return tensor.to(device, non_blocking=True)
 
 
 def _is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ._peft_compat import LoraLayer, PeftModel, is_lora, kind_of, magnitude, untrained_magnitude
-from .errors import EvaTypeError, EvaValueError, EvaWarning, NotInitializedError
+from .errors import EvaTypeError, EvaValueError, EvaWarning, NotInitializedError, listed, warn
 from .targets import base_name, unwrap
 
 __all__ = [
@@ -76,10 +75,9 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
     layers = _layers(model, adapter_name)
     trained = _trained(layers, adapter_name)
     if trained:
-        more = f" and {len(trained) - 4} more" if len(trained) > 4 else ""
         raise EvaValueError(
             f"adapter {adapter_name!r} has been trained, or was not made with lora_B = 0: layers "
-            f"{', '.join(trained[:4])}{more}. EVA would overwrite it; pass overwrite_trained=True "
+            f"{listed(trained)}. EVA would overwrite it; pass overwrite_trained=True "
             "if that is meant, or initialise another adapter"
         )
 
@@ -180,7 +178,7 @@ def _complain(model: nn.Module, action: str) -> None:
         )
         if action == "raise":
             raise NotInitializedError(message)
-        warnings.warn(message, NotInitializedWarning, stacklevel=4)
+        warn(message, NotInitializedWarning)
 
 
 def _check_action(action: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._peft_compat import SWITCHABLE, PeftModel
+from ._peft_compat import SWITCHABLE, base_of
 from .architecture import configs_of
 from .errors import EvaRuntimeError
 
@@ -32,7 +32,8 @@ class _Process:
     @contextmanager
     def claimed(self, model: nn.Module) -> Iterator[None]:
         """Keep other passes off a model; the hooks of each would hear the other's batches."""
-        modules = {id(module) for module in model.modules()}
+        own = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+        modules = {id(model), *map(id, own)}  # others, such as activations, may be shared
         with self._lock:
             if modules & self._claimed:
                 raise EvaRuntimeError(
@@ -84,7 +85,7 @@ def claimed(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         EvaRuntimeError: one is running.
     """
-    return _PROCESS.claimed(model.get_base_model() if isinstance(model, PeftModel) else model)
+    return _PROCESS.claimed(base_of(model))
 
 
 @contextmanager

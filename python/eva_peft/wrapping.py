@@ -10,9 +10,9 @@ from peft import get_peft_model
 from torch import nn
 
 from ._peft_compat import (
-    EvaConfig,
     LoraConfig,
     PeftModel,
+    eva_of,
     layer_of_failure,
     matches_target,
     resolved_config,
@@ -39,8 +39,9 @@ def wrap_model(
             :func:`eva_peft.snapshot.restored_on_failure`.
     """
     config = deepcopy(config)
-    config.init_lora_weights, config.eva_config = "eva", config.eva_config or EvaConfig()
+    config.init_lora_weights, config.eva_config = "eva", eva_of(config)
     resolved = resolved_config(model, config)
+    config.exclude_modules = resolved.exclude_modules
     if config.target_modules and isinstance(resolved.target_modules, str):
         config.target_modules = resolved.target_modules
     if config.lora_bias or _adapts_convolution(model, resolved):

@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     BigBirdConfig,
     BigBirdModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     DetrConfig,
     FNetConfig,
     FNetModel,
@@ -126,11 +130,30 @@ def test_the_prefix_of_a_model_tells_nothing_of_its_layers(wrap: bool) -> None:
     """All layers of this one are below ``visual_bert``, and read text, too."""
     model, batch, mask = visual_bert_for_answers()
     outer = nn.ModuleDict({"net": model}) if wrap else model
+    assert architecture_of(outer).prefix == "visual_bert"
     rule = mask_of_batch(batch, lora(), architecture_of(outer))
     name = "net." * wrap + "visual_bert.encoder.layer.0.attention.self.query"
     rows = rule.rows(torch.Size((*mask.shape, 32)), CPU, name)
     assert rows is not None
     assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
+
+
+def test_the_name_of_a_users_tower_tells_what_it_reads() -> None:
+    """The first model of transformers in a user's module reads images, and its name says so."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision_tower = CLIPVisionModel(CLIPVisionConfig(**VISION))
+            self.text = make_llama()
+
+    rule = mask_of_batch(
+        {**text(), "pixel_values": torch.ones(SAMPLES, 3, 16, 16)}, lora(), architecture_of(Both())
+    )
+    shape = torch.Size((SAMPLES, TOKENS, 32))  # as many patches as words
+    names = [n for n, _ in Both().named_modules() if n.endswith("layers.0.mlp.fc1")]
+    assert [rule.rows(shape, CPU, name) for name in names] == [None]
+    assert rule.rows(shape, CPU, "text.model.layers.0.mlp.up_proj") is not None
 
 
 def test_boxes_have_a_mask_of_their_own() -> None:
@@ -152,8 +175,12 @@ def test_a_q_former_reads_text_behind_its_queries() -> None:
         rows = rule.rows(torch.Size((SAMPLES, count, 32)), CPU, "qformer.layers.0.query")
         assert rows is not None
         assert rows.tolist() == kept.flatten().nonzero().flatten().tolist()
-    of_images = torch.Size((SAMPLES, TOKENS + 6, 32))
-    assert rule.rows(of_images, CPU, "qformer.layers.0.crossattention.attention.key") is None
+    layer = "qformer.encoder.layer.0"
+    for name in ("crossattention.attention.key", "crossattention.attention.query",
+                 "crossattention.output.dense", "intermediate_query.dense"):  # fmt: skip
+        for count in (TOKENS, TOKENS + 6):  # patches, or queries: as many as words by chance
+            shape = torch.Size((SAMPLES, count, 32))
+            assert rule.rows(shape, CPU, f"{layer}.{name}") is None
 
 
 @pytest.mark.parametrize("count", [3, TOKENS + 2])
@@ -360,8 +387,25 @@ def test_labels_that_make_no_inputs_are_left_out() -> None:
     assert found.encoder_decoder
     arguments = {"pixel_values": torch.ones(1, 3, 8, 8), "labels": [{}]}
     assert "labels" not in without_labels(arguments, found)
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, num_layers=1))
-    assert "labels" in without_labels(arguments, architecture_of(t5))
+
+
+class Loose(T5ForConditionalGeneration):
+    def forward(self, *args: Any, **options: Any) -> Any:
+        return super().forward(*args, **options)
+
+
+class Narrow(BartForConditionalGeneration):
+    def forward(self, input_ids: Tensor, labels: Tensor, **options: Any) -> Any:
+        return super().forward(input_ids, labels=labels, **options)
+
+
+def test_labels_that_make_the_decoders_inputs_stay() -> None:
+    t5 = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    bart = BartConfig(vocab_size=9, d_model=8, **BOTH_SIDES)
+    arguments = {"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)}
+    for model in (T5ForConditionalGeneration(t5), Loose(t5), Narrow(bart)):
+        for whole in (model, nn.Sequential(model)):
+            assert "labels" in without_labels(arguments, architecture_of(whole))
 
 
 def test_a_model_without_a_config_reads_what_it_is_given() -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from eva_peft.data import DataNotFoundError, DecoderInputs, load_texts, make_loader, padding_token
 from eva_peft.errors import EvaError, EvaValueError
@@ -211,6 +217,19 @@ def test_a_model_limits_length_and_pad_token(tokenizer: PreTrainedTokenizerFast)
     assert padding_token(tokenizer, model) == 1  # the end token: of 2 there is no embedding
     batches = make_loader(["a b c d e", "a"], tokenizer, 2, 16, seed=0, model=model)
     assert sorted(next(iter(batches))["input_ids"].tolist()) == [[0, 4, 1], [0, 4, 5]]
+
+
+def test_positions_that_a_model_tells_of(tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 1, "max_position_embeddings": 8}
+    # RoBERTa's positions begin behind that of padding
+    roberta = RobertaModel(RobertaConfig(vocab_size=9, pad_token_id=1, **sizes))
+    (batch,) = make_loader(["a " * 20], tokenizer, 1, 16, seed=0, model=roberta)
+    assert batch["input_ids"].shape == (1, 6)
+    roberta(**batch)
+    roberta.config.max_position_embeddings = -1  # as XLNet's
+    (batch,) = make_loader(["a " * 20], tokenizer, 1, 16, seed=0, model=roberta)
+    assert batch["input_ids"].shape == (1, 16)
 
 
 def test_half_an_emoji_is_replaced(tmp_path: Path) -> None:

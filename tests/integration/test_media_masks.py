@@ -56,6 +56,7 @@ def test_images_of_several_sizes_beside_text() -> None:
         "pixel_values": images.view(2, 2, 3, 16, 16),
         "pixel_attention_mask": mask.view(2, 2, 16, 16),
     }
+    assert architecture_of(model).patch_sizes == (4,)
     name = "vision_model.encoder.layers.0.self_attn.q_proj"
     result = run(model, iter([batch]), lora(target_modules=[name], tau=1.0), method="gram")
     seen = layer_inputs(model, [batch], [name], masked=False)[name].view(3, 4, 4, 32)
@@ -110,6 +111,7 @@ def test_an_object_detector(height: int, width: int) -> None:
     for name in names:
         assert len(seen[name]) == len(kept) > kept.sum()
         assert lost(result.components[name], seen[name][kept]) < 1e-6
+    assert architecture_of(model).patch_sizes == ()
     rule = mask_of_batch(batch, lora(), architecture_of(model))
     for name in (
         "class_labels_classifier",
@@ -134,9 +136,37 @@ def test_tiles_of_images() -> None:
     assert rule.rows(torch.Size((2, 7, 8)), CPU, "language_model.layers.0.q_proj") is None
 
 
+def test_whole_patches_of_images_of_any_size() -> None:
+    """What a patch embedding leaves over at the ends is cut off."""
+    for size in range(15, 90):
+        mask = pixels((size, size + 9), (size - 4, size - 9), height=size, width=size + 9).bool()
+        expected = mask.unfold(1, 14, 14).unfold(2, 14, 14)[..., 0, 0].flatten(1)
+        found = patches_seen(mask, tuple(expected.shape), (14,))
+        assert found is not None
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("connector.perceiver_resampler.layers.0.q_proj", 64),
+        ("model.pixel_level_module.decoder.encoder.layers.0.fc1", 16),
+        ("multi_modal_projector.ffn.linear_in", 256),
+    ],
+)
+def test_queries_are_no_patches(name: str, count: int) -> None:
+    size = 980 if count == 256 else 64
+    mask = pixels((size, size), (size // 2, size), height=size, width=size).bool()
+    text = torch.ones(2, 5, dtype=torch.bool)
+    rule = TokenMask(text, mixed=True, pixels=mask, patch_sizes=(14,))
+    assert rule.rows(torch.Size((2, count, 8)), CPU, name) is None
+
+
 def test_patches_that_fit_no_grid_are_warned_of() -> None:
     mask = pixels((16, 16), (8, 8)).bool()
     rule = TokenMask(None, pixels=mask)
+    windows = torch.Size((8, 11, 8))
+    assert rule.rows(windows, CPU, "model.encoder.layers.0.fc2") is None  # of a windowed backbone
     with pytest.warns(EvaWarning, match=r"fits its input of leading shape \(2, 11\)"):
         assert rule.rows(torch.Size((2, 11, 8)), CPU, "model.encoder.layers.0.fc1") is None
 
@@ -147,11 +177,6 @@ def test_patches_that_layers_see_fewer_of() -> None:
         patches = patches_seen(mask, (2, 16 * 24 // side**2))
         assert patches is not None
         assert patches.sum(1).tolist() == kept
-    # of 3 x 3 pixels, with the last row or without
-    for count, of_second in ((48, 9), (40, 6)):
-        patches = patches_seen(mask, (2, count))
-        assert patches is not None
-        assert patches.sum(1).tolist() == [count, of_second]
     for leading in ((2, 7), (3, 24), (2, 0), (2,), (2, 4, 24)):
         assert patches_seen(mask, leading) is None
 

@@ -3,13 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import AutoPeftModelForTokenClassification, PeftConfig
+from peft.utils.other import ModulesToSaveWrapper
+from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
+from eva_kernels import initialize
 from eva_peft.model_setup import Task, lora_config
 from eva_peft.result import EvaResult
 from integration.command import init, make_home, reason, run
+from integration.conftest import VOCABULARY, lora, text_batches
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -63,7 +68,7 @@ def test_a_folder_without_a_tokenizer(home: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("excluded", [["key"], r".*\.key"])
+@pytest.mark.parametrize("excluded", [["key"], r".*\.key", r"(?i).*\.KEY"])
 def test_a_config_s_exclusions_join_the_heads(
     home: Path, tmp_path: Path, excluded: str | list[str]
 ) -> None:
@@ -74,6 +79,23 @@ def test_a_config_s_exclusions_join_the_heads(
     names = EvaResult.load(tmp_path / "out" / "eva.safetensors").ranks
     assert len(names) == 10
     assert not any("classifier" in name or "key" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("task", "head"), [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")]
+)
+def test_heads_without_the_command_line(task: str, head: str) -> None:
+    """PEFT trains them whole, and refuses to adapt them, too, as "all-linear" asks for."""
+    config = BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    make = {"TOKEN_CLS": BertForTokenClassification, "QUESTION_ANS": BertForQuestionAnswering}
+    options: dict[str, Any] = {"max_steps": 2, "on_not_converged": "ignore", "progress": False}
+    model = initialize(make[task](config), text_batches(2), lora(task_type=task), **options)
+    assert len(model.eva_result.ranks) == 6
+    assert head not in model.eva_result.ranks
+    assert isinstance(getattr(model.base_model.model, head), ModulesToSaveWrapper)
 
 
 def test_a_config_of_parameters_alone_adapts_no_modules() -> None:

@@ -173,10 +173,10 @@ def test_experts_whose_lora_a_faces_the_output() -> None:
     """Llama 4 keeps its weights as (E, in, out), and PEFT does not know it."""
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     config = lora(target_modules=["q_proj"], target_parameters=experts)
-    with pytest.warns(EvaWarning, match="16 layers keep the default.*lora_A faces their output"):
+    with pytest.warns(EvaWarning, match="16 layers keep the default.*stored as .in, out."):
         model = eva_kernels.initialize(make_llama4(), text_batches(3), config, **QUIET)
     assert {n.rpartition(".")[2] for n in model.eva_result.ranks} == {"q_proj"}
     assert len(lora_layers(model)) == 2 + 4
     config = lora(target_modules=[], target_parameters=experts)
-    with pytest.raises(EvaValueError, match="none of the 16 layers, because PEFT's lora_A"):
+    with pytest.raises(EvaValueError, match="none of the 16 layers, because their weights are"):
         run(make_llama4(), text_batches(3), config)

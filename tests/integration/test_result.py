@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import eva_kernels
 from eva_kernels import EvaResult, EvaValueError
@@ -296,6 +297,31 @@ def test_estimate_counts_the_logits_where_they_are_the_most() -> None:
     assert wide.activation_bytes == 4 * 96 * 5000 > narrow.activation_bytes
     model.config.final_logit_softcapping = 30.0
     assert eva_kernels.estimate(model, lora(), (4, 24)).activation_bytes == 2 * 4 * 96 * 5000
+
+
+def test_estimate_counts_a_state_in_double_precision() -> None:
+    single, double = make_llama(), make_llama().double()
+    for method in ("sketch", "gram"):
+        least, most = (
+            eva_kernels.estimate(model, lora(), method=method).state_bytes
+            for model in (single, double)
+        )
+        assert 1.7 * least < most < 2 * least
+
+
+def test_metadata_of_a_model_in_a_users_module() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_llama()
+            self.inner.config._name_or_path = "an/origin"
+
+        def forward(self, **batch: Any) -> Any:
+            return self.inner(**batch)
+
+    result = run(Outer(), iter(text_batches(1)), lora(target_modules=["q_proj"]), max_steps=1)
+    found = result.metadata
+    assert (found["model"], found["model_type"]) == ("an/origin", "llama")
 
 
 def test_memory_budget_chooses_the_method() -> None:

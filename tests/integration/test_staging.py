@@ -138,6 +138,25 @@ def test_a_copy_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(path.name for path in kept(told).iterdir()) == ["a", "b"]
 
 
+def test_an_interrupt_in_the_last_moment_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, "a", "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hidden_file_of_a_like_name_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / f".{tmp_path.name}.notes").write_text("mine")
+    with pytest.raises(EvaValueError, match="is not empty; --force"):
+        write(tmp_path, "a")
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_of_two_at_once_the_first_stays(tmp_path: Path, there: bool) -> None:
     out = tmp_path / "out"

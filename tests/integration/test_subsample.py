@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from bench.families import FAMILIES
 from eva_kernels import EvaError
@@ -90,14 +91,30 @@ def test_parts_share_by_what_counts() -> None:
         (66, [120, 12], [60, 6]),
         (1, [300, 60], [1, 0]),
         (3, [100, 100, 1], [2, 1, 0]),
-        (10, [3, 4], [3, 4]),
-        (5, [0, 0], [0, 0]),
+        (10, [3, 4], [10, 10]),  # there is nothing to leave out
+        (5, [None, None], [5, 5]),
     ],
 )
-def test_limits_of_parts_add_up(limit: int, tokens: list[int], limits: list[int]) -> None:
-    draws = Draw(limit, 0, 0).shared_out(tokens)
+def test_limits_of_parts_add_up(limit: int, tokens: list[int | None], limits: list[int]) -> None:
+    masks = [None if n is None else torch.arange(400) < n for n in tokens]
+    draws = Draw(limit, 0, 0).shared_out(masks)
     assert [draw.limit for draw in draws] == limits
     assert [draw.part for draw in draws] == list(range(len(tokens)))
+
+
+@pytest.mark.parametrize(("limit", "encoder", "decoder"), [(2000, 428, 96), (90, 90, 90)])
+def test_each_stream_has_a_limit_of_its_own(limit: int, encoder: int, decoder: int) -> None:
+    torch.manual_seed(0)
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=96, decoder_start_token_id=0, **size))
+    mask = (torch.arange(400) < torch.tensor([400] + [4] * 7)[:, None]).long()
+    batch = {"input_ids": mask * 5, "attention_mask": mask, "labels": torch.full((8, 12), 7)}
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
+    used = {}
+    for name, count in zip(names, (encoder, decoder), strict=True):
+        config = lora(target_modules=[name])
+        used[name] = run(model, [batch], config, tokens_per_step=limit, max_steps=1).tokens
+        assert used[name] == count
 
 
 @pytest.mark.parametrize("name", ["T5", "Whisper", "ViT", "BERT with pooler, bare", "Mixtral"])

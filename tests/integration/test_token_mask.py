@@ -267,7 +267,7 @@ def test_a_mask_for_each_kind_of_attention() -> None:
     found = mask_of_batch(batch, lora()).main
     assert found is not None
     assert torch.equal(found, kept)
-    batch["attention_mask"] = {"sliding_attention": pairs}
+    batch["attention_mask"] = {"full_attention": None, "sliding_attention": pairs}
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
 
 
@@ -280,12 +280,16 @@ def test_a_mask_over_pairs_with_a_cache(cached: int) -> None:
     past = SimpleNamespace(get_seq_length=lambda: cached)
     batch = {"input_ids": torch.ones(2, 3), "attention_mask": pairs, "past_key_values": past}
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+    batch["attention_mask"] = pairs[:, :, :1]  # the same for every token
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
 
 
 def test_a_mask_of_another_kind_is_warned_of() -> None:
     batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3, 4, 5, 6)}
+    warned: set[str] = set()
     with pytest.warns(eva_kernels.EvaWarning, match=r"\(2, 3, 4, 5, 6\) is not understood; every"):
-        assert mask_of_batch(batch, lora()).main is None
+        assert mask_of_batch(batch, lora(), warned=warned).main is None
+    assert mask_of_batch(batch, lora(), warned=warned).main is None  # and not again
 
 
 def test_embeddings_as_input() -> None:

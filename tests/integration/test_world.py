@@ -314,6 +314,18 @@ def test_a_pass_on_a_part_of_a_model_is_refused() -> None:
     assert run(model.model, iter(text_batches(1)), lora()).forwards == 1
 
 
+def test_models_may_share_a_module_without_weights() -> None:
+    activation, ran = nn.GELU(), []
+    one, other = (nn.Sequential(nn.Linear(8, 8), activation) for _ in range(2))
+    data = [torch.randn(40, 8)]
+
+    def again(numbers: Any) -> None:
+        ran.append(run(other, iter(data), lora(target_modules=["0"])).tokens)
+
+    run(one, iter(data), lora(target_modules=["0"]), callback=again)
+    assert ran == [40]
+
+
 def test_weights_that_are_not_there() -> None:
     with torch.device("meta"):
         model = make_llama()

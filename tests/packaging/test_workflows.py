@@ -132,7 +132,11 @@ def test_make_test_has_every_package_and_skips_for_none(monkeypatch: pytest.Monk
     told = subprocess.run(
         ["make", "-n", "-o", ".venv/.ready", "test"], cwd=ROOT, capture_output=True, text=True
     )
-    assert re.search(rf"^{extras.ALL_INSTALLED}=1 \S+python -m pytest$", told.stdout, re.MULTILINE)
+    assert re.search(
+        rf"^{extras.ALL_INSTALLED}=1 \S+python -m pytest .*--dist loadfile$",
+        told.stdout,
+        re.MULTILINE,
+    )
     monkeypatch.setenv(extras.ALL_INSTALLED, "1")
     assert extras.needs("json").dumps([]) == "[]"
     with pytest.raises(ModuleNotFoundError):

@@ -96,9 +96,9 @@ def orthonormal_start(config: LoraConfig) -> Start:
     return start
 
 
-def lora_a_weights(model: PeftModel, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
+def lora_a_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """Map the names of layers in the base model to their `lora_A` weights (rank, in_features)."""
-    suffix = f".lora_A.{adapter}.weight"
+    suffix = ".lora_A.default.weight"
     prefix = "base_model.model."
     return {
         name.removesuffix(suffix).removeprefix(prefix): parameter
@@ -108,11 +108,11 @@ def lora_a_weights(model: PeftModel, adapter: str = "default") -> dict[str, torc
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, blocks: torch.Tensor, batch: int = 8) -> float:
+def held_out_loss(model: torch.nn.Module, blocks: torch.Tensor) -> float:
     """Return the mean loss in nats per token over blocks of token ids (count, length)."""
     model.eval()
     total = 0.0
-    for part in blocks.split(batch):
+    for part in blocks.split(8):
         total += float(model(input_ids=part, labels=part, use_cache=False).loss) * len(part)
     model.train()
     return total / len(blocks)

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,6 @@ def run_demo(
     out: str | os.PathLike[str],
     *,
     seeds: int = 3,
-    steps: int | None = None,
     quick: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -68,7 +67,6 @@ def run_demo(
     Args:
         out: folder for `demo-report.html`, `demo.json`, `loss.png` and `eva.png`; made if missing.
         seeds: fine-tuning runs of every start; one if `quick`.
-        steps: optimiser steps of a fine-tuning run; the default depends on `quick`.
         quick: a small version of everything, to see that it works; its numbers mean little.
         console: where tables are printed; default a new console on standard output.
 
@@ -83,8 +81,6 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     console = console or Console()
     setting = QUICK if quick else Setting()
-    if steps is not None:
-        setting = replace(setting, recipe=finetune.Recipe(steps, max(1, steps // 6)))
     seconds: dict[str, float] = {}
     with _quiet(), console.status("reading the model and the text") as status:
         with _timed(seconds, "reading"):

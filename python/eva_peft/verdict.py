@@ -1,0 +1,74 @@
+"""What there is to say of a pass that has ended, before its answer is given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .errors import EvaValueError, NotConvergedError, NotConvergedWarning, listed, warn
+
+if TYPE_CHECKING:
+    from .calibrate import CalibrationPass
+
+__all__ = ["check_answer"]
+
+_BACKWARDS = (
+    "because their weights are stored as (in, out), and PEFT's lora_A multiplies the other side"
+)
+
+
+def check_answer(run: CalibrationPass, done: bool, uncalled: list[str]) -> None:
+    """Warn of layers that EVA cannot initialise, and of those that have not converged.
+
+    Args:
+        run: has ended.
+        done: every layer has converged.
+        uncalled: layers without an input.
+
+    Raises:
+        EvaValueError: there is no layer to initialise.
+        NotConvergedError: with ``on_not_converged="raise"``.
+    """
+    backwards = [run.targets[i].name for i in sorted(run.collector.routed.backwards)]
+    _check_any(run, backwards, uncalled)
+    if backwards:
+        layers = f"{len(backwards)} layers keep the default initialisation"
+        warn(f"{layers}, {_BACKWARDS}: {listed(backwards)}")
+    uncalled = [name for name in uncalled if name not in set(backwards)]
+    if uncalled:
+        warn(
+            f"{len(uncalled)} layers were never called with a token that counts and keep the "
+            f"default initialisation: {listed(uncalled)}"
+        )
+    if not done and run.options.on_not_converged != "ignore":
+        _judge_convergence(run)
+
+
+def _check_any(run: CalibrationPass, backwards: list[str], uncalled: list[str]) -> None:
+    every = len(run.targets)
+    if len(backwards) == every:
+        raise EvaValueError(
+            f"EVA can initialise none of the {every} layers, {_BACKWARDS}; adapt others, by "
+            "target_modules"
+        )
+    if len(uncalled) < every and run.tokens:
+        return
+    skipped = f"; {run.skipped} tokens with NaN or infinity were left out" if run.skipped else ""
+    raise EvaValueError(
+        f"no token reached any of the {every} target layers in {run.forwards} forward passes; "
+        f"check the attention and label masks of the loader{skipped}"
+    )
+
+
+def _judge_convergence(run: CalibrationPass) -> None:
+    slots = run.collector.slots
+    missing = [run.targets[i].name for s in slots if not s.stream.converged for i in s.members]
+    if not missing:
+        return
+    message = (
+        f"{len(missing)} of {len(run.targets)} layers have not converged after {run.forwards} "
+        f"forward passes, {run.tokens} tokens: {listed(missing)}. The best estimate is used; raise "
+        "max_steps, give more data, or lower tau"
+    )
+    if run.options.on_not_converged == "raise":
+        raise NotConvergedError(message)
+    warn(message, NotConvergedWarning)

@@ -1,0 +1,59 @@
+"""Where warnings point: at the line of the user's that called the package."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eva_kernels
+from eva_peft.errors import listed
+from integration.conftest import lora, make_llama, text_batches
+
+
+class Odd(nn.Module):
+    """Half of its layers see other rows than there are tokens, or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 16)
+        self.odd, self.idle = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return self.odd(torch.cat([x, x[:, :3]], 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Odd, ["no token mask fits", "were never called", "have not converged"]),
+        (make_llama, ["have not converged"]),
+    ],
+)
+def test_warnings_name_the_line_of_the_caller(make: Any, words: list[str]) -> None:
+    names = ["odd", "idle"] if make is Odd else ["q_proj"]
+    config = lora(target_modules=names, tau=1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        here = line()
+        eva_kernels.calibrate(make(), text_batches(1), config, max_steps=1, progress=False)
+    told = [w for w in caught if issubclass(w.category, eva_kernels.EvaWarning)]
+    assert len(told) == len(words)
+    for one, part in zip(told, words, strict=True):
+        assert part in str(one.message)
+        assert (one.filename, one.lineno) == (__file__, here + 1)
+
+
+def line() -> int:
+    import sys
+
+    return sys._getframe(1).f_lineno
+
+
+def test_names_in_a_message() -> None:
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(map(str, range(5)), most=3) == "0, 1, 2 and 2 more"
