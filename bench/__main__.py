@@ -180,7 +180,6 @@ def tables(write: bool = False) -> None:
 @app.command()
 def kernels(seconds: float = 300.0, out: Path | None = None) -> None:
     """Every kernel against its plain twin and PEFT's step, after its answer was found right."""
-    import json
 
     import torch
 
@@ -192,7 +191,7 @@ def kernels(seconds: float = 300.0, out: Path | None = None) -> None:
     measured = measure_ceilings(device, small)
     ceilings = Ceilings(measured["bytes_per_second"], measured["flops_per_second"])
     rows = run(device, small=small, ceilings=None if small else ceilings, seconds=seconds)
-    _put(json.dumps({"ceilings": measured, "rows": rows}, indent=1), out)
+    _put({"ceilings": measured, "rows": rows}, out)
 
 
 @app.command()
@@ -259,7 +258,6 @@ def end_to_end(
     ] = None,
 ) -> None:
     """Plain forward, ours and PEFT's EVA on the shape of a model."""
-    import json
 
     import torch
 
@@ -268,7 +266,7 @@ def end_to_end(
     _check_names([config], benchmark.SETTINGS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = benchmark.run(config, device, seconds=seconds, save=_saver(out), trace=trace)
-    _put(json.dumps(found, indent=1), out)
+    _put(found, out)
 
 
 @app.command()
@@ -301,17 +299,21 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _saver(out: Path | None) -> Callable[[Any], None]:
     """Return what keeps all that was found so far in a file; on the screen, only the end is."""
+    return (lambda found: _put(found, out)) if out else (lambda found: None)
+
+
+def _put(found: Any, out: Path | None) -> None:
+    """Write a result with the day, the commit and the machine; print it where there is no file."""
     import json
 
-    return (lambda found: _put(json.dumps(found, indent=1), out)) if out else (lambda found: None)
+    from .common import header
+    from .files import write_json
 
-
-def _put(text: str, out: Path | None) -> None:
+    rows = found if isinstance(found, dict) else {"rows": found}
     if out is None:
-        print(text)
+        print(json.dumps(found, indent=1))
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        write_json(out, {**header(), **rows})
 
 
 if __name__ == "__main__":

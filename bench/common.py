@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import subprocess
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -14,21 +12,15 @@ from typing import Any
 
 import torch
 
+from .files import commit, cpu_name, write_json
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
     """Describe the machine and the versions that a number was measured with."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -37,27 +29,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
-    """Return the commit that is measured, marked if the tree has changes."""
-    root = Path(__file__).parent.parent
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True
-    )
-    return told.stdout.strip() or "unknown"
+def header() -> dict[str, Any]:
+    """Return what every result file begins with: the day, the commit and the machine."""
+    today = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    return {"date": today, "commit": commit(), "machine": machine()}
 
 
 def save(name: str, rows: Any, *, out: Path = RESULTS, **settings: Any) -> Path:
     """Write one result file."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{name}.json"
-    record = {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": commit(),
-        "machine": machine(),
-        "settings": settings,
-        "rows": rows,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(path, {**header(), "settings": settings, "rows": rows})
     return path
 
 

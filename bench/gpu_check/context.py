@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .record import FILE, read_json, write_json
+from ..files import read_json, write_json
+from .record import FILE
 
 __all__ = ["Context", "StageFailed", "StageSkipped", "result_path"]
 

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import subprocess
 from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..files import ROOT, commit
+
 SCHEMA_VERSION = 1
 FILE = "gpu-check.json"
 SOURCES = ("eva_kernels", "python", "csrc", "bench", "tests", "setup.py", "pyproject.toml")
 SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h", ".toml"}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-
-
-def read_json(path: Path) -> Any:
-    """Return what a file holds, or ``None`` if there is none, or none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def revision() -> str:
-    """Return the commit, marked if the tree has changes; CI's where the checkout has no history."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return os.environ.get("GITHUB_SHA", "unknown")
-    return told.stdout.strip() or os.environ.get("GITHUB_SHA", "unknown")
 
 
 def source_hash(root: Path = ROOT) -> str:
@@ -67,7 +39,7 @@ def new_record(dry_run: bool, gpu: str | None = None) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": revision(),
+        "commit": commit(),
         "sources": source_hash(),
         "dry_run": dry_run,
         "status": "running",

@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json, write_json
 from ..processes import GRACE_SECONDS, child_environment, run_limited
 from .child import STATUSES
 from .context import result_path
 from .plan import BEYOND, TOTAL_SECONDS, Stage, chosen, limit_of
-from .record import FILE, new_record, read_json, resumed, verdict, write_json
+from .record import FILE, new_record, resumed, verdict
 from .stages.environment import smi
 from .table import render
 
@@ -156,6 +157,9 @@ class Check:
 
     def _write(self) -> None:
         self.record["seconds"] = round(time.monotonic() - self.begin, 2)
+        found = self.record["stages"]  # in the order of the plan, whatever was over first
+        planned = [stage.name for stage in self.stages if stage.name in found]
+        self.record["stages"] = {name: found[name] for name in (*planned, *found)}
         write_json(self.out / FILE, self.record)
         (self.out / TABLE).write_text(render(self.record) + "\n", encoding="utf-8")
 

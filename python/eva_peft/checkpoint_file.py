@@ -31,8 +31,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
     text = json.dumps(state)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "state": text, "checksum": _checksum(text, ready)}
-    temporary = _partial(path)
-    with replacing(path, temporary):
+    with replacing(path, _partial(path)) as temporary:
         save_file(ready, temporary, metadata=metadata)
 
 

@@ -7,22 +7,25 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 __all__ = ["make_file", "replacing", "sync"]
 
 
 @contextmanager
-def replacing(path: Path, temporary: Path) -> Iterator[None]:
-    """Have a file written that takes the place of another, if all goes well.
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """Give a file to write to that takes the place of another, if all goes well.
 
     Args:
         path: holds the old file or the new one at any time. The new one has the mode of a new file,
             whatever its writer gives it.
-        temporary: is written to, in the same folder; it does not outlive the block.
+        temporary: in the same folder, does not outlive the block; by default of a name of its own,
+            since several processes may write to one path.
     """
+    temporary = temporary or path.with_name(f".{uuid4().hex[:12]}.{path.name}")
     try:
         mode = make_file(temporary)
-        yield
+        yield temporary
         os.chmod(temporary, mode)
         sync(temporary)
         os.replace(temporary, path)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import EvaValueError
+from .files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +105,9 @@ def save_result_plot(result: EvaResult, path: str | os.PathLike[str]) -> None:
             f"cannot write a plot to {os.fspath(path)!r}: the suffix must be one of "
             f"{', '.join(SUFFIXES)}"
         )
-    plot_result(result).savefig(path, format=suffix[1:], dpi=_DPI)
+    figure = plot_result(result)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format=suffix[1:], dpi=_DPI)
 
 
 def layer_table(names: Iterable[str]) -> dict[str, tuple[str, int | None]]:

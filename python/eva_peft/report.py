@@ -15,6 +15,7 @@ import numpy as np
 
 from . import plots
 from .errors import EvaValueError
+from .files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,7 +173,9 @@ def write_html(result: EvaResult, path: str | os.PathLike[str]) -> None:
         path: where to; an existing file is replaced.
     """
     title = f"EVA initialisation of {result.metadata.get('model') or 'a model'}"
-    Path(path).write_text(render_html(title, result_sections(result)), encoding="utf-8")
+    page = render_html(title, result_sections(result))
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def explained_by_rank(result: EvaResult, name: str) -> float:

@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from statistics import median
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -47,9 +46,7 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
     metadata = {"format": FORMAT, "index": json.dumps(index), "result": json.dumps(rest)}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: several processes may save one result to one path.
-    temporary = target.with_name(f".{target.name}.{uuid4().hex[:12]}")
-    with replacing(target, temporary):
+    with replacing(target) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 

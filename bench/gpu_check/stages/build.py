@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ...files import ROOT
 from ..context import Context, StageFailed
-from ..record import ROOT
 
 LOAD = "import eva_kernels.{0} as module; print(module.__file__)"
 

@@ -8,9 +8,9 @@ import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
+from ...files import cpu_name
 from ..context import Context, StageFailed
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "peft", "pybind11", "pytest")
@@ -28,7 +28,7 @@ def run(context: Context) -> None:
     cuda = torch.cuda.is_available()
     machine = {
         "gpu": torch.cuda.get_device_name(0) if cuda else None,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
     }
@@ -81,12 +81,3 @@ def parse_smi(told: str) -> dict[str, str]:
     """Return the fields of the first device."""
     first = told.splitlines()[0].split(",") if told.strip() else []
     return dict(zip(QUERY.split(","), (part.strip() for part in first), strict=False))
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...files import read_json
 from ..context import Context, StageFailed
-from ..record import read_json
 
 DOMAIN = "pretrained"
 METHODS = ("lora", "eva", "lora-ga")

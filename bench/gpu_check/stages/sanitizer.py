@@ -10,8 +10,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ...files import ROOT
 from ..context import Context, StageFailed, StageSkipped
-from ..record import ROOT
 
 OPS = ("convergence", "eigh", "fold_passes", "nystrom", "start")
 TESTS = tuple(f"tests/ops/test_{name}.py" for name in OPS)

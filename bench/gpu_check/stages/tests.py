@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ...files import ROOT
 from .. import marks
 from ..context import Context, StageFailed
-from ..record import ROOT
 
 # A rehearsal runs these alone: one file of an op, one of the method.
 REHEARSED = ("tests/ops/test_convergence.py", "tests/streaming/test_allocation.py")
@@ -24,7 +24,7 @@ ELSEWHERE = (
     "tests/packaging/test_cuda_build.py",
 )
 # The check rehearses itself in these: not within the check.
-OWN = "tests/packaging/test_gpu_check.py::test_rehearsal"
+OWN = "tests/benchmarks/test_gpu_check.py::test_rehearsal"
 # What the suite imports beyond the package's own requirements; module -> package.
 NEEDED = {
     "accelerate": "accelerate",

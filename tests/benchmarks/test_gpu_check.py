@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import processes
+from bench import files, processes
 from bench.gpu_check import child, context, record, table
 from bench.gpu_check.plan import TOTAL_SECONDS, Stage, chosen, limit_of
 from bench.gpu_check.stages import build, end_to_end, environment, kernels, sanitizer, tests
@@ -99,17 +99,17 @@ def test_source_hash_sees_a_change(tmp_path: Path) -> None:
 
 def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "folder" / "x.json"
-    record.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
 
     def fail(*arguments: object) -> None:
         raise OSError
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError):
-        record.write_json(path, {"a": 2})
-    assert record.read_json(path) == {"a": 1}
+        files.write_json(path, {"a": 2})
+    assert files.read_json(path) == {"a": 1}
     path.write_text('{"a"')
-    assert record.read_json(path) is None
+    assert files.read_json(path) is None
 
 
 JUNIT = """<testsuites><testsuite>
@@ -205,7 +205,7 @@ def test_sanitizer_runs_three_tools(
 def test_sanitizer_sees_every_native_kernel(tool: str) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *sanitizer.TESTS]
     command += ["-k", sanitizer.SELECTIONS[tool], "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    found = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True).stdout
+    found = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True).stdout
     wanted = ("convergence.py::test_ragged", "eigh.py::test_random", "fold_passes.py::test_rows")
     wanted += "fold_passes.py::test_measure", "nystrom.py::test_native_answer"
     for name in (*wanted, "start.py::test_native"):
@@ -262,7 +262,7 @@ def test_environment_of_a_stage() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in real
     assert real["HOME"] == "/home"
     paths = processes.child_environment({"PYTHONPATH": "/more"})["PYTHONPATH"].split(os.pathsep)
-    assert paths == [str(record.ROOT), str(record.ROOT / "python"), "/more"]
+    assert paths == [str(files.ROOT), str(record.ROOT / "python"), "/more"]
     rehearsal = processes.child_environment({}, dry_run=True)
     assert (rehearsal["TRITON_INTERPRET"], rehearsal["CUDA_VISIBLE_DEVICES"]) == ("1", "")
 
@@ -310,7 +310,7 @@ def test_marked_tests_are_named_in_the_report_and_failures_at_once(tmp_path: Pat
     plugin = ["-p", tests.marks.__name__, "--junitxml=report.xml"]
     command = [sys.executable, "-m", "pytest", "-q", *plugin]
     failures = tmp_path / "failures.txt"
-    found = {**os.environ, "PYTHONPATH": str(record.ROOT), tests.marks.FAILURES: str(failures)}
+    found = {**os.environ, "PYTHONPATH": str(files.ROOT), tests.marks.FAILURES: str(failures)}
     found.pop("PYTEST_XDIST_WORKER", None)  # this one reports for itself
     found |= {"KILLED": "yes"}
     assert subprocess.run(command, cwd=tmp_path, env=found).returncode == 3
@@ -328,7 +328,7 @@ def test_a_file_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import no_such_package\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     failures = tmp_path / "failures.txt"
-    found = {**os.environ, "PYTHONPATH": str(record.ROOT), tests.marks.FAILURES: str(failures)}
+    found = {**os.environ, "PYTHONPATH": str(files.ROOT), tests.marks.FAILURES: str(failures)}
     found.pop("PYTEST_XDIST_WORKER", None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", tests.marks.__name__]
     assert subprocess.run(command, cwd=tmp_path, env=found).returncode == 2
@@ -365,7 +365,7 @@ def test_outcome_of_a_stage(
     monkeypatch.setitem(sys.modules, "bench.gpu_check.stages.made_up", Module)
     given = context.Context("made_up", tmp_path, dry_run=True, seconds=5.0)
     assert child.run_stage(given) == status
-    found = record.read_json(context.result_path(tmp_path, "made_up"))
+    found = files.read_json(context.result_path(tmp_path, "made_up"))
     assert found["status"] == outcome
     assert found["reason"].startswith(reason)
     # what was found before an error is kept
@@ -378,7 +378,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str,
     command = [sys.executable, "-m", "bench", "gpu-check", "--out", str(out), "--dry-run"]
     command += ["--also", "end_to_end_8b"]
     begin = time.monotonic()
-    done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True)
     return out, done.returncode, done.stdout + done.stderr, time.monotonic() - begin
 
 
@@ -420,7 +420,7 @@ def test_rehearsal_looks_like_no_gpu(rehearsal: tuple[Path, int, str, float]) ->
 def test_a_check_that_is_ended_keeps_its_record_and_leaves_no_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "gpu-check", "--out", str(tmp_path), "--dry-run"]
     process = subprocess.Popen(
-        [*command, "--skip", "build"], cwd=record.ROOT, stdout=subprocess.PIPE, text=True
+        [*command, "--skip", "build"], cwd=files.ROOT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     while "environment: at most" not in process.stdout.readline():

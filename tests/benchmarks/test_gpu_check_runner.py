@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_check import child, context, plan, record, runner
+from bench import files
+from bench.gpu_check import child, context, plan, runner
 from bench.gpu_check.plan import Stage
 
 
@@ -36,7 +37,7 @@ class Stubbed(runner.Check):
             status = "failed"
         if status == "until a is written":
             end = time.monotonic() + 10
-            while "a" not in record.read_json(self.out / "gpu-check.json")["stages"]:
+            while "a" not in files.read_json(self.out / "gpu-check.json")["stages"]:
                 assert time.monotonic() < end
                 time.sleep(0.01)
             status = "passed"
@@ -53,7 +54,7 @@ def stubbed(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
 
 def test_later_stages_run_after_a_failure_and_the_check_is_red(tmp_path: Path) -> None:
     assert not stubbed(tmp_path, {"a": "passed", "b": "timed out", "c": "passed"}).run()
-    found = record.read_json(tmp_path / "gpu-check.json")
+    found = files.read_json(tmp_path / "gpu-check.json")
     assert [s["status"] for s in found["stages"].values()] == ["passed", "timed out", "passed"]
     assert found["status"] == "failed"
     assert found["versions"] == {"torch": "1"}
@@ -151,7 +152,7 @@ def test_a_stage_is_believed_if_its_process_ends_as_it_says(
     def run_limited(*_: object) -> int | None:
         if said is not None:
             found = {"status": said, "reason": "" if said == "passed" else "why", "results": {}}
-            record.write_json(context.result_path(tmp_path, "a"), found)
+            files.write_json(context.result_path(tmp_path, "a"), found)
         return status
 
     monkeypatch.setattr(runner, "run_limited", run_limited)
@@ -176,7 +177,7 @@ def test_a_stage_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
         sys.modules["bench.gpu_check.stages.made_up"] = Module
         child.main(["made_up", "--out", {str(tmp_path)!r}, "--seconds", "60"])
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=record.ROOT)
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=files.ROOT)
     end = time.monotonic() + 30
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < end
