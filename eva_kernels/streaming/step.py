@@ -122,24 +122,30 @@ def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStrea
     told_cosines = dict(zip(turned, arrays, strict=True))
     _refuse(groups, numbers, due)
 
-    uneven = []
     for group, batch, told, rows in zip(groups, batches, numbers, previous, strict=True):
-        bases, means = [s.basis for s in batch.sketches], [s.mean for s in batch.sketches]
-        results = batch.results(told, bases, means)
-        lost = lost_shares(told.squares, told.captured, [s.components for s in group])
-        for stream, (sketch, _), share, before in zip(group, results, lost, rows, strict=True):
-            state: SketchState | GramState = sketch
-            if isinstance(stream.state, GramState):
-                state = GramState(stream.state.sums, stream.state.pivot, sketch)
-            stream.close_step(state, share, before if stream.folds else None)
-        uneven += [group[i] for i in told.uneven.nonzero()[0].tolist()]
+        _take_over(group, batch, told, rows)
     for sums in cleared:
         sums.count = 0
     for device, array in told_cosines.items():
         pairs = zip(groups, batches, strict=True)
         here = [s for group, batch in pairs if batch.device == device for s in group]
         _keep_cosines([s for s in here if s.previous is not None], array)
-    _repair(uneven)
+    uneven = [told.uneven.nonzero()[0].tolist() for told in numbers]
+    _repair([group[i] for group, which in zip(groups, uneven, strict=True) for i in which])
+
+
+def _take_over(
+    group: Sequence[InputStream], batch: Batch, told: Numbers, before: Sequence[Tensor]
+) -> None:
+    """Give streams what the device has made of them, and the rows before."""
+    bases, means = [s.basis for s in batch.sketches], [s.mean for s in batch.sketches]
+    results = batch.results(told, bases, means)
+    lost = lost_shares(told.squares, told.captured, [s.components for s in group])
+    for stream, (sketch, _), share, rows in zip(group, results, lost, before, strict=True):
+        state: SketchState | GramState = sketch
+        if isinstance(stream.state, GramState):
+            state = GramState(stream.state.sums, stream.state.pivot, sketch)
+        stream.close_step(state, share, rows if stream.folds else None)
 
 
 def _batch_of(group: Sequence[InputStream], kept: Sequence[int]) -> Batch:
