@@ -140,30 +140,30 @@ def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
 
 
 @app.command()
-def step(steps: int = 46) -> None:
+def step(steps: int = 46, out: Out = RESULTS) -> None:
     """One SVD step on real activations, against PEFT's IncrementalPCA."""
     from . import svd_step
 
-    svd_step.run(steps)
+    svd_step.run(steps, out)
 
 
 @app.command()
-def initialize(repeats: int = 5) -> None:
+def initialize(repeats: int = 5, out: Out = RESULTS) -> None:
     """The whole initialisation, against PEFT's and the plain forward passes."""
     from . import initialize as benchmark
 
-    benchmark.run(repeats)
+    benchmark.run(repeats, out)
 
 
 @app.command()
-def memory(repeats: int = 3, child: str = "") -> None:
+def memory(repeats: int = 3, child: str = "", out: Out = RESULTS) -> None:
     """Peak memory, each in a fresh process."""
     from . import memory as benchmark
 
     if child:
         benchmark.child(child)
     else:
-        benchmark.run(repeats)
+        benchmark.run(repeats, out)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 import eva_kernels
 
 from . import minilm
-from .common import save, spread
+from .common import RESULTS, save, spread
 
 FORWARDS, BATCH = 12, 8
 
@@ -153,11 +154,13 @@ def _exact_ranks(spectra: dict[str, torch.Tensor], budget: int, most: int) -> di
     return ranks
 
 
-def run(repeats: int = 5) -> None:
+def run(repeats: int = 5, out: Path = RESULTS) -> None:
     """Measure and save."""
     for length in (128, 512):
         timed("ours", minilm.load_batches(2, BATCH, length))  # warm-up
     rows = [measure_length(length, repeats) for length in (128, 512)]
-    save("initialize", rows, forwards=FORWARDS, batch=BATCH, repeats=repeats, r=16, rho=2.0)
+    save(
+        "initialize", rows, forwards=FORWARDS, batch=BATCH, repeats=repeats, r=16, rho=2.0, out=out
+    )
     ranks = measure_ranks()
-    save("ranks", ranks, forwards=FORWARDS, batch=BATCH, r=16, rho=2.0)
+    save("ranks", ranks, forwards=FORWARDS, batch=BATCH, r=16, rho=2.0, out=out)

@@ -7,10 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .common import save
+from .common import RESULTS, save
 from .meter import reset_resident_peak, resident_bytes
 from .processes import ALLOCATOR
 
@@ -57,6 +58,6 @@ def measure(repeats: int = 3) -> dict[str, Any]:
     }
 
 
-def run(repeats: int = 3) -> None:
+def run(repeats: int = 3, out: Path = RESULTS) -> None:
     """Measure and save."""
-    save("memory", measure(repeats), repeats=repeats, padded_to=LENGTH)
+    save("memory", measure(repeats), repeats=repeats, padded_to=LENGTH, out=out)

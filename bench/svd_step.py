@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from eva_kernels.streaming import InputStream, Options, fold_streams
 
 from . import minilm
-from .common import save, spread
+from .common import RESULTS, save, spread
 
 LAYERS = {
     "layer 0 query": "encoder.layer.0.attention.self.query",
@@ -72,7 +73,7 @@ def _timed(parts: list[torch.Tensor], step: Callable[[torch.Tensor], Any]) -> li
     return seconds[1:]
 
 
-def run(steps: int = 46) -> None:
+def run(steps: int = 46, out: Path = RESULTS) -> None:
     """Measure and save."""
     rows = measure(steps)
-    save("svd_step", rows, components=COMPONENTS, oversample=OVERSAMPLE, steps=steps)
+    save("svd_step", rows, components=COMPONENTS, oversample=OVERSAMPLE, steps=steps, out=out)
