@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import signal
 import sys
@@ -17,6 +18,9 @@ PASSED, FAILED, SKIPPED = 0, 1, 77
 # What a stage says of itself, and the exit status that goes with it.
 STATUSES = {"passed": PASSED, "failed": FAILED, "skipped": SKIPPED}
 SHARED = {stage.name: stage.module for stage in STAGES if stage.module}
+
+
+PATIENCE = 10  # seconds after its time until a stage ends itself
 
 
 def run_stage(context: Context) -> int:
@@ -48,9 +52,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args(arguments)
     # An exception, so that what this process started in groups of their own is ended, too.
-    signal.signal(signal.SIGTERM, _leave)
-    # Should the parent be killed outright, nobody else would end this one, whatever it hangs in.
-    signal.alarm(int(given.seconds) + 10)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, _leave)
+    # Should the parent be killed outright, nobody else would end this one; the second is for a call
+    # of native code that does not return, in which Python hears no signal.
+    signal.alarm(int(given.seconds) + PATIENCE)
+    faulthandler.dump_traceback_later(given.seconds + 2 * PATIENCE, exit=True)
     return run_stage(Context(given.stage, given.out, given.dry_run, given.seconds))
 
 

@@ -72,8 +72,8 @@ def write_result(
             check_base_model(inner, adapter_name)
             stack.enter_context(restored_on_failure(inner))
             inner = wrap_model(inner, chosen, adapter_name)
-        eva = eva_of(chosen)
-        rows = result.state_dict(eva.whiten)
+        eva = chosen.eva_config
+        rows = result.state_dict(None if eva is None else eva.whiten)
         write_state_dict(inner, rows, adapter_name, strict, result.uncalled, eva)
     inner.eva_result = result
     return inner

@@ -39,7 +39,7 @@ class Architecture:
     Attributes:
         config: of the outermost part that is a model of transformers; ``None`` if there is none.
         kinds: ``model_type`` of every config in the model.
-        prefix: the part of all layers' names but the head's, which tells nothing.
+        prefixes: what layers' names begin with, one after another, and which tells nothing.
         patch_sizes: pixels along a side of the patches that images are cut into, if that is all
             that is done to them.
         needs_labels: ``forward`` cannot be called without them.
@@ -49,7 +49,7 @@ class Architecture:
 
     config: Any = None
     kinds: frozenset[str] = frozenset()
-    prefix: str = ""
+    prefixes: tuple[str, ...] = ()
     patch_sizes: tuple[int, ...] = ()
     needs_labels: bool = False
     takes_decoder_ids: bool = False
@@ -98,14 +98,14 @@ def architecture_of(model: nn.Module) -> Architecture:
     configs = configs_of(model)
     named = [config for config in configs if isinstance(_kind(config), str)]
     base = base_of(model)
-    inner = [m for m in base.modules() if isinstance(_base_prefix(m), str)]
+    inner = {name: m for name, m in base.named_modules() if isinstance(_base_prefix(m), str)}
     return Architecture(
         config=next(iter([*named, *configs]), None),
         kinds=frozenset(kind for config in named for kind in _kinds(config)),
-        prefix=_prefix(inner[0]) if inner else "",
+        prefixes=_prefixes(inner),
         patch_sizes=_patch_sizes(configs),
         needs_labels=_parameter(base, "labels") is inspect.Parameter.empty,
-        takes_decoder_ids=not inner or any(map(_takes_decoder_ids, inner)),
+        takes_decoder_ids=not inner or any(map(_takes_decoder_ids, inner.values())),
         frame_lengths=tuple(_frame_lengths(model)),
     )
 
@@ -134,9 +134,14 @@ def _base_prefix(module: nn.Module) -> Any:
     return getattr(module, "base_model_prefix", None)
 
 
-def _prefix(model: nn.Module) -> str:
-    prefix = str(_base_prefix(model))
-    return prefix if isinstance(getattr(model, prefix, None), nn.Module) else ""
+def _prefixes(inner: dict[str, nn.Module]) -> tuple[str, ...]:
+    """Return the name of the outermost model, and of its body; of two side by side, both tell."""
+    outer, model = next(iter(inner.items()), ("", None))
+    if model is None or not all(name.startswith(outer) for name in inner):
+        return ()
+    body = _base_prefix(model)
+    parts = [outer, body if isinstance(getattr(model, body, None), nn.Module) else ""]
+    return tuple(f"{part}." for part in parts if part)
 
 
 def _takes_decoder_ids(model: nn.Module) -> bool:

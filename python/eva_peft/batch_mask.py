@@ -60,7 +60,7 @@ def mask_of_batch(
         pixels=pixel_mask(batch),
         tiles=tile_mask(batch),
         patch_sizes=architecture.patch_sizes,
-        prefix=architecture.prefix,
+        prefixes=architecture.prefixes,
     )
     mask.warned = warned
     return mask

@@ -235,10 +235,12 @@ class CalibrationPass:
         if limit is None:
             return
         whole = Draw(limit, self.options.seed, self.forwards)
-        main = whole.shared_out([m.main for m in masks])
-        decoder = whole.shared_out([m.decoder for m in masks])
-        for mask, draw, decoder_draw in zip(masks, main, decoder, strict=True):
-            mask.draw, mask.decoder_draw = draw, decoder_draw
+        # inputs with other rows than the main stream's are shared out as that is
+        for key, of_stream in {"": "main", "decoder": "decoder"}.items():
+            streams = [getattr(mask, of_stream) for mask in masks]
+            counts = [0 if stream is None else int(stream.sum()) for stream in streams]
+            for mask, draw in zip(masks, whole.shared_out(counts), strict=True):
+                mask.draws[key] = draw
 
     def _forward_part(self, batch: Any, mask: TokenMask) -> None:
         self.batch_shape = batches.shape_of(batch)

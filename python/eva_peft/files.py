@@ -20,9 +20,15 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
         path: holds the old file or the new one at any time. The new one has the mode of a new file,
             whatever its writer gives it.
         temporary: in the same folder, does not outlive the block; by default of a name of its own,
-            since several processes may write to one path.
+            since several processes may write to one path. A link is followed then, and what is no
+            file, such as a device, is written to as it is.
     """
-    temporary = temporary or path.with_name(f".{uuid4().hex[:12]}.{path.name}")
+    if temporary is None:
+        path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        temporary = path.with_name(f".{uuid4().hex[:12]}.{path.name}")
     try:
         mode = make_file(temporary)
         yield temporary

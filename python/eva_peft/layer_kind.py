@@ -40,15 +40,15 @@ class LayerKind(NamedTuple):
 
 
 @functools.cache
-def kind_of_layer(name: str, prefix: str = "") -> LayerKind:
+def kind_of_layer(name: str, prefixes: tuple[str, ...] = ()) -> LayerKind:
     """Return what the name tells; asked for every layer of every batch.
 
     Args:
         name: of the layer.
-        prefix: a part of the name that tells nothing.
+        prefixes: what names begin with, one after another, and which tells nothing.
     """
-    if prefix:
-        name = re.sub(rf"(^|\.){re.escape(prefix)}\.", r"\1", name, count=1)
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
     return LayerKind(
         reads_encoder=bool(_READS_ENCODER.search(name)),
         reads_no_text=bool(_READS_NO_TEXT.search(name)),

@@ -17,6 +17,8 @@ __all__ = ["staged_folder"]
 
 # Without it nothing takes the folder for an adapter: the first to go, and the last to come.
 INDEX = "adapter_config.json"
+# In the staged folder, while files are replaced: those that were there.
+BEFORE = ".before"
 
 
 @contextmanager
@@ -59,7 +61,8 @@ def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path
         kept = f"what was to be written is in {stage}"
         raise EvaValueError(f"--out {out}: {error}; {kept}") from error
     except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
+        if not (stage / BEFORE).exists():  # or nobody else has the files that were replaced
+            shutil.rmtree(stage, ignore_errors=True)
         raise
 
 
@@ -90,7 +93,7 @@ def _move_into(stage: Path, target: Path) -> None:
     for name in names:
         if (target / name).is_dir():
             raise EvaValueError(f"it has a folder {name} where a file is to be written")
-    before = stage / ".before"
+    before = stage / BEFORE
     before.mkdir()
     old = [name for name in names if (target / name).exists()]
     try:

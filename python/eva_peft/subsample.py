@@ -48,18 +48,18 @@ class Draw:
         chosen[kept[drawn]] = True
         return chosen.reshape(mask.shape)
 
-    def shared_out(self, masks: Sequence[Tensor | None]) -> list[Draw]:
-        """Return one draw for each part of the batch, in proportion to the tokens of their masks.
+    def shared_out(self, tokens: Sequence[int]) -> list[Draw]:
+        """Return one draw for each part of the batch, in proportion to their tokens.
 
-        Where there are more tokens than the limit, the limits of the parts add up to it.
+        The limits of the parts add up to that of the batch; where it is more than all tokens, so is
+        each of them.
         """
-        counts = [0 if mask is None else int(mask.sum()) for mask in masks]
-        limits = [self.limit] * len(masks)
-        total = sum(counts)
-        if len(masks) > 1 and total > self.limit:
-            exact = [self.limit * count / total for count in counts]
-            limits = [int(share) for share in exact]
-            largest = sorted(range(len(masks)), key=lambda part: limits[part] - exact[part])
-            for part in largest[: self.limit - sum(limits)]:
-                limits[part] += 1
+        if len(tokens) == 1:
+            return [self]
+        total = max(1, sum(tokens))
+        exact = [self.limit * count / total for count in tokens]
+        limits = [int(share) for share in exact]
+        largest = sorted(range(len(tokens)), key=lambda part: limits[part] - exact[part])
+        for part in largest[: self.limit - sum(limits)]:
+            limits[part] += 1
         return [replace(self, limit=limit, part=part) for part, limit in enumerate(limits)]

@@ -53,10 +53,10 @@ class TokenMask:
         sound, pixels, tiles: of sound and images, beside text or by themselves; see
             ``media_masks``.
         patch_sizes: of images in pixels, where the model tells them.
-        prefix: a part of the names of layers that tells nothing of what they read.
+        prefixes: what names of layers begin with, and which tells nothing of what they read.
 
     Attributes:
-        draw, decoder_draw: leave a random part of the tokens, if set.
+        draws: leave a random part of the tokens, by the key of their mask; "" of all others.
         warned: layers that need no second warning.
         transposed: layer -> whether it takes the sequence first, as far as batches have told.
     """
@@ -78,16 +78,15 @@ class TokenMask:
         pixels: Tensor | None = None,
         tiles: Tensor | None = None,
         patch_sizes: tuple[int, ...] = (),
-        prefix: str = "",
+        prefixes: tuple[str, ...] = (),
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
         self.given, self.window, self.frame_lengths = given, window, frame_lengths
         self.text_first, self.beside, self.queries = text_first, beside, queries
         self.sound, self.pixels, self.tiles = sound, pixels, tiles
-        self.patch_sizes, self.prefix = patch_sizes, prefix
-        self.draw: Draw | None = None
-        self.decoder_draw: Draw | None = None
+        self.patch_sizes, self.prefixes = patch_sizes, prefixes
+        self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
         self._texts: dict[LayerKind, list[Fit]] = {}
@@ -120,7 +119,7 @@ class TokenMask:
         fit = self._fits[key]
         if fit is None:
             self._warn_unknown(layer, leading, name)
-            if self.draw is None:
+            if not self.draws:
                 return None
             whole = torch.ones(shape[:-1].numel(), dtype=torch.bool, device="cpu")
             fit = Fit(f"all of {len(whole)}", whole)
@@ -154,7 +153,7 @@ class TokenMask:
         return None if kept_there is None else kept_there[tokens].nonzero().flatten()
 
     def _kind(self, name: str) -> LayerKind:
-        return kind_of_layer(name, self.prefix)
+        return kind_of_layer(name, self.prefixes)
 
     def _text(self, layer: LayerKind) -> list[Fit]:
         """Return the masks that a layer's tokens may be those of, the likeliest first."""
@@ -262,10 +261,10 @@ class TokenMask:
         return self.transposed.get(name, False)
 
     def _after_draw(self, fit: Fit) -> Tensor:
-        draw = self.decoder_draw if fit.key.startswith("decoder") else self.draw
-        if draw is None:
+        if not self.draws:
             return fit.mask
         if fit.key not in self._drawn:
+            draw = self.draws.get(fit.key.removesuffix(" padded"), self.draws[""])
             self._drawn[fit.key] = draw.subset(fit.mask)
         return self._drawn[fit.key].reshape(fit.mask.shape)
 

@@ -32,8 +32,7 @@ class _Process:
     @contextmanager
     def claimed(self, model: nn.Module) -> Iterator[None]:
         """Keep other passes off a model; the hooks of each would hear the other's batches."""
-        own = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-        modules = {id(model), *map(id, own)}  # others, such as activations, may be shared
+        modules = {id(module) for module in model.modules() if not _is_activation(module)}
         with self._lock:
             if modules & self._claimed:
                 raise EvaRuntimeError(
@@ -74,6 +73,12 @@ class _Process:
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Tell whether models may share a module: it has no weights, and its mode means nothing."""
+    places = ("torch.nn.modules.activation", "transformers.activations")
+    return type(module).__module__ in places and not any(True for _ in module.parameters())
 
 
 _PROCESS = _Process()

@@ -163,7 +163,8 @@ def test_a_stage_is_believed_if_its_process_ends_as_it_says(
     assert (found["status"], found["reason"]) == outcome
 
 
-def test_a_stage_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM])
+def test_a_stage_that_is_ended_ends_what_it_started(tmp_path: Path, number: int) -> None:
     code = f"""
         import os, sys
         from bench.gpu_check import child
@@ -182,10 +183,31 @@ def test_a_stage_that_is_ended_ends_what_it_started(tmp_path: Path) -> None:
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait(timeout=10) == 128 + number
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_stage_that_hears_no_signal_ends(tmp_path: Path) -> None:
+    """As in a call of native code that does not return."""
+    code = f"""
+        import signal, sys, time
+        from bench.gpu_check import child
+
+        class Module:
+            def run(context):
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+                time.sleep(60)
+
+        child.PATIENCE = 1
+        sys.modules["bench.gpu_check.stages.made_up"] = Module
+        child.main(["made_up", "--out", {str(tmp_path)!r}, "--seconds", "1"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True, timeout=40)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
 
 
 def test_a_check_without_time_reaches_nothing(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_the_prefix_of_a_model_tells_nothing_of_its_layers(wrap: bool) -> None:
     """All layers of this one are below ``visual_bert``, and read text, too."""
     model, batch, mask = visual_bert_for_answers()
     outer = nn.ModuleDict({"net": model}) if wrap else model
-    assert architecture_of(outer).prefix == "visual_bert"
+    assert architecture_of(outer).prefixes == ("net.",) * wrap + ("visual_bert.",)
     rule = mask_of_batch(batch, lora(), architecture_of(outer))
     name = "net." * wrap + "visual_bert.encoder.layer.0.attention.self.query"
     rows = rule.rows(torch.Size((*mask.shape, 32)), CPU, name)
@@ -154,6 +154,16 @@ def test_the_name_of_a_users_tower_tells_what_it_reads() -> None:
     names = [n for n, _ in Both().named_modules() if n.endswith("layers.0.mlp.fc1")]
     assert [rule.rows(shape, CPU, name) for name in names] == [None]
     assert rule.rows(shape, CPU, "text.model.layers.0.mlp.up_proj") is not None
+
+
+def test_a_users_name_of_the_only_model_tells_nothing() -> None:
+    outer = nn.ModuleDict({"vision_language": make_llama()})
+    batch = {**text(), "pixel_values": torch.ones(SAMPLES, 3, 16, 16)}
+    rule = mask_of_batch(batch, lora(), architecture_of(outer))
+    for name in ("vision_language.model.layers.0.mlp.up_proj", "vision_language.lm_head"):
+        rows = rule.rows(torch.Size((SAMPLES, TOKENS, 64)), CPU, name)
+        assert rows is not None
+        assert len(rows) == int(MASK.sum())
 
 
 def test_boxes_have_a_mask_of_their_own() -> None:

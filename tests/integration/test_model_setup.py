@@ -92,7 +92,9 @@ def test_heads_without_the_command_line(task: str, head: str) -> None:
     )  # fmt: skip
     make = {"TOKEN_CLS": BertForTokenClassification, "QUESTION_ANS": BertForQuestionAnswering}
     options: dict[str, Any] = {"max_steps": 2, "on_not_converged": "ignore", "progress": False}
-    model = initialize(make[task](config), text_batches(2), lora(task_type=task), **options)
+    wanted = lora(task_type=task, target_modules="All-Linear")
+    model = initialize(make[task](config), text_batches(2), wanted, **options)
+    assert wanted.exclude_modules is None
     assert len(model.eva_result.ranks) == 6
     assert head not in model.eva_result.ranks
     assert isinstance(getattr(model.base_model.model, head), ModulesToSaveWrapper)

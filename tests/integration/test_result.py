@@ -309,6 +309,15 @@ def test_estimate_counts_a_state_in_double_precision() -> None:
         assert 1.7 * least < most < 2 * least
 
 
+def test_a_config_without_an_eva_part_changes_nothing_of_it() -> None:
+    texts = text_batches(2)
+    whitened = run(make_llama(), iter(texts), lora(target_modules=["q_proj"], whiten=True))
+    plain = LoraConfig(r=4, target_modules=["q_proj"])
+    models = [whitened.apply(make_llama(), config) for config in (None, plain)]
+    one, other = ({n: p for n, p in model.named_parameters() if "lora_A" in n} for model in models)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_metadata_of_a_model_in_a_users_module() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

@@ -151,6 +151,23 @@ def test_an_interrupt_in_the_last_moment_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_who_interrupts_twice_keeps_the_old_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, INDEX, "weights")
+
+    def interrupt(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)  # in the move, and in taking it back
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, INDEX, "weights", force=True)
+    old = {
+        path.name for path in tmp_path.rglob("*") if path.parent.name in (".before", tmp_path.name)
+    }
+    assert {INDEX, "weights"} <= old
+
+
 def test_a_hidden_file_of_a_like_name_is_a_file(tmp_path: Path) -> None:
     (tmp_path / f".{tmp_path.name}.notes").write_text("mine")
     with pytest.raises(EvaValueError, match="is not empty; --force"):
