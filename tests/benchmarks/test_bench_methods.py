@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.meter import Meter
 from bench.methods import METHODS, Job, after_step, lora_layers, rank_of
+from bench.processes import ALLOCATOR, ROOT
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What these take away from the base weights they give to the adapter.
@@ -147,23 +150,36 @@ def test_milora_takes_the_smallest_singular_values(base: nn.Module) -> None:
     torch.testing.assert_close(torch.linalg.svdvals(taken)[:4], expected, atol=1e-5, rtol=1e-4)
 
 
+METER = """
+import time
+import torch
+from bench.meter import Meter
+
+meter = Meter()
+with meter.phase("outer"):
+    time.sleep(0.02)
+    with meter.phase("inner"):
+        block = torch.ones(16 << 20)  # 64 MiB
+        time.sleep(0.2)
+    assert block.numel()
+    del block
+assert 0.02 <= meter.seconds["outer"] < 0.2 <= meter.seconds["inner"] < 1.0, meter.seconds
+assert 60 << 20 < meter.peaks["inner"] < 100 << 20, meter.peaks
+with meter.phase("after"):
+    pass
+assert meter.peaks["after"] < 32 << 20, meter.peaks
+assert meter.peak == max(meter.peaks.values())
+meter.move("inner", "solve", 0.01)
+assert meter.seconds["solve"] == 0.01
+"""
+
+
 def test_meter() -> None:
-    meter = Meter()
-    with meter.phase("outer"):
-        time.sleep(0.02)
-        with meter.phase("inner"):
-            block = torch.ones(16 << 20)  # 64 MiB
-            time.sleep(0.05)
-        assert block.numel()
-        del block
-    assert 0.02 <= meter.seconds["outer"] < 0.05 <= meter.seconds["inner"] < 0.5
-    assert 60 << 20 < meter.peaks["inner"] < 100 << 20
-    with meter.phase("after"):
-        pass
-    assert meter.peaks["after"] < 32 << 20
-    assert meter.peak == max(meter.peaks.values())
-    meter.move("inner", "solve", 0.01)
-    assert meter.seconds["solve"] == 0.01
+    # what other tests have left in this process may go while it measures
+    environment = {**os.environ, **ALLOCATOR}
+    command = [sys.executable, "-c", METER]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_phase_that_fails_is_measured() -> None:
