@@ -180,7 +180,6 @@ def tables(write: bool = False) -> None:
 @app.command()
 def kernels(seconds: float = 300.0, out: Path | None = None) -> None:
     """Every kernel against its plain twin and PEFT's step, after its answer was found right."""
-
     import torch
 
     from .kernels._timing import Ceilings, measure_ceilings
@@ -258,7 +257,6 @@ def end_to_end(
     ] = None,
 ) -> None:
     """Plain forward, ours and PEFT's EVA on the shape of a model."""
-
     import torch
 
     from . import end_to_end as benchmark

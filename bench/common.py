@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from datetime import datetime, timezone
@@ -29,6 +30,7 @@ def machine() -> dict[str, Any]:
     }
 
 
+@functools.cache  # a benchmark saves after every row, and must not wait for git each time
 def header() -> dict[str, Any]:
     """Return what every result file begins with: the day, the commit and the machine."""
     today = datetime.now(timezone.utc).strftime("%Y-%m-%d")

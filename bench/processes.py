@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from .files import ROOT
+
 GRACE_SECONDS = 3.0  # between the request to end and the end
 STOP_SECONDS = 0.2  # until a request to stop is seen
 # Freed blocks go back to the system at once, so that the high-water mark is of live memory.

@@ -18,8 +18,6 @@ PASSED, FAILED, SKIPPED = 0, 1, 77
 # What a stage says of itself, and the exit status that goes with it.
 STATUSES = {"passed": PASSED, "failed": FAILED, "skipped": SKIPPED}
 SHARED = {stage.name: stage.module for stage in STAGES if stage.module}
-
-
 PATIENCE = 10  # seconds after its time until a stage ends itself
 
 

@@ -122,10 +122,10 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     if heads:  # trained whole, so not adapted
         config.modules_to_save = [*(config.modules_to_save or ()), *heads]
-        present = [head for head in heads if any(n.split(".")[-1] == head for n in _names(model))]
+        present = [name for name, _ in model.named_modules() if name.split(".")[-1] in heads]
         if _is_all_linear(config.target_modules) and config.task_type != "SEQ_CLS" and present:
             # PEFT leaves out the head of that task alone, and refuses to adapt those of others
-            config.exclude_modules = _with_heads(config.exclude_modules, present)
+            config.exclude_modules = exclude_layers(config, present)
     if convert_peft_config_for_transformers is not None and _is_transformers_model(model):
         try:
             convert_peft_config_for_transformers(config, model=model, conversions=None)
@@ -148,19 +148,8 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     return config
 
 
-def _names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_modules()]
-
-
 def _is_all_linear(targets: Any) -> bool:
     return isinstance(targets, str) and targets.lower() == "all-linear"
-
-
-def _with_heads(given: str | list[str] | None, heads: list[str]) -> str | list[str]:
-    """Add heads to the modules, or to the pattern of modules, that are left out."""
-    if isinstance(given, str):
-        return rf"{given}|(?:.*\.)?(?:{'|'.join(heads)})"  # flags, if any, stay in front
-    return [*(given or ()), *heads]
 
 
 def _end_others(names: set[str], model: nn.Module) -> bool:
@@ -298,7 +287,7 @@ def exclude_layers(config: LoraConfig, names: Iterable[str]) -> str:
     parts = [_escaped(name) for name in names]
     before = config.exclude_modules
     if isinstance(before, str):
-        parts.append(f"(?:{before})")
+        parts.insert(0, before)  # flags, if any, stay in front
     elif before:
         parts += [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(before)]
     return "|".join(parts)

@@ -137,11 +137,12 @@ def _base_prefix(module: nn.Module) -> Any:
 def _prefixes(inner: dict[str, nn.Module]) -> tuple[str, ...]:
     """Return the name of the outermost model, and of its body; of two side by side, both tell."""
     outer, model = next(iter(inner.items()), ("", None))
-    if model is None or not all(name.startswith(outer) for name in inner):
+    within = f"{outer}." if outer else ""
+    if model is None or not all(f"{name}.".startswith(within) for name in inner):
         return ()
     body = _base_prefix(model)
-    parts = [outer, body if isinstance(getattr(model, body, None), nn.Module) else ""]
-    return tuple(f"{part}." for part in parts if part)
+    parts = [within, f"{body}." if isinstance(getattr(model, body, None), nn.Module) else ""]
+    return tuple(part for part in parts if part)
 
 
 def _takes_decoder_ids(model: nn.Module) -> bool:

@@ -35,13 +35,7 @@ class Blind:
 BLIND = Method("blind", Blind)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices: the threads of two libraries would only wait for one another."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def tokens(steps: int = 4) -> list[Tensor]:

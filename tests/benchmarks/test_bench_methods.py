@@ -6,16 +6,16 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.files import ROOT
 from bench.meter import Meter
 from bench.methods import METHODS, Job, after_step, lora_layers, rank_of
-from bench.processes import ALLOCATOR, ROOT
+from bench.processes import ALLOCATOR
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What these take away from the base weights they give to the adapter.
@@ -43,12 +43,7 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return value
 
 
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture(scope="module")

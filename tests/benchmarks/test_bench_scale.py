@@ -1,7 +1,7 @@
 """The scale part: what it refuses, the words that its numbers make, and that it resumes."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,7 @@ CEILINGS = Ceilings(1e10, 1e11, 5e10)
 SMALL = Point(D=48, N=64, L=2, K=4)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def test_slopes_are_exponents() -> None:
