@@ -156,6 +156,12 @@ def test_the_name_of_a_users_tower_tells_what_it_reads() -> None:
     assert rule.rows(shape, CPU, "text.model.layers.0.mlp.up_proj") is not None
 
 
+def test_a_name_that_begins_another_is_not_around_it() -> None:
+    both = nn.ModuleDict({"text": make_llama(), "text_vision": make_llama()})
+    assert architecture_of(both).prefixes == ()
+    assert architecture_of(nn.ModuleDict({"text": make_llama()})).prefixes == ("text.", "model.")
+
+
 def test_a_users_name_of_the_only_model_tells_nothing() -> None:
     outer = nn.ModuleDict({"vision_language": make_llama()})
     batch = {**text(), "pixel_values": torch.ones(SAMPLES, 3, 16, 16)}

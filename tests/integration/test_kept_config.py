@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from peft.tuners.lora.config import BdLoraConfig
 
 from eva_kernels import EvaValueError, initialize
+from eva_peft._peft_compat import exclude_layers
 from eva_peft.kept_config import LEFT_OUT, config_from_dict, config_to_dict
 from integration.conftest import lora, make_llama, run, text_batches
 
@@ -78,6 +80,14 @@ def test_every_field_survives(name: str) -> None:
         found = [tuple(pair) for pair in found]
     assert found == expected
     assert again.to_dict() | {name: None} == config.to_dict() | {name: None}
+
+
+@pytest.mark.parametrize("given", [["KEY"], r"(?i).*\.key", None])
+def test_layers_join_what_is_excluded(given: str | list[str] | None) -> None:
+    pattern = exclude_layers(LoraConfig(exclude_modules=given), ["head", "a.b"])
+    excluded = ["head", "a.b", "x.KEY"] if given else ["head", "a.b"]
+    assert all(re.fullmatch(pattern, name) for name in excluded)
+    assert not any(re.fullmatch(pattern, name) for name in ("x.head", "a.c", "x.value"))
 
 
 def test_numbers_of_numpy_become_plain(tmp_path: Path) -> None:
