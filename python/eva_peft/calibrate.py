@@ -31,6 +31,7 @@ from .architecture import architecture_of
 from .batch_mask import mask_of_batch
 from .checkpoint import CheckpointKeeper
 from .checks import FSDP, check_loaded, class_names, is_sharded
+from .collect import collect_result
 from .data_parallel import Processes, processes_of
 from .hooks import InputCollector, StopForward
 from .memory import PeakMemory
@@ -38,7 +39,7 @@ from .options import AUTO, CalibrateOptions
 from .out_of_memory import explained, is_out_of_memory
 from .planning import components_of, plan_targets
 from .ranks import Budget, allocate
-from .result import EvaResult, collect_result
+from .result import EvaResult
 from .selectors import selectors_of
 from .subsample import Draw
 from .targets import Target, find_targets

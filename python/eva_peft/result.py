@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-import eva_kernels
-from eva_kernels.streaming import Array, Spectrum, spectra
-
-from ._peft_compat import LoraConfig, eva_of, versions
-from .kept_config import config_from_dict, config_to_dict
-from .ranks import Budget
+from ._peft_compat import LoraConfig, eva_of
+from .kept_config import config_from_dict
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from .calibrate import CalibrationPass
-
-__all__ = ["EvaResult", "collect_result"]
+__all__ = ["EvaResult"]
 
 
 @dataclass(eq=False, repr=False)
@@ -219,86 +210,3 @@ class EvaResult:
         from .report import write_html
 
         write_html(self, path)
-
-
-def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
-    """Build the result of a finished pass."""
-    slots = run.collector.slots
-    called = [i for i in range(len(run.targets)) if i in run.collector.slot_of]
-    pairs = [(run.targets[i], run.collector.slot_of[i]) for i in called]
-    answers = spectra([s.stream for s in slots], torch.device("cpu"))
-    found = dict(zip(map(id, slots), answers, strict=True))
-    tensors = dict(zip(map(id, slots), _tensors(answers), strict=True))
-    limited = {
-        t.name: [_leading(part, run.limits[i]) for part in tensors[id(s)]]
-        for i, (t, s) in zip(called, pairs, strict=True)
-    }
-    # An exact stream answers by eigen-decomposition, so the ranks come from the final spectra; in
-    # single precision, as the result holds them, so that ``reallocated`` decides alike.
-    single = {key: a.ratios.astype(np.float32).astype(np.float64) for key, a in found.items()}
-    ratios = [single[id(s)][: run.limits[i]] for i, (_, s) in zip(called, pairs, strict=True)]
-    budget = Budget([t for t, _ in pairs], run.options.budget, run.options.min_rank)
-    ranks = budget.spend(ratios)
-    return EvaResult(
-        ranks={t.name: r for (t, _), r in zip(pairs, ranks, strict=True)},
-        components={name: parts[0] for name, parts in limited.items()},
-        singular_values={name: parts[1] for name, parts in limited.items()},
-        explained_variance_ratio={name: parts[2] for name, parts in limited.items()},
-        converged={t.name: s.stream.converged for t, s in pairs},
-        numerical_rank={t.name: found[id(s)].rank for t, s in pairs},
-        lost_variance={t.name: found[id(s)].lost for t, s in pairs},
-        method={t.name: s.stream.options.method for t, s in pairs},
-        in_features={t.name: t.in_features for t, _ in pairs},
-        out_features={t.name: t.out_features for t, _ in pairs},
-        base_ranks={t.name: t.rank for t, _ in pairs},
-        alphas={t.name: t.alpha for t, _ in pairs},
-        shared_inputs=[
-            [run.targets[i].name for i in sorted(s.members)] for s in slots if len(s.members) > 1
-        ],
-        tokens=run.tokens,
-        skipped_tokens=run.skipped,
-        steps=run.steps,
-        forwards=run.forwards,
-        seconds=dict(run.seconds),
-        peak_memory_bytes=max(peak_bytes, sum(s.stream.nbytes for s in slots)),
-        history=run.history,
-        metadata=_metadata(run),
-        uncalled=[t.name for i, t in enumerate(run.targets) if i not in run.collector.slot_of],
-        rank_steps={t.name: t.step for t, _ in pairs if t.step > 1},
-        owners={t.name: [t.owner, t.experts] for t, _ in pairs if t.owner},
-    )
-
-
-def _tensors(answers: Sequence[Spectrum]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Return components, singular values and ratios, float32, each in memory of its own."""
-    components = [answer.components.float() for answer in answers]
-    numbers = [_as_single([a.values for a in answers]), _as_single([a.ratios for a in answers])]
-    return zip(components, *numbers, strict=True)
-
-
-def _as_single(arrays: Sequence[Array]) -> Sequence[Tensor]:
-    whole = torch.from_numpy(np.concatenate(arrays)).float()
-    # one call for all layers
-    parts: Sequence[Tensor] = torch.ops.aten.split_with_sizes_copy(whole, list(map(len, arrays)))
-    return parts
-
-
-def _leading(part: Tensor, count: int) -> Tensor:
-    """Return the first entries; the tensor itself, which layers share, where these are all."""
-    return part if len(part) == count else part[:count]
-
-
-def _metadata(run: CalibrationPass) -> dict[str, Any]:
-    config = run.architecture.config
-    parameter = next(iter(run.model.parameters()), None)
-    names = ("method", "oversample", "criterion", "budget", "min_rank", "precision", "seed")
-    return {
-        "eva_kernels": eva_kernels.__version__,
-        "versions": versions(),
-        "model": getattr(config, "_name_or_path", "") or type(run.model).__name__,
-        "model_type": getattr(config, "model_type", None),
-        "dtype": str(None if parameter is None else parameter.dtype).removeprefix("torch."),
-        "device": str(run.device),
-        "lora_config": config_to_dict(run.config),
-        "options": {name: getattr(run.options, name) for name in names},
-    }
