@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from .. import _native
 from ..errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from ._dispatch import _log, _reasons_logged
 
-__all__ = ["BACKENDS", "MAX_WIDTH", "eigh"]
+__all__ = ["BACKENDS", "MAX_WIDTH", "eigh", "lapack_eigh"]
 
 BACKENDS = ("auto", "native", "torch")
 # What a block of a GPU can hold in shared memory; wider matrices fill the device without batching.
@@ -23,7 +24,7 @@ MAX_WIDTH = 128
 def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Decompose symmetric matrices, ``A = W diag(w) W^T``, in one launch on a GPU.
 
-    The plain twin is ``torch.linalg.eigh``, guarded against NaN, since LAPACK raises on it.
+    The plain twin is :func:`lapack_eigh`, guarded against NaN, since LAPACK raises on it.
 
     Args:
         matrices: float64 (L, Q, Q), any strides; the lower triangles are read, nothing else.
@@ -66,6 +67,36 @@ def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
             return _decompose(matrices, True)
         _log_once(f"Q = {width} is above {MAX_WIDTH}")
     return _plain(matrices)
+
+
+def lapack_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``torch.linalg.eigh``, also where that gives up: the lower triangles are read.
+
+    The divide and conquer of MKL does not converge on some matrices most of whose rows are zero, as
+    of features that never vary: one in some hundred of more than a hundred rows.
+
+    Raises:
+        torch.linalg.LinAlgError: NumPy's does not converge either, or a matrix is not finite.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        found = _numpy_eigh(matrices)
+        if found is None:
+            raise error
+        values, vectors = found
+    return values, vectors
+
+
+def _numpy_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
+    # where NumPy has MKL, too, another scale helps
+    scale = matrices.abs().amax((-1, -2), keepdim=True).clamp_min(torch.finfo(matrices.dtype).tiny)
+    try:
+        arrays = np.linalg.eigh((matrices / scale).cpu().numpy())
+    except np.linalg.LinAlgError:
+        return None
+    values, vectors = (torch.from_numpy(array).to(matrices.device) for array in arrays)
+    return values * scale[..., 0], vectors
 
 
 # Whether a GPU's module can be used is decided inside of the operator: so a simulation with fake
@@ -117,11 +148,11 @@ def widest(device_index: int) -> int:
 
 
 def _plain(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose with ``torch.linalg.eigh``; NaN where a matrix is not finite."""
+    """Decompose with LAPACK; NaN where a matrix is not finite."""
     count = matrices.shape[0]
     # Operators rather than `~` and indexing: a simulated GPU without a driver has only these.
     broken = matrices.tril().isfinite().flatten(1).all(1).logical_not()
-    values, vectors = torch.linalg.eigh(matrices.masked_fill(broken.view(count, 1, 1), 0.0))
+    values, vectors = lapack_eigh(matrices.masked_fill(broken.view(count, 1, 1), 0.0))
     values.masked_fill_(broken.view(count, 1), torch.nan)
     vectors.masked_fill_(broken.view(count, 1, 1), torch.nan)
     return values, vectors

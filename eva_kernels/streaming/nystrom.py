@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.eigh import eigh
+from ..ops.eigh import eigh, lapack_eigh
 from ..ops.nystrom import runs_natively
 from . import _host
 from ._basis import correction
@@ -103,7 +103,7 @@ def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dt
     free = _host.reads_are_free(core.device)
     whitener = _whitener(core) if free else _whiten(*eigh(core))
     image = whitener.mT @ metric @ whitener
-    squares, rotation = torch.linalg.eigh(image) if free else eigh(image)
+    squares, rotation = lapack_eigh(image) if free else eigh(image)
     squares, rotation = squares.flip(1).clamp_min(0), rotation.flip(2)
 
     rank = (squares > NOISE * squares[:, :1]).sum(1)
@@ -200,7 +200,7 @@ def _whitener(core: Tensor) -> Tensor:
     singular = torch.nonzero(~regular).flatten()
     if singular.numel():
         whitener = whitener.clone()
-        whitener[singular] = _whiten(*torch.linalg.eigh(core[singular]))
+        whitener[singular] = _whiten(*lapack_eigh(core[singular]))
     return whitener
 
 

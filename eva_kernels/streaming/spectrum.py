@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EvaValueError
+from ..ops.eigh import lapack_eigh
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
@@ -210,12 +211,35 @@ def _eigen(states: Sequence[GramState], components: int) -> tuple[Tensor, ...]:
     """
     scatter = centred_scatter(states)
     # finite, or the fold would have refused it; no copy beside it
-    squares, vectors = torch.linalg.eigh(scatter)
-    squares = squares.flip(1)[:, :components].clamp_min(0)
-    rows = vectors[:, :, -components:].flip(2).mT.contiguous()
+    if _host.reads_are_free(scatter.device):
+        pairs = [_leading_pairs(matrix, components) for matrix in scatter]
+        squares, rows = map(torch.stack, zip(*pairs, strict=True))
+    else:
+        squares, vectors = lapack_eigh(scatter)
+        squares = squares.flip(1)[:, :components].clamp_min(0)
+        rows = vectors[:, :, -components:].flip(2).mT.contiguous()
     deviation = scatter.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
     spread = (rows.abs() @ deviation[:, :, None]).squeeze(2)
     return rows.to(states[0].pivot.dtype), squares, squares.sqrt(), spread
+
+
+def _leading_pairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the largest eigenvalues (K,), descending, and rows (K, D) of a (D, D) scatter matrix.
+
+    A feature that never varies, as many a patch behind a ReLU, is an eigenvector by itself: what is
+    decomposed is the rest.
+    """
+    varies = matrix.diagonal() != 0
+    kept, still = (part.nonzero().flatten() for part in (varies, ~varies))
+    rest = matrix if len(kept) == len(matrix) else matrix[kept][:, kept]
+    values, vectors = lapack_eigh(rest)
+    found = min(count, len(kept))
+    squares, rows = matrix.new_zeros(count), matrix.new_zeros(count, len(matrix))
+    squares[:found] = values.flip(0)[:found].clamp_min(0)
+    rows[:found, kept] = vectors[:, len(kept) - found :].flip(1).mT
+    ordinals = torch.arange(found, count, device=matrix.device)
+    rows[ordinals, still[: count - found]] = 1.0
+    return squares, rows
 
 
 def _numbers(

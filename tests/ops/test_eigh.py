@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from eva_kernels import _native
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
-from eva_kernels.ops.eigh import MAX_WIDTH, eigh
+from eva_kernels.ops.eigh import MAX_WIDTH, eigh, lapack_eigh
 
 MODULE = sys.modules["eva_kernels.ops.eigh"]  # the package may export a function of this name
 
@@ -271,6 +271,29 @@ def test_gpu_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = symmetric(1, 4)
     values = MODULE._decompose_cuda(matrices, True)[0]
     assert torch.equal(values, torch.linalg.eigh(matrices)[0])
+
+
+def given_up(matrices: Tensor) -> None:
+    raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_lapack_of_numpy_where_torch_gives_up(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = torch.cat([symmetric(2, 9) * size, torch.zeros(1, 9, 9, dtype=torch.float64)])
+    expected = torch.linalg.eigvalsh(matrices)
+    monkeypatch.setattr(torch.linalg, "eigh", given_up)
+    values, vectors = lapack_eigh(matrices)
+    assert ((values - expected).abs() <= 1e-14 * expected.abs().amax(1, keepdim=True)).all()
+    again = (vectors * values[:, None, :]) @ vectors.mT
+    torch.testing.assert_close(again, matrices, rtol=0, atol=1e-13 * size)
+    for result, truth in zip(eigh(matrices), (values, vectors), strict=True):
+        assert torch.equal(result, truth)
+
+
+def test_lapack_of_what_is_not_finite_still_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.linalg, "eigh", given_up)
+    with pytest.raises(torch.linalg.LinAlgError, match="failed to converge"):
+        lapack_eigh(torch.full((1, 3, 3), torch.nan, dtype=torch.float64))
 
 
 MATRIX = torch.ones(1, 3, 3, dtype=torch.float64)

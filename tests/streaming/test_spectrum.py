@@ -106,6 +106,35 @@ def test_calls_do_not_grow_with_the_streams(
     assert calls(12) == calls(3)
 
 
+@pytest.mark.parametrize("alive", [0, 3, 9, 24])
+def test_features_that_never_vary_are_not_decomposed(
+    alive: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.full((120, 24), 2.0)
+    varying = torch.randperm(24)[:alive]
+    if alive:
+        x[:, varying] = with_spectrum(120, alive, decaying(alive))
+    truth = torch.linalg.svdvals((x - x.mean(0)).double())[:6]
+    sizes, eigh = [], torch.linalg.eigh
+
+    def seen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(matrix.shape[-1])
+        return eigh(matrix)
+
+    stream = feed(make_stream(24, 6, method="gram"), [x[:60], x[60:]])
+    monkeypatch.setattr(torch.linalg, "eigh", seen)
+    answer = stream.spectrum()
+    assert sizes == [alive]
+    rank = min(alive, 6)
+    assert answer.rank == rank
+    torch.testing.assert_close(answer.singular_values[:rank], truth[:rank], rtol=1e-5, atol=0)
+    rows = answer.components.double()
+    torch.testing.assert_close(rows @ rows.mT, torch.eye(6).double(), rtol=0, atol=1e-6)
+    others = torch.ones(24, dtype=torch.bool)
+    others[varying] = False
+    assert not rows[:rank][:, others].any()
+
+
 def test_no_token_no_answer() -> None:
     seen = feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))])
     with pytest.raises(EvaValueError, match="no tokens were seen"):
