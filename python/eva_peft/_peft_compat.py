@@ -52,6 +52,9 @@ __all__ = [
     "PeftModel",
     "adapters_not_moved",
     "anchored_pattern",
+    "carriers",
+    "carries_adapters",
+    "configs_of",
     "exclude_layers",
     "forward_fn_dict",
     "injected_adapters",
@@ -163,12 +166,12 @@ def tied_modules(model: nn.Module, config: LoraConfig) -> set[str]:
     """Return the paths in the base model of layers whose adapter PEFT ties to the embeddings'.
 
     Args:
-        model: a PeftModel, or a base model that would be wrapped.
+        model: with adapters, or a base model that would be wrapped.
         config: that of the adapter.
     """
     if not (getattr(config, "ensure_weight_tying", False) and _TIES_TARGETS):
         return set()
-    if not isinstance(model, PeftModel):  # what PEFT would find when it wraps
+    if not carries_adapters(model):  # what PEFT would find when it wraps
         config, tuner = deepcopy(config), LoraModel.__new__(LoraModel)
         nn.Module.__init__(tuner)
         tuner.model = model
@@ -291,6 +294,33 @@ def exclude_layers(config: LoraConfig, names: Iterable[str]) -> str:
     elif before:
         parts += [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(before)]
     return "|".join(parts)
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Tell whether a model has adapters and their configs: a PeftModel, or one with its own.
+
+    Such are models after ``add_adapter`` of transformers or diffusers, and after PEFT's
+    ``inject_adapter_in_model``, which leaves the configs as ``peft_config``.
+    """
+    if isinstance(model, (PeftModel, PeftMixedModel)):
+        return isinstance(model, PeftModel)
+    own = getattr(model, "peft_config", None)
+    return isinstance(own, dict) and bool(injected_adapters(model))
+
+
+def carriers(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of the outermost parts of a model that carry adapters, maybe itself."""
+    if carries_adapters(model):
+        yield name, model
+        return
+    for child, part in model.named_children():
+        yield from carriers(part, f"{name}.{child}" if name else child)
+
+
+def configs_of(model: nn.Module) -> dict[str, Any]:
+    """Return the configs of the adapters that a model carries, by their names."""
+    configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
+    return configs
 
 
 def injected_adapters(model: nn.Module) -> list[str]:

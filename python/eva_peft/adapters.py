@@ -16,8 +16,9 @@ from ._peft_compat import (
     LoraConfig,
     LoraLayer,
     ParamWrapper,
-    PeftModel,
     adapters_not_moved,
+    carries_adapters,
+    configs_of,
     eva_of,
     exclude_layers,
     keep_dilation,
@@ -28,7 +29,7 @@ from ._peft_compat import (
     untrained_magnitude,
     update_layer,
 )
-from .checks import check_base_model, check_not_sharded
+from .checks import check_base_model, check_not_sharded, refuse_replicas
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
 from .ranks import scaled_alpha
@@ -38,6 +39,7 @@ from .targets import (
     base_name,
     check_not_merged,
     device_of,
+    is_replicated,
     layer_name,
     peft_key,
     resolve_name,
@@ -59,30 +61,34 @@ def write_result(
     config: LoraConfig | None,
     adapter_name: str,
     strict: bool = True,
-) -> PeftModel:
+) -> Any:
     """Write a result into a model, wrapping it first if it has no adapters.
 
     Raises:
         EvaValueError: layers of the model and of the result differ (with ``strict``).
+        EvaRuntimeError: see :func:`write_state_dict`.
     """
     inner, chosen = unwrap(model), config or result.config
     check_not_sharded(inner)
+    carrier: Any = model
     with ExitStack() as stack:
-        if not isinstance(inner, PeftModel):
+        if not carries_adapters(inner):
             check_base_model(inner, adapter_name)
+            if is_replicated(model):
+                refuse_replicas()
             stack.enter_context(restored_on_failure(inner))
-            inner = wrap_model(inner, chosen, adapter_name)
+            inner = carrier = wrap_model(inner, chosen, adapter_name)
         eva = chosen.eva_config
         rows = result.state_dict(None if eva is None else eva.whiten)
-        write_state_dict(inner, rows, adapter_name, strict, result.uncalled, eva)
-    inner.eva_result = result
+        write_state_dict(carrier, rows, adapter_name, strict, result.uncalled, eva)
+    inner.eva_result = result  # type: ignore[assignment]
     return inner
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could never be trained
 @torch.no_grad()
 def write_state_dict(
-    model: PeftModel,
+    model: nn.Module,
     state_dict: Mapping[str, Tensor],
     adapter_name: str,
     strict: bool = True,
@@ -95,7 +101,7 @@ def write_state_dict(
     are as before. The mapping is not changed.
 
     Args:
-        model: with a LoRA adapter of this name.
+        model: with a LoRA adapter of this name; maybe in a wrapper.
         state_dict: layer name -> (rank, in_features), with or without the prefixes of PEFT, DDP
             and compile; rank 0 removes the adapter from that layer.
         strict: raise on layers that only one side has; otherwise warn, and leave them with the
@@ -105,9 +111,11 @@ def write_state_dict(
 
     Raises:
         EvaValueError: no such adapter, unknown or missing layers, or a width that does not fit.
-        EvaRuntimeError: adapters are merged into the weights.
+        EvaRuntimeError: adapters are merged into the weights; or DistributedDataParallel is around
+            the model, and an adapter would get another size.
     """
-    if adapter_name not in model.peft_config:
+    replicated, model = is_replicated(model), unwrap(model)
+    if adapter_name not in configs_of(model):
         raise EvaValueError(f"the model has no adapter {adapter_name!r}")
     check_not_merged(model)
     layers = _layers_of(model, adapter_name)
@@ -119,8 +127,11 @@ def write_state_dict(
     _check_names(parts, rows, strict, unreadable | set(default_layers or ()))
     _check_shapes(layers, parts, rows)
     _check_variance(parts, rows)
+    sizes = {name: layer.r[adapter_name] for name, (_, layer) in layers.items()}
+    if replicated and any(len(rows[p]) != sizes[name] for p, name in parts.items() if p in rows):
+        refuse_replicas()
     with restored_on_failure(model), _values_restored() as undo, random_state_kept():
-        config = copy(model.peft_config[adapter_name])
+        config = copy(configs_of(model)[adapter_name])
         writer = _Writer(model, config, adapter_name, undo, eva)
         for name, (path, layer) in layers.items():
             writer.write(name, path, layer, [rows.get(part) for part in _parts(name, layer)])
@@ -128,12 +139,12 @@ def write_state_dict(
         writer.finish()
 
 
-def _layers_of(model: PeftModel, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
+def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
     """Return path and layer by the name in the base model, of a layer or of a parameter.
 
     Those whose adapter is tied to that of the embeddings are left out.
     """
-    tied = tied_modules(model, model.peft_config[adapter_name])
+    tied = tied_modules(model, configs_of(model)[adapter_name])
     return {
         layer_name(path, module): (path, module)
         for path, module in model.named_modules()
@@ -255,12 +266,18 @@ def _values_restored() -> Iterator[list[Callable[[], Any]]]:
         raise
 
 
+def _put_back(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:
+    parameter.grad = None  # it may be of another size than the data now
+    parameter.data = data
+    parameter.grad = grad
+
+
 class _Writer:
     """Writes layer after layer, and keeps the config in step with them."""
 
     def __init__(
         self,
-        model: PeftModel,
+        model: Any,
         config: LoraConfig,
         adapter_name: str,
         undo: list[Callable[[], Any]],
@@ -311,7 +328,8 @@ class _Writer:
         else:
             before = layer.lora_A[self.adapter]
             dtype, mode = before.weight.dtype, before.training
-        trainable = {name: p.requires_grad for name, p in layer.named_parameters()}
+        parameters_before = dict(layer.named_parameters())
+        trainable = {name: p.requires_grad for name, p in parameters_before.items()}
         config = copy(self.config)
         # PEFT knows no "eva" for convolutions; whatever it draws is overwritten
         drawn = drawn or isinstance(layer.get_base_layer(), CONVOLUTIONS)
@@ -332,12 +350,24 @@ class _Writer:
                 own.to(device, dtype).train(mode)
             else:
                 parts[self.adapter] = nn.Parameter(own.detach().to(device, dtype))
+        self._keep_parameters(layer, parameters_before)
         for name, parameter in layer.named_parameters():  # PEFT sets those of other adapters too
             parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
+    def _keep_parameters(self, layer: LoraLayer, before: Mapping[str, nn.Parameter]) -> None:
+        """Let parameters be those of before, with their new sizes: an optimizer may hold them."""
+        for name, new in list(layer.named_parameters()):
+            old = before.get(name)
+            if old is None or old is new or old.is_inference() or old.is_meta:
+                continue
+            if (old.dtype, old.device) != (new.dtype, new.device):
+                continue
+            self.undo.append(functools.partial(_put_back, old, old.data, old.grad))
+            old.data, old.grad = new.data, None
+            owner, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(owner), attribute, old)
+
     def _fill(self, layer: LoraLayer, parts: Sequence[Tensor | None]) -> None:
-        # In place, so that an optimizer made before still holds the parameters of layers whose
-        # rank has not changed.
         first, second = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter]
         zeroed = [second.weight] if second.bias is None else [second.weight, second.bias]
         dora = magnitude(layer, self.adapter)
@@ -404,8 +434,9 @@ class _Writer:
         for key, rank in self.ranks.items():
             if pattern_value(config.rank_pattern, key, config.r) != rank:
                 raise EvaRuntimeError(f"layer {key}: the rank pattern does not give its rank")
-        self.model.peft_config[self.adapter] = config
-        names = getattr(self.model.base_model, "targeted_module_names", None)
+        configs_of(self.model)[self.adapter] = config
+        tuner = getattr(self.model, "base_model", None)
+        names = getattr(tuner, "targeted_module_names", None)
         if names is not None and self.removed:
             gone = set(self.removed)
             names[:] = [n for n in names if n not in gone]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from numbers import Integral
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from torch import nn
@@ -12,7 +12,9 @@ from torch import nn
 from ._peft_compat import (
     LoraConfig,
     PeftMixedModel,
-    PeftModel,
+    carriers,
+    carries_adapters,
+    configs_of,
     injected_adapters,
     is_lora,
     kind_of,
@@ -29,6 +31,7 @@ __all__ = [
     "class_names",
     "is_sharded",
     "plain_number",
+    "refuse_replicas",
 ]
 
 FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
@@ -42,11 +45,11 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
         EvaValueError: no config, no such adapter, a rank below 1, options that EVA cannot serve, or
             a base model that carries adapters.
     """
-    if isinstance(model, PeftModel):
-        own = model.peft_config.get(adapter_name)
+    if carries_adapters(model):
+        own = configs_of(model).get(adapter_name)
         if own is None:
             raise EvaValueError(
-                f"the model has no adapter {adapter_name!r}; it has {sorted(model.peft_config)}"
+                f"the model has no adapter {adapter_name!r}; it has {sorted(configs_of(model))}"
             )
         if not is_lora(own):
             raise EvaTypeError(
@@ -58,7 +61,7 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
         check_base_model(model, adapter_name)
     if not isinstance(config, LoraConfig) or not is_lora(config):
         raise EvaTypeError(f"EVA initialises LoRA: expected a LoraConfig, got {type(config)}")
-    if not isinstance(model, PeftModel):
+    if not carries_adapters(model):
         _check_leaves_model(config)
     return _with_plain_numbers(config)
 
@@ -77,15 +80,19 @@ def check_base_model(model: nn.Module, adapter_name: str) -> None:
     names = injected_adapters(model)
     if names:
         raise EvaValueError(
-            f"the model carries the adapters {names} and is no PeftModel, as after "
-            "model.add_adapter() of transformers; EVA would overwrite them. Delete them first "
-            "(model.delete_adapter), or make a PeftModel with peft.get_peft_model or "
-            "PeftModel.from_pretrained and pass that"
+            f"a part of the model{_owner(model)} carries the adapters {names}, which EVA would "
+            "overwrite. To initialise them, pass that part as the model, and a forward_fn that "
+            "runs the whole one on a batch"
         )
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise EvaValueError(
             f"adapter_name={adapter_name!r} must be text without a dot: PEFT makes a module of it"
         )
+
+
+def _owner(model: nn.Module) -> str:
+    name = next((name for name, _ in carriers(model)), "")
+    return f", {name}," if name else ""
 
 
 def class_names(model: nn.Module) -> set[str]:
@@ -117,14 +124,30 @@ def check_not_sharded(model: nn.Module) -> None:
     """Refuse a model to whose adapters nothing can be written any more.
 
     Raises:
-        EvaRuntimeError: it is sharded by FSDP, which knows the parameters of then only.
+        EvaRuntimeError: it is sharded by FSDP or by DeepSpeed's ZeRO-3, which know the parameters
+            of then only.
     """
-    if is_sharded(model):
+    divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if divided or is_sharded(model):
         raise EvaRuntimeError(
-            "the model is sharded by FSDP, which would not know adapters that are made or get "
-            "another rank now. Initialise before sharding; or calibrate() the sharded model, and "
-            "apply the result to one that is not"
+            f"the model is sharded by {'DeepSpeed (ZeRO-3)' if divided else 'FSDP'}, which would "
+            "not know adapters that are made or get another rank now. Initialise before sharding; "
+            "or calibrate() the sharded model, and apply the result to one that is not"
         )
+
+
+def refuse_replicas() -> NoReturn:
+    """Say that adapters of a model in DistributedDataParallel cannot get another size.
+
+    Raises:
+        EvaRuntimeError: always.
+    """
+    raise EvaRuntimeError(
+        "DistributedDataParallel is around the model, which goes on with the sizes that the "
+        "adapters have had when it was made, and EVA gives them others. Initialise before wrapping "
+        "(accelerator.prepare wraps, too): pass model.module, and wrap what is returned. Or keep "
+        "the sizes, with rho=1"
+    )
 
 
 def _check_leaves_model(config: LoraConfig) -> None:

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from ._peft_compat import EvaConfig, LoraConfig, PeftModel, eva_of
+from ._peft_compat import EvaConfig, LoraConfig, carries_adapters, configs_of, eva_of
 from .adapters import write_result
 from .calibrate import run_pass
-from .checks import check_config, check_not_sharded
+from .checks import check_config, check_not_sharded, refuse_replicas
 from .errors import EvaValueError
 from .options import CalibrateOptions
 from .planning import Estimate, estimate_targets
 from .result import EvaResult
-from .targets import find_targets, unwrap
+from .targets import find_targets, is_replicated, unwrap
 from .training import check_not_trained
 from .wrapping import check_wrapping
 
@@ -43,12 +43,14 @@ def initialize(
     allow_any_init: bool = False,
     overwrite_trained: bool = False,
     **options: Any,
-) -> PeftModel:
+) -> Any:
     """Initialise the LoRA adapters of a model from data, ready to train.
 
     Args:
         model: a PeftModel made with ``init_lora_weights="eva"``, or a base model, which is
-            wrapped. DistributedDataParallel and ``torch.compile`` wrappers are looked through.
+            wrapped; or a model with adapters of its own, as after ``add_adapter`` of transformers
+            or diffusers. ``torch.compile`` is looked through, and so is DistributedDataParallel
+            where no adapter may get another size (``rho=1``).
         loader: any iterable of batches (mappings, tuples, tensors), with or without a length;
             iterated again for another epoch where it can be.
         config: for a base model; without one r = 16, rho = 2 and all linear layers. For a
@@ -61,7 +63,8 @@ def initialize(
         **options: the options of :class:`CalibrateOptions`, all with defaults.
 
     Returns:
-        The PeftModel; ``model.eva_result`` holds what was found.
+        The PeftModel (a model with adapters of its own: that); ``model.eva_result`` holds what was
+        found.
 
     Raises:
         EvaError: and the built-in that PEFT raises in the same case; nothing is changed then. What
@@ -72,8 +75,8 @@ def initialize(
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
     check_not_sharded(inner)
     chosen = _chosen_config(inner, config, parsed)
-    if isinstance(inner, PeftModel):
-        own = inner.peft_config.get(parsed.adapter_name)
+    if carries_adapters(inner):
+        own = configs_of(inner).get(parsed.adapter_name)
         made_for_eva = getattr(own, "init_lora_weights", None) == "eva"
         if not (made_for_eva or allow_any_init or config is not None):
             raise EvaValueError(
@@ -88,8 +91,10 @@ def initialize(
         with warnings.catch_warnings(record=True):  # the pass looks again, and tells
             find_targets(inner, chosen, parsed.adapter_name)
         check_wrapping(inner, chosen, parsed.adapter_name)
+    if is_replicated(model) and (chosen.eva_config.rho > 1 or not carries_adapters(inner)):
+        refuse_replicas()  # before a long pass, which would hardly leave all sizes as they are
     result = run_pass(inner, loader, chosen, parsed)
-    return write_result(inner, result, chosen, parsed.adapter_name)
+    return write_result(model, result, chosen, parsed.adapter_name)
 
 
 def calibrate(
@@ -142,7 +147,7 @@ def _chosen_config(
     model: nn.Module, config: LoraConfig | None, options: CalibrateOptions
 ) -> LoraConfig:
     """Return the config to use, checked, its EVA part filled in; the caller's is not changed."""
-    if config is None and not isinstance(model, PeftModel):
+    if config is None and not carries_adapters(model):
         config = default_config()
     chosen = copy(check_config(model, config, options.adapter_name))
     chosen.eva_config = eva_of(chosen)

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from ._peft_compat import (
     LoraConfig,
     PeftModel,
+    carries_adapters,
+    eva_of,
     forward_fn_dict,
     keep_dilation,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
 from .adapters import write_state_dict
-from .checks import check_not_sharded
+from .checks import check_not_sharded, refuse_replicas
 from .errors import EvaValueError
 from .initialize import calibrate
 from .options import AUTO
-from .targets import resolve_name, unwrap
+from .targets import is_replicated, resolve_name, unwrap
 from .training import check_not_trained, watch
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
@@ -78,8 +80,7 @@ def get_eva_state_dict(
         contiguous tensors. Rank 0 for layers that get no adapter.
     """
     inner = unwrap(model)
-    is_peft = isinstance(inner, PeftModel)
-    if peft_config is None and not is_peft:
+    if peft_config is None and not carries_adapters(inner):
         raise EvaValueError("peft_config is required if model is not a PeftModel")
     result = calibrate(
         model,
@@ -168,10 +169,12 @@ def initialize_lora_eva_weights(
     if not overwrite_trained:
         check_not_trained(inner, adapter_name)
     if eva_state_dict is not None:
-        write_state_dict(inner, eva_state_dict, adapter_name, strict)
+        write_state_dict(model, eva_state_dict, adapter_name, strict)
         return
     if dataloader is None:
         raise EvaValueError("dataloader is required if eva_state_dict is not provided")
+    if is_replicated(model) and eva_of(inner.peft_config[adapter_name]).rho > 1:
+        refuse_replicas()
     result = calibrate(
         inner,
         dataloader,
@@ -182,7 +185,7 @@ def initialize_lora_eva_weights(
         progress=show_progress_bar,
         **_with_group(options, gather_distributed_inputs),
     )
-    result.apply(inner, adapter_name=adapter_name, overwrite_trained=True)
+    result.apply(model, adapter_name=adapter_name, overwrite_trained=True)
 
 
 @functools.wraps(peft.get_peft_model)

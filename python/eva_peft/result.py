@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ._peft_compat import LoraConfig, eva_of
 from .kept_config import config_from_dict
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 __all__ = ["EvaResult"]
 
@@ -137,11 +134,12 @@ class EvaResult:
         strict: bool = True,
         overwrite_trained: bool = False,
         **allocation: Any,
-    ) -> PeftModel:
+    ) -> Any:
         """Write the result into a model.
 
         Args:
-            model: a PeftModel with a LoRA adapter, or a base model, which is then wrapped.
+            model: a PeftModel, or another model with a LoRA adapter; or a base model, which is
+                then wrapped.
             config: for a base model; that of the pass if ``None``.
             adapter_name: which adapter of a PeftModel.
             strict: raise if the layers of the model and of the result differ.
@@ -150,7 +148,8 @@ class EvaResult:
                 the adapters are new or there already, their scaling stays as it was.
 
         Returns:
-            The PeftModel, with this result as ``eva_result``.
+            The PeftModel, or the model with adapters of its own, with this result as
+            ``eva_result``.
 
         Raises:
             EvaError: layers differ, the adapter has been trained, or PEFT refuses the config;

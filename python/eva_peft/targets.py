@@ -15,7 +15,8 @@ from ._peft_compat import (
     LoraConfig,
     LoraLayer,
     ParamWrapper,
-    PeftModel,
+    carries_adapters,
+    configs_of,
     matches_parameter,
     matches_target,
     pattern_value,
@@ -23,7 +24,7 @@ from ._peft_compat import (
     tied_modules,
 )
 from .checks import plain_number
-from .errors import EvaRuntimeError, EvaValueError, listed, warn
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
 from .layers import Patches, patches_of, widths
 from .routing import ExpertWeight, expert_names, expert_weights
 
@@ -32,6 +33,7 @@ __all__ = [
     "base_name",
     "device_of",
     "find_targets",
+    "is_replicated",
     "layer_name",
     "peft_key",
     "resolve_name",
@@ -113,15 +115,34 @@ def resolve_name(name: str, known: Container[str]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model below DataParallel, DistributedDataParallel and torch.compile."""
-    while True:
+    """Return the model below DataParallel, DistributedDataParallel and torch.compile.
+
+    Raises:
+        EvaTypeError: no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise EvaTypeError(
+            f"expected a torch.nn.Module, got {type(model)}; of a pipeline, or another object "
+            "around a model, pass the model in it (as pipeline.unet, or model_body)"
+        )
+    *_, inner = _unwrapped(model)
+    return inner
+
+
+def is_replicated(model: nn.Module) -> bool:
+    """Tell whether DistributedDataParallel is around a model."""
+    return any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model))
+
+
+def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
         # Not getattr: a PeftModel hands the attributes of a compiled base model on.
-        inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, _REPLICATED):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+        below = inner._modules.get("_orig_mod")
+        if below is None and isinstance(inner, _REPLICATED):
+            below = inner.module
+        inner = below
 
 
 def check_not_merged(model: nn.Module) -> None:
@@ -143,7 +164,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     """List the layers to initialise, in module order.
 
     Args:
-        model: a PeftModel (layers that own ``adapter_name``) or a base model (layers that PEFT
+        model: with adapters (layers that own ``adapter_name``) or a base model (layers that PEFT
             would adapt under ``config``), without wrappers.
 
     Raises:
@@ -151,12 +172,12 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     """
     check_not_merged(model)
     found: Iterator[_Found]
-    if isinstance(model, PeftModel):
+    if carries_adapters(model):
         found = _adapted(model, config, adapter_name)
     else:
         config = resolved_config(model, config)
         found = _matching(model, config)
-    own = model.peft_config[adapter_name] if isinstance(model, PeftModel) else config
+    own = configs_of(model)[adapter_name] if carries_adapters(model) else config
     elsewhere = {_COMPILED.sub("", path) for path in tied_modules(model, own)}
     targets: list[Target] = []
     unsupported: list[str] = []
@@ -223,8 +244,8 @@ def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
                 yield found(path, module, parameter)
 
 
-def _adapted(model: PeftModel, config: LoraConfig, adapter_name: str) -> Iterator[_Found]:
-    own = model.peft_config[adapter_name]
+def _adapted(model: nn.Module, config: LoraConfig, adapter_name: str) -> Iterator[_Found]:
+    own = configs_of(model)[adapter_name]
     as_wrapped = all(getattr(config, each) == getattr(own, each) for each in _SIZES)
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):

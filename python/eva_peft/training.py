@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ._peft_compat import LoraLayer, PeftModel, is_lora, kind_of, magnitude, untrained_magnitude
+from ._peft_compat import (
+    LoraLayer,
+    carriers,
+    carries_adapters,
+    configs_of,
+    is_lora,
+    kind_of,
+    magnitude,
+    untrained_magnitude,
+)
 from .errors import EvaTypeError, EvaValueError, EvaWarning, NotInitializedError, listed, warn
 from .targets import base_name, unwrap
 
@@ -47,7 +56,8 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
     device are not initialised. Of a model that FSDP has sharded, every process has to ask.
 
     Args:
-        model: a PeftModel, maybe in DistributedDataParallel or compiled.
+        model: a PeftModel or one with adapters of its own, maybe in DistributedDataParallel or
+            compiled.
         adapter_name: which adapter.
 
     Raises:
@@ -70,7 +80,7 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
         EvaValueError: some ``lora_B`` is not zero, or DoRA's magnitudes are not the norms of the
             weights.
     """
-    if not isinstance(unwrap(model), PeftModel):
+    if not carries_adapters(unwrap(model)):
         return
     layers = _layers(model, adapter_name)
     trained = _trained(layers, adapter_name)
@@ -84,11 +94,12 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     inner = unwrap(model)
-    if not isinstance(inner, PeftModel):
+    if not carries_adapters(inner):
         raise EvaTypeError(
             f"expected a PeftModel, got {type(model)}; eva_kernels.initialize returns one"
         )
-    config = inner.peft_config.get(adapter_name)
+    configs = configs_of(inner)
+    config = configs.get(adapter_name)
     if config is not None and not is_lora(config):
         raise EvaValueError(
             f"the model has no LoRA adapter {adapter_name!r}: that adapter is of kind "
@@ -101,7 +112,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     }
     if not found:
         raise EvaValueError(
-            f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(inner.peft_config)}"
+            f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(configs)}"
         )
     return found
 
@@ -165,10 +176,12 @@ def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
 
 
 def _complain(model: nn.Module, action: str) -> None:
-    inner = unwrap(model)
-    for name, config in getattr(inner, "peft_config", {}).items():
+    # adapters may be on a part of what is trained
+    every = [(part, name) for _, part in carriers(unwrap(model)) for name in configs_of(part)]
+    for part, name in every:
+        config = configs_of(part)[name]
         asked = getattr(config, "init_lora_weights", None) == "eva"
-        if not asked or config.inference_mode or is_initialized(inner, name):
+        if not asked or config.inference_mode or is_initialized(part, name):
             continue
         message = (
             f'adapter {name!r} was made with init_lora_weights="eva", but never initialised: it '

@@ -146,19 +146,6 @@ def test_compiled_wrappers_are_looked_through(mlp: nn.Module, data: list[Any]) -
         torch.testing.assert_close(a @ a.mT, torch.eye(len(a)), atol=2e-6, rtol=0)
 
 
-def test_data_parallel_wrapper(mlp: nn.Module, data: list[Any], tmp_path: Any) -> None:
-    model = wrapped(mlp, lora(target_modules=["0", "2"]))
-    store = f"file://{tmp_path}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        outer = nn.parallel.DistributedDataParallel(model)
-        done = eva_kernels.initialize(outer, data, max_steps=3, **QUIET)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert done is model
-    assert sum(done.eva_result.ranks.values()) == 8
-
-
 def test_allow_any_init(mlp: nn.Module, data: list[Any]) -> None:
     plain = lora(init_lora_weights=True, target_modules=["0", "2"])
     model = wrapped(mlp, plain)

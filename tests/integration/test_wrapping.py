@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
@@ -299,45 +299,6 @@ def test_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     model, config = Attentive(), lora(target_modules=["lin", "mha"])
     with untouched(model), pytest.warns(EvaWarning, match="mha"), pytest.raises(KeyboardInterrupt):
         eva_kernels.initialize(model, vectors(4), config, max_steps=2, **QUIET)
-
-
-INJECTED_CALLS: dict[str, Callable[[nn.Module], Any]] = {
-    "initialize": lambda model: eva_kernels.initialize(model, text_batches(1), lora(), **QUIET),
-    "calibrate": lambda model: run(model, text_batches(1), lora()),
-    "apply": lambda model: run(make_llama(), text_batches(1), lora(), max_steps=1).apply(model),
-}
-
-
-def injected(config: LoraConfig) -> Any:
-    """Return a model with adapters that transformers has put into it."""
-    model = make_llama()
-    try:
-        model.add_adapter(config)
-    except ValueError as error:  # transformers 5.24 wants a PEFT that is not out yet
-        if "version of PEFT" not in str(error):
-            raise
-        pytest.skip(str(error))
-    return model
-
-
-@pytest.mark.parametrize("call", INJECTED_CALLS)
-def test_adapters_without_a_peft_model_are_refused(call: str) -> None:
-    model = injected(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
-    with untouched(model) as calls:
-        with pytest.raises(
-            EvaValueError, match=r"adapters \['default'\] and is no PeftModel.*delete_adapter"
-        ):
-            INJECTED_CALLS[call](model)
-        assert not calls
-
-
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-def test_deleted_adapters_are_not_in_the_way() -> None:
-    model = injected(LoraConfig(r=3, target_modules=["q_proj"]))
-    model.delete_adapter("default")
-    config = lora(target_modules=["q_proj"])
-    done = eva_kernels.initialize(model, text_batches(2), config, max_steps=2, **QUIET)
-    assert sum(done.eva_result.ranks.values()) == 8
 
 
 def test_mixed_models_are_refused() -> None:

@@ -1,0 +1,116 @@
+"""What was made for the adapters before EVA gives them other sizes: optimizers, DDP, ZeRO-3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import eva_kernels
+from eva_kernels import EvaRuntimeError, EvaTypeError
+from eva_peft import adapters
+from integration.conftest import QUIET, Clash, lora, lora_layers, run, state_of, vectors, wrapped
+
+CONFIG = lora(target_modules=["lin", "other"])  # lin reads more than sub.lin, which reads zeros
+DATA = [x[:, :16] for x in vectors()]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for x in DATA[:3]:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_an_optimizer_trains_adapters_of_another_size() -> None:
+    model = wrapped(Clash(), CONFIG)
+    before = {n: m.lora_A["default"].weight for n, m in lora_layers(model).items()}
+    kept = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(kept, lr=0.01)
+    step_before = before["lin"].detach().clone()
+    model(DATA[0]).sum().backward()  # gradients of the sizes before
+    eva_kernels.initialize(model, DATA, max_steps=3, **QUIET)
+    layers = lora_layers(model)
+    assert set(model.eva_result.ranks.values()) != {4}
+    assert all(m.lora_A["default"].weight is before[n] for n, m in layers.items())
+    assert before["lin"].shape != step_before.shape
+    assert all(p.grad is None or p.grad.shape == p.shape for p in kept)
+    step(model.train(), optimizer)
+    assert all(m.lora_B["default"].weight.any() for m in layers.values())
+
+
+def test_a_failure_puts_sizes_and_gradients_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(Clash(), CONFIG)
+    model(DATA[0]).sum().backward()
+    before = {n: (p, p.data.clone(), p.grad) for n, p in model.named_parameters()}
+    monkeypatch.setattr(adapters._Writer, "finish", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        eva_kernels.initialize(model, DATA, max_steps=3, **QUIET)
+    for name, parameter in model.named_parameters():
+        same, data, grad = before[name]
+        assert parameter is same
+        assert torch.equal(parameter.data, data)
+        assert parameter.grad is grad
+
+
+@pytest.fixture
+def group(tmp_path: Any) -> Iterator[None]:
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_replicas_keep_their_sizes(group: None) -> None:
+    model = wrapped(Clash(), CONFIG)
+    outer = nn.parallel.DistributedDataParallel(model)
+    before, calls = state_of(model), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    result = run(outer, DATA, max_steps=3)
+    assert calls
+    calls.clear()
+    for call in (
+        lambda: eva_kernels.initialize(outer, DATA, **QUIET),
+        lambda: eva_kernels.initialize_lora_eva_weights(outer, DATA, **QUIET),
+        lambda: result.apply(outer),
+        lambda: eva_kernels.initialize_lora_eva_weights(outer, eva_state_dict=result.state_dict()),
+    ):
+        with pytest.raises(EvaRuntimeError, match=r"pass model\.module, and wrap what is returned"):
+            call()
+    assert not calls
+    assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())
+    base = nn.parallel.DistributedDataParallel(Clash())
+    for call in (
+        lambda: eva_kernels.initialize(base, DATA, lora(rho=1.0), **QUIET),
+        lambda: result.apply(base, r=4, rho=1.0),
+    ):
+        with pytest.raises(EvaRuntimeError, match="DistributedDataParallel is around the model"):
+            call()
+
+
+def test_replicas_of_equal_sizes_are_trained(group: None) -> None:
+    model = wrapped(Clash(), lora(rho=1.0, target_modules=["head", "other"]))
+    outer = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad], lr=0.01)
+    assert eva_kernels.initialize(outer, DATA, max_steps=3, **QUIET) is model
+    assert model.eva_result.ranks == {"sub.other": 4, "head": 4}
+    step(outer.train(), optimizer)
+    assert all(m.lora_B["default"].weight.any() for m in lora_layers(model).values())
+
+
+def test_parameters_of_zero_3_are_refused() -> None:
+    model = wrapped(Clash(), CONFIG)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.ds_id = i  # type: ignore[attr-defined]
+    with pytest.raises(EvaRuntimeError, match=r"sharded by DeepSpeed \(ZeRO-3\)"):
+        eva_kernels.initialize(model, DATA, **QUIET)
+
+
+@pytest.mark.parametrize("thing", [object(), "model", None])
+def test_no_module(thing: Any) -> None:
+    for call in (eva_kernels.initialize, eva_kernels.calibrate):
+        with pytest.raises(EvaTypeError, match=r"expected a torch\.nn\.Module, got .*unet"):
+            call(thing, DATA)

@@ -1,0 +1,159 @@
+"""Adapters without a PeftModel, as after add_adapter of transformers or diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+
+import eva_kernels
+from eva_kernels import EvaCallback, EvaValueError, NotInitializedError, NotInitializedWarning
+from integration.conftest import (
+    QUIET,
+    layer_inputs,
+    lora,
+    lora_layers,
+    lost,
+    make_llama,
+    make_mlp,
+    output_of,
+    perturb_b,
+    run,
+    same_state,
+    state_of,
+    text_batches,
+    vectors,
+    wrapped,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}")
+    for text in (".*low_cpu_mem_usage", "Already found a `peft_config` attribute")
+]
+
+
+def adapted(config: LoraConfig, name: str = "default", model: Any = None) -> Any:
+    """Return a model with adapters that transformers has put into it."""
+    model = make_llama() if model is None else model
+    try:
+        model.add_adapter(config, name)
+    except ValueError as error:  # transformers 5.24 wants a PEFT that is not out yet
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))
+    return model
+
+
+def test_same_as_a_peft_model(tmp_path: Any) -> None:
+    batches, config = text_batches(6), lora(target_modules=["q_proj", "up_proj", "down_proj"])
+    model = adapted(config)
+    done = eva_kernels.initialize(model, batches, max_steps=6, method="gram", **QUIET)
+    assert done is model
+    other = wrapped(make_llama(), lora(target_modules=config.target_modules))
+    eva_kernels.initialize(other, batches, max_steps=6, method="gram", **QUIET)
+    assert done.eva_result.ranks == other.eva_result.ranks
+    assert len(set(done.eva_result.ranks.values())) > 1
+    inputs = layer_inputs(make_llama(), batches, list(lora_layers(done)))
+    for name, layer in lora_layers(done).items():
+        assert torch.equal(
+            layer.lora_A["default"].weight, lora_layers(other)[name].lora_A["default"].weight
+        )
+        assert lost(layer.lora_A["default"].weight.detach(), inputs[name]) < 1e-5
+        assert not layer.lora_B["default"].weight.any()
+    perturb_b(done)
+    done.save_pretrained(tmp_path)
+    again = make_llama()
+    again.load_adapter(tmp_path)
+    assert torch.equal(output_of(again, batches[0]), output_of(done, batches[0]))
+
+
+def test_halves_and_other_adapters() -> None:
+    batches, config = text_batches(4), lora(target_modules=["q_proj", "up_proj"])
+    model = adapted(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False), "first")
+    adapted(config, "second", model)
+    before = {n: v for n, v in state_of(model).items() if ".second." not in n}
+    result = run(model, batches, adapter_name="second", max_steps=4)
+    assert result.ranks == run(make_llama(), batches, config, max_steps=4).ranks
+    assert result.apply(model, adapter_name="second") is model
+    after = {n: v for n, v in state_of(model).items() if ".second." not in n}
+    assert same_state(before, after)
+    sizes = {n: m.r["second"] for n, m in lora_layers(model, "second").items()}
+    assert sizes == {n: r for n, r in result.ranks.items() if r}
+    with pytest.raises(EvaValueError, match="allow_any_init"):
+        eva_kernels.initialize(model, batches, adapter_name="first", **QUIET)
+
+
+def test_injected_into_any_module() -> None:
+    model = inject_adapter_in_model(lora(target_modules=["0", "2"]), make_mlp())
+    assert eva_kernels.initialize(model, vectors(), max_steps=3, **QUIET) is model
+    assert model.eva_result.state_dict().keys() == {"0", "2"}
+    assert eva_kernels.is_initialized(model)
+    state = eva_kernels.get_eva_state_dict(model, vectors(), forward_fn=lambda m, b: m(b))
+    assert state.keys() == {"0", "2"}
+
+
+def test_nothing_is_lost_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eva_peft import adapters
+
+    def stop(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = adapted(lora(target_modules=["q_proj", "up_proj"]))
+    before, parameters = state_of(model), dict(model.named_parameters())
+    monkeypatch.setattr(adapters._Writer, "finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        eva_kernels.initialize(model, text_batches(2), max_steps=2, **QUIET)
+    assert same_state(before, state_of(model))
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+
+
+class Whole(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("inject", [inject_adapter_in_model, lambda c, m: wrapped(m, c)])
+def test_adapters_of_a_part(inject: Any) -> None:
+    whole = Whole(inject(lora(target_modules=["0", "2"]), make_mlp()))
+    with pytest.raises(EvaValueError, match=r"a part of the model, body, .*pass that part"):
+        eva_kernels.initialize(whole, vectors(), **QUIET)
+    with pytest.raises(NotInitializedError):
+        EvaCallback("raise").on_train_begin(None, None, None, model=whole)
+    with pytest.warns(NotInitializedWarning):
+        eva_kernels.watch(whole.train())(vectors()[0])
+    body = eva_kernels.initialize(
+        whole.body, vectors(), forward_fn=lambda _, x: whole(x), max_steps=3, **QUIET
+    )
+    assert body is whole.body
+    EvaCallback("raise").on_train_begin(None, None, None, model=whole)
+
+
+def test_callback_of_transformers_adapters() -> None:
+    model = adapted(lora(target_modules=["q_proj"]))
+    with pytest.raises(NotInitializedError):
+        EvaCallback("raise").on_train_begin(None, None, None, model=model)
+    eva_kernels.initialize(model, text_batches(2), max_steps=2, **QUIET)
+    EvaCallback("raise").on_train_begin(None, None, None, model=model)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+def test_deleted_adapters_are_not_in_the_way() -> None:
+    model = adapted(LoraConfig(r=3, target_modules=["q_proj"]))
+    model.delete_adapter("default")
+    config = lora(target_modules=["q_proj"])
+    done = eva_kernels.initialize(model, text_batches(2), config, max_steps=2, **QUIET)
+    assert sum(done.eva_result.ranks.values()) == 8
+
+
+def test_an_unloaded_model_is_a_base_model() -> None:
+    base = get_peft_model(make_mlp(), lora(init_lora_weights=True, target_modules=["0"])).unload()
+    done = eva_kernels.initialize(base, vectors(), lora(target_modules=["2"]), **QUIET)
+    assert done is not base
+    assert done.eva_result.ranks.keys() == {"2"}
