@@ -22,12 +22,12 @@ _SEE_PADDING = frozenset(
     [
         "siglip", "siglip_text_model", "siglip2", "siglip2_text_model",
         "canine", "convbert", "fnet", "nystromformer", "yoso", "funnel", "mobilebert",
-        "big_bird", "bigbird_pegasus",
+        "big_bird", "bigbird_pegasus", "fastspeech2_conformer",
     ]
 )  # fmt: skip
 # Models that read text and images (or entities) as one sequence; the batch has a mask of the text.
-_TEXT_FIRST = frozenset(["layoutlmv3", "luke", "mluke", "vilt", "visual_bert"])
-_TEXT_LAST = frozenset(["flava", "git"])
+_TEXT_FIRST = frozenset(["layoutlmv3", "luke", "mluke", "udop", "vilt", "visual_bert"])
+_TEXT_LAST = frozenset(["cpmant", "flava", "git"])  # CPM-Ant has learnt prompts in front
 # Methods that tell how many frames a model of speech makes of samples or of spectra.
 _FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
 
@@ -166,15 +166,17 @@ def _parameter(module: nn.Module, name: str) -> Any:
 
 
 def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:
+    known = set()  # inner parts mostly have the same
     for module in model.modules():
         found = next((f for f in (getattr(module, n, None) for n in _FRAMES) if callable(f)), None)
-        if found is None:
+        method = getattr(found, "__func__", found)
+        if found is None or method in known:
             continue
+        known.add(method)
         yield found
         factor = getattr(getattr(module, "config", None), "squeeze_factor", None)
         if factor:  # SEW adds up so many frames each
             yield _squeezed(found, int(factor))
-        return  # inner parts have the same
 
 
 def _squeezed(lengths: FrameLengths, factor: int) -> FrameLengths:

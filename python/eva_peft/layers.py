@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from operator import index
 
 import torch
 from torch import Tensor, nn
@@ -124,10 +125,10 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
         return patches.features, int(module.out_channels)  # type: ignore[arg-type]
     if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
         return None
-    size = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(size[0], int) and isinstance(size[1], int):
-        return size[0], size[1]
-    return None
+    try:  # some models keep them as numbers of numpy or of torch
+        return index(module.in_features), index(module.out_features)  # type: ignore[arg-type]
+    except (AttributeError, TypeError):
+        return None
 
 
 def dealt_to_groups(rows: Tensor, groups: int) -> Tensor:

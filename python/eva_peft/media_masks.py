@@ -14,10 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["frames_seen", "patches_seen", "pixel_mask", "sound_mask", "tile_mask", "tiles_seen"]
+__all__ = [
+    "frames_seen",
+    "has_images",
+    "has_sound",
+    "patches_seen",
+    "pixel_mask",
+    "sound_mask",
+    "tile_mask",
+    "tiles_seen",
+]
 
-# Masks over frames of sound, (samples, frames), beside text.
+# Masks over frames or samples of sound, (sounds, frames): by these names, or by any other that has
+# an entry for each frame of one of these inputs. An attention_mask is looked at elsewhere.
 _SOUND = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
+_SOUNDS = ("input_features", "input_values", "audio_values", "audio_features")
+_OTHER_MASKS = ("attention_mask", "decoder_attention_mask", "mask_time_indices")
 # Masks over pixels, (images, height, width) or (samples, images, height, width), or over patches,
 # (images, patches).
 _PIXELS = ("pixel_attention_mask", "pixel_mask")
@@ -30,8 +42,34 @@ _MERGED = (1, 2, 4)  # patches along a side that later layers may see as one
 
 def sound_mask(batch: Mapping[str, Any]) -> Tensor | None:
     """Return which frames of sound a batch keeps, bool (samples, F) on the CPU, if it tells."""
-    found = (batch.get(key) for key in _SOUND)
+    keys = [key for key in batch if "mask" in str(key) and key not in (*_SOUND, *_OTHER_MASKS)]
+    known = [batch.get(key) for key in _SOUND]
+    found = [*known, *(batch[key] for key in keys if _is_of_sound(batch[key], batch))]
     return next((m.bool().cpu() for m in found if isinstance(m, Tensor) and m.dim() == 2), None)
+
+
+def has_sound(batch: Mapping[str, Any]) -> bool:
+    """Tell whether a batch holds sound."""
+    return any(_is_real(batch.get(key)) for key in _SOUNDS)
+
+
+def has_images(batch: Mapping[str, Any]) -> bool:
+    """Tell whether a batch holds images or films."""
+    return any(
+        _is_real(value) and any(word in str(key) for word in ("pixel", "image", "video"))
+        for key, value in batch.items()
+    )
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_of_sound(mask: Any, batch: Mapping[str, Any]) -> bool:
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
+        return False
+    sounds = [batch[key] for key in _SOUNDS if _is_real(batch.get(key))]
+    return any(len(mask) == len(x) and mask.shape[1] in x.shape[1:] for x in sounds)
 
 
 def pixel_mask(batch: Mapping[str, Any]) -> Tensor | None:
@@ -54,11 +92,14 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
 
     Args:
         mask: see :func:`sound_mask`.
-        leading: shape of the layer's input without its features.
+        leading: shape of the layer's input without its features. Its first dimension may have the
+            parts of equal length that a model cuts each sound into.
 
     Returns:
         ``None`` where the input is of another kind, or padding is not on the right.
     """
+    if leading and len(mask) and leading[0] > len(mask) and mask.numel() % leading[0] == 0:
+        mask = mask.reshape(leading[0], -1) if leading[0] % len(mask) == 0 else mask
     samples, frames = mask.shape
     lengths = mask.sum(1)
     if len(leading) != 2 or leading[0] != samples or not 0 < leading[1] <= frames:

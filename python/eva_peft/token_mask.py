@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class TokenMask:
         queries: bool (B, T): the text that a Q-Former reads behind its queries.
         sound, pixels, tiles: of sound and images, beside text or by themselves; see
             ``media_masks``.
+        sound_only: there is sound, and nothing else than it and maybe text.
         patch_sizes: of images in pixels, where the model tells them.
         prefixes: what names of layers begin with, and which tells nothing of what they read.
 
@@ -77,6 +78,7 @@ class TokenMask:
         sound: Tensor | None = None,
         pixels: Tensor | None = None,
         tiles: Tensor | None = None,
+        sound_only: bool = False,
         patch_sizes: tuple[int, ...] = (),
         prefixes: tuple[str, ...] = (),
     ) -> None:
@@ -85,6 +87,7 @@ class TokenMask:
         self.given, self.window, self.frame_lengths = given, window, frame_lengths
         self.text_first, self.beside, self.queries = text_first, beside, queries
         self.sound, self.pixels, self.tiles = sound, pixels, tiles
+        self.sound_only = sound_only
         self.patch_sizes, self.prefixes = patch_sizes, prefixes
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
@@ -179,7 +182,8 @@ class TokenMask:
             return [main, decoder]
         if layer.reads_encoder or (layer.in_encoder and not layer.in_decoder):
             return [main]
-        return [decoder] if layer.in_decoder else [decoder, main]
+        # a decoder may read the encoder's tokens in layers whose names do not tell
+        return [decoder, main]
 
     def _all_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[Fit]:
         """Yield the masks that fit an input of a shape, the likeliest first."""
@@ -219,12 +223,14 @@ class TokenMask:
         counts = [mask.shape[1], *mask.sum(1).tolist()]
         for lengths, options in itertools.product(self.frame_lengths, _ADAPTER_OPTIONS):
             try:
-                found = [int(lengths(torch.tensor([n], device="cpu"), **options)) for n in counts]
+                every = [lengths(torch.tensor([n], device="cpu"), **options) for n in counts]
+                stages = list(zip(*map(_numbers, every), strict=True))
             except (TypeError, ValueError, RuntimeError):  # of another kind of model
                 continue
-            if found[0] == leading[-1]:
-                kept = torch.tensor(found[1:], device="cpu")
-                return torch.arange(leading[-1], device="cpu") < kept[:, None]
+            for found in stages:
+                if found[0] == leading[-1]:
+                    kept = torch.tensor(found[1:], device="cpu")
+                    return torch.arange(leading[-1], device="cpu") < kept[:, None]
         return None
 
     def _with_others(self, mask: Tensor, leading: tuple[int, ...], text_first: bool) -> Tensor:
@@ -237,12 +243,20 @@ class TokenMask:
     def _of_media(
         self, layer: LayerKind, leading: tuple[int, ...]
     ) -> Iterator[tuple[str, Tensor | None]]:
-        if self.sound is not None and layer.reads_sound:
+        if self.sound is not None and self._hears(layer):
+            yield "sound", self._frames(self.sound, leading)
             yield "sound", frames_seen(self.sound, leading)
+        if self.main is not None and self.sound_only and not self.mixed and self._hears(layer):
+            yield "frames", frames_seen(self.main, leading)  # of which the model does not tell
         if self.pixels is not None and self._sees_pixels(layer):
             yield "pixels", patches_seen(self.pixels, leading, self.patch_sizes)
         if self.tiles is not None and (layer.reads_no_text or layer.reads_encoder):
             yield "tiles", tiles_seen(self.tiles, leading)
+
+    def _hears(self, layer: LayerKind) -> bool:
+        if layer.reads_sound or not self.sound_only:
+            return layer.reads_sound
+        return layer.reads_no_text if self.mixed else layer.reads_encoder or not layer.in_decoder
 
     def _sees_pixels(self, layer: LayerKind) -> bool:
         if layer.reads_queries:
@@ -297,6 +311,11 @@ class TokenMask:
             f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
             f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to select",
         )
+
+
+def _numbers(told: Any) -> list[int]:
+    """Return how many frames there are, maybe behind one part of the model and behind another."""
+    return [int(part) for part in (told if isinstance(told, tuple) else (told,))]
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -22,6 +22,8 @@ from transformers import (
 
 from bench.families.others import SPEECH
 from eva_kernels import EvaWarning
+from eva_peft.architecture import Architecture, architecture_of
+from eva_peft.batch_mask import mask_of_batch
 from eva_peft.token_mask import TokenMask
 from integration.conftest import BOTH_SIDES, layer_inputs, lora, lost, run, text_batches
 
@@ -139,11 +141,13 @@ def test_sound_beside_text() -> None:
         "input_features": torch.randn(3, 8, 40),
         "feature_attention_mask": (torch.arange(40) < mels[:, None]).long(),
     }
-    (name,) = (n for n, _ in model.named_modules() if n.endswith("audio_tower.layers.0.fc1"))
-    result = run(model, iter([batch]), lora(tau=1.0, target_modules=[name]), method="gram")
-    x = layer_inputs(model, [batch], [name], masked=False)[name].reshape(3, 20, 32)
-    rows = torch.cat([part[:n] for part, n in zip(x, frames, strict=True)])
-    assert lost(result.components[name], rows) < 1e-6
+    ends = {"audio_tower.layers.0.fc1": frames, "multi_modal_projector.linear": [10, 5, 3]}
+    names = [n for n, _ in model.named_modules() if n.endswith(tuple(ends))]
+    result = run(model, iter([batch]), lora(tau=1.0, target_modules=names), method="gram")
+    for name, kept in zip(names, ends.values(), strict=True):
+        x = layer_inputs(model, [batch], [name], masked=False)[name].reshape(3, -1, 32)
+        rows = torch.cat([part[:n] for part, n in zip(x, kept, strict=True)])
+        assert lost(result.components[name], rows) < 1e-6, name
 
 
 def test_frames_that_layers_see_fewer_of() -> None:
@@ -158,6 +162,75 @@ def test_frames_that_layers_see_fewer_of() -> None:
         # of images as many as there are sounds
         assert rule.rows(torch.Size((3, count, 8)), cpu, "vision_tower.layers.0.fc1") is None
     assert rule.rows(torch.Size((5, 8)), cpu, "audio_tower.layers.0.fc1") is None  # packed
+
+
+CPU = torch.device("cpu")
+LENGTHS = torch.tensor([40, 21, 13])
+KEPT = torch.arange(40) < LENGTHS[:, None]
+
+
+def kept_of(batch: dict[str, Tensor], name: str, *leading: int, **architecture: Any) -> Any:
+    """Return how many rows of each sound count in a layer's input."""
+    mask = mask_of_batch(batch, lora(), Architecture(**architecture))
+    rows = mask.rows(torch.Size((*leading, 8)), CPU, name)
+    return None if rows is None else torch.bincount(rows // leading[1], minlength=3).tolist()
+
+
+@pytest.mark.parametrize("key", ["padding_mask", "input_values_mask", "input_features_mask"])
+@pytest.mark.parametrize("text", [False, True])
+def test_masks_of_sound_by_any_name(key: str, text: bool) -> None:
+    batch = {"input_values": torch.randn(3, 1, 40), key: KEPT.long()}
+    if text:
+        batch["input_ids"] = batch["attention_mask"] = torch.ones(3, 16, dtype=torch.long)
+    for name in ("audio_tower.fc1", "acoustic_tokenizer.fc1", "multi_modal_projector.linear"):
+        assert kept_of(batch, name, 3, 20) == [20, 11, 7]
+    alone = kept_of(batch, "layers.0.q_proj", 3, 20)
+    assert alone == (None if text else [20, 11, 7])  # of text that layer reads here
+    assert kept_of({**batch, "pixel_values": torch.randn(3, 3, 8, 8)}, "mm_proj", 3, 20) is None
+
+
+def test_what_is_no_mask_of_sound() -> None:
+    values = torch.randn(3, 40)
+    for mask in (KEPT[:, :39], KEPT[:2], KEPT.float(), KEPT[:, :, None]):
+        assert kept_of({"input_values": values, "padding_mask": mask}, "layer", 3, 20) is None
+
+
+def test_frames_of_a_mask_that_the_model_does_not_tell_of() -> None:
+    batch = {"input_features": torch.randn(3, 40, 8), "attention_mask": KEPT.long()}
+    assert kept_of(batch, "layers.0.q_proj", 3, 10) == [10, 6, 4]
+    decoder = {**batch, "decoder_input_ids": torch.ones(3, 10, dtype=torch.long)}
+    both = type("Config", (), {"is_encoder_decoder": True})()
+    assert kept_of(decoder, "model.encoder.fc1", 3, 10, config=both) == [10, 6, 4]
+    assert kept_of(decoder, "model.decoder.encoder_attn.k_proj", 3, 10, config=both) == [10, 6, 4]
+    with pytest.warns(EvaWarning, match="no token mask fits"):
+        assert kept_of(decoder, "model.decoder.fc1", 3, 10, config=both) is None
+
+
+def test_sounds_in_parts() -> None:
+    batch = {"input_features": torch.randn(3, 40, 8), "input_features_mask": KEPT.long()}
+    mask = mask_of_batch(batch, lora())
+    rows = mask.rows(torch.Size((6, 10, 8)), CPU, "audio_tower.conv_out")
+    assert rows is not None  # each sound is cut in two parts, halved by a convolution
+    assert torch.bincount(rows // 10, minlength=6).tolist() == [10, 10, 10, 1, 7, 0]
+
+
+def test_every_function_of_lengths_is_tried() -> None:
+    class Part(nn.Module):
+        def _get_subsampling_output_length(self, samples: Tensor) -> Tensor:
+            return samples // 4
+
+    class Whole(Part):
+        """Carries a method that it does not use, as CohereAsr does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([Part(), Part()])
+
+        def _get_feat_extract_output_lengths(self, samples: Tensor) -> Tensor:
+            return samples // 384
+
+    lengths = architecture_of(Whole()).frame_lengths
+    assert [int(each(torch.tensor(768))) for each in lengths] == [2, 192]
 
 
 def test_texts_whose_last_position_is_read_are_not_cut() -> None:
@@ -180,10 +253,16 @@ def of_many(samples: Tensor) -> Tensor:
 
 
 def of_pairs(samples: Tensor) -> tuple[Tensor, Tensor]:
-    return samples, samples  # as Qwen2-Audio's
+    return samples // 2, (samples - 10) // 4 + 1  # as Qwen2-Audio's: in front of a pooling, behind
 
 
-@pytest.mark.parametrize(("lengths", "known"), [(of_one, True), (of_many, True), (of_pairs, False)])
+def of_nothing(samples: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("lengths", "known"),
+    [(of_one, True), (of_many, True), (of_pairs, True), (of_nothing, False)],
+)
 def test_functions_of_lengths(lengths: Any, known: bool) -> None:
     counts = torch.tensor([50, 26, 14])
     mask = torch.arange(50) < counts[:, None]
