@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import EvaTypeError, EvaValueError
+from .errors import EvaTypeError, EvaValueError, NonFiniteError, NotFittedError
 from .streaming._autocast import without_autocast
 from .streaming.plan import METHODS, plan_streams
 from .streaming.spectrum import Spectrum
@@ -74,6 +74,7 @@ class IncrementalPCA:
         n_components_: K. n_features_in_: D. batch_size_: rows a batch of the last :meth:`fit`.
 
     Raises:
+        NotFittedError: (a ValueError and an AttributeError) asked before it has seen data;
         EvaValueError: (a ValueError) too many components, another number of features, an argument
             out of range; EvaTypeError: (a TypeError) sparse or complex data, an argument of another
             type; NonFiniteError: a row holds NaN or infinity.
@@ -219,7 +220,7 @@ class IncrementalPCA:
                     f"n_components was {stream.components} for the batches before, and is "
                     f"{self.n_components} now; call fit to begin anew"
                 )
-        stream.add(data, rows)
+        _add(stream, data, rows)
         if self._stream is None:  # only now: a first batch that is refused leaves nothing behind
             self._stream = stream
             self._pivot = data.new_zeros(data.shape[1], dtype=torch.float64)
@@ -293,6 +294,11 @@ class IncrementalPCA:
     @_engine
     def merge(self, other: IncrementalPCA) -> IncrementalPCA:
         """Take everything that ``other`` has seen into this one (``other`` is left as it is)."""
+        if not isinstance(other, IncrementalPCA):
+            raise EvaTypeError(
+                f"cannot merge {type(other).__name__} into an IncrementalPCA; pass another "
+                "IncrementalPCA, or give data to partial_fit"
+            )
         if other._stream is None:
             return self
         if self._stream is None:
@@ -322,7 +328,9 @@ class IncrementalPCA:
     @property
     def _spectrum(self) -> Spectrum:
         if self._stream is None:
-            raise AttributeError("this IncrementalPCA has not seen any data; call partial_fit")
+            raise NotFittedError(
+                "this IncrementalPCA has not seen any data; call fit or partial_fit first"
+            )
         return self._answer or self._find_answer(self._stream)
 
     @_engine
@@ -402,6 +410,18 @@ def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> 
     if whole < least or (most is not None and whole > most):
         told = f"at least {least}" if most is None else f"between {least} and {most}"
         raise EvaValueError(f"{name}={value} must be {told}")
+
+
+def _add(stream: InputStream, data: Tensor, rows: Tensor | None) -> None:
+    try:
+        stream.add(data, rows)
+    except NonFiniteError as error:
+        used = data if rows is None else data.index_select(0, rows)
+        if used.isfinite().all():  # they overflow, and the message says what to do
+            raise
+        raise NonFiniteError(
+            f"{error}; impute or drop those rows, or leave them out by mask= of partial_fit"
+        ) from None
 
 
 def _check_rows(data: Tensor) -> None:

@@ -13,6 +13,7 @@ __all__ = [
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",
+    "NotFittedError",
     "NotInitializedError",
 ]
 
@@ -39,6 +40,10 @@ class NonFiniteError(EvaRuntimeError, FloatingPointError):
 
 class NotConvergedError(EvaRuntimeError):
     """A limit was reached before every layer had converged (``on_not_converged="raise"``)."""
+
+
+class NotFittedError(EvaValueError, AttributeError):
+    """An estimator was asked before it had seen data; the bases are those in scikit-learn."""
 
 
 class NotInitializedError(EvaRuntimeError):

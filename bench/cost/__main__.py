@@ -28,7 +28,7 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         question: ``config``, ``method``, ``batch`` and ``real`` (weights of the hub); ``depth``,
-            layers of the model, if not all.
+            layers of the model, if not all; ``repeats``, if not as the configuration says.
 
     Returns:
         ``runs``, a list with seconds and bytes by phase of every repetition, and what the first of
@@ -41,8 +41,8 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     _warm_up(method, config, device)
     warm = time.perf_counter() - begin
     found: dict[str, Any] = {"warm_up_s": warm, "runs": []}
-    spent = 0.0
-    while (done := len(found["runs"])) < config.repeats:
+    most, spent = question.get("repeats", config.repeats), 0.0
+    while (done := len(found["runs"])) < most:
         if done >= config.least and spent >= config.seconds:
             break
         begin = time.perf_counter()

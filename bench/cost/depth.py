@@ -7,7 +7,7 @@ the largest of several phases, each of which is such a line: its extrapolation i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ def run(
     batch: int = 4,
     out: Path = RESULTS,
     quiet: bool = False,
+    repeats: int | None = None,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> Path:
     """Measure each method at each depth, and extrapolate to the depth of the model.
 
@@ -44,6 +46,8 @@ def run(
         batch: samples in a batch; methods that take one at a time take one.
         out: folder of the results; the file is ``depth-NAME.json``.
         quiet: show no progress bar.
+        repeats: of every row; as the configuration says if ``None``.
+        keep: given all rows measured so far, after each.
 
     Raises:
         ValueError: fewer than two depths.
@@ -65,13 +69,18 @@ def run(
         "dtype": str(config.dtype).removeprefix("torch."),
     }
 
+    told = {} if repeats is None else {"repeats": repeats}
+
     def measure(key: Any) -> dict[str, Any]:
-        question = {**key, "config": name, "real": False}
+        question = {**key, **told, "config": name, "real": False}
         return summary(ask_child("bench.cost", question, START_SECONDS + 20 * config.seconds))
 
     sized = keys_of(replace(config, batches=(batch,)), methods)
     keys = [{**key, "depth": n} for key in sized for n in depths]
-    rows = Rows(f"depth-{name}", settings, out, quiet)
+    rows = Rows(f"depth-{name}", {**settings, **told}, out, quiet)
+    if keep is not None:
+        for count in range(1, len(keys) + 1):
+            keep(rows.make(keys[:count], measure))
     measured = rows.make(keys, measure)
     return rows.finish({"measured": measured, "whole": extrapolate(measured, full)})
 
@@ -107,10 +116,12 @@ def extrapolate(measured: Sequence[Mapping[str, Any]], full: int) -> list[dict[s
 def sections(record: Mapping[str, Any]) -> list[Section]:
     """Return the extrapolated costs as a table."""
     settings, rows = record["settings"], record["rows"]["whole"]
+    repeats = settings.get("repeats")
     text = (
         f"Configuration `{settings['config']}`, {settings['depth']} layers, **extrapolated** by "
         f"the line through the smallest and the largest depth measured; {settings['samples']} "
         f"samples of {settings['length']} tokens, r = {settings['r']}, {settings['dtype']}. "
+        f"{f'Every depth was measured {repeats}x. ' if repeats else ''}"
         "Seconds, and GiB above the weights (peaks: a lower bound). *Line off between*: what the "
         "line would say of the seconds at the depths between, over what was measured there, less "
         "one."

@@ -11,6 +11,12 @@ import pytest
 FAILURES = "EVA_GPU_CHECK_FAILURES"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist begin with the files that come first, not with those of most tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Add a property to every test with the mark."""
     for item in items:

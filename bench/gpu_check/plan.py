@@ -51,7 +51,7 @@ STAGES = (
     Stage("end_to_end_8b", 45.0, 120.0, beyond=True, module="end_to_end"),
     Stage("end_to_end_70b", 75.0, 120.0, beyond=True, module="end_to_end"),
     Stage("tune", 60.0, 60.0, beyond=True),
-    Stage("corda", 60.0, 240.0, beyond=True),
+    Stage("corda", 80.0, 240.0, beyond=True),
 )
 SHARES = {stage.name: stage.share for stage in STAGES}
 BEYOND = tuple(stage.name for stage in STAGES if stage.beyond)

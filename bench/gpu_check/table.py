@@ -70,15 +70,18 @@ def _stages(stages: Mapping[str, Any]) -> Table:
 
 
 def _tests(found: Mapping[str, Any]) -> list[Any]:
-    if "passed" not in found:
-        return []
+    notes = []
+    if found.get("one_process"):
+        notes.append(f"  in one process: {found['one_process']}")
+    if found.get("missing_packages"):
+        notes.append(f"  not installed: {', '.join(found['missing_packages'])}")
+    if "passed" not in found:  # it was killed
+        return ["tests: no report", *notes] if notes else []
     counts = ", ".join(f"{found[key]} {key}" for key in ("passed", "failed", "skipped"))
     lines = [f"tests: {counts}; marked gpu: {found['gpu_passed']} passed"]
     lines += [f"  failed: {name}" for name in found["failures"]]
     lines += [f"  skipped {count}x: {reason}" for reason, count in found["skip_reasons"].items()]
-    if found.get("missing_packages"):
-        lines.append(f"  not installed: {', '.join(found['missing_packages'])}")
-    return lines
+    return [*lines, *notes]
 
 
 def _ceilings(found: Mapping[str, Any], dry: bool) -> list[Any]:
@@ -201,15 +204,18 @@ def _pair(row: Mapping[str, Any], name: str) -> list[str]:
 
 def _depth(found: Mapping[str, Any], dry: bool) -> list[Any]:
     notes = []
-    for row in found.get("whole", []):
+    for row in [*found.get("measured", []), *found.get("whole", [])]:
         if "error" in row:
             continue
-        depths = " and ".join(map(str, row["from"]))
-        what = f"{row['init_s']:.4g} s" if dry else f"{row['init_s']:.4g} s, {_gib(row)}"
-        note = f"{row['method']}, {row['depth']} layers (extrapolated from {depths}): {what}"
+        if "from" in row:
+            how = f"extrapolated from {' and '.join(map(str, row['from']))}"
+            seconds, peak = row["init_s"], row["init_peak"]
+        else:
+            times = "once" if row["repeats"] == 1 else f"{row['repeats']} times"
+            how = f"measured {times}"
+            seconds, peak = row["init_s"]["median"], row["init_peak"]["median"]
+        memory = "" if dry else f", {peak / 2**30:.3g} GiB above the weights"
+        depth = f"{row['depth']} layer{'' if row['depth'] == 1 else 's'}"
+        note = f"{row['method']}, {depth} ({how}): {seconds:.4g} s{memory}"
         notes.append(f"{note}{' (dry run)' if dry else ''}")
     return notes
-
-
-def _gib(row: Mapping[str, Any]) -> str:
-    return f"{row['init_peak'] / 2**30:.3g} GiB above the weights"

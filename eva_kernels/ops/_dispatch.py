@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._device import DeviceContext
 
 from ..errors import EvaRuntimeError, EvaValueError
 
@@ -183,11 +184,17 @@ def is_observed(x: Tensor) -> bool:
     return (
         type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or _functions_are_observed()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.profiler._is_profiler_enabled
         or torch.compiler.is_compiling()
     )
+
+
+def _functions_are_observed() -> bool:
+    # a default device is a mode, too, and looks at nothing but what is made
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def with_contiguous_columns(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from eva_kernels.streaming import _host
+
 from ._peft_compat import (
     EvaConfig,
     LoraConfig,
@@ -45,7 +47,7 @@ from .targets import (
     resolve_name,
     unwrap,
 )
-from .training import mark_initialized
+from .training import mark_initialized, mark_left
 from .world import random_state_kept
 from .wrapping import wrap_model
 
@@ -110,7 +112,8 @@ def write_state_dict(
         eva: says whether scaling factors are adjusted; that of the adapter's config if ``None``.
 
     Raises:
-        EvaValueError: no such adapter, unknown or missing layers, or a width that does not fit.
+        EvaValueError: no such adapter, layers that are unknown, missing or there twice, a width
+            that does not fit, rows that are not finite. EvaTypeError: no mapping of tensors.
         EvaRuntimeError: adapters are merged into the weights; or DistributedDataParallel is around
             the model, and an adapter would get another size.
     """
@@ -120,12 +123,14 @@ def write_state_dict(
     check_not_merged(model)
     layers = _layers_of(model, adapter_name)
     parts = {part: name for name, (_, layer) in layers.items() for part in _parts(name, layer)}
-    rows = {resolve_name(name, parts): value for name, value in state_dict.items()}
+    rows = _check_keys(state_dict, parts)
     for name in _without_adapter(model, parts, rows):
         del rows[name]
-    unreadable = {part for part, name in parts.items() if _unreadable(name, layers)}
-    _check_names(parts, rows, strict, unreadable | set(default_layers or ()))
+    left = {part for part, name in parts.items() if _unreadable(name, layers)}
+    left.update(default_layers or ())
+    _check_names(parts, rows, strict, left)
     _check_shapes(layers, parts, rows)
+    _check_finite({name: value for name, value in rows.items() if name in parts})
     _check_variance(parts, rows)
     sizes = {name: layer.r[adapter_name] for name, (_, layer) in layers.items()}
     if replicated and any(len(rows[p]) != sizes[name] for p, name in parts.items() if p in rows):
@@ -134,7 +139,10 @@ def write_state_dict(
         config = copy(configs_of(model)[adapter_name])
         writer = _Writer(model, config, adapter_name, undo, eva)
         for name, (path, layer) in layers.items():
-            writer.write(name, path, layer, [rows.get(part) for part in _parts(name, layer)])
+            own = _parts(name, layer)
+            writer.write(name, path, layer, [rows.get(part) for part in own])
+            if left.issuperset(own) and rows.keys().isdisjoint(own):
+                mark_left(layer.lora_A[adapter_name].weight)
         writer.draw_others()
         writer.finish()
 
@@ -195,6 +203,27 @@ def _without_adapter(
     return [name for name in asked if resolve_name(name, known) in known]
 
 
+def _check_keys(state_dict: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the rows of a state dict by the names that the layers have here."""
+    if not isinstance(state_dict, Mapping):
+        raise EvaTypeError(
+            "the EVA state dict must map layer names to tensors, as get_eva_state_dict and "
+            f"EvaResult.state_dict return it; got {type(state_dict)}"
+        )
+    keys: dict[str, str] = {}
+    for key in state_dict:
+        if not isinstance(key, str):
+            raise EvaTypeError(f"the keys of an EVA state dict are names of layers, got {key!r}")
+        name = resolve_name(key, parts)
+        if name in keys:
+            raise EvaValueError(
+                f"layer {name}: the EVA state dict has it twice, as {keys[name]!r} and {key!r}; "
+                "take one of them out"
+            )
+        keys[name] = key
+    return {name: state_dict[key] for name, key in keys.items()}
+
+
 def _check_names(
     layers: Mapping[str, Any], rows: Mapping[str, Any], strict: bool, default: set[str]
 ) -> None:
@@ -217,8 +246,8 @@ def _check_shapes(
 ) -> None:
     ranks: dict[str, int] = {}
     for name, value in rows.items():
-        if not isinstance(value, Tensor) or value.dim() != 2:
-            raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor")
+        if not isinstance(value, Tensor) or value.dim() != 2 or value.is_meta:
+            raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor with values")
         if name not in parts:
             continue
         layer = layers[parts[name]][1]
@@ -240,6 +269,15 @@ def _check_shapes(
                 f"layer {name}: rank {len(value)}, but the experts of {parts[name]} have one rank "
                 f"in common, at least 1 (another one has {common})"
             )
+
+
+def _check_finite(rows: Mapping[str, Tensor]) -> None:
+    flags = _host.read([value.isfinite().all() for value in rows.values()])
+    bad = [name for name, finite in zip(rows, flags, strict=True) if not finite]
+    if bad:
+        raise EvaValueError(
+            f"the EVA state dict holds NaN or infinity in layers {listed(bad)}; compute it anew"
+        )
 
 
 def _check_variance(parts: Mapping[str, str], rows: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,13 @@ from torch import nn
 
 from ._peft_compat import base_of
 
-__all__ = ["Architecture", "FrameLengths", "architecture_of", "configs_of"]
+__all__ = [
+    "Architecture",
+    "FrameLengths",
+    "architecture_of",
+    "configs_of",
+    "is_of_transformers",
+]
 
 FrameLengths = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_adapter
 
@@ -98,7 +104,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     configs = configs_of(model)
     named = [config for config in configs if isinstance(_kind(config), str)]
     base = base_of(model)
-    inner = {name: m for name, m in base.named_modules() if isinstance(_base_prefix(m), str)}
+    inner = {name: m for name, m in base.named_modules() if is_of_transformers(m)}
     return Architecture(
         config=next(iter([*named, *configs]), None),
         kinds=frozenset(kind for config in named for kind in _kinds(config)),
@@ -127,6 +133,11 @@ def _kind(config: Any) -> Any:
 def _kinds(config: Any) -> list[str]:
     kinds = (_kind(config), _kind(getattr(config, "text_config", None)))
     return [kind for kind in kinds if isinstance(kind, str)]
+
+
+def is_of_transformers(module: nn.Module) -> bool:
+    """Tell whether a module is a model of transformers, or a wrapper of one that acts as such."""
+    return isinstance(_base_prefix(module), str)
 
 
 def _base_prefix(module: nn.Module) -> Any:

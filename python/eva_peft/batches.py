@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ._peft_compat import base_of
 from .architecture import Architecture
 from .errors import EvaTypeError, EvaValueError
 
@@ -19,13 +17,10 @@ __all__ = [
     "as_mapping",
     "as_tensors",
     "iterate",
-    "model_arguments",
     "model_device",
     "shape_of",
     "to_device",
-    "without_labels",
     "without_padding",
-    "without_text",
 ]
 
 # What another forward pass costs by itself, in padded tokens: the work that does not depend on
@@ -140,73 +135,6 @@ def as_mapping(batch: Any) -> Any:
     return batch
 
 
-_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-
-def by_name(batch: Any, model: nn.Module) -> Any:
-    """Return positional arguments of a model as a mapping, where that names a mask or labels.
-
-    Those that the model does not take, as the targets of (input, target), are left out.
-    """
-    if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
-        return batch
-    base = base_of(model)
-    try:
-        signature = inspect.signature(base.forward)
-    except ValueError:
-        return batch
-    kinds = [parameter.kind for parameter in signature.parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL not in kinds:
-        most = sum(kind in _POSITIONAL for kind in kinds)
-        if 0 < most < len(batch) and all(_is_target(part, batch[0]) for part in batch[most:]):
-            batch = tuple(batch[:most])
-    try:
-        bound = signature.bind(*batch)
-    except TypeError:
-        return batch
-    names = bound.arguments
-    return dict(names) if names.keys() & {"attention_mask", "labels"} else batch
-
-
-def _is_target(part: Any, first: Any) -> bool:
-    """Tell whether a tensor goes with the samples of another, and is not just another sample."""
-    return (
-        isinstance(part, Tensor)
-        and isinstance(first, Tensor)
-        and part.shape[:1] == first.shape[:1]
-        and (part.shape, part.dtype) != (first.shape, first.dtype)
-    )
-
-
-def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments of the model for a batch.
-
-    Raises:
-        EvaTypeError: the batch is nothing that a model takes.
-    """
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        samples = [isinstance(part, Mapping) for part in batch]
-        if samples and all(samples):
-            raise EvaTypeError(
-                "a batch is a list of samples; give the loader a collator that makes one mapping "
-                "of them, such as transformers' DataCollatorWithPadding"
-            )
-        if any(samples):
-            raise EvaTypeError(
-                "a batch is a mapping among other things, as (inputs, targets); pass forward_fn to "
-                "tell how the model is run on it, or let the loader yield the mapping alone"
-            )
-        return tuple(batch), {}
-    raise EvaTypeError(
-        f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
-        "forward_fn to run the model on other batches"
-    )
-
-
 def as_tensors(batch: Any) -> Any:
     """Return a mapping whose arrays and lists of numbers are tensors, a single sample as a batch.
 
@@ -261,30 +189,6 @@ def _stacked(values: Sequence[Any]) -> Tensor:
     if all(map(_is_sample, values)):
         return torch.stack([torch.as_tensor(value) for value in values])
     return torch.as_tensor(values, device="cpu")
-
-
-def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Drop columns of text that ``forward`` does not name, as transformers' ``Trainer`` does."""
-    columns = {k for k, v in arguments.items() if _is_text(v)}
-    if not columns:
-        return arguments
-    base = base_of(model)
-    named = inspect.signature(base.forward).parameters
-    return {k: v for k, v in arguments.items() if k not in columns or k in named}
-
-
-def _is_text(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(isinstance(v, str) for v in value)
-    return isinstance(value, str)
-
-
-def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """Drop ``labels``, to spare the loss, unless the model needs them or makes inputs of them."""
-    from_labels = architecture.makes_decoder_ids and "decoder_input_ids" not in arguments
-    if from_labels or architecture.needs_labels:
-        return arguments
-    return {k: v for k, v in arguments.items() if k != "labels"}
 
 
 def without_padding(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -25,19 +26,21 @@ from eva_kernels.streaming import (
     leading_similar,
 )
 
-from . import batches
+from . import arguments, batches
 from ._peft_compat import LoraConfig, eva_of
 from .architecture import architecture_of
 from .batch_mask import mask_of_batch
+from .called_with import CalledWith
 from .checkpoint import CheckpointKeeper
 from .checks import FSDP, check_loaded, class_names, is_sharded
 from .collect import collect_result
 from .data_parallel import Processes, processes_of
 from .hooks import InputCollector, StopForward
+from .interrupts import completed
 from .memory import PeakMemory
 from .options import AUTO, CalibrateOptions
 from .out_of_memory import explained, is_out_of_memory
-from .planning import components_of, plan_targets
+from .planning import components_of, estimate_targets, plan_targets
 from .ranks import Budget, allocate
 from .result import EvaResult
 from .selectors import selectors_of
@@ -48,6 +51,8 @@ from .verdict import check_answer
 from .world import claimed, quiet_model, random_state_kept
 
 __all__ = ["CalibrationPass", "run_pass"]
+
+_LOGGER = logging.getLogger("eva_kernels")
 
 
 def run_pass(
@@ -145,6 +150,8 @@ class CalibrationPass:
             disable=not (self.options.progress and leads),
             file=sys.stderr,
         )
+        if leads:
+            self._log_begin()
         try:
             with self.collector, memory:
                 if together is not None:
@@ -154,10 +161,26 @@ class CalibrationPass:
                         done = self._loop(loader, begin, bar)
                     self.fold_rest(begin, bar)
         finally:
+            completed(self.collector.remove)  # again: Ctrl-C may come right as the block is left
             bar.close()
         if together is not None:
             return together.result(lambda: self._result(done, begin, memory))
         return self._result(done, begin, memory)
+
+    def _log_begin(self) -> None:
+        if not _LOGGER.isEnabledFor(logging.INFO):
+            return
+        plan = estimate_targets(self.model, self.targets, self.eva.rho, self.options, (1, 1))
+        methods = list(plan.method.values())
+        _LOGGER.info(
+            "calibration pass begins on %s: %d layers (%d exact, %d sketched), at most %d bytes of "
+            "state",
+            self.device,
+            len(self.targets),
+            methods.count("gram"),
+            methods.count("sketch"),
+            plan.state_bytes,
+        )
 
     def fold_rest(self, begin: float, bar: Any) -> None:
         """Fold what is pending at the end of the pass, however little."""
@@ -169,6 +192,16 @@ class CalibrationPass:
         self.collector.drop_empty()
         self.seconds["total"] = time.perf_counter() - begin
         self.seconds["forward"] -= self.seconds["accumulate"]
+        _LOGGER.info(
+            "calibration pass ends: %d steps, %d forward passes, %d tokens, %.2f s, %d of %d "
+            "layers converged",
+            self.steps,
+            self.forwards,
+            self.tokens,
+            self.seconds["total"],
+            sum(slot.stream.converged for slot in self.collector.slot_of.values()),
+            len(self.targets),
+        )
         uncalled = [t.name for i, t in enumerate(self.targets) if i not in self.collector.slot_of]
         check_answer(self, done, uncalled)
         return collect_result(self, memory.peak_bytes)
@@ -210,7 +243,7 @@ class CalibrationPass:
         before = self.collector.seconds
         parts = [batch]
         if self._default_forward:
-            batch = batches.by_name(batches.as_mapping(batch), self.model)
+            batch = arguments.by_name(batches.as_mapping(batch), self.model)
             batch = batches.as_tensors(batch)
             if self.options.trim_padding and self._plain_masks:
                 parts = batches.without_padding(batch, self.device, self.architecture)
@@ -272,14 +305,28 @@ class CalibrationPass:
         try:
             with self.collector.routed if self.collector.routed.needed else nullcontext():
                 if self.options.forward_fn is not None:
-                    self.options.forward_fn(self.model, batch)
+                    with self._called_with(batch, mask):
+                        self.options.forward_fn(self.model, batch)
                 else:
-                    args, kwargs = batches.model_arguments(batch)
-                    kwargs = batches.without_text(kwargs, self.model)
-                    self.model(*args, **batches.without_labels(kwargs, self.architecture))
+                    args, kwargs = arguments.model_arguments(batch, self.model)
+                    kwargs = arguments.without_text(kwargs, self.model)
+                    kwargs = arguments.without_labels(kwargs, self.architecture)
+                    arguments.check_arguments(args, kwargs, self.model)
+                    self.model(*args, **kwargs)
         except StopForward:
             return False
         return not self.collector.stopped  # the model may have caught it
+
+    def _called_with(self, batch: Any, mask: TokenMask) -> AbstractContextManager[object]:
+        if not self._plain_masks:
+            return nullcontext()
+
+        def make_mask(named: Mapping[str, Any]) -> TokenMask:
+            made = self._mask_of(named)
+            self._draw([made])
+            return made
+
+        return CalledWith(self.model, batch, mask, make_mask, self.collector.use_mask)
 
     @functools.cached_property
     def _may_stop_early(self) -> bool:
@@ -367,7 +414,11 @@ class CalibrationPass:
         return self.converged()
 
     def record(self, begin: float, bar: Any) -> dict[str, Any]:
-        """Keep the numbers of a step in the history, and show them."""
+        """Keep the numbers of a step in the history, and show them.
+
+        Returns:
+            What the user's callback gets.
+        """
         streams = {i: slot.stream for i, slot in self.collector.slot_of.items()}
         similarity = [
             streams[i].similarity if i in streams else None for i in range(len(self.targets))
@@ -384,20 +435,41 @@ class CalibrationPass:
         for key, value in numbers.items():
             self.history[key].append(value)
         bar.n = converged
-        slowest = min(
+        least = min(
             ((v, i) for i, v in enumerate(similarity) if v is not None and not math.isnan(v)),
             default=None,
         )
-        if slowest is not None:
-            name = self.targets[slowest[1]].name
-            bar.set_postfix_str(f"step {self.steps}, slowest {name} at {slowest[0]:.3f}")
+        slowest = None if least is None else self.names[least[1]]
+        progress = f"step {self.steps}"
+        if least is not None:
+            progress += f", slowest {slowest} at {least[0]:.3f}"
+            bar.set_postfix_str(progress)
         bar.refresh()
-        return {**numbers, "layers": len(self.targets)}
+        _LOGGER.debug(
+            "%s: %d forward passes, %d tokens, %.2f s, %d of %d layers converged",
+            progress,
+            self.forwards,
+            self.tokens,
+            numbers["seconds"],
+            converged,
+            len(self.targets),
+        )
+        return {
+            **numbers,
+            "layers": len(self.targets),
+            "names": self.names,
+            "slowest": slowest,
+        }
 
     def call_back(self, numbers: dict[str, Any] | None) -> None:
         """Hand the numbers of a step to the user's function."""
         if numbers is not None and self.options.callback is not None:
             self.options.callback(numbers)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Return the names of the layers, in the order of the similarities of a step."""
+        return [target.name for target in self.targets]
 
     @functools.cached_property
     def limits(self) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import EvaValueError
 from .files import make_file, replacing
 
-__all__ = ["FORMAT", "REMEDY", "check_path", "read_checkpoint", "write_checkpoint"]
+__all__ = ["FORMAT", "REMEDY", "check_path", "checksum", "read_checkpoint", "write_checkpoint"]
 
 FORMAT = "eva_kernels.checkpoint/1"
 REMEDY = "delete the file to begin anew, or pass another path as checkpoint"
@@ -30,7 +30,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
     """
     text = json.dumps(state)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "state": text, "checksum": _checksum(text, ready)}
+    metadata = {"format": FORMAT, "state": text, "checksum": checksum(text, ready)}
     with replacing(path, _partial(path)) as temporary:
         save_file(ready, temporary, metadata=metadata)
 
@@ -58,7 +58,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"the checkpoint {path} holds {kind}, expected {FORMAT}: {what}; {REMEDY}"
         )
     text = metadata.get("state", "")
-    if metadata.get("checksum") != _checksum(text, tensors):
+    if metadata.get("checksum") != checksum(text, tensors):
         raise EvaValueError(
             f"the checkpoint {path} is damaged: its contents do not match its checksum; {REMEDY}"
         )
@@ -66,7 +66,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return state, tensors
 
 
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of a text, and of the names, types, shapes and bytes of tensors on the CPU."""
     total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from eva_kernels.streaming import InputStream, NonFiniteStepError
 
 from .errors import EvaTypeError, EvaValueError, NonFiniteError, warn
+from .interrupts import completed
 from .layers import Patches
-from .routing import RoutedInputs, eager_experts
+from .routing import EagerExperts, RoutedInputs
 from .shared_inputs import Seen, Slot
 from .targets import Target
 from .token_mask import TokenMask
@@ -70,24 +71,24 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._stop_early = self.stopped = False
         self._shape = self._largest = (0, 0)  # of this batch; of those that were run to the end
         self._only: set[int] | None = None
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[tuple[nn.Module, Callable[..., None]]] = []
         weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
         # weakly, as a cycle would keep all streams on the device until Python looks for cycles
         multiplied = functools.partial(InputCollector._multiplied, weakref.proxy(self))
         self.routed = RoutedInputs(weights, multiplied)
         self._routing: bool | None = None  # whether inputs are picked tokens; None: to be seen
-        self._eager = eager_experts([t.module for t in targets if t.weight is not None])
+        self._eager = EagerExperts([t.module for t in targets if t.weight is not None])
 
     def __enter__(self) -> InputCollector:
-        self._eager.__enter__()
         try:
+            self._eager.__enter__()
             for i, target in enumerate(self.targets):
                 if target.weight is not None:
                     continue
                 hook = self._hook_for(i)
-                self._handles.append(
-                    target.module.register_forward_pre_hook(hook, with_kwargs=True)
-                )
+                # before it is there: an interrupt may come before its handle is
+                self._hooks.append((target.module, hook))
+                target.module.register_forward_pre_hook(hook, with_kwargs=True)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -99,9 +100,16 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        completed(self.remove)
+
+    def remove(self) -> None:
+        """Take all hooks off; may be interrupted, and run again."""
+        for module, hook in self._hooks:
+            hooks = module._forward_pre_hooks
+            for key in [key for key, other in hooks.items() if other is hook]:
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                hooks.pop(key, None)
+        self._hooks.clear()
         self._eager.__exit__(None, None, None)
 
     def _hook_for(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -154,6 +162,10 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for slot in self.slots:
             slot.begin_forward()
 
+    def use_mask(self, mask: TokenMask) -> None:
+        """Let other tokens count from here on in a forward pass."""
+        self._mask = mask
+
     def end_forward(self, complete: bool = True) -> set[int]:
         """Settle what is open after a forward pass.
 
@@ -178,8 +190,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 self.most_calls[i] = max(count, self.most_calls.get(i, 0))
             samples, tokens = self._largest
             self._largest = max(samples, self._shape[0]), max(tokens, self._shape[1])
-            if self.routed.following:
-                self._routing = bool(self._routing)
+        if (complete or self.stopped) and self._only is None and self.routed.following:
+            self._routing = bool(self._routing)  # every layer that is needed was called
         self._only = None
         self.alone |= again
         self._forget_fresh()

@@ -76,7 +76,8 @@ class CalibrateOptions:
         freeze_converged: stop accumulating layers that have converged.
         memory_budget: bytes that the streaming state may take, or ``"auto"``.
         budget: ``"rank"`` (the sum of ranks stays) or ``"params"`` (the number of parameters).
-        min_rank: every layer keeps at least this rank.
+        min_rank: every layer keeps at least this rank, as far as its inputs have that many
+            directions: one whose inputs never vary gets no adapter all the same.
         backend: of what streams tokens: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU
             where it can. What follows uses native code wherever it is built.
         precision: ``"high"`` multiplies 16 bits of each factor on a GPU, ``"fast"`` 8.
@@ -106,7 +107,9 @@ class CalibrateOptions:
         progress: show a tqdm bar (rank 0 only).
         callback: called after every step with a dict (rank 0 only): ``step``, ``forwards``,
             ``tokens`` and ``seconds`` so far; ``converged`` of ``layers``; ``similarity``, the
-            smallest |cos| of each layer, ``None`` before its second step.
+            smallest |cos| of each layer, ``None`` before its second step; ``names``, those of the
+            layers in that order (the same list at every step); ``slowest``, the name of the layer
+            with the least similarity, ``None`` before there is one.
     """
 
     forward_fn: Callable[..., Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import peft
@@ -196,31 +196,48 @@ def get_peft_model(*args: Any, **kwargs: Any) -> Any:
 
 _get_peft_model = get_peft_model.__wrapped__
 
+_PATCHED = (peft, peft.tuners.lora, peft.tuners.lora.eva, peft.mapping_func)
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    fn.__name__: fn for fn in (get_eva_state_dict, initialize_lora_eva_weights, get_peft_model)
+}
+# What PEFT had before the first of the patches that are active, and those.
+_originals: list[tuple[ModuleType, str, Any]] = []
+_active: list[patch_peft] = []
+
 
 class patch_peft:
     """Make PEFT's two EVA functions ours: for the process, or for a ``with`` block.
 
     Models that ``peft.get_peft_model`` makes meanwhile are watched (:func:`eva_kernels.watch`).
 
+    Blocks may overlap, and one object may be entered again: PEFT's own functions are back when the
+    last patch has ended.
+
     Code that has already imported the functions by name keeps PEFT's. LoRA of dilated convolutions,
     which PEFT cannot run, works from then on in the whole process.
     """
 
-    _modules = (peft, peft.tuners.lora, peft.tuners.lora.eva, peft.mapping_func)
-    _functions = (get_eva_state_dict, initialize_lora_eva_weights, get_peft_model)
-
     def __init__(self) -> None:
+        self._entered = 0
+        self._begin()
+
+    def _begin(self) -> None:
         keep_dilation()
-        self._before = [
-            (module, fn.__name__, getattr(module, fn.__name__))
-            for module in self._modules
-            for fn in self._functions
-            if hasattr(module, fn.__name__)
-        ]
-        for module, name, _ in self._before:
-            setattr(module, name, {fn.__name__: fn for fn in self._functions}[name])
+        if not _active:
+            _originals[:] = [
+                (module, name, getattr(module, name))
+                for module in _PATCHED
+                for name in _FUNCTIONS
+                if hasattr(module, name)
+            ]
+        if self not in _active:
+            _active.append(self)
+        for module, name, _ in _originals:
+            setattr(module, name, _FUNCTIONS[name])
 
     def __enter__(self) -> patch_peft:
+        self._entered += 1
+        self._begin()
         return self
 
     def __exit__(
@@ -229,5 +246,10 @@ class patch_peft:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for module, name, function in self._before:
-            setattr(module, name, function)
+        self._entered = max(self._entered - 1, 0)
+        if self._entered or self not in _active:
+            return
+        _active.remove(self)
+        if not _active:
+            for module, name, function in _originals:
+                setattr(module, name, function)

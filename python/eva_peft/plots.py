@@ -89,7 +89,7 @@ def plot_result(result: EvaResult) -> Figure:
 
 
 def save_result_plot(result: EvaResult, path: str | os.PathLike[str]) -> None:
-    """Write `plot_result` to a file whose suffix says the format.
+    """Write `plot_result` to a file whose suffix says the format; its folder is made.
 
     Args:
         result: a finished calibration.
@@ -106,6 +106,7 @@ def save_result_plot(result: EvaResult, path: str | os.PathLike[str]) -> None:
             f"{', '.join(SUFFIXES)}"
         )
     figure = plot_result(result)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as temporary:
         figure.savefig(temporary, format=suffix[1:], dpi=_DPI)
 

@@ -53,7 +53,8 @@ class Budget:
     Args:
         targets: the layers that take part.
         budget: ``"rank"``: the sum of ranks stays; ``"params"``: the number of parameters.
-        min_rank: every layer keeps at least this rank.
+        min_rank: every layer keeps at least this rank, as far as its inputs have that many
+            directions (none, where they never vary).
     """
 
     def __init__(self, targets: Sequence[Target], budget: str, min_rank: int) -> None:

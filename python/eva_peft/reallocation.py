@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import copy
 from numbers import Real
 from typing import Any
@@ -10,14 +11,27 @@ from torch import nn
 
 from ._peft_compat import LoraConfig, anchored_pattern, eva_of, pattern_value
 from .checks import checked_number
-from .errors import EvaValueError
+from .errors import EvaTypeError, EvaValueError
 from .options import CalibrateOptions
 from .planning import components_of
 from .ranks import Budget, scaled_alpha
 from .result import EvaResult
 from .targets import Target
 
-__all__ = ["reallocate"]
+__all__ = ["check_allocation", "reallocate"]
+
+ALLOCATION = ("r", "rho", "budget", "min_rank")
+
+
+def check_allocation(names: Iterable[str]) -> None:
+    """Refuse what is no option of :func:`reallocate`.
+
+    Raises:
+        EvaTypeError: it names the options that there are.
+    """
+    for name in names:
+        if name not in ALLOCATION:
+            raise EvaTypeError(f"unknown option {name!r}; the options are {', '.join(ALLOCATION)}")
 
 
 def reallocate(

@@ -170,10 +170,11 @@ def write_html(result: EvaResult, path: str | os.PathLike[str]) -> None:
 
     Args:
         result: a finished calibration.
-        path: where to; an existing file is replaced.
+        path: where to; its folder is made, and an existing file is replaced.
     """
     title = f"EVA initialisation of {result.metadata.get('model') or 'a model'}"
     page = render_html(title, result_sections(result))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 

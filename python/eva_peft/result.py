@@ -152,12 +152,14 @@ class EvaResult:
             ``eva_result``.
 
         Raises:
-            EvaError: layers differ, the adapter has been trained, or PEFT refuses the config;
-                nothing is changed then.
+            EvaError: layers differ, the adapter has been trained, an option does not exist, or
+                PEFT refuses the config; nothing is changed then.
         """
         from .adapters import write_result
+        from .reallocation import check_allocation
         from .training import check_not_trained
 
+        check_allocation(allocation)
         if not overwrite_trained:
             check_not_trained(model, adapter_name)
         result = self.reallocated(**allocation) if allocation else self

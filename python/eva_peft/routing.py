@@ -7,8 +7,8 @@ parameter and multiply with slices of it. Both are seen here at the level of tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["ExpertWeight", "RoutedInputs", "eager_experts", "expert_names", "expert_weights"]
+__all__ = ["EagerExperts", "ExpertWeight", "RoutedInputs", "expert_names", "expert_weights"]
 
 _INDEXING = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
 _SPLITTING = (Tensor.split, torch.split, Tensor.chunk, torch.chunk, torch.tensor_split)
@@ -236,16 +236,27 @@ def _keeps_rows(args: Sequence[Any], result: Tensor) -> bool:
     return sliced and result.shape[:-1] == x.shape[:-1]
 
 
-@contextmanager
-def eager_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let transformers multiply with experts one by one, where it can do all of them at once."""
-    name = "_experts_implementation_internal"
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, name)}
-    before = {key: getattr(config, name) for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            setattr(config, name, "eager")
-        yield
-    finally:
-        for key, config in configs.items():
-            setattr(config, name, before[key])
+class EagerExperts(AbstractContextManager[None]):
+    """Let transformers multiply with experts one by one, where it can do all of them at once.
+
+    Args:
+        modules: with experts; left as they are now, however often the context is left.
+    """
+
+    _name = "_experts_implementation_internal"
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        configs = {id(c): c for c in (getattr(m, "config", None) for m in modules)}
+        self._before = [
+            (config, getattr(config, self._name))
+            for config in configs.values()
+            if hasattr(config, self._name)
+        ]
+
+    def __enter__(self) -> None:
+        for config, _ in self._before:
+            setattr(config, self._name, "eager")
+
+    def __exit__(self, *exception: object) -> None:
+        for config, value in self._before:
+            setattr(config, self._name, value)

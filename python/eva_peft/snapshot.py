@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
+
+from .interrupts import temporarily, undone_on_failure
 
 __all__ = ["ModelSnapshot", "restored", "restored_on_failure"]
 
@@ -45,7 +46,7 @@ class ModelSnapshot:
         self._containers.append((container, container.copy()))
 
     def restore(self) -> None:
-        """Put everything back, in its order."""
+        """Put everything back, in its order; may be interrupted, and run again."""
         for container, before in self._containers:
             if isinstance(container, list):
                 container[:] = before
@@ -57,22 +58,11 @@ class ModelSnapshot:
                 tensor.requires_grad_(flag)
 
 
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Put the model back when the block is left, however that happens."""
-    snapshot = ModelSnapshot(model)
-    try:
-        yield
-    finally:
-        snapshot.restore()
+def restored(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context that puts the model back when it is left, however that happens."""
+    return temporarily(ModelSnapshot(model).restore)
 
 
-@contextmanager
-def restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Put the model back if the block is left by an exception, Ctrl-C included."""
-    snapshot = ModelSnapshot(model)
-    try:
-        yield
-    except BaseException:
-        snapshot.restore()
-        raise
+def restored_on_failure(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context that puts the model back if an exception leaves it, Ctrl-C included."""
+    return undone_on_failure(ModelSnapshot(model).restore)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .checkpoint_file import checksum
 from .errors import EvaValueError
 from .files import replacing
 from .result import EvaResult
@@ -40,10 +42,11 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
         for name, value in getattr(result, kind).items():
             identity = (value.data_ptr(), tuple(value.shape))
             key = seen.setdefault(identity, f"{kind}.{name}")
-            tensors.setdefault(key, value.contiguous().clone())
+            tensors.setdefault(key, value.detach().cpu().contiguous().clone())
             index[kind][name] = key
     rest = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in _TENSORS}
-    metadata = {"format": FORMAT, "index": json.dumps(index), "result": json.dumps(rest)}
+    text = {"index": json.dumps(index), "result": json.dumps(rest)}
+    metadata = {"format": FORMAT, **text, "checksum": checksum(_joined(text), tensors)}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
@@ -71,6 +74,12 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
             f"{path} holds {metadata.get('format') or 'no format mark'}, expected {FORMAT}; it was "
             "not written by EvaResult.save of this version"
         )
+    told = metadata.get("checksum")  # files of earlier versions have none
+    if told is not None and told != checksum(_joined(metadata), tensors):
+        raise EvaValueError(
+            f"{path} is damaged: its contents do not match its checksum; copy the file anew, or "
+            "calibrate and save again"
+        )
     try:
         index: dict[str, dict[str, str]] = json.loads(metadata["index"])
         rest: dict[str, Any] = json.loads(metadata["result"])
@@ -81,6 +90,10 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
     except (KeyError, TypeError, ValueError) as error:
         raise EvaValueError(f"{path} is damaged: {error!r}") from error
     return result
+
+
+def _joined(metadata: Mapping[str, str]) -> str:
+    return "\n".join(metadata.get(key, "") for key in ("index", "result"))
 
 
 def summary_text(result: EvaResult) -> str:

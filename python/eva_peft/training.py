@@ -17,6 +17,7 @@ from ._peft_compat import (
     is_lora,
     kind_of,
     magnitude,
+    tied_modules,
     untrained_magnitude,
 )
 from .errors import EvaTypeError, EvaValueError, EvaWarning, NotInitializedError, listed, warn
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _MARK = "_eva_initialized"
+_LEFT = "_eva_left"
 # Rows of a random lora_A have a norm of about 0.58, and in 28,672 dimensions still cosines of 0.01.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _LOW_PRECISION = 1e-2
@@ -39,12 +41,17 @@ _MAGNITUDE_TOLERANCE = 5e-3
 
 
 class NotInitializedWarning(EvaWarning):
-    """Training starts on an adapter that was made for EVA and never initialised."""
+    """Training starts on an adapter that was made for EVA and not initialised, or only in part."""
 
 
 def mark_initialized(weight: Tensor) -> None:
     """Remember that EVA wrote a ``lora_A``; not part of any state dict."""
     setattr(weight, _MARK, True)
+
+
+def mark_left(weight: Tensor) -> None:
+    """Remember that EVA leaves a ``lora_A`` at its default on purpose."""
+    setattr(weight, _LEFT, True)
 
 
 def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
@@ -66,11 +73,37 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
     layers = _layers(model, adapter_name)
     if any(layer.lora_A[adapter_name].weight.is_meta for layer in layers.values()):
         return False
-    config = unwrap(model).peft_config[adapter_name]  # type: ignore[index]
-    whitened = bool(getattr(getattr(config, "eva_config", None), "whiten", False))
+    whitened = _whitened(configs_of(unwrap(model))[adapter_name])
     return bool(_trained(layers, adapter_name)) or any(
         _has_eva_rows(layer, adapter_name, whitened) for layer in layers.values()
     )
+
+
+def _whitened(config: Any) -> bool:
+    return bool(getattr(getattr(config, "eva_config", None), "whiten", False))
+
+
+def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return the layers without EVA's rows of an adapter that EVA has written in this process.
+
+    Of one that was loaded nobody can tell which layers were left at the default on purpose. No
+    layer that has been trained is told.
+    """
+    layers, config = _layers(model, adapter_name), configs_of(model)[adapter_name]
+    weights = {name: layer.lora_A[adapter_name].weight for name, layer in layers.items()}
+    if not any(getattr(weight, _MARK, False) for weight in weights.values()):
+        return []
+    known = {base_name(path) for path in tied_modules(model, config)}
+    known |= {n for n, w in weights.items() if getattr(w, _MARK, False) or getattr(w, _LEFT, False)}
+    # a weight that is elsewhere (on meta, or partitioned) tells nothing
+    known |= {name for name, weight in weights.items() if weight.is_meta or not weight.numel()}
+    others = {name: layer for name, layer in layers.items() if name not in known}
+    known.update(_trained(others, adapter_name))
+    return [
+        name
+        for name, layer in others.items()
+        if name not in known and not _has_eva_rows(layer, adapter_name, _whitened(config))
+    ]
 
 
 def check_not_trained(model: nn.Module, adapter_name: str) -> None:
@@ -181,17 +214,37 @@ def _complain(model: nn.Module, action: str) -> None:
     for part, name in every:
         config = configs_of(part)[name]
         asked = getattr(config, "init_lora_weights", None) == "eva"
-        if not asked or config.inference_mode or is_initialized(part, name):
+        if not asked or config.inference_mode:
+            continue
+        if is_initialized(part, name):
+            _complain_of_some(part, name)
             continue
         message = (
             f'adapter {name!r} was made with init_lora_weights="eva", but never initialised: it '
-            "trains as plain LoRA. Call eva_kernels.initialize(model, loader) before training "
-            f"{'' if name == 'default' else f'(adapter_name={name!r}) '}and before the optimizer "
-            "is made"
+            f"trains as plain LoRA. {_remedy(name)}"
         )
         if action == "raise":
             raise NotInitializedError(message)
         warn(message, NotInitializedWarning)
+
+
+def _complain_of_some(model: nn.Module, adapter_name: str) -> None:
+    layers = _passed_by(model, adapter_name)
+    if layers:
+        warn(
+            f'adapter {adapter_name!r} was made with init_lora_weights="eva", but EVA initialised '
+            f"only a part of it: {len(layers)} layers train as plain LoRA ({listed(layers)}). "
+            f"{_remedy(adapter_name)}",
+            NotInitializedWarning,
+        )
+
+
+def _remedy(adapter_name: str) -> str:
+    which = "" if adapter_name == "default" else f"(adapter_name={adapter_name!r}) "
+    return (
+        f"Call eva_kernels.initialize(model, loader) before training {which}and before the "
+        "optimizer is made"
+    )
 
 
 def _check_action(action: str) -> None:
@@ -203,7 +256,8 @@ class EvaCallback(TrainerCallback):
     """Tell, when a ``Trainer`` starts, that an adapter made for EVA was never initialised.
 
     Args:
-        action: ``"warn"``, or ``"raise"`` to stop before the first step.
+        action: ``"warn"``, or ``"raise"`` to stop before the first step. Where EVA has initialised
+            some layers in this process and passed others by, it warns in either case.
     """
 
     def __init__(self, action: Literal["warn", "raise"] = "warn") -> None:
@@ -219,7 +273,10 @@ class EvaCallback(TrainerCallback):
 
 
 class _Watch:
-    """A forward pre-hook that looks once, at the first forward pass that a gradient may follow."""
+    """A forward pre-hook that looks at the first forward pass that a gradient may follow.
+
+    It goes on looking where it has raised, so that nobody trains past the error.
+    """
 
     def __init__(self, action: str) -> None:
         self.action = action
@@ -228,19 +285,26 @@ class _Watch:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if not model.training or not torch.is_grad_enabled():
             return
+        if self.action == "warn":  # once, also where a warning is made an error
+            self._remove()
+        _complain(model, self.action)
+        self._remove()
+
+    def _remove(self) -> None:
         if self.handle is not None:
             self.handle.remove()
-        _complain(model, self.action)
 
 
 def watch(model: nn.Module, action: Literal["warn", "raise"] = "warn") -> nn.Module:
     """Tell at the first training step if an adapter made for EVA was never initialised.
 
-    For training loops without a ``Trainer``. A forward pre-hook, which takes itself off.
+    For training loops without a ``Trainer``. A forward pre-hook, which takes itself off when it has
+    warned, or seen that there is nothing to raise.
 
     Args:
         model: a PeftModel, or any other, about which there is nothing to tell.
-        action: ``"warn"``, or ``"raise"``.
+        action: ``"warn"``, or ``"raise"`` at every step until it is initialised. Of layers that EVA
+            has passed by it only warns.
 
     Returns:
         The model.

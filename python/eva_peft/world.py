@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import numpy as np
@@ -16,62 +16,96 @@ from torch import nn
 from ._peft_compat import SWITCHABLE, base_of
 from .architecture import configs_of
 from .errors import EvaRuntimeError
+from .interrupts import temporarily
 
 __all__ = ["claimed", "quiet_model", "random_state_kept"]
 
-
 class _Process:
-    """Switches of the whole process, which are off while any pass runs; passes may overlap."""
+    """Switches of the whole process, which are off while any pass runs; passes may overlap.
+
+    An interrupt may come anywhere, so every step on the way out may be run twice, or where the way
+    in was not gone to its end.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._passes = 0
-        self._undo = ExitStack()
-        self._claimed: set[int] = set()  # ids of modules that are alive, as long as they are in it
+        self._lock = threading.RLock()
+        self._passes: set[object] = set()  # those that run
+        self._undo: list[Callable[..., object]] = []  # as __exit__; they switch on, last first
+        # ids of the modules of each pass, in the order of their begin; they are alive that long
+        self._claims: dict[object, frozenset[int]] = {}
 
-    @contextmanager
-    def claimed(self, model: nn.Module) -> Iterator[None]:
+    def claimed(self, model: nn.Module) -> AbstractContextManager[None]:
         """Keep other passes off a model; the hooks of each would hear the other's batches."""
-        modules = {id(module) for module in model.modules() if not _is_activation(module)}
-        with self._lock:
-            if modules & self._claimed:
+        modules = frozenset(id(m) for m in model.modules() if not _is_activation(m))
+        claim = object()
+        return temporarily(
+            undo=lambda: self._claims.pop(claim, None),
+            change=lambda: self._claim(claim, modules),
+        )
+
+    def _claim(self, claim: object, modules: frozenset[int]) -> None:
+        # No lock, which an interrupt could leave locked: of two passes that begin at once, the one
+        # that came second finds the claim of the first.
+        self._claims[claim] = modules
+        for other, taken in self._claims.copy().items():
+            if other is claim:
+                return
+            if modules & taken:
                 raise EvaRuntimeError(
                     "another calibration pass is running on this model, or on a part of it, in a "
                     "thread or around this call; run one after the other"
                 )
-            self._claimed |= modules
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._claimed -= modules
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Switch them off for a pass, and on again after the last that runs."""
-        with self._lock:
-            if not self._passes:
-                with ExitStack() as undo:
-                    self._switch_off(undo)
-                    self._undo = undo.pop_all()
-            self._passes += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._passes -= 1
-                if not self._passes:
-                    self._undo.close()
+    def quieten(self, this: object) -> None:
+        """Switch them off, for a pass that begins."""
+        self._alone(lambda: self._begin(this))
 
-    def _switch_off(self, undo: ExitStack) -> None:
+    def restore(self, this: object) -> None:
+        """Switch them on again, if no other pass runs; may be run again, or without a begin."""
+        self._alone(lambda: self._end(this))
+
+    def _alone(self, step: Callable[[], object]) -> None:
+        """Run a step while no other thread runs one."""
+        try:
+            try:
+                self._lock.acquire()
+                step()
+            finally:
+                self._release()
+        finally:
+            self._release()  # an interrupt may have come right before the line above
+
+    def _release(self) -> None:
+        # As often as it was acquired: an interrupt may come before or behind that.
+        with suppress(RuntimeError):  # this thread does not hold it, or no longer
+            while True:
+                self._lock.release()
+
+    def _begin(self, this: object) -> None:
+        if not self._passes:
+            self._switch_on()  # if that failed the last time
+            self._switch_off()
+        self._passes.add(this)
+
+    def _end(self, this: object) -> None:
+        self._passes.discard(this)
+        if not self._passes:
+            self._switch_on()
+
+    def _switch_on(self) -> None:
+        while self._undo:
+            self._undo[-1](None, None, None)
+            self._undo.pop()
+
+    def _switch_off(self) -> None:
         # Compiled code does not call hooks that were added after it was compiled. Nothing is
         # compiled where the compiler was never loaded, which takes a second.
         if "torch._dynamo" in sys.modules:
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
+            # one line, as it is in force from when it is made, and knows what was before
+            self._undo.append(torch.compiler.set_stance("force_eager").__exit__)
         # torch's own Transformer layers would hand their parts nested tensors, or not call them.
-        undo.callback(
-            torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
-        )
+        before = torch.backends.mha.get_fastpath_enabled()
+        self._undo.append(lambda *_: torch.backends.mha.set_fastpath_enabled(before))
         torch.backends.mha.set_fastpath_enabled(False)
 
 
@@ -93,34 +127,51 @@ def claimed(model: nn.Module) -> AbstractContextManager[None]:
     return _PROCESS.claimed(base_of(model))
 
 
-@contextmanager
-def quiet_model(model: nn.Module) -> Iterator[None]:
+def quiet_model(model: nn.Module) -> AbstractContextManager[None]:
     """Run a model in eval mode, with adapters off and without a generation cache.
 
     Every module's own mode, flag and config value is put back on leaving, however that happens.
     """
-    training = [(m, m.training) for m in model.modules()]
-    adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)]
-    caches: list[tuple[Any, Any]] = []
-    try:
-        model.eval()
-        for module in filter(_repacks_in_eval, model.modules()):
+    quiet = _Quiet(model)
+    return temporarily(quiet.end, quiet.begin)
+
+
+class _Quiet:
+    """What is changed of a model, and of the process, while a pass runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._training = [(m, m.training) for m in model.modules()]
+        self._adapters = [
+            (m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)
+        ]
+        self._caches: list[tuple[Any, Any]] = []
+        self._pass = object()
+
+    def begin(self) -> None:
+        self._model.eval()
+        for module in filter(_repacks_in_eval, self._model.modules()):
             module.training = True
-        for layer, _ in adapters:
+        for layer, _ in self._adapters:
             layer._disable_adapters = True
-        for config in configs_of(model):
+        for config in configs_of(self._model):
             with suppress(AttributeError, TypeError):  # it has none, or is frozen
-                before, config.use_cache = config.use_cache, False
-                caches.append((config, before))
-        with _PROCESS.quiet():
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-        for layer, flag in adapters:
-            layer._disable_adapters = flag
-        for config, value in caches:
-            config.use_cache = value
+                self._caches.append((config, config.use_cache))
+                config.use_cache = False
+        _PROCESS.quieten(self._pass)
+
+    def end(self) -> None:
+        """Put all of it back; may be interrupted, and run again."""
+        try:
+            for module, mode in self._training:
+                module.training = mode
+            for layer, flag in self._adapters:
+                layer._disable_adapters = flag
+            for config, value in reversed(self._caches):
+                with suppress(AttributeError, TypeError):  # frozen, and so as it was
+                    config.use_cache = value
+        finally:
+            _PROCESS.restore(self._pass)
 
 
 def _repacks_in_eval(module: nn.Module) -> bool:
@@ -133,19 +184,19 @@ def _repacks_in_eval(module: nn.Module) -> bool:
     return kind.__module__.startswith("bitsandbytes.") and kind.__name__.endswith("4bit")
 
 
-@contextmanager
-def random_state_kept() -> Iterator[None]:
+def random_state_kept() -> AbstractContextManager[None]:
     """Put the global random states back on leaving: torch's of every device, Python's, numpy's."""
     plain, array = random.getstate(), np.random.get_state()
     cpu = torch.get_rng_state()
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     module: Any = torch.get_device_module(kind) if kind is not None else None
     states = module.get_rng_state_all() if hasattr(module, "get_rng_state_all") else None
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         random.setstate(plain)
         np.random.set_state(array)
         torch.set_rng_state(cpu)
         if states is not None:
             module.set_rng_state_all(states)
+
+    return temporarily(put_back)

@@ -18,6 +18,7 @@ from bench.cost import run as running
 from bench.cost.configs import CONFIGS
 from bench.cost.show import HEADERS, in_words, sections, short
 from bench.methods import METHODS
+from extras import needs_of
 
 
 def model() -> LlamaConfig:
@@ -54,28 +55,34 @@ def measure(out: Path, methods: list[str]) -> dict[str, Any]:
 
 
 def test_rows(tmp_path: Path) -> None:
-    record = measure(tmp_path, ["lora", "pissa", "corda-ipm", "lora-ga", "eva-peft", "eva"])
+    record = measure(tmp_path, ["lora", "pissa", "lora-ga", "eva-peft", "eva"])
     rows = record["rows"]
     assert not [row for row in rows if "error" in row]
     sizes: dict[str, list[int]] = {}
     for row in rows:
         sizes.setdefault(row["method"], []).append(row["batch"])
     assert sizes["lora"] == sizes["pissa"] == [16]
-    assert sizes["corda-ipm"] == [1]
     assert sizes["eva"] == sizes["lora-ga"] == [16, 8, 4]
     by_name = {(row["method"], row["batch"]): row for row in rows}
-    assert by_name["lora-ga", 4]["tokens"] == by_name["corda-ipm", 1]["tokens"] == 256
+    assert by_name["lora-ga", 4]["tokens"] == 256
     assert by_name["eva", 16]["forwards"] <= 2
     assert by_name["eva", 4]["forwards"] <= 8
     for row in rows:
-        changed = row["method"] in ("pissa", "corda-ipm", "lora-ga")
+        changed = row["method"] in ("pissa", "lora-ga")
         assert (row["weights_changed"] > 0) == changed
         assert row["ranks"] == 28
         assert row["init_s"]["median"] > 0
         assert row["repeats"] == 2
     assert by_name["eva", 8]["reload_difference"] == by_name["lora", 16]["reload_difference"] == 0
-    assert "eigens" in by_name["corda-ipm", 1]["reload_error"]
     assert by_name["lora-ga", 8]["reload_difference"] > 0
+
+
+def test_a_method_that_takes_one_sample_at_a_time_has_one_row(tmp_path: Path) -> None:
+    needs_of("corda-ipm")
+    [row] = measure(tmp_path, ["corda-ipm"])["rows"]
+    assert (row["batch"], row["tokens"], row["ranks"]) == (1, 256, 28)
+    assert row["weights_changed"] > 0
+    assert "eigens" in row["reload_error"]
 
 
 def test_a_method_that_cannot_run_keeps_its_row(
@@ -175,8 +182,31 @@ def test_depths_are_measured_and_extrapolated(
     assert [row["depth"] for row in whole] == [1, 1]
     assert whole[0]["from"] == [2, 3]
     assert "**extrapolated**" in depth.sections(record)[0].text
+    assert "was measured" not in depth.sections(record)[0].text
     with pytest.raises(ValueError, match="two depths"):
         depth.run("tiny", (2, 2), ["eva"], out=tmp_path, quiet=True)
+
+
+def test_depths_measured_once_are_kept_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        depth, "ask_child", lambda module, question, seconds: measuring.answer(question)
+    )
+    kept: list[list[int]] = []
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        kept.append([row["depth"] for row in rows])
+        if len(kept) == 1:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"out": tmp_path, "quiet": True, "repeats": 1, "keep": keep}
+    with pytest.raises(KeyboardInterrupt):
+        depth.run("tiny", (1, 2), ["lora"], **options)
+    record = json.loads(depth.run("tiny", (1, 2), ["lora"], **options).read_text())
+    assert kept == [[1], [1], [1, 2]]
+    assert [row["repeats"] for row in record["rows"]["measured"]] == [1, 1]
+    assert "Every depth was measured 1x." in depth.sections(record)[0].text
 
 
 def test_a_line_through_two_depths() -> None:

@@ -16,6 +16,7 @@ from bench.files import ROOT
 from bench.meter import Meter
 from bench.methods import METHODS, Job, after_step, lora_layers, rank_of
 from bench.processes import ALLOCATOR
+from extras import needs_of
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # What these take away from the base weights they give to the adapter.
@@ -66,6 +67,7 @@ def job(**fields: object) -> Job:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method(name: str, base: nn.Module) -> None:
+    needs_of(name)
     model, data, method = copy.deepcopy(base), batches(), METHODS[name]
     with torch.no_grad():
         before = model(**data[0]).logits
@@ -97,6 +99,7 @@ def test_method(name: str, base: nn.Module) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains(name: str, base: nn.Module) -> None:
+    needs_of(name)
     model = METHODS[name].start(copy.deepcopy(base), job(), Meter()).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []

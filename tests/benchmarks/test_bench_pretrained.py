@@ -14,6 +14,7 @@ from bench.quality import pretrained, training
 from bench.quality import run as quality
 from bench.quality.descent import DivergedError
 from bench.quality.domain import Domain
+from extras import needs_of
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,24 @@ def test_sources_of_packages_are_read_in_an_order_of_the_seed() -> None:
     assert pretrained.read(("no_such_package",), "*.py", 1, 0) == []
 
 
+def test_samples_held_out_are_of_all_parts_and_not_learnt() -> None:
+    ids = torch.arange(1000)[:, None]
+    train, tested = pretrained.apart({"input_ids": ids, "labels": ids.clone()}, 32)
+    for key in ("input_ids", "labels"):
+        assert torch.equal(torch.cat([train[key], tested[key]]).sort(0).values, ids)
+        assert len(tested[key]) == 32
+        assert tested[key].diff(dim=0).max() <= 33
+    few = {"input_ids": ids[:50]}
+    assert [len(part["input_ids"]) for part in pretrained.apart(few, 32)] == [47, 3]
+
+
+def test_whole_files_are_held_out_where_numbers_mean_something() -> None:
+    assert pretrained.SCALES["cuda"].by_file
+
+
 @pytest.mark.parametrize("method", ["lora", "eva", "lora-ga", "corda-ipm"])
 def test_methods_adapt_it(found: Domain, method: str) -> None:
+    needs_of(method)
     recipe = dataclasses.replace(found.recipe, steps=2, every=1, calibration=2)
     row = training.fine_tune(dataclasses.replace(found, recipe=recipe), method, 1e-3, 0, found.test)
     assert [step for step, _ in row["curve"]] == [0, 1, 2]

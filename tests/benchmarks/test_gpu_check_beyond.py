@@ -1,10 +1,13 @@
 """The stages beyond the check on a GPU: what they make of what was measured."""
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.gpu_check import table
+from bench.cost import depth
+from bench.gpu_check import child, context, table
 from bench.gpu_check.stages import corda, quality, tune
 
 BASE = {"domain": quality.DOMAIN, "base": True, "parameters": 88_000_000, "loss": 3.0, "score": 0.4}
@@ -94,3 +97,37 @@ def test_corda_is_judged_and_told() -> None:
     assert corda.judge([]) != ""
     text = table.render({**EMPTY, "stages": {"corda": passed({"whole": [row, failed]})}})
     assert "32 layers (extrapolated from 1 and 2): 300 s, 4 GiB above the weights" in text
+
+
+def test_corda_tells_what_was_measured_before_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {"init_s": {"median": 12.3}, "init_peak": {"median": 2**31}}
+    row = {"method": "corda-ipm", "depth": 1, "repeats": 1, **figures}
+
+    def run(*_: Any, repeats: int, keep: Any, **more: Any) -> Path:
+        assert repeats == 1
+        keep([row])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(depth, "run", run)
+    monkeypatch.setattr(corda, "missing", str)
+    given = context.Context("corda", tmp_path, dry_run=True, seconds=30.0)
+    with pytest.raises(KeyboardInterrupt):
+        corda.run(given)
+    found = {**passed(given.saved()), "status": "timed out"}
+    text = table.render({**EMPTY, "stages": {"corda": found}})
+    assert "corda-ipm, 1 layer (measured once): 12.3 s, 2 GiB above the weights" in text
+
+
+@pytest.mark.parametrize("module", ["attr", "peft.tuners.lora.corda"])
+def test_corda_that_cannot_be_imported_is_skipped(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "peft.tuners.lora.corda", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    given = context.Context("corda", tmp_path, dry_run=True, seconds=30.0)
+    assert child.run_stage(given) == child.SKIPPED
+    name = "attrs" if module == "attr" else module
+    reason = f"PEFT's CorDA needs the package {name}, which is not installed"
+    assert reason in context.result_path(tmp_path, "corda").read_text()

@@ -13,6 +13,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 import eva_kernels
+from eva_kernels import EvaTypeError, EvaValueError
+from eva_kernels.streaming import _host
 from eva_peft import _peft_compat
 from eva_peft._peft_compat import MOST_KEYS
 from integration.conftest import (
@@ -344,6 +346,61 @@ def test_all_or_nothing(
     assert not hasattr(model, "eva_result")
     done = llama_result.apply(model)
     assert sum(layer.r["default"] for layer in lora_layers(done).values()) == 56
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def with_rows(state: dict[str, Any], value: float) -> dict[str, Any]:
+    rows = state[Q_PROJ].clone()
+    rows[0, 0] = value
+    return {**state, Q_PROJ: rows}
+
+
+BAD_STATES: dict[str, tuple[Any, type[Exception], str]] = {
+    "no mapping": (lambda s: list(s.items()), EvaTypeError, "must map layer names .* got .*list"),
+    "a result": (lambda s: object(), EvaTypeError, "EvaResult.state_dict return it"),
+    "no text": (lambda s: {**s, 3: torch.ones(1, 2)}, EvaTypeError, "names of layers, got 3"),
+    "twice": (
+        lambda s: {**s, f"module.{Q_PROJ}": s[Q_PROJ]},
+        EvaValueError,
+        rf"layer {Q_PROJ}: .* has it twice, as '{Q_PROJ}' and 'module.{Q_PROJ}'; take one",
+    ),
+    "NaN": (
+        lambda s: with_rows(s, math.nan),
+        EvaValueError,
+        f"holds NaN or infinity in layers {Q_PROJ}; compute it anew",
+    ),
+    "infinity": (lambda s: with_rows(s, -math.inf), EvaValueError, "holds NaN or infinity"),
+    "on meta": (lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")}, EvaTypeError, "with values"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_STATES)
+def test_state_dicts_that_cannot_be_written_change_nothing(kind: str, llama_result: Any) -> None:
+    change, error, words = BAD_STATES[kind]
+    model = wrapped(make_llama(), lora())
+    before, config = state_of(model), copy.deepcopy(model.peft_config)
+    state = change(llama_result.state_dict())
+    with pytest.raises(error, match=words):
+        eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=state)
+    assert same_state(before, state_of(model))
+    assert model.peft_config == config
+
+
+def test_all_rows_are_looked_at_in_one_read(
+    llama_result: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    read = _host.read
+
+    def counting(tensors: Any) -> Any:
+        calls.append(len(tensors))
+        return read(tensors)
+
+    monkeypatch.setattr(_host, "read", counting)
+    llama_result.apply(make_llama())
+    assert calls == [14]
 
 
 def test_failure_at_the_very_end(llama_result: Any, monkeypatch: pytest.MonkeyPatch) -> None:

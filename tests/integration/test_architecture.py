@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     ReformerConfig,
     ReformerModel,
+    ResNetConfig,
     SEWConfig,
     SEWModel,
     SpeechT5Config,
@@ -44,8 +45,8 @@ from transformers import (
 
 from eva_kernels import EvaWarning
 from eva_peft.architecture import architecture_of
+from eva_peft.arguments import without_labels
 from eva_peft.batch_mask import mask_of_batch
-from eva_peft.batches import without_labels
 from eva_peft.token_mask import TokenMask
 from integration.conftest import (
     BOTH_SIDES,
@@ -398,7 +399,12 @@ def test_labels_that_make_no_inputs_are_left_out() -> None:
 
         def forward(self, pixel_values: Tensor, labels: Any = None) -> Any: ...
 
-    config = DetrConfig(use_timm_backbone=False, use_pretrained_backbone=False)
+    # without a config of its own the backbone is looked for on the hub
+    config = DetrConfig(
+        backbone_config=ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8),
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+    )
     found = architecture_of(Detector(config))
     assert found.encoder_decoder
     arguments = {"pixel_values": torch.ones(1, 3, 8, 8), "labels": [{}]}

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import BatchEncoding
 
 import eva_kernels
+from eva_kernels import EvaTypeError
 from eva_peft.architecture import architecture_of
 from eva_peft.batches import without_padding
 from integration.conftest import angle, lora, make_llama, make_mlp, run, text_batches, vectors
@@ -258,3 +259,120 @@ def test_padding_that_a_model_sees_stays(kind: str) -> None:
     model.config = other
     [cut] = without_padding(batch, torch.device("cpu"), architecture_of(model))
     assert cut["input_ids"].shape == (2, 3)
+
+
+class WithMask(nn.Module):
+    """Takes a mask after the input, as models of timm do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_mlp()
+        self.seen: list[Tensor | None] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.seen.append(mask)
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.arange(40) % 4,
+        torch.rand(40),
+        torch.rand(40, 1),
+        torch.rand(40, 4) + 0.1,
+        torch.arange(40)[:, None] % 4,
+    ],
+)
+def test_targets_are_no_masks(target: Tensor) -> None:
+    model, config = WithMask(), lora(target_modules=["body.0", "body.2"], tau=1.0)
+    result = run(model, iter([(x, target) for x in vectors()]), config, method="gram")
+    assert model.seen == [None] * 8
+    expected = run(make_mlp(), iter(vectors()), lora(**CONFIG), method="gram")
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[f"body.{name}"])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(40, 20, dtype=torch.long).tril(),
+        torch.ones(40, 20).bool(),
+        torch.zeros(40, 20).masked_fill(torch.eye(40, 20).bool(), -torch.inf),
+    ],
+)
+def test_masks_are_masks(mask: Tensor) -> None:
+    model = WithMask()
+    run(model, iter([(x, mask) for x in vectors()]), lora(target_modules=["body.0"]))
+    assert all(seen is mask for seen in model.seen)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("input_ids", "labels"),
+        ("input_ids", "attention_mask", "labels"),
+        ("input_ids", "attention_mask", "copy"),
+        ("input_ids", "attention_mask", "class"),
+    ],
+)
+def test_labels_in_a_tuple(parts: tuple[str, ...]) -> None:
+    texts = text_batches(4, labels=True)
+    for batch in texts:
+        batch["labels"][:, :5] = -100
+        batch["copy"], batch["class"] = batch["input_ids"].clone(), torch.arange(4) % 2
+    seen: list[Any] = []
+    model, config = make_llama(), lora(tau=1.0, target_modules=["q_proj"])
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append({k for k, v in kwargs.items() if v is not None} | {"args"[len(args) :]})
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    loader = [tuple(batch[key] for key in parts) for batch in texts]
+    result = run(model, iter(loader), config, method="gram", early_exit=False)
+    handle.remove()
+    kept = ["input_ids", *[p for p in parts if p in ("attention_mask", "labels")]]
+    expected = run(make_llama(), iter([{k: b[k] for k in kept} for b in texts]), config)
+    assert result.tokens == expected.tokens
+    assert all("position_ids" not in names for names in seen)
+
+
+def test_token_ids_that_are_not_collated_are_no_labels() -> None:
+    with pytest.raises((IndexError, TypeError, ValueError, RuntimeError)):
+        run(make_llama(), iter([list(torch.arange(24).reshape(3, 8) + 1)]), lora())
+
+
+class OfOne(nn.Module):
+    """Takes a mapping, as a SentenceTransformer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_llama()
+
+    def forward(self, features: dict[str, Tensor], **kwargs: Any) -> dict[str, Any]:
+        return {**features, "out": self.body(**features)}
+
+
+def test_a_mapping_as_the_one_argument() -> None:
+    texts, config = text_batches(4), lora(target_modules=["q_proj"], tau=1.0)
+    result = run(OfOne(), iter(texts), config, method="gram")
+    expected = run(make_llama(), iter(texts), config, method="gram")
+    assert result.tokens == expected.tokens
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[f"body.{name}"])
+
+
+def test_batches_that_forward_does_not_take() -> None:
+    class OfTwo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(20, 4)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.lin(sample)
+
+    model, config = OfTwo(), lora(target_modules=["lin"])
+    for batch, told in (({"pixel_values": vectors()[0]}, "pixel_values"), (vectors()[0], "1 val")):
+        with pytest.raises(EvaTypeError, match=rf"{told}.*OfTwo.forward takes.*pass forward_fn"):
+            run(model, iter([batch]), config)
+    assert not model.lin._forward_pre_hooks

@@ -234,3 +234,11 @@ def test_following_tokens_is_only_for_experts(monkeypatch: pytest.MonkeyPatch) -
         counts.append(len(calls))
     assert counts[0] > 0
     assert counts[1] == counts[0]  # the first forward pass tells that nothing is picked
+    counts.clear()
+    for batches in (2, 5):  # padding from the second pass on, which already stops early
+        calls.clear()
+        data = family.make_batches(batches)
+        data[0] = {k: v for k, v in data[0].items() if k == "input_ids"}
+        run(family.make_model(), iter(data), config, trim_padding=False)
+        counts.append(len(calls))
+    assert counts[1] == counts[0] > 0

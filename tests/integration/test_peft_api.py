@@ -292,6 +292,51 @@ def test_patch_for_the_process() -> None:
     assert {n: getattr(peft, n) for n in FUNCTIONS} == originals
 
 
+def patched() -> bool:
+    ours = [getattr(peft, name) is getattr(eva_kernels, name) for name in FUNCTIONS]
+    assert all(ours) or not any(ours)
+    return all(ours)
+
+
+def test_a_patch_may_be_entered_again() -> None:
+    with patch_peft() as patch:
+        with patch:
+            assert patched()
+        assert patched()
+    assert not patched()
+    with patch:
+        assert patched()
+    assert not patched()
+    patch.__exit__(None, None, None)  # nothing to end
+    with patch, patch:
+        assert patched()
+    assert not patched()
+
+
+def test_patches_may_end_in_any_order() -> None:
+    originals = {n: getattr(peft, n) for n in (*FUNCTIONS, "get_peft_model")}
+    first, second = patch_peft(), patch_peft()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert patched()
+    second.__exit__(None, None, None)
+    assert {n: getattr(peft, n) for n in originals} == originals
+
+
+def test_a_block_does_not_end_the_patch_for_the_process() -> None:
+    with patch_peft() as block:
+        whole = patch_peft()
+    try:
+        assert patched()
+        with block:
+            assert patched()
+        assert patched()
+    finally:
+        whole.__exit__(None, None, None)
+    assert not patched()
+
+
 @pytest.mark.parametrize("name", ["initialize", "calibrate"])
 def test_functions_win_over_modules_of_their_name(name: str) -> None:
     module = import_module(f"eva_peft.{name}")

@@ -24,6 +24,8 @@ from integration.conftest import (
     output_of,
     perturb_b,
     run,
+    same_state,
+    state_of,
     text_batches,
     vectors,
     wrapped,
@@ -112,6 +114,15 @@ def test_bad_numbers(
     with pytest.raises(error, match=message):
         llama_result.apply(model, **allocation)
     assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_unknown_options_are_named(prepared: bool, llama_result: EvaResult) -> None:
+    model = wrapped(make_llama(), lora()) if prepared else make_llama()
+    before = state_of(model)
+    with pytest.raises(EvaTypeError, match=r"'foo'; the options are r, rho, budget, min_rank$"):
+        llama_result.apply(model, r=2, foo=1)
+    assert same_state(before, state_of(model))
 
 
 @pytest.mark.parametrize("prepared", [True, False])

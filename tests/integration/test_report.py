@@ -280,6 +280,14 @@ def test_png_and_svg_are_written(tmp_path: Path) -> None:
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("write", "name"), [(EvaResult.plot, "a.png"), (EvaResult.to_html, "a.html")]
+)
+def test_folders_are_made(write: Any, name: str, tmp_path: Path) -> None:
+    write(SMALL, tmp_path / "new" / "folder" / name)
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [name]
+
+
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.html"])
 def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"must be one of \.png, \.svg") as caught:

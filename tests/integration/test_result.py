@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -173,6 +174,40 @@ def test_truncated_file(share: float, llama_result: EvaResult, tmp_path: Path) -
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(eva_kernels.EvaValueError, match="not a readable safetensors file"):
         EvaResult.load(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
+def test_a_changed_byte_is_told(share: float, llama_result: EvaResult, tmp_path: Path) -> None:
+    path = tmp_path / "eva.safetensors"
+    llama_result.save(path)
+    content = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")  # of the tensors
+    content[begin + int(share * (len(content) - 1 - begin))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(EvaValueError, match="damaged: its contents do not match") as caught:
+        EvaResult.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_changed_ranks_are_told(llama_result: EvaResult, tmp_path: Path) -> None:
+    path = tmp_path / "eva.safetensors"
+    llama_result.save(path)
+    content = path.read_bytes()
+    changed = content.replace(b'\\"tokens\\": ', b'\\"tokens\\":9')
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.raises(EvaValueError, match="damaged: its contents do not match"):
+        EvaResult.load(path)
+
+
+def test_files_without_a_checksum_load(llama_result: EvaResult, tmp_path: Path) -> None:
+    path = tmp_path / "eva.safetensors"
+    llama_result.save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    del metadata["checksum"]
+    save_file(load_file(path), path, metadata)
+    assert_same(llama_result, EvaResult.load(path))
 
 
 def test_failed_save_leaves_the_old_file(

@@ -276,8 +276,12 @@ def test_watch_is_silent_where_all_is_well() -> None:
 
 def test_watch_may_raise() -> None:
     model = watch(fresh(), "raise")
-    with pytest.raises(NotInitializedError, match="never initialised: it trains as plain LoRA"):
-        step(model)
+    for _ in range(2):  # nobody trains past it
+        with pytest.raises(NotInitializedError, match="never initialised: it trains as plain LoRA"):
+            step(model)
+    eva_kernels.initialize(model, vectors(), max_steps=2, **QUIET)
+    assert hooks_of(model) == 1
+    step(model)
     assert hooks_of(model) == 0
     with pytest.raises(EvaValueError, match="action='stop' is unknown"):
         watch(model, "stop")  # type: ignore[arg-type]
@@ -304,6 +308,80 @@ def test_patched_peft_watches_what_it_makes() -> None:
     assert peft.mapping_func.get_peft_model is before
     with pytest.warns(NotInitializedWarning):
         step(model)
+
+
+class Various(nn.Module):
+    """Layers that EVA reads, those that it cannot read, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.words = nn.Embedding(30, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.linear = nn.Linear(16, 16)
+        self.unused = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.words(x)
+        return self.linear(self.attention(x, x, x)[0])
+
+
+def partly(model: PeftModel) -> PeftModel:
+    rows = run(make_mlp(), vectors(), lora(**CONFIG)).state_dict()
+    del rows["2"]
+    with pytest.warns(eva_kernels.EvaWarning, match=r"are missing \(2\)"):
+        eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=rows, strict=False)
+    return model
+
+
+@pytest.mark.parametrize("action", ["warn", "raise"])
+def test_layers_that_were_passed_by_are_told(action: Any) -> None:
+    words = r"'default' was made .* only a part of it: 1 layers train as plain LoRA \(2\)\. Call"
+    model = watch(partly(fresh()), action)
+    with pytest.warns(NotInitializedWarning, match=words):
+        step(model)
+    assert hooks_of(model) == 0
+    with pytest.warns(NotInitializedWarning, match=words):
+        EvaCallback(action).on_train_begin(None, None, None, model=model)
+    assert is_initialized(model)
+
+
+def various() -> nn.Module:
+    names = ["words", "attention", "linear", "unused"]
+    data = [torch.randint(30, (4, 12)) for _ in range(3)]
+    with warnings.catch_warnings():  # of what keeps its default
+        warnings.simplefilter("ignore")
+        return eva_kernels.initialize(
+            Various(), data, lora(target_modules=names), max_steps=3, min_rank=1, **QUIET
+        )
+
+
+def rows_from_elsewhere() -> nn.Module:
+    model = partly(fresh())
+    layers = lora_layers(model)
+    with torch.no_grad():  # orthonormal, whoever wrote them
+        nn.init.orthogonal_(layers["2"].lora_A["default"].weight)
+    return model
+
+
+NOTHING_TO_TELL: dict[str, Callable[[Any], nn.Module]] = {
+    "left on purpose": lambda folder: various(),
+    "loaded": lambda folder: loaded(partly(fresh()), folder),
+    "trained": lambda folder: trained(partly(fresh())),
+    "rows from elsewhere": lambda folder: rows_from_elsewhere(),
+    "another kind": lambda folder: partly_as_plain(),
+}
+
+
+def partly_as_plain() -> nn.Module:
+    model = partly(fresh())
+    model.peft_config["default"].init_lora_weights = True
+    return model
+
+
+@pytest.mark.parametrize("kind", NOTHING_TO_TELL)
+def test_layers_that_are_no_oversight_are_not_told(kind: str, tmp_path: Any) -> None:
+    EvaCallback("raise").on_train_begin(None, None, None, model=NOTHING_TO_TELL[kind](tmp_path))
 
 
 def test_callback() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eva_kernels.errors import EvaValueError
@@ -178,6 +179,15 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Functions(TorchFunctionMode):
+    """Looks at functions, and changes nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        return func(*args, **(kwargs or {}))
+
+
 def test_whoever_looks_at_operators_sees_it(device: torch.device):
     if "triton" not in BACKENDS:
         pytest.skip("the kernels do not run here")
@@ -201,3 +211,7 @@ def test_whoever_looks_at_operators_sees_it(device: torch.device):
     # a transform hides a tensor without storage behind one of the plain type
     torch.func.jvp(lambda x: run(x, basis, wide), (x,), (torch.ones_like(x),))
     assert not is_observed(x)
+    with torch.device("cpu"):
+        assert not is_observed(x)
+        with Functions():
+            assert is_observed(x)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import sklearn.decomposition
+import sklearn.exceptions
 import torch
 from torch import Tensor
 
@@ -222,8 +223,25 @@ def test_other_errors():
         IncrementalPCA(3).partial_fit(torch.empty(0, 4))
     with pytest.raises(EvaTypeError, match="complex"):
         IncrementalPCA(3).partial_fit(torch.ones(5, 4, dtype=torch.complex64))
-    with pytest.raises(AttributeError, match="has not seen any data"):
-        _ = IncrementalPCA(3).components_
+    for thing in (data(), sklearn.decomposition.IncrementalPCA(3), None):
+        with pytest.raises(EvaTypeError, match=r"cannot merge \w+ into .*; pass another Incr"):
+            IncrementalPCA(3).merge(thing)
+
+
+def test_it_is_asked_before_it_has_seen_data():
+    words = "has not seen any data; call fit or partial_fit first"
+    for kind in (EvaValueError, AttributeError):
+        with pytest.raises(kind, match=words) as caught:
+            _ = IncrementalPCA(3).components_
+        theirs = sklearn.exceptions.NotFittedError.__bases__
+        assert all(isinstance(caught.value, base) for base in theirs)
+    for call in (IncrementalPCA.transform, IncrementalPCA.inverse_transform):
+        with pytest.raises(EvaValueError, match=words):
+            call(IncrementalPCA(3), data())
+    names = [name for name in dir(IncrementalPCA) if name.endswith("_") and name[0] != "_"]
+    assert len(names) > 8
+    found = [name for name in names if hasattr(IncrementalPCA(3), name)]
+    assert found == ["n_samples_seen_"]
 
 
 def test_a_refused_batch_leaves_no_trace():
@@ -231,8 +249,10 @@ def test_a_refused_batch_leaves_no_trace():
     broken = x[:50].clone()
     broken[3, 3] = float("inf")
     pca = IncrementalPCA(6)
-    with pytest.raises(NonFiniteError, match="1 of 50"):
+    with pytest.raises(NonFiniteError, match=r"1 of 50 .*; impute or drop those rows, .* mask="):
         pca.partial_fit(broken)
+    with pytest.raises(NonFiniteError, match="or leave them out by mask= of partial_fit"):
+        IncrementalPCA(6).partial_fit(broken, mask=torch.arange(50) < 40)
     assert pca.n_samples_seen_ == 0
     pca.partial_fit(x[:, :30])  # another width: nothing was settled yet
     with pytest.raises(NonFiniteError):

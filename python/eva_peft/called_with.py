@@ -1,0 +1,113 @@
+"""Masks of what a ``forward_fn`` calls a model with, which need not be what the batch holds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._peft_compat import base_of
+from .architecture import is_of_transformers
+from .token_mask import TokenMask
+
+__all__ = ["CalledWith"]
+
+
+class CalledWith(AbstractContextManager["CalledWith"]):
+    """Hooks that look at the arguments of a model, and of the models of transformers in it.
+
+    A function may make the tokens itself, or run a model on something else than the text that the
+    mask of the batch belongs to. Where the model is called with a mask, that one counts in it.
+    Where it is not, the batch's does if it has the shape of the first argument, otherwise none.
+
+    Args:
+        model: of which the outermost parts are looked at.
+        batch: its labels count where they are labels of the tokens that a model is called with.
+        mask: of the batch.
+        make_mask: returns the mask of a mapping of arguments.
+        use_mask: is given the mask to use from then on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        mask: TokenMask,
+        make_mask: Callable[[Mapping[str, Any]], TokenMask],
+        use_mask: Callable[[TokenMask], None],
+    ) -> None:
+        self._parts = list(_looked_at(base_of(model)))
+        self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        self._mask, self._make_mask, self._use_mask = mask, make_mask, use_mask
+        self._in_use = [mask]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> CalledWith:
+        for part in self._parts:
+            self._handles.append(part.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(part.register_forward_hook(self._behind, always_call=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._in_use.append(self._mask_of(_named(module, args, kwargs)))
+        self._use_mask(self._in_use[-1])
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._in_use.pop()
+        self._use_mask(self._in_use[-1])
+
+    def _mask_of(self, named: dict[str, Any]) -> TokenMask:
+        first = next((value for value in named.values() if isinstance(value, Tensor)), None)
+        shape = None if first is None or first.dim() not in (2, 3) else first.shape[:2]
+        if not isinstance(named.get("attention_mask"), (Tensor, Mapping)):
+            main = self._mask.main
+            if shape is not None and main is not None and main.shape == shape:
+                return self._mask
+        if isinstance(self._labels, Tensor) and self._labels.shape == shape:
+            named.setdefault("labels", self._labels)
+        return self._make_mask(named)
+
+
+def _looked_at(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model, and the outermost models of transformers if it is none itself."""
+    yield model
+    if is_of_transformers(model):
+        return
+    for part in model.children():
+        yield from _of_transformers(part)
+
+
+def _of_transformers(module: nn.Module) -> Iterator[nn.Module]:
+    if is_of_transformers(module):
+        yield module
+        return
+    for part in module.children():
+        yield from _of_transformers(part)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments by their names; those in a mapping that is the first argument, as these."""
+    if args and isinstance(args[0], Mapping):
+        return {**kwargs, **args[0]}
+    try:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    except (TypeError, ValueError):
+        return dict(kwargs)
+    found = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(parameter.name, {})
+    return found

@@ -1,0 +1,158 @@
+"""With a forward_fn, the mask is that of what the model is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from integration.conftest import (
+    layer_inputs,
+    lora,
+    lost,
+    make_bert,
+    make_llama,
+    make_mlp,
+    run,
+    text_batches,
+    vectors,
+)
+
+EXACT: dict[str, Any] = {"method": "gram", "max_steps": 4}
+Q_PROJ = lora(target_modules=["q_proj"], tau=1.0)
+TEXTS = text_batches(4)
+
+
+def as_text(batch: dict[str, Tensor]) -> list[str]:
+    kept = zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
+    return [" ".join(str(i) for i, keep in zip(*row, strict=True) if keep) for row in kept]
+
+
+def tokenised(lines: list[str]) -> dict[str, Tensor]:
+    rows = [torch.tensor(list(map(int, line.split()))) for line in lines]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def same(result: Any, expected: Any, prefix: str = "") -> None:
+    assert result.tokens == expected.tokens
+    for name, rows in expected.components.items():
+        assert lost(rows, result.components[prefix + name].double()) < 1e-6
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_text_that_the_function_tokenises(wrapped: bool) -> None:
+    expected = run(make_llama(), TEXTS, Q_PROJ, **EXACT)
+    result = run(
+        make_llama(),
+        [as_text(batch) for batch in TEXTS],
+        Q_PROJ,
+        forward_fn=lambda model, lines: model(**tokenised(lines)),
+        **EXACT,
+    )
+    assert result.tokens == expected.tokens == sum(int(b["attention_mask"].sum()) for b in TEXTS)
+    for name, rows in expected.components.items():
+        torch.testing.assert_close(result.components[name], rows, atol=1e-4, rtol=0)
+
+
+class Towers(nn.Module):
+    """Two models of transformers, each called with a mask of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = make_llama(), make_bert()
+
+    def forward(self, lines: list[str], others: list[str]) -> None:
+        self.first(**tokenised(lines))
+        self.second(**tokenised(others))
+
+
+def test_models_in_a_model() -> None:
+    others = text_batches(4, length=30, seed=3)
+    data = [(as_text(a), as_text(b)) for a, b in zip(TEXTS, others, strict=True)]
+    config = lora(target_modules=["q_proj", "query"], tau=1.0)
+    result = run(Towers(), data, config, forward_fn=lambda m, b: m(*b), **EXACT)
+    for body, batches, kind in ((make_llama(), TEXTS, "first"), (make_bert(), others, "second")):
+        names = [n for n in result.ranks if n.startswith(kind)]
+        inputs = layer_inputs(body, batches, [n.removeprefix(f"{kind}.") for n in names])
+        for name in names:
+            rows = inputs[name.removeprefix(f"{kind}.")]
+            assert lost(result.components[name], rows) < 1e-5, name
+
+
+def test_labels_that_the_function_does_not_pass_on() -> None:
+    texts = text_batches(4, labels=True)
+    for batch in texts:
+        batch["labels"][:, :4] = -100
+    expected = run(make_llama(), texts, Q_PROJ, **EXACT)
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        model(**{key: value for key, value in batch.items() if key != "labels"})
+
+    same(run(make_llama(), texts, Q_PROJ, forward_fn=forward, **EXACT), expected)
+
+
+class Painter(nn.Module):
+    """Images in patches, and the text of a prompt, of as many tokens: as models of diffusers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.prompt = nn.Linear(6, 8), nn.Linear(10, 8)
+
+    def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        x = sample.flatten(2).mT
+        return self.patches(x) + self.prompt(encoder_hidden_states)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_a_mask_of_something_else() -> None:
+    torch.manual_seed(0)
+    data = [
+        {
+            "sample": torch.randn(4, 6, 4, 4),
+            "prompt": torch.randn(4, 16, 10),
+            "attention_mask": (torch.arange(16) < torch.tensor([16, 9, 7, 3])[:, None]).long(),
+        }
+        for _ in range(4)
+    ]
+    config = lora(target_modules=["patches"], tau=1.0)
+    result = run(
+        Painter(), data, config, forward_fn=lambda m, b: m(b["sample"], b["prompt"]), **EXACT
+    )
+    assert result.tokens == 4 * 4 * 16
+
+
+def test_the_mask_of_the_batch_where_the_model_is_given_none() -> None:
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        model(batch["x"])
+
+    mask = torch.rand(8, 40) > 0.4
+    data = [{"x": x[None], "attention_mask": m[None]} for x, m in zip(vectors(), mask, strict=True)]
+    config = lora(target_modules=["0"], tau=1.0)
+    assert run(make_mlp(), data, config, forward_fn=forward, **EXACT).tokens == mask[:4].sum()
+    model = make_llama()  # a part of it alone: nothing is known but the batch
+    part = run(
+        model,
+        TEXTS,
+        Q_PROJ,
+        forward_fn=lambda m, b: m.model(input_ids=b["input_ids"]),
+        **EXACT,
+    )
+    assert part.tokens == sum(int(b["attention_mask"].sum()) for b in TEXTS)
+
+
+def test_draws_and_hooks() -> None:
+    model, lines = make_llama(), [as_text(batch) for batch in TEXTS]
+    before = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+
+    def forward(model: nn.Module, batch: list[str]) -> None:
+        model(**tokenised(batch))
+
+    result = run(model, lines, Q_PROJ, forward_fn=forward, tokens_per_step=20, **EXACT)
+    assert result.tokens == 4 * 20
+    with pytest.raises(ValueError, match="invalid literal"):
+        run(model, [["one"]], Q_PROJ, forward_fn=forward)
+    after = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    assert before == after
