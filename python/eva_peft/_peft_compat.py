@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel, PeftType
+from peft.tuners import tuners_utils
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import (
@@ -80,6 +81,11 @@ __all__ = [
 # Earlier versions tie only what is trained whole.
 _TIES_TARGETS = "_add_targets_to_tie" in vars(LoraModel)
 
+# Earlier versions refuse none.
+_CHECK_OF_NAMES: Any = getattr(
+    tuners_utils, "_check_lora_target_modules_mamba", lambda config, model, name: None
+)
+
 # ``re`` keeps 512 compiled expressions, which the patterns of ranks and of alphas share.
 MOST_KEYS = 240
 
@@ -144,11 +150,26 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
             )
         config.target_modules = set(default) if not isinstance(default, str) else default
     asked = config.target_modules
+    if _is_all_linear(asked):
+        refused = _refused(config, model)
+        if refused:
+            config.exclude_modules = exclude_layers(config, refused)
     config = _maybe_include_all_linear_layers(config, model)
     names = config.target_modules
     if isinstance(asked, str) and isinstance(names, set) and _end_others(names, model):
         config.target_modules = "|".join(sorted(map(re.escape, names)))
     return config
+
+
+def _refused(config: LoraConfig, model: nn.Module) -> list[str]:
+    """Return the modules that PEFT refuses to adapt by their names, in Mamba and its kin."""
+    found = []
+    for name, _ in model.named_modules():
+        try:
+            _CHECK_OF_NAMES(config, model, name.split(".")[-1])
+        except ValueError:
+            found.append(name)
+    return found
 
 
 def _is_all_linear(targets: Any) -> bool:

@@ -121,7 +121,10 @@ def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict
 
 
 def _takes_a_mapping(batch: Mapping[str, Any], model: nn.Module) -> bool:
-    parameters = _parameters(base_of(model)) or []
+    base = base_of(model)
+    parameters = _parameters(base) or []
+    if type(base).forward is nn.Sequential.forward:  # its first layer takes none
+        return False
     if any(p.kind is p.VAR_KEYWORD for p in parameters[:1]):
         return False
     needed = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]

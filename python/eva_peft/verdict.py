@@ -16,6 +16,12 @@ _BACKWARDS = (
 )
 
 
+_IDLE = (
+    "Where a model uses the weight of a layer without calling it, as nn.MultiheadAttention that of "
+    "its out_proj, an adapter has no effect: name such layers in exclude_modules"
+)
+
+
 def check_answer(run: CalibrationPass, done: bool, uncalled: list[str]) -> None:
     """Warn of layers that EVA cannot initialise, and of those that have not converged.
 
@@ -33,12 +39,21 @@ def check_answer(run: CalibrationPass, done: bool, uncalled: list[str]) -> None:
     if backwards:
         layers = f"{len(backwards)} layers keep the default initialisation"
         warn(f"{layers}, {_BACKWARDS}: {listed(backwards)}")
-    uncalled = [name for name in uncalled if name not in set(backwards)]
-    if uncalled:
+    left = [name for name in uncalled if name not in set(backwards)]
+    known = {*run.collector.most_calls, *(i for i, t in enumerate(run.targets) if t.weight)}
+    called = {run.targets[i].name for i in known}  # of experts' weights, it is their tokens
+    masked, idle = [n for n in left if n in called], [n for n in left if n not in called]
+    if masked:
         warn(
-            f"{len(uncalled)} layers were never called with a token that counts and keep the "
-            f"default initialisation: {listed(uncalled)}"
+            f"{len(masked)} layers were never called with a token that counts and keep the "
+            f"default initialisation: {listed(masked)}"
         )
+    if idle:
+        warn(
+            f"{len(idle)} layers were never called and keep the default initialisation: "
+            f"{listed(idle)}. {_IDLE}"
+        )
+    _check_directions(run)
     if not done and run.options.on_not_converged != "ignore":
         _judge_convergence(run)
 
@@ -53,10 +68,24 @@ def _check_any(run: CalibrationPass, backwards: list[str], uncalled: list[str]) 
     if len(uncalled) < every and run.tokens:
         return
     skipped = f"; {run.skipped} tokens with NaN or infinity were left out" if run.skipped else ""
+    advice = f"check the attention and label masks of the loader{skipped}"
+    if not run.collector.most_calls:
+        advice = f"none of them was called. {_IDLE}"
     raise EvaValueError(
         f"no token reached any of the {every} target layers in {run.forwards} forward passes; "
-        f"check the attention and label masks of the loader{skipped}"
+        f"{advice}"
     )
+
+
+def _check_directions(run: CalibrationPass) -> None:
+    """Warn where the data have far fewer directions than there are ranks to be given."""
+    budget = sum(run.targets[i].rank for i in run.ranks)
+    given = sum(run.ranks.values())
+    if run.options.budget == "rank" and 0 < 2 * given < budget:
+        warn(
+            f"only {given} of {budget} ranks could be given: the {run.tokens} tokens read have no "
+            "more directions in the layers' inputs. Give more, and different, samples"
+        )
 
 
 def _judge_convergence(run: CalibrationPass) -> None:

@@ -323,6 +323,7 @@ def test_experts_without_tokens_keep_the_default() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*never called with a token:eva_kernels.EvaWarning")
 @pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.filterwarnings("ignore:only .* ranks could be given:eva_kernels.EvaWarning")
 def test_experts_keep_a_rank_though_their_tokens_do_not_differ(tokens: int) -> None:
     data = [{"input_ids": torch.arange(5, 5 + tokens)[None]}]
     model = eva_kernels.initialize(make_mixtral(), data, lora(**FUSED), **QUIET)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import eva_kernels
-from eva_kernels import EvaError, EvaValueError
+from eva_kernels import EvaError, EvaValueError, EvaWarning
 from integration.conftest import (
     QUIET,
     angle,
@@ -71,6 +71,7 @@ def test_constant_inputs(method: str, value: float) -> None:
     check_adapters(model)
 
 
+@pytest.mark.filterwarnings("ignore:only 1 of 4 ranks could be given:eva_kernels.EvaWarning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_inputs_of_low_rank(method: str, rank: int) -> None:
@@ -255,3 +256,31 @@ def test_tokens_that_do_not_differ_are_told(way: str) -> None:
     with pytest.raises(EvaValueError, match=r"none of the 14 layers.*no variance.*samples"):
         eva_kernels.initialize(model, data, lora() if way == "base" else None, **QUIET)
     assert same_state(before, state_of(model))
+
+
+class Idle(nn.Module):
+    """Has a layer whose weight is used, and which is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(20, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.a(x), self.b.weight)
+
+
+def test_layers_that_are_not_called() -> None:
+    told = r"1 layers were never called and keep .*: b\. .*MultiheadAttention.*exclude_modules"
+    with pytest.warns(EvaWarning, match=told):
+        result = run(Idle(), vectors(4), lora(target_modules=["a", "b"]), max_steps=4)
+    assert result.uncalled == ["b"]
+    with pytest.raises(EvaValueError, match=r"none of them was called\. .*MultiheadAttention"):
+        run(Idle(), vectors(4), lora(target_modules=["b"]), max_steps=4)
+
+
+def test_far_too_few_tokens_are_told() -> None:
+    batch = {key: value[:1, :3] for key, value in text_batches(1, padded=False)[0].items()}
+    with pytest.warns(EvaWarning, match=r"only \d+ of 112 ranks could be given: the \d+ tokens"):
+        run(make_llama(), [batch], lora(r=8))
+    result = run(make_llama(), text_batches(6), lora(r=8))  # warns of nothing
+    assert sum(result.ranks.values()) == 112

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
+from transformers import MambaConfig, MambaForCausalLM
 
 import eva_kernels
 from eva_kernels import EvaTypeError, EvaValueError, EvaWarning
@@ -324,3 +325,13 @@ def test_replicated_layers_of_a_peft_model() -> None:
     assert {n: m.r["default"] for n, m in lora_layers(again).items()} == {
         n: m.r["default"] for n, m in lora_layers(done).items()
     }
+
+
+@pytest.mark.filterwarnings("ignore:.*never called:eva_kernels.EvaWarning")
+def test_mamba_layers_that_peft_refuses() -> None:
+    """ "all-linear" is what PEFT adapts."""
+    size = {"vocab_size": 96, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1}
+    model = MambaForCausalLM(MambaConfig(**size, pad_token_id=0, bos_token_id=0, eos_token_id=0))
+    done = eva_kernels.initialize(model, text_batches(4), max_steps=4, **QUIET)
+    ends = {name.rpartition(".")[2] for name in done.eva_result.ranks}
+    assert ends == {"in_proj", "x_proj"}  # dt_proj is not called
