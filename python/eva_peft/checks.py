@@ -19,7 +19,7 @@ from ._peft_compat import (
     is_lora,
     kind_of,
 )
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, warn
 
 __all__ = [
     "FSDP",
@@ -63,7 +63,23 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
         raise EvaTypeError(f"EVA initialises LoRA: expected a LoraConfig, got {type(config)}")
     if not carries_adapters(model):
         _check_leaves_model(config)
+    elif config is not own:
+        _warn_of_what_stays(config, own, adapter_name)
     return _with_plain_numbers(config)
+
+
+def _warn_of_what_stays(config: LoraConfig, own: LoraConfig, adapter_name: str) -> None:
+    # of an adapter that is there EVA changes the ranks, which keep their scaling
+    stays = ["lora_alpha"] if config.lora_alpha != own.lora_alpha else []
+    asked, have = (c.target_modules for c in (config, own))
+    named = all(isinstance(names, (list, set, tuple)) for names in (asked, have))
+    if named and set(asked) != set(have):
+        stays.append("target_modules")
+    if stays:
+        warn(
+            f"adapter {adapter_name!r} keeps its own {' and '.join(stays)}, and the config has "
+            "others; for these make another adapter, or pass the base model with the config"
+        )
 
 
 def check_base_model(model: nn.Module, adapter_name: str) -> None:

@@ -60,7 +60,7 @@ def initialize(
             weights are overwritten.
         overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero, or
             whose DoRA magnitudes have moved).
-        **options: the options of :class:`CalibrateOptions`, all with defaults.
+        **options: the options of :class:`eva_peft.CalibrateOptions`, all with defaults.
 
     Returns:
         The PeftModel (a model with adapters of its own: that); ``model.eva_result`` holds what was

@@ -38,7 +38,7 @@ _NUMBERS: dict[str, Any] = {
     "max_seconds": Real,
     "oversample": Real,
     "min_rank": Integral,
-    "memory_budget": Integral,
+    "memory_budget": Real,
     "seed": Integral,
     "checkpoint_every": Integral,
 }

@@ -37,7 +37,7 @@ class EvaResult:
         peak_memory_bytes: above the level before the pass: allocated on a GPU; on the CPU the
             growth of the process's high-water mark, and at least the streaming state.
         history: lists with an entry a step, by the names that ``callback`` is given, see
-            :class:`CalibrateOptions`.
+            :class:`eva_peft.CalibrateOptions`.
         metadata: JSON-able: versions, model, LoRA config, options.
         uncalled: layers that no forward pass called; they keep the default initialisation.
         rank_steps: what the ranks of a layer are multiples of, where that is not 1 (the groups of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from typing import Any
 
 import pytest
@@ -157,6 +158,19 @@ def test_allow_any_init(mlp: nn.Module, data: list[Any]) -> None:
     again = eva_kernels.initialize(other, data, lora(), max_steps=2, **QUIET)
     assert again.eva_result.ranks == {"0": 4}
     assert not lora_layers(again)["0"].lora_B["default"].weight.any()
+
+
+def test_what_an_adapter_keeps_is_told(mlp: nn.Module, data: list[Any]) -> None:
+    model = wrapped(mlp, lora(target_modules=["0", "2"], lora_alpha=8))
+    config = lora(r=3, target_modules=["0"], lora_alpha=32)
+    told = r"'default' keeps its own lora_alpha and target_modules"
+    with pytest.warns(eva_kernels.EvaWarning, match=told):
+        done = eva_kernels.initialize(model, data, config, max_steps=2, **QUIET)
+    assert done.eva_result.base_ranks == {"0": 3, "2": 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = lora(target_modules={"2", "0"}, lora_alpha=8)
+        eva_kernels.calibrate(model, data, again, max_steps=2, **QUIET)
 
 
 def test_a_second_call_works(llama: nn.Module, texts: list[Any]) -> None:
