@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from eva_kernels.streaming import _host
-
 from ._peft_compat import (
     EvaConfig,
     LoraConfig,
     LoraLayer,
-    ParamWrapper,
     adapters_not_moved,
     carries_adapters,
     configs_of,
@@ -32,19 +29,17 @@ from ._peft_compat import (
     update_layer,
 )
 from .checks import check_base_model, check_not_sharded, refuse_replicas
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
-from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups, widths
+from .errors import EvaRuntimeError, EvaValueError, warn
+from .fit import fit, parts_of
+from .interrupts import undone_on_failure
+from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups
 from .ranks import scaled_alpha
-from .routing import expert_names
 from .snapshot import restored_on_failure
 from .targets import (
-    base_name,
     check_not_merged,
     device_of,
     is_replicated,
-    layer_name,
     peft_key,
-    resolve_name,
     unwrap,
 )
 from .training import mark_initialized, mark_left
@@ -73,17 +68,16 @@ def write_result(
     inner, chosen = unwrap(model), config or result.config
     check_not_sharded(inner)
     carrier: Any = model
-    with ExitStack() as stack:
+    with restored_on_failure(inner):
         if not carries_adapters(inner):
             check_base_model(inner, adapter_name)
             if is_replicated(model):
                 refuse_replicas()
-            stack.enter_context(restored_on_failure(inner))
             inner = carrier = wrap_model(inner, chosen, adapter_name)
         eva = chosen.eva_config
         rows = result.state_dict(None if eva is None else eva.whiten)
+        inner.eva_result = result  # type: ignore[assignment]
         write_state_dict(carrier, rows, adapter_name, strict, result.uncalled, eva)
-    inner.eva_result = result  # type: ignore[assignment]
     return inner
 
 
@@ -121,193 +115,51 @@ def write_state_dict(
     if adapter_name not in configs_of(model):
         raise EvaValueError(f"the model has no adapter {adapter_name!r}")
     check_not_merged(model)
-    layers = _layers_of(model, adapter_name)
-    parts = {part: name for name, (_, layer) in layers.items() for part in _parts(name, layer)}
-    rows = _check_keys(state_dict, parts)
-    for name in _without_adapter(model, parts, rows):
-        del rows[name]
-    left = {part for part, name in parts.items() if _unreadable(name, layers)}
-    left.update(default_layers or ())
-    _check_names(parts, rows, strict, left)
-    _check_shapes(layers, parts, rows)
-    _check_finite({name: value for name, value in rows.items() if name in parts})
-    _check_variance(parts, rows)
-    sizes = {name: layer.r[adapter_name] for name, (_, layer) in layers.items()}
-    if replicated and any(len(rows[p]) != sizes[name] for p, name in parts.items() if p in rows):
+    fitted = fit(model, state_dict, adapter_name, strict, default_layers or ())
+    if replicated and fitted.resizes(adapter_name):
         refuse_replicas()
     with restored_on_failure(model), _values_restored() as undo, random_state_kept():
         config = copy(configs_of(model)[adapter_name])
         writer = _Writer(model, config, adapter_name, undo, eva)
-        for name, (path, layer) in layers.items():
-            own = _parts(name, layer)
-            writer.write(name, path, layer, [rows.get(part) for part in own])
-            if left.issuperset(own) and rows.keys().isdisjoint(own):
-                mark_left(layer.lora_A[adapter_name].weight)
+        for name, (path, layer) in fitted.layers.items():
+            own = parts_of(name, layer)
+            writer.write(name, path, layer, [fitted.rows.get(part) for part in own])
+            if fitted.left.issuperset(own) and fitted.rows.keys().isdisjoint(own):
+                writer.mark(mark_left, layer)
         writer.draw_others()
         writer.finish()
-
-
-def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
-    """Return path and layer by the name in the base model, of a layer or of a parameter.
-
-    Those whose adapter is tied to that of the embeddings are left out.
-    """
-    tied = tied_modules(model, configs_of(model)[adapter_name])
-    return {
-        layer_name(path, module): (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and adapter_name in module.lora_A
-        and peft_key(path, module) not in tied
-    }
 
 
 def _is_embedding(layer: LoraLayer) -> bool:
     return len(layer.lora_embedding_A) > 0
 
 
-def _parts(name: str, layer: LoraLayer) -> list[str]:
-    """Return the names that a state dict has for a layer: one, or one for each expert."""
-    if not isinstance(layer, ParamWrapper):
-        return [name]
-    return expert_names(name, layer.get_param().dim() == 3, layer.num_experts)
-
-
-def _features(layer: LoraLayer) -> int | None:
-    if isinstance(layer, ParamWrapper):
-        return int(layer.in_features)
-    size = widths(layer.get_base_layer())
-    return None if size is None else size[0]
-
-
-def _unreadable(name: str, layers: Mapping[str, tuple[str, LoraLayer]]) -> bool:
-    """Tell whether EVA cannot read a layer's input, or it is a part of such a layer.
-
-    PEFT adapts the output projection of an attention together with it.
-    """
-    steps = name.split(".")
-    owners = (".".join(steps[:i]) for i in range(1, len(steps) + 1))
-    return any(owner in layers and _features(layers[owner][1]) is None for owner in owners)
-
-
-def _without_adapter(
-    model: nn.Module, parts: Mapping[str, str], rows: Mapping[str, Any]
-) -> list[str]:
-    """Return the layers that are given rank 0, and had been before: they have no adapter."""
-    asked = [
-        name
-        for name, value in rows.items()
-        if name not in parts and isinstance(value, Tensor) and value.dim() == 2 and not len(value)
-    ]
-    known = {base_name(path) for path, _ in model.named_modules()} if asked else set()
-    return [name for name in asked if resolve_name(name, known) in known]
-
-
-def _check_keys(state_dict: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the rows of a state dict by the names that the layers have here."""
-    if not isinstance(state_dict, Mapping):
-        raise EvaTypeError(
-            "the EVA state dict must map layer names to tensors, as get_eva_state_dict and "
-            f"EvaResult.state_dict return it; got {type(state_dict)}"
-        )
-    keys: dict[str, str] = {}
-    for key in state_dict:
-        if not isinstance(key, str):
-            raise EvaTypeError(f"the keys of an EVA state dict are names of layers, got {key!r}")
-        name = resolve_name(key, parts)
-        if name in keys:
-            raise EvaValueError(
-                f"layer {name}: the EVA state dict has it twice, as {keys[name]!r} and {key!r}; "
-                "take one of them out"
-            )
-        keys[name] = key
-    return {name: state_dict[key] for name, key in keys.items()}
-
-
-def _check_names(
-    layers: Mapping[str, Any], rows: Mapping[str, Any], strict: bool, default: set[str]
-) -> None:
-    unknown = [name for name in rows if name not in layers]
-    missing = [name for name in layers if name not in rows and name not in default]
-    if not unknown and not missing:
-        return
-    told = {"unknown layers": unknown, "layers of the adapter are missing": missing}
-    parts = [f"{len(names)} {what} ({listed(names)})" for what, names in told.items() if names]
-    message = f"the EVA state dict does not fit the model: {', and '.join(parts)}"
-    if strict:
-        raise EvaValueError(message + "; pass strict=False to use what fits")
-    warn(f"{message}; missing layers keep the default initialisation")
-
-
-def _check_shapes(
-    layers: Mapping[str, tuple[str, LoraLayer]],
-    parts: Mapping[str, str],
-    rows: Mapping[str, Tensor],
-) -> None:
-    ranks: dict[str, int] = {}
-    for name, value in rows.items():
-        if not isinstance(value, Tensor) or value.dim() != 2 or value.is_meta:
-            raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor with values")
-        if name not in parts:
-            continue
-        layer = layers[parts[name]][1]
-        features = _features(layer)
-        if features is not None and value.shape[1] != features:
-            raise EvaValueError(
-                f"layer {name}: the state dict has {value.shape[1]} features, the layer {features}"
-            )
-        base = layer.get_base_layer()
-        groups = base.groups if isinstance(base, CONVOLUTIONS) else 1
-        if len(value) % groups:
-            raise EvaValueError(
-                f"layer {name}: rank {len(value)} is no multiple of the {groups} groups of the "
-                "convolution"
-            )
-        common = ranks.setdefault(parts[name], len(value))
-        if isinstance(layer, ParamWrapper) and (len(value) != common or not common):
-            raise EvaValueError(
-                f"layer {name}: rank {len(value)}, but the experts of {parts[name]} have one rank "
-                f"in common, at least 1 (another one has {common})"
-            )
-
-
-def _check_finite(rows: Mapping[str, Tensor]) -> None:
-    flags = _host.read([value.isfinite().all() for value in rows.values()])
-    bad = [name for name, finite in zip(rows, flags, strict=True) if not finite]
-    if bad:
-        raise EvaValueError(
-            f"the EVA state dict holds NaN or infinity in layers {listed(bad)}; compute it anew"
-        )
-
-
-def _check_variance(parts: Mapping[str, str], rows: Mapping[str, Tensor]) -> None:
-    ranks = [len(rows[part]) if part in rows else None for part in parts]
-    if ranks and not any(rank is None or rank for rank in ranks):
-        raise EvaValueError(
-            f"none of the {len(ranks)} layers is given a rank: no layer's inputs differ from one "
-            "another, so there is no variance to explain. Give more, and different, samples"
-        )
-
-
 @contextmanager
 def _values_restored() -> Iterator[list[Callable[[], Any]]]:
     """Run the registered undo steps, last first, if the block is left by an exception.
 
-    They put back what was written into tensors; all else is in a snapshot of the model.
+    They put back what was written into tensors, and may be run twice; all else is in a snapshot of
+    the model.
     """
     undo: list[Callable[[], Any]] = []
-    try:
-        yield undo
-    except BaseException:
+
+    def undo_all() -> None:
         for step in reversed(undo):
             step()
-        raise
+
+    with undone_on_failure(undo_all):
+        yield undo
 
 
 def _put_back(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:
     parameter.grad = None  # it may be of another size than the data now
     parameter.data = data
     parameter.grad = grad
+
+
+def _put_marks_back(parameter: nn.Parameter, before: dict[str, Any]) -> None:
+    vars(parameter).clear()
+    vars(parameter).update(before)
 
 
 class _Writer:
@@ -349,9 +201,15 @@ class _Writer:
             parts = [None if rows is None else dealt_to_groups(rows, base.groups) for rows in parts]
         if not default:
             self._fill(layer, parts)
-            mark_initialized(layer.lora_A[self.adapter].weight)
+            self.mark(mark_initialized, layer)
         key = peft_key(path, layer)
         self.ranks[key], self.alphas[key] = new_rank, alpha
+
+    def mark(self, mark: Callable[[Tensor], None], layer: LoraLayer) -> None:
+        """Set a mark on a ``lora_A``, whose attributes are in no snapshot."""
+        weight = layer.lora_A[self.adapter].weight
+        self.undo.append(functools.partial(_put_marks_back, weight, dict(vars(weight))))
+        mark(weight)
 
     def _keep_dilation(self, name: str, layer: LoraLayer, base: Any) -> None:
         dilation = adapter_dilation(base)

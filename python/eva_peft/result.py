@@ -84,8 +84,8 @@ class EvaResult:
         Separate, contiguous tensors that safetensors can save.
 
         Args:
-            whiten: divide rows by the square root of their singular value; as the config of the
-                pass says if ``None``.
+            whiten: divide rows by the square root of their singular value, as PEFT does, which grows
+                with the number of tokens; as the config of the pass says if ``None``.
         """
         if whiten is None:
             whiten = eva_of(self.config).whiten

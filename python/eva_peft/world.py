@@ -20,6 +20,7 @@ from .interrupts import temporarily
 
 __all__ = ["claimed", "quiet_model", "random_state_kept"]
 
+
 class _Process:
     """Switches of the whole process, which are off while any pass runs; passes may overlap.
 

@@ -182,7 +182,7 @@ def test_depths_are_measured_and_extrapolated(
     assert [row["depth"] for row in whole] == [1, 1]
     assert whole[0]["from"] == [2, 3]
     assert "**extrapolated**" in depth.sections(record)[0].text
-    assert "was measured" not in depth.sections(record)[0].text
+    assert "Every depth was" not in depth.sections(record)[0].text
     with pytest.raises(ValueError, match="two depths"):
         depth.run("tiny", (2, 2), ["eva"], out=tmp_path, quiet=True)
 

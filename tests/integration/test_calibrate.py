@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -115,8 +116,54 @@ def test_stops_when_converged(llama: nn.Module, texts: list[Any]) -> None:
     assert seen[-1]["tokens"] == result.tokens
     assert {len(v) for v in result.history.values()} == {result.steps}
     assert result.history["similarity"][0] == [None] * 14
+    assert set(result.history) == {
+        *("step", "forwards", "tokens", "seconds", "converged", "similarity")
+    }
     assert set(result.seconds) == {"forward", "accumulate", "fold", "check", "total"}
     assert all(value >= 0 for value in result.seconds.values())
+
+
+def test_callback_is_told_the_names(llama: nn.Module, texts: list[Any]) -> None:
+    seen: list[dict[str, Any]] = []
+    config = lora(tau=1.0)
+    result = run(llama, texts, config, method="gram", max_steps=3, callback=seen.append)
+    assert seen[0]["names"] == list(result.ranks)
+    assert all(numbers["names"] is seen[0]["names"] for numbers in seen)
+    assert seen[0]["slowest"] is None
+    for numbers in seen[1:]:
+        assert numbers["slowest"] in numbers["names"]
+        place = numbers["names"].index(numbers["slowest"])
+        assert numbers["similarity"][place] == min(numbers["similarity"])
+
+
+def test_log(
+    llama: nn.Module, texts: list[Any], caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    def told(level: int) -> list[tuple[int, str]]:
+        caplog.clear()
+        with caplog.at_level(level, "eva_kernels"):
+            result = run(llama, texts, lora(tau=1.0), method="gram", max_steps=3)
+        assert result.steps == 3
+        found = [r for r in caplog.records if r.name == "eva_kernels" and "pass" in r.message]
+        return [(record.levelno, record.message) for record in found]
+
+    planned = eva_kernels.estimate(llama, lora(), method="gram").state_bytes
+    begin, end = told(logging.INFO)
+    assert begin == (
+        logging.INFO,
+        "calibration pass begins on cpu: 14 layers (14 exact, 0 sketched), at most "
+        f"{planned} bytes of state",
+    )
+    assert end[1].startswith("calibration pass ends: 3 steps, 3 forward passes, ")
+    assert end[1].endswith(" s, 0 of 14 layers converged")
+    first, *steps, last = told(logging.DEBUG)
+    assert (first, len(steps)) == (begin, 3)
+    assert [level for level, _ in steps] == [logging.DEBUG] * 3
+    assert steps[0][1].startswith("step 1: 1 forward passes, ")
+    assert steps[1][1].startswith("step 2, slowest model.layers.")
+    assert last[0] == logging.INFO
+    assert told(logging.WARNING) == []
+    assert capsys.readouterr().out == ""
 
 
 def test_freeze_converged_and_subspace(llama: nn.Module, texts: list[Any]) -> None:

@@ -107,6 +107,8 @@ def test_nothing_is_lost_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         eva_kernels.initialize(model, text_batches(2), max_steps=2, **QUIET)
     assert same_state(before, state_of(model))
+    assert not eva_kernels.is_initialized(model)
+    assert not hasattr(model, "eva_result")
     assert all(p is parameters[n] for n, p in model.named_parameters())
 
 

@@ -189,11 +189,11 @@ def test_a_changed_byte_is_told(share: float, llama_result: EvaResult, tmp_path:
     assert str(path) in str(caught.value)
 
 
-def test_changed_ranks_are_told(llama_result: EvaResult, tmp_path: Path) -> None:
+def test_changed_text_is_told(llama_result: EvaResult, tmp_path: Path) -> None:
     path = tmp_path / "eva.safetensors"
     llama_result.save(path)
     content = path.read_bytes()
-    changed = content.replace(b'\\"tokens\\": ', b'\\"tokens\\":9')
+    changed = content.replace(b'\\"skipped_tokens\\": 0', b'\\"skipped_tokens\\": 7')
     assert changed != content
     path.write_bytes(changed)
     with pytest.raises(EvaValueError, match="damaged: its contents do not match"):
