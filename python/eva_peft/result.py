@@ -84,7 +84,7 @@ class EvaResult:
         Separate, contiguous tensors that safetensors can save.
 
         Args:
-            whiten: divide rows by the square root of their singular value, as PEFT does, which grows
+            whiten: divide rows by the root of their singular value, as PEFT does, which grows
                 with the number of tokens; as the config of the pass says if ``None``.
         """
         if whiten is None:
