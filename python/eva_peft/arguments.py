@@ -14,8 +14,9 @@ from .architecture import Architecture
 from .errors import EvaTypeError
 
 __all__ = [
+    "as_one_argument",
     "by_name",
-    "check_arguments",
+    "can_be_called",
     "model_arguments",
     "without_labels",
     "without_text",
@@ -88,16 +89,14 @@ def _may_be_mask(part: Tensor) -> bool:
     return additive or bool(ones.all())
 
 
-def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments of the model for a batch.
-
-    A mapping is taken as one argument where the model takes one, and by none of its names.
 
     Raises:
         EvaTypeError: the batch is nothing that a model takes.
     """
     if isinstance(batch, Mapping):
-        return ((batch,), {}) if _takes_a_mapping(batch, model) else ((), dict(batch))
+        return (), dict(batch)
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
@@ -120,34 +119,40 @@ def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict
     )
 
 
-def _takes_a_mapping(batch: Mapping[str, Any], model: nn.Module) -> bool:
+def can_be_called(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> bool:
+    """Tell whether ``forward`` takes these arguments, as far as its signature says."""
+    try:
+        inspect.signature(base_of(model).forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
+
+
+def as_one_argument(batch: Any, model: nn.Module) -> Any:
+    """Return a mapping for a model that takes it as one argument, and by none of its names.
+
+    Raises:
+        EvaTypeError: the model does not; an argument is missing, or is not known.
+    """
     base = base_of(model)
+    if isinstance(batch, Mapping) and _takes_a_mapping(batch, base):
+        return batch
+    given = f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
+    names = [p.name for p in _parameters(base) or []]
+    raise EvaTypeError(
+        f"a batch with {given} is nothing that {type(base).__name__}.forward({', '.join(names)}) "
+        "takes. Let the loader yield what it takes, or pass forward_fn to run the model on a batch"
+    )
+
+
+def _takes_a_mapping(batch: Mapping[str, Any], base: nn.Module) -> bool:
     parameters = _parameters(base) or []
     if type(base).forward is nn.Sequential.forward:  # its first layer takes none
         return False
-    if any(p.kind is p.VAR_KEYWORD for p in parameters[:1]):
-        return False
     needed = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
     return len(needed) == 1 and not batch.keys() & {p.name for p in parameters}
-
-
-def check_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse what ``forward`` cannot be called with.
-
-    Raises:
-        EvaTypeError: an argument is missing, or is not known.
-    """
-    base = base_of(model)
-    try:
-        inspect.signature(base.forward).bind(*args, **kwargs)
-    except ValueError:
-        return
-    except TypeError as error:
-        given = f"the names {sorted(kwargs)}" if kwargs else f"{len(args)} values"
-        raise EvaTypeError(
-            f"a batch with {given} is nothing that {type(base).__name__}.forward takes: {error}. "
-            "Let the loader yield what it takes, or pass forward_fn to run the model on a batch"
-        ) from error
 
 
 def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:

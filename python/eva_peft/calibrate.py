@@ -308,14 +308,21 @@ class CalibrationPass:
                     with self._called_with(batch, mask):
                         self.options.forward_fn(self.model, batch)
                 else:
-                    args, kwargs = arguments.model_arguments(batch, self.model)
-                    kwargs = arguments.without_text(kwargs, self.model)
-                    kwargs = arguments.without_labels(kwargs, self.architecture)
-                    arguments.check_arguments(args, kwargs, self.model)
-                    self.model(*args, **kwargs)
+                    self._call_model(batch)
         except StopForward:
             return False
         return not self.collector.stopped  # the model may have caught it
+
+    def _call_model(self, batch: Any) -> None:
+        args, kwargs = arguments.model_arguments(batch)
+        kwargs = arguments.without_text(kwargs, self.model)
+        kwargs = arguments.without_labels(kwargs, self.architecture)
+        try:
+            self.model(*args, **kwargs)
+        except TypeError:  # looked into now, since signatures take long
+            if arguments.can_be_called(args, kwargs, self.model):
+                raise
+            self.model(arguments.as_one_argument(batch, self.model))
 
     def _called_with(self, batch: Any, mask: TokenMask) -> AbstractContextManager[object]:
         if not self._plain_masks:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ._peft_compat import base_of
 from .architecture import is_of_transformers
+from .hooks import take_off
+from .interrupts import completed
 from .token_mask import TokenMask
 
 __all__ = ["CalledWith"]
@@ -44,12 +46,15 @@ class CalledWith(AbstractContextManager["CalledWith"]):
         self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self._mask, self._make_mask, self._use_mask = mask, make_mask, use_mask
         self._in_use = [mask]
-        self._handles: list[Any] = []
 
     def __enter__(self) -> CalledWith:
-        for part in self._parts:
-            self._handles.append(part.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._handles.append(part.register_forward_hook(self._behind, always_call=True))
+        try:
+            for part in self._parts:
+                part.register_forward_pre_hook(self._before, with_kwargs=True)
+                part.register_forward_hook(self._behind, always_call=True)
+        except BaseException:
+            completed(self._remove)
+            raise
         return self
 
     def __exit__(
@@ -58,8 +63,12 @@ class CalledWith(AbstractContextManager["CalledWith"]):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        completed(self._remove)
+
+    def _remove(self) -> None:
+        for part in self._parts:
+            take_off(part, self._before)
+            take_off(part, self._behind)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_use.append(self._mask_of(_named(module, args, kwargs)))

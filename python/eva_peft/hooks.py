@@ -23,7 +23,7 @@ from .shared_inputs import Seen, Slot
 from .targets import Target
 from .token_mask import TokenMask
 
-__all__ = ["InputCollector", "StopForward"]
+__all__ = ["InputCollector", "StopForward", "take_off"]
 
 # A layer's own selection of its input: f(positional arguments, model input, layer name) -> rows
 Selector = Callable[[Any, Any, str], Tensor]
@@ -34,6 +34,16 @@ class StopForward(BaseException):
 
     No ``Exception``: a model may catch those, and go on with something else.
     """
+
+
+def take_off(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Take a forward hook, or one before, off a module without its handle; may be run again."""
+    told = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, other in hooks.items() if other == hook]:
+            for of_kind in told:
+                of_kind.pop(key, None)
+            hooks.pop(key, None)
 
 
 class InputCollector(AbstractContextManager["InputCollector"]):
@@ -105,10 +115,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def remove(self) -> None:
         """Take all hooks off; may be interrupted, and run again."""
         for module, hook in self._hooks:
-            hooks = module._forward_pre_hooks
-            for key in [key for key, other in hooks.items() if other is hook]:
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                hooks.pop(key, None)
+            take_off(module, hook)
         self._hooks.clear()
         self._eager.__exit__(None, None, None)
 

@@ -240,7 +240,7 @@ FAULTS: dict[str, Fault] = {
     "batch: unknown argument": Fault(
         lambda s: on_data(s, [{"x": s.data[0], "y": s.data[0]}]),
         T,
-        "is nothing that Sequential.forward takes.*pass forward_fn",
+        "is nothing that Sequential.forward.input. takes.*pass forward_fn",
     ),
     "batch: token beyond the vocabulary": Fault(
         lambda s: on_text(s, [{"input_ids": torch.full((2, 9), 9999)}]), IndexError, "out of range"
