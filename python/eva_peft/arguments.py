@@ -34,12 +34,14 @@ def by_name(batch: Any, model: nn.Module) -> Any:
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
-    parameters = _parameters(base_of(model))
+    base = base_of(model)
+    parameters, config = _parameters(base), getattr(base, "config", None)
     if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return batch
     taken = [p for p in parameters if p.kind in _POSITIONAL]
     pairs = list(zip(taken, batch, strict=False))
-    inputs = next((i for i, pair in enumerate(pairs) if _cannot_be(*pair, batch[0])), len(pairs))
+    wrong = (i for i, pair in enumerate(pairs) if _cannot_be(*pair, batch[0], config))
+    inputs = next(wrong, len(pairs))
     targets = batch[inputs:]
     if not inputs or not all(_is_target(part, batch[0]) for part in targets):
         return batch
@@ -67,7 +69,7 @@ def _is_target(part: Any, first: Any) -> bool:
     return (part.shape, part.dtype) != (first.shape, first.dtype)
 
 
-def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any) -> bool:
+def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any, config: Any) -> bool:
     """Tell whether a part of a batch cannot be what an optional parameter of ``forward`` is for."""
     if part is first or parameter.default is parameter.empty or not isinstance(part, Tensor):
         return False
@@ -76,6 +78,13 @@ def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any) -> bool:
     if not isinstance(first, Tensor) or parameter.name not in ("token_type_ids", "position_ids"):
         return False
     if part.shape != first.shape or part.is_floating_point():
+        return True
+    kinds = getattr(config, "type_vocab_size", None)
+    if (
+        parameter.name == "token_type_ids"
+        and isinstance(kinds, int)
+        and bool((part >= kinds).any())
+    ):
         return True
     return bool((part < 0).any()) or torch.equal(part, first)
 

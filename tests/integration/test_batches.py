@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from transformers import BatchEncoding
+from transformers import BatchEncoding, BertConfig, BertForTokenClassification
 
 import eva_kernels
 from eva_kernels import EvaTypeError
@@ -335,6 +335,23 @@ def test_labels_in_a_tuple(parts: tuple[str, ...]) -> None:
     expected = run(make_llama(), iter([{k: b[k] for k in kept} for b in texts]), config)
     assert result.tokens == expected.tokens
     assert all("position_ids" not in names for names in seen)
+
+
+@pytest.mark.parametrize("third", ["class of each", "types"])
+def test_labels_of_tokens_are_no_types(third: str) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = BertConfig(**size, num_attention_heads=2, num_labels=5)  # of two types
+    seen: list[Any] = []
+    model = BertForTokenClassification(config)
+    model.bert.embeddings.token_type_embeddings.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    texts = text_batches(2, padded=False)
+    marks = torch.arange(24).expand(4, 24) % (5 if third == "class of each" else 2)
+    loader = [(b["input_ids"], b["attention_mask"], marks) for b in texts]
+    run(model, iter(loader), lora(target_modules=["query"]))
+    assert [bool(types.any()) for types in seen] == [third == "types"] * 2
 
 
 def test_token_ids_that_are_not_collated_are_no_labels() -> None:
