@@ -263,7 +263,17 @@ def test_experts_are_put_back_also_where_they_were_not_changed() -> None:
     assert getattr(module.config, name) == "grouped_mm"
 
 
-def test_a_signal_during_the_trial_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt, which a shell has ignored in what it starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_during_the_trial_wrap(
+    interruptible: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, sent = Small(), []
     before, original = look(model), ModelSnapshot.restore
 

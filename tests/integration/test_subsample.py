@@ -101,6 +101,7 @@ def test_limits_of_parts_add_up(limit: int, tokens: list[int], limits: list[int]
     assert [draw.part for draw in draws] == list(range(len(tokens)))
 
 
+@pytest.mark.filterwarnings("ignore:only 1 of 4 ranks could be given:eva_kernels.EvaWarning")
 @pytest.mark.parametrize(("limit", "encoder", "decoder"), [(2000, 428, 96), (90, 90, 90)])
 def test_each_stream_has_a_limit_of_its_own(limit: int, encoder: int, decoder: int) -> None:
     torch.manual_seed(0)
