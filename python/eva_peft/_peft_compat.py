@@ -51,11 +51,10 @@ __all__ = [
     "ParamWrapper",
     "PeftMixedModel",
     "PeftModel",
+    "adapter_configs",
     "adapters_not_moved",
     "anchored_pattern",
-    "carriers",
     "carries_adapters",
-    "configs_of",
     "exclude_layers",
     "forward_fn_dict",
     "injected_adapters",
@@ -329,16 +328,7 @@ def carries_adapters(model: nn.Module) -> bool:
     return isinstance(own, dict) and bool(injected_adapters(model))
 
 
-def carriers(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of the outermost parts of a model that carry adapters, maybe itself."""
-    if carries_adapters(model):
-        yield name, model
-        return
-    for child, part in model.named_children():
-        yield from carriers(part, f"{name}.{child}" if name else child)
-
-
-def configs_of(model: nn.Module) -> dict[str, Any]:
+def adapter_configs(model: nn.Module) -> dict[str, Any]:
     """Return the configs of the adapters that a model carries, by their names."""
     configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
     return configs

@@ -15,9 +15,9 @@ from ._peft_compat import (
     EvaConfig,
     LoraConfig,
     LoraLayer,
+    adapter_configs,
     adapters_not_moved,
     carries_adapters,
-    configs_of,
     eva_of,
     exclude_layers,
     keep_dilation,
@@ -28,7 +28,7 @@ from ._peft_compat import (
     untrained_magnitude,
     update_layer,
 )
-from .checks import check_base_model, check_not_sharded, refuse_replicas
+from .checks import check_base_model, check_not_sharded
 from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure
@@ -37,8 +37,8 @@ from .ranks import scaled_alpha
 from .snapshot import restored_on_failure
 from .targets import (
     check_not_merged,
+    check_not_replicated,
     device_of,
-    is_replicated,
     peft_key,
     unwrap,
 )
@@ -71,8 +71,7 @@ def write_result(
     with restored_on_failure(inner):
         if not carries_adapters(inner):
             check_base_model(inner, adapter_name)
-            if is_replicated(model):
-                refuse_replicas()
+            check_not_replicated(model)
             inner = carrier = wrap_model(inner, chosen, adapter_name)
         eva = chosen.eva_config
         rows = result.state_dict(None if eva is None else eva.whiten)
@@ -111,15 +110,15 @@ def write_state_dict(
         EvaRuntimeError: adapters are merged into the weights; or DistributedDataParallel is around
             the model, and an adapter would get another size.
     """
-    replicated, model = is_replicated(model), unwrap(model)
-    if adapter_name not in configs_of(model):
+    outer, model = model, unwrap(model)
+    if adapter_name not in adapter_configs(model):
         raise EvaValueError(f"the model has no adapter {adapter_name!r}")
     check_not_merged(model)
     fitted = fit(model, state_dict, adapter_name, strict, default_layers or ())
-    if replicated and fitted.resizes(adapter_name):
-        refuse_replicas()
+    if fitted.resizes(adapter_name):
+        check_not_replicated(outer)
     with restored_on_failure(model), _values_restored() as undo, random_state_kept():
-        config = copy(configs_of(model)[adapter_name])
+        config = copy(adapter_configs(model)[adapter_name])
         writer = _Writer(model, config, adapter_name, undo, eva)
         for name, (path, layer) in fitted.layers.items():
             own = parts_of(name, layer)
@@ -330,7 +329,7 @@ class _Writer:
         for key, rank in self.ranks.items():
             if pattern_value(config.rank_pattern, key, config.r) != rank:
                 raise EvaRuntimeError(f"layer {key}: the rank pattern does not give its rank")
-        configs_of(self.model)[self.adapter] = config
+        adapter_configs(self.model)[self.adapter] = config
         tuner = getattr(self.model, "base_model", None)
         names = getattr(tuner, "targeted_module_names", None)
         if names is not None and self.removed:

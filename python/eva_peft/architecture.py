@@ -18,6 +18,7 @@ __all__ = [
     "architecture_of",
     "configs_of",
     "is_of_transformers",
+    "signature_of",
 ]
 
 FrameLengths = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_adapter
@@ -169,11 +170,17 @@ def _patch_sizes(configs: list[Any]) -> tuple[int, ...]:
 
 def _parameter(module: nn.Module, name: str) -> Any:
     """Return the default of an argument of ``forward``; ``Ellipsis`` where it has no such one."""
-    try:
-        found = inspect.signature(module.forward).parameters.get(name)
-    except (TypeError, ValueError):
-        return ...
+    signature = signature_of(module)
+    found = None if signature is None else signature.parameters.get(name)
     return ... if found is None else found.default
+
+
+def signature_of(module: nn.Module) -> inspect.Signature | None:
+    """Return what ``forward`` takes, if it tells."""
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return None
 
 
 def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:

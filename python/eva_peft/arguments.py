@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._peft_compat import base_of
-from .architecture import Architecture
+from .architecture import Architecture, signature_of
 from .errors import EvaTypeError
 
 __all__ = [
@@ -53,10 +53,8 @@ def by_name(batch: Any, model: nn.Module) -> Any:
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
-    try:
-        return list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return None
+    signature = signature_of(module)
+    return None if signature is None else list(signature.parameters.values())
 
 
 def _is_target(part: Any, first: Any) -> bool:
@@ -130,12 +128,13 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def can_be_called(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> bool:
     """Tell whether ``forward`` takes these arguments, as far as its signature says."""
+    signature = signature_of(base_of(model))
+    if signature is None:
+        return True
     try:
-        inspect.signature(base_of(model).forward).bind(*args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError:
         return False
-    except ValueError:
-        pass
     return True
 
 

@@ -202,8 +202,7 @@ class CalibrationPass:
             sum(slot.stream.converged for slot in self.collector.slot_of.values()),
             len(self.targets),
         )
-        uncalled = [t.name for i, t in enumerate(self.targets) if i not in self.collector.slot_of]
-        check_answer(self, done, uncalled)
+        check_answer(self, done)
         return collect_result(self, memory.peak_bytes)
 
     def _loop(self, loader: Iterable[Any], begin: float, bar: Any) -> bool:
@@ -333,7 +332,8 @@ class CalibrationPass:
             self._draw([made])
             return made
 
-        return CalledWith(self.model, batch, mask, make_mask, self.collector.use_mask)
+        use_mask = self.collector.use_mask
+        return CalledWith(self.model, batch, mask, make_mask, use_mask).looking()
 
     @functools.cached_property
     def _may_stop_early(self) -> bool:
@@ -472,6 +472,11 @@ class CalibrationPass:
         """Hand the numbers of a step to the user's function."""
         if numbers is not None and self.options.callback is not None:
             self.options.callback(numbers)
+
+    @property
+    def uncalled(self) -> list[str]:
+        """Return the names of the layers without an input so far."""
+        return [t.name for i, t in enumerate(self.targets) if i not in self.collector.slot_of]
 
     @functools.cached_property
     def names(self) -> list[str]:

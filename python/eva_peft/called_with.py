@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._peft_compat import base_of
-from .architecture import is_of_transformers
+from .architecture import is_of_transformers, signature_of
 from .hooks import take_off
-from .interrupts import completed
+from .interrupts import temporarily
+from .parts import outermost
 from .token_mask import TokenMask
 
 __all__ = ["CalledWith"]
 
 
-class CalledWith(AbstractContextManager["CalledWith"]):
+class CalledWith:
     """Hooks that look at the arguments of a model, and of the models of transformers in it.
 
     A function may make the tokens itself, or run a model on something else than the text that the
@@ -42,28 +41,21 @@ class CalledWith(AbstractContextManager["CalledWith"]):
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[[TokenMask], None],
     ) -> None:
-        self._parts = list(_looked_at(base_of(model)))
+        base = base_of(model)
+        inner = [part for _, part in outermost(base, is_of_transformers)]
+        self._parts = inner if base in inner else [base, *inner]
         self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self._mask, self._make_mask, self._use_mask = mask, make_mask, use_mask
         self._in_use = [mask]
 
-    def __enter__(self) -> CalledWith:
-        try:
-            for part in self._parts:
-                part.register_forward_pre_hook(self._before, with_kwargs=True)
-                part.register_forward_hook(self._behind, always_call=True)
-        except BaseException:
-            completed(self._remove)
-            raise
-        return self
+    def looking(self) -> AbstractContextManager[None]:
+        """Return a context within which the hooks are there."""
+        return temporarily(self._remove, self._add)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        completed(self._remove)
+    def _add(self) -> None:
+        for part in self._parts:
+            part.register_forward_pre_hook(self._before, with_kwargs=True)
+            part.register_forward_hook(self._behind, always_call=True)
 
     def _remove(self) -> None:
         for part in self._parts:
@@ -90,30 +82,16 @@ class CalledWith(AbstractContextManager["CalledWith"]):
         return self._make_mask(named)
 
 
-def _looked_at(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield a model, and the outermost models of transformers if it is none itself."""
-    yield model
-    if is_of_transformers(model):
-        return
-    for part in model.children():
-        yield from _of_transformers(part)
-
-
-def _of_transformers(module: nn.Module) -> Iterator[nn.Module]:
-    if is_of_transformers(module):
-        yield module
-        return
-    for part in module.children():
-        yield from _of_transformers(part)
-
-
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments by their names; those in a mapping that is the first argument, as these."""
     if args and isinstance(args[0], Mapping):
         return {**kwargs, **args[0]}
+    signature = signature_of(module)
     try:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-    except (TypeError, ValueError):
+        bound = None if signature is None else signature.bind_partial(*args, **kwargs)
+    except TypeError:
+        bound = None
+    if bound is None:
         return dict(kwargs)
     found = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():

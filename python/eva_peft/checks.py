@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from numbers import Integral
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,14 +12,14 @@ from torch import nn
 from ._peft_compat import (
     LoraConfig,
     PeftMixedModel,
-    carriers,
+    adapter_configs,
     carries_adapters,
-    configs_of,
     injected_adapters,
     is_lora,
     kind_of,
 )
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, warn
+from .parts import outermost
 
 __all__ = [
     "FSDP",
@@ -31,7 +31,6 @@ __all__ = [
     "class_names",
     "is_sharded",
     "plain_number",
-    "refuse_replicas",
 ]
 
 FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
@@ -46,11 +45,10 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
             a base model that carries adapters.
     """
     if carries_adapters(model):
-        own = configs_of(model).get(adapter_name)
+        own = adapter_configs(model).get(adapter_name)
         if own is None:
-            raise EvaValueError(
-                f"the model has no adapter {adapter_name!r}; it has {sorted(configs_of(model))}"
-            )
+            known = sorted(adapter_configs(model))
+            raise EvaValueError(f"the model has no adapter {adapter_name!r}; it has {known}")
         if not is_lora(own):
             raise EvaTypeError(
                 f"the model's adapter {adapter_name!r} is of kind {kind_of(own)}; EVA "
@@ -107,7 +105,7 @@ def check_base_model(model: nn.Module, adapter_name: str) -> None:
 
 
 def _owner(model: nn.Module) -> str:
-    name = next((name for name, _ in carriers(model)), "")
+    name = next((name for name, _ in outermost(model, carries_adapters)), "")
     return f", {name}," if name else ""
 
 
@@ -150,20 +148,6 @@ def check_not_sharded(model: nn.Module) -> None:
             "not know adapters that are made or get another rank now. Initialise before sharding; "
             "or calibrate() the sharded model, and apply the result to one that is not"
         )
-
-
-def refuse_replicas() -> NoReturn:
-    """Say that adapters of a model in DistributedDataParallel cannot get another size.
-
-    Raises:
-        EvaRuntimeError: always.
-    """
-    raise EvaRuntimeError(
-        "DistributedDataParallel is around the model, which goes on with the sizes that the "
-        "adapters have had when it was made, and EVA gives them others. Initialise before wrapping "
-        "(accelerator.prepare wraps, too): pass model.module, and wrap what is returned. Or keep "
-        "the sizes, with rho=1"
-    )
 
 
 def _check_leaves_model(config: LoraConfig) -> None:

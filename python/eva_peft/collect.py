@@ -30,7 +30,7 @@ class _Layer(NamedTuple):
     target: Target
     stream: InputStream
     spectrum: Spectrum
-    components: Tensor  # (K, in_features), where the stream has more than the layer may use
+    components: Tensor  # (K, in_features); K is at most what the layer may be given
     singular_values: Tensor  # (K,), float32
     ratios: Tensor  # (K,), float32
 
@@ -74,7 +74,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         peak_memory_bytes=max(peak_bytes, sum(slot.stream.nbytes for slot in slots)),
         history=run.history,
         metadata=_metadata(run),
-        uncalled=[t.name for i, t in enumerate(run.targets) if i not in run.collector.slot_of],
+        uncalled=run.uncalled,
         rank_steps={x.name: x.target.step for x in layers if x.target.step > 1},
         owners={x.name: [x.target.owner, x.target.experts] for x in layers if x.target.owner},
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eva_kernels.streaming import _host
 
-from ._peft_compat import LoraLayer, ParamWrapper, configs_of, tied_modules
+from ._peft_compat import LoraLayer, ParamWrapper, adapter_configs, tied_modules
 from .errors import EvaTypeError, EvaValueError, listed, warn
 from .layers import CONVOLUTIONS, widths
 from .routing import expert_names
@@ -80,7 +80,7 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Lora
 
     Those whose adapter is tied to that of the embeddings are left out.
     """
-    tied = tied_modules(model, configs_of(model)[adapter_name])
+    tied = tied_modules(model, adapter_configs(model)[adapter_name])
     return {
         layer_name(path, module): (path, module)
         for path, module in model.named_modules()

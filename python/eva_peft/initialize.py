@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import nn
 
-from ._peft_compat import EvaConfig, LoraConfig, carries_adapters, configs_of, eva_of
+from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapters, eva_of
 from .adapters import write_result
 from .calibrate import run_pass
-from .checks import check_config, check_not_sharded, refuse_replicas
+from .checks import check_config, check_not_sharded
 from .errors import EvaValueError
 from .options import CalibrateOptions
 from .planning import Estimate, estimate_targets
 from .result import EvaResult
-from .targets import find_targets, is_replicated, unwrap
+from .targets import check_not_replicated, find_targets, unwrap
 from .training import check_not_trained
 from .wrapping import check_wrapping
 
@@ -76,7 +76,7 @@ def initialize(
     check_not_sharded(inner)
     chosen = _chosen_config(inner, config, parsed)
     if carries_adapters(inner):
-        own = configs_of(inner).get(parsed.adapter_name)
+        own = adapter_configs(inner).get(parsed.adapter_name)
         made_for_eva = getattr(own, "init_lora_weights", None) == "eva"
         if not (made_for_eva or allow_any_init or config is not None):
             raise EvaValueError(
@@ -91,8 +91,8 @@ def initialize(
         with warnings.catch_warnings(record=True):  # the pass looks again, and tells
             find_targets(inner, chosen, parsed.adapter_name)
         check_wrapping(inner, chosen, parsed.adapter_name)
-    if is_replicated(model) and (chosen.eva_config.rho > 1 or not carries_adapters(inner)):
-        refuse_replicas()  # before a long pass, which would hardly leave all sizes as they are
+    if chosen.eva_config.rho > 1 or not carries_adapters(inner):
+        check_not_replicated(model)  # before a long pass, which would hardly leave all sizes
     result = run_pass(inner, loader, chosen, parsed)
     return write_result(model, result, chosen, parsed.adapter_name)
 

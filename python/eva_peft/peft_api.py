@@ -24,11 +24,11 @@ from ._peft_compat import (
     prepare_model_inputs_fn_language_modeling,
 )
 from .adapters import write_state_dict
-from .checks import check_not_sharded, refuse_replicas
+from .checks import check_not_sharded
 from .errors import EvaValueError
 from .initialize import calibrate
 from .options import AUTO
-from .targets import is_replicated, resolve_name, unwrap
+from .targets import check_not_replicated, resolve_name, unwrap
 from .training import check_not_trained, watch
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
@@ -173,8 +173,8 @@ def initialize_lora_eva_weights(
         return
     if dataloader is None:
         raise EvaValueError("dataloader is required if eva_state_dict is not provided")
-    if is_replicated(model) and eva_of(inner.peft_config[adapter_name]).rho > 1:
-        refuse_replicas()
+    if eva_of(inner.peft_config[adapter_name]).rho > 1:
+        check_not_replicated(model)
     result = calibrate(
         inner,
         dataloader,

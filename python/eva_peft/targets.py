@@ -15,8 +15,8 @@ from ._peft_compat import (
     LoraConfig,
     LoraLayer,
     ParamWrapper,
+    adapter_configs,
     carries_adapters,
-    configs_of,
     matches_parameter,
     matches_target,
     pattern_value,
@@ -31,9 +31,9 @@ from .routing import ExpertWeight, expert_names, expert_weights
 __all__ = [
     "Target",
     "base_name",
+    "check_not_replicated",
     "device_of",
     "find_targets",
-    "is_replicated",
     "layer_name",
     "peft_key",
     "resolve_name",
@@ -129,9 +129,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def is_replicated(model: nn.Module) -> bool:
-    """Tell whether DistributedDataParallel is around a model."""
-    return any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model))
+def check_not_replicated(model: nn.Module) -> None:
+    """Refuse a model whose adapters cannot get another size.
+
+    Raises:
+        EvaRuntimeError: DistributedDataParallel is around it.
+    """
+    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model)):
+        raise EvaRuntimeError(
+            "DistributedDataParallel is around the model, which goes on with the sizes that the "
+            "adapters have had when it was made, and EVA gives them others. Initialise before "
+            "wrapping (accelerator.prepare wraps, too): pass model.module, and wrap what is "
+            "returned. Or keep the sizes, with rho=1"
+        )
 
 
 def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
@@ -177,7 +187,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     else:
         config = resolved_config(model, config)
         found = _matching(model, config)
-    own = configs_of(model)[adapter_name] if carries_adapters(model) else config
+    own = adapter_configs(model)[adapter_name] if carries_adapters(model) else config
     elsewhere = {_COMPILED.sub("", path) for path in tied_modules(model, own)}
     targets: list[Target] = []
     unsupported: list[str] = []
@@ -245,7 +255,7 @@ def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
 
 
 def _adapted(model: nn.Module, config: LoraConfig, adapter_name: str) -> Iterator[_Found]:
-    own = configs_of(model)[adapter_name]
+    own = adapter_configs(model)[adapter_name]
     as_wrapped = all(getattr(config, each) == getattr(own, each) for each in _SIZES)
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):

@@ -11,9 +11,8 @@ from transformers import TrainerCallback
 
 from ._peft_compat import (
     LoraLayer,
-    carriers,
+    adapter_configs,
     carries_adapters,
-    configs_of,
     is_lora,
     kind_of,
     magnitude,
@@ -21,6 +20,7 @@ from ._peft_compat import (
     untrained_magnitude,
 )
 from .errors import EvaTypeError, EvaValueError, EvaWarning, NotInitializedError, listed, warn
+from .parts import outermost
 from .targets import base_name, unwrap
 
 __all__ = [
@@ -73,7 +73,7 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
     layers = _layers(model, adapter_name)
     if any(layer.lora_A[adapter_name].weight.is_meta for layer in layers.values()):
         return False
-    whitened = _whitened(configs_of(unwrap(model))[adapter_name])
+    whitened = _whitened(adapter_configs(unwrap(model))[adapter_name])
     return bool(_trained(layers, adapter_name)) or any(
         _has_eva_rows(layer, adapter_name, whitened) for layer in layers.values()
     )
@@ -89,7 +89,7 @@ def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
     Of one that was loaded nobody can tell which layers were left at the default on purpose. No
     layer that has been trained is told.
     """
-    layers, config = _layers(model, adapter_name), configs_of(model)[adapter_name]
+    layers, config = _layers(model, adapter_name), adapter_configs(model)[adapter_name]
     weights = {name: layer.lora_A[adapter_name].weight for name, layer in layers.items()}
     if not any(getattr(weight, _MARK, False) for weight in weights.values()):
         return []
@@ -131,7 +131,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         raise EvaTypeError(
             f"expected a PeftModel, got {type(model)}; eva_kernels.initialize returns one"
         )
-    configs = configs_of(inner)
+    configs = adapter_configs(inner)
     config = configs.get(adapter_name)
     if config is not None and not is_lora(config):
         raise EvaValueError(
@@ -210,9 +210,10 @@ def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
 
 def _complain(model: nn.Module, action: str) -> None:
     # adapters may be on a part of what is trained
-    every = [(part, name) for _, part in carriers(unwrap(model)) for name in configs_of(part)]
+    parts = [part for _, part in outermost(unwrap(model), carries_adapters)]
+    every = [(part, name) for part in parts for name in adapter_configs(part)]
     for part, name in every:
-        config = configs_of(part)[name]
+        config = adapter_configs(part)[name]
         asked = getattr(config, "init_lora_weights", None) == "eva"
         if not asked or config.inference_mode:
             continue

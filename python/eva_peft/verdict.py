@@ -22,24 +22,23 @@ _IDLE = (
 )
 
 
-def check_answer(run: CalibrationPass, done: bool, uncalled: list[str]) -> None:
+def check_answer(run: CalibrationPass, done: bool) -> None:
     """Warn of layers that EVA cannot initialise, and of those that have not converged.
 
     Args:
         run: has ended.
         done: every layer has converged.
-        uncalled: layers without an input.
 
     Raises:
         EvaValueError: there is no layer to initialise.
         NotConvergedError: with ``on_not_converged="raise"``.
     """
     backwards = [run.targets[i].name for i in sorted(run.collector.routed.backwards)]
-    _check_any(run, backwards, uncalled)
+    _check_any(run, backwards)
     if backwards:
         layers = f"{len(backwards)} layers keep the default initialisation"
         warn(f"{layers}, {_BACKWARDS}: {listed(backwards)}")
-    left = [name for name in uncalled if name not in set(backwards)]
+    left = [name for name in run.uncalled if name not in set(backwards)]
     known = {*run.collector.most_calls, *(i for i, t in enumerate(run.targets) if t.weight)}
     called = {run.targets[i].name for i in known}  # of experts' weights, it is their tokens
     masked, idle = [n for n in left if n in called], [n for n in left if n not in called]
@@ -58,14 +57,14 @@ def check_answer(run: CalibrationPass, done: bool, uncalled: list[str]) -> None:
         _judge_convergence(run)
 
 
-def _check_any(run: CalibrationPass, backwards: list[str], uncalled: list[str]) -> None:
+def _check_any(run: CalibrationPass, backwards: list[str]) -> None:
     every = len(run.targets)
     if len(backwards) == every:
         raise EvaValueError(
             f"EVA can initialise none of the {every} layers, {_BACKWARDS}; adapt others, by "
             "target_modules"
         )
-    if len(uncalled) < every and run.tokens:
+    if len(run.uncalled) < every and run.tokens:
         return
     skipped = f"; {run.skipped} tokens with NaN or infinity were left out" if run.skipped else ""
     advice = f"check the attention and label masks of the loader{skipped}"

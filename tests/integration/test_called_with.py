@@ -18,6 +18,7 @@ from integration.conftest import (
     run,
     text_batches,
     vectors,
+    wrapped,
 )
 
 EXACT: dict[str, Any] = {"method": "gram", "max_steps": 4}
@@ -42,11 +43,11 @@ def same(result: Any, expected: Any, prefix: str = "") -> None:
         assert lost(rows, result.components[prefix + name].double()) < 1e-6
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_text_that_the_function_tokenises(wrapped: bool) -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_text_that_the_function_tokenises(adapted: bool) -> None:
     expected = run(make_llama(), TEXTS, Q_PROJ, **EXACT)
     result = run(
-        make_llama(),
+        wrapped(make_llama(), Q_PROJ) if adapted else make_llama(),
         [as_text(batch) for batch in TEXTS],
         Q_PROJ,
         forward_fn=lambda model, lines: model(**tokenised(lines)),

@@ -1,0 +1,20 @@
+"""Parts of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+__all__ = ["outermost"]
+
+
+def outermost(
+    model: nn.Module, wanted: Callable[[nn.Module], bool], name: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of wanted parts, maybe the model itself, and none inside of another."""
+    if wanted(model):
+        yield name, model
+        return
+    for child, part in model.named_children():
+        yield from outermost(part, wanted, f"{name}.{child}" if name else child)
