@@ -18,13 +18,14 @@ from .eigh import eigh
 from .fold import FoldLayers, fold_layers, fold_measure, fold_prepare, fold_rows
 from .gram import gram, gram_workspace_bytes
 from .nystrom import nystrom
-from .sketch import device_arch, sketch, sketch_unchecked, sketch_workspace_bytes
+from .sketch import SketchInto, device_arch, sketch, sketch_unchecked, sketch_workspace_bytes
 from .start import start
 
 __all__ = [
     "BACKENDS",
     "PRECISIONS",
     "FoldLayers",
+    "SketchInto",
     "backend_report",
     "check_precision",
     "check_tokens",

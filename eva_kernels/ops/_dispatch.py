@@ -193,8 +193,9 @@ def is_observed(x: Tensor) -> bool:
 
 def _functions_are_observed() -> bool:
     # a default device is a mode, too, and looks at nothing but what is made
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return any(type(mode) is not DeviceContext for mode in modes)
+    count = torch._C._len_torch_function_stack()
+    modes = map(torch._C._get_function_stack_at, range(count))
+    return count > 0 and any(type(mode) is not DeviceContext for mode in modes)
 
 
 def with_contiguous_columns(x: Tensor) -> Tensor:

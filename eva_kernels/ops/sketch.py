@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from ._dispatch import (
     workspace_for,
 )
 
-__all__ = ["sketch", "sketch_unchecked", "sketch_workspace_bytes"]
+__all__ = ["SketchInto", "sketch", "sketch_unchecked", "sketch_workspace_bytes"]
 
 
 @torch.no_grad()
@@ -112,8 +115,73 @@ def sketch_unchecked(
     rows = None if rows is None else rows.contiguous()
     if is_observed(x):
         _launch(x, basis, pivot, products, shift, square, workspace, rows, high)
-    else:
-        sequence.run((x, rows, basis, pivot, products, shift, square), workspace)
+        return
+    sequence.run((x, rows, basis, pivot, products, shift, square), workspace)
+    run = sequence.again(x.device)
+    if run is not None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        # with its sequence, which keeps the kernels
+        _known[_kind(x, rows, _kind_of_sums(state[0], backend, high))] = run, sequence
+
+
+# By the kind of tokens and sums: what launches on addresses, and the sequence that it launches.
+_known: dict[tuple[Any, ...], tuple[Callable[[list[int], int], None], Any]] = {}
+MOST_KNOWN = 1024
+
+
+def _kind_of_sums(basis: Tensor, backend: str, high: bool) -> tuple[Any, ...]:
+    return basis.shape, basis.dtype, basis.device, backend, high
+
+
+def _kind(x: Tensor, rows: Tensor | None, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+    if rows is None:
+        return x.shape, x.stride(), x.dtype, x.device, sums
+    chosen = rows.shape, rows.stride(), rows.dtype, rows.device
+    return x.shape, x.stride(), x.dtype, x.device, sums, chosen
+
+
+class SketchInto:
+    """Sketches of one batch after another into the same sums, which are looked at once.
+
+    On a GPU the host spends more time on looking at tensors than on a launch.
+
+    Args:
+        state, backend, high: as for :func:`sketch_unchecked`.
+    """
+
+    __slots__ = ("_bits", "_spots", "_state", "_sums")
+
+    def __init__(self, state: tuple[Tensor, ...], backend: str, high: bool) -> None:
+        self._state, self._sums = state, _kind_of_sums(state[0], backend, high)
+        self._spots: list[int] | None = None  # of tokens, rows and state; not of fake tensors
+
+    def is_of(self, state: tuple[Tensor, ...]) -> bool:
+        """Tell whether these are the tensors that sums are added to."""
+        return all(map(operator.is_, state, self._state))
+
+    def add(self, x: Tensor, rows: Tensor | None) -> bool:
+        """Add tokens as :func:`sketch_unchecked` does; or nothing, and return ``False``.
+
+        So it is for tokens of a kind, or at a place, that was not sketched before, and where
+        somebody looks at operators.
+        """
+        known = _known.get(_kind(x, rows, self._sums))
+        if known is None or is_observed(x):
+            return False
+        if self._spots is None:
+            if not all(tensor.is_contiguous() for tensor in self._state):
+                return False
+            self._spots = [0, 0, *(tensor.data_ptr() for tensor in self._state)]
+            self._bits = functools.reduce(operator.or_, self._spots)
+        run, sequence = known
+        workspace = torch.empty(sequence.nbytes, dtype=torch.uint8, device=x.device)
+        spots, base = self._spots, workspace.data_ptr()
+        spots[0], spots[1] = x.data_ptr(), 0 if rows is None else rows.data_ptr()
+        if (spots[0] | spots[1] | base | self._bits) % 16:
+            return False
+        run(spots, base)
+        return True
 
 
 def _sequence(x: Tensor, rows: Tensor | None, q: int, high: bool) -> Any:

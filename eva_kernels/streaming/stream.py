@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import EvaValueError, NonFiniteError
-from ..ops import check_precision, check_tokens, gram, sketch_unchecked
+from ..ops import SketchInto, check_precision, check_tokens, gram, sketch_unchecked
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
@@ -99,6 +100,11 @@ class InputStream:
         self.lost = float("nan")
         self.state: SketchState | GramState | None = None
         self.sums: StepSums | None = None
+        self._into: SketchInto | None = None  # adds to the sums as they are
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has, too: all but the way into the sums of this one."""
+        return self.__dict__ | {"_into": None}
 
     @property
     def sketch(self) -> SketchState | None:
@@ -134,6 +140,11 @@ class InputStream:
             EvaValueError: another number of features, another device, or no floating-point tokens;
                 rows of another kind.
         """
+        if self._into is not None:
+            if not self._into.is_of(self._given()):
+                self._into = None
+            elif self._into.add(x, rows):
+                return self._count(x.shape[0] if rows is None else rows.shape[0])
         if x.dim() != 2 or x.shape[1] != self.features:
             raise EvaValueError(
                 f"expected tokens of shape (N, {self.features}), got {tuple(x.shape)}"
@@ -157,8 +168,22 @@ class InputStream:
         self._accumulate(x, rows)
         if bad is not None and self.sums is not None:
             self.sums.bad = bad if self.sums.bad is None else self.sums.bad + bad
-        self.pending += used
-        return used
+        if self._into is None and not (exact or at_once or _host.reads_are_free(self.device)):
+            self._into = SketchInto(self._given(), options.backend, options.precision == "high")
+        return self._count(used)
+
+    def _count(self, tokens: int) -> int:
+        assert self.sums is not None
+        self.sums.count += tokens
+        self.pending += tokens
+        return tokens
+
+    def _given(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return what a sketch is given besides tokens."""
+        state, sums = self.state, self.sums
+        assert isinstance(state, SketchState)
+        assert sums is not None
+        return state.basis, state.mean, sums.products, sums.shift, sums.square
 
     def _without_bad(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         # The sums of an exact stream hold all that it has seen, so what spoils them must be kept
@@ -205,7 +230,8 @@ class InputStream:
         mean = sample.mean(0, dtype=torch.float64).to(self.dtype)
         blank = empty_sketch(*place, mean)
         sums = zero_sums(self.width, self.features, self.dtype, self.device)
-        self._sketch_into(sample, None, blank, sums)
+        given = blank.basis, blank.mean, sums.products, sums.shift, sums.square
+        self._sketch_into(sample, None, given)
         sums.count = len(sample)
         start = first_basis(blank, sums)
         if self.options.method == "gram":
@@ -216,30 +242,26 @@ class InputStream:
             self.state, self.sums = start, sums
 
     def _sketch_into(
-        self, x: Tensor, rows: Tensor | None, state: SketchState, sums: StepSums
+        self, x: Tensor, rows: Tensor | None, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     ) -> None:
-        given = state.basis, state.mean, sums.products, sums.shift, sums.square
         high = self.options.precision == "high"
         sketch_unchecked(x, given, rows, self.options.backend, high)
 
     def _accumulate(self, x: Tensor, rows: Tensor | None) -> None:
-        assert self.sums is not None
-        if isinstance(self.state, GramState):
-            sums = self.sums
-            gram(
-                x,
-                self.state.pivot,
-                sums.products,
-                sums.shift,
-                sums.square,
-                rows,
-                backend=self.options.backend,
-                precision=self.options.precision,
-            )
-        else:
-            assert self.state is not None
-            self._sketch_into(x, rows, self.state, self.sums)
-        self.sums.count += len(x) if rows is None else rows.numel()
+        if not isinstance(self.state, GramState):
+            self._sketch_into(x, rows, self._given())
+            return
+        sums = self.state.sums
+        gram(
+            x,
+            self.state.pivot,
+            sums.products,
+            sums.shift,
+            sums.square,
+            rows,
+            backend=self.options.backend,
+            precision=self.options.precision,
+        )
 
     def close_step(
         self, state: SketchState | GramState, lost: float, previous: Tensor | None
@@ -254,6 +276,8 @@ class InputStream:
         self.state, self.pending, self._start_rows = state, 0, None
         self.folds += 1
         self.previous, self.turned, self.lost = previous, None, lost
+        if self._into is not None and not self._into.is_of(self._given()):
+            self._into = None
 
     def drop_pending(self) -> str:
         """Forget the tokens of the current step that spoil it, and say what was wrong; reads.
@@ -276,7 +300,7 @@ class InputStream:
             clear_sums([self.sums])
             self.pending = 0
         if not self.folds:  # the basis, too, came from these tokens
-            self.state, self.sums, self.pending = None, None, 0
+            self.state, self.sums, self.pending, self._into = None, None, 0, None
         return told
 
     def clone(self) -> InputStream:

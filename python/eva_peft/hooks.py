@@ -368,27 +368,33 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         target = self.targets[i]
         self.current = target.name
         try:
-            used = 0
-            for part, rows in self._rows_of(i, x, args):
-                used += slot.stream.add(part, rows)
+            if self.selectors[i] is None and target.patches is None:  # nearly always
+                used = slot.stream.add(*self._tokens_of(target, x))
+            else:
+                chosen = self._chosen(i, x, args)
+                used = sum(slot.stream.add(part, rows) for part, rows in chosen)
         except NonFiniteError as error:
             raise self._explained(target.name, error) from None
         self.tokens, self.current = max(self.tokens, used), None
 
-    def _rows_of(
+    def _tokens_of(self, target: Target, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return what a layer was called with as a matrix, (N, D), and the rows to use."""
+        self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
+        rows = self._masked_rows(x, target.name)
+        x = x.detach() if x.requires_grad else x
+        return x if x.dim() == 2 else x.reshape(-1, target.in_features), rows
+
+    def _chosen(
         self, i: int, x: Tensor, args: tuple[Any, ...]
     ) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Return what a layer was called with as (N, D) matrices, each with the rows to use."""
+        """Return matrices as :meth:`_tokens_of`, of what a user's function or a kernel picks."""
         target, selector = self.targets[i], self.selectors[i]
-        if selector is not None:
-            x = selector(args or (x,), self._model_input, target.name)
-        elif target.patches is not None:
-            return self._patches_of(target, target.patches, x)
-        self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
-        rows = None
         if selector is None:
-            rows = self._masked_rows(x, target.name)
-        return ((x.detach().reshape(-1, x.shape[-1]), rows),)
+            assert target.patches is not None
+            return self._patches_of(target, target.patches, x)
+        x = selector(args or (x,), self._model_input, target.name)
+        self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
+        return ((x.detach().reshape(-1, x.shape[-1]), None),)
 
     def _patches_of(
         self, target: Target, patches: Patches, x: Tensor

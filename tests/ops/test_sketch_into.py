@@ -1,0 +1,197 @@
+"""Batch after batch into the same sums: what is launched without a look, and what never is."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from eva_kernels import reference
+from eva_kernels.ops import SketchInto, sketch_unchecked
+from eva_kernels.streaming import InputStream, Options, fold_streams
+from eva_kernels.streaming import stream as streams
+from helpers import BACKENDS
+
+module = sys.modules[SketchInto.__module__]
+N, Q, D = 48, 16, 32
+State = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def state_of(device: torch.device, d: int = D) -> State:
+    generator, wide = torch.Generator().manual_seed(d), torch.float64
+    basis = torch.randn(Q, d, generator=generator).to(device)
+    shift = torch.zeros(d, dtype=wide, device=device)
+    square = torch.zeros((), dtype=wide, device=device)
+    return basis, torch.zeros(d, device=device), torch.zeros_like(basis), shift, square
+
+
+def tokens(n: int = N, d: int = D, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+class Launches:
+    """What is launched on addresses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[tuple[list[int], int]] = []
+        self.known: dict[Any, Any] = {}
+        monkeypatch.setattr(module, "_known", self.known)
+
+    def know(self, x: Tensor, rows: Tensor | None, state: State) -> None:
+        """Do as if tokens of this kind had been launched."""
+        kind = module._kind(x, rows, module._kind_of_sums(state[0], "auto", True))
+        self.known[kind] = self, SimpleNamespace(nbytes=256)
+
+    def __call__(self, spots: list[int], base: int) -> None:
+        self.given.append((list(spots), base))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    return Launches(monkeypatch)
+
+
+@pytest.mark.parametrize("rows", [None, torch.arange(0, N, 3)])
+def test_a_known_kind_is_launched_on_its_addresses(rows: Tensor | None, launches: Launches):
+    state, x, other = state_of(torch.device("cpu")), tokens(), tokens(seed=1)
+    into = SketchInto(state, "auto", True)
+    assert not into.add(x, rows)
+    launches.know(x, rows, state)
+    assert into.add(other, rows)
+    [(spots, base)] = launches.given
+    assert spots[0] == other.data_ptr()
+    assert spots[1] == (0 if rows is None else rows.data_ptr())
+    assert spots[2:] == [tensor.data_ptr() for tensor in state]
+    assert base % 16 == 0
+
+
+def test_what_is_not_of_a_known_kind_is_not_launched(launches: Launches):
+    state, x, rows = state_of(torch.device("cpu")), tokens(), torch.arange(0, N, 3)
+    launches.know(x, None, state)
+    launches.know(x, rows, state)
+    into = SketchInto(state, "auto", True)
+    wide = torch.zeros(N, D + 8, dtype=torch.bfloat16)
+    kinds = {
+        "more tokens": (tokens(N + 1), None),
+        "another dtype": (x.half(), None),
+        "other strides": (wide[:, :D], None),
+        "more rows": (x, torch.arange(0, N, 2)),
+        "rows of another dtype": (x, rows.int()),
+        "rows with gaps": (x, torch.arange(0, 2 * N, 3)[::2]),
+        "a place that is not aligned": (wide.reshape(-1)[1 : 1 + N * D].view(N, D), None),
+    }
+    assert [name for name, given in kinds.items() if into.add(*given)] == []
+    # features of another layer, whose kind is known, too
+    broad = state_of(torch.device("cpu"), 2 * D)
+    launches.know(tokens(d=2 * D), None, broad)
+    assert not into.add(tokens(d=2 * D), None)
+    for other in ("triton", True), ("auto", False):
+        assert not SketchInto(state, *other).add(x, None)
+    gaps = torch.zeros(Q, 2 * D)[:, ::2]
+    assert not SketchInto((*state[:2], gaps, *state[3:]), "auto", True).add(x, None)
+    assert launches.given == []
+
+
+class Functions(TorchFunctionMode):
+    """Looks at every function of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+def test_whoever_looks_at_operators_is_not_passed_by(launches: Launches):
+    state, x = state_of(torch.device("cpu")), tokens()
+    launches.know(x, None, state)
+    into = SketchInto(state, "auto", True)
+    with Functions():
+        assert not into.add(x, None)
+    assert not into.add(x.as_subclass(torch.nn.Parameter), None)
+    assert launches.given == []
+    assert into.add(x, None)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
+def test_a_gpu_knows_what_it_has_sketched(launches: Launches, device: torch.device):
+    found = [state_of(device) for _ in range(2)]
+    batches = [tokens(seed=seed).to(device) for seed in range(3)]
+    chosen = torch.arange(0, N, 3, device=device)
+    into = SketchInto(found[0], "triton", True)
+    for rows in (None, chosen):
+        for i, x in enumerate(batches):
+            again = into.add(x, rows)
+            assert again == (i > 0 and device.type == "cuda")
+            if not again:
+                sketch_unchecked(x, found[0], rows, "triton", True)
+            sketch_unchecked(x, found[1], rows, "triton", True)
+    assert all(map(torch.equal, *found))
+
+
+class Blind(SketchInto):
+    """Adds to the tensors that it was made for, whatever the kind."""
+
+    __slots__ = ("added",)
+
+    def add(self, x: Tensor, rows: Tensor | None) -> bool:
+        reference.sketch(x, *self._state, rows)
+        return True
+
+
+def lives(seed: int) -> list[InputStream]:
+    """Return streams with a past: merged, copied, folded, emptied."""
+    generator = torch.Generator().manual_seed(seed)
+    options = Options(method="sketch", backend="torch")
+    first, second = (InputStream(D, 4, Q, torch.device("cpu"), options=options) for _ in range(2))
+
+    def add(stream: InputStream, count: int) -> None:
+        for _ in range(count):
+            x = torch.randn(N, D, generator=generator)
+            rows = torch.arange(0, N, 3) if count % 2 else None
+            assert stream.add(x, rows) == (N if rows is None else len(rows))
+
+    add(first, 3)
+    fold_streams([first])
+    add(first, 2)
+    copy = first.clone()
+    assert copy._into is None  # whose addresses are those of the first
+    add(copy, 3)
+    add(second, 4)
+    fold_streams([second])
+    first.merge(second)
+    add(first, 2)
+    second.drop_pending()
+    add(second, 3)
+    fold_streams([first, second, copy])
+    lost = InputStream(D, 4, Q, torch.device("cpu"), options=options)
+    add(lost, 2)
+    lost.drop_pending()
+    add(lost, 2)
+    fold_streams([lost], final=True)
+    return [first, second, copy, lost]
+
+
+def test_streams_add_to_the_sums_that_they_have_now(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(streams._host, "reads_are_free", lambda device: False)
+    expected = lives(0)
+    monkeypatch.setattr(streams, "SketchInto", Blind)
+    for found, wanted in zip(lives(0), expected, strict=True):
+        assert found.tokens == wanted.tokens
+        assert found.sketch is not None
+        assert wanted.sketch is not None
+        assert torch.equal(found.sketch.basis, wanted.sketch.basis)
+        assert torch.equal(found.sketch.mean, wanted.sketch.mean)
+        assert (found.sketch.values == wanted.sketch.values).all()
+
+
+@pytest.mark.parametrize("options", [{"skip_nonfinite": True}, {"check_every_add": True}])
+def test_tokens_that_must_be_looked_at_are(
+    options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(streams, "SketchInto", Blind)
+    monkeypatch.setattr(streams._host, "reads_are_free", lambda device: False)
+    stream = InputStream(D, 4, Q, torch.device("cpu"), options=Options(**options))
+    for _ in range(2):
+        stream.add(torch.randn(N, D))
+    assert stream._into is None
