@@ -14,6 +14,7 @@ from bench.quality import pretrained, training
 from bench.quality import run as quality
 from bench.quality.descent import DivergedError
 from bench.quality.domain import Domain
+from eva_peft.assets import load_tiny_llama, token_stream
 from extras import needs_of
 
 
@@ -31,6 +32,12 @@ def test_sources_of_packages_are_read_in_an_order_of_the_seed() -> None:
     assert 50_000 <= sum(map(len, first)) < 250_000
     assert "#include" in "".join(first)
     assert pretrained.read(("no_such_package",), "*.py", 1, 0) == []
+
+
+def test_texts_are_tokenized_together_as_one_by_one() -> None:
+    _, tokenizer = load_tiny_llama()
+    texts = [f"x = {i}\n" * (i % 7) for i in range(150)]
+    assert pretrained.tokens_of(tokenizer, texts) == token_stream(tokenizer, texts)
 
 
 def test_samples_held_out_are_of_all_parts_and_not_learnt() -> None:
