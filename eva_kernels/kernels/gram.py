@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import GRAM_TILES, Arch, Tile, options, rows_of_a_thread, stages
+from .launch import GRAM_TILES, Arch, Tile, ceil_div, options, rows_of_a_thread, stages
 from .primitives import (
     add_product,
     add_splits,
@@ -158,12 +158,12 @@ class GramPlan:
 def plan_gram(n: int, d: int, itemsize: int, arch: Arch) -> GramPlan:
     """Return how to add (n, d) tokens to a scatter matrix (d, d)."""
     tile = GRAM_TILES[arch.name].of(itemsize)
-    d_blocks, n_blocks = triton.cdiv(d, tile.block_d), triton.cdiv(n, tile.block_n)
+    d_blocks, n_blocks = ceil_div(d, tile.block_d), ceil_div(n, tile.block_n)
     # Splits where the triangle alone leaves processors idle, unless they outweigh half of X.
     triangle = d_blocks * (d_blocks + 1) // 2
     splits = min(arch.processors // triangle, n // (4 * d), n_blocks)
-    blocks = triton.cdiv(n_blocks, max(1, splits))
-    splits = triton.cdiv(n_blocks, blocks)
+    blocks = ceil_div(n_blocks, max(1, splits))
+    splits = ceil_div(n_blocks, blocks)
     parts = {
         "scatter_parts": 4 * splits * d * d if splits > 1 else 0,
         "shift_parts": 4 * splits * d,
@@ -171,7 +171,7 @@ def plan_gram(n: int, d: int, itemsize: int, arch: Arch) -> GramPlan:
     }
     offsets, end = {}, 0
     for name, nbytes in parts.items():
-        offsets[name], end = end, end + triton.cdiv(nbytes, ALIGNMENT) * ALIGNMENT
+        offsets[name], end = end, end + ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
     return GramPlan(tile, splits, blocks, offsets, end)
 
 
@@ -190,7 +190,7 @@ def gram_sequence(
     """
     plan = plan_gram(n, d, dtype.itemsize, arch)
     tile, direct = plan.tile, plan.splits == 1
-    d_blocks = triton.cdiv(d, tile.block_d)
+    d_blocks = ceil_div(d, tile.block_d)
     common = {"DIRECT": direct, "BLOCK_D": tile.block_d, "DEPENDENT": arch.dependent_launch}
     add = Call(
         gram_kernel,

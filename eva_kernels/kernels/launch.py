@@ -220,6 +220,11 @@ GRAM_TILES: Mapping[str, GramTiles] = MappingProxyType(
 )
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Return how many times b is needed for a; triton.cdiv takes the host microseconds."""
+    return -(-a // b)
+
+
 def stages(tile: Tile, indirect: bool, arch: Arch) -> int:
     """Return the stages of a loop over tokens; the address of an indirect one is loaded before."""
     return tile.num_stages + (arch.indirect_stages if indirect else 0)

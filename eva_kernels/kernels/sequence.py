@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,10 +24,16 @@ from .. import _native
 
 __all__ = ["Call", "LaunchSequence", "native_launches"]
 
-# What Triton specialises an address on.
+# What Triton specialises an address on, and a number beside whether it is 1 and its type.
 ALIGNMENT = 16
+# Compiled kernels of sequences, by all that Triton chose them by: what differs in numbers alone, as
+# batches with padding do, need not ask it again.
+_compiled: dict[tuple[Any, ...], list[Any]] = {}
+MOST_COMPILED = 1024
 # Where a parameter comes from, see csrc/launch.h.
 GIVEN, WORKSPACE, NUMBER = range(3)
+# Bytes of the parameters of compiled kernels, which the driver was asked for.
+_known_sizes: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 # f(addresses of the tensors that are given, 0 for none, address of the workspace)
 Again = Callable[[Sequence[int], int], None]
 
@@ -57,6 +64,18 @@ class Call:
         names = self.kernel.arg_names[len(self.pointers) + len(self.numbers) :]
         return {name: self.constants[name] for name in names}
 
+    def chosen_by(self, kinds: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return what Triton chooses the compiled kernel by, given what kind each tensor is of."""
+        pointers = tuple(kinds[name] for name in self.pointers)
+        names = self.kernel.arg_names[len(self.pointers) :]
+        plain = {p.name for p in getattr(self.kernel, "params", ()) if p.do_not_specialize}
+        numbers = tuple(
+            (_width(n), name not in plain and (n == 1, n % ALIGNMENT == 0))
+            for name, n in zip(names, self.numbers, strict=False)
+        )
+        constants, options = tuple(self.own_constants.items()), tuple(self.options.items())
+        return self.kernel, pointers, numbers, constants, options
+
     @property
     def values(self) -> tuple[Any, ...]:
         """Everything that follows the pointers, in the kernel's order."""
@@ -84,6 +103,7 @@ class LaunchSequence:
         self.calls, self.given, self.parts = tuple(calls), tuple(given), dict(parts)
         self._ready: dict[Any, Again] = {}
         self._kept: list[Any] = []  # Triton unloads the code of a kernel with its object
+        self._choice: tuple[Any, ...] | None = None
 
     def run(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> None:
         """Launch all kernels on the tensors' device and its current stream.
@@ -105,10 +125,31 @@ class LaunchSequence:
             again(spots, base)
             return
         with current_device(device):
-            compiled = self._run_by_triton(tensors, workspace)
-            if _can_be_kept(device):
-                self._ready[key] = self._again(compiled, device)
-                self._kept += compiled
+            if not _can_be_kept(device):
+                self._run_by_triton(tensors, workspace)
+                return
+            chosen = key, *self._chosen_by(tensors)
+            compiled, known = _compiled.get(chosen), True
+            if compiled is None:
+                compiled, known = self._run_by_triton(tensors, workspace), False
+                if len(_compiled) >= MOST_COMPILED:
+                    _compiled.clear()
+                _compiled[chosen] = compiled
+            self._kept += compiled
+            self._ready[key] = again = self._again(compiled, device)
+        if known:
+            again(spots, base)
+
+    def _chosen_by(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """Return what Triton chooses compiled kernels by, besides device and alignment."""
+        if self._choice is None:
+            kinds: dict[str, Any] = {
+                name: None if tensor is None else tensor.dtype
+                for name, tensor in zip(self.given, tensors, strict=True)
+            }
+            kinds |= {name: (i % ALIGNMENT, dtype) for name, (i, dtype) in self.parts.items()}
+            self._choice = tuple(call.chosen_by(kinds) for call in self.calls)
+        return self._choice
 
     def again(self, device: torch.device) -> Again | None:
         """Return what launches all kernels again on aligned addresses, once :meth:`run` has.
@@ -161,6 +202,11 @@ class LaunchSequence:
         return by_triton
 
 
+def _width(number: int) -> int:
+    """Return which integers Triton counts a number among: of 32 bits, of 64, without a sign."""
+    return 32 if -(2**31) <= number < 2**31 else 64 if number < 2**63 else 65
+
+
 def native_launches(
     module: Any,
     calls: Sequence[Call],
@@ -204,7 +250,9 @@ def _parameters(
     named = dict(zip(call.kernel.arg_names, values, strict=False))
     taken = {name: value for name, value in named.items() if kinds[name] != "constexpr"}
     sizes = [8 if kinds[name].startswith("*") else int(kinds[name][1:]) // 8 for name in taken]
-    wanted = module.parameter_sizes(kernel.function)
+    wanted = _known_sizes.get(kernel)
+    if wanted is None:
+        wanted = _known_sizes[kernel] = module.parameter_sizes(kernel.function)
     scratch = len(wanted) - len(sizes)
     if scratch not in range(3) or wanted != sizes + [8] * scratch:
         raise ValueError(f"a kernel that takes parameters of {wanted} bytes, not of {sizes}")

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Arch, options, rows_of_a_thread, stages
+from .launch import Arch, ceil_div, options, rows_of_a_thread, stages
 from .primitives import (
     add_half_product,
     add_product,
@@ -379,10 +379,10 @@ def sketch_sequence(
     centred = dtype != torch.bfloat16
     plan = plan_sketch(n, q, d, centred, arch)
     project, back = plan.project, plan.back
-    flag_blocks = triton.cdiv(d, FLAG_BLOCK.value)
+    flag_blocks = ceil_div(d, FLAG_BLOCK.value)
     finish_block = small_block(plan.block_q, FINISH_BLOCK)
-    finish_blocks = triton.cdiv(plan.pitch, finish_block)
-    d_blocks = triton.cdiv(d, back.block_d)
+    finish_blocks = ceil_div(plan.pitch, finish_block)
+    d_blocks = ceil_div(d, back.block_d)
     collect_block = small_block(plan.block_q, COLLECT_BLOCK)
     flags_of_block = back.block_d // FLAG_BLOCK.value
     small_warps = max(8, plan.block_q // 16)
@@ -402,7 +402,7 @@ def sketch_sequence(
     calls = [
         Call(
             project_kernel,
-            (triton.cdiv(n, project.block_n) + extra, plan.splits_d),
+            (ceil_div(n, project.block_n) + extra, plan.splits_d),
             ("x", "rows", "basis", "pivot", *V_PLANES, "flags", "along", "projected", "offset"),
             (n, q, d, plan.pitch, stride, plan.blocks_d),
             {
@@ -434,7 +434,7 @@ def sketch_sequence(
         ),
         Call(
             collect_kernel,
-            (triton.cdiv(d, collect_block) + triton.cdiv(d, SUMS_BLOCK.value),),
+            (ceil_div(d, collect_block) + ceil_div(d, SUMS_BLOCK.value),),
             (*SPLIT, "total", "flags", "pivot", "products", "shift", "square"),
             (q, d, plan.splits_n, plan.splits_n * d_blocks),
             {**common, "FLAGS": flags_of_block, "BLOCK_D": collect_block},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .launch import SKETCH_TILES, Arch, Tile, splits_to_fill
+from .launch import SKETCH_TILES, Arch, Tile, ceil_div, splits_to_fill
 
 __all__ = ["COLLECT_BLOCK", "FINISH_BLOCK", "FLAG_BLOCK", "SketchPlan"]
 __all__ += ["plan_sketch", "small_block"]
@@ -60,17 +60,17 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
     by_width = SKETCH_TILES[arch.name]
     width = min(width for width in by_width if width >= block_q)
     project, back = by_width[width].of(centred)
-    pitch = triton.cdiv(n, PITCH) * PITCH
-    k_blocks, n_blocks = triton.cdiv(d, project.block_d), triton.cdiv(n, back.block_n)
+    pitch = ceil_div(n, PITCH) * PITCH
+    k_blocks, n_blocks = ceil_div(d, project.block_d), ceil_div(n, back.block_n)
     # The partial sums must not outweigh half of X.
     most_d, most_n = d // (4 * block_q), n // (4 * block_q)
-    programs_d, programs_n = triton.cdiv(n, project.block_n), triton.cdiv(d, back.block_d)
+    programs_d, programs_n = ceil_div(n, project.block_n), ceil_div(d, back.block_d)
     splits_d = splits_to_fill(programs_d, k_blocks, most_d, project, arch)
     splits_n = splits_to_fill(programs_n, n_blocks, most_n, back, arch)
-    blocks_d = triton.cdiv(k_blocks, splits_d)
-    blocks_n = triton.cdiv(n_blocks, splits_n)
-    splits_d, splits_n = triton.cdiv(k_blocks, blocks_d), triton.cdiv(n_blocks, blocks_n)
-    flag_blocks, d_blocks = triton.cdiv(d, FLAG_BLOCK.value), triton.cdiv(d, back.block_d)
+    blocks_d = ceil_div(k_blocks, splits_d)
+    blocks_n = ceil_div(n_blocks, splits_n)
+    splits_d, splits_n = ceil_div(k_blocks, blocks_d), ceil_div(n_blocks, blocks_n)
+    flag_blocks, d_blocks = ceil_div(d, FLAG_BLOCK.value), ceil_div(d, back.block_d)
     parts = {
         "v_high": 2 * block_q * d,
         "v_low": 2 * block_q * d,
@@ -80,7 +80,7 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
         "projected": 4 * splits_d * block_q * pitch,
         "p_high": 2 * block_q * pitch,
         "p_low": 2 * block_q * pitch,
-        "sums": 4 * triton.cdiv(pitch, small_block(block_q, FINISH_BLOCK)) * block_q,
+        "sums": 4 * ceil_div(pitch, small_block(block_q, FINISH_BLOCK)) * block_q,
         "total": 4 * block_q,
         "products_parts": 4 * splits_n * block_q * d,
         "shift_parts": 4 * splits_n * d,
@@ -88,7 +88,7 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
     }
     offsets, end = {}, 0
     for name, nbytes in parts.items():
-        offsets[name], end = end, end + triton.cdiv(nbytes, ALIGNMENT) * ALIGNMENT
+        offsets[name], end = end, end + ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
     return SketchPlan(
         block_q, project, back, pitch, splits_d, blocks_d, splits_n, blocks_n, offsets, end
     )  # fmt: skip

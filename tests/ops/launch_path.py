@@ -121,6 +121,9 @@ def main(arch: str) -> None:
             state = torch.zeros(q, d), torch.zeros(d), torch.zeros(q, d), *sums
             sketched = sketch_sequence.__wrapped__(used, q, d, *kind)
             check_both(sketched, (x, rows, *state))
+            for other, again in ((512, False), (used + 128, True)):  # whole tiles, and as before
+                more = sketch_sequence.__wrapped__(other, q, d, *kind)
+                check_other(more, (x, rows, *state), again)
             state = torch.zeros(d), torch.zeros(d, d), *sums
             added = gram_sequence.__wrapped__(used, d, *kind)
             check_both(added, (x, rows, *state))
@@ -136,7 +139,25 @@ def check_both(launches: sequence.LaunchSequence, tensors: tuple) -> None:
     workspace = torch.empty(launches.nbytes + 3, dtype=torch.uint8)
     for native in (True, False):
         launches._ready.clear()
+        sequence._compiled.clear()
         check(lambda: launches.run(tensors, workspace), native)
+
+
+def check_other(launches: sequence.LaunchSequence, tensors: tuple, again: bool) -> None:
+    """Check a sequence of other numbers: launches as Triton's, which is asked unless `again`."""
+    workspace = torch.empty(launches.nbytes, dtype=torch.uint8)
+    _native.load_or_none = lambda kind: NATIVE
+    known, seen = dict(sequence._compiled), []
+    for asks in (not again, True):
+        launched.clear()
+        count = len(by_triton)
+        launches.run(tensors, workspace)
+        assert (len(by_triton) > count) == asks, "who launched?"
+        seen.append([at_driver(*one) for one in launched] if asks else list(launched))
+        launches._ready.clear()
+        sequence._compiled.clear()
+    assert seen[0] == seen[1], seen
+    sequence._compiled.update(known)
 
 
 if __name__ == "__main__":
