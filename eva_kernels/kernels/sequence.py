@@ -5,7 +5,7 @@ compiled kernel and the options, tens of microseconds a launch. For hundreds of 
 the host would spend more on that than a GPU on the model. Here the first launch is Triton's; it
 returns the compiled kernels, and from then on one call of native code launches them all, on other
 addresses. Where there is none, each is launched by Triton, without what it binds. A sequence with
-other numbers, for a batch of another length, finds its compiled kernels by what Triton chose them by.
+other numbers, for a batch of another length, finds compiled kernels by what Triton chose them by.
 Hooks that Triton calls at a launch do not see what native code launches.
 """
 
