@@ -166,8 +166,9 @@ class SketchInto:
         So it is for tokens of a kind, or at a place, that was not sketched before, and where
         somebody looks at operators.
         """
-        known = _known.get(_kind(x, rows, self._sums))
-        if known is None or is_observed(x):
+        # first, for shapes that are traced cannot be looked up
+        known = None if is_observed(x) else _known.get(_kind(x, rows, self._sums))
+        if known is None:
             return False
         if self._spots is None:
             if not all(tensor.is_contiguous() for tensor in self._state):
