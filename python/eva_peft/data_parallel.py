@@ -31,6 +31,7 @@ from eva_kernels.streaming.state import GramState
 
 from . import batches
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError
+from .fingerprint import differences, request_of
 from .hooks import InputCollector
 from .options import AUTO, CalibrateOptions
 from .shared_inputs import Slot
@@ -87,7 +88,6 @@ class _Waiting:
 class _Report:
     """What a process tells the others after its forward pass."""
 
-    layers: int
     ran: bool
     tokens: int
     slots: tuple[_Waiting, ...]
@@ -144,6 +144,7 @@ class Processes:
         Raises:
             Exception: the process's own; EvaRuntimeError where another one failed.
         """
+        self._agree(run)
         # What "auto" decides depends on the memory of each device.
         run.plan = self._from_leader(run.plan)
         with closing(batches.iterate(loader, lambda: self._seen > 0)) as stream:
@@ -189,6 +190,23 @@ class Processes:
         distributed.broadcast_object_list(box, src=self._leader, group=self.group)
         return box[0]
 
+    def _agree(self, run: CalibrationPass) -> None:
+        """Raise EvaValueError, on every process, unless all are asked for the same pass."""
+        asked: list[Any] = [None] * self.size
+        own = {name: part for name, part in request_of(run).items() if name != "seed"}
+        distributed.all_gather_object(asked, own, group=self.group)
+        counts = [len(request["layers"]) for request in asked]
+        if len(set(counts)) > 1:
+            raise EvaValueError(f"the processes have different models: {counts} target layers")
+        for rank, request in enumerate(asked):
+            found = differences(asked[0], request, ("in process 0", f"in process {rank}"))
+            if found:
+                more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+                raise EvaValueError(
+                    f"the processes were asked for different passes; {'; '.join(found[:3])}{more}. "
+                    "Give all of them the same config and options"
+                )
+
     def _forward(self, run: CalibrationPass, stream: Iterator[Any]) -> _Report:
         before, ran, error = run.tokens, False, None
         try:
@@ -203,16 +221,13 @@ class Processes:
             for s in run.collector.slots
             if s.members
         )
-        return _Report(len(run.targets), ran, run.tokens - before, slots, error)
+        return _Report(ran, run.tokens - before, slots, error)
 
     def _exchange(self, report: _Report) -> list[_Report]:
         reports: list[Any] = [None] * self.size
         distributed.all_gather_object(reports, report, group=self.group)
         for rank, other in enumerate(reports):
             self._raise_if(other.error, rank)
-        counts = [other.layers for other in reports]
-        if len(set(counts)) > 1:
-            raise EvaValueError(f"the processes have different models: {counts} target layers")
         return reports
 
     def _raise_if(self, error: str | None, rank: int) -> None:

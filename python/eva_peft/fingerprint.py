@@ -1,4 +1,4 @@
-"""What a checkpoint must agree on with the pass that goes on from it."""
+"""What a checkpoint must agree on with the pass that goes on from it, and processes on one pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .targets import base_name
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
 
-__all__ = ["differences", "fingerprint_of"]
+__all__ = ["differences", "fingerprint_of", "request_of"]
 
 # Other values of these options give other numbers. The rest may change from run to run: limits,
 # tau, what is said and asked, and ways to compute the same.
@@ -43,6 +43,23 @@ _INSERTED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
 SAMPLES = 16  # elements of each target's weight that are looked at
 
 
+def request_of(run: CalibrationPass) -> dict[str, Any]:
+    """Return what a pass is asked for: layers, and options that decide its numbers; JSON-able."""
+    eva = run.eva
+    parts = {
+        "r": run.config.r,
+        "rho": eva.rho,
+        "use_label_mask": eva.use_label_mask,
+        "label_mask_value": eva.label_mask_value,
+        **{name: getattr(run.options, name) for name in _OPTIONS},
+        **{name: _kind(getattr(run.options, name)) for name in _FUNCTIONS},
+        "layers": {t.name: {"features": t.in_features, "rank": t.rank} for t in run.targets},
+    }
+    # As it will be read back: tuples as lists, keys as text.
+    normal: dict[str, Any] = json.loads(_as_json(parts))
+    return normal
+
+
 def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
     """Return what decides the numbers of a pass, JSON-able; wrappers and adapters are no part.
 
@@ -50,18 +67,11 @@ def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
     """
     model = base_of(run.model)
     weights = list(_base_weights(run.model))
-    eva = run.eva
     parts = {
         "model": type(model).__name__,
         "data type": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
-        "r": run.config.r,
-        "rho": eva.rho,
-        "use_label_mask": eva.use_label_mask,
-        "label_mask_value": eva.label_mask_value,
-        **{name: getattr(run.options, name) for name in _OPTIONS},
-        **{name: _kind(getattr(run.options, name)) for name in _FUNCTIONS},
+        **request_of(run),
         "model config": _plain_config(run.architecture.config),
-        "layers": {t.name: {"features": t.in_features, "rank": t.rank} for t in run.targets},
         "streams": {
             f"{d} features": {"components": p.components, "width": p.width, "method": p.method}
             for d, p in sorted(run.plan.items())
@@ -71,13 +81,21 @@ def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
         ),
         "values of the weights": {t.name: _sample(t.module) for t in run.targets},
     }
-    # As it will be read back: tuples as lists, keys as text.
     normal: dict[str, Any] = json.loads(_as_json(parts))
     return normal
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Tell in words where two fingerprints differ, the most telling parts first."""
+def differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    where: tuple[str, str] = ("in the file", "now"),
+) -> list[str]:
+    """Tell in words where two fingerprints differ, the most telling parts first.
+
+    Args:
+        before, now: of :func:`fingerprint_of`, or of :func:`request_of`.
+        where: each of them is.
+    """
     old, new = dict(_flat(before)), dict(_flat(now))
     told = []
     for key in [*new, *(k for k in old if k not in new)]:
@@ -88,7 +106,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             told.append(f"{name} are others")
         else:
             was, is_ = (_shown(side, key) for side in (old, new))
-            told.append(f"{name}: {was} in the file, {is_} now")
+            told.append(f"{name}: {was} {where[0]}, {is_} {where[1]}")
     return told
 
 

@@ -187,6 +187,16 @@ def test_an_error_of_one_ends_all(
     [
         ("not_converged", "NotConvergedError", "14 of 14 layers have not converged"),
         ("other_models", "EvaValueError", "different models: [2, 4] target layers"),
+        (
+            "other_ranks",
+            "EvaValueError",
+            "different passes; r: 8 in process 0, 4 in process 1; lay",
+        ),
+        (
+            "other_options",
+            "EvaValueError",
+            "passes; tokens_per_step: 40 in process 0, 80 in process 1",
+        ),
         ("checkpointed", "EvaValueError", "checkpoint= is for one process"),
         ("no_group", "EvaTypeError", "group='all' must be a torch.distributed process group"),
     ],

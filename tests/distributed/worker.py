@@ -212,6 +212,17 @@ def other_models(rank: int) -> Any:
 
 
 @scenario
+def other_ranks(rank: int) -> Any:
+    config = lora(r=8 if rank == 0 else 4)
+    return eva_kernels.calibrate(make_llama(), own_batches(rank), config, max_steps=2, **QUIET)
+
+
+@scenario
+def other_options(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), tokens_per_step=40 * (1 + rank), seed=rank)
+
+
+@scenario
 def merging_fails(rank: int) -> Any:
     def fail(*arguments: Any) -> None:
         raise OSError("the memory is gone")
