@@ -104,7 +104,6 @@ class LaunchSequence:
         self.calls, self.given, self.parts = tuple(calls), tuple(given), dict(parts)
         self._ready: dict[Any, Again] = {}
         self._kept: list[Any] = []  # Triton unloads the code of a kernel with its object
-        self._choice: tuple[Any, ...] | None = None
 
     def run(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> None:
         """Launch all kernels on the tensors' device and its current stream.
@@ -143,14 +142,12 @@ class LaunchSequence:
 
     def _chosen_by(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
         """Return what Triton chooses compiled kernels by, besides device and alignment."""
-        if self._choice is None:
-            kinds: dict[str, Any] = {
-                name: None if tensor is None else tensor.dtype
-                for name, tensor in zip(self.given, tensors, strict=True)
-            }
-            kinds |= {name: (i % ALIGNMENT, dtype) for name, (i, dtype) in self.parts.items()}
-            self._choice = tuple(call.chosen_by(kinds) for call in self.calls)
-        return self._choice
+        kinds: dict[str, Any] = {
+            name: None if tensor is None else tensor.dtype
+            for name, tensor in zip(self.given, tensors, strict=True)
+        }
+        kinds |= {name: (i % ALIGNMENT, dtype) for name, (i, dtype) in self.parts.items()}
+        return tuple(call.chosen_by(kinds) for call in self.calls)
 
     def again(self, device: torch.device) -> Again | None:
         """Return what launches all kernels again on aligned addresses, once :meth:`run` has.

@@ -156,7 +156,8 @@ class InputStream:
         options, bad = self.options, None
         exact = options.method == "gram"
         at_once = options.check_every_add or options.skip_nonfinite
-        if at_once or _host.reads_are_free(self.device):
+        at_once = at_once or _host.reads_are_free(self.device)
+        if at_once:
             rows = self._finite_rows(x, rows)
         elif exact:
             x, bad = self._without_bad(x, rows)
@@ -168,7 +169,7 @@ class InputStream:
         self._accumulate(x, rows)
         if bad is not None and self.sums is not None:
             self.sums.bad = bad if self.sums.bad is None else self.sums.bad + bad
-        if self._into is None and not (exact or at_once or _host.reads_are_free(self.device)):
+        if self._into is None and not (exact or at_once):
             self._into = SketchInto(self._given(), options.backend, options.precision == "high")
         return self._count(used)
 

@@ -22,7 +22,7 @@ from eva_kernels.streaming import export_stream, restore_stream
 
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
 from .errors import EvaValueError, warn
-from .fingerprint import differences, fingerprint_of
+from .fingerprint import differences, fingerprint_of, in_words
 from .targets import device_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = ["CheckpointKeeper"]
 
 _LOGGER = logging.getLogger("eva_kernels")
 _COUNTS = ("forwards", "steps", "tokens", "seconds", "history")
-_MOST_NAMED = 6  # differences that an error spells out
 
 
 class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
@@ -170,10 +169,9 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         except (KeyError, TypeError) as error:
             raise EvaValueError(f"the checkpoint {path} lacks {error}; {REMEDY}") from error
         if told:
-            more = f"; and {len(told) - _MOST_NAMED} more" if len(told) > _MOST_NAMED else ""
             raise EvaValueError(
-                f"the checkpoint {path} belongs to another pass: "
-                f"{'; '.join(told[:_MOST_NAMED])}{more}. To go on, {REMEDY}"
+                f"the checkpoint {path} belongs to another pass: {in_words(told)}. "
+                f"To go on, {REMEDY}"
             )
         _LOGGER.info("resumed %s after %d forward passes", path, self.run.forwards)
 

@@ -31,7 +31,7 @@ from eva_kernels.streaming.state import GramState
 
 from . import batches
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError
-from .fingerprint import differences, request_of
+from .fingerprint import differences, in_words, request_of
 from .hooks import InputCollector
 from .options import AUTO, CalibrateOptions
 from .shared_inputs import Slot
@@ -190,20 +190,23 @@ class Processes:
         distributed.broadcast_object_list(box, src=self._leader, group=self.group)
         return box[0]
 
+    def _of_all(self, own: Any) -> list[Any]:
+        every: list[Any] = [None] * self.size
+        distributed.all_gather_object(every, own, group=self.group)
+        return every
+
     def _agree(self, run: CalibrationPass) -> None:
         """Raise EvaValueError, on every process, unless all are asked for the same pass."""
-        asked: list[Any] = [None] * self.size
         own = {name: part for name, part in request_of(run).items() if name != "seed"}
-        distributed.all_gather_object(asked, own, group=self.group)
+        asked = self._of_all(own)
         counts = [len(request["layers"]) for request in asked]
         if len(set(counts)) > 1:
             raise EvaValueError(f"the processes have different models: {counts} target layers")
         for rank, request in enumerate(asked):
             found = differences(asked[0], request, ("in process 0", f"in process {rank}"))
             if found:
-                more = f", and {len(found) - 3} more" if len(found) > 3 else ""
                 raise EvaValueError(
-                    f"the processes were asked for different passes; {'; '.join(found[:3])}{more}. "
+                    f"the processes were asked for different passes; {in_words(found)}. "
                     "Give all of them the same config and options"
                 )
 
@@ -224,8 +227,7 @@ class Processes:
         return _Report(ran, run.tokens - before, slots, error)
 
     def _exchange(self, report: _Report) -> list[_Report]:
-        reports: list[Any] = [None] * self.size
-        distributed.all_gather_object(reports, report, group=self.group)
+        reports: list[_Report] = self._of_all(report)
         for rank, other in enumerate(reports):
             self._raise_if(other.error, rank)
         return reports

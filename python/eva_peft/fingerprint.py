@@ -18,7 +18,7 @@ from .targets import base_name
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
 
-__all__ = ["differences", "fingerprint_of", "request_of"]
+__all__ = ["differences", "fingerprint_of", "in_words", "request_of"]
 
 # Other values of these options give other numbers. The rest may change from run to run: limits,
 # tau, what is said and asked, and ways to compute the same.
@@ -40,6 +40,7 @@ _NOT_THE_MODEL = frozenset(["_name_or_path", "transformers_version", "use_cache"
 _ADDED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save)\.")
 _INSERTED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
 
+MOST_NAMED = 6  # differences in a message
 SAMPLES = 16  # elements of each target's weight that are looked at
 
 
@@ -55,9 +56,7 @@ def request_of(run: CalibrationPass) -> dict[str, Any]:
         **{name: _kind(getattr(run.options, name)) for name in _FUNCTIONS},
         "layers": {t.name: {"features": t.in_features, "rank": t.rank} for t in run.targets},
     }
-    # As it will be read back: tuples as lists, keys as text.
-    normal: dict[str, Any] = json.loads(_as_json(parts))
-    return normal
+    return _as_read_back(parts)
 
 
 def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
@@ -81,8 +80,7 @@ def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
         ),
         "values of the weights": {t.name: _sample(t.module) for t in run.targets},
     }
-    normal: dict[str, Any] = json.loads(_as_json(parts))
-    return normal
+    return _as_read_back(parts)
 
 
 def differences(
@@ -108,6 +106,12 @@ def differences(
             was, is_ = (_shown(side, key) for side in (old, new))
             told.append(f"{name}: {was} {where[0]}, {is_} {where[1]}")
     return told
+
+
+def in_words(told: Sequence[str]) -> str:
+    """Return differences for a message: all, or the first and how many more."""
+    more = f"; and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
+    return "; ".join(told[:MOST_NAMED]) + more
 
 
 _DIGESTS = ("names, shapes and dtypes of the weights",)
@@ -176,6 +180,12 @@ def _sample(module: nn.Module) -> str:
 
 def _digest(value: Sequence[Any]) -> str:
     return hashlib.sha256(_as_json(value).encode()).hexdigest()[:16]
+
+
+def _as_read_back(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file gives back: tuples as lists, keys as text."""
+    normal: dict[str, Any] = json.loads(_as_json(parts))
+    return normal
 
 
 def _as_json(value: Any) -> str:

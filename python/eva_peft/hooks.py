@@ -369,7 +369,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.current = target.name
         try:
             if self.selectors[i] is None and target.patches is None:  # nearly always
-                used = slot.stream.add(*self._tokens_of(target, x))
+                used = slot.stream.add(self._matrix(target, x), self._masked_rows(x, target.name))
             else:
                 chosen = self._chosen(i, x, args)
                 used = sum(slot.stream.add(part, rows) for part, rows in chosen)
@@ -377,24 +377,22 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             raise self._explained(target.name, error) from None
         self.tokens, self.current = max(self.tokens, used), None
 
-    def _tokens_of(self, target: Target, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return what a layer was called with as a matrix, (N, D), and the rows to use."""
+    def _matrix(self, target: Target, x: Tensor) -> Tensor:
+        """Return tokens of a layer as a matrix, (N, D)."""
         self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
-        rows = self._masked_rows(x, target.name)
         x = x.detach() if x.requires_grad else x
-        return x if x.dim() == 2 else x.reshape(-1, target.in_features), rows
+        return x if x.dim() == 2 else x.reshape(-1, target.in_features)
 
     def _chosen(
         self, i: int, x: Tensor, args: tuple[Any, ...]
     ) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Return matrices as :meth:`_tokens_of`, of what a user's function or a kernel picks."""
+        """Return what a user's function or a kernel picks as (N, D) matrices, and rows to use."""
         target, selector = self.targets[i], self.selectors[i]
         if selector is None:
             assert target.patches is not None
             return self._patches_of(target, target.patches, x)
         x = selector(args or (x,), self._model_input, target.name)
-        self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
-        return ((x.detach().reshape(-1, x.shape[-1]), None),)
+        return ((self._matrix(target, x), None),)
 
     def _patches_of(
         self, target: Target, patches: Patches, x: Tensor

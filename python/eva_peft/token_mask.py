@@ -117,9 +117,9 @@ class TokenMask:
         """
         leading, layer = tuple(shape[:-1]), self._kind(name)
         key = layer, leading
-        fit = self._fits.get(key)
-        if fit is None and key not in self._fits:
-            fit = self._fits[key] = next(self._all_fits(layer, leading), None)
+        if key not in self._fits:
+            self._fits[key] = next(self._all_fits(layer, leading), None)
+        fit = self._fits[key]
         if fit is None:
             self._warn_unknown(layer, leading, name)
             if not self.draws:

@@ -132,7 +132,7 @@ def test_a_gpu_knows_what_it_has_sketched(launches: Launches, device: torch.devi
 class Blind(SketchInto):
     """Adds to the tensors that it was made for, whatever the kind."""
 
-    __slots__ = ("added",)
+    __slots__ = ()
 
     def add(self, x: Tensor, rows: Tensor | None) -> bool:
         reference.sketch(x, *self._state, rows)
