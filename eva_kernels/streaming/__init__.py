@@ -6,7 +6,7 @@ from .checkpoint import export_stream, restore_stream
 from .convergence import compare_streams, leading_similar
 from .plan import StreamPlan, plan_streams, stream_bytes
 from .spectrum import Spectrum, leading_ratios, spectra
-from .step import NonFiniteStepError, fold_streams
+from .step import NonFiniteStepError, begin_fold, fold_streams
 from .stream import InputStream, Options
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "StreamPlan",
     "allocate_ranks",
     "as_array",
+    "begin_fold",
     "compare_streams",
     "export_stream",
     "fold_streams",

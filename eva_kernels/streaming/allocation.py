@@ -42,17 +42,16 @@ def allocate_ranks(
     """
     pooled = _table(ratios)
     layers, length = pooled.shape
-    prices = list(costs) if costs is not None else [1] * layers
+    prices = np.ones(layers, np.int64) if costs is None else np.array(costs)
     ceiling = np.count_nonzero(pooled, axis=1)
-    floors = list(min_rank) if isinstance(min_rank, Sequence) else [min_rank] * layers
-    if len(floors) != layers:
+    floors = np.array(min_rank, np.int64)
+    if floors.ndim and len(floors) != layers:
         raise EvaValueError(f"min_rank has {len(floors)} entries for {layers} layers")
-    least = np.minimum(np.array(floors, np.int64), ceiling)
-    ranks = least.tolist()
-    left = budget - sum(r * p for r, p in zip(ranks, prices, strict=True))
+    least = np.minimum(floors, ceiling)
+    left = budget - (least @ prices).item()
     if left < 0:
         raise EvaValueError(
-            f"min_rank={max(floors)} for {len(ranks)} layers costs {budget - left}, more than "
+            f"min_rank={floors.max()} for {layers} layers costs {budget - left}, more than "
             f"the budget of {budget}; lower min_rank or raise r"
         )
     index = np.arange(length)
@@ -61,10 +60,11 @@ def allocate_ranks(
     if costs is None:
         winners = layer[_largest(pooled.reshape(-1)[open_], left)]
         return (least + np.bincount(winners, minlength=layers)).tolist()
-    density = pooled.reshape(-1)[open_] / np.array(prices)[layer]
+    density = pooled.reshape(-1)[open_] / prices[layer]
+    ranks, price = least.tolist(), prices.tolist()
     for i in layer[np.argsort(-density, kind="stable")].tolist():
-        if prices[i] <= left:
-            ranks[i], left = ranks[i] + 1, left - prices[i]
+        if price[i] <= left:
+            ranks[i], left = ranks[i] + 1, left - price[i]
     return ranks
 
 

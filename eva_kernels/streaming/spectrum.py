@@ -103,9 +103,15 @@ def have_variance(states: Sequence[SketchState]) -> np.ndarray[Any, np.dtype[np.
     What rounding leaves of a constant (its mean is not exact) is not variance: totals below
     ``n (4 eps |mean|)^2`` count as none.
     """
-    numbers = [(s.total, s.count, 4 * _eps(s.mean.dtype) * s.mean_norm) for s in states]
-    totals, counts, noise = np.array(numbers, np.float64).reshape(-1, 3).T
-    return totals > counts * noise**2
+    return _variance_of(states) > 0
+
+
+def _variance_of(states: Sequence[SketchState]) -> Array:
+    """Return the total of each state, (L,); 0 where that is rounding."""
+    totals = np.array([s.total for s in states], np.float64)
+    counts = np.array([s.count for s in states], np.float64)
+    noise = np.array([4 * _eps(s.mean.dtype) * s.mean_norm for s in states], np.float64)
+    return np.where(totals > counts * noise**2, totals, 0.0)
 
 
 @functools.cache
@@ -120,21 +126,23 @@ def leading_ratios(streams: Sequence[InputStream]) -> Array:
         Float64 (L, K) with the largest K; 0 beyond that of a stream, and before its first fold.
     """
     found = np.zeros((len(streams), max((s.components for s in streams), default=0)))
-    groups: dict[int, list[tuple[int, SketchState]]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[tuple[int, SketchState]]] = defaultdict(list)
     for i, stream in enumerate(streams):
-        if stream.sketch is not None:
-            groups[stream.components].append((i, stream.sketch))
-    for count, members in groups.items():
+        sketch = stream.sketch
+        if sketch is not None:
+            groups[stream.components, stream.width].append((i, sketch))
+    for (count, width), members in groups.items():
         rows, states = zip(*members, strict=True)
-        squares = np.square([state.values[:count] for state in states])
-        found[list(rows), :count] = variance_ratios(squares, states)
+        # one after another, not row by row: a third of the time for a hundred layers
+        values = np.concatenate([state.values for state in states]).reshape(-1, width)
+        found[list(rows), :count] = variance_ratios(np.square(values[:, :count]), states)
     return found
 
 
 def variance_ratios(squares: Array, states: Sequence[SketchState]) -> Array:
     """Return ``s^2 / total`` of states, (L, K), each; all 0 without variance."""
-    totals = np.where(have_variance(states), [state.total for state in states], np.inf)
-    return np.minimum(squares / totals[:, None], 1.0)
+    totals = _variance_of(states)
+    return np.minimum(squares / np.where(totals > 0, totals, np.inf)[:, None], 1.0)
 
 
 def centred_scatter(states: Sequence[GramState]) -> Tensor:

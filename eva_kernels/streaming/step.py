@@ -1,9 +1,9 @@
 """The step: fold all streams that are due, and compare each with what it was, by one read.
 
 On an accelerator the host only fills the queue: fold, comparison, then one read for everything
-that it decides on. The new bases are written in place of the old ones, chunk by chunk, so that the
-step takes no second set of them, under the condition, known to the device alone, that the sums of
-all streams are finite.
+that it decides on. What it has to do for the next step anyway is done before it reads. The new
+bases are written in place of the old ones, chunk by chunk, so that the step takes no second set of
+them, under the condition, known to the device alone, that the sums of all streams are finite.
 """
 
 from __future__ import annotations
@@ -30,7 +30,14 @@ from .state import GramState, SketchState, StepSums, clear_sums, sketch_of, tens
 if TYPE_CHECKING:
     from .stream import InputStream
 
-__all__ = ["NonFiniteStepError", "by_device", "fold_streams", "read_cosines"]
+__all__ = [
+    "Fold",
+    "NonFiniteStepError",
+    "begin_fold",
+    "by_device",
+    "fold_streams",
+    "read_cosines",
+]
 
 
 class NonFiniteStepError(NonFiniteError):
@@ -45,7 +52,6 @@ class NonFiniteStepError(NonFiniteError):
         self.stream = stream
 
 
-@without_autocast
 def fold_streams(streams: Iterable[InputStream], *, final: bool = False) -> list[InputStream]:
     """Fold every stream that has a full step.
 
@@ -63,20 +69,58 @@ def fold_streams(streams: Iterable[InputStream], *, final: bool = False) -> list
     Cost: on an accelerator one read for all streams; a second one where data are of deficient rank
         or so unevenly graded that a basis has to be repaired.
     """
+    return begin_fold(streams, final=final).finish()
+
+
+@without_autocast
+def begin_fold(streams: Iterable[InputStream], *, final: bool = False) -> Fold:
+    """Give accelerators their part of :func:`fold_streams`, and wait for nothing.
+
+    Until the fold is finished the streams are of no use.
+    """
     due = []
     for stream in streams:
         if stream.state is not None and stream.pending >= (1 if final else stream.width):
             due.append(stream)
-    groups = _groups(due)
     away: list[list[InputStream]] = []
     here: list[list[InputStream]] = []
+    groups = _groups(due)
     for group in groups:
         (here if _host.reads_are_free(group[0].device) else away).append(group)
-    if away:  # first, since it may refuse
-        _fold_away(away, due)
-    for group in here:
-        _fold_here(group)
-    return [stream for group in groups for stream in group]
+    return Fold(groups, here, _Queued(away, due) if away else None)
+
+
+class Fold:
+    """A fold that has begun.
+
+    Args:
+        groups: all streams that are due, those of equal shape together.
+        here: the groups on the CPU, with which nothing was done.
+        away: what the accelerators do with the others.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[list[InputStream]],
+        here: Sequence[Sequence[InputStream]],
+        away: _Queued | None,
+    ) -> None:
+        self._groups, self._here, self._away = groups, here, away
+
+    @property
+    def queued(self) -> bool:
+        """Whether an accelerator is at work, while the host has time."""
+        return self._away is not None
+
+    @without_autocast
+    def finish(self) -> list[InputStream]:
+        """Wait for the accelerators and return the streams; once, as :func:`fold_streams`."""
+        away, self._away = self._away, None  # what it holds goes with it
+        if away is not None:  # first, since it may refuse
+            away.take_over()
+        for group in self._here:
+            _fold_here(group)
+        return [stream for group in self._groups for stream in group]
 
 
 def _groups(streams: Sequence[InputStream]) -> list[list[InputStream]]:
@@ -104,34 +148,48 @@ def _fold_here(group: Sequence[InputStream]) -> None:
     clear_sums(_step_sums(group))
 
 
-def _fold_away(groups: Sequence[Sequence[InputStream]], due: Sequence[InputStream]) -> None:
-    # The first fold starts from the warm-up, which is no step to compare with.
-    kept = [[s.components if s.folds else 0 for s in group] for group in groups]
-    batches = [_batch_of(group, counts) for group, counts in zip(groups, kept, strict=True)]
-    decompose(batches)
-    sound = _sound(batches)
-    saved = [b.renew(sound[b.device], counts) for b, counts in zip(batches, kept, strict=True)]
-    turned = _compare(batches, saved, kept)
-    cleared = _step_sums([s for group in groups for s in group])
-    _clear_where(sound, cleared)
-    # The device has its work: what follows costs it no time until the read.
-    previous = [rows.split(counts) for rows, counts in zip(saved, kept, strict=True)]
-    wanted = [part for batch in batches for part in (batch.scalars, batch.found.told)]
-    arrays = iter(_host.read([*wanted, *turned.values()]))
-    numbers = [Numbers.of(*islice(arrays, 2)) for _ in batches]
-    told_cosines = dict(zip(turned, arrays, strict=True))
-    _refuse(groups, numbers, due)
+class _Queued:
+    """The fold of streams on accelerators, and what the host is to know of it.
 
-    for group, batch, told, rows in zip(groups, batches, numbers, previous, strict=True):
-        _take_over(group, batch, told, rows)
-    for sums in cleared:
-        sums.count = 0
-    for device, array in told_cosines.items():
-        pairs = zip(groups, batches, strict=True)
-        here = [s for group, batch in pairs if batch.device == device for s in group]
-        _keep_cosines([s for s in here if s.previous is not None], array)
-    uneven = [told.uneven.nonzero()[0].tolist() for told in numbers]
-    _repair([group[i] for group, which in zip(groups, uneven, strict=True) for i in which])
+    Args:
+        groups: streams of equal shape together.
+        due: all streams that are to be folded.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[InputStream]], due: Sequence[InputStream]) -> None:
+        self._groups, self._due = groups, due
+        # The first fold starts from the warm-up, which is no step to compare with.
+        kept = [[s.components if s.folds else 0 for s in group] for group in groups]
+        batches = [_batch_of(group, counts) for group, counts in zip(groups, kept, strict=True)]
+        decompose(batches)
+        sound = _sound(batches)
+        saved = [b.renew(sound[b.device], counts) for b, counts in zip(batches, kept, strict=True)]
+        self._turned = _compare(batches, saved, kept)
+        self._cleared = _step_sums([s for group in groups for s in group])
+        _clear_where(sound, self._cleared)
+        # The device has its work: what follows costs it no time until the read.
+        self._previous = [rows.split(counts) for rows, counts in zip(saved, kept, strict=True)]
+        self._batches = batches
+
+    def take_over(self) -> None:
+        """Read, and give the streams what the devices have made of them."""
+        groups, batches = self._groups, self._batches
+        wanted = [part for batch in batches for part in (batch.scalars, batch.found.told)]
+        arrays = iter(_host.read([*wanted, *self._turned.values()]))
+        numbers = [Numbers.of(*islice(arrays, 2)) for _ in batches]
+        told_cosines = dict(zip(self._turned, arrays, strict=True))
+        _refuse(groups, numbers, self._due)
+
+        for group, batch, told, rows in zip(groups, batches, numbers, self._previous, strict=True):
+            _take_over(group, batch, told, rows)
+        for sums in self._cleared:
+            sums.count = 0
+        for device, array in told_cosines.items():
+            pairs = zip(groups, batches, strict=True)
+            here = [s for group, batch in pairs if batch.device == device for s in group]
+            _keep_cosines([s for s in here if s.previous is not None], array)
+        uneven = [told.uneven.nonzero()[0].tolist() for told in numbers]
+        _repair([group[i] for group, which in zip(groups, uneven, strict=True) for i in which])
 
 
 def _take_over(

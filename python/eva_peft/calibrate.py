@@ -21,15 +21,14 @@ from eva_kernels.streaming import (
     InputStream,
     NonFiniteStepError,
     Options,
+    begin_fold,
     compare_streams,
-    fold_streams,
     leading_similar,
 )
 
 from . import arguments, batches
 from ._peft_compat import LoraConfig, eva_of
 from .architecture import architecture_of
-from .batch_mask import mask_of_batch
 from .called_with import CalledWith
 from .checkpoint import CheckpointKeeper
 from .checks import FSDP, check_loaded, class_names, is_sharded
@@ -41,10 +40,10 @@ from .memory import PeakMemory
 from .options import AUTO, CalibrateOptions
 from .out_of_memory import explained, is_out_of_memory
 from .planning import components_of, estimate_targets, plan_targets
+from .prepare import Ahead, Prepared, Preparer
 from .ranks import Budget, allocate
 from .result import EvaResult
 from .selectors import selectors_of
-from .subsample import Draw
 from .targets import Target, find_targets
 from .token_mask import TokenMask
 from .verdict import check_answer
@@ -124,9 +123,7 @@ class CalibrationPass:
         }
         self._default_forward = options.forward_fn is None
         self.skipped = 0  # tokens, most of any layer; known at the end
-        self._warned: set[str] = set()  # layers that were warned about, once a pass
-        self._transposed: dict[str, bool] = {}  # layers that were seen to take the sequence first
-        self._plain_masks = options.prepare_model_inputs_fn == AUTO
+        self.preparer = Preparer(model, options, config, self.architecture, self.device)
         selectors = selectors_of(targets, options)
         # Its parts know the pass weakly: in a cycle its state would stay on the device until Python
         # looks for cycles, maybe long after the adapters are written and training has begun.
@@ -212,11 +209,12 @@ class CalibrationPass:
         every = batches.iterate(loader, lambda: self.tokens > 0)
         # closed at once, so that the workers of a loader do not wait for a traceback to go
         with closing(keeper.remaining(every)) as stream:
-            for batch in stream:
+            ahead = Ahead(map(self._prepare, stream))
+            for prepared in ahead:
                 keeper.begin_forward()
-                self.forward(batch)
-                del batch
-                numbers = self.record(begin, bar) if self.close_step() else None
+                self._forward(prepared)
+                del prepared
+                numbers = self.record(begin, bar) if self.close_step(ahead=ahead) else None
                 done = numbers is not None and self.converged()
                 keeper.end_forward(time.perf_counter(), done)
                 self.call_back(numbers)
@@ -228,52 +226,45 @@ class CalibrationPass:
 
     def limit_reached(self, elapsed: float) -> bool:
         """Tell whether a limit of the options was reached, ``elapsed`` seconds after the begin."""
+        limit = self.options.max_seconds
+        return self._used_up or (limit is not None and elapsed >= limit)
+
+    @property
+    def _used_up(self) -> bool:
         options = self.options
-        return (
-            self.forwards >= options.max_steps
-            or (options.max_tokens is not None and self.tokens >= options.max_tokens)
-            or (options.max_seconds is not None and elapsed >= options.max_seconds)
+        return self.forwards >= options.max_steps or (
+            options.max_tokens is not None and self.tokens >= options.max_tokens
         )
+
+    def _fetch(self, ahead: Ahead[Prepared]) -> None:
+        """Make the next batch ready, while the device is at work.
+
+        Not with a checkpoint, which keeps the random state from which a loader makes that batch.
+        """
+        if not self._used_up and self.keeper.path is None:
+            begin = time.perf_counter()
+            ahead.fetch()
+            self.seconds["fold"] -= time.perf_counter() - begin
 
     def forward(self, batch: Any) -> None:
         """Run a batch through the model, whose hooks accumulate."""
+        self._forward(self._prepare(batch))
+
+    def _prepare(self, batch: Any) -> Prepared:
+        begin = time.perf_counter()
+        prepared = self.preparer.prepare(batch, self.forwards)
+        self.seconds["forward"] += time.perf_counter() - begin
+        return prepared
+
+    def _forward(self, prepared: Prepared) -> None:
         begin = time.perf_counter()
         self.phase = "forward"
         before = self.collector.seconds
-        parts = [batch]
-        if self._default_forward:
-            batch = arguments.by_name(batches.as_mapping(batch), self.model)
-            batch = batches.as_tensors(batch)
-            if self.options.trim_padding and self._plain_masks:
-                parts = batches.without_padding(batch, self.device, self.architecture)
-        masks = [self._mask_of(part) for part in parts]
-        self._draw(masks)
-        for part, mask in zip(parts, masks, strict=True):
+        for part, mask in zip(prepared.parts, prepared.masks, strict=True):
             self._forward_part(part, mask)
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before
-
-    def _mask_of(self, batch: Any) -> TokenMask:
-        if not self._plain_masks:
-            return TokenMask(None)
-        batch = batches.as_mapping(batch)
-        mask = mask_of_batch(batch, self.config, self.architecture, self._warned)
-        mask.transposed = self._transposed
-        return mask
-
-    def _draw(self, masks: Sequence[TokenMask]) -> None:
-        """Let a random part of a batch's tokens count, if that is an option."""
-        limit = self.options.tokens_per_step
-        if limit is None:
-            return
-        whole = Draw(limit, self.options.seed, self.forwards)
-        # inputs with other rows than the main stream's are shared out as that is
-        for key, of_stream in {"": "main", "decoder": "decoder"}.items():
-            streams = [getattr(mask, of_stream) for mask in masks]
-            counts = [0 if stream is None else int(stream.sum()) for stream in streams]
-            for mask, draw in zip(masks, whole.shared_out(counts), strict=True):
-                mask.draws[key] = draw
 
     def _forward_part(self, batch: Any, mask: TokenMask) -> None:
         self.batch_shape = batches.shape_of(batch)
@@ -324,13 +315,11 @@ class CalibrationPass:
             self.model(arguments.as_one_argument(batch, self.model))
 
     def _called_with(self, batch: Any, mask: TokenMask) -> AbstractContextManager[object]:
-        if not self._plain_masks:
+        if not self.preparer.plain_masks:
             return nullcontext()
 
         def make_mask(named: Mapping[str, Any]) -> TokenMask:
-            made = self._mask_of(named)
-            self._draw([made])
-            return made
+            return self.preparer.drawn_mask_of(named, self.forwards)
 
         use_mask = self.collector.use_mask
         return CalledWith(self.model, batch, mask, make_mask, use_mask).looking()
@@ -358,19 +347,26 @@ class CalibrationPass:
         return InputStream(*size, device=x.device, dtype=dtype, options=options)
 
     def close_step(
-        self, final: bool = False, merged: Sequence[InputStream] = ()
+        self,
+        final: bool = False,
+        merged: Sequence[InputStream] = (),
+        ahead: Ahead[Prepared] | None = None,
     ) -> list[InputStream]:
         """Fold what is due, compare, and allocate ranks; returns the streams that were renewed.
 
         Args:
             final: fold whatever is pending.
             merged: streams that were renewed already, by those of other processes.
+            ahead: the batches to come.
         """
         begin = time.perf_counter()
         self.phase = "fold"
         slots = self.collector.slots
         try:
-            folded = [*merged, *fold_streams([s.stream for s in slots], final=final)]
+            fold = begin_fold([s.stream for s in slots], final=final)
+            if fold.queued and ahead is not None:
+                self._fetch(ahead)
+            folded = [*merged, *fold.finish()]
         except NonFiniteStepError as error:
             raise self.collector.explained(error) from None
         middle = time.perf_counter()

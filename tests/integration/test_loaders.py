@@ -99,11 +99,13 @@ def test_samples_of_different_lengths_want_a_collator(kind: Callable[[Any], Any]
     assert hooks_of(model) == 0
 
 
+@pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("kind", [list, torch.as_tensor, np.array])
-def test_samples_of_equal_lengths_need_none(kind: Callable[[Any], Any]) -> None:
+def test_samples_of_equal_lengths_need_none(kind: Callable[[Any], Any], trim: bool) -> None:
     texts = text_batches(3)
     lists = [{k: [kind(row) for row in v.tolist()] for k, v in b.items()} for b in texts]
-    same(run(make_llama(), iter(lists), lora()), run(make_llama(), iter(texts), lora()))
+    found = run(make_llama(), iter(lists), lora(), trim_padding=trim)
+    same(found, run(make_llama(), iter(texts), lora()))
 
 
 def test_lists_that_a_model_takes_stay_lists() -> None:
