@@ -54,7 +54,7 @@ RANK, RHO = 16, 2.0
 PHASES = {
     "forward": "forward",
     "accumulate": "add",
-    "fold": "fold_streams",
+    "fold": "begin_fold",
     "compare": "compare_streams",
     "result": "collect_result",
     "write": "write_result",

@@ -209,10 +209,10 @@ class CalibrationPass:
         every = batches.iterate(loader, lambda: self.tokens > 0)
         # closed at once, so that the workers of a loader do not wait for a traceback to go
         with closing(keeper.remaining(every)) as stream:
-            ahead = Ahead(map(self._prepare, stream))
+            ahead = Ahead(map(self.prepare, stream))
             for prepared in ahead:
                 keeper.begin_forward()
-                self._forward(prepared)
+                self.forward(prepared)
                 del prepared
                 numbers = self.record(begin, bar) if self.close_step(ahead=ahead) else None
                 done = numbers is not None and self.converged()
@@ -246,17 +246,15 @@ class CalibrationPass:
             ahead.fetch()
             self.seconds["fold"] -= time.perf_counter() - begin
 
-    def forward(self, batch: Any) -> None:
-        """Run a batch through the model, whose hooks accumulate."""
-        self._forward(self._prepare(batch))
-
-    def _prepare(self, batch: Any) -> Prepared:
+    def prepare(self, batch: Any) -> Prepared:
+        """Make a batch ready for the model."""
         begin = time.perf_counter()
         prepared = self.preparer.prepare(batch, self.forwards)
         self.seconds["forward"] += time.perf_counter() - begin
         return prepared
 
-    def _forward(self, prepared: Prepared) -> None:
+    def forward(self, prepared: Prepared) -> None:
+        """Run a batch through the model, whose hooks accumulate."""
         begin = time.perf_counter()
         self.phase = "forward"
         before = self.collector.seconds

@@ -215,7 +215,7 @@ class Processes:
         try:
             batch = next(stream, _NO_BATCH)
             if batch is not _NO_BATCH:
-                run.forward(batch)
+                run.forward(run.prepare(batch))
                 ran = True
         except Exception as raised:
             self._error, error = raised, _told(raised)

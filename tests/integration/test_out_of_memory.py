@@ -59,7 +59,7 @@ def test_told_with_numbers(kind: str, where: str, monkeypatch: pytest.MonkeyPatc
         place, advice = r"layer model\.\S+ of forward pass 2, step 2", "tokens_per_step"
     else:
         module = import_module("eva_peft.calibrate")
-        monkeypatch.setattr(module, "fold_streams", failing(module.fold_streams, 1))
+        monkeypatch.setattr(module, "begin_fold", failing(module.begin_fold, 1))
         place, advice = "the fold of forward pass 2, step 2", "oversample"
     texts = text_batches(4, samples=4, length=24)
     with pytest.raises(eva_kernels.OutOfMemoryError) as caught:

@@ -121,7 +121,7 @@ def interrupted_fold(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     def fold(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    patch.setattr(import_module("eva_peft.calibrate"), "fold_streams", fold)
+    patch.setattr(import_module("eva_peft.calibrate"), "begin_fold", fold)
 
 
 def interrupted_registration(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
