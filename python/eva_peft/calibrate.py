@@ -353,15 +353,18 @@ class CalibrationPass:
         """Fold what is due, compare, and allocate ranks; returns the streams that were renewed.
 
         Args:
-            final: fold whatever is pending.
+            final: fold whatever is pending; what is less than a step makes no layer converge.
             merged: streams that were renewed already, by those of other processes.
             ahead: the batches to come.
         """
         begin = time.perf_counter()
         self.phase = "fold"
         slots = self.collector.slots
+        streams = [slot.stream for slot in slots]
+        # A step of few tokens turns little, however far the components are from settled.
+        short = [(s, s.settled) for s in streams if final and s.pending < s.width]
         try:
-            fold = begin_fold([s.stream for s in slots], final=final)
+            fold = begin_fold(streams, final=final)
             if fold.queued and ahead is not None:
                 self._fetch(ahead)
             folded = [*merged, *fold.finish()]
@@ -379,6 +382,8 @@ class CalibrationPass:
             tau=self.eva.tau,
             criterion=self.options.criterion,
         )
+        for stream, settled in short:
+            stream.settled = settled
         self._recheck(needed)
         self.steps += 1
         self.seconds["check"] += time.perf_counter() - middle

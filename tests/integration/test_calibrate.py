@@ -225,3 +225,18 @@ def test_a_layer_that_has_converged_once_has_converged(llama: nn.Module) -> None
     # at that step some layer is below tau again, so waiting for all at once would go on
     assert min(similarity[-1]) < 0.97
     assert all(result.converged.values())
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_a_last_token_makes_no_layer_converge(method: str) -> None:
+    torch.manual_seed(3)
+    layer, scale = nn.Sequential(nn.Linear(32, 4)), torch.arange(1, 33) ** -0.5
+    data = [torch.randn(n, 32) * scale for n in (64, 64, 64, 1)]
+    result = run(layer, iter(data), lora(tau=0.99), method=method)
+    assert result.steps == 4
+    before, last = (values[0] for values in result.history["similarity"][-2:])
+    assert before < 0.99 < last
+    assert result.converged == {"0": False}
+    options = {"method": method, "progress": False, "on_not_converged": "raise"}
+    with pytest.raises(eva_kernels.NotConvergedError, match="after 4 forward passes, 193 tokens"):
+        eva_kernels.calibrate(layer, iter(data), lora(tau=0.99), **options)
