@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._peft_compat import LoraConfig, eva_of
@@ -85,7 +86,9 @@ class EvaResult:
 
         Args:
             whiten: divide rows by the root of their singular value, as PEFT does, which grows
-                with the number of tokens; as the config of the pass says if ``None``.
+                with the number of tokens; as the config of the pass says if ``None``. Rows in
+                whose direction the tokens do not vary, as an expert that got few of them may have,
+                stay as they are.
         """
         if whiten is None:
             whiten = eva_of(self.config).whiten
@@ -93,7 +96,8 @@ class EvaResult:
         for name, rank in self.ranks.items():
             rows = self.components[name][:rank].clone()
             if whiten:
-                rows /= self.singular_values[name][:rank, None].sqrt()
+                values = self.singular_values[name][:rank, None]
+                rows /= torch.where(values > 0, values, 1.0).sqrt()
             state[name] = rows.contiguous()
         return state
 

@@ -332,6 +332,22 @@ def test_experts_keep_a_rank_though_their_tokens_do_not_differ(tokens: int) -> N
     model(**data[0], labels=data[0]["input_ids"])
 
 
+@pytest.mark.filterwarnings("ignore:.*never called with a token:eva_kernels.EvaWarning")
+@pytest.mark.filterwarnings("ignore:only .* ranks could be given:eva_kernels.EvaWarning")
+def test_whitening_leaves_rows_without_variance() -> None:
+    data = text_batches(1, samples=2, length=10)
+    config = lora(whiten=True, **FUSED)
+    result = eva_kernels.initialize(make_mixtral(), data, config, **QUIET).eva_result
+    whitened, plain, without = result.state_dict(), result.state_dict(whiten=False), 0
+    for name, rows in whitened.items():
+        values = result.singular_values[name][: len(rows)]
+        without += int((values == 0).sum())
+        torch.testing.assert_close(rows[values == 0], plain[name][values == 0])
+        back = rows * values[:, None].sqrt()
+        torch.testing.assert_close(back[values > 0], plain[name][values > 0])
+    assert without  # some experts were given fewer tokens than the rank they share
+
+
 class Sorted(nn.Module):
     """Tokens in the order of their experts, cut apart; or all of them for every expert at once."""
 
