@@ -217,8 +217,10 @@ class InputStream:
         """Tell whether the numbers of a fold with these tokens are finite; a read."""
         dtype = torch.promote_types(x.dtype, self.dtype)
         total = torch.linalg.vector_norm(x, dtype=dtype).square()
-        if isinstance(self.state, GramState):  # its sums go on
-            total = total + self.state.sums.square
+        if self.sums is not None:  # of the step; of an exact stream, of all
+            total = total + self.sums.square
+        if self.dtype == torch.float64 and isinstance(self.state, SketchState):
+            total = total + self.state.total  # which the fold adds up in float64, too
         return _square_fits(total, self.dtype)
 
     def _start(self, x: Tensor, rows: Tensor | None) -> None:

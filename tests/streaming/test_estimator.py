@@ -84,6 +84,24 @@ def test_what_the_first_batch_s_dtype_cannot_hold_is_refused(method: str):
     assert pca.partial_fit(x).n_samples_seen_ == 800
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_sketch_overflows_batch_by_batch(folded: bool, dtype: torch.dtype):
+    most = 1e154 if dtype == torch.float64 else 3e38  # sum of squares
+    x = torch.randn(8, 32, dtype=dtype)
+    x[:, 0] = torch.tensor([1.0, -1.0], dtype=dtype).repeat(4) * (most / 10) ** 0.5
+    pca = IncrementalPCA(4 if folded else 8, method="sketch").partial_fit(x)
+    assert pca._stream.pending == (0 if folded else 8)
+    if folded and dtype == torch.float32:  # what is folded is float64
+        pca.partial_fit(x)
+    else:
+        with pytest.raises(NonFiniteError, match=r"squares overflow .* scale the data"):
+            pca.partial_fit(x)
+        assert pca.n_samples_seen_ == 8
+    assert pca.components_.isfinite().all()
+    assert pca.partial_fit(x / 1e9).components_.isfinite().all()
+
+
 def test_exact_sums_overflow_batch_by_batch():
     x = 1e17 * torch.randn(400, 40)
     pca = IncrementalPCA(4, method="gram").partial_fit(x).partial_fit(x)
