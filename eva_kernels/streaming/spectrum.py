@@ -44,8 +44,9 @@ class Spectrum:
         count: tokens.
         total: centred sum of squares.
         rank: numerical rank among the directions tracked.
-        lost: share of the captured variance that the last fold still gained; an estimate of the
-            variance lost against the best K components.
+        lost: share of the captured variance that the last whole step still gained. Early in a
+            stream it is about what is lost against the best K components, or more; after many
+            steps on a flat spectrum it is far less.
     """
 
     components: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -273,12 +274,14 @@ class InputStream:
 
         Args:
             state: the new one.
-            lost: see :func:`.fold.lost_shares`.
+            lost: see :func:`.fold.lost_shares`; kept of whole steps, and of the first.
             previous: the K leading rows before, (K, D), to be compared.
         """
+        if self.pending >= self.width or math.isnan(self.lost):  # a few tokens gain next to nothing
+            self.lost = lost
         self.state, self.pending, self._start_rows = state, 0, None
         self.folds += 1
-        self.previous, self.turned, self.lost = previous, None, lost
+        self.previous, self.turned = previous, None
         if self._into is not None and not self._into.is_of(self._given()):
             self._into = None
 

@@ -27,7 +27,8 @@ class EvaResult:
         explained_variance_ratio: (K,) float32.
         converged: whether the components in use had converged.
         numerical_rank: of the input, among the K components.
-        lost_variance: estimated share of the captured variance that is still missing.
+        lost_variance: share of the captured variance that the last whole step still gained; 0
+            where the answer is exact. After many steps on a flat spectrum more is missing.
         method: ``"sketch"`` or ``"gram"``.
         in_features, out_features: widths of the layer.
         base_ranks, alphas: r and LoRA alpha of the layer before redistribution.

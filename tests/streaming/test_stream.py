@@ -178,6 +178,17 @@ def test_lost_variance(power: float, bound: float):
         assert answer.lost <= 4 * lost
 
 
+def test_a_last_token_does_not_tell_what_is_lost():
+    x = with_spectrum(321, 64, decaying(64, 0.5))
+    stream = feed(make_stream(64, 8), x[:320].split(80))
+    gained = stream.lost
+    assert gained > 1e-3
+    stream.add(x[320:])
+    answer = stream.spectrum()
+    assert answer.count == 321
+    assert answer.lost == gained
+
+
 def test_gram_is_exact_however_the_spectrum_decays():
     x = with_spectrum(600, 64, decaying(64, 0.3))
     answer = feed(make_stream(64, 8, method="gram"), x.split(100)).spectrum()
