@@ -27,9 +27,12 @@ def orthonormalise(rows: Tensor) -> Tensor:
     """Return rows (r, D) that are nearly orthonormal as orthonormal ones of the same spans.
 
     The first j rows keep their span, for every j (a QR by the Cholesky factor of the overlaps).
+    A row that is rounding and nothing else becomes one of unit length all the same.
     """
     lower, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
-    if failed:  # further from orthonormal than rounding of a fold has been seen to leave them
+    # Where the core is all but singular, rounding can pass for an eigenvalue, whose row is then far
+    # from unit length: its factor would be rounding, too.
+    if failed or (lower.diagonal() < 0.5).any():
         return torch.linalg.qr(rows.mT).Q.mT
     return torch.linalg.solve_triangular(lower, rows, upper=False)
 

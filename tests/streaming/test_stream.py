@@ -45,6 +45,17 @@ def test_a_constant_input_has_no_variance(method: str, value: float, dtype: torc
     assert float((answer.mean.double() - expected).abs().max()) <= TOLERANCES[dtype].sums * value
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_token_that_differs_leaves_an_orthonormal_basis(dtype: torch.dtype):
+    # Rounding has passed for a second direction, whose row was zero.
+    x = torch.zeros(200, 8, dtype=dtype)
+    x[108] = 1
+    stream = feed(make_stream(8, 4, width=4, dtype=dtype), [x[:8], x[8:]])
+    answer = stream.spectrum()
+    assert orthonormality(answer.components) <= TOLERANCES[dtype].orthonormal
+    assert relative(answer.singular_values[:1], exact(x)[0][:1]) <= TOLERANCES[dtype].values
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_rounding_of_the_mean_is_not_variance(method: str):
     # Three means that float32 cannot hold: the batches are shifted by a rounding error each.
