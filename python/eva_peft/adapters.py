@@ -28,7 +28,8 @@ from ._peft_compat import (
     untrained_magnitude,
     update_layer,
 )
-from .checks import check_base_model, check_not_sharded
+from .checks import check_base_model
+from .divided import check_not_sharded
 from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure

@@ -31,9 +31,10 @@ from ._peft_compat import LoraConfig, eva_of
 from .architecture import architecture_of
 from .called_with import CalledWith
 from .checkpoint import CheckpointKeeper
-from .checks import FSDP, check_loaded, class_names, is_sharded
+from .checks import check_loaded
 from .collect import collect_result
 from .data_parallel import Processes, processes_of
+from .divided import class_names, is_sharded
 from .hooks import InputCollector, StopForward
 from .interrupts import completed
 from .memory import PeakMemory
@@ -326,9 +327,10 @@ class CalibrationPass:
     def _may_stop_early(self) -> bool:
         if self.options.early_exit != AUTO:
             return bool(self.options.early_exit)
-        wrappers = FSDP | {"DeepSpeedEngine", "PipelineParallel"}
+        wrappers = {"DeepSpeedEngine", "PipelineParallel"}
         offloaded = set(map(str, getattr(self.model, "hf_device_map", {}).values()))
-        return not class_names(self.model) & wrappers and not offloaded & {"cpu", "disk"}
+        unsafe = is_sharded(self.model) or class_names(self.model) & wrappers
+        return not unsafe and not offloaded & {"cpu", "disk"}
 
     def make_stream(self, target: Target, x: Tensor) -> InputStream:
         """Return a new stream for a layer whose input is like ``x``."""

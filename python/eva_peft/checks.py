@@ -18,22 +18,16 @@ from ._peft_compat import (
     is_lora,
     kind_of,
 )
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, warn
+from .errors import EvaTypeError, EvaValueError, warn
 from .parts import outermost
 
 __all__ = [
-    "FSDP",
     "check_base_model",
     "check_config",
     "check_loaded",
-    "check_not_sharded",
     "checked_number",
-    "class_names",
-    "is_sharded",
     "plain_number",
 ]
-
-FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
 
 
 def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraConfig:
@@ -109,16 +103,6 @@ def _owner(model: nn.Module) -> str:
     return f", {name}," if name else ""
 
 
-def class_names(model: nn.Module) -> set[str]:
-    """Return the names of all classes that a model and its parts are of."""
-    return {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether FSDP, of either kind, has divided the weights of a model among processes."""
-    return bool(class_names(model) & FSDP)
-
-
 def check_loaded(model: nn.Module) -> None:
     """Refuse a model that has no weights yet.
 
@@ -131,22 +115,6 @@ def check_loaded(model: nn.Module) -> None:
         raise EvaValueError(
             "the weights of the model are on the meta device: load them first (estimate() works "
             "without them)"
-        )
-
-
-def check_not_sharded(model: nn.Module) -> None:
-    """Refuse a model to whose adapters nothing can be written any more.
-
-    Raises:
-        EvaRuntimeError: it is sharded by FSDP or by DeepSpeed's ZeRO-3, which know the parameters
-            of then only.
-    """
-    divided = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if divided or is_sharded(model):
-        raise EvaRuntimeError(
-            f"the model is sharded by {'DeepSpeed (ZeRO-3)' if divided else 'FSDP'}, which would "
-            "not know adapters that are made or get another rank now. Initialise before sharding; "
-            "or calibrate() the sharded model, and apply the result to one that is not"
         )
 
 

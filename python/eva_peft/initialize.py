@@ -12,7 +12,8 @@ from torch import nn
 from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapters, eva_of
 from .adapters import write_result
 from .calibrate import run_pass
-from .checks import check_config, check_not_sharded
+from .checks import check_config
+from .divided import check_not_sharded
 from .errors import EvaValueError
 from .options import CalibrateOptions
 from .planning import Estimate, estimate_targets

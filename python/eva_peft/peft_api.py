@@ -24,7 +24,7 @@ from ._peft_compat import (
     prepare_model_inputs_fn_language_modeling,
 )
 from .adapters import write_state_dict
-from .checks import check_not_sharded
+from .divided import check_not_sharded
 from .errors import EvaValueError
 from .initialize import calibrate
 from .options import AUTO

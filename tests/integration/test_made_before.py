@@ -109,6 +109,22 @@ def test_parameters_of_zero_3_are_refused() -> None:
         eva_kernels.initialize(model, DATA, **QUIET)
 
 
+def test_every_forward_pass_of_zero_3_is_run_to_its_end() -> None:
+    model = Clash()
+    ended = []
+    model.register_forward_hook(lambda module, args, output: ended.append(len(args[0])))
+    config = lora(target_modules=["lin"], tau=1.0)
+    loader = [DATA[0], DATA[1], DATA[0][:0], DATA[2]]
+    options = {**QUIET, "max_steps": 4, "group": None}
+    eva_kernels.calibrate(model, loader, config, **options)
+    assert len(ended) < 4  # nothing behind the layer is needed, nor a batch without a token
+    for i, parameter in enumerate(model.parameters()):
+        parameter.ds_id = i  # type: ignore[attr-defined]
+    ended.clear()
+    eva_kernels.calibrate(model, loader, config, **options)
+    assert ended == [40, 40, 0, 40]  # in each the processes wait for one another
+
+
 @pytest.mark.parametrize("thing", [object(), "model", None])
 def test_no_module(thing: Any) -> None:
     for call in (eva_kernels.initialize, eva_kernels.calibrate):
