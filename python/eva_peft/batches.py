@@ -192,7 +192,7 @@ def _stacked(values: Sequence[Any]) -> Tensor:
 
 
 def without_padding(
-    batch: Any, device: torch.device, architecture: Architecture = _ANY
+    batch: Any, device: torch.device, architecture: Architecture = _ANY, divide: bool = True
 ) -> list[Any]:
     """Return a batch as one or more that hold less padding, and the same tokens.
 
@@ -207,6 +207,7 @@ def without_padding(
         device: where the model will run it.
         architecture: of the model. In an encoder-decoder ``labels`` belong to another stream than
             ``attention_mask``; some models see padding.
+        divide: short samples may run apart.
     """
     if architecture.sees_padding or not isinstance(batch, Mapping):
         return [batch]
@@ -214,7 +215,7 @@ def without_padding(
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
         return [batch]
     samples, columns = mask.shape
-    splits = True
+    splits = divide
     for key, value in batch.items():
         if isinstance(value, (Mapping, list, tuple)):
             return [batch]

@@ -111,6 +111,7 @@ class CalibrationPass:
         self.eva = eva_of(config)
         self.plan = plan_targets(model, targets, self.eva.rho, options)
         self.device = batches.model_device(model)
+        self.sharded = is_sharded(model)
         self.architecture = architecture_of(model)
         self.forwards = self.steps = self.tokens = 0
         self.phase = "forward"
@@ -267,7 +268,7 @@ class CalibrationPass:
 
     def _forward_part(self, batch: Any, mask: TokenMask) -> None:
         self.batch_shape = batches.shape_of(batch)
-        if self._default_forward and batches.is_empty(batch) and not is_sharded(self.model):
+        if self._default_forward and batches.is_empty(batch) and not self.sharded:
             return  # many a model would fail; the processes of a sharded one wait for each other
         batch = batches.to_device(batch, self.device)
         model_input = self._model_input(batch, mask)
@@ -329,7 +330,7 @@ class CalibrationPass:
             return bool(self.options.early_exit)
         wrappers = {"DeepSpeedEngine", "PipelineParallel"}
         offloaded = set(map(str, getattr(self.model, "hf_device_map", {}).values()))
-        unsafe = is_sharded(self.model) or class_names(self.model) & wrappers
+        unsafe = self.sharded or class_names(self.model) & wrappers
         return not unsafe and not offloaded & {"cpu", "disk"}
 
     def make_stream(self, target: Target, x: Tensor) -> InputStream:

@@ -13,6 +13,7 @@ from . import arguments, batches
 from ._peft_compat import LoraConfig
 from .architecture import Architecture
 from .batch_mask import mask_of_batch
+from .divided import is_sharded
 from .options import AUTO, CalibrateOptions
 from .subsample import Draw
 from .token_mask import TokenMask
@@ -87,6 +88,8 @@ class Preparer:
         self.plain_masks = options.prepare_model_inputs_fn == AUTO
         self._model, self._options, self._config = model, options, config
         self._architecture, self._device = architecture, device
+        # the processes of a sharded model run as many parts, whatever the lengths of samples
+        self._divides = not is_sharded(model)
         self._warned: set[str] = set()  # layers that were warned about, once a pass
         self._transposed: dict[str, bool] = {}  # layers that were seen to take the sequence first
 
@@ -103,7 +106,7 @@ class Preparer:
             batch = batches.as_tensors(batch)
         parts = [batch]
         if by_default and self._options.trim_padding and self.plain_masks:
-            parts = batches.without_padding(batch, self._device, self._architecture)
+            parts = batches.without_padding(batch, self._device, self._architecture, self._divides)
         masks = [self._mask_of(part) for part in parts]
         self._draw(masks, number)
         return Prepared(parts, masks)

@@ -233,6 +233,14 @@ def test_what_is_sharded_is_calibrated_but_not_initialised(seen: tuple[Seen, See
     assert same(seen[0]["calibrated_in_shards"], seen[0]["gram"])
 
 
+def test_shards_run_as_many_forward_passes_where_lengths_differ(seen: tuple[Seen, Seen]) -> None:
+    plain, found = seen[0]["lengths_differ"], seen[0]["lengths_differ_in_shards"]
+    assert found["tokens"] == plain["tokens"] == 3 * (12 * 60 + 60 + 11 * 4)
+    assert found["ranks"] == plain["ranks"]
+    for name, values in plain["singular_values"].items():
+        torch.testing.assert_close(found["singular_values"][name], values, rtol=1e-4, atol=1e-4)
+
+
 def test_a_group_needs_torch_distributed() -> None:
     with pytest.raises(eva_kernels.errors.EvaTypeError, match="process group or None"):
         eva_kernels.calibrate(make_llama(), union(1), lora(), group=object(), **QUIET)

@@ -307,6 +307,24 @@ def calibrated_in_shards(rank: int) -> Any:
     return calibrate(model, own_batches(rank), max_steps=4, method="gram")
 
 
+def of_other_lengths(rank: int) -> list[dict[str, Tensor]]:
+    """Return batches of one length in process 0; in the other a long text among short ones."""
+    batches = text_batches(3, samples=12, length=60, padded=False, seed=rank)
+    for batch in batches if rank else ():
+        batch["attention_mask"][1:, 4:] = 0
+    return batches
+
+
+@scenario
+def lengths_differ(rank: int) -> Any:
+    return calibrate(make_llama(), of_other_lengths(rank), max_steps=3, method="gram")
+
+
+@scenario
+def lengths_differ_in_shards(rank: int) -> Any:
+    return calibrate(sharded(make_llama()), of_other_lengths(rank), max_steps=3, method="gram")
+
+
 @scenario
 def no_group(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), group="all")
