@@ -74,7 +74,7 @@ def run_pass(
         EvaRuntimeError: another process of the group failed; it has the error. Or another pass is
             running on the model.
     """
-    processes = processes_of(options)
+    processes = processes_of(model, options)
     check_loaded(model)
     targets = find_targets(model, config, options.adapter_name)
     # Shared inputs are told apart by tensor versions, which inference mode does not count.
@@ -131,7 +131,7 @@ class CalibrationPass:
         # looks for cycles, maybe long after the adapters are written and training has begun.
         itself = weakref.proxy(self)
         make_stream = functools.partial(CalibrationPass.make_stream, itself)
-        self.collector = InputCollector(targets, make_stream, selectors)
+        self.collector = InputCollector(targets, make_stream, selectors, self.sharded)
         self.keeper = CheckpointKeeper(itself)
 
     def run(self, loader: Iterable[Any]) -> EvaResult:

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from eva_kernels.streaming import InputStream, export_stream, fold_streams, restore_stream
 from eva_kernels.streaming.parallel import absorb, follow, hand_over, pending_sums
 from eva_kernels.streaming.state import GramState
 
 from . import batches
+from .divided import sharded_by
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError
 from .fingerprint import differences, in_words, request_of
 from .hooks import InputCollector
@@ -49,15 +50,23 @@ BUCKET_BYTES = 32 << 20
 _NO_BATCH = object()
 
 
-def processes_of(options: CalibrateOptions) -> Processes | None:
+def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | None:
     """Return the processes of a pass; ``None`` where there is one, or each is for itself.
 
     Raises:
         EvaTypeError: ``group`` is no process group.
-        EvaValueError: a checkpoint across several processes.
+        EvaValueError: a checkpoint across several processes, or a sharded model in each by itself.
     """
     running = distributed.is_available() and distributed.is_initialized()
     group = options.group
+    if group is None and running and distributed.get_world_size() > 1:
+        kind = sharded_by(model)
+        if kind is not None:
+            raise EvaValueError(
+                f"group=None: the model is sharded by {kind}, whose processes wait for each other "
+                "in every forward pass, and each would stop by itself. Leave group out, or give "
+                "the group over which the model is sharded"
+            )
     if group is None or (group == AUTO and not running):
         return None
     if group == AUTO:
@@ -213,7 +222,7 @@ class Processes:
     def _forward(self, run: CalibrationPass, stream: Iterator[Any]) -> _Report:
         before, ran, error = run.tokens, False, None
         try:
-            batch = next(stream, _NO_BATCH)
+            batch = self._next_of_all(stream) if run.sharded else next(stream, _NO_BATCH)
             if batch is not _NO_BATCH:
                 run.forward(run.prepare(batch))
                 ran = True
@@ -225,6 +234,22 @@ class Processes:
             if s.members
         )
         return _Report(ran, run.tokens - before, slots, error)
+
+    def _next_of_all(self, stream: Iterator[Any]) -> Any:
+        """Return the next batch if every process has one.
+
+        The processes of a sharded model wait for each other in the forward pass: all begin it, or
+        none.
+        """
+        batch, error = _NO_BATCH, None
+        try:
+            batch = next(stream, _NO_BATCH)
+        except Exception as raised:
+            self._error, error = raised, _told(raised)
+        every = self._of_all((batch is not _NO_BATCH, error))
+        for rank, (_, other) in enumerate(every):
+            self._raise_if(other, rank)
+        return batch if all(has_one for has_one, _ in every) else _NO_BATCH
 
     def _exchange(self, report: _Report) -> list[_Report]:
         reports: list[_Report] = self._of_all(report)

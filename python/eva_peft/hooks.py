@@ -53,6 +53,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         targets: the layers.
         make_stream: returns a new stream for a layer, on a device and for a dtype of input.
         selectors: per layer, a user's function that selects rows, or ``None`` for the mask.
+        patient: raise what goes wrong in a hook at the end of the forward pass, for which the
+            processes of a sharded model wait.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         targets: Sequence[Target],
         make_stream: Callable[[Target, Tensor], InputStream],
         selectors: Sequence[Selector | None],
+        patient: bool = False,
     ) -> None:
-        self.targets, self.selectors = targets, selectors
+        self.targets, self.selectors, self._patient = targets, selectors, patient
+        self._failure: Exception | None = None
         self.slots: list[Slot] = []
         self.slot_of: dict[int, Slot] = {}
         self.frozen: set[int] = set()  # layers that are no longer accumulated
@@ -129,10 +133,14 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._timed_call(i, (x,), {})
 
     def _timed_call(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.stopped:
+        if not self.stopped and self._failure is None:
             begin = time.perf_counter()
             try:
                 self._called(i, args, kwargs)
+            except Exception as error:
+                if not self._patient:
+                    raise
+                self._failure = error
             finally:
                 self.seconds += time.perf_counter() - begin
             self.stopped = self._stop_early and self._missing == 0
@@ -183,6 +191,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             Layers that turned out not to share an input they were thought to share in their very
             first forward pass; the batch must be run again for them alone (:meth:`only`).
         """
+        if self._failure is not None:
+            raise self._failure
         begin = time.perf_counter()
         for slot in list(self.slots):
             if slot not in self._fresh:

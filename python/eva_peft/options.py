@@ -102,7 +102,8 @@ class CalibrateOptions:
             batches: all get the same result, from the tokens of all. ``"auto"`` is the default
             group where ``torch.distributed`` was initialised: then all must make the call. ``None``
             leaves each process alone.
-            A model that is sharded over them (FSDP) needs equally many batches in each.
+            The pass of a model that is sharded over them (FSDP, ZeRO-3) ends where the first of
+            them has no batch left.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
         progress: show a tqdm bar (rank 0 only).
         callback: called after every step with a dict (rank 0 only): ``step``, ``forwards``,

@@ -172,6 +172,7 @@ def test_adapters_are_written_everywhere(seen: tuple[Seen, Seen]) -> None:
         ("follower_fails", 1, "OSError", "the disk is gone"),
         ("leader_fails", 0, "OSError", "the report is gone"),
         ("merging_fails", 0, "OSError", "the memory is gone"),
+        ("loader_fails_in_shards", 1, "OSError", "the disk is gone"),
     ],
 )
 def test_an_error_of_one_ends_all(
@@ -198,6 +199,7 @@ def test_an_error_of_one_ends_all(
             "passes; tokens_per_step: 40 in process 0, 80 in process 1",
         ),
         ("checkpointed", "EvaValueError", "checkpoint= is for one process"),
+        ("shards_without_a_group", "EvaValueError", "sharded by FSDP, whose processes wait for"),
         ("no_group", "EvaTypeError", "group='all' must be a torch.distributed process group"),
     ],
 )
@@ -239,6 +241,20 @@ def test_shards_run_as_many_forward_passes_where_lengths_differ(seen: tuple[Seen
     assert found["ranks"] == plain["ranks"]
     for name, values in plain["singular_values"].items():
         torch.testing.assert_close(found["singular_values"][name], values, rtol=1e-4, atol=1e-4)
+
+
+def test_shards_stop_where_the_first_loader_ends(seen: tuple[Seen, Seen]) -> None:
+    found = seen[0]["shards_have_other_numbers_of_batches"]
+    assert found["tokens"] == 2 * 3 * 4 * 24
+    assert same(found, seen[1]["shards_have_other_numbers_of_batches"])
+
+
+def test_a_layer_of_a_shard_fails_when_the_others_have_run_theirs(seen: tuple[Seen, Seen]) -> None:
+    kind, message = seen[1]["layer_fails_in_shards"]
+    assert kind == "NonFiniteError"
+    assert "layer model.layers.0.mlp.down_proj, step 1: 96 of 96 tokens" in message
+    told = f"process 1 failed: NonFiniteError: {message}"
+    assert seen[0]["layer_fails_in_shards"] == ("EvaRuntimeError", told)
 
 
 def test_a_group_needs_torch_distributed() -> None:

@@ -326,6 +326,38 @@ def lengths_differ_in_shards(rank: int) -> Any:
 
 
 @scenario
+def shards_have_other_numbers_of_batches(rank: int) -> Any:
+    return calibrate(sharded(make_llama()), iter(own_batches(rank, 4 - rank)), max_steps=9)
+
+
+@scenario
+def loader_fails_in_shards(rank: int) -> Any:
+    def broken() -> Iterator[Any]:
+        yield from own_batches(rank, 2)
+        if rank == 1:
+            raise OSError("the disk is gone")
+        yield from own_batches(rank, 2)
+
+    return calibrate(sharded(make_llama()), broken())
+
+
+@scenario
+def layer_fails_in_shards(rank: int) -> Any:
+    model = sharded(make_llama())
+
+    def spoil(module: nn.Module, args: tuple[Tensor]) -> Any:
+        return (args[0] * float("nan"),) if rank == 1 else None
+
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(spoil)
+    return calibrate(model, own_batches(rank))
+
+
+@scenario
+def shards_without_a_group(rank: int) -> Any:
+    return calibrate(sharded(make_llama()), own_batches(rank), group=None)
+
+
+@scenario
 def no_group(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), group="all")
 
