@@ -29,7 +29,7 @@ from ._peft_compat import (
     update_layer,
 )
 from .checks import check_base_model
-from .divided import check_not_sharded
+from .divided import check_whole
 from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure
@@ -67,7 +67,7 @@ def write_result(
         EvaRuntimeError: see :func:`write_state_dict`.
     """
     inner, chosen = unwrap(model), config or result.config
-    check_not_sharded(inner)
+    check_whole(inner)
     carrier: Any = model
     with restored_on_failure(inner):
         if not carries_adapters(inner):

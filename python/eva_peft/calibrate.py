@@ -34,7 +34,7 @@ from .checkpoint import CheckpointKeeper
 from .checks import check_loaded
 from .collect import collect_result
 from .data_parallel import Processes, processes_of
-from .divided import class_names, is_sharded
+from .divided import check_undivided, class_names, is_sharded
 from .hooks import InputCollector, StopForward
 from .interrupts import completed
 from .memory import PeakMemory
@@ -76,6 +76,7 @@ def run_pass(
     """
     processes = processes_of(model, options)
     check_loaded(model)
+    check_undivided(model)
     targets = find_targets(model, config, options.adapter_name)
     # Shared inputs are told apart by tensor versions, which inference mode does not count.
     no_grad = torch.inference_mode(False), torch.no_grad()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import EvaRuntimeError
+from .targets import base_name
 
-__all__ = ["check_not_sharded", "class_names", "is_sharded", "sharded_by"]
+__all__ = ["check_undivided", "check_whole", "class_names", "is_sharded", "sharded_by"]
 
 _FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
+# What transformers puts where a stage of a pipeline has no layer.
+_NOT_OF_THIS_STAGE = "PipelineIdentityLayer"
 
 
 def class_names(model: nn.Module) -> set[str]:
@@ -32,12 +35,57 @@ def is_sharded(model: nn.Module) -> bool:
     return sharded_by(model) is not None
 
 
-def check_not_sharded(model: nn.Module) -> None:
+def check_undivided(model: nn.Module) -> None:
+    """Refuse a model whose layers themselves are divided among processes.
+
+    By tensor or expert parallelism each process has a part of a layer, and maybe of its inputs, and
+    all of them see the same batch, which a pass over several processes would count several times.
+    A stage of a pipeline would stop by itself, and leave the others waiting.
+
+    Raises:
+        EvaRuntimeError: it is one of these.
+    """
+    shards = 1 if is_sharded(model) else 0
+    where = None
+    for name, module in model.named_modules():
+        if type(module).__name__ == _NOT_OF_THIS_STAGE:
+            where = f"layer {base_name(name)} is on another stage of a pipeline"
+        elif _is_parallel(module, shards):
+            layer = base_name(name)
+            where = f"layer {layer} is divided among processes (tensor or expert parallelism)"
+        if where is not None:
+            raise EvaRuntimeError(
+                f"{where}, and EVA reads the inputs of whole layers. Initialise the model loaded "
+                "whole (without tp_plan and the like), in one process or each with a copy; save "
+                "the adapter, and load it into the divided model by PeftModel.from_pretrained"
+            )
+
+
+def _is_parallel(module: nn.Module, shards: int) -> bool:
+    """Tell whether a layer is divided in more ways than it is sharded."""
+    if getattr(module, "_hf_tp_plan", None) is not None:  # of transformers, and of PEFT
+        return True
+    return any(_divisions(part) > shards for part in module.parameters(recurse=False))
+
+
+def _divisions(parameter: Tensor) -> int:
+    """Return along how many dimensions of a device mesh a parameter is divided."""
+    mesh = getattr(parameter, "device_mesh", None)
+    placements = getattr(parameter, "placements", ())
+    return sum(
+        mesh is not None and mesh.size(i) > 1 and not placement.is_replicate()
+        for i, placement in enumerate(placements)
+    )
+
+
+def check_whole(model: nn.Module) -> None:
     """Refuse a model to whose adapters nothing can be written any more.
 
     Raises:
-        EvaRuntimeError: it is sharded, and what did that knows the parameters of then only.
+        EvaRuntimeError: it is divided, or sharded, and what did that knows the parameters of then
+            only.
     """
+    check_undivided(model)
     kind = sharded_by(model)
     if kind is not None:
         raise EvaRuntimeError(

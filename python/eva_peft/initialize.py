@@ -13,7 +13,7 @@ from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapte
 from .adapters import write_result
 from .calibrate import run_pass
 from .checks import check_config
-from .divided import check_not_sharded
+from .divided import check_whole
 from .errors import EvaValueError
 from .options import CalibrateOptions
 from .planning import Estimate, estimate_targets
@@ -74,7 +74,7 @@ def initialize(
     Reference: arXiv 2410.07170; PEFT ``initialize_lora_eva_weights``.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
-    check_not_sharded(inner)
+    check_whole(inner)
     chosen = _chosen_config(inner, config, parsed)
     if carries_adapters(inner):
         own = adapter_configs(inner).get(parsed.adapter_name)

@@ -24,7 +24,7 @@ from ._peft_compat import (
     prepare_model_inputs_fn_language_modeling,
 )
 from .adapters import write_state_dict
-from .divided import check_not_sharded
+from .divided import check_whole
 from .errors import EvaValueError
 from .initialize import calibrate
 from .options import AUTO
@@ -153,7 +153,7 @@ def initialize_lora_eva_weights(
             neither data nor state dict, or layers that do not fit.
     """
     inner = unwrap(model)
-    check_not_sharded(inner)
+    check_whole(inner)
     if not isinstance(inner, PeftModel):
         raise EvaValueError("model must be a PeftModel")
     if len(inner.active_adapters) > 1:

@@ -257,6 +257,21 @@ def test_a_layer_of_a_shard_fails_when_the_others_have_run_theirs(seen: tuple[Se
     assert seen[0]["layer_fails_in_shards"] == ("EvaRuntimeError", told)
 
 
+def test_models_with_divided_layers_are_refused_everywhere(seen: tuple[Seen, Seen]) -> None:
+    assert seen[0]["divided"] == seen[1]["divided"]
+    assert len(seen[0]["divided"]) == 2 * 5
+    for call, message in seen[0]["divided"].items():
+        layer = "layers.0.mlp.gate_proj" if "torch" in call else "embed_tokens"
+        assert f"layer model.{layer} is divided among processes" in message, call
+        assert "load it into the divided model by PeftModel.from_pretrained" in message
+
+
+def test_adapters_are_loaded_where_layers_are_divided(seen: tuple[Seen, Seen]) -> None:
+    initialised, whole, divided = seen[1]["loaded_where_it_is_divided"]
+    assert initialised
+    torch.testing.assert_close(divided, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_a_group_needs_torch_distributed() -> None:
     with pytest.raises(eva_kernels.errors.EvaTypeError, match="process group or None"):
         eva_kernels.calibrate(make_llama(), union(1), lora(), group=object(), **QUIET)

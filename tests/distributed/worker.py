@@ -5,15 +5,23 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
 import torch
 from peft import PeftModel
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import LlamaForCausalLM
 
 import eva_kernels
 from eva_kernels.streaming import InputStream
@@ -355,6 +363,68 @@ def layer_fails_in_shards(rank: int) -> Any:
 @scenario
 def shards_without_a_group(rank: int) -> Any:
     return calibrate(sharded(make_llama()), own_batches(rank), group=None)
+
+
+@contextmanager
+def saved(model: Any) -> Iterator[str]:
+    """Save a model in the first process, for all."""
+    with TemporaryDirectory() as own:
+        folder = [own]
+        distributed.broadcast_object_list(folder)
+        if distributed.get_rank() == 0:
+            model.save_pretrained(own)
+        distributed.barrier()
+        yield folder[0]
+        distributed.barrier()
+
+
+def by_transformers() -> nn.Module:
+    with saved(make_llama()) as folder:
+        return LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+
+
+def by_torch() -> nn.Module:
+    model, mesh = make_llama(), init_device_mesh("cpu", (2,))
+    for block in model.model.layers:
+        plan = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+        parallelize_module(block, mesh, {**plan, "mlp.down_proj": RowwiseParallel()})
+    return model
+
+
+@scenario
+def divided(rank: int) -> Any:
+    """Return what is said of models with divided layers, by whatever would run or write them."""
+    result = calibrate(make_llama(), own_batches(rank), max_steps=1)
+    calls: dict[str, Callable[[Any], Any]] = {
+        "calibrate": lambda model: calibrate(model, own_batches(0)),
+        "alone": lambda model: calibrate(model, own_batches(0), group=None),
+        "initialize": lambda model: eva_kernels.initialize(model, own_batches(0), lora(), **QUIET),
+        "wrapped": lambda model: eva_kernels.initialize(wrapped(model), own_batches(0), **QUIET),
+        "apply": result.apply,
+    }
+    found = {}
+    for make in (by_transformers, by_torch):
+        for name, call in calls.items():
+            try:
+                call(make())
+            except eva_kernels.EvaRuntimeError as error:
+                found[f"{name}, divided {make.__name__}"] = str(error)
+    return found
+
+
+@scenario
+def loaded_where_it_is_divided(rank: int) -> Any:
+    """Follow the advice that is given: initialise the whole model, load into the divided one."""
+    whole = eva_kernels.initialize(make_llama(), own_batches(rank), lora(), **QUIET, max_steps=3)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.02)
+    with saved(whole) as folder:
+        model = PeftModel.from_pretrained(by_transformers(), folder)
+    with torch.no_grad():
+        outputs = [m(**own_batches(0)[0]).logits for m in (whole.eval(), model.eval())]
+    return [eva_kernels.is_initialized(model), *outputs]
 
 
 @scenario

@@ -125,6 +125,14 @@ def test_every_forward_pass_of_zero_3_is_run_to_its_end() -> None:
     assert ended == [40, 40, 0, 40]  # in each the processes wait for one another
 
 
+def test_a_stage_of_a_pipeline_is_refused() -> None:
+    pipeline = pytest.importorskip("transformers.distributed.pipeline_parallel")
+    model = wrapped(Clash(), CONFIG)
+    model.base_model.model.head = pipeline.PipelineIdentityLayer()
+    with pytest.raises(EvaRuntimeError, match="layer head is on another stage of a pipeline"):
+        eva_kernels.calibrate(model, DATA, **QUIET)
+
+
 @pytest.mark.parametrize("thing", [object(), "model", None])
 def test_no_module(thing: Any) -> None:
     for call in (eva_kernels.initialize, eva_kernels.calibrate):
