@@ -33,7 +33,7 @@ from .called_with import CalledWith
 from .checkpoint import CheckpointKeeper
 from .checks import check_loaded
 from .collect import collect_result
-from .data_parallel import Processes, processes_of
+from .data_parallel import Processes, beginning, processes_of
 from .divided import check_undivided, class_names, is_sharded
 from .hooks import InputCollector, StopForward
 from .interrupts import completed
@@ -75,13 +75,15 @@ def run_pass(
             running on the model.
     """
     processes = processes_of(model, options)
-    check_loaded(model)
-    check_undivided(model)
-    targets = find_targets(model, config, options.adapter_name)
+    with beginning(processes):
+        check_loaded(model)
+        check_undivided(model)
+        targets = find_targets(model, config, options.adapter_name)
     # Shared inputs are told apart by tensor versions, which inference mode does not count.
     no_grad = torch.inference_mode(False), torch.no_grad()
     with claimed(model), random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
-        run = CalibrationPass(model, config, options, targets, processes)
+        with beginning(processes):
+            run = CalibrationPass(model, config, options, targets, processes)
         try:
             return run.run(loader)
         except Exception as error:

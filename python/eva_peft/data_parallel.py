@@ -18,7 +18,7 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from .calibrate import CalibrationPass
     from .result import EvaResult
 
-__all__ = ["Processes", "processes_of"]
+__all__ = ["Processes", "beginning", "processes_of"]
 
 Cell = tuple[int, ...]  # layers that share an input, on every process
 # Tensors travel together up to this many bytes, which are copied once.
@@ -81,6 +81,17 @@ def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | Non
             "and apply it in all"
         )
     return Processes(group)
+
+
+@contextmanager
+def beginning(processes: Processes | None) -> Iterator[None]:
+    """Tell the other processes of what goes wrong in this one before the pass, if there are any."""
+    try:
+        yield
+    except Exception as error:
+        if processes is not None:
+            processes.give_up(error)
+        raise
 
 
 @dataclass(frozen=True)
@@ -194,6 +205,10 @@ class Processes:
         result: EvaResult = found
         return result
 
+    def give_up(self, error: Exception) -> None:
+        """Tell the others, who begin the pass by agreeing on it, what went wrong before."""
+        self._of_all(_told(error))
+
     def _from_leader(self, thing: Any) -> Any:
         box = [thing]
         distributed.broadcast_object_list(box, src=self._leader, group=self.group)
@@ -205,9 +220,14 @@ class Processes:
         return every
 
     def _agree(self, run: CalibrationPass) -> None:
-        """Raise EvaValueError, on every process, unless all are asked for the same pass."""
+        """Raise EvaValueError, on every process, unless all are asked for the same pass.
+
+        EvaRuntimeError where another process could not begin it.
+        """
         own = {name: part for name, part in request_of(run).items() if name != "seed"}
         asked = self._of_all(own)
+        for rank, request in enumerate(asked):
+            self._raise_if(request if isinstance(request, str) else None, rank)
         counts = [len(request["layers"]) for request in asked]
         if len(set(counts)) > 1:
             raise EvaValueError(f"the processes have different models: {counts} target layers")

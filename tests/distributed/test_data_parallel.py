@@ -209,6 +209,23 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
         assert message in seen[rank][name][1]
 
 
+@pytest.mark.parametrize(
+    ("name", "where", "message"),
+    [
+        ("fails_before", 1, "memory_budget=1 bytes is too small"),
+        ("leader_finds_no_layer", 0, "no layer to initialise"),
+    ],
+)
+def test_an_error_before_the_pass_ends_all(
+    name: str, where: int, message: str, seen: tuple[Seen, Seen]
+) -> None:
+    kind, told = seen[where][name]
+    assert kind == "EvaValueError"
+    assert message in told
+    expected = f"process {where} failed: EvaValueError: {told}"
+    assert seen[1 - where][name] == ("EvaRuntimeError", expected)
+
+
 def test_data_without_a_token_end_after_an_epoch(seen: tuple[Seen, Seen]) -> None:
     assert "no token reached any of the 14 target layers in 2 forward" in seen[0]["no_tokens"][1]
     assert seen[1]["no_tokens"][0] == "EvaRuntimeError"

@@ -231,6 +231,17 @@ def other_options(rank: int) -> Any:
 
 
 @scenario
+def fails_before(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), memory_budget=1 if rank == 1 else "auto")
+
+
+@scenario
+def leader_finds_no_layer(rank: int) -> Any:
+    config = lora(target_modules=["nothing"] if rank == 0 else ["q_proj"])
+    return eva_kernels.calibrate(make_llama(), own_batches(rank), config, **QUIET)
+
+
+@scenario
 def merging_fails(rank: int) -> Any:
     def fail(*arguments: Any) -> None:
         raise OSError("the memory is gone")
