@@ -31,8 +31,8 @@ from eva_kernels.streaming.state import GramState
 
 from . import batches
 from .divided import sharded_by
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError
-from .fingerprint import differences, in_words, request_of
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError, listed
+from .fingerprint import differences, in_words, other_weights, request_of, weights_of
 from .hooks import InputCollector
 from .options import AUTO, CalibrateOptions
 from .shared_inputs import Slot
@@ -237,6 +237,14 @@ class Processes:
                 raise EvaValueError(
                     f"the processes were asked for different passes; {in_words(found)}. "
                     "Give all of them the same config and options"
+                )
+        weights = self._of_all(weights_of(run))
+        for rank, theirs in enumerate(weights):
+            names = other_weights(weights[0], theirs)
+            if len(names) > len(weights[0]) / 2:  # one new layer, say a pooler, does no harm
+                raise EvaValueError(
+                    f"processes 0 and {rank} have other weights in {listed(names)}: load the same "
+                    "ones in all (some loaders fill those of the first process only)"
                 )
 
     def _forward(self, run: CalibrationPass, stream: Iterator[Any]) -> _Report:

@@ -18,7 +18,14 @@ from .targets import base_name
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
 
-__all__ = ["differences", "fingerprint_of", "in_words", "request_of"]
+__all__ = [
+    "differences",
+    "fingerprint_of",
+    "in_words",
+    "other_weights",
+    "request_of",
+    "weights_of",
+]
 
 # Other values of these options give other numbers. The rest may change from run to run: limits,
 # tau, what is said and asked, and ways to compute the same.
@@ -41,6 +48,7 @@ _ADDED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save)\.")
 _INSERTED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
 
 MOST_NAMED = 6  # differences in a message
+ROUNDING = 0.05  # of the largest element; devices and dtypes may round differently
 SAMPLES = 16  # elements of each target's weight that are looked at
 
 
@@ -166,16 +174,42 @@ def _sample(module: nn.Module) -> str:
     Weights on the meta device are filled in by a hook only while the layer runs, and some
     quantised ones cannot be indexed.
     """
-    weight = getattr(module, "weight", None)
+    elements = _elements(getattr(module, "weight", None))
+    return "hidden" if elements is None else _digest(elements)
+
+
+def _elements(weight: Any) -> list[float] | None:
     if not isinstance(weight, Tensor) or weight.device.type == "meta" or not weight.numel():
-        return "hidden"
+        return None
     index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
     try:
         # By coordinates, since flattening would copy a weight that is stored transposed.
         chosen = weight.detach()[torch.unravel_index(index.to(weight.device), weight.shape)]
-        return _digest(chosen.double().tolist())
+        elements: list[float] = chosen.double().tolist()
     except (NotImplementedError, RuntimeError, TypeError):
-        return "hidden"
+        return None
+    return elements
+
+
+def weights_of(run: CalibrationPass) -> dict[str, list[float]]:
+    """Return a few elements of the weight of every layer that shows them; none of a sharded model.
+
+    Other processes have other parts of that.
+    """
+    modules = {t.name: t.module for t in run.targets if t.weight is None and not run.sharded}
+    shown = {name: _elements(getattr(each, "weight", None)) for name, each in modules.items()}
+    return {name: elements for name, elements in shown.items() if elements is not None}
+
+
+def other_weights(ours: Mapping[str, list[float]], others: Mapping[str, list[float]]) -> list[str]:
+    """Return the layers of which two processes have weights that differ by more than rounding."""
+    names = []
+    for name in ours.keys() & others.keys():
+        pairs = list(zip(ours[name], others[name], strict=False))
+        largest = max(abs(value) for pair in pairs for value in pair)
+        if any(abs(a - b) > ROUNDING * largest for a, b in pairs):
+            names.append(name)
+    return sorted(names)
 
 
 def _digest(value: Sequence[Any]) -> str:

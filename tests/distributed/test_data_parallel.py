@@ -73,6 +73,7 @@ ANSWERS = [
     "experts",
     "inputs_shared_in_one_process_only",
     "initialised",
+    "one_layer_is_new",
 ]
 
 
@@ -198,6 +199,7 @@ def test_an_error_of_one_ends_all(
             "EvaValueError",
             "passes; tokens_per_step: 40 in process 0, 80 in process 1",
         ),
+        ("other_weights", "EvaValueError", "processes 0 and 1 have other weights in model.lay"),
         ("checkpointed", "EvaValueError", "checkpoint= is for one process"),
         ("shards_without_a_group", "EvaValueError", "sharded by FSDP, whose processes wait for"),
         ("no_group", "EvaTypeError", "group='all' must be a torch.distributed process group"),

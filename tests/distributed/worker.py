@@ -242,6 +242,24 @@ def leader_finds_no_layer(rank: int) -> Any:
 
 
 @scenario
+def other_weights(rank: int) -> Any:
+    model = make_llama()
+    if rank == 1:  # as a loader leaves it that reads the file in the first process only
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    return calibrate(model, own_batches(rank), max_steps=2)
+
+
+@scenario
+def one_layer_is_new(rank: int) -> Any:
+    model = make_llama()
+    torch.manual_seed(rank)
+    nn.init.normal_(model.model.layers[1].mlp.down_proj.weight)
+    return calibrate(model, own_batches(rank), max_steps=2)
+
+
+@scenario
 def merging_fails(rank: int) -> Any:
     def fail(*arguments: Any) -> None:
         raise OSError("the memory is gone")
