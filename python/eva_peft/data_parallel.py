@@ -72,7 +72,10 @@ def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | Non
     if group == AUTO:
         group = distributed.group.WORLD
     if not (running and isinstance(group, distributed.ProcessGroup)):
-        raise EvaTypeError(f"group={group!r} must be a torch.distributed process group or None")
+        raise EvaTypeError(
+            f"group={group!r} must be a torch.distributed process group that this process is in "
+            "(of a DeviceMesh: mesh.get_group(name)), or None"
+        )
     if distributed.get_world_size(group) < 2:
         return None
     if options.checkpoint is not None:

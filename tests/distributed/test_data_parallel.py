@@ -118,6 +118,13 @@ def test_a_group_that_is_given_is_the_group(seen: tuple[Seen, Seen]) -> None:
     assert same(seen[0]["given_group"], seen[0]["sketch"])
 
 
+def test_a_process_outside_the_group_is_told(seen: tuple[Seen, Seen]) -> None:
+    assert seen[0]["group_of_one"]["tokens"] == 4 * 4 * 24
+    kind, message = seen[1]["group_of_one"]
+    assert kind == "EvaTypeError"
+    assert "must be a torch.distributed process group that this process is in" in message
+
+
 def test_without_a_group_each_process_is_alone(seen: tuple[Seen, Seen]) -> None:
     for rank in (0, 1):
         batches = text_batches(4, padded=False, seed=10 + rank)
@@ -292,5 +299,5 @@ def test_adapters_are_loaded_where_layers_are_divided(seen: tuple[Seen, Seen]) -
 
 
 def test_a_group_needs_torch_distributed() -> None:
-    with pytest.raises(eva_kernels.errors.EvaTypeError, match="process group or None"):
+    with pytest.raises(eva_kernels.errors.EvaTypeError, match="process group that this"):
         eva_kernels.calibrate(make_llama(), union(1), lora(), group=object(), **QUIET)

@@ -98,6 +98,11 @@ def given_group(rank: int) -> Any:
 
 
 @scenario
+def group_of_one(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, group=distributed.new_group([0]))
+
+
+@scenario
 def alone(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), max_steps=4, group=None)
 
