@@ -30,6 +30,7 @@ from eva_kernels.streaming.parallel import absorb, follow, hand_over, pending_su
 from eva_kernels.streaming.state import GramState
 
 from . import batches
+from .channel import Channel
 from .divided import sharded_by
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError, listed
 from .fingerprint import differences, in_words, other_weights, request_of, weights_of
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["Processes", "beginning", "processes_of"]
 
 Cell = tuple[int, ...]  # layers that share an input, on every process
-# Tensors travel together up to this many bytes, which are copied once.
-BUCKET_BYTES = 32 << 20
 _NO_BATCH = object()
 
 
@@ -151,10 +150,8 @@ class Processes:
     """
 
     def __init__(self, group: Any) -> None:
-        self.group = group
-        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
-        self.leads = self.rank == 0
-        self._leader = distributed.get_global_rank(group, 0)
+        self.channel = Channel(group)
+        self.size, self.leads = self.channel.size, self.channel.leads
         self._known: set[int] = set()  # layers whose basis is the leader's, everywhere
         self._seen = 0  # tokens of all processes
         self._error: Exception | None = None  # of this process
@@ -169,7 +166,7 @@ class Processes:
         """
         self._agree(run)
         # What "auto" decides depends on the memory of each device.
-        run.plan = self._from_leader(run.plan)
+        run.plan = self.channel.from_leader(run.plan)
         with closing(batches.iterate(loader, lambda: self._seen > 0)) as stream:
             while True:
                 reports = self._exchange(self._forward(run, stream))
@@ -182,7 +179,7 @@ class Processes:
                     run.tokens += sum(report.tokens for report in reports[1:])
                     run.forwards += not (reports[0].ran or last)
                 own = self._lead(run, merged, last, begin, bar) if self.leads else None
-                decision = self._follow(run, self._from_leader(own))
+                decision = self._follow(run, self.channel.from_leader(own))
                 if decision.stop:
                     return decision.done
 
@@ -201,7 +198,7 @@ class Processes:
                 self._error = found = raised
             except Exception as raised:
                 self._error, found = raised, _told(raised)
-        found = self._from_leader(found)
+        found = self.channel.from_leader(found)
         self._raise_if(found if isinstance(found, str) else None, 0)
         if isinstance(found, NotConvergedError):
             raise self._error or found
@@ -210,17 +207,7 @@ class Processes:
 
     def give_up(self, error: Exception) -> None:
         """Tell the others, who begin the pass by agreeing on it, what went wrong before."""
-        self._of_all(_told(error))
-
-    def _from_leader(self, thing: Any) -> Any:
-        box = [thing]
-        distributed.broadcast_object_list(box, src=self._leader, group=self.group)
-        return box[0]
-
-    def _of_all(self, own: Any) -> list[Any]:
-        every: list[Any] = [None] * self.size
-        distributed.all_gather_object(every, own, group=self.group)
-        return every
+        self.channel.of_all(_told(error))
 
     def _agree(self, run: CalibrationPass) -> None:
         """Raise EvaValueError, on every process, unless all are asked for the same pass.
@@ -228,7 +215,7 @@ class Processes:
         EvaRuntimeError where another process could not begin it.
         """
         own = {name: part for name, part in request_of(run).items() if name != "seed"}
-        asked = self._of_all(own)
+        asked = self.channel.of_all(own)
         for rank, request in enumerate(asked):
             self._raise_if(request if isinstance(request, str) else None, rank)
         counts = [len(request["layers"]) for request in asked]
@@ -241,7 +228,7 @@ class Processes:
                     f"the processes were asked for different passes; {in_words(found)}. "
                     "Give all of them the same config and options"
                 )
-        weights = self._of_all(weights_of(run))
+        weights = self.channel.of_all(weights_of(run))
         for rank, theirs in enumerate(weights):
             names = other_weights(weights[0], theirs)
             if len(names) > len(weights[0]) / 2:  # one new layer, say a pooler, does no harm
@@ -277,13 +264,13 @@ class Processes:
             batch = next(stream, _NO_BATCH)
         except Exception as raised:
             self._error, error = raised, _told(raised)
-        every = self._of_all((batch is not _NO_BATCH, error))
+        every = self.channel.of_all((batch is not _NO_BATCH, error))
         for rank, (_, other) in enumerate(every):
             self._raise_if(other, rank)
         return batch if all(has_one for has_one, _ in every) else _NO_BATCH
 
     def _exchange(self, report: _Report) -> list[_Report]:
-        reports: list[_Report] = self._of_all(report)
+        reports: list[_Report] = self.channel.of_all(report)
         for rank, other in enumerate(reports):
             self._raise_if(other.error, rank)
         return reports
@@ -303,7 +290,7 @@ class Processes:
         waiting = [cell for cell in cells if any(report.pending(cell) for report in reports)]
         known = [cell for cell in waiting if cell[0] in self._known]
         streams = [slot_of[cell[0]].stream for cell in known]
-        self._add_up([part for stream in streams for part in pending_sums(stream)])
+        self.channel.add_up([part for stream in streams for part in pending_sums(stream)])
         for cell, stream in zip(known, streams, strict=True):
             if not self.leads:
                 hand_over(stream)
@@ -319,19 +306,16 @@ class Processes:
         merged: dict[int, InputStream] = {}
         for rank in range(1, self.size):
             own = [cell for cell in fresh if reports[rank].pending(cell)]
-            parcel: list[Any] = [None]
             if not own:
                 continue
-            if self.rank == rank:
+            if self.channel.rank == rank:
                 slots = [run.collector.slot_of[cell[0]] for cell in own]
-                parcel[0] = self._folded(run, slots)
-                distributed.send_object_list(parcel, dst=self._leader, group=self.group)
+                self.channel.send(self._folded(run, slots))
             elif self.leads:
-                source = distributed.get_global_rank(self.group, rank)
-                distributed.recv_object_list(parcel, src=source, group=self.group)
+                parcel = self.channel.receive(rank)
                 try:
-                    self._raise_if(parcel[0] if isinstance(parcel[0], str) else None, rank)
-                    for cell, (record, tensors) in zip(own, parcel[0], strict=True):
+                    self._raise_if(parcel if isinstance(parcel, str) else None, rank)
+                    for cell, (record, tensors) in zip(own, parcel, strict=True):
                         stream = _merged(run, cell, record, tensors)
                         merged[id(stream)] = stream
                 except Exception as raised:  # the others wait for the decision, which tells them
@@ -396,28 +380,12 @@ class Processes:
         slots = [_slot_for(run, cell, dtype) for cell, dtype, _ in decision.renewed]
         exact = [gram for _, _, gram in decision.renewed]
         parts = [_anchors(s.stream, gram) for s, gram in zip(slots, exact, strict=True)]
-        self._send_out([part for own in parts for part in own])
+        self.channel.send_out([part for own in parts for part in own])
         for (cell, _, _), slot, own in zip(decision.renewed, slots, parts, strict=True):
             self._known |= set(cell)
             if not self.leads:
                 basis, mean, *pivot = own
                 follow(slot.stream, basis, mean, pivot[0] if pivot else None)
-
-    def _add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Add tensors of the same shapes over all processes; only the leader has the sums."""
-        for bucket in _buckets(tensors):
-            flat = _packed(bucket)
-            distributed.reduce(flat, dst=self._leader, group=self.group)
-            if self.leads:
-                _unpack(flat, bucket)
-
-    def _send_out(self, tensors: Sequence[Tensor]) -> None:
-        """Write the leader's tensors into those of all."""
-        for bucket in _buckets(tensors):
-            flat = _packed(bucket)
-            distributed.broadcast(flat, src=self._leader, group=self.group)
-            if not self.leads:
-                _unpack(flat, bucket)
 
 
 def _told(error: Exception) -> str:
@@ -469,30 +437,3 @@ def _anchors(stream: InputStream, exact: bool) -> list[Tensor]:
         return [sketch.basis, sketch.mean, *([state.pivot] if isinstance(state, GramState) else [])]
     shapes = [(stream.width, stream.features), *[(stream.features,)] * (2 if exact else 1)]
     return [torch.zeros(shape, dtype=stream.dtype, device=stream.device) for shape in shapes]
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield tensors of one dtype, together no larger than a bucket, in order.
-
-    Not by device: the layers of another process may lie elsewhere.
-    """
-    kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        kinds[tensor.dtype].append(tensor)
-    for group in kinds.values():
-        bucket: list[Tensor] = []
-        for tensor in group:
-            if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket = []
-            bucket.append(tensor)
-        yield bucket
-
-
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1).to(tensors[0].device) for t in tensors])
-
-
-def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
