@@ -139,7 +139,8 @@ class CalibrationPass:
 
     def run(self, loader: Iterable[Any]) -> EvaResult:
         """Run until converged or at a limit, and return the result."""
-        self.keeper.open(time.perf_counter())
+        with beginning(self.processes):
+            self.keeper.open(time.perf_counter())
         begin = time.perf_counter() - self.keeper.elapsed
         memory = PeakMemory(self.device)
         together = self.processes

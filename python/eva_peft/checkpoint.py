@@ -1,14 +1,15 @@
 """The state of a calibration pass, kept so that a pass that was killed can go on.
 
 It is the pass as it stood between two forward passes: what the streams have gathered, tokens of a
-step that is not full included, and every count.
+step that is not full included, and every count. Of several processes the first has all that, and
+writes it; of the others it keeps the random states alone.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -46,18 +47,24 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
     Attributes:
         done: every layer had converged when the checkpoint was written.
         elapsed: seconds that the pass took before.
+        first_random, random: of torch on the CPU when the pass began and now, in each process.
+        known: layers that all processes accumulate about the leader's basis.
     """
 
     def __init__(self, run: CalibrationPass) -> None:
         self.run, self.done, self.elapsed = run, False, 0.0
         given = run.options.checkpoint
+        if run.processes is not None and not run.processes.leads:
+            given = None
         # Through links, so that what is replaced is the file and not the link.
         self.path = None if given is None else Path(os.path.realpath(given))
         self._begin = 0.0
         self._between = True  # no forward pass is under way
         self._written = 0  # forward passes behind the last file
         self._fingerprint: dict[str, Any] = {}
-        self._first_random = self._random = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.first_random: list[Tensor] = []
+        self.random: list[Tensor] = []
+        self.known: set[int] = set()
 
     def open(self, begin: float) -> None:
         """Check that the path can be written, and take over the state of the file, if any.
@@ -74,7 +81,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             return
         check_path(self.path)
         self._fingerprint = fingerprint_of(self.run)
-        self._first_random = self._random = torch.get_rng_state()
+        self.first_random = self.random = [torch.get_rng_state()]
         if self.path.exists():
             self._resume(self.path)
 
@@ -91,24 +98,25 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
                     f"loader ended after {number}: it must yield the same batches again"
                 )
         if self.run.forwards:
-            torch.set_rng_state(self._random)
+            torch.set_rng_state(self.random[0])
         yield from batches
 
     def begin_forward(self) -> None:
         """Mark the state as half done."""
         self._between = False
 
-    def end_forward(self, now: float, done: bool) -> None:
+    def end_forward(self, now: float, done: bool, random: Sequence[Tensor] = ()) -> None:
         """Mark the state as whole again, and write it if its turn has come.
 
         Args:
             now: ``time.perf_counter()``.
             done: every layer has converged.
+            random: the random states of several processes.
         """
         self.done, self.elapsed = done, now - self._begin
         if self.path is None:
             return
-        self._random = torch.get_rng_state()
+        self.random = list(random) or [torch.get_rng_state()]
         self._between = True
         if self.run.forwards - self._written >= self.run.options.checkpoint_every:
             self._write(self.path)
@@ -119,6 +127,10 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Write the state, if it is whole and was not written yet."""
         if self.path is not None and self._between and self.run.forwards > self._written:
             self._write(self.path)
 
@@ -138,7 +150,9 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
     def _collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         run, names = self.run, [t.name for t in self.run.targets]
         collector = run.collector
-        tensors = {"random.first": self._first_random, "random.now": self._random}
+        tensors: dict[str, Tensor] = {}
+        for rank, states in enumerate(zip(self.first_random, self.random, strict=True)):
+            tensors |= dict(zip(_random_keys(rank), states, strict=True))
         slots = []
         for i, slot in enumerate(collector.slots):
             record, parts = export_stream(slot.stream)
@@ -155,6 +169,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             "most_calls": {names[i]: calls for i, calls in collector.most_calls.items()},
             "alone": sorted(names[i] for i in collector.alone),
             "frozen": sorted(names[i] for i in collector.frozen),
+            "known": sorted(names[i] for i in self.known),
         }
         return state, tensors
 
@@ -189,6 +204,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         collector.most_calls = {index[n]: calls for n, calls in state["most_calls"].items()}
         collector.alone = {index[n] for n in state["alone"]}
         collector.frozen = {index[n] for n in state["frozen"]}
+        self.known = {index[n] for n in state["known"]}
         run.ranks = {index[n]: rank for n, rank in state["ranks"].items()}
         for name in _COUNTS:
             setattr(run, name, state["counts"][name])
@@ -197,5 +213,11 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         if state["tau"] != run.eva.tau:
             self.done = run.judge_again()
         # The order of a shuffling loader comes from the state with which the pass began.
-        self._first_random, self._random = tensors["random.first"], tensors["random.now"]
-        torch.set_rng_state(self._first_random)
+        size = 1 if run.processes is None else run.processes.size
+        pairs = [[tensors[key] for key in _random_keys(rank)] for rank in range(size)]
+        self.first_random, self.random = map(list, zip(*pairs, strict=True))
+        torch.set_rng_state(self.first_random[0])
+
+
+def _random_keys(rank: int) -> tuple[str, str]:
+    return f"random.{rank}.first", f"random.{rank}.now"

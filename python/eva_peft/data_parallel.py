@@ -14,30 +14,38 @@ No activation travels. At the end all get the leader's result, bit for bit.
 
 from __future__ import annotations
 
-import functools
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from eva_kernels.streaming import InputStream, export_stream, fold_streams, restore_stream
+from eva_kernels.streaming import InputStream, export_stream, fold_streams
 from eva_kernels.streaming.parallel import absorb, follow, hand_over, pending_sums
-from eva_kernels.streaming.state import GramState
 
 from . import batches
+from .cells import (
+    Cell,
+    Renewal,
+    Report,
+    Waiting,
+    anchors,
+    common_cells,
+    divide_slots,
+    merge_stream,
+    renewal,
+    slot_for,
+)
 from .channel import Channel
 from .divided import sharded_by
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError, listed
 from .fingerprint import differences, in_words, other_weights, request_of, weights_of
-from .hooks import InputCollector
 from .options import AUTO, CalibrateOptions
 from .shared_inputs import Slot
-from .targets import device_of
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
@@ -45,7 +53,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Processes", "beginning", "processes_of"]
 
-Cell = tuple[int, ...]  # layers that share an input, on every process
 _NO_BATCH = object()
 
 
@@ -54,7 +61,7 @@ def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | Non
 
     Raises:
         EvaTypeError: ``group`` is no process group.
-        EvaValueError: a checkpoint across several processes, or a sharded model in each by itself.
+        EvaValueError: a sharded model in each by itself.
     """
     running = distributed.is_available() and distributed.is_initialized()
     group = options.group
@@ -77,11 +84,6 @@ def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | Non
         )
     if distributed.get_world_size(group) < 2:
         return None
-    if options.checkpoint is not None:
-        raise EvaValueError(
-            "checkpoint= is for one process; pass group=None in a single one, save the result, "
-            "and apply it in all"
-        )
     return Processes(group)
 
 
@@ -94,34 +96,6 @@ def beginning(processes: Processes | None) -> Iterator[None]:
         if processes is not None:
             processes.give_up(error)
         raise
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """What waits in one slot of a process."""
-
-    members: Cell
-    pending: int
-    skipped: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class _Report:
-    """What a process tells the others after its forward pass."""
-
-    ran: bool
-    tokens: int
-    slots: tuple[_Waiting, ...]
-    error: str | None
-
-    @functools.cached_property
-    def of_layer(self) -> dict[int, _Waiting]:
-        return {i: waiting for waiting in self.slots for i in waiting.members}
-
-    def pending(self, cell: Cell) -> int:
-        found = self.of_layer.get(cell[0])
-        return 0 if found is None else found.pending
 
 
 @dataclass(frozen=True)
@@ -138,8 +112,25 @@ class _Decision:
     done: bool = False
     stop: bool = True
     frozen: frozenset[int] = frozenset()
-    renewed: tuple[tuple[Cell, torch.dtype, bool], ...] = ()
+    renewed: tuple[Renewal, ...] = ()
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where the leader's checkpoint stands, or where one is to be kept.
+
+    Attributes:
+        forwards, tokens: of the pass so far.
+        first_random, random: see :class:`.checkpoint.CheckpointKeeper`.
+        decision: what the last step had come to.
+    """
+
+    forwards: int
+    tokens: int
+    first_random: Sequence[Tensor]
+    random: Sequence[Tensor]
+    decision: _Decision
 
 
 class Processes:
@@ -167,21 +158,70 @@ class Processes:
         self._agree(run)
         # What "auto" decides depends on the memory of each device.
         run.plan = self.channel.from_leader(run.plan)
-        with closing(batches.iterate(loader, lambda: self._seen > 0)) as stream:
-            while True:
-                reports = self._exchange(self._forward(run, stream))
-                self._seen += sum(report.tokens for report in reports)
-                last = not any(report.ran for report in reports)
-                cells = _common_cells(reports)
-                _divide(run.collector, cells)
-                merged = self._collect(run, reports, cells)
-                if self.leads:
-                    run.tokens += sum(report.tokens for report in reports[1:])
-                    run.forwards += not (reports[0].ran or last)
-                own = self._lead(run, merged, last, begin, bar) if self.leads else None
-                decision = self._follow(run, self.channel.from_leader(own))
-                if decision.stop:
-                    return decision.done
+        with closing(batches.iterate(loader, lambda: self._seen > 0)) as stream, run.keeper:
+            decision = self._begin(run, stream)
+            while not decision.stop:
+                run.keeper.begin_forward()
+                decision = self._step(run, stream, begin, bar)
+            return decision.done
+
+    def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
+        """Bring all processes to where the leader's checkpoint stands, if there is one."""
+        keeper, position = run.keeper, None
+        if keeper.path is not None:
+            stop = keeper.done or (run.forwards > 0 and run.limit_reached(keeper.elapsed))
+            slots = [slot for slot in run.collector.slots if keeper.known.issuperset(slot.members)]
+            decision = _Decision(
+                keeper.done, stop, frozenset(run.collector.frozen), tuple(map(renewal, slots))
+            )
+            states = keeper.first_random, keeper.random
+            position = _Position(run.forwards, run.tokens, *states, decision)
+        position = self.channel.from_leader(position)
+        if position is None:
+            return _Decision(stop=False)
+        if not position.forwards:
+            keeper.first_random = self.channel.of_all(torch.get_rng_state())
+        elif not position.decision.stop:
+            self._skip(run, stream, position)
+        self._seen = position.tokens
+        return self._follow(run, position.decision)
+
+    def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:
+        """Pass over the batches that the checkpoint has seen."""
+        rank, error, skipped = self.channel.rank, None, 0
+        torch.set_rng_state(position.first_random[rank])
+        try:
+            skipped = sum(1 for _ in islice(stream, position.forwards))
+        except Exception as raised:
+            self._error, error = raised, _told(raised)
+        torch.set_rng_state(position.random[rank])
+        if not self.leads:
+            run.forwards = skipped
+        every = self.channel.of_all((skipped, error))
+        for other, (_, told) in enumerate(every):
+            self._raise_if(told, other)
+        most = max(number for number, _ in every)
+        if most < position.forwards:
+            raise EvaValueError(
+                f"the checkpoint {run.options.checkpoint} has seen {position.forwards} batches, "
+                f"but all loaders ended after {most}: they must yield the same batches again"
+            )
+
+    def _step(
+        self, run: CalibrationPass, stream: Iterator[Any], begin: float, bar: Any
+    ) -> _Decision:
+        reports = self._exchange(self._forward(run, stream))
+        self._seen += sum(report.tokens for report in reports)
+        last = not any(report.ran for report in reports)
+        cells = common_cells(reports)
+        divide_slots(run.collector, cells)
+        merged = self._collect(run, reports, cells)
+        own = None
+        if self.leads:
+            run.tokens += sum(report.tokens for report in reports[1:])
+            run.forwards += not (reports[0].ran or last)
+            own = self._lead(run, merged, reports, begin, bar)
+        return self._follow(run, self.channel.from_leader(own))
 
     def result(self, make: Callable[[], EvaResult]) -> EvaResult:
         """Return what the leader makes, on every process.
@@ -237,7 +277,7 @@ class Processes:
                     "ones in all (some loaders fill those of the first process only)"
                 )
 
-    def _forward(self, run: CalibrationPass, stream: Iterator[Any]) -> _Report:
+    def _forward(self, run: CalibrationPass, stream: Iterator[Any]) -> Report:
         before, ran, error = run.tokens, False, None
         try:
             batch = self._next_of_all(stream) if run.sharded else next(stream, _NO_BATCH)
@@ -247,11 +287,11 @@ class Processes:
         except Exception as raised:
             self._error, error = raised, _told(raised)
         slots = tuple(
-            _Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
+            Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
             if s.members
         )
-        return _Report(ran, run.tokens - before, slots, error)
+        return Report(ran, run.tokens - before, slots, torch.get_rng_state(), error)
 
     def _next_of_all(self, stream: Iterator[Any]) -> Any:
         """Return the next batch if every process has one.
@@ -269,8 +309,8 @@ class Processes:
             self._raise_if(other, rank)
         return batch if all(has_one for has_one, _ in every) else _NO_BATCH
 
-    def _exchange(self, report: _Report) -> list[_Report]:
-        reports: list[_Report] = self.channel.of_all(report)
+    def _exchange(self, report: Report) -> list[Report]:
+        reports: list[Report] = self.channel.of_all(report)
         for rank, other in enumerate(reports):
             self._raise_if(other.error, rank)
         return reports
@@ -283,7 +323,7 @@ class Processes:
         raise EvaRuntimeError(f"process {rank} failed: {error}")
 
     def _collect(
-        self, run: CalibrationPass, reports: Sequence[_Report], cells: Sequence[Cell]
+        self, run: CalibrationPass, reports: Sequence[Report], cells: Sequence[Cell]
     ) -> list[InputStream]:
         """Bring all that waits to the leader; returns the streams that were merged there."""
         slot_of = run.collector.slot_of
@@ -301,7 +341,7 @@ class Processes:
         return self._merge(run, reports, fresh) if fresh else []
 
     def _merge(
-        self, run: CalibrationPass, reports: Sequence[_Report], fresh: Sequence[Cell]
+        self, run: CalibrationPass, reports: Sequence[Report], fresh: Sequence[Cell]
     ) -> list[InputStream]:
         merged: dict[int, InputStream] = {}
         for rank in range(1, self.size):
@@ -316,7 +356,7 @@ class Processes:
                 try:
                     self._raise_if(parcel if isinstance(parcel, str) else None, rank)
                     for cell, (record, tensors) in zip(own, parcel, strict=True):
-                        stream = _merged(run, cell, record, tensors)
+                        stream = merge_stream(run, cell, record, tensors)
                         merged[id(stream)] = stream
                 except Exception as raised:  # the others wait for the decision, which tells them
                     self._error = raised
@@ -348,7 +388,7 @@ class Processes:
         self,
         run: CalibrationPass,
         merged: Sequence[InputStream],
-        last: bool,
+        reports: Sequence[Report],
         begin: float,
         bar: Any,
     ) -> _Decision:
@@ -359,27 +399,32 @@ class Processes:
             folded = run.close_step(merged=merged)
             numbers = run.record(begin, bar) if folded else None
             done = bool(folded) and run.converged()
+            renewed = self._renewed(run, folded)
+            run.keeper.known = self._known.union(*(cell for cell, _, _ in renewed))
+            random = [report.random for report in reports]
+            run.keeper.end_forward(time.perf_counter(), done, random)
             run.call_back(numbers)
-            stop = last or done or run.limit_reached(time.perf_counter() - begin)
+            ran = any(report.ran for report in reports)
+            stop = not ran or done or run.limit_reached(time.perf_counter() - begin)
             if stop:
+                run.keeper.save()  # as it is between two forward passes
                 run.fold_rest(begin, bar)
         except Exception as raised:
             self._error = raised
             return _Decision(error=_told(raised))
+        return _Decision(done, stop, frozenset(run.collector.frozen), renewed)
+
+    def _renewed(self, run: CalibrationPass, folded: Sequence[InputStream]) -> tuple[Renewal, ...]:
         new = {id(stream) for stream in folded}
-        renewed = []
-        for slot in run.collector.slots:
-            exact = isinstance(slot.stream.state, GramState)
-            # The pivot of an exact stream, about which others accumulate, never changes.
-            if id(slot.stream) in new and not (exact and slot.members[0] in self._known):
-                renewed.append((tuple(slot.members), slot.stream.dtype, exact))
-        return _Decision(done, stop, frozenset(run.collector.frozen), tuple(renewed))
+        renewals = [renewal(slot) for slot in run.collector.slots if id(slot.stream) in new]
+        # The pivot of an exact stream, about which others accumulate, never changes.
+        return tuple(r for r in renewals if not (r[2] and r[0][0] in self._known))
 
     def _share(self, run: CalibrationPass, decision: _Decision) -> None:
         """Bring the new bases and means from the leader to all."""
-        slots = [_slot_for(run, cell, dtype) for cell, dtype, _ in decision.renewed]
+        slots = [slot_for(run, cell, dtype) for cell, dtype, _ in decision.renewed]
         exact = [gram for _, _, gram in decision.renewed]
-        parts = [_anchors(s.stream, gram) for s, gram in zip(slots, exact, strict=True)]
+        parts = [anchors(s.stream, gram) for s, gram in zip(slots, exact, strict=True)]
         self.channel.send_out([part for own in parts for part in own])
         for (cell, _, _), slot, own in zip(decision.renewed, slots, parts, strict=True):
             self._known |= set(cell)
@@ -390,50 +435,3 @@ class Processes:
 
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _common_cells(reports: Sequence[_Report]) -> list[Cell]:
-    """Return the layers that share an input on every process that was called with one."""
-    cells: dict[tuple[_Waiting | None, ...], list[int]] = defaultdict(list)
-    for i in sorted({i for report in reports for i in report.of_layer}):
-        cells[tuple(report.of_layer.get(i) for report in reports)].append(i)
-    return [tuple(cell) for cell in cells.values()]
-
-
-def _divide(collector: InputCollector, cells: Sequence[Cell]) -> None:
-    """Divide slots whose layers do not share an input on every process."""
-    cell_of = {i: cell for cell in cells for i in cell}
-    for slot in [slot for slot in collector.slots if slot.members]:
-        for cell in sorted({cell_of[i] for i in slot.members})[1:]:
-            collector.divide(slot, cell)
-
-
-def _slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
-    """Return the slot of some layers, a new one where they were not called here."""
-    slot = run.collector.slot_of.get(cell[0])
-    if slot is None:
-        target = run.targets[cell[0]]
-        like = torch.empty(0, dtype=dtype, device=device_of(target.module) or run.device)
-        slot = run.collector.install(run.make_stream(target, like), cell)
-    return slot
-
-
-def _merged(
-    run: CalibrationPass, cell: Cell, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> InputStream:
-    """Take the stream of another process into one's own, and return that."""
-    stream = _slot_for(run, cell, getattr(torch, record["dtype"])).stream
-    like = torch.empty(0, dtype=stream.dtype, device=stream.device)
-    other = run.make_stream(run.targets[cell[0]], like)
-    restore_stream(other, record, tensors)
-    stream.merge(other)
-    return stream
-
-
-def _anchors(stream: InputStream, exact: bool) -> list[Tensor]:
-    """Return basis, mean and, of an exact stream, pivot: its own ones, or memory for them."""
-    state, sketch = stream.state, stream.sketch
-    if sketch is not None:
-        return [sketch.basis, sketch.mean, *([state.pivot] if isinstance(state, GramState) else [])]
-    shapes = [(stream.width, stream.features), *[(stream.features,)] * (2 if exact else 1)]
-    return [torch.zeros(shape, dtype=stream.dtype, device=stream.device) for shape in shapes]

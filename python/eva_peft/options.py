@@ -96,7 +96,8 @@ class CalibrateOptions:
             global random state does, since the file keeps that state; one that shuffles otherwise
             needs the same seed, or gives other batches, and a one-shot generator must yield the
             same stream from its beginning. ``max_steps``, ``max_tokens`` and ``max_seconds`` count
-            all runs together. The file of another model, config or data type is refused.
+            all runs together. Of several processes the first writes and reads the file, for all;
+            as many must go on. The file of another model, config or data type is refused.
         checkpoint_every: forward passes from one write to the next.
         group: ``torch.distributed`` process group whose processes share one pass, each with its own
             batches: all get the same result, from the tokens of all. ``"auto"`` is the default

@@ -147,7 +147,7 @@ def test_convergence_is_decided_for_all(seen: tuple[Seen, Seen]) -> None:
 
 
 def test_layers_that_one_process_never_calls(seen: tuple[Seen, Seen]) -> None:
-    from distributed.worker import routed_tokens
+    from distributed.data_parallel import routed_tokens
 
     found = seen[1]["experts"]
     assert found["uncalled"] == []
@@ -207,7 +207,11 @@ def test_an_error_of_one_ends_all(
             "passes; tokens_per_step: 40 in process 0, 80 in process 1",
         ),
         ("other_weights", "EvaValueError", "processes 0 and 1 have other weights in model.lay"),
-        ("checkpointed", "EvaValueError", "checkpoint= is for one process"),
+        (
+            "batches_are_missing",
+            "EvaValueError",
+            "has seen 3 batches, but all loaders ended after 2",
+        ),
         ("shards_without_a_group", "EvaValueError", "sharded by FSDP, whose processes wait for"),
         ("no_group", "EvaTypeError", "group='all' must be a torch.distributed process group"),
     ],
@@ -301,3 +305,45 @@ def test_adapters_are_loaded_where_layers_are_divided(seen: tuple[Seen, Seen]) -
 def test_a_group_needs_torch_distributed() -> None:
     with pytest.raises(eva_kernels.errors.EvaTypeError, match="process group that this"):
         eva_kernels.calibrate(make_llama(), union(1), lora(), group=object(), **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("leader_is_stopped", ("Stopped", "EvaRuntimeError")),
+        ("follower_is_stopped", ("EvaRuntimeError", "Stopped")),
+        ("limit_is_raised", (None, None)),
+    ],
+)
+def test_a_pass_of_several_processes_goes_on(
+    name: str, told: tuple[str | None, ...], seen: tuple[Seen, Seen]
+) -> None:
+    assert tuple(found[name]["told"] for found in seen) == told
+    assert seen[0][name]["files"] == ["pass.safetensors"]
+    for found in seen:
+        assert found[name]["whole"]["forwards"] == 6
+        assert same(found[name]["resumed"], found[name]["whole"])
+
+
+@pytest.mark.parametrize(
+    ("name", "batches"), [("one_loader_had_ended", 4 + 2), ("an_epoch_had_ended", 4 + 4)]
+)
+def test_a_pass_goes_on_behind_the_end_of_a_loader(
+    name: str, batches: int, seen: tuple[Seen, Seen]
+) -> None:
+    for found in seen:
+        assert found[name]["whole"]["tokens"] == batches * 4 * 24
+        assert same(*found[name].values())
+
+
+def test_as_many_processes_must_go_on(seen: tuple[Seen, Seen]) -> None:
+    kind, message = seen[0]["goes_on_alone"]
+    assert kind == "EvaValueError"
+    assert "belongs to another pass: processes: 2 in the file, 1 now. To go on" in message
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all(seen: tuple[Seen, Seen]) -> None:
+    kind, message = seen[0]["checkpoint_cannot_be_written"]
+    assert kind == "EvaValueError"
+    assert "cannot be written" in message
+    assert seen[1]["checkpoint_cannot_be_written"][0] == "EvaRuntimeError"

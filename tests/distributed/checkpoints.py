@@ -1,0 +1,123 @@
+"""A pass of several processes that is stopped, and goes on from its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distributed.scenarios import calibrate, own_batches, scenario, shared_folder
+from integration.conftest import make_llama
+
+
+class Stopped(Exception):
+    """What stops a pass here."""
+
+
+def shuffled(rank: int, fail_at: int = -1) -> Iterator[dict[str, Tensor]]:
+    """Yield batches that torch's global random state decides on, as those of a shuffling loader."""
+    batches = own_batches(rank, 6)
+    for number in range(6):
+        if number == fail_at:
+            raise Stopped
+        yield batches[int(torch.randint(6, ()))]
+
+
+def drawing(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Run a model that draws random numbers."""
+    torch.rand(1)
+    model(**batch)
+
+
+def stopped_and_resumed(rank: int, stop: Callable[..., Any], every: int = 1, **options: Any) -> Any:
+    """Return the result of a pass in one go, that of one with a stop, and what the stop was."""
+    options["forward_fn"] = drawing
+    torch.manual_seed(rank)
+    whole = calibrate(make_llama(), shuffled(rank), max_steps=6, **options)
+    told = None
+    with shared_folder() as folder:
+        options |= {"checkpoint": folder / "pass.safetensors", "checkpoint_every": every}
+        torch.manual_seed(rank)
+        try:
+            stop(options)
+        except Exception as error:
+            told = type(error).__name__
+        torch.manual_seed(100)  # another run has another state
+        resumed = calibrate(make_llama(), shuffled(rank), max_steps=6, **options)
+        files = sorted(path.name for path in folder.iterdir())
+    return {"whole": whole, "resumed": resumed, "told": told, "files": files}
+
+
+@scenario
+def leader_is_stopped(rank: int) -> Any:
+    def stop(options: dict[str, Any]) -> None:
+        def after_three(numbers: dict[str, Any]) -> None:
+            if numbers["step"] == 3:
+                raise Stopped
+
+        calibrate(make_llama(), shuffled(rank), callback=after_three, max_steps=6, **options)
+
+    return stopped_and_resumed(rank, stop, method="sketch")
+
+
+@scenario
+def follower_is_stopped(rank: int) -> Any:
+    def stop(options: dict[str, Any]) -> None:
+        data = shuffled(rank, fail_at=4 if rank == 1 else -1)
+        calibrate(make_llama(), data, max_steps=6, **options)
+
+    return stopped_and_resumed(rank, stop, method="gram", tokens_per_step=50)
+
+
+@scenario
+def limit_is_raised(rank: int) -> Any:
+    """Stop where tokens wait that are too few for a step."""
+
+    def stop(options: dict[str, Any]) -> None:
+        calibrate(make_llama(), shuffled(rank), max_steps=2, **options)
+
+    return stopped_and_resumed(rank, stop, every=9, method="sketch", tokens_per_step=5)
+
+
+@scenario
+def goes_on_alone(rank: int) -> Any:
+    """Go on in one process with the checkpoint of two."""
+    with shared_folder() as folder:
+        kept = {"checkpoint": folder / "pass.safetensors"}
+        calibrate(make_llama(), own_batches(rank), max_steps=2, **kept)
+        if rank == 0:
+            calibrate(make_llama(), own_batches(rank), group=None, **kept)
+
+
+@scenario
+def batches_are_missing(rank: int) -> Any:
+    with shared_folder() as folder:
+        kept = {"checkpoint": folder / "pass.safetensors"}
+        calibrate(make_llama(), iter(own_batches(rank, 3)), max_steps=3, **kept)
+        calibrate(make_llama(), iter(own_batches(rank, 2 - rank)), max_steps=5, **kept)
+
+
+def stopped_at_three(loader: Callable[[], Any]) -> Any:
+    """Return the result of a pass in one go, and that of one which goes on after three batches."""
+    whole = calibrate(make_llama(), loader(), max_steps=4)
+    with shared_folder() as folder:
+        kept = {"checkpoint": folder / "pass.safetensors"}
+        calibrate(make_llama(), loader(), max_steps=3, **kept)
+        return {"whole": whole, "resumed": calibrate(make_llama(), loader(), max_steps=4, **kept)}
+
+
+@scenario
+def one_loader_had_ended(rank: int) -> Any:
+    return stopped_at_three(lambda: iter(own_batches(rank, 4 - 2 * rank)))
+
+
+@scenario
+def an_epoch_had_ended(rank: int) -> Any:
+    return stopped_at_three(lambda: own_batches(rank, 3))
+
+
+@scenario
+def checkpoint_cannot_be_written(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), checkpoint="/proc/nothing/here")

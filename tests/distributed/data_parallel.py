@@ -1,0 +1,251 @@
+"""Each process has a copy of the model, and batches of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, distributed, nn
+
+import eva_kernels
+from distributed.scenarios import calibrate, own_batches, scenario
+from eva_kernels.streaming import InputStream
+from eva_peft import cells
+from integration.conftest import QUIET, lora, make_llama
+
+
+class Counted(AbstractContextManager["Counted"]):
+    """Count the calls of a method."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind, self.name, self.calls = kind, name, 0
+
+    def __enter__(self) -> Counted:
+        self.original = original = getattr(self.kind, self.name)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            return original(*arguments, **options)
+
+        setattr(self.kind, self.name, counting)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        setattr(self.kind, self.name, self.original)
+
+
+@scenario
+def sketch(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, method="sketch")
+
+
+@scenario
+def gram(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, method="gram")
+
+
+@scenario
+def counted(rank: int) -> Any:
+    """Return how many streams were merged, and how often tokens were added, with freezing."""
+    merged, added = Counted(InputStream, "merge"), Counted(InputStream, "add")
+    with merged, added:
+        options = {"max_steps": 8, "freeze_converged": True, "tokens_per_step": 40}
+        calibrate(make_llama(), own_batches(rank), **options)
+    return {"merged": merged.calls, "added": added.calls}
+
+
+@scenario
+def budgets_differ(rank: int) -> Any:
+    # A plan may depend on the memory of a device: enough for exact streams in process 0 alone.
+    budget = 1 << 30 if rank == 0 else 200_000
+    return calibrate(make_llama(), own_batches(rank), max_steps=3, memory_budget=budget)
+
+
+@scenario
+def given_group(rank: int) -> Any:
+    group = distributed.new_group([0, 1])
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, method="sketch", group=group)
+
+
+@scenario
+def group_of_one(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, group=distributed.new_group([0]))
+
+
+@scenario
+def alone(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=4, group=None)
+
+
+@scenario
+def loaders_of_other_lengths(rank: int) -> Any:
+    return calibrate(make_llama(), iter(own_batches(rank, 2 if rank == 0 else 5)))
+
+
+@scenario
+def leader_goes_on_alone(rank: int) -> Any:
+    return calibrate(make_llama(), iter(own_batches(rank, 5 if rank == 0 else 2)))
+
+
+@scenario
+def converged_and_frozen(rank: int) -> Any:
+    config = lora(tau=0.5)
+    options = {"max_steps": 30, "freeze_converged": True, **QUIET}
+    return eva_kernels.calibrate(make_llama(), own_batches(rank), config, **options)
+
+
+class Experts(nn.Module):
+    """Each token goes to the layer that its first feature names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.expert = nn.ModuleList(nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.expert):
+            rows = (x[:, 0] == i).nonzero().flatten()
+            if len(rows):
+                out[rows] = expert(x[rows])
+        return out
+
+
+def routed_tokens(rank: int, step: int) -> Tensor:
+    """Tokens for experts 0 and 1 in process 0, for 1 and 2 in process 1; for 3 in step 2 alone."""
+    torch.manual_seed(100 * rank + step)
+    x = torch.randn(120, 24) * torch.linspace(3, 0.1, 24)
+    x[:, 0] = torch.arange(120) % 2 + rank
+    if step == 2:
+        x[:40, 0] = 3
+    return x
+
+
+@scenario
+def experts(rank: int) -> Any:
+    data = [routed_tokens(rank, step) for step in range(4)]
+    config = lora(target_modules=[f"expert.{i}" for i in range(4)])
+    options = {**QUIET, "prepare_model_inputs_fn": None, "max_steps": 4}
+    return eva_kernels.calibrate(Experts(), data, config, **options)
+
+
+class Sharing(nn.Module):
+    """Two layers that read one tensor, or copies of it."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.shared = shared
+        self.a, self.b = nn.Linear(24, 8), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x if self.shared else x.clone())
+
+
+@scenario
+def inputs_shared_in_one_process_only(rank: int) -> Any:
+    torch.manual_seed(rank)
+    data = [torch.randn(80, 24) * torch.linspace(3, 0.1, 24) for _ in range(3)]
+    config = lora(target_modules=["a", "b"])
+    return eva_kernels.calibrate(Sharing(rank == 0), data, config, max_steps=3, **QUIET)
+
+
+@scenario
+def initialised(rank: int) -> Any:
+    model = eva_kernels.initialize(make_llama(), own_batches(rank), lora(), max_steps=3, **QUIET)
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+@scenario
+def follower_fails(rank: int) -> Any:
+    def broken() -> Iterator[Any]:
+        yield from own_batches(rank, 2)
+        if rank == 1:
+            raise OSError("the disk is gone")
+        yield from own_batches(rank, 2)
+
+    return calibrate(make_llama(), broken())
+
+
+@scenario
+def leader_fails(rank: int) -> Any:
+    def fail(numbers: Any) -> None:
+        raise OSError("the report is gone")
+
+    return calibrate(make_llama(), own_batches(rank), callback=fail)
+
+
+@scenario
+def not_converged(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), max_steps=2, on_not_converged="raise")
+
+
+@scenario
+def no_tokens(rank: int) -> Any:
+    batches = own_batches(rank, 2)
+    for batch in batches:
+        batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    return calibrate(make_llama(), batches, max_steps=50)
+
+
+@scenario
+def other_models(rank: int) -> Any:
+    config = lora(target_modules=["q_proj"] if rank == 0 else ["q_proj", "v_proj"])
+    return eva_kernels.calibrate(make_llama(), own_batches(rank), config, max_steps=2, **QUIET)
+
+
+@scenario
+def other_ranks(rank: int) -> Any:
+    config = lora(r=8 if rank == 0 else 4)
+    return eva_kernels.calibrate(make_llama(), own_batches(rank), config, max_steps=2, **QUIET)
+
+
+@scenario
+def other_options(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), tokens_per_step=40 * (1 + rank), seed=rank)
+
+
+@scenario
+def fails_before(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), memory_budget=1 if rank == 1 else "auto")
+
+
+@scenario
+def leader_finds_no_layer(rank: int) -> Any:
+    config = lora(target_modules=["nothing"] if rank == 0 else ["q_proj"])
+    return eva_kernels.calibrate(make_llama(), own_batches(rank), config, **QUIET)
+
+
+@scenario
+def other_weights(rank: int) -> Any:
+    model = make_llama()
+    if rank == 1:  # as a loader leaves it that reads the file in the first process only
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.02)
+    return calibrate(model, own_batches(rank), max_steps=2)
+
+
+@scenario
+def one_layer_is_new(rank: int) -> Any:
+    model = make_llama()
+    torch.manual_seed(rank)
+    nn.init.normal_(model.model.layers[1].mlp.down_proj.weight)
+    return calibrate(model, own_batches(rank), max_steps=2)
+
+
+@scenario
+def merging_fails(rank: int) -> Any:
+    def fail(*arguments: Any) -> None:
+        raise OSError("the memory is gone")
+
+    with mock.patch.object(cells, "restore_stream", fail):
+        return calibrate(make_llama(), own_batches(rank))
+
+
+@scenario
+def no_group(rank: int) -> Any:
+    return calibrate(make_llama(), own_batches(rank), group="all")

@@ -1,0 +1,41 @@
+"""Scenarios that every process runs, and what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import Tensor, distributed, nn
+
+import eva_kernels
+from integration.conftest import QUIET, lora, text_batches
+
+SCENARIOS: dict[str, Callable[[int], Any]] = {}
+
+
+def scenario(run: Callable[[int], Any]) -> Callable[[int], Any]:
+    SCENARIOS[run.__name__] = run
+    return run
+
+
+def calibrate(model: nn.Module, data: Any, **options: Any) -> eva_kernels.EvaResult:
+    return eva_kernels.calibrate(model, data, lora(), **{**QUIET, **options})
+
+
+def own_batches(rank: int, count: int = 4) -> list[dict[str, Tensor]]:
+    return text_batches(count, padded=False, seed=10 + rank)
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """Make a folder in the first process, for all."""
+    with TemporaryDirectory() as own:
+        folder = [own]
+        distributed.broadcast_object_list(folder)
+        try:
+            yield Path(folder[0])
+        finally:
+            distributed.barrier()

@@ -1,0 +1,204 @@
+"""The weights of a model, or its layers, are divided among the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import LlamaForCausalLM
+
+import eva_kernels
+from distributed.scenarios import calibrate, own_batches, scenario, shared_folder
+from integration.conftest import QUIET, lora, make_llama, text_batches, wrapped
+
+
+def sharded(model: Any) -> Any:
+    """Divide the weights of a model, block by block, among the processes."""
+    base = model.base_model.model if isinstance(model, PeftModel) else model
+    for block in base.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def told_of(run: Callable[[], Any]) -> str | None:
+    try:
+        run()
+    except eva_kernels.EvaError as error:
+        return type(error).__name__
+    return None
+
+
+@scenario
+def trained_in_shards(rank: int) -> Any:
+    """Return what is told of adapters, which were initialised or not, after they were divided."""
+    ids = own_batches(rank)[0]["input_ids"]
+
+    def look(model: Any) -> Any:
+        sharded(eva_kernels.watch(model, "raise"))
+        callback = eva_kernels.EvaCallback("raise")
+        return [
+            eva_kernels.is_initialized(model),
+            told_of(lambda: callback.on_train_begin(None, None, None, model=model)),
+            told_of(lambda: model.train()(input_ids=ids, labels=ids).loss.backward()),
+        ]
+
+    done, plain = wrapped(make_llama(), lora()), wrapped(make_llama(), lora())
+    eva_kernels.initialize(done, own_batches(rank), **QUIET)
+    found = {"initialised": look(done), "not initialised": look(plain)}
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1.0)
+    return {**found, "trained": eva_kernels.is_initialized(plain), "dora": _dora_in_shards()}
+
+
+def _dora_in_shards() -> list[bool]:
+    """Look at magnitudes in shards, of weights that are whole: as made, and trained."""
+    model, found = wrapped(make_llama(), lora(init_lora_weights=True, use_dora=True)), []
+    fully_shard(model, ignored_params={p for n, p in model.named_parameters() if "lora_" not in n})
+    for step in (0.0, 1.0):
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "magnitude" in name:
+                    parameter.add_(step)
+        found.append(eva_kernels.is_initialized(model))
+    return found
+
+
+@scenario
+def initialised_in_shards(rank: int) -> Any:
+    found = {}
+    for name, model in (("adapters", wrapped(make_llama(), lora())), ("base", make_llama())):
+        config = lora() if name == "base" else None
+        try:
+            eva_kernels.initialize(sharded(model), own_batches(rank), config, **QUIET)
+        except eva_kernels.EvaError as error:
+            found[name] = (type(error).__name__, str(error))
+    return found
+
+
+@scenario
+def calibrated_in_shards(rank: int) -> Any:
+    model = sharded(make_llama())
+    return calibrate(model, own_batches(rank), max_steps=4, method="gram")
+
+
+def of_other_lengths(rank: int) -> list[dict[str, Tensor]]:
+    """Return batches of one length in process 0; in the other a long text among short ones."""
+    batches = text_batches(3, samples=12, length=60, padded=False, seed=rank)
+    for batch in batches if rank else ():
+        batch["attention_mask"][1:, 4:] = 0
+    return batches
+
+
+@scenario
+def lengths_differ(rank: int) -> Any:
+    return calibrate(make_llama(), of_other_lengths(rank), max_steps=3, method="gram")
+
+
+@scenario
+def lengths_differ_in_shards(rank: int) -> Any:
+    return calibrate(sharded(make_llama()), of_other_lengths(rank), max_steps=3, method="gram")
+
+
+@scenario
+def shards_have_other_numbers_of_batches(rank: int) -> Any:
+    return calibrate(sharded(make_llama()), iter(own_batches(rank, 4 - rank)), max_steps=9)
+
+
+@scenario
+def loader_fails_in_shards(rank: int) -> Any:
+    def broken() -> Iterator[Any]:
+        yield from own_batches(rank, 2)
+        if rank == 1:
+            raise OSError("the disk is gone")
+        yield from own_batches(rank, 2)
+
+    return calibrate(sharded(make_llama()), broken())
+
+
+@scenario
+def layer_fails_in_shards(rank: int) -> Any:
+    model = sharded(make_llama())
+
+    def spoil(module: nn.Module, args: tuple[Tensor]) -> Any:
+        return (args[0] * float("nan"),) if rank == 1 else None
+
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(spoil)
+    return calibrate(model, own_batches(rank))
+
+
+@scenario
+def shards_without_a_group(rank: int) -> Any:
+    return calibrate(sharded(make_llama()), own_batches(rank), group=None)
+
+
+@contextmanager
+def saved(model: Any) -> Iterator[Path]:
+    """Save a model in the first process, for all."""
+    with shared_folder() as folder:
+        if distributed.get_rank() == 0:
+            model.save_pretrained(folder)
+        distributed.barrier()
+        yield folder
+
+
+def by_transformers() -> nn.Module:
+    with saved(make_llama()) as folder:
+        return LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+
+
+def by_torch() -> nn.Module:
+    model, mesh = make_llama(), init_device_mesh("cpu", (2,))
+    for block in model.model.layers:
+        plan = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+        parallelize_module(block, mesh, {**plan, "mlp.down_proj": RowwiseParallel()})
+    return model
+
+
+@scenario
+def divided(rank: int) -> Any:
+    """Return what is said of models with divided layers, by whatever would run or write them."""
+    result = calibrate(make_llama(), own_batches(rank), max_steps=1)
+    calls: dict[str, Callable[[Any], Any]] = {
+        "calibrate": lambda model: calibrate(model, own_batches(0)),
+        "alone": lambda model: calibrate(model, own_batches(0), group=None),
+        "initialize": lambda model: eva_kernels.initialize(model, own_batches(0), lora(), **QUIET),
+        "wrapped": lambda model: eva_kernels.initialize(wrapped(model), own_batches(0), **QUIET),
+        "apply": result.apply,
+    }
+    found = {}
+    for make in (by_transformers, by_torch):
+        for name, call in calls.items():
+            try:
+                call(make())
+            except eva_kernels.EvaRuntimeError as error:
+                found[f"{name}, divided {make.__name__}"] = str(error)
+    return found
+
+
+@scenario
+def loaded_where_it_is_divided(rank: int) -> Any:
+    """Follow the advice that is given: initialise the whole model, load into the divided one."""
+    whole = eva_kernels.initialize(make_llama(), own_batches(rank), lora(), **QUIET, max_steps=3)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.02)
+    with saved(whole) as folder:
+        model = PeftModel.from_pretrained(by_transformers(), folder)
+    with torch.no_grad():
+        outputs = [m(**own_batches(0)[0]).logits for m in (whole.eval(), model.eval())]
+    return [eva_kernels.is_initialized(model), *outputs]
