@@ -184,7 +184,11 @@ class LaunchSequence:
             run, stream_of = launches.run, driver.active.get_current_stream
             return lambda spots, base: run(spots, base, index, stream_of(index))
         ready = [
-            (kernel[(*call.grid, 1, 1)[:3]], [places[n] for n in call.pointers], call.values)
+            (
+                kernel[(*call.grid, 1, 1)[:3]],
+                [places[n] for n in call.pointers],
+                _launched_with(kernel, call),
+            )
             for kernel, call in zip(compiled, self.calls, strict=True)
         ]
 
@@ -198,6 +202,14 @@ class LaunchSequence:
                     launch(*found, *values, stream=stream)
 
         return by_triton
+
+
+def _launched_with(kernel: Any, call: Call) -> tuple[Any, ...]:
+    """Return what Triton's launcher of a compiled kernel takes behind the pointers."""
+    names = call.kernel.arg_names[len(call.pointers) :]
+    # the signature of Triton 3.2 is without constants, and its launcher refuses them
+    taken = kernel.src.signature
+    return tuple(v for name, v in zip(names, call.values, strict=True) if name in taken)
 
 
 def _width(number: int) -> int:
@@ -246,7 +258,9 @@ def _parameters(
         raise ValueError("a kernel of a special kind")
     values = [*(places[name] for name in call.pointers), *((NUMBER, n) for n in call.numbers)]
     named = dict(zip(call.kernel.arg_names, values, strict=False))
-    taken = {name: value for name, value in named.items() if kinds[name] != "constexpr"}
+    # Triton 3.2 gives a one and what is missing a type, and has them by name among the constants.
+    fixed = {name for name in named if kinds[name] == "constexpr"} | {*kernel.src.constants}
+    taken = {name: value for name, value in named.items() if name not in fixed}
     sizes = [8 if kinds[name].startswith("*") else int(kinds[name][1:]) // 8 for name in taken]
     wanted = _known_sizes.get(kernel)
     if wanted is None:

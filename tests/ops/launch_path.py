@@ -6,6 +6,7 @@ Triton's own. Fails unless later launches, by native code or past Triton's bindi
 its first one.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver, jit
 
 from eva_kernels import _C, _native
@@ -25,25 +27,40 @@ from eva_kernels.kernels.launch import ARCHS
 from eva_kernels.kernels.sketch import sketch_sequence
 
 STREAM = 7
-SCRATCH = [0, 0]  # addresses that a kernel of Triton takes behind its arguments
 launched: list[tuple] = []
 by_triton: list[str] = []  # kernels that Triton launched
 kernels: dict[int, Any] = {}  # by handle
 
 
-def record(gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-    assert min(gx, gy, gz) > 0, (gx, gy, gz)
-    passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    launched.append((gx, gy, gz, stream, function, *passed))
+def launcher(source: Any, metadata: Any) -> Callable[..., None]:
+    """Return what takes down a launch; as Triton's, it takes an argument for each in `source`."""
+
+    def record(gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        assert min(gx, gy, gz) > 0, (gx, gy, gz)
+        assert len(arguments) == len(source.signature), "a launcher takes what the signature names"
+        passed = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        launched.append((gx, gy, gz, stream, function, *passed))
+
+    return record
 
 
 def at_driver(gx, gy, gz, stream, function, *arguments) -> tuple:
     """Return what the driver is given, of what Triton's launcher is given."""
     kernel = kernels[function]
-    kinds, meta = kernel.src.signature.values(), kernel.metadata
-    taken = [a for a, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
-    how = 32 * meta.num_warps, meta.shared, meta.launch_pdl
-    return (function, [gx, gy, gz], *how, [*taken, *SCRATCH], stream)
+    source, meta = kernel.src, kernel.metadata
+    taken = [
+        value
+        for value, (name, kind) in zip(arguments, source.signature.items(), strict=True)
+        if kind != "constexpr" and name not in source.constants  # 3.2 gives those a type, too
+    ]
+    # addresses of scratch memory, which a kernel of Triton takes behind its arguments
+    scratch = [0] * (len(parameter_sizes(function)) - len(taken))
+    how = 32 * meta.num_warps, meta.shared, launched_early(kernel)
+    return (function, [gx, gy, gz], *how, [*taken, *scratch], stream)
+
+
+def launched_early(kernel: Any) -> bool:
+    return getattr(kernel.metadata, "launch_pdl", False)  # 3.2 does not know of it
 
 
 class Launches(_C.LaunchList):
@@ -65,16 +82,18 @@ NATIVE = SimpleNamespace(LaunchList=Launches, parameter_sizes=parameter_sizes)
 def stand_in(arch: str) -> SimpleNamespace:
     properties = {"max_shared_mem": ARCHS[arch].shared_bytes, "multiprocessor_count": 100}
     handles = iter(range(1, 1000))
+    asks_threads = "n_max_threads" in inspect.getsource(CompiledKernel._init_handles)
+    rest = (64, 0, 1024) if asks_threads else (64, 0)
     return SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", int(arch[3:]), 32),
         get_current_device=lambda: 0,
         get_current_stream=lambda device=0: STREAM,
         get_active_torch_device=lambda: torch.device("cpu"),
         map_python_to_cpp_type=lambda kind: kind,
-        launcher_cls=lambda source, metadata: record,
+        launcher_cls=launcher,
         utils=SimpleNamespace(
             get_device_properties=lambda device: properties,
-            load_binary=lambda *ignored: (1, next(handles), 64, 0, 1024),
+            load_binary=lambda *ignored: (1, next(handles), *rest),
             unload_module=lambda module: None,
         ),
     )
@@ -104,8 +123,8 @@ def main(arch: str) -> None:
         compiled = run(self, *arguments, **options)
         kernels[compiled.function] = compiled
         # a kernel that waits by itself, and only such a one, is launched before its turn
-        assert compiled.metadata.launch_pdl == ("griddepcontrol.wait" in compiled.asm["ptx"])
-        assert compiled.metadata.launch_pdl == ARCHS[arch].dependent_launch
+        assert launched_early(compiled) == ("griddepcontrol.wait" in compiled.asm["ptx"])
+        assert launched_early(compiled) == ARCHS[arch].dependent_launch
         return compiled
 
     jit.JITFunction.run = named

@@ -35,8 +35,26 @@ class Compiled:
         """Take what differs from META; None is left out."""
         known = {name: value for name, value in (META | meta).items() if value is not None}
         self.metadata = SimpleNamespace(**known)
-        self.src = SimpleNamespace(signature=SIGNATURE | {"BLOCK": "constexpr"})
+        constants = {(1,): None, (4,): 1, (5,): 64}
+        signature = SIGNATURE | {"BLOCK": "constexpr"}
+        self.src = SimpleNamespace(signature=signature, constants=constants)
         self.function = 7
+
+
+class CompiledByOld(Compiled):
+    """A kernel of Triton 3.2, which names no constexpr and gives other constants a type."""
+
+    def __init__(self) -> None:
+        super().__init__(**dict.fromkeys(META.keys() - {"num_ctas", "num_warps", "shared"}))
+        signature = SIGNATURE | {"rows": "*i8", "one": "i32"}
+        constants = {"rows": None, "one": 1, "BLOCK": 64}
+        self.src = SimpleNamespace(signature=signature, constants=constants)
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(x: int, rows: None, part: int, n: int, one: int, *, stream: int) -> None:
+            self.launched = grid, x, rows, part, n, one, stream
+
+        return launch
 
 
 def launches(sizes: list[int] | Exception, **meta: Any) -> Any:
@@ -65,6 +83,29 @@ def test_a_kernel_is_given_what_it_takes(scratch: int, unknown: tuple[str, ...])
     assert early == ("launch_pdl" not in unknown)
     assert values == [1024, 4096 + 48, 2**64 - 5] + [0] * scratch
     assert values[2] % 2**32 == torch.tensor(-5, dtype=torch.int32).view(torch.uint32)
+
+
+def old_call() -> tuple[Any, CompiledByOld]:
+    kernel = SimpleNamespace(arg_names=[*SIGNATURE, "BLOCK"])
+    call = sequence.Call(kernel, (3, 2), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
+    return call, CompiledByOld()
+
+
+def test_native_code_gives_a_kernel_of_an_old_triton_no_constants():
+    call, compiled = old_call()
+    module = SimpleNamespace(LaunchList=_C.LaunchList, parameter_sizes=lambda function: [8, 8, 4])
+    [found] = sequence.native_launches(module, [call], [compiled], PLACES).resolve([1024, 0], 4096)
+    assert found[-1] == [1024, 4096 + 48, 2**64 - 5]
+
+
+def test_the_launcher_of_an_old_triton_is_given_no_constants(monkeypatch: pytest.MonkeyPatch):
+    call, compiled = old_call()
+    monkeypatch.setattr(sequence._native, "load_or_none", lambda kind: None)
+    active = SimpleNamespace(get_current_stream=lambda index: 9)
+    monkeypatch.setattr(sequence, "driver", SimpleNamespace(active=active))
+    launches = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
+    launches._again([compiled], torch.device("cpu"))([1024, 0], 4096)
+    assert compiled.launched == ((3, 2, 1), 1024, None, 4096 + 48, -5, 1, 9)
 
 
 @pytest.mark.parametrize(
