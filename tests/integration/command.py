@@ -1,5 +1,6 @@
 """Run the command line within the process, on small models that are made here."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -57,7 +58,13 @@ def make_home(home: Path) -> Path:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return runner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def runner() -> CliRunner:
+    """Return what keeps standard error apart: click 8.1 does so if asked, later ones always."""
+    apart = "mix_stderr" in inspect.signature(CliRunner).parameters
+    return CliRunner(mix_stderr=False) if apart else CliRunner()
 
 
 def data_and_out(home: Path, out: Path) -> tuple[object, ...]:

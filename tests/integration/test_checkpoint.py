@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from typer.testing import CliRunner
 
 import eva_kernels
 from eva_kernels import EvaResult, EvaValueError
 from eva_peft import cli
 from eva_peft.checkpoint_file import read_checkpoint
 from integration import passes
+from integration.command import runner
 from integration.conftest import (
     lora,
     make_llama,
@@ -363,13 +363,13 @@ def test_init_is_interrupted_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert done >= 10
     limit = ("--max-steps", done + 3)
     for out, more in (("resumed", ("--checkpoint", path)), ("unbroken", ())):
-        shown = CliRunner().invoke(cli.app, command(out, *limit, *more))
+        shown = runner().invoke(cli.app, command(out, *limit, *more))
         assert shown.exit_code == 0, shown.output
     same(*(EvaResult.load(tmp_path / out / "eva.safetensors") for out in ("resumed", "unbroken")))
     weights = [tmp_path / out / "adapter_model.safetensors" for out in ("resumed", "unbroken")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert forwards_in(path) == done + 3
 
-    shown = CliRunner().invoke(cli.app, command("other", "--checkpoint", path, "--r", 5))
+    shown = runner().invoke(cli.app, command("other", "--checkpoint", path, "--r", 5))
     assert shown.exit_code == 1
     assert "belongs to another pass: r: 4 in the file, 5 now" in shown.stderr

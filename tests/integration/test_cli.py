@@ -17,13 +17,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from typer.testing import CliRunner
 
 import eva_kernels
 from eva_peft import cli, model_setup
 from eva_peft.errors import EvaRuntimeError
 from eva_peft.result import EvaResult
-from integration.command import QUICK, data_and_out, init, make_home, reason, run
+from integration.command import QUICK, data_and_out, init, make_home, reason, run, runner
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -112,7 +111,7 @@ def test_refused_before_the_model_is_loaded(
     ],
 )
 def test_wrong_usage(arguments: list[str], message: str) -> None:
-    result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
+    result = runner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 2
     assert message in result.stderr
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from peft import LoraConfig
-from peft.tuners.lora.config import BdLoraConfig
+from peft.tuners.lora import config as lora_configs
 
 from eva_kernels import EvaValueError, initialize
 from eva_peft._peft_compat import exclude_layers
@@ -43,7 +43,6 @@ VALUES: dict[str, Any] = {
     "use_qalora": True,
     "qalora_group_size": 8,
     "use_dora": True,
-    "use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"]),
     "layer_replication": [(0, 2), (1, 2)],
     "lora_bias": True,
     "target_parameters": ["experts.up"],
@@ -51,6 +50,8 @@ VALUES: dict[str, Any] = {
     "base_model_name_or_path": "a/model",
     "revision": "main",
 }
+if hasattr(lora_configs, "BdLoraConfig"):  # PEFT 0.17 has none
+    VALUES["use_bdlora"] = lora_configs.BdLoraConfig(target_modules_bd_a=["q_proj"])
 BESIDE = {
     "layers_to_transform": {"layers_pattern": "h"},
     "layers_pattern": {"layers_to_transform": 1},
