@@ -109,6 +109,7 @@ def test_nothing_but_tied_layers() -> None:
         eva_kernels.initialize(make_tied(), batches(), config, **QUIET)
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")  # 0.17
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_embedding_without_memory_is_drawn(dtype: torch.dtype) -> None:
