@@ -150,7 +150,7 @@ def load_tokenizer(name: str) -> Any:
     transformers = import_module("transformers")
     try:
         return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # transformers 4 asks for protobuf
         if not path.is_dir():
             raise
         told = str(error).strip().splitlines()[0]
