@@ -111,7 +111,9 @@ def base_of(model: nn.Module) -> nn.Module:
 
 def eva_of(config: LoraConfig) -> EvaConfig:
     """Return the EVA part of a config, with PEFT's defaults where it has none."""
-    return config.eva_config or EvaConfig()
+    eva = config.eva_config
+    # PEFT 0.17 leaves it as it was read from an adapter's file
+    return EvaConfig(**eva) if isinstance(eva, dict) else eva or EvaConfig()
 
 
 def versions() -> dict[str, str]:

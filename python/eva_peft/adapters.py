@@ -74,7 +74,7 @@ def write_result(
             check_base_model(inner, adapter_name)
             check_not_replicated(model)
             inner = carrier = wrap_model(inner, chosen, adapter_name)
-        eva = chosen.eva_config
+        eva = None if chosen.eva_config is None else eva_of(chosen)
         rows = result.state_dict(None if eva is None else eva.whiten)
         inner.eva_result = result  # type: ignore[assignment]
         write_state_dict(carrier, rows, adapter_name, strict, result.uncalled, eva)

@@ -13,6 +13,7 @@ from ._peft_compat import (
     LoraLayer,
     adapter_configs,
     carries_adapters,
+    eva_of,
     is_lora,
     kind_of,
     magnitude,
@@ -73,14 +74,10 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
     layers = _layers(model, adapter_name)
     if any(layer.lora_A[adapter_name].weight.is_meta for layer in layers.values()):
         return False
-    whitened = _whitened(adapter_configs(unwrap(model))[adapter_name])
+    whitened = eva_of(adapter_configs(unwrap(model))[adapter_name]).whiten
     return bool(_trained(layers, adapter_name)) or any(
         _has_eva_rows(layer, adapter_name, whitened) for layer in layers.values()
     )
-
-
-def _whitened(config: Any) -> bool:
-    return bool(getattr(getattr(config, "eva_config", None), "whiten", False))
 
 
 def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
@@ -90,6 +87,7 @@ def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
     layer that has been trained is told.
     """
     layers, config = _layers(model, adapter_name), adapter_configs(model)[adapter_name]
+    whitened = eva_of(config).whiten
     weights = {name: layer.lora_A[adapter_name].weight for name, layer in layers.items()}
     if not any(getattr(weight, _MARK, False) for weight in weights.values()):
         return []
@@ -102,7 +100,7 @@ def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
     return [
         name
         for name, layer in others.items()
-        if name not in known and not _has_eva_rows(layer, adapter_name, _whitened(config))
+        if name not in known and not _has_eva_rows(layer, adapter_name, whitened)
     ]
 
 

@@ -58,6 +58,13 @@ def by_peft(**fields: Any) -> PeftModel:
     return model
 
 
+def as_read(model: PeftModel) -> PeftModel:
+    """Put the EVA part of the config where PEFT 0.17 has it after loading: in a dict."""
+    config = model.peft_config["default"]
+    config.eva_config = dict(vars(config.eva_config))
+    return model
+
+
 def loaded(model: PeftModel, folder: Any) -> PeftModel:
     model.save_pretrained(folder)
     return PeftModel.from_pretrained(make_mlp(), folder, is_trainable=True)
@@ -71,6 +78,7 @@ YES: dict[str, Callable[[Any], nn.Module]] = {
     "removed layers": lambda folder: done(r=1, rho=8.0),
     "loaded": lambda folder: loaded(done(), folder),
     "loaded, whitened": lambda folder: loaded(done(whiten=True), folder),
+    "whitened, settings as read": lambda folder: as_read(loaded(done(whiten=True), folder)),
     "trained": lambda folder: trained(fresh(init_lora_weights=True)),
     "by PEFT": lambda folder: by_peft(),
     "compiled": lambda folder: torch.compile(done(), backend="eager"),
@@ -87,6 +95,17 @@ NO: dict[str, Callable[[Any], nn.Module]] = {
         nn.Sequential(nn.Linear(4096, 8)), lora(r=16, target_modules=["0"])
     ).to(torch.bfloat16),
 }
+
+
+def test_settings_as_read_from_a_file_are_those_of_the_config() -> None:
+    result = run(fresh(rho=1.0, whiten=True), vectors(), max_steps=3)
+    as_such, again = fresh(rho=1.0, whiten=True), as_read(fresh(rho=1.0, whiten=True))
+    for model in (as_such, again):
+        eva_kernels.initialize(model, vectors(), max_steps=3, **QUIET)
+        assert model.eva_result.config.eva_config == result.config.eva_config
+    assert same_state(state_of(as_such), state_of(again))
+    applied = result.apply(fresh(), config=as_read(fresh(whiten=True)).peft_config["default"])
+    assert is_initialized(applied)
 
 
 def trained(model: PeftModel) -> PeftModel:
