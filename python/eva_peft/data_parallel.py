@@ -247,7 +247,7 @@ class Processes:
 
     def give_up(self, error: Exception) -> None:
         """Tell the others, who begin the pass by agreeing on it, what went wrong before."""
-        self.channel.of_all(_told(error))
+        self.channel.meet(_told(error))
 
     def _agree(self, run: CalibrationPass) -> None:
         """Raise EvaValueError, on every process, unless all are asked for the same pass.
@@ -255,7 +255,7 @@ class Processes:
         EvaRuntimeError where another process could not begin it.
         """
         own = {name: part for name, part in request_of(run).items() if name != "seed"}
-        asked = self.channel.of_all(own)
+        asked = self.channel.meet(own)
         for rank, request in enumerate(asked):
             self._raise_if(request if isinstance(request, str) else None, rank)
         counts = [len(request["layers"]) for request in asked]

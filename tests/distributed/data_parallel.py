@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, distributed, nn
 import eva_kernels
 from distributed.scenarios import calibrate, own_batches, scenario
 from eva_kernels.streaming import InputStream
-from eva_peft import cells
+from eva_peft import cells, channel
 from integration.conftest import QUIET, lora, make_llama
 
 
@@ -176,6 +178,24 @@ def leader_fails(rank: int) -> Any:
         raise OSError("the report is gone")
 
     return calibrate(make_llama(), own_batches(rank), callback=fail)
+
+
+@scenario
+def one_comes_late(rank: int) -> Any:
+    """Return what the process that is there first says meanwhile."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("eva_kernels")
+    logger.addHandler(handler)
+    if rank == 1:
+        time.sleep(1)
+    try:
+        with mock.patch.object(channel, "PATIENCE", 0.2):
+            calibrate(make_llama(), own_batches(rank), max_steps=1)
+    finally:
+        logger.removeHandler(handler)
+    return [message for message in told if "waiting" in message]
 
 
 @scenario

@@ -239,6 +239,13 @@ def test_an_error_before_the_pass_ends_all(
     assert seen[1 - where][name] == ("EvaRuntimeError", expected)
 
 
+def test_who_waits_for_the_others_says_so(seen: tuple[Seen, Seen]) -> None:
+    [message] = seen[0]["one_comes_late"]
+    assert "process 0 of 2 has been waiting for 0.2 seconds until the others begin" in message
+    assert "all of them must make the call" in message
+    assert seen[1]["one_comes_late"] == []
+
+
 def test_data_without_a_token_end_after_an_epoch(seen: tuple[Seen, Seen]) -> None:
     assert "no token reached any of the 14 target layers in 2 forward" in seen[0]["no_tokens"][1]
     assert seen[1]["no_tokens"][0] == "EvaRuntimeError"
