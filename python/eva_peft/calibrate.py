@@ -242,12 +242,12 @@ class CalibrationPass:
             options.max_tokens is not None and self.tokens >= options.max_tokens
         )
 
-    def _fetch(self, ahead: Ahead[Prepared]) -> None:
+    def fetch(self, ahead: Ahead[Prepared]) -> None:
         """Make the next batch ready, while the device is at work.
 
         Not with a checkpoint, which keeps the random state from which a loader makes that batch.
         """
-        if not self._used_up and self.keeper.path is None:
+        if not self._used_up and self.options.checkpoint is None:
             begin = time.perf_counter()
             ahead.fetch()
             self.seconds["fold"] -= time.perf_counter() - begin
@@ -373,7 +373,7 @@ class CalibrationPass:
         try:
             fold = begin_fold(streams, final=final)
             if fold.queued and ahead is not None:
-                self._fetch(ahead)
+                self.fetch(ahead)
             folded = [*merged, *fold.finish()]
         except NonFiniteStepError as error:
             raise self.collector.explained(error) from None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 
-from eva_kernels.streaming import InputStream, export_stream, fold_streams
+from eva_kernels.streaming import InputStream, _host, export_stream, fold_streams
 from eva_kernels.streaming.parallel import absorb, follow, hand_over, pending_sums
 
 from . import batches
@@ -45,6 +45,7 @@ from .divided import sharded_by
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError, listed
 from .fingerprint import differences, in_words, other_weights, request_of, weights_of
 from .options import AUTO, CalibrateOptions
+from .prepare import Ahead, Prepared
 from .shared_inputs import Slot
 
 if TYPE_CHECKING:
@@ -52,8 +53,6 @@ if TYPE_CHECKING:
     from .result import EvaResult
 
 __all__ = ["Processes", "beginning", "processes_of"]
-
-_NO_BATCH = object()
 
 
 def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | None:
@@ -160,9 +159,10 @@ class Processes:
         run.plan = self.channel.from_leader(run.plan)
         with closing(batches.iterate(loader, lambda: self._seen > 0)) as stream, run.keeper:
             decision = self._begin(run, stream)
+            ahead = Ahead(map(run.prepare, stream))
             while not decision.stop:
                 run.keeper.begin_forward()
-                decision = self._step(run, stream, begin, bar)
+                decision = self._step(run, ahead, begin, bar)
             return decision.done
 
     def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
@@ -208,9 +208,9 @@ class Processes:
             )
 
     def _step(
-        self, run: CalibrationPass, stream: Iterator[Any], begin: float, bar: Any
+        self, run: CalibrationPass, ahead: Ahead[Prepared], begin: float, bar: Any
     ) -> _Decision:
-        reports = self._exchange(self._forward(run, stream))
+        reports = self._exchange(self._forward(run, ahead))
         self._seen += sum(report.tokens for report in reports)
         last = not any(report.ran for report in reports)
         cells = common_cells(reports)
@@ -220,7 +220,9 @@ class Processes:
         if self.leads:
             run.tokens += sum(report.tokens for report in reports[1:])
             run.forwards += not (reports[0].ran or last)
-            own = self._lead(run, merged, reports, begin, bar)
+            own = self._lead(run, merged, reports, ahead, begin, bar)
+        elif not _host.reads_are_free(run.device):  # the leader's device is at work
+            run.fetch(ahead)
         return self._follow(run, self.channel.from_leader(own))
 
     def result(self, make: Callable[[], EvaResult]) -> EvaResult:
@@ -277,12 +279,12 @@ class Processes:
                     "ones in all (some loaders fill those of the first process only)"
                 )
 
-    def _forward(self, run: CalibrationPass, stream: Iterator[Any]) -> Report:
+    def _forward(self, run: CalibrationPass, ahead: Iterator[Prepared]) -> Report:
         before, ran, error = run.tokens, False, None
         try:
-            batch = self._next_of_all(stream) if run.sharded else next(stream, _NO_BATCH)
-            if batch is not _NO_BATCH:
-                run.forward(run.prepare(batch))
+            prepared = self._next_of_all(ahead) if run.sharded else next(ahead, None)
+            if prepared is not None:
+                run.forward(prepared)
                 ran = True
         except Exception as raised:
             self._error, error = raised, _told(raised)
@@ -293,21 +295,21 @@ class Processes:
         )
         return Report(ran, run.tokens - before, slots, torch.get_rng_state(), error)
 
-    def _next_of_all(self, stream: Iterator[Any]) -> Any:
+    def _next_of_all(self, ahead: Iterator[Prepared]) -> Prepared | None:
         """Return the next batch if every process has one.
 
         The processes of a sharded model wait for each other in the forward pass: all begin it, or
         none.
         """
-        batch, error = _NO_BATCH, None
+        prepared, error = None, None
         try:
-            batch = next(stream, _NO_BATCH)
+            prepared = next(ahead, None)
         except Exception as raised:
             self._error, error = raised, _told(raised)
-        every = self.channel.of_all((batch is not _NO_BATCH, error))
+        every = self.channel.of_all((prepared is not None, error))
         for rank, (_, other) in enumerate(every):
             self._raise_if(other, rank)
-        return batch if all(has_one for has_one, _ in every) else _NO_BATCH
+        return prepared if all(has_one for has_one, _ in every) else None
 
     def _exchange(self, report: Report) -> list[Report]:
         reports: list[Report] = self.channel.of_all(report)
@@ -389,6 +391,7 @@ class Processes:
         run: CalibrationPass,
         merged: Sequence[InputStream],
         reports: Sequence[Report],
+        ahead: Ahead[Prepared],
         begin: float,
         bar: Any,
     ) -> _Decision:
@@ -396,7 +399,7 @@ class Processes:
         try:
             if self._error is not None:
                 raise self._error
-            folded = run.close_step(merged=merged)
+            folded = run.close_step(merged=merged, ahead=ahead)
             numbers = run.record(begin, bar) if folded else None
             done = bool(folded) and run.converged()
             renewed = self._renewed(run, folded)

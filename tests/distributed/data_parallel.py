@@ -14,8 +14,9 @@ from torch import Tensor, distributed, nn
 
 import eva_kernels
 from distributed.scenarios import calibrate, own_batches, scenario
-from eva_kernels.streaming import InputStream
-from eva_peft import cells, channel
+from eva_kernels.streaming import InputStream, _host
+from eva_peft import cells, channel, data_parallel
+from eva_peft.data_parallel import Processes
 from integration.conftest import QUIET, lora, make_llama
 
 
@@ -178,6 +179,30 @@ def leader_fails(rank: int) -> Any:
         raise OSError("the report is gone")
 
     return calibrate(make_llama(), own_batches(rank), callback=fail)
+
+
+@scenario
+def batches_are_fetched_ahead(rank: int) -> Any:
+    """Return batches and decisions in order, where the device is taken for an accelerator."""
+    events: list[str] = []
+
+    def loader() -> Iterator[Any]:
+        for number, batch in enumerate(own_batches(rank, 3)):
+            events.append(f"batch {number}")
+            yield batch
+
+    class Told(Processes):
+        def _follow(self, run: Any, decision: Any) -> Any:
+            events.append("decision")
+            return super()._follow(run, decision)
+
+    patches = (
+        mock.patch.object(_host, "reads_are_free", return_value=False),
+        mock.patch.object(data_parallel, "Processes", Told),
+    )
+    with patches[0], patches[1]:
+        result = calibrate(make_llama(), loader(), method="sketch", backend="torch", max_steps=3)
+    return {"events": events, "result": result}
 
 
 @scenario

@@ -239,6 +239,15 @@ def test_an_error_before_the_pass_ends_all(
     assert seen[1 - where][name] == ("EvaRuntimeError", expected)
 
 
+def test_batches_are_fetched_while_the_leaders_device_works(seen: tuple[Seen, Seen]) -> None:
+    one, other = (found["batches_are_fetched_ahead"] for found in seen)
+    # in the first step the leader merges streams, which it waits for
+    last = ["batch 2", "decision", "decision"]
+    assert one["events"] == ["batch 0", "decision", "batch 1", *last]
+    assert other["events"] == ["batch 0", "batch 1", "decision", *last]
+    assert same(one["result"], other["result"])
+
+
 def test_who_waits_for_the_others_says_so(seen: tuple[Seen, Seen]) -> None:
     [message] = seen[0]["one_comes_late"]
     assert "process 0 of 2 has been waiting for 0.2 seconds until the others begin" in message
