@@ -179,11 +179,11 @@ class Processes:
         position = self.channel.from_leader(position)
         if position is None:
             return _Decision(stop=False)
+        self._seen = position.tokens  # without any, a loader is not begun anew at its end
         if not position.forwards:
             keeper.first_random = self.channel.of_all(torch.get_rng_state())
         elif not position.decision.stop:
             self._skip(run, stream, position)
-        self._seen = position.tokens
         return self._follow(run, position.decision)
 
     def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:

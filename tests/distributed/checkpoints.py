@@ -119,5 +119,10 @@ def an_epoch_had_ended(rank: int) -> Any:
 
 
 @scenario
+def a_second_epoch_had_begun(rank: int) -> Any:
+    return stopped_at_three(lambda: own_batches(rank, 2))
+
+
+@scenario
 def checkpoint_cannot_be_written(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), checkpoint="/proc/nothing/here")

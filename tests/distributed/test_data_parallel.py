@@ -342,7 +342,12 @@ def test_a_pass_of_several_processes_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "batches"), [("one_loader_had_ended", 4 + 2), ("an_epoch_had_ended", 4 + 4)]
+    ("name", "batches"),
+    [
+        ("one_loader_had_ended", 4 + 2),
+        ("an_epoch_had_ended", 4 + 4),
+        ("a_second_epoch_had_begun", 4 + 4),
+    ],
 )
 def test_a_pass_goes_on_behind_the_end_of_a_loader(
     name: str, batches: int, seen: tuple[Seen, Seen]
