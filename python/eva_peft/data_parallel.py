@@ -120,11 +120,13 @@ class _Position:
     """Where the leader's checkpoint stands, or where one is to be kept.
 
     Attributes:
+        path: of the file; the other processes need not have been told.
         forwards, tokens: of the pass so far.
         first_random, random: see :class:`.checkpoint.CheckpointKeeper`.
         decision: what the last step had come to.
     """
 
+    path: str
     forwards: int
     tokens: int
     first_random: Sequence[Tensor]
@@ -175,7 +177,7 @@ class Processes:
                 keeper.done, stop, frozenset(run.collector.frozen), tuple(map(renewal, slots))
             )
             states = keeper.first_random, keeper.random
-            position = _Position(run.forwards, run.tokens, *states, decision)
+            position = _Position(str(keeper.path), run.forwards, run.tokens, *states, decision)
         position = self.channel.from_leader(position)
         if position is None:
             return _Decision(stop=False)
@@ -203,7 +205,7 @@ class Processes:
         most = max(number for number, _ in every)
         if most < position.forwards:
             raise EvaValueError(
-                f"the checkpoint {run.options.checkpoint} has seen {position.forwards} batches, "
+                f"the checkpoint {position.path} has seen {position.forwards} batches, "
                 f"but all loaders ended after {most}: they must yield the same batches again"
             )
 

@@ -210,7 +210,7 @@ def test_an_error_of_one_ends_all(
         (
             "batches_are_missing",
             "EvaValueError",
-            "has seen 3 batches, but all loaders ended after 2",
+            "pass.safetensors has seen 3 batches, but all loaders ended after 2",
         ),
         ("shards_without_a_group", "EvaValueError", "sharded by FSDP, whose processes wait for"),
         ("no_group", "EvaTypeError", "group='all' must be a torch.distributed process group"),
