@@ -50,6 +50,7 @@ from .shared_inputs import Slot
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
+    from .prepare import Prepared
     from .result import EvaResult
 
 __all__ = ["Processes", "beginning", "processes_of"]
@@ -298,7 +299,7 @@ class Processes:
         return Report(ran, run.tokens - before, slots, torch.get_rng_state(), error)
 
     def _next_of_all(self, ahead: Iterator[Prepared]) -> Prepared | None:
-        """Return the next batch if every process has one.
+        """Return the next batch if every process has one that could be made ready.
 
         The processes of a sharded model wait for each other in the forward pass: all begin it, or
         none.

@@ -130,6 +130,13 @@ def loader_fails_in_shards(rank: int) -> Any:
 
 
 @scenario
+def batch_fails_in_shards(rank: int) -> Any:
+    ragged = {"input_ids": [[1, 2], [3]]}
+    data = [*own_batches(rank, 2), *([ragged] if rank == 1 else own_batches(rank, 1))]
+    return calibrate(sharded(make_llama()), data)
+
+
+@scenario
 def layer_fails_in_shards(rank: int) -> Any:
     model = sharded(make_llama())
 

@@ -295,6 +295,14 @@ def test_shards_stop_where_the_first_loader_ends(seen: tuple[Seen, Seen]) -> Non
     assert same(found, seen[1]["shards_have_other_numbers_of_batches"])
 
 
+def test_a_batch_of_a_shard_fails_before_the_others_run_theirs(seen: tuple[Seen, Seen]) -> None:
+    kind, message = seen[1]["batch_fails_in_shards"]
+    assert kind == "EvaValueError"
+    assert "the samples of 'input_ids' in a batch have different lengths" in message
+    told = f"process 1 failed: EvaValueError: {message}"
+    assert seen[0]["batch_fails_in_shards"] == ("EvaRuntimeError", told)
+
+
 def test_a_layer_of_a_shard_fails_when_the_others_have_run_theirs(seen: tuple[Seen, Seen]) -> None:
     kind, message = seen[1]["layer_fails_in_shards"]
     assert kind == "NonFiniteError"
