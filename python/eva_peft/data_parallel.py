@@ -50,7 +50,6 @@ from .shared_inputs import Slot
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
-    from .prepare import Prepared
     from .result import EvaResult
 
 __all__ = ["Processes", "beginning", "processes_of"]
@@ -166,7 +165,12 @@ class Processes:
             while not decision.stop:
                 run.keeper.begin_forward()
                 decision = self._step(run, ahead, begin, bar)
-            return decision.done
+        if self.leads:  # behind the keeper, whose file is of what waits between two forward passes
+            try:
+                run.fold_rest(begin, bar)
+            except Exception as raised:
+                self._error = raised  # the others are told when they ask for the result
+        return decision.done
 
     def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
         """Bring all processes to where the leader's checkpoint stands, if there is one."""
@@ -238,6 +242,7 @@ class Processes:
         found: Any = None
         if self.leads:
             try:
+                self._raise_own()
                 found = make()
             except NotConvergedError as raised:
                 self._error = found = raised
@@ -323,9 +328,12 @@ class Processes:
     def _raise_if(self, error: str | None, rank: int) -> None:
         if error is None:
             return
+        self._raise_own()
+        raise EvaRuntimeError(f"process {rank} failed: {error}")
+
+    def _raise_own(self) -> None:
         if self._error is not None:
             raise self._error
-        raise EvaRuntimeError(f"process {rank} failed: {error}")
 
     def _collect(
         self, run: CalibrationPass, reports: Sequence[Report], cells: Sequence[Cell]
@@ -400,8 +408,7 @@ class Processes:
     ) -> _Decision:
         """End the step, and say what came of it."""
         try:
-            if self._error is not None:
-                raise self._error
+            self._raise_own()
             folded = run.close_step(merged=merged, ahead=ahead)
             numbers = run.record(begin, bar) if folded else None
             done = bool(folded) and run.converged()
@@ -412,9 +419,6 @@ class Processes:
             run.call_back(numbers)
             ran = any(report.ran for report in reports)
             stop = not ran or done or run.limit_reached(time.perf_counter() - begin)
-            if stop:
-                run.keeper.save()  # as it is between two forward passes
-                run.fold_rest(begin, bar)
         except Exception as raised:
             self._error = raised
             return _Decision(error=_told(raised))

@@ -124,5 +124,30 @@ def a_second_epoch_had_begun(rank: int) -> Any:
 
 
 @scenario
+def asked_for_again(rank: int) -> Any:
+    """Return the result of a pass whose last tokens are no step, and that of its checkpoint."""
+    options = {"max_steps": 2, "method": "sketch", "tokens_per_step": 5}
+    with shared_folder() as folder:
+        options["checkpoint"] = folder / "pass.safetensors"
+        first = calibrate(make_llama(), own_batches(rank), **options)
+        again = calibrate(make_llama(), own_batches(rank), **options)
+    return {
+        "whole": first,
+        "resumed": again,
+        "history": [r.history["step"] for r in (first, again)],
+    }
+
+
+@scenario
+def callback_fails_at_the_end(rank: int) -> Any:
+    def callback(numbers: dict[str, Any]) -> None:
+        if numbers["step"] == 2:  # of the tokens that are no step
+            raise OSError("the report is gone")
+
+    options = {"max_steps": 2, "method": "sketch", "tokens_per_step": 5}
+    return calibrate(make_llama(), own_batches(rank), callback=callback, **options)
+
+
+@scenario
 def checkpoint_cannot_be_written(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), checkpoint="/proc/nothing/here")

@@ -179,6 +179,7 @@ def test_adapters_are_written_everywhere(seen: tuple[Seen, Seen]) -> None:
     [
         ("follower_fails", 1, "OSError", "the disk is gone"),
         ("leader_fails", 0, "OSError", "the report is gone"),
+        ("callback_fails_at_the_end", 0, "OSError", "the report is gone"),
         ("merging_fails", 0, "OSError", "the memory is gone"),
         ("loader_fails_in_shards", 1, "OSError", "the disk is gone"),
     ],
@@ -363,6 +364,14 @@ def test_a_pass_goes_on_behind_the_end_of_a_loader(
     for found in seen:
         assert found[name]["whole"]["tokens"] == batches * 4 * 24
         assert same(*found[name].values())
+
+
+def test_a_pass_that_has_ended_ends_the_same_again(seen: tuple[Seen, Seen]) -> None:
+    for found in seen:
+        first, again = found["asked_for_again"]["whole"], found["asked_for_again"]["resumed"]
+        assert first["steps"] == 2  # the last one of what is no whole step
+        assert same(first, again)
+        assert same(*found["asked_for_again"]["history"])
 
 
 def test_as_many_processes_must_go_on(seen: tuple[Seen, Seen]) -> None:
