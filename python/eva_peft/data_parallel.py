@@ -249,9 +249,9 @@ class Processes:
             except Exception as raised:
                 self._error, found = raised, _told(raised)
         found = self.channel.from_leader(found)
+        if isinstance(found, NotConvergedError):  # every process raises it as its own
+            self._error, found = self._error or found, str(found)
         self._raise_if(found if isinstance(found, str) else None, 0)
-        if isinstance(found, NotConvergedError):
-            raise self._error or found
         result: EvaResult = found
         return result
 
@@ -333,7 +333,10 @@ class Processes:
 
     def _raise_own(self) -> None:
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                self._error = None  # its frames know this object, and the pass with its streams
 
     def _collect(
         self, run: CalibrationPass, reports: Sequence[Report], cells: Sequence[Cell]

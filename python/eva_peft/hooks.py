@@ -192,7 +192,10 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             first forward pass; the batch must be run again for them alone (:meth:`only`).
         """
         if self._failure is not None:
-            raise self._failure
+            try:
+                raise self._failure
+            finally:
+                self._failure = None  # its frames know this object, and its streams
         begin = time.perf_counter()
         for slot in list(self.slots):
             if slot not in self._fresh:

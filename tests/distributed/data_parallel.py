@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 from unittest import mock
 
@@ -14,10 +16,31 @@ from torch import Tensor, distributed, nn
 
 import eva_kernels
 from distributed.scenarios import calibrate, own_batches, scenario
+from distributed.shards import spoiled_in_shards
 from eva_kernels.streaming import InputStream, _host
 from eva_peft import cells, channel, data_parallel
 from eva_peft.data_parallel import Processes
+from eva_peft.hooks import InputCollector
 from integration.conftest import QUIET, lora, make_llama
+
+
+def kept_by(run: Callable[[], Any]) -> list[bool]:
+    """Tell of every hook collector whether it is still there when a pass has failed."""
+    made: list[weakref.ref[InputCollector]] = []
+    original = InputCollector.__init__
+
+    def noting(self: InputCollector, *arguments: Any) -> None:
+        made.append(weakref.ref(self))
+        original(self, *arguments)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with mock.patch.object(InputCollector, "__init__", noting), suppress(Exception):
+            run()
+        return [collector() is not None for collector in made]
+    finally:
+        gc.enable()
 
 
 class Counted(AbstractContextManager["Counted"]):
@@ -294,3 +317,22 @@ def merging_fails(rank: int) -> Any:
 @scenario
 def no_group(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), group="all")
+
+
+@scenario
+def kept_by_errors(rank: int) -> Any:
+    def failing(numbers: dict[str, Any]) -> None:
+        raise OSError("the report is gone")
+
+    def broken() -> Iterator[Any]:
+        yield from own_batches(rank, 2)
+        if rank == 1:
+            raise OSError("the disk is gone")
+
+    never = {"max_steps": 2, "on_not_converged": "raise"}
+    return {
+        "callback": kept_by(lambda: calibrate(make_llama(), own_batches(rank), callback=failing)),
+        "loader": kept_by(lambda: calibrate(make_llama(), broken())),
+        "not converged": kept_by(lambda: calibrate(make_llama(), own_batches(rank), **never)),
+        "layer in shards": kept_by(lambda: spoiled_in_shards(rank)),
+    }

@@ -192,6 +192,12 @@ def test_an_error_of_one_ends_all(
     assert seen[1 - where][name] == ("EvaRuntimeError", told)
 
 
+def test_a_pass_that_failed_keeps_no_memory(seen: tuple[Seen, Seen]) -> None:
+    causes = ["callback", "loader", "not converged", "layer in shards"]
+    for found in seen:
+        assert found["kept_by_errors"] == {cause: [False] for cause in causes}
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
