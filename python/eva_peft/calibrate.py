@@ -214,8 +214,10 @@ class CalibrationPass:
             return keeper.done  # resumed where the pass had ended
         every = batches.iterate(loader, lambda: self.tokens > 0)
         # closed at once, so that the workers of a loader do not wait for a traceback to go
-        with closing(keeper.remaining(every)) as stream:
-            ahead = Ahead(map(self.prepare, stream))
+        with (
+            closing(keeper.remaining(every)) as stream,
+            closing(Ahead(map(self.prepare, stream))) as ahead,
+        ):
             for prepared in ahead:
                 keeper.begin_forward()
                 self.forward(prepared)

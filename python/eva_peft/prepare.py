@@ -44,6 +44,11 @@ class Ahead(Iterator[T], Generic[T]):
         except Exception as error:
             self._error = error
 
+    def close(self) -> None:
+        """Let go of what was fetched; nobody is told of an error, whose frames know this object."""
+        self._fetched.clear()
+        self._error = None
+
     def __next__(self) -> T:
         if self._error is not None:
             try:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eva_kernels.streaming import _host
+from eva_peft.calibrate import CalibrationPass
 from eva_peft.prepare import Ahead
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
@@ -91,6 +92,30 @@ def test_a_loader_that_fails_behind_what_was_needed_does_no_harm(events: list[st
     result = run(make_mlp(), failing(), config(tau=0.0), **OPTIONS)
     assert (result.steps, set(result.converged.values())) == (2, {True})
     assert "failed" in events
+
+
+def test_an_error_that_nobody_asks_for_does_not_keep_the_pass(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[weakref.ref[CalibrationPass]] = []
+    original = CalibrationPass.run
+
+    def noted(self: CalibrationPass, loader: Any) -> Any:
+        passes.append(weakref.ref(self))
+        return original(self, loader)
+
+    def failing() -> Iterator[Tensor]:
+        yield from vectors(2, rows=60)
+        raise OSError("the file is gone")
+
+    monkeypatch.setattr(CalibrationPass, "run", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        run(make_mlp(), failing(), config(tau=0.0), **OPTIONS)
+        assert [ref() for ref in passes] == [None]
+    finally:
+        gc.enable()
 
 
 def test_loader_and_fold_have_each_their_own_autocast(events: list[str]) -> None:
