@@ -222,7 +222,9 @@ class CalibrationPass:
                 keeper.begin_forward()
                 self.forward(prepared)
                 del prepared
-                numbers = self.record(begin, bar) if self.close_step(ahead=ahead) else None
+                over = self.limit_reached(time.perf_counter() - begin)
+                folded = self.close_step(ahead=None if over else ahead)
+                numbers = self.record(begin, bar) if folded else None
                 done = numbers is not None and self.converged()
                 keeper.end_forward(time.perf_counter(), done)
                 self.call_back(numbers)
@@ -234,14 +236,11 @@ class CalibrationPass:
 
     def limit_reached(self, elapsed: float) -> bool:
         """Tell whether a limit of the options was reached, ``elapsed`` seconds after the begin."""
-        limit = self.options.max_seconds
-        return self._used_up or (limit is not None and elapsed >= limit)
-
-    @property
-    def _used_up(self) -> bool:
         options = self.options
-        return self.forwards >= options.max_steps or (
-            options.max_tokens is not None and self.tokens >= options.max_tokens
+        return (
+            self.forwards >= options.max_steps
+            or (options.max_tokens is not None and self.tokens >= options.max_tokens)
+            or (options.max_seconds is not None and elapsed >= options.max_seconds)
         )
 
     def fetch(self, ahead: Ahead[Prepared]) -> None:
@@ -249,7 +248,7 @@ class CalibrationPass:
 
         Not with a checkpoint, which keeps the random state from which a loader makes that batch.
         """
-        if not self._used_up and self.options.checkpoint is None:
+        if self.options.checkpoint is None:
             begin = time.perf_counter()
             ahead.fetch()
             self.seconds["fold"] -= time.perf_counter() - begin
@@ -364,7 +363,7 @@ class CalibrationPass:
         Args:
             final: fold whatever is pending; what is less than a step makes no layer converge.
             merged: streams that were renewed already, by those of other processes.
-            ahead: the batches to come.
+            ahead: the batches to come, if one will be needed.
         """
         begin = time.perf_counter()
         self.phase = "fold"

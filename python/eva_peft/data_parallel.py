@@ -227,8 +227,10 @@ class Processes:
         if self.leads:
             run.tokens += sum(report.tokens for report in reports[1:])
             run.forwards += not (reports[0].ran or last)
-            own = self._lead(run, merged, reports, ahead, begin, bar)
-        elif not _host.reads_are_free(run.device):  # the leader's device is at work
+        over = run.limit_reached(time.perf_counter() - begin)
+        if self.leads:
+            own = self._lead(run, merged, reports, None if over else ahead, begin, bar)
+        elif not (over or _host.reads_are_free(run.device)):  # the leader's device is at work
             run.fetch(ahead)
         return self._follow(run, self.channel.from_leader(own))
 
@@ -405,7 +407,7 @@ class Processes:
         run: CalibrationPass,
         merged: Sequence[InputStream],
         reports: Sequence[Report],
-        ahead: Ahead[Prepared],
+        ahead: Ahead[Prepared] | None,
         begin: float,
         bar: Any,
     ) -> _Decision:

@@ -52,12 +52,17 @@ def test_the_next_batch_is_fetched_before_the_host_waits(events: list[str]) -> N
     assert events == ["batch 0", "batch 1", "read", "batch 2", "read", "end", "read"]
 
 
-@pytest.mark.parametrize("limit", [{"max_steps": 2}, {"max_tokens": 100}])
-def test_no_batch_is_taken_beyond_a_limit(limit: dict[str, int], events: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("limit", "steps"),
+    [({"max_steps": 2}, 2), ({"max_tokens": 100}, 2), ({"max_seconds": 1e-9}, 1)],
+)
+def test_no_batch_is_taken_beyond_a_limit(
+    limit: dict[str, Any], steps: int, events: list[str]
+) -> None:
     data = noting(vectors(4, rows=60), events)
     result = run(make_mlp(), data, config(), **limit, **OPTIONS)
-    assert result.steps == 2
-    assert events == ["batch 0", "batch 1", "read", "read"]
+    assert result.steps == steps
+    assert events == [f"batch {i}" for i in range(steps)] + ["read"] * steps
 
 
 def test_with_a_checkpoint_a_batch_is_made_when_its_turn_comes(
