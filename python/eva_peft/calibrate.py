@@ -225,6 +225,7 @@ class CalibrationPass:
                 over = self.limit_reached(time.perf_counter() - begin)
                 folded = self.close_step(ahead=None if over else ahead)
                 numbers = self.record(begin, bar) if folded else None
+                self.phase = "forward"  # of the next batch, which may fail as it is made ready
                 done = numbers is not None and self.converged()
                 keeper.end_forward(time.perf_counter(), done)
                 self.call_back(numbers)

@@ -291,6 +291,7 @@ class Processes:
 
     def _forward(self, run: CalibrationPass, ahead: Iterator[Prepared]) -> Report:
         before, ran, error = run.tokens, False, None
+        run.phase = "forward"
         try:
             prepared = self._next_of_all(ahead) if run.sharded else next(ahead, None)
             if prepared is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import eva_kernels
 from eva_kernels.streaming import InputStream
+from eva_peft.prepare import Preparer
 from integration.conftest import (
     QUIET,
     hooks_of,
@@ -35,7 +36,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-@pytest.mark.parametrize("where", ["forward", "accumulate", "fold"])
+@pytest.mark.parametrize("where", ["batch", "forward", "accumulate", "fold"])
 def test_told_with_numbers(kind: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama().train()
     before = state_of(model)
@@ -50,7 +51,10 @@ def test_told_with_numbers(kind: str, where: str, monkeypatch: pytest.MonkeyPatc
 
         return fail
 
-    if where == "forward":
+    if where == "batch":
+        monkeypatch.setattr(Preparer, "prepare", failing(Preparer.prepare, 1))
+        place, advice = "the forward of forward pass 2, step 2", "smaller batch"
+    elif where == "forward":
         layer = model.model.layers[1].mlp.act_fn
         layer.forward = failing(layer.forward, 1)
         place, advice = "the forward of forward pass 2, step 2", "smaller batch"
