@@ -47,7 +47,8 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
     Attributes:
         done: every layer had converged when the checkpoint was written.
         elapsed: seconds that the pass took before.
-        first_random, random: of torch on the CPU when the pass began and now, in each process.
+        first_random, random: the states of torch's generator on the CPU when the pass began, and
+            now, in each process.
         known: layers that all processes accumulate about the leader's basis.
     """
 

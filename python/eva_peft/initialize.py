@@ -53,7 +53,8 @@ def initialize(
             or diffusers. ``torch.compile`` is looked through, and so is DistributedDataParallel
             where no adapter may get another size (``rho=1``).
         loader: any iterable of batches (mappings, tuples, tensors), with or without a length;
-            iterated again for another epoch where it can be.
+            iterated again for another epoch where it can be. On an accelerator one batch more may
+            have been taken from it than was run.
         config: for a base model; without one r = 16, rho = 2 and all linear layers. For a
             PeftModel it says how EVA is to be done (rho, tau, masks), and its ranks replace
             those of the adapter.

@@ -62,7 +62,7 @@ class Prepared(NamedTuple):
     """A batch as the model is to get it.
 
     Attributes:
-        parts: of the batch, on the CPU, each for a forward pass of its own.
+        parts: of the batch, each for a forward pass of its own; where the loader had put it.
         masks: which tokens count, of each part.
     """
 
