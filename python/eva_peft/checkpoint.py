@@ -128,10 +128,6 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.save()
-
-    def save(self) -> None:
-        """Write the state, if it is whole and was not written yet."""
         if self.path is not None and self._between and self.run.forwards > self._written:
             self._write(self.path)
 

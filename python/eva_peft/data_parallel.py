@@ -159,9 +159,12 @@ class Processes:
         self._agree(run)
         # What "auto" decides depends on the memory of each device.
         run.plan = self.channel.from_leader(run.plan)
-        with closing(batches.iterate(loader, lambda: self._seen > 0)) as stream, run.keeper:
+        with (
+            closing(batches.iterate(loader, lambda: self._seen > 0)) as stream,
+            closing(Ahead(map(run.prepare, stream))) as ahead,
+            run.keeper,
+        ):
             decision = self._begin(run, stream)
-            ahead = Ahead(map(run.prepare, stream))
             while not decision.stop:
                 run.keeper.begin_forward()
                 decision = self._step(run, ahead, begin, bar)
