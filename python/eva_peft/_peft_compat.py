@@ -109,11 +109,16 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def given_eva(config: LoraConfig) -> EvaConfig | None:
+    """Return the EVA part of a config, if it has one."""
+    eva: EvaConfig | dict[str, Any] | None = config.eva_config
+    # PEFT 0.17 leaves it as it was read from an adapter's file
+    return EvaConfig(**eva) if isinstance(eva, dict) else eva
+
+
 def eva_of(config: LoraConfig) -> EvaConfig:
     """Return the EVA part of a config, with PEFT's defaults where it has none."""
-    eva = config.eva_config
-    # PEFT 0.17 leaves it as it was read from an adapter's file
-    return EvaConfig(**eva) if isinstance(eva, dict) else eva or EvaConfig()
+    return given_eva(config) or EvaConfig()
 
 
 def versions() -> dict[str, str]:

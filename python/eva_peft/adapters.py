@@ -20,6 +20,7 @@ from ._peft_compat import (
     carries_adapters,
     eva_of,
     exclude_layers,
+    given_eva,
     keep_dilation,
     magnitude,
     pattern_of,
@@ -74,7 +75,7 @@ def write_result(
             check_base_model(inner, adapter_name)
             check_not_replicated(model)
             inner = carrier = wrap_model(inner, chosen, adapter_name)
-        eva = None if chosen.eva_config is None else eva_of(chosen)
+        eva = given_eva(chosen)
         rows = result.state_dict(None if eva is None else eva.whiten)
         inner.eva_result = result  # type: ignore[assignment]
         write_state_dict(carrier, rows, adapter_name, strict, result.uncalled, eva)

@@ -128,7 +128,10 @@ class CalibrationPass:
         }
         self._default_forward = options.forward_fn is None
         self.skipped = 0  # tokens, most of any layer; known at the end
-        self.preparer = Preparer(model, options, config, self.architecture, self.device)
+        # the processes of a sharded model run as many parts, whatever the lengths of samples
+        self.preparer = Preparer(
+            model, options, config, self.architecture, self.device, divide=not self.sharded
+        )
         selectors = selectors_of(targets, options)
         # Its parts know the pass weakly: in a cycle its state would stay on the device until Python
         # looks for cycles, maybe long after the adapters are written and training has begun.

@@ -63,15 +63,14 @@ class Report:
         ran: it had a batch.
         tokens: of the batch.
         slots: those of the process.
-        random: the state of torch on the CPU, from which a loader makes the next batch.
-        error: what went wrong.
+        random: the state of torch on the CPU, from which a loader makes the next batch, for a
+            checkpoint.
     """
 
     ran: bool
     tokens: int
     slots: tuple[Waiting, ...]
-    random: Tensor
-    error: str | None
+    random: Tensor | None
 
     @functools.cached_property
     def of_layer(self) -> dict[int, Waiting]:

@@ -14,7 +14,7 @@ from ._peft_compat import (
     PeftMixedModel,
     adapter_configs,
     carries_adapters,
-    eva_of,
+    given_eva,
     injected_adapters,
     is_lora,
     kind_of,
@@ -157,7 +157,7 @@ def plain_number(value: Any) -> Any:
 def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
     # numpy's cannot be saved as JSON, by us or by PEFT
     config = copy(config)
-    config.eva_config = None if config.eva_config is None else copy(eva_of(config))
+    config.eva_config = copy(given_eva(config))
     for part in filter(None, (config, config.eva_config)):
         for name, value in vars(part).items():
             setattr(part, name, plain_number(value))

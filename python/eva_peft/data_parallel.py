@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -42,7 +42,14 @@ from .cells import (
 )
 from .channel import Channel
 from .divided import sharded_by
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, NotConvergedError, listed
+from .errors import (
+    EvaRuntimeError,
+    EvaTypeError,
+    EvaValueError,
+    HeldError,
+    NotConvergedError,
+    listed,
+)
 from .fingerprint import differences, in_words, other_weights, request_of, weights_of
 from .options import AUTO, CalibrateOptions
 from .prepare import Ahead, Prepared
@@ -53,6 +60,8 @@ if TYPE_CHECKING:
     from .result import EvaResult
 
 __all__ = ["Processes", "beginning", "processes_of"]
+
+T = TypeVar("T")
 
 
 def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | None:
@@ -146,7 +155,8 @@ class Processes:
         self.size, self.leads = self.channel.size, self.channel.leads
         self._known: set[int] = set()  # layers whose basis is the leader's, everywhere
         self._seen = 0  # tokens of all processes
-        self._error: Exception | None = None  # of this process
+        self._keeps = False  # there is a checkpoint
+        self._held = HeldError()  # of this process
 
     def loop(self, run: CalibrationPass, loader: Iterable[Any], begin: float, bar: Any) -> bool:
         """Run batches until the leader says stop; returns whether every layer has converged.
@@ -172,7 +182,7 @@ class Processes:
             try:
                 run.fold_rest(begin, bar)
             except Exception as raised:
-                self._error = raised  # the others are told when they ask for the result
+                self._held.error = raised  # the others are told when they ask for the result
         return decision.done
 
     def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
@@ -187,30 +197,28 @@ class Processes:
             states = keeper.first_random, keeper.random
             position = _Position(str(keeper.path), run.forwards, run.tokens, *states, decision)
         position = self.channel.from_leader(position)
+        self._keeps = position is not None
         if position is None:
             return _Decision(stop=False)
         self._seen = position.tokens  # without any, a loader is not begun anew at its end
         if not position.forwards:
-            keeper.first_random = self.channel.of_all(torch.get_rng_state())
+            keeper.first_random = self._of_all(torch.get_rng_state())
         elif not position.decision.stop:
             self._skip(run, stream, position)
         return self._follow(run, position.decision)
 
     def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:
         """Pass over the batches that the checkpoint has seen."""
-        rank, error, skipped = self.channel.rank, None, 0
+        rank, skipped = self.channel.rank, 0
         torch.set_rng_state(position.first_random[rank])
         try:
             skipped = sum(1 for _ in islice(stream, position.forwards))
         except Exception as raised:
-            self._error, error = raised, _told(raised)
+            self._held.error = raised
         torch.set_rng_state(position.random[rank])
         if not self.leads:
             run.forwards = skipped
-        every = self.channel.of_all((skipped, error))
-        for other, (_, told) in enumerate(every):
-            self._raise_if(told, other)
-        most = max(number for number, _ in every)
+        most = max(self._of_all(skipped))
         if most < position.forwards:
             raise EvaValueError(
                 f"the checkpoint {position.path} has seen {position.forwards} batches, "
@@ -220,21 +228,18 @@ class Processes:
     def _step(
         self, run: CalibrationPass, ahead: Ahead[Prepared], begin: float, bar: Any
     ) -> _Decision:
-        reports = self._exchange(self._forward(run, ahead))
+        reports = self._of_all(self._forward(run, ahead))
         self._seen += sum(report.tokens for report in reports)
-        last = not any(report.ran for report in reports)
         cells = common_cells(reports)
         divide_slots(run.collector, cells)
         merged = self._collect(run, reports, cells)
         own = None
         if self.leads:
-            run.tokens += sum(report.tokens for report in reports[1:])
-            run.forwards += not (reports[0].ran or last)
-        over = run.limit_reached(time.perf_counter() - begin)
-        if self.leads:
-            own = self._lead(run, merged, reports, None if over else ahead, begin, bar)
-        elif not (over or _host.reads_are_free(run.device)):  # the leader's device is at work
-            run.fetch(ahead)
+            own = self._lead(run, merged, reports, ahead, begin, bar)
+        elif not (
+            run.limit_reached(time.perf_counter() - begin) or _host.reads_are_free(run.device)
+        ):
+            run.fetch(ahead)  # while the leader's device is at work
         return self._follow(run, self.channel.from_leader(own))
 
     def result(self, make: Callable[[], EvaResult]) -> EvaResult:
@@ -247,15 +252,15 @@ class Processes:
         found: Any = None
         if self.leads:
             try:
-                self._raise_own()
+                self._held.release()
                 found = make()
             except NotConvergedError as raised:
-                self._error = found = raised
+                self._held.error = found = raised
             except Exception as raised:
-                self._error, found = raised, _told(raised)
+                self._held.error, found = raised, _told(raised)
         found = self.channel.from_leader(found)
         if isinstance(found, NotConvergedError):  # every process raises it as its own
-            self._error, found = self._error or found, str(found)
+            self._held.error, found = self._held.error or found, str(found)
         self._raise_if(found if isinstance(found, str) else None, 0)
         result: EvaResult = found
         return result
@@ -283,7 +288,7 @@ class Processes:
                     f"the processes were asked for different passes; {in_words(found)}. "
                     "Give all of them the same config and options"
                 )
-        weights = self.channel.of_all(weights_of(run))
+        weights = self._of_all(weights_of(run))
         for rank, theirs in enumerate(weights):
             names = other_weights(weights[0], theirs)
             if len(names) > len(weights[0]) / 2:  # one new layer, say a pooler, does no harm
@@ -293,7 +298,7 @@ class Processes:
                 )
 
     def _forward(self, run: CalibrationPass, ahead: Iterator[Prepared]) -> Report:
-        before, ran, error = run.tokens, False, None
+        before, ran = run.tokens, False
         run.phase = "forward"
         try:
             prepared = self._next_of_all(ahead) if run.sharded else next(ahead, None)
@@ -301,13 +306,14 @@ class Processes:
                 run.forward(prepared)
                 ran = True
         except Exception as raised:
-            self._error, error = raised, _told(raised)
+            self._held.error = raised
         slots = tuple(
             Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
             if s.members
         )
-        return Report(ran, run.tokens - before, slots, torch.get_rng_state(), error)
+        random = torch.get_rng_state() if self._keeps else None
+        return Report(ran, run.tokens - before, slots, random)
 
     def _next_of_all(self, ahead: Iterator[Prepared]) -> Prepared | None:
         """Return the next batch if every process has one that could be made ready.
@@ -315,34 +321,27 @@ class Processes:
         The processes of a sharded model wait for each other in the forward pass: all begin it, or
         none.
         """
-        prepared, error = None, None
+        prepared = None
         try:
             prepared = next(ahead, None)
         except Exception as raised:
-            self._error, error = raised, _told(raised)
-        every = self.channel.of_all((prepared is not None, error))
-        for rank, (_, other) in enumerate(every):
-            self._raise_if(other, rank)
-        return prepared if all(has_one for has_one, _ in every) else None
+            self._held.error = raised
+        return prepared if all(self._of_all(prepared is not None)) else None
 
-    def _exchange(self, report: Report) -> list[Report]:
-        reports: list[Report] = self.channel.of_all(report)
-        for rank, other in enumerate(reports):
-            self._raise_if(other.error, rank)
-        return reports
+    def _of_all(self, own: T) -> list[T]:
+        """Return what each process gives, by rank; raise if something has gone wrong in one."""
+        error = self._held.error
+        every = self.channel.of_all((own, None if error is None else _told(error)))
+        del error  # or this frame, which the error knows, would know it
+        for rank, (_, told) in enumerate(every):
+            self._raise_if(told, rank)
+        return [thing for thing, _ in every]
 
     def _raise_if(self, error: str | None, rank: int) -> None:
         if error is None:
             return
-        self._raise_own()
+        self._held.release()
         raise EvaRuntimeError(f"process {rank} failed: {error}")
-
-    def _raise_own(self) -> None:
-        if self._error is not None:
-            try:
-                raise self._error
-            finally:
-                self._error = None  # its frames know this object, and the pass with its streams
 
     def _collect(
         self, run: CalibrationPass, reports: Sequence[Report], cells: Sequence[Cell]
@@ -381,7 +380,7 @@ class Processes:
                         stream = merge_stream(run, cell, record, tensors)
                         merged[id(stream)] = stream
                 except Exception as raised:  # the others wait for the decision, which tells them
-                    self._error = raised
+                    self._held.error = raised
         return list(merged.values())
 
     def _folded(self, run: CalibrationPass, slots: Sequence[Slot]) -> Any:
@@ -389,7 +388,7 @@ class Processes:
         try:
             fold_streams([slot.stream for slot in slots], final=True)
         except Exception as raised:
-            self._error = raised
+            self._held.error = raised
             return _told(raised)
         parcels = []
         for slot in slots:
@@ -411,25 +410,28 @@ class Processes:
         run: CalibrationPass,
         merged: Sequence[InputStream],
         reports: Sequence[Report],
-        ahead: Ahead[Prepared] | None,
+        ahead: Ahead[Prepared],
         begin: float,
         bar: Any,
     ) -> _Decision:
         """End the step, and say what came of it."""
+        ran = any(report.ran for report in reports)
+        run.tokens += sum(report.tokens for report in reports[1:])
+        run.forwards += ran and not reports[0].ran
+        over = run.limit_reached(time.perf_counter() - begin)
         try:
-            self._raise_own()
-            folded = run.close_step(merged=merged, ahead=ahead)
+            self._held.release()
+            folded = run.close_step(merged=merged, ahead=None if over else ahead)
             numbers = run.record(begin, bar) if folded else None
             done = bool(folded) and run.converged()
             renewed = self._renewed(run, folded)
             run.keeper.known = self._known.union(*(cell for cell, _, _ in renewed))
-            random = [report.random for report in reports]
+            random = [report.random for report in reports if report.random is not None]
             run.keeper.end_forward(time.perf_counter(), done, random)
             run.call_back(numbers)
-            ran = any(report.ran for report in reports)
             stop = not ran or done or run.limit_reached(time.perf_counter() - begin)
         except Exception as raised:
-            self._error = raised
+            self._held.error = raised
             return _Decision(error=_told(raised))
         return _Decision(done, stop, frozenset(run.collector.frozen), renewed)
 

@@ -23,6 +23,7 @@ __all__ = [
     "EvaTypeError",
     "EvaValueError",
     "EvaWarning",
+    "HeldError",
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",
@@ -32,6 +33,26 @@ __all__ = [
 ]
 
 _OURS = ("eva_kernels", "eva_peft")
+
+
+class HeldError:
+    """An error that waits until it is time to raise it.
+
+    Attributes:
+        error: what waits, if anything. Its frames know who holds it: it is raised once, so that it
+            does not keep all that they know, maybe on a device.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def release(self) -> None:
+        """Raise what waits, and hold it no longer."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                self.error = None
 
 
 def warn(message: str, category: type[Warning] = EvaWarning) -> None:

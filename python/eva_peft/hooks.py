@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eva_kernels.streaming import InputStream, NonFiniteStepError
 
-from .errors import EvaTypeError, EvaValueError, NonFiniteError, warn
+from .errors import EvaTypeError, EvaValueError, HeldError, NonFiniteError, warn
 from .interrupts import completed
 from .layers import Patches
 from .routing import EagerExperts, RoutedInputs
@@ -65,7 +65,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         patient: bool = False,
     ) -> None:
         self.targets, self.selectors, self._patient = targets, selectors, patient
-        self._failure: Exception | None = None
+        self._held = HeldError()
         self.slots: list[Slot] = []
         self.slot_of: dict[int, Slot] = {}
         self.frozen: set[int] = set()  # layers that are no longer accumulated
@@ -133,14 +133,14 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._timed_call(i, (x,), {})
 
     def _timed_call(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.stopped and self._failure is None:
+        if not self.stopped and self._held.error is None:
             begin = time.perf_counter()
             try:
                 self._called(i, args, kwargs)
             except Exception as error:
                 if not self._patient:
                     raise
-                self._failure = error
+                self._held.error = error
             finally:
                 self.seconds += time.perf_counter() - begin
             self.stopped = self._stop_early and self._missing == 0
@@ -191,11 +191,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             Layers that turned out not to share an input they were thought to share in their very
             first forward pass; the batch must be run again for them alone (:meth:`only`).
         """
-        if self._failure is not None:
-            try:
-                raise self._failure
-            finally:
-                self._failure = None  # its frames know this object, and its streams
+        self._held.release()
         begin = time.perf_counter()
         for slot in list(self.slots):
             if slot not in self._fresh:

@@ -13,7 +13,7 @@ from . import arguments, batches
 from ._peft_compat import LoraConfig
 from .architecture import Architecture
 from .batch_mask import mask_of_batch
-from .divided import is_sharded
+from .errors import HeldError
 from .options import AUTO, CalibrateOptions
 from .subsample import Draw
 from .token_mask import TokenMask
@@ -33,28 +33,24 @@ class Ahead(Iterator[T], Generic[T]):
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
         self._fetched: list[T] = []
-        self._error: Exception | None = None
+        self._held = HeldError()
 
     def fetch(self) -> None:
         """Fetch the next item; what that raises is raised when the item is asked for."""
-        if self._fetched or self._error is not None:
+        if self._fetched or self._held.error is not None:
             return
         try:
             self._fetched += islice(self._items, 1)
         except Exception as error:
-            self._error = error
+            self._held.error = error
 
     def close(self) -> None:
         """Let go of what was fetched; nobody is told of an error, whose frames know this object."""
         self._fetched.clear()
-        self._error = None
+        self._held.error = None
 
     def __next__(self) -> T:
-        if self._error is not None:
-            try:
-                raise self._error
-            finally:
-                self._error = None  # or it would keep itself, and all that was on its way
+        self._held.release()
         return self._fetched.pop() if self._fetched else next(self._items)
 
 
@@ -77,6 +73,7 @@ class Preparer:
         model, options, config: of the pass.
         architecture: of the model.
         device: where the model begins.
+        divide: short samples may run apart from long ones.
 
     Attributes:
         plain_masks: masks come from batches, not from a function of the user's.
@@ -89,12 +86,11 @@ class Preparer:
         config: LoraConfig,
         architecture: Architecture,
         device: torch.device,
+        divide: bool,
     ) -> None:
         self.plain_masks = options.prepare_model_inputs_fn == AUTO
         self._model, self._options, self._config = model, options, config
-        self._architecture, self._device = architecture, device
-        # the processes of a sharded model run as many parts, whatever the lengths of samples
-        self._divides = not is_sharded(model)
+        self._architecture, self._device, self._divide = architecture, device, divide
         self._warned: set[str] = set()  # layers that were warned about, once a pass
         self._transposed: dict[str, bool] = {}  # layers that were seen to take the sequence first
 
@@ -111,7 +107,7 @@ class Preparer:
             batch = batches.as_tensors(batch)
         parts = [batch]
         if by_default and self._options.trim_padding and self.plain_masks:
-            parts = batches.without_padding(batch, self._device, self._architecture, self._divides)
+            parts = batches.without_padding(batch, self._device, self._architecture, self._divide)
         masks = [self._mask_of(part) for part in parts]
         self._draw(masks, number)
         return Prepared(parts, masks)

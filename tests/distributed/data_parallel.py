@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import eva_kernels
-from distributed.scenarios import calibrate, own_batches, scenario
+from distributed.scenarios import calibrate, failing_batches, own_batches, scenario
 from distributed.shards import spoiled_in_shards
 from eva_kernels.streaming import InputStream, _host
 from eva_peft import cells, channel, data_parallel
@@ -187,13 +187,7 @@ def initialised(rank: int) -> Any:
 
 @scenario
 def follower_fails(rank: int) -> Any:
-    def broken() -> Iterator[Any]:
-        yield from own_batches(rank, 2)
-        if rank == 1:
-            raise OSError("the disk is gone")
-        yield from own_batches(rank, 2)
-
-    return calibrate(make_llama(), broken())
+    return calibrate(make_llama(), failing_batches(rank))
 
 
 @scenario
@@ -324,15 +318,10 @@ def kept_by_errors(rank: int) -> Any:
     def failing(numbers: dict[str, Any]) -> None:
         raise OSError("the report is gone")
 
-    def broken() -> Iterator[Any]:
-        yield from own_batches(rank, 2)
-        if rank == 1:
-            raise OSError("the disk is gone")
-
     never = {"max_steps": 2, "on_not_converged": "raise"}
     return {
         "callback": kept_by(lambda: calibrate(make_llama(), own_batches(rank), callback=failing)),
-        "loader": kept_by(lambda: calibrate(make_llama(), broken())),
+        "loader": kept_by(lambda: calibrate(make_llama(), failing_batches(rank))),
         "not converged": kept_by(lambda: calibrate(make_llama(), own_batches(rank), **never)),
         "layer in shards": kept_by(lambda: spoiled_in_shards(rank)),
     }

@@ -29,6 +29,14 @@ def own_batches(rank: int, count: int = 4) -> list[dict[str, Tensor]]:
     return text_batches(count, padded=False, seed=10 + rank)
 
 
+def failing_batches(rank: int) -> Iterator[dict[str, Tensor]]:
+    """Yield batches; behind two of them the second process's loader fails."""
+    yield from own_batches(rank, 2)
+    if rank == 1:
+        raise OSError("the disk is gone")
+    yield from own_batches(rank, 2)
+
+
 @contextmanager
 def shared_folder() -> Iterator[Path]:
     """Make a folder in the first process, for all."""

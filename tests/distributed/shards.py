@@ -20,7 +20,13 @@ from torch.distributed.tensor.parallel import (
 from transformers import LlamaForCausalLM
 
 import eva_kernels
-from distributed.scenarios import calibrate, own_batches, scenario, shared_folder
+from distributed.scenarios import (
+    calibrate,
+    failing_batches,
+    own_batches,
+    scenario,
+    shared_folder,
+)
 from integration.conftest import QUIET, lora, make_llama, text_batches, wrapped
 
 
@@ -120,13 +126,7 @@ def shards_have_other_numbers_of_batches(rank: int) -> Any:
 
 @scenario
 def loader_fails_in_shards(rank: int) -> Any:
-    def broken() -> Iterator[Any]:
-        yield from own_batches(rank, 2)
-        if rank == 1:
-            raise OSError("the disk is gone")
-        yield from own_batches(rank, 2)
-
-    return calibrate(sharded(make_llama()), broken())
+    return calibrate(sharded(make_llama()), failing_batches(rank))
 
 
 @scenario

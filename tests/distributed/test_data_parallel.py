@@ -230,19 +230,34 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
 
 
 @pytest.mark.parametrize(
-    ("name", "where", "message"),
+    ("name", "where", "kind", "message"),
     [
-        ("fails_before", 1, "memory_budget=1 bytes is too small"),
-        ("leader_finds_no_layer", 0, "no layer to initialise"),
+        ("fails_before", 1, "EvaValueError", "memory_budget=1 bytes is too small"),
+        ("leader_finds_no_layer", 0, "EvaValueError", "no layer to initialise"),
+        ("checkpoint_cannot_be_written", 0, "EvaValueError", "cannot be written"),
+        # before the others run theirs
+        (
+            "batch_fails_in_shards",
+            1,
+            "EvaValueError",
+            "the samples of 'input_ids' in a batch have different lengths",
+        ),
+        # when the others have run theirs
+        (
+            "layer_fails_in_shards",
+            1,
+            "NonFiniteError",
+            "layer model.layers.0.mlp.down_proj, step 1: 96 of 96 tokens",
+        ),
     ],
 )
-def test_an_error_before_the_pass_ends_all(
-    name: str, where: int, message: str, seen: tuple[Seen, Seen]
+def test_what_goes_wrong_in_one_is_told_in_the_other(
+    name: str, where: int, kind: str, message: str, seen: tuple[Seen, Seen]
 ) -> None:
-    kind, told = seen[where][name]
-    assert kind == "EvaValueError"
+    found, told = seen[where][name]
+    assert found == kind
     assert message in told
-    expected = f"process {where} failed: EvaValueError: {told}"
+    expected = f"process {where} failed: {kind}: {told}"
     assert seen[1 - where][name] == ("EvaRuntimeError", expected)
 
 
@@ -300,22 +315,6 @@ def test_shards_stop_where_the_first_loader_ends(seen: tuple[Seen, Seen]) -> Non
     found = seen[0]["shards_have_other_numbers_of_batches"]
     assert found["tokens"] == 2 * 3 * 4 * 24
     assert same(found, seen[1]["shards_have_other_numbers_of_batches"])
-
-
-def test_a_batch_of_a_shard_fails_before_the_others_run_theirs(seen: tuple[Seen, Seen]) -> None:
-    kind, message = seen[1]["batch_fails_in_shards"]
-    assert kind == "EvaValueError"
-    assert "the samples of 'input_ids' in a batch have different lengths" in message
-    told = f"process 1 failed: EvaValueError: {message}"
-    assert seen[0]["batch_fails_in_shards"] == ("EvaRuntimeError", told)
-
-
-def test_a_layer_of_a_shard_fails_when_the_others_have_run_theirs(seen: tuple[Seen, Seen]) -> None:
-    kind, message = seen[1]["layer_fails_in_shards"]
-    assert kind == "NonFiniteError"
-    assert "layer model.layers.0.mlp.down_proj, step 1: 96 of 96 tokens" in message
-    told = f"process 1 failed: NonFiniteError: {message}"
-    assert seen[0]["layer_fails_in_shards"] == ("EvaRuntimeError", told)
 
 
 def test_models_with_divided_layers_are_refused_everywhere(seen: tuple[Seen, Seen]) -> None:
@@ -384,10 +383,3 @@ def test_as_many_processes_must_go_on(seen: tuple[Seen, Seen]) -> None:
     kind, message = seen[0]["goes_on_alone"]
     assert kind == "EvaValueError"
     assert "belongs to another pass: processes: 2 in the file, 1 now. To go on" in message
-
-
-def test_a_checkpoint_that_cannot_be_written_ends_all(seen: tuple[Seen, Seen]) -> None:
-    kind, message = seen[0]["checkpoint_cannot_be_written"]
-    assert kind == "EvaValueError"
-    assert "cannot be written" in message
-    assert seen[1]["checkpoint_cannot_be_written"][0] == "EvaRuntimeError"
