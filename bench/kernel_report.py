@@ -7,6 +7,7 @@ Triton interprets kernels cannot.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -41,8 +42,17 @@ SHAPES = ((2048, 4096), (8192, 4096), (2048, 11008), (8192, 11008))
 SPILLS = {("3.8", "sm_80"): 24}
 
 
+def can_compile() -> bool:
+    """Tell whether Triton takes constants and alignment in the way of 3.3 and later."""
+    from triton.compiler import ASTSource
+
+    return "constexprs" in inspect.signature(ASTSource).parameters
+
+
 def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict[str, Any]]:
     """Return one record a compiled kernel, from child processes, one an architecture."""
+    if not can_compile():
+        raise RuntimeError("kernels are compiled ahead by Triton 3.3 or later only")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def child(arch: str) -> list[dict[str, Any]]:

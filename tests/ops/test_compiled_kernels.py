@@ -21,6 +21,8 @@ STREAMING = re.compile("project_kernel|back_kernel|gram_kernel")
 
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
+    if not kernel_report.can_compile():
+        pytest.skip("this Triton is told constants and alignment in another way")
     return kernel_report.compile_all(tuple(UNITS))
 
 
