@@ -46,8 +46,14 @@ void fold_measure_cuda(const FoldMeasureArgs& args, int device, uintptr_t stream
   const int64_t rows = fold.n_layers * fold.width;
   fold_along_kernel<<<grid_of((rows + kRows - 1) / kRows), kAlongThreads, 0, cuda_stream>>>(fold);
   cuda_check(cudaGetLastError(), "fold: launch of along");
-  fold_measure_kernel<<<grid_of(fold_blocks(args)), kMeasureThreads, 0, cuda_stream>>>(args);
+  const int64_t splits = fold.n_layers * fold_splits(fold.features, args.columns);
+  const int64_t equal = splits * measured_pairs<true>(fold.width);
+  fold_measure_kernel<true><<<grid_of(equal), kMeasureThreads, 0, cuda_stream>>>(args);
   cuda_check(cudaGetLastError(), "fold: launch of measure");
+  if (const int64_t others = splits * measured_pairs<false>(fold.width)) {
+    fold_measure_kernel<false><<<grid_of(others), kMeasureThreads, 0, cuda_stream>>>(args);
+    cuda_check(cudaGetLastError(), "fold: launch of measure below the diagonal");
+  }
   const int64_t tiles = fold.n_layers * fold_pairs(fold.width);
   fold_reduce_kernel<<<grid_of(tiles * kReduceBlocks), kReduceThreads, 0, cuda_stream>>>(args);
   cuda_check(cudaGetLastError(), "fold: launch of reduce");

@@ -1,24 +1,25 @@
 // Device code of the fold. It includes no CUDA header, so that the tests can compile the same text
 // with a host compiler (tests/emulator).
 //
-// Measure and rows are bound by float64 arithmetic, and nothing of size (width, features) leaves
-// the chip but the new rows: Y is formed from basis and products wherever a block needs it.
+// Nothing of size (width, features) leaves the chip but the new rows: Y is formed from basis and
+// products wherever a block needs it. Warps multiply, see product.cuh.
 //
 //   prepare  a block a layer: shift of the mean, new mean, what the step adds to the total variance
 //   along    a warp a row:  weight * basis . delta
 //   measure  a block takes a pair of row tiles of one layer and a split of its features. It stages
-//            16 columns of Y and of the basis at a time, transposed, and each thread adds up a
-//            4 x 4 part of Y basis^T and of Y Y^T. Both are symmetric: only lower parts are made.
+//            16 columns of Y and of the basis at a time; four warps add up Y basis^T and four
+//            Y Y^T. Both are symmetric: only lower parts are made.
 //   reduce   adds the splits in order and mirrors the lower triangle
 //   rows     a block takes 32 columns of one layer, all rows of them: it alone reads these columns,
 //            so that it may write the new rows in place of the old
 //
-// A staged row of 64 numbers is kept in an order in which the 4 numbers of a thread are two pairs,
-// 32 apart: threads that are neighbours then read neighbouring pairs, without a bank conflict.
+// What is staged has rows of 4 numbers more than 16 or a multiple of it: then the lanes of half a
+// warp, each with a number of its own of a (4, 4) matrix, find them in different banks.
 #pragma once
 
 #include "block.cuh"
 #include "fold.h"
+#include "product.cuh"
 
 namespace eva_kernels {
 
@@ -27,37 +28,27 @@ constexpr int kAlongThreads = 256;
 constexpr int kMeasureThreads = 256;
 constexpr int kReduceThreads = 256;
 constexpr int kRowsThreads = 128;
-constexpr int kFoldDepth = 16;             // columns of a stage in measure, old rows in rows
-constexpr int kRowsColumns = 32;           // columns of a block of rows
-constexpr int kFoldPart = 4;               // a thread's part is 4 x 4
-constexpr int kFoldPitch = kFoldTile + 2;  // between staged columns; even, for pairs
-constexpr int kRowsPitch = kRowsColumns + 2;
-constexpr int kFoldParts = kFoldTile / kFoldPart;
+constexpr int kFoldDepth = 16;    // columns of a stage in measure, old rows in rows
+constexpr int kRowsColumns = 32;  // columns of a block of rows
+constexpr int kPad = 4;           // of what is staged
 constexpr int kFoldTileSize = kFoldTile * kFoldTile;
 constexpr int kReduceBlocks = kFoldTileSize / kReduceThreads;  // of a tile
-static_assert(kMeasureThreads == kFoldParts * kFoldParts, "a part a thread");
+constexpr int kMeasureWarps = kMeasureThreads / kLanes;
+constexpr int kTileRows = kFoldTile / kProductRows;        // products one below the other
+constexpr int kTileColumns = kFoldTile / kProductColumns;  // side by side
+constexpr int kRowsProducts = kRowsColumns / kProductColumns;
+constexpr int kMixingPart = kFoldDepth * kFoldTile / kRowsThreads;
 static_assert(kMeasureThreads == kFoldTile * kFoldDepth / 4, "four numbers of a stage a thread");
-static_assert(kRowsThreads == kFoldParts * kRowsColumns / kFoldPart, "a part a thread");
+static_assert(kMeasureWarps == 2 * kTileRows, "a warp a row of products, of core and of metric");
+static_assert(kRowsThreads / kLanes == kTileRows, "a warp a row of products");
+
+// Rows of Y that a block of rows holds: whole products deep.
+EVA_HOST_DEVICE inline int fold_rows_depth(int width) {
+  return (width + kProductDepth - 1) / kProductDepth * kProductDepth;
+}
 
 inline int fold_rows_shared_bytes(int width) {
-  return static_cast<int>(sizeof(double)) * width * kRowsPitch;
-}
-
-// Where number i of a staged row of `size` is kept.
-template <int size>
-__device__ __forceinline__ int staged_at(int i) {
-  return i / 4 * 2 + i % 2 + i % 4 / 2 * (size / 2);
-}
-
-// The four numbers of part `part` of a staged row.
-template <int size>
-__device__ __forceinline__ void read_part(const double* row, int part, double (&out)[kFoldPart]) {
-  const double2 low = *reinterpret_cast<const double2*>(row + 2 * part);
-  const double2 high = *reinterpret_cast<const double2*>(row + 2 * part + size / 2);
-  out[0] = low.x;
-  out[1] = low.y;
-  out[2] = high.x;
-  out[3] = high.y;
+  return static_cast<int>(sizeof(double)) * fold_rows_depth(width) * (kRowsColumns + kPad);
 }
 
 // out[i] = numbers `column`.. of a row of `columns`, 0 beyond its end.
@@ -77,7 +68,7 @@ __device__ __forceinline__ void load_four(const float* row, int64_t column, int6
 }
 
 // Numbers `column`.. of a row of `columns`, as far as it goes. One by one, the numbers of a warp's
-// rows would fill each sector of 32 bytes in four stores.
+// rows would fill each sector of 32 bytes in many stores.
 __device__ __forceinline__ void store_four(float* row, int64_t column, int64_t columns,
                                            const float (&in)[4]) {
   float* to = row + column;
@@ -93,6 +84,32 @@ __device__ __forceinline__ void store_four(float* row, int64_t column, int64_t c
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (column + i < columns) to[i] = in[i];
+  }
+}
+
+// The same of two numbers.
+__device__ __forceinline__ void store_two(float* row, int64_t column, int64_t columns, float first,
+                                          float second) {
+  float* to = row + column;
+  if (column + 2 <= columns && reinterpret_cast<uintptr_t>(to) % sizeof(float2) == 0) {
+    float2 two;
+    two.x = first;
+    two.y = second;
+    *reinterpret_cast<float2*>(to) = two;
+    return;
+  }
+  if (column < columns) to[0] = first;
+  if (column + 1 < columns) to[1] = second;
+}
+
+// Four numbers side by side in shared memory, at a multiple of 16 bytes.
+__device__ __forceinline__ void stage_four(double* to, const double (&in)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    double2 two;
+    two.x = in[i];
+    two.y = in[i + 1];
+    *reinterpret_cast<double2*>(to + i) = two;
   }
 }
 
@@ -127,10 +144,16 @@ __device__ __forceinline__ void fetch(const FoldRow& row, int64_t column, int64_
   load_four(row.products, column, columns, four.products);
 }
 
-__device__ __forceinline__ double image_at(const FoldRow& row, const FoldFour& four, int i,
-                                           const double* delta, int64_t column, int64_t columns) {
-  if (column + i >= columns) return 0.0;
-  return four.products[i] + four.basis[i] * row.square - row.along * delta[column + i];
+// Y of four columns of a row, 0 beyond the last.
+__device__ __forceinline__ void image_of(const FoldRow& row, const FoldFour& four,
+                                         const double* delta, int64_t column, int64_t columns,
+                                         double (&out)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i] = 0.0;
+    if (column + i >= columns) continue;
+    out[i] = four.products[i] + four.basis[i] * row.square - row.along * delta[column + i];
+  }
 }
 
 // Grid: layers.
@@ -186,103 +209,154 @@ __device__ __forceinline__ TilePair tile_pair(int pair) {
   return {rows, pair};
 }
 
-// The part of a tile that a thread makes; on the diagonal the first 136 threads make the lower
-// triangle of parts, and the others only load.
-struct TilePart {
+// Pairs of row tiles on the diagonal, or below it: a kernel for each, whose warps hold more sums.
+template <bool diagonal>
+EVA_HOST_DEVICE int measured_pairs(int width) {
+  const int tiles = (width + kFoldTile - 1) / kFoldTile;
+  return diagonal ? tiles : tiles - 1;
+}
+static_assert(kFoldMaxWidth == 2 * kFoldTile, "there is one pair below the diagonal");
+
+// Where a product lies in a tile, counted in products.
+struct Place {
   int row;
   int column;
-  bool needed;
 };
 
-__device__ __forceinline__ TilePart tile_part(bool diagonal) {
-  const int i = threadIdx.x;
-  if (!diagonal) return {i / kFoldParts, i % kFoldParts, true};
-  int row = 0, rest = i;
-  while (rest > row && row < kFoldParts) rest -= ++row;
-  return row < kFoldParts ? TilePart{row, rest, true} : TilePart{0, 0, false};
+// The products of a tile that a warp adds up: `turn` of a row from column `first` on, then those of
+// row `next` from column 0 on.
+struct WarpPart {
+  int row;
+  int first;
+  int turn;
+  int next;
+
+  __device__ __forceinline__ Place at(int i) const {
+    return i < turn ? Place{row, first + i} : Place{next, i - turn};
+  }
+};
+
+// Products of a warp. On the diagonal the rows have 2, 4, 6 and 8 that reach the lower triangle:
+// two warps share the last row and the first, two those between.
+template <bool diagonal>
+constexpr int kWarpProducts = diagonal ? 5 : kTileColumns;
+
+// Of warp `warp` of the four that share a tile.
+template <bool diagonal>
+__device__ __forceinline__ WarpPart warp_part(int warp) {
+  if (!diagonal) return {warp, 0, kTileColumns, warp};
+  const int below = kTileRows - 1 - warp / 2, above = warp / 2;
+  if (warp % 2 == 0) return {below, 0, kWarpProducts<true>, below};
+  return {below, kWarpProducts<true>, 2 * below + 2 - kWarpProducts<true>, above};
 }
 
+using StagedRow = double[kFoldDepth + kPad];
+
 struct MeasureStage {
-  double image_rows[kFoldDepth][kFoldPitch];
-  double image_columns[kFoldDepth][kFoldPitch];
-  double basis_columns[kFoldDepth][kFoldPitch];
+  alignas(16) StagedRow image_rows[kFoldTile];
+  alignas(16) StagedRow image_columns[kFoldTile];
+  alignas(16) StagedRow basis_columns[kFoldTile];
 };
 
-// core += Y_rows basis_columns^T, metric += Y_rows Y_columns^T over the columns of a stage.
-__device__ __forceinline__ void add_stage(const MeasureStage& stage, const TilePart& part,
-                                          bool diagonal, double (&core)[kFoldPart][kFoldPart],
-                                          double (&metric)[kFoldPart][kFoldPart]) {
-#pragma unroll 1  // registers for two blocks on a multiprocessor
-  for (int k = 0; k < kFoldDepth; ++k) {
-    double left[kFoldPart], image[kFoldPart], basis[kFoldPart];
-    read_part<kFoldTile>(stage.image_rows[k], part.row, left);
-    read_part<kFoldTile>(diagonal ? stage.image_rows[k] : stage.image_columns[k], part.column,
-                         image);
-    read_part<kFoldTile>(stage.basis_columns[k], part.column, basis);
+// sums += left right^T over the columns of a stage.
+template <int count>
+__device__ __forceinline__ void add_stage(const StagedRow* left, const StagedRow* right,
+                                          const WarpPart& part, double (&sums)[count][4]) {
+  const ProductLane lane = product_lane();
+#pragma unroll 2
+  for (int k = 0; k < kFoldDepth; k += kProductDepth) {
+    double of_row[2], of_next[2];
 #pragma unroll
-    for (int i = 0; i < kFoldPart; ++i) {
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane.group + kProductRows / 2 * i;
+      of_row[i] = left[part.row * kProductRows + row][k + lane.within];
+      of_next[i] = left[part.next * kProductRows + row][k + lane.within];
+    }
 #pragma unroll
-      for (int j = 0; j < kFoldPart; ++j) {
-        core[i][j] += left[i] * basis[j];
-        metric[i][j] += left[i] * image[j];
-      }
+    for (int n = 0; n < count; ++n) {
+      const int column = part.at(n).column * kProductColumns + lane.group;
+      const double of_column = right[column][k + lane.within];
+      const bool in_row = n < part.turn;
+      const double of_left[2] = {in_row ? of_row[0] : of_next[0], in_row ? of_row[1] : of_next[1]};
+      add_product(of_left, of_column, sums[n]);
     }
   }
 }
 
-// Grid: splits of the features, by pairs of row tiles, by layers. Every block writes its tile of
-// core and of metric to `partial`.
-__global__ void __launch_bounds__(kMeasureThreads, 2) fold_measure_kernel(FoldMeasureArgs args) {
+// A warp's sums into a tile of 64 x 64.
+template <int count>
+__device__ __forceinline__ void store_sums(const WarpPart& part, const double (&sums)[count][4],
+                                           double* tile) {
+  const ProductLane lane = product_lane();
+#pragma unroll
+  for (int n = 0; n < count; ++n) {
+    const Place place = part.at(n);
+    for (int i = 0; i < 2; ++i) {
+      const int row = place.row * kProductRows + kProductRows / 2 * i + lane.group;
+      const int column = place.column * kProductColumns + 2 * lane.within;
+      tile[row * kFoldTile + column] = sums[n][2 * i];
+      tile[row * kFoldTile + column + 1] = sums[n][2 * i + 1];
+    }
+  }
+}
+
+// Grid: splits of the features, by measured_pairs, by layers. Every block writes its tile of core
+// and of metric to `partial`.
+template <bool diagonal>
+__global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
+    fold_measure_kernel(FoldMeasureArgs args) {
   __shared__ MeasureStage stage;
   const FoldArgs& fold = args.fold;
   const int64_t splits = fold_splits(fold.features, args.columns);
   const int64_t split = blockIdx.x % splits;
-  const int64_t tile = blockIdx.x / splits;
-  const int pairs = fold_pairs(fold.width);
-  const TilePair pair = tile_pair(static_cast<int>(tile % pairs));
-  const int64_t layer = tile / pairs;
-  const bool diagonal = pair.rows == pair.columns;
-  const TilePart part = tile_part(diagonal);
+  const int pairs = measured_pairs<diagonal>(fold.width);
+  const int along = static_cast<int>(blockIdx.x / splits % pairs);
+  const TilePair pair = diagonal ? TilePair{along, along} : TilePair{1, 0};
+  const int64_t layer = blockIdx.x / splits / pairs;
+
+  const int warp = threadIdx.x / kLanes;
+  const bool of_core = warp < kTileRows;
+  const WarpPart part = warp_part<diagonal>(warp % kTileRows);
+  const StagedRow* right = of_core    ? stage.basis_columns
+                           : diagonal ? stage.image_rows
+                                      : stage.image_columns;
+
+  const bool within = part.next * kProductRows < fold.width - pair.rows * kFoldTile;
 
   // A thread stages four columns of one row, of either tile.
   const int staged_row = threadIdx.x / (kFoldDepth / 4);
   const int first = threadIdx.x % (kFoldDepth / 4) * 4;
-  const int at = staged_at<kFoldTile>(staged_row);
   const FoldRow row = fold_row(fold, layer, pair.rows * kFoldTile + staged_row);
   const FoldRow column = fold_row(fold, layer, pair.columns * kFoldTile + staged_row);
   const double* delta = fold.delta + layer * fold.features;
   const int64_t begin = split * args.columns;
   const int64_t end = begin + args.columns < fold.features ? begin + args.columns : fold.features;
 
-  double core[kFoldPart][kFoldPart] = {};
-  double metric[kFoldPart][kFoldPart] = {};
+  double sums[kWarpProducts<diagonal>][4] = {};
   FoldFour of_row, of_column;
   fetch(row, begin + first, end, of_row);
   if (!diagonal) fetch(column, begin + first, end, of_column);
   for (int64_t d = begin; d < end; d += kFoldDepth) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      stage.image_rows[first + i][at] = image_at(row, of_row, i, delta, d + first, end);
-      stage.basis_columns[first + i][at] = diagonal ? of_row.basis[i] : of_column.basis[i];
-      if (diagonal) continue;
-      stage.image_columns[first + i][at] = image_at(column, of_column, i, delta, d + first, end);
+    double four[4];
+    image_of(row, of_row, delta, d + first, end, four);
+    stage_four(&stage.image_rows[staged_row][first], four);
+    if (!diagonal) {
+      image_of(column, of_column, delta, d + first, end, four);
+      stage_four(&stage.image_columns[staged_row][first], four);
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = diagonal ? of_row.basis[i] : of_column.basis[i];
+    stage_four(&stage.basis_columns[staged_row][first], four);
     __syncthreads();
     // The next columns are on their way while these are multiplied.
     fetch(row, d + kFoldDepth + first, end, of_row);
     if (!diagonal) fetch(column, d + kFoldDepth + first, end, of_column);
-    if (part.needed) add_stage(stage, part, diagonal, core, metric);
+    if (within) add_stage(stage.image_rows, right, part, sums);
     __syncthreads();
   }
-  if (!part.needed) return;
-  double* out = args.partial + 2 * kFoldTileSize * static_cast<int64_t>(blockIdx.x);
-  for (int i = 0; i < kFoldPart; ++i) {
-    for (int j = 0; j < kFoldPart; ++j) {
-      const int entry = (part.row * kFoldPart + i) * kFoldTile + part.column * kFoldPart + j;
-      out[entry] = core[i][j];
-      out[kFoldTileSize + entry] = metric[i][j];
-    }
-  }
+  const int64_t tile =
+      layer * fold_pairs(fold.width) + pair.rows * (pair.rows + 1) / 2 + pair.columns;
+  store_sums(part, sums, args.partial + kFoldTileSize * (2 * (tile * splits + split) + !of_core));
 }
 
 // Grid: blocks of kReduceThreads entries of a tile, by pairs of row tiles, by layers.
@@ -310,31 +384,59 @@ __global__ void __launch_bounds__(kReduceThreads) fold_reduce_kernel(FoldMeasure
   args.metric[lower] = args.metric[upper] = metric;
 }
 
-// Put Y of the block's columns into shared memory, (width, kRowsPitch), and save the leading rows.
+// Put Y of the block's columns into shared memory, 0 below the last row, and save leading rows.
 __device__ __forceinline__ void stage_image(const FoldArgs& fold, int64_t layer, int64_t begin,
                                             double* image) {
   const FoldLayer& of = fold.layers[layer];
   const double* delta = fold.delta + layer * fold.features;
   const int first = threadIdx.x % (kRowsColumns / 4) * 4;
   constexpr int kRowsAtOnce = kRowsThreads / (kRowsColumns / 4);
-  for (int i = threadIdx.x / (kRowsColumns / 4); i < fold.width; i += kRowsAtOnce) {
+  const int depth = fold_rows_depth(fold.width);
+  for (int i = threadIdx.x / (kRowsColumns / 4); i < depth; i += kRowsAtOnce) {
     const FoldRow row = fold_row(fold, layer, i);
     FoldFour four;
     fetch(row, begin + first, fold.features, four);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      image[i * kRowsPitch + staged_at<kRowsColumns>(first + j)] =
-          image_at(row, four, j, delta, begin + first, fold.features);
-    }
+    double staged[4];
+    image_of(row, four, delta, begin + first, fold.features, staged);
+    stage_four(image + i * (kRowsColumns + kPad) + first, staged);
     if (i < of.kept) {
       store_four(of.before + i * fold.features, begin + first, fold.features, four.basis);
     }
   }
 }
 
+// A thread's numbers of kFoldDepth old rows of the mixing, of a tile of new rows: 0 beyond the
+// width.
+__device__ __forceinline__ void fetch_mixing(const double* mixing, int width, int old, int tile,
+                                             double (&out)[kMixingPart]) {
+#pragma unroll
+  for (int i = 0; i < kMixingPart; ++i) {
+    const int at = i * kRowsThreads + threadIdx.x;
+    const int k = old + at / kFoldTile, row = tile + at % kFoldTile;
+    out[i] = k < width && row < width ? mixing[k * width + row] : 0.0;
+  }
+}
+
+// New rows of a warp, as far as the rank and the features go.
+__device__ __forceinline__ void store_rows(const double (&sums)[kRowsProducts][4], int row,
+                                           int rank, int64_t column, int64_t columns,
+                                           float* basis) {
+  const ProductLane lane = product_lane();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int at = row + kProductRows / 2 * i + lane.group;
+    if (at >= rank) continue;
+#pragma unroll
+    for (int n = 0; n < kRowsProducts; ++n) {
+      store_two(basis + at * columns, column + kProductColumns * n + 2 * lane.within, columns,
+                static_cast<float>(sums[n][2 * i]), static_cast<float>(sums[n][2 * i + 1]));
+    }
+  }
+}
+
 // Grid: blocks of 32 columns, by layers. Dynamic shared memory: fold_rows_shared_bytes(width).
 __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs args) {
-  __shared__ double mixing[kFoldDepth][kFoldPitch];
+  __shared__ double mixing[kFoldDepth][kFoldTile + kPad];
   EVA_DYNAMIC_SHARED(double, image);
   if (!*args.sound) return;
   const FoldArgs& fold = args.fold;
@@ -343,48 +445,48 @@ __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs ar
   const int64_t layer = blockIdx.x / blocks;
   const int64_t begin = blockIdx.x % blocks * kRowsColumns;
   const double* of_layer = args.mixing + layer * width * width;
-  const int rank = args.rank(layer);
+  double next[kMixingPart];
+  fetch_mixing(of_layer, width, 0, 0, next);
   stage_image(fold, layer, begin, image);
   if (threadIdx.x < kRowsColumns && begin + threadIdx.x < fold.features) {
     const int64_t column = begin + threadIdx.x;
     fold.layers[layer].mean[column] = args.mean[layer * fold.features + column];
   }
 
-  const int part_row = threadIdx.x / (kRowsColumns / kFoldPart);
-  const int part_column = threadIdx.x % (kRowsColumns / kFoldPart);
+  const ProductLane lane = product_lane();
+  const int rank = args.rank(layer);
+  const int of_warp = threadIdx.x / kLanes * kProductRows;
   for (int tile = 0; tile < width; tile += kFoldTile) {
-    double sum[kFoldPart][kFoldPart] = {};
+    double sums[kRowsProducts][4] = {};
     for (int old = 0; old < width; old += kFoldDepth) {
-      __syncthreads();  // the stage before has been read, and once: the image is there
-      for (int i = threadIdx.x; i < kFoldDepth * kFoldTile; i += kRowsThreads) {
-        const int k = i / kFoldTile, row = i % kFoldTile;
-        const bool inside = old + k < width && tile + row < width;
-        mixing[k][staged_at<kFoldTile>(row)] =
-            inside ? of_layer[(old + k) * width + tile + row] : 0.0;
+      __syncthreads();  // the stage before has been read
+#pragma unroll
+      for (int i = 0; i < kMixingPart; ++i) {
+        const int at = i * kRowsThreads + threadIdx.x;
+        mixing[at / kFoldTile][at % kFoldTile] = next[i];
       }
-      __syncthreads();
+      __syncthreads();  // and once: the image is there
+      // The next stage is on its way while this one is multiplied.
+      const bool last = old + kFoldDepth >= width;
+      fetch_mixing(of_layer, width, last ? 0 : old + kFoldDepth, last ? tile + kFoldTile : tile,
+                   next);
+      if (tile + of_warp >= rank) continue;  // these rows stay
       const int depth = width - old < kFoldDepth ? width - old : kFoldDepth;
-#pragma unroll 4
-      for (int k = 0; k < depth; ++k) {
-        double left[kFoldPart], right[kFoldPart];
-        read_part<kFoldTile>(mixing[k], part_row, left);
-        read_part<kRowsColumns>(image + (old + k) * kRowsPitch, part_column, right);
+#pragma unroll 1  // without spills
+      for (int k = 0; k < depth; k += kProductDepth) {
+        double left[2];
 #pragma unroll
-        for (int i = 0; i < kFoldPart; ++i) {
+        for (int i = 0; i < 2; ++i) {
+          left[i] = mixing[k + lane.within][of_warp + kProductRows / 2 * i + lane.group];
+        }
+        const double* right = image + (old + k + lane.within) * (kRowsColumns + kPad) + lane.group;
 #pragma unroll
-          for (int j = 0; j < kFoldPart; ++j) sum[i][j] += left[i] * right[j];
+        for (int n = 0; n < kRowsProducts; ++n) {
+          add_product(left, right[kProductColumns * n], sums[n]);
         }
       }
     }
-    for (int i = 0; i < kFoldPart; ++i) {
-      const int row = tile + part_row * kFoldPart + i;
-      if (row >= rank) break;
-      float rounded[kFoldPart];
-#pragma unroll
-      for (int j = 0; j < kFoldPart; ++j) rounded[j] = static_cast<float>(sum[i][j]);
-      store_four(fold.layers[layer].basis + row * fold.features, begin + part_column * kFoldPart,
-                 fold.features, rounded);
-    }
+    store_rows(sums, tile + of_warp, rank, begin, fold.features, fold.layers[layer].basis);
   }
 }
 

@@ -10,5 +10,5 @@
 
 // Memory of a block whose size the launch gives; the tests put their own in its place.
 #ifndef EVA_DYNAMIC_SHARED
-#define EVA_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#define EVA_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #endif

@@ -14,7 +14,7 @@ __all__ = ["NativeSketchBatch"]
 
 
 class NativeSketchBatch(Batch):
-    """As :class:`.batch.SketchBatch`, in five launches whatever the number of layers.
+    """As :class:`.batch.SketchBatch`, in five or six launches whatever the number of layers.
 
     Args:
         states: what the sums are to be folded into.

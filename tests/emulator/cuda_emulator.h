@@ -32,6 +32,9 @@
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) double2 {
   double x, y;
 };
@@ -42,6 +45,7 @@ struct Index {
 namespace emulator {
 
 constexpr int kWarp = 32;
+constexpr int kProductValues = 3;          // that a lane brings to a product
 constexpr size_t kStackBytes = 256 << 10;  // AddressSanitizer's red zones need the room
 
 struct Fiber {
@@ -51,11 +55,14 @@ struct Fiber {
   const char* waits_for = "";
 };
 
-// A meeting point of some threads: all deposit a value, and the last to arrive opens it.
+using WarpValues = uint64_t[kWarp];
+
+// A meeting point of some threads: all deposit values, and the last to arrive opens it.
 struct Meeting {
   int arrived = 0;
   unsigned round = 0;
-  uint64_t value[2][kWarp] = {};  // by round: a fast lane may be in the next one already
+  // by round: a fast lane may be in the next one already
+  WarpValues values[2][kProductValues] = {};
   bool any[2] = {};
 };
 
@@ -185,18 +192,20 @@ void launch(void (*kernel)(Argument), unsigned grid, unsigned threads, Argument 
   block() = nullptr;
 }
 
-// Every lane of the warp deposits a value; returns what all deposited.
-template <class T>
-const uint64_t* exchange(unsigned mask, T value, const char* name) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
+// Every lane of the warp deposits values; returns what all deposited.
+template <class T, int count>
+const WarpValues* exchange(unsigned mask, const T (&mine)[count], const char* name) {
+  static_assert(sizeof(T) <= sizeof(uint64_t) && count <= kProductValues);
   if (mask != 0xffffffffu) throw std::runtime_error("only full warps are modelled");
   Block* b = block();
   Meeting& warp = b->warps[b->thread / kWarp];
-  uint64_t raw = 0;
-  std::memcpy(&raw, &value, sizeof(T));
-  warp.value[warp.round & 1][b->thread % kWarp] = raw;
+  for (int i = 0; i < count; ++i) {
+    uint64_t raw = 0;
+    std::memcpy(&raw, &mine[i], sizeof(T));
+    warp.values[warp.round & 1][i][b->thread % kWarp] = raw;
+  }
   const unsigned round = meet(warp, kWarp, name);
-  return warp.value[round & 1];
+  return warp.values[round & 1];
 }
 
 template <class T>
@@ -206,8 +215,24 @@ T read_lane(const uint64_t* values, int lane) {
   return value;
 }
 
+// The product of float64 tensor cores, as the PTX ISA defines mma.m16n8k4: entry (row, k) of the
+// left matrix is number row / 8 of lane row % 8 * 4 + k, entry (k, column) of the right one is in
+// lane column * 4 + k.
+inline void add_product(const double (&left)[2], double right, double (&sum)[4]) {
+  const WarpValues* all = exchange<double, 3>(0xffffffffu, {left[0], left[1], right}, "a product");
+  const int lane = block()->thread % kWarp;
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, column = lane % 4 * 2 + i % 2;  // of either half of the rows
+    for (int k = 0; k < 4; ++k) {
+      const double of_left = read_lane<double>(all[i / 2], row * 4 + k);
+      sum[i] += of_left * read_lane<double>(all[2], column * 4 + k);
+    }
+  }
+}
+
 }  // namespace emulator
 
+#define EVA_ADD_PRODUCT emulator::add_product
 #define threadIdx (Index{emulator::block()->thread})
 #define blockIdx (Index{emulator::block()->index})
 #define blockDim (Index{static_cast<unsigned>(emulator::block()->fibers.size())})
@@ -228,12 +253,12 @@ inline int __syncthreads_or(int predicate) {
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-  return emulator::read_lane<T>(emulator::exchange(mask, value, "__shfl_sync"), lane);
+  return emulator::read_lane<T>(emulator::exchange<T, 1>(mask, {value}, "__shfl_sync")[0], lane);
 }
 
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
-  const uint64_t* values = emulator::exchange(mask, value, "__shfl_down_sync");
+  const uint64_t* values = emulator::exchange<T, 1>(mask, {value}, "__shfl_down_sync")[0];
   const int lane = emulator::block()->thread % emulator::kWarp + delta;
   return lane < emulator::kWarp ? emulator::read_lane<T>(values, lane) : value;
 }

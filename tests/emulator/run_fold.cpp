@@ -127,7 +127,12 @@ void run_on_device(Fold& fold, bool sound, unsigned seed) {
   const int rows = fold.shape.layers * fold.shape.width;
   emulator::launch<FoldArgs>(fold_along_kernel, (rows + kRows - 1) / kRows, kAlongThreads, args,
                              seed);
-  emulator::launch<FoldMeasureArgs>(fold_measure_kernel, fold_blocks(measure), kMeasureThreads,
+  const int64_t splits = args.n_layers * fold_splits(args.features, measure.columns);
+  emulator::launch<FoldMeasureArgs>(fold_measure_kernel<true>,
+                                    splits * measured_pairs<true>(args.width), kMeasureThreads,
+                                    measure, seed);
+  emulator::launch<FoldMeasureArgs>(fold_measure_kernel<false>,
+                                    splits * measured_pairs<false>(args.width), kMeasureThreads,
                                     measure, seed);
   emulator::launch<FoldMeasureArgs>(
       fold_reduce_kernel, fold.shape.layers * fold_pairs(fold.shape.width) * kReduceBlocks,
@@ -185,9 +190,10 @@ int main(int argc, char** argv) {
   try {
     check({1, 1, 1, 16}, 3);
     check({3, 5, 7, 16}, 3);
-    check({2, 16, 100, 48}, 3);
-    check({2, 64, 130, 64, 1}, 2);
-    check({3, 70, 96, 32}, 2);
+    check({2, 16, 52, 48}, 3);
+    check({1, 36, 5, 16}, 12);
+    check({2, 64, 70, 32, 1}, 2);
+    check({2, 70, 36, 16}, 1);
     if (!small) check({2, 128, 150, 64}, 2);
     if (!small) check({1, 100, 37, 48, 3}, 2);
   } catch (const std::exception& error) {

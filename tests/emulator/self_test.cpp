@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "cuda_emulator.h"
+#include "product.cuh"
 
 namespace {
 
@@ -28,6 +29,46 @@ __global__ void early_exit(int* out) {
   if (threadIdx.x >= 40) return;
   __syncthreads();
   atomicAdd(out, 1);
+}
+
+struct Matrices {
+  const double* left;   // (16, 4)
+  const double* right;  // (4, 8)
+  double* sums;         // two of (16, 8), which begin as they are
+};
+
+// What the emulator takes for the instruction, and the same by shuffles.
+__global__ void products(Matrices of) {
+  const eva_kernels::ProductLane lane = eva_kernels::product_lane();
+  const double left[2] = {of.left[lane.group * 4 + lane.within],
+                          of.left[(lane.group + 8) * 4 + lane.within]};
+  const double right = of.right[lane.within * 8 + lane.group];
+  for (int way = 0; way < 2; ++way) {
+    double* first = of.sums + way * 128 + lane.group * 8 + 2 * lane.within;
+    double sum[4] = {first[0], first[1], first[64], first[65]};
+    if (way == 0) {
+      eva_kernels::add_product(left, right, sum);
+    } else {
+      eva_kernels::add_product_by_shuffles(left, right, sum);
+    }
+    first[0] = sum[0], first[1] = sum[1], first[64] = sum[2], first[65] = sum[3];
+  }
+}
+
+// Entries of either sum that are not those of a plain loop.
+int wrong_entries() {
+  double left[64], right[32], sums[256];
+  for (int i = 0; i < 64; ++i) left[i] = i * i % 23 - 7;
+  for (int i = 0; i < 32; ++i) right[i] = i * i % 17 - 5;
+  for (int i = 0; i < 256; ++i) sums[i] = i % 128;
+  emulator::launch<Matrices>(products, 1, emulator::kWarp, {left, right, sums}, 3);
+  int wrong = 0;
+  for (int i = 0; i < 256; ++i) {
+    double sum = i % 128;
+    for (int k = 0; k < 4; ++k) sum += left[i % 128 / 8 * 4 + k] * right[k * 8 + i % 8];
+    wrong += sum != sums[i];
+  }
+  return wrong;
 }
 
 bool is_reversed(const std::vector<int>& out) {
@@ -58,5 +99,6 @@ int main() {
   out[0] = 0;
   emulator::launch<int*>(early_exit, 1, kThreads, out.data(), 2);
   std::printf("after an early exit of 24 threads: %d\n", out[0]);
+  std::printf("wrong entries of a product: %d\n", wrong_entries());
   return 0;
 }

@@ -83,4 +83,5 @@ def test_emulator_sees_deadlocks_and_missing_barriers(tmp_path: Path) -> None:
         "deadlock: 16 threads wait at __shfl_down_sync; 16 threads wait at __syncthreads;",
         "wrong without a barrier: yes, with it: 0",
         "after an early exit of 24 threads: 40",
+        "wrong entries of a product: 0",
     ]

@@ -24,17 +24,19 @@ MUTATIONS = {
         "    // The next columns",
     ),
     "no barrier before staging again": (
-        "core, metric);\n    __syncthreads();",
-        "core, metric);",
+        "part, sums);\n    __syncthreads();",
+        "part, sums);",
     ),
     "mixing staged without a barrier": (
-        "      __syncthreads();\n      const int depth",
-        "      const int depth",
-    ),
-    "mixing overwritten while it is read": (
-        "      __syncthreads();  // the stage before has been read, and once: the image is there\n",
+        "      __syncthreads();  // and once: the image is there\n",
         "",
     ),
+    "mixing overwritten while it is read": (
+        "      __syncthreads();  // the stage before has been read\n",
+        "",
+    ),
+    "the next mixing is the same": ("last ? 0 : old + kFoldDepth", "old"),
+    "the next tile of mixing is the same": ("last ? tile + kFoldTile : tile", "tile"),
     "delta of the sum": ("layer.shift[d] / numbers.added", "layer.shift[d]"),
     "whole step taken by the mean": ("numbers.share * delta", "delta"),
     "mean of another layer": (
@@ -72,22 +74,29 @@ MUTATIONS = {
     "another column's mean": ("row.along * delta[column + i]", "row.along * delta[column]"),
     "square left out": ("four.basis[i] * row.square", "four.basis[i]"),
     "pair before": ("while (pair > rows) pair -= ++rows;", "while (pair >= rows) pair -= ++rows;"),
-    "diagonal not a triangle": (
-        "rest > row && row < kFoldParts",
-        "rest >= row && row < kFoldParts",
+    "row of products cut short": (
+        "2 * below + 2 - kWarpProducts<true>",
+        "2 * below + 1 - kWarpProducts<true>",
     ),
-    "Y of the other tile": (
-        "diagonal ? stage.image_rows[k] : stage.image_columns[k]",
-        "stage.image_rows[k]",
+    "two warps with the same products": ("warp % 2 == 0) return", "warp % 2 == 2) return"),
+    "row above taken for the row below": ("in_row = n < part.turn", "in_row = true"),
+    "products of another row": ("Place{next, i - turn}", "Place{next, first + i - turn}"),
+    "half of a product left out": (
+        "part.row * kProductRows + row]",
+        "part.row * kProductRows + lane.group]",
     ),
+    "columns of a product swapped": (
+        "+ column + 1] = sums[n][2 * i + 1]",
+        "+ column + 1] = sums[n][2 * i]",
+    ),
+    "Y of the other tile": ("fetch(column, begin + first", "fetch(row, begin + first"),
     "basis of the other tile": (
         "diagonal ? of_row.basis[i] : of_column.basis[i]",
         "of_row.basis[i]",
     ),
-    "core and metric swapped": (
-        "core[i][j] += left[i] * basis[j]",
-        "core[i][j] += left[i] * image[j]",
-    ),
+    "core and metric swapped": ("+ !of_core)", "+ of_core)"),
+    "the tile below the diagonal stored on it": ("TilePair{1, 0}", "TilePair{1, 1}"),
+    "one tile on the diagonal": ("return diagonal ? tiles : tiles - 1", "return diagonal"),
     "the next columns are the same": (
         "fetch(row, d + kFoldDepth + first, end, of_row)",
         "fetch(row, d + first, end, of_row)",
@@ -111,20 +120,27 @@ MUTATIONS = {
     ),
     "four stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float4) == 0", ""),
     "written though not sound": ("if (!*args.sound) return;", ""),
-    "mixing transposed": (
-        "of_layer[(old + k) * width + tile + row]",
-        "of_layer[(tile + row) * width + old + k]",
+    "two stored beyond the row": (
+        "if (column + 2 <= columns && reinterpret_cast<uintptr_t>(to)",
+        "if (reinterpret_cast<uintptr_t>(to)",
     ),
-    "mixing beyond the width": ("old + k < width && tile + row < width", "true"),
-    "rows beyond the rank": ("if (row >= rank) break;", "if (row >= width) break;"),
-    "rows beyond the width": ("if (row >= rank) break;", ""),
+    "two stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float2) == 0", ""),
+    "first of two stored beyond the row": ("if (column < columns) to[0]", "to[0]"),
+    "second of two stored beyond the row": ("if (column + 1 < columns) to[1]", "to[1]"),
+    "mixing transposed": ("mixing[k * width + row]", "mixing[row * width + k]"),
+    "mixing beyond the width": ("k < width && row < width ?", "true ?"),
+    "rows below the last not staged": ("depth = fold_rows_depth(fold.width)", "depth = fold.width"),
+    "rows beyond the rank": ("rank = args.rank(layer)", "rank = width"),
+    "row at the rank left out": ("tile + of_warp >= rank", "tile + of_warp >= rank - 1"),
+    "last products beyond the width": ("part.next * kProductRows <", "part.row * kProductRows <"),
+    "rows beyond the width": ("if (at >= rank) continue;", ""),
+    "columns of new rows swapped": (
+        "static_cast<float>(sums[n][2 * i]), static_cast<float>(sums[n][2 * i + 1])",
+        "static_cast<float>(sums[n][2 * i + 1]), static_cast<float>(sums[n][2 * i])",
+    ),
     "only the first tile of rows": (
         "tile < width; tile += kFoldTile",
         "tile < kFoldTile; tile += kFoldTile",
-    ),
-    "pairs of a part swapped": (
-        "out[2] = high.x;\n  out[3] = high.y;",
-        "out[2] = high.y;\n  out[3] = high.x;",
     ),
 }
 # The same, of what a block adds up.
@@ -144,6 +160,10 @@ ONLY_SANITIZERS_SEE = {
     "stored beyond the row",
     "four stored beyond the row",
     "four stored anywhere",
+    "two stored beyond the row",
+    "two stored anywhere",
+    "first of two stored beyond the row",
+    "second of two stored beyond the row",
     "end of a row read as the next row",
     "along past the last row",
     "mixing beyond the width",
