@@ -310,8 +310,8 @@ __global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
   const int64_t splits = fold_splits(fold.features, args.columns);
   const int64_t split = blockIdx.x % splits;
   const int pairs = measured_pairs<diagonal>(fold.width);
-  const int along = static_cast<int>(blockIdx.x / splits % pairs);
-  const TilePair pair = diagonal ? TilePair{along, along} : TilePair{1, 0};
+  const int which = static_cast<int>(blockIdx.x / splits % pairs);
+  const TilePair pair = diagonal ? TilePair{which, which} : TilePair{1, 0};
   const int64_t layer = blockIdx.x / splits / pairs;
 
   const int warp = threadIdx.x / kLanes;
@@ -320,8 +320,7 @@ __global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
   const StagedRow* right = of_core    ? stage.basis_columns
                            : diagonal ? stage.image_rows
                                       : stage.image_columns;
-
-  const bool within = part.next * kProductRows < fold.width - pair.rows * kFoldTile;
+  const bool needed = part.next * kProductRows < fold.width - pair.rows * kFoldTile;
 
   // A thread stages four columns of one row, of either tile.
   const int staged_row = threadIdx.x / (kFoldDepth / 4);
@@ -351,7 +350,7 @@ __global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
     // The next columns are on their way while these are multiplied.
     fetch(row, d + kFoldDepth + first, end, of_row);
     if (!diagonal) fetch(column, d + kFoldDepth + first, end, of_column);
-    if (within) add_stage(stage.image_rows, right, part, sums);
+    if (needed) add_stage(stage.image_rows, right, part, sums);
     __syncthreads();
   }
   const int64_t tile =
