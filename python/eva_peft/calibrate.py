@@ -8,8 +8,8 @@ import math
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from copy import deepcopy
 from typing import Any
 
@@ -34,13 +34,13 @@ from .checkpoint import CheckpointKeeper
 from .checks import check_loaded
 from .collect import collect_result
 from .data_parallel import Processes, beginning, processes_of
-from .divided import check_undivided, class_names, is_sharded
+from .divided import is_sharded, may_stop_early
 from .hooks import InputCollector, StopForward
 from .interrupts import completed
 from .memory import PeakMemory
 from .options import AUTO, CalibrateOptions
 from .out_of_memory import explained, is_out_of_memory
-from .planning import components_of, estimate_targets, plan_targets
+from .planning import components_of, log_plan, plan_targets
 from .prepare import Ahead, Prepared, Preparer
 from .ranks import Budget, allocate
 from .result import EvaResult
@@ -53,6 +53,9 @@ from .world import claimed, quiet_model, random_state_kept
 __all__ = ["CalibrationPass", "run_pass"]
 
 _LOGGER = logging.getLogger("eva_kernels")
+
+# A part of a batch on the device, which tokens count, and what users' functions get of it.
+Ready = tuple[Any, TokenMask, Any]
 
 
 def run_pass(
@@ -74,22 +77,20 @@ def run_pass(
         EvaRuntimeError: another process of the group failed; it has the error. Or another pass is
             running on the model.
     """
-    processes = processes_of(model, options)
-    with beginning(processes):
-        check_loaded(model)
-        check_undivided(model)
-        targets = find_targets(model, config, options.adapter_name)
+    processes = processes_of(model, options.group)
     # Shared inputs are told apart by tensor versions, which inference mode does not count.
     no_grad = torch.inference_mode(False), torch.no_grad()
-    with claimed(model), random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
-        with beginning(processes):
+    with beginning(processes):
+        check_loaded(model)
+        targets = find_targets(model, config, options.adapter_name)
+        with claimed(model), random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
             run = CalibrationPass(model, config, options, targets, processes)
-        try:
-            return run.run(loader)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise explained(run, error) from error
+            try:
+                return run.run(loader)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise explained(run, error) from error
 
 
 class CalibrationPass:
@@ -115,6 +116,7 @@ class CalibrationPass:
         self.plan = plan_targets(model, targets, self.eva.rho, options)
         self.device = batches.model_device(model)
         self.sharded = is_sharded(model)
+        self._may_stop_early = may_stop_early(model, options.early_exit, self.sharded)
         self.architecture = architecture_of(model)
         self.forwards = self.steps = self.tokens = 0
         self.phase = "forward"
@@ -142,11 +144,14 @@ class CalibrationPass:
 
     def run(self, loader: Iterable[Any]) -> EvaResult:
         """Run until converged or at a limit, and return the result."""
-        with beginning(self.processes):
-            self.keeper.open(time.perf_counter())
+        self.keeper.open(time.perf_counter())
+        together = self.processes
+        with nullcontext() if together is None else together.interrupts:
+            return self._run(loader, together)
+
+    def _run(self, loader: Iterable[Any], together: Processes | None) -> EvaResult:
         begin = time.perf_counter() - self.keeper.elapsed
         memory = PeakMemory(self.device)
-        together = self.processes
         leads = together is None or together.leads
         bar = tqdm(
             total=len(self.targets),
@@ -157,7 +162,7 @@ class CalibrationPass:
             file=sys.stderr,
         )
         if leads:
-            self._log_begin()
+            log_plan(self.model, self.targets, self.eva.rho, self.options, self.device)
         try:
             with self.collector, memory:
                 if together is not None:
@@ -172,21 +177,6 @@ class CalibrationPass:
         if together is not None:
             return together.result(lambda: self._result(done, begin, memory))
         return self._result(done, begin, memory)
-
-    def _log_begin(self) -> None:
-        if not _LOGGER.isEnabledFor(logging.INFO):
-            return
-        plan = estimate_targets(self.model, self.targets, self.eva.rho, self.options, (1, 1))
-        methods = list(plan.method.values())
-        _LOGGER.info(
-            "calibration pass begins on %s: %d layers (%d exact, %d sketched), at most %d bytes of "
-            "state",
-            self.device,
-            len(self.targets),
-            methods.count("gram"),
-            methods.count("sketch"),
-            plan.state_bytes,
-        )
 
     def fold_rest(self, begin: float, bar: Any) -> None:
         """Fold what is pending at the end of the pass, however little."""
@@ -223,7 +213,7 @@ class CalibrationPass:
         ):
             for prepared in ahead:
                 keeper.begin_forward()
-                self.forward(prepared)
+                self.forward(self.ready(prepared))
                 del prepared
                 over = self.limit_reached(time.perf_counter() - begin)
                 folded = self.close_step(ahead=None if over else ahead)
@@ -264,31 +254,32 @@ class CalibrationPass:
         self.seconds["forward"] += time.perf_counter() - begin
         return prepared
 
-    def forward(self, prepared: Prepared) -> None:
+    def ready(self, prepared: Prepared) -> Iterator[Ready]:
+        """Bring the parts of a batch to the device, each when it is asked for."""
+        for part, mask in zip(prepared.parts, prepared.masks, strict=True):
+            self.batch_shape = batches.shape_of(part)
+            if self._default_forward and batches.is_empty(part) and not self.sharded:
+                continue  # many a model would fail; the processes of a sharded one wait for it
+            batch = batches.to_device(part, self.device)
+            yield batch, mask, self._model_input(batch, mask)
+
+    def forward(self, ready: Iterable[Ready]) -> None:
         """Run a batch through the model, whose hooks accumulate."""
         begin = time.perf_counter()
         self.phase = "forward"
         before = self.collector.seconds
-        for part, mask in zip(prepared.parts, prepared.masks, strict=True):
-            self._forward_part(part, mask)
+        for part in ready:
+            self.collector.tokens, self.collector.step = 0, self.steps
+            complete = self._run_model(*part)
+            again = self.collector.end_forward(complete)
+            if again:
+                self.collector.only(again)
+                self._run_model(*part)
+                self.collector.end_forward()
+            self.tokens += self.collector.tokens
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before
-
-    def _forward_part(self, batch: Any, mask: TokenMask) -> None:
-        self.batch_shape = batches.shape_of(batch)
-        if self._default_forward and batches.is_empty(batch) and not self.sharded:
-            return  # many a model would fail; the processes of a sharded one wait for each other
-        batch = batches.to_device(batch, self.device)
-        model_input = self._model_input(batch, mask)
-        self.collector.tokens, self.collector.step = 0, self.steps
-        complete = self._run_model(batch, mask, model_input)
-        again = self.collector.end_forward(complete)
-        if again:
-            self.collector.only(again)
-            self._run_model(batch, mask, model_input)
-            self.collector.end_forward()
-        self.tokens += self.collector.tokens
 
     def _model_input(self, batch: Any, mask: TokenMask) -> Any:
         prepare = self.options.prepare_model_inputs_fn
@@ -301,16 +292,14 @@ class CalibrationPass:
 
     def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> bool:
         self.collector.begin_forward(mask, model_input, self._may_stop_early, self.batch_shape)
-        try:
-            with self.collector.routed if self.collector.routed.needed else nullcontext():
-                if self.options.forward_fn is not None:
-                    with self._called_with(batch, mask):
-                        self.options.forward_fn(self.model, batch)
-                else:
-                    self._call_model(batch)
-        except StopForward:
-            return False
-        return not self.collector.stopped  # the model may have caught it
+        routed = self.collector.routed if self.collector.routed.needed else nullcontext()
+        with suppress(StopForward), routed:
+            if self.options.forward_fn is not None:
+                with self._called_with(batch, mask):
+                    self.options.forward_fn(self.model, batch)
+            else:
+                self._call_model(batch)
+        return not self.collector.stopped
 
     def _call_model(self, batch: Any) -> None:
         args, kwargs = arguments.model_arguments(batch)
@@ -332,15 +321,6 @@ class CalibrationPass:
 
         use_mask = self.collector.use_mask
         return CalledWith(self.model, batch, mask, make_mask, use_mask).looking()
-
-    @functools.cached_property
-    def _may_stop_early(self) -> bool:
-        if self.options.early_exit != AUTO:
-            return bool(self.options.early_exit)
-        wrappers = {"DeepSpeedEngine", "PipelineParallel"}
-        offloaded = set(map(str, getattr(self.model, "hf_device_map", {}).values()))
-        unsafe = self.sharded or class_names(self.model) & wrappers
-        return not unsafe and not offloaded & {"cpu", "disk"}
 
     def make_stream(self, target: Target, x: Tensor) -> InputStream:
         """Return a new stream for a layer whose input is like ``x``."""

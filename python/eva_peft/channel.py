@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,8 +11,6 @@ from torch import Tensor, distributed
 
 __all__ = ["Channel"]
 
-_LOGGER = logging.getLogger("eva_kernels")
-PATIENCE = 30.0  # seconds after which a process says for whom it waits
 # Tensors travel together up to this many bytes, which are copied once.
 BUCKET_BYTES = 32 << 20
 
@@ -41,20 +37,6 @@ class Channel:
         box = [thing]
         distributed.broadcast_object_list(box, src=self._leader, group=self._group)
         return box[0]
-
-    def meet(self, own: Any) -> list[Any]:
-        """Do as :meth:`of_all`, for the first time: some processes may never come."""
-        told = (
-            "process %d of %d has been waiting for %g seconds until the others begin the EVA pass, "
-            "too: all of them must make the call. One that is to run by itself takes group=None"
-        )
-        timer = threading.Timer(PATIENCE, _LOGGER.warning, [told, self.rank, self.size, PATIENCE])
-        timer.daemon = True
-        timer.start()
-        try:
-            return self.of_all(own)
-        finally:
-            timer.cancel()
 
     def of_all(self, own: Any) -> list[Any]:
         """Return what each process gives, by rank."""

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -48,31 +48,36 @@ from .errors import (
     EvaValueError,
     HeldError,
     NotConvergedError,
-    listed,
 )
-from .fingerprint import differences, in_words, other_weights, request_of, weights_of
-from .options import AUTO, CalibrateOptions
+from .fingerprint import check_requests, check_weights, request_of, weights_of
+from .interrupts import Interrupts
+from .meeting import Meeting
+from .options import AUTO
 from .prepare import Ahead, Prepared
 from .shared_inputs import Slot
 
 if TYPE_CHECKING:
-    from .calibrate import CalibrationPass
+    from .calibrate import CalibrationPass, Ready
     from .result import EvaResult
 
 __all__ = ["Processes", "beginning", "processes_of"]
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | None:
+def processes_of(model: nn.Module, group: Any) -> Processes | None:
     """Return the processes of a pass; ``None`` where there is one, or each is for itself.
+
+    Args:
+        model: without wrappers.
+        group: the option.
 
     Raises:
         EvaTypeError: ``group`` is no process group.
         EvaValueError: a sharded model in each by itself.
     """
     running = distributed.is_available() and distributed.is_initialized()
-    group = options.group
     if group is None and running and distributed.get_world_size() > 1:
         kind = sharded_by(model)
         if kind is not None:
@@ -97,12 +102,16 @@ def processes_of(model: nn.Module, options: CalibrateOptions) -> Processes | Non
 
 @contextmanager
 def beginning(processes: Processes | None) -> Iterator[None]:
-    """Tell the other processes of what goes wrong in this one before the pass, if there are any."""
+    """Tell the other processes, if there are any, of what goes wrong in this one before the pass.
+
+    An interrupt goes wrong, too. The pass itself may be in the block.
+    """
     try:
         yield
-    except Exception as error:
-        if processes is not None:
-            processes.give_up(error)
+    except BaseException as error:
+        if processes is not None and not processes.meeting.over:
+            with suppress(RuntimeError):  # they may be gone
+                processes.meeting.fail(_told(error))
         raise
 
 
@@ -151,7 +160,8 @@ class Processes:
     """
 
     def __init__(self, group: Any) -> None:
-        self.channel = Channel(group)
+        self.channel, self.meeting = Channel(group), Meeting(group)
+        self.interrupts = Interrupts()  # around the pass; it is told of them between its steps
         self.size, self.leads = self.channel.size, self.channel.leads
         self._known: set[int] = set()  # layers whose basis is the leader's, everywhere
         self._seen = 0  # tokens of all processes
@@ -179,11 +189,17 @@ class Processes:
                 run.keeper.begin_forward()
                 decision = self._step(run, ahead, begin, bar)
         if self.leads:  # behind the keeper, whose file is of what waits between two forward passes
-            try:
-                run.fold_rest(begin, bar)
-            except Exception as raised:
-                self._held.error = raised  # the others are told when they ask for the result
+            self._try(run.fold_rest, begin, bar)  # the others are told with the result
         return decision.done
+
+    def _try(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:
+        """Do what may fail, or be interrupted, and hold that until the others are told."""
+        try:
+            with self.interrupts.let_through():
+                return do(*of, **named)
+        except BaseException as raised:
+            self._held.error = raised
+        return None
 
     def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
         """Bring all processes to where the leader's checkpoint stands, if there is one."""
@@ -191,9 +207,9 @@ class Processes:
         if keeper.path is not None:
             stop = keeper.done or (run.forwards > 0 and run.limit_reached(keeper.elapsed))
             slots = [slot for slot in run.collector.slots if keeper.known.issuperset(slot.members)]
-            decision = _Decision(
-                keeper.done, stop, frozenset(run.collector.frozen), tuple(map(renewal, slots))
-            )
+            renewed = tuple(map(renewal, slots))
+            frozen = frozenset(run.collector.frozen)
+            decision = _Decision(keeper.done, stop, frozen, renewed)
             states = keeper.first_random, keeper.random
             position = _Position(str(keeper.path), run.forwards, run.tokens, *states, decision)
         position = self.channel.from_leader(position)
@@ -207,14 +223,19 @@ class Processes:
             self._skip(run, stream, position)
         return self._follow(run, position.decision)
 
+    def _interrupted(self) -> bool:
+        self._try(lambda: None)  # whoever handles interrupts may not raise anything
+        return self._held.error is not None
+
+    def _unless_held(self, do: Callable[[], T]) -> T:
+        self._held.release()  # to be held again by who tries this
+        return do()
+
     def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:
         """Pass over the batches that the checkpoint has seen."""
-        rank, skipped = self.channel.rank, 0
+        rank = self.channel.rank
         torch.set_rng_state(position.first_random[rank])
-        try:
-            skipped = sum(1 for _ in islice(stream, position.forwards))
-        except Exception as raised:
-            self._held.error = raised
+        skipped = self._try(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
         torch.set_rng_state(position.random[rank])
         if not self.leads:
             run.forwards = skipped
@@ -239,7 +260,7 @@ class Processes:
         elif not (
             run.limit_reached(time.perf_counter() - begin) or _host.reads_are_free(run.device)
         ):
-            run.fetch(ahead)  # while the leader's device is at work
+            self._try(run.fetch, ahead)  # while the leader's device is at work
         return self._follow(run, self.channel.from_leader(own))
 
     def result(self, make: Callable[[], EvaResult]) -> EvaResult:
@@ -251,13 +272,11 @@ class Processes:
         """
         found: Any = None
         if self.leads:
-            try:
-                self._held.release()
-                found = make()
-            except NotConvergedError as raised:
-                self._held.error = found = raised
-            except Exception as raised:
-                self._held.error, found = raised, _told(raised)
+            found = self._try(self._unless_held, make)
+            raised = self._held.error
+            if raised is not None:
+                found = raised if isinstance(raised, NotConvergedError) else _told(raised)
+            del raised  # or this frame, which the error knows, would know it
         found = self.channel.from_leader(found)
         if isinstance(found, NotConvergedError):  # every process raises it as its own
             self._held.error, found = self._held.error or found, str(found)
@@ -265,48 +284,30 @@ class Processes:
         result: EvaResult = found
         return result
 
-    def give_up(self, error: Exception) -> None:
-        """Tell the others, who begin the pass by agreeing on it, what went wrong before."""
-        self.channel.meet(_told(error))
-
     def _agree(self, run: CalibrationPass) -> None:
         """Raise EvaValueError, on every process, unless all are asked for the same pass.
 
         EvaRuntimeError where another process could not begin it.
         """
         own = {name: part for name, part in request_of(run).items() if name != "seed"}
-        asked = self.channel.meet(own)
-        for rank, request in enumerate(asked):
-            self._raise_if(request if isinstance(request, str) else None, rank)
-        counts = [len(request["layers"]) for request in asked]
-        if len(set(counts)) > 1:
-            raise EvaValueError(f"the processes have different models: {counts} target layers")
-        for rank, request in enumerate(asked):
-            found = differences(asked[0], request, ("in process 0", f"in process {rank}"))
-            if found:
-                raise EvaValueError(
-                    f"the processes were asked for different passes; {in_words(found)}. "
-                    "Give all of them the same config and options"
-                )
-        weights = self._of_all(weights_of(run))
-        for rank, theirs in enumerate(weights):
-            names = other_weights(weights[0], theirs)
-            if len(names) > len(weights[0]) / 2:  # one new layer, say a pooler, does no harm
-                raise EvaValueError(
-                    f"processes 0 and {rank} have other weights in {listed(names)}: load the same "
-                    "ones in all (some loaders fill those of the first process only)"
-                )
+        failed = self.meeting.come(self._interrupted)
+        if failed is not None:
+            self._raise_if(failed[1], failed[0])
+        asked = self._of_all(own)
+        check_requests(asked)
+        check_weights(self._of_all(weights_of(run)))
 
     def _forward(self, run: CalibrationPass, ahead: Iterator[Prepared]) -> Report:
         before, ran = run.tokens, False
         run.phase = "forward"
-        try:
-            prepared = self._next_of_all(ahead) if run.sharded else next(ahead, None)
-            if prepared is not None:
-                run.forward(prepared)
-                ran = True
-        except Exception as raised:
-            self._held.error = raised
+        ready = self._try(self._unless_held, lambda: self._next_ready(run, ahead))
+        # The processes of a sharded model wait for each other in the forward pass: all begin it, or
+        # none.
+        if run.sharded and not all(self._of_all(ready is not None)):
+            ready = None
+        if ready is not None:
+            self._try(run.forward, ready)
+            ran = self._held.error is None
         slots = tuple(
             Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
@@ -315,18 +316,14 @@ class Processes:
         random = torch.get_rng_state() if self._keeps else None
         return Report(ran, run.tokens - before, slots, random)
 
-    def _next_of_all(self, ahead: Iterator[Prepared]) -> Prepared | None:
-        """Return the next batch if every process has one that could be made ready.
-
-        The processes of a sharded model wait for each other in the forward pass: all begin it, or
-        none.
-        """
-        prepared = None
-        try:
-            prepared = next(ahead, None)
-        except Exception as raised:
-            self._held.error = raised
-        return prepared if all(self._of_all(prepared is not None)) else None
+    def _next_ready(
+        self, run: CalibrationPass, ahead: Iterator[Prepared]
+    ) -> Iterable[Ready] | None:
+        prepared = next(ahead, None)
+        if prepared is None:
+            return None
+        ready = run.ready(prepared)
+        return list(ready) if run.sharded else ready
 
     def _of_all(self, own: T) -> list[T]:
         """Return what each process gives, by rank; raise if something has gone wrong in one."""
@@ -341,7 +338,7 @@ class Processes:
         if error is None:
             return
         self._held.release()
-        raise EvaRuntimeError(f"process {rank} failed: {error}")
+        raise EvaRuntimeError(f"process {rank} {error}")
 
     def _collect(
         self, run: CalibrationPass, reports: Sequence[Report], cells: Sequence[Cell]
@@ -374,27 +371,29 @@ class Processes:
                 self.channel.send(self._folded(run, slots))
             elif self.leads:
                 parcel = self.channel.receive(rank)
-                try:
-                    self._raise_if(parcel if isinstance(parcel, str) else None, rank)
-                    for cell, (record, tensors) in zip(own, parcel, strict=True):
-                        stream = merge_stream(run, cell, record, tensors)
-                        merged[id(stream)] = stream
-                except Exception as raised:  # the others wait for the decision, which tells them
-                    self._held.error = raised
+                # the others wait for the decision, which tells them
+                streams = self._try(self._unpacked, run, rank, own, parcel) or []
+                merged |= {id(stream): stream for stream in streams}
         return list(merged.values())
+
+    def _unpacked(
+        self, run: CalibrationPass, rank: int, cells: Sequence[Cell], parcel: Any
+    ) -> list[InputStream]:
+        """Take the streams that another process has sent into those of this one, the leader."""
+        self._raise_if(parcel if isinstance(parcel, str) else None, rank)
+        pairs = zip(cells, parcel, strict=True)
+        return [merge_stream(run, cell, *state) for cell, state in pairs]
 
     def _folded(self, run: CalibrationPass, slots: Sequence[Slot]) -> Any:
         """Return the streams of slots, folded, as plain data on the host; or what went wrong."""
-        try:
+
+        def make() -> list[Any]:
             fold_streams([slot.stream for slot in slots], final=True)
-        except Exception as raised:
-            self._held.error = raised
-            return _told(raised)
-        parcels = []
-        for slot in slots:
-            record, tensors = export_stream(slot.stream)
-            parcels.append((record, {name: t.cpu() for name, t in tensors.items()}))
-        return parcels
+            states = [export_stream(slot.stream) for slot in slots]
+            return [(record, {k: t.cpu() for k, t in parts.items()}) for record, parts in states]
+
+        found = self._try(make)
+        return found if self._held.error is None else _told(self._held.error)
 
     def _follow(self, run: CalibrationPass, decision: _Decision) -> _Decision:
         """Do what the leader has decided, on every process."""
@@ -419,8 +418,8 @@ class Processes:
         run.tokens += sum(report.tokens for report in reports[1:])
         run.forwards += ran and not reports[0].ran
         over = run.limit_reached(time.perf_counter() - begin)
-        try:
-            self._held.release()
+
+        def decide() -> _Decision:
             folded = run.close_step(merged=merged, ahead=None if over else ahead)
             numbers = run.record(begin, bar) if folded else None
             done = bool(folded) and run.converged()
@@ -430,10 +429,13 @@ class Processes:
             run.keeper.end_forward(time.perf_counter(), done, random)
             run.call_back(numbers)
             stop = not ran or done or run.limit_reached(time.perf_counter() - begin)
-        except Exception as raised:
-            self._held.error = raised
-            return _Decision(error=_told(raised))
-        return _Decision(done, stop, frozenset(run.collector.frozen), renewed)
+            return _Decision(done, stop, frozenset(run.collector.frozen), renewed)
+
+        decision = self._try(self._unless_held, decide)
+        if decision is None:
+            assert self._held.error is not None
+            return _Decision(error=_told(self._held.error))
+        return decision
 
     def _renewed(self, run: CalibrationPass, folded: Sequence[InputStream]) -> tuple[Renewal, ...]:
         new = {id(stream) for stream in folded}
@@ -454,5 +456,7 @@ class Processes:
                 follow(slot.stream, basis, mean, pivot[0] if pivot else None)
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _told(error: BaseException) -> str:
+    if isinstance(error, Exception):
+        return f"failed: {type(error).__name__}: {error}"
+    return f"was interrupted ({type(error).__name__})"

@@ -5,16 +5,18 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .errors import EvaRuntimeError
+from .options import AUTO
 from .targets import base_name
 
-__all__ = ["check_undivided", "check_whole", "class_names", "is_sharded", "sharded_by"]
+__all__ = ["check_undivided", "check_whole", "is_sharded", "may_stop_early", "sharded_by"]
 
 _FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
+_NEVER_CUT = frozenset(["DeepSpeedEngine", "PipelineParallel"])
 # What transformers puts where a stage of a pipeline has no layer.
 _NOT_OF_THIS_STAGE = "PipelineIdentityLayer"
 
 
-def class_names(model: nn.Module) -> set[str]:
+def _class_names(model: nn.Module) -> set[str]:
     """Return the names of all classes that a model and its parts are of."""
     return {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
 
@@ -27,12 +29,27 @@ def sharded_by(model: nn.Module) -> str | None:
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed (ZeRO-3)"
-    return "FSDP" if class_names(model) & _FSDP else None
+    return "FSDP" if _class_names(model) & _FSDP else None
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Tell whether the weights of a model are sharded: see :func:`sharded_by`."""
     return sharded_by(model) is not None
+
+
+def may_stop_early(model: nn.Module, asked: bool | str, sharded: bool) -> bool:
+    """Tell whether a forward pass may be cut behind the last layer that is needed.
+
+    Args:
+        model: to be run.
+        asked: the option ``early_exit``.
+        sharded: see :func:`is_sharded`; the others would wait.
+    """
+    if asked != AUTO:
+        return bool(asked)
+    offloaded = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    unsafe = sharded or _class_names(model) & _NEVER_CUT
+    return not unsafe and not offloaded & {"cpu", "disk"}
 
 
 def check_undivided(model: nn.Module) -> None:

@@ -44,7 +44,7 @@ class HeldError:
     """
 
     def __init__(self) -> None:
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def release(self) -> None:
         """Raise what waits, and hold it no longer."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._peft_compat import base_of
+from .errors import EvaValueError, listed
 from .options import AUTO
 from .targets import base_name
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from .calibrate import CalibrationPass
 
 __all__ = [
+    "check_requests",
+    "check_weights",
     "differences",
     "fingerprint_of",
     "in_words",
-    "other_weights",
     "request_of",
     "weights_of",
 ]
@@ -205,7 +207,7 @@ def weights_of(run: CalibrationPass) -> dict[str, list[float]]:
     return {name: elements for name, elements in shown.items() if elements is not None}
 
 
-def other_weights(ours: Mapping[str, list[float]], others: Mapping[str, list[float]]) -> list[str]:
+def _other_weights(ours: Mapping[str, list[float]], others: Mapping[str, list[float]]) -> list[str]:
     """Return the layers of which two processes have weights that differ by more than rounding."""
     names = []
     for name in ours.keys() & others.keys():
@@ -214,6 +216,45 @@ def other_weights(ours: Mapping[str, list[float]], others: Mapping[str, list[flo
         if any(abs(a - b) > ROUNDING * largest for a, b in pairs):
             names.append(name)
     return sorted(names)
+
+
+def check_requests(asked: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to share a pass between processes that were asked for different ones.
+
+    Args:
+        asked: of each process, by rank, what :func:`request_of` returns.
+
+    Raises:
+        EvaValueError: they differ.
+    """
+    counts = [len(request["layers"]) for request in asked]
+    if len(set(counts)) > 1:
+        raise EvaValueError(f"the processes have different models: {counts} target layers")
+    for rank, request in enumerate(asked):
+        found = differences(asked[0], request, ("in process 0", f"in process {rank}"))
+        if found:
+            raise EvaValueError(
+                f"the processes were asked for different passes; {in_words(found)}. "
+                "Give all of them the same config and options"
+            )
+
+
+def check_weights(weights: Sequence[Mapping[str, list[float]]]) -> None:
+    """Refuse to share a pass between processes whose models have other weights.
+
+    Args:
+        weights: of each process, by rank, what :func:`weights_of` returns.
+
+    Raises:
+        EvaValueError: most layers differ.
+    """
+    for rank, theirs in enumerate(weights):
+        names = _other_weights(weights[0], theirs)
+        if len(names) > len(weights[0]) / 2:  # one new layer, say a pooler, does no harm
+            raise EvaValueError(
+                f"processes 0 and {rank} have other weights in {listed(names)}: load the same "
+                "ones in all (some loaders fill those of the first process only)"
+            )
 
 
 def _digest(value: Sequence[Any]) -> str:

@@ -13,9 +13,10 @@ from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapte
 from .adapters import write_result
 from .calibrate import run_pass
 from .checks import check_config
-from .divided import check_whole
+from .data_parallel import beginning, processes_of
+from .divided import check_undivided, check_whole
 from .errors import EvaValueError
-from .options import CalibrateOptions
+from .options import AUTO, CalibrateOptions
 from .planning import Estimate, estimate_targets
 from .result import EvaResult
 from .targets import check_not_replicated, find_targets, unwrap
@@ -74,29 +75,44 @@ def initialize(
 
     Reference: arXiv 2410.07170; PEFT ``initialize_lora_eva_weights``.
     """
-    inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
-    check_whole(inner)
-    chosen = _chosen_config(inner, config, parsed)
-    if carries_adapters(inner):
-        own = adapter_configs(inner).get(parsed.adapter_name)
-        made_for_eva = getattr(own, "init_lora_weights", None) == "eva"
-        if not (made_for_eva or allow_any_init or config is not None):
-            raise EvaValueError(
-                "`initialize` can only be used with `init_lora_weights='eva'`; pass "
-                "allow_any_init=True to overwrite the weights of another adapter"
-            )
-        # such an adapter starts with a random lora_B, which tells nothing
-        random_start = allow_any_init and getattr(own, "init_lora_weights", None) is False
-        if not (overwrite_trained or random_start):
-            check_not_trained(inner, parsed.adapter_name)
-    else:
-        with warnings.catch_warnings(record=True):  # the pass looks again, and tells
-            find_targets(inner, chosen, parsed.adapter_name)
-        check_wrapping(inner, chosen, parsed.adapter_name)
-    if chosen.eva_config.rho > 1 or not carries_adapters(inner):
-        check_not_replicated(model)  # before a long pass, which would hardly leave all sizes
+    inner = unwrap(model)
+    with beginning(processes_of(inner, options.get("group", AUTO))):
+        parsed = CalibrateOptions.from_kwargs(options)
+        check_whole(inner)
+        chosen = _chosen_config(inner, config, parsed)
+        if carries_adapters(inner):
+            any_init = allow_any_init or config is not None
+            _check_adapters(inner, parsed.adapter_name, any_init, allow_any_init, overwrite_trained)
+        else:
+            with warnings.catch_warnings(record=True):  # the pass looks again, and tells
+                find_targets(inner, chosen, parsed.adapter_name)
+            check_wrapping(inner, chosen, parsed.adapter_name)
+        if chosen.eva_config.rho > 1 or not carries_adapters(inner):
+            check_not_replicated(model)  # before a long pass, which would hardly leave all sizes
     result = run_pass(inner, loader, chosen, parsed)
     return write_result(model, result, chosen, parsed.adapter_name)
+
+
+def _check_adapters(
+    model: nn.Module, name: str, any_init: bool, random_start: bool, overwrite_trained: bool
+) -> None:
+    """Refuse adapters that were not made for EVA, or whose training would be lost.
+
+    Args:
+        model: has adapters.
+        name: of those to be initialised.
+        any_init: accept those that were not made for EVA.
+        random_start: accept a ``lora_B`` that was made random, which tells nothing.
+        overwrite_trained: accept trained ones.
+    """
+    own = getattr(adapter_configs(model).get(name), "init_lora_weights", None)
+    if own != "eva" and not any_init:
+        raise EvaValueError(
+            "`initialize` can only be used with `init_lora_weights='eva'`; pass "
+            "allow_any_init=True to overwrite the weights of another adapter"
+        )
+    if not (overwrite_trained or (random_start and own is False)):
+        check_not_trained(model, name)
 
 
 def calibrate(
@@ -116,8 +132,12 @@ def calibrate(
     Raises:
         EvaError: and the built-in that PEFT raises in the same case; the model is as before.
     """
-    inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
-    return run_pass(inner, loader, _chosen_config(inner, config, parsed), parsed)
+    inner = unwrap(model)
+    with beginning(processes_of(inner, options.get("group", AUTO))):
+        parsed = CalibrateOptions.from_kwargs(options)
+        check_undivided(inner)
+        chosen = _chosen_config(inner, config, parsed)
+    return run_pass(inner, loader, chosen, parsed)
 
 
 def estimate(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType, TracebackType
+from typing import Any
 
-__all__ = ["completed", "temporarily", "undone_on_failure"]
+__all__ = ["Interrupts", "completed", "temporarily", "undone_on_failure"]
 
 # Far more interrupts than anybody sends; a step that raises one by itself must end, too.
 _TRIES = 100
@@ -73,3 +78,63 @@ def undone_on_failure(undo: Callable[[], object]) -> Iterator[None]:
     except BaseException:
         completed(undo)
         raise
+
+
+class Interrupts(AbstractContextManager["Interrupts"]):
+    """Hold interrupts back within a context, but where they are let through.
+
+    For what a process does together with others, who would wait for one that broke off anywhere.
+    Handlers of Python run in the main thread alone, between two of its steps: others, and calls
+    that wait in C, are interrupted by none anyway.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._came: list[int] = []
+
+    def __enter__(self) -> Interrupts:
+        self._hold()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        completed(self._let)
+
+    @contextmanager
+    def let_through(self) -> Iterator[None]:
+        """Let interrupts through in a block, also what has been held back until then."""
+        try:
+            self._let()
+            yield
+        finally:
+            try:
+                self._hold()
+            finally:
+                self._hold()  # an interrupt may have come right before the line above
+
+    def _hold(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler == self._note:
+                continue
+            self._handlers.pop(number, None)
+            if callable(handler):  # one of Python's, which may raise
+                self._handlers[number] = handler
+                signal.signal(number, self._note)
+
+    def _let(self) -> None:
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, handler)
+        while self._came:
+            number = self._came.pop(0)
+            self._handlers[number](number, sys._getframe())
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came.append(number)

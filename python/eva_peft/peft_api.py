@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ._peft_compat import (
     LoraConfig,
     PeftModel,
+    adapter_configs,
     carries_adapters,
     eva_of,
     forward_fn_dict,
@@ -24,6 +25,7 @@ from ._peft_compat import (
     prepare_model_inputs_fn_language_modeling,
 )
 from .adapters import write_state_dict
+from .data_parallel import beginning, processes_of
 from .divided import check_whole
 from .errors import EvaValueError
 from .initialize import calibrate
@@ -80,8 +82,10 @@ def get_eva_state_dict(
         contiguous tensors. Rank 0 for layers that get no adapter.
     """
     inner = unwrap(model)
-    if peft_config is None and not carries_adapters(inner):
-        raise EvaValueError("peft_config is required if model is not a PeftModel")
+    options = _with_group(options, gather_distributed_inputs)
+    with beginning(processes_of(inner, options.get("group", AUTO))):
+        if peft_config is None and not carries_adapters(inner):
+            raise EvaValueError("peft_config is required if model is not a PeftModel")
     result = calibrate(
         model,
         dataloader,
@@ -91,7 +95,7 @@ def get_eva_state_dict(
         prepare_layer_inputs_fn=_ours(prepare_layer_inputs_fn),
         adapter_name=adapter_name,
         progress=show_progress_bar,
-        **_with_group(options, gather_distributed_inputs),
+        **options,
     )
     state = result.state_dict()
     outer = next(f"{n}." if n else "" for n, m in model.named_modules() if m is inner)
@@ -153,28 +157,19 @@ def initialize_lora_eva_weights(
             neither data nor state dict, or layers that do not fit.
     """
     inner = unwrap(model)
-    check_whole(inner)
-    if not isinstance(inner, PeftModel):
-        raise EvaValueError("model must be a PeftModel")
-    if len(inner.active_adapters) > 1:
-        raise EvaValueError(
-            "`initialize_lora_eva_weights` currently only works with a single active adapter"
-        )
-    if adapter_name not in inner.peft_config:
-        raise EvaValueError(f"the model has no adapter {adapter_name!r}")
-    if getattr(inner.peft_config[adapter_name], "init_lora_weights", None) != "eva":
-        raise EvaValueError(
-            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
-        )
-    if not overwrite_trained:
-        check_not_trained(inner, adapter_name)
+    options = _with_group(options, gather_distributed_inputs)
+    alone = eva_state_dict is not None  # there will be no pass
+    processes = None if alone else processes_of(inner, options.get("group", AUTO))
+    with beginning(processes):
+        _check_for_eva(inner, adapter_name, overwrite_trained)
+        if not alone and dataloader is None:
+            raise EvaValueError("dataloader is required if eva_state_dict is not provided")
+        if not alone and eva_of(adapter_configs(inner)[adapter_name]).rho > 1:
+            check_not_replicated(model)
     if eva_state_dict is not None:
         write_state_dict(model, eva_state_dict, adapter_name, strict)
         return
-    if dataloader is None:
-        raise EvaValueError("dataloader is required if eva_state_dict is not provided")
-    if eva_of(inner.peft_config[adapter_name]).rho > 1:
-        check_not_replicated(model)
+    assert dataloader is not None
     result = calibrate(
         inner,
         dataloader,
@@ -183,9 +178,28 @@ def initialize_lora_eva_weights(
         prepare_layer_inputs_fn=_ours(prepare_layer_inputs_fn),
         adapter_name=adapter_name,
         progress=show_progress_bar,
-        **_with_group(options, gather_distributed_inputs),
+        **options,
     )
     result.apply(model, adapter_name=adapter_name, overwrite_trained=True)
+
+
+def _check_for_eva(model: nn.Module, adapter_name: str, overwrite_trained: bool) -> None:
+    """Refuse what is no PeftModel, or whose one active adapter was not made for EVA."""
+    check_whole(model)
+    if not isinstance(model, PeftModel):
+        raise EvaValueError("model must be a PeftModel")
+    if len(model.active_adapters) > 1:
+        raise EvaValueError(
+            "`initialize_lora_eva_weights` currently only works with a single active adapter"
+        )
+    if adapter_name not in model.peft_config:
+        raise EvaValueError(f"the model has no adapter {adapter_name!r}")
+    if getattr(model.peft_config[adapter_name], "init_lora_weights", None) != "eva":
+        raise EvaValueError(
+            "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
+        )
+    if not overwrite_trained:
+        check_not_trained(model, adapter_name)
 
 
 @functools.wraps(peft.get_peft_model)

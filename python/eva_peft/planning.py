@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from .errors import EvaTypeError, EvaValueError
 from .options import AUTO, CalibrateOptions
 from .targets import Target
 
-__all__ = ["Estimate", "components_of", "estimate_targets", "plan_targets"]
+__all__ = ["Estimate", "components_of", "estimate_targets", "log_plan", "plan_targets"]
+
+_LOGGER = logging.getLogger("eva_kernels")
 
 # Share of the model's own bytes that "auto" may spend on exactness.
 AUTO_BUDGET = 0.03
@@ -134,6 +137,29 @@ def estimate_targets(
         activation_bytes=activation,
         peak_bytes=state + workspace + activation,
         method={t.name: plan[t.in_features].method for t in targets},
+    )
+
+
+def log_plan(
+    model: nn.Module,
+    targets: Sequence[Target],
+    rho: float,
+    options: CalibrateOptions,
+    device: torch.device,
+) -> None:
+    """Log how a pass that begins will track its layers."""
+    if not _LOGGER.isEnabledFor(logging.INFO):
+        return
+    plan = estimate_targets(model, targets, rho, options, (1, 1))
+    methods = list(plan.method.values())
+    _LOGGER.info(
+        "calibration pass begins on %s: %d layers (%d exact, %d sketched), at most %d bytes of "
+        "state",
+        device,
+        len(targets),
+        methods.count("gram"),
+        methods.count("sketch"),
+        plan.state_bytes,
     )
 
 

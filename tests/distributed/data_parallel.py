@@ -18,7 +18,7 @@ import eva_kernels
 from distributed.scenarios import calibrate, failing_batches, own_batches, scenario
 from distributed.shards import spoiled_in_shards
 from eva_kernels.streaming import InputStream, _host
-from eva_peft import cells, channel, data_parallel
+from eva_peft import cells, data_parallel, meeting
 from eva_peft.data_parallel import Processes
 from eva_peft.hooks import InputCollector
 from integration.conftest import QUIET, lora, make_llama
@@ -233,7 +233,7 @@ def one_comes_late(rank: int) -> Any:
     if rank == 1:
         time.sleep(1)
     try:
-        with mock.patch.object(channel, "PATIENCE", 0.2):
+        with mock.patch.object(meeting, "PATIENCE", 0.2):
             calibrate(make_llama(), own_batches(rank), max_steps=1)
     finally:
         logger.removeHandler(handler)

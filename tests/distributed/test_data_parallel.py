@@ -236,6 +236,7 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
         ("leader_finds_no_layer", 0, "EvaValueError", "no layer to initialise"),
         ("checkpoint_cannot_be_written", 0, "EvaValueError", "cannot be written"),
         # before the others run theirs
+        ("prepare_fails_in_shards", 1, "KeyError", "'nothing'"),
         (
             "batch_fails_in_shards",
             1,
@@ -259,6 +260,66 @@ def test_what_goes_wrong_in_one_is_told_in_the_other(
     assert message in told
     expected = f"process {where} failed: {kind}: {told}"
     assert seen[1 - where][name] == ("EvaRuntimeError", expected)
+
+
+def test_an_interrupt_of_one_ends_all(seen: tuple[Seen, Seen]) -> None:
+    places = {"forward of 1": 1, "forward of 0": 0, "loader of 1": 1, "callback of 0": 0}
+    for place, where in places.items():
+        assert seen[where]["interrupted"][place] == ("KeyboardInterrupt", "Ctrl-C")
+        expected = f"process {where} was interrupted (KeyboardInterrupt)"
+        assert seen[1 - where]["interrupted"][place] == ("EvaRuntimeError", expected)
+    assert seen[1]["interrupted"]["exit of 1"] == ("SystemExit", "3")
+    expected = "process 1 was interrupted (SystemExit)"
+    assert seen[0]["interrupted"]["exit of 1"] == ("EvaRuntimeError", expected)
+
+
+def test_ctrl_c_is_heard_when_the_process_no_longer_waits(seen: tuple[Seen, Seen]) -> None:
+    (error, _), handler_is_back = seen[1]["signalled_while_it_waits"]
+    assert (error, handler_is_back) == ("KeyboardInterrupt", True)
+    told, handler_is_back = seen[0]["signalled_while_it_waits"]
+    assert told == ("EvaRuntimeError", "process 1 was interrupted (KeyboardInterrupt)")
+    assert handler_is_back
+
+
+def test_ctrl_c_is_heard_before_the_others_come(seen: tuple[Seen, Seen]) -> None:
+    (error, _), seconds = seen[0]["signalled_before_the_other_comes"]
+    assert error == "KeyboardInterrupt"
+    assert seconds < 0.9  # the other comes after one
+    told, _ = seen[1]["signalled_before_the_other_comes"]
+    assert told == ("EvaRuntimeError", "process 0 was interrupted")
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ("option", "EvaTypeError", "unknown option 'max_step'"),
+        ("config", "EvaTypeError", "expected a LoraConfig"),
+        ("trained", "EvaValueError", "has been trained"),
+        ("not for EVA", "EvaValueError", "can only be used with `init_lora_weights='eva'`"),
+        ("busy", "EvaRuntimeError", "another calibration pass is running on this model"),
+        ("hooks", "OSError", "no hooks"),
+        ("no store", "EvaValueError", "r=-1 must be at least 1"),
+    ],
+)
+def test_what_is_wrong_in_one_before_the_pass_is_told(
+    place: str, error: str, message: str, seen: tuple[Seen, Seen]
+) -> None:
+    kind, text = seen[1]["fails_in_one_before"][place]
+    assert kind == error
+    assert message in text
+    expected = f"process 1 failed: {error}: {text}"
+    assert seen[0]["fails_in_one_before"][place] == ("EvaRuntimeError", expected)
+
+
+def test_a_pass_begins_where_no_store_is_shown(seen: tuple[Seen, Seen]) -> None:
+    assert [found["fails_in_one_before"]["no store, well"] for found in seen] == [None, None]
+
+
+def test_processes_that_all_failed_begin_the_next_pass_together(seen: tuple[Seen, Seen]) -> None:
+    for rank, found in enumerate(seen):
+        error, steps = found["fails_twice"]
+        assert error == ("EvaValueError", f"max_steps={-rank} must be at least 1")
+        assert steps == 1
 
 
 def test_batches_are_fetched_while_the_leaders_device_works(seen: tuple[Seen, Seen]) -> None:

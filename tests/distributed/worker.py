@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 import eva_kernels
-from distributed import checkpoints, data_parallel, shards  # noqa: F401
+from distributed import checkpoints, data_parallel, faults, shards  # noqa: F401
 from distributed.scenarios import SCENARIOS
 
 

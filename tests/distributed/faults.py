@@ -1,0 +1,177 @@
+"""One process is interrupted, or fails where the others cannot know of it by themselves."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+from unittest import mock
+
+from torch import Tensor, distributed, nn
+
+import eva_kernels
+from distributed.scenarios import calibrate, own_batches, scenario
+from distributed.shards import sharded
+from eva_peft import meeting
+from eva_peft.hooks import InputCollector
+from eva_peft.world import claimed
+from integration.conftest import QUIET, lora, make_llama, wrapped
+
+
+def limited(seconds: int = 15) -> Any:
+    """Return a group of all whose processes do not wait for each other much longer."""
+    return distributed.new_group([0, 1], timeout=datetime.timedelta(seconds=seconds))
+
+
+def told(run: Callable[[], Any]) -> tuple[str, str] | None:
+    """Return what a call raises, which may be an interrupt."""
+    try:
+        run()
+    except BaseException as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def failing_at(step: int, where: bool, error: BaseException) -> Callable[[nn.Module, Any], None]:
+    """Return a forward function that raises at a step, where it is to do so at all."""
+    steps = iter(range(1, 1000))
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        if next(steps) == step and where:
+            raise error
+        model(**batch)
+
+    return forward
+
+
+@scenario
+def interrupted(rank: int) -> Any:
+    """Return what both processes raise where one is interrupted in what is its own work."""
+    stop = KeyboardInterrupt("Ctrl-C")
+
+    def loader() -> Iterator[Any]:
+        yield from own_batches(rank, 2)
+        if rank == 1:
+            raise stop
+
+    def callback(numbers: dict[str, Any]) -> None:
+        raise stop
+
+    def run(data: Any = None, **options: Any) -> Any:
+        data = own_batches(rank) if data is None else data
+        return told(lambda: calibrate(make_llama(), data, group=limited(), **options))
+
+    return {
+        "forward of 1": run(forward_fn=failing_at(2, rank == 1, stop)),
+        "forward of 0": run(forward_fn=failing_at(2, rank == 0, stop)),
+        "loader of 1": run(loader()),
+        "callback of 0": run(callback=callback),
+        "exit of 1": run(forward_fn=failing_at(2, rank == 1, SystemExit(3))),
+    }
+
+
+def signalled_in(seconds: float) -> threading.Timer:
+    """Press Ctrl-C later."""
+    timer = threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    return timer
+
+
+@scenario
+def signalled_while_it_waits(rank: int) -> Any:
+    """Press Ctrl-C in one process while it waits for the other, who is in its forward pass."""
+    steps = iter(range(1000))
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        if next(steps) == 1:
+            if rank == 1:
+                signalled_in(0.3)
+            else:
+                time.sleep(0.8)
+        model(**batch)
+
+    before = signal.getsignal(signal.SIGINT)
+    options = {"group": limited(), "max_steps": 40, "forward_fn": forward}
+    found = told(lambda: calibrate(make_llama(), own_batches(rank), **options))
+    return [found, signal.getsignal(signal.SIGINT) is before]
+
+
+@scenario
+def signalled_before_the_other_comes(rank: int) -> Any:
+    group = limited()
+    if rank == 1:
+        time.sleep(1)
+    timer = signalled_in(0.3) if rank == 0 else None
+    begin = time.perf_counter()
+    found = told(lambda: calibrate(make_llama(), own_batches(rank), group=group, max_steps=1))
+    if timer is not None:
+        timer.join()
+    return [found, time.perf_counter() - begin]
+
+
+@scenario
+def fails_in_one_before(rank: int) -> Any:
+    """Return what both processes raise where something is wrong in one before the pass."""
+    wrong = rank == 1
+    data, options = own_batches(rank), {**QUIET, "max_steps": 1}
+
+    def adapted(trained: bool = False, init: Any = "eva") -> Any:
+        model = wrapped(make_llama(), lora(init_lora_weights=init))
+        for name, parameter in model.named_parameters():
+            if trained and "lora_B" in name:
+                nn.init.ones_(parameter)
+        return model
+
+    def initialise(model: nn.Module, config: Any = None, **other: Any) -> Any:
+        group = limited()
+        both = {**options, "group": group, **other}
+        return told(lambda: eva_kernels.initialize(model, data, config, **both))
+
+    def by_peft(model: nn.Module) -> Any:
+        both = {k: v for k, v in options.items() if k != "progress"} | {"group": limited()}
+        return told(lambda: eva_kernels.initialize_lora_eva_weights(model, data, **both))
+
+    def of_a_model_that_is_busy() -> Any:
+        model = make_llama()
+        with claimed(model) if wrong else nullcontext():
+            return initialise(model, lora())
+
+    def without_hooks() -> Any:
+        failing = mock.Mock(side_effect=OSError("no hooks"))
+        with mock.patch.object(InputCollector, "__enter__", failing) if wrong else nullcontext():
+            return initialise(make_llama(), lora())
+
+    found = {
+        "option": initialise(make_llama(), lora(), **({"max_step": 1} if wrong else {})),
+        "config": initialise(make_llama(), "no config" if wrong else lora()),
+        "trained": initialise(adapted(trained=wrong)),
+        "not for EVA": by_peft(adapted(init=True if wrong else "eva")),
+        "busy": of_a_model_that_is_busy(),
+        "hooks": without_hooks(),
+    }
+    with mock.patch.object(meeting, "_store_of", return_value=None):
+        found["no store"] = initialise(make_llama(), lora(r=-1) if wrong else lora())
+        found["no store, well"] = initialise(make_llama(), lora())
+    return found
+
+
+@scenario
+def fails_twice(rank: int) -> Any:
+    """Return what both processes raise where each fails by itself, and that a pass then works."""
+    group = limited()
+    first = told(lambda: calibrate(make_llama(), own_batches(rank), max_steps=-rank, group=group))
+    return first, calibrate(make_llama(), own_batches(rank), max_steps=1, group=group).steps
+
+
+@scenario
+def prepare_fails_in_shards(rank: int) -> Any:
+    def prepare(batch: Any, config: Any) -> Any:
+        return batch["nothing"] if rank == 1 else batch
+
+    data = own_batches(rank)
+    return calibrate(sharded(make_llama()), data, prepare_model_inputs_fn=prepare)
