@@ -120,6 +120,8 @@ class CalibrationPass:
         self.architecture = architecture_of(model)
         self.forwards = self.steps = self.tokens = 0
         self.phase = "forward"
+        self.inside = False  # the model is running, or has failed
+        self.again: set[int] = set()  # layers for which the batch is to be run again
         self.batch_shape: tuple[int, int] | None = None
         self.seconds = dict.fromkeys(("forward", "accumulate", "fold", "check", "total"), 0.0)
         self.ranks: dict[int, int] = {}
@@ -271,15 +273,24 @@ class CalibrationPass:
         for part in ready:
             self.collector.tokens, self.collector.step = 0, self.steps
             complete = self._run_model(*part)
-            again = self.collector.end_forward(complete)
-            if again:
-                self.collector.only(again)
-                self._run_model(*part)
-                self.collector.end_forward()
+            self.again = self.collector.end_forward(complete)
             self.tokens += self.collector.tokens
+            if self.again and (self.processes is None or not self.sharded):
+                self.forward_again(part)
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before
+
+    def forward_again(self, part: Ready) -> None:
+        """Run a part of a batch for the layers alone that the forward pass has left open, if any.
+
+        The processes of a sharded model do so together.
+        """
+        before = self.collector.tokens
+        self.collector.only(self.again)
+        self._run_model(*part)
+        self.collector.end_forward()
+        self.tokens += self.collector.tokens - before
 
     def _model_input(self, batch: Any, mask: TokenMask) -> Any:
         prepare = self.options.prepare_model_inputs_fn
@@ -292,6 +303,7 @@ class CalibrationPass:
 
     def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> bool:
         self.collector.begin_forward(mask, model_input, self._may_stop_early, self.batch_shape)
+        self.inside = True  # and still so where it fails
         routed = self.collector.routed if self.collector.routed.needed else nullcontext()
         with suppress(StopForward), routed:
             if self.options.forward_fn is not None:
@@ -299,6 +311,7 @@ class CalibrationPass:
                     self.options.forward_fn(self.model, batch)
             else:
                 self._call_model(batch)
+        self.inside = False
         return not self.collector.stopped
 
     def _call_model(self, batch: Any) -> None:

@@ -14,6 +14,7 @@ No activation travels. At the end all get the leader's result, bit for bit.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -64,6 +65,7 @@ __all__ = ["Processes", "beginning", "processes_of"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_LOGGER = logging.getLogger("eva_kernels")
 
 
 def processes_of(model: nn.Module, group: Any) -> Processes | None:
@@ -308,6 +310,8 @@ class Processes:
         if ready is not None:
             self._try(run.forward, ready)
             ran = self._held.error is None
+            if run.sharded:
+                self._end_in_shards(run, ready)
         slots = tuple(
             Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
@@ -324,6 +328,32 @@ class Processes:
             return None
         ready = run.ready(prepared)
         return list(ready) if run.sharded else ready
+
+    def _end_in_shards(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
+        if run.inside:
+            self._leave(run)
+        if any(self._of_all(bool(run.again))):  # all or none, as before
+            for part in ready:
+                self._try(run.forward_again, part)
+            if run.inside:
+                self._leave(run)
+
+    def _leave(self, run: CalibrationPass) -> None:
+        """Raise what a sharded model has raised, without the others: they wait for it in there.
+
+        What is exchanged with them now would be taken for a part of the model.
+        """
+        error = self._held.error
+        assert error is not None
+        _LOGGER.error(
+            "process %d %s, in forward pass %d of a sharded model, in which the others wait for "
+            "it: they cannot be told, and go on waiting until it ends",
+            self.channel.rank,
+            _told(error),
+            run.forwards + 1,
+        )
+        del error
+        self._held.release()
 
     def _of_all(self, own: T) -> list[T]:
         """Return what each process gives, by rank; raise if something has gone wrong in one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import signal
 import threading
@@ -12,7 +13,10 @@ from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 import eva_kernels
 from distributed.scenarios import calibrate, own_batches, scenario
@@ -175,3 +179,59 @@ def prepare_fails_in_shards(rank: int) -> Any:
 
     data = own_batches(rank)
     return calibrate(sharded(make_llama()), data, prepare_model_inputs_fn=prepare)
+
+
+@scenario
+def fails_inside_of_shards(rank: int) -> Any:
+    """Return what a process raises that fails in a forward pass, for which the other waits."""
+    group, said = limited(2), []
+    model = make_llama()
+    for block in (*model.model.layers, model):
+        fully_shard(block, mesh=DeviceMesh.from_group(group, "cpu"))
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("eva_kernels")
+    logger.addHandler(handler)
+    options = {"group": group, "forward_fn": failing_at(2, rank == 1, KeyError("field"))}
+    begin = time.perf_counter()
+    try:
+        found = told(lambda: calibrate(model, own_batches(rank), **options))
+    finally:
+        logger.removeHandler(handler)
+    return found, time.perf_counter() - begin, said
+
+
+class Twice(nn.Module):
+    """Two layers that read one tensor, and the second another one where the first value is high."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.a(x) + self.b(x)
+        return y + self.b(y) if x[0, 0] > 100 else y
+
+
+def called_twice_in_one(rank: int, shards: bool) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(Twice(), nn.Linear(24, 24), Twice())
+    if shards:
+        for part in (*model, model):
+            fully_shard(part)
+    torch.manual_seed(rank)
+    data = [torch.randn(80, 24) * torch.linspace(3, 0.1, 24) for _ in range(3)]
+    if rank == 1:
+        data[0][0, 0] = 200
+    config = lora(target_modules=["a", "b"])
+    return eva_kernels.calibrate(model, data, config, max_steps=3, **QUIET)
+
+
+@scenario
+def run_again_in_one(rank: int) -> Any:
+    return called_twice_in_one(rank, shards=False)
+
+
+@scenario
+def run_again_in_one_in_shards(rank: int) -> Any:
+    return called_twice_in_one(rank, shards=True)

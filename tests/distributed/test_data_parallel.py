@@ -322,6 +322,25 @@ def test_processes_that_all_failed_begin_the_next_pass_together(seen: tuple[Seen
         assert steps == 1
 
 
+def test_a_batch_is_run_again_in_all_shards_or_none(seen: tuple[Seen, Seen]) -> None:
+    plain, found = seen[0]["run_again_in_one"], seen[0]["run_again_in_one_in_shards"]
+    assert not isinstance(found, tuple), found
+    assert found["tokens"] == plain["tokens"] == 2 * 3 * 80
+    assert found["ranks"] == plain["ranks"]
+    for name, values in plain["singular_values"].items():
+        torch.testing.assert_close(found["singular_values"][name], values, rtol=1e-4, atol=1e-4)
+    assert same(found, seen[1]["run_again_in_one_in_shards"])
+
+
+def test_who_fails_inside_of_a_sharded_model_raises_its_own_error(seen: tuple[Seen, Seen]) -> None:
+    error, seconds, said = seen[1]["fails_inside_of_shards"]
+    assert error == ("KeyError", "'field'")
+    assert seconds < 1.5  # the other waits for two, in the model
+    [message] = said
+    assert "process 1 failed: KeyError: 'field', in forward pass 2 of a sharded model" in message
+    assert seen[0]["fails_inside_of_shards"][0][0] == "RuntimeError"
+
+
 def test_batches_are_fetched_while_the_leaders_device_works(seen: tuple[Seen, Seen]) -> None:
     one, other = (found["batches_are_fetched_ahead"] for found in seen)
     # in the first step the leader merges streams, which it waits for
