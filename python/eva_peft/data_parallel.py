@@ -125,6 +125,7 @@ class _Decision:
         done, stop: every layer has converged; no further step.
         frozen: layers that are no longer accumulated.
         renewed: layers with a new basis, the dtype of their streams, and whether they are exact.
+        steps: of the pass so far.
         error: what went wrong.
     """
 
@@ -132,6 +133,7 @@ class _Decision:
     stop: bool = True
     frozen: frozenset[int] = frozenset()
     renewed: tuple[Renewal, ...] = ()
+    steps: int = 0
     error: str | None = None
 
 
@@ -211,7 +213,7 @@ class Processes:
             slots = [slot for slot in run.collector.slots if keeper.known.issuperset(slot.members)]
             renewed = tuple(map(renewal, slots))
             frozen = frozenset(run.collector.frozen)
-            decision = _Decision(keeper.done, stop, frozen, renewed)
+            decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
             states = keeper.first_random, keeper.random
             position = _Position(str(keeper.path), run.forwards, run.tokens, *states, decision)
         position = self.channel.from_leader(position)
@@ -428,6 +430,7 @@ class Processes:
     def _follow(self, run: CalibrationPass, decision: _Decision) -> _Decision:
         """Do what the leader has decided, on every process."""
         self._raise_if(decision.error, 0)
+        run.steps = decision.steps  # which errors name
         if decision.stop:
             return decision
         run.collector.frozen = set(decision.frozen)
@@ -459,7 +462,7 @@ class Processes:
             run.keeper.end_forward(time.perf_counter(), done, random)
             run.call_back(numbers)
             stop = not ran or done or run.limit_reached(time.perf_counter() - begin)
-            return _Decision(done, stop, frozenset(run.collector.frozen), renewed)
+            return _Decision(done, stop, frozenset(run.collector.frozen), renewed, run.steps)
 
         decision = self._try(self._unless_held, decide)
         if decision is None:

@@ -173,6 +173,18 @@ def fails_twice(rank: int) -> Any:
 
 
 @scenario
+def step_of_a_follower(rank: int) -> Any:
+    """Fail in the third step of the second process."""
+    model, calls = make_llama(), iter(range(1, 1000))
+
+    def spoil(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        return out * float("nan") if next(calls) == 3 and rank == 1 else out
+
+    model.model.embed_tokens.register_forward_hook(spoil)
+    return calibrate(model, own_batches(rank))
+
+
+@scenario
 def prepare_fails_in_shards(rank: int) -> Any:
     def prepare(batch: Any, config: Any) -> Any:
         return batch["nothing"] if rank == 1 else batch

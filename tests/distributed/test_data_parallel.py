@@ -235,6 +235,7 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
         ("fails_before", 1, "EvaValueError", "memory_budget=1 bytes is too small"),
         ("leader_finds_no_layer", 0, "EvaValueError", "no layer to initialise"),
         ("checkpoint_cannot_be_written", 0, "EvaValueError", "cannot be written"),
+        ("step_of_a_follower", 1, "NonFiniteError", "self_attn.q_proj, step 3: 96 of 96 tokens"),
         # before the others run theirs
         ("prepare_fails_in_shards", 1, "KeyError", "'nothing'"),
         (
