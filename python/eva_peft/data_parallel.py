@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -183,17 +183,17 @@ class Processes:
         self._agree(run)
         # What "auto" decides depends on the memory of each device.
         run.plan = self.channel.from_leader(run.plan)
-        with (
-            closing(batches.iterate(loader, lambda: self._seen > 0)) as stream,
-            closing(Ahead(map(run.prepare, stream))) as ahead,
-            run.keeper,
-        ):
+        with ExitStack() as stack:
+            stream = stack.enter_context(closing(batches.iterate(loader, lambda: self._seen > 0)))
+            ahead = stack.enter_context(closing(Ahead(map(run.prepare, stream))))
+            stack.enter_context(run.keeper)
             decision = self._begin(run, stream)
             while not decision.stop:
                 run.keeper.begin_forward()
                 decision = self._step(run, ahead, begin, bar)
+            self._try(stack.close)  # the others are told with the result
         if self.leads:  # behind the keeper, whose file is of what waits between two forward passes
-            self._try(run.fold_rest, begin, bar)  # the others are told with the result
+            self._try(self._unless_held, lambda: run.fold_rest(begin, bar))
         return decision.done
 
     def _try(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:
@@ -285,6 +285,7 @@ class Processes:
         if isinstance(found, NotConvergedError):  # every process raises it as its own
             self._held.error, found = self._held.error or found, str(found)
         self._raise_if(found if isinstance(found, str) else None, 0)
+        self._held.release()  # of one that does not lead, at its end
         result: EvaResult = found
         return result
 

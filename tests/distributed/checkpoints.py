@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from distributed.scenarios import calibrate, own_batches, scenario, shared_folder
+from distributed.scenarios import calibrate, limited, own_batches, scenario, shared_folder
+from eva_peft import checkpoint
 from integration.conftest import make_llama
 
 
@@ -146,6 +148,17 @@ def callback_fails_at_the_end(rank: int) -> Any:
 
     options = {"max_steps": 2, "method": "sketch", "tokens_per_step": 5}
     return calibrate(make_llama(), own_batches(rank), callback=callback, **options)
+
+
+@scenario
+def writing_fails_at_the_end(rank: int) -> Any:
+    failing = mock.Mock(side_effect=ValueError("no such state"))
+    with shared_folder() as folder, mock.patch.object(checkpoint, "write_checkpoint", failing):
+        kept = {"checkpoint": folder / "pass.safetensors", "checkpoint_every": 9}
+        try:
+            calibrate(make_llama(), own_batches(rank), max_steps=2, group=limited(), **kept)
+        except Exception as error:
+            return type(error).__name__, str(error)
 
 
 @scenario

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import signal
@@ -14,22 +13,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import eva_kernels
-from distributed.scenarios import calibrate, own_batches, scenario
+from distributed.scenarios import calibrate, limited, own_batches, scenario
 from distributed.shards import sharded
 from eva_peft import meeting
 from eva_peft.hooks import InputCollector
 from eva_peft.world import claimed
 from integration.conftest import QUIET, lora, make_llama, wrapped
-
-
-def limited(seconds: int = 15) -> Any:
-    """Return a group of all whose processes do not wait for each other much longer."""
-    return distributed.new_group([0, 1], timeout=datetime.timedelta(seconds=seconds))
 
 
 def told(run: Callable[[], Any]) -> tuple[str, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,11 @@ def failing_batches(rank: int) -> Iterator[dict[str, Tensor]]:
     if rank == 1:
         raise OSError("the disk is gone")
     yield from own_batches(rank, 2)
+
+
+def limited(seconds: int = 15) -> Any:
+    """Return a group of all whose processes do not wait for each other much longer."""
+    return distributed.new_group([0, 1], timeout=datetime.timedelta(seconds=seconds))
 
 
 @contextmanager

@@ -181,6 +181,7 @@ def test_adapters_are_written_everywhere(seen: tuple[Seen, Seen]) -> None:
         ("leader_fails", 0, "OSError", "the report is gone"),
         ("callback_fails_at_the_end", 0, "OSError", "the report is gone"),
         ("merging_fails", 0, "OSError", "the memory is gone"),
+        ("writing_fails_at_the_end", 0, "ValueError", "no such state"),
         ("loader_fails_in_shards", 1, "OSError", "the disk is gone"),
     ],
 )
