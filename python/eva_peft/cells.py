@@ -14,6 +14,7 @@ from torch import Tensor
 from eva_kernels.streaming import InputStream, restore_stream
 from eva_kernels.streaming.state import GramState
 
+from .errors import EvaValueError
 from .hooks import InputCollector
 from .shared_inputs import Slot
 from .targets import device_of
@@ -112,8 +113,18 @@ def slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
 def merge_stream(
     run: CalibrationPass, cell: Cell, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> InputStream:
-    """Take the stream of another process into one's own, and return that."""
-    stream = slot_for(run, cell, getattr(torch, record["dtype"])).stream
+    """Take the stream of another process into one's own, and return that.
+
+    Raises:
+        EvaValueError: one is in double precision.
+    """
+    dtype = getattr(torch, record["dtype"])
+    stream = slot_for(run, cell, dtype).stream
+    if stream.dtype != dtype:
+        raise EvaValueError(
+            f"layer {run.targets[cell[0]].name}: its input gives a stream of {stream.dtype} in one "
+            f"process and of {dtype} in another; load the model with the same dtype in all of them"
+        )
     like = torch.empty(0, dtype=stream.dtype, device=stream.device)
     other = run.make_stream(run.targets[cell[0]], like)
     restore_stream(other, record, tensors)

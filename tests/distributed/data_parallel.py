@@ -292,6 +292,12 @@ def other_weights(rank: int) -> Any:
 
 
 @scenario
+def other_dtypes(rank: int) -> Any:
+    model = make_llama()
+    return calibrate(model.double() if rank == 0 else model, own_batches(rank), max_steps=2)
+
+
+@scenario
 def one_layer_is_new(rank: int) -> Any:
     model = make_llama()
     torch.manual_seed(rank)

@@ -234,6 +234,12 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
     ("name", "where", "kind", "message"),
     [
         ("fails_before", 1, "EvaValueError", "memory_budget=1 bytes is too small"),
+        (
+            "other_dtypes",
+            0,
+            "EvaValueError",
+            "a stream of torch.float64 in one process and of torch.float32 in another; load",
+        ),
         ("leader_finds_no_layer", 0, "EvaValueError", "no layer to initialise"),
         ("checkpoint_cannot_be_written", 0, "EvaValueError", "cannot be written"),
         ("step_of_a_follower", 1, "NonFiniteError", "self_attn.q_proj, step 3: 96 of 96 tokens"),
