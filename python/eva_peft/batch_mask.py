@@ -10,7 +10,7 @@ from torch import Tensor
 from ._peft_compat import LoraConfig, eva_of
 from .architecture import Architecture
 from .errors import warn
-from .media_masks import has_images, has_sound, pixel_mask, sound_mask, tile_mask
+from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask
 
 __all__ = ["mask_of_batch"]
@@ -57,7 +57,7 @@ def mask_of_batch(
         beside=next((_token_mask(batch[key]) for key in _BESIDE if key in batch), None),
         queries=_token_mask(batch.get("qformer_attention_mask")),
         sound=sound_mask(batch),
-        pixels=pixel_mask(batch),
+        pixels=pixel_masks(batch),
         tiles=tile_mask(batch),
         sound_only=has_sound(batch) and not has_images(batch),
         patch_sizes=architecture.patch_sizes,

@@ -19,7 +19,7 @@ __all__ = [
     "has_images",
     "has_sound",
     "patches_seen",
-    "pixel_mask",
+    "pixel_masks",
     "sound_mask",
     "tile_mask",
     "tiles_seen",
@@ -33,7 +33,7 @@ _OTHER_MASKS = ("attention_mask", "decoder_attention_mask", "mask_time_indices")
 # Masks over pixels, (images, height, width) or (samples, images, height, width), or over patches,
 # (images, patches).
 _PIXELS = ("pixel_attention_mask", "pixel_mask")
-
+_IMAGES = ("pixel", "image", "video")  # in the names of what belongs to images
 
 # Pixels between the patches of a network of convolutions.
 _STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -56,7 +56,7 @@ def has_sound(batch: Mapping[str, Any]) -> bool:
 def has_images(batch: Mapping[str, Any]) -> bool:
     """Tell whether a batch holds images or films."""
     return any(
-        _is_real(value) and any(word in str(key) for word in ("pixel", "image", "video"))
+        _is_real(value) and any(word in str(key) for word in _IMAGES)
         for key, value in batch.items()
     )
 
@@ -72,13 +72,22 @@ def _is_of_sound(mask: Any, batch: Mapping[str, Any]) -> bool:
     return any(len(mask) == len(x) and mask.shape[1] in x.shape[1:] for x in sounds)
 
 
-def pixel_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return which pixels, (images, H, W), or patches, (images, P), a batch keeps, if it tells."""
-    found = (batch.get(key) for key in _PIXELS)
-    mask = next((m for m in found if isinstance(m, Tensor) and m.dim() in (2, 3, 4)), None)
-    if mask is None:
-        return None
-    return (mask.flatten(0, 1) if mask.dim() == 4 else mask).bool().cpu()
+def pixel_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Return which pixels, (images, H, W), or patches, (images, P), a batch keeps, if it tells.
+
+    Images and films may each have one of their own.
+    """
+    given = (batch.get(key) for key in _PIXELS)
+    masks = [m.bool() for m in given if isinstance(m, Tensor) and m.dim() in (2, 3, 4)]
+    masks += [places.ge(0).any(-1) for key, places in batch.items() if _are_places(key, places)]
+    return tuple((m.flatten(0, 1) if m.dim() == 4 else m).cpu() for m in masks)
+
+
+def _are_places(key: Any, values: Any) -> bool:
+    """Tell whether values are where in their image patches are, (images, P, 2); -1 is padding."""
+    named = any(word in str(key) for word in _IMAGES) and str(key).endswith("position_ids")
+    whole = isinstance(values, Tensor) and values.dim() == 3 and values.shape[2] == 2
+    return named and whole and not values.is_floating_point()
 
 
 def tile_mask(batch: Mapping[str, Any]) -> Tensor | None:
@@ -116,8 +125,8 @@ def patches_seen(
     """Return the mask of a layer's patches, bool (images, P'), those whose first pixel counts.
 
     Args:
-        mask: see :func:`pixel_mask`. Images without any pixel fill up samples; models leave them
-            out.
+        mask: one of :func:`pixel_masks`. Images without any pixel fill up samples; models leave
+            them out.
         leading: shape of the layer's input without its features.
         sizes: of the model's patches, in pixels, if it tells: what they leave over at the end of an
             image is cut off. Otherwise patches come of strides, of which the last may be short.

@@ -76,7 +76,7 @@ class TokenMask:
         beside: Tensor | None = None,
         queries: Tensor | None = None,
         sound: Tensor | None = None,
-        pixels: Tensor | None = None,
+        pixels: Sequence[Tensor] = (),
         tiles: Tensor | None = None,
         sound_only: bool = False,
         patch_sizes: tuple[int, ...] = (),
@@ -248,8 +248,8 @@ class TokenMask:
             yield "sound", frames_seen(self.sound, leading)
         if self.main is not None and self.sound_only and not self.mixed and self._hears(layer):
             yield "frames", frames_seen(self.main, leading)  # of which the model does not tell
-        if self.pixels is not None and self._sees_pixels(layer):
-            yield "pixels", patches_seen(self.pixels, leading, self.patch_sizes)
+        for pixels in self.pixels if self._sees_pixels(layer) else ():
+            yield "pixels", patches_seen(pixels, leading, self.patch_sizes)
         if self.tiles is not None and (layer.reads_no_text or layer.reads_encoder):
             yield "tiles", tiles_seen(self.tiles, leading)
 
@@ -299,9 +299,9 @@ class TokenMask:
         one_for_all = leading[:1] == (1,) and all(m.shape[0] > 1 for m in masks)
         if self.mixed:  # beside text, but not in one sequence with it
             masks = [m for m in masks if not layer.reads_encoder and _is_longer(leading, m)]
-        if self.pixels is not None and layer.in_encoder and self._sees_pixels(layer):
-            images = len(leading) == 2 and leading[0] == len(self.pixels) and leading[1] > 1
-            masks = [self.pixels] if images else []
+        if self.pixels and layer.in_encoder and self._sees_pixels(layer):
+            images = len(leading) == 2 and leading[1] > 1
+            masks = [m for m in self.pixels if images and leading[0] == len(m)]
         if name in self.warned or one_for_all:
             return
         if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):

@@ -19,7 +19,7 @@ from transformers import (
 from eva_kernels import EvaWarning
 from eva_peft.architecture import architecture_of
 from eva_peft.batch_mask import mask_of_batch
-from eva_peft.media_masks import patches_seen, pixel_mask, tile_mask
+from eva_peft.media_masks import patches_seen, pixel_masks, tile_mask
 from eva_peft.token_mask import TokenMask
 from integration.conftest import layer_inputs, lora, lost, run
 
@@ -158,13 +158,13 @@ def test_queries_are_no_patches(name: str, count: int) -> None:
     size = 980 if count == 256 else 64
     mask = pixels((size, size), (size // 2, size), height=size, width=size).bool()
     text = torch.ones(2, 5, dtype=torch.bool)
-    rule = TokenMask(text, mixed=True, pixels=mask, patch_sizes=(14,))
+    rule = TokenMask(text, mixed=True, pixels=[mask], patch_sizes=(14,))
     assert rule.rows(torch.Size((2, count, 8)), CPU, name) is None
 
 
 def test_patches_that_fit_no_grid_are_warned_of() -> None:
     mask = pixels((16, 16), (8, 8)).bool()
-    rule = TokenMask(None, pixels=mask)
+    rule = TokenMask(None, pixels=[mask])
     windows = torch.Size((8, 11, 8))
     assert rule.rows(windows, CPU, "model.encoder.layers.0.fc2") is None  # of a windowed backbone
     with pytest.warns(EvaWarning, match=r"fits its input of leading shape \(2, 11\)"):
@@ -185,19 +185,40 @@ def test_only_layers_that_see_images() -> None:
     mask = pixels((16, 16), (8, 8)).bool()
     text = torch.ones(2, 16, dtype=torch.bool)
     shape = torch.Size((2, 16, 8))
-    beside = TokenMask(text, mixed=True, pixels=mask)
+    beside = TokenMask(text, mixed=True, pixels=[mask])
     assert beside.rows(shape, CPU, "language_model.layers.0.q_proj") is None
     found = beside.rows(shape, CPU, "vision_tower.layers.0.q_proj")
     assert found is not None
     assert len(found) == 16 + 4
-    alone = TokenMask(None, pixels=mask)
+    alone = TokenMask(None, pixels=[mask])
     assert alone.rows(shape, CPU, "model.encoder.layers.0.fc1") is not None
     assert alone.rows(shape, CPU, "model.decoder.layers.0.fc1") is None  # queries
 
 
 def test_what_is_no_mask_of_pixels() -> None:
-    assert pixel_mask({"pixel_values": torch.randn(2, 3, 4, 4)}) is None
-    assert pixel_mask({"pixel_mask": torch.ones(3)}) is None
-    found = pixel_mask({"pixel_attention_mask": torch.ones(2, 3, 8, 8)})
-    assert found is not None
+    assert pixel_masks({"pixel_values": torch.randn(2, 3, 4, 4)}) == ()
+    assert pixel_masks({"pixel_mask": torch.ones(3)}) == ()
+    (found,) = pixel_masks({"pixel_attention_mask": torch.ones(2, 3, 8, 8)})
     assert found.shape == (6, 8, 8)
+
+
+def test_places_of_patches_of_images_and_films() -> None:
+    """Gemma 4 says where each patch is, and of padding that it is nowhere."""
+    places = torch.tensor([[[0, 0], [1, 0], [-1, -1]], [[0, 0], [-1, -1], [-1, -1]]])
+    film = torch.zeros(4, 5, 2, dtype=torch.long)
+    film[:, 3:] = -1
+    batch = {"image_position_ids": places, "video_position_ids": film}
+    seen = pixel_masks(batch)
+    assert seen[0].tolist() == [[True, True, False], [True, False, False]]
+    text = torch.ones(2, 7, dtype=torch.bool)
+    rule = TokenMask(text, mixed=True, pixels=seen)
+    name = "vision_tower.encoder.layers.0.mlp.up_proj"
+    for mask in seen:
+        found = rule.rows(torch.Size((*mask.shape, 8)), CPU, name)
+        assert found is not None
+        assert found.tolist() == mask.flatten().nonzero().flatten().tolist()
+    # of text, also of that with several kinds of positions
+    for key in ("position_ids", "decoder_position_ids"):
+        assert pixel_masks({key: torch.zeros(2, 7, 2, dtype=torch.long)}) == ()
+    assert pixel_masks({"image_position_ids": torch.zeros(2, 7, dtype=torch.long)}) == ()
+    assert pixel_masks({"image_position_ids": torch.zeros(2, 7, 2)}) == ()
