@@ -64,8 +64,18 @@ class Architecture:
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether there is a stream of tokens for each of two parts."""
-        return bool(getattr(self.config, "is_encoder_decoder", False))
+        """Whether there is a stream of tokens for each of two parts.
+
+        A model of images and text may have this said of its text only.
+        """
+        configs = (self.config, getattr(self.config, "text_config", None))
+        return any(bool(getattr(config, "is_encoder_decoder", False)) for config in configs)
+
+    @property
+    def text_in_qformer(self) -> bool:
+        """Whether a Q-Former reads the model's own text behind its queries."""
+        qformer = getattr(self.config, "qformer_config", None)
+        return bool(getattr(qformer, "use_qformer_text_input", False))
 
     @property
     def makes_decoder_ids(self) -> bool:

@@ -44,6 +44,7 @@ def mask_of_batch(
         return TokenMask(None)
     main, decoder = _text_masks(batch, config, architecture, warned)
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
+    queries = _token_mask(batch.get("qformer_attention_mask"))
     mask = TokenMask(
         main,
         decoder,
@@ -55,7 +56,7 @@ def mask_of_batch(
         frame_lengths=architecture.frame_lengths,
         text_first=architecture.text_first,
         beside=next((_token_mask(batch[key]) for key in _BESIDE if key in batch), None),
-        queries=_token_mask(batch.get("qformer_attention_mask")),
+        queries=main if queries is None and architecture.text_in_qformer else queries,
         sound=sound_mask(batch),
         pixels=pixel_masks(batch),
         tiles=tile_mask(batch),

@@ -188,11 +188,12 @@ class TokenMask:
     def _all_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[Fit]:
         """Yield the masks that fit an input of a shape, the likeliest first."""
         beside = [] if self.beside is None else [Fit("beside", self.beside)]
-        for key, mask in [*self._text(layer), *beside]:
+        texts = [_for_every_frame(fit, leading) for fit in self._text(layer)]
+        for key, mask in [*texts, *beside]:
             flat = len(leading) == 1 and leading[0] == mask.numel() != mask.shape[0]
             if flat or leading in (tuple(mask.shape), tuple(mask.shape)[::-1]):
                 yield Fit(key, mask.reshape(-1) if flat else mask)
-        for key, mask in self._text(layer):
+        for key, mask in texts:
             for seen in self._expanded(key, mask, leading):
                 yield Fit(f"{key} {leading}", seen)
         for kind, found in self._of_media(layer, leading):
@@ -212,8 +213,9 @@ class TokenMask:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
-        text_first = False if key == "queries" else self.text_first
-        if key in ("main", "queries") and text_first is not None and _is_longer(leading, mask):
+        queries = key.startswith("queries")
+        text_first = False if queries else self.text_first
+        if (queries or key == "main") and text_first is not None and _is_longer(leading, mask):
             yield self._with_others(mask, leading, text_first)
 
     def _frames(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
@@ -329,6 +331,14 @@ def _is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:
     return (
         len(leading) == mask.dim() == 2 and leading[0] == len(mask) and leading[1] > mask.shape[1]
     )
+
+
+def _for_every_frame(fit: Fit, leading: tuple[int, ...]) -> Fit:
+    """Return the mask of queries once more for each frame of a film, which are read one by one."""
+    times = leading[0] // max(len(fit.mask), 1) if len(leading) == 2 else 1
+    if not fit.key.startswith("queries") or times < 2 or leading[0] != times * len(fit.mask):
+        return fit
+    return Fit(f"{fit.key} {times} times", fit.mask.repeat_interleave(times, dim=0))
 
 
 def _for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
