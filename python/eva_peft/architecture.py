@@ -50,7 +50,8 @@ class Architecture:
         patch_sizes: pixels along a side of the patches that images are cut into, if that is all
             that is done to them.
         needs_labels: ``forward`` cannot be called without them.
-        takes_decoder_ids: it can be given the decoder's tokens, or make them of labels.
+        takes_decoder_ids: it can be given the decoder's tokens (or spectra), or make them of
+            labels.
         frame_lengths: what may tell how many frames are made of sound.
     """
 
@@ -169,7 +170,8 @@ def _prefixes(inner: dict[str, nn.Module]) -> tuple[str, ...]:
 
 def _takes_decoder_ids(model: nn.Module) -> bool:
     made = hasattr(model, "prepare_decoder_input_ids_from_labels")
-    return made or _parameter(model, "decoder_input_ids") is not ...
+    taken = ("decoder_input_ids", "decoder_input_values")  # tokens, or spectra
+    return made or any(_parameter(model, name) is not ... for name in taken)
 
 
 def _patch_sizes(configs: list[Any]) -> tuple[int, ...]:

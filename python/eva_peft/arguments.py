@@ -17,6 +17,7 @@ __all__ = [
     "as_one_argument",
     "by_name",
     "can_be_called",
+    "gives_decoder_inputs",
     "model_arguments",
     "without_labels",
     "without_text",
@@ -181,7 +182,13 @@ def _is_text(value: Any) -> bool:
 
 def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Drop ``labels``, to spare the loss, unless the model needs them or makes inputs of them."""
-    from_labels = architecture.makes_decoder_ids and "decoder_input_ids" not in arguments
+    from_labels = architecture.makes_decoder_ids and not gives_decoder_inputs(arguments)
     if from_labels or architecture.needs_labels:
         return arguments
     return {k: v for k, v in arguments.items() if k != "labels"}
+
+
+def gives_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a decoder's inputs (tokens, embeddings, spectra) are given, not to be made."""
+    given = (key for key, value in arguments.items() if value is not None)
+    return any(str(key).startswith("decoder_input") for key in given)

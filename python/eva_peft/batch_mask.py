@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._peft_compat import LoraConfig, eva_of
 from .architecture import Architecture
+from .arguments import gives_decoder_inputs
 from .errors import warn
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask
@@ -74,21 +75,64 @@ def _text_masks(
     """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's."""
     main = _attention_mask(batch, warned)
     decoder = _token_mask(batch.get("decoder_attention_mask"))
-    eva, labels = eva_of(config), batch.get("labels")
-    label_mask = None
+    if architecture.encoder_decoder:
+        samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
+        labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
+        return main, _decoder_mask(batch, decoder, labelled, architecture)
+    eva, labels, label_mask = eva_of(config), batch.get("labels"), None
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = labels.cpu() != eva.label_mask_value
-    if architecture.encoder_decoder:
-        if label_mask is not None:
-            fits = decoder is not None and decoder.shape == label_mask.shape
-            decoder = decoder & label_mask if decoder is not None and fits else label_mask
-        return main, decoder
     shape = _token_shape(batch, main)
     if main is not None and shape is not None:
         main = _without_prefix(main, shape)
     if label_mask is not None and tuple(label_mask.shape) == shape:
         main = label_mask if main is None else main & label_mask
     return main, decoder
+
+
+def _labelled_steps(
+    labels: Any, config: LoraConfig, architecture: Architecture, samples: int
+) -> Tensor | None:
+    """Return which steps of a decoder have a label, bool (B, T), if labels are to tell.
+
+    Each step may have several, (B, T, codes) or (B * codes, T), or be a spectrum, (B, T, bands).
+    """
+    eva = eva_of(config)
+    if not eva.use_label_mask:
+        return None
+    if isinstance(labels, Tensor) and labels.dim() == 3 and architecture.makes_decoder_ids:
+        return (labels.cpu() != eva.label_mask_value).any(-1)
+    if not _are_token_labels(labels, architecture.config):
+        return None
+    labelled = labels.cpu() != eva.label_mask_value
+    codes = samples and len(labelled) > samples and len(labelled) % samples == 0
+    return labelled.view(samples, -1, labelled.shape[1]).any(1) if codes else labelled
+
+
+def _decoder_mask(
+    batch: Mapping[str, Any],
+    given: Tensor | None,
+    labelled: Tensor | None,
+    architecture: Architecture,
+) -> Tensor | None:
+    """Return which tokens of a decoder count.
+
+    Args:
+        given: by a mask of its own.
+        labelled: see :func:`_labelled_steps`. Tokens that are made of labels have their shape.
+    """
+    labels, made = batch.get("labels"), not gives_decoder_inputs(batch)
+    if given is None or labelled is None:
+        mask = labelled if given is None else given
+    elif given.shape == labelled.shape:
+        mask = given & labelled
+    else:
+        mask = labelled if made else given
+    spectra = isinstance(labels, Tensor) and labels.dim() == 3 and labels.is_floating_point()
+    if mask is not None and spectra and made:  # of which the model may take one of several
+        every = int(getattr(architecture.config, "reduction_factor", 1))
+        mask = mask[:, every - 1 :: every]
+    return mask
 
 
 def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:
