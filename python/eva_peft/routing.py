@@ -207,25 +207,36 @@ class RoutedInputs(TorchFunctionMode):
 
 
 def _picked(args: Sequence[Any]) -> tuple[Tensor, int] | None:
-    """Return the index over tokens, (n,), of an indexing call, and the number of tokens."""
-    x, index = args[0], args[-1]
-    if isinstance(index, (tuple, list)):
-        tensors = [i for i in index if isinstance(i, Tensor)]
-        others = [
-            i for i in index if not isinstance(i, Tensor) and i is not None and i != slice(None)
-        ]
-        if len(tensors) != 1 or others:
-            return None
-        index = tensors[0]
+    """Return the index over tokens, (n,), of an indexing call, and the number of tokens.
+
+    Whole samples are picked, too, as by a language of each: all tokens of one after another.
+    """
+    x, index = args[0], _of_the_first_dimension(args)
     if not isinstance(index, Tensor) or not x.is_floating_point():
         return None
+    across = 1
     if index.dtype == torch.bool:
-        if index.shape != x.shape[: index.dim()] or index.dim() != x.dim() - 1:
+        if index.shape != x.shape[: index.dim()]:
             return None
-        return index.flatten().nonzero().flatten(), index.numel()
-    if index.dim() != 1 or index.is_floating_point() or x.dim() != 2:
+        index, across = index.flatten().nonzero().flatten(), index.dim()
+    if index.dim() != 1 or index.is_floating_point() or across >= x.dim():
         return None
-    return index, len(x)
+    each = x.shape[across:-1].numel()
+    if each != 1:
+        index = (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
+    return index, x.shape[:-1].numel()
+
+
+def _of_the_first_dimension(args: Sequence[Any]) -> Any:
+    """Return the index of an indexing call that leaves the other dimensions as they are."""
+    index = args[-1]
+    if len(args) == 3 and args[1] != 0:  # index_select along another one
+        return None
+    if not isinstance(index, (tuple, list)):
+        return index
+    parts = [part for part in index if part is not None]
+    whole = all(isinstance(part, slice) and part == slice(None) for part in parts[1:])
+    return parts[0] if parts and whole else None
 
 
 def _keeps_rows(args: Sequence[Any], result: Tensor) -> bool:

@@ -14,6 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import eva_kernels
 from bench.families import FAMILIES
 from eva_kernels import EvaValueError, EvaWarning
+from eva_peft.routing import RoutedInputs
 from integration.conftest import (
     QUIET,
     VOCABULARY,
@@ -291,6 +292,64 @@ def test_masks_follow_tokens_to_expert_modules(how: str) -> None:
             variances = exact_pca(x)[0]
             ratio = (variances / variances.sum())[: len(found)]
             torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
+
+
+class Languages(nn.Module):
+    """A layer for each kind of sample, as the adapters of X-MOD."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.how, self.embed = how, nn.Embedding(VOCABULARY, 12)
+        self.languages = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        tokens = self.embed(input_ids)
+        choice = input_ids[:, 0] % 2
+        out = torch.zeros_like(tokens)
+        for one, layer in enumerate(self.languages):
+            here = choice == one
+            if self.how == "numbers":
+                picked = tokens[here.nonzero().flatten()]
+            elif self.how == "index_select":
+                picked = tokens.index_select(0, here.nonzero().flatten())
+            else:
+                picked = tokens[here]
+            out[here] = layer(picked)
+        return out
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("how", ["numbers", "index_select", "boolean"])
+def test_masks_follow_samples(how: str) -> None:
+    model, texts = Languages(how), text_batches(4, samples=6)
+    texts[0]["input_ids"][:, 0] = 4  # of one of them there is nothing
+    config = lora(tau=1.0, target_modules=r".*languages\.\d")
+    result = run(model, iter(texts), config, method="gram", trim_padding=False)
+    for one in range(2):
+        rows = [model.embed(t["input_ids"][here])[t["attention_mask"][here].bool()]
+                for t in texts for here in [t["input_ids"][:, 0] % 2 == one]]  # fmt: skip
+        assert lost(result.components[f"languages.{one}"], torch.cat(rows).detach()) < 1e-6
+
+
+def test_what_picks_along_another_dimension_is_not_followed() -> None:
+    called: list[Any] = []
+    routed = RoutedInputs([], lambda *given: called.append(given))
+    x, picked = torch.randn(5, 5, 3), torch.tensor([4, 0, 2, 1, 3])
+    with routed:
+        routed.following = True
+        along = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
+        first = [x[picked], x[picked, :], x[None, picked], x.index_select(0, picked)]
+        none = x[picked < 0]
+        assert all(routed.tokens_of(part) is None for part in along)
+        for part in first:
+            known = routed.tokens_of(part)
+            assert known is not None
+            assert torch.equal(x.reshape(25, 3)[known[0]], part.reshape(25, 3))
+            assert known[1] == 25
+        empty = routed.tokens_of(none)
+        assert empty is not None
+        assert len(empty[0]) == 0
 
 
 def test_a_matrix_as_parameter() -> None:
