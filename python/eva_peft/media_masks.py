@@ -91,9 +91,18 @@ def _are_places(key: Any, values: Any) -> bool:
 
 
 def tile_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return which tiles of its images a batch keeps, bool (samples, images, tiles)."""
+    """Return which tiles of its images a batch keeps, bool (samples, images, tiles).
+
+    An image that no token of text may look at, (samples, tokens, images), only fills up.
+    """
     mask = batch.get("aspect_ratio_mask")
-    return mask.bool().cpu() if isinstance(mask, Tensor) and mask.dim() == 3 else None
+    if isinstance(mask, Tensor) and mask.dim() == 3:
+        return mask.bool().cpu()
+    seen, images = batch.get("image_attention_mask"), batch.get("pixel_values")
+    if not isinstance(seen, Tensor) or not isinstance(images, Tensor) or seen.dim() != 3:
+        return None
+    known = images.shape[:2] == (len(seen), seen.shape[2]) and images.dim() == 5
+    return seen.bool().any(1)[..., None].cpu() if known else None
 
 
 def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:

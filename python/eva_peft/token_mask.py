@@ -177,7 +177,9 @@ class TokenMask:
         if layer.reads_encoder and self.given is not None:
             return [("given", self.given)]
         if self.mixed and layer.reads_no_text:
-            return []
+            # text only where what stands beside it has a mask, too: LXMERT's cross attention reads
+            # either, by the same layers
+            return [] if self.beside is None else [("beside", self.beside), main]
         if not self.encoder_decoder:
             return [main, decoder]
         if layer.reads_encoder or (layer.in_encoder and not layer.in_decoder):

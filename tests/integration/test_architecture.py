@@ -179,6 +179,10 @@ def test_boxes_have_a_mask_of_their_own() -> None:
     rows = rule.rows(torch.Size((SAMPLES, 5, 16)), CPU, "embeddings.visual_projection")
     assert rows is not None
     assert len(rows) == int(mask[:, TOKENS:].sum())
+    # LXMERT's cross attention reads either, by the layers that it calls visual
+    rows = rule.rows(torch.Size((SAMPLES, TOKENS, 16)), CPU, "x_layers.0.visual_attention.att.key")
+    assert rows is not None
+    assert len(rows) == int(mask[:, :TOKENS].sum())
 
 
 def test_a_q_former_reads_text_behind_its_queries() -> None:

@@ -195,6 +195,29 @@ def test_only_layers_that_see_images() -> None:
     assert alone.rows(shape, CPU, "model.decoder.layers.0.fc1") is None  # queries
 
 
+def test_images_that_no_token_looks_at_fill_up() -> None:
+    """As in IDEFICS, whose samples have several images each."""
+    looks = torch.zeros(3, 7, 2, dtype=torch.long)
+    looks[0, 2:], looks[1, 3:, 0], looks[2, :1, 1] = 1, 1, 1
+    batch = {"image_attention_mask": looks, "pixel_values": torch.randn(3, 2, 3, 8, 8)}
+    tiles = tile_mask(batch)
+    assert tiles is not None
+    assert tiles.tolist() == [[[True], [True]], [[True], [False]], [[False], [True]]]
+    rule = TokenMask(torch.ones(3, 7, dtype=torch.bool), mixed=True, tiles=tiles)
+    kept = tiles.flatten().repeat_interleave(5).nonzero().flatten().tolist()
+    for shape, name in (
+        ((6, 5, 8), "vision_model.encoder.layers.0.mlp.fc1"),
+        ((6, 5, 8), "perceiver_resampler.blocks.0.1.fc"),
+        ((3, 10, 8), "gated_cross_attn_layers.0.cross_attn.k_proj"),
+    ):
+        rows = rule.rows(torch.Size(shape), CPU, name)
+        assert rows is not None
+        assert rows.tolist() == kept
+    # masks of another kind, as over an image's patches
+    for key, other in (("image_attention_mask", looks[:, 0]), ("pixel_values", looks.float())):
+        assert tile_mask({**batch, key: other}) is None
+
+
 def test_what_is_no_mask_of_pixels() -> None:
     assert pixel_masks({"pixel_values": torch.randn(2, 3, 4, 4)}) == ()
     assert pixel_masks({"pixel_mask": torch.ones(3)}) == ()
