@@ -49,7 +49,8 @@ class Architecture:
         prefixes: what layers' names begin with, one after another, and which tells nothing.
         patch_sizes: pixels along a side of the patches that images are cut into, if that is all
             that is done to them.
-        needs_labels: ``forward`` cannot be called without them.
+        needs_labels: ``forward`` cannot be called without them, or leaves out a part.
+        apart: what the names begin with of parts that have a loss, and tokens, of their own.
         takes_decoder_ids: it can be given the decoder's tokens (or spectra), or make them of
             labels.
         frame_lengths: what may tell how many frames are made of sound.
@@ -60,6 +61,7 @@ class Architecture:
     prefixes: tuple[str, ...] = ()
     patch_sizes: tuple[int, ...] = ()
     needs_labels: bool = False
+    apart: tuple[str, ...] = ()
     takes_decoder_ids: bool = False
     frame_lengths: tuple[FrameLengths, ...] = ()
 
@@ -117,12 +119,14 @@ def architecture_of(model: nn.Module) -> Architecture:
     named = [config for config in configs if isinstance(_kind(config), str)]
     base = base_of(model)
     inner = {name: m for name, m in base.named_modules() if is_of_transformers(m)}
+    apart = tuple(_taught_apart(inner))
     return Architecture(
         config=next(iter([*named, *configs]), None),
         kinds=frozenset(kind for config in named for kind in _kinds(config)),
         prefixes=_prefixes(inner),
         patch_sizes=_patch_sizes(configs),
-        needs_labels=_parameter(base, "labels") is inspect.Parameter.empty,
+        needs_labels=bool(apart) or _parameter(base, "labels") is inspect.Parameter.empty,
+        apart=apart,
         takes_decoder_ids=not inner or any(map(_takes_decoder_ids, inner.values())),
         frame_lengths=tuple(_frame_lengths(model)),
     )
@@ -172,6 +176,30 @@ def _takes_decoder_ids(model: nn.Module) -> bool:
     made = hasattr(model, "prepare_decoder_input_ids_from_labels")
     taken = ("decoder_input_ids", "decoder_input_values")  # tokens, or spectra
     return made or any(_parameter(model, name) is not ... for name in taken)
+
+
+def _taught_apart(inner: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield the names of models with labels of their own, beside the outermost one's own head.
+
+    They may be run for their loss only, as the decoder of CSM that goes over the codes of a frame.
+    What holds the outermost model's embeddings is its body, which some let take labels, too.
+    """
+    model = next(iter(inner.values()), None)
+    embeddings = _embeddings_of(model)
+    if embeddings is None or not isinstance(getattr(model, "lm_head", None), nn.Module):
+        return
+    for name, part in inner.items():
+        if _parameter(part, "labels") is ...:
+            continue
+        if all(module is not embeddings for module in part.modules()):
+            yield f"{name}."
+
+
+def _embeddings_of(model: nn.Module | None) -> Any:
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):  # it has none
+        return None
 
 
 def _patch_sizes(configs: list[Any]) -> tuple[int, ...]:

@@ -64,6 +64,7 @@ def mask_of_batch(
         sound_only=has_sound(batch) and not has_images(batch),
         patch_sizes=architecture.patch_sizes,
         prefixes=architecture.prefixes,
+        apart=architecture.apart,
     )
     mask.warned = warned
     return mask

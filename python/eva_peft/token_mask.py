@@ -55,6 +55,7 @@ class TokenMask:
         sound_only: there is sound, and nothing else than it and maybe text.
         patch_sizes: of images in pixels, where the model tells them.
         prefixes: what names of layers begin with, and which tells nothing of what they read.
+        apart: the same of layers that read neither text nor anything that has a mask.
 
     Attributes:
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
@@ -81,6 +82,7 @@ class TokenMask:
         sound_only: bool = False,
         patch_sizes: tuple[int, ...] = (),
         prefixes: tuple[str, ...] = (),
+        apart: tuple[str, ...] = (),
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
@@ -88,7 +90,7 @@ class TokenMask:
         self.text_first, self.beside, self.queries = text_first, beside, queries
         self.sound, self.pixels, self.tiles = sound, pixels, tiles
         self.sound_only = sound_only
-        self.patch_sizes, self.prefixes = patch_sizes, prefixes
+        self.patch_sizes, self.prefixes, self.apart = patch_sizes, prefixes, apart
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
         self.transposed: dict[str, bool] = {}
@@ -116,12 +118,13 @@ class TokenMask:
             int64 indices, or ``None`` for all rows.
         """
         leading, layer = tuple(shape[:-1]), self._kind(name)
-        key = layer, leading
-        if key not in self._fits:
+        key, apart = (layer, leading), name.startswith(self.apart)
+        if key not in self._fits and not apart:
             self._fits[key] = next(self._all_fits(layer, leading), None)
-        fit = self._fits[key]
+        fit = None if apart else self._fits[key]
         if fit is None:
-            self._warn_unknown(layer, leading, name)
+            if not apart:
+                self._warn_unknown(layer, leading, name)
             if not self.draws:
                 return None
             whole = torch.ones(shape[:-1].numel(), dtype=torch.bool, device="cpu")

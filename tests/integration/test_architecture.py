@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -438,3 +439,62 @@ def test_a_model_without_a_config_reads_what_it_is_given() -> None:
     found = architecture_of(nn.Linear(2, 2))
     assert not any([found.encoder_decoder, found.sees_padding, found.needs_labels])
     assert (found.text_first, found.frame_lengths) == (None, ())
+
+
+class Taught(nn.Module):
+    """Goes over the codes of frames, and has a loss of its own."""
+
+    base_model_prefix = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 5)
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(self.layer(codes).flatten(0, 1), labels.flatten())
+
+
+class Framed(nn.Module):
+    """Runs a part for its loss only, as CSM the decoder of the codes of a frame."""
+
+    base_model_prefix = ""
+
+    def __init__(self, head: str = "lm_head") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.depth_decoder = nn.Embedding(VOCABULARY, 16), Taught()
+        setattr(self, head, nn.Linear(16, VOCABULARY))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> Any:
+        states = self.embed(input_ids)
+        if labels is None:
+            return self.lm_head(states)
+        frames = states[labels[..., 0] != -100]
+        codes = frames[:, None] * torch.arange(1, 4)[:, None]
+        return self.lm_head(states), self.depth_decoder(codes, labels[labels[..., 0] != -100])
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_a_part_that_is_run_for_its_loss_only() -> None:
+    model, batch = Framed(), text()
+    labels = torch.randint(5, (SAMPLES, TOKENS, 3)).masked_fill(~MASK[..., None], -100)
+    labels[:, 0] = -100
+    config = lora(target_modules=["layer", "lm_head"], tau=1.0)
+    result = run(model, iter([{**batch, "labels": labels}]), config, method="gram")
+    rows = model.embed(batch["input_ids"])[labels[..., 0] != -100].detach()
+    codes = rows[:, None] * torch.arange(1, 4)[:, None]
+    assert lost(result.components["depth_decoder.layer"], codes.flatten(0, 1)) < 1e-6
+    found = architecture_of(model)
+    assert (found.apart, found.needs_labels) == (("depth_decoder.",), True)
+    # a model whose only head is that of a part calls it in any case, as it does its body
+    body = Framed()
+    body.depth_decoder.embed = body.embed
+    for other in (Framed("head"), body):
+        found = architecture_of(other)
+        assert (found.apart, found.needs_labels) == ((), False)
+    assert architecture_of(make_llama()).apart == ()
