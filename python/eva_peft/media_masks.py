@@ -77,7 +77,8 @@ def pixel_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
 
     Images and films may each have one of their own.
     """
-    given = (batch.get(key) for key in _PIXELS)
+    whole = _image_mask(batch)
+    given = (batch.get(key) for key in _PIXELS if batch.get(key) is not whole)
     masks = [m.bool() for m in given if isinstance(m, Tensor) and m.dim() in (2, 3, 4)]
     masks += [places.ge(0).any(-1) for key, places in batch.items() if _are_places(key, places)]
     return tuple((m.flatten(0, 1) if m.dim() == 4 else m).cpu() for m in masks)
@@ -91,18 +92,26 @@ def _are_places(key: Any, values: Any) -> bool:
 
 
 def tile_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return which tiles of its images a batch keeps, bool (samples, images, tiles).
-
-    An image that no token of text may look at, (samples, tokens, images), only fills up.
-    """
+    """Return which tiles of its images a batch keeps, bool (samples, images, tiles)."""
     mask = batch.get("aspect_ratio_mask")
     if isinstance(mask, Tensor) and mask.dim() == 3:
         return mask.bool().cpu()
-    seen, images = batch.get("image_attention_mask"), batch.get("pixel_values")
-    if not isinstance(seen, Tensor) or not isinstance(images, Tensor) or seen.dim() != 3:
+    images = _image_mask(batch)
+    return None if images is None else images[..., None].bool().cpu()
+
+
+def _image_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return which images of its samples a batch keeps, (samples, images).
+
+    Others only fill up: those that a mask over whole images, as PI0's over cameras, leaves out, or
+    that no token of text may look at, as IDEFICS says it, (samples, tokens, images).
+    """
+    pixels, looks = batch.get("pixel_values"), batch.get("image_attention_mask")
+    if not isinstance(pixels, Tensor) or pixels.dim() != 5:
         return None
-    known = images.shape[:2] == (len(seen), seen.shape[2]) and images.dim() == 5
-    return seen.bool().any(1)[..., None].cpu() if known else None
+    masks = [m for m in map(batch.get, _PIXELS) if isinstance(m, Tensor) and m.dim() == 2]
+    masks += [looks.bool().any(1)] if isinstance(looks, Tensor) and looks.dim() == 3 else []
+    return next((mask for mask in masks if mask.shape == pixels.shape[:2]), None)
 
 
 def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:

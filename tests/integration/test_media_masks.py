@@ -213,6 +213,12 @@ def test_images_that_no_token_looks_at_fill_up() -> None:
         rows = rule.rows(torch.Size(shape), CPU, name)
         assert rows is not None
         assert rows.tolist() == kept
+    # a mask over whole images, as PI0's over cameras, and none over patches
+    cameras = {"pixel_values": batch["pixel_values"], "pixel_attention_mask": tiles[..., 0]}
+    found = tile_mask(cameras)
+    assert found is not None
+    assert torch.equal(found, tiles)
+    assert pixel_masks(cameras) == ()
     # masks of another kind, as over an image's patches
     for key, other in (("image_attention_mask", looks[:, 0]), ("pixel_values", looks.float())):
         assert tile_mask({**batch, key: other}) is None
