@@ -225,6 +225,8 @@ def without_padding(
         unknown = key not in _TOKEN_KEYS or (architecture.encoder_decoder and key == "labels")
         if per_token and (unknown or value.shape[1] != columns):
             return [batch]
+        if key not in _TOKEN_KEYS and _goes_along(value, columns):
+            return [batch]
         if value.dim() == 0 or value.shape[0] != samples:
             return [batch]
         splits &= key in _TOKEN_KEYS or value.dim() == 1
@@ -239,6 +241,12 @@ def without_padding(
     if len(groups) == 1 and int(lengths.max()) == columns:
         return [batch]
     return [_cut(batch, rows, columns, int(lengths[rows].max())) for rows in groups]
+
+
+def _goes_along(value: Tensor, columns: int) -> bool:
+    """Tell whether values may be so many for each column: Voxtral reads sound and text in step."""
+    several = value.is_floating_point() and value.dim() > 2
+    return several and any(size and size % columns == 0 for size in value.shape[1:])
 
 
 def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:

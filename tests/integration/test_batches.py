@@ -246,6 +246,18 @@ def test_images_that_are_no_entry_of_each_sample() -> None:
     assert cut["pixel_values"].shape == (2, 3, 4, 4)
 
 
+def test_sound_that_goes_along_with_text_keeps_it_whole() -> None:
+    """Voxtral's realtime model adds up the embeddings of text and of eight frames a token."""
+    (batch,) = text_batches(1, length=24)
+    batch["attention_mask"][:, 16:] = 0
+    sound = {**batch, "input_features": torch.randn(4, 5, 24 * 8)}
+    assert without_padding(sound, torch.device("cpu")) == [sound]
+    sound = {**batch, "input_features": torch.randn(4, 5, 100)}  # of one length for any text
+    (cut,) = without_padding(sound, torch.device("cpu"))
+    assert cut["input_ids"].shape[1] <= 16
+    assert cut["input_features"].shape == (4, 5, 100)
+
+
 @pytest.mark.parametrize("kind", ["fnet", "canine", "siglip", "mobilebert", "big_bird", "reformer"])
 def test_padding_that_a_model_sees_stays(kind: str) -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
