@@ -81,6 +81,9 @@ def pixel_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
     given = (batch.get(key) for key in _PIXELS if batch.get(key) is not whole)
     masks = [m.bool() for m in given if isinstance(m, Tensor) and m.dim() in (2, 3, 4)]
     masks += [places.ge(0).any(-1) for key, places in batch.items() if _are_places(key, places)]
+    crops = batch.get("image_attention_mask")  # of Phi-4: (samples, crops, rows, columns)
+    if isinstance(crops, Tensor) and crops.dim() == 4:
+        masks.append(crops.bool().flatten(0, 1).flatten(1))
     return tuple((m.flatten(0, 1) if m.dim() == 4 else m).cpu() for m in masks)
 
 
@@ -149,9 +152,11 @@ def patches_seen(
         sizes: of the model's patches, in pixels, if it tells: what they leave over at the end of an
             image is cut off. Otherwise patches come of strides, of which the last may be short.
     """
+    images = mask.flatten(1)
+    if leading in ((len(mask),), (len(mask), 1)):  # pooled; of nothing, that may be no number
+        return images.any(1).reshape(leading)
     if len(leading) != 2 or leading[1] < 1:
         return None
-    images = mask.flatten(1)
     mask = mask if leading[0] == len(mask) else mask[images.any(1)]
     if leading[0] != len(mask):
         return None

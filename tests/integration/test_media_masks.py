@@ -177,7 +177,7 @@ def test_patches_that_layers_see_fewer_of() -> None:
         patches = patches_seen(mask, (2, 16 * 24 // side**2))
         assert patches is not None
         assert patches.sum(1).tolist() == kept
-    for leading in ((2, 7), (3, 24), (2, 0), (2,), (2, 4, 24)):
+    for leading in ((2, 7), (3, 24), (2, 0), (3,), (2, 4, 24)):
         assert patches_seen(mask, leading) is None
 
 
@@ -222,6 +222,23 @@ def test_images_that_no_token_looks_at_fill_up() -> None:
     # masks of another kind, as over an image's patches
     for key, other in (("image_attention_mask", looks[:, 0]), ("pixel_values", looks.float())):
         assert tile_mask({**batch, key: other}) is None
+
+
+def test_crops_and_what_is_pooled_of_them() -> None:
+    """Phi-4 fills up the number of crops; what is pooled of one that fills up is no number."""
+    crops = torch.zeros(2, 3, 4, 4, dtype=torch.long)
+    crops[0], crops[1, 0], crops[1, 1, :, :2] = 1, 1, 1
+    (mask,) = pixel_masks({"image_attention_mask": crops})
+    assert torch.equal(mask, crops.view(6, 16).bool())
+    rule = TokenMask(torch.ones(2, 7, dtype=torch.bool), mixed=True, pixels=[mask])
+    rows = rule.rows(torch.Size((6, 16, 8)), CPU, "img_processor.encoder.layers.0.mlp.fc1")
+    assert rows is not None
+    assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
+    for shape in ((6, 8), (6, 1, 8)):
+        rows = rule.rows(torch.Size(shape), CPU, "img_processor.head.mlp.fc1")
+        assert rows is not None
+        assert rows.tolist() == [0, 1, 2, 3, 4]
+        assert rule.rows(torch.Size(shape), CPU, "model.layers.0.mlp.fc1") is None
 
 
 def test_what_is_no_mask_of_pixels() -> None:
