@@ -17,7 +17,7 @@ _READS_ENCODER = re.compile(
 # Layers of the other stream of a model that takes text and something else.
 _READS_NO_TEXT = re.compile(
     r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound"
-    r"|multi_modal|(^|\.)mm_proj|connector|perceiver|resampler|qformer|acoustic|semantic_tokenizer"
+    r"|multi_modal|(^|\.)mm_proj|(^|\.)projector\b|connector|perceiver|resampler|qformer|acoustic|semantic_tokenizer"
 )
 # Learnt queries, as many whatever the batch, or several levels of patches one after another.
 _READS_QUERIES = re.compile(

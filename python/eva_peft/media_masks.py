@@ -121,7 +121,8 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     """Return the mask of a layer's frames, bool (samples, F').
 
     Args:
-        mask: see :func:`sound_mask`.
+        mask: see :func:`sound_mask`. It may be over what becomes of several frames each, as that
+            of Granite's speech models is.
         leading: shape of the layer's input without its features. Its first dimension may have the
             parts of equal length that a model cuts each sound into.
 
@@ -132,11 +133,15 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         mask = mask.reshape(leading[0], -1) if leading[0] % len(mask) == 0 else mask
     samples, frames = mask.shape
     lengths = mask.sum(1)
-    if len(leading) != 2 or leading[0] != samples or not 0 < leading[1] <= frames:
+    if len(leading) != 2 or leading[0] != samples or not leading[1] or not frames:
         return None
     if not torch.equal(mask, torch.arange(frames, device="cpu") < lengths[:, None]):
         return None
     kept = -(-lengths * leading[1] // frames)
+    if leading[1] > frames:
+        if 2 * leading[1] < 3 * frames:  # what is a little longer has something else in it
+            return None
+        kept = lengths * -(-leading[1] // frames)  # the last may have been fewer
     return torch.arange(leading[1], device="cpu") < kept[:, None]
 
 

@@ -263,7 +263,10 @@ class TokenMask:
     def _hears(self, layer: LayerKind) -> bool:
         if layer.reads_sound or not self.sound_only:
             return layer.reads_sound
-        return layer.reads_no_text if self.mixed else layer.reads_encoder or not layer.in_decoder
+        in_encoder = layer.in_encoder and not layer.in_decoder
+        if self.mixed:  # an encoder of text has the text's mask, which was tried
+            return layer.reads_no_text or in_encoder
+        return layer.reads_encoder or not layer.in_decoder
 
     def _sees_pixels(self, layer: LayerKind) -> bool:
         if layer.reads_queries:

@@ -275,3 +275,22 @@ def test_functions_of_lengths(lengths: Any, known: bool) -> None:
     rows = rule.rows(shape, cpu, "layer")
     assert rows is not None
     assert rows.tolist() == [*range(11), *range(11, 11 + 5), *range(22, 22 + 2)]
+
+
+@pytest.mark.parametrize("frames", [20, 18])  # the last window of a sound may be short
+def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
+    """As of Granite's speech models, whose encoder has neither a mask nor a name that tells."""
+    counts = torch.tensor([4, 1, 2])
+    mask = torch.arange(4) < counts[:, None]
+    rule = TokenMask(torch.ones(3, 9, dtype=torch.bool), mixed=True, sound=mask, sound_only=True)
+    cpu = torch.device("cpu")
+    rows = rule.rows(torch.Size((3, frames, 8)), cpu, "encoder.layers.0.ff1.up_proj")
+    assert rows is not None
+    kept = torch.arange(frames) < 5 * counts[:, None]
+    assert rows.tolist() == kept.flatten().nonzero().flatten().tolist()
+    rows = rule.rows(torch.Size((3, 4, 8)), cpu, "projector.linear")
+    assert rows is not None
+    assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
+    # text, and frames with something else among them
+    assert rule.rows(torch.Size((3, 20, 8)), cpu, "language_model.layers.0.mlp.up_proj") is None
+    assert rule.rows(torch.Size((3, 5, 8)), cpu, "encoder.layers.0.ff1.up_proj") is None
