@@ -245,7 +245,7 @@ def without_padding(
 
 def _goes_along(value: Tensor, columns: int) -> bool:
     """Tell whether values may be so many for each column: Voxtral reads sound and text in step."""
-    several = value.is_floating_point() and value.dim() > 2
+    several = value.is_floating_point() and value.dim() == 3
     return several and any(size and size % columns == 0 for size in value.shape[1:])
 
 
