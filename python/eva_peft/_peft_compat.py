@@ -70,6 +70,7 @@ __all__ = [
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
     "resolved_config",
+    "spoils_strings",
     "tied_modules",
     "untrained_magnitude",
     "update_layer",
@@ -141,11 +142,9 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
         if _is_all_linear(config.target_modules) and config.task_type != "SEQ_CLS" and present:
             # PEFT leaves out the head of that task alone, and refuses to adapt those of others
             config.exclude_modules = exclude_layers(config, present)
-    if convert_peft_config_for_transformers is not None and _is_transformers_model(model):
-        try:
-            convert_peft_config_for_transformers(config, model=model, conversions=None)
-        except ValueError as error:
-            raise EvaValueError(str(error)) from error
+    spoiled = spoils_strings(model, config)
+    if not spoiled:
+        _convert(config, model)
     if config.target_modules is None and config.target_parameters is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
@@ -162,9 +161,33 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
             config.exclude_modules = exclude_layers(config, refused)
     config = _maybe_include_all_linear_layers(config, model)
     names = config.target_modules
-    if isinstance(asked, str) and isinstance(names, set) and _end_others(names, model):
+    if spoiled:
+        config.target_modules = {n for n, _ in model.named_modules() if matches_target(config, n)}
+    elif isinstance(asked, str) and isinstance(names, set) and _end_others(names, model):
         config.target_modules = "|".join(sorted(map(re.escape, names)))
     return config
+
+
+def spoils_strings(model: nn.Module, config: LoraConfig) -> bool:
+    """Tell whether PEFT takes a string of targets for the set of its letters.
+
+    PEFT 0.19 does, "all-linear" included, in models whose experts transformers 5 has fused.
+    """
+    given = config.target_modules
+    if not isinstance(given, str):
+        return False
+    tried = deepcopy(config)
+    _convert(tried, model)
+    return bool(tried.target_modules == set(given))
+
+
+def _convert(config: LoraConfig, model: nn.Module) -> None:
+    if convert_peft_config_for_transformers is None or not _is_transformers_model(model):
+        return
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError as error:
+        raise EvaValueError(str(error)) from error
 
 
 def _refused(config: LoraConfig, model: nn.Module) -> list[str]:

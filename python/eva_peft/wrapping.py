@@ -16,6 +16,7 @@ from ._peft_compat import (
     layer_of_failure,
     matches_target,
     resolved_config,
+    spoils_strings,
 )
 from .errors import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError
 from .out_of_memory import is_out_of_memory
@@ -42,7 +43,8 @@ def wrap_model(
     config.init_lora_weights, config.eva_config = "eva", eva_of(config)
     resolved = resolved_config(model, config)
     config.exclude_modules = resolved.exclude_modules
-    if config.target_modules and isinstance(resolved.target_modules, str):
+    names = isinstance(resolved.target_modules, str) or spoils_strings(model, config)
+    if config.target_modules and names:
         config.target_modules = resolved.target_modules
     if config.lora_bias or _adapts_convolution(model, resolved):
         # PEFT refuses "eva" with these, also when it loads a saved adapter

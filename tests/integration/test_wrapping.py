@@ -335,3 +335,24 @@ def test_mamba_layers_that_peft_refuses() -> None:
     done = eva_kernels.initialize(model, text_batches(4), max_steps=4, **QUIET)
     ends = {name.rpartition(".")[2] for name in done.eva_result.ranks}
     assert ends == {"in_proj", "x_proj"}  # dt_proj is not called
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q|v)_proj"])
+def test_a_string_that_peft_takes_for_letters(targets: str, monkeypatch: Any) -> None:
+    """PEFT 0.19 does so, in models whose experts transformers 5 has fused."""
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+
+    def convert(config: Any, model: nn.Module, conversions: Any) -> None:
+        config.target_modules = set(config.target_modules or ())
+
+    expected = eva_kernels.initialize(
+        make_llama(), text_batches(4), lora(target_modules=targets), **QUIET
+    )
+    name = "convert_peft_config_for_transformers"
+    for module in (conversion, import_module("eva_peft._peft_compat")):
+        monkeypatch.setattr(module, name, convert)
+    done = eva_kernels.initialize(
+        make_llama(), text_batches(4), lora(target_modules=targets), **QUIET
+    )
+    assert done.eva_result.ranks == expected.eva_result.ranks
+    assert same_state(state_of(done), state_of(expected))
