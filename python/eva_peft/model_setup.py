@@ -149,7 +149,7 @@ def load_tokenizer(name: str) -> Any:
         raise EvaValueError(f"there is no folder {name}")
     transformers = import_module("transformers")
     try:
-        return transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:  # transformers 4 asks for protobuf
         if not path.is_dir():
             raise
@@ -157,6 +157,20 @@ def load_tokenizer(name: str) -> Any:
         raise EvaValueError(
             f"{name} has no tokenizer that can be loaded ({told}); save the model's there"
         ) from error
+    if not _knows_words(tokenizer):  # what transformers 5.2 makes where it finds no files
+        raise EvaValueError(
+            f"{name} has no tokenizer that can be loaded (all that transformers finds are special "
+            "tokens); save the model's there"
+        )
+    return tokenizer
+
+
+def _knows_words(tokenizer: Any) -> bool:
+    try:
+        vocabulary = set(tokenizer.get_vocab())
+    except NotImplementedError:  # one of the model's own
+        return True
+    return bool(vocabulary - {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
 
 
 def load_model(

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 from peft import AutoPeftModelForTokenClassification, PeftConfig
 from peft.utils.other import ModulesToSaveWrapper
-from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
+from tokenizers import Tokenizer, models
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    PreTrainedTokenizerFast,
+)
 
 from eva_kernels import initialize
 from eva_peft.model_setup import Task, lora_config
@@ -64,6 +70,18 @@ def test_a_folder_without_a_tokenizer(home: Path, tmp_path: Path) -> None:
         path.unlink()
     arguments = ("--data", home / "data.jsonl", "--out", tmp_path / "out")
     assert "has no tokenizer that can be loaded" in reason(
+        run("init", tmp_path / "model", *arguments)
+    )
+
+
+def test_a_tokenizer_without_words(home: Path, tmp_path: Path) -> None:
+    """As transformers 5.2 makes one of a folder without its files."""
+    shutil.copytree(home / "llama", tmp_path / "model")
+    empty = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    saved = PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>", eos_token="</s>")
+    saved.save_pretrained(tmp_path / "model")
+    arguments = ("--data", home / "data.jsonl", "--out", tmp_path / "out")
+    assert "has no tokenizer that can be loaded (all that" in reason(
         run("init", tmp_path / "model", *arguments)
     )
 
@@ -125,7 +143,8 @@ def test_a_target_module_that_is_not_there_is_named(home: Path, tmp_path: Path) 
     shown = init(home, tmp_path / "out", "--target-modules", "q_proj,vproj,self_attn.k_proj")
     assert shown.exit_code == 0
     assert "warning: the model has no module vproj, which the target modules name" in shown.stderr
-    assert "k_proj" not in shown.stderr
+    told = [line for line in shown.stderr.splitlines() if "Materializing param" not in line]
+    assert not any("k_proj" in line for line in told)  # but in the bar of early transformers 5
 
 
 def test_rho_without_bounds(home: Path, tmp_path: Path) -> None:
