@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,4 +108,5 @@ def test_a_child_that_does_not(
 
 def test_children_are_found_by_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = child(tmp_path, "print(json.dumps({'python': sys.executable}))", monkeypatch)
-    assert ask_child(module, {}, 20.0)["python"] == sys.executable
+    found = ask_child(module, {}, 20.0)["python"]
+    assert os.path.normpath(found) == os.path.normpath(sys.executable)

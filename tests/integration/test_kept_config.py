@@ -51,7 +51,10 @@ VALUES: dict[str, Any] = {
     "revision": "main",
 }
 if hasattr(lora_configs, "BdLoraConfig"):  # PEFT 0.17 has none
-    VALUES["use_bdlora"] = lora_configs.BdLoraConfig(target_modules_bd_a=["q_proj"])
+    VALUES["use_bdlora"] = lora_configs.BdLoraConfig(
+        target_modules_bd_a=["q_proj"],
+        nblocks=2,  # that of PEFT 0.19, if none is given, is no number
+    )
 BESIDE = {
     "layers_to_transform": {"layers_pattern": "h"},
     "layers_pattern": {"layers_to_transform": 1},

@@ -61,7 +61,8 @@ def by_peft(**fields: Any) -> PeftModel:
 def as_read(model: PeftModel) -> PeftModel:
     """Put the EVA part of the config where PEFT 0.17 has it after loading: in a dict."""
     config = model.peft_config["default"]
-    config.eva_config = dict(vars(config.eva_config))
+    if not isinstance(config.eva_config, dict):
+        config.eva_config = dict(vars(config.eva_config))
     return model
 
 
