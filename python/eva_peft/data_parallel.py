@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -198,12 +199,12 @@ class Processes:
 
     def _try(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:
         """Do what may fail, or be interrupted, and hold that until the others are told."""
-        try:
+
+        def interruptible() -> T:
             with self.interrupts.let_through():
                 return do(*of, **named)
-        except BaseException as raised:
-            self._held.error = raised
-        return None
+
+        return self._held.catch(interruptible)
 
     def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
         """Bring all processes to where the leader's checkpoint stands, if there is one."""
@@ -307,11 +308,12 @@ class Processes:
         run.phase = "forward"
         ready = self._try(self._unless_held, lambda: self._next_ready(run, ahead))
         # The processes of a sharded model wait for each other in the forward pass: all begin it, or
-        # none.
+        # none, and an interrupt is heard at its end.
         if run.sharded and not all(self._of_all(ready is not None)):
             ready = None
         if ready is not None:
-            self._try(run.forward, ready)
+            attempt = self._held.catch if run.sharded else self._try
+            attempt(partial(run.forward, ready))
             ran = self._held.error is None
             if run.sharded:
                 self._end_in_shards(run, ready)
@@ -337,7 +339,7 @@ class Processes:
             self._leave(run)
         if any(self._of_all(bool(run.again))):  # all or none, as before
             for part in ready:
-                self._try(run.forward_again, part)
+                self._held.catch(partial(run.forward_again, part))
             if run.inside:
                 self._leave(run)
 

@@ -2,8 +2,9 @@
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
+from typing import TypeVar
 
 from eva_kernels.errors import (
     EvaError,
@@ -32,6 +33,7 @@ __all__ = [
     "warn",
 ]
 
+T = TypeVar("T")
 _OURS = ("eva_kernels", "eva_peft")
 
 
@@ -45,6 +47,14 @@ class HeldError:
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
+
+    def catch(self, do: Callable[[], T]) -> T | None:
+        """Do what may fail, and hold what it raises; returns ``None`` then."""
+        try:
+            return do()
+        except BaseException as raised:
+            self.error = raised
+        return None
 
     def release(self) -> None:
         """Raise what waits, and hold it no longer."""

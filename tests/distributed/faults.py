@@ -187,13 +187,44 @@ def prepare_fails_in_shards(rank: int) -> Any:
     return calibrate(sharded(make_llama()), data, prepare_model_inputs_fn=prepare)
 
 
+def sharded_over(group: Any) -> nn.Module:
+    model = make_llama()
+    for block in (*model.model.layers, model):
+        fully_shard(block, mesh=DeviceMesh.from_group(group, "cpu"))
+    return model
+
+
+@scenario
+def signalled_in_shards(rank: int) -> Any:
+    """Press Ctrl-C in one process while it waits to begin a forward pass, and within one."""
+
+    def slow(data: Any) -> Iterator[Any]:
+        yield data[0]
+        if rank == 1:
+            signalled_in(0.3)
+        else:
+            time.sleep(0.8)
+        yield from data[1:]
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        model(**batch)
+
+    def run(data: Any, **options: Any) -> Any:
+        group = limited()
+        both = {"group": group, "max_steps": 4, **options}
+        return told(lambda: calibrate(sharded_over(group), data, **both))
+
+    data = own_batches(rank)
+    return {"before": run(slow(data)), "within": run(data, forward_fn=forward)}
+
+
 @scenario
 def fails_inside_of_shards(rank: int) -> Any:
     """Return what a process raises that fails in a forward pass, for which the other waits."""
     group, said = limited(2), []
-    model = make_llama()
-    for block in (*model.model.layers, model):
-        fully_shard(block, mesh=DeviceMesh.from_group(group, "cpu"))
+    model = sharded_over(group)
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("eva_kernels")

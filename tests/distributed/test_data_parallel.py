@@ -289,6 +289,15 @@ def test_ctrl_c_is_heard_when_the_process_no_longer_waits(seen: tuple[Seen, Seen
     assert handler_is_back
 
 
+@pytest.mark.parametrize("place", ["before", "within"])
+def test_ctrl_c_is_heard_behind_a_forward_pass_of_shards(
+    place: str, seen: tuple[Seen, Seen]
+) -> None:
+    one, other = (found["signalled_in_shards"][place] for found in seen)
+    assert other == ("KeyboardInterrupt", "")
+    assert one == ("EvaRuntimeError", "process 1 was interrupted (KeyboardInterrupt)")
+
+
 def test_ctrl_c_is_heard_before_the_others_come(seen: tuple[Seen, Seen]) -> None:
     (error, _), seconds = seen[0]["signalled_before_the_other_comes"]
     assert error == "KeyboardInterrupt"
