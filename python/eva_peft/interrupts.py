@@ -12,6 +12,11 @@ from typing import Any
 
 __all__ = ["Interrupts", "completed", "temporarily", "undone_on_failure"]
 
+# Where handlers of Python may raise: Ctrl-C, the end or a warning of it from a scheduler, a time
+# limit, and torch's own handler, by which a loader hears that a worker was killed.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+
 # Far more interrupts than anybody sends; a step that raises one by itself must end, too.
 _TRIES = 100
 
@@ -84,8 +89,8 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     """Hold interrupts back within a context, but where they are let through.
 
     For what a process does together with others, who would wait for one that broke off anywhere.
-    Handlers of Python run in the main thread alone, between two of its steps: others, and calls
-    that wait in C, are interrupted by none anyway.
+    An interrupt is any signal whose handler may raise. Handlers of Python run in the main thread
+    alone, between two of its steps: others, and calls that wait in C, are interrupted by none.
     """
 
     def __init__(self) -> None:
@@ -93,7 +98,8 @@ class Interrupts(AbstractContextManager["Interrupts"]):
         self._came: list[int] = []
 
     def __enter__(self) -> Interrupts:
-        self._hold()
+        with undone_on_failure(self._let):  # one may come before all are held
+            self._hold()
         return self
 
     def __exit__(
@@ -119,7 +125,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
     def _hold(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             handler = signal.getsignal(number)
             if handler == self._note:
                 continue
@@ -129,12 +135,28 @@ class Interrupts(AbstractContextManager["Interrupts"]):
                 signal.signal(number, self._note)
 
     def _let(self) -> None:
+        try:
+            self._put_back()
+        finally:
+            try:
+                self._put_back()  # a handler that is back may have raised
+            finally:
+                self._hand_on()
+
+    def _put_back(self) -> None:
         for number, handler in self._handlers.items():
             if signal.getsignal(number) == self._note:
                 signal.signal(number, handler)
-        while self._came:
+
+    def _hand_on(self) -> None:
+        """Call the handlers of all that came, whether or not they raise."""
+        if self._came:
             number = self._came.pop(0)
-            self._handlers[number](number, sys._getframe())
+            try:
+                self._handlers[number](number, sys._getframe())
+            finally:
+                self._hand_on()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came.append(number)
+        if number not in self._came:
+            self._came.append(number)

@@ -1,0 +1,93 @@
+"""Signals that come while a process is at work together with others wait, and none is lost."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from eva_peft.interrupts import Interrupts
+
+NAMES = ["SIGINT", "SIGTERM", "SIGCHLD", "SIGALRM", "SIGUSR1"]
+NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+class Came(Exception):
+    """What the handlers of these tests raise: no interrupt of Python's own."""
+
+
+def fail(number: int, frame: Any) -> None:
+    raise Came(number)
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Let the signals raise, in this process."""
+    before = {number: signal.signal(number, fail) for number in NUMBERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def all_are_back() -> bool:
+    return all(signal.getsignal(number) is fail for number in NUMBERS)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_may_raise_waits(number: int) -> None:
+    """A time limit, and what torch's handler says of a loader whose worker was killed, too."""
+    reached = []
+    with Interrupts() as interrupts:
+        signal.raise_signal(number)
+        reached.append("together")
+        with pytest.raises(Came), interrupts.let_through():
+            reached.append("own")
+        reached.append("together again")
+    assert reached == ["together", "together again"]
+    assert all_are_back()
+
+
+def test_each_of_several_is_handed_on_at_the_end() -> None:
+    def send() -> None:
+        for number in NUMBERS * 2:
+            signal.raise_signal(number)
+
+    with pytest.raises(Came) as raised, Interrupts():
+        send()
+    came: list[int] = []
+    error: BaseException | None = raised.value
+    while error is not None:
+        came.append(error.args[0])
+        error = error.__context__
+    assert came == NUMBERS[::-1]
+    assert all_are_back()
+
+
+def test_a_signal_before_all_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, sent = signal.signal, []
+
+    def signal_and_send(number: int, handler: Any) -> Any:
+        before = original(number, handler)
+        if not sent:
+            sent.append(number)
+            signal.raise_signal(signal.SIGTERM)  # whose turn has not come
+        return before
+
+    monkeypatch.setattr(signal, "signal", signal_and_send)
+    with pytest.raises(Came), Interrupts():
+        pytest.fail("entered")
+    monkeypatch.undo()
+    assert all_are_back()
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_what_is_ignored_or_left_to_the_system_stays_so(handler: Any) -> None:
+    signal.signal(signal.SIGTERM, handler)
+    with Interrupts() as interrupts:
+        assert signal.getsignal(signal.SIGTERM) == handler
+        with interrupts.let_through():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
