@@ -1,0 +1,102 @@
+"""Processes meet in the store of their group, of any kind, and wait no longer than it allows."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import distributed
+
+from eva_kernels.errors import EvaRuntimeError
+from eva_peft import meeting
+from eva_peft.meeting import Meeting
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed")
+SIZE = 2
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture
+def meetings(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Meeting]]:
+    """Return what makes the meetings of two processes, from the store that each of them sees."""
+    monkeypatch.setattr(distributed, "get_rank", lambda group: group.rank)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group: SIZE)
+
+    def make(stores: Any) -> list[Meeting]:
+        groups = [
+            SimpleNamespace(rank=rank, get_group_store=lambda own=own: own)
+            for rank, own in enumerate(stores)
+        ]
+        return [Meeting(group) for group in groups]
+
+    return make
+
+
+def stores_of(kind: str, folder: Path) -> list[Any]:
+    if kind == "file":
+        return [distributed.FileStore(str(folder / "store"), SIZE) for _ in range(SIZE)]
+    store = distributed.HashStore()
+    return [distributed.PrefixStore("group", store) for _ in range(SIZE)]
+
+
+@pytest.mark.parametrize("kind", ["file", "hash"])
+def test_all_come_or_are_told(
+    kind: str, meetings: Callable[[Any], list[Meeting]], tmp_path: Path
+) -> None:
+    stores = stores_of(kind, tmp_path)
+    with ThreadPoolExecutor(SIZE) as pool:
+        for _ in range(2):
+            words = [pool.submit(each.come, never) for each in meetings(stores)]
+            assert [word.result(timeout=20) for word in words] == [None, None]
+        one, other = meetings(stores)
+        other.fail("failed: OSError: the disk is gone")
+        assert one.come(never) == (1, "failed: OSError: the disk is gone")
+
+
+def test_who_waits_in_vain_says_for_whom(
+    meetings: Callable[[Any], list[Meeting]], tmp_path: Path
+) -> None:
+    """As the group allows: the others may have ended without a word."""
+    stores = stores_of("hash", tmp_path)
+    for store in stores:
+        store.set_timeout(datetime.timedelta(seconds=0.2))
+    one, other = meetings(stores)
+    told = one.come(never)
+    assert told is not None
+    assert told[0] == 0
+    assert told[1].startswith("has waited for 0.2 seconds, the time limit of its process group")
+    assert "(not there: 1): all of them must make the call" in told[1]
+    assert other.come(never) == told
+
+
+def test_a_store_that_is_gone_is_told_of(
+    meetings: Callable[[Any], list[Meeting]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*arguments: Any) -> None:
+        raise distributed.DistNetworkError("Connection reset by peer")
+
+    one, _ = meetings(stores_of("hash", tmp_path))
+    monkeypatch.setattr(distributed.PrefixStore, "check", gone)
+    with pytest.raises(EvaRuntimeError, match="process 0 can no longer reach the store of its"):
+        one.come(never)
+
+
+def test_stores_that_can_do_too_little_are_left_alone() -> None:
+    class Own(distributed.Store):
+        """As that of a user, or of MPI."""
+
+        def check(self, keys: list[str]) -> bool:
+            return False
+
+    for store in (Own(), distributed.Store(), None):
+        group = SimpleNamespace(get_group_store=lambda own=store: own)
+        assert meeting._store_of(group) is None
+    assert meeting._store_of(SimpleNamespace()) is None  # an older torch
