@@ -262,8 +262,11 @@ class CalibrationPass:
             self.batch_shape = batches.shape_of(part)
             if self._default_forward and batches.is_empty(part) and not self.sharded:
                 continue  # many a model would fail; the processes of a sharded one wait for it
-            batch = batches.to_device(part, self.device)
-            yield batch, mask, self._model_input(batch, mask)
+            yield self._on_device(part, mask)  # without a name, which would keep it
+
+    def _on_device(self, part: Any, mask: TokenMask) -> Ready:
+        batch = batches.to_device(part, self.device)
+        return batch, mask, self._model_input(batch, mask)
 
     def forward(self, ready: Iterable[Ready]) -> None:
         """Run a batch through the model, whose hooks accumulate."""
@@ -277,6 +280,7 @@ class CalibrationPass:
             self.tokens += self.collector.tokens
             if self.again and (self.processes is None or not self.sharded):
                 self.forward_again(part)
+            del part  # none is kept while the next one is brought
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before

@@ -20,6 +20,7 @@ from transformers import BatchEncoding, BertConfig, BertForTokenClassification
 
 import eva_kernels
 from eva_kernels import EvaTypeError
+from eva_peft import batches
 from eva_peft.architecture import architecture_of
 from eva_peft.batches import without_padding
 from integration.conftest import angle, lora, make_llama, make_mlp, run, text_batches, vectors
@@ -167,6 +168,27 @@ def test_no_batch_is_kept(keys: tuple[str, ...]) -> None:
     assert result.forwards == 5
     assert most == [0] * 5  # not even the last one, while the next is made
     assert not any(r() is not None for r in alive)
+
+
+def test_parts_of_a_batch_are_on_the_device_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most, original = [], batches.to_device
+
+    def to_device(value: Any, device: torch.device) -> Any:
+        if not isinstance(value, Tensor):  # a batch, whose tensors follow
+            most.append(sum(r() is not None for r in alive))
+            return original(value, device)
+        copy = original(value, device).clone()
+        alive.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(batches, "to_device", to_device)
+    [long] = text_batches(1, padded=False)
+    padded = {key: torch.cat([value] * 8, 1) for key, value in long.items()}
+    padded["attention_mask"][1:, 6:] = 0
+    run(make_llama(), [padded], lora(), max_steps=2)
+    assert len(alive) == 2 * 2 * len(padded)  # two passes over two parts
+    assert most == [0] * 4
 
 
 def test_splitting_batches() -> None:
