@@ -182,8 +182,8 @@ class RoutedInputs(TorchFunctionMode):
         rows = result.shape[:-1].numel()
         if func in _INDEXING:
             picked = _picked(args)
-            if picked is not None and len(picked[0]) == rows:
-                self._tokens[result] = self._composed(args[0], *picked)
+            if picked is not None and len(picked[1]) == rows:
+                self._tokens[result] = self._composed(*picked)
             if picked is not None or not _keeps_rows(args, result):
                 return
         for x in args:
@@ -206,12 +206,12 @@ class RoutedInputs(TorchFunctionMode):
         return (index, count) if before is None else (before[0][index], before[1])
 
 
-def _picked(args: Sequence[Any]) -> tuple[Tensor, int] | None:
-    """Return the index over tokens, (n,), of an indexing call, and the number of tokens.
+def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:
+    """Return what is indexed, the index over its tokens, (n,), and their number.
 
     Whole samples are picked, too, as by a language of each: all tokens of one after another.
     """
-    x, index = args[0], _of_the_first_dimension(args)
+    x, index = _of_the_first_dimension(args)
     if not isinstance(index, Tensor) or not x.is_floating_point():
         return None
     across = 1
@@ -224,19 +224,22 @@ def _picked(args: Sequence[Any]) -> tuple[Tensor, int] | None:
     each = x.shape[across:-1].numel()
     if each != 1:
         index = (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
-    return index, x.shape[:-1].numel()
+    return x, index, x.shape[:-1].numel()
 
 
-def _of_the_first_dimension(args: Sequence[Any]) -> Any:
-    """Return the index of an indexing call that leaves the other dimensions as they are."""
-    index = args[-1]
-    if len(args) == 3 and args[1] != 0:  # index_select along another one
-        return None
+def _of_the_first_dimension(args: Sequence[Any]) -> tuple[Tensor, Any]:
+    """Return what is indexed and the index, if that leaves other dimensions as they are."""
+    if len(args) > 2:  # index_select, whose arguments may be named, in any order
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        x, index = sorted(tensors, key=lambda tensor: not tensor.is_floating_point())[:2]
+        along = next((arg for arg in args if isinstance(arg, int)), 1)
+        return x, index if along % x.dim() == 0 else None
+    x, index = args
     if not isinstance(index, (tuple, list)):
-        return index
+        return x, index
     parts = [part for part in index if part is not None]
     whole = all(isinstance(part, slice) and part == slice(None) for part in parts[1:])
-    return parts[0] if parts and whole else None
+    return x, parts[0] if parts and whole else None
 
 
 def _keeps_rows(args: Sequence[Any], result: Tensor) -> bool:

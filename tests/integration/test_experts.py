@@ -340,6 +340,8 @@ def test_what_picks_along_another_dimension_is_not_followed() -> None:
         routed.following = True
         along = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
         first = [x[picked], x[picked, :], x[None, picked], x.index_select(0, picked)]
+        first += [x.index_select(-3, picked), torch.index_select(x, index=picked, dim=0)]
+        first += [torch.index_select(dim=0, index=picked, input=x)]
         none = x[picked < 0]
         assert all(routed.tokens_of(part) is None for part in along)
         for part in first:
