@@ -184,12 +184,14 @@ def _taught_apart(inner: dict[str, nn.Module]) -> Iterator[str]:
     They may be run for their loss only, as the decoder of CSM that goes over the codes of a frame.
     What holds the outermost model's embeddings is its body, which some let take labels, too.
     """
-    model = next(iter(inner.values()), None)
+    outer, model = next(iter(inner.items()), ("", None))
     embeddings = _embeddings_of(model)
     if embeddings is None or not isinstance(getattr(model, "lm_head", None), nn.Module):
         return
+    within = f"{outer}." if outer else ""
     for name, part in inner.items():
-        if _parameter(part, "labels") is ...:
+        beside = not name.startswith(within)  # another model in a user's module
+        if beside or _parameter(part, "labels") is ...:
             continue
         if all(module is not embeddings for module in part.modules()):
             yield f"{name}."

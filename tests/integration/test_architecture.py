@@ -491,10 +491,10 @@ def test_a_part_that_is_run_for_its_loss_only() -> None:
     assert lost(result.components["depth_decoder.layer"], codes.flatten(0, 1)) < 1e-6
     found = architecture_of(model)
     assert (found.apart, found.needs_labels) == (("depth_decoder.",), True)
-    # a model whose only head is that of a part calls it in any case, as it does its body
+    # a part with the only head is called in any case, as are a body and a user's second model
     body = Framed()
     body.depth_decoder.embed = body.embed
-    for other in (Framed("head"), body):
+    for other in (Framed("head"), body, nn.ModuleDict({"a": make_llama(), "b": make_llama()})):
         found = architecture_of(other)
         assert (found.apart, found.needs_labels) == ((), False)
     assert architecture_of(make_llama()).apart == ()
