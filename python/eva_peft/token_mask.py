@@ -263,9 +263,9 @@ class TokenMask:
     def _hears(self, layer: LayerKind) -> bool:
         if layer.reads_sound or not self.sound_only:
             return layer.reads_sound
-        in_encoder = layer.in_encoder and not layer.in_decoder
-        if self.mixed:  # an encoder of text has the text's mask, which was tried
-            return layer.reads_no_text or in_encoder
+        if self.mixed:  # an encoder of text has the text's mask, if there is one, which was tried
+            in_encoder = layer.in_encoder and not layer.in_decoder
+            return layer.reads_no_text or (in_encoder and self.main is not None)
         return layer.reads_encoder or not layer.in_decoder
 
     def _sees_pixels(self, layer: LayerKind) -> bool:

@@ -294,3 +294,8 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
     # text, and frames with something else among them
     assert rule.rows(torch.Size((3, 20, 8)), cpu, "language_model.layers.0.mlp.up_proj") is None
     assert rule.rows(torch.Size((3, 5, 8)), cpu, "encoder.layers.0.ff1.up_proj") is None
+    # an encoder of text that has no mask
+    rule = TokenMask(None, mixed=True, sound=mask, sound_only=True)
+    for count in (4, 9):
+        shape = torch.Size((3, count, 8))
+        assert rule.rows(shape, cpu, "text_encoder.layer.0.query") is None
