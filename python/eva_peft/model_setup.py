@@ -168,9 +168,11 @@ def load_tokenizer(name: str) -> Any:
 def _knows_words(tokenizer: Any) -> bool:
     try:
         vocabulary = set(tokenizer.get_vocab())
-    except NotImplementedError:  # one of the model's own
+        added = tokenizer.added_tokens_decoder.values()
+    except (AttributeError, NotImplementedError):  # the model's own, or Mistral's
         return True
-    return bool(vocabulary - {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
+    special = {str(token) for token in added if token.special}  # others are words, too
+    return bool(vocabulary - special - {*tokenizer.all_special_tokens})
 
 
 def load_model(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from peft import AutoPeftModelForTokenClassification, PeftConfig
 from peft.utils.other import ModulesToSaveWrapper
 from tokenizers import Tokenizer, models
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
@@ -17,7 +19,7 @@ from transformers import (
 )
 
 from eva_kernels import initialize
-from eva_peft.model_setup import Task, lora_config
+from eva_peft.model_setup import Task, load_tokenizer, lora_config
 from eva_peft.result import EvaResult
 from integration.command import init, make_home, reason, run
 from integration.conftest import VOCABULARY, lora, text_batches
@@ -84,6 +86,21 @@ def test_a_tokenizer_without_words(home: Path, tmp_path: Path) -> None:
     assert "has no tokenizer that can be loaded (all that" in reason(
         run("init", tmp_path / "model", *arguments)
     )
+
+
+def test_words_may_be_added(tmp_path: Path) -> None:
+    empty = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    empty.add_tokens(list("ACGT"))
+    saved = PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>", eos_token="</s>")
+    saved.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("ACGT")["input_ids"] == [2, 3, 4, 5]
+
+
+def test_a_tokenizer_that_tells_nothing_of_added_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Mistral's own, which has fewer methods than others."""
+    own = SimpleNamespace(get_vocab=lambda: {"a": 0}, all_special_tokens=[])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: own)
+    assert load_tokenizer("model") is own
 
 
 @pytest.mark.parametrize("excluded", [["key"], r".*\.key", r"(?i).*\.KEY"])
