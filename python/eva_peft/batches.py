@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .architecture import Architecture
 from .errors import EvaTypeError, EvaValueError
+from .media_masks import is_of_images
 
 __all__ = [
     "as_mapping",
@@ -225,7 +226,7 @@ def without_padding(
         unknown = key not in _TOKEN_KEYS or (architecture.encoder_decoder and key == "labels")
         if per_token and (unknown or value.shape[1] != columns):
             return [batch]
-        if key not in _TOKEN_KEYS and _goes_along(value, columns):
+        if key not in _TOKEN_KEYS and not is_of_images(key) and _goes_along(value, columns):
             return [batch]
         if value.dim() == 0 or value.shape[0] != samples:
             return [batch]

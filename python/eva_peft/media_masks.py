@@ -18,6 +18,7 @@ __all__ = [
     "frames_seen",
     "has_images",
     "has_sound",
+    "is_of_images",
     "patches_seen",
     "pixel_masks",
     "sound_mask",
@@ -33,7 +34,7 @@ _OTHER_MASKS = ("attention_mask", "decoder_attention_mask", "mask_time_indices")
 # Masks over pixels, (images, height, width) or (samples, images, height, width), or over patches,
 # (images, patches).
 _PIXELS = ("pixel_attention_mask", "pixel_mask")
-_IMAGES = ("pixel", "image", "video")  # in the names of what belongs to images
+_IMAGES = ("pixel", "image", "video", "visual")  # in the names of what belongs to images
 
 # Pixels between the patches of a network of convolutions.
 _STRIDES = (1, 2, 4, 8, 16, 32, 64)
@@ -55,10 +56,12 @@ def has_sound(batch: Mapping[str, Any]) -> bool:
 
 def has_images(batch: Mapping[str, Any]) -> bool:
     """Tell whether a batch holds images or films."""
-    return any(
-        _is_real(value) and any(word in str(key) for word in _IMAGES)
-        for key, value in batch.items()
-    )
+    return any(_is_real(value) and is_of_images(key) for key, value in batch.items())
+
+
+def is_of_images(key: Any) -> bool:
+    """Tell whether a part of a batch has a name as those that belong to images or films."""
+    return any(word in str(key) for word in _IMAGES)
 
 
 def _is_real(value: Any) -> bool:
@@ -89,7 +92,7 @@ def pixel_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
 
 def _are_places(key: Any, values: Any) -> bool:
     """Tell whether values are where in their image patches are, (images, P, 2); -1 is padding."""
-    named = any(word in str(key) for word in _IMAGES) and str(key).endswith("position_ids")
+    named = is_of_images(key) and str(key).endswith("position_ids")
     whole = isinstance(values, Tensor) and values.dim() == 3 and values.shape[2] == 2
     return named and whole and not values.is_floating_point()
 

@@ -278,6 +278,9 @@ def test_sound_that_goes_along_with_text_keeps_it_whole() -> None:
     (cut,) = without_padding(sound, torch.device("cpu"))
     assert cut["input_ids"].shape[1] <= 16
     assert cut["input_features"].shape == (4, 5, 100)
+    boxes = {**batch, "visual_embeds": torch.randn(4, 5, 24 * 8)}  # whose features are so many
+    (cut,) = without_padding(boxes, torch.device("cpu"))
+    assert cut["input_ids"].shape[1] <= 16
 
 
 @pytest.mark.parametrize("kind", ["fnet", "canine", "siglip", "mobilebert", "big_bird", "reformer"])
