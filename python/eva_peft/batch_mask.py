@@ -62,6 +62,7 @@ def mask_of_batch(
         pixels=pixel_masks(batch),
         tiles=tile_mask(batch),
         sound_only=has_sound(batch) and not has_images(batch),
+        media=has_sound(batch) or has_images(batch),
         patch_sizes=architecture.patch_sizes,
         prefixes=architecture.prefixes,
         apart=architecture.apart,

@@ -19,6 +19,8 @@ _READS_NO_TEXT = re.compile(
     r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound"
     r"|multi_modal|(^|\.)mm_proj|(^|\.)projector\b|connector|perceiver|resampler|qformer|acoustic|semantic_tokenizer"
 )
+# Of these, what may be around text as well, in a batch that has neither sound nor images.
+_PROJECTOR = re.compile(r"(^|\.)projector\b")
 # Learnt queries, as many whatever the batch, or several levels of patches one after another.
 _READS_QUERIES = re.compile(
     r"perceiver|resampler|pixel_decoder|pixel_level_module\.decoder"
@@ -37,6 +39,7 @@ class LayerKind(NamedTuple):
     in_encoder: bool
     in_decoder: bool
     in_qformer: bool
+    in_projector: bool
 
 
 @functools.cache
@@ -57,4 +60,5 @@ def kind_of_layer(name: str, prefixes: tuple[str, ...] = ()) -> LayerKind:
         in_encoder="encoder" in name,
         in_decoder="decoder" in name,
         in_qformer="qformer" in name,
+        in_projector=bool(_PROJECTOR.search(name)),
     )

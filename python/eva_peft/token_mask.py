@@ -53,6 +53,7 @@ class TokenMask:
         sound, pixels, tiles: of sound and images, beside text or by themselves; see
             ``media_masks``.
         sound_only: there is sound, and nothing else than it and maybe text.
+        media: there is sound, or there are images.
         patch_sizes: of images in pixels, where the model tells them.
         prefixes: what names of layers begin with, and which tells nothing of what they read.
         apart: the same of layers that read neither text nor anything that has a mask.
@@ -80,6 +81,7 @@ class TokenMask:
         pixels: Sequence[Tensor] = (),
         tiles: Tensor | None = None,
         sound_only: bool = False,
+        media: bool = False,
         patch_sizes: tuple[int, ...] = (),
         prefixes: tuple[str, ...] = (),
         apart: tuple[str, ...] = (),
@@ -89,7 +91,7 @@ class TokenMask:
         self.given, self.window, self.frame_lengths = given, window, frame_lengths
         self.text_first, self.beside, self.queries = text_first, beside, queries
         self.sound, self.pixels, self.tiles = sound, pixels, tiles
-        self.sound_only = sound_only
+        self.sound_only, self.media = sound_only, media
         self.patch_sizes, self.prefixes, self.apart = patch_sizes, prefixes, apart
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
@@ -179,7 +181,7 @@ class TokenMask:
             return [] if alone else [("queries", self.queries)]
         if layer.reads_encoder and self.given is not None:
             return [("given", self.given)]
-        if self.mixed and layer.reads_no_text:
+        if self.mixed and layer.reads_no_text and (self.media or not layer.in_projector):
             # text only where what stands beside it has a mask, too: LXMERT's cross attention reads
             # either, by the same layers
             return [] if self.beside is None else [("beside", self.beside), main]

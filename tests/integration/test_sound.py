@@ -299,3 +299,13 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
     for count in (4, 9):
         shape = torch.Size((3, count, 8))
         assert rule.rows(shape, cpu, "text_encoder.layer.0.query") is None
+
+
+@pytest.mark.parametrize("beside", ["input_features", "pixel_values", "scores"])
+def test_a_projector_reads_text_where_there_is_nothing_else(beside: str) -> None:
+    (texts,) = text_batches(1)
+    samples, tokens = texts["input_ids"].shape
+    rule = mask_of_batch({**texts, beside: torch.randn(samples, 5)}, lora())
+    rows = rule.rows(torch.Size((samples, tokens, 8)), torch.device("cpu"), "projector")
+    kept = texts["attention_mask"].flatten().nonzero().flatten().tolist()
+    assert (None if rows is None else rows.tolist()) == (kept if beside == "scores" else None)
