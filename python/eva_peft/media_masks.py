@@ -142,7 +142,8 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         return None
     kept = -(-lengths * leading[1] // frames)
     if leading[1] > frames:
-        if 2 * leading[1] < 3 * frames:  # what is a little longer has something else in it
+        # what is a little longer has something else in it; distances between frames are no frames
+        if 2 * leading[1] < 3 * frames or leading == (1, 2 * frames - 1):
             return None
         kept = lengths * -(-leading[1] // frames)  # the last may have been fewer
     return torch.arange(leading[1], device="cpu") < kept[:, None]

@@ -24,6 +24,7 @@ from bench.families.others import SPEECH
 from eva_kernels import EvaWarning
 from eva_peft.architecture import Architecture, architecture_of
 from eva_peft.batch_mask import mask_of_batch
+from eva_peft.media_masks import frames_seen
 from eva_peft.token_mask import TokenMask
 from integration.conftest import BOTH_SIDES, layer_inputs, lora, lost, run, text_batches
 
@@ -294,6 +295,8 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
     # text, and frames with something else among them
     assert rule.rows(torch.Size((3, 20, 8)), cpu, "language_model.layers.0.mlp.up_proj") is None
     assert rule.rows(torch.Size((3, 5, 8)), cpu, "encoder.layers.0.ff1.up_proj") is None
+    # the distances between the frames of a single sound, as Wav2Vec2-BERT reads them
+    assert frames_seen(mask[:1], (1, 7)) is None
     # an encoder of text that has no mask
     rule = TokenMask(None, mixed=True, sound=mask, sound_only=True)
     for count in (4, 9):
