@@ -255,7 +255,8 @@ class TokenMask:
         if self.sound is not None and self._hears(layer):
             yield "sound", self._frames(self.sound, leading)
             yield "sound", frames_seen(self.sound, leading)
-        if self.main is not None and self.sound_only and not self.mixed and self._hears(layer):
+        alone = self.sound_only and not self.mixed and self._hears(layer)
+        if alone and self.main is not None and not _is_longer(leading, self.main):
             yield "frames", frames_seen(self.main, leading)  # of which the model does not tell
         for pixels in self.pixels if self._sees_pixels(layer) else ():
             yield "pixels", patches_seen(pixels, leading, self.patch_sizes)

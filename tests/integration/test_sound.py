@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,6 +206,19 @@ def test_frames_of_a_mask_that_the_model_does_not_tell_of() -> None:
     assert kept_of(decoder, "model.decoder.encoder_attn.k_proj", 3, 10, config=both) == [10, 6, 4]
     with pytest.warns(EvaWarning, match="no token mask fits"):
         assert kept_of(decoder, "model.decoder.fc1", 3, 10, config=both) is None
+
+
+def test_a_mask_of_what_is_written_of_sound_tells_nothing_of_frames() -> None:
+    """As a collator may leave it beside the labels of Whisper."""
+    (texts,) = text_batches(1)
+    samples, tokens = texts["input_ids"].shape
+    batch = {"input_features": torch.randn(samples, 8, 200), "labels": texts["input_ids"]}
+    batch["attention_mask"] = texts["attention_mask"]
+    rule = mask_of_batch(batch, lora(), Architecture(SimpleNamespace(is_encoder_decoder=True)))
+    shape = torch.Size((samples, 5 * tokens, 8))
+    with pytest.warns(EvaWarning, match="no token mask fits"):
+        rows = rule.rows(shape, torch.device("cpu"), "encoder.layers.0.fc1")
+    assert rows is None
 
 
 def test_sounds_in_parts() -> None:
