@@ -150,7 +150,8 @@ def load_tokenizer(name: str) -> Any:
     transformers = import_module("transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:  # transformers 4 asks for protobuf
+    # transformers 4 asks for protobuf; tokenizers in Python are made without their files
+    except (OSError, ValueError, ImportError, TypeError) as error:
         if not path.is_dir():
             raise
         told = str(error).strip().splitlines()[0]

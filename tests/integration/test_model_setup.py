@@ -15,10 +15,11 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
+    EsmConfig,
     PreTrainedTokenizerFast,
 )
 
-from eva_kernels import initialize
+from eva_kernels import EvaValueError, initialize
 from eva_peft.model_setup import Task, load_tokenizer, lora_config
 from eva_peft.result import EvaResult
 from integration.command import init, make_home, reason, run
@@ -86,6 +87,12 @@ def test_a_tokenizer_without_words(home: Path, tmp_path: Path) -> None:
     assert "has no tokenizer that can be loaded (all that" in reason(
         run("init", tmp_path / "model", *arguments)
     )
+
+
+def test_a_tokenizer_that_cannot_be_made_without_its_files(tmp_path: Path) -> None:
+    EsmConfig(vocab_size=33).save_pretrained(tmp_path)
+    with pytest.raises(EvaValueError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_words_may_be_added(tmp_path: Path) -> None:
