@@ -56,7 +56,8 @@ class TokenMask:
         media: there is sound, or there are images.
         patch_sizes: of images in pixels, where the model tells them.
         prefixes: what names of layers begin with, and which tells nothing of what they read.
-        apart: the same of layers that read neither text nor anything that has a mask.
+        apart: the same of layers that may read what has no mask; only what has the text's shape is
+            taken for text.
 
     Attributes:
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
@@ -120,10 +121,8 @@ class TokenMask:
             int64 indices, or ``None`` for all rows.
         """
         leading, layer = tuple(shape[:-1]), self._kind(name)
-        key, apart = (layer, leading), name.startswith(self.apart)
-        if key not in self._fits and not apart:
-            self._fits[key] = next(self._all_fits(layer, leading), None)
-        fit = None if apart else self._fits[key]
+        apart = name.startswith(self.apart)
+        fit = self._fit(layer, leading, apart)
         if fit is None:
             if not apart:
                 self._warn_unknown(layer, leading, name)
@@ -132,6 +131,14 @@ class TokenMask:
             whole = torch.ones(shape[:-1].numel(), dtype=torch.bool, device="cpu")
             fit = Fit(f"all of {len(whole)}", whole)
         return self._indices(fit, device, self._is_transposed(fit.mask, leading, name))
+
+    def _fit(self, layer: LayerKind, leading: tuple[int, ...], apart: bool) -> Fit | None:
+        if apart:  # a part may read the text, too, beside tokens of its own
+            return next((fit for fit in self._text(layer) if fit.mask.shape == leading), None)
+        key = layer, leading
+        if key not in self._fits:
+            self._fits[key] = next(self._all_fits(layer, leading), None)
+        return self._fits[key]
 
     def rows_of_tokens(self, tokens: Tensor, count: int, name: str) -> tuple[bool, Tensor | None]:
         """Return the rows to use of an input that holds picked tokens, as that of an expert.

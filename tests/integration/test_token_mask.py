@@ -378,3 +378,14 @@ def test_rows_of_a_mask() -> None:
     assert (
         TokenMask(torch.ones(2, 3, dtype=torch.bool)).rows(torch.Size((2, 3, 8)), cpu, "x") is None
     )
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_a_part_with_a_loss_of_its_own_may_read_the_text() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    rule, cpu = TokenMask(mask, apart=("guard.",), text_first=True), torch.device("cpu")
+    rows = rule.rows(torch.Size((2, 3, 8)), cpu, "guard.query")
+    assert rows is not None
+    assert rows.tolist() == [0, 1, 3]
+    for shape in ((2, 5, 8), (6, 8), (4, 3, 8)):  # other tokens
+        assert rule.rows(torch.Size(shape), cpu, "guard.query") is None
