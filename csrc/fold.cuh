@@ -33,13 +33,13 @@ constexpr int kRowsColumns = 32;  // columns of a block of rows
 constexpr int kPad = 4;           // of what is staged
 constexpr int kFoldTileSize = kFoldTile * kFoldTile;
 constexpr int kReduceBlocks = kFoldTileSize / kReduceThreads;  // of a tile
-constexpr int kMeasureWarps = kMeasureThreads / kLanes;
-constexpr int kTileRows = kFoldTile / kProductRows;        // products one below the other
-constexpr int kTileColumns = kFoldTile / kProductColumns;  // side by side
+constexpr int kTileRows = kFoldTile / kProductRows;            // products one below the other
+constexpr int kTileColumns = kFoldTile / kProductColumns;      // side by side
 constexpr int kRowsProducts = kRowsColumns / kProductColumns;
 constexpr int kMixingPart = kFoldDepth * kFoldTile / kRowsThreads;
 static_assert(kMeasureThreads == kFoldTile * kFoldDepth / 4, "four numbers of a stage a thread");
-static_assert(kMeasureWarps == 2 * kTileRows, "a warp a row of products, of core and of metric");
+static_assert(kMeasureThreads / kLanes == 2 * kTileRows,
+              "a warp a row of products, of core and of metric");
 static_assert(kRowsThreads / kLanes == kTileRows, "a warp a row of products");
 
 // Rows of Y that a block of rows holds: whole products deep.
@@ -209,11 +209,10 @@ __device__ __forceinline__ TilePair tile_pair(int pair) {
   return {rows, pair};
 }
 
-// Pairs of row tiles on the diagonal, or below it: a kernel for each, whose warps hold more sums.
+// Pairs of row tiles on the diagonal, or below it, where a warp holds more sums: a kernel for each.
 template <bool diagonal>
 EVA_HOST_DEVICE int measured_pairs(int width) {
-  const int tiles = (width + kFoldTile - 1) / kFoldTile;
-  return diagonal ? tiles : tiles - 1;
+  return diagonal ? fold_tiles(width) : fold_tiles(width) - 1;
 }
 static_assert(kFoldMaxWidth == 2 * kFoldTile, "there is one pair below the diagonal");
 

@@ -93,19 +93,15 @@ struct FoldRowsArgs {
 constexpr int kFoldTile = 64;
 constexpr int kFoldMaxWidth = 128;
 
+EVA_HOST_DEVICE inline int fold_tiles(int width) { return (width + kFoldTile - 1) / kFoldTile; }
+
 EVA_HOST_DEVICE inline int fold_pairs(int width) {
-  const int tiles = (width + kFoldTile - 1) / kFoldTile;
+  const int tiles = fold_tiles(width);
   return tiles * (tiles + 1) / 2;
 }
 
 EVA_HOST_DEVICE inline int64_t fold_splits(int64_t features, int64_t columns) {
   return (features + columns - 1) / columns;
-}
-
-// Blocks of the kernel that measures; each leaves a tile of core and one of metric.
-inline int64_t fold_blocks(const FoldMeasureArgs& args) {
-  return args.fold.n_layers * fold_pairs(args.fold.width) *
-         fold_splits(args.fold.features, args.columns);
 }
 
 inline FoldArgs fold_args(uintptr_t layers, int64_t n_layers, int width, int64_t features,

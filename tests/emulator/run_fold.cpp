@@ -119,7 +119,8 @@ bool identical(const Vector& a, const Vector& b) {
 void run_on_device(Fold& fold, bool sound, unsigned seed) {
   const FoldArgs args = fold.args();
   FoldMeasureArgs measure{args, fold.shape.columns, nullptr, fold.core.data(), fold.metric.data()};
-  Doubles partial(2 * kFoldTileSize * fold_blocks(measure), kNan);
+  const int64_t splits = args.n_layers * fold_splits(args.features, measure.columns);
+  Doubles partial(2 * kFoldTileSize * splits * fold_pairs(args.width), kNan);
   measure.partial = partial.data();
   emulator::launch<FoldPrepareArgs>(fold_prepare_kernel, fold.shape.layers, kPrepareThreads,
                                     {args, fold.mean.data(), fold.scalars.data()}, seed);
@@ -127,7 +128,6 @@ void run_on_device(Fold& fold, bool sound, unsigned seed) {
   const int rows = fold.shape.layers * fold.shape.width;
   emulator::launch<FoldArgs>(fold_along_kernel, (rows + kRows - 1) / kRows, kAlongThreads, args,
                              seed);
-  const int64_t splits = args.n_layers * fold_splits(args.features, measure.columns);
   emulator::launch<FoldMeasureArgs>(fold_measure_kernel<true>,
                                     splits * measured_pairs<true>(args.width), kMeasureThreads,
                                     measure, seed);

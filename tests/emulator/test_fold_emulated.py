@@ -96,7 +96,10 @@ MUTATIONS = {
     ),
     "core and metric swapped": ("+ !of_core)", "+ of_core)"),
     "the tile below the diagonal stored on it": ("TilePair{1, 0}", "TilePair{1, 1}"),
-    "one tile on the diagonal": ("return diagonal ? tiles : tiles - 1", "return diagonal"),
+    "one tile on the diagonal": (
+        "return diagonal ? fold_tiles(width) : fold_tiles(width) - 1",
+        "return diagonal",
+    ),
     "the next columns are the same": (
         "fetch(row, d + kFoldDepth + first, end, of_row)",
         "fetch(row, d + first, end, of_row)",
