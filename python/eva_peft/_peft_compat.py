@@ -142,9 +142,10 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
         if _is_all_linear(config.target_modules) and config.task_type != "SEQ_CLS" and present:
             # PEFT leaves out the head of that task alone, and refuses to adapt those of others
             config.exclude_modules = exclude_layers(config, present)
-    spoiled = spoils_strings(model, config)
+    converted = _converted(config, model)
+    spoiled = _took_letters(config, converted)
     if not spoiled:
-        _convert(config, model)
+        config = converted
     if config.target_modules is None and config.target_parameters is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
         default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
@@ -173,21 +174,25 @@ def spoils_strings(model: nn.Module, config: LoraConfig) -> bool:
 
     PEFT 0.19 does, "all-linear" included, in models whose experts transformers 5 has fused.
     """
+    asked = isinstance(config.target_modules, str)  # or there is nothing to convert for
+    return asked and _took_letters(config, _converted(config, model))
+
+
+def _took_letters(config: LoraConfig, converted: LoraConfig) -> bool:
     given = config.target_modules
-    if not isinstance(given, str):
-        return False
-    tried = deepcopy(config)
-    _convert(tried, model)
-    return bool(tried.target_modules == set(given))
+    return isinstance(given, str) and bool(converted.target_modules == set(given))
 
 
-def _convert(config: LoraConfig, model: nn.Module) -> None:
+def _converted(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Return a copy of a config as PEFT changes it for models whose experts are fused."""
+    config = deepcopy(config)
     if convert_peft_config_for_transformers is None or not _is_transformers_model(model):
-        return
+        return config
     try:
         convert_peft_config_for_transformers(config, model=model, conversions=None)
     except ValueError as error:
         raise EvaValueError(str(error)) from error
+    return config
 
 
 def _refused(config: LoraConfig, model: nn.Module) -> list[str]:
