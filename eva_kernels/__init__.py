@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         initialize,
         initialize_lora_eva_weights,
         is_initialized,
+        pad_ranks,
         patch_peft,
         watch,
     )
@@ -64,6 +65,7 @@ __all__ = [
     "initialize",
     "initialize_lora_eva_weights",
     "is_initialized",
+    "pad_ranks",
     "patch_peft",
     "watch",
 ]
@@ -81,6 +83,7 @@ _LAZY = {
     "get_eva_state_dict": "eva_peft",
     "initialize": "eva_peft",
     "initialize_lora_eva_weights": "eva_peft",
+    "pad_ranks": "eva_peft",
     "patch_peft": "eva_peft",
 }
 

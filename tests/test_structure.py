@@ -53,6 +53,7 @@ PUBLIC = [
     "initialize",
     "initialize_lora_eva_weights",
     "is_initialized",
+    "pad_ranks",
     "patch_peft",
     "watch",
 ]

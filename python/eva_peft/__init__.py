@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .initialize import calibrate, default_config, estimate, initialize
     from .options import CalibrateOptions
     from .out_of_memory import OutOfMemoryError
+    from .pad import pad_ranks
     from .peft_api import get_eva_state_dict, initialize_lora_eva_weights, patch_peft
     from .planning import Estimate
     from .result import EvaResult
@@ -33,6 +34,7 @@ __all__ = [
     "initialize",
     "initialize_lora_eva_weights",
     "is_initialized",
+    "pad_ranks",
     "patch_peft",
     "watch",
 ]
@@ -51,6 +53,7 @@ _MODULES = {
     "initialize": "initialize",
     "initialize_lora_eva_weights": "peft_api",
     "is_initialized": "training",
+    "pad_ranks": "pad",
     "patch_peft": "peft_api",
     "watch": "training",
 }

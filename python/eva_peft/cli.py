@@ -1,4 +1,4 @@
-"""The command line `eva-kernels`: demo, init, info and report.
+"""The command line `eva-kernels`: demo, init, info, report and pad.
 
 Only light modules are imported here, so that help and usage errors come at once; every command
 imports what it needs.
@@ -256,6 +256,28 @@ def report(
         target.parent.mkdir(parents=True, exist_ok=True)
         write(result, target)
         _say(Console(), f"wrote {target}")
+
+
+@app.command()
+def pad(
+    ctx: typer.Context,
+    adapter: Annotated[Path, typer.Argument(help="Folder of a saved LoRA adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter with one rank.")],
+    r: Annotated[
+        int | None, typer.Option(min=1, help="The rank.", show_default="the largest of a layer")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace files in a folder that is not empty.")
+    ] = False,
+) -> None:
+    """Give all layers of a saved adapter one rank, for runtimes that read no rank_pattern."""
+    with _exit_codes(ctx), staged_folder(out, force, None) as folder:
+        from .pad import pad_ranks
+
+        if out.resolve() == adapter.resolve():
+            raise EvaValueError(f"--out {out} is the adapter itself; name another folder")
+        rank = pad_ranks(adapter, folder, r)
+    _say(Console(), f"wrote {out}: rank {rank} in all layers, the same outputs")
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def test_help_is_light_and_fast() -> None:
         start = children_seconds()
         shown = subprocess.run([*RUN, "--help"], capture_output=True, text=True, check=True)
         seconds.append(children_seconds() - start)
-    assert all(command in shown.stdout for command in ("demo", "init", "info", "report"))
+    assert all(command in shown.stdout for command in ("demo", "init", "info", "report", "pad"))
     assert min(seconds) < 1.0
 
 

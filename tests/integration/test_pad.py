@@ -1,0 +1,254 @@
+"""One rank for all layers of a saved adapter, and the same outputs."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import eva_kernels
+from eva_kernels import EvaValueError, pad_ranks
+
+from .command import reason, run
+
+NOISE = torch.Generator()
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_attention_heads=4, **size)).eval()
+
+
+class Convolutions(nn.Module):
+    """Groups, whose rows of lora_A are dealt out, beside a plain layer and embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(64, 8)
+        self.conv = nn.Conv1d(8, 12, 3, groups=2, padding=1)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mixed: Tensor = self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)
+        return torch.as_tensor(self.out(mixed.tanh()))
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return Convolutions().eval()
+
+
+def trained(model: nn.Module, **fields: Any) -> PeftModel:
+    """Wrap a model, and let no tensor of the adapter be zero."""
+    tuned = get_peft_model(model, LoraConfig(**fields)).eval()
+    NOISE.manual_seed(1)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=NOISE)
+    return tuned
+
+
+def outputs(model: nn.Module) -> Tensor:
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        found = model(ids)
+    return torch.as_tensor(getattr(found, "logits", found))
+
+
+def ranks_of(folder: Path) -> set[int]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {len(value) for key, value in tensors.items() if re.search(r"lora_(embedding_)?A", key)}
+
+
+def kinds_of(folder: Path) -> dict[str, torch.dtype]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key: value.dtype for key, value in tensors.items()}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "adapter_config.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def eva(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose ranks EVA has dealt out, one layer without any, as after training."""
+    torch.manual_seed(3)
+    loader = [{"input_ids": torch.randint(64, (4, 16))} for _ in range(3)]
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        init_lora_weights="eva",
+        target_modules="all-linear",
+        eva_config=EvaConfig(rho=2.0, tau=0.0),
+    )
+    result = eva_kernels.calibrate(llama(), loader, config, progress=False)
+    rows = result.state_dict()
+    without = min(rows, key=lambda name: len(rows[name]))
+    result.ranks[without] = 0
+    tuned = result.apply(llama(), config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("eva")
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_of_eva_says_the_same_with_one_rank(eva: Path, tmp_path: Path) -> None:
+    ranks = ranks_of(eva)
+    assert len(ranks) > 2
+    before = {path.name: path.read_bytes() for path in eva.iterdir()}
+    assert pad_ranks(eva, tmp_path) == max(ranks)
+    assert ranks_of(tmp_path) == {max(ranks)}
+    config = config_of(tmp_path)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    # EVA keeps the scaling factor of every layer, so that of a runtime without patterns is right
+    assert config["lora_alpha"] / config["r"] == 6 / 4
+    expected = outputs(PeftModel.from_pretrained(llama(), eva).eval())
+    padded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(outputs(padded), expected)
+    assert (expected - outputs(llama())).abs().max() > 0.01
+    assert before == {path.name: path.read_bytes() for path in eva.iterdir()}
+
+
+def test_what_was_there_has_its_bits(eva: Path, tmp_path: Path) -> None:
+    pad_ranks(eva, tmp_path)
+    old = load_file(eva / "adapter_model.safetensors")
+    new = load_file(tmp_path / "adapter_model.safetensors")
+    assert old.keys() == new.keys()
+    for key, value in old.items():
+        rows, columns = value.shape
+        assert torch.equal(new[key][:rows, :columns], value)
+        assert new[key].count_nonzero() == value.count_nonzero()
+
+
+@pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias")
+@pytest.mark.filterwarnings("ignore:.*tensor.s. have invalid shape.*bias")  # PEFT's mistake
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"alpha_pattern": {"v_proj": 3, "down_proj": 20}}, id="scaling"),
+        pytest.param({"use_rslora": True}, id="rslora"),
+        pytest.param({"use_dora": True}, id="dora"),
+        pytest.param({"lora_bias": True, "alpha_pattern": {"o_proj": 3}}, id="bias"),
+        pytest.param({"modules_to_save": ["lm_head"]}, id="saved"),
+    ],
+)
+def test_other_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
+    targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    ranks = {"q_proj": 8, "layers.1.self_attn.v_proj": 2}
+    tuned = trained(
+        llama(), r=4, lora_alpha=8, target_modules=targets, rank_pattern=ranks, **fields
+    )
+    tuned.save_pretrained(tmp_path / "old")
+    assert pad_ranks(tmp_path / "old", tmp_path / "new") == 8
+    assert ranks_of(tmp_path / "new") == {8}
+    assert not config_of(tmp_path / "new")["use_rslora"]
+    assert kinds_of(tmp_path / "new") == kinds_of(tmp_path / "old")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "new").eval()
+    assert {
+        s for m in loaded.modules() if isinstance(m, LoraLayer) for s in m.scaling.values()
+    } == {config_of(tmp_path / "new")["lora_alpha"] / 8}
+    torch.testing.assert_close(outputs(loaded), outputs(tuned))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+def test_convolutions_in_groups_and_embeddings(tmp_path: Path) -> None:
+    fields = {"target_modules": ["words", "conv", "out"], "rank_pattern": {"conv": 4, "out": 5}}
+    tuned = trained(convolutions(), r=2, lora_alpha=3, **fields)
+    tuned.save_pretrained(tmp_path / "old")
+    assert pad_ranks(tmp_path / "old", tmp_path / "new") == 6  # 5, and a multiple of the groups
+    assert ranks_of(tmp_path / "new") == {6}
+    loaded = PeftModel.from_pretrained(convolutions(), tmp_path / "new").eval()
+    torch.testing.assert_close(outputs(loaded), outputs(tuned))
+    with pytest.raises(EvaValueError, match="r=7 is no multiple of 2, the groups of convolutions"):
+        pad_ranks(tmp_path / "old", tmp_path / "odd", r=7)
+
+
+def test_the_rank_may_be_larger_but_not_less(eva: Path, tmp_path: Path) -> None:
+    largest = max(ranks_of(eva))
+    assert pad_ranks(eva, tmp_path / "more", r=largest + 3) == largest + 3
+    assert ranks_of(tmp_path / "more") == {largest + 3}
+    message = f"r={largest - 1} is less than {largest}, the largest rank of a layer"
+    with pytest.raises(EvaValueError, match=message):
+        pad_ranks(eva, tmp_path / "less", r=largest - 1)
+    assert not (tmp_path / "less").exists()
+
+
+def test_padding_stays_zero_in_training(eva: Path, tmp_path: Path) -> None:
+    pad_ranks(eva, tmp_path)
+    tuned = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    optimizer = torch.optim.AdamW((p for p in tuned.parameters() if p.requires_grad), lr=0.1)
+    ids = torch.arange(24).reshape(2, 12)
+    for _ in range(2):
+        tuned(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    old = load_file(eva / "adapter_model.safetensors")
+    now = tuned.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    rank = len(old["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"])
+    first, second = now.lora_A["default"].weight, now.lora_B["default"].weight
+    assert first[rank:].count_nonzero() == second[:, rank:].count_nonzero() == 0
+    assert first[:rank].count_nonzero() == first[:rank].numel()
+
+
+def change(folder: Path, target: Path, **fields: Any) -> Path:
+    target.mkdir()
+    (target / "adapter_config.json").write_text(json.dumps(config_of(folder) | fields))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors, target / "adapter_model.safetensors")
+    return target
+
+
+def test_what_cannot_be_padded_is_refused(eva: Path, tmp_path: Path) -> None:
+    experts = change(eva, tmp_path / "experts", target_parameters=["experts.down_proj"])
+    other = change(eva, tmp_path / "other", peft_type="LOHA")
+    wrong = change(eva, tmp_path / "wrong", rank_pattern={}, r=99)
+    strange = change(eva, tmp_path / "strange")
+    tensors = load_file(strange / "adapter_model.safetensors")
+    first = next(iter(tensors))
+    renamed = {key.replace("lora_A", "lora_diag"): value for key, value in tensors.items()}
+    save_file(renamed, strange / "adapter_model.safetensors")
+    half = change(eva, tmp_path / "half")
+    save_file({first: tensors[first]}, half / "adapter_model.safetensors")
+    damaged = change(eva, tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"no")
+    cases = {
+        tmp_path: "no adapter_config.json in .*; pass the folder that save_pretrained wrote",
+        experts: r"has target_parameters, whose rows cannot be padded; merge it instead",
+        other: "holds 'LOHA', only LORA",
+        wrong: r"layer \S+ has rank \d+, and 99 by its config",
+        strange: r"lora_diag\S* is of no kind of LoRA that can be padded",
+        half: "has but one of lora_A and lora_B",
+        damaged: "cannot be read",
+        eva: "is the adapter itself",
+    }
+    for folder, message in cases.items():
+        with pytest.raises(EvaValueError, match=message):
+            pad_ranks(folder, eva)
+    assert sorted(path.name for path in eva.iterdir())[0] == "README.md"
+
+
+def test_the_command(eva: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = run("pad", eva, "--out", out)
+    largest = max(ranks_of(eva))
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stdout == f"wrote {out}: rank {largest} in all layers, the same outputs\n"
+    assert ranks_of(out) == {largest}
+    assert "--force" in reason(run("pad", eva, "--out", out))
+    assert run("pad", eva, "--out", out, "--force", "--r", largest + 1).exit_code == 0
+    assert ranks_of(out) == {largest + 1}
+    assert "the adapter itself" in reason(run("pad", eva, "--out", eva, "--force"))
+    assert "the largest rank of a layer" in reason(
+        run("pad", eva, "--out", tmp_path / "x", "--r", 1)
+    )
+    assert not (tmp_path / "x").exists()
