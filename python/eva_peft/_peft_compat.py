@@ -270,6 +270,8 @@ def update_layer(
 ) -> None:
     """Rebuild one adapter of a LoRA layer with another rank, B zero."""
     parameters = inspect.signature(layer.update_layer).parameters
+    if "lora_alpha" not in parameters:  # an attention hands all on to this
+        parameters = inspect.signature(LoraLayer.update_layer).parameters
     if "config" in parameters:
         layer.update_layer(adapter_name=adapter_name, r=r, lora_alpha=lora_alpha, config=config)
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from ._peft_compat import (
     untrained_magnitude,
     update_layer,
 )
+from .attention import OUT_PROJ
 from .checks import check_base_model
 from .divided import check_whole
 from .errors import EvaRuntimeError, EvaValueError, warn
@@ -135,6 +136,13 @@ def _is_embedding(layer: LoraLayer) -> bool:
     return len(layer.lora_embedding_A) > 0
 
 
+def _rebuilt_with(layer: LoraLayer) -> list[LoraLayer]:
+    """Return a layer and those that PEFT gives its rank to: an attention's other projection."""
+    base = layer.get_base_layer()
+    inner = getattr(base, OUT_PROJ) if isinstance(base, nn.MultiheadAttention) else None
+    return [layer, inner] if isinstance(inner, LoraLayer) else [layer]
+
+
 @contextmanager
 def _values_restored() -> Iterator[list[Callable[[], Any]]]:
     """Run the registered undo steps, last first, if the block is left by an exception.
@@ -177,6 +185,7 @@ class _Writer:
         self.model, self.config, self.adapter, self.undo = model, config, adapter_name, undo
         self.eva = eva or eva_of(config)
         self.removed: list[str] = []
+        self.followers: set[int] = set()  # whose rank PEFT takes from another layer
         self.dilated: list[str] = []
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
@@ -203,8 +212,10 @@ class _Writer:
         if not default:
             self._fill(layer, parts)
             self.mark(mark_initialized, layer)
-        key = peft_key(path, layer)
-        self.ranks[key], self.alphas[key] = new_rank, alpha
+        self.followers.update(map(id, _rebuilt_with(layer)[1:]))
+        if id(layer) not in self.followers:
+            key = peft_key(path, layer)
+            self.ranks[key], self.alphas[key] = new_rank, alpha
 
     def mark(self, mark: Callable[[Tensor], None], layer: LoraLayer) -> None:
         """Set a mark on a ``lora_A``, whose attributes are in no snapshot."""
@@ -220,11 +231,7 @@ class _Writer:
         layer.lora_A[self.adapter].dilation = dilation
 
     def _rebuild(self, layer: LoraLayer, rank: int, alpha: float, drawn: bool) -> None:
-        if _is_embedding(layer):
-            dtype, mode = layer.lora_embedding_A[self.adapter].dtype, layer.training
-        else:
-            before = layer.lora_A[self.adapter]
-            dtype, mode = before.weight.dtype, before.training
+        dtype, mode = self._kind_of(layer)
         parameters_before = dict(layer.named_parameters())
         trainable = {name: p.requires_grad for name, p in parameters_before.items()}
         config = copy(self.config)
@@ -235,9 +242,26 @@ class _Writer:
         parameters = list(base.parameters())
         offloaded = bool(parameters) and all(p.is_meta for p in parameters)
         # PEFT would put it where the weights of the layer are, and so nowhere
-        with adapters_not_moved(layer) if offloaded else nullcontext():
+        with ExitStack() as stack:
+            for each in _rebuilt_with(layer) if offloaded else ():
+                stack.enter_context(adapters_not_moved(each))
             update_layer(layer, self.adapter, rank, alpha, config)
         device = device_of(base) if offloaded else None
+        for each in _rebuilt_with(layer):
+            self._settle(each, device, dtype, mode)
+        self._keep_parameters(layer, parameters_before)
+        for name, parameter in layer.named_parameters():  # PEFT sets those of other adapters too
+            parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
+
+    def _kind_of(self, layer: LoraLayer) -> tuple[torch.dtype, bool]:
+        if _is_embedding(layer):
+            return layer.lora_embedding_A[self.adapter].dtype, layer.training
+        before = layer.lora_A[self.adapter]
+        return before.weight.dtype, before.training
+
+    def _settle(
+        self, layer: LoraLayer, device: torch.device | None, dtype: torch.dtype, mode: bool
+    ) -> None:
         for name in (*layer.adapter_layer_names, "lora_dropout"):
             parts = getattr(layer, name)
             if self.adapter not in parts:
@@ -247,9 +271,6 @@ class _Writer:
                 own.to(device, dtype).train(mode)
             else:
                 parts[self.adapter] = nn.Parameter(own.detach().to(device, dtype))
-        self._keep_parameters(layer, parameters_before)
-        for name, parameter in layer.named_parameters():  # PEFT sets those of other adapters too
-            parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
     def _keep_parameters(self, layer: LoraLayer, before: Mapping[str, nn.Parameter]) -> None:
         """Let parameters be those of before, with their new sizes: an optimizer may hold them."""

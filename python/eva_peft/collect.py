@@ -76,7 +76,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         metadata=_metadata(run),
         uncalled=run.uncalled,
         rank_steps={x.name: x.target.step for x in layers if x.target.step > 1},
-        owners={x.name: [x.target.owner, x.target.experts] for x in layers if x.target.owner},
+        owners={x.name: [x.target.owner, x.target.parts] for x in layers if x.target.owner},
     )
 
 

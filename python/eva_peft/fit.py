@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eva_kernels.streaming import _host
 
 from ._peft_compat import LoraLayer, ParamWrapper, adapter_configs, tied_modules
+from .attention import OUT_PROJ
 from .errors import EvaTypeError, EvaValueError, listed, warn
 from .layers import CONVOLUTIONS, widths
 from .routing import expert_names
@@ -69,7 +70,7 @@ def fit(
     left = {part for part, name in parts.items() if _unreadable(name, layers)}
     left.update(default_layers)
     _check_names(parts, rows, strict, left)
-    _check_shapes(layers, parts, rows)
+    _check_shapes(layers, parts, rows, adapter_name)
     _check_finite({name: value for name, value in rows.items() if name in parts})
     _check_variance(parts, rows)
     return Fitted(layers, parts, rows, left)
@@ -167,8 +168,14 @@ def _check_shapes(
     layers: Mapping[str, tuple[str, LoraLayer]],
     parts: Mapping[str, str],
     rows: Mapping[str, Tensor],
+    adapter_name: str,
 ) -> None:
-    ranks: dict[str, int] = {}
+    # an attention's that is not given is kept
+    ranks = {
+        name: layer.r[adapter_name]
+        for name, (_, layer) in layers.items()
+        if _is_attention(layer) and name not in rows
+    }
     for name, value in rows.items():
         if not isinstance(value, Tensor) or value.dim() != 2 or value.is_meta:
             raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor with values")
@@ -187,12 +194,29 @@ def _check_shapes(
                 f"layer {name}: rank {len(value)} is no multiple of the {groups} groups of the "
                 "convolution"
             )
-        common = ranks.setdefault(parts[name], len(value))
-        if isinstance(layer, ParamWrapper) and (len(value) != common or not common):
+        owner = _owner(parts[name], layers)
+        if owner is None:
+            continue
+        common = ranks.setdefault(owner, len(value))
+        if len(value) != common or not common:
+            what = "experts" if isinstance(layer, ParamWrapper) else "projections"
             raise EvaValueError(
-                f"layer {name}: rank {len(value)}, but the experts of {parts[name]} have one rank "
-                f"in common, at least 1 (another one has {common})"
+                f"layer {name}: rank {len(value)}, but the {what} of {owner} have one rank in "
+                f"common, at least 1 (another one has {common})"
             )
+
+
+def _owner(name: str, layers: Mapping[str, tuple[str, LoraLayer]]) -> str | None:
+    """Return what a layer has its rank in common with the other parts of, if anything."""
+    layer = layers[name][1]
+    if isinstance(layer, ParamWrapper) or _is_attention(layer):
+        return name
+    above = name.removesuffix(f".{OUT_PROJ}")
+    return above if above in layers and _is_attention(layers[above][1]) else None
+
+
+def _is_attention(layer: LoraLayer) -> bool:
+    return isinstance(layer.get_base_layer(), nn.MultiheadAttention)
 
 
 def _check_finite(rows: Mapping[str, Tensor]) -> None:

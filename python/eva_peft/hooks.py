@@ -124,8 +124,14 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._eager.__exit__(None, None, None)
 
     def _hook_for(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        inputs = self.targets[i].inputs
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._timed_call(i, args, kwargs)
+            if inputs is None:
+                self._timed_call(i, args, kwargs)
+                return
+            for x in inputs(module, args, kwargs):
+                self._timed_call(i, (x,), {})
 
         return hook
 

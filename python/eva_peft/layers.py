@@ -123,7 +123,10 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     patches = patches_of(module)
     if patches is not None:
         return patches.features, int(module.out_channels)  # type: ignore[arg-type]
-    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+    if isinstance(module, nn.MultiheadAttention):
+        width = int(module.embed_dim)  # of in_proj; PEFT adapts none with other keys or values
+        return (width, 3 * width) if module._qkv_same_embed_dim else None
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
         return None
     try:  # some models keep them as numbers of numpy or of torch
         return index(module.in_features), index(module.out_features)  # type: ignore[arg-type]

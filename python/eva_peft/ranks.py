@@ -61,14 +61,14 @@ class Budget:
         layers = _with_common_rank(targets)
         first = [targets[members[0]] for members in layers]
         # rows of lora_A are what a rank costs: of each expert one
-        each = [t.experts for t in first]
+        each = [t.parts for t in first]
         if budget == "params":
-            each = [n * (t.in_features + t.out_features) for n, t in zip(each, first, strict=True)]
+            each = [_parameters([targets[i] for i in members]) for members in layers]
         prices = [t.step * price for t, price in zip(first, each, strict=True)]
         self._layers = [(members, t.step) for members, t in zip(layers, first, strict=True)]
         self._total = sum(t.rank * price for t, price in zip(first, each, strict=True))
         self._prices = None if set(prices) <= {1} else prices
-        # PEFT cannot take the adapter off one of several parameters of a module
+        # PEFT cannot take the adapter off one of several parameters of a module, or projections
         self._owned = [int(bool(t.owner)) for t in first]
         single = all(len(members) == step == 1 for members, step in self._layers)
         self._alone = single and not any(self._owned)
@@ -95,11 +95,16 @@ class Budget:
 
 
 def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
-    """Group the experts of a parameter, whose adapters have one rank; any other layer is alone."""
+    """Group layers whose adapters have one rank, as experts of a parameter; others are alone."""
     groups: dict[Any, list[int]] = {}
     for i, target in enumerate(targets):
         groups.setdefault(target.owner or i, []).append(i)
     return list(groups.values())
+
+
+def _parameters(members: Sequence[Target]) -> int:
+    """Return what a rank costs in all layers of an owner, of which some may never be called."""
+    return members[0].parts * sum(t.in_features + t.out_features for t in members) // len(members)
 
 
 def _by_step(ratios: Sequence[Tensor | Array], step: int) -> Tensor | Array:

@@ -75,10 +75,10 @@ def _target(result: EvaResult, name: str, r: int | None) -> Target:
         raise EvaValueError(
             f"layer {name}: r={rank} is no multiple of its convolution's {step} groups"
         )
-    owner, experts = result.owners.get(name, ("", 1))
+    owner, parts = result.owners.get(name, ("", 1))
     features, out, alpha = result.in_features[name], result.out_features[name], result.alphas[name]
     module = nn.Identity()  # it is not run
-    return Target(name, module, features, out, rank, alpha, step=step, owner=owner, experts=experts)
+    return Target(name, module, features, out, rank, alpha, step=step, owner=owner, parts=parts)
 
 
 def _scaled(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float:

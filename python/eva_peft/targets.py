@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._peft_compat import (
     BaseTunerLayer,
@@ -23,6 +23,7 @@ from ._peft_compat import (
     resolved_config,
     tied_modules,
 )
+from .attention import OUT_PROJ, attended, projected
 from .checks import plain_number
 from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
 from .layers import Patches, patches_of, widths
@@ -63,8 +64,10 @@ class Target:
         patches: how a convolution cuts its input into tokens; ``None`` for other layers.
         step: what ranks of this layer are multiples of (the groups of a convolution).
         weight: where the layer is no module, but a part of a fused parameter of ``module``.
-        owner: name of that parameter; layers of one owner have one rank.
-        experts: how many layers the owner stands for.
+        inputs: what the layer reads in a call of ``module`` with these arguments, where it is no
+            module that is called; ``None`` for the first tensor among them.
+        owner: name of that parameter, or of that module; layers of one owner have one rank.
+        parts: how many layers the owner stands for.
     """
 
     name: str
@@ -76,8 +79,9 @@ class Target:
     patches: Patches | None = None
     step: int = 1
     weight: ExpertWeight | None = None
+    inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], list[Tensor]] | None = None
     owner: str = ""
-    experts: int = 1
+    parts: int = 1
 
 
 def base_name(name: str) -> str:
@@ -200,7 +204,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
         if isinstance(each.module, nn.MultiheadAttention):
             attentions.append(f"{each.name}.")
         if each.name.startswith(tuple(attentions)):
-            continue  # adapted with the attention, which uses its weight and does not call it
+            continue  # adapted with the attention, of which it is a part
         parts = _experts(each) if each.parameter is not None else _layer(each)
         targets += parts
         if not parts:
@@ -277,6 +281,8 @@ def _layer(found: _Found) -> list[Target]:
     size = widths(found.module)
     if size is None:
         return []
+    if isinstance(found.module, nn.MultiheadAttention):
+        return _projections(found, *size)
     patches = patches_of(found.module)
     groups = int(found.module.groups) if patches is not None else 1  # type: ignore[arg-type]
     if found.rank % groups:
@@ -286,6 +292,17 @@ def _layer(found: _Found) -> list[Target]:
             "or name it in exclude_modules"
         )
     return [Target(found.name, found.module, *size, found.rank, found.alpha, patches, groups)]
+
+
+def _projections(found: _Found, width: int, out: int) -> list[Target]:
+    common: dict[str, Any] = {"owner": found.name, "parts": 2}
+    own, last = found.name, f"{found.name}.{OUT_PROJ}"
+    return [
+        Target(own, found.module, width, out, found.rank, found.alpha, inputs=projected, **common),
+        Target(
+            last, found.module, width, width, found.rank, found.alpha, inputs=attended, **common
+        ),
+    ]
 
 
 def _experts(found: _Found) -> list[Target]:
@@ -300,7 +317,7 @@ def _experts(found: _Found) -> list[Target]:
         )
     weights, (wide, out) = known
     names = expert_names(owner, dimensions == 3, len(weights))
-    common: dict[str, Any] = {"owner": owner, "experts": len(weights)}
+    common: dict[str, Any] = {"owner": owner, "parts": len(weights)}
     return [
         Target(name, module, wide, out, found.rank, found.alpha, weight=weight, **common)
         for name, weight in zip(names, weights, strict=True)

@@ -18,7 +18,8 @@ _BACKWARDS = (
 
 _IDLE = (
     "Where a model uses the weight of a layer without calling it, as nn.MultiheadAttention that of "
-    "its out_proj, an adapter has no effect: name such layers in exclude_modules"
+    "its out_proj, an adapter has no effect: name such layers in exclude_modules (the attention "
+    "itself in target_modules adapts both of its projections)"
 )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import eva_kernels
-from eva_kernels import EvaTypeError, EvaValueError, EvaWarning
+from eva_kernels import EvaTypeError, EvaValueError
 from integration.conftest import (
     QUIET,
     lora,
@@ -264,18 +264,16 @@ def test_a_caller_in_inference_mode_gets_what_can_be_trained(way: str) -> None:
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_attention_keeps_the_default_initialisation(prepared: bool, tmp_path: Any) -> None:
+def test_attention_with_its_output_projection(prepared: bool, tmp_path: Any) -> None:
     data, config = vectors(4), lora(target_modules=["lin", "mha"])
     model = wrapped(Attentive(), config) if prepared else Attentive()
-    with pytest.warns(EvaWarning, match=r"default initialisation: mha$"):
-        done = eva_kernels.initialize(
-            model, data, None if prepared else config, max_steps=3, **QUIET
-        )
-    assert done.eva_result.ranks == {"lin": 4}
+    done = eva_kernels.initialize(model, data, None if prepared else config, max_steps=3, **QUIET)
+    assert set(done.eva_result.ranks) == {"lin", "mha", "mha.out_proj"}
     layers = lora_layers(done)
     assert set(layers) == {"lin", "mha", "mha.base_layer.out_proj"}
-    rows = layers["lin"].lora_A["default"].weight
-    torch.testing.assert_close(rows @ rows.mT, torch.eye(4), atol=2e-6, rtol=0)
+    for layer in layers.values():
+        rows = layer.lora_A["default"].weight
+        torch.testing.assert_close(rows @ rows.mT, torch.eye(len(rows)), atol=2e-6, rtol=0)
     done.eval()
     assert torch.allclose(output_of(done, data[0]), output_of(Attentive().eval(), data[0]))
     optimizer = torch.optim.SGD([p for p in done.parameters() if p.requires_grad], 1e-3)
@@ -298,7 +296,7 @@ def test_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(adapters._Writer, "finish", stop)
     model, config = Attentive(), lora(target_modules=["lin", "mha"])
-    with untouched(model), pytest.warns(EvaWarning, match="mha"), pytest.raises(KeyboardInterrupt):
+    with untouched(model), pytest.raises(KeyboardInterrupt):
         eva_kernels.initialize(model, vectors(4), config, max_steps=2, **QUIET)
 
 

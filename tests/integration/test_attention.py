@@ -1,0 +1,250 @@
+"""``nn.MultiheadAttention``: components of what its projections read, which are not called."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+import eva_kernels
+from eva_kernels import EvaValueError
+from eva_peft.adapters import write_state_dict
+from eva_peft.ranks import Budget
+from eva_peft.targets import find_targets
+from integration.conftest import (
+    QUIET,
+    VOCABULARY,
+    exact_pca,
+    lora,
+    lora_layers,
+    lost,
+    output_of,
+    perturb_b,
+    run,
+    same_state,
+    state_of,
+    text_batches,
+    wrapped,
+)
+
+WIDTH, HEADS = 24, 3
+OWN, MOST = {"target_modules": ["own"]}, ["own", "cross", "middle", "out"]
+
+
+class Reader(nn.Module):
+    """Text that attends to itself, and then, changed, to what it was."""
+
+    def __init__(self, batch_first: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        options: dict[str, Any] = {"batch_first": batch_first, "bias": bias}
+        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.own = nn.MultiheadAttention(WIDTH, HEADS, **options)
+        self.middle = nn.Linear(WIDTH, WIDTH)
+        self.cross = nn.MultiheadAttention(WIDTH, HEADS, **options)
+        self.out = nn.Linear(WIDTH, 5)
+        if bias:
+            for attention in (self.own, self.cross):
+                nn.init.normal_(attention.in_proj_bias)
+                nn.init.normal_(attention.out_proj.bias)
+        # fewer directions than the words have, so that ranks differ
+        self.middle.weight.data *= 3 * 0.1 ** torch.arange(WIDTH)[:, None]
+        self.batch_first = batch_first
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **ignored: Any) -> Tensor:
+        x, padding = self.words(input_ids), attention_mask == 0
+        x = x if self.batch_first else x.transpose(0, 1)
+        y = self.middle(self.own(x, x, x, key_padding_mask=padding)[0]).tanh()
+        key, value = 0.1 * x, 0.1 * x.relu()
+        y = self.cross(y, key=key, value=value, key_padding_mask=padding, need_weights=False)[0]
+        return torch.as_tensor(self.out(y))
+
+
+def heads_of(attention: Any, read: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+    """Return what the output projection reads, (B, T, D), in float64 and by the formula."""
+    weights = attention.in_proj_weight.double().chunk(3)
+    bias = attention.in_proj_bias
+    biases = (torch.zeros(3 * WIDTH) if bias is None else bias).double().chunk(3)
+    parts = [
+        (x @ weight.T + b).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        for x, weight, b in zip(read, weights, biases, strict=True)
+    ]
+    scores = parts[0] @ parts[1].mT / math.sqrt(WIDTH // HEADS)
+    scores = scores.masked_fill(mask[:, None, None, :] == 0, -math.inf)
+    return (scores.softmax(-1) @ parts[2]).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+def read_by(model: Reader, batches: list[Any]) -> dict[str, Tensor]:
+    """Return the rows that count of every projection, (N, D)."""
+    rows: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        mask = batch["attention_mask"]
+        x = model.words(batch["input_ids"]).double()
+        inner = heads_of(model.own, (x, x, x), mask)
+        y = inner @ model.own.out_proj.weight.double().T
+        y = y if model.own.out_proj.bias is None else y + model.own.out_proj.bias
+        y = (y @ model.middle.weight.double().T + model.middle.bias).tanh()
+        three = y, 0.1 * x, 0.1 * x.relu()
+        found = {
+            "own": [x],
+            "own.out_proj": [inner],
+            "cross": [*three],
+            "cross.out_proj": [heads_of(model.cross, three, mask)],
+        }
+        for name, parts in found.items():
+            rows.setdefault(name, []).extend(part[mask.bool()] for part in parts)
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_components_are_those_of_what_is_read(batch_first: bool, bias: bool) -> None:
+    model, texts = Reader(batch_first, bias).eval(), text_batches(5, samples=6)
+    config = lora(tau=1.0, target_modules=["own", "cross"])
+    result = run(model, iter(texts), config, method="gram", trim_padding=False)
+    truth = read_by(model, texts)
+    assert list(result.ranks) == list(truth)
+    for name, rows in truth.items():
+        variances, _ = exact_pca(rows)
+        found = result.explained_variance_ratio[name].double()
+        ratio = (variances / variances.sum())[: len(found)]
+        torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
+        assert lost(result.components[name], rows) < 1e-6
+
+
+def test_projections_have_one_rank_and_reload(tmp_path: Any) -> None:
+    model, texts = Reader(), text_batches(4)
+    config = lora(target_modules=MOST)
+    done = eva_kernels.initialize(model, texts, config, max_steps=4, **QUIET)
+    ranks = done.eva_result.ranks
+    assert ranks["own"] == ranks["own.out_proj"] != ranks["cross"] == ranks["cross.out_proj"]
+    assert sum(ranks.values()) == 6 * 4
+    layers = lora_layers(done)
+    for name in ("own", "cross"):
+        own, last = layers[name], layers[f"{name}.base_layer.out_proj"]
+        assert own.r == last.r == {"default": ranks[name]}
+        for layer, key in ((own, name), (last, f"{name}.out_proj")):
+            rows = layer.lora_A["default"].weight
+            assert torch.equal(rows, done.eva_result.state_dict()[key])
+            assert rows.requires_grad
+            assert layer.scaling == {"default": config.lora_alpha / config.r}
+    done.eval()
+    torch.testing.assert_close(output_of(done, texts[0]), output_of(Reader().eval(), texts[0]))
+    perturb_b(done)
+    done.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Reader(), tmp_path).eval()
+    assert torch.equal(output_of(loaded, texts[0]), output_of(done, texts[0]))
+    assert not torch.allclose(output_of(done, texts[0]), output_of(Reader().eval(), texts[0]))
+
+
+def test_both_projections_train() -> None:
+    done = eva_kernels.initialize(Reader(), text_batches(4), lora(**OWN), max_steps=3, **QUIET)
+    done.train()
+    optimizer = torch.optim.SGD([p for p in done.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        done(**text_batches(1)[0]).square().sum().backward()
+        optimizer.step()
+    layers = lora_layers(done)
+    assert len(layers) == 2
+    for layer in layers.values():
+        assert layer.lora_A["default"].weight.grad.any()
+        assert layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_an_adapter_that_is_there_gets_its_size(low_cpu_mem_usage: bool) -> None:
+    config = lora(target_modules=MOST)
+    result = run(Reader().bfloat16(), text_batches(4), config, max_steps=3)
+    for name, rank in {"own": 6, "own.out_proj": 6, "cross": 2, "cross.out_proj": 2}.items():
+        result.ranks[name] = rank
+    options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": low_cpu_mem_usage}
+    model = wrapped(Reader().bfloat16(), config, **options)
+    dtypes = {n: x.lora_A["default"].weight.dtype for n, x in lora_layers(model).items()}
+    done = result.apply(model)
+    rows = result.state_dict()
+    for path, layer in lora_layers(done).items():
+        name = path.replace(".base_layer", "")
+        first, second = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert torch.equal(first, rows[name].to(dtypes[path]))
+        assert second.shape[1] == len(first) == result.ranks[name]
+        assert first.dtype == second.dtype == dtypes[path]
+        assert first.requires_grad
+        assert second.requires_grad
+        assert not second.any()
+    assert output_of(done, text_batches(1)[0]).isfinite().all()
+
+
+def test_a_pass_ends_behind_the_attention() -> None:
+    model, seen, texts = Reader(), [], text_batches(4, padded=False)
+    model.out.register_forward_pre_hook(lambda module, args: seen.append(module))
+    eva_kernels.calibrate(model, texts, lora(tau=1.0, **OWN), max_steps=4, **QUIET)
+    assert len(seen) == 1  # the first, which shows what is called
+
+
+@pytest.mark.parametrize(("budget", "of_own", "of_middle"), [("params", 6, 2), ("rank", 2, 1)])
+def test_ranks_are_paid_for_by_both(budget: str, of_own: int, of_middle: int) -> None:
+    """A rank costs so many times the width, or rows of ``lora_A``."""
+    config = lora(r=4, target_modules=["own", "middle"])
+    targets = find_targets(Reader(), config, "default")
+    assert [t.name for t in targets] == ["own", "own.out_proj", "middle"]
+    much, little = np.full(16, 0.06), np.full(16, 0.001)
+    own, last, middle = Budget(targets, budget, 0).spend([much, much, little])
+    assert own == last > 4
+    assert 0 <= 4 * (of_own + of_middle) - own * of_own < of_own
+    assert own * of_own + middle * of_middle == 4 * (of_own + of_middle)
+
+
+@pytest.mark.filterwarnings("ignore:the EVA state dict does not fit")
+def test_what_does_not_fit_is_refused() -> None:
+    config = lora(r=4, target_modules=["own", "middle"])
+    done = eva_kernels.initialize(Reader(), text_batches(4), config, max_steps=3, **QUIET)
+    rows, before = done.eva_result.state_dict(), state_of(done)
+    short = {name: value[:2] for name, value in rows.items()}
+    last = "own.out_proj"
+    cases = [
+        ({**rows, last: short[last]}, True, "rank 2, but the projections of own have one rank"),
+        ({**rows, "own": rows["own"][:0], last: rows[last][:0]}, True, "at least 1"),
+        ({"middle": rows["middle"], last: short[last]}, False, "another one has"),
+    ]
+    for given, strict, message in cases:
+        with pytest.raises(EvaValueError, match=message):
+            write_state_dict(done, given, "default", strict)
+        same_state(state_of(done), before)
+
+
+def test_other_ranks_without_another_pass(tmp_path: Any) -> None:
+    result = run(Reader(), text_batches(4), lora(target_modules=MOST), max_steps=3)
+    result.save(tmp_path / "eva.safetensors")
+    loaded = eva_kernels.EvaResult.load(tmp_path / "eva.safetensors")
+    done = loaded.apply(Reader(), r=3)
+    layers = lora_layers(done)
+    assert layers["own"].r == layers["own.base_layer.out_proj"].r
+    assert sum(layer.r["default"] for layer in layers.values()) == 3 * len(layers)
+
+
+def test_an_encoder_of_torch_takes_its_slow_path() -> None:
+    torch.manual_seed(7)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    data = [torch.randn(4, 9, WIDTH) for _ in range(3)]
+    config = lora(tau=1.0, target_modules=["self_attn", "linear1"])
+    result = run(model, data, config, method="gram", max_steps=3)
+    assert len(result.ranks) == 6
+    assert lost(result.components["layers.0.self_attn"], torch.cat(data).flatten(0, 1)) < 1e-6
+
+
+def test_other_widths_of_keys_are_named() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.other = nn.Linear(20, 20), nn.MultiheadAttention(20, 2, kdim=10)
+
+    with pytest.raises(EvaValueError, match="other"):
+        eva_kernels.calibrate(Other(), [], lora(target_modules=["other"]), **QUIET)
