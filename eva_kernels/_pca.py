@@ -258,7 +258,7 @@ class IncrementalPCA:
         if not len(data):
             return
         if self.n_samples_seen_ == len(data):
-            self._pivot = data[0].double()
+            self._pivot = data[0].to(torch.float64, copy=True)  # the caller may reuse the buffer
         offset = data.double() - self._pivot
         self._sum = self._sum + offset.sum(0)
         self._square = self._square + offset.square().sum(0)

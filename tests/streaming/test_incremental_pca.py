@@ -1,5 +1,7 @@
 """``IncrementalPCA`` against scikit-learn: names, shapes, values, errors."""
 
+import pickle
+
 import numpy as np
 import pytest
 import sklearn.decomposition
@@ -267,6 +269,17 @@ def test_same_bits_twice_and_another_seed():
     other = IncrementalPCA(6, method="sketch", seed=1).fit(x, batch_size=100)
     assert not torch.equal(other.components_, fitted(x, "sketch").components_)
     assert lost_variance(x, other.components_) <= 1e-5
+
+
+def test_a_buffer_that_is_filled_again_does_not_change_what_was_seen():
+    x = data(dtype=torch.float64)
+    for buffer in (torch.empty(100, 40, dtype=torch.float64), np.empty((100, 40))):
+        pca = IncrementalPCA(6)
+        for batch in x.split(100):
+            buffer[:] = batch
+            pca.partial_fit(buffer)
+        torch.testing.assert_close(pca.var_, x.var(0, correction=0))
+    assert len(pickle.dumps(pca._pivot)) < 100 * 40 * 8  # nor is a batch kept
 
 
 def test_arrays_of_any_kind_give_what_plain_ones_do():
