@@ -121,7 +121,7 @@ def _principal_cosines(streams: Sequence[InputStream], ranks: Sequence[int]) -> 
         )
     # One launch for all: the singular values squared, each block filled up with ones, which are
     # the largest that a cosine can be.
-    width = max(ranks)
+    width = max(1, *ranks)
     blocks = torch.eye(width, dtype=torch.float64, device=streams[0].device)
     blocks = blocks.repeat(len(streams), 1, 1)
     for block, overlap, rank in zip(blocks.unbind(0), overlaps, ranks, strict=True):

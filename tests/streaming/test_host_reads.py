@@ -185,6 +185,7 @@ def test_the_comparison_is_that_of_the_cpu(criterion: str, monkeypatch: pytest.M
             stream.add(x[begin : begin + 40])
         folded = fold_streams(streams)
         if begin:
+            compare_streams([s.clone() for s in folded], [0] * 4, tau=0.9, criterion=criterion)
             old = {id(s): s.previous.clone() for s in folded}
         with counted(monkeypatch) as seen:
             compare_streams(folded, [3] * 4, tau=0.9, criterion=criterion)
