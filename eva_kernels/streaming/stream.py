@@ -200,8 +200,13 @@ class InputStream:
 
     def _finite_rows(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         # One pass over X that the CPU does at the speed of memory; masked rows may hold anything,
-        # so only the slow path below looks at them one by one.
-        if self._fits(x):
+        # so only the slow path below looks at them one by one. It also takes the tokens about the
+        # pivot, which may be as large as they are and on the other side.
+        dtype, pivot = torch.promote_types(x.dtype, self.dtype), self._pivot()
+        size = torch.linalg.vector_norm(x, dtype=dtype)
+        if pivot is not None:
+            size = size + math.sqrt(len(x)) * torch.linalg.vector_norm(pivot)
+        if self._fits(size):
             return rows
         chosen = x if rows is None else x.index_select(0, rows)
         finite = chosen.isfinite().all(1)
@@ -209,15 +214,21 @@ class InputStream:
         if bad and not self.options.skip_nonfinite:
             raise NonFiniteError(f"{bad} of {len(chosen)} tokens hold NaN or infinity")
         self.skipped += bad
-        if not self._fits(chosen[finite]):
+        centred = chosen[finite] if pivot is None else chosen[finite] - pivot
+        if not self._fits(torch.linalg.vector_norm(centred, dtype=dtype)):
             raise NonFiniteError(_overflow(self.dtype))
         index = torch.arange(len(x), device=x.device) if rows is None else rows
         return index[finite]
 
-    def _fits(self, x: Tensor) -> bool:
-        """Tell whether the numbers of a fold with these tokens are finite; a read."""
-        dtype = torch.promote_types(x.dtype, self.dtype)
-        total = torch.linalg.vector_norm(x, dtype=dtype).square()
+    def _pivot(self) -> Tensor | None:
+        """Return what tokens are summed about, once there is something."""
+        if isinstance(self.state, GramState):
+            return self.state.pivot
+        return None if self.state is None else self.state.mean
+
+    def _fits(self, size: Tensor) -> bool:
+        """Tell whether the numbers of a fold with tokens of this norm are finite; a read."""
+        total = size.square()
         if self.sums is not None:  # of the step; of an exact stream, of all
             total = total + self.sums.square
         if self.dtype == torch.float64 and isinstance(self.state, SketchState):

@@ -112,6 +112,15 @@ def test_exact_sums_overflow_batch_by_batch():
     assert pca.partial_fit(x[:1] / 1e16).n_samples_seen_ == 801
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_squares_about_a_mean_far_away_overflow(method: str):
+    pca = IncrementalPCA(1, method=method).partial_fit(torch.tensor([[1.8e19]]))
+    with pytest.raises(NonFiniteError, match=r"overflow torch.float32; scale the data"):
+        pca.partial_fit(torch.tensor([[-1.8e19]]))
+    assert pca.n_samples_seen_ == 1
+    assert pca.partial_fit(torch.tensor([[1.7e18]])).singular_values_ > 1e19
+
+
 def test_parameters_that_are_refused_change_nothing():
     pca = IncrementalPCA(4)
     with pytest.raises(EvaValueError, match=r"invalid parameter 'k' .* valid parameters are \['n_"):
