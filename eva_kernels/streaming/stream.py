@@ -299,13 +299,13 @@ class InputStream:
     def drop_pending(self) -> str:
         """Forget the tokens of the current step that spoil it, and say what was wrong; reads.
 
-        A sketch forgets all tokens of the step, an exact stream those that are not finite, and a
-        stream that was never folded everything.
+        A sketch forgets all tokens of the step, an exact stream those that are not finite, or all
+        it has seen where its sums overflow, and a stream that was never folded everything.
         """
         assert self.sums is not None
         bad, pending = self.sums.bad, self.pending
-        if bad is not None:
-            count = int(bad)
+        count = 0 if bad is None else int(bad)
+        if bad is not None and count:
             told = f"{count} of {pending} tokens hold NaN or infinity"
             self.sums.count -= count
             self.pending -= count

@@ -240,7 +240,8 @@ def test_a_bad_token_is_found_by_the_fold_and_changes_nothing(method: str, value
     before, others = snapshot(bad), snapshot(other)
     broken = x[200:300].clone()
     broken[[3, 70], 5] = value
-    bad.add(broken)
+    for part in broken.split(80):  # the last is sound
+        bad.add(part)
     other.add(x[200:300, :32])
     open_ = snapshot(other)
     told = "2 of 100 tokens hold NaN" if method == "gram" else "some of 100 tokens hold NaN"
@@ -271,6 +272,24 @@ def test_a_bad_token_is_found_by_the_fold_and_changes_nothing(method: str, value
         found.singular_values, expected.singular_values, rtol=SINGLE.values, atol=0
     )
     assert 1 - principal_cosine(found.components, expected.components) <= SINGLE.cosine
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("method", METHODS)
+def test_sums_that_overflow_are_told_from_bad_tokens(method: str) -> None:
+    stream = make_stream(40, 6, method=method)
+    stream.add(1e18 * with_spectrum(400, 40, decaying(40)))
+    with pytest.raises(NonFiniteStepError, match="squares overflow torch.float32; .* float64"):
+        fold_streams([stream])
+    assert (stream.tokens, stream.state) == (0, None)
+
+
+@pytest.mark.usefixtures("away")
+@pytest.mark.parametrize("method", METHODS)
+def test_large_tokens_in_half_precision_are_no_infinity(method: str) -> None:
+    x = torch.full((64, 24), 3e4).half() * torch.randn(64, 24).sign().half()
+    stream = feed(make_stream(24, 4, method=method), [x])
+    assert (stream.tokens, stream.spectrum().rank) == (64, 4)
 
 
 @pytest.mark.usefixtures("away")
