@@ -66,7 +66,10 @@ def follow(stream: InputStream, basis: Tensor, mean: Tensor, pivot: Tensor | Non
     rows = stream.width if pivot is None else stream.features
     if stream.sums is None:
         stream.sums = zero_sums(rows, stream.features, stream.dtype, stream.device)
+    # Without a state it was not merged, for all of its tokens were skipped: they are still to count.
+    skipped = 0 if stream.state is not None else stream.skipped
     hand_over(stream)
+    stream.skipped = skipped
     none = np.zeros(stream.width)
     sketch = SketchState(0, mean, basis, none, total=0.0, rank=0, mean_norm=0.0)
     stream.state = sketch if pivot is None else GramState(stream.sums, pivot, sketch)

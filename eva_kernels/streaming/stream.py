@@ -332,7 +332,9 @@ class InputStream:
             EvaValueError: another method, or numbers beyond this one's dtype.
         """
         fold_streams([self, other], final=True)
+        skipped = self.skipped + other.skipped
         if other.state is None:
+            self.skipped = skipped
             return
         total = sum(s.sketch.total for s in (self, other) if s.sketch is not None)
         if not _square_fits(torch.tensor(total, dtype=torch.float64, device="cpu"), self.dtype):
@@ -349,6 +351,7 @@ class InputStream:
             self.state = merge_sketch(self.state, other.state)
         else:
             raise EvaValueError("a sketch and an exact Gram stream cannot be merged")
+        self.skipped = skipped
 
     def spectrum(self) -> Spectrum:
         """Return the answer so far; the pending step is folded first.

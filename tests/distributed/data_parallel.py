@@ -123,6 +123,19 @@ def converged_and_frozen(rank: int) -> Any:
     return eva_kernels.calibrate(make_llama(), own_batches(rank), config, **options)
 
 
+BAD = ((1, 0, 3), (40, 5, 2))  # tokens of each process and step that are not finite
+
+
+@scenario
+def skipped(rank: int) -> Any:
+    data = [torch.randn(40, 24) for _ in BAD[rank]]
+    for x, bad in zip(data, BAD[rank], strict=True):
+        x[:bad, 7] = torch.nan
+    options = {**QUIET, "prepare_model_inputs_fn": None, "max_steps": 3}
+    model, config = nn.Sequential(nn.Linear(24, 24)), lora(target_modules=["0"])
+    return eva_kernels.calibrate(model, data, config, on_nonfinite="skip", **options).skipped_tokens
+
+
 class Experts(nn.Module):
     """Each token goes to the layer that its first feature names."""
 

@@ -157,6 +157,12 @@ def test_layers_that_one_process_never_calls(seen: tuple[Seen, Seen]) -> None:
         assert lost(found["components"][f"expert.{i}"], own) <= 0.02
 
 
+def test_tokens_that_any_process_skips_are_counted(seen: tuple[Seen, Seen]) -> None:
+    from distributed.data_parallel import BAD
+
+    assert [found["skipped"] for found in seen] == [sum(map(sum, BAD))] * 2
+
+
 def test_inputs_that_one_process_does_not_share_are_apart(seen: tuple[Seen, Seen]) -> None:
     found = seen[0]["inputs_shared_in_one_process_only"]
     assert found["shared_inputs"] == []

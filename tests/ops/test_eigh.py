@@ -170,6 +170,15 @@ def test_native_signs(device: torch.device) -> None:
     assert (vectors.gather(1, peak) > 0).all()
 
 
+@needs_module
+def test_native_equal_values_are_in_the_order_of_the_diagonal(device: torch.device) -> None:
+    ones = torch.arange(40) % 3 == 1  # more than an unstable sort keeps in order
+    diagonal = torch.where(ones, 1.0, 2.0).double().diag()
+    _, vectors = eigh(diagonal[None].to(device), backend="native")
+    order = torch.cat([ones.nonzero(), (~ones).nonzero()]).flatten()
+    assert vectors[0].cpu().argmax(0).tolist() == order.tolist()
+
+
 def values_below(matrix: Tensor, x: Fraction) -> int:
     """Count the eigenvalues below x, exactly: the negative pivots of A - x I (Sylvester)."""
     rows = [[Fraction(v) for v in row] for row in matrix.tolist()]

@@ -75,10 +75,13 @@ def test_native_answer_is_that_of_the_plain_twin(
     torch.testing.assert_close(rows @ rows.mT, identity, rtol=0, atol=1e-8)
     overlap = (rows @ problem.rows(wanted).mT).abs()
     torch.testing.assert_close(overlap[:3, :3], identity[:3, :3], rtol=0, atol=1e-6)
+    problem.core += torch.ones_like(problem.core).triu(1)  # the lower triangle counts
+    assert torch.equal(problem.solve().told, found.told)
 
 
-def test_native_low_rank_is_exact(device: torch.device) -> None:
-    spectrum = torch.tensor([50.0, 20.0, 3.0] + [0.0] * 30)
+@pytest.mark.parametrize("rest", [0.0, 1e-9])  # the core is singular, or has a factor all the same
+def test_native_low_rank_is_exact(rest: float, device: torch.device) -> None:
+    spectrum = torch.tensor([50.0, 20.0, 3.0] + [rest] * 30)
     problem = Problem(16, spectrum, device)
     found = problem.solve()
     assert (found.rank.item(), found.uneven.item()) == (3.0, 1.0)

@@ -178,19 +178,23 @@ def test_the_cpu_looks_at_every_token_at_once() -> None:
 @pytest.mark.usefixtures("away")
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
 def test_the_comparison_is_that_of_the_cpu(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = several()
+    pairs, late = several(), make_stream(48, 6)
     streams = [stream for stream, _ in pairs]
     for begin in (0, 40):
+        if begin:  # one more, whose first step is no step to compare with
+            pairs.insert(0, (late, pairs[0][1]))
+            streams.insert(0, late)
         for stream, x in pairs:
             stream.add(x[begin : begin + 40])
         folded = fold_streams(streams)
         if begin:
-            compare_streams([s.clone() for s in folded], [0] * 4, tau=0.9, criterion=criterion)
-            old = {id(s): s.previous.clone() for s in folded}
+            compare_streams([s.clone() for s in folded], [0] * 5, tau=0.9, criterion=criterion)
+            old = {id(s): s.previous.clone() for s in folded if s is not late}
         with counted(monkeypatch) as seen:
-            compare_streams(folded, [3] * 4, tau=0.9, criterion=criterion)
+            compare_streams(folded, [3] * len(folded), tau=0.9, criterion=criterion)
         assert seen.waits["read"] == (1 if begin and criterion == "subspace" else 0)
-    for stream in folded:
+    assert (late.folds, late.similarity, late.converged) == (1, None, False)
+    for stream in streams[1:]:
         overlaps = old[id(stream)].double() @ stream.sketch.basis[: stream.components].double().mT
         cosines = overlaps.diagonal().abs()
         expected = cosines[:3].min()
@@ -200,17 +204,18 @@ def test_the_comparison_is_that_of_the_cpu(criterion: str, monkeypatch: pytest.M
             assert relative(stream.cosines, cosines) <= 1e-6
         assert stream.similarity == pytest.approx(float(expected), abs=1e-6)
     with pytest.raises(EvaValueError, match="tau must be"):
-        compare_streams(folded, [3] * 4, tau=float("nan"))
+        compare_streams(folded, [3] * 5, tau=float("nan"))
 
 
 @pytest.mark.usefixtures("away")
 def test_a_rank_that_is_deficient_is_repaired_and_compared_again() -> None:
-    x = with_spectrum(120, 48, [30.0, 10.0, 3.0])
-    stream = feed(make_stream(48, 6), [x[:60]])
-    stream.add(x[60:])
+    x = with_spectrum(120, 48, [30.0, 10.0, 3.0], dtype=torch.float64)
+    stream = feed(make_stream(48, 6, dtype=torch.float64), [x[:60]])
+    # Another direction, so that other rows complete the basis than before.
+    stream.add(x[60:] + 0.01 * torch.randn(60, 1) * torch.randn(48))
     fold_streams([stream])
     basis = stream.sketch.basis
-    assert stream.sketch.rank == 3
+    assert stream.sketch.rank == 4
     assert orthonormality(basis) <= SINGLE.orthonormal
     cosines = (stream.previous.double() * basis[:6].double()).sum(1).abs()
     compare_streams([stream], [3], tau=0.9)
@@ -275,13 +280,27 @@ def test_a_bad_token_is_found_by_the_fold_and_changes_nothing(method: str, value
 
 
 @pytest.mark.usefixtures("away")
+def test_bad_tokens_beside_a_stream_that_counts_none() -> None:
+    streams = [make_stream(48, 6, method="gram", check_every_add=looks) for looks in (True, False)]
+    for stream in streams:
+        stream.add(torch.randn(40, 48))
+    streams[1].add(torch.full((2, 48), float("nan")))
+    with pytest.raises(NonFiniteStepError, match="2 of 42 tokens") as caught:
+        fold_streams(streams)
+    assert caught.value.stream is streams[1]
+
+
+@pytest.mark.usefixtures("away")
 @pytest.mark.parametrize("method", METHODS)
-def test_sums_that_overflow_are_told_from_bad_tokens(method: str) -> None:
-    stream = make_stream(40, 6, method=method)
-    stream.add(1e18 * with_spectrum(400, 40, decaying(40)))
-    with pytest.raises(NonFiniteStepError, match="squares overflow torch.float32; .* float64"):
-        fold_streams([stream])
-    assert (stream.tokens, stream.state) == (0, None)
+def test_sums_that_overflow_are_told_and_change_no_other_stream(method: str) -> None:
+    x = with_spectrum(400, 40, decaying(40))
+    stream, other = (feed(make_stream(40, 6, method=method), [x[:200]]) for _ in "ab")
+    stream.add(1e18 * x[200:])  # each token can be squared, their sum cannot
+    other.add(x[200:])
+    open_ = snapshot(other)
+    with pytest.raises(NonFiniteStepError, match=r"squares overflow torch.float32; .* float64"):
+        fold_streams([other, stream])
+    assert same(snapshot(other), open_)
 
 
 @pytest.mark.usefixtures("away")

@@ -125,8 +125,9 @@ def test_what_is_pending_is_merged_too(method: str):
     left, right = stream_of(x[:100], method), stream_of(x[100:200], method)
     left.add(x[200:205])
     right.add(x[205:])
+    left.skipped, right.skipped = 2, 3
     left.merge(right)
-    assert left.spectrum().count == 210
+    assert (left.spectrum().count, left.skipped) == (210, 5)
     assert relative(left.spectrum().singular_values[:3], exact(x)[0][:3]) <= 1e-9
 
 
@@ -134,12 +135,14 @@ def test_what_is_pending_is_merged_too(method: str):
 def test_empty_streams(method: str):
     x = torch.randn(60, 32)
     full, empty = stream_of(x, method), make_stream(32, 8, method=method)
+    empty.skipped = 7  # all that it was given
     expected = full.spectrum()
     full.merge(make_stream(32, 8, method=method))
     empty.merge(full)
     for stream in (full, empty):
         assert stream.spectrum().count == 60
         assert torch.equal(stream.spectrum().components, expected.components)
+    assert (full.skipped, empty.skipped) == (0, 7)
     feed(empty, [torch.randn(60, 32)])
     assert torch.equal(full.spectrum().components, expected.components)  # nothing is shared
 

@@ -87,6 +87,7 @@ def test_fewer_tokens_than_components(method: str, tokens: int):
     x = torch.randn(tokens, 24)
     answer = feed(make_stream(24, 8, method=method), [x]).spectrum()
     assert (answer.count, answer.rank) == (tokens, tokens - 1)
+    assert 0 <= answer.lost <= 1  # and not NaN, though no step was whole
     assert (
         relative(answer.singular_values[: tokens - 1], exact(x)[0][: tokens - 1]) <= SINGLE.values
     )
@@ -187,6 +188,15 @@ def test_lost_variance(power: float, bound: float):
     assert lost / 4 <= answer.lost
     if power == 0.5:
         assert answer.lost <= 4 * lost
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_the_first_basis_is_from_all_of_a_batch(chosen: bool):
+    x = torch.cat([torch.zeros(64, 64), with_spectrum(128, 64, decaying(64, 0.5))])
+    stream = make_stream(64, 8)
+    stream.add(x, torch.arange(len(x)) if chosen else None)
+    # From the tokens in front, which are equal, it would be random.
+    assert lost_variance(x, stream.state.basis[:8]) <= 0.2
 
 
 def test_a_last_token_does_not_tell_what_is_lost():
