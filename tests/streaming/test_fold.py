@@ -15,7 +15,7 @@ from eva_kernels.streaming._basis import (
     random_basis,
     repair,
 )
-from eva_kernels.streaming.fold import fold, fold_gram
+from eva_kernels.streaming.fold import fold, fold_gram, lost_shares
 from eva_kernels.streaming.nystrom import CUT, _whitener, nystrom
 from eva_kernels.streaming.spectrum import centred_scatter
 from eva_kernels.streaming.state import SketchState, StepSums, empty_sketch, zero_sums
@@ -158,6 +158,13 @@ def test_many_at_once_are_the_same_as_each(monkeypatch: pytest.MonkeyPatch):
             assert int(state.rank) == int(expected.rank)
             torch.testing.assert_close(state.singular_values, expected.singular_values)
             torch.testing.assert_close(state.basis, expected.basis, rtol=0, atol=1e-10)
+
+
+def test_lost_is_what_the_leading_rows_gained():
+    now = np.array([[4.0, 1.0, 7.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
+    before = np.array([[3.0, 0.5, 9.0], [2.5, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    # rounding may gain less than nothing
+    assert lost_shares(now, before, [2, 1, 3]) == [pytest.approx(1 - 3.5 / 5), 0.0, 0.0]
 
 
 def test_nothing_to_fold():

@@ -223,6 +223,14 @@ def test_a_rank_that_is_deficient_is_repaired_and_compared_again() -> None:
     assert stream.converged
 
 
+@pytest.mark.usefixtures("away")
+def test_a_merged_stream_of_deficient_rank_is_repaired() -> None:
+    x = with_spectrum(120, 48, [30.0, 10.0, 3.0])
+    left, right = (feed(make_stream(48, 6, method="gram"), [half]) for half in x.split(60))
+    left.merge(right)
+    assert orthonormality(left.sketch.basis) <= SINGLE.orthonormal
+
+
 def snapshot(stream: InputStream) -> dict[str, object]:
     record, tensors = export_stream(stream)
     return {**record, **{name: tensor.clone() for name, tensor in tensors.items()}}
