@@ -66,7 +66,7 @@ def follow(stream: InputStream, basis: Tensor, mean: Tensor, pivot: Tensor | Non
     rows = stream.width if pivot is None else stream.features
     if stream.sums is None:
         stream.sums = zero_sums(rows, stream.features, stream.dtype, stream.device)
-    # Without a state it was not merged, for all of its tokens were skipped: they are still to count.
+    # Without a state it was not merged, for all of its tokens were skipped: these still count.
     skipped = 0 if stream.state is not None else stream.skipped
     hand_over(stream)
     stream.skipped = skipped
