@@ -66,6 +66,25 @@ def test_rounding_of_the_mean_is_not_variance(method: str):
     assert not answer.ratio.any()
 
 
+@pytest.mark.parametrize(("units", "rank"), [(2, 0), (8, 1)])
+@pytest.mark.parametrize("method", METHODS)
+def test_variance_begins_at_four_units_in_the_last_place(method: str, units: int, rank: int):
+    # 0 to 6 times half of the units in the last place of the mean: these are their deviation.
+    steps = torch.arange(400)[:, None] % 7 * (units / 2) * EPS32
+    answer = feed(
+        make_stream(16, 4, method=method), (1024 + 1024 * steps).expand(-1, 16).split(100)
+    )
+    assert answer.spectrum().rank == rank
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_component_explains_more_than_all(method: str):
+    for seed in range(6):  # of one component, whose square is the total but for rounding
+        x = with_spectrum(200, 24, [50.0], seed=seed)
+        answer = feed(make_stream(24, 4, method=method), x.split(50)).spectrum()
+        assert 1 - 1e-6 <= answer.ratio[0] <= 1
+
+
 def test_a_small_variance_about_a_large_mean_counts():
     x = 10 + with_spectrum(400, 32, [1e-2], dtype=torch.float64)
     answer = feed(make_stream(32, 2, dtype=torch.float64), x.split(100)).spectrum()
