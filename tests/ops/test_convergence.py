@@ -96,7 +96,7 @@ def test_sign_flips_agree(backend: str, device: torch.device) -> None:
 
 def test_scale_does_not_matter(backend: str, device: torch.device) -> None:
     u, v = torch.randn(2, 3, 90, device=device)
-    check([u * 1e-30], [v * 1e30], [3], 0.1, backend)
+    check([u * 1e-30, u * 1e-30], [v * 1e30, v * 1e-30], [3, 3], 0.1, backend)
 
 
 def test_nan_and_infinity_never_converge(backend: str, device: torch.device) -> None:
