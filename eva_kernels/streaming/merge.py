@@ -35,7 +35,7 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
     norm = torch.linalg.vector_norm(mean, dtype=torch.float64)
     host, distance, norm_ = read([values[:width], delta.square().sum(), norm])
     squares = host**2
-    rank = min(int((squares > NOISE * squares[0]).sum()), max(count - 1, 0))
+    rank = int((squares > NOISE * squares[0]).sum())
     basis = vectors[:width].contiguous()  # LAPACK's are by columns
     if rank < width:
         basis = complete_basis(basis, rank)

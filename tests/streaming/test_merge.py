@@ -155,6 +155,7 @@ def test_constant_streams():
     left.merge(far)
     assert left.spectrum().rank == 1
     assert left.spectrum().ratio[0] == pytest.approx(1.0, abs=1e-5)
+    assert not left.sketch.values[1:].any()
 
 
 def test_methods_do_not_mix():
