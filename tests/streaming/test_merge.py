@@ -156,6 +156,7 @@ def test_constant_streams():
     assert left.spectrum().rank == 1
     assert left.spectrum().ratio[0] == pytest.approx(1.0, abs=1e-5)
     assert not left.sketch.values[1:].any()
+    assert left.sketch.mean_norm == pytest.approx(float(left.sketch.mean.norm()))
 
 
 def test_methods_do_not_mix():
