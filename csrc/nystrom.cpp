@@ -109,10 +109,9 @@ std::vector<double> scale_of(const Matrix& core, double noise) {
   return scale;
 }
 
+// Factors and eigenpairs read the lower triangle only.
 Matrix scaled_core(const Matrix& core, const std::vector<double>& scale) {
-  return matrix_of(core.width, [&](int i, int j) {
-    return core.at(std::max(i, j), std::min(i, j)) * scale[i] * scale[j];
-  });
+  return matrix_of(core.width, [&](int i, int j) { return core.at(i, j) * scale[i] * scale[j]; });
 }
 
 struct RankedRows {

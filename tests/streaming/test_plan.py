@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eva_kernels.errors import EvaValueError
@@ -53,6 +53,7 @@ def test_components_are_cut_to_the_features():
 
 @examples
 @given(shapes=sizes)
+@example(shapes=[(64, 16), (65, 16)])  # equal, and one feature more
 def test_auto_without_a_budget_is_exact_where_arithmetic_is_no_more(shapes: list[tuple[int, int]]):
     features, components = zip(*shapes, strict=True)
     plans = plan_streams(features, components)
