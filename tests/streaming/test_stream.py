@@ -346,6 +346,16 @@ def test_only_the_components_that_are_needed_count():
     assert compared(basis, "cosine", ranks=0).similarity == 1.0
 
 
+@pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+def test_what_was_similar_once_stays_settled(criterion: str):
+    stream = begin()[0]
+    other = torch.linalg.qr(torch.randn(48, 6)).Q.mT
+    for previous, converged in ((stream.sketch.basis[:6], True), (other, False)):
+        stream.previous = previous
+        compare_streams([stream], [6], tau=0.99, criterion=criterion)
+        assert (stream.converged, stream.settled) == (converged, 6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_never_converges(method: str):
     stream, x = begin(method)
