@@ -354,6 +354,9 @@ def test_what_was_similar_once_stays_settled(criterion: str):
         stream.previous = previous
         compare_streams([stream], [6], tau=0.99, criterion=criterion)
         assert (stream.converged, stream.settled) == (converged, 6)
+    stream.previous = other
+    compare_streams([stream], [0], tau=0.99, criterion=criterion)  # none is needed
+    assert (stream.converged, stream.similarity) == (True, 1.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
