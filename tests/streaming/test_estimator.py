@@ -149,6 +149,31 @@ def test_covariance_of_all_components_is_that_of_the_data():
     torch.testing.assert_close(found, torch.cov(x.mT))
 
 
+def test_an_answer_is_that_of_all_batches_so_far():
+    x = data()
+    pca = IncrementalPCA(4).partial_fit(x[:200].clone().requires_grad_())
+    before = pca.components_
+    pca.partial_fit(x[200:])
+    assert not torch.equal(pca.components_, before)
+    assert torch.equal(pca.components_, IncrementalPCA(4).fit(x, batch_size=200).components_)
+    assert not pca.components_.requires_grad
+
+
+def test_batches_of_fit():
+    x = data()[:203]
+    pca = IncrementalPCA(4, batch_size=50).fit(x, batch_size=100)
+    assert pca.batch_size_ == 100
+    expected = IncrementalPCA(4).partial_fit(x[:100]).partial_fit(x[100:])  # 3 rows are no batch
+    assert torch.equal(pca.components_, expected.components_)
+
+
+def test_an_argument_that_was_set_is_checked():
+    pca = IncrementalPCA(4)
+    pca.n_components = 2.5
+    with pytest.raises(EvaTypeError, match=r"n_components=2.5 must be a whole number"):
+        pca.partial_fit(data())
+
+
 def test_what_fit_leaves():
     pca = IncrementalPCA(6, batch_size=150).fit(data())
     assert (pca.n_components_, pca.n_features_in_, pca.batch_size_) == (6, 40, 150)

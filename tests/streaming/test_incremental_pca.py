@@ -147,6 +147,8 @@ def test_mask(method: str):
     plain = IncrementalPCA(6, method=method).partial_fit(x[keep])
     torch.testing.assert_close(pca.singular_values_, plain.singular_values_, rtol=1e-5, atol=0)
     torch.testing.assert_close(pca.var_, plain.var_)
+    with pytest.raises(EvaValueError, match="batch number of samples 3"):
+        IncrementalPCA(6, method=method).partial_fit(x, mask=torch.arange(400) < 3)
     with pytest.raises(EvaValueError, match="mask has 3 entries for 5 rows"):
         pca.partial_fit(x[:5], mask=torch.ones(3))
 
