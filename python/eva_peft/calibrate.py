@@ -275,8 +275,8 @@ class CalibrationPass:
         before = self.collector.seconds
         for part in ready:
             self.collector.tokens, self.collector.step = 0, self.steps
-            complete = self._run_model(*part)
-            self.again = self.collector.end_forward(complete)
+            self._run_model(*part)
+            self.again = self.collector.end_forward()
             self.tokens += self.collector.tokens
             if self.again and (self.processes is None or not self.sharded):
                 self.forward_again(part)
@@ -305,7 +305,7 @@ class CalibrationPass:
             return batch
         return batch if prepare is None else prepare(deepcopy(batch), self.config)
 
-    def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> bool:
+    def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> None:
         self.collector.begin_forward(mask, model_input, self._may_stop_early, self.batch_shape)
         self.inside = True  # and still so where it fails
         routed = self.collector.routed if self.collector.routed.needed else nullcontext()
@@ -316,7 +316,6 @@ class CalibrationPass:
             else:
                 self._call_model(batch)
         self.inside = False
-        return not self.collector.stopped
 
     def _call_model(self, batch: Any) -> None:
         args, kwargs = arguments.model_arguments(batch)

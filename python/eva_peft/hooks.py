@@ -70,7 +70,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.slot_of: dict[int, Slot] = {}
         self.frozen: set[int] = set()  # layers that are no longer accumulated
         self.alone: set[int] = set()  # layers that were found not to share an input
-        self.most_calls: dict[int, int] = {}  # of each layer in a complete forward pass
+        self.most_calls: dict[int, int] = {}  # of each layer in a forward pass
         self.seconds = 0.0
         self.step = 0
         self.current: str | None = None  # the layer that is being accumulated
@@ -187,11 +187,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """Let other tokens count from here on in a forward pass."""
         self._mask = mask
 
-    def end_forward(self, complete: bool = True) -> set[int]:
+    def end_forward(self) -> set[int]:
         """Settle what is open after a forward pass.
-
-        Args:
-            complete: the pass was not cut short.
 
         Returns:
             Layers that turned out not to share an input they were thought to share in their very
@@ -207,12 +204,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             if any(count != len(slot.calls) for count in slot.counts.values()):
                 again |= set(slot.members)
                 self._drop(slot)
-        if complete and self._only is None:
-            for i, count in self._counts.items():
-                self.most_calls[i] = max(count, self.most_calls.get(i, 0))
-            samples, tokens = self._largest
-            self._largest = max(samples, self._shape[0]), max(tokens, self._shape[1])
-        if (complete or self.stopped) and self._only is None and self.routed.following:
+        for i, count in self._counts.items():
+            self.most_calls[i] = max(count, self.most_calls.get(i, 0))
+        samples, tokens = self._largest  # no pass over more than that was cut short
+        self._largest = max(samples, self._shape[0]), max(tokens, self._shape[1])
+        if self.routed.following:
             self._routing = bool(self._routing)  # every layer that is needed was called
         self._only = None
         self.alone |= again
@@ -237,7 +233,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._counts[i] = call + 1
         if i in self.frozen:
             return
-        self._missing -= call == 0
+        self._missing -= 1
+        self._stop_early &= call == 0  # else it may be called behind the last one, too
         x = self._first_tensor(i, args, kwargs)
         slot = self.slot_of.get(i)
         if slot is None:
@@ -306,7 +303,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             self._accumulate(self._split(slot, i, call), i, x, args)
             return
         slot.counts[i] += 1
-        if slot not in self._fresh and slot.complete(call):
+        if slot.complete(call):
             self._accumulate_held(slot, call)
 
     def _accumulate_held(self, slot: Slot, call: int) -> None:

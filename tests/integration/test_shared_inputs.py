@@ -106,6 +106,22 @@ def test_parting_later_with_three_layers() -> None:
     assert result.shared_inputs == [["a", "c"]]
 
 
+@pytest.mark.parametrize(("batch", "shared"), [(0, []), (2, [["a", "c"]])])
+def test_parting_at_a_second_call(batch: int, shared: list[list[str]]) -> None:
+    """When c has not read the first tensor yet, which waits for it but in the first batch."""
+
+    def body(net: Net, x: Tensor) -> Tensor:
+        y = torch.sin(3 * x)
+        net.a(x), net.b(x), net.a(y)
+        net.b(y.flip(1) if x[0, 0] == 5 else y)
+        return net.c(x) + net.c(y)
+
+    batches = vectors(4)
+    batches[batch][0, 0] = 5
+    result = checked(Net(body, "a", "b", "c"), batches, ["a", "b", "c"])
+    assert result.shared_inputs == shared
+
+
 def test_reused_memory_is_not_merged() -> None:
     pointers = []
 
@@ -200,6 +216,21 @@ def test_called_more_often_later() -> None:
     assert lost(result.components["loop"], inputs) < 1e-6
 
 
+def test_called_more_often_in_some_batches() -> None:
+    """Of equal size; a layer's second call tells before the last layer's first."""
+
+    def body(net: Net, x: Tensor) -> Tensor:
+        y = torch.tanh(net.a(x))
+        y = torch.tanh(net.a(y)) if x[0, 0] == 5 else y
+        y = net.b(y)
+        return net.b(torch.tanh(y)) if x[0, 0] in (5, 6) else y
+
+    batches = vectors(5)
+    for batch, mark in zip(batches, (0, 5, 0, 6, 0), strict=True):
+        batch[0, 0] = mark
+    checked(Net(body, "a", "b"), batches, ["a", "b"])
+
+
 def test_shared_tensor_and_several_calls() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         net.once(x)
@@ -240,9 +271,11 @@ def test_called_in_some_batches_only() -> None:
 
 
 def test_last_layer_first_called_late() -> None:
+    """And twice, so that its first call must not end the forward pass."""
+
     def body(net: Net, x: Tensor) -> Tensor:
         y = torch.tanh(net.a(x))
-        return net.rare(y) if x[0, 0] == 5 else y
+        return net.rare(torch.tanh(net.rare(y))) if x[0, 0] == 5 else y
 
     batches = vectors(5)
     batches[3][0, 0] = 5
