@@ -138,10 +138,15 @@ def test_custom_functions_have_their_contract(texts: list[Any]) -> None:
     assert {name for _, _, name in seen} == set(expected)
 
 
-@pytest.mark.parametrize("prefix", ["", "base_model.model."])
-def test_mapping_of_functions(prefix: str, texts: list[Any]) -> None:
-    """Layers that are not in the mapping keep the masked default; the mapping is not emptied."""
-    name = "model.layers.0.self_attn.q_proj"
+@pytest.mark.parametrize(
+    ("prefix", "layer"), [("", "q_proj"), ("base_model.model.", "q_proj"), ("", "v_proj")]
+)
+def test_mapping_of_functions(prefix: str, layer: str, texts: list[Any]) -> None:
+    """Layers that are not in the mapping keep the masked default; the mapping is not emptied.
+
+    Whichever of those that read one tensor it names, the first that is called or another.
+    """
+    name = f"model.layers.0.self_attn.{layer}"
     mapping = {prefix + name: lambda layer_input, model_input, layer_name: layer_input[0][:, 0]}
     before = dict(mapping)
     config = lora(tau=1.0)
