@@ -12,7 +12,10 @@ import torch
 from torch import nn
 
 import eva_kernels
+from eva_peft import ranks
+from eva_peft.calibrate import CalibrationPass
 from integration.conftest import (
+    Clash,
     angle,
     exact_pca,
     layer_inputs,
@@ -22,6 +25,7 @@ from integration.conftest import (
     same_state,
     state_of,
     text_batches,
+    vectors,
     wrapped,
 )
 
@@ -240,3 +244,19 @@ def test_a_last_token_makes_no_layer_converge(method: str) -> None:
     options = {"method": method, "progress": False, "on_not_converged": "raise"}
     with pytest.raises(eva_kernels.NotConvergedError, match="after 4 forward passes, 193 tokens"):
         eva_kernels.calibrate(layer, iter(data), lora(tau=0.99), **options)
+
+
+def test_no_step_gives_a_layer_more_than_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would have to converge in components that it never gets."""
+    given: list[dict[int, int]] = []
+
+    def noting(run: CalibrationPass) -> dict[int, int]:
+        given.append(ranks.allocate(run))
+        return given[-1]
+
+    monkeypatch.setattr(import_module("eva_peft.calibrate"), "allocate", noting)
+    # all of one width, and so tracked by as many components
+    config = lora(rho=1.0, rank_pattern={"lin": 3, "sub.other": 5})
+    result = run(Clash(False), vectors(3, features=16), config)
+    assert len(given) == result.steps
+    assert all(list(each.values()) == [3, 3, 5, 4] for each in given)
