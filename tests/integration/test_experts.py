@@ -180,6 +180,10 @@ def test_ranks_of_experts_are_paid_for_by_each() -> None:
     for owner in {o for o, _ in result.owners.values()}:
         ranks = {fewer.ranks[n] for n, (o, _) in result.owners.items() if o == owner}
         assert len(ranks) == 1
+    sizes = {n: d + result.out_features[n] for n, d in result.in_features.items()}
+    others = result.reallocated(budget="params").ranks
+    spent, before = (sum(r * sizes[n] for n, r in by.items()) for by in (others, result.base_ranks))
+    assert 0.9 * before < spent <= before
 
 
 def test_state_dicts_that_do_not_fit() -> None:
