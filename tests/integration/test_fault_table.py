@@ -428,9 +428,9 @@ FAULTS: dict[str, Fault] = {
         result_file(lambda p: save_file({"x": torch.zeros(2)}, p)), V, "eva.safetensors"
     ),
     "result: more rank than was tracked": Fault(
-        lambda s: quick_result().apply(s.peft, r=9),
+        lambda s: quick_result().apply(s.peft, rho=2.25),
         V,
-        "layer 0: r=9 and rho=2.0 may need 18 components.*has 8; calibrate again",
+        "layer 0: r=4 and rho=2.25 may need 9 components.*has 8; calibrate again",
     ),
     "checkpoint: another rank": Fault(
         checkpoint(lambda s, p: on_data(s, config=lora(r=3, **MLP), checkpoint=p)),
