@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -24,6 +25,8 @@ class CalledWith:
     A function may make the tokens itself, or run a model on something else than the text that the
     mask of the batch belongs to. Where the model is called with a mask, that one counts in it.
     Where it is not, the batch's does if it has the shape of the first argument, otherwise none.
+    Models of transformers are also looked at where ``forward`` is called itself, as
+    sentence-transformers does, which runs no hook.
 
     Args:
         model: of which the outermost parts are looked at.
@@ -47,6 +50,8 @@ class CalledWith:
         self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self._mask, self._make_mask, self._use_mask = mask, make_mask, use_mask
         self._in_use = [mask]
+        self._open: list[nn.Module] = []  # that are being called, the innermost last
+        self._forwards = [(part, vars(part).get("forward")) for part in inner]
 
     def looking(self) -> AbstractContextManager[None]:
         """Return a context within which the hooks are there."""
@@ -56,18 +61,39 @@ class CalledWith:
         for part in self._parts:
             part.register_forward_pre_hook(self._before, with_kwargs=True)
             part.register_forward_hook(self._behind, always_call=True)
+        for part, _ in self._forwards:
+            part.forward = self._watched(part, part.forward)
 
     def _remove(self) -> None:
         for part in self._parts:
             take_off(part, self._before)
             take_off(part, self._behind)
+        for part, own in self._forwards:
+            vars(part).pop("forward", None)
+            if own is not None:
+                part.forward = own
+
+    def _watched(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if part in self._open:  # the hooks have seen it
+                return forward(*args, **kwargs)
+            self._before(part, args, kwargs)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._behind(part, args, None)
+
+        return watched
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_use.append(self._mask_of(_named(module, args, kwargs)))
+        self._open.append(module)
         self._use_mask(self._in_use[-1])
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
         self._in_use.pop()
+        self._open.pop()
         self._use_mask(self._in_use[-1])
 
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:

@@ -95,6 +95,30 @@ def test_labels_that_the_function_does_not_pass_on() -> None:
     same(run(make_llama(), texts, Q_PROJ, forward_fn=forward, **EXACT), expected)
 
 
+class Straight(nn.Module):
+    """Calls ``forward`` of a model of transformers itself, which runs no hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = make_llama()
+
+    def forward(self, lines: list[str]) -> None:
+        self.first.forward(**tokenised(lines))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_forward_that_is_called_itself(own: bool) -> None:
+    expected = run(make_llama(), TEXTS, Q_PROJ, **EXACT)
+    model, lines = Straight(), [as_text(batch) for batch in TEXTS]
+    if own:  # as accelerate's hooks set it
+        model.first.forward = model.first.forward
+    before = dict(vars(model.first))
+    same(run(model, lines, Q_PROJ, forward_fn=lambda m, b: m(b), **EXACT), expected, "first.")
+    part = run(model.first, lines, Q_PROJ, forward_fn=lambda _, b: model(b), **EXACT)
+    same(part, expected)
+    assert vars(model.first) == before
+
+
 class Painter(nn.Module):
     """Images in patches, and the text of a prompt, of as many tokens: as models of diffusers."""
 
