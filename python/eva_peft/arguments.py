@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ._peft_compat import base_of
-from .architecture import Architecture, signature_of
-from .errors import EvaTypeError
+from .architecture import Architecture, is_of_transformers, signature_of
+from .errors import EvaError, EvaTypeError
 
 __all__ = [
     "as_one_argument",
     "by_name",
     "can_be_called",
+    "check_known",
     "gives_decoder_inputs",
     "model_arguments",
     "without_labels",
@@ -148,9 +149,29 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
     base = base_of(model)
     if isinstance(batch, Mapping) and _takes_a_mapping(batch, base):
         return batch
+    raise _not_taken(batch, base)
+
+
+def check_known(kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -> None:
+    """Explain the error of a model of transformers that knows none of the names it was given.
+
+    Most take any name, and say no more than that they got no input.
+
+    Raises:
+        EvaTypeError: this is the case.
+    """
+    base = base_of(model)
+    if isinstance(error, EvaError) or not is_of_transformers(base):
+        return
+    known = {p.name for p in _parameters(base) or [] if p.kind is not p.VAR_KEYWORD}
+    if kwargs and known and not kwargs.keys() & known:
+        raise _not_taken(kwargs, base) from error
+
+
+def _not_taken(batch: Any, base: nn.Module) -> EvaTypeError:
     given = f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
     names = [p.name for p in _parameters(base) or []]
-    raise EvaTypeError(
+    return EvaTypeError(
         f"a batch with {given} is nothing that {type(base).__name__}.forward({', '.join(names)}) "
         "takes. Let the loader yield what it takes, or pass forward_fn to run the model on a batch"
     )

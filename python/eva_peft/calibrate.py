@@ -327,6 +327,9 @@ class CalibrationPass:
             if arguments.can_be_called(args, kwargs, self.model):
                 raise
             self.model(arguments.as_one_argument(batch, self.model))
+        except Exception as error:
+            arguments.check_known(kwargs, self.model, error)
+            raise
 
     def _called_with(self, batch: Any, mask: TokenMask) -> AbstractContextManager[object]:
         if not self.preparer.plain_masks:

@@ -242,6 +242,11 @@ FAULTS: dict[str, Fault] = {
         T,
         "is nothing that Sequential.forward.input. takes.*pass forward_fn",
     ),
+    "batch: names of another model": Fault(
+        lambda s: on_text(s, [{"anchor_input_ids": torch.ones(2, 9, dtype=torch.long)}]),
+        T,
+        r"names \['anchor_input_ids'\] is nothing that LlamaForCausalLM.forward.*forward_fn",
+    ),
     "batch: token beyond the vocabulary": Fault(
         lambda s: on_text(s, [{"input_ids": torch.full((2, 9), 9999)}]), IndexError, "out of range"
     ),
