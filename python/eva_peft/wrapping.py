@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from copy import deepcopy
 
 import torch
@@ -50,13 +51,14 @@ def wrap_model(
         # PEFT refuses "eva" with these, also when it loads a saved adapter
         config.init_lora_weights, config.eva_config = True, None
     # parameters made in inference mode could never be trained
+    # PEFT's low_cpu_mem_usage patches nn.Module for all threads, and of two of them for good
+    device = torch.device("meta") if on_meta else nullcontext()
     with random_state_kept(), torch.inference_mode(False), warnings.catch_warnings():
         # the weights are written right away, so they need not wait on the meta device
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
         try:
-            return get_peft_model(
-                model, config, adapter_name=adapter_name, low_cpu_mem_usage=on_meta
-            )
+            with device:
+                return get_peft_model(model, config, adapter_name=adapter_name)
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, EvaError) or is_out_of_memory(error):
                 raise

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -140,7 +141,7 @@ def test_what_fails_on_meta_only_is_no_fault(monkeypatch: pytest.MonkeyPatch) ->
     original, seen = module.get_peft_model, []
 
     def picky(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs["low_cpu_mem_usage"])
+        seen.append(torch.empty(0).is_meta)
         if seen[-1]:
             raise RuntimeError("Expected all tensors to be on the same device")
         return original(*args, **kwargs)
@@ -151,6 +152,22 @@ def test_what_fails_on_meta_only_is_no_fault(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert seen == [True, False, False]
     assert sum(model.eva_result.ranks.values()) == 4
+
+
+def test_what_other_threads_make_meanwhile_has_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("eva_peft.wrapping")
+    original, devices = LoraModel._create_and_replace, []
+
+    def elsewhere(self: Any, *args: Any, **kwargs: Any) -> None:
+        thread = Thread(target=lambda: devices.append(nn.Linear(2, 2).weight.device.type))
+        thread.start()
+        thread.join()
+        original(self, *args, **kwargs)
+        devices.append(self.model[0].lora_A["default"].weight.device.type)
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", elsewhere)
+    module.check_wrapping(make_mlp(), lora(target_modules=["0"]), "default")
+    assert devices == ["cpu", "meta"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
