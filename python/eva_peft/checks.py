@@ -12,6 +12,7 @@ from torch import nn
 from ._peft_compat import (
     LoraConfig,
     PeftMixedModel,
+    PeftModel,
     adapter_configs,
     carries_adapters,
     given_eva,
@@ -19,6 +20,7 @@ from ._peft_compat import (
     is_lora,
     kind_of,
 )
+from .architecture import is_of_transformers
 from .errors import EvaTypeError, EvaValueError, warn
 from .parts import outermost
 
@@ -28,6 +30,7 @@ __all__ = [
     "check_loaded",
     "checked_number",
     "plain_number",
+    "tell_of_the_model_within",
 ]
 
 
@@ -59,6 +62,24 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
     elif config is not own:
         _warn_of_what_stays(config, own, adapter_name)
     return _with_plain_numbers(config)
+
+
+def tell_of_the_model_within(model: nn.Module, config: LoraConfig | None) -> None:
+    """Warn where the base model of a PeftModel is given, as where a cell of a notebook runs twice.
+
+    It cannot be told from what ``inject_adapter_in_model`` made; but that is seldom of
+    transformers, and given without a config.
+    """
+    if isinstance(model, PeftModel) or not carries_adapters(model):
+        return
+    by_itself = getattr(model, "_hf_peft_config_loaded", False)  # of transformers and diffusers
+    if not by_itself and (config is not None or is_of_transformers(model)):
+        warn(
+            f"this {type(model).__name__} carries the adapters {injected_adapters(model)} already, "
+            "as the base model within a PeftModel does. They are initialised, and the model is "
+            "returned as it is: no PeftModel, whose save_pretrained would write no adapter. To get "
+            "one, pass the PeftModel that was made of it, or load the base model anew"
+        )
 
 
 def _warn_of_what_stays(config: LoraConfig, own: LoraConfig, adapter_name: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapters, eva_of
 from .adapters import write_result
 from .calibrate import run_pass
-from .checks import check_config
+from .checks import check_config, tell_of_the_model_within
 from .data_parallel import beginning, processes_of
 from .divided import check_undivided, check_whole
 from .errors import EvaValueError
@@ -80,6 +80,7 @@ def initialize(
         parsed = CalibrateOptions.from_kwargs(options)
         check_whole(inner)
         chosen = _chosen_config(inner, config, parsed)
+        tell_of_the_model_within(inner, config)
         if carries_adapters(inner):
             any_init = allow_any_init or config is not None
             _check_adapters(inner, parsed.adapter_name, any_init, allow_any_init, overwrite_trained)

@@ -161,12 +161,15 @@ class EvaResult:
                 PEFT refuses the config; nothing is changed then.
         """
         from .adapters import write_result
+        from .checks import tell_of_the_model_within
         from .reallocation import check_allocation
+        from .targets import unwrap
         from .training import check_not_trained
 
         check_allocation(allocation)
         if not overwrite_trained:
             check_not_trained(model, adapter_name)
+        tell_of_the_model_within(unwrap(model), config)
         result = self.reallocated(**allocation) if allocation else self
         return write_result(model, result, config, adapter_name, strict)
 

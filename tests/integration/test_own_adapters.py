@@ -10,7 +10,13 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 import eva_kernels
-from eva_kernels import EvaCallback, EvaValueError, NotInitializedError, NotInitializedWarning
+from eva_kernels import (
+    EvaCallback,
+    EvaValueError,
+    EvaWarning,
+    NotInitializedError,
+    NotInitializedWarning,
+)
 from integration.conftest import (
     QUIET,
     layer_inputs,
@@ -93,6 +99,25 @@ def test_injected_into_any_module() -> None:
     assert eva_kernels.is_initialized(model)
     state = eva_kernels.get_eva_state_dict(model, vectors(), forward_fn=lambda m, b: m(b))
     assert state.keys() == {"0", "2"}
+
+
+@pytest.mark.parametrize("call", ["config", "default", "apply"])
+def test_the_model_within_a_peft_model_is_told(call: str) -> None:
+    """As where a cell of a notebook runs twice: what comes back would be saved without adapters."""
+    base, config = make_llama(), lora(target_modules=["q_proj"])
+    first = eva_kernels.initialize(base, text_batches(3), config, max_steps=3, **QUIET)
+
+    def again() -> Any:
+        if call == "apply":
+            return first.eva_result.apply(base)
+        given = config if call == "config" else None
+        return eva_kernels.initialize(base, text_batches(3), given, max_steps=3, **QUIET)
+
+    with pytest.warns(EvaWarning, match=r"adapters \['default'\] already.*no PeftModel") as told:
+        second = again()
+    assert len(told) == 1
+    assert second is base
+    assert eva_kernels.initialize(first, text_batches(3), max_steps=3, **QUIET) is first
 
 
 def test_nothing_is_lost_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
