@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -325,6 +326,19 @@ class _Writer:
             if tied and layer is self.model.get_input_embeddings():
                 for each in tied:
                     self._tie(each, layer)
+        for layer in tied:
+            self._draw_tied(layer)
+
+    def _draw_tied(self, layer: LoraLayer) -> None:
+        """Draw a tied ``lora_A``, which PEFT does for plain LoRA, but leaves that of "eva".
+
+        It would be that of embeddings, some ten times larger, and training would run away.
+        """
+        first, second = (getattr(layer, n)[self.adapter].weight for n in ("lora_A", "lora_B"))
+        if first.is_meta or second.any():
+            return
+        self.undo.append(functools.partial(first.data.copy_, first.detach().clone()))
+        nn.init.kaiming_uniform_(first, a=math.sqrt(5))
 
     def _tie(self, layer: LoraLayer, embedding: LoraLayer) -> None:
         """Make the adapter of a layer the transposed one of the embeddings, as PEFT does."""

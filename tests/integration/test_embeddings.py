@@ -75,6 +75,9 @@ def test_tied_adapters_stay_tied(way: str, targets: Any, tmp_path: Any) -> None:
         model = eva_kernels.initialize(model, batches(), config if way == "base" else None, **QUIET)
     assert list(model.eva_result.ranks) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert_tied(model)
+    drawn = adapters(model)[1].lora_A["default"].weight  # as plain LoRA draws that of the head
+    bound = drawn.shape[1] ** -0.5
+    assert 0.8 * bound < drawn.abs().max() <= bound
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n for n in trained if "lm_head" in n or "embed" in n} == {
         f"base_model.model.{part}"
