@@ -205,7 +205,9 @@ def init(
         tuned.eva_result.save(folder / RESULT)
         write_html(tuned.eva_result, folder / "report.html")
     _say(Console(), tuned.eva_result.summary())
-    _say(Console(), f"wrote {out}: PeftModel.from_pretrained(base_model, {str(out)!r}) loads it")
+    # without is_trainable PEFT loads frozen adapters, and these are there to be trained
+    call = f"PeftModel.from_pretrained(base_model, {str(out)!r}, is_trainable=True)"
+    _say(Console(), f"wrote {out}: {call} loads it, ready to train")
 
 
 @app.command()

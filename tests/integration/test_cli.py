@@ -182,6 +182,7 @@ def test_init_repeats_to_the_bit(home: Path, made: Path, tmp_path: Path) -> None
     assert shown.exit_code == 0
     assert "total rank 56 over 14 layers" in shown.stdout
     assert str(tmp_path / "out") in shown.stdout
+    assert "is_trainable=True" in shown.stdout  # or PEFT freezes what is there to be trained
     first, second = (load_file(f / "adapter_model.safetensors") for f in (made, tmp_path / "out"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
