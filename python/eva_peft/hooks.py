@@ -6,7 +6,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -44,16 +44,6 @@ def take_off(module: nn.Module, hook: Callable[..., None]) -> None:
             for of_kind in told:
                 of_kind.pop(key, None)
             hooks.pop(key, None)
-
-
-@contextmanager
-def _outside_inference_mode() -> Iterator[None]:
-    """Leave the inference mode that a model or a ``forward_fn`` may be in: sums outlive it."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 class InputCollector(AbstractContextManager["InputCollector"]):
@@ -152,7 +142,10 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         if not self.stopped and self._held.error is None:
             begin = time.perf_counter()
             try:
-                with _outside_inference_mode():
+                if torch.is_inference_mode_enabled():  # by a forward_fn; sums outlive it
+                    with torch.inference_mode(False), torch.no_grad():
+                        self._called(i, args, kwargs)
+                else:
                     self._called(i, args, kwargs)
             except Exception as error:
                 if not self._patient:
