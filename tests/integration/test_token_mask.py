@@ -337,6 +337,16 @@ def test_encoder_and_decoder_have_their_own_masks() -> None:
         assert lost(result.components[name], torch.cat(rows[name])) < 1e-6, name
 
 
+def test_experts_of_encoder_and_decoder_have_their_own_masks() -> None:
+    main, decoder = (torch.tensor(m) == 1 for m in ([[1, 1, 0], [1, 0, 0]], [[0, 1, 1], [1, 1, 1]]))
+    mask, tokens = TokenMask(main, decoder=decoder, encoder_decoder=True), torch.tensor([5, 1, 2])
+    for part, kept in (("encoder", [1]), ("decoder", [0, 1, 2]), ("encoder", [1])):
+        name = f"{part}.block.1.layer.1.mlp.experts.expert_0.wi"
+        fits, rows = mask.rows_of_tokens(tokens, main.numel(), name)
+        assert fits
+        assert (list(range(3)) if rows is None else rows.tolist()) == kept
+
+
 def test_an_encoder_decoder_s_layers_by_other_names() -> None:
     encoder, decoder = torch.ones(2, 4).bool(), torch.ones(2, 4).bool()
     encoder[:, 1:], decoder[:, 3:] = False, False
