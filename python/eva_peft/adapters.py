@@ -37,12 +37,12 @@ from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups
+from .parts import device_of
 from .ranks import scaled_alpha
 from .snapshot import restored_on_failure
 from .targets import (
     check_not_merged,
     check_not_replicated,
-    device_of,
     peft_key,
     unwrap,
 )

@@ -6,11 +6,14 @@ both of one rank.
 
 from __future__ import annotations
 
-import copy
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .interrupts import temporarily
+from .parts import device_of
 
 __all__ = ["OUT_PROJ", "attended", "projected"]
 
@@ -25,13 +28,17 @@ def projected(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return what ``out_proj`` reads in a call, by a run with one that changes nothing."""
-    weight: Tensor = module.out_proj.weight  # type: ignore[union-attr, assignment]
-    same = nn.Linear(1, 1, device="meta")
-    same.weight = nn.Parameter(torch.eye(len(weight), dtype=weight.dtype, device=weight.device))
-    same.bias = nn.Parameter(weight.new_zeros(len(weight)))
-    inner = copy.copy(module)
-    inner._modules = {**module._modules, OUT_PROJ: same}
-    with torch.no_grad():
-        found = inner.forward(*args, **kwargs)
+    """Return what ``out_proj`` reads in a call, by a run with one that changes nothing.
+
+    The module itself runs, no copy: its ``forward`` may be bound to it, as accelerate's hooks are.
+    """
+    last = module.get_submodule(OUT_PROJ)
+    weight: Tensor = last.weight  # type: ignore[assignment]
+    device = device_of(module)  # offloaded weights are brought there, but only those of parameters
+    same = nn.Identity()
+    same.weight = torch.eye(len(weight), dtype=weight.dtype, device=device)
+    same.bias = torch.zeros(len(weight), dtype=weight.dtype, device=device)
+    put = functools.partial(module._modules.__setitem__, OUT_PROJ)
+    with temporarily(functools.partial(put, last), functools.partial(put, same)), torch.no_grad():
+        found = module.forward(*args, **kwargs)
     return [found[0]]

@@ -16,8 +16,8 @@ from eva_kernels.streaming.state import GramState
 
 from .errors import EvaValueError
 from .hooks import InputCollector
+from .parts import device_of
 from .shared_inputs import Slot
-from .targets import device_of
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass

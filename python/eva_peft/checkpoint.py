@@ -24,7 +24,7 @@ from eva_kernels.streaming import export_stream, restore_stream
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
 from .errors import EvaValueError, warn
 from .fingerprint import differences, fingerprint_of, in_words
-from .targets import device_of
+from .parts import device_of
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass

@@ -7,7 +7,6 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._peft_compat import (
@@ -33,7 +32,6 @@ __all__ = [
     "Target",
     "base_name",
     "check_not_replicated",
-    "device_of",
     "find_targets",
     "layer_name",
     "peft_key",
@@ -331,12 +329,3 @@ def _suggest(model: nn.Module, unsupported: list[str], tied: list[str]) -> str:
         return f"; it matches {listed(tied)}, which ensure_weight_tying ties to the embeddings"
     kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if widths(m)})
     return f"; the linear layers are called {listed(kinds)}" if kinds else ""
-
-
-def device_of(module: nn.Module) -> torch.device | None:
-    """Return the device of a module's weights, or where a hook will put them, if that is known."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return None if hooked is None else torch.device(hooked)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -116,6 +117,23 @@ def test_components_are_those_of_what_is_read(batch_first: bool, bias: bool) -> 
         ratio = (variances / variances.sum())[: len(found)]
         torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
         assert lost(result.components[name], rows) < 1e-6
+
+
+@pytest.mark.parametrize("offloaded", [True, False])
+def test_hooks_of_accelerate_are_run(offloaded: bool) -> None:
+    """They bind the ``forward`` of a module to it, and may bring its weights."""
+    model, texts = Reader().eval(), text_batches(3)
+    rows = read_by(model, texts)
+    if offloaded:
+        kinds = ["MultiheadAttention"]  # of which accelerate brings all weights together
+        cpu_offload(model, torch.device("cpu"), preload_module_classes=kinds)
+    else:
+        where = dict.fromkeys(["words", *MOST], "cpu")
+        model = dispatch_model(model, where, main_device="cpu", force_hooks=True)
+    result = run(model, iter(texts), lora(tau=1.0, **OWN), method="gram", trim_padding=False)
+    for name in ("own", "own.out_proj"):
+        assert lost(result.components[name], rows[name]) < 1e-6
+    assert isinstance(model.own.out_proj, nn.Linear)
 
 
 def test_projections_have_one_rank_and_reload(tmp_path: Any) -> None:
