@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ._peft_compat import pattern_value
+from .attention import OUT_PROJ
 from .errors import EvaValueError
 from .files import replacing
 
@@ -136,12 +137,13 @@ def _layers(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 
 def _scaling(folder: Path, name: str, config: dict[str, Any], rank: int) -> float:
-    told = pattern_value(config.get("rank_pattern") or {}, name, config["r"])
+    named = name.removesuffix(f".base_layer.{OUT_PROJ}")  # adapted with an attention, and as that
+    told = pattern_value(config.get("rank_pattern") or {}, named, config["r"])
     if told != rank:
         raise EvaValueError(
             f"{folder}: layer {name} has rank {rank}, and {told} by its config; save it again"
         )
-    alpha = pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
+    alpha = pattern_value(config.get("alpha_pattern") or {}, named, config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 

@@ -173,6 +173,31 @@ def test_convolutions_in_groups_and_embeddings(tmp_path: Path) -> None:
         pad_ranks(tmp_path / "old", tmp_path / "odd", r=7)
 
 
+class Attention(nn.Module):
+    """PEFT saves its output projection by a name that no pattern has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.out = nn.Embedding(64, 6), nn.Linear(6, 5)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        return torch.as_tensor(self.out(self.attention(x, x, x)[0]))
+
+
+def test_both_projections_of_an_attention(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"rank_pattern": {"attention": 3}, "alpha_pattern": {"attention": 8}}
+    tuned = trained(Attention(), r=2, lora_alpha=3, target_modules=["attention", "out"], **fields)
+    tuned.save_pretrained(tmp_path / "old")
+    assert pad_ranks(tmp_path / "old", tmp_path / "new") == 3
+    assert ranks_of(tmp_path / "new") == {3}
+    loaded = PeftModel.from_pretrained(Attention(), tmp_path / "new").eval()
+    torch.testing.assert_close(outputs(loaded), outputs(tuned))
+    assert (outputs(tuned) - outputs(Attention().eval())).abs().max() > 0.01
+
+
 def test_the_rank_may_be_larger_but_not_less(eva: Path, tmp_path: Path) -> None:
     largest = max(ranks_of(eva))
     assert pad_ranks(eva, tmp_path / "more", r=largest + 3) == largest + 3
