@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._peft_compat import base_of
 from .architecture import Architecture, is_of_transformers, signature_of
 from .errors import EvaError, EvaTypeError
+from .out_of_memory import is_out_of_memory
 
 __all__ = [
     "as_one_argument",
@@ -161,19 +162,23 @@ def check_known(kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -
         EvaTypeError: this is the case.
     """
     base = base_of(model)
-    if isinstance(error, EvaError) or not is_of_transformers(base):
+    if isinstance(error, EvaError) or is_out_of_memory(error) or not is_of_transformers(base):
         return
-    known = {p.name for p in _parameters(base) or [] if p.kind is not p.VAR_KEYWORD}
-    if kwargs and known and not kwargs.keys() & known:
-        raise _not_taken(kwargs, base) from error
+    parameters = _parameters(base) or []
+    known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    hidden = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # as by a decorator
+    if kwargs and known and not hidden and not kwargs.keys() & known:
+        # it may hand on what it takes by any name, so that this may be about something else
+        raise _not_taken(kwargs, base, f" (it failed with {error!r})") from error
 
 
-def _not_taken(batch: Any, base: nn.Module) -> EvaTypeError:
+def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
     given = f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
     names = [p.name for p in _parameters(base) or []]
     return EvaTypeError(
         f"a batch with {given} is nothing that {type(base).__name__}.forward({', '.join(names)}) "
-        "takes. Let the loader yield what it takes, or pass forward_fn to run the model on a batch"
+        f"takes{why}. Let the loader yield what it takes, or pass forward_fn to run the model on a "
+        "batch"
     )
 
 

@@ -16,7 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from transformers import BatchEncoding, BertConfig, BertForTokenClassification
+from transformers import (
+    BatchEncoding,
+    BertConfig,
+    BertForTokenClassification,
+    LlamaForCausalLM,
+)
 
 import eva_kernels
 from eva_kernels import EvaTypeError
@@ -111,6 +116,34 @@ def test_targets_beside_the_input_are_left_out() -> None:
     samples = [list(x[:2])]  # of a loader that does not collate
     with pytest.raises(TypeError, match="its values is nothing that Sequential"):
         run(make_mlp(), samples, lora(**CONFIG))
+
+
+class Around(LlamaForCausalLM):
+    """Its ``forward`` tells no names that it takes, or not all of them."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(make_llama().config)
+        self.error = error
+
+    def forward(self, flag: bool = False, **inputs: Any) -> Any:
+        raise self.error
+
+
+class Decorated(Around):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.error
+
+
+def test_errors_of_models_that_hand_any_name_on() -> None:
+    config = lora(target_modules=["q_proj"])
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    for kind in (Around, Decorated):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory on cpu"):
+            run(kind(full), TEXTS, config)
+    with pytest.raises(KeyError, match="mine"):
+        run(Decorated(KeyError("mine")), TEXTS, config)
+    with pytest.raises(TypeError, match=r"names .*\(it failed with KeyError\('mine'\)\). Let"):
+        run(Around(KeyError("mine")), TEXTS, config)
 
 
 def test_custom_forward_gets_the_batch_as_it_was() -> None:
