@@ -15,7 +15,7 @@ from .attention import OUT_PROJ
 from .errors import EvaTypeError, EvaValueError, listed, warn
 from .layers import CONVOLUTIONS, widths
 from .routing import expert_names
-from .targets import base_name, layer_name, peft_key, resolve_name
+from .targets import base_name, own_layers, peft_key, resolve_name
 
 __all__ = ["Fitted", "fit", "parts_of"]
 
@@ -82,13 +82,8 @@ def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Lora
     Those whose adapter is tied to that of the embeddings are left out.
     """
     tied = tied_modules(model, adapter_configs(model)[adapter_name])
-    return {
-        layer_name(path, module): (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        and adapter_name in module.lora_A
-        and peft_key(path, module) not in tied
-    }
+    layers = own_layers(model, adapter_name)
+    return {name: found for name, found in layers.items() if peft_key(*found) not in tied}
 
 
 def parts_of(name: str, layer: LoraLayer) -> list[str]:

@@ -34,6 +34,7 @@ __all__ = [
     "check_not_replicated",
     "find_targets",
     "layer_name",
+    "own_layers",
     "peft_key",
     "resolve_name",
     "unwrap",
@@ -99,6 +100,19 @@ def peft_key(path: str, module: nn.Module | None = None) -> str:
 def layer_name(path: str, module: LoraLayer) -> str:
     """Return the name in the base model of what a LoRA layer adapts: a module, or a parameter."""
     return _COMPILED.sub("", peft_key(path, module))
+
+
+def own_layers(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
+    """Return path and layer by the name in the base model, of what an adapter adapts.
+
+    Where the output projection of an attention is a target as well, PEFT adapts it a second time,
+    beside that which the attention uses: of the two this is the first.
+    """
+    found: dict[str, tuple[str, LoraLayer]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            found.setdefault(layer_name(path, module), (path, module))
+    return found
 
 
 def resolve_name(name: str, known: Container[str]) -> str:

@@ -22,7 +22,7 @@ from ._peft_compat import (
 )
 from .errors import EvaTypeError, EvaValueError, EvaWarning, NotInitializedError, listed, warn
 from .parts import outermost
-from .targets import base_name, unwrap
+from .targets import base_name, own_layers, unwrap
 
 __all__ = [
     "EvaCallback",
@@ -136,11 +136,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
             f"the model has no LoRA adapter {adapter_name!r}: that adapter is of kind "
             f"{kind_of(config)}"
         )
-    found = {
-        base_name(name): module
-        for name, module in inner.named_modules()
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
-    }
+    found = {name: layer for name, (_, layer) in own_layers(inner, adapter_name).items()}
     if not found:
         raise EvaValueError(
             f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(configs)}"

@@ -161,6 +161,25 @@ def test_projections_have_one_rank_and_reload(tmp_path: Any) -> None:
     assert not torch.allclose(output_of(done, texts[0]), output_of(Reader().eval(), texts[0]))
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+def test_an_output_projection_that_is_named_as_well(adapted: bool, tmp_path: Any) -> None:
+    """PEFT adapts it twice, and one of the two has no effect."""
+    config = lora(target_modules=[*MOST, "out_proj"])
+    model = wrapped(Reader(), config) if adapted else Reader()
+    done = eva_kernels.initialize(model, text_batches(4), config, max_steps=4, **QUIET)
+    layers, rows = lora_layers(done), done.eva_result.state_dict()
+    for name in ("own", "cross"):
+        used = layers[f"{name}.base_layer.out_proj"].lora_A["default"].weight
+        assert torch.equal(used, rows[f"{name}.out_proj"])
+    eva_kernels.EvaCallback("raise").on_train_begin(None, None, None, model=done)
+    perturb_b(done)
+    done.save_pretrained(tmp_path)
+    loaded, text = PeftModel.from_pretrained(Reader(), tmp_path).eval(), text_batches(1)[0]
+    assert torch.equal(output_of(loaded, text), output_of(done.eval(), text))
+    used.data.zero_()
+    assert not torch.allclose(output_of(loaded, text), output_of(done, text))
+
+
 def test_both_projections_train() -> None:
     done = eva_kernels.initialize(Reader(), text_batches(4), lora(**OWN), max_steps=3, **QUIET)
     done.train()
