@@ -28,6 +28,8 @@ _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_(?:embedding_)?[AB])(?:
 _ANY_LORA = re.compile(r"\.lora_(?!magnitude_vector)")
 # What lays out or scales the rows of an adapter in another way.
 _REFUSED = ("target_parameters", "use_bdlora", "monteclora_config", "kasa_config")
+# The others, as "pissa", change the base weights again when the adapter is loaded, by its rank.
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass
@@ -59,7 +61,8 @@ def pad_ranks(adapter: str | PathLike[str], out: str | PathLike[str], r: int | N
 
     Raises:
         EvaValueError: no LoRA adapter in safetensors, one of experts whose weights are one
-            parameter, a rank that is too small, or ``out`` is ``adapter``.
+            parameter, or that changes the base weights (PiSSA), a rank that is too small, or
+            ``out`` is ``adapter``.
     """
     source, target = Path(adapter), Path(out)
     if target.resolve() == source.resolve():
@@ -107,6 +110,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise EvaValueError(
             f"the adapter in {folder} has {', '.join(refused)}, whose rows cannot be padded; "
             "merge it instead (merge_and_unload)"
+        )
+    start = config.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise EvaValueError(
+            f"the adapter in {folder} has init_lora_weights={start!r}, which changes the base "
+            "weights by its rank when it is loaded; save it as plain LoRA first (save_pretrained "
+            "with path_initial_model_for_weight_conversion), or merge it (merge_and_unload)"
         )
     return config, tensors
 

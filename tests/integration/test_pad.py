@@ -244,6 +244,7 @@ def test_what_cannot_be_padded_is_refused(eva: Path, tmp_path: Path) -> None:
     save_file(renamed, strange / "adapter_model.safetensors")
     half = change(eva, tmp_path / "half")
     save_file({first: tensors[first]}, half / "adapter_model.safetensors")
+    residual = change(eva, tmp_path / "residual", init_lora_weights="pissa_niter_4")
     damaged = change(eva, tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"no")
     cases = {
@@ -253,6 +254,7 @@ def test_what_cannot_be_padded_is_refused(eva: Path, tmp_path: Path) -> None:
         wrong: r"layer \S+ has rank \d+, and 99 by its config",
         strange: r"lora_diag\S* is of no kind of LoRA that can be padded",
         half: "has but one of lora_A and lora_B",
+        residual: "'pissa_niter_4', which changes the base weights by its rank",
         damaged: "cannot be read",
         eva: "is the adapter itself",
     }
