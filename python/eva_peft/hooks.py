@@ -124,29 +124,32 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._eager.__exit__(None, None, None)
 
     def _hook_for(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        inputs = self.targets[i].inputs
+        part = self.targets[i].inputs is not None
+        called = self._part_called if part else self._called
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if inputs is None:
-                self._timed_call(i, args, kwargs)
-                return
-            for x in inputs(module, args, kwargs):
-                self._timed_call(i, (x,), {})
+            self._timed_call(called, i, args, kwargs)
 
         return hook
 
     def _multiplied(self, i: int, x: Tensor) -> None:
-        self._timed_call(i, (x,), {})
+        self._timed_call(self._called, i, (x,), {})
 
-    def _timed_call(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _timed_call(
+        self,
+        called: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
+        i: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         if not self.stopped and self._held.error is None:
             begin = time.perf_counter()
             try:
                 if torch.is_inference_mode_enabled():  # by a forward_fn; sums outlive it
                     with torch.inference_mode(False), torch.no_grad():
-                        self._called(i, args, kwargs)
+                        called(i, args, kwargs)
                 else:
-                    self._called(i, args, kwargs)
+                    called(i, args, kwargs)
             except Exception as error:
                 if not self._patient:
                     raise
@@ -229,6 +232,17 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _forget_fresh(self) -> None:
         self._fresh.clear()
         self._fresh_of.clear()
+
+    def _part_called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See a call of the module that a layer is a part of: it may read several tensors."""
+        target = self.targets[i]
+        assert target.inputs is not None
+        if i in self.frozen or (self._only is not None and i not in self._only):
+            return  # what it reads may take another run
+        self.current = target.name
+        for x in target.inputs(target.module, args, kwargs):
+            self._called(i, (x,), {})
+        self.current = None
 
     def _called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._only is not None and i not in self._only:

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 import eva_kernels
 from eva_kernels import EvaValueError
 from eva_peft.adapters import write_state_dict
+from eva_peft.hooks import InputCollector
 from eva_peft.ranks import Budget
 from eva_peft.targets import find_targets
+from eva_peft.token_mask import TokenMask
+from helpers import make_stream
 from integration.conftest import (
     QUIET,
     VOCABULARY,
@@ -223,6 +226,25 @@ def test_a_pass_ends_behind_the_attention() -> None:
     model.out.register_forward_pre_hook(lambda module, args: seen.append(module))
     eva_kernels.calibrate(model, texts, lora(tau=1.0, **OWN), max_steps=4, **QUIET)
     assert len(seen) == 1  # the first, which shows what is called
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_layer_that_is_frozen_costs_no_second_run(frozen: bool) -> None:
+    model, calls = Reader(), []
+    forward = model.own.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    model.own.forward = counted  # type: ignore[method-assign]
+    targets = find_targets(model, lora(**OWN), "default")
+    collector = InputCollector(targets, lambda target, x: make_stream(WIDTH, 4), [None] * 2)
+    collector.frozen = {0, 1} if frozen else set()
+    collector.begin_forward(TokenMask(None), None, stop_early=False)
+    with collector, torch.no_grad():
+        model(**text_batches(1)[0])
+    assert len(calls) == (1 if frozen else 2)
 
 
 @pytest.mark.parametrize(("budget", "of_own", "of_middle"), [("params", 6, 2), ("rank", 2, 1)])
