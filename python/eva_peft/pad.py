@@ -82,6 +82,8 @@ def pad_ranks(adapter: str | PathLike[str], out: str | PathLike[str], r: int | N
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,  # the factor is in lora_alpha
+        "init_lora_weights": True,  # "orthogonal" wants an even rank, also of what is overwritten
+        "eva_config": None,
     }
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / _WEIGHTS) as temporary:

@@ -137,6 +137,7 @@ def test_what_was_there_has_its_bits(eva: Path, tmp_path: Path) -> None:
     [
         pytest.param({"alpha_pattern": {"v_proj": 3, "down_proj": 20}}, id="scaling"),
         pytest.param({"use_rslora": True}, id="rslora"),
+        pytest.param({"init_lora_weights": "orthogonal"}, id="orthogonal"),
         pytest.param({"use_dora": True}, id="dora"),
         pytest.param({"lora_bias": True, "alpha_pattern": {"o_proj": 3}}, id="bias"),
         pytest.param({"modules_to_save": ["lm_head"]}, id="saved"),
@@ -157,6 +158,9 @@ def test_other_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
     assert {
         s for m in loaded.modules() if isinstance(m, LoraLayer) for s in m.scaling.values()
     } == {config_of(tmp_path / "new")["lora_alpha"] / 8}
+    torch.testing.assert_close(outputs(loaded), outputs(tuned))
+    assert pad_ranks(tmp_path / "old", tmp_path / "odd", r=9) == 9
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "odd").eval()
     torch.testing.assert_close(outputs(loaded), outputs(tuned))
 
 
