@@ -126,7 +126,8 @@ def write_state_dict(
         writer = _Writer(model, config, adapter_name, undo, eva)
         for name, (path, layer) in fitted.layers.items():
             own = parts_of(name, layer)
-            writer.write(name, path, layer, [fitted.rows.get(part) for part in own])
+            rows = [fitted.rows.get(part) for part in own]
+            writer.write(name, path, layer, rows, fitted.follows(name))
             if fitted.left.issuperset(own) and fitted.rows.keys().isdisjoint(own):
                 writer.mark(mark_left, layer)
         writer.draw_others()
@@ -186,13 +187,25 @@ class _Writer:
         self.model, self.config, self.adapter, self.undo = model, config, adapter_name, undo
         self.eva = eva or eva_of(config)
         self.removed: list[str] = []
-        self.followers: set[int] = set()  # whose rank PEFT takes from another layer
         self.dilated: list[str] = []
         self.ranks: dict[str, int] = {}
         self.alphas: dict[str, float] = {}
 
-    def write(self, name: str, path: str, layer: LoraLayer, parts: Sequence[Tensor | None]) -> None:
-        """Write one layer; ``parts`` are the rows of lora_A, those of each expert apart."""
+    def write(
+        self,
+        name: str,
+        path: str,
+        layer: LoraLayer,
+        parts: Sequence[Tensor | None],
+        follows: bool,
+    ) -> None:
+        """Write one layer.
+
+        Args:
+            name, path, layer: the layer, by its name in the base model and its path here.
+            parts: the rows of lora_A, those of each expert apart.
+            follows: PEFT takes its rank from another layer, so that no pattern names it.
+        """
         rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
         new_rank = next((len(rows) for rows in parts if rows is not None), rank)
         default = all(rows is None for rows in parts)
@@ -213,8 +226,7 @@ class _Writer:
         if not default:
             self._fill(layer, parts)
             self.mark(mark_initialized, layer)
-        self.followers.update(map(id, _rebuilt_with(layer)[1:]))
-        if id(layer) not in self.followers:
+        if not follows:
             key = peft_key(path, layer)
             self.ranks[key], self.alphas[key] = new_rank, alpha
 

@@ -49,8 +49,8 @@ class CalledWith:
         self._parts = inner if base in inner else [base, *inner]
         self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self._mask, self._make_mask, self._use_mask = mask, make_mask, use_mask
-        self._in_use = [mask]
-        self._open: list[nn.Module] = []  # that are being called, the innermost last
+        # what is being called, the innermost last, and what counts in it
+        self._in_use: list[tuple[nn.Module | None, TokenMask]] = [(None, mask)]
         self._forwards = [(part, vars(part).get("forward")) for part in inner]
 
     def looking(self) -> AbstractContextManager[None]:
@@ -76,7 +76,7 @@ class CalledWith:
     def _watched(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if part in self._open:  # the hooks have seen it
+            if any(module is part for module, _ in self._in_use):  # the hooks have seen it
                 return forward(*args, **kwargs)
             self._before(part, args, kwargs)
             try:
@@ -87,14 +87,12 @@ class CalledWith:
         return watched
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._in_use.append(self._mask_of(_named(module, args, kwargs)))
-        self._open.append(module)
-        self._use_mask(self._in_use[-1])
+        self._in_use.append((module, self._mask_of(_named(module, args, kwargs))))
+        self._use_mask(self._in_use[-1][1])
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
         self._in_use.pop()
-        self._open.pop()
-        self._use_mask(self._in_use[-1])
+        self._use_mask(self._in_use[-1][1])
 
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:
         first = next((value for value in named.values() if isinstance(value, Tensor)), None)

@@ -44,6 +44,10 @@ class Fitted:
             if part in self.rows
         )
 
+    def follows(self, name: str) -> bool:
+        """Tell whether PEFT takes the rank of a layer from another: an attention's projection."""
+        return _owner(name, self.layers) not in (None, name)
+
 
 def fit(
     model: nn.Module,
@@ -67,7 +71,7 @@ def fit(
     rows = _check_keys(state_dict, parts)
     for name in _without_adapter(model, parts, rows):
         del rows[name]
-    left = {part for part, name in parts.items() if _unreadable(name, layers)}
+    left = {part for part, name in parts.items() if _features(layers[name][1]) is None}
     left.update(default_layers)
     _check_names(parts, rows, strict, left)
     _check_shapes(layers, parts, rows, adapter_name)
@@ -98,16 +102,6 @@ def _features(layer: LoraLayer) -> int | None:
         return int(layer.in_features)
     size = widths(layer.get_base_layer())
     return None if size is None else size[0]
-
-
-def _unreadable(name: str, layers: Mapping[str, tuple[str, LoraLayer]]) -> bool:
-    """Tell whether EVA cannot read a layer's input, or it is a part of such a layer.
-
-    PEFT adapts the output projection of an attention together with it.
-    """
-    steps = name.split(".")
-    owners = (".".join(steps[:i]) for i in range(1, len(steps) + 1))
-    return any(owner in layers and _features(layers[owner][1]) is None for owner in owners)
 
 
 def _without_adapter(

@@ -20,10 +20,11 @@ from ._peft_compat import pattern_value
 from .attention import OUT_PROJ
 from .errors import EvaValueError
 from .files import replacing
+from .staging import INDEX
 
 __all__ = ["pad_ranks"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WEIGHTS = "adapter_model.safetensors"
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_(?:embedding_)?[AB])(?:\.(weight|bias))?")
 _ANY_LORA = re.compile(r"\.lora_(?!magnitude_vector)")
 # What lays out or scales the rows of an adapter in another way.
@@ -88,20 +89,20 @@ def pad_ranks(adapter: str | PathLike[str], out: str | PathLike[str], r: int | N
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / _WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    with replacing(target / _CONFIG) as temporary:
+    with replacing(target / INDEX) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True))
     return rank
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (_CONFIG, _WEIGHTS):
+    for name in (INDEX, _WEIGHTS):
         if not (folder / name).is_file():
             raise EvaValueError(
                 f"there is no {name} in {folder}; pass the folder that save_pretrained wrote "
                 "(adapters with a name are in a folder of that name)"
             )
     try:
-        config = json.loads((folder / _CONFIG).read_text())
+        config = json.loads((folder / INDEX).read_text())
         tensors = load_file(folder / _WEIGHTS)
     except (ValueError, SafetensorError) as error:
         raise EvaValueError(f"the adapter in {folder} cannot be read: {error}") from error

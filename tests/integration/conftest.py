@@ -222,6 +222,14 @@ def lost(rows: Tensor, x: Tensor) -> float:
     return float(1 - (centred @ basis).square().sum() / best)
 
 
+def check_shares(result: Any, name: str, x: Tensor) -> None:
+    """Compare what each component of a layer explains with an exact PCA of what it has read."""
+    variances, _ = exact_pca(x)
+    found = result.explained_variance_ratio[name].double()
+    ratio = (variances / variances.sum())[: len(found)]
+    torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
+
+
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
     """Return the layers that own an adapter, by their names in the base model."""
     return {

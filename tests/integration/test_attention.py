@@ -23,7 +23,7 @@ from helpers import make_stream
 from integration.conftest import (
     QUIET,
     VOCABULARY,
-    exact_pca,
+    check_shares,
     lora,
     lora_layers,
     lost,
@@ -115,10 +115,7 @@ def test_components_are_those_of_what_is_read(batch_first: bool, bias: bool) -> 
     truth = read_by(model, texts)
     assert list(result.ranks) == list(truth)
     for name, rows in truth.items():
-        variances, _ = exact_pca(rows)
-        found = result.explained_variance_ratio[name].double()
-        ratio = (variances / variances.sum())[: len(found)]
-        torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
+        check_shares(result, name, rows)
         assert lost(result.components[name], rows) < 1e-6
 
 

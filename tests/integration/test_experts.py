@@ -18,7 +18,7 @@ from eva_peft.routing import RoutedInputs
 from integration.conftest import (
     QUIET,
     VOCABULARY,
-    exact_pca,
+    check_shares,
     fused,
     lora,
     lora_layers,
@@ -87,10 +87,7 @@ def test_fused_experts_are_exact(trim: bool) -> None:
     assert len(result.ranks) == 2 + 2 * 2 * EXPERTS
     for layer in (0, 1):
         for name, rows in routed_inputs(model, texts, layer).items():
-            variances, _ = exact_pca(rows)
-            found = result.explained_variance_ratio[name].double()
-            ratio = (variances / variances.sum())[: len(found)]
-            torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
+            check_shares(result, name, rows)
             assert lost(result.components[name], rows) < 1e-6
     assert result.tokens == sum(int(b["attention_mask"].sum()) for b in texts)
 
@@ -294,10 +291,7 @@ def test_masks_follow_tokens_to_expert_modules(how: str) -> None:
             }
         for end, x in inputs.items():
             name = next(n for n in result.ranks if n.endswith(end))
-            found = result.explained_variance_ratio[name].double()
-            variances = exact_pca(x)[0]
-            ratio = (variances / variances.sum())[: len(found)]
-            torch.testing.assert_close(found, ratio, rtol=1e-3, atol=1e-6)
+            check_shares(result, name, x)
 
 
 class Languages(nn.Module):
