@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import functools
-import logging
-import math
-import sys
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from eva_kernels.streaming import (
     InputStream,
@@ -26,36 +21,31 @@ from eva_kernels.streaming import (
     leading_similar,
 )
 
-from . import arguments, batches
+from . import batches
 from ._peft_compat import LoraConfig, eva_of
 from .architecture import architecture_of
-from .called_with import CalledWith
 from .checkpoint import CheckpointKeeper
 from .checks import check_loaded
 from .collect import collect_result
 from .data_parallel import Processes, beginning, processes_of
 from .divided import is_sharded, may_stop_early
-from .hooks import InputCollector, StopForward
+from .hooks import InputCollector
 from .interrupts import completed
 from .memory import PeakMemory
-from .options import AUTO, CalibrateOptions
+from .model_call import ModelCall, Ready
+from .options import CalibrateOptions
 from .out_of_memory import explained, is_out_of_memory
 from .planning import components_of, log_plan, plan_targets
 from .prepare import Ahead, Prepared, Preparer
+from .progress import bar_of, empty_history, log_end, record_step
 from .ranks import Budget, allocate
 from .result import EvaResult
 from .selectors import selectors_of
 from .targets import Target, find_targets
-from .token_mask import TokenMask
 from .verdict import check_answer
 from .world import claimed, quiet_model, random_state_kept
 
 __all__ = ["CalibrationPass", "run_pass"]
-
-_LOGGER = logging.getLogger("eva_kernels")
-
-# A part of a batch on the device, which tokens count, and what users' functions get of it.
-Ready = tuple[Any, TokenMask, Any]
 
 
 def run_pass(
@@ -116,21 +106,16 @@ class CalibrationPass:
         self.plan = plan_targets(model, targets, self.eva.rho, options)
         self.device = batches.model_device(model)
         self.sharded = is_sharded(model)
-        self._may_stop_early = may_stop_early(model, options.early_exit, self.sharded)
         self.architecture = architecture_of(model)
         self.forwards = self.steps = self.tokens = 0
         self.phase = "forward"
-        self.inside = False  # the model is running, or has failed
         self.again: set[int] = set()  # layers for which the batch is to be run again
         self.batch_shape: tuple[int, int] | None = None
         self.seconds = dict.fromkeys(("forward", "accumulate", "fold", "check", "total"), 0.0)
         self.ranks: dict[int, int] = {}
         self.budget: Budget | None = None
         self.budget_of: tuple[int, ...] = ()  # the layers that share it
-        self.history: dict[str, list[Any]] = {
-            key: [] for key in ("step", "forwards", "tokens", "seconds", "converged", "similarity")
-        }
-        self._default_forward = options.forward_fn is None
+        self.history = empty_history()
         self.skipped = 0  # tokens, most of any layer; known at the end
         # the processes of a sharded model run as many parts, whatever the lengths of samples
         self.preparer = Preparer(
@@ -142,70 +127,58 @@ class CalibrationPass:
         itself = weakref.proxy(self)
         make_stream = functools.partial(CalibrationPass.make_stream, itself)
         self.collector = InputCollector(targets, make_stream, selectors, self.sharded)
+        early = may_stop_early(model, options.early_exit, self.sharded)
+        self.call = ModelCall(
+            model, options, config, self.architecture, self.collector, self.preparer, early
+        )
         self.keeper = CheckpointKeeper(itself)
 
     def run(self, loader: Iterable[Any]) -> EvaResult:
         """Run until converged or at a limit, and return the result."""
-        self.keeper.open(time.perf_counter())
+        self.began = time.perf_counter()
+        self.keeper.open()
+        self.began -= self.keeper.elapsed
         together = self.processes
         with nullcontext() if together is None else together.interrupts:
             return self._run(loader, together)
 
     def _run(self, loader: Iterable[Any], together: Processes | None) -> EvaResult:
-        begin = time.perf_counter() - self.keeper.elapsed
         memory = PeakMemory(self.device)
-        leads = together is None or together.leads
-        bar = tqdm(
-            total=len(self.targets),
-            desc="EVA" if together is None else f"EVA, {together.size} processes",
-            unit="layer",
-            leave=False,
-            disable=not (self.options.progress and leads),
-            file=sys.stderr,
-        )
-        if leads:
+        self.bar = bar_of(self)
+        if self.leads:
             log_plan(self.model, self.targets, self.eva.rho, self.options, self.device)
         try:
             with self.collector, memory:
                 if together is not None:
-                    done = together.loop(self, loader, begin, bar)
+                    done = together.loop(self, loader)
                 else:
                     with self.keeper:
-                        done = self._loop(loader, begin, bar)
-                    self.fold_rest(begin, bar)
+                        done = self._loop(loader)
+                    self.fold_rest()
         finally:
             completed(self.collector.remove)  # again: Ctrl-C may come right as the block is left
-            bar.close()
+            self.bar.close()
         if together is not None:
-            return together.result(lambda: self._result(done, begin, memory))
-        return self._result(done, begin, memory)
+            return together.result(lambda: self._result(done, memory))
+        return self._result(done, memory)
 
-    def fold_rest(self, begin: float, bar: Any) -> None:
+    def fold_rest(self) -> None:
         """Fold what is pending at the end of the pass, however little."""
         if self.close_step(final=True):
-            self.call_back(self.record(begin, bar))
+            self.call_back(record_step(self))
 
-    def _result(self, done: bool, begin: float, memory: PeakMemory) -> EvaResult:
+    def _result(self, done: bool, memory: PeakMemory) -> EvaResult:
         self.skipped = max((s.stream.skipped for s in self.collector.slots), default=0)
         self.collector.drop_empty()
-        self.seconds["total"] = time.perf_counter() - begin
+        self.seconds["total"] = self.elapsed()
         self.seconds["forward"] -= self.seconds["accumulate"]
-        _LOGGER.info(
-            "calibration pass ends: %d steps, %d forward passes, %d tokens, %.2f s, %d of %d "
-            "layers converged",
-            self.steps,
-            self.forwards,
-            self.tokens,
-            self.seconds["total"],
-            sum(slot.stream.converged for slot in self.collector.slot_of.values()),
-            len(self.targets),
-        )
+        log_end(self)
         check_answer(self, done)
         return collect_result(self, memory.peak_bytes)
 
-    def _loop(self, loader: Iterable[Any], begin: float, bar: Any) -> bool:
+    def _loop(self, loader: Iterable[Any]) -> bool:
         keeper = self.keeper
-        if keeper.done or (self.forwards and self.limit_reached(keeper.elapsed)):
+        if keeper.done or (self.forwards and self.limit_reached()):
             return keeper.done  # resumed where the pass had ended
         every = batches.iterate(loader, lambda: self.tokens > 0)
         # closed at once, so that the workers of a loader do not wait for a traceback to go
@@ -217,26 +190,34 @@ class CalibrationPass:
                 keeper.begin_forward()
                 self.forward(self.ready(prepared))
                 del prepared
-                over = self.limit_reached(time.perf_counter() - begin)
-                folded = self.close_step(ahead=None if over else ahead)
-                numbers = self.record(begin, bar) if folded else None
+                folded = self.close_step(ahead=None if self.limit_reached() else ahead)
+                numbers = record_step(self) if folded else None
                 self.phase = "forward"  # of the next batch, which may fail as it is made ready
                 done = numbers is not None and self.converged()
-                keeper.end_forward(time.perf_counter(), done)
+                keeper.end_forward(self.elapsed(), done)
                 self.call_back(numbers)
                 if done:
                     return True
-                if self.limit_reached(time.perf_counter() - begin):
+                if self.limit_reached():
                     return False
         return False
 
-    def limit_reached(self, elapsed: float) -> bool:
-        """Tell whether a limit of the options was reached, ``elapsed`` seconds after the begin."""
+    @property
+    def leads(self) -> bool:
+        """Tell whether this process has the answer, and is to speak of the pass."""
+        return self.processes is None or self.processes.leads
+
+    def elapsed(self) -> float:
+        """Return the seconds since the pass began, without those between a checkpoint and now."""
+        return time.perf_counter() - self.began
+
+    def limit_reached(self) -> bool:
+        """Tell whether a limit of the options was reached."""
         options = self.options
         return (
             self.forwards >= options.max_steps
             or (options.max_tokens is not None and self.tokens >= options.max_tokens)
-            or (options.max_seconds is not None and elapsed >= options.max_seconds)
+            or (options.max_seconds is not None and self.elapsed() >= options.max_seconds)
         )
 
     def fetch(self, ahead: Ahead[Prepared]) -> None:
@@ -260,13 +241,10 @@ class CalibrationPass:
         """Bring the parts of a batch to the device, each when it is asked for."""
         for part, mask in zip(prepared.parts, prepared.masks, strict=True):
             self.batch_shape = batches.shape_of(part)
-            if self._default_forward and batches.is_empty(part) and not self.sharded:
+            by_default = self.options.forward_fn is None
+            if by_default and batches.is_empty(part) and not self.sharded:
                 continue  # many a model would fail; the processes of a sharded one wait for it
-            yield self._on_device(part, mask)  # without a name, which would keep it
-
-    def _on_device(self, part: Any, mask: TokenMask) -> Ready:
-        batch = batches.to_device(part, self.device)
-        return batch, mask, self._model_input(batch, mask)
+            yield self.call.ready(part, mask, self.device)  # without a name, which would keep it
 
     def forward(self, ready: Iterable[Ready]) -> None:
         """Run a batch through the model, whose hooks accumulate."""
@@ -275,7 +253,7 @@ class CalibrationPass:
         before = self.collector.seconds
         for part in ready:
             self.collector.tokens, self.collector.step = 0, self.steps
-            self._run_model(*part)
+            self.call.run(part, self.batch_shape, self.forwards)
             self.again = self.collector.end_forward()
             self.tokens += self.collector.tokens
             if self.again and (self.processes is None or not self.sharded):
@@ -292,54 +270,9 @@ class CalibrationPass:
         """
         before = self.collector.tokens
         self.collector.only(self.again)
-        self._run_model(*part)
+        self.call.run(part, self.batch_shape, self.forwards)
         self.collector.end_forward()
         self.tokens += self.collector.tokens - before
-
-    def _model_input(self, batch: Any, mask: TokenMask) -> Any:
-        prepare = self.options.prepare_model_inputs_fn
-        if prepare == AUTO and mask.main is not None and any(self.collector.selectors):
-            # what PEFT's default hands to users' functions: (tokens, 2) of (sample, position)
-            return mask.main.nonzero().to(self.device)
-        if prepare == AUTO:
-            return batch
-        return batch if prepare is None else prepare(deepcopy(batch), self.config)
-
-    def _run_model(self, batch: Any, mask: TokenMask, model_input: Any) -> None:
-        self.collector.begin_forward(mask, model_input, self._may_stop_early, self.batch_shape)
-        self.inside = True  # and still so where it fails
-        routed = self.collector.routed if self.collector.routed.needed else nullcontext()
-        with suppress(StopForward), routed:
-            if self.options.forward_fn is not None:
-                with self._called_with(batch, mask):
-                    self.options.forward_fn(self.model, batch)
-            else:
-                self._call_model(batch)
-        self.inside = False
-
-    def _call_model(self, batch: Any) -> None:
-        args, kwargs = arguments.model_arguments(batch)
-        kwargs = arguments.without_text(kwargs, self.model)
-        kwargs = arguments.without_labels(kwargs, self.architecture)
-        try:
-            self.model(*args, **kwargs)
-        except TypeError:  # looked into now, since signatures take long
-            if arguments.can_be_called(args, kwargs, self.model):
-                raise
-            self.model(arguments.as_one_argument(batch, self.model))
-        except Exception as error:
-            arguments.check_known(kwargs, self.model, error)
-            raise
-
-    def _called_with(self, batch: Any, mask: TokenMask) -> AbstractContextManager[object]:
-        if not self.preparer.plain_masks:
-            return nullcontext()
-
-        def make_mask(named: Mapping[str, Any]) -> TokenMask:
-            return self.preparer.drawn_mask_of(named, self.forwards)
-
-        use_mask = self.collector.use_mask
-        return CalledWith(self.model, batch, mask, make_mask, use_mask).looking()
 
     def make_stream(self, target: Target, x: Tensor) -> InputStream:
         """Return a new stream for a layer whose input is like ``x``."""
@@ -429,54 +362,6 @@ class CalibrationPass:
                 stream.settled = leading_similar(stream.cosines, self.eva.tau)
         self._recheck(needed)
         return self.converged()
-
-    def record(self, begin: float, bar: Any) -> dict[str, Any]:
-        """Keep the numbers of a step in the history, and show them.
-
-        Returns:
-            What the user's callback gets.
-        """
-        streams = {i: slot.stream for i, slot in self.collector.slot_of.items()}
-        similarity = [
-            streams[i].similarity if i in streams else None for i in range(len(self.targets))
-        ]
-        converged = sum(s.converged for s in streams.values())
-        numbers = {
-            "step": self.steps,
-            "forwards": self.forwards,
-            "tokens": self.tokens,
-            "seconds": time.perf_counter() - begin,
-            "converged": converged,
-            "similarity": similarity,
-        }
-        for key, value in numbers.items():
-            self.history[key].append(value)
-        bar.n = converged
-        least = min(
-            ((v, i) for i, v in enumerate(similarity) if v is not None and not math.isnan(v)),
-            default=None,
-        )
-        slowest = None if least is None else self.names[least[1]]
-        progress = f"step {self.steps}"
-        if least is not None:
-            progress += f", slowest {slowest} at {least[0]:.3f}"
-            bar.set_postfix_str(progress)
-        bar.refresh()
-        _LOGGER.debug(
-            "%s: %d forward passes, %d tokens, %.2f s, %d of %d layers converged",
-            progress,
-            self.forwards,
-            self.tokens,
-            numbers["seconds"],
-            converged,
-            len(self.targets),
-        )
-        return {
-            **numbers,
-            "layers": len(self.targets),
-            "names": self.names,
-            "slowest": slowest,
-        }
 
     def call_back(self, numbers: dict[str, Any] | None) -> None:
         """Hand the numbers of a step to the user's function."""

@@ -46,7 +46,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
 
     Attributes:
         done: every layer had converged when the checkpoint was written.
-        elapsed: seconds that the pass took before.
+        elapsed: seconds that the pass took up to the last forward pass.
         first_random, random: the states of torch's generator on the CPU when the pass began, and
             now, in each process.
         known: layers that all processes accumulate about the leader's basis.
@@ -59,7 +59,6 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             given = None
         # Through links, so that what is replaced is the file and not the link.
         self.path = None if given is None else Path(os.path.realpath(given))
-        self._begin = 0.0
         self._between = True  # no forward pass is under way
         self._written = 0  # forward passes behind the last file
         self._fingerprint: dict[str, Any] = {}
@@ -67,17 +66,13 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         self.random: list[Tensor] = []
         self.known: set[int] = set()
 
-    def open(self, begin: float) -> None:
+    def open(self) -> None:
         """Check that the path can be written, and take over the state of the file, if any.
-
-        Args:
-            begin: ``time.perf_counter()`` at which the pass began.
 
         Raises:
             EvaValueError: a path that cannot be written, a damaged file, one of another kind, or
                 the checkpoint of another pass.
         """
-        self._begin = begin
         if self.path is None:
             return
         check_path(self.path)
@@ -106,15 +101,15 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         """Mark the state as half done."""
         self._between = False
 
-    def end_forward(self, now: float, done: bool, random: Sequence[Tensor] = ()) -> None:
+    def end_forward(self, elapsed: float, done: bool, random: Sequence[Tensor] = ()) -> None:
         """Mark the state as whole again, and write it if its turn has come.
 
         Args:
-            now: ``time.perf_counter()``.
+            elapsed: seconds that the pass has taken.
             done: every layer has converged.
             random: the random states of several processes.
         """
-        self.done, self.elapsed = done, now - self._begin
+        self.done, self.elapsed = done, elapsed
         if self.path is None:
             return
         self.random = list(random) or [torch.get_rng_state()]

@@ -15,7 +15,6 @@ No activation travels. At the end all get the leader's result, bit for bit.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -56,10 +55,12 @@ from .interrupts import Interrupts
 from .meeting import Meeting
 from .options import AUTO
 from .prepare import Ahead, Prepared
+from .progress import record_step
 from .shared_inputs import Slot
 
 if TYPE_CHECKING:
-    from .calibrate import CalibrationPass, Ready
+    from .calibrate import CalibrationPass
+    from .model_call import Ready
     from .result import EvaResult
 
 __all__ = ["Processes", "beginning", "processes_of"]
@@ -173,7 +174,7 @@ class Processes:
         self._keeps = False  # there is a checkpoint
         self._held = HeldError()  # of this process
 
-    def loop(self, run: CalibrationPass, loader: Iterable[Any], begin: float, bar: Any) -> bool:
+    def loop(self, run: CalibrationPass, loader: Iterable[Any]) -> bool:
         """Run batches until the leader says stop; returns whether every layer has converged.
 
         A loader that ends early leaves its process waiting for the others.
@@ -191,10 +192,10 @@ class Processes:
             decision = self._begin(run, stream)
             while not decision.stop:
                 run.keeper.begin_forward()
-                decision = self._step(run, ahead, begin, bar)
+                decision = self._step(run, ahead)
             self._try(stack.close)  # the others are told with the result
         if self.leads:  # behind the keeper, whose file is of what waits between two forward passes
-            self._try(self._unless_held, lambda: run.fold_rest(begin, bar))
+            self._try(self._unless_held, run.fold_rest)
         return decision.done
 
     def _try(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:
@@ -210,7 +211,7 @@ class Processes:
         """Bring all processes to where the leader's checkpoint stands, if there is one."""
         keeper, position = run.keeper, None
         if keeper.path is not None:
-            stop = keeper.done or (run.forwards > 0 and run.limit_reached(keeper.elapsed))
+            stop = keeper.done or (run.forwards > 0 and run.limit_reached())
             slots = [slot for slot in run.collector.slots if keeper.known.issuperset(slot.members)]
             renewed = tuple(map(renewal, slots))
             frozen = frozenset(run.collector.frozen)
@@ -251,9 +252,7 @@ class Processes:
                 f"but all loaders ended after {most}: they must yield the same batches again"
             )
 
-    def _step(
-        self, run: CalibrationPass, ahead: Ahead[Prepared], begin: float, bar: Any
-    ) -> _Decision:
+    def _step(self, run: CalibrationPass, ahead: Ahead[Prepared]) -> _Decision:
         reports = self._of_all(self._forward(run, ahead))
         self._seen += sum(report.tokens for report in reports)
         cells = common_cells(reports)
@@ -261,10 +260,8 @@ class Processes:
         merged = self._collect(run, reports, cells)
         own = None
         if self.leads:
-            own = self._lead(run, merged, reports, ahead, begin, bar)
-        elif not (
-            run.limit_reached(time.perf_counter() - begin) or _host.reads_are_free(run.device)
-        ):
+            own = self._lead(run, merged, reports, ahead)
+        elif not (run.limit_reached() or _host.reads_are_free(run.device)):
             self._try(run.fetch, ahead)  # while the leader's device is at work
         return self._follow(run, self.channel.from_leader(own))
 
@@ -335,12 +332,12 @@ class Processes:
         return list(ready) if run.sharded else ready
 
     def _end_in_shards(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
-        if run.inside:
+        if run.call.inside:
             self._leave(run)
         if any(self._of_all(bool(run.again))):  # all or none, as before
             for part in ready:
                 self._held.catch(partial(run.forward_again, part))
-            if run.inside:
+            if run.call.inside:
                 self._leave(run)
 
     def _leave(self, run: CalibrationPass) -> None:
@@ -446,25 +443,23 @@ class Processes:
         merged: Sequence[InputStream],
         reports: Sequence[Report],
         ahead: Ahead[Prepared],
-        begin: float,
-        bar: Any,
     ) -> _Decision:
         """End the step, and say what came of it."""
         ran = any(report.ran for report in reports)
         run.tokens += sum(report.tokens for report in reports[1:])
         run.forwards += ran and not reports[0].ran
-        over = run.limit_reached(time.perf_counter() - begin)
+        over = run.limit_reached()
 
         def decide() -> _Decision:
             folded = run.close_step(merged=merged, ahead=None if over else ahead)
-            numbers = run.record(begin, bar) if folded else None
+            numbers = record_step(run) if folded else None
             done = bool(folded) and run.converged()
             renewed = self._renewed(run, folded)
             run.keeper.known = self._known.union(*(cell for cell, _, _ in renewed))
             random = [report.random for report in reports if report.random is not None]
-            run.keeper.end_forward(time.perf_counter(), done, random)
+            run.keeper.end_forward(run.elapsed(), done, random)
             run.call_back(numbers)
-            stop = not ran or done or run.limit_reached(time.perf_counter() - begin)
+            stop = not ran or done or run.limit_reached()
             return _Decision(done, stop, frozenset(run.collector.frozen), renewed, run.steps)
 
         decision = self._try(self._unless_held, decide)

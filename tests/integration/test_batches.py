@@ -121,17 +121,17 @@ def test_targets_beside_the_input_are_left_out() -> None:
 class Around(LlamaForCausalLM):
     """Its ``forward`` tells no names that it takes, or not all of them."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception | None) -> None:
         super().__init__(make_llama().config)
         self.error = error
 
     def forward(self, flag: bool = False, **inputs: Any) -> Any:
-        raise self.error
+        raise self.error or AssertionError
 
 
 class Decorated(Around):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise self.error
+        raise self.error or AssertionError
 
 
 def test_errors_of_models_that_hand_any_name_on() -> None:
@@ -144,6 +144,19 @@ def test_errors_of_models_that_hand_any_name_on() -> None:
         run(Decorated(KeyError("mine")), TEXTS, config)
     with pytest.raises(TypeError, match=r"names .*\(it failed with KeyError\('mine'\)\). Let"):
         run(Around(KeyError("mine")), TEXTS, config)
+
+
+class FailsLater(Around):
+    """It hands on any name, and fails once it has run."""
+
+    def forward(self, flag: bool = False, **inputs: Any) -> Any:
+        error, self.error = self.error, KeyError("mine")
+        return LlamaForCausalLM.forward(self, **inputs) if error is None else super().forward()
+
+
+def test_names_that_a_model_has_taken_once_are_known() -> None:
+    with pytest.raises(KeyError, match="mine"):
+        run(FailsLater(None), TEXTS, lora(target_modules=["q_proj"]))
 
 
 def test_custom_forward_gets_the_batch_as_it_was() -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import eva_kernels
 from eva_kernels import EvaResult, EvaValueError
 from eva_peft import cli
-from eva_peft.checkpoint_file import read_checkpoint
+from eva_peft.checkpoint_file import read_checkpoint, write_checkpoint
 from integration import passes
 from integration.command import runner
 from integration.conftest import (
@@ -232,6 +232,15 @@ def test_limits_count_both_runs(limit: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.forwards == 6
     assert result.seconds["total"] > state["elapsed"]
+
+
+def test_the_seconds_of_all_runs_count(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    stopped(CASES["gram"], path, 3)
+    state, tensors = read_checkpoint(path)
+    write_checkpoint(path, state | {"elapsed": 1000.0}, tensors)
+    stopped(CASES["gram"], path, 6)
+    assert 1000 < read_checkpoint(path)[0]["elapsed"] < 2000
 
 
 def test_another_tau_is_judged_by_what_is_known(tmp_path: Path) -> None:

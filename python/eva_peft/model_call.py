@@ -1,0 +1,117 @@
+"""The model is run on a part of a batch, with the hooks that take down what its layers read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import arguments, batches
+from ._peft_compat import LoraConfig
+from .architecture import Architecture
+from .called_with import CalledWith
+from .hooks import InputCollector, StopForward
+from .options import AUTO, CalibrateOptions
+from .prepare import Preparer
+from .token_mask import TokenMask
+
+__all__ = ["ModelCall", "Ready"]
+
+# A part of a batch on the device, which tokens count, and what users' functions get of it.
+Ready = tuple[Any, TokenMask, Any]
+
+
+class ModelCall:
+    """Runs the model of a pass.
+
+    Args:
+        model, options, config: of the pass.
+        architecture: of the model.
+        collector: of the layer inputs.
+        preparer: of the batches.
+        may_stop_early: the model may be left behind its last target layer.
+
+    Attributes:
+        inside: the model is running, or has failed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: CalibrateOptions,
+        config: LoraConfig,
+        architecture: Architecture,
+        collector: InputCollector,
+        preparer: Preparer,
+        may_stop_early: bool,
+    ) -> None:
+        self.inside = False
+        self._ran = False  # a batch went through
+        self._model, self._options, self._config = model, options, config
+        self._architecture, self._collector, self._preparer = architecture, collector, preparer
+        self._may_stop_early = may_stop_early
+
+    def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
+        """Bring a part of a batch to the device."""
+        batch = batches.to_device(batch, device)
+        return batch, mask, self._model_input(batch, mask, device)
+
+    def _model_input(self, batch: Any, mask: TokenMask, device: torch.device) -> Any:
+        prepare = self._options.prepare_model_inputs_fn
+        if prepare == AUTO and mask.main is not None and any(self._collector.selectors):
+            # what PEFT's default hands to users' functions: (tokens, 2) of (sample, position)
+            return mask.main.nonzero().to(device)
+        if prepare == AUTO:
+            return batch
+        return batch if prepare is None else prepare(deepcopy(batch), self._config)
+
+    def run(self, ready: Ready, shape: tuple[int, int] | None, number: int) -> None:
+        """Run the model on a part of a batch.
+
+        Args:
+            ready: see :meth:`ready`.
+            shape: samples and tokens, if known.
+            number: of the batch, from 0.
+        """
+        batch, mask, model_input = ready
+        self._collector.begin_forward(mask, model_input, self._may_stop_early, shape)
+        self.inside = True  # and still so where it fails
+        routed = self._collector.routed if self._collector.routed.needed else nullcontext()
+        with suppress(StopForward), routed:
+            if self._options.forward_fn is not None:
+                with self._called_with(batch, mask, number):
+                    self._options.forward_fn(self._model, batch)
+            else:
+                self._call(batch)
+        self.inside, self._ran = False, True
+
+    def _call(self, batch: Any) -> None:
+        args, kwargs = arguments.model_arguments(batch)
+        kwargs = arguments.without_text(kwargs, self._model)
+        kwargs = arguments.without_labels(kwargs, self._architecture)
+        try:
+            self._model(*args, **kwargs)
+        except TypeError:  # looked into now, since signatures take long
+            if arguments.can_be_called(args, kwargs, self._model):
+                raise
+            self._model(arguments.as_one_argument(batch, self._model))
+        except Exception as error:
+            if not self._ran:
+                arguments.check_known(kwargs, self._model, error)
+            raise
+
+    def _called_with(
+        self, batch: Any, mask: TokenMask, number: int
+    ) -> AbstractContextManager[object]:
+        if not self._preparer.plain_masks:
+            return nullcontext()
+
+        def make_mask(named: Mapping[str, Any]) -> TokenMask:
+            return self._preparer.drawn_mask_of(named, number)
+
+        use_mask = self._collector.use_mask
+        return CalledWith(self._model, batch, mask, make_mask, use_mask).looking()
