@@ -3,11 +3,9 @@
 Each process runs its own copy of the model on its own batches. After every forward pass:
 
 1. All report how many tokens wait in which layer, and whether something went wrong.
-2. Sums are additive about one basis and mean, so those of layers that all know are added up by the
-   leader. Layers that are new were begun by each process from its own tokens: such streams are
-   folded where they are, sent to the leader, and merged (once a layer).
-3. The leader folds, compares, and decides, as if it were alone.
-4. All get the decision, and the new bases and means.
+2. The leader gets what has been gathered (see :mod:`.exchange`), folds, compares, and decides, as
+   if it were alone.
+3. All get the decision, and the new bases and means.
 
 No activation travels. At the end all get the leader's result, bit for bit.
 """
@@ -20,43 +18,23 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from eva_kernels.streaming import InputStream, _host, export_stream, fold_streams
-from eva_kernels.streaming.parallel import absorb, follow, hand_over, pending_sums
+from eva_kernels.streaming import InputStream, _host
 
 from . import batches
-from .cells import (
-    Cell,
-    Renewal,
-    Report,
-    Waiting,
-    anchors,
-    common_cells,
-    divide_slots,
-    merge_stream,
-    renewal,
-    slot_for,
-)
-from .channel import Channel
+from .cells import Renewal, Report, Waiting, common_cells, divide_slots, renewal
 from .divided import sharded_by
-from .errors import (
-    EvaRuntimeError,
-    EvaTypeError,
-    EvaValueError,
-    HeldError,
-    NotConvergedError,
-)
+from .errors import EvaTypeError, EvaValueError, NotConvergedError
+from .exchange import Exchange
 from .fingerprint import check_requests, check_weights, request_of, weights_of
-from .interrupts import Interrupts
-from .meeting import Meeting
 from .options import AUTO
 from .prepare import Ahead, Prepared
 from .progress import record_step
-from .shared_inputs import Slot
+from .together import Together, in_words
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
@@ -65,8 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Processes", "beginning", "processes_of"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _LOGGER = logging.getLogger("eva_kernels")
 
 
@@ -113,9 +89,9 @@ def beginning(processes: Processes | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if processes is not None and not processes.meeting.over:
+        if processes is not None and not processes.together.meeting.over:
             with suppress(RuntimeError):  # they may be gone
-                processes.meeting.fail(_told(error))
+                processes.together.meeting.fail(in_words(error))
         raise
 
 
@@ -163,16 +139,20 @@ class Processes:
 
     Args:
         group: of at least two processes.
+
+    Attributes:
+        together: them, with what goes wrong in one of them.
+        interrupts: around the pass; it is told of them between its steps.
+        size, leads: of the group, and whether this process leads.
     """
 
     def __init__(self, group: Any) -> None:
-        self.channel, self.meeting = Channel(group), Meeting(group)
-        self.interrupts = Interrupts()  # around the pass; it is told of them between its steps
-        self.size, self.leads = self.channel.size, self.channel.leads
-        self._known: set[int] = set()  # layers whose basis is the leader's, everywhere
+        self.together = Together(group)
+        self._channel, self.interrupts = self.together.channel, self.together.interrupts
+        self.size, self.leads = self._channel.size, self._channel.leads
+        self._exchange = Exchange(self.together)
         self._seen = 0  # tokens of all processes
         self._keeps = False  # there is a checkpoint
-        self._held = HeldError()  # of this process
 
     def loop(self, run: CalibrationPass, loader: Iterable[Any]) -> bool:
         """Run batches until the leader says stop; returns whether every layer has converged.
@@ -184,7 +164,7 @@ class Processes:
         """
         self._agree(run)
         # What "auto" decides depends on the memory of each device.
-        run.plan = self.channel.from_leader(run.plan)
+        run.plan = self._channel.from_leader(run.plan)
         with ExitStack() as stack:
             stream = stack.enter_context(closing(batches.iterate(loader, lambda: self._seen > 0)))
             ahead = stack.enter_context(closing(Ahead(map(run.prepare, stream))))
@@ -193,19 +173,10 @@ class Processes:
             while not decision.stop:
                 run.keeper.begin_forward()
                 decision = self._step(run, ahead)
-            self._try(stack.close)  # the others are told with the result
+            self.together.attempt(stack.close)  # the others are told with the result
         if self.leads:  # behind the keeper, whose file is of what waits between two forward passes
-            self._try(self._unless_held, run.fold_rest)
+            self.together.attempt(self.together.unless_held, run.fold_rest)
         return decision.done
-
-    def _try(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:
-        """Do what may fail, or be interrupted, and hold that until the others are told."""
-
-        def interruptible() -> T:
-            with self.interrupts.let_through():
-                return do(*of, **named)
-
-        return self._held.catch(interruptible)
 
     def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
         """Bring all processes to where the leader's checkpoint stands, if there is one."""
@@ -218,34 +189,28 @@ class Processes:
             decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
             states = keeper.first_random, keeper.random
             position = _Position(str(keeper.path), run.forwards, run.tokens, *states, decision)
-        position = self.channel.from_leader(position)
+        position = self._channel.from_leader(position)
         self._keeps = position is not None
         if position is None:
             return _Decision(stop=False)
         self._seen = position.tokens  # without any, a loader is not begun anew at its end
         if not position.forwards:
-            keeper.first_random = self._of_all(torch.get_rng_state())
+            keeper.first_random = self.together.of_all(torch.get_rng_state())
         elif not position.decision.stop:
             self._skip(run, stream, position)
         return self._follow(run, position.decision)
 
-    def _interrupted(self) -> bool:
-        self._try(lambda: None)  # whoever handles interrupts may not raise anything
-        return self._held.error is not None
-
-    def _unless_held(self, do: Callable[[], T]) -> T:
-        self._held.release()  # to be held again by who tries this
-        return do()
-
     def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:
         """Pass over the batches that the checkpoint has seen."""
-        rank = self.channel.rank
+        rank = self._channel.rank
         torch.set_rng_state(position.first_random[rank])
-        skipped = self._try(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
+        skipped = (
+            self.together.attempt(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
+        )
         torch.set_rng_state(position.random[rank])
         if not self.leads:
             run.forwards = skipped
-        most = max(self._of_all(skipped))
+        most = max(self.together.of_all(skipped))
         if most < position.forwards:
             raise EvaValueError(
                 f"the checkpoint {position.path} has seen {position.forwards} batches, "
@@ -253,17 +218,17 @@ class Processes:
             )
 
     def _step(self, run: CalibrationPass, ahead: Ahead[Prepared]) -> _Decision:
-        reports = self._of_all(self._forward(run, ahead))
+        reports = self.together.of_all(self._forward(run, ahead))
         self._seen += sum(report.tokens for report in reports)
         cells = common_cells(reports)
         divide_slots(run.collector, cells)
-        merged = self._collect(run, reports, cells)
+        merged = self._exchange.collect(run, reports, cells)
         own = None
         if self.leads:
             own = self._lead(run, merged, reports, ahead)
         elif not (run.limit_reached() or _host.reads_are_free(run.device)):
-            self._try(run.fetch, ahead)  # while the leader's device is at work
-        return self._follow(run, self.channel.from_leader(own))
+            self.together.attempt(run.fetch, ahead)  # while the leader's device is at work
+        return self._follow(run, self._channel.from_leader(own))
 
     def result(self, make: Callable[[], EvaResult]) -> EvaResult:
         """Return what the leader makes, on every process.
@@ -274,16 +239,16 @@ class Processes:
         """
         found: Any = None
         if self.leads:
-            found = self._try(self._unless_held, make)
-            raised = self._held.error
+            found = self.together.attempt(self.together.unless_held, make)
+            raised = self.together.held.error
             if raised is not None:
-                found = raised if isinstance(raised, NotConvergedError) else _told(raised)
+                found = raised if isinstance(raised, NotConvergedError) else in_words(raised)
             del raised  # or this frame, which the error knows, would know it
-        found = self.channel.from_leader(found)
+        found = self._channel.from_leader(found)
         if isinstance(found, NotConvergedError):  # every process raises it as its own
-            self._held.error, found = self._held.error or found, str(found)
-        self._raise_if(found if isinstance(found, str) else None, 0)
-        self._held.release()  # of one that does not lead, at its end
+            self.together.held.error, found = self.together.held.error or found, str(found)
+        self.together.raise_if(found if isinstance(found, str) else None, 0)
+        self.together.held.release()  # of one that does not lead, at its end
         result: EvaResult = found
         return result
 
@@ -293,25 +258,27 @@ class Processes:
         EvaRuntimeError where another process could not begin it.
         """
         own = {name: part for name, part in request_of(run).items() if name != "seed"}
-        failed = self.meeting.come(self._interrupted)
+        failed = self.together.meeting.come(self.together.interrupted)
         if failed is not None:
-            self._raise_if(failed[1], failed[0])
-        asked = self._of_all(own)
+            self.together.raise_if(failed[1], failed[0])
+        asked = self.together.of_all(own)
         check_requests(asked)
-        check_weights(self._of_all(weights_of(run)))
+        check_weights(self.together.of_all(weights_of(run)))
 
     def _forward(self, run: CalibrationPass, ahead: Iterator[Prepared]) -> Report:
         before, ran = run.tokens, False
         run.phase = "forward"
-        ready = self._try(self._unless_held, lambda: self._next_ready(run, ahead))
+        ready = self.together.attempt(
+            self.together.unless_held, lambda: self._next_ready(run, ahead)
+        )
         # The processes of a sharded model wait for each other in the forward pass: all begin it, or
         # none, and an interrupt is heard at its end.
-        if run.sharded and not all(self._of_all(ready is not None)):
+        if run.sharded and not all(self.together.of_all(ready is not None)):
             ready = None
         if ready is not None:
-            attempt = self._held.catch if run.sharded else self._try
+            attempt = self.together.held.catch if run.sharded else self.together.attempt
             attempt(partial(run.forward, ready))
-            ran = self._held.error is None
+            ran = self.together.held.error is None
             if run.sharded:
                 self._end_in_shards(run, ready)
         slots = tuple(
@@ -334,9 +301,9 @@ class Processes:
     def _end_in_shards(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
         if run.call.inside:
             self._leave(run)
-        if any(self._of_all(bool(run.again))):  # all or none, as before
+        if any(self.together.of_all(bool(run.again))):  # all or none, as before
             for part in ready:
-                self._held.catch(partial(run.forward_again, part))
+                self.together.held.catch(partial(run.forward_again, part))
             if run.call.inside:
                 self._leave(run)
 
@@ -345,96 +312,23 @@ class Processes:
 
         What is exchanged with them now would be taken for a part of the model.
         """
-        error = self._held.error
-        assert error is not None
         _LOGGER.error(
             "process %d %s, in forward pass %d of a sharded model, in which the others wait for "
             "it: they cannot be told, and go on waiting until it ends",
-            self.channel.rank,
-            _told(error),
+            self._channel.rank,
+            self.together.told(),
             run.forwards + 1,
         )
-        del error
-        self._held.release()
-
-    def _of_all(self, own: T) -> list[T]:
-        """Return what each process gives, by rank; raise if something has gone wrong in one."""
-        error = self._held.error
-        every = self.channel.of_all((own, None if error is None else _told(error)))
-        del error  # or this frame, which the error knows, would know it
-        for rank, (_, told) in enumerate(every):
-            self._raise_if(told, rank)
-        return [thing for thing, _ in every]
-
-    def _raise_if(self, error: str | None, rank: int) -> None:
-        if error is None:
-            return
-        self._held.release()
-        raise EvaRuntimeError(f"process {rank} {error}")
-
-    def _collect(
-        self, run: CalibrationPass, reports: Sequence[Report], cells: Sequence[Cell]
-    ) -> list[InputStream]:
-        """Bring all that waits to the leader; returns the streams that were merged there."""
-        slot_of = run.collector.slot_of
-        waiting = [cell for cell in cells if any(report.pending(cell) for report in reports)]
-        known = [cell for cell in waiting if cell[0] in self._known]
-        streams = [slot_of[cell[0]].stream for cell in known]
-        self.channel.add_up([part for stream in streams for part in pending_sums(stream)])
-        for cell, stream in zip(known, streams, strict=True):
-            if not self.leads:
-                hand_over(stream)
-                continue
-            others = [r.of_layer[cell[0]] for r in reports[1:] if cell[0] in r.of_layer]
-            absorb(stream, sum(w.pending for w in others), sum(w.skipped for w in others))
-        fresh = [cell for cell in waiting if cell[0] not in self._known]
-        return self._merge(run, reports, fresh) if fresh else []
-
-    def _merge(
-        self, run: CalibrationPass, reports: Sequence[Report], fresh: Sequence[Cell]
-    ) -> list[InputStream]:
-        merged: dict[int, InputStream] = {}
-        for rank in range(1, self.size):
-            own = [cell for cell in fresh if reports[rank].pending(cell)]
-            if not own:
-                continue
-            if self.channel.rank == rank:
-                slots = [run.collector.slot_of[cell[0]] for cell in own]
-                self.channel.send(self._folded(run, slots))
-            elif self.leads:
-                parcel = self.channel.receive(rank)
-                # the others wait for the decision, which tells them
-                streams = self._try(self._unpacked, run, rank, own, parcel) or []
-                merged |= {id(stream): stream for stream in streams}
-        return list(merged.values())
-
-    def _unpacked(
-        self, run: CalibrationPass, rank: int, cells: Sequence[Cell], parcel: Any
-    ) -> list[InputStream]:
-        """Take the streams that another process has sent into those of this one, the leader."""
-        self._raise_if(parcel if isinstance(parcel, str) else None, rank)
-        pairs = zip(cells, parcel, strict=True)
-        return [merge_stream(run, cell, *state) for cell, state in pairs]
-
-    def _folded(self, run: CalibrationPass, slots: Sequence[Slot]) -> Any:
-        """Return the streams of slots, folded, as plain data on the host; or what went wrong."""
-
-        def make() -> list[Any]:
-            fold_streams([slot.stream for slot in slots], final=True)
-            states = [export_stream(slot.stream) for slot in slots]
-            return [(record, {k: t.cpu() for k, t in parts.items()}) for record, parts in states]
-
-        found = self._try(make)
-        return found if self._held.error is None else _told(self._held.error)
+        self.together.held.release()
 
     def _follow(self, run: CalibrationPass, decision: _Decision) -> _Decision:
         """Do what the leader has decided, on every process."""
-        self._raise_if(decision.error, 0)
+        self.together.raise_if(decision.error, 0)
         run.steps = decision.steps  # which errors name
         if decision.stop:
             return decision
         run.collector.frozen = set(decision.frozen)
-        self._share(run, decision)
+        self._exchange.share(run, decision.renewed)
         return decision
 
     def _lead(
@@ -454,40 +348,13 @@ class Processes:
             folded = run.close_step(merged=merged, ahead=None if over else ahead)
             numbers = record_step(run) if folded else None
             done = bool(folded) and run.converged()
-            renewed = self._renewed(run, folded)
-            run.keeper.known = self._known.union(*(cell for cell, _, _ in renewed))
+            renewed = self._exchange.renewed(run, folded)
+            run.keeper.known = self._exchange.known.union(*(cell for cell, _, _ in renewed))
             random = [report.random for report in reports if report.random is not None]
             run.keeper.end_forward(run.elapsed(), done, random)
             run.call_back(numbers)
             stop = not ran or done or run.limit_reached()
             return _Decision(done, stop, frozenset(run.collector.frozen), renewed, run.steps)
 
-        decision = self._try(self._unless_held, decide)
-        if decision is None:
-            assert self._held.error is not None
-            return _Decision(error=_told(self._held.error))
-        return decision
-
-    def _renewed(self, run: CalibrationPass, folded: Sequence[InputStream]) -> tuple[Renewal, ...]:
-        new = {id(stream) for stream in folded}
-        renewals = [renewal(slot) for slot in run.collector.slots if id(slot.stream) in new]
-        # The pivot of an exact stream, about which others accumulate, never changes.
-        return tuple(r for r in renewals if not (r[2] and r[0][0] in self._known))
-
-    def _share(self, run: CalibrationPass, decision: _Decision) -> None:
-        """Bring the new bases and means from the leader to all."""
-        slots = [slot_for(run, cell, dtype) for cell, dtype, _ in decision.renewed]
-        exact = [gram for _, _, gram in decision.renewed]
-        parts = [anchors(s.stream, gram) for s, gram in zip(slots, exact, strict=True)]
-        self.channel.send_out([part for own in parts for part in own])
-        for (cell, _, _), slot, own in zip(decision.renewed, slots, parts, strict=True):
-            self._known |= set(cell)
-            if not self.leads:
-                basis, mean, *pivot = own
-                follow(slot.stream, basis, mean, pivot[0] if pivot else None)
-
-
-def _told(error: BaseException) -> str:
-    if isinstance(error, Exception):
-        return f"failed: {type(error).__name__}: {error}"
-    return f"was interrupted ({type(error).__name__})"
+        decision = self.together.attempt(self.together.unless_held, decide)
+        return decision or _Decision(error=self.together.told())
