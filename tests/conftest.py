@@ -26,11 +26,16 @@ if not HAS_CUDA and "TRITON_INTERPRET" not in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # pytest-xdist would begin with files of many tests, and so end with those that take longest.
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_CUDA:
         return
+    # Files that take long come first, or one process would have nothing to do at the end.
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
     for item in items:
         if "gpu" in item.keywords:

@@ -54,6 +54,7 @@ def measure(out: Path, methods: list[str]) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
 def test_rows(tmp_path: Path) -> None:
     record = measure(tmp_path, ["lora", "pissa", "lora-ga", "eva-peft", "eva"])
     rows = record["rows"]
@@ -166,6 +167,7 @@ def test_words_and_cells() -> None:
     assert next(iter(section.figures.values()))() is not None
 
 
+@pytest.mark.slow
 def test_depths_are_measured_and_extrapolated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +189,7 @@ def test_depths_are_measured_and_extrapolated(
         depth.run("tiny", (2, 2), ["eva"], out=tmp_path, quiet=True)
 
 
+@pytest.mark.slow
 def test_depths_measured_once_are_kept_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -483,6 +483,7 @@ def test_an_interruption_ends_the_workers_with_what_they_do() -> None:
     assert set(multiprocessing.active_children()) == before
 
 
+@pytest.mark.slow
 def test_workers_give_the_rows_of_one_process() -> None:
     keys = [
         {"domain": "images", "method": "lora", "rate": 3e-3, "seed": 0, "on": "test"},
