@@ -146,15 +146,15 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     spoiled = _took_letters(config, converted)
     if not spoiled:
         config = converted
-    if config.target_modules is None and config.target_parameters is None:
+    if config.target_modules is None:  # PEFT's default is adapted also beside parameters
         kind = getattr(getattr(model, "config", None), "model_type", None)
         default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-        if default is None:
+        if default is None and not config.target_parameters:
             raise EvaValueError(
                 f"please specify target_modules in the LoraConfig: PEFT has no default for model "
                 f'type {kind!r} (target_modules="all-linear" takes every linear layer)'
             )
-        config.target_modules = set(default) if not isinstance(default, str) else default
+        config.target_modules = set(default) if isinstance(default, (list, tuple)) else default
     asked = config.target_modules
     if _is_all_linear(asked):
         refused = _refused(config, model)

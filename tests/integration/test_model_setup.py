@@ -142,7 +142,7 @@ def test_heads_without_the_command_line(task: str, head: str) -> None:
     assert isinstance(getattr(model.base_model.model, head), ModulesToSaveWrapper)
 
 
-def test_a_config_of_parameters_alone_adapts_no_modules() -> None:
+def test_a_config_of_parameters_alone_does_not_get_all_linear() -> None:
     fields = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": None}
     config = lora_config({**fields, "eva_config": {}}, Task.CAUSAL_LM)
     assert not config.target_modules

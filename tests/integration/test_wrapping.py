@@ -376,3 +376,11 @@ def test_a_string_that_peft_takes_for_letters(targets: str, monkeypatch: Any) ->
     )
     assert done.eva_result.ranks == expected.eva_result.ranks
     assert same_state(state_of(done), state_of(expected))
+
+
+def test_parameters_alone_bring_the_modules_that_peft_adapts_by_itself() -> None:
+    config = lora(target_modules=None, target_parameters=["mlp.down_proj.weight"])
+    model = eva_kernels.initialize(make_llama(), text_batches(3), config, max_steps=3, **QUIET)
+    ends = {name.split(".", 3)[-1] for name in model.eva_result.ranks}
+    assert ends == {"self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj.weight"}
+    assert len(model.eva_result.ranks) == len(lora_layers(model)) == 6
