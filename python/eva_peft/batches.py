@@ -45,8 +45,13 @@ def iterate(loader: Iterable[Any], useful: Callable[[], bool] = lambda: True) ->
         useful: asked after each epoch; if not, there is no other.
 
     Raises:
-        EvaTypeError: not iterable. EvaValueError: it yields no batch at all.
+        EvaTypeError: not iterable, or a mapping. EvaValueError: it yields no batch at all.
     """
+    if isinstance(loader, Mapping):  # whose iteration gives names
+        raise EvaTypeError(
+            f"the loader is a mapping with the names {list(loader)}; pass [batch] where that is a "
+            "batch, and one of its parts where it holds data sets"
+        )
     try:
         epoch = iter(loader)
     except TypeError as error:

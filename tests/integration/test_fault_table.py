@@ -225,6 +225,9 @@ V, T, R = ValueError, TypeError, RuntimeError
 FAULTS: dict[str, Fault] = {
     # loaders
     "loader: a number": Fault(lambda s: on_data(s, 5), T, "loader must be iterable, got .*int"),
+    "loader: a batch": Fault(
+        lambda s: on_text(s, s.texts[0]), T, r"loader is a mapping .*\[batch\]"
+    ),
     "loader: nothing": Fault(lambda s: on_text(s, []), V, "empty: it yielded no batch"),
     "loader: fails to start": Fault(lambda s: on_data(s, RaisesAtOnce()), Broken, "no file"),
     "loader: fails midway": Fault(lambda s: on_data(s, raising_iterator(2)), Broken, "disk"),
