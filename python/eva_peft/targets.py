@@ -197,6 +197,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
         EvaValueError: no layer found. EvaRuntimeError: an adapter is merged into the weights.
     """
     check_not_merged(model)
+    asked = config.target_modules
     found: Iterator[_Found]
     if carries_adapters(model):
         found = _adapted(model, config, adapter_name)
@@ -222,9 +223,10 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
         if not parts:
             unsupported.append(each.name)
     if not targets:
+        asked = config.target_modules or asked  # of "all-linear", an empty set may be left
         raise EvaValueError(
-            f"no layer to initialise: target_modules={config.target_modules!r} matches no linear "
-            f"layer of {type(model).__name__}" + _suggest(model, unsupported, tied)
+            f"no layer to initialise: target_modules={asked!r} matches no linear layer of "
+            f"{type(model).__name__}" + _suggest(model, unsupported, tied)
         )
     if tied:
         warn(
@@ -342,4 +344,4 @@ def _suggest(model: nn.Module, unsupported: list[str], tied: list[str]) -> str:
     if tied:
         return f"; it matches {listed(tied)}, which ensure_weight_tying ties to the embeddings"
     kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if widths(m)})
-    return f"; the linear layers are called {listed(kinds)}" if kinds else ""
+    return f"; the layers that it can name are called {listed(kinds)}" if kinds else ""

@@ -57,12 +57,15 @@ def test_no_target() -> None:
         EvaValueError, match=r"no layer to initialise: target_modules=\{'query'\}.*LlamaForCausalLM"
     ) as caught:
         run(make_llama(), texts, lora(target_modules=["query"]))
-    assert "the linear layers are called" in str(caught.value)
+    assert "the layers that it can name are called" in str(caught.value)
     assert "gate_proj" in str(caught.value)
     with pytest.raises(
         EvaValueError, match=r"it matches .*word_embeddings, whose inputs EVA cannot"
     ):
         run(make_bert(), texts, lora(target_modules=["word_embeddings"]))
+    message = r"target_modules='all-linear' matches no .*can name are called 0$"
+    with pytest.raises(EvaValueError, match=message):
+        run(nn.Sequential(nn.Conv2d(3, 4, 3)), [], lora())
     with pytest.raises(EvaValueError, match="PEFT has no default for model type None"):
         run(make_mlp(), vectors(1), lora(target_modules=None))
 
