@@ -60,7 +60,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         # Through links, so that what is replaced is the file and not the link.
         self.path = None if given is None else Path(os.path.realpath(given))
         self._between = True  # no forward pass is under way
-        self._written = 0  # forward passes behind the last file
+        self._tried = 0  # forward passes behind the last file, or the last that was not to be
         self._fingerprint: dict[str, Any] = {}
         self.first_random: list[Tensor] = []
         self.random: list[Tensor] = []
@@ -114,7 +114,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             return
         self.random = list(random) or [torch.get_rng_state()]
         self._between = True
-        if self.run.forwards - self._written >= self.run.options.checkpoint_every:
+        if self.run.forwards - self._tried >= self.run.options.checkpoint_every:
             self._write(self.path)
 
     def __exit__(
@@ -123,11 +123,12 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.path is not None and self._between and self.run.forwards > self._written:
+        if self.path is not None and self._between and self.run.forwards > self._tried:
             self._write(self.path)
 
     def _write(self, path: Path) -> None:
         state, tensors = self._collect()
+        self._tried = self.run.forwards
         try:
             write_checkpoint(path, state, tensors)
         except (OSError, SafetensorError) as error:
@@ -136,8 +137,6 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
                 f"the checkpoint {path} could not be written after {self.run.forwards} forward "
                 f"passes ({error}); the pass goes on, the file stays as it was",
             )
-            return
-        self._written = self.run.forwards
 
     def _collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         run, names = self.run, [t.name for t in self.run.targets]
@@ -201,7 +200,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         for name in _COUNTS:
             setattr(run, name, state["counts"][name])
         self.done, self.elapsed = state["done"], state["elapsed"]
-        self._written = run.forwards
+        self._tried = run.forwards
         if state["tau"] != run.eva.tau:
             self.done = run.judge_again()
         # The order of a shuffling loader comes from the state with which the pass began.

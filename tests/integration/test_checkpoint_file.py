@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -258,19 +258,24 @@ def test_an_interrupted_write_leaves_the_file_before(
     same(CASES["gram"].result(checkpoint=path), whole)
 
 
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
 def test_a_full_disk_does_not_cost_the_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult
 ) -> None:
     path = tmp_path / "state.safetensors"
     stopped(CASES["gram"], path, 4)
     before = path.read_bytes()
 
     def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr(checkpoint_file, "save_file", full)
-    with pytest.warns(EvaWarning, match=r"could not be written after 13 .*No space left.*goes on"):
-        result = CASES["gram"].result(checkpoint=path)
+    with pytest.warns(EvaWarning) as warned:
+        result = CASES["gram"].result(checkpoint=path, checkpoint_every=6)
+    for warning, forwards in zip(warned, (10, 13), strict=True):  # not after every forward pass
+        told = str(warning.message)
+        assert f"could not be written after {forwards} forward passes (No space left" in told
+        assert "the pass goes on" in told
     same(result, whole)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
