@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import eva_kernels
@@ -35,6 +35,7 @@ from integration.passes import (
     CASES,
     EPOCH,
     FORWARDS,
+    Case,
     Endless,
     Noisy,
     Stop,
@@ -288,6 +289,27 @@ def test_wrapped_or_not_is_the_same_model(how: str, tmp_path: Path) -> None:
     options = {"method": "gram", "max_steps": 5, "progress": False, "on_not_converged": "ignore"}
     done = eva_kernels.initialize(model, text_batches(EPOCH), config, checkpoint=path, **options)
     assert done.eva_result.forwards == 5
+
+
+def test_a_layer_that_was_called_twice_before_may_be_again(tmp_path: Path) -> None:
+    """So that no forward pass is ended behind the first call of every layer."""
+
+    class Seldom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.a, self.b = nn.Linear(20, 20), nn.Linear(20, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.tanh(self.a(x)))
+            return self.a(torch.tanh(y)) if x[0, 0] == 5 else y
+
+    batches = vectors(5)
+    batches[0][0, 0] = batches[4][0, 0] = 5
+    case = Case(Seldom, lambda: batches, options={"method": "gram", "max_steps": 5})
+    path = tmp_path / "state.safetensors"
+    stopped(case, path, 2)
+    same(case.result(checkpoint=path), case.result())
 
 
 def test_a_generator_must_yield_the_same_again(
