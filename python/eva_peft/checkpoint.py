@@ -172,7 +172,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
                 self._restore(state, tensors)
         except EvaValueError as error:
             raise EvaValueError(f"the checkpoint {path} is of no use: {error}; {REMEDY}") from error
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise EvaValueError(f"the checkpoint {path} lacks {error}; {REMEDY}") from error
         if told:
             raise EvaValueError(

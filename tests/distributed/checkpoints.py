@@ -9,9 +9,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+import eva_kernels
+from distributed.data_parallel import Experts, routed_tokens
 from distributed.scenarios import calibrate, limited, own_batches, scenario, shared_folder
 from eva_peft import checkpoint
-from integration.conftest import make_llama
+from integration.conftest import QUIET, lora, make_llama
 
 
 class Stopped(Exception):
@@ -123,6 +125,28 @@ def an_epoch_had_ended(rank: int) -> Any:
 @scenario
 def a_second_epoch_had_begun(rank: int) -> Any:
     return stopped_at_three(lambda: own_batches(rank, 2))
+
+
+@scenario
+def one_had_too_few_tokens(rank: int) -> Any:
+    """Go on where one process has tokens of a layer, too few for a basis, and the other has none.
+
+    Both have some later.
+    """
+    data = [routed_tokens(rank, step) for step in range(3)]
+    if rank == 0:
+        data[0][:3, 0] = 3
+    config = lora(target_modules=[f"expert.{i}" for i in range(4)])
+    options = {**QUIET, "prepare_model_inputs_fn": None, "method": "sketch"}
+
+    def until(steps: int, **kept: Any) -> Any:
+        return eva_kernels.calibrate(Experts(), data, config, max_steps=steps, **kept, **options)
+
+    whole = until(3)
+    with shared_folder() as folder:
+        kept = {"checkpoint": folder / "pass.safetensors"}
+        until(1, **kept)
+        return {"whole": whole, "resumed": until(3, **kept)}
 
 
 @scenario

@@ -474,6 +474,12 @@ def test_a_pass_goes_on_behind_the_end_of_a_loader(
         assert same(*found[name].values())
 
 
+def test_a_pass_goes_on_where_a_layer_had_too_few_tokens(seen: tuple[Seen, Seen]) -> None:
+    for found in seen:
+        assert "expert.3" in found["one_had_too_few_tokens"]["whole"]["components"]
+        assert same(*found["one_had_too_few_tokens"].values())
+
+
 def test_a_pass_that_has_ended_ends_the_same_again(seen: tuple[Seen, Seen]) -> None:
     for found in seen:
         first, again = found["asked_for_again"]["whole"], found["asked_for_again"]["resumed"]
