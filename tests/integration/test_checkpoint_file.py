@@ -18,7 +18,7 @@ from torch import nn
 
 from eva_kernels import EvaResult, EvaTypeError, EvaValueError, EvaWarning
 from eva_peft import checkpoint_file, files
-from eva_peft.checkpoint_file import read_checkpoint, write_checkpoint
+from eva_peft.checkpoint_file import checksum, read_checkpoint, write_checkpoint
 from integration.conftest import (
     Clash,
     hooks_of,
@@ -101,6 +101,7 @@ def llama_with(change: Callable[[Any], Any]) -> nn.Module:
         ({"options": {"budget": "params"}}, r"budget: rank in the file, params now"),
         ({"options": {"min_rank": 1}}, r"min_rank: 0 in the file, 1 now"),
         ({"options": {"forward_fn": never}}, r"forward_fn: default in the file, own function now"),
+        ({"options": {"prepare_model_inputs_fn": None}}, r"_fn: auto in the file, default now"),
         (
             {"options": {"prepare_layer_inputs_fn": {"lm_head": never}}},
             r"prepare_layer_inputs_fn: auto in the file, functions for lm_head now",
@@ -197,6 +198,12 @@ def test_flipped_bits_anywhere(tmp_path: Path) -> None:
             k: v.tolist() for k, v in tensors.items()
         }
     assert accepted < 8
+
+
+def test_the_same_bytes_may_be_other_tensors() -> None:
+    x = torch.arange(6, dtype=torch.int32)
+    others = [x.view(2, 3), x.view(3, 2), x.view(torch.float32), x.view(torch.int16)]
+    assert len({checksum("", {"x": other}) for other in [x, *others]}) == 5
 
 
 def test_another_version_of_the_format(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
