@@ -277,14 +277,18 @@ def test_what_may_differ_does(tmp_path: Path) -> None:
 # PEFT asks transformers for a property by its old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("how", ["base", "adapters", "meta", "renamed"])
-def test_wrapped_or_not_is_the_same_model(how: str, tmp_path: Path) -> None:
+def test_wrapped_or_not_is_the_same_model(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "state.safetensors"
     stopped(CASES["gram"], path, 4)
     model = make_llama()
     if how == "renamed":
-        model.config._name_or_path = "elsewhere"
+        model.config._name_or_path, model.config.use_cache = "elsewhere", False
+        monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0")
     if how in ("adapters", "meta"):
-        model = wrapped(model, lora(tau=1.0), low_cpu_mem_usage=how == "meta")
+        config = lora(tau=1.0, modules_to_save=["lm_head"])
+        model = wrapped(model, config, low_cpu_mem_usage=how == "meta")
     config = None if how in ("adapters", "meta") else lora(tau=1.0)
     options = {"method": "gram", "max_steps": 5, "progress": False, "on_not_converged": "ignore"}
     done = eva_kernels.initialize(model, text_batches(EPOCH), config, checkpoint=path, **options)
