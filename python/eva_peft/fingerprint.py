@@ -177,15 +177,15 @@ def _kind(option: Any) -> str:
 def _sample(module: nn.Module) -> str:
     """Digest some elements, evenly spaced, of a layer's weight; ``"hidden"`` if it has no values.
 
-    Weights on the meta device are filled in by a hook only while the layer runs, and some
-    quantised ones cannot be indexed.
+    Weights on the meta device, or of no size, are filled in by a hook only while the layer runs,
+    and some quantised ones cannot be indexed.
     """
     elements = _elements(getattr(module, "weight", None))
     return "hidden" if elements is None else _digest(elements)
 
 
 def _elements(weight: Any) -> list[float] | None:
-    if not isinstance(weight, Tensor) or weight.device.type == "meta" or not weight.numel():
+    if not isinstance(weight, Tensor):
         return None
     index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
     try:
