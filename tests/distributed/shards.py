@@ -23,6 +23,7 @@ import eva_kernels
 from distributed.scenarios import (
     calibrate,
     failing_batches,
+    limited,
     own_batches,
     scenario,
     shared_folder,
@@ -98,7 +99,9 @@ def initialised_in_shards(rank: int) -> Any:
 @scenario
 def calibrated_in_shards(rank: int) -> Any:
     model = sharded(make_llama())
-    return calibrate(model, own_batches(rank), max_steps=4, method="gram")
+    with shared_folder() as folder:  # what tells a checkpoint's model from others is not divided
+        options = {"max_steps": 4, "method": "gram", "checkpoint": folder / "pass.safetensors"}
+        return calibrate(model, own_batches(rank), group=limited(), **options)
 
 
 def of_other_lengths(rank: int) -> list[dict[str, Tensor]]:
