@@ -200,6 +200,10 @@ def test_ranks_are_multiples_of_the_groups(budget: str, r: int) -> None:
     fewer = result.reallocated(r=4, min_rank=1)
     assert fewer.ranks["grouped"] in (4, 8)
     assert sum(fewer.ranks.values()) <= 4 * len(NAMES)
+    with pytest.raises(
+        EvaValueError, match=r"layer grouped: r=3 is no multiple of its .* 4 groups"
+    ):
+        result.reallocated(r=3)
 
 
 def test_rank_that_does_not_fit_the_groups() -> None:

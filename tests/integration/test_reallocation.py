@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 import eva_kernels
 from eva_kernels import EvaError, EvaResult, EvaTypeError, EvaValueError
@@ -40,8 +42,10 @@ def scalings(model: nn.Module) -> dict[str, float]:
 FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True},
-    "patterns": {"rank_pattern": {"lin": 6, "head": 5}, "alpha_pattern": {"head": 3, "lin": 5}},
+    "patterns": {"rank_pattern": {"lin": 6, "^head": 5}, "alpha_pattern": {"^head": 3, "lin": 5}},
     "one alpha": {"rank_pattern": {"lin": 6}},
+    "one rank": {"alpha_pattern": {"head": 3}},
+    "one scaling": {"rank_pattern": {"head": 6}, "alpha_pattern": {"head": 18}},
     "rslora and patterns": {"use_rslora": True, "rank_pattern": {"lin": 6}},
 }
 
@@ -53,7 +57,9 @@ def test_scaling_stays_whatever_the_model(case: str, r: int, tmp_path: Path) -> 
     result = run(Clash(False), iter(x), config, method="gram")
     root = math.sqrt if config.use_rslora else float
     expected = {n: result.alphas[n] / root(result.base_ranks[n]) for n in result.ranks}
-    assert (len(set(expected.values())) > 1) == bool(config.rank_pattern)
+    assert (len(set(expected.values())) > 1) == (case not in ("plain", "rslora", "one scaling"))
+    assert result.reallocated().ranks == result.ranks
+    metadata = copy.deepcopy(result.metadata)
     onto: dict[str, nn.Module] = {"base": Clash(False), "adapters": wrapped(Clash(False), config)}
     for way, model in onto.items():
         done = result.apply(model, r=r)
@@ -67,6 +73,31 @@ def test_scaling_stays_whatever_the_model(case: str, r: int, tmp_path: Path) -> 
         again = PeftModel.from_pretrained(Clash(False), tmp_path / way)
         assert scalings(again) == pytest.approx(scalings(done))
         assert output_of(again, x[0]).equal(output_of(done, x[0]))
+    assert result.metadata == metadata
+
+
+class Unread(nn.Module):
+    """A layer whose input EVA reads, and two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lin, self.spare = nn.Embedding(9, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lin(self.embed(ids))
+
+
+@pytest.mark.filterwarnings("ignore:.* default initialisation:eva_peft.errors.EvaWarning")
+def test_layers_without_components_keep_their_scaling_too() -> None:
+    names = ["embed", "lin", "spare"]
+    patterns = {"rank_pattern": {"spare": 6}, "alpha_pattern": {"spare": 5, "embed": 3}}
+    config = lora(lora_alpha=12, target_modules=names, **patterns)
+    result = run(Unread(), [torch.arange(9)], config, max_steps=2)
+    done = result.apply(Unread(), r=2).base_model.model
+    layers = {name: done.get_submodule(name) for name in names}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == dict.fromkeys(names, 2)
+    scaling = {name: layer.scaling["default"] for name, layer in layers.items()}
+    assert scaling == pytest.approx({"embed": 3 / 4, "lin": 12 / 4, "spare": 5 / 6})
 
 
 def test_alpha_may_be_kept_instead() -> None:
