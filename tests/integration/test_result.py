@@ -260,6 +260,14 @@ def test_applied_with_another_allocation(llama_result: EvaResult) -> None:
     assert len(lora_layers(model)) == 14
 
 
+def test_applied_with_another_config(llama_result: EvaResult) -> None:
+    model = llama_result.apply(make_llama(), lora(lora_alpha=32, use_rslora=True))
+    layers = lora_layers(model)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == llama_result.ranks
+    for layer in layers.values():
+        assert layer.scaling["default"] == pytest.approx(32 / 4**0.5)
+
+
 @pytest.mark.parametrize("anew", [True, False])
 def test_budget_in_parameters(anew: bool, llama_result: EvaResult, texts: list[Any]) -> None:
     if anew:
