@@ -120,19 +120,17 @@ def test_user_patterns_set_the_budget() -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("adjust", [True, False])
-@pytest.mark.parametrize("prepared", [True, False])
-def test_scaling(rslora: bool, adjust: bool, prepared: bool) -> None:
-    config = lora(
-        use_rslora=rslora,
-        adjust_scaling_factors=adjust,
-        alpha_pattern={"sub.other": 3},
-    )
+@pytest.mark.parametrize("prepared", ["no", "alike", "otherwise"])
+def test_scaling(rslora: bool, adjust: bool, prepared: str) -> None:
+    fields: dict[str, Any] = {"use_rslora": rslora, "alpha_pattern": {"sub.other": 3}}
+    config = lora(adjust_scaling_factors=adjust, **fields)
     model: nn.Module = Clash()
     x = vectors(4, features=16)
-    if prepared:
-        model, given = wrapped(model, config), None
-    else:
-        given = config
+    if prepared == "otherwise":  # how EVA is done is what the config says that it is given
+        model = wrapped(model, lora(adjust_scaling_factors=not adjust, **fields))
+    elif prepared == "alike":
+        model = wrapped(model, config)
+    given = None if prepared == "alike" else config
     model = eva_kernels.initialize(model, x, given, max_steps=4, **QUIET)
     layers = lora_layers(model)
     assert any(layer.r["default"] != 4 for layer in layers.values())

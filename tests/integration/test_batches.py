@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -169,6 +169,19 @@ def test_custom_forward_gets_the_batch_as_it_was() -> None:
     loader = [Pair(vectors()[0], 3), as_dataclass(TEXTS[0])]
     run(make_mlp(), iter(loader), lora(**CONFIG), forward_fn=forward)
     assert seen == [Pair, Sample]
+
+
+def test_containers_that_cannot_be_made_of_their_parts() -> None:
+    class OfTwo(list):
+        def __init__(self, first: Any, second: Any) -> None:
+            super().__init__([first, second])
+
+    cpu, x = torch.device("cpu"), vectors()[0]
+    mapping = batches.to_device(defaultdict(list, {"x": x, "lists": OfTwo(x, 3)}), cpu)
+    assert type(mapping) is dict
+    assert mapping["x"] is x
+    assert mapping["lists"] == [x, 3]
+    assert type(mapping["lists"]) is list
 
 
 def test_a_generator_is_used_once() -> None:

@@ -26,6 +26,7 @@ from integration.command import runner
 from integration.conftest import (
     lora,
     make_llama,
+    make_mlp,
     run,
     text_batches,
     vectors,
@@ -261,6 +262,17 @@ def test_another_tau_is_judged_by_what_is_known(tmp_path: Path) -> None:
         before = forwards_in(path)
         again = run(make_llama(), text_batches(8), lora(tau=1.0), max_steps=before + 1, **options)
         assert again.forwards == before + 1
+
+
+def test_another_tau_before_any_step(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    few = passes.Case(make_mlp, lambda: vectors(1, rows=5), options={"checkpoint_every": 1})
+    stopped(few, path, 1)
+    assert forwards_in(path) == 1
+    options = {"max_steps": 2, "checkpoint": path}
+    again = run(make_mlp(), few.batches(), lora(tau=0.3), **options)
+    assert again.forwards == 2
+    assert not any(again.converged.values())
 
 
 def test_what_may_differ_does(tmp_path: Path) -> None:

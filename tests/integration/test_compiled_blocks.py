@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 import eva_kernels
+from eva_kernels import EvaRuntimeError
 from integration.conftest import (
     PROJECTIONS,
     QUIET,
@@ -22,6 +24,7 @@ from integration.conftest import (
     same_state,
     state_of,
     text_batches,
+    vectors,
     wrapped,
 )
 
@@ -62,3 +65,23 @@ def test_layers_without_rank_stay_away(tmp_path: Any) -> None:
     assert model.targeted_module_names == names[:1]
     model.save_pretrained(tmp_path)
     assert list(lora_layers(PeftModel.from_pretrained(make_compiled(), tmp_path))) == names[:1]
+
+
+def test_names_that_no_pattern_tells_apart_change_nothing() -> None:
+    """What torch.compile puts into a path may be left out, here of names that are like it."""
+
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.my_orig_mod = nn.ModuleDict({"lin": nn.Linear(16, 16)})
+            self.mylin = nn.Linear(16, 16)
+
+        def forward(self, x: Any) -> Any:
+            return self.mylin(0.3 ** torch.arange(16) * self.my_orig_mod["lin"](x))
+
+    model = wrapped(Alike(), lora())
+    before, config = state_of(model), copy.deepcopy(model.peft_config)
+    with pytest.raises(EvaRuntimeError, match="layer mylin: the rank pattern does not give its"):
+        eva_kernels.initialize(model, vectors(4, features=16), max_steps=4, **QUIET)
+    assert same_state(before, state_of(model))
+    assert model.peft_config == config

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import eva_kernels
-from eva_kernels import EvaResult, EvaValueError
+from eva_kernels import EvaResult, EvaValueError, EvaWarning
 from integration.conftest import (
     Clash,
     lora,
@@ -266,6 +266,22 @@ def test_applied_with_another_config(llama_result: EvaResult) -> None:
     assert {name: layer.r["default"] for name, layer in layers.items()} == llama_result.ranks
     for layer in layers.values():
         assert layer.scaling["default"] == pytest.approx(32 / 4**0.5)
+    few = lora(target_modules=["q_proj"])
+    with pytest.raises(EvaValueError, match="12 unknown layers"):
+        llama_result.apply(make_llama(), few)
+    with pytest.warns(EvaWarning, match="12 unknown layers"):
+        model = llama_result.apply(make_llama(), few, strict=False)
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(model).items()}
+    assert ranks == {n: rank for n, rank in llama_result.ranks.items() if n.endswith("q_proj")}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_applied_to_an_adapter_that_is_not_there(trained: bool, llama_result: EvaResult) -> None:
+    model = wrapped(make_llama(), lora())
+    before = state_of(model)
+    with pytest.raises(EvaValueError, match=r"the model has no .*adapter 'mine'"):
+        llama_result.apply(model, adapter_name="mine", overwrite_trained=trained)
+    assert same_state(before, state_of(model))
 
 
 @pytest.mark.parametrize("anew", [True, False])

@@ -161,6 +161,8 @@ def test_frames_that_layers_see_fewer_of() -> None:
         assert rows is not None
         counts = torch.bincount(rows // count, minlength=3)
         assert counts.tolist() == kept
+        left = TokenMask(torch.ones(3, 16, dtype=torch.bool), mixed=True, sound=mask.flip(1))
+        assert left.rows(torch.Size((3, count, 8)), cpu, "audio_tower.layers.0.fc1") is None
         # of images as many as there are sounds
         assert rule.rows(torch.Size((3, count, 8)), cpu, "vision_tower.layers.0.fc1") is None
     assert rule.rows(torch.Size((5, 8)), cpu, "audio_tower.layers.0.fc1") is None  # packed

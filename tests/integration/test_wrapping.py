@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import eva_kernels
-from eva_kernels import EvaTypeError, EvaValueError
+from eva_kernels import EvaError, EvaTypeError, EvaValueError
 from integration.conftest import (
     QUIET,
     lora,
@@ -152,6 +152,21 @@ def test_what_fails_on_meta_only_is_no_fault(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert seen == [True, False, False]
     assert sum(model.eva_result.ranks.values()) == 4
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, RuntimeError, torch.OutOfMemoryError])
+def test_errors_of_peft_keep_their_kind(kind: type[Exception], monkeypatch: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise kind("too much of it")
+
+    monkeypatch.setattr(import_module("eva_peft.wrapping"), "get_peft_model", fail)
+    model = make_mlp()
+    with untouched(model) as calls:
+        with pytest.raises(kind, match="too much of it") as caught:
+            eva_kernels.initialize(model, vectors(1), lora(target_modules=["0"]), **QUIET)
+        assert not calls
+    told = "PEFT cannot wrap the model with this LoraConfig" in str(caught.value)
+    assert told == isinstance(caught.value, EvaError) == (kind is not torch.OutOfMemoryError)
 
 
 def test_what_other_threads_make_meanwhile_has_contents(monkeypatch: pytest.MonkeyPatch) -> None:
