@@ -128,7 +128,6 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
 
     def _write(self, path: Path) -> None:
         state, tensors = self._collect()
-        self._tried = self.run.forwards
         try:
             write_checkpoint(path, state, tensors)
         except (OSError, SafetensorError) as error:
@@ -137,6 +136,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
                 f"the checkpoint {path} could not be written after {self.run.forwards} forward "
                 f"passes ({error}); the pass goes on, the file stays as it was",
             )
+        self._tried = self.run.forwards
 
     def _collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         run, names = self.run, [t.name for t in self.run.targets]

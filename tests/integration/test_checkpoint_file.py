@@ -265,6 +265,23 @@ def test_an_interrupted_write_leaves_the_file_before(
     same(CASES["gram"].result(checkpoint=path), whole)
 
 
+def test_an_interrupted_write_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, save = tmp_path / "state.safetensors", checkpoint_file.save_file
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupted_once(*args: Any, **kwargs: Any) -> None:
+        for error in interrupts:
+            raise error
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint_file, "save_file", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        CASES["gram"].result(checkpoint=path, checkpoint_every=5)
+    assert checkpoint_file.read_checkpoint(path)[0]["counts"]["forwards"] == 5
+
+
 @pytest.mark.parametrize("error", [OSError, SafetensorError])
 def test_a_full_disk_does_not_cost_the_pass(
     error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult
