@@ -163,9 +163,7 @@ def _values_restored() -> Iterator[list[Callable[[], Any]]]:
 
 
 def _put_back(parameter: nn.Parameter, data: Tensor, grad: Tensor | None) -> None:
-    parameter.grad = None  # it may be of another size than the data now
-    parameter.data = data
-    parameter.grad = grad
+    parameter.data, parameter.grad = data, grad
 
 
 def _put_marks_back(parameter: nn.Parameter, before: dict[str, Any]) -> None:
@@ -215,10 +213,8 @@ class _Writer:
         if self.eva.adjust_scaling_factors:
             alpha = scaled_alpha(self.config, alpha, rank, new_rank)
         weight = layer.lora_A[self.adapter].weight
-        fits = new_rank * len(parts) == weight.shape[0]
-        if not fits or weight.is_meta or weight.is_inference():
-            # what EVA does not write of a layer is drawn as plain LoRA would
-            self._rebuild(layer, new_rank, alpha, drawn=any(rows is None for rows in parts))
+        if new_rank != rank or weight.is_meta or weight.is_inference():
+            self._rebuild(layer, new_rank, alpha)
         base = layer.get_base_layer()
         if isinstance(base, CONVOLUTIONS):
             self._keep_dilation(name, layer, base)
@@ -243,14 +239,13 @@ class _Writer:
         self.dilated.append(name)
         layer.lora_A[self.adapter].dilation = dilation
 
-    def _rebuild(self, layer: LoraLayer, rank: int, alpha: float, drawn: bool) -> None:
+    def _rebuild(self, layer: LoraLayer, rank: int, alpha: float) -> None:
         dtype, mode = self._kind_of(layer)
         parameters_before = dict(layer.named_parameters())
         trainable = {name: p.requires_grad for name, p in parameters_before.items()}
         config = copy(self.config)
-        # PEFT knows no "eva" for convolutions; whatever it draws is overwritten
-        drawn = drawn or isinstance(layer.get_base_layer(), CONVOLUTIONS)
-        config.init_lora_weights = True if drawn else "eva"
+        # what EVA does not write of a layer is drawn as plain LoRA would
+        config.init_lora_weights = True
         base = layer.get_base_layer()
         parameters = list(base.parameters())
         offloaded = bool(parameters) and all(p.is_meta for p in parameters)
@@ -334,7 +329,7 @@ class _Writer:
             if weight is None or not (weight.is_meta or weight.is_inference()):
                 continue
             rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
-            self._rebuild(layer, rank, alpha, drawn=True)
+            self._rebuild(layer, rank, alpha)
             if tied and layer is self.model.get_input_embeddings():
                 for each in tied:
                     self._tie(each, layer)
