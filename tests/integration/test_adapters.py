@@ -401,10 +401,12 @@ def test_all_rows_are_looked_at_in_one_read(
     assert calls == [14]
 
 
-def test_failure_at_the_very_end(llama_result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("again", [False, True])
+def test_failure_at_the_very_end(again: bool, llama_result: Any, monkeypatch: Any) -> None:
     from eva_peft import adapters
 
-    model = wrapped(make_llama())
+    model = llama_result.apply(make_llama()) if again else wrapped(make_llama())
+    marks = [dict(vars(parameter)) for parameter in model.parameters()]
     before, config = state_of(model), copy.deepcopy(model.peft_config["default"])
     names = list(model.targeted_module_names)
 
@@ -418,6 +420,8 @@ def test_failure_at_the_very_end(llama_result: Any, monkeypatch: pytest.MonkeyPa
     assert same_state(before, state_of(model))
     assert model.peft_config["default"] == config
     assert model.targeted_module_names == names
+    assert [vars(parameter) for parameter in model.parameters()] == marks
+    assert any(marks) == again
 
 
 def test_names_that_look_like_wrappers(tmp_path: Any) -> None:

@@ -134,6 +134,10 @@ def test_hooks_of_accelerate_are_run(offloaded: bool) -> None:
     for name in ("own", "own.out_proj"):
         assert lost(result.components[name], rows[name]) < 1e-6
     assert isinstance(model.own.out_proj, nn.Linear)
+    layers = lora_layers(result.apply(model, r=3))
+    for name, key in (("own", "own"), ("own.base_layer.out_proj", "own.out_proj")):
+        weight = layers[name].lora_A["default"].weight
+        assert torch.equal(weight, result.reallocated(r=3).state_dict()[key])
 
 
 def test_projections_have_one_rank_and_reload(tmp_path: Any) -> None:
