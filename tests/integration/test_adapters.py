@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -287,9 +288,11 @@ def test_parameters_of_unchanged_rank_stay_in_the_optimizer(data: list[Any]) -> 
 
 def test_flags_and_modes_of_rebuilt_layers() -> None:
     x = vectors(3, features=16)
-    model = wrapped(Clash(), lora(lora_dropout=0.5)).eval()
+    model = wrapped(Clash(), lora(lora_dropout=0.5))
+    model.add_adapter("other", lora(init_lora_weights=True))
+    model.eval()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_A" not in name and parameter.requires_grad)
+        parameter.requires_grad_("lora_B" in name)
     model = eva_kernels.initialize(model, x, max_steps=3, **QUIET)
     assert len({layer.r["default"] for layer in lora_layers(model).values()}) > 1
     for name, parameter in model.named_parameters():
@@ -300,7 +303,7 @@ def test_flags_and_modes_of_rebuilt_layers() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("way", ["adapters", "meta", "base", "two adapters"])
+@pytest.mark.parametrize("way", ["adapters", "meta", "base", "two adapters", "rows"])
 def test_all_or_nothing(
     error: type[BaseException], way: str, llama_result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,6 +321,10 @@ def test_all_or_nothing(
     parameters = {n: id(p) for n, p in model.named_parameters()}
     original = adapters._Writer.write
     calls: list[str] = []
+    write = llama_result.apply
+    if way == "rows":
+        initialize, rows = eva_kernels.initialize_lora_eva_weights, llama_result.state_dict()
+        write = partial(initialize, eva_state_dict=rows)
 
     def failing(self: Any, name: str, *args: Any) -> None:
         original(self, name, *args)
@@ -328,7 +335,7 @@ def test_all_or_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(adapters._Writer, "write", failing)
         with pytest.raises(error):
-            llama_result.apply(model)
+            write(model)
     assert len(calls) == 9
     after = state_of(model)
     meta = [n for n, v in before.items() if v.is_meta]
