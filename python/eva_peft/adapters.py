@@ -284,7 +284,7 @@ class _Writer:
         """Let parameters be those of before, with their new sizes: an optimizer may hold them."""
         for name, new in list(layer.named_parameters()):
             old = before.get(name)
-            if old is None or old is new or old.is_inference() or old.is_meta:
+            if old is None or old is new or old.is_inference():
                 continue
             if (old.dtype, old.device) != (new.dtype, new.device):
                 continue

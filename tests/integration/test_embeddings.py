@@ -68,6 +68,7 @@ def test_tied_adapters_stay_tied(way: str, targets: Any, tmp_path: Any) -> None:
         target_modules=targets,
         ensure_weight_tying=True,
         rank_pattern={"lm_head": 6, "embed_tokens": 6},
+        alpha_pattern={"lm_head": 5, "embed_tokens": 5},
     )
     if way != "base":
         model = wrapped(model, config, low_cpu_mem_usage=way == "meta")
@@ -98,6 +99,36 @@ def test_tied_adapters_stay_tied(way: str, targets: Any, tmp_path: Any) -> None:
     assert_tied(again)
     ids = batches(1)[0]
     torch.testing.assert_close(again(**ids).logits, model.eval()(**ids).logits)
+
+
+@ties
+@pytest.mark.filterwarnings("ignore:.* the default initialisation:eva_kernels.EvaWarning")
+def test_tied_adapters_are_left_where_trained_and_in_a_failure(monkeypatch: Any) -> None:
+    config = lora(target_modules=TARGETS[1], ensure_weight_tying=True)
+    model = wrapped(make_tied(), config)
+    for trained in (False, True):
+        if trained:
+            torch.nn.init.normal_(adapters(model)[1].lora_B["default"].weight)
+        before = state_of(model)
+        with monkeypatch.context() as patch:
+            patch.setattr("eva_peft.adapters.pattern_of", None)
+            with pytest.raises(TypeError, match="not callable"):
+                eva_kernels.initialize(model, batches(), overwrite_trained=trained, **QUIET)
+        assert same_state(before, state_of(model))
+    eva_kernels.initialize(model, batches(), overwrite_trained=True, **QUIET)
+    after = state_of(model)
+    tied = {n: v for n, v in before.items() if "lm_head" in n or "embed_tokens" in n}
+    assert same_state(tied, {name: after[name] for name in tied})
+
+
+def test_embeddings_of_another_adapter_are_left_to_it() -> None:
+    model = wrapped(make_llama(), lora(target_modules=["q_proj"]))
+    model.add_adapter("other", lora(target_modules=["embed_tokens"], init_lora_weights=True))
+    before = {n: v for n, v in state_of(model).items() if "other" in n}
+    eva_kernels.initialize(model, batches(), max_steps=2, **QUIET)
+    after = state_of(model)
+    assert len(before) == 2
+    assert same_state(before, {name: after[name] for name in before})
 
 
 @ties
