@@ -449,3 +449,24 @@ def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
     result.components["no.such.layer"] = torch.eye(4)
     with pytest.raises(EvaValueError, match=r"1 unknown layers .no\.such\.layer"):
         result.apply(model)
+
+
+def test_a_layer_without_rank_keeps_no_trace_of_the_adapter() -> None:
+    model = wrapped(Clash(), lora(init_lora_weights=True))
+    model.add_adapter("mine", lora(use_dora=True))
+    traces = traces_of(model, "sub.lin", "mine")
+    result = run(Clash(), vectors(4, features=16), lora(), max_steps=4)
+    assert result.ranks["sub.lin"] == 0
+    result.apply(model, adapter_name="mine")
+    assert {"r", "scaling", "lora_A", "lora_B"} < traces
+    assert not traces_of(model, "sub.lin", "mine")
+    assert traces_of(model, "lin", "mine") == traces
+    assert "sub.lin" in lora_layers(model)
+
+
+def traces_of(model: nn.Module, layer: str, adapter: str) -> set[str]:
+    """Return what of a layer has something by the name of an adapter."""
+    own = lora_layers(model)[layer]
+    kinds = (dict, nn.ModuleDict, nn.ParameterDict)
+    books = {**vars(own), **own._modules}.items()
+    return {name for name, book in books if isinstance(book, kinds) and adapter in book}
