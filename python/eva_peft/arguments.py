@@ -92,8 +92,8 @@ def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any, config: Any)
 
 def _may_be_mask(part: Tensor) -> bool:
     """Tell whether a tensor may be a mask: of tokens or of pairs, of ones and zeros or additive."""
-    if part.dim() < 2 or part.dtype == torch.bool:
-        return part.dim() >= 2
+    if part.dim() < 2:
+        return False
     ones = (part == 0) | (part == 1)
     additive = part.is_floating_point() and bool((part <= 0).all())
     return additive or bool(ones.all())
