@@ -152,6 +152,24 @@ def test_same_draw_whatever_the_global_state() -> None:
     assert not torch.equal(drawn(), drawn(seed=1))
 
 
+def test_what_a_draw_depends_on() -> None:
+    def drawn(**changes: int) -> Tensor:
+        found = Draw(**{"limit": 10, "seed": 0, "forward": 0, **changes}).indices(50)
+        assert found is not None
+        assert (found.diff() > 0).all()
+        return found
+
+    others = [{"seed": 1}, {"forward": 1}, {"part": 1}, {"seed": -1}, {"seed": 2**62 + 9}]
+    chosen = [drawn(), *(drawn(**changes) for changes in others)]
+    assert len({tuple(each.tolist()) for each in chosen}) == len(chosen)
+    mask, draw = torch.rand(5, 20) < 0.8, Draw(10, 0, 0)
+    with torch.device("meta"):  # where new tensors are by default
+        kept = draw.subset(mask)
+    assert kept.shape == mask.shape
+    assert int(kept.sum()) == int((kept & mask).sum()) == 10
+    assert torch.equal(drawn(), draw.indices(50))
+
+
 def test_every_token_is_as_likely() -> None:
     counts = torch.zeros(50)
     draws = 4000
