@@ -21,7 +21,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 __all__ = ["EagerExperts", "ExpertWeight", "RoutedInputs", "expert_names", "expert_weights"]
 
 _INDEXING = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
-_SPLITTING = (Tensor.split, torch.split, Tensor.chunk, torch.chunk, torch.tensor_split)
+_SPLITTING = (
+    Tensor.split,
+    torch.split,
+    Tensor.chunk,
+    torch.chunk,
+    Tensor.tensor_split,
+    torch.tensor_split,
+)
 _BATCHED = (torch.bmm, Tensor.bmm)
 _PRODUCTS = (
     functional.linear,
@@ -29,7 +36,6 @@ _PRODUCTS = (
     torch.mm,
     Tensor.matmul,
     Tensor.mm,
-    Tensor.__matmul__,
 )
 
 
@@ -184,7 +190,7 @@ class RoutedInputs(TorchFunctionMode):
             picked = _picked(args)
             if picked is not None and len(picked[1]) == rows:
                 self._tokens[result] = self._composed(*picked)
-            if picked is not None or not _keeps_rows(args, result):
+            if picked is not None or not _is_sliced(args[-1]):
                 return
         for x in args:
             known = self._tokens.get(x) if isinstance(x, Tensor) else None
@@ -216,8 +222,6 @@ def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:
         return None
     across = 1
     if index.dtype == torch.bool:
-        if index.shape != x.shape[: index.dim()]:
-            return None
         index, across = index.flatten().nonzero().flatten(), index.dim()
     if index.dim() != 1 or index.is_floating_point() or across >= x.dim():
         return None
@@ -232,22 +236,20 @@ def _of_the_first_dimension(args: Sequence[Any]) -> tuple[Tensor, Any]:
     if len(args) > 2:  # index_select, whose arguments may be named, in any order
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         x, index = sorted(tensors, key=lambda tensor: not tensor.is_floating_point())[:2]
-        along = next((arg for arg in args if isinstance(arg, int)), 1)
+        along = next(arg for arg in args if isinstance(arg, int))
         return x, index if along % x.dim() == 0 else None
     x, index = args
-    if not isinstance(index, (tuple, list)):
+    if not isinstance(index, tuple):
         return x, index
     parts = [part for part in index if part is not None]
-    whole = all(isinstance(part, slice) and part == slice(None) for part in parts[1:])
-    return x, parts[0] if parts and whole else None
+    sliced = all(isinstance(part, slice) for part in parts[1:])
+    return x, parts[0] if parts and sliced else None
 
 
-def _keeps_rows(args: Sequence[Any], result: Tensor) -> bool:
-    """Tell whether an indexing call takes features only: no slice of all rows reorders them."""
-    x, index = args[0], args[-1]
+def _is_sliced(index: Any) -> bool:
+    """Tell whether an index reorders nothing: what has as many rows as before has the same."""
     parts = index if isinstance(index, tuple) else (index,)
-    sliced = all(part is Ellipsis or isinstance(part, slice) for part in parts)
-    return sliced and result.shape[:-1] == x.shape[:-1]
+    return all(part is Ellipsis or isinstance(part, slice) for part in parts)
 
 
 class EagerExperts(AbstractContextManager[None]):

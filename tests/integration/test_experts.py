@@ -14,7 +14,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import eva_kernels
 from bench.families import FAMILIES
 from eva_kernels import EvaValueError, EvaWarning
-from eva_peft.routing import RoutedInputs
 from integration.conftest import (
     QUIET,
     VOCABULARY,
@@ -330,28 +329,6 @@ def test_masks_follow_samples(how: str) -> None:
         rows = [model.embed(t["input_ids"][here])[t["attention_mask"][here].bool()]
                 for t in texts for here in [t["input_ids"][:, 0] % 2 == one]]  # fmt: skip
         assert lost(result.components[f"languages.{one}"], torch.cat(rows).detach()) < 1e-6
-
-
-def test_what_picks_along_another_dimension_is_not_followed() -> None:
-    called: list[Any] = []
-    routed = RoutedInputs([], lambda *given: called.append(given))
-    x, picked = torch.randn(5, 5, 3), torch.tensor([4, 0, 2, 1, 3])
-    with routed:
-        routed.following = True
-        along = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
-        first = [x[picked], x[picked, :], x[None, picked], x.index_select(0, picked)]
-        first += [x.index_select(-3, picked), torch.index_select(x, index=picked, dim=0)]
-        first += [torch.index_select(dim=0, index=picked, input=x)]
-        none = x[picked < 0]
-        assert all(routed.tokens_of(part) is None for part in along)
-        for part in first:
-            known = routed.tokens_of(part)
-            assert known is not None
-            assert torch.equal(x.reshape(25, 3)[known[0]], part.reshape(25, 3))
-            assert known[1] == 25
-        empty = routed.tokens_of(none)
-        assert empty is not None
-        assert len(empty[0]) == 0
 
 
 def test_a_matrix_as_parameter() -> None:

@@ -1,0 +1,94 @@
+"""What is seen of products with the weights of experts, and of tokens on their way there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from eva_peft.routing import ExpertWeight, RoutedInputs
+
+
+def test_what_picks_along_another_dimension_is_not_followed() -> None:
+    called: list[Any] = []
+    routed = RoutedInputs([], lambda *given: called.append(given))
+    x, picked = torch.randn(5, 5, 3), torch.tensor([4, 0, 2, 1, 3])
+    with routed:
+        routed.following = True
+        along = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
+        along += [x[picked][:, picked], x[picked, :4], x[picked].chunk(5, dim=1)[1]]
+        first = [x[picked], x[picked, :], x[None, picked], x.index_select(0, picked)]
+        first += [x.index_select(-3, picked), torch.index_select(x, index=picked, dim=0)]
+        first += [torch.index_select(dim=0, index=picked, input=x)]
+        none = x[picked < 0]
+        assert all(routed.tokens_of(part) is None for part in along)
+        for part in first:
+            known = routed.tokens_of(part)
+            assert known is not None
+            assert torch.equal(x.reshape(25, 3)[known[0]], part.reshape(25, 3))
+            assert known[1] == 25
+        empty = routed.tokens_of(none)
+        assert empty is not None
+        assert len(empty[0]) == 0
+
+
+def test_products_are_seen_whatever_they_are_written_as() -> None:
+    called: list[Any] = []
+    weight, x = torch.randn(3, 5, 4), torch.randn(2, 4)
+    weights = [(i + 10, ExpertWeight(weight, i)) for i in range(3)]
+    linear, turned = nn.functional.linear, weight[1].T
+    with RoutedInputs(weights, lambda *given: called.append(given)):
+        products = [linear(x, weight[1]), torch.matmul(x, turned), torch.mm(x, turned)]
+        products += [x.matmul(turned), x.mm(turned), x @ turned]
+    assert [(layer, id(given)) for layer, given in called] == [(11, id(x))] * len(products)
+
+    called.clear()
+    weights = [(i + 10, ExpertWeight(weight, i, transposed=True)) for i in range(3)]
+    parts = torch.randn(3, 2, 5)
+    with RoutedInputs(weights, lambda *given: called.append(given)):
+        torch.bmm(parts, weight)
+        parts.bmm(weight)
+        parts[:2].bmm(weight[:2])  # not those of all experts
+    assert [layer for layer, _ in called] == [10, 11, 12] * 2
+    assert all(torch.equal(given, parts[layer - 10]) for layer, given in called)
+
+
+def test_products_with_other_parts_of_a_parameter_are_not_seen() -> None:
+    called: list[int] = []
+    weight, x = torch.randn(100)[4:52].view(3, 4, 4), torch.randn(2, 4)  # behind other things
+    weights = [(i + 10, ExpertWeight(weight, i)) for i in (0, 2)]
+    turned = [(i + 20, ExpertWeight(weight, i, transposed=True)) for i in (0, 2)]
+    for watched in (weights, turned):
+        routed = RoutedInputs(watched, lambda layer, given: called.append(layer))
+        with routed:
+            x @ weight[1]  # nobody asked for that one
+            x @ weight[0][:2].T
+            x @ weight.view(12, 4)[1:5]
+            torch.bmm(torch.randn(3, 2, 4), weight.mT)
+            assert (called, routed.backwards) == ([], set())
+            x @ weight[2] if watched is turned else x @ weight[2].T
+        assert (called.pop(), routed.backwards) == (watched[1][0], set())
+
+
+def test_parts_are_followed_whatever_they_are_cut_with() -> None:
+    x, order = torch.randn(6, 3), torch.tensor([4, 0, 2, 1, 3, 5])
+    routed = RoutedInputs([], lambda *given: None)
+    with routed:
+        routed.following = True
+        rows = x[order]
+        cuts = [rows.split([2, 4]), torch.split(rows, 2), rows.chunk(3), torch.chunk(rows, 3)]
+        for parts in [*cuts, rows.tensor_split([2]), torch.tensor_split(rows, 3)]:
+            known = [routed.tokens_of(part) for part in parts]
+            assert torch.equal(torch.cat([k[0] for k in known if k is not None]), order)
+            assert {k[1] for k in known if k is not None} == {6}
+        again = [
+            routed.tokens_of(part) for part in (rows[2:4][..., 1:], rows[order[:4]][order[1:3]])
+        ]
+        features = routed.tokens_of(rows[:, 1:])
+    assert again[0] is None
+    assert again[1] is not None
+    assert torch.equal(again[1][0], order[order[:4]][order[1:3]])
+    assert again[1][1] == 6
+    assert features is not None
+    assert torch.equal(features[0], order)
