@@ -431,6 +431,26 @@ def test_the_config_that_is_applied_says_whether_rows_are_whitened(llama_result:
             torch.testing.assert_close(norms, values**-0.5 if whitened else torch.ones(len(norms)))
 
 
+def test_rows_along_which_nothing_varies_are_not_divided(llama_result: EvaResult) -> None:
+    result = copy.deepcopy(llama_result)
+    name = next(name for name, rank in result.ranks.items() if rank > 1)
+    result.singular_values[name][1] = 0
+    rows, plain = (result.state_dict(whiten)[name] for whiten in (True, False))
+    assert torch.equal(rows[1], plain[1])
+    assert not torch.equal(rows[0], plain[0])
+
+
+def test_some_layers_are_enough_where_that_is_said(llama_result: EvaResult) -> None:
+    model = wrapped(make_llama(), lora(target_modules=["q_proj"]))
+    with pytest.raises(EvaValueError, match="unknown layers"):
+        llama_result.apply(model)
+    with pytest.warns(EvaWarning, match="12 unknown layers"):
+        llama_result.apply(model, strict=False)
+    state = llama_result.state_dict()
+    for name, layer in lora_layers(model).items():
+        assert torch.equal(layer.lora_A["default"].weight, state[name])
+
+
 def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
     result = run(make_llama(), text_batches(3), lora(r=1, rho=8.0), max_steps=3)
     none = [name for name, rank in result.ranks.items() if not rank]

@@ -227,6 +227,18 @@ def test_magnitudes_of_a_failed_write_come_back(monkeypatch: pytest.MonkeyPatch)
     assert same_state(before, state_of(model))
 
 
+def test_the_adapter_that_is_written_is_looked_at() -> None:
+    model = fresh()
+    model.add_adapter("second", lora(**CONFIG))
+    for name, parameter in model.named_parameters():
+        if "lora_B.second" in name:
+            nn.init.ones_(parameter)
+    result = run(make_mlp(), vectors(), lora(**CONFIG))
+    with pytest.raises(EvaValueError, match="'second' has been trained"):
+        result.apply(model, adapter_name="second")
+    result.apply(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_untrained_magnitudes_are_no_training(dtype: torch.dtype, tmp_path: Any) -> None:
     model = dora(dtype)
