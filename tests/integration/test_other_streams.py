@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
     LEDConfig,
     LEDForConditionalGeneration,
     Llama4ForCausalLM,
@@ -97,6 +100,29 @@ def test_a_decoder_that_is_given_states() -> None:
     given = torch.cat([b["encoder_hidden_states"][mask.bool()] for b in texts])
     assert lost(found.components[name], given) < 1e-6
     assert lost(found.components[query], layer_inputs(model, texts, [query])[query]) < 1e-6
+
+
+def test_gpt2_as_a_decoder() -> None:
+    torch.manual_seed(0)
+    decoder = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**SIZE), decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    model, texts = EncoderDecoderModel(config=config).eval(), text_batches(4)
+    for batch, other in zip(texts, text_batches(4, seed=3, labels=True), strict=True):
+        batch["labels"] = other["labels"]  # as long as the input on purpose
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(other["labels"])
+    cross = "decoder.transformer.h.0.crossattention."
+    names = [f"{cross}c_attn", f"{cross}q_attn"]  # keys and values, and queries
+    masks = [lambda b: b["attention_mask"].bool(), lambda b: b["labels"] != -100]
+    found = run(
+        model, texts, lora(tau=1.0, target_modules=names), method="gram", max_steps=4
+    ).components
+    for name, mask in zip(names, masks, strict=True):
+        seen = [layer_inputs(model, [b], [name], masked=False)[name] for b in texts]
+        rows = [x[mask(b).flatten()] for x, b in zip(seen, texts, strict=True)]
+        assert lost(found[name], torch.cat(rows)) < 1e-6, name
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
