@@ -26,6 +26,8 @@ _READS_QUERIES = re.compile(
     r"perceiver|resampler|pixel_decoder|pixel_level_module\.decoder"
     r"|qformer.*(crossattention\.(attention\.query|output)|(intermediate|output)_query)"
 )
+# Parts that read text themselves, so that what their cross attention reads beside it is none.
+_IN_TEXT = re.compile(r"text_(model|encoder|decoder|layers)|language_model|gated_cross_attn")
 _READS_SOUND = re.compile(r"audio|speech|sound|acoustic|semantic_tokenizer")
 
 
@@ -39,6 +41,7 @@ class LayerKind(NamedTuple):
     in_encoder: bool
     in_decoder: bool
     in_qformer: bool
+    in_text: bool
     in_projector: bool
 
 
@@ -60,5 +63,6 @@ def kind_of_layer(name: str, prefixes: tuple[str, ...] = ()) -> LayerKind:
         in_encoder="encoder" in name,
         in_decoder="decoder" in name,
         in_qformer="qformer" in name,
+        in_text=bool(_IN_TEXT.search(name)),
         in_projector=bool(_PROJECTOR.search(name)),
     )

@@ -192,6 +192,10 @@ class TokenMask:
             # text only where what stands beside it has a mask, too: LXMERT's cross attention reads
             # either, by the same layers
             return [] if self.beside is None else [("beside", self.beside), main]
+        decodes = self.encoder_decoder and layer.in_decoder  # what an encoder has made of text
+        across = layer.in_text and layer.reads_encoder and not decodes
+        if self.mixed and self.media and across:
+            return []
         if not self.encoder_decoder:
             return [main, decoder]
         if layer.reads_encoder or (layer.in_encoder and not layer.in_decoder):

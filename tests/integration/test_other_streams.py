@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     GPT2Config,
@@ -123,6 +125,47 @@ def test_gpt2_as_a_decoder() -> None:
         seen = [layer_inputs(model, [b], [name], masked=False)[name] for b in texts]
         rows = [x[mask(b).flatten()] for x, b in zip(seen, texts, strict=True)]
         assert lost(found[name], torch.cat(rows)) < 1e-6, name
+
+
+def blip(make: type[nn.Module], **labels: Tensor) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Return a model, and batches with texts that are as long as images have patches: 17."""
+    torch.manual_seed(0)
+    small = {k: v for k, v in SIZE.items() if k.startswith(("hidden", "inter", "num"))}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "pad_token_id": 0}
+    config = BlipConfig(
+        text_config={**SIZE, **special, "encoder_hidden_size": 32},
+        vision_config={**small, "image_size": 16, "patch_size": 4},
+        projection_dim=16,
+    )
+    texts = text_batches(4, length=17)
+    for batch in texts:
+        batch["attention_mask"][0] = 1  # so that none is cut
+    return make(config).eval(), [
+        {**batch, "pixel_values": torch.randn(4, 3, 16, 16), **labels} for batch in texts
+    ]
+
+
+def check_streams(
+    model: nn.Module, batches: list[dict[str, Tensor]], given: dict[str, Tensor], text: list[str],
+    others: list[str],
+) -> None:  # fmt: skip
+    """The rows of some layers are those that the texts' mask keeps, of others all."""
+    names = [*text, *others]
+    found = run(
+        model, batches, lora(tau=1.0, target_modules=names), method="gram", max_steps=4
+    ).components
+    for name in names:
+        seen = [layer_inputs(model, [{**b, **given}], [name], masked=False)[name] for b in batches]
+        masks = [b["attention_mask"].bool().flatten() for b in batches]
+        rows = [x[m] if name in text else x for x, m in zip(seen, masks, strict=True)]
+        assert lost(found[name], torch.cat(rows)) < 1e-6, name
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_cross_attention_to_images_of_as_many_patches_as_tokens() -> None:
+    model, batches = blip(BlipForConditionalGeneration)
+    cross = "text_decoder.bert.encoder.layer.1.crossattention.self"
+    check_streams(model, batches, {}, [f"{cross}.query"], [f"{cross}.key", f"{cross}.value"])
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")

@@ -357,6 +357,21 @@ def test_an_encoder_decoder_s_layers_by_other_names() -> None:
         assert len(rows) == count
 
 
+def test_cross_attention_beside_images() -> None:
+    """A part that reads text looks at images; one that reads images may look at text."""
+    text = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    rule = TokenMask(text, mixed=True, media=True)
+    images, texts = (
+        "language_model.layers.1.cross_attn.k_proj",
+        "detr_encoder.layers.0.cross_attn.k_proj",
+    )
+    shape, cpu = torch.Size((2, 4, 8)), torch.device("cpu")
+    assert rule.rows(shape, cpu, images) is None
+    rows = rule.rows(shape, cpu, texts)
+    assert rows is not None
+    assert rows.tolist() == [0, 1, 2, 4]
+
+
 def test_interleaved_streams() -> None:
     """A Decision Transformer's layers see three tokens a time step."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
