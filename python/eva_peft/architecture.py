@@ -35,6 +35,7 @@ _SEE_PADDING = frozenset(
 # Models that read text and images (or entities) as one sequence; the batch has a mask of the text.
 _TEXT_FIRST = frozenset(["layoutlmv3", "luke", "mluke", "udop", "vilt", "visual_bert"])
 _TEXT_LAST = frozenset(["cpmant", "flava", "git"])  # CPM-Ant has learnt prompts in front
+_BOTH = ("encoder", "decoder")
 # Methods that tell how many frames a model of speech makes of samples or of spectra.
 _FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
 
@@ -53,6 +54,7 @@ class Architecture:
         apart: what the names begin with of parts that have a loss, and tokens, of their own.
         takes_decoder_ids: it can be given the decoder's tokens (or spectra), or make them of
             labels.
+        answers: a decoder of text follows an encoder of text, of which the config does not tell.
         frame_lengths: what may tell how many frames are made of sound.
     """
 
@@ -63,6 +65,7 @@ class Architecture:
     needs_labels: bool = False
     apart: tuple[str, ...] = ()
     takes_decoder_ids: bool = False
+    answers: bool = False
     frame_lengths: tuple[FrameLengths, ...] = ()
 
     @property
@@ -72,7 +75,9 @@ class Architecture:
         A model of images and text may have this said of its text only.
         """
         configs = (self.config, getattr(self.config, "text_config", None))
-        return any(bool(getattr(config, "is_encoder_decoder", False)) for config in configs)
+        return self.answers or any(
+            bool(getattr(config, "is_encoder_decoder", False)) for config in configs
+        )
 
     @property
     def text_in_qformer(self) -> bool:
@@ -128,6 +133,7 @@ def architecture_of(model: nn.Module) -> Architecture:
         needs_labels=bool(apart) or _parameter(base, "labels") is inspect.Parameter.empty,
         apart=apart,
         takes_decoder_ids=not inner or any(map(_takes_decoder_ids, inner.values())),
+        answers=any(map(_answers, inner.values())),
         frame_lengths=tuple(_frame_lengths(model)),
     )
 
@@ -176,6 +182,12 @@ def _takes_decoder_ids(model: nn.Module) -> bool:
     made = hasattr(model, "prepare_decoder_input_ids_from_labels")
     taken = ("decoder_input_ids", "decoder_input_values")  # tokens, or spectra
     return made or any(_parameter(model, name) is not ... for name in taken)
+
+
+def _answers(model: nn.Module) -> bool:
+    """Tell whether a decoder of text follows an encoder of text, as in BLIP's that answers."""
+    both = all(isinstance(getattr(model, f"text_{part}", None), nn.Module) for part in _BOTH)
+    return both and _parameter(model, "decoder_input_ids") is not ...
 
 
 def _taught_apart(inner: dict[str, nn.Module]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from transformers import (
     BertLMHeadModel,
     BlipConfig,
     BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     GPT2Config,
@@ -166,6 +167,19 @@ def test_cross_attention_to_images_of_as_many_patches_as_tokens() -> None:
     model, batches = blip(BlipForConditionalGeneration)
     cross = "text_decoder.bert.encoder.layer.1.crossattention.self"
     check_streams(model, batches, {}, [f"{cross}.query"], [f"{cross}.key", f"{cross}.value"])
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_blip_that_answers() -> None:
+    answers = torch.randint(3, VOCABULARY, (4, 17))
+    model, batches = blip(BlipForQuestionAnswering, labels=answers)
+    asks, tells = (
+        f"text_{part}.layer.1.crossattention.self"
+        for part in ("encoder.encoder", "decoder.bert.encoder")
+    )
+    text = [f"{asks}.query", f"{tells}.key", f"{tells}.value"]
+    others = [f"{asks}.key", f"{tells}.query"]
+    check_streams(model, batches, {"decoder_input_ids": answers}, text, others)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
