@@ -129,7 +129,6 @@ class Interrupts(AbstractContextManager["Interrupts"]):
             handler = signal.getsignal(number)
             if handler == self._note:
                 continue
-            self._handlers.pop(number, None)
             if callable(handler):  # one of Python's, which may raise
                 self._handlers[number] = handler
                 signal.signal(number, self._note)

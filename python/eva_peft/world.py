@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._peft_compat import SWITCHABLE, base_of
+from ._peft_compat import SWITCHABLE
 from .architecture import configs_of
 from .errors import EvaRuntimeError
 from .interrupts import temporarily
@@ -84,7 +84,6 @@ class _Process:
 
     def _begin(self, this: object) -> None:
         if not self._passes:
-            self._switch_on()  # if that failed the last time
             self._switch_off()
         self._passes.add(this)
 
@@ -125,7 +124,7 @@ def claimed(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         EvaRuntimeError: one is running.
     """
-    return _PROCESS.claimed(base_of(model))
+    return _PROCESS.claimed(model)
 
 
 def quiet_model(model: nn.Module) -> AbstractContextManager[None]:
@@ -168,7 +167,7 @@ class _Quiet:
                 module.training = mode
             for layer, flag in self._adapters:
                 layer._disable_adapters = flag
-            for config, value in reversed(self._caches):
+            for config, value in reversed(self._caches):  # one may show what another one has
                 with suppress(AttributeError, TypeError):  # frozen, and so as it was
                     config.use_cache = value
         finally:

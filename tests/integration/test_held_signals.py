@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -80,6 +81,66 @@ def test_a_signal_before_all_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("entered")
     monkeypatch.undo()
     assert all_are_back()
+
+
+def test_a_signal_while_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, sent = signal.signal, []
+
+    def signal_and_send(number: int, handler: Any) -> Any:
+        before = original(number, handler)
+        if not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+        return before
+
+    with pytest.raises(Came), Interrupts():
+        monkeypatch.setattr(signal, "signal", signal_and_send)
+    monkeypatch.undo()
+    assert sent
+    assert all_are_back()
+
+
+def test_a_signal_before_all_are_held_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, reached = signal.signal, []
+
+    def signal_and_send(number: int, handler: Any) -> Any:
+        before = original(number, handler)
+        if signal.getsignal(signal.SIGTERM) is fail:
+            signal.raise_signal(signal.SIGTERM)
+        return before
+
+    def send(interrupts: Interrupts) -> None:
+        with pytest.raises(Came), interrupts.let_through():
+            monkeypatch.setattr(signal, "signal", signal_and_send)
+        monkeypatch.undo()
+        for number in NUMBERS:
+            signal.raise_signal(number)
+        reached.append("together again")
+
+    with pytest.raises(Came), Interrupts() as interrupts:
+        send(interrupts)
+    assert reached
+    assert all_are_back()
+
+
+def test_a_handler_that_is_set_meanwhile_stays() -> None:
+    def own(number: int, frame: Any) -> None:
+        pass
+
+    with Interrupts():
+        signal.signal(signal.SIGTERM, own)
+    assert signal.getsignal(signal.SIGTERM) is own
+
+
+def test_other_threads_hold_nothing() -> None:
+    def held() -> bool:
+        with Interrupts() as interrupts, interrupts.let_through():
+            pass
+        with Interrupts():
+            return not all_are_back()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(held).result()
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])

@@ -350,3 +350,13 @@ def test_two_claims_at_once() -> None:
         thread.join()
     assert sorted(told) == ["refused"] * 7 + ["runs"]
     assert not world._PROCESS._claims
+
+
+def test_of_two_claims_the_first_holds() -> None:
+    """Also where the second comes while the first looks for others."""
+    process, first, second = world._Process(), object(), object()
+    modules = frozenset([1, 2])
+    process._claims = {first: modules, second: modules}
+    process._claim(first, modules)
+    with pytest.raises(eva_kernels.EvaRuntimeError, match="another calibration pass"):
+        process._claim(second, modules)

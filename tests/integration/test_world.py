@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -315,11 +316,11 @@ def test_a_pass_on_a_part_of_a_model_is_refused() -> None:
     assert run(model.model, iter(text_batches(1)), lora()).forwards == 1
 
 
-@pytest.mark.parametrize("shared", [nn.GELU(), nn.Dropout()])
+@pytest.mark.parametrize("shared", [nn.GELU(), nn.Dropout(), nn.PReLU()])
 def test_models_may_share_an_activation_alone(shared: nn.Module) -> None:
     one, other = (nn.Sequential(nn.Linear(8, 8), shared) for _ in range(2))
     data, ran = [torch.randn(40, 8)], []
-    refused = isinstance(shared, nn.Dropout)  # its mode is the other pass's
+    refused = not isinstance(shared, nn.GELU)  # its mode, or weights, are the other pass's
 
     def again(numbers: Any) -> None:
         with pytest.raises(EvaRuntimeError) if refused else nullcontext():
@@ -327,6 +328,32 @@ def test_models_may_share_an_activation_alone(shared: nn.Module) -> None:
 
     run(one, iter(data), lora(target_modules=["0"]), callback=again)
     assert ran == ([] if refused else [40])
+
+
+def test_what_was_off_before_stays_off() -> None:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        run(make_mlp(), iter(vectors(1)), lora())
+        assert not torch.backends.mha.get_fastpath_enabled()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_config_that_shows_the_cache_of_another() -> None:
+    class Composite:
+        def __init__(self, inner: Any) -> None:
+            object.__setattr__(self, "inner", inner)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            setattr(self.inner, name, value)
+
+    outer, inner = nn.Sequential(nn.Linear(20, 20)), SimpleNamespace(use_cache=True)
+    outer.config, outer[0].config = Composite(inner), inner
+    run(outer, iter(vectors(1)), lora(target_modules=["0"]))
+    assert inner.use_cache
 
 
 def test_weights_that_are_not_there() -> None:
