@@ -76,6 +76,18 @@ def test_state_dict_is_its_own(llama_result: EvaResult, tmp_path: Path) -> None:
         assert llama_result.components[name].any()
 
 
+def test_tensors_of_any_layout_are_saved(llama_result: EvaResult, tmp_path: Path) -> None:
+    result = copy.deepcopy(llama_result)
+    one, other, *_, last = result.components
+    result.components[other] = result.components[one][:3]  # in the same memory
+    result.components[last] = result.components[last].T.contiguous().T
+    path = tmp_path / "folder" / "of a folder" / "eva.safetensors"
+    result.save(path)
+    loaded = EvaResult.load(path)
+    for name, rows in result.components.items():
+        assert torch.equal(loaded.components[name], rows)
+
+
 def test_applied_elsewhere(llama_result: EvaResult, texts: list[Any], tmp_path: Path) -> None:
     llama_result.save(tmp_path / "eva.safetensors")
     loaded = EvaResult.load(tmp_path / "eva.safetensors")
@@ -189,11 +201,20 @@ def test_a_changed_byte_is_told(share: float, llama_result: EvaResult, tmp_path:
     assert str(path) in str(caught.value)
 
 
-def test_changed_text_is_told(llama_result: EvaResult, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        (b'\\"skipped_tokens\\": 0', b'\\"skipped_tokens\\": 7'),
+        (b'k_proj\\": \\"components.', b'x_proj\\": \\"components.'),
+    ],
+)
+def test_changed_text_is_told(
+    part: bytes, other: bytes, llama_result: EvaResult, tmp_path: Path
+) -> None:
     path = tmp_path / "eva.safetensors"
     llama_result.save(path)
     content = path.read_bytes()
-    changed = content.replace(b'\\"skipped_tokens\\": 0', b'\\"skipped_tokens\\": 7')
+    changed = content.replace(part, other)
     assert changed != content
     path.write_bytes(changed)
     with pytest.raises(EvaValueError, match="damaged: its contents do not match"):
@@ -408,11 +429,23 @@ def test_memory_budget_chooses_the_method() -> None:
         run(model, text_batches(1), lora(), memory_budget=least - 1)
 
 
-def test_summary_and_files(llama_result: EvaResult, tmp_path: Path) -> None:
-    text = llama_result.summary()
-    assert "total rank 56 over 14 layers" in text
-    assert "q_proj" in text
-    assert f"{llama_result.forwards} forward passes, {llama_result.tokens} tokens" in text
+def test_summary_and_files(llama_result: EvaResult) -> None:
+    result = dataclasses.replace(
+        llama_result,
+        ranks={"a.0.up": 0, "a.1.up": 2, "a.2.up": 1, "head": 1},
+        explained_variance_ratio=dict.fromkeys(["a.0.up", "a.1.up"], torch.tensor([0.5, 0.25, 0.2]))
+        | dict.fromkeys(["a.2.up", "head"], torch.tensor([0.125, 0.1])),
+        in_features={"a.0.up": 8, "a.1.up": 32, "a.2.up": 16, "head": 4},
+        converged={"a.0.up": True, "a.1.up": False, "a.2.up": True, "head": True},
+        uncalled=["idle"],
+    )
+    lines = result.summary().splitlines()
+    assert lines[1].split() == ["up", "3", "32", "0-2", "12.5%"]
+    assert lines[2].split() == ["head", "1", "4", "1-1", "12.5%"]
+    assert lines[4] == "total rank 4 over 4 layers, 1 of them without an adapter"
+    counts = f"{result.forwards} forward passes, {result.tokens} tokens"
+    assert lines[5] == f"3 of 4 layers converged after {result.steps} steps, {counts}"
+    assert lines[-1] == "never called, default initialisation: idle"
 
 
 def test_results_are_compared_by_identity_and_shown_in_a_line(llama_result: Any) -> None:

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -350,10 +351,41 @@ def test_a_config_that_shows_the_cache_of_another() -> None:
         def __setattr__(self, name: str, value: Any) -> None:
             setattr(self.inner, name, value)
 
-    outer, inner = nn.Sequential(nn.Linear(20, 20)), SimpleNamespace(use_cache=True)
+    outer: Any = nn.Sequential(nn.Linear(20, 20))
+    inner = SimpleNamespace(use_cache=True)
     outer.config, outer[0].config = Composite(inner), inner
     run(outer, iter(vectors(1)), lora(target_modules=["0"]))
     assert inner.use_cache
+
+
+def test_a_config_that_cannot_be_changed() -> None:
+    @dataclass(frozen=True)
+    class Frozen:
+        use_cache: bool = True
+
+    model: Any = make_mlp()
+    model.config = Frozen()
+    assert run(model, iter(vectors(1)), lora()).forwards == 1
+
+
+def test_all_random_states_are_put_back() -> None:
+    def states() -> list[Any]:
+        _, keys, *array = np.random.get_state()
+        return [random.getstate(), keys.tolist(), array, torch.get_rng_state().tolist()]
+
+    def forward(model: Any, batch: Any) -> None:
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        drawn.append(states())
+        model(batch)
+
+    model, data, drawn = make_mlp(), iter(vectors(1)), []
+    before = states()
+    run(model, data, lora(), forward_fn=forward)
+    assert all(now != then for now, then in zip(drawn[0][2:], before[2:], strict=True))
+    assert drawn[0][0] != before[0]
+    assert states() == before
 
 
 def test_weights_that_are_not_there() -> None:
