@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import eva_kernels
 from eva_kernels import EvaError, EvaTypeError, EvaValueError
+from eva_peft._peft_compat import matches_target, resolved_config
 from integration.conftest import (
     QUIET,
     lora,
@@ -399,3 +400,22 @@ def test_parameters_alone_bring_the_modules_that_peft_adapts_by_itself() -> None
     ends = {name.split(".", 3)[-1] for name in model.eva_result.ranks}
     assert ends == {"self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj.weight"}
     assert len(model.eva_result.ranks) == len(lora_layers(model)) == 6
+
+
+@pytest.mark.parametrize(
+    ("task", "heads"),
+    [
+        (TaskType.TOKEN_CLS, ["classifier", "score"]),
+        ("QUESTION_ANS", ["qa_outputs"]),
+        (None, []),
+    ],
+)
+def test_heads_of_a_task_are_trained_whole(task: Any, heads: list[str]) -> None:
+    """And the config that is given stays as it was."""
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("body", "classifier", "qa_outputs")})
+    config = lora(task_type=task, target_modules="all-linear", modules_to_save=["norm"])
+    before = copy.deepcopy(config)
+    found = resolved_config(model, config)
+    assert config == before
+    assert found.modules_to_save == ["norm", *heads]
+    assert [n for n in model if matches_target(found, n)] == [n for n in model if n not in heads]
