@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,13 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import eva_kernels
 from eva_kernels import EvaError, EvaTypeError, EvaValueError
-from eva_peft._peft_compat import matches_target, resolved_config
+from eva_peft._peft_compat import (
+    adapters_not_moved,
+    exclude_layers,
+    matches_parameter,
+    matches_target,
+    resolved_config,
+)
 from integration.conftest import (
     QUIET,
     lora,
@@ -413,9 +420,36 @@ def test_parameters_alone_bring_the_modules_that_peft_adapts_by_itself() -> None
 def test_heads_of_a_task_are_trained_whole(task: Any, heads: list[str]) -> None:
     """And the config that is given stays as it was."""
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("body", "classifier", "qa_outputs")})
-    config = lora(task_type=task, target_modules="all-linear", modules_to_save=["norm"])
+    config = lora(task_type=task, target_modules="All-Linear", modules_to_save=["norm"])
     before = copy.deepcopy(config)
     found = resolved_config(model, config)
     assert config == before
     assert found.modules_to_save == ["norm", *heads]
     assert [n for n in model if matches_target(found, n)] == [n for n in model if n not in heads]
+
+
+@pytest.mark.parametrize(
+    ("before", "out", "kept"),
+    [
+        ("(?i)q_.*", ["Q_proj", "a.b"], ["x.q_proj", "a_b", "x.a.b"]),
+        (["nor.m"], ["nor.m", "x.nor.m", "a.b"], ["xnor.m", "nor_m"]),
+        (None, ["a.b"], ["a_b"]),
+    ],
+)
+def test_what_was_left_out_stays_so(before: Any, out: list[str], kept: list[str]) -> None:
+    pattern = exclude_layers(lora(exclude_modules=before), ["a.b"])
+    assert [n for n in [*out, *kept] if re.fullmatch(pattern, n)] == out  # as PEFT matches it
+
+
+def test_a_parameter_is_asked_for_by_its_whole_name() -> None:
+    config = lora(target_parameters=["proj"])
+    names = ["proj", "a.proj", "up_proj", "proj.a"]
+    assert [n for n in names if matches_parameter(config, n)] == names[:2]
+
+
+def test_a_layer_moves_its_adapters_again_afterwards() -> None:
+    layer = next(iter(lora_layers(wrapped(make_mlp(), lora())).values()))
+    before = {*vars(layer)}
+    with adapters_not_moved(layer):
+        assert {*vars(layer)} - before
+    assert {*vars(layer)} == before
