@@ -1,4 +1,4 @@
-"""Positional batches by the names that ``forward`` has for their parts."""
+"""What of a batch goes to ``forward``: by which names, as one argument, or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eva_peft.arguments import by_name
+from eva_kernels import EvaTypeError, EvaValueError
+from eva_peft.arguments import as_one_argument, by_name, check_known
+from integration.conftest import make_llama
 
 IDS = 3 + torch.arange(8).reshape(2, 4)
 MASK = torch.ones(2, 4, dtype=torch.long)
@@ -104,3 +106,33 @@ def test_positional_parts(case: str, kind: Any) -> None:
         assert {name: id(part) for name, part in found.items()} == {
             name: id(part) for name, part in wanted.items()
         }
+
+
+def of_features(features: dict[str, Any], scale: float = 1.0) -> None: ...
+
+
+def test_a_mapping_is_one_argument_where_no_name_of_it_is_known() -> None:
+    model: Any = nn.Module()
+    model.forward = of_features
+    batch = {"input_ids": IDS}
+    assert as_one_argument(batch, model) is batch
+    refused = [(model, b) for b in ({"features": IDS, "more": IDS}, (IDS, IDS), IDS)]
+    for each, other in [*refused, (nn.Sequential(), batch)]:
+        with pytest.raises(EvaTypeError, match="pass forward_fn"):
+            as_one_argument(other, each)
+
+
+def test_errors_are_explained_where_no_name_is_known() -> None:
+    own, model = KeyError("mine"), make_llama()
+    with pytest.raises(EvaTypeError, match=r"names \['mine'\].*it failed with KeyError"):
+        check_known({"mine": IDS}, model, own)
+    plain: Any = nn.Module()
+    plain.forward = of_text
+    known = EvaValueError("ours"), torch.OutOfMemoryError("full")
+    for names, of, error in (
+        (["mine", "input_ids"], model, own),
+        ([], model, own),
+        (["mine"], plain, own),
+        *((["mine"], model, error) for error in known),
+    ):
+        check_known(dict.fromkeys(names), of, error)  # it may be about something else
