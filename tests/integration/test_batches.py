@@ -7,7 +7,7 @@ import itertools
 import weakref
 from collections import defaultdict, namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +43,12 @@ class Stream(IterableDataset):
 class Sample:
     input_ids: Tensor
     attention_mask: Tensor
+
+
+@dataclass
+class Derived:
+    x: Tensor
+    size: int = field(init=False, default=0)
 
 
 class Endless:
@@ -182,6 +188,17 @@ def test_containers_that_cannot_be_made_of_their_parts() -> None:
     assert mapping["x"] is x
     assert mapping["lists"] == [x, 3]
     assert type(mapping["lists"]) is list
+    assert batches.to_device(Derived(x), cpu).x is x
+    assert batches.shape_of({"number": torch.tensor(3), "x": x}) == (40, 20)
+
+
+@pytest.mark.parametrize("kind", ["bool", "uint8", "int16", "float64"])
+def test_arrays_keep_their_kind(kind: str) -> None:
+    found = batches.as_tensors({"x": np.ones((2, 3), kind), "text": np.array(["a", "b"])})
+    assert found["x"].dtype == getattr(torch, kind)
+    assert isinstance(found["text"], np.ndarray)
+    nested = batches.as_tensors({"pixels": [[[0.5, 1.0]], [[1.5, 2.0]]]})["pixels"]
+    assert nested.shape == (2, 1, 2)
 
 
 def test_a_generator_is_used_once() -> None:
