@@ -13,8 +13,10 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 import eva_kernels
+from eva_peft.targets import find_targets
 from integration.conftest import (
     QUIET,
+    Clash,
     hooks_of,
     layer_inputs,
     lora,
@@ -201,3 +203,24 @@ def test_options_are_keyword_only() -> None:
         kinds = [p.kind for p in inspect.signature(fn).parameters.values()]
         assert kinds[:3] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 3
         assert inspect.Parameter.POSITIONAL_OR_KEYWORD not in kinds[3:]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ranks", "alphas"),
+    [
+        ({}, {}, {}),
+        ({"r": 6}, dict.fromkeys(("lin", "sub.lin", "sub.other", "head"), 6), {}),
+        ({"rank_pattern": {"lin": 3, "^head": 2}}, {"lin": 3, "sub.lin": 3, "head": 2}, {}),
+        ({"lora_alpha": 5}, {}, dict.fromkeys(("lin", "sub.lin", "sub.other", "head"), 5)),
+        ({"alpha_pattern": {"^lin": 3}}, {}, {"lin": 3}),
+    ],
+)
+@pytest.mark.parametrize("adapted", [True, False])
+def test_sizes_are_those_of_the_config(
+    adapted: bool, fields: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float]
+) -> None:
+    model = wrapped(Clash(), lora(lora_alpha=8)) if adapted else Clash()
+    targets = find_targets(model, lora(**{"lora_alpha": 8, **fields}), "default")
+    names = ["lin", "sub.lin", "sub.other", "head"]
+    assert {t.name: t.rank for t in targets} == {**dict.fromkeys(names, 4), **ranks}
+    assert {t.name: t.alpha for t in targets} == {**dict.fromkeys(names, 8), **alphas}
