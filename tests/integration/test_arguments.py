@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    LlamaForCausalLM,
+)
 
 from eva_kernels import EvaTypeError, EvaValueError
 from eva_peft.arguments import as_one_argument, by_name, check_known
-from integration.conftest import make_llama
+from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
 IDS = 3 + torch.arange(8).reshape(2, 4)
 MASK = torch.ones(2, 4, dtype=torch.long)
@@ -21,6 +26,8 @@ TYPES = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
 PLACES = torch.arange(4).expand(2, 4)
 ADDITIVE = torch.zeros(2, 4, 4).masked_fill(torch.ones(4, 4).tril() == 0, -torch.inf)
 VALUES = torch.linspace(0.1, 0.8, 8).reshape(2, 4)
+TEXTS = text_batches(4)
+CONFIG = {"target_modules": ["0", "2"], "tau": 1.0}
 
 
 def of_text(
@@ -136,3 +143,178 @@ def test_errors_are_explained_where_no_name_is_known() -> None:
         *((["mine"], model, error) for error in known),
     ):
         check_known(dict.fromkeys(names), of, error)  # it may be about something else
+
+
+class Around(LlamaForCausalLM):
+    """Its ``forward`` tells no names that it takes, or not all of them."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__(make_llama().config)
+        self.error = error
+
+    def forward(self, flag: bool = False, **inputs: Any) -> Any:
+        raise self.error or AssertionError
+
+
+class Decorated(Around):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.error or AssertionError
+
+
+def test_errors_of_models_that_hand_any_name_on() -> None:
+    config = lora(target_modules=["q_proj"])
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    for kind in (Around, Decorated):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory on cpu"):
+            run(kind(full), TEXTS, config)
+    with pytest.raises(KeyError, match="mine"):
+        run(Decorated(KeyError("mine")), TEXTS, config)
+    with pytest.raises(TypeError, match=r"names .*\(it failed with KeyError\('mine'\)\). Let"):
+        run(Around(KeyError("mine")), TEXTS, config)
+
+
+class FailsLater(Around):
+    """It hands on any name, and fails once it has run."""
+
+    def forward(self, flag: bool = False, **inputs: Any) -> Any:
+        error, self.error = self.error, KeyError("mine")
+        return LlamaForCausalLM.forward(self, **inputs) if error is None else super().forward()
+
+
+def test_names_that_a_model_has_taken_once_are_known() -> None:
+    with pytest.raises(KeyError, match="mine"):
+        run(FailsLater(None), TEXTS, lora(target_modules=["q_proj"]))
+
+
+class WithMask(nn.Module):
+    """Takes a mask after the input, as models of timm do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_mlp()
+        self.seen: list[Tensor | None] = []
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.seen.append(mask)
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        torch.arange(40) % 4,
+        torch.rand(40),
+        torch.rand(40, 1),
+        torch.rand(40, 4) + 0.1,
+        torch.arange(40)[:, None] % 4,
+    ],
+)
+def test_targets_are_no_masks(target: Tensor) -> None:
+    model, config = WithMask(), lora(target_modules=["body.0", "body.2"], tau=1.0)
+    result = run(model, iter([(x, target) for x in vectors()]), config, method="gram")
+    assert model.seen == [None] * 8
+    expected = run(make_mlp(), iter(vectors()), lora(**CONFIG), method="gram")
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[f"body.{name}"])
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.ones(40, 20, dtype=torch.long).tril(),
+        torch.ones(40, 20).bool(),
+        torch.zeros(40, 20).masked_fill(torch.eye(40, 20).bool(), -torch.inf),
+    ],
+)
+def test_masks_are_masks(mask: Tensor) -> None:
+    model = WithMask()
+    run(model, iter([(x, mask) for x in vectors()]), lora(target_modules=["body.0"]))
+    assert all(seen is mask for seen in model.seen)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("input_ids", "labels"),
+        ("input_ids", "attention_mask", "labels"),
+        ("input_ids", "attention_mask", "copy"),
+        ("input_ids", "attention_mask", "class"),
+    ],
+)
+def test_labels_in_a_tuple(parts: tuple[str, ...]) -> None:
+    texts = text_batches(4, labels=True)
+    for batch in texts:
+        batch["labels"][:, :5] = -100
+        batch["copy"], batch["class"] = batch["input_ids"].clone(), torch.arange(4) % 2
+    seen: list[Any] = []
+    model, config = make_llama(), lora(tau=1.0, target_modules=["q_proj"])
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append({k for k, v in kwargs.items() if v is not None} | {"args"[len(args) :]})
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    loader = [tuple(batch[key] for key in parts) for batch in texts]
+    result = run(model, iter(loader), config, method="gram", early_exit=False)
+    handle.remove()
+    kept = ["input_ids", *[p for p in parts if p in ("attention_mask", "labels")]]
+    expected = run(make_llama(), iter([{k: b[k] for k in kept} for b in texts]), config)
+    assert result.tokens == expected.tokens
+    assert all("position_ids" not in names for names in seen)
+
+
+@pytest.mark.parametrize("third", ["class of each", "types"])
+def test_labels_of_tokens_are_no_types(third: str) -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = BertConfig(**size, num_attention_heads=2, num_labels=5)  # of two types
+    seen: list[Any] = []
+    model = BertForTokenClassification(config)
+    model.bert.embeddings.token_type_embeddings.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    texts = text_batches(2, padded=False)
+    marks = torch.arange(24).expand(4, 24) % (5 if third == "class of each" else 2)
+    loader = [(b["input_ids"], b["attention_mask"], marks) for b in texts]
+    run(model, iter(loader), lora(target_modules=["query"]))
+    assert [bool(types.any()) for types in seen] == [third == "types"] * 2
+
+
+def test_token_ids_that_are_not_collated_are_no_labels() -> None:
+    with pytest.raises((IndexError, TypeError, ValueError, RuntimeError)):
+        run(make_llama(), iter([list(torch.arange(24).reshape(3, 8) + 1)]), lora())
+
+
+class OfOne(nn.Module):
+    """Takes a mapping, as a SentenceTransformer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_llama()
+
+    def forward(self, features: dict[str, Tensor], **kwargs: Any) -> dict[str, Any]:
+        return {**features, "out": self.body(**features)}
+
+
+def test_a_mapping_as_the_one_argument() -> None:
+    texts, config = text_batches(4), lora(target_modules=["q_proj"], tau=1.0)
+    result = run(OfOne(), iter(texts), config, method="gram")
+    expected = run(make_llama(), iter(texts), config, method="gram")
+    assert result.tokens == expected.tokens
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[f"body.{name}"])
+
+
+def test_batches_that_forward_does_not_take() -> None:
+    class OfTwo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(20, 4)
+
+        def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+            return self.lin(sample)
+
+    model, config = OfTwo(), lora(target_modules=["lin"])
+    for batch, told in (({"pixel_values": vectors()[0]}, "pixel_v"), (vectors()[0], "its values")):
+        with pytest.raises(EvaTypeError, match=rf"{told}.*OfTwo.forward\(.*pass forward_fn"):
+            run(model, iter([batch]), config)
+    assert not model.lin._forward_pre_hooks

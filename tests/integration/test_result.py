@@ -13,24 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import eva_kernels
-from eva_kernels import EvaResult, EvaValueError, EvaWarning
+from eva_kernels import EvaResult, EvaValueError
 from integration.conftest import (
     Clash,
     lora,
-    lora_layers,
     make_llama,
     make_mlp,
     output_of,
     perturb_b,
     run,
-    same_state,
-    state_of,
     text_batches,
     vectors,
     wrapped,
@@ -268,43 +265,6 @@ def test_allocated_anew(llama_result: EvaResult) -> None:
         llama_result.reallocated(min_rank=9)
 
 
-def test_applied_with_another_allocation(llama_result: EvaResult) -> None:
-    model = llama_result.apply(make_llama(), r=2)
-    layers = lora_layers(model)
-    assert sum(layer.r["default"] for layer in layers.values()) == 28
-    assert model.peft_config["default"].r == 2
-    assert model.eva_result.base_ranks == dict.fromkeys(llama_result.ranks, 2)
-    assert model.peft_config["default"].lora_alpha == 4
-    for layer in layers.values():  # alpha / r of the pass, wherever the rank went
-        assert layer.scaling["default"] == pytest.approx(8 / 4)
-    model = llama_result.apply(make_llama(), min_rank=1)
-    assert len(lora_layers(model)) == 14
-
-
-def test_applied_with_another_config(llama_result: EvaResult) -> None:
-    model = llama_result.apply(make_llama(), lora(lora_alpha=32, use_rslora=True))
-    layers = lora_layers(model)
-    assert {name: layer.r["default"] for name, layer in layers.items()} == llama_result.ranks
-    for layer in layers.values():
-        assert layer.scaling["default"] == pytest.approx(32 / 4**0.5)
-    few = lora(target_modules=["q_proj"])
-    with pytest.raises(EvaValueError, match="12 unknown layers"):
-        llama_result.apply(make_llama(), few)
-    with pytest.warns(EvaWarning, match="12 unknown layers"):
-        model = llama_result.apply(make_llama(), few, strict=False)
-    ranks = {name: layer.r["default"] for name, layer in lora_layers(model).items()}
-    assert ranks == {n: rank for n, rank in llama_result.ranks.items() if n.endswith("q_proj")}
-
-
-@pytest.mark.parametrize("trained", [True, False])
-def test_applied_to_an_adapter_that_is_not_there(trained: bool, llama_result: EvaResult) -> None:
-    model = wrapped(make_llama(), lora())
-    before = state_of(model)
-    with pytest.raises(EvaValueError, match=r"the model has no .*adapter 'mine'"):
-        llama_result.apply(model, adapter_name="mine", overwrite_trained=trained)
-    assert same_state(before, state_of(model))
-
-
 @pytest.mark.parametrize("anew", [True, False])
 def test_budget_in_parameters(anew: bool, llama_result: EvaResult, texts: list[Any]) -> None:
     if anew:
@@ -452,74 +412,3 @@ def test_results_are_compared_by_identity_and_shown_in_a_line(llama_result: Any)
     assert llama_result == llama_result
     assert llama_result != copy.copy(llama_result)
     assert re.fullmatch(r"EvaResult\(14 layers, \d+ tokens, \d+ steps\)", repr(llama_result))
-
-
-def test_the_config_that_is_applied_says_whether_rows_are_whitened(llama_result: Any) -> None:
-    for config in (lora(whiten=True), lora()):
-        model = llama_result.apply(make_llama(), config)
-        for name, layer in lora_layers(model).items():
-            norms = layer.lora_A["default"].weight.detach().norm(dim=1)
-            values = llama_result.singular_values[name][: len(norms)]
-            whitened = config.eva_config.whiten
-            torch.testing.assert_close(norms, values**-0.5 if whitened else torch.ones(len(norms)))
-
-
-def test_rows_along_which_nothing_varies_are_not_divided(llama_result: EvaResult) -> None:
-    result = copy.deepcopy(llama_result)
-    name = next(name for name, rank in result.ranks.items() if rank > 1)
-    result.singular_values[name][1] = 0
-    rows, plain = (result.state_dict(whiten)[name] for whiten in (True, False))
-    assert torch.equal(rows[1], plain[1])
-    assert not torch.equal(rows[0], plain[0])
-
-
-def test_some_layers_are_enough_where_that_is_said(llama_result: EvaResult) -> None:
-    model = wrapped(make_llama(), lora(target_modules=["q_proj"]))
-    with pytest.raises(EvaValueError, match="unknown layers"):
-        llama_result.apply(model)
-    with pytest.warns(EvaWarning, match="12 unknown layers"):
-        llama_result.apply(model, strict=False)
-    state = llama_result.state_dict()
-    for name, layer in lora_layers(model).items():
-        assert torch.equal(layer.lora_A["default"].weight, state[name])
-
-
-def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
-    result = run(make_llama(), text_batches(3), lora(r=1, rho=8.0), max_steps=3)
-    none = [name for name, rank in result.ranks.items() if not rank]
-    assert none
-    model = result.apply(make_llama())
-    before = state_of(model)
-    result.apply(model)
-    assert same_state(before, state_of(model))
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
-    assert same_state(before, state_of(result.apply(again)))
-    result.ranks[none[0]] = 1  # wants an adapter that is gone
-    with pytest.raises(EvaValueError, match=f"1 unknown layers .{none[0]}"):
-        result.apply(model)
-    result.ranks = {**result.ranks, none[0]: 0, "no.such.layer": 0}
-    result.components["no.such.layer"] = torch.eye(4)
-    with pytest.raises(EvaValueError, match=r"1 unknown layers .no\.such\.layer"):
-        result.apply(model)
-
-
-def test_a_layer_without_rank_keeps_no_trace_of_the_adapter() -> None:
-    model = wrapped(Clash(), lora(init_lora_weights=True))
-    model.add_adapter("mine", lora(use_dora=True))
-    traces = traces_of(model, "sub.lin", "mine")
-    result = run(Clash(), vectors(4, features=16), lora(), max_steps=4)
-    assert result.ranks["sub.lin"] == 0
-    result.apply(model, adapter_name="mine")
-    assert {"r", "scaling", "lora_A", "lora_B"} < traces
-    assert not traces_of(model, "sub.lin", "mine")
-    assert traces_of(model, "lin", "mine") == traces
-    assert "sub.lin" in lora_layers(model)
-
-
-def traces_of(model: nn.Module, layer: str, adapter: str) -> set[str]:
-    """Return what of a layer has something by the name of an adapter."""
-    own = lora_layers(model)[layer]
-    kinds = (dict, nn.ModuleDict, nn.ParameterDict)
-    books = {**vars(own), **own._modules}.items()
-    return {name for name, book in books if isinstance(book, kinds) and adapter in book}
