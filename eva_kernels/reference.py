@@ -118,7 +118,7 @@ def convergence(
         before, now = before.double(), now.double()
         norms = before.norm(dim=1) * now.norm(dim=1)
         cosine = (before * now).sum(1).abs() / norms.clamp_min(torch.finfo(torch.float64).tiny)
-        cosine = torch.where(norms.isnan(), norms, cosine).float()
+        cosine = cosine.float()
         similarity.append(cosine)
         unconverged.append((~(cosine[:rank] >= tau)).sum())
     if not similarity:
