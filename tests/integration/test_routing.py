@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,6 +18,7 @@ def test_what_picks_along_another_dimension_is_not_followed() -> None:
     with routed:
         routed.following = True
         along = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
+        along += [x.index_select(np.int64(1), picked)]
         along += [x[picked][:, picked], x[picked, :4], x[picked].chunk(5, dim=1)[1]]
         first = [x[picked], x[picked, :], x[None, picked], x.index_select(0, picked)]
         first += [x.index_select(-3, picked), torch.index_select(x, index=picked, dim=0)]
