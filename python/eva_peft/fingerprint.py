@@ -185,7 +185,7 @@ def _sample(module: nn.Module) -> str:
 
 
 def _elements(weight: Any) -> list[float] | None:
-    if not isinstance(weight, Tensor):
+    if not isinstance(weight, Tensor) or not weight.numel():
         return None
     index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
     try:

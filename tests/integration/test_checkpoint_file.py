@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from eva_kernels import EvaResult, EvaTypeError, EvaValueError, EvaWarning
 from eva_peft import checkpoint_file, files
 from eva_peft.checkpoint_file import checksum, read_checkpoint, write_checkpoint
+from eva_peft.fingerprint import SAMPLES, _elements
 from integration.conftest import (
     Clash,
     hooks_of,
@@ -149,6 +150,14 @@ def test_a_model_without_config_and_with_hidden_weights(tmp_path: Path) -> None:
     meta._hf_hook = object()  # as accelerate's, which brings the weights of an offloaded model
     with pytest.raises(EvaValueError, match=r"model: Clash in the file, Sequential now"):
         run(meta, never_iterated(), lora(), checkpoint=path)
+
+
+def test_a_weight_of_no_size_is_hidden_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sharded model; division by its size is an error on a CPU alone."""
+    size = Tensor.__mod__
+    monkeypatch.setattr(Tensor, "__mod__", lambda x, n: size(x, n.clamp_min(1)))
+    assert _elements(torch.empty(0)) is None
+    assert _elements(torch.full((2, 3), 4.0)) == [4.0] * SAMPLES
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.999])
