@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture
-from .errors import EvaTypeError, EvaValueError
+from .errors import EvaTypeError, EvaValueError, listed
 from .media_masks import is_of_images
 
 __all__ = [
@@ -49,8 +49,8 @@ def iterate(loader: Iterable[Any], useful: Callable[[], bool] = lambda: True) ->
     """
     if isinstance(loader, Mapping):  # whose iteration gives names
         raise EvaTypeError(
-            f"the loader is a mapping with the names {list(loader)}; pass [batch] where that is a "
-            "batch, and one of its parts where it holds data sets"
+            f"the loader is a mapping with the names {listed(map(repr, loader))}; pass [batch] "
+            "where that is a batch, and one of its parts where it holds data sets"
         )
     try:
         epoch = iter(loader)

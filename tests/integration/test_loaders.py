@@ -175,6 +175,12 @@ def test_interrupted_passes_end_their_workers() -> None:
     assert caught.tb is not None  # although the traceback lives
 
 
+def test_samples_by_their_number_are_no_loader() -> None:
+    samples = dict.fromkeys(range(99), text_batches(1)[0])
+    with pytest.raises(EvaTypeError, match=r"a mapping with the names 0, 1, .*, 7 and 91 more;"):
+        run(make_llama(), samples, lora())
+
+
 def test_more_mappings() -> None:
     texts = text_batches(3)
     expected = reference(texts)
