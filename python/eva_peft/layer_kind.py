@@ -21,6 +21,8 @@ _READS_NO_TEXT = re.compile(
 )
 # Of these, what may be around text as well, in a batch that has neither sound nor images.
 _PROJECTOR = re.compile(r"(^|\.)projector\b")
+# Keys and values of images that look at text are text, though, whatever is in their names.
+_READS_TEXT = re.compile(r"\bcross_modal_image_layers\..*\bcrossattention\.self\.(key|value)$")
 # Learnt queries, as many whatever the batch, or several levels of patches one after another.
 _READS_QUERIES = re.compile(
     r"perceiver|resampler|pixel_decoder|pixel_level_module\.decoder"
@@ -57,7 +59,7 @@ def kind_of_layer(name: str, prefixes: tuple[str, ...] = ()) -> LayerKind:
         name = name.removeprefix(prefix)
     return LayerKind(
         reads_encoder=bool(_READS_ENCODER.search(name)),
-        reads_no_text=bool(_READS_NO_TEXT.search(name)),
+        reads_no_text=bool(_READS_NO_TEXT.search(name)) and not _READS_TEXT.search(name),
         reads_sound=bool(_READS_SOUND.search(name)),
         reads_queries=bool(_READS_QUERIES.search(name)),
         in_encoder="encoder" in name,

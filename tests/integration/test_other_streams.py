@@ -13,6 +13,8 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForQuestionAnswering,
+    BridgeTowerConfig,
+    BridgeTowerModel,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     GPT2Config,
@@ -22,6 +24,8 @@ from transformers import (
     Llama4TextConfig,
     LongformerConfig,
     LongformerModel,
+    Sam3Config,
+    Sam3Model,
 )
 
 import eva_kernels
@@ -128,6 +132,15 @@ def test_gpt2_as_a_decoder() -> None:
         assert lost(found[name], torch.cat(rows)) < 1e-6, name
 
 
+def with_images(length: int, size: int) -> list[dict[str, Tensor]]:
+    """Return batches of padded texts, the first of each whole, and of images."""
+    torch.manual_seed(0)
+    texts = text_batches(4, length=length)
+    for batch in texts:
+        batch["attention_mask"][0] = 1  # so that none is cut
+    return [{**batch, "pixel_values": torch.randn(4, 3, size, size)} for batch in texts]
+
+
 def blip(make: type[nn.Module], **labels: Tensor) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     """Return a model, and batches with texts that are as long as images have patches: 17."""
     torch.manual_seed(0)
@@ -138,12 +151,7 @@ def blip(make: type[nn.Module], **labels: Tensor) -> tuple[nn.Module, list[dict[
         vision_config={**small, "image_size": 16, "patch_size": 4},
         projection_dim=16,
     )
-    texts = text_batches(4, length=17)
-    for batch in texts:
-        batch["attention_mask"][0] = 1  # so that none is cut
-    return make(config).eval(), [
-        {**batch, "pixel_values": torch.randn(4, 3, 16, 16), **labels} for batch in texts
-    ]
+    return make(config).eval(), [{**batch, **labels} for batch in with_images(17, 16)]
 
 
 def check_streams(
@@ -180,6 +188,51 @@ def test_blip_that_answers() -> None:
     text = [f"{asks}.query", f"{tells}.key", f"{tells}.value"]
     others = [f"{asks}.key", f"{tells}.query"]
     check_streams(model, batches, {"decoder_input_ids": answers}, text, others)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_images_that_look_at_text_and_text_that_looks_at_images() -> None:
+    batches = with_images(17, 16)  # as many patches as tokens
+    small = {k: v for k, v in SIZE.items() if k.startswith(("hidden", "inter", "num"))}
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
+    config = BridgeTowerConfig(**small, text_config=SIZE, vision_config=vision)
+    text, images = (
+        [f"cross_modal_{stream}_layers.1.crossattention.self.{n}" for n in ("key", "value")]
+        for stream in ("image", "text")
+    )
+    check_streams(BridgeTowerModel(config).eval(), batches, {}, text, images)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_prompts_of_what_is_to_be_found_in_images() -> None:
+    batches = with_images(16, 56)  # as many patches as tokens
+    small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    layered = {**small, "num_layers": 1}
+    backbone = {
+        "model_type": "sam3_vit_model", **small, "num_hidden_layers": 2, "image_size": 56,
+        "window_size": 2, "global_attn_indexes": [1], "pretrain_image_size": 28,
+    }  # fmt: skip
+    config = Sam3Config(
+        vision_config={
+            "backbone_config": backbone,
+            "fpn_hidden_size": 32,
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        },
+        text_config={"model_type": "clip_text_model", **SIZE, "projection_dim": 16},
+        geometry_encoder_config=layered,
+        detr_encoder_config=layered,
+        detr_decoder_config={**layered, "num_queries": 10},
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 4},
+    )
+    decoder = "detr_decoder.layers.0."
+    text, images = (
+        [f"{reader}cross_attn.{n}_proj" for reader in readers for n in "kv"]
+        for readers in (
+            ["detr_encoder.layers.0.", f"{decoder}text_", "mask_decoder.prompt_"],
+            [f"{decoder}vision_"],
+        )
+    )
+    check_streams(Sam3Model(config).eval(), batches, {}, text, images)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
