@@ -396,7 +396,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def _accumulate(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         target = self.targets[i]
-        self.current = target.name
+        self.current, self.routed.aside = target.name, True
         try:
             if self.selectors[i] is None and target.patches is None:  # nearly always
                 used = slot.stream.add(self._matrix(target, x), self._masked_rows(x, target.name))
@@ -405,6 +405,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 used = sum(slot.stream.add(part, rows) for part, rows in chosen)
         except NonFiniteError as error:
             raise self._explained(target.name, error) from None
+        finally:
+            self.routed.aside = False
         self.tokens, self.current = max(self.tokens, used), None
 
     def _matrix(self, target: Target, x: Tensor) -> Tensor:

@@ -89,13 +89,17 @@ class RoutedInputs(TorchFunctionMode):
     Args:
         weights: the experts to watch, by the index of their layer.
         called: ``f(layer, x)`` before a product of x, (..., D), with a layer's weight.
+
+    Attributes:
+        following: tokens are followed.
+        aside: what is computed now is no part of the model, and passes unseen.
     """
 
     def __init__(
         self, weights: Iterable[tuple[int, ExpertWeight]], called: Callable[[int, Tensor], None]
     ) -> None:
         super().__init__()
-        self.following = False
+        self.following = self.aside = False
         self.backwards: set[int] = set()  # layers with x @ W where LoRA's A faces the output of W
         self._called = called
         self._parameters: dict[int, list[tuple[ExpertWeight, dict[int, int]]]] = {}
@@ -128,6 +132,8 @@ class RoutedInputs(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.aside:
+            return func(*args, **kwargs)
         given = (*args, *kwargs.values())
         if self._parameters and func in _PRODUCTS:
             x, weight = given[:2]

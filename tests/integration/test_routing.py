@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from eva_kernels.streaming import InputStream
 from eva_peft.routing import ExpertWeight, RoutedInputs
+from integration.conftest import lora, make_llama, run, text_batches
 
 
 def test_what_picks_along_another_dimension_is_not_followed() -> None:
@@ -94,3 +97,25 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
     assert again[1][1] == 6
     assert features is not None
     assert torch.equal(features[0], order)
+
+
+def test_what_is_computed_of_layer_inputs_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no part of the model, and most of what is computed in the first forward pass."""
+    within, seen = [False], []
+    add, follow = InputStream.add, RoutedInputs._follow
+
+    def noted_add(*given: Any) -> int:
+        within[0] = True
+        used = add(*given)
+        within[0] = False
+        return used
+
+    def noted_follow(*given: Any) -> None:
+        seen.append(within[0])
+        follow(*given)
+
+    monkeypatch.setattr(InputStream, "add", noted_add)
+    monkeypatch.setattr(RoutedInputs, "_follow", noted_follow)
+    run(make_llama(), iter(text_batches(1)), lora(), method="sketch")
+    assert seen
+    assert not any(seen)
