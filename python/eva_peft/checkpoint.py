@@ -174,6 +174,11 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             raise EvaValueError(f"the checkpoint {path} is of no use: {error}; {REMEDY}") from error
         except KeyError as error:
             raise EvaValueError(f"the checkpoint {path} lacks {error}; {REMEDY}") from error
+        except (AttributeError, TypeError) as error:
+            raise EvaValueError(
+                f"the checkpoint {path} holds something else than this version writes ({error}); "
+                f"{REMEDY}"
+            ) from error
         if told:
             raise EvaValueError(
                 f"the checkpoint {path} belongs to another pass: {in_words(told)}. "

@@ -241,6 +241,13 @@ def test_a_part_is_missing(path: Path) -> None:
     refused(path, "lacks 'alone'")
 
 
+@pytest.mark.parametrize("part", ["slots", "fingerprint", "counts"])
+def test_a_part_is_of_another_kind(part: str, path: Path) -> None:
+    state, tensors = read_checkpoint(path)
+    write_checkpoint(path, {**state, part: None}, {k: v.clone() for k, v in tensors.items()})
+    refused(path, r"holds something else than this version writes \(.*NoneType")
+
+
 def test_it_is_plain_data(path: Path) -> None:
     with safe_open(str(path), framework="pt") as file:
         state = json.loads(file.metadata()["state"])
