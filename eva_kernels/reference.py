@@ -117,8 +117,8 @@ def convergence(
     for before, now, rank in zip(previous, current, ranks, strict=True):
         before, now = before.double(), now.double()
         norms = before.norm(dim=1) * now.norm(dim=1)
-        cosine = (before * now).sum(1).abs() / norms.clamp_min(torch.finfo(torch.float64).tiny)
-        cosine = cosine.float()
+        norms = norms.clamp_min(torch.finfo(torch.float64).tiny)
+        cosine = ((before * now).sum(1).abs() / norms).float()
         similarity.append(cosine)
         unconverged.append((~(cosine[:rank] >= tau)).sum())
     if not similarity:

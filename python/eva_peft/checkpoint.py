@@ -54,9 +54,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
 
     def __init__(self, run: CalibrationPass) -> None:
         self.run, self.done, self.elapsed = run, False, 0.0
-        given = run.options.checkpoint
-        if run.processes is not None and not run.processes.leads:
-            given = None
+        given = run.options.checkpoint if run.leads else None
         # Through links, so that what is replaced is the file and not the link.
         self.path = None if given is None else Path(os.path.realpath(given))
         self._between = True  # no forward pass is under way
