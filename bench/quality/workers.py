@@ -48,11 +48,15 @@ class Workers:
     ) -> None:
         if self._pool is None:
             return
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        children: set[BaseProcess] = set()
         if kind is not None:  # the pool by itself would first end what its processes have fetched
-            for child in set(multiprocessing.active_children()) - self._others:
-                child.terminate()
-                child.join()
+            children = set(multiprocessing.active_children()) - self._others
+        for child in children:
+            child.terminate()
+        # its thread waits for them, if it was begun: of two who do, one is told of no end
+        self._pool.shutdown(cancel_futures=True)
+        for child in children:
+            child.join()
 
     def ahead(self, keys: Sequence[Key], make: Make) -> Make:
         """Return ``f(key)`` for ``Rows.make``: all keys from the first that is asked for are begun.
