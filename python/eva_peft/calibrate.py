@@ -138,19 +138,19 @@ class CalibrationPass:
         self.began = time.perf_counter()
         self.keeper.open()
         self.began -= self.keeper.elapsed
-        together = self.processes
-        with nullcontext() if together is None else together.interrupts:
-            return self._run(loader, together)
+        processes = self.processes
+        with nullcontext() if processes is None else processes.together.interrupts:
+            return self._run(loader, processes)
 
-    def _run(self, loader: Iterable[Any], together: Processes | None) -> EvaResult:
+    def _run(self, loader: Iterable[Any], processes: Processes | None) -> EvaResult:
         memory = PeakMemory(self.device)
         self.bar = bar_of(self)
         if self.leads:
             log_plan(self.model, self.targets, self.eva.rho, self.options, self.device)
         try:
             with self.collector, memory:
-                if together is not None:
-                    done = together.loop(self, loader)
+                if processes is not None:
+                    done = processes.loop(self, loader)
                 else:
                     with self.keeper:
                         done = self._loop(loader)
@@ -158,8 +158,8 @@ class CalibrationPass:
         finally:
             completed(self.collector.remove)  # again: Ctrl-C may come right as the block is left
             self.bar.close()
-        if together is not None:
-            return together.result(lambda: self._result(done, memory))
+        if processes is not None:
+            return processes.result(lambda: self._result(done, memory))
         return self._result(done, memory)
 
     def fold_rest(self) -> None:

@@ -142,13 +142,12 @@ class Processes:
 
     Attributes:
         together: them, with what goes wrong in one of them.
-        interrupts: around the pass; it is told of them between its steps.
         size, leads: of the group, and whether this process leads.
     """
 
     def __init__(self, group: Any) -> None:
         self.together = Together(group)
-        self._channel, self.interrupts = self.together.channel, self.together.interrupts
+        self._channel = self.together.channel
         self.size, self.leads = self._channel.size, self._channel.leads
         self._exchange = Exchange(self.together)
         self._seen = 0  # tokens of all processes

@@ -25,10 +25,10 @@ def empty_history() -> dict[str, list[Any]]:
 
 def bar_of(run: CalibrationPass) -> Any:
     """Return the bar of a pass, which shows how many layers have converged."""
-    together = run.processes
+    processes = run.processes
     return tqdm(
         total=len(run.targets),
-        desc="EVA" if together is None else f"EVA, {together.size} processes",
+        desc="EVA" if processes is None else f"EVA, {processes.size} processes",
         unit="layer",
         leave=False,
         disable=not (run.options.progress and run.leads),

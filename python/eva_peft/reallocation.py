@@ -90,10 +90,16 @@ def _scaled(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float
 def _sizes(result: EvaResult, config: LoraConfig, r: int) -> dict[str, Any]:
     """Return the fields of the config that say how large the adapters are, for r everywhere."""
     default = _scaled(config, config.lora_alpha, config.r, r)
-    before = {k: _scaled(config, a, config.r, r) for k, a in config.alpha_pattern.items()}
+    ranks = config.rank_pattern
+    before = {
+        key: _scaled(config, alpha, ranks.get(key, config.r), r)
+        for key, alpha in config.alpha_pattern.items()
+    }
+    for key, rank in ranks.items():  # of layers that no pass reads, as embeddings, these speak
+        before.setdefault(key, _scaled(config, config.lora_alpha, rank, r))
     alphas = {result.owners.get(name, [name])[0]: alpha for name, alpha in result.alphas.items()}
     for name in result.uncalled:
-        rank = pattern_value(config.rank_pattern, name, config.r)
+        rank = pattern_value(ranks, name, config.r)
         alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
         alphas[name] = _scaled(config, alpha, rank, r)
     own = {

@@ -87,17 +87,29 @@ class Unread(nn.Module):
         return self.lin(self.embed(ids))
 
 
+@pytest.mark.parametrize(
+    ("embed", "before"),
+    [
+        ({"alpha_pattern": 3}, 3 / 4),
+        ({"rank_pattern": 6}, 12 / 6),
+        ({"rank_pattern": 6, "alpha_pattern": 3}, 3 / 6),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.* default initialisation:eva_peft.errors.EvaWarning")
-def test_layers_without_components_keep_their_scaling_too() -> None:
+def test_layers_without_components_keep_their_scaling_too(
+    embed: dict[str, int], before: float
+) -> None:
     names = ["embed", "lin", "spare"]
-    patterns = {"rank_pattern": {"spare": 6}, "alpha_pattern": {"spare": 5, "embed": 3}}
+    patterns = {"rank_pattern": {"spare": 6}, "alpha_pattern": {"spare": 5}}
+    for pattern, value in embed.items():
+        patterns[pattern]["embed"] = value
     config = lora(lora_alpha=12, target_modules=names, **patterns)
     result = run(Unread(), [torch.arange(9)], config, max_steps=2)
     done = result.apply(Unread(), r=2).base_model.model
     layers = {name: done.get_submodule(name) for name in names}
     assert {name: layer.r["default"] for name, layer in layers.items()} == dict.fromkeys(names, 2)
     scaling = {name: layer.scaling["default"] for name, layer in layers.items()}
-    assert scaling == pytest.approx({"embed": 3 / 4, "lin": 12 / 4, "spare": 5 / 6})
+    assert scaling == pytest.approx({"embed": before, "lin": 12 / 4, "spare": 5 / 6})
 
 
 def test_alpha_may_be_kept_instead() -> None:
