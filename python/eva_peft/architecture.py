@@ -94,7 +94,8 @@ class Architecture:
     def sees_padding(self) -> bool:
         """Whether tokens depend on how much padding there is."""
         wraps = "reformer" in self.kinds and not getattr(self.config, "is_decoder", False)
-        return wraps or bool(self.kinds & _SEE_PADDING)
+        # BLIP's decoder gives the padding of what is asked a weight: it adds a mask of booleans
+        return wraps or self.answers or bool(self.kinds & _SEE_PADDING)
 
     @property
     def text_first(self) -> bool | None:

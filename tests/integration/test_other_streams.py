@@ -177,16 +177,19 @@ def test_cross_attention_to_images_of_as_many_patches_as_tokens() -> None:
     check_streams(model, batches, {}, [f"{cross}.query"], [f"{cross}.key", f"{cross}.value"])
 
 
+@pytest.mark.parametrize("length", [17, 9])
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_blip_that_answers() -> None:
-    answers = torch.randint(3, VOCABULARY, (4, 17))
+def test_blip_that_answers(length: int) -> None:
+    answers = torch.randint(3, VOCABULARY, (4, length))
     model, batches = blip(BlipForQuestionAnswering, labels=answers)
+    for batch in batches:
+        batch["attention_mask"][:, 12:] = 0  # which its decoder looks at, and so none is cut
     asks, tells = (
         f"text_{part}.layer.1.crossattention.self"
         for part in ("encoder.encoder", "decoder.bert.encoder")
     )
     text = [f"{asks}.query", f"{tells}.key", f"{tells}.value"]
-    others = [f"{asks}.key", f"{tells}.query"]
+    others = [f"{asks}.key", f"{tells}.query", tells.replace("self", "output.dense")]
     check_streams(model, batches, {"decoder_input_ids": answers}, text, others)
 
 
