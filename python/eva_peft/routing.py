@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +30,7 @@ _SPLITTING = (
     Tensor.tensor_split,
     torch.tensor_split,
 )
+_REPEATING = (Tensor.repeat_interleave, torch.repeat_interleave)
 _BATCHED = (torch.bmm, Tensor.bmm)
 _PRODUCTS = (
     functional.linear,
@@ -192,17 +194,27 @@ class RoutedInputs(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Sequence[Any], result: Tensor) -> None:
         rows = result.shape[:-1].numel()
-        if func in _INDEXING:
-            picked = _picked(args)
+        if func in _INDEXING or func in _REPEATING:
+            picked = _repeated(args, result) if func in _REPEATING else _picked(args)
             if picked is not None and len(picked[1]) == rows:
                 self._tokens[result] = self._composed(*picked)
-            if picked is not None or not _is_sliced(args[-1]):
+            if picked is not None or func in _REPEATING or not _is_sliced(args[-1]):
+                return
+            if self._follow_slice(*_of_the_first_dimension(args), result):
                 return
         for x in args:
             known = self._tokens.get(x) if isinstance(x, Tensor) else None
             if known is not None and len(known[0]) == rows:
                 self._tokens[result] = known
                 return
+
+    def _follow_slice(self, x: Tensor, index: Any, result: Tensor) -> bool:
+        """Follow consecutive rows of tokens that were put in the order of their experts."""
+        known = self._tokens.get(x)
+        if known is None or x.dim() != 2 or not isinstance(index, slice):
+            return False
+        self._tokens[result] = (known[0][index], known[1])
+        return True
 
     def _follow_parts(self, x: Tensor, parts: Sequence[Tensor]) -> None:
         """Follow consecutive rows, cut apart where one expert's end and another's begin."""
@@ -224,6 +236,8 @@ def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:
     Whole samples are picked, too, as by a language of each: all tokens of one after another.
     """
     x, index = _of_the_first_dimension(args)
+    if isinstance(index, (Sequence, np.ndarray)):
+        index = _as_tensor(index, x.device)
     if not isinstance(index, Tensor) or not x.is_floating_point():
         return None
     across = 1
@@ -235,6 +249,24 @@ def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:
     if each != 1:
         index = (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
     return x, index, x.shape[:-1].numel()
+
+
+def _as_tensor(index: Any, device: torch.device) -> Tensor | None:
+    """Return an index that is a list, or NumPy's, as a tensor; ``None`` if it cannot be one."""
+    try:
+        tensor = torch.as_tensor(index, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return tensor if tensor.numel() else tensor.long()  # of an empty list it would be of floats
+
+
+def _repeated(args: Sequence[Any], result: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """Return what :func:`_picked` does where each row comes as often as a token has experts."""
+    x, *others = (arg for arg in args if isinstance(arg, Tensor))
+    if others or x.dim() != 2 or result.shape[1:] != x.shape[1:] or not len(x):
+        return None
+    times = len(result) // len(x)
+    return x, torch.arange(len(x), device=x.device).repeat_interleave(times), len(x)
 
 
 def _of_the_first_dimension(args: Sequence[Any]) -> tuple[Tensor, Any]:
@@ -255,7 +287,7 @@ def _of_the_first_dimension(args: Sequence[Any]) -> tuple[Tensor, Any]:
 def _is_sliced(index: Any) -> bool:
     """Tell whether an index reorders nothing: what has as many rows as before has the same."""
     parts = index if isinstance(index, tuple) else (index,)
-    return all(part is Ellipsis or isinstance(part, slice) for part in parts)
+    return all(part is Ellipsis or part is None or isinstance(part, (slice, int)) for part in parts)
 
 
 class EagerExperts(AbstractContextManager[None]):

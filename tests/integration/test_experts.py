@@ -247,6 +247,13 @@ class Block(nn.Module):
             elif self.how == "sorted first":
                 order = choice.argsort(stable=True)
                 rows = flat.index_select(0, order)[choice[order] == e]
+            elif self.how == "sliced":  # DeepSeek's own code
+                begin = int((choice < e).sum())
+                rows = flat[choice.argsort(stable=True)][begin : begin + len(picked)]
+            elif self.how == "repeated":
+                rows = flat.repeat_interleave(2, dim=0)[picked * 2 + 1]
+            elif self.how == "list":  # Mixtral's first code
+                rows = flat[None, picked.tolist()].reshape(-1, 12)
             else:
                 rows = flat[picked]
             if len(rows):
@@ -267,7 +274,10 @@ class Outer(nn.Module):
         return self.moe(input_ids, attention_mask)
 
 
-@pytest.mark.parametrize("how", ["rows", "extra dimension", "boolean", "sorted first"])
+@pytest.mark.parametrize(
+    "how",
+    ["rows", "extra dimension", "boolean", "sorted first", "sliced", "repeated", "list"],
+)
 def test_masks_follow_tokens_to_expert_modules(how: str) -> None:
     # the first batch has no padding, and tells nothing of where the tokens of others go
     whole, padded = text_batches(1, samples=6, padded=False, seed=1), text_batches(4, samples=6)

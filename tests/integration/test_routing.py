@@ -87,16 +87,49 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
             known = [routed.tokens_of(part) for part in parts]
             assert torch.equal(torch.cat([k[0] for k in known if k is not None]), order)
             assert {k[1] for k in known if k is not None} == {6}
-        again = [
-            routed.tokens_of(part) for part in (rows[2:4][..., 1:], rows[order[:4]][order[1:3]])
+        again = {
+            routed.tokens_of(rows[order[:4]][order[1:3]]): order[order[:4]][order[1:3]],
+            routed.tokens_of(rows[:, 1:]): order,
+            routed.tokens_of(rows[2:4][..., 1:]): order[2:4],
+            routed.tokens_of(rows[None, 4:]): order[4:],
+            routed.tokens_of(rows[6:, :1]): order[6:],
+            routed.tokens_of(rows[None][0]): order,
+        }
+        others = [x[2:4], rows[order.view(2, 3)], rows[None][:, 2:4]]
+        assert all(routed.tokens_of(part) is None for part in others)
+    for known, tokens in again.items():
+        assert known is not None
+        assert torch.equal(known[0], tokens)
+        assert known[1] == 6
+
+
+def test_what_a_list_picks_and_what_is_repeated_is_followed() -> None:
+    x, picked, rows = torch.randn(6, 3), [4, 0, 4], torch.arange(6)
+    kept, none = [True, False] * 3, np.zeros(0)
+    times = torch.tensor([1, 0, 2, 1, 1, 1])
+    routed = RoutedInputs([], lambda *given: None)
+    with routed:
+        routed.following = True
+        known = [
+            (x[picked], picked),
+            (x[None, picked], picked),
+            (x[np.array(picked), 1:], picked),
+            (x[range(2, 4)], [2, 3]),
+            (x[kept], [0, 2, 4]),
+            (x[[]], none),
+            (x.repeat_interleave(2, dim=0), rows.repeat_interleave(2)),
+            (torch.repeat_interleave(dim=-2, repeats=3, input=x), rows.repeat_interleave(3)),
+            (x[picked].repeat_interleave(2, 0), [4, 4, 0, 0, 4, 4]),
         ]
-        features = routed.tokens_of(rows[:, 1:])
-    assert again[0] is None
-    assert again[1] is not None
-    assert torch.equal(again[1][0], order[order[:4]][order[1:3]])
-    assert again[1][1] == 6
-    assert features is not None
-    assert torch.equal(features[0], order)
+        unknown = [x[[1, 4], [0, 2]][:, None], x[slice(2)], x.repeat_interleave(2, dim=1)]
+        unknown += [x.repeat_interleave(times, dim=0), x[:0].repeat_interleave(2, dim=0)]
+        unknown += [x[None].repeat_interleave(2, dim=0), x[:, [0, 2]]]
+        for part, tokens in known:
+            found = routed.tokens_of(part)
+            assert found is not None
+            assert found[0].tolist() == list(tokens)
+            assert found[1] == 6
+        assert all(routed.tokens_of(part) is None for part in unknown)
 
 
 def test_what_is_computed_of_layer_inputs_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
