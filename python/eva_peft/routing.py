@@ -160,14 +160,14 @@ class RoutedInputs(TorchFunctionMode):
     def _multiplied_at_once(self, x: Tensor, weight: Any) -> None:
         """See the product of each expert's tokens, (E, N, D), with the weights of all."""
         for expert, layers in self._watched(weight):
-            parameter = expert.parameter
-            if weight.shape != parameter.shape or weight.stride() != parameter.stride():
-                continue
+            forwards, backwards = expert.parameter, expert.parameter.mT
             if not expert.transposed:
+                forwards, backwards = backwards, forwards
+            if _are_one(weight, forwards):
+                for index, layer in layers.items():
+                    self._called(layer, x[index])
+            elif _are_one(weight, backwards):
                 self.backwards |= set(layers.values())
-                continue
-            for index, layer in layers.items():
-                self._called(layer, x[index])
 
     def _multiplied(self, x: Tensor, weight: Any, summed: int) -> None:
         """See the product of an expert's tokens, (..., D), with its weight.
@@ -228,6 +228,12 @@ class RoutedInputs(TorchFunctionMode):
     def _composed(self, x: Tensor, index: Tensor, count: int) -> tuple[Tensor, int]:
         before = self._tokens.get(x)
         return (index, count) if before is None else (before[0][index], before[1])
+
+
+def _are_one(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two tensors in the same memory are laid out there alike."""
+    begins = first.storage_offset() == second.storage_offset()
+    return begins and first.shape == second.shape and first.stride() == second.stride()
 
 
 def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:

@@ -49,14 +49,29 @@ def test_products_are_seen_whatever_they_are_written_as() -> None:
     assert [(layer, id(given)) for layer, given in called] == [(11, id(x))] * len(products)
 
     called.clear()
-    weights = [(i + 10, ExpertWeight(weight, i, transposed=True)) for i in range(3)]
-    parts = torch.randn(3, 2, 5)
-    with RoutedInputs(weights, lambda *given: called.append(given)):
+
+
+def test_products_of_all_experts_at_once() -> None:
+    called: list[Any] = []
+    memory = torch.randn(104)
+    turned, weight = (memory[begin : begin + 48].view(3, 4, 4) for begin in (0, 52))
+    parts = torch.randn(3, 2, 4)
+    weights = [(i + 10, ExpertWeight(weight, i)) for i in (0, 2)]
+    weights += [(i + 20, ExpertWeight(turned, i, transposed=True)) for i in (0, 1)]
+    routed = RoutedInputs(weights, lambda *given: called.append(given))
+    with routed:
+        torch.bmm(parts, weight.transpose(1, 2))
+        assert [layer for layer, _ in called] == [10, 12]
+        parts.bmm(turned)
+        assert [layer for layer, _ in called] == [10, 12, 20, 21]
+        assert all(torch.equal(given, parts[layer % 10]) for layer, given in called)
+        parts[:2].bmm(turned[:2])  # not those of all experts
+        torch.bmm(parts, memory[51:99].view(3, 4, 4).mT)
+        assert (len(called), routed.backwards) == (4, set())
         torch.bmm(parts, weight)
-        parts.bmm(weight)
-        parts[:2].bmm(weight[:2])  # not those of all experts
-    assert [layer for layer, _ in called] == [10, 11, 12] * 2
-    assert all(torch.equal(given, parts[layer - 10]) for layer, given in called)
+        assert routed.backwards == {10, 12}
+        parts.bmm(turned.mT)
+    assert (len(called), routed.backwards) == (4, {10, 12, 20, 21})
 
 
 def test_products_with_other_parts_of_a_parameter_are_not_seen() -> None:
@@ -70,7 +85,6 @@ def test_products_with_other_parts_of_a_parameter_are_not_seen() -> None:
             x @ weight[1]  # nobody asked for that one
             x @ weight[0][:2].T
             x @ weight.view(12, 4)[1:5]
-            torch.bmm(torch.randn(3, 2, 4), weight.mT)
             assert (called, routed.backwards) == ([], set())
             x @ weight[2] if watched is turned else x @ weight[2].T
         assert (called.pop(), routed.backwards) == (watched[1][0], set())
