@@ -242,12 +242,13 @@ def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:
     known = set()  # inner parts mostly have the same
     for module in model.modules():
         found = next((f for f in (getattr(module, n, None) for n in _FRAMES) if callable(f)), None)
-        method = getattr(found, "__func__", found)
+        config = getattr(module, "config", None)
+        method = getattr(found, "__func__", found), id(config)
         if found is None or method in known:
             continue
         known.add(method)
         yield found
-        factor = getattr(getattr(module, "config", None), "squeeze_factor", None)
+        factor = getattr(config, "squeeze_factor", None)
         if factor:  # SEW adds up so many frames each
             yield _squeezed(found, int(factor))
 

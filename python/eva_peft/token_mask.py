@@ -245,7 +245,7 @@ class TokenMask:
             try:
                 every = [lengths(torch.tensor([n], device="cpu"), **options) for n in counts]
                 stages = list(zip(*map(_numbers, every), strict=True))
-            except (TypeError, ValueError, RuntimeError):  # of another kind of model
+            except (TypeError, ValueError, RuntimeError, AttributeError):  # of another model
                 continue
             for found in stages:
                 if found[0] == leading[-1]:

@@ -250,6 +250,30 @@ def test_every_function_of_lengths_is_tried() -> None:
     assert [int(each(torch.tensor(768))) for each in lengths] == [2, 192]
 
 
+def test_a_function_of_lengths_is_tried_with_each_config() -> None:
+    """OmniASR's outermost model inherits one that only its encoder has the strides for."""
+
+    class Part(nn.Module):
+        def __init__(self, **config: int) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(**config)
+
+        def _get_subsampling_output_length(self, samples: Tensor) -> Tensor:
+            return samples // self.config.stride
+
+    whole, encoder = Part(), Part(stride=4)
+    encoder.layers = nn.ModuleList([Part(), Part()])
+    for layer in encoder.layers:
+        layer.config = encoder.config
+    whole.encoder = encoder
+    lengths = architecture_of(whole).frame_lengths
+    assert len(lengths) == 2
+    rule = TokenMask(torch.arange(48) < torch.tensor([[48], [32]]), frame_lengths=lengths)
+    rows = rule.rows(torch.Size((2, 12, 8)), CPU, "encoder.layer")
+    assert rows is not None
+    assert rows.tolist() == [*range(12), *range(12, 12 + 8)]
+
+
 def test_texts_whose_last_position_is_read_are_not_cut() -> None:
     torch.manual_seed(0)
     config = SiglipTextConfig(**SIZE, vocab_size=97, max_position_embeddings=64)
