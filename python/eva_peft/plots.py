@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import takewhile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ import numpy as np
 
 from .errors import EvaValueError
 from .files import replacing
+from .layer_names import kinds_of, layer_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,62 +110,6 @@ def save_result_plot(result: EvaResult, path: str | os.PathLike[str]) -> None:
         figure.savefig(temporary, format=suffix[1:], dpi=_DPI)
 
 
-def layer_table(names: Iterable[str]) -> dict[str, tuple[str, int | None]]:
-    """Split layer names into a short module kind and a block index.
-
-    The block index is the first number in the dotted name that something follows. The kind is the
-    shortest tail that tells it from the other kinds: `q_proj`, or `attention.output.dense` beside
-    `output.dense`. Kinds of the same name in two towers carry the tower's name in front.
-
-    Args:
-        names: dotted layer names.
-
-    Returns:
-        (kind, block index or None) for each name, in the order given.
-    """
-    parsed = {name: _parse(name) for name in names}
-    towers = _tower_names({tower for tower, _, _ in parsed.values()})
-    kinds = _shortest_tails({tail for _, _, tail in parsed.values()})
-    homes: dict[str, set[str]] = {}
-    for tower, _, tail in parsed.values():
-        homes.setdefault(tail, set()).add(tower)
-    return {
-        name: (f"{towers[tower]}: {kinds[tail]}" if len(homes[tail]) > 1 else kinds[tail], block)
-        for name, (tower, block, tail) in parsed.items()
-    }
-
-
-def _parse(name: str) -> tuple[str, int | None, str]:
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.isdecimal():
-            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
-    return "", None, name
-
-
-def _shortest_tails(names: Iterable[str]) -> dict[str, str]:
-    """Cut each dotted name to its shortest tail that no other name ends in."""
-    split = {name: name.split(".") for name in names}
-    ends = Counter(tuple(p[-n:]) for p in split.values() for n in range(1, len(p) + 1))
-    tails = {}
-    for name, parts in split.items():
-        lengths = range(1, len(parts) + 1)
-        n = next((n for n in lengths if ends[tuple(parts[-n:])] == 1), len(parts))
-        tails[name] = ".".join(parts[-n:])
-    return tails
-
-
-def _tower_names(prefixes: set[str]) -> dict[str, str]:
-    """Name each prefix by its first part that is not common to all, if that tells them apart."""
-    split = {prefix: prefix.split(".") for prefix in prefixes}
-    levels = zip(*split.values(), strict=False)
-    shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
-    names = {prefix: (parts[shared:] or parts)[0] for prefix, parts in split.items()}
-    if len(set(names.values())) < len(prefixes):
-        names = {prefix: prefix for prefix in prefixes}
-    return {prefix: name or "no block" for prefix, name in names.items()}
-
-
 def _rank_grid(ranks: dict[str, int]) -> tuple[np.ndarray[Any, Any], list[str], list[str]]:
     """Lay the ranks out as (kinds, blocks), NaN where a block has no such layer."""
     table = layer_table(ranks)
@@ -233,11 +176,10 @@ def _curves(result: EvaResult) -> list[tuple[str, np.ndarray[Any, Any], float]]:
     groups: dict[str, list[str]] = {}
     for name, (kind, _) in layer_table(result.ranks).items():
         groups.setdefault(kind, []).append(name)
-    if len(groups) > _MAX_CURVES:  # many experts or stages: by the last part of the name
-        names = [name for members in groups.values() for name in members]
+    if len(groups) > _MAX_CURVES:  # many experts or stages
         groups = {}
-        for name in names:
-            groups.setdefault(name.rpartition(".")[2], []).append(name)
+        for name, kind in kinds_of(result.ranks).items():
+            groups.setdefault(kind, []).append(name)
     merged: dict[bytes, tuple[list[str], np.ndarray[Any, Any], list[int]]] = {}
     for kind, names in groups.items():
         curves = _cumulative(result, names)

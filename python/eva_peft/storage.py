@@ -18,6 +18,7 @@ from torch import Tensor
 from .checkpoint_file import checksum
 from .errors import EvaValueError
 from .files import replacing
+from .layer_names import kinds_of
 from .result import EvaResult
 
 __all__ = ["load_result", "save_result", "summary_text"]
@@ -99,9 +100,11 @@ def _joined(metadata: Mapping[str, str]) -> str:
 def summary_text(result: EvaResult) -> str:
     """Return one line a kind of layer, then totals."""
     kinds: dict[str, list[str]] = defaultdict(list)
-    for name in result.ranks:
-        kinds[name.rsplit(".", 1)[-1]].append(name)
-    lines = [f"{'layers':<24}{'count':>6}{'width':>7}{'ranks':>12}{'variance explained':>20}"]
+    for name, kind in kinds_of(result.ranks).items():
+        kinds[kind].append(name)
+    column = max([24, *(len(kind) + 1 for kind in kinds)])
+    heads = f"{'count':>6}{'width':>7}{'ranks':>12}{'variance explained':>20}"
+    lines = [f"{'layers':<{column}}{heads}"]
     for kind, names in kinds.items():
         ranks = [result.ranks[n] for n in names]
         explained = [
@@ -109,7 +112,9 @@ def summary_text(result: EvaResult) -> str:
         ]
         width = max(result.in_features[n] for n in names)
         span = f"{min(ranks)}-{max(ranks)}"
-        lines.append(f"{kind:<24}{len(names):>6}{width:>7}{span:>12}{median(explained):>19.1%}")
+        lines.append(
+            f"{kind:<{column}}{len(names):>6}{width:>7}{span:>12}{median(explained):>20.1%}"
+        )
     converged = sum(result.converged.values())
     lines += [
         "",

@@ -169,36 +169,6 @@ def test_layers_without_a_block_have_a_column() -> None:
     assert flat.get_xlabel() == "layers without a block index"
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["model.layers.12.self_attn.q_proj"], [("q_proj", 12)]),
-        (["0", "2"], [("0", None), ("2", None)]),
-        (["net.0.fc", "net.1.fc"], [("fc", 0), ("fc", 1)]),
-        (
-            ["e.0.attention.output.dense", "e.0.output.dense", "e.0.intermediate.dense"],
-            [("attention.output.dense", 0), ("output.dense", 0), ("intermediate.dense", 0)],
-        ),
-        (
-            ["encoder.block.0.q", "decoder.block.0.q", "decoder.block.0.cross", "q"],
-            [("encoder: q", 0), ("decoder: q", 0), ("cross", 0), ("no block: q", None)],
-        ),
-        (
-            ["m.vision.layers.0.q", "m.text.layers.0.q"],
-            [("vision: q", 0), ("text: q", 0)],
-        ),
-    ],
-)
-def test_layer_names_are_split(names: list[str], expected: list[tuple[str, int | None]]) -> None:
-    assert list(plots.layer_table(names).values()) == expected
-
-
-def test_layer_names_that_end_in_one_another_stay_apart() -> None:
-    names = ["x.0.output.dense", "x.0.dense", "dense"]
-    kinds = [kind for kind, _ in plots.layer_table(names).values()]
-    assert len(set(kinds)) == 3
-
-
 def test_explained_variance_shows_median_range_and_rank() -> None:
     result = make_result(["m.0.fc", "m.1.fc", "m.2.fc"])
     (axes,) = plots.plot_explained_variance(result).axes

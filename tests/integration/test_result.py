@@ -408,6 +408,20 @@ def test_summary_and_files(llama_result: EvaResult) -> None:
     assert lines[-1] == "never called, default initialisation: idle"
 
 
+def test_the_summary_tells_kinds_of_one_last_name_apart(llama_result: EvaResult) -> None:
+    of = {"e.0.attention.output.dense": 8, "e.0.output.dense": 32, "e.0.to_out.0": 16, "a" * 30: 4}
+    result = dataclasses.replace(
+        llama_result,
+        ranks=dict.fromkeys(of, 1),
+        explained_variance_ratio=dict.fromkeys(of, torch.tensor([0.5])),
+        in_features=of,
+    )
+    heads, *lines = result.summary().splitlines()[: len(of) + 1]
+    assert [line.split()[0] for line in lines] == [*(n.removeprefix("e.0.") for n in of)]
+    assert [int(line.split()[2]) for line in lines] == [*of.values()]
+    assert {len(line) for line in lines} == {len(heads)}
+
+
 def test_results_are_compared_by_identity_and_shown_in_a_line(llama_result: Any) -> None:
     assert llama_result == llama_result
     assert llama_result != copy.copy(llama_result)

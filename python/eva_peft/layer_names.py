@@ -1,0 +1,87 @@
+"""What kind of layer a dotted name says, and in which block it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import takewhile
+
+__all__ = ["kinds_of", "layer_table"]
+
+
+def layer_table(names: Iterable[str]) -> dict[str, tuple[str, int | None]]:
+    """Split layer names into a short module kind and a block index.
+
+    The block index is the first number in the dotted name that something follows. The kind is the
+    shortest tail that tells it from the other kinds: `q_proj`, or `attention.output.dense` beside
+    `output.dense`. Kinds of the same name in two towers carry the tower's name in front.
+
+    Args:
+        names: dotted layer names.
+
+    Returns:
+        (kind, block index or None) for each name, in the order given.
+    """
+    parsed = {name: _parse(name) for name in names}
+    towers = _tower_names({tower for tower, _, _ in parsed.values()})
+    kinds = _shortest_tails({tail for _, _, tail in parsed.values()})
+    homes: dict[str, set[str]] = {}
+    for tower, _, tail in parsed.values():
+        homes.setdefault(tail, set()).add(tower)
+    return {
+        name: (f"{towers[tower]}: {kinds[tail]}" if len(homes[tail]) > 1 else kinds[tail], block)
+        for name, (tower, block, tail) in parsed.items()
+    }
+
+
+def kinds_of(names: Iterable[str]) -> dict[str, str]:
+    """Return the module kind of each name, one for all experts of a block, or blocks of a stage."""
+    alike = {name: _any_number(name) for name in names}
+    table = layer_table(alike.values())
+    return {name: table[other][0] for name, other in alike.items()}
+
+
+def _any_number(name: str) -> str:
+    """Put a star for every number in a dotted name but the block index, and what ends it."""
+    _, block, tail = _parse(name)
+    if block is None:
+        return name
+    *inner, last = tail.split(".")
+    starred = ["*" if part.isdecimal() else part for part in inner]
+    return name.removesuffix(tail) + ".".join([*starred, last])
+
+
+def _is_number(part: str) -> bool:
+    return part == "*" or part.isdecimal()
+
+
+def _parse(name: str) -> tuple[str, int | None, str]:
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return "", None, name
+
+
+def _shortest_tails(names: Iterable[str]) -> dict[str, str]:
+    """Cut each dotted name to its shortest tail that no other name ends in, a number apart."""
+    split = {name: name.split(".") for name in names}
+    ends = Counter(tuple(p[-n:]) for p in split.values() for n in range(1, len(p) + 1))
+    tails = {}
+    for name, parts in split.items():
+        lengths = range(1, len(parts) + 1)
+        alone = (n for n in lengths if ends[tuple(parts[-n:])] == 1 and not _is_number(parts[-n]))
+        n = next(alone, len(parts))
+        tails[name] = ".".join(parts[-n:])
+    return tails
+
+
+def _tower_names(prefixes: set[str]) -> dict[str, str]:
+    """Name each prefix by its first part that is not common to all, if that tells them apart."""
+    split = {prefix: prefix.split(".") for prefix in prefixes}
+    levels = zip(*split.values(), strict=False)
+    shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
+    names = {prefix: (parts[shared:] or parts)[0] for prefix, parts in split.items()}
+    if len(set(names.values())) < len(prefixes):
+        names = {prefix: prefix for prefix in prefixes}
+    return {prefix: name or "no block" for prefix, name in names.items()}
