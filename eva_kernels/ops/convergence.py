@@ -150,7 +150,8 @@ def cosines(
 
     Args:
         saved: of each group, (sum of K_i, D), float32 and contiguous, as all matrices here.
-        bases: of each group, (Q, D) each; of dtype and shape, only those of the first are checked.
+        bases: of each group, one or more, (Q, D) each; of dtype and shape, only those of the first
+            are checked.
         kept: K_i of each layer of each group: so many leading rows of its basis are compared.
 
     Returns:
@@ -162,15 +163,14 @@ def cosines(
     for rows, group, counts in zip(saved, bases, kept, strict=True):
         for matrix in (rows, *group[:1]):
             _check_matrix("a matrix of cosines", matrix)
-        fits = len(group) == len(counts) and len(rows) == sum(counts)
+        fits = 0 < len(group) == len(counts) and len(rows) == sum(counts)
+        fits = fits and rows.shape[1] == group[0].shape[1]
         if not (fits and all(matrix.is_contiguous() for matrix in (rows, *group))):
             raise EvaValueError(
-                f"{len(group)} contiguous bases must have kept {len(rows)} contiguous rows, not "
-                f"{list(counts)}"
+                f"{len(group)} contiguous bases must have kept {len(rows)} contiguous rows of as "
+                f"many features, not {list(counts)}"
             )
     flat = [basis for group in bases for basis in group]
-    if not flat:
-        return torch.empty(0)
     counts = [count for group in kept for count in group]
     if flat[0].device.type not in _native.MODULES:
         return _cosines_plain(list(saved), flat, counts, list(map(len, bases)))

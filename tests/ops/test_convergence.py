@@ -7,7 +7,7 @@ import torch
 
 from eva_kernels import _native, reference
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
-from eva_kernels.ops.convergence import convergence
+from eva_kernels.ops.convergence import convergence, cosines
 
 SHAPES = [(4, 256), (1, 7), (3, 1000), (2, 513), (5, 64), (1, 1), (8, 33)]
 
@@ -175,6 +175,62 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(error, match=message):
         convergence(previous, current, ranks, tau, backend=backend)
+
+
+def groups(device: torch.device) -> tuple[list, list, list]:
+    """Return saved rows, bases and how many rows of each were kept, of two groups of layers."""
+    kept, shapes = [[2, 0, 6], [5, 1]], [(6, 40), (5, 7)]
+    pairs = list(zip(kept, shapes, strict=True))
+    bases = [[torch.randn(shape, device=device) for _ in counts] for counts, shape in pairs]
+    return [torch.randn(sum(counts), d, device=device) for counts, (_, d) in pairs], bases, kept
+
+
+@pytest.mark.parametrize("modules", ["all", "absent", "for no device"])
+def test_cosines_of_groups(
+    modules: str,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if modules == "absent":
+        request.getfixturevalue("without_modules")
+    elif modules == "for no device":
+        monkeypatch.setattr(_native, "MODULES", {})
+    saved, bases, kept = groups(device)
+    before, now = [], []
+    for rows, group, counts in zip(saved, bases, kept, strict=True):
+        before += rows.split(counts)
+        now += [basis[:count] for basis, count in zip(group, counts, strict=True)]
+    found = cosines(saved, bases, kept)
+    assert (found.dtype, found.device) == (torch.float32, saved[0].device)
+    torch.testing.assert_close(found.cpu().double(), truth(before, now), rtol=2e-7, atol=2e-7)
+
+
+def test_registered_operator_of_cosines_keeps_its_promises(device: torch.device) -> None:
+    saved, bases, kept = groups(device)
+    flat = [basis for group in bases for basis in group]
+    counts = [count for group in kept for count in group]
+    arguments = (saved, flat, counts, [len(group) for group in bases])
+    torch.library.opcheck(torch.ops.eva_kernels.cosines.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("saved", "bases", "kept", "error"),
+    [
+        (torch.ones(5, 4).double(), [MATRIX, MATRIX], [3, 2], EvaTypeError),
+        (torch.ones(5, 4), [MATRIX.double(), MATRIX], [3, 2], EvaTypeError),
+        (torch.ones(5), [MATRIX, MATRIX], [3, 2], EvaValueError),
+        (torch.ones(5, 4), [MATRIX, MATRIX], [5], EvaValueError),
+        (torch.ones(5, 4), [MATRIX, MATRIX], [3, 1], EvaValueError),
+        (torch.ones(4, 5).mT, [MATRIX, MATRIX], [3, 2], EvaValueError),
+        (torch.ones(5, 4), [MATRIX, torch.ones(4, 3).mT], [3, 2], EvaValueError),
+        (torch.ones(5, 3), [MATRIX, MATRIX], [3, 2], EvaValueError),
+        (torch.ones(0, 4), [], [], EvaValueError),
+    ],
+)
+def test_bad_input_of_cosines(saved: torch.Tensor, bases: list, kept: list, error: type) -> None:
+    with pytest.raises(error, match=r"a matrix of cosines|contiguous bases"):
+        cosines([saved], [bases], [kept])
 
 
 def test_unknown_backend() -> None:
