@@ -199,7 +199,7 @@ def _functions_are_observed() -> bool:
 
 
 def with_contiguous_columns(x: Tensor) -> Tensor:
-    """Return tokens whose features are neighbours in memory: x, or a copy of it."""
+    """Return rows whose features are neighbours in memory: x, or a copy of it."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from ..errors import EvaTypeError, EvaValueError
-from ._dispatch import define_operator
+from ._dispatch import define_operator, with_contiguous_columns
 
 __all__ = ["BACKENDS", "convergence", "cosines"]
 
@@ -67,8 +67,8 @@ def convergence(
         _native.load(kind)  # raises, and says why
     if kind not in _native.MODULES:
         return reference.convergence(previous, current, ranks, tau)
-    matrices = [m.detach() for m in previous], [m.detach() for m in current]
-    return _compare(*matrices, [int(rank) for rank in ranks], float(tau), backend == "auto")
+    given = list(previous), list(current), [int(rank) for rank in ranks], float(tau)
+    return _compare(*given, backend == "auto")
 
 
 # Which module runs is decided inside of the operator: so a simulation with fake tensors sees one
@@ -112,8 +112,8 @@ def _launch(
     """Describe the ragged batch as csrc/convergence.h wants it, and run it."""
     device = current[0].device
     # Held until the launch: the table has only the addresses of these.
-    before = [_with_contiguous_rows(matrix) for matrix in previous]
-    now = [_with_contiguous_rows(matrix) for matrix in current]
+    before = [with_contiguous_columns(matrix) for matrix in previous]
+    now = [with_contiguous_columns(matrix) for matrix in current]
     entries, n_rows = np.empty((len(now), 8), np.int64), 0
     for i, (u, v, rank) in enumerate(zip(before, now, ranks, strict=True)):
         rows, columns = v.shape
@@ -213,10 +213,6 @@ _cosines = define_operator(
     _run_cosines,
     lambda saved, bases, kept, layers: bases[0].new_empty((sum(kept),)),
 )
-
-
-def _with_contiguous_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.shape[1] < 2 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _check(

@@ -80,6 +80,7 @@ def test_columns_that_are_not_contiguous(backend: str, device: torch.device) -> 
     u, v = torch.randn(2, 50, 6, device=device)
     check([u.mT], [v.mT], [6], 0.2, backend)
     check([u.mT], [v.mT.contiguous()], [6], 0.2, backend)
+    check([u.mT[:, :1]], [v.mT[:, 7:8]], [6], 0.2, backend)
 
 
 def test_broadcast_rows(backend: str, device: torch.device) -> None:
