@@ -182,12 +182,12 @@ def define_operator(
 def is_observed(x: Tensor) -> bool:
     """Tell whether somebody may be looking at operators, or whether x is no plain tensor."""
     return (
-        type(x) is not Tensor
+        torch.compiler.is_compiling()  # first: a compiler cannot follow the rest
+        or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
         or _functions_are_observed()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.profiler._is_profiler_enabled
-        or torch.compiler.is_compiling()
     )
 
 

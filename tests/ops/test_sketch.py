@@ -215,3 +215,5 @@ def test_whoever_looks_at_operators_sees_it(device: torch.device):
         assert not is_observed(x)
         with Functions():
             assert is_observed(x)
+    watched = torch.compile(lambda x: x + is_observed(x), backend="eager", fullgraph=True)
+    assert torch.equal(watched(x), x + 1)
