@@ -310,6 +310,9 @@ def _bad(**changes: object) -> tuple:
     [
         ({"bases": []}, EvaValueError, r"at least once, not \[0, 2, 2"),
         ({"products": [torch.ones(3, 10)]}, EvaValueError, r"not \[2, 1, 2"),
+        ({"kept": [3]}, EvaValueError, r"not \[2, 2, 2, 2, 2, 1\]"),
+        ({"bases": [torch.ones(3)] * 2}, EvaValueError, r"must be \(Q, D\) .*, not \(3,\)"),
+        ({"bases": [torch.ones(3, 10), torch.ones(10, 3).mT]}, EvaValueError, r"bases\[1\] must"),
         ({"bases": [torch.ones(3, 10).half()] * 2}, EvaTypeError, r"bases\[0\] must be torch.fl"),
         ({"bases": [torch.ones(129, 130)] * 2}, EvaValueError, "Q at most 128"),
         ({"products": [torch.ones(3, 9)] * 2}, EvaValueError, r"products\[0\] must be cont"),
@@ -323,6 +326,11 @@ def _bad(**changes: object) -> tuple:
 def test_bad_layers(changes: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         fold_layers(*_bad(**changes))
+
+
+def test_no_layers() -> None:
+    with pytest.raises(EvaValueError, match="at least once"):
+        fold_layers([], [], [], [], [], [])
 
 
 @needs_module

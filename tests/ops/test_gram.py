@@ -59,6 +59,14 @@ def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
     check(torch.randn(34, 200, device=device).to(dtype).mT, backend)
 
 
+def test_a_pivot_and_rows_with_gaps(backend: str, device: torch.device):
+    x, rows = torch.randn(300, 34, device=device), torch.arange(300, device=device)[::3]
+    dense, gaps = [state(x, torch.randn(34)) for _ in range(2)]
+    gram(x, *dense, rows.contiguous(), backend=backend)
+    gram(x, torch.stack([dense[0]] * 2, -1)[:, 0], *gaps[1:], rows, backend=backend)
+    assert all(map(torch.equal, dense[1:], gaps[1:]))
+
+
 def test_rows_that_are_not_selected_may_hold_anything(backend: str, device: torch.device):
     x = torch.randn(1500, 33, device=device)
     keep = torch.rand(1500, device=device) > 0.6

@@ -149,6 +149,14 @@ def test_native_orthogonalisation_leaves_out_what_depends_on_rows_before(
     torch.testing.assert_close(white, wanted, rtol=0, atol=1e-9)
 
 
+def test_native_matrices_of_any_strides(device: torch.device) -> None:
+    problem = Problem(9, decaying(30), device)
+    wanted = problem.solve()
+    for name in ("core", "metric", "ceiling"):
+        setattr(problem, name, torch.stack([getattr(problem, name)] * 2, -1)[..., 0])
+    assert torch.equal(problem.solve().told, wanted.told)
+
+
 def test_native_operator_is_well_formed(device: torch.device) -> None:
     problem = Problem(5, decaying(20), device)
     given = problem.core, problem.metric, problem.ceiling, LIMIT, 0

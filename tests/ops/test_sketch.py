@@ -81,6 +81,15 @@ def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
     check(torch.randn(1, 34, device=device).to(dtype).expand(77, 34), 17, backend)
 
 
+def test_a_state_and_rows_with_gaps(backend: str, device: torch.device):
+    x, rows = torch.randn(300, 34, device=device), torch.arange(300, device=device)[::3]
+    dense, gaps = [state(x, 17, torch.randn(34)) for _ in range(2)]
+    apart = [torch.stack([t, t], -1)[..., 0] for t in dense[:2]]
+    sketch(x, *dense, rows.contiguous(), backend=backend)
+    sketch(x, *apart, *gaps[2:], rows, backend=backend)
+    assert all(map(torch.equal, dense[2:], gaps[2:]))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_rows_that_are_not_selected_may_hold_anything(
     bad: float, backend: str, device: torch.device

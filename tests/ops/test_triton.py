@@ -273,6 +273,7 @@ def test_what_the_kernels_do_not_take(
         ({"products": torch.zeros(33, 17).mT}, r"products must be contiguous, strides are \(1"),
         ({"shift": torch.zeros(66, dtype=torch.float64)[::2]}, "shift must be contiguous"),
         ({"workspace": torch.empty(8, dtype=torch.uint8)}, r"at least \d+ contiguous bytes"),
+        ({"workspace": torch.empty(2 * 10**6, dtype=torch.uint8)[::2]}, "contiguous bytes"),
         ({"workspace": torch.empty(10**6)}, "of torch.uint8 on cpu, got .* of torch.float32"),
         ({"workspace": torch.empty(10**6, dtype=torch.uint8)[1:]}, "a multiple of 16 bytes"),
     ],
@@ -285,6 +286,16 @@ def test_wrong_arguments(change: dict, message: str):
     given = dict(zip(names, arguments(x, 17), strict=True)) | change
     with pytest.raises(EvaValueError, match=message):
         sketch(x, **given, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["scatter", "shift"])
+def test_sums_with_gaps_are_refused(name: str, device: torch.device):
+    x, wide = torch.randn(50, 33, device=device), {"dtype": torch.float64, "device": device}
+    given = {"pivot": x[0], "scatter": torch.zeros(33, 33, device=device)}
+    given |= {"shift": torch.zeros(33, **wide), "square": torch.zeros((), **wide)}
+    given[name] = torch.stack([given[name]] * 2, -1)[..., 0]
+    with pytest.raises(EvaValueError, match=f"{name} must be contiguous"):
+        gram(x, **given, backend="triton")
 
 
 def test_auto_never_interprets():
