@@ -95,6 +95,33 @@ def test_what_is_not_of_a_known_kind_is_not_launched(launches: Launches):
     assert launches.given == []
 
 
+def test_what_was_launched_is_known_and_some_day_forgotten(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+):
+    state, ran = state_of(torch.device("cpu")), []
+    sequence = SimpleNamespace(nbytes=64, run=lambda *given: ran.append(given))
+    sequence.again = lambda device: launches if len(ran) > 1 else None
+    monkeypatch.setattr(module, "_sequence", lambda *kind: sequence)
+    monkeypatch.setattr(module, "choose_backend", lambda *given: "triton")
+    monkeypatch.setattr(module, "MOST_KNOWN", 2)
+    into = SketchInto(state, "auto", True)
+    for n, again in ((N, False), (N, True), (N + 1, True), (N + 2, True)):
+        sketch_unchecked(tokens(n), state, None, "auto", True)
+        assert into.add(tokens(n), None) == again
+    assert len(ran) == 4
+    assert len(launches.given) == 3
+    assert not into.add(tokens(N), None)
+    assert into.add(tokens(N + 2), None)
+
+
+def test_its_sums_are_told_from_others():
+    state = state_of(torch.device("cpu"))
+    into = SketchInto(state, "auto", True)
+    assert into.is_of(tuple(state))
+    for i, tensor in enumerate(state):
+        assert not into.is_of((*state[:i], tensor.clone(), *state[i + 1 :]))
+
+
 class Functions(TorchFunctionMode):
     """Looks at every function of torch."""
 
