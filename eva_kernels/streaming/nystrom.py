@@ -104,7 +104,7 @@ def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dt
     whitener = _whitener(core) if free else _whiten(*eigh(core))
     image = whitener.mT @ metric @ whitener
     squares, rotation = lapack_eigh(image) if free else eigh(image)
-    squares, rotation = squares.flip(1).clamp_min(0), rotation.flip(2)
+    squares, rotation = squares.flip(1), rotation.flip(2)
 
     rank = (squares > NOISE * squares[:, :1]).sum(1)
     rank = torch.minimum(rank, ceiling.to(rank.dtype))
