@@ -17,7 +17,7 @@ from eva_kernels.streaming._basis import (
     repair,
 )
 from eva_kernels.streaming.fold import fold, fold_gram, lost_shares
-from eva_kernels.streaming.nystrom import CUT, _whitener, nystrom
+from eva_kernels.streaming.nystrom import CUT, _whitener, nystrom, orthogonalisation
 from eva_kernels.streaming.spectrum import centred_scatter
 from eva_kernels.streaming.state import SketchState, StepSums, empty_sketch, zero_sums
 from helpers import (
@@ -231,7 +231,8 @@ def test_nystrom_of_nothing():
 
 def test_whitener_takes_the_cheap_way_only_where_it_is_safe():
     vectors = random_basis(6, 6, seed=2)
-    spectra = torch.tensor([[1, 0.9, 0.8, 0.5, 0.2, 1e-2], [1, 1, 1, 1, 1e-3, 1e-9]]).double()
+    spectra = [[1, 0.9, 0.8, 0.5, 0.2, 1e-2], [1, 1, 1, 1, 1e-3, 1e-9], [1, 1, 1, 1, 0.5, -1]]
+    spectra = torch.tensor(spectra, dtype=torch.float64)
     cores = vectors.mT @ torch.diag_embed(spectra) @ vectors
     whitener = _whitener(cores)
     kept = torch.where(spectra > CUT, 1 / spectra, 0.0)
@@ -240,6 +241,16 @@ def test_whitener_takes_the_cheap_way_only_where_it_is_safe():
     # Triangular is the cheap one.
     assert not bool(whitener[0].tril(-1).any())
     assert bool(whitener[1].tril(-1).any())
+
+
+def test_rows_that_depend_on_others_stay():
+    overlaps = torch.ones(2, 3, 3, dtype=torch.float64)
+    overlaps[0] += torch.diag(torch.tensor([1.0, 4.0, 9.0]))
+    found = orthogonalisation(overlaps)
+    assert found.rank.tolist() == [3, 0]
+    one = found.mixing[0].mT @ overlaps[0] @ found.mixing[0]
+    torch.testing.assert_close(one, torch.eye(3, dtype=torch.float64))
+    assert torch.equal(found.mixing[0], found.mixing[0].triu())
 
 
 @pytest.mark.parametrize("size", [1e-4, 10.0])
