@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eva_kernels import IncrementalPCA, NonFiniteError
 from eva_kernels.errors import EvaTypeError, EvaValueError
+from eva_kernels.streaming import _host
 from helpers import decaying, exact, lost_variance, orthonormality, relative, with_spectrum
 
 METHODS = ["sketch", "gram"]
@@ -178,6 +179,56 @@ def test_merge(method: str):
     assert left.merge(IncrementalPCA(6)).n_samples_seen_ == 400
     assert torch.equal(empty.merge(left).components_, left.components_)
     torch.testing.assert_close(empty.var_, left.var_)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_leaves_the_other_as_it_is(method: str):
+    x = data()
+    right, same = (IncrementalPCA(6, method=method).partial_fit(x[:60]) for _ in "ab")
+    for pca in (right, same):
+        pca.partial_fit(x[60:65])  # too few for a step
+    fitted(x[70:], method).merge(right)
+    empty = IncrementalPCA(6, method=method).merge(right)
+    empty.partial_fit(x[70:])
+    for pca in (right, same):
+        pca.partial_fit(x[65:70])
+        pca.partial_fit(x[100:])
+    assert right.n_samples_seen_ == same.n_samples_seen_ == 370
+    assert torch.equal(right.components_, same.components_)
+
+
+def test_an_answer_is_that_after_the_merge():
+    x = data(dtype=torch.float64)
+    left, right = fitted(x[:200], "gram"), fitted(x[200:] + 50, "gram")
+    before = left.singular_values_
+    assert left.components_ is left.components_  # found once
+    left.merge(right)
+    assert (left.singular_values_ > before).all()
+
+
+def test_the_variance_of_features_far_from_zero():
+    x = torch.randn(300, 20, dtype=torch.float64)
+    far = IncrementalPCA(4).partial_fit(x[:100] + 1e9).partial_fit(x[100:] + 1e9)
+    assert relative(far.var_, x.var(0, correction=0)) <= 1e-5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_is_never_below_zero(seed: int):
+    torch.manual_seed(seed)  # by rounding, more or less is captured than there is
+    x = torch.randn(100, 3) @ torch.randn(3, 20)
+    assert 0 <= IncrementalPCA(5).fit(x).noise_variance_ <= 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_batch_is_refused_by_itself_on_an_accelerator(
+    method: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
+    x = data()
+    pca = fitted(x, method)
+    with pytest.raises(NonFiniteError, match="1 of 3 tokens hold NaN or infinity; impute or"):
+        pca.partial_fit(torch.cat([x[:2], x[:1] / 0]))
+    assert pca.n_samples_seen_ == 400
 
 
 def test_a_refused_merge_leaves_no_trace():
