@@ -75,7 +75,8 @@ def test_what_the_first_batch_s_dtype_cannot_hold_is_refused(method: str):
     x = data(dtype=torch.float64)
     pca = IncrementalPCA(4, method=method).partial_fit(x.float())
     before = pca.components_.clone()
-    with pytest.raises(NonFiniteError, match=r"overflow torch.float32; scale the data"):
+    told = r"overflow torch.float32; scale the data, or give it as float64$"  # of rows no word
+    with pytest.raises(NonFiniteError, match=told):
         pca.partial_fit(x * 1e30)
     with pytest.raises(EvaValueError, match=r"overflow torch.float32; scale the data"):
         pca.merge(IncrementalPCA(4, method=method).partial_fit(x * 1e30))
@@ -147,6 +148,15 @@ def test_covariance_of_all_components_is_that_of_the_data():
     x = data(300, 8, dtype=torch.float64)
     found = IncrementalPCA(8).fit(x).get_covariance()
     torch.testing.assert_close(found, torch.cov(x.mT))
+
+
+def test_covariance_never_falls_below_the_noise():
+    pca = IncrementalPCA(10, method="sketch", oversample=1)
+    for batch in torch.randn(296, 12).split(37):
+        pca.partial_fit(batch)
+    noise = pca.noise_variance_
+    assert pca.explained_variance_[-1] < 0.9 * noise  # a narrow sketch misses some of it
+    assert torch.linalg.eigvalsh(pca.get_covariance())[0] >= 0.999 * noise
 
 
 def test_an_answer_is_that_of_all_batches_so_far():
