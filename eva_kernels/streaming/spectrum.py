@@ -193,7 +193,7 @@ def _vectors(chunk: Sequence[InputStream], device: torch.device | None) -> _Vect
     else:
         rows = stacked([s.basis for s in sketches])[:, :count]
     peak = rows.gather(2, rows.abs().argmax(2, keepdim=True))
-    rows = rows * torch.where(peak < 0, -1.0, 1.0).to(rows.dtype)
+    rows = rows * peak.sign()
     means = torch.stack([s.mean for s in sketches])  # a copy, of one, too
     return _Vectors(chunk, _apart(rows, device), _apart(means, device), numbers)
 
