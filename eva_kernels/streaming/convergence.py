@@ -117,7 +117,9 @@ def _principal_cosines(streams: Sequence[InputStream], ranks: Sequence[int]) -> 
     ]
     if _host.reads_are_free(streams[0].device):
         return torch.tensor(
-            [_least(torch.linalg.svdvals(o).numpy()) for o in overlaps], device="cpu"
+            [_least(torch.linalg.svdvals(o).numpy()) for o in overlaps],
+            dtype=torch.float64,
+            device="cpu",
         )
     # One launch for all: the singular values squared, each block filled up with ones, which are
     # the largest that a cosine can be.

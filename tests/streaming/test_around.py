@@ -1,4 +1,4 @@
-"""Autocast around the engine changes nothing: the same bits as without."""
+"""Autocast and torch's default dtype around the engine change nothing: the same bits as without."""
 
 from __future__ import annotations
 
@@ -23,51 +23,63 @@ METHODS = ["sketch", "gram"]
 
 
 @contextmanager
-def cast(on: bool) -> Iterator[None]:
-    with torch.autocast("cpu", dtype=torch.bfloat16) if on else nullcontext():
+def around(what: str) -> Iterator[None]:
+    if what in ("", "autocast"):
+        with torch.autocast("cpu", dtype=torch.bfloat16) if what else nullcontext():
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, what))
+    try:
         yield
+    finally:
+        torch.set_default_dtype(before)
 
 
-def lives(method: str, criterion: str, on: bool) -> tuple[list[InputStream], list[Tensor]]:
-    """Return streams with a past and their answers' components, each call under autocast or not."""
+def lives(method: str, criterion: str, what: str) -> tuple[list[InputStream], list[Tensor]]:
+    """Return streams with a past and their components; ``what`` is around each call."""
     x = with_spectrum(300, 40, decaying(40))
     streams = [make_stream(40, 6, method=method, backend="torch") for _ in range(3)]
     for part in x.split(100):
         for i, stream in enumerate(streams):
-            with cast(on):
+            with around(what):
                 stream.add(part * (i + 1))
-        with cast(on):
+        with around(what):
             begun = begin_fold(streams)
-        with cast(on):
+        with around(what):
             folded = begun.finish()
-        with cast(on):
+        with around(what):
             compare_streams(folded, [4] * 3, tau=0.5, criterion=criterion)
-    with cast(on):
+    with around(what):
         streams[0].merge(streams.pop())
     streams[0].add(x[:50])
-    with cast(on):
+    with around(what):
         answers = spectra(streams)
     return streams, [answer.components for answer in answers]
 
 
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+@pytest.mark.parametrize("what", ["autocast", "bfloat16", "float64"])
 @pytest.mark.parametrize("method", METHODS)
-def test_streams(method: str, criterion: str, free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams(
+    method: str, what: str, criterion: str, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
-    (found, components), (expected, wanted) = (lives(method, criterion, on) for on in (True, False))
+    (found, components), (expected, wanted) = (lives(method, criterion, w) for w in (what, ""))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.sketch.basis, other.sketch.basis)
         assert one.similarity == other.similarity
     assert all(map(torch.equal, components, wanted))
 
 
+@pytest.mark.parametrize("what", ["autocast", "bfloat16", "float64"])
 @pytest.mark.parametrize("method", METHODS)
-def test_incremental_pca(method: str) -> None:
+def test_incremental_pca(method: str, what: str) -> None:
     x = with_spectrum(300, 40, decaying(40))
     results = []
-    for on in (True, False):
-        with cast(on):
+    for one in (what, ""):
+        with around(one):
             pca = IncrementalPCA(6, method=method).fit(x[:200])
             pca.merge(IncrementalPCA(6, method=method).fit(x[200:]))
             reduced = pca.transform(x)
