@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ import helpers
 from eva_kernels.errors import EvaValueError
 from eva_kernels.streaming import InputStream, Spectrum, _host, spectra
 from eva_kernels.streaming import batch as batch_module
+from eva_kernels.streaming.spectrum import _numbers
 from helpers import CPU, decaying, feed, with_spectrum
 from host_reads import counted
 
@@ -67,9 +69,15 @@ def test_together_as_alone(free: bool, chunk: int, monkeypatch: pytest.MonkeyPat
             assert_same(one, other)
 
 
-def test_each_has_memory_of_its_own() -> None:
-    streams = [feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))]) for _ in "abcd"]
-    for answer in spectra(streams):
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_each_has_memory_of_its_own(
+    method: str, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
+    x = with_spectrum(60, 12, decaying(12))
+    streams = [feed(make_stream(12, 4, method=method), [x]) for _ in "abcd"]
+    for answer in [*spectra(streams), streams[0].spectrum()]:
         for tensor in (answer.components, answer.mean):
             assert tensor.is_contiguous()
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -106,12 +114,12 @@ def test_calls_do_not_grow_with_the_streams(
     assert calls(12) == calls(3)
 
 
-@pytest.mark.parametrize("alive", [0, 3, 9, 24])
+@pytest.mark.parametrize(("alive", "features"), [(0, 24), (3, 24), (9, 24), (24, 24), (5, 7)])
 def test_features_that_never_vary_are_not_decomposed(
-    alive: int, monkeypatch: pytest.MonkeyPatch
+    alive: int, features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = torch.full((120, 24), 2.0)
-    varying = torch.randperm(24)[:alive]
+    x = torch.full((120, features), 2.0)
+    varying = torch.randperm(features)[:alive]
     if alive:
         x[:, varying] = with_spectrum(120, alive, decaying(alive))
     truth = torch.linalg.svdvals((x - x.mean(0)).double())[:6]
@@ -121,7 +129,7 @@ def test_features_that_never_vary_are_not_decomposed(
         sizes.append(matrix.shape[-1])
         return eigh(matrix)
 
-    stream = feed(make_stream(24, 6, method="gram"), [x[:60], x[60:]])
+    stream = feed(make_stream(features, 6, method="gram"), [x[:60], x[60:]])
     monkeypatch.setattr(torch.linalg, "eigh", seen)
     answer = stream.spectrum()
     assert sizes == [alive]
@@ -130,9 +138,17 @@ def test_features_that_never_vary_are_not_decomposed(
     torch.testing.assert_close(answer.singular_values[:rank], truth[:rank], rtol=1e-5, atol=0)
     rows = answer.components.double()
     torch.testing.assert_close(rows @ rows.mT, torch.eye(6).double(), rtol=0, atol=1e-6)
-    others = torch.ones(24, dtype=torch.bool)
+    others = torch.ones(features, dtype=torch.bool)
     others[varying] = False
     assert not rows[:rank][:, others].any()
+
+
+def test_behind_a_component_that_is_noise_there_is_none() -> None:
+    stream = feed(make_stream(12, 3, method="gram"), [with_spectrum(60, 12, decaying(12))])
+    squares = np.array([[100.0, 1.0, 0.5]])
+    spread = np.array([[10.0, 1e4, 0.7]])  # the second has outlier features
+    values, kept, rank = _numbers([stream], [squares, np.sqrt(squares), spread])[0]
+    assert (values.tolist(), kept.tolist(), rank) == ([10.0, 0.0, 0.0], [100.0, 0.0, 0.0], 1)
 
 
 def test_no_token_no_answer() -> None:
