@@ -151,6 +151,13 @@ def test_behind_a_component_that_is_noise_there_is_none() -> None:
     assert (values.tolist(), kept.tolist(), rank) == ([10.0, 0.0, 0.0], [100.0, 0.0, 0.0], 1)
 
 
+def test_there_are_fewer_components_than_tokens() -> None:
+    stream = make_stream(12, 3, method="gram")
+    stream.add(torch.randn(3, 12))
+    told = [np.array([[9.0, 4.0, 1.0]]), np.array([[3.0, 2.0, 1.0]]), np.ones((1, 3))]
+    assert _numbers([stream], told)[0][2] == 2
+
+
 def test_no_token_no_answer() -> None:
     seen = feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))])
     with pytest.raises(EvaValueError, match="no tokens were seen"):
