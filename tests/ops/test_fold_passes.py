@@ -124,6 +124,15 @@ def test_prepare(shape: tuple[int, int, int], passes: type[Passes], device: torc
         torch.testing.assert_close(scalars[i], torch.stack(wanted))
 
 
+def test_scalars_of_what_is_not_finite(passes: type[Passes], device: torch.device) -> None:
+    problem = Problem(3, 4, 40, device)
+    problem.squares[0].fill_(torch.nan)
+    problem.shifts[1][7] = torch.nan
+    scalars = passes(problem).prepare()[2]
+    wanted = [[True, True, False], [False, True, True], [False, False, False]]
+    assert scalars.isnan().tolist() == wanted
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_measure(shape: tuple[int, int, int], passes: type[Passes], device: torch.device) -> None:
     problem = Problem(*shape, device)
