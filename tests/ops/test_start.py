@@ -84,6 +84,16 @@ def test_native_start_is_that_of_the_passes(
     torch.testing.assert_close(overlaps, identity, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("q", "d"), SHAPES)
+def test_a_workspace_holds_all_parts(q: int, d: int) -> None:
+    tiles, splits = -(-q // 64), -(-d // 128)
+    sums = tiles * (tiles + 1) // 2 * splits * 2 * 64 * 64  # of core and metric, by pairs of tiles
+    doubles = (2 * (4 + q), d, q, 3, sums, q * q, q * q, 3 * q * q, q * q, 2 + 2 * q)
+    parts = (7 * 8, *(8 * count for count in doubles), 4 * d, 1)
+    aligned = sum(-(-part // 16) * 16 for part in parts)
+    assert _native.load("cpu").start_bytes(q, d, 128) == aligned
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("q", "d"), [(32, 300), (64, 4096)])
 def test_native_twins_agree(q: int, d: int) -> None:

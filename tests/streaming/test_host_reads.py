@@ -15,6 +15,7 @@ from eva_kernels.streaming import (
     InputStream,
     NonFiniteStepError,
     _host,
+    begin_fold,
     compare_streams,
     export_stream,
     fold_streams,
@@ -155,6 +156,19 @@ def test_one_read_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(ratios) == 4
         assert all(bool(r[0] > 0) for r in ratios)
     assert all(stream.converged and stream.previous is None for stream in streams)
+
+
+def test_a_fold_is_queued_until_it_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    for free in (True, False):
+        monkeypatch.setattr(_host, "reads_are_free", lambda device, free=free: free)
+        pairs = several()
+        for stream, x in pairs:
+            stream.add(x[:40])
+        begun = begin_fold(stream for stream, _ in pairs)
+        assert begun.queued is not free
+        assert len(begun.finish()) == len(pairs)
+        assert not begun.queued
+        assert not begin_fold([make_stream(48, 6)]).queued  # nothing is due
 
 
 def test_the_count_sees_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:

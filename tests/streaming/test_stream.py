@@ -270,6 +270,7 @@ def test_a_step_is_at_least_as_many_tokens_as_the_sketch_is_wide():
 
 def test_streams_of_many_shapes_in_one_call():
     shapes = [(24, 4, "sketch"), (40, 4, "sketch"), (24, 4, "sketch"), (24, 3, "gram")]
+    shapes += [(24, 3, "sketch"), (24, 4, "gram")]
     data = [with_spectrum(120, d, decaying(d), seed=i) for i, (d, _, _) in enumerate(shapes)]
     streams = [make_stream(d, k, method=method) for d, k, method in shapes]
     for stream, x in zip(streams, data, strict=True):
