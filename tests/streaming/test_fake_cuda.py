@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -24,9 +25,11 @@ pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs g++ for a devi
 GIB = 1 << 30
 
 
-def on_gpu(features: int, components: int, method: str = "sketch") -> InputStream:
+def on_gpu(
+    features: int, components: int, method: str = "sketch", device: torch.device = DEVICE
+) -> InputStream:
     options = Options(method, backend="torch")
-    return InputStream(features, components, 2 * components, DEVICE, options=options)
+    return InputStream(features, components, 2 * components, device, options=options)
 
 
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
@@ -49,6 +52,23 @@ def test_a_step_runs_and_reads_once(criterion: str) -> None:
             assert stream.tokens == 80
             assert {t.device for t in (stream.sketch.basis, stream.sketch.mean)} == {DEVICE}
             assert stream.similarity == 0.0
+
+
+@pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+def test_each_gpu_has_cosines_of_its_own(criterion: str) -> None:
+    def answer(tensor: torch.Tensor) -> np.ndarray:  # of a (Q, Q) rank 0, of cosines the device
+        return np.full(tensor.shape, 0.5 * tensor.device.index if tensor.dim() == 1 else 0.0)
+
+    devices = [torch.device("cuda", i) for i in (0, 1)]
+    with fake_cuda(answer) as reads:
+        streams = [on_gpu(64, 8, device=devices[i]) for i in (1, 0, 0)]
+        for _ in range(2):
+            for stream in streams:
+                stream.add(torch.zeros(50, 64, device=stream.device))
+            compare_streams(fold_streams(streams), [4] * 3, tau=0.5, criterion=criterion)
+        assert len(reads) == (3 if criterion == "subspace" else 2)
+    assert [stream.similarity for stream in streams] == [0.5, 0.0, 0.0]
+    assert [stream.converged for stream in streams] == [True, False, False]
 
 
 def test_memory_of_a_step_of_llama_2_7b() -> None:
