@@ -23,7 +23,7 @@ from eva_kernels.streaming import (
     restore_stream,
 )
 from eva_kernels.streaming import batch as batch_module
-from eva_kernels.streaming._basis import random_basis
+from eva_kernels.streaming._basis import complete_basis, random_basis
 from eva_kernels.streaming.nystrom import nystrom
 from helpers import (
     EPS32,
@@ -231,6 +231,7 @@ def test_a_rank_that_is_deficient_is_repaired_and_compared_again() -> None:
     basis = stream.sketch.basis
     assert stream.sketch.rank == 4
     assert orthonormality(basis) <= SINGLE.orthonormal
+    torch.testing.assert_close(basis, complete_basis(basis, 4), rtol=0, atol=1e-9)
     cosines = (stream.previous.double() * basis[:6].double()).sum(1).abs()
     compare_streams([stream], [3], tau=0.9)
     torch.testing.assert_close(stream.cosines, cosines.float(), rtol=0, atol=1e-6)
@@ -299,6 +300,18 @@ def test_a_bad_token_is_found_by_the_fold_and_changes_nothing(method: str, value
         found.singular_values, expected.singular_values, rtol=SINGLE.values, atol=0
     )
     assert 1 - principal_cosine(found.components, expected.components) <= SINGLE.cosine
+
+
+@pytest.mark.usefixtures("away")
+def test_of_bad_streams_the_first_is_named() -> None:
+    streams = [make_stream(d, 6) for d in (48, 32, 48)]
+    for i, stream in enumerate(streams):
+        stream.add(torch.randn(40 + i, stream.features))
+        if i:
+            stream.add(torch.full((1, stream.features), torch.nan))
+    with pytest.raises(NonFiniteStepError, match="some of 42 tokens") as caught:
+        fold_streams(streams)
+    assert caught.value.stream is streams[1]
 
 
 @pytest.mark.usefixtures("away")
