@@ -1,0 +1,122 @@
+"""The numbers of a launch: whose they are, how work is split, and what must not grow."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+launch = pytest.importorskip("eva_kernels.kernels.launch")
+gram = pytest.importorskip("eva_kernels.kernels.gram")
+sketch_plan = pytest.importorskip("eva_kernels.kernels.sketch_plan")
+HOPPER = launch.ARCHS["sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 7), "sm_80"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((11, 0), "sm_120"),
+        ((12, 1), "sm_120"),
+    ],
+)
+def test_a_chip_has_the_numbers_of_its_family(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    properties = SimpleNamespace(multi_processor_count=7)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    arch = launch._device_arch.__wrapped__(0)
+    assert (arch.name, arch.processors) == (name, 7)
+    assert arch.shared_bytes == launch.ARCHS[name].shared_bytes
+
+
+@pytest.mark.parametrize("name", ["gfx942", "gfx90a"])
+def test_an_amd_chip_is_known_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(multi_processor_count=7, gcnArchName=f"{name}:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    arch = launch._device_arch.__wrapped__(0)
+    if name == "gfx942":
+        assert (arch.name, arch.processors) == (name, 7)
+    else:
+        assert arch.startswith("there are no launch numbers for gfx90a; known are sm_80, ")
+
+
+def test_an_old_chip_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "no launch numbers for sm_75" in launch._device_arch.__wrapped__(0)
+
+
+def test_each_device_is_asked_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_device_arch", functools.cache(lambda index: index))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launch.arch_of(torch.device("cuda", 1)) is HOPPER  # it only pretends
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert launch.arch_of(torch.device("cuda", 1)) == 1
+    assert launch.arch_of(torch.device("cuda")) == 3
+    assert launch.arch_of(torch.device("cpu")) is HOPPER
+
+
+def test_a_tile_divides_both_sides_or_does_not() -> None:
+    tile = launch.Tile(64, 32, 4, 3)
+    assert tile.divides(128, 96)
+    assert not tile.divides(127, 96)
+    assert not tile.divides(128, 95)
+
+
+def test_tiles_are_those_of_the_tokens() -> None:
+    short, wide = launch.Tile(64, 64, 4, 2), launch.Tile(32, 64, 4, 2)
+    assert [launch.GramTiles(short, wide).of(size) for size in (2, 4)] == [short, wide]
+    assert launch.stages(short, False, HOPPER) == 2
+    assert launch.stages(short, True, HOPPER) == 4
+    assert launch.stages(short, True, launch.ARCHS["gfx942"]) == 2
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_options_of_the_compiler(early: bool) -> None:
+    arch = launch.replace(HOPPER, dependent_launch=early)
+    found = launch.options(arch, 8, 3)
+    assert found.pop("launch_pdl", False) is early
+    assert found == {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    assert "num_stages" not in launch.options(arch, 8)
+
+
+@pytest.mark.parametrize("arch", launch.ARCHS)
+@pytest.mark.parametrize("q", [8, 64, 100, 256])
+@pytest.mark.parametrize(("n", "d"), [(1, 16), (3000, 64), (64, 11008), (8192, 4096), (777, 1025)])
+def test_splits_of_a_sketch(n: int, d: int, q: int, arch: str) -> None:
+    for centred in (False, True):
+        plan = sketch_plan.plan_sketch(n, q, d, centred, launch.ARCHS[arch])
+        for splits, blocks, size, whole in (
+            (plan.splits_d, plan.blocks_d, plan.project.block_d, d),
+            (plan.splits_n, plan.blocks_n, plan.back.block_n, n),
+        ):
+            # none has nothing to do, and partial sums take no more than half of 16-bit tokens
+            assert (splits - 1) * blocks * size < whole <= splits * blocks * size
+            assert splits == 1 or 4 * splits * plan.block_q <= whole
+        starts = [*plan.offsets.values(), plan.nbytes]
+        assert starts == sorted(starts)
+        assert all(start % 256 == 0 for start in starts)
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 16), (100_000, 64), (64, 4096), (8192, 700)])
+def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
+    plan = gram.plan_gram(n, d, 2, HOPPER)
+    size = plan.tile.block_n
+    assert (plan.splits - 1) * plan.blocks * size < n <= plan.splits * plan.blocks * size
+    assert plan.splits == 1 or 4 * plan.splits * d <= n
+    assert (plan.splits > 1) == (n > 8000)
+    parts = [4 * plan.splits * d * d if plan.splits > 1 else 0, 4 * plan.splits * d]
+    gaps = plan.offsets["shift_parts"], plan.offsets["square_parts"] - plan.offsets["shift_parts"]
+    assert all(gap >= part for gap, part in zip(gaps, parts, strict=True))
