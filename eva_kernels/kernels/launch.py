@@ -251,7 +251,8 @@ def splits_to_fill(programs: int, rounds: int, most: int, tile: Tile, arch: Arch
         arch: of the device.
 
     Returns:
-        The fewest splits that take at most a tenth longer than the best; at least 1.
+        The fewest splits that take at most a tenth longer than the best, so that none has nothing
+        to do; at least 1.
     """
     # A thread takes more than 128 registers: eight warps fill a multiprocessor.
     at_once = arch.processors * max(1, 8 // tile.num_warps)

@@ -69,7 +69,6 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
     splits_n = splits_to_fill(programs_n, n_blocks, most_n, back, arch)
     blocks_d = ceil_div(k_blocks, splits_d)
     blocks_n = ceil_div(n_blocks, splits_n)
-    splits_d, splits_n = ceil_div(k_blocks, blocks_d), ceil_div(n_blocks, blocks_n)
     flag_blocks, d_blocks = ceil_div(d, FLAG_BLOCK.value), ceil_div(d, back.block_d)
     parts = {
         "v_high": 2 * block_q * d,

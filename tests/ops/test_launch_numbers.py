@@ -117,6 +117,7 @@ def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
     assert (plan.splits - 1) * plan.blocks * size < n <= plan.splits * plan.blocks * size
     assert plan.splits == 1 or 4 * plan.splits * d <= n
     assert (plan.splits > 1) == (n > 8000)
+    assert gram.plan_gram(100_000, 384, 2, HOPPER).splits == 22  # of six tiles, for 132 processors
     parts = [4 * plan.splits * d * d if plan.splits > 1 else 0, 4 * plan.splits * d]
     gaps = plan.offsets["shift_parts"], plan.offsets["square_parts"] - plan.offsets["shift_parts"]
     assert all(gap >= part for gap, part in zip(gaps, parts, strict=True))

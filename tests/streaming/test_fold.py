@@ -16,6 +16,7 @@ from eva_kernels.streaming._basis import (
     random_basis,
     repair,
 )
+from eva_kernels.streaming.batch import Numbers
 from eva_kernels.streaming.fold import fold, fold_gram, lost_shares
 from eva_kernels.streaming.nystrom import CUT, _whitener, nystrom, orthogonalisation
 from eva_kernels.streaming.spectrum import centred_scatter
@@ -159,6 +160,17 @@ def test_many_at_once_are_the_same_as_each(monkeypatch: pytest.MonkeyPatch):
             assert int(state.rank) == int(expected.rank)
             torch.testing.assert_close(state.singular_values, expected.singular_values)
             torch.testing.assert_close(state.basis, expected.basis, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("column", range(9))
+def test_a_layer_is_sound_where_all_its_numbers_are_finite(column: int, bad: float):
+    scalars, told = np.zeros((2, 3)), np.zeros((2, 2 + 2 * 3))
+    if column < 3:
+        scalars[1, column] = bad
+    else:
+        told[1, column - 1] = bad  # behind rank and uneven, which always are
+    assert Numbers.of(scalars, told).sound.tolist() == [True, False]
 
 
 def test_lost_is_what_the_leading_rows_gained():
