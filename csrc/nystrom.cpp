@@ -69,10 +69,7 @@ InverseFactor inverse_factor(const Matrix& matrix, double cut) {
       pivot -= lower.at(i, j) * lower.at(i, j);
     }
     out.kept[i] = pivot > cut;
-    if (!out.kept[i]) {
-      for (int j = 0; j < i; ++j) lower.at(i, j) = 0.0;
-      continue;
-    }
+    if (!out.kept[i]) continue;
     lower.at(i, i) = std::sqrt(pivot);
     for (int j = 0; j <= i; ++j) {
       double rest = i == j ? 1.0 : 0.0;

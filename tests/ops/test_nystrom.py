@@ -92,13 +92,25 @@ def test_native_low_rank_is_exact(rest: float, device: torch.device) -> None:
     assert problem.solve().rank.item() == 2.0
 
 
-def test_native_layers_do_not_notice_each_other(device: torch.device) -> None:
+def test_native_orthogonalisation_of_rows_of_any_lengths(device: torch.device) -> None:
+    problem = Problem(8, decaying(20), device)
+    lengths = torch.logspace(0, -9, 8, dtype=torch.float64, device=device)
+    problem.core *= torch.outer(lengths, lengths)
+    found = problem.solve(goal="orthogonalise")
+    assert (found.rank.item(), found.uneven.item()) == (8.0, 0.0)
+    white = found.mixing[0].mT @ problem.core[0] @ found.mixing[0]
+    identity = torch.eye(8, dtype=torch.float64, device=device)
+    torch.testing.assert_close(white, identity, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("goal", ["solve", "whiten"])
+def test_native_layers_do_not_notice_each_other(goal: str, device: torch.device) -> None:
     problems = [Problem(9, decaying(30), device) for _ in range(3)]
     core, metric = (torch.cat([getattr(p, n) for p in problems]) for n in ("core", "metric"))
     core[1, 4, 2] = torch.nan
-    found = Nystrom(*nystrom(core, metric, torch.full_like(core[:, 0, 0], 1e6), LIMIT))
+    found = Nystrom(*nystrom(core, metric, torch.full_like(core[:, 0, 0], 1e6), LIMIT, goal=goal))
     for i in (0, 2):
-        alone = problems[i].solve()
+        alone = problems[i].solve(goal=goal)
         assert torch.equal(found.mixing[i], alone.mixing[0])
         assert torch.equal(found.told[i], alone.told[0])
     assert found.rank[1] == 0
@@ -157,6 +169,15 @@ def test_native_matrices_of_any_strides(device: torch.device) -> None:
     apart = [torch.stack([tensor] * 2, -1)[..., 0] for tensor in given]
     for found, wanted in zip(nystrom(*apart, LIMIT), nystrom(*given, LIMIT), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_native_orthogonalisation_leaves_out_what_is_rounding(device: torch.device) -> None:
+    rows = torch.randn(12, 30, dtype=torch.float64, device=device)
+    rows[3:] = torch.randn(9, 3, dtype=torch.float64, device=device) @ rows[:3]
+    core = (rows @ rows.mT)[None]
+    found = Nystrom(*nystrom(core, core, core[:, 0, 0], LIMIT, goal="orthogonalise"))
+    assert found.rank.item() == 3.0
+    assert not found.mixing[0, :, 3:].any()
 
 
 def test_native_operator_is_well_formed(device: torch.device) -> None:
