@@ -161,9 +161,8 @@ class Batch:
 
     def _renew(self, chunk: slice, sound: Tensor, kept: Sequence[int], before: Tensor) -> None:
         basis, rows = self.rows(chunk)
-        leading = [old[:count] for old, count in zip(basis, kept, strict=True) if count]
-        if leading:
-            torch.cat(leading, out=before[: sum(kept)])
+        leading = [old[:count] for old, count in zip(basis, kept, strict=True)]
+        torch.cat(leading, out=before[: sum(kept)])
         new = torch.arange(self.width, device=self.device) < self.found.rank[chunk, None]
         rows = torch.where((sound & new)[:, :, None], rows.to(self.dtype), basis)
         torch._foreach_copy_([s.basis for s in self.sketches[chunk]], list(rows.unbind(0)))
