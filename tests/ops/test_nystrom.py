@@ -79,6 +79,21 @@ def test_native_answer_is_that_of_the_plain_twin(
     assert torch.equal(problem.solve().told, found.told)
 
 
+def test_native_captured_variance_is_not_below_zero(device: torch.device) -> None:
+    problem = Problem(6, decaying(30), device)
+    problem.core[0, 4, 4] = -1e-9  # by rounding
+    found, wanted = problem.solve(), problem.plain()
+    assert found.captured[0, 4] == wanted.captured[0, 4] == 0
+    torch.testing.assert_close(found.captured, wanted.captured)
+
+
+def test_native_rows_are_uneven_where_they_are_loose(device: torch.device) -> None:
+    problem = Problem(16, decaying(40), device)
+    for loose, uneven in ((0.0, 1), (LIMIT, 0)):
+        found = Nystrom(*nystrom(problem.core, problem.metric, problem.ceiling, loose))
+        assert (found.rank.item(), found.uneven.item()) == (16, uneven)
+
+
 @pytest.mark.parametrize("rest", [0.0, 1e-9])  # the core is singular, or has a factor all the same
 def test_native_low_rank_is_exact(rest: float, device: torch.device) -> None:
     spectrum = torch.tensor([50.0, 20.0, 3.0] + [rest] * 30)
@@ -89,7 +104,10 @@ def test_native_low_rank_is_exact(rest: float, device: torch.device) -> None:
     assert not found.squares[0, 3:].any()
     assert not found.mixing[0, :, 3:].any()
     problem.ceiling[:] = 2.0  # three tokens
-    assert problem.solve().rank.item() == 2.0
+    found = problem.solve()
+    assert (found.rank.item(), found.uneven.item()) == (2.0, 1.0)
+    assert not found.squares[0, 2:].any()
+    assert not found.mixing[0, :, 2:].any()
 
 
 def test_native_orthogonalisation_of_rows_of_any_lengths(device: torch.device) -> None:
@@ -113,7 +131,7 @@ def test_native_layers_do_not_notice_each_other(goal: str, device: torch.device)
         alone = problems[i].solve(goal=goal)
         assert torch.equal(found.mixing[i], alone.mixing[0])
         assert torch.equal(found.told[i], alone.told[0])
-    assert found.rank[1] == 0
+    assert (found.rank[1], found.uneven[1]) == (0, 1)
     assert not found.mixing[1].any()
 
 

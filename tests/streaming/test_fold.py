@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eva_kernels import reference
-from eva_kernels.streaming import _host
+from eva_kernels.streaming import _host, fold_streams
 from eva_kernels.streaming import batch as batch_module
 from eva_kernels.streaming._basis import (
     complete_basis,
@@ -20,7 +20,7 @@ from eva_kernels.streaming.batch import Numbers
 from eva_kernels.streaming.fold import fold, fold_gram, lost_shares
 from eva_kernels.streaming.nystrom import CUT, _whitener, nystrom, orthogonalisation
 from eva_kernels.streaming.spectrum import centred_scatter
-from eva_kernels.streaming.state import SketchState, StepSums, empty_sketch, zero_sums
+from eva_kernels.streaming.state import SketchState, StepSums, clear_sums, empty_sketch, zero_sums
 from helpers import (
     CPU,
     EPS64,
@@ -108,6 +108,42 @@ def test_count_mean_and_total(dtype: torch.dtype):
     assert relative(state.mean, x.double().mean(0)) <= limit
     # The mean between steps is rounded to the dtype, an error of eps * 200 against deviations of 5.
     assert abs(float(state.total) / exact(x)[2] - 1) <= limit * 40
+
+
+def test_tokens_that_are_equal_have_no_negative_variance():
+    for row in torch.randn(20, 1, 40, dtype=torch.float64):
+        assert one_step(row.expand(7, 40), 4).total >= 0
+        stream = make_stream(40, 2, 4, method="gram", dtype=torch.float64)
+        stream.add(torch.randn(7, 40, dtype=torch.float64))
+        sums, pivot = stream.state.sums, stream.state.pivot
+        clear_sums([sums])
+        reference.gram(row.expand(7, 40), pivot, sums.products, sums.shift, sums.square)
+        sums.count = 7
+        assert fold_gram(stream.state)[0].sketch.total >= 0
+
+
+def test_a_mean_whose_square_is_beyond_float32(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
+    x = 4e18 + 1e16 * torch.randn(100, 64)
+    stream = feed(make_stream(64, 4, backend="torch"), x.split(50))
+    assert stream.sketch.mean_norm == pytest.approx(8 * 4e18, rel=1e-3)
+    assert stream.spectrum().rank == 4
+
+
+def test_layers_of_two_dtypes_are_decomposed_apart(monkeypatch: pytest.MonkeyPatch):
+    seen, nystrom_of_layers = [], batch_module.nystrom
+
+    def remember(*given: object) -> object:
+        seen.append((len(given[0]), given[-1]))
+        return nystrom_of_layers(*given)
+
+    streams = [make_stream(20, 3, dtype=dtype) for dtype in (*REAL, torch.float64)]
+    for stream in streams:
+        stream.add(torch.randn(30, 20))
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
+    monkeypatch.setattr(batch_module, "nystrom", remember)
+    fold_streams(streams)
+    assert seen == [(1, torch.float32), (2, torch.float64)]
 
 
 def test_outlier_features_do_not_hide_the_others():
@@ -295,6 +331,7 @@ def test_gram_scatter_is_about_the_mean():
     stream = make_stream(30, 5, method="gram", dtype=torch.float64)
     for batch in x.split(77):
         stream.add(batch)
+    assert batch_module.GramBatch([stream.state]).ceiling.tolist() == [299]
     state, _ = fold_gram(stream.state)
     centred = x - x.mean(0)
     assert relative(centred_scatter([state])[0], centred.mT @ centred) <= 1e-12

@@ -9,6 +9,7 @@ from torch import Tensor
 from eva_kernels.errors import EvaValueError
 from eva_kernels.streaming import InputStream
 from eva_kernels.streaming.merge import merge_gram, merge_sketch
+from eva_kernels.streaming.state import clear_sums
 from helpers import (
     EPS32,
     TOLERANCES,
@@ -145,6 +146,14 @@ def test_empty_streams(method: str):
     assert (full.skipped, empty.skipped) == (0, 7)
     feed(empty, [torch.randn(60, 32)])
     assert torch.equal(full.spectrum().components, expected.components)  # nothing is shared
+
+
+def test_exact_streams_that_have_dropped_everything():
+    left, right = (stream_of(torch.randn(60, 32), "gram") for _ in "ab")
+    clear_sums([left.sums, right.sums])  # as after an overflow
+    left.merge(right)
+    assert (left.tokens, left.sketch.total, left.spectrum().rank) == (0, 0.0, 0)
+    assert orthonormality(left.sketch.basis) <= TOLERANCES[torch.float32].orthonormal
 
 
 def test_constant_streams():
