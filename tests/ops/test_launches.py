@@ -174,6 +174,9 @@ def test_kernels_live_as_long_as_their_launches(monkeypatch: pytest.MonkeyPatch)
 def test_addresses_that_are_missing_and_too_many_parameters_are_errors():
     with pytest.raises(IndexError):
         launches([8, 8, 4]).resolve([], 0)
+    most = _C.LaunchList()
+    most.add(7, (1, 1, 1), 32, 0, False, [(sequence.NUMBER, i) for i in range(32)])
+    assert most.resolve([], 0)[0][-1] == list(range(32))
     with pytest.raises(ValueError, match="too many parameters"):
         _C.LaunchList().add(7, (1, 1, 1), 32, 0, False, [(sequence.NUMBER, 1)] * 33)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from eva_kernels.errors import EvaValueError
 from eva_kernels.streaming import (
     InputStream,
     Options,
@@ -69,6 +70,20 @@ def test_each_gpu_has_cosines_of_its_own(criterion: str) -> None:
         assert len(reads) == (3 if criterion == "subspace" else 2)
     assert [stream.similarity for stream in streams] == [0.5, 0.0, 0.0]
     assert [stream.converged for stream in streams] == [True, False, False]
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_tokens_of_another_gpu_are_refused(started: bool) -> None:
+    with fake_cuda():
+        for place in (DEVICE, torch.device("cuda")):
+            stream = on_gpu(64, 8, device=place)
+            if started:
+                stream.add(torch.zeros(50, 64, device=DEVICE))
+            for other in (torch.device("cuda", 1), CPU):
+                if not started and place.index is None and other.type == "cuda":
+                    continue  # any will do
+                with pytest.raises(EvaValueError, match=f"expected tokens on cuda.*, got {other}"):
+                    stream.add(torch.zeros(50, 64, device=other))
 
 
 def test_memory_of_a_step_of_llama_2_7b() -> None:
