@@ -144,7 +144,9 @@ class Kernel:
         return launch
 
 
-def test_kernels_live_as_long_as_their_launches(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return what native code launches, as on a GPU, where nothing was compiled so far."""
     seen: list[Any] = []
 
     class Launches(_C.LaunchList):
@@ -156,6 +158,11 @@ def test_kernels_live_as_long_as_their_launches(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sequence, "_can_be_kept", lambda device: True)
     active = SimpleNamespace(get_current_stream=lambda index: 0)
     monkeypatch.setattr(sequence, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(sequence, "_compiled", {})
+    return seen
+
+
+def test_kernels_live_as_long_as_their_launches(seen: list[Any]):
     kernel = Kernel()
     call = sequence.Call(kernel, (3,), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
     found = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
@@ -169,6 +176,86 @@ def test_kernels_live_as_long_as_their_launches(monkeypatch: pytest.MonkeyPatch)
     given = [launch[0][-1] for launch in seen]
     assert [values[0] - memory.data_ptr() for values in given] == [0, 6, 16, 4]
     assert {values[1] - workspace.data_ptr() for values in given} == {48}
+
+
+def test_sequences_of_other_numbers_share_kernels_and_keep_them(
+    seen: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    kernel, memory = Kernel(), torch.zeros(64, dtype=torch.bfloat16)
+    monkeypatch.setattr(sequence, "MOST_COMPILED", 2)
+
+    def run(n: int) -> Any:
+        call = sequence.Call(kernel, (3,), ("x", "rows", "part"), (n, 1), {"BLOCK": 64}, {})
+        parts = {"part": (48, torch.float32)}
+        found = sequence.LaunchSequence([call], ["x", "rows"], parts, 64)
+        found.run([memory, None], torch.zeros(64, dtype=torch.uint8))
+        return found
+
+    kept = [run(n) for n in (-5, -7)]
+    assert len(kernel.compiled) == len(seen) == len(sequence._compiled) == 1
+    assert seen[0][0][-1][2] == 2**64 - 7
+    del kept[0]
+    run(32)
+    assert len(sequence._compiled) == 2
+    run(1)  # one too many: all are forgotten but by who launches them
+    gc.collect()
+    assert len(sequence._compiled) == 1
+    assert [reference() is None for reference in kernel.compiled] == [False, True, False]
+
+
+class Jit:
+    """What Triton knows of the arguments of a kernel."""
+
+    arg_names = ("x", "rows", "part", "n", "plain", "BLOCK")
+    params = tuple(SimpleNamespace(name=n, do_not_specialize=n == "plain") for n in ("n", "plain"))
+
+
+KERNELS = {"a": Jit(), "another": Jit()}
+
+
+def key(**changes: Any) -> Any:
+    """Return what Triton chooses compiled kernels by, of one call but for what is changed."""
+    given = {"n": 33, "plain": 7, "block": 64, "x": torch.bfloat16, "rows": None, "name": "a"}
+    given |= {"part": (48, torch.float32), "warps": 4, "grid": (3,)} | changes
+    numbers, options = (given["n"], given["plain"]), {"num_warps": given["warps"]}
+    constants = {"BLOCK": given["block"], "OF_ANOTHER_KERNEL": given["grid"]}
+    kernel, tensors = KERNELS[given["name"]], ("x", "rows", "part")
+    call = sequence.Call(kernel, given["grid"], tensors, numbers, constants, options)
+    found = sequence.LaunchSequence([call], ["x", "rows"], {"part": given["part"]}, 64)
+    rows = None if given["rows"] is None else torch.zeros(2, dtype=given["rows"])
+    return found._chosen_by([torch.zeros(2, dtype=given["x"]), rows])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"n": 35}, {"plain": 1}, {"plain": 16}, {"grid": (4, 2)}, {"part": (64, torch.float32)}],
+)
+def test_what_a_compiled_kernel_serves_as_well(changes: dict[str, Any]):
+    assert key(**changes) == key()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": 1},
+        {"n": 32},
+        {"n": 2**31 + 1},
+        {"n": -(2**31) - 1},
+        {"n": 2**63 + 1},
+        {"plain": 2**31},
+        {"block": 32},
+        {"x": torch.float16},
+        {"rows": torch.int64},
+        {"part": (52, torch.float32)},
+        {"part": (48, torch.bfloat16)},
+        {"warps": 8},
+        {"name": "another"},
+    ],
+)
+def test_what_needs_a_kernel_of_its_own(changes: dict[str, Any]):
+    assert key(**changes) != key()
+    assert key(n=2**31 + 1) != key(n=2**63 + 1)
+    assert hash(key(**changes)) == hash(key(**changes))
 
 
 def test_addresses_that_are_missing_and_too_many_parameters_are_errors():
