@@ -349,6 +349,7 @@ class InputStream:
             self.close_step(state, lost[0], self.previous)
         elif isinstance(self.state, SketchState) and isinstance(other.state, SketchState):
             self.state = merge_sketch(self.state, other.state)
+            self.turned = None  # those of the basis before
         else:
             raise EvaValueError("a sketch and an exact Gram stream cannot be merged")
         self.skipped = skipped

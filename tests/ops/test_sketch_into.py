@@ -212,6 +212,25 @@ def test_streams_add_to_the_sums_that_they_have_now(monkeypatch: pytest.MonkeyPa
         assert (found.sketch.values == wanted.sketch.values).all()
 
 
+@pytest.mark.parametrize("precision", ["high", "fast"])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_a_stream_hands_on_how_it_computes(
+    method: str, precision: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(streams._host, "reads_are_free", lambda device: False)
+    seen: list[Any] = []
+    high = precision == "high"
+    monkeypatch.setattr(streams, "sketch_unchecked", lambda *given: seen.append(given[3:]))
+    monkeypatch.setattr(streams, "gram", lambda *given, **how: seen.append(how))
+    monkeypatch.setattr(streams, "SketchInto", lambda state, *given: seen.append(given))
+    options = Options(method, backend="torch", precision=precision)
+    InputStream(D, 4, Q, torch.device("cpu"), options=options).add(torch.randn(N, D))
+    exact = [{"backend": "torch", "precision": precision}]
+    # the warm-up, the tokens, and those that follow
+    wanted = exact if method == "gram" else [("torch", high)] * 2
+    assert seen == [("torch", high), *wanted]
+
+
 @pytest.mark.parametrize("options", [{"skip_nonfinite": True}, {"check_every_add": True}])
 def test_tokens_that_must_be_looked_at_are(
     options: dict[str, bool], monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,10 @@ def test_squares_about_a_mean_far_away_overflow(method: str):
         pca.partial_fit(torch.tensor([[-1.8e19]]))
     assert pca.n_samples_seen_ == 1
     assert pca.partial_fit(torch.tensor([[1.7e18]])).singular_values_ > 1e19
+    many = torch.full((100, 1), 1.2e18)  # each can be squared, and so can their sum
+    pca = IncrementalPCA(1, method=method).partial_fit(many)
+    with pytest.raises(NonFiniteError, match=r"overflow torch.float32; scale the data"):
+        pca.partial_fit(-many)
 
 
 def test_parameters_that_are_refused_change_nothing():

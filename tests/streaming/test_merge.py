@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eva_kernels.errors import EvaValueError
-from eva_kernels.streaming import InputStream
+from eva_kernels.streaming import InputStream, _host, compare_streams
 from eva_kernels.streaming.merge import merge_gram, merge_sketch
 from eva_kernels.streaming.state import clear_sums
 from helpers import (
@@ -118,6 +118,20 @@ def test_a_merged_stream_goes_on(method: str):
     answer = feed(left, [x[250:]]).spectrum()
     assert (answer.count, answer.rank) == (400, 3)
     assert relative(answer.singular_values[:3], exact(x)[0][:3]) <= 1e-9
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merged_stream_is_compared_as_it_is_now(
+    method: str, free: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
+    left, right = (stream_of(torch.randn(100, 32), method) for _ in "ab")
+    before = left.previous.clone()
+    left.merge(right)
+    cosines = (before * left.sketch.basis[:8]).sum(1).abs()
+    compare_streams([left], [8], tau=0.5)
+    torch.testing.assert_close(left.cosines, cosines, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
