@@ -293,8 +293,6 @@ class InputStream:
         self.state, self.pending, self._start_rows = state, 0, None
         self.folds += 1
         self.previous, self.turned = previous, None
-        if self._into is not None and not self._into.is_of(self._given()):
-            self._into = None
 
     def drop_pending(self) -> str:
         """Forget the tokens of the current step that spoil it, and say what was wrong; reads.
