@@ -59,6 +59,14 @@ def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
     check(torch.randn(34, 200, device=device).to(dtype).mT, backend)
 
 
+# Whole tiles, in splits of 17 and 16 of them; and tiles that are whole along one side only.
+@pytest.mark.parametrize(("n", "d"), [(2112, 256), (128, 250), (127, 256)])
+def test_nothing_around_the_tokens_is_read(n: int, d: int, backend: str, device: torch.device):
+    wide = torch.full((n + 128, d + 128), float("nan"), device=device, dtype=torch.bfloat16)
+    wide[:n, :d] = torch.randn(n, d, device=device)
+    check(wide[:n, :d], backend)
+
+
 def test_a_pivot_and_rows_with_gaps(backend: str, device: torch.device):
     x, rows = torch.randn(300, 34, device=device), torch.arange(300, device=device)[::3]
     dense, gaps = [state(x, torch.randn(34)) for _ in range(2)]
