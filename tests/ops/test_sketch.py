@@ -81,6 +81,15 @@ def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
     check(torch.randn(1, 34, device=device).to(dtype).expand(77, 34), 17, backend)
 
 
+# Whole tiles, in splits of which the last is shorter; and tiles whole along one side only.
+@pytest.mark.parametrize(("n", "d"), [(576, 128), (64, 896), (128, 250), (127, 256)])
+def test_nothing_around_the_tokens_is_read(n: int, d: int, backend: str, device: torch.device):
+    wide = torch.full((n + 128, d + 128), float("nan"), device=device, dtype=torch.bfloat16)
+    wide[:n, :d] = torch.randn(n, d, device=device)
+    check(wide[:n, :d], 17, backend)
+    check(wide[:n, :d], 17, backend, pivot=torch.full((d,), 50.0))  # centred, tile by tile
+
+
 def test_a_state_and_rows_with_gaps(backend: str, device: torch.device):
     x, rows = torch.randn(300, 34, device=device), torch.arange(300, device=device)[::3]
     dense, gaps = [state(x, 17, torch.randn(34)) for _ in range(2)]
