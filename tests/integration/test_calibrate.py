@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -168,6 +169,49 @@ def test_log(
     assert last[0] == logging.INFO
     assert told(logging.WARNING) == []
     assert capsys.readouterr().out == ""
+
+
+def test_a_bar_shows_how_many_layers_have_converged(
+    llama: nn.Module, texts: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(data: Any, **options: Any) -> list[str]:
+        done.append(run(llama, data, lora(tau=0.5), method="gram", progress=True, **options))
+        return told()
+
+    def told() -> list[str]:
+        out, text = capsys.readouterr()
+        assert out == ""
+        assert text.endswith("\r")  # wiped out at its end
+        return [line.strip() for line in text.split("\r") if line.strip()]
+
+    def failing() -> Iterator[Any]:
+        yield from texts[:2]
+        raise OSError("the disk is gone")
+
+    done: list[Any] = []
+    begin, first, *_, last = shown(texts, max_steps=2)
+    assert begin.startswith("EVA:   0%|")
+    assert "| 0/14 [" in first
+    assert "slowest" not in first
+    converged = sum(done[0].converged.values())
+    assert 0 < converged < 14
+    assert f"| {converged}/14 [" in last
+    assert "layer/s, step 2, slowest model.layers." in last
+    with pytest.raises(OSError, match="the disk is gone"):
+        shown(failing())
+    assert "step 2" in told()[-1]
+    run(llama, texts, max_steps=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_who_does_not_lead_says_nothing(
+    llama: nn.Module, texts: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(CalibrationPass, "leads", False)
+    with caplog.at_level(logging.INFO, "eva_kernels"):
+        run(llama, texts, max_steps=1, progress=True)
+    assert capsys.readouterr() == ("", "")
+    assert not any("begins" in message for message in caplog.messages)
 
 
 def test_freeze_converged_and_subspace(llama: nn.Module, texts: list[Any]) -> None:
