@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
@@ -22,6 +23,7 @@ from integration.conftest import (
     layer_inputs,
     lora,
     lost,
+    make_mlp,
     run,
     same_state,
     state_of,
@@ -126,6 +128,18 @@ def test_stops_when_converged(llama: nn.Module, texts: list[Any]) -> None:
     }
     assert set(result.seconds) == {"forward", "accumulate", "fold", "check", "total"}
     assert all(value >= 0 for value in result.seconds.values())
+
+
+def test_seconds_of_hooks_and_of_the_model_are_told_apart() -> None:
+    def slow(x: Any, model_input: Any, name: str) -> torch.Tensor:
+        time.sleep(0.05)
+        return x[0]
+
+    options = {"max_steps": 4, "prepare_layer_inputs_fn": slow}
+    seconds = run(make_mlp(), vectors(4), lora(target_modules=["0"]), **options).seconds
+    total = seconds.pop("total")
+    assert seconds["accumulate"] >= 4 * 0.05
+    assert sum(seconds.values()) <= total
 
 
 def test_callback_is_told_the_names(llama: nn.Module, texts: list[Any]) -> None:
