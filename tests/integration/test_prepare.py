@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from eva_kernels.streaming import _host
 from eva_peft.calibrate import CalibrationPass
-from eva_peft.prepare import Ahead
+from eva_peft.prepare import Ahead, Preparer
+from eva_peft.token_mask import TokenMask
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
+calibrate = import_module("eva_peft.calibrate")
 OPTIONS = {"method": "sketch", "backend": "torch"}
 
 
@@ -63,6 +67,55 @@ def test_no_batch_is_taken_beyond_a_limit(
     result = run(make_mlp(), data, config(), **limit, **OPTIONS)
     assert result.steps == steps
     assert events == [f"batch {i}" for i in range(steps)] + ["read"] * steps
+
+
+def test_nothing_is_fetched_ahead_where_the_host_does_not_wait() -> None:
+    events: list[str] = []
+    result = run(make_mlp(), noting(vectors(4, rows=60), events), config(tau=0.0), **OPTIONS)
+    assert result.steps == 2
+    assert events == ["batch 0", "batch 1"]
+
+
+def test_what_is_fetched_meanwhile_is_no_part_of_the_fold(
+    events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    original = Preparer.prepare
+
+    def loader() -> Iterator[Tensor]:
+        nonlocal now
+        for batch in vectors(3, rows=60):
+            now += 1  # a second
+            yield batch
+
+    def prepare(self: Preparer, *arguments: Any) -> Any:
+        nonlocal now
+        now += 10
+        return original(self, *arguments)
+
+    monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(Preparer, "prepare", prepare)
+    seconds = run(make_mlp(), loader(), config(), **OPTIONS).seconds
+    seconds["forward"] += seconds.pop("accumulate")  # which has a clock of its own
+    assert seconds == {"forward": 30, "fold": 0, "check": 0, "total": 33}
+
+
+def test_what_was_prepared_is_let_go_of_before_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[weakref.ref[TokenMask]] = []
+    kept: list[bool] = []
+    original = Preparer.prepare
+
+    def prepare(self: Preparer, *arguments: Any) -> Any:
+        prepared = original(self, *arguments)
+        masks.extend(map(weakref.ref, prepared.masks))
+        return prepared
+
+    def callback(numbers: dict[str, Any]) -> None:
+        kept.extend(mask() is not None for mask in masks)
+
+    monkeypatch.setattr(Preparer, "prepare", prepare)
+    run(make_mlp(), iter(vectors(3, rows=60)), config(), callback=callback, **OPTIONS)
+    assert kept == [False] * (1 + 2 + 3)
 
 
 def test_with_a_checkpoint_a_batch_is_made_when_its_turn_comes(

@@ -120,6 +120,7 @@ def test_parting_at_a_second_call(batch: int, shared: list[list[str]]) -> None:
     batches[batch][0, 0] = 5
     result = checked(Net(body, "a", "b", "c"), batches, ["a", "b", "c"])
     assert result.shared_inputs == shared
+    assert result.tokens == 4 * 40  # also where a batch is run twice
 
 
 def test_reused_memory_is_not_merged() -> None:
