@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import eva_kernels
+from eva_kernels.streaming import InputStream, Options
 from eva_peft import ranks
 from eva_peft.calibrate import CalibrationPass
 from integration.conftest import (
@@ -273,6 +274,39 @@ def test_frozen_layers_see_less(monkeypatch: pytest.MonkeyPatch) -> None:
     assert frozen["easy"] < frozen["hard"] == 600
 
 
+def test_a_layer_that_is_given_more_rank_is_accumulated_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def allocated(run: CalibrationPass) -> dict[int, int]:
+        frozen.append(set(run.collector.frozen))
+        return {0: 1 if run.steps < 3 else 4, 1: 4}
+
+    monkeypatch.setattr(import_module("eva_peft.calibrate"), "allocate", allocated)
+    frozen: list[set[int]] = []
+    config = lora(r=4, rho=1.0, tau=0.9999, target_modules=["easy", "hard"])
+    options = {"freeze_converged": True, "method": "sketch"}
+    run(Parallel(), iter(torch.randn(5, 60, 20)), config, **options)
+    assert frozen[:5] == [set(), set(), {0}, {0}, set()]
+
+
+def test_options_of_a_stream_are_those_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[InputStream] = []
+    original = CalibrationPass.make_stream
+
+    def noting(self: CalibrationPass, target: Any, x: torch.Tensor) -> InputStream:
+        made.append(original(self, target, x))
+        return made[-1]
+
+    monkeypatch.setattr(CalibrationPass, "make_stream", noting)
+    options = {"method": "sketch", "seed": 5, "backend": "torch", "precision": "fast"}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        data = [x.to(dtype) for x in vectors(1)]
+        config = lora(target_modules=["0"])
+        run(make_mlp().to(dtype), data, config, max_steps=1, on_nonfinite="skip", **options)
+    assert [s.dtype for s in made] == [torch.float64, torch.float32, torch.float32]
+    assert {s.options for s in made} == {Options("sketch", 5, "torch", "fast", True)}
+
+
 def test_a_layer_that_has_converged_once_has_converged(llama: nn.Module) -> None:
     # rho = 1: every layer needs its own r components throughout, so only similarity decides
     batches = text_batches(24, seed=3)
@@ -302,6 +336,37 @@ def test_a_last_token_makes_no_layer_converge(method: str) -> None:
     options = {"method": method, "progress": False, "on_not_converged": "raise"}
     with pytest.raises(eva_kernels.NotConvergedError, match="after 4 forward passes, 193 tokens"):
         eva_kernels.calibrate(layer, iter(data), lora(tau=0.99), **options)
+
+
+class Rarely(nn.Module):
+    """Two layers, of which one reads a single token of each batch, or none that varies."""
+
+    def __init__(self, dead: bool) -> None:
+        super().__init__()
+        self.dead, self.often, self.rarely = dead, nn.Linear(20, 4), nn.Linear(20, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.often(x) + self.rarely(torch.ones_like(x) if self.dead else x[:1])
+
+
+@pytest.mark.parametrize(("dead", "converged"), [(False, [0, *[1] * 6, 2]), (True, [0, 2])])
+def test_no_layer_has_converged_before_its_second_step(dead: bool, converged: list[int]) -> None:
+    """Nor one that is given no rank."""
+    config = lora(r=1, rho=2.0, tau=0.0, target_modules=["often", "rarely"])
+    result = run(Rarely(dead), vectors(12), config, method="sketch")  # whose steps are of 4 tokens
+    assert result.history["converged"] == converged
+
+
+@pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+def test_similarity_is_that_of_the_criterion(criterion: str) -> None:
+    config, data = lora(r=3, rho=1.0, tau=1.0, target_modules=["0"]), vectors(2, rows=60)
+    before, after = (
+        run(make_mlp(), data, config, method="sketch", criterion=criterion, max_steps=n)
+        for n in (1, 2)
+    )
+    products = before.components["0"].double() @ after.components["0"].double().mT
+    expected = products.diag().abs() if criterion == "cosine" else torch.linalg.svdvals(products)
+    assert after.history["similarity"] == [[None], [pytest.approx(float(expected.min()), abs=1e-5)]]
 
 
 def test_no_step_gives_a_layer_more_than_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
