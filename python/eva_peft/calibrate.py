@@ -249,7 +249,6 @@ class CalibrationPass:
     def forward(self, ready: Iterable[Ready]) -> None:
         """Run a batch through the model, whose hooks accumulate."""
         begin = time.perf_counter()
-        self.phase = "forward"
         before = self.collector.seconds
         for part in ready:
             self.collector.tokens, self.collector.step = 0, self.steps
@@ -297,7 +296,7 @@ class CalibrationPass:
         """Fold what is due, compare, and allocate ranks; returns the streams that were renewed.
 
         Args:
-            final: fold whatever is pending; what is less than a step makes no layer converge.
+            final: fold whatever is pending, which is less than a step and makes no layer converge.
             merged: streams that were renewed already, by those of other processes.
             ahead: the batches to come, if one will be needed.
         """
@@ -306,7 +305,7 @@ class CalibrationPass:
         slots = self.collector.slots
         streams = [slot.stream for slot in slots]
         # A step of few tokens turns little, however far the components are from settled.
-        short = [(s, s.settled) for s in streams if final and s.pending < s.width]
+        short = [(s, s.settled) for s in streams] if final else []
         try:
             fold = begin_fold(streams, final=final)
             if fold.queued and ahead is not None:
