@@ -318,3 +318,20 @@ def test_batches_that_forward_does_not_take() -> None:
         with pytest.raises(EvaTypeError, match=rf"{told}.*OfTwo.forward\(.*pass forward_fn"):
             run(model, iter([batch]), config)
     assert not model.lin._forward_pre_hooks
+
+
+def test_columns_of_text_stay_behind_unless_forward_names_them() -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(20, 20)
+
+        def forward(self, x: Tensor, style: str, **others: Any) -> Tensor:
+            seen.append((style, others))
+            return self.lin(x)
+
+    seen: list[Any] = []
+    x = vectors(1)[0]
+    batch = {"x": x, "style": "plain", "text": ["a"] * 40, "source": "a file", "scale": 2}
+    run(Told(), iter([batch]), lora(target_modules=["lin"]))
+    assert seen == [("plain", {"scale": 2})]

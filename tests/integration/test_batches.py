@@ -132,6 +132,17 @@ def test_custom_forward_gets_the_batch_as_it_was() -> None:
     assert seen == [Pair, Sample]
 
 
+def test_custom_forward_gets_batches_without_elements() -> None:
+    seen: list[int] = []
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        seen.append(len(batch))
+        model(torch.cat([batch, torch.ones(1, 20)]))
+
+    run(make_mlp(), iter([*vectors(2), torch.empty(0, 20)]), lora(**CONFIG), forward_fn=forward)
+    assert seen == [40, 40, 0]
+
+
 def test_containers_that_cannot_be_made_of_their_parts() -> None:
     class OfTwo(list):
         def __init__(self, first: Any, second: Any) -> None:

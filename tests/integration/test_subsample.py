@@ -213,3 +213,21 @@ def test_resumed_draws_are_those_of_an_unbroken_run(tmp_path: Any) -> None:
 def test_wrong_values(value: Any, message: str) -> None:
     with pytest.raises(EvaError, match=message):
         run(nn.Sequential(nn.Linear(20, 4)), vectors(1), lora(), tokens_per_step=value)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_function_that_makes_tokens_has_others_of_each_batch_count(made: bool) -> None:
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        model(**batch)
+
+    def counted(model: nn.Module, batch: int) -> None:
+        model(**texts[batch])
+
+    texts, options = text_batches(3), {"method": "gram", "tokens_per_step": 20}
+    config = lora(tau=1.0, target_modules=[LAYER])
+    data, function = (range(3), counted) if made else (texts, forward)
+    found = run(make_llama(), iter(data), config, forward_fn=function, **options)
+    inputs = layer_inputs(make_llama(), texts, [LAYER])[LAYER]
+    parts = inputs.split([int(batch["attention_mask"].sum()) for batch in texts])
+    drawn = [part[Draw(20, 0, number).indices(len(part))] for number, part in enumerate(parts)]
+    assert lost(found.components[LAYER], torch.cat(drawn)) < 1e-6

@@ -269,6 +269,16 @@ def test_iterators_as_batches_are_not_used_up() -> None:
     assert len(seen) == 8
 
 
+def test_a_function_may_take_a_batch_apart() -> None:
+    def emptied(batch: dict[str, Tensor], config: Any) -> Tensor:
+        return batch.pop("input_ids").nonzero()
+
+    data = [{"input_ids": batch["input_ids"]} for batch in text_batches(2, padded=False)]
+    options = {"max_steps": 2, "prepare_model_inputs_fn": emptied}
+    assert run(make_llama(), data, lora(), **options).tokens == 2 * 4 * 24
+    assert all(list(batch) == ["input_ids"] for batch in data)
+
+
 def test_layers_called_by_keyword_with_functions_of_the_user() -> None:
     model = Two(lambda net, x: net.b(input=torch.tanh(net.a(input=x))))
     data = vectors()
