@@ -371,11 +371,8 @@ BAD_STATES: dict[str, tuple[Any, type[Exception], str]] = {
         EvaValueError,
         rf"layer {Q_PROJ}: .* has it twice, as '{Q_PROJ}' and 'module.{Q_PROJ}'; take one",
     ),
-    "NaN": (
-        lambda s: with_rows(s, math.nan),
-        EvaValueError,
-        f"holds NaN or infinity in layers {Q_PROJ}; compute it anew",
-    ),
+    "unknown": (lambda s: {**s, "module.no": torch.ones(1, 2)}, EvaValueError, r"\(module\.no\)"),
+    "NaN": (lambda s: with_rows(s, math.nan), EvaValueError, f"in layers {Q_PROJ}; compute it anew"),
     "infinity": (lambda s: with_rows(s, -math.inf), EvaValueError, "holds NaN or infinity"),
     "on meta": (lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")}, EvaTypeError, "with values"),
 }

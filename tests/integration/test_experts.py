@@ -14,6 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import eva_kernels
 from bench.families import FAMILIES
 from eva_kernels import EvaValueError, EvaWarning
+from eva_peft._peft_compat import ParamWrapper
 from integration.conftest import (
     QUIET,
     VOCABULARY,
@@ -180,6 +181,23 @@ def test_ranks_of_experts_are_paid_for_by_each() -> None:
     others = result.reallocated(budget="params").ranks
     spent, before = (sum(r * sizes[n] for n, r in by.items()) for by in (others, result.base_ranks))
     assert 0.9 * before < spent <= before
+
+
+# PEFT says that it ignores patterns of parameters, and does not
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module")
+def test_patterns_name_parameters() -> None:
+    """As they do to PEFT, whose layers say what that makes of them."""
+    sizes = {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"experts.down_proj": 3}}
+    sizes |= {"r": 4, "lora_alpha": 12}
+    result = run(make_mixtral(), text_batches(1), lora(**FUSED, **sizes), max_steps=1)
+    owners = {owner: name for name, (owner, _) in result.owners.items()}
+    layers = lora_layers(wrapped(make_mixtral(), lora(**FUSED, **sizes))).values()
+    found = {x.parameter_name: x for x in layers if isinstance(x, ParamWrapper)}
+    assert {"gate_up_proj", "down_proj"} <= found.keys()
+    for owner, name in owners.items():
+        layer: Any = found[owner.rpartition(".")[2]]
+        assert result.base_ranks[name] == layer.r["default"]
+        assert result.alphas[name] == layer.lora_alpha["default"]
 
 
 def test_state_dicts_that_do_not_fit() -> None:
