@@ -1,0 +1,62 @@
+"""How layer inputs will be tracked: as many components as are needed, in the memory there is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import eva_kernels
+from eva_peft.planning import components_of
+from eva_peft.targets import Target
+from integration.conftest import Clash, lora, make_llama, run, vectors
+
+
+def test_memory_budget_by_default_is_a_share_of_the_model() -> None:
+    def method(rows: int, dtype: torch.dtype) -> str:
+        with torch.device("meta"):
+            parts = {"embed": nn.Embedding(rows, 64), "lin": nn.Linear(64, 8)}
+            model = nn.ModuleDict(parts).to(dtype)
+        (found,) = eva_kernels.estimate(model, lora(target_modules=["lin"])).method.values()
+        return found
+
+    small = nn.ModuleDict({"lin": nn.Linear(64, 8)})
+    config = lora(target_modules=["lin"])
+    exact = eva_kernels.estimate(small, config, method="gram").state_bytes
+    rows = int(exact / 0.03) // 64  # of one byte each
+    assert method(rows // 4, torch.float32) == method(rows // 2, torch.bfloat16) == "gram"
+    assert method(rows // 5, torch.float32) == method(rows // 4, torch.bfloat16) == "sketch"
+
+
+def test_memory_budget_counts_a_state_in_double_precision() -> None:
+    model = make_llama().double()
+    most = eva_kernels.estimate(model, lora(), method="gram").state_bytes
+    found = eva_kernels.estimate(model, lora(), memory_budget=most - 1)
+    assert set(found.method.values()) == {"gram", "sketch"}
+
+
+def test_oversample_is_the_width_of_a_sketch() -> None:
+    """Also where the model is so small that the budget is the least that there can be."""
+    config, state = lora(target_modules=["q_proj"]), []
+    for oversample in (1.0, 2.0, 4.0):
+        options = {"oversample": oversample}
+        state.append(eva_kernels.estimate(make_llama(), config, method="sketch", **options))
+        eva_kernels.estimate(make_llama(), config, **options)
+    assert 1.5 < state[1].state_bytes / state[0].state_bytes < 3
+    assert 1.5 < state[2].state_bytes / state[1].state_bytes < 3
+
+
+def test_as_many_components_as_the_layer_of_a_width_that_needs_most() -> None:
+    config = lora(rank_pattern={"lin": 6})
+    result = run(Clash(False), vectors(3, features=16), config, max_steps=3)
+    counts = {name: len(values) for name, values in result.singular_values.items()}
+    assert counts == {"lin": 12, "sub.lin": 12, "sub.other": 8, "head": 8}
+
+
+@pytest.mark.parametrize(("rank", "step", "count"), [(4, 4, 4), (6, 3, 6), (6, 2, 8), (5, 1, 7)])
+def test_components_are_a_multiple_of_what_ranks_are(rank: int, step: int, count: int) -> None:
+    target = Target("a", nn.Linear(32, 8), 32, 8, rank, 1.0, step=step)
+    assert components_of(target, 1.4) == count
+    assert components_of(dataclasses.replace(target, in_features=step), 1.4) == step
