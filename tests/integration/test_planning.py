@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import eva_kernels
+from eva_kernels import EvaTypeError
 from eva_peft.planning import components_of
 from eva_peft.targets import Target
 from integration.conftest import Clash, lora, make_llama, run, vectors
@@ -60,3 +62,9 @@ def test_components_are_a_multiple_of_what_ranks_are(rank: int, step: int, count
     target = Target("a", nn.Linear(32, 8), 32, 8, rank, 1.0, step=step)
     assert components_of(target, 1.4) == count
     assert components_of(dataclasses.replace(target, in_features=step), 1.4) == step
+
+
+@pytest.mark.parametrize("shape", [24, None, "24", (4.0, 24), torch.ones(2)])
+def test_shapes_that_are_none(shape: Any) -> None:
+    with pytest.raises(EvaTypeError, match=r"batch_shape=.* must be \(samples, tokens\)"):
+        eva_kernels.estimate(make_llama(), lora(), shape)
