@@ -64,6 +64,17 @@ def test_components_are_a_multiple_of_what_ranks_are(rank: int, step: int, count
     assert components_of(dataclasses.replace(target, in_features=step), 1.4) == step
 
 
+def test_estimate_grows_with_tokens_and_with_what_a_number_takes() -> None:
+    model, few, many = make_llama(), (2, 24), (4, 24)
+    told = {dtype: [eva_kernels.estimate(model.to(dtype), lora(), shape) for shape in (few, many)]
+            for dtype in (torch.bfloat16, torch.float32)}  # fmt: skip
+    half, whole = told[torch.bfloat16], told[torch.float32]
+    assert [2 * e.activation_bytes for e in half] == [e.activation_bytes for e in whole]
+    assert 2 * whole[0].activation_bytes == whole[1].activation_bytes
+    # the widest layer reads 96 features, in 64 tokens at least
+    assert all(e.workspace_bytes >= 4 * 64 * 96 for e in whole)
+
+
 @pytest.mark.parametrize("shape", [24, None, "24", (4.0, 24), torch.ones(2)])
 def test_shapes_that_are_none(shape: Any) -> None:
     with pytest.raises(EvaTypeError, match=r"batch_shape=.* must be \(samples, tokens\)"):
