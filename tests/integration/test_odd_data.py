@@ -284,3 +284,20 @@ def test_far_too_few_tokens_are_told() -> None:
         run(make_llama(), [batch], lora(r=8))
     result = run(make_llama(), text_batches(6), lora(r=8))  # warns of nothing
     assert sum(result.ranks.values()) == 112
+    run(make_llama(), [batch], lora(r=8), budget="params")  # where ranks have other prices
+
+
+def test_ranks_of_layers_that_are_not_called_are_not_missed() -> None:
+    model = nn.Sequential(nn.Linear(20, 4))
+    model.spare = nn.ModuleList(nn.Linear(20, 4) for _ in range(3))
+    model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
+    with pytest.warns(EvaWarning) as caught:
+        run(model, vectors(4), lora(target_modules=["0", "1", "2"]), max_steps=4)
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith("3 layers were never called")
+
+
+def test_layers_that_share_an_input_are_all_told_of() -> None:
+    options = {"max_steps": 1, "on_not_converged": "warn"}
+    with pytest.warns(eva_kernels.NotConvergedWarning, match="^14 of 14 layers have not"):
+        run(make_llama(), text_batches(1), lora(), **options)
