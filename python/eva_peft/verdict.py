@@ -65,7 +65,7 @@ def _check_any(run: CalibrationPass, backwards: list[str]) -> None:
             f"EVA can initialise none of the {every} layers, {_BACKWARDS}; adapt others, by "
             "target_modules"
         )
-    if len(run.uncalled) < every and run.tokens:
+    if len(run.uncalled) < every:
         return
     skipped = f"; {run.skipped} tokens with NaN or infinity were left out" if run.skipped else ""
     advice = f"check the attention and label masks of the loader{skipped}"
