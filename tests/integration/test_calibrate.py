@@ -302,7 +302,9 @@ def test_options_of_a_stream_are_those_of_the_pass(monkeypatch: pytest.MonkeyPat
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         data = [x.to(dtype) for x in vectors(1)]
         config = lora(target_modules=["0"])
-        run(make_mlp().to(dtype), data, config, max_steps=1, on_nonfinite="skip", **options)
+        model = make_mlp().to(dtype)
+        result = run(model, data, config, max_steps=1, on_nonfinite="skip", **options)
+        assert result.components["0"].dtype == result.singular_values["0"].dtype == torch.float32
     assert [s.dtype for s in made] == [torch.float64, torch.float32, torch.float32]
     assert {s.options for s in made} == {Options("sketch", 5, "torch", "fast", True)}
 

@@ -54,6 +54,7 @@ def test_as_many_components_as_the_layer_of_a_width_that_needs_most() -> None:
     config = lora(rank_pattern={"lin": 6})
     result = run(Clash(False), vectors(3, features=16), config, max_steps=3)
     counts = {name: len(values) for name, values in result.singular_values.items()}
+    assert result.rank_steps == {}
     assert counts == {"lin": 12, "sub.lin": 12, "sub.other": 8, "head": 8}
 
 

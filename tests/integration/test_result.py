@@ -281,9 +281,8 @@ def test_budget_in_parameters(anew: bool, llama_result: EvaResult, texts: list[A
 
 
 def test_minimal_rank(texts: list[Any]) -> None:
-    result = run(make_llama(), texts, lora(), max_steps=2, min_rank=3)
-    assert min(result.ranks.values()) >= 3
-    assert sum(result.ranks.values()) == 56
+    result = run(make_llama(), texts, lora(), max_steps=2, min_rank=4)
+    assert set(result.ranks.values()) == {4}  # which is all that there are to be given
     dead = run(Clash(), vectors(3, features=16), lora(), max_steps=3, min_rank=2)
     assert dead.ranks["sub.lin"] == 0  # there is no direction to give
     assert sum(dead.ranks.values()) == 16
@@ -324,7 +323,7 @@ def test_estimate_bounds_the_state(
             real += nbytes(stream.state)
             if method != "gram" and stream.options.method != "gram":
                 real += nbytes(stream.sums)
-        assert real <= told.state_bytes
+        assert real <= min(told.state_bytes, result.peak_memory_bytes)
         if len(single) == 1:
             assert real > 0.9 * told.state_bytes
 
