@@ -70,7 +70,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         skipped_tokens=run.skipped,
         steps=run.steps,
         forwards=run.forwards,
-        seconds=dict(run.seconds),
+        seconds=run.seconds,
         peak_memory_bytes=max(peak_bytes, sum(slot.stream.nbytes for slot in slots)),
         history=run.history,
         metadata=_metadata(run),
