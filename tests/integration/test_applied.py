@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+import eva_kernels
 from eva_kernels import EvaResult, EvaValueError, EvaWarning
 from integration.conftest import (
     Clash,
@@ -100,6 +101,9 @@ def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
     model = result.apply(make_llama())
     before = state_of(model)
     result.apply(model)
+    assert same_state(before, state_of(model))
+    state = {f"base_model.model.{name}": rows for name, rows in result.state_dict().items()}
+    eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=state)
     assert same_state(before, state_of(model))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)

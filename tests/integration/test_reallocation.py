@@ -59,6 +59,8 @@ def test_scaling_stays_whatever_the_model(case: str, r: int, tmp_path: Path) -> 
     expected = {n: result.alphas[n] / root(result.base_ranks[n]) for n in result.ranks}
     assert (len(set(expected.values())) > 1) == (case not in ("plain", "rslora", "one scaling"))
     assert result.reallocated().ranks == result.ranks
+    if case == "plain":  # nothing to be named
+        assert result.reallocated(r=r).metadata["lora_config"]["alpha_pattern"] == {}
     metadata = copy.deepcopy(result.metadata)
     onto: dict[str, nn.Module] = {"base": Clash(False), "adapters": wrapped(Clash(False), config)}
     for way, model in onto.items():

@@ -259,6 +259,8 @@ def test_allocated_anew(llama_result: EvaResult) -> None:
     assert min(floor.ranks.values()) >= 2
     assert sum(floor.ranks.values()) == 56
     assert llama_result.reallocated().ranks == before == llama_result.ranks
+    narrow = run(make_mlp(), vectors(2), lora(rho=1.5), max_steps=2)
+    assert narrow.reallocated().ranks == narrow.ranks
     with pytest.raises(eva_kernels.EvaValueError, match=r"layer .*q_proj: r=8.*has 8; calibrate"):
         llama_result.reallocated(r=8)
     with pytest.raises(eva_kernels.EvaValueError, match="min_rank=9"):
