@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import eva_kernels
-from eva_kernels import EvaResult, EvaValueError
+from eva_kernels import EvaResult, EvaValueError, NotConvergedWarning
 from eva_peft import cli
 from eva_peft.checkpoint_file import read_checkpoint, write_checkpoint
 from integration import passes
@@ -228,10 +228,9 @@ def test_limits_count_both_runs(limit: str, tmp_path: Path) -> None:
         "max_tokens": state["counts"]["tokens"],
         "max_seconds": state["elapsed"],
     }[limit]
-    result = run(
-        make_llama(), never_iterated(), lora(tau=1.0), checkpoint=path, method="gram",
-        **{limit: value}
-    )  # fmt: skip
+    options = {limit: value, "checkpoint": path, "method": "gram", "on_not_converged": "warn"}
+    with pytest.warns(NotConvergedWarning, match="14 of 14 layers have not converged after 6"):
+        result = run(make_llama(), never_iterated(), lora(tau=1.0), **options)
     assert result.forwards == 6
     assert result.seconds["total"] > state["elapsed"]
 
