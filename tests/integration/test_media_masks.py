@@ -19,7 +19,7 @@ from transformers import (
 from eva_kernels import EvaWarning
 from eva_peft.architecture import architecture_of
 from eva_peft.batch_mask import mask_of_batch
-from eva_peft.media_masks import patches_seen, pixel_masks, tile_mask
+from eva_peft.media_masks import patches_seen, pixel_masks, sound_mask, tile_mask
 from eva_peft.token_mask import TokenMask
 from integration.conftest import layer_inputs, lora, lost, run
 
@@ -246,6 +246,26 @@ def test_what_is_no_mask_of_pixels() -> None:
     assert pixel_masks({"pixel_mask": torch.ones(3)}) == ()
     (found,) = pixel_masks({"pixel_attention_mask": torch.ones(2, 3, 8, 8)})
     assert found.shape == (6, 8, 8)
+
+
+def test_which_masks_are_over_sound() -> None:
+    kept = torch.arange(50) < torch.tensor([50, 20])[:, None]
+
+    def told(**batch: Tensor) -> Tensor | None:
+        return sound_mask({"input_features": torch.ones(2, 50, 8), 0: kept, **batch})
+
+    for key in ("input_features_mask", "feature_attention_mask", "mask_of_mine"):
+        found = told(**{key: kept.long()})
+        assert found is not None
+        assert torch.equal(found, kept)
+    # these are looked at elsewhere, or say what is to be hidden
+    for key in ("attention_mask", "decoder_attention_mask", "mask_time_indices"):
+        assert told(**{key: kept}) is None
+    others = (kept.float(), kept[:, :40], kept[:, :2], kept[:1], kept[..., None])
+    for other in others:  # scores, and masks of something else
+        assert told(mask_of_mine=other) is None
+    assert sound_mask({"input_ids": torch.ones(2, 50), "mask_of_mine": kept}) is None
+    assert told(input_features_mask=kept[..., None]) is None
 
 
 def test_places_of_patches_of_images_and_films() -> None:
