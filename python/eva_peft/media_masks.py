@@ -43,7 +43,7 @@ _MERGED = (1, 2, 4)  # patches along a side that later layers may see as one
 
 def sound_mask(batch: Mapping[str, Any]) -> Tensor | None:
     """Return which frames of sound a batch keeps, bool (samples, F) on the CPU, if it tells."""
-    keys = [key for key in batch if "mask" in str(key) and key not in (*_SOUND, *_OTHER_MASKS)]
+    keys = [key for key in batch if "mask" in str(key) and key not in _OTHER_MASKS]
     known = [batch.get(key) for key in _SOUND]
     found = [*known, *(batch[key] for key in keys if _is_of_sound(batch[key], batch))]
     return next((m.bool().cpu() for m in found if isinstance(m, Tensor) and m.dim() == 2), None)
