@@ -19,7 +19,13 @@ from transformers import (
 from eva_kernels import EvaWarning
 from eva_peft.architecture import architecture_of
 from eva_peft.batch_mask import mask_of_batch
-from eva_peft.media_masks import patches_seen, pixel_masks, sound_mask, tile_mask
+from eva_peft.media_masks import (
+    frames_seen,
+    patches_seen,
+    pixel_masks,
+    sound_mask,
+    tile_mask,
+)
 from eva_peft.token_mask import TokenMask
 from integration.conftest import layer_inputs, lora, lost, run
 
@@ -266,6 +272,14 @@ def test_which_masks_are_over_sound() -> None:
         assert told(mask_of_mine=other) is None
     assert sound_mask({"input_ids": torch.ones(2, 50), "mask_of_mine": kept}) is None
     assert told(input_features_mask=kept[..., None]) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "leading"),
+    [((0, 5), (3, 4)), ((2, 6), (3, 4)), ((2, 3), (4, 1)), ((2, 3), (2, 0)), ((2, 0), (2, 3))],
+)
+def test_what_is_no_part_of_a_sound(shape: tuple[int, int], leading: tuple[int, int]) -> None:
+    assert frames_seen(torch.ones(shape, dtype=torch.bool), leading) is None
 
 
 def test_places_of_patches_of_images_and_films() -> None:
