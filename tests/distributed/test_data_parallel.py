@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -424,8 +425,9 @@ def test_models_with_divided_layers_are_refused_everywhere(seen: tuple[Seen, See
     assert seen[0]["divided"] == seen[1]["divided"]
     assert len(seen[0]["divided"]) == 2 * 5
     for call, message in seen[0]["divided"].items():
-        layer = "layers.0.mlp.gate_proj" if "torch" in call else "embed_tokens"
-        assert f"layer model.{layer} is divided among processes" in message, call
+        # transformers divides the embedding since 5.21
+        layer = r"layers\.0\.mlp\.gate_proj" if "torch" in call else "(embed_tokens|.*q_proj)"
+        assert re.search(rf"layer model\.{layer} is divided among processes", message), call
         assert "load it into the divided model by PeftModel.from_pretrained" in message
 
 

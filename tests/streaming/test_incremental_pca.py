@@ -329,7 +329,7 @@ def test_a_buffer_that_is_filled_again_does_not_change_what_was_seen():
     for buffer in (torch.empty(100, 40, dtype=torch.float64), np.empty((100, 40))):
         pca = IncrementalPCA(6)
         for batch in x.split(100):
-            buffer[:] = batch
+            torch.as_tensor(buffer)[:] = batch
             pca.partial_fit(buffer)
         torch.testing.assert_close(pca.var_, x.var(0, correction=0))
     assert len(pickle.dumps(pca._pivot)) < 100 * 40 * 8  # nor is a batch kept
