@@ -198,7 +198,7 @@ class RoutedInputs(TorchFunctionMode):
             picked = _repeated(args, result) if func in _REPEATING else _picked(args)
             if picked is not None and len(picked[1]) == rows:
                 self._tokens[result] = self._composed(*picked)
-            if picked is not None or func in _REPEATING or not _is_sliced(args[-1]):
+            if picked is not None or func is not Tensor.__getitem__ or not _is_sliced(args[-1]):
                 return
             if self._follow_slice(*_of_the_first_dimension(args), result):
                 return
@@ -243,24 +243,25 @@ def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:
     """
     x, index = _of_the_first_dimension(args)
     if isinstance(index, (Sequence, np.ndarray)):
-        index = _as_tensor(index, x.device)
+        index = _as_tensor(index)
     if not isinstance(index, Tensor) or not x.is_floating_point():
         return None
     across = 1
-    if index.dtype == torch.bool:
+    if index.dtype in (torch.bool, torch.uint8):
         index, across = index.flatten().nonzero().flatten(), index.dim()
     if index.dim() != 1 or index.is_floating_point() or across >= x.dim():
         return None
+    index = index.to(x.device)  # tokens on a GPU may be indexed from the CPU
     each = x.shape[across:-1].numel()
     if each != 1:
         index = (index[:, None] * each + torch.arange(each, device=index.device)).flatten()
     return x, index, x.shape[:-1].numel()
 
 
-def _as_tensor(index: Any, device: torch.device) -> Tensor | None:
+def _as_tensor(index: Any) -> Tensor | None:
     """Return an index that is a list, or NumPy's, as a tensor; ``None`` if it cannot be one."""
     try:
-        tensor = torch.as_tensor(index, device=device)
+        tensor = torch.as_tensor(index, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
     return tensor if tensor.numel() else tensor.long()  # of an empty list it would be of floats

@@ -22,6 +22,7 @@ def test_what_picks_along_another_dimension_is_not_followed() -> None:
         routed.following = True
         along = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
         along += [x.index_select(np.int64(1), picked)]
+        along += [x[picked].index_select(index=picked, dim=1)]
         along += [x[picked][:, picked], x[picked, :4], x[picked].chunk(5, dim=1)[1]]
         first = [x[picked], x[picked, :], x[None, picked], x.index_select(0, picked)]
         first += [x.index_select(-3, picked), torch.index_select(x, index=picked, dim=0)]
@@ -144,6 +145,29 @@ def test_what_a_list_picks_and_what_is_repeated_is_followed() -> None:
             assert found[0].tolist() == list(tokens)
             assert found[1] == 6
         assert all(routed.tokens_of(part) is None for part in unknown)
+
+
+@pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8 is now deprecated")
+def test_what_masks_of_bytes_keep_is_followed() -> None:
+    x, order = torch.randn(6, 3), torch.tensor([4, 0, 2, 1, 3, 5])
+    routed = RoutedInputs([], lambda *given: None)
+    with routed:
+        routed.following = True
+        for kept in ([0, 1, 1, 0, 0, 1], [1] * 6):
+            known = routed.tokens_of(x[order][torch.tensor(kept, dtype=torch.uint8)])
+            assert known is not None
+            assert torch.equal(known[0], order[torch.tensor(kept, dtype=torch.bool)])
+
+
+def test_tokens_are_known_where_they_are_not_where_their_index_is() -> None:
+    x, order = torch.randn(6, 3, device="meta"), torch.tensor([4, 0, 2])
+    routed = RoutedInputs([], lambda *given: None)
+    with routed:
+        routed.following = True
+        for part in (x[order], x[order][torch.tensor([1], device="meta")], x[order][[2, 0]]):
+            known = routed.tokens_of(part)
+            assert known is not None
+            assert (known[0].device, len(known[0]), known[1]) == (x.device, len(part), 6)
 
 
 def test_what_is_computed_of_layer_inputs_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
