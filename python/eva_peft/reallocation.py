@@ -87,26 +87,31 @@ def _scaled(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float
     return scaled_alpha(config, alpha, rank, new_rank)
 
 
+def _of_pattern(config: LoraConfig, name: str, r: int) -> float:
+    """Return the alpha with rank r of what the patterns call so: a layer, or a key of theirs."""
+    alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+    return _scaled(config, alpha, pattern_value(config.rank_pattern, name, config.r), r)
+
+
 def _sizes(result: EvaResult, config: LoraConfig, r: int) -> dict[str, Any]:
     """Return the fields of the config that say how large the adapters are, for r everywhere."""
     default = _scaled(config, config.lora_alpha, config.r, r)
-    ranks = config.rank_pattern
-    before = {
-        key: _scaled(config, alpha, ranks.get(key, config.r), r)
-        for key, alpha in config.alpha_pattern.items()
-    }
-    for key, rank in ranks.items():  # of layers that no pass reads, as embeddings, these speak
-        before.setdefault(key, _scaled(config, config.lora_alpha, rank, r))
+    known = config.alpha_pattern
+    closer = [
+        key
+        for key in config.rank_pattern
+        if key not in known and pattern_value(known, key, None) is not None
+    ]
+    # of layers that no pass reads, as embeddings, these speak; the first key that matches counts
+    keys = [*closer, *known, *config.rank_pattern]
+    before = {key: _of_pattern(config, key, r) for key in keys}
     alphas = {result.owners.get(name, [name])[0]: alpha for name, alpha in result.alphas.items()}
     for name in result.uncalled:
-        rank = pattern_value(ranks, name, config.r)
-        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
-        alphas[name] = _scaled(config, alpha, rank, r)
+        alphas[name] = _of_pattern(config, name, r)
     own = {
         anchored_pattern(name): alpha
         for name, alpha in alphas.items()
         if pattern_value(before, name, default) != alpha
     }
-    # the first key that matches counts
     pattern = {**own, **{key: alpha for key, alpha in before.items() if key not in own}}
     return {"r": r, "rank_pattern": {}, "lora_alpha": default, "alpha_pattern": pattern}

@@ -92,19 +92,23 @@ class Unread(nn.Module):
 @pytest.mark.parametrize(
     ("embed", "before"),
     [
-        ({"alpha_pattern": 3}, 3 / 4),
-        ({"rank_pattern": 6}, 12 / 6),
-        ({"rank_pattern": 6, "alpha_pattern": 3}, 3 / 6),
+        ({"alpha_pattern": {"embed": 3}}, 3 / 4),
+        ({"rank_pattern": {"embed": 6}}, 12 / 6),
+        ({"rank_pattern": {"embed": 6}, "alpha_pattern": {"embed": 3}}, 3 / 6),
+        ({"rank_pattern": {"embed": 6}, "alpha_pattern": {".*bed": 3}}, 3 / 6),
+        ({"rank_pattern": {".*bed": 6}, "alpha_pattern": {"embed": 3}}, 3 / 6),
+        ({"rank_pattern": {"em[b]ed": 6}, "alpha_pattern": {"em[b]ed": 3}}, 3 / 6),
+        ({"rank_pattern": {"em.*": 6}, "alpha_pattern": {"embed": 3, "em.*": 5}}, 3 / 6),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.* default initialisation:eva_peft.errors.EvaWarning")
 def test_layers_without_components_keep_their_scaling_too(
-    embed: dict[str, int], before: float
+    embed: dict[str, dict[str, int]], before: float
 ) -> None:
     names = ["embed", "lin", "spare"]
     patterns = {"rank_pattern": {"spare": 6}, "alpha_pattern": {"spare": 5}}
-    for pattern, value in embed.items():
-        patterns[pattern]["embed"] = value
+    for pattern, values in embed.items():
+        patterns[pattern] |= values
     config = lora(lora_alpha=12, target_modules=names, **patterns)
     result = run(Unread(), [torch.arange(9)], config, max_steps=2)
     done = result.apply(Unread(), r=2).base_model.model
