@@ -31,6 +31,12 @@ _SPLITTING = (
     torch.tensor_split,
 )
 _REPEATING = (Tensor.repeat_interleave, torch.repeat_interleave)
+# What puts rows in another order than its arguments have, and what makes rows that are no tokens.
+_GATHERING = ("embedding", "flip", "gather", "roll", "take_along_dim")
+_PLACING = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce")
+_LIKE = ("empty_like", "full_like", "ones_like", "zeros_like")
+_NEW = ("new_empty", "new_full", "new_ones", "new_zeros")
+_NOT_FOLLOWED = {*_GATHERING, *_PLACING, *_LIKE, *_NEW}
 _BATCHED = (torch.bmm, Tensor.bmm)
 _PRODUCTS = (
     functional.linear,
@@ -202,6 +208,8 @@ class RoutedInputs(TorchFunctionMode):
                 return
             if self._follow_slice(*_of_the_first_dimension(args), result):
                 return
+        if getattr(func, "__name__", "").removesuffix("_") in _NOT_FOLLOWED:
+            return
         for x in args:
             known = self._tokens.get(x) if isinstance(x, Tensor) else None
             if known is not None and len(known[0]) == rows:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eva_kernels.streaming import InputStream
 from eva_peft.routing import ExpertWeight, RoutedInputs
-from integration.conftest import lora, make_llama, run, text_batches
+from integration.conftest import VOCABULARY, check_shares, lora, make_llama, run, text_batches
 
 
 def test_what_picks_along_another_dimension_is_not_followed() -> None:
@@ -48,8 +48,6 @@ def test_products_are_seen_whatever_they_are_written_as() -> None:
         products = [linear(x, weight[1]), torch.matmul(x, turned), torch.mm(x, turned)]
         products += [x.matmul(turned), x.mm(turned), x @ turned]
     assert [(layer, id(given)) for layer, given in called] == [(11, id(x))] * len(products)
-
-    called.clear()
 
 
 def test_products_of_all_experts_at_once() -> None:
@@ -110,7 +108,8 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
             routed.tokens_of(rows[6:, :1]): order[6:],
             routed.tokens_of(rows[None][0]): order,
         }
-        others = [x[2:4], rows[order.view(2, 3)], rows[None][:, 2:4]]
+        others = [x[2:4], rows[order.view(2, 3)], rows[None][:, 2:4], rows.flip(0), rows.roll(1, 0)]
+        others += [rows.take_along_dim(order[:, None], 0), torch.full_like(rows, 1)]
         assert all(routed.tokens_of(part) is None for part in others)
     for known, tokens in again.items():
         assert known is not None
@@ -190,3 +189,46 @@ def test_what_is_computed_of_layer_inputs_is_not_followed(monkeypatch: pytest.Mo
     run(make_llama(), iter(text_batches(1)), lora(), method="sketch")
     assert seen
     assert not any(seen)
+
+
+class PutBack(nn.Module):
+    """All tokens go through one layer in another order, and through the next as they came."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.how, self.embed = how, nn.Embedding(VOCABULARY, 12)
+        self.inner, self.last = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        order = input_ids.flatten().argsort(stable=True)
+        rows = self.inner(self.embed(input_ids).reshape(-1, 12)[order])
+        wide, back = order[:, None].expand_as(rows), order.argsort()
+        if self.how == "__setitem__":
+            out = torch.empty_like(rows)
+            out[order] = rows
+        elif self.how == "gather":
+            out = rows.gather(0, back[:, None].expand_as(rows))
+        elif self.how == "embedding":
+            out = nn.functional.embedding(back, rows)
+        elif self.how == "index_put_":
+            out = rows.new_zeros(rows.shape).index_put_((order,), rows)
+        else:
+            place = wide if self.how.startswith("scatter") else order
+            out = getattr(torch.zeros_like(rows), self.how)(0, place, rows)
+        return self.last(out)
+
+
+PLACING = ["index_add", "index_add_", "index_copy_", "index_put_", "scatter", "scatter_add_"]
+
+
+@pytest.mark.parametrize("how", [*PLACING, "gather", "embedding", "__setitem__"])
+def test_masks_follow_tokens_back_into_their_order(how: str) -> None:
+    model, texts = PutBack(how), text_batches(4, samples=6)
+    config, options = lora(tau=1.0, target_modules=["inner", "last"]), {"trim_padding": False}
+    result = run(model, iter(texts), config, method="gram", **options)
+    ids = torch.cat([b["input_ids"][b["attention_mask"].bool()] for b in texts])
+    with torch.no_grad():
+        tokens = model.embed(ids)
+        check_shares(result, "inner", tokens)
+        check_shares(result, "last", model.inner(tokens))
