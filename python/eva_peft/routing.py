@@ -31,12 +31,10 @@ _SPLITTING = (
     torch.tensor_split,
 )
 _REPEATING = (Tensor.repeat_interleave, torch.repeat_interleave)
-# What puts rows in another order than its arguments have, and what makes rows that are no tokens.
+# What puts rows in another order than that of its arguments.
 _GATHERING = ("embedding", "flip", "gather", "roll", "take_along_dim")
 _PLACING = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce")
-_LIKE = ("empty_like", "full_like", "ones_like", "zeros_like")
-_NEW = ("new_empty", "new_full", "new_ones", "new_zeros")
-_NOT_FOLLOWED = {*_GATHERING, *_PLACING, *_LIKE, *_NEW}
+_REORDERING = (*_GATHERING, *_PLACING)
 _BATCHED = (torch.bmm, Tensor.bmm)
 _PRODUCTS = (
     functional.linear,
@@ -149,6 +147,8 @@ class RoutedInputs(TorchFunctionMode):
         elif self._parameters and func in _BATCHED:
             self._multiplied_at_once(*given[:2])
         result = func(*args, **kwargs)
+        if self.following and func is Tensor.__setitem__ and _puts_rows(*args[1:]):
+            self._tokens.pop(args[0], None)
         if self.following and func in _SPLITTING:
             self._follow_parts(given[0], result)
         if self.following:
@@ -208,7 +208,8 @@ class RoutedInputs(TorchFunctionMode):
                 return
             if self._follow_slice(*_of_the_first_dimension(args), result):
                 return
-        if getattr(func, "__name__", "").removesuffix("_") in _NOT_FOLLOWED:
+        if getattr(func, "__name__", "").removesuffix("_") in _REORDERING:
+            self._tokens.pop(result, None)  # it may be an argument, in whose place it was put
             return
         for x in args:
             known = self._tokens.get(x) if isinstance(x, Tensor) else None
@@ -303,6 +304,11 @@ def _is_sliced(index: Any) -> bool:
     """Tell whether an index reorders nothing: what has as many rows as before has the same."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(part is Ellipsis or part is None or isinstance(part, (slice, int)) for part in parts)
+
+
+def _puts_rows(index: Any, value: Any) -> bool:
+    """Tell whether rows are put where an index says, and not a number or what has their order."""
+    return isinstance(value, Tensor) and value.dim() > 1 and not _is_sliced(index)
 
 
 class EagerExperts(AbstractContextManager[None]):
