@@ -211,7 +211,8 @@ class RoutedInputs(TorchFunctionMode):
         if getattr(func, "__name__", "").removesuffix("_") in _REORDERING:
             self._tokens.pop(result, None)  # it may be an argument, in whose place it was put
             return
-        for x in args:
+        # a product has the rows of its first factor
+        for x in args[:1] if func in (*_PRODUCTS, *_BATCHED) else args:
             known = self._tokens.get(x) if isinstance(x, Tensor) else None
             if known is not None and len(known[0]) == rows:
                 self._tokens[result] = known
