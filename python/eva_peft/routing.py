@@ -34,7 +34,8 @@ _REPEATING = (Tensor.repeat_interleave, torch.repeat_interleave)
 # What puts rows in another order than that of its arguments.
 _GATHERING = ("embedding", "flip", "gather", "roll", "take_along_dim")
 _PLACING = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce")
-_REORDERING = (*_GATHERING, *_PLACING)
+_TURNING = ("moveaxis", "movedim", "permute", "swapaxes", "swapdims", "t", "transpose")
+_REORDERING = (*_GATHERING, *_PLACING, *_TURNING)
 _BATCHED = (torch.bmm, Tensor.bmm)
 _PRODUCTS = (
     functional.linear,

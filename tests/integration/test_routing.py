@@ -110,6 +110,8 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
         }
         others = [x[2:4], rows[order.view(2, 3)], rows[None][:, 2:4], rows.flip(0), rows.roll(1, 0)]
         others += [rows.take_along_dim(order[:, None], 0), torch.ones(6, 6) @ rows]
+        samples = torch.randn(6, 2, 3)[order]
+        others += [samples.transpose(0, 1), samples.permute(1, 0, 2), samples.movedim(0, 1)]
         halves, some = torch.empty_like(rows), rows.clone()
         halves[:3], halves[3:], some[order > 2] = rows[:3], rows[3:], 0.0
         again |= {routed.tokens_of(halves): order, routed.tokens_of(some): order}
