@@ -204,6 +204,14 @@ def divided(rank: int) -> Any:
 
 
 @scenario
+def first_divided_by_transformers(rank: int) -> Any:
+    """Return a layer's name, which depends on its version: that of which not all is here."""
+    whole, parts = dict(make_llama().named_parameters()), by_transformers().named_parameters()
+    here = ((name, getattr(part, "_local_tensor", part).shape) for name, part in parts)
+    return next(name for name, shape in here if shape != whole[name].shape).rpartition(".")[0]
+
+
+@scenario
 def loaded_where_it_is_divided(rank: int) -> Any:
     """Follow the advice that is given: initialise the whole model, load into the divided one."""
     whole = eva_kernels.initialize(make_llama(), own_batches(rank), lora(), **QUIET, max_steps=3)

@@ -354,6 +354,7 @@ def test_all_or_nothing(
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+NOT_FINITE = f"holds NaN or infinity in layers {Q_PROJ}; compute it anew"
 
 
 def with_rows(state: dict[str, Any], value: float) -> dict[str, Any]:
@@ -372,7 +373,7 @@ BAD_STATES: dict[str, tuple[Any, type[Exception], str]] = {
         rf"layer {Q_PROJ}: .* has it twice, as '{Q_PROJ}' and 'module.{Q_PROJ}'; take one",
     ),
     "unknown": (lambda s: {**s, "module.no": torch.ones(1, 2)}, EvaValueError, r"\(module\.no\)"),
-    "NaN": (lambda s: with_rows(s, math.nan), EvaValueError, f"in layers {Q_PROJ}; compute"),
+    "NaN": (lambda s: with_rows(s, math.nan), EvaValueError, NOT_FINITE),
     "infinity": (lambda s: with_rows(s, -math.inf), EvaValueError, "holds NaN or infinity"),
     "on meta": (lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")}, EvaTypeError, "with values"),
 }

@@ -283,6 +283,9 @@ def test_budget_in_parameters(anew: bool, llama_result: EvaResult, texts: list[A
 
 
 def test_minimal_rank(texts: list[Any]) -> None:
+    result = run(make_llama(), texts, lora(), max_steps=2, min_rank=3)
+    assert min(result.ranks.values()) >= 3
+    assert sum(result.ranks.values()) == 56
     result = run(make_llama(), texts, lora(), max_steps=2, min_rank=4)
     assert set(result.ranks.values()) == {4}  # which is all that there are to be given
     dead = run(Clash(), vectors(3, features=16), lora(), max_steps=3, min_rank=2)

@@ -302,6 +302,7 @@ def test_simulated_gpu_sees_three_calls() -> None:
 def test_what_has_native_code() -> None:
     assert not module.runs_natively(torch.empty(2, 8))
     with fake_cuda():
+        assert module.runs_natively(torch.empty(2, 8, device=DEVICE))
         assert module.runs_natively(torch.empty(MAX_WIDTH, 200, device=DEVICE))
         assert not module.runs_natively(torch.empty(2, 8, device=DEVICE).double())
         assert not module.runs_natively(torch.empty(MAX_WIDTH + 1, 200, device=DEVICE))
