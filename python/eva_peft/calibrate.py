@@ -140,10 +140,10 @@ class CalibrationPass:
         self.began -= self.keeper.elapsed
         processes = self.processes
         with nullcontext() if processes is None else processes.together.interrupts:
-            return self._run(loader, processes)
+            return self._run(loader)
 
-    def _run(self, loader: Iterable[Any], processes: Processes | None) -> EvaResult:
-        memory = PeakMemory(self.device)
+    def _run(self, loader: Iterable[Any]) -> EvaResult:
+        memory, processes = PeakMemory(self.device), self.processes
         self.bar = bar_of(self)
         if self.leads:
             log_plan(self.model, self.targets, self.eva.rho, self.options, self.device)

@@ -173,13 +173,12 @@ def _number_cells(
 
 def _curves(result: EvaResult) -> list[tuple[str, np.ndarray[Any, Any], float]]:
     """Gather (label, cumulative variance (layers, K), mean rank) by module kind."""
+    kind_of = {name: kind for name, (kind, _) in layer_table(result.ranks).items()}
+    if len(set(kind_of.values())) > _MAX_CURVES:  # many experts or stages
+        kind_of = kinds_of(result.ranks)
     groups: dict[str, list[str]] = {}
-    for name, (kind, _) in layer_table(result.ranks).items():
+    for name, kind in kind_of.items():
         groups.setdefault(kind, []).append(name)
-    if len(groups) > _MAX_CURVES:  # many experts or stages
-        groups = {}
-        for name, kind in kinds_of(result.ranks).items():
-            groups.setdefault(kind, []).append(name)
     merged: dict[bytes, tuple[list[str], np.ndarray[Any, Any], list[int]]] = {}
     for kind, names in groups.items():
         curves = _cumulative(result, names)
