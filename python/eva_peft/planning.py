@@ -111,16 +111,18 @@ def estimate_targets(
     """Estimate a pass over batches of ``batch_shape`` = (samples, tokens).
 
     Raises:
-        EvaTypeError: no such pair.
+        EvaTypeError, EvaValueError: no such pair.
     """
     if not isinstance(batch_shape, Sequence) or not all(
         isinstance(n, Integral) for n in batch_shape
     ):
         raise EvaTypeError(f"batch_shape={batch_shape!r} must be (samples, tokens)")
+    if len(batch_shape) != 2 or min(batch_shape) < 1:
+        raise EvaValueError(
+            f"batch_shape={batch_shape!r} must be (samples, tokens), both at least 1"
+        )
     plan = plan_targets(model, targets, rho, options)
-    tokens = 1
-    for size in batch_shape:
-        tokens *= int(size)
+    tokens = math.prod(map(int, batch_shape))
     state = sum(stream_bytes(plan[t.in_features], _state_itemsize(model)) for t in targets)
     widest = max(targets, key=lambda t: t.in_features)
     itemsize = next((p.element_size() for p in model.parameters()), 4)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import eva_kernels
-from eva_kernels import EvaTypeError
+from eva_kernels import EvaTypeError, EvaValueError
 from eva_peft.planning import components_of
 from eva_peft.targets import Target
 from integration.conftest import Clash, lora, make_llama, run, vectors
@@ -79,4 +79,10 @@ def test_estimate_grows_with_tokens_and_with_what_a_number_takes() -> None:
 @pytest.mark.parametrize("shape", [24, None, "24", (4.0, 24), torch.ones(2)])
 def test_shapes_that_are_none(shape: Any) -> None:
     with pytest.raises(EvaTypeError, match=r"batch_shape=.* must be \(samples, tokens\)"):
+        eva_kernels.estimate(make_llama(), lora(), shape)
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (2, 3, 8), (2, 0), (-2, -8)])
+def test_shapes_of_no_batch(shape: Any) -> None:
+    with pytest.raises(EvaValueError, match=r"must be \(samples, tokens\), both at least 1"):
         eva_kernels.estimate(make_llama(), lora(), shape)
