@@ -74,7 +74,8 @@ def check_undivided(model: nn.Module) -> None:
             raise EvaRuntimeError(
                 f"{where}, and EVA reads the inputs of whole layers. Initialise the model loaded "
                 "whole (without tp_plan and the like), in one process or each with a copy; save "
-                "the adapter, and load it into the divided model by PeftModel.from_pretrained"
+                "the adapter, and load it into the divided model by PeftModel.from_pretrained "
+                "(of PEFT 0.21.1 or newer)"
             )
 
 

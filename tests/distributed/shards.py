@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, import_utils
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -45,6 +46,12 @@ def told_of(run: Callable[[], Any]) -> str | None:
     except eva_kernels.EvaError as error:
         return type(error).__name__
     return None
+
+
+# PEFT before 0.21.1 does not know how newer transformers divide layers.
+PEFT_LOADS_DIVIDED = find_spec("transformers.distributed") is None or hasattr(
+    import_utils, "is_transformers_dtensor_tp"
+)
 
 
 @scenario
