@@ -125,13 +125,15 @@ class LaunchSequence:
             again(spots, base)
             return
         with current_device(device):
-            if not _can_be_kept(device):
+            if torch.version.hip is not None:  # where Triton chooses by the size of a tensor, too
                 self._run_by_triton(tensors, workspace)
                 return
             chosen = key, *self._chosen_by(tensors)
             compiled, known = _compiled.get(chosen), True
             if compiled is None:
                 compiled, known = self._run_by_triton(tensors, workspace), False
+                if None in compiled:  # they were interpreted
+                    return
                 if len(_compiled) >= MOST_COMPILED:
                     _compiled.clear()
                 _compiled[chosen] = compiled
@@ -274,8 +276,3 @@ def _parameters(
 def current_device(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which Triton launches on a device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _can_be_kept(device: torch.device) -> bool:
-    # An interpreter compiles nothing. On ROCm Triton also specialises on the size of a tensor.
-    return device.type == "cuda" and torch.version.hip is None

@@ -155,7 +155,6 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     module = SimpleNamespace(LaunchList=Launches, parameter_sizes=lambda function: [8, 8, 4])
     monkeypatch.setattr(sequence._native, "load_or_none", lambda kind: module)
-    monkeypatch.setattr(sequence, "_can_be_kept", lambda device: True)
     active = SimpleNamespace(get_current_stream=lambda index: 0)
     monkeypatch.setattr(sequence, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(sequence, "_compiled", {})
@@ -201,6 +200,23 @@ def test_sequences_of_other_numbers_share_kernels_and_keep_them(
     gc.collect()
     assert len(sequence._compiled) == 1
     assert [reference() is None for reference in kernel.compiled] == [False, True, False]
+
+
+def test_kernels_that_are_interpreted_are_launched_by_triton_every_time(seen: list[Any]):
+    ran = []
+
+    class Interpreted(Kernel):
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *given, **constants: ran.append(given)
+
+    call = sequence.Call(Interpreted(), (3,), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
+    found = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
+    memory = torch.zeros(64, dtype=torch.bfloat16)
+    for _ in range(2):
+        found.run([memory, None], torch.zeros(64, dtype=torch.uint8))
+    assert [given[0] is memory for given in ran] == [True, True]
+    assert found.again(memory.device) is None
+    assert sequence._compiled == {}
 
 
 class Jit:
