@@ -2,6 +2,7 @@
 // the same text with a host compiler (tests/emulator).
 #pragma once
 
+#include "block.cuh"
 #include "convergence.h"
 
 namespace eva_kernels {
@@ -9,12 +10,11 @@ namespace eva_kernels {
 // 4 warps: a row of 4096 columns is 8 float4 pairs a thread; every row of every layer is a block,
 // thousands of them, which is what fills the device.
 constexpr int kConvergenceThreads = 128;
-constexpr int kWarpSize = 32;
 
 // Only lane 0's result is used, so a downward tree is enough.
 __device__ __forceinline__ RowSums warp_sum(RowSums sums) {
 #pragma unroll
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     sums.dot += __shfl_down_sync(0xffffffffu, sums.dot, offset);
     sums.previous += __shfl_down_sync(0xffffffffu, sums.previous, offset);
     sums.current += __shfl_down_sync(0xffffffffu, sums.current, offset);
@@ -69,7 +69,7 @@ __device__ __forceinline__ RowSums thread_sums(const float* __restrict__ previou
 
 // Grid: one block per row of the whole batch. `unconverged` must be zero at launch.
 __global__ void __launch_bounds__(kConvergenceThreads) convergence_kernel(ConvergenceArgs args) {
-  constexpr int kWarps = kConvergenceThreads / kWarpSize;
+  constexpr int kWarps = kConvergenceThreads / kLanes;
   __shared__ RowSums warp_sums[kWarps];
 
   const int64_t row = blockIdx.x;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kConvergenceThreads) convergence_kernel(Conver
   const RowSums sums =
       warp_sum(thread_sums(matrix.previous + i_row * matrix.previous_row_stride,
                            matrix.current + i_row * matrix.current_row_stride, matrix.columns));
-  if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = sums;
+  if (threadIdx.x % kLanes == 0) warp_sums[threadIdx.x / kLanes] = sums;
   __syncthreads();
   if (threadIdx.x != 0) return;
 

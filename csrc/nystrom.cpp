@@ -45,8 +45,8 @@ Matrix transposed(const Matrix& of) {
   return matrix_of(of.width, [&](int i, int j) { return of.at(j, i); });
 }
 
-// L^-1 of the Cholesky factor L. RankedRows and columns whose pivot is not above `cut` are left
-// out: these rows are 0.
+// L^-1 of the Cholesky factor L. Rows and columns whose pivot is not above `cut` are left out:
+// these rows are 0.
 struct InverseFactor {
   Matrix rows;
   std::vector<bool> kept;
@@ -116,7 +116,7 @@ struct RankedRows {
   int rank;  // rows from there on are 0
 };
 
-// RankedRows that whiten the core, unless it is not finite.
+// Rows that whiten the core, unless it is not finite.
 std::optional<RankedRows> whitener(const Matrix& core, double noise, bool regular) {
   const int width = core.width;
   const std::vector<double> scale = scale_of(core, noise);

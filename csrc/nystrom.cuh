@@ -16,7 +16,7 @@
 
 namespace eva_kernels {
 
-constexpr int kProductRows = 8;  // rows of a product that a thread makes, of one column
+constexpr int kStripRows = 8;  // of a product that a thread makes, in one column
 
 struct NystromBlock {
   EighBlock eigh;
@@ -29,23 +29,23 @@ struct NystromBlock {
 // columns, so that they read one number of `left` and neighbours of `right`.
 __device__ __forceinline__ void multiply(const double* left, const double* right, int width,
                                          double* out, double* transposed = nullptr) {
-  const int strips = (width + kProductRows - 1) / kProductRows;
+  const int strips = (width + kStripRows - 1) / kStripRows;
   for (int task = threadIdx.x; task < strips * width; task += blockDim.x) {
     const int column = task % width;
-    const int first = task / width * kProductRows;
-    int row[kProductRows];
+    const int first = task / width * kStripRows;
+    int row[kStripRows];
 #pragma unroll
-    for (int i = 0; i < kProductRows; ++i) {
+    for (int i = 0; i < kStripRows; ++i) {
       row[i] = (first + i < width ? first + i : width - 1) * width;
     }
-    double sum[kProductRows] = {};
+    double sum[kStripRows] = {};
     for (int k = 0; k < width; ++k) {
       const double x = right[k * width + column];
 #pragma unroll
-      for (int i = 0; i < kProductRows; ++i) sum[i] += left[row[i] + k] * x;
+      for (int i = 0; i < kStripRows; ++i) sum[i] += left[row[i] + k] * x;
     }
 #pragma unroll
-    for (int i = 0; i < kProductRows; ++i) {
+    for (int i = 0; i < kStripRows; ++i) {
       if (first + i >= width) break;
       out[(first + i) * width + column] = sum[i];
       if (transposed != nullptr) transposed[column * width + first + i] = sum[i];

@@ -20,7 +20,7 @@ def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
 # What a slip of the pen would do: file, text as it stands, text with the bug.
 MUTATIONS = {
     "no barrier": ("convergence.cuh", "  __syncthreads();\n", ""),
-    "half a warp": ("convergence.cuh", "offset = kWarpSize / 2", "offset = kWarpSize / 4"),
+    "half a warp": ("convergence.cuh", "offset = kLanes / 2", "offset = kLanes / 4"),
     "reduction skips a step": ("convergence.cuh", "offset /= 2", "offset /= 4"),
     "one sum not reduced": (
         "convergence.cuh",
@@ -29,7 +29,7 @@ MUTATIONS = {
     ),
     "last warp left out": ("convergence.cuh", "w < kWarps; ++w", "w < kWarps - 1; ++w"),
     "first warp twice": ("convergence.cuh", "int w = 1; w < kWarps", "int w = 0; w < kWarps"),
-    "wrong lane stores": ("convergence.cuh", "% kWarpSize == 0)", "% kWarpSize == 1)"),
+    "wrong lane stores": ("convergence.cuh", "% kLanes == 0)", "% kLanes == 1)"),
     "strides swapped": (
         "convergence.cuh",
         "matrix.previous + i_row * matrix.previous_row_stride",

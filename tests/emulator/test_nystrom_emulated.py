@@ -19,7 +19,7 @@ def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
 
 # What a slip of the pen would do: text as it stands, text with the bug.
 MUTATIONS = {
-    "a product's last rows left out": ("+ kProductRows - 1) / kProductRows", ") / kProductRows"),
+    "a product's last rows left out": ("+ kStripRows - 1) / kStripRows", ") / kStripRows"),
     "row beyond the width": ("first + i < width ? first + i : width - 1", "first + i"),
     "product not published": (
         "= sum[i];\n    }\n  }\n  __syncthreads();",
