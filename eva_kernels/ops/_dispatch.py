@@ -95,10 +95,15 @@ def choose_backend(op: str, backend: str, x: Tensor, state: torch.dtype, width: 
         return "triton"
     if backend == "triton":
         raise EvaRuntimeError(f'backend="triton" cannot run {op}: {reason}; use "auto" or "torch"')
+    log_fallback(op, reason)
+    return "torch"
+
+
+def log_fallback(op: str, reason: str) -> None:
+    """Log why an op runs on plain PyTorch, each reason once."""
     if reason not in _reasons_logged:
         _reasons_logged.add(reason)
         _log.info("%s runs on plain PyTorch: %s", op, reason)
-    return "torch"
 
 
 def check_precision(precision: str) -> None:

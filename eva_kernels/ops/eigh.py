@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _native
 from ..errors import EvaRuntimeError, EvaTypeError, EvaValueError
-from ._dispatch import _log, _reasons_logged
+from ._dispatch import log_fallback
 
 __all__ = ["BACKENDS", "MAX_WIDTH", "eigh", "lapack_eigh"]
 
@@ -65,7 +65,7 @@ def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     if backend == "auto" and kind == "cuda":
         if width <= MAX_WIDTH:
             return _decompose(matrices, True)
-        _log_once(f"Q = {width} is above {MAX_WIDTH}")
+        log_fallback("eigh", f"Q = {width} is above {MAX_WIDTH}")
     return _plain(matrices)
 
 
@@ -118,7 +118,7 @@ def _decompose_cuda(matrices: Tensor, may_fall_back: bool) -> tuple[Tensor, Tens
     reason = f"a block of this GPU has shared memory for Q up to {most}"
     if not may_fall_back:
         raise EvaRuntimeError(f"backend='native' cannot run: {reason}")
-    _log_once(reason)
+    log_fallback("eigh", reason)
     return _plain(matrices)
 
 
@@ -156,12 +156,6 @@ def _plain(matrices: Tensor) -> tuple[Tensor, Tensor]:
     values.masked_fill_(broken.view(count, 1), torch.nan)
     vectors.masked_fill_(broken.view(count, 1, 1), torch.nan)
     return values, vectors
-
-
-def _log_once(reason: str) -> None:
-    if reason not in _reasons_logged:
-        _reasons_logged.add(reason)
-        _log.info("eigh runs on plain PyTorch: %s", reason)
 
 
 def _check(matrices: Tensor) -> None:

@@ -64,13 +64,13 @@ def gram(
         square=(square, ()),
     )
     chosen = choose_backend("gram", backend, x, pivot.dtype)
-    if (len(x) if rows is None else len(rows)) == 0:
+    n = len(x if rows is None else rows)
+    if n == 0:
         return
     if chosen == "torch":
         reference.gram(x, pivot, scatter, shift, square, rows)
         return
     check_contiguous("gram", scatter=scatter, shift=shift)
-    n = len(x) if rows is None else len(rows)
     nbytes = gram_workspace_bytes(n, d, x.dtype, x.device)
     _launch(
         with_contiguous_columns(x),
@@ -99,8 +99,8 @@ def _run(
     rows: Tensor | None,
     high: bool,
 ) -> None:
-    n, d = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
-    kind = n, d, x.stride(0), x.dtype, rows is not None, high, device_arch(x.device)
+    n = len(x if rows is None else rows)
+    kind = n, x.shape[1], x.stride(0), x.dtype, rows is not None, high, device_arch(x.device)
     sequence = kernels("gram").gram_sequence(*kind)
     sequence.run((x, rows, pivot, scatter, shift, square), workspace)
 

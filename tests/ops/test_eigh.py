@@ -12,6 +12,7 @@ from torch.library import opcheck
 
 from eva_kernels import _native
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
+from eva_kernels.ops import _dispatch
 from eva_kernels.ops.eigh import MAX_WIDTH, eigh, lapack_eigh
 
 MODULE = sys.modules["eva_kernels.ops.eigh"]  # the package may export a function of this name
@@ -248,7 +249,7 @@ def test_auto_is_lapack_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_torch_for_wide_matrices_and_logs_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(MODULE, "_reasons_logged", set())
+    monkeypatch.setattr(_dispatch, "_reasons_logged", set())
     with caplog.at_level(logging.INFO, logger="eva_kernels"), FakeTensorMode():
         matrices = torch.empty(1, MAX_WIDTH + 1, MAX_WIDTH + 1, device="cuda").double()
         for _ in range(2):
@@ -259,7 +260,7 @@ def test_auto_takes_torch_for_wide_matrices_and_logs_once(
 def test_gpu_with_little_shared_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(MODULE, "_reasons_logged", set())
+    monkeypatch.setattr(_dispatch, "_reasons_logged", set())
     monkeypatch.setattr(MODULE, "widest", lambda index: 5)
     monkeypatch.setattr(MODULE, "_launch", lambda module, matrices: "launched")
     for name in ("load", "load_or_none"):
