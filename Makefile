@@ -37,7 +37,7 @@ export EVA_KERNELS_CUDA
 export OPENBLAS_NUM_THREADS ?= 1
 
 READY := $(VENV)/.ready
-BUILD_FILES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+BUILD_FILES := pyproject.toml setup.py constraints.txt $(filter-out %.md,$(wildcard csrc/*))
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cuh csrc/*.cu tests/emulator/*.h tests/emulator/*.cpp)
 
 .PHONY: help setup demo test lint bench gpu-check docs clean
