@@ -70,28 +70,12 @@ __all__ = [
     "watch",
 ]
 
-_LAZY = {
-    "EvaCallback": "eva_peft",
-    "NotInitializedWarning": "eva_peft",
-    "OutOfMemoryError": "eva_peft",
-    "is_initialized": "eva_peft",
-    "watch": "eva_peft",
-    "IncrementalPCA": "eva_kernels._pca",
-    "EvaResult": "eva_peft",
-    "calibrate": "eva_peft",
-    "estimate": "eva_peft",
-    "get_eva_state_dict": "eva_peft",
-    "initialize": "eva_peft",
-    "initialize_lora_eva_weights": "eva_peft",
-    "pad_ranks": "eva_peft",
-    "patch_peft": "eva_peft",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    module = "eva_kernels._pca" if name == "IncrementalPCA" else "eva_peft"
+    value = getattr(import_module(module), name)
     globals()[name] = value
     return value
 
