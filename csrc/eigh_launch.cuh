@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <mutex>
 
 #include "cuda_utils.cuh"
 #include "eigh.cuh"
@@ -42,6 +43,9 @@ void launch_eigh(void (*in_shared)(Args), void (*in_global)(Args), const Args& a
   const bool fits = eigh_shared_bytes(args.width, true) <= available;
   const auto kernel = fits ? in_shared : in_global;
   const int bytes = eigh_shared_bytes(args.width, fits);
+  // The limit is the kernel's: another thread must not lower it before the launch.
+  static std::mutex launching;
+  const std::lock_guard<std::mutex> lock(launching);
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
              (name + ": cudaFuncSetAttribute").c_str());
   kernel<<<static_cast<unsigned>(n_matrices), eigh_threads(args.width), bytes,
