@@ -96,7 +96,10 @@ def test_a_state_and_rows_with_gaps(backend: str, device: torch.device):
     apart = [torch.stack([t, t], -1)[..., 0] for t in dense[:2]]
     sketch(x, *dense, rows.contiguous(), backend=backend)
     sketch(x, *apart, *gaps[2:], rows, backend=backend)
-    assert all(map(torch.equal, dense[2:], gaps[2:]))
+    # a GPU's library has other kernels for a basis with gaps
+    other_kernels = backend == "torch" and device.type == "cuda"
+    assert relative(gaps[2], dense[2]) <= other_kernels * products_limit(backend, x.dtype)
+    assert all(map(torch.equal, dense[3:], gaps[3:]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
