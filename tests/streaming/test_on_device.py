@@ -38,6 +38,13 @@ def add(stream: InputStream, x: Tensor, padded: bool = False) -> None:
     stream.add(wide.to(stream.device), rows.to(stream.device))
 
 
+def step(streams: list[InputStream], x: Tensor) -> None:
+    """Give streams the same tokens, and fold them."""
+    for stream in streams:
+        add(stream, x)
+    fold_streams(streams)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
 def test_streams_find_what_a_full_svd_finds(
@@ -90,21 +97,17 @@ def test_a_bad_step_leaves_what_was_before(method: str, device: torch.device) ->
     x = with_spectrum(TOKENS, 96, decaying(16))
     stream = stream_of(96, 8, device, method)
     first, *others = x.chunk(STEPS)
-    add(stream, first)
-    fold_streams([stream])
+    step([stream], first)
     other = stream.clone()
     broken = first.clone()
     broken[3, 5] = torch.inf
     with pytest.raises(NonFiniteError, match=r"1 of 128 tokens hold|some of 128 tokens hold"):
-        add(stream, broken)
-        fold_streams([stream])
+        step([stream], broken)
     if stream.pending:  # an exact stream on a GPU keeps those that are finite
         assert stream.pending == 127
         add(other, torch.cat([first[:3], first[4:]]))
     for part in others:
-        for one in (stream, other):
-            add(one, part)
-            fold_streams([one])
+        step([stream, other], part)
     assert stream.tokens == other.tokens
     found, wanted = stream.spectrum(), other.spectrum()
     torch.testing.assert_close(found.components, wanted.components, rtol=0, atol=1e-4)
@@ -120,9 +123,7 @@ def test_a_stream_goes_on_from_a_file_with_the_same_bits(method: str, device: to
             other = stream_of(96, 8, device, method)
             record, tensors = export_stream(stream)
             restore_stream(other, record, {name: t.cpu() for name, t in tensors.items()})
-        for one in [stream, other] if i >= 2 else [stream]:
-            add(one, part)
-            fold_streams([one])
+        step([stream, other] if i >= 2 else [stream], part)
     found, wanted = other.spectrum(), stream.spectrum()
     assert torch.equal(found.components, wanted.components)
     assert torch.equal(found.singular_values, wanted.singular_values)

@@ -1,0 +1,64 @@
+"""A whole pass where the model is, which is on the GPU if there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import eva_kernels
+from integration.conftest import (
+    QUIET,
+    hooks_of,
+    layer_inputs,
+    lora,
+    lora_layers,
+    lost,
+    make_llama,
+    output_of,
+    text_batches,
+)
+
+
+def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_adapters_of_a_pass(
+    method: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
+) -> None:
+    model, batches = make_llama(dtype).to(device), text_batches()
+    there = [moved(batch, device) for batch in batches]
+    before = output_of(model, there[0])
+    done = eva_kernels.initialize(model, batches, lora(tau=1.0), method=method, **QUIET)
+    assert torch.equal(output_of(done, there[0]), before)
+    assert hooks_of(done) == 0
+    result, layers = done.eva_result, lora_layers(done)
+    assert set(result.method.values()) == {method}
+    assert sum(result.ranks.values()) == 14 * 4
+    inputs = layer_inputs(make_llama(dtype).to(device), there, list(layers))
+    limit = 0.02 if method == "sketch" else 1e-4
+    for name, layer in layers.items():
+        a = layer.lora_A["default"].weight
+        assert a.device == layer.lora_B["default"].weight.device == device
+        assert lost(a.detach().cpu(), inputs[name].cpu()) <= limit
+    result.save(tmp_path / "eva.safetensors")
+    loaded = eva_kernels.EvaResult.load(tmp_path / "eva.safetensors")
+    again = lora_layers(loaded.apply(make_llama(dtype).to(device)))
+    for name, layer in layers.items():
+        weights = (one.lora_A["default"].weight for one in (layer, again[name]))
+        assert torch.equal(*weights)
+
+
+def test_a_pass_has_the_same_bits_twice(device: torch.device) -> None:
+    found = [
+        eva_kernels.calibrate(make_llama().to(device), text_batches(), lora(), **QUIET)
+        for _ in range(2)
+    ]
+    states = [result.state_dict() for result in found]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
