@@ -34,7 +34,8 @@ def test_adapters_of_a_pass(
     model, batches = make_llama(dtype).to(device), text_batches()
     there = [moved(batch, device) for batch in batches]
     before = output_of(model, there[0])
-    done = eva_kernels.initialize(model, batches, lora(tau=1.0), method=method, **QUIET)
+    options = {**QUIET, "method": method, "max_steps": len(batches)}
+    done = eva_kernels.initialize(model, batches, lora(tau=1.0), **options)
     assert torch.equal(output_of(done, there[0]), before)
     assert hooks_of(done) == 0
     result, layers = done.eva_result, lora_layers(done)
