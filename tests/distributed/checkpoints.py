@@ -21,12 +21,15 @@ class Stopped(Exception):
 
 
 def shuffled(rank: int, fail_at: int = -1) -> Iterator[dict[str, Tensor]]:
-    """Yield batches that torch's global random state decides on, as those of a shuffling loader."""
+    """Yield batches that torch's global random state decides on, as those of a shuffling loader.
+
+    Their order is drawn when it begins, and what is made of each when its turn comes.
+    """
     batches = own_batches(rank, 6)
-    for number in range(6):
+    for number, which in enumerate(torch.randperm(6)):
         if number == fail_at:
             raise Stopped
-        yield batches[int(torch.randint(6, ()))]
+        yield {k: v.roll(int(torch.randint(24, ())), 1) for k, v in batches[which].items()}
 
 
 def drawing(model: nn.Module, batch: dict[str, Tensor]) -> None:
@@ -35,21 +38,25 @@ def drawing(model: nn.Module, batch: dict[str, Tensor]) -> None:
     model(**batch)
 
 
+def shuffled_pass(rank: int, seed: int | None = None, fail_at: int = -1, **options: Any) -> Any:
+    """Run a pass whose batches and model draw random numbers, other ones in each process."""
+    model = make_llama()  # which sets a state of its own
+    torch.manual_seed(rank if seed is None else seed)
+    options = {"max_steps": 6, "forward_fn": drawing, **options}
+    return calibrate(model, shuffled(rank, fail_at), **options)
+
+
 def stopped_and_resumed(rank: int, stop: Callable[..., Any], every: int = 1, **options: Any) -> Any:
     """Return the result of a pass in one go, that of one with a stop, and what the stop was."""
-    options["forward_fn"] = drawing
-    torch.manual_seed(rank)
-    whole = calibrate(make_llama(), shuffled(rank), max_steps=6, **options)
+    whole = shuffled_pass(rank, **options)
     told = None
     with shared_folder() as folder:
         options |= {"checkpoint": folder / "pass.safetensors", "checkpoint_every": every}
-        torch.manual_seed(rank)
         try:
             stop(options)
         except Exception as error:
             told = type(error).__name__
-        torch.manual_seed(100)  # another run has another state
-        resumed = calibrate(make_llama(), shuffled(rank), max_steps=6, **options)
+        resumed = shuffled_pass(rank, seed=100, **options)  # another run has another state
         files = sorted(path.name for path in folder.iterdir())
     return {"whole": whole, "resumed": resumed, "told": told, "files": files}
 
@@ -61,7 +68,7 @@ def leader_is_stopped(rank: int) -> Any:
             if numbers["step"] == 3:
                 raise Stopped
 
-        calibrate(make_llama(), shuffled(rank), callback=after_three, max_steps=6, **options)
+        shuffled_pass(rank, callback=after_three, **options)
 
     return stopped_and_resumed(rank, stop, method="sketch")
 
@@ -69,8 +76,7 @@ def leader_is_stopped(rank: int) -> Any:
 @scenario
 def follower_is_stopped(rank: int) -> Any:
     def stop(options: dict[str, Any]) -> None:
-        data = shuffled(rank, fail_at=4 if rank == 1 else -1)
-        calibrate(make_llama(), data, max_steps=6, **options)
+        shuffled_pass(rank, fail_at=4 if rank == 1 else -1, **options)
 
     return stopped_and_resumed(rank, stop, method="gram", tokens_per_step=50)
 
@@ -80,7 +86,7 @@ def limit_is_raised(rank: int) -> Any:
     """Stop where tokens wait that are too few for a step."""
 
     def stop(options: dict[str, Any]) -> None:
-        calibrate(make_llama(), shuffled(rank), max_steps=2, **options)
+        shuffled_pass(rank, max_steps=2, **options)
 
     return stopped_and_resumed(rank, stop, every=9, method="sketch", tokens_per_step=5)
 
@@ -103,13 +109,18 @@ def batches_are_missing(rank: int) -> Any:
         calibrate(make_llama(), iter(own_batches(rank, 2 - rank)), max_steps=5, **kept)
 
 
-def stopped_at_three(loader: Callable[[], Any]) -> Any:
+def stopped_at_three(loader: Callable[[], Any], tau: float = 0.99, **options: Any) -> Any:
     """Return the result of a pass in one go, and that of one which goes on after three batches."""
-    whole = calibrate(make_llama(), loader(), max_steps=4)
+
+    def until(steps: int, **kept: Any) -> Any:
+        both = {"max_steps": steps, **options, **kept, **QUIET}
+        return eva_kernels.calibrate(make_llama(), loader(), lora(tau=tau), **both)
+
+    whole = until(4)
     with shared_folder() as folder:
         kept = {"checkpoint": folder / "pass.safetensors"}
-        calibrate(make_llama(), loader(), max_steps=3, **kept)
-        return {"whole": whole, "resumed": calibrate(make_llama(), loader(), max_steps=4, **kept)}
+        until(3, **kept)
+        return {"whole": whole, "resumed": until(4, **kept)}
 
 
 @scenario
@@ -119,7 +130,8 @@ def one_loader_had_ended(rank: int) -> Any:
 
 @scenario
 def an_epoch_had_ended(rank: int) -> Any:
-    return stopped_at_three(lambda: own_batches(rank, 3))
+    """Go on where most layers have converged, and are frozen."""
+    return stopped_at_three(lambda: own_batches(rank, 3), tau=0.8, freeze_converged=True)
 
 
 @scenario
