@@ -217,7 +217,7 @@ def batches_are_fetched_ahead(rank: int) -> Any:
     events: list[str] = []
 
     def loader() -> Iterator[Any]:
-        for number, batch in enumerate(own_batches(rank, 3)):
+        for number, batch in enumerate(own_batches(rank, 4)):  # of which the last is not needed
             events.append(f"batch {number}")
             yield batch
 

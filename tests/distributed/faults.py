@@ -22,6 +22,7 @@ from distributed.scenarios import calibrate, limited, own_batches, scenario
 from distributed.shards import sharded
 from eva_peft import meeting
 from eva_peft.hooks import InputCollector
+from eva_peft.prepare import Ahead
 from eva_peft.world import claimed
 from integration.conftest import QUIET, lora, make_llama, wrapped
 
@@ -64,7 +65,11 @@ def interrupted(rank: int) -> Any:
         data = own_batches(rank) if data is None else data
         return told(lambda: calibrate(make_llama(), data, group=limited(), **options))
 
+    closing = mock.patch.object(Ahead, "close", mock.Mock(side_effect=stop))
+    with closing if rank == 1 else nullcontext():
+        at_the_end = run(max_steps=2)
     return {
+        "end of 1": at_the_end,
         "forward of 1": run(forward_fn=failing_at(2, rank == 1, stop)),
         "forward of 0": run(forward_fn=failing_at(2, rank == 0, stop)),
         "loader of 1": run(loader()),

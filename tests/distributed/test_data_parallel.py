@@ -286,6 +286,9 @@ def test_an_interrupt_of_one_ends_all(seen: tuple[Seen, Seen]) -> None:
     assert seen[1]["interrupted"]["exit of 1"] == ("SystemExit", "3")
     expected = "process 1 was interrupted (SystemExit)"
     assert seen[0]["interrupted"]["exit of 1"] == ("EvaRuntimeError", expected)
+    # when the leader has the result
+    assert seen[1]["interrupted"]["end of 1"] == ("KeyboardInterrupt", "Ctrl-C")
+    assert seen[0]["interrupted"]["end of 1"] is None
 
 
 def test_ctrl_c_is_heard_when_the_process_no_longer_waits(seen: tuple[Seen, Seen]) -> None:
