@@ -95,7 +95,7 @@ def common_cells(reports: Sequence[Report]) -> list[Cell]:
 def divide_slots(collector: InputCollector, cells: Sequence[Cell]) -> None:
     """Divide slots whose layers do not share an input on every process."""
     cell_of = {i: cell for cell in cells for i in cell}
-    for slot in [slot for slot in collector.slots if slot.members]:
+    for slot in list(collector.slots):
         for cell in sorted({cell_of[i] for i in slot.members})[1:]:
             collector.divide(slot, cell)
 

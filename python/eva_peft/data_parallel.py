@@ -265,7 +265,7 @@ class Processes:
         check_weights(self.together.of_all(weights_of(run)))
 
     def _forward(self, run: CalibrationPass, ahead: Iterator[Prepared]) -> Report:
-        before, ran = run.tokens, False
+        before = run.tokens
         run.phase = "forward"
         ready = self.together.attempt(
             self.together.unless_held, lambda: self._next_ready(run, ahead)
@@ -274,19 +274,16 @@ class Processes:
         # none, and an interrupt is heard at its end.
         if run.sharded and not all(self.together.of_all(ready is not None)):
             ready = None
-        if ready is not None:
-            attempt = self.together.held.catch if run.sharded else self.together.attempt
-            attempt(partial(run.forward, ready))
-            ran = self.together.held.error is None
-            if run.sharded:
-                self._end_in_shards(run, ready)
+        if ready is not None and run.sharded:
+            self._forward_in_shards(run, ready)
+        elif ready is not None:
+            self.together.attempt(run.forward, ready)
         slots = tuple(
             Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
-            if s.members
         )
         random = torch.get_rng_state() if self._keeps else None
-        return Report(ran, run.tokens - before, slots, random)
+        return Report(ready is not None, run.tokens - before, slots, random)
 
     def _next_ready(
         self, run: CalibrationPass, ahead: Iterator[Prepared]
@@ -297,20 +294,21 @@ class Processes:
         ready = run.ready(prepared)
         return list(ready) if run.sharded else ready
 
-    def _end_in_shards(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
-        if run.call.inside:
-            self._leave(run)
+    def _forward_in_shards(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
+        self._in_shards(run, partial(run.forward, ready))
         if any(self.together.of_all(bool(run.again))):  # all or none, as before
             for part in ready:
-                self.together.held.catch(partial(run.forward_again, part))
-            if run.call.inside:
-                self._leave(run)
+                self._in_shards(run, partial(run.forward_again, part))
 
-    def _leave(self, run: CalibrationPass) -> None:
-        """Raise what a sharded model has raised, without the others: they wait for it in there.
+    def _in_shards(self, run: CalibrationPass, do: Callable[[], None]) -> None:
+        """Run a sharded model, in which the others wait for this process.
 
-        What is exchanged with them now would be taken for a part of the model.
+        What it raises in there is raised at once, without them: what is exchanged with them now
+        would be taken for a part of the model.
         """
+        self.together.held.catch(do)
+        if not run.call.inside:
+            return
         _LOGGER.error(
             "process %d %s, in forward pass %d of a sharded model, in which the others wait for "
             "it: they cannot be told, and go on waiting until it ends",
