@@ -257,12 +257,13 @@ class Processes:
         EvaRuntimeError where another process could not begin it.
         """
         own = {name: part for name, part in request_of(run).items() if name != "seed"}
+        weights = weights_of(run)
         failed = self.together.meeting.come(self.together.interrupted)
         if failed is not None:
             self.together.raise_if(failed[1], failed[0])
-        asked = self.together.of_all(own)
-        check_requests(asked)
-        check_weights(self.together.of_all(weights_of(run)))
+        every = self.together.of_all((own, weights))
+        check_requests([asked for asked, _ in every])
+        check_weights([shown for _, shown in every])
 
     def _forward(self, run: CalibrationPass, ahead: Iterator[Prepared]) -> Report:
         before = run.tokens
