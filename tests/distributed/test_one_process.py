@@ -1,0 +1,58 @@
+"""What concerns several processes, seen in one: a group of one, and others that are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+from distributed.scenarios import calibrate, own_batches
+from eva_peft import channel
+from eva_peft.data_parallel import beginning, processes_of
+from integration.conftest import make_llama
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch has no gloo"
+)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[Any]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_a_group_of_one_has_nobody_to_wait_for(group_of_one: Any) -> None:
+    model = make_llama()
+    assert processes_of(model, "auto") is processes_of(model, group_of_one) is None
+    plain = calibrate(model, own_batches(0), max_steps=2, group=None)
+    found = calibrate(fully_shard(model), own_batches(0), max_steps=2, group=None)
+    assert found.ranks == plain.ranks
+    for name, rows in plain.components.items():
+        torch.testing.assert_close(found.components[name], rows)
+
+
+def test_an_error_is_told_though_the_others_are_gone() -> None:
+    failing = mock.Mock(side_effect=distributed.DistNetworkError("Connection reset by peer"))
+    gone: Any = SimpleNamespace(together=SimpleNamespace())
+    gone.together.meeting = SimpleNamespace(over=False, fail=failing)
+    with pytest.raises(KeyError, match="no such layer"), beginning(gone):
+        raise KeyError("no such layer")
+    failing.assert_called_once_with("failed: KeyError: 'no such layer'")
+
+
+def test_tensors_travel_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By type, each once, and no more together than is copied at once."""
+    monkeypatch.setattr(channel, "BUCKET_BYTES", 32)
+    kinds = {torch.float32: [9, 3, 4, 1, 8], torch.float64: [2, 2, 3]}
+    every = [torch.empty(n, dtype=kind) for kind, sizes in kinds.items() for n in sizes]
+    mixed = [every[i] for i in (0, 5, 1, 6, 2, 3, 7, 4)]
+    found = [[len(tensor) for tensor in bucket] for bucket in channel._buckets(mixed)]
+    assert found == [[9], [3, 4, 1], [8], [2, 2], [3]]
