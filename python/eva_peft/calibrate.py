@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from eva_kernels.streaming import (
     InputStream,
-    NonFiniteStepError,
     Options,
     begin_fold,
     compare_streams,
@@ -306,13 +305,11 @@ class CalibrationPass:
         streams = [slot.stream for slot in slots]
         # A step of few tokens turns little, however far the components are from settled.
         short = [(s, s.settled) for s in streams] if final else []
-        try:
+        with self.collector.explaining():
             fold = begin_fold(streams, final=final)
             if fold.queued and ahead is not None:
                 self.fetch(ahead)
             folded = [*merged, *fold.finish()]
-        except NonFiniteStepError as error:
-            raise self.collector.explained(error) from None
         middle = time.perf_counter()
         self.seconds["fold"] += middle - begin
         if not folded:

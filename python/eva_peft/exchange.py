@@ -15,7 +15,6 @@ from eva_kernels.streaming import InputStream, export_stream, fold_streams
 from eva_kernels.streaming.parallel import absorb, follow, hand_over, pending_sums
 
 from .cells import Cell, Renewal, Report, anchors, merge_stream, renewal, slot_for
-from .shared_inputs import Slot
 from .together import Together
 
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ class Exchange:
             if not own:
                 continue
             if self._channel.rank == rank:
-                slots = [run.collector.slot_of[cell[0]] for cell in own]
-                self._channel.send(self._folded(slots))
+                self._channel.send(self._folded(run, own))
             elif self._channel.leads:
                 parcel = self._channel.receive(rank)
                 # the others wait for the decision, which tells them
@@ -79,15 +77,18 @@ class Exchange:
     ) -> list[InputStream]:
         """Take the streams that another process has sent into those of this one, the leader."""
         self._together.raise_if(parcel if isinstance(parcel, str) else None, rank)
-        pairs = zip(cells, parcel, strict=True)
-        return [merge_stream(run, cell, *state) for cell, state in pairs]
+        with run.collector.explaining():  # what waits here is folded as well
+            pairs = zip(cells, parcel, strict=True)
+            return [merge_stream(run, cell, *state) for cell, state in pairs]
 
-    def _folded(self, slots: Sequence[Slot]) -> Any:
-        """Return the streams of slots, folded, as plain data on the host; or what went wrong."""
+    def _folded(self, run: CalibrationPass, cells: Sequence[Cell]) -> Any:
+        """Return the streams of cells, folded, as plain data on the host; or what went wrong."""
+        streams = [run.collector.slot_of[cell[0]].stream for cell in cells]
 
         def make() -> list[Any]:
-            fold_streams([slot.stream for slot in slots], final=True)
-            states = [export_stream(slot.stream) for slot in slots]
+            with run.collector.explaining():
+                fold_streams(streams, final=True)
+            states = map(export_stream, streams)
             return [(record, {k: t.cpu() for k, t in parts.items()}) for record, parts in states]
 
         found = self._together.attempt(make)

@@ -6,7 +6,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -463,10 +463,14 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             f"{tuple(x.shape)} of {x.dtype}; pass prepare_layer_inputs_fn to make such tokens of it"
         )
 
-    def explained(self, error: NonFiniteStepError) -> NonFiniteError:
-        """Return the error of a fold as one that names the layer and the step."""
-        slot = next(slot for slot in self.slots if slot.stream is error.stream)
-        return self._explained(self.targets[slot.members[0]].name, error)
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Let the error of a fold in a block name the layer and the step."""
+        try:
+            yield
+        except NonFiniteStepError as error:
+            slot = next(slot for slot in self.slots if slot.stream is error.stream)
+            raise self._explained(self.targets[slot.members[0]].name, error) from None
 
     def _explained(self, name: str, error: NonFiniteError) -> NonFiniteError:
         return NonFiniteError(

@@ -136,6 +136,33 @@ def skipped(rank: int) -> Any:
     return eva_kernels.calibrate(model, data, config, on_nonfinite="skip", **options).skipped_tokens
 
 
+def with_nan(wrong: bool, step: int) -> Any:
+    """Calibrate where the device is taken for an accelerator: what is not finite, a fold finds."""
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(24, 24)), [*torch.randn(3, 40, 24)]
+    if wrong:
+        data[step][:5, 7] = torch.nan
+    options = {**QUIET, "prepare_model_inputs_fn": None, "backend": "torch", "method": "gram"}
+    with mock.patch.object(_host, "reads_are_free", return_value=False):
+        return eva_kernels.calibrate(model, data, lora(target_modules=["0"]), **options)
+
+
+@scenario
+def leader_begins_with_nan(rank: int) -> Any:
+    return with_nan(rank == 0, step=0)
+
+
+@scenario
+def follower_begins_with_nan(rank: int) -> Any:
+    return with_nan(rank == 1, step=0)
+
+
+@scenario
+def follower_goes_on_with_nan(rank: int) -> Any:
+    """Find it in the sums of both."""
+    return with_nan(rank == 1, step=1)
+
+
 class Experts(nn.Module):
     """Each token goes to the layer that its first feature names."""
 

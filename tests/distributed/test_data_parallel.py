@@ -250,6 +250,9 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
         ("leader_finds_no_layer", 0, "EvaValueError", "no layer to initialise"),
         ("checkpoint_cannot_be_written", 0, "EvaValueError", "cannot be written"),
         ("step_of_a_follower", 1, "NonFiniteError", "self_attn.q_proj, step 3: 96 of 96 tokens"),
+        ("leader_begins_with_nan", 0, "NonFiniteError", "layer 0, step 1: 5 of 40 tokens hold"),
+        ("follower_begins_with_nan", 1, "NonFiniteError", "layer 0, step 1: 5 of 40 tokens hold"),
+        ("follower_goes_on_with_nan", 0, "NonFiniteError", "layer 0, step 2: 5 of 80 tokens hold"),
         # before the others run theirs
         ("prepare_fails_in_shards", 1, "KeyError", "'nothing'"),
         (
@@ -440,11 +443,6 @@ def test_adapters_are_loaded_where_layers_are_divided(seen: tuple[Seen, Seen]) -
     initialised, whole, divided = seen[1]["loaded_where_it_is_divided"]
     assert initialised
     torch.testing.assert_close(divided, whole, rtol=1e-4, atol=1e-5)
-
-
-def test_a_group_needs_torch_distributed() -> None:
-    with pytest.raises(eva_kernels.errors.EvaTypeError, match="process group that this"):
-        eva_kernels.calibrate(make_llama(), union(1), lora(), group=object(), **QUIET)
 
 
 @pytest.mark.parametrize(

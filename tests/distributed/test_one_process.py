@@ -13,6 +13,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 from distributed.scenarios import calibrate, own_batches
+from eva_kernels.errors import EvaTypeError
 from eva_peft import channel
 from eva_peft.data_parallel import beginning, processes_of
 from integration.conftest import make_llama
@@ -27,6 +28,11 @@ def group_of_one() -> Iterator[Any]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield distributed.group.WORLD
     distributed.destroy_process_group()
+
+
+def test_a_group_needs_torch_distributed() -> None:
+    with pytest.raises(EvaTypeError, match="process group that this"):
+        calibrate(make_llama(), own_batches(0), group=object())
 
 
 def test_a_group_of_one_has_nobody_to_wait_for(group_of_one: Any) -> None:
