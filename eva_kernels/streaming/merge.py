@@ -19,8 +19,6 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
     ``C = C_1 + C_2 + n_1 n_2 / (n_1 + n_2) d d^T`` with ``d = mu_1 - mu_2``, cut to rank Q.
     """
     count = left.count + right.count
-    if count == 0:
-        return left
     delta = (left.mean - right.mean).double()
     weight = left.count * right.count / count
     scaled = [
