@@ -17,7 +17,7 @@ from eva_peft import meeting
 from eva_peft.meeting import Meeting
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed")
-SIZE = 2
+SIZE = 3
 
 
 def never() -> bool:
@@ -26,7 +26,7 @@ def never() -> bool:
 
 @pytest.fixture
 def meetings(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Meeting]]:
-    """Return what makes the meetings of two processes, from the store that each of them sees."""
+    """Return what makes the meetings of all processes, from the store that each of them sees."""
     monkeypatch.setattr(distributed, "get_rank", lambda group: group.rank)
     monkeypatch.setattr(distributed, "get_world_size", lambda group: SIZE)
 
@@ -44,10 +44,12 @@ def stores_of(kind: str, folder: Path) -> list[Any]:
     if kind == "file":
         return [distributed.FileStore(str(folder / "store"), SIZE) for _ in range(SIZE)]
     store = distributed.HashStore()
+    if kind == "no limit":
+        store.set_timeout(datetime.timedelta())
     return [distributed.PrefixStore("group", store) for _ in range(SIZE)]
 
 
-@pytest.mark.parametrize("kind", ["file", "hash"])
+@pytest.mark.parametrize("kind", ["file", "hash", "no limit"])
 def test_all_come_or_are_told(
     kind: str, meetings: Callable[[Any], list[Meeting]], tmp_path: Path
 ) -> None:
@@ -55,10 +57,11 @@ def test_all_come_or_are_told(
     with ThreadPoolExecutor(SIZE) as pool:
         for _ in range(2):
             words = [pool.submit(each.come, never) for each in meetings(stores)]
-            assert [word.result(timeout=20) for word in words] == [None, None]
-        one, other = meetings(stores)
+            assert [word.result(timeout=20) for word in words] == [None] * SIZE
+        one, other, third = meetings(stores)
         other.fail("failed: OSError: the disk is gone")
-        assert one.come(never) == (1, "failed: OSError: the disk is gone")
+        for each in (one, third):
+            assert each.come(never) == (1, "failed: OSError: the disk is gone")
 
 
 def test_who_waits_in_vain_says_for_whom(
@@ -68,10 +71,12 @@ def test_who_waits_in_vain_says_for_whom(
     stores = stores_of("hash", tmp_path)
     for store in stores:
         store.set_timeout(datetime.timedelta(seconds=0.2))
-    one, other = meetings(stores)
-    told = one.come(never)
+    one, other, third = meetings(stores)
+    with ThreadPoolExecutor(2) as pool:
+        told, again = (word.result() for word in [pool.submit(m.come, never) for m in (one, third)])
     assert told is not None
-    assert told[0] == 0
+    assert told == again
+    assert told[0] in (0, 2)
     assert told[1].startswith("has waited for 0.2 seconds, the time limit of its process group")
     assert "(not there: 1): all of them must make the call" in told[1]
     assert other.come(never) == told
@@ -83,7 +88,7 @@ def test_a_store_that_is_gone_is_told_of(
     def gone(*arguments: Any) -> None:
         raise distributed.DistNetworkError("Connection reset by peer")
 
-    one, _ = meetings(stores_of("hash", tmp_path))
+    one, *_ = meetings(stores_of("hash", tmp_path))
     monkeypatch.setattr(distributed.PrefixStore, "check", gone)
     with pytest.raises(EvaRuntimeError, match="process 0 can no longer reach the store of its"):
         one.come(never)
