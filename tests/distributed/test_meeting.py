@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,12 +64,17 @@ def test_all_come_or_are_told(
         other.fail("failed: OSError: the disk is gone")
         for each in (one, third):
             assert each.come(never) == (1, "failed: OSError: the disk is gone")
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)  # nobody says that he waits
 
 
 def test_who_waits_in_vain_says_for_whom(
-    meetings: Callable[[Any], list[Meeting]], tmp_path: Path
+    meetings: Callable[[Any], list[Meeting]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the group allows: the others may have ended without a word."""
+    slept: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda pause: (slept.append(pause), sleep(pause)))
     stores = stores_of("hash", tmp_path)
     for store in stores:
         store.set_timeout(datetime.timedelta(seconds=0.2))
@@ -80,6 +87,7 @@ def test_who_waits_in_vain_says_for_whom(
     assert told[1].startswith("has waited for 0.2 seconds, the time limit of its process group")
     assert "(not there: 1): all of them must make the call" in told[1]
     assert other.come(never) == told
+    assert max(slept) <= 0.1  # or it would hear late that all are there, or Ctrl-C
 
 
 def test_a_store_that_is_gone_is_told_of(
@@ -101,7 +109,11 @@ def test_stores_that_can_do_too_little_are_left_alone() -> None:
         def check(self, keys: list[str]) -> bool:
             return False
 
-    for store in (Own(), distributed.Store(), None):
+    class Other(distributed.Store):
+        def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+            return desired.encode()
+
+    for store in (Own(), Other(), distributed.Store(), None):
         group = SimpleNamespace(get_group_store=lambda own=store: own)
         assert meeting._store_of(group) is None
     assert meeting._store_of(SimpleNamespace()) is None  # an older torch
