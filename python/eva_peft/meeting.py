@@ -37,7 +37,7 @@ class Meeting:
         group: a ``torch.distributed`` process group that this process is in.
 
     Attributes:
-        over: this process has come, or sent word.
+        over: this process has come.
     """
 
     def __init__(self, group: Any) -> None:
@@ -72,7 +72,6 @@ class Meeting:
         Args:
             told: what has become of it.
         """
-        self.over = True
         store = _store_of(self._group)
         if store is None:
             with _impatient(self._rank, self._size, f" to be told that this one {told}"):
