@@ -37,12 +37,17 @@ _TOKEN_KEYS = frozenset(
 )
 
 
-def iterate(loader: Iterable[Any], useful: Callable[[], bool] = lambda: True) -> Generator[Any]:
+def iterate(
+    loader: Iterable[Any],
+    useful: Callable[[], bool] = lambda: True,
+    begin: Callable[[], object] = lambda: None,
+) -> Generator[Any]:
     """Yield batches, starting another epoch whenever a loader can be iterated again.
 
     Args:
         loader: any iterable.
         useful: asked after each epoch; if not, there is no other.
+        begin: called before each epoch.
 
     Raises:
         EvaTypeError: not iterable, or a mapping. EvaValueError: it yields no batch at all.
@@ -52,6 +57,7 @@ def iterate(loader: Iterable[Any], useful: Callable[[], bool] = lambda: True) ->
             f"the loader is a mapping with the names {listed(map(repr, loader))}; pass [batch] "
             "where that is a batch, and one of its parts where it holds data sets"
         )
+    begin()
     try:
         epoch = iter(loader)
     except TypeError as error:
@@ -68,6 +74,7 @@ def iterate(loader: Iterable[Any], useful: Callable[[], bool] = lambda: True) ->
                 raise EvaValueError("dataloader is empty: it yielded no batch")
             if empty or not useful():  # of an iterator that was used up, among others
                 return
+            begin()
             epoch = iter(loader)
     finally:
         # Python 3.12.0 to 3.12.3 keep the locals of a generator that is closed while it waits

@@ -179,7 +179,7 @@ class CalibrationPass:
         keeper = self.keeper
         if keeper.done or (self.forwards and self.limit_reached()):
             return keeper.done  # resumed where the pass had ended
-        every = batches.iterate(loader, lambda: self.tokens > 0)
+        every = batches.iterate(loader, lambda: self.tokens > 0, keeper.begin_epoch)
         # closed at once, so that the workers of a loader do not wait for a traceback to go
         with (
             closing(keeper.remaining(every)) as stream,

@@ -64,14 +64,13 @@ class Report:
         ran: it had a batch.
         tokens: of the batch.
         slots: those of the process.
-        random: the state of torch on the CPU, from which a loader makes the next batch, for a
-            checkpoint.
+        random: of torch on the CPU, for a checkpoint; see :class:`.checkpoint.CheckpointKeeper`.
     """
 
     ran: bool
     tokens: int
     slots: tuple[Waiting, ...]
-    random: Tensor | None
+    random: tuple[Tensor, ...]
 
     @functools.cached_property
     def of_layer(self) -> dict[int, Waiting]:

@@ -47,8 +47,9 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
     Attributes:
         done: every layer had converged when the checkpoint was written.
         elapsed: seconds that the pass took up to the last forward pass.
-        first_random, random: the states of torch's generator on the CPU when the pass began, and
-            now, in each process.
+        keeps: there is a checkpoint, of this process or of the first of several.
+        random, begun: the states of torch's generator on the CPU now, and when each epoch began, in
+            each process.
         known: layers that all processes accumulate about the leader's basis.
     """
 
@@ -60,8 +61,11 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         self._between = True  # no forward pass is under way
         self._tried = 0  # forward passes behind the last file, or the last that was not to be
         self._fingerprint: dict[str, Any] = {}
-        self.first_random: list[Tensor] = []
+        self.keeps = self.path is not None
         self.random: list[Tensor] = []
+        self.begun: list[list[Tensor]] = []
+        self._own: list[Tensor] = []  # when each epoch began here
+        self._epochs = self._told = 0  # how many began, and how many of them are among the others
         self.known: set[int] = set()
 
     def open(self) -> None:
@@ -75,7 +79,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             return
         check_path(self.path)
         self._fingerprint = fingerprint_of(self.run)
-        self.first_random = self.random = [torch.get_rng_state()]
+        self.begun = [[] for _ in range(self._size)]
         if self.path.exists():
             self._resume(self.path)
 
@@ -95,22 +99,50 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             torch.set_rng_state(self.random[0])
         yield from batches
 
+    def begin_epoch(self) -> None:
+        """Note the random state in which the loader begins anew, or bring back what was noted.
+
+        An order that is shuffled comes from it. Forward passes may draw random numbers, too, and
+        the batches that were seen are passed over without.
+        """
+        if not self.keeps:
+            return
+        if self._epochs < len(self._own):
+            torch.set_rng_state(self._own[self._epochs])
+        else:
+            self._own.append(torch.get_rng_state())
+        self._epochs += 1
+
+    def begin_again(self, begun: Sequence[Tensor]) -> None:
+        """Let the next epochs be those of the checkpoint, of which this process began these."""
+        self._own, self._epochs, self._told = list(begun), 0, len(begun)
+
+    def random_states(self) -> tuple[Tensor, ...]:
+        """Return the random state now, and those of epochs that began since this was asked."""
+        fresh, self._told = self._own[self._told :], len(self._own)
+        return torch.get_rng_state(), *fresh
+
     def begin_forward(self) -> None:
         """Mark the state as half done."""
         self._between = False
 
-    def end_forward(self, elapsed: float, done: bool, random: Sequence[Tensor] = ()) -> None:
+    def end_forward(
+        self, elapsed: float, done: bool, random: Sequence[tuple[Tensor, ...]] = ()
+    ) -> None:
         """Mark the state as whole again, and write it if its turn has come.
 
         Args:
             elapsed: seconds that the pass has taken.
             done: every layer has converged.
-            random: the random states of several processes.
+            random: of several processes, what each has of :meth:`random_states`.
         """
         self.done, self.elapsed = done, elapsed
         if self.path is None:
             return
-        self.random = list(random) or [torch.get_rng_state()]
+        states = random or [self.random_states()]
+        self.random = [now for now, *_ in states]
+        for begun, (_, *fresh) in zip(self.begun, states, strict=True):
+            begun += fresh
         self._between = True
         if self.run.forwards - self._tried >= self.run.options.checkpoint_every:
             self._write(self.path)
@@ -140,7 +172,8 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         run, names = self.run, [t.name for t in self.run.targets]
         collector = run.collector
         tensors: dict[str, Tensor] = {}
-        for rank, states in enumerate(zip(self.first_random, self.random, strict=True)):
+        for rank, (begun, now) in enumerate(zip(self.begun, self.random, strict=True)):
+            states = torch.stack(begun), now
             tensors |= dict(zip(_random_keys(rank), states, strict=True))
         slots = []
         for i, slot in enumerate(collector.slots):
@@ -206,12 +239,15 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         self._tried = run.forwards
         if state["tau"] != run.eva.tau:
             self.done = run.judge_again()
-        # The order of a shuffling loader comes from the state with which the pass began.
-        size = 1 if run.processes is None else run.processes.size
-        pairs = [[tensors[key] for key in _random_keys(rank)] for rank in range(size)]
-        self.first_random, self.random = map(list, zip(*pairs, strict=True))
-        torch.set_rng_state(self.first_random[0])
+        keys = [_random_keys(rank) for rank in range(self._size)]
+        self.begun = [[state.clone() for state in tensors[begun]] for begun, _ in keys]
+        self.random = [tensors[now] for _, now in keys]
+        self.begin_again(self.begun[0])
+
+    @property
+    def _size(self) -> int:
+        return 1 if self.run.processes is None else self.run.processes.size
 
 
 def _random_keys(rank: int) -> tuple[str, str]:
-    return f"random.{rank}.first", f"random.{rank}.now"
+    return f"random.{rank}.begun", f"random.{rank}.now"

@@ -122,14 +122,14 @@ class _Position:
     Attributes:
         path: of the file; the other processes need not have been told.
         forwards, tokens: of the pass so far.
-        first_random, random: see :class:`.checkpoint.CheckpointKeeper`.
+        begun, random: see :class:`.checkpoint.CheckpointKeeper`.
         decision: what the last step had come to.
     """
 
     path: str
     forwards: int
     tokens: int
-    first_random: Sequence[Tensor]
+    begun: Sequence[Sequence[Tensor]]
     random: Sequence[Tensor]
     decision: _Decision
 
@@ -151,7 +151,6 @@ class Processes:
         self.size, self.leads = self._channel.size, self._channel.leads
         self._exchange = Exchange(self.together)
         self._seen = 0  # tokens of all processes
-        self._keeps = False  # there is a checkpoint
 
     def loop(self, run: CalibrationPass, loader: Iterable[Any]) -> bool:
         """Run batches until the leader says stop; returns whether every layer has converged.
@@ -165,7 +164,8 @@ class Processes:
         # What "auto" decides depends on the memory of each device.
         run.plan = self._channel.from_leader(run.plan)
         with ExitStack() as stack:
-            stream = stack.enter_context(closing(batches.iterate(loader, lambda: self._seen > 0)))
+            every = batches.iterate(loader, lambda: self._seen > 0, run.keeper.begin_epoch)
+            stream = stack.enter_context(closing(every))
             ahead = stack.enter_context(closing(Ahead(map(run.prepare, stream))))
             stack.enter_context(run.keeper)
             decision = self._begin(run, stream)
@@ -186,23 +186,21 @@ class Processes:
             renewed = tuple(map(renewal, slots))
             frozen = frozenset(run.collector.frozen)
             decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
-            states = keeper.first_random, keeper.random
+            states = keeper.begun, keeper.random
             position = _Position(str(keeper.path), run.forwards, run.tokens, *states, decision)
         position = self._channel.from_leader(position)
-        self._keeps = position is not None
         if position is None:
             return _Decision(stop=False)
+        keeper.keeps = True
         self._seen = position.tokens  # without any, a loader is not begun anew at its end
-        if not position.forwards:
-            keeper.first_random = self.together.of_all(torch.get_rng_state())
-        elif not position.decision.stop:
+        if position.forwards and not position.decision.stop:
             self._skip(run, stream, position)
         return self._follow(run, position.decision)
 
     def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:
         """Pass over the batches that the checkpoint has seen."""
         rank = self._channel.rank
-        torch.set_rng_state(position.first_random[rank])
+        run.keeper.begin_again(position.begun[rank])
         skipped = (
             self.together.attempt(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
         )
@@ -283,7 +281,7 @@ class Processes:
             Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
         )
-        random = torch.get_rng_state() if self._keeps else None
+        random = run.keeper.random_states() if run.keeper.keeps else ()
         return Report(ready is not None, run.tokens - before, slots, random)
 
     def _next_ready(
@@ -348,7 +346,7 @@ class Processes:
             done = bool(folded) and run.converged()
             renewed = self._exchange.renewed(run, folded)
             run.keeper.known = self._exchange.known.union(*(cell for cell, _, _ in renewed))
-            random = [report.random for report in reports if report.random is not None]
+            random = [report.random for report in reports]
             run.keeper.end_forward(run.elapsed(), done, random)
             run.call_back(numbers)
             stop = not ran or done or run.limit_reached()
