@@ -298,6 +298,18 @@ def test_an_interrupted_write_is_made_up_for(
     assert checkpoint_file.read_checkpoint(path)[0]["counts"]["forwards"] == 5
 
 
+def test_killed_runs_leave_one_partial_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(
+        checkpoint_file, "save_file", lambda parts, path, **named: written.append(path.name)
+    )
+    for _ in range(2):
+        write_checkpoint(tmp_path / "state.safetensors", {}, {})
+    assert written == [".state.safetensors.partial"] * 2
+
+
 @pytest.mark.parametrize("error", [OSError, SafetensorError])
 def test_a_full_disk_does_not_cost_the_pass(
     error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult

@@ -1,6 +1,8 @@
 """The fold against float64 linear algebra: exact where the sketch can be, safe everywhere else."""
 
 from copy import deepcopy
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eva_kernels import reference
-from eva_kernels.streaming import _host, fold_streams
+from eva_kernels.streaming import _host, fold_streams, step
 from eva_kernels.streaming import batch as batch_module
 from eva_kernels.streaming._basis import (
     complete_basis,
@@ -324,6 +326,23 @@ def test_completion_keeps_the_rows_before(kept: int, width: int, features: int):
     assert torch.equal(full[:kept], rows[:kept])
     assert orthonormality(full) <= 16 * EPS64
     assert torch.equal(full, complete_basis(broken, kept))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_on_one_device_holds_back_all(bad: float):
+    """On accelerators: no stream is folded then, and each keeps its sums."""
+
+    def batch(device: torch.device, number: float) -> Any:
+        told = SimpleNamespace(told=torch.tensor([number, 1.0]))
+        return SimpleNamespace(device=device, scalars=torch.ones(2), found=told)
+
+    devices = [CPU, torch.device("cpu", 0)]  # not equal
+    for numbers, expected in (([3.0, 2.0], True), ([3.0, bad], False), ([bad, -bad], False)):
+        batches = [batch(*pair) for pair in zip(devices, numbers, strict=True)]
+        found = step._sound(batches)
+        assert {device: bool(sound) for device, sound in found.items()} == dict.fromkeys(
+            devices, expected
+        )
 
 
 def test_gram_scatter_is_about_the_mean():
