@@ -26,7 +26,15 @@ from torch import Tensor, distributed, nn
 from eva_kernels.streaming import InputStream, _host
 
 from . import batches
-from .cells import Renewal, Report, Waiting, common_cells, divide_slots, renewal
+from .cells import (
+    Renewal,
+    Report,
+    Waiting,
+    common_cells,
+    divide_slots,
+    note_calls,
+    renewal,
+)
 from .divided import sharded_by
 from .errors import EvaTypeError, EvaValueError, NotConvergedError
 from .exchange import Exchange
@@ -122,6 +130,7 @@ class _Position:
     Attributes:
         path: of the file; the other processes need not have been told.
         forwards, tokens: of the pass so far.
+        most_calls: see :class:`.cells.Report`.
         begun, random: see :class:`.checkpoint.CheckpointKeeper`.
         decision: what the last step had come to.
     """
@@ -129,6 +138,7 @@ class _Position:
     path: str
     forwards: int
     tokens: int
+    most_calls: dict[int, int]
     begun: Sequence[Sequence[Tensor]]
     random: Sequence[Tensor]
     decision: _Decision
@@ -186,12 +196,13 @@ class Processes:
             renewed = tuple(map(renewal, slots))
             frozen = frozenset(run.collector.frozen)
             decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
-            states = keeper.begun, keeper.random
-            position = _Position(str(keeper.path), run.forwards, run.tokens, *states, decision)
+            rest = run.collector.most_calls, keeper.begun, keeper.random, decision
+            position = _Position(str(keeper.path), run.forwards, run.tokens, *rest)
         position = self._channel.from_leader(position)
         if position is None:
             return _Decision(stop=False)
         keeper.keeps = True
+        note_calls(run.collector, position.most_calls)
         self._seen = position.tokens  # without any, a loader is not begun anew at its end
         if position.forwards and not position.decision.stop:
             self._skip(run, stream, position)
@@ -217,6 +228,8 @@ class Processes:
     def _step(self, run: CalibrationPass, ahead: Ahead[Prepared]) -> _Decision:
         reports = self.together.of_all(self._forward(run, ahead))
         self._seen += sum(report.tokens for report in reports)
+        for report in reports:
+            note_calls(run.collector, report.most_calls)
         cells = common_cells(reports)
         divide_slots(run.collector, cells)
         merged = self._exchange.collect(run, reports, cells)
@@ -282,7 +295,8 @@ class Processes:
             for s in run.collector.slots
         )
         random = run.keeper.random_states() if run.keeper.keeps else ()
-        return Report(ready is not None, run.tokens - before, slots, random)
+        calls = dict(run.collector.most_calls)
+        return Report(ready is not None, run.tokens - before, slots, calls, random)
 
     def _next_ready(
         self, run: CalibrationPass, ahead: Iterator[Prepared]

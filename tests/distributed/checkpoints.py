@@ -147,6 +147,21 @@ def a_second_epoch_had_begun(rank: int) -> Any:
     return stopped_at_three(Shuffling, forward_fn=drawing)
 
 
+def gone_on(model: Callable[[], nn.Module], data: Any, names: list[str], stop: int) -> Any:
+    """Return the result of a pass in one go over all data, and that of one with a stop."""
+    options = {**QUIET, "prepare_model_inputs_fn": None, "method": "sketch"}
+
+    def until(steps: int, **kept: Any) -> Any:
+        config = lora(target_modules=names)
+        return eva_kernels.calibrate(model(), data, config, max_steps=steps, **kept, **options)
+
+    whole = until(len(data))
+    with shared_folder() as folder:
+        kept = {"checkpoint": folder / "pass.safetensors"}
+        until(stop, **kept)
+        return {"whole": whole, "resumed": until(len(data), **kept)}
+
+
 @scenario
 def one_had_too_few_tokens(rank: int) -> Any:
     """Go on where one process has tokens of a layer, too few for a basis, and the other has none.
@@ -156,17 +171,28 @@ def one_had_too_few_tokens(rank: int) -> Any:
     data = [routed_tokens(rank, step) for step in range(3)]
     if rank == 0:
         data[0][:3, 0] = 3
-    config = lora(target_modules=[f"expert.{i}" for i in range(4)])
-    options = {**QUIET, "prepare_model_inputs_fn": None, "method": "sketch"}
+    return gone_on(Experts, data, [f"expert.{i}" for i in range(4)], stop=1)
 
-    def until(steps: int, **kept: Any) -> Any:
-        return eva_kernels.calibrate(Experts(), data, config, max_steps=steps, **kept, **options)
 
-    whole = until(3)
-    with shared_folder() as folder:
-        kept = {"checkpoint": folder / "pass.safetensors"}
-        until(1, **kept)
-        return {"whole": whole, "resumed": until(3, **kept)}
+@scenario
+def one_called_a_layer_twice(rank: int) -> Any:
+    """Go on where one process alone knows that a forward pass may not be cut behind a layer."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(24, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(x)
+            return self.a(y) if x[0, 0] > 100 else y
+
+    torch.manual_seed(rank)
+    data = [*torch.randn(4, 80, 24)]
+    for step in (0, 3) if rank == 1 else ():
+        data[step][0, 0] = 200
+    return gone_on(Again, data, ["a"], stop=2)
 
 
 @scenario

@@ -479,10 +479,11 @@ def test_a_pass_goes_on_behind_the_end_of_a_loader(
         assert same(*found[name].values())
 
 
-def test_a_pass_goes_on_where_a_layer_had_too_few_tokens(seen: tuple[Seen, Seen]) -> None:
+def test_a_pass_goes_on_from_what_one_process_saw(seen: tuple[Seen, Seen]) -> None:
     for found in seen:
         assert "expert.3" in found["one_had_too_few_tokens"]["whole"]["components"]
         assert same(*found["one_had_too_few_tokens"].values())
+        assert same(*found["one_called_a_layer_twice"].values())
 
 
 def test_a_pass_that_has_ended_ends_the_same_again(seen: tuple[Seen, Seen]) -> None:
