@@ -128,12 +128,18 @@ BAD = ((1, 0, 3), (40, 5, 2))  # tokens of each process and step that are not fi
 
 @scenario
 def skipped(rank: int) -> Any:
-    data = [torch.randn(40, 24) for _ in BAD[rank]]
-    for x, bad in zip(data, BAD[rank], strict=True):
-        x[:bad, 7] = torch.nan
-    options = {**QUIET, "prepare_model_inputs_fn": None, "max_steps": 3}
-    model, config = nn.Sequential(nn.Linear(24, 24)), lora(target_modules=["0"])
-    return eva_kernels.calibrate(model, data, config, on_nonfinite="skip", **options).skipped_tokens
+    """Return how many tokens were skipped where these are in their process, or in the other."""
+
+    def skip(numbers: tuple[int, ...]) -> int:
+        data = [*torch.randn(3, 40, 24)]
+        for x, bad in zip(data, numbers, strict=True):
+            x[:bad, 7] = torch.nan
+        options = {**QUIET, "prepare_model_inputs_fn": None, "on_nonfinite": "skip"}
+        model, config = nn.Sequential(nn.Linear(24, 24)), lora(target_modules=["0"])
+        return eva_kernels.calibrate(model, data, config, max_steps=3, **options).skipped_tokens
+
+    torch.manual_seed(0)
+    return [skip(BAD[rank]), skip(BAD[1 - rank])]
 
 
 def with_nan(wrong: bool, step: int) -> Any:

@@ -161,7 +161,7 @@ def test_layers_that_one_process_never_calls(seen: tuple[Seen, Seen]) -> None:
 def test_tokens_that_any_process_skips_are_counted(seen: tuple[Seen, Seen]) -> None:
     from distributed.data_parallel import BAD
 
-    assert [found["skipped"] for found in seen] == [sum(map(sum, BAD))] * 2
+    assert [found["skipped"] for found in seen] == [[sum(map(sum, BAD))] * 2] * 2
 
 
 def test_inputs_that_one_process_does_not_share_are_apart(seen: tuple[Seen, Seen]) -> None:
