@@ -13,9 +13,10 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 from distributed.scenarios import calibrate, own_batches
-from eva_kernels.errors import EvaTypeError
+from eva_kernels.errors import EvaTypeError, EvaValueError
 from eva_peft import channel
 from eva_peft.data_parallel import beginning, processes_of
+from eva_peft.fingerprint import check_weights
 from integration.conftest import make_llama
 
 pytestmark = pytest.mark.skipif(
@@ -52,6 +53,37 @@ def test_an_error_is_told_though_the_others_are_gone() -> None:
     with pytest.raises(KeyError, match="no such layer"), beginning(gone):
         raise KeyError("no such layer")
     failing.assert_called_once_with("failed: KeyError: 'no such layer'")
+
+
+def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of the replicas of a mesh: torch wants to know a process by its number among all."""
+    told: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        return lambda things, group, **of: told.update({name: of.get("src", of.get("dst"))})
+
+    first = ("broadcast", "broadcast_object_list", "reduce", "send_object_list")
+    for name in (*first, "recv_object_list"):
+        monkeypatch.setattr(distributed, name, note(name))
+    monkeypatch.setattr(distributed, "get_rank", lambda group: 0)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(distributed, "get_global_rank", lambda group, rank: 4 + rank)
+    one, tensors = channel.Channel(object()), [torch.ones(2)]
+    one.from_leader("plan")
+    one.send_out(tensors)
+    one.add_up(tensors)
+    one.send("parcel")
+    one.receive(1)
+    assert told == {**dict.fromkeys(first, 4), "recv_object_list": 5}
+
+
+def test_weights_may_differ_by_rounding() -> None:
+    """Of the largest in their layer; others are other weights, however small."""
+    check_weights([{"a": [100.0, 1.0]}, {"a": [100.5, 1.5]}])
+    with pytest.raises(EvaValueError, match="processes 0 and 1 have other weights in a: load"):
+        check_weights([{"a": [0.001, 0.002]}, {"a": [0.002, 0.001]}])
 
 
 def test_tensors_travel_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
