@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
 
 from distributed.scenarios import calibrate, own_batches
-from eva_kernels.errors import EvaTypeError, EvaValueError
-from eva_peft import channel
+from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
+from eva_peft import channel, divided
 from eva_peft.data_parallel import beginning, processes_of
 from eva_peft.fingerprint import check_weights
 from integration.conftest import make_llama
@@ -77,6 +78,32 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     one.send("parcel")
     one.receive(1)
     assert told == {**dict.fromkeys(first, 4), "recv_object_list": 5}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "placements", "expected"),
+    [
+        ((2, 2), (Replicate(), Shard(0)), 1),  # in shards, of which there are copies
+        ((2, 2), (Shard(0), Shard(1)), 2),  # in shards, of a layer that is divided
+        ((2, 1), (Shard(0), Shard(1)), 1),  # along a dimension of one process
+        ((2,), (Replicate(),), 0),
+    ],
+)
+def test_copies_are_no_parts(
+    sizes: tuple[int, ...], placements: tuple[Any, ...], expected: int
+) -> None:
+    mesh = SimpleNamespace(size=lambda i: sizes[i])
+    parameter: Any = SimpleNamespace(device_mesh=mesh, placements=placements)
+    assert divided._divisions(parameter) == expected
+
+
+def test_a_plan_of_transformers_divides_a_layer() -> None:
+    """Also where its parameters tell nothing, as in some of its versions."""
+    model: Any = make_llama()
+    divided.check_undivided(model)
+    model.model.layers[1].mlp.up_proj._hf_tp_plan = "colwise"
+    with pytest.raises(EvaRuntimeError, match=r"layer model\.layers\.1\.mlp\.up_proj is divided"):
+        divided.check_undivided(model)
 
 
 def test_weights_may_differ_by_rounding() -> None:
