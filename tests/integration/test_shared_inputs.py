@@ -343,10 +343,14 @@ def test_early_exit_does_not_run_the_head(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(rows, results["auto"].components[name])
 
 
-def test_early_exit_is_off_where_it_is_unsafe() -> None:
+@pytest.mark.parametrize("why", ["offloaded", "DeepSpeedEngine", "PipelineParallel"])
+def test_early_exit_is_off_where_it_is_unsafe(why: str) -> None:
     batches, calls = text_batches(3), []
     model = make_llama()
-    model.hf_device_map = {"": "cpu", "lm_head": "disk"}
+    if why == "offloaded":
+        model.hf_device_map = {"": "cpu", "lm_head": "disk"}
+    else:
+        model.__class__ = type(why, (type(model),), {})
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     run(model, iter(batches), lora(tau=1.0), trim_padding=False)
     assert len(calls) == 3
