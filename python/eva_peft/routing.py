@@ -30,6 +30,7 @@ _SPLITTING = (
     Tensor.tensor_split,
     torch.tensor_split,
 )
+_JOINING = (torch.cat, torch.concat, torch.concatenate, torch.vstack)
 _REPEATING = (Tensor.repeat_interleave, torch.repeat_interleave)
 # What puts rows in another order than that of its arguments.
 _GATHERING = ("embedding", "flip", "gather", "roll", "take_along_dim")
@@ -212,6 +213,10 @@ class RoutedInputs(TorchFunctionMode):
         if getattr(func, "__name__", "").removesuffix("_") in _REORDERING:
             self._tokens.pop(result, None)  # it may be an argument, in whose place it was put
             return
+        if func in _JOINING:
+            args = next(arg for arg in args if isinstance(arg, (list, tuple)))
+            if self._follow_joined(args, result):
+                return
         # a product has the rows of its first factor
         for x in args[:1] if func in (*_PRODUCTS, *_BATCHED) else args:
             known = self._tokens.get(x) if isinstance(x, Tensor) else None
@@ -235,6 +240,16 @@ class RoutedInputs(TorchFunctionMode):
             return
         for part, tokens in zip(parts, known[0].split(lengths), strict=True):
             self._tokens[part] = (tokens, known[1])
+
+    def _follow_joined(self, parts: Sequence[Tensor], result: Tensor) -> bool:
+        """Follow rows that experts have had in parts, and that are one after another again."""
+        known = [found for found in map(self._tokens.get, parts) if found is not None]
+        counts = {count for _, count in known}
+        below = sum(map(len, parts)) == len(result)  # and not beside one another
+        if len(known) < len(parts) or len(counts) != 1 or not below:
+            return False
+        self._tokens[result] = (torch.cat([tokens for tokens, _ in known]), counts.pop())
+        return True
 
     def _composed(self, x: Tensor, index: Tensor, count: int) -> tuple[Tensor, int]:
         before = self._tokens.get(x)

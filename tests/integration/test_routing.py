@@ -107,10 +107,14 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
             routed.tokens_of(rows[None, 4:]): order[4:],
             routed.tokens_of(rows[6:, :1]): order[6:],
             routed.tokens_of(rows[None][0]): order,
+            routed.tokens_of(torch.cat(tensors=[rows, x], dim=1)): order,
+            routed.tokens_of(torch.concat((rows[2:4], rows[5:]))): order[[2, 3, 5]],
         }
         others = [x[2:4], rows[order.view(2, 3)], rows[None][:, 2:4], rows.flip(0), rows.roll(1, 0)]
         others += [rows.take_along_dim(order[:, None], 0), torch.ones(6, 6) @ rows]
+        others += [torch.cat([rows, x]), torch.cat([rows, x[:3][order % 3]])]
         samples = torch.randn(6, 2, 3)[order]
+        others += [torch.cat([samples, samples], 1)]
         others += [samples.transpose(0, 1), samples.permute(1, 0, 2), samples.movedim(0, 1)]
         halves, some = torch.empty_like(rows), rows.clone()
         halves[:3], halves[3:], some[order > 2] = rows[:3], rows[3:], 0.0
@@ -218,6 +222,8 @@ class PutBack(nn.Module):
             out = nn.functional.embedding(back, rows)
         elif self.how == "index_put_":
             out = rows.new_zeros(rows.shape).index_put_((order,), rows)
+        elif self.how in ("cat", "vstack"):  # of the experts, one after another
+            out = getattr(torch, self.how)(rows.split(7))[back]
         else:
             place = wide if self.how.startswith("scatter") else order
             out = getattr(torch.zeros_like(rows), self.how)(0, place, rows)
@@ -227,7 +233,7 @@ class PutBack(nn.Module):
 PLACING = ["index_add", "index_add_", "index_copy_", "index_put_", "scatter", "scatter_add_"]
 
 
-@pytest.mark.parametrize("how", [*PLACING, "gather", "embedding", "__setitem__"])
+@pytest.mark.parametrize("how", [*PLACING, "gather", "embedding", "__setitem__", "cat", "vstack"])
 def test_masks_follow_tokens_back_into_their_order(how: str) -> None:
     model, texts = PutBack(how), text_batches(4, samples=6)
     config, options = lora(tau=1.0, target_modules=["inner", "last"]), {"trim_padding": False}
