@@ -312,9 +312,8 @@ def _of_the_first_dimension(args: Sequence[Any]) -> tuple[Tensor, Any]:
     x, index = args
     if not isinstance(index, tuple):
         return x, index
-    parts = [part for part in index if part is not None]
-    sliced = all(isinstance(part, slice) for part in parts[1:])
-    return x, parts[0] if parts and sliced else None
+    parts = tuple(part for part in index if part is not None)
+    return x, parts[0] if parts and _is_sliced(parts[1:]) else None
 
 
 def _is_sliced(index: Any) -> bool:
