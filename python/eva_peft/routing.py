@@ -206,10 +206,9 @@ class RoutedInputs(TorchFunctionMode):
             picked = _repeated(args, result) if func in _REPEATING else _picked(args)
             if picked is not None and len(picked[1]) == rows:
                 self._tokens[result] = self._composed(*picked)
-            if picked is not None or func is not Tensor.__getitem__ or not _is_sliced(args[-1]):
+            if func is not Tensor.__getitem__ or not _is_sliced(args[-1]):
                 return
-            if self._follow_slice(*_of_the_first_dimension(args), result):
-                return
+            self._follow_slice(*_of_the_first_dimension(args), result)
         if getattr(func, "__name__", "").removesuffix("_") in _REORDERING:
             self._tokens.pop(result, None)  # it may be an argument, in whose place it was put
             return
@@ -224,13 +223,11 @@ class RoutedInputs(TorchFunctionMode):
                 self._tokens[result] = known
                 return
 
-    def _follow_slice(self, x: Tensor, index: Any, result: Tensor) -> bool:
+    def _follow_slice(self, x: Tensor, index: Any, result: Tensor) -> None:
         """Follow consecutive rows of tokens that were put in the order of their experts."""
         known = self._tokens.get(x)
-        if known is None or x.dim() != 2 or not isinstance(index, slice):
-            return False
-        self._tokens[result] = (known[0][index], known[1])
-        return True
+        if known is not None and x.dim() == 2 and isinstance(index, slice):
+            self._tokens[result] = (known[0][index], known[1])
 
     def _follow_parts(self, x: Tensor, parts: Sequence[Tensor]) -> None:
         """Follow consecutive rows, cut apart where one expert's end and another's begin."""
@@ -275,7 +272,7 @@ def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:
     across = 1
     if index.dtype in (torch.bool, torch.uint8):
         index, across = index.flatten().nonzero().flatten(), index.dim()
-    if index.dim() != 1 or index.is_floating_point() or across >= x.dim():
+    if index.dim() != 1:
         return None
     index = index.to(x.device)  # tokens on a GPU may be indexed from the CPU
     each = x.shape[across:-1].numel()

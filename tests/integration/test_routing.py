@@ -111,7 +111,8 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
             routed.tokens_of(torch.cat(tensors=[rows, x], dim=1)): order,
             routed.tokens_of(torch.concat((rows[2:4], rows[5:]))): order[[2, 3, 5]],
         }
-        others = [x[2:4], rows[order.view(2, 3)], rows[None][:, 2:4], rows.flip(0), rows.roll(1, 0)]
+        others = [x[2:4], rows[order.view(2, 3)], rows[order[:, None]], rows[order[0], None]]
+        others += [rows[None][:, 2:4], rows.flip(0), rows.roll(1, 0)]
         others += [rows.take_along_dim(order[:, None], 0), torch.ones(6, 6) @ rows]
         others += [torch.cat([rows, x]), torch.cat([rows, x[:3][order % 3]])]
         samples = torch.randn(6, 2, 3)[order]
@@ -119,6 +120,7 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
         others += [samples.transpose(0, 1), samples.permute(1, 0, 2), samples.movedim(0, 1)]
         halves, some = torch.empty_like(rows), rows.clone()
         halves[:3], halves[3:], some[order > 2] = rows[:3], rows[3:], 0.0
+        some[order < 1] = torch.zeros(3)  # the same in each row
         again |= {routed.tokens_of(halves): order, routed.tokens_of(some): order}
         assert all(routed.tokens_of(part) is None for part in others)
     for known, tokens in again.items():
