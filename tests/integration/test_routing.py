@@ -24,8 +24,12 @@ def test_what_picks_along_another_dimension_is_not_followed() -> None:
         along += [x.index_select(np.int64(1), picked), x[picked, picked[:, None]]]
         along += [x[picked].index_select(index=picked, dim=1)]
         along += [x[picked][:, picked], x[picked, :4], x[picked].chunk(5, dim=1)[1]]
-        first = [x[picked], x[picked, :], x[picked, ...], x[None, picked], x.index_select(0, picked)]
-        first += [x.index_select(-3, picked), torch.index_select(x, index=picked, dim=0)]
+        first = [x[picked], x[picked, :], x[picked, ...], x[None, picked]]
+        first += [
+            x.index_select(0, picked),
+            x.index_select(-3, picked),
+            torch.index_select(x, index=picked, dim=0),
+        ]
         first += [torch.index_select(dim=0, index=picked, input=x)]
         none = x[picked < 0]
         assert all(routed.tokens_of(part) is None for part in along)
@@ -107,6 +111,7 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
             routed.tokens_of(rows[None, 4:]): order[4:],
             routed.tokens_of(rows[6:, :1]): order[6:],
             routed.tokens_of(rows[3:, ...]): order[3:],
+            routed.tokens_of(torch.rand(6, 1) * rows): order,
             routed.tokens_of(rows[None][0]): order,
             routed.tokens_of(torch.cat(tensors=[rows, x], dim=1)): order,
             routed.tokens_of(torch.concat((rows[2:4], rows[5:]))): order[[2, 3, 5]],
