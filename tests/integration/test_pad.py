@@ -34,10 +34,11 @@ class Convolutions(nn.Module):
         super().__init__()
         self.words = nn.Embedding(64, 8)
         self.conv = nn.Conv1d(8, 12, 3, groups=2, padding=1)
+        self.next = nn.Conv1d(12, 12, 1, groups=3)
         self.out = nn.Linear(12, 5)
 
     def forward(self, ids: Tensor) -> Tensor:
-        mixed: Tensor = self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)
+        mixed: Tensor = self.next(self.conv(self.words(ids).mT)).mT
         return torch.as_tensor(self.out(mixed.tanh()))
 
 
@@ -166,15 +167,17 @@ def test_other_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
 def test_convolutions_in_groups_and_embeddings(tmp_path: Path) -> None:
-    fields = {"target_modules": ["words", "conv", "out"], "rank_pattern": {"conv": 4, "out": 5}}
-    tuned = trained(convolutions(), r=2, lora_alpha=3, **fields)
+    ranks = {"words": 2, "conv": 4, "out": 5}
+    tuned = trained(
+        convolutions(), r=3, lora_alpha=3, target_modules=[*ranks, "next"], rank_pattern=ranks
+    )
     tuned.save_pretrained(tmp_path / "old")
     assert pad_ranks(tmp_path / "old", tmp_path / "new") == 6  # 5, and a multiple of the groups
     assert ranks_of(tmp_path / "new") == {6}
     loaded = PeftModel.from_pretrained(convolutions(), tmp_path / "new").eval()
     torch.testing.assert_close(outputs(loaded), outputs(tuned))
-    with pytest.raises(EvaValueError, match="r=7 is no multiple of 2, the groups of convolutions"):
-        pad_ranks(tmp_path / "old", tmp_path / "odd", r=7)
+    with pytest.raises(EvaValueError, match="r=8 is no multiple of 6, the groups of convolutions"):
+        pad_ranks(tmp_path / "old", tmp_path / "odd", r=8)
 
 
 class Attention(nn.Module):
@@ -212,6 +215,25 @@ def test_the_rank_may_be_larger_but_not_less(eva: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "less").exists()
 
 
+@pytest.mark.parametrize(
+    ("alphas", "common"),
+    [
+        pytest.param({"q_proj": 12, "k_proj": 40}, 2, id="that of most layers"),
+        pytest.param({"q_proj": 12, "v_proj": 12}, 3, id="of two, the larger"),
+        pytest.param({"k_proj": 0, "v_proj": 0, "o_proj": 0}, 2, id="one that is not zero"),
+    ],
+)
+def test_the_common_factor(alphas: dict[str, int], common: float, tmp_path: Path) -> None:
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    tuned = trained(llama(), r=4, lora_alpha=8, target_modules=targets, alpha_pattern=alphas)
+    tuned.save_pretrained(tmp_path / "old")
+    pad_ranks(tmp_path / "old", tmp_path / "deep" / "new")
+    alpha = config_of(tmp_path / "deep" / "new")["lora_alpha"]
+    assert (alpha, type(alpha)) == (4 * common, int)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "deep" / "new").eval()
+    torch.testing.assert_close(outputs(loaded), outputs(tuned))
+
+
 def test_padding_stays_zero_in_training(eva: Path, tmp_path: Path) -> None:
     pad_ranks(eva, tmp_path)
     tuned = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
@@ -246,21 +268,33 @@ def test_what_cannot_be_padded_is_refused(eva: Path, tmp_path: Path) -> None:
     first = next(iter(tensors))
     renamed = {key.replace("lora_A", "lora_diag"): value for key, value in tensors.items()}
     save_file(renamed, strange / "adapter_model.safetensors")
-    half = change(eva, tmp_path / "half")
-    save_file({first: tensors[first]}, half / "adapter_model.safetensors")
+    halves = {kind: change(eva, tmp_path / kind) for kind in ("lora_A", "lora_B")}
+    for kind, half in halves.items():
+        part = {key: value for key, value in tensors.items() if kind in key}
+        save_file(part, half / "adapter_model.safetensors")
     residual = change(eva, tmp_path / "residual", init_lora_weights="pissa_niter_4")
-    damaged = change(eva, tmp_path / "damaged")
+    damaged, cut = change(eva, tmp_path / "damaged"), change(eva, tmp_path / "cut")
     (damaged / "adapter_model.safetensors").write_bytes(b"no")
+    (cut / "adapter_config.json").write_text("{")
+    pickled = change(eva, tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    without = change(eva, tmp_path / "without")
+    save_file({"lm_head.weight": tensors[first]}, without / "adapter_model.safetensors")
     cases = {
         tmp_path: "no adapter_config.json in .*; pass the folder that save_pretrained wrote",
         experts: r"has target_parameters, whose rows cannot be padded; merge it instead",
         other: "holds 'LOHA', only LORA",
         wrong: r"layer \S+ has rank \d+, and 99 by its config",
         strange: r"lora_diag\S* is of no kind of LoRA that can be padded",
-        half: "has but one of lora_A and lora_B",
+        halves["lora_A"]: "has but one of lora_A and lora_B",
+        halves["lora_B"]: "has but one of lora_A and lora_B",
         residual: "'pissa_niter_4', which changes the base weights by its rank",
         damaged: "cannot be read",
+        cut: "cannot be read",
+        pickled: "no adapter_model.safetensors in .*; pass the folder that save_pretrained wrote",
+        without: "no layer with LoRA",
         eva: "is the adapter itself",
+        eva / ".." / eva.name: "is the adapter itself",
     }
     for folder, message in cases.items():
         with pytest.raises(EvaValueError, match=message):
