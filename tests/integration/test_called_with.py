@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from integration.conftest import (
+    check_shares,
     layer_inputs,
     lora,
     lost,
@@ -119,12 +120,48 @@ def test_forward_that_is_called_itself(own: bool) -> None:
     assert vars(model.first) == before
 
 
+class Behind(nn.Module):
+    """A layer of its own, behind a model of transformers that reads something else."""
+
+    def __init__(self, straight: bool) -> None:
+        super().__init__()
+        self.straight, self.first, self.last = straight, make_llama(), nn.Linear(12, 8)
+
+    def forward(self, lines: list[str], **given: Any) -> Tensor:
+        (self.first.forward if self.straight else self.first)(**tokenised(lines))
+        return torch.as_tensor(self.last(given["x"]))
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("straight", [False, True])
+@pytest.mark.parametrize("given", ["mask", "masks", "longer"])
+def test_layers_behind_a_model_that_has_another_mask(given: str, straight: bool) -> None:
+    """What the function gives counts, not the mask of the batch, which keeps the others."""
+    torch.manual_seed(0)
+    x, kept = torch.randn(4, 4, 16, 12), torch.rand(4, 4, 16) > 0.4
+    data = [
+        {"lines": as_text(text), "x": x[i], "kept": kept[i], "attention_mask": ~kept[i]}
+        for i, text in enumerate(TEXTS)
+    ]
+
+    def forward(model: nn.Module, batch: dict[str, Any]) -> None:
+        mask = {"full_attention": batch["kept"]} if given == "masks" else batch["kept"]
+        if given == "longer":  # and without a mask
+            model(lines=batch["lines"], x=torch.cat([batch["x"], batch["x"].flip(0)], 1))
+        else:
+            model(lines=batch["lines"], x=batch["x"], attention_mask=mask)
+
+    config = lora(target_modules=["last", "q_proj"], tau=1.0)
+    result = run(Behind(straight), data, config, forward_fn=forward, **EXACT)
+    check_shares(result, "last", x.reshape(-1, 12) if given == "longer" else x[kept])
+
+
 class Painter(nn.Module):
     """Images in patches, and the text of a prompt, of as many tokens: as models of diffusers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches, self.prompt = nn.Linear(6, 8), nn.Linear(10, 8)
+        self.patches, self.prompt = nn.Linear(16, 8), nn.Linear(10, 8)
 
     def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         x = sample.flatten(2).mT
@@ -136,7 +173,7 @@ def test_a_mask_of_something_else() -> None:
     torch.manual_seed(0)
     data = [
         {
-            "sample": torch.randn(4, 6, 4, 4),
+            "sample": torch.randn(4, 16, 4, 4),
             "prompt": torch.randn(4, 16, 10),
             "attention_mask": (torch.arange(16) < torch.tensor([16, 9, 7, 3])[:, None]).long(),
         }
