@@ -101,7 +101,8 @@ class CalledWith:
             main = self._mask.main
             if shape is not None and main is not None and main.shape == shape:
                 return self._mask
-        if isinstance(self._labels, Tensor) and self._labels.shape == shape:
+        steps = getattr(named.get("decoder_input_ids"), "shape", None)
+        if isinstance(self._labels, Tensor) and self._labels.shape in (shape, steps):
             named.setdefault("labels", self._labels)
         return self._make_mask(named)
 

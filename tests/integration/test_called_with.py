@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from integration.conftest import (
+    VOCABULARY,
     check_shares,
     layer_inputs,
     lora,
@@ -94,6 +96,26 @@ def test_labels_that_the_function_does_not_pass_on() -> None:
         model(**{key: value for key, value in batch.items() if key != "labels"})
 
     same(run(make_llama(), texts, Q_PROJ, forward_fn=forward, **EXACT), expected)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_labels_of_a_decoder_that_the_function_does_not_pass_on() -> None:
+    """As for a loss of its own, to which a collator's decoder_input_ids belong."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1}
+    model = T5ForConditionalGeneration(T5Config(**sizes, num_heads=4, decoder_start_token_id=0))
+    texts = [
+        {**text, "labels": text["input_ids"][:, :8].where(torch.arange(8) < (2 + i), -100)}
+        for i, text in enumerate(TEXTS)
+    ]
+    config = lora(target_modules=["q", "k", "wo"], tau=1.0)
+    expected = run(model, texts, config, **EXACT)
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        kept = {key: value for key, value in batch.items() if key != "labels"}
+        model(**kept, decoder_input_ids=model._shift_right(batch["labels"]))
+
+    same(run(model, texts, config, forward_fn=forward, **EXACT), expected)
 
 
 class Straight(nn.Module):
