@@ -179,6 +179,17 @@ def test_label_mask_options() -> None:
     assert other.tokens == attended - hits
 
 
+def test_the_value_of_labels_that_mask_a_decoder() -> None:
+    """Of several answers to a text, too, as many as there may be."""
+    both = Architecture(type("Config", (), {"is_encoder_decoder": True})())
+    labels = torch.tensor([[5, 7, 7], [-100, 5, 7], [7, 7, 5]])
+    for samples in (3, 2):
+        batch = {"attention_mask": torch.ones(samples, 4), "labels": labels}
+        decoder = mask_of_batch(batch, lora(label_mask_value=7), both).decoder
+        assert decoder is not None
+        assert torch.equal(decoder, labels != 7)
+
+
 @pytest.mark.parametrize("labels", ["classes", "length equals batch", "multi-label", "scores"])
 def test_labels_of_samples_are_no_token_mask(labels: str) -> None:
     samples, length = (24, 24) if labels == "length equals batch" else (4, 24)
