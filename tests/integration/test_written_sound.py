@@ -16,7 +16,7 @@ from eva_peft.batch_mask import mask_of_batch
 from integration.conftest import VOCABULARY, lora, lost, run, text_batches
 
 CPU = torch.device("cpu")
-STEPS = torch.arange(8) < torch.tensor([8, 4, 6, 2])[:, None]  # of each sample
+STEPS = torch.arange(8) < torch.tensor([8, 3, 6, 2])[:, None]  # of each sample
 BANDS, CODES = 3, 2
 
 
@@ -87,6 +87,15 @@ def test_labels_of_several_codes_a_step() -> None:
     # a mask that fits what the decoder is given counts, whatever there are labels for
     given = {**batch, **mask, "decoder_input_ids": STEPS.long(), "labels": by_row[:, 1:]}
     assert kept(given, Codes()) == rows
+    spectra = {"decoder_input_values": torch.ones(4, 8, BANDS), "labels": torch.ones(4, 8, BANDS)}
+    assert kept({**batch, **mask, **spectra}, Codes()) == rows  # none of which is left out
+    # where it does not fit, what is made of labels has their shape; where it does, both count
+    longer = {"decoder_attention_mask": torch.ones(4, 9), "labels": codes[..., 1]}
+    assert kept({**batch, **longer}, Codes()) == rows
+    later = codes[..., 1].masked_fill(torch.arange(8) == 1, -100)
+    assert kept({**batch, **mask, "labels": later}, Codes()) == [i for i in rows if i % 8 != 1]
+    filled = {**batch, **mask, "labels": codes[..., 1].relu()}
+    assert kept(filled, Codes()) == rows
 
 
 def test_labels_stay_unless_the_decoders_inputs_are_given() -> None:
