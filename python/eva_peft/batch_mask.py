@@ -200,7 +200,11 @@ def _token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
         own = own[:, cached : cached + tokens] if alike and tokens else own
         additive = own.is_floating_point() and bool((mask <= 0).all())
         return own > -1 if additive else own.bool()
-    return mask.bool().cpu() if mask.dim() == 2 else None
+    if mask.dim() != 2:
+        return None
+    mask = mask.cpu()
+    additive = mask.is_floating_point() and bool((mask < 0).any())
+    return mask > -1 if additive else mask.bool()
 
 
 def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -18,6 +18,7 @@ from eva_peft.token_mask import TokenMask
 from integration.conftest import (
     VOCABULARY,
     angle,
+    check_shares,
     layer_inputs,
     lora,
     lost,
@@ -293,6 +294,31 @@ def test_a_mask_over_pairs_with_a_cache(cached: int) -> None:
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
     batch["attention_mask"] = pairs[:, :, :1]  # the same for every token
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+
+
+class Added(nn.Module):
+    """Adds its mask to the scores of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.project = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.project(self.embed(input_ids)).mean(-1) + attention_mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_of_tokens_that_is_added(side: str) -> None:
+    model, batches = Added(), text_batches(4)
+    for batch in batches:
+        kept = batch["attention_mask"].bool()
+        batch["kept"] = kept.flip(1) if side == "left" else kept
+        batch["attention_mask"] = torch.zeros(kept.shape).masked_fill(~batch["kept"], -torch.inf)
+    ids = torch.cat([batch["input_ids"][batch.pop("kept")] for batch in batches])
+    config = lora(tau=1.0, target_modules=["project"])
+    result = run(model, iter(batches), config, method="gram", max_steps=4)
+    assert result.tokens == len(ids)
+    check_shares(result, "project", model.embed(ids).detach())
 
 
 def test_a_mask_of_another_kind_is_warned_of() -> None:
