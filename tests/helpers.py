@@ -144,11 +144,12 @@ def make_stream(
     *,
     method: str = "sketch",
     dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
     **options: object,
 ) -> InputStream:
-    """Return an empty stream on the CPU; the width is twice the components, at most D."""
+    """Return an empty stream; the width is twice the components, at most D."""
     width = min(features, 2 * components) if width is None else width
-    return InputStream(features, components, width, CPU, dtype, Options(method, **options))
+    return InputStream(features, components, width, device, dtype, Options(method, **options))
 
 
 def feed(stream: InputStream, batches: Sequence[Tensor]) -> InputStream:

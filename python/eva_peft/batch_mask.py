@@ -199,12 +199,12 @@ def _token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
         own = (first[:, 0] if alike else first.diagonal(cached, dim1=-2, dim2=-1)).cpu()
         own = own[:, cached : cached + tokens] if alike and tokens else own
         additive = own.is_floating_point() and bool((mask <= 0).all())
-        return own > -1 if additive else own.bool()
-    if mask.dim() != 2:
+    elif mask.dim() == 2:
+        own = mask.cpu()
+        additive = own.is_floating_point() and bool((own < 0).any())  # zeros alone keep nothing
+    else:
         return None
-    mask = mask.cpu()
-    additive = mask.is_floating_point() and bool((mask < 0).any())
-    return mask > -1 if additive else mask.bool()
+    return own > -1 if additive else own.bool()
 
 
 def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -243,7 +243,7 @@ def without_padding(
         if value.dim() == 0 or value.shape[0] != samples:
             return [batch]
         splits &= key in _TOKEN_KEYS or value.dim() == 1
-    kept = mask.bool() & (mask >= 0)  # an additive mask keeps zeros, and is left alone
+    kept = mask > 0  # not an additive mask, which keeps zeros: it is left alone
     lengths = kept.sum(1)
     begins = torch.arange(columns, device="cpu") < lengths[:, None]
     if not torch.equal(kept, begins) or not kept.any():

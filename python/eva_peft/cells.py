@@ -31,7 +31,6 @@ __all__ = [
     "common_cells",
     "divide_slots",
     "merge_stream",
-    "note_calls",
     "renewal",
     "slot_for",
 ]
@@ -100,12 +99,6 @@ def divide_slots(collector: InputCollector, cells: Sequence[Cell]) -> None:
     for slot in list(collector.slots):
         for cell in sorted({cell_of[i] for i in slot.members})[1:]:
             collector.divide(slot, cell)
-
-
-def note_calls(collector: InputCollector, most_calls: Mapping[int, int]) -> None:
-    """Take note of the calls in another process: no forward pass may be cut before as many."""
-    for i, calls in most_calls.items():
-        collector.most_calls[i] = max(calls, collector.most_calls.get(i, 0))
 
 
 def slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:

@@ -64,8 +64,10 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         self.keeps = self.path is not None
         self.random: list[Tensor] = []
         self.begun: list[list[Tensor]] = []
-        self._own: list[Tensor] = []  # when each epoch began here
-        self._epochs = self._told = 0  # how many began, and how many of them are among the others
+        # When epochs of this process began: those to come that the checkpoint has seen begin, and
+        # those that are not among the others yet.
+        self._seen: list[Tensor] = []
+        self._fresh: list[Tensor] = []
         self.known: set[int] = set()
 
     def open(self) -> None:
@@ -107,19 +109,18 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         """
         if not self.keeps:
             return
-        if self._epochs < len(self._own):
-            torch.set_rng_state(self._own[self._epochs])
+        if self._seen:
+            torch.set_rng_state(self._seen.pop(0))
         else:
-            self._own.append(torch.get_rng_state())
-        self._epochs += 1
+            self._fresh.append(torch.get_rng_state())
 
     def begin_again(self, begun: Sequence[Tensor]) -> None:
         """Let the next epochs be those of the checkpoint, of which this process began these."""
-        self._own, self._epochs, self._told = list(begun), 0, len(begun)
+        self._seen = list(begun)
 
     def random_states(self) -> tuple[Tensor, ...]:
         """Return the random state now, and those of epochs that began since this was asked."""
-        fresh, self._told = self._own[self._told :], len(self._own)
+        fresh, self._fresh = self._fresh, []
         return torch.get_rng_state(), *fresh
 
     def begin_forward(self) -> None:

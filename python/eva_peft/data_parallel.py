@@ -26,15 +26,7 @@ from torch import Tensor, distributed, nn
 from eva_kernels.streaming import InputStream, _host
 
 from . import batches
-from .cells import (
-    Renewal,
-    Report,
-    Waiting,
-    common_cells,
-    divide_slots,
-    note_calls,
-    renewal,
-)
+from .cells import Renewal, Report, Waiting, common_cells, divide_slots, renewal
 from .divided import sharded_by
 from .errors import EvaTypeError, EvaValueError, NotConvergedError
 from .exchange import Exchange
@@ -202,7 +194,7 @@ class Processes:
         if position is None:
             return _Decision(stop=False)
         keeper.keeps = True
-        note_calls(run.collector, position.most_calls)
+        run.collector.note_calls(position.most_calls)
         self._seen = position.tokens  # without any, a loader is not begun anew at its end
         if position.forwards and not position.decision.stop:
             self._skip(run, stream, position)
@@ -229,7 +221,7 @@ class Processes:
         reports = self.together.of_all(self._forward(run, ahead))
         self._seen += sum(report.tokens for report in reports)
         for report in reports:
-            note_calls(run.collector, report.most_calls)
+            run.collector.note_calls(report.most_calls)
         cells = common_cells(reports)
         divide_slots(run.collector, cells)
         merged = self._exchange.collect(run, reports, cells)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -211,8 +211,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             if any(count != len(slot.calls) for count in slot.counts.values()):
                 again |= set(slot.members)
                 self._drop(slot)
-        for i, count in self._counts.items():
-            self.most_calls[i] = max(count, self.most_calls.get(i, 0))
+        self.note_calls(self._counts)
         samples, tokens = self._largest  # no pass over more than that was cut short
         self._largest = max(samples, self._shape[0]), max(tokens, self._shape[1])
         if self.routed.following:
@@ -462,6 +461,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             f"layer {target.name}, step {self.step + 1}: expected {expected}, got "
             f"{tuple(x.shape)} of {x.dtype}; pass prepare_layer_inputs_fn to make such tokens of it"
         )
+
+    def note_calls(self, counts: Mapping[int, int]) -> None:
+        """Take note of the calls of layers in a forward pass: none is cut before as many."""
+        for i, count in counts.items():
+            self.most_calls[i] = max(count, self.most_calls.get(i, 0))
 
     @contextmanager
     def explaining(self) -> Iterator[None]:

@@ -10,21 +10,16 @@ from eva_kernels import IncrementalPCA
 from eva_kernels.errors import NonFiniteError
 from eva_kernels.streaming import (
     InputStream,
-    Options,
     compare_streams,
     export_stream,
     fold_streams,
     restore_stream,
 )
-from helpers import decaying, exact, lost_variance, orthonormality, with_spectrum
+from helpers import decaying, exact, lost_variance, make_stream, orthonormality, with_spectrum
 
 # D and K: layers of one shape, of another width, and of features that fill no tile.
 SHAPES = [(96, 8), (200, 8), (96, 8), (65, 20)]
 TOKENS, STEPS = 640, 5
-
-
-def stream_of(d: int, k: int, device: torch.device, method: str = "sketch") -> InputStream:
-    return InputStream(d, k, 2 * k, device, options=Options(method))
 
 
 def add(stream: InputStream, x: Tensor, padded: bool = False) -> None:
@@ -54,10 +49,10 @@ def test_streams_find_what_a_full_svd_finds(
         with_spectrum(TOKENS, d, decaying(2 * k), offset=50, seed=i).to(dtype)
         for i, (d, k) in enumerate(SHAPES)
     ]
-    streams = [stream_of(d, k, device, method) for d, k in SHAPES]
-    for step in range(STEPS):
+    streams = [make_stream(d, k, device=device, method=method) for d, k in SHAPES]
+    for number in range(STEPS):
         for stream, x in zip(streams, data, strict=True):
-            for i, part in enumerate(x.chunk(STEPS)[step].chunk(2)):
+            for i, part in enumerate(x.chunk(STEPS)[number].chunk(2)):
                 add(stream, part, padded=i == 1)
         folded = fold_streams(streams)
         assert len(folded) == len(streams)
@@ -79,7 +74,7 @@ def test_streams_find_what_a_full_svd_finds(
 
 def test_data_of_deficient_rank(device: torch.device) -> None:
     x = with_spectrum(TOKENS, 96, [50, 20, 3], offset=2)
-    streams = [stream_of(96, 8, device) for _ in range(2)]
+    streams = [make_stream(96, 8, device=device) for _ in range(2)]
     for part in x.chunk(STEPS):
         add(streams[0], part)
         add(streams[1], torch.full_like(part, 2.0))
@@ -95,7 +90,7 @@ def test_data_of_deficient_rank(device: torch.device) -> None:
 @pytest.mark.parametrize("method", ["sketch", "gram"])
 def test_a_bad_step_leaves_what_was_before(method: str, device: torch.device) -> None:
     x = with_spectrum(TOKENS, 96, decaying(16))
-    stream = stream_of(96, 8, device, method)
+    stream = make_stream(96, 8, device=device, method=method)
     first, *others = x.chunk(STEPS)
     step([stream], first)
     other = stream.clone()
@@ -117,10 +112,10 @@ def test_a_bad_step_leaves_what_was_before(method: str, device: torch.device) ->
 @pytest.mark.parametrize("method", ["sketch", "gram"])
 def test_a_stream_goes_on_from_a_file_with_the_same_bits(method: str, device: torch.device) -> None:
     x = with_spectrum(TOKENS, 96, decaying(96)).bfloat16()
-    stream = stream_of(96, 8, device, method)
+    stream = make_stream(96, 8, device=device, method=method)
     for i, part in enumerate(x.chunk(STEPS)):
         if i == 2:
-            other = stream_of(96, 8, device, method)
+            other = make_stream(96, 8, device=device, method=method)
             record, tensors = export_stream(stream)
             restore_stream(other, record, {name: t.cpu() for name, t in tensors.items()})
         step([stream, other] if i >= 2 else [stream], part)
