@@ -27,13 +27,18 @@ Function driver_function(const char* name, unsigned version) {
   return reinterpret_cast<Function>(found);
 }
 
+std::string told_by_driver(const char* function, CUresult result) {
+  using Tell = CUresult (*)(CUresult, const char**);
+  const char* told = nullptr;
+  const auto tell = driver_function<Tell>(function, 6000);
+  return tell(result, &told) == CUDA_SUCCESS ? told : "unknown error";
+}
+
 void driver_check(CUresult result, const char* what) {
   if (result == CUDA_SUCCESS) return;
-  using Name = CUresult (*)(CUresult, const char**);
-  static const auto name_of = driver_function<Name>("cuGetErrorName", 6000);
-  const char* name = nullptr;
-  if (name_of(result, &name) != CUDA_SUCCESS) name = "unknown error";
-  throw std::runtime_error(std::string("eva_kernels: ") + what + ": " + name);
+  throw std::runtime_error(std::string("eva_kernels: ") + what + ": " +
+                           told_by_driver("cuGetErrorString", result) + " (" +
+                           told_by_driver("cuGetErrorName", result) + ")");
 }
 
 }  // namespace
