@@ -11,6 +11,8 @@ Hooks that Triton calls at a launch do not see what native code launches.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from triton.runtime import driver
 from .. import _native
 
 __all__ = ["Call", "LaunchSequence", "native_launches"]
+
+logger = logging.getLogger(__name__)
 
 # What Triton specialises an address on, and a number beside whether it is 1 and its type.
 ALIGNMENT = 16
@@ -225,7 +229,7 @@ def native_launches(
     compiled: Sequence[Any],
     places: Mapping[str, tuple[int, int]],
 ) -> Any:
-    """Return a ``LaunchList`` of compiled kernels, or ``None`` if one is not as expected.
+    """Return a ``LaunchList`` of compiled kernels, or ``None`` if one is not as expected (logged).
 
     What a kernel of Triton takes: of its arguments those that are not constants, in order, and the
     addresses of scratch memory, which is of no size here. The driver tells what it does take.
@@ -244,9 +248,15 @@ def native_launches(
             early = bool(getattr(meta, "launch_pdl", False))
             threads = 32 * meta.num_warps
             launches.add(kernel.function, grid, threads, meta.shared, early, parameters)
-    except (AttributeError, KeyError, RuntimeError, ValueError):  # another Triton, an older driver
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        _log_once(f"{type(error).__name__}: {error}")  # another Triton, an older driver
         return None
     return launches
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.info("kernels are launched by Triton, which takes the host longer: %s", reason)
 
 
 def _parameters(

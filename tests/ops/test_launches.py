@@ -127,6 +127,16 @@ def test_what_is_not_as_expected_is_left_to_triton(sizes: Any, meta: dict[str, A
     assert launches(sizes, **meta) is None
 
 
+def test_what_is_left_to_triton_is_logged_once(caplog: pytest.LogCaptureFixture):
+    sequence._log_once.cache_clear()
+    with caplog.at_level("INFO", "eva_kernels"):
+        for _ in range(2):
+            launches([8, 8, 2])
+    [message] = caplog.messages
+    assert "launched by Triton" in message
+    assert "[8, 8, 2] bytes, not of [8, 8, 4]" in message
+
+
 class Kernel:
     """A kernel that Triton forgets as soon as it has launched it."""
 
