@@ -91,7 +91,8 @@ class CalledWith:
         self._use_mask(self._in_use[-1][1])
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._in_use.pop()
+        if self._in_use[-1][0] is module:  # it is not where a hook before ours has failed
+            self._in_use.pop()
         self._use_mask(self._in_use[-1][1])
 
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:

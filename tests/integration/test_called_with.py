@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -84,6 +85,28 @@ def test_models_in_a_model() -> None:
         for name in names:
             rows = inputs[name.removeprefix(f"{kind}.")]
             assert lost(result.components[name], rows) < 1e-5, name
+
+
+def test_a_model_in_a_model_that_fails_before_it_runs() -> None:
+    """Its own hook fails, before ours has seen what it was called with."""
+
+    def too_long(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+        if kwargs["input_ids"].shape[1] > 20:
+            raise ValueError("too long")
+
+    def forward(model: Towers, lines: list[str]) -> None:
+        with contextlib.suppress(ValueError):
+            model(lines, [f"{line} {line}" for line in lines])
+        model(lines, lines)
+
+    towers = Towers()
+    towers.second.register_forward_pre_hook(too_long, with_kwargs=True)
+    data = [as_text(batch) for batch in TEXTS]
+    config = lora(target_modules=["query"], tau=1.0)
+    result = run(towers, data, config, forward_fn=forward, **EXACT)
+    inputs = layer_inputs(make_bert(), TEXTS, [n.removeprefix("second.") for n in result.ranks])
+    for name, rows in inputs.items():
+        assert lost(result.components[f"second.{name}"], rows) < 1e-5, name
 
 
 def test_labels_that_the_function_does_not_pass_on() -> None:
