@@ -99,7 +99,6 @@ class TokenMask:
         self.transposed: dict[str, bool] = {}
         self._texts: dict[LayerKind, list[Fit]] = {}
         self._fits: dict[tuple[LayerKind, tuple[int, ...]], Fit | None] = {}
-        self._drawn: dict[str, Tensor] = {}
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
         self._kept: dict[tuple[str, torch.device], Tensor | None] = {}
         self._picked: tuple[Tensor | None, str, Tensor | None] = (None, "", None)
@@ -301,10 +300,7 @@ class TokenMask:
     def _after_draw(self, fit: Fit) -> Tensor:
         if not self.draws:
             return fit.mask
-        if fit.key not in self._drawn:
-            draw = self.draws.get(fit.key.removesuffix(" padded"), self.draws[""])
-            self._drawn[fit.key] = draw.subset(fit.mask)
-        return self._drawn[fit.key].reshape(fit.mask.shape)
+        return self.draws.get(fit.key, self.draws[""]).subset(fit.mask)
 
     def _indices(self, fit: Fit, device: torch.device, transposed: bool) -> Tensor | None:
         key = (fit.key, transposed, device)
