@@ -164,7 +164,7 @@ def patches_seen(
     images = mask.flatten(1)
     if leading in ((len(mask),), (len(mask), 1)):  # pooled; of nothing, that may be no number
         return images.any(1).reshape(leading)
-    if len(leading) != 2 or leading[1] < 1:
+    if len(leading) != 2:
         return None
     mask = mask if leading[0] == len(mask) else mask[images.any(1)]
     if leading[0] != len(mask):

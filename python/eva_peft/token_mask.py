@@ -221,7 +221,7 @@ class TokenMask:
         """Yield what a mask, (B, T), is for inputs with more, or with fewer, rows."""
         if mask.dim() != 2:
             return
-        if self.streams > 1 and leading == (len(mask), mask.shape[1] * self.streams):
+        if leading == (len(mask), mask.shape[1] * self.streams):
             yield mask.repeat_interleave(self.streams, dim=1)
         frames = self._frames(mask, leading) if key == "main" else None
         for one in (mask, frames):
@@ -284,7 +284,7 @@ class TokenMask:
     def _sees_pixels(self, layer: LayerKind) -> bool:
         if layer.reads_queries:
             return False
-        if layer.reads_sound or layer.reads_no_text or self.mixed:
+        if layer.reads_no_text or self.mixed:
             return layer.reads_no_text and not layer.reads_sound
         # behind the encoder's patches there may be queries, whose number means nothing
         return layer.reads_encoder or (layer.in_encoder and not layer.in_decoder)
@@ -320,8 +320,7 @@ class TokenMask:
         if self.mixed:  # beside text, but not in one sequence with it
             masks = [m for m in masks if not layer.reads_encoder and _is_longer(leading, m)]
         if self.pixels and layer.in_encoder and self._sees_pixels(layer):
-            images = len(leading) == 2 and leading[1] > 1
-            masks = [m for m in self.pixels if images and leading[0] == len(m)]
+            masks = [m for m in self.pixels if leading[:-1] == (len(m),)]
         if name in self.warned or one_for_all:
             return
         if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
