@@ -21,6 +21,7 @@ from eva_peft.architecture import architecture_of
 from eva_peft.batch_mask import mask_of_batch
 from eva_peft.media_masks import (
     frames_seen,
+    has_images,
     patches_seen,
     pixel_masks,
     sound_mask,
@@ -106,7 +107,7 @@ def test_an_object_detector(height: int, width: int) -> None:
         d_model=32, num_queries=100, **sides,
     )  # fmt: skip
     model = DetrForObjectDetection(config).eval()
-    mask = pixels((height, width), (height // 2, width // 3), height=height, width=width)
+    mask = pixels((height, width), (height // 2 + 2, width // 3 + 5), height=height, width=width)
     batch = {"pixel_values": torch.randn(2, 3, height, width) * mask[:, None], "pixel_mask": mask}
     grid = -(-height // 32), -(-width // 32)
     kept = functional.interpolate(mask[:, None].float(), grid).bool().flatten()
@@ -139,7 +140,10 @@ def test_tiles_of_images() -> None:
             assert rows is not None
             assert rows.tolist() == kept.nonzero().flatten().tolist()
     assert rule.rows(torch.Size((3, 7, 8)), CPU, "vision_model.layers.0.fc1") is None
-    assert rule.rows(torch.Size((2, 7, 8)), CPU, "language_model.layers.0.q_proj") is None
+    for count in (7, 8):  # or as many tokens as there are tiles
+        shape = torch.Size((2, count, 8))
+        assert rule.rows(shape, CPU, "language_model.layers.0.q_proj") is None
+    assert tile_mask({"aspect_ratio_mask": tiles[:, 0]}) is None
 
 
 def test_whole_patches_of_images_of_any_size() -> None:
@@ -185,6 +189,12 @@ def test_patches_that_layers_see_fewer_of() -> None:
         assert patches.sum(1).tolist() == kept
     for leading in ((2, 7), (3, 24), (2, 0), (3,), (2, 4, 24)):
         assert patches_seen(mask, leading) is None
+    # four patches, or sixteen, that a model merges to one
+    for count, kept in ((96, [96, 15]), (24, [24, 6]), (6, [6, 2])):
+        patches = patches_seen(mask, (2, count), (2,))
+        assert patches is not None
+        assert patches.sum(1).tolist() == kept
+    assert patches_seen(mask[:, 0], (2, 12)) is None  # a mask over patches tells of no others
 
 
 def test_only_layers_that_see_images() -> None:
@@ -196,9 +206,14 @@ def test_only_layers_that_see_images() -> None:
     found = beside.rows(shape, CPU, "vision_tower.layers.0.q_proj")
     assert found is not None
     assert len(found) == 16 + 4
+    # a layer of text that reads fewer tokens, as many as there may be patches, and one of sound
+    assert beside.rows(torch.Size((2, 4, 8)), CPU, "text_encoder.layers.0.fc1") is None
+    assert beside.rows(shape, CPU, "audio_tower.layers.0.fc1") is None
     alone = TokenMask(None, pixels=[mask])
-    assert alone.rows(shape, CPU, "model.encoder.layers.0.fc1") is not None
-    assert alone.rows(shape, CPU, "model.decoder.layers.0.fc1") is None  # queries
+    for name in ("model.encoder.layers.0.fc1", "vision_model.blocks.0.fc1"):
+        assert alone.rows(shape, CPU, name) is not None
+    for name in ("fc1", "encoder_attn.q_proj"):  # queries
+        assert alone.rows(shape, CPU, f"model.decoder.layers.0.{name}") is None
 
 
 def test_images_that_no_token_looks_at_fill_up() -> None:
@@ -228,6 +243,7 @@ def test_images_that_no_token_looks_at_fill_up() -> None:
     # masks of another kind, as over an image's patches
     for key, other in (("image_attention_mask", looks[:, 0]), ("pixel_values", looks.float())):
         assert tile_mask({**batch, key: other}) is None
+    assert tile_mask({**cameras, "pixel_attention_mask": tiles[:, :1, 0]}) is None
 
 
 def test_crops_and_what_is_pooled_of_them() -> None:
@@ -252,6 +268,9 @@ def test_what_is_no_mask_of_pixels() -> None:
     assert pixel_masks({"pixel_mask": torch.ones(3)}) == ()
     (found,) = pixel_masks({"pixel_attention_mask": torch.ones(2, 3, 8, 8)})
     assert found.shape == (6, 8, 8)
+    sizes = {"image_sizes": torch.ones(2, 3, 2, dtype=torch.long)}  # of images, and no image
+    assert pixel_masks(sizes) == ()
+    assert not has_images(sizes)
 
 
 def test_which_masks_are_over_sound() -> None:
@@ -267,6 +286,10 @@ def test_which_masks_are_over_sound() -> None:
     # these are looked at elsewhere, or say what is to be hidden
     for key in ("attention_mask", "decoder_attention_mask", "mask_time_indices"):
         assert told(**{key: kept}) is None
+    # also over what becomes of several frames each, where the name tells
+    found = told(feature_attention_mask=kept[:, ::5])
+    assert found is not None
+    assert torch.equal(found, kept[:, ::5])
     others = (kept.float(), kept[:, :40], kept[:, :2], kept[:1], kept[..., None])
     for other in others:  # scores, and masks of something else
         assert told(mask_of_mine=other) is None
@@ -300,5 +323,6 @@ def test_places_of_patches_of_images_and_films() -> None:
     # of text, also of that with several kinds of positions
     for key in ("position_ids", "decoder_position_ids"):
         assert pixel_masks({key: torch.zeros(2, 7, 2, dtype=torch.long)}) == ()
-    assert pixel_masks({"image_position_ids": torch.zeros(2, 7, dtype=torch.long)}) == ()
+    for shape in ((2, 7), (2, 7, 3)):
+        assert pixel_masks({"image_position_ids": torch.zeros(shape, dtype=torch.long)}) == ()
     assert pixel_masks({"image_position_ids": torch.zeros(2, 7, 2)}) == ()
