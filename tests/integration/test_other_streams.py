@@ -28,6 +28,7 @@ from transformers import (
 
 import eva_kernels
 from eva_kernels import EvaValueError, EvaWarning
+from eva_peft.token_mask import TokenMask
 from integration.conftest import (
     BOTH_SIDES,
     QUIET,
@@ -85,6 +86,10 @@ def test_a_mask_of_given_states_is_of_keys_and_values_alone() -> None:
     pixels = torch.cat([b["sample"].flatten(0, 1) for b in batches])
     for name, rows in (("to_q", pixels), ("to_k", text), ("to_v", text)):
         assert lost(result.components[f"attn2.{name}"], rows) < 1e-6, name
+    # they are never what the model's own text has the mask of
+    rule = TokenMask(mask[:, :5].bool(), given=mask.bool())
+    with pytest.warns(EvaWarning, match=r"to_k: no token mask fits.*\(3, 5\)"):
+        assert rule.rows(torch.Size((3, 5, 16)), torch.device("cpu"), "attn2.to_k") is None
 
 
 def test_a_decoder_that_is_given_states() -> None:

@@ -190,6 +190,7 @@ def test_masks_of_sound_by_any_name(key: str, text: bool) -> None:
         assert kept_of(batch, name, 3, 20) == [20, 11, 7]
     alone = kept_of(batch, "layers.0.q_proj", 3, 20)
     assert alone == (None if text else [20, 11, 7])  # of text that layer reads here
+    assert kept_of(batch, "decoder.layers.0.encoder_attn.q_proj", 3, 20) is None
     assert kept_of({**batch, "pixel_values": torch.randn(3, 3, 8, 8)}, "mm_proj", 3, 20) is None
 
 
@@ -225,7 +226,8 @@ def test_a_mask_of_what_is_written_of_sound_tells_nothing_of_frames() -> None:
 
 def test_sounds_in_parts() -> None:
     batch = {"input_features": torch.randn(3, 40, 8), "input_features_mask": KEPT.long()}
-    mask = mask_of_batch(batch, lora())
+    # of whole sounds the model tells, which would be as many frames
+    mask = mask_of_batch(batch, lora(), Architecture(frame_lengths=(lambda n: n // 4,)))
     rows = mask.rows(torch.Size((6, 10, 8)), CPU, "audio_tower.conv_out")
     assert rows is not None  # each sound is cut in two parts, halved by a convolution
     assert torch.bincount(rows // 10, minlength=6).tolist() == [10, 10, 10, 1, 7, 0]
@@ -316,6 +318,13 @@ def test_functions_of_lengths(lengths: Any, known: bool) -> None:
     rows = rule.rows(shape, cpu, "layer")
     assert rows is not None
     assert rows.tolist() == [*range(11), *range(11, 11 + 5), *range(22, 22 + 2)]
+    rows = rule.rows(torch.Size((3, 2, 11, 8)), cpu, "layer")  # by heads, as WavLM's gates
+    assert rows is not None
+    heads = torch.arange(11)[None, None] < torch.tensor([11, 5, 2])[:, None, None].expand(3, 2, 1)
+    assert rows.tolist() == heads.flatten().nonzero().flatten().tolist()
+    written = TokenMask(None, mask, encoder_decoder=True, frame_lengths=[lengths])
+    with pytest.warns(EvaWarning, match="no token mask fits"):  # what is written is no sound
+        assert written.rows(shape, cpu, "decoder.layer") is None
 
 
 @pytest.mark.parametrize("frames", [20, 18])  # the last window of a sound may be short
@@ -337,6 +346,9 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
     assert rule.rows(torch.Size((3, 5, 8)), cpu, "encoder.layers.0.ff1.up_proj") is None
     # the distances between the frames of a single sound, as Wav2Vec2-BERT reads them
     assert frames_seen(mask[:1], (1, 7)) is None
+    halves = frames_seen(mask, (3, 7))
+    assert halves is not None
+    assert halves.sum(1).tolist() == [7, 2, 4]
     # an encoder of text that has no mask
     rule = TokenMask(None, mixed=True, sound=mask, sound_only=True)
     for count in (4, 9):

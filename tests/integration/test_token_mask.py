@@ -392,6 +392,27 @@ def test_an_encoder_decoder_s_layers_by_other_names() -> None:
         rows = rule.rows(torch.Size((2, 4, 8)), torch.device("cpu"), name)
         assert rows is not None
         assert len(rows) == count
+    # what stands beside text is beside the encoder's
+    rule = TokenMask(encoder, decoder[:, 1:], encoder_decoder=True, text_first=True)
+    rows = rule.rows(torch.Size((2, 6, 8)), torch.device("cpu"), "decoder.proj")
+    assert rows is not None
+    assert rows.tolist() == [0, 4, 5, 6, 10, 11]
+
+
+def test_a_decoder_of_a_model_that_says_nothing_of_it() -> None:
+    main, decoder = torch.ones(2, 3), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    rule = mask_of_batch({"attention_mask": main, "decoder_attention_mask": decoder}, lora())
+    rows = rule.rows(torch.Size((2, 4, 8)), torch.device("cpu"), "layer")
+    assert rows is not None
+    assert rows.tolist() == [0, 1, 2, 4]
+
+
+def test_a_name_tells_nothing_of_a_batch_of_text_alone() -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    rule = mask_of_batch({"input_ids": mask, "attention_mask": mask}, lora())
+    rows = rule.rows(torch.Size((2, 4, 8)), torch.device("cpu"), "image_writer.layers.0.fc1")
+    assert rows is not None
+    assert rows.tolist() == [0, 1, 2, 4]
 
 
 def test_cross_attention_beside_images() -> None:
@@ -404,9 +425,21 @@ def test_cross_attention_beside_images() -> None:
     )
     shape, cpu = torch.Size((2, 4, 8)), torch.device("cpu")
     assert rule.rows(shape, cpu, images) is None
-    rows = rule.rows(shape, cpu, texts)
-    assert rows is not None
-    assert rows.tolist() == [0, 1, 2, 4]
+    scores = TokenMask(text, mixed=True)  # and no images: there is nothing else to look at
+    for one, name in ((rule, texts), (scores, images)):
+        rows = one.rows(shape, cpu, name)
+        assert rows is not None
+        assert rows.tolist() == [0, 1, 2, 4]
+    assert rule.rows(torch.Size((2, 9, 8)), cpu, texts) is None  # images again
+
+
+def test_boxes_of_images_that_are_as_many_as_words() -> None:
+    text, boxes = (torch.tensor(m) == 1 for m in ([[1, 1, 0], [1, 0, 0]], [[1, 0, 0], [1, 1, 0]]))
+    rule = TokenMask(text, mixed=True, beside=boxes)
+    for name, mask in (("visual_projection", boxes), ("layer.0.query", text)):
+        rows = rule.rows(torch.Size((2, 3, 8)), torch.device("cpu"), name)
+        assert rows is not None
+        assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
 
 
 def test_interleaved_streams() -> None:
@@ -435,6 +468,7 @@ def test_rows_of_a_mask() -> None:
         assert rows is not None
         assert rows.tolist() == expected
     assert rule.rows(torch.Size((2, 8)), cpu, "pooled") is None
+    assert rule.rows(torch.Size((1, 7, 8)), cpu, "positions") is None  # of all samples
     with pytest.warns(eva_kernels.EvaWarning, match="heads: no token mask fits"):
         assert rule.rows(torch.Size((2, 3, 3, 8)), cpu, "heads") is None  # which are the tokens?
     assert (
