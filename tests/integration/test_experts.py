@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,6 +358,33 @@ def test_masks_follow_samples(how: str) -> None:
         rows = [model.embed(t["input_ids"][here])[t["attention_mask"][here].bool()]
                 for t in texts for here in [t["input_ids"][:, 0] % 2 == one]]  # fmt: skip
         assert lost(result.components[f"languages.{one}"], torch.cat(rows).detach()) < 1e-6
+
+
+class Writer(nn.Module):
+    """A decoder with an expert for some of its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.config = SimpleNamespace(is_encoder_decoder=True)
+        self.embed, self.decoder = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 12)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, **masks: Tensor) -> Tensor:
+        rows = self.embed(decoder_input_ids).flatten(0, 1)
+        return self.decoder(rows[decoder_input_ids.flatten() % 2 == 0])
+
+
+def test_a_decoder_s_mask_follows_tokens_where_the_encoder_s_keeps_all() -> None:
+    model, texts = Writer(), text_batches(4)
+    batches = [{"input_ids": torch.ones(4, 5).long()} for _ in texts]
+    for batch, text in zip(batches, texts, strict=True):
+        batch |= {"decoder_input_ids": text["input_ids"].flip(0)}
+        batch |= {"decoder_attention_mask": text["attention_mask"]}
+    config = lora(tau=1.0, target_modules=["decoder"])
+    result = run(model, iter(batches), config, method="gram")
+    kept = [b["decoder_input_ids"][b["decoder_attention_mask"].bool()] for b in batches]
+    ids = torch.cat(kept)
+    check_shares(result, "decoder", model.embed(ids[ids % 2 == 0]).detach())
 
 
 def test_a_matrix_as_parameter() -> None:
