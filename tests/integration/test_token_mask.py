@@ -413,6 +413,8 @@ def test_a_name_tells_nothing_of_a_batch_of_text_alone() -> None:
     rows = rule.rows(torch.Size((2, 4, 8)), torch.device("cpu"), "image_writer.layers.0.fc1")
     assert rows is not None
     assert rows.tolist() == [0, 1, 2, 4]
+    with pytest.warns(eva_kernels.EvaWarning, match="no token mask fits"):  # text has no frames
+        assert rule.rows(torch.Size((2, 2, 8)), torch.device("cpu"), "speech_writer.fc1") is None
 
 
 def test_cross_attention_beside_images() -> None:
@@ -471,9 +473,12 @@ def test_rows_of_a_mask() -> None:
     assert rule.rows(torch.Size((1, 7, 8)), cpu, "positions") is None  # of all samples
     with pytest.warns(eva_kernels.EvaWarning, match="heads: no token mask fits"):
         assert rule.rows(torch.Size((2, 3, 3, 8)), cpu, "heads") is None  # which are the tokens?
-    assert (
-        TokenMask(torch.ones(2, 3, dtype=torch.bool)).rows(torch.Size((2, 3, 8)), cpu, "x") is None
-    )
+    assert TokenMask(torch.ones(2, 3).bool()).rows(torch.Size((2, 3, 8)), cpu, "x") is None
+    single = TokenMask(mask[:, 1:2])  # samples of one token each
+    rows = single.rows(torch.Size((2, 1, 1, 8)), cpu, "head")
+    assert rows is not None
+    assert rows.tolist() == [0]
+    assert single.rows(torch.Size((2, 8)), cpu, "pooled") is None
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
