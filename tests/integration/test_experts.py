@@ -397,6 +397,8 @@ def test_a_matrix_as_parameter() -> None:
         x = model.embed(ids)[torch.cat([b["attention_mask"].bool().flatten() for b in texts])]
     assert list(result.ranks) == ["moe.single"]
     assert lost(result.components["moe.single"], x) < 1e-6
+    (layer,) = lora_layers(result.apply(outer)).values()
+    assert torch.equal(layer.lora_A["default"].weight, result.state_dict()["moe.single"])
 
 
 # PEFT 0.17 warns of every layer that it does not know; later ones do not

@@ -81,6 +81,9 @@ def test_replicas_keep_their_sizes(group: None) -> None:
         with pytest.raises(EvaRuntimeError, match=r"pass model\.module, and wrap what is returned"):
             call()
     assert not calls
+    fewer = {n: torch.eye(len(rows), 16)[:2] for n, rows in result.state_dict().items()}
+    with pytest.raises(EvaRuntimeError, match="goes on with the sizes"):  # nor any smaller
+        eva_kernels.initialize_lora_eva_weights(outer, eva_state_dict=fewer)
     assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())
     base = nn.parallel.DistributedDataParallel(Clash())
     for call in (

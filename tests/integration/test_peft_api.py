@@ -215,9 +215,16 @@ def test_strictness() -> None:
         with pytest.raises(eva_kernels.EvaError, match=message):
             eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=broken)
         assert same_state(before, state_of(model))
+    other = {"nine": torch.full((1, 5), torch.nan)}  # of which nothing is used
+    warned = pytest.warns(eva_kernels.EvaWarning, match=r"missing \(2\); missing layers keep")
+    with warned, pytest.raises(eva_kernels.EvaValueError, match="layer 0: the state dict has 9"):
+        eva_kernels.initialize_lora_eva_weights(
+            model, eva_state_dict={**other, "0": state["0"][:, :9]}, strict=False
+        )
+    assert same_state(before, state_of(model))
     with pytest.warns(eva_kernels.EvaWarning, match=r"missing \(2\); missing layers keep"):
         eva_kernels.initialize_lora_eva_weights(
-            model, eva_state_dict={"0": state["0"], "nine": torch.ones(1, 5)}, strict=False
+            model, eva_state_dict={**other, "0": state["0"]}, strict=False
         )
     layers = lora_layers(model)
     assert torch.equal(layers["0"].lora_A["default"].weight, state["0"])
