@@ -138,6 +138,25 @@ def test_custom_functions_have_their_contract(texts: list[Any]) -> None:
     assert {name for _, _, name in seen} == set(expected)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_without_an_index_functions_are_given_the_batch(masked: bool) -> None:
+    (text,) = text_batches(1)
+    batch = text if masked else {"input_ids": text["input_ids"]}
+    seen: list[Any] = []
+
+    def every(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+        seen.append(model_input)
+        return torch.as_tensor(layer_input[0])
+
+    options: dict[str, Any] = {"prepare_model_inputs_fn": None} if masked else {}
+    options |= {"prepare_layer_inputs_fn": every, "trim_padding": False, "max_steps": 1}
+    run(make_llama(), [batch], lora(target_modules=["down_proj"]), **options)
+    assert len(seen) == 2
+    for given in seen:
+        assert given.keys() == batch.keys()
+        assert all(torch.equal(given[key], value) for key, value in batch.items())
+
+
 @pytest.mark.parametrize(
     ("prefix", "layer"), [("", "q_proj"), ("base_model.model.", "q_proj"), ("", "v_proj")]
 )
