@@ -63,6 +63,9 @@ def test_layers_without_rank_stay_away(tmp_path: Any) -> None:
     eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=rows)
     assert list(lora_layers(model)) == names[:1]
     assert model.targeted_module_names == names[:1]
+    again = {name.replace("_orig_mod.", ""): value for name, value in rows.items()}
+    eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=again)
+    assert list(lora_layers(model)) == names[:1]
     model.save_pretrained(tmp_path)
     assert list(lora_layers(PeftModel.from_pretrained(make_compiled(), tmp_path))) == names[:1]
 
