@@ -320,6 +320,20 @@ def test_batches_that_forward_does_not_take() -> None:
     assert not model.lin._forward_pre_hooks
 
 
+def test_a_type_error_of_the_model_s_own_is_left_to_it() -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(20, 4)
+
+        def forward(self, sample: Any) -> Tensor:
+            return self.lin(sample + "a word")
+
+    for batch in (vectors()[0], {"sample": vectors()[0]}):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            run(Wrong(), iter([batch]), lora(target_modules=["lin"]))
+
+
 def test_columns_of_text_stay_behind_unless_forward_names_them() -> None:
     class Told(nn.Module):
         def __init__(self) -> None:
