@@ -249,6 +249,12 @@ def test_strictness() -> None:
     assert torch.equal(layers["0"].lora_A["default"].weight, state["0"])
     kept = before["base_model.model.2.lora_A.default.weight"]
     assert torch.equal(layers["2"].lora_A["default"].weight, kept)
+    # one without rank is fine where another keeps its own
+    with pytest.warns(eva_kernels.EvaWarning, match=r"missing \(0\); missing layers keep"):
+        eva_kernels.initialize_lora_eva_weights(
+            model, eva_state_dict={"2": state["2"][:0]}, strict=False
+        )
+    assert list(lora_layers(model)) == ["0"]
 
 
 def test_missing_layers_on_meta_get_the_default() -> None:
