@@ -80,6 +80,8 @@ def test_replicas_keep_their_sizes(group: None) -> None:
     ):
         with pytest.raises(EvaRuntimeError, match=r"pass model\.module, and wrap what is returned"):
             call()
+    with pytest.raises(EvaRuntimeError, match="DistributedDataParallel is around the model"):
+        eva_kernels.initialize(torch.compile(outer, backend="eager"), DATA, **QUIET)
     assert not calls
     fewer = {n: torch.eye(len(rows), 16)[:2] for n, rows in result.state_dict().items()}
     with pytest.raises(EvaRuntimeError, match="goes on with the sizes"):  # nor any smaller
