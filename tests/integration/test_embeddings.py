@@ -145,6 +145,17 @@ def test_rows_for_a_tied_adapter_are_refused() -> None:
 
 
 @ties
+def test_an_adapter_that_is_there_says_what_is_tied() -> None:
+    free = lora(target_modules=TARGETS[1])
+    model = wrapped(make_tied(), lora(target_modules=TARGETS[1], ensure_weight_tying=True))
+    with pytest.warns(EvaWarning) as told:
+        eva_kernels.initialize(model, batches(), free, **QUIET)
+    assert any("adapter of lm_head keeps the default" in str(each.message) for each in told)
+    assert all(name.endswith("q_proj") for name in model.eva_result.ranks)
+    assert_tied(model)
+
+
+@ties
 def test_nothing_but_tied_layers() -> None:
     config = lora(target_modules=["lm_head"], ensure_weight_tying=True)
     with pytest.raises(EvaValueError, match=r"no layer to initialise.*matches lm_head"):
