@@ -145,14 +145,17 @@ def test_rows_for_a_tied_adapter_are_refused() -> None:
 
 
 @ties
-def test_an_adapter_that_is_there_says_what_is_tied() -> None:
-    free = lora(target_modules=TARGETS[1])
-    model = wrapped(make_tied(), lora(target_modules=TARGETS[1], ensure_weight_tying=True))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_adapter_that_is_there_says_what_is_tied(compiled: bool) -> None:
+    free, base = lora(target_modules=TARGETS[1]), make_tied()
+    base = torch.compile(base, backend="eager") if compiled else base
+    model = wrapped(base, lora(target_modules=TARGETS[1], ensure_weight_tying=True))
     with pytest.warns(EvaWarning) as told:
         eva_kernels.initialize(model, batches(), free, **QUIET)
     assert any("adapter of lm_head keeps the default" in str(each.message) for each in told)
     assert all(name.endswith("q_proj") for name in model.eva_result.ranks)
-    assert_tied(model)
+    if not compiled:  # PEFT itself has not tied them there
+        assert_tied(model)
 
 
 @ties
