@@ -160,12 +160,13 @@ def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None
 
 def _is_mixed(batch: Mapping[str, Any]) -> bool:
     """Tell whether a batch of text holds values of another kind, too."""
-    ids = batch.get("input_ids")
-    return isinstance(ids, Tensor) and any(
+    given = (batch.get(key) for key in ("input_ids", "inputs_embeds"))
+    text = next((value for value in given if isinstance(value, Tensor)), None)
+    return text is not None and any(
         isinstance(value, Tensor)
         and value.is_floating_point()
         and value.dim() >= 2
-        and value.shape != ids.shape  # weights of tokens, say
+        and value.shape not in (text.shape, text.shape[:2])  # weights of tokens, say
         for key, value in batch.items()
         if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels") and "mask" not in key
     )

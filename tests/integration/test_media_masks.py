@@ -216,6 +216,23 @@ def test_only_layers_that_see_images() -> None:
         assert alone.rows(shape, CPU, f"model.decoder.layers.0.{name}") is None
 
 
+@pytest.mark.parametrize("key", ["input_ids", "inputs_embeds"])
+def test_images_beside_text_or_its_embeddings(key: str) -> None:
+    kept = torch.arange(7) < torch.tensor([7, 4])[:, None]
+    text = {key: torch.ones(2, 7).long() if key == "input_ids" else torch.ones(2, 7, 16)}
+    text["attention_mask"] = kept.long()
+    rule = mask_of_batch({**text, "pixel_values": torch.ones(2, 3, 8, 8)}, lora())
+    for count in (7, 9):  # as many patches as words, or more
+        shape = torch.Size((2, count, 8))
+        assert rule.rows(shape, CPU, "vision_model.encoder.layers.0.mlp.fc1") is None
+    for other in ({"pixel_values": torch.ones(2, 3, 8, 8)}, {"weights": torch.ones(2, 7)}):
+        rule = mask_of_batch({**text, **other}, lora())
+        assert rule.mixed == ("pixel_values" in other)
+        rows = rule.rows(torch.Size((2, 7, 8)), CPU, "language_model.layers.0.mlp.up_proj")
+        assert rows is not None
+        assert rows.tolist() == kept.flatten().nonzero().flatten().tolist()
+
+
 def test_images_that_no_token_looks_at_fill_up() -> None:
     """As in IDEFICS, whose samples have several images each."""
     looks = torch.zeros(3, 7, 2, dtype=torch.long)
