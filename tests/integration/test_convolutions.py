@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import _ConvNd as LoraConvolution
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from integration.conftest import (
     run,
     same_state,
     state_of,
+    vectors,
     wrapped,
 )
 
@@ -289,6 +291,31 @@ def test_transposed_convolutions_keep_the_default() -> None:
     with pytest.warns(EvaWarning, match="linear layers and convolutions; .*initialisation: 0"):
         result = run(model, images(), lora(target_modules=["0", "1"]), max_steps=2)
     assert list(result.ranks) == ["1"]
+
+
+class Parallel(nn.Module):
+    """A layer with the words of Megatron, which PEFT adapts where it is told how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_size, self.output_size = 20, 20
+        self.weight = nn.Parameter(torch.eye(20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_layers_of_a_kind_that_peft_alone_knows_keep_the_default(prepared: bool) -> None:
+    model = nn.Sequential(Parallel(), nn.Linear(20, 4))
+    config = lora(target_modules=["0", "1"])
+    config._register_custom_module({Parallel: LoraLinear})
+    given = wrapped(model, config) if prepared else model
+    with pytest.warns(EvaWarning, match="linear layers and convolutions; .*initialisation: 0"):
+        done = eva_kernels.initialize(given, vectors(), config, max_steps=3, **QUIET)
+    assert list(done.eva_result.ranks) == ["1"]
+    first = lora_layers(done)["0"].lora_A["default"].weight
+    assert not torch.allclose(first @ first.mT, torch.eye(4), atol=1e-3)
 
 
 def test_wrong_inputs() -> None:
