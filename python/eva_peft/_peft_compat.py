@@ -55,6 +55,7 @@ __all__ = [
     "adapters_not_moved",
     "anchored_pattern",
     "carries_adapters",
+    "converted_config",
     "exclude_layers",
     "forward_fn_dict",
     "injected_adapters",
@@ -193,6 +194,18 @@ def _converted(config: LoraConfig, model: nn.Module) -> LoraConfig:
     except ValueError as error:
         raise EvaValueError(str(error)) from error
     return config
+
+
+def converted_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Return a copy of a config as PEFT changes it for fused experts; a string of targets stays.
+
+    Raises:
+        EvaValueError: targets that PEFT cannot translate to fused experts.
+    """
+    converted, asked = _converted(config, base_of(model)), config.target_modules
+    if isinstance(asked, str):  # PEFT resolves it by the names of a base model
+        converted.target_modules, converted.target_parameters = asked, config.target_parameters
+    return converted
 
 
 def _refused(config: LoraConfig, model: nn.Module) -> list[str]:

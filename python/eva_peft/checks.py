@@ -15,6 +15,7 @@ from ._peft_compat import (
     PeftModel,
     adapter_configs,
     carries_adapters,
+    converted_config,
     given_eva,
     injected_adapters,
     is_lora,
@@ -60,6 +61,7 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
     if not carries_adapters(model):
         _check_leaves_model(config)
     elif config is not own:
+        config = converted_config(model, config)
         _warn_of_what_stays(config, own, adapter_name)
     return _with_plain_numbers(config)
 

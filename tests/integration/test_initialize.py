@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 import eva_kernels
+from eva_peft import _peft_compat
 from eva_peft.targets import find_targets
 from integration.conftest import (
     QUIET,
@@ -33,6 +34,7 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
+from integration.test_experts import make_mixtral
 
 
 def prepared(how: str, base: nn.Module) -> tuple[nn.Module, LoraConfig | None]:
@@ -173,6 +175,21 @@ def test_what_an_adapter_keeps_is_told(mlp: nn.Module, data: list[Any]) -> None:
         warnings.simplefilter("error")
         again = lora(target_modules={"2", "0"}, lora_alpha=8)
         eva_kernels.calibrate(model, data, again, max_steps=2, **QUIET)
+
+
+# PEFT says that it ignores patterns of parameters, and does not
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module")
+@pytest.mark.skipif(_peft_compat.convert_peft_config_for_transformers is None, reason="old PEFT")
+@pytest.mark.parametrize("targets", [["q_proj", "w1", "w2", "w3"], "all-linear"])
+def test_a_config_with_names_of_experts_before_they_were_fused(targets: Any) -> None:
+    """Given again, it means of the adapter what it means of the base model."""
+    data = text_batches(1)
+    base = run(make_mixtral(), data, lora(target_modules=targets), max_steps=1)
+    adapted = wrapped(make_mixtral(), lora(target_modules=targets))
+    found = run(adapted, data, lora(target_modules=targets), max_steps=1)
+    assert found.base_ranks == base.base_ranks
+    assert found.alphas == base.alphas
+    assert len(set(found.base_ranks.values())) == 2
 
 
 def test_a_second_call_works(llama: nn.Module, texts: list[Any]) -> None:
