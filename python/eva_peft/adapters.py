@@ -32,7 +32,6 @@ from ._peft_compat import (
 )
 from .attention import OUT_PROJ
 from .checks import check_base_model
-from .divided import check_whole
 from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure
@@ -70,7 +69,6 @@ def write_result(
         EvaRuntimeError: see :func:`write_state_dict`.
     """
     inner, chosen = unwrap(model), config or result.config
-    check_whole(inner)
     carrier: Any = model
     with restored_on_failure(inner):
         if not carries_adapters(inner):

@@ -162,11 +162,13 @@ class EvaResult:
         """
         from .adapters import write_result
         from .checks import tell_of_the_model_within
+        from .divided import check_whole
         from .reallocation import check_allocation
         from .targets import unwrap
         from .training import check_not_trained
 
         check_allocation(allocation)
+        check_whole(unwrap(model))
         if not overwrite_trained:
             check_not_trained(model, adapter_name)
         tell_of_the_model_within(unwrap(model), config)

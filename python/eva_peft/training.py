@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,15 @@ from ._peft_compat import (
     tied_modules,
     untrained_magnitude,
 )
-from .errors import EvaTypeError, EvaValueError, EvaWarning, NotInitializedError, listed, warn
+from .errors import (
+    EvaRuntimeError,
+    EvaTypeError,
+    EvaValueError,
+    EvaWarning,
+    NotInitializedError,
+    listed,
+    warn,
+)
 from .parts import outermost
 from .targets import base_name, own_layers, unwrap
 
@@ -61,7 +70,8 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
     Judged by the weights, so that it holds for adapters that PEFT initialised or that were loaded:
     some ``lora_B`` is not zero, or some magnitude of DoRA has moved, or the rows of some ``lora_A``
     are orthonormal (orthogonal, with ``whiten``), which random rows are not. Adapters on the meta
-    device are not initialised. Of a model that FSDP has sharded, every process has to ask.
+    device are not initialised. Of a model that FSDP or ZeRO-3 has sharded, every process has to
+    ask.
 
     Args:
         model: a PeftModel or one with adapters of its own, maybe in DistributedDataParallel or
@@ -70,10 +80,20 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
 
     Raises:
         EvaTypeError: not a PeftModel. EvaValueError: no such LoRA adapter.
+        EvaRuntimeError: FullyShardedDataParallel has flattened the weights, and EVA did not write
+            them in this process.
     """
     layers = _layers(model, adapter_name)
-    if any(layer.lora_A[adapter_name].weight.is_meta for layer in layers.values()):
+    weights = [layer.lora_A[adapter_name].weight for layer in layers.values()]
+    if any(weight.is_meta for weight in weights):
         return False
+    if any(getattr(weight, _MARK, False) for weight in weights):
+        return True
+    if any(map(_is_flattened, weights)):
+        raise EvaRuntimeError(
+            f"adapter {adapter_name!r} cannot be looked at, since FullyShardedDataParallel has "
+            "flattened its weights; ask before the model is wrapped"
+        )
     whitened = eva_of(adapter_configs(unwrap(model))[adapter_name]).whiten
     return bool(_trained(layers, adapter_name)) or any(
         _has_eva_rows(layer, adapter_name, whitened) for layer in layers.values()
@@ -93,8 +113,7 @@ def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
         return []
     known = {base_name(path) for path in tied_modules(model, config)}
     known |= {n for n, w in weights.items() if getattr(w, _MARK, False) or getattr(w, _LEFT, False)}
-    # a weight that is elsewhere (on meta, or partitioned) tells nothing
-    known |= {name for name, weight in weights.items() if weight.is_meta or not weight.numel()}
+    known |= {name for name, w in weights.items() if w.is_meta or _is_flattened(w)}
     others = {name: layer for name, layer in layers.items() if name not in known}
     known.update(_trained(others, adapter_name))
     return [
@@ -144,9 +163,23 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     return found
 
 
+def _is_flattened(weight: Tensor) -> bool:
+    """Tell whether a part of a weight is here, in one dimension, or nothing but its shape.
+
+    So it is where FullyShardedDataParallel keeps the weights of a model: to have one whole, all
+    around it must be.
+    """
+    if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
+        return False  # by itself it can be had whole
+    return weight.dim() < 2 or not weight.untyped_storage().size()
+
+
 def _whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that FSDP has divided as one; all processes have to ask for it."""
-    gather = getattr(tensor, "full_tensor", None)
+    """Return a tensor that is divided as one; all processes have to ask for it."""
+    if hasattr(tensor, "ds_id"):  # by ZeRO-3
+        with import_module("deepspeed").zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    gather = getattr(tensor, "full_tensor", None)  # by FSDP
     return tensor if gather is None else gather()
 
 
@@ -188,7 +221,7 @@ def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
     if getattr(weight, _MARK, False):
         return True
     tolerance = _TOLERANCE.get(weight.dtype, _LOW_PRECISION)
-    rows = _whole(weight.detach()).float().flatten(1)
+    rows = _whole(weight).float().flatten(1)
     norms = rows.norm(dim=1)
     if whitened:
         norms, rows = norms / norms.clamp_min(1e-30), rows / norms.clamp_min(1e-30)[:, None]
@@ -211,7 +244,11 @@ def _complain(model: nn.Module, action: str) -> None:
         asked = getattr(config, "init_lora_weights", None) == "eva"
         if not asked or config.inference_mode:
             continue
-        if is_initialized(part, name):
+        try:
+            initialized = is_initialized(part, name)
+        except EvaRuntimeError:  # nobody can tell
+            continue
+        if initialized:
             _complain_of_some(part, name)
             continue
         message = (
@@ -252,7 +289,8 @@ class EvaCallback(TrainerCallback):
 
     Args:
         action: ``"warn"``, or ``"raise"`` to stop before the first step. Where EVA has initialised
-            some layers in this process and passed others by, it warns in either case.
+            some layers in this process and passed others by, it warns in either case. Where nobody
+            can tell, since FullyShardedDataParallel has flattened the weights, it does neither.
     """
 
     def __init__(self, action: Literal["warn", "raise"] = "warn") -> None:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, import_utils
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -75,7 +75,8 @@ def trained_in_shards(rank: int) -> Any:
         for name, parameter in plain.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(1.0)
-    return {**found, "trained": eva_kernels.is_initialized(plain), "dora": _dora_in_shards()}
+    found |= {"trained": eva_kernels.is_initialized(plain), "dora": _dora_in_shards()}
+    return {**found, "flattened": [_flattened(own) for own in (True, False)]}
 
 
 def _dora_in_shards() -> list[bool]:
@@ -89,6 +90,23 @@ def _dora_in_shards() -> list[bool]:
                     parameter.add_(step)
         found.append(eva_kernels.is_initialized(model))
     return found
+
+
+def _flattened(own: bool) -> list[str | None]:
+    """Look at trained adapters of which a part is here, or (not ``own``) nothing but the shape."""
+    model = wrapped(make_llama(), lora()).requires_grad_()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1.0)
+    result, cpu = calibrate(make_llama(), own_batches(0), max_steps=1), torch.device("cpu")
+    flat = FullyShardedDataParallel(model, use_orig_params=own, device_id=cpu)
+    callback = eva_kernels.EvaCallback("raise")
+    return [
+        told_of(lambda: eva_kernels.is_initialized(model)),
+        told_of(lambda: callback.on_train_begin(None, None, None, model=flat)),
+        told_of(lambda: result.apply(flat)),
+    ]
 
 
 @scenario

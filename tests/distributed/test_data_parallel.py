@@ -393,13 +393,13 @@ def test_data_without_a_token_end_after_an_epoch(seen: tuple[Seen, Seen]) -> Non
 
 
 def test_adapters_in_shards_are_looked_at_whole(seen: tuple[Seen, Seen]) -> None:
-    told = "NotInitializedError"
     for rank in (0, 1):
         assert seen[rank]["trained_in_shards"] == {
             "initialised": [True, None, None],
-            "not initialised": [False, told, told],
+            "not initialised": [False, *["NotInitializedError"] * 2],
             "trained": True,
             "dora": [False, True],
+            "flattened": [["EvaRuntimeError", None, "EvaRuntimeError"]] * 2,
         }
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -17,6 +20,7 @@ from torch import nn
 import eva_kernels
 from eva_kernels import (
     EvaCallback,
+    EvaRuntimeError,
     EvaTypeError,
     EvaValueError,
     NotInitializedError,
@@ -426,3 +430,51 @@ def test_callback() -> None:
         EvaCallback("raise").on_train_begin(*state, model=model)
     with pytest.raises(EvaValueError, match="action='never' is unknown"):
         EvaCallback("never")  # type: ignore[arg-type]
+
+
+@contextmanager
+def gathered(parameters: list[Any]) -> Iterator[None]:
+    """Do what DeepSpeed's ``GatheredParameters`` does, of one process."""
+    for parameter in parameters:
+        parameter.data = parameter.ds_tensor
+    yield
+    for parameter in parameters:
+        parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_weights_that_zero_3_has_divided(
+    told: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zero = SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    model = loaded(done() if told else fresh(), tmp_path)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.ds_tensor = number, parameter.data
+        parameter.data = torch.empty(0)
+    assert is_initialized(model) is told
+    if told:
+        EvaCallback("raise").on_train_begin(None, None, None, model=model)
+    else:
+        with pytest.raises(NotInitializedError):
+            EvaCallback("raise").on_train_begin(None, None, None, model=model)
+    assert not any(parameter.numel() for parameter in model.parameters())
+
+
+def test_flattened_weights_tell_nothing() -> None:
+    """As FullyShardedDataParallel has them: a part of each, or the shape without memory."""
+    partial, gone = fresh(), fresh()
+    for parameter in partial.parameters():
+        parameter.data = parameter.data.flatten()[:3]
+    for parameter in gone.parameters():
+        parameter.data = parameter.data.clone()
+        parameter.data.untyped_storage().resize_(0)
+    for model in (partial, gone):
+        EvaCallback("raise").on_train_begin(None, None, None, model=model)
+        with pytest.raises(EvaRuntimeError, match="'default' cannot be looked at, since Fully"):
+            is_initialized(model)
+    model = partly(fresh())  # EVA has marked the weights that it wrote
+    for parameter in model.parameters():
+        parameter.data = parameter.data.flatten()[:3]
+    assert is_initialized(model)
+    EvaCallback("raise").on_train_begin(None, None, None, model=model)
