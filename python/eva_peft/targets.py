@@ -40,9 +40,11 @@ __all__ = [
     "unwrap",
 ]
 
-# What DDP and PEFT put in front of the names of the base model, and torch.compile anywhere.
+# What DDP and PEFT put in front of the names of the base model; torch.compile anywhere; and
+# FullyShardedDataParallel, also behind the last name, where PEFT never sees it.
 _PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
 _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
+_SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
 # What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 _REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -93,8 +95,13 @@ def peft_key(path: str, module: nn.Module | None = None) -> str:
 
     The path in the base model; where parts of that are compiled, their ``_orig_mod`` stay.
     """
-    key = _WRAPPED.sub("", path.removeprefix("base_model.model."))
+    key = _WRAPPED.sub("", _unsharded(path).removeprefix("base_model.model."))
     return f"{key}.{module.parameter_name}" if isinstance(module, ParamWrapper) else key
+
+
+def _unsharded(path: str) -> str:
+    """Return the path that a module had before FullyShardedDataParallel was around anything."""
+    return _SHARDED.sub("", path).removeprefix(".")
 
 
 def layer_name(path: str, module: LoraLayer) -> str:
@@ -202,7 +209,9 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     if carries_adapters(model):
         found = _adapted(model, config, adapter_name)
     else:
-        config = resolved_config(model, config)
+        config = resolved_config(model._modules.get("_fsdp_wrapped_module") or model, config)
+        if isinstance(config.target_modules, set):
+            config.target_modules = set(map(_unsharded, config.target_modules))
         found = _matching(model, config)
     own = adapter_configs(model)[adapter_name] if carries_adapters(model) else config
     elsewhere = {_COMPILED.sub("", path) for path in tied_modules(model, own)}
@@ -265,6 +274,9 @@ def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
 
     # PEFT looks at the paths as they are, with what torch.compile has put into them
     for path, module in model.named_modules():
+        if "_fsdp_wrapped_module" in module._modules:
+            continue
+        path = _unsharded(path)
         if matches_target(config, path):
             yield found(path, module)
         for parameter, _ in module.named_parameters(recurse=False):

@@ -13,12 +13,14 @@ from peft import PeftModel, import_utils
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import eva_kernels
 from distributed.scenarios import (
@@ -123,10 +125,19 @@ def initialised_in_shards(rank: int) -> Any:
 
 @scenario
 def calibrated_in_shards(rank: int) -> Any:
-    model = sharded(make_llama())
-    with shared_folder() as folder:  # what tells a checkpoint's model from others is not divided
-        options = {"max_steps": 4, "method": "gram", "checkpoint": folder / "pass.safetensors"}
-        return calibrate(model, own_batches(rank), group=limited(), **options)
+    found, options = {}, {"max_steps": 4, "method": "gram", "group": limited()}
+    for name, model in (("in shards", sharded(make_llama())), ("flattened", flattened())):
+        with shared_folder() as folder:  # what tells a checkpoint's model from others is whole
+            path = folder / "pass.safetensors"
+            found[name] = calibrate(model, own_batches(rank), checkpoint=path, **options)
+    return found
+
+
+def flattened() -> nn.Module:
+    """Return a model whose blocks an older FSDP, which renames them, has divided."""
+    blocks = ModuleWrapPolicy({LlamaDecoderLayer})
+    cpu = torch.device("cpu")
+    return FullyShardedDataParallel(make_llama(), auto_wrap_policy=blocks, device_id=cpu)
 
 
 def of_other_lengths(rank: int) -> list[dict[str, Tensor]]:
