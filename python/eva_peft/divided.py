@@ -101,7 +101,7 @@ def check_whole(model: nn.Module) -> None:
 
     Raises:
         EvaRuntimeError: it is divided, or sharded, and what did that knows the parameters of then
-            only.
+            only; or an optimizer has copies of them.
     """
     check_undivided(model)
     kind = sharded_by(model)
@@ -110,4 +110,12 @@ def check_whole(model: nn.Module) -> None:
             f"the model is sharded by {kind}, which would not know adapters that are made or get "
             "another rank now. Initialise before sharding; or calibrate() the sharded model, and "
             "apply the result to one that is not"
+        )
+    # ZeRO-1 and ZeRO-2 make weights parts of one memory; nothing of 16 bits without ZeRO is seen
+    adapters = (p for name, p in model.named_parameters() if "lora_" in name)
+    flat = any(p.untyped_storage().nbytes() > p.nbytes for p in adapters)
+    if flat or type(model).__name__ == "DeepSpeedEngine":
+        raise EvaRuntimeError(
+            "an optimizer of DeepSpeed has copies of the weights, which its first step puts in "
+            "place of EVA's. Initialise before deepspeed.initialize (accelerator.prepare calls it)"
         )

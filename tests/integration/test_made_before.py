@@ -114,6 +114,27 @@ def test_parameters_of_zero_3_are_refused() -> None:
         eva_kernels.initialize(model, DATA, **QUIET)
 
 
+def test_parameters_of_which_an_optimizer_has_copies_are_refused() -> None:
+    """DeepSpeed's, which lays them out in one memory, would put its copies in their place."""
+    model = wrapped(Clash(), CONFIG)
+    result = eva_kernels.calibrate(model, DATA, **QUIET)
+    parts = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    flat = torch.cat([part.detach().flatten() for part in parts])
+    for part, own in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        part.data = own.view_as(part)
+    before, engine = flat.clone(), type("DeepSpeedEngine", (Clash,), {})()
+    calls: tuple[Any, ...] = (
+        lambda: eva_kernels.initialize(model, DATA, **QUIET),
+        lambda: eva_kernels.initialize_lora_eva_weights(model, DATA),
+        lambda: result.apply(model),
+        lambda: result.apply(engine),
+    )
+    for call in calls:
+        with pytest.raises(EvaRuntimeError, match=r"Initialise before deepspeed\.initialize"):
+            call()
+    assert torch.equal(flat, before)
+
+
 def test_every_forward_pass_of_zero_3_is_run_to_its_end() -> None:
     model = Clash()
     ended = []
