@@ -118,8 +118,7 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     The features of a convolution are the entries of a patch.
     """
     if isinstance(module, Conv1D):
-        rows, columns = module.weight.shape  # stored transposed
-        return rows, columns
+        return int(module.nx), int(module.nf)  # its weight may be elsewhere
     patches = patches_of(module)
     if patches is not None:
         return patches.features, int(module.out_channels)  # type: ignore[arg-type]

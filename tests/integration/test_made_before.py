@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import eva_kernels
 from eva_kernels import EvaRuntimeError, EvaTypeError
 from eva_peft import adapters
+from eva_peft.targets import find_targets
 from integration.conftest import QUIET, Clash, lora, lora_layers, run, state_of, vectors, wrapped
 
 CONFIG = lora(target_modules=["lin", "other"])  # lin reads more than sub.lin, which reads zeros
@@ -112,6 +114,14 @@ def test_parameters_of_zero_3_are_refused() -> None:
         parameter.ds_id = i  # type: ignore[attr-defined]
     with pytest.raises(EvaRuntimeError, match=r"sharded by DeepSpeed \(ZeRO-3\)"):
         eva_kernels.initialize(model, DATA, **QUIET)
+
+
+def test_layers_whose_weights_zero_3_has_elsewhere() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), Conv1D(3, 4))
+    for i, parameter in enumerate(model.parameters()):
+        parameter.ds_id, parameter.data = i, torch.empty(0)  # type: ignore[attr-defined]
+    found = find_targets(model, lora(target_modules=["0", "1"]), "default")
+    assert [(t.in_features, t.out_features) for t in found] == [(6, 4), (4, 3)]
 
 
 def test_parameters_of_which_an_optimizer_has_copies_are_refused() -> None:
