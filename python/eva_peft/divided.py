@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .errors import EvaRuntimeError
 from .options import AUTO
-from .targets import base_name
+from .targets import base_name, is_of_deepspeed, unwrap
 
 __all__ = ["check_undivided", "check_whole", "is_sharded", "may_stop_early", "sharded_by"]
 
@@ -97,14 +97,15 @@ def _divisions(parameter: Tensor) -> int:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse a model to whose adapters nothing can be written any more.
+    """Refuse a model, maybe in a wrapper, to whose adapters nothing can be written any more.
 
     Raises:
         EvaRuntimeError: it is divided, or sharded, and what did that knows the parameters of then
             only; or an optimizer has copies of them.
     """
-    check_undivided(model)
-    kind = sharded_by(model)
+    inner = unwrap(model)
+    check_undivided(inner)
+    kind = sharded_by(inner)
     if kind is not None:
         raise EvaRuntimeError(
             f"the model is sharded by {kind}, which would not know adapters that are made or get "
@@ -112,9 +113,9 @@ def check_whole(model: nn.Module) -> None:
             "apply the result to one that is not"
         )
     # ZeRO-1 and ZeRO-2 make weights parts of one memory; nothing of 16 bits without ZeRO is seen
-    adapters = (p for name, p in model.named_parameters() if "lora_" in name)
+    adapters = (p for name, p in inner.named_parameters() if "lora_" in name)
     flat = any(p.untyped_storage().nbytes() > p.nbytes for p in adapters)
-    if flat or type(model).__name__ == "DeepSpeedEngine":
+    if flat or is_of_deepspeed(model):
         raise EvaRuntimeError(
             "an optimizer of DeepSpeed has copies of the weights, which its first step puts in "
             "place of EVA's. Initialise before deepspeed.initialize (accelerator.prepare calls it)"

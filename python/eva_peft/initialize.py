@@ -78,7 +78,7 @@ def initialize(
     inner = unwrap(model)
     with beginning(processes_of(inner, options.get("group", AUTO))):
         parsed = CalibrateOptions.from_kwargs(options)
-        check_whole(inner)
+        check_whole(model)
         chosen = _chosen_config(inner, config, parsed)
         tell_of_the_model_within(inner, config)
         if carries_adapters(inner):

@@ -161,6 +161,7 @@ def initialize_lora_eva_weights(
     alone = eva_state_dict is not None  # there will be no pass
     processes = None if alone else processes_of(inner, options.get("group", AUTO))
     with beginning(processes):
+        check_whole(model)
         _check_for_eva(inner, adapter_name, overwrite_trained)
         if not alone and dataloader is None:
             raise EvaValueError("dataloader is required if eva_state_dict is not provided")
@@ -185,7 +186,6 @@ def initialize_lora_eva_weights(
 
 def _check_for_eva(model: nn.Module, adapter_name: str, overwrite_trained: bool) -> None:
     """Refuse what is no PeftModel, or whose one active adapter was not made for EVA."""
-    check_whole(model)
     if not isinstance(model, PeftModel):
         raise EvaValueError("model must be a PeftModel")
     if len(model.active_adapters) > 1:

@@ -168,7 +168,7 @@ class EvaResult:
         from .training import check_not_trained
 
         check_allocation(allocation)
-        check_whole(unwrap(model))
+        check_whole(model)
         if not overwrite_trained:
             check_not_trained(model, adapter_name)
         tell_of_the_model_within(unwrap(model), config)

@@ -33,6 +33,7 @@ __all__ = [
     "base_name",
     "check_not_replicated",
     "find_targets",
+    "is_of_deepspeed",
     "layer_name",
     "own_layers",
     "peft_key",
@@ -48,6 +49,7 @@ _SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
 # What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 _REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_ENGINE = "DeepSpeedEngine"
 # The options of a config that say how large the adapters are.
 _SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
@@ -138,7 +140,7 @@ def resolve_name(name: str, known: Container[str]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model below DataParallel, DistributedDataParallel and torch.compile.
+    """Return the model below (Distributed)DataParallel, DeepSpeed's engine and torch.compile.
 
     Raises:
         EvaTypeError: no module.
@@ -150,6 +152,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         )
     *_, inner = _unwrapped(model)
     return inner
+
+
+def is_of_deepspeed(model: nn.Module) -> bool:
+    """Tell whether DeepSpeed's engine is around a model."""
+    return any(type(module).__name__ == _ENGINE for module in _unwrapped(model))
 
 
 def check_not_replicated(model: nn.Module) -> None:
@@ -173,8 +180,8 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         yield inner
         # Not getattr: a PeftModel hands the attributes of a compiled base model on.
         below = inner._modules.get("_orig_mod")
-        if below is None and isinstance(inner, _REPLICATED):
-            below = inner.module
+        if below is None and (isinstance(inner, _REPLICATED) or type(inner).__name__ == _ENGINE):
+            below = inner._modules.get("module")
         inner = below
 
 

@@ -124,6 +124,18 @@ def test_layers_whose_weights_zero_3_has_elsewhere() -> None:
     assert [(t.in_features, t.out_features) for t in found] == [(6, 4), (4, 3)]
 
 
+def in_engine(model: nn.Module) -> nn.Module:
+    """Put a model where DeepSpeed has it."""
+    engine = type("DeepSpeedEngine", (nn.Module,), {"forward": lambda self, x: self.module(x)})()
+    engine.module = model
+    return engine
+
+
+def test_a_model_in_the_engine_of_deepspeed_is_calibrated_under_its_own_names() -> None:
+    results = [run(model, DATA, CONFIG) for model in (Clash(), in_engine(Clash()))]
+    assert results[0].ranks == results[1].ranks
+
+
 def test_parameters_of_which_an_optimizer_has_copies_are_refused() -> None:
     """DeepSpeed's, which lays them out in one memory, would put its copies in their place."""
     model = wrapped(Clash(), CONFIG)
@@ -132,12 +144,14 @@ def test_parameters_of_which_an_optimizer_has_copies_are_refused() -> None:
     flat = torch.cat([part.detach().flatten() for part in parts])
     for part, own in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
         part.data = own.view_as(part)
-    before, engine = flat.clone(), type("DeepSpeedEngine", (Clash,), {})()
+    before, engine = flat.clone(), in_engine(wrapped(Clash(), CONFIG))
     calls: tuple[Any, ...] = (
         lambda: eva_kernels.initialize(model, DATA, **QUIET),
         lambda: eva_kernels.initialize_lora_eva_weights(model, DATA),
         lambda: result.apply(model),
         lambda: result.apply(engine),
+        lambda: eva_kernels.initialize(engine, DATA, **QUIET),
+        lambda: eva_kernels.initialize_lora_eva_weights(engine, DATA),
     )
     for call in calls:
         with pytest.raises(EvaRuntimeError, match=r"Initialise before deepspeed\.initialize"):
