@@ -41,10 +41,11 @@ __all__ = [
     "unwrap",
 ]
 
-# What DDP and PEFT put in front of the names of the base model; torch.compile anywhere; and
-# FullyShardedDataParallel, also behind the last name, where PEFT never sees it.
+# What DDP and PEFT put in front of the names of the base model; torch.compile, and what spares the
+# memory of activations, anywhere; and FullyShardedDataParallel, also behind the last name, where
+# PEFT never sees it.
 _PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
-_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")
+_WITHIN = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
 _SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
 # What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
@@ -89,13 +90,14 @@ class Target:
 
 def base_name(name: str) -> str:
     """Return the name in the base model of a module of a PeftModel."""
-    return _COMPILED.sub("", peft_key(name))
+    return _WITHIN.sub("", peft_key(name))
 
 
 def peft_key(path: str, module: nn.Module | None = None) -> str:
     """Return by what PEFT knows a module of a PeftModel, or the parameter that a layer adapts.
 
-    The path in the base model; where parts of that are compiled, their ``_orig_mod`` stay.
+    The path in the base model; where parts of that are compiled, their ``_orig_mod`` stay, and so
+    does what else was around them when PEFT came.
     """
     key = _WRAPPED.sub("", _unsharded(path).removeprefix("base_model.model."))
     return f"{key}.{module.parameter_name}" if isinstance(module, ParamWrapper) else key
@@ -108,7 +110,7 @@ def _unsharded(path: str) -> str:
 
 def layer_name(path: str, module: LoraLayer) -> str:
     """Return the name in the base model of what a LoRA layer adapts: a module, or a parameter."""
-    return _COMPILED.sub("", peft_key(path, module))
+    return _WITHIN.sub("", peft_key(path, module))
 
 
 def own_layers(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
@@ -130,7 +132,7 @@ def resolve_name(name: str, known: Container[str]) -> str:
     Prefixes are taken off one by one, since a base model may itself have a ``module``. A key that
     means no known layer is returned as it is.
     """
-    candidate = _COMPILED.sub("", name)
+    candidate = _WITHIN.sub("", name)
     while candidate not in known:
         shorter = _PREFIX.sub("", candidate)
         if shorter == candidate:
@@ -221,7 +223,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
             config.target_modules = set(map(_unsharded, config.target_modules))
         found = _matching(model, config)
     own = adapter_configs(model)[adapter_name] if carries_adapters(model) else config
-    elsewhere = {_COMPILED.sub("", path) for path in tied_modules(model, own)}
+    elsewhere = {_WITHIN.sub("", path) for path in tied_modules(model, own)}
     targets: list[Target] = []
     unsupported: list[str] = []
     attentions: list[str] = []
@@ -276,7 +278,7 @@ def _rank_and_alpha(config: LoraConfig, path: str, parameter: str | None) -> tup
 
 def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
     def found(path: str, module: nn.Module, parameter: str | None = None) -> _Found:
-        name = _COMPILED.sub("", path)
+        name = _WITHIN.sub("", path)
         return _Found(name, module, *_rank_and_alpha(config, path, parameter), parameter)
 
     # PEFT looks at the paths as they are, with what torch.compile has put into them

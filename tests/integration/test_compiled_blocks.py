@@ -1,4 +1,4 @@
-"""Models whose blocks are compiled one by one, as accelerate's regional compilation does it."""
+"""Models with something around each block: so accelerate compiles them, or spares their memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import eva_kernels
 from eva_kernels import EvaRuntimeError
@@ -54,6 +55,16 @@ def test_initialise_save_and_load(way: str, targets: Any, tmp_path: Any) -> None
     again = PeftModel.from_pretrained(make_compiled(), tmp_path)
     assert same_state(state_of(model), state_of(again))
     torch.testing.assert_close(output_of(again, texts[0]), output_of(model.eval(), texts[0]))
+
+
+def test_blocks_whose_activations_are_computed_anew_have_their_own_names() -> None:
+    texts, checkpointed = text_batches(4), make_llama()
+    for i, block in enumerate(checkpointed.model.layers):
+        checkpointed.model.layers[i] = checkpoint_wrapper(block)
+    result, plain = run(checkpointed, texts), run(make_llama(), texts)
+    assert result.ranks == plain.ranks
+    model = result.apply(make_llama())
+    assert set(lora_layers(model)) == {name for name, rank in plain.ranks.items() if rank}
 
 
 def test_layers_without_rank_stay_away(tmp_path: Any) -> None:
