@@ -31,7 +31,7 @@ from ._peft_compat import (
     update_layer,
 )
 from .attention import OUT_PROJ
-from .checks import check_base_model
+from .checks import check_base_model, check_may_resize
 from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure
@@ -74,6 +74,8 @@ def write_result(
         if not carries_adapters(inner):
             check_base_model(inner, adapter_name)
             check_not_replicated(model)
+            if any(result.ranks[name] != rank for name, rank in result.base_ranks.items()):
+                check_may_resize(chosen)
             inner = carrier = wrap_model(inner, chosen, adapter_name)
         eva = given_eva(chosen)
         rows = result.state_dict(None if eva is None else eva.whiten)
@@ -110,7 +112,7 @@ def write_state_dict(
         EvaValueError: no such adapter, layers that are unknown, missing or there twice, a width
             that does not fit, rows that are not finite. EvaTypeError: no mapping of tensors.
         EvaRuntimeError: adapters are merged into the weights; or DistributedDataParallel is around
-            the model, and an adapter would get another size.
+            the model, or KaSA has changed it, and an adapter would get another size.
     """
     outer, model = model, unwrap(model)
     if adapter_name not in adapter_configs(model):
@@ -118,6 +120,7 @@ def write_state_dict(
     check_not_merged(model)
     fitted = fit(model, state_dict, adapter_name, strict, default_layers or ())
     if fitted.resizes(adapter_name):
+        check_may_resize(adapter_configs(model)[adapter_name])
         check_not_replicated(outer)
     with restored_on_failure(model), _values_restored() as undo, random_state_kept():
         config = copy(adapter_configs(model)[adapter_name])

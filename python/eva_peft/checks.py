@@ -22,13 +22,14 @@ from ._peft_compat import (
     kind_of,
 )
 from .architecture import is_of_transformers
-from .errors import EvaTypeError, EvaValueError, warn
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, warn
 from .parts import outermost
 
 __all__ = [
     "check_base_model",
     "check_config",
     "check_loaded",
+    "check_may_resize",
     "checked_number",
     "plain_number",
     "tell_of_the_model_within",
@@ -151,6 +152,19 @@ def _check_leaves_model(config: LoraConfig) -> None:
                 "than the adapters get; wrap it with peft.get_peft_model(model, config) first, and "
                 "initialise that"
             )
+
+
+def check_may_resize(config: LoraConfig) -> None:
+    """Refuse what PEFT does to the base weights for adapters of one rank, and anew for another.
+
+    Raises:
+        EvaRuntimeError: KaSA has cut as many components off them.
+    """
+    if getattr(config, "kasa_config", None) is not None:
+        raise EvaRuntimeError(
+            "kasa_config: PEFT cuts as many components off the base weights as an adapter has "
+            "ranks, and would cut again for other ranks. Keep them, with rho=1"
+        )
 
 
 def checked_number(name: str, value: Any, kind: Any = Integral, least: int = 1) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapters, eva_of
 from .adapters import write_result
 from .calibrate import run_pass
-from .checks import check_config, tell_of_the_model_within
+from .checks import check_config, check_may_resize, tell_of_the_model_within
 from .data_parallel import beginning, processes_of
 from .divided import check_undivided, check_whole
 from .errors import EvaValueError
@@ -88,8 +88,11 @@ def initialize(
             with warnings.catch_warnings(record=True):  # the pass looks again, and tells
                 find_targets(inner, chosen, parsed.adapter_name)
             check_wrapping(inner, chosen, parsed.adapter_name)
-        if chosen.eva_config.rho > 1 or not carries_adapters(inner):
-            check_not_replicated(model)  # before a long pass, which would hardly leave all sizes
+        if not carries_adapters(inner):
+            check_not_replicated(model)
+        elif chosen.eva_config.rho > 1:  # a long pass would hardly leave all sizes
+            check_may_resize(adapter_configs(inner)[parsed.adapter_name])
+            check_not_replicated(model)
     result = run_pass(inner, loader, chosen, parsed)
     return write_result(model, result, chosen, parsed.adapter_name)
 
