@@ -22,7 +22,7 @@ from ._peft_compat import (
     kind_of,
 )
 from .architecture import is_of_transformers
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, warn
+from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
 from .parts import outermost
 
 __all__ = [
@@ -44,6 +44,7 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
         EvaValueError: no config, no such adapter, a rank below 1, options that EVA cannot serve, or
             a base model that carries adapters.
     """
+    own = None
     if carries_adapters(model):
         own = adapter_configs(model).get(adapter_name)
         if own is None:
@@ -64,6 +65,7 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
     elif config is not own:
         config = converted_config(model, config)
         _warn_of_what_stays(config, own, adapter_name)
+    _check_whole_rows(config if own is None else own)
     return _with_plain_numbers(config)
 
 
@@ -152,6 +154,16 @@ def _check_leaves_model(config: LoraConfig) -> None:
                 "than the adapters get; wrap it with peft.get_peft_model(model, config) first, and "
                 "initialise that"
             )
+
+
+def _check_whole_rows(config: LoraConfig) -> None:
+    names = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_a", None)
+    if names:
+        raise EvaValueError(
+            f"use_bdlora makes lora_A of {listed(names)} of blocks, each of which reads a part of "
+            "the input; EVA's rows read all of it. Leave target_modules_bd_a empty, with "
+            "match_strict=False"
+        )
 
 
 def check_may_resize(config: LoraConfig) -> None:

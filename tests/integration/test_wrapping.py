@@ -365,6 +365,22 @@ def test_replicated_layers_of_a_peft_model() -> None:
     }
 
 
+@pytest.mark.skipif(not hasattr(LoraConfig(), "use_bdlora"), reason="this PEFT has no BD-LoRA")
+def test_rows_of_blocks_are_refused_before_the_pass() -> None:
+    from peft.tuners.lora.config import BdLoraConfig
+
+    def config(*names: str) -> LoraConfig:
+        blocks = BdLoraConfig(names, ["q_proj"], nblocks=2, match_strict=False)
+        return lora(target_modules=["q_proj", "down_proj"], use_bdlora=blocks)
+
+    blocks = config("down_proj")
+    for model, given in ((make_llama(), blocks), (wrapped(make_llama(), blocks), None)):
+        with pytest.raises(EvaValueError, match="use_bdlora makes lora_A of down_proj of blocks"):
+            eva_kernels.initialize(model, iter(()), given, **QUIET)
+    done = eva_kernels.initialize(make_llama(), text_batches(2), config(), max_steps=2, **QUIET)
+    assert len(lora_layers(done)) == 4
+
+
 @pytest.mark.skipif(not hasattr(LoraConfig(), "kasa_config"), reason="this PEFT has no KaSA")
 def test_weights_that_kasa_has_cut_are_not_cut_again() -> None:
     from peft.tuners.lora.config import KasaConfig
