@@ -453,7 +453,8 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
     with warnings.catch_warnings():
         # that data are read-only: they are read only
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
-        data = torch.as_tensor(x)
+        # where they are: without a device torch would move them to its default one
+        data = torch.as_tensor(x, device=x.device if isinstance(x, Tensor) else "cpu")
     if data.layout != torch.strided:
         raise EvaTypeError(f"dense data are needed, got a tensor of layout {data.layout}")
     if data.dim() < 1 or data.numel() == 0:

@@ -1,4 +1,4 @@
-"""Autocast and torch's default dtype around the engine change nothing: the same bits as without."""
+"""Autocast, torch's default dtype and device around the engine change nothing, not a bit."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from eva_kernels.streaming import (
 from helpers import decaying, make_stream, with_spectrum
 
 METHODS = ["sketch", "gram"]
+AROUND = ["autocast", "another device", "bfloat16", "float64"]
 
 
 @contextmanager
 def around(what: str) -> Iterator[None]:
-    if what in ("", "autocast"):
-        with torch.autocast("cpu", dtype=torch.bfloat16) if what else nullcontext():
+    contexts = {
+        "": nullcontext(),
+        "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+        "another device": torch.device("meta"),
+    }
+    if what in contexts:
+        with contexts[what]:
             yield
         return
     before = torch.get_default_dtype()
@@ -60,7 +66,7 @@ def lives(method: str, criterion: str, what: str) -> tuple[list[InputStream], li
 
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
-@pytest.mark.parametrize("what", ["autocast", "bfloat16", "float64"])
+@pytest.mark.parametrize("what", AROUND)
 @pytest.mark.parametrize("method", METHODS)
 def test_streams(
     method: str, what: str, criterion: str, free: bool, monkeypatch: pytest.MonkeyPatch
@@ -73,7 +79,7 @@ def test_streams(
     assert all(map(torch.equal, components, wanted))
 
 
-@pytest.mark.parametrize("what", ["autocast", "bfloat16", "float64"])
+@pytest.mark.parametrize("what", AROUND)
 @pytest.mark.parametrize("method", METHODS)
 def test_incremental_pca(method: str, what: str) -> None:
     x = with_spectrum(300, 40, decaying(40))
@@ -81,7 +87,7 @@ def test_incremental_pca(method: str, what: str) -> None:
     for one in (what, ""):
         with around(one):
             pca = IncrementalPCA(6, method=method).fit(x[:200])
-            pca.merge(IncrementalPCA(6, method=method).fit(x[200:]))
+            pca.merge(IncrementalPCA(6, method=method).fit(x[200:].numpy()))
             reduced = pca.transform(x)
             results.append((reduced, pca.inverse_transform(reduced), pca.get_covariance()))
     assert all(map(torch.equal, *results))
