@@ -179,16 +179,16 @@ def check_may_resize(config: LoraConfig) -> None:
         )
 
 
-def checked_number(name: str, value: Any, kind: Any = Integral, least: int = 1) -> Any:
+def checked_number(name: str, value: Any, kind: Any = Integral) -> Any:
     """Return a number, a plain one of Python.
 
     Raises:
-        EvaTypeError: not of this kind. EvaValueError: below ``least``.
+        EvaTypeError: not of this kind. EvaValueError: below 1.
     """
     if isinstance(value, bool) or not isinstance(value, kind):
         raise EvaTypeError(f"{name}={value!r} must be a number ({kind.__name__})")
-    if not value >= least:
-        raise EvaValueError(f"{name}={value} must be at least {least}")
+    if not value >= 1:
+        raise EvaValueError(f"{name}={value} must be at least 1")
     return plain_number(value)
 
 

@@ -35,6 +35,7 @@ __all__ = [
 
 T = TypeVar("T")
 _OURS = ("eva_kernels", "eva_peft")
+MOST_LISTED = 8  # names in a message
 
 
 class HeldError:
@@ -76,8 +77,8 @@ def warn(message: str, category: type[Warning] = EvaWarning) -> None:
     warnings.warn(message, category, stacklevel=caller)
 
 
-def listed(names: Iterable[str], most: int = 8) -> str:
+def listed(names: Iterable[str]) -> str:
     """Return names for a message: all, or the first and how many more."""
     every = list(names)
-    more = f" and {len(every) - most} more" if len(every) > most else ""
-    return ", ".join(every[:most]) + more
+    more = f" and {len(every) - MOST_LISTED} more" if len(every) > MOST_LISTED else ""
+    return ", ".join(every[:MOST_LISTED]) + more

@@ -83,12 +83,8 @@ def render_html(title: str, sections: list[tuple[str, str]]) -> str:
     )
 
 
-def figure_to_html(fig: Figure, alt: str | None = None) -> str:
-    """Embed a matplotlib figure as an SVG image with alternative text.
-
-    Args:
-        fig: a figure.
-        alt: the alternative text; the figure's own label without it.
+def figure_to_html(fig: Figure) -> str:
+    """Embed a matplotlib figure, whose label is the alternative text, as an SVG image.
 
     Returns:
         An `img` element whose source is a data URI.
@@ -100,7 +96,7 @@ def figure_to_html(fig: Figure, alt: str | None = None) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "eva-kernels"}):
         fig.savefig(buffer, format="svg", metadata={"Date": None})
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    text = alt or fig.get_label() or "Figure"
+    text = fig.get_label() or "Figure"
     return f'<img alt="{escape(str(text))}" src="data:image/svg+xml;base64,{data}">'
 
 

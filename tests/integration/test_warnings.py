@@ -56,4 +56,4 @@ def line() -> int:
 
 def test_names_in_a_message() -> None:
     assert listed(["a", "b"]) == "a, b"
-    assert listed(map(str, range(5)), most=3) == "0, 1, 2 and 2 more"
+    assert listed(map(str, range(10))) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"

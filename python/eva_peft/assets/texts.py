@@ -68,14 +68,13 @@ def documentation_texts() -> dict[str, str]:
     return {name: text for name, text in kept.items() if len(text) >= 40}
 
 
-def is_held_out(name: str, percent: int = 5) -> bool:
-    """Tell whether a document belongs to the held-out part, from its name alone.
+def is_held_out(name: str) -> bool:
+    """Tell whether a document is of the held-out part, 5 %, from its name alone.
 
     Args:
         name: document name as `documentation_texts` gives it.
-        percent: size of the held-out part, 0 to 100.
     """
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 100 < percent
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % 100 < 5
 
 
 def source_texts(limit_bytes: int = 2_000_000, seed: int = 0) -> list[str]:
