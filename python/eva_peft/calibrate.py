@@ -67,12 +67,17 @@ def run_pass(
             running on the model.
     """
     processes = processes_of(model, options.group)
-    # Shared inputs are told apart by tensor versions, which inference mode does not count.
-    no_grad = torch.inference_mode(False), torch.no_grad()
     with beginning(processes):
         check_loaded(model)
         targets = find_targets(model, config, options.adapter_name)
-        with claimed(model), random_state_kept(), no_grad[0], no_grad[1], quiet_model(model):
+        with (
+            claimed(model),
+            random_state_kept(),
+            # shared inputs are told apart by tensor versions, which inference mode does not count
+            torch.inference_mode(False),
+            torch.no_grad(),
+            quiet_model(model),
+        ):
             run = CalibrationPass(model, config, options, targets, processes)
             try:
                 return run.run(loader)
