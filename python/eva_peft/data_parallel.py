@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 
-from eva_kernels.streaming import InputStream, _host
+from eva_kernels.streaming import InputStream
 
 from . import batches
 from .cells import Renewal, Report, Waiting, common_cells, divide_slots, renewal
@@ -32,7 +32,7 @@ from .errors import EvaTypeError, EvaValueError, NotConvergedError
 from .exchange import Exchange
 from .fingerprint import check_requests, check_weights, request_of, weights_of
 from .options import AUTO
-from .prepare import Ahead, Prepared
+from .prepare import Prepared
 from .progress import record_step
 from .together import Together, in_words
 
@@ -168,12 +168,12 @@ class Processes:
         with ExitStack() as stack:
             every = batches.iterate(loader, lambda: self._seen > 0, run.keeper.begin_epoch)
             stream = stack.enter_context(closing(every))
-            ahead = stack.enter_context(closing(Ahead(map(run.prepare, stream))))
+            coming = map(run.prepare, stream)
             stack.enter_context(run.keeper)
             decision = self._begin(run, stream)
             while not decision.stop:
                 run.keeper.begin_forward()
-                decision = self._step(run, ahead)
+                decision = self._step(run, coming)
             self.together.attempt(stack.close)  # the others are told with the result
         if self.leads:  # behind the keeper, whose file is of what waits between two forward passes
             self.together.attempt(self.together.unless_held, run.fold_rest)
@@ -217,8 +217,8 @@ class Processes:
                 f"but all loaders ended after {most}: they must yield the same batches again"
             )
 
-    def _step(self, run: CalibrationPass, ahead: Ahead[Prepared]) -> _Decision:
-        reports = self.together.of_all(self._forward(run, ahead))
+    def _step(self, run: CalibrationPass, coming: Iterator[Prepared]) -> _Decision:
+        reports = self.together.of_all(self._forward(run, coming))
         self._seen += sum(report.tokens for report in reports)
         for report in reports:
             run.collector.note_calls(report.most_calls)
@@ -227,9 +227,7 @@ class Processes:
         merged = self._exchange.collect(run, reports, cells)
         own = None
         if self.leads:
-            own = self._lead(run, merged, reports, ahead)
-        elif not (run.limit_reached() or _host.reads_are_free(run.device)):
-            self.together.attempt(run.fetch, ahead)  # while the leader's device is at work
+            own = self._lead(run, merged, reports)
         return self._follow(run, self._channel.from_leader(own))
 
     def result(self, make: Callable[[], EvaResult]) -> EvaResult:
@@ -268,11 +266,11 @@ class Processes:
         check_requests([asked for asked, _ in every])
         check_weights([shown for _, shown in every])
 
-    def _forward(self, run: CalibrationPass, ahead: Iterator[Prepared]) -> Report:
+    def _forward(self, run: CalibrationPass, coming: Iterator[Prepared]) -> Report:
         before = run.tokens
         run.phase = "forward"
         ready = self.together.attempt(
-            self.together.unless_held, lambda: self._next_ready(run, ahead)
+            self.together.unless_held, lambda: self._next_ready(run, coming)
         )
         # The processes of a sharded model wait for each other in the forward pass: all begin it, or
         # none, and an interrupt is heard at its end.
@@ -291,9 +289,9 @@ class Processes:
         return Report(ready is not None, run.tokens - before, slots, calls, random)
 
     def _next_ready(
-        self, run: CalibrationPass, ahead: Iterator[Prepared]
+        self, run: CalibrationPass, coming: Iterator[Prepared]
     ) -> Iterable[Ready] | None:
-        prepared = next(ahead, None)
+        prepared = next(coming, None)
         if prepared is None:
             return None
         ready = run.ready(prepared)
@@ -338,16 +336,15 @@ class Processes:
         run: CalibrationPass,
         merged: Sequence[InputStream],
         reports: Sequence[Report],
-        ahead: Ahead[Prepared],
     ) -> _Decision:
         """End the step, and say what came of it."""
         ran = any(report.ran for report in reports)
         run.tokens += sum(report.tokens for report in reports[1:])
         run.forwards += ran and not reports[0].ran
-        over = run.limit_reached()
 
         def decide() -> _Decision:
-            folded = run.close_step(merged=merged, ahead=None if over else ahead)
+            # no batch is fetched meanwhile: a loader may ask the others for it (accelerate's do)
+            folded = run.close_step(merged=merged)
             numbers = record_step(run) if folded else None
             done = bool(folded) and run.converged()
             renewed = self._exchange.renewed(run, folded)

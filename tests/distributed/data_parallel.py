@@ -18,8 +18,7 @@ import eva_kernels
 from distributed.scenarios import calibrate, failing_batches, own_batches, scenario
 from distributed.shards import spoiled_in_shards
 from eva_kernels.streaming import InputStream, _host
-from eva_peft import cells, data_parallel, meeting
-from eva_peft.data_parallel import Processes
+from eva_peft import cells, meeting
 from eva_peft.hooks import InputCollector
 from integration.conftest import QUIET, lora, make_llama
 
@@ -246,27 +245,24 @@ def leader_fails(rank: int) -> Any:
 
 
 @scenario
-def batches_are_fetched_ahead(rank: int) -> Any:
-    """Return batches and decisions in order, where the device is taken for an accelerator."""
-    events: list[str] = []
+def dispatched(rank: int) -> Any:
+    """Return what comes of batches that the first process hands out, as by a loader of accelerate.
+
+    The device is taken for an accelerator.
+    """
 
     def loader() -> Iterator[Any]:
-        for number, batch in enumerate(own_batches(rank, 4)):  # of which the last is not needed
-            events.append(f"batch {number}")
-            yield batch
+        for batch in own_batches(0, 4):  # of which the last is not needed
+            given = [batch if rank == 0 else None]
+            distributed.broadcast_object_list(given)
+            yield given[0]
 
-    class Told(Processes):
-        def _follow(self, run: Any, decision: Any) -> Any:
-            events.append("decision")
-            return super()._follow(run, decision)
-
-    patches = (
-        mock.patch.object(_host, "reads_are_free", return_value=False),
-        mock.patch.object(data_parallel, "Processes", Told),
-    )
-    with patches[0], patches[1]:
-        result = calibrate(make_llama(), loader(), method="sketch", backend="torch", max_steps=3)
-    return {"events": events, "result": result}
+    options = {"method": "sketch", "backend": "torch", "max_steps": 3}
+    with mock.patch.object(_host, "reads_are_free", return_value=False):
+        return [
+            calibrate(make_llama(), batches, **options).state_dict()
+            for batches in (loader(), own_batches(0, 4))
+        ]
 
 
 @scenario

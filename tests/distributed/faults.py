@@ -21,8 +21,8 @@ import eva_kernels
 from distributed.scenarios import calibrate, limited, own_batches, scenario
 from distributed.shards import sharded
 from eva_peft import meeting
+from eva_peft.checkpoint import CheckpointKeeper
 from eva_peft.hooks import InputCollector
-from eva_peft.prepare import Ahead
 from eva_peft.world import claimed
 from integration.conftest import QUIET, lora, make_llama, wrapped
 
@@ -65,7 +65,7 @@ def interrupted(rank: int) -> Any:
         data = own_batches(rank) if data is None else data
         return told(lambda: calibrate(make_llama(), data, group=limited(), **options))
 
-    closing = mock.patch.object(Ahead, "close", mock.Mock(side_effect=stop))
+    closing = mock.patch.object(CheckpointKeeper, "__exit__", mock.Mock(side_effect=stop))
     with closing if rank == 1 else nullcontext():
         at_the_end = run(max_steps=2)
     return {
