@@ -182,9 +182,7 @@ class DecoderInputs:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.batches:
-            tokens = batch["input_ids"].to(self.model.device)
-            shifted = self._shifted(tokens)
-            mask = batch["attention_mask"]
+            shifted, mask = self._shifted(batch["input_ids"]), batch["attention_mask"]
             yield {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": mask}
 
     def _shifted(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -282,7 +282,7 @@ def test_bad_loader_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_decoder_inputs_are_shifted() -> None:
     class Model:
-        device = torch.device("cpu")
+        device = torch.device("meta")  # where weights are that are offloaded
 
         def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
             return labels.roll(1, 1)
