@@ -355,12 +355,12 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def _settle(self, slot: Slot) -> None:
         """Accumulate what waited for layers that were not called any more, without them."""
-        least = min(slot.counts.values(), default=0)
+        least = min(slot.counts.values())
         while least < len(slot.calls):
             self.divide(slot, [i for i, count in slot.counts.items() if count == least])
-            least = min(slot.counts.values(), default=len(slot.calls))
-        for call in range(len(slot.calls)):
-            self._accumulate_held(slot, call)
+            least = min(slot.counts.values())
+            for call in range(least):  # what the others share goes with a copy for the next of them
+                self._accumulate_held(slot, call)
 
     def divide(self, slot: Slot, layers: Sequence[int]) -> None:
         """Give some layers of a slot one of their own, with a copy of all that they shared."""

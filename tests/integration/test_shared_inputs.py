@@ -243,6 +243,21 @@ def test_shared_tensor_and_several_calls() -> None:
     assert result.shared_inputs == []
 
 
+def test_three_layers_called_unequally_often_later() -> None:
+    """What waits for a is accumulated for both others before c goes on without b."""
+
+    def body(net: Net, x: Tensor) -> Tensor:
+        if x[0, 0] == 5:
+            return net.b(x) + net.c(x) + net.c(x)
+        return net.a(x) + net.b(x) + net.c(x)
+
+    batches = vectors(4)
+    batches[2][0, 0] = 5
+    names = ["a", "b", "c"]
+    result = checked(Net(body, *names), batches, names, early_exit=False)
+    assert result.shared_inputs == []
+
+
 def test_shared_in_every_call() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         y = x
