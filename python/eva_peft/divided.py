@@ -114,8 +114,9 @@ def check_whole(model: nn.Module) -> None:
         )
     # ZeRO-1 and ZeRO-2 make weights parts of one memory; nothing of 16 bits without ZeRO is seen
     adapters = (p for name, p in inner.named_parameters() if "lora_" in name)
-    flat = any(p.untyped_storage().nbytes() > p.nbytes for p in adapters)
-    if flat or is_of_deepspeed(model):
+    parts = (p.untyped_storage() for p in adapters if p.untyped_storage().nbytes() > p.nbytes)
+    places = [memory.data_ptr() for memory in parts]
+    if len(set(places)) < len(places) or is_of_deepspeed(model):
         raise EvaRuntimeError(
             "an optimizer of DeepSpeed has copies of the weights, which its first step puts in "
             "place of EVA's. Initialise before deepspeed.initialize (accelerator.prepare calls it)"

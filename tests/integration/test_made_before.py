@@ -124,6 +124,15 @@ def test_layers_whose_weights_zero_3_has_elsewhere() -> None:
     assert [(t.in_features, t.out_features) for t in found] == [(6, 4), (4, 3)]
 
 
+def test_parameters_that_are_parts_of_some_memory_by_themselves_are_initialised() -> None:
+    """As those that another initialisation has cut out of the factors of a weight."""
+    model = wrapped(Clash(), CONFIG)
+    for parameter in model.parameters():
+        parameter.data = torch.cat([parameter.detach(), parameter.detach()])[: len(parameter)]
+    eva_kernels.initialize(model, DATA, **QUIET)
+    assert eva_kernels.is_initialized(model)
+
+
 def in_engine(model: nn.Module) -> nn.Module:
     """Put a model where DeepSpeed has it."""
     engine = type("DeepSpeedEngine", (nn.Module,), {"forward": lambda self, x: self.module(x)})()
