@@ -309,7 +309,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _lead(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         slot.counts[i] += 1
         shared = len(slot.members) > 1 and slot not in self._fresh
-        slot.calls.append(Seen(x, hold=shared))
+        slot.calls.append(Seen(x, self._mask if shared else None))
         if not shared:
             self._accumulate(slot, i, x, args)
 
@@ -325,11 +325,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def _accumulate_held(self, slot: Slot, call: int) -> None:
         seen = slot.calls[call]
-        unchanged, x = seen.unchanged, seen.take()
-        if x is None:
+        unchanged, held = seen.unchanged, seen.take()
+        if held is None:
             return
         if unchanged:
-            self._accumulate(slot, slot.members[0], x, (x,))
+            self._accumulate_with(slot, slot.members[0], *held)
             return
         names = ", ".join(self.targets[m].name for m in slot.members)
         warn(
@@ -337,12 +337,18 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             "were called; its tokens of this batch are left out",
         )
 
+    def _accumulate_with(self, slot: Slot, i: int, x: Tensor, mask: TokenMask) -> None:
+        """Accumulate what a layer was called with when other tokens may have counted than now."""
+        now, self._mask = self._mask, mask
+        self._accumulate(slot, i, x, (x,))
+        self._mask = now
+
     def _split(self, slot: Slot, i: int, calls: int) -> Slot:
         """Give a layer that no longer shares an input a copy of all that it did share."""
         new = Slot(slot.stream.clone(), [i])
         for seen in slot.calls[:calls]:  # shared, but waiting for a third layer
             if seen.held is not None and seen.unchanged:
-                self._accumulate(new, i, seen.held, (seen.held,))
+                self._accumulate_with(new, i, *seen.held)
         new.calls = [Seen(torch.empty(0, device="cpu")) for _ in range(calls + 1)]
         slot.members.remove(i)
         new.counts[i] = slot.counts.pop(i) + 1

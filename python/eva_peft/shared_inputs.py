@@ -14,6 +14,8 @@ from torch import Tensor
 
 from eva_kernels.streaming import InputStream
 
+from .token_mask import TokenMask
+
 __all__ = ["Seen", "Slot"]
 
 
@@ -22,31 +24,31 @@ class Seen:
 
     Args:
         x: the tensor.
-        hold: keep it alive as well, because it is still to be accumulated.
+        mask: which of its tokens count, if it is still to be accumulated: then it is kept alive.
     """
 
-    def __init__(self, x: Tensor, hold: bool = False) -> None:
+    def __init__(self, x: Tensor, mask: TokenMask | None = None) -> None:
         self._reference = weakref.ref(x)
         self._version = _version(x)
-        self._held = x if hold else None
+        self._held = None if mask is None else (x, mask)
 
     def is_same(self, x: Tensor) -> bool:
         """Tell whether x is that tensor, unchanged."""
         return self._reference() is x and _version(x) == self._version
 
-    def take(self) -> Tensor | None:
-        """Return the held tensor once, or ``None`` if it is not held any more."""
-        x, self._held = self._held, None
-        return x
+    def take(self) -> tuple[Tensor, TokenMask] | None:
+        """Return the held tensor and its mask once, ``None`` if it is not held any more."""
+        held, self._held = self._held, None
+        return held
 
     @property
     def unchanged(self) -> bool:
         """Whether a held tensor still has the contents that the layer was called with."""
-        return self._held is not None and _version(self._held) == self._version
+        return self._held is not None and _version(self._held[0]) == self._version
 
     @property
-    def held(self) -> Tensor | None:
-        """The tensor, as long as it waits to be accumulated."""
+    def held(self) -> tuple[Tensor, TokenMask] | None:
+        """The tensor and its mask, as long as it waits to be accumulated."""
         return self._held
 
 

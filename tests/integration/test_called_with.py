@@ -47,6 +47,32 @@ def same(result: Any, expected: Any, prefix: str = "") -> None:
         assert lost(rows, result.components[prefix + name].double()) < 1e-6
 
 
+def test_what_waits_for_another_layer_has_the_mask_of_its_call() -> None:
+    """In the first of two calls ``b`` is left out, but for the first batch."""
+
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(7)
+            self.a, self.b = nn.Linear(20, 20), nn.Linear(20, 20)
+
+        def forward(self, x: Tensor, attention_mask: Tensor, both: bool) -> Tensor:
+            return self.a(x) + (self.b(x) if both else 0.0)
+
+    def forward(model: nn.Module, x: Tensor) -> None:
+        for half, mask, both in zip(x.chunk(2), masks, (x is data[0], True), strict=True):
+            model(half[None], mask, both)
+
+    data, masks = vectors(4), [torch.arange(20)[None] < n for n in (15, 4)]
+    config = lora(target_modules=["a", "b"], tau=1.0)
+    result = run(Sharing(), data, config, forward_fn=forward, early_exit=False, **EXACT)
+    halves = [x.chunk(2) for x in data]
+    kept = torch.cat([half[m[0]] for pair in halves for half, m in zip(pair, masks, strict=True)])
+    assert lost(result.components["a"], kept) < 1e-6
+    kept = torch.cat([halves[0][0][:15], *(second[:4] for _, second in halves)])
+    assert lost(result.components["b"], kept) < 1e-6
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_text_that_the_function_tokenises(adapted: bool) -> None:
     expected = run(make_llama(), TEXTS, Q_PROJ, **EXACT)
