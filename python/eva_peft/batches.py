@@ -265,10 +265,12 @@ def _goes_along(value: Tensor, columns: int) -> bool:
 def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:
     """Partition samples so that padded tokens plus ``overhead`` a group are least."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    best: list[tuple[int, int]] = [(0, 0)]  # (cost, where the last group begins) of a prefix
-    for end in range(1, len(order) + 1):
-        longest = max(lengths[order[end - 1]], 1)
-        best.append(min((best[b][0] + (end - b) * longest + overhead, b) for b in range(end)))
+    ordered = [lengths[i] for i in order]
+    best = {0: (0, 0)}  # of so many samples: cost, and where the last group begins
+    # samples of one length are not worth two groups, and there may be thousands of them
+    for end in (i for i in range(1, len(order) + 1) if ordered[i - 1 : i] != ordered[i : i + 1]):
+        longest = max(ordered[end - 1], 1)
+        best[end] = min((cost + (end - b) * longest + overhead, b) for b, (cost, _) in best.items())
     groups, end = [], len(order)
     while end:
         begin = best[end][1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from itertools import combinations, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eva_peft.architecture import Architecture
-from eva_peft.batches import without_padding
+from eva_peft.batches import FORWARD_OVERHEAD, without_padding
 
 COLUMNS, LONGEST = 16, 8
 CPU = torch.device("cpu")
@@ -66,3 +68,25 @@ def test_short_samples_run_apart_where_that_pays() -> None:
     assert without_padding(batch, CPU, divide=False) == [batch]
     # another pass costs more where a device is not full
     assert without_padding(batch, torch.device("cuda")) == [batch]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_division_costs_less(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = sorted((torch.randint(1, 9, (9,), generator=generator) * 40).tolist())
+
+    def cost(groups: list[list[int]]) -> int:
+        return sum(len(g) * max(g) + FORWARD_OVERHEAD["cpu"] for g in groups)
+
+    cuts = (c for n in range(9) for c in combinations(range(1, 9), n))
+    every = [[lengths[a:b] for a, b in pairwise((0, *cut, 9))] for cut in cuts]
+    parts = without_padding(batch_of(lengths, 400), CPU)
+    assert cost([p["attention_mask"].sum(1).tolist() for p in parts]) == min(map(cost, every))
+
+
+def test_thousands_of_samples_are_divided_at_once() -> None:
+    lengths = [1 + i % 100 for i in range(20_000)]
+    begin = time.perf_counter()
+    parts = without_padding(batch_of(lengths, 100), CPU)
+    assert time.perf_counter() - begin < 5
+    assert sum(int(part["attention_mask"].sum()) for part in parts) == sum(lengths)
