@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ._peft_compat import LoraConfig, ParamWrapper, carries_adapters, resolved_config
 from .errors import EvaRuntimeError
 from .options import AUTO
 from .targets import base_name, is_of_deepspeed, unwrap
 
-__all__ = ["check_undivided", "check_whole", "is_sharded", "may_stop_early", "sharded_by"]
+__all__ = [
+    "check_experts",
+    "check_undivided",
+    "check_whole",
+    "is_sharded",
+    "may_stop_early",
+    "sharded_by",
+]
 
 _FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
 _NEVER_CUT = frozenset(["DeepSpeedEngine", "PipelineParallel"])
@@ -77,6 +85,29 @@ def check_undivided(model: nn.Module) -> None:
                 "the adapter, and load it into the divided model by PeftModel.from_pretrained "
                 "(of PEFT 0.21.1 or newer)"
             )
+
+
+def check_experts(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse parameters as targets in a sharded model.
+
+    Their products are known by the memory of the weights, which is another while a layer runs.
+
+    Raises:
+        EvaRuntimeError: there are some.
+    """
+    kind = sharded_by(model)
+    if kind is None:
+        return
+    if carries_adapters(model):
+        some = any(isinstance(module, ParamWrapper) for module in model.modules())
+    else:
+        some = bool(resolved_config(model, config).target_parameters)
+    if some:
+        raise EvaRuntimeError(
+            "target_parameters, or experts in one parameter, in a model that is sharded by "
+            f"{kind}: EVA does not see what they are multiplied with. Calibrate the model before "
+            "it is sharded, or name other layers in target_modules"
+        )
 
 
 def _is_parallel(module: nn.Module, shards: int) -> bool:

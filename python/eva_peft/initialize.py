@@ -14,7 +14,7 @@ from .adapters import write_result
 from .calibrate import run_pass
 from .checks import check_config, check_may_resize, tell_of_the_model_within
 from .data_parallel import beginning, processes_of
-from .divided import check_undivided, check_whole
+from .divided import check_experts, check_undivided, check_whole
 from .errors import EvaValueError
 from .options import AUTO, CalibrateOptions
 from .planning import Estimate, estimate_targets
@@ -141,6 +141,7 @@ def calibrate(
         parsed = CalibrateOptions.from_kwargs(options)
         check_undivided(inner)
         chosen = _chosen_config(inner, config, parsed)
+        check_experts(inner, chosen)
     return run_pass(inner, loader, chosen, parsed)
 
 

@@ -13,12 +13,13 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 
+import eva_kernels
 from distributed.scenarios import calibrate, own_batches
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from eva_peft import channel, divided
 from eva_peft.data_parallel import beginning, processes_of
 from eva_peft.fingerprint import check_weights
-from integration.conftest import make_llama
+from integration.conftest import QUIET, lora, make_llama, wrapped
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="torch has no gloo"
@@ -78,6 +79,18 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     one.send("parcel")
     one.receive(1)
     assert told == {**dict.fromkeys(first, 4), "recv_object_list": 5}
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_experts_in_shards_are_refused(adapted: bool, group_of_one: Any) -> None:
+    """What they are multiplied with is another tensor than the parameter."""
+    config = lora(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"])
+    model: Any = wrapped(make_llama(), config) if adapted else make_llama()
+    sharded = fully_shard(model)
+    with pytest.raises(
+        EvaRuntimeError, match="target_parameters, or experts in one parameter, in a"
+    ):
+        eva_kernels.calibrate(sharded, own_batches(0), None if adapted else config, **QUIET)
 
 
 @pytest.mark.parametrize(
