@@ -158,7 +158,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_of_deepspeed(model: nn.Module) -> bool:
     """Tell whether DeepSpeed's engine is around a model."""
-    return any(type(module).__name__ == _ENGINE for module in _unwrapped(model))
+    return any(map(_is_engine, _unwrapped(model)))
 
 
 def check_not_replicated(model: nn.Module) -> None:
@@ -182,9 +182,13 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
         yield inner
         # Not getattr: a PeftModel hands the attributes of a compiled base model on.
         below = inner._modules.get("_orig_mod")
-        if below is None and (isinstance(inner, _REPLICATED) or type(inner).__name__ == _ENGINE):
+        if below is None and (isinstance(inner, _REPLICATED) or _is_engine(inner)):
             below = inner._modules.get("module")
         inner = below
+
+
+def _is_engine(module: nn.Module) -> bool:
+    return any(kind.__name__ == _ENGINE for kind in type(module).__mro__)
 
 
 def check_not_merged(model: nn.Module) -> None:

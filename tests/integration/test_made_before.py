@@ -135,7 +135,8 @@ def test_parameters_that_are_parts_of_some_memory_by_themselves_are_initialised(
 
 def in_engine(model: nn.Module) -> nn.Module:
     """Put a model where DeepSpeed has it."""
-    engine = type("DeepSpeedEngine", (nn.Module,), {"forward": lambda self, x: self.module(x)})()
+    forward = {"forward": lambda self, x: self.module(x)}
+    engine = type("DeepSpeedHybridEngine", (type("DeepSpeedEngine", (nn.Module,), forward),), {})()
     engine.module = model
     return engine
 
