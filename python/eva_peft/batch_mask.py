@@ -181,7 +181,7 @@ def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
 def _token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
     """Return the tokens that a mask keeps, bool (B, T).
 
-    A mask over pairs, (B, T, S) or (B, heads or 1, T or 1, S), says which token sees which. A token
+    A mask over pairs, (B, T, T) or (B, heads or 1, T or 1, S), says which token sees which. A token
     that does not even see itself is padding; where padding sees itself, it cannot be told from
     tokens.
 

@@ -225,7 +225,10 @@ def test_images_beside_text_or_its_embeddings(key: str) -> None:
     for count in (7, 9):  # as many patches as words, or more
         shape = torch.Size((2, count, 8))
         assert rule.rows(shape, CPU, "vision_model.encoder.layers.0.mlp.fc1") is None
-    for other in ({"pixel_values": torch.ones(2, 3, 8, 8)}, {"weights": torch.ones(2, 7)}):
+    of_text = {"weights": (2, 7), "weight": (2,), "labels": (2, 5), "head_mask": (1, 4)}
+    of_text["decoder_inputs_embeds"] = (2, 4, 16)
+    others = [{name: torch.ones(shape)} for name, shape in of_text.items()]
+    for other in ({"pixel_values": torch.ones(2, 3, 8, 8)}, *others):
         rule = mask_of_batch({**text, **other}, lora())
         assert rule.mixed == ("pixel_values" in other)
         rows = rule.rows(torch.Size((2, 7, 8)), CPU, "language_model.layers.0.mlp.up_proj")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from eva_peft.token_mask import TokenMask
 from integration.conftest import (
     VOCABULARY,
     angle,
-    check_shares,
     layer_inputs,
     lora,
     lost,
@@ -180,17 +178,6 @@ def test_label_mask_options() -> None:
     assert other.tokens == attended - hits
 
 
-def test_the_value_of_labels_that_mask_a_decoder() -> None:
-    """Of several answers to a text, too, as many as there may be."""
-    both = Architecture(type("Config", (), {"is_encoder_decoder": True})())
-    labels = torch.tensor([[5, 7, 7], [-100, 5, 7], [7, 7, 5]])
-    for samples in (3, 2):
-        batch = {"attention_mask": torch.ones(samples, 4), "labels": labels}
-        decoder = mask_of_batch(batch, lora(label_mask_value=7), both).decoder
-        assert decoder is not None
-        assert torch.equal(decoder, labels != 7)
-
-
 @pytest.mark.parametrize("labels", ["classes", "length equals batch", "multi-label", "scores"])
 def test_labels_of_samples_are_no_token_mask(labels: str) -> None:
     samples, length = (24, 24) if labels == "length equals batch" else (4, 24)
@@ -200,7 +187,7 @@ def test_labels_of_samples_are_no_token_mask(labels: str) -> None:
             "classes": torch.tensor([0, 1, -100, 1]),
             "length equals batch": torch.tensor([-100, 1] * 12),
             "multi-label": torch.randint(0, 2, (4, 5)),
-            "scores": torch.rand(4, 24),
+            "scores": torch.rand(4, 24).where(torch.arange(24) > 0, -100),
         }[labels]
     model = make_bert()
     result = run(model, iter(batches), lora(tau=1.0), method="gram")
@@ -271,67 +258,11 @@ def test_without_a_mask_every_token_counts() -> None:
     assert run(make_llama(), iter(batches), lora(tau=1.0)).tokens == 3 * 4 * 24
 
 
-def test_a_mask_for_each_kind_of_attention() -> None:
-    kept = torch.tensor([[True, True, False], [True, False, False]])
-    pairs = (kept[:, None, None, :] & kept[:, None, :, None]).expand(2, 1, 3, 3)
-    ids = torch.ones(2, 3, dtype=torch.long)
-    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": {"full_attention": pairs}}
-    found = mask_of_batch(batch, lora()).main
-    assert found is not None
-    assert torch.equal(found, kept)
-    batch["attention_mask"] = {"full_attention": None, "sliding_attention": pairs}
-    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
-
-
-@pytest.mark.parametrize("cached", [0, 2])
-def test_a_mask_over_pairs_with_a_cache(cached: int) -> None:
-    """Of a static cache, whose end is empty, or behind tokens that were cached."""
-    kept = torch.tensor([[True, True, False], [True, False, False]])
-    pairs = torch.zeros(2, 1, 3, 8, dtype=torch.bool)
-    pairs[:, 0, :, cached : cached + 3] = kept[:, :, None] & kept[:, None, :]
-    past = SimpleNamespace(get_seq_length=lambda: cached)
-    batch = {"input_ids": torch.ones(2, 3), "attention_mask": pairs, "past_key_values": past}
-    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
-    batch["attention_mask"] = pairs[:, :, :1]  # the same for every token
-    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
-
-
-class Added(nn.Module):
-    """Adds its mask to the scores of attention."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.project = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 8)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.project(self.embed(input_ids)).mean(-1) + attention_mask
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_mask_of_tokens_that_is_added(side: str) -> None:
-    model, batches = Added(), text_batches(4)
-    for batch in batches:
-        kept = batch["attention_mask"].bool()
-        batch["kept"] = kept.flip(1) if side == "left" else kept
-        batch["attention_mask"] = torch.zeros(kept.shape).masked_fill(~batch["kept"], -torch.inf)
-    ids = torch.cat([batch["input_ids"][batch.pop("kept")] for batch in batches])
-    config = lora(tau=1.0, target_modules=["project"])
-    result = run(model, iter(batches), config, method="gram", max_steps=4)
-    assert result.tokens == len(ids)
-    check_shares(result, "project", model.embed(ids).detach())
-
-
-def test_a_mask_of_another_kind_is_warned_of() -> None:
-    batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3, 4, 5, 6)}
-    warned: set[str] = set()
-    with pytest.warns(eva_kernels.EvaWarning, match=r"\(2, 3, 4, 5, 6\) is not understood; every"):
-        assert mask_of_batch(batch, lora(), warned=warned).main is None
-    assert mask_of_batch(batch, lora(), warned=warned).main is None  # and not again
-
-
 def test_embeddings_as_input() -> None:
     model, batches = make_llama(), text_batches(3, labels=True)
     table = model.get_input_embeddings()
+    for batch in batches:
+        batch["labels"][:, :3] = -100
     with torch.no_grad():
         embedded = [{**b, "inputs_embeds": table(b["input_ids"])} for b in batches]
     for batch in embedded:
@@ -452,6 +383,10 @@ def test_interleaved_streams() -> None:
     rows = found.rows(torch.Size((2, 9, 8)), torch.device("cpu"), "c_attn")
     assert rows is not None
     assert rows.tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11]
+    config.model_type = "gpt2"
+    found = mask_of_batch({"attention_mask": mask}, lora(), Architecture(config()))
+    with pytest.warns(eva_kernels.EvaWarning, match="no token mask fits"):
+        assert found.rows(torch.Size((2, 9, 8)), torch.device("cpu"), "c_attn") is None
 
 
 def test_rows_of_a_mask() -> None:

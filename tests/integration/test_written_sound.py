@@ -89,6 +89,9 @@ def test_labels_of_several_codes_a_step() -> None:
     assert kept(given, Codes()) == rows
     spectra = {"decoder_input_values": torch.ones(4, 8, BANDS), "labels": torch.ones(4, 8, BANDS)}
     assert kept({**batch, **mask, **spectra}, Codes()) == rows  # none of which is left out
+    whole = Codes()
+    del whole.config.reduction_factor  # nor where they are made of labels
+    assert kept({**batch, **mask, "labels": spectra["labels"]}, whole) == rows
     # where it does not fit, what is made of labels has their shape; where it does, both count
     longer = {"decoder_attention_mask": torch.ones(4, 9), "labels": codes[..., 1]}
     assert kept({**batch, **longer}, Codes()) == rows

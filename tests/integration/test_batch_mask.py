@@ -1,0 +1,122 @@
+"""What a batch says of its tokens, by masks of every kind and by labels."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import eva_kernels
+from eva_peft.architecture import Architecture
+from eva_peft.batch_mask import mask_of_batch
+from integration.conftest import VOCABULARY, check_shares, lora, run, text_batches
+
+
+def test_a_mask_for_each_kind_of_attention() -> None:
+    kept = torch.tensor([[True, True, False], [True, False, False]])
+    pairs = (kept[:, None, None, :] & kept[:, None, :, None]).expand(2, 1, 3, 3)
+    ids = torch.ones(2, 3, dtype=torch.long)
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": {"full_attention": pairs}}
+    found = mask_of_batch(batch, lora()).main
+    assert found is not None
+    assert torch.equal(found, kept)
+    batch["attention_mask"] = {"full_attention": None, "sliding_attention": pairs}
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+    # of a window that is narrower than the text nothing can be told
+    batch["attention_mask"] = {"sliding_attention": pairs[..., 1:], "full_attention": pairs}
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+def test_a_mask_over_pairs_with_a_cache(cached: int) -> None:
+    """Of a static cache, whose end is empty, or behind tokens that were cached."""
+    kept = torch.tensor([[True, True, False], [True, False, False]])
+    pairs = torch.zeros(2, 1, 3, 8, dtype=torch.bool)
+    pairs[:, 0, :, cached : cached + 3] = kept[:, :, None] & kept[:, None, :]
+    past = SimpleNamespace(get_seq_length=lambda: cached)
+    batch = {"input_ids": torch.ones(2, 3), "attention_mask": pairs, "past_key_values": past}
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+    batch["attention_mask"] = pairs[:, :, :1]  # the same for every token
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+    batch["attention_mask"] = pairs.float()
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+    batch["attention_mask"] = torch.cat([torch.ones(2, cached), kept], dim=1)  # of cached ones, too
+    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+
+
+def test_masks_of_tokens_by_numbers_of_any_kind() -> None:
+    kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    ids = torch.ones(2, 3, dtype=torch.long)
+    for mask in (kept.bool(), kept, kept.float(), (1 - kept) * -1e4):
+        found = mask_of_batch({"input_ids": ids, "attention_mask": mask}, lora()).main
+        assert torch.equal(found, kept.bool())
+    none = mask_of_batch({"input_ids": ids, "attention_mask": torch.zeros(2, 3)}, lora()).main
+    assert none is not None
+    assert not none.any()
+    codes = {"input_ids": ids[..., None].expand(2, 3, 4), "attention_mask": kept}  # of each token
+    assert torch.equal(mask_of_batch(codes, lora()).main, kept.bool())
+
+
+class Added(nn.Module):
+    """Adds its mask to the scores of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.project = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.project(self.embed(input_ids)).mean(-1) + attention_mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_mask_of_tokens_that_is_added(side: str) -> None:
+    model, batches = Added(), text_batches(4)
+    for batch in batches:
+        kept = batch["attention_mask"].bool()
+        batch["kept"] = kept.flip(1) if side == "left" else kept
+        batch["attention_mask"] = torch.zeros(kept.shape).masked_fill(~batch["kept"], -torch.inf)
+    ids = torch.cat([batch["input_ids"][batch.pop("kept")] for batch in batches])
+    config = lora(tau=1.0, target_modules=["project"])
+    result = run(model, iter(batches), config, method="gram", max_steps=4)
+    assert result.tokens == len(ids)
+    check_shares(result, "project", model.embed(ids).detach())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (2, 3, 5)])
+def test_a_mask_of_another_kind_is_warned_of(shape: tuple[int, ...]) -> None:
+    batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(shape)}
+    warned: set[str] = set()
+    told = re.escape(f"an attention_mask of shape {shape} is not understood; every")
+    with pytest.warns(eva_kernels.EvaWarning, match=told):
+        assert mask_of_batch(batch, lora(), warned=warned).main is None
+    assert mask_of_batch(batch, lora(), warned=warned).main is None  # and not again
+
+
+def test_whole_numbers_that_are_labels_of_samples() -> None:
+    """As many as tokens; the config says what they are."""
+    several = SimpleNamespace(problem_type="multi_label_classification")
+    labels = torch.tensor([[1, -100, 0], [0, 1, 1]])
+    batch = {"input_ids": torch.ones(2, 3), "labels": labels}
+    assert mask_of_batch(batch, lora(), Architecture(several)).main is None
+    assert torch.equal(mask_of_batch(batch, lora()).main, labels >= 0)
+
+
+def test_the_value_of_labels_that_mask_a_decoder() -> None:
+    """Of several answers to a text, too, as many as there may be."""
+    both = Architecture(type("Config", (), {"is_encoder_decoder": True})())
+    labels = torch.tensor([[5, 7, 7], [-100, 5, 7], [7, 7, 5]])
+    for samples in (3, 2):
+        batch = {"attention_mask": torch.ones(samples, 4), "labels": labels}
+        decoder = mask_of_batch(batch, lora(label_mask_value=7), both).decoder
+        assert decoder is not None
+        assert torch.equal(decoder, labels != 7)
+    codes = Architecture(both.config, takes_decoder_ids=True)  # of which it makes tokens
+    for found, kept in ((codes, labels != 7), (both, None)):
+        decoder = mask_of_batch(
+            {"labels": labels[..., None]}, lora(label_mask_value=7), found
+        ).decoder
+        assert (decoder is None) if kept is None else torch.equal(decoder, kept)
