@@ -202,7 +202,7 @@ def _token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
         additive = own.is_floating_point() and bool((mask <= 0).all())
     elif mask.dim() == 2:
         own = mask.cpu()
-        additive = own.is_floating_point() and bool((own < 0).any())  # zeros alone keep nothing
+        additive = bool((own < 0).any())  # zeros alone keep nothing
     else:
         return None
     return own > -1 if additive else own.bool()

@@ -51,7 +51,7 @@ def test_a_mask_over_pairs_with_a_cache(cached: int) -> None:
 def test_masks_of_tokens_by_numbers_of_any_kind() -> None:
     kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
     ids = torch.ones(2, 3, dtype=torch.long)
-    for mask in (kept.bool(), kept, kept.float(), (1 - kept) * -1e4):
+    for mask in (kept.bool(), kept, kept.float(), (1 - kept) * -1e4, kept - 1):
         found = mask_of_batch({"input_ids": ids, "attention_mask": mask}, lora()).main
         assert torch.equal(found, kept.bool())
     none = mask_of_batch({"input_ids": ids, "attention_mask": torch.zeros(2, 3)}, lora()).main
