@@ -86,7 +86,7 @@ def test_a_mask_of_tokens_that_is_added(side: str) -> None:
     check_shares(result, "project", model.embed(ids).detach())
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (2, 3, 5), (2, 1, 3, 2)])
 def test_a_mask_of_another_kind_is_warned_of(shape: tuple[int, ...]) -> None:
     batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(shape)}
     warned: set[str] = set()
@@ -102,7 +102,9 @@ def test_whole_numbers_that_are_labels_of_samples() -> None:
     labels = torch.tensor([[1, -100, 0], [0, 1, 1]])
     batch = {"input_ids": torch.ones(2, 3), "labels": labels}
     assert mask_of_batch(batch, lora(), Architecture(several)).main is None
-    assert torch.equal(mask_of_batch(batch, lora()).main, labels >= 0)
+    other = {"attention_mask": torch.ones(2, 3), "labels": labels}  # of a model without token ids
+    for one in (batch, other):
+        assert torch.equal(mask_of_batch(one, lora()).main, labels >= 0)
 
 
 def test_the_value_of_labels_that_mask_a_decoder() -> None:
