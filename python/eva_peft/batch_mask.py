@@ -217,7 +217,7 @@ def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ...] | None:
     ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
     if isinstance(ids, Tensor):
-        return tuple(ids.flatten(0, -2).shape) if ids.dim() > 2 else tuple(ids.shape)
+        return tuple(ids.shape)
     if isinstance(embeds, Tensor):
         return tuple(embeds.shape[:2])
     return None if main is None else tuple(main.shape)
