@@ -42,8 +42,9 @@ def test_a_mask_over_pairs_with_a_cache(cached: int) -> None:
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
     batch["attention_mask"] = pairs[:, :, :1]  # the same for every token
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
-    batch["attention_mask"] = pairs.float()
-    assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+    for seen, own in ((pairs.float(), kept), (pairs & False, kept & False)):
+        batch["attention_mask"] = seen
+        assert torch.equal(mask_of_batch(batch, lora()).main, own)
     batch["attention_mask"] = torch.cat([torch.ones(2, cached), kept], dim=1)  # of cached ones, too
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
 

@@ -175,8 +175,8 @@ def test_queries_are_no_patches(name: str, count: int) -> None:
 def test_patches_that_fit_no_grid_are_warned_of() -> None:
     mask = pixels((16, 16), (8, 8)).bool()
     rule = TokenMask(None, pixels=[mask])
-    windows = torch.Size((8, 11, 8))
-    assert rule.rows(windows, CPU, "model.encoder.layers.0.fc2") is None  # of a windowed backbone
+    for windows in ((8, 11, 8), (2, 5, 5, 8)):  # of a backbone, as samples or as grids
+        assert rule.rows(torch.Size(windows), CPU, "model.encoder.layers.0.fc2") is None
     with pytest.warns(EvaWarning, match=r"fits its input of leading shape \(2, 11\)"):
         assert rule.rows(torch.Size((2, 11, 8)), CPU, "model.encoder.layers.0.fc1") is None
 
