@@ -270,13 +270,14 @@ def test_what_does_not_fit_is_refused() -> None:
     last = "own.out_proj"
     cases = [
         ({**rows, last: short[last]}, True, "rank 2, but the projections of own have one rank"),
+        ({**rows, "own": short["own"]}, True, r"another one has 2\)"),
         ({**rows, "own": rows["own"][:0], last: rows[last][:0]}, True, "at least 1"),
         ({"middle": rows["middle"], last: short[last]}, False, "another one has"),
     ]
     for given, strict, message in cases:
         with pytest.raises(EvaValueError, match=message):
             write_state_dict(done, given, "default", strict)
-        same_state(state_of(done), before)
+        assert same_state(state_of(done), before)
 
 
 def test_other_ranks_without_another_pass(tmp_path: Any) -> None:
