@@ -229,10 +229,12 @@ def test_no_gradients_and_eval_mode_during_the_pass() -> None:
     assert seen == [(False, False)] * 3
 
 
-def test_merged_adapters_are_refused() -> None:
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_merged_adapters_are_refused(name: str) -> None:
     model = wrapped(make_llama(), lora(init_lora_weights=True))
-    perturb_b(model)
-    model.merge_adapter()
+    model.add_adapter("other", lora(init_lora_weights=True))
+    perturb_b(model, name)
+    model.merge_adapter([name])
     with pytest.raises(eva_kernels.EvaRuntimeError, match=r"merged adapters.*unmerge_adapter"):
         run(model, BATCHES, lora())
 
