@@ -65,6 +65,7 @@ class Report:
         tokens: of the batch.
         slots: those of the process.
         most_calls: of each layer in one forward pass, so far.
+        largest: samples and tokens of a batch that was run to the end.
         random: of torch on the CPU, for a checkpoint; see :class:`.checkpoint.CheckpointKeeper`.
     """
 
@@ -72,6 +73,7 @@ class Report:
     tokens: int
     slots: tuple[Waiting, ...]
     most_calls: dict[int, int]
+    largest: tuple[int, int]
     random: tuple[Tensor, ...]
 
     @functools.cached_property

@@ -190,6 +190,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             "ranks": {names[i]: rank for i, rank in run.ranks.items()},
             "slots": slots,
             "most_calls": {names[i]: calls for i, calls in collector.most_calls.items()},
+            "largest": collector.largest,
             "alone": sorted(names[i] for i in collector.alone),
             "frozen": sorted(names[i] for i in collector.frozen),
             "known": sorted(names[i] for i in self.known),
@@ -229,7 +230,8 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             like = torch.empty(0, dtype=dtype, device=device_of(target.module) or run.device)
             slot = collector.install(run.make_stream(target, like), members)
             restore_stream(slot.stream, record["stream"], parts)
-        collector.most_calls = {index[n]: calls for n, calls in state["most_calls"].items()}
+        calls = {index[n]: calls for n, calls in state["most_calls"].items()}
+        collector.note_passes(calls, state["largest"])
         collector.alone = {index[n] for n in state["alone"]}
         collector.frozen = {index[n] for n in state["frozen"]}
         self.known = {index[n] for n in state["known"]}

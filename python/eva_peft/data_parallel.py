@@ -122,7 +122,7 @@ class _Position:
     Attributes:
         path: of the file; the other processes need not have been told.
         forwards, tokens: of the pass so far.
-        most_calls: see :class:`.cells.Report`.
+        most_calls, largest: see :class:`.cells.Report`.
         begun, random: see :class:`.checkpoint.CheckpointKeeper`.
         decision: what the last step had come to.
     """
@@ -131,6 +131,7 @@ class _Position:
     forwards: int
     tokens: int
     most_calls: dict[int, int]
+    largest: tuple[int, int]
     begun: Sequence[Sequence[Tensor]]
     random: Sequence[Tensor]
     decision: _Decision
@@ -188,13 +189,14 @@ class Processes:
             renewed = tuple(map(renewal, slots))
             frozen = frozenset(run.collector.frozen)
             decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
-            rest = run.collector.most_calls, keeper.begun, keeper.random, decision
-            position = _Position(str(keeper.path), run.forwards, run.tokens, *rest)
+            passes = run.forwards, run.tokens, run.collector.most_calls, run.collector.largest
+            rest = keeper.begun, keeper.random, decision
+            position = _Position(str(keeper.path), *passes, *rest)
         position = self._channel.from_leader(position)
         if position is None:
             return _Decision(stop=False)
         keeper.keeps = True
-        run.collector.note_calls(position.most_calls)
+        run.collector.note_passes(position.most_calls, position.largest)
         self._seen = position.tokens  # without any, a loader is not begun anew at its end
         if position.forwards and not position.decision.stop:
             self._skip(run, stream, position)
@@ -221,7 +223,7 @@ class Processes:
         reports = self.together.of_all(self._forward(run, coming))
         self._seen += sum(report.tokens for report in reports)
         for report in reports:
-            run.collector.note_calls(report.most_calls)
+            run.collector.note_passes(report.most_calls, report.largest)
         cells = common_cells(reports)
         divide_slots(run.collector, cells)
         merged = self._exchange.collect(run, reports, cells)
@@ -285,8 +287,8 @@ class Processes:
             for s in run.collector.slots
         )
         random = run.keeper.random_states() if run.keeper.keeps else ()
-        calls = dict(run.collector.most_calls)
-        return Report(ready is not None, run.tokens - before, slots, calls, random)
+        passes = dict(run.collector.most_calls), run.collector.largest
+        return Report(ready is not None, run.tokens - before, slots, *passes, random)
 
     def _next_ready(
         self, run: CalibrationPass, coming: Iterator[Prepared]

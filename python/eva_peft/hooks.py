@@ -83,7 +83,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._missing = 0  # layers that are needed and were not called yet in this forward pass
         self._counts: dict[int, int] = {}
         self._stop_early = self.stopped = False
-        self._shape = self._largest = (0, 0)  # of this batch; of those that were run to the end
+        self._shape = self.largest = (0, 0)  # of this batch; of those that were run to the end
         self._only: set[int] | None = None
         self._hooks: list[tuple[nn.Module, Callable[..., None]]] = []
         weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
@@ -185,7 +185,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.routed.following = mask.selective and self._routing is not False
         once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
         self._shape = shape or (0, 0)
-        known = all(n <= most for n, most in zip(self._shape, self._largest, strict=True))
+        known = all(n <= most for n, most in zip(self._shape, self.largest, strict=True))
         self._stop_early = stop_early and once and known
         for slot in self.slots:
             slot.begin_forward()
@@ -211,9 +211,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             if any(count != len(slot.calls) for count in slot.counts.values()):
                 again |= set(slot.members)
                 self._drop(slot)
-        self.note_calls(self._counts)
-        samples, tokens = self._largest  # no pass over more than that was cut short
-        self._largest = max(samples, self._shape[0]), max(tokens, self._shape[1])
+        self.note_passes(self._counts, self._shape)
         if self.routed.following:
             self._routing = bool(self._routing)  # every layer that is needed was called
         self._only = None
@@ -468,10 +466,12 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             f"{tuple(x.shape)} of {x.dtype}; pass prepare_layer_inputs_fn to make such tokens of it"
         )
 
-    def note_calls(self, counts: Mapping[int, int]) -> None:
-        """Take note of the calls of layers in a forward pass: none is cut before as many."""
+    def note_passes(self, counts: Mapping[int, int], largest: tuple[int, int]) -> None:
+        """Take note of forward passes: none is cut before as many calls, or on a larger batch."""
         for i, count in counts.items():
             self.most_calls[i] = max(count, self.most_calls.get(i, 0))
+        samples, tokens = self.largest
+        self.largest = max(samples, largest[0]), max(tokens, largest[1])
 
     @contextmanager
     def explaining(self) -> Iterator[None]:

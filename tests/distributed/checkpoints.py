@@ -174,9 +174,8 @@ def one_had_too_few_tokens(rank: int) -> Any:
     return gone_on(Experts, data, [f"expert.{i}" for i in range(4)], stop=1)
 
 
-@scenario
-def one_called_a_layer_twice(rank: int) -> Any:
-    """Go on where one process alone knows that a forward pass may not be cut behind a layer."""
+def called_twice(data: list[Tensor]) -> Any:
+    """Go on, behind two batches, where a large number makes a layer be called once more."""
 
     class Again(nn.Module):
         def __init__(self) -> None:
@@ -188,11 +187,27 @@ def one_called_a_layer_twice(rank: int) -> Any:
             y: Tensor = self.a(x)
             return self.a(y) if x[0, 0] > 100 else y
 
+    return gone_on(Again, data, ["a"], stop=2)
+
+
+@scenario
+def one_called_a_layer_twice(rank: int) -> Any:
+    """Go on where one process alone knows that a forward pass may not be cut behind a layer."""
     torch.manual_seed(rank)
     data = [*torch.randn(4, 80, 24)]
     for step in (0, 3) if rank == 1 else ():
         data[step][0, 0] = 200
-    return gone_on(Again, data, ["a"], stop=2)
+    return called_twice(data)
+
+
+@scenario
+def one_would_call_a_layer_twice(rank: int) -> Any:
+    """Go on where one process alone has seen the largest batch, behind which passes are cut."""
+    torch.manual_seed(rank)
+    data = [torch.randn(80 + 40 * (rank == 1 and step in (0, 2)), 24) for step in range(4)]
+    if rank == 1:
+        data[2][0, 0] = 200
+    return called_twice(data)
 
 
 @scenario

@@ -481,6 +481,7 @@ def test_a_pass_goes_on_from_what_one_process_saw(seen: tuple[Seen, Seen]) -> No
         assert "expert.3" in found["one_had_too_few_tokens"]["whole"]["components"]
         assert same(*found["one_had_too_few_tokens"].values())
         assert same(*found["one_called_a_layer_twice"].values())
+        assert same(*found["one_would_call_a_layer_twice"].values())
 
 
 def test_a_pass_that_has_ended_ends_the_same_again(seen: tuple[Seen, Seen]) -> None:

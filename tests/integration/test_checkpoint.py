@@ -306,8 +306,9 @@ def test_wrapped_or_not_is_the_same_model(
     assert done.eva_result.forwards == 5
 
 
-def test_a_layer_that_was_called_twice_before_may_be_again(tmp_path: Path) -> None:
-    """So that no forward pass is ended behind the first call of every layer."""
+@pytest.mark.parametrize("twice", [(0, 4), (2,)])
+def test_forward_passes_are_cut_as_without_a_break(twice: tuple[int, ...], tmp_path: Path) -> None:
+    """Behind the first call of every layer, if none was called twice before."""
 
     class Seldom(nn.Module):
         def __init__(self) -> None:
@@ -320,7 +321,8 @@ def test_a_layer_that_was_called_twice_before_may_be_again(tmp_path: Path) -> No
             return self.a(torch.tanh(y)) if x[0, 0] == 5 else y
 
     batches = vectors(5)
-    batches[0][0, 0] = batches[4][0, 0] = 5
+    for i in twice:
+        batches[i][0, 0] = 5
     case = Case(Seldom, lambda: batches, options={"method": "gram", "max_steps": 5})
     path = tmp_path / "state.safetensors"
     stopped(case, path, 2)
