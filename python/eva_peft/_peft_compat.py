@@ -131,11 +131,13 @@ def versions() -> dict[str, str]:
 def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Return a copy of a config with its targets as PEFT would resolve them for this model.
 
+    As PEFT would have before FullyShardedDataParallel was around the model.
+
     Raises:
         EvaValueError: no ``target_modules`` given and PEFT knows no default for the model type, or
             targets that PEFT cannot translate to fused experts.
     """
-    config = deepcopy(config)
+    config, model = deepcopy(config), model._modules.get("_fsdp_wrapped_module") or model
     heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     if heads:  # trained whole, so not adapted
         config.modules_to_save = [*(config.modules_to_save or ()), *heads]

@@ -31,7 +31,7 @@ from ._peft_compat import (
     update_layer,
 )
 from .attention import OUT_PROJ
-from .checks import check_base_model, check_may_resize
+from .checks import check_base_model
 from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure
@@ -40,6 +40,7 @@ from .parts import device_of
 from .ranks import scaled_alpha
 from .snapshot import restored_on_failure
 from .targets import (
+    check_may_resize,
     check_not_merged,
     check_not_replicated,
     peft_key,
@@ -75,7 +76,7 @@ def write_result(
             check_base_model(inner, adapter_name)
             check_not_replicated(model)
             if any(result.ranks[name] != rank for name, rank in result.base_ranks.items()):
-                check_may_resize(chosen)
+                check_may_resize(model, chosen)
             inner = carrier = wrap_model(inner, chosen, adapter_name)
         eva = given_eva(chosen)
         rows = result.state_dict(None if eva is None else eva.whiten)
@@ -120,8 +121,7 @@ def write_state_dict(
     check_not_merged(model)
     fitted = fit(model, state_dict, adapter_name, strict, default_layers or ())
     if fitted.resizes(adapter_name):
-        check_may_resize(adapter_configs(model)[adapter_name])
-        check_not_replicated(outer)
+        check_may_resize(outer, adapter_configs(model)[adapter_name])
     with restored_on_failure(model), _values_restored() as undo, random_state_kept():
         config = copy(adapter_configs(model)[adapter_name])
         writer = _Writer(model, config, adapter_name, undo, eva)

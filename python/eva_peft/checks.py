@@ -22,14 +22,13 @@ from ._peft_compat import (
     kind_of,
 )
 from .architecture import is_of_transformers
-from .errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
+from .errors import EvaTypeError, EvaValueError, listed, warn
 from .parts import outermost
 
 __all__ = [
     "check_base_model",
     "check_config",
     "check_loaded",
-    "check_may_resize",
     "checked_number",
     "plain_number",
     "tell_of_the_model_within",
@@ -163,19 +162,6 @@ def _check_whole_rows(config: LoraConfig) -> None:
             f"use_bdlora makes lora_A of {listed(names)} of blocks, each of which reads a part of "
             "the input; EVA's rows read all of it. Leave target_modules_bd_a empty, with "
             "match_strict=False"
-        )
-
-
-def check_may_resize(config: LoraConfig) -> None:
-    """Refuse what PEFT does to the base weights for adapters of one rank, and anew for another.
-
-    Raises:
-        EvaRuntimeError: KaSA has cut as many components off them.
-    """
-    if getattr(config, "kasa_config", None) is not None:
-        raise EvaRuntimeError(
-            "kasa_config: PEFT cuts as many components off the base weights as an adapter has "
-            "ranks, and would cut again for other ranks. Keep them, with rho=1"
         )
 
 

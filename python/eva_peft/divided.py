@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ._peft_compat import LoraConfig, ParamWrapper, carries_adapters, resolved_config
 from .errors import EvaRuntimeError
 from .options import AUTO
-from .targets import base_name, is_of_deepspeed, unwrap
+from .targets import ENGINE, base_name, class_names, unwrap
 
 __all__ = [
     "check_experts",
@@ -19,14 +19,14 @@ __all__ = [
 ]
 
 _FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
-_NEVER_CUT = frozenset(["DeepSpeedEngine", "PipelineParallel"])
+_NEVER_CUT = frozenset([ENGINE, "PipelineParallel"])
 # What transformers puts where a stage of a pipeline has no layer.
 _NOT_OF_THIS_STAGE = "PipelineIdentityLayer"
 
 
 def _class_names(model: nn.Module) -> set[str]:
     """Return the names of all classes that a model and its parts are of."""
-    return {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return set().union(*map(class_names, model.modules()))
 
 
 def sharded_by(model: nn.Module) -> str | None:
@@ -147,7 +147,7 @@ def check_whole(model: nn.Module) -> None:
     adapters = (p for name, p in inner.named_parameters() if "lora_" in name)
     parts = (p.untyped_storage() for p in adapters if p.untyped_storage().nbytes() > p.nbytes)
     places = [memory.data_ptr() for memory in parts]
-    if len(set(places)) < len(places) or is_of_deepspeed(model):
+    if len(set(places)) < len(places) or ENGINE in _class_names(model):
         raise EvaRuntimeError(
             "an optimizer of DeepSpeed has copies of the weights, which its first step puts in "
             "place of EVA's. Initialise before deepspeed.initialize (accelerator.prepare calls it)"

@@ -12,14 +12,14 @@ from torch import nn
 from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapters, eva_of
 from .adapters import write_result
 from .calibrate import run_pass
-from .checks import check_config, check_may_resize, tell_of_the_model_within
+from .checks import check_config, tell_of_the_model_within
 from .data_parallel import beginning, processes_of
 from .divided import check_experts, check_undivided, check_whole
 from .errors import EvaValueError
 from .options import AUTO, CalibrateOptions
 from .planning import Estimate, estimate_targets
 from .result import EvaResult
-from .targets import check_not_replicated, find_targets, unwrap
+from .targets import check_may_resize, check_not_replicated, find_targets, unwrap
 from .training import check_not_trained
 from .wrapping import check_wrapping
 
@@ -91,8 +91,7 @@ def initialize(
         if not carries_adapters(inner):
             check_not_replicated(model)
         elif chosen.eva_config.rho > 1:  # a long pass would hardly leave all sizes
-            check_may_resize(adapter_configs(inner)[parsed.adapter_name])
-            check_not_replicated(model)
+            check_may_resize(model, adapter_configs(inner)[parsed.adapter_name])
     result = run_pass(inner, loader, chosen, parsed)
     return write_result(model, result, chosen, parsed.adapter_name)
 

@@ -25,13 +25,12 @@ from ._peft_compat import (
     prepare_model_inputs_fn_language_modeling,
 )
 from .adapters import write_state_dict
-from .checks import check_may_resize
 from .data_parallel import beginning, processes_of
 from .divided import check_whole
 from .errors import EvaValueError
 from .initialize import calibrate
 from .options import AUTO
-from .targets import check_not_replicated, resolve_name, unwrap
+from .targets import check_may_resize, resolve_name, unwrap
 from .training import check_not_trained, watch
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
@@ -167,8 +166,7 @@ def initialize_lora_eva_weights(
         if not alone and dataloader is None:
             raise EvaValueError("dataloader is required if eva_state_dict is not provided")
         if not alone and eva_of(adapter_configs(inner)[adapter_name]).rho > 1:
-            check_may_resize(adapter_configs(inner)[adapter_name])
-            check_not_replicated(model)
+            check_may_resize(model, adapter_configs(inner)[adapter_name])
     if eva_state_dict is not None:
         write_state_dict(model, eva_state_dict, adapter_name, strict)
         return

@@ -29,11 +29,13 @@ from .layers import Patches, patches_of, widths
 from .routing import ExpertWeight, expert_names, expert_weights
 
 __all__ = [
+    "ENGINE",
     "Target",
     "base_name",
+    "check_may_resize",
     "check_not_replicated",
+    "class_names",
     "find_targets",
-    "is_of_deepspeed",
     "layer_name",
     "own_layers",
     "peft_key",
@@ -50,7 +52,7 @@ _SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
 # What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 _REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-_ENGINE = "DeepSpeedEngine"
+ENGINE = "DeepSpeedEngine"
 # The options of a config that say how large the adapters are.
 _SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
@@ -156,11 +158,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def is_of_deepspeed(model: nn.Module) -> bool:
-    """Tell whether DeepSpeed's engine is around a model."""
-    return any(map(_is_engine, _unwrapped(model)))
-
-
 def check_not_replicated(model: nn.Module) -> None:
     """Refuse a model whose adapters cannot get another size.
 
@@ -176,19 +173,38 @@ def check_not_replicated(model: nn.Module) -> None:
         )
 
 
+def check_may_resize(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse to give adapters other ranks where that is no matter of them alone.
+
+    Args:
+        model: maybe in a wrapper.
+        config: of the adapters, which may be still to be made.
+
+    Raises:
+        EvaRuntimeError: see :func:`check_not_replicated`; or KaSA cuts the base weights.
+    """
+    check_not_replicated(model)
+    if getattr(config, "kasa_config", None) is not None:
+        raise EvaRuntimeError(
+            "kasa_config: PEFT cuts as many components off the base weights as an adapter has "
+            "ranks, and would cut again for other ranks. Keep them, with rho=1"
+        )
+
+
 def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
         # Not getattr: a PeftModel hands the attributes of a compiled base model on.
         below = inner._modules.get("_orig_mod")
-        if below is None and (isinstance(inner, _REPLICATED) or _is_engine(inner)):
+        if below is None and (isinstance(inner, _REPLICATED) or ENGINE in class_names(inner)):
             below = inner._modules.get("module")
         inner = below
 
 
-def _is_engine(module: nn.Module) -> bool:
-    return any(kind.__name__ == _ENGINE for kind in type(module).__mro__)
+def class_names(module: nn.Module) -> set[str]:
+    """Return the names of all classes that a module is of."""
+    return {kind.__name__ for kind in type(module).__mro__}
 
 
 def check_not_merged(model: nn.Module) -> None:
@@ -222,7 +238,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     if carries_adapters(model):
         found = _adapted(model, config, adapter_name)
     else:
-        config = resolved_config(model._modules.get("_fsdp_wrapped_module") or model, config)
+        config = resolved_config(model, config)
         if isinstance(config.target_modules, set):
             config.target_modules = set(map(_unsharded, config.target_modules))
         found = _matching(model, config)

@@ -218,8 +218,6 @@ def _magnitude_moved(layer: LoraLayer, adapter_name: str) -> Tensor | bool:
 @torch.no_grad()
 def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
     weight = layer.lora_A[adapter_name].weight
-    if getattr(weight, _MARK, False):
-        return True
     tolerance = _TOLERANCE.get(weight.dtype, _LOW_PRECISION)
     rows = _whole(weight).float().flatten(1)
     norms = rows.norm(dim=1)
