@@ -146,9 +146,8 @@ def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None
         return None
     if isinstance(ids, Tensor) and ids.dim() == 3 and given.shape == ids.shape:
         given = given.flatten(0, 1)  # samples have choices, which the model runs as samples
-    past = getattr(batch.get("past_key_values"), "get_seq_length", None)
     shape = _token_shape(batch, None) or (0, 0)
-    mask = _token_mask(given, int(past()) if past is not None else 0, shape[-1])
+    mask = _token_mask(given, _cached(batch), shape[-1])
     if mask is None and "attention_mask" not in warned:
         warned.add("attention_mask")
         warn(
@@ -156,6 +155,14 @@ def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None
             "counts. Pass prepare_layer_inputs_fn to select",
         )
     return mask
+
+
+def _cached(batch: Mapping[str, Any]) -> int:
+    """Return how many tokens come before those of the batch."""
+    for name in ("past_key_values", "cache"):  # the latter since transformers 5.24
+        if (length := getattr(batch.get(name), "get_seq_length", None)) is not None:
+            return int(length())
+    return 0
 
 
 def _is_mixed(batch: Mapping[str, Any]) -> bool:

@@ -31,14 +31,15 @@ def test_a_mask_for_each_kind_of_attention() -> None:
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
 @pytest.mark.parametrize("cached", [0, 2])
-def test_a_mask_over_pairs_with_a_cache(cached: int) -> None:
+def test_a_mask_over_pairs_with_a_cache(cached: int, name: str) -> None:
     """Of a static cache, whose end is empty, or behind tokens that were cached."""
     kept = torch.tensor([[True, True, False], [True, False, False]])
     pairs = torch.zeros(2, 1, 3, 8, dtype=torch.bool)
     pairs[:, 0, :, cached : cached + 3] = kept[:, :, None] & kept[:, None, :]
     past = SimpleNamespace(get_seq_length=lambda: cached)
-    batch = {"input_ids": torch.ones(2, 3), "attention_mask": pairs, "past_key_values": past}
+    batch = {"input_ids": torch.ones(2, 3), "attention_mask": pairs, name: past}
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
     batch["attention_mask"] = pairs[:, :, :1]  # the same for every token
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
