@@ -37,6 +37,7 @@ from .fit import fit, parts_of
 from .interrupts import undone_on_failure
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups
 from .parts import device_of
+from .random_state import random_state_kept
 from .ranks import scaled_alpha
 from .snapshot import restored_on_failure
 from .targets import (
@@ -47,7 +48,6 @@ from .targets import (
     unwrap,
 )
 from .training import mark_initialized, mark_left
-from .world import random_state_kept
 from .wrapping import wrap_model
 
 if TYPE_CHECKING:

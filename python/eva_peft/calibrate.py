@@ -37,12 +37,13 @@ from .out_of_memory import explained, is_out_of_memory
 from .planning import components_of, log_plan, plan_targets
 from .prepare import Ahead, Prepared, Preparer
 from .progress import bar_of, empty_history, log_end, record_step
+from .random_state import random_state_kept
 from .ranks import Budget, allocate
 from .result import EvaResult
 from .selectors import selectors_of
 from .targets import Target, find_targets
 from .verdict import check_answer
-from .world import claimed, quiet_model, random_state_kept
+from .world import claimed, quiet_model
 
 __all__ = ["CalibrationPass", "run_pass"]
 

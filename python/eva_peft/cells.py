@@ -66,7 +66,7 @@ class Report:
         slots: those of the process.
         most_calls: of each layer in one forward pass, so far.
         largest: samples and tokens of a batch that was run to the end.
-        random: of torch on the CPU, for a checkpoint; see :class:`.checkpoint.CheckpointKeeper`.
+        random: global states, for a checkpoint; see :class:`.checkpoint.CheckpointKeeper`.
     """
 
     ran: bool

@@ -25,6 +25,7 @@ from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoi
 from .errors import EvaValueError, warn
 from .fingerprint import differences, fingerprint_of, in_words
 from .parts import device_of
+from .random_state import read_random_state, set_random_state
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
@@ -48,8 +49,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         done: every layer had converged when the checkpoint was written.
         elapsed: seconds that the pass took up to the last forward pass.
         keeps: there is a checkpoint, of this process or of the first of several.
-        random, begun: the states of torch's generator on the CPU now, and when each epoch began, in
-            each process.
+        random, begun: the global random states now, and when each epoch began, in each process.
         known: layers that all processes accumulate about the leader's basis.
     """
 
@@ -98,7 +98,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
                     f"loader ended after {number}: it must yield the same batches again"
                 )
         if self.run.forwards:
-            torch.set_rng_state(self.random[0])
+            set_random_state(self.random[0], self.run.device)
         yield from batches
 
     def begin_epoch(self) -> None:
@@ -110,9 +110,9 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         if not self.keeps:
             return
         if self._seen:
-            torch.set_rng_state(self._seen.pop(0))
+            set_random_state(self._seen.pop(0), self.run.device)
         else:
-            self._fresh.append(torch.get_rng_state())
+            self._fresh.append(read_random_state(self.run.device))
 
     def begin_again(self, begun: Sequence[Tensor]) -> None:
         """Let the next epochs be those of the checkpoint, of which this process began these."""
@@ -121,7 +121,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
     def random_states(self) -> tuple[Tensor, ...]:
         """Return the random state now, and those of epochs that began since this was asked."""
         fresh, self._fresh = self._fresh, []
-        return torch.get_rng_state(), *fresh
+        return read_random_state(self.run.device), *fresh
 
     def begin_forward(self) -> None:
         """Mark the state as half done."""
@@ -253,4 +253,4 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
 
 
 def _random_keys(rank: int) -> tuple[str, str]:
-    return f"random.{rank}.begun", f"random.{rank}.now"
+    return f"random_states.{rank}.begun", f"random_states.{rank}.now"

@@ -20,7 +20,6 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, distributed, nn
 
 from eva_kernels.streaming import InputStream
@@ -34,6 +33,7 @@ from .fingerprint import check_requests, check_weights, request_of, weights_of
 from .options import AUTO
 from .prepare import Prepared
 from .progress import record_step
+from .random_state import set_random_state
 from .together import Together, in_words
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Processes:
         skipped = (
             self.together.attempt(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
         )
-        torch.set_rng_state(position.random[rank])
+        set_random_state(position.random[rank], run.device)
         if not self.leads:
             run.forwards = skipped
         most = max(self.together.of_all(skipped))

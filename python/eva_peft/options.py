@@ -92,10 +92,11 @@ class CalibrateOptions:
             the pass between two of them; its folder is made. If it exists, the pass goes on from
             it, with the result of a run that was never stopped: the loader starts again, and the
             batches that were seen are passed over without running the model. So the loader must
-            yield the same batches in the same order. A ``DataLoader`` that shuffles by torch's
-            global random state does, since the file keeps that state; one that shuffles otherwise
-            needs the same seed, or gives other batches, and a one-shot generator must yield the
-            same stream from its beginning. ``max_steps``, ``max_tokens`` and ``max_seconds`` count
+            yield the same batches in the same order. One that draws from the global random states
+            of torch, NumPy or Python does, as a ``DataLoader`` that shuffles, since the file keeps
+            them (for what a ``forward_fn`` draws, too, also on the model's device); one with a
+            generator of its own needs the same seed, and a one-shot generator must yield the same
+            stream from its beginning. ``max_steps``, ``max_tokens`` and ``max_seconds`` count
             all runs together. Of several processes the first writes and reads the file, for all;
             as many must go on. The file of another model, config or data type is refused.
         checkpoint_every: forward passes from one write to the next.

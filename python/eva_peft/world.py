@@ -1,15 +1,13 @@
-"""Leave the world as it was: modes, caches, adapters and random state around a pass."""
+"""Leave the world as it was: modes, caches and adapters around a pass."""
 
 from __future__ import annotations
 
-import random
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +16,7 @@ from .architecture import configs_of
 from .errors import EvaRuntimeError
 from .interrupts import temporarily
 
-__all__ = ["claimed", "quiet_model", "random_state_kept"]
+__all__ = ["claimed", "quiet_model"]
 
 
 class _Process:
@@ -182,21 +180,3 @@ def _repacks_in_eval(module: nn.Module) -> bool:
     """
     kind = type(module)
     return kind.__module__.startswith("bitsandbytes.") and kind.__name__.endswith("4bit")
-
-
-def random_state_kept() -> AbstractContextManager[None]:
-    """Put the global random states back on leaving: torch's of every device, Python's, numpy's."""
-    plain, array = random.getstate(), np.random.get_state()
-    cpu = torch.get_rng_state()
-    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    module: Any = torch.get_device_module(kind) if kind is not None else None
-    states = module.get_rng_state_all() if hasattr(module, "get_rng_state_all") else None
-
-    def put_back() -> None:
-        random.setstate(plain)
-        np.random.set_state(array)
-        torch.set_rng_state(cpu)
-        if states is not None:
-            module.set_rng_state_all(states)
-
-    return temporarily(put_back)

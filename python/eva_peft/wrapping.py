@@ -21,8 +21,8 @@ from ._peft_compat import (
 )
 from .errors import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError
 from .out_of_memory import is_out_of_memory
+from .random_state import random_state_kept
 from .snapshot import restored
-from .world import random_state_kept
 
 __all__ = ["check_wrapping", "wrap_model"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ class Stopped(Exception):
 
 
 def shuffled(rank: int, fail_at: int = -1) -> Iterator[dict[str, Tensor]]:
-    """Yield batches that torch's global random state decides on, as those of a shuffling loader.
+    """Yield batches that global random states decide on, as those of a shuffling loader.
 
     Their order is drawn when it begins, and what is made of each when its turn comes.
     """
@@ -29,19 +31,21 @@ def shuffled(rank: int, fail_at: int = -1) -> Iterator[dict[str, Tensor]]:
     for number, which in enumerate(torch.randperm(6)):
         if number == fail_at:
             raise Stopped
-        yield {k: v.roll(int(torch.randint(24, ())), 1) for k, v in batches[which].items()}
+        by = [int(torch.randint(24, ())), random.randrange(24), int(np.random.randint(24))]
+        yield {k: v.roll(sum(by), 1) for k, v in batches[which].items()}
 
 
 def drawing(model: nn.Module, batch: dict[str, Tensor]) -> None:
     """Run a model that draws random numbers."""
-    torch.rand(1)
+    torch.rand(1), random.random(), np.random.rand()
     model(**batch)
 
 
 def shuffled_pass(rank: int, seed: int | None = None, fail_at: int = -1, **options: Any) -> Any:
     """Run a pass whose batches and model draw random numbers, other ones in each process."""
     model = make_llama()  # which sets a state of its own
-    torch.manual_seed(rank if seed is None else seed)
+    for begin in (torch.manual_seed, random.seed, np.random.seed):
+        begin(rank if seed is None else seed)
     options = {"max_steps": 6, "forward_fn": drawing, **options}
     return calibrate(model, shuffled(rank, fail_at), **options)
 

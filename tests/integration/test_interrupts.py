@@ -20,12 +20,13 @@ import eva_kernels
 from eva_peft import world
 from eva_peft.hooks import InputCollector
 from eva_peft.interrupts import completed, temporarily, undone_on_failure
+from eva_peft.random_state import random_state_kept
 from eva_peft.routing import EagerExperts
 from eva_peft.snapshot import ModelSnapshot, restored, restored_on_failure
 from eva_peft.wrapping import wrap_model
 from integration.conftest import QUIET, lora, same_state, state_of, vectors, wrapped
 
-FILES = {f"/eva_peft/{name}.py" for name in ("snapshot", "world", "interrupts")}
+FILES = {f"/eva_peft/{name}.py" for name in ("snapshot", "world", "random_state", "interrupts")}
 # what of hooks.py and routing.py runs before and behind the batches
 FUNCTIONS = {"__enter__", "__exit__", "remove"}
 DATA = vectors(1, rows=30, features=8)
@@ -221,7 +222,7 @@ def test_structure(act: Callable[[nn.Module], None], again: int) -> None:
 
 
 def drawn(model: nn.Module) -> None:
-    with world.random_state_kept():
+    with random_state_kept():
         random.random()
         torch.rand(1)
 

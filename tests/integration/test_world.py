@@ -370,26 +370,6 @@ def test_a_config_that_cannot_be_changed() -> None:
     assert run(model, iter(vectors(1)), lora()).forwards == 1
 
 
-def test_all_random_states_are_put_back() -> None:
-    def states() -> list[Any]:
-        _, keys, *array = np.random.get_state()
-        return [random.getstate(), keys.tolist(), array, torch.get_rng_state().tolist()]
-
-    def forward(model: Any, batch: Any) -> None:
-        random.random()
-        np.random.rand()
-        torch.rand(1)
-        drawn.append(states())
-        model(batch)
-
-    model, data, drawn = make_mlp(), iter(vectors(1)), []
-    before = states()
-    run(model, data, lora(), forward_fn=forward)
-    assert all(now != then for now, then in zip(drawn[0][2:], before[2:], strict=True))
-    assert drawn[0][0] != before[0]
-    assert states() == before
-
-
 def test_weights_that_are_not_there() -> None:
     with torch.device("meta"):
         model = make_llama()
