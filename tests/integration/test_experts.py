@@ -387,6 +387,7 @@ def test_a_decoder_s_mask_follows_tokens_where_the_encoder_s_keeps_all() -> None
     check_shares(result, "decoder", model.embed(ids[ids % 2 == 0]).detach())
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # of PEFT 0.17
 def test_a_matrix_as_parameter() -> None:
     outer, texts = Outer(), text_batches(3)
     model = outer.moe
