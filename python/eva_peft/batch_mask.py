@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -20,6 +21,8 @@ __all__ = ["mask_of_batch"]
 _DECISION_STREAMS = 3
 # Masks of tokens beside text: boxes of images, entities.
 _BESIDE = ("visual_attention_mask", "entity_attention_mask")
+# Masks of hidden states that come from elsewhere, maybe of one of several encoders.
+_GIVEN = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
 _ANY = Architecture()
 
 
@@ -43,7 +46,9 @@ def mask_of_batch(
     warned = set() if warned is None else warned
     if not isinstance(batch, Mapping):
         return TokenMask(None)
+    batch = _with_mask_of_prompt(batch)
     main, decoder = _text_masks(batch, config, architecture, warned)
+    given = (_token_mask(value) for key, value in batch.items() if _GIVEN.search(str(key)))
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
     queries = _token_mask(batch.get("qformer_attention_mask"))
     mask = TokenMask(
@@ -52,7 +57,7 @@ def mask_of_batch(
         streams=_DECISION_STREAMS if decision else 1,
         mixed=_is_mixed(batch),
         encoder_decoder=architecture.encoder_decoder,
-        given=_token_mask(batch.get("encoder_attention_mask")),
+        given=[mask for mask in given if mask is not None],
         window=architecture.window,
         frame_lengths=architecture.frame_lengths,
         text_first=architecture.text_first,
@@ -69,6 +74,20 @@ def mask_of_batch(
     )
     mask.warned = warned
     return mask
+
+
+def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch whose ``attention_mask``, if it is that of what is given, is called so.
+
+    As some models of diffusers have it, which have no text of their own.
+    """
+    own, mask = batch.get("hidden_states"), batch.get("attention_mask")
+    given, kept = batch.get("encoder_hidden_states"), _token_mask(mask)
+    if kept is None or not isinstance(own, Tensor) or not isinstance(given, Tensor):
+        return batch
+    if kept.shape != given.shape[:2] or kept.shape == own.shape[:2]:
+        return batch
+    return {**batch, "attention_mask": None, "encoder_attention_mask": mask}
 
 
 def _text_masks(

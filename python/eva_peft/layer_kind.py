@@ -14,6 +14,11 @@ _READS_ENCODER = re.compile(
     r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj|to_k|to_v|k_content_proj|k_pos_proj|c_attn)$"
     r"|\bcross_attn_(key_\w+|value)_proj$|\benc_to_dec_proj$"
 )
+# The text that a model of diffusers is given for its images, by what that makes of it.
+_READS_PROMPT = re.compile(
+    r"caption|context|(^|[._])txt_|text_(proj|embed|transformer)|encoder_hid|\badd_[qkv]_proj$"
+    r"|\bto_add_out$|\bcross_attention_proj\b|\bpooler\.to_kv$"
+)
 # Layers of the other stream of a model that takes text and something else.
 _READS_NO_TEXT = re.compile(
     r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound"
@@ -37,6 +42,7 @@ class LayerKind(NamedTuple):
     """What a layer's name tells of the tokens that it reads."""
 
     reads_encoder: bool
+    reads_prompt: bool
     reads_no_text: bool
     reads_sound: bool
     reads_queries: bool
@@ -59,6 +65,7 @@ def kind_of_layer(name: str, prefixes: tuple[str, ...] = ()) -> LayerKind:
         name = name.removeprefix(prefix)
     return LayerKind(
         reads_encoder=bool(_READS_ENCODER.search(name)),
+        reads_prompt=bool(_READS_PROMPT.search(name)),
         reads_no_text=bool(_READS_NO_TEXT.search(name)) and not _READS_TEXT.search(name),
         reads_sound=bool(_READS_SOUND.search(name)),
         reads_queries=bool(_READS_QUERIES.search(name)),

@@ -42,7 +42,8 @@ class TokenMask:
         streams: how many tokens of a layer's input one position of ``main`` stands for.
         mixed: the batch holds something beside text (images, sound).
         encoder_decoder: ``main`` is that of the encoder only, whatever the shapes.
-        given: bool (B, S): tokens of hidden states that cross attention is given from elsewhere.
+        given: bool (B, S) each: tokens of hidden states that come from elsewhere, for cross
+            attention, or as the text that images are made of.
         window: the model pads texts on the right to a multiple of so many tokens.
         frame_lengths: of a model that turns T samples of sound into fewer frames: see
             :class:`.architecture.Architecture`.
@@ -72,7 +73,7 @@ class TokenMask:
         streams: int = 1,
         mixed: bool = False,
         encoder_decoder: bool = False,
-        given: Tensor | None = None,
+        given: Sequence[Tensor] = (),
         window: int = 1,
         frame_lengths: Sequence[FrameLengths] = (),
         text_first: bool | None = None,
@@ -185,8 +186,8 @@ class TokenMask:
         if layer.in_qformer and self.queries is not None:
             alone = layer.reads_encoder or layer.reads_queries  # patches, or queries, and no text
             return [] if alone else [("queries", self.queries)]
-        if layer.reads_encoder and self.given is not None:
-            return [("given", self.given)]
+        if self.given and (layer.reads_encoder or (layer.reads_prompt and self.main is None)):
+            return [(f"given {i}", mask) for i, mask in enumerate(self.given)]
         if self.mixed and layer.reads_no_text and (self.media or not layer.in_projector):
             # text only where what stands beside it has a mask, too: LXMERT's cross attention reads
             # either, by the same layers

@@ -28,6 +28,7 @@ from transformers import (
 
 import eva_kernels
 from eva_kernels import EvaValueError, EvaWarning
+from eva_peft.batch_mask import mask_of_batch
 from eva_peft.token_mask import TokenMask
 from integration.conftest import (
     BOTH_SIDES,
@@ -87,9 +88,78 @@ def test_a_mask_of_given_states_is_of_keys_and_values_alone() -> None:
     for name, rows in (("to_q", pixels), ("to_k", text), ("to_v", text)):
         assert lost(result.components[f"attn2.{name}"], rows) < 1e-6, name
     # they are never what the model's own text has the mask of
-    rule = TokenMask(mask[:, :5].bool(), given=mask.bool())
+    rule = TokenMask(mask[:, :5].bool(), given=[mask.bool()])
     with pytest.warns(EvaWarning, match=r"to_k: no token mask fits.*\(3, 5\)"):
         assert rule.rows(torch.Size((3, 5, 16)), torch.device("cpu"), "attn2.to_k") is None
+
+
+class Painter(nn.Module):
+    """Makes images of text, with names that models of diffusers give."""
+
+    def __init__(self, mask: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mask = mask
+        self.caption_projection = nn.ModuleDict({"linear_1": nn.Linear(16, 12)})
+        self.txt_in, self.img_in = nn.Linear(16, 12), nn.Linear(16, 12)
+        self.attn = nn.ModuleDict({"add_k_proj": nn.Linear(12, 12), "to_add_out": nn.Linear(12, 4)})
+        self.ff_context, self.ff = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, **masks: Tensor
+    ) -> Tensor:
+        assert list(masks) == [self.mask]
+        text = self.caption_projection["linear_1"](encoder_hidden_states)
+        text = self.ff_context(text + self.txt_in(encoder_hidden_states))
+        pixels = self.ff(self.img_in(hidden_states))
+        return pixels + self.attn["to_add_out"](self.attn["add_k_proj"](text)).mean()
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("of_own", [True, False], ids=["forward_fn", "default"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *["encoder_attention_mask", "encoder_hidden_states_mask", "encoder_mask"],
+        *["text_embedding_mask", "attention_mask"],
+    ],
+)
+def test_padding_of_the_text_that_images_are_made_of(name: str, of_own: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(7) < torch.tensor([7, 4, 2])[:, None]
+    pixels = 9 if name == "attention_mask" else 7  # as many as there is text, where names tell
+    batches = [
+        {
+            "hidden_states": torch.randn(3, pixels, 16, generator=generator),
+            "encoder_hidden_states": torch.randn(3, 7, 16, generator=generator).cumsum(1),
+            name: mask,
+        }
+        for _ in range(4)
+    ]
+    options: dict[str, Any] = {"forward_fn": lambda m, b: m(**b)} if of_own else {}
+    model, config = Painter(name), lora(tau=1.0, target_modules="all-linear")
+    result = run(model, batches, config, method="gram", max_steps=4, **options)
+    seen = layer_inputs(model, batches, list(result.ranks), masked=False)
+    assert len(seen) == 7
+    for layer, x in seen.items():
+        text = layer not in ("img_in", "ff")
+        rows = x[mask.flatten().repeat(4)] if text else x
+        assert lost(result.components[layer], rows) < 1e-6, layer
+
+
+def test_masks_of_two_encoders() -> None:
+    first, second = torch.rand(3, 5) > 0.3, torch.rand(3, 9) > 0.3
+    batch = {"encoder_attention_mask": first, "encoder_attention_mask_1": second}
+    mask, device = mask_of_batch(batch, lora()), torch.device("cpu")
+    for kept in (first, second):
+        rows = mask.rows(torch.Size((*kept.shape, 8)), device, "context_embedder")
+        assert rows is not None
+        assert torch.equal(rows, kept.flatten().nonzero().flatten())
+    # the layers of images have no mask, nor a warning, and a model's own text has its own
+    assert mask.rows(torch.Size((3, 5, 8)), device, "blocks.0.attn.to_k") is None
+    own = TokenMask(~first, given=[first]).rows(torch.Size((3, 5, 8)), device, "context_embedder")
+    assert own is not None
+    assert torch.equal(own, (~first).flatten().nonzero().flatten())
 
 
 def test_a_decoder_that_is_given_states() -> None:
