@@ -15,6 +15,7 @@ from .errors import EvaError, EvaTypeError
 from .out_of_memory import is_out_of_memory
 
 __all__ = [
+    "PADDING_MASKS",
     "as_one_argument",
     "by_name",
     "can_be_called",
@@ -25,6 +26,13 @@ __all__ = [
     "without_text",
 ]
 
+# Masks that torch's transformers take, of what is padding, and those that say the same of tokens.
+# Without a word before it, "key_padding_mask" is either, of one library or another.
+PADDING_MASKS = {
+    "src_key_padding_mask": "attention_mask",
+    "tgt_key_padding_mask": "decoder_attention_mask",
+    "memory_key_padding_mask": "encoder_attention_mask",
+}
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -52,7 +60,8 @@ def by_name(batch: Any, model: nn.Module) -> Any:
     takes_labels = any(p.name == "labels" for p in parameters) and "labels" not in named
     if targets and takes_labels and not targets[0].is_floating_point():
         named["labels"] = targets[0]
-    return named if named.keys() & {"attention_mask", "labels"} else tuple(batch[:inputs])
+    telling = {"attention_mask", "labels", *PADDING_MASKS}
+    return named if named.keys() & telling else tuple(batch[:inputs])
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:

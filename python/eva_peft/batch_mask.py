@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._peft_compat import LoraConfig, eva_of
 from .architecture import Architecture
-from .arguments import gives_decoder_inputs
+from .arguments import PADDING_MASKS, gives_decoder_inputs
 from .errors import warn
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask
@@ -46,7 +46,7 @@ def mask_of_batch(
     warned = set() if warned is None else warned
     if not isinstance(batch, Mapping):
         return TokenMask(None)
-    batch = _with_mask_of_prompt(batch)
+    batch = _with_mask_of_prompt(_with_masks_of_tokens(batch))
     main, decoder = _text_masks(batch, config, architecture, warned)
     given = (_token_mask(value) for key, value in batch.items() if _GIVEN.search(str(key)))
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
@@ -56,7 +56,7 @@ def mask_of_batch(
         decoder,
         streams=_DECISION_STREAMS if decision else 1,
         mixed=_is_mixed(batch),
-        encoder_decoder=architecture.encoder_decoder,
+        encoder_decoder=architecture.encoder_decoder or "tgt_key_padding_mask" in batch,
         given=[mask for mask in given if mask is not None],
         window=architecture.window,
         frame_lengths=architecture.frame_lengths,
@@ -74,6 +74,13 @@ def mask_of_batch(
     )
     mask.warned = warned
     return mask
+
+
+def _with_masks_of_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch with a mask of tokens for each of padding, which is true, or -inf, there."""
+    given = {usual: batch.get(name) for name, usual in PADDING_MASKS.items() if name in batch}
+    found = {usual: mask == 0 for usual, mask in given.items() if isinstance(mask, Tensor)}
+    return {**found, **batch} if found else batch
 
 
 def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 import eva_kernels
 from eva_peft.architecture import Architecture
 from eva_peft.batch_mask import mask_of_batch
-from integration.conftest import VOCABULARY, check_shares, lora, run, text_batches
+from integration.conftest import (
+    VOCABULARY,
+    check_shares,
+    layer_inputs,
+    lora,
+    lost,
+    run,
+    text_batches,
+)
 
 
 def test_a_mask_for_each_kind_of_attention() -> None:
@@ -61,6 +69,61 @@ def test_masks_of_tokens_by_numbers_of_any_kind() -> None:
     assert not none.any()
     codes = {"input_ids": ids[..., None].expand(2, 3, 4), "attention_mask": kept}  # of each token
     assert torch.equal(mask_of_batch(codes, lora()).main, kept.bool())
+
+
+class Translator(nn.Module):
+    """Takes masks by the names, and of the kind, that torch's own transformer takes."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(VOCABULARY, 16)
+        self.body = nn.Transformer(16, 2, 1, 1, 24, dropout=0.0, batch_first=batch_first)
+        self.last = nn.Linear(16, 8)
+
+    def forward(
+        self, src: Tensor, tgt: Tensor,
+        src_key_padding_mask: Tensor | None = None, tgt_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        texts = [self.words(ids) for ids in (src, tgt)]
+        texts = texts if self.body.batch_first else [x.transpose(0, 1) for x in texts]
+        masks = {"src": src_key_padding_mask, "tgt": tgt_key_padding_mask}
+        padding = {f"{name}_key_padding_mask": mask for name, mask in masks.items()}
+        return self.last(self.body(*texts, memory_key_padding_mask=masks["src"], **padding))
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but")
+@pytest.mark.parametrize("given", ["names", "positions", "added", "forward_fn"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_masks_of_padding(batch_first: bool, given: str) -> None:
+    """Both texts are as long, so that names of layers tell which is read."""
+    source = torch.arange(7) < torch.tensor([7, 4, 2])[:, None]
+    target = torch.arange(7) < torch.tensor([3, 7, 5])[:, None]
+    padding = [~source, ~target]
+    if given == "added":
+        padding = [torch.zeros(3, 7).masked_fill(mask, -torch.inf) for mask in padding]
+    parts = [(*torch.randint(VOCABULARY, (2, 3, 7)), *padding) for _ in range(4)]
+    names = ["src", "tgt", "src_key_padding_mask", "tgt_key_padding_mask"]
+    named = [dict(zip(names, part, strict=True)) for part in parts]
+    options: dict[str, Any] = {}
+    if given == "forward_fn":
+        options = {"forward_fn": lambda m, b: m(b[0], b[1], *b[2:])}
+    model = Translator(batch_first).eval()
+    layers = {"body.encoder.layers.0.linear1": source, "body.decoder.layers.0.linear2": target}
+    config = lora(tau=1.0, target_modules=[*layers, "last"])
+    data = parts if given in ("positions", "forward_fn") else named
+    result = run(model, data, config, method="gram", max_steps=4, **options)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which would hide what layers read
+    try:
+        seen = layer_inputs(model, named, [*layers, "last"], masked=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    for name, mask in {**layers, "last": target}.items():
+        kept = (mask if batch_first else mask.mT).flatten()
+        assert lost(result.components[name], seen[name][kept.repeat(4)]) < 1e-6, name
 
 
 class Added(nn.Module):
