@@ -98,6 +98,8 @@ class CalledWith:
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:
         first = next((value for value in named.values() if isinstance(value, Tensor)), None)
         shape = None if first is None or first.dim() not in (2, 3) else first.shape[:2]
+        if first is not None and first.is_floating_point() and "encoder_hidden_states" in named:
+            shape = None  # images, of as many patches as there may be text by chance
         if not isinstance(named.get("attention_mask"), (Tensor, Mapping)):
             main = self._mask.main
             if shape is not None and main is not None and main.shape == shape:

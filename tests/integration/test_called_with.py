@@ -235,16 +235,17 @@ class Painter(nn.Module):
         self.patches, self.prompt = nn.Linear(16, 8), nn.Linear(10, 8)
 
     def forward(self, sample: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        x = sample.flatten(2).mT
+        x = sample if sample.dim() == 3 else sample.flatten(2).mT
         return self.patches(x) + self.prompt(encoder_hidden_states)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_a_mask_of_something_else() -> None:
+@pytest.mark.parametrize("pixels", [(4, 4), ()], ids=["grid", "packed"])
+def test_a_mask_of_something_else(pixels: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     data = [
         {
-            "sample": torch.randn(4, 16, 4, 4),
+            "sample": torch.randn(4, 16, *(pixels or (16,))),
             "prompt": torch.randn(4, 16, 10),
             "attention_mask": (torch.arange(16) < torch.tensor([16, 9, 7, 3])[:, None]).long(),
         }
