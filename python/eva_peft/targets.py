@@ -218,7 +218,7 @@ def check_not_merged(model: nn.Module) -> None:
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise EvaRuntimeError(
                 f"layer {base_name(path)} has merged adapters {module.merged_adapters}; "
-                "call model.unmerge_adapter() first"
+                "call model.unmerge_adapter() first (of a model of diffusers unfuse_lora())"
             )
 
 

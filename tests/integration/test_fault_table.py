@@ -315,7 +315,7 @@ FAULTS: dict[str, Fault] = {
         V,
         "init_lora_weights='eva'.*allow_any_init=True",
     ),
-    "adapter: merged": Fault(_merged, R, r"layer 0 has merged adapters.*unmerge_adapter\(\)"),
+    "adapter: merged": Fault(_merged, R, r"layer 0 has merged.*unmerge_adapter\(\).*unfuse_lora"),
     "adapter: another one merged": Fault(
         _other_merged, R, r"layer 2 has merged adapters \['other'\].*unmerge_adapter\(\)"
     ),
