@@ -21,6 +21,8 @@ __all__ = ["mask_of_batch"]
 _DECISION_STREAMS = 3
 # Masks of tokens beside text: boxes of images, entities.
 _BESIDE = ("visual_attention_mask", "entity_attention_mask")
+# The mask of patches that timm's models of images of any size take; a class token stands in front.
+_PATCHES = "patch_valid"
 # Masks of hidden states that come from elsewhere, maybe of one of several encoders.
 _GIVEN = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
 _ANY = Architecture()
@@ -60,7 +62,7 @@ def mask_of_batch(
         given=[mask for mask in given if mask is not None],
         window=architecture.window,
         frame_lengths=architecture.frame_lengths,
-        text_first=architecture.text_first,
+        text_first=False if _PATCHES in batch else architecture.text_first,
         beside=next((_token_mask(batch[key]) for key in _BESIDE if key in batch), None),
         queries=main if queries is None and architecture.text_in_qformer else queries,
         sound=sound_mask(batch),
@@ -164,7 +166,7 @@ def _decoder_mask(
 
 
 def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:
-    given, ids = batch.get("attention_mask"), batch.get("input_ids")
+    given, ids = batch.get("attention_mask", batch.get(_PATCHES)), batch.get("input_ids")
     if isinstance(given, Mapping):  # one for each kind of attention
         every = [given.get("full_attention"), *given.values()]
         given = next((mask for mask in every if isinstance(mask, Tensor)), None)

@@ -324,7 +324,7 @@ class TokenMask:
             masks = [m for m in self.pixels if leading[:-1] == (len(m),)]
         if name in self.warned or one_for_all:
             return
-        if all(bool(m.all()) or leading == (m.shape[0],) for m in masks):
+        if all(bool(m.all()) or leading in ((m.shape[0],), (m.shape[0], 1)) for m in masks):
             return
         self.warned.add(name)
         warn(

@@ -156,6 +156,20 @@ def test_whole_patches_of_images_of_any_size() -> None:
         assert torch.equal(found, expected)
 
 
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_patches_of_images_of_any_size_in_timm() -> None:
+    """As ``NaFlexVit`` is called, with the one mapping that its loader makes."""
+    kept = torch.arange(6) < torch.tensor([6, 4, 3])[:, None]
+    mask = mask_of_batch({"patches": torch.randn(3, 6, 12), "patch_valid": kept}, lora())
+    with_tokens = torch.cat([torch.ones(3, 2, dtype=torch.bool), kept], 1)  # of class, registers
+    for seen, name in ((kept, "embeds.proj"), (with_tokens, "blocks.0.attn.qkv")):
+        rows = mask.rows(torch.Size((*seen.shape, 8)), torch.device("cpu"), name)
+        assert rows is not None
+        assert torch.equal(rows, seen.flatten().nonzero().flatten())
+    for pooled in ((3, 1, 8), (3, 8)):
+        assert mask.rows(torch.Size(pooled), torch.device("cpu"), "attn_pool.q") is None
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [
