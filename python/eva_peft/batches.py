@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -91,7 +92,11 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return a batch with every tensor on a device; containers keep their type."""
+    """Return a batch with every tensor on a device; containers keep their type.
+
+    What has a method ``to``, such as packed sequences and graphs, knows better what is to be moved;
+    some move what they hold in place.
+    """
     if isinstance(batch, Tensor):
         # a copy to the host must be complete before it is read
         return batch.to(device, non_blocking=device.type != "cpu")
@@ -101,6 +106,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
             return type(batch)(moved)  # type: ignore[call-arg]
         except TypeError:
             return moved
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, nn.Module)):
+        return copy(batch).to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, (tuple, list)):

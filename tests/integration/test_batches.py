@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from transformers import (
     BatchEncoding,
@@ -156,6 +157,25 @@ def test_containers_that_cannot_be_made_of_their_parts() -> None:
     assert type(mapping["lists"]) is list
     assert batches.to_device(Derived(x), cpu).x is x
     assert batches.shape_of({"number": torch.tensor(3), "x": x}) == (40, 20)
+
+
+class Graph:
+    """As torch_geometric's: it moves what it holds, and returns itself."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def to(self, device: torch.device) -> Graph:
+        self.x = self.x.to(device)
+        return self
+
+
+def test_what_moves_itself() -> None:
+    graph, packed = Graph(vectors()[0]), pack_sequence(list(vectors()[0].split([4, 20, 16])), False)
+    moved = batches.to_device({"graph": [graph], "packed": packed}, torch.device("meta"))
+    assert (moved["graph"][0].x.device.type, graph.x.device.type) == ("meta", "cpu")
+    assert moved["packed"].data.device.type == moved["packed"].sorted_indices.device.type == "meta"
+    assert moved["packed"].batch_sizes.device.type == "cpu"  # where torch wants them
 
 
 @pytest.mark.parametrize("kind", ["bool", "uint8", "int16", "float64"])
