@@ -240,7 +240,7 @@ def _complain(model: nn.Module, action: str) -> None:
     for part, name in every:
         config = adapter_configs(part)[name]
         asked = getattr(config, "init_lora_weights", None) == "eva"
-        if not asked or config.inference_mode:
+        if not asked or config.inference_mode or not _trains(part, name):
             continue
         try:
             initialized = is_initialized(part, name)
@@ -256,6 +256,12 @@ def _complain(model: nn.Module, action: str) -> None:
         if action == "raise":
             raise NotInitializedError(message)
         warn(message, NotInitializedWarning)
+
+
+def _trains(model: nn.Module, adapter_name: str) -> bool:
+    """Tell whether an adapter is to be trained, and not kept as it is for reference, as by DPO."""
+    layers = _layers(model, adapter_name).values()
+    return any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers)
 
 
 def _complain_of_some(model: nn.Module, adapter_name: str) -> None:

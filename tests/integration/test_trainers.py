@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -124,6 +126,41 @@ def test_sft_trainer(tmp_path: Path) -> None:
     check_trained(model, before)
     found = losses(trainer)
     assert found[-1] < found[0]
+
+
+@pytest.mark.filterwarnings(FREQUENT, "ignore:.*low_cpu_mem_usage")
+@pytest.mark.parametrize("way", ["peft_config", "wrapped before"])
+def test_dpo_trainer_goes_on_with_its_reference(way: str, tmp_path: Path) -> None:
+    from eva_peft.assets import load_tiny_llama
+
+    datasets, trl = needs("datasets"), needs("trl")
+    texts = [f"def f{i}(x):\n    return x + {i}" for i in range(12)]
+    pairs = {"prompt": texts, "chosen": [f"\n{t}" for t in texts], "rejected": ["no"] * len(texts)}
+
+    def make_trainer(steps: int, config: LoraConfig | None, by_hand: bool = False) -> Any:
+        base, tokenizer = load_tiny_llama()
+        kept = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=2)
+        return trl.DPOTrainer(
+            model=wrapped(base, config) if by_hand else base,
+            args=trl.DPOConfig(**kept, bf16=False),
+            train_dataset=datasets.Dataset.from_dict(pairs),
+            processing_class=tokenizer,
+            peft_config=None if by_hand else config,
+            callbacks=[EvaCallback("raise")],
+        )
+
+    config = lora(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    whole = make_trainer(3, config, by_hand=way == "wrapped before")
+    eva_kernels.initialize(whole.model, whole.get_train_dataloader(), max_steps=3, **QUIET)
+    assert {layer.r["default"] for layer in lora_layers(whole.model).values()} != {4}
+    whole.train()
+    config = LoraConfig.from_pretrained(tmp_path / "checkpoint-2")
+    config.inference_mode = False
+    again = make_trainer(3, config)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(again)[-1] == pytest.approx(losses(whole)[-1], abs=1e-5) != math.log(2)
+    for name, rows in rows_of(whole.model).items():
+        torch.testing.assert_close(rows_of(again.model)[name], rows)
 
 
 @pytest.mark.filterwarnings(FREQUENT)

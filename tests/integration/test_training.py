@@ -420,6 +420,16 @@ def test_layers_that_are_no_oversight_are_not_told(kind: str, tmp_path: Any) -> 
     EvaCallback("raise").on_train_begin(None, None, None, model=NOTHING_TO_TELL[kind](tmp_path))
 
 
+def test_adapters_that_are_kept_as_they_are_are_not_told() -> None:
+    model = fresh()
+    model.add_adapter("ref", model.peft_config["default"])  # as DPO's reference
+    eva_kernels.initialize(model, vectors(), max_steps=2, **QUIET)
+    EvaCallback("raise").on_train_begin(None, None, None, model=model)
+    model.set_adapter("ref")
+    with pytest.raises(NotInitializedError, match="adapter 'ref' was made with"):
+        EvaCallback("raise").on_train_begin(None, None, None, model=model)
+
+
 def test_callback() -> None:
     state: tuple[Any, ...] = (None, None, None)
     with pytest.warns(NotInitializedWarning, match="before the optimizer is made"):
