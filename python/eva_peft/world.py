@@ -128,7 +128,8 @@ def claimed(model: nn.Module) -> AbstractContextManager[None]:
 def quiet_model(model: nn.Module) -> AbstractContextManager[None]:
     """Run a model in eval mode, with adapters off and without a generation cache.
 
-    Every module's own mode, flag and config value is put back on leaving, however that happens.
+    Every module's own mode, flag and config value is put back on leaving, however that happens, and
+    so is whether a parameter asks for a gradient.
     """
     quiet = _Quiet(model)
     return temporarily(quiet.end, quiet.begin)
@@ -143,6 +144,9 @@ class _Quiet:
         self._adapters = [
             (m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)
         ]
+        # PEFT's disable_adapter, which a user's function may enter, takes these away, and does not
+        # put them back where adapters were off before
+        self._gradients = [(p, p.requires_grad) for p in model.parameters()]
         self._caches: list[tuple[Any, Any]] = []
         self._pass = object()
 
@@ -165,6 +169,9 @@ class _Quiet:
                 module.training = mode
             for layer, flag in self._adapters:
                 layer._disable_adapters = flag
+            for parameter, asked in self._gradients:
+                if parameter.requires_grad != asked:
+                    parameter.requires_grad_(asked)
             for config, value in reversed(self._caches):  # one may show what another one has
                 with suppress(AttributeError, TypeError):  # frozen, and so as it was
                     config.use_cache = value

@@ -201,6 +201,21 @@ def test_disabled_adapters_stay_disabled() -> None:
     assert not any(m.disable_adapters for m in lora_layers(model).values())
 
 
+def test_a_function_that_switches_adapters_off() -> None:
+    model = wrapped(make_mlp(), lora(target_modules=["0", "2"]))
+    frozen = lora_layers(model)["0"].lora_A["default"].weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def run_reference(model: Any, batch: Any) -> None:  # as DPO runs it
+        with model.disable_adapter():
+            model(batch)
+        frozen.requires_grad_()
+
+    run(model, vectors(), forward_fn=run_reference, max_steps=2)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert any(before.values())
+
+
 def test_no_cache_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
     original = DynamicCache.update
