@@ -18,9 +18,18 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import eva_kernels
-from eva_kernels import EvaCallback, NotInitializedWarning
+from eva_kernels import EvaCallback, EvaTypeError, NotInitializedWarning
 from extras import needs
-from integration.conftest import QUIET, lora, lora_layers, make_llama, text_batches, wrapped
+from integration.conftest import (
+    QUIET,
+    check_shares,
+    layer_inputs,
+    lora,
+    lora_layers,
+    make_llama,
+    text_batches,
+    wrapped,
+)
 
 FREQUENT = "ignore:.*(pin_memory|use_cache|use_reentrant|deprecat|dataloader)"
 
@@ -161,6 +170,38 @@ def test_dpo_trainer_goes_on_with_its_reference(way: str, tmp_path: Path) -> Non
     assert losses(again)[-1] == pytest.approx(losses(whole)[-1], abs=1e-5) != math.log(2)
     for name, rows in rows_of(whole.model).items():
         torch.testing.assert_close(rows_of(again.model)[name], rows)
+
+
+@pytest.mark.filterwarnings(FREQUENT, "ignore:.*(trl.experimental|low_cpu_mem_usage)")
+def test_batches_that_the_loss_of_a_trainer_takes(tmp_path: Path) -> None:
+    from eva_peft.assets import load_tiny_llama
+
+    datasets, orpo = needs("datasets"), needs("trl.experimental.orpo", "trl")
+    base, tokenizer = load_tiny_llama()
+    texts = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 3) for i in range(8)]
+    pairs = {"prompt": ["# code\n"] * 8, "chosen": texts, "rejected": [t[::-1] for t in texts]}
+    trainer = orpo.ORPOTrainer(
+        model=base,
+        args=orpo.ORPOConfig(**arguments(tmp_path, max_length=64, bf16=False)),
+        train_dataset=datasets.Dataset.from_dict(pairs),
+        processing_class=tokenizer,
+        peft_config=lora(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"]),
+    )
+    batches = list(trainer.get_train_dataloader())
+    options = {**QUIET, "method": "gram", "max_steps": len(batches)}
+    with pytest.raises(EvaTypeError, match=r"'chosen_input_ids'.* pass forward_fn"):
+        eva_kernels.calibrate(trainer.model, batches, **options)
+    model = trainer.model
+    result = eva_kernels.calibrate(model, batches, forward_fn=trainer.compute_loss, **options)
+    parts = ("input_ids", "attention_mask")
+    texts_read = [
+        {p: b[f"{s}_{p}"] for p in parts} for b in batches for s in ("chosen", "rejected")
+    ]
+    layers = {f"base_model.model.{name}.base_layer": name for name in result.ranks}
+    with model.disable_adapter():
+        read = layer_inputs(model.eval(), texts_read, list(layers))
+    for path, name in layers.items():
+        check_shares(result, name, read[path])
 
 
 @pytest.mark.filterwarnings(FREQUENT)
