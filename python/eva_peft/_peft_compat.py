@@ -376,7 +376,11 @@ def carries_adapters(model: nn.Module) -> bool:
     """
     if isinstance(model, (PeftModel, PeftMixedModel)):
         return isinstance(model, PeftModel)
-    own = getattr(model, "peft_config", None)
+    within = model._modules.get("_fsdp_wrapped_module")
+    if within is not None:
+        return carries_adapters(within)
+    # not getattr: a module of the user's may hand on what a model in it has, by another path
+    own = vars(model).get("peft_config")
     return isinstance(own, dict) and bool(injected_adapters(model))
 
 

@@ -53,6 +53,7 @@ _SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 _REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 ENGINE = "DeepSpeedEngine"
+_FABRIC = "_forward_module"  # in what Lightning's Fabric puts around a model
 # The options of a config that say how large the adapters are.
 _SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
@@ -144,7 +145,7 @@ def resolve_name(name: str, known: Container[str]) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model below (Distributed)DataParallel, DeepSpeed's engine and torch.compile.
+    """Return the model below (Distributed)DataParallel, torch.compile and other wrappers.
 
     Raises:
         EvaTypeError: no module.
@@ -196,7 +197,8 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     while inner is not None:
         yield inner
         # Not getattr: a PeftModel hands the attributes of a compiled base model on.
-        below = inner._modules.get("_orig_mod")
+        known = (inner._modules.get(name) for name in ("_orig_mod", _FABRIC))
+        below = next((part for part in known if part is not None), None)
         if below is None and (isinstance(inner, _REPLICATED) or ENGINE in class_names(inner)):
             below = inner._modules.get("module")
         inner = below

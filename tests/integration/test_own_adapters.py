@@ -146,9 +146,18 @@ class Whole(nn.Module):
         return self.head(self.body(x))
 
 
+class HandsOn(Whole):
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("body"), name)
+
+
+@pytest.mark.parametrize("kind", [Whole, HandsOn])
 @pytest.mark.parametrize("inject", [inject_adapter_in_model, lambda c, m: wrapped(m, c)])
-def test_adapters_of_a_part(inject: Any) -> None:
-    whole = Whole(inject(lora(target_modules=["0", "2"]), make_mlp()))
+def test_adapters_of_a_part(inject: Any, kind: type[Whole]) -> None:
+    whole = kind(inject(lora(target_modules=["0", "2"]), make_mlp()))
     with pytest.raises(EvaValueError, match=r"a part of the model, body, .*pass that part"):
         eva_kernels.initialize(whole, vectors(), **QUIET)
     with pytest.raises(NotInitializedError):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -53,6 +53,10 @@ def arguments(folder: Path, **fields: Any) -> dict[str, Any]:
         "dataloader_pin_memory": False,
         **fields,
     }
+
+
+def rows_in_batches() -> DataLoader[Any]:
+    return DataLoader(rows(), batch_size=4)
 
 
 def check_trained(model: nn.Module, before: dict[str, Any]) -> None:
@@ -241,6 +245,26 @@ def test_lightning(tmp_path: Path) -> None:
     trainer.fit(task.train(), loader)
     check_trained(task.model, before)
     assert task.losses[-1] < task.losses[0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("adapted", [True, False])
+def test_fabric(adapted: bool, tmp_path: Path) -> None:
+    lightning = needs("lightning")
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    config = lora(task_type="CAUSAL_LM")
+    model = fabric.setup_module(wrapped(make_llama(), config) if adapted else make_llama())
+    loader = fabric.setup_dataloaders(rows_in_batches())
+    inner = model.module
+    found = eva_kernels.initialize(model, loader, None if adapted else config, **QUIET, max_steps=4)
+    assert found is inner if adapted else found.get_base_model() is inner
+    assert eva_kernels.is_initialized(model if adapted else found)
+    twin = eva_kernels.initialize(make_llama(), rows_in_batches(), config, **QUIET, max_steps=4)
+    assert found.eva_result.ranks == twin.eva_result.ranks
+    found.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_llama(), tmp_path)
+    for name, rows_written in rows_of(twin).items():
+        torch.testing.assert_close(rows_of(again)[name], rows_written)
 
 
 ONE_PROCESS = """
