@@ -1,6 +1,6 @@
 """What holds for the Triton kernels alone: tiles, splits, memory, precision, registration."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -137,6 +137,27 @@ def test_offsets_and_outliers(kind: str, dtype: torch.dtype, precision: str, dev
     assert max(found[1:]) <= 1e-5
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_block_is_centred_from_sixteen_times_its_spread_on(chosen: bool, device: torch.device):
+    # About the pivot, half of the tokens deviate by 1 and half by 3: a spread of the root of 5.
+    pivot = torch.zeros(200)
+    pivot[[30, 100, 195]] = torch.tensor([35.0, -37.0, 13.0])
+    steps = torch.tensor([1.0, 3.0]).repeat_interleave(160)[:, None]
+    x = (pivot + steps * torch.randn(320, 200).sign()).bfloat16().to(device)
+    x[:, 128:192] = 0  # which is no reason to centre them
+    rows = None
+    if chosen:
+        x = x.repeat_interleave(2, 0)
+        x[1::2] = float("nan")
+        rows = torch.arange(0, 640, 2, device=device)
+    plan = sketch_plan.plan_sketch(320, 16, 200, False, launch.arch_of(device))
+    workspace = torch.empty(plan.nbytes, dtype=torch.uint8, device=device)
+    sketch(x, *arguments(x, 16, pivot), rows, backend="triton", workspace=workspace)
+    flags = workspace[plan.offsets["flags"] :][:16].view(torch.int32)
+    # Of the last block there are 8 features of 64; the others deviate by nothing.
+    assert flags.tolist() == [0, 1, 0, 1]
+
+
 def test_without_centring_an_offset_costs_digits(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ):
@@ -147,43 +168,52 @@ def test_without_centring_an_offset_costs_digits(
     assert errors(x, 64, pivot=x[:75].float().mean(0))[0] > 1e-4
 
 
+def amid(tensor: Tensor, filler: float = float("nan")) -> tuple[Tensor, Tensor]:
+    """Return a copy of a tensor with a filler in front of it and behind it, and that memory."""
+    room = torch.full((tensor.numel() + 128,), filler, dtype=tensor.dtype, device=tensor.device)
+    room[64:-64] = tensor.flatten()
+    return room[64:-64].view(tensor.shape), room
+
+
+def untouched(rooms: Sequence[Tensor]) -> bool:
+    """Tell whether there is NaN around all tensors."""
+    return all(bool(part.isnan().all()) for room in rooms for part in (room[:64], room[-64:]))
+
+
 @pytest.mark.parametrize("dtype", SHORT)
 def test_memory_around_and_before(dtype: torch.dtype, device: torch.device):
     x = decaying(130, 193, device).to(dtype)
-    rows = torch.arange(0, 130, 3, device=device)
-    basis, pivot, _, shift, square = arguments(x, 20)
-    # Everything that is written lies in a larger buffer of NaN, and scratch memory starts as NaN.
-    room = torch.full((26, 193), float("nan"), device=device)
-    room[3:23] = 0
+    # Everything lies in a larger memory of NaN, and scratch memory starts as NaN.
+    given, rooms = zip(*map(amid, arguments(x, 20, pivot=x[1])), strict=True)
+    x[129] = float("nan")
+    rows, _ = amid(torch.arange(0, 129, 3, device=device), 129)
     nbytes = sketch_workspace_bytes(len(rows), 20, 193, dtype, device)
     scratch = torch.full((nbytes + 515,), 255, dtype=torch.uint8, device=device)
     workspace = scratch[256 : 256 + nbytes + 3]  # more than is needed, and not a multiple of 4
-    sketch(x, basis, pivot, room[3:23], shift, square, rows, backend="triton", workspace=workspace)
-    expected = [torch.zeros_like(t, dtype=torch.float64) for t in (room[3:23], shift, square)]
-    reference.sketch(x.double(), basis.double(), pivot.double(), *expected, rows)
-    assert relative(room[3:23], expected[0]) <= PLANES["high"]
-    assert room[:3].isnan().all()
-    assert room[23:].isnan().all()
+    sketch(x, *given, rows, backend="triton", workspace=workspace)
+    expected = [torch.zeros_like(part, dtype=torch.float64) for part in given[2:]]
+    reference.sketch(x.double(), given[0].double(), given[1].double(), *expected, rows)
+    assert max(map(relative, given[2:], expected)) <= PLANES["high"]
+    assert untouched(rooms)
     assert (scratch[:256] == 255).all()
     assert (scratch[256 + nbytes :] == 255).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gram_memory_around_and_before(dtype: torch.dtype, device: torch.device):
-    x = decaying(700, 40, device).to(dtype)
-    wide = torch.float64
-    shift = torch.zeros(40, dtype=wide, device=device)
-    square = torch.zeros((), dtype=wide, device=device)
-    room = torch.full((46, 40), float("nan"), device=device)
-    room[3:43] = 0
-    nbytes = gram_workspace_bytes(700, 40, dtype, device)
+    x, wide = decaying(700, 40, device).to(dtype), torch.float64
+    sums = torch.zeros(40, 40), torch.zeros(40, dtype=wide), torch.zeros((), dtype=wide)
+    given, rooms = zip(*(amid(t.to(device)) for t in (x[1].float(), *sums)), strict=True)
+    x[699] = float("nan")
+    rows, _ = amid(torch.arange(699, device=device), 699)
+    nbytes = gram_workspace_bytes(699, 40, dtype, device)
     scratch = torch.full((nbytes + 512,), 255, dtype=torch.uint8, device=device)
     workspace = scratch[256 : 256 + nbytes]
-    pivot = torch.zeros(40, device=device)
-    gram(x, pivot, room[3:43], shift, square, backend="triton", workspace=workspace)
-    assert relative(room[3:43], x.double().mT @ x.double()) <= PLANES["high"]
-    assert room[:3].isnan().all()
-    assert room[43:].isnan().all()
+    gram(x, *given, rows, backend="triton", workspace=workspace)
+    expected = [torch.zeros_like(part, dtype=wide) for part in given[1:]]
+    reference.gram(x.double(), given[0].double(), *expected, rows)
+    assert max(map(relative, given[1:], expected)) <= PLANES["high"]
+    assert untouched(rooms)
     assert (scratch[:256] == 255).all()
     assert (scratch[256 + nbytes :] == 255).all()
 
