@@ -94,6 +94,16 @@ def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
         assert relative(found, expected) <= (1e-12 if backend == "torch" else 1e-6)
 
 
+def test_a_long_sum_does_not_swallow_a_batch(backend: str, device: torch.device):
+    x = 1 + torch.rand(1031, 34, device=device)
+    pivot, scatter, shift, square = state(x)
+    shift.fill_(1e10)
+    square.fill_(1e12)
+    gram(x, pivot, scatter, shift, square, backend=backend)
+    assert relative(shift - 1e10, x.double().sum(0)) <= 1e-6
+    assert relative(square - 1e12, x.double().square().sum()) <= 1e-6
+
+
 def test_same_bits_twice(backend: str, device: torch.device):
     x = torch.randn(1031, 250, device=device).to(torch.bfloat16)
     results = []

@@ -132,6 +132,16 @@ def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
         assert relative(found, expected) <= (1e-12 if backend == "torch" else 1e-6)
 
 
+def test_a_long_sum_does_not_swallow_a_batch(backend: str, device: torch.device):
+    x = 1 + torch.rand(1031, 34, device=device)
+    basis, pivot, products, shift, square = state(x, 17)
+    shift.fill_(1e10)
+    square.fill_(1e12)
+    sketch(x, basis, pivot, products, shift, square, backend=backend)
+    assert relative(shift - 1e10, x.double().sum(0)) <= 1e-6
+    assert relative(square - 1e12, x.double().square().sum()) <= 1e-6
+
+
 def test_nan_in_a_used_row_propagates(backend: str, device: torch.device):
     x = torch.randn(50, 33, device=device)
     x[20, 3] = float("nan")

@@ -71,8 +71,11 @@ def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tiles_of_every_architecture(arch: str, dtype: torch.dtype, device: torch.device):
-    x = decaying(71, 193, device).to(dtype)
-    assert max(errors(x, 40, pivot=x.float().mean(0))) <= PLANES["high"]
+    x = decaying(115, 193, device)
+    x[:, 100] += 80  # a block of features that is centred first
+    x = x.to(dtype)
+    for q in (40, 130):
+        assert max(errors(x, q, pivot=x.float().mean(0))) <= PLANES["high"]
     scatter = torch.zeros(193, 193)
     shift, square = torch.zeros(193, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     gram(x, torch.zeros(193), scatter, shift, square, backend="triton")
@@ -104,6 +107,19 @@ def test_splits_over_features_and_tokens(n: int, d: int, device: torch.device):
     assert (plan.splits_d > 1) == (d > 1000)
     assert (plan.splits_n > 1) == (n == 3000)
     assert max(errors(decaying(n, d, device).bfloat16(), 16)) <= PLANES["high"]
+
+
+@pytest.mark.parametrize("where", ["end of a split", "begin of a split", "last feature"])
+def test_an_offset_in_any_split(where: str, device: torch.device):
+    n, d = 64, 1025
+    plan = sketch_plan.plan_sketch(n, 16, d, False, launch.arch_of(device))
+    assert plan.splits_d > 2
+    border = plan.blocks_d * plan.project.block_d
+    feature = {"end of a split": border - 1, "begin of a split": border, "last feature": d - 1}
+    x = decaying(n, d, device)
+    x[:, feature[where]] = 80 + torch.randn(n, device=device)
+    x = x.bfloat16()
+    assert max(errors(x, 16, pivot=x.float().mean(0))) <= PLANES["high"]
 
 
 def test_splits_fill_the_chip():
@@ -180,14 +196,17 @@ def untouched(rooms: Sequence[Tensor]) -> bool:
     return all(bool(part.isnan().all()) for room in rooms for part in (room[:64], room[-64:]))
 
 
+@pytest.mark.parametrize("q", [20, 64])  # fewer than a tile has rows, and as many
 @pytest.mark.parametrize("dtype", SHORT)
-def test_memory_around_and_before(dtype: torch.dtype, device: torch.device):
-    x = decaying(130, 193, device).to(dtype)
+def test_memory_around_and_before(dtype: torch.dtype, q: int, device: torch.device):
+    x = decaying(130, 193, device)
+    x[:, 70] += 80  # a block of features that is centred first
+    x = x.to(dtype)
     # Everything lies in a larger memory of NaN, and scratch memory starts as NaN.
-    given, rooms = zip(*map(amid, arguments(x, 20, pivot=x[1])), strict=True)
+    given, rooms = zip(*map(amid, arguments(x, q, pivot=x[1])), strict=True)
     x[129] = float("nan")
     rows, _ = amid(torch.arange(0, 129, 3, device=device), 129)
-    nbytes = sketch_workspace_bytes(len(rows), 20, 193, dtype, device)
+    nbytes = sketch_workspace_bytes(len(rows), q, 193, dtype, device)
     scratch = torch.full((nbytes + 515,), 255, dtype=torch.uint8, device=device)
     workspace = scratch[256 : 256 + nbytes + 3]  # more than is needed, and not a multiple of 4
     sketch(x, *given, rows, backend="triton", workspace=workspace)
@@ -197,6 +216,12 @@ def test_memory_around_and_before(dtype: torch.dtype, device: torch.device):
     assert untouched(rooms)
     assert (scratch[:256] == 255).all()
     assert (scratch[256 + nbytes :] == 255).all()
+    # No token behind the last row was looked at, either.
+    centred = dtype != torch.bfloat16
+    plan = sketch_plan.plan_sketch(len(rows), q, 193, centred, launch.arch_of(device))
+    begin, end = plan.offsets["projected"], plan.offsets["p_high"]
+    projected = workspace[begin:end].view(torch.float32).view(-1, plan.pitch)
+    assert not projected[: plan.splits_d * plan.block_q, len(rows) :].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
