@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "iterate",
     "model_device",
     "shape_of",
+    "size_of",
     "to_device",
     "without_padding",
 ]
@@ -133,6 +134,27 @@ def shape_of(batch: Any) -> tuple[int, int] | None:
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0], value.shape[1] if value.dim() in (2, 3) else 1
     return None
+
+
+def size_of(batch: Any) -> tuple[int, int]:
+    """Return samples, and elements of a sample in all tensors, as far as they can be told.
+
+    Where there is more of either, a model may cut a batch in more parts: texts, images, lists.
+    """
+    tensors = [tensor for tensor in _tensors(batch) if tensor.dim()]
+    elements = sum(-(-tensor.numel() // max(len(tensor), 1)) for tensor in tensors)
+    return max(map(len, tensors), default=0), elements
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+        return
+    batch = as_mapping(batch)
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if isinstance(batch, (Mapping, tuple, list)):
+        for part in parts:
+            yield from _tensors(part)
 
 
 def is_empty(batch: Any) -> bool:

@@ -257,7 +257,7 @@ class CalibrationPass:
         before = self.collector.seconds
         for part in ready:
             self.collector.tokens, self.collector.step = 0, self.steps
-            self.call.run(part, self.batch_shape, self.forwards)
+            self.call.run(part, self.forwards)
             self.again = self.collector.end_forward()
             self.tokens += self.collector.tokens
             if self.again and (self.processes is None or not self.sharded):
@@ -274,7 +274,7 @@ class CalibrationPass:
         """
         before = self.collector.tokens
         self.collector.only(self.again)
-        self.call.run(part, self.batch_shape, self.forwards)
+        self.call.run(part, self.forwards)
         self.collector.end_forward()
         self.tokens += self.collector.tokens - before
 

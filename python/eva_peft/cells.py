@@ -65,7 +65,7 @@ class Report:
         tokens: of the batch.
         slots: those of the process.
         most_calls: of each layer in one forward pass, so far.
-        largest: samples and tokens of a batch that was run to the end.
+        largest: size of batches that were run to the end, see :func:`.batches.size_of`.
         random: global states, for a checkpoint; see :class:`.checkpoint.CheckpointKeeper`.
     """
 

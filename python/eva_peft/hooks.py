@@ -83,7 +83,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._missing = 0  # layers that are needed and were not called yet in this forward pass
         self._counts: dict[int, int] = {}
         self._stop_early = self.stopped = False
-        self._shape = self.largest = (0, 0)  # of this batch; of those that were run to the end
+        self._size = self.largest = (0, 0)  # of this batch; of those that were run to the end
         self._only: set[int] | None = None
         self._hooks: list[tuple[nn.Module, Callable[..., None]]] = []
         weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
@@ -165,7 +165,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         mask: TokenMask,
         model_input: Any,
         stop_early: bool,
-        shape: tuple[int, int] | None = None,
+        size: tuple[int, int] = (0, 0),
     ) -> None:
         """Prepare for a forward pass over a batch.
 
@@ -176,7 +176,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 Never while a layer was not called at all (a later batch may call it), nor if one
                 is called several times (a later batch may call it more often), nor on a batch that
                 is larger than all that were run to the end (a model may cut it in parts).
-            shape: (samples, tokens) of the batch, if known.
+            size: of the batch, see :func:`.batches.size_of`.
         """
         self._mask, self._model_input = mask, model_input
         self._counts, self.stopped = {}, False
@@ -184,8 +184,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._missing = len(self.targets) - len(self.frozen)
         self.routed.following = mask.selective and self._routing is not False
         once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
-        self._shape = shape or (0, 0)
-        known = all(n <= most for n, most in zip(self._shape, self.largest, strict=True))
+        self._size = size
+        known = all(n <= most for n, most in zip(size, self.largest, strict=True))
         self._stop_early = stop_early and once and known
         for slot in self.slots:
             slot.begin_forward()
@@ -211,7 +211,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             if any(count != len(slot.calls) for count in slot.counts.values()):
                 again |= set(slot.members)
                 self._drop(slot)
-        self.note_passes(self._counts, self._shape)
+        self.note_passes(self._counts, self._size)
         if self.routed.following:
             self._routing = bool(self._routing)  # every layer that is needed was called
         self._only = None
@@ -470,8 +470,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """Take note of forward passes: none is cut before as many calls, or on a larger batch."""
         for i, count in counts.items():
             self.most_calls[i] = max(count, self.most_calls.get(i, 0))
-        samples, tokens = self.largest
-        self.largest = max(samples, largest[0]), max(tokens, largest[1])
+        samples, elements = self.largest
+        self.largest = max(samples, largest[0]), max(elements, largest[1])
 
     @contextmanager
     def explaining(self) -> Iterator[None]:

@@ -69,16 +69,16 @@ class ModelCall:
             return batch
         return batch if prepare is None else prepare(deepcopy(batch), self._config)
 
-    def run(self, ready: Ready, shape: tuple[int, int] | None, number: int) -> None:
+    def run(self, ready: Ready, number: int) -> None:
         """Run the model on a part of a batch.
 
         Args:
             ready: see :meth:`ready`.
-            shape: samples and tokens, if known.
             number: of the batch, from 0.
         """
         batch, mask, model_input = ready
-        self._collector.begin_forward(mask, model_input, self._may_stop_early, shape)
+        size = batches.size_of(batch)
+        self._collector.begin_forward(mask, model_input, self._may_stop_early, size)
         self.inside = True  # and still so where it fails
         routed = self._collector.routed if self._collector.routed.needed else nullcontext()
         with suppress(StopForward), routed:

@@ -130,6 +130,31 @@ def test_a_model_that_runs_long_inputs_in_parts(first: int) -> None:
         assert lost(result.components[name][:4], inputs) < 1e-7
 
 
+class Tiles(Two):
+    """Runs images tile by tile."""
+
+    def forward(self, x: Any, images: Any = None) -> Tensor:
+        x = x if images is None else images
+        tiles = x if isinstance(x, list) else x.split(4, 2)
+        rows = [tile.flatten(2).mT.flatten(0, 1) for tile in tiles]
+        return torch.cat([self.b(torch.tanh(self.a(part))) for part in rows])
+
+
+@pytest.mark.parametrize("kind", ["image", "list", "beside"])
+def test_a_model_that_runs_larger_images_in_parts(kind: str) -> None:
+    data: list[Any] = []
+    for seed, tiles in enumerate((1, 3, 3, 2)):
+        rows = vectors(1, 2 * tiles * 4 * 5, seed=seed)[0]
+        image = rows.reshape(2, tiles * 4, 5, 20).movedim(3, 1)
+        beside = {"x": torch.arange(2), "images": image}
+        parts = {"x": list(image.split(4, 2))}
+        data.append({"image": image, "list": parts, "beside": beside}[kind])
+    model = Tiles(lambda net, x: x)
+    result = run(model, iter(data), AB, **EXACT)
+    for name, inputs in layer_inputs(model, data, ["a", "b"]).items():
+        assert lost(result.components[name][:4], inputs) < 1e-7
+
+
 def test_early_exit_goes_on_with_batches_no_larger_than_before() -> None:
     heads = []
 
