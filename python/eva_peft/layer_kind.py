@@ -16,8 +16,8 @@ _READS_ENCODER = re.compile(
 )
 # The text that a model of diffusers is given for its images, by what that makes of it.
 _READS_PROMPT = re.compile(
-    r"caption|context|(^|[._])txt_|text_(proj|embed|transformer)|encoder_hid|\badd_[qkv]_proj$"
-    r"|\bto_add_out$|\bcross_attention_proj\b|\bpooler\.to_kv$"
+    r"caption|context|(^|[._])txt_|(^|[._])text_(proj|embed|transformer|fusion)|encoder_(hid|proj)"
+    r"|\b(add_[qkv]_proj|to_add_out|pooler\.to_kv)$|\bcross_attention_proj\b|\bff_t\b|\bllm_cond_"
 )
 # Layers of the other stream of a model that takes text and something else.
 _READS_NO_TEXT = re.compile(

@@ -147,8 +147,28 @@ def test_padding_of_the_text_that_images_are_made_of(name: str, of_own: bool) ->
         assert lost(result.components[layer], rows) < 1e-6, layer
 
 
+PROMPT = """caption_projection.linear_1 context_embedder.proj_in context_refiner.0.attn.to_q txt_in
+    blocks.0.txt_mlp.net.2 blocks.0.attention.txt_kv_proj transformer_blocks.1.ff_context.net.0.proj
+    condition_embedder.text_embedder.linear_1 patch_embed.text_proj text_fusion.0 blocks.0.ff_t.w1
+    text_transformer_blocks.0.feed_forward.in_layer time_caption_embed.caption_embedder.1 txt_ff.w2
+    transformer_blocks.0.encoder_proj encoder_hidden_states_proj encoder_hid_proj.0 llm_cond_proj
+    cross_attention_proj.0 time_embed.pooler.to_kv attn.add_q_proj attn.to_add_out"""
+
+
+def test_layers_that_read_the_text_that_images_are_made_of() -> None:
+    """By the names that models of diffusers give them."""
+    kept = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
+    mask = TokenMask(None, given=[kept])
+    shape, device = torch.Size((3, 5, 8)), torch.device("cpu")
+    rows = {name: mask.rows(shape, device, name) for name in PROMPT.split()}
+    assert [name for name, found in rows.items() if found is None] == []
+    for name in ("blocks.0.attn.to_q", "ff.net.2", "x_embedder", "img_mlp.net.2", "attn2.to_q"):
+        assert mask.rows(shape, device, name) is None, name
+
+
 def test_masks_of_two_encoders() -> None:
-    first, second = torch.rand(3, 5) > 0.3, torch.rand(3, 9) > 0.3
+    lengths = torch.tensor([5, 3, 1])[:, None]
+    first, second = (torch.arange(width) < lengths for width in (5, 9))
     batch = {"encoder_attention_mask": first, "encoder_attention_mask_1": second}
     mask, device = mask_of_batch(batch, lora()), torch.device("cpu")
     for kept in (first, second):
