@@ -166,6 +166,9 @@ class _Quiet:
         """Put all of it back; may be interrupted, and run again."""
         try:
             for module, mode in self._training:
+                if module.training != mode and type(module).train is not nn.Module.train:
+                    module.train(mode)  # which is more than the flag: kernels, or merged weights
+            for module, mode in self._training:
                 module.training = mode
             for layer, flag in self._adapters:
                 layer._disable_adapters = flag

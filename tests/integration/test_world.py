@@ -201,6 +201,33 @@ def test_disabled_adapters_stay_disabled() -> None:
     assert not any(m.disable_adapters for m in lora_layers(model).values())
 
 
+class Merging(nn.Linear):
+    """Has its change in its weight in eval mode, as loralib's layers; several act on a switch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.change = nn.Parameter(torch.ones(width, width))
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            self.weight.data += self.change.data * (-1 if mode else 1)
+        return super().train(mode)
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) + (x @ self.change.T if self.training else 0)
+
+
+@pytest.mark.parametrize("modes", [(True, True), (True, False), (False, True), (False, False)])
+def test_layers_that_act_on_a_switch_of_the_mode(modes: tuple[bool, bool]) -> None:
+    model = nn.Sequential(nn.Linear(20, 20), Merging(20))
+    model.train(modes[0])[1].train(modes[1])
+    before, shown = state_of(model), model(vectors()[0])
+    run(model, vectors(), lora(target_modules=["0"]), max_steps=2)
+    assert [part.training for part in model] == list(modes)
+    torch.testing.assert_close(state_of(model), before)
+    torch.testing.assert_close(model(vectors()[0]), shown)
+
+
 def test_a_function_that_switches_adapters_off() -> None:
     model = wrapped(make_mlp(), lora(target_modules=["0", "2"]))
     frozen = lora_layers(model)["0"].lora_A["default"].weight.requires_grad_(False)
