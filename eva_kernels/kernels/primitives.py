@@ -78,8 +78,8 @@ def to_bf16(x):
     if INTERPRET:  # where the plain cast truncates
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        # What the rounding would turn into infinity or another NaN stays as it is.
-        bits = tl.where((bits & 0x7F800000) == 0x7F800000, bits & 0xFFFF0000, rounded)
+        # A NaN may have its bits where they would be lost, or would carry over.
+        bits = tl.where(x == x, rounded, 0x7FC00000)
         return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
         return x.to(tl.bfloat16)
