@@ -1,9 +1,9 @@
-"""Masks of what a ``forward_fn`` calls a model with, which need not be what the batch holds."""
+"""Masks of what a model, or a part of it, is called with: not always what the batch holds."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from ._peft_compat import base_of
 from .architecture import is_of_transformers, signature_of
+from .arguments import PADDING_MASKS
 from .hooks import take_off
 from .interrupts import temporarily
 from .parts import outermost
 from .token_mask import TokenMask
 
-__all__ = ["CalledWith"]
+__all__ = ["CalledWith", "PaddingTold", "transformers_of_torch"]
+
+_OF_TORCH = (
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 
 
 class CalledWith:
@@ -42,7 +50,7 @@ class CalledWith:
         batch: Any,
         mask: TokenMask,
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
-        use_mask: Callable[[TokenMask], None],
+        use_mask: Callable[[TokenMask], object],
     ) -> None:
         base = base_of(model)
         inner = [part for _, part in outermost(base, is_of_transformers)]
@@ -108,6 +116,67 @@ class CalledWith:
         if isinstance(self._labels, Tensor) and self._labels.shape in (shape, steps):
             named.setdefault("labels", self._labels)
         return self._make_mask(named)
+
+
+def transformers_of_torch(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of a model that are torch's own encoders and decoders, or their layers."""
+    found = outermost(base_of(model), lambda module: isinstance(module, _OF_TORCH))
+    return [part for _, part in found]
+
+
+class PaddingTold:
+    """Hooks that look at what torch's own transformers are told of padding.
+
+    A model may make that of lengths or of token ids, or take it by a name of its own. It counts in
+    them where the batch says nothing of its tokens.
+
+    Args:
+        parts: see :func:`transformers_of_torch`.
+        make_mask: returns the mask of a mapping of arguments.
+        use_mask: is given the mask to use from then on, and returns the one until then.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        make_mask: Callable[[Mapping[str, Any]], TokenMask],
+        use_mask: Callable[[TokenMask], TokenMask],
+    ) -> None:
+        self._parts, self._make_mask, self._use_mask = parts, make_mask, use_mask
+        self._told: list[Tensor] = []  # the last, as layers may be called one by one
+        self._mask = TokenMask(None)  # made of it
+        self._in_use: list[tuple[nn.Module, TokenMask]] = []  # what is called, and the mask around
+
+    def looking(self) -> AbstractContextManager[None]:
+        """Return a context within which the hooks are there."""
+        return temporarily(self._remove, self._add)
+
+    def _add(self) -> None:
+        for part in self._parts:
+            part.register_forward_pre_hook(self._before, with_kwargs=True)
+            part.register_forward_hook(self._behind, always_call=True)
+
+    def _remove(self) -> None:
+        for part in self._parts:
+            take_off(part, self._before)
+            take_off(part, self._behind)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = _named(module, args, kwargs)
+        told = [named[name] for name in PADDING_MASKS if isinstance(named.get(name), Tensor)]
+        if not told:
+            return
+        if list(map(id, told)) != list(map(id, self._told)):
+            self._told, self._mask = told, self._make_mask(named)
+        around = self._use_mask(self._mask)
+        if around.main is None and around.decoder is None:
+            self._in_use.append((module, around))
+        else:  # a function has called the model with a mask
+            self._use_mask(around)
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._in_use and self._in_use[-1][0] is module:
+            self._use_mask(self._in_use.pop()[1])
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,9 +190,10 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for slot in self.slots:
             slot.begin_forward()
 
-    def use_mask(self, mask: TokenMask) -> None:
-        """Let other tokens count from here on in a forward pass."""
-        self._mask = mask
+    def use_mask(self, mask: TokenMask) -> TokenMask:
+        """Let other tokens count from here on in a forward pass; return the mask until now."""
+        before, self._mask = self._mask, mask
+        return before
 
     def end_forward(self) -> set[int]:
         """Settle what is open after a forward pass.

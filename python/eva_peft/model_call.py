@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from . import arguments, batches
 from ._peft_compat import LoraConfig
 from .architecture import Architecture
-from .called_with import CalledWith
+from .called_with import CalledWith, PaddingTold, transformers_of_torch
 from .hooks import InputCollector, StopForward
 from .options import AUTO, CalibrateOptions
 from .prepare import Preparer
@@ -54,6 +54,7 @@ class ModelCall:
         self._model, self._options, self._config = model, options, config
         self._architecture, self._collector, self._preparer = architecture, collector, preparer
         self._may_stop_early = may_stop_early
+        self._of_torch = transformers_of_torch(model)
 
     def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
         """Bring a part of a batch to the device."""
@@ -81,7 +82,7 @@ class ModelCall:
         self._collector.begin_forward(mask, model_input, self._may_stop_early, size)
         self.inside = True  # and still so where it fails
         routed = self._collector.routed if self._collector.routed.needed else nullcontext()
-        with suppress(StopForward), routed:
+        with suppress(StopForward), routed, self._padding_told(mask, number):
             if self._options.forward_fn is not None:
                 with self._called_with(batch, mask, number):
                     self._options.forward_fn(self._model, batch)
@@ -110,8 +111,13 @@ class ModelCall:
         if not self._preparer.plain_masks:
             return nullcontext()
 
-        def make_mask(named: Mapping[str, Any]) -> TokenMask:
-            return self._preparer.drawn_mask_of(named, number)
-
+        make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
         use_mask = self._collector.use_mask
         return CalledWith(self._model, batch, mask, make_mask, use_mask).looking()
+
+    def _padding_told(self, mask: TokenMask, number: int) -> AbstractContextManager[object]:
+        told = mask.main is not None or mask.decoder is not None
+        if told or not self._preparer.plain_masks or not self._of_torch:
+            return nullcontext()
+        make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
+        return PaddingTold(self._of_torch, make_mask, self._collector.use_mask).looking()
