@@ -272,11 +272,11 @@ class CalibrationPass:
 
         The processes of a sharded model do so together.
         """
-        before = self.collector.tokens
+        before, self.collector.tokens = self.collector.tokens, 0
         self.collector.only(self.again)
         self.call.run(part, self.forwards)
         self.collector.end_forward()
-        self.tokens += self.collector.tokens - before
+        self.tokens += max(self.collector.tokens - before, 0)
 
     def make_stream(self, target: Target, x: Tensor) -> InputStream:
         """Return a new stream for a layer whose input is like ``x``."""

@@ -42,6 +42,7 @@ class CalledWith:
         mask: of the batch.
         make_mask: returns the mask of a mapping of arguments.
         use_mask: is given the mask to use from then on.
+        begin: called before each call that is within no other.
     """
 
     def __init__(
@@ -51,12 +52,14 @@ class CalledWith:
         mask: TokenMask,
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[[TokenMask], object],
+        begin: Callable[[], None],
     ) -> None:
         base = base_of(model)
         inner = [part for _, part in outermost(base, is_of_transformers)]
         self._parts = inner if base in inner else [base, *inner]
         self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self._mask, self._make_mask, self._use_mask = mask, make_mask, use_mask
+        self._begin = begin
         # what is being called, the innermost last, and what counts in it
         self._in_use: list[tuple[nn.Module | None, TokenMask]] = [(None, mask)]
         self._forwards = [(part, vars(part).get("forward")) for part in inner]
@@ -95,6 +98,8 @@ class CalledWith:
         return watched
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(self._in_use) == 1:
+            self._begin()
         self._in_use.append((module, self._mask_of(_named(module, args, kwargs))))
         self._use_mask(self._in_use[-1][1])
 

@@ -75,6 +75,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.step = 0
         self.current: str | None = None  # the layer that is being accumulated
         self.tokens = 0
+        self._of_calls = 0  # of them, those of calls of the model before this one
         self._make_stream = make_stream
         self._mask = TokenMask(None)
         self._model_input: Any = None
@@ -179,7 +180,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             size: of the batch, see :func:`.batches.size_of`.
         """
         self._mask, self._model_input = mask, model_input
-        self._counts, self.stopped = {}, False
+        self._counts, self.stopped, self._of_calls = {}, False, 0
         self._forget_fresh()
         self._missing = len(self.targets) - len(self.frozen)
         self.routed.following = mask.selective and self._routing is not False
@@ -189,6 +190,10 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._stop_early = stop_early and once and known
         for slot in self.slots:
             slot.begin_forward()
+
+    def begin_call(self) -> None:
+        """Count other tokens from here on: the model is called once more in a forward pass."""
+        self._of_calls = self.tokens
 
     def use_mask(self, mask: TokenMask) -> TokenMask:
         """Let other tokens count from here on in a forward pass; return the mask until now."""
@@ -411,7 +416,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             raise self._explained(target.name, error) from None
         finally:
             self.routed.aside = False
-        self.tokens, self.current = max(self.tokens, used), None
+        self.tokens, self.current = max(self.tokens, self._of_calls + used), None
 
     def _matrix(self, target: Target, x: Tensor) -> Tensor:
         """Return tokens of a layer as a matrix, (N, D)."""

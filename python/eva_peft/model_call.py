@@ -112,8 +112,8 @@ class ModelCall:
             return nullcontext()
 
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        use_mask = self._collector.use_mask
-        return CalledWith(self._model, batch, mask, make_mask, use_mask).looking()
+        told = self._collector.use_mask, self._collector.begin_call
+        return CalledWith(self._model, batch, mask, make_mask, *told).looking()
 
     def _padding_told(self, mask: TokenMask, number: int) -> AbstractContextManager[object]:
         told = mask.main is not None or mask.decoder is not None

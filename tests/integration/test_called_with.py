@@ -73,6 +73,30 @@ def test_what_waits_for_another_layer_has_the_mask_of_its_call() -> None:
     assert lost(result.components["b"], kept) < 1e-6
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_tokens_of_several_calls_are_added_up(alone: bool) -> None:
+    """Also where a layer turns out to be alone, so that the first batch is run once more for it."""
+
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.inner = nn.Linear(20, 20), nn.Linear(20, 20), make_mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            once = self.a(x)
+            return self.inner(once + self.b(x) + (self.a(x) if alone else 0))
+
+    def forward(model: nn.Module, x: Tensor) -> None:
+        for part in x.split([30, 10]):
+            model(part)
+
+    config = lora(target_modules=["a", "b", "inner.0"], tau=1.0)
+    data = vectors(4)
+    result = run(Other(), data, config, forward_fn=forward, max_tokens=81, **EXACT)
+    assert (result.tokens, result.forwards) == (120, 3)
+    assert lost(result.components["b"], torch.cat(data[:3])) < 1e-6
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_text_that_the_function_tokenises(adapted: bool) -> None:
     expected = run(make_llama(), TEXTS, Q_PROJ, **EXACT)
