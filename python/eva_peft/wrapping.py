@@ -59,7 +59,7 @@ def wrap_model(
         try:
             with device:
                 return get_peft_model(model, config, adapter_name=adapter_name)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, EvaError) or is_out_of_memory(error):
                 raise
             raise _explained(error) from error
@@ -72,7 +72,7 @@ def _adapts_convolution(model: nn.Module, config: LoraConfig) -> bool:
 
 def _explained(error: Exception) -> EvaError:
     kind: type[EvaError] = EvaValueError
-    if isinstance(error, TypeError):
+    if isinstance(error, (AttributeError, TypeError)):  # the former of weights that are packed
         kind = EvaTypeError
     elif isinstance(error, RuntimeError):
         kind = EvaRuntimeError

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 import eva_kernels
+from eva_kernels import EvaTypeError
 from eva_peft import _peft_compat
 from eva_peft.targets import find_targets
 from integration.conftest import (
@@ -213,6 +214,19 @@ def test_bfloat16_base(texts: list[Any]) -> None:
     for name, rows in done.eva_result.state_dict().items():
         assert rows.dtype == torch.float32
         assert len(rows) == 0 or lost(rows, inputs[name]) < 1e-5
+
+
+def test_layers_whose_weight_is_packed_are_named(texts: list[Any]) -> None:
+    """As those of compressed-tensors are, which PEFT wraps only once they are decompressed."""
+    model = make_llama()
+    packed = model.model.layers[1].self_attn.v_proj
+    packed.weight_packed = packed.weight
+    del packed.weight
+    words = r"layer model\.layers\.1\.self_attn\.v_proj: PEFT cannot wrap it: .* 'weight'"
+    with pytest.raises(EvaTypeError, match=words):
+        eva_kernels.initialize(model, texts, lora(target_modules=["q_proj", "v_proj"]), **QUIET)
+    assert not hooks_of(model)
+    assert type(packed) is nn.Linear
 
 
 def test_options_are_keyword_only() -> None:
