@@ -1,0 +1,37 @@
+"""Tokens of any dtype, also where some are not finite, here and on the way of an accelerator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eva_kernels.streaming import _host
+from helpers import TOLERANCES, decaying, exact, feed, make_stream, relative, with_spectrum
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_tokens_of_another_dtype_than_the_state(
+    method: str, dtype: torch.dtype, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
+    x = with_spectrum(200, 16, decaying(16), dtype=torch.float64).to(dtype)
+    stream = make_stream(16, 4, 16, method=method, backend="torch")
+    answer = feed(stream, x.split(50)).spectrum()
+    assert answer.components.dtype == stream.sketch.basis.dtype == torch.float32
+    limit = TOLERANCES[torch.float32].values
+    assert relative(answer.singular_values, exact(x)[0][:4]) <= limit
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_large_tokens_are_no_infinity_beside_a_bad_one(method: str) -> None:
+    # The norm of those that are left overflows in half precision, no entry does.
+    x = 3e4 * torch.randn(64, 24).sign().half()
+    x[9, 3] = torch.nan
+    stream = make_stream(24, 4, 24, method=method, skip_nonfinite=True)
+    assert stream.add(x) == 63
+    assert stream.skipped == 1
+    kept = torch.cat([x[:9], x[10:]])
+    found = stream.spectrum().singular_values
+    assert relative(found[:1], exact(kept)[0][:1]) <= 1e-5
