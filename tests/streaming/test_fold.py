@@ -218,6 +218,17 @@ def test_lost_is_what_the_leading_rows_gained():
     assert lost_shares(now, before, [2, 1, 3]) == [pytest.approx(1 - 3.5 / 5), 0.0, 0.0]
 
 
+def test_a_step_is_whole_from_the_width_of_the_sketch_on():
+    x = with_spectrum(80, 48, decaying(48, 0.5))
+    stream = feed(make_stream(48, 6, 12), [x[:40]])
+    first = stream.lost
+    for count, told in ((11, False), (12, True)):
+        other = stream.clone()
+        other.add(x[40 : 40 + count])
+        fold_streams([other], final=True)
+        assert (other.lost != first) == told
+
+
 def test_nothing_to_fold():
     assert fold([], []) == []
 
