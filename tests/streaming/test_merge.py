@@ -149,15 +149,15 @@ def test_what_is_pending_is_merged_too(method: str):
 @pytest.mark.parametrize("method", METHODS)
 def test_empty_streams(method: str):
     x = torch.randn(60, 32)
-    full, empty = stream_of(x, method), make_stream(32, 8, method=method)
-    empty.skipped = 7  # all that it was given
+    full, empty, other = stream_of(x, method), *(make_stream(32, 8, method=method) for _ in "ab")
+    empty.skipped, other.skipped = 7, 5  # all that they were given
     expected = full.spectrum()
-    full.merge(make_stream(32, 8, method=method))
+    full.merge(other)
     empty.merge(full)
     for stream in (full, empty):
         assert stream.spectrum().count == 60
         assert torch.equal(stream.spectrum().components, expected.components)
-    assert (full.skipped, empty.skipped) == (0, 7)
+    assert (full.skipped, empty.skipped) == (5, 12)
     feed(empty, [torch.randn(60, 32)])
     assert torch.equal(full.spectrum().components, expected.components)  # nothing is shared
 
