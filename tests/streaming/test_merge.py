@@ -162,6 +162,17 @@ def test_empty_streams(method: str):
     assert torch.equal(full.spectrum().components, expected.components)  # nothing is shared
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_union_has_nothing_to_be_compared_with(method: str):
+    x = with_spectrum(300, 32, decaying(32))
+    stream, other = stream_of(x[:200], method), stream_of(x[200:], method)
+    compare_streams([stream], [4], tau=0.0)
+    assert stream.converged
+    stream.merge(other)
+    compare_streams([stream], [4], tau=0.0)
+    assert (stream.similarity, stream.converged, stream.settled) == (None, False, 8)
+
+
 def test_exact_streams_that_have_dropped_everything():
     left, right = (stream_of(torch.randn(60, 32), "gram") for _ in "ab")
     clear_sums([left.sums, right.sums])  # as after an overflow

@@ -345,6 +345,7 @@ def test_only_the_components_that_are_needed_count():
     assert compared(basis, "cosine", ranks=3).converged
     assert not compared(basis, "cosine", ranks=4).converged
     assert compared(basis, "cosine", ranks=0).similarity == 1.0
+    assert not compared(basis, "cosine", ranks=7).converged  # more than there are
 
 
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])

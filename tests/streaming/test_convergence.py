@@ -1,0 +1,75 @@
+"""What is told of streams after a fold, of spans and at the threshold; here and on a GPU's way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels.streaming import InputStream, _host, compare_streams, leading_similar
+from helpers import decaying, feed, make_stream, with_spectrum
+
+D, K = 24, 6
+
+
+@pytest.fixture(params=[True, False], autouse=True)
+def free(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: request.param)
+
+
+def stream_with(previous: Tensor | None = None, seed: int = 0) -> InputStream:
+    """Return a stream that was folded, with these rows before; those that it has, if ``None``."""
+    x = with_spectrum(100, D, decaying(D), seed=seed)
+    stream = feed(make_stream(D, K, backend="torch"), [x])
+    assert stream.sketch is not None
+    stream.previous = stream.sketch.basis[:K].clone() if previous is None else previous
+    return stream
+
+
+def other_rows(seed: int) -> Tensor:
+    draw = torch.randn(D, K, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(draw).Q.mT
+
+
+@pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+def test_as_similar_as_asked_is_enough(criterion: str) -> None:
+    level = stream_with(other_rows(1))
+    compare_streams([level], [3], tau=0.0, criterion=criterion)
+    assert 0 < level.similarity < 1
+    for tau, enough in ((level.similarity, True), (level.similarity + 1e-6, False)):
+        stream = stream_with(other_rows(1))
+        compare_streams([stream], [3], tau=tau, criterion=criterion)
+        assert (stream.converged, stream.settled >= 3) == (enough, enough)
+
+
+def test_leading_components_are_similar_up_to_the_first_that_is_not() -> None:
+    cosines = torch.tensor([0.99, 0.9, 0.2, 0.9])
+    assert [leading_similar(cosines, tau) for tau in (0.99, 0.9, 0.2, 1.0)] == [1, 2, 4, 0]
+    assert leading_similar(torch.tensor([0.9, torch.nan, 0.9]), 0.0) == 1
+
+
+def test_each_stream_is_compared_in_the_ranks_that_it_needs() -> None:
+    ranks = [1, 5, 0, 3]
+    streams = [stream_with(other_rows(seed), seed) for seed in range(len(ranks))]
+    streams[3] = stream_with()
+    expected = [
+        float(torch.linalg.svdvals(s.sketch.basis[:r].double() @ s.previous[:r].double().mT).min())
+        if r
+        else 1.0
+        for s, r in zip(streams, ranks, strict=True)
+    ]
+    compare_streams(streams, ranks, tau=0.5, criterion="subspace")
+    assert [s.similarity for s in streams] == pytest.approx(expected, abs=1e-5)
+    assert [s.converged for s in streams] == [value >= 0.5 for value in expected]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_direction_that_is_new_has_a_cosine_of_nothing(seed: int) -> None:
+    stream = stream_with(seed=seed)
+    rows = stream.previous.double()
+    new = torch.linalg.qr(torch.cat([rows, other_rows(seed).double()]).mT).Q.mT[K:]
+    rows[2] = new[0]
+    stream.previous = (torch.linalg.qr(torch.randn(K, K, dtype=torch.float64)).Q @ rows).float()
+    compare_streams([stream], [K], tau=0.5, criterion="subspace")
+    assert stream.similarity == pytest.approx(0, abs=1e-3)
+    assert not stream.converged
