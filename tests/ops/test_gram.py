@@ -51,6 +51,11 @@ def test_outliers_and_offset(dtype: torch.dtype, backend: str, device: torch.dev
     check(offset, backend, pivot=torch.full((250,), 800.0))
 
 
+def test_a_pivot_that_differs_by_feature(backend: str, device: torch.device):
+    x = torch.randn(127, 250, device=device)
+    check(x, backend, pivot=torch.linspace(-3, 3, 250))
+
+
 @pytest.mark.parametrize(("backend", "dtype"), KINDS)
 def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
     wide = torch.full((600, 80), float("nan"), device=device, dtype=dtype)

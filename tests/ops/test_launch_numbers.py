@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -92,9 +94,21 @@ def test_options_of_the_compiler(early: bool) -> None:
     assert "num_stages" not in launch.options(arch, 8)
 
 
+def check_parts(plan: Any, numbers: dict[str, int]) -> None:
+    """Check that so many numbers of four bytes fit each part, and not many more."""
+    assert list(plan.offsets) == list(numbers)
+    for (begin, end), count in zip(
+        pairwise([*plan.offsets.values(), plan.nbytes]), numbers.values(), strict=True
+    ):
+        assert begin % 256 == 0
+        assert 4 * count <= end - begin < 4 * count + 256
+
+
 @pytest.mark.parametrize("arch", launch.ARCHS)
 @pytest.mark.parametrize("q", [8, 64, 100, 256])
-@pytest.mark.parametrize(("n", "d"), [(1, 16), (3000, 64), (64, 11008), (8192, 4096), (777, 1025)])
+@pytest.mark.parametrize(
+    ("n", "d"), [(1, 16), (3000, 64), (64, 11008), (8192, 4096), (777, 1025), (90_000, 700)]
+)
 def test_splits_of_a_sketch(n: int, d: int, q: int, arch: str) -> None:
     for centred in (False, True):
         plan = sketch_plan.plan_sketch(n, q, d, centred, launch.ARCHS[arch])
@@ -105,12 +119,23 @@ def test_splits_of_a_sketch(n: int, d: int, q: int, arch: str) -> None:
             # none has nothing to do, and partial sums take no more than half of 16-bit tokens
             assert (splits - 1) * blocks * size < whole <= splits * blocks * size
             assert splits == 1 or 4 * splits * plan.block_q <= whole
-        starts = [*plan.offsets.values(), plan.nbytes]
-        assert starts == sorted(starts)
-        assert all(start % 256 == 0 for start in starts)
+        rows, flags, pitch = plan.block_q, -(-d // 64), -(-n // 64) * 64
+        programs = -(-pitch // min(32, max(16, 2048 // rows)))
+        check_parts(
+            plan,
+            # A plane is of half as many bytes.
+            {"v_high": rows * d // 2, "v_low": rows * d // 2, "along": flags * rows}
+            | {"offset": rows, "flags": flags, "projected": plan.splits_d * rows * pitch}
+            | {"p_high": rows * pitch // 2, "p_low": rows * pitch // 2, "sums": programs * rows}
+            | {"total": rows, "products_parts": plan.splits_n * rows * d}
+            | {"shift_parts": plan.splits_n * d}
+            | {"square_parts": plan.splits_n * -(-d // plan.back.block_d)},
+        )
 
 
-@pytest.mark.parametrize(("n", "d"), [(1, 16), (100_000, 64), (64, 4096), (8192, 700)])
+@pytest.mark.parametrize(
+    ("n", "d"), [(1, 16), (100_000, 64), (64, 4096), (8192, 700), (200_000, 300)]
+)
 def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
     plan = gram.plan_gram(n, d, 2, HOPPER)
     size = plan.tile.block_n
@@ -118,6 +143,10 @@ def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
     assert plan.splits == 1 or 4 * plan.splits * d <= n
     assert (plan.splits > 1) == (n > 8000)
     assert gram.plan_gram(100_000, 384, 2, HOPPER).splits == 22  # of six tiles, for 132 processors
-    parts = [4 * plan.splits * d * d if plan.splits > 1 else 0, 4 * plan.splits * d]
-    gaps = plan.offsets["shift_parts"], plan.offsets["square_parts"] - plan.offsets["shift_parts"]
-    assert all(gap >= part for gap, part in zip(gaps, parts, strict=True))
+    d_blocks = -(-d // plan.tile.block_d)
+    parts = {
+        "scatter_parts": plan.splits * d * d if plan.splits > 1 else 0,
+        "shift_parts": plan.splits * d,
+        "square_parts": plan.splits * d_blocks,
+    }
+    check_parts(plan, parts)
