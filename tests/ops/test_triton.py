@@ -129,7 +129,8 @@ def test_splits_over_features_and_tokens(n: int, d: int, device: torch.device):
     plan = sketch_plan.plan_sketch(n, 16, d, False, launch.arch_of(device))
     assert (plan.splits_d > 1) == (d > 1000)
     assert (plan.splits_n > 1) == (n == 3000)
-    assert max(errors(decaying(n, d, device).bfloat16(), 16)) <= PLANES["high"]
+    x = decaying(n, d, device).bfloat16()
+    assert max(errors(x, 16, pivot=x.float().mean(0) + 0.1)) <= PLANES["high"]
 
 
 @pytest.mark.parametrize("where", ["end of a split", "begin of a split", "last feature"])
