@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     triton_unavailable("cuda" if torch.cuda.is_available() else "cpu") is not None,
     reason="Triton neither runs nor is interpreted here",
 )
-to_bf16, tl = primitives.to_bf16, triton.language
+sum_all, to_bf16, tl = primitives.sum_all, primitives.to_bf16, triton.language
 SHORT = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -265,6 +265,20 @@ def test_gram_memory_around_and_before(dtype: torch.dtype, device: torch.device)
     assert untouched(rooms)
     assert (scratch[:256] == 255).all()
     assert (scratch[256 + nbytes :] == 255).all()
+
+
+@triton.jit
+def sum_kernel(x_ptr, out_ptr, count):
+    tl.store(out_ptr, sum_all(x_ptr, count))
+
+
+@pytest.mark.parametrize("count", [1, 1024, 3000])
+def test_a_sum_of_many_numbers_is_in_float64(count: int, device: torch.device):
+    x = torch.ones(count, device=device)
+    x[0] = 2.0**26  # float32 has no such number and one
+    given, found = amid(x)[0], torch.zeros((), dtype=torch.float64, device=device)
+    sum_kernel[(1,)](given, found, count)
+    assert found.item() == 2**26 + count - 1
 
 
 def test_rows_beyond_32_bits_of_address(device: torch.device):
