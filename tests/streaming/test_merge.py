@@ -181,6 +181,13 @@ def test_exact_streams_that_have_dropped_everything():
     assert orthonormality(left.sketch.basis) <= TOLERANCES[torch.float32].orthonormal
 
 
+def test_streams_of_nothing():
+    left, right = (stream_of(torch.zeros(60, 32)) for _ in "ab")
+    left.merge(right)
+    assert (left.sketch.rank, left.sketch.total) == (0, 0.0)
+    assert orthonormality(left.sketch.basis) <= TOLERANCES[torch.float32].orthonormal
+
+
 def test_constant_streams():
     left, right = stream_of(torch.full((60, 32), 3.3)), stream_of(torch.full((20, 32), 3.3))
     left.merge(right)
