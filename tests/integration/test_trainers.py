@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 import eva_kernels
-from eva_kernels import EvaCallback, EvaTypeError, NotInitializedWarning
+from eva_kernels import EvaCallback, EvaTypeError, NotInitializedError, NotInitializedWarning
 from extras import needs
 from integration.conftest import (
     QUIET,
@@ -170,6 +171,10 @@ def test_dpo_trainer_goes_on_with_its_reference(way: str, tmp_path: Path) -> Non
     config = LoraConfig.from_pretrained(tmp_path / "checkpoint-2")
     config.inference_mode = False
     again = make_trainer(3, config)
+    if way == "wrapped before" and "default" not in getsource(Trainer._load_from_checkpoint):
+        with pytest.raises(NotInitializedError):  # transformers 5.17 loads the reference alone
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        return
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert losses(again)[-1] == pytest.approx(losses(whole)[-1], abs=1e-5) != math.log(2)
     for name, rows in rows_of(whole.model).items():
