@@ -165,11 +165,6 @@ class _Quiet:
     def end(self) -> None:
         """Put all of it back; may be interrupted, and run again."""
         try:
-            for module, mode in self._training:
-                if module.training != mode and type(module).train is not nn.Module.train:
-                    module.train(mode)  # which is more than the flag: kernels, or merged weights
-            for module, mode in self._training:
-                module.training = mode
             for layer, flag in self._adapters:
                 layer._disable_adapters = flag
             for parameter, asked in self._gradients:
@@ -178,7 +173,12 @@ class _Quiet:
             for config, value in reversed(self._caches):  # one may show what another one has
                 with suppress(AttributeError, TypeError):  # frozen, and so as it was
                     config.use_cache = value
+            for module, mode in self._training:
+                if module.training != mode and type(module).train is not nn.Module.train:
+                    module.train(mode)  # which is more than the flag: kernels, or merged weights
         finally:
+            for module, mode in self._training:
+                module.training = mode
             _PROCESS.restore(self._pass)
 
 

@@ -228,6 +228,23 @@ def test_layers_that_act_on_a_switch_of_the_mode(modes: tuple[bool, bool]) -> No
     torch.testing.assert_close(model(vectors()[0]), shown)
 
 
+def test_a_module_that_fails_to_switch_back() -> None:
+    class Fails(nn.Linear):
+        def train(self, mode: bool = True) -> Any:
+            if mode:
+                raise MemoryError("no room for kernels")
+            return super().train(mode)
+
+    model = wrapped(nn.Sequential(nn.Linear(20, 20), Fails(20, 20)), lora(target_modules=["0"]))
+    model.training = model.base_model.model[1].training = True
+    before = [(name, part.training) for name, part in model.named_modules()]
+    with pytest.raises(MemoryError, match="no room"):
+        run(model, vectors(), max_steps=2)
+    assert [(name, part.training) for name, part in model.named_modules()] == before
+    assert not any(m.disable_adapters for m in lora_layers(model).values())
+    assert hooks_of(model) == 0
+
+
 def test_a_function_that_switches_adapters_off() -> None:
     model = wrapped(make_mlp(), lora(target_modules=["0", "2"]))
     frozen = lora_layers(model)["0"].lora_A["default"].weight.requires_grad_(False)
