@@ -27,7 +27,45 @@ _OF_TORCH = (
 )
 
 
-class CalledWith:
+class _AroundCalls:
+    """Hooks around the calls of parts of a model, which choose the mask that counts in each.
+
+    Args:
+        parts: whose calls are looked at.
+        make_mask: returns the mask of a mapping of arguments.
+        use_mask: is given the mask to use from then on, and returns the one until then.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        make_mask: Callable[[Mapping[str, Any]], TokenMask],
+        use_mask: Callable[[TokenMask], TokenMask],
+    ) -> None:
+        self._parts, self._make_mask, self._use_mask = parts, make_mask, use_mask
+
+    def looking(self) -> AbstractContextManager[None]:
+        """Return a context within which the hooks are there."""
+        return temporarily(self._remove, self._add)
+
+    def _add(self) -> None:
+        for part in self._parts:
+            part.register_forward_pre_hook(self._before, with_kwargs=True)
+            part.register_forward_hook(self._behind, always_call=True)
+
+    def _remove(self) -> None:
+        for part in self._parts:
+            take_off(part, self._before)
+            take_off(part, self._behind)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        raise NotImplementedError
+
+
+class CalledWith(_AroundCalls):
     """Hooks that look at the arguments of a model, and of the models of transformers in it.
 
     A function may make the tokens itself, or run a model on something else than the text that the
@@ -40,8 +78,7 @@ class CalledWith:
         model: of which the outermost parts are looked at.
         batch: its labels count where they are labels of the tokens that a model is called with.
         mask: of the batch.
-        make_mask: returns the mask of a mapping of arguments.
-        use_mask: is given the mask to use from then on.
+        make_mask, use_mask: see :class:`_AroundCalls`.
         begin: called before each call that is within no other.
     """
 
@@ -51,34 +88,25 @@ class CalledWith:
         batch: Any,
         mask: TokenMask,
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
-        use_mask: Callable[[TokenMask], object],
+        use_mask: Callable[[TokenMask], TokenMask],
         begin: Callable[[], None],
     ) -> None:
         base = base_of(model)
         inner = [part for _, part in outermost(base, is_of_transformers)]
-        self._parts = inner if base in inner else [base, *inner]
+        super().__init__(inner if base in inner else [base, *inner], make_mask, use_mask)
         self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        self._mask, self._make_mask, self._use_mask = mask, make_mask, use_mask
-        self._begin = begin
+        self._mask, self._begin = mask, begin
         # what is being called, the innermost last, and what counts in it
         self._in_use: list[tuple[nn.Module | None, TokenMask]] = [(None, mask)]
         self._forwards = [(part, vars(part).get("forward")) for part in inner]
 
-    def looking(self) -> AbstractContextManager[None]:
-        """Return a context within which the hooks are there."""
-        return temporarily(self._remove, self._add)
-
     def _add(self) -> None:
-        for part in self._parts:
-            part.register_forward_pre_hook(self._before, with_kwargs=True)
-            part.register_forward_hook(self._behind, always_call=True)
+        super()._add()
         for part, _ in self._forwards:
             part.forward = self._watched(part, part.forward)
 
     def _remove(self) -> None:
-        for part in self._parts:
-            take_off(part, self._before)
-            take_off(part, self._behind)
+        super()._remove()
         for part, own in self._forwards:
             vars(part).pop("forward", None)
             if own is not None:
@@ -129,7 +157,7 @@ def transformers_of_torch(model: nn.Module) -> list[nn.Module]:
     return [part for _, part in found]
 
 
-class PaddingTold:
+class PaddingTold(_AroundCalls):
     """Hooks that look at what torch's own transformers are told of padding.
 
     A model may make that of lengths or of token ids, or take it by a name of its own. It counts in
@@ -137,8 +165,7 @@ class PaddingTold:
 
     Args:
         parts: see :func:`transformers_of_torch`.
-        make_mask: returns the mask of a mapping of arguments.
-        use_mask: is given the mask to use from then on, and returns the one until then.
+        make_mask, use_mask: see :class:`_AroundCalls`.
     """
 
     def __init__(
@@ -147,24 +174,10 @@ class PaddingTold:
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[[TokenMask], TokenMask],
     ) -> None:
-        self._parts, self._make_mask, self._use_mask = parts, make_mask, use_mask
+        super().__init__(parts, make_mask, use_mask)
         self._told: list[Tensor] = []  # the last, as layers may be called one by one
         self._mask = TokenMask(None)  # made of it
         self._in_use: list[tuple[nn.Module, TokenMask]] = []  # what is called, and the mask around
-
-    def looking(self) -> AbstractContextManager[None]:
-        """Return a context within which the hooks are there."""
-        return temporarily(self._remove, self._add)
-
-    def _add(self) -> None:
-        for part in self._parts:
-            part.register_forward_pre_hook(self._before, with_kwargs=True)
-            part.register_forward_hook(self._behind, always_call=True)
-
-    def _remove(self) -> None:
-        for part in self._parts:
-            take_off(part, self._before)
-            take_off(part, self._behind)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = _named(module, args, kwargs)
