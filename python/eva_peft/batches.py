@@ -147,13 +147,11 @@ def size_of(batch: Any) -> tuple[int, int]:
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-        return
-    batch = as_mapping(batch)
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    if isinstance(batch, (Mapping, tuple, list)):
-        for part in parts:
+    whole = as_mapping(batch)
+    for part in _values(whole):
+        if isinstance(part, Tensor):
+            yield part
+        elif part is not whole:
             yield from _tensors(part)
 
 
