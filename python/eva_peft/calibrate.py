@@ -256,7 +256,7 @@ class CalibrationPass:
         begin = time.perf_counter()
         before = self.collector.seconds
         for part in ready:
-            self.collector.tokens, self.collector.step = 0, self.steps
+            self.collector.step = self.steps
             self.call.run(part, self.forwards)
             self.again = self.collector.end_forward()
             self.tokens += self.collector.tokens
@@ -272,7 +272,7 @@ class CalibrationPass:
 
         The processes of a sharded model do so together.
         """
-        before, self.collector.tokens = self.collector.tokens, 0
+        before = self.collector.tokens
         self.collector.only(self.again)
         self.call.run(part, self.forwards)
         self.collector.end_forward()

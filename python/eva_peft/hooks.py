@@ -180,7 +180,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             size: of the batch, see :func:`.batches.size_of`.
         """
         self._mask, self._model_input = mask, model_input
-        self._counts, self.stopped, self._of_calls = {}, False, 0
+        self._counts, self.stopped = {}, False
+        self.tokens = self._of_calls = 0
         self._forget_fresh()
         self._missing = len(self.targets) - len(self.frozen)
         self.routed.following = mask.selective and self._routing is not False
