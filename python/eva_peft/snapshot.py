@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .interrupts import temporarily, undone_on_failure
 
-__all__ = ["ModelSnapshot", "restored", "restored_on_failure"]
+__all__ = ["ModelSnapshot", "gradients_as_now", "restored", "restored_on_failure"]
 
 # Subclasses keep books of their own that a plain refill would break.
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -39,8 +40,7 @@ class ModelSnapshot:
             for value in attributes.values():
                 if type(value) in _CONTAINERS:
                     self._keep(value)
-        tensors = (*model.parameters(), *model.buffers())
-        self._flags = [(tensor, tensor.requires_grad) for tensor in tensors]
+        self._restore_gradients = gradients_as_now((*model.parameters(), *model.buffers()))
 
     def _keep(self, container: Any) -> None:
         self._containers.append((container, container.copy()))
@@ -53,9 +53,19 @@ class ModelSnapshot:
             else:
                 container.clear()
                 container.update(before)
-        for tensor, flag in self._flags:
+        self._restore_gradients()
+
+
+def gradients_as_now(tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """Return a function, which may be run again, that lets tensors ask for gradients as now."""
+    flags = [(tensor, tensor.requires_grad) for tensor in tensors]
+
+    def restore() -> None:
+        for tensor, flag in flags:
             if tensor.requires_grad != flag:
                 tensor.requires_grad_(flag)
+
+    return restore
 
 
 def restored(model: nn.Module) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from ._peft_compat import SWITCHABLE
 from .architecture import configs_of
 from .errors import EvaRuntimeError
 from .interrupts import temporarily
+from .snapshot import gradients_as_now
 
 __all__ = ["claimed", "quiet_model"]
 
@@ -146,7 +147,7 @@ class _Quiet:
         ]
         # PEFT's disable_adapter, which a user's function may enter, takes these away, and does not
         # put them back where adapters were off before
-        self._gradients = [(p, p.requires_grad) for p in model.parameters()]
+        self._restore_gradients = gradients_as_now(model.parameters())
         self._caches: list[tuple[Any, Any]] = []
         self._pass = object()
 
@@ -167,9 +168,7 @@ class _Quiet:
         try:
             for layer, flag in self._adapters:
                 layer._disable_adapters = flag
-            for parameter, asked in self._gradients:
-                if parameter.requires_grad != asked:
-                    parameter.requires_grad_(asked)
+            self._restore_gradients()
             for config, value in reversed(self._caches):  # one may show what another one has
                 with suppress(AttributeError, TypeError):  # frozen, and so as it was
                     config.use_cache = value
