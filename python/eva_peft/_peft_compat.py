@@ -137,7 +137,7 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
         EvaValueError: no ``target_modules`` given and PEFT knows no default for the model type, or
             targets that PEFT cannot translate to fused experts.
     """
-    config, model = deepcopy(config), model._modules.get("_fsdp_wrapped_module") or model
+    config, model = deepcopy(config), _unsharded(model)
     heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
     if heads:  # trained whole, so not adapted
         config.modules_to_save = [*(config.modules_to_save or ()), *heads]
@@ -368,17 +368,21 @@ def exclude_layers(config: LoraConfig, names: Iterable[str]) -> str:
     return "|".join(parts)
 
 
+def _unsharded(model: nn.Module) -> nn.Module:
+    """Return the model in FullyShardedDataParallel, or the model itself."""
+    within = model._modules.get("_fsdp_wrapped_module")
+    return model if within is None else within
+
+
 def carries_adapters(model: nn.Module) -> bool:
     """Tell whether a model has adapters and their configs: a PeftModel, or one with its own.
 
     Such are models after ``add_adapter`` of transformers or diffusers, and after PEFT's
     ``inject_adapter_in_model``, which leaves the configs as ``peft_config``.
     """
+    model = _unsharded(model)
     if isinstance(model, (PeftModel, PeftMixedModel)):
         return isinstance(model, PeftModel)
-    within = model._modules.get("_fsdp_wrapped_module")
-    if within is not None:
-        return carries_adapters(within)
     # not getattr: a module of the user's may hand on what a model in it has, by another path
     own = vars(model).get("peft_config")
     return isinstance(own, dict) and bool(injected_adapters(model))
