@@ -186,6 +186,8 @@ def layer_inputs(
         model.get_submodule(n).register_forward_pre_hook(hook_for(n), with_kwargs=True)
         for n in names
     ]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # which calls no layer
     try:
         with torch.no_grad():
             for batch in batches:
@@ -196,6 +198,7 @@ def layer_inputs(
                 else:
                     model(batch)
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:
             handle.remove()
     return {name: torch.cat(parts) for name, parts in kept.items()}

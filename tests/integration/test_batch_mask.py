@@ -115,12 +115,7 @@ def test_masks_of_padding(batch_first: bool, given: str) -> None:
     config = lora(tau=1.0, target_modules=[*layers, "last"])
     data = parts if given in ("positions", "forward_fn") else named
     result = run(model, data, config, method="gram", max_steps=4, **options)
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # which would hide what layers read
-    try:
-        seen = layer_inputs(model, named, [*layers, "last"], masked=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    seen = layer_inputs(model, named, [*layers, "last"], masked=False)
     for name, mask in {**layers, "last": target}.items():
         kept = (mask if batch_first else mask.mT).flatten()
         assert lost(result.components[name], seen[name][kept.repeat(4)]) < 1e-6, name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,15 +19,6 @@ SAYS = [
     "ignore:enable_nested_tensor is True, but",
 ]
 pytestmark = [pytest.mark.filterwarnings(says) for says in SAYS]
-
-
-@pytest.fixture(autouse=True)
-def slowly() -> Iterator[None]:
-    """Without the fast path, which hides what layers read."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(before)
 
 
 class Texts(nn.Module):
