@@ -31,24 +31,32 @@ ATTENTION = "simulated_fused_attention"
 _GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 static c10::impl::DeviceGuardImplRegistrar registrar(
-    c10::DeviceType::CUDA, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>());
+    c10::DeviceType::KIND, new c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::KIND>());
 """
 
 
 @functools.cache
 def enable() -> None:
-    """Make fake CUDA tensors and fused attention usable in this process; needs a C++ compiler.
-
-    A build of torch without CUDA has no device guard for it, and every operator on a fake CUDA
-    tensor asks for one; a guard that does nothing is compiled and registered.
-    """
+    """Make fake CUDA tensors and fused attention usable in this process; needs a C++ compiler."""
     AttentionInterface.register(ATTENTION, _attention)
-    if torch.version.cuda or torch.version.hip:
-        return  # has a guard, which FakeTensorMode replaces itself
+    if not (torch.version.cuda or torch.version.hip):  # has one, which FakeTensorMode replaces
+        enable_guard("cuda")
+
+
+@functools.cache
+def enable_guard(kind: str) -> None:
+    """Register a device guard that does nothing; it is compiled.
+
+    A build of torch has none for the devices that it cannot drive, and every operator on a tensor
+    that is said to be on one asks for it.
+
+    Args:
+        kind: a type of device for which this torch was not built.
+    """
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "guard.cpp"), Path(folder, "guard.so")
-        source.write_text(_GUARD)
+        source.write_text(_GUARD.replace("KIND", kind.upper()))
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         compiler = [os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-fPIC", "-shared", abi]
         paths = [f"-I{root}/include", str(source), f"-L{root}/lib", "-lc10"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import EvaTypeError, EvaValueError, NonFiniteError, NotFittedError
 from .streaming._autocast import without_autocast
+from .streaming._host import home_of
 from .streaming.plan import METHODS, plan_streams
 from .streaming.spectrum import Spectrum
 from .streaming.step import fold_streams
@@ -47,9 +48,10 @@ class IncrementalPCA:
 
     The conventions are those of ``sklearn.decomposition.IncrementalPCA`` and so of PEFT's class of
     the same name: it is cloned, searched over and put into pipelines like any estimator. Data are
-    dense tensors (or arrays), and results are tensors on the data's device. Not there: whitening,
-    ``get_precision`` and ``set_output``. Squares must neither overflow, which is refused, nor
-    vanish: scale data below 1e-18 (float64: 1e-75).
+    dense tensors (or arrays), and results are tensors on the data's device, or on the CPU where
+    that does not compute in float64, as Apple's GPUs. Not there: whitening, ``get_precision`` and
+    ``set_output``. Squares must neither overflow, which is refused, nor vanish: scale data below
+    1e-18 (float64: 1e-75).
 
     Args:
         n_components: K; ``None`` means the smaller side of the first batch. A stream keeps the one
@@ -64,7 +66,7 @@ class IncrementalPCA:
             where it can. What follows uses native code wherever it is built.
         precision: ``"high"`` multiplies 16 bits of each factor on a GPU, ``"fast"`` 8.
 
-    Attributes (after the first ``partial_fit``; all tensors on the device of the data):
+    Attributes (after the first ``partial_fit``; all tensors on the device of the results):
         components_: (K, D), orthonormal rows; the largest entry of each is positive. Reading this
             or any of the following closes the current step of the stream.
         singular_values_: (K,), explained_variance_: (K,), explained_variance_ratio_: (K,).
@@ -459,6 +461,7 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
         raise EvaTypeError(f"dense data are needed, got a tensor of layout {data.layout}")
     if data.dim() < 1 or data.numel() == 0:
         raise EvaValueError(f"expected rows of features, got an array of shape {tuple(data.shape)}")
+    data = data.to(home_of(data.device))
     if not data.is_floating_point():
         if data.is_complex():
             raise EvaTypeError("complex data are not supported")

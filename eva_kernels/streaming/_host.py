@@ -9,6 +9,7 @@ which no later decision can cost a read.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "as_array", "read", "reads_are_free", "upload"]
+__all__ = ["Array", "as_array", "home_of", "read", "reads_are_free", "upload"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _NOTHING: Array = np.empty(0)
@@ -26,6 +27,26 @@ _NOTHING: Array = np.empty(0)
 def reads_are_free(device: torch.device) -> bool:
     """Tell whether the host can look at a tensor without waiting for a queue."""
     return device.type == "cpu"
+
+
+def home_of(device: torch.device) -> torch.device:
+    """Return where the state of a stream is kept whose tokens are on a device.
+
+    That is the device itself, or the CPU where it does not compute in float64, as Apple's GPUs and
+    some of Intel's: the sums of a step, and the fold of them, want it.
+    """
+    return device if _is_wide(device) else torch.device("cpu")
+
+
+@functools.cache
+def _is_wide(device: torch.device) -> bool:
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        small = torch.full((), 2.0**-40, dtype=torch.float64, device=device)
+        return bool((small + 1) - 1 == small)  # not so where float64 is another name of float32
+    except (TypeError, RuntimeError):
+        return False
 
 
 def read(tensors: Sequence[Tensor]) -> list[Array]:

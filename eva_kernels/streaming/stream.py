@@ -71,7 +71,9 @@ class InputStream:
         features: D.
         components: K, at most D.
         width: sketch width Q, ``K <= Q <= D``.
-        device, dtype: of the state; float32, or float64 for float64 input.
+        device: of the tokens, and of the state where it computes in float64; otherwise the state is
+            on the CPU, and so is the attribute.
+        dtype: of the state; float32, or float64 for float64 input.
         options: see :class:`Options`.
     """
 
@@ -88,6 +90,7 @@ class InputStream:
                 f"components={self.components}, width={self.width} and features={self.features} "
                 "must satisfy 1 <= components <= width <= features"
             )
+        self.device = _host.home_of(self.device)
         self.pending = 0  # tokens accumulated since the last fold
         self.skipped = 0  # tokens left out because they are not finite
         self.folds = 0
@@ -151,6 +154,7 @@ class InputStream:
                 f"expected tokens of shape (N, {self.features}), got {tuple(x.shape)}"
             )
         check_tokens("add", x, rows)
+        x, rows = self._at_home(x, rows)
         place = self.device if self.sums is None else self.sums.shift.device
         if x.device.type != place.type or place.index not in (None, x.device.index):
             raise EvaValueError(f"expected tokens on {place}, got {x.device}")
@@ -173,6 +177,13 @@ class InputStream:
         if self._into is None and not (exact or at_once):
             self._into = SketchInto(self._given(), options.backend, options.precision == "high")
         return self._count(used)
+
+    def _at_home(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Bring the tokens that are to be used to the state, if their device cannot hold it."""
+        home = _host.home_of(x.device)
+        if home == x.device or home != self.device:
+            return x, rows
+        return (x if rows is None else x.index_select(0, rows)).detach().to(home), None
 
     def _count(self, tokens: int) -> int:
         assert self.sums is not None

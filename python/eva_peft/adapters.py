@@ -32,11 +32,11 @@ from ._peft_compat import (
 )
 from .attention import OUT_PROJ
 from .checks import check_base_model
+from .devices import device_of
 from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure
 from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups
-from .parts import device_of
 from .random_state import random_state_kept
 from .ranks import scaled_alpha
 from .snapshot import restored_on_failure

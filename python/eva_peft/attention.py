@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import device_of
 from .interrupts import temporarily
-from .parts import device_of
 
 __all__ = ["OUT_PROJ", "attended", "projected"]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .architecture import Architecture
+from .devices import copied_to
 from .errors import EvaTypeError, EvaValueError, listed
 from .media_masks import is_of_images
 
@@ -99,8 +100,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     some move what they hold in place.
     """
     if isinstance(batch, Tensor):
-        # a copy to the host must be complete before it is read
-        return batch.to(device, non_blocking=device.type != "cpu")
+        return copied_to(device, batch)
     if isinstance(batch, Mapping):
         moved = {k: to_device(v, device) for k, v in batch.items()}
         try:

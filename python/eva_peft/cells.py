@@ -14,9 +14,9 @@ from torch import Tensor
 from eva_kernels.streaming import InputStream, restore_stream
 from eva_kernels.streaming.state import GramState
 
+from .devices import device_of
 from .errors import EvaValueError
 from .hooks import InputCollector
-from .parts import device_of
 from .shared_inputs import Slot
 
 if TYPE_CHECKING:

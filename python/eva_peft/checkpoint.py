@@ -22,9 +22,9 @@ from torch import Tensor
 from eva_kernels.streaming import export_stream, restore_stream
 
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
+from .devices import device_of
 from .errors import EvaValueError, warn
 from .fingerprint import differences, fingerprint_of, in_words
-from .parts import device_of
 from .random_state import read_random_state, set_random_state
 
 if TYPE_CHECKING:

@@ -349,12 +349,18 @@ def _devices() -> list[tuple[str, str, str]]:
 
     import torch
 
+    from .devices import accelerator
+
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     rows = [("cpu", threads, "")]
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
         what = f"{found.name}, compute capability {found.major}.{found.minor}"
         rows.append((f"cuda:{i}", what, f"{found.total_memory / 2**30:.1f} GiB"))
+    other = accelerator()
+    if other is not None and other.type != "cuda":
+        what = "no kernels for it: plain PyTorch"
+        rows += [(f"{other.type}:{i}", what, "") for i in range(torch.accelerator.device_count())]
     if len(rows) == 1:
         built = torch.version.cuda or torch.version.hip
         why = f"torch is built for {built}, but sees no GPU" if built else "this torch is CPU only"

@@ -183,6 +183,8 @@ def load_model(
     import torch
     import transformers
 
+    from .devices import accelerator
+
     # Heads that the checkpoint lacks, and adapters that EVA leaves alone, start at random.
     torch.manual_seed(seed)
     options: dict[str, Any] = {"dtype": dtype}
@@ -205,7 +207,7 @@ def load_model(
             f"it has {', '.join(fitting) or 'none of the tasks'}"
         ) from error
     if device_map is None:
-        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = model.to(device or accelerator() or "cpu")
     return model
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import accelerator
 from .interrupts import temporarily
 
 __all__ = ["random_state_kept", "read_random_state", "set_random_state"]
@@ -31,7 +32,7 @@ def read_random_state(device: torch.device) -> Tensor:
     """Return the global random states as bytes, uint8 of one dimension.
 
     Args:
-        device: whose state is kept beside that of the CPU. (An Apple GPU's is not.)
+        device: whose state is kept beside that of the CPU.
     """
     plain = np.zeros((), _PLAIN)
     _, plain["python"], gauss = random.getstate()
@@ -72,16 +73,19 @@ def random_state_kept() -> AbstractContextManager[None]:
     """Put the global random states back on leaving: torch's of every device, Python's, NumPy's."""
     plain, array = random.getstate(), np.random.get_state()
     cpu = torch.get_rng_state()
-    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = accelerator()
     module = _with_states(kind) if kind is not None else None
-    states = module.get_rng_state_all() if module is not None else None
+    of_all = hasattr(module, "get_rng_state_all")  # an Apple machine has one GPU
+    states: Any = None
+    if module is not None:
+        states = module.get_rng_state_all() if of_all else module.get_rng_state()
 
     def put_back() -> None:
         random.setstate(plain)
         np.random.set_state(array)
         torch.set_rng_state(cpu)
         if module is not None:
-            module.set_rng_state_all(states)
+            (module.set_rng_state_all if of_all else module.set_rng_state)(states)
 
     return temporarily(put_back)
 
@@ -95,4 +99,4 @@ def _numpy_state() -> dict[str, Any] | None:
 def _with_states(device: torch.device) -> Any:
     """Return torch's module for a kind of device that has a random state each, or ``None``."""
     module = getattr(torch, device.type, None)
-    return module if hasattr(module, "get_rng_state_all") else None
+    return module if hasattr(module, "get_rng_state") else None

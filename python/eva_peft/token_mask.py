@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .architecture import FrameLengths
+from .devices import copied_to
 from .errors import warn
 from .layer_kind import LayerKind, kind_of_layer
 from .media_masks import frames_seen, patches_seen, tiles_seen
@@ -341,7 +342,7 @@ def _numbers(told: Any) -> list[int]:
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # only from there the upload does not wait for the GPU
-    return tensor.to(device, non_blocking=True)
+    return copied_to(device, tensor)
 
 
 def _is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import eva_kernels
-from eva_peft import cli, model_setup
+from eva_peft import cli, devices, model_setup
 from eva_peft.errors import EvaRuntimeError
+from eva_peft.model_setup import Task, load_model
 from eva_peft.result import EvaResult
 from integration.command import QUICK, data_and_out, init, make_home, reason, run, runner
 
@@ -155,6 +156,26 @@ def test_info_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = (line for line in run("info").stdout.splitlines() if "cuda:0" in line)
     assert "Some GPU, compute capability 9.0" in line
     assert "80.0 GiB" in line
+
+
+def test_info_shows_other_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"is_available": True, "current_accelerator": torch.device("xpu"), "device_count": 2}
+    for name, answer in found.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda answer=answer: answer)
+    lines = run("info").stdout.splitlines()
+    assert [sum(name in line for line in lines) for name in ("xpu:0", "xpu:1", "xpu:2")] == [
+        1,
+        1,
+        0,
+    ]
+    assert not any("this torch is CPU only" in line for line in lines)
+
+
+def test_a_model_is_put_on_the_accelerator(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "accelerator", lambda: torch.device("meta"))
+    given = str(home / "llama"), Task.CAUSAL_LM, "auto"
+    assert load_model(*given, None, None, 0).device.type == "meta"
+    assert load_model(*given, "cpu", None, 0).device.type == "cpu"
 
 
 def test_init_writes_an_adapter_that_loads(home: Path, made: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_kernels import EvaResult
-from eva_peft.random_state import read_random_state, set_random_state
+from eva_peft.random_state import random_state_kept, read_random_state, set_random_state
 from integration.conftest import lora, make_mlp, run, vectors
 from integration.passes import EPOCH, same
 
@@ -38,6 +38,19 @@ def drawn(device: torch.device = CPU) -> list[float]:
     """Draw some numbers of each kind, of normal ones an odd number: another is kept for later."""
     normal = [random.gauss(0, 1), np.random.normal(), torch.randn(()).item()]
     return [*normal, *(draw(device) for draw in DRAWS.values())]
+
+
+def test_the_state_of_an_apple_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch has no function for the states of all of them, of which there is one."""
+    states = [torch.tensor([7], dtype=torch.uint8)]
+    found = {"is_available": lambda: True, "current_accelerator": lambda: torch.device("mps")}
+    for name, answer in found.items():
+        monkeypatch.setattr(torch.accelerator, name, answer)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[0].clone())
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: states.__setitem__(0, state))
+    with random_state_kept():
+        states[0] = states[0] + 1
+    assert states[0].tolist() == [7]
 
 
 def test_all_random_states_are_put_back() -> None:

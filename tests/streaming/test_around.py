@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -20,6 +20,7 @@ from eva_kernels.streaming import (
 from helpers import decaying, make_stream, with_spectrum
 
 METHODS = ["sketch", "gram"]
+OTHER = torch.device("xpu", 7)
 AROUND = ["autocast", "another device", "bfloat16", "float64"]
 
 
@@ -91,3 +92,25 @@ def test_incremental_pca(method: str, what: str) -> None:
             reduced = pca.transform(x)
             results.append((reduced, pca.inverse_transform(reduced), pca.get_covariance()))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    ("made", "home"),
+    [
+        (lambda x, **like: x.double(), OTHER),
+        (lambda x, **like: x, torch.device("cpu")),  # says float64, and means float32
+        (lambda x, **like: x.new_empty(0).to("no device"), torch.device("cpu")),
+    ],
+)
+def test_where_the_state_is_kept(
+    made: Callable[..., Tensor], home: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch, "full", lambda size, value, **like: made(torch.tensor(value), **like)
+    )
+    _host._is_wide.cache_clear()
+    try:
+        assert _host.home_of(OTHER) == home
+        assert InputStream(8, 2, 4, OTHER).device == home
+    finally:
+        _host._is_wide.cache_clear()

@@ -1,0 +1,32 @@
+"""Devices: which there is, which a module is on, and how what is copied gets there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["accelerator", "copied_to", "device_of"]
+
+
+def accelerator() -> torch.device | None:
+    """Return the kind of accelerator that this machine has, if any."""
+    found = torch.accelerator.is_available()
+    return torch.accelerator.current_accelerator() if found else None
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Return the device of a module's weights, or where a hook will put them, if that is known."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if hooked is None else torch.device(hooked)
+
+
+def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+    """Return a tensor on a device, without waiting for the copy where that may be late.
+
+    It may not on the way to the host, nor to an Apple GPU: that reads the host's memory itself,
+    maybe after it was used again.
+    """
+    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
