@@ -105,9 +105,7 @@ def test_incremental_pca(method: str, what: str) -> None:
 def test_where_the_state_is_kept(
     made: Callable[..., Tensor], home: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        torch, "full", lambda size, value, **like: made(torch.tensor(value), **like)
-    )
+    monkeypatch.setattr(torch, "full", lambda _, value, **like: made(torch.tensor(value), **like))
     _host._is_wide.cache_clear()
     try:
         assert _host.home_of(OTHER) == home
