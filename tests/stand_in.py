@@ -43,8 +43,14 @@ class _There(Tensor):
         made.contents = contents
         return made
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{self.contents!r} on {self.device}"
+
     def tolist(self) -> Any:
         return self.contents.tolist()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.contents.untyped_storage()
 
     @property
     def data(self) -> Tensor:
