@@ -20,7 +20,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-TRITON ?= triton==3.9.0; python_version >= "3.11"
+TRITON ?= triton==3.9.0; python_version >= "3.11" and platform_system == "Linux"
 # PEFT imports these wherever they are installed, which takes seconds each time: so they have a
 # folder of their own, and only the tests of quantised bases look there.
 QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
