@@ -10,7 +10,7 @@ import torch
 if sys.platform != "win32":
     import resource
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "resident_peak"]
 
 
 class PeakMemory(AbstractContextManager["PeakMemory"]):
@@ -32,17 +32,18 @@ class PeakMemory(AbstractContextManager["PeakMemory"]):
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
         else:
-            self._start = _resident_peak()
+            self._start = resident_peak()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._start
         else:
-            self.peak_bytes = _resident_peak() - self._start
+            self.peak_bytes = resident_peak() - self._start
 
 
-def _resident_peak() -> int:
+def resident_peak() -> int:
+    """Return the most bytes of memory that this process has had, 0 where nobody counts them."""
     if sys.platform == "win32":
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -47,6 +46,7 @@ from eva_peft.demo.comparison import (
     run_ours,
     run_peft,
 )
+from eva_peft.memory import resident_peak
 
 if TYPE_CHECKING:
     from eva_peft.result import EvaResult
@@ -199,8 +199,7 @@ def _peak_resident_bytes() -> int:
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident_peak()
 
 
 @contextlib.contextmanager
