@@ -32,8 +32,8 @@ def reads_are_free(device: torch.device) -> bool:
 def home_of(device: torch.device) -> torch.device:
     """Return where the state of a stream is kept whose tokens are on a device.
 
-    That is the device itself, or the CPU where it does not compute in float64, as Apple's GPUs and
-    some of Intel's: the sums of a step, and the fold of them, want it.
+    That is the device itself, or the CPU where it does not compute in float64 all that a fold does,
+    as Apple's GPUs and some of Intel's.
     """
     return device if _is_wide(device) else torch.device("cpu")
 
@@ -43,8 +43,11 @@ def _is_wide(device: torch.device) -> bool:
     if device.type in ("cpu", "cuda", "meta"):
         return True
     try:
-        small = torch.full((), 2.0**-40, dtype=torch.float64, device=device)
-        return bool((small + 1) - 1 == small)  # not so where float64 is another name of float32
+        matrix = torch.full((1, 1), 1 + 2.0**-40, dtype=torch.float64, device=device)
+        lower, _ = torch.linalg.cholesky_ex(torch.linalg.eigh(matrix).eigenvectors.square())
+        square = matrix @ torch.linalg.solve_triangular(lower, matrix, upper=False)
+        # not so where float64 is another name of float32
+        return square.item() == (1 + 2.0**-40) ** 2
     except (TypeError, RuntimeError):
         return False
 

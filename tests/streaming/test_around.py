@@ -17,10 +17,12 @@ from eva_kernels.streaming import (
     compare_streams,
     spectra,
 )
+from eva_kernels.streaming._autocast import without_autocast
 from helpers import decaying, make_stream, with_spectrum
 
 METHODS = ["sketch", "gram"]
 OTHER = torch.device("xpu", 7)
+full = torch.full
 AROUND = ["autocast", "another device", "bfloat16", "float64"]
 
 
@@ -97,7 +99,7 @@ def test_incremental_pca(method: str, what: str) -> None:
 @pytest.mark.parametrize(
     ("made", "home"),
     [
-        (lambda x, **like: x.double(), OTHER),
+        (lambda x, **like: x.double() + 2.0**-40, OTHER),
         (lambda x, **like: x, torch.device("cpu")),  # says float64, and means float32
         (lambda x, **like: x.new_empty(0).to("no device"), torch.device("cpu")),
     ],
@@ -105,10 +107,19 @@ def test_incremental_pca(method: str, what: str) -> None:
 def test_where_the_state_is_kept(
     made: Callable[..., Tensor], home: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "full", lambda _, value, **like: made(torch.tensor(value), **like))
+    monkeypatch.setattr(torch, "full", lambda *like, **where: made(full(*like), **where))
     _host._is_wide.cache_clear()
     try:
         assert _host.home_of(OTHER) == home
         assert InputStream(8, 2, 4, OTHER).device == home
     finally:
         _host._is_wide.cache_clear()
+
+
+def test_autocast_of_an_accelerator_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
+    enabled = without_autocast(torch._C._is_any_autocast_enabled)
+    with torch.autocast("hpu", dtype=torch.bfloat16):
+        assert not enabled()
+        assert torch._C._is_any_autocast_enabled()
