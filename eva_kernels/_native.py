@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import re
 from types import ModuleType
 from typing import Any
 
@@ -30,13 +31,34 @@ def _import(device_type: str) -> ModuleType | str:
         return f"there is no native code for device type {device_type!r}"
     try:
         # `from eva_kernels import _C` would report a missing file as a circular import.
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ImportError as error:
         return (
             f"the compiled module {name} cannot be imported ({error}); "
             "install from source with a C++ compiler"
             + (", nvcc and EVA_KERNELS_CUDA=1" if device_type == "cuda" else "")
         )
+    reason = _unfit_for_gpus(module) if device_type == "cuda" else None
+    return module if reason is None else f"the compiled module {name} cannot run: {reason}"
+
+
+def _unfit_for_gpus(module: ModuleType) -> str | None:
+    """Return why a CUDA module cannot run on a GPU that torch sees, or None."""
+    if not torch.cuda.is_available():
+        return None
+    if module.device_count() == 0:
+        version = f"{module.toolkit // 1000}.{module.toolkit % 1000 // 10}"
+        return f"it was built with CUDA {version}, which finds no GPU; the driver may be too old"
+    built = [int(digits) for digits in re.findall(r"\d+", module.archs)]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        chip = 10 * major + minor
+        # Code for a chip runs on later ones of its generation, and PTX, which is there of the last,
+        # on all that are later.
+        if chip < built[-1] and not any(arch // 10 == major and arch <= chip for arch in built):
+            told = f"GPU {index} is of compute capability {major}.{minor}"
+            return f"{told}, and it was built for {module.archs}; see EVA_KERNELS_CUDA_ARCHS"
+    return None
 
 
 def unavailable(device_type: str) -> str | None:

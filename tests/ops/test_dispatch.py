@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from eva_kernels import EvaRuntimeError, EvaValueError
+from eva_kernels import EvaRuntimeError, EvaValueError, _native
 from eva_kernels.ops import _dispatch
 
 TOKENS = torch.zeros(4, 32)
@@ -55,3 +58,40 @@ def test_what_kernels_do_not_take(
 def test_an_unknown_backend() -> None:
     with pytest.raises(EvaValueError, match="backend='cuda' is unknown"):
         _dispatch.choose_backend("sketch", "cuda", TOKENS, torch.float32)
+
+
+# Built for, what the GPUs are, and what is said of them.
+GPUS = [
+    ("80 90", [(8, 0), (8, 6), (9, 0), (10, 3)], None),
+    ("90a", [(9, 0)], None),
+    ("75 80 86", [(7, 5), (7, 0)], "GPU 1 is of compute capability 7.0, and it was built for 75"),
+    ("80 86 90", [(8, 0), (7, 5)], "GPU 1 is of compute capability 7.5, and it was built for 80"),
+    ("86 120", [(8, 0)], "GPU 0 is of compute capability 8.0, and it was built for 86 120"),
+    ("86 120", [(9, 0)], "GPU 0 is of compute capability 9.0, and it was built for 86 120"),
+    ("80 100", [(12, 0)], None),
+    ("90", [], "it was built with CUDA 13.1, which finds no GPU"),
+]
+
+
+@pytest.mark.parametrize(("archs", "gpus", "said"), GPUS)
+def test_native_code_that_the_gpus_cannot_run_is_not_used(
+    archs: str, gpus: list[tuple[int, int]], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(archs=archs, toolkit=13010, device_count=lambda: len(gpus))
+    monkeypatch.setitem(sys.modules, "eva_kernels._cuda", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
+    _forget()
+    try:
+        assert _native.load_or_none("cuda") is (module if said is None else None)
+        if said is not None:
+            with pytest.raises(EvaRuntimeError, match=re.escape(said)):
+                _native.load("cuda")
+    finally:
+        _forget()
+
+
+def _forget() -> None:
+    _native._import.cache_clear()
+    _native.load_or_none.cache_clear()
