@@ -5,7 +5,8 @@
 #   TORCH_INDEX  where torch comes from, instead of pip's own index. PyPI's Linux wheel brings
 #                gigabytes of CUDA; on a machine without an NVIDIA GPU take the CPU wheel:
 #                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   EVA_KERNELS_CUDA   auto, 1 or 0 (see setup.py); without a driver nothing is built for CUDA
+#   EVA_KERNELS_CUDA   auto, 1 or 0 (see setup.py); without a driver nothing is built for CUDA. The
+#                compiler for it is PyPI's, if the machine has none
 #
 # `make gpu-check` takes PYTHON as it is, and makes no .venv, where it has torch already.
 #
@@ -31,10 +32,15 @@ CHECK_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
+HAS_NVCC := $(shell PATH="$$PATH:$$CUDA_HOME/bin:$$CUDA_PATH/bin:/usr/local/cuda/bin" command -v "$${NVCC:-nvcc}")
 HAS_GPU := $(shell { nvidia-smi -L || test -e /dev/nvidia0; } >/dev/null 2>&1 && echo yes)
 EVA_KERNELS_CUDA ?= $(if $(HAS_GPU),auto,0)
 export EVA_KERNELS_CUDA
 export OPENBLAS_NUM_THREADS ?= 1
+FETCH_NVCC := $(if $(HAS_NVCC),,$(filter-out 0,$(EVA_KERNELS_CUDA)))
+ifneq ($(FETCH_NVCC),)
+export CUDA_HOME := $(CURDIR)/$(VENV)/nvcc/nvidia/cu13
+endif
 
 READY := $(VENV)/.ready
 BUILD_FILES := pyproject.toml setup.py constraints.txt $(filter-out %.md,$(wildcard csrc/*))
@@ -58,6 +64,7 @@ $(READY): $(BUILD_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(if $(HAS_GPU),,$(BIN)/python -m pip install '$(TRITON)')
+	$(if $(FETCH_NVCC),$(BIN)/python -m pip install --upgrade --target $(VENV)/nvcc -r csrc/nvcc.txt)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[all]"
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(VENV)/quantization $(QUANTIZATION)
 	touch $@

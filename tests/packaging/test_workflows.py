@@ -39,7 +39,7 @@ def find_actionlint() -> str | None:
 
 
 def test_workflows_are_found() -> None:
-    assert [path.name for path in WORKFLOWS] == ["ci.yml", "gpu.yml"]
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "gpu.yml", "release.yml"]
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -76,8 +76,9 @@ def test_least_permissions(path: Path) -> None:
     workflow = read(path)
     assert workflow["permissions"] == {"contents": "read"}
     assert "group" in workflow["concurrency"]
-    for job in workflow["jobs"].values():
-        assert "permissions" not in job
+    for name, job in workflow["jobs"].items():
+        may = {"id-token": "write"} if name == "publish" else {}
+        assert job.get("permissions", {}) == may
         assert int(job["timeout-minutes"]) <= 60
         checkouts = [s for s in job["steps"] if "actions/checkout" in s.get("uses", "")]
         assert all(step["with"]["persist-credentials"] == "false" for step in checkouts)

@@ -72,7 +72,9 @@ def architecture() -> str:
 
 def nvcc_version() -> str:
     """Return the last line of ``nvcc --version``, or why there is none."""
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    folders = (os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""))
+    path = os.pathsep.join([*(f"{f}/bin" for f in folders if f), os.environ.get("PATH", "")])
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc", path=path) or "/usr/local/cuda/bin/nvcc"
     try:
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     except OSError as error:
