@@ -129,6 +129,30 @@ def test_make_takes_a_python_that_has_torch(
         assert done.stdout == expected
 
 
+@pytest.mark.parametrize(
+    ("variables", "fetched"),
+    [
+        (["HAS_GPU=yes", "HAS_NVCC="], True),
+        (["HAS_GPU=yes", "HAS_NVCC=/usr/bin/nvcc"], False),
+        (["HAS_GPU=yes", "HAS_NVCC=", "EVA_KERNELS_CUDA=0"], False),
+        (["HAS_GPU=", "HAS_NVCC="], False),
+        (["HAS_GPU=", "HAS_NVCC=", "EVA_KERNELS_CUDA=1"], True),
+    ],
+)
+def test_make_fetches_a_compiler_where_cuda_is_built_and_there_is_none(
+    variables: list[str], fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("EVA_KERNELS_CUDA", "MAKEFLAGS"):  # of the make that runs the tests
+        monkeypatch.delenv(name, raising=False)
+    told = subprocess.run(
+        ["make", "-n", "-B", "setup", *variables], cwd=ROOT, capture_output=True, text=True
+    )
+    fetch, install = (told.stdout.find(f"-m pip install {how}") for how in ("--upgrade", "-c"))
+    assert ("-r csrc/nvcc.txt" in told.stdout) == fetched
+    assert install > 0
+    assert (0 < fetch < install) == fetched
+
+
 def test_make_test_has_every_package_and_skips_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     told = subprocess.run(
         ["make", "-n", "-o", ".venv/.ready", "test"], cwd=ROOT, capture_output=True, text=True
