@@ -281,14 +281,15 @@ def _names_one_layer(key: str) -> bool:
 
 
 def update_layer(
-    layer: LoraLayer, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig
+    layer: LoraLayer, path: str, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig
 ) -> None:
-    """Rebuild one adapter of a LoRA layer with another rank, B zero."""
+    """Rebuild one adapter of a LoRA layer, by its path in the model, with another rank, B zero."""
     parameters = inspect.signature(layer.update_layer).parameters
     if "lora_alpha" not in parameters:  # an attention hands all on to this
         parameters = inspect.signature(LoraLayer.update_layer).parameters
     if "config" in parameters:
-        layer.update_layer(adapter_name=adapter_name, r=r, lora_alpha=lora_alpha, config=config)
+        given = {"r": r, "lora_alpha": lora_alpha, "config": config, "target_name": path}
+        layer.update_layer(adapter_name=adapter_name, **given)
         return
     # PEFT before 0.18.1 takes the fields one by one
     wanted = {

@@ -113,7 +113,8 @@ def write_state_dict(
         EvaValueError: no such adapter, layers that are unknown, missing or there twice, a width
             that does not fit, rows that are not finite. EvaTypeError: no mapping of tensors.
         EvaRuntimeError: adapters are merged into the weights; or DistributedDataParallel is around
-            the model, or KaSA has changed it, and an adapter would get another size.
+            the model, KaSA has changed it, or ``lora_B`` is of blocks, and an adapter would get
+            another size.
     """
     outer, model = model, unwrap(model)
     if adapter_name not in adapter_configs(model):
@@ -215,7 +216,7 @@ class _Writer:
             alpha = scaled_alpha(self.config, alpha, rank, new_rank)
         weight = layer.lora_A[self.adapter].weight
         if new_rank != rank or weight.is_meta or weight.is_inference():
-            self._rebuild(layer, new_rank, alpha)
+            self._rebuild(path, layer, new_rank, alpha)
         base = layer.get_base_layer()
         if isinstance(base, CONVOLUTIONS):
             self._keep_dilation(name, layer, base)
@@ -240,7 +241,7 @@ class _Writer:
         self.dilated.append(name)
         layer.lora_A[self.adapter].dilation = dilation
 
-    def _rebuild(self, layer: LoraLayer, rank: int, alpha: float) -> None:
+    def _rebuild(self, path: str, layer: LoraLayer, rank: int, alpha: float) -> None:
         dtype, mode = self._kind_of(layer)
         parameters_before = dict(layer.named_parameters())
         trainable = {name: p.requires_grad for name, p in parameters_before.items()}
@@ -254,7 +255,7 @@ class _Writer:
         with ExitStack() as stack:
             for each in _rebuilt_with(layer) if offloaded else ():
                 stack.enter_context(adapters_not_moved(each))
-            update_layer(layer, self.adapter, rank, alpha, config)
+            update_layer(layer, path, self.adapter, rank, alpha, config)
         device = device_of(base) if offloaded else None
         for each in _rebuilt_with(layer):
             self._settle(each, device, dtype, mode)
@@ -296,7 +297,8 @@ class _Writer:
 
     def _fill(self, layer: LoraLayer, parts: Sequence[Tensor | None]) -> None:
         first, second = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter]
-        zeroed = [second.weight] if second.bias is None else [second.weight, second.bias]
+        bias = getattr(second, "bias", None)  # blocks have none
+        zeroed = [second.weight] if bias is None else [second.weight, bias]
         dora = magnitude(layer, self.adapter)
         for weight in (first, *zeroed, *([] if dora is None else [dora])):
             before = weight.detach().clone()
@@ -323,14 +325,13 @@ class _Writer:
 
     def draw_others(self) -> None:
         """Draw, as plain LoRA would, what EVA does not write and PEFT has made without memory."""
-        others = self._others.values()
-        tied = [layer for layer in others if not _is_embedding(layer)]
-        for layer in others:
+        tied = [layer for layer in self._others.values() if not _is_embedding(layer)]
+        for path, layer in self._others.items():
             weight = layer.lora_embedding_A[self.adapter] if _is_embedding(layer) else None
             if weight is None or not (weight.is_meta or weight.is_inference()):
                 continue
             rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
-            self._rebuild(layer, rank, alpha)
+            self._rebuild(path, layer, rank, alpha)
             if tied and layer is self.model.get_input_embeddings():
                 for each in tied:
                     self._tie(each, layer)

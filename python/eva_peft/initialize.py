@@ -88,10 +88,11 @@ def initialize(
             with warnings.catch_warnings(record=True):  # the pass looks again, and tells
                 find_targets(inner, chosen, parsed.adapter_name)
             check_wrapping(inner, chosen, parsed.adapter_name)
-        if not carries_adapters(inner):
+        if chosen.eva_config.rho > 1:  # a long pass would hardly leave all sizes
+            known = adapter_configs(inner) if carries_adapters(inner) else {}
+            check_may_resize(model, known.get(parsed.adapter_name, chosen))
+        elif not carries_adapters(inner):
             check_not_replicated(model)
-        elif chosen.eva_config.rho > 1:  # a long pass would hardly leave all sizes
-            check_may_resize(model, adapter_configs(inner)[parsed.adapter_name])
     result = run_pass(inner, loader, chosen, parsed)
     return write_result(model, result, chosen, parsed.adapter_name)
 

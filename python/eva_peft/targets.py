@@ -182,13 +182,20 @@ def check_may_resize(model: nn.Module, config: LoraConfig) -> None:
         config: of the adapters, which may be still to be made.
 
     Raises:
-        EvaRuntimeError: see :func:`check_not_replicated`; or KaSA cuts the base weights.
+        EvaRuntimeError: see :func:`check_not_replicated`; or KaSA cuts the base weights; or BD-LoRA
+            makes blocks of ``lora_B``.
     """
     check_not_replicated(model)
     if getattr(config, "kasa_config", None) is not None:
         raise EvaRuntimeError(
             "kasa_config: PEFT cuts as many components off the base weights as an adapter has "
             "ranks, and would cut again for other ranks. Keep them, with rho=1"
+        )
+    blocks = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_b", None)
+    if blocks:
+        raise EvaRuntimeError(
+            f"use_bdlora makes lora_B of {listed(blocks)} of blocks, which divide the ranks that "
+            "they have. Keep them, with rho=1"
         )
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM
 
 import eva_kernels
-from eva_kernels import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError
+from eva_kernels import EvaError, EvaTypeError, EvaValueError
 from eva_peft._peft_compat import (
     adapters_not_moved,
     exclude_layers,
@@ -363,50 +363,6 @@ def test_replicated_layers_of_a_peft_model() -> None:
     assert {n: m.r["default"] for n, m in lora_layers(again).items()} == {
         n: m.r["default"] for n, m in lora_layers(done).items()
     }
-
-
-@pytest.mark.skipif(not hasattr(LoraConfig(), "use_bdlora"), reason="this PEFT has no BD-LoRA")
-def test_rows_of_blocks_are_refused_before_the_pass() -> None:
-    from peft.tuners.lora.config import BdLoraConfig
-
-    def config(*names: str) -> LoraConfig:
-        blocks = BdLoraConfig(names, ["q_proj"], nblocks=2, match_strict=False)
-        return lora(target_modules=["q_proj", "down_proj"], use_bdlora=blocks)
-
-    blocks = config("down_proj")
-    for model, given in ((make_llama(), blocks), (wrapped(make_llama(), blocks), None)):
-        with pytest.raises(EvaValueError, match="use_bdlora makes lora_A of down_proj of blocks"):
-            eva_kernels.initialize(model, iter(()), given, **QUIET)
-    done = eva_kernels.initialize(make_llama(), text_batches(2), config(), max_steps=2, **QUIET)
-    assert len(lora_layers(done)) == 4
-
-
-@pytest.mark.skipif(not hasattr(LoraConfig(), "kasa_config"), reason="this PEFT has no KaSA")
-def test_weights_that_kasa_has_cut_are_not_cut_again() -> None:
-    from peft.tuners.lora.config import KasaConfig
-
-    def adapted(**fields: Any) -> PeftModel:
-        return wrapped(make_llama(), lora(**fields, **kasa))
-
-    kasa: dict[str, Any] = {"kasa_config": KasaConfig()}
-    kept, changing, plain = adapted(rho=1.0), adapted(), make_llama()
-    result = eva_kernels.calibrate(changing, text_batches(2), max_steps=2, **QUIET)
-    assert result.ranks != result.base_ranks
-    eva_kernels.initialize(kept, text_batches(2), max_steps=2, **QUIET)
-    before = [state_of(model) for model in (changing, kept, plain)]
-    calls: list[Callable[[], Any]] = [
-        lambda: eva_kernels.initialize(changing, text_batches(2), max_steps=2, **QUIET),
-        lambda: eva_kernels.initialize_lora_eva_weights(changing, text_batches(2)),
-        lambda: result.apply(kept),
-        lambda: result.apply(plain),
-    ]
-    for call in calls:
-        with pytest.raises(EvaRuntimeError, match="kasa_config: PEFT cuts as many components"):
-            call()
-    assert all(map(same_state, before, map(state_of, (changing, kept, plain))))
-    cut = adapted()
-    for name, weight in kept.named_parameters():
-        assert "base_layer" not in name or torch.equal(weight, cut.get_parameter(name))
 
 
 @pytest.mark.filterwarnings("ignore:.*never called:eva_kernels.EvaWarning")

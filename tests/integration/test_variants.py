@@ -1,0 +1,108 @@
+"""Variants of LoRA whose adapters cannot have any rows or ranks: BD-LoRA and KaSA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+
+import eva_kernels
+from eva_kernels import EvaRuntimeError, EvaValueError
+from integration.conftest import (
+    QUIET,
+    layer_inputs,
+    lora,
+    lora_layers,
+    lost,
+    make_llama,
+    output_of,
+    perturb_b,
+    same_state,
+    state_of,
+    text_batches,
+    wrapped,
+)
+
+OF_BLOCKS = pytest.mark.skipif(
+    not hasattr(LoraConfig(), "use_bdlora"), reason="this PEFT has no BD-LoRA"
+)
+
+
+def of_blocks(first: list[str], second: list[str], **fields: Any) -> LoraConfig:
+    from peft.tuners.lora.config import BdLoraConfig
+
+    blocks = BdLoraConfig(first, second, nblocks=2, match_strict=False)
+    return lora(target_modules=["q_proj", "down_proj"], use_bdlora=blocks, **fields)
+
+
+@OF_BLOCKS
+@pytest.mark.parametrize(
+    ("config", "error", "said"),
+    [
+        (lambda: of_blocks(["down_proj"], []), EvaValueError, "lora_A of down_proj of blocks"),
+        (lambda: of_blocks([], ["q_proj"]), EvaRuntimeError, "lora_B of q_proj of blocks"),
+    ],
+)
+def test_blocks_are_refused_before_the_pass(
+    config: Callable[[], LoraConfig], error: type[Exception], said: str
+) -> None:
+    for model, given in ((make_llama(), config()), (wrapped(make_llama(), config()), None)):
+        with pytest.raises(error, match=f"use_bdlora makes {said}"):
+            eva_kernels.initialize(model, iter(()), given, **QUIET)
+
+
+@OF_BLOCKS
+@pytest.mark.parametrize("meta", [False, True])
+def test_blocks_keep_their_ranks(meta: bool, tmp_path: Path) -> None:
+    config, batches = of_blocks([], ["q_proj"], rho=1.0, tau=1.0), text_batches()
+    model = wrapped(make_llama(), config, low_cpu_mem_usage=meta)
+    before = output_of(make_llama(), batches[0])
+    done = eva_kernels.initialize(model, batches, method="gram", max_steps=6, **QUIET)
+    assert torch.equal(output_of(done, batches[0]), before)
+    layers = lora_layers(done)
+    inputs = layer_inputs(make_llama(), batches, list(layers))
+    for name, layer in layers.items():
+        kind = "BlockDiagonalLinear" if "q_proj" in name else "Linear"
+        assert type(layer.lora_B["default"]).__name__ == kind
+        assert lost(layer.lora_A["default"].weight.detach(), inputs[name]) <= 1e-4
+    perturb_b(done)
+    done.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(make_llama(), tmp_path)
+    assert torch.equal(output_of(again, batches[0]), output_of(done, batches[0]))
+    there = wrapped(make_llama(), config)
+    states = state_of(there)
+    with pytest.raises(EvaRuntimeError, match="use_bdlora makes lora_B of q_proj of blocks"):
+        done.eva_result.apply(there, r=3)
+    assert same_state(states, state_of(there))
+
+
+@pytest.mark.skipif(not hasattr(LoraConfig(), "kasa_config"), reason="this PEFT has no KaSA")
+def test_weights_that_kasa_has_cut_are_not_cut_again() -> None:
+    from peft.tuners.lora.config import KasaConfig
+
+    def adapted(**fields: Any) -> PeftModel:
+        return wrapped(make_llama(), lora(**fields, **kasa))
+
+    kasa: dict[str, Any] = {"kasa_config": KasaConfig()}
+    kept, changing, plain = adapted(rho=1.0), adapted(), make_llama()
+    result = eva_kernels.calibrate(changing, text_batches(2), max_steps=2, **QUIET)
+    assert result.ranks != result.base_ranks
+    eva_kernels.initialize(kept, text_batches(2), max_steps=2, **QUIET)
+    before = [state_of(model) for model in (changing, kept, plain)]
+    calls: list[Callable[[], Any]] = [
+        lambda: eva_kernels.initialize(changing, text_batches(2), max_steps=2, **QUIET),
+        lambda: eva_kernels.initialize_lora_eva_weights(changing, text_batches(2)),
+        lambda: result.apply(kept),
+        lambda: result.apply(plain),
+    ]
+    for call in calls:
+        with pytest.raises(EvaRuntimeError, match="kasa_config: PEFT cuts as many components"):
+            call()
+    assert all(map(same_state, before, map(state_of, (changing, kept, plain))))
+    cut = adapted()
+    for name, weight in kept.named_parameters():
+        assert "base_layer" not in name or torch.equal(weight, cut.get_parameter(name))
