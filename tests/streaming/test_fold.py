@@ -18,7 +18,7 @@ from eva_kernels.streaming._basis import (
     random_basis,
     repair,
 )
-from eva_kernels.streaming.batch import Numbers
+from eva_kernels.streaming.batch import GramBatch, Numbers, SketchBatch
 from eva_kernels.streaming.fold import fold, fold_gram, lost_shares
 from eva_kernels.streaming.nystrom import CUT, _whitener, nystrom, orthogonalisation
 from eva_kernels.streaming.spectrum import centred_scatter
@@ -198,6 +198,25 @@ def test_many_at_once_are_the_same_as_each(monkeypatch: pytest.MonkeyPatch):
             assert int(state.rank) == int(expected.rank)
             torch.testing.assert_close(state.singular_values, expected.singular_values)
             torch.testing.assert_close(state.basis, expected.basis, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_chunk_is_as_many_layers_as_its_bytes_hold(
+    method: str, free: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
+    streams = [make_stream(32, 3, 6, method=method, backend="torch") for _ in range(5)]
+    for stream in streams:
+        stream.add(torch.randn(9, 32))
+    states = [stream.state for stream in streams]
+    # Of a sketch its basis goes through memory in float64, of exact sums (D, D) numbers.
+    rows = 6 if method == "sketch" else 32
+    name = "CHUNK_BYTES" if free else "CHUNK_BYTES_ACCELERATOR"
+    monkeypatch.setattr(batch_module, name, 2 * rows * 32 * 8)
+    sums = [stream.sums for stream in streams]
+    batch = SketchBatch(states, sums) if method == "sketch" else GramBatch(states)
+    assert [chunk.stop - chunk.start for chunk in batch.chunks] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
