@@ -319,11 +319,11 @@ def test_bad_tokens_beside_a_stream_that_counts_none() -> None:
     streams = [make_stream(48, 6, method="gram", check_every_add=looks) for looks in (True, False)]
     for stream in streams:
         stream.add(torch.randn(40, 48))
-    streams[1].add(torch.full((2, 48), float("nan")))
+    streams[1].add(torch.full((1, 48), float("nan")))  # one is enough
     resumed = make_stream(48, 6, method="gram")
     restore_stream(resumed, *export_stream(streams[1]))
     for bad in (streams[1], resumed):
-        with pytest.raises(NonFiniteStepError, match="2 of 42 tokens") as caught:
+        with pytest.raises(NonFiniteStepError, match="1 of 41 tokens") as caught:
             fold_streams([streams[0], bad])
         assert caught.value.stream is bad
 
