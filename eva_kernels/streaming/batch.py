@@ -212,7 +212,7 @@ def head_of(
     for row, state, step in zip(host, states, sums, strict=True):
         added, count = float(step.count), float(state.count + step.count)
         starts.append((state.count + step.count, state.total))
-        row[:HEAD] = added, added / count, max(count - 1, 0), added**2 / count
+        row[:HEAD] = added, added / count, count - 1, added**2 / count
         np.square(state.values, out=row[HEAD:])
     return _host.upload(torch.from_numpy(host), basis.device), starts
 
