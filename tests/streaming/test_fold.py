@@ -132,16 +132,17 @@ def test_a_mean_whose_square_is_beyond_float32(monkeypatch: pytest.MonkeyPatch):
     assert stream.spectrum().rank == 4
 
 
-def test_layers_of_two_dtypes_are_decomposed_apart(monkeypatch: pytest.MonkeyPatch):
+def test_layers_of_one_width_and_dtype_are_decomposed_at_once(monkeypatch: pytest.MonkeyPatch):
     seen, nystrom_of_layers = [], batch_module.nystrom
 
     def remember(*given: object) -> object:
         seen.append((len(given[0]), given[-1]))
         return nystrom_of_layers(*given)
 
-    streams = [make_stream(20, 3, dtype=dtype) for dtype in (*REAL, torch.float64)]
+    kinds = [(20, torch.float32), (20, torch.float64), (24, torch.float64)]
+    streams = [make_stream(features, 3, dtype=dtype) for features, dtype in kinds]
     for stream in streams:
-        stream.add(torch.randn(30, 20))
+        stream.add(torch.randn(30, stream.features))
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
     monkeypatch.setattr(batch_module, "nystrom", remember)
     fold_streams(streams)

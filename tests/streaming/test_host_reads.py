@@ -100,13 +100,16 @@ def test_same_answers(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -
     assert found.ratio[rank:].tolist() == [0.0] * (k - rank)
 
 
-@pytest.mark.parametrize("chunk", [1, 3 * 12 * 40 * 8, 1 << 20])
+@pytest.mark.parametrize("chunk", [1, 3 * 12 * 40 * 8, 3 * 40 * 40 * 8])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("away")
-def test_chunks_make_no_difference(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_make_no_difference(
+    method: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = [with_spectrum(200, 40, decaying(40), seed=i) for i in range(5)]
 
     def run() -> list[InputStream]:
-        streams = [make_stream(40, 6) for _ in data]
+        streams = [make_stream(40, 6, method=method) for _ in data]
         for part in (slice(0, 100), slice(100, 200)):
             for i, (stream, x) in enumerate(zip(streams, data, strict=True)):
                 stream.add(x[part][7 * i :])
