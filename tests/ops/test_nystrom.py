@@ -11,6 +11,7 @@ from eva_kernels import _native
 from eva_kernels.errors import EvaTypeError, EvaValueError
 from eva_kernels.ops import nystrom
 from eva_kernels.ops.nystrom import runs_natively
+from eva_kernels.streaming import nystrom as nystrom_module
 from eva_kernels.streaming.nystrom import LOOSE, Nystrom, nystrom_plain
 from fake_cuda import DEVICE, compiler_missing, fake_cuda
 
@@ -108,6 +109,38 @@ def test_native_low_rank_is_exact(rest: float, device: torch.device) -> None:
     assert (found.rank.item(), found.uneven.item()) == (2.0, 1.0)
     assert not found.squares[0, 2:].any()
     assert not found.mixing[0, :, 2:].any()
+
+
+@pytest.mark.parametrize(("least", "rank"), [(1e-11, 2), (1e-13, 1)])
+def test_rank_ends_where_squares_are_rounding(
+    least: float, rank: int, device: torch.device
+) -> None:
+    # Rows so near the eigenvectors that the core tells nothing: what is along the second is first.
+    angle = torch.tensor(1.4e-6, dtype=torch.float64)
+    cosine, sine = angle.cos(), angle.sin()
+    basis = torch.stack([cosine, sine, -sine, cosine]).view(2, 2).to(device)
+    image = basis * torch.tensor([1.0, least], dtype=torch.float64, device=device)
+    core, metric = (image @ basis.mT)[None], (image @ image.mT)[None]
+    ceiling = torch.full((1,), 1e6, dtype=torch.float64, device=device)
+    native = Nystrom(*nystrom(core, metric, ceiling, LIMIT))
+    for found in (native, nystrom_plain(core, metric, ceiling, torch.float32)):
+        assert found.rank.item() == rank
+        assert found.squares[0, 0].item() == pytest.approx(1, rel=1e-9)
+        assert found.squares[0, 1].item() == (pytest.approx(least, rel=1e-3) if rank == 2 else 0)
+
+
+@pytest.mark.parametrize(("dtype", "uneven"), [(torch.float32, 0), (torch.float64, 1)])
+def test_native_rows_are_as_even_as_their_dtype_asks(
+    dtype: torch.dtype, uneven: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(nystrom_module, "runs_natively", lambda core: True)
+    problem = Problem(16, decaying(26, 3e-6), device)
+    given = problem.core.clone(), problem.metric.clone(), problem.ceiling
+    found = nystrom_module.nystrom(*given, dtype)
+    rows = problem.rows(found)
+    missed = (rows @ rows.mT - torch.eye(16, dtype=torch.float64, device=device)).abs().max()
+    assert 1e-11 < missed < 1e-8  # what follows is of no use otherwise
+    assert (found.rank.item(), found.uneven.item()) == (16, uneven)
 
 
 def test_native_orthogonalisation_of_rows_of_any_lengths(device: torch.device) -> None:
