@@ -115,8 +115,7 @@ def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dt
     uneven = rank < squares.shape[1]
     if free:
         # A row is orthogonal to the others only to eps times (largest / its own eigenvalue).
-        least = torch.where(alive, squares, squares[:, :1]).amin(1)
-        uneven |= least < UNEVEN * squares[:, 0]
+        uneven |= squares.amin(1) < UNEVEN * squares[:, 0]
     else:
         mixing, loose = _corrected(mixing, metric, alive)
         uneven |= loose > LOOSE[dtype]
