@@ -168,14 +168,46 @@ def test_native_layers_do_not_notice_each_other(goal: str, device: torch.device)
     assert not found.mixing[1].any()
 
 
-def test_native_whitening(device: torch.device) -> None:
+def test_plain_layers_do_not_notice_each_other(device: torch.device) -> None:
+    problems = [Problem(9, decaying(12, least), device, 0.01) for least in (1e-3, 1e-9)]
+    problems[1].core *= 1e14
+    problems[1].metric *= 1e28
+    names = ("core", "metric", "ceiling")
+    given = [torch.cat([getattr(p, name) for p in problems]) for name in names]
+    found = nystrom_plain(*given, torch.float32)
+    for i, problem in enumerate(problems):
+        torch.testing.assert_close(found.told[i], problem.plain().told[0], rtol=1e-9, atol=0)
+    if device.type == "cpu":  # elsewhere rows are corrected by their overlaps
+        assert found.uneven.tolist() == [0, 1]
+
+
+def test_whitening(device: torch.device) -> None:
     problem = Problem(12, decaying(50), device)
     mixing = problem.solve(goal="whiten").mixing[0]
-    white = mixing.mT @ problem.core[0] @ mixing
-    identity = torch.eye(12, dtype=torch.float64, device=device)
-    torch.testing.assert_close(white, identity, rtol=0, atol=1e-9)
     # a factor keeps the order: row j has nothing of the rows after it
     assert torch.equal(mixing, mixing.triu())
+    plain = nystrom_module.whitening(problem.core, problem.ceiling).mixing[0]
+    identity = torch.eye(12, dtype=torch.float64, device=device)
+    for found in (mixing, plain):
+        white = found.mT @ problem.core[0] @ found
+        torch.testing.assert_close(white, identity, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("goal", ["whiten", "orthogonalise"])
+def test_a_first_basis_asks_native_code_for_its_goal(
+    goal: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    problem = Problem(12, decaying(50), device)
+    monkeypatch.setattr(nystrom_module, "runs_natively", lambda core: True)
+    if goal == "whiten":
+        problem.ceiling[:] = 5.0
+        found = nystrom_module.whitening(problem.core, problem.ceiling)
+    else:
+        problem.core *= 1e-3  # rows of any lengths
+        found = nystrom_module.orthogonalisation(problem.core)
+    wanted = problem.solve(goal=goal)
+    assert found.rank.item() == (5 if goal == "whiten" else 12)
+    assert torch.equal(found.mixing, wanted.mixing)
 
 
 def test_native_whitening_of_too_few_tokens(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from eva_kernels.streaming._basis import (
 )
 from eva_kernels.streaming.batch import GramBatch, Numbers, SketchBatch
 from eva_kernels.streaming.fold import fold, fold_gram, lost_shares
-from eva_kernels.streaming.nystrom import CUT, _whitener, nystrom, orthogonalisation
+from eva_kernels.streaming.nystrom import CUT, _corrected, _whitener, nystrom, orthogonalisation
 from eva_kernels.streaming.spectrum import centred_scatter
 from eva_kernels.streaming.state import SketchState, StepSums, clear_sums, empty_sketch, zero_sums
 from helpers import (
@@ -303,6 +303,14 @@ def test_nystrom_tells_uneven_rows_by_their_overlaps(monkeypatch: pytest.MonkeyP
     basis, _, rank, _ = nystrom_of(rows.mT @ torch.diag(spectrum) @ rows, 8)
     assert int(rank) == 8
     assert orthonormality(basis) <= 1e-13  # as they come, they miss it by some 1e-10
+
+
+def test_nystrom_corrects_rows_twice():
+    mixing = torch.eye(6, dtype=torch.float64) + 1e-3 * torch.randn(1, 6, 6, dtype=torch.float64)
+    metric = torch.eye(6, dtype=torch.float64)[None]
+    found, loose = _corrected(mixing, metric, torch.ones(1, 6, dtype=torch.bool))
+    assert orthonormality(found[0].mT) <= 1e-9
+    assert loose.tolist() == [pytest.approx(orthonormality(found[0].mT), rel=1e-3)]
 
 
 def test_nystrom_of_nothing():

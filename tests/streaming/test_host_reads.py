@@ -67,6 +67,7 @@ def kinds() -> dict[str, tuple[Tensor, int, int]]:
         # scaled core, which is cut at 1e-6; on another machine it was above.
         "one token a batch": (with_spectrum(40, 24, [8.0, 3.0, 1.0], dtype=torch.float64), 1, 4),
         "few tokens": (with_spectrum(5, 24, [8.0, 3.0, 1.0]), 5, 8),
+        "a row too many": (with_spectrum(8, 24, decaying(7), dtype=torch.float64), 1, 4),
         "all features": (with_spectrum(200, 6, decaying(6)), 50, 6),
         "one feature": (with_spectrum(200, 1, [3.0]), 50, 1),
     }
