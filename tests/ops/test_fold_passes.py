@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -282,7 +283,7 @@ def test_simulated_gpu_sees_three_calls() -> None:
             return func(*args, **(kwargs or {}))
 
     with fake_cuda():
-        problem = Problem(2, 8, 600, DEVICE)
+        problem = Problem(2, 70, 600, DEVICE)
         layers, numbers = fold_layers(*problem.layers), problem.numbers
         with Recorder():
             delta, mean, scalars = fold_prepare(layers, numbers)
@@ -292,10 +293,31 @@ def test_simulated_gpu_sees_three_calls() -> None:
             fold_rows(layers, numbers, delta, *mixed)
     assert seen == ["fold_prepare", "fold_measure", "fold_rows"]
     shapes = [tuple(t.shape) for t in (delta, mean, scalars, along, core, metric, layers.saved)]
-    assert shapes == [(2, 600), (2, 600), (2, 3), (2, 8), (2, 8, 8), (2, 8, 8), (8, 600)]
+    assert shapes == [(2, 600), (2, 600), (2, 3), (2, 70), (2, 70, 70), (2, 70, 70), (70, 600)]
     assert {t.device.type for t in (delta, mean, scalars, along, core, metric)} == {"cuda"}
-    # the partial sums of four blocks, and afterwards the saved rows
-    assert layers.memory.numel() == 4 * 2 * 2 * 64 * 64
+    # the partial sums of twelve blocks (two layers and splits, three pairs of tiles of rows), and
+    # afterwards the saved rows
+    assert layers.memory.numel() == 12 * 4 * 64 * 64
+
+
+@needs_fake_cuda
+def test_simulated_gpu_has_memory_for_all_saved_rows() -> None:
+    with fake_cuda():
+        problem = Problem(2, 64, 500, DEVICE)
+        problem.kept = [64, 64]
+        layers = fold_layers(*problem.layers)
+        assert layers.saved.shape == (128, 500)
+        assert layers.memory.numel() == 128 * 500  # more than two blocks add up
+
+
+@needs_module
+def test_layers_hold_the_tensors_they_point_to(device: torch.device) -> None:
+    problem = Problem(2, 3, 10, device)
+    given = [weakref.ref(tensor) for tensors in problem.layers[:5] for tensor in tensors]
+    layers = fold_layers(*problem.layers)
+    del problem
+    assert layers.count == 2
+    assert all(tensor() is not None for tensor in given)
 
 
 @needs_fake_cuda
@@ -366,9 +388,17 @@ def test_bad_input_of_rows(name: str, value: Tensor, error: type) -> None:
         "mixing": problem.mixing,
         "told": problem.told,
         "sound": torch.ones((), dtype=torch.bool),
+        name: value,
     }
+    layers = fold_layers(*problem.layers)
     with pytest.raises(error, match=name):
-        fold_rows(fold_layers(*problem.layers), **{**given, name: value})
+        fold_rows(layers, **given)
+    if name in ("numbers", "delta"):
+        with pytest.raises(error, match=name):
+            fold_measure(layers, given["numbers"], given["delta"])
+    if name == "numbers":
+        with pytest.raises(error, match=name):
+            fold_prepare(layers, given["numbers"])
 
 
 def test_no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
