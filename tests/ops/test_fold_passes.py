@@ -353,6 +353,7 @@ def _bad(**changes: object) -> tuple:
         ({"squares": [torch.ones(1).double()] * 2}, EvaValueError, r"squares\[0\] must be"),
         ({"means": [torch.ones(10, device="meta")] * 2}, EvaValueError, r"means\[0\] is on meta"),
         ({"kept": [0, 4]}, EvaValueError, "kept must be between 0 and 3"),
+        ({"kept": [-1, 3]}, EvaValueError, "kept must be between 0 and 3"),
     ],
 )  # fmt: skip
 def test_bad_layers(changes: dict, error: type, message: str) -> None:
@@ -371,6 +372,7 @@ def test_no_layers() -> None:
     [
         ("numbers", torch.ones(2, 3).double(), EvaValueError),
         ("delta", torch.ones(2, 10), EvaTypeError),
+        ("delta", torch.ones(2, 9).double(), EvaValueError),
         ("along", torch.ones(2, 2).double(), EvaValueError),
         ("mean", torch.ones(2, 10).double(), EvaTypeError),
         ("mixing", torch.ones(2, 3, 4).double(), EvaValueError),
