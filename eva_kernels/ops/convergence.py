@@ -165,6 +165,7 @@ def cosines(
             _check_matrix("a matrix of cosines", matrix)
         fits = 0 < len(group) == len(counts) and len(rows) == sum(counts)
         fits = fits and rows.shape[1] == group[0].shape[1]
+        fits = fits and min(counts) >= 0 and max(counts) <= len(group[0])
         if not (fits and all(matrix.is_contiguous() for matrix in (rows, *group))):
             raise EvaValueError(
                 f"{len(group)} contiguous bases must have kept {len(rows)} contiguous rows of as "

@@ -165,6 +165,7 @@ MATRIX = torch.ones(3, 4)
         ([MATRIX], [MATRIX], [1], 1.5, EvaValueError, "tau must be between 0 and 1, not 1.5"),
         ([MATRIX], [MATRIX], [1], float("nan"), EvaValueError, "tau must be .* not nan"),
         ([MATRIX[0]], [MATRIX[0]], [1], 0.5, EvaValueError, "2 dimensions, not 1"),
+        ([MATRIX[None]], [MATRIX[None]], [1], 0.5, EvaValueError, "2 dimensions, not 3"),
         ([MATRIX.double()], [MATRIX], [1], 0.5, EvaTypeError, r"previous\[0\] .* torch.float64"),
         ([MATRIX], [[1.0]], [1], 0.5, EvaTypeError, r"current\[0\] must be .* not list"),
         ([MATRIX.to("meta")], [MATRIX], [1], 0.5, EvaValueError, r"previous\[0\] is on meta"),
@@ -226,6 +227,8 @@ def test_registered_operator_of_cosines_keeps_its_promises(device: torch.device)
         (torch.ones(4, 5).mT, [MATRIX, MATRIX], [3, 2], EvaValueError),
         (torch.ones(5, 4), [MATRIX, torch.ones(4, 3).mT], [3, 2], EvaValueError),
         (torch.ones(5, 3), [MATRIX, MATRIX], [3, 2], EvaValueError),
+        (torch.ones(5, 4), [MATRIX, MATRIX], [4, 1], EvaValueError),
+        (torch.ones(5, 4), [MATRIX] * 3, [3, 3, -1], EvaValueError),
         (torch.ones(0, 4), [], [], EvaValueError),
     ],
 )
