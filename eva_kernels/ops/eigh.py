@@ -90,9 +90,10 @@ def lapack_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 def _numpy_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     # where NumPy has MKL, too, another scale helps
-    scale = matrices.abs().amax((-1, -2), keepdim=True).clamp_min(torch.finfo(matrices.dtype).tiny)
+    lower = matrices.tril()
+    scale = lower.abs().amax((-1, -2), keepdim=True).clamp_min(torch.finfo(lower.dtype).tiny)
     try:
-        arrays = np.linalg.eigh((matrices / scale).cpu().numpy())
+        arrays = np.linalg.eigh((lower / scale).cpu().numpy())
     except np.linalg.LinAlgError:
         return None
     values, vectors = (torch.from_numpy(array).to(matrices.device) for array in arrays)
