@@ -84,9 +84,9 @@ def spectra(streams: Sequence[InputStream], device: torch.device | None = None) 
         float64 bases, and one read for all exact streams, each of which also takes a full
         eigen-decomposition.
     """
-    fold_streams(streams, final=True)
     if any(s.state is None for s in streams):
         raise EvaValueError("no tokens were seen")
+    fold_streams(streams, final=True)
     parts = [_vectors(chunk, device) for chunk in _chunks(streams)]
     told = iter(_host.read([tensor for part in parts for tensor in part.numbers]))
     found: dict[int, Spectrum] = {}

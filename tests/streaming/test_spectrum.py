@@ -161,6 +161,8 @@ def test_there_are_fewer_components_than_tokens() -> None:
 
 def test_no_token_no_answer() -> None:
     seen = feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))])
+    seen.add(torch.randn(5, 12))
     with pytest.raises(EvaValueError, match="no tokens were seen"):
         spectra([seen, make_stream(12, 4)])
+    assert (seen.pending, seen.folds) == (5, 1)
     assert spectra([]) == []
