@@ -151,7 +151,7 @@ def centred_scatter(states: Sequence[GramState]) -> Tensor:
     shift = stacked([s.sums.shift for s in states])
     share = np.array([-1 / max(s.sums.count, 1) for s in states])
     share_ = _host.upload(torch.from_numpy(share), shift.device)[:, None]
-    products = stacked([s.sums.products for s in states]).double()
+    products = stacked([s.sums.products for s in states])
     return torch.addcmul(products, shift[:, :, None], (shift * share_)[:, None, :])
 
 

@@ -11,9 +11,9 @@ import torch
 
 import helpers
 from eva_kernels.errors import EvaValueError
-from eva_kernels.streaming import InputStream, Spectrum, _host, spectra
+from eva_kernels.streaming import InputStream, Spectrum, _host, leading_ratios, spectra
 from eva_kernels.streaming import batch as batch_module
-from eva_kernels.streaming.spectrum import _numbers
+from eva_kernels.streaming.spectrum import EIGEN_ARRAYS, _chunks, _numbers
 from helpers import CPU, decaying, feed, with_spectrum
 from host_reads import counted
 
@@ -35,6 +35,7 @@ def several() -> list[InputStream]:
         (24, 4, 8, "gram", double),
         (48, 6, 12, "sketch", single),
         (24, 4, 8, "sketch", single),
+        (48, 6, 10, "sketch", single),
     ]
     streams = []
     for i, (d, k, width, method, dtype) in enumerate(shapes):
@@ -59,7 +60,7 @@ def assert_same(one: Spectrum, other: Spectrum) -> None:
 def test_together_as_alone(free: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
     expected = [stream.spectrum() for stream in several()]
-    assert [a.rank for a in expected] == [6, 4, 6, 4, 6, 2, 4, 0, 4]
+    assert [a.rank for a in expected] == [6, 4, 6, 4, 6, 2, 4, 0, 4, 6]
     for name in ("CHUNK_BYTES", "CHUNK_BYTES_ACCELERATOR"):
         monkeypatch.setattr(batch_module, name, chunk)
     for device in (None, CPU):
@@ -68,6 +69,20 @@ def test_together_as_alone(free: bool, chunk: int, monkeypatch: pytest.MonkeyPat
         assert [s.pending for s in streams] == [0] * len(streams)
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_a_chunk_is_as_many_layers_as_its_bytes_hold(
+    method: str, free: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
+    x = with_spectrum(60, 12, decaying(12))
+    streams = [feed(make_stream(12, 4, 8, method=method), [x]) for _ in "abcde"]
+    rows = 8 if method == "sketch" else 12 * EIGEN_ARRAYS
+    name = "CHUNK_BYTES" if free else "CHUNK_BYTES_ACCELERATOR"
+    monkeypatch.setattr(batch_module, name, 2 * rows * 12 * 8)
+    assert [len(chunk) for chunk in _chunks(streams)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("free", [True, False])
@@ -152,6 +167,16 @@ def test_behind_a_component_that_is_noise_there_is_none() -> None:
     assert (values.tolist(), kept.tolist(), rank) == ([10.0, 0.0, 0.0], [100.0, 0.0, 0.0], 1)
 
 
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_variance_is_what_the_dtype_tells_from_the_mean(method: str) -> None:
+    x = 1 + 1e-9 * with_spectrum(60, 12, decaying(12), dtype=torch.float64)
+    for dtype, rank in ((torch.float64, 4), (torch.float32, 0)):
+        stream = feed(make_stream(12, 4, method=method, dtype=dtype), [x.to(dtype)])
+        answer = stream.spectrum()
+        assert answer.rank == rank
+        assert (answer.ratios > 0).all() == (rank > 0)
+
+
 def test_there_are_fewer_components_than_tokens() -> None:
     stream = make_stream(12, 3, method="gram")
     stream.add(torch.randn(3, 12))
@@ -166,3 +191,4 @@ def test_no_token_no_answer() -> None:
         spectra([seen, make_stream(12, 4)])
     assert (seen.pending, seen.folds) == (5, 1)
     assert spectra([]) == []
+    assert leading_ratios([]).size == 0
