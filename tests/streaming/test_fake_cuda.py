@@ -72,6 +72,8 @@ def test_each_gpu_has_cosines_of_its_own(criterion: str) -> None:
                 stream.add(torch.zeros(50, 64, device=stream.device))
             compare_streams(fold_streams(streams), [4] * 3, tau=0.5, criterion=criterion)
         assert len(reads) == (3 if criterion == "subspace" else 2)
+        answers = spectra(streams)
+        assert [a.components.device for a in answers] == [stream.device for stream in streams]
     assert [stream.similarity for stream in streams] == [0.5, 0.0, 0.0]
     assert [stream.converged for stream in streams] == [True, False, False]
 
