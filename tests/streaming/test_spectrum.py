@@ -39,8 +39,8 @@ def several() -> list[InputStream]:
     ]
     streams = []
     for i, (d, k, width, method, dtype) in enumerate(shapes):
-        # one is of low rank, one does not vary
-        values = [9.0, 3.0] if i == 5 else decaying(d)
+        # one is of low rank, one does not vary, beside one all others would be rounding
+        values = [9.0, 3.0] if i == 5 else decaying(d, scale=1e12 if i == 1 else 100)
         x = with_spectrum(100, d, values, dtype=dtype, seed=i) if i != 7 else torch.full((90, d), 2)
         stream = feed(make_stream(d, k, width, method=method, dtype=dtype), [x.to(dtype)[:60]])
         stream.add(x.to(dtype)[60:])
@@ -175,6 +175,12 @@ def test_variance_is_what_the_dtype_tells_from_the_mean(method: str) -> None:
         answer = stream.spectrum()
         assert answer.rank == rank
         assert (answer.ratios > 0).all() == (rank > 0)
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float64, 2), (torch.float32, 1)])
+def test_noise_of_exact_sums_is_that_of_their_dtype(dtype: torch.dtype, rank: int) -> None:
+    x = with_spectrum(60, 12, [100.0, 1e-3], dtype=dtype)
+    assert feed(make_stream(12, 4, method="gram", dtype=dtype), [x]).spectrum().rank == rank
 
 
 def test_there_are_fewer_components_than_tokens() -> None:
