@@ -267,7 +267,7 @@ def _numbers(
     noise = 4 * torch.finfo(first.dtype).eps * np.square(spread)
     noise += first.features * np.finfo(np.float64).eps * squares[:, :1]  # of the eigen-solver
     ranks = np.logical_and.accumulate(squares > noise, 1).sum(1)
-    ranks = np.minimum(ranks, [max(s.tokens - 1, 0) for s in streams])
+    ranks = np.minimum(ranks, [s.tokens - 1 for s in streams])
     alive = np.arange(first.components) < ranks[:, None]
     parts = (np.where(alive, each, 0.0) for each in (roots, squares))
     return list(zip(*parts, ranks.tolist(), strict=True))
