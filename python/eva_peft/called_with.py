@@ -11,23 +11,15 @@ from torch import Tensor, nn
 
 from ._peft_compat import base_of
 from .architecture import is_of_transformers, signature_of
-from .arguments import PADDING_MASKS
 from .hooks import take_off
 from .interrupts import temporarily
 from .parts import outermost
 from .token_mask import TokenMask
 
-__all__ = ["CalledWith", "PaddingTold", "transformers_of_torch"]
-
-_OF_TORCH = (
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
+__all__ = ["AroundCalls", "CalledWith", "named_arguments"]
 
 
-class _AroundCalls:
+class AroundCalls:
     """Hooks around the calls of parts of a model, which choose the mask that counts in each.
 
     Args:
@@ -50,7 +42,7 @@ class _AroundCalls:
 
     def _add(self) -> None:
         for part in self._parts:
-            part.register_forward_pre_hook(self._before, with_kwargs=True)
+            part.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
             part.register_forward_hook(self._behind, always_call=True)
 
     def _remove(self) -> None:
@@ -65,7 +57,7 @@ class _AroundCalls:
         raise NotImplementedError
 
 
-class CalledWith(_AroundCalls):
+class CalledWith(AroundCalls):
     """Hooks that look at the arguments of a model, and of the models of transformers in it.
 
     A function may make the tokens itself, or run a model on something else than the text that the
@@ -78,7 +70,7 @@ class CalledWith(_AroundCalls):
         model: of which the outermost parts are looked at.
         batch: its labels count where they are labels of the tokens that a model is called with.
         mask: of the batch.
-        make_mask, use_mask: see :class:`_AroundCalls`.
+        make_mask, use_mask: see :class:`AroundCalls`.
         begin: called before each call that is within no other.
     """
 
@@ -128,7 +120,7 @@ class CalledWith(_AroundCalls):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(self._in_use) == 1:
             self._begin()
-        self._in_use.append((module, self._mask_of(_named(module, args, kwargs))))
+        self._in_use.append((module, self._mask_of(named_arguments(module, args, kwargs))))
         self._use_mask(self._in_use[-1][1])
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -151,53 +143,9 @@ class CalledWith(_AroundCalls):
         return self._make_mask(named)
 
 
-def transformers_of_torch(model: nn.Module) -> list[nn.Module]:
-    """Return the parts of a model that are torch's own encoders and decoders, or their layers."""
-    found = outermost(base_of(model), lambda module: isinstance(module, _OF_TORCH))
-    return [part for _, part in found]
-
-
-class PaddingTold(_AroundCalls):
-    """Hooks that look at what torch's own transformers are told of padding.
-
-    A model may make that of lengths or of token ids, or take it by a name of its own. It counts in
-    them where the batch says nothing of its tokens.
-
-    Args:
-        parts: see :func:`transformers_of_torch`.
-        make_mask, use_mask: see :class:`_AroundCalls`.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[nn.Module],
-        make_mask: Callable[[Mapping[str, Any]], TokenMask],
-        use_mask: Callable[[TokenMask], TokenMask],
-    ) -> None:
-        super().__init__(parts, make_mask, use_mask)
-        self._told: list[Tensor] = []  # the last, as layers may be called one by one
-        self._mask = TokenMask(None)  # made of it
-        self._in_use: list[tuple[nn.Module, TokenMask]] = []  # what is called, and the mask around
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = _named(module, args, kwargs)
-        told = [named[name] for name in PADDING_MASKS if isinstance(named.get(name), Tensor)]
-        if not told:
-            return
-        if list(map(id, told)) != list(map(id, self._told)):
-            self._told, self._mask = told, self._make_mask(named)
-        around = self._use_mask(self._mask)
-        if around.main is None and around.decoder is None:
-            self._in_use.append((module, around))
-        else:  # a function has called the model with a mask
-            self._use_mask(around)
-
-    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._in_use and self._in_use[-1][0] is module:
-            self._use_mask(self._in_use.pop()[1])
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def named_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return arguments by their names; those in a mapping that is the first argument, as these."""
     if args and isinstance(args[0], Mapping):
         return {**kwargs, **args[0]}

@@ -13,9 +13,10 @@ from torch import nn
 from . import arguments, batches
 from ._peft_compat import LoraConfig
 from .architecture import Architecture
-from .called_with import CalledWith, PaddingTold, transformers_of_torch
+from .called_with import CalledWith
 from .hooks import InputCollector, StopForward
 from .options import AUTO, CalibrateOptions
+from .padding_told import PaddingTold, parts_told
 from .prepare import Preparer
 from .token_mask import TokenMask
 
@@ -54,7 +55,7 @@ class ModelCall:
         self._model, self._options, self._config = model, options, config
         self._architecture, self._collector, self._preparer = architecture, collector, preparer
         self._may_stop_early = may_stop_early
-        self._of_torch = transformers_of_torch(model)
+        self._told = parts_told(model)
 
     def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
         """Bring a part of a batch to the device."""
@@ -116,8 +117,7 @@ class ModelCall:
         return CalledWith(self._model, batch, mask, make_mask, *told).looking()
 
     def _padding_told(self, mask: TokenMask, number: int) -> AbstractContextManager[object]:
-        told = mask.main is not None or mask.decoder is not None
-        if told or not self._preparer.plain_masks or not self._of_torch:
+        if mask.tells or not self._preparer.plain_masks or not self._told:
             return nullcontext()
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        return PaddingTold(self._of_torch, make_mask, self._collector.use_mask).looking()
+        return PaddingTold(self._told, make_mask, self._collector.use_mask).looking()

@@ -110,6 +110,12 @@ class TokenMask:
         """Whether any token is left out."""
         return any(m is not None and not bool(m.all()) for m in (self.main, self.decoder))
 
+    @property
+    def tells(self) -> bool:
+        """Whether anything is known of tokens, of text or of something else."""
+        masks = (self.main, self.decoder, self.beside, self.queries, self.sound, self.tiles)
+        return any(m is not None for m in (*masks, *self.given, *self.pixels))
+
     def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.
 

@@ -1,4 +1,4 @@
-"""What torch's own transformers are told of padding, whatever the batch calls it."""
+"""What parts of a model are told of padding, whatever the batch calls it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import T5Config
+from transformers.models.t5.modeling_t5 import T5Stack
 
-from integration.conftest import VOCABULARY, hooks_of, layer_inputs, lora, lost, run
+from integration.conftest import (
+    VOCABULARY,
+    hooks_of,
+    layer_inputs,
+    lora,
+    lost,
+    make_bert,
+    run,
+)
 
 LENGTHS = torch.tensor([7, 4, 2])
 KEPT = torch.arange(7) < LENGTHS[:, None]
@@ -104,3 +114,169 @@ def test_a_failure_leaves_nothing() -> None:
     with pytest.raises(KeyError, match="after all"):
         run(model, batches(), lora(target_modules=["last"]), **EXACT)
     assert hooks_of(model) == before
+
+
+class Block(nn.Module):
+    """Attention and what is behind it; other ways to tell it of padding are in its subclasses."""
+
+    def __init__(self, batch_first: bool = True) -> None:
+        super().__init__()
+        self.before, self.behind = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=batch_first)
+
+    def run(self, x: Tensor, keys: Tensor, padding: Tensor | None) -> Tensor:
+        x = x + self.before(x).tanh()
+        keys = x if keys is None else keys
+        x = x + self.attention(x, keys, keys, padding, need_weights=False)[0]
+        return x + self.behind(x).tanh()
+
+
+class OfItsOwn(Block):
+    def forward(self, x: Tensor, self_attn_padding_mask: Tensor | None = None) -> Tensor:
+        return self.run(x, None, self_attn_padding_mask)
+
+
+class Kept(Block):
+    def forward(self, x: Tensor, key_padding_mask: Tensor) -> Tensor:  # as flash-attn means it
+        return self.run(x, None, ~key_padding_mask)
+
+
+class Pairs(Block):
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.run(x, None, attention_mask[:, 0, 0] < 0)
+
+
+class Hidden(Block):
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return self.run(x, None, hidden)
+
+
+class Found(nn.Module):
+    """Finds the padding among its token ids, and tells its parts of it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, first = kind, kind != "sequence first"
+        self.words = nn.Embedding(VOCABULARY, 16)
+        of_kind = {"kept": Kept, "pairs": Pairs, "attention": Hidden}.get(kind, OfItsOwn)
+        self.blocks = nn.ModuleList(of_kind(first) for _ in range(2))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, padding = self.words(ids), ids == 0
+        x = x.transpose(0, 1) if self.kind == "sequence first" else x
+        for block in self.blocks:
+            if self.kind == "kept":
+                x = block(x, ~padding)
+            elif self.kind == "pairs":
+                x = block(x, attention_mask=-1e4 * padding[:, None, None].expand(-1, 1, 7, 7))
+            else:
+                x = block(x, padding)
+        return self.head(x.transpose(0, 1) if self.kind == "sequence first" else x)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("kind", ["named", "sequence first", "kept", "pairs", "attention"])
+def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
+    model, data = Found(kind).eval(), batches()
+    # an attention alone is told after what is before it was called
+    names = ["blocks.0.behind", "blocks.1.before", "blocks.1.behind", "head"]
+    names += [] if kind == "attention" else ["blocks.0.before"]
+    before = hooks_of(model)
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    assert hooks_of(model) == before
+    for name, x in layer_inputs(model, data, names).items():
+        turned = kind == "sequence first" and name != "head"
+        rows = (KEPT.mT if turned else KEPT).flatten().repeat(4)
+        assert lost(result.components[name], x[rows]) < 1e-6, name
+    assert result.tokens == 4 * int(KEPT.sum())
+
+
+def test_padding_of_what_is_attended_to_is_not_that_of_what_attends() -> None:
+    class Looks(Block):
+        def forward(self, x: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
+            return self.run(x, keys, padding)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.looks = nn.Embedding(VOCABULARY, 16), Looks()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.looks(self.words(ids.flip(1)), self.words(ids), ids == 0)
+
+    model, names = Both().eval(), ["looks.before", "looks.behind"]
+    result = run(model, batches(), lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, batches(), names).items():
+        assert lost(result.components[name], x) < 1e-6, name
+    assert result.tokens == 4 * KEPT.numel()
+
+
+class Classifier(nn.Module):
+    """A model of transformers in a user's module, which makes the mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert, self.head = make_bert(), nn.Linear(32, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = ids.ne(0) if mask is None else mask
+        return self.head(self.bert(ids, attention_mask=mask).last_hidden_state)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("given", [False, True])
+def test_a_mask_that_a_users_module_gives_to_a_model_in_it(given: bool) -> None:
+    model, data = Classifier().eval(), batches()
+    data = [{**b, "mask": KEPT} for b in data] if given else data
+    names = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
+    names += ["bert.encoder.layer.1.intermediate.dense", "head"]
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names).items():
+        assert lost(result.components[name], x[KEPT.flatten().repeat(4)]) < 1e-6, name
+    assert result.tokens == 4 * int(KEPT.sum())
+
+
+def test_the_mask_that_a_decoder_is_given_for_its_encoder() -> None:
+    class Series(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            size = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1}
+            self.config = T5Config(vocab_size=VOCABULARY, use_cache=False, **size)
+            self.words = nn.Embedding(VOCABULARY, 16)
+            decoder = T5Config.from_dict({**self.config.to_dict(), "is_decoder": True})
+            self.encoder, self.decoder = T5Stack(self.config), T5Stack(decoder)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x, mask = self.words(ids), ids.ne(0)
+            x = self.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
+            asked = {"encoder_hidden_states": x, "encoder_attention_mask": mask}
+            return self.decoder(inputs_embeds=self.words(ids[:, :3]), **asked).last_hidden_state
+
+    model, layer = Series().eval(), "decoder.block.0.layer"
+    kept = [f"{layer}.1.EncDecAttention.k", "encoder.block.0.layer.0.SelfAttention.q"]
+    whole = [f"{layer}.0.SelfAttention.q", f"{layer}.1.EncDecAttention.q"]
+    result = run(model, batches(), lora(tau=1.0, target_modules=kept + whole), **EXACT)
+    for name, x in layer_inputs(model, batches(), kept + whole).items():
+        x = x[KEPT.flatten().repeat(4)] if name in kept else x
+        assert lost(result.components[name], x) < 1e-6, name
+
+
+def test_a_mask_that_says_something_else_is_left_alone() -> None:
+    class Global(Block):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:  # Longformer's
+            return self.run(x, None, attention_mask < 0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.block = nn.Embedding(VOCABULARY, 16), Global()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            far = torch.zeros_like(ids).index_fill(1, torch.tensor([0]), 10000)
+            return self.block(self.words(ids), far)
+
+    config = lora(tau=1.0, target_modules=["block.before", "block.behind"])
+    assert run(Model().eval(), batches(), config, **EXACT).tokens == 4 * KEPT.numel()

@@ -1,0 +1,189 @@
+"""What parts of a model are told of padding, by the model itself, where the batch says nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._peft_compat import base_of
+from .architecture import signature_of
+from .arguments import PADDING_MASKS
+from .batch_mask import token_mask_of
+from .called_with import AroundCalls, named_arguments
+from .token_mask import TokenMask
+
+__all__ = ["PaddingTold", "parts_told"]
+
+# Which tokens are seen, by these names; which are padding, by any that ends so.
+_SEEN = ("attention_mask", "encoder_attention_mask")
+_PADDING = "padding_mask"
+# In the names of what comes from elsewhere, to be attended to, and of its mask.
+_ELSEWHERE = ("encoder", "memory", "context", "key_value")
+
+
+def parts_told(model: nn.Module) -> list[nn.Module]:
+    """Return the parts of a model, with or without adapters, that may be told of padding."""
+    told: dict[type, bool] = {}
+    parts = list(base_of(model).modules())
+    for part in parts:
+        if type(part) not in told:
+            signature = signature_of(part)
+            names = () if signature is None else signature.parameters
+            told[type(part)] = any(map(_tells, names))
+    return [part for part in parts if told[type(part)]]
+
+
+class PaddingTold(AroundCalls):
+    """Hooks that look at what parts of a model are told of padding.
+
+    A model may make that of lengths or of token ids, or take it by a name of its own. It counts in
+    these parts where nothing else says which tokens do, and behind them in what has their shape.
+
+    Args:
+        parts: see :func:`parts_told`.
+        make_mask: returns the mask of a mapping of arguments.
+        use_mask: is given the mask to use from then on, and returns the one until then.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        make_mask: Callable[[Mapping[str, Any]], TokenMask],
+        use_mask: Callable[[TokenMask], TokenMask],
+    ) -> None:
+        super().__init__(parts, make_mask, use_mask)
+        # of what was told, and to how many tokens; kept, as layers may be told one by one
+        self._known: dict[tuple[object, ...], tuple[list[Tensor], TokenMask | None]] = {}
+        self._in_use: list[tuple[nn.Module, TokenMask]] = []  # what is called, and its mask
+        self._behind_parts: TokenMask | None = None
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = named_arguments(module, args, kwargs)
+        mask = self._mask_of(named)
+        if mask is None or ("key" in named and named["key"] is not named.get("query")):
+            return  # of keys from elsewhere
+        around = self._use_mask(mask)
+        if around is not self._behind_parts and _says_as_much(around, mask):
+            self._use_mask(around)  # a function has called the model with a mask, or a part around
+        else:
+            self._in_use.append((module, mask))
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._in_use or self._in_use[-1][0] is not module:
+            return
+        _, mask = self._in_use.pop()
+        if not self._in_use:
+            mask = self._behind_parts = copy.copy(mask)
+            mask.apart = ("",)  # nothing but a shape tells what is read there
+        else:
+            mask = self._in_use[-1][1]
+        self._use_mask(mask)
+
+    def _mask_of(self, named: Mapping[str, Any]) -> TokenMask | None:
+        masks = [value for name, value in named.items() if _tells(name) and _is_tensor(value)]
+        if not masks:
+            return None
+        shape = _shape_of(named)
+        key = (shape, *map(id, masks))
+        if key not in self._known:
+            told = _told(named, shape)
+            self._known[key] = masks, None if told is None else self._make_mask(told)
+        return self._known[key][1]
+
+
+def _tells(name: str) -> bool:
+    return name in _SEEN or name.endswith(_PADDING)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
+    """Tell whether a mask counts rather than one that a part is told: unless of other tokens."""
+    if around.main is None or mask.main is None:
+        return around.main is not None or around.decoder is not None
+    return around.main.shape == mask.main.shape
+
+
+def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of the tokens that a part is called with, (B, T) or (T, B)."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor) or "mask" in name or _is_elsewhere(name):
+            continue
+        if value.dim() >= (3 if value.is_floating_point() else 2):
+            return tuple(value.shape[:2])
+    return ()
+
+
+def _is_elsewhere(name: str) -> bool:
+    return any(word in name for word in _ELSEWHERE)
+
+
+def _told(named: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return what a batch would say that says of its tokens what a part is told.
+
+    Args:
+        named: what the part is called with.
+        shape: see :func:`_shape_of`.
+    """
+    told: dict[str, Any] = {}
+    masks = {name: v for name, v in named.items() if _tells(name) and isinstance(v, Tensor)}
+    given = any(_is_elsewhere(name) and isinstance(v, Tensor) for name, v in named.items())
+    # then the only mask may be that of what is attended to
+    unclear = given and not any(map(_is_elsewhere, masks))
+    for name, mask in masks.items():
+        if name in PADDING_MASKS:
+            told[name] = mask
+            continue
+        if unclear and "self" not in name:
+            continue
+        kept = _seen(mask) if name in _SEEN else _not_padding(mask)
+        if kept is None or kept.all():
+            continue
+        if tuple(kept.shape) in (shape, shape[::-1]):
+            told["attention_mask"] = kept
+        elif _is_elsewhere(name):
+            told["encoder_attention_mask"] = kept
+    if not told:
+        return None
+    beside = ("input_ids", "inputs_embeds", "labels")
+    return {**{name: named[name] for name in beside if name in named}, **told}
+
+
+def _seen(mask: Tensor) -> Tensor | None:
+    """Return which tokens a mask of what is seen keeps, bool (B, T), if it is understood.
+
+    Args:
+        mask: see :func:`.batch_mask.token_mask_of`. Of pairs of tokens of two kinds none can be
+            told.
+    """
+    if mask.dim() == 2:
+        mask = mask.cpu()
+        ones = (mask == 0) | (mask == 1)
+        if not ones.all() and not (mask <= 0).all():  # it says something else, too
+            return None
+    elif mask.dim() < 2 or mask.shape[-2] not in (1, mask.shape[-1]):
+        return None
+    kept = token_mask_of(mask)
+    return kept if kept is not None and _in_every_sample(kept) else None
+
+
+def _not_padding(mask: Tensor) -> Tensor | None:
+    """Return which tokens a mask of padding keeps, bool (B, T), if it is understood.
+
+    That padding is true, or -inf, is usual; where all of a sample would be padding, it is false.
+    """
+    if mask.dim() != 2:
+        return None
+    kept = mask.cpu() == 0
+    if not _in_every_sample(kept):
+        kept = ~kept
+    return kept if _in_every_sample(kept) else None
+
+
+def _in_every_sample(kept: Tensor) -> bool:
+    return bool(kept.any(1).all())
