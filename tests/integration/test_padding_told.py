@@ -182,7 +182,9 @@ def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
     model, data = Found(kind).eval(), batches()
     # an attention alone is told after what is before it was called
     names = ["blocks.0.behind", "blocks.1.before", "blocks.1.behind", "head"]
-    names += [] if kind == "attention" else ["blocks.0.before"]
+    names += (
+        [f"blocks.{i}.attention" for i in range(2)] if kind == "attention" else ["blocks.0.before"]
+    )
     before = hooks_of(model)
     result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
     assert hooks_of(model) == before
