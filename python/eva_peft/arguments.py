@@ -132,6 +132,8 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 "tell how the model is run on it, or let the loader yield the mapping alone"
             )
         return tuple(batch), {}
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, nn.Module)):
+        return (batch,), {}  # what can be moved to a device is made for a model: graphs, for one
     raise EvaTypeError(
         f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
         "forward_fn to run the model on other batches"

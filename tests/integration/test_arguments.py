@@ -129,6 +129,28 @@ def test_a_mapping_is_one_argument_where_no_name_of_it_is_known() -> None:
             as_one_argument(other, each)
 
 
+def test_a_batch_that_can_be_moved_is_one_argument() -> None:
+    class Graphs:  # as torch_geometric's
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+        def to(self, device: torch.device) -> Graphs:
+            return Graphs(self.x.to(device))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = make_mlp()
+
+        def forward(self, graphs: Graphs) -> Tensor:
+            return self.mlp(graphs.x)
+
+    config, data = lora(target_modules=["mlp.0", "mlp.2"], tau=1.0), vectors(4)
+    found = run(Net(), [Graphs(x) for x in data], config, max_steps=4)
+    expected = run(make_mlp(), data, lora(**CONFIG), max_steps=4)
+    assert torch.equal(found.components["mlp.2"], expected.components["2"])
+
+
 def test_errors_are_explained_where_no_name_is_known() -> None:
     own, model = KeyError("mine"), make_llama()
     with pytest.raises(EvaTypeError, match=r"names \['mine'\].*it failed with KeyError"):
