@@ -112,9 +112,9 @@ class TokenMask:
 
     @property
     def tells(self) -> bool:
-        """Whether anything is known of tokens, of text or of something else."""
-        masks = (self.main, self.decoder, self.beside, self.queries, self.sound, self.tiles)
-        return any(m is not None for m in (*masks, *self.given, *self.pixels))
+        """Whether anything is known of tokens; masks over samples of sound and pixels tell less."""
+        masks = (self.main, self.decoder, self.beside, self.queries, *self.given)
+        return any(mask is not None for mask in masks)
 
     def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.

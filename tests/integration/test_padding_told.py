@@ -282,3 +282,36 @@ def test_a_mask_that_says_something_else_is_left_alone() -> None:
 
     config = lora(tau=1.0, target_modules=["block.before", "block.behind"])
     assert run(Model().eval(), batches(), config, **EXACT).tokens == 4 * KEPT.numel()
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_padding_of_several_sizes_of_images_in_one_sequence() -> None:
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.project, self.encoder = nn.Linear(3, 16), Pairs()
+
+        def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
+            every = [(pixel_values[..., ::n, ::n], pixel_mask[:, ::n, ::n]) for n in (2, 4)]
+            x = torch.cat([pixels.flatten(2).mT for pixels, _ in every], 1)
+            keep = torch.cat([mask.flatten(1) for _, mask in every], 1)
+            seen = keep[:, None, None].expand(-1, 1, x.shape[1], -1)
+            return self.encoder(self.project(x), attention_mask=-1e4 * ~seen)
+
+    mask = (torch.arange(8) < 5).expand(2, 8, 8).clone()
+    mask[0] = True
+    draws = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "pixel_values": torch.randn(2, 3, 8, 8, generator=draws) * mask[:, None],
+            "pixel_mask": mask,
+        }
+        for _ in range(4)
+    ]
+    names, model = ["encoder.before", "encoder.behind"], Levels().eval()
+    kept = torch.cat([mask[:, ::n, ::n].flatten(1) for n in (2, 4)], 1).flatten()
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names).items():
+        assert lost(result.components[name], x[kept.repeat(4)]) < 1e-6, name
+    assert result.tokens == 4 * int(kept.sum())
