@@ -17,11 +17,13 @@ from .token_mask import TokenMask
 
 __all__ = ["PaddingTold", "parts_told"]
 
-# Which tokens are seen, by these names; which are padding, by any that ends so.
+# Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
+# other name mean is not known, but for those that have one row for all tokens, (B, 1, T).
 _SEEN = ("attention_mask", "encoder_attention_mask")
 _PADDING = "padding_mask"
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value")
+_BESIDE = ("input_ids", "inputs_embeds", "labels")  # which a mask is looked at with
 
 
 def parts_told(model: nn.Module) -> list[nn.Module]:
@@ -32,7 +34,7 @@ def parts_told(model: nn.Module) -> list[nn.Module]:
         if type(part) not in told:
             signature = signature_of(part)
             names = () if signature is None else signature.parameters
-            told[type(part)] = any(map(_tells, names))
+            told[type(part)] = any(map(_may_tell, names))
     return [part for part in parts if told[type(part)]]
 
 
@@ -83,23 +85,31 @@ class PaddingTold(AroundCalls):
         self._use_mask(mask)
 
     def _mask_of(self, named: Mapping[str, Any]) -> TokenMask | None:
-        masks = [value for name, value in named.items() if _tells(name) and _is_tensor(value)]
+        masks = {name: value for name, value in named.items() if _tells(name, value)}
         if not masks:
             return None
-        shape = _shape_of(named)
-        key = (shape, *map(id, masks))
+        shape, elsewhere = _shape_of(named), _reads_elsewhere(named)
+        key = (shape, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
         if key not in self._known:
-            told = _told(named, shape)
-            self._known[key] = masks, None if told is None else self._make_mask(told)
+            told = _told(masks, shape, elsewhere)
+            beside = {name: named[name] for name in _BESIDE if name in named}
+            mask = self._make_mask({**beside, **told}) if told else None
+            self._known[key] = list(masks.values()), mask
         return self._known[key][1]
 
 
-def _tells(name: str) -> bool:
-    return name in _SEEN or name.endswith(_PADDING)
+def _may_tell(name: str) -> bool:
+    return name.endswith(("mask", "masks"))
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _tells(name: str, value: Any) -> bool:
+    known = name in _SEEN or name.endswith(_PADDING)
+    return isinstance(value, Tensor) and (known or (_may_tell(name) and _is_row(value)))
+
+
+def _is_row(mask: Tensor) -> bool:
+    """Tell whether a mask has one row for all tokens, (B, 1, T), of ones and zeros."""
+    return mask.dim() == 3 and mask.shape[1] == 1 < mask.shape[2] and not mask.is_floating_point()
 
 
 def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
@@ -123,35 +133,37 @@ def _is_elsewhere(name: str) -> bool:
     return any(word in name for word in _ELSEWHERE)
 
 
-def _told(named: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, Any] | None:
+def _reads_elsewhere(named: Mapping[str, Any]) -> bool:
+    """Tell whether a part is given tokens to attend to, beside its own."""
+    given = (name for name, value in named.items() if isinstance(value, Tensor))
+    return any(_is_elsewhere(name) and "mask" not in name for name in given)
+
+
+def _told(
+    masks: Mapping[str, Tensor], shape: tuple[int, ...], elsewhere: bool
+) -> dict[str, Tensor]:
     """Return what a batch would say that says of its tokens what a part is told.
 
     Args:
-        named: what the part is called with.
+        masks: what the part is told.
         shape: see :func:`_shape_of`.
+        elsewhere: the part attends to other tokens.
     """
-    told: dict[str, Any] = {}
-    masks = {name: v for name, v in named.items() if _tells(name) and isinstance(v, Tensor)}
-    given = any(_is_elsewhere(name) and isinstance(v, Tensor) for name, v in named.items())
-    # then the only mask may be that of what is attended to
-    unclear = given and not any(map(_is_elsewhere, masks))
+    told = {}
+    # the only mask may be that of what is attended to
+    unclear = elsewhere and not any(map(_is_elsewhere, masks))
     for name, mask in masks.items():
         if name in PADDING_MASKS:
             told[name] = mask
-            continue
-        if unclear and "self" not in name:
-            continue
-        kept = _seen(mask) if name in _SEEN else _not_padding(mask)
-        if kept is None or kept.all():
-            continue
-        if tuple(kept.shape) in (shape, shape[::-1]):
-            told["attention_mask"] = kept
-        elif _is_elsewhere(name):
-            told["encoder_attention_mask"] = kept
-    if not told:
-        return None
-    beside = ("input_ids", "inputs_embeds", "labels")
-    return {**{name: named[name] for name in beside if name in named}, **told}
+        elif not unclear or "self" in name:
+            kept = _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
+            if kept is None or kept.all():
+                continue
+            if _is_elsewhere(name) and (elsewhere or name in _SEEN):
+                told["encoder_attention_mask"] = kept
+            elif tuple(kept.shape) in (shape, shape[::-1]):
+                told["attention_mask"] = kept
+    return told
 
 
 def _seen(mask: Tensor) -> Tensor | None:
@@ -168,7 +180,7 @@ def _seen(mask: Tensor) -> Tensor | None:
             return None
     elif mask.dim() < 2 or mask.shape[-2] not in (1, mask.shape[-1]):
         return None
-    kept = token_mask_of(mask)
+    kept = token_mask_of(mask[:, None] if _is_row(mask) else mask)
     return kept if kept is not None and _in_every_sample(kept) else None
 
 

@@ -146,6 +146,11 @@ class Pairs(Block):
         return self.run(x, None, attention_mask[:, 0, 0] < 0)
 
 
+class Rows(Block):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # as ESPnet's
+        return self.run(x, None, ~mask[:, 0])
+
+
 class Hidden(Block):
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         return self.run(x, None, hidden)
@@ -159,8 +164,8 @@ class Found(nn.Module):
         torch.manual_seed(0)
         self.kind, first = kind, kind != "sequence first"
         self.words = nn.Embedding(VOCABULARY, 16)
-        of_kind = {"kept": Kept, "pairs": Pairs, "attention": Hidden}.get(kind, OfItsOwn)
-        self.blocks = nn.ModuleList(of_kind(first) for _ in range(2))
+        of_kind = {"kept": Kept, "pairs": Pairs, "rows": Rows, "attention": Hidden}
+        self.blocks = nn.ModuleList(of_kind.get(kind, OfItsOwn)(first) for _ in range(2))
         self.head = nn.Linear(16, 4)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -169,6 +174,8 @@ class Found(nn.Module):
         for block in self.blocks:
             if self.kind == "kept":
                 x = block(x, ~padding)
+            elif self.kind == "rows":
+                x = block(x, ~padding[:, None])
             elif self.kind == "pairs":
                 x = block(x, attention_mask=-1e4 * padding[:, None, None].expand(-1, 1, 7, 7))
             else:
@@ -177,7 +184,7 @@ class Found(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("kind", ["named", "sequence first", "kept", "pairs", "attention"])
+@pytest.mark.parametrize("kind", ["named", "sequence first", "kept", "pairs", "rows", "attention"])
 def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
     model, data = Found(kind).eval(), batches()
     # an attention alone is told after what is before it was called
@@ -240,7 +247,8 @@ def test_a_mask_that_a_users_module_gives_to_a_model_in_it(given: bool) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-def test_the_mask_that_a_decoder_is_given_for_its_encoder() -> None:
+@pytest.mark.parametrize("steps", [3, 7])
+def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
     class Series(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -255,7 +263,7 @@ def test_the_mask_that_a_decoder_is_given_for_its_encoder() -> None:
             x, mask = self.words(ids), ids.ne(0)
             x = self.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
             asked = {"encoder_hidden_states": x, "encoder_attention_mask": mask}
-            return self.decoder(inputs_embeds=self.words(ids[:, :3]), **asked).last_hidden_state
+            return self.decoder(inputs_embeds=self.words(ids[:, :steps]), **asked).last_hidden_state
 
     model, layer = Series().eval(), "decoder.block.0.layer"
     kept = [f"{layer}.1.EncDecAttention.k", "encoder.block.0.layer.0.SelfAttention.q"]
