@@ -94,6 +94,8 @@ class PaddingTold(AroundCalls):
             told = _told(masks, shape, elsewhere)
             beside = {name: named[name] for name in _BESIDE if name in named}
             mask = self._make_mask({**beside, **told}) if told else None
+            if mask is not None:
+                mask.quiet = True  # no user has said that the part reads these tokens only
             self._known[key] = list(masks.values()), mask
         return self._known[key][1]
 
@@ -173,13 +175,13 @@ def _seen(mask: Tensor) -> Tensor | None:
         mask: see :func:`.batch_mask.token_mask_of`. Of pairs of tokens of two kinds none can be
             told.
     """
-    if mask.dim() == 2:
-        mask = mask.cpu()
-        ones = (mask == 0) | (mask == 1)
-        if not ones.all() and not (mask <= 0).all():  # it says something else, too
-            return None
-    elif mask.dim() < 2 or mask.shape[-2] not in (1, mask.shape[-1]):
+    if mask.dim() < 2 or (mask.dim() > 2 and mask.shape[-2] not in (1, mask.shape[-1])):
         return None
+    zero = mask == 0
+    if not bool((zero | (mask == 1)).all() or (zero | (mask < -1)).all()):
+        return (
+            None  # it says something else, too: where global attention is, how far away others are
+        )
     kept = token_mask_of(mask[:, None] if _is_row(mask) else mask)
     return kept if kept is not None and _in_every_sample(kept) else None
 

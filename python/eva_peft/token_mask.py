@@ -64,6 +64,7 @@ class TokenMask:
     Attributes:
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
         warned: layers that need no second warning.
+        quiet: no layer needs one.
         transposed: layer -> whether it takes the sequence first, as far as batches have told.
     """
 
@@ -98,6 +99,7 @@ class TokenMask:
         self.patch_sizes, self.prefixes, self.apart = patch_sizes, prefixes, apart
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
+        self.quiet = False
         self.transposed: dict[str, bool] = {}
         self._texts: dict[LayerKind, list[Fit]] = {}
         self._fits: dict[tuple[LayerKind, tuple[int, ...]], Fit | None] = {}
@@ -329,7 +331,7 @@ class TokenMask:
             masks = [m for m in masks if not layer.reads_encoder and _is_longer(leading, m)]
         if self.pixels and layer.in_encoder and self._sees_pixels(layer):
             masks = [m for m in self.pixels if leading[:-1] == (len(m),)]
-        if name in self.warned or one_for_all:
+        if self.quiet or name in self.warned or one_for_all:
             return
         if all(bool(m.all()) or leading in ((m.shape[0],), (m.shape[0], 1)) for m in masks):
             return

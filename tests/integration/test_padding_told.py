@@ -274,22 +274,51 @@ def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
         assert lost(result.components[name], x) < 1e-6, name
 
 
-def test_a_mask_that_says_something_else_is_left_alone() -> None:
-    class Global(Block):
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:  # Longformer's
-            return self.run(x, None, attention_mask < 0)
+@pytest.mark.parametrize("kind", ["global attention", "distances"])
+def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
+    class Sees(Block):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.run(x, None, None)
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.block = nn.Embedding(VOCABULARY, 16), Global()
+            self.words, self.block = nn.Embedding(VOCABULARY, 16), Sees()
 
         def forward(self, ids: Tensor) -> Tensor:
-            far = torch.zeros_like(ids).index_fill(1, torch.tensor([0]), 10000)
-            return self.block(self.words(ids), far)
+            if kind == "distances":  # as Falcon's
+                mask = 0.5 * torch.arange(7).expand(3, 1, 7, 7) + torch.full((7, 7), -1e9).triu(1)
+            else:  # as Longformer's
+                mask = torch.zeros_like(ids).index_fill(1, torch.tensor([0]), 10000)
+            return self.block(self.words(ids), mask)
 
     config = lora(tau=1.0, target_modules=["block.before", "block.behind"])
     assert run(Model().eval(), batches(), config, **EXACT).tokens == 4 * KEPT.numel()
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_nothing_is_said_of_other_tokens_in_a_part_that_is_told() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.asked, self.ask = nn.Parameter(torch.randn(3, 2, 16)), nn.Linear(16, 16)
+            self.read = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            scores = self.ask(self.asked) @ self.read(x).mT
+            return scores.masked_fill(~attention_mask[:, None], -torch.inf).softmax(-1) @ x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.queries = nn.Embedding(VOCABULARY, 16), Queries()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.queries(self.words(ids), ids.ne(0))
+
+    config = lora(tau=1.0, target_modules=["queries.ask", "queries.read"])
+    assert run(Model().eval(), batches(), config, **EXACT).tokens == 4 * int(KEPT.sum())
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
