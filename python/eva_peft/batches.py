@@ -97,7 +97,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with every tensor on a device; containers keep their type.
 
     What has a method ``to``, such as packed sequences and graphs, knows better what is to be moved;
-    some move what they hold in place.
+    some move what they hold in place, and return nothing.
     """
     if isinstance(batch, Tensor):
         return copied_to(device, batch)
@@ -108,7 +108,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
         except TypeError:
             return moved
     if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, nn.Module)):
-        return copy(batch).to(device)
+        own = copy(batch)
+        returned = own.to(device)
+        return own if returned is None else returned
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, (tuple, list)):

@@ -170,8 +170,16 @@ class Graph:
         return self
 
 
-def test_what_moves_itself() -> None:
-    graph, packed = Graph(vectors()[0]), pack_sequence(list(vectors()[0].split([4, 20, 16])), False)
+class Molecules(Graph):
+    """As chemprop's, which returns nothing."""
+
+    def to(self, device: torch.device) -> None:  # type: ignore[override]
+        super().to(device)
+
+
+@pytest.mark.parametrize("kind", [Graph, Molecules])
+def test_what_moves_itself(kind: type[Graph]) -> None:
+    graph, packed = kind(vectors()[0]), pack_sequence(list(vectors()[0].split([4, 20, 16])), False)
     moved = batches.to_device({"graph": [graph], "packed": packed}, torch.device("meta"))
     assert (moved["graph"][0].x.device.type, graph.x.device.type) == ("meta", "cpu")
     assert moved["packed"].data.device.type == moved["packed"].sorted_indices.device.type == "meta"
