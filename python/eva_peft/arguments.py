@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "check_known",
     "gives_decoder_inputs",
     "model_arguments",
+    "takes_as_one",
     "without_labels",
     "without_text",
 ]
@@ -132,7 +134,8 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 "tell how the model is run on it, or let the loader yield the mapping alone"
             )
         return tuple(batch), {}
-    if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, nn.Module)):
+    movable = callable(getattr(batch, "to", None)) or is_dataclass(batch)
+    if movable and not isinstance(batch, (type, nn.Module)):
         return (batch,), {}  # what can be moved to a device is made for a model: graphs, for one
     raise EvaTypeError(
         f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
@@ -158,10 +161,9 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
     Raises:
         EvaTypeError: the model does not; an argument is missing, or is not known.
     """
-    base = base_of(model)
-    if isinstance(batch, Mapping) and _takes_a_mapping(batch, base):
+    if isinstance(batch, Mapping) and takes_as_one(batch, model):
         return batch
-    raise _not_taken(batch, base)
+    raise _not_taken(batch, base_of(model))
 
 
 def check_known(kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -> None:
@@ -193,7 +195,9 @@ def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
     )
 
 
-def _takes_a_mapping(batch: Mapping[str, Any], base: nn.Module) -> bool:
+def takes_as_one(batch: Mapping[str, Any], model: nn.Module) -> bool:
+    """Tell whether a model takes one argument, and none by a name of a batch."""
+    base = base_of(model)
     parameters = _parameters(base) or []
     if type(base).forward is nn.Sequential.forward:  # its first layer takes none
         return False

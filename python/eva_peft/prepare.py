@@ -103,8 +103,9 @@ class Preparer:
         """
         by_default = self._options.forward_fn is None
         if by_default:
-            batch = arguments.by_name(batches.as_mapping(batch), self._model)
-            batch = batches.as_tensors(batch)
+            whole = batches.as_mapping(batch)
+            if whole is batch or not arguments.takes_as_one(whole, self._model):
+                batch = batches.as_tensors(arguments.by_name(whole, self._model))
         parts = [batch]
         if by_default and self._options.trim_padding and self.plain_masks:
             parts = batches.without_padding(batch, self._device, self._architecture, self._divide)

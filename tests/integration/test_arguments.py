@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,30 @@ def test_a_batch_that_can_be_moved_is_one_argument() -> None:
     found = run(Net(), [Graphs(x) for x in data], config, max_steps=4)
     expected = run(make_mlp(), data, lora(**CONFIG), max_steps=4)
     assert torch.equal(found.components["mlp.2"], expected.components["2"])
+
+
+def test_a_dataclass_is_one_argument_where_no_name_of_it_is_known() -> None:
+    @dataclass
+    class Molecules:
+        atoms: Tensor
+        attention_mask: Tensor
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = make_mlp()
+
+        def forward(self, molecules: Molecules) -> Tensor:
+            return self.mlp(molecules.atoms)
+
+    config, kept = lora(target_modules=["mlp.0", "mlp.2"], tau=1.0), torch.arange(20) < 13
+    data = [x.reshape(2, 20, 20) for x in vectors(4)]
+    batches = [Molecules(x, kept.expand(2, 20)) for x in data]
+    found = run(Net(), batches, config, max_steps=4, method="gram")
+    parts = [x[:, kept].flatten(0, 1) for x in data]
+    expected = run(make_mlp(), parts, lora(**CONFIG), max_steps=4, method="gram")
+    torch.testing.assert_close(found.components["mlp.2"], expected.components["2"])
+    assert found.tokens == expected.tokens == 4 * 26
 
 
 def test_errors_are_explained_where_no_name_is_known() -> None:
