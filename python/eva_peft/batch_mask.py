@@ -15,7 +15,7 @@ from .errors import warn
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask
 
-__all__ = ["mask_of_batch", "token_mask_of"]
+__all__ = ["mask_of_batch"]
 
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
@@ -50,9 +50,9 @@ def mask_of_batch(
         return TokenMask(None)
     batch = _with_mask_of_prompt(_with_masks_of_tokens(batch))
     main, decoder = _text_masks(batch, config, architecture, warned)
-    given = (token_mask_of(value) for key, value in batch.items() if _GIVEN.search(str(key)))
+    given = (_token_mask(value) for key, value in batch.items() if _GIVEN.search(str(key)))
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
-    queries = token_mask_of(batch.get("qformer_attention_mask"))
+    queries = _token_mask(batch.get("qformer_attention_mask"))
     mask = TokenMask(
         main,
         decoder,
@@ -63,7 +63,7 @@ def mask_of_batch(
         window=architecture.window,
         frame_lengths=architecture.frame_lengths,
         text_first=False if _PATCHES in batch else architecture.text_first,
-        beside=next((token_mask_of(batch[key]) for key in _BESIDE if key in batch), None),
+        beside=next((_token_mask(batch[key]) for key in _BESIDE if key in batch), None),
         queries=main if queries is None and architecture.text_in_qformer else queries,
         sound=sound_mask(batch),
         pixels=pixel_masks(batch),
@@ -91,7 +91,7 @@ def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     As some models of diffusers have it, which have no text of their own.
     """
     own, mask = batch.get("hidden_states"), batch.get("attention_mask")
-    given, kept = batch.get("encoder_hidden_states"), token_mask_of(mask)
+    given, kept = batch.get("encoder_hidden_states"), _token_mask(mask)
     if kept is None or not isinstance(own, Tensor) or not isinstance(given, Tensor):
         return batch
     if kept.shape != given.shape[:2] or kept.shape == own.shape[:2]:
@@ -104,7 +104,7 @@ def _text_masks(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's."""
     main = _attention_mask(batch, warned)
-    decoder = token_mask_of(batch.get("decoder_attention_mask"))
+    decoder = _token_mask(batch.get("decoder_attention_mask"))
     if architecture.encoder_decoder:
         samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
@@ -175,7 +175,7 @@ def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None
     if isinstance(ids, Tensor) and ids.dim() == 3 and given.shape == ids.shape:
         given = given.flatten(0, 1)  # samples have choices, which the model runs as samples
     shape = _token_shape(batch, None) or (0, 0)
-    mask = token_mask_of(given, _cached(batch), shape[-1])
+    mask = _token_mask(given, _cached(batch), shape[-1])
     if mask is None and "attention_mask" not in warned:
         warned.add("attention_mask")
         warn(
@@ -213,7 +213,7 @@ def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
-def token_mask_of(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
+def _token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
     """Return the tokens that a mask keeps, bool (B, T).
 
     A mask over pairs, (B, T, T) or (B, heads or 1, T or 1, S), says which token sees which. A token

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ._peft_compat import base_of
 from .architecture import signature_of
 from .arguments import PADDING_MASKS
-from .batch_mask import token_mask_of
 from .called_with import AroundCalls, named_arguments
 from .token_mask import TokenMask
 
@@ -171,19 +170,21 @@ def _told(
 def _seen(mask: Tensor) -> Tensor | None:
     """Return which tokens a mask of what is seen keeps, bool (B, T), if it is understood.
 
-    Args:
-        mask: see :func:`.batch_mask.token_mask_of`. Of pairs of tokens of two kinds none can be
-            told.
+    Of pairs of tokens, (B, T, T) or (B, heads or 1, T or 1, T), those of a token and itself tell;
+    see :mod:`.batch_mask`. What holds other values than a mask says something else, too: which
+    tokens have global attention, or how far away others are.
     """
-    if mask.dim() < 2 or (mask.dim() > 2 and mask.shape[-2] not in (1, mask.shape[-1])):
+    mask = mask[:, 0] if mask.dim() == 4 else mask
+    if mask.dim() == 3 and mask.shape[1] in (1, mask.shape[2]):
+        mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
+    if mask.dim() != 2:
         return None
-    zero = mask == 0
-    if not bool((zero | (mask == 1)).all() or (zero | (mask < -1)).all()):
-        return (
-            None  # it says something else, too: where global attention is, how far away others are
-        )
-    kept = token_mask_of(mask[:, None] if _is_row(mask) else mask)
-    return kept if kept is not None and _in_every_sample(kept) else None
+    own = mask.cpu()
+    zero, one, hidden = own == 0, own == 1, own < -1
+    if not (zero | one).all() and not (zero | hidden).all():
+        return None
+    kept = zero if hidden.any() else one
+    return kept if _in_every_sample(kept) else None
 
 
 def _not_padding(mask: Tensor) -> Tensor | None:
