@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import arguments, batches
 from ._peft_compat import LoraConfig
-from .architecture import Architecture
+from .architecture import Architecture, is_of_transformers
 from .called_with import CalledWith
 from .hooks import InputCollector, StopForward
 from .options import AUTO, CalibrateOptions
@@ -24,6 +25,8 @@ __all__ = ["ModelCall", "Ready"]
 
 # A part of a batch on the device, which tokens count, and what users' functions get of it.
 Ready = tuple[Any, TokenMask, Any]
+
+_TOKENS = {"input_ids", "inputs_embeds", "token_type_ids", "position_ids", "labels", "pixel_values"}
 
 
 class ModelCall:
@@ -56,6 +59,7 @@ class ModelCall:
         self._architecture, self._collector, self._preparer = architecture, collector, preparer
         self._may_stop_early = may_stop_early
         self._told = parts_told(model)
+        self._is_of_decoders = is_of_transformers(model) and not architecture.encoder_decoder
 
     def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
         """Bring a part of a batch to the device."""
@@ -83,7 +87,7 @@ class ModelCall:
         self._collector.begin_forward(mask, model_input, self._may_stop_early, size)
         self.inside = True  # and still so where it fails
         routed = self._collector.routed if self._collector.routed.needed else nullcontext()
-        with suppress(StopForward), routed, self._padding_told(mask, number):
+        with suppress(StopForward), routed, self._padding_told(batch, mask, number):
             if self._options.forward_fn is not None:
                 with self._called_with(batch, mask, number):
                     self._options.forward_fn(self._model, batch)
@@ -116,8 +120,17 @@ class ModelCall:
         told = self._collector.use_mask, self._collector.begin_call
         return CalledWith(self._model, batch, mask, make_mask, *told).looking()
 
-    def _padding_told(self, mask: TokenMask, number: int) -> AbstractContextManager[object]:
+    def _padding_told(
+        self, batch: Any, mask: TokenMask, number: int
+    ) -> AbstractContextManager[object]:
         if mask.tells or not self._preparer.plain_masks or not self._told:
             return nullcontext()
+        by_default = self._options.forward_fn is None
+        if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
+            return nullcontext()  # of which no model of these tells more: spares every layer a look
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
         return PaddingTold(self._told, make_mask, self._collector.use_mask).looking()
+
+
+def _holds_tokens_alone(batch: Any) -> bool:
+    return isinstance(batch, Tensor) or (isinstance(batch, Mapping) and batch.keys() <= _TOKENS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,16 +25,23 @@ _ELSEWHERE = ("encoder", "memory", "context", "key_value")
 _BESIDE = ("input_ids", "inputs_embeds", "labels")  # which a mask is looked at with
 
 
-def parts_told(model: nn.Module) -> list[nn.Module]:
-    """Return the parts of a model, with or without adapters, that may be told of padding."""
-    told: dict[type, bool] = {}
-    parts = list(base_of(model).modules())
-    for part in parts:
+def parts_told(model: nn.Module) -> dict[nn.Module, int]:
+    """Return the parts of a model, with or without adapters, that may be told of padding.
+
+    Returns:
+        Each with the number of its arguments before the first that would tell it.
+    """
+    told: dict[type, int | None] = {}
+    found = {}
+    for part in base_of(model).modules():
         if type(part) not in told:
             signature = signature_of(part)
             names = () if signature is None else signature.parameters
-            told[type(part)] = any(map(_may_tell, names))
-    return [part for part in parts if told[type(part)]]
+            told[type(part)] = next((i for i, name in enumerate(names) if _may_tell(name)), None)
+        before = told[type(part)]
+        if before is not None:
+            found[part] = before
+    return found
 
 
 class PaddingTold(AroundCalls):
@@ -51,17 +58,21 @@ class PaddingTold(AroundCalls):
 
     def __init__(
         self,
-        parts: Sequence[nn.Module],
+        parts: Mapping[nn.Module, int],
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[[TokenMask], TokenMask],
     ) -> None:
-        super().__init__(parts, make_mask, use_mask)
+        super().__init__(list(parts), make_mask, use_mask)
+        self._arguments_before = parts
         # of what was told, and to how many tokens; kept, as layers may be told one by one
         self._known: dict[tuple[object, ...], tuple[list[Tensor], TokenMask | None]] = {}
         self._in_use: list[tuple[nn.Module, TokenMask]] = []  # what is called, and its mask
         self._behind_parts: TokenMask | None = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        told = (isinstance(value, Tensor) and _may_tell(name) for name, value in kwargs.items())
+        if len(args) <= self._arguments_before[module] and not any(told):
+            return  # at once, for most are told nothing
         named = named_arguments(module, args, kwargs)
         mask = self._mask_of(named)
         if mask is None or ("key" in named and named["key"] is not named.get("query")):

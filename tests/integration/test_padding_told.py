@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
+from eva_peft import padding_told
 from integration.conftest import (
     VOCABULARY,
     hooks_of,
@@ -18,6 +19,7 @@ from integration.conftest import (
     lora,
     lost,
     make_bert,
+    make_llama,
     run,
 )
 
@@ -352,3 +354,22 @@ def test_padding_of_several_sizes_of_images_in_one_sequence() -> None:
     for name, x in layer_inputs(model, data, names).items():
         assert lost(result.components[name], x[kept.repeat(4)]) < 1e-6, name
     assert result.tokens == 4 * int(kept.sum())
+
+
+@pytest.mark.parametrize("kind", ["ids", "tensor", "with lengths", "a function"])
+def test_layers_of_a_decoder_are_not_looked_at_where_there_is_nothing_but_tokens(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[object] = []
+    around = padding_told.AroundCalls.looking
+    monkeypatch.setattr(
+        padding_told.PaddingTold, "looking", lambda self: looked.append(self) or around(self)
+    )
+    ids = torch.randint(1, VOCABULARY, (2, 6))
+    batch: Any = {"tensor": ids, "with lengths": {"input_ids": ids, "lengths": None}}
+    batch = batch.get(kind, {"input_ids": ids})
+    options: dict[str, Any] = {}
+    if kind == "a function":
+        options["forward_fn"] = lambda model, batch: model(batch["input_ids"])
+    run(make_llama(), [batch], lora(), max_steps=1, **options)
+    assert bool(looked) == (kind in ("with lengths", "a function"))
