@@ -54,7 +54,7 @@ def merge_gram(left: GramState, right: GramState) -> GramState:
     count = right.sums.count
     delta = (right.pivot - left.pivot).double()
     cross = torch.outer(delta, right.sums.shift)
-    moved = right.sums.products.double() + cross + cross.mT + count * torch.outer(delta, delta)
+    moved = right.sums.products + cross + cross.mT + count * torch.outer(delta, delta)
     square = right.sums.square + 2 * delta @ right.sums.shift + count * delta.square().sum()
     sums = StepSums(
         count=left.sums.count + count,

@@ -1,5 +1,7 @@
 """The union of streams against one stream that has seen everything."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,6 +87,22 @@ def test_union_of_sketches_of_full_rank():
     assert orthonormality(answer.components) <= TOLERANCES[torch.float32].orthonormal
 
 
+def test_union_that_fills_all_rows_but_one():
+    x = with_spectrum(300, 32, decaying(15), dtype=torch.float64)
+    left, right = stream_of(x[:100]).state, stream_of(x[100:]).state
+    merged = merge_sketch(left, right)
+    assert (merged.rank, len(merged.basis)) == (15, 16)
+    assert merged.values[15] == 0
+    assert merged.basis.is_contiguous()
+    assert orthonormality(merged.basis) <= TOLERANCES[torch.float64].orthonormal
+
+
+def test_union_whose_mean_has_a_square_beyond_float32():
+    far = torch.full((32,), 4e18)
+    states = [replace(stream_of(torch.randn(60, 32)).state, mean=far) for _ in "ab"]
+    assert merge_sketch(*states).mean_norm == pytest.approx(4e18 * 32**0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_union_of_grams_is_exact(dtype: torch.dtype):
     x = with_spectrum(800, 48, decaying(48, 0.3), offset=3.0, dtype=dtype)
@@ -110,11 +128,13 @@ def test_merged_gram_sums_stay_about_the_left_pivot():
     torch.testing.assert_close(merged.sums.square, centred.square().sum())
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_merged_stream_goes_on(method: str):
-    x = with_spectrum(400, 32, [30.0, 20.0, 10.0], dtype=torch.float64)
+def test_a_merged_stream_goes_on(method: str, scale: float):
+    x = scale * with_spectrum(400, 32, [30.0, 20.0, 10.0], dtype=torch.float64)
     left, right = stream_of(x[:100], method), stream_of(x[100:250], method)
     left.merge(right)
+    assert left.sketch.rank == 3
     answer = feed(left, [x[250:]]).spectrum()
     assert (answer.count, answer.rank) == (400, 3)
     assert relative(answer.singular_values[:3], exact(x)[0][:3]) <= 1e-9
