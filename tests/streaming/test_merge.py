@@ -82,6 +82,7 @@ def test_union_of_sketches_of_full_rank():
     left.merge(right)
     answer = left.spectrum()
     assert answer.count == 800
+    assert left.sketch.basis.is_contiguous()
     assert lost_variance(x, answer.components) <= 1e-3
     assert abs(answer.total / exact(x)[2] - 1) <= 40 * EPS32
     assert orthonormality(answer.components) <= TOLERANCES[torch.float32].orthonormal
@@ -111,6 +112,7 @@ def test_union_of_grams_is_exact(dtype: torch.dtype):
     pivot = left.state.pivot.clone()
     left.merge(right)
     assert torch.equal(left.state.pivot, pivot)
+    assert left.sums.products.dtype == dtype
     answer = left.spectrum()
     assert answer.count == 800
     assert relative(answer.singular_values, exact(x)[0][:8]) <= TOLERANCES[dtype].values
@@ -126,6 +128,7 @@ def test_merged_gram_sums_stay_about_the_left_pivot():
     torch.testing.assert_close(merged.sums.products, centred.mT @ centred)
     torch.testing.assert_close(merged.sums.shift, centred.sum(0))
     torch.testing.assert_close(merged.sums.square, centred.square().sum())
+    assert merged.sketch is left.state.sketch
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
