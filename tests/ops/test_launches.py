@@ -5,6 +5,8 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -98,14 +100,32 @@ def test_native_code_gives_a_kernel_of_an_old_triton_no_constants():
     assert found[-1] == [1024, 4096 + 48, 2**64 - 5]
 
 
-def test_the_launcher_of_an_old_triton_is_given_no_constants(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the devices that are current, the last one on top."""
+    entered: list[Any] = [None]
+
+    @contextmanager
+    def current_device(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    monkeypatch.setattr(sequence, "current_device", current_device)
+    return entered
+
+
+def test_the_launcher_of_an_old_triton_is_given_no_constants(
+    entered: list[Any], monkeypatch: pytest.MonkeyPatch
+):
     call, compiled = old_call()
     monkeypatch.setattr(sequence._native, "load_or_none", lambda kind: None)
-    active = SimpleNamespace(get_current_stream=lambda index: 9)
+    active = SimpleNamespace(get_current_stream=lambda index: f"stream of {entered[-1]}")
     monkeypatch.setattr(sequence, "driver", SimpleNamespace(active=active))
     launches = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
     launches._again([compiled], torch.device("cpu"))([1024, 0], 4096)
-    assert compiled.launched == ((3, 2, 1), 1024, None, 4096 + 48, -5, 1, 9)
+    given = 1024, None, 4096 + 48, -5, 1
+    assert compiled.launched == ((3, 2, 1), *given, "stream of cpu")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +145,13 @@ def test_the_launcher_of_an_old_triton_is_given_no_constants(monkeypatch: pytest
 )
 def test_what_is_not_as_expected_is_left_to_triton(sizes: Any, meta: dict[str, Any]):
     assert launches(sizes, **meta) is None
+
+
+def test_a_kernel_that_does_not_name_its_arguments_is_left_to_triton():
+    call, compiled = old_call()
+    compiled.src.signature = {}
+    module = SimpleNamespace(LaunchList=_C.LaunchList, parameter_sizes=lambda function: [8, 8, 4])
+    assert sequence.native_launches(module, [call], [compiled], PLACES) is None
 
 
 def test_what_is_left_to_triton_is_logged_once(caplog: pytest.LogCaptureFixture):
@@ -175,16 +202,45 @@ def test_kernels_live_as_long_as_their_launches(seen: list[Any]):
     kernel = Kernel()
     call = sequence.Call(kernel, (3,), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
     found = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
-    memory, workspace = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.uint8)
+    memory, workspace = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(67, dtype=torch.uint8)
     # one kernel for aligned tokens, one for any others, each launched by Triton once
     for skipped, known in [(0, 1), (0, 1), (1, 2), (3, 2), (8, 2), (2, 2)]:
         found.run([memory[skipped:], None], workspace)
         assert len(kernel.compiled) == known
+    for skipped in (0, 1):  # and for a workspace that is not aligned
+        found.run([memory[skipped:], None], workspace[4:])
+        assert len(kernel.compiled) == 3 + skipped
+    assert found.again(memory.device) is not None
+    assert found.again(torch.device("cuda", 1)) is None
     gc.collect()
     assert all(reference() is not None for reference in kernel.compiled)
     given = [launch[0][-1] for launch in seen]
     assert [values[0] - memory.data_ptr() for values in given] == [0, 6, 16, 4]
     assert {values[1] - workspace.data_ptr() for values in given} == {48}
+
+
+def test_kernels_are_launched_on_their_device_and_the_stream_of_the_moment(
+    seen: list[Any], entered: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    places: list[Any] = []
+
+    class Placed(Kernel):
+        def __getitem__(self, grid: Any) -> Any:
+            places.append(entered[-1])
+            return super().__getitem__(grid)
+
+    streams = iter((8, 9))
+    monkeypatch.setattr(sequence.driver.active, "get_current_stream", lambda index: next(streams))
+    launches = sequence._native.load_or_none("cuda").LaunchList
+    given = lambda self, spots, base, index, stream: seen.append((index, stream))  # noqa: E731
+    monkeypatch.setattr(launches, "run", given)
+    call = sequence.Call(Placed(), (3,), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
+    found = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
+    memory, workspace = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.uint8)
+    for _ in range(3):
+        found.run([memory, None], workspace)
+    assert places == [memory.device]
+    assert seen == [(None, 8), (None, 9)]
 
 
 def test_sequences_of_other_numbers_share_kernels_and_keep_them(
@@ -254,7 +310,14 @@ def key(**changes: Any) -> Any:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"n": 35}, {"plain": 1}, {"plain": 16}, {"grid": (4, 2)}, {"part": (64, torch.float32)}],
+    [
+        {"n": 35},
+        {"n": -35},
+        {"plain": 1},
+        {"plain": 16},
+        {"grid": (4, 2)},
+        {"part": (64, torch.float32)},
+    ],
 )
 def test_what_a_compiled_kernel_serves_as_well(changes: dict[str, Any]):
     assert key(**changes) == key()
