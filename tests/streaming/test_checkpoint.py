@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,13 @@ def test_a_default_device_does_not_matter(method: str) -> None:
     with torch.device("meta"):
         _, tensors = export_stream(stream)
     assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
+
+
+def test_counts_are_kept_to_the_last_token() -> None:
+    stream = half_way("sketch")
+    stream.state = replace(stream.state, count=2**24 + 1)
+    stream.sums.count = stream.pending = 2**24 + 3
+    assert differing(stream, through_text(stream)) == []
 
 
 def test_an_interrupted_check_is_kept() -> None:
