@@ -56,7 +56,7 @@ def allocate_ranks(
         )
     index = np.arange(length)
     open_ = np.flatnonzero((index >= least[:, None]) & (index < ceiling[:, None]))
-    layer = open_ // max(length, 1)
+    layer = open_ // length
     if costs is None:
         winners = layer[_largest(pooled.reshape(-1)[open_], left)]
         return (least + np.bincount(winners, minlength=layers)).tolist()
