@@ -125,3 +125,10 @@ def test_rows_of_an_array_are_layers(costs: list[int] | None) -> None:
         assert allocate_ranks(ratios, budget, costs=costs) == allocate_ranks(
             list(ratios), budget, costs=costs
         )
+
+
+@pytest.mark.parametrize("budget", [1, 100, 777, 2000])
+def test_of_many_ratios_the_largest_win(budget: int) -> None:
+    ratios = np.sort(np.random.default_rng(0).random((64, 32)))[:, ::-1]
+    least = np.sort(ratios, axis=None)[-budget]
+    assert allocate_ranks(ratios, budget) == (ratios >= least).sum(1).tolist()
