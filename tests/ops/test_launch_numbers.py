@@ -80,9 +80,50 @@ def test_a_tile_divides_both_sides_or_does_not() -> None:
 def test_tiles_are_those_of_the_tokens() -> None:
     short, wide = launch.Tile(64, 64, 4, 2), launch.Tile(32, 64, 4, 2)
     assert [launch.GramTiles(short, wide).of(size) for size in (2, 4)] == [short, wide]
+    tiles = [launch.Tile(16 * i, 64, 4, 2) for i in (1, 2, 3, 4)]
+    found = launch.SketchTiles(*tiles)
+    assert (found.of(False), found.of(True)) == ((tiles[0], tiles[1]), (tiles[2], tiles[3]))
     assert launch.stages(short, False, HOPPER) == 2
     assert launch.stages(short, True, HOPPER) == 4
     assert launch.stages(short, True, launch.ARCHS["gfx942"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("block_n", "block_d", "warps", "itemsize", "rows"),
+    [(64, 64, 4, 2, 4), (64, 64, 4, 4, 8), (16, 64, 8, 2, 1), (32, 512, 1, 4, 32)],
+)
+def test_rows_of_a_thread(block_n: int, block_d: int, warps: int, itemsize: int, rows: int) -> None:
+    tile = launch.Tile(block_n, block_d, warps, 2)
+    assert launch.rows_of_a_thread(tile, itemsize) == rows
+
+
+@pytest.mark.parametrize(
+    ("programs", "rounds", "most", "splits"),
+    [
+        (15, 10, 4, 2),  # in three waves of five rounds; without splits in two of ten
+        (1, 105, 10, 9),  # twelve rounds, which is a tenth longer than eleven
+        (1, 90, 10, 10),  # nine, of which ten would be more than a tenth longer
+        (10, 8, 8, 1),
+        (1, 3, 8, 3),
+        (1, 8, 0, 1),
+    ],
+)
+def test_splits_fill_the_processors(programs: int, rounds: int, most: int, splits: int) -> None:
+    arch, tile = launch.replace(HOPPER, processors=10), launch.Tile(64, 64, 8, 2)
+    assert launch.splits_to_fill(programs, rounds, most, tile, arch) == splits
+    smaller = launch.Tile(64, 64, 4, 2)  # two of these fill a processor
+    assert launch.splits_to_fill(2 * programs, rounds, most, smaller, arch) == splits
+
+
+def test_a_kernel_can_wait_where_triton_compiles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "nothing": SimpleNamespace(),
+        "fails": SimpleNamespace(gdc_wait=lambda _builder=None: None),
+        "waits": SimpleNamespace(gdc_wait=lambda _semantic=None: None),
+    }
+    for name, cuda in found.items():
+        monkeypatch.setattr(launch, "cuda", cuda)
+        assert launch._can_wait() == (name == "waits")
 
 
 @pytest.mark.parametrize("early", [True, False])

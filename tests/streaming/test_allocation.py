@@ -110,7 +110,7 @@ def test_a_floor_above_the_budget_raises():
         allocate_ranks([torch.tensor([0.5, 0.2])] * 3, 5, min_rank=2)
     with pytest.raises(EvaValueError, match="costs 30, more than the budget of 20"):
         allocate_ranks([torch.tensor([0.5])] * 3, 20, costs=[10, 10, 10], min_rank=1)
-    with pytest.raises(EvaValueError, match="min_rank=2 for 3 layers costs 3, more than .* 2;"):
+    with pytest.raises(EvaValueError, match=r"min_rank=2 for 3 layers costs 3, more than .* 2;"):
         allocate_ranks([torch.tensor([0.5, 0.2])] * 3, 2, min_rank=[1, 2, 0])
     for count in (1, 4):
         with pytest.raises(EvaValueError, match=f"min_rank has {count} entries for 3 layers"):
