@@ -284,6 +284,8 @@ def test_simulated_gpu_has_native_code() -> None:
         ({"core": torch.ones(2, 3, 3)}, EvaTypeError, "core must be float64"),
         ({"core": torch.ones(2, 3, 4).double()}, EvaValueError, r"both be \(L, Q, Q\)"),
         ({"metric": torch.ones(2, 4, 4).double()}, EvaValueError, "core and metric"),
+        (dict.fromkeys(("core", "metric"), torch.ones(2, 3, 4).double()), EvaValueError, "both be"),
+        (dict.fromkeys(("core", "metric"), torch.ones(3, 3).double()), EvaValueError, "both be"),
         ({"ceiling": torch.ones(3).double()}, EvaValueError, r"ceiling must be \(2,\)"),
         ({"ceiling": torch.ones(2, device="meta").double()}, EvaValueError, "ceiling is on meta"),
     ],
@@ -295,6 +297,8 @@ def test_bad_input(changes: dict[str, Tensor], error: type, message: str) -> Non
         nystrom(**given, loose=LIMIT)
     with pytest.raises(EvaValueError, match="goal must be one of solve, whiten, orthog"):
         nystrom(square, square, torch.ones(2).double(), LIMIT, goal="span")
+    widest = torch.eye(128).double()[None]
+    assert nystrom(widest, widest, torch.full((1,), 1e6).double(), LIMIT)[1][0, 0] == 128
     wide = torch.ones(1, 129, 129).double()
     with pytest.raises(EvaValueError, match="Q is at most 128, not 129"):
         nystrom(wide, wide, torch.ones(1).double(), LIMIT)
