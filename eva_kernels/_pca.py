@@ -257,8 +257,6 @@ class IncrementalPCA:
     def _moments(self, data: Tensor) -> None:
         # Per-feature variance is exact whatever the sketch leaves out; float64, about the first
         # row, so that a large constant offset does not cancel it away.
-        if not len(data):
-            return
         if self.n_samples_seen_ == len(data):
             self._pivot = data[0].to(torch.float64, copy=True)  # the caller may reuse the buffer
         offset = data.double() - self._pivot

@@ -194,6 +194,64 @@ def test_what_fit_leaves():
     assert IncrementalPCA(6).fit(data()).batch_size_ == 5 * 40
 
 
+def test_a_fit_that_is_refused_leaves_the_one_before():
+    est = IncrementalPCA(3).fit(data())
+    expected = est.components_
+    for given in ({"batch_size": 0}, {"batch_size": -1}):
+        with pytest.raises(
+            EvaValueError, match=f"batch_size={given['batch_size']} must be at least"
+        ):
+            est.fit(data(), **given)
+    with pytest.raises(EvaValueError, match="expected a 2D array"):
+        est.fit(data()[0])
+    est.set_params(seed=5)  # for the next one
+    est.oversample = 0.5
+    with pytest.raises(EvaValueError, match=r"oversample=0\.5"):
+        est.fit(data())
+    assert torch.equal(est.components_, expected)
+
+
+def test_a_rest_as_long_as_the_components_is_a_batch_of_its_own():
+    sizes = []
+
+    class Seen(IncrementalPCA):
+        def partial_fit(self, x: Any, *given: Any, **options: Any) -> IncrementalPCA:
+            sizes.append(len(x))
+            return super().partial_fit(x, *given, **options)
+
+    Seen(3).fit(data()[:23], batch_size=10)
+    assert sizes == [10, 10, 3]  # as gen_batches(23, 10, min_batch_size=3) of scikit-learn
+
+
+def test_components_are_as_many_as_the_rows_that_are_used():
+    est = IncrementalPCA()
+    est.partial_fit(data()[:20], mask=torch.arange(20) < 7)
+    assert (est.n_components_, est.n_samples_seen_) == (7, 7)
+    est.partial_fit(data()[:20], mask=torch.zeros(20, dtype=torch.bool))
+    assert est.n_samples_seen_ == 7
+    torch.testing.assert_close(est.var_, data()[:20][:7].var(0, correction=0))
+
+
+def test_the_stream_is_made_as_was_asked_for():
+    for seed in (-(2**63), 2**63 - 1):
+        est = IncrementalPCA(3, seed=seed, backend="torch", precision="fast").fit(data())
+        options = est._stream.options
+        assert (options.seed, options.backend, options.precision) == (seed, "torch", "fast")
+    for seed in (-(2**63) - 1, 2**63):
+        with pytest.raises(EvaValueError, match=r"seed=.* must be between"):
+            IncrementalPCA(3, seed=seed)
+
+
+def test_coordinates_of_another_dtype_are_those_of_the_components():
+    est = IncrementalPCA(3).fit(data())
+    coordinates = est.transform(data())
+    for dtype in (torch.float64, torch.bfloat16):
+        given = coordinates.to(dtype)
+        found = est.inverse_transform(given)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, est.inverse_transform(given.float()))
+
+
 def test_results_are_the_callers_own():
     x = data(dtype=torch.float64)
     pca = IncrementalPCA(6).fit(x)
@@ -205,9 +263,9 @@ def test_results_are_the_callers_own():
 
 def test_another_number_of_components_needs_a_new_fit():
     pca = IncrementalPCA(4).partial_fit(data())
-    pca.n_components = 6
-    with pytest.raises(EvaValueError, match=r"n_components was 4 .* and is 6 now; call fit"):
-        pca.partial_fit(data())
+    for pca.n_components in (3, 6):
+        with pytest.raises(EvaValueError, match=r"n_components was 4 .* and is [36] now; call fit"):
+            pca.partial_fit(data())
     assert pca.fit(data()).n_components_ == 6
 
 
