@@ -154,6 +154,19 @@ def test_covariance_of_all_components_is_that_of_the_data():
     torch.testing.assert_close(found, torch.cov(x.mT))
 
 
+def test_covariance_has_all_variance_where_much_is_left_out():
+    x = with_spectrum(400, 40, decaying(40, 0.1), dtype=torch.float64)
+    found = IncrementalPCA(6, method="gram").fit(x).get_covariance()
+    expected = PCA(6, svd_solver="full").fit(x.numpy()).get_covariance()
+    assert relative(found, torch.as_tensor(expected)) <= 1e-9
+
+
+def test_one_row_has_no_variance():
+    pca = IncrementalPCA(1).partial_fit(data()[:1])
+    assert pca.explained_variance_.tolist() == [0.0]
+    assert pca.noise_variance_ == 0.0
+
+
 def test_covariance_never_falls_below_the_noise():
     pca = IncrementalPCA(10, method="sketch", oversample=1)
     for batch in torch.randn(296, 12).split(37):
@@ -299,9 +312,14 @@ def test_shapes_that_are_refused():
     pca = IncrementalPCA(4)
     with pytest.raises(EvaValueError, match=r"expected a 2D array .* reshape\(1, -1\) one row"):
         pca.fit(torch.randn(40))
-    pca.fit(data())
-    with pytest.raises(EvaValueError, match=r"X has 39 features, but .* expecting 40 features"):
-        pca.transform(data()[:, :39])
+    with pytest.raises(EvaValueError, match=r"expected a 2D array .* got shape \(1, 400, 40\)"):
+        pca.fit(data()[None])
+    with pytest.raises(EvaValueError, match=r"expected rows of features, .* of shape \(\)"):
+        pca.partial_fit(torch.tensor(3.0))
+    pca.fit(data()[:, :39])
+    for features in (38, 40):
+        with pytest.raises(EvaValueError, match=rf"X has {features} features, .* expecting 39"):
+            pca.transform(data()[:, :features])
 
 
 @pytest.mark.parametrize(
@@ -316,6 +334,13 @@ def test_shapes_that_are_refused():
 def test_what_is_no_dense_array_of_numbers(values: Any, words: str):
     with pytest.raises(EvaTypeError, match=words):
         IncrementalPCA(2).partial_fit(values)
+
+
+# torch calls its compressed layouts a beta
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_compressed_rows_are_not_dense():
+    with pytest.raises(EvaTypeError, match=r"got a tensor of layout torch\.sparse_csr"):
+        IncrementalPCA(2).partial_fit(torch.eye(6).to_sparse_csr())
 
 
 def test_read_only_arrays_are_read():
@@ -363,8 +388,9 @@ def test_streams_of_two_dtypes_are_merged(method: str, dtypes: tuple[torch.dtype
 
 def test_a_merge_keeps_the_number_of_components():
     seven = IncrementalPCA(7).fit(data())
-    with pytest.raises(EvaValueError, match=r"merge 7 components into .* of n_components=3"):
-        IncrementalPCA(3).merge(seven)
+    for count in (3, 9):
+        with pytest.raises(EvaValueError, match=rf"merge 7 components .* of n_components={count}"):
+            IncrementalPCA(count).merge(seven)
     assert IncrementalPCA().merge(seven).n_components_ == 7
 
 
