@@ -132,8 +132,7 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
     """
     if not carries_adapters(unwrap(model)):
         return
-    layers = _layers(model, adapter_name)
-    trained = _trained(layers, adapter_name)
+    trained = _trained(_layers(model, adapter_name), adapter_name)
     if trained:
         raise EvaValueError(
             f"adapter {adapter_name!r} has been trained, or was not made with lora_B = 0: layers "
@@ -143,6 +142,7 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return the layers of an adapter by name; none of one that is on embeddings alone."""
     inner = unwrap(model)
     if not carries_adapters(inner):
         raise EvaTypeError(
@@ -150,17 +150,16 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         )
     configs = adapter_configs(inner)
     config = configs.get(adapter_name)
-    if config is not None and not is_lora(config):
+    if config is None:
+        raise EvaValueError(
+            f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(configs)}"
+        )
+    if not is_lora(config):
         raise EvaValueError(
             f"the model has no LoRA adapter {adapter_name!r}: that adapter is of kind "
             f"{kind_of(config)}"
         )
-    found = {name: layer for name, (_, layer) in own_layers(inner, adapter_name).items()}
-    if not found:
-        raise EvaValueError(
-            f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(configs)}"
-        )
-    return found
+    return {name: layer for name, (_, layer) in own_layers(inner, adapter_name).items()}
 
 
 def _is_flattened(weight: Tensor) -> bool:

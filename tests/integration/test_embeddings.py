@@ -215,3 +215,12 @@ def test_an_embedding_of_a_plain_module_is_drawn() -> None:
     eva_kernels.initialize(adapted, data, **QUIET)
     assert not any(p.is_meta for p in adapted.parameters())
     assert adapted(data[0]).shape == (4, 9, 16)
+
+
+def test_an_adapter_of_embeddings_alone_is_refused_and_trains_as_it_is() -> None:
+    model = wrapped(make_llama(), lora(target_modules=["embed_tokens"]))
+    with pytest.raises(EvaValueError, match=r"model\.embed_tokens, whose inputs EVA cannot"):
+        eva_kernels.initialize(model, batches(), **QUIET)
+    assert not eva_kernels.is_initialized(model)
+    eva_kernels.EvaCallback("raise").on_train_begin(None, None, None, model=model)
+    eva_kernels.watch(model.train(), "raise")(**batches(1)[0]).loss.backward()
