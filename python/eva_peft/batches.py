@@ -83,6 +83,10 @@ def iterate(
         # Python 3.12.0 to 3.12.3 keep the locals of a generator that is closed while it waits
         # outside a `try`: with them the workers of a loader (cpython issue 118272)
         del epoch
+        if hasattr(loader, "gradient_state") and hasattr(loader, "end"):
+            # accelerate takes one that is left for that of the training, and steps the optimizer
+            # as at its last batch
+            loader.end()
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorWithFlattening
@@ -352,3 +353,17 @@ def test_loader_state_is_the_callers() -> None:
     eva_kernels.initialize(make_mlp(), loader, config, max_steps=3, **QUIET)
     assert loader.batch_size == 40
     assert len(list(loader)) == 8  # it can be iterated as before
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_loaders_of_accelerate_do_not_count_as_those_of_the_training(steps: int) -> None:
+    accelerator = Accelerator(gradient_accumulation_steps=4, cpu=True)
+    model, data = make_llama(), range(3)
+    loader = accelerator.prepare(DataLoader(text_batches(3), None))
+    eva_kernels.initialize(model, loader, lora(), max_steps=steps, **QUIET)
+    assert not accelerator.gradient_state.in_dataloader
+    told = []
+    for _ in data:  # a loader that accelerate knows nothing of
+        with accelerator.accumulate(model):
+            told.append(accelerator.sync_gradients)
+    assert told == [False, False, False]
