@@ -166,10 +166,11 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
     raise _not_taken(batch, base_of(model))
 
 
-def check_known(kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -> None:
+def check_known(batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -> None:
     """Explain the error of a model of transformers that knows none of the names it was given.
 
-    Most take any name, and say no more than that they got no input.
+    Most take any name, and say no more than that they got no input; nor do they of a batch that has
+    nothing but what is not given to them, as text.
 
     Raises:
         EvaTypeError: this is the case.
@@ -180,9 +181,10 @@ def check_known(kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -
     parameters = _parameters(base) or []
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     hidden = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # as by a decorator
-    if kwargs and known and not hidden and not kwargs.keys() & known:
+    named = isinstance(batch, Mapping) and bool(batch)
+    if named and known and not hidden and not kwargs.keys() & known:
         # it may hand on what it takes by any name, so that this may be about something else
-        raise _not_taken(kwargs, base, f" (it failed with {error!r})") from error
+        raise _not_taken(batch, base, f" (it failed with {error!r})") from error
 
 
 def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:

@@ -107,7 +107,7 @@ class ModelCall:
             self._model(arguments.as_one_argument(batch, self._model))
         except Exception as error:
             if not self._ran:
-                arguments.check_known(kwargs, self._model, error)
+                arguments.check_known(batch, kwargs, self._model, error)
             raise
 
     def _called_with(

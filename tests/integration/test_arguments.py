@@ -179,7 +179,7 @@ def test_a_dataclass_is_one_argument_where_no_name_of_it_is_known() -> None:
 def test_errors_are_explained_where_no_name_is_known() -> None:
     own, model = KeyError("mine"), make_llama()
     with pytest.raises(EvaTypeError, match=r"names \['mine'\].*it failed with KeyError"):
-        check_known({"mine": IDS}, model, own)
+        check_known({"mine": IDS}, {"mine": IDS}, model, own)
     plain: Any = nn.Module()
     plain.forward = of_text
     known = EvaValueError("ours"), torch.OutOfMemoryError("full")
@@ -189,7 +189,8 @@ def test_errors_are_explained_where_no_name_is_known() -> None:
         (["mine"], plain, own),
         *((["mine"], model, error) for error in known),
     ):
-        check_known(dict.fromkeys(names), of, error)  # it may be about something else
+        batch = dict.fromkeys(names)
+        check_known(batch, batch, of, error)  # it may be about something else
 
 
 class Around(LlamaForCausalLM):
@@ -379,6 +380,12 @@ def test_a_type_error_of_the_model_s_own_is_left_to_it() -> None:
     for batch in (vectors()[0], {"sample": vectors()[0]}):
         with pytest.raises(TypeError, match="unsupported operand"):
             run(Wrong(), iter([batch]), lora(target_modules=["lin"]))
+
+
+def test_a_batch_of_nothing_but_text_and_labels_is_explained() -> None:
+    batch = {"prompt": ["a", "b"], "labels": torch.ones(2, 9).long()}
+    with pytest.raises(EvaTypeError, match=r"names \['labels', 'prompt'\] is nothing that Llama"):
+        run(make_llama(), [batch], lora())
 
 
 def test_columns_of_text_stay_behind_unless_forward_names_them() -> None:
