@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -276,6 +277,23 @@ def test_layers_that_are_not_called() -> None:
     assert result.uncalled == ["b"]
     with pytest.raises(EvaValueError, match=r"none of them was called\. .*MultiheadAttention"):
         run(Idle(), vectors(4), lora(target_modules=["b"]), max_steps=4)
+
+
+def in_one(x: Tensor, layer: Any) -> Tensor:
+    """Compute a layer and its adapter, and call neither, as fused kernels do."""
+    down, up = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+    return x @ (layer.get_base_layer().weight + layer.scaling["default"] * up @ down).mT
+
+
+def test_layers_that_kernels_compute_are_told_and_get_what_the_base_model_gave() -> None:
+    config = lora(target_modules=["0", "2"], rho=1.0, tau=1.0)
+    model = wrapped(two_layers(), config)
+    layer = model.base_model.model[0]
+    layer.forward = functools.partial(in_one, layer=layer)
+    with pytest.warns(EvaWarning, match=r"1 layers were never called .*: 0\. .*in one.*apply the"):
+        run(model, vectors(), max_steps=4)
+    run(two_layers(), iter(vectors()), config, method="gram").apply(model)
+    assert lost(layer.lora_A["default"].weight.detach(), torch.cat(vectors())) < 1e-5
 
 
 def test_far_too_few_tokens_are_told() -> None:
