@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import peft.mapping_func
+import peft.tuners
 import peft.tuners.lora
 import peft.tuners.lora.eva
 from torch import Tensor, nn
@@ -210,7 +211,7 @@ def get_peft_model(*args: Any, **kwargs: Any) -> Any:
 
 _get_peft_model = get_peft_model.__wrapped__
 
-_PATCHED = (peft, peft.tuners.lora, peft.tuners.lora.eva, peft.mapping_func)
+_PATCHED = (peft, peft.tuners, peft.tuners.lora, peft.tuners.lora.eva, peft.mapping_func)
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     fn.__name__: fn for fn in (get_eva_state_dict, initialize_lora_eva_weights, get_peft_model)
 }
