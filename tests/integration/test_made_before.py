@@ -44,6 +44,17 @@ def test_an_optimizer_trains_adapters_of_another_size() -> None:
     assert all(m.lora_B["default"].weight.any() for m in layers.values())
 
 
+def test_an_output_that_was_kept_does_not_keep_the_sizes() -> None:
+    model = wrapped(Clash(), CONFIG)
+    kept = model(DATA[0])  # looked at before, as in a notebook
+    eva_kernels.initialize(model, DATA, max_steps=3, **QUIET)
+    assert set(model.eva_result.ranks.values()) != {4}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    step(model.train(), torch.optim.AdamW(parameters, lr=0.01))
+    assert all(m.lora_B["default"].weight.any() for m in lora_layers(model).values())
+    assert kept.requires_grad
+
+
 def test_a_failure_puts_sizes_and_gradients_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped(Clash(), CONFIG)
     model(DATA[0]).sum().backward()
