@@ -10,7 +10,6 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._peft_compat import (
@@ -293,12 +292,10 @@ class _Writer:
                 continue
             self.undo.append(functools.partial(_put_back, old, old.data, old.grad))
             old.grad = None
-            if not (dist.is_available() and dist.is_initialized()):
-                # The graph of an output that somebody has kept holds the node by which gradients
-                # come here, with the sizes of before; another dtype makes torch forget it. Not
-                # under DistributedDataParallel, which would miss the gradients, and say nothing.
-                other = torch.float32 if old.dtype == torch.float16 else torch.float16
-                old.data = old.data.to(other)
+            # The graph of an output that somebody has kept holds the node by which gradients come
+            # here, with the sizes of before; another dtype makes torch forget it.
+            other = torch.float32 if old.dtype == torch.float16 else torch.float16
+            old.data = old.data.to(other)
             old.data = new.data
             owner, _, attribute = name.rpartition(".")
             setattr(layer.get_submodule(owner), attribute, old)

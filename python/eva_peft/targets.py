@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ._peft_compat import (
@@ -163,15 +165,34 @@ def check_not_replicated(model: nn.Module) -> None:
     """Refuse a model whose adapters cannot get another size.
 
     Raises:
-        EvaRuntimeError: DistributedDataParallel is around it.
+        EvaRuntimeError: DistributedDataParallel is around it, also where the model in it is given,
+            as a callback of a Trainer gets it.
     """
-    if any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model)):
+    around = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model))
+    if around or _is_replicated(unwrap(model)):
         raise EvaRuntimeError(
             "DistributedDataParallel is around the model, which goes on with the sizes that the "
             "adapters have had when it was made, and EVA gives them others. Initialise before "
             "wrapping (accelerator.prepare wraps, too): pass model.module, and wrap what is "
-            "returned. Or keep the sizes, with rho=1"
+            "returned; this wrapper has to be gone before (inner = model.module; del model). Or "
+            "keep the sizes, with rho=1"
         )
+
+
+def _is_replicated(model: nn.Module) -> bool:
+    """Tell whether a DistributedDataParallel lives that a model is in."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+
+    def found() -> bool:
+        kind = nn.parallel.DistributedDataParallel
+        living = [each for each in gc.get_objects() if issubclass(type(each), kind)]
+        return any(part is model for each in living for part in each.modules())
+
+    if not found():
+        return False
+    gc.collect()  # of one that nobody holds, a cycle may be left
+    return found()
 
 
 def check_may_resize(model: nn.Module, config: LoraConfig) -> None:

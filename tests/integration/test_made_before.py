@@ -109,6 +109,33 @@ def test_replicas_keep_their_sizes(group: None) -> None:
             call()
 
 
+def test_what_is_in_a_replica_keeps_its_sizes_while_that_lives(group: None) -> None:
+    outer = nn.parallel.DistributedDataParallel(wrapped(Clash(), CONFIG))
+    model, before = outer.module, state_of(outer.module)
+    result = run(model, DATA, max_steps=3)
+    for call in (
+        lambda: eva_kernels.initialize(model, DATA, **QUIET),
+        lambda: eva_kernels.initialize_lora_eva_weights(model, DATA, **QUIET),
+        lambda: result.apply(model),
+    ):
+        with pytest.raises(
+            EvaRuntimeError, match=r"gone before \(inner = model\.module; del model"
+        ):
+            call()
+    assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())
+    base = nn.parallel.DistributedDataParallel(Clash())
+    with pytest.raises(EvaRuntimeError, match="DistributedDataParallel is around the model"):
+        eva_kernels.initialize(base.module, [], CONFIG, **QUIET)  # before any batch is taken
+    other = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))  # of which that is no part
+    del outer
+    eva_kernels.initialize(model, DATA, max_steps=3, **QUIET)
+    anew = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    parameters = [p for p in anew.parameters() if p.requires_grad]
+    step(anew.train(), torch.optim.AdamW(parameters, lr=0.01))
+    assert all(m.lora_B["default"].weight.any() for m in lora_layers(model).values())
+    assert other.module.weight.requires_grad
+
+
 def test_replicas_of_equal_sizes_are_trained(group: None) -> None:
     model = wrapped(Clash(), lora(rho=1.0, target_modules=["head", "other"]))
     outer = nn.parallel.DistributedDataParallel(model)
