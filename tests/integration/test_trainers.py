@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import eva_kernels
 from eva_kernels import EvaCallback, EvaTypeError, NotInitializedError, NotInitializedWarning
@@ -27,6 +27,7 @@ from integration.conftest import (
     layer_inputs,
     lora,
     lora_layers,
+    lost,
     make_llama,
     text_batches,
     wrapped,
@@ -101,6 +102,33 @@ def test_trainer(wrap: str, tmp_path: Path) -> None:
     check_trained(trainer.model, before)
     found = losses(trainer)
     assert found[-1] < found[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*not converged:eva_kernels.NotConvergedWarning")
+def test_the_callback_of_the_readme(tmp_path: Path) -> None:
+    """In a trainer that somebody else has made, with adapters that began as plain LoRA's."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"TrainerCallback": TrainerCallback, "eva_kernels": eva_kernels}
+    exec(
+        text.partition("# where a framework makes")[2].partition("\n")[2].partition("```")[0], names
+    )
+    plain = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = wrapped(make_llama(), plain)
+    begun: list[dict[str, Any]] = []
+
+    class Begun(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            begun.append(rows_of(model))
+
+    args = TrainingArguments(**arguments(tmp_path, gradient_accumulation_steps=2))
+    callbacks = [names["InitEva"](), Begun()]
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), callbacks=callbacks)
+    trainer.train()
+    inputs = layer_inputs(make_llama(), rows_in_batches(), list(begun[0]))
+    assert {len(a) for a in begun[0].values()} != {4}
+    for name, a in begun[0].items():
+        assert lost(a, inputs[name]) < 0.05
+    check_trained(model, begun[0])
 
 
 def test_trainer_that_forgot(tmp_path: Path) -> None:
