@@ -21,12 +21,15 @@ __all__ = ["PaddingTold", "parts_told"]
 _SEEN = ("attention_mask", "encoder_attention_mask")
 _PADDING = "padding_mask"
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
-_ELSEWHERE = ("encoder", "memory", "context", "key_value")
+_ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
+_ATTENDED = {"key": "query", "k": "q"}  # to what, by what
 _BESIDE = ("input_ids", "inputs_embeds", "labels")  # which a mask is looked at with
 
 
 def parts_told(model: nn.Module) -> dict[nn.Module, int]:
     """Return the parts of a model, with or without adapters, that may be told of padding.
+
+    Those that may be given other tokens to attend to are among them.
 
     Returns:
         Each with the number of its arguments before the first that would tell it.
@@ -37,7 +40,9 @@ def parts_told(model: nn.Module) -> dict[nn.Module, int]:
         if type(part) not in told:
             signature = signature_of(part)
             names = () if signature is None else signature.parameters
-            told[type(part)] = next((i for i, name in enumerate(names) if _may_tell(name)), None)
+            told[type(part)] = next(
+                (i for i, name in enumerate(names) if _is_of_interest(name)), None
+            )
         before = told[type(part)]
         if before is not None:
             found[part] = before
@@ -70,13 +75,17 @@ class PaddingTold(AroundCalls):
         self._behind_parts: TokenMask | None = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        told = (isinstance(value, Tensor) and _may_tell(name) for name, value in kwargs.items())
+        told = (isinstance(v, Tensor) and _is_of_interest(name) for name, v in kwargs.items())
         if len(args) <= self._arguments_before[module] and not any(told):
             return  # at once, for most are told nothing
         named = named_arguments(module, args, kwargs)
+        if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
+            return  # told of keys from elsewhere
         mask = self._mask_of(named)
-        if mask is None or ("key" in named and named["key"] is not named.get("query")):
-            return  # of keys from elsewhere
+        if mask is None and not self._in_use and _reads_elsewhere(named):
+            mask = self._mask_of_others()
+        if mask is None:
+            return
         around = self._use_mask(mask)
         if around is not self._behind_parts and _says_as_much(around, mask):
             self._use_mask(around)  # a function has called the model with a mask, or a part around
@@ -94,6 +103,18 @@ class PaddingTold(AroundCalls):
             mask = self._in_use[-1][1]
         self._use_mask(mask)
 
+    def _mask_of_others(self) -> TokenMask | None:
+        """Return the mask in a part that attends to what a part before it has made of its tokens.
+
+        Its own are others, maybe as many.
+        """
+        before = None if self._behind_parts is None else self._behind_parts.main
+        if before is None:
+            return None
+        mask = self._make_mask({"encoder_attention_mask": before})
+        mask.quiet = True
+        return mask
+
     def _mask_of(self, named: Mapping[str, Any]) -> TokenMask | None:
         masks = {name: value for name, value in named.items() if _tells(name, value)}
         if not masks:
@@ -108,6 +129,14 @@ class PaddingTold(AroundCalls):
                 mask.quiet = True  # no user has said that the part reads these tokens only
             self._known[key] = list(masks.values()), mask
         return self._known[key][1]
+
+
+def _is_of_interest(name: str) -> bool:
+    return _may_tell(name) or _is_elsewhere(name)
+
+
+def _is_another(named: Mapping[str, Any], key: str, query: str) -> bool:
+    return isinstance(named.get(key), Tensor) and named[key] is not named.get(query)
 
 
 def _may_tell(name: str) -> bool:

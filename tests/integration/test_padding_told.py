@@ -276,6 +276,57 @@ def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
         assert lost(result.components[name], x) < 1e-6, name
 
 
+class Translates(nn.Module):
+    """Pads its sources and its targets to the same length, and tells the encoder alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        options: Any = {"dropout": 0.0, "batch_first": True}
+        self.kind, self.words = kind, nn.Embedding(VOCABULARY, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, **options)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoderLayer(16, 2, 24, **options)
+        self.asks = Asks()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.encoder(self.words(ids), src_key_padding_mask=ids == 0)
+        x = x * ids.ne(0)[..., None]  # which torch may leave as it likes
+        if self.kind == "torch":
+            return self.decoder(self.words(ids.flip(1)), x)
+        return self.asks(self.words(ids.flip(1)), x, dec_enc_attn_mask=ids.ne(0)[:, None])
+
+
+class Asks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.linear1 = Attends(), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, enc_output: Tensor, dec_enc_attn_mask: Tensor) -> Tensor:
+        return self.linear1(self.attention(x, enc_output, enc_output, dec_enc_attn_mask))
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear2 = nn.Linear(16, 16)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (self.linear2(q) @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("kind", ["torch", "other names"])
+def test_a_decoder_of_as_many_tokens_as_its_encoder(kind: str) -> None:
+    model = Translates(kind).eval()
+    whole = ["decoder.linear1", "decoder.linear2"]
+    whole = whole if kind == "torch" else ["asks.linear1", "asks.attention.linear2"]
+    kept = ["encoder.layers.0.linear2"]
+    result = run(model, batches(), lora(tau=1.0, target_modules=whole + kept), **EXACT)
+    for name, x in layer_inputs(model, batches(), whole + kept).items():
+        x = x[KEPT.flatten().repeat(4)] if name in kept else x
+        assert lost(result.components[name], x) < 1e-6, name
+
+
 @pytest.mark.parametrize("kind", ["global attention", "distances"])
 def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
     class Sees(Block):
