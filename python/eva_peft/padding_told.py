@@ -214,16 +214,19 @@ def _seen(mask: Tensor) -> Tensor | None:
     see :mod:`.batch_mask`. What holds other values than a mask says something else, too: which
     tokens have global attention, or how far away others are.
     """
-    mask = mask[:, 0] if mask.dim() == 4 else mask
+    whole, mask = mask, mask[:, 0] if mask.dim() == 4 else mask
     if mask.dim() == 3 and mask.shape[1] in (1, mask.shape[2]):
         mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
     if mask.dim() != 2:
         return None
     own = mask.cpu()
+    square = len(own) == own.shape[1] and mask is whole  # as many samples as tokens, or pairs
     zero, one, hidden = own == 0, own == 1, own < -1
     if not (zero | one).all() and not (zero | hidden).all():
         return None
     kept = zero if hidden.any() else one
+    if square and kept.diagonal().all() and not kept.triu(1).any():
+        return None  # pairs: each token sees itself, and none behind it
     return kept if _in_every_sample(kept) else None
 
 
