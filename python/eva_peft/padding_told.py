@@ -23,7 +23,7 @@ _PADDING = "padding_mask"
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
 _ATTENDED = {"key": "query", "k": "q"}  # to what, by what
-_BESIDE = ("input_ids", "inputs_embeds", "labels")  # which a mask is looked at with
+_TEXT = {"input_ids", "inputs_embeds"}
 
 
 def parts_told(model: nn.Module) -> dict[nn.Module, int]:
@@ -123,7 +123,8 @@ class PaddingTold(AroundCalls):
         key = (shape, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
         if key not in self._known:
             told = _told(masks, shape, elsewhere)
-            beside = {name: named[name] for name in _BESIDE if name in named}
+            beside = {name: value for name, value in named.items() if "mask" not in name}
+            beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one
             mask = self._make_mask({**beside, **told}) if told else None
             if mask is not None:
                 mask.quiet = True  # no user has said that the part reads these tokens only

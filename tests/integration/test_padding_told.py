@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import T5Config
+from transformers import CLIPConfig, CLIPModel, T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from eva_peft import padding_told
@@ -324,6 +324,32 @@ def test_a_decoder_of_as_many_tokens_as_its_encoder(kind: str) -> None:
     result = run(model, batches(), lora(tau=1.0, target_modules=whole + kept), **EXACT)
     for name, x in layer_inputs(model, batches(), whole + kept).items():
         x = x[KEPT.flatten().repeat(4)] if name in kept else x
+        assert lost(result.components[name], x) < 1e-6, name
+
+
+def test_images_beside_text_of_as_many_tokens_in_a_users_module() -> None:
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    size["num_attention_heads"] = 2
+    ends = {"bos_token_id": 1, "eos_token_id": 1}
+    text = {**size, **ends, "vocab_size": VOCABULARY, "max_position_embeddings": 5}
+    images = {**size, "image_size": 8, "patch_size": 4}  # 4 patches and a class token
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.clip = CLIPModel(CLIPConfig(text_config=text, vision_config=images))
+
+        def forward(self, ids: Tensor, images: Tensor) -> Tensor:
+            asked = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+            return self.clip(pixel_values=images, **asked).logits_per_text
+
+    data = [{"ids": b["ids"][:, :5], "images": torch.randn(3, 3, 8, 8)} for b in batches()]
+    names = [f"clip.{kind}_model.encoder.layers.0.mlp.fc1" for kind in ("text", "vision")]
+    model = Both().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names).items():
+        x = x[KEPT[:, :5].flatten().repeat(4)] if "text" in name else x
         assert lost(result.components[name], x) < 1e-6, name
 
 
