@@ -201,6 +201,8 @@ def _told(
             kept = _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
             if kept is None or kept.all():
                 continue
+            if name not in _SEEN and not kept[:, 0].any():
+                continue  # padded on the left in every sample, or true is what others call false
             if _is_elsewhere(name) and (elsewhere or name in _SEEN):
                 told["encoder_attention_mask"] = kept
             elif tuple(kept.shape) in (shape, shape[::-1]):

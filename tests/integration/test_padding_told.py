@@ -379,6 +379,35 @@ def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
     assert result.tokens == sum(each.numel() for each in ids)
 
 
+@pytest.mark.parametrize("kind", ["row", "padding_mask"])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_mask_that_may_say_the_opposite_where_every_sample_is_padded(
+    kind: str, full: bool
+) -> None:
+    class Row(Block):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.run(x, None, None)
+
+    class Padding(Block):
+        def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+            return self.run(x, None, None)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(VOCABULARY, 16)
+            self.block = Row() if kind == "row" else Padding()
+
+        def forward(self, ids: Tensor) -> Tensor:  # OpenNMT's, and EnCodec's
+            return self.block(self.words(ids), ids.eq(0)[:, None] if kind == "row" else ids.ne(0))
+
+    data = batches() if full else [{"ids": pad(b["ids"], (0, 2))} for b in batches()]
+    config = lora(tau=1.0, target_modules=["block.before", "block.behind"])
+    told = full and kind == "padding_mask"  # no sample is nothing but padding
+    expected = KEPT.sum() if told else data[0]["ids"].numel()
+    assert run(Model().eval(), data, config, **EXACT).tokens == 4 * int(expected)
+
+
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 def test_nothing_is_said_of_other_tokens_in_a_part_that_is_told() -> None:
     class Queries(nn.Module):
