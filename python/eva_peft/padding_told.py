@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -69,8 +70,9 @@ class PaddingTold(AroundCalls):
     ) -> None:
         super().__init__(list(parts), make_mask, use_mask)
         self._arguments_before = parts
-        # of what was told, and to how many tokens; kept, as layers may be told one by one
-        self._known: dict[tuple[object, ...], tuple[list[Tensor], TokenMask | None]] = {}
+        # of what was told, and to how many tokens; kept, as layers may be told one by one. What
+        # was told is not: a layer may have made it, and masks of pairs are large.
+        self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._in_use: list[tuple[nn.Module, TokenMask]] = []  # what is called, and its mask
         self._behind_parts: TokenMask | None = None
 
@@ -121,15 +123,16 @@ class PaddingTold(AroundCalls):
             return None
         shape, elsewhere = _shape_of(named), _reads_elsewhere(named)
         key = (shape, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
-        if key not in self._known:
+        before, mask = self._known.get(key, ([], None))
+        if not before or any(each() is None for each in before):  # its id is maybe another's now
             told = _told(masks, shape, elsewhere)
             beside = {name: value for name, value in named.items() if "mask" not in name}
             beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one
             mask = self._make_mask({**beside, **told}) if told else None
             if mask is not None:
                 mask.quiet = True  # no user has said that the part reads these tokens only
-            self._known[key] = list(masks.values()), mask
-        return self._known[key][1]
+            self._known[key] = [ref(each) for each in masks.values()], mask
+        return mask
 
 
 def _is_of_interest(name: str) -> bool:

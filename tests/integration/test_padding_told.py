@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import CLIPConfig, CLIPModel, T5Config
+from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from eva_peft import padding_told
@@ -276,83 +277,6 @@ def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
         assert lost(result.components[name], x) < 1e-6, name
 
 
-class Translates(nn.Module):
-    """Pads its sources and its targets to the same length, and tells the encoder alone."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        options: Any = {"dropout": 0.0, "batch_first": True}
-        self.kind, self.words = kind, nn.Embedding(VOCABULARY, 16)
-        layer = nn.TransformerEncoderLayer(16, 2, 24, **options)
-        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        self.decoder = nn.TransformerDecoderLayer(16, 2, 24, **options)
-        self.asks = Asks()
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.encoder(self.words(ids), src_key_padding_mask=ids == 0)
-        x = x * ids.ne(0)[..., None]  # which torch may leave as it likes
-        if self.kind == "torch":
-            return self.decoder(self.words(ids.flip(1)), x)
-        return self.asks(self.words(ids.flip(1)), x, dec_enc_attn_mask=ids.ne(0)[:, None])
-
-
-class Asks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.linear1 = Attends(), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor, enc_output: Tensor, dec_enc_attn_mask: Tensor) -> Tensor:
-        return self.linear1(self.attention(x, enc_output, enc_output, dec_enc_attn_mask))
-
-
-class Attends(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear2 = nn.Linear(16, 16)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return (self.linear2(q) @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ v
-
-
-@pytest.mark.parametrize("kind", ["torch", "other names"])
-def test_a_decoder_of_as_many_tokens_as_its_encoder(kind: str) -> None:
-    model = Translates(kind).eval()
-    whole = ["decoder.linear1", "decoder.linear2"]
-    whole = whole if kind == "torch" else ["asks.linear1", "asks.attention.linear2"]
-    kept = ["encoder.layers.0.linear2"]
-    result = run(model, batches(), lora(tau=1.0, target_modules=whole + kept), **EXACT)
-    for name, x in layer_inputs(model, batches(), whole + kept).items():
-        x = x[KEPT.flatten().repeat(4)] if name in kept else x
-        assert lost(result.components[name], x) < 1e-6, name
-
-
-def test_images_beside_text_of_as_many_tokens_in_a_users_module() -> None:
-    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    size["num_attention_heads"] = 2
-    ends = {"bos_token_id": 1, "eos_token_id": 1}
-    text = {**size, **ends, "vocab_size": VOCABULARY, "max_position_embeddings": 5}
-    images = {**size, "image_size": 8, "patch_size": 4}  # 4 patches and a class token
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.clip = CLIPModel(CLIPConfig(text_config=text, vision_config=images))
-
-        def forward(self, ids: Tensor, images: Tensor) -> Tensor:
-            asked = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
-            return self.clip(pixel_values=images, **asked).logits_per_text
-
-    data = [{"ids": b["ids"][:, :5], "images": torch.randn(3, 3, 8, 8)} for b in batches()]
-    names = [f"clip.{kind}_model.encoder.layers.0.mlp.fc1" for kind in ("text", "vision")]
-    model = Both().eval()
-    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
-    for name, x in layer_inputs(model, data, names).items():
-        x = x[KEPT[:, :5].flatten().repeat(4)] if "text" in name else x
-        assert lost(result.components[name], x) < 1e-6, name
-
-
 @pytest.mark.parametrize("kind", ["global attention", "distances", "pairs of as many"])
 def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
     class Sees(Block):
@@ -377,6 +301,36 @@ def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
     ids = [b["ids"][:, : 3 if kind == "pairs of as many" else None] for b in batches()]
     result = run(Model().eval(), [{"ids": each} for each in ids], config, **EXACT)
     assert result.tokens == sum(each.numel() for each in ids)
+
+
+def test_masks_that_layers_make_for_themselves_are_not_kept_alive() -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    class Sees(Block):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            alive.append(sum(each() is not None for each in made))
+            return self.run(x, None, None)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(VOCABULARY, 16)
+            self.blocks = nn.ModuleList([Sees() for _ in range(4)])
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids)
+            for block in self.blocks:
+                seen = ids.ne(0)[:, None, None].repeat(1, 1, 7, 1)
+                made.append(weakref.ref(seen))
+                x = block(x, seen)
+                del seen
+            return x
+
+    names = [f"blocks.{i}.before" for i in range(4)]
+    result = run(Model().eval(), batches(), lora(tau=1.0, target_modules=names), **EXACT)
+    assert set(alive) == {1}
+    assert result.tokens == 4 * int(KEPT.sum())
 
 
 @pytest.mark.parametrize("kind", ["row", "padding_mask"])
