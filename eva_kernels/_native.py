@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import re
 from types import ModuleType
 from typing import Any
 
@@ -49,16 +48,27 @@ def _unfit_for_gpus(module: ModuleType) -> str | None:
     if module.device_count() == 0:
         version = f"{module.toolkit // 1000}.{module.toolkit % 1000 // 10}"
         return f"it was built with CUDA {version}, which finds no GPU; the driver may be too old"
-    built = [int(digits) for digits in re.findall(r"\d+", module.archs)]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        chip = 10 * major + minor
-        # Code for a chip runs on later ones of its generation, and PTX, which is there of the last,
-        # on all that are later.
-        if chip < built[-1] and not any(arch // 10 == major and arch <= chip for arch in built):
+        if not _runs(module.archs.split(), 10 * major + minor):
             told = f"GPU {index} is of compute capability {major}.{minor}"
             return f"{told}, and it was built for {module.archs}; see EVA_KERNELS_CUDA_ARCHS"
     return None
+
+
+def _runs(built: list[str], chip: int) -> bool:
+    """Tell whether code for some compute capabilities, as "80", "90a" or "100f", runs on one.
+
+    Code for a chip runs on later ones of its generation, and PTX, which is there of the last, on
+    all that are later. Of a chip with an "a" neither runs on another, with an "f" on another
+    generation.
+    """
+    for arch in built:
+        number = int(arch.rstrip("af"))
+        earlier = number < chip and number // 10 == chip // 10 and not arch.endswith("a")
+        if number == chip or earlier:
+            return True
+    return built[-1].isdigit() and int(built[-1]) <= chip
 
 
 def unavailable(device_type: str) -> str | None:

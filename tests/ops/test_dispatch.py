@@ -69,6 +69,12 @@ GPUS = [
     ("86 120", [(8, 0)], "GPU 0 is of compute capability 8.0, and it was built for 86 120"),
     ("86 120", [(9, 0)], "GPU 0 is of compute capability 9.0, and it was built for 86 120"),
     ("80 100", [(12, 0)], None),
+    ("80 90a", [(9, 0)], None),
+    ("80 90a", [(10, 0)], "GPU 0 is of compute capability 10.0, and it was built for 80 90a"),
+    ("100a", [(10, 3)], "GPU 0 is of compute capability 10.3, and it was built for 100a"),
+    ("100f", [(10, 3)], None),
+    ("100f", [(12, 0)], "GPU 0 is of compute capability 12.0, and it was built for 100f"),
+    ("90a 80", [(12, 0)], None),
     ("90", [], "it was built with CUDA 13.1, which finds no GPU"),
 ]
 
