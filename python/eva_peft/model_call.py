@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments, batches
-from ._peft_compat import LoraConfig
+from ._peft_compat import LoraConfig, base_of
 from .architecture import Architecture, is_of_transformers
 from .called_with import CalledWith
 from .hooks import InputCollector, StopForward
+from .layer_kind import kind_of_layer
 from .options import AUTO, CalibrateOptions
 from .padding_told import PaddingTold, parts_told
 from .prepare import Preparer
@@ -59,6 +60,9 @@ class ModelCall:
         self._architecture, self._collector, self._preparer = architecture, collector, preparer
         self._may_stop_early = may_stop_early
         self._told = parts_told(model)
+        named = base_of(model).named_modules()
+        kinds = ((part, kind_of_layer(name, architecture.prefixes)) for name, part in named)
+        self._of_media = {part for part, kind in kinds if kind.reads_no_text}
         self._is_of_decoders = is_of_transformers(model) and not architecture.encoder_decoder
 
     def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
@@ -129,7 +133,8 @@ class ModelCall:
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
             return nullcontext()  # of which no model of these tells more: spares every layer a look
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        return PaddingTold(self._told, make_mask, self._collector.use_mask).looking()
+        use_mask = self._collector.use_mask
+        return PaddingTold(self._told, self._of_media, make_mask, use_mask).looking()
 
 
 def _holds_tokens_alone(batch: Any) -> bool:

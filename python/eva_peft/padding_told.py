@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 from weakref import ref
 
@@ -58,6 +58,7 @@ class PaddingTold(AroundCalls):
 
     Args:
         parts: see :func:`parts_told`.
+        of_media: those of them that read sound or images, by their names.
         make_mask: returns the mask of a mapping of arguments.
         use_mask: is given the mask to use from then on, and returns the one until then.
     """
@@ -65,11 +66,12 @@ class PaddingTold(AroundCalls):
     def __init__(
         self,
         parts: Mapping[nn.Module, int],
+        of_media: Container[nn.Module],
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[[TokenMask], TokenMask],
     ) -> None:
         super().__init__(list(parts), make_mask, use_mask)
-        self._arguments_before = parts
+        self._arguments_before, self._of_media = parts, of_media
         # of what was told, and to how many tokens; kept, as layers may be told one by one. What
         # was told is not: a layer may have made it, and masks of pairs are large.
         self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
@@ -101,6 +103,7 @@ class PaddingTold(AroundCalls):
         if not self._in_use:
             mask = self._behind_parts = copy.copy(mask)
             mask.apart = ("",)  # nothing but a shape tells what is read there
+            mask.of_text = module not in self._of_media
         else:
             mask = self._in_use[-1][1]
         self._use_mask(mask)

@@ -65,6 +65,7 @@ class TokenMask:
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
         warned: layers that need no second warning.
         quiet: no layer needs one.
+        of_text: what is apart is not that of layers which read sound or images, by their names.
         transposed: layer -> whether it takes the sequence first, as far as batches have told.
     """
 
@@ -99,7 +100,7 @@ class TokenMask:
         self.patch_sizes, self.prefixes, self.apart = patch_sizes, prefixes, apart
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
-        self.quiet = False
+        self.quiet = self.of_text = False
         self.transposed: dict[str, bool] = {}
         self._texts: dict[LayerKind, list[Fit]] = {}
         self._fits: dict[tuple[LayerKind, tuple[int, ...]], Fit | None] = {}
@@ -142,6 +143,8 @@ class TokenMask:
         return self._indices(fit, device, self._is_transposed(fit.mask, leading, name))
 
     def _fit(self, layer: LayerKind, leading: tuple[int, ...], apart: bool) -> Fit | None:
+        if apart and self.of_text and layer.reads_no_text:
+            return None
         if apart:  # a part may read the text, too, beside tokens of its own
             return next((fit for fit in self._text(layer) if fit.mask.shape == leading), None)
         key = layer, leading

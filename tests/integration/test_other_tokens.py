@@ -88,3 +88,46 @@ def test_images_beside_text_of_as_many_tokens_in_a_users_module() -> None:
     for name, x in layer_inputs(model, data, names).items():
         x = x[KEPT[:, :5].flatten().repeat(4)] if "text" in name else x
         assert lost(result.components[name], x) < 1e-6, name
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_another_tower_behind_one_that_is_told(tower: str) -> None:
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.told = nn.Embedding(VOCABULARY, 16), Told()
+            self.add_module(f"{tower}_head", nn.Linear(16, 16))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.told(self.words(ids), padding_mask=ids == 0)
+            return self.get_submodule(f"{tower}_head")(x)
+
+    class Told(nn.Module):
+        def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+            return x + 1
+
+    config = lora(tau=1.0, target_modules=[f"{tower}_head"])
+    whole = tower == "vision"
+    tokens = run(Towers().eval(), batches(), config, **EXACT).tokens
+    assert tokens == 4 * (KEPT.numel() if whole else int(KEPT.sum()))
+
+
+def test_what_is_behind_a_tower_of_sound_that_is_told() -> None:
+    class Hears(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.audio_layer, self.audio_head = AudioLayer(), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            padding = torch.arange(x.shape[1]) >= lengths[:, None]
+            return self.audio_head(self.audio_layer(x, padding_mask=padding))
+
+    class AudioLayer(nn.Module):
+        def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+            return x + 1
+
+    data = [{"x": torch.randn(3, 7, 16), "lengths": KEPT.sum(1)} for _ in range(4)]
+    config = lora(tau=1.0, target_modules=["audio_head"])
+    assert run(Hears().eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
