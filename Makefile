@@ -64,7 +64,7 @@ $(READY): $(BUILD_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(if $(HAS_GPU),,$(BIN)/python -m pip install '$(TRITON)')
-	$(if $(FETCH_NVCC),$(BIN)/python -m pip install --upgrade --target $(VENV)/nvcc -r csrc/nvcc.txt)
+	$(if $(FETCH_NVCC),$(BIN)/python -m pip install --upgrade --target $(VENV)/nvcc -r csrc/nvcc.txt || test "$(EVA_KERNELS_CUDA)" != 1)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[all]"
 	$(BIN)/python -m pip install --no-deps --upgrade --target $(VENV)/quantization $(QUANTIZATION)
 	touch $@

@@ -153,6 +153,21 @@ def test_make_fetches_a_compiler_where_cuda_is_built_and_there_is_none(
     assert (0 < fetch < install) == fetched
 
 
+@pytest.mark.parametrize(("cuda", "goes_on"), [("auto", True), ("1", False)])
+def test_make_goes_on_without_a_compiler_unless_it_is_insisted_on(
+    cuda: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"  # installs anything but the compiler
+    python.write_text('#!/bin/sh\ncase "$*" in *nvcc.txt*) exit 1;; esac\n')
+    python.chmod(0o755)
+    variables = [f"VENV={tmp_path}", f"EVA_KERNELS_CUDA={cuda}", "HAS_GPU=yes", "HAS_NVCC="]
+    done = subprocess.run(["make", "setup", *variables], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == goes_on, done.stderr
+    assert (tmp_path / ".ready").exists() == goes_on
+
+
 def test_make_test_has_every_package_and_skips_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     told = subprocess.run(
         ["make", "-n", "-o", ".venv/.ready", "test"], cwd=ROOT, capture_output=True, text=True
