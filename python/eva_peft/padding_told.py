@@ -209,6 +209,8 @@ def _told(
                 continue
             if name not in _SEEN and not kept[:, 0].any():
                 continue  # padded on the left in every sample, or true is what others call false
+            if name not in _SEEN and _is_row(mask) and not _in_one_run(kept):
+                continue  # true is what is to be predicted, for one
             if _is_elsewhere(name) and (elsewhere or name in _SEEN):
                 told["encoder_attention_mask"] = kept
             elif tuple(kept.shape) in (shape, shape[::-1]):
@@ -254,3 +256,9 @@ def _not_padding(mask: Tensor) -> Tensor | None:
 
 def _in_every_sample(kept: Tensor) -> bool:
     return bool(kept.any(1).all())
+
+
+def _in_one_run(kept: Tensor) -> bool:
+    """Tell whether the tokens of each sample are neighbours."""
+    begins = kept[:, 1:] & ~kept[:, :-1]
+    return bool((begins.sum(1) + kept[:, 0] == 1).all())

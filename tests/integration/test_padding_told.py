@@ -277,20 +277,29 @@ def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
         assert lost(result.components[name], x) < 1e-6, name
 
 
-@pytest.mark.parametrize("kind", ["global attention", "distances", "pairs of as many"])
+@pytest.mark.parametrize(
+    "kind", ["global attention", "distances", "pairs of as many", "to be predicted"]
+)
 def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
     class Sees(Block):
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
             return self.run(x, None, None)
 
+    class Predicts(Block):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.run(x, None, None)
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.block = nn.Embedding(VOCABULARY, 16), Sees()
+            self.words = nn.Embedding(VOCABULARY, 16)
+            self.block = Predicts() if kind == "to be predicted" else Sees()
 
         def forward(self, ids: Tensor) -> Tensor:
             if kind == "pairs of as many":  # tokens as samples
                 mask = torch.ones(3, 3, dtype=torch.bool).tril()
+            elif kind == "to be predicted":
+                mask = torch.arange(7).expand(3, 1, 7) % 3 == 0
             elif kind == "distances":  # as Falcon's
                 mask = 0.5 * torch.arange(7).expand(3, 1, 7, 7) + torch.full((7, 7), -1e9).triu(1)
             else:  # as Longformer's
