@@ -22,16 +22,14 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch._C._is_any_autocast_enabled():
             return function(*args, **kwargs)
-        casting = [kind for kind in _DEVICES | _own() if torch.is_autocast_enabled(kind)]
+        # Of this build of torch, which may know its type by a plug-in. Whether there is one takes
+        # long to tell, and is of no account.
+        built_for = torch.accelerator.current_accelerator()
+        own = set() if built_for is None else {built_for.type}
+        casting = [kind for kind in _DEVICES | own if torch.is_autocast_enabled(kind)]
         with ExitStack() as stack:
             for kind in casting:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 
     return run
-
-
-def _own() -> set[str]:
-    """Return the type of this machine's accelerator, which may be none that torch knows itself."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return set() if found is None else {found.type}

@@ -117,7 +117,6 @@ def test_where_the_state_is_kept(
 
 
 def test_autocast_of_an_accelerator_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
     enabled = without_autocast(torch._C._is_any_autocast_enabled)
     with torch.autocast("hpu", dtype=torch.bfloat16):
