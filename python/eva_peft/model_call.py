@@ -59,10 +59,6 @@ class ModelCall:
         self._model, self._options, self._config = model, options, config
         self._architecture, self._collector, self._preparer = architecture, collector, preparer
         self._may_stop_early = may_stop_early
-        self._told = parts_told(model)
-        named = base_of(model).named_modules()
-        kinds = ((part, kind_of_layer(name, architecture.prefixes)) for name, part in named)
-        self._of_media = {part for part, kind in kinds if kind.reads_no_text}
         self._is_of_decoders = is_of_transformers(model) and not architecture.encoder_decoder
 
     def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
@@ -127,14 +123,21 @@ class ModelCall:
     def _padding_told(
         self, batch: Any, mask: TokenMask, number: int
     ) -> AbstractContextManager[object]:
-        if mask.tells or not self._preparer.plain_masks or not self._told:
+        if mask.tells or not self._preparer.plain_masks:
             return nullcontext()
         by_default = self._options.forward_fn is None
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
             return nullcontext()  # of which no model of these tells more: spares every layer a look
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        use_mask = self._collector.use_mask
-        return PaddingTold(self._told, self._of_media, make_mask, use_mask).looking()
+        return PaddingTold(*self._told, make_mask, self._collector.use_mask).looking()
+
+    @functools.cached_property
+    def _told(self) -> tuple[dict[nn.Module, int], set[nn.Module]]:
+        """The parts that may be told of padding, and those that read sound or images."""
+        prefixes = self._architecture.prefixes
+        named = base_of(self._model).named_modules()
+        of_media = {part for name, part in named if kind_of_layer(name, prefixes).reads_no_text}
+        return parts_told(self._model), of_media
 
 
 def _holds_tokens_alone(batch: Any) -> bool:

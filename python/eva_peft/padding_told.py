@@ -114,10 +114,11 @@ class PaddingTold(AroundCalls):
         Its own are others, maybe as many.
         """
         before = None if self._behind_parts is None else self._behind_parts.main
-        if before is None:
-            return None
-        mask = self._make_mask({"encoder_attention_mask": before})
-        mask.quiet = True
+        return None if before is None else self._quiet_mask({"encoder_attention_mask": before})
+
+    def _quiet_mask(self, told: Mapping[str, Any]) -> TokenMask:
+        mask = self._make_mask(told)
+        mask.quiet = True  # no user has said that the part reads these tokens only
         return mask
 
     def _mask_of(self, named: Mapping[str, Any]) -> TokenMask | None:
@@ -131,9 +132,7 @@ class PaddingTold(AroundCalls):
             told = _told(masks, shape, elsewhere)
             beside = {name: value for name, value in named.items() if "mask" not in name}
             beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one
-            mask = self._make_mask({**beside, **told}) if told else None
-            if mask is not None:
-                mask.quiet = True  # no user has said that the part reads these tokens only
+            mask = self._quiet_mask({**beside, **told}) if told else None
             self._known[key] = [ref(each) for each in masks.values()], mask
         return mask
 
