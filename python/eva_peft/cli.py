@@ -349,6 +349,8 @@ def _devices() -> list[tuple[str, str, str]]:
 
     import torch
 
+    from eva_kernels.streaming._host import home_of
+
     from .devices import accelerator
 
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -359,7 +361,9 @@ def _devices() -> list[tuple[str, str, str]]:
         rows.append((f"cuda:{i}", what, f"{found.total_memory / 2**30:.1f} GiB"))
     other = accelerator()
     if other is not None and other.type != "cuda":
-        what = "no kernels for it: plain PyTorch"
+        away = home_of(other) != other
+        what = "sums and folds on the CPU: it lacks float64" if away else "plain PyTorch"
+        what = f"no kernels for it: {what}"
         rows += [(f"{other.type}:{i}", what, "") for i in range(torch.accelerator.device_count())]
     if len(rows) == 1:
         built = torch.version.cuda or torch.version.hip

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import eva_kernels
+from eva_kernels.streaming import _host
 from eva_peft import cli, devices, model_setup
 from eva_peft.errors import EvaRuntimeError
 from eva_peft.model_setup import Task, load_model
@@ -162,9 +163,12 @@ def test_info_shows_other_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"is_available": True, "current_accelerator": torch.device("xpu"), "device_count": 2}
     for name, answer in found.items():
         monkeypatch.setattr(torch.accelerator, name, lambda answer=answer: answer)
-    shown = run("info").stdout
-    assert [shown.count(name) for name in ("xpu:0", "xpu:1", "xpu:2")] == [1, 1, 0]
-    assert "this torch is CPU only" not in shown
+    for home, what in (("xpu", "plain PyTorch"), ("cpu", "sums and folds on the CPU")):
+        monkeypatch.setattr(_host, "home_of", lambda device, home=home: torch.device(home))
+        shown = run("info").stdout
+        assert [shown.count(name) for name in ("xpu:0", "xpu:1", "xpu:2")] == [1, 1, 0]
+        assert shown.count(what) == 2
+        assert "this torch is CPU only" not in shown
 
 
 def test_a_model_is_put_on_the_accelerator(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
