@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +40,9 @@ def standard_library_files() -> list[Path]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
-        skipped = _SKIPPED_FOLDERS.intersection(parts[:-1])
-        generated = any(part.startswith(_GENERATED_PREFIXES) for part in parts)
-        if not skipped and not generated:
-            files.append(path)
+    for folder, inner, names in os.walk(root):  # what is skipped may be large: not entered
+        inner[:] = (name for name in inner if _is_kept(name, _SKIPPED_FOLDERS))
+        files += [Path(folder, name) for name in names if name.endswith(".py") and _is_kept(name)]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -116,6 +114,10 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> li
         ids.append(tokenizer.bos_token_id)
         ids.extend(tokenizer.backend_tokenizer.encode(text).ids)
     return ids
+
+
+def _is_kept(name: str, skipped: Container[str] = ()) -> bool:
+    return name not in skipped and not name.startswith(_GENERATED_PREFIXES)
 
 
 def _parsed_files(paths: list[Path]) -> Iterator[tuple[Path, str, ast.Module]]:
