@@ -141,7 +141,7 @@ def test_unreadable_files_are_passed_over(tmp_path, monkeypatch):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "test_x.py").write_text("value = 2\n" * 40, encoding="utf-8")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert source_texts() == ["value = 1\n" * 40]
+    assert source_texts() == source_texts(limit_bytes=100) == ["value = 1\n" * 40]
 
 
 def test_a_text_without_docstrings_keeps_its_other_lines(tmp_path, monkeypatch):

@@ -79,7 +79,8 @@ def source_texts(limit_bytes: int = 2_000_000, seed: int = 0) -> list[str]:
     """Collect Python source code of the standard library, its docstrings taken out.
 
     Args:
-        limit_bytes: stop at the first file that would exceed this many bytes of UTF-8.
+        limit_bytes: stop at the first file that would exceed this many bytes of UTF-8; one text
+            there is in any case.
         seed: of the order of the files.
 
     Returns:
@@ -95,7 +96,7 @@ def source_texts(limit_bytes: int = 2_000_000, seed: int = 0) -> list[str]:
         size = len(text.encode())
         if size < 200:
             continue
-        if total + size > limit_bytes:
+        if texts and total + size > limit_bytes:
             break
         texts.append(text)
         total += size
