@@ -1,7 +1,7 @@
 # Each target makes .venv itself, once, and again when the package's build files change.
 #
 #   PYTHON       the interpreter of .venv                      make test PYTHON=python3.12
-#   TORCH        what to install as torch
+#   TORCH        what to install as torch, instead of the release that is tested
 #   TORCH_INDEX  where torch comes from, instead of pip's own index. PyPI's Linux wheel brings
 #                gigabytes of CUDA; on a machine without an NVIDIA GPU take the CPU wheel:
 #                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -19,7 +19,8 @@
 #   BENCH_ARGS   its further options                           BENCH_ARGS="--full"
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?=
+KNOWN_TORCH := 'torch==2.13.0; python_version < "3.15"' 'torch==2.15.0; python_version >= "3.15"'
 TORCH_INDEX ?=
 TRITON ?= triton==3.9.0; python_version >= "3.11" and platform_system == "Linux"
 # PEFT imports these wherever they are installed, which takes seconds each time: so they have a
@@ -62,7 +63,7 @@ setup: $(READY)
 # brings its own triton; beside a CPU torch one is added for the interpreter.
 $(READY): $(BUILD_FILES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(if $(TORCH),'$(TORCH)',$(KNOWN_TORCH))
 	$(if $(HAS_GPU),,$(BIN)/python -m pip install '$(TRITON)')
 	$(if $(FETCH_NVCC),$(BIN)/python -m pip install --upgrade --target $(VENV)/nvcc -r csrc/nvcc.txt || test "$(EVA_KERNELS_CUDA)" != 1)
 	$(BIN)/python -m pip install -c constraints.txt -e ".[all]"
