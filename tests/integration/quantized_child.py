@@ -1,4 +1,4 @@
-"""One quantised base: initialise, train a step, save, load; run as a script, answers in JSON.
+"""Quantised bases: initialise, train a step, save, load; run as a script, answers in JSON.
 
 A process of its own, since PEFT imports these libraries wherever they are installed, which takes
 seconds, and some warn about themselves.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import traceback
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def _same(weight: torch.Tensor, before: torch.Tensor | None) -> bool:
     return torch.equal(*plain) if plain[0].shape == plain[1].shape else False
 
 
-def main(kind: str, on_meta: bool) -> dict[str, Any]:
+def answer(kind: str, on_meta: bool) -> dict[str, Any]:
     base, texts = make_base(kind), text_batches(4, labels=True)
     layer = base.get_submodule("model.layers.0.self_attn.q_proj")
     weights = {id(p): p.detach().clone() for p in base.parameters()}
@@ -121,5 +122,16 @@ def main(kind: str, on_meta: bool) -> dict[str, Any]:
     }
 
 
+def main(cases: list[str]) -> dict[str, Any]:
+    answers: dict[str, Any] = {}
+    for case in cases:
+        kind, way = case.split("/")
+        try:
+            answers[case] = answer(kind, way == "meta")
+        except Exception:
+            answers[case] = {"error": traceback.format_exc()}
+    return answers
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1], sys.argv[2] == "meta")) + "\n")
+    sys.stdout.write(json.dumps(main(sys.argv[1:])) + "\n")
