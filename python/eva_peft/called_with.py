@@ -16,7 +16,7 @@ from .interrupts import temporarily
 from .parts import outermost
 from .token_mask import TokenMask
 
-__all__ = ["AroundCalls", "CalledWith", "named_arguments"]
+__all__ = ["AroundCalls", "CalledWith", "ModelsWithin", "named_arguments"]
 
 
 class AroundCalls:
@@ -141,6 +141,34 @@ class CalledWith(AroundCalls):
         if isinstance(self._labels, Tensor) and self._labels.shape in (shape, steps):
             named.setdefault("labels", self._labels)
         return self._make_mask(named)
+
+
+class ModelsWithin(CalledWith):
+    """The same of models of transformers in a user's module, which is called with the batch itself.
+
+    The batch's mask counts but in those that are told another one, (B, T): of another text, or of
+    this one with something in front of it.
+
+    Args:
+        model, batch, mask, make_mask, use_mask: see :class:`CalledWith`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        mask: TokenMask,
+        make_mask: Callable[[Mapping[str, Any]], TokenMask],
+        use_mask: Callable[[TokenMask], TokenMask],
+    ) -> None:
+        super().__init__(model, batch, mask, make_mask, use_mask, lambda: None)
+        self._parts = [part for part, _ in self._forwards]
+        self._given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+    def _mask_of(self, named: dict[str, Any]) -> TokenMask:
+        told = named.get("attention_mask")
+        other = isinstance(told, Tensor) and told.dim() == 2 and told is not self._given
+        return super()._mask_of(named) if other else self._mask
 
 
 def named_arguments(

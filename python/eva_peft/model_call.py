@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import arguments, batches
 from ._peft_compat import LoraConfig, base_of
 from .architecture import Architecture, is_of_transformers
-from .called_with import CalledWith
+from .called_with import CalledWith, ModelsWithin
 from .hooks import InputCollector, StopForward
 from .layer_kind import kind_of_layer
 from .options import AUTO, CalibrateOptions
@@ -87,10 +87,10 @@ class ModelCall:
         self._collector.begin_forward(mask, model_input, self._may_stop_early, size)
         self.inside = True  # and still so where it fails
         routed = self._collector.routed if self._collector.routed.needed else nullcontext()
-        with suppress(StopForward), routed, self._padding_told(batch, mask, number):
+        told = self._padding_told(batch, mask, number)
+        with suppress(StopForward), routed, told, self._called_with(batch, mask, number):
             if self._options.forward_fn is not None:
-                with self._called_with(batch, mask, number):
-                    self._options.forward_fn(self._model, batch)
+                self._options.forward_fn(self._model, batch)
             else:
                 self._call(batch)
         self.inside, self._ran = False, True
@@ -117,8 +117,11 @@ class ModelCall:
             return nullcontext()
 
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        told = self._collector.use_mask, self._collector.begin_call
-        return CalledWith(self._model, batch, mask, make_mask, *told).looking()
+        told = self._model, batch, mask, make_mask, self._collector.use_mask
+        if self._options.forward_fn is not None:
+            return CalledWith(*told, self._collector.begin_call).looking()
+        within = mask.tells and self._holds_models
+        return ModelsWithin(*told).looking() if within else nullcontext()
 
     def _padding_told(
         self, batch: Any, mask: TokenMask, number: int
@@ -130,6 +133,12 @@ class ModelCall:
             return nullcontext()  # of which no model of these tells more: spares every layer a look
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
         return PaddingTold(*self._told, make_mask, self._collector.use_mask).looking()
+
+    @functools.cached_property
+    def _holds_models(self) -> bool:
+        """Whether models of transformers are in a user's module."""
+        base = base_of(self._model)
+        return not is_of_transformers(base) and any(map(is_of_transformers, base.modules()))
 
     @functools.cached_property
     def _told(self) -> tuple[dict[nn.Module, int], set[nn.Module]]:

@@ -220,18 +220,15 @@ def test_entities_beside_words(count: int) -> None:
 
 
 class Prefixed(nn.Module):
-    """A language model that gets tokens of its own in front of the text."""
+    """A language model that gets tokens of its own in front of the text, and is not told so."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.prefix = make_llama(), nn.Linear(16, 64)
 
     def forward(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        front = self.prefix(features)
-        ones = attention_mask.new_ones(front.shape[:2])
-        whole = torch.cat([front, self.inner.get_input_embeddings()(input_ids)], 1)
-        mask = torch.cat([ones, attention_mask], 1)
-        return self.inner(inputs_embeds=whole, attention_mask=mask)
+        text = self.inner.get_input_embeddings()(input_ids)
+        return self.inner(inputs_embeds=torch.cat([self.prefix(features), text], 1))
 
 
 def test_an_unknown_order_is_warned_of() -> None:

@@ -329,3 +329,65 @@ def test_draws_and_hooks() -> None:
         run(model, [["one"]], Q_PROJ, forward_fn=forward)
     after = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
     assert before == after
+
+
+class Prefixed(nn.Module):
+    """A decoder of text with something else in front of it, as a user writes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm, self.project = make_llama(), nn.Linear(20, 3 * 64)
+
+    def forward(
+        self, input_ids: Tensor, features: Tensor, attention_mask: Tensor, labels: Any = None
+    ) -> Any:
+        text = self.lm.get_input_embeddings()(input_ids)
+        front = self.project(features).view(-1, 3, 64)
+        mask = torch.cat([attention_mask.new_ones(len(front), 3), attention_mask], 1)
+        return self.lm(inputs_embeds=torch.cat([front, text], 1), attention_mask=mask)
+
+
+class TwoTexts(nn.Module):
+    """Two texts, each for an encoder of its own; ``straight`` runs no hook of it."""
+
+    def __init__(self, straight: bool) -> None:
+        super().__init__()
+        self.asked, self.found, self.straight = make_bert(), make_bert(), straight
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, ids: Tensor, mask: Tensor
+    ) -> Tensor:
+        found = self.found.forward if self.straight else self.found
+        asked = self.asked(input_ids, attention_mask).pooler_output
+        return asked @ found(ids, attention_mask=mask).pooler_output.mT
+
+
+def test_a_model_in_a_users_module_that_is_told_of_more_than_the_batch() -> None:
+    model, kept = Prefixed().eval(), []
+    batches = [{**b, "features": torch.randn(4, 20)} for b in TEXTS]
+    for batch in batches:
+        front = batch["attention_mask"].new_ones(4, 3)
+        kept.append(torch.cat([front, batch["attention_mask"]], 1).bool().flatten())
+    result = run(model, batches, lora(target_modules=["q_proj"], tau=1.0), **EXACT)
+    assert result.tokens == int(torch.cat(kept).sum())
+    for name, x in layer_inputs(model, batches, list(result.components), False).items():
+        assert lost(result.components[name], x[torch.cat(kept)]) < 1e-6
+
+
+@pytest.mark.parametrize("straight", [False, True])
+@pytest.mark.parametrize("length", [24, 17])
+def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, straight: bool) -> None:
+    others = text_batches(4, length=length, seed=1)
+    batches = [
+        {**b, "ids": o["input_ids"], "mask": o["attention_mask"]}
+        for b, o in zip(TEXTS, others, strict=True)
+    ]
+    model = TwoTexts(straight)
+    forwards = [vars(part).get("forward") for part in (model.asked, model.found)]
+    result = run(model, batches, lora(target_modules=["query", "dense"], tau=1.0), **EXACT)
+    assert [vars(part).get("forward") for part in (model.asked, model.found)] == forwards
+    for name, x in layer_inputs(model, batches, list(result.components), False).items():
+        own = "mask" if name.startswith("found") else "attention_mask"
+        kept = torch.cat([b[own].bool().flatten() for b in batches])
+        x = x if "pooler" in name else x[kept]
+        assert lost(result.components[name], x) < 1e-6, name
