@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any
 from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
 from ._peft_compat import base_of
@@ -17,9 +18,10 @@ from .token_mask import TokenMask
 
 __all__ = ["PaddingTold", "parts_told"]
 
+_SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; maybe a mask
 # Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
 # other name mean is not known, but for those that have one row for all tokens, (B, 1, T).
-_SEEN = ("attention_mask", "encoder_attention_mask")
+_SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 _PADDING = "padding_mask"
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
@@ -146,7 +148,7 @@ def _is_another(named: Mapping[str, Any], key: str, query: str) -> bool:
 
 
 def _may_tell(name: str) -> bool:
-    return name.endswith(("mask", "masks"))
+    return name.endswith(("mask", "masks", _SEQUENCES))
 
 
 def _tells(name: str, value: Any) -> bool:
@@ -203,6 +205,7 @@ def _told(
         if name in PADDING_MASKS:
             told[name] = mask
         elif not unclear or "self" in name:
+            mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
             kept = _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
             if kept is None or kept.all():
                 continue

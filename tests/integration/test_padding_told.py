@@ -154,6 +154,12 @@ class Rows(Block):
         return self.run(x, None, ~mask[:, 0])
 
 
+class Sequences(Block):
+    def forward(self, x: Tensor, sequence_id: Tensor) -> Tensor:  # as ESM C's and ESM3's
+        padding = sequence_id < 0 if sequence_id.dtype == torch.long else ~sequence_id
+        return self.run(x, None, padding)
+
+
 class Hidden(Block):
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         return self.run(x, None, hidden)
@@ -168,6 +174,7 @@ class Found(nn.Module):
         self.kind, first = kind, kind != "sequence first"
         self.words = nn.Embedding(VOCABULARY, 16)
         of_kind = {"kept": Kept, "pairs": Pairs, "rows": Rows, "attention": Hidden}
+        of_kind |= {"sequence": Sequences, "sequences": Sequences}
         self.blocks = nn.ModuleList(of_kind.get(kind, OfItsOwn)(first) for _ in range(2))
         self.head = nn.Linear(16, 4)
 
@@ -175,8 +182,10 @@ class Found(nn.Module):
         x, padding = self.words(ids), ids == 0
         x = x.transpose(0, 1) if self.kind == "sequence first" else x
         for block in self.blocks:
-            if self.kind == "kept":
+            if self.kind in ("kept", "sequence"):
                 x = block(x, ~padding)
+            elif self.kind == "sequences":  # two of them in one row
+                x = block(x, (torch.arange(7) > 2).long().masked_fill(padding, -1))
             elif self.kind == "rows":
                 x = block(x, ~padding[:, None])
             elif self.kind == "pairs":
@@ -187,7 +196,10 @@ class Found(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("kind", ["named", "sequence first", "kept", "pairs", "rows", "attention"])
+@pytest.mark.parametrize(
+    "kind",
+    ["named", "sequence first", "kept", "pairs", "rows", "attention", "sequence", "sequences"],
+)
 def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
     model, data = Found(kind).eval(), batches()
     # an attention alone is told after what is before it was called
