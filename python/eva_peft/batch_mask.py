@@ -255,4 +255,8 @@ def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ..
         return tuple(ids.shape)
     if isinstance(embeds, Tensor):
         return tuple(embeds.shape[:2])
-    return None if main is None else tuple(main.shape)
+    if main is not None:
+        return tuple(main.shape)
+    tensors = (v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels")
+    first = next(tensors, None)  # token ids by another name, if they are whole numbers
+    return None if first is None or first.is_floating_point() else tuple(first.shape)

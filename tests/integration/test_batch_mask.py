@@ -182,3 +182,15 @@ def test_the_value_of_labels_that_mask_a_decoder() -> None:
             {"labels": labels[..., None]}, lora(label_mask_value=7), found
         ).decoder
         assert (decoder is None) if kept is None else torch.equal(decoder, kept)
+
+
+def test_labels_of_tokens_by_another_name() -> None:
+    """As torchtune calls them, whose batches have no mask of padding."""
+    labels = torch.tensor([[-100, 5, 7], [-100, 5, -100]])
+    tokens, other = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3)
+    mask = mask_of_batch({"tokens": tokens, "labels": labels}, lora()).main
+    assert mask is not None
+    assert torch.equal(mask, labels > 0)
+    for batch in ({"x": other, "labels": labels}, {"x": other, "y": tokens, "labels": labels}):
+        assert mask_of_batch(batch, lora()).main is None
+    assert mask_of_batch({"labels": labels, "x": tokens[:, :2]}, lora()).main is None
