@@ -21,6 +21,7 @@ __all__ = [
     "by_name",
     "can_be_called",
     "check_known",
+    "check_taken",
     "gives_decoder_inputs",
     "model_arguments",
     "takes_as_one",
@@ -185,6 +186,17 @@ def check_known(batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: 
     if named and known and not hidden and not kwargs.keys() & known:
         # it may hand on what it takes by any name, so that this may be about something else
         raise _not_taken(batch, base, f" (it failed with {error!r})") from error
+
+
+def check_taken(batch: Any, model: nn.Module, error: Exception) -> None:
+    """Explain the error of a model that wants no mapping for its one argument, but a tensor.
+
+    Raises:
+        EvaTypeError: this is the case.
+    """
+    wrong = isinstance(error, (AttributeError, TypeError)) and type(batch).__name__ in str(error)
+    if wrong and not isinstance(error, EvaError):
+        raise _not_taken(batch, base_of(model), f" (it failed with {error!r})") from error
 
 
 def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:

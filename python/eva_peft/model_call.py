@@ -104,10 +104,17 @@ class ModelCall:
         except TypeError:  # looked into now, since signatures take long
             if arguments.can_be_called(args, kwargs, self._model):
                 raise
-            self._model(arguments.as_one_argument(batch, self._model))
+            self._call_with_one(arguments.as_one_argument(batch, self._model))
         except Exception as error:
             if not self._ran:
                 arguments.check_known(batch, kwargs, self._model, error)
+            raise
+
+    def _call_with_one(self, batch: Any) -> None:
+        try:
+            self._model(batch)
+        except Exception as error:
+            arguments.check_taken(batch, self._model, error)
             raise
 
     def _called_with(

@@ -368,6 +368,21 @@ def test_batches_that_forward_does_not_take() -> None:
     assert not model.lin._forward_pre_hooks
 
 
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_mapping_for_a_model_of_one_tensor_is_explained(looks: bool) -> None:
+    class OfOneTensor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.lin = nn.Embedding(9, 20), nn.Linear(20, 4)
+
+        def forward(self, idx: Tensor) -> Tensor:
+            return self.lin(self.words(idx.flatten() if looks else idx))
+
+    told = r"names \['input_ids', 'labels'\] is nothing that OfOneTensor.*dict.*pass forward_fn"
+    with pytest.raises(EvaTypeError, match=told):
+        run(OfOneTensor(), [{"input_ids": IDS, "labels": IDS}], lora())
+
+
 def test_a_type_error_of_the_model_s_own_is_left_to_it() -> None:
     class Wrong(nn.Module):
         def __init__(self) -> None:
@@ -375,10 +390,11 @@ def test_a_type_error_of_the_model_s_own_is_left_to_it() -> None:
             self.lin = nn.Linear(20, 4)
 
         def forward(self, sample: Any) -> Tensor:
+            sample = sample["x"] if isinstance(sample, dict) else sample
             return self.lin(sample + "a word")
 
-    for batch in (vectors()[0], {"sample": vectors()[0]}):
-        with pytest.raises(TypeError, match="unsupported operand"):
+    for batch in (vectors()[0], {"sample": vectors()[0]}, {"x": vectors()[0]}):
+        with pytest.raises(TypeError, match=r"^unsupported operand"):
             run(Wrong(), iter([batch]), lora(target_modules=["lin"]))
 
 
