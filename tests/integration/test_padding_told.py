@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import T5Config
+from transformers import BertModel, T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
 from eva_peft import padding_told
@@ -439,6 +439,18 @@ def test_padding_of_several_sizes_of_images_in_one_sequence() -> None:
     for name, x in layer_inputs(model, data, names).items():
         assert lost(result.components[name], x[kept.repeat(4)]) < 1e-6, name
     assert result.tokens == 4 * int(kept.sum())
+
+
+def test_somebody_elses_model_of_transformers_that_finds_padding() -> None:
+    class Finds(BertModel):
+        def forward(self, input_ids: Tensor) -> Any:
+            return super().forward(input_ids, attention_mask=input_ids.ne(0).long())
+
+    model, name = Finds(make_bert().config).eval(), "encoder.layer.1.output.dense"
+    data = [{"input_ids": batch["ids"]} for batch in batches()]
+    result = run(model, data, lora(tau=1.0, target_modules=[name]), **EXACT)
+    x = layer_inputs(model, data, [name])[name][KEPT.flatten().repeat(4)]
+    assert lost(result.components[name], x) < 1e-6
 
 
 @pytest.mark.parametrize("kind", ["ids", "tensor", "with lengths", "a function"])
