@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import EvaTypeError, EvaValueError, NonFiniteError, NotFittedError
-from .streaming._autocast import without_autocast
+from .streaming._autocast import plain, without_autocast
 from .streaming._host import home_of
 from .streaming.plan import METHODS, plan_streams
 from .streaming.spectrum import Spectrum
@@ -454,7 +454,7 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
         # that data are read-only: they are read only
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
         # where they are: without a device torch would move them to its default one
-        data = torch.as_tensor(x, device=x.device if isinstance(x, Tensor) else "cpu")
+        data = plain(torch.as_tensor(x, device=x.device if isinstance(x, Tensor) else "cpu"))
     if data.layout != torch.strided:
         raise EvaTypeError(f"dense data are needed, got a tensor of layout {data.layout}")
     if data.dim() < 1 or data.numel() == 0:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,3 +34,14 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return run
+
+
+def plain(x: Tensor) -> Tensor:
+    """Return a tensor without the ways of its class, which all that is made of it would have.
+
+    Those of classes that stand for tensors elsewhere, as distributed ones, are what they are.
+    """
+    if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(Tensor)

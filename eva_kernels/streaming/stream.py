@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import EvaValueError, NonFiniteError
 from ..ops import SketchInto, check_precision, check_tokens, gram, sketch_unchecked
 from . import _host
-from ._autocast import without_autocast
+from ._autocast import plain, without_autocast
 from ._host import Array
 from .fold import first_basis, fold_gram, lost_shares
 from .merge import merge_gram, merge_sketch
@@ -144,6 +144,7 @@ class InputStream:
             EvaValueError: another number of features, another device, or no floating-point tokens;
                 rows of another kind.
         """
+        x = plain(x)
         if self._into is not None:
             if not self._into.is_of(self._given()):
                 self._into = None

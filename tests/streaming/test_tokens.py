@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from eva_kernels import IncrementalPCA
 from eva_kernels.streaming import _host
 from helpers import TOLERANCES, decaying, exact, feed, make_stream, relative, with_spectrum
 
@@ -35,3 +37,24 @@ def test_large_tokens_are_no_infinity_beside_a_bad_one(method: str) -> None:
     kept = torch.cat([x[:9], x[10:]])
     found = stream.spectrum().singular_values
     assert relative(found[:1], exact(kept)[0][:1]) <= 1e-5
+
+
+class Named(Tensor):
+    """With ways of its own that its copies inherit, as MONAI's images."""
+
+    def new_empty(self, size: tuple[int, ...]) -> Tensor:
+        raise TypeError("there is none without a name")
+
+
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_tokens_of_another_class_are_tensors(method: str) -> None:
+    parts = with_spectrum(200, 16, decaying(16)).split(50)
+    found, expected = (
+        feed(make_stream(16, 4, 8, method=method, backend="torch"), given).spectrum().components
+        for given in ([part.as_subclass(Named) for part in parts], parts)
+    )
+    assert type(found) is Tensor
+    assert torch.equal(found, expected)
+    pca = IncrementalPCA(4, method=method).fit(torch.cat(parts).as_subclass(Named))
+    assert {type(pca.components_), type(pca.mean_), type(pca.var_)} == {Tensor}
+    assert type(pca.transform(parts[0].as_subclass(Named))) is Tensor
