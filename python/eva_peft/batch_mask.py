@@ -11,6 +11,7 @@ from torch import Tensor
 from ._peft_compat import LoraConfig, eva_of
 from .architecture import Architecture
 from .arguments import PADDING_MASKS, gives_decoder_inputs
+from .batches import as_mapping
 from .errors import warn
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask
@@ -167,6 +168,7 @@ def _decoder_mask(
 
 def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:
     given, ids = batch.get("attention_mask", batch.get(_PATCHES)), batch.get("input_ids")
+    given = as_mapping(given)  # a dataclass around a mask, as that of curated transformers
     if isinstance(given, Mapping):  # one for each kind of attention
         every = [given.get("full_attention"), *given.values()]
         given = next((mask for mask in every if isinstance(mask, Tensor)), None)

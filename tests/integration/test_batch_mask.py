@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,6 +145,21 @@ def test_a_mask_of_tokens_that_is_added(side: str) -> None:
     result = run(model, iter(batches), config, method="gram", max_steps=4)
     assert result.tokens == len(ids)
     check_shares(result, "project", model.embed(ids).detach())
+
+
+@dataclass
+class Seen:
+    """As curated transformers have it: of tokens that are seen, for each of them."""
+
+    bool_mask: Tensor
+
+
+def test_a_mask_in_a_dataclass() -> None:
+    kept = torch.tensor([[True, True, False], [True, False, False]])
+    batch = {"piece_ids": kept.long(), "attention_mask": Seen(kept[:, None, None])}
+    mask = mask_of_batch(batch, lora()).main
+    assert mask is not None
+    assert torch.equal(mask, kept)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (2, 3, 5), (2, 1, 3, 2)])
