@@ -11,12 +11,14 @@ from typing import Any
 from torch import nn
 
 from ._peft_compat import base_of
+from .parts import outermost
 
 __all__ = [
     "Architecture",
     "FrameLengths",
     "architecture_of",
     "configs_of",
+    "is_defined_in_transformers",
     "is_of_transformers",
     "signature_of",
 ]
@@ -56,6 +58,7 @@ class Architecture:
             labels.
         answers: a decoder of text follows an encoder of text, of which the config does not tell.
         frame_lengths: what may tell how many frames are made of sound.
+        has_own_layers: somebody's own are around, or in place of, the models that transformers has.
     """
 
     config: Any = None
@@ -67,6 +70,7 @@ class Architecture:
     takes_decoder_ids: bool = False
     answers: bool = False
     frame_lengths: tuple[FrameLengths, ...] = ()
+    has_own_layers: bool = False
 
     @property
     def encoder_decoder(self) -> bool:
@@ -136,6 +140,7 @@ def architecture_of(model: nn.Module) -> Architecture:
         takes_decoder_ids=not inner or any(map(_takes_decoder_ids, inner.values())),
         answers=any(map(_answers, inner.values())),
         frame_lengths=tuple(_frame_lengths(model)),
+        has_own_layers=_has_own_layers(base),
     )
 
 
@@ -161,6 +166,19 @@ def _kinds(config: Any) -> list[str]:
 def is_of_transformers(module: nn.Module) -> bool:
     """Tell whether a module is a model of transformers, or a wrapper of one that acts as such."""
     return isinstance(_base_prefix(module), str)
+
+
+def is_defined_in_transformers(module: nn.Module) -> bool:
+    """Tell whether a model is one that transformers has, and not one that is made of such."""
+    kinds = (kind.__module__ for kind in type(module).__mro__)  # FSDP's own is in front
+    own = next(kind for kind in kinds if not kind.startswith("torch.distributed."))
+    return is_of_transformers(module) and own.startswith("transformers.")
+
+
+def _has_own_layers(base: nn.Module) -> bool:
+    parts = outermost(base, is_defined_in_transformers)
+    known = {id(parameter) for _, part in parts for parameter in part.parameters()}
+    return any(id(parameter) not in known for parameter in base.parameters())
 
 
 def _base_prefix(module: nn.Module) -> Any:

@@ -252,10 +252,12 @@ def without_padding(
         batch: on the CPU, as it came from the loader.
         device: where the model will run it.
         architecture: of the model. In an encoder-decoder ``labels`` belong to another stream than
-            ``attention_mask``; some models see padding.
+            ``attention_mask``; some models see padding, and of somebody's own nobody knows.
         divide: short samples may run apart.
     """
-    if architecture.sees_padding or not isinstance(batch, Mapping):
+    # somebody's own layers may pool padding, or be made for one length of what they flatten
+    seen = architecture.sees_padding or architecture.has_own_layers
+    if seen or not isinstance(batch, Mapping):
         return [batch]
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import arguments, batches
 from ._peft_compat import LoraConfig, base_of
-from .architecture import Architecture, is_of_transformers
+from .architecture import Architecture, is_defined_in_transformers, is_of_transformers
 from .called_with import CalledWith, ModelsWithin
 from .hooks import InputCollector, StopForward
 from .layer_kind import kind_of_layer
@@ -59,8 +59,8 @@ class ModelCall:
         self._model, self._options, self._config = model, options, config
         self._architecture, self._collector, self._preparer = architecture, collector, preparer
         self._may_stop_early = may_stop_early
-        own = is_of_transformers(model) and _is_defined_in_transformers(base_of(model))
-        self._is_of_decoders = own and not architecture.encoder_decoder
+        known = is_defined_in_transformers(base_of(model))  # others may find padding among ids
+        self._is_of_decoders = known and not architecture.encoder_decoder
 
     def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
         """Bring a part of a batch to the device."""
@@ -155,11 +155,6 @@ class ModelCall:
         named = base_of(self._model).named_modules()
         of_media = {part for name, part in named if kind_of_layer(name, prefixes).reads_no_text}
         return parts_told(self._model), of_media
-
-
-def _is_defined_in_transformers(module: nn.Module) -> bool:
-    """Tell whether a model is not somebody else's, which may find padding among its token ids."""
-    return type(module).__module__.startswith("transformers.")
 
 
 def _holds_tokens_alone(batch: Any) -> bool:

@@ -84,8 +84,8 @@ class CalibrateOptions:
         early_exit: stop the forward pass behind the last target layer.
         trim_padding: drop columns that are padding in the whole batch, and run short samples
             apart from long ones where that saves time; exact, for right padding, in models that let
-            no token see what the mask leaves out (not in a recurrent network that reads backwards).
-            Models of transformers that are known to see it are not trimmed.
+            no token see what the mask leaves out. Models of transformers that are known to see it
+            are not trimmed, nor are models with somebody's own layers, which may.
         seed: of the first basis.
         checkpoint: safetensors file with the state of the pass. It is written every
             ``checkpoint_every`` forward passes, at the end, and when an exception or Ctrl-C stops

@@ -330,7 +330,7 @@ def test_images_that_are_no_entry_of_each_sample() -> None:
     """As many images as samples, all of them in the first: nothing tells whose they are."""
     mask = (torch.arange(300) < torch.tensor([300, 20])[:, None]).long()
     batch = {"input_ids": mask * 5, "attention_mask": mask}
-    cpu, model = torch.device("cpu"), architecture_of(nn.Linear(1, 1))
+    cpu, model = torch.device("cpu"), architecture_of(nn.Identity())
     assert len(without_padding(batch, cpu, model)) == 2
     mask[:, 250:] = 0
     [cut] = without_padding({**batch, "pixel_values": torch.ones(2, 3, 4, 4)}, cpu, model)
@@ -358,7 +358,7 @@ def test_padding_that_a_model_sees_stays(kind: str) -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
     batch = {"input_ids": mask * 5, "attention_mask": mask}
     inner, other = SimpleNamespace(model_type=kind), SimpleNamespace(model_type="bert")
-    model = nn.Linear(1, 1)
+    model = nn.Identity()
     for config in (inner, SimpleNamespace(model_type="pair", text_config=inner)):
         model.config = config
         for outer in (model, nn.Sequential(model)):  # a user's module around it, too

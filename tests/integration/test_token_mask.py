@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
 
 import eva_kernels
@@ -83,6 +84,37 @@ def test_trimming_changes_nothing_but_the_width(make: Any) -> None:
     padded = [sum(s[0] * s[1] for s in shapes) for shapes in widths]
     kept = sum(int(b["attention_mask"].sum()) for b in batches)
     assert kept <= padded[0] < padded[1]
+
+
+class OfOneLength(nn.Module):
+    """A user's layers around a model: made for one length, or pooling whatever is there."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.inner = kind, make_bert()
+        self.places = nn.Parameter(torch.randn(1, 24, 32))
+        self.head = nn.Linear(24 * 32 if kind == "flattened" else 32, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.inner(input_ids, attention_mask).last_hidden_state
+        x = x + self.places if self.kind == "places" else x
+        return self.head(x.flatten(1) if self.kind == "flattened" else x.mean(1))
+
+
+def widened(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: functional.pad(value, (0, 24 - value.shape[1])) for key, value in batch.items()}
+
+
+@pytest.mark.parametrize("kind", ["flattened", "places", "pooled"])
+def test_nothing_is_cut_in_front_of_a_users_layers(kind: str) -> None:
+    model, texts = (
+        OfOneLength(kind).eval(),
+        [widened(batch) for batch in text_batches(4, length=20)],
+    )
+    config = lora(tau=1.0, target_modules=["inner.encoder.layer.0.intermediate.dense", "head"])
+    result = run(model, iter(texts), config, method="gram", max_steps=4)
+    for name, x in layer_inputs(model, texts, list(result.components)).items():
+        assert lost(result.components[name], x) < 1e-6, name
 
 
 def test_short_samples_run_apart() -> None:
