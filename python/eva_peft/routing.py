@@ -37,6 +37,8 @@ _GATHERING = ("embedding", "flip", "gather", "roll", "take_along_dim")
 _PLACING = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce")
 _TURNING = ("moveaxis", "movedim", "permute", "swapaxes", "swapdims", "t", "transpose")
 _REORDERING = (*_GATHERING, *_PLACING, *_TURNING)
+# What gives back samples, maybe sorted by their lengths, of which nothing is known.
+_UNPACKING = "_pad_packed_sequence"
 _BATCHED = (torch.bmm, Tensor.bmm)
 _PRODUCTS = (
     functional.linear,
@@ -202,6 +204,9 @@ class RoutedInputs(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Sequence[Any], result: Tensor) -> None:
         rows = result.shape[:-1].numel()
+        if getattr(func, "__name__", "") == _UNPACKING:
+            self._tokens[result] = None  # and so of what is picked of them
+            return
         if func in _INDEXING or func in _REPEATING:
             picked = _repeated(args, result) if func in _REPEATING else _picked(args)
             if picked is not None and len(picked[1]) == rows:
@@ -248,9 +253,12 @@ class RoutedInputs(TorchFunctionMode):
         self._tokens[result] = (torch.cat([tokens for tokens, _ in known]), counts.pop())
         return True
 
-    def _composed(self, x: Tensor, index: Tensor, count: int) -> tuple[Tensor, int]:
-        before = self._tokens.get(x)
-        return (index, count) if before is None else (before[0][index], before[1])
+    def _composed(self, x: Tensor, index: Tensor, count: int) -> tuple[Tensor, int] | None:
+        before = self._tokens.get(x, (None, count))
+        if before is None:
+            return None
+        picked, count = before
+        return index if picked is None else picked[index], count
 
 
 def _are_one(first: Tensor, second: Tensor) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import rnn
 
 from eva_kernels.streaming import InputStream
 from eva_peft.routing import ExpertWeight, RoutedInputs
@@ -251,3 +252,40 @@ def test_masks_follow_tokens_back_into_their_order(how: str) -> None:
         tokens = model.embed(ids)
         check_shares(result, "inner", tokens)
         check_shares(result, "last", model.inner(tokens))
+
+
+class Recurrent(nn.Module):
+    """Sorts samples by their lengths for a recurrent network, and back; or lets torch do it."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.by_hand, self.embed = by_hand, nn.Embedding(VOCABULARY, 12)
+        self.network = nn.LSTM(12, 6, batch_first=True, bidirectional=True)
+        self.last = nn.Linear(12, 4)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        lengths, order = attention_mask.sum(1), torch.arange(len(input_ids))
+        if self.by_hand:
+            lengths, order = lengths.sort(descending=True)
+        options: dict[str, Any] = {"batch_first": True, "enforce_sorted": self.by_hand}
+        packed = rnn.pack_padded_sequence(self.embed(input_ids)[order], lengths, **options)
+        x, _ = rnn.pad_packed_sequence(self.network(packed)[0], batch_first=True)
+        return x[order.argsort()]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.last(self.read(input_ids, attention_mask))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_samples_that_are_sorted_for_a_recurrent_network(by_hand: bool, wide: bool) -> None:
+    model, texts, tokens = Recurrent(by_hand).eval(), text_batches(4, samples=6), []
+    for batch in texts:
+        longest = int(batch["attention_mask"].sum(1).max())
+        batch |= {} if wide else {key: value[:, :longest] for key, value in batch.items()}
+        with torch.no_grad():
+            tokens.append(model.read(**batch)[batch["attention_mask"][:, :longest].bool()])
+    result = run(model, iter(texts), lora(tau=1.0, target_modules=["last"]), method="gram")
+    assert result.tokens == sum(map(len, tokens))
+    check_shares(result, "last", torch.cat(tokens))
