@@ -7,16 +7,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._peft_compat import base_of
 from .architecture import is_of_transformers, signature_of
+from .arguments import PADDING_MASKS
 from .hooks import take_off
 from .interrupts import temporarily
 from .parts import outermost
 from .token_mask import TokenMask
 
 __all__ = ["AroundCalls", "CalledWith", "ModelsWithin", "named_arguments"]
+
+_OF_TORCH = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 
 
 class AroundCalls:
@@ -74,6 +84,8 @@ class CalledWith(AroundCalls):
         begin: called before each call that is within no other.
     """
 
+    looks_at = staticmethod(is_of_transformers)
+
     def __init__(
         self,
         model: nn.Module,
@@ -84,7 +96,7 @@ class CalledWith(AroundCalls):
         begin: Callable[[], None],
     ) -> None:
         base = base_of(model)
-        inner = [part for _, part in outermost(base, is_of_transformers)]
+        inner = [part for _, part in outermost(base, self.looks_at)]
         super().__init__(inner if base in inner else [base, *inner], make_mask, use_mask)
         self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self._mask, self._begin = mask, begin
@@ -129,14 +141,14 @@ class CalledWith(AroundCalls):
         self._use_mask(self._in_use[-1][1])
 
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:
-        first = next((value for value in named.values() if isinstance(value, Tensor)), None)
-        shape = None if first is None or first.dim() not in (2, 3) else first.shape[:2]
-        if first is not None and first.is_floating_point() and "encoder_hidden_states" in named:
-            shape = None  # images, of as many patches as there may be text by chance
+        shape = _shape_of(named)
         if not isinstance(named.get("attention_mask"), (Tensor, Mapping)):
             main = self._mask.main
             if shape is not None and main is not None and main.shape == shape:
                 return self._mask
+        return self._own_mask(named, shape)
+
+    def _own_mask(self, named: dict[str, Any], shape: torch.Size | None) -> TokenMask:
         steps = getattr(named.get("decoder_input_ids"), "shape", None)
         if isinstance(self._labels, Tensor) and self._labels.shape in (shape, steps):
             named.setdefault("labels", self._labels)
@@ -144,7 +156,7 @@ class CalledWith(AroundCalls):
 
 
 class ModelsWithin(CalledWith):
-    """The same of models of transformers in a user's module, which is called with the batch itself.
+    """The same of models in a user's module, of transformers or torch, that is given the batch.
 
     The batch's mask counts but in those that are told another one, (B, T): of another text, or of
     this one with something in front of it.
@@ -165,10 +177,26 @@ class ModelsWithin(CalledWith):
         self._parts = [part for part, _ in self._forwards]
         self._given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
+    @staticmethod
+    def looks_at(module: nn.Module) -> bool:
+        """Tell whether a module is a model."""
+        return is_of_transformers(module) or isinstance(module, _OF_TORCH)
+
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:
-        told = named.get("attention_mask")
-        other = isinstance(told, Tensor) and told.dim() == 2 and told is not self._given
-        return super()._mask_of(named) if other else self._mask
+        told = (named.get(name) for name in ("attention_mask", *PADDING_MASKS))
+        if all(m is self._given or not isinstance(m, Tensor) or m.dim() != 2 for m in told):
+            return self._mask
+        return self._own_mask(named, _shape_of(named))
+
+
+def _shape_of(named: Mapping[str, Any]) -> torch.Size | None:
+    """Return the shape of the tokens that a model is called with, (B, T)."""
+    first = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    if first is None or first.dim() not in (2, 3):
+        return None
+    if first.is_floating_point() and "encoder_hidden_states" in named:
+        return None  # images, of as many patches as there may be text by chance
+    return first.shape[:2]
 
 
 def named_arguments(

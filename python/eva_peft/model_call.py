@@ -144,9 +144,9 @@ class ModelCall:
 
     @functools.cached_property
     def _holds_models(self) -> bool:
-        """Whether models of transformers are in a user's module."""
+        """Whether models are in a user's module."""
         base = base_of(self._model)
-        return not is_of_transformers(base) and any(map(is_of_transformers, base.modules()))
+        return not is_of_transformers(base) and any(map(ModelsWithin.looks_at, base.modules()))
 
     @functools.cached_property
     def _told(self) -> tuple[dict[nn.Module, int], set[nn.Module]]:
