@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -328,9 +329,9 @@ class TokenMask:
 
     def _warn_unknown(self, layer: LayerKind, leading: tuple[int, ...], name: str) -> None:
         masks = [fit.mask for fit in self._text(layer)]
-        # Without a mask, with one that keeps everything, for pooled inputs (one row a sample), for
-        # what is the same for all samples (embeddings of positions), and beside text, using every
-        # row is what is wanted.
+        # Without a mask, with one that keeps everything, for pooled inputs (one row a sample, or of
+        # several), for tokens without padding, as packed sequences hold them, for what is the same
+        # for all samples (embeddings of positions), and beside text, using every row is wanted.
         one_for_all = leading[:1] == (1,) and all(m.shape[0] > 1 for m in masks)
         if self.mixed:  # beside text, but not in one sequence with it
             masks = [m for m in masks if not layer.reads_encoder and _is_longer(leading, m)]
@@ -338,7 +339,8 @@ class TokenMask:
             masks = [m for m in self.pixels if leading[:-1] == (len(m),)]
         if self.quiet or name in self.warned or one_for_all:
             return
-        if all(bool(m.all()) or leading in ((m.shape[0],), (m.shape[0], 1)) for m in masks):
+        rows = math.prod(leading)
+        if all(bool(m.all()) or rows <= len(m) or leading == (int(m.sum()),) for m in masks):
             return
         self.warned.add(name)
         warn(

@@ -281,6 +281,25 @@ def test_no_rule_fits() -> None:
     assert len(caught) == 1  # once for the layer, not once a batch
 
 
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("kind", ["packed", "chunks"])
+def test_inputs_that_want_no_mask(kind: str) -> None:
+    """Of tokens without padding, and of texts, of which each is some chunks."""
+
+    class Without(Shaped):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            if kind == "packed":
+                return self.usual(self.embed(input_ids[attention_mask.bool()]))
+            return self.usual(self.embed(input_ids).mean(-2).mean(1))
+
+    batches = text_batches(4)
+    for batch in batches if kind == "chunks" else ():
+        batch |= {key: value.view(2, 2, -1) for key, value in batch.items()}
+    result = run(Without(), iter(batches), lora(tau=1.0, target_modules=["usual"]))
+    kept = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    assert result.tokens == (kept if kind == "packed" else 2 * 4)
+
+
 def test_without_a_mask_every_token_counts() -> None:
     batches = [{"input_ids": b["input_ids"]} for b in text_batches(3, padded=False)]
     assert run(make_llama(), iter(batches), lora(tau=1.0)).tokens == 3 * 4 * 24
