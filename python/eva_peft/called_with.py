@@ -18,7 +18,9 @@ from .interrupts import temporarily
 from .parts import outermost
 from .token_mask import TokenMask
 
-__all__ = ["AroundCalls", "CalledWith", "ModelsWithin", "named_arguments"]
+__all__ = ["AroundCalls", "CalledWith", "ModelsWithin", "is_model", "named_arguments"]
+
+_MASKS = ("attention_mask", *PADDING_MASKS)
 
 _OF_TORCH = (
     nn.Transformer,
@@ -84,8 +86,6 @@ class CalledWith(AroundCalls):
         begin: called before each call that is within no other.
     """
 
-    looks_at = staticmethod(is_of_transformers)
-
     def __init__(
         self,
         model: nn.Module,
@@ -96,7 +96,9 @@ class CalledWith(AroundCalls):
         begin: Callable[[], None],
     ) -> None:
         base = base_of(model)
-        inner = [part for _, part in outermost(base, self.looks_at)]
+        # where the batch says nothing, those of torch are looked at elsewhere, with what is behind
+        wanted = is_model if mask.tells else is_of_transformers
+        inner = [part for _, part in outermost(base, wanted)]
         super().__init__(inner if base in inner else [base, *inner], make_mask, use_mask)
         self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self._mask, self._begin = mask, begin
@@ -132,17 +134,26 @@ class CalledWith(AroundCalls):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(self._in_use) == 1:
             self._begin()
-        self._in_use.append((module, self._mask_of(named_arguments(module, args, kwargs))))
-        self._use_mask(self._in_use[-1][1])
+        named = named_arguments(module, args, kwargs)
+        is_part = len(self._in_use) > 1 and _is_of_torch(module)
+        mask = self._mask_of_part(named) if is_part else self._mask_of(named)
+        self._in_use.append((module, mask))
+        self._use_mask(mask)
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._in_use[-1][0] is module:  # it is not where a hook before ours has failed
             self._in_use.pop()
         self._use_mask(self._in_use[-1][1])
 
+    def _mask_of_part(self, named: dict[str, Any]) -> TokenMask:
+        """Return the mask in a part of a model, which is told its own where the model is, too."""
+        around = self._in_use[-1][1]
+        told = around is not self._mask and any(named.get(n) is not None for n in PADDING_MASKS)
+        return self._mask_of(named) if told else around
+
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:
         shape = _shape_of(named)
-        if not isinstance(named.get("attention_mask"), (Tensor, Mapping)):
+        if all(not isinstance(named.get(name), (Tensor, Mapping)) for name in _MASKS):
             main = self._mask.main
             if shape is not None and main is not None and main.shape == shape:
                 return self._mask
@@ -177,16 +188,20 @@ class ModelsWithin(CalledWith):
         self._parts = [part for part, _ in self._forwards]
         self._given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
-    @staticmethod
-    def looks_at(module: nn.Module) -> bool:
-        """Tell whether a module is a model."""
-        return is_of_transformers(module) or isinstance(module, _OF_TORCH)
-
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:
-        told = (named.get(name) for name in ("attention_mask", *PADDING_MASKS))
+        told = (named.get(name) for name in _MASKS)
         if all(m is self._given or not isinstance(m, Tensor) or m.dim() != 2 for m in told):
             return self._mask
         return self._own_mask(named, _shape_of(named))
+
+
+def is_model(module: nn.Module) -> bool:
+    """Tell whether a module is a model of transformers or torch."""
+    return is_of_transformers(module) or _is_of_torch(module)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return isinstance(module, _OF_TORCH)
 
 
 def _shape_of(named: Mapping[str, Any]) -> torch.Size | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import arguments, batches
 from ._peft_compat import LoraConfig, base_of
 from .architecture import Architecture, is_defined_in_transformers, is_of_transformers
-from .called_with import CalledWith, ModelsWithin
+from .called_with import CalledWith, ModelsWithin, is_model
 from .hooks import InputCollector, StopForward
 from .layer_kind import kind_of_layer
 from .options import AUTO, CalibrateOptions
@@ -146,7 +146,7 @@ class ModelCall:
     def _holds_models(self) -> bool:
         """Whether models are in a user's module."""
         base = base_of(self._model)
-        return not is_of_transformers(base) and any(map(ModelsWithin.looks_at, base.modules()))
+        return not is_of_transformers(base) and any(map(is_model, base.modules()))
 
     @functools.cached_property
     def _told(self) -> tuple[dict[nn.Module, int], set[nn.Module]]:

@@ -356,11 +356,11 @@ class TwoTexts(nn.Module):
         torch.manual_seed(7)
         layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True)
         self.asked, self.found = (
-            nn.TransformerEncoder(layer, 2) if kind == "torch" else make_bert() for _ in range(2)
+            nn.TransformerEncoder(layer, 2) if "torch" in kind else make_bert() for _ in range(2)
         )
 
     def read(self, encoder: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        if self.kind == "torch":
+        if "torch" in self.kind:
             x: Tensor = encoder(self.words(ids), src_key_padding_mask=mask == 0)
             return x[:, 0]
         call = encoder.forward if self.kind == "straight" else encoder
@@ -386,7 +386,7 @@ def test_a_model_in_a_users_module_that_is_told_of_more_than_the_batch() -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
-@pytest.mark.parametrize("kind", ["transformers", "torch", "straight"])
+@pytest.mark.parametrize("kind", ["transformers", "torch", "torch, a function", "straight"])
 @pytest.mark.parametrize("length", [24, 17])
 def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, kind: str) -> None:
     others = text_batches(4, length=length, seed=1)
@@ -397,7 +397,8 @@ def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, kind: str)
     model = TwoTexts(kind).eval()
     forwards = [vars(part).get("forward") for part in (model.asked, model.found)]
     layers = lora(target_modules=["linear1", "linear2", "query", "output.dense"], tau=1.0)
-    result = run(model, batches, layers, **EXACT)
+    options = {"forward_fn": lambda model, b: model(**b)} if kind == "torch, a function" else {}
+    result = run(model, batches, layers, **options, **EXACT)
     assert [vars(part).get("forward") for part in (model.asked, model.found)] == forwards
     for name, x in layer_inputs(model, batches, list(result.components), False).items():
         own = "mask" if name.startswith("found") else "attention_mask"
