@@ -32,13 +32,12 @@ SEEDS = -(2**63), 2**63 - 1
 
 def _engine(method: Callable[P, T]) -> Callable[P, T]:
     """Let a method run as the engine needs it, whatever context the user has opened."""
-    plain = without_autocast(method)
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         # what is made in inference mode cannot be written to outside
         with torch.inference_mode(False), torch.no_grad():
-            return plain(*args, **kwargs)
+            return method(*args, **kwargs)
 
     return run
 
@@ -205,7 +204,7 @@ class IncrementalPCA:
         data = data.reshape(-1, data.shape[-1])
         rows = None
         if mask is not None:
-            keep = torch.as_tensor(mask, device=data.device).reshape(-1).bool()
+            keep = torch.as_tensor(mask, device=data.device).reshape(-1)
             if len(keep) != len(data):
                 raise EvaValueError(f"mask has {len(keep)} entries for {len(data)} rows")
             rows = keep.nonzero().flatten()
@@ -223,11 +222,12 @@ class IncrementalPCA:
                     f"{self.n_components} now; call fit to begin anew"
                 )
         _add(stream, data, rows)
+        chosen = data if rows is None else data.index_select(0, rows)
         if self._stream is None:  # only now: a first batch that is refused leaves nothing behind
             self._stream = stream
-            self._pivot = data.new_zeros(data.shape[1], dtype=torch.float64)
-            self._sum, self._square = self._pivot.clone(), self._pivot.clone()
-        self._moments(data if rows is None else data.index_select(0, rows))
+            self._pivot = chosen[0].to(torch.float64, copy=True)  # the caller may reuse the buffer
+            self._sum = self._square = torch.zeros_like(self._pivot)
+        self._moments(chosen)
         fold_streams([self._stream])
         self._answer = None
         return self
@@ -236,7 +236,7 @@ class IncrementalPCA:
         self._check_arguments()
         features = data.shape[1]
         k = min(used, features) if self.n_components is None else int(self.n_components)
-        if not 1 <= k <= features:
+        if k > features:
             raise EvaValueError(
                 f"n_components={k} invalid for n_features={features}, need more rows than columns "
                 "for IncrementalPCA processing"
@@ -257,8 +257,6 @@ class IncrementalPCA:
     def _moments(self, data: Tensor) -> None:
         # Per-feature variance is exact whatever the sketch leaves out; float64, about the first
         # row, so that a large constant offset does not cancel it away.
-        if self.n_samples_seen_ == len(data):
-            self._pivot = data[0].to(torch.float64, copy=True)  # the caller may reuse the buffer
         offset = data.double() - self._pivot
         self._sum = self._sum + offset.sum(0)
         self._square = self._square + offset.square().sum(0)
@@ -268,7 +266,7 @@ class IncrementalPCA:
         """Return the coordinates of x, (N, K), dtype of the components."""
         components, data = self.components_, _as_tensor(x)
         _check_features(data, components.shape[1])
-        return (data.to(components) - self.mean_.to(components)) @ components.mT
+        return (data.to(components) - self.mean_) @ components.mT
 
     @without_autocast
     def inverse_transform(self, x: Tensor | np.ndarray) -> Tensor:
@@ -276,7 +274,7 @@ class IncrementalPCA:
         components, data = self.components_, _as_tensor(x)
         if data.shape[-1] != len(components):
             raise EvaValueError(f"X has {data.shape[-1]} coordinates, not {len(components)}")
-        return data.to(components) @ components + self.mean_.to(components)
+        return data.to(components) @ components + self.mean_
 
     @without_autocast
     def get_covariance(self) -> Tensor:
@@ -372,7 +370,7 @@ class IncrementalPCA:
     @property
     def var_(self) -> Tensor:
         """Variance of each feature, (D,), denominator n."""
-        n = max(self.n_samples_seen_, 1)
+        n = self.n_samples_seen_
         return (self._square / n - (self._sum / n).square()).clamp_min(0).to(self.mean_.dtype)
 
     @property
@@ -447,9 +445,7 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
         x = np.asarray(x)
         if x.dtype.kind not in "biufc":
             raise EvaTypeError(f"numbers are needed, got an array of dtype {x.dtype}")
-        if x.dtype.kind in "biuf":  # of any byte order and strides
-            kind = x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.dtype(np.float64)
-            x = np.ascontiguousarray(x, kind)
+        x = np.asarray(x, x.dtype.newbyteorder("="), order="C")  # of any byte order and strides
     with warnings.catch_warnings():
         # that data are read-only: they are read only
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
