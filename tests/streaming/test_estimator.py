@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.model_selection import ParameterGrid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import gen_batches, get_tags
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
@@ -55,7 +56,15 @@ def test_names_of_the_coordinates():
     x = data(dtype=torch.float64).numpy()
     pipeline = make_pipeline(StandardScaler(), IncrementalPCA(2)).fit(x)
     theirs = make_pipeline(sklearn.decomposition.IncrementalPCA(2)).fit(x)
-    assert list(pipeline.get_feature_names_out()) == list(theirs.get_feature_names_out())
+    names = pipeline.get_feature_names_out(), theirs.get_feature_names_out()
+    np.testing.assert_array_equal(*names, strict=True)
+
+
+def test_tags_are_those_of_scikit_learn_but_for_sparse_data():
+    ours, theirs = map(get_tags, (IncrementalPCA(2), sklearn.decomposition.IncrementalPCA(2)))
+    assert theirs.input_tags.sparse
+    theirs.input_tags.sparse = False
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +76,12 @@ def test_a_shallow_copy_learns_by_itself(method: str):
     assert (pca.n_samples_seen_, copied.n_samples_seen_) == (200, 400)
     assert torch.equal(pca.explained_variance_, variance)
     assert torch.equal(pca.var_, spread)
-    assert copy.copy(IncrementalPCA(4)).n_samples_seen_ == 0
+
+    class Own(IncrementalPCA):
+        pass
+
+    empty = copy.copy(Own(4))
+    assert (type(empty), empty.n_samples_seen_) == (Own, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,6 +92,9 @@ def test_what_the_first_batch_s_dtype_cannot_hold_is_refused(method: str):
     told = r"overflow torch.float32; scale the data, or give it as float64$"  # of rows no word
     with pytest.raises(NonFiniteError, match=told):
         pca.partial_fit(x * 1e30)
+    broken = torch.cat([x[:1] / 0, x * 1e30])  # what is left out is not to blame
+    with pytest.raises(NonFiniteError, match=told):
+        pca.partial_fit(broken, mask=torch.arange(401) > 0)
     with pytest.raises(EvaValueError, match=r"overflow torch.float32; scale the data"):
         pca.merge(IncrementalPCA(4, method=method).partial_fit(x * 1e30))
     assert pca.n_samples_seen_ == 400
@@ -232,8 +249,11 @@ def test_a_rest_as_long_as_the_components_is_a_batch_of_its_own():
             sizes.append(len(x))
             return super().partial_fit(x, *given, **options)
 
-    Seen(3).fit(data()[:23], batch_size=10)
-    assert sizes == [10, 10, 3]  # as gen_batches(23, 10, min_batch_size=3) of scikit-learn
+    for k, rows in ((3, 23), (3, 22), (None, 21)):
+        sizes.clear()
+        Seen(k).fit(data()[:rows], batch_size=10)
+        batches = gen_batches(rows, 10, min_batch_size=k or 0)
+        assert sizes == [batch.stop - batch.start for batch in batches]
 
 
 def test_components_are_as_many_as_the_rows_that_are_used():
@@ -246,6 +266,8 @@ def test_components_are_as_many_as_the_rows_that_are_used():
 
 
 def test_the_stream_is_made_as_was_asked_for():
+    options = IncrementalPCA().fit(data())._stream.options
+    assert (options.seed, options.backend, options.precision) == (0, "auto", "high")
     for seed in (-(2**63), 2**63 - 1):
         est = IncrementalPCA(3, seed=seed, backend="torch", precision="fast").fit(data())
         options = est._stream.options
@@ -263,6 +285,17 @@ def test_coordinates_of_another_dtype_are_those_of_the_components():
         found = est.inverse_transform(given)
         assert found.dtype == torch.float32
         assert torch.equal(found, est.inverse_transform(given.float()))
+        x = data().to(dtype)
+        assert torch.equal(est.transform(x), est.transform(x.float()))
+
+
+def test_a_fit_before_a_transform_is_a_fit():
+    x = data()
+    est = IncrementalPCA(4, method="sketch", batch_size=50).fit(3 * x[:300])
+    found = est.fit_transform(x)
+    assert est.n_samples_seen_ == 400
+    again = IncrementalPCA(4, method="sketch", batch_size=50).fit(x)
+    assert torch.equal(found, again.transform(x))
 
 
 def test_results_are_the_callers_own():
@@ -294,6 +327,7 @@ def test_another_number_of_components_needs_a_new_fit():
         ({"oversample": 0.5}, EvaValueError, "oversample=0.5 must be at least 1"),
         ({"oversample": float("inf")}, EvaValueError, "oversample=inf must be .* finite"),
         ({"oversample": float("nan")}, EvaValueError, "oversample=nan must be"),
+        ({"oversample": "2"}, EvaTypeError, "oversample='2' must be a number"),
         ({"seed": 2**70}, EvaValueError, "seed=.* must be between"),
         ({"seed": None}, EvaTypeError, "seed=None must be a whole number"),
     ],
@@ -306,6 +340,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], error: type[Exception
 def test_whole_numbers_of_any_kind():
     assert IncrementalPCA(np.int64(3), seed=np.int32(1)).fit(data()).n_components_ == 3
     assert IncrementalPCA(3, seed=-5).fit(data()).n_components_ == 3
+    assert IncrementalPCA(torch.tensor(3)).fit(data()).n_components_ == 3
 
 
 def test_shapes_that_are_refused():
@@ -314,8 +349,9 @@ def test_shapes_that_are_refused():
         pca.fit(torch.randn(40))
     with pytest.raises(EvaValueError, match=r"expected a 2D array .* got shape \(1, 400, 40\)"):
         pca.fit(data()[None])
-    with pytest.raises(EvaValueError, match=r"expected rows of features, .* of shape \(\)"):
-        pca.partial_fit(torch.tensor(3.0))
+    for number in (torch.tensor(3.0), np.float32(3), 3.0):
+        with pytest.raises(EvaValueError, match=r"expected rows of features, .* of shape \(\)"):
+            IncrementalPCA().partial_fit(number)
     pca.fit(data()[:, :39])
     for features in (38, 40):
         with pytest.raises(EvaValueError, match=rf"X has {features} features, .* expecting 39"):
@@ -369,6 +405,11 @@ def test_inference_mode_may_come_and_go(method: str, first: bool):
         merged = IncrementalPCA(4, method=method).merge(pca)
     merged.partial_fit(x)
     assert merged.n_samples_seen_ == 800
+    with torch.inference_mode():
+        merged.components_  # noqa: B018
+    merged.transform(x.requires_grad_()).sum().backward()
+    rows = merged.components_.sum(0).expand_as(x)
+    torch.testing.assert_close(x.grad, rows)
 
 
 @pytest.mark.parametrize("method", METHODS)

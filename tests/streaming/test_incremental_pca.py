@@ -92,8 +92,9 @@ def test_no_number_of_components(method: str, tokens: int, expected: int):
 def test_small_batches_after_the_first(method: str):
     x = with_spectrum(200, 40, [9.0, 5.0, 2.0], dtype=torch.float64)
     pca = fitted(x[:30], method)
-    for batch in x[30:].split(3):
+    for batch in x[30:-1].split(3):
         pca.partial_fit(batch)
+    pca.partial_fit(x[-1])  # a single row
     assert pca.n_samples_seen_ == 200
     assert relative(pca.singular_values_[:3], exact(x)[0][:3]) <= 1e-9
     torch.testing.assert_close(pca.var_, x.var(0, correction=0))
@@ -114,6 +115,7 @@ def test_half_precision(dtype: torch.dtype):
     pca = fitted(x, "gram")
     assert pca.components_.dtype == torch.float32
     assert relative(pca.singular_values_, exact(x)[0][:6]) <= 1e-5
+    assert relative(pca.var_, x.double().var(0, correction=0)) <= 1e-6
 
 
 def test_arrays_lists_and_integers():
@@ -141,7 +143,7 @@ def test_mask(method: str):
     broken = x.clone()
     broken[~keep] = float("nan")
     pca = IncrementalPCA(6, method=method)
-    pca.partial_fit(broken[:5], mask=torch.zeros(5))
+    assert pca.partial_fit(broken[:5], mask=torch.zeros(5)) is pca
     assert pca.n_samples_seen_ == 0
     pca.partial_fit(broken.view(4, 100, 40), mask=keep.view(4, 100))
     assert pca.n_samples_seen_ == int(keep.sum())
@@ -150,8 +152,9 @@ def test_mask(method: str):
     torch.testing.assert_close(pca.var_, plain.var_)
     with pytest.raises(EvaValueError, match="batch number of samples 3"):
         IncrementalPCA(6, method=method).partial_fit(x, mask=torch.arange(400) < 3)
-    with pytest.raises(EvaValueError, match="mask has 3 entries for 5 rows"):
-        pca.partial_fit(x[:5], mask=torch.ones(3))
+    for entries in (3, 7):
+        with pytest.raises(EvaValueError, match=f"mask has {entries} entries for 5 rows"):
+            pca.partial_fit(x[:5], mask=torch.ones(entries))
 
 
 def test_transform():
@@ -239,6 +242,8 @@ def test_a_refused_merge_leaves_no_trace():
         left.merge(fitted(x, "gram"))
     with pytest.raises(EvaValueError, match="cannot merge a stream of 40 features and width 8"):
         left.merge(fitted(x, "sketch", k=4))
+    with pytest.raises(EvaValueError, match="cannot merge a stream of 30 features and width 12"):
+        left.merge(fitted(x[:, :30], "sketch"))
     assert torch.equal(left.var_, before)
 
 
@@ -278,6 +283,8 @@ def test_other_errors():
         IncrementalPCA(3).partial_fit(torch.empty(0, 4))
     with pytest.raises(EvaTypeError, match="complex"):
         IncrementalPCA(3).partial_fit(torch.ones(5, 4, dtype=torch.complex64))
+    with pytest.raises(EvaTypeError, match="complex"):
+        IncrementalPCA(3).partial_fit(np.ones((5, 4), complex)[::-1])
     for thing in (data(), sklearn.decomposition.IncrementalPCA(3), None):
         with pytest.raises(EvaTypeError, match=r"cannot merge \w+ into .*; pass another Incr"):
             IncrementalPCA(3).merge(thing)
@@ -343,7 +350,11 @@ def test_arrays_of_any_kind_give_what_plain_ones_do():
         assert found.components_.dtype == torch.float64
         assert torch.equal(found.components_, plain.components_)
     whole = (1000 * x).astype(np.int64) + 10**9  # beyond what float32 tells apart
-    for integers in (whole, whole.astype(">i8"), whole.tolist()):
+    kinds = [whole.astype(kind) for kind in (">i8", np.uint32, np.uint64)]
+    for integers in (whole, *kinds, whole.tolist()):
         values = IncrementalPCA(4).fit(integers).explained_variance_
         exact = np.linalg.eigvalsh(np.cov(whole.T.astype(np.float64)))[::-1][:4]
         np.testing.assert_allclose(values.numpy(), exact, rtol=1e-6)
+    flags = (x > 0)[::-1]
+    numbers = IncrementalPCA(4).fit(flags.astype(np.float64))
+    assert torch.equal(IncrementalPCA(4).fit(flags).components_, numbers.components_)
