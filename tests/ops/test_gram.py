@@ -6,7 +6,7 @@ from torch import Tensor
 
 from eva_kernels.errors import EvaValueError
 from eva_kernels.ops import gram
-from helpers import BACKENDS, KINDS, TOLERANCES, products_limit, relative
+from helpers import BACKENDS, KINDS, PLANES, TOLERANCES, products_limit, relative
 
 SHAPES = [(1, 33), (127, 250), (513, 33), (521, 400)]
 
@@ -51,6 +51,16 @@ def test_outliers_and_offset(dtype: torch.dtype, backend: str, device: torch.dev
     check(offset, backend, pivot=torch.full((250,), 800.0))
 
 
+def test_precision_is_that_which_was_asked_for(backend: str, device: torch.device):
+    x, error = torch.randn(127, 40, device=device), {}
+    for precision in PLANES:
+        pivot, *sums = state(x)
+        gram(x, pivot, *sums, backend=backend, precision=precision)
+        error[precision] = relative(sums[0], x.double().mT @ x.double())
+        assert error[precision] <= products_limit(backend, x.dtype, precision)
+    assert (error["fast"] > 10 * error["high"]) == (backend == "triton")
+
+
 def test_a_pivot_that_differs_by_feature(backend: str, device: torch.device):
     x = torch.randn(127, 250, device=device)
     check(x, backend, pivot=torch.linspace(-3, 3, 250))
@@ -85,6 +95,13 @@ def test_rows_that_are_not_selected_may_hold_anything(backend: str, device: torc
     keep = torch.rand(1500, device=device) > 0.6
     x[~keep] = float("nan")
     check(x, backend, rows=keep.nonzero().flatten())
+
+
+def test_no_rows_add_nothing(backend: str, device: torch.device):
+    x = torch.full((5, 33), float("nan"), device=device)
+    pivot, *sums = state(x)
+    gram(x, pivot, *sums, torch.empty(0, dtype=torch.int64, device=device), backend=backend)
+    assert not any(part.any() for part in sums)
 
 
 def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
@@ -133,9 +150,12 @@ def test_gradients_are_not_tracked(backend: str, device: torch.device):
         ({"x": torch.ones(4, 9)}, r"x must be \(N, 8\), got \(4, 9\)"),
         ({"x": torch.ones(4, 8, dtype=torch.int64)}, "floating point, got torch.int64"),
         ({"x": torch.ones(4, 8, device="meta")}, "x is on meta, .* on cpu"),
+        ({"pivot": torch.zeros(8, 1)}, r"pivot must be \(8,\)"),
         ({"scatter": torch.zeros(8, 7)}, r"scatter must be \(8, 8\)"),
         ({"scatter": torch.zeros(8, 8, dtype=torch.float64)}, "got .* of torch.float64"),
         ({"shift": torch.zeros(8)}, "shift .* of torch.float32"),
+        ({"square": torch.zeros(1, dtype=torch.float64)}, r"square must be \(\)"),
+        ({"rows": torch.zeros(3, dtype=torch.int32)}, "rows must be a vector of torch.int64"),
         ({"backend": "cuda"}, "backend='cuda' is unknown; choose one of"),
         ({"precision": "low"}, "precision='low' is unknown; choose one of"),
     ],

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from eva_kernels.ops import gram_workspace_bytes, sketch_workspace_bytes
+
 launch = pytest.importorskip("eva_kernels.kernels.launch")
 gram = pytest.importorskip("eva_kernels.kernels.gram")
+sketch = pytest.importorskip("eva_kernels.kernels.sketch")
 sketch_plan = pytest.importorskip("eva_kernels.kernels.sketch_plan")
 HOPPER = launch.ARCHS["sm_90"]
 
@@ -191,3 +194,17 @@ def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
         "square_parts": plan.splits * d_blocks,
     }
     check_parts(plan, parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", launch.ARCHS)
+def test_scratch_memory_is_what_the_launches_take(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch, cpu = launch.ARCHS[name], torch.device("cpu")
+    monkeypatch.setattr(launch, "arch_of", lambda device: arch)
+    n, d, q = 4000, 40, 32
+    taken = gram.gram_sequence(n, d, d, dtype, False, True, arch).nbytes
+    assert gram_workspace_bytes(n, d, dtype, cpu) == taken
+    taken = sketch.sketch_sequence(n, q, d, d, dtype, False, True, arch).nbytes
+    assert sketch_workspace_bytes(n, q, d, dtype, cpu) == taken

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -276,6 +280,18 @@ def test_simulated_gpu_has_native_code() -> None:
     with fake_cuda():
         assert runs_natively(torch.empty(2, 128, 128, device=DEVICE))
         assert not runs_natively(torch.empty(2, 129, 129, device=DEVICE))
+
+
+def test_gpus_hold_matrices_of_some_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["eva_kernels.ops.nystrom"]
+    gpu, asked = torch.device("cuda", 3), []
+    cores: list[Any] = [SimpleNamespace(shape=(2, q, q), device=gpu) for q in (100, 101)]
+    monkeypatch.setattr(_native, "load_or_none", lambda kind: kind)
+    monkeypatch.setattr(module, "widest", lambda index: asked.append(index) or 100)
+    assert [runs_natively(core) for core in cores] == [True, False]
+    assert set(asked) == {3}
+    monkeypatch.setattr(_native, "load_or_none", lambda kind: None)
+    assert not runs_natively(cores[0])
 
 
 @pytest.mark.parametrize(

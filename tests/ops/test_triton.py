@@ -259,6 +259,7 @@ def test_gram_memory_around_and_before(dtype: torch.dtype, device: torch.device)
     scratch = torch.full((nbytes + 512,), 255, dtype=torch.uint8, device=device)
     workspace = scratch[256 : 256 + nbytes]
     gram(x, *given, rows, backend="triton", workspace=workspace)
+    assert (workspace != 255).any()
     expected = [torch.zeros_like(part, dtype=wide) for part in given[1:]]
     reference.gram(x.double(), given[0].double(), *expected, rows)
     assert max(map(relative, given[1:], expected)) <= PLANES["high"]
