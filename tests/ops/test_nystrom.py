@@ -299,9 +299,12 @@ def test_gpus_hold_matrices_of_some_width(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ({"core": torch.ones(2, 3, 3)}, EvaTypeError, "core must be float64"),
         ({"core": torch.ones(2, 3, 4).double()}, EvaValueError, r"both be \(L, Q, Q\)"),
+        ({"metric": torch.ones(2, 3, 3)}, EvaTypeError, "metric must be float64"),
         ({"metric": torch.ones(2, 4, 4).double()}, EvaValueError, "core and metric"),
+        ({"ceiling": torch.ones(2)}, EvaTypeError, "ceiling must be float64"),
         (dict.fromkeys(("core", "metric"), torch.ones(2, 3, 4).double()), EvaValueError, "both be"),
         (dict.fromkeys(("core", "metric"), torch.ones(3, 3).double()), EvaValueError, "both be"),
+        ({"ceiling": torch.ones(1).double()}, EvaValueError, r"ceiling must be \(2,\)"),
         ({"ceiling": torch.ones(3).double()}, EvaValueError, r"ceiling must be \(2,\)"),
         ({"ceiling": torch.ones(2, device="meta").double()}, EvaValueError, "ceiling is on meta"),
     ],
