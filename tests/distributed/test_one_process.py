@@ -16,9 +16,11 @@ from torch.distributed.tensor import Replicate, Shard
 import eva_kernels
 from distributed.scenarios import calibrate, own_batches
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
-from eva_peft import channel, divided
+from eva_kernels.streaming import fold_streams
+from eva_peft import cells, channel, divided
 from eva_peft.data_parallel import beginning, processes_of
 from eva_peft.fingerprint import check_weights
+from helpers import make_stream
 from integration.conftest import QUIET, lora, make_llama, wrapped
 
 pytestmark = pytest.mark.skipif(
@@ -124,6 +126,18 @@ def test_weights_may_differ_by_rounding() -> None:
     check_weights([{"a": [100.0, 1.0]}, {"a": [100.5, 1.5]}])
     with pytest.raises(EvaValueError, match="processes 0 and 1 have other weights in a: load"):
         check_weights([{"a": [0.001, 0.002]}, {"a": [0.002, 0.001]}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_what_the_first_sends_fits_into_the_memory_of_others(
+    method: str, dtype: torch.dtype
+) -> None:
+    first, other = (make_stream(16, 4, method=method, dtype=dtype) for _ in "ab")
+    first.add(torch.randn(40, 16, dtype=dtype))
+    fold_streams([first])
+    sent, room = (cells.anchors(stream, method == "gram") for stream in (first, other))
+    assert [(part.shape, part.dtype) for part in sent] == [(p.shape, p.dtype) for p in room]
 
 
 def test_tensors_travel_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
