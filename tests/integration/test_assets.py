@@ -105,7 +105,8 @@ def test_the_dtype_can_be_chosen(loaded):
 def test_documents_are_prose_and_no_paragraph_is_in_two_of_them(documents):
     assert len(documents) > 100
     assert sum(map(len, documents.values())) > 500_000
-    assert list(documents) == list(documentation_texts())
+    names = list(documents)
+    assert names == sorted(names, key=lambda name: (name.startswith("docstrings/"), name))
     paragraphs = [
         " ".join(paragraph.split())
         for text in documents.values()
