@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,30 @@ def test_what_kernels_do_not_take(
     x = TOKENS.to(device, dtype)
     with pytest.raises(EvaRuntimeError, match=f"cannot run sketch: {reason}"):
         _dispatch.choose_backend("sketch", "triton", x, state, width)
+
+
+def test_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip: list[Any] = [object()]
+    interpreted = SimpleNamespace(value=False)
+    modules = {
+        "sketch": SimpleNamespace(),
+        "primitives": SimpleNamespace(INTERPRET=interpreted),
+        "launch": SimpleNamespace(arch_of=lambda device: chip[0]),
+    }
+    monkeypatch.setattr(_dispatch, "kernels", modules.__getitem__)
+    monkeypatch.setattr(_dispatch, "_import_kernels", _dispatch._import_kernels.__wrapped__)
+    assert "needs TRITON_INTERPRET=1" in str(_dispatch.triton_unavailable("cpu"))
+    assert _dispatch.triton_unavailable("cuda:1") is None
+    chip[0], interpreted.value = "there are no launch numbers for sm_75", True
+    assert _dispatch.triton_unavailable("cpu") is None
+    assert _dispatch.triton_unavailable("cuda:1") == chip[0]
+
+    def missing(name: str) -> None:
+        raise ImportError("no triton here")
+
+    monkeypatch.setattr(_dispatch, "kernels", missing)
+    for device in ("cpu", "cuda:1"):
+        assert "imported (no triton here)" in str(_dispatch.triton_unavailable(device))
 
 
 def test_an_unknown_backend() -> None:
