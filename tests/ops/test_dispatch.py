@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eva_kernels import EvaRuntimeError, EvaValueError, _native
 from eva_kernels.ops import _dispatch
@@ -85,6 +88,17 @@ def test_an_unknown_backend() -> None:
         _dispatch.choose_backend("sketch", "cuda", TOKENS, torch.float32)
 
 
+@pytest.fixture
+def nothing_known() -> Iterator[None]:
+    """Forget which modules there are, before and after."""
+    kept = _native._import, _native.load_or_none
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()
+
+
 # Built for, what the GPUs are, and what is said of them.
 GPUS = [
     ("80 90", [(8, 0), (8, 6), (9, 0), (10, 3)], None),
@@ -104,6 +118,7 @@ GPUS = [
 ]
 
 
+@pytest.mark.usefixtures("nothing_known")
 @pytest.mark.parametrize(("archs", "gpus", "said"), GPUS)
 def test_native_code_that_the_gpus_cannot_run_is_not_used(
     archs: str, gpus: list[tuple[int, int]], said: str | None, monkeypatch: pytest.MonkeyPatch
@@ -113,16 +128,59 @@ def test_native_code_that_the_gpus_cannot_run_is_not_used(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
-    _forget()
-    try:
-        assert _native.load_or_none("cuda") is (module if said is None else None)
-        if said is not None:
-            with pytest.raises(EvaRuntimeError, match=re.escape(said)):
-                _native.load("cuda")
-    finally:
-        _forget()
+    assert _native.load_or_none("cuda") is (module if said is None else None)
+    if said is not None:
+        with pytest.raises(EvaRuntimeError, match=re.escape(said)):
+            _native.load("cuda")
 
 
-def _forget() -> None:
-    _native._import.cache_clear()
-    _native.load_or_none.cache_clear()
+@pytest.mark.usefixtures("nothing_known")
+def test_a_module_whose_libraries_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("libcudart.so: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert _native.load_or_none("cuda") is None
+    assert "libcudart.so" in str(_native.unavailable("cuda"))
+    for kind, remedy in (("cpu", "compiler$"), ("cuda", "compiler, nvcc and EVA_KERNELS_CUDA=1$")):
+        with pytest.raises(EvaRuntimeError, match=rf"libcudart\.so: cannot.*{remedy}"):
+            _native.load(kind)
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize("gpus", [False, True])
+def test_gpus_are_asked_of_for_their_own_module_alone(
+    gpus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, cuda = SimpleNamespace(), SimpleNamespace(device_count=lambda: 0, toolkit=13010)
+    monkeypatch.setitem(sys.modules, "eva_kernels._C", plain)
+    monkeypatch.setitem(sys.modules, "eva_kernels._cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    assert _native.load("cpu") is plain
+    assert _native.load_or_none("cuda") is (None if gpus else cuda)
+
+
+def test_a_gpu_s_module_is_told_device_and_current_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[float, ...]] = []
+    module: Any = SimpleNamespace(fold=lambda *given: seen.append(given))
+    stream = {torch.device("cuda", 3): SimpleNamespace(cuda_stream=77)}
+    monkeypatch.setattr(torch.cuda, "current_stream", stream.__getitem__)
+    for device in (torch.device("cuda", 3), torch.device("cpu")):
+        _native.call(module, "fold", 1, 2.5, device=device)
+    assert seen == [(1, 2.5, 3, 77), (1, 2.5)]
+
+
+def test_tokens_are_copied_only_where_their_features_are_apart() -> None:
+    x = torch.randn(6, 40)[::2, :32]
+    assert _dispatch.with_contiguous_columns(x) is x
+    apart = _dispatch.with_contiguous_columns(x.mT)
+    assert apart.stride(1) == 1
+    assert torch.equal(apart, x.mT)
+
+
+def test_a_simulated_workspace_has_no_address() -> None:
+    with FakeTensorMode():
+        workspace = torch.empty(64, dtype=torch.uint8)
+        assert _dispatch.workspace_for("gram", torch.empty(4, 32), 64, workspace) is workspace

@@ -368,6 +368,8 @@ def test_what_the_kernels_do_not_take(
         ({"shift": torch.zeros(66, dtype=torch.float64)[::2]}, "shift must be contiguous"),
         ({"workspace": torch.empty(8, dtype=torch.uint8)}, r"at least \d+ contiguous bytes"),
         ({"workspace": torch.empty(2 * 10**6, dtype=torch.uint8)[::2]}, "contiguous bytes"),
+        ({"workspace": torch.empty(1000, 1000, dtype=torch.uint8)}, "contiguous bytes"),
+        ({"workspace": torch.empty(10**6, dtype=torch.uint8, device="meta")}, "uint8 on meta"),
         ({"workspace": torch.empty(10**6)}, "of torch.uint8 on cpu, got .* of torch.float32"),
         ({"workspace": torch.empty(10**6, dtype=torch.uint8)[1:]}, "a multiple of 16 bytes"),
     ],
