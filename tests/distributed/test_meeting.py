@@ -64,6 +64,7 @@ def test_all_come_or_are_told(
         other.fail("failed: OSError: the disk is gone")
         for each in (one, third):
             assert each.come(never) == (1, "failed: OSError: the disk is gone")
+        assert [each.over for each in (one, other, third)] == [True, False, True]
     timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     assert all(timer.finished.is_set() for timer in timers)  # nobody says that he waits
 

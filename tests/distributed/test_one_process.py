@@ -63,10 +63,11 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As of the replicas of a mesh: torch wants to know a process by its number among all."""
-    told: dict[str, int] = {}
+    told: dict[str, tuple[Any, ...]] = {}
+    replicas = object()
 
     def note(name: str) -> Any:
-        return lambda things, group, **of: told.update({name: of.get("src", of.get("dst"))})
+        return lambda things, group, **of: told.update({name: (*of.values(), group)})
 
     first = ("broadcast", "broadcast_object_list", "reduce", "send_object_list")
     for name in (*first, "recv_object_list"):
@@ -74,13 +75,14 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     monkeypatch.setattr(distributed, "get_rank", lambda group: 0)
     monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
     monkeypatch.setattr(distributed, "get_global_rank", lambda group, rank: 4 + rank)
-    one, tensors = channel.Channel(object()), [torch.ones(2)]
+    one, tensors = channel.Channel(replicas), [torch.ones(2)]
     one.from_leader("plan")
     one.send_out(tensors)
     one.add_up(tensors)
     one.send("parcel")
     one.receive(1)
-    assert told == {**dict.fromkeys(first, 4), "recv_object_list": 5}
+    expected = {**dict.fromkeys(first, 4), "recv_object_list": 5}
+    assert told == {name: (number, replicas) for name, number in expected.items()}
 
 
 @pytest.mark.parametrize("adapted", [False, True])
