@@ -385,3 +385,34 @@ def test_no_step_gives_a_layer_more_than_it_may_have(monkeypatch: pytest.MonkeyP
     result = run(Clash(False), vectors(3, features=16), config)
     assert len(given) == result.steps
     assert all(list(each.values()) == [3, 3, 5, 4] for each in given)
+
+
+class Later(nn.Module):
+    """Two layers, of which one is called from the second batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.first, self.second = 0, nn.Linear(20, 4), nn.Linear(20, 30)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y = self.first(x)
+        return y if self.calls == 1 else self.second(x.sign())  # as much in every direction
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": "params"}, {"min_rank": 3}])
+def test_what_has_to_converge_is_what_is_given(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[int, int]] = []
+
+    def noting(run: CalibrationPass) -> dict[int, int]:
+        given.append(ranks.allocate(run))
+        return given[-1]
+
+    monkeypatch.setattr(import_module("eva_peft.calibrate"), "allocate", noting)
+    data = [torch.randn(60, 20) * torch.arange(1, 21) ** -2.0 for _ in range(3)]
+    config = lora(tau=1.0, target_modules=["first", "second"])
+    result = run(Later(), iter(data), config, method="sketch", **options)
+    assert [list(each) for each in given] == [[0], [0, 1], [0, 1]]
+    assert list(given[-1].values()) == list(result.ranks.values())
