@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import eva_kernels
 from eva_kernels import EvaError, EvaResult, EvaTypeError, EvaValueError
+from eva_peft.ranks import Budget
+from eva_peft.targets import Target
 from integration.conftest import (
     QUIET,
     Clash,
@@ -200,3 +202,17 @@ def test_numbers_of_numpy(prepared: bool, tmp_path: Path) -> None:
     if not prepared:
         done.save_pretrained(tmp_path / "adapter")
         assert isinstance(config.r, np.int64)  # the caller's own
+
+
+@pytest.mark.parametrize("budget", ["rank", "params"])
+def test_layers_of_one_size_share_as_many_ranks_whatever_is_counted(budget: str) -> None:
+    targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0) for name in "ab"]
+    ratios = [torch.linspace(0.5, 0.1, 8), torch.linspace(0.4, 0.0, 8)]
+    assert Budget(targets, budget, 0).spend(ratios) == [5, 3]
+
+
+def test_a_parameter_keeps_one_rank_where_its_tokens_do_not_differ() -> None:
+    """PEFT could not take its adapter off."""
+    targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0, owner=name) for name in "ab"]
+    dead, _ = Budget(targets, "rank", 0).spend([torch.zeros(8), torch.linspace(0.5, 0.1, 8)])
+    assert dead == 1
