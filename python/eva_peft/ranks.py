@@ -70,8 +70,7 @@ class Budget:
         self._prices = None if set(prices) <= {1} else prices
         # PEFT cannot take the adapter off one of several parameters of a module, or projections
         self._owned = [int(bool(t.owner)) for t in first]
-        single = all(len(members) == step == 1 for members, step in self._layers)
-        self._alone = single and not any(self._owned)
+        self._alone = not any(self._owned) and all(t.step == 1 for t in first)
         least = zip(self._owned, first, strict=True)
         self._least = [max(-(-min_rank // t.step), owned) for owned, t in least]
 
