@@ -86,6 +86,8 @@ class CalledWith(AroundCalls):
         begin: called before each call that is within no other.
     """
 
+    looks_at_base = True  # also where that is no model of transformers
+
     def __init__(
         self,
         model: nn.Module,
@@ -93,14 +95,16 @@ class CalledWith(AroundCalls):
         mask: TokenMask,
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[[TokenMask], TokenMask],
-        begin: Callable[[], None],
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         base = base_of(model)
         # where the batch says nothing, those of torch are looked at elsewhere, with what is behind
         wanted = is_model if mask.tells else is_of_transformers
         inner = [part for _, part in outermost(base, wanted)]
-        super().__init__(inner if base in inner else [base, *inner], make_mask, use_mask)
-        self._labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        around = [base] if self.looks_at_base and base not in inner else []
+        super().__init__([*around, *inner], make_mask, use_mask)
+        named = batch if isinstance(batch, Mapping) else {}
+        self._labels, self._given = named.get("labels"), named.get("attention_mask")
         self._mask, self._begin = mask, begin
         # what is being called, the innermost last, and what counts in it
         self._in_use: list[tuple[nn.Module | None, TokenMask]] = [(None, mask)]
@@ -171,22 +175,9 @@ class ModelsWithin(CalledWith):
 
     The batch's mask counts but in those that are told another one, (B, T): of another text, or of
     this one with something in front of it.
-
-    Args:
-        model, batch, mask, make_mask, use_mask: see :class:`CalledWith`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: Any,
-        mask: TokenMask,
-        make_mask: Callable[[Mapping[str, Any]], TokenMask],
-        use_mask: Callable[[TokenMask], TokenMask],
-    ) -> None:
-        super().__init__(model, batch, mask, make_mask, use_mask, lambda: None)
-        self._parts = [part for part, _ in self._forwards]
-        self._given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    looks_at_base = False
 
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:
         told = (named.get(name) for name in _MASKS)
