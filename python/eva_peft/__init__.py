@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .initialize import calibrate, default_config, estimate, initialize
+    from .memory import OutOfMemoryError
     from .options import CalibrateOptions
-    from .out_of_memory import OutOfMemoryError
     from .pad import pad_ranks
     from .peft_api import get_eva_state_dict, initialize_lora_eva_weights, patch_peft
     from .planning import Estimate
@@ -45,7 +45,7 @@ _MODULES = {
     "EvaCallback": "training",
     "EvaResult": "result",
     "NotInitializedWarning": "training",
-    "OutOfMemoryError": "out_of_memory",
+    "OutOfMemoryError": "memory",
     "calibrate": "initialize",
     "default_config": "initialize",
     "estimate": "initialize",

@@ -35,7 +35,6 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
 from .errors import EvaValueError
-from .layers import adapter_dilation
 
 try:  # targets of models whose experts were fused in transformers 5
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -52,6 +51,7 @@ __all__ = [
     "PeftMixedModel",
     "PeftModel",
     "adapter_configs",
+    "adapter_dilation",
     "adapters_not_moved",
     "anchored_pattern",
     "carries_adapters",
@@ -309,6 +309,15 @@ def adapters_not_moved(layer: LoraLayer) -> Iterator[None]:
         yield
     finally:
         delattr(layer, name)
+
+
+def adapter_dilation(module: nn.Module) -> tuple[int, ...]:
+    """Return the dilation that ``lora_A`` of a convolution needs to run beside the base layer.
+
+    PEFT gives it none. With ``padding="same"`` that works, and stays as it is.
+    """
+    dilation: tuple[int, ...] = module.dilation  # type: ignore[assignment]
+    return (1,) * len(dilation) if module.padding == "same" else dilation
 
 
 def keep_dilation() -> None:

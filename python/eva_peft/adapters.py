@@ -17,6 +17,7 @@ from ._peft_compat import (
     LoraConfig,
     LoraLayer,
     adapter_configs,
+    adapter_dilation,
     adapters_not_moved,
     carries_adapters,
     eva_of,
@@ -36,7 +37,7 @@ from .devices import device_of
 from .errors import EvaRuntimeError, EvaValueError, warn
 from .fit import fit, parts_of
 from .interrupts import undone_on_failure
-from .layers import CONVOLUTIONS, adapter_dilation, dealt_to_groups
+from .layers import CONVOLUTIONS, dealt_to_groups
 from .random_state import random_state_kept
 from .ranks import scaled_alpha
 from .snapshot import restored_on_failure

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ._peft_compat import base_of
 from .architecture import Architecture, is_of_transformers, signature_of
 from .errors import EvaError, EvaTypeError
-from .out_of_memory import is_out_of_memory
+from .memory import is_out_of_memory
 
 __all__ = [
     "PADDING_MASKS",

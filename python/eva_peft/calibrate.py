@@ -30,10 +30,10 @@ from .data_parallel import Processes, beginning, processes_of
 from .divided import is_sharded, may_stop_early
 from .hooks import InputCollector
 from .interrupts import completed
-from .memory import PeakMemory
+from .memory import PeakMemory, is_out_of_memory
 from .model_call import ModelCall, Ready
 from .options import CalibrateOptions
-from .out_of_memory import explained, is_out_of_memory
+from .out_of_memory import explained
 from .planning import components_of, log_plan, plan_targets
 from .prepare import Ahead, Prepared, Preparer
 from .progress import bar_of, empty_history, log_end, record_step

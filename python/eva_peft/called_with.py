@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ._peft_compat import base_of
 from .architecture import is_of_transformers, signature_of
 from .arguments import PADDING_MASKS
-from .hooks import take_off
 from .interrupts import temporarily
 from .parts import outermost
+from .snapshot import take_off
 from .token_mask import TokenMask
 
 __all__ = ["AroundCalls", "CalledWith", "ModelsWithin", "is_model", "named_arguments"]

@@ -19,14 +19,13 @@ from .errors import EvaTypeError, EvaValueError, HeldError, NonFiniteError, warn
 from .interrupts import completed
 from .layers import Patches
 from .routing import EagerExperts, RoutedInputs
+from .selectors import Selector
 from .shared_inputs import Seen, Slot
+from .snapshot import take_off
 from .targets import Target
 from .token_mask import TokenMask
 
-__all__ = ["InputCollector", "StopForward", "take_off"]
-
-# A layer's own selection of its input: f(positional arguments, model input, layer name) -> rows
-Selector = Callable[[Any, Any, str], Tensor]
+__all__ = ["InputCollector", "StopForward"]
 
 
 class StopForward(BaseException):
@@ -34,16 +33,6 @@ class StopForward(BaseException):
 
     No ``Exception``: a model may catch those, and go on with something else.
     """
-
-
-def take_off(module: nn.Module, hook: Callable[..., None]) -> None:
-    """Take a forward hook, or one before, off a module without its handle; may be run again."""
-    told = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called)
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, other in hooks.items() if other == hook]:
-            for of_kind in told:
-                of_kind.pop(key, None)
-            hooks.pop(key, None)
 
 
 class InputCollector(AbstractContextManager["InputCollector"]):

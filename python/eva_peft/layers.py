@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["CONVOLUTIONS", "Patches", "adapter_dilation", "dealt_to_groups", "patches_of", "widths"]
+from ._peft_compat import adapter_dilation
+
+__all__ = ["CONVOLUTIONS", "Patches", "dealt_to_groups", "patches_of", "widths"]
 
 # The convolutions that PEFT adapts.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -101,15 +103,6 @@ def patches_of(module: nn.Module) -> Patches | None:
     else:
         padding = tuple((int(p), int(p)) for p in module.padding)
     return Patches(module.in_channels, module.kernel_size, module.stride, dilation, padding)
-
-
-def adapter_dilation(module: nn.Module) -> tuple[int, ...]:
-    """Return the dilation that ``lora_A`` of a convolution needs to run beside the base layer.
-
-    PEFT gives it none. With ``padding="same"`` that works, and stays as it is.
-    """
-    dilation: tuple[int, ...] = module.dilation  # type: ignore[assignment]
-    return (1,) * len(dilation) if module.padding == "same" else dilation
 
 
 def widths(module: nn.Module) -> tuple[int, int] | None:

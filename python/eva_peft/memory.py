@@ -1,4 +1,4 @@
-"""Peak memory of a block of code: what was allocated on a GPU, resident memory on the CPU."""
+"""The memory of a block of code: its peak, and whether it ran out."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from .errors import EvaRuntimeError
+
 if sys.platform != "win32":
     import resource
 
-__all__ = ["PeakMemory", "resident_peak"]
+__all__ = ["OutOfMemoryError", "PeakMemory", "is_out_of_memory", "resident_peak"]
 
 
 class PeakMemory(AbstractContextManager["PeakMemory"]):
@@ -48,3 +50,16 @@ def resident_peak() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class OutOfMemoryError(EvaRuntimeError, torch.OutOfMemoryError, MemoryError):
+    """The memory of the device, or of the host, did not suffice for a calibration pass."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out, on whatever device."""
+    if isinstance(error, OutOfMemoryError):
+        return False  # told already
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -7,32 +7,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .errors import EvaRuntimeError
+from .memory import OutOfMemoryError
 from .planning import estimate_targets
 
 if TYPE_CHECKING:
     from .calibrate import CalibrationPass
 
-__all__ = ["OutOfMemoryError", "explained", "is_out_of_memory"]
+__all__ = ["explained"]
 
 _ADVICE = {
     "forward": "a smaller batch or shorter texts, or a smaller memory_budget",
     "accumulate": "a smaller batch, tokens_per_step, or a smaller memory_budget",
     "fold": 'a smaller memory_budget, r, rho or oversample, or method="sketch"',
 }
-
-
-class OutOfMemoryError(EvaRuntimeError, torch.OutOfMemoryError, MemoryError):
-    """The memory of the device, or of the host, did not suffice for a calibration pass."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that memory ran out, on whatever device."""
-    if isinstance(error, OutOfMemoryError):
-        return False  # told already
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def explained(run: CalibrationPass, error: BaseException) -> OutOfMemoryError:

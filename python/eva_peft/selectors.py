@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from .errors import EvaValueError
-from .hooks import Selector
 from .options import AUTO, CalibrateOptions
 from .targets import Target, resolve_name
 
-__all__ = ["selectors_of"]
+__all__ = ["Selector", "selectors_of"]
+
+# A layer's own selection of its input: f(positional arguments, model input, layer name) -> rows
+Selector = Callable[[Any, Any, str], Tensor]
 
 
 def selectors_of(targets: list[Target], options: CalibrateOptions) -> list[Selector | None]:

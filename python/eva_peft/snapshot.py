@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .interrupts import temporarily, undone_on_failure
 
-__all__ = ["ModelSnapshot", "gradients_as_now", "restored", "restored_on_failure"]
+__all__ = ["ModelSnapshot", "gradients_as_now", "restored", "restored_on_failure", "take_off"]
 
 # Subclasses keep books of their own that a plain refill would break.
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -76,3 +76,13 @@ def restored(model: nn.Module) -> AbstractContextManager[None]:
 def restored_on_failure(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context that puts the model back if an exception leaves it, Ctrl-C included."""
     return undone_on_failure(ModelSnapshot(model).restore)
+
+
+def take_off(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Take a forward hook, or one before, off a module without its handle; may be run again."""
+    told = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, other in hooks.items() if other == hook]:
+            for of_kind in told:
+                of_kind.pop(key, None)
+            hooks.pop(key, None)

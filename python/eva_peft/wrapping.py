@@ -20,7 +20,7 @@ from ._peft_compat import (
     spoils_strings,
 )
 from .errors import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError
-from .out_of_memory import is_out_of_memory
+from .memory import is_out_of_memory
 from .random_state import random_state_kept
 from .snapshot import restored
 
