@@ -11,7 +11,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 
-from eva_peft.report import figure_to_html, render_html, table_to_html
+from eva_peft.results.report import figure_to_html, render_html, table_to_html
 
 from . import tables
 from .common import RESULTS

@@ -39,7 +39,7 @@ from eva_kernels.kernels import launch
 from eva_kernels.ops.sketch import sketch_workspace_bytes
 from eva_kernels.streaming import _host, state
 from eva_peft import calibrate, estimate, initialize
-from eva_peft.adapters import wrap_model
+from eva_peft.lora.adapters import wrap_model
 
 from . import fake_cuda
 from .common import save
@@ -260,7 +260,7 @@ def _replaced(simulation: Simulation) -> Iterator[None]:
     # the package's attributes of these names are its public functions
     pass_, whole, adapters, ranks = (
         import_module(f"eva_peft.{name}")
-        for name in ("calibrate", "initialize", "adapters", "ranks")
+        for name in ("calibrate", "initialize", "lora.adapters", "passes.ranks")
     )
 
     @contextmanager

@@ -30,6 +30,28 @@ LAYERS = {
     "eva_kernels": {"eva_kernels", "eva_peft"},  # the front door: the one arrow that points up
     "eva_peft": {"eva_kernels", "eva_kernels.errors", "eva_kernels.ops", "eva_kernels.streaming"},
 }
+# The rooms of the PEFT layer from the ground up: each knows itself and those before it.
+ROOMS = [
+    "eva_peft.errors",
+    "eva_peft._peft_compat",
+    "eva_peft.options",
+    "eva_peft.surroundings",
+    "eva_peft.model",
+    "eva_peft.inputs",
+    "eva_peft.passes",
+    "eva_peft.resume",
+    "eva_peft.processes",
+    "eva_peft.lora",
+    "eva_peft.results",
+    "eva_peft.calibrate",
+    "eva_peft.initialize",
+    "eva_peft.peft_api",
+    "eva_peft",  # the public names
+    "eva_peft.assets",
+    "eva_peft.demo",
+    "eva_peft.command",
+    "eva_peft.cli",
+]
 MODEL_LIBRARIES = {"accelerate", "datasets", "peft", "transformers"}
 PUBLIC = [
     "EvaCallback",
@@ -131,14 +153,44 @@ def test_imports_follow_the_layers(name: str) -> None:
         ("eva_kernels.streaming.fold", "eva_kernels.reference"),
         ("eva_kernels.streaming.fold", "eva_kernels"),
         ("eva_kernels.streaming.fold", "transformers"),
-        ("eva_kernels._pca", "eva_peft.result"),
-        ("eva_peft.hooks", "eva_kernels.reference"),
-        ("eva_peft.hooks", "eva_kernels._native"),
+        ("eva_kernels._pca", "eva_peft.results.result"),
+        ("eva_peft.passes.hooks", "eva_kernels.reference"),
+        ("eva_peft.passes.hooks", "eva_kernels._native"),
         ("eva_kernels.somewhere", "torch"),
     ],
 )
 def test_the_check_sees_a_wrong_import(name: str, target: str) -> None:
     assert len(layer_violations(name, iter([target]))) == 1
+
+
+def room_of(name: str) -> int:
+    """Return how high a module of the PEFT layer stands; its own room, or that of its package."""
+    top = ".".join(name.split(".")[:2])
+    assert top in ROOMS, f"{name} is in no room of tests/test_structure.py"
+    return ROOMS.index(top)
+
+
+def without_types(tree: ast.Module) -> ast.Module:
+    """Take out what is imported for annotations alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return tree
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("eva_peft")])
+def test_rooms_know_only_those_below(name: str) -> None:
+    known = [m for m in imports(name, without_types(parse(name))) if m.startswith("eva_peft")]
+    assert [m for m in known if room_of(m) > room_of(name)] == []
+
+
+def test_the_map_names_every_module() -> None:
+    text = (SOURCES["eva_peft"] / "README.md").read_text("utf-8")
+    files = [
+        p for p in SOURCES["eva_peft"].rglob("*.py") if p.parent.name not in ("assets", "demo")
+    ]
+    words = {f"{p.parent.name}/" if p.name == "__init__.py" else p.name for p in files}
+    assert sorted(word for word in words - {"eva_peft/"} if f"`{word}`" not in text) == []
 
 
 def test_relative_imports_are_resolved() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from eva_peft.plots import require_matplotlib
+from eva_peft.results.plots import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

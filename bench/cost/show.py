@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eva_peft.plots import require_matplotlib
+from eva_peft.results.plots import require_matplotlib
 
 from ..methods import METHODS
 from ..sections import Section

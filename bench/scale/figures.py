@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eva_peft.plots import require_matplotlib
+from eva_peft.results.plots import require_matplotlib
 
 from .words import Row, end_of_step, milliseconds
 from .work import AXES, Point, along

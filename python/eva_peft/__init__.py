@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .initialize import calibrate, default_config, estimate, initialize
-    from .memory import OutOfMemoryError
+    from .lora.pad import pad_ranks
+    from .lora.training import EvaCallback, NotInitializedWarning, is_initialized, watch
     from .options import CalibrateOptions
-    from .pad import pad_ranks
+    from .passes.planning import Estimate
     from .peft_api import get_eva_state_dict, initialize_lora_eva_weights, patch_peft
-    from .planning import Estimate
-    from .result import EvaResult
-    from .training import EvaCallback, NotInitializedWarning, is_initialized, watch
+    from .results.result import EvaResult
+    from .surroundings.memory import OutOfMemoryError
 
 __all__ = [
     "CalibrateOptions",
@@ -41,21 +41,21 @@ __all__ = [
 
 _MODULES = {
     "CalibrateOptions": "options",
-    "Estimate": "planning",
-    "EvaCallback": "training",
-    "EvaResult": "result",
-    "NotInitializedWarning": "training",
-    "OutOfMemoryError": "memory",
+    "Estimate": "passes.planning",
+    "EvaCallback": "lora.training",
+    "EvaResult": "results.result",
+    "NotInitializedWarning": "lora.training",
+    "OutOfMemoryError": "surroundings.memory",
     "calibrate": "initialize",
     "default_config": "initialize",
     "estimate": "initialize",
     "get_eva_state_dict": "peft_api",
     "initialize": "initialize",
     "initialize_lora_eva_weights": "peft_api",
-    "is_initialized": "training",
-    "pad_ranks": "pad",
+    "is_initialized": "lora.training",
+    "pad_ranks": "lora.pad",
     "patch_peft": "peft_api",
-    "watch": "training",
+    "watch": "lora.training",
 }
 
 

@@ -20,30 +20,30 @@ from eva_kernels.streaming import (
     leading_similar,
 )
 
-from . import batches
 from ._peft_compat import LoraConfig, eva_of
-from .architecture import architecture_of
-from .checkpoint import CheckpointKeeper
-from .checks import check_loaded
-from .collect import collect_result
-from .data_parallel import Processes, beginning, processes_of
-from .divided import is_sharded, may_stop_early
-from .hooks import InputCollector
-from .interrupts import completed
-from .memory import PeakMemory, is_out_of_memory
-from .model_call import ModelCall, Ready
+from .inputs import batches
+from .inputs.prepare import Ahead, Prepared, Preparer
+from .inputs.selectors import selectors_of
+from .model.architecture import architecture_of
+from .model.checks import check_loaded
+from .model.divided import is_sharded, may_stop_early
+from .model.targets import Target, find_targets
 from .options import CalibrateOptions
-from .out_of_memory import explained
-from .planning import components_of, log_plan, plan_targets
-from .prepare import Ahead, Prepared, Preparer
-from .progress import bar_of, empty_history, log_end, record_step
-from .random_state import random_state_kept
-from .ranks import Budget, allocate
-from .result import EvaResult
-from .selectors import selectors_of
-from .targets import Target, find_targets
-from .verdict import check_answer
-from .world import claimed, quiet_model
+from .passes.hooks import InputCollector
+from .passes.model_call import ModelCall, Ready
+from .passes.out_of_memory import explained
+from .passes.planning import components_of, log_plan, plan_targets
+from .passes.progress import bar_of, empty_history, log_end, record_step
+from .passes.ranks import Budget, allocate
+from .passes.verdict import check_answer
+from .passes.world import claimed, quiet_model
+from .processes.data_parallel import Processes, beginning, processes_of
+from .results.collect import collect_result
+from .results.result import EvaResult
+from .resume.checkpoint import CheckpointKeeper
+from .surroundings.interrupts import completed
+from .surroundings.memory import PeakMemory, is_out_of_memory
+from .surroundings.random_state import random_state_kept
 
 __all__ = ["CalibrationPass", "run_pass"]
 

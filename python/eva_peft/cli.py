@@ -20,8 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import EvaError, EvaValueError, EvaWarning
-from .model_setup import (
+from .command.model_setup import (
     DType,
     Task,
     check_device,
@@ -34,7 +33,8 @@ from .model_setup import (
     task_of,
     warn_of_unknown,
 )
-from .staging import staged_folder
+from .errors import EvaError, EvaValueError, EvaWarning
+from .surroundings.staging import staged_folder
 
 app = typer.Typer(
     name="eva-kernels",
@@ -181,7 +181,7 @@ def init(
         peft_config = lora_config(fields, task)
         tokenizer = load_tokenizer(model)
 
-        from .data import DecoderInputs, load_texts, make_loader, padding_token
+        from .command.data import DecoderInputs, load_texts, make_loader, padding_token
 
         texts = load_texts(
             data, text_column=text_column, split=split, limit=limit, tokenizer=tokenizer
@@ -196,7 +196,7 @@ def init(
             options["checkpoint"] = checkpoint
 
         from .initialize import initialize
-        from .report import write_html
+        from .results.report import write_html
 
         if needs_decoder_inputs(base, task):
             batches = DecoderInputs(batches, base)
@@ -249,9 +249,9 @@ def report(
         if not file.is_file():
             raise EvaValueError(f"there is no file {file}")
 
-        from .plots import save_result_plot
-        from .report import write_html
-        from .result import EvaResult
+        from .results.plots import save_result_plot
+        from .results.report import write_html
+        from .results.result import EvaResult
 
         write = write_html if target.suffix.lower() == ".html" else save_result_plot
         result = EvaResult.load(file)
@@ -274,7 +274,7 @@ def pad(
 ) -> None:
     """Give all layers of a saved adapter one rank, for runtimes that read no rank_pattern."""
     with _exit_codes(ctx), staged_folder(out, force, None) as folder:
-        from .pad import pad_ranks
+        from .lora.pad import pad_ranks
 
         if out.resolve() == adapter.resolve():
             raise EvaValueError(f"--out {out} is the adapter itself; name another folder")
@@ -351,7 +351,7 @@ def _devices() -> list[tuple[str, str, str]]:
 
     from eva_kernels.streaming._host import home_of
 
-    from .devices import accelerator
+    from .surroundings.devices import accelerator
 
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     rows = [("cpu", threads, "")]

@@ -10,18 +10,18 @@ from typing import Any
 from torch import nn
 
 from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapters, eva_of
-from .adapters import write_result
 from .calibrate import run_pass
-from .checks import check_config, tell_of_the_model_within
-from .data_parallel import beginning, processes_of
-from .divided import check_experts, check_undivided, check_whole
 from .errors import EvaValueError
+from .lora.adapters import write_result
+from .lora.training import check_not_trained
+from .lora.wrapping import check_wrapping
+from .model.checks import check_config, tell_of_the_model_within
+from .model.divided import check_experts, check_undivided, check_whole
+from .model.targets import check_may_resize, check_not_replicated, find_targets, unwrap
 from .options import AUTO, CalibrateOptions
-from .planning import Estimate, estimate_targets
-from .result import EvaResult
-from .targets import check_may_resize, check_not_replicated, find_targets, unwrap
-from .training import check_not_trained
-from .wrapping import check_wrapping
+from .passes.planning import Estimate, estimate_targets
+from .processes.data_parallel import beginning, processes_of
+from .results.result import EvaResult
 
 __all__ = ["calibrate", "default_config", "estimate", "initialize"]
 

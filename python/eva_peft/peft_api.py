@@ -25,14 +25,14 @@ from ._peft_compat import (
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
-from .adapters import write_state_dict
-from .data_parallel import beginning, processes_of
-from .divided import check_whole
 from .errors import EvaValueError
 from .initialize import calibrate
+from .lora.adapters import write_state_dict
+from .lora.training import check_not_trained, watch
+from .model.divided import check_whole
+from .model.targets import check_may_resize, resolve_name, unwrap
 from .options import AUTO
-from .targets import check_may_resize, resolve_name, unwrap
-from .training import check_not_trained, watch
+from .processes.data_parallel import beginning, processes_of
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
 

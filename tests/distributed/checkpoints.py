@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import eva_kernels
 from distributed.data_parallel import Experts, routed_tokens
 from distributed.scenarios import calibrate, limited, own_batches, scenario, shared_folder
-from eva_peft import checkpoint
+from eva_peft.resume import checkpoint
 from integration.conftest import QUIET, lora, make_llama
 
 

@@ -18,8 +18,8 @@ import eva_kernels
 from distributed.scenarios import calibrate, failing_batches, own_batches, scenario
 from distributed.shards import spoiled_in_shards
 from eva_kernels.streaming import InputStream, _host
-from eva_peft import cells, meeting
-from eva_peft.hooks import InputCollector
+from eva_peft.passes.hooks import InputCollector
+from eva_peft.processes import cells, meeting
 from integration.conftest import QUIET, lora, make_llama
 
 

@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 import eva_kernels
 from distributed.scenarios import calibrate, limited, own_batches, scenario
 from distributed.shards import sharded
-from eva_peft import meeting
-from eva_peft.checkpoint import CheckpointKeeper
-from eva_peft.hooks import InputCollector
-from eva_peft.world import claimed
+from eva_peft.passes.hooks import InputCollector
+from eva_peft.passes.world import claimed
+from eva_peft.processes import meeting
+from eva_peft.resume.checkpoint import CheckpointKeeper
 from integration.conftest import QUIET, lora, make_llama, wrapped
 
 

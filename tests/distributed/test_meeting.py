@@ -15,8 +15,8 @@ import pytest
 from torch import distributed
 
 from eva_kernels.errors import EvaRuntimeError
-from eva_peft import meeting
-from eva_peft.meeting import Meeting
+from eva_peft.processes import meeting
+from eva_peft.processes.meeting import Meeting
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed")
 SIZE = 3

@@ -17,9 +17,10 @@ import eva_kernels
 from distributed.scenarios import calibrate, own_batches
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from eva_kernels.streaming import fold_streams
-from eva_peft import cells, channel, divided
-from eva_peft.data_parallel import beginning, processes_of
-from eva_peft.fingerprint import check_weights
+from eva_peft.model import divided
+from eva_peft.processes import cells, channel
+from eva_peft.processes.data_parallel import beginning, processes_of
+from eva_peft.resume.fingerprint import check_weights
 from helpers import make_stream
 from integration.conftest import QUIET, lora, make_llama, wrapped
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_kernels import EvaResult
-from eva_peft.checkpoint_file import read_checkpoint
+from eva_peft.resume.checkpoint_file import read_checkpoint
 from integration.conftest import (
     hooks_of,
     lora,

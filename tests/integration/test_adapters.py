@@ -307,7 +307,7 @@ def test_flags_and_modes_of_rebuilt_layers() -> None:
 def test_all_or_nothing(
     error: type[BaseException], way: str, llama_result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eva_peft import adapters
+    from eva_peft.lora import adapters
 
     model: nn.Module = make_llama()
     if way != "base":
@@ -408,7 +408,7 @@ def test_all_rows_are_looked_at_in_one_read(
 
 @pytest.mark.parametrize("again", [False, True])
 def test_failure_at_the_very_end(again: bool, llama_result: Any, monkeypatch: Any) -> None:
-    from eva_peft import adapters
+    from eva_peft.lora import adapters
 
     model = llama_result.apply(make_llama()) if again else wrapped(make_llama())
     marks = [dict(vars(parameter)) for parameter in model.parameters()]

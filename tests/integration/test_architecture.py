@@ -45,10 +45,10 @@ from transformers import (
 )
 
 from eva_kernels import EvaWarning
-from eva_peft.architecture import architecture_of
-from eva_peft.arguments import without_labels
-from eva_peft.batch_mask import mask_of_batch
-from eva_peft.token_mask import TokenMask
+from eva_peft.inputs.arguments import without_labels
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.inputs.token_mask import TokenMask
+from eva_peft.model.architecture import architecture_of
 from integration.conftest import (
     BOTH_SIDES,
     VOCABULARY,

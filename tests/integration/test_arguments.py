@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from eva_kernels import EvaTypeError, EvaValueError
-from eva_peft.arguments import as_one_argument, by_name, check_known
+from eva_peft.inputs.arguments import as_one_argument, by_name, check_known
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
 IDS = 3 + torch.arange(8).reshape(2, 4)

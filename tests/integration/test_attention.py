@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import eva_kernels
 from eva_kernels import EvaValueError
-from eva_peft.adapters import write_state_dict
-from eva_peft.hooks import InputCollector
-from eva_peft.ranks import Budget
-from eva_peft.targets import find_targets
-from eva_peft.token_mask import TokenMask
+from eva_peft.inputs.token_mask import TokenMask
+from eva_peft.lora.adapters import write_state_dict
+from eva_peft.model.targets import find_targets
+from eva_peft.passes.hooks import InputCollector
+from eva_peft.passes.ranks import Budget
 from helpers import make_stream
 from integration.conftest import (
     QUIET,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import eva_kernels
-from eva_peft.architecture import Architecture
-from eva_peft.batch_mask import mask_of_batch
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.model.architecture import Architecture
 from integration.conftest import (
     VOCABULARY,
     check_shares,

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 import eva_kernels
-from eva_peft import batches
-from eva_peft.architecture import architecture_of
-from eva_peft.batches import without_padding
+from eva_peft.inputs import batches
+from eva_peft.inputs.batches import without_padding
+from eva_peft.model.architecture import architecture_of
 from integration.conftest import angle, lora, make_llama, make_mlp, run, text_batches, vectors
 
 TEXTS = text_batches(4)

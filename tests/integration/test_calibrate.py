@@ -15,8 +15,8 @@ from torch import nn
 
 import eva_kernels
 from eva_kernels.streaming import InputStream, Options
-from eva_peft import ranks
 from eva_peft.calibrate import CalibrationPass
+from eva_peft.passes import ranks
 from integration.conftest import (
     Clash,
     angle,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import eva_kernels
 from eva_kernels import EvaResult, EvaValueError, NotConvergedWarning
 from eva_peft import cli
-from eva_peft.checkpoint_file import read_checkpoint, write_checkpoint
+from eva_peft.resume.checkpoint_file import read_checkpoint, write_checkpoint
 from integration import passes
 from integration.command import runner
 from integration.conftest import (
@@ -410,7 +410,7 @@ def test_init_is_interrupted_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert "Traceback" not in rest
     assert not (tmp_path / "first").exists()
 
-    monkeypatch.setattr("eva_peft.report.write_html", lambda result, path: None)  # slow
+    monkeypatch.setattr("eva_peft.results.report.write_html", lambda result, path: None)  # slow
     done = forwards_in(path)
     assert done >= 10
     limit = ("--max-steps", done + 3)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eva_kernels import EvaResult, EvaTypeError, EvaValueError, EvaWarning
-from eva_peft import checkpoint_file, files
-from eva_peft.checkpoint_file import checksum, read_checkpoint, write_checkpoint
-from eva_peft.fingerprint import SAMPLES, _elements
+from eva_peft.resume import checkpoint_file
+from eva_peft.resume.checkpoint_file import checksum, read_checkpoint, write_checkpoint
+from eva_peft.resume.fingerprint import SAMPLES, _elements
+from eva_peft.surroundings import files
 from integration.conftest import (
     Clash,
     hooks_of,
@@ -258,7 +259,10 @@ def test_it_is_plain_data(path: Path) -> None:
     }  # fmt: skip
 
 
-STEPS = ["checkpoint_file.save_file", "files.os.fsync", "files.os.chmod", "files.os.replace"]
+STEPS = [
+    "resume.checkpoint_file.save_file",
+    *(f"surroundings.files.os.{name}" for name in ("fsync", "chmod", "replace")),
+]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -383,7 +387,7 @@ def test_options_are_checked(options: dict[str, Any], error: type, message: str)
 def test_how_often_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
     monkeypatch.setattr(
-        "eva_peft.checkpoint.write_checkpoint",
+        "eva_peft.resume.checkpoint.write_checkpoint",
         lambda path, state, tensors: written.append(state["counts"]["forwards"]),
     )
     for every, options in ((10, {}), (4, {"checkpoint_every": 4})):

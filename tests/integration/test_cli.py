@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import eva_kernels
 from eva_kernels.streaming import _host
-from eva_peft import cli, devices, model_setup
+from eva_peft import cli
+from eva_peft.command import model_setup
+from eva_peft.command.model_setup import Task, load_model
 from eva_peft.errors import EvaRuntimeError
-from eva_peft.model_setup import Task, load_model
-from eva_peft.result import EvaResult
+from eva_peft.results.result import EvaResult
+from eva_peft.surroundings import devices
 from integration.command import QUICK, data_and_out, init, make_home, reason, run, runner
 
 # PEFT asks transformers for a property by its old name.
@@ -330,7 +332,7 @@ def test_failures_leave_nothing_behind(
     assert "no column 'body'" in reason(init(home, out, "--text-column", "body"))
     assert "no-such-model" in reason(run("init", home / "no-such-model", *data_and_out(home, out)))
     assert "no_proj" in reason(init(home, out, "--target-modules", "no_proj"))
-    monkeypatch.setattr("eva_peft.report.write_html", _raise_full)
+    monkeypatch.setattr("eva_peft.results.report.write_html", _raise_full)
     assert "No space left" in reason(init(home, out))
     assert list(tmp_path.iterdir()) == []
 
@@ -381,7 +383,7 @@ def test_interruption_says_what_was_kept(
     checkpoint.unlink()
     shown = init(home, out, "--checkpoint", checkpoint, "--text-column", "body")
     assert shown.exit_code == 1
-    monkeypatch.setattr("eva_peft.data.load_texts", _raise_interrupt)
+    monkeypatch.setattr("eva_peft.command.data.load_texts", _raise_interrupt)
     shown = init(home, out, "--checkpoint", checkpoint)
     assert "no checkpoint had been written" in shown.stderr
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import eva_kernels
 from eva_kernels import EvaValueError, EvaWarning
-from eva_peft import layers as layers_module
+from eva_peft.model import layers as layers_module
 from integration.conftest import (
     QUIET,
     angle,

@@ -15,7 +15,13 @@ from transformers import (
     RobertaModel,
 )
 
-from eva_peft.data import DataNotFoundError, DecoderInputs, load_texts, make_loader, padding_token
+from eva_peft.command.data import (
+    DataNotFoundError,
+    DecoderInputs,
+    load_texts,
+    make_loader,
+    padding_token,
+)
 from eva_peft.errors import EvaError, EvaValueError
 from extras import needs
 

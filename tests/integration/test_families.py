@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import eva_kernels
 from bench.families import FAMILIES, Family
 from eva_peft._peft_compat import spoils_strings
-from eva_peft.routing import RoutedInputs
+from eva_peft.model.routing import RoutedInputs
 from integration.conftest import (
     fused,
     hooks_of,

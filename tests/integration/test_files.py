@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eva_peft.files import replacing
+from eva_peft.surroundings.files import replacing
 
 
 def write(path: Path, text: str = "new") -> None:

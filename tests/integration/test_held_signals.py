@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eva_peft.interrupts import Interrupts
+from eva_peft.surroundings.interrupts import Interrupts
 
 NAMES = ["SIGINT", "SIGTERM", "SIGCHLD", "SIGALRM", "SIGUSR1"]
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]

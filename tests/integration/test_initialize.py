@@ -15,7 +15,7 @@ from torch import nn
 import eva_kernels
 from eva_kernels import EvaTypeError
 from eva_peft import _peft_compat
-from eva_peft.targets import find_targets
+from eva_peft.model.targets import find_targets
 from integration.conftest import (
     QUIET,
     Clash,

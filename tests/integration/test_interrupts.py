@@ -17,16 +17,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 import eva_kernels
-from eva_peft import world
-from eva_peft.hooks import InputCollector
-from eva_peft.interrupts import completed, temporarily, undone_on_failure
-from eva_peft.random_state import random_state_kept
-from eva_peft.routing import EagerExperts
-from eva_peft.snapshot import ModelSnapshot, restored, restored_on_failure
-from eva_peft.wrapping import wrap_model
+from eva_peft.lora.wrapping import wrap_model
+from eva_peft.model.routing import EagerExperts
+from eva_peft.passes import world
+from eva_peft.passes.hooks import InputCollector
+from eva_peft.surroundings.interrupts import completed, temporarily, undone_on_failure
+from eva_peft.surroundings.random_state import random_state_kept
+from eva_peft.surroundings.snapshot import ModelSnapshot, restored, restored_on_failure
 from integration.conftest import QUIET, lora, same_state, state_of, vectors, wrapped
 
-FILES = {f"/eva_peft/{name}.py" for name in ("snapshot", "world", "random_state", "interrupts")}
+FILES = {
+    "/eva_peft/passes/world.py",
+    *(f"/eva_peft/surroundings/{name}.py" for name in ("interrupts", "random_state", "snapshot")),
+}
 # what of hooks.py and routing.py runs before and behind the batches
 FUNCTIONS = {"__enter__", "__exit__", "remove"}
 DATA = vectors(1, rows=30, features=8)
@@ -95,7 +98,7 @@ class Interrupter:
         name, function = frame.f_code.co_filename, frame.f_code.co_name
         if any(map(name.endswith, FILES)):
             return self._line
-        hooks = name.endswith(("/eva_peft/hooks.py", "/eva_peft/routing.py"))
+        hooks = name.endswith(("/eva_peft/passes/hooks.py", "/eva_peft/model/routing.py"))
         return self._line if hooks and function in FUNCTIONS else None
 
     def _line(self, frame: Any, event: str, arg: Any) -> Any:

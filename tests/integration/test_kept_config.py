@@ -15,7 +15,7 @@ from peft.tuners.lora import config as lora_configs
 
 from eva_kernels import EvaValueError, initialize
 from eva_peft._peft_compat import exclude_layers
-from eva_peft.kept_config import LEFT_OUT, config_from_dict, config_to_dict
+from eva_peft.results.kept_config import LEFT_OUT, config_from_dict, config_to_dict
 from integration.conftest import lora, make_llama, run, text_batches
 
 # A value other than the default for every field; what a check of PEFT's wants beside it.

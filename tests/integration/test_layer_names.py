@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eva_peft.layer_names import kinds_of, layer_table
+from eva_peft.results.layer_names import kinds_of, layer_table
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import eva_kernels
 from eva_kernels import EvaRuntimeError, EvaTypeError
-from eva_peft import adapters
-from eva_peft.targets import find_targets
+from eva_peft.lora import adapters
+from eva_peft.model.targets import find_targets
 from integration.conftest import QUIET, Clash, lora, lora_layers, run, state_of, vectors, wrapped
 
 CONFIG = lora(target_modules=["lin", "other"])  # lin reads more than sub.lin, which reads zeros

@@ -17,9 +17,8 @@ from transformers import (
 )
 
 from eva_kernels import EvaWarning
-from eva_peft.architecture import architecture_of
-from eva_peft.batch_mask import mask_of_batch
-from eva_peft.media_masks import (
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.inputs.media_masks import (
     frames_seen,
     has_images,
     patches_seen,
@@ -27,7 +26,8 @@ from eva_peft.media_masks import (
     sound_mask,
     tile_mask,
 )
-from eva_peft.token_mask import TokenMask
+from eva_peft.inputs.token_mask import TokenMask
+from eva_peft.model.architecture import architecture_of
 from integration.conftest import layer_inputs, lora, lost, run
 
 CPU = torch.device("cpu")

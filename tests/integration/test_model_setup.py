@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from eva_kernels import EvaValueError, initialize
-from eva_peft.model_setup import Task, load_tokenizer, lora_config
-from eva_peft.result import EvaResult
+from eva_peft.command.model_setup import Task, load_tokenizer, lora_config
+from eva_peft.results.result import EvaResult
 from integration.command import init, make_home, reason, run
 from integration.conftest import VOCABULARY, lora, text_batches
 

@@ -28,8 +28,8 @@ from transformers import (
 
 import eva_kernels
 from eva_kernels import EvaValueError, EvaWarning
-from eva_peft.batch_mask import mask_of_batch
-from eva_peft.token_mask import TokenMask
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.inputs.token_mask import TokenMask
 from integration.conftest import (
     BOTH_SIDES,
     QUIET,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import eva_kernels
 from eva_kernels.streaming import InputStream
-from eva_peft.prepare import Preparer
+from eva_peft.inputs.prepare import Preparer
 from integration.conftest import (
     QUIET,
     hooks_of,

@@ -121,7 +121,7 @@ def test_the_model_within_a_peft_model_is_told(call: str) -> None:
 
 
 def test_nothing_is_lost_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eva_peft import adapters
+    from eva_peft.lora import adapters
 
     def stop(self: Any) -> None:
         raise KeyboardInterrupt

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers import BertModel, T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from eva_peft import padding_told
+from eva_peft.inputs import padding_told
 from integration.conftest import (
     VOCABULARY,
     hooks_of,

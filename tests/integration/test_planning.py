@@ -11,8 +11,8 @@ from torch import nn
 
 import eva_kernels
 from eva_kernels import EvaTypeError, EvaValueError
-from eva_peft.planning import components_of
-from eva_peft.targets import Target
+from eva_peft.model.targets import Target
+from eva_peft.passes.planning import components_of
 from integration.conftest import Clash, lora, make_llama, run, vectors
 
 

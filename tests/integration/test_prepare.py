@@ -16,8 +16,8 @@ from torch import Tensor
 
 from eva_kernels.streaming import _host
 from eva_peft.calibrate import CalibrationPass
-from eva_peft.prepare import Ahead, Preparer
-from eva_peft.token_mask import TokenMask
+from eva_peft.inputs.prepare import Ahead, Preparer
+from eva_peft.inputs.token_mask import TokenMask
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
 calibrate = import_module("eva_peft.calibrate")

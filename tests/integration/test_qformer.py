@@ -14,9 +14,9 @@ from transformers import (
     InstructBlipForConditionalGeneration,
 )
 
-from eva_peft.architecture import architecture_of
-from eva_peft.batch_mask import mask_of_batch
-from eva_peft.token_mask import TokenMask
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.inputs.token_mask import TokenMask
+from eva_peft.model.architecture import architecture_of
 from integration.conftest import VOCABULARY, lora, lost, run, text_batches
 
 CPU = torch.device("cpu")

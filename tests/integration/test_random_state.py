@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from eva_kernels import EvaResult
-from eva_peft.random_state import random_state_kept, read_random_state, set_random_state
+from eva_peft.surroundings.random_state import (
+    random_state_kept,
+    read_random_state,
+    set_random_state,
+)
 from integration.conftest import lora, make_mlp, run, vectors
 from integration.passes import EPOCH, same
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import eva_kernels
 from eva_kernels import EvaError, EvaResult, EvaTypeError, EvaValueError
-from eva_peft.ranks import Budget
-from eva_peft.targets import Target
+from eva_peft.model.targets import Target
+from eva_peft.passes.ranks import Budget
 from integration.conftest import (
     QUIET,
     Clash,

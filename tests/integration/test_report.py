@@ -15,9 +15,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eva_peft import plots, report
 from eva_peft.errors import EvaError
-from eva_peft.result import EvaResult
+from eva_peft.results import plots, report
+from eva_peft.results.result import EvaResult
 
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj")
 VOID = {"meta", "img"}
@@ -268,7 +268,8 @@ def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_pyplot_is_left_alone() -> None:
     code = (
-        "import sys; from eva_peft import plots, report; assert 'matplotlib' not in sys.modules; "
+        "import sys; from eva_peft.results import plots, report; "
+        "assert 'matplotlib' not in sys.modules; "
         "plots.require_matplotlib()(); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import rnn
 
 from eva_kernels.streaming import InputStream
-from eva_peft.routing import ExpertWeight, RoutedInputs
+from eva_peft.model.routing import ExpertWeight, RoutedInputs
 from integration.conftest import VOCABULARY, check_shares, lora, make_llama, run, text_batches
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import eva_kernels
-from eva_peft.shared_inputs import Seen
+from eva_peft.passes.shared_inputs import Seen
 from integration.conftest import (
     PROJECTIONS,
     exact_pca,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eva_peft.snapshot import ModelSnapshot, restored, restored_on_failure
+from eva_peft.surroundings.snapshot import ModelSnapshot, restored, restored_on_failure
 
 
 class Books(UserDict):  # type: ignore[type-arg]

@@ -23,10 +23,10 @@ from transformers import (
 
 from bench.families.others import SPEECH
 from eva_kernels import EvaWarning
-from eva_peft.architecture import Architecture, architecture_of
-from eva_peft.batch_mask import mask_of_batch
-from eva_peft.media_masks import frames_seen
-from eva_peft.token_mask import TokenMask
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.inputs.media_masks import frames_seen
+from eva_peft.inputs.token_mask import TokenMask
+from eva_peft.model.architecture import Architecture, architecture_of
 from integration.conftest import BOTH_SIDES, layer_inputs, lora, lost, run, text_batches
 
 SIZE: dict[str, Any] = {

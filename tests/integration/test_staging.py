@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eva_peft.errors import EvaValueError
-from eva_peft.staging import INDEX, staged_folder
+from eva_peft.surroundings.staging import INDEX, staged_folder
 
 
 def write(out: Path, *names: str, force: bool = False, besides: Path | None = None) -> None:

@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from bench.families import FAMILIES
 from eva_kernels import EvaError
-from eva_peft.subsample import Draw
+from eva_peft.inputs.subsample import Draw
 from integration.conftest import (
     exact_pca,
     layer_inputs,

@@ -393,7 +393,7 @@ def test_one_sample_with_more_tokens_than_the_mask_is_told() -> None:
     ],
 )
 def test_which_stream_cross_attention_reads(name: str, encoder: bool) -> None:
-    from eva_peft.token_mask import TokenMask
+    from eva_peft.inputs.token_mask import TokenMask
 
     main = torch.tensor([[True, True, False]])
     decoder = torch.tensor([[True, False, False]])

@@ -12,9 +12,9 @@ from torch.nn import functional
 from transformers import T5Config, T5ForConditionalGeneration
 
 import eva_kernels
-from eva_peft.architecture import Architecture
-from eva_peft.batch_mask import mask_of_batch
-from eva_peft.token_mask import TokenMask
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.inputs.token_mask import TokenMask
+from eva_peft.model.architecture import Architecture
 from integration.conftest import (
     VOCABULARY,
     angle,

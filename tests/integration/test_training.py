@@ -217,7 +217,7 @@ def test_trained_magnitudes_are_made_anew(also_b: bool) -> None:
 
 
 def test_magnitudes_of_a_failed_write_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eva_peft import adapters
+    from eva_peft.lora import adapters
 
     def stop(self: Any) -> None:
         raise KeyboardInterrupt

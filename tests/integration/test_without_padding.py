@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eva_peft.architecture import Architecture
-from eva_peft.batches import FORWARD_OVERHEAD, without_padding
+from eva_peft.inputs.batches import FORWARD_OVERHEAD, without_padding
+from eva_peft.model.architecture import Architecture
 
 COLUMNS, LONGEST = 16, 8
 CPU = torch.device("cpu")

@@ -135,7 +135,7 @@ def test_names_that_cannot_be_a_module(name: Any) -> None:
 
 
 def test_a_dry_run_leaves_nothing_and_warns_of_nothing() -> None:
-    module = import_module("eva_peft.wrapping")
+    module = import_module("eva_peft.lora.wrapping")
     config = lora(modules_to_save=["lm_head"], trainable_token_indices=[1, 2], use_dora=True)
     model = make_llama().train()
     with untouched(model), warnings.catch_warnings(record=True) as told:
@@ -145,7 +145,7 @@ def test_a_dry_run_leaves_nothing_and_warns_of_nothing() -> None:
 
 
 def test_what_fails_on_meta_only_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("eva_peft.wrapping")
+    module = import_module("eva_peft.lora.wrapping")
     original, seen = module.get_peft_model, []
 
     def picky(*args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,7 @@ def test_errors_of_peft_keep_their_kind(kind: type[Exception], monkeypatch: Any)
     def fail(*args: Any, **kwargs: Any) -> None:
         raise kind("too much of it")
 
-    monkeypatch.setattr(import_module("eva_peft.wrapping"), "get_peft_model", fail)
+    monkeypatch.setattr(import_module("eva_peft.lora.wrapping"), "get_peft_model", fail)
     model = make_mlp()
     with untouched(model) as calls:
         with pytest.raises(kind, match="too much of it") as caught:
@@ -178,7 +178,7 @@ def test_errors_of_peft_keep_their_kind(kind: type[Exception], monkeypatch: Any)
 
 
 def test_what_other_threads_make_meanwhile_has_contents(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = import_module("eva_peft.wrapping")
+    module = import_module("eva_peft.lora.wrapping")
     original, devices = LoraModel._create_and_replace, []
 
     def elsewhere(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -227,7 +227,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_failed_write_restores_the_base_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from eva_peft import adapters
+    from eva_peft.lora import adapters
 
     def stop(self: Any) -> None:
         raise KeyboardInterrupt
@@ -247,7 +247,7 @@ def test_a_failed_write_restores_the_base_model(case: str, monkeypatch: pytest.M
 def test_flags_of_a_frozen_adapter_come_back(
     llama_result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eva_peft import adapters
+    from eva_peft.lora import adapters
 
     model = wrapped(make_llama(), lora())
     model.add_adapter("other", lora(init_lora_weights=True))
@@ -329,7 +329,7 @@ def test_attention_with_its_output_projection(prepared: bool, tmp_path: Any) -> 
 
 
 def test_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eva_peft import adapters
+    from eva_peft.lora import adapters
 
     def stop(self: Any) -> None:
         raise KeyboardInterrupt

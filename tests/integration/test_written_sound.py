@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import SpeechT5Config, SpeechT5ForTextToSpeech
 
-from eva_peft.architecture import architecture_of
-from eva_peft.arguments import without_labels
-from eva_peft.batch_mask import mask_of_batch
+from eva_peft.inputs.arguments import without_labels
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.model.architecture import architecture_of
 from integration.conftest import VOCABULARY, lora, lost, run, text_batches
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from eva_peft.demo import finetune
 from eva_peft.demo.batches import Batch, calibration_batches, source_blocks
 
 if TYPE_CHECKING:
-    from eva_peft.result import EvaResult
+    from eva_peft.results.result import EvaResult
 
 # This package by its own stop rule, the same with PEFT's number of forwards, PEFT's function.
 OURS, SAME, PEFT = "eva_kernels", "eva_kernels_same_forwards", "peft"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from eva_peft.plots import require_matplotlib
+from eva_peft.results.plots import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

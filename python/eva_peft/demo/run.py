@@ -28,7 +28,6 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 import eva_kernels
-from eva_peft import plots, report
 from eva_peft.demo import finetune
 from eva_peft.demo.batches import Batch
 from eva_peft.demo.comparison import (
@@ -46,10 +45,11 @@ from eva_peft.demo.comparison import (
     run_ours,
     run_peft,
 )
-from eva_peft.memory import resident_peak
+from eva_peft.results import plots, report
+from eva_peft.surroundings.memory import resident_peak
 
 if TYPE_CHECKING:
-    from eva_peft.result import EvaResult
+    from eva_peft.results.result import EvaResult
 
 LABELS = {OURS: "eva-kernels", SAME: "eva-kernels*", PEFT: "PEFT"}
 TITLE = "EVA on an embedded model: Python source code for a model of Python's documentation"

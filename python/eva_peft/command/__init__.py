@@ -1,0 +1,1 @@
+"""What `eva-kernels init` reads: texts, a model and its config."""

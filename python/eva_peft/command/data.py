@@ -1,0 +1,340 @@
+"""Read calibration texts from a file or a dataset, and batch them for a model."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from ..errors import EvaError, EvaValueError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".jsonl", ".parquet", ".txt")
+COLUMN_ROWS = 100  # rows that tell what columns there are
+
+_ONE_COLUMN = ("text", "content", "messages")
+_TWO_COLUMNS = (("prompt", "response"), ("prompt", "completion"))
+_SAID = {"content", "tool_calls"}  # a message that calls tools need not have text
+_log = logging.getLogger("eva_kernels")
+
+
+class DataNotFoundError(EvaError, FileNotFoundError):
+    """There is neither a file nor a dataset of the name given."""
+
+
+def load_texts(
+    data: str,
+    *,
+    text_column: str | None = None,
+    split: str = "train",
+    limit: int = 10_000,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[str]:
+    """Read the first texts of a file or dataset.
+
+    A `.txt` file holds one text a line. Without `text_column` the columns are guessed: `text`,
+    `content`, `messages` (a chat), or `prompt` with `response` or `completion`. Blank rows are
+    left out.
+
+    Args:
+        data: a `.jsonl`, `.parquet` or `.txt` file, or a dataset of the Hugging Face hub as
+            `name` or `name:config`; the hub is streamed: only the rows taken are downloaded.
+        text_column: the column to read; its values are strings or chats.
+        split: the split of a hub dataset; a file has only `train`.
+        limit: texts at most.
+        tokenizer: turns chats into text by its chat template; without a template the contents of a
+            chat's messages are joined by line breaks.
+
+    Returns:
+        Between 1 and `limit` texts.
+
+    Raises:
+        DataNotFoundError: no such file or dataset.
+        EvaValueError: a file that cannot be read as its suffix says, no usable column, or no text.
+        ImportError: `datasets` is needed (parquet, hub) and not installed.
+    """
+    if limit < 1:
+        raise EvaValueError(f"limit must be at least 1, got {limit}")
+    if not data.strip():
+        raise EvaValueError("data is empty: name a file, or a dataset of the hub")
+    rows = iter(_rows(data, split))
+    # not every row need have every key
+    first = list(islice(rows, min(limit, COLUMN_ROWS)))
+    if not first:
+        raise EvaValueError(f"{data} is empty: no text to calibrate on")
+    columns = _columns(data, list(dict.fromkeys(chain(*first))), text_column)
+    texts = (_text(data, row, columns, tokenizer) for row in chain(first, rows))
+    # half of an emoji, as cut texts have it, is no text to a tokenizer
+    whole = (text.encode("utf-8", "replace").decode() for text in texts)
+    found = list(islice((text for text in whole if text.strip()), limit))
+    if not found:
+        raise EvaValueError(f"{data} holds no text: every row of {' and '.join(columns)} is blank")
+    return found
+
+
+def make_loader(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    model: Any = None,
+) -> DataLoader[str]:
+    """Batch texts for a model, shuffled by a generator of their own.
+
+    Rows are padded on the right to the longest of their batch, see :func:`padding_token`. The
+    tokenizer is not changed.
+
+    Args:
+        texts: at least one.
+        tokenizer: the model's.
+        batch_size: texts a batch.
+        max_length: tokens of a text at most; lowered to what the tokenizer and the model allow.
+        seed: of the order.
+        model: where it is known.
+
+    Returns:
+        A loader of dicts: `input_ids` and `attention_mask`, int64 of shape (batch, length).
+
+    Raises:
+        EvaValueError: no texts, or a size below 1.
+    """
+    if not len(texts):
+        raise EvaValueError("no texts to make batches of")
+    for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+        if size < 1:
+            raise EvaValueError(f"{name} must be at least 1, got {size}")
+    length = min(max_length, tokenizer.model_max_length, _positions(model))
+    if length < max_length:
+        _log.info("max_length lowered to %d, the model's limit", length)
+    padding = padding_token(tokenizer, model)
+
+    def collate(batch: list[str]) -> dict[str, torch.Tensor]:
+        rows = tokenizer(batch, truncation=True, max_length=length)["input_ids"]
+        tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+        ones = [torch.ones_like(row) for row in tokens]
+        return {
+            "input_ids": pad_sequence(tokens, batch_first=True, padding_value=padding),
+            "attention_mask": pad_sequence(ones, batch_first=True),
+        }
+
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        list(texts),  # type: ignore[arg-type]  # a list serves as a Dataset
+        batch_size=batch_size,
+        shuffle=True,
+        generator=generator,
+        collate_fn=collate,
+    )
+
+
+def padding_token(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
+    """Return the token that fills short rows: the pad token, or the end token, or 0.
+
+    Args:
+        tokenizer: the model's.
+        model: where it is known; a token that it has no embedding of is none.
+    """
+    embeddings = None if model is None else model.get_input_embeddings()
+    rows = getattr(embeddings, "num_embeddings", math.inf)
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None and token < rows:
+            return int(token)
+    return 0  # any token will do: the mask leaves it out
+
+
+def _positions(model: Any) -> float:
+    """Return how many tokens a model has positions for, as far as it tells."""
+    config: Any = getattr(model, "config", None)
+    with suppress(AttributeError, ValueError):  # none, or several
+        config = config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        return math.inf
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    first = [getattr(table, "padding_idx", None) for table in tables]
+    return most - max([0, *(index + 1 for index in first if index is not None)])
+
+
+class DecoderInputs:
+    """Give an encoder-decoder model every text on both sides, shifted on the decoder's.
+
+    Args:
+        batches: dicts with `input_ids` and `attention_mask`, any number of times.
+        model: an encoder-decoder.
+    """
+
+    def __init__(self, batches: Iterable[dict[str, Any]], model: Any) -> None:
+        self.batches = batches
+        self.model = model
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.batches:
+            shifted, mask = self._shifted(batch["input_ids"]), batch["attention_mask"]
+            yield {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": mask}
+
+    def _shifted(self, tokens: torch.Tensor) -> torch.Tensor:
+        shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if shift is not None:
+            return shift(labels=tokens)
+        # a model without a head
+        start = getattr(self.model.config, "decoder_start_token_id", None) or 0
+        return torch.cat([torch.full_like(tokens[:, :1], start), tokens[:, :-1]], dim=1)
+
+
+def _rows(data: str, split: str) -> Iterable[Mapping[str, Any]]:
+    path = Path(data)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        if suffix in SUFFIXES:
+            raise DataNotFoundError(f"there is no file {data}")
+        return _dataset(data, split)
+    if suffix not in SUFFIXES:
+        raise EvaValueError(f"cannot read {data}: the suffix must be one of {', '.join(SUFFIXES)}")
+    if split != "train":
+        raise EvaValueError(f"{data} is a file and has no split {split!r}, only 'train'")
+    if suffix == ".parquet":
+        return _parquet(path)
+    return _jsonl(path) if suffix == ".jsonl" else ({"text": line} for _, line in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank with their numbers."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise EvaValueError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
+                ) from error
+            if line:
+                yield number, line
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise EvaValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise EvaValueError(
+                f"{path}, line {number}: a JSON object is needed, got {type(row).__name__}"
+            )
+        yield row
+
+
+def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    load_dataset = _require_datasets()
+    try:
+        from pyarrow.parquet import read_metadata
+
+        if read_metadata(path).num_rows == 0:  # datasets fails on it
+            return
+        files = glob.escape(str(path.resolve()))
+        yield from load_dataset("parquet", data_files=files, split="train", streaming=True)
+    except Exception as error:
+        # pyarrow and datasets wrap one cause in classes of their own, different by version.
+        raise EvaValueError(f"cannot read {path} as Parquet: {_first_line(error)}") from error
+
+
+def _dataset(data: str, split: str) -> Iterator[Mapping[str, Any]]:
+    load_dataset = _require_datasets()
+    name, _, config = data.partition(":")
+    try:
+        yield from load_dataset(name, config or None, split=split, streaming=True)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise DataNotFoundError(
+            f"{data!r} is neither a file nor a dataset that can be reached: {_first_line(error)}"
+        ) from error
+    except Exception as error:
+        raise EvaValueError(f"cannot load the dataset {data!r}: {_first_line(error)}") from error
+
+
+def _require_datasets() -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            "Parquet files and hub datasets need the datasets library: "
+            "pip install eva-kernels[data]"
+        ) from error
+    return load_dataset
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _columns(data: str, present: list[str], wanted: str | None) -> tuple[str, ...]:
+    listed = f"the columns are {', '.join(map(repr, present)) or 'none'}"
+    if wanted is not None:
+        if wanted not in present:
+            raise EvaValueError(f"{data} has no column {wanted!r}; {listed}")
+        return (wanted,)
+    for columns in (*((column,) for column in _ONE_COLUMN), *_TWO_COLUMNS):
+        if set(columns) <= set(present):
+            return columns
+    raise EvaValueError(
+        f"cannot tell which column of {data} holds the text: {listed}; name one "
+        "(text_column, --text-column)"
+    )
+
+
+def _text(
+    data: str,
+    row: Mapping[str, Any],
+    columns: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> str:
+    values = [row.get(column) for column in columns]
+    chats = [value for value in values if isinstance(value, list)]
+    if chats and len(chats) == len(values):
+        return _chat(data, columns, [message for chat in chats for message in chat], tokenizer)
+    for column, value in zip(columns, values, strict=True):
+        if value is not None and not isinstance(value, str):
+            raise EvaValueError(
+                f"column {column!r} of {data} holds {type(value).__name__}, not text or chats"
+            )
+    return "\n".join(value for value in values if value)
+
+
+def _chat(
+    data: str,
+    columns: tuple[str, ...],
+    messages: list[Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> str:
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message or not _SAID & set(message):
+            raise EvaValueError(
+                f"column {' and '.join(map(repr, columns))} of {data} holds a list that is no "
+                "chat: messages need 'role' and 'content'"
+            )
+    if not messages:
+        return ""
+    if tokenizer is not None and tokenizer.chat_template:
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # templates raise what their authors chose
+            raise EvaValueError(
+                f"the tokenizer's chat template refuses a chat of {data}: {_first_line(error)}"
+            ) from error
+        # Most templates write the first token that the tokenizer then adds once more.
+        start = tokenizer.bos_token
+        adds_start = start and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return text.removeprefix(start) if adds_start else text
+    return "\n".join(str(message.get("content") or "") for message in messages)

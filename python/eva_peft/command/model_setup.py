@@ -1,0 +1,228 @@
+"""The model and the LoRA config that `eva-kernels init` is asked for.
+
+Nothing heavy is imported before it is needed, see ``cli.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EvaValueError, warn
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+class DType(str, Enum):
+    """The data type of the model's weights during the pass; `auto` is that of the checkpoint."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Task(str, Enum):
+    """What the model is loaded for."""
+
+    CAUSAL_LM = "causal-lm"
+    SEQ2SEQ_LM = "seq2seq-lm"
+    MASKED_LM = "masked-lm"
+    SEQUENCE_CLASSIFICATION = "sequence-classification"
+    TOKEN_CLASSIFICATION = "token-classification"
+    QUESTION_ANSWERING = "question-answering"
+    FEATURE_EXTRACTION = "feature-extraction"
+
+
+# Task -> (class of transformers, PEFT's task type)
+_TASKS = {
+    Task.CAUSAL_LM: ("AutoModelForCausalLM", "CAUSAL_LM"),
+    Task.SEQ2SEQ_LM: ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+    Task.MASKED_LM: ("AutoModelForMaskedLM", None),
+    Task.SEQUENCE_CLASSIFICATION: ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    Task.TOKEN_CLASSIFICATION: ("AutoModelForTokenClassification", "TOKEN_CLS"),
+    Task.QUESTION_ANSWERING: ("AutoModelForQuestionAnswering", "QUESTION_ANS"),
+    Task.FEATURE_EXTRACTION: ("AutoModel", "FEATURE_EXTRACTION"),
+}
+
+
+def target_names(names: str | None) -> str | list[str] | None:
+    """Return the modules that an option names, with commas between."""
+    if names is None or names == "all-linear":
+        return names
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise EvaValueError(f"--target-modules {names!r} names no module")
+    return wanted
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that is not there, before anything is loaded."""
+    if name is None:
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise EvaValueError(f"--device {name} cannot be used: {why}") from error
+
+
+def config_fields(
+    path: Path | None, lora: Mapping[str, Any], eva: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Merge the config file with the options that were given; options go before the file."""
+    fields: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise EvaValueError(f"--config: there is no file {path}")
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise EvaValueError(f"--config {path} is not JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise EvaValueError(f"--config {path} must hold a JSON object")
+    kind = fields.pop("peft_type", "LORA")
+    if kind != "LORA":
+        raise EvaValueError(f"--config {path} describes {kind}; EVA initialises LORA only")
+    weights = fields.pop("init_lora_weights", True)
+    if weights not in (True, "eva"):
+        raise EvaValueError(f"--config {path} asks for init_lora_weights={weights!r}, not 'eva'")
+    own = fields.get("eva_config") or {}
+    if not isinstance(own, dict):
+        raise EvaValueError(f"--config {path}: eva_config must be a JSON object")
+    fields["eva_config"] = {
+        **own,
+        **{name: value for name, value in eva.items() if value is not None},
+    }
+    fields |= {name: value for name, value in lora.items() if value is not None}
+    if fields.get("target_modules") is None and not fields.get("target_parameters"):
+        fields["target_modules"] = "all-linear"
+    return {"r": 16, "lora_alpha": 16, **fields}
+
+
+def task_of(fields: Mapping[str, Any]) -> Task:
+    """Return the task that a config names by PEFT's task type."""
+    wanted = fields.get("task_type")
+    by_kind = {kind: task for task, (_, kind) in _TASKS.items() if kind}
+    if wanted is not None and wanted not in by_kind:
+        raise EvaValueError(
+            f"--config: task_type={wanted!r} is unknown; give --task, or one of "
+            f"{', '.join(by_kind)}"
+        )
+    return Task.CAUSAL_LM if wanted is None else by_kind[wanted]
+
+
+def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
+    """Return the config of fields that were merged by :func:`config_fields`."""
+    import dataclasses
+
+    from peft import EvaConfig, LoraConfig
+
+    known = {
+        "LoraConfig": [field.name for field in dataclasses.fields(LoraConfig) if field.init],
+        "EvaConfig": [field.name for field in dataclasses.fields(EvaConfig)],
+    }
+    for name, given in (("LoraConfig", fields), ("EvaConfig", fields["eva_config"])):
+        unknown = sorted(set(given) - set(known[name]))
+        if unknown:
+            raise EvaValueError(f"--config: {name} has no field {', '.join(map(repr, unknown))}")
+    kind = _TASKS[task][1]
+    fixed = {"task_type": kind, "inference_mode": False, "init_lora_weights": "eva"}
+    try:
+        fixed["eva_config"] = EvaConfig(**fields["eva_config"])
+        return LoraConfig(**{**fields, **fixed})
+    except (TypeError, ValueError) as error:
+        raise EvaValueError(f"the LoRA config is refused: {error}") from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model, the first that is asked of it."""
+    path = Path(name)
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise EvaValueError(f"there is no folder {name}")
+    transformers = import_module("transformers")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    # transformers 4 asks for protobuf; tokenizers in Python are made without their files
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        if not path.is_dir():
+            raise
+        told = str(error).strip().splitlines()[0]
+        raise EvaValueError(
+            f"{name} has no tokenizer that can be loaded ({told}); save the model's there"
+        ) from error
+    if not _knows_words(tokenizer):  # what transformers 5.2 makes where it finds no files
+        raise EvaValueError(
+            f"{name} has no tokenizer that can be loaded (all that transformers finds are special "
+            "tokens); save the model's there"
+        )
+    return tokenizer
+
+
+def _knows_words(tokenizer: Any) -> bool:
+    try:
+        vocabulary = set(tokenizer.get_vocab())
+        added = tokenizer.added_tokens_decoder.values()
+    except (AttributeError, NotImplementedError):  # the model's own, or Mistral's
+        return True
+    special = {str(token) for token in added if token.special}  # others are words, too
+    return bool(vocabulary - special - {*tokenizer.all_special_tokens})
+
+
+def load_model(
+    name: str, task: Task, dtype: str, device: str | None, device_map: str | None, seed: int
+) -> Any:
+    """Return a model for a task, on its device."""
+    import torch
+    import transformers
+
+    from ..surroundings.devices import accelerator
+
+    # Heads that the checkpoint lacks, and adapters that EVA leaves alone, start at random.
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"dtype": dtype}
+    if device_map is not None:
+        options["device_map"] = device_map
+    loader = getattr(transformers, _TASKS[task][0])
+    try:
+        model = loader.from_pretrained(name, **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        kind = transformers.AutoConfig.from_pretrained(name)
+        fitting = [
+            other.value
+            for other, (auto, _) in _TASKS.items()
+            if type(kind) in getattr(getattr(transformers, auto), "_model_mapping", ())
+        ]
+        raise EvaValueError(
+            f"{name} is a {kind.model_type} model, which --task {task.value} does not load; "
+            f"it has {', '.join(fitting) or 'none of the tasks'}"
+        ) from error
+    if device_map is None:
+        model = model.to(device or accelerator() or "cpu")
+    return model
+
+
+def needs_decoder_inputs(model: Any, task: Task) -> bool:
+    """Tell whether a model must be given tokens for its decoder, too."""
+    both = (Task.SEQ2SEQ_LM, Task.FEATURE_EXTRACTION)
+    return task in both and bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def warn_of_unknown(names: str | set[str] | None, model: Any) -> None:
+    """Warn of target modules that the model does not have: PEFT goes on without a word."""
+    if names is None or isinstance(names, str):
+        return
+    present = [f".{name}" for name, _ in model.named_modules()]
+    unknown = sorted(n for n in names if not any(name.endswith(f".{n}") for name in present))
+    if 0 < len(unknown) < len(names):  # of all of them there is an error
+        told = f"the model has no module {', '.join(unknown)}, which the target modules name"
+        warn(told)

@@ -1,0 +1,249 @@
+"""What of a batch goes to a model's ``forward``, and by which name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._peft_compat import base_of
+from ..errors import EvaError, EvaTypeError
+from ..model.architecture import Architecture, is_of_transformers, signature_of
+from ..surroundings.memory import is_out_of_memory
+
+__all__ = [
+    "PADDING_MASKS",
+    "as_one_argument",
+    "by_name",
+    "can_be_called",
+    "check_known",
+    "check_taken",
+    "gives_decoder_inputs",
+    "model_arguments",
+    "takes_as_one",
+    "without_labels",
+    "without_text",
+]
+
+# Masks that torch's transformers take, of what is padding, and those that say the same of tokens.
+# Without a word before it, "key_padding_mask" is either, of one library or another.
+PADDING_MASKS = {
+    "src_key_padding_mask": "attention_mask",
+    "tgt_key_padding_mask": "decoder_attention_mask",
+    "memory_key_padding_mask": "encoder_attention_mask",
+}
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def by_name(batch: Any, model: nn.Module) -> Any:
+    """Return positional arguments of a model as a mapping, where that names a mask or labels.
+
+    Targets, as of (input, target), are left out, or are labels where the model takes such: they are
+    the parts behind those that the model takes, and those behind the first that cannot be what
+    ``forward`` would take them for.
+    """
+    if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
+        return batch
+    base = base_of(model)
+    parameters, config = _parameters(base), getattr(base, "config", None)
+    if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return batch
+    taken = [p for p in parameters if p.kind in _POSITIONAL]
+    pairs = list(zip(taken, batch, strict=False))
+    wrong = (i for i, pair in enumerate(pairs) if _cannot_be(*pair, batch[0], config))
+    inputs = next(wrong, len(pairs))
+    targets = batch[inputs:]
+    if not inputs or not all(_is_target(part, batch[0]) for part in targets):
+        return batch
+    named = {p.name: part for p, part in pairs[:inputs]}
+    takes_labels = any(p.name == "labels" for p in parameters) and "labels" not in named
+    if targets and takes_labels and not targets[0].is_floating_point():
+        named["labels"] = targets[0]
+    telling = {"attention_mask", "labels", *PADDING_MASKS}
+    return named if named.keys() & telling else tuple(batch[:inputs])
+
+
+def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
+    signature = signature_of(module)
+    return None if signature is None else list(signature.parameters.values())
+
+
+def _is_target(part: Any, first: Any) -> bool:
+    """Tell whether a tensor goes with the samples of another, and is not just another sample."""
+    alike = isinstance(part, Tensor) and isinstance(first, Tensor)
+    if not alike or part.shape[:1] != first.shape[:1]:
+        return False
+    if first.dim() > 1 and not first.is_floating_point():
+        return True  # token ids of a batch, and labels of them
+    return (part.shape, part.dtype) != (first.shape, first.dtype)
+
+
+def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any, config: Any) -> bool:
+    """Tell whether a part of a batch cannot be what an optional parameter of ``forward`` is for."""
+    if part is first or parameter.default is parameter.empty or not isinstance(part, Tensor):
+        return False
+    if "mask" in parameter.name:
+        return not _may_be_mask(part)
+    if not isinstance(first, Tensor) or parameter.name not in ("token_type_ids", "position_ids"):
+        return False
+    if part.shape != first.shape or part.is_floating_point():
+        return True
+    kinds = getattr(config, "type_vocab_size", None)
+    if (
+        parameter.name == "token_type_ids"
+        and isinstance(kinds, int)
+        and bool((part >= kinds).any())
+    ):
+        return True
+    return bool((part < 0).any()) or torch.equal(part, first)
+
+
+def _may_be_mask(part: Tensor) -> bool:
+    """Tell whether a tensor may be a mask: of tokens or of pairs, of ones and zeros or additive."""
+    if part.dim() < 2:
+        return False
+    ones = (part == 0) | (part == 1)
+    additive = part.is_floating_point() and bool((part <= 0).all())
+    return additive or bool(ones.all())
+
+
+def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments of the model for a batch.
+
+    Raises:
+        EvaTypeError: the batch is nothing that a model takes.
+    """
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        samples = [isinstance(part, Mapping) for part in batch]
+        if samples and all(samples):
+            raise EvaTypeError(
+                "a batch is a list of samples; give the loader a collator that makes one mapping "
+                "of them, such as transformers' DataCollatorWithPadding, or pass forward_fn to "
+                "tokenise them and run the model"
+            )
+        if any(samples):
+            raise EvaTypeError(
+                "a batch is a mapping among other things, as (inputs, targets); pass forward_fn to "
+                "tell how the model is run on it, or let the loader yield the mapping alone"
+            )
+        return tuple(batch), {}
+    movable = callable(getattr(batch, "to", None)) or is_dataclass(batch)
+    if movable and not isinstance(batch, (type, nn.Module)):
+        return (batch,), {}  # what can be moved to a device is made for a model: graphs, for one
+    raise EvaTypeError(
+        f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
+        "forward_fn to run the model on other batches"
+    )
+
+
+def can_be_called(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> bool:
+    """Tell whether ``forward`` takes these arguments, as far as its signature says."""
+    signature = signature_of(base_of(model))
+    if signature is None:
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def as_one_argument(batch: Any, model: nn.Module) -> Any:
+    """Return a mapping for a model that takes it as one argument, and by none of its names.
+
+    Raises:
+        EvaTypeError: the model does not; an argument is missing, or is not known.
+    """
+    if isinstance(batch, Mapping) and takes_as_one(batch, model):
+        return batch
+    raise _not_taken(batch, base_of(model))
+
+
+def check_known(batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -> None:
+    """Explain the error of a model of transformers that knows none of the names it was given.
+
+    Most take any name, and say no more than that they got no input; nor do they of a batch that has
+    nothing but what is not given to them, as text.
+
+    Raises:
+        EvaTypeError: this is the case.
+    """
+    base = base_of(model)
+    if isinstance(error, EvaError) or is_out_of_memory(error) or not is_of_transformers(base):
+        return
+    parameters = _parameters(base) or []
+    known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+    hidden = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # as by a decorator
+    named = isinstance(batch, Mapping) and bool(batch)
+    if named and known and not hidden and not kwargs.keys() & known:
+        # it may hand on what it takes by any name, so that this may be about something else
+        raise _not_taken(batch, base, f" (it failed with {error!r})") from error
+
+
+def check_taken(batch: Any, model: nn.Module, error: Exception) -> None:
+    """Explain the error of a model that wants no mapping for its one argument, but a tensor.
+
+    Raises:
+        EvaTypeError: this is the case.
+    """
+    wrong = isinstance(error, (AttributeError, TypeError)) and type(batch).__name__ in str(error)
+    if wrong and not isinstance(error, EvaError):
+        raise _not_taken(batch, base_of(model), f" (it failed with {error!r})") from error
+
+
+def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
+    given = f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
+    names = [p.name for p in _parameters(base) or []]
+    return EvaTypeError(
+        f"a batch with {given} is nothing that {type(base).__name__}.forward({', '.join(names)}) "
+        f"takes{why}. Let the loader yield what it takes, or pass forward_fn to run the model on a "
+        "batch"
+    )
+
+
+def takes_as_one(batch: Mapping[str, Any], model: nn.Module) -> bool:
+    """Tell whether a model takes one argument, and none by a name of a batch."""
+    base = base_of(model)
+    parameters = _parameters(base) or []
+    if type(base).forward is nn.Sequential.forward:  # its first layer takes none
+        return False
+    needed = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
+    return len(needed) == 1 and not batch.keys() & {p.name for p in parameters}
+
+
+def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Drop columns of text that ``forward`` does not name, as transformers' ``Trainer`` does."""
+    columns = {k for k, v in arguments.items() if _is_text(v)}
+    if not columns:
+        return arguments
+    base = base_of(model)
+    named = inspect.signature(base.forward).parameters
+    return {k: v for k, v in arguments.items() if k not in columns or k in named}
+
+
+def _is_text(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(v, str) for v in value)
+    return isinstance(value, str)
+
+
+def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """Drop ``labels``, to spare the loss, unless the model needs them or makes inputs of them."""
+    from_labels = architecture.makes_decoder_ids and not gives_decoder_inputs(arguments)
+    if from_labels or architecture.needs_labels:
+        return arguments
+    return {k: v for k, v in arguments.items() if k != "labels"}
+
+
+def gives_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a decoder's inputs (tokens, embeddings, spectra) are given, not to be made."""
+    given = (key for key, value in arguments.items() if value is not None)
+    return any(str(key).startswith("decoder_input") for key in given)

@@ -1,0 +1,264 @@
+"""What a batch says of its tokens: masks of several kinds, and labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeGuard
+
+from torch import Tensor
+
+from .._peft_compat import LoraConfig, eva_of
+from ..errors import warn
+from ..model.architecture import Architecture
+from .arguments import PADDING_MASKS, gives_decoder_inputs
+from .batches import as_mapping
+from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
+from .token_mask import TokenMask
+
+__all__ = ["mask_of_batch"]
+
+# A Decision Transformer interleaves return, state and action: three tokens a time step.
+_DECISION_STREAMS = 3
+# Masks of tokens beside text: boxes of images, entities.
+_BESIDE = ("visual_attention_mask", "entity_attention_mask")
+# The mask of patches that timm's models of images of any size take; a class token stands in front.
+_PATCHES = "patch_valid"
+# Masks of hidden states that come from elsewhere, maybe of one of several encoders.
+_GIVEN = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
+_ANY = Architecture()
+
+
+def mask_of_batch(
+    batch: Any,
+    config: LoraConfig,
+    architecture: Architecture = _ANY,
+    warned: set[str] | None = None,
+) -> TokenMask:
+    """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
+
+    Labels count only where they are labels of tokens, that is where their shape is that of the
+    tokens; the labels of an encoder-decoder model mask its decoder.
+
+    Args:
+        batch: a mapping; anything else has no mask.
+        config: its ``eva_config`` says whether, and with which value, labels mask tokens.
+        architecture: of the model.
+        warned: what needs no second warning; added to.
+    """
+    warned = set() if warned is None else warned
+    if not isinstance(batch, Mapping):
+        return TokenMask(None)
+    batch = _with_mask_of_prompt(_with_masks_of_tokens(batch))
+    main, decoder = _text_masks(batch, config, architecture, warned)
+    given = (_token_mask(value) for key, value in batch.items() if _GIVEN.search(str(key)))
+    decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
+    queries = _token_mask(batch.get("qformer_attention_mask"))
+    mask = TokenMask(
+        main,
+        decoder,
+        streams=_DECISION_STREAMS if decision else 1,
+        mixed=_is_mixed(batch),
+        encoder_decoder=architecture.encoder_decoder or "tgt_key_padding_mask" in batch,
+        given=[mask for mask in given if mask is not None],
+        window=architecture.window,
+        frame_lengths=architecture.frame_lengths,
+        text_first=False if _PATCHES in batch else architecture.text_first,
+        beside=next((_token_mask(batch[key]) for key in _BESIDE if key in batch), None),
+        queries=main if queries is None and architecture.text_in_qformer else queries,
+        sound=sound_mask(batch),
+        pixels=pixel_masks(batch),
+        tiles=tile_mask(batch),
+        sound_only=has_sound(batch) and not has_images(batch),
+        media=has_sound(batch) or has_images(batch),
+        patch_sizes=architecture.patch_sizes,
+        prefixes=architecture.prefixes,
+        apart=architecture.apart,
+    )
+    mask.warned = warned
+    return mask
+
+
+def _with_masks_of_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch with a mask of tokens for each of padding, which is true, or -inf, there."""
+    given = {usual: batch.get(name) for name, usual in PADDING_MASKS.items() if name in batch}
+    found = {usual: mask == 0 for usual, mask in given.items() if isinstance(mask, Tensor)}
+    return {**found, **batch} if found else batch
+
+
+def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a batch whose ``attention_mask``, if it is that of what is given, is called so.
+
+    As some models of diffusers have it, which have no text of their own.
+    """
+    own, mask = batch.get("hidden_states"), batch.get("attention_mask")
+    given, kept = batch.get("encoder_hidden_states"), _token_mask(mask)
+    if kept is None or not isinstance(own, Tensor) or not isinstance(given, Tensor):
+        return batch
+    if kept.shape != given.shape[:2] or kept.shape == own.shape[:2]:
+        return batch
+    return {**batch, "attention_mask": None, "encoder_attention_mask": mask}
+
+
+def _text_masks(
+    batch: Mapping[str, Any], config: LoraConfig, architecture: Architecture, warned: set[str]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's."""
+    main = _attention_mask(batch, warned)
+    decoder = _token_mask(batch.get("decoder_attention_mask"))
+    if architecture.encoder_decoder:
+        samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
+        labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
+        return main, _decoder_mask(batch, decoder, labelled, architecture)
+    eva, labels, label_mask = eva_of(config), batch.get("labels"), None
+    if eva.use_label_mask and _are_token_labels(labels, architecture.config):
+        label_mask = labels.cpu() != eva.label_mask_value
+    shape = _token_shape(batch, main)
+    if main is not None and shape is not None:
+        main = _without_prefix(main, shape)
+    if label_mask is not None and tuple(label_mask.shape) == shape:
+        main = label_mask if main is None else main & label_mask
+    return main, decoder
+
+
+def _labelled_steps(
+    labels: Any, config: LoraConfig, architecture: Architecture, samples: int
+) -> Tensor | None:
+    """Return which steps of a decoder have a label, bool (B, T), if labels are to tell.
+
+    Each step may have several, (B, T, codes) or (B * codes, T), or be a spectrum, (B, T, bands).
+    """
+    eva = eva_of(config)
+    if not eva.use_label_mask:
+        return None
+    if isinstance(labels, Tensor) and labels.dim() == 3 and architecture.makes_decoder_ids:
+        return (labels.cpu() != eva.label_mask_value).any(-1)
+    if not _are_token_labels(labels, architecture.config):
+        return None
+    labelled = labels.cpu() != eva.label_mask_value
+    codes = samples and len(labelled) > samples and len(labelled) % samples == 0
+    return labelled.view(samples, -1, labelled.shape[1]).any(1) if codes else labelled
+
+
+def _decoder_mask(
+    batch: Mapping[str, Any],
+    given: Tensor | None,
+    labelled: Tensor | None,
+    architecture: Architecture,
+) -> Tensor | None:
+    """Return which tokens of a decoder count.
+
+    Args:
+        given: by a mask of its own.
+        labelled: see :func:`_labelled_steps`. Tokens that are made of labels have their shape.
+    """
+    labels, made = batch.get("labels"), not gives_decoder_inputs(batch)
+    if given is None or labelled is None:
+        mask = labelled if given is None else given
+    elif given.shape == labelled.shape:
+        mask = given & labelled
+    else:
+        mask = labelled if made else given
+    spectra = isinstance(labels, Tensor) and labels.dim() == 3 and labels.is_floating_point()
+    if mask is not None and spectra and made:  # of which the model may take one of several
+        every = int(getattr(architecture.config, "reduction_factor", 1))
+        mask = mask[:, every - 1 :: every]
+    return mask
+
+
+def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:
+    given, ids = batch.get("attention_mask", batch.get(_PATCHES)), batch.get("input_ids")
+    given = as_mapping(given)  # a dataclass around a mask, as that of curated transformers
+    if isinstance(given, Mapping):  # one for each kind of attention
+        every = [given.get("full_attention"), *given.values()]
+        given = next((mask for mask in every if isinstance(mask, Tensor)), None)
+    if not isinstance(given, Tensor):
+        return None
+    if isinstance(ids, Tensor) and ids.dim() == 3 and given.shape == ids.shape:
+        given = given.flatten(0, 1)  # samples have choices, which the model runs as samples
+    shape = _token_shape(batch, None) or (0, 0)
+    mask = _token_mask(given, _cached(batch), shape[-1])
+    if mask is None and "attention_mask" not in warned:
+        warned.add("attention_mask")
+        warn(
+            f"an attention_mask of shape {tuple(given.shape)} is not understood; every token "
+            "counts. Pass prepare_layer_inputs_fn to select",
+        )
+    return mask
+
+
+def _cached(batch: Mapping[str, Any]) -> int:
+    """Return how many tokens come before those of the batch."""
+    for name in ("past_key_values", "cache"):  # the latter since transformers 5.24
+        if (length := getattr(batch.get(name), "get_seq_length", None)) is not None:
+            return int(length())
+    return 0
+
+
+def _is_mixed(batch: Mapping[str, Any]) -> bool:
+    """Tell whether a batch of text holds values of another kind, too."""
+    given = (batch.get(key) for key in ("input_ids", "inputs_embeds"))
+    text = next((value for value in given if isinstance(value, Tensor)), None)
+    return text is not None and any(
+        isinstance(value, Tensor)
+        and value.is_floating_point()
+        and value.dim() >= 2
+        and value.shape not in (text.shape, text.shape[:2])  # weights of tokens, say
+        for key, value in batch.items()
+        if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels") and "mask" not in key
+    )
+
+
+def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
+    if getattr(model_config, "problem_type", None) == "multi_label_classification":
+        return False
+    return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+
+
+def _token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
+    """Return the tokens that a mask keeps, bool (B, T).
+
+    A mask over pairs, (B, T, T) or (B, heads or 1, T or 1, S), says which token sees which. A token
+    that does not even see itself is padding; where padding sees itself, it cannot be told from
+    tokens.
+
+    Args:
+        mask: of anything else comes ``None``.
+        cached: how many of the S tokens come before the first of the T.
+        tokens: T, where it is known.
+    """
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == 3 and mask.shape[1] == mask.shape[2]:
+        mask = mask[:, None]
+    if mask.dim() == 4 and mask.shape[2] + cached <= mask.shape[3]:
+        first = mask[:, 0]
+        alike = mask.shape[2] == 1  # (B, 1, 1, T): the same for every token
+        own = (first[:, 0] if alike else first.diagonal(cached, dim1=-2, dim2=-1)).cpu()
+        own = own[:, cached : cached + tokens] if alike and tokens else own
+        additive = own.is_floating_point() and bool((mask <= 0).all())
+    elif mask.dim() == 2:
+        own = mask.cpu()
+        additive = bool((own < 0).any())  # zeros alone keep nothing
+    else:
+        return None
+    return own > -1 if additive else own.bool()
+
+
+def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the mask of the tokens of a batch, where it covers cached ones in front, too."""
+    longer = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
+    return mask[:, -shape[1] :] if longer else mask
+
+
+def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ...] | None:
+    ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return tuple(ids.shape)
+    if isinstance(embeds, Tensor):
+        return tuple(embeds.shape[:2])
+    if main is not None:
+        return tuple(main.shape)
+    tensors = (v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels")
+    first = next(tensors, None)  # token ids by another name, if they are whole numbers
+    return None if first is None or first.is_floating_point() else tuple(first.shape)

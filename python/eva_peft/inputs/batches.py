@@ -1,0 +1,325 @@
+"""Batches: from any loader, to the model's device, without what EVA does not need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import EvaTypeError, EvaValueError, listed
+from ..model.architecture import Architecture
+from ..surroundings.devices import copied_to
+from .media_masks import is_of_images
+
+__all__ = [
+    "as_mapping",
+    "as_tensors",
+    "iterate",
+    "model_device",
+    "shape_of",
+    "size_of",
+    "to_device",
+    "without_padding",
+]
+
+# What another forward pass costs by itself, in padded tokens: the work that does not depend on
+# their number, or the loss of a device that is not full.
+FORWARD_OVERHEAD = {"cpu": 128}
+FORWARD_OVERHEAD_ACCELERATOR = 4096
+
+_ANY = Architecture()
+
+# What has one entry a token along dimension 1, and can be cut where all samples are padding.
+_TOKEN_KEYS = frozenset(
+    ["input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "inputs_embeds"]
+)
+
+
+def iterate(
+    loader: Iterable[Any],
+    useful: Callable[[], bool] = lambda: True,
+    begin: Callable[[], object] = lambda: None,
+) -> Generator[Any]:
+    """Yield batches, starting another epoch whenever a loader can be iterated again.
+
+    Args:
+        loader: any iterable.
+        useful: asked after each epoch; if not, there is no other.
+        begin: called before each epoch.
+
+    Raises:
+        EvaTypeError: not iterable, or a mapping. EvaValueError: it yields no batch at all.
+    """
+    if isinstance(loader, Mapping):  # whose iteration gives names
+        raise EvaTypeError(
+            f"the loader is a mapping with the names {listed(map(repr, loader))}; pass [batch] "
+            "where that is a batch, and one of its parts where it holds data sets"
+        )
+    begin()
+    try:
+        epoch = iter(loader)
+    except TypeError as error:
+        raise EvaTypeError(f"the loader must be iterable, got {type(loader)}") from error
+    first = True
+    try:
+        while True:
+            empty = True
+            for batch in epoch:
+                empty = first = False
+                yield batch
+                del batch  # no batch is kept while the next one is being made
+            if first:
+                raise EvaValueError("dataloader is empty: it yielded no batch")
+            if empty or not useful():  # of an iterator that was used up, among others
+                return
+            begin()
+            epoch = iter(loader)
+    finally:
+        # Python 3.12.0 to 3.12.3 keep the locals of a generator that is closed while it waits
+        # outside a `try`: with them the workers of a loader (cpython issue 118272)
+        del epoch
+        if hasattr(loader, "gradient_state") and hasattr(loader, "end"):
+            # accelerate takes one that is left for that of the training, and steps the optimizer
+            # as at its last batch
+            loader.end()
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the first weight that is not on meta (inputs go there)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return a batch with every tensor on a device; containers keep their type.
+
+    What has a method ``to``, such as packed sequences and graphs, knows better what is to be moved;
+    some move what they hold in place, and return nothing.
+    """
+    if isinstance(batch, Tensor):
+        return copied_to(device, batch)
+    if isinstance(batch, Mapping):
+        moved = {k: to_device(v, device) for k, v in batch.items()}
+        try:
+            return type(batch)(moved)  # type: ignore[call-arg]
+        except TypeError:
+            return moved
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, nn.Module)):
+        own = copy(batch)
+        returned = own.to(device)
+        return own if returned is None else returned
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(v, device) for v in batch))
+    if isinstance(batch, (tuple, list)):
+        plain = [to_device(v, device) for v in batch]
+        try:
+            return type(batch)(plain)
+        except TypeError:
+            return plain
+    if is_dataclass(batch) and not isinstance(batch, type):
+        moved = {k: to_device(v, device) for k, v in dataclass_fields(batch).items()}
+        return replace(batch, **moved)
+    return batch
+
+
+def dataclass_fields(batch: Any) -> dict[str, Any]:
+    """Return the fields that the constructor of a dataclass object takes."""
+    return {f.name: getattr(batch, f.name) for f in fields(batch) if f.init}
+
+
+def shape_of(batch: Any) -> tuple[int, int] | None:
+    """Return (samples, tokens) of a batch, as far as they can be told."""
+    for value in _values(batch):
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0], value.shape[1] if value.dim() in (2, 3) else 1
+    return None
+
+
+def size_of(batch: Any) -> tuple[int, int]:
+    """Return samples, and elements of a sample in all tensors, as far as they can be told.
+
+    Where there is more of either, a model may cut a batch in more parts: texts, images, lists.
+    """
+    tensors = [tensor for tensor in _tensors(batch) if tensor.dim()]
+    elements = sum(-(-tensor.numel() // max(len(tensor), 1)) for tensor in tensors)
+    return max(map(len, tensors), default=0), elements
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    whole = as_mapping(batch)
+    for part in _values(whole):
+        if isinstance(part, Tensor):
+            yield part
+        elif part is not whole:
+            yield from _tensors(part)
+
+
+def is_empty(batch: Any) -> bool:
+    """Tell whether a batch has tensors, and all (but for numbers) are without elements."""
+    tensors = [value for value in _values(batch) if isinstance(value, Tensor) and value.dim()]
+    return bool(tensors) and not any(tensor.numel() for tensor in tensors)
+
+
+def _values(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    # other iterables may be used up by looking at them
+    return batch if isinstance(batch, (tuple, list)) else [batch]
+
+
+def as_mapping(batch: Any) -> Any:
+    """Return the fields of a dataclass object as a dict, anything else as it is."""
+    if is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
+        return dataclass_fields(batch)
+    return batch
+
+
+def as_tensors(batch: Any) -> Any:
+    """Return a mapping whose arrays and lists of numbers are tensors, a single sample as a batch.
+
+    Streaming datasets yield lists, and samples where nothing collates them. Lists beside tensors
+    are meant as lists.
+
+    Raises:
+        EvaValueError: samples of different lengths, which want a collator.
+    """
+    if not isinstance(batch, Mapping):
+        return batch
+    found: dict[str, Any] = {}
+    listed = not any(isinstance(value, Tensor) for value in batch.values())
+    for key, value in batch.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            native = value.dtype.newbyteorder("=")
+            found[key] = torch.from_numpy(np.require(value, native, ["C", "W"]))
+        elif listed and isinstance(value, (list, tuple)) and value and _are_samples(key, value):
+            try:
+                found[key] = _stacked(value)
+            except (RuntimeError, ValueError) as error:
+                raise EvaValueError(
+                    f"the samples of {key!r} in a batch have different lengths; give the loader a "
+                    "collator that pads them, such as transformers' DataCollatorWithPadding"
+                ) from error
+    ids = found.get("input_ids", batch.get("input_ids"))
+    alone = isinstance(ids, Tensor) and ids.dim() == 1
+    if not found and not alone:
+        return batch
+    whole = {**batch, **found}
+    if alone:
+        whole = {k: v[None] if isinstance(v, Tensor) else v for k, v in whole.items()}
+    return whole
+
+
+def _are_samples(key: str, values: Sequence[Any]) -> bool:
+    """Tell whether a list is what a tensor is to be made of; some models take lists of tensors."""
+    first = values[0]
+    if _is_sample(first):
+        return key in _TOKEN_KEYS
+    while isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    return isinstance(first, (int, float))
+
+
+def _is_sample(value: Any) -> bool:
+    array = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    return array or isinstance(value, Tensor)
+
+
+def _stacked(values: Sequence[Any]) -> Tensor:
+    if all(map(_is_sample, values)):
+        return torch.stack([torch.as_tensor(value) for value in values])
+    return torch.as_tensor(values, device="cpu")
+
+
+def without_padding(
+    batch: Any, device: torch.device, architecture: Architecture = _ANY, divide: bool = True
+) -> list[Any]:
+    """Return a batch as one or more that hold less padding, and the same tokens.
+
+    Columns at the end that are padding in every sample are cut, and short samples run apart from
+    long ones where that saves more than another forward pass costs and every value is known to
+    have an entry a sample: of images there may be as many by chance. Exact for right padding: no
+    token attends to a masked position, nor to another sample. A batch with padding elsewhere, a
+    mask of another kind, or a tensor that this module does not know is returned as it is.
+
+    Args:
+        batch: on the CPU, as it came from the loader.
+        device: where the model will run it.
+        architecture: of the model. In an encoder-decoder ``labels`` belong to another stream than
+            ``attention_mask``; some models see padding, and of somebody's own nobody knows.
+        divide: short samples may run apart.
+    """
+    # somebody's own layers may pool padding, or be made for one length of what they flatten
+    seen = architecture.sees_padding or architecture.has_own_layers
+    if seen or not isinstance(batch, Mapping):
+        return [batch]
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
+        return [batch]
+    samples, columns = mask.shape
+    splits = divide
+    for key, value in batch.items():
+        if isinstance(value, (Mapping, list, tuple)):
+            return [batch]
+        if not isinstance(value, Tensor):
+            continue
+        per_token = value.dim() >= 2 and columns in value.shape[1:]
+        unknown = key not in _TOKEN_KEYS or (architecture.encoder_decoder and key == "labels")
+        if per_token and (unknown or value.shape[1] != columns):
+            return [batch]
+        if key not in _TOKEN_KEYS and not is_of_images(key) and _goes_along(value, columns):
+            return [batch]
+        if value.dim() == 0 or value.shape[0] != samples:
+            return [batch]
+        splits &= key in _TOKEN_KEYS or value.dim() == 1
+    kept = mask > 0  # not an additive mask, which keeps zeros: it is left alone
+    lengths = kept.sum(1)
+    begins = torch.arange(columns, device="cpu") < lengths[:, None]
+    if not torch.equal(kept, begins) or not kept.any():
+        return [batch]
+    overhead = FORWARD_OVERHEAD.get(device.type, FORWARD_OVERHEAD_ACCELERATOR)
+    every = list(range(samples))
+    groups = _group_by_length(lengths.tolist(), overhead) if splits else [every]
+    if len(groups) == 1 and int(lengths.max()) == columns:
+        return [batch]
+    return [_cut(batch, rows, columns, int(lengths[rows].max())) for rows in groups]
+
+
+def _goes_along(value: Tensor, columns: int) -> bool:
+    """Tell whether values may be so many for each column: Voxtral reads sound and text in step."""
+    several = value.is_floating_point() and value.dim() == 3
+    return several and any(size and size % columns == 0 for size in value.shape[1:])
+
+
+def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:
+    """Partition samples so that padded tokens plus ``overhead`` a group are least."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    ordered = [lengths[i] for i in order]
+    best = {0: (0, 0)}  # of so many samples: cost, and where the last group begins
+    # samples of one length are not worth two groups, and there may be thousands of them
+    for end in (i for i in range(1, len(order) + 1) if ordered[i - 1 : i] != ordered[i : i + 1]):
+        longest = max(ordered[end - 1], 1)
+        best[end] = min((cost + (end - b) * longest + overhead, b) for b, (cost, _) in best.items())
+    groups, end = [], len(order)
+    while end:
+        begin = best[end][1]
+        groups.append(sorted(order[begin:end]))
+        end = begin
+    return groups[::-1]
+
+
+def _cut(batch: Mapping[str, Any], rows: list[int], columns: int, keep: int) -> dict[str, Any]:
+    cut = {}
+    for key, value in batch.items():
+        if isinstance(value, Tensor):
+            value = value if len(rows) == len(value) else value[rows]
+            if key in _TOKEN_KEYS and value.dim() >= 2 and value.shape[1] == columns:
+                value = value[:, : max(keep, 1)]
+        cut[key] = value
+    return cut

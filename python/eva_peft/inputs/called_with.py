@@ -1,0 +1,225 @@
+"""Masks of what a model, or a part of it, is called with: not always what the batch holds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._peft_compat import base_of
+from ..model.architecture import is_of_transformers, signature_of
+from ..model.parts import outermost
+from ..surroundings.interrupts import temporarily
+from ..surroundings.snapshot import take_off
+from .arguments import PADDING_MASKS
+from .token_mask import TokenMask
+
+__all__ = ["AroundCalls", "CalledWith", "ModelsWithin", "is_model", "named_arguments"]
+
+_MASKS = ("attention_mask", *PADDING_MASKS)
+
+_OF_TORCH = (
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+
+
+class AroundCalls:
+    """Hooks around the calls of parts of a model, which choose the mask that counts in each.
+
+    Args:
+        parts: whose calls are looked at.
+        make_mask: returns the mask of a mapping of arguments.
+        use_mask: is given the mask to use from then on, and returns the one until then.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        make_mask: Callable[[Mapping[str, Any]], TokenMask],
+        use_mask: Callable[[TokenMask], TokenMask],
+    ) -> None:
+        self._parts, self._make_mask, self._use_mask = parts, make_mask, use_mask
+
+    def looking(self) -> AbstractContextManager[None]:
+        """Return a context within which the hooks are there."""
+        return temporarily(self._remove, self._add)
+
+    def _add(self) -> None:
+        for part in self._parts:
+            part.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+            part.register_forward_hook(self._behind, always_call=True)
+
+    def _remove(self) -> None:
+        for part in self._parts:
+            take_off(part, self._before)
+            take_off(part, self._behind)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        raise NotImplementedError
+
+
+class CalledWith(AroundCalls):
+    """Hooks that look at the arguments of a model, and of the models of transformers in it.
+
+    A function may make the tokens itself, or run a model on something else than the text that the
+    mask of the batch belongs to. Where the model is called with a mask, that one counts in it.
+    Where it is not, the batch's does if it has the shape of the first argument, otherwise none.
+    Models of transformers are also looked at where ``forward`` is called itself, as
+    sentence-transformers does, which runs no hook.
+
+    Args:
+        model: of which the outermost parts are looked at.
+        batch: its labels count where they are labels of the tokens that a model is called with.
+        mask: of the batch.
+        make_mask, use_mask: see :class:`AroundCalls`.
+        begin: called before each call that is within no other.
+    """
+
+    looks_at_base = True  # also where that is no model of transformers
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        mask: TokenMask,
+        make_mask: Callable[[Mapping[str, Any]], TokenMask],
+        use_mask: Callable[[TokenMask], TokenMask],
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        base = base_of(model)
+        # where the batch says nothing, those of torch are looked at elsewhere, with what is behind
+        wanted = is_model if mask.tells else is_of_transformers
+        inner = [part for _, part in outermost(base, wanted)]
+        around = [base] if self.looks_at_base and base not in inner else []
+        super().__init__([*around, *inner], make_mask, use_mask)
+        named = batch if isinstance(batch, Mapping) else {}
+        self._labels, self._given = named.get("labels"), named.get("attention_mask")
+        self._mask, self._begin = mask, begin
+        # what is being called, the innermost last, and what counts in it
+        self._in_use: list[tuple[nn.Module | None, TokenMask]] = [(None, mask)]
+        self._forwards = [(part, vars(part).get("forward")) for part in inner]
+
+    def _add(self) -> None:
+        super()._add()
+        for part, _ in self._forwards:
+            part.forward = self._watched(part, part.forward)
+
+    def _remove(self) -> None:
+        super()._remove()
+        for part, own in self._forwards:
+            vars(part).pop("forward", None)
+            if own is not None:
+                part.forward = own
+
+    def _watched(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if any(module is part for module, _ in self._in_use):  # the hooks have seen it
+                return forward(*args, **kwargs)
+            self._before(part, args, kwargs)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._behind(part, args, None)
+
+        return watched
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(self._in_use) == 1:
+            self._begin()
+        named = named_arguments(module, args, kwargs)
+        is_part = len(self._in_use) > 1 and _is_of_torch(module)
+        mask = self._mask_of_part(named) if is_part else self._mask_of(named)
+        self._in_use.append((module, mask))
+        self._use_mask(mask)
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._in_use[-1][0] is module:  # it is not where a hook before ours has failed
+            self._in_use.pop()
+        self._use_mask(self._in_use[-1][1])
+
+    def _mask_of_part(self, named: dict[str, Any]) -> TokenMask:
+        """Return the mask in a part of a model, which is told its own where the model is, too."""
+        around = self._in_use[-1][1]
+        told = around is not self._mask and any(named.get(n) is not None for n in PADDING_MASKS)
+        return self._mask_of(named) if told else around
+
+    def _mask_of(self, named: dict[str, Any]) -> TokenMask:
+        shape = _shape_of(named)
+        if all(not isinstance(named.get(name), (Tensor, Mapping)) for name in _MASKS):
+            main = self._mask.main
+            if shape is not None and main is not None and main.shape == shape:
+                return self._mask
+        return self._own_mask(named, shape)
+
+    def _own_mask(self, named: dict[str, Any], shape: torch.Size | None) -> TokenMask:
+        steps = getattr(named.get("decoder_input_ids"), "shape", None)
+        if isinstance(self._labels, Tensor) and self._labels.shape in (shape, steps):
+            named.setdefault("labels", self._labels)
+        return self._make_mask(named)
+
+
+class ModelsWithin(CalledWith):
+    """The same of models in a user's module, of transformers or torch, that is given the batch.
+
+    The batch's mask counts but in those that are told another one, (B, T): of another text, or of
+    this one with something in front of it.
+    """
+
+    looks_at_base = False
+
+    def _mask_of(self, named: dict[str, Any]) -> TokenMask:
+        told = (named.get(name) for name in _MASKS)
+        if all(m is self._given or not isinstance(m, Tensor) or m.dim() != 2 for m in told):
+            return self._mask
+        return self._own_mask(named, _shape_of(named))
+
+
+def is_model(module: nn.Module) -> bool:
+    """Tell whether a module is a model of transformers or torch."""
+    return is_of_transformers(module) or _is_of_torch(module)
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return isinstance(module, _OF_TORCH)
+
+
+def _shape_of(named: Mapping[str, Any]) -> torch.Size | None:
+    """Return the shape of the tokens that a model is called with, (B, T)."""
+    first = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    if first is None or first.dim() not in (2, 3):
+        return None
+    if first.is_floating_point() and "encoder_hidden_states" in named:
+        return None  # images, of as many patches as there may be text by chance
+    return first.shape[:2]
+
+
+def named_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return arguments by their names; those in a mapping that is the first argument, as these."""
+    if args and isinstance(args[0], Mapping):
+        return {**kwargs, **args[0]}
+    signature = signature_of(module)
+    try:
+        bound = None if signature is None else signature.bind_partial(*args, **kwargs)
+    except TypeError:
+        bound = None
+    if bound is None:
+        return dict(kwargs)
+    found = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(parameter.name, {})
+    return found

@@ -1,0 +1,266 @@
+"""What parts of a model are told of padding, by the model itself, where the batch says nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from .._peft_compat import base_of
+from ..model.architecture import signature_of
+from .arguments import PADDING_MASKS
+from .called_with import AroundCalls, named_arguments
+from .token_mask import TokenMask
+
+__all__ = ["PaddingTold", "parts_told"]
+
+_SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; maybe a mask
+# Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
+# other name mean is not known, but for those that have one row for all tokens, (B, 1, T).
+_SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
+_PADDING = "padding_mask"
+# In the names of what comes from elsewhere, to be attended to, and of its mask.
+_ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
+_ATTENDED = {"key": "query", "k": "q"}  # to what, by what
+_TEXT = {"input_ids", "inputs_embeds"}
+
+
+def parts_told(model: nn.Module) -> dict[nn.Module, int]:
+    """Return the parts of a model, with or without adapters, that may be told of padding.
+
+    Those that may be given other tokens to attend to are among them.
+
+    Returns:
+        Each with the number of its arguments before the first that would tell it.
+    """
+    told: dict[type, int | None] = {}
+    found = {}
+    for part in base_of(model).modules():
+        if type(part) not in told:
+            signature = signature_of(part)
+            names = () if signature is None else signature.parameters
+            told[type(part)] = next(
+                (i for i, name in enumerate(names) if _is_of_interest(name)), None
+            )
+        before = told[type(part)]
+        if before is not None:
+            found[part] = before
+    return found
+
+
+class PaddingTold(AroundCalls):
+    """Hooks that look at what parts of a model are told of padding.
+
+    A model may make that of lengths or of token ids, or take it by a name of its own. It counts in
+    these parts where nothing else says which tokens do, and behind them in what has their shape.
+
+    Args:
+        parts: see :func:`parts_told`.
+        of_media: those of them that read sound or images, by their names.
+        make_mask: returns the mask of a mapping of arguments.
+        use_mask: is given the mask to use from then on, and returns the one until then.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[nn.Module, int],
+        of_media: Container[nn.Module],
+        make_mask: Callable[[Mapping[str, Any]], TokenMask],
+        use_mask: Callable[[TokenMask], TokenMask],
+    ) -> None:
+        super().__init__(list(parts), make_mask, use_mask)
+        self._arguments_before, self._of_media = parts, of_media
+        # of what was told, and to how many tokens; kept, as layers may be told one by one. What
+        # was told is not: a layer may have made it, and masks of pairs are large.
+        self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
+        self._in_use: list[tuple[nn.Module, TokenMask]] = []  # what is called, and its mask
+        self._behind_parts: TokenMask | None = None
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        told = (isinstance(v, Tensor) and _is_of_interest(name) for name, v in kwargs.items())
+        if len(args) <= self._arguments_before[module] and not any(told):
+            return  # at once, for most are told nothing
+        named = named_arguments(module, args, kwargs)
+        if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
+            return  # told of keys from elsewhere
+        mask = self._mask_of(named)
+        if mask is None and not self._in_use and _reads_elsewhere(named):
+            mask = self._mask_of_others()
+        if mask is None:
+            return
+        around = self._use_mask(mask)
+        if around is not self._behind_parts and _says_as_much(around, mask):
+            self._use_mask(around)  # a function has called the model with a mask, or a part around
+        else:
+            self._in_use.append((module, mask))
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._in_use or self._in_use[-1][0] is not module:
+            return
+        _, mask = self._in_use.pop()
+        if not self._in_use:
+            mask = self._behind_parts = copy.copy(mask)
+            mask.apart = ("",)  # nothing but a shape tells what is read there
+            mask.of_text = module not in self._of_media
+        else:
+            mask = self._in_use[-1][1]
+        self._use_mask(mask)
+
+    def _mask_of_others(self) -> TokenMask | None:
+        """Return the mask in a part that attends to what a part before it has made of its tokens.
+
+        Its own are others, maybe as many.
+        """
+        before = None if self._behind_parts is None else self._behind_parts.main
+        return None if before is None else self._quiet_mask({"encoder_attention_mask": before})
+
+    def _quiet_mask(self, told: Mapping[str, Any]) -> TokenMask:
+        mask = self._make_mask(told)
+        mask.quiet = True  # no user has said that the part reads these tokens only
+        return mask
+
+    def _mask_of(self, named: Mapping[str, Any]) -> TokenMask | None:
+        masks = {name: value for name, value in named.items() if _tells(name, value)}
+        if not masks:
+            return None
+        shape, elsewhere = _shape_of(named), _reads_elsewhere(named)
+        key = (shape, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
+        before, mask = self._known.get(key, ([], None))
+        if not before or any(each() is None for each in before):  # its id is maybe another's now
+            told = _told(masks, shape, elsewhere)
+            beside = {name: value for name, value in named.items() if "mask" not in name}
+            beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one
+            mask = self._quiet_mask({**beside, **told}) if told else None
+            self._known[key] = [ref(each) for each in masks.values()], mask
+        return mask
+
+
+def _is_of_interest(name: str) -> bool:
+    return _may_tell(name) or _is_elsewhere(name)
+
+
+def _is_another(named: Mapping[str, Any], key: str, query: str) -> bool:
+    return isinstance(named.get(key), Tensor) and named[key] is not named.get(query)
+
+
+def _may_tell(name: str) -> bool:
+    return name.endswith(("mask", "masks", _SEQUENCES))
+
+
+def _tells(name: str, value: Any) -> bool:
+    known = name in _SEEN or name.endswith(_PADDING)
+    return isinstance(value, Tensor) and (known or (_may_tell(name) and _is_row(value)))
+
+
+def _is_row(mask: Tensor) -> bool:
+    """Tell whether a mask has one row for all tokens, (B, 1, T), of ones and zeros."""
+    return mask.dim() == 3 and mask.shape[1] == 1 < mask.shape[2] and not mask.is_floating_point()
+
+
+def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
+    """Tell whether a mask counts rather than one that a part is told: unless of other tokens."""
+    if around.main is None or mask.main is None:
+        return around.main is not None or around.decoder is not None
+    return around.main.shape == mask.main.shape
+
+
+def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape of the tokens that a part is called with, (B, T) or (T, B)."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor) or "mask" in name or _is_elsewhere(name):
+            continue
+        if value.dim() >= (3 if value.is_floating_point() else 2):
+            return tuple(value.shape[:2])
+    return ()
+
+
+def _is_elsewhere(name: str) -> bool:
+    return any(word in name for word in _ELSEWHERE)
+
+
+def _reads_elsewhere(named: Mapping[str, Any]) -> bool:
+    """Tell whether a part is given tokens to attend to, beside its own."""
+    given = (name for name, value in named.items() if isinstance(value, Tensor))
+    return any(_is_elsewhere(name) and "mask" not in name for name in given)
+
+
+def _told(
+    masks: Mapping[str, Tensor], shape: tuple[int, ...], elsewhere: bool
+) -> dict[str, Tensor]:
+    """Return what a batch would say that says of its tokens what a part is told.
+
+    Args:
+        masks: what the part is told.
+        shape: see :func:`_shape_of`.
+        elsewhere: the part attends to other tokens.
+    """
+    told = {}
+    # the only mask may be that of what is attended to
+    unclear = elsewhere and not any(map(_is_elsewhere, masks))
+    for name, mask in masks.items():
+        if name in PADDING_MASKS:
+            told[name] = mask
+        elif not unclear or "self" in name:
+            mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
+            kept = _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
+            if kept is None or kept.all():
+                continue
+            if name not in _SEEN and not kept[:, 0].any():
+                continue  # padded on the left in every sample, or true is what others call false
+            if name not in _SEEN and _is_row(mask) and not _in_one_run(kept):
+                continue  # true is what is to be predicted, for one
+            if _is_elsewhere(name) and (elsewhere or name in _SEEN):
+                told["encoder_attention_mask"] = kept
+            elif tuple(kept.shape) in (shape, shape[::-1]):
+                told["attention_mask"] = kept
+    return told
+
+
+def _seen(mask: Tensor) -> Tensor | None:
+    """Return which tokens a mask of what is seen keeps, bool (B, T), if it is understood.
+
+    Of pairs of tokens, (B, T, T) or (B, heads or 1, T or 1, T), those of a token and itself tell;
+    see :mod:`.batch_mask`. What holds other values than a mask says something else, too: which
+    tokens have global attention, or how far away others are.
+    """
+    whole, mask = mask, mask[:, 0] if mask.dim() == 4 else mask
+    if mask.dim() == 3 and mask.shape[1] in (1, mask.shape[2]):
+        mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
+    if mask.dim() != 2:
+        return None
+    own = mask.cpu()
+    square = len(own) == own.shape[1] and mask is whole  # as many samples as tokens, or pairs
+    zero, one, hidden = own == 0, own == 1, own < -1
+    if not (zero | one).all() and not (zero | hidden).all():
+        return None
+    kept = zero if hidden.any() else one
+    if square and kept.diagonal().all() and not kept.triu(1).any():
+        return None  # pairs: each token sees itself, and none behind it
+    return kept if _in_every_sample(kept) else None
+
+
+def _not_padding(mask: Tensor) -> Tensor | None:
+    """Return which tokens a mask of padding keeps, bool (B, T), if it is understood.
+
+    That padding is true, or -inf, is usual; where all of a sample would be padding, it is false.
+    """
+    if mask.dim() != 2:
+        return None
+    kept = mask.cpu() == 0
+    if not _in_every_sample(kept):
+        kept = ~kept
+    return kept if _in_every_sample(kept) else None
+
+
+def _in_every_sample(kept: Tensor) -> bool:
+    return bool(kept.any(1).all())
+
+
+def _in_one_run(kept: Tensor) -> bool:
+    """Tell whether the tokens of each sample are neighbours."""
+    begins = kept[:, 1:] & ~kept[:, :-1]
+    return bool((begins.sum(1) + kept[:, 0] == 1).all())

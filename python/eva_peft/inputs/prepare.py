@@ -1,0 +1,141 @@
+"""A batch made ready for the model, also while the device is still at work on the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from .._peft_compat import LoraConfig
+from ..errors import HeldError
+from ..model.architecture import Architecture
+from ..options import AUTO, CalibrateOptions
+from . import arguments, batches
+from .batch_mask import mask_of_batch
+from .subsample import Draw
+from .token_mask import TokenMask
+
+__all__ = ["Ahead", "Prepared", "Preparer"]
+
+T = TypeVar("T")
+
+
+class Ahead(Iterator[T], Generic[T]):
+    """An iterator whose next item can be fetched before it is asked for.
+
+    Args:
+        items: what to iterate over.
+    """
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+        self._fetched: list[T] = []
+        self._held = HeldError()
+
+    def fetch(self) -> None:
+        """Fetch the next item; what that raises is raised when the item is asked for."""
+        if self._fetched or self._held.error is not None:
+            return
+        try:
+            self._fetched += islice(self._items, 1)
+        except Exception as error:
+            self._held.error = error
+
+    def close(self) -> None:
+        """Let go of what was fetched; nobody is told of an error, whose frames know this object."""
+        self._fetched.clear()
+        self._held.error = None
+
+    def __next__(self) -> T:
+        self._held.release()
+        return self._fetched.pop() if self._fetched else next(self._items)
+
+
+class Prepared(NamedTuple):
+    """A batch as the model is to get it.
+
+    Attributes:
+        parts: of the batch, each for a forward pass of its own; where the loader had put it.
+        masks: which tokens count, of each part.
+    """
+
+    parts: Sequence[Any]
+    masks: Sequence[TokenMask]
+
+
+class Preparer:
+    """Prepares the batches of a pass.
+
+    Args:
+        model, options, config: of the pass.
+        architecture: of the model.
+        device: where the model begins.
+        divide: short samples may run apart from long ones.
+
+    Attributes:
+        plain_masks: masks come from batches, not from a function of the user's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: CalibrateOptions,
+        config: LoraConfig,
+        architecture: Architecture,
+        device: torch.device,
+        divide: bool,
+    ) -> None:
+        self.plain_masks = options.prepare_model_inputs_fn == AUTO
+        self._model, self._options, self._config = model, options, config
+        self._architecture, self._device, self._divide = architecture, device, divide
+        self._warned: set[str] = set()  # layers that were warned about, once a pass
+        self._transposed: dict[str, bool] = {}  # layers that were seen to take the sequence first
+
+    def prepare(self, batch: Any, number: int) -> Prepared:
+        """Return a batch without needless padding, and its masks.
+
+        Args:
+            batch: as it came from the loader.
+            number: of the batch, from 0.
+        """
+        by_default = self._options.forward_fn is None
+        if by_default:
+            whole = batches.as_mapping(batch)
+            if whole is batch or not arguments.takes_as_one(whole, self._model):
+                batch = batches.as_tensors(arguments.by_name(whole, self._model))
+        parts = [batch]
+        if by_default and self._options.trim_padding and self.plain_masks:
+            parts = batches.without_padding(batch, self._device, self._architecture, self._divide)
+        masks = [self._mask_of(part) for part in parts]
+        self._draw(masks, number)
+        return Prepared(parts, masks)
+
+    def drawn_mask_of(self, batch: Any, number: int) -> TokenMask:
+        """Return the mask of a batch, or of named arguments, that is run as a whole."""
+        mask = self._mask_of(batch)
+        self._draw([mask], number)
+        return mask
+
+    def _mask_of(self, batch: Any) -> TokenMask:
+        if not self.plain_masks:
+            return TokenMask(None)
+        batch = batches.as_mapping(batch)
+        mask = mask_of_batch(batch, self._config, self._architecture, self._warned)
+        mask.transposed = self._transposed
+        return mask
+
+    def _draw(self, masks: Sequence[TokenMask], number: int) -> None:
+        """Let a random part of a batch's tokens count, if that is an option."""
+        limit = self._options.tokens_per_step
+        if limit is None:
+            return
+        whole = Draw(limit, self._options.seed, number)
+        # inputs with other rows than the main stream's are shared out as that is
+        for key, of_stream in {"": "main", "decoder": "decoder"}.items():
+            streams = [getattr(mask, of_stream) for mask in masks]
+            counts = [0 if stream is None else int(stream.sum()) for stream in streams]
+            for mask, draw in zip(masks, whole.shared_out(counts), strict=True):
+                mask.draws[key] = draw

@@ -1,0 +1,1 @@
+"""LoRA adapters: made, written, padded, and asked whether EVA was done."""

@@ -1,0 +1,351 @@
+"""Before training starts: has EVA been asked for, has it been done, has training begun already?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from .._peft_compat import (
+    LoraLayer,
+    adapter_configs,
+    carries_adapters,
+    eva_of,
+    is_lora,
+    kind_of,
+    magnitude,
+    tied_modules,
+    untrained_magnitude,
+)
+from ..errors import (
+    EvaRuntimeError,
+    EvaTypeError,
+    EvaValueError,
+    EvaWarning,
+    NotInitializedError,
+    listed,
+    warn,
+)
+from ..model.parts import outermost
+from ..model.targets import base_name, own_layers, unwrap
+
+__all__ = [
+    "EvaCallback",
+    "NotInitializedWarning",
+    "check_not_trained",
+    "is_initialized",
+    "watch",
+]
+
+_MARK = "_eva_initialized"
+_LEFT = "_eva_left"
+# Rows of a random lora_A have a norm of about 0.58, and in 28,672 dimensions still cosines of 0.01.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_LOW_PRECISION = 1e-2
+# Relative; more than the rounding of norms that were taken in bfloat16 (2**-8).
+_MAGNITUDE_TOLERANCE = 5e-3
+
+
+class NotInitializedWarning(EvaWarning):
+    """Training starts on an adapter that was made for EVA and not initialised, or only in part."""
+
+
+def mark_initialized(weight: Tensor) -> None:
+    """Remember that EVA wrote a ``lora_A``; not part of any state dict."""
+    setattr(weight, _MARK, True)
+
+
+def mark_left(weight: Tensor) -> None:
+    """Remember that EVA leaves a ``lora_A`` at its default on purpose."""
+    setattr(weight, _LEFT, True)
+
+
+def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
+    """Tell whether the adapters of a model carry an EVA initialisation, or have been trained.
+
+    Judged by the weights, so that it holds for adapters that PEFT initialised or that were loaded:
+    some ``lora_B`` is not zero, or some magnitude of DoRA has moved, or the rows of some ``lora_A``
+    are orthonormal (orthogonal, with ``whiten``), which random rows are not. Adapters on the meta
+    device are not initialised. Of a model that FSDP or ZeRO-3 has sharded, every process has to
+    ask.
+
+    Args:
+        model: a PeftModel or one with adapters of its own, maybe in DistributedDataParallel or
+            compiled.
+        adapter_name: which adapter.
+
+    Raises:
+        EvaTypeError: not a PeftModel. EvaValueError: no such LoRA adapter.
+        EvaRuntimeError: FullyShardedDataParallel has flattened the weights, and EVA did not write
+            them in this process.
+    """
+    layers = _layers(model, adapter_name)
+    weights = [layer.lora_A[adapter_name].weight for layer in layers.values()]
+    if any(weight.is_meta for weight in weights):
+        return False
+    if any(getattr(weight, _MARK, False) for weight in weights):
+        return True
+    if any(map(_is_flattened, weights)):
+        raise EvaRuntimeError(
+            f"adapter {adapter_name!r} cannot be looked at, since FullyShardedDataParallel has "
+            "flattened its weights; ask before the model is wrapped"
+        )
+    whitened = eva_of(adapter_configs(unwrap(model))[adapter_name]).whiten
+    return bool(_trained(layers, adapter_name)) or any(
+        _has_eva_rows(layer, adapter_name, whitened) for layer in layers.values()
+    )
+
+
+def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
+    """Return the layers without EVA's rows of an adapter that EVA has written in this process.
+
+    Of one that was loaded nobody can tell which layers were left at the default on purpose. No
+    layer that has been trained is told.
+    """
+    layers, config = _layers(model, adapter_name), adapter_configs(model)[adapter_name]
+    whitened = eva_of(config).whiten
+    weights = {name: layer.lora_A[adapter_name].weight for name, layer in layers.items()}
+    if not any(getattr(weight, _MARK, False) for weight in weights.values()):
+        return []
+    known = {base_name(path) for path in tied_modules(model, config)}
+    known |= {n for n, w in weights.items() if getattr(w, _MARK, False) or getattr(w, _LEFT, False)}
+    known |= {name for name, w in weights.items() if w.is_meta or _is_flattened(w)}
+    others = {name: layer for name, layer in layers.items() if name not in known}
+    known.update(_trained(others, adapter_name))
+    return [
+        name
+        for name, layer in others.items()
+        if name not in known and not _has_eva_rows(layer, adapter_name, whitened)
+    ]
+
+
+def check_not_trained(model: nn.Module, adapter_name: str) -> None:
+    """Refuse adapters that have been trained, whose weights would be lost.
+
+    Raises:
+        EvaValueError: some ``lora_B`` is not zero, or DoRA's magnitudes are not the norms of the
+            weights.
+    """
+    if not carries_adapters(unwrap(model)):
+        return
+    trained = _trained(_layers(model, adapter_name), adapter_name)
+    if trained:
+        raise EvaValueError(
+            f"adapter {adapter_name!r} has been trained, or was not made with lora_B = 0: layers "
+            f"{listed(trained)}. EVA would overwrite it; pass overwrite_trained=True "
+            "if that is meant, or initialise another adapter"
+        )
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Return the layers of an adapter by name; none of one that is on embeddings alone."""
+    inner = unwrap(model)
+    if not carries_adapters(inner):
+        raise EvaTypeError(
+            f"expected a PeftModel, got {type(model)}; eva_kernels.initialize returns one"
+        )
+    configs = adapter_configs(inner)
+    config = configs.get(adapter_name)
+    if config is None:
+        raise EvaValueError(
+            f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(configs)}"
+        )
+    if not is_lora(config):
+        raise EvaValueError(
+            f"the model has no LoRA adapter {adapter_name!r}: that adapter is of kind "
+            f"{kind_of(config)}"
+        )
+    return {name: layer for name, (_, layer) in own_layers(inner, adapter_name).items()}
+
+
+def _is_flattened(weight: Tensor) -> bool:
+    """Tell whether a part of a weight is here, in one dimension, or nothing but its shape.
+
+    So it is where FullyShardedDataParallel keeps the weights of a model: to have one whole, all
+    around it must be.
+    """
+    if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
+        return False  # by itself it can be had whole
+    return weight.dim() < 2 or not weight.untyped_storage().size()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is divided as one; all processes have to ask for it."""
+    if hasattr(tensor, "ds_id"):  # by ZeRO-3
+        with import_module("deepspeed").zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    gather = getattr(tensor, "full_tensor", None)  # by FSDP
+    return tensor if gather is None else gather()
+
+
+@torch.no_grad()
+def _trained(layers: dict[str, LoraLayer], adapter_name: str) -> list[str]:
+    """Return the names of the layers that are not as they were made, by one read a device.
+
+    Their ``lora_B`` is not zero, or DoRA's magnitudes have moved away from the norms of the weight.
+    """
+    by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
+    for name, layer in layers.items():
+        weight = _whole(layer.lora_B[adapter_name].weight)
+        if not weight.is_meta:
+            by_device[weight.device][name] = weight.any() | _magnitude_moved(layer, adapter_name)
+    found = set()
+    for flags in by_device.values():
+        told = torch.stack(list(flags.values())).tolist()
+        found |= {name for name, flag in zip(flags, told, strict=True) if flag}
+    return [name for name in layers if name in found]
+
+
+def _magnitude_moved(layer: LoraLayer, adapter_name: str) -> Tensor | bool:
+    vector = magnitude(layer, adapter_name)
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    # a quantised or sharded weight has no norms to rely on
+    if vector is None or vector.is_meta or type(weight) is not nn.Parameter or weight.dim() < 2:
+        return False
+    if weight.is_meta or not weight.is_floating_point():
+        return False
+    now = _whole(vector)
+    norms = untrained_magnitude(layer, adapter_name).reshape(now.shape).to(now)
+    moved = ((now - norms).abs() > _MAGNITUDE_TOLERANCE * norms).any()
+    return moved.to(layer.lora_B[adapter_name].weight.device)
+
+
+@torch.no_grad()
+def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
+    weight = layer.lora_A[adapter_name].weight
+    tolerance = _TOLERANCE.get(weight.dtype, _LOW_PRECISION)
+    rows = _whole(weight).float().flatten(1)
+    norms = rows.norm(dim=1)
+    if whitened:
+        norms, rows = norms / norms.clamp_min(1e-30), rows / norms.clamp_min(1e-30)[:, None]
+        if len(rows) == 1:
+            return False  # any row would do
+    if (norms - 1).abs().max() > tolerance:
+        return False
+    # experts have rows of their own
+    stacks = rows.reshape(getattr(layer, "num_experts", 1), -1, rows.shape[1])
+    cosines = stacks @ stacks.mT - torch.eye(stacks.shape[1], device=rows.device)
+    return bool(cosines.abs().max() < tolerance)
+
+
+def _complain(model: nn.Module, action: str) -> None:
+    # adapters may be on a part of what is trained
+    parts = [part for _, part in outermost(unwrap(model), carries_adapters)]
+    every = [(part, name) for part in parts for name in adapter_configs(part)]
+    for part, name in every:
+        config = adapter_configs(part)[name]
+        asked = getattr(config, "init_lora_weights", None) == "eva"
+        if not asked or config.inference_mode or not _trains(part, name):
+            continue
+        try:
+            initialized = is_initialized(part, name)
+        except EvaRuntimeError:  # nobody can tell
+            continue
+        if initialized:
+            _complain_of_some(part, name)
+            continue
+        message = (
+            f'adapter {name!r} was made with init_lora_weights="eva", but never initialised: it '
+            f"trains as plain LoRA. {_remedy(name)}"
+        )
+        if action == "raise":
+            raise NotInitializedError(message)
+        warn(message, NotInitializedWarning)
+
+
+def _trains(model: nn.Module, adapter_name: str) -> bool:
+    """Tell whether an adapter is to be trained, and not kept as it is for reference, as by DPO."""
+    layers = _layers(model, adapter_name).values()
+    return any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers)
+
+
+def _complain_of_some(model: nn.Module, adapter_name: str) -> None:
+    layers = _passed_by(model, adapter_name)
+    if layers:
+        warn(
+            f'adapter {adapter_name!r} was made with init_lora_weights="eva", but EVA initialised '
+            f"only a part of it: {len(layers)} layers train as plain LoRA ({listed(layers)}). "
+            f"{_remedy(adapter_name)}",
+            NotInitializedWarning,
+        )
+
+
+def _remedy(adapter_name: str) -> str:
+    which = "" if adapter_name == "default" else f"(adapter_name={adapter_name!r}) "
+    return (
+        f"Call eva_kernels.initialize(model, loader) before training {which}and before the "
+        "optimizer is made"
+    )
+
+
+def _check_action(action: str) -> None:
+    if action not in ("warn", "raise"):
+        raise EvaValueError(f'action={action!r} is unknown; choose "warn" or "raise"')
+
+
+class EvaCallback(TrainerCallback):
+    """Tell, when a ``Trainer`` starts, that an adapter made for EVA was never initialised.
+
+    Args:
+        action: ``"warn"``, or ``"raise"`` to stop before the first step. Where EVA has initialised
+            some layers in this process and passed others by, it warns in either case. Where nobody
+            can tell, since FullyShardedDataParallel has flattened the weights, it does neither.
+    """
+
+    def __init__(self, action: Literal["warn", "raise"] = "warn") -> None:
+        _check_action(action)
+        self.action = action
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Look at the model that is about to be trained."""
+        if model is not None:
+            _complain(model, self.action)
+
+
+class _Watch:
+    """A forward pre-hook that looks at the first forward pass that a gradient may follow.
+
+    It goes on looking where it has raised, so that nobody trains past the error.
+    """
+
+    def __init__(self, action: str) -> None:
+        self.action = action
+        self.handle: Any = None
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        if not model.training or not torch.is_grad_enabled():
+            return
+        if self.action == "warn":  # once, also where a warning is made an error
+            self._remove()
+        _complain(model, self.action)
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def watch(model: nn.Module, action: Literal["warn", "raise"] = "warn") -> nn.Module:
+    """Tell at the first training step if an adapter made for EVA was never initialised.
+
+    For training loops without a ``Trainer``. A forward pre-hook, which takes itself off when it has
+    warned, or seen that there is nothing to raise.
+
+    Args:
+        model: a PeftModel, or any other, about which there is nothing to tell.
+        action: ``"warn"``, or ``"raise"`` at every step until it is initialised. Of layers that EVA
+            has passed by it only warns.
+
+    Returns:
+        The model.
+    """
+    _check_action(action)
+    hook = _Watch(action)
+    hook.handle = unwrap(model).register_forward_pre_hook(hook)
+    return model

@@ -1,0 +1,107 @@
+"""Make a PeftModel of a base model; tell beforehand whether PEFT would."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from copy import deepcopy
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from .._peft_compat import (
+    LoraConfig,
+    PeftModel,
+    eva_of,
+    layer_of_failure,
+    matches_target,
+    resolved_config,
+    spoils_strings,
+)
+from ..errors import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError
+from ..surroundings.memory import is_out_of_memory
+from ..surroundings.random_state import random_state_kept
+from ..surroundings.snapshot import restored
+
+__all__ = ["check_wrapping", "wrap_model"]
+
+
+def wrap_model(
+    model: nn.Module, config: LoraConfig, adapter_name: str, *, on_meta: bool = False
+) -> PeftModel:
+    """Return a PeftModel around a base model, its adapters ready to be written.
+
+    Args:
+        model, config, adapter_name: as PEFT; the caller's config is not changed.
+        on_meta: make adapters without contents.
+
+    Raises:
+        EvaError: PEFT refuses the config or a layer. The model may be wrapped in part then; see
+            :func:`eva_peft.surroundings.snapshot.restored_on_failure`.
+    """
+    config = deepcopy(config)
+    config.init_lora_weights, config.eva_config = "eva", eva_of(config)
+    resolved = resolved_config(model, config)
+    config.exclude_modules = resolved.exclude_modules
+    names = isinstance(resolved.target_modules, str) or spoils_strings(model, config)
+    if config.target_modules and names:
+        config.target_modules = resolved.target_modules
+    if config.lora_bias or _adapts_convolution(model, resolved):
+        # PEFT refuses "eva" with these, also when it loads a saved adapter
+        config.init_lora_weights, config.eva_config = True, None
+    # parameters made in inference mode could never be trained
+    # PEFT's low_cpu_mem_usage patches nn.Module for all threads, and of two of them for good
+    device = torch.device("meta") if on_meta else nullcontext()
+    with random_state_kept(), torch.inference_mode(False), warnings.catch_warnings():
+        # the weights are written right away, so they need not wait on the meta device
+        warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
+        try:
+            with device:
+                return get_peft_model(model, config, adapter_name=adapter_name)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, EvaError) or is_out_of_memory(error):
+                raise
+            raise _explained(error) from error
+
+
+def _adapts_convolution(model: nn.Module, config: LoraConfig) -> bool:
+    kinds = nn.modules.conv._ConvNd
+    return any(matches_target(config, n) for n, m in model.named_modules() if isinstance(m, kinds))
+
+
+def _explained(error: Exception) -> EvaError:
+    kind: type[EvaError] = EvaValueError
+    if isinstance(error, (AttributeError, TypeError)):  # the former of weights that are packed
+        kind = EvaTypeError
+    elif isinstance(error, RuntimeError):
+        kind = EvaRuntimeError
+    name = layer_of_failure(error)
+    if name is None:
+        return kind(f"PEFT cannot wrap the model with this LoraConfig: {error}")
+    return kind(
+        f"layer {name}: PEFT cannot wrap it: {str(error).rstrip('.')}. To leave it out, name it in "
+        "exclude_modules or choose other target_modules"
+    )
+
+
+def check_wrapping(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+    """Wrap a base model for a moment, so that what PEFT refuses is known before a long pass.
+
+    The real model, because PEFT looks at more than its structure; it is put back as it was.
+    Adapters are made on the meta device, which takes no memory.
+
+    Raises:
+        EvaError: PEFT refuses the config or a layer.
+    """
+    # What PEFT warns of is shown when it wraps the model for good; filters that make errors of
+    # warnings hold here as well.
+    with warnings.catch_warnings(record=True):
+        for on_meta in (True, False):
+            try:
+                with restored(model):
+                    wrap_model(model, config, adapter_name, on_meta=on_meta)
+                return
+            except Exception:
+                if not on_meta:  # not everything that works elsewhere does on the meta device
+                    raise

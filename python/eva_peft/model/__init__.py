@@ -1,0 +1,1 @@
+"""What is adapted, and what the model says of itself."""

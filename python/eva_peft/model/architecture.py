@@ -1,0 +1,278 @@
+"""What a model says of how it reads a batch: a model of transformers, or one in a user's module."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .._peft_compat import base_of
+from .parts import outermost
+
+__all__ = [
+    "Architecture",
+    "FrameLengths",
+    "architecture_of",
+    "configs_of",
+    "is_defined_in_transformers",
+    "is_of_transformers",
+    "signature_of",
+]
+
+FrameLengths = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_adapter
+
+# Models in which padding is seen: as the last position, which stands for the sentence, or by what
+# mixes neighbours or all positions without a mask.
+_SEE_PADDING = frozenset(
+    [
+        "siglip", "siglip_text_model", "siglip2", "siglip2_text_model",
+        "canine", "convbert", "fnet", "nystromformer", "yoso", "funnel", "mobilebert",
+        "big_bird", "bigbird_pegasus", "fastspeech2_conformer",
+    ]
+)  # fmt: skip
+# Models that read text and images (or entities) as one sequence; the batch has a mask of the text.
+_TEXT_FIRST = frozenset(["layoutlmv3", "luke", "mluke", "udop", "vilt", "visual_bert"])
+_TEXT_LAST = frozenset(["cpmant", "flava", "git"])  # CPM-Ant has learnt prompts in front
+_BOTH = ("encoder", "decoder")
+# Methods that tell how many frames a model of speech makes of samples or of spectra.
+_FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a model reads a batch.
+
+    Attributes:
+        config: of the outermost part that is a model of transformers; ``None`` if there is none.
+        kinds: ``model_type`` of every config in the model.
+        prefixes: what layers' names begin with, one after another, and which tells nothing.
+        patch_sizes: pixels along a side of the patches that images are cut into, if that is all
+            that is done to them.
+        needs_labels: ``forward`` cannot be called without them, or leaves out a part.
+        apart: what the names begin with of parts that have a loss, and tokens, of their own.
+        takes_decoder_ids: it can be given the decoder's tokens (or spectra), or make them of
+            labels.
+        answers: a decoder of text follows an encoder of text, of which the config does not tell.
+        frame_lengths: what may tell how many frames are made of sound.
+        has_own_layers: somebody's own are around, or in place of, the models that transformers has.
+    """
+
+    config: Any = None
+    kinds: frozenset[str] = frozenset()
+    prefixes: tuple[str, ...] = ()
+    patch_sizes: tuple[int, ...] = ()
+    needs_labels: bool = False
+    apart: tuple[str, ...] = ()
+    takes_decoder_ids: bool = False
+    answers: bool = False
+    frame_lengths: tuple[FrameLengths, ...] = ()
+    has_own_layers: bool = False
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether there is a stream of tokens for each of two parts.
+
+        A model of images and text may have this said of its text only.
+        """
+        configs = (self.config, getattr(self.config, "text_config", None))
+        return self.answers or any(
+            bool(getattr(config, "is_encoder_decoder", False)) for config in configs
+        )
+
+    @property
+    def text_in_qformer(self) -> bool:
+        """Whether a Q-Former reads the model's own text behind its queries."""
+        qformer = getattr(self.config, "qformer_config", None)
+        return bool(getattr(qformer, "use_qformer_text_input", False))
+
+    @property
+    def makes_decoder_ids(self) -> bool:
+        """Whether, given none, the decoder's tokens are made of labels."""
+        return self.encoder_decoder and self.takes_decoder_ids
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether tokens depend on how much padding there is."""
+        wraps = "reformer" in self.kinds and not getattr(self.config, "is_decoder", False)
+        # BLIP's decoder gives the padding of what is asked a weight: it adds a mask of booleans
+        return wraps or self.answers or bool(self.kinds & _SEE_PADDING)
+
+    @property
+    def text_first(self) -> bool | None:
+        """Whether, in one sequence with images, text comes first; ``None`` if nobody knows."""
+        known = bool(self.kinds & (_TEXT_FIRST | _TEXT_LAST))
+        return bool(self.kinds & _TEXT_FIRST) if known else None
+
+    @property
+    def window(self) -> int:
+        """What the model pads its texts on the right to a multiple of; 1 if it does not."""
+        kind = getattr(self.config, "model_type", None)
+        if kind in ("longformer", "led"):
+            windows = self.config.attention_window
+            return max(windows) if isinstance(windows, (list, tuple)) else int(windows)
+        blocks = kind in ("big_bird", "bigbird_pegasus")
+        if kind == "pegasus_x" or (blocks and self.config.attention_type == "block_sparse"):
+            return int(self.config.block_size)
+        if kind == "reformer":
+            layers = set(self.config.attn_layers)
+            return math.lcm(*(int(getattr(self.config, f"{n}_attn_chunk_length")) for n in layers))
+        return 1
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """Return how a model, with or without adapters, reads a batch."""
+    configs = configs_of(model)
+    named = [config for config in configs if isinstance(_kind(config), str)]
+    base = base_of(model)
+    inner = {name: m for name, m in base.named_modules() if is_of_transformers(m)}
+    apart = tuple(_taught_apart(inner))
+    return Architecture(
+        config=next(iter([*named, *configs]), None),
+        kinds=frozenset(kind for config in named for kind in _kinds(config)),
+        prefixes=_prefixes(inner),
+        patch_sizes=_patch_sizes(configs),
+        needs_labels=bool(apart) or _parameter(base, "labels") is inspect.Parameter.empty,
+        apart=apart,
+        takes_decoder_ids=not inner or any(map(_takes_decoder_ids, inner.values())),
+        answers=any(map(_answers, inner.values())),
+        frame_lengths=tuple(_frame_lengths(model)),
+        has_own_layers=_has_own_layers(base),
+    )
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Return the configs of all modules that have one, the outermost first, each once."""
+    found: list[Any] = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and all(config is not other for other in found):
+            found.append(config)
+    return found
+
+
+def _kind(config: Any) -> Any:
+    return getattr(config, "model_type", None)
+
+
+def _kinds(config: Any) -> list[str]:
+    kinds = (_kind(config), _kind(getattr(config, "text_config", None)))
+    return [kind for kind in kinds if isinstance(kind, str)]
+
+
+def is_of_transformers(module: nn.Module) -> bool:
+    """Tell whether a module is a model of transformers, or a wrapper of one that acts as such."""
+    return isinstance(_base_prefix(module), str)
+
+
+def is_defined_in_transformers(module: nn.Module) -> bool:
+    """Tell whether a model is one that transformers has, and not one that is made of such."""
+    kinds = (kind.__module__ for kind in type(module).__mro__)  # FSDP's own is in front
+    own = next(kind for kind in kinds if not kind.startswith("torch.distributed."))
+    return is_of_transformers(module) and own.startswith("transformers.")
+
+
+def _has_own_layers(base: nn.Module) -> bool:
+    parts = outermost(base, is_defined_in_transformers)
+    known = {id(parameter) for _, part in parts for parameter in part.parameters()}
+    return any(id(parameter) not in known for parameter in base.parameters())
+
+
+def _base_prefix(module: nn.Module) -> Any:
+    """Return what only models of transformers, and wrappers of them, have."""
+    return getattr(module, "base_model_prefix", None)
+
+
+def _prefixes(inner: dict[str, nn.Module]) -> tuple[str, ...]:
+    """Return the name of the outermost model, and of its body; of two side by side, both tell."""
+    outer, model = next(iter(inner.items()), ("", None))
+    within = f"{outer}." if outer else ""
+    if model is None or not all(f"{name}.".startswith(within) for name in inner):
+        return ()
+    body = _base_prefix(model)
+    parts = [within, f"{body}." if isinstance(getattr(model, body, None), nn.Module) else ""]
+    return tuple(part for part in parts if part)
+
+
+def _takes_decoder_ids(model: nn.Module) -> bool:
+    made = hasattr(model, "prepare_decoder_input_ids_from_labels")
+    taken = ("decoder_input_ids", "decoder_input_values")  # tokens, or spectra
+    return made or any(_parameter(model, name) is not ... for name in taken)
+
+
+def _answers(model: nn.Module) -> bool:
+    """Tell whether a decoder of text follows an encoder of text, as in BLIP's that answers."""
+    both = all(isinstance(getattr(model, f"text_{part}", None), nn.Module) for part in _BOTH)
+    return both and _parameter(model, "decoder_input_ids") is not ...
+
+
+def _taught_apart(inner: dict[str, nn.Module]) -> Iterator[str]:
+    """Yield the names of models with labels of their own, beside the outermost one's own head.
+
+    They may be run for their loss only, as the decoder of CSM that goes over the codes of a frame.
+    What holds the outermost model's embeddings is its body, which some let take labels, too.
+    """
+    outer, model = next(iter(inner.items()), ("", None))
+    embeddings = _embeddings_of(model)
+    if embeddings is None or not isinstance(getattr(model, "lm_head", None), nn.Module):
+        return
+    within = f"{outer}." if outer else ""
+    for name, part in inner.items():
+        beside = not name.startswith(within)  # another model in a user's module
+        if beside or _parameter(part, "labels") is ...:
+            continue
+        if all(module is not embeddings for module in part.modules()):
+            yield f"{name}."
+
+
+def _embeddings_of(model: nn.Module | None) -> Any:
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except (NotImplementedError, AttributeError):  # it has none
+        return None
+
+
+def _patch_sizes(configs: list[Any]) -> tuple[int, ...]:
+    found = [getattr(config, "patch_size", None) for config in configs]
+    strided = any(getattr(config, "backbone_config", None) is not None for config in configs)
+    return () if strided else tuple(sorted({n for n in found if isinstance(n, int) and n > 0}))
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """Return the default of an argument of ``forward``; ``Ellipsis`` where it has no such one."""
+    signature = signature_of(module)
+    found = None if signature is None else signature.parameters.get(name)
+    return ... if found is None else found.default
+
+
+def signature_of(module: nn.Module) -> inspect.Signature | None:
+    """Return what ``forward`` takes, if it tells."""
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:
+    known = set()  # inner parts mostly have the same
+    for module in model.modules():
+        found = next((f for f in (getattr(module, n, None) for n in _FRAMES) if callable(f)), None)
+        config = getattr(module, "config", None)
+        method = getattr(found, "__func__", found), id(config)
+        if found is None or method in known:
+            continue
+        known.add(method)
+        yield found
+        factor = getattr(config, "squeeze_factor", None)
+        if factor:  # SEW adds up so many frames each
+            yield _squeezed(found, int(factor))
+
+
+def _squeezed(lengths: FrameLengths, factor: int) -> FrameLengths:
+    def frames(samples: Any, **options: Any) -> Any:
+        return lengths(samples, **options) // factor
+
+    return frames

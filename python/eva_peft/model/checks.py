@@ -1,0 +1,205 @@
+"""What is asked for, checked before anything runs: the config, the base model, the numbers."""
+
+from __future__ import annotations
+
+from copy import copy
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from .._peft_compat import (
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    adapter_configs,
+    carries_adapters,
+    converted_config,
+    given_eva,
+    injected_adapters,
+    is_lora,
+    kind_of,
+)
+from ..errors import EvaTypeError, EvaValueError, listed, warn
+from .architecture import is_of_transformers
+from .parts import outermost
+
+__all__ = [
+    "check_base_model",
+    "check_config",
+    "check_loaded",
+    "checked_number",
+    "plain_number",
+    "tell_of_the_model_within",
+]
+
+
+def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraConfig:
+    """Return the LoRA config to use for a model, with plain Python numbers.
+
+    Raises:
+        EvaTypeError: not a LoraConfig, or the adapter or the model is of another kind.
+        EvaValueError: no config, no such adapter, a rank below 1, options that EVA cannot serve, or
+            a base model that carries adapters.
+    """
+    own = None
+    if carries_adapters(model):
+        own = adapter_configs(model).get(adapter_name)
+        if own is None:
+            known = sorted(adapter_configs(model))
+            raise EvaValueError(f"the model has no adapter {adapter_name!r}; it has {known}")
+        if not is_lora(own):
+            raise EvaTypeError(
+                f"the model's adapter {adapter_name!r} is of kind {kind_of(own)}; EVA "
+                "initialises LoRA adapters, which are made with a LoraConfig"
+            )
+        config = own if config is None else config
+    else:
+        check_base_model(model, adapter_name)
+    if not isinstance(config, LoraConfig) or not is_lora(config):
+        raise EvaTypeError(f"EVA initialises LoRA: expected a LoraConfig, got {type(config)}")
+    if not carries_adapters(model):
+        _check_leaves_model(config)
+    elif config is not own:
+        config = converted_config(model, config)
+        _warn_of_what_stays(config, own, adapter_name)
+    _check_whole_rows(config if own is None else own)
+    return _with_plain_numbers(config)
+
+
+def tell_of_the_model_within(model: nn.Module, config: LoraConfig | None) -> None:
+    """Warn where the base model of a PeftModel is given, as where a cell of a notebook runs twice.
+
+    It cannot be told from what ``inject_adapter_in_model`` made; but that is seldom of
+    transformers, and given without a config.
+    """
+    if isinstance(model, PeftModel) or not carries_adapters(model):
+        return
+    by_itself = getattr(model, "_hf_peft_config_loaded", False)  # of transformers and diffusers
+    if not by_itself and (config is not None or is_of_transformers(model)):
+        warn(
+            f"this {type(model).__name__} carries the adapters {injected_adapters(model)} already, "
+            "as the base model within a PeftModel does. They are initialised, and the model is "
+            "returned as it is: no PeftModel, whose save_pretrained would write no adapter. To get "
+            "one, pass the PeftModel that was made of it, or load the base model anew"
+        )
+
+
+def _warn_of_what_stays(config: LoraConfig, own: LoraConfig, adapter_name: str) -> None:
+    # of an adapter that is there EVA changes the ranks, which keep their scaling
+    stays = ["lora_alpha"] if config.lora_alpha != own.lora_alpha else []
+    asked, have = (c.target_modules for c in (config, own))
+    named = all(isinstance(names, (list, set, tuple)) for names in (asked, have))
+    if named and set(asked) != set(have):
+        stays.append("target_modules")
+    if stays:
+        warn(
+            f"adapter {adapter_name!r} keeps its own {' and '.join(stays)}, and the config has "
+            "others; for these make another adapter, or pass the base model with the config"
+        )
+
+
+def check_base_model(model: nn.Module, adapter_name: str) -> None:
+    """Refuse what cannot be wrapped: a model that has adapters already, or a name PEFT cannot use.
+
+    Raises:
+        EvaTypeError: a PeftMixedModel. EvaValueError: adapters without a PeftModel, or such a name.
+    """
+    if isinstance(model, PeftMixedModel):
+        raise EvaTypeError(
+            "EVA cannot initialise a PeftMixedModel; make a PeftModel, by peft.get_peft_model "
+            "without mixed=True"
+        )
+    names = injected_adapters(model)
+    if names:
+        raise EvaValueError(
+            f"a part of the model{_owner(model)} carries the adapters {names}, which EVA would "
+            "overwrite. To initialise them, pass that part as the model, and a forward_fn that "
+            "runs the whole one on a batch"
+        )
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise EvaValueError(
+            f"adapter_name={adapter_name!r} must be text without a dot: PEFT makes a module of it"
+        )
+
+
+def _owner(model: nn.Module) -> str:
+    name = next((name for name, _ in outermost(model, carries_adapters)), "")
+    return f", {name}," if name else ""
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Refuse a model that has no weights yet.
+
+    Raises:
+        EvaValueError: all are on the meta device, and nothing brings them where they are needed.
+    """
+    parts = list(model.parameters())
+    missing = bool(parts) and all(part.is_meta for part in parts)
+    if missing and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise EvaValueError(
+            "the weights of the model are on the meta device: load them first (estimate() works "
+            "without them)"
+        )
+
+
+def _check_leaves_model(config: LoraConfig) -> None:
+    # what changes the base model would have to be done before the pass, and could not be undone
+    for name in ("layer_replication", "kasa_config"):
+        if getattr(config, name, None):
+            raise EvaValueError(
+                f"{name} changes the layers of the base model, so that EVA would read other inputs "
+                "than the adapters get; wrap it with peft.get_peft_model(model, config) first, and "
+                "initialise that"
+            )
+
+
+def _check_whole_rows(config: LoraConfig) -> None:
+    names = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_a", None)
+    if names:
+        raise EvaValueError(
+            f"use_bdlora makes lora_A of {listed(names)} of blocks, each of which reads a part of "
+            "the input; EVA's rows read all of it. Leave target_modules_bd_a empty, with "
+            "match_strict=False"
+        )
+
+
+def checked_number(name: str, value: Any, kind: Any = Integral) -> Any:
+    """Return a number, a plain one of Python.
+
+    Raises:
+        EvaTypeError: not of this kind. EvaValueError: below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise EvaTypeError(f"{name}={value!r} must be a number ({kind.__name__})")
+    if not value >= 1:
+        raise EvaValueError(f"{name}={value} must be at least 1")
+    return plain_number(value)
+
+
+def plain_number(value: Any) -> Any:
+    """Return numbers of numpy, also in collections, as those of Python; anything else as it is."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {plain_number(key): plain_number(each) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(plain_number(each) for each in value)
+    return value
+
+
+def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
+    # numpy's cannot be saved as JSON, by us or by PEFT
+    config = copy(config)
+    config.eva_config = copy(given_eva(config))
+    for part in filter(None, (config, config.eva_config)):
+        for name, value in vars(part).items():
+            setattr(part, name, plain_number(value))
+    config.r = checked_number("r", config.r)
+    config.rank_pattern = {
+        key: checked_number(f"rank_pattern[{key!r}]", rank)
+        for key, rank in (config.rank_pattern or {}).items()
+    }
+    config.alpha_pattern = config.alpha_pattern or {}
+    return config

@@ -1,0 +1,418 @@
+"""Which layers EVA initialises: found as PEFT would find them, named as in the base model."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .._peft_compat import (
+    BaseTunerLayer,
+    LoraConfig,
+    LoraLayer,
+    ParamWrapper,
+    adapter_configs,
+    carries_adapters,
+    matches_parameter,
+    matches_target,
+    pattern_value,
+    resolved_config,
+    tied_modules,
+)
+from ..errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
+from .attention import OUT_PROJ, attended, projected
+from .checks import plain_number
+from .layers import Patches, patches_of, widths
+from .routing import ExpertWeight, expert_names, expert_weights
+
+__all__ = [
+    "ENGINE",
+    "Target",
+    "base_name",
+    "check_may_resize",
+    "check_not_replicated",
+    "class_names",
+    "find_targets",
+    "layer_name",
+    "own_layers",
+    "peft_key",
+    "resolve_name",
+    "unwrap",
+]
+
+# What DDP and PEFT put in front of the names of the base model; torch.compile, and what spares the
+# memory of activations, anywhere; and FullyShardedDataParallel, also behind the last name, where
+# PEFT never sees it.
+_PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
+_WITHIN = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+_SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
+# What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
+_WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
+_REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+ENGINE = "DeepSpeedEngine"
+_FABRIC = "_forward_module"  # in what Lightning's Fabric puts around a model
+# The options of a config that say how large the adapters are.
+_SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to initialise.
+
+    Attributes:
+        name: in the base model.
+        module: whose input is read (below the adapter, if there is one).
+        in_features, out_features: D and the output width.
+        rank: r of this layer before redistribution.
+        alpha: LoRA alpha of this layer.
+        patches: how a convolution cuts its input into tokens; ``None`` for other layers.
+        step: what ranks of this layer are multiples of (the groups of a convolution).
+        weight: where the layer is no module, but a part of a fused parameter of ``module``.
+        inputs: what the layer reads in a call of ``module`` with these arguments, where it is no
+            module that is called; ``None`` for the first tensor among them.
+        owner: name of that parameter, or of that module; layers of one owner have one rank.
+        parts: how many layers the owner stands for.
+    """
+
+    name: str
+    module: nn.Module
+    in_features: int
+    out_features: int
+    rank: int
+    alpha: float
+    patches: Patches | None = None
+    step: int = 1
+    weight: ExpertWeight | None = None
+    inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], list[Tensor]] | None = None
+    owner: str = ""
+    parts: int = 1
+
+
+def base_name(name: str) -> str:
+    """Return the name in the base model of a module of a PeftModel."""
+    return _WITHIN.sub("", peft_key(name))
+
+
+def peft_key(path: str, module: nn.Module | None = None) -> str:
+    """Return by what PEFT knows a module of a PeftModel, or the parameter that a layer adapts.
+
+    The path in the base model; where parts of that are compiled, their ``_orig_mod`` stay, and so
+    does what else was around them when PEFT came.
+    """
+    key = _WRAPPED.sub("", _unsharded(path).removeprefix("base_model.model."))
+    return f"{key}.{module.parameter_name}" if isinstance(module, ParamWrapper) else key
+
+
+def _unsharded(path: str) -> str:
+    """Return the path that a module had before FullyShardedDataParallel was around anything."""
+    return _SHARDED.sub("", path).removeprefix(".")
+
+
+def layer_name(path: str, module: LoraLayer) -> str:
+    """Return the name in the base model of what a LoRA layer adapts: a module, or a parameter."""
+    return _WITHIN.sub("", peft_key(path, module))
+
+
+def own_layers(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
+    """Return path and layer by the name in the base model, of what an adapter adapts.
+
+    Where the output projection of an attention is a target as well, PEFT adapts it a second time,
+    beside that which the attention uses: of the two this is the first.
+    """
+    found: dict[str, tuple[str, LoraLayer]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            found.setdefault(layer_name(path, module), (path, module))
+    return found
+
+
+def resolve_name(name: str, known: Container[str]) -> str:
+    """Return the known layer that a key means, looking through the prefixes of wrappers.
+
+    Prefixes are taken off one by one, since a base model may itself have a ``module``. A key that
+    means no known layer is returned as it is.
+    """
+    candidate = _WITHIN.sub("", name)
+    while candidate not in known:
+        shorter = _PREFIX.sub("", candidate)
+        if shorter == candidate:
+            return name
+        candidate = shorter
+    return candidate
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model below (Distributed)DataParallel, torch.compile and other wrappers.
+
+    Raises:
+        EvaTypeError: no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise EvaTypeError(
+            f"expected a torch.nn.Module, got {type(model)}; of a pipeline, or another object "
+            "around a model, pass the model in it (as pipeline.unet, or model_body)"
+        )
+    *_, inner = _unwrapped(model)
+    return inner
+
+
+def check_not_replicated(model: nn.Module) -> None:
+    """Refuse a model whose adapters cannot get another size.
+
+    Raises:
+        EvaRuntimeError: DistributedDataParallel is around it, also where the model in it is given,
+            as a callback of a Trainer gets it.
+    """
+    around = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model))
+    if around or _is_replicated(unwrap(model)):
+        raise EvaRuntimeError(
+            "DistributedDataParallel is around the model, which goes on with the sizes that the "
+            "adapters have had when it was made, and EVA gives them others. Initialise before "
+            "wrapping (accelerator.prepare wraps, too): pass model.module, and wrap what is "
+            "returned; this wrapper has to be gone before (inner = model.module; del model). Or "
+            "keep the sizes, with rho=1"
+        )
+
+
+def _is_replicated(model: nn.Module) -> bool:
+    """Tell whether a DistributedDataParallel lives that a model is in."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+
+    def found() -> bool:
+        kind = nn.parallel.DistributedDataParallel
+        living = [each for each in gc.get_objects() if issubclass(type(each), kind)]
+        return any(part is model for each in living for part in each.modules())
+
+    if not found():
+        return False
+    gc.collect()  # of one that nobody holds, a cycle may be left
+    return found()
+
+
+def check_may_resize(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse to give adapters other ranks where that is no matter of them alone.
+
+    Args:
+        model: maybe in a wrapper.
+        config: of the adapters, which may be still to be made.
+
+    Raises:
+        EvaRuntimeError: see :func:`check_not_replicated`; or KaSA cuts the base weights; or BD-LoRA
+            makes blocks of ``lora_B``.
+    """
+    check_not_replicated(model)
+    if getattr(config, "kasa_config", None) is not None:
+        raise EvaRuntimeError(
+            "kasa_config: PEFT cuts as many components off the base weights as an adapter has "
+            "ranks, and would cut again for other ranks. Keep them, with rho=1"
+        )
+    blocks = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_b", None)
+    if blocks:
+        raise EvaRuntimeError(
+            f"use_bdlora makes lora_B of {listed(blocks)} of blocks, which divide the ranks that "
+            "they have. Keep them, with rho=1"
+        )
+
+
+def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    inner: nn.Module | None = model
+    while inner is not None:
+        yield inner
+        # Not getattr: a PeftModel hands the attributes of a compiled base model on.
+        known = (inner._modules.get(name) for name in ("_orig_mod", _FABRIC))
+        below = next((part for part in known if part is not None), None)
+        if below is None and (isinstance(inner, _REPLICATED) or ENGINE in class_names(inner)):
+            below = inner._modules.get("module")
+        inner = below
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """Return the names of all classes that a module is of."""
+    return {kind.__name__ for kind in type(module).__mro__}
+
+
+def check_not_merged(model: nn.Module) -> None:
+    """Refuse a model whose weights are not those of the base model.
+
+    Raises:
+        EvaRuntimeError: some adapter is merged, maybe another than the one that is asked for; the
+            pass would unmerge it, since it runs with all adapters off.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise EvaRuntimeError(
+                f"layer {base_name(path)} has merged adapters {module.merged_adapters}; "
+                "call model.unmerge_adapter() first (of a model of diffusers unfuse_lora())"
+            )
+
+
+def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> list[Target]:
+    """List the layers to initialise, in module order.
+
+    Args:
+        model: with adapters (layers that own ``adapter_name``) or a base model (layers that PEFT
+            would adapt under ``config``), without wrappers.
+
+    Raises:
+        EvaValueError: no layer found. EvaRuntimeError: an adapter is merged into the weights.
+    """
+    check_not_merged(model)
+    asked = config.target_modules
+    found: Iterator[_Found]
+    if carries_adapters(model):
+        found = _adapted(model, config, adapter_name)
+    else:
+        config = resolved_config(model, config)
+        if isinstance(config.target_modules, set):
+            config.target_modules = set(map(_unsharded, config.target_modules))
+        found = _matching(model, config)
+    own = adapter_configs(model)[adapter_name] if carries_adapters(model) else config
+    elsewhere = {_WITHIN.sub("", path) for path in tied_modules(model, own)}
+    targets: list[Target] = []
+    unsupported: list[str] = []
+    attentions: list[str] = []
+    tied: list[str] = []
+    for each in found:
+        if each.name in elsewhere:
+            tied.append(each.name)
+            continue
+        if isinstance(each.module, nn.MultiheadAttention):
+            attentions.append(f"{each.name}.")
+        if each.name.startswith(tuple(attentions)):
+            continue  # adapted with the attention, of which it is a part
+        parts = _experts(each) if each.parameter is not None else _layer(each)
+        targets += parts
+        if not parts:
+            unsupported.append(each.name)
+    if not targets:
+        asked = config.target_modules or asked  # of "all-linear", an empty set may be left
+        raise EvaValueError(
+            f"no layer to initialise: target_modules={asked!r} matches no linear layer of "
+            f"{type(model).__name__}" + _suggest(model, unsupported, tied)
+        )
+    if tied:
+        warn(
+            f"the adapter of {listed(tied)} keeps the default initialisation, as "
+            "ensure_weight_tying makes it that of the embeddings, transposed",
+        )
+    if unsupported:
+        warn(
+            "EVA reads the inputs of linear layers and convolutions; these keep the default "
+            f"initialisation: {listed(unsupported)}",
+        )
+    return targets
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A module that PEFT adapts, or a parameter of it; the name is that in the base model."""
+
+    name: str
+    module: nn.Module
+    rank: int
+    alpha: float
+    parameter: str | None = None
+
+
+def _rank_and_alpha(config: LoraConfig, path: str, parameter: str | None) -> tuple[int, float]:
+    key = path if parameter is None else f"{path}.{parameter}"
+    rank = int(pattern_value(config.rank_pattern, key, config.r))
+    return rank, plain_number(pattern_value(config.alpha_pattern, key, config.lora_alpha))
+
+
+def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
+    def found(path: str, module: nn.Module, parameter: str | None = None) -> _Found:
+        name = _WITHIN.sub("", path)
+        return _Found(name, module, *_rank_and_alpha(config, path, parameter), parameter)
+
+    # PEFT looks at the paths as they are, with what torch.compile has put into them
+    for path, module in model.named_modules():
+        if "_fsdp_wrapped_module" in module._modules:
+            continue
+        path = _unsharded(path)
+        if matches_target(config, path):
+            yield found(path, module)
+        for parameter, _ in module.named_parameters(recurse=False):
+            if matches_parameter(config, f"{path}.{parameter}"):
+                yield found(path, module, parameter)
+
+
+def _adapted(model: nn.Module, config: LoraConfig, adapter_name: str) -> Iterator[_Found]:
+    own = adapter_configs(model)[adapter_name]
+    as_wrapped = all(getattr(config, each) == getattr(own, each) for each in _SIZES)
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter_name not in module.lora_A and adapter_name not in module.lora_embedding_A:
+            continue
+        name, parameter = layer_name(path, module), None
+        if isinstance(module, ParamWrapper):
+            name, _, parameter = name.rpartition(".")
+        if as_wrapped:  # PEFT has the last word: it converts patterns of fused experts
+            rank = int(module.r[adapter_name])
+            alpha = plain_number(module.lora_alpha[adapter_name])
+        else:
+            rank, alpha = _rank_and_alpha(config, peft_key(path), parameter)
+        yield _Found(name, module.get_base_layer(), rank, alpha, parameter)
+
+
+def _layer(found: _Found) -> list[Target]:
+    size = widths(found.module)
+    if size is None:
+        return []
+    if isinstance(found.module, nn.MultiheadAttention):
+        return _projections(found, *size)
+    patches = patches_of(found.module)
+    groups = int(found.module.groups) if patches is not None else 1  # type: ignore[arg-type]
+    if found.rank % groups:
+        raise EvaValueError(
+            f"layer {found.name}: PEFT adapts a convolution with {groups} groups only where the "
+            f"rank is a multiple of them, and r is {found.rank}; give it another in rank_pattern, "
+            "or name it in exclude_modules"
+        )
+    return [Target(found.name, found.module, *size, found.rank, found.alpha, patches, groups)]
+
+
+def _projections(found: _Found, width: int, out: int) -> list[Target]:
+    common: dict[str, Any] = {"owner": found.name, "parts": 2}
+    own, last = found.name, f"{found.name}.{OUT_PROJ}"
+    return [
+        Target(own, found.module, width, out, found.rank, found.alpha, inputs=projected, **common),
+        Target(
+            last, found.module, width, width, found.rank, found.alpha, inputs=attended, **common
+        ),
+    ]
+
+
+def _experts(found: _Found) -> list[Target]:
+    assert found.parameter is not None
+    owner, module = f"{found.name}.{found.parameter}", found.module
+    known = expert_weights(module, found.parameter)
+    dimensions = getattr(module, found.parameter).dim()
+    if known is None:
+        raise EvaValueError(
+            f"target_parameters: {owner} has {dimensions} dimensions; LoRA and EVA take matrices, "
+            "and stacks of them"
+        )
+    weights, (wide, out) = known
+    names = expert_names(owner, dimensions == 3, len(weights))
+    common: dict[str, Any] = {"owner": owner, "parts": len(weights)}
+    return [
+        Target(name, module, wide, out, found.rank, found.alpha, weight=weight, **common)
+        for name, weight in zip(names, weights, strict=True)
+    ]
+
+
+def _suggest(model: nn.Module, unsupported: list[str], tied: list[str]) -> str:
+    if unsupported:
+        return f"; it matches {listed(unsupported)}, whose inputs EVA cannot read"
+    if tied:
+        return f"; it matches {listed(tied)}, which ensure_weight_tying ties to the embeddings"
+    kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if widths(m)})
+    return f"; the layers that it can name are called {listed(kinds)}" if kinds else ""

@@ -1,0 +1,1 @@
+"""Forward passes with hooks that stream what the target layers read."""

@@ -1,0 +1,485 @@
+"""Forward pre-hooks that stream the inputs of the target layers into their incremental SVDs."""
+
+from __future__ import annotations
+
+import functools
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_kernels.streaming import InputStream, NonFiniteStepError
+
+from ..errors import EvaTypeError, EvaValueError, HeldError, NonFiniteError, warn
+from ..inputs.selectors import Selector
+from ..inputs.token_mask import TokenMask
+from ..model.layers import Patches
+from ..model.routing import EagerExperts, RoutedInputs
+from ..model.targets import Target
+from ..surroundings.interrupts import completed
+from ..surroundings.snapshot import take_off
+from .shared_inputs import Seen, Slot
+
+__all__ = ["InputCollector", "StopForward"]
+
+
+class StopForward(BaseException):
+    """Raised by a hook behind the last layer that is needed, to end the forward pass.
+
+    No ``Exception``: a model may catch those, and go on with something else.
+    """
+
+
+class InputCollector(AbstractContextManager["InputCollector"]):
+    """Hooks on all target layers; a context manager that removes them.
+
+    Args:
+        targets: the layers.
+        make_stream: returns a new stream for a layer, on a device and for a dtype of input.
+        selectors: per layer, a user's function that selects rows, or ``None`` for the mask.
+        patient: raise what goes wrong in a hook at the end of the forward pass, for which the
+            processes of a sharded model wait.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        make_stream: Callable[[Target, Tensor], InputStream],
+        selectors: Sequence[Selector | None],
+        patient: bool = False,
+    ) -> None:
+        self.targets, self.selectors, self._patient = targets, selectors, patient
+        self._held = HeldError()
+        self.slots: list[Slot] = []
+        self.slot_of: dict[int, Slot] = {}
+        self.frozen: set[int] = set()  # layers that are no longer accumulated
+        self.alone: set[int] = set()  # layers that were found not to share an input
+        self.most_calls: dict[int, int] = {}  # of each layer in a forward pass
+        self.seconds = 0.0
+        self.step = 0
+        self.current: str | None = None  # the layer that is being accumulated
+        self.tokens = 0
+        self._of_calls = 0  # of them, those of calls of the model before this one
+        self._make_stream = make_stream
+        self._mask = TokenMask(None)
+        self._model_input: Any = None
+        self._fresh: dict[Slot, None] = {}  # in order; those that began in this forward pass
+        self._fresh_of: dict[int, list[Slot]] = {}  # by the id of the tensor they began with
+        self._missing = 0  # layers that are needed and were not called yet in this forward pass
+        self._counts: dict[int, int] = {}
+        self._stop_early = self.stopped = False
+        self._size = self.largest = (0, 0)  # of this batch; of those that were run to the end
+        self._only: set[int] | None = None
+        self._hooks: list[tuple[nn.Module, Callable[..., None]]] = []
+        weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
+        # weakly, as a cycle would keep all streams on the device until Python looks for cycles
+        multiplied = functools.partial(InputCollector._multiplied, weakref.proxy(self))
+        self.routed = RoutedInputs(weights, multiplied)
+        self._routing: bool | None = None  # whether inputs are picked tokens; None: to be seen
+        self._eager = EagerExperts([t.module for t in targets if t.weight is not None])
+
+    def __enter__(self) -> InputCollector:
+        try:
+            self._eager.__enter__()
+            for i, target in enumerate(self.targets):
+                if target.weight is not None:
+                    continue
+                hook = self._hook_for(i)
+                # before it is there: an interrupt may come before its handle is
+                self._hooks.append((target.module, hook))
+                target.module.register_forward_pre_hook(hook, with_kwargs=True)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        completed(self.remove)
+
+    def remove(self) -> None:
+        """Take all hooks off; may be interrupted, and run again."""
+        for module, hook in self._hooks:
+            take_off(module, hook)
+        self._hooks.clear()
+        self._eager.__exit__(None, None, None)
+
+    def _hook_for(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        part = self.targets[i].inputs is not None
+        called = self._part_called if part else self._called
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._timed_call(called, i, args, kwargs)
+
+        return hook
+
+    def _multiplied(self, i: int, x: Tensor) -> None:
+        self._timed_call(self._called, i, (x,), {})
+
+    def _timed_call(
+        self,
+        called: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
+        i: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        if not self.stopped and self._held.error is None:
+            begin = time.perf_counter()
+            try:
+                if torch.is_inference_mode_enabled():  # by a forward_fn; sums outlive it
+                    with torch.inference_mode(False), torch.no_grad():
+                        called(i, args, kwargs)
+                else:
+                    called(i, args, kwargs)
+            except Exception as error:
+                if not self._patient:
+                    raise
+                self._held.error = error
+            finally:
+                self.seconds += time.perf_counter() - begin
+            self.stopped = self._stop_early and self._missing == 0
+        if self.stopped:  # again, where the model went on all the same
+            raise StopForward
+
+    def begin_forward(
+        self,
+        mask: TokenMask,
+        model_input: Any,
+        stop_early: bool,
+        size: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Prepare for a forward pass over a batch.
+
+        Args:
+            mask: the tokens to use.
+            model_input: handed to the users' selectors.
+            stop_early: raise :class:`StopForward` once every layer that is needed was called.
+                Never while a layer was not called at all (a later batch may call it), nor if one
+                is called several times (a later batch may call it more often), nor on a batch that
+                is larger than all that were run to the end (a model may cut it in parts).
+            size: of the batch, see :func:`eva_peft.inputs.batches.size_of`.
+        """
+        self._mask, self._model_input = mask, model_input
+        self._counts, self.stopped = {}, False
+        self.tokens = self._of_calls = 0
+        self._forget_fresh()
+        self._missing = len(self.targets) - len(self.frozen)
+        self.routed.following = mask.selective and self._routing is not False
+        once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
+        self._size = size
+        known = all(n <= most for n, most in zip(size, self.largest, strict=True))
+        self._stop_early = stop_early and once and known
+        for slot in self.slots:
+            slot.begin_forward()
+
+    def begin_call(self) -> None:
+        """Count other tokens from here on: the model is called once more in a forward pass."""
+        self._of_calls = self.tokens
+
+    def use_mask(self, mask: TokenMask) -> TokenMask:
+        """Let other tokens count from here on in a forward pass; return the mask until now."""
+        before, self._mask = self._mask, mask
+        return before
+
+    def end_forward(self) -> set[int]:
+        """Settle what is open after a forward pass.
+
+        Returns:
+            Layers that turned out not to share an input they were thought to share in their very
+            first forward pass; the batch must be run again for them alone (:meth:`only`).
+        """
+        self._held.release()
+        begin = time.perf_counter()
+        for slot in list(self.slots):
+            if slot not in self._fresh:
+                self._settle(slot)
+        again: set[int] = set()
+        for slot in self._fresh:
+            if any(count != len(slot.calls) for count in slot.counts.values()):
+                again |= set(slot.members)
+                self._drop(slot)
+        self.note_passes(self._counts, self._size)
+        if self.routed.following:
+            self._routing = bool(self._routing)  # every layer that is needed was called
+        self._only = None
+        self.alone |= again
+        self._forget_fresh()
+        self.routed.forget()
+        self._mask, self._model_input = TokenMask(None), None  # no batch is kept
+        self.seconds += time.perf_counter() - begin
+        return again
+
+    def only(self, layers: set[int]) -> None:
+        """Let the next forward pass count for some layers only."""
+        self._only = layers
+
+    def _forget_fresh(self) -> None:
+        self._fresh.clear()
+        self._fresh_of.clear()
+
+    def _part_called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See a call of the module that a layer is a part of: it may read several tensors."""
+        target = self.targets[i]
+        assert target.inputs is not None
+        if i in self.frozen or (self._only is not None and i not in self._only):
+            return  # what it reads may take another run
+        self.current = target.name
+        for x in target.inputs(target.module, args, kwargs):
+            self._called(i, (x,), {})
+        self.current = None
+
+    def _called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._only is not None and i not in self._only:
+            return
+        call = self._counts.get(i, 0)
+        self._counts[i] = call + 1
+        if i in self.frozen:
+            return
+        self._missing -= 1
+        self._stop_early &= call == 0  # else it may be called behind the last one, too
+        x = self._first_tensor(i, args, kwargs)
+        slot = self.slot_of.get(i)
+        if slot is None:
+            slot = self._join(i, x)
+            if slot is None:
+                self._open(i, x, args)
+                return
+        if call < len(slot.calls):
+            self._follow(slot, i, call, x, args)
+        else:
+            self._lead(slot, i, x, args)
+
+    def _first_tensor(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if args and isinstance(args[0], Tensor):  # nearly always
+            return args[0]
+        for value in (*args, *kwargs.values()):
+            x = value[0] if isinstance(value, (tuple, list)) and value else value
+            if isinstance(x, Tensor):
+                return x
+        raise EvaTypeError(
+            f"unsupported input type in layer {self.targets[i].name}: it was called without a "
+            "tensor; please provide a custom prepare_layer_inputs_fn"
+        )
+
+    def _join(self, i: int, x: Tensor) -> Slot | None:
+        # A layer joins a slot only in the forward pass in which that slot began: from then on
+        # both have seen the same data.
+        if self.selectors[i] is not None or i in self.alone:
+            return None
+        patches = self.targets[i].patches
+        for slot in self._fresh_of.get(id(x), ()):
+            first = slot.members[0]
+            if self.selectors[first] is not None or self.targets[first].patches != patches:
+                continue
+            if slot.calls[0].is_same(x):
+                slot.members.append(i)
+                slot.counts[i] = 0
+                self.slot_of[i] = slot
+                return slot
+        return None
+
+    def _open(self, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        stream = self._make_stream(self.targets[i], x)
+        slot = Slot(stream, [i], counts={i: 0})
+        self._accumulate(slot, i, x, args)
+        slot.calls.append(Seen(x))
+        slot.counts[i] = 1
+        self.slots.append(slot)
+        self._fresh[slot] = None
+        # an id may be that of a tensor that is gone
+        alike = [s for s in self._fresh_of.get(id(x), ()) if s.calls[0].is_same(x)]
+        self._fresh_of[id(x)] = [*alike, slot]
+        self.slot_of[i] = slot
+
+    def _lead(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        slot.counts[i] += 1
+        shared = len(slot.members) > 1 and slot not in self._fresh
+        slot.calls.append(Seen(x, self._mask if shared else None))
+        if not shared:
+            self._accumulate(slot, i, x, args)
+
+    def _follow(self, slot: Slot, i: int, call: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        if not slot.calls[call].is_same(x):
+            if slot in self._fresh:
+                return  # the counts no longer agree, and end_forward asks for another run
+            self._accumulate(self._split(slot, i, call), i, x, args)
+            return
+        slot.counts[i] += 1
+        if slot.complete(call):
+            self._accumulate_held(slot, call)
+
+    def _accumulate_held(self, slot: Slot, call: int) -> None:
+        seen = slot.calls[call]
+        unchanged, held = seen.unchanged, seen.take()
+        if held is None:
+            return
+        if unchanged:
+            self._accumulate_with(slot, slot.members[0], *held)
+            return
+        names = ", ".join(self.targets[m].name for m in slot.members)
+        warn(
+            f"step {self.step + 1}: the input of {names} was changed in place after the layers "
+            "were called; its tokens of this batch are left out",
+        )
+
+    def _accumulate_with(self, slot: Slot, i: int, x: Tensor, mask: TokenMask) -> None:
+        """Accumulate what a layer was called with when other tokens may have counted than now."""
+        now, self._mask = self._mask, mask
+        self._accumulate(slot, i, x, (x,))
+        self._mask = now
+
+    def _split(self, slot: Slot, i: int, calls: int) -> Slot:
+        """Give a layer that no longer shares an input a copy of all that it did share."""
+        new = Slot(slot.stream.clone(), [i])
+        for seen in slot.calls[:calls]:  # shared, but waiting for a third layer
+            if seen.held is not None and seen.unchanged:
+                self._accumulate_with(new, i, *seen.held)
+        new.calls = [Seen(torch.empty(0, device="cpu")) for _ in range(calls + 1)]
+        slot.members.remove(i)
+        new.counts[i] = slot.counts.pop(i) + 1
+        self.slot_of[i] = new
+        self.slots.append(new)
+        for call in range(calls, len(slot.calls)):
+            if slot.complete(call):
+                self._accumulate_held(slot, call)
+        return new
+
+    def _settle(self, slot: Slot) -> None:
+        """Accumulate what waited for layers that were not called any more, without them."""
+        least = min(slot.counts.values())
+        while least < len(slot.calls):
+            self.divide(slot, [i for i, count in slot.counts.items() if count == least])
+            least = min(slot.counts.values())
+            for call in range(least):  # what the others share goes with a copy for the next of them
+                self._accumulate_held(slot, call)
+
+    def divide(self, slot: Slot, layers: Sequence[int]) -> None:
+        """Give some layers of a slot one of their own, with a copy of all that they shared."""
+        new = self.install(slot.stream.clone(), layers)
+        for i in new.members:
+            slot.members.remove(i)
+            slot.counts.pop(i, None)
+
+    def install(self, stream: InputStream, layers: Sequence[int]) -> Slot:
+        """Return a new slot for layers that share an input from the next forward pass on."""
+        slot = Slot(stream, list(layers))
+        self.slots.append(slot)
+        self.slot_of |= dict.fromkeys(layers, slot)
+        return slot
+
+    def drop_empty(self) -> None:
+        """Forget layers that were called, but never with a token that counts."""
+        for slot in [s for s in self.slots if not s.stream.tokens]:
+            self._drop(slot)
+
+    def release(self) -> None:
+        """Let go of all state, after a pass that failed."""
+        self.slots.clear()
+        self.slot_of.clear()
+        self._forget_fresh()
+        self.routed.forget()
+
+    def _drop(self, slot: Slot) -> None:
+        self.slots.remove(slot)
+        for i in slot.members:
+            del self.slot_of[i]
+
+    def _accumulate(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        target = self.targets[i]
+        self.current, self.routed.aside = target.name, True
+        try:
+            if self.selectors[i] is None and target.patches is None:  # nearly always
+                used = slot.stream.add(self._matrix(target, x), self._masked_rows(x, target.name))
+            else:
+                chosen = self._chosen(i, x, args)
+                used = sum(slot.stream.add(part, rows) for part, rows in chosen)
+        except NonFiniteError as error:
+            raise self._explained(target.name, error) from None
+        finally:
+            self.routed.aside = False
+        self.tokens, self.current = max(self.tokens, self._of_calls + used), None
+
+    def _matrix(self, target: Target, x: Tensor) -> Tensor:
+        """Return tokens of a layer as a matrix, (N, D)."""
+        self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
+        x = x.detach() if x.requires_grad else x
+        return x if x.dim() == 2 else x.reshape(-1, target.in_features)
+
+    def _chosen(
+        self, i: int, x: Tensor, args: tuple[Any, ...]
+    ) -> Iterable[tuple[Tensor, Tensor | None]]:
+        """Return what a user's function or a kernel picks as (N, D) matrices, and rows to use."""
+        target, selector = self.targets[i], self.selectors[i]
+        if selector is None:
+            assert target.patches is not None
+            return self._patches_of(target, target.patches, x)
+        x = selector(args or (x,), self._model_input, target.name)
+        return ((self._matrix(target, x), None),)
+
+    def _patches_of(
+        self, target: Target, patches: Patches, x: Tensor
+    ) -> Iterator[tuple[Tensor, None]]:
+        self._check_tokens(target, x, x.dim() - len(patches.kernel) in (1, 2))
+        windows = patches.windows(x.detach())
+        shape = torch.Size([*windows.shape[: windows.dim() // 2], target.in_features])
+        rows = self._mask.rows(shape, x.device, target.name)
+        for part in patches.tokens(windows, rows):
+            yield part, None
+
+    def _masked_rows(self, x: Tensor, name: str) -> Tensor | None:
+        picked = self.routed.tokens_of(x)
+        if picked is not None:
+            fits, rows = self._mask.rows_of_tokens(*picked, name)
+            if fits:
+                self._routing = True
+                return rows
+        return self._mask.rows(x.shape, x.device, name)
+
+    def _check_tokens(self, target: Target, x: Tensor, fits: bool) -> None:
+        if x.is_nested or x.layout != torch.strided:
+            kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+            raise EvaValueError(
+                f"layer {target.name}, step {self.step + 1}: expected a dense tensor, got {kind}; "
+                "pass prepare_layer_inputs_fn to make dense tokens of it"
+            )
+        if x.is_floating_point() and fits:
+            return
+        expected = f"floating-point tokens of {target.in_features} features"
+        if target.patches is not None and not fits:
+            sizes = ", ".join("space" for _ in target.patches.kernel)
+            expected += f", or an input of shape (samples, {target.patches.channels}, {sizes})"
+        raise EvaValueError(
+            f"layer {target.name}, step {self.step + 1}: expected {expected}, got "
+            f"{tuple(x.shape)} of {x.dtype}; pass prepare_layer_inputs_fn to make such tokens of it"
+        )
+
+    def note_passes(self, counts: Mapping[int, int], largest: tuple[int, int]) -> None:
+        """Take note of forward passes: none is cut before as many calls, or on a larger batch."""
+        for i, count in counts.items():
+            self.most_calls[i] = max(count, self.most_calls.get(i, 0))
+        samples, elements = self.largest
+        self.largest = max(samples, largest[0]), max(elements, largest[1])
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Let the error of a fold in a block name the layer and the step."""
+        try:
+            yield
+        except NonFiniteStepError as error:
+            slot = next(slot for slot in self.slots if slot.stream is error.stream)
+            raise self._explained(self.targets[slot.members[0]].name, error) from None
+
+    def _explained(self, name: str, error: NonFiniteError) -> NonFiniteError:
+        return NonFiniteError(
+            f"layer {name}, step {self.step + 1}: {error}. Look for overflow (float16?) "
+            'or broken samples, or pass on_nonfinite="skip" to leave such tokens out'
+        )

@@ -1,0 +1,161 @@
+"""The model is run on a part of a batch, with the hooks that take down what its layers read."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._peft_compat import LoraConfig, base_of
+from ..inputs import arguments, batches
+from ..inputs.called_with import CalledWith, ModelsWithin, is_model
+from ..inputs.padding_told import PaddingTold, parts_told
+from ..inputs.prepare import Preparer
+from ..inputs.token_mask import TokenMask
+from ..model.architecture import Architecture, is_defined_in_transformers, is_of_transformers
+from ..model.layer_kind import kind_of_layer
+from ..options import AUTO, CalibrateOptions
+from .hooks import InputCollector, StopForward
+
+__all__ = ["ModelCall", "Ready"]
+
+# A part of a batch on the device, which tokens count, and what users' functions get of it.
+Ready = tuple[Any, TokenMask, Any]
+
+_TOKENS = {"input_ids", "inputs_embeds", "token_type_ids", "position_ids", "labels", "pixel_values"}
+
+
+class ModelCall:
+    """Runs the model of a pass.
+
+    Args:
+        model, options, config: of the pass.
+        architecture: of the model.
+        collector: of the layer inputs.
+        preparer: of the batches.
+        may_stop_early: the model may be left behind its last target layer.
+
+    Attributes:
+        inside: the model is running, or has failed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: CalibrateOptions,
+        config: LoraConfig,
+        architecture: Architecture,
+        collector: InputCollector,
+        preparer: Preparer,
+        may_stop_early: bool,
+    ) -> None:
+        self.inside = False
+        self._ran = False  # a batch went through
+        self._model, self._options, self._config = model, options, config
+        self._architecture, self._collector, self._preparer = architecture, collector, preparer
+        self._may_stop_early = may_stop_early
+        known = is_defined_in_transformers(base_of(model))  # others may find padding among ids
+        self._is_of_decoders = known and not architecture.encoder_decoder
+
+    def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
+        """Bring a part of a batch to the device."""
+        batch = batches.to_device(batch, device)
+        return batch, mask, self._model_input(batch, mask, device)
+
+    def _model_input(self, batch: Any, mask: TokenMask, device: torch.device) -> Any:
+        prepare = self._options.prepare_model_inputs_fn
+        if prepare == AUTO and mask.main is not None and any(self._collector.selectors):
+            # what PEFT's default hands to users' functions: (tokens, 2) of (sample, position)
+            return mask.main.nonzero().to(device)
+        if prepare == AUTO:
+            return batch
+        return batch if prepare is None else prepare(deepcopy(batch), self._config)
+
+    def run(self, ready: Ready, number: int) -> None:
+        """Run the model on a part of a batch.
+
+        Args:
+            ready: see :meth:`ready`.
+            number: of the batch, from 0.
+        """
+        batch, mask, model_input = ready
+        size = batches.size_of(batch)
+        self._collector.begin_forward(mask, model_input, self._may_stop_early, size)
+        self.inside = True  # and still so where it fails
+        routed = self._collector.routed if self._collector.routed.needed else nullcontext()
+        told = self._padding_told(batch, mask, number)
+        with suppress(StopForward), routed, told, self._called_with(batch, mask, number):
+            if self._options.forward_fn is not None:
+                self._options.forward_fn(self._model, batch)
+            else:
+                self._call(batch)
+        self.inside, self._ran = False, True
+
+    def _call(self, batch: Any) -> None:
+        args, kwargs = arguments.model_arguments(batch)
+        kwargs = arguments.without_text(kwargs, self._model)
+        kwargs = arguments.without_labels(kwargs, self._architecture)
+        try:
+            self._model(*args, **kwargs)
+        except TypeError:  # looked into now, since signatures take long
+            if arguments.can_be_called(args, kwargs, self._model):
+                raise
+            self._call_with_one(arguments.as_one_argument(batch, self._model))
+        except Exception as error:
+            if not self._ran:
+                arguments.check_known(batch, kwargs, self._model, error)
+            raise
+
+    def _call_with_one(self, batch: Any) -> None:
+        try:
+            self._model(batch)
+        except Exception as error:
+            arguments.check_taken(batch, self._model, error)
+            raise
+
+    def _called_with(
+        self, batch: Any, mask: TokenMask, number: int
+    ) -> AbstractContextManager[object]:
+        if not self._preparer.plain_masks:
+            return nullcontext()
+
+        make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
+        told = self._model, batch, mask, make_mask, self._collector.use_mask
+        if self._options.forward_fn is not None:
+            return CalledWith(*told, self._collector.begin_call).looking()
+        within = mask.tells and self._holds_models
+        return ModelsWithin(*told).looking() if within else nullcontext()
+
+    def _padding_told(
+        self, batch: Any, mask: TokenMask, number: int
+    ) -> AbstractContextManager[object]:
+        if mask.tells or not self._preparer.plain_masks:
+            return nullcontext()
+        by_default = self._options.forward_fn is None
+        if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
+            return nullcontext()  # of which no model of these tells more: spares every layer a look
+        make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
+        return PaddingTold(*self._told, make_mask, self._collector.use_mask).looking()
+
+    @functools.cached_property
+    def _holds_models(self) -> bool:
+        """Whether models are in a user's module."""
+        base = base_of(self._model)
+        return not is_of_transformers(base) and any(map(is_model, base.modules()))
+
+    @functools.cached_property
+    def _told(self) -> tuple[dict[nn.Module, int], set[nn.Module]]:
+        """The parts that may be told of padding, and those that read sound or images."""
+        prefixes = self._architecture.prefixes
+        named = base_of(self._model).named_modules()
+        of_media = {part for name, part in named if kind_of_layer(name, prefixes).reads_no_text}
+        return parts_told(self._model), of_media
+
+
+def _holds_tokens_alone(batch: Any) -> bool:
+    return isinstance(batch, Tensor) or (isinstance(batch, Mapping) and batch.keys() <= _TOKENS)

@@ -1,0 +1,116 @@
+"""Spend the budget: from explained variance to the rank of every layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from eva_kernels.streaming import Array, allocate_ranks, as_array, leading_ratios
+
+from .._peft_compat import LoraConfig
+from ..model.targets import Target
+
+if TYPE_CHECKING:
+    from ..calibrate import CalibrationPass
+
+__all__ = ["Budget", "allocate", "scaled_alpha"]
+
+
+def allocate(run: CalibrationPass) -> dict[int, int]:
+    """Return the rank of every layer that was called so far, by its index."""
+    slots, slot_of = run.collector.slots, run.collector.slot_of
+    indices = tuple(sorted(slot_of))
+    if run.budget is None or run.budget_of != indices:
+        targets = [run.targets[i] for i in indices]
+        run.budget = Budget(targets, run.options.budget, run.options.min_rank)
+        run.budget_of = indices
+    row_of = {id(slot): row for row, slot in enumerate(slots)}
+    ratios = leading_ratios([s.stream for s in slots])[[row_of[id(slot_of[i])] for i in indices]]
+    limits = np.array([run.limits[i] for i in indices])
+    ratios[np.arange(ratios.shape[1]) >= limits[:, None]] = 0.0  # no component of that layer
+    return dict(zip(indices, run.budget.spend(ratios), strict=True))
+
+
+def scaled_alpha(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float:
+    """Return the alpha that gives another rank the same LoRA scaling.
+
+    The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA.
+    """
+    if new_rank == rank:
+        return alpha
+    ratio = new_rank / rank
+    scaled = alpha * (math.sqrt(ratio) if config.use_rslora else ratio)
+    return int(scaled) if scaled == int(scaled) else scaled
+
+
+class Budget:
+    """The layers' own budget, to be distributed among them.
+
+    Args:
+        targets: the layers that take part.
+        budget: ``"rank"``: the sum of ranks stays; ``"params"``: the number of parameters.
+        min_rank: every layer keeps at least this rank, as far as its inputs have that many
+            directions (none, where they never vary).
+    """
+
+    def __init__(self, targets: Sequence[Target], budget: str, min_rank: int) -> None:
+        layers = _with_common_rank(targets)
+        first = [targets[members[0]] for members in layers]
+        # rows of lora_A are what a rank costs: of each expert one
+        each = [t.parts for t in first]
+        if budget == "params":
+            each = [_parameters([targets[i] for i in members]) for members in layers]
+        prices = [t.step * price for t, price in zip(first, each, strict=True)]
+        self._layers = [(members, t.step) for members, t in zip(layers, first, strict=True)]
+        self._total = sum(t.rank * price for t, price in zip(first, each, strict=True))
+        self._prices = None if set(prices) <= {1} else prices
+        # PEFT cannot take the adapter off one of several parameters of a module, or projections
+        self._owned = [int(bool(t.owner)) for t in first]
+        self._alone = not any(self._owned) and all(t.step == 1 for t in first)
+        least = zip(self._owned, first, strict=True)
+        self._least = [max(-(-min_rank // t.step), owned) for owned, t in least]
+
+    def spend(self, ratios: Sequence[Tensor | Array] | Array) -> list[int]:
+        """Return the rank of every layer.
+
+        Args:
+            ratios: the layers' explained-variance ratios, descending; as ``allocate_ranks``.
+        """
+        pooled: Sequence[Tensor | Array] | Array = ratios
+        if not self._alone:
+            pooled = [_by_step([ratios[i] for i in m], step) for m, step in self._layers]
+        counts = allocate_ranks(pooled, self._total, costs=self._prices, min_rank=self._least)
+        if self._alone:
+            return counts
+        ranks = [0] * len(ratios)
+        for (members, step), owned, count in zip(self._layers, self._owned, counts, strict=True):
+            for i in members:  # one, too, where no expert's tokens differ
+                ranks[i] = max(count, owned) * step
+        return ranks
+
+
+def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
+    """Group layers whose adapters have one rank, as experts of a parameter; others are alone."""
+    groups: dict[Any, list[int]] = {}
+    for i, target in enumerate(targets):
+        groups.setdefault(target.owner or i, []).append(i)
+    return list(groups.values())
+
+
+def _parameters(members: Sequence[Target]) -> int:
+    """Return what a rank costs in all layers of an owner, of which some may never be called."""
+    return members[0].parts * sum(t.in_features + t.out_features for t in members) // len(members)
+
+
+def _by_step(ratios: Sequence[Tensor | Array], step: int) -> Tensor | Array:
+    """Return what each further ``step`` components explain, in sum over layers of common rank."""
+    arrays = [as_array(r) for r in ratios]
+    length = max(map(len, arrays))
+    total = np.zeros(length)
+    for array in arrays:
+        total[: len(array)] += np.nan_to_num(array)
+    return total[: length // step * step].reshape(-1, step).sum(1)

@@ -1,0 +1,105 @@
+"""What there is to say of a pass that has ended, before its answer is given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import EvaValueError, NotConvergedError, NotConvergedWarning, listed, warn
+
+if TYPE_CHECKING:
+    from ..calibrate import CalibrationPass
+
+__all__ = ["check_answer"]
+
+_BACKWARDS = (
+    "because their weights are stored as (in, out), and PEFT's lora_A multiplies the other side"
+)
+
+
+_IDLE = (
+    "Where a model uses the weight of a layer without calling it, as nn.MultiheadAttention that of "
+    "its out_proj, an adapter has no effect: name such layers in exclude_modules (the attention "
+    "itself in target_modules adapts both of its projections). Where kernels compute layer and "
+    "adapter in one, as unsloth's, initialise before they are put in, or calibrate the base model "
+    "without them and apply the result to this one"
+)
+
+
+def check_answer(run: CalibrationPass, done: bool) -> None:
+    """Warn of layers that EVA cannot initialise, and of those that have not converged.
+
+    Args:
+        run: has ended.
+        done: every layer has converged.
+
+    Raises:
+        EvaValueError: there is no layer to initialise.
+        NotConvergedError: with ``on_not_converged="raise"``.
+    """
+    backwards = [run.targets[i].name for i in sorted(run.collector.routed.backwards)]
+    _check_any(run, backwards)
+    if backwards:
+        layers = f"{len(backwards)} layers keep the default initialisation"
+        warn(f"{layers}, {_BACKWARDS}: {listed(backwards)}")
+    left = [name for name in run.uncalled if name not in set(backwards)]
+    known = {*run.collector.most_calls, *(i for i, t in enumerate(run.targets) if t.weight)}
+    called = {run.targets[i].name for i in known}  # of experts' weights, it is their tokens
+    masked, idle = [n for n in left if n in called], [n for n in left if n not in called]
+    if masked:
+        warn(
+            f"{len(masked)} layers were never called with a token that counts and keep the "
+            f"default initialisation: {listed(masked)}"
+        )
+    if idle:
+        warn(
+            f"{len(idle)} layers were never called and keep the default initialisation: "
+            f"{listed(idle)}. {_IDLE}"
+        )
+    _check_directions(run)
+    if not done and run.options.on_not_converged != "ignore":
+        _judge_convergence(run)
+
+
+def _check_any(run: CalibrationPass, backwards: list[str]) -> None:
+    every = len(run.targets)
+    if len(backwards) == every:
+        raise EvaValueError(
+            f"EVA can initialise none of the {every} layers, {_BACKWARDS}; adapt others, by "
+            "target_modules"
+        )
+    if len(run.uncalled) < every:
+        return
+    skipped = f"; {run.skipped} tokens with NaN or infinity were left out" if run.skipped else ""
+    advice = f"check the attention and label masks of the loader{skipped}"
+    if not run.collector.most_calls:
+        advice = f"none of them was called. {_IDLE}"
+    raise EvaValueError(
+        f"no token reached any of the {every} target layers in {run.forwards} forward passes; "
+        f"{advice}"
+    )
+
+
+def _check_directions(run: CalibrationPass) -> None:
+    """Warn where the data have far fewer directions than there are ranks to be given."""
+    budget = sum(run.targets[i].rank for i in run.ranks)
+    given = sum(run.ranks.values())
+    if run.options.budget == "rank" and 0 < 2 * given < budget:
+        warn(
+            f"only {given} of {budget} ranks could be given: the {run.tokens} tokens read have no "
+            "more directions in the layers' inputs. Give more, and different, samples"
+        )
+
+
+def _judge_convergence(run: CalibrationPass) -> None:
+    slots = run.collector.slots
+    missing = [run.targets[i].name for s in slots if not s.stream.converged for i in s.members]
+    if not missing:
+        return
+    message = (
+        f"{len(missing)} of {len(run.targets)} layers have not converged after {run.forwards} "
+        f"forward passes, {run.tokens} tokens: {listed(missing)}. The best estimate is used; raise "
+        "max_steps, give more data, or lower tau"
+    )
+    if run.options.on_not_converged == "raise":
+        raise NotConvergedError(message)
+    warn(message, NotConvergedWarning)

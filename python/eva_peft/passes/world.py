@@ -1,0 +1,191 @@
+"""Leave the world as it was: modes, caches and adapters around a pass."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._peft_compat import SWITCHABLE
+from ..errors import EvaRuntimeError
+from ..model.architecture import configs_of
+from ..surroundings.interrupts import temporarily
+from ..surroundings.snapshot import gradients_as_now
+
+__all__ = ["claimed", "quiet_model"]
+
+
+class _Process:
+    """Switches of the whole process, which are off while any pass runs; passes may overlap.
+
+    An interrupt may come anywhere, so every step on the way out may be run twice, or where the way
+    in was not gone to its end.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._passes: set[object] = set()  # those that run
+        self._undo: list[Callable[..., object]] = []  # as __exit__; they switch on, last first
+        # ids of the modules of each pass, in the order of their begin; they are alive that long
+        self._claims: dict[object, frozenset[int]] = {}
+
+    def claimed(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Keep other passes off a model; the hooks of each would hear the other's batches."""
+        modules = frozenset(id(m) for m in model.modules() if not _is_activation(m))
+        claim = object()
+        return temporarily(
+            undo=lambda: self._claims.pop(claim, None),
+            change=lambda: self._claim(claim, modules),
+        )
+
+    def _claim(self, claim: object, modules: frozenset[int]) -> None:
+        # No lock, which an interrupt could leave locked: of two passes that begin at once, the one
+        # that came second finds the claim of the first.
+        self._claims[claim] = modules
+        for other, taken in self._claims.copy().items():
+            if other is claim:
+                return
+            if modules & taken:
+                raise EvaRuntimeError(
+                    "another calibration pass is running on this model, or on a part of it, in a "
+                    "thread or around this call; run one after the other"
+                )
+
+    def quieten(self, this: object) -> None:
+        """Switch them off, for a pass that begins."""
+        self._alone(lambda: self._begin(this))
+
+    def restore(self, this: object) -> None:
+        """Switch them on again, if no other pass runs; may be run again, or without a begin."""
+        self._alone(lambda: self._end(this))
+
+    def _alone(self, step: Callable[[], object]) -> None:
+        """Run a step while no other thread runs one."""
+        try:
+            try:
+                self._lock.acquire()
+                step()
+            finally:
+                self._release()
+        finally:
+            self._release()  # an interrupt may have come right before the line above
+
+    def _release(self) -> None:
+        # As often as it was acquired: an interrupt may come before or behind that.
+        with suppress(RuntimeError):  # this thread does not hold it, or no longer
+            while True:
+                self._lock.release()
+
+    def _begin(self, this: object) -> None:
+        if not self._passes:
+            self._switch_off()
+        self._passes.add(this)
+
+    def _end(self, this: object) -> None:
+        self._passes.discard(this)
+        if not self._passes:
+            self._switch_on()
+
+    def _switch_on(self) -> None:
+        while self._undo:
+            self._undo[-1](None, None, None)
+            self._undo.pop()
+
+    def _switch_off(self) -> None:
+        # Compiled code does not call hooks that were added after it was compiled. Nothing is
+        # compiled where the compiler was never loaded, which takes a second.
+        if "torch._dynamo" in sys.modules:
+            # one line, as it is in force from when it is made, and knows what was before
+            self._undo.append(torch.compiler.set_stance("force_eager").__exit__)
+        # torch's own Transformer layers would hand their parts nested tensors, or not call them.
+        before = torch.backends.mha.get_fastpath_enabled()
+        self._undo.append(lambda *_: torch.backends.mha.set_fastpath_enabled(before))
+        torch.backends.mha.set_fastpath_enabled(False)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Tell whether models may share a module: it has no weights, and its mode means nothing."""
+    places = ("torch.nn.modules.activation", "transformers.activations")
+    return type(module).__module__ in places and not any(True for _ in module.parameters())
+
+
+_PROCESS = _Process()
+
+
+def claimed(model: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which no other pass may run on a model, with or without adapters.
+
+    Raises:
+        EvaRuntimeError: one is running.
+    """
+    return _PROCESS.claimed(model)
+
+
+def quiet_model(model: nn.Module) -> AbstractContextManager[None]:
+    """Run a model in eval mode, with adapters off and without a generation cache.
+
+    Every module's own mode, flag and config value is put back on leaving, however that happens, and
+    so is whether a parameter asks for a gradient.
+    """
+    quiet = _Quiet(model)
+    return temporarily(quiet.end, quiet.begin)
+
+
+class _Quiet:
+    """What is changed of a model, and of the process, while a pass runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._training = [(m, m.training) for m in model.modules()]
+        self._adapters = [
+            (m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)
+        ]
+        # PEFT's disable_adapter, which a user's function may enter, takes these away, and does not
+        # put them back where adapters were off before
+        self._restore_gradients = gradients_as_now(model.parameters())
+        self._caches: list[tuple[Any, Any]] = []
+        self._pass = object()
+
+    def begin(self) -> None:
+        self._model.eval()
+        for module in filter(_repacks_in_eval, self._model.modules()):
+            module.training = True
+        for layer, _ in self._adapters:
+            layer._disable_adapters = True
+        for config in configs_of(self._model):
+            with suppress(AttributeError, TypeError):  # it has none, or is frozen
+                self._caches.append((config, config.use_cache))
+                config.use_cache = False
+        _PROCESS.quieten(self._pass)
+
+    def end(self) -> None:
+        """Put all of it back; may be interrupted, and run again."""
+        try:
+            for layer, flag in self._adapters:
+                layer._disable_adapters = flag
+            self._restore_gradients()
+            for config, value in reversed(self._caches):  # one may show what another one has
+                with suppress(AttributeError, TypeError):  # frozen, and so as it was
+                    config.use_cache = value
+            for module, mode in self._training:
+                if module.training != mode and type(module).train is not nn.Module.train:
+                    module.train(mode)  # which is more than the flag: kernels, or merged weights
+        finally:
+            for module, mode in self._training:
+                module.training = mode
+            _PROCESS.restore(self._pass)
+
+
+def _repacks_in_eval(module: nn.Module) -> bool:
+    """Tell whether a layer would rearrange its weight for good when it runs in eval mode.
+
+    bitsandbytes does, in four bits on a CPU with AVX-512, and no gradient passes afterwards; its
+    mode has no other meaning.
+    """
+    kind = type(module)
+    return kind.__module__.startswith("bitsandbytes.") and kind.__name__.endswith("4bit")

@@ -1,0 +1,151 @@
+"""Cells: layers that share an input in every process; what waits in them, and their streams."""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eva_kernels.streaming import InputStream, restore_stream
+from eva_kernels.streaming.state import GramState
+
+from ..errors import EvaValueError
+from ..passes.hooks import InputCollector
+from ..passes.shared_inputs import Slot
+from ..surroundings.devices import device_of
+
+if TYPE_CHECKING:
+    from ..calibrate import CalibrationPass
+
+__all__ = [
+    "Cell",
+    "Renewal",
+    "Report",
+    "Waiting",
+    "anchors",
+    "common_cells",
+    "divide_slots",
+    "merge_stream",
+    "renewal",
+    "slot_for",
+]
+
+Cell = tuple[int, ...]  # indices of layers
+# A cell with a new basis, the dtype of its stream, and whether it is exact.
+Renewal = tuple[Cell, torch.dtype, bool]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What waits in one slot of a process.
+
+    Attributes:
+        members: the layers of the slot.
+        pending, skipped: tokens since the last fold, and those left out as not finite.
+        dtype: of the stream.
+    """
+
+    members: Cell
+    pending: int
+    skipped: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a process tells the others after its forward pass.
+
+    Attributes:
+        ran: it had a batch.
+        tokens: of the batch.
+        slots: those of the process.
+        most_calls: of each layer in one forward pass, so far.
+        largest: size of batches that were run to the end, see
+            :func:`eva_peft.inputs.batches.size_of`.
+        random: global states, for a checkpoint; see
+            :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
+    """
+
+    ran: bool
+    tokens: int
+    slots: tuple[Waiting, ...]
+    most_calls: dict[int, int]
+    largest: tuple[int, int]
+    random: tuple[Tensor, ...]
+
+    @functools.cached_property
+    def of_layer(self) -> dict[int, Waiting]:
+        """What waits, by the index of each layer."""
+        return {i: waiting for waiting in self.slots for i in waiting.members}
+
+    def pending(self, cell: Cell) -> int:
+        """Return how many tokens wait in a cell."""
+        found = self.of_layer.get(cell[0])
+        return 0 if found is None else found.pending
+
+
+def common_cells(reports: Sequence[Report]) -> list[Cell]:
+    """Return the layers that share an input on every process that was called with one."""
+    cells: dict[tuple[Waiting | None, ...], list[int]] = defaultdict(list)
+    for i in sorted({i for report in reports for i in report.of_layer}):
+        cells[tuple(report.of_layer.get(i) for report in reports)].append(i)
+    return [tuple(cell) for cell in cells.values()]
+
+
+def divide_slots(collector: InputCollector, cells: Sequence[Cell]) -> None:
+    """Divide slots whose layers do not share an input on every process."""
+    cell_of = {i: cell for cell in cells for i in cell}
+    for slot in list(collector.slots):
+        for cell in sorted({cell_of[i] for i in slot.members})[1:]:
+            collector.divide(slot, cell)
+
+
+def slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
+    """Return the slot of some layers, a new one where they were not called here."""
+    slot = run.collector.slot_of.get(cell[0])
+    if slot is None:
+        target = run.targets[cell[0]]
+        like = torch.empty(0, dtype=dtype, device=device_of(target.module) or run.device)
+        slot = run.collector.install(run.make_stream(target, like), cell)
+    return slot
+
+
+def merge_stream(
+    run: CalibrationPass, cell: Cell, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> InputStream:
+    """Take the stream of another process into one's own, and return that.
+
+    Raises:
+        EvaValueError: one is in double precision.
+    """
+    dtype = getattr(torch, record["dtype"])
+    stream = slot_for(run, cell, dtype).stream
+    if stream.dtype != dtype:
+        raise EvaValueError(
+            f"layer {run.targets[cell[0]].name}: its input gives a stream of {stream.dtype} in one "
+            f"process and of {dtype} in another; load the model with the same dtype in all of them"
+        )
+    like = torch.empty(0, dtype=stream.dtype, device=stream.device)
+    other = run.make_stream(run.targets[cell[0]], like)
+    restore_stream(other, record, tensors)
+    stream.merge(other)
+    return stream
+
+
+def renewal(slot: Slot) -> Renewal:
+    """Tell the others of a slot whose stream has a new basis."""
+    return tuple(slot.members), slot.stream.dtype, isinstance(slot.stream.state, GramState)
+
+
+def anchors(stream: InputStream, exact: bool) -> list[Tensor]:
+    """Return basis, mean and, of an exact stream, pivot: its own ones, or memory for them."""
+    state, sketch = stream.state, stream.sketch
+    if sketch is not None:
+        return [sketch.basis, sketch.mean, *([state.pivot] if isinstance(state, GramState) else [])]
+    shapes = [(stream.width, stream.features), *[(stream.features,)] * (2 if exact else 1)]
+    return [torch.zeros(shape, dtype=stream.dtype, device=stream.device) for shape in shapes]

@@ -1,0 +1,361 @@
+"""One pass over the batches of several processes, of which the first leads.
+
+Each process runs its own copy of the model on its own batches. After every forward pass:
+
+1. All report how many tokens wait in which layer, and whether something went wrong.
+2. The leader gets what has been gathered (see :mod:`.exchange`), folds, compares, and decides, as
+   if it were alone.
+3. All get the decision, and the new bases and means.
+
+No activation travels. At the end all get the leader's result, bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, distributed, nn
+
+from eva_kernels.streaming import InputStream
+
+from ..errors import EvaTypeError, EvaValueError, NotConvergedError
+from ..inputs import batches
+from ..inputs.prepare import Prepared
+from ..model.divided import sharded_by
+from ..options import AUTO
+from ..passes.progress import record_step
+from ..resume.fingerprint import check_requests, check_weights, request_of, weights_of
+from ..surroundings.random_state import set_random_state
+from .cells import Renewal, Report, Waiting, common_cells, divide_slots, renewal
+from .exchange import Exchange
+from .together import Together, in_words
+
+if TYPE_CHECKING:
+    from ..calibrate import CalibrationPass
+    from ..passes.model_call import Ready
+    from ..results.result import EvaResult
+
+__all__ = ["Processes", "beginning", "processes_of"]
+
+_LOGGER = logging.getLogger("eva_kernels")
+
+
+def processes_of(model: nn.Module, group: Any) -> Processes | None:
+    """Return the processes of a pass; ``None`` where there is one, or each is for itself.
+
+    Args:
+        model: without wrappers.
+        group: the option.
+
+    Raises:
+        EvaTypeError: ``group`` is no process group.
+        EvaValueError: a sharded model in each by itself.
+    """
+    running = distributed.is_available() and distributed.is_initialized()
+    if group is None and running and distributed.get_world_size() > 1:
+        kind = sharded_by(model)
+        if kind is not None:
+            raise EvaValueError(
+                f"group=None: the model is sharded by {kind}, whose processes wait for each other "
+                "in every forward pass, and each would stop by itself. Leave group out, or give "
+                "the group over which the model is sharded"
+            )
+    if group is None or (group == AUTO and not running):
+        return None
+    if group == AUTO:
+        group = distributed.group.WORLD
+    if not (running and isinstance(group, distributed.ProcessGroup)):
+        raise EvaTypeError(
+            f"group={group!r} must be a torch.distributed process group that this process is in "
+            "(of a DeviceMesh: mesh.get_group(name)), or None"
+        )
+    if distributed.get_world_size(group) < 2:
+        return None
+    return Processes(group)
+
+
+@contextmanager
+def beginning(processes: Processes | None) -> Iterator[None]:
+    """Tell the other processes, if there are any, of what goes wrong in this one before the pass.
+
+    An interrupt goes wrong, too. The pass itself may be in the block.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if processes is not None and not processes.together.meeting.over:
+            with suppress(RuntimeError):  # they may be gone
+                processes.together.meeting.fail(in_words(error))
+        raise
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What the leader tells the others after a step.
+
+    Attributes:
+        done, stop: every layer has converged; no further step.
+        frozen: layers that are no longer accumulated.
+        renewed: layers with a new basis, the dtype of their streams, and whether they are exact.
+        steps: of the pass so far.
+        error: what went wrong.
+    """
+
+    done: bool = False
+    stop: bool = True
+    frozen: frozenset[int] = frozenset()
+    renewed: tuple[Renewal, ...] = ()
+    steps: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where the leader's checkpoint stands, or where one is to be kept.
+
+    Attributes:
+        path: of the file; the other processes need not have been told.
+        forwards, tokens: of the pass so far.
+        most_calls, largest: see :class:`.cells.Report`.
+        begun, random: see :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
+        decision: what the last step had come to.
+    """
+
+    path: str
+    forwards: int
+    tokens: int
+    most_calls: dict[int, int]
+    largest: tuple[int, int]
+    begun: Sequence[Sequence[Tensor]]
+    random: Sequence[Tensor]
+    decision: _Decision
+
+
+class Processes:
+    """The processes of a group, seen from one of them.
+
+    Args:
+        group: of at least two processes.
+
+    Attributes:
+        together: them, with what goes wrong in one of them.
+        size, leads: of the group, and whether this process leads.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.together = Together(group)
+        self._channel = self.together.channel
+        self.size, self.leads = self._channel.size, self._channel.leads
+        self._exchange = Exchange(self.together)
+        self._seen = 0  # tokens of all processes
+
+    def loop(self, run: CalibrationPass, loader: Iterable[Any]) -> bool:
+        """Run batches until the leader says stop; returns whether every layer has converged.
+
+        A loader that ends early leaves its process waiting for the others.
+
+        Raises:
+            Exception: the process's own; EvaRuntimeError where another one failed.
+        """
+        self._agree(run)
+        # What "auto" decides depends on the memory of each device.
+        run.plan = self._channel.from_leader(run.plan)
+        with ExitStack() as stack:
+            every = batches.iterate(loader, lambda: self._seen > 0, run.keeper.begin_epoch)
+            stream = stack.enter_context(closing(every))
+            coming = map(run.prepare, stream)
+            stack.enter_context(run.keeper)
+            decision = self._begin(run, stream)
+            while not decision.stop:
+                run.keeper.begin_forward()
+                decision = self._step(run, coming)
+            self.together.attempt(stack.close)  # the others are told with the result
+        if self.leads:  # behind the keeper, whose file is of what waits between two forward passes
+            self.together.attempt(self.together.unless_held, run.fold_rest)
+        return decision.done
+
+    def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
+        """Bring all processes to where the leader's checkpoint stands, if there is one."""
+        keeper, position = run.keeper, None
+        if keeper.path is not None:
+            stop = keeper.done or (run.forwards > 0 and run.limit_reached())
+            slots = [slot for slot in run.collector.slots if keeper.known.issuperset(slot.members)]
+            renewed = tuple(map(renewal, slots))
+            frozen = frozenset(run.collector.frozen)
+            decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
+            passes = run.forwards, run.tokens, run.collector.most_calls, run.collector.largest
+            rest = keeper.begun, keeper.random, decision
+            position = _Position(str(keeper.path), *passes, *rest)
+        position = self._channel.from_leader(position)
+        if position is None:
+            return _Decision(stop=False)
+        keeper.keeps = True
+        run.collector.note_passes(position.most_calls, position.largest)
+        self._seen = position.tokens  # without any, a loader is not begun anew at its end
+        if position.forwards and not position.decision.stop:
+            self._skip(run, stream, position)
+        return self._follow(run, position.decision)
+
+    def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:
+        """Pass over the batches that the checkpoint has seen."""
+        rank = self._channel.rank
+        run.keeper.begin_again(position.begun[rank])
+        skipped = (
+            self.together.attempt(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
+        )
+        set_random_state(position.random[rank], run.device)
+        if not self.leads:
+            run.forwards = skipped
+        most = max(self.together.of_all(skipped))
+        if most < position.forwards:
+            raise EvaValueError(
+                f"the checkpoint {position.path} has seen {position.forwards} batches, "
+                f"but all loaders ended after {most}: they must yield the same batches again"
+            )
+
+    def _step(self, run: CalibrationPass, coming: Iterator[Prepared]) -> _Decision:
+        reports = self.together.of_all(self._forward(run, coming))
+        self._seen += sum(report.tokens for report in reports)
+        for report in reports:
+            run.collector.note_passes(report.most_calls, report.largest)
+        cells = common_cells(reports)
+        divide_slots(run.collector, cells)
+        merged = self._exchange.collect(run, reports, cells)
+        own = None
+        if self.leads:
+            own = self._lead(run, merged, reports)
+        return self._follow(run, self._channel.from_leader(own))
+
+    def result(self, make: Callable[[], EvaResult]) -> EvaResult:
+        """Return what the leader makes, on every process.
+
+        Raises:
+            NotConvergedError: on all processes.
+            Exception: another one of the leader's; EvaRuntimeError on the others.
+        """
+        found: Any = None
+        if self.leads:
+            found = self.together.attempt(self.together.unless_held, make)
+            raised = self.together.held.error
+            if raised is not None:
+                found = raised if isinstance(raised, NotConvergedError) else in_words(raised)
+            del raised  # or this frame, which the error knows, would know it
+        found = self._channel.from_leader(found)
+        if isinstance(found, NotConvergedError):  # every process raises it as its own
+            self.together.held.error, found = self.together.held.error or found, str(found)
+        self.together.raise_if(found if isinstance(found, str) else None, 0)
+        self.together.held.release()  # of one that does not lead, at its end
+        result: EvaResult = found
+        return result
+
+    def _agree(self, run: CalibrationPass) -> None:
+        """Raise EvaValueError, on every process, unless all are asked for the same pass.
+
+        EvaRuntimeError where another process could not begin it.
+        """
+        own = {name: part for name, part in request_of(run).items() if name != "seed"}
+        weights = weights_of(run)
+        failed = self.together.meeting.come(self.together.interrupted)
+        if failed is not None:
+            self.together.raise_if(failed[1], failed[0])
+        every = self.together.of_all((own, weights))
+        check_requests([asked for asked, _ in every])
+        check_weights([shown for _, shown in every])
+
+    def _forward(self, run: CalibrationPass, coming: Iterator[Prepared]) -> Report:
+        before = run.tokens
+        run.phase = "forward"
+        ready = self.together.attempt(
+            self.together.unless_held, lambda: self._next_ready(run, coming)
+        )
+        # The processes of a sharded model wait for each other in the forward pass: all begin it, or
+        # none, and an interrupt is heard at its end.
+        if run.sharded and not all(self.together.of_all(ready is not None)):
+            ready = None
+        if ready is not None and run.sharded:
+            self._forward_in_shards(run, ready)
+        elif ready is not None:
+            self.together.attempt(run.forward, ready)
+        slots = tuple(
+            Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
+            for s in run.collector.slots
+        )
+        random = run.keeper.random_states() if run.keeper.keeps else ()
+        passes = dict(run.collector.most_calls), run.collector.largest
+        return Report(ready is not None, run.tokens - before, slots, *passes, random)
+
+    def _next_ready(
+        self, run: CalibrationPass, coming: Iterator[Prepared]
+    ) -> Iterable[Ready] | None:
+        prepared = next(coming, None)
+        if prepared is None:
+            return None
+        ready = run.ready(prepared)
+        return list(ready) if run.sharded else ready
+
+    def _forward_in_shards(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
+        self._in_shards(run, partial(run.forward, ready))
+        if any(self.together.of_all(bool(run.again))):  # all or none, as before
+            for part in ready:
+                self._in_shards(run, partial(run.forward_again, part))
+
+    def _in_shards(self, run: CalibrationPass, do: Callable[[], None]) -> None:
+        """Run a sharded model, in which the others wait for this process.
+
+        What it raises in there is raised at once, without them: what is exchanged with them now
+        would be taken for a part of the model.
+        """
+        self.together.held.catch(do)
+        if not run.call.inside:
+            return
+        _LOGGER.error(
+            "process %d %s, in forward pass %d of a sharded model, in which the others wait for "
+            "it: they cannot be told, and go on waiting until it ends",
+            self._channel.rank,
+            self.together.told(),
+            run.forwards + 1,
+        )
+        self.together.held.release()
+
+    def _follow(self, run: CalibrationPass, decision: _Decision) -> _Decision:
+        """Do what the leader has decided, on every process."""
+        self.together.raise_if(decision.error, 0)
+        run.steps = decision.steps  # which errors name
+        if decision.stop:
+            return decision
+        run.collector.frozen = set(decision.frozen)
+        self._exchange.share(run, decision.renewed)
+        return decision
+
+    def _lead(
+        self,
+        run: CalibrationPass,
+        merged: Sequence[InputStream],
+        reports: Sequence[Report],
+    ) -> _Decision:
+        """End the step, and say what came of it."""
+        ran = any(report.ran for report in reports)
+        run.tokens += sum(report.tokens for report in reports[1:])
+        run.forwards += ran and not reports[0].ran
+
+        def decide() -> _Decision:
+            # no batch is fetched meanwhile: a loader may ask the others for it (accelerate's do)
+            folded = run.close_step(merged=merged)
+            numbers = record_step(run) if folded else None
+            done = bool(folded) and run.converged()
+            renewed = self._exchange.renewed(run, folded)
+            run.keeper.known = self._exchange.known.union(*(cell for cell, _, _ in renewed))
+            random = [report.random for report in reports]
+            run.keeper.end_forward(run.elapsed(), done, random)
+            run.call_back(numbers)
+            stop = not ran or done or run.limit_reached()
+            return _Decision(done, stop, frozenset(run.collector.frozen), renewed, run.steps)
+
+        decision = self.together.attempt(self.together.unless_held, decide)
+        return decision or _Decision(error=self.together.told())

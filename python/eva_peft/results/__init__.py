@@ -1,0 +1,1 @@
+"""What a pass found: kept, changed, drawn, written as a report."""

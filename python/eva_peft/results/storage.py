@@ -1,0 +1,130 @@
+"""An ``EvaResult`` as a file, and as text."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import EvaValueError
+from ..resume.checkpoint_file import checksum
+from ..surroundings.files import replacing
+from .layer_names import kinds_of
+from .result import EvaResult
+
+__all__ = ["load_result", "save_result", "summary_text"]
+
+FORMAT = "eva_kernels.result/1"
+_TENSORS = ("components", "singular_values", "explained_variance_ratio")
+
+
+def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
+    """Write a result; layers that share an input share the tensors in the file, too.
+
+    Raises:
+        EvaValueError: the path is that of a folder.
+    """
+    if Path(path).is_dir():
+        raise EvaValueError(f"{str(path)!r} is a folder; name a file, such as eva.safetensors")
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, dict[str, str]] = {}
+    for kind in _TENSORS:
+        seen: dict[tuple[int, tuple[int, ...]], str] = {}
+        index[kind] = {}
+        for name, value in getattr(result, kind).items():
+            identity = (value.data_ptr(), tuple(value.shape))
+            key = seen.setdefault(identity, f"{kind}.{name}")
+            tensors.setdefault(key, value.detach().cpu().contiguous().clone())
+            index[kind][name] = key
+    rest = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in _TENSORS}
+    text = {"index": json.dumps(index), "result": json.dumps(rest)}
+    metadata = {"format": FORMAT, **text, "checksum": checksum(_joined(text), tensors)}
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_result(path: str | PathLike[str]) -> EvaResult:
+    """Read a result that :func:`save_result` wrote.
+
+    Raises:
+        EvaValueError: missing, damaged, or another kind of file.
+    """
+    if Path(path).is_dir():
+        raise EvaValueError(f"{path} is a folder; pass the file in it that EvaResult.save wrote")
+    if not Path(path).is_file():
+        raise EvaValueError(f"{path} does not exist; pass the file that EvaResult.save wrote")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise EvaValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise EvaValueError(
+            f"{path} holds {metadata.get('format') or 'no format mark'}, expected {FORMAT}; it was "
+            "not written by EvaResult.save of this version"
+        )
+    told = metadata.get("checksum")  # files of earlier versions have none
+    if told is not None and told != checksum(_joined(metadata), tensors):
+        raise EvaValueError(
+            f"{path} is damaged: its contents do not match its checksum; copy the file anew, or "
+            "calibrate and save again"
+        )
+    try:
+        index: dict[str, dict[str, str]] = json.loads(metadata["index"])
+        rest: dict[str, Any] = json.loads(metadata["result"])
+        found: dict[str, Any] = {
+            kind: {n: tensors[k] for n, k in index[kind].items()} for kind in _TENSORS
+        }
+        result = EvaResult(**found, **rest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaValueError(f"{path} is damaged: {error!r}") from error
+    return result
+
+
+def _joined(metadata: Mapping[str, str]) -> str:
+    return "\n".join(metadata.get(key, "") for key in ("index", "result"))
+
+
+def summary_text(result: EvaResult) -> str:
+    """Return one line a kind of layer, then totals."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name, kind in kinds_of(result.ranks).items():
+        kinds[kind].append(name)
+    column = max([24, *(len(kind) + 1 for kind in kinds)])
+    heads = f"{'count':>6}{'width':>7}{'ranks':>12}{'variance explained':>20}"
+    lines = [f"{'layers':<{column}}{heads}"]
+    for kind, names in kinds.items():
+        ranks = [result.ranks[n] for n in names]
+        explained = [
+            float(result.explained_variance_ratio[n][: result.ranks[n]].sum()) for n in names
+        ]
+        width = max(result.in_features[n] for n in names)
+        span = f"{min(ranks)}-{max(ranks)}"
+        lines.append(
+            f"{kind:<{column}}{len(names):>6}{width:>7}{span:>12}{median(explained):>20.1%}"
+        )
+    converged = sum(result.converged.values())
+    lines += [
+        "",
+        f"total rank {sum(result.ranks.values())} over {len(result.ranks)} layers, "
+        f"{sum(r == 0 for r in result.ranks.values())} of them without an adapter",
+        f"{converged} of {len(result.converged)} layers converged after {result.steps} steps, "
+        f"{result.forwards} forward passes, {result.tokens} tokens",
+        f"{result.seconds['total']:.2f} s, of which forward passes "
+        f"{result.seconds['forward']:.2f} s",
+    ]
+    if result.uncalled:
+        lines.append(f"never called, default initialisation: {', '.join(result.uncalled)}")
+    return "\n".join(lines)

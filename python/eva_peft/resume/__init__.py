@@ -1,0 +1,1 @@
+"""A pass that goes on after it was killed."""

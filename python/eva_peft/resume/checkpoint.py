@@ -1,0 +1,256 @@
+"""The state of a calibration pass, kept so that a pass that was killed can go on.
+
+It is the pass as it stood between two forward passes: what the streams have gathered, tokens of a
+step that is not full included, and every count. Of several processes the first has all that, and
+writes it; of the others it keeps the random states alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from eva_kernels.streaming import export_stream, restore_stream
+
+from ..errors import EvaValueError, warn
+from ..surroundings.devices import device_of
+from ..surroundings.random_state import read_random_state, set_random_state
+from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
+from .fingerprint import differences, fingerprint_of, in_words
+
+if TYPE_CHECKING:
+    from ..calibrate import CalibrationPass
+
+__all__ = ["CheckpointKeeper"]
+
+_LOGGER = logging.getLogger("eva_kernels")
+_COUNTS = ("forwards", "steps", "tokens", "seconds", "history")
+
+
+class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
+    """Resume a pass from its checkpoint, and write the next ones; a context around the loop.
+
+    Without a path it does nothing. Leaving the context, by whatever exception, writes the state
+    unless a forward pass was under way: then the file stays as it was.
+
+    Args:
+        run: a pass that has not begun.
+
+    Attributes:
+        done: every layer had converged when the checkpoint was written.
+        elapsed: seconds that the pass took up to the last forward pass.
+        keeps: there is a checkpoint, of this process or of the first of several.
+        random, begun: the global random states now, and when each epoch began, in each process.
+        known: layers that all processes accumulate about the leader's basis.
+    """
+
+    def __init__(self, run: CalibrationPass) -> None:
+        self.run, self.done, self.elapsed = run, False, 0.0
+        given = run.options.checkpoint if run.leads else None
+        # Through links, so that what is replaced is the file and not the link.
+        self.path = None if given is None else Path(os.path.realpath(given))
+        self._between = True  # no forward pass is under way
+        self._tried = 0  # forward passes behind the last file, or the last that was not to be
+        self._fingerprint: dict[str, Any] = {}
+        self.keeps = self.path is not None
+        self.random: list[Tensor] = []
+        self.begun: list[list[Tensor]] = []
+        # When epochs of this process began: those to come that the checkpoint has seen begin, and
+        # those that are not among the others yet.
+        self._seen: list[Tensor] = []
+        self._fresh: list[Tensor] = []
+        self.known: set[int] = set()
+
+    def open(self) -> None:
+        """Check that the path can be written, and take over the state of the file, if any.
+
+        Raises:
+            EvaValueError: a path that cannot be written, a damaged file, one of another kind, or
+                the checkpoint of another pass.
+        """
+        if self.path is None:
+            return
+        check_path(self.path)
+        self._fingerprint = fingerprint_of(self.run)
+        self.begun = [[] for _ in range(self._size)]
+        if self.path.exists():
+            self._resume(self.path)
+
+    def remaining(self, batches: Iterator[Any]) -> Generator[Any]:
+        """Yield the batches behind those that the checkpoint has seen.
+
+        Raises:
+            EvaValueError: there are fewer batches than were seen.
+        """
+        for number in range(self.run.forwards):
+            if next(batches, self) is self:
+                raise EvaValueError(
+                    f"the checkpoint {self.path} has seen {self.run.forwards} batches, but the "
+                    f"loader ended after {number}: it must yield the same batches again"
+                )
+        if self.run.forwards:
+            set_random_state(self.random[0], self.run.device)
+        yield from batches
+
+    def begin_epoch(self) -> None:
+        """Note the random state in which the loader begins anew, or bring back what was noted.
+
+        An order that is shuffled comes from it. Forward passes may draw random numbers, too, and
+        the batches that were seen are passed over without.
+        """
+        if not self.keeps:
+            return
+        if self._seen:
+            set_random_state(self._seen.pop(0), self.run.device)
+        else:
+            self._fresh.append(read_random_state(self.run.device))
+
+    def begin_again(self, begun: Sequence[Tensor]) -> None:
+        """Let the next epochs be those of the checkpoint, of which this process began these."""
+        self._seen = list(begun)
+
+    def random_states(self) -> tuple[Tensor, ...]:
+        """Return the random state now, and those of epochs that began since this was asked."""
+        fresh, self._fresh = self._fresh, []
+        return read_random_state(self.run.device), *fresh
+
+    def begin_forward(self) -> None:
+        """Mark the state as half done."""
+        self._between = False
+
+    def end_forward(
+        self, elapsed: float, done: bool, random: Sequence[tuple[Tensor, ...]] = ()
+    ) -> None:
+        """Mark the state as whole again, and write it if its turn has come.
+
+        Args:
+            elapsed: seconds that the pass has taken.
+            done: every layer has converged.
+            random: of several processes, what each has of :meth:`random_states`.
+        """
+        self.done, self.elapsed = done, elapsed
+        if self.path is None:
+            return
+        states = random or [self.random_states()]
+        self.random = [now for now, *_ in states]
+        for begun, (_, *fresh) in zip(self.begun, states, strict=True):
+            begun += fresh
+        self._between = True
+        if self.run.forwards - self._tried >= self.run.options.checkpoint_every:
+            self._write(self.path)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.path is not None and self._between and self.run.forwards > self._tried:
+            self._write(self.path)
+
+    def _write(self, path: Path) -> None:
+        state, tensors = self._collect()
+        try:
+            write_checkpoint(path, state, tensors)
+        except (OSError, SafetensorError) as error:
+            # A full disk must not cost the pass itself.
+            warn(
+                f"the checkpoint {path} could not be written after {self.run.forwards} forward "
+                f"passes ({error}); the pass goes on, the file stays as it was",
+            )
+        self._tried = self.run.forwards
+
+    def _collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        run, names = self.run, [t.name for t in self.run.targets]
+        collector = run.collector
+        tensors: dict[str, Tensor] = {}
+        for rank, (begun, now) in enumerate(zip(self.begun, self.random, strict=True)):
+            states = torch.stack(begun), now
+            tensors |= dict(zip(_random_keys(rank), states, strict=True))
+        slots = []
+        for i, slot in enumerate(collector.slots):
+            record, parts = export_stream(slot.stream)
+            slots.append({"members": [names[m] for m in slot.members], "stream": record})
+            tensors |= {f"slots.{i}.{key}": tensor for key, tensor in parts.items()}
+        state = {
+            "fingerprint": self._fingerprint,
+            "tau": run.eva.tau,
+            "done": self.done,
+            "elapsed": self.elapsed,
+            "counts": {name: getattr(run, name) for name in _COUNTS},
+            "ranks": {names[i]: rank for i, rank in run.ranks.items()},
+            "slots": slots,
+            "most_calls": {names[i]: calls for i, calls in collector.most_calls.items()},
+            "largest": collector.largest,
+            "alone": sorted(names[i] for i in collector.alone),
+            "frozen": sorted(names[i] for i in collector.frozen),
+            "known": sorted(names[i] for i in self.known),
+        }
+        return state, tensors
+
+    def _resume(self, path: Path) -> None:
+        state, tensors = read_checkpoint(path)
+        try:
+            told = differences(state["fingerprint"], self._fingerprint)
+            if not told:
+                self._restore(state, tensors)
+        except EvaValueError as error:
+            raise EvaValueError(f"the checkpoint {path} is of no use: {error}; {REMEDY}") from error
+        except KeyError as error:
+            raise EvaValueError(f"the checkpoint {path} lacks {error}; {REMEDY}") from error
+        except (AttributeError, TypeError) as error:
+            raise EvaValueError(
+                f"the checkpoint {path} holds something else than this version writes ({error}); "
+                f"{REMEDY}"
+            ) from error
+        if told:
+            raise EvaValueError(
+                f"the checkpoint {path} belongs to another pass: {in_words(told)}. "
+                f"To go on, {REMEDY}"
+            )
+        _LOGGER.info("resumed %s after %d forward passes", path, self.run.forwards)
+
+    def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        run, collector = self.run, self.run.collector
+        index = {t.name: i for i, t in enumerate(run.targets)}
+        for i, record in enumerate(state["slots"]):
+            members = [index[name] for name in record["members"]]
+            target, dtype = run.targets[members[0]], getattr(torch, record["stream"]["dtype"])
+            prefix = f"slots.{i}."
+            parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            like = torch.empty(0, dtype=dtype, device=device_of(target.module) or run.device)
+            slot = collector.install(run.make_stream(target, like), members)
+            restore_stream(slot.stream, record["stream"], parts)
+        calls = {index[n]: calls for n, calls in state["most_calls"].items()}
+        collector.note_passes(calls, state["largest"])
+        collector.alone = {index[n] for n in state["alone"]}
+        collector.frozen = {index[n] for n in state["frozen"]}
+        self.known = {index[n] for n in state["known"]}
+        run.ranks = {index[n]: rank for n, rank in state["ranks"].items()}
+        for name in _COUNTS:
+            setattr(run, name, state["counts"][name])
+        self.done, self.elapsed = state["done"], state["elapsed"]
+        self._tried = run.forwards
+        if state["tau"] != run.eva.tau:
+            self.done = run.judge_again()
+        keys = [_random_keys(rank) for rank in range(self._size)]
+        self.begun = [[state.clone() for state in tensors[begun]] for begun, _ in keys]
+        self.random = [tensors[now] for _, now in keys]
+        self.begin_again(self.begun[0])
+
+    @property
+    def _size(self) -> int:
+        return 1 if self.run.processes is None else self.run.processes.size
+
+
+def _random_keys(rank: int) -> tuple[str, str]:
+    return f"random_states.{rank}.begun", f"random_states.{rank}.now"

@@ -1,0 +1,100 @@
+"""A checkpoint as one safetensors file that is replaced as a whole and refused if damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import EvaValueError
+from ..surroundings.files import make_file, replacing
+
+__all__ = ["FORMAT", "REMEDY", "check_path", "checksum", "read_checkpoint", "write_checkpoint"]
+
+FORMAT = "eva_kernels.checkpoint/1"
+REMEDY = "delete the file to begin anew, or pass another path as checkpoint"
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a state and its tensors, so that the path holds the old file or the new one.
+
+    Raises:
+        OSError: or ``SafetensorError``; the old file is as it was.
+    """
+    text = json.dumps(state)
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "state": text, "checksum": checksum(text, ready)}
+    with replacing(path, _partial(path)) as temporary:
+        save_file(ready, temporary, metadata=metadata)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what :func:`write_checkpoint` wrote.
+
+    Raises:
+        EvaValueError: damaged, another kind of file, or another version of the format.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise EvaValueError(
+            f"the checkpoint {path} is not a readable safetensors file ({error}): it is damaged, "
+            f"cut short, or another kind of file; {REMEDY}"
+        ) from error
+    kind = metadata.get("format", "no format mark")
+    if kind != FORMAT:
+        version = kind.startswith(FORMAT.rpartition("/")[0] + "/")
+        what = "another version wrote it" if version else "it is no checkpoint of a pass"
+        raise EvaValueError(
+            f"the checkpoint {path} holds {kind}, expected {FORMAT}: {what}; {REMEDY}"
+        )
+    text = metadata.get("state", "")
+    if metadata.get("checksum") != checksum(text, tensors):
+        raise EvaValueError(
+            f"the checkpoint {path} is damaged: its contents do not match its checksum; {REMEDY}"
+        )
+    state: dict[str, Any] = json.loads(text)
+    return state, tensors
+
+
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of a text, and of the names, types, shapes and bytes of tensors on the CPU."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _partial(path: Path) -> Path:
+    # One name, so that a run that was killed while it wrote leaves at most one file behind.
+    return path.with_name(f".{path.name}.partial")
+
+
+def check_path(path: Path) -> None:
+    """Make the folder, and prove that a file can be made in it.
+
+    Raises:
+        EvaValueError: it cannot.
+    """
+    if path.is_dir():
+        raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_file(_partial(path))
+        _partial(path).unlink()
+    except OSError as error:
+        raise EvaValueError(
+            f"checkpoint={str(path)!r} cannot be written ({error}); give a path in a folder that "
+            "can be written"
+        ) from error

@@ -1,0 +1,276 @@
+"""What a checkpoint must agree on with the pass that goes on from it, and processes on one pass."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._peft_compat import base_of
+from ..errors import EvaValueError, listed
+from ..model.targets import base_name
+from ..options import AUTO
+
+if TYPE_CHECKING:
+    from ..calibrate import CalibrationPass
+
+__all__ = [
+    "check_requests",
+    "check_weights",
+    "differences",
+    "fingerprint_of",
+    "in_words",
+    "request_of",
+    "weights_of",
+]
+
+# Other values of these options give other numbers. The rest may change from run to run: limits,
+# tau, what is said and asked, and ways to compute the same.
+_OPTIONS = (
+    "method",
+    "oversample",
+    "criterion",
+    "freeze_converged",
+    "budget",
+    "min_rank",
+    "precision",
+    "seed",
+    "tokens_per_step",
+)
+_FUNCTIONS = ("forward_fn", "prepare_model_inputs_fn", "prepare_layer_inputs_fn")
+# Where a model was loaded from and with what; and what the pass itself switches off.
+_NOT_THE_MODEL = frozenset(["_name_or_path", "transformers_version", "use_cache"])
+# Names of weights that an adapter adds, and what it puts into the names of the others.
+_ADDED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save)\.")
+_INSERTED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
+
+MOST_NAMED = 6  # differences in a message
+ROUNDING = 0.05  # of the largest element; devices and dtypes may round differently
+SAMPLES = 16  # elements of each target's weight that are looked at
+
+
+def request_of(run: CalibrationPass) -> dict[str, Any]:
+    """Return what a pass is asked for: layers, and options that decide its numbers; JSON-able."""
+    eva = run.eva
+    parts = {
+        "r": run.config.r,
+        "rho": eva.rho,
+        "use_label_mask": eva.use_label_mask,
+        "label_mask_value": eva.label_mask_value,
+        **{name: getattr(run.options, name) for name in _OPTIONS},
+        **{name: _kind(getattr(run.options, name)) for name in _FUNCTIONS},
+        "layers": {t.name: {"features": t.in_features, "rank": t.rank} for t in run.targets},
+    }
+    return _as_read_back(parts)
+
+
+def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
+    """Return what decides the numbers of a pass, JSON-able; wrappers and adapters are no part.
+
+    Weights count by name, shape and dtype, and those of the target layers by a few elements each.
+    """
+    model = base_of(run.model)
+    weights = list(_base_weights(run.model))
+    parts = {
+        "model": type(model).__name__,
+        "processes": 1 if run.processes is None else run.processes.size,
+        "data type": ", ".join(sorted({str(w.dtype).removeprefix("torch.") for _, w in weights})),
+        **request_of(run),
+        "model config": _plain_config(run.architecture.config),
+        "streams": {
+            f"{d} features": {"components": p.components, "width": p.width, "method": p.method}
+            for d, p in sorted(run.plan.items())
+        },
+        "names, shapes and dtypes of the weights": _digest(
+            [[name, list(w.shape), str(w.dtype)] for name, w in weights]
+        ),
+        # a part of a sharded weight says little, and the whole would take all processes
+        "values of the weights": {
+            t.name: "hidden" if run.sharded else _sample(t.module) for t in run.targets
+        },
+    }
+    return _as_read_back(parts)
+
+
+def differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    where: tuple[str, str] = ("in the file", "now"),
+) -> list[str]:
+    """Tell in words where two fingerprints differ, the most telling parts first.
+
+    Args:
+        before, now: of :func:`fingerprint_of`, or of :func:`request_of`.
+        where: each of them is.
+    """
+    old, new = dict(_flat(before)), dict(_flat(now))
+    told = []
+    for key in [*new, *(k for k in old if k not in new)]:
+        if key in old and key in new and old[key] == new[key]:
+            continue
+        name = " ".join(key)
+        if any(key[0] == part for part in ("values of the weights", *_DIGESTS)):
+            told.append(f"{name} are others")
+        else:
+            was, is_ = (_shown(side, key) for side in (old, new))
+            told.append(f"{name}: {was} {where[0]}, {is_} {where[1]}")
+    return told
+
+
+def in_words(told: Sequence[str]) -> str:
+    """Return differences for a message: all, or the first and how many more."""
+    more = f"; and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
+    return "; ".join(told[:MOST_NAMED]) + more
+
+
+_DIGESTS = ("names, shapes and dtypes of the weights",)
+
+
+def _shown(values: Mapping[tuple[str, ...], Any], key: tuple[str, ...]) -> str:
+    if key not in values:
+        return "absent"
+    return values[key] if isinstance(values[key], str) else json.dumps(values[key])
+
+
+def _flat(
+    values: Mapping[str, Any], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in model.named_parameters():
+        if not _ADDED.search(name):
+            yield _INSERTED.sub("", base_name(name)), weight
+
+
+def _plain_config(config: Any) -> Any:
+    if callable(getattr(config, "to_dict", None)):
+        config = config.to_dict()
+    return _without(config, _NOT_THE_MODEL) if isinstance(config, Mapping) else None
+
+
+def _without(value: Any, names: frozenset[str]) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {k: _without(v, names) for k, v in value.items() if k not in names}
+
+
+def _kind(option: Any) -> str:
+    """Tell which sort of function is used; the code of a function has no lasting name."""
+    if option is None or option == AUTO:
+        return "default" if option is None else AUTO
+    if isinstance(option, Mapping):
+        return f"functions for {', '.join(sorted(option))}"
+    return "own function"
+
+
+def _sample(module: nn.Module) -> str:
+    """Digest some elements, evenly spaced, of a layer's weight; ``"hidden"`` if it has no values.
+
+    Weights on the meta device, or of no size, are filled in by a hook only while the layer runs,
+    and some quantised ones cannot be indexed.
+    """
+    elements = _elements(getattr(module, "weight", None))
+    return "hidden" if elements is None else _digest(elements)
+
+
+def _elements(weight: Any) -> list[float] | None:
+    if not isinstance(weight, Tensor) or not weight.numel():
+        return None
+    index = torch.linspace(0, weight.numel() - 1, SAMPLES, dtype=torch.float64, device="cpu").long()
+    try:
+        # By coordinates, since flattening would copy a weight that is stored transposed.
+        chosen = weight.detach()[torch.unravel_index(index.to(weight.device), weight.shape)]
+        elements: list[float] = chosen.double().tolist()
+    except (NotImplementedError, RuntimeError, TypeError):
+        return None
+    return elements
+
+
+def weights_of(run: CalibrationPass) -> dict[str, list[float]]:
+    """Return a few elements of the weight of every layer that shows them; none of a sharded model.
+
+    Other processes have other parts of that.
+    """
+    modules = {t.name: t.module for t in run.targets if t.weight is None and not run.sharded}
+    shown = {name: _elements(getattr(each, "weight", None)) for name, each in modules.items()}
+    return {name: elements for name, elements in shown.items() if elements is not None}
+
+
+def _other_weights(ours: Mapping[str, list[float]], others: Mapping[str, list[float]]) -> list[str]:
+    """Return the layers of which two processes have weights that differ by more than rounding."""
+    names = []
+    for name in ours.keys() & others.keys():
+        pairs = list(zip(ours[name], others[name], strict=False))
+        largest = max(abs(value) for pair in pairs for value in pair)
+        if any(abs(a - b) > ROUNDING * largest for a, b in pairs):
+            names.append(name)
+    return sorted(names)
+
+
+def check_requests(asked: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse to share a pass between processes that were asked for different ones.
+
+    Args:
+        asked: of each process, by rank, what :func:`request_of` returns.
+
+    Raises:
+        EvaValueError: they differ.
+    """
+    counts = [len(request["layers"]) for request in asked]
+    if len(set(counts)) > 1:
+        raise EvaValueError(f"the processes have different models: {counts} target layers")
+    for rank, request in enumerate(asked):
+        found = differences(asked[0], request, ("in process 0", f"in process {rank}"))
+        if found:
+            raise EvaValueError(
+                f"the processes were asked for different passes; {in_words(found)}. "
+                "Give all of them the same config and options"
+            )
+
+
+def check_weights(weights: Sequence[Mapping[str, list[float]]]) -> None:
+    """Refuse to share a pass between processes whose models have other weights.
+
+    Args:
+        weights: of each process, by rank, what :func:`weights_of` returns.
+
+    Raises:
+        EvaValueError: most layers differ.
+    """
+    for rank, theirs in enumerate(weights):
+        names = _other_weights(weights[0], theirs)
+        if len(names) > len(weights[0]) / 2:  # one new layer, say a pooler, does no harm
+            raise EvaValueError(
+                f"processes 0 and {rank} have other weights in {listed(names)}: load the same "
+                "ones in all (some loaders fill those of the first process only)"
+            )
+
+
+def _digest(value: Sequence[Any]) -> str:
+    return hashlib.sha256(_as_json(value).encode()).hexdigest()[:16]
+
+
+def _as_read_back(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file gives back: tuples as lists, keys as text."""
+    normal: dict[str, Any] = json.loads(_as_json(parts))
+    return normal
+
+
+def _as_json(value: Any) -> str:
+    def named(other: Any) -> Any:
+        if isinstance(other, (set, frozenset)):
+            return sorted(other, key=str)
+        return str(other) if isinstance(other, torch.dtype) else type(other).__name__
+
+    return json.dumps(value, default=named)

@@ -1,0 +1,115 @@
+"""Output folders that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from ..errors import EvaValueError
+from .files import sync
+
+__all__ = ["staged_folder"]
+
+# Without it nothing takes the folder for an adapter: the first to go, and the last to come.
+INDEX = "adapter_config.json"
+# In the staged folder, while files are replaced: those that were there.
+BEFORE = ".before"
+
+
+@contextmanager
+def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path]:
+    """Give a folder to write files to, which becomes ``out`` if all goes well.
+
+    Args:
+        out: need not exist. A folder that does stays the same one, with its mode, its owner and
+            what else is in it; it may be a mount point.
+        force: also if there are files in it, of which those of the same names are replaced.
+        besides: a path that may lie in ``out`` all the same.
+
+    Raises:
+        EvaValueError: ``out`` is a file, holds files, or cannot be written to. What was written
+            is kept beside it if that shows only at the end.
+    """
+    target = out.resolve()
+    if target.exists() and not target.is_dir():
+        raise EvaValueError(f"--out {out} is a file, a folder is needed")
+    own = None if besides is None else besides.resolve()
+    if not force and _holds_files(target, own):
+        raise EvaValueError(f"--out {out} is not empty; --force replaces the files in it")
+    stage = _scratch(target, out)
+    try:
+        yield stage
+        for path in stage.iterdir():
+            path.chmod(0o666 & stage.stat().st_mode)  # some writers close theirs to other users
+            sync(path)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    try:
+        if not force and _holds_files(target, own):
+            raise EvaValueError("meanwhile, somebody else has written files to it")
+        if target.is_dir():  # by now, it may be for a checkpoint
+            _move_into(stage, target)
+        else:
+            stage.rename(target)
+    except (OSError, EvaValueError) as error:
+        kept = f"what was to be written is in {stage}"
+        raise EvaValueError(f"--out {out}: {error}; {kept}") from error
+    except BaseException:
+        if not (stage / BEFORE).exists():  # or nobody else has the files that were replaced
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _holds_files(target: Path, own: Path | None) -> bool:
+    """Tell whether there are files but for one's own, and what a killed run had staged."""
+    staged = re.compile("^" + re.escape(f".{target.name}.") + "[0-9a-f]{12}/")
+    return target.is_dir() and any(
+        not path.is_dir() and path != own and not staged.search(str(path.relative_to(target)))
+        for path in target.rglob("*")
+    )
+
+
+def _scratch(target: Path, out: Path) -> Path:
+    """Make a folder on the file system of the target: in it, or where it will be."""
+    home = target if target.is_dir() else target.parent
+    scratch = home / f".{target.name}.{uuid4().hex[:12]}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir()
+    except OSError as error:
+        raise EvaValueError(f"--out {out}: cannot write in {home}: {error.strerror}") from error
+    return scratch
+
+
+def _move_into(stage: Path, target: Path) -> None:
+    """Replace files; where one cannot be, none is."""
+    names = sorted((path.name for path in stage.iterdir()), key=lambda name: (name == INDEX, name))
+    for name in names:
+        if (target / name).is_dir():
+            raise EvaValueError(f"it has a folder {name} where a file is to be written")
+    before = stage / BEFORE
+    before.mkdir()
+    old = [name for name in names if (target / name).exists()]
+    try:
+        for name in old:
+            shutil.copy2(target / name, before / name)
+        if INDEX in old:
+            (target / INDEX).unlink()
+        for name in names:
+            os.replace(stage / name, target / name)
+    except BaseException:
+        for name in names:
+            if not (stage / name).exists():
+                os.replace(target / name, stage / name)
+        for name in old:
+            if not (target / name).exists():
+                os.replace(before / name, target / name)
+        shutil.rmtree(before)
+        raise
+    shutil.rmtree(stage)
