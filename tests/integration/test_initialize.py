@@ -35,7 +35,7 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
-from integration.test_experts import make_mixtral
+from integration.model.test_experts import make_mixtral
 
 
 def prepared(how: str, base: nn.Module) -> tuple[nn.Module, LoraConfig | None]:

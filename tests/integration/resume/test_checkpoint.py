@@ -21,8 +21,7 @@ import eva_kernels
 from eva_kernels import EvaResult, EvaValueError, NotConvergedWarning
 from eva_peft import cli
 from eva_peft.resume.checkpoint_file import read_checkpoint, write_checkpoint
-from integration import passes
-from integration.command import runner
+from integration.command.running import runner
 from integration.conftest import (
     lora,
     make_llama,
@@ -32,7 +31,8 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
-from integration.passes import (
+from integration.resume import cut_short
+from integration.resume.cut_short import (
     CASES,
     EPOCH,
     FORWARDS,
@@ -57,10 +57,10 @@ PLACES = [(name, where) for name in CASES for where in kill_points(name)]
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Kill every case in every place, in a process that imports everything once."""
     folder = tmp_path_factory.mktemp("killed")
-    tests = Path(__file__).resolve().parent.parent
+    tests = Path(__file__).resolve().parents[2]
     roots = os.pathsep.join([str(tests), *filter(None, sys.path)])
     shown = subprocess.run(
-        [sys.executable, passes.__file__, str(folder)],
+        [sys.executable, cut_short.__file__, str(folder)],
         env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
@@ -265,7 +265,7 @@ def test_another_tau_is_judged_by_what_is_known(tmp_path: Path) -> None:
 
 def test_another_tau_before_any_step(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    few = passes.Case(make_mlp, lambda: vectors(1, rows=5), options={"checkpoint_every": 1})
+    few = cut_short.Case(make_mlp, lambda: vectors(1, rows=5), options={"checkpoint_every": 1})
     stopped(few, path, 1)
     assert forwards_in(path) == 1
     options = {"max_steps": 2, "checkpoint": path}

@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import eva_kernels
 from eva_kernels import EvaValueError, pad_ranks
-
-from .command import reason, run
+from integration.command.running import reason, run
 
 NOISE = torch.Generator()
 

@@ -22,7 +22,7 @@ from transformers import (
 from eva_kernels import EvaValueError, initialize
 from eva_peft.command.model_setup import Task, load_tokenizer, lora_config
 from eva_peft.results.result import EvaResult
-from integration.command import init, make_home, reason, run
+from integration.command.running import init, make_home, reason, run
 from integration.conftest import VOCABULARY, lora, text_batches
 
 # PEFT asks transformers for a property by its old name.

@@ -31,7 +31,7 @@ from integration.conftest import (
     run,
     vectors,
 )
-from integration.passes import (
+from integration.resume.cut_short import (
     CASES,
     forwards_in,
     never,

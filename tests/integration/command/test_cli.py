@@ -26,7 +26,7 @@ from eva_peft.command.model_setup import Task, load_model
 from eva_peft.errors import EvaRuntimeError
 from eva_peft.results.result import EvaResult
 from eva_peft.surroundings import devices
-from integration.command import QUICK, data_and_out, init, make_home, reason, run, runner
+from integration.command.running import QUICK, data_and_out, init, make_home, reason, run, runner
 
 # PEFT asks transformers for a property by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

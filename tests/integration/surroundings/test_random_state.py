@@ -20,7 +20,7 @@ from eva_peft.surroundings.random_state import (
     set_random_state,
 )
 from integration.conftest import lora, make_mlp, run, vectors
-from integration.passes import EPOCH, same
+from integration.resume.cut_short import EPOCH, same
 
 CPU = torch.device("cpu")
 DRAWS: dict[str, Callable[[torch.device], float]] = {

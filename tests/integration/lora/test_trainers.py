@@ -107,7 +107,7 @@ def test_trainer(wrap: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*not converged:eva_kernels.NotConvergedWarning")
 def test_the_callback_of_the_readme(tmp_path: Path) -> None:
     """In a trainer that somebody else has made, with adapters that began as plain LoRA's."""
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {"TrainerCallback": TrainerCallback, "eva_kernels": eva_kernels}
     exec(
         text.partition("# where a framework makes")[2].partition("\n")[2].partition("```")[0], names
@@ -348,7 +348,7 @@ torch.distributed.destroy_process_group()
 def launch(script: str, folder: Path, processes: int, *arguments: str) -> str:
     path = folder / "train.py"
     path.write_text(script)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = dict(os.environ)
     parts = [root / "tests", root, root / "python", environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, parts))

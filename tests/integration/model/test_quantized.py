@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # `make setup` puts these libraries there, out of the way of all other tests
 LIBRARIES = Path(sys.prefix) / "quantization"
 KINDS = {

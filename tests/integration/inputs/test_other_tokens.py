@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, run
-from integration.test_padding_told import EXACT, KEPT, batches
+from integration.inputs.test_padding_told import EXACT, KEPT, batches
 
 
 class Translates(nn.Module):
