@@ -67,6 +67,7 @@ def _milora(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
 METHODS = {
     "lora": Method("LoRA", _wrapping("apply"), PEFT),
     "orthonormal": Method("LoRA, orthonormal rows (control)", _orthonormal, "this harness"),
+    "orthogonal": Method("Orthogonal", _wrapping("apply", init_lora_weights="orthogonal"), PEFT),
     "dora": Method("DoRA", _wrapping("apply", use_dora=True), PEFT),
     "adalora": Method("AdaLoRA", _adalora, PEFT),
     "pissa": Method("PiSSA", _wrapping("solve", init_lora_weights="pissa"), PEFT),
@@ -75,4 +76,5 @@ METHODS = {
     ),
     "milora": Method("MiLoRA", _milora, "arXiv 2406.09044"),
     "olora": Method("OLoRA", _wrapping("solve", init_lora_weights="olora"), PEFT),
+    "mica": Method("MiCA", _wrapping("solve", init_lora_weights="mica"), PEFT),
 }
