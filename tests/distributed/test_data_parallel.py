@@ -40,6 +40,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Seen]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "TRITON_INTERPRET": "1"}
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher += ["--log-dir", str(folder / "log")]
     command = [sys.executable, "-m", *launcher, str(Path(__file__).with_name("worker.py"))]
     done = subprocess.run(
         [*command, str(folder)], capture_output=True, text=True, timeout=240, env=environment

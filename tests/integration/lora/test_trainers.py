@@ -358,6 +358,7 @@ def launch(script: str, folder: Path, processes: int, *arguments: str) -> str:
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     else:
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launcher += ["--log-dir", str(folder / "log")]
     command = [sys.executable, "-m", *launcher, str(path), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
