@@ -165,7 +165,8 @@ class CalledWith(AroundCalls):
 
     def _own_mask(self, named: dict[str, Any], shape: torch.Size | None) -> TokenMask:
         steps = getattr(named.get("decoder_input_ids"), "shape", None)
-        if isinstance(self._labels, Tensor) and self._labels.shape in (shape, steps):
+        turned = None if shape is None else shape[::-1]  # torch's own take the sequence first
+        if isinstance(self._labels, Tensor) and self._labels.shape in (shape, turned, steps):
             named.setdefault("labels", self._labels)
         return self._make_mask(named)
 

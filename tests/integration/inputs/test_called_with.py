@@ -404,3 +404,32 @@ def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, kind: str)
         own = "mask" if name.startswith("found") else "attention_mask"
         kept = torch.cat([b[own].bool().flatten() for b in batches])
         assert lost(result.components[name], x[kept]) < 1e-6, name
+
+
+class SequenceFirst(nn.Module):
+    """A text for a layer of torch's, which by default takes the sequence first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.words, self.layer = nn.Embedding(VOCABULARY, 32), nn.TransformerEncoderLayer(32, 2, 48)
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> Tensor:
+        padding = input_ids == 0 if attention_mask is None else attention_mask == 0
+        x: Tensor = self.layer(self.words(input_ids).movedim(1, 0), src_key_padding_mask=padding)
+        return x
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_labels_of_a_text_whose_sequence_comes_first(told: bool) -> None:
+    texts, name = text_batches(4, labels=True), "layer.linear1"
+    for batch in texts:
+        batch["labels"][:, :4] = -100
+        batch["labels"][batch["attention_mask"] == 0] = -100
+        batch |= {} if told else {"input_ids": batch["input_ids"] * batch.pop("attention_mask")}
+    model = SequenceFirst().eval()
+    result = run(model, texts, lora(target_modules=[name], tau=1.0), **EXACT)
+    kept = torch.cat([(batch["labels"] != -100).T.flatten() for batch in texts])
+    assert result.tokens == int(kept.sum())
+    x = layer_inputs(model, texts, [name], False)[name]
+    assert lost(result.components[name], x[kept]) < 1e-6
