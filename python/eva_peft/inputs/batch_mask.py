@@ -116,6 +116,7 @@ def _text_masks(
     shape = _token_shape(batch, main)
     if main is not None and shape is not None:
         main = _without_prefix(main, shape)
+    shape = _shape_by_another_name(batch) if shape is None else shape
     if label_mask is not None and tuple(label_mask.shape) == shape:
         main = label_mask if main is None else main & label_mask
     return main, decoder
@@ -257,8 +258,10 @@ def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ..
         return tuple(ids.shape)
     if isinstance(embeds, Tensor):
         return tuple(embeds.shape[:2])
-    if main is not None:
-        return tuple(main.shape)
-    tensors = (v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels")
-    first = next(tensors, None)  # token ids by another name, if they are whole numbers
+    return None if main is None else tuple(main.shape)
+
+
+def _shape_by_another_name(batch: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the shape of token ids, if the first values of a batch are whole numbers."""
+    first = next((v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"), None)
     return None if first is None or first.is_floating_point() else tuple(first.shape)

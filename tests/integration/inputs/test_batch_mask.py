@@ -210,3 +210,11 @@ def test_labels_of_tokens_by_another_name() -> None:
     for batch in ({"x": other, "labels": labels}, {"x": other, "y": tokens, "labels": labels}):
         assert mask_of_batch(batch, lora()).main is None
     assert mask_of_batch({"labels": labels, "x": tokens[:, :2]}, lora()).main is None
+
+
+def test_numbers_of_samples_do_not_cut_a_mask_of_tokens() -> None:
+    kept = torch.tensor([[True, True, True], [True, False, False]])
+    batch = {"species": torch.tensor([1, 2]), "x": torch.randn(2, 3, 8)}
+    mask = mask_of_batch({**batch, "attention_mask": kept[:, None, None]}, lora()).main
+    assert mask is not None
+    assert torch.equal(mask, kept)
