@@ -20,6 +20,7 @@ from .token_mask import TokenMask
 
 __all__ = ["AroundCalls", "CalledWith", "ModelsWithin", "is_model", "named_arguments"]
 
+_OF_TEXT = ("attention_mask", "src_key_padding_mask")
 _MASKS = ("attention_mask", *PADDING_MASKS)
 
 _OF_TORCH = (
@@ -181,10 +182,20 @@ class ModelsWithin(CalledWith):
     looks_at_base = False
 
     def _mask_of(self, named: dict[str, Any]) -> TokenMask:
-        told = (named.get(name) for name in _MASKS)
-        if all(m is self._given or not isinstance(m, Tensor) or m.dim() != 2 for m in told):
+        told = {name: named.get(name) for name in _MASKS}
+        if not any(self._is_another(name, mask) for name, mask in told.items()):
             return self._mask
         return self._own_mask(named, _shape_of(named))
+
+    def _is_another(self, name: str, mask: Any) -> bool:
+        """Tell whether a mask says something else than the batch's, which may be told as bools."""
+        given = self._given
+        if mask is given or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return False
+        if name not in _OF_TEXT or not isinstance(given, Tensor) or given.shape != mask.shape:
+            return True
+        kept = mask == 0 if name in PADDING_MASKS else mask != 0
+        return not torch.equal(kept.to(given.device), given != 0)
 
 
 def is_model(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from integration.conftest import (
     VOCABULARY,
@@ -433,3 +433,31 @@ def test_labels_of_a_text_whose_sequence_comes_first(told: bool) -> None:
     assert result.tokens == int(kept.sum())
     x = layer_inputs(model, texts, [name], False)[name]
     assert lost(result.components[name], x[kept]) < 1e-6
+
+
+class Described(nn.Module):
+    """A text that attends to images, of as many patches as it has tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        fields = {**sizes, "intermediate_size": 48, "is_decoder": True, "add_cross_attention": True}
+        self.text_decoder = BertModel(BertConfig(vocab_size=VOCABULARY, **fields))
+        self.vision, self.patches = make_bert(), nn.Linear(12, 32)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Any:
+        seen = self.vision(inputs_embeds=self.patches(pixel_values.flatten(2))).last_hidden_state
+        return self.text_decoder(input_ids, attention_mask.bool(), encoder_hidden_states=seen)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_the_mask_of_the_batch_in_another_dtype_says_no_less() -> None:
+    """The batch has the images, of which the model that is told the mask is given no more."""
+    torch.manual_seed(0)
+    batches = [{**batch, "pixel_values": torch.randn(4, 24, 3, 2, 2)} for batch in TEXTS]
+    model, name = Described().eval(), "text_decoder.encoder.layer.0.crossattention.self.key"
+    result = run(model, batches, lora(target_modules=[name], tau=1.0), **EXACT)
+    assert result.tokens == 4 * 4 * 24
+    x = layer_inputs(model, batches, [name], False)[name]
+    assert lost(result.components[name], x) < 1e-6
