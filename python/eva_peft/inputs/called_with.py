@@ -185,7 +185,9 @@ class ModelsWithin(CalledWith):
         told = {name: named.get(name) for name in _MASKS}
         if not any(self._is_another(name, mask) for name, mask in told.items()):
             return self._mask
-        return self._own_mask(named, _shape_of(named))
+        mask = self._own_mask(named, _shape_of(named))
+        mask.draws = self._mask.draws  # a batch that runs in parts has shared them out
+        return mask
 
     def _is_another(self, name: str, mask: Any) -> bool:
         """Tell whether a mask says something else than the batch's, which may be told as bools."""

@@ -74,6 +74,23 @@ def test_parts_of_a_trimmed_batch_share_the_limit() -> None:
     assert result.tokens == 66
 
 
+def test_parts_share_the_limit_where_a_model_is_told_less_than_the_batch() -> None:
+    class WithoutFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_llama()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            return self.inner(input_ids, attention_mask.index_fill(1, torch.tensor([0]), 0))
+
+    mask = (torch.arange(60) < torch.tensor([60] * 2 + [3] * 30)[:, None]).long()
+    batch, seen = {"input_ids": mask * 5, "attention_mask": mask}, []
+    model = WithoutFirst()
+    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    result = run(model, [batch], lora(), tokens_per_step=40, max_steps=1)
+    assert (len(seen), result.tokens) == (2, 40)
+
+
 def test_parts_share_by_what_counts() -> None:
     """Of the long sample only four tokens have a label that counts."""
     ids = torch.randint(1, 90, (3, 60))
