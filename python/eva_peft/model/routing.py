@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ class RoutedInputs(TorchFunctionMode):
         self, weights: Iterable[tuple[int, ExpertWeight]], called: Callable[[int, Tensor], None]
     ) -> None:
         super().__init__()
-        self.following = self.aside = False
+        self.following = self.aside = self._unpacked = False
         self.backwards: set[int] = set()  # layers with x @ W where LoRA's A faces the output of W
         self._called = called
         self._parameters: dict[int, list[tuple[ExpertWeight, dict[int, int]]]] = {}
@@ -137,6 +138,7 @@ class RoutedInputs(TorchFunctionMode):
     def forget(self) -> None:
         """Drop what is known of the tensors of a forward pass."""
         self._tokens.clear()
+        self._unpacked = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -204,8 +206,10 @@ class RoutedInputs(TorchFunctionMode):
 
     def _follow(self, func: Any, args: Sequence[Any], result: Tensor) -> None:
         rows = result.shape[:-1].numel()
-        if getattr(func, "__name__", "") == _UNPACKING:
-            self._tokens[result] = None  # and so of what is picked of them
+        unpacking = getattr(func, "__name__", "") == _UNPACKING
+        self._unpacked |= unpacking
+        if unpacking or (self._unpacked and self._any_is_unknown(args)):
+            self._tokens[result] = None
             return
         if func in _INDEXING or func in _REPEATING:
             picked = _repeated(args, result) if func in _REPEATING else _picked(args)
@@ -253,12 +257,15 @@ class RoutedInputs(TorchFunctionMode):
         self._tokens[result] = (torch.cat([tokens for tokens, _ in known]), counts.pop())
         return True
 
-    def _composed(self, x: Tensor, index: Tensor, count: int) -> tuple[Tensor, int] | None:
-        before = self._tokens.get(x, (None, count))
-        if before is None:
-            return None
-        picked, count = before
-        return index if picked is None else picked[index], count
+    def _composed(self, x: Tensor, index: Tensor, count: int) -> tuple[Tensor, int]:
+        before = self._tokens.get(x)
+        return (index, count) if before is None else (before[0][index], before[1])
+
+    def _any_is_unknown(self, args: Sequence[Any]) -> bool:
+        """Tell whether one of what a function is given was made of what was unpacked."""
+        parts = (arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
+        given = (x for x in chain.from_iterable(parts) if isinstance(x, Tensor))
+        return any(self._tokens.get(x, x) is None for x in given)
 
 
 def _are_one(first: Tensor, second: Tensor) -> bool:

@@ -257,10 +257,10 @@ def test_masks_follow_tokens_back_into_their_order(how: str) -> None:
 class Recurrent(nn.Module):
     """Sorts samples by their lengths for a recurrent network, and back; or lets torch do it."""
 
-    def __init__(self, by_hand: bool) -> None:
+    def __init__(self, by_hand: bool, between: str) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.by_hand, self.embed = by_hand, nn.Embedding(VOCABULARY, 12)
+        self.by_hand, self.between, self.embed = by_hand, between, nn.Embedding(VOCABULARY, 12)
         self.network = nn.LSTM(12, 6, batch_first=True, bidirectional=True)
         self.last = nn.Linear(12, 4)
 
@@ -271,6 +271,10 @@ class Recurrent(nn.Module):
         options: dict[str, Any] = {"batch_first": True, "enforce_sorted": self.by_hand}
         packed = rnn.pack_padded_sequence(self.embed(input_ids)[order], lengths, **options)
         x, _ = rnn.pad_packed_sequence(self.network(packed)[0], batch_first=True)
+        if self.between == "a function":
+            x = x.tanh()
+        elif self.between == "padding":
+            x = torch.cat([x, x.new_zeros(len(x), input_ids.shape[1] - x.shape[1], 12)], 1)
         return x[order.argsort()]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -278,14 +282,20 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_samples_that_are_sorted_for_a_recurrent_network(by_hand: bool, wide: bool) -> None:
-    model, texts, tokens = Recurrent(by_hand).eval(), text_batches(4, samples=6), []
+@pytest.mark.parametrize(
+    ("by_hand", "between"), [(False, ""), (True, ""), (True, "a function"), (True, "padding")]
+)
+def test_samples_that_are_sorted_for_a_recurrent_network(
+    by_hand: bool, between: str, wide: bool
+) -> None:
+    model, texts, tokens = Recurrent(by_hand, between).eval(), text_batches(4, samples=6), []
     for batch in texts:
         longest = int(batch["attention_mask"].sum(1).max())
         batch |= {} if wide else {key: value[:, :longest] for key, value in batch.items()}
         with torch.no_grad():
-            tokens.append(model.read(**batch)[batch["attention_mask"][:, :longest].bool()])
+            tokens.append(
+                model.read(**batch)[:, :longest][batch["attention_mask"][:, :longest] > 0]
+            )
     result = run(model, iter(texts), lora(tau=1.0, target_modules=["last"]), method="gram")
     assert result.tokens == sum(map(len, tokens))
     check_shares(result, "last", torch.cat(tokens))
