@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
@@ -194,7 +195,8 @@ def check_taken(batch: Any, model: nn.Module, error: Exception) -> None:
     Raises:
         EvaTypeError: this is the case.
     """
-    wrong = isinstance(error, (AttributeError, TypeError)) and type(batch).__name__ in str(error)
+    named = re.search(rf"\b{type(batch).__name__}\b", str(error))  # not as in "return_dict"
+    wrong = named and isinstance(error, (AttributeError, TypeError))
     if wrong and not isinstance(error, EvaError):
         raise _not_taken(batch, base_of(model), f" (it failed with {error!r})") from error
 

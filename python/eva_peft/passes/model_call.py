@@ -115,7 +115,8 @@ class ModelCall:
         try:
             self._model(batch)
         except Exception as error:
-            arguments.check_taken(batch, self._model, error)
+            if not self._ran:
+                arguments.check_taken(batch, self._model, error)
             raise
 
     def _called_with(

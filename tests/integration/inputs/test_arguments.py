@@ -398,6 +398,21 @@ def test_a_type_error_of_the_model_s_own_is_left_to_it() -> None:
             run(Wrong(), iter([batch]), lora(target_modules=["lin"]))
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_an_error_that_is_not_about_the_mapping_is_left_to_the_model(later: bool) -> None:
+    class Passing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(20, 4)
+
+        def forward(self, sample: Any) -> Tensor:
+            return self.lin(torch.tanh(sample["x"]), **{} if later else {"return_dict": True})
+
+    batches = [{"x": x} for x in vectors(2)]
+    with pytest.raises(TypeError, match="must be Tensor, not dict$" if later else "'return_dict'$"):
+        run(Passing(), [*batches, {"x": batches[0]}], lora(target_modules=["lin"]))
+
+
 def test_a_batch_of_nothing_but_text_and_labels_is_explained() -> None:
     batch = {"prompt": ["a", "b"], "labels": torch.ones(2, 9).long()}
     with pytest.raises(EvaTypeError, match=r"names \['labels', 'prompt'\] is nothing that Llama"):
