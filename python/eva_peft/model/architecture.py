@@ -58,7 +58,8 @@ class Architecture:
             labels.
         answers: a decoder of text follows an encoder of text, of which the config does not tell.
         frame_lengths: what may tell how many frames are made of sound.
-        has_own_layers: somebody's own are around, or in place of, the models that transformers has.
+        has_own_layers: somebody's own are around, between, or in place of, the models that
+            transformers has; what is between two may have no weights.
     """
 
     config: Any = None
@@ -176,9 +177,9 @@ def is_defined_in_transformers(module: nn.Module) -> bool:
 
 
 def _has_own_layers(base: nn.Module) -> bool:
-    parts = outermost(base, is_defined_in_transformers)
-    known = {id(parameter) for _, part in parts for parameter in part.parameters()}
-    return any(id(parameter) not in known for parameter in base.parameters())
+    parts = {part for _, part in outermost(base, is_defined_in_transformers)}
+    known = {id(parameter) for part in parts for parameter in part.parameters()}
+    return len(parts) > 1 or any(id(parameter) not in known for parameter in base.parameters())
 
 
 def _base_prefix(module: nn.Module) -> Any:

@@ -117,6 +117,26 @@ def test_nothing_is_cut_in_front_of_a_users_layers(kind: str) -> None:
         assert lost(result.components[name], x) < 1e-6, name
 
 
+def test_a_text_whose_parts_are_samples_stays_whole() -> None:
+    """A model reads its sentences, and another one what came of them, one after another."""
+
+    class OfSentences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sentence, self.text = make_bert(), make_bert()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            x = self.sentence(input_ids, attention_mask).last_hidden_state.mean(1)
+            return self.text(inputs_embeds=x.view(-1, 4, 32))
+
+    mask = (torch.arange(60) < torch.tensor([50] + [4] * 31)[:, None]).long()
+    batch = {"input_ids": mask * torch.arange(1, 61), "attention_mask": mask}
+    model, name = OfSentences().eval(), "text.encoder.layer.1.output.dense"
+    result = run(model, [batch], lora(tau=1.0, target_modules=[name]), method="gram")
+    x = layer_inputs(model, [batch], [name])[name]
+    assert lost(result.components[name], x) < 1e-6
+
+
 def test_short_samples_run_apart() -> None:
     """Samples of very different lengths go through the model in groups; nothing else changes."""
     ids = torch.randint(1, VOCABULARY, (8, 60))
