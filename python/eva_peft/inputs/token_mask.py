@@ -244,8 +244,9 @@ class TokenMask:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
-        if leading == (len(mask), int(mask.sum(1).max())) and not mask[:, leading[1] :].any():
-            yield mask[:, : leading[1]]  # as far as the longest, as a packed sequence comes back
+        longest = int(mask.sum(1).max())  # as far as which a packed sequence comes back
+        if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():
+            yield mask[:, :longest]
         queries = key.startswith("queries")
         text_first = False if queries else self.text_first
         if (queries or key == "main") and text_first is not None and _is_longer(leading, mask):

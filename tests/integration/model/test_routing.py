@@ -299,3 +299,18 @@ def test_samples_that_are_sorted_for_a_recurrent_network(
     result = run(model, iter(texts), lora(tau=1.0, target_modules=["last"]), method="gram")
     assert result.tokens == sum(map(len, tokens))
     check_shares(result, "last", torch.cat(tokens))
+
+
+def test_a_recurrent_network_that_takes_the_sequence_first() -> None:
+    class SequenceFirst(Recurrent):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.last(self.read(input_ids, attention_mask).transpose(0, 1))
+
+    model, texts, tokens = SequenceFirst(False, "").eval(), text_batches(4, samples=6), []
+    for batch in texts:
+        kept = batch["attention_mask"][:, : int(batch["attention_mask"].sum(1).max())] > 0
+        with torch.no_grad():
+            tokens.append(model.read(**batch)[kept])
+    result = run(model, iter(texts), lora(tau=1.0, target_modules=["last"]), method="gram")
+    assert result.tokens == sum(map(len, tokens))
+    check_shares(result, "last", torch.cat(tokens))
