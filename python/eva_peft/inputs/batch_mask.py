@@ -50,7 +50,7 @@ def mask_of_batch(
     if not isinstance(batch, Mapping):
         return TokenMask(None)
     batch = _with_mask_of_prompt(_with_masks_of_tokens(batch))
-    main, decoder = _text_masks(batch, config, architecture, warned)
+    main, decoder, longest = _text_masks(batch, config, architecture, warned)
     given = (_token_mask(value) for key, value in batch.items() if _GIVEN.search(str(key)))
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
     queries = _token_mask(batch.get("qformer_attention_mask"))
@@ -74,6 +74,7 @@ def mask_of_batch(
         patch_sizes=architecture.patch_sizes,
         prefixes=architecture.prefixes,
         apart=architecture.apart,
+        longest=longest,
     )
     mask.warned = warned
     return mask
@@ -102,14 +103,17 @@ def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _text_masks(
     batch: Mapping[str, Any], config: LoraConfig, architecture: Architecture, warned: set[str]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's."""
+) -> tuple[Tensor | None, Tensor | None, int | None]:
+    """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's.
+
+    And how many the longest text has, where labels leave out some of it.
+    """
     main = _attention_mask(batch, warned)
     decoder = _token_mask(batch.get("decoder_attention_mask"))
     if architecture.encoder_decoder:
         samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
-        return main, _decoder_mask(batch, decoder, labelled, architecture)
+        return main, _decoder_mask(batch, decoder, labelled, architecture), None
     eva, labels, label_mask = eva_of(config), batch.get("labels"), None
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = labels.cpu() != eva.label_mask_value
@@ -117,9 +121,11 @@ def _text_masks(
     if main is not None and shape is not None:
         main = _without_prefix(main, shape)
     shape = _shape_by_another_name(batch) if shape is None else shape
+    longest = None
     if label_mask is not None and tuple(label_mask.shape) == shape:
+        longest = None if main is None else int(main.sum(1).max())
         main = label_mask if main is None else main & label_mask
-    return main, decoder
+    return main, decoder, longest
 
 
 def _labelled_steps(

@@ -61,6 +61,7 @@ class TokenMask:
         prefixes: what names of layers begin with, and which tells nothing of what they read.
         apart: the same of layers that may read what has no mask; only what has the text's shape is
             taken for text.
+        longest: text without its padding, in tokens, where labels leave out more than that.
 
     Attributes:
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
@@ -91,6 +92,7 @@ class TokenMask:
         patch_sizes: tuple[int, ...] = (),
         prefixes: tuple[str, ...] = (),
         apart: tuple[str, ...] = (),
+        longest: int | None = None,
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
@@ -99,6 +101,7 @@ class TokenMask:
         self.sound, self.pixels, self.tiles = sound, pixels, tiles
         self.sound_only, self.media = sound_only, media
         self.patch_sizes, self.prefixes, self.apart = patch_sizes, prefixes, apart
+        self.longest = longest
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
         self.quiet = self.of_text = False
@@ -244,7 +247,9 @@ class TokenMask:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
-        longest = int(mask.sum(1).max())  # as far as which a packed sequence comes back
+        longest = self.longest if key == "main" else None
+        if longest is None:
+            longest = int(mask.sum(1).max())  # as far as which a packed sequence comes back
         if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():
             yield mask[:, :longest]
         queries = key.startswith("queries")

@@ -277,7 +277,7 @@ class Recurrent(nn.Module):
             x = torch.cat([x, x.new_zeros(len(x), input_ids.shape[1] - x.shape[1], 12)], 1)
         return x[order.argsort()]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
         return self.last(self.read(input_ids, attention_mask))
 
 
@@ -301,9 +301,24 @@ def test_samples_that_are_sorted_for_a_recurrent_network(
     check_shares(result, "last", torch.cat(tokens))
 
 
+def test_labels_of_some_of_the_tokens_behind_a_recurrent_network() -> None:
+    """As of the first piece of each word, and neither of the first token nor of the last."""
+    model, texts, tokens = Recurrent(False, "").eval(), text_batches(4, samples=6, labels=True), []
+    for batch in texts:
+        length = batch["attention_mask"].sum(1, keepdim=True)
+        place = torch.arange(batch["labels"].shape[1])
+        batch["labels"][(place % 3 == 0) | (place == length - 1)] = -100
+        labelled = batch["labels"][:, : int(length.max())] != -100
+        with torch.no_grad():
+            tokens.append(model.read(batch["input_ids"], batch["attention_mask"])[labelled])
+    result = run(model, iter(texts), lora(tau=1.0, target_modules=["last"]), method="gram")
+    assert result.tokens == sum(map(len, tokens))
+    check_shares(result, "last", torch.cat(tokens))
+
+
 def test_a_recurrent_network_that_takes_the_sequence_first() -> None:
     class SequenceFirst(Recurrent):
-        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
             return self.last(self.read(input_ids, attention_mask).transpose(0, 1))
 
     model, texts, tokens = SequenceFirst(False, "").eval(), text_batches(4, samples=6), []
