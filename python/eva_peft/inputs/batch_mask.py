@@ -14,7 +14,7 @@ from ..model.architecture import Architecture
 from .arguments import PADDING_MASKS, gives_decoder_inputs
 from .batches import as_mapping
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
-from .token_mask import TokenMask
+from .token_mask import TokenMask, longest_of
 
 __all__ = ["mask_of_batch"]
 
@@ -123,7 +123,7 @@ def _text_masks(
     shape = _shape_by_another_name(batch) if shape is None else shape
     longest = None
     if label_mask is not None and tuple(label_mask.shape) == shape:
-        longest = None if main is None else int(main.sum(1).max())
+        longest = None if main is None else longest_of(main)
         main = label_mask if main is None else main & label_mask
     return main, decoder, longest
 

@@ -18,7 +18,7 @@ from ..surroundings.devices import copied_to
 from .media_masks import frames_seen, patches_seen, tiles_seen
 from .subsample import Draw
 
-__all__ = ["TokenMask"]
+__all__ = ["TokenMask", "longest_of"]
 
 _ADAPTER_OPTIONS: tuple[dict[str, bool], ...] = ({}, {"add_adapter": False}, {"add_adapter": True})
 
@@ -249,7 +249,7 @@ class TokenMask:
             yield frames
         longest = self.longest if key == "main" else None
         if longest is None:
-            longest = int(mask.sum(1).max())  # as far as which a packed sequence comes back
+            longest = longest_of(mask)  # as far as which a packed sequence comes back
         if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():
             yield mask[:, :longest]
         queries = key.startswith("queries")
@@ -353,6 +353,11 @@ class TokenMask:
             f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
             f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to select",
         )
+
+
+def longest_of(mask: Tensor) -> int:
+    """Return how many tokens a sample has at most, of samples that may be none."""
+    return max(mask.sum(1).tolist(), default=0)
 
 
 def _numbers(told: Any) -> list[int]:

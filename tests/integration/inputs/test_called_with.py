@@ -461,3 +461,37 @@ def test_the_mask_of_the_batch_in_another_dtype_says_no_less() -> None:
     assert result.tokens == 4 * 4 * 24
     x = layer_inputs(model, batches, [name], False)[name]
     assert lost(result.components[name], x) < 1e-6
+
+
+class Chosen(nn.TransformerEncoderLayer):
+    """Reads the beginnings of texts, of which there may be none."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 2, 48, batch_first=True)
+        self.begin = nn.Linear(32, 4)
+
+    def forward(self, src: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+        x: Tensor = self.begin(src[:, :3])
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:1 layers were never called with a token that counts")
+def test_a_model_in_a_users_module_that_is_given_no_samples() -> None:
+    class Choosing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.other, self.chosen = (
+                nn.Embedding(VOCABULARY, 32),
+                make_bert(),
+                Chosen(),
+            )
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
+            self.other(input_ids, attention_mask)
+            padding = attention_mask[:0] == 0
+            x: Tensor = self.chosen(self.words(input_ids[:0]), src_key_padding_mask=padding)
+            return x
+
+    config = lora(target_modules=["query", "begin"], tau=1.0)
+    result = run(Choosing(), text_batches(4, labels=True), config, **EXACT)
+    assert result.tokens == sum(int(batch["attention_mask"].sum()) for batch in TEXTS)
