@@ -101,7 +101,8 @@ class CalledWith(AroundCalls):
         base = base_of(model)
         # where the batch says nothing, those of torch are looked at elsewhere, with what is behind
         wanted = is_model if mask.tells else is_of_transformers
-        inner = [part for _, part in outermost(base, wanted)]
+        tops = [base] if self.looks_at_base else base.children()
+        inner = [part for top in tops for _, part in outermost(top, wanted)]
         around = [base] if self.looks_at_base and base not in inner else []
         super().__init__([*around, *inner], make_mask, use_mask)
         named = batch if isinstance(batch, Mapping) else {}
@@ -173,7 +174,7 @@ class CalledWith(AroundCalls):
 
 
 class ModelsWithin(CalledWith):
-    """The same of models in a user's module, of transformers or torch, that is given the batch.
+    """The same of models in a user's module or model, of transformers or torch, given the batch.
 
     The batch's mask counts but in those that are told another one, (B, T): of another text, or of
     this one with something in front of it.

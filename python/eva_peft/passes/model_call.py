@@ -17,7 +17,7 @@ from ..inputs.called_with import CalledWith, ModelsWithin, is_model
 from ..inputs.padding_told import PaddingTold, parts_told
 from ..inputs.prepare import Preparer
 from ..inputs.token_mask import TokenMask
-from ..model.architecture import Architecture, is_defined_in_transformers, is_of_transformers
+from ..model.architecture import Architecture, is_defined_in_transformers
 from ..model.layer_kind import kind_of_layer
 from ..options import AUTO, CalibrateOptions
 from .hooks import InputCollector, StopForward
@@ -145,9 +145,10 @@ class ModelCall:
 
     @functools.cached_property
     def _holds_models(self) -> bool:
-        """Whether models are in a user's module."""
+        """Whether models are in a user's module, which may be a model of transformers' kind."""
         base = base_of(self._model)
-        return not is_of_transformers(base) and any(map(is_model, base.modules()))
+        inner = (part for part in base.modules() if part is not base)
+        return not is_defined_in_transformers(base) and any(map(is_model, inner))
 
     @functools.cached_property
     def _told(self) -> tuple[dict[nn.Module, int], set[nn.Module]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from integration.conftest import (
     VOCABULARY,
@@ -404,94 +404,3 @@ def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, kind: str)
         own = "mask" if name.startswith("found") else "attention_mask"
         kept = torch.cat([b[own].bool().flatten() for b in batches])
         assert lost(result.components[name], x[kept]) < 1e-6, name
-
-
-class SequenceFirst(nn.Module):
-    """A text for a layer of torch's, which by default takes the sequence first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        self.words, self.layer = nn.Embedding(VOCABULARY, 32), nn.TransformerEncoderLayer(32, 2, 48)
-
-    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None) -> Tensor:
-        padding = input_ids == 0 if attention_mask is None else attention_mask == 0
-        x: Tensor = self.layer(self.words(input_ids).movedim(1, 0), src_key_padding_mask=padding)
-        return x
-
-
-@pytest.mark.parametrize("told", [False, True])
-def test_labels_of_a_text_whose_sequence_comes_first(told: bool) -> None:
-    texts, name = text_batches(4, labels=True), "layer.linear1"
-    for batch in texts:
-        batch["labels"][:, :4] = -100
-        batch["labels"][batch["attention_mask"] == 0] = -100
-        batch |= {} if told else {"input_ids": batch["input_ids"] * batch.pop("attention_mask")}
-    model = SequenceFirst().eval()
-    result = run(model, texts, lora(target_modules=[name], tau=1.0), **EXACT)
-    kept = torch.cat([(batch["labels"] != -100).T.flatten() for batch in texts])
-    assert result.tokens == int(kept.sum())
-    x = layer_inputs(model, texts, [name], False)[name]
-    assert lost(result.components[name], x[kept]) < 1e-6
-
-
-class Described(nn.Module):
-    """A text that attends to images, of as many patches as it has tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        fields = {**sizes, "intermediate_size": 48, "is_decoder": True, "add_cross_attention": True}
-        self.text_decoder = BertModel(BertConfig(vocab_size=VOCABULARY, **fields))
-        self.vision, self.patches = make_bert(), nn.Linear(12, 32)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Any:
-        seen = self.vision(inputs_embeds=self.patches(pixel_values.flatten(2))).last_hidden_state
-        return self.text_decoder(input_ids, attention_mask.bool(), encoder_hidden_states=seen)
-
-
-@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_the_mask_of_the_batch_in_another_dtype_says_no_less() -> None:
-    """The batch has the images, of which the model that is told the mask is given no more."""
-    torch.manual_seed(0)
-    batches = [{**batch, "pixel_values": torch.randn(4, 24, 3, 2, 2)} for batch in TEXTS]
-    model, name = Described().eval(), "text_decoder.encoder.layer.0.crossattention.self.key"
-    result = run(model, batches, lora(target_modules=[name], tau=1.0), **EXACT)
-    assert result.tokens == 4 * 4 * 24
-    x = layer_inputs(model, batches, [name], False)[name]
-    assert lost(result.components[name], x) < 1e-6
-
-
-class Chosen(nn.TransformerEncoderLayer):
-    """Reads the beginnings of texts, of which there may be none."""
-
-    def __init__(self) -> None:
-        super().__init__(32, 2, 48, batch_first=True)
-        self.begin = nn.Linear(32, 4)
-
-    def forward(self, src: Tensor, src_key_padding_mask: Tensor) -> Tensor:
-        x: Tensor = self.begin(src[:, :3])
-        return x
-
-
-@pytest.mark.filterwarnings("ignore:1 layers were never called with a token that counts")
-def test_a_model_in_a_users_module_that_is_given_no_samples() -> None:
-    class Choosing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words, self.other, self.chosen = (
-                nn.Embedding(VOCABULARY, 32),
-                make_bert(),
-                Chosen(),
-            )
-
-        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
-            self.other(input_ids, attention_mask)
-            padding = attention_mask[:0] == 0
-            x: Tensor = self.chosen(self.words(input_ids[:0]), src_key_padding_mask=padding)
-            return x
-
-    config = lora(target_modules=["query", "begin"], tau=1.0)
-    result = run(Choosing(), text_batches(4, labels=True), config, **EXACT)
-    assert result.tokens == sum(int(batch["attention_mask"].sum()) for batch in TEXTS)
