@@ -137,3 +137,36 @@ def test_a_model_in_a_users_module_that_is_given_no_samples() -> None:
     config = lora(target_modules=["query", "begin"], tau=1.0)
     result = run(Choosing(), text_batches(4, labels=True), config, **EXACT)
     assert result.tokens == sum(int(batch["attention_mask"].sum()) for batch in TEXTS)
+
+
+class Twice(nn.Module):
+    """One text in two layers, of which each is told to see other tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.words = nn.Embedding(VOCABULARY, 32)
+        self.whole, self.end = (
+            nn.TransformerEncoderLayer(32, 2, 48, batch_first=True) for _ in range(2)
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, end: Tensor) -> Tensor:
+        x = self.words(input_ids)
+        seen: Tensor = self.whole(x, src_key_padding_mask=attention_mask == 0)
+        return seen + self.end(x, src_key_padding_mask=~end)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_one_tensor_of_which_other_tokens_count(later: bool) -> None:
+    """Also where as many do in the first batch, so that the layers seem to share their input."""
+    model, names = Twice().eval(), ["whole.self_attn", "end.self_attn"]
+    batches: list[dict[str, Tensor]] = []
+    for batch in TEXTS:
+        begin = 0 if later and not batches else 5
+        end = batch["attention_mask"].bool() & (torch.arange(24) >= begin)
+        batches.append({**batch, "end": end})
+    result = run(model, batches, lora(target_modules=names, tau=1.0), **EXACT)
+    x = torch.cat([model.words(batch["input_ids"]).detach().flatten(0, 1) for batch in batches])
+    for name, own in zip(names, ("attention_mask", "end"), strict=True):
+        kept = torch.cat([batch[own].bool().flatten() for batch in batches])
+        assert lost(result.components[name], x[kept]) < 1e-6, name

@@ -215,6 +215,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._forget_fresh()
         self.routed.forget()
         self._mask, self._model_input = TokenMask(None), None  # no batch is kept
+        for slot in self.slots:
+            slot.calls.clear()  # nor its masks
         self.seconds += time.perf_counter() - begin
         return again
 
@@ -280,7 +282,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             first = slot.members[0]
             if self.selectors[first] is not None or self.targets[first].patches != patches:
                 continue
-            if slot.calls[0].is_same(x):
+            if slot.calls[0].is_shared(x, self._mask):
                 slot.members.append(i)
                 slot.counts[i] = 0
                 self.slot_of[i] = slot
@@ -291,7 +293,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         stream = self._make_stream(self.targets[i], x)
         slot = Slot(stream, [i], counts={i: 0})
         self._accumulate(slot, i, x, args)
-        slot.calls.append(Seen(x))
+        slot.calls.append(Seen(x, self._mask))
         slot.counts[i] = 1
         self.slots.append(slot)
         self._fresh[slot] = None
@@ -303,12 +305,12 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _lead(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         slot.counts[i] += 1
         shared = len(slot.members) > 1 and slot not in self._fresh
-        slot.calls.append(Seen(x, self._mask if shared else None))
+        slot.calls.append(Seen(x, self._mask, held=shared))
         if not shared:
             self._accumulate(slot, i, x, args)
 
     def _follow(self, slot: Slot, i: int, call: int, x: Tensor, args: tuple[Any, ...]) -> None:
-        if not slot.calls[call].is_same(x):
+        if not slot.calls[call].is_shared(x, self._mask):
             if slot in self._fresh:
                 return  # the counts no longer agree, and end_forward asks for another run
             self._accumulate(self._split(slot, i, call), i, x, args)
@@ -343,7 +345,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for seen in slot.calls[:calls]:  # shared, but waiting for a third layer
             if seen.held is not None and seen.unchanged:
                 self._accumulate_with(new, i, *seen.held)
-        new.calls = [Seen(torch.empty(0, device="cpu")) for _ in range(calls + 1)]
+        new.calls = [Seen(torch.empty(0, device="cpu"), self._mask) for _ in range(calls + 1)]
         slot.members.remove(i)
         new.counts[i] = slot.counts.pop(i) + 1
         self.slot_of[i] = new

@@ -24,17 +24,24 @@ class Seen:
 
     Args:
         x: the tensor.
-        mask: which of its tokens count, if it is still to be accumulated: then it is kept alive.
+        mask: which of its tokens count.
+        held: it is still to be accumulated: then it is kept alive.
     """
 
-    def __init__(self, x: Tensor, mask: TokenMask | None = None) -> None:
+    def __init__(self, x: Tensor, mask: TokenMask, held: bool = False) -> None:
         self._reference = weakref.ref(x)
         self._version = _version(x)
-        self._held = None if mask is None else (x, mask)
+        self._counting = mask.main, mask.decoder
+        self._held = (x, mask) if held else None
 
     def is_same(self, x: Tensor) -> bool:
         """Tell whether x is that tensor, unchanged."""
         return self._reference() is x and _version(x) == self._version
+
+    def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
+        """Tell whether x is that tensor, and the same of its tokens count."""
+        main, decoder = self._counting
+        return main is mask.main and decoder is mask.decoder and self.is_same(x)
 
     def take(self) -> tuple[Tensor, TokenMask] | None:
         """Return the held tensor and its mask once, ``None`` if it is not held any more."""
