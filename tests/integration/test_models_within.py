@@ -170,3 +170,33 @@ def test_one_tensor_of_which_other_tokens_count(later: bool) -> None:
     for name, own in zip(names, ("attention_mask", "end"), strict=True):
         kept = torch.cat([batch[own].bool().flatten() for batch in batches])
         assert lost(result.components[name], x[kept]) < 1e-6, name
+
+
+class TwoReaders(nn.Module):
+    """Two texts' decoders that attend to one tensor, of which each is told to see other parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        fields = {**sizes, "intermediate_size": 48, "is_decoder": True, "add_cross_attention": True}
+        config = BertConfig(vocab_size=VOCABULARY, **fields)
+        self.first, self.second = BertModel(config), BertModel(config)
+
+    def forward(self, ids: Tensor, features: Tensor, begin: Tensor, end: Tensor) -> None:
+        for part, seen in ((self.first, begin), (self.second, end)):
+            part(ids, encoder_hidden_states=features, encoder_attention_mask=seen)
+
+
+def test_one_tensor_of_which_other_parts_are_attended_to() -> None:
+    torch.manual_seed(0)
+    place, batches = torch.arange(11).expand(4, -1), []
+    for batch in TEXTS:
+        seen = {"begin": (place < 7).long(), "end": (place > 3).long()}
+        batches.append({"ids": batch["input_ids"], "features": torch.randn(4, 11, 32), **seen})
+    model, name = TwoReaders().eval(), "encoder.layer.0.crossattention.self.key"
+    names = [f"first.{name}", f"second.{name}"]
+    result = run(model, batches, lora(target_modules=names, tau=1.0), **EXACT)
+    for layer, own in zip(names, ("begin", "end"), strict=True):
+        kept = torch.cat([batch["features"][batch[own] > 0] for batch in batches])
+        assert lost(result.components[layer], kept) < 1e-6, layer

@@ -120,8 +120,12 @@ class TokenMask:
     @property
     def tells(self) -> bool:
         """Whether anything is known of tokens; masks over samples of sound and pixels tell less."""
-        masks = (self.main, self.decoder, self.beside, self.queries, *self.given)
-        return any(mask is not None for mask in masks)
+        return any(mask is not None for mask in self.masks)
+
+    @property
+    def masks(self) -> tuple[Tensor | None, ...]:
+        """All masks of tokens that are known."""
+        return self.main, self.decoder, self.beside, self.queries, *self.given
 
     def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from operator import is_
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ class Seen:
     def __init__(self, x: Tensor, mask: TokenMask, held: bool = False) -> None:
         self._reference = weakref.ref(x)
         self._version = _version(x)
-        self._counting = mask.main, mask.decoder
+        self._counting = mask.masks
         self._held = (x, mask) if held else None
 
     def is_same(self, x: Tensor) -> bool:
@@ -40,8 +41,9 @@ class Seen:
 
     def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
         """Tell whether x is that tensor, and the same of its tokens count."""
-        main, decoder = self._counting
-        return main is mask.main and decoder is mask.decoder and self.is_same(x)
+        masks = mask.masks
+        alike = len(masks) == len(self._counting) and all(map(is_, masks, self._counting))
+        return alike and self.is_same(x)
 
     def take(self) -> tuple[Tensor, TokenMask] | None:
         """Return the held tensor and its mask once, ``None`` if it is not held any more."""
