@@ -64,6 +64,7 @@ class TokenMask:
         longest: text without its padding, in tokens, where labels leave out more than that.
 
     Attributes:
+        masks: all of tokens, by which layers that read one tensor tell whether they share it.
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
         warned: layers that need no second warning.
         quiet: no layer needs one.
@@ -102,6 +103,7 @@ class TokenMask:
         self.sound_only, self.media = sound_only, media
         self.patch_sizes, self.prefixes, self.apart = patch_sizes, prefixes, apart
         self.longest = longest
+        self.masks = (main, decoder, beside, queries, *given)
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
         self.quiet = self.of_text = False
@@ -121,11 +123,6 @@ class TokenMask:
     def tells(self) -> bool:
         """Whether anything is known of tokens; masks over samples of sound and pixels tell less."""
         return any(mask is not None for mask in self.masks)
-
-    @property
-    def masks(self) -> tuple[Tensor | None, ...]:
-        """All masks of tokens that are known."""
-        return self.main, self.decoder, self.beside, self.queries, *self.given
 
     def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.

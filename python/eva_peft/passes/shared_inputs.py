@@ -41,8 +41,8 @@ class Seen:
 
     def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
         """Tell whether x is that tensor, and the same of its tokens count."""
-        masks = mask.masks
-        alike = len(masks) == len(self._counting) and all(map(is_, masks, self._counting))
+        now, then = mask.masks, self._counting
+        alike = now is then or (len(now) == len(then) and all(map(is_, now, then)))
         return alike and self.is_same(x)
 
     def take(self) -> tuple[Tensor, TokenMask] | None:
