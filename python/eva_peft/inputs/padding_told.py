@@ -20,9 +20,11 @@ __all__ = ["PaddingTold", "parts_told"]
 
 _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; maybe a mask
 # Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
-# other name mean is not known, but for those that have one row for all tokens, (B, 1, T).
+# other name mean is not known, but for those that have a row for all tokens, or one for each, as
+# (B, 1, T) and (B, T, T); those of these names may be (B, T), too.
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 _PADDING = "padding_mask"
+_PLAIN = ("mask", "attn_mask", "context_mask")
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
 _ATTENDED = {"key": "query", "k": "q"}  # to what, by what
@@ -89,11 +91,12 @@ class PaddingTold(AroundCalls):
             return  # told of keys from elsewhere
         mask = self._mask_of(named)
         if mask is None and not self._in_use and _reads_elsewhere(named):
-            mask = self._mask_of_others()
+            mask = self._mask_of_others(_shape_of(named))
         if mask is None:
             return
         around = self._use_mask(mask)
-        if around is not self._behind_parts and _says_as_much(around, mask):
+        known = around is not self._behind_parts and not self._is_of_others(around, mask)
+        if known and _says_as_much(around, mask):
             self._use_mask(around)  # a function has called the model with a mask, or a part around
         else:
             self._in_use.append((module, mask))
@@ -110,13 +113,18 @@ class PaddingTold(AroundCalls):
             mask = self._in_use[-1][1]
         self._use_mask(mask)
 
-    def _mask_of_others(self) -> TokenMask | None:
+    def _is_of_others(self, around: TokenMask, mask: TokenMask) -> bool:
+        """Tell whether what a part around is told is what a mask says of what is attended to."""
+        by_part = bool(self._in_use) and around is self._in_use[-1][1]
+        return by_part and bool(mask.given) and not around.given
+
+    def _mask_of_others(self, shape: tuple[int, ...]) -> TokenMask | None:
         """Return the mask in a part that attends to what a part before it has made of its tokens.
 
         Its own are others, maybe as many.
         """
         before = None if self._behind_parts is None else self._behind_parts.main
-        return None if before is None else self._quiet_mask({"encoder_attention_mask": before})
+        return None if before is None else self._quiet_mask(_of_others(before, shape))
 
     def _quiet_mask(self, told: Mapping[str, Any]) -> TokenMask:
         mask = self._make_mask(told)
@@ -152,13 +160,20 @@ def _may_tell(name: str) -> bool:
 
 
 def _tells(name: str, value: Any) -> bool:
-    known = name in _SEEN or name.endswith(_PADDING)
-    return isinstance(value, Tensor) and (known or (_may_tell(name) and _is_row(value)))
+    return isinstance(value, Tensor) and (_is_known(name) or _may_be_of_tokens(name, value))
 
 
-def _is_row(mask: Tensor) -> bool:
-    """Tell whether a mask has one row for all tokens, (B, 1, T), of ones and zeros."""
-    return mask.dim() == 3 and mask.shape[1] == 1 < mask.shape[2] and not mask.is_floating_point()
+def _is_known(name: str) -> bool:
+    return name in _SEEN or name.endswith(_PADDING)
+
+
+def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
+    """Tell whether a mask of a name that says nothing may say which tokens are seen."""
+    if not _may_tell(name) or mask.is_floating_point() or mask.shape[-1:] == (1,):
+        return False
+    if mask.dim() == 2:  # of as many samples as tokens, that may be pairs
+        return name in _PLAIN and mask.shape[0] != mask.shape[1]
+    return mask.dim() in (3, 4)
 
 
 def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
@@ -211,12 +226,20 @@ def _told(
                 continue
             if name not in _SEEN and not kept[:, 0].any():
                 continue  # padded on the left in every sample, or true is what others call false
-            if name not in _SEEN and _is_row(mask) and not _in_one_run(kept):
+            if not _is_known(name) and not _in_one_run(kept):
                 continue  # true is what is to be predicted, for one
             if _is_elsewhere(name) and (elsewhere or name in _SEEN):
-                told["encoder_attention_mask"] = kept
+                told = {**_of_others(kept, shape), **told}
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept
+    return told
+
+
+def _of_others(kept: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return what says which tokens are kept of those that tokens of a shape attend to."""
+    told = {"encoder_attention_mask": kept}
+    if len(shape) == 2 and shape not in (tuple(kept.shape), tuple(kept.shape)[::-1]):
+        told["attention_mask"] = torch.ones(shape, dtype=torch.bool)
     return told
 
 

@@ -213,8 +213,9 @@ class TokenMask:
         across = layer.in_text and layer.reads_encoder and not decodes
         if self.mixed and self.media and across:
             return []
-        if not self.encoder_decoder:
-            return [main, decoder]
+        if not self.encoder_decoder:  # what is attended to, of another shape, may be read anywhere
+            others = [] if self.main is None else self.given
+            return [main, decoder, *((f"given {i}", mask) for i, mask in enumerate(others))]
         if layer.reads_encoder or (layer.in_encoder and not layer.in_decoder):
             return [main]
         # a decoder may read the encoder's tokens in layers whose names do not tell

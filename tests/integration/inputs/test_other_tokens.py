@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, run
-from integration.inputs.test_padding_told import EXACT, KEPT, batches
+from integration.inputs.test_padding_told import EXACT, KEPT, Block, Plain, batches
 
 
 class Translates(nn.Module):
@@ -131,3 +131,36 @@ def test_what_is_behind_a_tower_of_sound_that_is_told() -> None:
     data = [{"x": torch.randn(3, 7, 16), "lengths": KEPT.sum(1)} for _ in range(4)]
     config = lora(tau=1.0, target_modules=["audio_head"])
     assert run(Hears().eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("steps", [4, 7])
+def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None:
+    class Looks(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+            return self.run(x, self.keys(context), ~context_mask)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.encoder, self.decoder = nn.Embedding(VOCABULARY, 16), Plain(), Looks()
+
+        def forward(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+            context = self.encoder(self.words(source), mask=mask)
+            return self.decoder(self.words(target), context=context, context_mask=mask)
+
+    data = [{"source": b["ids"], "target": b["ids"].flip(0)[:, :steps]} for b in batches()]
+    data = [{**b, "mask": KEPT} for b in data]
+    names = ["encoder.before", "encoder.behind", "decoder.before", "decoder.behind"]
+    names += ["decoder.keys"] if steps != 7 else []  # of as many, which ones nobody tells
+    model = Model().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names).items():
+        whole = name in ("decoder.before", "decoder.behind")
+        x = x if whole else x[KEPT.flatten().repeat(4)]
+        assert lost(result.components[name], x) < 1e-6, name

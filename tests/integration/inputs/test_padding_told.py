@@ -31,6 +31,7 @@ SAYS = [
     "ignore:.*nested tensors is in prototype stage",
     "ignore:enable_nested_tensor is True, but",
 ]
+TOLD = ["plain", "pairs", "seen", "rows", "row of all heads"]
 pytestmark = [pytest.mark.filterwarnings(says) for says in SAYS]
 
 
@@ -154,6 +155,16 @@ class Rows(Block):
         return self.run(x, None, ~mask[:, 0])
 
 
+class Plain(Block):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # as x-transformers'
+        return self.run(x, None, ~mask)
+
+
+class Seen(Block):
+    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:  # as NaViT's, of pairs or rows
+        return self.run(x, None, ~attn_mask[:, 0].any(1))
+
+
 class Sequences(Block):
     def forward(self, x: Tensor, sequence_id: Tensor) -> Tensor:  # as ESM C's and ESM3's
         padding = sequence_id < 0 if sequence_id.dtype == torch.long else ~sequence_id
@@ -174,7 +185,8 @@ class Found(nn.Module):
         self.kind, first = kind, kind != "sequence first"
         self.words = nn.Embedding(VOCABULARY, 16)
         of_kind = {"kept": Kept, "pairs": Pairs, "rows": Rows, "attention": Hidden}
-        of_kind |= {"sequence": Sequences, "sequences": Sequences}
+        of_kind |= {"sequence": Sequences, "sequences": Sequences, "plain": Plain}
+        of_kind |= {"seen": Seen, "row of all heads": Seen}
         self.blocks = nn.ModuleList(of_kind.get(kind, OfItsOwn)(first) for _ in range(2))
         self.head = nn.Linear(16, 4)
 
@@ -182,12 +194,15 @@ class Found(nn.Module):
         x, padding = self.words(ids), ids == 0
         x = x.transpose(0, 1) if self.kind == "sequence first" else x
         for block in self.blocks:
-            if self.kind in ("kept", "sequence"):
+            if self.kind in ("kept", "sequence", "plain"):
                 x = block(x, ~padding)
             elif self.kind == "sequences":  # two of them in one row
                 x = block(x, (torch.arange(7) > 2).long().masked_fill(padding, -1))
             elif self.kind == "rows":
                 x = block(x, ~padding[:, None])
+            elif self.kind in ("seen", "row of all heads"):
+                seen = ~padding[:, None, None]
+                x = block(x, seen.expand(-1, 1, 7, -1) if self.kind == "seen" else seen)
             elif self.kind == "pairs":
                 x = block(x, attention_mask=-1e4 * padding[:, None, None].expand(-1, 1, 7, 7))
             else:
@@ -198,7 +213,7 @@ class Found(nn.Module):
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize(
     "kind",
-    ["named", "sequence first", "kept", "pairs", "rows", "attention", "sequence", "sequences"],
+    [*TOLD, "named", "sequence first", "kept", "attention", "sequence", "sequences"],
 )
 def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
     model, data = Found(kind).eval(), batches()
@@ -290,7 +305,15 @@ def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["global attention", "distances", "pairs of as many", "to be predicted"]
+    "kind",
+    [
+        "global attention",
+        "distances",
+        "pairs of as many",
+        "plain pairs of as many",
+        "to be predicted",
+        "plain, to be predicted",
+    ],
 )
 def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
     class Sees(Block):
@@ -305,13 +328,16 @@ def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.words = nn.Embedding(VOCABULARY, 16)
-            self.block = Predicts() if kind == "to be predicted" else Sees()
+            self.block = Predicts() if "predicted" in kind or "plain" in kind else Sees()
 
         def forward(self, ids: Tensor) -> Tensor:
             if kind == "pairs of as many":  # tokens as samples
                 mask = torch.ones(3, 3, dtype=torch.bool).tril()
-            elif kind == "to be predicted":
-                mask = torch.arange(7).expand(3, 1, 7) % 3 == 0
+            elif kind == "plain pairs of as many":  # of neighbours
+                mask = torch.ones(3, 3, dtype=torch.bool).tril(1).triu(-1)
+            elif "to be predicted" in kind:
+                mask = torch.arange(7).expand(3, 7) % 3 == 0
+                mask = mask if "plain" in kind else mask[:, None]
             elif kind == "distances":  # as Falcon's
                 mask = 0.5 * torch.arange(7).expand(3, 1, 7, 7) + torch.full((7, 7), -1e9).triu(1)
             else:  # as Longformer's
@@ -319,7 +345,7 @@ def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
             return self.block(self.words(ids), mask)
 
     config = lora(tau=1.0, target_modules=["block.before", "block.behind"])
-    ids = [b["ids"][:, : 3 if kind == "pairs of as many" else None] for b in batches()]
+    ids = [b["ids"][:, : 3 if "pairs" in kind else None] for b in batches()]
     result = run(Model().eval(), [{"ids": each} for each in ids], config, **EXACT)
     assert result.tokens == sum(each.numel() for each in ids)
 
