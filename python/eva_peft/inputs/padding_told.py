@@ -44,10 +44,10 @@ def parts_told(model: nn.Module) -> dict[nn.Module, int]:
     for part in base_of(model).modules():
         if type(part) not in told:
             signature = signature_of(part)
-            names = () if signature is None else signature.parameters
-            told[type(part)] = next(
-                (i for i, name in enumerate(names) if _is_of_interest(name)), None
-            )
+            names = {} if signature is None else signature.parameters
+            of_interest = (i for i, name in enumerate(names) if _is_of_interest(name))
+            any_name = any(p.kind is p.VAR_KEYWORD for p in names.values())
+            told[type(part)] = next(of_interest, len(names) if any_name else None)
         before = told[type(part)]
         if before is not None:
             found[part] = before

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, run
-from integration.inputs.test_padding_told import EXACT, KEPT, Block, Plain, batches
+from integration.inputs.test_padding_told import EXACT, KEPT, Block, Seen, batches
 
 
 class Translates(nn.Module):
@@ -148,7 +148,7 @@ def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.encoder, self.decoder = nn.Embedding(VOCABULARY, 16), Plain(), Looks()
+            self.words, self.encoder, self.decoder = nn.Embedding(VOCABULARY, 16), Seen(), Looks()
 
         def forward(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
             context = self.encoder(self.words(source), mask=mask)

@@ -31,7 +31,8 @@ SAYS = [
     "ignore:.*nested tensors is in prototype stage",
     "ignore:enable_nested_tensor is True, but",
 ]
-TOLD = ["plain", "pairs", "seen", "rows", "row of all heads"]
+SEEN = ["plain", "rows", "row of all heads", "rows of each"]
+KINDS = ["named", "sequence first", "kept", "pairs", "attention", "sequence", "sequences", "any"]
 pytestmark = [pytest.mark.filterwarnings(says) for says in SAYS]
 
 
@@ -150,19 +151,14 @@ class Pairs(Block):
         return self.run(x, None, attention_mask[:, 0, 0] < 0)
 
 
-class Rows(Block):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # as ESPnet's
-        return self.run(x, None, ~mask[:, 0])
-
-
-class Plain(Block):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # as x-transformers'
-        return self.run(x, None, ~mask)
-
-
 class Seen(Block):
-    def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:  # as NaViT's, of pairs or rows
-        return self.run(x, None, ~attn_mask[:, 0].any(1))
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # as x-transformers', ESPnet's, NaViT's
+        return self.run(x, None, ~mask.reshape(len(x), -1, mask.shape[-1]).any(1))
+
+
+class AnyName(Seen):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # as that of performer-pytorch
+        return super().forward(*args, **kwargs)
 
 
 class Sequences(Block):
@@ -184,9 +180,8 @@ class Found(nn.Module):
         torch.manual_seed(0)
         self.kind, first = kind, kind != "sequence first"
         self.words = nn.Embedding(VOCABULARY, 16)
-        of_kind = {"kept": Kept, "pairs": Pairs, "rows": Rows, "attention": Hidden}
-        of_kind |= {"sequence": Sequences, "sequences": Sequences, "plain": Plain}
-        of_kind |= {"seen": Seen, "row of all heads": Seen}
+        of_kind = {"kept": Kept, "pairs": Pairs, "attention": Hidden, "any": AnyName}
+        of_kind |= {"sequence": Sequences, "sequences": Sequences, **dict.fromkeys(SEEN, Seen)}
         self.blocks = nn.ModuleList(of_kind.get(kind, OfItsOwn)(first) for _ in range(2))
         self.head = nn.Linear(16, 4)
 
@@ -198,11 +193,11 @@ class Found(nn.Module):
                 x = block(x, ~padding)
             elif self.kind == "sequences":  # two of them in one row
                 x = block(x, (torch.arange(7) > 2).long().masked_fill(padding, -1))
-            elif self.kind == "rows":
-                x = block(x, ~padding[:, None])
-            elif self.kind in ("seen", "row of all heads"):
+            elif self.kind in ("rows", "any"):
+                x = block(x, mask=~padding[:, None])
+            elif self.kind in SEEN:
                 seen = ~padding[:, None, None]
-                x = block(x, seen.expand(-1, 1, 7, -1) if self.kind == "seen" else seen)
+                x = block(x, seen.expand(-1, 1, 7, -1) if "each" in self.kind else seen)
             elif self.kind == "pairs":
                 x = block(x, attention_mask=-1e4 * padding[:, None, None].expand(-1, 1, 7, 7))
             else:
@@ -213,7 +208,7 @@ class Found(nn.Module):
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize(
     "kind",
-    [*TOLD, "named", "sequence first", "kept", "attention", "sequence", "sequences"],
+    [*SEEN, *KINDS],
 )
 def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
     model, data = Found(kind).eval(), batches()
