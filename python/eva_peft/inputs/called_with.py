@@ -40,6 +40,8 @@ class AroundCalls:
         parts: whose calls are looked at.
         make_mask: returns the mask of a mapping of arguments.
         use_mask: is given the mask to use from then on, and returns the one until then.
+        by_forward: parts that are also looked at where ``forward`` is called itself, which runs no
+            hook.
     """
 
     def __init__(
@@ -47,8 +49,11 @@ class AroundCalls:
         parts: Sequence[nn.Module],
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[[TokenMask], TokenMask],
+        by_forward: Sequence[nn.Module],
     ) -> None:
         self._parts, self._make_mask, self._use_mask = parts, make_mask, use_mask
+        self._forwards = [(part, vars(part).get("forward")) for part in by_forward]
+        self._in_use: list[tuple[nn.Module | None, TokenMask]] = []  # the innermost call last
 
     def looking(self) -> AbstractContextManager[None]:
         """Return a context within which the hooks are there."""
@@ -58,11 +63,30 @@ class AroundCalls:
         for part in self._parts:
             part.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
             part.register_forward_hook(self._behind, always_call=True)
+        for part, _ in self._forwards:
+            part.forward = self._watched(part, part.forward)
 
     def _remove(self) -> None:
         for part in self._parts:
             take_off(part, self._before)
             take_off(part, self._behind)
+        for part, own in self._forwards:
+            vars(part).pop("forward", None)
+            if own is not None:
+                part.forward = own
+
+    def _watched(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if any(module is part for module, _ in self._in_use):  # the hooks have seen it
+                return forward(*args, **kwargs)
+            self._before(part, args, kwargs)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._behind(part, args, None)
+
+        return watched
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -77,8 +101,7 @@ class CalledWith(AroundCalls):
     A function may make the tokens itself, or run a model on something else than the text that the
     mask of the batch belongs to. Where the model is called with a mask, that one counts in it.
     Where it is not, the batch's does if it has the shape of the first argument, otherwise none.
-    Models of transformers are also looked at where ``forward`` is called itself, as
-    sentence-transformers does, which runs no hook.
+    The ``forward`` of models of transformers may be called itself, as by sentence-transformers.
 
     Args:
         model: of which the outermost parts are looked at.
@@ -105,38 +128,11 @@ class CalledWith(AroundCalls):
         tops = [base] if self.looks_at_base else base.children()
         inner = [part for top in tops for _, part in outermost(top, wanted)]
         around = [base] if self.looks_at_base and base not in inner else []
-        super().__init__([*around, *inner], make_mask, use_mask)
+        super().__init__([*around, *inner], make_mask, use_mask, inner)
         named = batch if isinstance(batch, Mapping) else {}
         self._labels, self._given = named.get("labels"), named.get("attention_mask")
         self._mask, self._begin = mask, begin
-        # what is being called, the innermost last, and what counts in it
-        self._in_use: list[tuple[nn.Module | None, TokenMask]] = [(None, mask)]
-        self._forwards = [(part, vars(part).get("forward")) for part in inner]
-
-    def _add(self) -> None:
-        super()._add()
-        for part, _ in self._forwards:
-            part.forward = self._watched(part, part.forward)
-
-    def _remove(self) -> None:
-        super()._remove()
-        for part, own in self._forwards:
-            vars(part).pop("forward", None)
-            if own is not None:
-                part.forward = own
-
-    def _watched(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if any(module is part for module, _ in self._in_use):  # the hooks have seen it
-                return forward(*args, **kwargs)
-            self._before(part, args, kwargs)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._behind(part, args, None)
-
-        return watched
+        self._in_use.append((None, mask))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(self._in_use) == 1:

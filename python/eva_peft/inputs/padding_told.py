@@ -25,6 +25,7 @@ _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; 
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 _PADDING = "padding_mask"
 _PLAIN = ("mask", "attn_mask", "context_mask")
+_LENGTHS = ("lengths", "lens")  # how names end of how long the samples are
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
 _ATTENDED = {"key": "query", "k": "q"}  # to what, by what
@@ -34,14 +35,16 @@ _TEXT = {"input_ids", "inputs_embeds"}
 def parts_told(model: nn.Module) -> dict[nn.Module, int]:
     """Return the parts of a model, with or without adapters, that may be told of padding.
 
-    Those that may be given other tokens to attend to are among them.
+    Those that may be given other tokens to attend to are among them. The model itself comes first,
+    since it may take all that it is told as one argument.
 
     Returns:
         Each with the number of its arguments before the first that would tell it.
     """
     told: dict[type, int | None] = {}
-    found = {}
-    for part in base_of(model).modules():
+    base = base_of(model)
+    found = {base: 0}
+    for part in base.modules():
         if type(part) not in told:
             signature = signature_of(part)
             names = {} if signature is None else signature.parameters
@@ -50,7 +53,7 @@ def parts_told(model: nn.Module) -> dict[nn.Module, int]:
             told[type(part)] = next(of_interest, len(names) if any_name else None)
         before = told[type(part)]
         if before is not None:
-            found[part] = before
+            found.setdefault(part, before)
     return found
 
 
@@ -74,12 +77,12 @@ class PaddingTold(AroundCalls):
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[[TokenMask], TokenMask],
     ) -> None:
-        super().__init__(list(parts), make_mask, use_mask)
+        # some call the model's forward itself in what they have for its loss
+        super().__init__(list(parts), make_mask, use_mask, by_forward=list(parts)[:1])
         self._arguments_before, self._of_media = parts, of_media
         # of what was told, and to how many tokens; kept, as layers may be told one by one. What
         # was told is not: a layer may have made it, and masks of pairs are large.
         self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
-        self._in_use: list[tuple[nn.Module, TokenMask]] = []  # what is called, and its mask
         self._behind_parts: TokenMask | None = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -156,7 +159,7 @@ def _is_another(named: Mapping[str, Any], key: str, query: str) -> bool:
 
 
 def _may_tell(name: str) -> bool:
-    return name.endswith(("mask", "masks", _SEQUENCES))
+    return name.endswith(("mask", "masks", _SEQUENCES, *_LENGTHS))
 
 
 def _tells(name: str, value: Any) -> bool:
@@ -171,6 +174,8 @@ def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
     """Tell whether a mask of a name that says nothing may say which tokens are seen."""
     if not _may_tell(name) or mask.is_floating_point() or mask.shape[-1:] == (1,):
         return False
+    if name.endswith(_LENGTHS):
+        return mask.dim() == 1
     if mask.dim() == 2:  # of as many samples as tokens, that may be pairs
         return name in _PLAIN and mask.shape[0] != mask.shape[1]
     return mask.dim() in (3, 4)
@@ -200,7 +205,7 @@ def _is_elsewhere(name: str) -> bool:
 def _reads_elsewhere(named: Mapping[str, Any]) -> bool:
     """Tell whether a part is given tokens to attend to, beside its own."""
     given = (name for name, value in named.items() if isinstance(value, Tensor))
-    return any(_is_elsewhere(name) and "mask" not in name for name in given)
+    return any(_is_elsewhere(name) and not _may_tell(name) for name in given)
 
 
 def _told(
@@ -221,7 +226,7 @@ def _told(
             told[name] = mask
         elif not unclear or "self" in name:
             mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
-            kept = _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
+            kept = _kept(name, mask)
             if kept is None or kept.all():
                 continue
             if name not in _SEEN and not kept[:, 0].any():
@@ -233,6 +238,13 @@ def _told(
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept
     return told
+
+
+def _kept(name: str, mask: Tensor) -> Tensor | None:
+    if name.endswith(_LENGTHS):
+        lengths = mask.cpu()
+        return torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]
+    return _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
 
 
 def _of_others(kept: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:

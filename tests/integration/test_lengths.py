@@ -1,0 +1,105 @@
+"""Models that are told how long their samples are, and no mask of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from integration.conftest import VOCABULARY, hooks_of, layer_inputs, lora, lost, run
+from integration.test_padding_told import EXACT, KEPT, LENGTHS, batches
+
+pytestmark = pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+
+
+class Tagger(nn.Module):
+    """A recurrent network between two layers, as flair's."""
+
+    def __init__(self, first: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.words = first, nn.Embedding(VOCABULARY, 16)
+        self.before, self.behind = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.reads = nn.GRU(16, 16, batch_first=first)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        x = self.before(self.words(ids))
+        packed = pack_padded_sequence(x, lengths, batch_first=self.first)
+        return self.behind(pad_packed_sequence(self.reads(packed)[0], batch_first=self.first)[0])
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.forward(*batch.values()).mean()  # which runs no hook
+
+
+class Series(nn.Module):
+    """Takes all that there is as one argument, as models of pytorch-forecasting do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.past, self.future = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.mixed = nn.Linear(16, 16)
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        past = self.past(x["encoder_values"]).mean(1, keepdim=True)
+        return self.mixed(self.future(x["decoder_values"]) + past)
+
+
+@pytest.mark.parametrize("how", ["samples first", "sequence first", "forward itself", "as a tuple"])
+def test_lengths_tell_padding(how: str) -> None:
+    first = how != "sequence first"
+    model = Tagger(first).eval()
+    data: list[Any] = batches(lengths=True)
+    if not first:
+        data = [{**batch, "ids": batch["ids"].mT} for batch in data]
+    rows = (KEPT if first else KEPT.mT).flatten().repeat(4)
+    names, before = ["before", "behind"], hooks_of(model)
+    inputs = layer_inputs(model, data, names)
+    options = dict(EXACT)
+    if how == "forward itself":
+        options["forward_fn"] = lambda model, batch: model.loss(batch)
+    data = [tuple(batch.values()) for batch in data] if how == "as a tuple" else data
+    result = run(model, data, lora(tau=1.0, target_modules=names), **options)
+    assert hooks_of(model) == before
+    for name, x in inputs.items():
+        assert lost(result.components[name], x[rows]) < 1e-6, name
+    assert result.tokens == 4 * int(KEPT.sum())
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS - 1, LENGTHS[:2], LENGTHS.float() / 7])
+def test_what_is_called_lengths_and_is_not_those_of_the_samples(lengths: Tensor) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.last = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 4)
+
+        def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+            return self.last(self.words(ids))
+
+    data = [{"ids": batch["ids"], "lengths": lengths} for batch in batches()]
+    result = run(Model().eval(), data, lora(target_modules=["last"]), **EXACT)
+    assert result.tokens == 4 * KEPT.numel()
+
+
+def test_lengths_of_what_was_and_of_what_is_to_come() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "encoder_values": torch.randn(3, 7, 16, generator=generator) * KEPT[..., None],
+            "encoder_lengths": LENGTHS,
+            "decoder_values": torch.randn(3, 2, 16, generator=generator),
+            "decoder_lengths": torch.tensor([2, 2, 1]),
+        }
+        for _ in range(4)
+    ]
+    future = torch.tensor([[True, True], [True, True], [True, False]])
+    kept = {"past": KEPT, "future": future, "mixed": future}
+    model, config = Series().eval(), lora(tau=1.0, target_modules=list(kept))
+    inputs = layer_inputs(model, [{"x": batch} for batch in data], list(kept))
+    result = run(model, data, config, **EXACT)
+    for name, x in inputs.items():
+        assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
+    assert result.tokens == 4 * int(KEPT.sum())
