@@ -248,4 +248,4 @@ def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dic
 def gives_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
     """Tell whether a decoder's inputs (tokens, embeddings, spectra) are given, not to be made."""
     given = (key for key, value in arguments.items() if value is not None)
-    return any(str(key).startswith("decoder_input") for key in given)
+    return any(str(key).startswith(("decoder_input", "dec_input")) for key in given)

@@ -50,7 +50,10 @@ def mask_of_batch(
     if not isinstance(batch, Mapping):
         return TokenMask(None)
     batch = _with_mask_of_prompt(_with_masks_of_tokens(batch))
-    main, decoder, longest = _text_masks(batch, config, architecture, warned)
+    # of somebody's own models, their batches tell
+    both = "tgt_key_padding_mask" in batch or gives_decoder_inputs(batch)
+    both = both or architecture.encoder_decoder
+    main, decoder, longest = _text_masks(batch, config, architecture, both, warned)
     given = (_token_mask(value) for key, value in batch.items() if _GIVEN.search(str(key)))
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
     queries = _token_mask(batch.get("qformer_attention_mask"))
@@ -59,7 +62,7 @@ def mask_of_batch(
         decoder,
         streams=_DECISION_STREAMS if decision else 1,
         mixed=_is_mixed(batch),
-        encoder_decoder=architecture.encoder_decoder or "tgt_key_padding_mask" in batch,
+        encoder_decoder=both,
         given=[mask for mask in given if mask is not None],
         window=architecture.window,
         frame_lengths=architecture.frame_lengths,
@@ -102,15 +105,22 @@ def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _text_masks(
-    batch: Mapping[str, Any], config: LoraConfig, architecture: Architecture, warned: set[str]
+    batch: Mapping[str, Any],
+    config: LoraConfig,
+    architecture: Architecture,
+    both: bool,
+    warned: set[str],
 ) -> tuple[Tensor | None, Tensor | None, int | None]:
     """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's.
 
     And how many the longest text has, where labels leave out some of it.
+
+    Args:
+        both: there is an encoder and a decoder.
     """
     main = _attention_mask(batch, warned)
     decoder = _token_mask(batch.get("decoder_attention_mask"))
-    if architecture.encoder_decoder:
+    if both:
         samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
         return main, _decoder_mask(batch, decoder, labelled, architecture), None

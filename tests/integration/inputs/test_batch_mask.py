@@ -218,3 +218,40 @@ def test_numbers_of_samples_do_not_cut_a_mask_of_tokens() -> None:
     mask = mask_of_batch({**batch, "attention_mask": kept[:, None, None]}, lora()).main
     assert mask is not None
     assert torch.equal(mask, kept)
+
+
+@pytest.mark.parametrize("name", ["decoder_input_ids", "dec_input_ids"])
+def test_labels_of_somebody_elses_decoder(name: str) -> None:
+    """As openai-whisper's is run; of as many steps as there are frames of sound."""
+
+    class Speech(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.words = nn.Linear(16, 16), nn.Embedding(VOCABULARY, 16)
+            self.decoder = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+
+        def decode(self, ids: Tensor, heard: Tensor) -> Tensor:
+            return self.decoder(self.words(ids) + heard.mean(1, keepdim=True))
+
+    kept = torch.arange(7) < torch.tensor([7, 4, 2])[:, None]
+    data = []
+    for _ in range(4):
+        ids = torch.randint(VOCABULARY, (3, 7))
+        labels = ids.roll(-1, 1).masked_fill(~kept, -100)
+        data.append({"input_ids": torch.randn(3, 7, 16), "labels": labels, name: ids})
+    model = Speech().eval()
+    config = lora(tau=1.0, target_modules=["encoder", "decoder.0"])
+    result = run(
+        model,
+        data,
+        config,
+        forward_fn=lambda m, b: m.decode(b[name], m.encoder(b["input_ids"])),
+        method="gram",
+        max_steps=4,
+    )
+    frames = torch.cat([batch["input_ids"].flatten(0, 1) for batch in data])
+    check_shares(result, "encoder", frames)
+    heard = [model.encoder(b["input_ids"]).mean(1, keepdim=True) for b in data]
+    steps = [(model.words(b[name]) + x)[kept] for b, x in zip(data, heard, strict=True)]
+    check_shares(result, "decoder.0", torch.cat(steps).detach())
