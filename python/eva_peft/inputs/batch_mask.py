@@ -26,6 +26,8 @@ _BESIDE = ("visual_attention_mask", "entity_attention_mask")
 _PATCHES = "patch_valid"
 # Masks of hidden states that come from elsewhere, maybe of one of several encoders.
 _GIVEN = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
+# Masks of something that is made of tokens, if they have another shape.
+_OTHERS = re.compile(r"(?<!attention)(?<!padding)_mask$")
 _ANY = Architecture()
 
 
@@ -78,6 +80,7 @@ def mask_of_batch(
         prefixes=architecture.prefixes,
         apart=architecture.apart,
         longest=longest,
+        others=[] if main is None else _others(batch, main),
     )
     mask.warned = warned
     return mask
@@ -102,6 +105,16 @@ def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if kept.shape != given.shape[:2] or kept.shape == own.shape[:2]:
         return batch
     return {**batch, "attention_mask": None, "encoder_attention_mask": mask}
+
+
+def _others(batch: Mapping[str, Any], main: Tensor) -> list[Tensor]:
+    """Return masks of something else than tokens, as of spans; of each sample they keep the first.
+
+    Without that, true may be what others call false.
+    """
+    named = (value for key, value in batch.items() if _OTHERS.search(str(key)))
+    masks = (_token_mask(value) for value in named if isinstance(value, Tensor))
+    return [m for m in masks if m is not None and m.shape != main.shape and bool(m[:, :1].all())]
 
 
 def _text_masks(

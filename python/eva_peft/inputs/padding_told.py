@@ -83,6 +83,7 @@ class PaddingTold(AroundCalls):
         # of what was told, and to how many tokens; kept, as layers may be told one by one. What
         # was told is not: a layer may have made it, and masks of pairs are large.
         self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
+        self._around_parts: TokenMask | None = None
         self._behind_parts: TokenMask | None = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -98,8 +99,10 @@ class PaddingTold(AroundCalls):
         if mask is None:
             return
         around = self._use_mask(mask)
-        known = around is not self._behind_parts and not self._is_of_others(around, mask)
-        if known and _says_as_much(around, mask):
+        if around is not self._behind_parts and not self._in_use:
+            self._around_parts = around
+        known = around is not self._behind_parts or self._batch_tells
+        if known and not self._is_of_others(around, mask) and _says_as_much(around, mask):
             self._use_mask(around)  # a function has called the model with a mask, or a part around
         else:
             self._in_use.append((module, mask))
@@ -108,13 +111,22 @@ class PaddingTold(AroundCalls):
         if not self._in_use or self._in_use[-1][0] is not module:
             return
         _, mask = self._in_use.pop()
-        if not self._in_use:
-            mask = self._behind_parts = copy.copy(mask)
-            mask.apart = ("",)  # nothing but a shape tells what is read there
-            mask.of_text = module not in self._of_media
+        if self._in_use:
+            self._use_mask(self._in_use[-1][1])
+            return
+        around = self._around_parts
+        if around is not None and self._batch_tells:
+            behind = around if mask.main is None else around.with_other(mask.main)
         else:
-            mask = self._in_use[-1][1]
-        self._use_mask(mask)
+            behind = copy.copy(mask)
+            behind.apart = ("",)  # nothing but a shape tells what is read there
+            behind.of_text = module not in self._of_media
+        self._behind_parts = behind
+        self._use_mask(behind)
+
+    @property
+    def _batch_tells(self) -> bool:
+        return self._around_parts is not None and self._around_parts.tells
 
     def _is_of_others(self, around: TokenMask, mask: TokenMask) -> bool:
         """Tell whether what a part around is told is what a mask says of what is attended to."""
@@ -126,8 +138,10 @@ class PaddingTold(AroundCalls):
 
         Its own are others, maybe as many.
         """
-        before = None if self._behind_parts is None else self._behind_parts.main
-        return None if before is None else self._quiet_mask(_of_others(before, shape))
+        behind = self._behind_parts
+        if behind is None or behind.main is None or self._batch_tells:
+            return None
+        return self._quiet_mask(_of_others(behind.main, shape))
 
     def _quiet_mask(self, told: Mapping[str, Any]) -> TokenMask:
         mask = self._make_mask(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,7 @@ class TokenMask:
         media: there is sound, or there are images.
         patch_sizes: of images in pixels, where the model tells them.
         prefixes: what names of layers begin with, and which tells nothing of what they read.
+        others: bool (B, W) each: of something else than tokens, as words or spans.
         apart: the same of layers that may read what has no mask; only what has the text's shape is
             taken for text.
         longest: text without its padding, in tokens, where labels leave out more than that.
@@ -94,6 +96,7 @@ class TokenMask:
         prefixes: tuple[str, ...] = (),
         apart: tuple[str, ...] = (),
         longest: int | None = None,
+        others: Sequence[Tensor] = (),
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
         self.mixed, self.encoder_decoder = mixed, encoder_decoder
@@ -102,8 +105,8 @@ class TokenMask:
         self.sound, self.pixels, self.tiles = sound, pixels, tiles
         self.sound_only, self.media = sound_only, media
         self.patch_sizes, self.prefixes, self.apart = patch_sizes, prefixes, apart
-        self.longest = longest
-        self.masks = (main, decoder, beside, queries, *given)
+        self.longest, self.others = longest, others
+        self.masks = (main, decoder, beside, queries, *given, *others)
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
         self.quiet = self.of_text = False
@@ -113,6 +116,13 @@ class TokenMask:
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
         self._kept: dict[tuple[str, torch.device], Tensor | None] = {}
         self._picked: tuple[Tensor | None, str, Tensor | None] = (None, "", None)
+
+    def with_other(self, mask: Tensor) -> TokenMask:
+        """Return this mask with one more of something else than tokens."""
+        found = copy.copy(self)
+        found.others, found.masks = [mask, *self.others], (mask, *self.masks)
+        found._rows = {}
+        return found
 
     @property
     def selective(self) -> bool:
@@ -137,7 +147,7 @@ class TokenMask:
         """
         leading, layer = tuple(shape[:-1]), self._kind(name)
         apart = name.startswith(self.apart)
-        fit = self._fit(layer, leading, apart)
+        fit = self._fit(layer, leading, apart) or self._fit_others(leading)
         if fit is None:
             if not apart:
                 self._warn_unknown(layer, leading, name)
@@ -156,6 +166,11 @@ class TokenMask:
         if key not in self._fits:
             self._fits[key] = next(self._all_fits(layer, leading), None)
         return self._fits[key]
+
+    def _fit_others(self, leading: tuple[int, ...]) -> Fit | None:
+        shapes = leading, leading[::-1]
+        fits = (Fit(f"other {i}", mask) for i, mask in enumerate(self.others))
+        return next((fit for fit in fits if tuple(fit.mask.shape) in shapes), None)
 
     def rows_of_tokens(self, tokens: Tensor, count: int, name: str) -> tuple[bool, Tensor | None]:
         """Return the rows to use of an input that holds picked tokens, as that of an expert.

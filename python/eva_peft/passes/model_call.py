@@ -135,8 +135,8 @@ class ModelCall:
     def _padding_told(
         self, batch: Any, mask: TokenMask, number: int
     ) -> AbstractContextManager[object]:
-        if mask.tells or not self._preparer.plain_masks:
-            return nullcontext()
+        if not self._preparer.plain_masks or (mask.tells and not self._architecture.has_own_layers):
+            return nullcontext()  # of other tokens than the batch's only somebody's own layers know
         by_default = self._options.forward_fn is None
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
             return nullcontext()  # of which no model of these tells more: spares every layer a look

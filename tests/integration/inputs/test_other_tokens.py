@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from integration.conftest import VOCABULARY, layer_inputs, lora, lost, run
+from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run
 from integration.inputs.test_padding_told import EXACT, KEPT, Block, Seen, batches
 
 
@@ -164,3 +164,39 @@ def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None
         whole = name in ("decoder.before", "decoder.behind")
         x = x if whole else x[KEPT.flatten().repeat(4)]
         assert lost(result.components[name], x) < 1e-6, name
+
+
+class Words(nn.Module):
+    """Reads words and spans of the text that a model of transformers has read, as GLiNER."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert, self.down, self.reads = make_bert(), nn.Linear(32, 16), Seen()
+        self.behind, self.spans = nn.Linear(16, 16), nn.Linear(32, 16)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, lengths: Tensor, span_mask: Tensor
+    ) -> Tensor:
+        x = self.down(self.bert(input_ids, attention_mask=attention_mask).last_hidden_state)
+        words = x[:, 1:5]
+        words = self.reads(words, mask=torch.arange(4) < lengths[:, None])
+        words = self.behind(words)
+        first, last = torch.triu_indices(4, 4)
+        return self.spans(torch.cat([words[:, first], words[:, last]], -1))
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("own", [False, True], ids=["default", "forward_fn"])
+def test_words_and_spans_of_a_text_whose_mask_the_batch_gives(own: bool) -> None:
+    lengths = torch.tensor([4, 3, 1])
+    words = torch.arange(4) < lengths[:, None]
+    spans = words[:, torch.triu_indices(4, 4)[1]]
+    given = {"attention_mask": KEPT.long(), "lengths": lengths, "span_mask": spans.long()}
+    data = [{"input_ids": batch["ids"], **given} for batch in batches()]
+    kept = {"bert.encoder.layer.0.intermediate.dense": KEPT, "down": KEPT, "spans": spans}
+    kept |= {"reads.before": words, "reads.behind": words, "behind": words}
+    model = Words().eval()
+    options = {**EXACT, "forward_fn": lambda m, b: m(**b)} if own else EXACT
+    result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **options)
+    for name, x in layer_inputs(model, data, list(kept), False).items():
+        assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
