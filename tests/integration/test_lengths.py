@@ -103,3 +103,30 @@ def test_lengths_of_what_was_and_of_what_is_to_come() -> None:
     for name, x in inputs.items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
     assert result.tokens == 4 * int(KEPT.sum())
+
+
+class Speaks(nn.Module):
+    """Is told the lengths of texts and those of what is to be said, as FastPitch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.text = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16)
+        self.frames = nn.Conv1d(16, 16, 1)
+
+    def forward(self, ids: Tensor, ids_lengths: Tensor, y: Tensor, y_lengths: Tensor) -> Tensor:
+        return self.text(self.words(ids)).mean(1) + self.frames(y).mean(2)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_lengths_of_text_and_of_sound(padded: bool) -> None:
+    lengths, frames = LENGTHS if padded else torch.full((3,), 7), torch.tensor([5, 9, 3])
+    kept, heard = torch.arange(7) < lengths[:, None], torch.arange(9) < frames[:, None]
+    data = [{"ids": batch["ids"], "ids_lengths": lengths} for batch in batches()]
+    sound = [torch.randn(3, 16, 9) for _ in data]
+    data = [{**b, "y": y, "y_lengths": frames} for b, y in zip(data, sound, strict=True)]
+    model, config = Speaks().eval(), lora(tau=1.0, target_modules=["text", "frames"])
+    result = run(model, data, config, **EXACT)
+    words = torch.cat([model.words(batch["ids"])[kept] for batch in data]).detach()
+    assert lost(result.components["text"], words) < 1e-6
+    assert lost(result.components["frames"], torch.cat([y.mT[heard] for y in sound])) < 1e-6

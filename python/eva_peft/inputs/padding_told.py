@@ -129,9 +129,13 @@ class PaddingTold(AroundCalls):
         return self._around_parts is not None and self._around_parts.tells
 
     def _is_of_others(self, around: TokenMask, mask: TokenMask) -> bool:
-        """Tell whether what a part around is told is what a mask says of what is attended to."""
-        by_part = bool(self._in_use) and around is self._in_use[-1][1]
-        return by_part and bool(mask.given) and not around.given
+        """Tell whether what a part around is told is said of other tokens.
+
+        It is of what is attended to, or keeps every token.
+        """
+        if not self._in_use or around is not self._in_use[-1][1] or around.main is None:
+            return False
+        return bool(mask.given and not around.given) or bool(around.main.all())
 
     def _mask_of_others(self, shape: tuple[int, ...]) -> TokenMask | None:
         """Return the mask in a part that attends to what a part before it has made of its tokens.
@@ -232,7 +236,8 @@ def _told(
         shape: see :func:`_shape_of`.
         elsewhere: the part attends to other tokens.
     """
-    told = {}
+    told: dict[str, Tensor] = {}
+    others = {}
     # the only mask may be that of what is attended to
     unclear = elsewhere and not any(map(_is_elsewhere, masks))
     for name, mask in masks.items():
@@ -251,7 +256,11 @@ def _told(
                 told = {**_of_others(kept, shape), **told}
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept
-    return told
+            elif name.endswith(_LENGTHS):  # of another input, as sound that is to be made of text
+                others[f"{name}_mask"] = kept
+    if others and len(shape) == 2:
+        told.setdefault("attention_mask", torch.ones(shape, dtype=torch.bool, device="cpu"))
+    return {**told, **others}
 
 
 def _kept(name: str, mask: Tensor) -> Tensor | None:
@@ -265,7 +274,7 @@ def _of_others(kept: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Return what says which tokens are kept of those that tokens of a shape attend to."""
     told = {"encoder_attention_mask": kept}
     if len(shape) == 2 and shape not in (tuple(kept.shape), tuple(kept.shape)[::-1]):
-        told["attention_mask"] = torch.ones(shape, dtype=torch.bool)
+        told["attention_mask"] = torch.ones(shape, dtype=torch.bool, device="cpu")
     return told
 
 

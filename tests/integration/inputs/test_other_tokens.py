@@ -139,9 +139,10 @@ def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None
     class Looks(Block):
         def __init__(self) -> None:
             super().__init__()
-            self.keys = nn.Linear(16, 16)
+            self.keys, self.inner = nn.Linear(16, 16), Seen()
 
         def forward(self, x: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
+            x = self.inner(x, mask=KEPT.flip(0)[:, :steps])  # of its own tokens
             return self.run(x, self.keys(context), ~context_mask)
 
     class Model(nn.Module):
@@ -157,12 +158,14 @@ def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None
     data = [{"source": b["ids"], "target": b["ids"].flip(0)[:, :steps]} for b in batches()]
     data = [{**b, "mask": KEPT} for b in data]
     names = ["encoder.before", "encoder.behind", "decoder.before", "decoder.behind"]
+    names += ["decoder.inner.before", "decoder.inner.behind"]
     names += ["decoder.keys"] if steps != 7 else []  # of as many, which ones nobody tells
     model = Model().eval()
     result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
     for name, x in layer_inputs(model, data, names).items():
+        own = KEPT.flip(0)[:, :steps] if "inner" in name else KEPT
         whole = name in ("decoder.before", "decoder.behind")
-        x = x if whole else x[KEPT.flatten().repeat(4)]
+        x = x if whole else x[own.flatten().repeat(4)]
         assert lost(result.components[name], x) < 1e-6, name
 
 
