@@ -194,8 +194,9 @@ def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
         return False
     if name.endswith(_LENGTHS):
         return mask.dim() == 1
-    if mask.dim() == 2:  # of as many samples as tokens, that may be pairs
-        return name in _PLAIN and mask.shape[0] != mask.shape[1]
+    if mask.dim() == 2:  # of as many samples as tokens, it may be of pairs: each sees itself
+        pairs = mask.shape[0] == mask.shape[1] and bool(mask.diagonal().all())
+        return name in _PLAIN and not pairs
     return mask.dim() in (3, 4)
 
 

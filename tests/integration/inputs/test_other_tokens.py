@@ -203,3 +203,17 @@ def test_words_and_spans_of_a_text_whose_mask_the_batch_gives(own: bool) -> None
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **options)
     for name, x in layer_inputs(model, data, list(kept), False).items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
+
+
+def test_a_mask_of_as_many_samples_as_tokens() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.block = nn.Embedding(VOCABULARY, 16), Seen()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.block(self.words(ids), ids.ne(0))
+
+    data = [{"ids": batch["ids"][[1, 0, 2], :3]} for batch in batches()]
+    result = run(Model().eval(), data, lora(target_modules=["block.before"]), **EXACT)
+    assert result.tokens == 4 * (3 + 3 + 2)
