@@ -53,7 +53,7 @@ def mask_of_batch(
         return TokenMask(None)
     batch = _with_mask_of_prompt(_with_masks_of_tokens(batch))
     # of somebody's own models, their batches tell
-    both = "tgt_key_padding_mask" in batch or gives_decoder_inputs(batch)
+    both = "decoder_attention_mask" in batch or gives_decoder_inputs(batch)
     both = both or architecture.encoder_decoder
     main, decoder, longest = _text_masks(batch, config, architecture, both, warned)
     given = (_token_mask(value) for key, value in batch.items() if _GIVEN.search(str(key)))

@@ -25,6 +25,7 @@ _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; 
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 _PADDING = "padding_mask"
 _PLAIN = ("mask", "attn_mask", "context_mask")
+_TARGETS = ("tgt", "trg", "target")  # how names begin of what a decoder makes, beside "src"
 _LENGTHS = ("lengths", "lens")  # how names end of how long the samples are
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
@@ -244,7 +245,7 @@ def _told(
     for name, mask in masks.items():
         if name in PADDING_MASKS:
             told[name] = mask
-        elif not unclear or "self" in name:
+        elif not unclear or "self" in name or name.startswith(("src", *_TARGETS)):
             mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
             kept = _kept(name, mask)
             if kept is None or kept.all():
@@ -253,7 +254,11 @@ def _told(
                 continue  # padded on the left in every sample, or true is what others call false
             if not _is_known(name) and not _in_one_run(kept):
                 continue  # true is what is to be predicted, for one
-            if _is_elsewhere(name) and (elsewhere or name in _SEEN):
+            if elsewhere and name.startswith("src"):
+                told = {**_of_others(kept, shape), **told}
+            elif not elsewhere and name.startswith(_TARGETS):  # the model's, of both its parts
+                told["decoder_attention_mask"] = kept
+            elif _is_elsewhere(name) and (elsewhere or name in _SEEN):
                 told = {**_of_others(kept, shape), **told}
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept

@@ -217,3 +217,37 @@ def test_a_mask_of_as_many_samples_as_tokens() -> None:
     data = [{"ids": batch["ids"][[1, 0, 2], :3]} for batch in batches()]
     result = run(Model().eval(), data, lora(target_modules=["block.before"]), **EXACT)
     assert result.tokens == 4 * (3 + 3 + 2)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("steps", [4, 7])
+def test_masks_of_a_source_and_of_a_target(steps: int) -> None:
+    class Decodes(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, memory: Tensor, src_mask: Tensor, tgt_mask: Tensor) -> Tensor:
+            return self.run(x, self.keys(memory), ~src_mask[:, 0])
+
+    class Model(nn.Module):  # as the annotated transformer
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.encoder, self.decoder = nn.Embedding(VOCABULARY, 16), Seen(), Decodes()
+
+        def forward(self, src: Tensor, tgt: Tensor, src_mask: Tensor, tgt_mask: Tensor) -> Tensor:
+            memory = self.encoder(self.words(src), src_mask)
+            return self.decoder(self.words(tgt), memory, src_mask, tgt_mask)
+
+    targets = KEPT.flip(0)[:, :steps]
+    pairs = targets[:, None] & torch.ones(steps, steps, dtype=torch.bool).tril()
+    masks = {"src_mask": KEPT[:, None], "tgt_mask": pairs}
+    data = [{"src": b["ids"], "tgt": b["ids"].flip(0)[:, :steps], **masks} for b in batches()]
+    kept = {"encoder.before": KEPT, "encoder.behind": KEPT}
+    kept |= {"decoder.before": targets, "decoder.behind": targets}
+    kept |= {"decoder.keys": KEPT} if steps != 7 else {}  # of as many, which ones nobody tells
+    model = Model().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
+    for name, x in layer_inputs(model, data, list(kept), False).items():
+        assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
