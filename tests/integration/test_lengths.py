@@ -69,7 +69,9 @@ def test_lengths_tell_padding(how: str) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-@pytest.mark.parametrize("lengths", [LENGTHS - 1, LENGTHS[:2], LENGTHS.float() / 7])
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS - 1, LENGTHS[:2], LENGTHS[:0], LENGTHS.float() / 7, 10**12 * LENGTHS]
+)
 def test_what_is_called_lengths_and_is_not_those_of_the_samples(lengths: Tensor) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

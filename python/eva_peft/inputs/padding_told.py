@@ -161,7 +161,10 @@ class PaddingTold(AroundCalls):
         key = (shape, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
         before, mask = self._known.get(key, ([], None))
         if not before or any(each() is None for each in before):  # its id is maybe another's now
-            told = _told(masks, shape, elsewhere)
+            sizes = {
+                n for value in named.values() if isinstance(value, Tensor) for n in value.shape
+            }
+            told = _told(masks, shape, elsewhere, sizes)
             beside = {name: value for name, value in named.items() if "mask" not in name}
             beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one
             mask = self._quiet_mask({**beside, **told}) if told else None
@@ -229,7 +232,7 @@ def _reads_elsewhere(named: Mapping[str, Any]) -> bool:
 
 
 def _told(
-    masks: Mapping[str, Tensor], shape: tuple[int, ...], elsewhere: bool
+    masks: Mapping[str, Tensor], shape: tuple[int, ...], elsewhere: bool, sizes: Container[int]
 ) -> dict[str, Tensor]:
     """Return what a batch would say that says of its tokens what a part is told.
 
@@ -237,6 +240,7 @@ def _told(
         masks: what the part is told.
         shape: see :func:`_shape_of`.
         elsewhere: the part attends to other tokens.
+        sizes: of all dimensions of what the part is given; the longest sample has one of them.
     """
     told: dict[str, Tensor] = {}
     others = {}
@@ -247,7 +251,7 @@ def _told(
             told[name] = mask
         elif not unclear or "self" in name or name.startswith(("src", *_TARGETS)):
             mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
-            kept = _kept(name, mask)
+            kept = _kept(name, mask, sizes)
             if kept is None or kept.all():
                 continue
             if name not in _SEEN and not kept[:, 0].any():
@@ -269,10 +273,11 @@ def _told(
     return {**told, **others}
 
 
-def _kept(name: str, mask: Tensor) -> Tensor | None:
+def _kept(name: str, mask: Tensor, sizes: Container[int]) -> Tensor | None:
     if name.endswith(_LENGTHS):
         lengths = mask.cpu()
-        return torch.arange(int(lengths.max()), device="cpu") < lengths[:, None]
+        longest = int(lengths.max()) if len(lengths) else 0
+        return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
     return _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
 
 
