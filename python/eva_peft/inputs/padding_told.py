@@ -208,7 +208,7 @@ def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
     """Tell whether a mask counts rather than one that a part is told: unless of other tokens."""
     if around.main is None or mask.main is None:
         return around.main is not None or around.decoder is not None
-    return around.main.shape == mask.main.shape
+    return any(known is not None and known.shape == mask.main.shape for known in around.masks)
 
 
 def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from ..inputs.prepare import Preparer
 from ..inputs.token_mask import TokenMask
 from ..model.architecture import Architecture, is_defined_in_transformers
 from ..model.layer_kind import kind_of_layer
+from ..model.parts import outermost
 from ..options import AUTO, CalibrateOptions
 from .hooks import InputCollector, StopForward
 
@@ -136,12 +137,15 @@ class ModelCall:
         self, batch: Any, mask: TokenMask, number: int
     ) -> AbstractContextManager[object]:
         if not self._preparer.plain_masks or (mask.tells and not self._architecture.has_own_layers):
-            return nullcontext()  # of other tokens than the batch's only somebody's own layers know
+            return nullcontext()
         by_default = self._options.forward_fn is None
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
             return nullcontext()  # of which no model of these tells more: spares every layer a look
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        return PaddingTold(*self._told, make_mask, self._collector.use_mask).looking()
+        parts, of_media = self._told
+        if mask.tells:
+            parts = self._own_told
+        return PaddingTold(parts, of_media, make_mask, self._collector.use_mask).looking()
 
     @functools.cached_property
     def _holds_models(self) -> bool:
@@ -157,6 +161,13 @@ class ModelCall:
         named = base_of(self._model).named_modules()
         of_media = {part for name, part in named if kind_of_layer(name, prefixes).reads_no_text}
         return parts_told(self._model), of_media
+
+    @functools.cached_property
+    def _own_told(self) -> dict[nn.Module, int]:
+        """Those of somebody's own, which alone know of other tokens than the batch's."""
+        known = outermost(base_of(self._model), is_defined_in_transformers)
+        inside = {part for _, model in known for part in model.modules()}
+        return {part: n for part, n in self._told[0].items() if part not in inside}
 
 
 def _holds_tokens_alone(batch: Any) -> bool:

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    T5Config,
+    T5Model,
+)
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, text_batches
 
@@ -200,3 +206,64 @@ def test_one_tensor_of_which_other_parts_are_attended_to() -> None:
     for layer, own in zip(names, ("begin", "end"), strict=True):
         kept = torch.cat([batch["features"][batch[own] > 0] for batch in batches])
         assert lost(result.components[layer], kept) < 1e-6, layer
+
+
+class Translates(nn.Module):
+    """An encoder-decoder, maybe somebody's own, that is told of the source's padding."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+        config = T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
+        self.both = OwnDecoder() if own else T5Model(config)
+        self.behind = nn.Linear(32, 32)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        out: Tensor = self.behind(self.both(**batch)[0])
+        return out
+
+
+class OwnDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.reader = nn.Embedding(VOCABULARY, 32), Reader()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        decoder_input_ids: Tensor,
+        decoder_attention_mask: Tensor,
+    ) -> tuple[Tensor]:
+        source = self.words(input_ids)
+        return (self.reader(self.words(decoder_input_ids), source, attention_mask),)
+
+
+class Reader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.across = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(
+        self, x: Tensor, encoder_hidden_states: Tensor, encoder_attention_mask: Tensor
+    ) -> Tensor:
+        kept = encoder_attention_mask[..., None]
+        read = (self.across(encoder_hidden_states) * kept).sum(1, keepdim=True)
+        return torch.tanh(self.up(x)) + read
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["t5", "own"])
+def test_a_decoder_keeps_its_mask_where_a_part_is_told_of_the_source(own: bool) -> None:
+    made = torch.arange(9) < torch.tensor([9, 3, 6, 4])[:, None]
+    model = Translates(own).eval()
+    batches = [{**b, "decoder_input_ids": b["input_ids"][:, :9]} for b in TEXTS]
+    batches = [{**b, "decoder_attention_mask": made.long()} for b in batches]
+    names = ["up", "across"] if own else ["q", "o", "k"]
+    config = lora(target_modules=[*names, "behind"], tau=1.0)
+    result = run(model, batches, config, **EXACT)
+    source = torch.cat([b["attention_mask"].bool().flatten() for b in batches])
+    for name, x in layer_inputs(model, batches, list(result.components), False).items():
+        kept = source if len(x) == len(source) else made.flatten().repeat(len(batches))
+        assert name != "behind" or len(x) == 4 * made.numel()
+        assert lost(result.components[name], x[kept]) < 1e-6, name
