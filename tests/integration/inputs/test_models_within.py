@@ -12,7 +12,7 @@ from transformers import (
     BertModel,
     PreTrainedModel,
     T5Config,
-    T5Model,
+    T5ForConditionalGeneration,
 )
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, text_batches
@@ -216,12 +216,11 @@ class Translates(nn.Module):
         torch.manual_seed(7)
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
         config = T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
-        self.both = OwnDecoder() if own else T5Model(config)
-        self.behind = nn.Linear(32, 32)
+        self.both = OwnDecoder() if own else T5ForConditionalGeneration(config)
+        self.head = nn.Linear(32, 4)
 
-    def forward(self, **batch: Tensor) -> Tensor:
-        out: Tensor = self.behind(self.both(**batch)[0])
-        return out
+    def forward(self, **batch: Tensor) -> Any:
+        return self.head(self.both(**batch)[-1])  # T5's is what its encoder has made
 
 
 class OwnDecoder(nn.Module):
@@ -256,14 +255,17 @@ class Reader(nn.Module):
 @pytest.mark.parametrize("own", [False, True], ids=["t5", "own"])
 def test_a_decoder_keeps_its_mask_where_a_part_is_told_of_the_source(own: bool) -> None:
     made = torch.arange(9) < torch.tensor([9, 3, 6, 4])[:, None]
-    model = Translates(own).eval()
-    batches = [{**b, "decoder_input_ids": b["input_ids"][:, :9]} for b in TEXTS]
-    batches = [{**b, "decoder_attention_mask": made.long()} for b in batches]
+    model, batches, alike = Translates(own).eval(), [], []
+    for batch in TEXTS:
+        ids = batch["input_ids"][:, :9]
+        given = {"decoder_input_ids": ids, "decoder_attention_mask": made.long()}
+        labels = ids.masked_fill(~made, -100)
+        batches.append({**batch, **(given if own else {"labels": labels})})
+        ids = ids if own else model.both._shift_right(labels)
+        alike.append({**batch, **given, "decoder_input_ids": ids})
     names = ["up", "across"] if own else ["q", "o", "k"]
-    config = lora(target_modules=[*names, "behind"], tau=1.0)
-    result = run(model, batches, config, **EXACT)
+    result = run(model, batches, lora(target_modules=names, tau=1.0), **EXACT)
     source = torch.cat([b["attention_mask"].bool().flatten() for b in batches])
-    for name, x in layer_inputs(model, batches, list(result.components), False).items():
+    for name, x in layer_inputs(model, alike, list(result.components), False).items():
         kept = source if len(x) == len(source) else made.flatten().repeat(len(batches))
-        assert name != "behind" or len(x) == 4 * made.numel()
         assert lost(result.components[name], x[kept]) < 1e-6, name
