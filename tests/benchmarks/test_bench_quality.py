@@ -377,7 +377,7 @@ def test_what_runs_only_when_asked_for(tmp_path: Path, fake: list[tuple[Any, ...
     settings = written(tmp_path)["settings"]
     assert list(settings["methods"]) == RUN
     assert list(settings["domains"]) == [name for name in RECIPES if name != "pretrained"]
-    assert len(RUN) == 14
+    assert len(RUN) == 16
 
 
 @pytest.mark.parametrize(
