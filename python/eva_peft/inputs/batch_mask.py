@@ -108,13 +108,14 @@ def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _others(batch: Mapping[str, Any], main: Tensor) -> list[Tensor]:
-    """Return masks of something else than tokens, as of spans; of each sample they keep the first.
+    """Return masks, (B, W), of something else than tokens, as of spans.
 
-    Without that, true may be what others call false.
+    Of each sample they keep the first: otherwise true may be what others call false.
     """
     named = (value for key, value in batch.items() if _OTHERS.search(str(key)))
-    masks = (_token_mask(value) for value in named if isinstance(value, Tensor))
-    return [m for m in masks if m is not None and m.shape != main.shape and bool(m[:, :1].all())]
+    rows = (m for m in named if isinstance(m, Tensor) and m.dim() == 2)  # others are of pixels
+    masks = (_token_mask(m) for m in rows if m.shape != main.shape)
+    return [mask for mask in masks if mask is not None and bool(mask[:, :1].all())]
 
 
 def _text_masks(

@@ -264,6 +264,7 @@ def test_masks_of_something_else_than_tokens() -> None:
     batch["attention_mask"] = batch["input_ids"]
     (spans,) = mask_of_batch(batch, lora()).others
     assert torch.equal(spans, kept.bool())
+    batch["pixel_mask"] = torch.ones(2, 5, 5)
     several = {"mask": kept, "x_padding_mask": kept, "x_attention_mask": kept, "x_mask": 1 - kept}
     more = {"special_tokens_mask": batch["input_ids"], "one_mask": kept[0], "y_mask": "none"}
     batch = {**batch, **several, **more}
