@@ -96,7 +96,7 @@ class PaddingTold(AroundCalls):
             return  # told of keys from elsewhere
         mask = self._mask_of(named)
         if mask is None and not self._in_use and _reads_elsewhere(named):
-            mask = self._mask_of_others(_shape_of(named))
+            mask = self._mask_of_attended(_shape_of(named))
         if mask is None:
             return
         around = self._use_mask(mask)
@@ -138,7 +138,7 @@ class PaddingTold(AroundCalls):
             return False
         return bool(mask.given and not around.given) or bool(around.main.all())
 
-    def _mask_of_others(self, shape: tuple[int, ...]) -> TokenMask | None:
+    def _mask_of_attended(self, shape: tuple[int, ...]) -> TokenMask | None:
         """Return the mask in a part that attends to what a part before it has made of its tokens.
 
         Its own are others, maybe as many.
@@ -146,7 +146,7 @@ class PaddingTold(AroundCalls):
         behind = self._behind_parts
         if behind is None or behind.main is None or self._batch_tells:
             return None
-        return self._quiet_mask(_of_others(behind.main, shape))
+        return self._quiet_mask(_of_attended(behind.main, shape))
 
     def _quiet_mask(self, told: Mapping[str, Any]) -> TokenMask:
         mask = self._make_mask(told)
@@ -258,12 +258,11 @@ def _told(
                 continue  # padded on the left in every sample, or true is what others call false
             if not _is_known(name) and not _in_one_run(kept):
                 continue  # true is what is to be predicted, for one
-            if elsewhere and name.startswith("src"):
-                told = {**_of_others(kept, shape), **told}
+            attended = _is_elsewhere(name) or name.startswith("src")
+            if attended and (elsewhere or name in _SEEN):
+                told = {**_of_attended(kept, shape), **told}
             elif not elsewhere and name.startswith(_TARGETS):  # the model's, of both its parts
                 told["decoder_attention_mask"] = kept
-            elif _is_elsewhere(name) and (elsewhere or name in _SEEN):
-                told = {**_of_others(kept, shape), **told}
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept
             elif name.endswith(_LENGTHS):  # of another input, as sound that is to be made of text
@@ -281,7 +280,7 @@ def _kept(name: str, mask: Tensor, sizes: Container[int]) -> Tensor | None:
     return _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
 
 
-def _of_others(kept: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+def _of_attended(kept: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Return what says which tokens are kept of those that tokens of a shape attend to."""
     told = {"encoder_attention_mask": kept}
     if len(shape) == 2 and shape not in (tuple(kept.shape), tuple(kept.shape)[::-1]):
