@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from .._peft_compat import LoraConfig, eva_of
@@ -16,7 +17,7 @@ from .batches import as_mapping
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask, longest_of
 
-__all__ = ["mask_of_batch"]
+__all__ = ["mask_of_attended", "mask_of_batch", "masks_of_both"]
 
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
@@ -56,7 +57,8 @@ def mask_of_batch(
     both = "decoder_attention_mask" in batch or gives_decoder_inputs(batch)
     both = both or architecture.encoder_decoder
     main, decoder, longest = _text_masks(batch, config, architecture, both, warned)
-    given = (_token_mask(value) for key, value in batch.items() if _GIVEN.search(str(key)))
+    from_elsewhere = (_token_mask(v) for k, v in batch.items() if _GIVEN.search(str(k)))
+    given = [mask for mask in from_elsewhere if mask is not None]
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
     queries = _token_mask(batch.get("qformer_attention_mask"))
     mask = TokenMask(
@@ -65,7 +67,7 @@ def mask_of_batch(
         streams=_DECISION_STREAMS if decision else 1,
         mixed=_is_mixed(batch),
         encoder_decoder=both,
-        given=[mask for mask in given if mask is not None],
+        given=given,
         window=architecture.window,
         frame_lengths=architecture.frame_lengths,
         text_first=False if _PATCHES in batch else architecture.text_first,
@@ -80,7 +82,7 @@ def mask_of_batch(
         prefixes=architecture.prefixes,
         apart=architecture.apart,
         longest=longest,
-        others=[] if main is None else _others(batch, main),
+        others=_others(batch, [mask for mask in (main, *given) if mask is not None]),
     )
     mask.warned = warned
     return mask
@@ -96,25 +98,70 @@ def _with_masks_of_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a batch whose ``attention_mask``, if it is that of what is given, is called so.
 
-    As some models of diffusers have it, which have no text of their own.
+    As some models of diffusers have it, which have no text of their own; that of others is one of
+    both.
     """
     own, mask = batch.get("hidden_states"), batch.get("attention_mask")
     given, kept = batch.get("encoder_hidden_states"), _token_mask(mask)
     if kept is None or not isinstance(own, Tensor) or not isinstance(given, Tensor):
         return batch
+    of_both = masks_of_both(kept, tuple(own.shape[:2]), tuple(given.shape[:2]))
+    if of_both:
+        return {**batch, "attention_mask": None, **of_both}
     if kept.shape != given.shape[:2] or kept.shape == own.shape[:2]:
         return batch
     return {**batch, "attention_mask": None, "encoder_attention_mask": mask}
 
 
-def _others(batch: Mapping[str, Any], main: Tensor) -> list[Tensor]:
+def masks_of_both(
+    kept: Tensor | None, own: tuple[int, ...], given: tuple[int, ...] | None
+) -> dict[str, Tensor]:
+    """Return what a batch would say whose mask is one of its own tokens and of those it is given.
+
+    Which come first the mask tells: its own have no padding, or both have it behind.
+
+    Args:
+        kept: bool (B, S + T) or, in the other order, (B, T + S); anything else says nothing.
+        own: (B, S).
+        given: (B, T).
+    """
+    if kept is None or len(own) != 2 or given is None or kept.all():
+        return {}
+    sizes = own[1], given[-1]
+    if tuple(kept.shape) != (own[0], sum(sizes)):
+        return {}
+    for mine, others in (kept.split(sizes, 1), kept.split(sizes[::-1], 1)[::-1]):
+        if mine.all():
+            return {**mask_of_attended(others, own), "joint_mask": kept}
+        if _is_padded_behind(mine) and _is_padded_behind(others):
+            told = {"attention_mask": mine, "encoder_attention_mask": others}
+            return {**told, "joint_mask": kept}
+    return {}
+
+
+def mask_of_attended(kept: Tensor, own: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return what says which tokens are kept of those that tokens of a shape attend to."""
+    told = {"encoder_attention_mask": kept}
+    if len(own) == 2 and own not in (tuple(kept.shape), tuple(kept.shape)[::-1]):
+        told["attention_mask"] = torch.ones(own, dtype=torch.bool, device="cpu")
+    return told
+
+
+def _is_padded_behind(kept: Tensor) -> bool:
+    return bool((kept[:, 1:] <= kept[:, :-1]).all())
+
+
+def _others(batch: Mapping[str, Any], known: Sequence[Tensor]) -> list[Tensor]:
     """Return masks, (B, W), of something else than tokens, as of spans.
 
     Of each sample they keep the first: otherwise true may be what others call false.
+
+    Args:
+        known: of tokens; without any there are no others.
     """
     named = (value for key, value in batch.items() if _OTHERS.search(str(key)))
     rows = (m for m in named if isinstance(m, Tensor) and m.dim() == 2)  # others are of pixels
-    masks = (_token_mask(m) for m in rows if m.shape != main.shape)
+    masks = (_token_mask(m) for m in rows if known and all(m.shape != k.shape for k in known))
     return [mask for mask in masks if mask is not None and bool(mask[:, :1].all())]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._peft_compat import base_of
 from ..model.architecture import signature_of
 from .arguments import PADDING_MASKS
+from .batch_mask import mask_of_attended, masks_of_both
 from .called_with import AroundCalls, named_arguments
 from .token_mask import TokenMask
 
@@ -95,7 +96,7 @@ class PaddingTold(AroundCalls):
         if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
             return  # told of keys from elsewhere
         mask = self._mask_of(named)
-        if mask is None and not self._in_use and _reads_elsewhere(named):
+        if mask is None and not self._in_use and _shape_elsewhere(named) is not None:
             mask = self._mask_of_attended(_shape_of(named))
         if mask is None:
             return
@@ -113,7 +114,11 @@ class PaddingTold(AroundCalls):
             return
         _, mask = self._in_use.pop()
         if self._in_use:
-            self._use_mask(self._in_use[-1][1])
+            part, outer = self._in_use[-1]
+            if mask.main is not None and mask.main.shape not in _shapes(outer):
+                outer = outer.with_other(mask.main)
+                self._in_use[-1] = part, outer
+            self._use_mask(outer)
             return
         around = self._around_parts
         if around is not None and self._batch_tells:
@@ -146,7 +151,7 @@ class PaddingTold(AroundCalls):
         behind = self._behind_parts
         if behind is None or behind.main is None or self._batch_tells:
             return None
-        return self._quiet_mask(_of_attended(behind.main, shape))
+        return self._quiet_mask(mask_of_attended(behind.main, shape))
 
     def _quiet_mask(self, told: Mapping[str, Any]) -> TokenMask:
         mask = self._make_mask(told)
@@ -157,7 +162,7 @@ class PaddingTold(AroundCalls):
         masks = {name: value for name, value in named.items() if _tells(name, value)}
         if not masks:
             return None
-        shape, elsewhere = _shape_of(named), _reads_elsewhere(named)
+        shape, elsewhere = _shape_of(named), _shape_elsewhere(named)
         key = (shape, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
         before, mask = self._known.get(key, ([], None))
         if not before or any(each() is None for each in before):  # its id is maybe another's now
@@ -206,9 +211,17 @@ def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
 
 def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
     """Tell whether a mask counts rather than one that a part is told: unless of other tokens."""
+    known = _shapes(around)
     if around.main is None or mask.main is None:
-        return around.main is not None or around.decoder is not None
-    return any(known is not None and known.shape == mask.main.shape for known in around.masks)
+        of_given = mask.main is None or bool(mask.main.all())  # of what is attended to alone
+        told = [*mask.given, *mask.others]
+        of_these = bool(told) and all(each.shape in known for each in told)
+        return (of_given and of_these) or around.main is not None or around.decoder is not None
+    return mask.main.shape in known
+
+
+def _shapes(mask: TokenMask) -> list[tuple[int, ...]]:
+    return [tuple(each.shape) for each in mask.masks if each is not None]
 
 
 def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
@@ -225,30 +238,36 @@ def _is_elsewhere(name: str) -> bool:
     return any(word in name for word in _ELSEWHERE)
 
 
-def _reads_elsewhere(named: Mapping[str, Any]) -> bool:
-    """Tell whether a part is given tokens to attend to, beside its own."""
+def _shape_elsewhere(named: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the shape of the tokens that a part is given to attend to, beside its own."""
     given = (name for name, value in named.items() if isinstance(value, Tensor))
-    return any(_is_elsewhere(name) and not _may_tell(name) for name in given)
+    others = (named[name] for name in given if _is_elsewhere(name) and not _may_tell(name))
+    return next((tuple(value.shape[:2]) for value in others), None)
 
 
 def _told(
-    masks: Mapping[str, Tensor], shape: tuple[int, ...], elsewhere: bool, sizes: Container[int]
+    masks: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    elsewhere: tuple[int, ...] | None,
+    sizes: Container[int],
 ) -> dict[str, Tensor]:
     """Return what a batch would say that says of its tokens what a part is told.
 
     Args:
         masks: what the part is told.
         shape: see :func:`_shape_of`.
-        elsewhere: the part attends to other tokens.
+        elsewhere: that of other tokens, to which the part attends; see :func:`_shape_elsewhere`.
         sizes: of all dimensions of what the part is given; the longest sample has one of them.
     """
     told: dict[str, Tensor] = {}
     others = {}
     # the only mask may be that of what is attended to
-    unclear = elsewhere and not any(map(_is_elsewhere, masks))
+    unclear = elsewhere is not None and not any(map(_is_elsewhere, masks))
     for name, mask in masks.items():
         if name in PADDING_MASKS:
             told[name] = mask
+        elif unclear and name in _SEEN:
+            told = {**_of_others(_seen(mask), shape, elsewhere), **told}
         elif not unclear or "self" in name or name.startswith(("src", *_TARGETS)):
             mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
             kept = _kept(name, mask, sizes)
@@ -259,9 +278,9 @@ def _told(
             if not _is_known(name) and not _in_one_run(kept):
                 continue  # true is what is to be predicted, for one
             attended = _is_elsewhere(name) or name.startswith("src")
-            if attended and (elsewhere or name in _SEEN):
-                told = {**_of_attended(kept, shape), **told}
-            elif not elsewhere and name.startswith(_TARGETS):  # the model's, of both its parts
+            if attended and (elsewhere is not None or name in _SEEN):
+                told = {**mask_of_attended(kept, shape), **told}
+            elif elsewhere is None and name.startswith(_TARGETS):  # the model's, of both its parts
                 told["decoder_attention_mask"] = kept
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept
@@ -272,20 +291,22 @@ def _told(
     return {**told, **others}
 
 
+def _of_others(
+    kept: Tensor | None, own: tuple[int, ...], others: tuple[int, ...] | None
+) -> dict[str, Tensor]:
+    """Return what is said by a mask of no name, if its shape tells what else than a part's own."""
+    if kept is None or own in (kept.shape, kept.shape[::-1]):
+        return {}
+    of_them = not kept.all() and others in (kept.shape, kept.shape[::-1])
+    return mask_of_attended(kept, own) if of_them else masks_of_both(kept, own, others)
+
+
 def _kept(name: str, mask: Tensor, sizes: Container[int]) -> Tensor | None:
     if name.endswith(_LENGTHS):
         lengths = mask.cpu()
         longest = int(lengths.max()) if len(lengths) else 0
         return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
     return _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
-
-
-def _of_attended(kept: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Return what says which tokens are kept of those that tokens of a shape attend to."""
-    told = {"encoder_attention_mask": kept}
-    if len(shape) == 2 and shape not in (tuple(kept.shape), tuple(kept.shape)[::-1]):
-        told["attention_mask"] = torch.ones(shape, dtype=torch.bool, device="cpu")
-    return told
 
 
 def _seen(mask: Tensor) -> Tensor | None:

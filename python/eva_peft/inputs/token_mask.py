@@ -161,7 +161,9 @@ class TokenMask:
         if apart and self.of_text and layer.reads_no_text:
             return None
         if apart:  # a part may read the text, too, beside tokens of its own
-            return next((fit for fit in self._text(layer) if fit.mask.shape == leading), None)
+            shapes = leading, leading[::-1]
+            fits = (fit for fit in self._text(layer) if tuple(fit.mask.shape) in shapes)
+            return next(fits, None)
         key = layer, leading
         if key not in self._fits:
             self._fits[key] = next(self._all_fits(layer, leading), None)
@@ -264,6 +266,8 @@ class TokenMask:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
+        if len(leading) == 2 and leading[0] == mask.numel() > mask.shape[1]:
+            yield mask.reshape(-1, 1).expand(leading)  # what several layers make of each token
         longest = self.longest if key == "main" else None
         if longest is None:
             longest = longest_of(mask)  # as far as which a packed sequence comes back
