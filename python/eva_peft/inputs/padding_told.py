@@ -43,20 +43,34 @@ def parts_told(model: nn.Module) -> dict[nn.Module, int]:
     Returns:
         Each with the number of its arguments before the first that would tell it.
     """
-    told: dict[type, int | None] = {}
+    told: dict[tuple[type, type], int | None] = {}
     base = base_of(model)
     found = {base: 0}
     for part in base.modules():
-        if type(part) not in told:
-            signature = signature_of(part)
-            names = {} if signature is None else signature.parameters
-            of_interest = (i for i, name in enumerate(names) if _is_of_interest(name))
-            any_name = any(p.kind is p.VAR_KEYWORD for p in names.values())
-            told[type(part)] = next(of_interest, len(names) if any_name else None)
-        before = told[type(part)]
+        kind = type(part), type(_wrapped(part))
+        if kind not in told:
+            told[kind] = _arguments_before(part)
+        before = told[kind]
         if before is not None:
             found.setdefault(part, before)
     return found
+
+
+def _arguments_before(part: nn.Module) -> int | None:
+    """Return the number of arguments before the first that may tell; ``None`` if none may."""
+    signature, within = signature_of(part), _wrapped(part)
+    names = {} if signature is None else signature.parameters
+    first = next((i for i, name in enumerate(names) if _is_of_interest(name)), None)
+    any_name = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    if first is None and any_name and (within is None or _arguments_before(within) is not None):
+        return len(names)
+    return first
+
+
+def _wrapped(part: nn.Module) -> nn.Module | None:
+    """Return the layer to which one with adapters hands on what it is told by any name."""
+    found = getattr(part, "base_layer", None)
+    return found if isinstance(found, nn.Module) else None
 
 
 class PaddingTold(AroundCalls):
