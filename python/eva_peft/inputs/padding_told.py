@@ -118,7 +118,8 @@ class PaddingTold(AroundCalls):
         if around is not self._behind_parts and not self._in_use:
             self._around_parts = around
         known = around is not self._behind_parts or self._batch_tells
-        if known and not self._is_of_others(around, mask) and _says_as_much(around, mask):
+        as_much = not self._is_of_others(around, mask) and _says_as_much(around, mask)
+        if known and (as_much or _keeps_all(mask)):
             self._use_mask(around)  # a function has called the model with a mask, or a part around
         else:
             self._in_use.append((module, mask))
@@ -238,6 +239,10 @@ def _shapes(mask: TokenMask) -> list[tuple[int, ...]]:
     return [tuple(each.shape) for each in mask.masks if each is not None]
 
 
+def _keeps_all(mask: TokenMask) -> bool:
+    return all(known is None or bool(known.all()) for known in mask.masks)
+
+
 def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the shape of the tokens that a part is called with, (B, T) or (T, B)."""
     for name, value in named.items():
@@ -285,8 +290,8 @@ def _told(
         elif not unclear or "self" in name or name.startswith(("src", *_TARGETS)):
             mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
             kept = _kept(name, mask, sizes)
-            if kept is None or kept.all():
-                continue
+            if kept is None or not kept.numel() or (kept.all() and _is_of_pairs(mask)):
+                continue  # as where padding sees itself, too
             if name not in _SEEN and not kept[:, 0].any():
                 continue  # padded on the left in every sample, or true is what others call false
             if not _is_known(name) and not _in_one_run(kept):
@@ -321,6 +326,10 @@ def _kept(name: str, mask: Tensor, sizes: Container[int]) -> Tensor | None:
         longest = int(lengths.max()) if len(lengths) else 0
         return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
     return _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
+
+
+def _is_of_pairs(mask: Tensor) -> bool:
+    return mask.dim() > 2 and mask.shape[-2] > 1
 
 
 def _seen(mask: Tensor) -> Tensor | None:

@@ -251,3 +251,29 @@ def test_masks_of_a_source_and_of_a_target(steps: int) -> None:
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
     for name, x in layer_inputs(model, data, list(kept), False).items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
+
+
+@pytest.mark.parametrize("kind", ["tokens", "row", "pairs"])
+def test_a_text_without_padding_behind_one_with_it(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.block, self.behind = nn.Embedding(VOCABULARY, 16), Seen(), Seen()
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            return self.of(first).sum() + self.of(second).sum()
+
+        def of(self, ids: Tensor) -> Tensor:
+            seen = ids.ne(0)
+            x = self.block(self.words(ids), seen[:, None] if kind == "row" else seen)
+            if kind == "pairs":  # where padding sees itself, too
+                return self.behind(x, torch.ones(len(x), 7, 7, dtype=torch.bool).tril())
+            return self.behind(x, seen)
+
+    data = [{"first": b["ids"], "second": b["ids"].clamp(min=1)} for b in batches()]
+    names, model = ["block.behind", "behind.before"], Model().eval()
+    kept = torch.stack([KEPT, torch.ones_like(KEPT)]).flatten().repeat(4)
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names).items():
+        assert lost(result.components[name], x[kept]) < 1e-6, name
