@@ -115,8 +115,8 @@ class PaddingTold(AroundCalls):
         if mask is None:
             return
         around = self._use_mask(mask)
-        if around is not self._behind_parts and not self._in_use:
-            self._around_parts = around
+        if not self._in_use and around not in (self._behind_parts, self._around_parts):
+            self._around_parts, self._behind_parts = around, None
         known = around is not self._behind_parts or self._batch_tells
         as_much = not self._is_of_others(around, mask) and _says_as_much(around, mask)
         if known and (as_much or _keeps_all(mask)):
@@ -135,15 +135,20 @@ class PaddingTold(AroundCalls):
                 self._in_use[-1] = part, outer
             self._use_mask(outer)
             return
-        around = self._around_parts
-        if around is not None and self._batch_tells:
-            behind = around if mask.main is None else around.with_other(mask.main)
+        self._behind_parts = self._mask_behind(module, mask)
+        self._use_mask(self._behind_parts)
+
+    def _mask_behind(self, module: nn.Module, mask: TokenMask) -> TokenMask:
+        """Return the mask behind a part, with what parts before it were told of other shapes."""
+        around, before = self._around_parts, self._behind_parts
+        if around is not None and around.tells:
+            behind, first = before or around, [mask.main]
         else:
-            behind = copy.copy(mask)
+            behind, first = copy.copy(mask), [] if before is None else [before.main, *before.others]
             behind.apart = ("",)  # nothing but a shape tells what is read there
             behind.of_text = module not in self._of_media
-        self._behind_parts = behind
-        self._use_mask(behind)
+        others = (each for each in (*first, *behind.others) if each is not None)
+        return behind.with_others(others)
 
     @property
     def _batch_tells(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,11 +117,17 @@ class TokenMask:
         self._kept: dict[tuple[str, torch.device], Tensor | None] = {}
         self._picked: tuple[Tensor | None, str, Tensor | None] = (None, "", None)
 
-    def with_other(self, mask: Tensor) -> TokenMask:
-        """Return this mask with one more of something else than tokens."""
+    def with_others(self, others: Iterable[Tensor]) -> TokenMask:
+        """Return this mask with others of something else than tokens, the first of each shape."""
+        of_tokens = self.masks[: len(self.masks) - len(self.others)]
+        shapes = {mask.shape for mask in of_tokens if mask is not None}
         found = copy.copy(self)
-        found.others, found.masks = [mask, *self.others], (mask, *self.masks)
-        found._rows = {}
+        found.others = []
+        for mask in others:
+            if mask.shape not in shapes:
+                shapes.add(mask.shape)
+                found.others.append(mask)
+        found.masks, found._rows = (*of_tokens, *found.others), {}
         return found
 
     @property
@@ -147,7 +153,9 @@ class TokenMask:
         """
         leading, layer = tuple(shape[:-1]), self._kind(name)
         apart = name.startswith(self.apart)
-        fit = self._fit(layer, leading, apart) or self._fit_others(leading)
+        fit = None
+        if not (apart and self.of_text and layer.reads_no_text):
+            fit = self._fit(layer, leading, apart) or self._fit_others(leading)
         if fit is None:
             if not apart:
                 self._warn_unknown(layer, leading, name)
@@ -158,8 +166,6 @@ class TokenMask:
         return self._indices(fit, device, self._is_transposed(fit.mask, leading, name))
 
     def _fit(self, layer: LayerKind, leading: tuple[int, ...], apart: bool) -> Fit | None:
-        if apart and self.of_text and layer.reads_no_text:
-            return None
         if apart:  # a part may read the text, too, beside tokens of its own
             shapes = leading, leading[::-1]
             fits = (fit for fit in self._text(layer) if tuple(fit.mask.shape) in shapes)

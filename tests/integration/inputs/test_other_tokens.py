@@ -277,3 +277,34 @@ def test_a_text_without_padding_behind_one_with_it(kind: str) -> None:
     result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
     for name, x in layer_inputs(model, data, names).items():
         assert lost(result.components[name], x[kept]) < 1e-6, name
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("batch_tells", [True, False])
+def test_words_behind_spans_that_are_made_of_them(batch_tells: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.text, self.reads, self.spans = nn.Embedding(VOCABULARY, 16), Seen(), Seen()
+            self.behind, self.vision_head = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(
+            self, input_ids: Tensor, lengths: Tensor, attention_mask: Tensor | None = None
+        ) -> Tensor:
+            seen = torch.arange(4) < lengths[:, None]
+            words = self.reads(self.text(input_ids)[:, 1:5], seen)
+            spans = self.spans(words[:, :3] + words[:, 1:], seen[:, 1:])
+            images = self.vision_head(self.text.weight[:12].view(3, 4, 16))  # as many as words
+            return self.behind(words).sum() + spans.sum() + images.sum()
+
+    lengths = torch.tensor([4, 3, 2])
+    seen = {"attention_mask": KEPT.long()} if batch_tells else {}
+    data = [{"input_ids": b["ids"], "lengths": lengths, **seen} for b in batches()]
+    words = torch.arange(4) < lengths[:, None]
+    kept = {"behind": words, "spans.before": words[:, 1:]}
+    kept |= {} if batch_tells else {"vision_head": torch.ones(3, 4, dtype=torch.bool)}
+    model = Model().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
+    for name, x in layer_inputs(model, data, list(kept), False).items():
+        assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
