@@ -168,8 +168,7 @@ class TokenMask:
     def _fit(self, layer: LayerKind, leading: tuple[int, ...], apart: bool) -> Fit | None:
         if apart:  # a part may read the text, too, beside tokens of its own
             shapes = leading, leading[::-1]
-            fits = (fit for fit in self._text(layer) if tuple(fit.mask.shape) in shapes)
-            return next(fits, None)
+            return next((f for f in self._text(layer) if tuple(f.mask.shape) in shapes), None)
         key = layer, leading
         if key not in self._fits:
             self._fits[key] = next(self._all_fits(layer, leading), None)
@@ -272,8 +271,6 @@ class TokenMask:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
-        if len(leading) == 2 and leading[0] == mask.numel() > mask.shape[1]:
-            yield mask.reshape(-1, 1).expand(leading)  # what several layers make of each token
         longest = self.longest if key == "main" else None
         if longest is None:
             longest = longest_of(mask)  # as far as which a packed sequence comes back

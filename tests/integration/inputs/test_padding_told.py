@@ -202,7 +202,7 @@ class Found(nn.Module):
                 x = block(x, attention_mask=-1e4 * padding[:, None, None].expand(-1, 1, 7, 7))
             else:
                 x = block(x, padding)
-        return self.head(x.transpose(0, 1) if self.kind == "sequence first" else x)
+        return self.head(x)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
@@ -221,8 +221,7 @@ def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
     result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
     assert hooks_of(model) == before
     for name, x in layer_inputs(model, data, names).items():
-        turned = kind == "sequence first" and name != "head"
-        rows = (KEPT.mT if turned else KEPT).flatten().repeat(4)
+        rows = (KEPT.mT if kind == "sequence first" else KEPT).flatten().repeat(4)
         assert lost(result.components[name], x[rows]) < 1e-6, name
     assert result.tokens == 4 * int(KEPT.sum())
 
