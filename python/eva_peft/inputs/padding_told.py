@@ -106,7 +106,7 @@ class PaddingTold(AroundCalls):
         told = (isinstance(v, Tensor) and _is_of_interest(name) for name, v in kwargs.items())
         if len(args) <= self._arguments_before[module] and not any(told):
             return  # at once, for most are told nothing
-        named = named_arguments(module, args, kwargs)
+        named = _readable(named_arguments(module, args, kwargs))
         if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
             return  # told of keys from elsewhere
         mask = self._mask_of(named)
@@ -195,6 +195,16 @@ class PaddingTold(AroundCalls):
             mask = self._quiet_mask({**beside, **told}) if told else None
             self._known[key] = [ref(each) for each in masks.values()], mask
         return mask
+
+
+def _readable(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments without tensors that are nested, sparse or without contents."""
+    return {
+        name: value
+        for name, value in named.items()
+        if not isinstance(value, Tensor)
+        or (value.layout == torch.strided and not value.is_nested and not value.is_meta)
+    }
 
 
 def _is_of_interest(name: str) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from eva_peft.inputs.padding_told import parts_told
-from integration.conftest import VOCABULARY, lora, make_bert, wrapped
+from integration.conftest import VOCABULARY, lora, make_bert, run, wrapped
+from integration.inputs.test_padding_told import EXACT, KEPT, LENGTHS, batches
 
 
 def test_layers_with_adapters_are_looked_at_where_those_within_may_be_told() -> None:
@@ -29,3 +32,46 @@ def test_layers_with_adapters_are_looked_at_where_those_within_may_be_told() -> 
     base = model.base_model.model
     assert found == [base.looks]
     assert base in parts_told(model)
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, lengths: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def nested(parts: list[Tensor], layout: torch.layout) -> Tensor:
+    return torch.nested.nested_tensor(parts, layout=layout)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
+@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse"])
+def test_tensors_that_cannot_be_read_tell_nothing(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.reads = nn.Embedding(VOCABULARY, 16), Reads()
+            self.last = nn.Linear(16, 4)
+
+        def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+            if kind == "sparse":
+                mask = ids.ne(0).float().to_sparse()
+                return self.last(self.reads(self.words(ids), lengths, mask))
+            layout = torch.jagged if kind == "jagged" else torch.strided
+            seen = nested([row[row != 0].ne(0) for row in ids], layout)
+            x = nested([self.words(row[row != 0]) for row in ids], layout)
+            return self.last(torch.nested.to_padded_tensor(self.reads(x, lengths, seen), 0.0))
+
+    def tokens_of(args: Any, *_: Any) -> Tensor:
+        x = args[0] if isinstance(args, tuple) else args
+        return torch.cat(list(x.unbind())) if x.is_nested else x[KEPT]
+
+    data = [{**batch, "lengths": LENGTHS} for batch in batches()]
+    config = lora(target_modules=["inner", "last"])
+    selected = {"reads.inner": tokens_of}
+    result = run(Model().eval(), data, config, prepare_layer_inputs_fn=selected, **EXACT)
+    assert result.tokens == 4 * int(KEPT.sum())
