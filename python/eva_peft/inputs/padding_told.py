@@ -131,7 +131,7 @@ class PaddingTold(AroundCalls):
         if self._in_use:
             part, outer = self._in_use[-1]
             if mask.main is not None and mask.main.shape not in _shapes(outer):
-                outer = outer.with_other(mask.main)
+                outer = outer.with_others([mask.main, *outer.others])
                 self._in_use[-1] = part, outer
             self._use_mask(outer)
             return
@@ -183,12 +183,11 @@ class PaddingTold(AroundCalls):
         if not masks:
             return None
         shape, elsewhere = _shape_of(named), _shape_elsewhere(named)
-        key = (shape, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
+        given = (value for value in named.values() if isinstance(value, Tensor))
+        sizes = frozenset(size for value in given for size in value.shape)
+        key = (shape, sizes, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
         before, mask = self._known.get(key, ([], None))
         if not before or any(each() is None for each in before):  # its id is maybe another's now
-            sizes = {
-                n for value in named.values() if isinstance(value, Tensor) for n in value.shape
-            }
             told = _told(masks, shape, elsewhere, sizes)
             beside = {name: value for name, value in named.items() if "mask" not in name}
             beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one

@@ -132,3 +132,31 @@ def test_lengths_of_text_and_of_sound(padded: bool) -> None:
     words = torch.cat([model.words(batch["ids"])[kept] for batch in data]).detach()
     assert lost(result.components["text"], words) < 1e-6
     assert lost(result.components["frames"], torch.cat([y.mT[heard] for y in sound])) < 1e-6
+
+
+def test_lengths_that_a_part_is_told_without_what_they_are_of() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text, self.frames = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, y_lengths: Tensor, y: Tensor | None = None) -> Tensor:
+            return self.text(x).mean(1) + (0 if y is None else self.frames(y).mean(1))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.first, self.second = nn.Embedding(VOCABULARY, 16), Part(), Part()
+
+        def forward(self, ids: Tensor, y: Tensor) -> Tensor:
+            x, lengths = self.words(ids), y.ne(0).any(-1).sum(1)
+            return self.first(x, lengths) + self.second(x, lengths, y)
+
+    kept = torch.arange(9) < torch.tensor([5, 9, 3])[:, None]
+    sound = [torch.randn(3, 9, 16) * kept[..., None] for _ in range(4)]
+    data = [{"ids": b["ids"], "y": y} for b, y in zip(batches(True), sound, strict=True)]
+    config = lora(tau=1.0, target_modules=["second.frames"])
+    result = run(Model().eval(), data, config, **EXACT)
+    heard = torch.cat([y[kept] for y in sound])
+    assert lost(result.components["second.frames"], heard) < 1e-6
