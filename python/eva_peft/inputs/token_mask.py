@@ -271,6 +271,8 @@ class TokenMask:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
+        if len(leading) == 2 and leading[0] == mask.numel() > mask.shape[1]:
+            yield mask.reshape(-1, 1).expand(leading)  # what several layers make of each token
         longest = self.longest if key == "main" else None
         if longest is None:
             longest = longest_of(mask)  # as far as which a packed sequence comes back

@@ -11,7 +11,7 @@ __all__ = ["LayerKind", "kind_of_layer"]
 # Keys and values of cross attention are encoder tokens, although the layer is in the decoder.
 _READS_ENCODER = re.compile(
     r"(EncDecAttention|encoder_attn|encoder_decoder_attention|cross_?att(ention|n)|attn2).*"
-    r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj|to_k|to_v|k_content_proj|k_pos_proj|c_attn)$"
+    r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj|to_k(ey)?|to_v(alue)?|k_content_proj|k_pos_proj|c_attn)$"
     r"|\bcross_attn_(key_\w+|value)_proj$|\benc_to_dec_proj$"
 )
 # The text that a model of diffusers is given for its images, by what that makes of it.

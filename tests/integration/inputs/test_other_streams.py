@@ -162,6 +162,8 @@ def test_layers_that_read_the_text_that_images_are_made_of() -> None:
     shape, device = torch.Size((3, 5, 8)), torch.device("cpu")
     rows = {name: mask.rows(shape, device, name) for name in PROMPT.split()}
     assert [name for name, found in rows.items() if found is None] == []
+    for name in ("attn2.to_k", "dec_block.cross_attention.to_key", "cross_attention.to_value"):
+        assert mask.rows(shape, device, name) is not None, name
     for name in ("blocks.0.attn.to_q", "ff.net.2", "x_embedder", "img_mlp.net.2", "attn2.to_q"):
         assert mask.rows(shape, device, name) is None, name
 
