@@ -24,10 +24,11 @@ _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; 
 # other name mean is not known, but for those that have a row for all tokens, or one for each, as
 # (B, 1, T) and (B, T, T); those of these names may be (B, T), too.
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
-_PADDING = "padding_mask"
+_PADDING = ("padding_mask", "pad_mask")
 _PLAIN = ("mask", "attn_mask", "context_mask")
 _TARGETS = ("tgt", "trg", "target")  # how names begin of what a decoder makes, beside "src"
-_LENGTHS = ("lengths", "lens")  # how names end of how long the samples are
+# How names end of how long the samples are, maybe as shares of the longest.
+_LENGTHS = ("lengths", "length", "lens", "_len")
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
 _ATTENDED = {"key": "query", "k": "q"}  # to what, by what
@@ -130,9 +131,8 @@ class PaddingTold(AroundCalls):
         _, mask = self._in_use.pop()
         if self._in_use:
             part, outer = self._in_use[-1]
-            if mask.main is not None and mask.main.shape not in _shapes(outer):
-                outer = outer.with_others([mask.main, *outer.others])
-                self._in_use[-1] = part, outer
+            outer = _knowing_more(outer, mask)
+            self._in_use[-1] = part, outer
             self._use_mask(outer)
             return
         self._behind_parts = self._mask_behind(module, mask)
@@ -142,7 +142,7 @@ class PaddingTold(AroundCalls):
         """Return the mask behind a part, with what parts before it were told of other shapes."""
         around, before = self._around_parts, self._behind_parts
         if around is not None and around.tells:
-            behind, first = before or around, [mask.main]
+            behind, first = before or around, [mask.main, mask.decoder]
         else:
             behind, first = copy.copy(mask), [] if before is None else [before.main, *before.others]
             behind.apart = ("",)  # nothing but a shape tells what is read there
@@ -228,10 +228,10 @@ def _is_known(name: str) -> bool:
 
 def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
     """Tell whether a mask of a name that says nothing may say which tokens are seen."""
-    if not _may_tell(name) or mask.is_floating_point() or mask.shape[-1:] == (1,):
-        return False
     if name.endswith(_LENGTHS):
         return mask.dim() == 1
+    if not _may_tell(name) or mask.is_floating_point() or mask.shape[-1:] == (1,):
+        return False
     if mask.dim() == 2:  # of as many samples as tokens, it may be of pairs: each sees itself
         pairs = mask.shape[0] == mask.shape[1] and bool(mask.diagonal().all())
         return name in _PLAIN and not pairs
@@ -255,6 +255,14 @@ def _shapes(mask: TokenMask) -> list[tuple[int, ...]]:
 
 def _keeps_all(mask: TokenMask) -> bool:
     return all(known is None or bool(known.all()) for known in mask.masks)
+
+
+def _knowing_more(outer: TokenMask, mask: TokenMask) -> TokenMask:
+    """Return the mask of a part, with what one within it was told of tokens of other shapes."""
+    known = _shapes(outer)
+    own = (each for each in (mask.main, mask.decoder, *mask.others) if each is not None)
+    more = [each for each in own if each.shape not in known]
+    return outer.with_others([*more, *outer.others]) if more else outer
 
 
 def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
@@ -303,7 +311,7 @@ def _told(
             told = {**_of_others(_seen(mask), shape, elsewhere), **told}
         elif not unclear or "self" in name or name.startswith(("src", *_TARGETS)):
             mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
-            kept = _kept(name, mask, sizes)
+            kept = _kept(name, mask, shape, sizes)
             if kept is None or not kept.numel() or (kept.all() and _is_of_pairs(mask)):
                 continue  # as where padding sees itself, too
             if name not in _SEEN and not kept[:, 0].any():
@@ -334,12 +342,20 @@ def _of_others(
     return mask_of_attended(kept, own) if of_them else masks_of_both(kept, own, others)
 
 
-def _kept(name: str, mask: Tensor, sizes: Container[int]) -> Tensor | None:
+def _kept(name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
     if name.endswith(_LENGTHS):
-        lengths = mask.cpu()
-        longest = int(lengths.max()) if len(lengths) else 0
-        return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
+        return _within(mask.cpu(), shape, sizes)
     return _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
+
+
+def _within(lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
+    """Return which tokens samples have, bool (B, T), by their lengths or shares of the longest."""
+    if lengths.is_floating_point():
+        if len(shape) != 2 or not len(lengths) or lengths.max() != 1 or lengths.min() <= 0:
+            return None
+        lengths = (lengths * shape[1]).round()
+    longest = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
 
 
 def _is_of_pairs(mask: Tensor) -> bool:

@@ -70,7 +70,7 @@ def test_lengths_tell_padding(how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "lengths", [LENGTHS - 1, LENGTHS[:2], LENGTHS[:0], LENGTHS.float() / 7, 10**12 * LENGTHS]
+    "lengths", [LENGTHS - 1, LENGTHS[:2], LENGTHS[:0], LENGTHS.float() / 8, 10**12 * LENGTHS]
 )
 def test_what_is_called_lengths_and_is_not_those_of_the_samples(lengths: Tensor) -> None:
     class Model(nn.Module):
@@ -160,3 +160,82 @@ def test_lengths_that_a_part_is_told_without_what_they_are_of() -> None:
     result = run(Model().eval(), data, config, **EXACT)
     heard = torch.cat([y[kept] for y in sound])
     assert lost(result.components["second.frames"], heard) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["wav_lens", "x_len", "length"])
+@pytest.mark.parametrize("shares", [False, True], ids=["tokens", "shares"])
+def test_names_of_lengths_and_shares_of_the_longest(name: str, shares: bool) -> None:
+    """As SpeechBrain's, which are shares, and NeMo's."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, **how: Tensor) -> Tensor:
+            return self.reads(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.part, self.last = (
+                nn.Embedding(VOCABULARY, 16),
+                Part(),
+                nn.Linear(16, 4),
+            )
+
+        def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+            told = lengths / lengths.max() if shares else lengths
+            return self.last(self.part(self.words(ids), **{name: told}))
+
+    data = batches(lengths=True)
+    for targets in (["part.reads"], ["last"]):
+        config, model = lora(tau=1.0, target_modules=targets), Model().eval()
+        result = run(model, data, config, forward_fn=lambda m, b: m(*b.values()), **EXACT)
+        assert result.tokens == 4 * int(KEPT.sum())
+        x = layer_inputs(model, data, targets)[targets[0]]
+        assert lost(result.components[targets[0]], x[KEPT.flatten().repeat(4)]) < 1e-6
+
+
+def test_what_parts_within_are_told_is_known_behind_the_one_around() -> None:
+    """An encoder is told of sound, its layers of the frames that it makes, as NeMo's."""
+    frames = KEPT[:, ::2]
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, pad_mask: Tensor) -> Tensor:
+            return self.reads(x)
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.layer, self.behind = nn.Linear(16, 16), Layer(), nn.Linear(16, 16)
+
+        def forward(self, audio_signal: Tensor, length: Tensor) -> Tensor:
+            x = self.before(audio_signal)[:, ::2]
+            return self.behind(self.layer(x, pad_mask=~frames))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.head = Encoder(), nn.Linear(16, 4)
+
+        def forward(self, audio_signal: Tensor, length: Tensor) -> Tensor:
+            return self.head(self.encoder(audio_signal=audio_signal, length=length))
+
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {"audio_signal": torch.randn(3, 7, 16, generator=generator), "length": LENGTHS}
+        for _ in range(4)
+    ]
+    names = ["encoder.before", "encoder.layer.reads", "encoder.behind", "head"]
+    model = Model().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names, masked=False).items():
+        kept = KEPT if name == "encoder.before" else frames
+        assert lost(result.components[name], x[kept.flatten().repeat(4)]) < 1e-6, name
