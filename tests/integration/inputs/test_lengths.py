@@ -185,11 +185,11 @@ def test_names_of_lengths_and_shares_of_the_longest(name: str, shares: bool) -> 
                 nn.Linear(16, 4),
             )
 
-        def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
-            told = lengths / lengths.max() if shares else lengths
+        def forward(self, ids: Tensor, sizes: Tensor) -> Tensor:
+            told = sizes / sizes.max() if shares else sizes
             return self.last(self.part(self.words(ids), **{name: told}))
 
-    data = batches(lengths=True)
+    data = [{"ids": b["ids"], "sizes": b["lengths"]} for b in batches(lengths=True)]
     for targets in (["part.reads"], ["last"]):
         config, model = lora(tau=1.0, target_modules=targets), Model().eval()
         result = run(model, data, config, forward_fn=lambda m, b: m(*b.values()), **EXACT)
