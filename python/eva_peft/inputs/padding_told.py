@@ -131,7 +131,7 @@ class PaddingTold(AroundCalls):
         _, mask = self._in_use.pop()
         if self._in_use:
             part, outer = self._in_use[-1]
-            outer = _knowing_more(outer, mask)
+            outer = self._knowing_more(outer, module, mask)
             self._in_use[-1] = part, outer
             self._use_mask(outer)
             return
@@ -146,9 +146,21 @@ class PaddingTold(AroundCalls):
         else:
             behind, first = copy.copy(mask), [] if before is None else [before.main, *before.others]
             behind.apart = ("",)  # nothing but a shape tells what is read there
-            behind.of_text = module not in self._of_media
         others = (each for each in (*first, *behind.others) if each is not None)
-        return behind.with_others(others)
+        found = behind.with_others(others)
+        found.of_text = module not in self._of_media
+        return found
+
+    def _knowing_more(self, outer: TokenMask, module: nn.Module, mask: TokenMask) -> TokenMask:
+        """Return the mask of a part, with what one within it was told of tokens of other shapes."""
+        known = _shapes(outer)
+        told = (each for each in (mask.main, mask.decoder, *mask.others) if each is not None)
+        more = [each for each in told if each.shape not in known]
+        if not more:
+            return outer
+        found = outer.with_others([*more, *outer.others])
+        found.of_text = module not in self._of_media
+        return found
 
     @property
     def _batch_tells(self) -> bool:
@@ -255,14 +267,6 @@ def _shapes(mask: TokenMask) -> list[tuple[int, ...]]:
 
 def _keeps_all(mask: TokenMask) -> bool:
     return all(known is None or bool(known.all()) for known in mask.masks)
-
-
-def _knowing_more(outer: TokenMask, mask: TokenMask) -> TokenMask:
-    """Return the mask of a part, with what one within it was told of tokens of other shapes."""
-    known = _shapes(outer)
-    own = (each for each in (mask.main, mask.decoder, *mask.others) if each is not None)
-    more = [each for each in own if each.shape not in known]
-    return outer.with_others([*more, *outer.others]) if more else outer
 
 
 def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:

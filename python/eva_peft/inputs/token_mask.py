@@ -70,7 +70,8 @@ class TokenMask:
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
         warned: layers that need no second warning.
         quiet: no layer needs one.
-        of_text: what is apart is not that of layers which read sound or images, by their names.
+        of_text: what is apart, and others, are not those of layers which read sound or images, by
+            their names.
         transposed: layer -> whether it takes the sequence first, as far as batches have told.
     """
 
@@ -153,9 +154,10 @@ class TokenMask:
         """
         leading, layer = tuple(shape[:-1]), self._kind(name)
         apart = name.startswith(self.apart)
-        fit = None
-        if not (apart and self.of_text and layer.reads_no_text):
-            fit = self._fit(layer, leading, apart) or self._fit_others(leading)
+        of_others = self.of_text and layer.reads_no_text
+        fit = None if apart and of_others else self._fit(layer, leading, apart)
+        if fit is None and not of_others:
+            fit = self._fit_others(leading)
         if fit is None:
             if not apart:
                 self._warn_unknown(layer, leading, name)

@@ -113,6 +113,36 @@ def test_another_tower_behind_one_that_is_told(tower: str) -> None:
     assert tokens == 4 * (KEPT.numel() if whole else int(KEPT.sum()))
 
 
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_another_tower_behind_one_that_is_told_in_a_part_that_is_told_of_more(tower: str) -> None:
+    class Told(nn.Module):
+        def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+            return x + 1
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.told = nn.Embedding(VOCABULARY, 16), Told()
+            self.add_module(f"{tower}_head", nn.Linear(16, 16))
+
+        def forward(self, sound: Tensor, lengths: Tensor, ids: Tensor) -> Tensor:
+            x = self.told(self.words(ids), padding_mask=ids == 0)
+            return self.get_submodule(f"{tower}_head")(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.towers = Towers()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.towers(torch.zeros(3, 9, 16), torch.tensor([9, 3, 5]), ids)
+
+    config = lora(tau=1.0, target_modules=[f"{tower}_head"])
+    tokens = run(Model().eval(), batches(), config, **EXACT).tokens
+    assert tokens == 4 * (KEPT.numel() if tower == "vision" else int(KEPT.sum()))
+
+
 def test_what_is_behind_a_tower_of_sound_that_is_told() -> None:
     class Hears(nn.Module):
         def __init__(self) -> None:
