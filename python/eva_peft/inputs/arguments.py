@@ -247,5 +247,9 @@ def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dic
 
 def gives_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
     """Tell whether a decoder's inputs (tokens, embeddings, spectra) are given, not to be made."""
-    given = (key for key, value in arguments.items() if value is not None)
-    return any(str(key).startswith(("decoder_input", "dec_input")) for key in given)
+    return any(is_decoder_input(key) for key, value in arguments.items() if value is not None)
+
+
+def is_decoder_input(name: Any) -> bool:
+    """Tell whether an argument is what a decoder reads, by its name."""
+    return str(name).startswith(("decoder_input", "dec_input"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._peft_compat import LoraConfig, eva_of
 from ..errors import warn
 from ..model.architecture import Architecture
-from .arguments import PADDING_MASKS, gives_decoder_inputs
+from .arguments import PADDING_MASKS, gives_decoder_inputs, is_decoder_input
 from .batches import as_mapping
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask, longest_of
@@ -184,7 +184,9 @@ def _text_masks(
     if both:
         samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
-        return main, _decoder_mask(batch, decoder, labelled, architecture), None
+        decoder = _decoder_mask(batch, decoder, labelled, architecture)
+        # the encoder's is not the decoder's, though it be as long
+        return main, _every_step(batch) if decoder is None and main is not None else decoder, None
     eva, labels, label_mask = eva_of(config), batch.get("labels"), None
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = labels.cpu() != eva.label_mask_value
@@ -242,6 +244,15 @@ def _decoder_mask(
         every = int(getattr(architecture.config, "reduction_factor", 1))
         mask = mask[:, every - 1 :: every]
     return mask
+
+
+def _every_step(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return that every step of a decoder counts, bool (B, T), where nothing says which do."""
+    inputs = (value for key, value in batch.items() if is_decoder_input(key) and value is not None)
+    steps = next(inputs, batch.get("labels"))
+    if not isinstance(steps, Tensor) or steps.dim() < 2:
+        return None
+    return torch.ones(steps.shape[:2], dtype=torch.bool, device="cpu")
 
 
 def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 import eva_kernels
 from eva_peft.inputs.batch_mask import mask_of_batch
@@ -269,3 +270,38 @@ def test_masks_of_something_else_than_tokens() -> None:
     more = {"special_tokens_mask": batch["input_ids"], "one_mask": kept[0], "y_mask": "none"}
     batch = {**batch, **several, **more}
     assert len(mask_of_batch(batch, lora()).others) == 1
+
+
+class Within(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(VOCABULARY, 4)
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        return self.head(self.inner(**batch).logits)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "within a module"])
+@pytest.mark.parametrize("given", ["decoder_input_ids", "labels"])
+def test_a_decoder_of_as_many_tokens_as_the_encoder_that_alone_has_a_mask(
+    given: str, within: bool
+) -> None:
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(0)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **size, **ends))
+    model: nn.Module = Within(t5) if within else t5
+    data = [{**batch, given: batch["input_ids"].flip(0) + 1} for batch in text_batches(4, length=9)]
+    linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+    names = [name for name in linear if "lm_head" not in name]
+    config = lora(tau=1.0, target_modules=names, use_label_mask=False)
+    result = run(model.eval(), data, config, method="gram", max_steps=4)
+    keys = ("EncDecAttention.k", "EncDecAttention.v")
+    own = [name for name in names if "encoder" in name or name.endswith(keys)]
+    if given == "labels":  # of which the model makes what its decoder reads
+        data = [{**b, "decoder_input_ids": t5._shift_right(b["labels"])} for b in data]
+    assert 0 < len(own) < len(names)
+    for name, x in layer_inputs(model, data, names, masked=False).items():
+        kept = torch.cat([b["attention_mask"] for b in data]).bool().flatten()
+        assert lost(result.components[name], x[kept] if name in own else x) < 1e-6, name

@@ -207,8 +207,9 @@ def test_frames_of_a_mask_that_the_model_does_not_tell_of() -> None:
     both = type("Config", (), {"is_encoder_decoder": True})()
     assert kept_of(decoder, "model.encoder.fc1", 3, 10, config=both) == [10, 6, 4]
     assert kept_of(decoder, "model.decoder.encoder_attn.k_proj", 3, 10, config=both) == [10, 6, 4]
+    assert kept_of(decoder, "model.decoder.fc1", 3, 10, config=both) is None  # every step counts
     with pytest.warns(EvaWarning, match="no token mask fits"):
-        assert kept_of(decoder, "model.decoder.fc1", 3, 10, config=both) is None
+        assert kept_of(decoder, "model.decoder.fc1", 3, 9, config=both) is None
 
 
 def test_a_mask_of_what_is_written_of_sound_tells_nothing_of_frames() -> None:
