@@ -130,9 +130,11 @@ def masks_of_both(
     sizes = own[1], given[-1]
     if tuple(kept.shape) != (own[0], sum(sizes)):
         return {}
-    for mine, others in (kept.split(sizes, 1), kept.split(sizes[::-1], 1)[::-1]):
-        if mine.all():
+    orders = kept.split(sizes, 1), kept.split(sizes[::-1], 1)[::-1]
+    for mine, others in orders:
+        if mine.all() and (_is_padded_behind(others) or _is_padded_behind(others.flip(1))):
             return {**mask_of_attended(others, own), "joint_mask": kept}
+    for mine, others in orders:
         if _is_padded_behind(mine) and _is_padded_behind(others):
             told = {"attention_mask": mine, "encoder_attention_mask": others}
             return {**told, "joint_mask": kept}

@@ -102,10 +102,14 @@ def test_blocks_that_are_told_one_mask_of_both(text_first: bool, padded: bool) -
     check(Paints("both", text_first), data, kept)
 
 
-def test_as_many_pixels_as_there_is_text() -> None:
-    whole = torch.ones_like(TEXT)
-    kept = {"to_q": whole, "add_k_proj": TEXT, "proj_mlp": joint([whole, TEXT], False)}
-    check(Paints("both"), batches(7, encoder_attention_mask=TEXT), kept)
+@pytest.mark.parametrize("text_first", [False, True], ids=["behind", "first"])
+@pytest.mark.parametrize("pixels", [7, 2])
+def test_as_many_pixels_as_there_is_text_or_fewer(pixels: int, text_first: bool) -> None:
+    whole = torch.ones(3, pixels, dtype=torch.bool)
+    mask = joint([whole, TEXT], text_first)
+    kept = {"to_q": whole, "add_k_proj": TEXT, "proj_mlp": mask}
+    check(Paints("both", text_first), batches(pixels, encoder_attention_mask=TEXT), kept)
+    check(Paints("mask", text_first), batches(pixels, attention_mask=mask), kept)
 
 
 @pytest.mark.parametrize("text_first", [False, True], ids=["behind", "first"])
