@@ -24,6 +24,7 @@ __all__ = [
     "check_known",
     "check_taken",
     "gives_decoder_inputs",
+    "is_decoder_input",
     "model_arguments",
     "takes_as_one",
     "without_labels",

@@ -118,7 +118,8 @@ def masks_of_both(
 ) -> dict[str, Tensor]:
     """Return what a batch would say whose mask is one of its own tokens and of those it is given.
 
-    Which come first the mask tells: its own have no padding, or both have it behind.
+    Which come first the mask tells: its own have no padding, or both have it behind. The mask of
+    both is one of others, by its name, see ``_OTHERS``.
 
     Args:
         kept: bool (B, S + T) or, in the other order, (B, T + S); anything else says nothing.
@@ -187,8 +188,9 @@ def _text_masks(
         samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
         decoder = _decoder_mask(batch, decoder, labelled, architecture)
-        # the encoder's is not the decoder's, though it be as long
-        return main, _every_step(batch) if decoder is None and main is not None else decoder, None
+        if decoder is None and main is not None:  # which is not the decoder's, though as long
+            decoder = _every_step(batch)
+        return main, decoder, None
     eva, labels, label_mask = eva_of(config), batch.get("labels"), None
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = labels.cpu() != eva.label_mask_value

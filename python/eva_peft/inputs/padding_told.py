@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -146,19 +146,19 @@ class PaddingTold(AroundCalls):
         else:
             behind, first = copy.copy(mask), [] if before is None else [before.main, *before.others]
             behind.apart = ("",)  # nothing but a shape tells what is read there
-        others = (each for each in (*first, *behind.others) if each is not None)
-        found = behind.with_others(others)
-        found.of_text = module not in self._of_media
-        return found
+        return self._with_others_behind(module, behind, first)
 
     def _knowing_more(self, outer: TokenMask, module: nn.Module, mask: TokenMask) -> TokenMask:
         """Return the mask of a part, with what one within it was told of tokens of other shapes."""
         known = _shapes(outer)
-        told = (each for each in (mask.main, mask.decoder, *mask.others) if each is not None)
-        more = [each for each in told if each.shape not in known]
-        if not more:
-            return outer
-        found = outer.with_others([*more, *outer.others])
+        told = (mask.main, mask.decoder, *mask.others)
+        more = [each for each in told if each is not None and each.shape not in known]
+        return self._with_others_behind(module, outer, more) if more else outer
+
+    def _with_others_behind(
+        self, module: nn.Module, mask: TokenMask, more: Sequence[Tensor | None]
+    ) -> TokenMask:
+        found = mask.with_others(each for each in (*more, *mask.others) if each is not None)
         found.of_text = module not in self._of_media
         return found
 

@@ -179,11 +179,8 @@ def test_names_of_lengths_and_shares_of_the_longest(name: str, shares: bool) -> 
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.part, self.last = (
-                nn.Embedding(VOCABULARY, 16),
-                Part(),
-                nn.Linear(16, 4),
-            )
+            self.words, self.part = nn.Embedding(VOCABULARY, 16), Part()
+            self.last = nn.Linear(16, 4)
 
         def forward(self, ids: Tensor, sizes: Tensor) -> Tensor:
             told = sizes / sizes.max() if shares else sizes

@@ -90,6 +90,11 @@ def test_images_beside_text_of_as_many_tokens_in_a_users_module() -> None:
         assert lost(result.components[name], x) < 1e-6, name
 
 
+class Told(nn.Module):
+    def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+        return x + 1
+
+
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_another_tower_behind_one_that_is_told(tower: str) -> None:
     class Towers(nn.Module):
@@ -103,10 +108,6 @@ def test_another_tower_behind_one_that_is_told(tower: str) -> None:
             x = self.told(self.words(ids), padding_mask=ids == 0)
             return self.get_submodule(f"{tower}_head")(x)
 
-    class Told(nn.Module):
-        def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
-            return x + 1
-
     config = lora(tau=1.0, target_modules=[f"{tower}_head"])
     whole = tower == "vision"
     tokens = run(Towers().eval(), batches(), config, **EXACT).tokens
@@ -115,10 +116,6 @@ def test_another_tower_behind_one_that_is_told(tower: str) -> None:
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
 def test_another_tower_behind_one_that_is_told_in_a_part_that_is_told_of_more(tower: str) -> None:
-    class Told(nn.Module):
-        def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
-            return x + 1
-
     class Towers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -148,15 +145,11 @@ def test_what_is_behind_a_tower_of_sound_that_is_told() -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.audio_layer, self.audio_head = AudioLayer(), nn.Linear(16, 16)
+            self.audio_layer, self.audio_head = Told(), nn.Linear(16, 16)
 
         def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
             padding = torch.arange(x.shape[1]) >= lengths[:, None]
             return self.audio_head(self.audio_layer(x, padding_mask=padding))
-
-    class AudioLayer(nn.Module):
-        def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
-            return x + 1
 
     data = [{"x": torch.randn(3, 7, 16), "lengths": KEPT.sum(1)} for _ in range(4)]
     config = lora(tau=1.0, target_modules=["audio_head"])
