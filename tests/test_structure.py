@@ -45,6 +45,7 @@ ROOMS = [
     "eva_peft.results",
     "eva_peft.calibrate",
     "eva_peft.initialize",
+    "eva_peft.check_padding",
     "eva_peft.peft_api",
     "eva_peft",  # the public names
     "eva_peft.assets",
@@ -70,6 +71,7 @@ PUBLIC = [
     "OutOfMemoryError",
     "__version__",
     "calibrate",
+    "check_padding",
     "estimate",
     "get_eva_state_dict",
     "initialize",

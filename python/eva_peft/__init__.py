@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .check_padding import PaddingCheck, check_padding
     from .initialize import calibrate, default_config, estimate, initialize
     from .lora.pad import pad_ranks
     from .lora.training import EvaCallback, NotInitializedWarning, is_initialized, watch
@@ -27,7 +28,9 @@ __all__ = [
     "EvaResult",
     "NotInitializedWarning",
     "OutOfMemoryError",
+    "PaddingCheck",
     "calibrate",
+    "check_padding",
     "default_config",
     "estimate",
     "get_eva_state_dict",
@@ -46,7 +49,9 @@ _MODULES = {
     "EvaResult": "results.result",
     "NotInitializedWarning": "lora.training",
     "OutOfMemoryError": "surroundings.memory",
+    "PaddingCheck": "check_padding",
     "calibrate": "initialize",
+    "check_padding": "check_padding",
     "default_config": "initialize",
     "estimate": "initialize",
     "get_eva_state_dict": "peft_api",

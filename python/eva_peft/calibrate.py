@@ -130,7 +130,7 @@ class CalibrationPass:
         # Its parts know the pass weakly: in a cycle its state would stay on the device until Python
         # looks for cycles, maybe long after the adapters are written and training has begun.
         itself = weakref.proxy(self)
-        make_stream = functools.partial(CalibrationPass.make_stream, itself)
+        make_stream = functools.partial(type(self).make_stream, itself)
         self.collector = InputCollector(targets, make_stream, selectors, self.sharded)
         early = may_stop_early(model, options.early_exit, self.sharded)
         self.call = ModelCall(

@@ -79,7 +79,7 @@ def initialize(
     with beginning(processes_of(inner, options.get("group", AUTO))):
         parsed = CalibrateOptions.from_kwargs(options)
         check_whole(model)
-        chosen = _chosen_config(inner, config, parsed)
+        chosen = chosen_config(inner, config, parsed)
         tell_of_the_model_within(inner, config)
         if carries_adapters(inner):
             any_init = allow_any_init or config is not None
@@ -140,7 +140,7 @@ def calibrate(
     with beginning(processes_of(inner, options.get("group", AUTO))):
         parsed = CalibrateOptions.from_kwargs(options)
         check_undivided(inner)
-        chosen = _chosen_config(inner, config, parsed)
+        chosen = chosen_config(inner, config, parsed)
         check_experts(inner, chosen)
     return run_pass(inner, loader, chosen, parsed)
 
@@ -165,12 +165,12 @@ def estimate(
         EvaError: the config, an option or ``batch_shape`` cannot be used.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
-    chosen = _chosen_config(inner, config, parsed)
+    chosen = chosen_config(inner, config, parsed)
     targets = find_targets(inner, chosen, parsed.adapter_name)
     return estimate_targets(inner, targets, chosen.eva_config.rho, parsed, batch_shape)
 
 
-def _chosen_config(
+def chosen_config(
     model: nn.Module, config: LoraConfig | None, options: CalibrateOptions
 ) -> LoraConfig:
     """Return the config to use, checked, its EVA part filled in; the caller's is not changed."""

@@ -1,0 +1,112 @@
+"""A batch with other contents where its masks say padding, and the same everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.architecture import configs_of
+from .arguments import PADDING_MASKS, by_name, is_decoder_input
+from .batches import as_mapping
+from .media_masks import is_of_images
+
+__all__ = ["with_other_padding"]
+
+# What may hold few values, or says where tokens are rather than what they are.
+_KEPT = ("label", "position", "token_type", "mask", "length", "index", "indices", "grid", "sizes")
+_SPECIAL = ("_token_id", "_token_index")
+
+
+def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
+    """Return a batch whose padding has other contents, and the names of what was changed.
+
+    Whole numbers become one that is no padding and no special token, others get noise as large as
+    what is no padding. A mask (of tokens, frames or pixels, by any name with ``mask`` in it) goes
+    with all that has its shape, further dimensions aside, in the decoder with the decoder's.
+
+    Args:
+        batch: a mapping, a dataclass, or arguments of ``forward``; not changed itself. Of anything
+            else nothing is.
+        model: tells the names of arguments, and which tokens are special.
+    """
+    whole = as_mapping(by_name(batch, model))
+    if not isinstance(whole, Mapping):
+        return batch, []
+    special = _special_tokens(model)
+    changed: dict[str, Tensor] = {}
+    for name, padding in _paddings(whole).items():
+        for key, value in whole.items():
+            of_text = "input_ids" in whole and not is_of_images(name)
+            if key in changed or (of_text and is_of_images(key)) or not _is_of(key, name, value):
+                continue
+            places = _places(value, padding)
+            if places is None:
+                continue
+            if value.is_floating_point():
+                changed[key] = _with_noise(value, places)
+            elif (other := _with_another_token(value, places, special)) is not None:
+                changed[key] = other
+    return {**whole, **changed}, list(changed)
+
+
+def _special_tokens(model: nn.Module) -> set[int]:
+    """Return the tokens with a meaning, as those in whose place images are put."""
+    values = (vars(config).items() for config in configs_of(model) if hasattr(config, "__dict__"))
+    named = (v for items in values for k, v in items if k.endswith(_SPECIAL))
+    return {v for v in named if isinstance(v, int)}
+
+
+def _paddings(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return what each mask of a batch says is padding, bool on the CPU, where there is any."""
+    masks = {k: v for k, v in batch.items() if "mask" in str(k) and isinstance(v, Tensor)}
+    masks = {k: v.cpu() for k, v in masks.items() if v.dim() in (2, 3) and _is_of_ones(v)}
+    found = {k: v == 1 if k in PADDING_MASKS else v == 0 for k, v in masks.items()}
+    return {k: padding for k, padding in found.items() if padding.any() and not padding.all()}
+
+
+def _is_of_ones(mask: Tensor) -> bool:
+    return bool(((mask == 0) | (mask == 1)).all())
+
+
+def _is_of(key: str, mask: str, value: Any) -> bool:
+    """Tell whether a mask may be that of a part of a batch, by their names."""
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return False
+    of_decoder = mask.startswith(("decoder_", "tgt_"))
+    return not any(word in key for word in _KEPT) and is_decoder_input(key) == of_decoder
+
+
+def _with_noise(value: Tensor, places: Tensor) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(value.shape, generator=generator, device="cpu").to(value.device)
+    spread = value[~places].float().std(correction=0).clamp_min(1e-3)
+    return torch.where(places, value + (noise * spread).to(value.dtype), value)
+
+
+def _with_another_token(value: Tensor, places: Tensor, special: set[int]) -> Tensor | None:
+    """Return other tokens in some places; ``None`` where the batch has none that would do."""
+    found = value[~places].unique().tolist()
+    usual = [token for token in found if token not in special]
+    if len(usual) < 2:
+        return None
+    first, second = usual[len(usual) // 2], usual[-1 if len(usual) > 2 else 0]
+    return torch.where(places, torch.where(value == first, second, first), value)
+
+
+def _places(value: Tensor, padding: Tensor) -> Tensor | None:
+    """Return where a part of a batch holds padding, bool in its shape, if a mask fits it.
+
+    (B, T) fits (B, T, ...) and sound with its features first, (B, F, T); (B, H, W) fits images with
+    their channels first, (B, C, H, W).
+    """
+    size = padding.shape
+    if value.shape[: padding.dim()] == size:
+        shape = [*size, *[1] * (value.dim() - padding.dim())]
+    elif value.dim() == padding.dim() + 1 and (value.shape[0], *value.shape[2:]) == tuple(size):
+        shape = [size[0], 1, *size[1:]]
+    else:
+        return None
+    return padding.reshape(shape).expand(value.shape).to(value.device)

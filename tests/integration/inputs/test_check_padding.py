@@ -1,0 +1,176 @@
+"""``check_padding`` finds padding that counts, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+import eva_kernels
+from bench.families import FAMILIES
+from eva_kernels import EvaError, EvaValueError
+from eva_peft.inputs.other_padding import with_other_padding
+from integration.conftest import hooks_of, lora, make_llama, make_mlp, same_state, state_of
+
+# Their models let tokens see padding: as the position that stands for the sentence, and by the
+# convolutions over the edge of a sound.
+SEE_PADDING = {"SigLIP": {"text_model.head"}, "Qwen2-Audio": None}
+NONE_TOLD = {"DINOv2", "ViT", "Swin", "Whisper", "Conv2d network", "nn.Sequential"}
+
+
+def text(rows: int = 4, length: int = 10) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 60, (rows, length), generator=generator)
+    mask = (torch.arange(length) < torch.arange(length - rows, length)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NONE_TOLD])
+def test_no_padding_counts_in_any_family(name: str) -> None:
+    family = FAMILIES[name]
+    config = lora(r=4, rho=2.0, **family.config)
+    found = eva_kernels.check_padding(family.make_model(), family.make_batches(1)[0], config)
+    assert any(rows.padding or rows.left_out for rows in found.layers.values())
+    assert all(rows.counted for rows in found.layers.values())
+    expected = SEE_PADDING.get(name, set())
+    assert expected is None or set(found.suspicious) == expected
+
+
+def test_rows_are_those_of_the_mask() -> None:
+    batch = text()
+    found = eva_kernels.check_padding(make_llama(), batch, lora())
+    kept = int(batch["attention_mask"].sum())
+    for rows in found.layers.values():
+        assert (rows.rows, rows.counted) == (40, kept)
+        assert (rows.padding, rows.padding_counted, rows.left_out) == (40 - kept, 0, 0)
+    assert found.changed == ("input_ids",)
+
+
+def test_padding_that_counts_is_found() -> None:
+    batch = text()
+    found = eva_kernels.check_padding(make_llama(), batch, lora(), prepare_model_inputs_fn=None)
+    padding = int((batch["attention_mask"] == 0).sum())
+    assert set(found.suspicious) == set(found.layers)
+    assert {rows.padding_counted for rows in found.layers.values()} == {padding}
+    (line,) = (line for line in found.summary().splitlines() if line.startswith("q_proj"))
+    assert line.split() == ["q_proj", "2", "40", "40", str(padding), str(padding), "0"]
+
+
+class Scattered(nn.Module):
+    """Mixes up the tokens of a batch, which no mask can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bert = BertModel(
+            BertConfig(
+                vocab_size=64,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=32,
+            ),
+            add_pooling_layer=False,
+        )
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.head(hidden[:, torch.arange(hidden.shape[1]).flip(0)])
+
+
+def test_a_layer_of_ones_own_that_mixes_tokens_up_is_found() -> None:
+    batch = text()
+    found = eva_kernels.check_padding(Scattered().eval(), batch, lora(), early_exit=True)
+    assert found.suspicious == ("head",)
+    head, mask = found.layers["head"], batch["attention_mask"]
+    wrong = int((mask & (1 - mask.flip(1))).sum())
+    assert (head.padding_counted, head.left_out) == (wrong, wrong)
+
+
+def test_tokens_that_labels_leave_out_are_told() -> None:
+    batch = text()
+    labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
+    labels[:, :3] = -100
+    found = eva_kernels.check_padding(make_llama(), {**batch, "labels": labels}, lora())
+    assert not found.suspicious
+    assert {rows.left_out for rows in found.layers.values()} == {12}
+
+
+def test_what_has_changed_can_be_given() -> None:
+    ids = text()["input_ids"]
+    lengths = text()["attention_mask"].sum(1)
+
+    def forward(model: Any, batch: Any) -> None:
+        ids, lengths = batch
+        model(input_ids=ids, attention_mask=torch.arange(10) < lengths[:, None])
+
+    other = torch.where(ids == 0, 7, ids), lengths
+    found = eva_kernels.check_padding(
+        make_llama(), (ids, lengths), lora(), changed=other, forward_fn=forward
+    )
+    assert not found.suspicious
+    assert {rows.padding for rows in found.layers.values()} == {int((ids == 0).sum())}
+
+
+def test_without_padding_there_is_nothing_to_prove() -> None:
+    batch = {"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.ones(2, 4).long()}
+    with pytest.raises(EvaValueError, match="no mask of the batch says where there is padding"):
+        eva_kernels.check_padding(make_llama(), batch, lora())
+    with pytest.raises(EvaError, match="take one with padding"):
+        eva_kernels.check_padding(make_mlp(), torch.randn(8, 24), lora(target_modules=["0"]))
+
+
+def test_nothing_is_left_behind() -> None:
+    model, batch = make_llama().train(), text()
+    before, ids = state_of(model), batch["input_ids"].clone()
+    random, hooks = torch.get_rng_state(), hooks_of(model)
+    eva_kernels.check_padding(model, batch, lora())
+    assert same_state(before, state_of(model))
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert hooks_of(model) == hooks
+    assert torch.equal(ids, batch["input_ids"])
+    with pytest.raises(TypeError, match=re.escape("unknown option 'chnged'")):
+        eva_kernels.check_padding(model, batch, lora(), chnged=batch)
+
+
+def test_contents_change_where_there_is_padding_alone() -> None:
+    pixels = torch.randn(2, 3, 4, 4)
+    shown = torch.ones(2, 4, 4).long()
+    shown[1, :, 2:] = 0
+    sound, heard = torch.randn(2, 5, 6), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    batch = {
+        **text(2),
+        "image_features": torch.randn(2, 10, 3),  # as many as tokens, and no text
+        "decoder_input_ids": text(2)["input_ids"],
+        "pixel_values": pixels,
+        "pixel_mask": shown,
+        "input_features": sound,
+        "feature_attention_mask": heard,
+        "position_ids": torch.arange(10).repeat(2, 1),
+    }
+    changed, names = with_other_padding(batch, make_llama())
+    assert set(names) == {"input_ids", "pixel_values", "input_features"}
+    moved = changed["pixel_values"] != pixels
+    assert torch.equal(moved, (shown == 0)[:, None].expand_as(moved))
+    moved = changed["input_features"] != sound
+    assert torch.equal(moved, (heard == 0)[:, None].expand_as(moved))
+    moved = changed["input_ids"] != batch["input_ids"]
+    assert torch.equal(moved, batch["attention_mask"] == 0)
+    assert changed["input_ids"].max() < 60
+
+
+def test_special_tokens_do_not_become_padding() -> None:
+    model = make_llama()
+    model.config.image_token_id = 9
+    batch = {
+        "input_ids": torch.tensor([[9, 9, 9, 5, 8], [9, 9, 5, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    }
+    changed, _ = with_other_padding(batch, model)
+    assert set(changed["input_ids"][1, 3:].tolist()) <= {5, 8}
