@@ -187,10 +187,9 @@ def _text_masks(
     if both:
         samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
-        decoder = _decoder_mask(batch, decoder, labelled, architecture)
-        if decoder is None and main is not None:  # which is not the decoder's, though as long
-            decoder = _every_step(batch)
-        return main, decoder, None
+        if decoder is None and labelled is None and main is not None:
+            decoder = _every_step(batch, samples)  # main is not the decoder's, though as long
+        return main, _decoder_mask(batch, decoder, labelled, architecture), None
     eva, labels, label_mask = eva_of(config), batch.get("labels"), None
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = labels.cpu() != eva.label_mask_value
@@ -220,8 +219,9 @@ def _labelled_steps(
     if not _are_token_labels(labels, architecture.config):
         return None
     labelled = labels.cpu() != eva.label_mask_value
-    codes = samples and len(labelled) > samples and len(labelled) % samples == 0
-    return labelled.view(samples, -1, labelled.shape[1]).any(1) if codes else labelled
+    if not _are_codes(labelled, samples):
+        return labelled
+    return labelled.view(samples, -1, labelled.shape[1]).any(1)
 
 
 def _decoder_mask(
@@ -250,13 +250,22 @@ def _decoder_mask(
     return mask
 
 
-def _every_step(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return that every step of a decoder counts, bool (B, T), where nothing says which do."""
+def _every_step(batch: Mapping[str, Any], samples: int) -> Tensor | None:
+    """Return that every step of a decoder counts, bool (B, T), where nothing says which do.
+
+    Each step may have several codes, (B, T, codes) or (B * codes, T).
+    """
     inputs = (value for key, value in batch.items() if is_decoder_input(key) and value is not None)
     steps = next(inputs, batch.get("labels"))
     if not isinstance(steps, Tensor) or steps.dim() < 2:
         return None
-    return torch.ones(steps.shape[:2], dtype=torch.bool, device="cpu")
+    every = torch.ones(steps.shape[:2], dtype=torch.bool, device="cpu")
+    return every[:samples] if _are_codes(every, samples) else every
+
+
+def _are_codes(steps: Tensor, samples: int) -> bool:
+    """Tell whether there are several rows of steps, (B * codes, T), a sample."""
+    return 0 < samples < len(steps) and len(steps) % samples == 0
 
 
 def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:

@@ -101,6 +101,15 @@ def test_labels_of_several_codes_a_step() -> None:
     assert kept(filled, Codes()) == rows
 
 
+def test_all_steps_count_where_nothing_is_said_of_a_decoder_as_long_as_its_text() -> None:
+    text = {"input_ids": torch.ones_like(STEPS, dtype=torch.long), "attention_mask": STEPS.long()}
+    rows = text["input_ids"].repeat_interleave(CODES, dim=0)  # as MusicGen is given its codes
+    assert kept({**text, "decoder_input_ids": rows}, Codes()) is None
+    assert kept({**text, "labels": rows}, Codes(), use_label_mask=False) is None
+    spectra = torch.randn(len(STEPS), 2 * STEPS.shape[1], BANDS)  # of which one of two is taken
+    assert kept({**text, "labels": spectra}, Codes(), use_label_mask=False) is None
+
+
 def test_labels_stay_unless_the_decoders_inputs_are_given() -> None:
     spectra = {"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 4, 2)}
     found = architecture_of(Codes())
