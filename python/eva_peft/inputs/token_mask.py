@@ -273,7 +273,7 @@ class TokenMask:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
-        if len(leading) == 2 and leading[0] == mask.numel() > mask.shape[1]:
+        if len(leading) == 2 and leading[0] == mask.numel() > max(mask.shape):
             yield mask.reshape(-1, 1).expand(leading)  # what several layers make of each token
         longest = self.longest if key == "main" else None
         if longest is None:

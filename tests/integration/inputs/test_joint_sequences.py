@@ -103,7 +103,7 @@ def test_blocks_that_are_told_one_mask_of_both(text_first: bool, padded: bool) -
 
 
 @pytest.mark.parametrize("text_first", [False, True], ids=["behind", "first"])
-@pytest.mark.parametrize("pixels", [7, 2])
+@pytest.mark.parametrize("pixels", [7, 2, 1])
 def test_as_many_pixels_as_there_is_text_or_fewer(pixels: int, text_first: bool) -> None:
     whole = torch.ones(3, pixels, dtype=torch.bool)
     mask = joint([whole, TEXT], text_first)
