@@ -29,6 +29,8 @@ _PATCHES = "patch_valid"
 _GIVEN = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
 # Masks of something that is made of tokens, if they have another shape.
 _OTHERS = re.compile(r"(?<!attention)(?<!padding)_mask$")
+# That of what is given and of its own tokens in one sequence, see masks_of_both.
+_BOTH = "both_mask"
 _ANY = Architecture()
 
 
@@ -134,11 +136,11 @@ def masks_of_both(
     orders = kept.split(sizes, 1), kept.split(sizes[::-1], 1)[::-1]
     for mine, others in orders:
         if mine.all() and (_is_padded_behind(others) or _is_padded_behind(others.flip(1))):
-            return {**mask_of_attended(others, own), "joint_mask": kept}
+            return {**mask_of_attended(others, own), _BOTH: kept}
     for mine, others in orders:
         if _is_padded_behind(mine) and _is_padded_behind(others):
             told = {"attention_mask": mine, "encoder_attention_mask": others}
-            return {**told, "joint_mask": kept}
+            return {**told, _BOTH: kept}
     return {}
 
 
@@ -157,15 +159,22 @@ def _is_padded_behind(kept: Tensor) -> bool:
 def _others(batch: Mapping[str, Any], known: Sequence[Tensor]) -> list[Tensor]:
     """Return masks, (B, W), of something else than tokens, as of spans.
 
-    Of each sample they keep the first: otherwise true may be what others call false.
+    Of each sample they keep the first: otherwise true may be what others call false. What is made
+    of a mask of both is known.
 
     Args:
         known: of tokens; without any there are no others.
     """
-    named = (value for key, value in batch.items() if _OTHERS.search(str(key)))
-    rows = (m for m in named if isinstance(m, Tensor) and m.dim() == 2)  # others are of pixels
-    masks = (_token_mask(m) for m in rows if known and all(m.shape != k.shape for k in known))
-    return [mask for mask in masks if mask is not None and bool(mask[:, :1].all())]
+    found = []
+    for key, value in batch.items():
+        named = bool(known) and _OTHERS.search(str(key)) is not None
+        if not named or not isinstance(value, Tensor) or value.dim() != 2:  # others are of pixels
+            continue
+        mask = _token_mask(value)
+        alike = any(value.shape == other.shape for other in known)
+        if mask is not None and not alike and (key == _BOTH or bool(mask[:, :1].all())):
+            found.append(mask)
+    return found
 
 
 def _text_masks(

@@ -119,6 +119,16 @@ def test_batches_that_tell_one_mask_of_both(text_first: bool) -> None:
     check(Paints("mask", text_first), batches(attention_mask=mask), kept)
 
 
+@pytest.mark.parametrize("told", ["both", "mask"], ids=["blocks", "batch"])
+@pytest.mark.parametrize("text_first", [False, True], ids=["behind", "first"])
+def test_text_that_is_padded_in_front(text_first: bool, told: str) -> None:
+    text = TEXT.flip(1)
+    mask = joint([WHOLE, text], text_first)
+    kept = {"to_q": WHOLE, "add_k_proj": text, "proj_mlp": mask}
+    masks = {"encoder_attention_mask": text} if told == "both" else {"attention_mask": mask}
+    check(Paints(told, text_first), batches(**masks), kept)
+
+
 def test_blocks_that_are_told_of_two_texts_in_one() -> None:
     """Those of two encoders, the tokens of both first."""
     second = torch.arange(5) < torch.tensor([2, 5, 1])[:, None]
