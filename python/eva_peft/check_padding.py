@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import copy
@@ -55,6 +56,8 @@ class LayerRows:
             see padding, as behind a convolution over the edge of a sound.
         left_out: those that are neither: tokens that labels leave out (``use_label_mask``), and
             padding whose contents are of no effect, as where a model puts zeros in their place.
+        change: the most that a row which counts changes with the contents of padding, as a part of
+            its length, at most 1: near that it is padding, far below a token that sees some.
     """
 
     rows: int
@@ -62,6 +65,7 @@ class LayerRows:
     padding: int
     padding_counted: int
     left_out: int
+    change: float
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,22 @@ class PaddingCheck:
         return tuple(name for name, found in self.layers.items() if found.padding_counted)
 
     def summary(self) -> str:
-        """Return a table as text, a line for layers of one kind with equal numbers."""
-        lines: dict[tuple[str, LayerRows], int] = defaultdict(int)
+        """Return a table as text: a line for layers of one kind with equal numbers of rows."""
+        lines: dict[tuple[Any, ...], list[float]] = defaultdict(list)
         for name, kind in kinds_of(self.layers).items():
-            lines[kind, self.layers[name]] += 1
-        column = max([24, *(len(kind) + 1 for kind, _ in lines)])
-        heads = ("count", "rows", "counted", "padding", "padding counted", "left out")
-        text = [f"{'layers':<{column}}" + "".join(f"{head:>{len(head) + 3}}" for head in heads)]
-        for (kind, found), count in lines.items():
-            numbers = (count, *astuple(found))
-            cells = (f"{n:>{len(head) + 3}}" for n, head in zip(numbers, heads, strict=True))
-            text.append(f"{kind:<{column}}" + "".join(cells))
-        return "\n".join(text)
+            *numbers, change = astuple(self.layers[name])
+            lines[(kind, *numbers)].append(change)
+        heads = ("count", "rows", "counted", "padding", "padding counted", "left out", "change")
+        table = [("layers", *heads)]
+        for (kind, *numbers), changes in lines.items():
+            most = f"{max(changes):.2g}" if max(changes) else ""
+            table.append((kind, str(len(changes)), *map(str, numbers), most))
+        column = max(len(kind) for kind, *_ in table)
+        return "\n".join(
+            f"{kind:<{column}}"
+            + "".join(f"{cell:>{len(head) + 3}}" for cell, head in zip(cells, heads, strict=True))
+            for kind, *cells in table
+        )
 
 
 def check_padding(
@@ -207,18 +215,24 @@ def _compared(before: _Rows, after: _Rows) -> LayerRows:
     none = torch.empty(0, _DIRECTIONS, device=CPU)
     marks, others = (torch.cat([*rows.marks, none]) for rows in (before, after))
     counted = torch.cat(before.counted)
-    near = before.alike * marks.norm(dim=1, keepdim=True)
+    length = marks.norm(dim=1)
     if marks.shape == others.shape:
-        padding = ((marks - others).abs() > near).any(1)
+        padding = (marks - others).norm(dim=1) > before.alike * length
     else:
         padding = torch.ones_like(counted)
+    change = 0.0
     # Experts read tokens in another order, and as many others, once padding goes elsewhere.
+    others = others if len(others) else torch.full_like(marks[:1], math.inf)
     for i in (padding & counted).nonzero().flatten().tolist():
-        padding[i] = not bool(((others - marks[i]).abs() <= near[i]).all(1).any())
+        apart = (others - marks[i]).norm(dim=1).min()
+        padding[i] = apart > before.alike * length[i]
+        if padding[i]:
+            change = max(change, float((apart / length[i]).clamp_max(1)))
     return LayerRows(
         len(marks),
         int(counted.sum()),
         int(padding.sum()),
         int((padding & counted).sum()),
         int((~padding & ~counted).sum()),
+        change,
     )

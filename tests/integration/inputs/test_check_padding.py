@@ -47,6 +47,7 @@ def test_rows_are_those_of_the_mask() -> None:
     for rows in found.layers.values():
         assert (rows.rows, rows.counted) == (40, kept)
         assert (rows.padding, rows.padding_counted, rows.left_out) == (40 - kept, 0, 0)
+        assert rows.change == 0
     assert found.changed == ("input_ids",)
 
 
@@ -57,7 +58,9 @@ def test_padding_that_counts_is_found() -> None:
     assert set(found.suspicious) == set(found.layers)
     assert {rows.padding_counted for rows in found.layers.values()} == {padding}
     (line,) = (line for line in found.summary().splitlines() if line.startswith("q_proj"))
-    assert line.split() == ["q_proj", "2", "40", "40", str(padding), str(padding), "0"]
+    *numbers, change = line.split()[1:]
+    assert numbers == ["2", "40", "40", str(padding), str(padding), "0"]
+    assert float(change) > 0.5  # they are other tokens
 
 
 class Scattered(nn.Module):
@@ -90,6 +93,26 @@ def test_a_layer_of_ones_own_that_mixes_tokens_up_is_found() -> None:
     head, mask = found.layers["head"], batch["attention_mask"]
     wrong = int((mask & (1 - mask.flip(1))).sum())
     assert (head.padding_counted, head.left_out) == (wrong, wrong)
+
+
+class Smeared(nn.Module):
+    """Lets every token see a little of the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lin = nn.Embedding(64, 16), nn.Linear(16, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return self.lin(x + 0.01 * x.roll(-1, 1))
+
+
+def test_tokens_that_see_padding_are_told_from_padding_that_counts() -> None:
+    found = eva_kernels.check_padding(Smeared(), text(), lora(target_modules=["lin"]))
+    lin = found.layers["lin"]
+    assert found.suspicious == ("lin",)
+    assert lin.padding_counted == 4  # the last token of each text
+    assert 0 < lin.change < 0.05
 
 
 def test_tokens_that_labels_leave_out_are_told() -> None:
