@@ -90,7 +90,8 @@ class PaddingCheck:
         lines: dict[tuple[Any, ...], list[float]] = defaultdict(list)
         for name, kind in kinds_of(self.layers).items():
             *numbers, change = astuple(self.layers[name])
-            lines[(kind, *numbers)].append(change)
+            key = (kind, *numbers)
+            lines[key].append(change)
         heads = ("count", "rows", "counted", "padding", "padding counted", "left out", "change")
         table = [("layers", *heads)]
         for (kind, *numbers), changes in lines.items():
