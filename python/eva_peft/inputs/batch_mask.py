@@ -17,7 +17,7 @@ from .batches import as_mapping
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask, longest_of
 
-__all__ = ["mask_of_attended", "mask_of_batch", "masks_of_both"]
+__all__ = ["mask_of_batch", "masks_of_both"]
 
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
@@ -136,20 +136,13 @@ def masks_of_both(
     orders = kept.split(sizes, 1), kept.split(sizes[::-1], 1)[::-1]
     for mine, others in orders:
         if mine.all() and (_is_padded_behind(others) or _is_padded_behind(others.flip(1))):
-            return {**mask_of_attended(others, own), _BOTH: kept}
+            told = {} if mine.shape == others.shape else {"attention_mask": mine}
+            return {**told, "encoder_attention_mask": others, _BOTH: kept}
     for mine, others in orders:
         if _is_padded_behind(mine) and _is_padded_behind(others):
             told = {"attention_mask": mine, "encoder_attention_mask": others}
             return {**told, _BOTH: kept}
     return {}
-
-
-def mask_of_attended(kept: Tensor, own: tuple[int, ...]) -> dict[str, Tensor]:
-    """Return what says which tokens are kept of those that tokens of a shape attend to."""
-    told = {"encoder_attention_mask": kept}
-    if len(own) == 2 and own not in (tuple(kept.shape), tuple(kept.shape)[::-1]):
-        told["attention_mask"] = torch.ones(own, dtype=torch.bool, device="cpu")
-    return told
 
 
 def _is_padded_behind(kept: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._peft_compat import base_of
 from ..model.architecture import signature_of
 from .arguments import PADDING_MASKS
-from .batch_mask import mask_of_attended, masks_of_both
+from .batch_mask import masks_of_both
 from .called_with import AroundCalls, named_arguments
 from .token_mask import TokenMask
 
@@ -33,6 +33,8 @@ _LENGTHS = ("lengths", "length", "lens", "_len")
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
 _ATTENDED = {"key": "query", "k": "q"}  # to what, by what
 _TEXT = {"input_ids", "inputs_embeds"}
+# What says which of a part's own tokens count.
+_OWN = {"attention_mask", "decoder_attention_mask", "src_key_padding_mask", "tgt_key_padding_mask"}
 
 
 def parts_told(model: nn.Module) -> dict[nn.Module, int]:
@@ -100,6 +102,7 @@ class PaddingTold(AroundCalls):
         # of what was told, and to how many tokens; kept, as layers may be told one by one. What
         # was told is not: a layer may have made it, and masks of pairs are large.
         self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
+        self._within: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
         self._around_parts: TokenMask | None = None
         self._behind_parts: TokenMask | None = None
 
@@ -111,19 +114,39 @@ class PaddingTold(AroundCalls):
         if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
             return  # told of keys from elsewhere
         mask = self._mask_of(named)
-        if mask is None and not self._in_use and _shape_elsewhere(named) is not None:
-            mask = self._mask_of_attended(_shape_of(named))
+        if mask is None and not self._in_use:
+            mask = self._mask_of_attended(_shape_of(named), _shape_elsewhere(named))
         if mask is None:
             return
         around = self._use_mask(mask)
         if not self._in_use and around not in (self._behind_parts, self._around_parts):
             self._around_parts, self._behind_parts = around, None
+        mask = self._mask_within(around, mask)
+        self._use_mask(mask)
+        if mask is not around:
+            self._in_use.append((module, mask))
+
+    def _mask_within(self, around: TokenMask, mask: TokenMask) -> TokenMask:
+        """Return the mask that counts in a part.
+
+        Of its own tokens that may be the one around, beside what it is told of others.
+
+        Args:
+            around: what counts around it.
+            mask: what it is told.
+        """
         known = around is not self._behind_parts or self._batch_tells
         as_much = not self._is_of_others(around, mask) and _says_as_much(around, mask)
-        if known and (as_much or _keeps_all(mask)):
-            self._use_mask(around)  # a function has called the model with a mask, or a part around
-        else:
-            self._in_use.append((module, mask))
+        said = known and (as_much or _keeps_all(mask))  # by a function, or a part around
+        unsaid = mask.supposed and mask.main is not None and _knows(around, mask.main)
+        if not said and not unsaid:
+            return mask
+        more = [each for each in (*mask.given, *mask.others) if not _knows(around, each)]
+        if said and all(bool(each.all()) for each in more):
+            return around
+        if (around, mask) not in self._within:
+            self._within[around, mask] = around.with_given(mask)
+        return self._within[around, mask]
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._in_use or self._in_use[-1][0] is not module:
@@ -175,18 +198,27 @@ class PaddingTold(AroundCalls):
             return False
         return bool(mask.given and not around.given) or bool(around.main.all())
 
-    def _mask_of_attended(self, shape: tuple[int, ...]) -> TokenMask | None:
+    def _mask_of_attended(
+        self, shape: tuple[int, ...], elsewhere: tuple[int, ...] | None
+    ) -> TokenMask | None:
         """Return the mask in a part that attends to what a part before it has made of its tokens.
 
         Its own are others, maybe as many.
+
+        Args:
+            shape, elsewhere: of its own tokens, and of those that it attends to.
         """
         behind = self._behind_parts
         if behind is None or behind.main is None or self._batch_tells:
             return None
-        return self._quiet_mask(mask_of_attended(behind.main, shape))
+        if elsewhere not in (behind.main.shape, behind.main.shape[::-1]):
+            return None
+        return self._quiet_mask({"encoder_attention_mask": behind.main}, shape)
 
-    def _quiet_mask(self, told: Mapping[str, Any]) -> TokenMask:
-        mask = self._make_mask(told)
+    def _quiet_mask(self, told: Mapping[str, Any], shape: tuple[int, ...]) -> TokenMask:
+        supposed = not _OWN & told.keys()
+        mask = self._make_mask({**told, **_whole(told, shape)} if supposed else told)
+        mask.supposed = supposed
         mask.quiet = True  # no user has said that the part reads these tokens only
         return mask
 
@@ -203,7 +235,7 @@ class PaddingTold(AroundCalls):
             told = _told(masks, shape, elsewhere, sizes)
             beside = {name: value for name, value in named.items() if "mask" not in name}
             beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one
-            mask = self._quiet_mask({**beside, **told}) if told else None
+            mask = self._quiet_mask({**beside, **told}, shape) if told else None
             self._known[key] = [ref(each) for each in masks.values()], mask
         return mask
 
@@ -265,6 +297,11 @@ def _shapes(mask: TokenMask) -> list[tuple[int, ...]]:
     return [tuple(each.shape) for each in mask.masks if each is not None]
 
 
+def _knows(mask: TokenMask, tokens: Tensor) -> bool:
+    """Tell whether a mask has one of so many tokens, which may come sequence first."""
+    return any(shape in (tokens.shape, tokens.shape[::-1]) for shape in _shapes(mask))
+
+
 def _keeps_all(mask: TokenMask) -> bool:
     return all(known is None or bool(known.all()) for known in mask.masks)
 
@@ -324,16 +361,23 @@ def _told(
                 continue  # true is what is to be predicted, for one
             attended = _is_elsewhere(name) or name.startswith("src")
             if attended and (elsewhere is not None or name in _SEEN):
-                told = {**mask_of_attended(kept, shape), **told}
+                told = {"encoder_attention_mask": kept, **told}
             elif elsewhere is None and name.startswith(_TARGETS):  # the model's, of both its parts
                 told["decoder_attention_mask"] = kept
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept
             elif name.endswith(_LENGTHS):  # of another input, as sound that is to be made of text
                 others[f"{name}_mask"] = kept
-    if others and len(shape) == 2:
-        told.setdefault("attention_mask", torch.ones(shape, dtype=torch.bool, device="cpu"))
     return {**told, **others}
+
+
+def _whole(told: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Return that all of a part's own tokens count, unless those it attends to are as many."""
+    given = told.get("encoder_attention_mask", told.get("memory_key_padding_mask"))
+    alike = given is not None and shape in (given.shape, given.shape[::-1])
+    if len(shape) != 2 or alike:
+        return {}
+    return {"attention_mask": torch.ones(shape, dtype=torch.bool, device="cpu")}
 
 
 def _of_others(
@@ -343,7 +387,7 @@ def _of_others(
     if kept is None or own in (kept.shape, kept.shape[::-1]):
         return {}
     of_them = not kept.all() and others in (kept.shape, kept.shape[::-1])
-    return mask_of_attended(kept, own) if of_them else masks_of_both(kept, own, others)
+    return {"encoder_attention_mask": kept} if of_them else masks_of_both(kept, own, others)
 
 
 def _kept(name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:

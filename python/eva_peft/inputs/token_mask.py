@@ -70,6 +70,7 @@ class TokenMask:
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
         warned: layers that need no second warning.
         quiet: no layer needs one.
+        supposed: nothing is told of ``main``, which is all of the tokens; of others there is.
         of_text: what is apart, and others, are not those of layers which read sound or images, by
             their names.
         transposed: layer -> whether it takes the sequence first, as far as batches have told.
@@ -110,7 +111,7 @@ class TokenMask:
         self.masks = (main, decoder, beside, queries, *given, *others)
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
-        self.quiet = self.of_text = False
+        self.quiet = self.of_text = self.supposed = False
         self.transposed: dict[str, bool] = {}
         self._texts: dict[LayerKind, list[Fit]] = {}
         self._fits: dict[tuple[LayerKind, tuple[int, ...]], Fit | None] = {}
@@ -130,6 +131,15 @@ class TokenMask:
                 found.others.append(mask)
         found.masks, found._rows = (*of_tokens, *found.others), {}
         return found
+
+    def with_given(self, told: TokenMask) -> TokenMask:
+        """Return this mask with what a part is told of tokens that are not its own."""
+        found = copy.copy(self)
+        found.given = [*told.given, *self.given]
+        found.masks = (*told.given, *self.masks)
+        found._texts, found._fits, found._kept = {}, {}, {}
+        found._picked = None, "", None
+        return found.with_others([*told.others, *self.others])
 
     @property
     def selective(self) -> bool:

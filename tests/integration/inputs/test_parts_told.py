@@ -10,8 +10,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from eva_peft.inputs.padding_told import parts_told
-from integration.conftest import VOCABULARY, lora, make_bert, run, wrapped
-from integration.inputs.test_padding_told import EXACT, KEPT, LENGTHS, batches
+from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, wrapped
+from integration.inputs.test_padding_told import EXACT, KEPT, LENGTHS, Seen, batches
 
 
 def test_layers_with_adapters_are_looked_at_where_those_within_may_be_told() -> None:
@@ -75,3 +75,68 @@ def test_tensors_that_cannot_be_read_tell_nothing(kind: str) -> None:
     selected = {"reads.inner": tokens_of}
     result = run(Model().eval(), data, config, prepare_layer_inputs_fn=selected, **EXACT)
     assert result.tokens == 4 * int(KEPT.sum())
+
+
+CONTEXT = torch.arange(5) < torch.tensor([2, 3, 5])[:, None]
+ELSE = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+class Looks(nn.Module):
+    """Attends to something else, and is told of that, or of nothing, or of its own tokens, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asks, self.keys = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, context: Tensor, **told: Tensor) -> Tensor:
+        return self.asks(x) + self.keys(context).mean(1, keepdim=True)
+
+
+class Within(Seen):
+    """Tells nobody within what it is told itself."""
+
+    def __init__(self, told: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.looks, self.told = Looks(), told
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.looks(super().forward(x, mask), ELSE, **self.told)
+
+
+class Attends(nn.Module):
+    def __init__(self, told: dict[str, Tensor], within: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.last = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 4)
+        self.part, self.looks, self.told = Within(told) if within else Seen(), Looks(), told
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.part(self.words(ids), ids.ne(0))
+        if not isinstance(self.part, Within):
+            x = self.looks(x, ELSE, **self.told)
+        return self.last(x)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("batch_tells", [False, True], ids=["", "batch"])
+@pytest.mark.parametrize("within", [False, True], ids=["behind", "within"])
+@pytest.mark.parametrize("kind", ["nothing", "mask", "lengths", "padding", "both"])
+def test_a_part_that_is_told_of_others_keeps_what_is_known_of_its_own_tokens(
+    kind: str, within: bool, batch_tells: bool
+) -> None:
+    told = {
+        "nothing": {},
+        "mask": {"context_mask": CONTEXT},
+        "lengths": {"context_lengths": CONTEXT.sum(1)},
+        "padding": {"memory_key_padding_mask": ~CONTEXT},
+        "both": {"mask": KEPT, "context_mask": CONTEXT},
+    }[kind]
+    data = batches()
+    data = [{**batch, "attention_mask": KEPT.long()} for batch in data] if batch_tells else data
+    looks = "part.looks" if within else "looks"
+    kept = {"part.behind": KEPT, f"{looks}.asks": KEPT, "last": KEPT}
+    kept |= {f"{looks}.keys": CONTEXT} if kind != "nothing" else {}
+    model = Attends(told, within).eval()
+    result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
+    for name, x in layer_inputs(model, data, list(kept), masked=False).items():
+        assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
