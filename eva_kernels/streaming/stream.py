@@ -224,7 +224,7 @@ class InputStream:
         finite = chosen.isfinite().all(1)
         bad = int((~finite).sum())
         if bad and not self.options.skip_nonfinite:
-            raise NonFiniteError(f"{bad} of {len(chosen)} tokens hold NaN or infinity")
+            raise NonFiniteError(_hold_bad(bad, len(chosen)))
         self.skipped += bad
         centred = chosen[finite] if pivot is None else chosen[finite] - pivot
         if not self._fits(torch.linalg.vector_norm(centred, dtype=dtype)):
@@ -316,7 +316,7 @@ class InputStream:
         bad, pending = self.sums.bad, self.pending
         count = 0 if bad is None else int(bad)
         if bad is not None and count:
-            told = f"{count} of {pending} tokens hold NaN or infinity"
+            told = _hold_bad(count, pending)
             self.sums.count -= count
             self.pending -= count
             bad.zero_()
@@ -378,6 +378,10 @@ def _square_fits(total: Tensor, dtype: torch.dtype) -> bool:
     # a fold multiplies sums of squares with each other, in float64
     most = total.double().square() if dtype == torch.float64 else total.to(dtype)
     return bool(torch.isfinite(most))
+
+
+def _hold_bad(count: int, tokens: int) -> str:
+    return f"{count} of {tokens} tokens {'holds' if count == 1 else 'hold'} NaN or infinity"
 
 
 def _overflow(dtype: torch.dtype) -> str:

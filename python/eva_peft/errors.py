@@ -29,6 +29,7 @@ __all__ = [
     "NotConvergedError",
     "NotConvergedWarning",
     "NotInitializedError",
+    "counted",
     "listed",
     "warn",
 ]
@@ -75,6 +76,11 @@ def warn(message: str, category: type[Warning] = EvaWarning) -> None:
             caller = level + 1
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=caller)
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with the words behind it, of which ``many`` are those of ``one`` and an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -266,7 +266,7 @@ FAULTS: dict[str, Fault] = {
         r"layer 0, step 1: expected .* 20 features, got \(4, 7\).*prepare_layer_inputs_fn",
     ),
     "values: NaN": Fault(
-        bad_values(float("nan")), R, 'layer 0, step 2: 1 of 40 tokens hold NaN.*on_nonfinite="skip"'
+        bad_values(float("nan")), R, 'layer 0, step 2: 1 of 40 tokens holds NaN.*nonfinite="skip"'
     ),
     "values: infinite": Fault(
         bad_values(float("inf")), FloatingPointError, "layer 0, step 2: 1 of 40 tokens .*overflow"
@@ -408,10 +408,10 @@ FAULTS: dict[str, Fault] = {
     ),
     # state dicts
     "state dict: unknown layer": Fault(
-        state_dict(lambda d: d.update(nine=d["0"])), V, r"1 unknown layers \(nine\).*strict=False"
+        state_dict(lambda d: d.update(nine=d["0"])), V, r"1 unknown layer \(nine\).*strict=False"
     ),
     "state dict: missing layer": Fault(
-        state_dict(lambda d: d.pop("2")), V, r"are missing \(2\); pass strict=False"
+        state_dict(lambda d: d.pop("2")), V, r"is missing \(2\); pass strict=False"
     ),
     "state dict: another width": Fault(
         state_dict(lambda d: d.update({"0": d["0"][:, :7]})), V, "layer 0: .* 7 features.*layer 20"

@@ -212,6 +212,17 @@ def test_never_converging() -> None:
         eva_kernels.calibrate(make_mlp(), endless(), config, on_not_converged="ignore", **options)
 
 
+def test_what_is_there_once_is_told_as_one() -> None:
+    options = {"max_steps": 1, "on_not_converged": "warn"}
+    message = "1 of 1 layer has not converged after 1 forward pass, 40 tokens: 0"
+    with pytest.warns(eva_kernels.NotConvergedWarning, match=message):
+        result = run(make_mlp(), vectors(), lora(target_modules=["0"]), **options)
+    assert repr(result) == "EvaResult(1 layer, 40 tokens, 1 step)"
+    lines = result.summary().splitlines()
+    assert lines[3] == "total rank 4 over 1 layer, 0 of them without an adapter"
+    assert lines[4] == "0 of 1 layer converged after 1 step, 1 forward pass, 40 tokens"
+
+
 def test_further_limits() -> None:
     config = lora(tau=1.0, **CONFIG)
     result = run(make_mlp(), vectors(), config, max_tokens=100)
@@ -362,7 +373,7 @@ def test_tokens_that_were_all_left_out_are_counted() -> None:
             return self.b(self.a(x) * torch.nan)
 
     options = {"on_nonfinite": "skip", "max_steps": 4}
-    with pytest.warns(EvaWarning, match="1 layers were never called with a token that counts"):
+    with pytest.warns(EvaWarning, match="1 layer was never called with a token that counts"):
         result = run(Broken(), vectors(4), lora(target_modules=["a", "b"]), **options)
     assert result.skipped_tokens == 160
     with pytest.raises(EvaValueError, match="160 tokens with NaN or infinity were left out"):
@@ -385,7 +396,7 @@ def test_all_tokens_masked() -> None:
 
 def test_one_layer_without_tokens() -> None:
     mapping = {"2": lambda layer_input, model_input, name: layer_input[0][:0]}
-    with pytest.warns(EvaWarning, match=r"1 layers were never called with a token.*: 2"):
+    with pytest.warns(EvaWarning, match=r"1 layer was never called with a token.*: 2"):
         result = run(
             make_mlp(), vectors(), lora(**CONFIG), max_steps=3, prepare_layer_inputs_fn=mapping
         )
@@ -457,7 +468,7 @@ def test_result_for_another_model() -> None:
     model = nn.Sequential(*make_mlp()[:2], nn.Linear(24, 9))
     kinds = [type(m) for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(EvaValueError, match=r"unknown layers \(2\)"):
+    with pytest.raises(EvaValueError, match=r"unknown layer \(2\)"):
         result.apply(model, lora(target_modules=["0"]))
     assert [type(m) for m in model.modules()] == kinds
     assert [p.requires_grad for p in model.parameters()] == flags

@@ -224,9 +224,12 @@ def test_strictness() -> None:
     model = wrapped(make_mlp(), config)
     before = state_of(model)
     cases = [
-        ({**state, "nine": torch.ones(2, 20)}, r"1 unknown layers \(nine\).*strict=False"),
-        ({"0": state["0"]}, r"1 layers of the adapter are missing \(2\)"),
-        ({"0": state["0"], "4": state["2"]}, r"unknown layers \(4\), and 1 layers.*missing \(2\)"),
+        ({**state, "nine": torch.ones(2, 20)}, r"1 unknown layer \(nine\).*strict=False"),
+        ({"0": state["0"]}, r"1 layer of the adapter is missing \(2\)"),
+        (
+            {"0": state["0"], "4": state["2"]},
+            r"1 unknown layer \(4\), and 1 layer of .*is missing \(2\)",
+        ),
         ({"0": state["0"][:, :9], "2": state["2"]}, "layer 0: the state dict has 9 features.* 20"),
         ({"0": state["0"][0], "2": state["2"]}, r"layer 0: expected a \(rank, in_features\)"),
         ({"0": state["0"].tolist(), "2": state["2"]}, r"layer 0: expected a \(rank, in_features\)"),

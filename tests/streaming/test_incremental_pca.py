@@ -229,7 +229,7 @@ def test_a_bad_batch_is_refused_by_itself_on_an_accelerator(
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
     x = data()
     pca = fitted(x, method)
-    with pytest.raises(NonFiniteError, match="1 of 3 tokens hold NaN or infinity; impute or"):
+    with pytest.raises(NonFiniteError, match="1 of 3 tokens holds NaN or infinity; impute or"):
         pca.partial_fit(torch.cat([x[:2], x[:1] / 0]))
     assert pca.n_samples_seen_ == 400
 

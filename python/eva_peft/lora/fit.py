@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eva_kernels.streaming import _host
 
 from .._peft_compat import LoraLayer, ParamWrapper, adapter_configs, tied_modules
-from ..errors import EvaTypeError, EvaValueError, listed, warn
+from ..errors import EvaTypeError, EvaValueError, counted, listed, warn
 from ..model.attention import OUT_PROJ
 from ..model.layers import CONVOLUTIONS, widths
 from ..model.routing import expert_names
@@ -145,8 +145,9 @@ def _check_names(
     missing = [name for name in layers if name not in rows and name not in default]
     if not unknown and not missing:
         return
-    told = {"unknown layers": unknown, "layers of the adapter are missing": missing}
-    parts = [f"{len(names)} {what} ({listed(names)})" for what, names in told.items() if names]
+    absent = counted(len(missing), "layer of the adapter is", "layers of the adapter are")
+    told = {counted(len(unknown), "unknown layer"): unknown, f"{absent} missing": missing}
+    parts = [f"{what} ({listed(names)})" for what, names in told.items() if names]
     message = f"the EVA state dict does not fit the model: {', and '.join(parts)}"
     if strict:
         raise EvaValueError(message + "; pass strict=False to use what fits")
@@ -221,6 +222,7 @@ def _check_variance(parts: Mapping[str, str], rows: Mapping[str, Tensor]) -> Non
     ranks = [len(rows[part]) if part in rows else None for part in parts]
     if ranks and not any(rank is None or rank for rank in ranks):
         raise EvaValueError(
-            f"none of the {len(ranks)} layers is given a rank: no layer's inputs differ from one "
-            "another, so there is no variance to explain. Give more, and different, samples"
+            f"none of the {counted(len(ranks), 'layer')} is given a rank: no layer's inputs differ "
+            "from one another, so there is no variance to explain. Give more, and different, "
+            "samples"
         )

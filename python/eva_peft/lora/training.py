@@ -27,6 +27,7 @@ from ..errors import (
     EvaValueError,
     EvaWarning,
     NotInitializedError,
+    counted,
     listed,
     warn,
 )
@@ -268,8 +269,8 @@ def _complain_of_some(model: nn.Module, adapter_name: str) -> None:
     if layers:
         warn(
             f'adapter {adapter_name!r} was made with init_lora_weights="eva", but EVA initialised '
-            f"only a part of it: {len(layers)} layers train as plain LoRA ({listed(layers)}). "
-            f"{_remedy(adapter_name)}",
+            f"only a part of it: {counted(len(layers), 'layer trains', 'layers train')} as plain "
+            f"LoRA ({listed(layers)}). {_remedy(adapter_name)}",
             NotInitializedWarning,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import EvaValueError, NotConvergedError, NotConvergedWarning, listed, warn
+from ..errors import EvaValueError, NotConvergedError, NotConvergedWarning, counted, listed, warn
 
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["check_answer"]
 
 _BACKWARDS = (
-    "because their weights are stored as (in, out), and PEFT's lora_A multiplies the other side"
+    "because the weights are stored as (in, out), and PEFT's lora_A multiplies the other side"
 )
 
 
@@ -39,43 +39,44 @@ def check_answer(run: CalibrationPass, done: bool) -> None:
     backwards = [run.targets[i].name for i in sorted(run.collector.routed.backwards)]
     _check_any(run, backwards)
     if backwards:
-        layers = f"{len(backwards)} layers keep the default initialisation"
-        warn(f"{layers}, {_BACKWARDS}: {listed(backwards)}")
+        layers = counted(len(backwards), "layer keeps", "layers keep")
+        warn(f"{layers} the default initialisation, {_BACKWARDS}: {listed(backwards)}")
     left = [name for name in run.uncalled if name not in set(backwards)]
     known = {*run.collector.most_calls, *(i for i, t in enumerate(run.targets) if t.weight)}
     called = {run.targets[i].name for i in known}  # of experts' weights, it is their tokens
     masked, idle = [n for n in left if n in called], [n for n in left if n not in called]
     if masked:
-        warn(
-            f"{len(masked)} layers were never called with a token that counts and keep the "
-            f"default initialisation: {listed(masked)}"
-        )
+        warn(_left(masked, "never called with a token that counts"))
     if idle:
-        warn(
-            f"{len(idle)} layers were never called and keep the default initialisation: "
-            f"{listed(idle)}. {_IDLE}"
-        )
+        warn(f"{_left(idle, 'never called')}. {_IDLE}")
     _check_directions(run)
     if not done and run.options.on_not_converged != "ignore":
         _judge_convergence(run)
+
+
+def _left(names: list[str], why: str) -> str:
+    layers, keep = ("layer was", "keeps") if len(names) == 1 else ("layers were", "keep")
+    told = f"{len(names)} {layers} {why} and {keep} the default initialisation"
+    return f"{told}: {listed(names)}"
 
 
 def _check_any(run: CalibrationPass, backwards: list[str]) -> None:
     every = len(run.targets)
     if len(backwards) == every:
         raise EvaValueError(
-            f"EVA can initialise none of the {every} layers, {_BACKWARDS}; adapt others, by "
-            "target_modules"
+            f"EVA can initialise none of the {counted(every, 'layer')}, {_BACKWARDS}; adapt "
+            "others, by target_modules"
         )
     if len(run.uncalled) < every:
         return
-    skipped = f"; {run.skipped} tokens with NaN or infinity were left out" if run.skipped else ""
+    were = ("token with NaN or infinity was", "tokens with NaN or infinity were")
+    skipped = f"; {counted(run.skipped, *were)} left out" if run.skipped else ""
     advice = f"check the attention and label masks of the loader{skipped}"
     if not run.collector.most_calls:
         advice = f"none of them was called. {_IDLE}"
     raise EvaValueError(
-        f"no token reached any of the {every} target layers in {run.forwards} forward passes; "
-        f"{advice}"
+        f"no token reached any of the {counted(every, 'target layer')} in "
+        f"{counted(run.forwards, 'forward pass', 'forward passes')}; {advice}"
     )
 
 
@@ -96,8 +97,10 @@ def _judge_convergence(run: CalibrationPass) -> None:
     if not missing:
         return
     message = (
-        f"{len(missing)} of {len(run.targets)} layers have not converged after {run.forwards} "
-        f"forward passes, {run.tokens} tokens: {listed(missing)}. The best estimate is used; raise "
+        f"{len(missing)} of {counted(len(run.targets), 'layer')} "
+        f"{'has' if len(missing) == 1 else 'have'} not converged after "
+        f"{counted(run.forwards, 'forward pass', 'forward passes')}, "
+        f"{counted(run.tokens, 'token')}: {listed(missing)}. The best estimate is used; raise "
         "max_steps, give more data, or lower tau"
     )
     if run.options.on_not_converged == "raise":

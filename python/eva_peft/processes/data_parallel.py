@@ -24,7 +24,7 @@ from torch import Tensor, distributed, nn
 
 from eva_kernels.streaming import InputStream
 
-from ..errors import EvaTypeError, EvaValueError, NotConvergedError
+from ..errors import EvaTypeError, EvaValueError, NotConvergedError, counted
 from ..inputs import batches
 from ..inputs.prepare import Prepared
 from ..model.divided import sharded_by
@@ -214,9 +214,10 @@ class Processes:
             run.forwards = skipped
         most = max(self.together.of_all(skipped))
         if most < position.forwards:
+            seen = counted(position.forwards, "batch", "batches")
             raise EvaValueError(
-                f"the checkpoint {position.path} has seen {position.forwards} batches, "
-                f"but all loaders ended after {most}: they must yield the same batches again"
+                f"the checkpoint {position.path} has seen {seen}, but all loaders ended after "
+                f"{most}: they must yield the same batches again"
             )
 
     def _step(self, run: CalibrationPass, coming: Iterator[Prepared]) -> _Decision:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._peft_compat import LoraConfig, eva_of
+from ..errors import counted
 from .kept_config import config_from_dict
 
 __all__ = ["EvaResult"]
@@ -73,7 +74,8 @@ class EvaResult:
     owners: dict[str, list[Any]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"EvaResult({len(self.ranks)} layers, {self.tokens} tokens, {self.steps} steps)"
+        counts = {"layer": len(self.ranks), "token": self.tokens, "step": self.steps}
+        return f"EvaResult({', '.join(counted(count, what) for what, count in counts.items())})"
 
     @property
     def config(self) -> LoraConfig:

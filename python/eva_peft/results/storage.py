@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import EvaValueError
+from ..errors import EvaValueError, counted
 from ..resume.checkpoint_file import checksum
 from ..surroundings.files import replacing
 from .layer_names import kinds_of
@@ -116,12 +116,14 @@ def summary_text(result: EvaResult) -> str:
             f"{kind:<{column}}{len(names):>6}{width:>7}{span:>12}{median(explained):>20.1%}"
         )
     converged = sum(result.converged.values())
+    layers = counted(len(result.ranks), "layer")
     lines += [
         "",
-        f"total rank {sum(result.ranks.values())} over {len(result.ranks)} layers, "
+        f"total rank {sum(result.ranks.values())} over {layers}, "
         f"{sum(r == 0 for r in result.ranks.values())} of them without an adapter",
-        f"{converged} of {len(result.converged)} layers converged after {result.steps} steps, "
-        f"{result.forwards} forward passes, {result.tokens} tokens",
+        f"{converged} of {layers} converged after {counted(result.steps, 'step')}, "
+        f"{counted(result.forwards, 'forward pass', 'forward passes')}, "
+        f"{counted(result.tokens, 'token')}",
         f"{result.seconds['total']:.2f} s, of which forward passes "
         f"{result.seconds['forward']:.2f} s",
     ]

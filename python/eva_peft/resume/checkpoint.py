@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eva_kernels.streaming import export_stream, restore_stream
 
-from ..errors import EvaValueError, warn
+from ..errors import EvaValueError, counted, warn
 from ..surroundings.devices import device_of
 from ..surroundings.random_state import read_random_state, set_random_state
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
@@ -93,9 +93,10 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         """
         for number in range(self.run.forwards):
             if next(batches, self) is self:
+                seen = counted(self.run.forwards, "batch", "batches")
                 raise EvaValueError(
-                    f"the checkpoint {self.path} has seen {self.run.forwards} batches, but the "
-                    f"loader ended after {number}: it must yield the same batches again"
+                    f"the checkpoint {self.path} has seen {seen}, but the loader ended after "
+                    f"{number}: it must yield the same batches again"
                 )
         if self.run.forwards:
             set_random_state(self.random[0], self.run.device)
@@ -163,9 +164,10 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             write_checkpoint(path, state, tensors)
         except (OSError, SafetensorError) as error:
             # A full disk must not cost the pass itself.
+            passes = counted(self.run.forwards, "forward pass", "forward passes")
             warn(
-                f"the checkpoint {path} could not be written after {self.run.forwards} forward "
-                f"passes ({error}); the pass goes on, the file stays as it was",
+                f"the checkpoint {path} could not be written after {passes} ({error}); the pass "
+                "goes on, the file stays as it was",
             )
         self._tried = self.run.forwards
 

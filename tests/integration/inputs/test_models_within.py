@@ -123,7 +123,7 @@ class Chosen(nn.TransformerEncoderLayer):
         return x
 
 
-@pytest.mark.filterwarnings("ignore:1 layers were never called with a token that counts")
+@pytest.mark.filterwarnings("ignore:1 layer was never called with a token that counts")
 def test_a_model_in_a_users_module_that_is_given_no_samples() -> None:
     class Choosing(nn.Module):
         def __init__(self) -> None:

@@ -271,7 +271,7 @@ class Idle(nn.Module):
 
 
 def test_layers_that_are_not_called() -> None:
-    told = r"1 layers were never called and keep .*: b\. .*MultiheadAttention.*exclude_modules"
+    told = r"1 layer was never called and keeps .*: b\. .*MultiheadAttention.*exclude_modules"
     with pytest.warns(EvaWarning, match=told):
         result = run(Idle(), vectors(4), lora(target_modules=["a", "b"]), max_steps=4)
     assert result.uncalled == ["b"]
@@ -290,7 +290,7 @@ def test_layers_that_kernels_compute_are_told_and_get_what_the_base_model_gave()
     model = wrapped(two_layers(), config)
     layer = model.base_model.model[0]
     layer.forward = functools.partial(in_one, layer=layer)
-    with pytest.warns(EvaWarning, match=r"1 layers were never called .*: 0\. .*in one.*apply the"):
+    with pytest.warns(EvaWarning, match=r"1 layer was never called .*: 0\. .*in one.*apply the"):
         run(model, vectors(), max_steps=4)
     run(two_layers(), iter(vectors()), config, method="gram").apply(model)
     assert lost(layer.lora_A["default"].weight.detach(), torch.cat(vectors())) < 1e-5

@@ -415,5 +415,5 @@ def test_experts_whose_lora_a_faces_the_output() -> None:
     assert {n.rpartition(".")[2] for n in model.eva_result.ranks} == {"q_proj"}
     assert len(lora_layers(model)) == 2 + 4
     config = lora(target_modules=[], target_parameters=experts)
-    with pytest.raises(EvaValueError, match="none of the 16 layers, because their weights are"):
+    with pytest.raises(EvaValueError, match="none of the 16 layers, because the weights are"):
         run(make_llama4(), text_batches(3), config)

@@ -365,14 +365,14 @@ class Various(nn.Module):
 def partly(model: PeftModel) -> PeftModel:
     rows = run(make_mlp(), vectors(), lora(**CONFIG)).state_dict()
     del rows["2"]
-    with pytest.warns(eva_kernels.EvaWarning, match=r"are missing \(2\)"):
+    with pytest.warns(eva_kernels.EvaWarning, match=r"is missing \(2\)"):
         eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=rows, strict=False)
     return model
 
 
 @pytest.mark.parametrize("action", ["warn", "raise"])
 def test_layers_that_were_passed_by_are_told(action: Any) -> None:
-    words = r"'default' was made .* only a part of it: 1 layers train as plain LoRA \(2\)\. Call"
+    words = r"'default' was made .* only a part of it: 1 layer trains as plain LoRA \(2\)\. Call"
     model = watch(partly(fresh()), action)
     with pytest.warns(NotInitializedWarning, match=words):
         step(model)

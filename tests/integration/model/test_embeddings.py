@@ -139,7 +139,7 @@ def test_rows_for_a_tied_adapter_are_refused() -> None:
         make_tied(), lora(target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
     )
     before = state_of(model)
-    with pytest.raises(EvaValueError, match=r"1 unknown layers \(lm_head\)"):
+    with pytest.raises(EvaValueError, match=r"1 unknown layer \(lm_head\)"):
         result.apply(model)
     assert same_state(before, state_of(model))
 

@@ -410,7 +410,7 @@ def test_experts_without_tokens_keep_the_default() -> None:
         model.moe.router.bias[1] = -1e6
     base = copy.deepcopy(model)
     config = lora(target_modules=["experts.0.0"], target_parameters=["moe.stacked"])
-    with pytest.warns(EvaWarning, match="1 layers were never called .*1.stacked"):
+    with pytest.warns(EvaWarning, match="1 layer was never called .*1.stacked"):
         peft_model = eva_kernels.initialize(model, text_batches(3), config, max_steps=3, **QUIET)
     layer = next(m for m in peft_model.modules() if hasattr(m, "parameter_name"))
     a = layer.lora_A["default"].weight.detach().unflatten(0, (3, -1))
@@ -476,7 +476,7 @@ def test_lora_a_that_faces_the_output(at_once: bool) -> None:
     """Which side it faces cannot be told by the shape of a square weight."""
     model = Sorted(at_once, transposed=not at_once).eval()
     config = lora(target_modules=[], target_parameters=["experts"])
-    with pytest.raises(EvaValueError, match="none of the 4 layers, because their weights are"):
+    with pytest.raises(EvaValueError, match="none of the 4 layers, because the weights are"):
         run(model, text_batches(3), config)
 
 

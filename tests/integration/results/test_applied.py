@@ -109,11 +109,11 @@ def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
     assert same_state(before, state_of(result.apply(again)))
     result.ranks[none[0]] = 1  # wants an adapter that is gone
-    with pytest.raises(EvaValueError, match=f"1 unknown layers .{none[0]}"):
+    with pytest.raises(EvaValueError, match=f"1 unknown layer .{none[0]}"):
         result.apply(model)
     result.ranks = {**result.ranks, none[0]: 0, "no.such.layer": 0}
     result.components["no.such.layer"] = torch.eye(4)
-    with pytest.raises(EvaValueError, match=r"1 unknown layers .no\.such\.layer"):
+    with pytest.raises(EvaValueError, match=r"1 unknown layer .no\.such\.layer"):
         result.apply(model)
 
 
