@@ -152,3 +152,21 @@ def test_tensors_travel_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = [every[i] for i in (0, 5, 1, 6, 2, 3, 7, 4)]
     found = [[len(tensor) for tensor in bucket] for bucket in channel._buckets(mixed)]
     assert found == [[9], [3, 4, 1], [8], [2, 2], [3]]
+
+
+class Asked(torch.Tensor):
+    """Counts how often the sizes of such tensors are asked for."""
+
+    times = 0
+
+    @property
+    def nbytes(self) -> int:
+        Asked.times += 1
+        return 4
+
+
+def test_tensors_for_buckets_are_not_looked_at_again_for_each_of_the_others() -> None:
+    Asked.times = 0
+    (bucket,) = channel._buckets([torch.empty(1).as_subclass(Asked) for _ in range(50)])
+    assert len(bucket) == 50
+    assert Asked.times <= 100

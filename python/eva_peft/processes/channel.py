@@ -82,10 +82,12 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         kinds[tensor.dtype].append(tensor)
     for group in kinds.values():
         bucket: list[Tensor] = []
+        size = 0
         for tensor in group:
-            if bucket and sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES:
+            size += tensor.nbytes
+            if bucket and size > BUCKET_BYTES:
                 yield bucket
-                bucket = []
+                bucket, size = [], tensor.nbytes
             bucket.append(tensor)
         yield bucket
 
