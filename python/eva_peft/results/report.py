@@ -219,7 +219,7 @@ def _summary(result: EvaResult) -> str:
         notes.append(f"{result.skipped_tokens:,} tokens with values that are not finite left out.")
     if result.uncalled:
         names = ", ".join(result.uncalled)
-        notes.append(f"No forward pass called these layers, which keep their weights: {names}.")
+        notes.append(f"EVA found nothing for these layers, which start as plain LoRA: {names}.")
     warned = "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
     return f'{warned}<div class="tiles">{boxes}</div>'
 

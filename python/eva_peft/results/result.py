@@ -42,7 +42,8 @@ class EvaResult:
         history: lists with an entry a step, by the names that ``callback`` is given, see
             :class:`eva_peft.CalibrateOptions`.
         metadata: JSON-able: versions, model, LoRA config, options.
-        uncalled: layers that no forward pass called; they keep the default initialisation.
+        uncalled: layers that keep the default initialisation: no forward pass called them with a
+            token that counts, or their weights are stored the other way round.
         rank_steps: what the ranks of a layer are multiples of, where that is not 1 (the groups of
             a convolution).
         owners: for layers that are parts of a fused parameter its name and how many parts it has.

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import EvaValueError, counted
+from ..errors import EvaValueError, counted, listed
 from ..resume.checkpoint_file import checksum
 from ..surroundings.files import replacing
 from .layer_names import kinds_of
@@ -128,5 +128,5 @@ def summary_text(result: EvaResult) -> str:
         f"{result.seconds['forward']:.2f} s",
     ]
     if result.uncalled:
-        lines.append(f"never called, default initialisation: {', '.join(result.uncalled)}")
+        lines.append(f"default initialisation: {listed(result.uncalled)}")
     return "\n".join(lines)
