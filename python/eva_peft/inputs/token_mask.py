@@ -19,7 +19,7 @@ from ..surroundings.devices import copied_to
 from .media_masks import frames_seen, patches_seen, tiles_seen
 from .subsample import Draw
 
-__all__ = ["TokenMask", "longest_of"]
+__all__ = ["Part", "TokenMask", "longest_of", "part_of"]
 
 _ADAPTER_OPTIONS: tuple[dict[str, bool], ...] = ({}, {"add_adapter": False}, {"add_adapter": True})
 
@@ -34,6 +34,36 @@ class Fit(NamedTuple):
 
     key: str
     mask: Tensor
+
+
+class Part(NamedTuple):
+    """Neighbours among the tokens of each sample, as all but the first.
+
+    Attributes:
+        whole: how many tokens each sample has.
+        begin: the first of those that are taken.
+    """
+
+    whole: int
+    begin: int
+
+
+def part_of(x: Tensor) -> Part | None:
+    """Return what a layer's input, (B, T, D), is a part of, if it is a view of (B, more, D).
+
+    One token of each sample stands for all of it, as the first of BERT's.
+    """
+    if x.dim() != 3 or x.shape[1] < 2 or x.is_contiguous():
+        return None
+    sample, token, feature = x.stride()
+    size = x.untyped_storage().nbytes() // x.element_size()
+    if feature != 1 or token < x.shape[2] or sample <= token * x.shape[1]:
+        return None
+    begin, aside = divmod(int(x.storage_offset()) % sample, token)
+    if sample % token or size % sample or aside + x.shape[2] > token:
+        return None
+    whole = sample // token
+    return Part(whole, begin) if begin + x.shape[1] <= whole else None
 
 
 class TokenMask:
@@ -151,23 +181,25 @@ class TokenMask:
         """Whether anything is known of tokens; masks over samples of sound and pixels tell less."""
         return any(mask is not None for mask in self.masks)
 
-    def rows(self, shape: torch.Size, device: torch.device, name: str) -> Tensor | None:
+    def rows(
+        self, shape: torch.Size, device: torch.device, name: str, part: Part | None = None
+    ) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.
 
         Args:
             shape: of the layer's input, features last.
             device: where the indices are needed.
             name: of the layer.
+            part: what the input is of other tokens, see :func:`part_of`.
 
         Returns:
             int64 indices, or ``None`` for all rows.
         """
         leading, layer = tuple(shape[:-1]), self._kind(name)
         apart = name.startswith(self.apart)
-        of_others = self.of_text and layer.reads_no_text
-        fit = None if apart and of_others else self._fit(layer, leading, apart)
-        if fit is None and not of_others:
-            fit = self._fit_others(leading)
+        fit = self._find(layer, leading, apart)
+        if fit is None and part is not None:
+            fit = self._fit_part(layer, leading, apart, part)
         if fit is None:
             if not apart:
                 self._warn_unknown(layer, leading, name)
@@ -176,6 +208,21 @@ class TokenMask:
             whole = torch.ones(shape[:-1].numel(), dtype=torch.bool, device="cpu")
             fit = Fit(f"all of {len(whole)}", whole)
         return self._indices(fit, device, self._is_transposed(fit.mask, leading, name))
+
+    def _find(self, layer: LayerKind, leading: tuple[int, ...], apart: bool) -> Fit | None:
+        of_others = self.of_text and layer.reads_no_text
+        fit = None if apart and of_others else self._fit(layer, leading, apart)
+        return self._fit_others(leading) if fit is None and not of_others else fit
+
+    def _fit_part(
+        self, layer: LayerKind, leading: tuple[int, ...], apart: bool, part: Part
+    ) -> Fit | None:
+        samples, tokens = leading
+        whole = self._find(layer, (samples, part.whole), apart)
+        if whole is None or whole.mask.shape != (samples, part.whole):
+            return None
+        kept = whole.mask[:, part.begin : part.begin + tokens]
+        return Fit(f"{whole.key} {tuple(part)} {leading}", kept)
 
     def _fit(self, layer: LayerKind, leading: tuple[int, ...], apart: bool) -> Fit | None:
         if apart:  # a part may read the text, too, beside tokens of its own
