@@ -254,9 +254,7 @@ def report(
         from .results.result import EvaResult
 
         write = write_html if target.suffix.lower() == ".html" else save_result_plot
-        result = EvaResult.load(file)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(result, target)
+        write(EvaResult.load(file), target)
         _say(Console(), f"wrote {target}")
 
 
@@ -273,12 +271,14 @@ def pad(
     ] = False,
 ) -> None:
     """Give all layers of a saved adapter one rank, for runtimes that read no rank_pattern."""
-    with _exit_codes(ctx), staged_folder(out, force, None) as folder:
-        from .lora.pad import pad_ranks
-
+    with _exit_codes(ctx):
         if out.resolve() == adapter.resolve():
             raise EvaValueError(f"--out {out} is the adapter itself; name another folder")
-        rank = pad_ranks(adapter, folder, r)
+
+        from .lora.pad import pad_ranks
+
+        with staged_folder(out, force, None) as folder:
+            rank = pad_ranks(adapter, folder, r)
     _say(Console(), f"wrote {out}: rank {rank} in all layers, the same outputs")
 
 
