@@ -10,7 +10,7 @@ from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from eva_kernels.streaming import (
     InputStream,
@@ -41,6 +41,7 @@ from .processes.data_parallel import Processes, beginning, processes_of
 from .results.collect import collect_result
 from .results.result import EvaResult
 from .resume.checkpoint import CheckpointKeeper
+from .surroundings.devices import device_of
 from .surroundings.interrupts import completed
 from .surroundings.memory import PeakMemory, is_out_of_memory
 from .surroundings.random_state import random_state_kept
@@ -278,10 +279,13 @@ class CalibrationPass:
         self.collector.end_forward()
         self.tokens += max(self.collector.tokens - before, 0)
 
-    def make_stream(self, target: Target, x: Tensor) -> InputStream:
-        """Return a new stream for a layer whose input is like ``x``."""
+    def make_stream(
+        self, target: Target, dtype: torch.dtype, device: torch.device | None = None
+    ) -> InputStream:
+        """Return a new stream for a layer whose input is of a dtype, on a device or its own."""
         plan = self.plan[target.in_features]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        device = device or device_of(target.module) or self.device
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
         options = Options(
             plan.method,
             self.options.seed,
@@ -290,7 +294,7 @@ class CalibrationPass:
             self.options.on_nonfinite == "skip",
         )
         size = (target.in_features, plan.components, plan.width)
-        return InputStream(*size, device=x.device, dtype=dtype, options=options)
+        return InputStream(*size, device=device, dtype=dtype, options=options)
 
     def close_step(
         self,
@@ -307,8 +311,7 @@ class CalibrationPass:
         """
         begin = time.perf_counter()
         self.phase = "fold"
-        slots = self.collector.slots
-        streams = [slot.stream for slot in slots]
+        streams = [slot.stream for slot in self.collector.slots]
         # A step of few tokens turns little, however far the components are from settled.
         short = [(s, s.settled) for s in streams] if final else []
         with self.collector.explaining():
@@ -321,7 +324,7 @@ class CalibrationPass:
         if not folded:
             return folded
         self.ranks = allocate(self)
-        needed = {id(s.stream): max(self.ranks[i] for i in s.members) for s in slots}
+        needed = self._needed()
         compare_streams(
             folded,
             [needed[id(stream)] for stream in folded],
@@ -334,6 +337,11 @@ class CalibrationPass:
         self.steps += 1
         self.seconds["check"] += time.perf_counter() - middle
         return folded
+
+    def _needed(self) -> dict[int, int]:
+        """Return the largest rank that a layer is given of each stream, by the stream's id."""
+        slots = self.collector.slots
+        return {id(s.stream): max(self.ranks[i] for i in s.members) for s in slots}
 
     def _recheck(self, needed: dict[int, int]) -> None:
         """Decide which layers have converged: those whose needed components did, at some step.
@@ -355,9 +363,8 @@ class CalibrationPass:
         """Tell whether every layer has converged under a ``tau`` that was not used before."""
         if not self.ranks:
             return False
-        slots = self.collector.slots
-        needed = {id(s.stream): max(self.ranks[i] for i in s.members) for s in slots}
-        for stream in (s.stream for s in slots):
+        needed = self._needed()
+        for stream in (s.stream for s in self.collector.slots):
             passed = stream.similarity is not None and stream.similarity >= self.eva.tau
             stream.settled = needed[id(stream)] if passed else 0
             if stream.cosines is not None:

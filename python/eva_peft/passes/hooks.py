@@ -40,7 +40,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     Args:
         targets: the layers.
-        make_stream: returns a new stream for a layer, on a device and for a dtype of input.
+        make_stream: returns a new stream for a layer, for a dtype of input and on a device.
         selectors: per layer, a user's function that selects rows, or ``None`` for the mask.
         patient: raise what goes wrong in a hook at the end of the forward pass, for which the
             processes of a sharded model wait.
@@ -49,7 +49,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def __init__(
         self,
         targets: Sequence[Target],
-        make_stream: Callable[[Target, Tensor], InputStream],
+        make_stream: Callable[[Target, torch.dtype, torch.device], InputStream],
         selectors: Sequence[Selector | None],
         patient: bool = False,
     ) -> None:
@@ -290,7 +290,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         return None
 
     def _open(self, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
-        stream = self._make_stream(self.targets[i], x)
+        stream = self._make_stream(self.targets[i], x.dtype, x.device)
         slot = Slot(stream, [i], counts={i: 0})
         self._accumulate(slot, i, x, args)
         slot.calls.append(Seen(x, self._mask))

@@ -17,7 +17,6 @@ from eva_kernels.streaming.state import GramState
 from ..errors import EvaValueError
 from ..passes.hooks import InputCollector
 from ..passes.shared_inputs import Slot
-from ..surroundings.devices import device_of
 
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
@@ -109,9 +108,7 @@ def slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
     """Return the slot of some layers, a new one where they were not called here."""
     slot = run.collector.slot_of.get(cell[0])
     if slot is None:
-        target = run.targets[cell[0]]
-        like = torch.empty(0, dtype=dtype, device=device_of(target.module) or run.device)
-        slot = run.collector.install(run.make_stream(target, like), cell)
+        slot = run.collector.install(run.make_stream(run.targets[cell[0]], dtype), cell)
     return slot
 
 
@@ -130,8 +127,7 @@ def merge_stream(
             f"layer {run.targets[cell[0]].name}: its input gives a stream of {stream.dtype} in one "
             f"process and of {dtype} in another; load the model with the same dtype in all of them"
         )
-    like = torch.empty(0, dtype=stream.dtype, device=stream.device)
-    other = run.make_stream(run.targets[cell[0]], like)
+    other = run.make_stream(run.targets[cell[0]], dtype, stream.device)
     restore_stream(other, record, tensors)
     stream.merge(other)
     return stream

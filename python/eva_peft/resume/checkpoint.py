@@ -22,7 +22,6 @@ from torch import Tensor
 from eva_kernels.streaming import export_stream, restore_stream
 
 from ..errors import EvaValueError, counted, warn
-from ..surroundings.devices import device_of
 from ..surroundings.random_state import read_random_state, set_random_state
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
 from .fingerprint import differences, fingerprint_of, in_words
@@ -229,8 +228,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             target, dtype = run.targets[members[0]], getattr(torch, record["stream"]["dtype"])
             prefix = f"slots.{i}."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            like = torch.empty(0, dtype=dtype, device=device_of(target.module) or run.device)
-            slot = collector.install(run.make_stream(target, like), members)
+            slot = collector.install(run.make_stream(target, dtype), members)
             restore_stream(slot.stream, record["stream"], parts)
         calls = {index[n]: calls for n, calls in state["most_calls"].items()}
         collector.note_passes(calls, state["largest"])

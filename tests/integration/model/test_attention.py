@@ -240,7 +240,7 @@ def test_a_layer_that_is_frozen_costs_no_second_run(frozen: bool) -> None:
 
     model.own.forward = counted  # type: ignore[method-assign]
     targets = find_targets(model, lora(**OWN), "default")
-    collector = InputCollector(targets, lambda target, x: make_stream(WIDTH, 4), [None] * 2)
+    collector = InputCollector(targets, lambda *of: make_stream(WIDTH, 4), [None] * 2)
     collector.frozen = {0, 1} if frozen else set()
     collector.begin_forward(TokenMask(None), None, stop_early=False)
     with collector, torch.no_grad():

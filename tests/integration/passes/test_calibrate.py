@@ -293,8 +293,8 @@ def test_options_of_a_stream_are_those_of_the_pass(monkeypatch: pytest.MonkeyPat
     made: list[InputStream] = []
     original = CalibrationPass.make_stream
 
-    def noting(self: CalibrationPass, target: Any, x: torch.Tensor) -> InputStream:
-        made.append(original(self, target, x))
+    def noting(self: CalibrationPass, *given: Any) -> InputStream:
+        made.append(original(self, *given))
         return made[-1]
 
     monkeypatch.setattr(CalibrationPass, "make_stream", noting)
