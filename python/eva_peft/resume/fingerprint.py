@@ -48,6 +48,9 @@ _NOT_THE_MODEL = frozenset(["_name_or_path", "transformers_version", "use_cache"
 # Names of weights that an adapter adds, and what it puts into the names of the others.
 _ADDED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save)\.")
 _INSERTED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
+# Parts whose values say nothing to anybody.
+_WEIGHTS, _VALUES = "names, shapes and dtypes of the weights", "values of the weights"
+_DIGESTS = (_WEIGHTS, _VALUES)
 
 MOST_NAMED = 6  # differences in a message
 ROUNDING = 0.05  # of the largest element; devices and dtypes may round differently
@@ -86,13 +89,9 @@ def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
             f"{d} features": {"components": p.components, "width": p.width, "method": p.method}
             for d, p in sorted(run.plan.items())
         },
-        "names, shapes and dtypes of the weights": _digest(
-            [[name, list(w.shape), str(w.dtype)] for name, w in weights]
-        ),
+        _WEIGHTS: _digest([[name, list(w.shape), str(w.dtype)] for name, w in weights]),
         # a part of a sharded weight says little, and the whole would take all processes
-        "values of the weights": {
-            t.name: "hidden" if run.sharded else _sample(t.module) for t in run.targets
-        },
+        _VALUES: {t.name: "hidden" if run.sharded else _sample(t.module) for t in run.targets},
     }
     return _as_read_back(parts)
 
@@ -114,7 +113,7 @@ def differences(
         if key in old and key in new and old[key] == new[key]:
             continue
         name = " ".join(key)
-        if any(key[0] == part for part in ("values of the weights", *_DIGESTS)):
+        if key[0] in _DIGESTS:
             told.append(f"{name} are others")
         else:
             was, is_ = (_shown(side, key) for side in (old, new))
@@ -126,9 +125,6 @@ def in_words(told: Sequence[str]) -> str:
     """Return differences for a message: all, or the first and how many more."""
     more = f"; and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
     return "; ".join(told[:MOST_NAMED]) + more
-
-
-_DIGESTS = ("names, shapes and dtypes of the weights",)
 
 
 def _shown(values: Mapping[tuple[str, ...], Any], key: tuple[str, ...]) -> str:
