@@ -29,6 +29,7 @@ from .errors import EvaValueError
 from .initialize import calibrate
 from .lora.adapters import write_state_dict
 from .lora.training import check_not_trained, watch
+from .model.checks import config_of
 from .model.divided import check_whole
 from .model.targets import check_may_resize, resolve_name, unwrap
 from .options import AUTO
@@ -193,9 +194,7 @@ def _check_for_eva(model: nn.Module, adapter_name: str, overwrite_trained: bool)
         raise EvaValueError(
             "`initialize_lora_eva_weights` currently only works with a single active adapter"
         )
-    if adapter_name not in model.peft_config:
-        raise EvaValueError(f"the model has no adapter {adapter_name!r}")
-    if getattr(model.peft_config[adapter_name], "init_lora_weights", None) != "eva":
+    if getattr(config_of(model, adapter_name), "init_lora_weights", None) != "eva":
         raise EvaValueError(
             "`initialize_lora_eva_weights` can only be used with `init_lora_weights='eva'`"
         )

@@ -31,9 +31,9 @@ from .._peft_compat import (
     untrained_magnitude,
     update_layer,
 )
-from ..errors import EvaRuntimeError, EvaValueError, warn
+from ..errors import EvaRuntimeError, warn
 from ..model.attention import OUT_PROJ
-from ..model.checks import check_base_model
+from ..model.checks import check_base_model, config_of
 from ..model.layers import CONVOLUTIONS, dealt_to_groups
 from ..model.targets import (
     check_may_resize,
@@ -118,20 +118,18 @@ def write_state_dict(
             another size.
     """
     outer, model = model, unwrap(model)
-    if adapter_name not in adapter_configs(model):
-        raise EvaValueError(f"the model has no adapter {adapter_name!r}")
+    own = config_of(model, adapter_name)
     check_not_merged(model)
     fitted = fit(model, state_dict, adapter_name, strict, default_layers or ())
     if fitted.resizes(adapter_name):
-        check_may_resize(outer, adapter_configs(model)[adapter_name])
+        check_may_resize(outer, own)
     with restored_on_failure(model), _values_restored() as undo, random_state_kept():
-        config = copy(adapter_configs(model)[adapter_name])
-        writer = _Writer(model, config, adapter_name, undo, eva)
+        writer = _Writer(model, copy(own), adapter_name, undo, eva)
         for name, (path, layer) in fitted.layers.items():
-            own = parts_of(name, layer)
-            rows = [fitted.rows.get(part) for part in own]
+            parts = parts_of(name, layer)
+            rows = [fitted.rows.get(part) for part in parts]
             writer.write(name, path, layer, rows, fitted.follows(name))
-            if fitted.left.issuperset(own) and fitted.rows.keys().isdisjoint(own):
+            if fitted.left.issuperset(parts) and fitted.rows.keys().isdisjoint(parts):
                 writer.mark(mark_left, layer)
         writer.draw_others()
         writer.finish()

@@ -31,6 +31,7 @@ from ..errors import (
     listed,
     warn,
 )
+from ..model.checks import config_of
 from ..model.parts import outermost
 from ..model.targets import base_name, own_layers, unwrap
 
@@ -149,12 +150,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         raise EvaTypeError(
             f"expected a PeftModel, got {type(model)}; eva_kernels.initialize returns one"
         )
-    configs = adapter_configs(inner)
-    config = configs.get(adapter_name)
-    if config is None:
-        raise EvaValueError(
-            f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(configs)}"
-        )
+    config = config_of(inner, adapter_name)
     if not is_lora(config):
         raise EvaValueError(
             f"the model has no LoRA adapter {adapter_name!r}: that adapter is of kind "

@@ -30,6 +30,7 @@ __all__ = [
     "check_config",
     "check_loaded",
     "checked_number",
+    "config_of",
     "plain_number",
     "tell_of_the_model_within",
 ]
@@ -45,10 +46,7 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
     """
     own = None
     if carries_adapters(model):
-        own = adapter_configs(model).get(adapter_name)
-        if own is None:
-            known = sorted(adapter_configs(model))
-            raise EvaValueError(f"the model has no adapter {adapter_name!r}; it has {known}")
+        own = config_of(model, adapter_name)
         if not is_lora(own):
             raise EvaTypeError(
                 f"the model's adapter {adapter_name!r} is of kind {kind_of(own)}; EVA "
@@ -66,6 +64,18 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
         _warn_of_what_stays(config, own, adapter_name)
     _check_whole_rows(config if own is None else own)
     return _with_plain_numbers(config)
+
+
+def config_of(model: nn.Module, adapter_name: str) -> Any:
+    """Return the config of an adapter that a model carries.
+
+    Raises:
+        EvaValueError: it has no such adapter.
+    """
+    configs = adapter_configs(model)
+    if adapter_name not in configs:
+        raise EvaValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(configs)}")
+    return configs[adapter_name]
 
 
 def tell_of_the_model_within(model: nn.Module, config: LoraConfig | None) -> None:
