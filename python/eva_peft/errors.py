@@ -30,6 +30,7 @@ __all__ = [
     "NotConvergedWarning",
     "NotInitializedError",
     "counted",
+    "first_line",
     "listed",
     "warn",
 ]
@@ -81,6 +82,11 @@ def warn(message: str, category: type[Warning] = EvaWarning) -> None:
 def counted(number: int, one: str, many: str = "") -> str:
     """Return a number with the words behind it, of which ``many`` are those of ``one`` and an s."""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, but for what follows; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def listed(names: Iterable[str]) -> str:

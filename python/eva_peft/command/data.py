@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from ..errors import EvaError, EvaValueError
+from ..errors import EvaError, EvaValueError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -248,7 +248,7 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from load_dataset("parquet", data_files=files, split="train", streaming=True)
     except Exception as error:
         # pyarrow and datasets wrap one cause in classes of their own, different by version.
-        raise EvaValueError(f"cannot read {path} as Parquet: {_first_line(error)}") from error
+        raise EvaValueError(f"cannot read {path} as Parquet: {first_line(error)}") from error
 
 
 def _dataset(data: str, split: str) -> Iterator[Mapping[str, Any]]:
@@ -258,10 +258,10 @@ def _dataset(data: str, split: str) -> Iterator[Mapping[str, Any]]:
         yield from load_dataset(name, config or None, split=split, streaming=True)
     except (FileNotFoundError, ConnectionError) as error:
         raise DataNotFoundError(
-            f"{data!r} is neither a file nor a dataset that can be reached: {_first_line(error)}"
+            f"{data!r} is neither a file nor a dataset that can be reached: {first_line(error)}"
         ) from error
     except Exception as error:
-        raise EvaValueError(f"cannot load the dataset {data!r}: {_first_line(error)}") from error
+        raise EvaValueError(f"cannot load the dataset {data!r}: {first_line(error)}") from error
 
 
 def _require_datasets() -> Any:
@@ -273,10 +273,6 @@ def _require_datasets() -> Any:
             "pip install eva-kernels[data]"
         ) from error
     return load_dataset
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _columns(data: str, present: list[str], wanted: str | None) -> tuple[str, ...]:
@@ -331,7 +327,7 @@ def _chat(
             text = str(tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # templates raise what their authors chose
             raise EvaValueError(
-                f"the tokenizer's chat template refuses a chat of {data}: {_first_line(error)}"
+                f"the tokenizer's chat template refuses a chat of {data}: {first_line(error)}"
             ) from error
         # Most templates write the first token that the tokenizer then adds once more.
         start = tokenizer.bos_token

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EvaValueError, warn
+from ..errors import EvaValueError, first_line, warn
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -70,8 +70,7 @@ def check_device(name: str | None) -> None:
     try:
         torch.empty(0, device=name)
     except (AssertionError, ImportError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise EvaValueError(f"--device {name} cannot be used: {why}") from error
+        raise EvaValueError(f"--device {name} cannot be used: {first_line(error)}") from error
 
 
 def config_fields(
@@ -154,9 +153,9 @@ def load_tokenizer(name: str) -> Any:
     except (OSError, ValueError, ImportError, TypeError) as error:
         if not path.is_dir():
             raise
-        told = str(error).strip().splitlines()[0]
         raise EvaValueError(
-            f"{name} has no tokenizer that can be loaded ({told}); save the model's there"
+            f"{name} has no tokenizer that can be loaded ({first_line(error)}); save the model's "
+            "there"
         ) from error
     if not _knows_words(tokenizer):  # what transformers 5.2 makes where it finds no files
         raise EvaValueError(

@@ -95,6 +95,17 @@ def test_a_tokenizer_that_cannot_be_made_without_its_files(tmp_path: Path) -> No
         load_tokenizer(str(tmp_path))
 
 
+def test_an_error_that_says_nothing_is_told_by_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **named: Any) -> Any:
+        raise OSError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(EvaValueError, match=r"no tokenizer that can be loaded \(OSError\)"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_words_may_be_added(tmp_path: Path) -> None:
     empty = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     empty.add_tokens(list("ACGT"))
