@@ -307,9 +307,14 @@ def _keeps_all(mask: TokenMask) -> bool:
 
 
 def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of the tokens that a part is called with, (B, T) or (T, B)."""
-    for name, value in named.items():
-        if not isinstance(value, Tensor) or "mask" in name or _is_elsewhere(name):
+    """Return the shape of the tokens that a part is called with, (B, T) or (T, B).
+
+    They may come in a tuple with what belongs to them, as the positions of ESPnet's encoders.
+    """
+    own = {k: v for k, v in named.items() if "mask" not in k and not _is_elsewhere(k)}
+    packed = (v[0] for v in own.values() if isinstance(v, (tuple, list)) and v)
+    for value in (*own.values(), *packed):
+        if not isinstance(value, Tensor):
             continue
         if value.dim() >= (3 if value.is_floating_point() else 2):
             return tuple(value.shape[:2])

@@ -140,3 +140,40 @@ def test_a_part_that_is_told_of_others_keeps_what_is_known_of_its_own_tokens(
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
     for name, x in layer_inputs(model, data, list(kept), masked=False).items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
+
+
+class Blocks(nn.Module):
+    """Hands on its tokens in one with their positions, as ESPnet's Conformer and Branchformer."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.behind = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(
+            self, x_input: tuple[Tensor, Tensor], mask: Tensor
+        ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+            x, places = x_input
+            x = self.before(x) + places
+            return (self.behind(x.tanh()), places), mask
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.last = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList([self.Block() for _ in range(2)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, mask = (self.words(ids), torch.ones(1, 7, 16)), ids.ne(0)[:, None]
+        for block in self.blocks:
+            x, mask = block(x, mask)
+        return self.last(x[0])
+
+
+def test_tokens_that_come_in_one_with_their_positions() -> None:
+    model, data = Blocks().eval(), batches()
+    names = [f"blocks.{i}.{part}" for i in range(2) for part in ("before", "behind")] + ["last"]
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names).items():
+        assert lost(result.components[name], x[KEPT.flatten().repeat(4)]) < 1e-6, name
+    assert result.tokens == 4 * int(KEPT.sum())
