@@ -173,7 +173,10 @@ def _rows(
 class _Look(CalibrationPass):
     """A pass that keeps which rows its layers were given, in place of their sums."""
 
-    def make_stream(self, target: Target, x: Tensor) -> Any:
+    def make_stream(
+        self, target: Target, dtype: torch.dtype, device: torch.device | None = None
+    ) -> Any:
+        """Return what takes the place of a stream."""
         return _Rows(target.in_features)
 
 

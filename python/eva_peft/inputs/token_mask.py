@@ -182,7 +182,7 @@ class TokenMask:
         return any(mask is not None for mask in self.masks)
 
     def rows(
-        self, shape: torch.Size, device: torch.device, name: str, part: Part | None = None
+        self, shape: torch.Size, device: torch.device, name: str, x: Tensor | None = None
     ) -> Tensor | None:
         """Return the rows of a layer's input to use, after flattening all but the last dimension.
 
@@ -190,7 +190,7 @@ class TokenMask:
             shape: of the layer's input, features last.
             device: where the indices are needed.
             name: of the layer.
-            part: what the input is of other tokens, see :func:`part_of`.
+            x: the input, which may be a part of other tokens, see :func:`part_of`.
 
         Returns:
             int64 indices, or ``None`` for all rows.
@@ -198,7 +198,7 @@ class TokenMask:
         leading, layer = tuple(shape[:-1]), self._kind(name)
         apart = name.startswith(self.apart)
         fit = self._find(layer, leading, apart)
-        if fit is None and part is not None:
+        if fit is None and x is not None and (part := part_of(x)) is not None:
             fit = self._fit_part(layer, leading, apart, part)
         if fit is None:
             if not apart:

@@ -17,7 +17,7 @@ from eva_kernels.streaming import InputStream, NonFiniteStepError
 
 from ..errors import EvaTypeError, EvaValueError, HeldError, NonFiniteError, warn
 from ..inputs.selectors import Selector
-from ..inputs.token_mask import TokenMask, part_of
+from ..inputs.token_mask import TokenMask
 from ..model.layers import Patches
 from ..model.routing import EagerExperts, RoutedInputs
 from ..model.targets import Target
@@ -444,7 +444,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             if fits:
                 self._routing = True
                 return rows
-        return self._mask.rows(x.shape, x.device, name, part_of(x))
+        return self._mask.rows(x.shape, x.device, name, x)
 
     def _check_tokens(self, target: Target, x: Tensor, fits: bool) -> None:
         if x.is_nested or x.layout != torch.strided:
