@@ -272,12 +272,20 @@ class TokenMask:
         """Return the masks that a layer's tokens may be those of, the likeliest first."""
         if layer not in self._texts:
             present = [Fit(key, mask) for key, mask in self._streams_of(layer) if mask is not None]
-            self._texts[layer] = present + [
-                Fit(f"{key} padded", functional.pad(mask, (0, -mask.shape[1] % self.window)))
-                for key, mask in present
-                if mask.dim() == 2 and mask.shape[1] % self.window
-            ]
+            self._texts[layer] = [*present, *self._in_windows(present)]
         return self._texts[layer]
+
+    def _in_windows(self, texts: Sequence[Fit]) -> Iterator[Fit]:
+        """Yield texts that are padded to whole windows, and by half a window on either side, too.
+
+        As the layers of PEGASUS-X read them in turn.
+        """
+        for key, mask in texts if self.window > 1 else ():
+            if mask.dim() == 2:
+                whole = functional.pad(mask, (0, -mask.shape[1] % self.window))
+                if whole.shape != mask.shape:
+                    yield Fit(f"{key} padded", whole)
+                yield Fit(f"{key} moved", functional.pad(whole, [self.window // 2] * 2))
 
     def _streams_of(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
         main, decoder = ("main", self.main), ("decoder", self.decoder)

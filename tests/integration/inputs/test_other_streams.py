@@ -24,6 +24,8 @@ from transformers import (
     Llama4TextConfig,
     LongformerConfig,
     LongformerModel,
+    PegasusXConfig,
+    PegasusXModel,
 )
 
 import eva_kernels
@@ -417,3 +419,20 @@ def test_experts_whose_lora_a_faces_the_output() -> None:
     config = lora(target_modules=[], target_parameters=experts)
     with pytest.raises(EvaValueError, match="none of the 16 layers, because the weights are"):
         run(make_llama4(), text_batches(3), config)
+
+
+@pytest.mark.filterwarnings(r"ignore:.*leading shape \(4, 3\)")  # tokens of the layers' own
+@pytest.mark.parametrize("length", [21, 16])
+def test_texts_that_are_moved_by_half_a_window(length: int) -> None:
+    torch.manual_seed(0)
+    config = PegasusXConfig(
+        vocab_size=VOCABULARY, d_model=32, **BOTH_SIDES, block_size=8, num_global_tokens=3
+    )
+    encoder, (text,) = PegasusXModel(config).eval().encoder, text_batches(1, length=length)
+    names = ["q_proj", "out_proj", "fc1"]
+    found = eva_kernels.check_padding(encoder, text, lora(target_modules=names))
+    whole, kept = length + -length % 8, int(text["attention_mask"].sum())
+    for name, rows in found.layers.items():
+        moved = 8 if "layers.1.self_attn" in name else 0
+        assert rows.rows == 4 * (whole + moved + 3), name
+        assert (rows.counted, rows.padding_counted) == (kept + 4 * 3, 0), name
