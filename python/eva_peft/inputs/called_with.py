@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,21 +39,26 @@ class AroundCalls:
     Args:
         parts: whose calls are looked at.
         make_mask: returns the mask of a mapping of arguments.
-        use_mask: is given the mask to use from then on, and returns the one until then.
+        use_mask: is given the mask to use from then on, if it is another, and returns the one until
+            then.
         by_forward: parts that are also looked at where ``forward`` is called itself, which runs no
             hook.
+        of_media: parts that read sound or images, by their names.
     """
 
     def __init__(
         self,
         parts: Sequence[nn.Module],
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
-        use_mask: Callable[[TokenMask], TokenMask],
+        use_mask: Callable[..., TokenMask],
         by_forward: Sequence[nn.Module],
+        of_media: Container[nn.Module],
     ) -> None:
         self._parts, self._make_mask, self._use_mask = parts, make_mask, use_mask
         self._forwards = [(part, vars(part).get("forward")) for part in by_forward]
-        self._in_use: list[tuple[nn.Module | None, TokenMask]] = []  # the innermost call last
+        self._of_media = of_media
+        # the innermost call last: the mask in it, and the one around it
+        self._in_use: list[tuple[nn.Module | None, TokenMask, TokenMask]] = []
 
     def looking(self) -> AbstractContextManager[None]:
         """Return a context within which the hooks are there."""
@@ -78,7 +83,7 @@ class AroundCalls:
     def _watched(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if any(module is part for module, _ in self._in_use):  # the hooks have seen it
+            if any(module is part for module, *_ in self._in_use):  # the hooks have seen it
                 return forward(*args, **kwargs)
             self._before(part, args, kwargs)
             try:
@@ -107,7 +112,7 @@ class CalledWith(AroundCalls):
         model: of which the outermost parts are looked at.
         batch: its labels count where they are labels of the tokens that a model is called with.
         mask: of the batch.
-        make_mask, use_mask: see :class:`AroundCalls`.
+        make_mask, use_mask, of_media: see :class:`AroundCalls`.
         begin: called before each call that is within no other.
     """
 
@@ -119,7 +124,8 @@ class CalledWith(AroundCalls):
         batch: Any,
         mask: TokenMask,
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
-        use_mask: Callable[[TokenMask], TokenMask],
+        use_mask: Callable[..., TokenMask],
+        of_media: Container[nn.Module],
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         base = base_of(model)
@@ -128,11 +134,11 @@ class CalledWith(AroundCalls):
         tops = [base] if self.looks_at_base else base.children()
         inner = [part for top in tops for _, part in outermost(top, wanted)]
         around = [base] if self.looks_at_base and base not in inner else []
-        super().__init__([*around, *inner], make_mask, use_mask, inner)
+        super().__init__([*around, *inner], make_mask, use_mask, inner, of_media)
         named = batch if isinstance(batch, Mapping) else {}
         self._labels, self._given = named.get("labels"), named.get("attention_mask")
-        self._mask, self._begin = mask, begin
-        self._in_use.append((None, mask))
+        self._base, self._mask, self._begin = base, mask, begin
+        self._in_use.append((None, mask, mask))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(self._in_use) == 1:
@@ -140,13 +146,15 @@ class CalledWith(AroundCalls):
         named = named_arguments(module, args, kwargs)
         is_part = len(self._in_use) > 1 and _is_of_torch(module)
         mask = self._mask_of_part(named) if is_part else self._mask_of(named)
-        self._in_use.append((module, mask))
-        self._use_mask(mask)
+        self._in_use.append((module, mask, self._use_mask(mask)))
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._in_use[-1][0] is module:  # it is not where a hook before ours has failed
-            self._in_use.pop()
-        self._use_mask(self._in_use[-1][1])
+        if self._in_use[-1][0] is not module:  # where a hook before ours has failed
+            return
+        _, mask, around = self._in_use.pop()
+        if module is not self._base and mask.tells:
+            around = around.behind(mask, module not in self._of_media)
+        self._use_mask(around)
 
     def _mask_of_part(self, named: dict[str, Any]) -> TokenMask:
         """Return the mask in a part of a model, which is told its own where the model is, too."""

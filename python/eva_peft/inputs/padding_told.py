@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 from weakref import ref
 
@@ -86,7 +85,7 @@ class PaddingTold(AroundCalls):
         parts: see :func:`parts_told`.
         of_media: those of them that read sound or images, by their names.
         make_mask: returns the mask of a mapping of arguments.
-        use_mask: is given the mask to use from then on, and returns the one until then.
+        use_mask: see :class:`AroundCalls`.
     """
 
     def __init__(
@@ -94,17 +93,15 @@ class PaddingTold(AroundCalls):
         parts: Mapping[nn.Module, int],
         of_media: Container[nn.Module],
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
-        use_mask: Callable[[TokenMask], TokenMask],
+        use_mask: Callable[..., TokenMask],
     ) -> None:
         # some call the model's forward itself in what they have for its loss
-        super().__init__(list(parts), make_mask, use_mask, by_forward=list(parts)[:1])
-        self._arguments_before, self._of_media = parts, of_media
+        super().__init__(list(parts), make_mask, use_mask, list(parts)[:1], of_media)
+        self._arguments_before = parts
         # of what was told, and to how many tokens; kept, as layers may be told one by one. What
         # was told is not: a layer may have made it, and masks of pairs are large.
         self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._within: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
-        self._around_parts: TokenMask | None = None
-        self._behind_parts: TokenMask | None = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         told = (isinstance(v, Tensor) and _is_of_interest(name) for name, v in kwargs.items())
@@ -113,18 +110,14 @@ class PaddingTold(AroundCalls):
         named = _readable(named_arguments(module, args, kwargs))
         if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
             return  # told of keys from elsewhere
-        mask = self._mask_of(named)
-        if mask is None and not self._in_use:
-            mask = self._mask_of_attended(_shape_of(named), _shape_elsewhere(named))
+        mask, around = self._mask_of(named), self._use_mask()
+        if mask is None and around.of_parts:
+            mask = self._mask_of_attended(around.main, _shape_of(named), _shape_elsewhere(named))
         if mask is None:
             return
-        around = self._use_mask(mask)
-        if not self._in_use and around not in (self._behind_parts, self._around_parts):
-            self._around_parts, self._behind_parts = around, None
         mask = self._mask_within(around, mask)
-        self._use_mask(mask)
         if mask is not around:
-            self._in_use.append((module, mask))
+            self._in_use.append((module, mask, self._use_mask(mask)))
 
     def _mask_within(self, around: TokenMask, mask: TokenMask) -> TokenMask:
         """Return the mask that counts in a part.
@@ -135,9 +128,9 @@ class PaddingTold(AroundCalls):
             around: what counts around it.
             mask: what it is told.
         """
-        known = around is not self._behind_parts or self._batch_tells
         as_much = not self._is_of_others(around, mask) and _says_as_much(around, mask)
-        said = known and (as_much or _keeps_all(mask))  # by a function, or a part around
+        # by a batch, a function, or a part around
+        said = not around.of_parts and (as_much or _keeps_all(mask))
         unsaid = mask.supposed and mask.main is not None and _knows(around, mask.main)
         if not said and not unsaid:
             return mask
@@ -151,43 +144,15 @@ class PaddingTold(AroundCalls):
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._in_use or self._in_use[-1][0] is not module:
             return
-        _, mask = self._in_use.pop()
-        if self._in_use:
-            part, outer = self._in_use[-1]
-            outer = self._knowing_more(outer, module, mask)
-            self._in_use[-1] = part, outer
-            self._use_mask(outer)
+        _, mask, around = self._in_use.pop()
+        of_text = module not in self._of_media
+        if not self._in_use:
+            self._use_mask(around.behind(mask, of_text))
             return
-        self._behind_parts = self._mask_behind(module, mask)
-        self._use_mask(self._behind_parts)
-
-    def _mask_behind(self, module: nn.Module, mask: TokenMask) -> TokenMask:
-        """Return the mask behind a part, with what parts before it were told of other shapes."""
-        around, before = self._around_parts, self._behind_parts
-        if around is not None and around.tells:
-            behind, first = before or around, [mask.main, mask.decoder]
-        else:
-            behind, first = copy.copy(mask), [] if before is None else [before.main, *before.others]
-            behind.apart = ("",)  # nothing but a shape tells what is read there
-        return self._with_others_behind(module, behind, first)
-
-    def _knowing_more(self, outer: TokenMask, module: nn.Module, mask: TokenMask) -> TokenMask:
-        """Return the mask of a part, with what one within it was told of tokens of other shapes."""
-        known = _shapes(outer)
-        told = (mask.main, mask.decoder, *mask.others)
-        more = [each for each in told if each is not None and each.shape not in known]
-        return self._with_others_behind(module, outer, more) if more else outer
-
-    def _with_others_behind(
-        self, module: nn.Module, mask: TokenMask, more: Sequence[Tensor | None]
-    ) -> TokenMask:
-        found = mask.with_others(each for each in (*more, *mask.others) if each is not None)
-        found.of_text = module not in self._of_media
-        return found
-
-    @property
-    def _batch_tells(self) -> bool:
-        return self._around_parts is not None and self._around_parts.tells
+        part, outer, before = self._in_use[-1]
+        behind = _knowing_more(around, mask, of_text)
+        self._in_use[-1] = part, behind if outer is around else outer, before
+        self._use_mask(behind)
 
     def _is_of_others(self, around: TokenMask, mask: TokenMask) -> bool:
         """Tell whether what a part around is told is said of other tokens.
@@ -199,21 +164,19 @@ class PaddingTold(AroundCalls):
         return bool(mask.given and not around.given) or bool(around.main.all())
 
     def _mask_of_attended(
-        self, shape: tuple[int, ...], elsewhere: tuple[int, ...] | None
+        self, before: Tensor | None, shape: tuple[int, ...], elsewhere: tuple[int, ...] | None
     ) -> TokenMask | None:
         """Return the mask in a part that attends to what a part before it has made of its tokens.
 
         Its own are others, maybe as many.
 
         Args:
+            before: which tokens counted in that part.
             shape, elsewhere: of its own tokens, and of those that it attends to.
         """
-        behind = self._behind_parts
-        if behind is None or behind.main is None or self._batch_tells:
+        if before is None or elsewhere not in (before.shape, before.shape[::-1]):
             return None
-        if elsewhere not in (behind.main.shape, behind.main.shape[::-1]):
-            return None
-        return self._quiet_mask({"encoder_attention_mask": behind.main}, shape)
+        return self._quiet_mask({"encoder_attention_mask": before}, shape)
 
     def _quiet_mask(self, told: Mapping[str, Any], shape: tuple[int, ...]) -> TokenMask:
         supposed = not _OWN & told.keys()
@@ -280,6 +243,18 @@ def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
         pairs = mask.shape[0] == mask.shape[1] and bool(mask.diagonal().all())
         return name in _PLAIN and not pairs
     return mask.dim() in (3, 4)
+
+
+def _knowing_more(around: TokenMask, mask: TokenMask, of_text: bool) -> TokenMask:
+    """Return the mask of a part, with what one within it was told of tokens of other shapes."""
+    known = _shapes(around)
+    told = (mask.main, mask.decoder, *mask.others)
+    more = [each for each in told if each is not None and each.shape not in known]
+    if not more:
+        return around
+    found = around.with_others([*more, *around.others])
+    found.of_text = of_text
+    return found
 
 
 def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:

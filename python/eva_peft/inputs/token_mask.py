@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,7 @@ class TokenMask:
         warned: layers that need no second warning.
         quiet: no layer needs one.
         supposed: nothing is told of ``main``, which is all of the tokens; of others there is.
+        of_parts: nothing is known but what parts of the model were told.
         of_text: what is apart, and others, are not those of layers which read sound or images, by
             their names.
         transposed: layer -> whether it takes the sequence first, as far as batches have told.
@@ -141,7 +143,7 @@ class TokenMask:
         self.masks = (main, decoder, beside, queries, *given, *others)
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
-        self.quiet = self.of_text = self.supposed = False
+        self.quiet = self.of_text = self.supposed = self.of_parts = False
         self.transposed: dict[str, bool] = {}
         self._texts: dict[LayerKind, list[Fit]] = {}
         self._fits: dict[tuple[LayerKind, tuple[int, ...]], Fit | None] = {}
@@ -168,8 +170,28 @@ class TokenMask:
         found.given = [*told.given, *self.given]
         found.masks = (*told.given, *self.masks)
         found._texts, found._fits, found._kept = {}, {}, {}
-        found._picked = None, "", None
+        found._picked, found.of_parts = (None, "", None), False
         return found.with_others([*told.others, *self.others])
+
+    def behind(self, told: TokenMask, of_text: bool) -> TokenMask:
+        """Return the mask behind a part of the model, with what that was told of other shapes.
+
+        Where nothing else tells, what the part was told counts, with what parts before it were.
+
+        Args:
+            told: what counted in the part.
+            of_text: see above.
+        """
+        if self.tells and not self.of_parts:
+            found, first = self, [told.main, told.decoder]
+        else:
+            found, first = copy.copy(told), [self.main, *self.others]
+            found.apart, found.of_parts = ("",), True  # only a shape tells what is read there
+        found = found.with_others(each for each in (*first, *found.others) if each is not None)
+        if found.of_parts is self.of_parts and _are_same(found.masks, self.masks):
+            return self  # with the rows that it has found
+        found.of_text = of_text
+        return found
 
     @property
     def selective(self) -> bool:
@@ -446,6 +468,10 @@ class TokenMask:
             f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
             f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to select",
         )
+
+
+def _are_same(masks: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    return len(masks) == len(others) and all(map(is_, masks, others))
 
 
 def longest_of(mask: Tensor) -> int:

@@ -185,9 +185,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """Count other tokens from here on: the model is called once more in a forward pass."""
         self._of_calls = self.tokens
 
-    def use_mask(self, mask: TokenMask) -> TokenMask:
-        """Let other tokens count from here on in a forward pass; return the mask until now."""
-        before, self._mask = self._mask, mask
+    def use_mask(self, mask: TokenMask | None = None) -> TokenMask:
+        """Let other tokens, if any, count from here on in a forward pass; return those before."""
+        before, self._mask = self._mask, self._mask if mask is None else mask
         return before
 
     def end_forward(self) -> set[int]:

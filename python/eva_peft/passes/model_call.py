@@ -127,7 +127,7 @@ class ModelCall:
             return nullcontext()
 
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        told = self._model, batch, mask, make_mask, self._collector.use_mask
+        told = self._model, batch, mask, make_mask, self._collector.use_mask, self._of_media
         if self._options.forward_fn is not None:
             return CalledWith(*told, self._collector.begin_call).looking()
         within = mask.tells and self._holds_models
@@ -142,10 +142,8 @@ class ModelCall:
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
             return nullcontext()  # of which no model of these tells more: spares every layer a look
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        parts, of_media = self._told
-        if mask.tells:
-            parts = self._own_told
-        return PaddingTold(parts, of_media, make_mask, self._collector.use_mask).looking()
+        parts = self._own_told if mask.tells else self._told
+        return PaddingTold(parts, self._of_media, make_mask, self._collector.use_mask).looking()
 
     @functools.cached_property
     def _holds_models(self) -> bool:
@@ -155,19 +153,23 @@ class ModelCall:
         return not is_defined_in_transformers(base) and any(map(is_model, inner))
 
     @functools.cached_property
-    def _told(self) -> tuple[dict[nn.Module, int], set[nn.Module]]:
-        """The parts that may be told of padding, and those that read sound or images."""
+    def _told(self) -> dict[nn.Module, int]:
+        """The parts that may be told of padding."""
+        return parts_told(self._model)
+
+    @functools.cached_property
+    def _of_media(self) -> set[nn.Module]:
+        """The parts that read sound or images."""
         prefixes = self._architecture.prefixes
         named = base_of(self._model).named_modules()
-        of_media = {part for name, part in named if kind_of_layer(name, prefixes).reads_no_text}
-        return parts_told(self._model), of_media
+        return {part for name, part in named if kind_of_layer(name, prefixes).reads_no_text}
 
     @functools.cached_property
     def _own_told(self) -> dict[nn.Module, int]:
         """Those of somebody's own, which alone know of other tokens than the batch's."""
         known = outermost(base_of(self._model), is_defined_in_transformers)
         inside = {part for _, model in known for part in model.modules()}
-        return {part: n for part, n in self._told[0].items() if part not in inside}
+        return {part: n for part, n in self._told.items() if part not in inside}
 
 
 def _holds_tokens_alone(batch: Any) -> bool:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, text_batches
+from integration.inputs.test_padding_told import KEPT, Seen, batches
 
 EXACT: dict[str, Any] = {"method": "gram", "max_steps": 4}
 TEXTS = text_batches(4)
@@ -269,3 +270,41 @@ def test_a_decoder_keeps_its_mask_where_a_part_is_told_of_the_source(own: bool) 
     for name, x in layer_inputs(model, alike, list(result.components), False).items():
         kept = source if len(x) == len(source) else made.flatten().repeat(len(batches))
         assert lost(result.components[name], x[kept]) < 1e-6, name
+
+
+class Labelled(nn.Module):
+    """Words of a text, and labels that are texts themselves, as a bi-encoder of GLiNER's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.text, self.labels, self.down = make_bert(), make_bert(), nn.Linear(32, 16)
+        self.reads, self.words, self.head = Seen(), nn.Linear(16, 16), nn.Linear(32, 16)
+
+    def forward(
+        self, ids: Tensor, asked: Tensor, lengths: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        mask = ids.ne(0) if attention_mask is None else attention_mask
+        x = self.down(self.text(ids, attention_mask=mask).last_hidden_state)
+        x = self.reads(x[:, 1:5], torch.arange(4) < lengths[:, None])
+        labels = self.labels(asked, attention_mask=asked.ne(0).long()).last_hidden_state
+        return self.words(x) @ self.head(labels).mT
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("own", [False, True], ids=["default", "forward_fn"])
+@pytest.mark.parametrize("batch_tells", [False, True])
+def test_what_models_and_parts_are_told_is_known_behind_other_models(
+    batch_tells: bool, own: bool
+) -> None:
+    lengths, asked = torch.tensor([4, 3, 1]), torch.arange(5) < torch.tensor([2, 5, 3])[:, None]
+    more = {"lengths": lengths, **({"attention_mask": KEPT.long()} if batch_tells else {})}
+    data = [{**b, "asked": b["ids"][:, :5].clamp(min=1) * asked, **more} for b in batches()]
+    words = torch.arange(4) < lengths[:, None]
+    kept = {"down": KEPT, "reads.before": words, "words": words, "head": asked}
+    kept |= {"labels.encoder.layer.0.output.dense": asked}
+    options = {**EXACT, "forward_fn": lambda m, b: m(**b)} if own else EXACT
+    model = Labelled().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **options)
+    for name, x in layer_inputs(model, data, list(kept), masked=False).items():
+        assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
