@@ -230,7 +230,7 @@ def named_arguments(
 ) -> dict[str, Any]:
     """Return arguments by their names; those in a mapping that is the first argument, as these."""
     if args and isinstance(args[0], Mapping):
-        return {**kwargs, **args[0]}
+        return {**kwargs, **{str(name): value for name, value in args[0].items()}}
     signature = signature_of(module)
     try:
         bound = None if signature is None else signature.bind_partial(*args, **kwargs)

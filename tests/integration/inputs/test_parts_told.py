@@ -177,3 +177,28 @@ def test_tokens_that_come_in_one_with_their_positions() -> None:
     for name, x in layer_inputs(model, data, names).items():
         assert lost(result.components[name], x[KEPT.flatten().repeat(4)]) < 1e-6, name
     assert result.tokens == 4 * int(KEPT.sum())
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["default", "forward_fn"])
+@pytest.mark.parametrize("names", [(0, 1), (None, ("a", "to", "b"))], ids=["numbers", "tuples"])
+def test_mappings_whose_names_are_no_strings(names: tuple[Any, Any], own: bool) -> None:
+    class Levels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads = nn.Linear(16, 4)
+
+        def forward(self, levels: dict[Any, Tensor], mask: Tensor | None = None) -> Tensor:
+            return self.reads(torch.cat([levels[name] for name in names], 1))
+
+    class Model(Levels):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Levels()
+
+        def forward(self, levels: dict[Any, Tensor]) -> Tensor:  # type: ignore[override]
+            return super().forward(levels) + self.part(levels, None)
+
+    data = [dict(zip(names, torch.randn(2, 3, 7, 16), strict=True)) for _ in range(4)]
+    options = {**EXACT, "forward_fn": lambda m, b: m(b)} if own else EXACT
+    result = run(Model(), data, lora(target_modules=["reads"]), **options)
+    assert result.tokens == 4 * 3 * 14
