@@ -128,7 +128,7 @@ def masks_of_both(
         own: (B, S).
         given: (B, T).
     """
-    if kept is None or len(own) != 2 or given is None or kept.all():
+    if kept is None or len(own) != 2 or given is None or len(given) != 2 or kept.all():
         return {}
     sizes = own[1], given[-1]
     if tuple(kept.shape) != (own[0], sum(sizes)):

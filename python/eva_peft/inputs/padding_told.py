@@ -288,12 +288,13 @@ def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
     """
     own = {k: v for k, v in named.items() if "mask" not in k and not _is_elsewhere(k)}
     packed = (v[0] for v in own.values() if isinstance(v, (tuple, list)) and v)
-    for value in (*own.values(), *packed):
-        if not isinstance(value, Tensor):
-            continue
-        if value.dim() >= (3 if value.is_floating_point() else 2):
-            return tuple(value.shape[:2])
-    return ()
+    every = (*own.values(), *packed)
+    return next((tuple(value.shape[:2]) for value in every if _are_tokens(value)), ())
+
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= (3 if value.is_floating_point() else 2)
 
 
 def _is_elsewhere(name: str) -> bool:
@@ -302,9 +303,8 @@ def _is_elsewhere(name: str) -> bool:
 
 def _shape_elsewhere(named: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return the shape of the tokens that a part is given to attend to, beside its own."""
-    given = (name for name, value in named.items() if isinstance(value, Tensor))
-    others = (named[name] for name in given if _is_elsewhere(name) and not _may_tell(name))
-    return next((tuple(value.shape[:2]) for value in others), None)
+    others = (v for k, v in named.items() if _is_elsewhere(k) and not _may_tell(k))
+    return next((tuple(value.shape[:2]) for value in others if _are_tokens(value)), None)
 
 
 def _told(

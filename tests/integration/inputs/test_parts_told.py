@@ -202,3 +202,43 @@ def test_mappings_whose_names_are_no_strings(names: tuple[Any, Any], own: bool) 
     options = {**EXACT, "forward_fn": lambda m, b: m(b)} if own else EXACT
     result = run(Model(), data, lora(target_modules=["reads"]), **options)
     assert result.tokens == 4 * 3 * 14
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (3, 16)])
+def test_what_is_no_tokens_is_not_attended_to(shape: tuple[int, ...]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, mask: Tensor, context_scale: Tensor) -> Tensor:
+            return self.reads(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.part = nn.Embedding(VOCABULARY, 16), Scaled()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.part(self.words(ids), ids.ne(0), torch.ones(shape))
+
+    result = run(Model().eval(), batches(), lora(target_modules=["reads"]), **EXACT)
+    assert result.tokens == 4 * int(KEPT.sum())
+
+
+def test_a_mask_of_images_beside_a_number_for_each() -> None:
+    class Paints(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads = nn.Linear(16, 4)
+
+        def forward(
+            self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor
+        ) -> Tensor:
+            return self.reads(hidden_states)
+
+    for given in (torch.tensor(1.0), torch.ones(3)):
+        batch = {"hidden_states": torch.randn(3, 7, 16), "encoder_hidden_states": given}
+        data = [{**batch, "attention_mask": KEPT}] * 4
+        result = run(Paints(), data, lora(target_modules=["reads"]), **EXACT)
+        assert result.tokens == 4 * int(KEPT.sum())
