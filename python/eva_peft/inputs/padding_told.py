@@ -192,7 +192,8 @@ class PaddingTold(AroundCalls):
         shape, elsewhere = _shape_of(named), _shape_elsewhere(named)
         given = (value for value in named.values() if isinstance(value, Tensor))
         sizes = frozenset(size for value in given for size in value.shape)
-        key = (shape, sizes, elsewhere, *((name, id(mask)) for name, mask in masks.items()))
+        told_by = ((name, id(mask), _version(mask)) for name, mask in masks.items())
+        key = (shape, sizes, elsewhere, *told_by)
         before, mask = self._known.get(key, ([], None))
         if not before or any(each() is None for each in before):  # its id is maybe another's now
             told = _told(masks, shape, elsewhere, sizes)
@@ -201,6 +202,11 @@ class PaddingTold(AroundCalls):
             mask = self._quiet_mask({**beside, **told}, shape) if told else None
             self._known[key] = [ref(each) for each in masks.values()], mask
         return mask
+
+
+def _version(mask: Tensor) -> int:
+    """Return how often a mask was written to, as by what leaves out tokens layer by layer."""
+    return -1 if mask.is_inference() else mask._version
 
 
 def _readable(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,7 +296,6 @@ def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
     packed = (v[0] for v in own.values() if isinstance(v, (tuple, list)) and v)
     every = (*own.values(), *packed)
     return next((tuple(value.shape[:2]) for value in every if _are_tokens(value)), ())
-
 
 
 def _are_tokens(value: Any) -> bool:

@@ -242,3 +242,25 @@ def test_a_mask_of_images_beside_a_number_for_each() -> None:
         data = [{**batch, "attention_mask": KEPT}] * 4
         result = run(Paints(), data, lora(target_modules=["reads"]), **EXACT)
         assert result.tokens == 4 * int(KEPT.sum())
+
+
+def test_a_mask_that_is_written_to_between_two_parts() -> None:
+    """As where tokens are left out layer by layer."""
+
+    class Prunes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.first, self.second = nn.Embedding(VOCABULARY, 16), Seen(), Seen()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            mask = ids.ne(0)
+            x = self.first(self.words(ids), mask)
+            mask[:, 3:] = False
+            return self.second(x, mask)
+
+    model, kept = Prunes().eval(), {"first.behind": KEPT, "second.behind": KEPT.clone()}
+    kept["second.behind"][:, 3:] = False
+    result = run(model, batches(), lora(tau=1.0, target_modules=list(kept)), **EXACT)
+    for name, x in layer_inputs(model, batches(), list(kept)).items():
+        assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
