@@ -110,12 +110,12 @@ class PaddingTold(AroundCalls):
         named = _readable(named_arguments(module, args, kwargs))
         if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
             return  # told of keys from elsewhere
-        mask, around = self._mask_of(named), self._use_mask()
+        mask, around, elsewhere = self._mask_of(named), self._use_mask(), _shape_elsewhere(named)
         if mask is None and around.of_parts:
-            mask = self._mask_of_attended(around.main, _shape_of(named), _shape_elsewhere(named))
+            mask = self._mask_of_attended(around.main, _shape_of(named), elsewhere)
         if mask is None:
             return
-        mask = self._mask_within(around, mask)
+        mask = self._mask_within(around, self._with_attended(around, mask, elsewhere))
         if mask is not around:
             self._in_use.append((module, mask, self._use_mask(mask)))
 
@@ -177,6 +177,15 @@ class PaddingTold(AroundCalls):
         if before is None or elsewhere not in (before.shape, before.shape[::-1]):
             return None
         return self._quiet_mask({"encoder_attention_mask": before}, shape)
+
+    def _with_attended(
+        self, around: TokenMask, mask: TokenMask, shape: tuple[int, ...] | None
+    ) -> TokenMask:
+        """Return the mask of a part, with what one before it was told of what this attends to."""
+        if shape is None or mask.given or not around.of_parts:
+            return mask
+        before = [m for m in around.masks if m is not None and m.shape == shape]
+        return mask.with_others([*mask.others, *before]) if before else mask
 
     def _quiet_mask(self, told: Mapping[str, Any], shape: tuple[int, ...]) -> TokenMask:
         supposed = not _OWN & told.keys()
@@ -333,17 +342,13 @@ def _told(
     for name, mask in masks.items():
         if name in PADDING_MASKS:
             told[name] = mask
-        elif unclear and name in _SEEN:
-            told = {**_of_others(_seen(mask), shape, elsewhere), **told}
-        elif not unclear or "self" in name or name.startswith(("src", *_TARGETS)):
-            mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
-            kept = _kept(name, mask, shape, sizes)
-            if kept is None or not kept.numel() or (kept.all() and _is_of_pairs(mask)):
-                continue  # as where padding sees itself, too
-            if name not in _SEEN and not kept[:, 0].any():
-                continue  # padded on the left in every sample, or true is what others call false
-            if not _is_known(name) and not _in_one_run(kept):
-                continue  # true is what is to be predicted, for one
+            continue
+        mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
+        kept = _kept(name, mask, shape, sizes)
+        of_own = "self" in name or name.startswith(("src", *_TARGETS))
+        if unclear and not of_own and not _is_alone_of(kept, shape, elsewhere):
+            told = {**(_of_others(kept, shape, elsewhere) if name in _SEEN else {}), **told}
+        elif kept is not None and _is_telling(name, mask, kept):
             attended = _is_elsewhere(name) or name.startswith("src")
             if attended and (elsewhere is not None or name in _SEEN):
                 told = {"encoder_attention_mask": kept, **told}
@@ -363,6 +368,22 @@ def _whole(told: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tens
     if len(shape) != 2 or alike:
         return {}
     return {"attention_mask": torch.ones(shape, dtype=torch.bool, device="cpu")}
+
+
+def _is_telling(name: str, mask: Tensor, kept: Tensor) -> bool:
+    """Tell whether what a mask keeps, bool (B, T), are the tokens that count."""
+    if not kept.numel() or (kept.all() and _is_of_pairs(mask)):
+        return False  # as where padding sees itself, too
+    if name not in _SEEN and not kept[:, 0].any():
+        return False  # padded on the left in every sample, or true is what others call false
+    # in several runs, true is what is to be predicted, for one
+    return _is_known(name) or _in_one_run(kept)
+
+
+def _is_alone_of(kept: Tensor | None, own: tuple[int, ...], others: tuple[int, ...] | None) -> bool:
+    """Tell whether a mask has the shape of a part's own tokens, and not of those it attends to."""
+    shapes = () if kept is None else (tuple(kept.shape), tuple(kept.shape)[::-1])
+    return own in shapes and others not in shapes
 
 
 def _of_others(

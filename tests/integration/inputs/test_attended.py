@@ -1,0 +1,108 @@
+"""Attention that is told of its own tokens and of those it attends to, as in x-transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from integration.conftest import VOCABULARY, hooks_of, layer_inputs, lora, lost, run
+from integration.inputs.test_padding_told import EXACT, KEPT, LENGTHS, batches
+
+pytestmark = pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+
+OWN = ["layers.0.to_q", "layers.0.to_k", "layers.0.to_out", "layers.1.to_q", "layers.1.to_out"]
+OWN += ["last"]
+ATTENDED = ["layers.1.to_k", "layers.1.to_v"]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        given = x if context is None else context
+        seen = mask if context is None else context_mask
+        pairs = self.to_q(x) @ self.to_k(given).mT
+        if seen is not None:
+            pairs = pairs.masked_fill(~seen[:, None], -torch.inf)
+        return x + self.to_out(pairs.softmax(-1) @ self.to_v(given))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.last = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 4)
+        self.layers = nn.ModuleList([Attention(), Attention()])
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        x = self.layers[0](self.words(x), mask=mask)
+        x = self.layers[1](x, context=context, mask=mask, context_mask=context_mask)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("told", ["own", "attended", "both"])
+@pytest.mark.parametrize("steps", [5, 9])
+def test_masks_of_what_attends_and_of_what_is_attended_to(told: str, steps: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.arange(steps) < LENGTHS.flip(0)[:, None]
+    masks = {"mask": KEPT} if told != "attended" else {}
+    masks |= {"context_mask": seen} if told != "own" else {}
+    data = [
+        {"x": b["ids"], "context": torch.randn(3, steps, 16, generator=generator), **masks}
+        for b in batches()
+    ]
+    model = Decoder().eval()
+    before = hooks_of(model)
+    result = run(model, data, lora(tau=1.0, target_modules=OWN + ATTENDED), **EXACT)
+    assert hooks_of(model) == before
+    kept = dict.fromkeys(OWN, masks.get("mask"))
+    kept |= dict.fromkeys(ATTENDED, masks.get("context_mask"))
+    for name, x in layer_inputs(model, data, list(kept), masked=False).items():
+        mask = kept[name]
+        x = x if mask is None else x[mask.flatten().repeat(4)]
+        assert lost(result.components[name], x) < 1e-6, name
+
+
+class Translates(nn.Module):
+    """Tells its decoder which of its tokens are padding, and not which of its encoder's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.source, self.decoder = nn.Embedding(96, 16), Attention(), Decoder()
+
+    def forward(self, source: Tensor, ids: Tensor) -> Tensor:
+        context = self.source(self.words(source), mask=source != 0)
+        return self.decoder(ids, context, mask=ids != 0)
+
+
+@pytest.mark.parametrize("steps", [5, 9])
+def test_padding_of_an_encoder_of_which_a_decoder_is_told_its_own_alone(steps: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.arange(steps) < (steps * LENGTHS.flip(0)[:, None] / 7).ceil()
+    data = [
+        {"source": torch.randint(1, 96, (3, steps), generator=generator) * seen, "ids": b["ids"]}
+        for b in batches()
+    ]
+    kept = {f"decoder.{name}": KEPT for name in OWN} | {f"decoder.{n}": seen for n in ATTENDED}
+    kept |= {"source.to_k": seen, "source.to_out": seen}
+    model = Translates().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
+    for name, x in layer_inputs(model, data, list(kept)).items():
+        x = x[kept[name].flatten().repeat(4)]
+        assert lost(result.components[name], x) < 1e-6, name
