@@ -168,7 +168,15 @@ class CalledWith(AroundCalls):
             main = self._mask.main
             if shape is not None and main is not None and main.shape == shape:
                 return self._mask
+            if main is None and self._are_decoders(named):
+                return self._mask
         return self._own_mask(named, shape)
+
+    def _are_decoders(self, named: Mapping[str, Any]) -> bool:
+        """Tell whether a model is called with a decoder's tokens, by any name."""
+        decoder = self._mask.decoder
+        ids = (v for v in named.values() if isinstance(v, Tensor) and not v.is_floating_point())
+        return decoder is not None and any(each.shape == decoder.shape for each in ids)
 
     def _own_mask(self, named: dict[str, Any], shape: torch.Size | None) -> TokenMask:
         steps = getattr(named.get("decoder_input_ids"), "shape", None)

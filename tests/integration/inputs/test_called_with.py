@@ -301,6 +301,54 @@ def test_the_mask_of_the_batch_where_the_model_is_given_none() -> None:
     assert part.tokens == sum(int(b["attention_mask"].sum()) for b in TEXTS)
 
 
+class Writes(nn.Module):
+    """Sound and text of as many tokens, by names of its own, as in Whisper of OpenAI."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.words, self.decoder = nn.Linear(8, 16), nn.Embedding(96, 16), Looks()
+
+    def forward(self, mel: Tensor, tokens: Tensor) -> Tensor:
+        return self.decoder(self.words(tokens), self.encoder(mel))
+
+
+class Looks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.key = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, xa: Tensor) -> Tensor:
+        return self.first(x) @ self.key(xa).mT
+
+
+@pytest.mark.parametrize("frames", [7, 9])
+def test_labels_of_what_a_decoder_reads_beside_something_else(frames: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.arange(7) < torch.tensor([7, 4, 2])[:, None]
+    ids = [torch.randint(1, 96, (3, 7), generator=generator) for _ in range(4)]
+    data = [
+        {
+            "input_ids": torch.randn(3, frames, 8, generator=generator),
+            "dec_input_ids": each * kept,
+            "labels": each.masked_fill(~kept, -100),
+        }
+        for each in ids
+    ]
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        model(batch["input_ids"], batch["dec_input_ids"])
+
+    names, model = ["encoder", "decoder.first"], Writes().eval()
+    config = lora(tau=1.0, target_modules=names)
+    result = run(model, data, config, forward_fn=forward, **EXACT)
+    named = [{"mel": b["input_ids"], "tokens": b["dec_input_ids"]} for b in data]
+    inputs = layer_inputs(model, named, names)
+    rows = kept.flatten().repeat(4)
+    assert lost(result.components["encoder"], inputs["encoder"]) < 1e-6
+    assert lost(result.components["decoder.first"], inputs["decoder.first"][rows]) < 1e-6
+
+
 @pytest.mark.parametrize("method", ["gram", "sketch"])
 def test_a_function_in_inference_mode(method: str) -> None:
     options = {"max_steps": 4, "method": method}
