@@ -14,8 +14,9 @@ from ..errors import warn
 from ..model.architecture import Architecture
 from .arguments import PADDING_MASKS, gives_decoder_inputs, is_decoder_input
 from .batches import as_mapping
+from .fits import longest_of
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
-from .token_mask import TokenMask, longest_of
+from .token_mask import TokenMask
 
 __all__ = ["mask_of_batch", "masks_of_both"]
 

@@ -116,6 +116,7 @@ class PaddingTold(AroundCalls):
         if mask is None:
             return
         mask = self._mask_within(around, self._with_attended(around, mask, elsewhere))
+        _tell_apart(mask, named)
         if mask is not around:
             self._in_use.append((module, mask, self._use_mask(mask)))
 
@@ -317,8 +318,22 @@ def _is_elsewhere(name: str) -> bool:
 
 def _shape_elsewhere(named: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return the shape of the tokens that a part is given to attend to, beside its own."""
+    others = _elsewhere(named)
+    return None if others is None else tuple(others.shape[:2])
+
+
+def _elsewhere(named: Mapping[str, Any]) -> Tensor | None:
     others = (v for k, v in named.items() if _is_elsewhere(k) and not _may_tell(k))
-    return next((tuple(value.shape[:2]) for value in others if _are_tokens(value)), None)
+    return next(filter(_are_tokens, others), None)
+
+
+def _tell_apart(mask: TokenMask, named: Mapping[str, Any]) -> None:
+    """Let a mask know what is attended to, where that is as many tokens as there are of a part."""
+    others = _elsewhere(named)
+    if others is None or mask.main is None or mask.encoder_decoder or len(mask.given) != 1:
+        return
+    if mask.main.shape == mask.given[0].shape == others.shape[:2]:
+        mask.attended = ref(others)
 
 
 def _told(

@@ -6,65 +6,33 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..errors import warn
 from ..model.architecture import FrameLengths
 from ..model.layer_kind import LayerKind, kind_of_layer
 from ..surroundings.devices import copied_to
+from .fits import (
+    Fit,
+    Part,
+    are_same,
+    for_every_frame,
+    for_every_head,
+    in_windows,
+    is_longer,
+    longest_of,
+    part_of,
+)
 from .media_masks import frames_seen, patches_seen, tiles_seen
 from .subsample import Draw
 
-__all__ = ["Part", "TokenMask", "longest_of", "part_of"]
+__all__ = ["TokenMask"]
 
 _ADAPTER_OPTIONS: tuple[dict[str, bool], ...] = ({}, {"add_adapter": False}, {"add_adapter": True})
-
-
-class Fit(NamedTuple):
-    """A mask of the tokens of a layer's input.
-
-    Attributes:
-        key: the same for the same tokens, however they are laid out.
-        mask: bool, in the order of the input or, of two dimensions, transposed.
-    """
-
-    key: str
-    mask: Tensor
-
-
-class Part(NamedTuple):
-    """Neighbours among the tokens of each sample, as all but the first.
-
-    Attributes:
-        whole: how many tokens each sample has.
-        begin: the first of those that are taken.
-    """
-
-    whole: int
-    begin: int
-
-
-def part_of(x: Tensor) -> Part | None:
-    """Return what a layer's input, (B, T, D), is a part of, if it is a view of (B, more, D).
-
-    One token of each sample stands for all of it, as the first of BERT's.
-    """
-    if x.dim() != 3 or x.shape[1] < 2 or x.is_contiguous():
-        return None
-    sample, token, feature = x.stride()
-    size = x.untyped_storage().nbytes() // x.element_size()
-    if feature != 1 or token < x.shape[2] or sample <= token * x.shape[1]:
-        return None
-    begin, aside = divmod(int(x.storage_offset()) % sample, token)
-    if sample % token or size % sample or aside + x.shape[2] > token:
-        return None
-    whole = sample // token
-    return Part(whole, begin) if begin + x.shape[1] <= whole else None
 
 
 class TokenMask:
@@ -106,6 +74,7 @@ class TokenMask:
         of_text: what is apart, and others, are not those of layers which read sound or images, by
             their names.
         transposed: layer -> whether it takes the sequence first, as far as batches have told.
+        attended: the hidden states, as many as there are of ``main``, that ``given`` is of.
     """
 
     def __init__(
@@ -145,6 +114,8 @@ class TokenMask:
         self.warned: set[str] = set()
         self.quiet = self.of_text = self.supposed = self.of_parts = False
         self.transposed: dict[str, bool] = {}
+        self.attended: ref[Tensor] | None = None
+        self._alone: TokenMask | None = None
         self._texts: dict[LayerKind, list[Fit]] = {}
         self._fits: dict[tuple[LayerKind, tuple[int, ...]], Fit | None] = {}
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
@@ -188,10 +159,20 @@ class TokenMask:
             found, first = copy.copy(told), [self.main, *self.others]
             found.apart, found.of_parts = ("",), True  # only a shape tells what is read there
         found = found.with_others(each for each in (*first, *found.others) if each is not None)
-        if found.of_parts is self.of_parts and _are_same(found.masks, self.masks):
+        if found.of_parts is self.of_parts and are_same(found.masks, self.masks):
             return self  # with the rows that it has found
         found.of_text = of_text
         return found
+
+    def of_input(self, x: Tensor) -> TokenMask:
+        """Return the mask of what a layer reads: another one where that is what is attended to."""
+        if self.attended is None or self.attended() is not x:
+            return self
+        if self._alone is None:
+            self._alone = TokenMask(self.given[0])
+            self._alone.draws, self._alone.warned = self.draws, self.warned
+            self._alone.quiet, self._alone.transposed = self.quiet, self.transposed
+        return self._alone
 
     @property
     def selective(self) -> bool:
@@ -294,20 +275,8 @@ class TokenMask:
         """Return the masks that a layer's tokens may be those of, the likeliest first."""
         if layer not in self._texts:
             present = [Fit(key, mask) for key, mask in self._streams_of(layer) if mask is not None]
-            self._texts[layer] = [*present, *self._in_windows(present)]
+            self._texts[layer] = [*present, *in_windows(present, self.window)]
         return self._texts[layer]
-
-    def _in_windows(self, texts: Sequence[Fit]) -> Iterator[Fit]:
-        """Yield texts that are padded to whole windows, and by half a window on either side, too.
-
-        As the layers of PEGASUS-X read them in turn.
-        """
-        for key, mask in texts if self.window > 1 else ():
-            if mask.dim() == 2:
-                whole = functional.pad(mask, (0, -mask.shape[1] % self.window))
-                if whole.shape != mask.shape:
-                    yield Fit(f"{key} padded", whole)
-                yield Fit(f"{key} moved", functional.pad(whole, [self.window // 2] * 2))
 
     def _streams_of(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
         main, decoder = ("main", self.main), ("decoder", self.decoder)
@@ -335,7 +304,7 @@ class TokenMask:
     def _all_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[Fit]:
         """Yield the masks that fit an input of a shape, the likeliest first."""
         beside = [] if self.beside is None else [Fit("beside", self.beside)]
-        texts = [_for_every_frame(fit, leading) for fit in self._text(layer)]
+        texts = [for_every_frame(fit, leading) for fit in self._text(layer)]
         for key, mask in [*texts, *beside]:
             flat = len(leading) == 1 and leading[0] == mask.numel() != mask.shape[0]
             if flat or leading in (tuple(mask.shape), tuple(mask.shape)[::-1]):
@@ -355,7 +324,7 @@ class TokenMask:
             yield mask.repeat_interleave(self.streams, dim=1)
         frames = self._frames(mask, leading) if key == "main" else None
         for one in (mask, frames):
-            heads = None if one is None else _for_every_head(one, leading)
+            heads = None if one is None else for_every_head(one, leading)
             if heads is not None:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
@@ -369,7 +338,7 @@ class TokenMask:
             yield mask[:, :longest]
         queries = key.startswith("queries")
         text_first = False if queries else self.text_first
-        if (queries or key == "main") and text_first is not None and _is_longer(leading, mask):
+        if (queries or key == "main") and text_first is not None and is_longer(leading, mask):
             yield self._with_others(mask, leading, text_first)
 
     def _frames(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
@@ -403,7 +372,7 @@ class TokenMask:
             yield "sound", self._frames(self.sound, leading)
             yield "sound", frames_seen(self.sound, leading)
         alone = self.sound_only and not self.mixed and self._hears(layer)
-        if alone and self.main is not None and not _is_longer(leading, self.main):
+        if alone and self.main is not None and not is_longer(leading, self.main):
             yield "frames", frames_seen(self.main, leading)  # of which the model does not tell
         for pixels in self.pixels if self._sees_pixels(layer) else ():
             yield "pixels", patches_seen(pixels, leading, self.patch_sizes)
@@ -455,7 +424,7 @@ class TokenMask:
         # for all samples (embeddings of positions), and beside text, using every row is wanted.
         one_for_all = leading[:1] == (1,) and all(m.shape[0] > 1 for m in masks)
         if self.mixed:  # beside text, but not in one sequence with it
-            masks = [m for m in masks if not layer.reads_encoder and _is_longer(leading, m)]
+            masks = [m for m in masks if not layer.reads_encoder and is_longer(leading, m)]
         if self.pixels and layer.in_encoder and self._sees_pixels(layer):
             masks = [m for m in self.pixels if leading[:-1] == (len(m),)]
         if self.quiet or name in self.warned or one_for_all:
@@ -470,15 +439,6 @@ class TokenMask:
         )
 
 
-def _are_same(masks: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    return len(masks) == len(others) and all(map(is_, masks, others))
-
-
-def longest_of(mask: Tensor) -> int:
-    """Return how many tokens a sample has at most, of samples that may be none."""
-    return max(mask.sum(1).tolist(), default=0)
-
-
 def _numbers(told: Any) -> list[int]:
     """Return how many frames there are, maybe behind one part of the model and behind another."""
     return [int(part) for part in (told if isinstance(told, tuple) else (told,))]
@@ -488,27 +448,3 @@ def _upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # only from there the upload does not wait for the GPU
     return copied_to(device, tensor)
-
-
-def _is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:
-    """Tell whether an input, (B, T + more), may hold the tokens of a mask among others."""
-    return (
-        len(leading) == mask.dim() == 2 and leading[0] == len(mask) and leading[1] > mask.shape[1]
-    )
-
-
-def _for_every_frame(fit: Fit, leading: tuple[int, ...]) -> Fit:
-    """Return the mask of queries once more for each frame of a film, which are read one by one."""
-    times = leading[0] // max(len(fit.mask), 1) if len(leading) == 2 else 1
-    if not fit.key.startswith("queries") or times < 2 or leading[0] != times * len(fit.mask):
-        return fit
-    return Fit(f"{fit.key} {times} times", fit.mask.repeat_interleave(times, dim=0))
-
-
-def _for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
-    """Return the mask of an input that has each token once a head: (B, H, T) or (B, T, H)."""
-    if len(leading) != 3 or leading[1] == leading[2] != 1:
-        return None
-    if (leading[0], leading[2]) == tuple(mask.shape):
-        return mask[:, None].expand(leading)
-    return mask[:, :, None].expand(leading) if leading[:2] == tuple(mask.shape) else None

@@ -444,7 +444,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             if fits:
                 self._routing = True
                 return rows
-        return self._mask.rows(x.shape, x.device, name, x)
+        return self._mask.of_input(x).rows(x.shape, x.device, name, x)
 
     def _check_tokens(self, target: Target, x: Tensor, fits: bool) -> None:
         if x.is_nested or x.layout != torch.strided:

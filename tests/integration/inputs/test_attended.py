@@ -55,8 +55,10 @@ class Decoder(nn.Module):
         return self.last(x)
 
 
-@pytest.mark.parametrize("told", ["own", "attended", "both"])
-@pytest.mark.parametrize("steps", [5, 9])
+@pytest.mark.parametrize(
+    ("told", "steps"),
+    [*((told, n) for told in ("own", "attended", "both") for n in (5, 9)), ("both", 7)],
+)
 def test_masks_of_what_attends_and_of_what_is_attended_to(told: str, steps: int) -> None:
     generator = torch.Generator().manual_seed(1)
     seen = torch.arange(steps) < LENGTHS.flip(0)[:, None]

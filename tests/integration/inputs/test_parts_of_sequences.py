@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_kernels import EvaWarning
-from eva_peft.inputs.token_mask import Part, part_of
+from eva_peft.inputs.fits import Part, part_of
 from integration.conftest import layer_inputs, lora, lost, make_bert, run
 from integration.inputs.test_padding_told import EXACT, KEPT, batches
 
