@@ -202,15 +202,17 @@ class PaddingTold(AroundCalls):
         shape, elsewhere = _shape_of(named), _shape_elsewhere(named)
         given = (value for value in named.values() if isinstance(value, Tensor))
         sizes = frozenset(size for value in given for size in value.shape)
-        told_by = ((name, id(mask), _version(mask)) for name, mask in masks.items())
+        within = self._in_use[-1][1].main if self._in_use else None
+        telling = {**masks, "": within} if within is not None else masks
+        told_by = ((name, id(mask), _version(mask)) for name, mask in telling.items())
         key = (shape, sizes, elsewhere, *told_by)
         before, mask = self._known.get(key, ([], None))
         if not before or any(each() is None for each in before):  # its id is maybe another's now
-            told = _told(masks, shape, elsewhere, sizes)
+            told = _told(masks, shape, elsewhere, sizes, within)
             beside = {name: value for name, value in named.items() if "mask" not in name}
             beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one
             mask = self._quiet_mask({**beside, **told}, shape) if told else None
-            self._known[key] = [ref(each) for each in masks.values()], mask
+            self._known[key] = [ref(each) for each in telling.values()], mask
         return mask
 
 
@@ -341,6 +343,7 @@ def _told(
     shape: tuple[int, ...],
     elsewhere: tuple[int, ...] | None,
     sizes: Container[int],
+    within: Tensor | None,
 ) -> dict[str, Tensor]:
     """Return what a batch would say that says of its tokens what a part is told.
 
@@ -349,6 +352,7 @@ def _told(
         shape: see :func:`_shape_of`.
         elsewhere: that of other tokens, to which the part attends; see :func:`_shape_elsewhere`.
         sizes: of all dimensions of what the part is given; the longest sample has one of them.
+        within: which tokens count in the part around, bool (B, T), if there is one that was told.
     """
     told: dict[str, Tensor] = {}
     others = {}
@@ -363,7 +367,7 @@ def _told(
         of_own = "self" in name or name.startswith(("src", *_TARGETS))
         if unclear and not of_own and not _is_alone_of(kept, shape, elsewhere):
             told = {**(_of_others(kept, shape, elsewhere) if name in _SEEN else {}), **told}
-        elif kept is not None and _is_telling(name, mask, kept):
+        elif kept is not None and _is_telling(name, mask, kept, within):
             attended = _is_elsewhere(name) or name.startswith("src")
             if attended and (elsewhere is not None or name in _SEEN):
                 told = {"encoder_attention_mask": kept, **told}
@@ -385,14 +389,21 @@ def _whole(told: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tens
     return {"attention_mask": torch.ones(shape, dtype=torch.bool, device="cpu")}
 
 
-def _is_telling(name: str, mask: Tensor, kept: Tensor) -> bool:
+def _is_telling(name: str, mask: Tensor, kept: Tensor, within: Tensor | None) -> bool:
     """Tell whether what a mask keeps, bool (B, T), are the tokens that count."""
     if not kept.numel() or (kept.all() and _is_of_pairs(mask)):
         return False  # as where padding sees itself, too
     if name not in _SEEN and not kept[:, 0].any():
         return False  # padded on the left in every sample, or true is what others call false
     # in several runs, true is what is to be predicted, for one
-    return _is_known(name) or _in_one_run(kept)
+    return _is_known(name) or _in_one_run(kept) or _ends_as(kept, within)
+
+
+def _ends_as(kept: Tensor, known: Tensor | None) -> bool:
+    """Tell whether a mask is a known one with that of something in front of it."""
+    if known is None or len(kept) != len(known) or kept.shape[1] <= known.shape[1]:
+        return False
+    return not known.all() and torch.equal(kept[:, -known.shape[1] :], known)
 
 
 def _is_alone_of(kept: Tensor | None, own: tuple[int, ...], others: tuple[int, ...] | None) -> bool:

@@ -108,3 +108,42 @@ def test_padding_of_an_encoder_of_which_a_decoder_is_told_its_own_alone(steps: i
     for name, x in layer_inputs(model, data, list(kept)).items():
         x = x[kept[name].flatten().repeat(4)]
         assert lost(result.components[name], x) < 1e-6, name
+
+
+class Prefixed(nn.Module):
+    """Reads vectors in front of a text, of which some are padding, too."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Attention(), Attention()])
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x, mask=mask)
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.layers, self.last = nn.Embedding(96, 16), self.Blocks(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, mask: Tensor, front: Tensor, front_mask: Tensor) -> Tensor:
+        x = torch.cat([front, self.words(x)], 1)
+        return self.last(self.layers(x, torch.cat([front_mask, mask], 1)))
+
+
+def test_padding_of_what_stands_in_front_of_a_text_that_has_some() -> None:
+    generator = torch.Generator().manual_seed(1)
+    front = torch.arange(4) < torch.tensor([2, 4, 1])[:, None]
+    data = [
+        {"x": b["ids"], "mask": KEPT, "front": torch.randn(3, 4, 16, generator=generator)}
+        | {"front_mask": front}
+        for b in batches()
+    ]
+    names = [f"layers.blocks.{i}.{part}" for i in range(2) for part in ("to_q", "to_out")]
+    model, rows = Prefixed().eval(), torch.cat([front, KEPT], 1).flatten().repeat(4)
+    result = run(model, data, lora(tau=1.0, target_modules=[*names, "last"]), **EXACT)
+    for name, x in layer_inputs(model, data, [*names, "last"], masked=False).items():
+        assert lost(result.components[name], x[rows]) < 1e-6, name
+    assert result.tokens == int(rows.sum())
