@@ -84,7 +84,9 @@ def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:
     decompose([batch])
     bases: list[Tensor] = []
     for chunk in batch.chunks:
-        bases += batch.rows(chunk)[1].to(batch.dtype).unbind(0)
+        # Each in memory of its own: where it begins decides by which way BLAS multiplies by it, and
+        # so the bits, which a stream that was restored is to have, too.
+        bases += [rows.to(batch.dtype, copy=True) for rows in batch.rows(chunk)[1]]
     numbers = Numbers.of(*_host.read([batch.scalars, batch.found.told]))
     if not batch.free:  # where they are, this was done before rounding
         for i in numbers.uneven.nonzero()[0].tolist():

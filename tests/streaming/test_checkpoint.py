@@ -109,6 +109,25 @@ def test_goes_on_with_the_same_bits(
     assert differing(stream.spectrum(), copy.spectrum()) == []
 
 
+@pytest.mark.parametrize(("size", "dtype"), KINDS)
+def test_streams_that_were_folded_together_go_on_with_the_same_bits(
+    size: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    streams = [make_stream(*size, backend="torch", dtype=dtype) for _ in range(4)]
+    for x in tokens_of(size[0], [40, 17], dtype):
+        for i, stream in enumerate(streams):
+            stream.add(x + i)
+        compare_streams(fold_streams(streams), [2] * 4, tau=0.9)
+    copies = [through_text(stream) for stream in streams]
+    for x in tokens_of(size[0], [1, 5, 30], dtype):  # of a single one a product by another way
+        for group in (streams, copies):
+            for i, stream in enumerate(group):
+                stream.add(x + i)
+            compare_streams(fold_streams(group), [2] * 4, tau=0.9)
+    for stream, copy in zip(streams, copies, strict=True):
+        assert differing(stream, copy) == []
+
+
 def test_the_sums_of_a_gram_stream_are_its_state() -> None:
     copy = through_text(brought_to("several steps", SIZES[0], method="gram"))
     assert copy.state is not None
