@@ -31,8 +31,9 @@ __all__ = [
 NOISE = 1e-12
 # Directions of the scaled (Q, Q) matrix below this eigenvalue carry no information about C.
 CUT = 1e-6
-# Eigenvalues below this share of the largest leave rows that need a second orthogonalisation.
-UNEVEN = 1e-6
+# Eigenvalues below this share of the largest leave rows that need a second orthogonalisation: they
+# miss it by up to ten to a hundred eps over that share, which is to be below what follows.
+UNEVEN = {torch.float32: 1e-6, torch.float64: 1e-3}
 # Where the overlaps of the new rows are known, rows are uneven if one is off by more than this:
 # below the rounding of a float32 basis, and a tenth of what a float64 basis is held to.
 LOOSE = {torch.float32: 1e-8, torch.float64: 1e-11}
@@ -115,7 +116,7 @@ def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dt
     uneven = rank < squares.shape[1]
     if free:
         # A row is orthogonal to the others only to eps times (largest / its own eigenvalue).
-        uneven |= squares.amin(1) < UNEVEN * squares[:, 0]
+        uneven |= squares.amin(1) < UNEVEN[dtype] * squares[:, 0]
     else:
         mixing, loose = _corrected(mixing, metric, alive)
         uneven |= loose > LOOSE[dtype]

@@ -99,6 +99,18 @@ def test_orthonormal_however_graded_the_spectrum(dtype: torch.dtype, count: int,
     assert orthonormality(stream.sketch.basis) <= TOLERANCES[dtype].orthonormal
 
 
+@pytest.mark.parametrize("decades", [2.8, 3.0, 3.3])
+@pytest.mark.parametrize("dtype", REAL)
+def test_orthonormal_after_steps_of_few_tokens(dtype: torch.dtype, decades: float):
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x * torch.logspace(0, -decades, 8, dtype=torch.float64)).to(dtype)
+    stream = make_stream(8, 6, width=6, dtype=dtype)
+    for tokens in x.split([3, 2, 2, 2]):
+        stream.add(tokens)
+        fold_streams([stream], final=True)
+        assert orthonormality(stream.sketch.basis) <= TOLERANCES[dtype].orthonormal
+
+
 @pytest.mark.parametrize("dtype", REAL)
 def test_count_mean_and_total(dtype: torch.dtype):
     x = with_spectrum(500, 64, decaying(64), offset=200.0, dtype=dtype)
