@@ -39,7 +39,7 @@ from eva_kernels.kernels import launch
 from eva_kernels.ops.sketch import sketch_workspace_bytes
 from eva_kernels.streaming import _host, state
 from eva_peft import calibrate, estimate, initialize
-from eva_peft.lora.adapters import wrap_model
+from eva_peft.lora.wrapping import wrap_model
 
 from . import fake_cuda
 from .common import save

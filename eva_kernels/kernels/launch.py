@@ -17,7 +17,21 @@ from types import MappingProxyType
 import torch
 from triton.language.extra import cuda
 
-__all__ = ["GRAM_TILES", "SKETCH_TILES", "Arch", "GramTiles", "SketchTiles", "Tile", "arch_of"]
+__all__ = [
+    "EARLY",
+    "GRAM_TILES",
+    "SKETCH_TILES",
+    "Arch",
+    "GramTiles",
+    "SketchTiles",
+    "Tile",
+    "arch_of",
+    "ceil_div",
+    "options",
+    "rows_of_a_thread",
+    "splits_to_fill",
+    "stages",
+]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from .. import _native
 from ..errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from ._dispatch import log_fallback
 
-__all__ = ["BACKENDS", "MAX_WIDTH", "eigh", "lapack_eigh"]
+__all__ = ["BACKENDS", "MAX_WIDTH", "eigh", "lapack_eigh", "widest"]
 
 BACKENDS = ("auto", "native", "torch")
 # What a block of a GPU can hold in shared memory; wider matrices fill the device without batching.
@@ -145,6 +145,7 @@ def _launch(module: ModuleType, matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def widest(device_index: int) -> int:
+    """Return the largest Q that a block of this GPU has shared memory for."""
     return int(_native.load("cuda").eigh_max_width(device_index))
 
 

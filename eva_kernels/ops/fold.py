@@ -20,6 +20,7 @@ from ..errors import EvaTypeError, EvaValueError
 from ._dispatch import define_operator
 
 __all__ = [
+    "HEAD",
     "MAX_WIDTH",
     "FoldLayers",
     "check_layers",

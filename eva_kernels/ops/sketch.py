@@ -24,7 +24,7 @@ from ._dispatch import (
     workspace_for,
 )
 
-__all__ = ["SketchInto", "sketch", "sketch_unchecked", "sketch_workspace_bytes"]
+__all__ = ["SketchInto", "device_arch", "sketch", "sketch_unchecked", "sketch_workspace_bytes"]
 
 
 @torch.no_grad()

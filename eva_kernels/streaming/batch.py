@@ -37,6 +37,7 @@ __all__ = [
     "chunk_bytes",
     "decompose",
     "head_of",
+    "stacked",
 ]
 
 # Layers go through a pass in chunks whose float64 basis stays below this many bytes. On a CPU the

@@ -54,7 +54,7 @@ from .wrapping import wrap_model
 if TYPE_CHECKING:
     from ..results.result import EvaResult
 
-__all__ = ["wrap_model", "write_result", "write_state_dict"]
+__all__ = ["write_result", "write_state_dict"]
 
 
 def write_result(

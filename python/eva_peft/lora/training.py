@@ -40,6 +40,8 @@ __all__ = [
     "NotInitializedWarning",
     "check_not_trained",
     "is_initialized",
+    "mark_initialized",
+    "mark_left",
     "watch",
 ]
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 from ..errors import EvaValueError
 from .files import sync
 
-__all__ = ["staged_folder"]
+__all__ = ["INDEX", "staged_folder"]
 
 # Without it nothing takes the folder for an adapter: the first to go, and the last to come.
 INDEX = "adapter_config.json"

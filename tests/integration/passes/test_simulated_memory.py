@@ -22,7 +22,7 @@ from bench.simulated_memory import (
     lora_config,
     rows_for_table,
 )
-from eva_peft.lora.adapters import wrap_model
+from eva_peft.lora.wrapping import wrap_model
 
 # What the initialisation of Llama-2-7B may take above a plain forward pass.
 BOUND = int(0.40 * GIB)
