@@ -380,7 +380,7 @@ FAULTS: dict[str, Fault] = {
     "model: a layer without a tensor": Fault(
         lambda s: eva_kernels.initialize(s.own(Odd()), s.data, lora(target_modules=["a"])),
         T,
-        "unsupported input type in layer a: .*prepare_layer_inputs_fn",
+        "unsupported input type in layer a, step 1: .*prepare_layer_inputs_fn",
     ),
     "model: complex inputs": Fault(
         lambda s: eva_kernels.initialize(s.own(Complex()), s.data, lora(target_modules=["a"])),

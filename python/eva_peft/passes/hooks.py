@@ -268,8 +268,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             if isinstance(x, Tensor):
                 return x
         raise EvaTypeError(
-            f"unsupported input type in layer {self.targets[i].name}: it was called without a "
-            "tensor; please provide a custom prepare_layer_inputs_fn"
+            f"unsupported input type in layer {self.targets[i].name}, step {self.step + 1}: it was "
+            "called without a tensor; please provide a custom prepare_layer_inputs_fn"
         )
 
     def _join(self, i: int, x: Tensor) -> Slot | None:
