@@ -19,6 +19,7 @@ from ..errors import EvaValueError, counted, listed
 from ..resume.checkpoint_file import checksum
 from ..surroundings.files import replacing
 from .layer_names import kinds_of
+from .report import explained_by_rank
 from .result import EvaResult
 
 __all__ = ["load_result", "save_result", "summary_text"]
@@ -107,9 +108,7 @@ def summary_text(result: EvaResult) -> str:
     lines = [f"{'layers':<{column}}{heads}"]
     for kind, names in kinds.items():
         ranks = [result.ranks[n] for n in names]
-        explained = [
-            float(result.explained_variance_ratio[n][: result.ranks[n]].sum()) for n in names
-        ]
+        explained = [explained_by_rank(result, n) for n in names]
         width = max(result.in_features[n] for n in names)
         span = f"{min(ranks)}-{max(ranks)}"
         lines.append(
