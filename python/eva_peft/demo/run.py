@@ -154,22 +154,19 @@ def measure_memory(quick: bool) -> dict[str, int]:
     command = [sys.executable, "-m", "eva_peft.demo", *["--quick"] * quick, "--measure"]
     # The children must find the packages where this process has found them.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    children = {
-        kind: subprocess.Popen(
-            [*command, kind],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for kind in ("plain", OURS, PEFT)
-    }
-    peaks = {}
-    for kind, child in children.items():
-        output, errors = child.communicate()
-        if child.returncode != 0:
-            raise RuntimeError(f"the memory of {kind!r} could not be measured: {errors[-2000:]}")
-        peaks[kind] = int(output.split()[-1])
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children, peaks = {}, {}
+    with contextlib.ExitStack() as stack:
+        for kind in ("plain", OURS, PEFT):
+            child = subprocess.Popen([*command, kind], env=environment, **pipes)
+            children[kind] = stack.enter_context(child)
+            stack.callback(child.kill)  # where one has failed, or at Ctrl-C
+        for kind, child in children.items():
+            output, errors = child.communicate()
+            if child.returncode != 0:
+                told = errors[-2000:]
+                raise RuntimeError(f"the memory of {kind!r} could not be measured: {told}")
+            peaks[kind] = int(output.split()[-1])
     return peaks
 
 

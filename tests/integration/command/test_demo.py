@@ -4,12 +4,14 @@ import copy
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 from rich.console import Console
 
-from eva_peft.demo import comparison, finetune, run_demo
+from eva_peft.demo import comparison, finetune, run, run_demo
 from eva_peft.demo.comparison import OURS, PEFT, QUICK, SAME
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -35,6 +37,29 @@ def test_it_writes_its_files(demo):
     assert json.loads((folder / "demo.json").read_text(encoding="utf-8")) == numbers
     for name in ("loss.png", "eva.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_process_is_left_where_the_memory_of_one_cannot_be_measured(tmp_path, monkeypatch):
+    script, made = tmp_path / "python", []
+    script.write_text('#!/bin/sh\ncase "$*" in *plain) echo no >&2; exit 1;; esac\nexec sleep 60\n')
+    script.chmod(0o755)
+    begin = subprocess.Popen
+
+    def noting(*command, **options):
+        made.append(begin(*command, **options))
+        return made[-1]
+
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(subprocess, "Popen", noting)
+    try:
+        with pytest.raises(RuntimeError, match="'plain' could not be measured: no"):
+            run.measure_memory(quick=True)
+        assert [child.poll() is None for child in made] == [False] * 3
+    finally:
+        for child in made:
+            child.kill()
+            child.wait()
+            child.stdout.close(), child.stderr.close()
 
 
 def test_the_page_needs_no_other_file(demo):
