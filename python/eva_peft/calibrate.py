@@ -104,7 +104,7 @@ class CalibrationPass:
         config: LoraConfig,
         options: CalibrateOptions,
         targets: list[Target],
-        processes: Processes | None = None,
+        processes: Processes | None,
     ) -> None:
         self.processes = processes
         self.model, self.config, self.options, self.targets = model, config, options, targets

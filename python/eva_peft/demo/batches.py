@@ -19,7 +19,6 @@ def source_blocks(
     length: int = 256,
     held_out: int = 24,
     limit_bytes: int = 600_000,
-    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut Python source code into blocks, some of them for evaluation.
 
@@ -28,17 +27,16 @@ def source_blocks(
         length: tokens of a block.
         held_out: blocks for the evaluation, at most.
         limit_bytes: of source text.
-        seed: of the choice of files and of the order of the blocks.
 
     Returns:
         Blocks to train on and blocks to evaluate on, (count, length) each, from different files.
     """
-    texts = source_texts(limit_bytes, seed)
+    texts = source_texts(limit_bytes)
     training_texts = [text for i, text in enumerate(texts) if i % 5]
     evaluation = _blocks(token_stream(tokenizer, texts[::5]), length)
     train = _blocks(token_stream(tokenizer, training_texts), length)
     # Neighbouring blocks come from one file: without shuffling a batch would be all one style.
-    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
+    train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
     picked = torch.linspace(0, len(evaluation) - 1, min(held_out, len(evaluation))).long()
     return train, evaluation[picked]
 

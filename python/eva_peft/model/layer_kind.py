@@ -54,7 +54,7 @@ class LayerKind(NamedTuple):
 
 
 @functools.cache
-def kind_of_layer(name: str, prefixes: tuple[str, ...] = ()) -> LayerKind:
+def kind_of_layer(name: str, prefixes: tuple[str, ...]) -> LayerKind:
     """Return what the name tells; asked for every layer of every batch.
 
     Args:
