@@ -266,13 +266,13 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     asked = config.target_modules
     found: Iterator[_Found]
     if carries_adapters(model):
+        own = adapter_configs(model)[adapter_name]
         found = _adapted(model, config, adapter_name)
     else:
-        config = resolved_config(model, config)
+        own = config = resolved_config(model, config)
         if isinstance(config.target_modules, set):
             config.target_modules = set(map(_unsharded, config.target_modules))
         found = _matching(model, config)
-    own = adapter_configs(model)[adapter_name] if carries_adapters(model) else config
     elsewhere = {_WITHIN.sub("", path) for path in tied_modules(model, own)}
     targets: list[Target] = []
     unsupported: list[str] = []
@@ -296,6 +296,11 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
             f"no layer to initialise: target_modules={asked!r} matches no linear layer of "
             f"{type(model).__name__}" + _suggest(model, unsupported, tied)
         )
+    _warn_of_others(unsupported, tied)
+    return targets
+
+
+def _warn_of_others(unsupported: list[str], tied: list[str]) -> None:
     if tied:
         warn(
             f"the adapter of {listed(tied)} keeps the default initialisation, as "
@@ -306,7 +311,6 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
             "EVA reads the inputs of linear layers and convolutions; these keep the default "
             f"initialisation: {listed(unsupported)}",
         )
-    return targets
 
 
 @dataclass(frozen=True)
