@@ -163,7 +163,7 @@ def _rows(
         torch.no_grad(),
         quiet_model(model),
     ):
-        run = _Look(model, config, options, targets)
+        run = _Look(model, config, options, targets, None)
         with run.collector:
             run.forward(run.ready(run.prepare(batch)))
         slots: list[Any] = run.collector.slots  # of what _Look makes in place of streams
