@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -40,6 +41,10 @@ _TEXT_LAST = frozenset(["cpmant", "flava", "git"])  # CPM-Ant has learnt prompts
 _BOTH = ("encoder", "decoder")
 # Methods that tell how many frames a model of speech makes of samples or of spectra.
 _FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+
+
+# What methods take that were asked for: parts of a model are, in every forward pass.
+_SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -251,10 +256,17 @@ def _parameter(module: nn.Module, name: str) -> Any:
 
 def signature_of(module: nn.Module) -> inspect.Signature | None:
     """Return what ``forward`` takes, if it tells."""
+    method = getattr(module.forward, "__func__", None)
+    known = None if method is None else _SIGNATURES.get(method)
+    if known is not None:
+        return known
     try:
-        return inspect.signature(module.forward)
+        found = inspect.signature(module.forward)
     except (TypeError, ValueError):
         return None
+    if method is not None:
+        _SIGNATURES[method] = found
+    return found
 
 
 def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from transformers import (
 
 from eva_kernels import EvaTypeError, EvaValueError
 from eva_peft.inputs.arguments import as_one_argument, by_name, check_known
+from eva_peft.model.architecture import signature_of
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
 IDS = 3 + torch.arange(8).reshape(2, 4)
@@ -434,3 +437,25 @@ def test_columns_of_text_stay_behind_unless_forward_names_them() -> None:
     batch = {"x": x, "style": "plain", "text": ["a"] * 40, "source": "a file", "scale": 2}
     run(Told(), iter([batch]), lora(target_modules=["lin"]))
     assert seen == [("plain", {"scale": 2})]
+
+
+def test_what_a_method_takes_is_looked_at_once_and_does_not_keep_it() -> None:
+    class Part(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return x
+
+    first, second = Part(), Part()
+    found = signature_of(first)
+    assert found is not None
+    assert list(found.parameters) == ["x", "mask"]
+    assert signature_of(second) is found
+    second.forward = lambda x: x
+    Part.forward = lambda self, a, b: a  # type: ignore[assignment]
+    for part, names in ((second, ["x"]), (first, ["a", "b"])):
+        now = signature_of(part)
+        assert now is not None
+        assert list(now.parameters) == names
+    method = weakref.ref(Part.forward)
+    del first, second, part, Part
+    gc.collect()
+    assert method() is None
