@@ -18,6 +18,8 @@ __all__ = ["with_other_padding"]
 # What may hold few values, or says where tokens are rather than what they are.
 _KEPT = ("label", "position", "token_type", "mask", "length", "index", "indices", "grid", "sizes")
 _SPECIAL = ("_token_id", "_token_index")
+# How names begin of what a decoder reads, and of its masks.
+_DECODERS = ("decoder_", "tgt", "trg", "target")
 
 
 def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
@@ -75,8 +77,11 @@ def _is_of(key: str, mask: str, value: Any) -> bool:
     """Tell whether a mask may be that of a part of a batch, by their names."""
     if not isinstance(value, Tensor) or value.dtype == torch.bool:
         return False
-    of_decoder = mask.startswith(("decoder_", "tgt_"))
-    return not any(word in key for word in _KEPT) and is_decoder_input(key) == of_decoder
+    return not any(word in key for word in _KEPT) and _is_decoders(key) == _is_decoders(mask)
+
+
+def _is_decoders(name: str) -> bool:
+    return name.startswith(_DECODERS) or is_decoder_input(name)
 
 
 def _with_noise(value: Tensor, places: Tensor) -> Tensor:
@@ -99,14 +104,16 @@ def _with_another_token(value: Tensor, places: Tensor, special: set[int]) -> Ten
 def _places(value: Tensor, padding: Tensor) -> Tensor | None:
     """Return where a part of a batch holds padding, bool in its shape, if a mask fits it.
 
-    (B, T) fits (B, T, ...) and sound with its features first, (B, F, T); (B, H, W) fits images with
-    their channels first, (B, C, H, W).
+    (B, T) fits (B, T, ...), sound with its features first, (B, F, T), and (T, B, ...) of what takes
+    the sequence first; (B, H, W) fits images with their channels first, (B, C, H, W).
     """
     size = padding.shape
     if value.shape[: padding.dim()] == size:
         shape = [*size, *[1] * (value.dim() - padding.dim())]
     elif value.dim() == padding.dim() + 1 and (value.shape[0], *value.shape[2:]) == tuple(size):
         shape = [size[0], 1, *size[1:]]
+    elif padding.dim() == 2 and value.shape[:2] == size[::-1]:
+        return _places(value, padding.mT)
     else:
         return None
     return padding.reshape(shape).expand(value.shape).to(value.device)

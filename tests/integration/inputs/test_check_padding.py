@@ -197,3 +197,20 @@ def test_special_tokens_do_not_become_padding() -> None:
     }
     changed, _ = with_other_padding(batch, model)
     assert set(changed["input_ids"][1, 3:].tolist()) <= {5, 8}
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_parts_of_a_transformer_of_torch_have_masks_of_their_own(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Transformer(16, 2, 1, 1, 32, batch_first=batch_first)
+    lengths = torch.tensor([[6, 5, 3], [6, 6, 5]])
+    hidden = [each[:, None] <= torch.arange(6) for each in lengths]
+    read = [torch.randn(3, 6, 16) for _ in hidden]
+    src, tgt = read if batch_first else (x.transpose(0, 1) for x in read)
+    masks = dict(zip(("src_key_padding_mask", "tgt_key_padding_mask"), hidden, strict=True))
+    batch = {"src": src, "tgt": tgt, **masks, "memory_key_padding_mask": hidden[0]}
+    found = eva_kernels.check_padding(model, batch, lora(target_modules=["linear1"]))
+    assert found.changed == ("src", "tgt")
+    assert not found.suspicious
+    assert [rows.padding for rows in found.layers.values()] == [4, 1]
