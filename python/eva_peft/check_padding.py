@@ -222,6 +222,7 @@ def _compared(before: _Rows, after: _Rows) -> LayerRows:
     length = marks.norm(dim=1)
     if marks.shape == others.shape:
         padding = (marks - others).norm(dim=1) > before.alike * length
+        others = others[padding]  # what is where it was is no other row
     else:
         padding = torch.ones_like(counted)
     change = 0.0

@@ -63,6 +63,17 @@ def test_padding_that_counts_is_found() -> None:
     assert float(change) > 0.5  # they are other tokens
 
 
+def test_padding_that_looks_as_the_end_of_each_text_is_found() -> None:
+    batch = text()
+    ends = batch["attention_mask"].sum(1, keepdim=True) - 1
+    batch["input_ids"][torch.arange(10) >= ends] = 2
+    found = eva_kernels.check_padding(make_llama(), batch, lora(), prepare_model_inputs_fn=None)
+    padding = int((batch["attention_mask"] == 0).sum())
+    assert {rows.padding_counted for rows in found.layers.values()} == {padding}
+    first = found.layers["model.layers.0.self_attn.q_proj"]
+    assert first.change > 0.5
+
+
 class Scattered(nn.Module):
     """Mixes up the tokens of a batch, which no mask can follow."""
 
