@@ -17,6 +17,7 @@ __all__ = ["with_other_padding"]
 
 # What may hold few values, or says where tokens are rather than what they are.
 _KEPT = ("label", "position", "token_type", "mask", "length", "index", "indices", "grid", "sizes")
+_OF_TOKENS = ("attention_mask", "decoder_attention_mask")
 _SPECIAL = ("_token_id", "_token_index")
 # How names begin of what a decoder reads, and of its masks.
 _DECODERS = ("decoder_", "tgt", "trg", "target")
@@ -39,13 +40,17 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
         return batch, []
     special = _special_tokens(model)
     changed: dict[str, Tensor] = {}
+    seen: set[str] = set()
     for name, padding in _paddings(whole).items():
         for key, value in whole.items():
             of_text = "input_ids" in whole and not is_of_images(name)
-            if key in changed or (of_text and is_of_images(key)) or not _is_of(key, name, value):
+            if key in seen or (of_text and is_of_images(key)) or not _is_of(key, name, value):
                 continue
             places = _places(value, padding)
             if places is None:
+                continue
+            seen.add(key)
+            if not places.any() or places.all():
                 continue
             if value.is_floating_point():
                 changed[key] = _with_noise(value, places)
@@ -62,11 +67,15 @@ def _special_tokens(model: nn.Module) -> set[int]:
 
 
 def _paddings(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what each mask of a batch says is padding, bool on the CPU, where there is any."""
+    """Return what each mask of a batch says is padding, bool on the CPU.
+
+    Those of tokens come first: by others, as of special tokens, something else is left out.
+    """
     masks = {k: v for k, v in batch.items() if "mask" in str(k) and isinstance(v, Tensor)}
     masks = {k: v.cpu() for k, v in masks.items() if v.dim() in (2, 3) and _is_of_ones(v)}
-    found = {k: v == 1 if k in PADDING_MASKS else v == 0 for k, v in masks.items()}
-    return {k: padding for k, padding in found.items() if padding.any() and not padding.all()}
+    of_tokens = [k for k in (*_OF_TOKENS, *PADDING_MASKS) if k in masks]
+    every = dict.fromkeys([*of_tokens, *masks])
+    return {k: masks[k] == 1 if k in PADDING_MASKS else masks[k] == 0 for k in every}
 
 
 def _is_of_ones(mask: Tensor) -> bool:

@@ -225,3 +225,14 @@ def test_the_parts_of_a_transformer_of_torch_have_masks_of_their_own(batch_first
     assert found.changed == ("src", "tgt")
     assert not found.suspicious
     assert [rows.padding for rows in found.layers.values()] == [4, 1]
+
+
+def test_what_says_where_special_tokens_are_tells_of_no_padding() -> None:
+    batch = text()
+    special = torch.zeros(4, 10).long().index_fill_(1, torch.tensor([0, 9]), 1)
+    changed, _ = with_other_padding({"special_tokens_mask": special, **batch}, make_llama())
+    moved = changed["input_ids"] != batch["input_ids"]
+    assert torch.equal(moved, batch["attention_mask"] == 0)
+    whole = {"input_ids": torch.arange(40).view(4, 10), "attention_mask": torch.ones(4, 10)}
+    _, names = with_other_padding({**whole, "special_tokens_mask": special}, make_llama())
+    assert not names
