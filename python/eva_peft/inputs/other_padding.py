@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..model.architecture import configs_of
 from .arguments import PADDING_MASKS, by_name, is_decoder_input
-from .batches import as_mapping
+from .batches import as_mapping, as_tensors
 from .media_masks import is_of_images
 
 __all__ = ["with_other_padding"]
@@ -26,6 +28,8 @@ _DECODERS = ("decoder_", "tgt", "trg", "target")
 def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
     """Return a batch whose padding has other contents, and the names of what was changed.
 
+    It is of the same kind; lists come as tensors.
+
     Whole numbers become one that is no padding and no special token, others get noise as large as
     what is no padding. A mask (of tokens, frames or pixels, by any name with ``mask`` in it) goes
     with all that has its shape, further dimensions aside, in the decoder with the decoder's.
@@ -35,16 +39,17 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
             else nothing is.
         model: tells the names of arguments, and which tokens are special.
     """
-    whole = as_mapping(by_name(batch, model))
-    if not isinstance(whole, Mapping):
+    named = as_mapping(by_name(batch, model))
+    if not isinstance(named, Mapping):
         return batch, []
+    whole = as_tensors(named)
     special = _special_tokens(model)
     changed: dict[str, Tensor] = {}
     seen: set[str] = set()
     for name, padding in _paddings(whole).items():
         for key, value in whole.items():
             of_text = "input_ids" in whole and not is_of_images(name)
-            if key in seen or (of_text and is_of_images(key)) or not _is_of(key, name, value):
+            if key in seen or (of_text and is_of_images(key)) or not _is_of(str(key), name, value):
                 continue
             places = _places(value, padding)
             if places is None:
@@ -56,7 +61,29 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
                 changed[key] = _with_noise(value, places)
             elif (other := _with_another_token(value, places, special)) is not None:
                 changed[key] = other
-    return {**whole, **changed}, list(changed)
+    parts = {key: _as_given(changed.get(key, whole[key]), part) for key, part in named.items()}
+    return _of_kind(batch, parts), list(map(str, changed))
+
+
+def _as_given(value: Any, part: Any) -> Any:
+    """Return a tensor as the tensor or array that it was made of."""
+    if isinstance(value, Tensor) and isinstance(part, (Tensor, np.ndarray)):
+        value = value.reshape(part.shape)
+        return value if isinstance(part, Tensor) else value.numpy()
+    return value
+
+
+def _of_kind(batch: Any, parts: dict[Any, Any]) -> Any:
+    """Return a batch as another one, which a user's function may take apart, of other parts."""
+    if isinstance(batch, (tuple, list)):
+        every = [*parts.values(), *batch[len(parts) :]]
+        return type(batch)(*every) if hasattr(batch, "_fields") else type(batch)(every)
+    if not isinstance(batch, Mapping):
+        return replace(batch, **parts)
+    try:
+        return type(batch)(parts)  # type: ignore[call-arg]
+    except TypeError:
+        return parts
 
 
 def _special_tokens(model: nn.Module) -> set[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BatchEncoding, BertConfig, BertModel
 
 import eva_kernels
 from bench.families import FAMILIES
@@ -236,3 +238,37 @@ def test_what_says_where_special_tokens_are_tells_of_no_padding() -> None:
     whole = {"input_ids": torch.arange(40).view(4, 10), "attention_mask": torch.ones(4, 10)}
     _, names = with_other_padding({**whole, "special_tokens_mask": special}, make_llama())
     assert not names
+
+
+@dataclass
+class Fields:
+    """A batch of somebody's own."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+BY_INDEX = {"forward_fn": lambda model, batch: model(batch[0], attention_mask=batch[1])}
+BY_FIELD = {
+    "forward_fn": lambda model, batch: model(batch.input_ids, attention_mask=batch.attention_mask)
+}
+KINDS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any]]] = {
+    "tuple": (lambda batch: tuple(batch.values()), BY_INDEX),
+    "dataclass": (lambda batch: Fields(**batch), BY_FIELD),
+    "encoding": (BatchEncoding, BY_FIELD),
+    "lists": (lambda batch: {k: v.tolist() for k, v in batch.items()}, {}),
+    "arrays": (lambda batch: {k: v.numpy() for k, v in batch.items()}, {}),
+    "a sample": (lambda batch: {k: v[0] for k, v in batch.items()}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_every_kind_are_looked_at(kind: str) -> None:
+    make, options = KINDS[kind]
+    batch = text()
+    found = eva_kernels.check_padding(make_llama(), make(batch), lora(), **options)
+    mask = batch["attention_mask"][: 1 if kind == "a sample" else None]
+    hidden = int((mask == 0).sum())
+    assert found.changed == ("input_ids",)
+    assert {(rows.rows, rows.padding) for rows in found.layers.values()} == {(mask.numel(), hidden)}
+    assert not found.suspicious
