@@ -310,7 +310,8 @@ def _is_mixed(batch: Mapping[str, Any]) -> bool:
         and value.dim() >= 2
         and value.shape not in (text.shape, text.shape[:2])  # weights of tokens, say
         for key, value in batch.items()
-        if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels") and "mask" not in key
+        if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels")
+        and "mask" not in str(key)
     )
 
 

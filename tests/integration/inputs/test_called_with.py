@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from eva_kernels import check_padding
 from integration.conftest import (
     VOCABULARY,
     check_shares,
@@ -452,3 +453,15 @@ def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, kind: str)
         own = "mask" if name.startswith("found") else "attention_mask"
         kept = torch.cat([b[own].bool().flatten() for b in batches])
         assert lost(result.components[name], x[kept]) < 1e-6, name
+
+
+def test_a_batch_whose_names_are_not_all_strings() -> None:
+    def forward(model: nn.Module, batch: Any) -> None:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+    numbered = [{**batch, 7: torch.ones(4, 3)} for batch in TEXTS]
+    result = run(make_llama(), numbered, Q_PROJ, forward_fn=forward, **EXACT)
+    expected = run(make_llama(), TEXTS, Q_PROJ, forward_fn=forward, **EXACT)
+    same(result, expected)
+    found = check_padding(make_llama(), numbered[0], Q_PROJ, forward_fn=forward)
+    assert found.changed == ("input_ids",)
