@@ -330,11 +330,15 @@ def _elsewhere(named: Mapping[str, Any]) -> Tensor | None:
 
 
 def _tell_apart(mask: TokenMask, named: Mapping[str, Any]) -> None:
-    """Let a mask know what is attended to, where that is as many tokens as there are of a part."""
+    """Let a mask know what is attended to, where that is as many tokens as there are of a part.
+
+    Of these nothing may be known.
+    """
     others = _elsewhere(named)
-    if others is None or mask.main is None or mask.encoder_decoder or len(mask.given) != 1:
+    if others is None or mask.encoder_decoder or len(mask.given) != 1:
         return
-    if mask.main.shape == mask.given[0].shape == others.shape[:2]:
+    own = mask.given[0].shape if mask.main is None else mask.main.shape
+    if own == mask.given[0].shape == others.shape[:2]:
         mask.attended = ref(others)
 
 
