@@ -51,12 +51,12 @@ def part_of(x: Tensor) -> Part | None:
 
     One token of each sample stands for all of it, as the first of BERT's.
     """
-    if x.dim() != 3 or x.shape[1] < 2 or x.is_contiguous():
+    if x.dim() != 3 or x.shape[1] < 2:
         return None
     sample, token, feature = x.stride()
-    size = x.untyped_storage().nbytes() // x.element_size()
     if feature != 1 or token < x.shape[2] or sample <= token * x.shape[1]:
         return None
+    size = x.untyped_storage().nbytes() // x.element_size()
     begin, aside = divmod(int(x.storage_offset()) % sample, token)
     if sample % token or size % sample or aside + x.shape[2] > token:
         return None

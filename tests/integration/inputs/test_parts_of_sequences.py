@@ -59,6 +59,14 @@ def test_padding_does_not_count_where_a_layer_reads_some_of_the_tokens(
     assert result.tokens == 4 * int(kept.sum())
 
 
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_the_same_of_a_single_text() -> None:
+    model, config = Retrieves(slice(1, None)).eval(), lora(target_modules=["vectors"])
+    data = [{name: value[1:2] for name, value in batch.items()} for batch in texts()]
+    result = run(model, data, config, trim_padding=False, **EXACT)
+    assert result.tokens == 4 * int(KEPT[1, 1:].sum())
+
+
 def test_a_draw_is_of_the_tokens_that_are_read() -> None:
     model, config = Retrieves(slice(1, None)).eval(), lora(target_modules=["vectors"])
     result = run(model, texts(), config, tokens_per_step=5, **EXACT)
@@ -84,6 +92,7 @@ def test_what_a_tensor_is_a_part_of() -> None:
     assert part_of(whole[:, 1:]) == Part(7, 1)
     assert part_of(whole[:, 2:-1]) == Part(7, 2)
     assert part_of(whole[1:, :-1]) == Part(7, 0)
+    assert part_of(whole[1:2, 1:]) == Part(7, 1)
     assert part_of(whole[..., 4:8][:, 3:]) == Part(7, 3)
     others = [whole, whole[1:], whole[..., 4:8], whole[:, 0], whole[:, 2:3], whole[:, ::2]]
     others += [whole.mT, whole.mT[:, 1:], whole[:1].expand(3, 7, 12)[:, 1:], whole[:, 1:].clone()]
