@@ -14,6 +14,7 @@ from ..model.architecture import configs_of
 from .arguments import PADDING_MASKS, by_name, is_decoder_input
 from .batches import as_mapping, as_tensors
 from .media_masks import is_of_images
+from .padding_told import ENDS_OF_PADDING, not_padding
 
 __all__ = ["with_other_padding"]
 
@@ -99,10 +100,19 @@ def _paddings(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     Those of tokens come first: by others, as of special tokens, something else is left out.
     """
     masks = {k: v for k, v in batch.items() if "mask" in str(k) and isinstance(v, Tensor)}
-    masks = {k: v.cpu() for k, v in masks.items() if v.dim() in (2, 3) and _is_of_ones(v)}
     of_tokens = [k for k in (*_OF_TOKENS, *PADDING_MASKS) if k in masks]
-    every = dict.fromkeys([*of_tokens, *masks])
-    return {k: masks[k] == 1 if k in PADDING_MASKS else masks[k] == 0 for k in every}
+    every = {k: _padding(k, masks[k].cpu()) for k in dict.fromkeys([*of_tokens, *masks])}
+    return {k: padding for k, padding in every.items() if padding is not None}
+
+
+def _padding(name: str, mask: Tensor) -> Tensor | None:
+    """Return where a mask says that there is padding, if it is understood."""
+    if name in PADDING_MASKS:
+        return mask != 0
+    if mask.dim() == 2 and name.endswith(ENDS_OF_PADDING):
+        kept = not_padding(mask)
+        return None if kept is None else ~kept
+    return mask == 0 if mask.dim() in (2, 3) and _is_of_ones(mask) else None
 
 
 def _is_of_ones(mask: Tensor) -> bool:

@@ -16,14 +16,14 @@ from .batch_mask import masks_of_both
 from .called_with import AroundCalls, named_arguments
 from .token_mask import TokenMask
 
-__all__ = ["PaddingTold", "parts_told"]
+__all__ = ["ENDS_OF_PADDING", "PaddingTold", "not_padding", "parts_told"]
 
 _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; maybe a mask
 # Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
 # other name mean is not known, but for those that have a row for all tokens, or one for each, as
 # (B, 1, T) and (B, T, T); those of these names may be (B, T), too.
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
-_PADDING = ("padding_mask", "pad_mask")
+ENDS_OF_PADDING = ("padding_mask", "pad_mask")
 _PLAIN = ("mask", "attn_mask", "context_mask")
 _TARGETS = ("tgt", "trg", "target")  # how names begin of what a decoder makes, beside "src"
 # How names end of how long the samples are, maybe as shares of the longest.
@@ -248,7 +248,7 @@ def _tells(name: str, value: Any) -> bool:
 
 
 def _is_known(name: str) -> bool:
-    return name in _SEEN or name.endswith(_PADDING)
+    return name in _SEEN or name.endswith(ENDS_OF_PADDING)
 
 
 def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
@@ -429,7 +429,7 @@ def _of_others(
 def _kept(name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
     if name.endswith(_LENGTHS):
         return _within(mask.cpu(), shape, sizes)
-    return _not_padding(mask) if name.endswith(_PADDING) else _seen(mask)
+    return not_padding(mask) if name.endswith(ENDS_OF_PADDING) else _seen(mask)
 
 
 def _within(lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
@@ -469,7 +469,7 @@ def _seen(mask: Tensor) -> Tensor | None:
     return kept if _in_every_sample(kept) else None
 
 
-def _not_padding(mask: Tensor) -> Tensor | None:
+def not_padding(mask: Tensor) -> Tensor | None:
     """Return which tokens a mask of padding keeps, bool (B, T), if it is understood.
 
     That padding is true, or -inf, is usual; where all of a sample would be padding, it is false.

@@ -272,3 +272,24 @@ def test_batches_of_every_kind_are_looked_at(kind: str) -> None:
     assert found.changed == ("input_ids",)
     assert {(rows.rows, rows.padding) for rows in found.layers.values()} == {(mask.numel(), hidden)}
     assert not found.suspicious
+
+
+class Told(nn.Module):
+    """Is told where its tokens are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+        return self.lin(x) * (padding_mask == 0)[..., None]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_true_is_padding_where_a_mask_says_so(additive: bool) -> None:
+    hidden = text()["attention_mask"] == 0
+    mask = torch.zeros(4, 10).masked_fill(hidden, -torch.inf) if additive else hidden
+    batch = {"x": torch.randn(4, 10, 16), "padding_mask": mask}
+    found = eva_kernels.check_padding(Told(), batch, lora(target_modules=["lin"]))
+    lin, count = found.layers["lin"], int(hidden.sum())
+    assert (lin.counted, lin.padding, lin.padding_counted) == (40 - count, count, 0)
