@@ -21,6 +21,8 @@ __all__ = ["with_other_padding"]
 # What may hold few values, or says where tokens are rather than what they are.
 _KEPT = ("label", "position", "token_type", "mask", "length", "index", "indices", "grid", "sizes")
 _OF_TOKENS = ("attention_mask", "decoder_attention_mask")
+# How names of masks begin that do not say of what they are.
+_OF_ANY = ("attention", "input", "key", "mask", "padding")
 _SPECIAL = ("_token_id", "_token_index")
 # How names begin of what a decoder reads, and of its masks.
 _DECODERS = ("decoder_", "tgt", "trg", "target")
@@ -33,7 +35,8 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
 
     Whole numbers become one that is no padding and no special token, others get noise as large as
     what is no padding. A mask (of tokens, frames or pixels, by any name with ``mask`` in it) goes
-    with all that has its shape, further dimensions aside, in the decoder with the decoder's.
+    with what begins with the same word, otherwise with all that has its shape, further dimensions
+    aside, in the decoder with the decoder's.
 
     Args:
         batch: a mapping, a dataclass, or arguments of ``forward``; not changed itself. Of anything
@@ -47,12 +50,15 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
     special = _special_tokens(model)
     changed: dict[str, Tensor] = {}
     seen: set[str] = set()
-    for name, padding in _paddings(whole).items():
-        for key, value in whole.items():
-            of_text = "input_ids" in whole and not is_of_images(name)
+    paddings = _paddings(whole)
+    own = {name: [key for key in whole if _is_named_as(str(key), name)] for name in paddings}
+    for name in sorted(paddings, key=lambda name: not own[name]):
+        of_text = "input_ids" in whole and not is_of_images(name)
+        for key in own[name] or whole:
+            value = whole[key]
             if key in seen or (of_text and is_of_images(key)) or not _is_of(str(key), name, value):
                 continue
-            places = _places(value, padding)
+            places = _places(value, paddings[name])
             if places is None:
                 continue
             seen.add(key)
@@ -117,6 +123,13 @@ def _padding(name: str, mask: Tensor) -> Tensor | None:
 
 def _is_of_ones(mask: Tensor) -> bool:
     return bool(((mask == 0) | (mask == 1)).all())
+
+
+def _is_named_as(key: str, mask: str) -> bool:
+    """Tell whether a part of a batch has a mask of its own, as a context or what is in memory."""
+    first = mask.partition("_")[0]
+    alike = mask.startswith(f"{key}_") or (first not in _OF_ANY and key.startswith(first))
+    return alike and not any(word in key for word in _KEPT)
 
 
 def _is_of(key: str, mask: str, value: Any) -> bool:

@@ -293,3 +293,20 @@ def test_true_is_padding_where_a_mask_says_so(additive: bool) -> None:
     found = eva_kernels.check_padding(Told(), batch, lora(target_modules=["lin"]))
     lin, count = found.layers["lin"], int(hidden.sum())
     assert (lin.counted, lin.padding, lin.padding_counted) == (40 - count, count, 0)
+
+
+def test_what_is_attended_to_has_the_mask_of_its_name() -> None:
+    seen = text()["attention_mask"].flip(0)
+    batch = {
+        **text(),
+        "context": torch.randn(4, 10, 3),
+        "context_mask": seen,
+        "encoder_hidden_states": torch.randn(4, 10, 3),
+        "encoder_attention_mask": seen,
+    }
+    changed, names = with_other_padding(batch, make_llama())
+    assert set(names) == {"input_ids", "context", "encoder_hidden_states"}
+    for name in names:
+        moved = (changed[name] != batch[name]).reshape(4, 10, -1).any(-1)
+        mask = batch["attention_mask"] if name == "input_ids" else seen
+        assert torch.equal(moved, mask == 0), name
