@@ -18,7 +18,7 @@ from .fits import longest_of
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask
 
-__all__ = ["mask_of_batch", "masks_of_both"]
+__all__ = ["mask_of_batch", "masks_of_both", "token_mask"]
 
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
@@ -60,10 +60,10 @@ def mask_of_batch(
     both = "decoder_attention_mask" in batch or gives_decoder_inputs(batch)
     both = both or architecture.encoder_decoder
     main, decoder, longest = _text_masks(batch, config, architecture, both, warned)
-    from_elsewhere = (_token_mask(v) for k, v in batch.items() if _GIVEN.search(str(k)))
+    from_elsewhere = (token_mask(v) for k, v in batch.items() if _GIVEN.search(str(k)))
     given = [mask for mask in from_elsewhere if mask is not None]
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
-    queries = _token_mask(batch.get("qformer_attention_mask"))
+    queries = token_mask(batch.get("qformer_attention_mask"))
     mask = TokenMask(
         main,
         decoder,
@@ -74,7 +74,7 @@ def mask_of_batch(
         window=architecture.window,
         frame_lengths=architecture.frame_lengths,
         text_first=False if _PATCHES in batch else architecture.text_first,
-        beside=next((_token_mask(batch[key]) for key in _BESIDE if key in batch), None),
+        beside=next((token_mask(batch[key]) for key in _BESIDE if key in batch), None),
         queries=main if queries is None and architecture.text_in_qformer else queries,
         sound=sound_mask(batch),
         pixels=pixel_masks(batch),
@@ -105,7 +105,7 @@ def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     both.
     """
     own, mask = batch.get("hidden_states"), batch.get("attention_mask")
-    given, kept = batch.get("encoder_hidden_states"), _token_mask(mask)
+    given, kept = batch.get("encoder_hidden_states"), token_mask(mask)
     if kept is None or not isinstance(own, Tensor) or not isinstance(given, Tensor):
         return batch
     of_both = masks_of_both(kept, tuple(own.shape[:2]), tuple(given.shape[:2]))
@@ -164,7 +164,7 @@ def _others(batch: Mapping[str, Any], known: Sequence[Tensor]) -> list[Tensor]:
         named = bool(known) and _OTHERS.search(str(key)) is not None
         if not named or not isinstance(value, Tensor) or value.dim() != 2:  # others are of pixels
             continue
-        mask = _token_mask(value)
+        mask = token_mask(value)
         alike = any(value.shape == other.shape for other in known)
         if mask is not None and not alike and (key == _BOTH or bool(mask[:, :1].all())):
             found.append(mask)
@@ -186,7 +186,7 @@ def _text_masks(
         both: there is an encoder and a decoder.
     """
     main = _attention_mask(batch, warned)
-    decoder = _token_mask(batch.get("decoder_attention_mask"))
+    decoder = token_mask(batch.get("decoder_attention_mask"))
     if both:
         samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
@@ -282,7 +282,7 @@ def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None
     if isinstance(ids, Tensor) and ids.dim() == 3 and given.shape == ids.shape:
         given = given.flatten(0, 1)  # samples have choices, which the model runs as samples
     shape = _token_shape(batch, None) or (0, 0)
-    mask = _token_mask(given, _cached(batch), shape[-1])
+    mask = token_mask(given, _cached(batch), shape[-1])
     if mask is None and "attention_mask" not in warned:
         warned.add("attention_mask")
         warn(
@@ -321,7 +321,7 @@ def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
-def _token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
+def token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
     """Return the tokens that a mask keeps, bool (B, T).
 
     A mask over pairs, (B, T, T) or (B, heads or 1, T or 1, S), says which token sees which. A token

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..model.architecture import configs_of
 from .arguments import PADDING_MASKS, by_name, is_decoder_input
+from .batch_mask import token_mask
 from .batches import as_mapping, as_tensors
 from .media_masks import is_of_images
 from .padding_told import ENDS_OF_PADDING, not_padding
@@ -115,6 +116,9 @@ def _padding(name: str, mask: Tensor) -> Tensor | None:
     """Return where a mask says that there is padding, if it is understood."""
     if name in PADDING_MASKS:
         return mask != 0
+    if name in _OF_TOKENS:
+        kept = token_mask(mask)
+        return None if kept is None else ~kept
     if mask.dim() == 2 and name.endswith(ENDS_OF_PADDING):
         kept = not_padding(mask)
         return None if kept is None else ~kept

@@ -310,3 +310,18 @@ def test_what_is_attended_to_has_the_mask_of_its_name() -> None:
         moved = (changed[name] != batch[name]).reshape(4, 10, -1).any(-1)
         mask = batch["attention_mask"] if name == "input_ids" else seen
         assert torch.equal(moved, mask == 0), name
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_masks_of_pairs_and_additive_ones_tell_of_padding(pairs: bool, additive: bool) -> None:
+    batch = text()
+    mask = batch["attention_mask"] != 0
+    seen = mask[:, None, None].expand(4, 1, 10, 10).tril() if pairs else mask
+    hidden = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    batch["attention_mask"] = hidden if additive else seen
+    changed, names = with_other_padding(batch, make_llama())
+    assert names == ["input_ids"]
+    assert torch.equal(changed["input_ids"] != batch["input_ids"], ~mask)
+    if pairs:
+        assert not eva_kernels.check_padding(make_llama(), batch, lora()).suspicious
