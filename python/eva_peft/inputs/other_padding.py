@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import EvaValueError
 from ..model.architecture import configs_of
 from .arguments import PADDING_MASKS, by_name, is_decoder_input
 from .batch_mask import token_mask
@@ -47,7 +48,10 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
     named = as_mapping(by_name(batch, model))
     if not isinstance(named, Mapping):
         return batch, []
-    whole = as_tensors(named)
+    try:
+        whole = as_tensors(named)
+    except EvaValueError:  # samples that a user's function pads
+        return batch, []
     special = _special_tokens(model)
     changed: dict[str, Tensor] = {}
     seen: set[str] = set()

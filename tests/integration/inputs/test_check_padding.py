@@ -159,6 +159,9 @@ def test_without_padding_there_is_nothing_to_prove() -> None:
         eva_kernels.check_padding(make_llama(), batch, lora())
     with pytest.raises(EvaError, match="take one with padding"):
         eva_kernels.check_padding(make_mlp(), torch.randn(8, 24), lora(target_modules=["0"]))
+    ragged, options = {"input_ids": [[5, 6, 7], [8, 9]]}, {"forward_fn": lambda *_: None}
+    with pytest.raises(EvaValueError, match="pass the same batch with other contents"):
+        eva_kernels.check_padding(make_llama(), ragged, lora(), **options)
 
 
 def test_nothing_is_left_behind() -> None:
