@@ -142,6 +142,7 @@ class TokenMask:
         found.masks = (*told.given, *self.masks)
         found._texts, found._fits, found._kept = {}, {}, {}
         found._picked, found.of_parts = (None, "", None), False
+        found.attended = found._alone = None  # it is told apart anew
         return found.with_others([*told.others, *self.others])
 
     def behind(self, told: TokenMask, of_text: bool) -> TokenMask:
