@@ -75,8 +75,9 @@ demo: $(READY)
 
 # The variable: no test may be skipped for want of a package, all of them are installed. By file: what
 # a file prepares once is prepared once.
+# A process for each core: threads of their own would only wait for each other.
 test: $(READY)
-	EVA_TESTS_HAVE_ALL_EXTRAS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 EVA_TESTS_HAVE_ALL_EXTRAS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
@@ -147,7 +148,8 @@ def check_padding(
             )
     before, after = (_rows(inner, each, chosen, parsed) for each in (batch, changed))
     none = _Rows(1)  # of a layer that is not called where padding has other contents
-    layers = {name: _compared(seen, after.get(name, none)) for name, seen in before.items()}
+    compared = functools.cache(_compared)  # layers that share an input have the same rows
+    layers = {name: compared(seen, after.get(name, none)) for name, seen in before.items()}
     return PaddingCheck(layers, tuple(names))
 
 
