@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -46,7 +46,10 @@ from .surroundings.interrupts import completed
 from .surroundings.memory import PeakMemory, is_out_of_memory
 from .surroundings.random_state import random_state_kept
 
-__all__ = ["CalibrationPass", "run_pass"]
+__all__ = ["CalibrationPass", "run_pass", "with_pass"]
+
+P = TypeVar("P", bound="CalibrationPass")
+T = TypeVar("T")
 
 
 def run_pass(
@@ -70,23 +73,44 @@ def run_pass(
     """
     processes = processes_of(model, options.group)
     with beginning(processes):
-        check_loaded(model)
-        targets = find_targets(model, config, options.adapter_name)
-        with (
-            claimed(model),
-            random_state_kept(),
-            # shared inputs are told apart by tensor versions, which inference mode does not count
-            torch.inference_mode(False),
-            torch.no_grad(),
-            quiet_model(model),
-        ):
-            run = CalibrationPass(model, config, options, targets, processes)
-            try:
-                return run.run(loader)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise explained(run, error) from error
+        return with_pass(
+            CalibrationPass, model, config, options, processes, lambda run: run.run(loader)
+        )
+
+
+def with_pass(
+    kind: type[P],
+    model: nn.Module,
+    config: LoraConfig,
+    options: CalibrateOptions,
+    processes: Processes | None,
+    use: Callable[[P], T],
+) -> T:
+    """Return what is found with a pass, around which the model and the world are quiet.
+
+    Args:
+        kind: of the pass.
+        model, config, options: see :func:`run_pass`.
+        processes: those that share the pass, if there are several.
+        use: what is done with the pass.
+    """
+    check_loaded(model)
+    targets = find_targets(model, config, options.adapter_name)
+    with (
+        claimed(model),
+        random_state_kept(),
+        # shared inputs are told apart by tensor versions, which inference mode does not count
+        torch.inference_mode(False),
+        torch.no_grad(),
+        quiet_model(model),
+    ):
+        run = kind(model, config, options, targets, processes)
+        try:
+            return use(run)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explained(run, error) from error
 
 
 class CalibrationPass:

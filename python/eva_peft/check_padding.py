@@ -14,17 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ._peft_compat import LoraConfig
-from .calibrate import CalibrationPass
+from .calibrate import CalibrationPass, with_pass
 from .errors import EvaValueError
 from .initialize import chosen_config
 from .inputs.other_padding import with_other_padding
-from .model.checks import check_loaded
 from .model.divided import check_undivided
-from .model.targets import Target, find_targets, unwrap
+from .model.targets import Target, unwrap
 from .options import CalibrateOptions
-from .passes.world import claimed, quiet_model
 from .results.layer_names import kinds_of
-from .surroundings.random_state import random_state_kept
 
 __all__ = ["LayerRows", "PaddingCheck", "check_padding"]
 
@@ -136,7 +133,6 @@ def check_padding(
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs({**options, **_FORCED})
     check_undivided(inner)
-    check_loaded(inner)
     chosen = chosen_config(inner, config, parsed)
     names: list[str] = []
     if changed is None:
@@ -157,19 +153,14 @@ def _rows(
     model: nn.Module, batch: Any, config: LoraConfig, options: CalibrateOptions
 ) -> dict[str, _Rows]:
     """Run the model on a batch; return what each layer has read, by its name."""
-    targets = find_targets(model, config, options.adapter_name)
-    with (
-        claimed(model),
-        random_state_kept(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        quiet_model(model),
-    ):
-        run = _Look(model, config, options, targets, None)
+
+    def look(run: _Look) -> dict[str, _Rows]:
         with run.collector:
             run.forward(run.ready(run.prepare(batch)))
         slots: list[Any] = run.collector.slots  # of what _Look makes in place of streams
-        return {targets[i].name: slot.stream for slot in slots for i in slot.members}
+        return {run.targets[i].name: slot.stream for slot in slots for i in slot.members}
+
+    return with_pass(_Look, model, config, options, None, look)
 
 
 class _Look(CalibrationPass):

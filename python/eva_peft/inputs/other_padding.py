@@ -16,7 +16,7 @@ from .arguments import PADDING_MASKS, by_name, is_decoder_input
 from .batch_mask import token_mask
 from .batches import as_mapping, as_tensors
 from .media_masks import is_of_images
-from .padding_told import ENDS_OF_PADDING, not_padding
+from .padding_told import ENDS_OF_PADDING, TARGETS, not_padding
 
 __all__ = ["with_other_padding"]
 
@@ -27,7 +27,7 @@ _OF_TOKENS = ("attention_mask", "decoder_attention_mask")
 _OF_ANY = ("attention", "input", "key", "mask", "padding")
 _SPECIAL = ("_token_id", "_token_index")
 # How names begin of what a decoder reads, and of its masks.
-_DECODERS = ("decoder_", "tgt", "trg", "target")
+_DECODERS = ("decoder_", *TARGETS)
 
 
 def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:

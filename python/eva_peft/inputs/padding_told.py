@@ -16,7 +16,7 @@ from .batch_mask import masks_of_both
 from .called_with import AroundCalls, named_arguments
 from .token_mask import TokenMask
 
-__all__ = ["ENDS_OF_PADDING", "PaddingTold", "not_padding", "parts_told"]
+__all__ = ["ENDS_OF_PADDING", "TARGETS", "PaddingTold", "not_padding", "parts_told"]
 
 _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; maybe a mask
 # Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
@@ -25,7 +25,7 @@ _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; 
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 ENDS_OF_PADDING = ("padding_mask", "pad_mask")
 _PLAIN = ("mask", "attn_mask", "context_mask")
-_TARGETS = ("tgt", "trg", "target")  # how names begin of what a decoder makes, beside "src"
+TARGETS = ("tgt", "trg", "target")  # how names begin of what a decoder makes, beside "src"
 # How names end of how long the samples are, maybe as shares of the longest.
 _LENGTHS = ("lengths", "length", "lens", "_len")
 # In the names of what comes from elsewhere, to be attended to, and of its mask.
@@ -368,14 +368,14 @@ def _told(
             continue
         mask = mask >= 0 if name == _SEQUENCES and mask.dtype != torch.bool else mask
         kept = _kept(name, mask, shape, sizes)
-        of_own = "self" in name or name.startswith(("src", *_TARGETS))
+        of_own = "self" in name or name.startswith(("src", *TARGETS))
         if unclear and not of_own and not _is_alone_of(kept, shape, elsewhere):
             told = {**(_of_others(kept, shape, elsewhere) if name in _SEEN else {}), **told}
         elif kept is not None and _is_telling(name, mask, kept, within):
             attended = _is_elsewhere(name) or name.startswith("src")
             if attended and (elsewhere is not None or name in _SEEN):
                 told = {"encoder_attention_mask": kept, **told}
-            elif elsewhere is None and name.startswith(_TARGETS):  # the model's, of both its parts
+            elif elsewhere is None and name.startswith(TARGETS):  # the model's, of both its parts
                 told["decoder_attention_mask"] = kept
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept

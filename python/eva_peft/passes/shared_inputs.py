@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from operator import is_
 
 from torch import Tensor
 
 from eva_kernels.streaming import InputStream
 
+from ..inputs.fits import are_same
 from ..inputs.token_mask import TokenMask
 
 __all__ = ["Seen", "Slot"]
@@ -42,7 +42,7 @@ class Seen:
     def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
         """Tell whether x is that tensor, and the same of its tokens count."""
         now, then = mask.masks, self._counting
-        alike = now is then or (len(now) == len(then) and all(map(is_, now, then)))
+        alike = now is then or are_same(now, then)
         return alike and self.is_same(x)
 
     def take(self) -> tuple[Tensor, TokenMask] | None:

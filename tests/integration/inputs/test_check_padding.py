@@ -10,13 +10,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding, BertConfig, BertModel
+from transformers import BatchEncoding
 
 import eva_kernels
 from bench.families import FAMILIES
 from eva_kernels import EvaError, EvaValueError
 from eva_peft.inputs.other_padding import with_other_padding
-from integration.conftest import hooks_of, lora, make_llama, make_mlp, same_state, state_of
+from integration.conftest import (
+    hooks_of,
+    lora,
+    make_bert,
+    make_llama,
+    make_mlp,
+    same_state,
+    state_of,
+)
 
 # Their models let tokens see padding: as the position that stands for the sentence, and by the
 # convolutions over the edge of a sound.
@@ -81,18 +89,7 @@ class Scattered(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bert = BertModel(
-            BertConfig(
-                vocab_size=64,
-                hidden_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                intermediate_size=32,
-                max_position_embeddings=32,
-            ),
-            add_pooling_layer=False,
-        )
-        self.head = nn.Linear(16, 4)
+        self.bert, self.head = make_bert(), nn.Linear(32, 4)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
