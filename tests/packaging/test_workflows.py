@@ -173,7 +173,7 @@ def test_make_test_has_every_package_and_skips_for_none(monkeypatch: pytest.Monk
         ["make", "-n", "-o", ".venv/.ready", "test"], cwd=ROOT, capture_output=True, text=True
     )
     assert re.search(
-        rf"^{extras.ALL_INSTALLED}=1 \S+python -m pytest .*--dist loadfile$",
+        rf"^OMP_NUM_THREADS=1 {extras.ALL_INSTALLED}=1 \S+python -m pytest .*--dist loadfile$",
         told.stdout,
         re.MULTILINE,
     )
