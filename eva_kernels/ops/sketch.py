@@ -58,7 +58,8 @@ def sketch(
         EvaRuntimeError: an explicit backend that cannot run.
 
     Numerics: Triton's error relative to the norm of the products is at most 1e-5 (``"high"``) and
-        5e-3 (``"fast"``), with outliers and offsets of 800 too. The same bits for the same input.
+        5e-3 (``"fast"``) with a pivot near the mean, however large outliers and mean are. The same
+        bits for the same input.
     Cost: ``4 N D Q`` flops, on tensor cores twice that for bfloat16 tokens at ``"high"``, three
         times for float16 and float32; X is read once from memory and once from the L2 cache.
     """

@@ -134,7 +134,7 @@ class CalibrationPass:
         self.model, self.config, self.options, self.targets = model, config, options, targets
         self.eva = eva_of(config)
         self.plan = plan_targets(model, targets, self.eva.rho, options)
-        self.device = batches.model_device(model)
+        self.device = device_of(model) or torch.device("cpu")  # inputs go there
         self.sharded = is_sharded(model)
         self.architecture = architecture_of(model)
         self.forwards = self.steps = self.tokens = 0

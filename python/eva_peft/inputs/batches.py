@@ -20,7 +20,6 @@ __all__ = [
     "as_mapping",
     "as_tensors",
     "iterate",
-    "model_device",
     "shape_of",
     "size_of",
     "to_device",
@@ -87,14 +86,6 @@ def iterate(
             # accelerate takes one that is left for that of the training, and steps the optimizer
             # as at its last batch
             loader.end()
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Return the device of the first weight that is not on meta (inputs go there)."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    return torch.device("cpu")
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
