@@ -237,7 +237,8 @@ def _compare(
             continue
         bases = [sketch.basis for sketch in batch.sketches]
         if batch.dtype != torch.float32:
-            bases = [basis[:k].float() for basis, k in zip(bases, counts, strict=True)]
+            most = max(counts)  # of the first, too, though it may have kept none
+            bases = [basis[:most].float() for basis in bases]
         parts[batch.device].append((rows.float(), bases, counts))
     return {device: cosines(*zip(*groups, strict=True)) for device, groups in parts.items()}
 

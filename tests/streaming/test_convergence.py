@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from eva_kernels.streaming import InputStream, _host, compare_streams, leading_similar
+from eva_kernels.streaming import (
+    InputStream,
+    _host,
+    compare_streams,
+    fold_streams,
+    leading_similar,
+)
 from helpers import decaying, feed, make_stream, with_spectrum
 
 D, K = 24, 6
@@ -73,3 +79,20 @@ def test_a_direction_that_is_new_has_a_cosine_of_nothing(seed: int) -> None:
     compare_streams([stream], [K], tau=0.5, criterion="subspace")
     assert stream.similarity == pytest.approx(0, abs=1e-3)
     assert not stream.converged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_a_stream_that_begins_later_is_folded_with_the_others(
+    method: str, dtype: torch.dtype
+) -> None:
+    x = with_spectrum(100, D, decaying(D), dtype=dtype)
+    late, early = (make_stream(D, K, method=method, dtype=dtype) for _ in range(2))
+    before = feed(early, [x]).sketch.basis[:K].clone()
+    for stream in (late, early):
+        stream.add(x)
+    folded = fold_streams([late, early])
+    compare_streams(folded, [K] * 2, tau=0.9)
+    assert late.similarity is None
+    turned = (before * early.sketch.basis[:K]).sum(1).abs().min()
+    assert early.similarity == pytest.approx(float(turned), abs=1e-5)
