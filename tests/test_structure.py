@@ -2,12 +2,14 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import eva_kernels
 
@@ -279,3 +281,14 @@ def test_import_is_light() -> None:
     assert heavy == []
     assert not cuda
     assert seconds < 2.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is skipped where there is a GPU")
+def test_a_folder_that_is_named_as_a_marker_is_none(tmp_path: Path) -> None:
+    folder = tmp_path / "gpu"
+    folder.mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", folder)
+    (folder / "test_one.py").write_text("def test_one(): pass\n", "utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_one.py"]
+    told = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+    assert "1 passed" in told
