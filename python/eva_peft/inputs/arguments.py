@@ -38,6 +38,10 @@ PADDING_MASKS = {
     "tgt_key_padding_mask": "decoder_attention_mask",
     "memory_key_padding_mask": "encoder_attention_mask",
 }
+# What a decoder reads: in transformers, in what is written after torch's models, in fairseq.
+_DECODER_INPUT = re.compile(
+    r"(decoder|dec)_input|(tgt|trg)(_(seq|tokens|ids|in|inputs?|input_ids))?$|prev_output_tokens$"
+)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -253,4 +257,4 @@ def gives_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
 
 def is_decoder_input(name: Any) -> bool:
     """Tell whether an argument is what a decoder reads, by its name."""
-    return str(name).startswith(("decoder_input", "dec_input"))
+    return _DECODER_INPUT.match(str(name)) is not None

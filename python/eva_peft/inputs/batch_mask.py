@@ -263,7 +263,8 @@ def _every_step(batch: Mapping[str, Any], samples: int) -> Tensor | None:
     if not isinstance(steps, Tensor) or steps.dim() < 2:
         return None
     every = torch.ones(steps.shape[:2], dtype=torch.bool, device="cpu")
-    return every[:samples] if _are_codes(every, samples) else every
+    sequence_first = every.shape[1] == samples
+    return every[:samples] if _are_codes(every, samples) and not sequence_first else every
 
 
 def _are_codes(steps: Tensor, samples: int) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._peft_compat import base_of
 from ..model.architecture import signature_of
-from .arguments import PADDING_MASKS
+from .arguments import PADDING_MASKS, is_decoder_input
 from .batch_mask import masks_of_both
 from .called_with import AroundCalls, named_arguments
 from .token_mask import TokenMask
@@ -210,7 +210,8 @@ class PaddingTold(AroundCalls):
         if not before or any(each() is None for each in before):  # its id is maybe another's now
             told = _told(masks, shape, elsewhere, sizes, within)
             beside = {name: value for name, value in named.items() if "mask" not in name}
-            beside = beside if _TEXT & beside.keys() else {}  # images beside the text, for one
+            if not _TEXT & beside.keys():  # beside which there may be images, for one
+                beside = _of_decoder(beside)
             mask = self._quiet_mask({**beside, **told}, shape) if told else None
             self._known[key] = [ref(each) for each in telling.values()], mask
         return mask
@@ -308,6 +309,12 @@ def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
     packed = (v[0] for v in own.values() if isinstance(v, (tuple, list)) and v)
     every = (*own.values(), *packed)
     return next((tuple(value.shape[:2]) for value in every if _are_tokens(value)), ())
+
+
+def _of_decoder(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a decoder reads, behind the tokens of an encoder."""
+    own = [key for key, value in named.items() if _are_tokens(value) and not _is_elsewhere(key)]
+    return {key: named[key] for key in own[1:] if is_decoder_input(key)}
 
 
 def _are_tokens(value: Any) -> bool:

@@ -35,6 +35,8 @@ _READS_QUERIES = re.compile(
 )
 # Parts that read text themselves, so that what their cross attention reads beside it is none.
 _IN_TEXT = re.compile(r"text_(model|encoder|decoder|layers)|language_model|gated_cross_attn")
+_IN_ENCODER = re.compile(r"encoder|(^|\.)enc(\.|$)")
+_IN_DECODER = re.compile(r"decoder|(^|\.)dec(\.|$)")
 _READS_SOUND = re.compile(r"audio|speech|sound|acoustic|semantic_tokenizer")
 
 
@@ -69,8 +71,8 @@ def kind_of_layer(name: str, prefixes: tuple[str, ...]) -> LayerKind:
         reads_no_text=bool(_READS_NO_TEXT.search(name)) and not _READS_TEXT.search(name),
         reads_sound=bool(_READS_SOUND.search(name)),
         reads_queries=bool(_READS_QUERIES.search(name)),
-        in_encoder="encoder" in name,
-        in_decoder="decoder" in name,
+        in_encoder=bool(_IN_ENCODER.search(name)),
+        in_decoder=bool(_IN_DECODER.search(name)),
         in_qformer="qformer" in name,
         in_text=bool(_IN_TEXT.search(name)),
         in_projector=bool(_PROJECTOR.search(name)),

@@ -236,3 +236,45 @@ def test_what_parts_within_are_told_is_known_behind_the_one_around() -> None:
     for name, x in layer_inputs(model, data, names, masked=False).items():
         kept = KEPT if name == "encoder.before" else frames
         assert lost(result.components[name], x[kept.flatten().repeat(4)]) < 1e-6, name
+
+
+class Translates(nn.Module):
+    """Is told of padding in its source alone."""
+
+    def __init__(self, along: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.along, self.words = along, nn.Embedding(VOCABULARY, 16)
+        self.enc, self.dec = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_lengths: Tensor | None = None,
+        tgt: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        source = self.enc(self.words(src)).mean(self.along, keepdim=True)
+        return self.dec(self.words(tgt) + source)
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+@pytest.mark.parametrize("told", ["src_lengths", "src_key_padding_mask"])
+def test_padding_of_a_source_is_not_that_of_what_is_as_long(
+    told: str, sequence_first: bool
+) -> None:
+    kept = KEPT[:, :6]
+    says = kept.sum(1) if told == "src_lengths" else ~kept
+    data = []
+    for batch in batches(lengths=True):
+        src, tgt = batch["ids"][:, :6], batch["ids"][:, 1:]
+        data.append({"src": src, "tgt": tgt, told: says})
+        if sequence_first:
+            data[-1] |= {"src": src.mT, "tgt": tgt.mT}
+    model = Translates(0 if sequence_first else 1).eval()
+    result = run(model, data, lora(tau=1.0, target_modules=["enc", "dec"]), **EXACT)
+    rows = (kept.mT if sequence_first else kept).flatten().repeat(4)
+    inputs = layer_inputs(model, data, ["enc", "dec"], masked=False)
+    assert lost(result.components["enc"], inputs["enc"][rows]) < 1e-6
+    assert lost(result.components["dec"], inputs["dec"]) < 1e-6
+    assert result.tokens == 4 * kept.numel()
