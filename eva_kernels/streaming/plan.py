@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from ..errors import EvaValueError
 
-__all__ = ["METHODS", "StreamPlan", "plan_streams", "sketch_width", "stream_bytes"]
+__all__ = ["METHODS", "StreamPlan", "fold_bytes", "plan_streams", "sketch_width", "stream_bytes"]
 
 METHODS = ("auto", "sketch", "gram")
+# What a fold of all layers holds of each at once on an accelerator, float64: core and metric, both
+# once more where they are joined to those of other layers, the mixing, and scratch memory.
+FOLD_MATRICES = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,23 @@ def stream_bytes(plan: StreamPlan, itemsize: int = 4) -> int:
     if plan.method == "gram":
         return itemsize * (d * d + q * d + 2 * d) + 8 * (d + q + 1)
     return itemsize * (2 * q * d + d) + 8 * (d + q + 1)
+
+
+def fold_bytes(plan: StreamPlan, itemsize: int = 4, on_cpu: bool = False) -> int:
+    """Return the bytes that the fold of a layer input takes beside state and sums.
+
+    They are taken of all layer inputs together: a fold is one of all, and what its comparison needs
+    is kept until then.
+
+    Args:
+        plan: of the layer input.
+        itemsize: bytes of one number of the state.
+        on_cpu: where a new basis takes memory of its own, and few layers are folded at once.
+    """
+    d, k, q = plan.features, plan.components, plan.width
+    if on_cpu:
+        return itemsize * q * d
+    return itemsize * k * d + 8 * FOLD_MATRICES * q * q
 
 
 def plan_streams(

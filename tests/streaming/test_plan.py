@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eva_kernels.errors import EvaValueError
-from eva_kernels.streaming import InputStream, StreamPlan, plan_streams, stream_bytes
+from eva_kernels.streaming import InputStream, StreamPlan, fold_bytes, plan_streams, stream_bytes
 from eva_kernels.streaming.plan import sketch_width
 from eva_kernels.streaming.state import GramState
 from helpers import feed, make_stream
@@ -36,6 +36,11 @@ def test_bytes_are_those_of_the_tensors(method: str, dtype: torch.dtype):
     stream = feed(make_stream(40, 6, method=method, dtype=dtype), [torch.randn(50, 40)])
     plan = StreamPlan(40, 6, 12, method)
     assert stream_bytes(plan, dtype.itemsize) == held(stream)
+    # the rows to compare keep the basis before
+    feed(stream, [torch.randn(50, 40)])
+    assert (
+        fold_bytes(plan, dtype.itemsize, on_cpu=True) == stream.previous.untyped_storage().nbytes()
+    )
 
 
 @pytest.mark.parametrize(

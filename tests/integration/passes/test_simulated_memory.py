@@ -22,6 +22,7 @@ from bench.simulated_memory import (
     lora_config,
     rows_for_table,
 )
+from eva_peft import estimate
 from eva_peft.lora.wrapping import wrap_model
 
 # What the initialisation of Llama-2-7B may take above a plain forward pass.
@@ -120,6 +121,23 @@ def test_the_state_leaves_the_device_with_the_pass(
     state = simulation.state_bytes[-1]
     assert state > 0
     assert left == (state if cycle else 0)
+
+
+def test_what_a_fold_takes_of_many_layers_is_estimated() -> None:
+    config = MODELS["Llama-2-7B"]()
+    config.num_hidden_layers, config.vocab_size = 24, 512
+    config.hidden_size, config.intermediate_size = 256, 512
+    config.num_attention_heads = config.num_key_value_heads = 4
+    simulation = Simulation(config, (1, 64), forwards=2)
+    one = lora_config()
+    one.target_modules = {"down_proj"}  # no two of which share an input
+    with simulation.running():
+        model = wrap_model(simulation.base_model(), one, "default")
+        told = estimate(model, batch_shape=simulation.shape)
+        peak = simulation.initialize(model)
+    assert simulation.state_bytes[-1] == pytest.approx(told.state_bytes, rel=0.01)
+    assert peak.where == "fold"
+    assert peak.bytes <= told.peak_bytes <= 1.3 * peak.bytes
 
 
 def test_live_memory_counts_storages() -> None:
