@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _native
 from ._dispatch import define_operator
+from .eigh import widest
 from .fold import check_layers, columns_of_a_split
+from .fold import runs_natively as folds_natively
 
-__all__ = ["start"]
+__all__ = ["runs_natively", "start"]
+
+
+def runs_natively(basis: Tensor) -> bool:
+    """Tell whether there is native code for a first basis (Q, D) on an accelerator.
+
+    It decomposes, too, for which a GPU may lack the shared memory that a fold does without.
+    """
+    if not folds_natively(basis):
+        return False
+    return isinstance(basis, FakeTensor) or len(basis) <= widest(basis.device.index)
 
 
 @torch.no_grad()
@@ -32,6 +45,7 @@ def start(
     Raises:
         EvaValueError, EvaTypeError: shapes, devices or dtypes do not fit.
         EvaRuntimeError: the module for this device was not built.
+        RuntimeError: Q is more than a GPU has shared memory for; see :func:`runs_natively`.
 
     Numerics: those of the passes of a fold. Rows beyond the rank stay random.
     Cost: ``8 Q^2 D`` flops; some 1 MB of memory for a while.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops import start
 from ..ops.fold import runs_natively
+from ..ops.start import runs_natively as starts_natively
 from . import _host
 from ._basis import repair
 from ._host import Array
@@ -123,7 +124,7 @@ def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
         warm = fold([blank], [sums])[0][0]
         clear_sums([sums])
         return replace(blank, mean=warm.mean, basis=warm.basis)
-    if runs_natively(blank.basis):
+    if starts_natively(blank.basis):
         start(blank.basis, sums.products, sums.shift, sums.square, blank.mean, sums.count)
         sums.count = 0
         return blank

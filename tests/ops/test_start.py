@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,8 @@ from torch.library import opcheck
 from eva_kernels import _native, reference
 from eva_kernels.errors import EvaTypeError, EvaValueError
 from eva_kernels.ops import fold_layers, fold_measure, fold_prepare, fold_rows, nystrom, start
+from eva_kernels.ops.start import runs_natively
+from fake_cuda import DEVICE, compiler_missing, fake_cuda
 
 # The native twin of the CPU, too, is in the module; tests/packaging builds it.
 pytestmark = pytest.mark.skipif(
@@ -129,3 +134,37 @@ def test_operator(device: torch.device) -> None:
     given = problem.copy(device)
     given[2].add_(problem.tokens)  # a mean that stays is not seen to be written to
     opcheck(operator, (*given, problem.tokens), test_utils=tests)
+
+
+class OnGpu:
+    """What is asked of a basis (Q, D) on a GPU."""
+
+    device, dtype = torch.device("cuda", 3), torch.float32
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __len__(self) -> int:
+        return self.width
+
+
+def test_a_gpu_of_little_shared_memory_starts_narrow_bases_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, asked = sys.modules["eva_kernels.ops.start"], []
+    # that of compute capability 7.5
+    monkeypatch.setattr(module, "widest", lambda index: asked.append(index) or 120)
+    monkeypatch.setattr(_native, "load_or_none", lambda kind: kind)
+    bases: list[Any] = [OnGpu(q) for q in (120, 121, 129)]
+    assert [runs_natively(basis) for basis in bases] == [True, False, False]
+    assert set(asked) == {3}
+    monkeypatch.setattr(_native, "load_or_none", lambda kind: None)
+    assert not runs_natively(bases[0])
+
+
+@pytest.mark.skipif(compiler_missing(), reason="needs g++ for a device guard")
+def test_simulated_gpus_start_natively() -> None:
+    assert not runs_natively(torch.empty(2, 8))
+    with fake_cuda():
+        assert runs_natively(torch.empty(128, 200, device=DEVICE))
+        assert not runs_natively(torch.empty(129, 200, device=DEVICE))

@@ -16,14 +16,19 @@ from helpers import make_stream, orthonormality, principal_cosine
 WIDTH = 32
 
 
-@pytest.fixture(params=["native", "plain"], autouse=True)
+@pytest.fixture(params=["native", "native folds", "plain"], autouse=True)
 def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the way of a GPU, with the compiled twins for its kernels or by PyTorch."""
-    if request.param == "native" and (reason := _native.unavailable("cpu")):
+    """Take the way of a GPU, with the compiled twins for its kernels or by PyTorch.
+
+    Or both, as where matrices (Q, Q) are more than shared memory holds.
+    """
+    folds, decomposes = request.param != "plain", request.param == "native"
+    if folds and (reason := _native.unavailable("cpu")):
         pytest.skip(reason)
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
-    for where in (fold_module, nystrom_module):
-        monkeypatch.setattr(where, "runs_natively", lambda tensor: request.param == "native")
+    monkeypatch.setattr(fold_module, "runs_natively", lambda basis: folds)
+    monkeypatch.setattr(fold_module, "starts_natively", lambda basis: decomposes)
+    monkeypatch.setattr(nystrom_module, "runs_natively", lambda core: decomposes)
 
 
 def few_tokens() -> Tensor:
