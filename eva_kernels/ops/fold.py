@@ -298,9 +298,10 @@ def check_layers(held: Sequence[Sequence[Tensor]], kept: Sequence[int]) -> None:
     if not kept or len(set(lengths)) > 1:
         raise EvaValueError(f"layers must be described equally often, at least once, not {lengths}")
     like = held[0][0]
-    if like.dim() != 2 or len(like) > MAX_WIDTH:
+    if like.dim() != 2 or like.numel() == 0 or len(like) > MAX_WIDTH:
         raise EvaValueError(
-            f"bases must be (Q, D) with Q at most {MAX_WIDTH}, not {tuple(like.shape)}"
+            f"bases must be (Q, D) and not empty, with Q at most {MAX_WIDTH}, "
+            f"not {tuple(like.shape)}"
         )
     if not isinstance(like, FakeTensor):
         _native.load(like.device.type)  # raises, and says why

@@ -349,6 +349,8 @@ def _bad(**changes: object) -> tuple:
         ({"bases": [torch.ones(3, 10), torch.ones(10, 3).mT]}, EvaValueError, r"bases\[1\] must"),
         ({"bases": [torch.ones(3, 10).half()] * 2}, EvaTypeError, r"bases\[0\] must be torch.fl"),
         ({"bases": [torch.ones(129, 130)] * 2}, EvaValueError, "Q at most 128"),
+        ({"bases": [torch.ones(3, 0)] * 2}, EvaValueError, r"not empty, .* not \(3, 0\)"),
+        ({"bases": [torch.ones(0, 10)] * 2}, EvaValueError, r"not empty, .* not \(0, 10\)"),
         ({"products": [torch.ones(3, 9)] * 2}, EvaValueError, r"products\[0\] must be cont"),
         ({"bases": [torch.ones(10, 3).mT] * 2}, EvaValueError, r"bases\[0\].*contiguous"),
         ({"shifts": [torch.ones(10)] * 2}, EvaTypeError, r"shifts\[0\] must be torch.float64"),

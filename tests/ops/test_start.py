@@ -125,6 +125,8 @@ def test_bad_input_is_refused(device: torch.device) -> None:
         start(basis, products, shift.float(), square, mean, 28)
     with pytest.raises(EvaValueError, match="products"):
         start(basis, products[:, 1:], shift, square, mean, 28)
+    with pytest.raises(EvaValueError, match=r"not empty, .* not \(7, 0\)"):  # it ended the process
+        start(basis[:, :0], products[:, :0], shift[:0], square, mean[:0], 28)
 
 
 def test_operator(device: torch.device) -> None:
