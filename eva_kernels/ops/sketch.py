@@ -49,7 +49,8 @@ def sketch(
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on a GPU for bfloat16, float16
             and float32 tokens with D >= 16 and Q <= 256, else PyTorch, the reason logged once.
         precision: ``"high"`` keeps 16 bits of every factor in the tensor cores, ``"fast"`` the 8
-            of one bfloat16; plain PyTorch computes both in the dtype of the state.
+            of one bfloat16; plain PyTorch computes both in the dtype of the state, as it multiplies
+            that: with TensorFloat-32 where it is allowed to.
         workspace: scratch memory for Triton, (at least :func:`sketch_workspace_bytes`,) uint8;
             allocated if ``None``.
 
@@ -57,9 +58,10 @@ def sketch(
         EvaValueError: shapes, dtypes, devices or strides that do not fit.
         EvaRuntimeError: an explicit backend that cannot run.
 
-    Numerics: Triton's error relative to the norm of the products is at most 1e-5 (``"high"``) and
-        5e-3 (``"fast"``) with a pivot near the mean, however large outliers and mean are. The same
-        bits for the same input.
+    Numerics: Triton's error relative to the norm of the products is below 1e-5 (``"high"``) and
+        5e-3 (``"fast"``) with a pivot near the mean, however large outliers and mean are, and some
+        times that for a few tokens that the basis captures little of. The same bits for the same
+        input.
     Cost: ``4 N D Q`` flops, on tensor cores twice that for bfloat16 tokens at ``"high"``, three
         times for float16 and float32; X is read once from memory and once from the L2 cache.
     """
