@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 from ..errors import EvaValueError
 
-__all__ = ["METHODS", "StreamPlan", "fold_bytes", "plan_streams", "sketch_width", "stream_bytes"]
+__all__ = ["EIGEN_ARRAYS", "METHODS", "StreamPlan", "answer_bytes", "fold_bytes", "plan_streams"]
+__all__ += ["sketch_width", "stream_bytes"]
 
 METHODS = ("auto", "sketch", "gram")
 # What a fold of all layers holds of each at once on an accelerator, float64: core and metric, both
 # once more where they are joined to those of other layers, the mixing, and scratch memory.
 FOLD_MATRICES = 8
+# (D, D) arrays that the eigen-decomposition of one scatter matrix holds at once, float64.
+EIGEN_ARRAYS = 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ def fold_bytes(plan: StreamPlan, itemsize: int = 4, on_cpu: bool = False) -> int
     if on_cpu:
         return itemsize * q * d
     return itemsize * k * d + 8 * FOLD_MATRICES * q * q
+
+
+def answer_bytes(plan: StreamPlan) -> int:
+    """Return the bytes that the answer of a layer input takes beside its state, for a while."""
+    return 8 * EIGEN_ARRAYS * plan.features**2 if plan.method == "gram" else 0
 
 
 def plan_streams(

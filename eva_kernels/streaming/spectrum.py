@@ -18,6 +18,7 @@ from . import _host
 from ._autocast import without_autocast
 from ._host import Array
 from .batch import chunk_bytes, stacked
+from .plan import EIGEN_ARRAYS
 from .state import GramState, SketchState
 from .step import fold_streams
 
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from .stream import InputStream
 
 __all__ = ["Spectrum", "centred_scatter", "leading_ratios", "spectra"]
-
-# (D, D) arrays that the eigen-decomposition of one scatter matrix holds at once.
-EIGEN_ARRAYS = 4
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ from numbers import Integral
 import torch
 from torch import nn
 
-from eva_kernels.streaming import StreamPlan, fold_bytes, plan_streams, stream_bytes
+from eva_kernels.streaming import (
+    StreamPlan,
+    answer_bytes,
+    fold_bytes,
+    plan_streams,
+    stream_bytes,
+)
 
 from ..errors import EvaTypeError, EvaValueError
 from ..model.architecture import architecture_of
@@ -33,8 +39,8 @@ class Estimate:
 
     Attributes:
         state_bytes: the streaming state, if no two layers shared an input (so at most).
-        workspace_bytes: the largest temporaries of a step; those of a fold as far as they are more
-            than the forward pass, which is over then, has had.
+        workspace_bytes: the largest temporaries of a step, or of the answer; those of a fold and of
+            the answer as far as they are more than the forward pass, which is over then, has had.
         activation_bytes: rough size of the forward pass's own live activations.
         peak_bytes: their sum: expected peak above the weights.
         method: ``"sketch"`` or ``"gram"`` by layer.
@@ -130,6 +136,7 @@ def estimate_targets(
     device = device_of(model)  # of one that is on meta it is not known
     on_cpu = device is not None and device.type == "cpu"
     fold = sum(fold_bytes(each, size, on_cpu) for each in plans)
+    answer = max(map(answer_bytes, plans))
     widest = max(targets, key=lambda t: t.in_features)
     itemsize = next((p.element_size() for p in model.parameters()), 4)
     step = plan[widest.in_features]
@@ -139,7 +146,7 @@ def estimate_targets(
     activation = itemsize * tokens * (3 * widest.in_features + 2 * widest.out_features)
     # or the logits, which the first pass makes before it is known which layer is called last
     activation = max(activation, itemsize * tokens * _logits_of_a_token(model))
-    workspace = max(workspace, fold - activation)
+    workspace = max(workspace, fold - activation, answer - activation)
     return Estimate(
         state_bytes=state,
         workspace_bytes=workspace,

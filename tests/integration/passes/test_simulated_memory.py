@@ -123,21 +123,28 @@ def test_the_state_leaves_the_device_with_the_pass(
     assert left == (state if cycle else 0)
 
 
-def test_what_a_fold_takes_of_many_layers_is_estimated() -> None:
+@pytest.mark.parametrize(
+    ("method", "layers", "features", "phase", "loose"),
+    # an eigen-decomposition takes memory within its operator
+    [("sketch", 24, 512, "fold", 1.3), ("gram", 2, 2048, "forward 2 > result", 1.8)],
+)
+def test_what_is_taken_beside_the_state_is_estimated(
+    method: str, layers: int, features: int, phase: str, loose: float
+) -> None:
     config = MODELS["Llama-2-7B"]()
-    config.num_hidden_layers, config.vocab_size = 24, 512
-    config.hidden_size, config.intermediate_size = 256, 512
+    config.num_hidden_layers, config.vocab_size = layers, 512
+    config.hidden_size, config.intermediate_size = 256, features
     config.num_attention_heads = config.num_key_value_heads = 4
     simulation = Simulation(config, (1, 64), forwards=2)
     one = lora_config()
     one.target_modules = {"down_proj"}  # no two of which share an input
     with simulation.running():
         model = wrap_model(simulation.base_model(), one, "default")
-        told = estimate(model, batch_shape=simulation.shape)
-        peak = simulation.initialize(model)
+        told = estimate(model, batch_shape=simulation.shape, method=method)
+        peak = simulation.initialize(model, method=method)
     assert simulation.state_bytes[-1] == pytest.approx(told.state_bytes, rel=0.01)
-    assert peak.where == "fold"
-    assert peak.bytes <= told.peak_bytes <= 1.3 * peak.bytes
+    assert peak.where == phase
+    assert peak.bytes <= told.peak_bytes <= loose * peak.bytes
 
 
 def test_live_memory_counts_storages() -> None:
