@@ -381,6 +381,8 @@ class TokenMask:
             yield "tiles", tiles_seen(self.tiles, leading)
 
     def _hears(self, layer: LayerKind) -> bool:
+        if layer.reads_distances:
+            return False
         if layer.reads_sound or not self.sound_only:
             return layer.reads_sound
         if self.mixed:  # an encoder of text has the text's mask, if there is one, which was tried
@@ -424,6 +426,7 @@ class TokenMask:
         # several), for tokens without padding, as packed sequences hold them, for what is the same
         # for all samples (embeddings of positions), and beside text, using every row is wanted.
         one_for_all = leading[:1] == (1,) and all(m.shape[0] > 1 for m in masks)
+        one_for_all = one_for_all or layer.reads_distances
         if self.mixed:  # beside text, but not in one sequence with it
             masks = [m for m in masks if not layer.reads_encoder and is_longer(leading, m)]
         if self.pixels and layer.in_encoder and self._sees_pixels(layer):

@@ -33,6 +33,8 @@ _READS_QUERIES = re.compile(
     r"perceiver|resampler|pixel_decoder|pixel_level_module\.decoder"
     r"|qformer.*(crossattention\.(attention\.query|output)|(intermediate|output)_query)"
 )
+# How far frames are from each other, the same for every sample: as attention in a Conformer.
+_READS_DISTANCES = re.compile(r"\b(linear_pos|pos_proj|relative_k_proj)$")
 # Parts that read text themselves, so that what their cross attention reads beside it is none.
 _IN_TEXT = re.compile(r"text_(model|encoder|decoder|layers)|language_model|gated_cross_attn")
 _IN_ENCODER = re.compile(r"encoder|(^|\.)enc(\.|$)")
@@ -48,6 +50,7 @@ class LayerKind(NamedTuple):
     reads_no_text: bool
     reads_sound: bool
     reads_queries: bool
+    reads_distances: bool
     in_encoder: bool
     in_decoder: bool
     in_qformer: bool
@@ -71,6 +74,7 @@ def kind_of_layer(name: str, prefixes: tuple[str, ...]) -> LayerKind:
         reads_no_text=bool(_READS_NO_TEXT.search(name)) and not _READS_TEXT.search(name),
         reads_sound=bool(_READS_SOUND.search(name)),
         reads_queries=bool(_READS_QUERIES.search(name)),
+        reads_distances=bool(_READS_DISTANCES.search(name)),
         in_encoder=bool(_IN_ENCODER.search(name)),
         in_decoder=bool(_IN_DECODER.search(name)),
         in_qformer="qformer" in name,

@@ -225,6 +225,16 @@ def test_a_mask_of_what_is_written_of_sound_tells_nothing_of_frames() -> None:
     assert rows is None
 
 
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("name", ["encoder.layers.0.self_attn.relative_k_proj", "enc.linear_pos"])
+def test_distances_between_frames_are_no_frames(name: str) -> None:
+    """FastConformer reads them once for each sound: Parakeet, Canary, Nemotron."""
+    batch = {"input_features": torch.randn(3, 40, 8), "attention_mask": KEPT.long()}
+    assert kept_of(batch, "encoder.layers.0.self_attn.q_proj", 3, 10) == [10, 6, 4]
+    for told in ((), (lambda n: n // 4,)):
+        assert kept_of(batch, name, 3, 19, frame_lengths=told) is None
+
+
 def test_sounds_in_parts() -> None:
     batch = {"input_features": torch.randn(3, 40, 8), "input_features_mask": KEPT.long()}
     # of whole sounds the model tells, which would be as many frames
