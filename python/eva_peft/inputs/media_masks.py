@@ -140,7 +140,9 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
         return None
     if not torch.equal(mask, torch.arange(frames, device="cpu") < lengths[:, None]):
         return None
-    kept = -(-lengths * leading[1] // frames)
+    stride = -(-frames // leading[1])
+    whole = -(-frames // stride) == leading[1]  # otherwise convolutions leave some out at the end
+    kept = -(-lengths // stride) if whole else -(-lengths * leading[1] // frames)
     if leading[1] > frames:
         # what is a little longer has something else in it; distances between frames are no frames
         if 2 * leading[1] < 3 * frames or leading == (1, 2 * frames - 1):

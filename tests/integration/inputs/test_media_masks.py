@@ -339,6 +339,16 @@ def test_what_is_no_part_of_a_sound(shape: tuple[int, int], leading: tuple[int, 
     assert frames_seen(torch.ones(shape, dtype=torch.bool), leading) is None
 
 
+@pytest.mark.parametrize(("frames", "stride"), [(100, 8), (137, 4), (39, 2)])
+def test_convolutions_that_leave_a_last_frame_of_fewer(frames: int, stride: int) -> None:
+    """As of Qwen3-ASR, which cuts sound into hundreds: no frame of padding alone counts."""
+    lengths = torch.tensor([frames, 88, 16, 1]).clamp_max(frames)
+    mask = torch.arange(frames) < lengths[:, None]
+    seen = frames_seen(mask, (4, -(-frames // stride)))
+    assert seen is not None
+    assert seen.sum(1).tolist() == [-(-n // stride) for n in lengths.tolist()]
+
+
 def test_places_of_patches_of_images_and_films() -> None:
     """Gemma 4 says where each patch is, and of padding that it is nowhere."""
     places = torch.tensor([[[0, 0], [1, 0], [-1, -1]], [[0, 0], [-1, -1], [-1, -1]]])
