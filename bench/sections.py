@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from eva_peft.errors import counted
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -39,7 +41,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def source(record: Mapping[str, Any]) -> str:
     """Return date, commit, machine and versions of a result file, in a line."""
     machine = record["machine"]
-    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    device = machine["gpu"] or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
     return (
         f"{record['date']}, commit {record['commit']}, {device}, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, peft {machine['peft']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -70,24 +71,44 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
 
 
 def random_state_kept() -> AbstractContextManager[None]:
-    """Put the global random states back on leaving: torch's of every device, Python's, NumPy's."""
+    """Put the global random states back on leaving: torch's of every device, Python's, NumPy's.
+
+    A device that nobody has used is left alone: with a CUDA context this process could not be
+    forked to use it there.
+    """
     plain, array = random.getstate(), np.random.get_state()
-    cpu = torch.get_rng_state()
-    kind = accelerator()
-    module = _with_states(kind) if kind is not None else None
-    of_all = hasattr(module, "get_rng_state_all")  # an Apple machine has one GPU
-    states: Any = None
-    if module is not None:
-        states = module.get_rng_state_all() if of_all else module.get_rng_state()
+    cpu, devices = torch.get_rng_state(), _states_of_devices()
 
     def put_back() -> None:
         random.setstate(plain)
         np.random.set_state(array)
         torch.set_rng_state(cpu)
-        if module is not None:
-            (module.set_rng_state_all if of_all else module.set_rng_state)(states)
+        devices()
 
     return temporarily(put_back)
+
+
+def _states_of_devices() -> Callable[[], None]:
+    """Return what puts the states of all devices of the accelerator's kind back."""
+    kind = accelerator()
+    module = _with_states(kind) if kind is not None else None
+    if module is None:
+        return lambda: None
+    if not _is_in_use(module):
+        return lambda: _begin_anew(module) if _is_in_use(module) else None
+    of_all = hasattr(module, "get_rng_state_all")  # an Apple machine has one GPU
+    states = module.get_rng_state_all() if of_all else module.get_rng_state()
+    return lambda: (module.set_rng_state_all if of_all else module.set_rng_state)(states)
+
+
+def _is_in_use(module: Any) -> bool:
+    return not hasattr(module, "is_initialized") or bool(module.is_initialized())
+
+
+def _begin_anew(module: Any) -> None:
+    """Let devices draw what they would have drawn first."""
+    for generator in module.default_generators:
+        generator.manual_seed(generator.initial_seed())
 
 
 def _numpy_state() -> dict[str, Any] | None:

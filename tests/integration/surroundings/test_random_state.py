@@ -57,6 +57,35 @@ def test_the_state_of_an_apple_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch) 
     assert states[0].tolist() == [7]
 
 
+@pytest.mark.parametrize("used", ["before", "meanwhile", "never"])
+def test_a_gpu_that_nobody_has_used_is_left_alone(
+    used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process with a CUDA context cannot be forked to use it, as notebook_launcher does."""
+    generator, begun = torch.Generator().manual_seed(5), [used == "before"]
+
+    def state() -> list[Tensor]:
+        assert begun[0], "it would be initialised"
+        return [generator.get_state()]
+
+    module = SimpleNamespace(
+        is_initialized=lambda: begun[0],
+        default_generators=[generator],
+        get_rng_state=None,
+        get_rng_state_all=state,
+        set_rng_state_all=lambda states: generator.set_state(states[0]),
+    )
+    monkeypatch.setattr(torch, "xpu", module)
+    found = {"is_available": lambda: True, "current_accelerator": lambda: torch.device("xpu")}
+    for name, answer in found.items():
+        monkeypatch.setattr(torch.accelerator, name, answer)
+    before = generator.get_state()
+    with random_state_kept():
+        begun[0] = used != "never"
+        torch.rand(3, generator=generator)
+    assert torch.equal(generator.get_state(), before) == (used != "never")
+
+
 def test_all_random_states_are_put_back() -> None:
     def states() -> list[Any]:
         _, keys, *array = np.random.get_state()
