@@ -62,7 +62,8 @@ def sketch(
     Cost: ``4 N D Q`` flops; X is read once.
     """
     for centred in _centred_tiles(x, pivot, rows):
-        products.addmm_((centred @ basis.mT).mT, centred)
+        seen = centred.new_empty(len(centred), len(basis))  # into it autocast rounds nothing
+        products.addmm_(torch.mm(centred, basis.mT, out=seen).mT, centred)
         shift += centred.sum(0)
         square += _sum_of_squares(centred)
 

@@ -142,6 +142,11 @@ def test_a_long_sum_does_not_swallow_a_batch(backend: str, device: torch.device)
     assert relative(square - 1e12, x.double().square().sum()) <= 1e-6
 
 
+def test_autocast_rounds_nothing(backend: str, device: torch.device):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        check(torch.randn(70, 33, device=device), 17, backend)
+
+
 def test_nan_in_a_used_row_propagates(backend: str, device: torch.device):
     x = torch.randn(50, 33, device=device)
     x[20, 3] = float("nan")
