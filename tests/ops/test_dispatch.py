@@ -106,6 +106,10 @@ GPUS = [
     ("75 80 86", [(7, 5), (7, 0)], "GPU 1 is of compute capability 7.0, and it was built for 75"),
     ("80 86 90", [(8, 0), (7, 5)], "GPU 1 is of compute capability 7.5, and it was built for 80"),
     ("86 120", [(8, 0)], "GPU 0 is of compute capability 8.0, and it was built for 86 120"),
+    ("80 86 120", [(8, 7)], "GPU 0 is of compute capability 8.7, and it was built for 80 86 120"),
+    ("87 90", [(8, 9)], "GPU 0 is of compute capability 8.9, and it was built for 87 90"),
+    ("80 86", [(8, 7)], None),  # by PTX
+    ("87 90", [(8, 7)], None),
     ("86 120", [(9, 0)], "GPU 0 is of compute capability 9.0, and it was built for 86 120"),
     ("80 100", [(12, 0)], None),
     ("80 90a", [(9, 0)], None),
