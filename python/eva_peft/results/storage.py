@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import EvaValueError, counted, listed
-from ..resume.checkpoint_file import checksum
+from ..resume.checkpoint_file import checksum, text_aside, text_back
 from ..surroundings.files import replacing
 from .layer_names import kinds_of
 from .report import explained_by_rank
@@ -48,7 +48,8 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
             index[kind][name] = key
     rest = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in _TENSORS}
     text = {"index": json.dumps(index), "result": json.dumps(rest)}
-    metadata = {"format": FORMAT, **text, "checksum": checksum(_joined(text), tensors)}
+    metadata = {"format": FORMAT, "checksum": checksum(_joined(text), tensors)}
+    metadata |= text_aside(text, tensors)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
@@ -69,7 +70,8 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        metadata |= text_back(tensors)
+    except (SafetensorError, OSError, ValueError) as error:
         raise EvaValueError(f"{path} is not a readable safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise EvaValueError(

@@ -16,10 +16,22 @@ from torch import Tensor
 from ..errors import EvaValueError
 from ..surroundings.files import make_file, replacing
 
-__all__ = ["FORMAT", "REMEDY", "check_path", "checksum", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "FORMAT",
+    "REMEDY",
+    "check_path",
+    "checksum",
+    "read_checkpoint",
+    "text_aside",
+    "text_back",
+    "write_checkpoint",
+]
 
 FORMAT = "eva_kernels.checkpoint/1"
 REMEDY = "delete the file to begin anew, or pass another path as checkpoint"
+# A header may have 100 MB, also of names of tensors, and quotes take two bytes there.
+MOST_TEXT = 32 << 20
+_ASIDE = "text."
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -30,7 +42,8 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
     """
     text = json.dumps(state)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "state": text, "checksum": checksum(text, ready)}
+    metadata = {"format": FORMAT, "checksum": checksum(text, ready)}
+    metadata |= text_aside({"state": text}, ready)
     with replacing(path, _partial(path)) as temporary:
         save_file(ready, temporary, metadata=metadata)
 
@@ -45,6 +58,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata |= text_back(tensors)
     except (SafetensorError, OSError, ValueError) as error:
         raise EvaValueError(
             f"the checkpoint {path} is not a readable safetensors file ({error}): it is damaged, "
@@ -74,6 +88,34 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def text_aside(text: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return the texts that a file of safetensors has in its header: all, or none.
+
+    Where they are too long for one, as after many steps of many experts, they become tensors.
+
+    Args:
+        text: by name.
+        tensors: of the file; gets the texts that are not in the header.
+    """
+    if sum(map(len, text.values())) <= MOST_TEXT:
+        return dict(text)
+    for name, value in text.items():
+        content = bytearray(value.encode())
+        tensors[_ASIDE + name] = torch.frombuffer(content, dtype=torch.uint8)
+    return {}
+
+
+def text_back(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Take the texts that :func:`text_aside` made tensors of out of the tensors of a file.
+
+    Raises:
+        ValueError: they are no text.
+    """
+    names = [name for name in tensors if name.startswith(_ASIDE)]
+    texts = {name: tensors.pop(name).numpy().tobytes() for name in names}
+    return {name.removeprefix(_ASIDE): content.decode() for name, content in texts.items()}
 
 
 def _partial(path: Path) -> Path:

@@ -61,6 +61,19 @@ def test_round_trip(llama_result: EvaResult, tmp_path: Path) -> None:
     assert_same(llama_result, EvaResult.load(path))
 
 
+def test_text_that_is_too_long_for_a_header(llama_result: EvaResult, tmp_path: Path) -> None:
+    # as the similarities of many experts after many steps
+    long = copy.copy(llama_result)
+    long.history = {**long.history, "similarity": ["é" * (100 << 20)]}
+    path = tmp_path / "eva.safetensors"
+    long.save(path)
+    assert_same(long, EvaResult.load(path))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"tokens"', b'"tokans"'))
+    with pytest.raises(EvaValueError, match="damaged: its contents do not match"):
+        EvaResult.load(path)
+
+
 def test_state_dict_is_its_own(llama_result: EvaResult, tmp_path: Path) -> None:
     state = llama_result.state_dict()
     save_file({n: t for n, t in state.items() if len(t)}, tmp_path / "state.safetensors")

@@ -259,6 +259,15 @@ def test_it_is_plain_data(path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_state_that_is_too_long_for_a_header(tmp_path: Path) -> None:
+    state, tensors = {"history": "0" * (100 << 20)}, {"slots.0.mean": torch.ones(3)}
+    write_checkpoint(tmp_path / "state", state, tensors)
+    found, others = read_checkpoint(tmp_path / "state")
+    assert found == state
+    assert others.keys() == tensors.keys()
+    assert list(tensors) == ["slots.0.mean"]
+
+
 STEPS = [
     "resume.checkpoint_file.save_file",
     *(f"surroundings.files.os.{name}" for name in ("fsync", "chmod", "replace")),
