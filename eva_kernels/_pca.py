@@ -443,6 +443,8 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
         if hasattr(x, "toarray"):
             raise EvaTypeError(f"dense data are needed, got {type(x).__name__}; see its toarray()")
         x = np.asarray(x)
+        if x.dtype.kind == "O" and all(isinstance(value, Real) for value in x.flat):
+            x = x.astype(float)  # of a DataFrame whose columns may have missing values
         if x.dtype.kind not in "biufc":
             raise EvaTypeError(f"numbers are needed, got an array of dtype {x.dtype}")
         x = np.asarray(x, x.dtype.newbyteorder("="), order="C")  # of any byte order and strides
@@ -456,6 +458,8 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
     if data.dim() < 1 or data.numel() == 0:
         raise EvaValueError(f"expected rows of features, got an array of shape {tuple(data.shape)}")
     data = data.to(home_of(data.device))
+    if data.is_floating_point() and data.element_size() == 1:
+        data = data.float()  # torch computes with no float8
     if not data.is_floating_point():
         if data.is_complex():
             raise EvaTypeError("complex data are not supported")

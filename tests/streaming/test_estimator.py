@@ -372,6 +372,21 @@ def test_what_is_no_dense_array_of_numbers(values: Any, words: str):
         IncrementalPCA(2).partial_fit(values)
 
 
+def test_objects_that_are_numbers_are_numbers():
+    # as those of a DataFrame after convert_dtypes
+    x = data().double()
+    found = IncrementalPCA(4).fit(x.numpy().astype(object))
+    assert torch.equal(found.components_, IncrementalPCA(4).fit(x).components_)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_are_a_floating_dtype(dtype: torch.dtype):
+    x = data().to(dtype)
+    found, expected = (IncrementalPCA(4).fit(each) for each in (x, x.float()))
+    assert torch.equal(found.components_, expected.components_)
+    assert torch.equal(found.transform(x), expected.transform(x.float()))
+
+
 # torch calls its compressed layouts a beta
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 def test_compressed_rows_are_not_dense():
