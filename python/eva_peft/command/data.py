@@ -54,7 +54,7 @@ def load_texts(
         text_column: the column to read; its values are strings or chats.
         split: the split of a hub dataset; a file has only `train`.
         limit: texts at most.
-        tokenizer: turns chats into text by its chat template; without a template the contents of a
+        tokenizer: turns chats into text by its chat template; without a template the texts of a
             chat's messages are joined by line breaks.
 
     Returns:
@@ -333,4 +333,12 @@ def _chat(
         start = tokenizer.bos_token
         adds_start = start and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         return text.removeprefix(start) if adds_start else text
-    return "\n".join(str(message.get("content") or "") for message in messages)
+    return "\n".join(_said(message.get("content")) for message in messages)
+
+
+def _said(content: Any) -> str:
+    """Return the text of a message, which may be a list of parts beside images."""
+    if not isinstance(content, list):
+        return str(content or "")
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    return "\n".join(part for part in parts if isinstance(part, str))

@@ -254,6 +254,14 @@ def test_a_message_that_calls_tools_needs_no_text(tmp_path: Path) -> None:
         load_texts(str(path))
 
 
+def test_a_message_of_parts_is_the_text_of_these(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    parts = [{"type": "image"}, {"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "three"}]
+    path.write_text(json.dumps({"messages": said}))
+    assert load_texts(str(path)) == ["one\ntwo\nthree"]
+
+
 def test_an_empty_parquet_file(tmp_path: Path) -> None:
     needs("datasets")
     table = needs("pyarrow").table({"text": []})
