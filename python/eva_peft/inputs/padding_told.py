@@ -115,7 +115,9 @@ class PaddingTold(AroundCalls):
             mask = self._mask_of_attended(around.main, _shape_of(named), elsewhere)
         if mask is None:
             return
-        mask = self._mask_within(around, self._with_attended(around, mask, elsewhere))
+        mask = self._with_attended(around, mask, elsewhere)
+        if not around.of_text_alone or module not in self._of_media:
+            mask = self._mask_within(around, mask)
         _tell_apart(mask, named)
         if mask is not around:
             self._in_use.append((module, mask, self._use_mask(mask)))

@@ -185,6 +185,13 @@ class TokenMask:
         """Whether anything is known of tokens; masks over samples of sound and pixels tell less."""
         return any(mask is not None for mask in self.masks)
 
+    @property
+    def of_text_alone(self) -> bool:
+        """Whether nothing is known of what stands beside text, as images and sound."""
+        known = self.sound, self.tiles, self.beside, self.queries, *self.pixels
+        apart = self.mixed and not self.encoder_decoder
+        return apart and all(mask is None for mask in known)
+
     def rows(
         self, shape: torch.Size, device: torch.device, name: str, x: Tensor | None = None
     ) -> Tensor | None:

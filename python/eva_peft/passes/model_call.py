@@ -136,14 +136,23 @@ class ModelCall:
     def _padding_told(
         self, batch: Any, mask: TokenMask, number: int
     ) -> AbstractContextManager[object]:
-        if not self._preparer.plain_masks or (mask.tells and not self._architecture.has_own_layers):
+        if not self._preparer.plain_masks:
             return nullcontext()
         by_default = self._options.forward_fn is None
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
             return nullcontext()  # of which no model of these tells more: spares every layer a look
+        parts = self._parts_to_ask(mask)
+        if not parts:
+            return nullcontext()
         make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
-        parts = self._own_told if mask.tells else self._told
         return PaddingTold(parts, self._of_media, make_mask, self._collector.use_mask).looking()
+
+    def _parts_to_ask(self, mask: TokenMask) -> dict[nn.Module, int]:
+        """Return the parts that may know of tokens of which a batch, with this mask, does not."""
+        if not mask.tells:
+            return self._told
+        own = self._own_told if self._architecture.has_own_layers else {}
+        return {**own, **self._media_told} if mask.of_text_alone else own
 
     @functools.cached_property
     def _holds_models(self) -> bool:
@@ -163,6 +172,11 @@ class ModelCall:
         prefixes = self._architecture.prefixes
         named = base_of(self._model).named_modules()
         return {part for name, part in named if kind_of_layer(name, prefixes).reads_no_text}
+
+    @functools.cached_property
+    def _media_told(self) -> dict[nn.Module, int]:
+        """Those that read sound or images, of which a batch may say nothing beside its text."""
+        return {part: n for part, n in self._told.items() if part in self._of_media}
 
     @functools.cached_property
     def _own_told(self) -> dict[nn.Module, int]:

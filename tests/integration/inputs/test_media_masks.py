@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     DetrConfig,
     DetrForObjectDetection,
     Idefics3Config,
     Idefics3Model,
+    Kosmos2_5Config,
+    Kosmos2_5ForConditionalGeneration,
     ResNetConfig,
     Siglip2VisionConfig,
     Siglip2VisionModel,
@@ -337,6 +339,38 @@ def test_which_masks_are_over_sound() -> None:
 )
 def test_what_is_no_part_of_a_sound(shape: tuple[int, int], leading: tuple[int, int]) -> None:
     assert frames_seen(torch.ones(shape, dtype=torch.bool), leading) is None
+
+
+def make_kosmos() -> nn.Module:
+    names = {"embed_dim": 32, "layers": 1, "ffn_dim": 48, "attention_heads": 4}
+    image = {**SIZE, "patch_embed_hidden_size": 12, "head_dim": 8, "patch_size": 2}
+    config = Kosmos2_5Config(
+        text_config={**names, "vocab_size": 97, "max_position_embeddings": 64},
+        vision_config={**image, "max_num_patches": 64},
+        latent_query_num=4,
+    )
+    return Kosmos2_5ForConditionalGeneration(config)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+@pytest.mark.parametrize("patches", [10, 18], ids=["", "as many as tokens"])
+def test_patches_that_the_model_finds_to_be_padding(patches: int) -> None:
+    """Beside text that has a mask: Kosmos-2.5's patches of padding are zeros."""
+    torch.manual_seed(0)
+    model, kept = make_kosmos().eval(), torch.arange(patches) < torch.tensor([[patches], [6], [3]])
+    images = torch.randn(3, patches, 2 + 12) * kept[..., None]
+    images[..., :2] = kept[..., None] * torch.arange(1, patches + 1)[:, None]
+    ids = torch.randint(5, 97, (3, 18))
+    ids[:, 1:5] = 3
+    text = torch.arange(18) < torch.tensor([[18], [14], [9]])
+    batch = {"input_ids": ids, "attention_mask": text.long(), "flattened_patches": images}
+    batch["image_embeds_position_mask"] = (ids == 3).long()
+    names = {"vision_model.encoder.layer.0.mlp.wo": kept}
+    names["text_model.model.layers.0.ffn.fc2"] = text
+    result = run(model, [batch], lora(tau=1.0, target_modules=list(names)), method="gram")
+    for name, mask in names.items():
+        x = layer_inputs(model, [batch], [name], masked=False)[name]
+        assert lost(result.components[name], x[mask.flatten()]) < 1e-6, name
 
 
 @pytest.mark.parametrize(("frames", "stride"), [(100, 8), (137, 4), (39, 2)])
