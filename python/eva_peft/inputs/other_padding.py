@@ -15,8 +15,9 @@ from ..model.architecture import configs_of
 from .arguments import PADDING_MASKS, by_name, is_decoder_input
 from .batch_mask import token_mask
 from .batches import as_mapping, as_tensors
+from .mask_contents import not_padding
 from .media_masks import is_of_images
-from .padding_told import ENDS_OF_PADDING, TARGETS, not_padding
+from .padding_told import ENDS_OF_PADDING, TARGETS
 
 __all__ = ["with_other_padding"]
 

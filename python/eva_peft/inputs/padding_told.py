@@ -14,9 +14,10 @@ from ..model.architecture import signature_of
 from .arguments import PADDING_MASKS, is_decoder_input
 from .batch_mask import masks_of_both
 from .called_with import AroundCalls, named_arguments
+from .mask_contents import in_one_run, is_of_pairs, not_padding, of_lengths, seen
 from .token_mask import TokenMask
 
-__all__ = ["ENDS_OF_PADDING", "TARGETS", "PaddingTold", "not_padding", "parts_told"]
+__all__ = ["ENDS_OF_PADDING", "TARGETS", "PaddingTold", "parts_told"]
 
 _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; maybe a mask
 # Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
@@ -404,12 +405,12 @@ def _whole(told: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tens
 
 def _is_telling(name: str, mask: Tensor, kept: Tensor, within: Tensor | None) -> bool:
     """Tell whether what a mask keeps, bool (B, T), are the tokens that count."""
-    if not kept.numel() or (kept.all() and _is_of_pairs(mask)):
+    if not kept.numel() or (kept.all() and is_of_pairs(mask)):
         return False  # as where padding sees itself, too
     if name not in _SEEN and not kept[:, 0].any():
         return False  # padded on the left in every sample, or true is what others call false
     # in several runs, true is what is to be predicted, for one
-    return _is_known(name) or _in_one_run(kept) or _ends_as(kept, within)
+    return _is_known(name) or in_one_run(kept) or _ends_as(kept, within)
 
 
 def _ends_as(kept: Tensor, known: Tensor | None) -> bool:
@@ -437,65 +438,5 @@ def _of_others(
 
 def _kept(name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
     if name.endswith(_LENGTHS):
-        return _within(mask.cpu(), shape, sizes)
-    return not_padding(mask) if name.endswith(ENDS_OF_PADDING) else _seen(mask)
-
-
-def _within(lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
-    """Return which tokens samples have, bool (B, T), by their lengths or shares of the longest."""
-    if lengths.is_floating_point():
-        if len(shape) != 2 or not len(lengths) or lengths.max() != 1 or lengths.min() <= 0:
-            return None
-        lengths = (lengths * shape[1]).round()
-    longest = int(lengths.max()) if len(lengths) else 0
-    return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
-
-
-def _is_of_pairs(mask: Tensor) -> bool:
-    return mask.dim() > 2 and mask.shape[-2] > 1
-
-
-def _seen(mask: Tensor) -> Tensor | None:
-    """Return which tokens a mask of what is seen keeps, bool (B, T), if it is understood.
-
-    Of pairs of tokens, (B, T, T) or (B, heads or 1, T or 1, T), those of a token and itself tell;
-    see :mod:`.batch_mask`. What holds other values than a mask says something else, too: which
-    tokens have global attention, or how far away others are.
-    """
-    whole, mask = mask, mask[:, 0] if mask.dim() == 4 else mask
-    if mask.dim() == 3 and mask.shape[1] in (1, mask.shape[2]):
-        mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
-    if mask.dim() != 2:
-        return None
-    own = mask.cpu()
-    square = len(own) == own.shape[1] and mask is whole  # as many samples as tokens, or pairs
-    zero, one, hidden = own == 0, own == 1, own < -1
-    if not (zero | one).all() and not (zero | hidden).all():
-        return None
-    kept = zero if hidden.any() else one
-    if square and kept.diagonal().all() and not kept.triu(1).any():
-        return None  # pairs: each token sees itself, and none behind it
-    return kept if _in_every_sample(kept) else None
-
-
-def not_padding(mask: Tensor) -> Tensor | None:
-    """Return which tokens a mask of padding keeps, bool (B, T), if it is understood.
-
-    That padding is true, or -inf, is usual; where all of a sample would be padding, it is false.
-    """
-    if mask.dim() != 2:
-        return None
-    kept = mask.cpu() == 0
-    if not _in_every_sample(kept):
-        kept = ~kept
-    return kept if _in_every_sample(kept) else None
-
-
-def _in_every_sample(kept: Tensor) -> bool:
-    return bool(kept.any(1).all())
-
-
-def _in_one_run(kept: Tensor) -> bool:
-    """Tell whether the tokens of each sample are neighbours."""
-    begins = kept[:, 1:] & ~kept[:, :-1]
-    return bool((begins.sum(1) + kept[:, 0] == 1).all())
+        return of_lengths(mask.cpu(), shape, sizes)
+    return not_padding(mask) if name.endswith(ENDS_OF_PADDING) else seen(mask)

@@ -1,0 +1,71 @@
+"""Which tokens masks and lengths keep, by what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+import torch
+from torch import Tensor
+
+__all__ = ["in_one_run", "is_of_pairs", "not_padding", "of_lengths", "seen"]
+
+
+def seen(mask: Tensor) -> Tensor | None:
+    """Return which tokens a mask of what is seen keeps, bool (B, T), if it is understood.
+
+    Of pairs of tokens, (B, T, T) or (B, heads or 1, T or 1, T), those of a token and itself tell;
+    see :mod:`.batch_mask`. What holds other values than a mask says something else, too: which
+    tokens have global attention, or how far away others are.
+    """
+    whole, mask = mask, mask[:, 0] if mask.dim() == 4 else mask
+    if mask.dim() == 3 and mask.shape[1] in (1, mask.shape[2]):
+        mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
+    if mask.dim() != 2:
+        return None
+    own = mask.cpu()
+    square = len(own) == own.shape[1] and mask is whole  # as many samples as tokens, or pairs
+    zero, one, hidden = own == 0, own == 1, own < -1
+    if not (zero | one).all() and not (zero | hidden).all():
+        return None
+    kept = zero if hidden.any() else one
+    if square and kept.diagonal().all() and not kept.triu(1).any():
+        return None  # pairs: each token sees itself, and none behind it
+    return kept if _in_every_sample(kept) else None
+
+
+def not_padding(mask: Tensor) -> Tensor | None:
+    """Return which tokens a mask of padding keeps, bool (B, T), if it is understood.
+
+    That padding is true, or -inf, is usual; where all of a sample would be padding, it is false.
+    """
+    if mask.dim() != 2:
+        return None
+    kept = mask.cpu() == 0
+    if not _in_every_sample(kept):
+        kept = ~kept
+    return kept if _in_every_sample(kept) else None
+
+
+def of_lengths(lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
+    """Return which tokens samples have, bool (B, T), by their lengths or shares of the longest."""
+    if lengths.is_floating_point():
+        if len(shape) != 2 or not len(lengths) or lengths.max() != 1 or lengths.min() <= 0:
+            return None
+        lengths = (lengths * shape[1]).round()
+    longest = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
+
+
+def is_of_pairs(mask: Tensor) -> bool:
+    """Tell whether a mask has a row for each token, not one for all."""
+    return mask.dim() > 2 and mask.shape[-2] > 1
+
+
+def in_one_run(kept: Tensor) -> bool:
+    """Tell whether the tokens of each sample are neighbours."""
+    begins = kept[:, 1:] & ~kept[:, :-1]
+    return bool((begins.sum(1) + kept[:, 0] == 1).all())
+
+
+def _in_every_sample(kept: Tensor) -> bool:
+    return bool(kept.any(1).all())
