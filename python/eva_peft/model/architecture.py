@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._peft_compat import base_of
 from .parts import outermost
@@ -41,6 +42,8 @@ _TEXT_LAST = frozenset(["cpmant", "flava", "git"])  # CPM-Ant has learnt prompts
 _BOTH = ("encoder", "decoder")
 # Methods that tell how many frames a model of speech makes of samples or of spectra.
 _FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+# The same of SeamlessM4T's adapter, of a mask.
+_FRAMES_OF_MASK = "_compute_sub_sample_lengths_from_attention_mask"
 
 
 # What methods take that were asked for: parts of a model are, in every forward pass.
@@ -272,16 +275,25 @@ def signature_of(module: nn.Module) -> inspect.Signature | None:
 def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:
     known = set()  # inner parts mostly have the same
     for module in model.modules():
-        found = next((f for f in (getattr(module, n, None) for n in _FRAMES) if callable(f)), None)
+        told = ((name, getattr(module, name, None)) for name in (*_FRAMES, _FRAMES_OF_MASK))
+        name, found = next((each for each in told if callable(each[1])), ("", None))
         config = getattr(module, "config", None)
         method = getattr(found, "__func__", found), id(config)
         if found is None or method in known:
             continue
         known.add(method)
-        yield found
+        lengths = _of_mask(found) if name == _FRAMES_OF_MASK else found
+        yield lengths
         factor = getattr(config, "squeeze_factor", None)
         if factor:  # SEW adds up so many frames each
-            yield _squeezed(found, int(factor))
+            yield _squeezed(lengths, int(factor))
+
+
+def _of_mask(lengths: Callable[[Tensor], Any]) -> FrameLengths:
+    def frames(samples: Tensor) -> Any:
+        return lengths(torch.ones(1, int(samples), dtype=torch.long, device="cpu"))
+
+    return frames
 
 
 def _squeezed(lengths: FrameLengths, factor: int) -> FrameLengths:

@@ -13,6 +13,8 @@ from transformers import (
     HubertModel,
     Qwen2AudioConfig,
     Qwen2AudioForConditionalGeneration,
+    SeamlessM4Tv2Config,
+    SeamlessM4Tv2ForSpeechToText,
     SiglipTextConfig,
     SiglipTextModel,
     Speech2TextConfig,
@@ -375,3 +377,27 @@ def test_a_projector_reads_text_where_there_is_nothing_else(beside: str) -> None
     rows = rule.rows(torch.Size((samples, tokens, 8)), torch.device("cpu"), "projector")
     kept = texts["attention_mask"].flatten().nonzero().flatten().tolist()
     assert (None if rows is None else rows.tolist()) == (kept if beside == "scores" else None)
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_an_adapter_that_tells_frames_of_a_mask() -> None:
+    torch.manual_seed(0)
+    parts = ("encoder", "decoder", "speech_encoder", "t2u_encoder", "t2u_decoder")
+    sizes = {f"{part}_layers": 1 for part in parts}
+    sizes |= {f"{part}_attention_heads": 4 for part in parts}
+    sizes |= {f"{part}_ffn_dim": 48 for part in ("encoder", "decoder", "t2u_encoder")}
+    config = SeamlessM4Tv2Config(
+        **sizes, vocab_size=64, hidden_size=32, speech_encoder_intermediate_size=48,
+        feature_projection_input_dim=16, num_adapter_layers=1, t2u_vocab_size=50,
+        t2u_decoder_ffn_dim=48, conv_depthwise_kernel_size=7,
+    )  # fmt: skip
+    model = SeamlessM4Tv2ForSpeechToText(config).eval()
+    mask = torch.arange(48) < torch.tensor([[48], [29], [16]])
+    batch = {"input_features": torch.randn(3, 48, 16), "attention_mask": mask.long()}
+    batch["decoder_input_ids"] = torch.randint(4, 60, (3, 5))
+    kept = (torch.arange(7) < torch.tensor([[7], [4], [3]])).flatten()
+    names = ["speech_encoder.adapter.layers.0.ffn.intermediate_dense"]
+    names += ["text_decoder.layers.0.cross_attention.k_proj"]
+    result = run(model, [batch], lora(tau=1.0, target_modules=names), method="gram")
+    for name, x in layer_inputs(model, [batch], names, masked=False).items():
+        assert lost(result.components[name], x[kept]) < 1e-6, name
