@@ -67,7 +67,7 @@ class TokenMask:
     Attributes:
         masks: all of tokens, by which layers that read one tensor tell whether they share it.
         draws: leave a random part of the tokens, by the key of their mask; "" of all others.
-        warned: layers that need no second warning.
+        warned: kinds of layers that need no second warning.
         quiet: no layer needs one.
         supposed: nothing is told of ``main``, which is all of the tokens; of others there is.
         of_parts: nothing is known but what parts of the model were told.
@@ -438,15 +438,18 @@ class TokenMask:
             masks = [m for m in masks if not layer.reads_encoder and is_longer(leading, m)]
         if self.pixels and layer.in_encoder and self._sees_pixels(layer):
             masks = [m for m in self.pixels if leading[:-1] == (len(m),)]
-        if self.quiet or name in self.warned or one_for_all:
+        kind = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        if self.quiet or kind in self.warned or one_for_all:
             return
         rows = math.prod(leading)
         if all(bool(m.all()) or rows <= len(m) or leading == (int(m.sum()),) for m in masks):
             return
-        self.warned.add(name)
+        self.warned.add(kind)
+        others = "" if kind == name else f". Of other layers {kind} no more is said"
         warn(
             f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
-            f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to select",
+            f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to "
+            f"select{others}",
         )
 
 

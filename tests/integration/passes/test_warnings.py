@@ -54,6 +54,26 @@ def line() -> int:
     return sys._getframe(1).f_lineno
 
 
+def test_layers_of_one_kind_have_one_warning() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(96, 16)
+            self.odd = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+            self.last = nn.Linear(16, 16)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            return self.last(nn.Sequential(*self.odd)(torch.cat([x, x[:, :3]], 1)))
+
+    config = lora(target_modules=["0", "1", "2", "last"])
+    with pytest.warns(eva_kernels.EvaWarning, match="no token mask fits") as caught:
+        eva_kernels.calibrate(Deep(), text_batches(4), config, progress=False)
+    told = [str(one.message) for one in caught if "no token mask fits" in str(one.message)]
+    assert [text.partition(":")[0] for text in told] == ["layer odd.0", "layer last"]
+    assert told[0].endswith("Of other layers odd.* no more is said")
+
+
 def test_names_in_a_message() -> None:
     assert listed(["a", "b"]) == "a, b"
     assert listed(map(str, range(10))) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
