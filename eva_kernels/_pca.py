@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import EvaTypeError, EvaValueError, NonFiniteError, NotFittedError
+from .errors import EvaTypeError, EvaValueError, NonFiniteError, NotFittedError, warnings_caught
 from .streaming._autocast import plain, without_autocast
 from .streaming._host import home_of
 from .streaming.plan import METHODS, plan_streams
@@ -448,7 +448,7 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
         if x.dtype.kind not in "biufc":
             raise EvaTypeError(f"numbers are needed, got an array of dtype {x.dtype}")
         x = np.asarray(x, x.dtype.newbyteorder("="), order="C")  # of any byte order and strides
-    with warnings.catch_warnings():
+    with warnings_caught():
         # that data are read-only: they are read only
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
         # where they are: without a device torch would move them to its default one

@@ -4,6 +4,11 @@ Every error is an ``EvaError`` and, at the same time, the built-in that PEFT or 
 in the same case, so that existing ``except`` clauses keep working.
 """
 
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "EvaError",
     "EvaRuntimeError",
@@ -15,7 +20,10 @@ __all__ = [
     "NotConvergedWarning",
     "NotFittedError",
     "NotInitializedError",
+    "warnings_caught",
 ]
+
+_CATCHES = threading.RLock()
 
 
 class EvaError(Exception):
@@ -56,3 +64,14 @@ class EvaWarning(UserWarning):
 
 class NotConvergedWarning(EvaWarning):
     """A limit was reached before every layer had converged; the best estimate is used."""
+
+
+@contextmanager
+def warnings_caught(*, record: bool = False) -> Iterator[None]:
+    """Catch warnings as ``warnings.catch_warnings``, in one thread at a time.
+
+    Python keeps filters for all threads: where two blocks overlap, those of one stay for good, and
+    what was to be recorded in it is never shown again.
+    """
+    with _CATCHES, warnings.catch_warnings(record=record):
+        yield

@@ -34,7 +34,7 @@ from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import nn
 
-from .errors import EvaValueError
+from .errors import EvaValueError, warnings_caught
 
 try:  # targets of models whose experts were fused in transformers 5
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -248,7 +248,7 @@ def tied_modules(model: nn.Module, config: LoraConfig) -> set[str]:
         config, tuner = deepcopy(config), LoraModel.__new__(LoraModel)
         nn.Module.__init__(tuner)
         tuner.model = model
-        with warnings.catch_warnings():
+        with warnings_caught():
             warnings.simplefilter("ignore")
             tuner._check_tied_modules(model, config)
     return set(getattr(config, "target_modules_to_tie", None) or ())

@@ -16,6 +16,7 @@ from eva_kernels.errors import (
     NotConvergedError,
     NotConvergedWarning,
     NotInitializedError,
+    warnings_caught,
 )
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "first_line",
     "listed",
     "warn",
+    "warnings_caught",
 ]
 
 T = TypeVar("T")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapters, eva_of
 from .calibrate import run_pass
-from .errors import EvaValueError
+from .errors import EvaValueError, warnings_caught
 from .lora.adapters import write_result
 from .lora.training import check_not_trained
 from .lora.wrapping import check_wrapping
@@ -85,7 +84,7 @@ def initialize(
             any_init = allow_any_init or config is not None
             _check_adapters(inner, parsed.adapter_name, any_init, allow_any_init, overwrite_trained)
         else:
-            with warnings.catch_warnings(record=True):  # the pass looks again, and tells
+            with warnings_caught(record=True):  # the pass looks again, and tells
                 find_targets(inner, chosen, parsed.adapter_name)
             check_wrapping(inner, chosen, parsed.adapter_name)
         if chosen.eva_config.rho > 1:  # a long pass would hardly leave all sizes

@@ -19,7 +19,7 @@ from .._peft_compat import (
     resolved_config,
     spoils_strings,
 )
-from ..errors import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError
+from ..errors import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError, warnings_caught
 from ..surroundings.memory import is_out_of_memory
 from ..surroundings.random_state import random_state_kept
 from ..surroundings.snapshot import restored
@@ -53,7 +53,7 @@ def wrap_model(
     # parameters made in inference mode could never be trained
     # PEFT's low_cpu_mem_usage patches nn.Module for all threads, and of two of them for good
     device = torch.device("meta") if on_meta else nullcontext()
-    with random_state_kept(), torch.inference_mode(False), warnings.catch_warnings():
+    with random_state_kept(), torch.inference_mode(False), warnings_caught():
         # the weights are written right away, so they need not wait on the meta device
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
         try:
@@ -96,7 +96,7 @@ def check_wrapping(model: nn.Module, config: LoraConfig, adapter_name: str) -> N
     """
     # What PEFT warns of is shown when it wraps the model for good; filters that make errors of
     # warnings hold here as well.
-    with warnings.catch_warnings(record=True):
+    with warnings_caught(record=True):
         for on_meta in (True, False):
             try:
                 with restored(model):

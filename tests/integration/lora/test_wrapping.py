@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from threading import Thread
+from threading import Event, Thread, current_thread
 from typing import Any
 
 import pytest
@@ -191,6 +191,34 @@ def test_what_other_threads_make_meanwhile_has_contents(monkeypatch: pytest.Monk
     monkeypatch.setattr(LoraModel, "_create_and_replace", elsewhere)
     module.check_wrapping(make_mlp(), lora(target_modules=["0"]), "default")
     assert devices == ["cpu", "meta"]
+
+
+def test_two_threads_leave_the_filters_of_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_module("eva_peft.lora.wrapping")
+    inside, done = [Event(), Event()], Event()
+    original, filters = LoraModel._create_and_replace, list(warnings.filters)
+    shown: Any = vars(warnings)["_showwarnmsg_impl"]
+
+    def overlapping(self: Any, *args: Any, **kwargs: Any) -> None:
+        number = int(current_thread().name)
+        inside[number].set()
+        (done if number else inside[1]).wait(0.5)  # the first one to come is the first to leave
+        original(self, *args, **kwargs)
+
+    def check() -> None:
+        module.check_wrapping(make_mlp(), lora(target_modules=["0"]), "default")
+        done.set()
+
+    monkeypatch.setattr(LoraModel, "_create_and_replace", overlapping)
+    threads = [Thread(target=check, name=str(number)) for number in range(2)]
+    threads[0].start()
+    assert inside[0].wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join()
+    assert done.is_set()
+    assert warnings.filters == filters
+    assert vars(warnings)["_showwarnmsg_impl"] == shown
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
