@@ -51,6 +51,12 @@ def test_batch_that_is_none(batch: Any) -> None:
         run(make_mlp(), [batch], lora(**CONFIG))
 
 
+@pytest.mark.parametrize("option", [{"layers_to_transform": 9}, {"exclude_modules": ["q_proj"]}])
+def test_options_that_leave_all_targets_out(option: dict[str, Any]) -> None:
+    with pytest.raises(EvaValueError, match=f"called .*q_proj.*, and {next(iter(option))} may"):
+        run(make_llama(), text_batches(), lora(target_modules=["q_proj"], **option))
+
+
 def test_no_target() -> None:
     texts = text_batches(1)
     with pytest.raises(
@@ -58,6 +64,8 @@ def test_no_target() -> None:
     ) as caught:
         run(make_llama(), texts, lora(target_modules=["query"]))
     assert "the layers that it can name are called" in str(caught.value)
+    assert "leave them out" not in str(caught.value)
+
     assert "gate_proj" in str(caught.value)
     with pytest.raises(
         EvaValueError, match=r"it matches .*word_embeddings, whose inputs EVA cannot"

@@ -56,6 +56,8 @@ _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 _REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 ENGINE = "DeepSpeedEngine"
 _FABRIC = "_forward_module"  # in what Lightning's Fabric puts around a model
+# The options of a config that say which of the modules that it names are no targets.
+_LEAVE_OUT = ("layers_to_transform", "layers_pattern", "exclude_modules")
 # The options of a config that say how large the adapters are.
 _SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
@@ -264,6 +266,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     """
     check_not_merged(model)
     asked = config.target_modules
+    leave_out = [name for name in _LEAVE_OUT if getattr(config, name, None) is not None]
     found: Iterator[_Found]
     if carries_adapters(model):
         own = adapter_configs(model)[adapter_name]
@@ -294,7 +297,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
         asked = config.target_modules or asked  # of "all-linear", an empty set may be left
         raise EvaValueError(
             f"no layer to initialise: target_modules={asked!r} matches no linear layer of "
-            f"{type(model).__name__}" + _suggest(model, unsupported, tied)
+            f"{type(model).__name__}" + _suggest(model, unsupported, tied, leave_out)
         )
     _warn_of_others(unsupported, tied)
     return targets
@@ -413,10 +416,13 @@ def _experts(found: _Found) -> list[Target]:
     ]
 
 
-def _suggest(model: nn.Module, unsupported: list[str], tied: list[str]) -> str:
+def _suggest(
+    model: nn.Module, unsupported: list[str], tied: list[str], leave_out: list[str]
+) -> str:
     if unsupported:
         return f"; it matches {listed(unsupported)}, whose inputs EVA cannot read"
     if tied:
         return f"; it matches {listed(tied)}, which ensure_weight_tying ties to the embeddings"
     kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if widths(m)})
-    return f"; the layers that it can name are called {listed(kinds)}" if kinds else ""
+    told = f"; the layers that it can name are called {listed(kinds)}" if kinds else ""
+    return told + (f", and {' and '.join(leave_out)} may leave them out" if leave_out else "")
