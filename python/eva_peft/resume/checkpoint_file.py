@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import EvaValueError
-from ..surroundings.files import make_file, replacing
+from ..surroundings.files import left_beside, replacing
 
 __all__ = [
     "FORMAT",
@@ -44,7 +45,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "checksum": checksum(text, ready)}
     metadata |= text_aside({"state": text}, ready)
-    with replacing(path, _partial(path)) as temporary:
+    with replacing(path) as temporary:
         save_file(ready, temporary, metadata=metadata)
 
 
@@ -118,13 +119,8 @@ def text_back(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name.removeprefix(_ASIDE): content.decode() for name, content in texts.items()}
 
 
-def _partial(path: Path) -> Path:
-    # One name, so that a run that was killed while it wrote leaves at most one file behind.
-    return path.with_name(f".{path.name}.partial")
-
-
 def check_path(path: Path) -> None:
-    """Make the folder, and prove that a file can be made in it.
+    """Make the folder, prove that a file can be made in it, and clear away what killed runs left.
 
     Raises:
         EvaValueError: it cannot.
@@ -133,8 +129,10 @@ def check_path(path: Path) -> None:
         raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_file(_partial(path))
-        _partial(path).unlink()
+        for left in left_beside(path):  # who still writes it warns, and writes another one
+            left.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise EvaValueError(
             f"checkpoint={str(path)!r} cannot be written ({error}); give a path in a folder that "

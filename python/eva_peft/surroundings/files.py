@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import stat
 from collections.abc import Iterator
@@ -9,26 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["make_file", "replacing", "sync"]
+__all__ = ["left_beside", "make_file", "replacing", "sync"]
 
 
 @contextmanager
-def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a file to write to that takes the place of another, if all goes well.
 
     Args:
         path: holds the old file or the new one at any time. The new one has the mode of a new file,
-            whatever its writer gives it.
-        temporary: in the same folder, does not outlive the block; by default of a name of its own,
-            since several processes may write to one path. A link is followed then, and what is no
-            file, such as a device, is written to as it is.
+            whatever its writer gives it. A link is followed, and what is no file, such as a
+            device, is written to as it is.
     """
-    if temporary is None:
-        path = Path(os.path.realpath(path))
-        if path.exists() and not path.is_file():
-            yield path
-            return
-        temporary = path.with_name(f".{uuid4().hex[:12]}.{path.name}")
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    # of a name of its own, since several processes may write to one path
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
         mode = make_file(temporary)
         yield temporary
@@ -38,6 +37,11 @@ def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def left_beside(path: Path) -> list[Path]:
+    """Return what writers that were killed, or are still at work, have beside a file."""
+    return [*path.parent.glob(glob.escape(f".{path.name}.") + 12 * "[0-9a-f]" + ".partial")]
 
 
 def make_file(path: Path) -> int:

@@ -311,16 +311,43 @@ def test_an_interrupted_write_is_made_up_for(
     assert checkpoint_file.read_checkpoint(path)[0]["counts"]["forwards"] == 5
 
 
-def test_killed_runs_leave_one_partial_file(
+def test_what_killed_runs_left_goes_when_another_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[str] = []
-    monkeypatch.setattr(
-        checkpoint_file, "save_file", lambda parts, path, **named: written.append(path.name)
-    )
-    for _ in range(2):
-        write_checkpoint(tmp_path / "state.safetensors", {}, {})
-    assert written == [".state.safetensors.partial"] * 2
+    path = tmp_path / "state[1].safetensors"
+    other = tmp_path / f".{path.name}.mine.partial"
+    other.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *args, **named: None)  # it is killed before
+        patch.setattr(checkpoint_file, "save_file", lambda *args: None)  # takes no metadata
+        for _ in range(2):
+            with pytest.raises(TypeError):
+                write_checkpoint(path, {}, {})
+    assert len(list(tmp_path.iterdir())) == 3
+    checkpoint_file.check_path(path)
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_two_that_write_at_a_time_leave_one_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, save = tmp_path / "state.safetensors", checkpoint_file.save_file
+
+    def meanwhile(*args: Any, **named: Any) -> None:
+        monkeypatch.setattr(checkpoint_file, "save_file", save)
+        save(*args, **named)
+        with monkeypatch.context() as patch:  # the other one has but begun
+            patch.setattr(checkpoint_file, "save_file", other)
+            with pytest.raises(OSError, match="full"):
+                write_checkpoint(path, {"number": 2}, {})
+
+    def other(*args: Any, **named: Any) -> None:
+        raise OSError("full")
+
+    monkeypatch.setattr(checkpoint_file, "save_file", meanwhile)
+    write_checkpoint(path, {"number": 1}, {})
+    assert read_checkpoint(path)[0] == {"number": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [OSError, SafetensorError])

@@ -80,6 +80,8 @@ def test_a_checkpoint_may_lie_anywhere_in_it(tmp_path: Path) -> None:
     checkpoint = tmp_path / "state" / "pass.safetensors"
     checkpoint.parent.mkdir()
     checkpoint.write_text("state")
+    # what a run that was killed has left
+    (checkpoint.parent / ".pass.safetensors.0123456789ab.partial").touch()
     write(tmp_path, "a", besides=checkpoint)
     assert checkpoint.read_text() == "state"
 
