@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,10 +129,11 @@ def check_path(path: Path) -> None:
     if path.is_dir():
         raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in left_beside(path):  # who still writes it warns, and writes another one
+        place = Path(os.path.realpath(path))  # a link is followed
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for left in left_beside(place):  # who still writes it warns, and writes another one
             left.unlink(missing_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=place.parent):
             pass
     except OSError as error:
         raise EvaValueError(
