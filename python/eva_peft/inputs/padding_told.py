@@ -117,7 +117,7 @@ class PaddingTold(AroundCalls):
         if mask is None:
             return
         mask = self._with_attended(around, mask, elsewhere)
-        if not around.of_text_alone or module not in self._of_media:
+        if module not in self._of_media or not around.of_text_alone:
             mask = self._mask_within(around, mask)
         _tell_apart(mask, named)
         if mask is not around:
