@@ -300,11 +300,14 @@ class EvaCallback(TrainerCallback):
         self.action = action
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Look at the model that is about to be trained."""
-        if model is not None:
-            _complain(model, self.action)
+        # SetFit's trainer hands over an object that is no module, around those that it trains
+        within = () if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
+        for part in (model, *within):
+            if isinstance(part, nn.Module):
+                _complain(part, self.action)
 
 
 class _Watch:

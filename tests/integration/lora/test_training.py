@@ -436,7 +436,9 @@ def test_callback() -> None:
         EvaCallback().on_train_begin(*state, model=fresh())
     with pytest.raises(NotInitializedError):
         EvaCallback("raise").on_train_begin(*state, model=torch.compile(fresh(), backend="eager"))
-    for model in (done(), make_mlp(), None):
+    with pytest.raises(NotInitializedError):  # SetFit's trainer hands over what is no module
+        EvaCallback("raise").on_train_begin(*state, model=SimpleNamespace(model_body=fresh()))
+    for model in (done(), make_mlp(), None, SimpleNamespace(model_body=done(), model_head=None)):
         EvaCallback("raise").on_train_begin(*state, model=model)
     with pytest.raises(EvaValueError, match="action='never' is unknown"):
         EvaCallback("never")  # type: ignore[arg-type]
