@@ -14,7 +14,6 @@ from ..errors import warn
 from ..model.architecture import Architecture
 from .arguments import PADDING_MASKS, gives_decoder_inputs, is_decoder_input
 from .batches import as_mapping
-from .fits import longest_of
 from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
 from .token_mask import TokenMask
 
@@ -59,7 +58,7 @@ def mask_of_batch(
     # of somebody's own models, their batches tell
     both = "decoder_attention_mask" in batch or gives_decoder_inputs(batch)
     both = both or architecture.encoder_decoder
-    main, decoder, longest = _text_masks(batch, config, architecture, both, warned)
+    main, decoder, unpadded = _text_masks(batch, config, architecture, both, warned)
     from_elsewhere = (token_mask(v) for k, v in batch.items() if _GIVEN.search(str(k)))
     given = [mask for mask in from_elsewhere if mask is not None]
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
@@ -84,7 +83,7 @@ def mask_of_batch(
         patch_sizes=architecture.patch_sizes,
         prefixes=architecture.prefixes,
         apart=architecture.apart,
-        longest=longest,
+        unpadded=unpadded,
         others=_others(batch, [mask for mask in (main, *given) if mask is not None]),
     )
     mask.warned = warned
@@ -177,10 +176,10 @@ def _text_masks(
     architecture: Architecture,
     both: bool,
     warned: set[str],
-) -> tuple[Tensor | None, Tensor | None, int | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's.
 
-    And how many the longest text has, where labels leave out some of it.
+    And the first without labels, where those leave out some of it.
 
     Args:
         both: there is an encoder and a decoder.
@@ -200,11 +199,11 @@ def _text_masks(
     if main is not None and shape is not None:
         main = _without_prefix(main, shape)
     shape = _shape_by_another_name(batch) if shape is None else shape
-    longest = None
+    unpadded = None
     if label_mask is not None and tuple(label_mask.shape) == shape:
-        longest = None if main is None else longest_of(main)
+        unpadded = main
         main = label_mask if main is None else main & label_mask
-    return main, decoder, longest
+    return main, decoder, unpadded
 
 
 def _labelled_steps(

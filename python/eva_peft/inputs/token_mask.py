@@ -62,7 +62,7 @@ class TokenMask:
         others: bool (B, W) each: of something else than tokens, as words or spans.
         apart: the same of layers that may read what has no mask; only what has the text's shape is
             taken for text.
-        longest: text without its padding, in tokens, where labels leave out more than that.
+        unpadded: bool (B, T): text without its padding, where labels leave out more than that.
 
     Attributes:
         masks: all of tokens, by which layers that read one tensor tell whether they share it.
@@ -98,7 +98,7 @@ class TokenMask:
         patch_sizes: tuple[int, ...] = (),
         prefixes: tuple[str, ...] = (),
         apart: tuple[str, ...] = (),
-        longest: int | None = None,
+        unpadded: Tensor | None = None,
         others: Sequence[Tensor] = (),
     ) -> None:
         self.main, self.decoder, self.streams = main, decoder, streams
@@ -108,7 +108,7 @@ class TokenMask:
         self.sound, self.pixels, self.tiles = sound, pixels, tiles
         self.sound_only, self.media = sound_only, media
         self.patch_sizes, self.prefixes, self.apart = patch_sizes, prefixes, apart
-        self.longest, self.others = longest, others
+        self.unpadded, self.others = unpadded, others
         self.masks = (main, decoder, beside, queries, *given, *others)
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
@@ -339,11 +339,12 @@ class TokenMask:
             yield frames
         if len(leading) == 2 and leading[0] == mask.numel() > max(mask.shape):
             yield mask.reshape(-1, 1).expand(leading)  # what several layers make of each token
-        longest = self.longest if key == "main" else None
-        if longest is None:
-            longest = longest_of(mask)  # as far as which a packed sequence comes back
+        seen = self.unpadded if key == "main" and self.unpadded is not None else mask
+        longest = longest_of(seen)  # as far as which a packed sequence comes back
         if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():
             yield mask[:, :longest]
+        if leading[-1:] == (int(seen.sum()),) and leading[:-1] in ((), (1,)):
+            yield mask[seen].view(leading)  # all samples as one, without their padding
         queries = key.startswith("queries")
         text_first = False if queries else self.text_first
         if (queries or key == "main") and text_first is not None and is_longer(leading, mask):
@@ -442,7 +443,7 @@ class TokenMask:
         if self.quiet or kind in self.warned or one_for_all:
             return
         rows = math.prod(leading)
-        if all(bool(m.all()) or rows <= len(m) or leading == (int(m.sum()),) for m in masks):
+        if all(bool(m.all()) or rows <= len(m) for m in masks):
             return
         self.warned.add(kind)
         others = "" if kind == name else f". Of other layers {kind} no more is said"
