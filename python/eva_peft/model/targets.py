@@ -55,6 +55,7 @@ _SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 _REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 ENGINE = "DeepSpeedEngine"
+_OF_GPTQ = "GPTQQuantLinear"  # what gptqmodel makes, to which alone PEFT applies QA-LoRA
 _FABRIC = "_forward_module"  # in what Lightning's Fabric puts around a model
 # The options of a config that say which of the modules that it names are no targets.
 _LEAVE_OUT = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -262,7 +263,8 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
             would adapt under ``config``), without wrappers.
 
     Raises:
-        EvaValueError: no layer found. EvaRuntimeError: an adapter is merged into the weights.
+        EvaValueError: no layer found, or a row of one would not read all of its input.
+        EvaRuntimeError: an adapter is merged into the weights.
     """
     check_not_merged(model)
     asked = config.target_modules
@@ -299,8 +301,19 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
             f"no layer to initialise: target_modules={asked!r} matches no linear layer of "
             f"{type(model).__name__}" + _suggest(model, unsupported, tied, leave_out)
         )
+    if getattr(own, "use_qalora", False):
+        _check_whole_rows(targets)
     _warn_of_others(unsupported, tied)
     return targets
+
+
+def _check_whole_rows(targets: list[Target]) -> None:
+    averaged = [t.name for t in targets if _OF_GPTQ in class_names(t.module)]  # others are as usual
+    if averaged:
+        raise EvaValueError(
+            f"use_qalora makes lora_A of {listed(averaged)} read averages over groups of features; "
+            "EVA's rows read every feature. Leave it out"
+        )
 
 
 def _warn_of_others(unsupported: list[str], tied: list[str]) -> None:

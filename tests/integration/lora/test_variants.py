@@ -1,4 +1,4 @@
-"""Variants of LoRA whose adapters cannot have any rows or ranks: BD-LoRA and KaSA."""
+"""Variants of LoRA whose adapters cannot have any rows or ranks: BD-LoRA, KaSA and QA-LoRA."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from torch import nn
 
 import eva_kernels
 from eva_kernels import EvaRuntimeError, EvaValueError
@@ -106,3 +107,20 @@ def test_weights_that_kasa_has_cut_are_not_cut_again() -> None:
     cut = adapted()
     for name, weight in kept.named_parameters():
         assert "base_layer" not in name or torch.equal(weight, cut.get_parameter(name))
+
+
+class GPTQQuantLinear(nn.Linear):
+    """Named as what gptqmodel makes, of which PEFT averages the inputs in groups."""
+
+
+def test_averages_of_groups_are_refused_before_the_pass() -> None:
+    config = lora(target_modules=["q_proj"], use_qalora=True, qalora_group_size=4)
+    eva_kernels.calibrate(make_llama(), text_batches(1), config, max_steps=1, **QUIET)
+    for wrap in (False, True):
+        model = make_llama()
+        model.model.layers[1].self_attn.q_proj.__class__ = GPTQQuantLinear
+        model, given = (wrapped(model, config), None) if wrap else (model, config)
+        with pytest.raises(
+            EvaValueError, match=r"use_qalora makes lora_A of model.layers.1\S+ read"
+        ):
+            eva_kernels.initialize(model, iter(()), given, **QUIET)
