@@ -17,9 +17,11 @@ import eva_kernels
 from distributed.scenarios import calibrate, own_batches
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from eva_kernels.streaming import fold_streams
+from eva_peft.errors import HeldError
 from eva_peft.model import divided
 from eva_peft.processes import cells, channel
 from eva_peft.processes.data_parallel import beginning, processes_of
+from eva_peft.processes.together import Together
 from eva_peft.resume.fingerprint import check_weights
 from helpers import make_stream
 from integration.conftest import QUIET, lora, make_llama, wrapped
@@ -76,7 +78,7 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     monkeypatch.setattr(distributed, "get_rank", lambda group: 0)
     monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
     monkeypatch.setattr(distributed, "get_global_rank", lambda group, rank: 4 + rank)
-    one, tensors = channel.Channel(replicas), [torch.ones(2)]
+    one, tensors = channel.Channel(replicas, HeldError()), [torch.ones(2)]
     one.from_leader("plan")
     one.send_out(tensors)
     one.add_up(tensors)
@@ -84,6 +86,29 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     one.receive(1)
     expected = {**dict.fromkeys(first, 4), "recv_object_list": 5}
     assert told == {name: (number, replicas) for name, number in expected.items()}
+
+
+def test_who_cannot_reach_the_others_says_so_or_what_went_wrong_in_itself(
+    group_of_one: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One was killed, or waited for too long; gloo says which connection was closed."""
+    gone = RuntimeError("Connection closed by peer [127.0.0.1]:17835")
+    together = Together(group_of_one)
+    for name in ("all_gather_object", "broadcast"):
+        monkeypatch.setattr(distributed, name, mock.Mock(side_effect=gone))
+    with pytest.raises(EvaRuntimeError, match=r"reach the others .* \(Connection closed by"):
+        together.of_all(None)
+
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    together.attempt(fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        together.of_all(None)
+    gone = torch.OutOfMemoryError("80 GB")
+    monkeypatch.setattr(distributed, "broadcast", mock.Mock(side_effect=gone))
+    with pytest.raises(torch.OutOfMemoryError, match="80 GB"):
+        together.channel.send_out([torch.ones(2)])
 
 
 @pytest.mark.parametrize("adapted", [False, True])

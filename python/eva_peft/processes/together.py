@@ -30,8 +30,8 @@ class Together:
     """
 
     def __init__(self, group: Any) -> None:
-        self.channel, self.meeting = Channel(group), Meeting(group)
         self.interrupts, self.held = Interrupts(), HeldError()
+        self.channel, self.meeting = Channel(group, self.held), Meeting(group)
 
     def attempt(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:
         """Do what may fail, or be interrupted, and hold that until the others are told."""
