@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import EvaValueError
-from ..surroundings.files import left_beside, replacing
+from ..surroundings.files import folder_beside, left_beside, replacing
 
 __all__ = [
     "FORMAT",
@@ -126,15 +126,15 @@ def check_path(path: Path) -> None:
     Raises:
         EvaValueError: it cannot.
     """
-    if path.is_dir():
-        raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
     try:
+        if path.is_dir():
+            raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
         place = Path(os.path.realpath(path))  # a link is followed
         place.parent.mkdir(parents=True, exist_ok=True)
         for left in left_beside(place):  # who still writes it warns, and writes another one
-            left.unlink(missing_ok=True)
-        with tempfile.TemporaryFile(dir=place.parent):
-            pass
+            shutil.rmtree(left, ignore_errors=True)
+        with folder_beside(place) as folder:
+            (folder / place.name).touch()
     except OSError as error:
         raise EvaValueError(
             f"checkpoint={str(path)!r} cannot be written ({error}); give a path in a folder that "

@@ -69,10 +69,10 @@ def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path
 def _holds_files(target: Path, own: Path | None) -> bool:
     """Tell whether there are files but for one's own, and what a killed run had staged."""
     staged = re.compile("^" + re.escape(f".{target.name}.") + "[0-9a-f]{12}/")
-    besides = [] if own is None else [own, *left_beside(own)]
+    besides = set() if own is None else {own, *left_beside(own)}
     return target.is_dir() and any(
         not path.is_dir()
-        and path not in besides
+        and besides.isdisjoint([path, *path.parents])
         and not staged.search(str(path.relative_to(target)))
         for path in target.rglob("*")
     )

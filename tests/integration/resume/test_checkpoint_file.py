@@ -317,11 +317,16 @@ def test_what_killed_runs_left_goes_when_another_begins(
     path = tmp_path / "state[1].safetensors"
     other = tmp_path / f".{path.name}.mine.partial"
     other.touch()
+
+    def killed(tensors: Any, file: Path, metadata: Any) -> None:
+        file.with_name(".tmpfnhYNo").touch()  # safetensors writes to one of its own first
+        raise MemoryError
+
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", lambda *args, **named: None)  # it is killed before
-        patch.setattr(checkpoint_file, "save_file", lambda *args: None)  # takes no metadata
+        patch.setattr(files.shutil, "rmtree", lambda *args, **named: None)
+        patch.setattr(checkpoint_file, "save_file", killed)
         for _ in range(2):
-            with pytest.raises(TypeError):
+            with pytest.raises(MemoryError):
                 write_checkpoint(path, {}, {})
     assert len(list(tmp_path.iterdir())) == 3
     checkpoint_file.check_path(path)
@@ -373,7 +378,7 @@ def test_a_full_disk_does_not_cost_the_pass(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("kind", ["a folder", "below a file", "no permission"])
+@pytest.mark.parametrize("kind", ["a folder", "below a file", "no permission", "long", "too long"])
 def test_a_path_that_cannot_be_written_fails_at_once(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +386,8 @@ def test_a_path_that_cannot_be_written_fails_at_once(
     if kind == "below a file":
         (tmp_path / "file").touch()
         path, message = tmp_path / "file" / "state", r"cannot be written \(.*file"
+    elif "long" in kind:  # one that the system takes, but not with what is written beside it
+        path, message = tmp_path / ((250 if kind == "long" else 300) * "a"), r"\(.* too long: "
     elif kind == "no permission":
         path, message = tmp_path / "state", r"cannot be written \(.*Permission denied"
         monkeypatch.setattr(files.os, "open", denied)

@@ -49,12 +49,17 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
         assert target.read_text() == text
 
 
-def test_what_is_no_file_is_written_to(tmp_path: Path) -> None:
+def test_what_is_no_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> None:
+    """As /dev/null, also where the writer puts another file in its place, as safetensors does."""
     pipe, heard = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: heard.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: heard.append(pipe.read_text()), daemon=True)
     reader.start()
-    write(pipe)
+    with replacing(pipe) as temporary:
+        other = temporary.with_name("other")
+        other.write_text("new")
+        os.replace(other, temporary)
     reader.join(timeout=10)
     assert heard == ["new"]
+    assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]

@@ -81,7 +81,9 @@ def test_a_checkpoint_may_lie_anywhere_in_it(tmp_path: Path) -> None:
     checkpoint.parent.mkdir()
     checkpoint.write_text("state")
     # what a run that was killed has left
-    (checkpoint.parent / ".pass.safetensors.0123456789ab.partial").touch()
+    left = checkpoint.parent / ".pass.safetensors.0123456789ab.partial"
+    left.mkdir()
+    (left / ".tmpfnhYNo").touch()
     write(tmp_path, "a", besides=checkpoint)
     assert checkpoint.read_text() == "state"
 
