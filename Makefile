@@ -62,7 +62,7 @@ setup: $(READY)
 # torch first and by itself: the package must find a torch and leave it alone. A CUDA torch
 # brings its own triton; beside a CPU torch one is added for the interpreter.
 $(READY): $(BUILD_FILES)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(if $(TORCH),'$(TORCH)',$(KNOWN_TORCH))
 	$(if $(HAS_GPU),,$(BIN)/python -m pip install '$(TRITON)')
 	$(if $(FETCH_NVCC),$(BIN)/python -m pip install --upgrade --target $(VENV)/nvcc -r csrc/nvcc.txt || test "$(EVA_KERNELS_CUDA)" != 1)

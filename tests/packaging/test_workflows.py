@@ -168,6 +168,20 @@ def test_make_goes_on_without_a_compiler_unless_it_is_insisted_on(
     assert (tmp_path / ".ready").exists() == goes_on
 
 
+def test_make_finishes_a_venv_that_was_left_without_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C, or by Debian where its python3-venv is not installed."""
+    monkeypatch.delenv("MAKEFLAGS", raising=False)
+    (tmp_path / "bin").mkdir()
+    for name, does in (("bin/python", '[ -e "$0.pip" ]'), ("python", 'touch "$3/bin/python.pip"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = [f"VENV={tmp_path}", f"PYTHON={tmp_path / 'python'}", "HAS_GPU=", "HAS_NVCC="]
+    done = subprocess.run(["make", "setup", *variables], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_make_test_has_every_package_and_skips_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     told = subprocess.run(
         ["make", "-n", "-o", ".venv/.ready", "test"], cwd=ROOT, capture_output=True, text=True
