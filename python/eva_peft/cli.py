@@ -34,7 +34,7 @@ from .command.model_setup import (
     warn_of_unknown,
 )
 from .errors import EvaError, EvaValueError, EvaWarning
-from .surroundings.staging import staged_folder
+from .surroundings.staging import staged_folder, written_to
 
 app = typer.Typer(
     name="eva-kernels",
@@ -201,9 +201,10 @@ def init(
         if needs_decoder_inputs(base, task):
             batches = DecoderInputs(batches, base)
         tuned = initialize(base, batches, peft_config, **options)
-        tuned.save_pretrained(folder)
-        tuned.eva_result.save(folder / RESULT)
-        write_html(tuned.eva_result, folder / "report.html")
+        with written_to(out):
+            tuned.save_pretrained(folder)
+            tuned.eva_result.save(folder / RESULT)
+            write_html(tuned.eva_result, folder / "report.html")
     _say(Console(), tuned.eva_result.summary())
     # without is_trainable PEFT loads frozen adapters, and these are there to be trained
     call = f"PeftModel.from_pretrained(base_model, {str(out)!r}, is_trainable=True)"

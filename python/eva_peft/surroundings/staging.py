@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 from ..errors import EvaValueError
 from .files import left_beside, sync
 
-__all__ = ["INDEX", "staged_folder"]
+__all__ = ["INDEX", "staged_folder", "written_to"]
 
 # Without it nothing takes the folder for an adapter: the first to go, and the last to come.
 INDEX = "adapter_config.json"
@@ -64,6 +66,19 @@ def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path
         if not (stage / BEFORE).exists():  # or nobody else has the files that were replaced
             shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+@contextmanager
+def written_to(out: Path) -> Iterator[None]:
+    """Say where files were to be that cannot be written: a full disk tells that it is full alone.
+
+    Raises:
+        EvaValueError: they cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise EvaValueError(f"--out {out} cannot be written ({error}); it is as it was") from error
 
 
 def _holds_files(target: Path, own: Path | None) -> bool:

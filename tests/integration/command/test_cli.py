@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -332,13 +334,11 @@ def test_failures_leave_nothing_behind(
     assert "no column 'body'" in reason(init(home, out, "--text-column", "body"))
     assert "no-such-model" in reason(run("init", home / "no-such-model", *data_and_out(home, out)))
     assert "no_proj" in reason(init(home, out, "--target-modules", "no_proj"))
-    monkeypatch.setattr("eva_peft.results.report.write_html", _raise_full)
-    assert "No space left" in reason(init(home, out))
+    for error in (OSError(28, "No space left"), SafetensorError("I/O error: No space left")):
+        full = mock.Mock(side_effect=error)
+        monkeypatch.setattr("eva_peft.results.report.write_html", full)
+        assert f"--out {out} cannot be written ({error}); it is as" in reason(init(home, out))
     assert list(tmp_path.iterdir()) == []
-
-
-def _raise_full(*args: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def _initialize_that(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
