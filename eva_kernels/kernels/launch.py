@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import torch
 from triton.language.extra import cuda
+from triton.runtime import driver
 
 __all__ = [
     "EARLY",
@@ -286,6 +287,19 @@ def rows_of_a_thread(tile: Tile, itemsize: int) -> int:
 
 
 @functools.cache
+def _cannot_launch() -> str | None:
+    """Return why Triton cannot launch kernels, or None.
+
+    It compiles what calls the driver when that is first used, and some images have no compiler.
+    """
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # a compiler that is missing or fails, no folder for the cache, ...
+        return f"Triton, which needs a C compiler and Python's headers, cannot launch ({error})"
+    return None
+
+
+@functools.cache
 def _device_arch(index: int) -> Arch | str:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
@@ -298,8 +312,8 @@ def _device_arch(index: int) -> Arch | str:
             name = {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
     if name not in ARCHS:
         return f"there are no launch numbers for {name}; known are {', '.join(ARCHS)}"
-    known = ARCHS[name]
-    return replace(known, processors=properties.multi_processor_count)
+    known = replace(ARCHS[name], processors=properties.multi_processor_count)
+    return _cannot_launch() or known
 
 
 def arch_of(device: torch.device) -> Arch | str:
@@ -308,7 +322,7 @@ def arch_of(device: torch.device) -> Arch | str:
     Without a driver (the interpreter, or tensors that only pretend) it is the family's largest.
     """
     # Where a device was read there is a driver: every sketch asks, and torch takes long to tell.
-    driver = _device_arch.cache_info().currsize > 0 or torch.cuda.is_available()
-    if device.type == "cpu" or not driver:
+    present = _device_arch.cache_info().currsize > 0 or torch.cuda.is_available()
+    if device.type == "cpu" or not present:
         return ARCHS["sm_90"]
     return _device_arch(torch.cuda.current_device() if device.index is None else device.index)

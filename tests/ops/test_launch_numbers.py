@@ -38,6 +38,7 @@ def test_a_chip_has_the_numbers_of_its_family(
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(launch, "_cannot_launch", lambda: None)
     arch = launch._device_arch.__wrapped__(0)
     assert (arch.name, arch.processors) == (name, 7)
     assert arch.shared_bytes == launch.ARCHS[name].shared_bytes
@@ -48,11 +49,32 @@ def test_an_amd_chip_is_known_by_its_name(name: str, monkeypatch: pytest.MonkeyP
     properties = SimpleNamespace(multi_processor_count=7, gcnArchName=f"{name}:sramecc+:xnack-")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(launch, "_cannot_launch", lambda: None)
     arch = launch._device_arch.__wrapped__(0)
     if name == "gfx942":
         assert (arch.name, arch.processors) == (name, 7)
     else:
         assert arch.startswith("there are no launch numbers for gfx90a; known are sm_80, ")
+
+
+def test_without_a_c_compiler_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the runtime images of PyTorch: Triton compiles its access to the driver first."""
+
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    properties = SimpleNamespace(multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(launch, "_cannot_launch", launch._cannot_launch.__wrapped__)
+    found = []
+    for ask in (fail, lambda: None):
+        active = SimpleNamespace(get_current_target=ask)
+        monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+        found.append(launch._device_arch.__wrapped__(0))
+    assert found[0].endswith("cannot launch (Failed to find C compiler)")
+    assert found[1].name == "sm_90"
 
 
 def test_an_old_chip_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
