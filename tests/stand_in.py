@@ -118,6 +118,8 @@ def stand_in(device: torch.device) -> Iterator[None]:
     enable_guard(device.type)
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # what torch.tensor makes goes to a device by a copy
     state = torch.zeros(16, dtype=torch.uint8)
     module = torch.get_device_module(device)
     known = {"get_rng_state": lambda device: state, "set_rng_state": lambda state, device: None}
@@ -127,4 +129,5 @@ def stand_in(device: torch.device) -> Iterator[None]:
         with mock.patch.multiple(module, **known), _Factories(device):
             yield
     finally:
+        torch._C._set_only_lift_cpu_tensors(lifted)
         torch.__future__.set_overwrite_module_params_on_conversion(before)
