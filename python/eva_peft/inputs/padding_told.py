@@ -22,7 +22,8 @@ __all__ = ["ENDS_OF_PADDING", "TARGETS", "PaddingTold", "parts_told"]
 _SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; maybe a mask
 # Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
 # other name mean is not known, but for those that have a row for all tokens, or one for each, as
-# (B, 1, T) and (B, T, T); those of these names may be (B, T), too.
+# (B, 1, T) and (B, T, T); those of these names may be (B, T), too. Of numbers, those count that are
+# added to scores.
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 ENDS_OF_PADDING = ("padding_mask", "pad_mask")
 _PLAIN = ("mask", "attn_mask", "context_mask")
@@ -259,11 +260,12 @@ def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
     """Tell whether a mask of a name that says nothing may say which tokens are seen."""
     if name.endswith(_LENGTHS):
         return mask.dim() == 1
-    if not _may_tell(name) or mask.is_floating_point() or mask.shape[-1:] == (1,):
+    if not _may_tell(name) or mask.shape[-1:] == (1,):
         return False
     if mask.dim() == 2:  # of as many samples as tokens, it may be of pairs: each sees itself
-        pairs = mask.shape[0] == mask.shape[1] and bool(mask.diagonal().all())
-        return name in _PLAIN and not pairs
+        if name not in _PLAIN or mask.is_floating_point():
+            return False
+        return mask.shape[0] != mask.shape[1] or not mask.diagonal().all()
     return mask.dim() in (3, 4)
 
 
@@ -439,4 +441,6 @@ def _of_others(
 def _kept(name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
     if name.endswith(_LENGTHS):
         return of_lengths(mask.cpu(), shape, sizes)
+    if mask.is_floating_point() and not _is_known(name) and not (mask < -1).any():
+        return None  # not added to scores: numbers that may say anything
     return not_padding(mask) if name.endswith(ENDS_OF_PADDING) else seen(mask)

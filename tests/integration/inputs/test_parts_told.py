@@ -264,3 +264,26 @@ def test_a_mask_that_is_written_to_between_two_parts() -> None:
     result = run(model, batches(), lora(tau=1.0, target_modules=list(kept)), **EXACT)
     for name, x in layer_inputs(model, batches(), list(kept)).items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_numbers_tell_where_they_are_added_to_scores(added: bool) -> None:
+    """As those of PatchTST-FM; others of a name that says nothing may be anything."""
+
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+            return super().forward(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.layer = nn.Embedding(VOCABULARY, 16), Layer(16, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = ids.eq(0)
+            hidden = (hidden[:, None] | hidden[..., None])[:, None]
+            mask = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf)
+            return self.layer(self.words(ids), mask if added else (~hidden).float())
+
+    result = run(Model(), batches(), lora(tau=1.0, target_modules=["layer"]), **EXACT)
+    assert result.tokens == 4 * int(KEPT.sum() if added else KEPT.numel())
