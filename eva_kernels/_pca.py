@@ -48,8 +48,8 @@ class IncrementalPCA:
     The conventions are those of ``sklearn.decomposition.IncrementalPCA`` and so of PEFT's class of
     the same name: it is cloned, searched over and put into pipelines like any estimator. Data are
     dense tensors (or arrays), and results are tensors on the data's device, or on the CPU where
-    that does not compute in float64, as Apple's GPUs. Not there: whitening, ``get_precision`` and
-    ``set_output``. Squares must neither overflow, which is refused, nor vanish: scale data below
+    that does not compute in float64, as Apple's GPUs. Not supported: whitening, ``get_precision``
+    and ``set_output``. Squares must neither overflow (an error) nor underflow: scale data below
     1e-18 (float64: 1e-75).
 
     Args:
@@ -61,8 +61,8 @@ class IncrementalPCA:
         oversample: sketch width over components.
         seed: of the first basis.
         batch_size: rows a batch in :meth:`fit`, at least 1; 5 times the features if ``None``.
-        backend: of what streams tokens: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU
-            where it can. What follows uses native code wherever it is built.
+        backend: accumulates rows: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU where
+            it can. Folds use native code wherever it is built.
         precision: ``"high"`` multiplies 16 bits of each factor on a GPU, ``"fast"`` 8.
 
     Attributes (after the first ``partial_fit``; all tensors on the device of the results):
@@ -311,8 +311,9 @@ class IncrementalPCA:
             mine, theirs = self._stream, other._stream
             if (mine.features, mine.width) != (theirs.features, theirs.width):
                 raise EvaValueError(
-                    f"cannot merge a stream of {theirs.features} features and width "
-                    f"{theirs.width} into one of {mine.features} and {mine.width}"
+                    f"cannot merge {theirs.features} features and sketch width {theirs.width} into "
+                    f"{mine.features} and {mine.width}; give both the same n_components and "
+                    "oversample"
                 )
             delta, n = other._pivot - self._pivot, other.n_samples_seen_
             mine.merge(theirs.clone())  # first: it refuses another method

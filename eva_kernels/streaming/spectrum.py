@@ -83,7 +83,7 @@ def spectra(streams: Sequence[InputStream], device: torch.device | None = None) 
         eigen-decomposition.
     """
     if any(s.state is None for s in streams):
-        raise EvaValueError("no tokens were seen")
+        raise EvaValueError("no tokens were seen; add some first")
     fold_streams(streams, final=True)
     parts = [_vectors(chunk, device) for chunk in _chunks(streams)]
     told = iter(_host.read([tensor for part in parts for tensor in part.numbers]))

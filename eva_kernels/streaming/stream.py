@@ -361,7 +361,9 @@ class InputStream:
             self.state = merge_sketch(self.state, other.state)
             self.turned = None  # those of the basis before
         else:
-            raise EvaValueError("a sketch and an exact Gram stream cannot be merged")
+            raise EvaValueError(
+                "a sketch and an exact (gram) stream cannot be merged; give both the same method"
+            )
         self.skipped = skipped
 
     def spectrum(self) -> Spectrum:

@@ -1,4 +1,4 @@
-"""``check_padding``: which tokens of a batch count, proven by a second look at each layer."""
+"""``check_padding``: which tokens of a batch count, checked by a second forward pass."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class LayerRows:
     Attributes:
         rows: all of them.
         counted: those that EVA counts.
-        padding: those that change with the contents of padding.
-        padding_counted: those that are both. There should be none, but where a model lets tokens
-            see padding, as behind a convolution over the edge of a sound.
+        padding: those that change with the values in padding.
+        padding_counted: those that are both. There should be none, except where tokens see padding,
+            as after a convolution over the end of a sound.
         left_out: those that are neither: tokens that labels leave out (``use_label_mask``), and
-            padding whose contents are of no effect, as where a model puts zeros in their place.
-        change: the most that a row which counts changes with the contents of padding, as a part of
-            its length, at most 1: near that it is padding, far below a token that sees some.
+            padding whose values have no effect, as where a model overwrites them with zeros.
+        change: largest relative change of a row that counts, at most 1. Near 1 the row is padding,
+            far below it is a token that sees some.
     """
 
     rows: int
@@ -71,8 +71,8 @@ class PaddingCheck:
     """What :func:`check_padding` has found.
 
     Attributes:
-        layers: by name; a layer that was not called is not there.
-        changed: the parts of the batch whose padding got other contents.
+        layers: by name, of those that were called.
+        changed: the parts of the batch whose padding got other values.
     """
 
     layers: Mapping[str, LayerRows]
@@ -113,16 +113,14 @@ def check_padding(
 ) -> PaddingCheck:
     """Tell which tokens of a batch count in each layer, and whether padding is among them.
 
-    The model is run twice: on the batch, and on the same with other contents where it is padding.
-    Rows of a layer's input that differ are padding, whatever the model calls it; they are compared
-    with those that :func:`initialize` would count. A model that lets tokens see padding shows as
-    one in which it counts.
+    The model is run twice: on the batch, and on a copy whose padding holds other values. Rows of a
+    layer's input that differ are padding, or attend to padding; they are compared with those that
+    :func:`initialize` would count.
 
     Args:
         model, config, options: as :func:`eva_kernels.calibrate`.
         batch: one batch of the loader, with padding in it.
-        changed: the batch with other contents where it is padding. By default it is made from the
-            masks that the batch has.
+        changed: the batch with other values in its padding; by default made from its masks.
 
     Returns:
         Numbers of rows for each layer; nothing of the model is changed.
@@ -139,8 +137,8 @@ def check_padding(
         changed, names = with_other_padding(batch, inner)
         if not names:
             raise EvaValueError(
-                "no mask of the batch says where there is padding; take one with padding, or pass "
-                "the same batch with other contents there as changed"
+                "no mask of the batch says where padding is; pass a batch with padding, or as "
+                "changed= the same batch with other values in its padding"
             )
     before, after = (_rows(inner, each, chosen, parsed) for each in (batch, changed))
     none = _Rows(1)  # of a layer that is not called where padding has other contents

@@ -135,25 +135,29 @@ def init(
     ] = None,
     tau: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="|cos| of a converged component.", show_default="0.99"),
+        typer.Option(
+            min=0, max=1, help="Least |cos| of a converged component.", show_default="0.99"
+        ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="JSON file with fields of LoraConfig; options given here go before it."),
+        typer.Option(help="JSON file with fields of LoraConfig; options given here override it."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts a batch.")] = 8,
-    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text at most.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 8,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per text, at most.")] = 512,
     max_steps: Annotated[int, typer.Option(min=1, help="Forward passes at most.")] = 1000,
     method: Annotated[Method, typer.Option(help="How components are found.")] = Method.AUTO,
     seed: Annotated[
-        int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of texts' order and the first basis.")
+        int,
+        typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of the order and the first basis."),
     ] = 0,
     task: Annotated[
-        Task | None, typer.Option(help="What to load the model for.", show_default="causal-lm")
+        Task | None, typer.Option(help="Task to load the model for.", show_default="causal-lm")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Weights during the pass.")] = DType.AUTO,
+    dtype: Annotated[DType, typer.Option(help="Of the weights during the pass.")] = DType.AUTO,
     device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:1.", show_default="a GPU, if any")
+        str | None,
+        typer.Option(help="Device, such as cpu or cuda:1.", show_default="a GPU, if any"),
     ] = None,
     device_map: Annotated[
         str | None, typer.Option(help="Such as auto: spread the model over devices.")

@@ -54,19 +54,17 @@ def initialize(
             where no adapter may get another size (``rho=1``).
         loader: any iterable of batches (mappings, tuples, tensors), with or without a length;
             iterated again for another epoch where it can be. On an accelerator one batch more may
-            have been taken from it than was run.
+            be taken from it than is run.
         config: for a base model; without one r = 16, rho = 2 and all linear layers. For a
             PeftModel it says how EVA is to be done (rho, tau, masks), and its ranks replace
             those of the adapter.
-        allow_any_init: accept a PeftModel that was not made with ``"eva"``; its adapter's
-            weights are overwritten.
+        allow_any_init: overwrite an adapter that was not made with ``"eva"``.
         overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero, or
             whose DoRA magnitudes have moved).
         **options: the options of :class:`eva_peft.CalibrateOptions`, all with defaults.
 
     Returns:
-        The PeftModel (a model with adapters of its own: that); ``model.eva_result`` holds what was
-        found.
+        The PeftModel, or the model with adapters of its own; its ``eva_result`` is the result.
 
     Raises:
         EvaError: and the built-in that PEFT raises in the same case; nothing is changed then. What
@@ -158,7 +156,7 @@ def estimate(
 
     Returns:
         Bytes of the state, of the temporaries and in all above the weights, and the method of
-        every layer. Layers are counted one by one, so sharing only makes it less.
+        every layer. An upper bound where layers share an input.
 
     Raises:
         EvaError: the config, an option or ``batch_shape`` cannot be used.

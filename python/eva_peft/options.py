@@ -63,11 +63,11 @@ class CalibrateOptions:
         prepare_layer_inputs_fn: ``f(layer_input, model_input, layer_name)`` returning (tokens, D),
             or a mapping from layer names to such functions; layers not in it use the default.
         adapter_name: the adapter of a PeftModel to initialise.
-        max_steps: forward passes at most. (A *step* of the result is a fold, after one or several.)
+        max_steps: forward passes at most. (``EvaResult.steps`` counts folds, of one or several.)
         max_tokens: tokens at most (the batch that reaches it is still used).
-        tokens_per_step: of a batch, at most so many of the tokens that count are accumulated in
-            each layer, drawn uniformly and anew for every batch, the same ones in all layers. The
-            model still runs on the whole batch; it is the time of long batches that this saves.
+        tokens_per_step: accumulate at most so many of a batch's tokens in each layer: a uniform
+            random sample, anew for every batch and the same in all layers. The model still runs on
+            the whole batch.
         max_seconds: seconds at most (checked between forward passes).
         on_not_converged: ``"warn"``, ``"raise"`` or ``"ignore"`` when a limit is reached first.
         method: ``"sketch"``, ``"gram"`` (exact) or ``"auto"``.
@@ -77,15 +77,15 @@ class CalibrateOptions:
         memory_budget: bytes that the streaming state may take, or ``"auto"``.
         budget: ``"rank"`` (the sum of ranks stays) or ``"params"`` (the number of parameters).
         min_rank: every layer keeps at least this rank, as far as its inputs have that many
-            directions: one whose inputs never vary gets no adapter all the same.
-        backend: of what streams tokens: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU
-            where it can. What follows uses native code wherever it is built.
+            directions; one whose inputs never vary still gets no adapter.
+        backend: accumulates tokens: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU where
+            it can. Folds and comparisons use native code wherever it is built.
         precision: ``"high"`` multiplies 16 bits of each factor on a GPU, ``"fast"`` 8.
-        early_exit: stop the forward pass behind the last target layer.
-        trim_padding: drop columns that are padding in the whole batch, and run short samples
-            apart from long ones where that saves time; exact, for right padding, in models that let
-            no token see what the mask leaves out. Models of transformers that are known to see it
-            are not trimmed, nor are models with somebody's own layers, which may.
+        early_exit: stop the forward pass after the last target layer.
+        trim_padding: cut columns that are padding in every sample, and run short samples apart from
+            long ones where that saves time. Only right padding is cut, which is exact where no
+            token attends to masked ones; models of transformers known to do that, and models with
+            layers that are not from transformers, are not trimmed.
         seed: of the first basis.
         checkpoint: safetensors file with the state of the pass. It is written every
             ``checkpoint_every`` forward passes, at the end, and when an exception or Ctrl-C stops
@@ -164,7 +164,8 @@ class CalibrateOptions:
             if value == AUTO and name == "memory_budget":
                 continue
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise EvaTypeError(f"{name}={value!r} must be a number ({kind.__name__})")
+                wanted = "a whole number" if kind is Integral else "a number"
+                raise EvaTypeError(f"{name}={value!r} must be {wanted}")
             if name != "seed" and not value >= _LEAST.get(name, 0):
                 raise EvaValueError(f"{name}={value} must be at least {_LEAST.get(name, 0)}")
             if name == "oversample" and value == math.inf:
@@ -172,7 +173,7 @@ class CalibrateOptions:
             if kind is Integral:  # of numpy, say, which JSON and generators do not take
                 object.__setattr__(self, name, int(value))
         if not -(2**63) <= self.seed < 2**63:
-            raise EvaValueError(f"seed={self.seed} must be a number of 64 bits")
+            raise EvaValueError(f"seed={self.seed} must fit a signed 64-bit integer")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise EvaValueError(f"max_seconds={self.max_seconds} must be positive")
 

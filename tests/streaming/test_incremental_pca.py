@@ -240,9 +240,9 @@ def test_a_refused_merge_leaves_no_trace():
     before = left.var_.clone()
     with pytest.raises(EvaValueError, match="cannot be merged"):
         left.merge(fitted(x, "gram"))
-    with pytest.raises(EvaValueError, match="cannot merge a stream of 40 features and width 8"):
+    with pytest.raises(EvaValueError, match="cannot merge 40 features and sketch width 8"):
         left.merge(fitted(x, "sketch", k=4))
-    with pytest.raises(EvaValueError, match="cannot merge a stream of 30 features and width 12"):
+    with pytest.raises(EvaValueError, match="cannot merge 30 features and sketch width 12"):
         left.merge(fitted(x[:, :30], "sketch"))
     assert torch.equal(left.var_, before)
 

@@ -210,9 +210,8 @@ def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
     given = f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
     names = [p.name for p in _parameters(base) or []]
     return EvaTypeError(
-        f"a batch with {given} is nothing that {type(base).__name__}.forward({', '.join(names)}) "
-        f"takes{why}. Let the loader yield what it takes, or pass forward_fn to run the model on a "
-        "batch"
+        f"{type(base).__name__}.forward({', '.join(names)}) does not take a batch with {given}{why}"
+        ". Let the loader yield what it takes, or pass forward_fn to run the model on a batch"
     )
 
 

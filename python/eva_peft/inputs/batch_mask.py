@@ -287,7 +287,7 @@ def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None
         warned.add("attention_mask")
         warn(
             f"an attention_mask of shape {tuple(given.shape)} is not understood; every token "
-            "counts. Pass prepare_layer_inputs_fn to select",
+            "counts, padding too. Pass one of shape (samples, tokens), or prepare_layer_inputs_fn",
         )
     return mask
 

@@ -1,4 +1,4 @@
-"""Masks of what a model, or a part of it, is called with: not always what the batch holds."""
+"""Masks among the arguments of a model, or of a part of it, which may not be those of the batch."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ class AroundCalls:
 class CalledWith(AroundCalls):
     """Hooks that look at the arguments of a model, and of the models of transformers in it.
 
-    A function may make the tokens itself, or run a model on something else than the text that the
-    mask of the batch belongs to. Where the model is called with a mask, that one counts in it.
-    Where it is not, the batch's does if it has the shape of the first argument, otherwise none.
-    The ``forward`` of models of transformers may be called itself, as by sentence-transformers.
+    A ``forward_fn`` may make the tokens itself, or run a model on another text than the one that
+    the batch's mask belongs to. Where the model is called with a mask, that one is used in it;
+    otherwise the batch's, if it has the shape of the first argument, or else none. ``forward`` of
+    models of transformers may also be called directly, as by sentence-transformers.
 
     Args:
         model: of which the outermost parts are looked at.

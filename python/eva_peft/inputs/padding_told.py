@@ -1,4 +1,7 @@
-"""What parts of a model are told of padding, by the model itself, where the batch says nothing."""
+"""Masks and lengths that a model passes to its own parts, used where the batch has none.
+
+A part is *told* what is passed to it as an argument.
+"""
 
 from __future__ import annotations
 
@@ -78,10 +81,10 @@ def _wrapped(part: nn.Module) -> nn.Module | None:
 
 
 class PaddingTold(AroundCalls):
-    """Hooks that look at what parts of a model are told of padding.
+    """Hooks that read the masks and lengths that a model passes to its parts.
 
-    A model may make that of lengths or of token ids, or take it by a name of its own. It counts in
-    these parts where nothing else says which tokens do, and behind them in what has their shape.
+    A model may compute them from lengths or token ids, or take them by a name of its own. They hold
+    in these parts where nothing else says which tokens count, and behind them for equal shapes.
 
     Args:
         parts: see :func:`parts_told`.

@@ -58,23 +58,22 @@ class TokenMask:
         sound_only: there is sound, and nothing else than it and maybe text.
         media: there is sound, or there are images.
         patch_sizes: of images in pixels, where the model tells them.
-        prefixes: what names of layers begin with, and which tells nothing of what they read.
+        prefixes: of names of layers, which say nothing of what they read.
         others: bool (B, W) each: of something else than tokens, as words or spans.
-        apart: the same of layers that may read what has no mask; only what has the text's shape is
-            taken for text.
-        unpadded: bool (B, T): text without its padding, where labels leave out more than that.
+        apart: prefixes of names of layers that may read what has no mask: of these only
+            inputs of the text's own shape are taken for text.
+        unpadded: bool (B, T): text without its padding, where labels mask more than that.
 
     Attributes:
-        masks: all of tokens, by which layers that read one tensor tell whether they share it.
-        draws: leave a random part of the tokens, by the key of their mask; "" of all others.
+        masks: all of tokens; layers that read one tensor share a stream only where these are same.
+        draws: random subsets of tokens (``tokens_per_step``) by the key of a mask; "" for others.
         warned: kinds of layers that need no second warning.
-        quiet: no layer needs one.
-        supposed: nothing is told of ``main``, which is all of the tokens; of others there is.
-        of_parts: nothing is known but what parts of the model were told.
-        of_text: what is apart, and others, are not those of layers which read sound or images, by
-            their names.
-        transposed: layer -> whether it takes the sequence first, as far as batches have told.
-        attended: the hidden states, as many as there are of ``main``, that ``given`` is of.
+        quiet: no layer is warned about.
+        supposed: ``main`` is an assumption, that every token counts; others have a mask.
+        of_parts: the masks are those passed to parts of the model; the batch has none.
+        of_text: ``apart`` and ``others`` do not hold for layers whose names say sound or images.
+        transposed: by layer, whether its input is sequence first, as far as batches have shown.
+        attended: the hidden states that ``given`` masks, where they have the shape of ``main``.
     """
 
     def __init__(
@@ -446,11 +445,11 @@ class TokenMask:
         if all(bool(m.all()) or rows <= len(m) for m in masks):
             return
         self.warned.add(kind)
-        others = "" if kind == name else f". Of other layers {kind} no more is said"
+        others = "" if kind == name else f". Other layers {kind} get no warning of their own"
         warn(
             f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
-            f"{tuple(masks[0].shape)}); every row is used. Pass prepare_layer_inputs_fn to "
-            f"select{others}",
+            f"{tuple(masks[0].shape)}); every row is used, padding too. Pass "
+            f"prepare_layer_inputs_fn to select rows{others}",
         )
 
 

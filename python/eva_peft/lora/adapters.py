@@ -378,7 +378,10 @@ class _Writer:
             config.exclude_modules = exclude_layers(config, self.removed)
         for key, rank in self.ranks.items():
             if pattern_value(config.rank_pattern, key, config.r) != rank:
-                raise EvaRuntimeError(f"layer {key}: the rank pattern does not give its rank")
+                raise EvaRuntimeError(
+                    f"layer {key}: PEFT would not read its rank from rank_pattern, so that the "
+                    "saved adapter could not be loaded"
+                )
         adapter_configs(self.model)[self.adapter] = config
         tuner = getattr(self.model, "base_model", None)
         names = getattr(tuner, "targeted_module_names", None)
@@ -389,8 +392,8 @@ class _Writer:
             keep_dilation()
             warn(
                 f"PEFT's LoRA leaves out the dilation of a convolution ({', '.join(self.dilated)}) "
-                "and cannot run there. This is mended in this process; call "
-                "eva_kernels.patch_peft() in others, before they load the adapter",
+                "and fails when it runs. This process is patched; in others, call "
+                "eva_kernels.patch_peft() before the adapter is loaded",
             )
 
     @functools.cached_property

@@ -168,7 +168,7 @@ def _check_shapes(
     }
     for name, value in rows.items():
         if not isinstance(value, Tensor) or value.dim() != 2 or value.is_meta:
-            raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor with values")
+            raise EvaTypeError(f"layer {name}: expected a (rank, in_features) tensor, not on meta")
         if name not in parts:
             continue
         layer = layers[parts[name]][1]
@@ -222,7 +222,7 @@ def _check_variance(parts: Mapping[str, str], rows: Mapping[str, Tensor]) -> Non
     ranks = [len(rows[part]) if part in rows else None for part in parts]
     if ranks and not any(rank is None or rank for rank in ranks):
         raise EvaValueError(
-            f"none of the {counted(len(ranks), 'layer')} is given a rank: no layer's inputs differ "
-            "from one another, so there is no variance to explain. Give more, and different, "
+            f"none of the {counted(len(ranks), 'layer')} is given a rank: each layer read the same "
+            "input all the time, so there is no variance to explain. Give more, and different, "
             "samples"
         )

@@ -44,7 +44,7 @@ class _Layer:
 
 
 def pad_ranks(adapter: str | PathLike[str], out: str | PathLike[str], r: int | None = None) -> int:
-    """Write an adapter that says the same, with one rank and one scaling factor for all layers.
+    """Write an adapter with the same outputs, with one rank and scaling factor for all layers.
 
     EVA gives each layer a rank of its own, which PEFT reads from ``rank_pattern`` and
     ``alpha_pattern``. Some runtimes that serve adapters read neither, but ``r`` and ``lora_alpha``
@@ -107,7 +107,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, SafetensorError) as error:
         raise EvaValueError(f"the adapter in {folder} cannot be read: {error}") from error
     if config.get("peft_type") != "LORA":
-        raise EvaValueError(f"{folder} holds {config.get('peft_type')!r}, only LORA has such ranks")
+        raise EvaValueError(f"{folder} holds {config.get('peft_type')!r}, only LORA can be padded")
     refused = [name for name in _REFUSED if config.get(name)]
     if refused:
         raise EvaValueError(
@@ -144,7 +144,7 @@ def _layers(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
         raise EvaValueError(f"there is no layer with LoRA in {folder}")
     for name, layer in layers.items():
         if not (layer.first and layer.second):
-            raise EvaValueError(f"{folder}: layer {name} has but one of lora_A and lora_B")
+            raise EvaValueError(f"{folder}: layer {name} lacks lora_A or lora_B")
         layer.scaling = _scaling(folder, name, config, len(tensors[layer.first]))
     return layers
 
@@ -154,7 +154,7 @@ def _scaling(folder: Path, name: str, config: dict[str, Any], rank: int) -> floa
     told = pattern_value(config.get("rank_pattern") or {}, named, config["r"])
     if told != rank:
         raise EvaValueError(
-            f"{folder}: layer {name} has rank {rank}, and {told} by its config; save it again"
+            f"{folder}: layer {name} has rank {rank}, but {told} in its config; save it again"
         )
     alpha = pattern_value(config.get("alpha_pattern") or {}, named, config["lora_alpha"])
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))

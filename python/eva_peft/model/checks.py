@@ -89,10 +89,10 @@ def tell_of_the_model_within(model: nn.Module, config: LoraConfig | None) -> Non
     by_itself = getattr(model, "_hf_peft_config_loaded", False)  # of transformers and diffusers
     if not by_itself and (config is not None or is_of_transformers(model)):
         warn(
-            f"this {type(model).__name__} carries the adapters {injected_adapters(model)} already, "
-            "as the base model within a PeftModel does. They are initialised, and the model is "
-            "returned as it is: no PeftModel, whose save_pretrained would write no adapter. To get "
-            "one, pass the PeftModel that was made of it, or load the base model anew"
+            f"this {type(model).__name__} already carries the adapters {injected_adapters(model)}, "
+            "like the base model inside of a PeftModel. They are initialised, but what is returned "
+            "is no PeftModel, and its save_pretrained would write no adapter. Pass the PeftModel "
+            "instead, or load the base model anew"
         )
 
 
@@ -169,9 +169,9 @@ def _check_whole_rows(config: LoraConfig) -> None:
     names = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_a", None)
     if names:
         raise EvaValueError(
-            f"use_bdlora makes lora_A of {listed(names)} of blocks, each of which reads a part of "
-            "the input; EVA's rows read all of it. Leave target_modules_bd_a empty, with "
-            "match_strict=False"
+            f"use_bdlora makes lora_A of {listed(names)} block-diagonal: each block reads a part "
+            "of the input, but EVA's components need all of it. Leave target_modules_bd_a empty, "
+            "with match_strict=False"
         )
 
 
@@ -182,7 +182,8 @@ def checked_number(name: str, value: Any, kind: Any = Integral) -> Any:
         EvaTypeError: not of this kind. EvaValueError: below 1.
     """
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise EvaTypeError(f"{name}={value!r} must be a number ({kind.__name__})")
+        wanted = "a whole number" if kind is Integral else "a number"
+        raise EvaTypeError(f"{name}={value!r} must be {wanted}")
     if not value >= 1:
         raise EvaValueError(f"{name}={value} must be at least 1")
     return plain_number(value)

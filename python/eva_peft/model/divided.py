@@ -139,9 +139,9 @@ def check_whole(model: nn.Module) -> None:
     kind = sharded_by(inner)
     if kind is not None:
         raise EvaRuntimeError(
-            f"the model is sharded by {kind}, which would not know adapters that are made or get "
-            "another rank now. Initialise before sharding; or calibrate() the sharded model, and "
-            "apply the result to one that is not"
+            f"the model is sharded by {kind}, which would not notice adapters that are added or "
+            "resized now. Initialise before sharding; or calibrate() the sharded model, and apply "
+            "the result to one that is not"
         )
     # ZeRO-1 and ZeRO-2 make weights parts of one memory; nothing of 16 bits without ZeRO is seen
     adapters = (p for name, p in inner.named_parameters() if "lora_" in name)

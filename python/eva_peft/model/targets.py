@@ -174,11 +174,10 @@ def check_not_replicated(model: nn.Module) -> None:
     around = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model))
     if around or _is_replicated(unwrap(model)):
         raise EvaRuntimeError(
-            "DistributedDataParallel is around the model, which goes on with the sizes that the "
-            "adapters have had when it was made, and EVA gives them others. Initialise before "
-            "wrapping (accelerator.prepare wraps, too): pass model.module, and wrap what is "
-            "returned; this wrapper has to be gone before (inner = model.module; del model). Or "
-            "keep the sizes, with rho=1"
+            "DistributedDataParallel is around the model and relies on the present sizes of the "
+            "adapters, which EVA would change. Initialise before wrapping (accelerator.prepare "
+            "wraps, too): drop this wrapper (inner = model.module; del model), pass inner, and "
+            "wrap what is returned. Or keep the sizes, with rho=1"
         )
 
 
@@ -212,14 +211,14 @@ def check_may_resize(model: nn.Module, config: LoraConfig) -> None:
     check_not_replicated(model)
     if getattr(config, "kasa_config", None) is not None:
         raise EvaRuntimeError(
-            "kasa_config: PEFT cuts as many components off the base weights as an adapter has "
-            "ranks, and would cut again for other ranks. Keep them, with rho=1"
+            "kasa_config: PEFT removes as many components from the base weights as an adapter has "
+            "ranks, and would do so again for other ranks. Keep the ranks, with rho=1"
         )
     blocks = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_b", None)
     if blocks:
         raise EvaRuntimeError(
-            f"use_bdlora makes lora_B of {listed(blocks)} of blocks, which divide the ranks that "
-            "they have. Keep them, with rho=1"
+            f"use_bdlora makes lora_B of {listed(blocks)} block-diagonal, with blocks that divide "
+            "the present ranks. Keep the ranks, with rho=1"
         )
 
 

@@ -17,10 +17,10 @@ _BACKWARDS = (
 
 
 _IDLE = (
-    "Where a model uses the weight of a layer without calling it, as nn.MultiheadAttention that of "
-    "its out_proj, an adapter has no effect: name such layers in exclude_modules (the attention "
-    "itself in target_modules adapts both of its projections). Where kernels compute layer and "
-    "adapter in one, as unsloth's, initialise before they are put in, or calibrate the base model "
+    "If the model uses a layer's weight without calling the layer, as nn.MultiheadAttention does "
+    "with its out_proj, an adapter there has no effect: name such layers in exclude_modules (to "
+    "adapt the attention, name it itself in target_modules). If fused kernels replace layer and "
+    "adapter, as unsloth's do, initialise before they are put in, or calibrate the base model "
     "without them and apply the result to this one"
 )
 

@@ -21,7 +21,7 @@ _LOGGER = logging.getLogger("eva_kernels")
 PATIENCE = 30.0  # seconds after which a process says for whom it waits
 _LONGEST_PAUSE = 0.1  # seconds, between two looks at the store
 _ALL = "all are there"
-_REMEDY = "all of them must make the call. One that is to run by itself takes group=None"
+_REMEDY = "all of them must make the call; pass group=None to calibrate in one process alone"
 
 Word = tuple[int, str]  # of which process, and what has become of it
 
@@ -91,8 +91,8 @@ class Meeting:
             if time.monotonic() > end:
                 late = [i for i in range(self._size) if store.add(_counter(i), 0) < number]
                 told = (
-                    f"has waited for {limit:g} seconds, the time limit of its process group, until "
-                    f"the others begin the EVA pass, too (not there: {listed(map(str, late))}): "
+                    f"has waited for {limit:g} seconds, the time limit of its process group, for "
+                    f"the others to begin the EVA pass (not there: {listed(map(str, late))}): "
                 )
                 return self._settle(store, number, self._word(told + _REMEDY))
             time.sleep(pause)
@@ -145,8 +145,8 @@ def _store_of(group: Any) -> Any:
 def _impatient(rank: int, size: int, what: str = "") -> Iterator[None]:
     """Say for whom a process waits, if that takes long: some may never come."""
     told = (
-        "process %d of %d has been waiting for %g seconds until the others begin the EVA pass, "
-        f"too%s: {_REMEDY}"
+        "process %d of %d has been waiting for %g seconds for the others to begin the EVA pass%s: "
+        f"{_REMEDY}"
     )
     timer = threading.Timer(PATIENCE, _LOGGER.warning, [told, rank, size, PATIENCE, what])
     timer.daemon = True

@@ -205,7 +205,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             if not told:
                 self._restore(state, tensors)
         except EvaValueError as error:
-            raise EvaValueError(f"the checkpoint {path} is of no use: {error}; {REMEDY}") from error
+            raise EvaValueError(f"the checkpoint {path} is unusable: {error}; {REMEDY}") from error
         except KeyError as error:
             raise EvaValueError(f"the checkpoint {path} lacks {error}; {REMEDY}") from error
         except (AttributeError, TypeError) as error:

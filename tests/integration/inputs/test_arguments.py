@@ -366,7 +366,7 @@ def test_batches_that_forward_does_not_take() -> None:
 
     model, config = OfTwo(), lora(target_modules=["lin"])
     for batch, told in (({"pixel_values": vectors()[0]}, "pixel_v"), (vectors()[0], "its values")):
-        with pytest.raises(EvaTypeError, match=rf"{told}.*OfTwo.forward\(.*pass forward_fn"):
+        with pytest.raises(EvaTypeError, match=rf"OfTwo\.forward\(.*{told}.*pass forward_fn"):
             run(model, iter([batch]), config)
     assert not model.lin._forward_pre_hooks
 
@@ -381,7 +381,7 @@ def test_a_mapping_for_a_model_of_one_tensor_is_explained(looks: bool) -> None:
         def forward(self, idx: Tensor) -> Tensor:
             return self.lin(self.words(idx.flatten() if looks else idx))
 
-    told = r"names \['input_ids', 'labels'\] is nothing that OfOneTensor.*dict.*pass forward_fn"
+    told = r"OfOneTensor.*not take.* names \['input_ids', 'labels'\].*dict.*pass forward_fn"
     with pytest.raises(EvaTypeError, match=told):
         run(OfOneTensor(), [{"input_ids": IDS, "labels": IDS}], lora())
 
@@ -418,7 +418,7 @@ def test_an_error_that_is_not_about_the_mapping_is_left_to_the_model(later: bool
 
 def test_a_batch_of_nothing_but_text_and_labels_is_explained() -> None:
     batch = {"prompt": ["a", "b"], "labels": torch.ones(2, 9).long()}
-    with pytest.raises(EvaTypeError, match=r"names \['labels', 'prompt'\] is nothing that Llama"):
+    with pytest.raises(EvaTypeError, match=r"Llama.* not take .*names \['labels', 'prompt'\]"):
         run(make_llama(), [batch], lora())
 
 

@@ -152,12 +152,12 @@ def test_what_has_changed_can_be_given() -> None:
 
 def test_without_padding_there_is_nothing_to_prove() -> None:
     batch = {"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.ones(2, 4).long()}
-    with pytest.raises(EvaValueError, match="no mask of the batch says where there is padding"):
+    with pytest.raises(EvaValueError, match="no mask of the batch says where padding is"):
         eva_kernels.check_padding(make_llama(), batch, lora())
-    with pytest.raises(EvaError, match="take one with padding"):
+    with pytest.raises(EvaError, match="pass a batch with padding"):
         eva_kernels.check_padding(make_mlp(), torch.randn(8, 24), lora(target_modules=["0"]))
     ragged, options = {"input_ids": [[5, 6, 7], [8, 9]]}, {"forward_fn": lambda *_: None}
-    with pytest.raises(EvaValueError, match="pass the same batch with other contents"):
+    with pytest.raises(EvaValueError, match="as changed= the same batch with other values"):
         eva_kernels.check_padding(make_llama(), ragged, lora(), **options)
 
 

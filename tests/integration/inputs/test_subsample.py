@@ -222,9 +222,9 @@ def test_resumed_draws_are_those_of_an_unbroken_run(tmp_path: Any) -> None:
     [
         (0, "tokens_per_step=0 must be at least 1"),
         (-3, "tokens_per_step=-3 must be at least 1"),
-        (2.5, "tokens_per_step=2.5 must be a number"),
-        (True, "tokens_per_step=True must be a number"),
-        ("9", "tokens_per_step='9' must be a number"),
+        (2.5, "tokens_per_step=2.5 must be a whole number"),
+        (True, "tokens_per_step=True must be a whole number"),
+        ("9", "tokens_per_step='9' must be a whole number"),
     ],
 )
 def test_wrong_values(value: Any, message: str) -> None:

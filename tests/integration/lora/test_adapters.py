@@ -375,7 +375,7 @@ BAD_STATES: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown": (lambda s: {**s, "module.no": torch.ones(1, 2)}, EvaValueError, r"\(module\.no\)"),
     "NaN": (lambda s: with_rows(s, math.nan), EvaValueError, NOT_FINITE),
     "infinity": (lambda s: with_rows(s, -math.inf), EvaValueError, "holds NaN or infinity"),
-    "on meta": (lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")}, EvaTypeError, "with values"),
+    "on meta": (lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")}, EvaTypeError, "not on meta"),
 }
 
 

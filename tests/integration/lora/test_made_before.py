@@ -91,13 +91,13 @@ def test_replicas_keep_their_sizes(group: None) -> None:
         lambda: result.apply(outer),
         lambda: eva_kernels.initialize_lora_eva_weights(outer, eva_state_dict=result.state_dict()),
     ):
-        with pytest.raises(EvaRuntimeError, match=r"pass model\.module, and wrap what is returned"):
+        with pytest.raises(EvaRuntimeError, match="pass inner, and wrap what is returned"):
             call()
     with pytest.raises(EvaRuntimeError, match="DistributedDataParallel is around the model"):
         eva_kernels.initialize(torch.compile(outer, backend="eager"), DATA, **QUIET)
     assert not calls
     fewer = {n: torch.eye(len(rows), 16)[:2] for n, rows in result.state_dict().items()}
-    with pytest.raises(EvaRuntimeError, match="goes on with the sizes"):  # nor any smaller
+    with pytest.raises(EvaRuntimeError, match="relies on the present sizes"):  # nor any smaller
         eva_kernels.initialize_lora_eva_weights(outer, eva_state_dict=fewer)
     assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())
     base = nn.parallel.DistributedDataParallel(Clash())
@@ -119,7 +119,7 @@ def test_what_is_in_a_replica_keeps_its_sizes_while_that_lives(group: None) -> N
         lambda: result.apply(model),
     ):
         with pytest.raises(
-            EvaRuntimeError, match=r"gone before \(inner = model\.module; del model"
+            EvaRuntimeError, match=r"drop this wrapper \(inner = model\.module; del model"
         ):
             call()
     assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())

@@ -44,8 +44,8 @@ def of_blocks(first: list[str], second: list[str], **fields: Any) -> LoraConfig:
 @pytest.mark.parametrize(
     ("config", "error", "said"),
     [
-        (lambda: of_blocks(["down_proj"], []), EvaValueError, "lora_A of down_proj of blocks"),
-        (lambda: of_blocks([], ["q_proj"]), EvaRuntimeError, "lora_B of q_proj of blocks"),
+        (lambda: of_blocks(["down_proj"], []), EvaValueError, "lora_A of down_proj block-diagonal"),
+        (lambda: of_blocks([], ["q_proj"]), EvaRuntimeError, "lora_B of q_proj block-diagonal"),
     ],
 )
 def test_blocks_are_refused_before_the_pass(
@@ -76,7 +76,7 @@ def test_blocks_keep_their_ranks(meta: bool, tmp_path: Path) -> None:
     assert torch.equal(output_of(again, batches[0]), output_of(done, batches[0]))
     there = wrapped(make_llama(), config)
     states = state_of(there)
-    with pytest.raises(EvaRuntimeError, match="use_bdlora makes lora_B of q_proj of blocks"):
+    with pytest.raises(EvaRuntimeError, match="use_bdlora makes lora_B of q_proj block-diagonal"):
         done.eva_result.apply(there, r=3)
     assert same_state(states, state_of(there))
 
@@ -101,7 +101,7 @@ def test_weights_that_kasa_has_cut_are_not_cut_again() -> None:
         lambda: result.apply(plain),
     ]
     for call in calls:
-        with pytest.raises(EvaRuntimeError, match="kasa_config: PEFT cuts as many components"):
+        with pytest.raises(EvaRuntimeError, match="kasa_config: PEFT removes as many components"):
             call()
     assert all(map(same_state, before, map(state_of, (changing, kept, plain))))
     cut = adapted()

@@ -419,7 +419,7 @@ def test_folders_links_and_modes(tmp_path: Path) -> None:
     [
         ({"checkpoint": 3}, EvaTypeError, "checkpoint=3 must be a path or None"),
         ({"checkpoint_every": 0}, EvaValueError, "checkpoint_every=0 must be at least 1"),
-        ({"checkpoint_every": 1.5}, EvaTypeError, r"checkpoint_every=1\.5 must be a number"),
+        ({"checkpoint_every": 1.5}, EvaTypeError, r"checkpoint_every=1\.5 must be a whole number"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], error: type, message: str) -> None:
