@@ -65,8 +65,6 @@ def load_texts(
         EvaValueError: a file that cannot be read as its suffix says, no usable column, or no text.
         ImportError: `datasets` is needed (parquet, hub) and not installed.
     """
-    if limit < 1:
-        raise EvaValueError(f"limit must be at least 1, got {limit}")
     if not data.strip():
         raise EvaValueError("data is empty: name a file, or a dataset of the hub")
     rows = iter(_rows(data, split))
@@ -107,15 +105,7 @@ def make_loader(
 
     Returns:
         A loader of dicts: `input_ids` and `attention_mask`, int64 of shape (batch, length).
-
-    Raises:
-        EvaValueError: no texts, or a size below 1.
     """
-    if not len(texts):
-        raise EvaValueError("no texts to make batches of")
-    for name, size in (("batch_size", batch_size), ("max_length", max_length)):
-        if size < 1:
-            raise EvaValueError(f"{name} must be at least 1, got {size}")
     length = min(max_length, tokenizer.model_max_length, _positions(model))
     if length < max_length:
         _log.info("max_length lowered to %d, the model's limit", length)

@@ -160,8 +160,6 @@ def test_bad_arguments(tmp_path: Path) -> None:
         load_texts(file, text_column="body")
     with pytest.raises(EvaValueError, match="has no split 'test', only 'train'"):
         load_texts(file, split="test")
-    with pytest.raises(EvaValueError, match="limit must be at least 1"):
-        load_texts(file, limit=0)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -283,15 +281,6 @@ def test_order_comes_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> 
     assert order(1) == first
     assert sorted(first) == [4, 5, 6, 7, 8]
     assert len({tuple(order(seed)) for seed in range(6)}) > 1
-
-
-def test_bad_loader_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(EvaValueError, match="no texts"):
-        make_loader([], tokenizer, 1, 4, 0)
-    with pytest.raises(EvaValueError, match="batch_size must be at least 1, got 0"):
-        make_loader(["a"], tokenizer, 0, 4, 0)
-    with pytest.raises(EvaValueError, match="max_length must be at least 1, got 0"):
-        make_loader(["a"], tokenizer, 1, 0, 0)
 
 
 def test_decoder_inputs_are_shifted() -> None:
