@@ -80,11 +80,10 @@ def in_windows(texts: Sequence[Fit], window: int) -> Iterator[Fit]:
     As the layers of PEGASUS-X read them in turn.
     """
     for key, mask in texts if window > 1 else ():
-        if mask.dim() == 2:
-            whole = functional.pad(mask, (0, -mask.shape[1] % window))
-            if whole.shape != mask.shape:
-                yield Fit(f"{key} padded", whole)
-            yield Fit(f"{key} moved", functional.pad(whole, [window // 2] * 2))
+        whole = functional.pad(mask, (0, -mask.shape[1] % window))
+        if whole.shape != mask.shape:
+            yield Fit(f"{key} padded", whole)
+        yield Fit(f"{key} moved", functional.pad(whole, [window // 2] * 2))
 
 
 def is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:

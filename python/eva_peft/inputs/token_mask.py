@@ -325,8 +325,6 @@ class TokenMask:
 
     def _expanded(self, key: str, mask: Tensor, leading: tuple[int, ...]) -> Iterator[Tensor]:
         """Yield what a mask, (B, T), is for inputs with more, or with fewer, rows."""
-        if mask.dim() != 2:
-            return
         if leading == (len(mask), mask.shape[1] * self.streams):
             yield mask.repeat_interleave(self.streams, dim=1)
         frames = self._frames(mask, leading) if key == "main" else None

@@ -6,8 +6,6 @@ import dataclasses
 import typing
 from typing import Any
 
-import torch
-
 from .._peft_compat import EvaConfig, LoraConfig
 from ..errors import EvaValueError
 from ..model.checks import plain_number
@@ -81,8 +79,6 @@ def _plain(value: Any) -> Any:
         value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
     value = plain_number(value)
     return getattr(value, "value", value) if type(value).__module__.startswith("peft") else value
 

@@ -33,7 +33,6 @@ _MAX_CURVES = 8
 _RANK_COLOURS = "YlGnBu"
 _MISSING_CELL = "#e4e4e4"
 _DPI = 130
-_PHASES = ("forward", "accumulate", "fold", "check")
 
 
 def plot_ranks(result: EvaResult) -> Figure:
@@ -308,10 +307,8 @@ def phase_seconds(result: EvaResult) -> dict[str, float]:
     Returns:
         Phase name to seconds, the total left out.
     """
-    known = [name for name in _PHASES if name in result.seconds]
-    further = [name for name in result.seconds if name not in (*_PHASES, "total")]
-    phases = {name: float(result.seconds[name]) for name in (*known, *further)}
-    other = result.seconds.get("total", 0.0) - sum(phases.values())
+    phases = {name: float(s) for name, s in result.seconds.items() if name != "total"}
+    other = result.seconds["total"] - sum(phases.values())
     if other > 0:
         phases["other"] = other
     return phases
@@ -336,9 +333,6 @@ def format_bytes(count: float) -> str:
 def _draw_cost(figure: FigureBase, result: EvaResult) -> None:
     axes = figure.subplots()
     phases = phase_seconds(result)
-    if not phases:
-        _say(axes, "no times on record")
-        return
     total = sum(phases.values())
     colours = [_GREY if name in ("forward", "other") else _BLUE for name in phases]
     bars = axes.barh(list(phases), list(phases.values()), color=colours, height=0.62)
