@@ -18,7 +18,7 @@ __all__ = ["MODULES", "call", "load", "load_or_none", "unavailable", "upload"]
 
 logger = logging.getLogger(__name__)
 
-# Chips of Jetson boards, which run no code that is for others.
+# Chips of Jetson boards, which run no code for other chips.
 _TEGRA = {53, 62, 72, 87, 101, 110}
 # Device type -> the module with the code for it.
 MODULES = {"cpu": "eva_kernels._C", "cuda": "eva_kernels._cuda"}
@@ -61,10 +61,9 @@ def _unfit_for_gpus(module: ModuleType) -> str | None:
 def _runs(built: list[str], chip: int) -> bool:
     """Tell whether code for some compute capabilities, as "80", "90a" or "100f", runs on one.
 
-    Code for a chip runs on later ones of its generation but for those of Jetson boards, and PTX,
-    which is there of the last, on all that are later. Of a chip with an "a" neither runs on
-    another, with an "f" on another generation. See "Binary Compatibility" in NVIDIA's CUDA
-    Programming Guide.
+    Code for 8.0 runs on 8.x from there on (from or to Jetson's it does not), and the PTX of the
+    last entry on everything later. With an "a" neither runs on any other, with an "f" on no other
+    major version. See "Binary Compatibility" in NVIDIA's CUDA Programming Guide.
     """
     for arch in built:
         number = int(arch.rstrip("af"))

@@ -103,9 +103,9 @@ class Arch:
         processors: multiprocessors of the device (of the family's largest, if none is present).
         shared_bytes: most shared memory of one program.
         least_q: narrowest tile of Q that the tensor cores take at full rate.
-        indirect_stages: more stages of a loop whose addresses are loaded in it. The compiler for
-            NVIDIA spreads such a chain of loads over stages: two more give the tokens the same
-            depth, and take the same shared memory but for the indices.
+        indirect_stages: further stages of a loop that also loads the addresses of its tokens.
+            NVIDIA's compiler spreads this chain of loads over stages: two more give the tokens the
+            same depth, at the cost of shared memory for the indices only.
         dependent_launch: a kernel can be launched before the one that it waits for is over.
     """
 

@@ -40,9 +40,9 @@ if EARLY:
 
     @triton.jit
     def admit_next(DEPENDENT: tl.constexpr):
-        """Let the next kernel be set up: beside what is left to do it should take nothing away.
+        """Let the next kernel start its set-up: to be called where little is left to do.
 
-        A program that does not come here lets it when it ends.
+        A program that does not come here lets it start when it ends.
         """
         if DEPENDENT and not INTERPRET:
             cuda.gdc_launch_dependents()
@@ -67,8 +67,8 @@ def dot(a, b, acc):
         # Widening is exact and so is each product: the same sums in another order.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        # The limit is one for float8, and means nothing here; but products without one are merged
-        # with a sum that follows them, which add_product keeps apart.
+        # The limit matters for float8 only; but without one the compiler merges the product with
+        # the sum that follows it, which add_product keeps apart.
         return tl.dot(a, b, acc, max_num_imprecise_acc=1)
 
 

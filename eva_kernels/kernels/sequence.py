@@ -4,9 +4,9 @@ Triton binds the arguments of every launch: it asks each for its type and alignm
 compiled kernel and the options, tens of microseconds a launch. For hundreds of layer inputs a step
 the host would spend more on that than a GPU on the model. Here the first launch is Triton's; it
 returns the compiled kernels, and from then on one call of native code launches them all, on other
-addresses. Where there is none, each is launched by Triton, without what it binds. A sequence with
-other numbers, for a batch of another length, finds compiled kernels by what Triton chose them by.
-Hooks that Triton calls at a launch do not see what native code launches.
+addresses. Without native code, each is launched by Triton's launcher, without binding. A sequence
+that differs in numbers alone, for a batch of another length, finds kernels that were compiled for
+the same specialisation. Triton's launch hooks do not see what native code launches.
 """
 
 from __future__ import annotations
@@ -231,8 +231,8 @@ def native_launches(
 ) -> Any:
     """Return a ``LaunchList`` of compiled kernels, or ``None`` if one is not as expected (logged).
 
-    What a kernel of Triton takes: of its arguments those that are not constants, in order, and the
-    addresses of scratch memory, which is of no size here. The driver tells what it does take.
+    A kernel of Triton should take its arguments without the constants, in order, and the addresses
+    of scratch memory, which has no size here. The driver is asked whether it does.
 
     Args:
         module: compiled, see csrc/README.md.

@@ -167,8 +167,8 @@ def define_operator(
     """Return an operator for what is called many times a step, or with many tensors.
 
     A ``torch.library.custom_op`` spends 40 microseconds a call, and more on lists of tensors, on
-    what is of no use here: gradients and version counters. Whatever sees operators (simulations
-    with fake tensors, a compiler, a profiler) sees this one, too.
+    gradients and version counters, which are not needed here. Fake tensors, compilers and profilers
+    see this operator like any other.
 
     Args:
         name: within ``torch.ops.eva_kernels``.
@@ -185,7 +185,7 @@ def define_operator(
 
 
 def is_observed(x: Tensor) -> bool:
-    """Tell whether somebody may be looking at operators, or whether x is no plain tensor."""
+    """Tell whether operators are traced, intercepted or profiled, or x is of a subclass."""
     return (
         torch.compiler.is_compiling()  # first: a compiler cannot follow the rest
         or type(x) is not Tensor
@@ -197,7 +197,7 @@ def is_observed(x: Tensor) -> bool:
 
 
 def _functions_are_observed() -> bool:
-    # a default device is a mode, too, and looks at nothing but what is made
+    # a default device is a mode, too, but acts on the making of tensors alone
     count = torch._C._len_torch_function_stack()
     modes = map(torch._C._get_function_stack_at, range(count))
     return count > 0 and any(type(mode) is not DeviceContext for mode in modes)

@@ -93,7 +93,7 @@ def sketch_unchecked(
 ) -> None:
     """Do what :func:`sketch` does for a caller whose tensors are known to fit, without gradients.
 
-    What looks at the tensors of every layer input of every step takes as long as their launch.
+    To check the tensors of every layer input in every step takes as long as to launch.
 
     Args:
         x, rows: of the shapes, dtypes and device that :func:`sketch` asks for.
@@ -145,9 +145,9 @@ def _kind(x: Tensor, rows: Tensor | None, sums: tuple[Any, ...]) -> tuple[Any, .
 
 
 class SketchInto:
-    """Sketches of one batch after another into the same sums, which are looked at once.
+    """Sketches of one batch after another into the same sums, whose tensors are checked once.
 
-    On a GPU the host spends more time on looking at tensors than on a launch.
+    On a GPU the host spends more time on checking tensors than on a launch.
 
     Args:
         state, backend, high: as for :func:`sketch_unchecked`.
@@ -166,8 +166,8 @@ class SketchInto:
     def add(self, x: Tensor, rows: Tensor | None) -> bool:
         """Add tokens as :func:`sketch_unchecked` does; or nothing, and return ``False``.
 
-        So it is for tokens of a kind, or at a place, that was not sketched before, and where
-        somebody looks at operators.
+        The latter for shapes and alignments that were not sketched before, and where operators are
+        traced.
         """
         # first, for shapes that are traced cannot be looked up
         known = None if is_observed(x) else _known.get(_kind(x, rows, self._sums))

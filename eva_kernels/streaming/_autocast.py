@@ -23,8 +23,8 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch._C._is_any_autocast_enabled():
             return function(*args, **kwargs)
-        # Of this build of torch, which may know its type by a plug-in. Whether there is one takes
-        # long to tell, and is of no account.
+        # The kind that this torch was built for, maybe by a plug-in. Whether one is present is slow
+        # to find out, and does not matter here.
         built_for = torch.accelerator.current_accelerator()
         own = set() if built_for is None else {built_for.type}
         casting = [kind for kind in _DEVICES | own if torch.is_autocast_enabled(kind)]
@@ -37,9 +37,9 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def plain(x: Tensor) -> Tensor:
-    """Return a tensor without the ways of its class, which all that is made of it would have.
+    """Return a tensor without its subclass, which results of operators would be of, too.
 
-    Those of classes that stand for tensors elsewhere, as distributed ones, are what they are.
+    Subclasses with ``__torch_dispatch__``, such as distributed tensors, stay what they are.
     """
     if type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return x

@@ -154,7 +154,7 @@ def centred_scatter(states: Sequence[GramState]) -> Tensor:
 
 
 class _Vectors(NamedTuple):
-    """What is on a device of the answers of streams, and what the host is to know of it.
+    """The answers of streams as far as they are on a device, and numbers for the host to read.
 
     Attributes:
         numbers: of exact streams, see :func:`_eigen`; nothing of sketches.

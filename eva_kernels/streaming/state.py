@@ -138,8 +138,8 @@ def start_basis(
 ) -> Tensor:
     """Return the random basis (width, features) that layers of one shape begin with.
 
-    To be copied, not written to. Whoever holds it spares the others the way to the device: a
-    conversion and a copy of 1 MB and more, for each of hundreds of layers.
+    To be copied, not written to. As long as a stream holds it, others of that shape spare
+    themselves a conversion and a copy of 1 MB and more to the device.
     """
     key = width, features, dtype, device, seed
     basis = _starts.get(key)

@@ -94,7 +94,7 @@ class InputStream:
         self.pending = 0  # tokens accumulated since the last fold
         self.skipped = 0  # tokens left out because they are not finite
         self.folds = 0
-        self._start_rows: Tensor | None = None  # until the first fold, for others of this shape
+        self._start_rows: Tensor | None = None  # cached as long as it is held
         self.previous: Tensor | None = None  # (K, D) before the last fold, until compared
         self.turned: Array | None = None  # (K,) cosines that the fold has read, until compared
         self.cosines: Tensor | None = None  # (K,) on the CPU, of the last fold, once compared

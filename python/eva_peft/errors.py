@@ -43,18 +43,18 @@ MOST_LISTED = 8  # names in a message
 
 
 class HeldError:
-    """An error that waits until it is time to raise it.
+    """An error that is kept to be raised later.
 
     Attributes:
-        error: what waits, if anything. Its frames know who holds it: it is raised once, so that it
-            does not keep all that they know, maybe on a device.
+        error: what is kept, if anything; dropped when it is raised. Its traceback refers to this
+            object, and the cycle would keep all tensors of the frames alive.
     """
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
 
     def catch(self, do: Callable[[], T]) -> T | None:
-        """Do what may fail, and hold what it raises; returns ``None`` then."""
+        """Call a function, and keep what it raises; returns ``None`` then."""
         try:
             return do()
         except BaseException as raised:
@@ -62,7 +62,7 @@ class HeldError:
         return None
 
     def release(self) -> None:
-        """Raise what waits, and hold it no longer."""
+        """Raise what is kept, and drop it."""
         if self.error is not None:
             try:
                 raise self.error
@@ -82,12 +82,12 @@ def warn(message: str, category: type[Warning] = EvaWarning) -> None:
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """Return a number with the words behind it, of which ``many`` are those of ``one`` and an s."""
+    """Return "1 layer" or "3 layers": a number with ``one`` behind it, or ``many`` (one + "s")."""
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, but for what follows; its kind where it says nothing."""
+    """Return the first line of an error's message, or its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -25,11 +25,11 @@ _DECISION_STREAMS = 3
 _BESIDE = ("visual_attention_mask", "entity_attention_mask")
 # The mask of patches that timm's models of images of any size take; a class token stands in front.
 _PATCHES = "patch_valid"
-# Masks of hidden states that come from elsewhere, maybe of one of several encoders.
+# Masks of hidden states that condition a model, maybe of one of several encoders.
 _GIVEN = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
-# Masks of something that is made of tokens, if they have another shape.
+# Masks of something made of tokens, as words or spans, if they have another shape.
 _OTHERS = re.compile(r"(?<!attention)(?<!padding)_mask$")
-# That of what is given and of its own tokens in one sequence, see masks_of_both.
+# The mask of own tokens and conditioning ones in one sequence, see masks_of_both.
 _BOTH = "both_mask"
 _ANY = Architecture()
 
@@ -91,17 +91,17 @@ def mask_of_batch(
 
 
 def _with_masks_of_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a batch with a mask of tokens for each of padding, which is true, or -inf, there."""
+    """Return a batch with a mask of tokens for each mask of padding (true, or -inf, there)."""
     given = {usual: batch.get(name) for name, usual in PADDING_MASKS.items() if name in batch}
     found = {usual: mask == 0 for usual, mask in given.items() if isinstance(mask, Tensor)}
     return {**found, **batch} if found else batch
 
 
 def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a batch whose ``attention_mask``, if it is that of what is given, is called so.
+    """Return a batch whose ``attention_mask``, if it is of ``encoder_hidden_states``, says so.
 
-    As some models of diffusers have it, which have no text of their own; that of others is one of
-    both.
+    Some models of diffusers, which have no text of their own, take it by that name; in others it
+    is of both, see :func:`masks_of_both`.
     """
     own, mask = batch.get("hidden_states"), batch.get("attention_mask")
     given, kept = batch.get("encoder_hidden_states"), token_mask(mask)
@@ -118,15 +118,15 @@ def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 def masks_of_both(
     kept: Tensor | None, own: tuple[int, ...], given: tuple[int, ...] | None
 ) -> dict[str, Tensor]:
-    """Return what a batch would say whose mask is one of its own tokens and of those it is given.
+    """Split a mask of own and conditioning tokens in one sequence; returns masks as in a batch.
 
-    Which come first the mask tells: its own have no padding, or both have it behind. The mask of
-    both is one of others, by its name, see ``_OTHERS``.
+    Which come first is seen from the mask: own ones have no padding, or both have it on the right.
+    The whole mask is returned, too, by a name that ``_OTHERS`` matches.
 
     Args:
-        kept: bool (B, S + T) or, in the other order, (B, T + S); anything else says nothing.
+        kept: bool (B, S + T) or, in the other order, (B, T + S); else nothing is returned.
         own: (B, S).
-        given: (B, T).
+        given: (B, T), of the conditioning tokens.
     """
     if kept is None or len(own) != 2 or given is None or len(given) != 2 or kept.all():
         return {}
@@ -152,8 +152,8 @@ def _is_padded_behind(kept: Tensor) -> bool:
 def _others(batch: Mapping[str, Any], known: Sequence[Tensor]) -> list[Tensor]:
     """Return masks, (B, W), of something else than tokens, as of spans.
 
-    Of each sample they keep the first: otherwise true may be what others call false. What is made
-    of a mask of both is known.
+    Only those that keep the first entry of every sample, since in others true may mean padding;
+    that of :func:`masks_of_both` is known.
 
     Args:
         known: of tokens; without any there are no others.

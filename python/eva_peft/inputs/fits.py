@@ -1,4 +1,4 @@
-"""Masks of tokens, and inputs of layers that hold those in another shape: in parts, by heads."""
+"""Masks for inputs that hold the tokens in another shape: parts, heads, windows, frames."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 def part_of(x: Tensor) -> Part | None:
     """Return what a layer's input, (B, T, D), is a part of, if it is a view of (B, more, D).
 
-    One token of each sample stands for all of it, as the first of BERT's.
+    A single token is no part: it stands for its whole sample, as BERT's first.
     """
     if x.dim() != 3 or x.shape[1] < 2:
         return None

@@ -1,4 +1,4 @@
-"""Which tokens masks and lengths keep, by what they hold."""
+"""From the values of masks and lengths to the tokens that they keep."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["in_one_run", "is_of_pairs", "not_padding", "of_lengths", "seen"]
 def seen(mask: Tensor) -> Tensor | None:
     """Return which tokens a mask of what is seen keeps, bool (B, T), if it is understood.
 
-    Of pairs of tokens, (B, T, T) or (B, heads or 1, T or 1, T), those of a token and itself tell;
-    see :mod:`.batch_mask`. What holds other values than a mask says something else, too: which
-    tokens have global attention, or how far away others are.
+    Of a mask over pairs, (B, T, T) or (B, heads or 1, T or 1, T), the diagonal is used; see
+    :mod:`.batch_mask`. Other values than those of a mask mean something else: global attention, or
+    distances.
     """
     whole, mask = mask, mask[:, 0] if mask.dim() == 4 else mask
     if mask.dim() == 3 and mask.shape[1] in (1, mask.shape[2]):
@@ -36,7 +36,7 @@ def seen(mask: Tensor) -> Tensor | None:
 def not_padding(mask: Tensor) -> Tensor | None:
     """Return which tokens a mask of padding keeps, bool (B, T), if it is understood.
 
-    That padding is true, or -inf, is usual; where all of a sample would be padding, it is false.
+    Padding is true, or -inf; or false, where otherwise a whole sample would be padding.
     """
     if mask.dim() != 2:
         return None

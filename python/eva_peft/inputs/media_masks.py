@@ -60,7 +60,7 @@ def has_images(batch: Mapping[str, Any]) -> bool:
 
 
 def is_of_images(key: Any) -> bool:
-    """Tell whether a part of a batch has a name as those that belong to images or films."""
+    """Tell whether the name of a part of a batch is one of images or films."""
     return any(word in str(key) for word in _IMAGES)
 
 

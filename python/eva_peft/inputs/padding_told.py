@@ -22,30 +22,29 @@ from .token_mask import TokenMask
 
 __all__ = ["ENDS_OF_PADDING", "TARGETS", "PaddingTold", "parts_told"]
 
-_SEQUENCES = "sequence_id"  # of which sequence each token is, below 0 of none; maybe a mask
-# Which tokens are seen, by these names; which are padding, by any that ends so. What masks of any
-# other name mean is not known, but for those that have a row for all tokens, or one for each, as
-# (B, 1, T) and (B, T, T); those of these names may be (B, T), too. Of numbers, those count that are
-# added to scores.
+_SEQUENCES = "sequence_id"  # number of each token's sequence, negative for padding; or a mask
+# Names of masks of the tokens that are seen, and ends of names of masks of padding. Of other names
+# only masks with one row for all tokens, or one for each, (B, 1, T) or (B, T, T), are understood,
+# floating ones where they are added to scores; and those called _PLAIN as (B, T), too.
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 ENDS_OF_PADDING = ("padding_mask", "pad_mask")
 _PLAIN = ("mask", "attn_mask", "context_mask")
-TARGETS = ("tgt", "trg", "target")  # how names begin of what a decoder makes, beside "src"
-# How names end of how long the samples are, maybe as shares of the longest.
+TARGETS = ("tgt", "trg", "target")  # how names of a decoder's tokens begin, beside "src"
+# How names of the lengths of samples end; they may be shares of the longest.
 _LENGTHS = ("lengths", "length", "lens", "_len")
-# In the names of what comes from elsewhere, to be attended to, and of its mask.
+# In the names of what cross attention reads, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
-_ATTENDED = {"key": "query", "k": "q"}  # to what, by what
+_ATTENDED = {"key": "query", "k": "q"}  # what is attended to: what attends
 _TEXT = {"input_ids", "inputs_embeds"}
-# What says which of a part's own tokens count.
+# Masks of a part's own tokens.
 _OWN = {"attention_mask", "decoder_attention_mask", "src_key_padding_mask", "tgt_key_padding_mask"}
 
 
 def parts_told(model: nn.Module) -> dict[nn.Module, int]:
     """Return the parts of a model, with or without adapters, that may be told of padding.
 
-    Those that may be given other tokens to attend to are among them. The model itself comes first,
-    since it may take all that it is told as one argument.
+    Parts with cross attention are among them. The model itself comes first, since it may take
+    everything as one argument.
 
     Returns:
         Each with the number of its arguments before the first that would tell it.
@@ -130,7 +129,7 @@ class PaddingTold(AroundCalls):
     def _mask_within(self, around: TokenMask, mask: TokenMask) -> TokenMask:
         """Return the mask that counts in a part.
 
-        Of its own tokens that may be the one around, beside what it is told of others.
+        For its own tokens that may be the one around, with what it is told of other tokens.
 
         Args:
             around: what counts around it.
@@ -163,9 +162,9 @@ class PaddingTold(AroundCalls):
         self._use_mask(behind)
 
     def _is_of_others(self, around: TokenMask, mask: TokenMask) -> bool:
-        """Tell whether what a part around is told is said of other tokens.
+        """Tell whether the mask of the part around is of other tokens than those of this one.
 
-        It is of what is attended to, or keeps every token.
+        So it is where it only masks what that attends to, or keeps every token.
         """
         if not self._in_use or around is not self._in_use[-1][1] or around.main is None:
             return False

@@ -51,8 +51,7 @@ class Draw:
     def shared_out(self, tokens: Sequence[int]) -> list[Draw]:
         """Return one draw for each part of the batch, in proportion to their tokens.
 
-        The limits of the parts add up to that of the batch; where it is more than all tokens, so is
-        each of them.
+        The limits of the parts add up to that of the batch.
         """
         if len(tokens) == 1:
             return [self]

@@ -57,17 +57,17 @@ class Architecture:
     Attributes:
         config: of the outermost part that is a model of transformers; ``None`` if there is none.
         kinds: ``model_type`` of every config in the model.
-        prefixes: what layers' names begin with, one after another, and which tells nothing.
+        prefixes: of layers' names, one after another, which say nothing of what they read.
         patch_sizes: pixels along a side of the patches that images are cut into, if that is all
             that is done to them.
         needs_labels: ``forward`` cannot be called without them, or leaves out a part.
-        apart: what the names begin with of parts that have a loss, and tokens, of their own.
+        apart: prefixes of the names of parts that have a loss, and tokens, of their own.
         takes_decoder_ids: it can be given the decoder's tokens (or spectra), or make them of
             labels.
         answers: a decoder of text follows an encoder of text, of which the config does not tell.
         frame_lengths: what may tell how many frames are made of sound.
-        has_own_layers: somebody's own are around, between, or in place of, the models that
-            transformers has; what is between two may have no weights.
+        has_own_layers: there are layers around, between, or in place of, models that are defined in
+            transformers; what is between two may have no weights.
     """
 
     config: Any = None

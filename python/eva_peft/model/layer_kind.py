@@ -1,4 +1,4 @@
-"""What a layer's name tells of the tokens that it reads."""
+"""Which tokens a layer reads, judged by its name."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _READS_PROMPT = re.compile(
     r"caption|context|(^|[._])txt_|(^|[._])text_(proj|embed|transformer|fusion)|encoder_(hid|proj)"
     r"|\b(add_[qkv]_proj|to_add_out|pooler\.to_kv)$|\bcross_attention_proj\b|\bff_t\b|\bllm_cond_"
 )
-# Layers of the other stream of a model that takes text and something else.
+# Layers that read images or sound, in a model that may take text as well.
 _READS_NO_TEXT = re.compile(
     r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound"
     r"|multi_modal|(^|\.)mm_proj|(^|\.)projector\b|connector|perceiver|resampler|qformer|acoustic|semantic_tokenizer"
 )
-# Of these, what may be around text as well, in a batch that has neither sound nor images.
+# Of these, layers that read text after all in a batch without sound and images.
 _PROJECTOR = re.compile(r"(^|\.)projector\b")
-# Keys and values of images that look at text are text, though, whatever is in their names.
+# Exception: keys and values of images that attend to text are text.
 _READS_TEXT = re.compile(r"\bcross_modal_image_layers\..*\bcrossattention\.self\.(key|value)$")
-# Learnt queries, as many whatever the batch, or several levels of patches one after another.
+# Learnt queries, a fixed number, or several levels of patches one after another.
 _READS_QUERIES = re.compile(
     r"perceiver|resampler|pixel_decoder|pixel_level_module\.decoder"
     r"|qformer.*(crossattention\.(attention\.query|output)|(intermediate|output)_query)"
 )
 # How far frames are from each other, the same for every sample: as attention in a Conformer.
 _READS_DISTANCES = re.compile(r"\b(linear_pos|pos_proj|relative_k_proj)$")
-# Parts that read text themselves, so that what their cross attention reads beside it is none.
+# Parts that read text, so that their cross attention reads something else.
 _IN_TEXT = re.compile(r"text_(model|encoder|decoder|layers)|language_model|gated_cross_attn")
 _IN_ENCODER = re.compile(r"encoder|(^|\.)enc(\.|$)")
 _IN_DECODER = re.compile(r"decoder|(^|\.)dec(\.|$)")

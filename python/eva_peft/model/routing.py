@@ -1,4 +1,4 @@
-"""Mixtures of experts: which tokens an expert was given, and what meets its fused weights.
+"""Mixtures of experts: which tokens an expert is given, and what its fused weights multiply.
 
 Two things cannot be read by a hook on a module. Experts get some tokens only, picked by indexing,
 so that a token mask no longer fits. And many models keep the weights of all experts in one
@@ -103,7 +103,7 @@ class RoutedInputs(TorchFunctionMode):
 
     Attributes:
         following: tokens are followed.
-        aside: what is computed now is no part of the model, and passes unseen.
+        aside: what is computed now is no part of the model, and is ignored.
     """
 
     def __init__(

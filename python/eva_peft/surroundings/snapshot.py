@@ -79,7 +79,7 @@ def restored_on_failure(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def take_off(module: nn.Module, hook: Callable[..., None]) -> None:
-    """Take a forward hook, or one before, off a module without its handle; may be run again."""
+    """Remove a forward hook or pre-hook from a module without its handle; may be run again."""
     told = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, other in hooks.items() if other == hook]:
