@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from eva_peft.results.plots import require_matplotlib
+from eva_peft.results.plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MOST_PANELS = 6
 ROUNDING = 1e-9
+SIZE = 7, 4.5  # inches
 # Peers in Okabe and Ito's warm colours, sketches in one blue that darkens with their width; each
 # also has a marker of its own.
 _STYLES = {
@@ -31,7 +32,7 @@ _MARKERS = ("o", "v", "P", "^", "h")
 
 def against_time(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
     """Draw lost variance against the time of a step, one point a method, one panel an input."""
-    figure = _figure("Lost variance against the time of a step, by method and layer input")
+    figure = new_figure(SIZE, "Lost variance against the time of a step, by method and layer input")
     panels = _panels(found)
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
@@ -64,7 +65,7 @@ def against_time(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
 
 def over_tokens(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
     """Draw lost variance over tokens seen, one line a method, one panel a group of inputs."""
-    figure = _figure("Lost variance over the tokens seen, by method")
+    figure = new_figure(SIZE, "Lost variance over the tokens seen, by method")
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False).flatten()
     rows = [row for group in found for row in group.rows]
     floor = _floor(p["lost"] for row in rows for m in row["methods"].values() for p in m["points"])
@@ -88,7 +89,7 @@ def over_tokens(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
 
 def ranks_over_tokens(ranks: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
     """Draw the ranks off the exact allocation as a heat map: methods over tokens seen."""
-    figure = _figure("Ranks off the exact allocation, by method and tokens seen")
+    figure = new_figure(SIZE, "Ranks off the exact allocation, by method and tokens seen")
     ax = figure.subplots()
     names = list(dict.fromkeys(entry["method"] for entry in ranks))
     tokens = list(dict.fromkeys(entry["tokens"] for entry in ranks))
@@ -104,12 +105,6 @@ def ranks_over_tokens(ranks: Sequence[Mapping[str, Any]], labels: Mapping[str, s
     ax.set_yticks(range(len(names)), [labels[name] for name in names], fontsize=9)
     ax.set_xlabel("tokens seen", fontsize=9)
     ax.set_title("Ranks off the exact allocation, sum over the real layer inputs", fontsize=9)
-    return figure
-
-
-def _figure(alt: str) -> Figure:
-    figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained", facecolor="white")
-    figure.set_label(alt)
     return figure
 
 

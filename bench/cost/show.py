@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eva_peft.results.plots import require_matplotlib
+from eva_peft.results.plots import new_figure
 
 from ..methods import METHODS
 from ..sections import Section
@@ -180,8 +180,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     """Draw seconds and memory, a line a method, a mark a batch size."""
     shown = [row for row in rows if _ok(row)]
     methods = list(dict.fromkeys(row["method"] for row in shown))
-    figure = require_matplotlib()(figsize=(8, 5.4), layout="constrained", facecolor="white")
-    figure.set_label("Seconds and memory of every initialisation, one line a method")
+    figure = new_figure((8, 5.4), "Seconds and memory of every initialisation, one line a method")
     panels = figure.subplots(1, 2, sharey=True)
     sizes = sorted({row["batch"] for row in shown if _reads(row)}, reverse=True)
     marks = dict(zip(sizes, "osD^v", strict=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from eva_peft.results.plots import require_matplotlib
+from eva_peft.results.plots import new_figure
 
 from .statistics import mean_error
 
@@ -25,10 +25,8 @@ def ends(values: Mapping[str, Mapping[int, float]], ours: str | None, measure: s
         ours: label whose range is shaded.
         measure: name of the axis.
     """
-    figure = require_matplotlib()(
-        figsize=(7, 1 + 0.3 * len(values)), layout="constrained", facecolor="white"
-    )
-    figure.set_label("Loss at the end of fine-tuning, one line a method")
+    size = 7, 1 + 0.3 * len(values)
+    figure = new_figure(size, "Loss at the end of fine-tuning, one line a method")
     axes = figure.subplots()
     for place, (label, by_seed) in enumerate(values.items()):
         mean, error = mean_error(list(by_seed.values()))
@@ -60,8 +58,7 @@ def curves(
         goal: loss to which steps are counted.
         measure: name of the axis.
     """
-    figure = require_matplotlib()(figsize=(7, 4.2), layout="constrained", facecolor="white")
-    figure.set_label("Held-out loss over the steps of fine-tuning, one line a method")
+    figure = new_figure((7, 4.2), "Held-out loss over the steps of fine-tuning, one line a method")
     axes = figure.subplots()
     colours = dict(zip(shown, COLOURS, strict=True))
     for method in [*(m for m in runs if m not in colours), *(m for m in shown if m in runs)]:

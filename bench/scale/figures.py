@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eva_peft.results.plots import require_matplotlib
+from eva_peft.results.plots import new_figure
 
 from .words import Row, end_of_step, milliseconds
 from .work import AXES, Point, along
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GIB, MIB = 2**30, 2**20
+SIZE = 7, 4.5  # inches
 # Okabe and Ito's colours, each with a marker of its own.
 _LINES: dict[str, tuple[str, str, str, Callable[[Row], float | None]]] = {
     "this package": ("#0072B2", "o", "-", lambda row: milliseconds(row, "sketch")),
@@ -30,7 +31,9 @@ _LINES: dict[str, tuple[str, str, str, Callable[[Row], float | None]]] = {
 
 def costs(base: Point, rows: Sequence[Row]) -> Figure:
     """Draw the time of a step against each size, varied alone."""
-    figure = _figure("Milliseconds of a step against width, tokens, layer inputs and components")
+    figure = new_figure(
+        SIZE, "Milliseconds of a step against width, tokens, layer inputs and components"
+    )
     axes = figure.subplots(2, 2, sharey=True).flatten()
     for ax, (axis, label) in zip(axes, AXES.items(), strict=True):
         for name, (colour, marker, dash, cost) in _LINES.items():
@@ -53,7 +56,9 @@ def costs(base: Point, rows: Sequence[Row]) -> Figure:
 
 def ratios(base: Point, rows: Sequence[Row]) -> Figure:
     """Draw what the others take over our step against each size; above 1 we are faster."""
-    figure = _figure("Time of the competitors over that of this package, against each size")
+    figure = new_figure(
+        SIZE, "Time of the competitors over that of this package, against each size"
+    )
     axes = figure.subplots(2, 2, sharey=True).flatten()
     for ax, (axis, label) in zip(axes, AXES.items(), strict=True):
         for name in ("exact Gram", "PEFT's step", "forward of q, k, v"):
@@ -78,7 +83,7 @@ def ratios(base: Point, rows: Sequence[Row]) -> Figure:
 
 def states(rows: Sequence[Row]) -> Figure:
     """Draw the bytes kept between steps against width."""
-    figure = _figure("Memory kept between steps against the width of the layer inputs")
+    figure = new_figure(SIZE, "Memory kept between steps against the width of the layer inputs")
     ax = figure.subplots()
     for method, name, label in (("sketch", "this package", "sketch"), ("gram", "exact Gram", "")):
         colour, marker, dash, _ = _LINES[name]
@@ -95,7 +100,7 @@ def states(rows: Sequence[Row]) -> Figure:
 
 def models(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw simulated memory by model as bars, logarithmic."""
-    figure = _figure("Simulated GPU memory of the initialisation by model")
+    figure = new_figure(SIZE, "Simulated GPU memory of the initialisation by model")
     ax = figure.subplots()
     bars: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {
         "parameters": ("#cccccc", lambda m: m["parameters"]),
@@ -153,12 +158,6 @@ def _dress(ax: Axes, label: str, sizes: Sequence[int]) -> None:
 
 def _short(size: int) -> str:
     return f"{size // 1024}Ki" if size >= 1024 and size % 1024 == 0 else str(size)
-
-
-def _figure(alt: str) -> Figure:
-    figure = require_matplotlib()(figsize=(7, 4.5), layout="constrained", facecolor="white")
-    figure.set_label(alt)
-    return figure
 
 
 def _legend(figure: Figure, ax: Axes, columns: int) -> None:

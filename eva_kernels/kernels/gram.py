@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import GRAM_TILES, Arch, Tile, ceil_div, options, rows_of_a_thread, stages
+from .launch import GRAM_TILES, Arch, Tile, ceil_div, laid_out, options, rows_of_a_thread, stages
 from .primitives import (
     add_product,
     add_splits,
@@ -28,8 +28,6 @@ from .primitives import (
 from .sequence import Call, LaunchSequence
 
 __all__ = ["GramPlan", "gram_sequence", "plan_gram"]
-
-ALIGNMENT = 256
 
 
 @triton.jit
@@ -169,10 +167,7 @@ def plan_gram(n: int, d: int, itemsize: int, arch: Arch) -> GramPlan:
         "shift_parts": 4 * splits * d,
         "square_parts": 4 * splits * d_blocks,
     }
-    offsets, end = {}, 0
-    for name, nbytes in parts.items():
-        offsets[name], end = end, end + ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
-    return GramPlan(tile, splits, blocks, offsets, end)
+    return GramPlan(tile, splits, blocks, *laid_out(parts))
 
 
 GIVEN = ("x", "rows", "pivot", "scatter", "shift", "square")

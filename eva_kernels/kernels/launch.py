@@ -28,11 +28,15 @@ __all__ = [
     "Tile",
     "arch_of",
     "ceil_div",
+    "laid_out",
     "options",
     "rows_of_a_thread",
     "splits_to_fill",
     "stages",
 ]
+
+
+ALIGNMENT = 256  # of the parts of a workspace, bytes
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,14 @@ GRAM_TILES: Mapping[str, GramTiles] = MappingProxyType(
 def ceil_div(a: int, b: int) -> int:
     """Return how many times b is needed for a; triton.cdiv takes the host microseconds."""
     return -(-a // b)
+
+
+def laid_out(parts: Mapping[str, int]) -> tuple[dict[str, int], int]:
+    """Return where each part of a workspace begins, given their bytes, and the bytes of all."""
+    offsets, end = {}, 0
+    for name, nbytes in parts.items():
+        offsets[name], end = end, end + ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
+    return offsets, end
 
 
 def stages(tile: Tile, indirect: bool, arch: Arch) -> int:

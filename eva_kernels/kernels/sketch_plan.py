@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .launch import SKETCH_TILES, Arch, Tile, ceil_div, splits_to_fill
+from .launch import SKETCH_TILES, Arch, Tile, ceil_div, laid_out, splits_to_fill
 
 __all__ = ["COLLECT_BLOCK", "FINISH_BLOCK", "FLAG_BLOCK", "SketchPlan"]
 __all__ += ["plan_sketch", "small_block"]
 
 # Features that are centred or not together; a launch's feature blocks are multiples of it.
 FLAG_BLOCK = tl.constexpr(64)
-# What the rows of P are padded to, and what parts of the workspace start at.
-PITCH, ALIGNMENT = 64, 256
+PITCH = 64  # what the rows of P are padded to
 # Tokens that a program of finish takes at most, and features that one of collect does. So few that
 # four tiles of a split fit the registers.
 FINISH_BLOCK, COLLECT_BLOCK, SMALL_TILE = 32, 32, 2048
@@ -85,9 +84,6 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
         "shift_parts": 4 * splits_n * d,
         "square_parts": 4 * splits_n * d_blocks,
     }
-    offsets, end = {}, 0
-    for name, nbytes in parts.items():
-        offsets[name], end = end, end + ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
     return SketchPlan(
-        block_q, project, back, pitch, splits_d, blocks_d, splits_n, blocks_n, offsets, end
-    )  # fmt: skip
+        block_q, project, back, pitch, splits_d, blocks_d, splits_n, blocks_n, *laid_out(parts)
+    )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from eva_peft.results.plots import require_matplotlib
+from eva_peft.results.plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -237,8 +237,7 @@ def table(
 
 def plot_curves(curves: dict[str, Curve]) -> Figure:
     """Draw the held-out loss over the steps, with the standard error as a band."""
-    figure = require_matplotlib()(figsize=(7, 4.2), layout="constrained", facecolor="white")
-    figure.set_label("Held-out loss over the steps of fine-tuning, one line a start")
+    figure = new_figure((7, 4.2), "Held-out loss over the steps of fine-tuning, one line a start")
     axes = figure.subplots()
     # Colours that stay apart in the common kinds of colour blindness.
     colours = ("#0072b2", "#d55e00", "#009e73")

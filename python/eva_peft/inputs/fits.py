@@ -19,6 +19,7 @@ __all__ = [
     "is_longer",
     "longest_of",
     "part_of",
+    "version_of",
 ]
 
 
@@ -67,6 +68,11 @@ def part_of(x: Tensor) -> Part | None:
 def are_same(masks: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
     """Tell whether masks are the same tensors."""
     return len(masks) == len(others) and all(map(is_, masks, others))
+
+
+def version_of(x: Tensor) -> int:
+    """Return how often a tensor was written to; -1 in inference mode, where that is not counted."""
+    return -1 if x.is_inference() else x._version
 
 
 def longest_of(mask: Tensor) -> int:

@@ -17,6 +17,7 @@ from ..model.architecture import signature_of
 from .arguments import PADDING_MASKS, is_decoder_input
 from .batch_mask import masks_of_both
 from .called_with import AroundCalls, named_arguments
+from .fits import version_of
 from .mask_contents import in_one_run, is_of_pairs, not_padding, of_lengths, seen
 from .token_mask import TokenMask
 
@@ -210,7 +211,7 @@ class PaddingTold(AroundCalls):
         sizes = frozenset(size for value in given for size in value.shape)
         within = self._in_use[-1][1].main if self._in_use else None
         telling = {**masks, "": within} if within is not None else masks
-        told_by = ((name, id(mask), _version(mask)) for name, mask in telling.items())
+        told_by = ((name, id(mask), version_of(mask)) for name, mask in telling.items())
         key = (shape, sizes, elsewhere, *told_by)
         before, mask = self._known.get(key, ([], None))
         if not before or any(each() is None for each in before):  # its id is maybe another's now
@@ -221,11 +222,6 @@ class PaddingTold(AroundCalls):
             mask = self._quiet_mask({**beside, **told}, shape) if told else None
             self._known[key] = [ref(each) for each in telling.values()], mask
         return mask
-
-
-def _version(mask: Tensor) -> int:
-    """Return how often a mask was written to, as by what leaves out tokens layer by layer."""
-    return -1 if mask.is_inference() else mask._version
 
 
 def _readable(named: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eva_kernels.streaming import InputStream
 
-from ..inputs.fits import are_same
+from ..inputs.fits import are_same, version_of
 from ..inputs.token_mask import TokenMask
 
 __all__ = ["Seen", "Slot"]
@@ -31,13 +31,13 @@ class Seen:
 
     def __init__(self, x: Tensor, mask: TokenMask, held: bool = False) -> None:
         self._reference = weakref.ref(x)
-        self._version = _version(x)
+        self._version = version_of(x)
         self._counting = mask.masks
         self._held = (x, mask) if held else None
 
     def is_same(self, x: Tensor) -> bool:
         """Tell whether x is that tensor, unchanged."""
-        return self._reference() is x and _version(x) == self._version
+        return self._reference() is x and version_of(x) == self._version
 
     def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
         """Tell whether x is that tensor, and the same of its tokens count."""
@@ -53,17 +53,12 @@ class Seen:
     @property
     def unchanged(self) -> bool:
         """Whether a held tensor still has the contents that the layer was called with."""
-        return self._held is not None and _version(self._held[0]) == self._version
+        return self._held is not None and version_of(self._held[0]) == self._version
 
     @property
     def held(self) -> tuple[Tensor, TokenMask] | None:
         """The tensor and its mask, as long as it waits to be accumulated."""
         return self._held
-
-
-def _version(x: Tensor) -> int:
-    # Tensors made under inference_mode count no versions.
-    return -1 if x.is_inference() else x._version
 
 
 @dataclass(eq=False)

@@ -42,7 +42,7 @@ def plot_ranks(result: EvaResult) -> Figure:
     """
     _, rows, columns = _rank_grid(result.ranks)
     size = (min(max(3.5 + 0.36 * len(columns), 6.0), 26.0), min(1.7 + 0.32 * len(rows), 26.0))
-    figure = _figure(size, f"Rank given to each of {len(result.ranks)} layers, as a heat map")
+    figure = new_figure(size, f"Rank given to each of {len(result.ranks)} layers, as a heat map")
     _draw_ranks(figure, result, size)
     return figure
 
@@ -52,21 +52,21 @@ def plot_explained_variance(result: EvaResult) -> Figure:
 
     Module kinds that read the same input share a curve. A dot stands at the mean rank given.
     """
-    figure = _figure((8.5, 4.2), "Cumulative explained variance over components by module kind")
+    figure = new_figure((8.5, 4.2), "Cumulative explained variance over components by module kind")
     _draw_explained_variance(figure, result)
     return figure
 
 
 def plot_convergence(result: EvaResult) -> Figure:
     """Draw how many layers had converged after each step, and the |cos| between steps."""
-    figure = _figure((8.5, 4.6), "Converged layers and similarity between steps over the pass")
+    figure = new_figure((8.5, 4.6), "Converged layers and similarity between steps over the pass")
     _draw_convergence(figure, result)
     return figure
 
 
 def plot_cost(result: EvaResult) -> Figure:
     """Draw the seconds spent in each phase, with the peak memory beside them."""
-    figure = _figure((8.5, 2.9), "Seconds by phase and peak memory")
+    figure = new_figure((8.5, 2.9), "Seconds by phase and peak memory")
     _draw_cost(figure, result)
     return figure
 
@@ -77,7 +77,9 @@ def plot_result(result: EvaResult) -> Figure:
     left = min(max(7.0, 2.2 + 0.26 * len(columns)), 20.0)
     top = min(max(4.2, 1.5 + 0.27 * len(rows)), 24.0)
     right, bottom = 7.0, 4.6
-    figure = _figure((left + right, top + bottom), "Ranks, explained variance, convergence, cost")
+    figure = new_figure(
+        (left + right, top + bottom), "Ranks, explained variance, convergence, cost"
+    )
     panels: Any = figure.subfigures(2, 2, width_ratios=[left, right], height_ratios=[top, bottom])
     _draw_ranks(panels[0, 0], result, (left, top))
     _draw_explained_variance(panels[0, 1], result)
@@ -362,10 +364,9 @@ def _integer_locator(intervals: int = 6) -> MaxNLocator:
     return MaxNLocator(intervals, integer=True)
 
 
-def _figure(size: tuple[float, float], alt: str) -> Figure:
+def new_figure(size: tuple[float, float], alt: str) -> Figure:
     """Make a figure of its own canvas, in inches; the label serves as alternative text."""
-    figure_class = require_matplotlib()
-    figure = figure_class(figsize=size, layout="constrained", facecolor="white")
+    figure = require_matplotlib()(figsize=size, layout="constrained", facecolor="white")
     figure.set_label(alt)
     return figure
 
