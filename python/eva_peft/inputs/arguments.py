@@ -46,11 +46,11 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 def by_name(batch: Any, model: nn.Module) -> Any:
-    """Return positional arguments of a model as a mapping, where that names a mask or labels.
+    """Return positional arguments of a model as a mapping, if a mask or labels are among them.
 
-    Targets, as of (input, target), are left out, or are labels where the model takes such: they are
-    the parts behind those that the model takes, and those behind the first that cannot be what
-    ``forward`` would take them for.
+    Targets, as in (input, target), are left out, or are labels where the model takes those. They
+    are the parts beyond the parameters of ``forward``, or from the first on that cannot be what its
+    parameter is for.
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
@@ -176,8 +176,8 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
 def check_known(batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -> None:
     """Explain the error of a model of transformers that knows none of the names it was given.
 
-    Most take any name, and say no more than that they got no input; nor do they of a batch that has
-    nothing but what is not given to them, as text.
+    Most take any name, and only say that they got no input. The same of a batch of which nothing is
+    passed on, as of text alone.
 
     Raises:
         EvaTypeError: this is the case.

@@ -1,4 +1,4 @@
-"""A batch with other contents where its masks say padding, and the same everywhere else."""
+"""A batch with other values where its masks say padding, and the same everywhere else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .padding_told import ENDS_OF_PADDING, TARGETS
 
 __all__ = ["with_other_padding"]
 
-# What may hold few values, or says where tokens are rather than what they are.
+# Not changed: what may hold few values only, and what says where tokens are.
 _KEPT = ("label", "position", "token_type", "mask", "length", "index", "indices", "grid", "sizes")
 _OF_TOKENS = ("attention_mask", "decoder_attention_mask")
 # How names of masks begin that do not say of what they are.
@@ -32,14 +32,13 @@ _DECODERS = ("decoder_", *TARGETS)
 
 
 def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
-    """Return a batch whose padding has other contents, and the names of what was changed.
+    """Return a batch whose padding has other values, and the names of what was changed.
 
     It is of the same kind; lists come as tensors.
 
-    Whole numbers become one that is no padding and no special token, others get noise as large as
-    what is no padding. A mask (of tokens, frames or pixels, by any name with ``mask`` in it) goes
-    with what begins with the same word, otherwise with all that has its shape, further dimensions
-    aside, in the decoder with the decoder's.
+    Whole numbers become another usual token, others get noise of the scale of what is no padding. A
+    mask (any name with ``mask`` in it) applies to parts whose names begin with the same word, else
+    to all of its shape, further dimensions aside; a decoder's mask to what the decoder reads.
 
     Args:
         batch: a mapping, a dataclass, or arguments of ``forward``; not changed itself. Of anything

@@ -28,7 +28,7 @@ def projected(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return what ``out_proj`` reads in a call, by a run with one that changes nothing.
+    """Return what ``out_proj`` reads in a call: the output with an identity in its place.
 
     The module itself runs, no copy: its ``forward`` may be bound to it, as accelerate's hooks are.
     """

@@ -102,7 +102,7 @@ def base_name(name: str) -> str:
 
 
 def peft_key(path: str, module: nn.Module | None = None) -> str:
-    """Return by what PEFT knows a module of a PeftModel, or the parameter that a layer adapts.
+    """Return the name by which PEFT knows a module of a PeftModel, or the adapted parameter.
 
     The path in the base model; where parts of that are compiled, their ``_orig_mod`` stay, and so
     does what else was around them when PEFT came.

@@ -42,8 +42,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         targets: the layers.
         make_stream: returns a new stream for a layer, for a dtype of input and on a device.
         selectors: per layer, a user's function that selects rows, or ``None`` for the mask.
-        patient: raise what goes wrong in a hook at the end of the forward pass, for which the
-            processes of a sharded model wait.
+        patient: raise the errors of hooks at the end of the forward pass only, in which the
+            processes of a sharded model wait for each other.
     """
 
     def __init__(

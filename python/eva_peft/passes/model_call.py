@@ -140,7 +140,7 @@ class ModelCall:
             return nullcontext()
         by_default = self._options.forward_fn is None
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
-            return nullcontext()  # of which no model of these tells more: spares every layer a look
+            return nullcontext()  # such models pass on no other masks: spares hooks on every layer
         parts = self._parts_to_ask(mask)
         if not parts:
             return nullcontext()

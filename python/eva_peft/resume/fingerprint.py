@@ -48,7 +48,7 @@ _NOT_THE_MODEL = frozenset(["_name_or_path", "transformers_version", "use_cache"
 # Names of weights that an adapter adds, and what it puts into the names of the others.
 _ADDED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save)\.")
 _INSERTED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
-# Parts whose values say nothing to anybody.
+# Parts that are digests: a message says that they differ, not how.
 _WEIGHTS, _VALUES = "names, shapes and dtypes of the weights", "values of the weights"
 _DIGESTS = (_WEIGHTS, _VALUES)
 
@@ -114,7 +114,7 @@ def differences(
             continue
         name = " ".join(key)
         if key[0] in _DIGESTS:
-            told.append(f"{name} are others")
+            told.append(f"{name} differ")
         else:
             was, is_ = (_shown(side, key) for side in (old, new))
             told.append(f"{name}: {was} {where[0]}, {is_} {where[1]}")

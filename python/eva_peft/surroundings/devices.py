@@ -24,9 +24,9 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 
 def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """Return a tensor on a device, without waiting for the copy where that may be late.
+    """Return a tensor on a device, copied asynchronously where that is safe.
 
-    It may not on the way to the host, nor to an Apple GPU: that reads the host's memory itself,
-    maybe after it was used again.
+    It is not to the host, nor to an Apple GPU, which reads the host's memory later, when that may
+    hold something else.
     """
     return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))

@@ -12,8 +12,8 @@ from typing import Any
 
 __all__ = ["Interrupts", "completed", "temporarily", "undone_on_failure"]
 
-# Where handlers of Python may raise: Ctrl-C, the end or a warning of it from a scheduler, a time
-# limit, and torch's own handler, by which a loader hears that a worker was killed.
+# Signals whose Python handlers may raise: Ctrl-C, a scheduler's end or warning of it, time limits,
+# and torch's own for workers of a loader that were killed.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
