@@ -275,8 +275,7 @@ def _columns(data: str, present: list[str], wanted: str | None) -> tuple[str, ..
         if set(columns) <= set(present):
             return columns
     raise EvaValueError(
-        f"cannot tell which column of {data} holds the text: {listed}; name one "
-        "(text_column, --text-column)"
+        f"cannot tell which column of {data} holds the text: {listed}; name one by --text-column"
     )
 
 

@@ -103,8 +103,8 @@ class PaddingTold(AroundCalls):
         # some call the model's forward itself in what they have for its loss
         super().__init__(list(parts), make_mask, use_mask, list(parts)[:1], of_media)
         self._arguments_before = parts
-        # of what was told, and to how many tokens; kept, as layers may be told one by one. What
-        # was told is not: a layer may have made it, and masks of pairs are large.
+        # masks by what was told; kept, as layers may be told one by one. What was told is held
+        # weakly: a layer may have made it, and masks of pairs are large.
         self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._within: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
 
@@ -280,7 +280,7 @@ def _knowing_more(around: TokenMask, mask: TokenMask, of_text: bool) -> TokenMas
 
 
 def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
-    """Tell whether a mask counts rather than one that a part is told: unless of other tokens."""
+    """Tell whether a mask goes before one that a part is told, which is not of other tokens."""
     known = _shapes(around)
     if around.main is None or mask.main is None:
         of_given = mask.main is None or bool(mask.main.all())  # of what is attended to alone
@@ -340,9 +340,9 @@ def _elsewhere(named: Mapping[str, Any]) -> Tensor | None:
 
 
 def _tell_apart(mask: TokenMask, named: Mapping[str, Any]) -> None:
-    """Let a mask know what is attended to, where that is as many tokens as there are of a part.
+    """Note in a mask what is attended to, where that has as many tokens as the part itself.
 
-    Of these nothing may be known.
+    Their shapes do not tell them apart, and of the part's own nothing may be known.
     """
     others = _elsewhere(named)
     if others is None or mask.encoder_decoder or len(mask.given) != 1:
@@ -359,7 +359,7 @@ def _told(
     sizes: Container[int],
     within: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Return what a batch would say that says of its tokens what a part is told.
+    """Return what a part is told by the names that a batch would have for it.
 
     Args:
         masks: what the part is told.
@@ -414,7 +414,7 @@ def _is_telling(name: str, mask: Tensor, kept: Tensor, within: Tensor | None) ->
 
 
 def _ends_as(kept: Tensor, known: Tensor | None) -> bool:
-    """Tell whether a mask is a known one with that of something in front of it."""
+    """Tell whether a mask is a known one with something in front of it."""
     if known is None or len(kept) != len(known) or kept.shape[1] <= known.shape[1]:
         return False
     return not known.all() and torch.equal(kept[:, -known.shape[1] :], known)
@@ -429,7 +429,7 @@ def _is_alone_of(kept: Tensor | None, own: tuple[int, ...], others: tuple[int, .
 def _of_others(
     kept: Tensor | None, own: tuple[int, ...], others: tuple[int, ...] | None
 ) -> dict[str, Tensor]:
-    """Return what is said by a mask of no name, if its shape tells what else than a part's own."""
+    """Return a mask whose name says nothing, if its shape is not that of a part's own tokens."""
     if kept is None or own in (kept.shape, kept.shape[::-1]):
         return {}
     of_them = not kept.all() and others in (kept.shape, kept.shape[::-1])

@@ -135,7 +135,7 @@ class TokenMask:
         return found
 
     def with_given(self, told: TokenMask) -> TokenMask:
-        """Return this mask with what a part is told of tokens that are not its own."""
+        """Return this mask with a part's masks of tokens that are not its own."""
         found = copy.copy(self)
         found.given = [*told.given, *self.given]
         found.masks = (*told.given, *self.masks)
@@ -145,12 +145,12 @@ class TokenMask:
         return found.with_others([*told.others, *self.others])
 
     def behind(self, told: TokenMask, of_text: bool) -> TokenMask:
-        """Return the mask behind a part of the model, with what that was told of other shapes.
+        """Return the mask behind a part of the model: this one, and the part's of other shapes.
 
-        Where nothing else tells, what the part was told counts, with what parts before it were.
+        Where this one is known from parts alone, the part's comes first.
 
         Args:
-            told: what counted in the part.
+            told: the mask that was used in the part.
             of_text: see above.
         """
         if self.tells and not self.of_parts:
@@ -165,7 +165,7 @@ class TokenMask:
         return found
 
     def of_input(self, x: Tensor) -> TokenMask:
-        """Return the mask of what a layer reads: another one where that is what is attended to."""
+        """Return the mask of a layer's input: another one if that is what ``given`` masks."""
         if self.attended is None or self.attended() is not x:
             return self
         if self._alone is None:
