@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import DeviceContext
 
 from ..errors import EvaRuntimeError, EvaValueError
@@ -206,22 +205,6 @@ def _functions_are_observed() -> bool:
 def with_contiguous_columns(x: Tensor) -> Tensor:
     """Return rows whose features are neighbours in memory: x, or a copy of it."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def workspace_for(op: str, x: Tensor, nbytes: int, workspace: Tensor | None) -> Tensor:
-    """Return the workspace that was given, checked, or a new one of ``nbytes`` bytes."""
-    if workspace is None:
-        return torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-    fits = workspace.dtype == torch.uint8 and workspace.device == x.device
-    fits = fits and workspace.dim() == 1 and workspace.is_contiguous()
-    if not fits or workspace.numel() < nbytes:
-        raise EvaValueError(
-            f"{op}: workspace must be at least {nbytes} contiguous bytes of torch.uint8 on "
-            f"{x.device}, got {tuple(workspace.shape)} of {workspace.dtype} on {workspace.device}"
-        )
-    if not isinstance(workspace, FakeTensor) and workspace.data_ptr() % 16:
-        raise EvaValueError(f"{op}: workspace must start at a multiple of 16 bytes")
-    return workspace
 
 
 def check_contiguous(op: str, **state: Tensor) -> None:

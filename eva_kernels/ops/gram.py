@@ -14,7 +14,6 @@ from ._dispatch import (
     define_operator,
     kernels,
     with_contiguous_columns,
-    workspace_for,
 )
 from .sketch import device_arch
 
@@ -32,7 +31,6 @@ def gram(
     *,
     backend: str = "auto",
     precision: str = "high",
-    workspace: Tensor | None = None,
 ) -> None:
     """Add the sums of one batch, in place; see :func:`eva_kernels.reference.gram`.
 
@@ -40,8 +38,6 @@ def gram(
         x, pivot, scatter, shift, square, rows: as the reference; ``rows`` are not checked on an
             accelerator. Tokens whose features are not neighbours in memory are copied.
         backend, precision: as :func:`sketch`.
-        workspace: scratch memory for Triton, (at least :func:`gram_workspace_bytes`,) uint8;
-            allocated if ``None``.
 
     Raises:
         EvaValueError: shapes, dtypes, devices or strides that do not fit.
@@ -78,7 +74,7 @@ def gram(
         scatter,
         shift,
         square,
-        workspace_for("gram", x, nbytes, workspace),
+        torch.empty(nbytes, dtype=torch.uint8, device=x.device),
         None if rows is None else rows.contiguous(),
         precision == "high",
     )

@@ -21,7 +21,6 @@ from ._dispatch import (
     is_observed,
     kernels,
     with_contiguous_columns,
-    workspace_for,
 )
 
 __all__ = ["SketchInto", "device_arch", "sketch", "sketch_unchecked", "sketch_workspace_bytes"]
@@ -39,7 +38,6 @@ def sketch(
     *,
     backend: str = "auto",
     precision: str = "high",
-    workspace: Tensor | None = None,
 ) -> None:
     """Add the sums of one batch, in place; see :func:`eva_kernels.reference.sketch`.
 
@@ -51,8 +49,6 @@ def sketch(
         precision: ``"high"`` keeps 16 bits of every factor in the tensor cores, ``"fast"`` the 8
             of one bfloat16; plain PyTorch computes both in the dtype of the state, as it multiplies
             that: with TensorFloat-32 where it is allowed to.
-        workspace: scratch memory for Triton, (at least :func:`sketch_workspace_bytes`,) uint8;
-            allocated if ``None``.
 
     Raises:
         EvaValueError: shapes, dtypes, devices or strides that do not fit.
@@ -80,7 +76,7 @@ def sketch(
         square=(square, ()),
     )
     state = basis, pivot, products, shift, square
-    sketch_unchecked(x, state, rows, backend, precision == "high", workspace)
+    sketch_unchecked(x, state, rows, backend, precision == "high")
 
 
 def sketch_unchecked(
@@ -89,7 +85,6 @@ def sketch_unchecked(
     rows: Tensor | None,
     backend: str,
     high: bool,
-    workspace: Tensor | None = None,
 ) -> None:
     """Do what :func:`sketch` does for a caller whose tensors are known to fit, without gradients.
 
@@ -98,7 +93,7 @@ def sketch_unchecked(
     Args:
         x, rows: of the shapes, dtypes and device that :func:`sketch` asks for.
         state: basis, pivot, products, shift and square, the same.
-        backend, workspace: as :func:`sketch`.
+        backend: as :func:`sketch`.
         high: ``precision="high"``.
     """
     basis, pivot, products, shift, square = state
@@ -114,7 +109,7 @@ def sketch_unchecked(
     x = with_contiguous_columns(x)
     sequence = _sequence(x, rows, q, high)
     basis, pivot = basis.contiguous(), pivot.contiguous()
-    workspace = workspace_for("sketch", x, sequence.nbytes, workspace)
+    workspace = torch.empty(sequence.nbytes, dtype=torch.uint8, device=x.device)
     rows = None if rows is None else rows.contiguous()
     if is_observed(x):
         _launch(x, basis, pivot, products, shift, square, workspace, rows, high)
