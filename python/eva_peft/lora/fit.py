@@ -1,4 +1,4 @@
-"""Does a state dict of EVA fit the layers of an adapter? Checked before anything is written."""
+"""Check that a state dict of EVA fits the layers of an adapter, before anything is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before training starts: has EVA been asked for, has it been done, has training begun already?"""
+"""Is an adapter that was made for EVA initialised, and has it been trained already?"""
 
 from __future__ import annotations
 

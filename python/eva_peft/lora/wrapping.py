@@ -1,4 +1,4 @@
-"""Make a PeftModel of a base model; tell beforehand whether PEFT would."""
+"""Make a PeftModel of a base model, and find out beforehand whether PEFT would refuse it."""
 
 from __future__ import annotations
 

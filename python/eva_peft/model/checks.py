@@ -1,4 +1,4 @@
-"""What is asked for, checked before anything runs: the config, the base model, the numbers."""
+"""Checks of config, base model and numbers, before anything runs."""
 
 from __future__ import annotations
 

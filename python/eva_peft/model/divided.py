@@ -1,4 +1,4 @@
-"""Is a model divided among processes?"""
+"""Models whose weights or layers are divided among processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass tells of itself while it runs: its history, a bar, and the log."""
+"""The history of a pass, its progress bar, and its log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What there is to say of a pass that has ended, before its answer is given."""
+"""Warnings and errors of a pass that has ended, before its result is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cells: layers that share an input in every process; what waits in them, and their streams."""
+"""Cells: layers that share an input in every process; their pending tokens and streams."""
 
 from __future__ import annotations
 

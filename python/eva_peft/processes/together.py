@@ -1,4 +1,4 @@
-"""What goes wrong in one of several processes, told to the others before anything else travels."""
+"""Errors and interrupts in one of several processes, of which the others hear first."""
 
 from __future__ import annotations
 

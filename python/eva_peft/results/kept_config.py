@@ -1,4 +1,4 @@
-"""A LoRA config as what JSON holds, and back."""
+"""A LoRA config to JSON, and back."""
 
 from __future__ import annotations
 

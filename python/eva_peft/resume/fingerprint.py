@@ -1,4 +1,4 @@
-"""What a checkpoint must agree on with the pass that goes on from it, and processes on one pass."""
+"""What a checkpoint has in common with the pass that resumes it, and processes of one pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of a block of code: its peak, and whether it ran out."""
+"""The peak memory of a block of code, and errors that mean that memory ran out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PeakMemory(AbstractContextManager["PeakMemory"]):
 
 
 def resident_peak() -> int:
-    """Return the most bytes of memory that this process has had, 0 where nobody counts them."""
+    """Return the peak resident memory of this process in bytes, 0 where it is not counted."""
     if sys.platform == "win32":
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -53,7 +53,7 @@ def resident_peak() -> int:
 
 
 class OutOfMemoryError(EvaRuntimeError, torch.OutOfMemoryError, MemoryError):
-    """The memory of the device, or of the host, did not suffice for a calibration pass."""
+    """The device, or the host, ran out of memory in a calibration pass."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Put a model back as it was: modules, parameters, hooks, flags and attributes, but not values."""
+"""Restore a model: modules, parameters, hooks, flags and attributes, but not values."""
 
 from __future__ import annotations
 
