@@ -290,7 +290,9 @@ def test_layers_that_kernels_compute_are_told_and_get_what_the_base_model_gave()
     model = wrapped(two_layers(), config)
     layer = model.base_model.model[0]
     layer.forward = functools.partial(in_one, layer=layer)
-    with pytest.warns(EvaWarning, match=r"1 layer was never called .*: 0\. .*in one.*apply the"):
+    with pytest.warns(
+        EvaWarning, match=r"1 layer was never called .*: 0\. .*kernels replace.*apply the"
+    ):
         run(model, vectors(), max_steps=4)
     run(two_layers(), iter(vectors()), config, method="gram").apply(model)
     assert lost(layer.lora_A["default"].weight.detach(), torch.cat(vectors())) < 1e-5

@@ -113,7 +113,9 @@ def test_the_model_within_a_peft_model_is_told(call: str) -> None:
         given = config if call == "config" else None
         return eva_kernels.initialize(base, text_batches(3), given, max_steps=3, **QUIET)
 
-    with pytest.warns(EvaWarning, match=r"adapters \['default'\] already.*no PeftModel") as told:
+    with pytest.warns(
+        EvaWarning, match=r"already carries the adapters \['default'\].*no PeftModel"
+    ) as told:
         second = again()
     assert len(told) == 1
     assert second is base
