@@ -1,5 +1,5 @@
-// What both modules bind: the names of every function and of its arguments, once. On CUDA a device
-// and a stream follow.
+// The functions that both modules bind, with the names of their arguments. The CUDA versions take a
+// device and a stream in addition, as the last arguments.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -49,7 +49,7 @@ void bind(py::module_& m, const char* name, Args (*make)(Given...),
       arguments, std::index_sequence_for<Given...>(), py::arg("device"), py::arg("stream"));
 }
 
-// `make` of a pass of a fold, with the arguments of `fold_args` in front of its own.
+// Wraps the `make` function of a fold pass: the arguments of `fold_args` come before its own.
 template <auto make>
 struct OfFold;
 
@@ -61,7 +61,7 @@ struct OfFold<make> {
   }
 };
 
-// Binds the functions of a platform, which has them as static members.
+// Binds the static members of a platform (CPU or CUDA).
 template <class Platform>
 void bind_functions(py::module_& m) {
   bind(m, "convergence", &convergence_args, Platform::convergence,
@@ -88,7 +88,7 @@ void bind_functions(py::module_& m) {
 using Resolved =
     std::tuple<uintptr_t, std::array<unsigned, 3>, unsigned, unsigned, bool, std::vector<uint64_t>>;
 
-// What a driver would be given: function, grid, threads, shared bytes, early, parameters.
+// What `run` would pass to the driver: function, grid, threads, shared bytes, early, parameters.
 inline std::vector<Resolved> resolve(const LaunchList& list, const std::vector<uintptr_t>& given,
                                      uintptr_t workspace) {
   std::vector<Resolved> found;
@@ -113,7 +113,7 @@ inline py::class_<LaunchList> bind_launch_list(py::module_& m) {
     }
     list.add(std::move(launch));
   };
-  // local: both modules may be loaded, and each has its own
+  // module-local: both modules may be loaded, and each registers this class
   return py::class_<LaunchList>(m, "LaunchList", py::module_local())
       .def(py::init<>())
       .def("add", add, py::arg("function"), py::arg("grid"), py::arg("threads"),

@@ -22,7 +22,7 @@ struct Cuda {
 
 int device_count() {
   int count = 0;
-  // Without a driver this is an error to CUDA; to a caller who asks how many there are it is 0.
+  // Without a driver CUDA returns an error; for the caller that means 0 devices.
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   (void)cudaGetLastError();
   return 0;

@@ -7,14 +7,14 @@ namespace eva_kernels {
 constexpr int kLanes = 32;
 constexpr int kBlockMaxThreads = 1024;
 
-// The sum or the largest over a block, in a fixed order, for every thread.
+// Block-wide reduction by `join`, in a fixed order; every thread returns the result.
 template <class Join>
 __device__ __forceinline__ double over_block(double x, Join join) {
   __shared__ double of_warp[kBlockMaxThreads / kLanes];
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     x = join(x, __shfl_down_sync(0xffffffffu, x, offset));
   }
-  __syncthreads();  // what was joined before has been read
+  __syncthreads();  // every thread has read of_warp of a preceding reduction
   if (threadIdx.x % kLanes == 0) of_warp[threadIdx.x / kLanes] = x;
   __syncthreads();
   x = of_warp[0];

@@ -3,8 +3,8 @@
 namespace eva_kernels {
 namespace {
 
-// Independent sums per row: a single chain would run at the latency of one addition, and the
-// compiler may not split it by itself.
+// Independent partial sums per row: a single one would be bound by the latency of an addition, and
+// the compiler may not reorder floating-point additions.
 constexpr int kChains = 8;
 
 RowSums row_sums(const float* previous, const float* current, int64_t columns) {

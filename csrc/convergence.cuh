@@ -7,11 +7,11 @@
 
 namespace eva_kernels {
 
-// 4 warps: a row of 4096 columns is 8 float4 pairs a thread; every row of every layer is a block,
-// thousands of them, which is what fills the device.
+// 4 warps: a row of 4096 columns is 8 pairs of float4 per thread. Every row of every layer is a
+// block of its own: thousands of blocks, enough to fill the device.
 constexpr int kConvergenceThreads = 128;
 
-// Only lane 0's result is used, so a downward tree is enough.
+// The result is valid in lane 0 only, which suffices here.
 __device__ __forceinline__ RowSums warp_sum(RowSums sums) {
 #pragma unroll
   for (int offset = kLanes / 2; offset > 0; offset /= 2) {
@@ -22,8 +22,8 @@ __device__ __forceinline__ RowSums warp_sum(RowSums sums) {
   return sums;
 }
 
-// Index of the matrix that holds `row`: the last one with first_row <= row, which passes over
-// empty matrices, since these share first_row with their successor.
+// Index of the matrix that holds `row`: the last one with first_row <= row. This skips empty
+// matrices, which have the first_row of their successor.
 __device__ __forceinline__ int64_t find_matrix(const ConvergenceArgs& args, int64_t row) {
   int64_t low = 0;
   int64_t high = args.n_matrices;
@@ -42,8 +42,8 @@ __device__ __forceinline__ bool is_vector_aligned(const float* p) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(float4) == 0;
 }
 
-// This thread's share of the sums. Double, although a GPU may be slow at it: the row is read once
-// and the arithmetic stays below the time of the reads.
+// This thread's share of the sums. In double, even on GPUs where that is slow: the row is read
+// once, and the arithmetic takes less time than the loads.
 __device__ __forceinline__ RowSums thread_sums(const float* __restrict__ previous,
                                                const float* __restrict__ current, int64_t columns) {
   RowSums sums{};

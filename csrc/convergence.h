@@ -9,7 +9,8 @@
 
 namespace eva_kernels {
 
-// One matrix of the ragged batch, before and now. The caller fills a table of these as int64 rows.
+// One matrix of the ragged batch, previous and current. The caller fills a table of these as int64
+// rows.
 struct ConvergenceMatrix {
   const float* previous;
   const float* current;
@@ -17,7 +18,7 @@ struct ConvergenceMatrix {
   int64_t current_row_stride;
   int64_t rows;
   int64_t columns;
-  int64_t first_row;  // rows of all the matrices before this one
+  int64_t first_row;  // total rows of the preceding matrices
   int64_t rank;       // how many leading rows count for `unconverged`
 };
 static_assert(sizeof(ConvergenceMatrix) == 8 * sizeof(int64_t), "the table is int64 (n, 8)");
@@ -25,7 +26,7 @@ static_assert(sizeof(ConvergenceMatrix) == 8 * sizeof(int64_t), "the table is in
 struct ConvergenceArgs {
   const ConvergenceMatrix* matrices;
   int64_t n_matrices;
-  int64_t n_rows;  // rows of all the matrices together
+  int64_t n_rows;  // total rows of all matrices
   float tau;
   float* similarity;     // (n_rows,)
   int32_t* unconverged;  // (n_matrices,)
@@ -42,8 +43,8 @@ inline ConvergenceArgs convergence_args(uintptr_t matrices, int64_t n_matrices, 
           reinterpret_cast<int32_t*>(unconverged)};
 }
 
-// Sums over one pair of rows. Products of two floats are exact in double, so the only rounding is
-// that of the additions, and the CPU and the GPU differ by their order alone.
+// Sums over one pair of rows. Products of two floats are exact in double, so only the additions
+// round, and the CPU and the GPU differ only by their order.
 struct RowSums {
   double dot;
   double previous;  // squared norms

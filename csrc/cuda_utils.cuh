@@ -10,14 +10,14 @@ namespace eva_kernels {
 
 inline void cuda_check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next, innocent call would report it again
+  (void)cudaGetLastError();  // clear it, or the next call would report it again
   throw std::runtime_error(std::string("eva_kernels: ") + what + ": " + cudaGetErrorString(error) +
                            " (" + cudaGetErrorName(error) + ")");
 }
 
-// Makes `device` current and restores the caller's: the default stream does not name its device.
-// Set also where it is current already: that gives a new thread the context that the driver's own
-// functions need.
+// Makes `device` current and restores the caller's: the default stream does not imply a device.
+// cudaSetDevice is called even if the device is already current: it makes the context current in a
+// new thread, which driver API functions need.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {

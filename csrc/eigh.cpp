@@ -7,7 +7,7 @@
 namespace eva_kernels {
 namespace {
 
-// Both triangles are kept, so that a rotation works on rows, which are contiguous.
+// Both triangles are stored, so that a rotation works on contiguous rows.
 struct Workspace {
   explicit Workspace(int width)
       : matrix(size_t(width) * width), vectors(size_t(width) * width), order(width) {}

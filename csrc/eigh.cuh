@@ -1,24 +1,24 @@
 // Device code of the batched symmetric eigen-decomposition. It includes no CUDA header, so that the
 // tests can compile the same text with a host compiler (tests/emulator).
 //
-// One block a matrix, two-sided Jacobi. For matrices this small the alternative, tridiagonal form
-// and QL, is one long chain of dependent divisions and square roots; here every step is wide. It is
-// also the more accurate method on graded matrices, needs no second phase for the vectors, and its
-// result cannot fail: rotations are orthogonal whatever happens.
+// One block per matrix, two-sided Jacobi. For matrices this small the alternative, tridiagonal form
+// and QL, is one long chain of dependent divisions and square roots; here every step is parallel.
+// Jacobi is also more accurate on graded matrices, needs no second phase for the vectors, and
+// cannot fail: the product of rotations is always orthogonal.
 //
 // A sweep has width - 1 rounds (a round-robin tournament), each of width / 2 disjoint pairs (p, q):
 //   1. thread k finds the rotation of pair k from a_pp, a_qq, a_pq, and a barrier publishes it;
-//   2. all threads rotate: two pairs meet in a 2 x 2 block of the matrix, which one thread reads,
-//      rotates from both sides and writes, so that no other barrier is needed; a warp rotates the
-//      two rows of vectors of a pair.
-// It ends with the first sweep in which no pair rotates. A round without rotations has no step 2.
+//   2. all threads rotate: every two pairs share a 2 x 2 block of the matrix, which one thread
+//      reads, rotates from both sides and writes, so that no other barrier is needed; one warp
+//      rotates the two rows of vectors of a pair.
+// It stops after a sweep in which no pair rotated. A round without rotations skips step 2.
 //
 // Shared memory holds the lower triangle, packed: 65 KiB at width 128, which any device from
 // compute capability 8.0 on has, and which leaves room for the vectors as well on the large ones
-// (else these are built up in the output, behind the L1 cache). Consecutive lanes take consecutive
-// pairs, hence walk along rows, columns or diagonals of the triangle: addresses are quadratic in
-// the lane with an odd second difference and so spread over the banks like triangular numbers
-// without padding (2.1 times the ideal number of cycles at width 128, counted).
+// (otherwise they are accumulated in the output array, through the L1 cache). Consecutive lanes
+// take consecutive pairs and so walk along rows, columns or diagonals of the triangle: addresses
+// are quadratic in the lane with an odd second difference, and spread over the banks like
+// triangular numbers, without padding (2.1 times the ideal number of cycles at width 128, counted).
 #pragma once
 
 #include "block.cuh"
@@ -29,7 +29,7 @@ namespace eva_kernels {
 constexpr int kEighMaxThreads = kBlockMaxThreads;
 constexpr int kEighMaxWidth = 128;
 
-// Enough threads for the 2 x 2 blocks of a round; the vectors take as much work again.
+// Enough threads for the 2 x 2 blocks of a round; the vectors are as much work again.
 inline int eigh_threads(int width) {
   if (width <= 16) return 64;
   if (width <= 32) return 128;
@@ -41,7 +41,7 @@ EVA_HOST_DEVICE inline int triangle(int n) { return n * (n + 1) / 2; }
 // Players of the tournament: an odd width gets a row of zeros, which never rotates.
 EVA_HOST_DEVICE inline int even_width(int width) { return width + width % 2; }
 
-// Doubles of shared memory: triangle, rotations (later: the diagonal), order, vectors.
+// Shared memory in doubles: triangle, rotations (later the diagonal), order, vectors.
 EVA_HOST_DEVICE inline int eigh_shared_size(int width, bool vectors_in_shared) {
   const int even = even_width(width);
   return triangle(even) + even + even / 2 + (vectors_in_shared ? width * width : 0);
@@ -64,7 +64,7 @@ struct Pair {
   int p, q;
 };
 
-// Pair k of a round: the last player stays, the others move around a circle and meet across it.
+// Pair k of a round: the last player is fixed, the others rotate on a circle and meet across it.
 __device__ __forceinline__ Pair pair_of(int k, int round, int players) {
   const int circle = players - 1;
   if (k == 0) return {round, circle};
@@ -77,7 +77,7 @@ __device__ __forceinline__ Pair pair_of(int k, int round, int players) {
 __device__ __forceinline__ void rotate_blocks(const EighBlock& block, int round) {
   const int pairs = block.players / 2;
   for (int i = threadIdx.x; i < pairs * (pairs - 1) / 2; i += blockDim.x) {
-    // Pair `a` and the one `distance` further on the circle of pairs: each two meet once.
+    // Pair `a` and the pair `distance` further on, cyclically: every two pairs occur once.
     const int distance = i / pairs + 1;
     const int a = i % pairs;
     const int b = a + distance < pairs ? a + distance : a + distance - pairs;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void rotate_vectors(const EighBlock& block, int round
   }
 }
 
-// Every thread returns the same: whether a pair rotated.
+// Every thread returns whether any pair rotated.
 __device__ __forceinline__ bool sweep(const EighBlock& block) {
   bool any = false;
   for (int round = 0; round < block.players - 1; ++round) {
@@ -139,8 +139,8 @@ __device__ __forceinline__ bool sweep(const EighBlock& block) {
   return any;
 }
 
-// Copy the scaled matrix and set up the vectors. Every thread returns the exponent of the scale;
-// `finite` is false, again for every thread, where an entry is NaN or infinite.
+// Copy the scaled matrix and initialise the vectors. Every thread returns the exponent of the scale
+// and sets `finite`, which is false if an entry is NaN or infinite.
 __device__ __forceinline__ int load(const EighBlock& block, const double* matrix, bool& finite) {
   const int width = block.width;
   double largest = 0.0;
@@ -168,7 +168,8 @@ __device__ __forceinline__ int load(const EighBlock& block, const double* matrix
   return exponent;
 }
 
-// Turn every vector so that its component of largest magnitude, the first of equals, is positive.
+// Choose signs so that the component of largest magnitude of every vector (the first, if several
+// are equal) is positive.
 __device__ __forceinline__ void fix_signs(const EighBlock& block) {
   const int lane = threadIdx.x % kLanes;
   for (int j = threadIdx.x / kLanes; j < block.width; j += blockDim.x / kLanes) {
@@ -197,8 +198,8 @@ __device__ __forceinline__ void fix_signs(const EighBlock& block) {
 }
 
 // Write values and vectors in ascending order; equal values keep the order of the diagonal. The
-// vectors go through the memory of the triangle, in two halves of columns, because they may stand
-// in the output already.
+// vectors are permuted through the memory of the triangle, one half of the columns at a time,
+// because the output may be where they are stored.
 __device__ __forceinline__ void store(const EighBlock& block, int exponent, double* values,
                                       double* vectors) {
   const int width = block.width;
@@ -231,7 +232,7 @@ __device__ __forceinline__ void store(const EighBlock& block, int exponent, doub
   }
 }
 
-// Grid: one block a matrix; threads: a multiple of 32; dynamic shared memory: eigh_shared_size
+// Grid: one block per matrix; threads: a multiple of 32; dynamic shared memory: eigh_shared_size
 // doubles.
 template <bool kVectorsInShared>
 __global__ void __launch_bounds__(kEighMaxThreads) eigh_kernel(EighArgs args) {

@@ -26,7 +26,7 @@ inline EighArgs eigh_args(uintptr_t matrices, int64_t n_matrices, int width, uin
 }
 
 // Convergence is quadratic: 4 sweeps on nearly diagonal matrices (graded or not), 7 to 10 on random
-// ones of width 16 to 128. The cap only makes the end certain.
+// ones of width 16 to 128. The cap only guarantees termination.
 constexpr int kEighMaxSweeps = 40;
 constexpr double kEighTolerance = std::numeric_limits<double>::epsilon();
 constexpr double kEighLargest = std::numeric_limits<double>::max();
@@ -48,7 +48,7 @@ struct Rotation {
   double half;
 
   // (x, y) -> (cos x - sin y, sin x + cos y). In this form a small angle adds a small correction to
-  // each value, so that the rounding error is small against the value, too.
+  // each value, so that the rounding error is small relative to that value.
   EVA_HOST_DEVICE void apply(double& x, double& y) const {
     const double old_x = x;
     x -= sine * (y + half * x);
@@ -56,7 +56,7 @@ struct Rotation {
   }
 };
 
-// On a GPU one instruction sequence in place of two, and as good as rounding.
+// On a GPU one instruction sequence in place of two, accurate to rounding.
 EVA_HOST_DEVICE inline double inverse_sqrt(double x) {
 #if defined(__CUDA_ARCH__)
   return rsqrt(x);
@@ -65,20 +65,20 @@ EVA_HOST_DEVICE inline double inverse_sqrt(double x) {
 #endif
 }
 
-// Annihilates off = a_pq: updates the two diagonal entries, sets off to zero and the rotation.
-// Returns false, and leaves everything but `rotation` (the identity), where off is negligible.
+// Annihilates off = a_pq: updates the two diagonal entries, sets `off` to zero and `rotation`.
+// If `off` is negligible, returns false, sets `rotation` to the identity and changes nothing else.
 //
-// Negligible is meant relative to the two diagonal entries, not to the norm of the matrix: on a
+// Negligible means relative to the two diagonal entries, not to the norm of the matrix: on a
 // graded positive definite matrix, diag(d) H diag(d) with a well conditioned H, this gives small
-// eigenvalues their relative accuracy (Demmel and Veselic 1992). The loop still ends on singular
-// matrices: rotations make off-diagonal entries out of off-diagonal entries alone, so these go
-// on falling quadratically and are not refilled by the rounding of large ones.
+// eigenvalues high relative accuracy (Demmel and Veselic 1992). The loop still terminates on
+// singular matrices: a rotation computes off-diagonal entries from off-diagonal entries only, so
+// these keep decreasing quadratically, unaffected by the rounding of large diagonal entries.
 EVA_HOST_DEVICE inline bool jacobi_rotation(double& a_pp, double& a_qq, double& off,
                                             Rotation& rotation) {
   rotation = {0.0, 0.0};
   if (off * off <= kEighTolerance * kEighTolerance * fabs(a_pp * a_qq)) return false;
-  // The smaller root of t^2 + 2 theta t = 1 with theta = gap / twice. Roots and divisions, each of
-  // which waits for the one before, are most of a rotation's time: hence this form, with four.
+  // The smaller root of t^2 + 2 theta t = 1 with theta = gap / twice. A rotation's time is mostly
+  // the chain of dependent roots and divisions: hence this form, which has four.
   const double gap = a_qq - a_pp, twice = 2.0 * off;
   const double size = twice / (fabs(gap) + sqrt(gap * gap + twice * twice));
   const double tangent = gap < 0.0 ? -size : size;

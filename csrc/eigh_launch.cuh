@@ -1,4 +1,4 @@
-// How kernels are launched that decompose a matrix a block, in shared memory (eigh.cuh).
+// Launcher of kernels that decompose one matrix per block in shared memory (eigh.cuh).
 #pragma once
 
 #include <limits>
@@ -9,7 +9,7 @@
 
 namespace eva_kernels {
 
-// Static shared memory of such a kernel at most, which counts against the same limit.
+// Upper bound of the static shared memory of such a kernel, which counts against the same limit.
 constexpr int kEighStaticBytes = 4096;
 
 inline int eigh_shared_bytes(int width, bool vectors_in_shared) {
@@ -23,8 +23,8 @@ inline int eigh_available_bytes(int device) {
   return bytes - kEighStaticBytes;
 }
 
-// One block a matrix. `in_shared` keeps the vectors in shared memory, where it has room for them;
-// `in_global` does not.
+// One block per matrix. `in_shared` keeps the vectors in shared memory and is launched if they fit;
+// otherwise `in_global` is.
 template <class Args>
 void launch_eigh(void (*in_shared)(Args), void (*in_global)(Args), const Args& args,
                  int64_t n_matrices, int device, uintptr_t stream, const std::string& name) {
@@ -43,7 +43,7 @@ void launch_eigh(void (*in_shared)(Args), void (*in_global)(Args), const Args& a
   const bool fits = eigh_shared_bytes(args.width, true) <= available;
   const auto kernel = fits ? in_shared : in_global;
   const int bytes = eigh_shared_bytes(args.width, fits);
-  // The limit is the kernel's: another thread must not lower it before the launch.
+  // The attribute belongs to the kernel: another thread must not lower it before the launch.
   static std::mutex launching;
   const std::lock_guard<std::mutex> lock(launching);
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),

@@ -6,7 +6,7 @@
 namespace eva_kernels {
 namespace {
 
-// The image of a basis, (width, features).
+// The image Y of the basis of layer i, (width, features).
 std::vector<double> image_of(const FoldArgs& args, int64_t i) {
   const FoldLayer& layer = args.layers[i];
   const int64_t features = args.features;

@@ -1,20 +1,20 @@
 // Device code of the fold. It includes no CUDA header, so that the tests can compile the same text
 // with a host compiler (tests/emulator).
 //
-// Nothing of size (width, features) leaves the chip but the new rows: Y is formed from basis and
-// products wherever a block needs it. Warps multiply, see product.cuh.
+// Of all arrays of size (width, features) only the new rows are written to memory: Y is recomputed
+// from basis and products wherever a block needs it. Products are by warps, see product.cuh.
 //
-//   prepare  a block a layer: shift of the mean, new mean, what the step adds to the total variance
-//   along    a warp a row:  weight * basis . delta
+//   prepare  a block per layer: delta, new mean, how much the step increases the total variance
+//   along    a warp per row: weight * basis . delta
 //   measure  a block takes a pair of row tiles of one layer and a split of its features. It stages
-//            16 columns of Y and of the basis at a time; four warps add up Y basis^T and four
-//            Y Y^T. Both are symmetric: only lower parts are made.
+//            16 columns of Y and of the basis at a time; four warps accumulate Y basis^T and four
+//            Y Y^T. Both are symmetric: only lower triangles are computed.
 //   reduce   adds the splits in order and mirrors the lower triangle
-//   rows     a block takes 32 columns of one layer, all rows of them: it alone reads these columns,
-//            so that it may write the new rows in place of the old
+//   rows     a block takes 32 columns of one layer, with all of their rows: no other block reads
+//            these columns, so the new rows can overwrite the old ones
 //
-// What is staged has rows of 4 numbers more than 16 or a multiple of it: then the lanes of half a
-// warp, each with a number of its own of a (4, 4) matrix, find them in different banks.
+// Rows in shared memory are padded by 4 numbers to a length of 4 more than a multiple of 16: then
+// the lanes of half a warp, which read a (4, 4) matrix, one number each, hit different banks.
 #pragma once
 
 #include "block.cuh"
@@ -28,21 +28,21 @@ constexpr int kAlongThreads = 256;
 constexpr int kMeasureThreads = 256;
 constexpr int kReduceThreads = 256;
 constexpr int kRowsThreads = 128;
-constexpr int kFoldDepth = 16;    // columns of a stage in measure, old rows in rows
-constexpr int kRowsColumns = 32;  // columns of a block of rows
-constexpr int kPad = 4;           // of what is staged
+constexpr int kFoldDepth = 16;    // of a stage: columns in `measure`, old rows in `rows`
+constexpr int kRowsColumns = 32;  // columns of a block of `rows`
+constexpr int kPad = 4;           // of rows in shared memory
 constexpr int kFoldTileSize = kFoldTile * kFoldTile;
-constexpr int kReduceBlocks = kFoldTileSize / kReduceThreads;  // of a tile
-constexpr int kTileRows = kFoldTile / kProductRows;            // products one below the other
-constexpr int kTileColumns = kFoldTile / kProductColumns;      // side by side
+constexpr int kReduceBlocks = kFoldTileSize / kReduceThreads;  // blocks per tile
+constexpr int kTileRows = kFoldTile / kProductRows;            // products along a column of a tile
+constexpr int kTileColumns = kFoldTile / kProductColumns;      // products along a row
 constexpr int kRowsProducts = kRowsColumns / kProductColumns;
 constexpr int kMixingPart = kFoldDepth * kFoldTile / kRowsThreads;
-static_assert(kMeasureThreads == kFoldTile * kFoldDepth / 4, "four numbers of a stage a thread");
+static_assert(kMeasureThreads == kFoldTile * kFoldDepth / 4, "a thread stages four numbers");
 static_assert(kMeasureThreads / kLanes == 2 * kTileRows,
-              "a warp a row of products, of core and of metric");
-static_assert(kRowsThreads / kLanes == kTileRows, "a warp a row of products");
+              "a warp per row of products, of core and of metric");
+static_assert(kRowsThreads / kLanes == kTileRows, "a warp per row of products");
 
-// Rows of Y that a block of rows holds: whole products deep.
+// Rows of Y that a block of `rows` holds: the width, rounded up to whole products.
 EVA_HOST_DEVICE inline int fold_rows_depth(int width) {
   return (width + kProductDepth - 1) / kProductDepth * kProductDepth;
 }
@@ -51,7 +51,7 @@ inline int fold_rows_shared_bytes(int width) {
   return static_cast<int>(sizeof(double)) * fold_rows_depth(width) * (kRowsColumns + kPad);
 }
 
-// out[i] = numbers `column`.. of a row of `columns`, 0 beyond its end.
+// out[i] = row[column + i], 0 beyond the end of a row of `columns`.
 __device__ __forceinline__ void load_four(const float* row, int64_t column, int64_t columns,
                                           float (&out)[4]) {
   const float* from = row + column;
@@ -67,8 +67,8 @@ __device__ __forceinline__ void load_four(const float* row, int64_t column, int6
   for (int i = 0; i < 4; ++i) out[i] = column + i < columns ? from[i] : 0.0f;
 }
 
-// Numbers `column`.. of a row of `columns`, as far as it goes. One by one, the numbers of a warp's
-// rows would fill each sector of 32 bytes in many stores.
+// row[column + i] = in[i], up to the end of a row of `columns`. Stored one number at a time, each
+// sector of 32 bytes would take several stores of a warp.
 __device__ __forceinline__ void store_four(float* row, int64_t column, int64_t columns,
                                            const float (&in)[4]) {
   float* to = row + column;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_four(float* row, int64_t column, int64_t c
   }
 }
 
-// The same of two numbers.
+// The same for two numbers.
 __device__ __forceinline__ void store_two(float* row, int64_t column, int64_t columns, float first,
                                           float second) {
   float* to = row + column;
@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_two(float* row, int64_t column, int64_t co
   if (column + 1 < columns) to[1] = second;
 }
 
-// Four numbers side by side in shared memory, at a multiple of 16 bytes.
+// Store four consecutive numbers to shared memory; `to` is aligned to 16 bytes.
 __device__ __forceinline__ void stage_four(double* to, const double (&in)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i += 2) {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void stage_four(double* to, const double (&in)[4]) {
   }
 }
 
-// What a thread needs of one row of a layer to form Y.
+// What a thread needs to compute Y in one row of a layer.
 struct FoldRow {
   const float* basis;  // null beyond the last row
   const float* products;
@@ -128,7 +128,7 @@ __device__ __forceinline__ FoldRow fold_row(const FoldArgs& args, int64_t layer,
           args.squares(layer)[row], args.along[layer * args.width + row]};
 }
 
-// Four columns of a row in flight.
+// Four columns of a row, prefetched into registers.
 struct FoldFour {
   float basis[4];
   float products[4];
@@ -144,7 +144,7 @@ __device__ __forceinline__ void fetch(const FoldRow& row, int64_t column, int64_
   load_four(row.products, column, columns, four.products);
 }
 
-// Y of four columns of a row, 0 beyond the last.
+// Y in four columns of a row, 0 beyond the last column.
 __device__ __forceinline__ void image_of(const FoldRow& row, const FoldFour& four,
                                          const double* delta, int64_t column, int64_t columns,
                                          double (&out)[4]) {
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kPrepareThreads) fold_prepare_kernel(FoldPrepa
                args.scalars + blockIdx.x * kFoldScalars);
 }
 
-// Grid: blocks of 8 rows of all rows of all layers, a warp each.
+// Grid: the rows of all layers, 8 per block, one per warp.
 __global__ void __launch_bounds__(kAlongThreads) fold_along_kernel(FoldArgs args) {
   const int64_t row =
       static_cast<int64_t>(blockIdx.x) * (kAlongThreads / kLanes) + threadIdx.x / kLanes;
@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(kAlongThreads) fold_along_kernel(FoldArgs args
 }
 
 struct TilePair {
-  int rows;     // index of the tile of the rows of core and metric
-  int columns;  // at most `rows`
+  int rows;     // tile index along the rows of core and metric
+  int columns;  // tile index along their columns, at most `rows`
 };
 
 __device__ __forceinline__ TilePair tile_pair(int pair) {
@@ -209,21 +209,22 @@ __device__ __forceinline__ TilePair tile_pair(int pair) {
   return {rows, pair};
 }
 
-// Pairs of row tiles on the diagonal, or below it, where a warp holds more sums: a kernel for each.
+// Number of pairs of row tiles on the diagonal, or below it, where a warp holds more sums and the
+// kernel is therefore another.
 template <bool diagonal>
 EVA_HOST_DEVICE int measured_pairs(int width) {
   return diagonal ? fold_tiles(width) : fold_tiles(width) - 1;
 }
 static_assert(kFoldMaxWidth == 2 * kFoldTile, "there is one pair below the diagonal");
 
-// Where a product lies in a tile, counted in products.
+// Position of a product in a tile, in units of products.
 struct Place {
   int row;
   int column;
 };
 
-// The products of a tile that a warp adds up: `turn` of a row from column `first` on, then those of
-// row `next` from column 0 on.
+// The products of a tile that a warp accumulates: the first `turn` are in row `row` from column
+// `first` on, the rest in row `next` from column 0 on.
 struct WarpPart {
   int row;
   int first;
@@ -235,12 +236,12 @@ struct WarpPart {
   }
 };
 
-// Products of a warp. On the diagonal the rows have 2, 4, 6 and 8 that reach the lower triangle:
-// two warps share the last row and the first, two those between.
+// Products per warp. In a diagonal tile, 2, 4, 6 and 8 products of the four rows reach into the
+// lower triangle: two warps share the first and the last row, two the rows between (5 each).
 template <bool diagonal>
 constexpr int kWarpProducts = diagonal ? 5 : kTileColumns;
 
-// Of warp `warp` of the four that share a tile.
+// The part of warp `warp` of the four that share a tile.
 template <bool diagonal>
 __device__ __forceinline__ WarpPart warp_part(int warp) {
   if (!diagonal) return {warp, 0, kTileColumns, warp};
@@ -299,8 +300,8 @@ __device__ __forceinline__ void store_sums(const WarpPart& part, const double (&
   }
 }
 
-// Grid: splits of the features, by measured_pairs, by layers. Every block writes its tile of core
-// and of metric to `partial`.
+// Grid: splits of the features, times measured_pairs, times layers. Every block writes its partial
+// sums of a tile of core and of metric to `partial`.
 template <bool diagonal>
 __global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
     fold_measure_kernel(FoldMeasureArgs args) {
@@ -321,7 +322,7 @@ __global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
                                       : stage.image_columns;
   const bool needed = part.next * kProductRows < fold.width - pair.rows * kFoldTile;
 
-  // A thread stages four columns of one row, of either tile.
+  // A thread stages four columns of one row in each tile.
   const int staged_row = threadIdx.x / (kFoldDepth / 4);
   const int first = threadIdx.x % (kFoldDepth / 4) * 4;
   const FoldRow row = fold_row(fold, layer, pair.rows * kFoldTile + staged_row);
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
     for (int i = 0; i < 4; ++i) four[i] = diagonal ? of_row.basis[i] : of_column.basis[i];
     stage_four(&stage.basis_columns[staged_row][first], four);
     __syncthreads();
-    // The next columns are on their way while these are multiplied.
+    // Prefetch the next columns while these are multiplied.
     fetch(row, d + kFoldDepth + first, end, of_row);
     if (!diagonal) fetch(column, d + kFoldDepth + first, end, of_column);
     if (needed) add_stage(stage.image_rows, right, part, sums);
@@ -357,7 +358,7 @@ __global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
   store_sums(part, sums, args.partial + kFoldTileSize * (2 * (tile * splits + split) + !of_core));
 }
 
-// Grid: blocks of kReduceThreads entries of a tile, by pairs of row tiles, by layers.
+// Grid: blocks of kReduceThreads entries of a tile, times pairs of row tiles, times layers.
 __global__ void __launch_bounds__(kReduceThreads) fold_reduce_kernel(FoldMeasureArgs args) {
   const int width = args.fold.width;
   const int64_t splits = fold_splits(args.fold.features, args.columns);
@@ -382,7 +383,8 @@ __global__ void __launch_bounds__(kReduceThreads) fold_reduce_kernel(FoldMeasure
   args.metric[lower] = args.metric[upper] = metric;
 }
 
-// Put Y of the block's columns into shared memory, 0 below the last row, and save leading rows.
+// Write Y in the block's columns to shared memory, 0 below the last row, and save the leading rows
+// of the old basis.
 __device__ __forceinline__ void stage_image(const FoldArgs& fold, int64_t layer, int64_t begin,
                                             double* image) {
   const FoldLayer& of = fold.layers[layer];
@@ -403,8 +405,8 @@ __device__ __forceinline__ void stage_image(const FoldArgs& fold, int64_t layer,
   }
 }
 
-// A thread's numbers of kFoldDepth old rows of the mixing, of a tile of new rows: 0 beyond the
-// width.
+// Prefetch a thread's share of the mixing of kFoldDepth old rows into a tile of new rows; 0 beyond
+// the width.
 __device__ __forceinline__ void fetch_mixing(const double* mixing, int width, int old, int tile,
                                              double (&out)[kMixingPart]) {
 #pragma unroll
@@ -415,7 +417,7 @@ __device__ __forceinline__ void fetch_mixing(const double* mixing, int width, in
   }
 }
 
-// New rows of a warp, as far as the rank and the features go.
+// Store the new rows of a warp, within the rank and the features.
 __device__ __forceinline__ void store_rows(const double (&sums)[kRowsProducts][4], int row,
                                            int rank, int64_t column, int64_t columns,
                                            float* basis) {
@@ -432,7 +434,7 @@ __device__ __forceinline__ void store_rows(const double (&sums)[kRowsProducts][4
   }
 }
 
-// Grid: blocks of 32 columns, by layers. Dynamic shared memory: fold_rows_shared_bytes(width).
+// Grid: blocks of 32 columns, times layers. Dynamic shared memory: fold_rows_shared_bytes(width).
 __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs args) {
   __shared__ double mixing[kFoldDepth][kFoldTile + kPad];
   EVA_DYNAMIC_SHARED(double, image);
@@ -457,20 +459,20 @@ __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs ar
   for (int tile = 0; tile < width; tile += kFoldTile) {
     double sums[kRowsProducts][4] = {};
     for (int old = 0; old < width; old += kFoldDepth) {
-      __syncthreads();  // the stage before has been read
+      __syncthreads();  // the preceding stage has been read
 #pragma unroll
       for (int i = 0; i < kMixingPart; ++i) {
         const int at = i * kRowsThreads + threadIdx.x;
         mixing[at / kFoldTile][at % kFoldTile] = next[i];
       }
-      __syncthreads();  // and once: the image is there
-      // The next stage is on its way while this one is multiplied.
+      __syncthreads();  // in the first round also: the image is complete
+      // Prefetch the next stage while this one is multiplied.
       const bool last = old + kFoldDepth >= width;
       fetch_mixing(of_layer, width, last ? 0 : old + kFoldDepth, last ? tile + kFoldTile : tile,
                    next);
-      if (tile + of_warp >= rank) continue;  // these rows stay
+      if (tile + of_warp >= rank) continue;  // these rows are not written
       const int depth = width - old < kFoldDepth ? width - old : kFoldDepth;
-#pragma unroll 1  // without spills
+#pragma unroll 1  // avoids register spills
       for (int k = 0; k < depth; k += kProductDepth) {
         double left[2];
 #pragma unroll

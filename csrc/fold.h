@@ -12,28 +12,29 @@ namespace eva_kernels {
 
 // One layer input. The caller fills a table of these as int64 rows.
 struct FoldLayer {
-  float* basis;           // (width, features), contiguous; fold_rows puts the new one in its place
+  float* basis;           // (width, features), contiguous; overwritten by fold_rows
   const float* products;  // (width, features), contiguous
   float* before;          // (kept, features), contiguous; may be null where kept is 0
   int64_t kept;           // leading rows of the basis that fold_rows saves in `before`
-  const double* shift;    // (features,), sum of the step's tokens about the mean
-  const double* square;   // (), sum of their squared distances
-  float* mean;            // (features,); fold_rows puts the new one in its place
+  const double* shift;    // (features,), sum of (token - mean) over the step
+  const double* square;   // (), sum of |token - mean|^2 over the step
+  float* mean;            // (features,); overwritten by fold_rows
 };
 static_assert(sizeof(FoldLayer) == 7 * sizeof(int64_t), "the table is int64 (n, 7)");
 
-// What the host knows of a layer before the fold; the squares of the singular values follow.
+// What the host knows of a layer before the fold; the squared singular values follow in memory.
 struct FoldNumbers {
   double added;    // tokens of the step
-  double share;    // added / count, count with them
-  double ceiling;  // the rank is at most this
+  double share;    // added / count, where count includes them
+  double ceiling;  // upper bound of the rank
   double weight;   // added^2 / count
 };
 constexpr int kFoldNumbers = 4;
 static_assert(sizeof(FoldNumbers) == kFoldNumbers * sizeof(double), "the head of a row of numbers");
 
-// A layer has C = diag(squares) in its basis, its sums about the mean before, and the shift
-// `delta = shift / added` of the mean by the step. The image of its basis is
+// In its basis a layer has C = diag(squares); its sums are about the old mean, and
+// `delta = shift / added` is the mean of the step's tokens relative to it. The image of the basis
+// is
 //   Y = products + diag(squares) basis - along delta^T,  along = weight basis delta.
 struct FoldArgs {
   const FoldLayer* layers;
@@ -54,13 +55,13 @@ struct FoldArgs {
 
 struct FoldPrepareArgs {
   FoldArgs fold;
-  float* mean;      // (n_layers, features), the new ones
+  float* mean;      // (n_layers, features), the new means
   double* scalars;  // (n_layers, kFoldScalars): square, gain of the total, norm of the new mean
 };
 constexpr int kFoldScalars = 3;
 
-// The scalars of a layer: its sum of squares, what of it adds to the total variance (NaN stays
-// NaN), and the norm of its mean.
+// The scalars of a layer: its sum of squares, how much that increases the total variance (at least
+// 0; NaN stays NaN), and the norm of its new mean.
 EVA_HOST_DEVICE inline void fold_scalars(double square, double away, double norm, double* out) {
   const double gain = square - away;
   out[0] = square;
@@ -70,9 +71,9 @@ EVA_HOST_DEVICE inline void fold_scalars(double square, double away, double norm
 
 struct FoldMeasureArgs {
   FoldArgs fold;
-  int64_t columns;  // of a split: features are added up in parts of so many
-  double* partial;  // fold_partial_size numbers; the CPU has no use for it
-  double* core;     // Y basis^T, (n_layers, width, width), symmetric to the bit
+  int64_t columns;  // features of a split, which one block sums over
+  double* partial;  // partial sums, 2 * 64 * 64 numbers per block; unused on the CPU
+  double* core;     // Y basis^T, (n_layers, width, width), bitwise symmetric
   double* metric;   // Y Y^T, the same
 };
 
@@ -80,16 +81,16 @@ struct FoldRowsArgs {
   FoldArgs fold;
   const float* mean;     // from fold_prepare
   const double* mixing;  // (n_layers, width, width), contiguous: the new rows are mixing^T Y
-  const double* told;    // (n_layers, 2 + 2 width), first the rank: rows beyond it stay
-  const bool* sound;     // (): nothing is written where false
+  const double* told;    // (n_layers, 2 + 2 width), the rank first: rows beyond it are not written
+  const bool* sound;     // (): if false, nothing is written
 
   EVA_HOST_DEVICE int rank(int64_t layer) const {
     return static_cast<int>(told[layer * (2 + 2 * fold.width)]);
   }
 };
 
-// Rows of a tile of core and metric. A wider basis has the pairs of its tiles in the lower
-// triangle.
+// Rows of a tile of core and metric. For a wider basis, all pairs of tiles in the lower triangle
+// are computed.
 constexpr int kFoldTile = 64;
 constexpr int kFoldMaxWidth = 128;
 

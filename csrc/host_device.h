@@ -1,14 +1,14 @@
-// What host and device code share.
+// Macros shared by host and device code.
 #pragma once
 
-// Marks what both call; empty to a host compiler.
+// Marks functions that both call; empty for a host compiler.
 #if defined(__CUDACC__)
 #define EVA_HOST_DEVICE __host__ __device__
 #else
 #define EVA_HOST_DEVICE
 #endif
 
-// Memory of a block whose size the launch gives; the tests put their own in its place.
+// Dynamic shared memory, whose size is set at launch; the tests define their own.
 #ifndef EVA_DYNAMIC_SHARED
 #define EVA_DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #endif

@@ -8,7 +8,7 @@
 namespace eva_kernels {
 namespace {
 
-// A function of the driver, which is not linked: without one the module can still be imported.
+// Looks up a driver function. The driver is not linked, so the module can be imported without one.
 template <class Function>
 Function driver_function(const char* name, unsigned version) {
   void* found = nullptr;

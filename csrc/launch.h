@@ -1,4 +1,4 @@
-// Kernels that another compiler has made, launched one after another by one call: no framework
+// A list of kernels compiled elsewhere (by Triton), launched in order by one call: no framework
 // header. csrc/README.md states the contract; eva_kernels/kernels/sequence.py is the caller.
 #pragma once
 
@@ -13,9 +13,9 @@ namespace eva_kernels {
 
 // Where the value of a kernel's parameter comes from.
 enum class Origin : int {
-  kGiven = 0,      // an address that the call is given, by its place
-  kWorkspace = 1,  // the workspace's address, and so many bytes
-  kNumber = 2,     // the same at every call
+  kGiven = 0,      // an address passed to the call: its index in `given`
+  kWorkspace = 1,  // a byte offset from the workspace's address
+  kNumber = 2,     // a constant, the same at every call
 };
 
 struct LaunchParameter {
@@ -28,7 +28,7 @@ struct Launch {
   std::array<unsigned, 3> grid;
   unsigned threads;
   unsigned shared_bytes;
-  bool early;  // may begin before the kernel in front is over, for which it waits by itself
+  bool early;  // programmatic dependent launch: the kernel itself waits for its predecessor
   std::vector<LaunchParameter> parameters;
 };
 
@@ -43,8 +43,8 @@ class LaunchList {
     launches_.push_back(std::move(launch));
   }
 
-  // Calls driver(launch, parameters) for every kernel, in order. A parameter takes eight bytes
-  // here; a kernel reads as many of them as its own has, the low ones first.
+  // Calls driver(launch, parameters) for every kernel, in order. Every parameter is stored in eight
+  // bytes here; the driver reads as many low bytes as the kernel's parameter has.
   template <class Driver>
   void run(const std::vector<uintptr_t>& given, uintptr_t workspace, const Driver& driver) const {
     std::array<uint64_t, kMostParameters> values;
@@ -73,7 +73,8 @@ class LaunchList {
 void launch_cuda(const LaunchList& list, const std::vector<uintptr_t>& given, uintptr_t workspace,
                  int device, uintptr_t stream);
 
-// Bytes of each parameter of a CUfunction; throws where the driver cannot tell (before CUDA 12.4).
+// Bytes of each parameter of a CUfunction; throws if the driver cannot report it (before
+// CUDA 12.4).
 std::vector<size_t> parameter_sizes_cuda(uintptr_t function);
 
 }  // namespace eva_kernels

@@ -45,8 +45,8 @@ Matrix transposed(const Matrix& of) {
   return matrix_of(of.width, [&](int i, int j) { return of.at(j, i); });
 }
 
-// L^-1 of the Cholesky factor L. Rows and columns whose pivot is not above `cut` are left out:
-// these rows are 0.
+// L^-1 of the Cholesky factor L. Rows and columns whose pivot is not above `cut` are skipped: their
+// rows of L^-1 are 0.
 struct InverseFactor {
   Matrix rows;
   std::vector<bool> kept;
@@ -95,7 +95,8 @@ Pairs eigenpairs(const Matrix& matrix) {
 // 1 / sqrt(x) where x is above the floor, otherwise 0.
 double inverse_root(double x, double floor) { return x > floor ? 1.0 / std::sqrt(x) : 0.0; }
 
-// What scales the core to a unit diagonal, and 0 for what is not above `noise` of the largest.
+// Factors that scale the core to a unit diagonal; 0 for diagonal entries that are not above `noise`
+// times the largest.
 std::vector<double> scale_of(const Matrix& core, double noise) {
   double largest = 0.0;
   for (int i = 0; i < core.width; ++i) largest = std::max(largest, core.at(i, i));
@@ -106,17 +107,17 @@ std::vector<double> scale_of(const Matrix& core, double noise) {
   return scale;
 }
 
-// Factors and eigenpairs read the lower triangle only.
+// Only the lower triangle is used, by factorisations and eigen-decomposition.
 Matrix scaled_core(const Matrix& core, const std::vector<double>& scale) {
   return matrix_of(core.width, [&](int i, int j) { return core.at(i, j) * scale[i] * scale[j]; });
 }
 
 struct RankedRows {
   Matrix matrix;
-  int rank;  // rows from there on are 0
+  int rank;  // rows from this one on are 0
 };
 
-// Rows that whiten the core, unless it is not finite.
+// Rows that whiten the core; nullopt if it is not finite.
 std::optional<RankedRows> whitener(const Matrix& core, double noise, bool regular) {
   const int width = core.width;
   const std::vector<double> scale = scale_of(core, noise);
@@ -137,8 +138,8 @@ std::optional<RankedRows> whitener(const Matrix& core, double noise, bool regula
   return RankedRows{matrix_of(width, entry), static_cast<int>(rank)};
 }
 
-// The orthogonalisation of rows with these overlaps; those that depend on others come last, and are
-// 0.
+// The matrix that orthonormalises rows with this Gram matrix. Dependent rows are dropped: as many
+// rows at the end are 0.
 RankedRows orthogonalisation(const Matrix& overlaps) {
   const std::vector<double> scale = scale_of(overlaps, 0.0);
   const InverseFactor inverse = inverse_factor(scaled_core(overlaps, scale), kNystromNoise);
@@ -153,7 +154,7 @@ RankedRows orthogonalisation(const Matrix& overlaps) {
   return out;
 }
 
-// What the overlaps of rows miss to those of orthonormal ones.
+// The deviation from orthonormality: the Gram matrix of the new rows minus the identity.
 Matrix missing(const Matrix& rows, const Matrix& metric, int rank) {
   Matrix out = product(product(rows, metric), transposed(rows));
   for (int i = 0; i < rank; ++i) out.at(i, i) -= 1.0;
@@ -163,7 +164,7 @@ Matrix missing(const Matrix& rows, const Matrix& metric, int rank) {
 int rank_of(const std::vector<double>& ascending, double ceiling) {
   const double floor = kNystromNoise * std::max(ascending.back(), 0.0);
   int rank = 0;
-  for (const double value : ascending) rank += value > floor;  // NaN is not
+  for (const double value : ascending) rank += value > floor;  // false for NaN
   return std::min(rank, static_cast<int>(std::max(ceiling, 0.0)));
 }
 

@@ -1,14 +1,15 @@
 // Device code of the (width, width) part of a fold. It includes no CUDA header, so that the tests
 // can compile the same text with a host compiler (tests/emulator).
 //
-// One block a layer does all of it, in the order of eva_kernels/streaming/nystrom.py: as single
-// launches these are some seventy, and each is over before the host has the next one ready. The
-// block decides for itself what a host would have to read numbers for: it whitens by a Cholesky
-// factor, which takes about a thirtieth of the time of eigenvectors, unless the core is singular.
+// One block per layer does all steps, in the order of eva_kernels/streaming/nystrom.py: as separate
+// kernels they would be some seventy launches, each finished before the host has issued the next.
+// The block itself makes the decisions for which a host would have to read numbers: it whitens by a
+// Cholesky factor, which takes about a thirtieth of the time of eigenvectors, unless the core is
+// singular.
 //
-// Matrices are row-major. Below, rows of R whiten: R C R^T = 1 with C = core. What is multiplied
-// stands in global memory, where the L1 cache holds it; the triangle of the eigen-decomposition is
-// also where the Cholesky factorisation works.
+// Matrices are row-major. Below, the rows of R whiten: R C R^T = 1 with C = core. Operands of
+// products are in global memory, cached in L1; the Cholesky factorisation works in the shared
+// memory of the triangle of the eigen-decomposition.
 #pragma once
 
 #include "eigh.cuh"
@@ -16,17 +17,17 @@
 
 namespace eva_kernels {
 
-constexpr int kStripRows = 8;  // of a product that a thread makes, in one column
+constexpr int kStripRows = 8;  // rows of a product that a thread computes, in one column
 
 struct NystromBlock {
   EighBlock eigh;
   double* scale;   // (width,), shared
-  double* values;  // (width,), shared: eigenvalues, or which rows of a factor are kept
+  double* values;  // (width,), shared: eigenvalues, or 1 for kept rows of a factor and 0 otherwise
   int width;
 };
 
-// out = left right, and its transpose where one is wanted. Threads of a warp take neighbouring
-// columns, so that they read one number of `left` and neighbours of `right`.
+// out = left right, and optionally its transpose. Consecutive threads take consecutive columns, so
+// that a warp reads `left` as a broadcast and `right` coalesced.
 __device__ __forceinline__ void multiply(const double* left, const double* right, int width,
                                          double* out, double* transposed = nullptr) {
   const int strips = (width + kStripRows - 1) / kStripRows;
@@ -54,17 +55,18 @@ __device__ __forceinline__ void multiply(const double* left, const double* right
   __syncthreads();
 }
 
-// Factor the matrix in the triangle, M = L L^T, and put L^-1 into the vectors, zeros above its
-// diagonal. Rows and columns whose pivot is not above `cut` are left out: their rows are of no use,
-// and their value is 0, otherwise 1. Every thread returns how many are kept in `rank`, and if that
-// is all, |L^-1|_F^2.
+// Factor the matrix in the triangle, M = L L^T, and write L^-1 to the vectors, zeros above its
+// diagonal. Rows and columns whose pivot is not above `cut` are skipped: their rows of L^-1 are
+// invalid, and their `values` are 0, all others 1. Every thread sets `rank` to the number of rows
+// kept, and returns |L^-1|_F^2, which is valid if all are.
 __device__ __forceinline__ double invert_factor(const NystromBlock& of, double cut, int& rank) {
   const EighBlock& block = of.eigh;
   const int width = block.width;
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
     block.vectors[i] = i / width == i % width ? 1.0 : 0.0;
   }
-  // M = U D U^T with a unit lower U: a step needs no square root, and so one barrier only.
+  // M = U D U^T with a unit lower triangular U: a step needs no square root, hence a single
+  // barrier.
   rank = 0;
   for (int k = 0; k < width; ++k) {
     __syncthreads();
@@ -96,8 +98,8 @@ __device__ __forceinline__ double invert_factor(const NystromBlock& of, double c
   return over_block(squares, Sum());  // its barriers publish the vectors
 }
 
-// Eigenvalues, ascending, into values, and eigenvectors, as rows, into `vectors`, which is not the
-// block's own. False for every thread where the matrix is not finite.
+// Writes the eigenvalues, ascending, to block.values and the eigenvectors, as rows, to `vectors`,
+// which must not be block.eigh.vectors. Every thread returns false if the matrix is not finite.
 __device__ __forceinline__ bool eigenpairs(const NystromBlock& block, const double* matrix,
                                            double* vectors) {
   bool finite = false;
@@ -109,14 +111,14 @@ __device__ __forceinline__ bool eigenpairs(const NystromBlock& block, const doub
   return true;
 }
 
-// Fill scale and what the layer's old rows capture. What is not above `noise` of the largest has
-// scale 0.
+// Set `captured`, the diagonal of the core clamped to at least 0, and the scale that makes it 1.
+// The scale of entries that are not above `noise` times the largest is 0.
 __device__ __forceinline__ void grade(const NystromBlock& block, const double* core, double noise,
                                       double* captured) {
   double largest = 0.0;
   for (int i = threadIdx.x; i < block.width; i += blockDim.x) {
     const double entry = core[i * (block.width + 1)];
-    const double positive = entry < 0.0 ? 0.0 : entry;  // NaN stays
+    const double positive = entry < 0.0 ? 0.0 : entry;  // NaN stays NaN
     block.scale[i] = captured[i] = positive;
     largest = fmax(largest, positive);
   }
@@ -128,7 +130,7 @@ __device__ __forceinline__ void grade(const NystromBlock& block, const double* c
   __syncthreads();
 }
 
-// The lower triangle of the scaled core.
+// An entry of the scaled core, which is in its lower triangle.
 __device__ __forceinline__ double scaled_core(const NystromBlock& block, const double* core,
                                               int entry) {
   const int row = entry / block.width, column = entry % block.width;
@@ -142,9 +144,9 @@ __device__ __forceinline__ void fill_triangle(const NystromBlock& block, const d
   }
 }
 
-// Rows R that whiten the core, the last ones 0 if it is singular, and their transpose. `vectors` is
-// overwritten. Every thread returns how many are not 0, or -1 where the core is not finite.
-// `regular` tells whether a triangular whitener may do.
+// Computes rows R that whiten the core, the last ones 0 if it is singular, and their transpose.
+// `vectors` is overwritten. Every thread returns the number of nonzero rows, or -1 if the core is
+// not finite. `regular` allows a triangular whitener.
 __device__ __forceinline__ int whiten(const NystromBlock& block, const double* core, bool regular,
                                       double* rows, double* transposed, double* vectors) {
   const int width = block.width;
@@ -164,7 +166,7 @@ __device__ __forceinline__ int whiten(const NystromBlock& block, const double* c
     for (int i = 0; i < width; ++i) rank += block.values[i] > kNystromCut;
   }
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
-    // Eigenvalues ascend.
+    // Eigenvalues are ascending: take them from the end.
     const int row = regular ? i / width : width - 1 - i / width;
     const double value = regular ? 1.0 : block.values[row];
     const double factor = value > kNystromCut ? 1.0 / sqrt(value) : 0.0;
@@ -176,8 +178,8 @@ __device__ __forceinline__ int whiten(const NystromBlock& block, const double* c
   return rank;
 }
 
-// The transpose of the orthogonalisation; rows that depend on those before are left out. Every
-// thread returns how many there are.
+// Computes the transpose of the matrix that orthonormalises rows whose Gram matrix is `core`.
+// Linearly dependent rows are dropped. Every thread returns the number of rows left.
 __device__ __forceinline__ int orthogonalise(const NystromBlock& block, const double* core,
                                              double* transposed) {
   const int width = block.width;
@@ -189,15 +191,15 @@ __device__ __forceinline__ int orthogonalise(const NystromBlock& block, const do
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
     const int row = i / width;
     if (block.values[row] == 0.0) continue;
-    int place = 0;  // rows that are left stand first
+    int place = 0;  // the rows left come first, in order
     for (int j = 0; j < row; ++j) place += block.values[j] != 0.0;
     transposed[i % width * width + place] = block.eigh.vectors[i] * block.scale[i % width];
   }
   return rank;
 }
 
-// Divide the eigenvectors by the roots of their values, descending, 0 beyond the rank, which every
-// thread returns; tells the host the squares.
+// Divide the eigenvectors by the square roots of their eigenvalues, in descending order, 0 beyond
+// the rank. Write the eigenvalues to `squares`. Every thread returns the rank.
 __device__ __forceinline__ int normalise(const NystromBlock& block, const double* vectors,
                                          double ceiling, double* out, double* squares) {
   const int width = block.width;
@@ -217,6 +219,7 @@ __device__ __forceinline__ int normalise(const NystromBlock& block, const double
   return rank;
 }
 
+// The largest deviation of the Gram matrix of `rank` rows from orthonormality.
 __device__ __forceinline__ double farthest(const double* overlaps, int rank, int width) {
   double miss = 0.0;
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
@@ -232,7 +235,7 @@ __device__ __forceinline__ void tell(const NystromTold& told, int width, int ran
   if (threadIdx.x == 0) *told.rank = rank, *told.uneven = uneven;
 }
 
-// What is left of a layer whose numbers are of no use: no row.
+// The result for a layer whose numbers are not finite: rank 0, uneven, a mixing of zeros.
 __device__ __forceinline__ void give_up(int width, const NystromTold& told, double* mixing) {
   tell(told, width, 0, true);
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) mixing[i] = 0.0;
@@ -256,11 +259,12 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
   block.eigh.players = even_width(width);
   block.eigh.triangle = shared;
   block.eigh.rotations = reinterpret_cast<Rotation*>(shared + triangle(block.eigh.players));
-  // Where they are in global memory, nothing else of that scratch is alive while they are.
+  // In global memory the vectors share `c`, which holds nothing else while they are in use.
   block.eigh.vectors = kVectorsInShared ? shared + eigh_shared_size(width, false) : c;
 
   const double* core = args.core + layer * size;
-  // Of a random basis all entries are alike, and rows to be orthogonalised have any length.
+  // No noise floor for the other goals: with a random basis all diagonal entries are of similar
+  // size, and rows to be orthonormalised may have any length.
   grade(block, core, args.goal == kNystromSolve ? kNystromNoise : 0.0, told.captured);
   if (args.goal == kNystromOrthogonal) {
     const int left = orthogonalise(block, core, mixing);
@@ -268,7 +272,7 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
     return;
   }
   const double ceiling = args.ceiling[layer];
-  // Of too few tokens what lies beyond the ceiling is rounding, however large.
+  // With too few tokens, directions beyond the ceiling are rounding noise, however large.
   const bool full = args.goal == kNystromSolve || ceiling >= width;
   const int left = whiten(block, core, full, a, mixing, b);  // R in a, its transpose in mixing
   if (left < 0) {
@@ -287,7 +291,7 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
     return;
   }
   const int rank = normalise(block, b, ceiling, c, told.squares);
-  multiply(c, a, width, b, mixing);  // the new rows as mixtures of those of Y
+  multiply(c, a, width, b, mixing);  // the new rows as linear combinations of those of Y
   multiply(b, metric, width, a);
   multiply(a, mixing, width, c);
   const double miss = farthest(c, rank, width);

@@ -9,32 +9,33 @@
 namespace eva_kernels {
 
 struct NystromArgs {
-  const double* core;     // Y V^T, (n_layers, width, width), contiguous; the lower triangle counts
-  const double* metric;   // Y Y^T, the same, symmetric
-  const double* ceiling;  // of the rank of each layer, (n_layers,), contiguous
+  const double* core;  // Y V^T, (n_layers, width, width), contiguous; only lower triangles are read
+  const double* metric;   // Y Y^T, the same shape, symmetric
+  const double* ceiling;  // upper bound of the rank of each layer, (n_layers,), contiguous
   int64_t n_layers;
   int width;
-  double loose;     // rows off orthonormal by more than this are told
+  double loose;     // rows off orthonormal by more than this are reported as uneven
   int goal;         // see below
-  double* scratch;  // kNystromScratch (width, width) matrices a layer; the CPU has no use for it
+  double* scratch;  // kNystromScratch (width, width) matrices a layer; unused on the CPU
   double* mixing;   // (n_layers, width, width): mixing^T Y are the new rows
   double* told;     // (n_layers, nystrom_told(width)): see NystromTold
 };
 
-// Everything; or only rows that whiten the core, which is read as it is; or an orthogonalisation
-// that keeps the span of the first j rows for every j, of rows whose overlaps are the core.
+// The full solution; or only rows that whiten the core, without the noise floor on its diagonal; or
+// the orthonormalisation, keeping the span of the first j rows for every j, of rows whose Gram
+// matrix is the core.
 constexpr int kNystromSolve = 0;
 constexpr int kNystromWhiten = 1;
 constexpr int kNystromOrthogonal = 2;
 
 constexpr int kNystromScratch = 3;
 
-// The order of the numbers that the host reads of a layer.
+// The numbers that the host reads for each layer, in this order.
 struct NystromTold {
-  double* rank;      // of the new rows; those beyond are 0
-  double* uneven;    // 1 if the rows have to be orthonormalised again or completed
+  double* rank;      // number of new rows; those beyond are 0
+  double* uneven;    // 1 if the rows have to be orthonormalised again or completed, else 0
   double* squares;   // eigenvalues (width,), descending, 0 beyond the rank
-  double* captured;  // diagonal of core (width,), none below 0
+  double* captured;  // diagonal of core (width,), clamped to at least 0
 };
 
 EVA_HOST_DEVICE inline int nystrom_told(int width) { return 2 + 2 * width; }
@@ -44,13 +45,13 @@ EVA_HOST_DEVICE inline NystromTold told_of(const NystromArgs& args, int64_t laye
   return {first, first + 1, first + 2, first + 2 + args.width};
 }
 
-// As in eva_kernels/streaming/nystrom.py: eigenvalues below this share of the largest are rounding
-// noise, and so are entries of the diagonal of core.
+// As in eva_kernels/streaming/nystrom.py: eigenvalues, and diagonal entries of the core, below this
+// fraction of the largest are rounding noise.
 constexpr double kNystromNoise = 1e-12;
 // Directions of the scaled core below this eigenvalue carry no information.
 constexpr double kNystromCut = 1e-6;
-// A Cholesky factor L whitens if |L^-1|_F^2, which bounds what it amplifies, is below this: then
-// the eigenvectors would cut nothing off.
+// A Cholesky factor L is used for whitening if |L^-1|_F^2, a bound of its amplification, is below
+// this: then no eigenvalue of the scaled core is below kNystromCut, and nothing would be cut off.
 constexpr double kNystromRegular = 1.0 / kNystromCut;
 
 inline NystromArgs nystrom_args(uintptr_t core, uintptr_t metric, uintptr_t ceiling,

@@ -1,10 +1,10 @@
 // Products of small float64 matrices by a warp. Device code without a CUDA header: tests/emulator
 // runs it on a CPU.
 //
-// Tensor cores multiply float64 twice as fast as a GPU's other units do, and take a number from
-// shared memory once where a thread's own part of a product takes it several times. Where there are
-// none (before compute capability 8.0, and in the tests) shuffles do what the instruction is
-// defined to do: PTX ISA, "Matrix Fragments for mma.m8n8k4 with .f64", and for mma.m16n8k4.
+// Tensor cores have twice the float64 rate of the FP64 units, and load each operand from shared
+// memory once, where a thread that computes its own part of a product loads it several times.
+// Without them (before compute capability 8.0, and in the tests) shuffles emulate the instruction:
+// PTX ISA, "Matrix Fragments for mma.m8n8k4 with .f64", and the same for mma.m16n8k4.
 #pragma once
 
 #include "block.cuh"
@@ -15,7 +15,7 @@ constexpr int kProductRows = 16;
 constexpr int kProductColumns = 8;
 constexpr int kProductDepth = 4;
 
-// Where in the matrices of a product a lane's numbers are.
+// Which entries of the three fragments a lane holds.
 struct ProductLane {
   int group;   // left: rows group and group + 8; right: column; sum: rows group and group + 8
   int within;  // left: column; right: row; sum: columns 2 within and 2 within + 1
@@ -26,8 +26,8 @@ __device__ __forceinline__ ProductLane product_lane() {
   return {lane / kProductDepth, lane % kProductDepth};
 }
 
-// sum += left right, of (16, 4) and (4, 8), by all lanes of a warp together. `sum` holds the two
-// columns of the first row, then those of the second.
+// sum += left right, (16, 4) by (4, 8), by all lanes of a warp together. `sum` holds the lane's two
+// columns of its first row, then those of its second.
 __device__ __forceinline__ void add_product_by_shuffles(const double (&left)[2], double right,
                                                         double (&sum)[4]) {
   constexpr unsigned kAll = 0xffffffffu;
@@ -48,10 +48,10 @@ __device__ __forceinline__ void add_product_by_shuffles(const double (&left)[2],
   }
 }
 
-// The same, by what the machine has for it.
+// The same, by the tensor cores if the target architecture has float64 ones.
 __device__ __forceinline__ void add_product(const double (&left)[2], double right,
                                             double (&sum)[4]) {
-#if defined(EVA_ADD_PRODUCT)  // the tests' own: by shuffles they would take minutes
+#if defined(EVA_ADD_PRODUCT)  // set by the tests: shuffles in the emulator would take minutes
   EVA_ADD_PRODUCT(left, right, sum);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm("mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, "

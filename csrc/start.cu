@@ -6,7 +6,7 @@ namespace {
 
 constexpr int kSetUpThreads = 128;
 
-// Grid: one block. Written here, what the folds are told needs no copy from the host.
+// Grid: one block. Writes the inputs of the folds on the device, which saves a copy from the host.
 __global__ void __launch_bounds__(kSetUpThreads) set_up_kernel(StartArgs args, StartParts parts) {
   for (int i = threadIdx.x; i < 2 * (kFoldNumbers + args.width); i += kSetUpThreads) {
     parts.numbers[i] = start_number(i, args.width, args.tokens);

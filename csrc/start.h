@@ -2,8 +2,8 @@
 // pointers: no framework header. csrc/README.md states the contract; eva_kernels/ops/start.py is
 // the caller.
 //
-// It is two folds of one layer input, see fold.h, and no decision of a host in between. Each is a
-// handful of launches; as calls of Python they would take longer than the device does.
+// It is two folds of one layer input (see fold.h) without a host decision in between. Each fold is
+// several launches; made as single calls from Python they would take longer than the device needs.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@
 
 namespace eva_kernels {
 
-// The sums of the first tokens, which are cleared once they are used.
+// The sums of the first tokens; cleared after use.
 struct StartSums {
   float* products;
   double* shift;
@@ -23,16 +23,16 @@ struct StartSums {
 };
 
 struct StartArgs {
-  FoldLayer layer;  // with a random basis; nothing of it is saved
-  StartSums sums;   // those of the layer
+  FoldLayer layer;  // with a random basis; kept = 0, no old rows are saved
+  StartSums sums;   // the same sums as in `layer`, writable
   int width;
   int64_t features;
-  double tokens;    // in the sums
+  double tokens;    // number of tokens in the sums
   int64_t columns;  // see FoldMeasureArgs
   char* workspace;  // start_bytes(...) bytes, aligned as an allocation is
 };
 
-// What the workspace holds: everything that the folds of a step are given by their caller.
+// The parts of the workspace: all arrays that a caller provides for the folds of a step.
 struct StartParts {
   FoldLayer* layers;
   double* numbers;  // of both folds
@@ -81,17 +81,17 @@ inline StartParts start_parts(char* workspace, int width, int64_t features, int6
   return parts;
 }
 
-// Entry i of the numbers. First the tokens, folded into a state that has seen none. Then one token
-// at the mean, where C is V^T V: the image is the basis itself.
+// Entry i of `numbers` of both folds. The first folds the tokens into an empty state. The second
+// folds one token equal to the mean, with C = V^T V, so that the image is the basis itself.
 EVA_HOST_DEVICE inline double start_number(int i, int width, double tokens) {
   if (i >= kFoldNumbers + width) return 1.0;
   const double head[kFoldNumbers] = {tokens, 1.0, tokens - 1.0, tokens};
   return i < kFoldNumbers ? head[i] : 0.0;
 }
 
-// What matters of a first basis is its span. So its rows are those of the image, whitened twice: by
-// their products with the random basis, which leaves rows of C^(1/2), and then by their own, which
-// makes them orthonormal.
+// Only the span of a first basis matters. So its rows are those of the image, whitened twice: first
+// by their products with the random basis, which gives rows of C^(1/2), then by their own Gram
+// matrix, which makes them orthonormal.
 template <class Device>
 void run_start(const StartArgs& args, const Device& device) {
   const StartParts parts = start_parts(args.workspace, args.width, args.features, args.columns);

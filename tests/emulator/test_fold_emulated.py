@@ -20,19 +20,19 @@ def test_kernels_stay_within_their_memory(tmp_path: Path) -> None:
 # What a slip of the pen would do: text as it stands, text with the bug.
 MUTATIONS = {
     "no barrier after staging": (
-        "    __syncthreads();\n    // The next columns",
-        "    // The next columns",
+        "    __syncthreads();\n    // Prefetch the next columns",
+        "    // Prefetch the next columns",
     ),
     "no barrier before staging again": (
         "part, sums);\n    __syncthreads();",
         "part, sums);",
     ),
     "mixing staged without a barrier": (
-        "      __syncthreads();  // and once: the image is there\n",
+        "      __syncthreads();  // in the first round also: the image is complete\n",
         "",
     ),
     "mixing overwritten while it is read": (
-        "      __syncthreads();  // the stage before has been read\n",
+        "      __syncthreads();  // the preceding stage has been read\n",
         "",
     ),
     "the next mixing is the same": ("last ? 0 : old + kFoldDepth", "old"),
