@@ -1,8 +1,8 @@
 """EVA initialisation of LoRA adapters by a streaming, mean-centred SVD of layer inputs.
 
-``eva_kernels.initialize(model, loader)`` is the whole job. This module is the front door: it hands
-the PEFT layer (package ``eva_peft``) on, which is loaded on first use, so that importing the
-engine stays light.
+``eva_kernels.initialize(model, loader)`` does everything. This module is the public entry point: it
+re-exports the PEFT layer (package ``eva_peft``), which is loaded on first use, so that importing
+the engine stays light.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ __all__ = ["MODULES", "call", "load", "load_or_none", "unavailable", "upload"]
 
 logger = logging.getLogger(__name__)
 
-# Chips of Jetson boards, which run no code for other chips.
+# Compute capabilities of Jetson boards, which run no code built for other chips.
 _TEGRA = {53, 62, 72, 87, 101, 110}
 # Device type -> the module with the code for it.
 MODULES = {"cpu": "eva_kernels._C", "cuda": "eva_kernels._cuda"}
@@ -59,11 +59,12 @@ def _unfit_for_gpus(module: ModuleType) -> str | None:
 
 
 def _runs(built: list[str], chip: int) -> bool:
-    """Tell whether code for some compute capabilities, as "80", "90a" or "100f", runs on one.
+    """Tell whether code built for capabilities such as "80", "90a" or "100f" runs on `chip`.
 
-    Code for 8.0 runs on 8.x from there on (from or to Jetson's it does not), and the PTX of the
-    last entry on everything later. With an "a" neither runs on any other, with an "f" on no other
-    major version. See "Binary Compatibility" in NVIDIA's CUDA Programming Guide.
+    Code for 8.0 runs on every later 8.x (but never between Jetson and other chips), and the PTX of
+    the last entry on every later chip. With the suffix "a" neither runs on any other capability,
+    with "f" on no other major version. See "Binary Compatibility" in NVIDIA's CUDA Programming
+    Guide.
     """
     for arch in built:
         number = int(arch.rstrip("af"))
@@ -102,7 +103,7 @@ def load_or_none(device_type: str) -> ModuleType | None:
 
 
 def call(module: ModuleType, name: str, *arguments: float, device: torch.device) -> None:
-    """Call a function of a module; on CUDA it goes to the device's current stream."""
+    """Call a function of a module; on CUDA, on the device's current stream."""
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device).cuda_stream
         getattr(module, name)(*arguments, device.index, stream)
@@ -111,9 +112,9 @@ def call(module: ModuleType, name: str, *arguments: float, device: torch.device)
 
 
 def upload(table: np.ndarray[Any, np.dtype[np.int64]], device: torch.device) -> Tensor:
-    """Return a table of addresses and sizes, int64, on a device, without waiting for it."""
+    """Copy an int64 table of addresses and sizes to a device, without a synchronisation."""
     host = torch.from_numpy(table)
     if device.type != "cuda":
         return host
-    # Only from pinned memory does a copy not wait for the queue.
+    # Only a copy from pinned memory is asynchronous.
     return host.pin_memory().to(device, non_blocking=True)

@@ -31,11 +31,11 @@ SEEDS = -(2**63), 2**63 - 1
 
 
 def _engine(method: Callable[P, T]) -> Callable[P, T]:
-    """Let a method run as the engine needs it, whatever context the user has opened."""
+    """Run a method in the modes that the engine needs, whatever context the user has opened."""
 
     @functools.wraps(method)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        # what is made in inference mode cannot be written to outside
+        # tensors made in inference mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 
@@ -43,39 +43,39 @@ def _engine(method: Callable[P, T]) -> Callable[P, T]:
 
 
 class IncrementalPCA:
-    """Principal components of a stream of batches, in memory that does not grow.
+    """Principal components of a stream of batches, in constant memory.
 
-    The conventions are those of ``sklearn.decomposition.IncrementalPCA`` and so of PEFT's class of
-    the same name: it is cloned, searched over and put into pipelines like any estimator. Data are
-    dense tensors (or arrays), and results are tensors on the data's device, or on the CPU where
-    that does not compute in float64, as Apple's GPUs. Not supported: whitening, ``get_precision``
-    and ``set_output``. Squares must neither overflow (an error) nor underflow: scale data below
-    1e-18 (float64: 1e-75).
+    The conventions are those of ``sklearn.decomposition.IncrementalPCA``, and so of PEFT's class of
+    the same name: it can be cloned, used in a parameter search and put into pipelines like any
+    estimator. Data are dense tensors (or arrays), and results are tensors on the data's device, or
+    on the CPU if that device does not support float64 (such as Apple's GPUs). Not supported:
+    whitening, ``get_precision`` and ``set_output``. Squares must neither overflow (an error) nor
+    underflow: scale up data below 1e-18 (float64: 1e-75).
 
     Args:
-        n_components: K; ``None`` means the smaller side of the first batch. A stream keeps the one
-            that it began with; ``fit`` begins another.
+        n_components: K; ``None`` means the smaller dimension of the first batch. It is fixed from
+            the first batch on; ``fit`` starts over.
         method: ``"sketch"`` (a basis of ``oversample * K`` rows), ``"gram"`` (exact, D x D) or
             ``"auto"`` (exact where that costs no more arithmetic, for at most ``2 * oversample *
             K`` features).
         oversample: sketch width over components.
-        seed: of the first basis.
-        batch_size: rows a batch in :meth:`fit`, at least 1; 5 times the features if ``None``.
-        backend: accumulates rows: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU where
-            it can. Folds use native code wherever it is built.
-        precision: ``"high"`` multiplies 16 bits of each factor on a GPU, ``"fast"`` 8.
+        seed: of the random first basis.
+        batch_size: rows per batch in :meth:`fit`, at least 1; 5 times the features if ``None``.
+        backend: accumulates rows: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on a GPU if
+            possible. Folds use native code wherever it is built.
+        precision: on a GPU, ``"high"`` multiplies 16 bits of each factor, ``"fast"`` 8.
 
     Attributes (after the first ``partial_fit``; all tensors on the device of the results):
-        components_: (K, D), orthonormal rows; the largest entry of each is positive. Reading this
-            or any of the following closes the current step of the stream.
+        components_: (K, D), orthonormal rows; the entry of largest magnitude of each is positive.
+            Reading this or any of the following closes the current step of the stream.
         singular_values_: (K,), explained_variance_: (K,), explained_variance_ratio_: (K,).
         mean_: (D,), var_: (D,) per-feature variance (denominator n, as scikit-learn).
         n_samples_seen_: int. noise_variance_: float, mean variance of the D - K directions that are
-            left out (scikit-learn has fewer of them where there are fewer rows than features).
-        n_components_: K. n_features_in_: D. batch_size_: rows a batch of the last :meth:`fit`.
+            left out (scikit-learn counts fewer of them if there are fewer rows than features).
+        n_components_: K. n_features_in_: D. batch_size_: rows per batch of the last :meth:`fit`.
 
     Raises:
-        NotFittedError: (a ValueError and an AttributeError) asked before it has seen data;
+        NotFittedError: (a ValueError and an AttributeError) used before it has seen data;
         EvaValueError: (a ValueError) too many components, another number of features, an argument
             out of range; EvaTypeError: (a TypeError) sparse or complex data, an argument of another
             type; NonFiniteError: a row holds NaN or infinity.
@@ -121,7 +121,7 @@ class IncrementalPCA:
         return {name: getattr(self, name) for name in _PARAMETERS}
 
     def set_params(self, **params: Any) -> IncrementalPCA:
-        """Set arguments of the constructor, for the next :meth:`fit`."""
+        """Set arguments of the constructor, to take effect at the next :meth:`fit`."""
         unknown = sorted(set(params) - {*_PARAMETERS})
         if unknown:
             raise EvaValueError(
@@ -144,7 +144,7 @@ class IncrementalPCA:
     def __copy__(self) -> IncrementalPCA:
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
-        if self._stream is not None:  # it learns in place
+        if self._stream is not None:  # it is updated in place
             copied._stream = self._stream.clone()
         return copied
 
@@ -154,7 +154,7 @@ class IncrementalPCA:
         return np.asarray(names, dtype=object)
 
     def __sklearn_tags__(self) -> Any:
-        # only scikit-learn asks
+        # called by scikit-learn only, which is an optional dependency
         from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
 
         target = TargetTags(required=False)
@@ -183,7 +183,7 @@ class IncrementalPCA:
         begin = 0
         while begin < len(data):
             end = begin + size
-            if len(data) - end < least:  # scikit-learn, too, joins a short rest to the last batch
+            if len(data) - end < least:  # as scikit-learn, append a short rest to the last batch
                 end = len(data)
             self.partial_fit(data[begin:end])
             begin = end
@@ -197,7 +197,7 @@ class IncrementalPCA:
 
         Args:
             x: (N, D); or (..., D), flattened. Any floating dtype, any strides.
-            y: ignored, for scikit-learn.
+            y: ignored; part of scikit-learn's signature.
             mask: rows to use, bool (N,) or the leading shape of ``x``.
         """
         data = _as_tensor(x)
@@ -223,7 +223,7 @@ class IncrementalPCA:
                 )
         _add(stream, data, rows)
         chosen = data if rows is None else data.index_select(0, rows)
-        if self._stream is None:  # only now: a first batch that is refused leaves nothing behind
+        if self._stream is None:  # only now: a rejected first batch leaves no state behind
             self._stream = stream
             self._pivot = chosen[0].to(torch.float64, copy=True)  # the caller may reuse the buffer
             self._sum = self._square = torch.zeros_like(self._pivot)
@@ -248,15 +248,15 @@ class IncrementalPCA:
             )
         dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
         plan = plan_streams([features], [k], method=self.method, oversample=self.oversample)[0]
-        # A call that brings bad rows is refused by itself, at the price of a read on a GPU.
+        # A call with bad rows is rejected immediately, which costs a read on a GPU.
         options = Options(
             plan.method, int(self.seed), self.backend, self.precision, check_every_add=True
         )
         return InputStream(features, k, plan.width, data.device, dtype, options)
 
     def _moments(self, data: Tensor) -> None:
-        # Per-feature variance is exact whatever the sketch leaves out; float64, about the first
-        # row, so that a large constant offset does not cancel it away.
+        # Per-feature variance is exact, independent of the sketch; float64, about the first row, so
+        # that a large constant offset causes no cancellation.
         offset = data.double() - self._pivot
         self._sum = self._sum + offset.sum(0)
         self._square = self._square + offset.square().sum(0)
@@ -278,7 +278,7 @@ class IncrementalPCA:
 
     @without_autocast
     def get_covariance(self) -> Tensor:
-        """Return the covariance of the model, (D, D): components, and noise in what is left out."""
+        """Return the model's covariance, (D, D): components, plus noise in all other directions."""
         components, noise = self.components_, self.noise_variance_
         above = (self.explained_variance_ - noise).clamp_min(0)
         covariance = (components * above[:, None]).mT @ components
@@ -291,7 +291,7 @@ class IncrementalPCA:
 
     @_engine
     def merge(self, other: IncrementalPCA) -> IncrementalPCA:
-        """Take everything that ``other`` has seen into this one (``other`` is left as it is)."""
+        """Merge everything that ``other`` has seen into this one (``other`` is unchanged)."""
         if not isinstance(other, IncrementalPCA):
             raise EvaTypeError(
                 f"cannot merge {type(other).__name__} into an IncrementalPCA; pass another "
@@ -316,7 +316,7 @@ class IncrementalPCA:
                     "oversample"
                 )
             delta, n = other._pivot - self._pivot, other.n_samples_seen_
-            mine.merge(theirs.clone())  # first: it refuses another method
+            mine.merge(theirs.clone())  # first, since it rejects another method
             self._square = (
                 self._square + other._square + 2 * delta * other._sum + n * delta.square()
             )
@@ -416,7 +416,7 @@ def _add(stream: InputStream, data: Tensor, rows: Tensor | None) -> None:
         stream.add(data, rows)
     except NonFiniteError as error:
         used = data if rows is None else data.index_select(0, rows)
-        if used.isfinite().all():  # they overflow, and the message says what to do
+        if used.isfinite().all():  # their squares overflow, and the message says what to do
             raise
         raise NonFiniteError(
             f"{error}; impute or drop those rows, or leave them out by mask= of partial_fit"
@@ -445,14 +445,14 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
             raise EvaTypeError(f"dense data are needed, got {type(x).__name__}; see its toarray()")
         x = np.asarray(x)
         if x.dtype.kind == "O" and all(isinstance(value, Real) for value in x.flat):
-            x = x.astype(float)  # of a DataFrame whose columns may have missing values
+            x = x.astype(float)  # from a DataFrame whose columns may have missing values
         if x.dtype.kind not in "biufc":
             raise EvaTypeError(f"numbers are needed, got an array of dtype {x.dtype}")
-        x = np.asarray(x, x.dtype.newbyteorder("="), order="C")  # of any byte order and strides
+        x = np.asarray(x, x.dtype.newbyteorder("="), order="C")  # native byte order, no gaps
     with warnings_caught():
-        # that data are read-only: they are read only
+        # torch warns about read-only arrays, but the data are never written to
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
-        # where they are: without a device torch would move them to its default one
+        # keep the data's device: without one torch would move them to its default device
         data = plain(torch.as_tensor(x, device=x.device if isinstance(x, Tensor) else "cpu"))
     if data.layout != torch.strided:
         raise EvaTypeError(f"dense data are needed, got a tensor of layout {data.layout}")
@@ -460,7 +460,7 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
         raise EvaValueError(f"expected rows of features, got an array of shape {tuple(data.shape)}")
     data = data.to(home_of(data.device))
     if data.is_floating_point() and data.element_size() == 1:
-        data = data.float()  # torch computes with no float8
+        data = data.float()  # torch has no float8 arithmetic
     if not data.is_floating_point():
         if data.is_complex():
             raise EvaTypeError("complex data are not supported")

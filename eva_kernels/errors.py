@@ -51,11 +51,11 @@ class NotConvergedError(EvaRuntimeError):
 
 
 class NotFittedError(EvaValueError, AttributeError):
-    """An estimator was asked before it had seen data; the bases are those in scikit-learn."""
+    """An estimator was used before it was fitted; same base classes as in scikit-learn."""
 
 
 class NotInitializedError(EvaRuntimeError):
-    """Training was to start on an adapter that was made for EVA and never initialised."""
+    """Training was about to start on an adapter configured for EVA but never initialised."""
 
 
 class EvaWarning(UserWarning):
@@ -68,10 +68,10 @@ class NotConvergedWarning(EvaWarning):
 
 @contextmanager
 def warnings_caught(*, record: bool = False) -> Iterator[None]:
-    """Catch warnings as ``warnings.catch_warnings``, in one thread at a time.
+    """Do what ``warnings.catch_warnings`` does, in one thread at a time.
 
-    Python keeps filters for all threads: where two blocks overlap, those of one stay for good, and
-    what was to be recorded in it is never shown again.
+    Warning filters are shared by all threads: if two blocks overlap in time, the filters of one are
+    never restored, and warnings that it should have recorded are lost.
     """
     with _CATCHES, warnings.catch_warnings(record=record):
         yield

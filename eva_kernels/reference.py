@@ -1,7 +1,7 @@
-"""Plain PyTorch twins of every operation: the truth that fast paths are tested against.
+"""Plain PyTorch twins of every operation: the reference that fast paths are tested against.
 
-Letters as everywhere in the package: N tokens, D features, Q sketch width, x one token (a row of
-X), p the pivot, v_j the rows of the basis V (Q, D).
+Notation throughout the package: N tokens, D features, Q sketch width, x one token (a row of X), p
+the pivot, v_j the rows of the basis V (Q, D).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 __all__ = ["convergence", "fold_measure", "fold_prepare", "fold_rows", "gram", "sketch"]
 
-# Rows are streamed in tiles that stay in the cache: the centred copy is written once and read
-# twice from there, so X itself is read from memory once and never copied as a whole.
+# Rows are streamed in tiles that fit the cache: the centred copy of a tile is written and read
+# twice there, so X itself is read from memory once and never copied as a whole.
 TILE_ROWS = 512
 
 
@@ -25,12 +25,12 @@ def _centred_tiles(x: Tensor, pivot: Tensor, rows: Tensor | None) -> Iterator[Te
     for begin in range(0, count, TILE_ROWS):
         end = min(begin + TILE_ROWS, count)
         tile = x[begin:end] if rows is None else x.index_select(0, rows[begin:end])
-        # Widened before the subtraction: the difference of two 16-bit numbers would be rounded.
+        # Widen before subtracting: the difference of two 16-bit numbers would be rounded.
         yield torch.sub(tile.to(pivot.dtype), pivot, out=buffer[: end - begin])
 
 
 def _sum_of_squares(centred: Tensor) -> Tensor:
-    # Row by row: one running sum over the whole tile loses 1e-5 and more of it in float32.
+    # Row by row: one running float32 sum over a whole tile has a relative error of 1e-5 and more.
     return torch.linalg.vector_norm(centred, dim=1).double().square().sum()
 
 
@@ -57,12 +57,12 @@ def sketch(
         square: (), float64; updated.
         rows: indices of the tokens to use, (M,) int64; all if ``None``.
 
-    Numerics: products accumulate in the dtype of ``basis``, sums per tile in that dtype and across
-        tiles in float64; the same bits for the same input. NaN and infinity propagate.
+    Numerics: products accumulate in the dtype of ``basis``, sums in that dtype within a tile and in
+        float64 across tiles; bitwise reproducible. NaN and infinity propagate.
     Cost: ``4 N D Q`` flops; X is read once.
     """
     for centred in _centred_tiles(x, pivot, rows):
-        seen = centred.new_empty(len(centred), len(basis))  # into it autocast rounds nothing
+        seen = centred.new_empty(len(centred), len(basis))  # autocast does not affect out=
         products.addmm_(torch.mm(centred, basis.mT, out=seen).mT, centred)
         shift += centred.sum(0)
         square += _sum_of_squares(centred)
@@ -104,7 +104,7 @@ def convergence(
     """Compare the components of every layer with those of the step before.
 
     Args:
-        previous: one matrix a layer, (K_i, D_i), rows are components.
+        previous: one matrix per layer, (K_i, D_i), rows are components.
         current: the same shapes, one step later.
         ranks: how many leading components of each layer must agree, ``0 <= R_i <= K_i``.
         tau: least absolute cosine that counts as agreement.
@@ -127,25 +127,25 @@ def convergence(
     return torch.cat(similarity), torch.stack(unconverged).to(torch.int32)
 
 
-# The passes of a native fold, to compare it with. Without native code ``streaming.batch`` folds.
+# References for the passes of a native fold. Without native code ``streaming.batch`` does the fold.
 
 
 def fold_prepare(
     shifts: Sequence[Tensor], squares: Sequence[Tensor], means: Sequence[Tensor], numbers: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how the tokens of a step move the means of layer inputs.
+    """Return how the tokens of a step change the means of layer inputs.
 
     Args:
-        shifts, squares: sums of the step about the mean before, float64 (D,) and (); see
+        shifts, squares: sums of the step about the old mean, float64 (D,) and (); see
             :func:`sketch`.
-        means: before, (D,) each.
-        numbers: float64 (L, 4 + Q): tokens of the step, their share among all, the most that the
-            rank can be, ``weight = added^2 / count``, and the squares s^2.
+        means: the old ones, (D,) each.
+        numbers: float64 (L, 4 + Q): ``added``, the tokens of the step; ``added / count``; an upper
+            bound of the rank; ``weight = added^2 / count``; and the squares s^2.
 
     Returns:
-        ``delta`` float64 (L, D), the shift of the mean by the step alone; the new means (L, D), in
-        the dtype of the old; ``scalars`` float64 (L, 3): sum of squares, what of it adds to the
-        total variance, norm of the new mean.
+        ``delta`` float64 (L, D), the mean of the step's tokens minus the old mean; the new means
+        (L, D), in the dtype of the old; ``scalars`` float64 (L, 3): sum of squares, how much it
+        increases the total variance, norm of the new mean.
     """
     added, share, _, weight = numbers[:, :4].split(1, dim=1)
     delta, square = torch.stack(list(shifts)) / added, torch.stack(list(squares))
@@ -159,19 +159,19 @@ def fold_prepare(
 def fold_measure(
     bases: Sequence[Tensor], products: Sequence[Tensor], numbers: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how the image Y = V C of each basis V lies to the basis and to itself.
+    """Return the products of the image Y = V C of each basis V with the basis and with itself.
 
-    C is what a layer input's state and the sums of a step represent:
+    C is the scatter matrix that a layer input's state and the sums of a step represent:
     ``Y = products + diag(s^2) V - along delta^T`` with ``along = weight V delta``.
 
     Args:
-        bases: V, one (Q, D) a layer, orthonormal rows.
-        products: of the step about the mean before, (Q, D) each; see :func:`sketch`.
+        bases: V, one (Q, D) per layer, orthonormal rows.
+        products: of the step about the old mean, (Q, D) each; see :func:`sketch`.
         numbers, delta: as :func:`fold_prepare` takes and returns them.
 
     Returns:
-        ``along`` (L, Q), ``core = Y V^T`` and ``metric = Y Y^T`` (L, Q, Q), float64. Where they
-        differ by rounding, their lower triangles count.
+        ``along`` (L, Q), ``core = Y V^T`` and ``metric = Y Y^T`` (L, Q, Q), float64. They are
+        symmetric up to rounding; only their lower triangles are used.
     """
     along, core, metric = [], [], []
     for i, (basis, step) in enumerate(zip(bases, products, strict=True)):
@@ -196,7 +196,7 @@ def fold_rows(
     told: Tensor,
     sound: Tensor,
 ) -> Tensor:
-    """Put ``mixing^T Y`` in place of each basis and new means in place of the old.
+    """Overwrite each basis with ``mixing^T Y`` and the old means with the new ones.
 
     Args:
         bases, products, means, numbers, delta: as above; ``bases`` and ``means`` are updated.
@@ -204,11 +204,12 @@ def fold_rows(
         along: from :func:`fold_measure`.
         mean: from :func:`fold_prepare`.
         mixing: (L, Q, Q), float64.
-        told: (L, 2 + 2 Q), float64, first the rank of each layer: rows from there on stay.
-        sound: (), bool: where false, ``bases`` and ``means`` stay.
+        told: (L, 2 + 2 Q), float64, the rank of each layer first: rows from the rank on are not
+            written.
+        sound: (), bool: if false, ``bases`` and ``means`` are not written.
 
     Returns:
-        The rows kept of all layers, (sum of kept, D).
+        The saved old rows of all layers, (sum of kept, D).
     """
     saved = torch.cat([basis[:count] for basis, count in zip(bases, kept, strict=True)])
     for i, (basis, step) in enumerate(zip(bases, products, strict=True)):

@@ -1,4 +1,4 @@
-"""Triton kernels, each with its launcher below it; ``eva_kernels.ops`` checks and chooses.
+"""Triton kernels and their launchers; ``eva_kernels.ops`` checks arguments and picks the backend.
 
 Importing this package imports triton, which fixes whether kernels are compiled or interpreted.
 """

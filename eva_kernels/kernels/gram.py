@@ -1,7 +1,7 @@
 """The exact second moment of one batch: upper triangle of tiles, split over tokens.
 
-Tokens are centred in registers and multiplied as two bfloat16 planes, which keeps 16 bits of each;
-the lower triangle is the mirrored upper one. Nothing is added atomically.
+Tokens are centred in registers and multiplied as two bfloat16 planes, which keeps 16 bits of each
+number; the lower triangle is mirrored from the upper one. There are no atomics.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["GramPlan", "gram_sequence", "plan_gram"]
 
 @triton.jit
 def _store_mirrored(out_ptr, acc, o_i, o_j, d, ADD: tl.constexpr, MIRROR: tl.constexpr):
-    # Each entry has one owner: the tile above the diagonal, or on it.
+    # Each entry is written by one program only: that of the tile on or above the diagonal.
     m_out = (o_i < d)[:, None] & (o_j < d)[None, :]
     p_out = out_ptr + o_i.to(tl.int64)[:, None] * d + o_j[None, :]
     if ADD:
@@ -51,9 +51,9 @@ def gram_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr, WHOLE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Add to the scatter matrix (DIRECT), or write this split's share to (splits, D, D).
+    """Add to the scatter matrix (DIRECT), or write this split's partial sums to (splits, D, D).
 
-    Programs on the diagonal also write the sums of x - p, (splits, D), and of its squares,
+    Programs on the diagonal also write the sums of x - p, (splits, D), and of their squares,
     (splits, blocks of D).
     """
     begin_kernel(DEPENDENT)
@@ -90,7 +90,7 @@ def gram_kernel(
     if pid_i == pid_j:
         shift = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
         square = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
-        for i in range(begin, end):  # once more, from the cache: a tile of D / BLOCK_D pays for it
+        for i in range(begin, end):  # second pass, from the cache, by one in D / BLOCK_D programs
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
             x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS, WHOLE)
             centred = centre_tokens(x, pivot_i, o_n, o_i, n, d, WHOLE)
@@ -136,7 +136,7 @@ def collect_kernel(
 
 @dataclass(frozen=True)
 class GramPlan:
-    """Tile and splits of one launch, and where its partial results lie.
+    """Tile and splits of one launch, and the layout of its workspace.
 
     Attributes:
         tile: of the tokens.
@@ -157,7 +157,7 @@ def plan_gram(n: int, d: int, itemsize: int, arch: Arch) -> GramPlan:
     """Return how to add (n, d) tokens to a scatter matrix (d, d)."""
     tile = GRAM_TILES[arch.name].of(itemsize)
     d_blocks, n_blocks = ceil_div(d, tile.block_d), ceil_div(n, tile.block_n)
-    # Splits where the triangle alone leaves processors idle, unless they outweigh half of X.
+    # Split if the triangle alone leaves processors idle, but to at most half the bytes of X.
     triangle = d_blocks * (d_blocks + 1) // 2
     splits = min(arch.processors // triangle, n // (4 * d), n_blocks)
     blocks = ceil_div(n_blocks, max(1, splits))
@@ -178,10 +178,10 @@ PARTS = ("scatter_parts", "shift_parts", "square_parts")
 def gram_sequence(
     n: int, d: int, stride: int, dtype: torch.dtype, has_rows: bool, high: bool, arch: Arch
 ) -> LaunchSequence:
-    """Return the launches of a scatter matrix of tokens of one kind, the same object every time.
+    """Return the launches that add tokens of one kind to a scatter matrix; cached.
 
     :meth:`~.sequence.LaunchSequence.run` takes the tensors of ``GIVEN``, see
-    :func:`eva_kernels.reference.gram`; the arguments are those of a sketch's.
+    :func:`eva_kernels.reference.gram`; arguments as for ``sketch_sequence``.
     """
     plan = plan_gram(n, d, dtype.itemsize, arch)
     tile, direct = plan.tile, plan.splits == 1

@@ -1,8 +1,8 @@
-"""Launch numbers of every kernel by architecture, and what an architecture can hold.
+"""Launch parameters of every kernel by architecture, and the limits of each architecture.
 
-Where nothing else is said, they were chosen from compiled code and not timed: tiles as large as fit
+Unless noted otherwise, they were chosen from compiled code and not timed: tiles as large as fit
 without spilling registers (larger tiles read V and P less often through the L2 cache), then as many
-stages as shared memory has room for. ``bench kernel-report`` prints the evidence for each of them.
+stages as fit in shared memory. ``bench kernel-report`` prints the evidence for each of them.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ __all__ = [
 ]
 
 
-ALIGNMENT = 256  # of the parts of a workspace, bytes
+ALIGNMENT = 256  # bytes, of the parts of a workspace
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of the tokens that one program streams, and how it does.
+    """Tile of the tokens that one program streams, with its warps and stages.
 
     Attributes:
         block_n: tokens.
         block_d: features.
         num_warps: warps of a program.
-        num_stages: tiles in flight.
+        num_stages: of the software pipeline: tiles in flight.
     """
 
     block_n: int
@@ -56,7 +56,7 @@ class Tile:
     num_stages: int
 
     def divides(self, n: int, d: int) -> bool:
-        """Tell whether tiles of (n, d) tokens have nothing outside."""
+        """Tell whether tiles divide (n, d) tokens, so that none needs a mask."""
         return n % self.block_n == 0 and d % self.block_d == 0
 
 
@@ -94,23 +94,23 @@ class GramTiles:
     wide: Tile
 
     def of(self, itemsize: int) -> Tile:
-        """Return the tile for tokens of so many bytes an entry."""
+        """Return the tile for tokens of ``itemsize`` bytes per entry."""
         return self.short if itemsize == 2 else self.wide
 
 
 @dataclass(frozen=True)
 class Arch:
-    """What the launchers ask of a chip.
+    """Properties of a chip that the launchers depend on.
 
     Attributes:
         name: ``"sm_90"``, ``"gfx942"``, ...
         processors: multiprocessors of the device (of the family's largest, if none is present).
-        shared_bytes: most shared memory of one program.
-        least_q: narrowest tile of Q that the tensor cores take at full rate.
-        indirect_stages: further stages of a loop that also loads the addresses of its tokens.
-            NVIDIA's compiler spreads this chain of loads over stages: two more give the tokens the
-            same depth, at the cost of shared memory for the indices only.
-        dependent_launch: a kernel can be launched before the one that it waits for is over.
+        shared_bytes: largest shared memory of one program.
+        least_q: narrowest tile of Q that the tensor cores multiply at full rate.
+        indirect_stages: additional stages of a loop that also loads the addresses of its tokens.
+            On NVIDIA this chain of loads is spread over the pipeline: two more stages prefetch the
+            tokens equally far ahead, at the cost of shared memory for the indices only.
+        dependent_launch: whether a kernel can be launched before its predecessor has finished.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Arch:
 
 
 def _can_wait() -> bool:
-    """Tell whether this Triton compiles a wait for the kernel in front (3.4 has it, and fails)."""
+    """Tell whether this Triton can compile a wait for the preceding kernel (3.4 has it, broken)."""
     wait = getattr(cuda, "gdc_wait", None)
     return wait is not None and "_semantic" in inspect.signature(wait).parameters
 
@@ -136,9 +136,9 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
         "sm_86": Arch("sm_86", 84, 101_376, 16),
         "sm_89": Arch("sm_89", 142, 101_376, 16),
         # wgmma has 64 rows, and so has tcgen05.mma
-        # On an H200 a sketch whose kernels are launched early takes 0.95 of the time of one whose
-        # kernels wait at N = 2048 and D = 4096, 0.93 at D = 11008, 0.97 at N = 8192 (2026-11-26,
-        # bench/results/h200/third); 1.22 at N = 2048 where they came before the loop was over.
+        # On an H200 a sketch with programmatic dependent launch takes 0.95 of the time without it
+        # at N = 2048 and D = 4096, 0.93 at D = 11008, 0.97 at N = 8192 (2026-11-26,
+        # bench/results/h200/third); 1.22 at N = 2048 if the next kernel may start before the loop.
         "sm_90": Arch("sm_90", 132, 232_448, 64, dependent_launch=EARLY),
         "sm_100": Arch("sm_100", 148, 232_448, 64, dependent_launch=EARLY),
         "sm_120": Arch("sm_120", 188, 101_376, 16, dependent_launch=EARLY),
@@ -149,10 +149,10 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
 # Order in each entry: project, back, project_centred, back_centred. Where two tiles compile without
 # spilling, the larger one is taken, then the deeper one.
 #
-# A warpgroup multiplies 64 rows of V or P at once. At Q = 64 project and back have one of them, and
-# some programs share a multiprocessor. Timed on an H200 (bench/results/h200/second, at N = 8192 and
-# D = 4096): with 256 tokens and 8 warps in project, which read V a quarter as often, a sketch took
-# 1.05 of this time; at Q = 128 with three stages 1.03. back was best as it is.
+# A warpgroup multiplies 64 rows of V or P at once. At Q = 64 project and back use one of them, and
+# several programs share a multiprocessor. Timed on an H200 (bench/results/h200/second, N = 8192,
+# D = 4096): with 256 tokens and 8 warps in project, which reads V a quarter as often, a sketch took
+# 1.05 of this time; at Q = 128 with three stages 1.03. The tiles of back were the best tried.
 # Q = 128 is two warpgroups. 256 rows leave registers for 64 columns only.
 _HOPPER = {
     64: SketchTiles(
@@ -165,7 +165,7 @@ _HOPPER = {
         Tile(64, 64, 8, 3), Tile(32, 64, 8, 3), Tile(32, 64, 8, 3), Tile(32, 64, 8, 3)
     ),
 }
-# The accumulator lies in tensor memory, not in registers: wider tiles than Hopper's at Q = 64.
+# Accumulators are in tensor memory, not in registers: wider tiles than Hopper's at Q = 64.
 _BLACKWELL = {
     **_HOPPER,
     64: SketchTiles(
@@ -178,8 +178,8 @@ _BLACKWELL = {
         Tile(64, 64, 8, 3), Tile(16, 64, 8, 3), Tile(32, 64, 8, 3), Tile(64, 64, 8, 2)
     ),
 }
-# mma.sync takes both operands from registers, so that four warps spill what eight hold from 128
-# rows of V or P on.
+# mma.sync takes both operands from registers: from 128 rows of V or P on, four warps would spill
+# what eight can hold.
 _AMPERE = {
     64: SketchTiles(
         Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)
@@ -213,7 +213,7 @@ _CDNA = {
         Tile(32, 64, 8, 1), Tile(32, 64, 8, 2), Tile(32, 64, 8, 1), Tile(32, 64, 8, 2)
     ),
 }
-# Key: architecture; then the widest Q that the tiles are for.
+# By architecture, then by the largest Q that the tiles are for.
 SKETCH_TILES: Mapping[str, Mapping[int, SketchTiles]] = MappingProxyType(
     {
         "sm_80": _AMPERE,
@@ -240,12 +240,12 @@ GRAM_TILES: Mapping[str, GramTiles] = MappingProxyType(
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Return how many times b is needed for a; triton.cdiv takes the host microseconds."""
+    """Return a / b rounded up; triton.cdiv would cost the host microseconds."""
     return -(-a // b)
 
 
 def laid_out(parts: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Return where each part of a workspace begins, given their bytes, and the bytes of all."""
+    """Return the offset of each part of a workspace, given their bytes, and the total bytes."""
     offsets, end = {}, 0
     for name, nbytes in parts.items():
         offsets[name], end = end, end + ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
@@ -253,7 +253,7 @@ def laid_out(parts: Mapping[str, int]) -> tuple[dict[str, int], int]:
 
 
 def stages(tile: Tile, indirect: bool, arch: Arch) -> int:
-    """Return the stages of a loop over tokens; the address of an indirect one is loaded before."""
+    """Return the stages of a loop over tokens; ``indirect``: it loads their addresses, too."""
     return tile.num_stages + (arch.indirect_stages if indirect else 0)
 
 
@@ -271,17 +271,17 @@ def splits_to_fill(programs: int, rounds: int, most: int, tile: Tile, arch: Arch
     """Return into how many parts to split the loop of a kernel that streams tokens.
 
     Args:
-        programs: of the kernel without splits.
-        rounds: of its loop without splits.
-        most: splits, at most.
+        programs: number of programs of the kernel without splits.
+        rounds: iterations of its loop without splits.
+        most: upper limit of the splits.
         tile: of the kernel.
         arch: of the device.
 
     Returns:
-        The fewest splits that take at most a tenth longer than the best, so that none has nothing
-        to do; at least 1.
+        The smallest number of splits that takes at most a tenth longer than the best, so that no
+        split is empty; at least 1.
     """
-    # A thread takes more than 128 registers: eight warps fill a multiprocessor.
+    # A thread uses more than 128 registers: eight warps fill a multiprocessor.
     at_once = arch.processors * max(1, 8 // tile.num_warps)
 
     def duration(splits: int) -> int:
@@ -302,7 +302,7 @@ def rows_of_a_thread(tile: Tile, itemsize: int) -> int:
 def _cannot_launch() -> str | None:
     """Return why Triton cannot launch kernels, or None.
 
-    It compiles what calls the driver when that is first used, and some images have no compiler.
+    On first use it compiles its launcher with a C compiler, which some container images lack.
     """
     try:
         driver.active.get_current_target()
@@ -320,7 +320,7 @@ def _device_arch(index: int) -> Arch | str:
         major, minor = torch.cuda.get_device_capability(index)
         name = f"sm_{major}{minor}"
         if name not in ARCHS and major >= 8:
-            # Code for a chip runs on later ones of its family; 10.3 runs what 10.0 does.
+            # Code for a chip runs on later ones of its family: 10.3 runs code for 10.0.
             name = {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
     if name not in ARCHS:
         return f"there are no launch numbers for {name}; known are {', '.join(ARCHS)}"
@@ -329,11 +329,11 @@ def _device_arch(index: int) -> Arch | str:
 
 
 def arch_of(device: torch.device) -> Arch | str:
-    """Return the architecture of a device, or why it has none.
+    """Return the architecture of a device, or the reason why there is none.
 
-    Without a driver (the interpreter, or tensors that only pretend) it is the family's largest.
+    Without a driver (Triton's interpreter, or fake tensors) it is the family's largest chip.
     """
-    # Where a device was read there is a driver: every sketch asks, and torch takes long to tell.
+    # A device in the cache has a driver: every sketch comes here, and asking torch is slow.
     present = _device_arch.cache_info().currsize > 0 or torch.cuda.is_available()
     if device.type == "cpu" or not present:
         return ARCHS["sm_90"]

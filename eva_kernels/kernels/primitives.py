@@ -19,30 +19,31 @@ __all__ = ["INTERPRET", "add_half_product", "add_product", "add_splits", "add_su
 __all__ += ["begin_kernel", "centre_tokens", "dot", "load_inside", "load_tokens", "split_bf16"]
 __all__ += ["sum_all", "sum_rows", "to_bf16"]
 
-# As triton reads it, when it is imported: setting the variable later mixes both modes.
+# Read at import, as triton does: setting the variable later would mix both modes.
 INTERPRET = tl.constexpr(
     os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "yes", "y")
 )
 
 
-# Triton looks names up before it drops a branch, so that each release needs a function of its own.
+# Triton resolves names even in branches that it then discards, so each release needs a function of
+# its own.
 if EARLY:
 
     @triton.jit
     def begin_kernel(DEPENDENT: tl.constexpr):
-        """Begin a kernel: wait until the one before it is over and what it wrote can be read.
+        """Begin a kernel: wait until its predecessor has finished and its writes are visible.
 
         DEPENDENT: it was launched before that (programmatic dependent launch), so that its set-up
-        costs no time.
+        overlaps with the predecessor.
         """
         if DEPENDENT and not INTERPRET:
             cuda.gdc_wait()
 
     @triton.jit
     def admit_next(DEPENDENT: tl.constexpr):
-        """Let the next kernel start its set-up: to be called where little is left to do.
+        """Allow the next kernel to start its set-up; call this when little work is left.
 
-        A program that does not come here lets it start when it ends.
+        A program that does not call it allows that implicitly when it ends.
         """
         if DEPENDENT and not INTERPRET:
             cuda.gdc_launch_dependents()
@@ -51,12 +52,12 @@ else:
 
     @triton.jit
     def begin_kernel(DEPENDENT: tl.constexpr):
-        """Begin a kernel, which is launched when the one before it is over."""
+        """Do nothing: the kernel is launched after its predecessor has finished."""
         tl.static_assert(not DEPENDENT)
 
     @triton.jit
     def admit_next(DEPENDENT: tl.constexpr):
-        """Do nothing: the next kernel is launched when this one is over."""
+        """Do nothing: the next kernel is launched after this one has finished."""
         tl.static_assert(not DEPENDENT)
 
 
@@ -64,21 +65,21 @@ else:
 def dot(a, b, acc):
     """Return ``acc + a @ b`` of bfloat16 tiles, accumulated in float32 on tensor cores."""
     if INTERPRET:
-        # Widening is exact and so is each product: the same sums in another order.
+        # Widening is exact, and so is each product: only the order of the additions differs.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        # The limit matters for float8 only; but without one the compiler merges the product with
-        # the sum that follows it, which add_product keeps apart.
+        # The limit matters for float8 only; but without it the compiler would fuse the product with
+        # the addition that follows, which add_product keeps separate.
         return tl.dot(a, b, acc, max_num_imprecise_acc=1)
 
 
 @triton.jit
 def to_bf16(x):
-    """Round float32 to bfloat16, nearest even."""
-    if INTERPRET:  # where the plain cast truncates
+    """Round float32 to bfloat16, to nearest even."""
+    if INTERPRET:  # the interpreter's cast truncates
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        # A NaN may have its bits where they would be lost, or would carry over.
+        # The payload bits of a NaN could be lost or, by a carry, change it into another number.
         bits = tl.where(x == x, rounded, 0x7FC00000)
         return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
     else:
@@ -94,10 +95,10 @@ def split_bf16(x):
 
 @triton.jit
 def load_inside(ptr, inside, WHOLE: tl.constexpr):
-    """Return what is inside, 0 elsewhere.
+    """Load what is inside, 0 elsewhere.
 
-    WHOLE: all is inside. Masks, and what they keep out of the sums, are a quarter of the
-    instructions of a loop over tokens.
+    WHOLE: everything is inside, and no mask is needed. Masks and the code that they require are a
+    quarter of the instructions of a loop over tokens.
     """
     if WHOLE:
         return tl.load(ptr)
@@ -109,7 +110,7 @@ def load_inside(ptr, inside, WHOLE: tl.constexpr):
 def load_tokens(
     x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS: tl.constexpr, WHOLE: tl.constexpr = False
 ):  # fmt: skip
-    """Return the tile x (BLOCK_N, BLOCK_D), 0 outside; WHOLE: there is no outside."""
+    """Return the tile x (BLOCK_N, BLOCK_D), 0 outside; WHOLE: all of it is inside."""
     if HAS_ROWS:
         i_row = load_inside(rows_ptr + o_n, o_n < n, WHOLE)
     else:
@@ -120,7 +121,7 @@ def load_tokens(
 
 @triton.jit
 def centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE: tl.constexpr = False):
-    """Return x - p in float32, 0 outside; ``load_tokens`` has the arguments."""
+    """Return x - p in float32, 0 outside; arguments as for ``load_tokens``."""
     centred = x.to(tl.float32) - pivot[None, :]
     if WHOLE:
         return centred
@@ -132,9 +133,9 @@ def centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE: tl.constexpr = False):
 def warps_share_rows(acc):
     """Tell whether a product has fewer rows than its warps multiply at once, 16 each.
 
-    Triton gives each warp rows of its own where another product adds to a product, so that the
-    warps beyond the last row repeat what others do, and moves the sum to threads of another layout
-    through shared memory. Products that begin at zero stay where they are.
+    If one product accumulates onto another, Triton assigns different rows to each warp: surplus
+    warps repeat the work of others, and the accumulator is converted to another layout through
+    shared memory. Products that start from zero keep their layout.
     """
     if INTERPRET:
         return False
@@ -144,12 +145,13 @@ def warps_share_rows(acc):
 
 @triton.jit
 def add_product(acc, a_high, a_low, b_high, b_low, HIGH: tl.constexpr):
-    """Return acc + a @ b; all but the product of the low planes if HIGH, else the high ones.
+    """Return acc + a @ b; HIGH: without the product of the low planes; else of the high ones only.
 
-    The product of a tile begins at zero and is added in registers. Tensor cores truncate what they
-    add, so that a long sum in them drifts (5e-5 over 8192 tokens on an H200). And a product that
-    stays in flight into the next round of a loop may be overtaken by the copy of its own operand:
-    Triton keeps two slots of a tile that is also read into registers, one too few (3.6, sm_90).
+    The product of a tile starts from zero and is added to acc in registers. Tensor cores truncate
+    when they accumulate, so that a long sum drifts (5e-5 over 8192 tokens on an H200). And if a
+    product is still in flight in the next iteration, its operand may be overwritten by the next
+    copy: for a tile that is also read into registers Triton allocates two buffers, one too few
+    (3.6, sm_90).
     """
     tile = tl.zeros_like(acc)
     if HIGH:
@@ -180,7 +182,7 @@ def add_half_product(acc, a_high, a_low, b, HIGH: tl.constexpr):
 def add_sums(shift, square, centred, ROWS: tl.constexpr):
     """Add the column sums of a tile, and those of its squares, to (ROWS, BLOCK_D).
 
-    Rows that are ROWS apart are added; where a thread holds just these, nothing is exchanged.
+    Rows that are ROWS apart are added; if one thread holds them all, threads exchange nothing.
     """
     FOLD: tl.constexpr = centred.shape[0] // ROWS
     tile = tl.reshape(centred, (FOLD, ROWS, centred.shape[1]))
@@ -191,8 +193,8 @@ def add_sums(shift, square, centred, ROWS: tl.constexpr):
 def add_splits(acc, ptr, offset, mask, splits, step):
     """Return acc plus the tiles at ``ptr + s * step + offset`` for s in 0 .. splits - 1, in order.
 
-    Three are on their way before the first is added: one at a time would wait for memory once for
-    each. (Loads that merely stand in front of the sums are moved behind them by ptxas.)
+    Three loads are in flight before the first is added: one at a time, each would wait for memory.
+    (Loads that merely precede the additions in the source are moved behind them by ptxas.)
     """
     for s in tl.range(0, splits, num_stages=4):
         acc += tl.load(ptr + s * step + offset, mask=mask, other=0.0).to(acc.dtype)

@@ -1,12 +1,12 @@
-"""A fixed sequence of kernels, launched again and again on other tensors of the same kind.
+"""A fixed sequence of kernels, launched repeatedly on different tensors of the same kind.
 
-Triton binds the arguments of every launch: it asks each for its type and alignment, looks up the
-compiled kernel and the options, tens of microseconds a launch. For hundreds of layer inputs a step
-the host would spend more on that than a GPU on the model. Here the first launch is Triton's; it
-returns the compiled kernels, and from then on one call of native code launches them all, on other
-addresses. Without native code, each is launched by Triton's launcher, without binding. A sequence
-that differs in numbers alone, for a batch of another length, finds kernels that were compiled for
-the same specialisation. Triton's launch hooks do not see what native code launches.
+Triton binds the arguments at every launch: it inspects the type and alignment of each and looks up
+the compiled kernel and the options, which takes tens of microseconds. With hundreds of layer inputs
+per step the host would spend more time on that than a GPU on the model. Here only the first launch
+goes through Triton; it returns the compiled kernels, and from then on one call of native code
+launches them all with new addresses. Without native code, Triton's launcher is called for each,
+without binding. A sequence that differs only in numbers, such as the length of the batch, reuses
+kernels compiled for the same specialisation. Triton's launch hooks do not see native launches.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ __all__ = ["Call", "LaunchSequence", "native_launches"]
 
 logger = logging.getLogger(__name__)
 
-# What Triton specialises an address on, and a number beside whether it is 1 and its type.
+# Triton specialises on divisibility by this: addresses, and integers (besides type and being 1).
 ALIGNMENT = 16
-# Compiled kernels of sequences, by all that Triton chose them by: what differs in numbers alone, as
-# batches with padding do, need not ask it again.
+# Compiled kernels of sequences, by everything that Triton's choice depends on: sequences that
+# differ only in numbers, as for batches with padding, skip Triton's lookup.
 _compiled: dict[tuple[Any, ...], list[Any]] = {}
 MOST_COMPILED = 1024
 # Where a parameter comes from, see csrc/launch.h.
 GIVEN, WORKSPACE, NUMBER = range(3)
-# Bytes of the parameters of compiled kernels, which the driver was asked for.
+# Bytes of the parameters of compiled kernels, as reported by the driver.
 _known_sizes: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
-# f(addresses of the tensors that are given, 0 for none, address of the workspace)
+# f(addresses of the tensors, 0 for a missing one; address of the workspace)
 Again = Callable[[Sequence[int], int], None]
 
 
@@ -52,8 +52,8 @@ class Call:
         grid: programs along one or two axes.
         pointers: names of the tensors, in the kernel's order.
         numbers: integers that follow them.
-        constants: by name, all of its constexpr arguments; what it has not is left out.
-        options: of the compiler, ``num_warps`` and such.
+        constants: values of its constexpr arguments by name; other names are ignored.
+        options: of the compiler, such as ``num_warps``.
     """
 
     kernel: Any
@@ -70,7 +70,7 @@ class Call:
         return {name: self.constants[name] for name in names}
 
     def chosen_by(self, kinds: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return what Triton chooses the compiled kernel by, given what kind each tensor is of."""
+        """Return what Triton's choice of a compiled kernel depends on, given each tensor's kind."""
         pointers = tuple(kinds[name] for name in self.pointers)
         names = self.kernel.arg_names[len(self.pointers) :]
         plain = {p.name for p in getattr(self.kernel, "params", ()) if p.do_not_specialize}
@@ -88,11 +88,11 @@ class Call:
 
 
 class LaunchSequence:
-    """Kernels whose tensors are given by name, or are parts of a workspace.
+    """Kernels whose tensors are arguments of :meth:`run` or parts of a workspace.
 
     Args:
         calls: in order.
-        given: names of the tensors that :meth:`run` is given.
+        given: names of the tensors that :meth:`run` takes.
         parts: byte offset and dtype of every part of the workspace.
         nbytes: of the workspace.
     """
@@ -107,14 +107,14 @@ class LaunchSequence:
         self.nbytes = nbytes
         self.calls, self.given, self.parts = tuple(calls), tuple(given), dict(parts)
         self._ready: dict[Any, Again] = {}
-        self._kept: list[Any] = []  # Triton unloads the code of a kernel with its object
+        self._kept: list[Any] = []  # Triton unloads a kernel's code when its object is freed
 
     def run(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> None:
         """Launch all kernels on the tensors' device and its current stream.
 
         Args:
-            tensors: in the order of ``given``, of equal dtypes, and ``None`` for the same ones, at
-                every call. A sequence is for one set of shapes and strides.
+            tensors: in the order of ``given``; dtypes, and which ones are ``None``, must be the
+                same at every call. A sequence is for one set of shapes and strides.
             workspace: uint8, at least ``nbytes``, overwritten; on the device of the tensors.
         """
         base, device = workspace.data_ptr(), workspace.device
@@ -129,7 +129,7 @@ class LaunchSequence:
             again(spots, base)
             return
         with current_device(device):
-            if torch.version.hip is not None:  # where Triton chooses by the size of a tensor, too
+            if torch.version.hip is not None:  # there Triton's choice depends on tensor sizes, too
                 self._run_by_triton(tensors, workspace)
                 return
             chosen = key, *self._chosen_by(tensors)
@@ -147,7 +147,7 @@ class LaunchSequence:
             again(spots, base)
 
     def _chosen_by(self, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        """Return what Triton chooses compiled kernels by, besides device and alignment."""
+        """Return what Triton's choice of kernels depends on, besides device and alignment."""
         kinds: dict[str, Any] = {
             name: None if tensor is None else tensor.dtype
             for name, tensor in zip(self.given, tensors, strict=True)
@@ -156,14 +156,14 @@ class LaunchSequence:
         return tuple(call.chosen_by(kinds) for call in self.calls)
 
     def again(self, device: torch.device) -> Again | None:
-        """Return what launches all kernels again on aligned addresses, once :meth:`run` has.
+        """Return a function that launches all kernels again on aligned addresses; None before run.
 
-        For callers who know the addresses: looking at the tensors takes longer than the launch.
+        For callers who know the addresses: inspecting the tensors takes longer than the launch.
         """
         return self._ready.get((device.index,))
 
     def _run_by_triton(self, tensors: Sequence[Tensor | None], workspace: Tensor) -> list[Any]:
-        """Launch all kernels as Triton does, and return them compiled."""
+        """Launch all kernels through Triton, and return the compiled kernels."""
         named: dict[str, Tensor | None] = dict(zip(self.given, tensors, strict=True))
         for name, (offset, dtype) in self.parts.items():
             end = len(workspace) - (len(workspace) - offset) % dtype.itemsize
@@ -179,7 +179,7 @@ class LaunchSequence:
         return compiled
 
     def _again(self, compiled: Sequence[Any], device: torch.device) -> Again:
-        """Return what launches compiled kernels on other addresses: by native code if possible."""
+        """Return a function that launches compiled kernels again, by native code if possible."""
         places = {name: (GIVEN, i) for i, name in enumerate(self.given)}
         places |= {name: (WORKSPACE, offset) for name, (offset, _) in self.parts.items()}
         module, index = _native.load_or_none("cuda"), device.index
@@ -211,15 +211,15 @@ class LaunchSequence:
 
 
 def _launched_with(kernel: Any, call: Call) -> tuple[Any, ...]:
-    """Return what Triton's launcher of a compiled kernel takes behind the pointers."""
+    """Return the arguments of Triton's launcher of a compiled kernel that follow the pointers."""
     names = call.kernel.arg_names[len(call.pointers) :]
-    # the signature of Triton 3.2 is without constants, and its launcher refuses them
+    # the signature in Triton 3.2 has no constants, and its launcher rejects them
     taken = kernel.src.signature
     return tuple(v for name, v in zip(names, call.values, strict=True) if name in taken)
 
 
 def _width(number: int) -> int:
-    """Return which integers Triton counts a number among: of 32 bits, of 64, without a sign."""
+    """Return the integer type that Triton gives a number: 32 bits, 64 bits, or unsigned."""
     return 32 if -(2**31) <= number < 2**31 else 64 if number < 2**63 else 65
 
 
@@ -231,14 +231,14 @@ def native_launches(
 ) -> Any:
     """Return a ``LaunchList`` of compiled kernels, or ``None`` if one is not as expected (logged).
 
-    A kernel of Triton should take its arguments without the constants, in order, and the addresses
-    of scratch memory, which has no size here. The driver is asked whether it does.
+    A compiled Triton kernel should take its arguments in order, without the constants, then the
+    addresses of scratch memory, which has size 0 here. The driver reports whether it does.
 
     Args:
-        module: compiled, see csrc/README.md.
+        module: the native module, see csrc/README.md.
         calls: in order.
         compiled: the kernel of each, as Triton returned it.
-        places: origin, and which or how far, of every tensor by name.
+        places: origin, and index or offset, of every tensor by name.
     """
     launches = module.LaunchList()
     try:
@@ -249,7 +249,7 @@ def native_launches(
             threads = 32 * meta.num_warps
             launches.add(kernel.function, grid, threads, meta.shared, early, parameters)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        _log_once(f"{type(error).__name__}: {error}")  # another Triton, an older driver
+        _log_once(f"{type(error).__name__}: {error}")  # another Triton release, or an older driver
         return None
     return launches
 
@@ -262,15 +262,15 @@ def _log_once(reason: str) -> None:
 def _parameters(
     module: Any, call: Call, kernel: Any, places: Mapping[str, tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Return what a kernel is given, or raise an error if it is not as expected."""
+    """Return the parameters of a kernel, or raise an error if it is not as expected."""
     meta, kinds = kernel.metadata, kernel.src.signature
-    # one that wants memory, a cluster or all blocks at once; what a Triton does not know is not on
+    # scratch memory, clusters or a cooperative launch; a property unknown to this Triton is off
     special = "global_scratch_size", "profile_scratch_size", "launch_cooperative_grid"
     if meta.num_ctas != 1 or any(getattr(meta, name, 0) for name in special):
         raise ValueError("a kernel of a special kind")
     values = [*(places[name] for name in call.pointers), *((NUMBER, n) for n in call.numbers)]
     named = dict(zip(call.kernel.arg_names, values, strict=False))
-    # Triton 3.2 gives a one and what is missing a type, and has them by name among the constants.
+    # In Triton 3.2 arguments that are 1 or None have a type, too; their names are in the constants.
     fixed = {name for name in named if kinds[name] == "constexpr"} | {*kernel.src.constants}
     taken = {name: value for name, value in named.items() if name not in fixed}
     sizes = [8 if kinds[name].startswith("*") else int(kinds[name][1:]) // 8 for name in taken]

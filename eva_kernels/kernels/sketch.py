@@ -8,10 +8,10 @@
 
 bfloat16 tokens go to the tensor cores as they are (an exact operand), V and P as a high and a low
 plane; the pivot enters as a rank-one correction in float32. Where the pivot is much larger than
-the spread of a feature that correction would cancel, so such blocks of features are centred in
-registers first; float16 and float32 tokens always are, since they do not fit one plane.
+the spread of a feature, that correction would cause cancellation, so such blocks of features are
+centred in registers first; float16 and float32 tokens always are, since one plane cannot hold them.
 
-Nothing is added atomically: every partial sum has a place of its own, and the order is fixed.
+There are no atomics: every partial sum is stored separately and added in a fixed order.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from .sketch_plan import COLLECT_BLOCK, FINISH_BLOCK, FLAG_BLOCK, plan_sketch, s
 
 __all__ = ["sketch_sequence"]
 
-# A pivot this many times the spread leaves 1e-6 of the spread to float32's cancellation.
+# A pivot this many times the spread costs, by float32 cancellation, 1e-6 of the spread.
 LARGE_OFFSET = tl.constexpr(16.0)
-# Tokens that tell the spread; a wrong guess costs time or digits, never the answer.
+# Tokens that the spread is estimated from; a wrong estimate costs time or digits only.
 SAMPLE = tl.constexpr(32)
-# Features that a program of collect takes where it adds sums.
+# Features of a program of collect that adds shift and square.
 SUMS_BLOCK = tl.constexpr(512)
 
 
@@ -59,7 +59,7 @@ def _load_basis(basis_ptr, o_q, o_d, q, d):
 
 @triton.jit
 def _add_rows(rows_ptr, out_ptr, rows, BLOCK_Q: tl.constexpr):
-    """Write the column sums of (rows, BLOCK_Q): once, beside a kernel that takes longer."""
+    """Write the column sums of (rows, BLOCK_Q): by one program of a kernel that takes longer."""
     o_q = tl.arange(0, BLOCK_Q)
     tl.store(out_ptr + o_q, sum_rows(rows_ptr, o_q, rows, BLOCK_Q))
 
@@ -73,7 +73,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """Write V as planes (BLOCK_Q, D), V p of this block (blocks, BLOCK_Q), and its flag.
 
-    A flagged block has zero planes and no V p: it is left to the centred path.
+    The planes and V p of a flagged block are zero: the centred path handles it.
     """
     begin_kernel(DEPENDENT)
     pid = tl.program_id(0)
@@ -110,9 +110,9 @@ def project_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Write this split's share of V x (V (x - p) where centred) to partial (splits, Q, N).
+    """Write this split's part of V x (V (x - p) where centred) to partial (splits, Q, N).
 
-    Programs beyond the last token block: the first adds V p of all blocks to offset (Q,).
+    Programs beyond the last token block: the first of them sums V p of all blocks to offset (Q,).
     """
     begin_kernel(DEPENDENT)
     pid_n = tl.program_id(0)
@@ -146,7 +146,7 @@ def project_kernel(
         o_flag = tl.arange(0, FLAGS)
         flags = tl.load(flags_ptr + begin + o_flag, mask=o_flag < end - begin, other=0)
         if tl.max(flags, axis=0) > 0:
-            # A quarter of the tokens at a time: centred tiles take many registers.
+            # A quarter of the tokens at a time: centred tiles use many registers.
             tl.debug_barrier()  # the sums above were written by other threads
             PART: tl.constexpr = BLOCK_N // 4 if BLOCK_N >= 64 else 16
             for part in range(BLOCK_N // PART):
@@ -216,11 +216,11 @@ def back_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr,
     WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Write this split's P x^T (P (x - p)^T where centred), sum of x - p and of its squares.
+    """Write this split's P x^T (P (x - p)^T where centred), sum of x - p and sum of its squares.
 
     To (splits, BLOCK_Q, D), (splits, D) and (splits, blocks of D). FOLD: rows of a tile that are
-    added before they join the running sums, so that these take few registers.
-    Programs beyond the last feature block: the first adds the sums of P to total (Q,).
+    summed before they are added to the running sums, so that these use few registers.
+    Programs beyond the last feature block: the first of them sums P over tokens to total (Q,).
     """
     begin_kernel(DEPENDENT)
     pid_d = tl.program_id(0)
@@ -279,7 +279,7 @@ def _any_flag(flags_ptr, pid_d, d, FLAGS: tl.constexpr):
 def _load_planes(
     high_ptr, low_ptr, o_q, o_column, columns, HIGH: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Return some of the columns of both planes; 0 outside, which WHOLE has not."""
+    """Load some columns of both planes; 0 outside. WHOLE: all of them are inside."""
     p_plane = o_q.to(tl.int64)[:, None] * columns + o_column[None, :]
     inside = (o_column < columns)[None, :]
     high = load_inside(high_ptr + p_plane, inside, WHOLE)
@@ -300,7 +300,7 @@ def collect_kernel(
 ):  # fmt: skip
     """Add the splits of a block of features to products (Q, D).
 
-    FLAGS flags are those of a block of back, which is corrected for the pivot as a whole or not at
+    FLAGS: number of flags of a block of back, which is corrected for the pivot as a whole or not at
     all. Programs beyond the last block add to shift (D,) and square ().
     """
     begin_kernel(DEPENDENT)
@@ -362,15 +362,15 @@ SPLIT = ("products_parts", "shift_parts", "square_parts")
 def sketch_sequence(
     n: int, q: int, d: int, stride: int, dtype: torch.dtype, has_rows: bool, high: bool, arch: Arch
 ) -> LaunchSequence:
-    """Return the launches of a sketch of tokens of one kind, the same object every time.
+    """Return the launches that sketch tokens of one kind; cached.
 
     :meth:`~.sequence.LaunchSequence.run` takes the tensors of ``GIVEN``, see
     :func:`eva_kernels.reference.sketch`.
 
     Args:
-        n: tokens, those that the rows choose if there are any.
+        n: tokens; if ``rows`` are given, those selected.
         q, d: shape of the basis.
-        stride: of the rows of x; its columns are contiguous.
+        stride: between rows of x, whose columns are contiguous.
         dtype: of x; bfloat16, float16 or float32.
         has_rows: whether rows are given.
         high: split precision, see ``ops.sketch``.
@@ -386,9 +386,9 @@ def sketch_sequence(
     collect_block = small_block(plan.block_q, COLLECT_BLOCK)
     flags_of_block = back.block_d // FLAG_BLOCK.value
     small_warps = max(8, plan.block_q // 16)
-    # A program that adds what the next kernel needs, see project and back.
+    # One more program sums what the next kernel needs, see project and back.
     extra = 0 if centred else 1
-    # What every kernel is compiled for, and what those that stream tokens are besides.
+    # Constants of every kernel, and further ones of those that stream tokens.
     common = {"HIGH": high, "BLOCK_Q": plan.block_q, "DEPENDENT": arch.dependent_launch}
     common["CENTRED"] = centred
     prepare = Call(

@@ -1,4 +1,4 @@
-"""Tiles and splits of a sketch, and what lies where in its workspace."""
+"""Tiles and splits of a sketch, and the layout of its workspace."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .launch import SKETCH_TILES, Arch, Tile, ceil_div, laid_out, splits_to_fill
 __all__ = ["COLLECT_BLOCK", "FINISH_BLOCK", "FLAG_BLOCK", "SketchPlan"]
 __all__ += ["plan_sketch", "small_block"]
 
-# Features that are centred or not together; a launch's feature blocks are multiples of it.
+# Granularity of centring, in features; the feature blocks of a launch are multiples of it.
 FLAG_BLOCK = tl.constexpr(64)
-PITCH = 64  # what the rows of P are padded to
-# Tokens that a program of finish takes at most, and features that one of collect does. So few that
-# four tiles of a split fit the registers.
+PITCH = 64  # rows of P are padded to a multiple of this
+# Most tokens of a program of finish, and most features of one of collect: few enough that four
+# tiles of a split fit in registers.
 FINISH_BLOCK, COLLECT_BLOCK, SMALL_TILE = 32, 32, 2048
 
 
 @dataclass(frozen=True)
 class SketchPlan:
-    """Tiles and splits of one launch, and where its partial results lie.
+    """Tiles and splits of one launch, and the layout of its workspace.
 
     Attributes:
         block_q: rows of V and P, padded.
         project, back: tiles of the kernels that stream tokens.
-        pitch: tokens, padded: row length of P.
+        pitch: row length of P: tokens, padded.
         splits_d: over features, of project; ``blocks_d`` feature blocks each.
         splits_n: over tokens, of back; ``blocks_n`` token blocks each.
         offsets: byte offset of every part of the workspace.
@@ -61,7 +61,7 @@ def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan
     project, back = by_width[width].of(centred)
     pitch = ceil_div(n, PITCH) * PITCH
     k_blocks, n_blocks = ceil_div(d, project.block_d), ceil_div(n, back.block_n)
-    # The partial sums must not outweigh half of X.
+    # Partial sums may take at most half the bytes of X.
     most_d, most_n = d // (4 * block_q), n // (4 * block_q)
     programs_d, programs_n = ceil_div(n, project.block_n), ceil_div(d, back.block_d)
     splits_d = splits_to_fill(programs_d, k_blocks, most_d, project, arch)

@@ -1,4 +1,4 @@
-"""One function an operation: check the arguments, choose the backend, launch."""
+"""One function per operation: check the arguments, choose the backend, launch."""
 
 from __future__ import annotations
 

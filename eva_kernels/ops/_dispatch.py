@@ -1,4 +1,4 @@
-"""Backend choice, the same for every operation: explicit obeys or raises, ``auto`` falls back."""
+"""Backend choice for all operations: an explicit one is used or raises, ``auto`` falls back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import EvaRuntimeError, EvaValueError
 
 BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("high", "fast")
-# What the tensor cores take, directly or as two bfloat16 planes.
+# Dtypes that the tensor cores take, directly or as two bfloat16 planes.
 TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_FEATURES, MOST_WIDTH = 16, 256
 _log = logging.getLogger("eva_kernels")
@@ -26,7 +26,7 @@ _reasons_logged: set[str] = set()
 
 @functools.cache
 def kernels(name: str) -> ModuleType:
-    """Return a module of kernels, which needs Triton, faster than an import statement does."""
+    """Return a module of kernels (which needs Triton), faster than an import statement would."""
     return importlib.import_module(f"eva_kernels.kernels.{name}")
 
 
@@ -57,7 +57,7 @@ def triton_unavailable(device: torch.device | str) -> str | None:
 
 
 def _unsuitable(x: Tensor, state: torch.dtype, width: int) -> str | None:
-    """Return why the kernels do not take these tensors, or ``None``."""
+    """Return why the kernels cannot take these tensors, or ``None``."""
     if x.dtype not in TOKEN_DTYPES or state != torch.float32:
         return f"tokens of {x.dtype} with sums of {state} are computed by PyTorch"
     if x.shape[1] < LEAST_FEATURES:
@@ -72,8 +72,8 @@ def choose_backend(op: str, backend: str, x: Tensor, state: torch.dtype, width: 
 
     Args:
         op: name for messages.
-        backend: one of ``BACKENDS``. ``"auto"`` never interprets kernels on a CPU: that is for
-            tests, and slow.
+        backend: one of ``BACKENDS``. ``"auto"`` never runs Triton's interpreter on a CPU, which is
+            slow and for tests only.
         x: tokens, (N, D).
         state: dtype of the sums.
         width: Q, 1 for ops without one.
@@ -112,7 +112,7 @@ def check_precision(precision: str) -> None:
 
 
 def check_tokens(op: str, x: Tensor, rows: Tensor | None) -> None:
-    """Raise EvaValueError unless x is floating and rows can choose from it."""
+    """Raise EvaValueError unless x is floating point and rows are valid indices for it."""
     if not x.is_floating_point():
         raise EvaValueError(f"{op}: x must be floating point, got {x.dtype}")
     if rows is None:
@@ -133,15 +133,15 @@ def check_sums(
     like: Tensor,
     **state: tuple[Tensor, tuple[int, ...]],
 ) -> None:
-    """Raise EvaValueError unless x is (N, features), floating, and rows and the state fit it.
+    """Raise EvaValueError unless x is (N, features), floating point, and rows and state fit it.
 
     Args:
         op: name for the message.
         x: tokens.
         rows: indices into ``x``.
         features: D.
-        like: gives the dtype of the computation; ``shift`` and ``square`` are float64.
-        state: every tensor of the state with the shape that it must have.
+        like: has the dtype of the computation; ``shift`` and ``square`` are float64.
+        state: every tensor of the state with its required shape.
     """
     if x.dim() != 2 or x.shape[1] != features:
         raise EvaValueError(f"{op}: x must be (N, {features}), got {tuple(x.shape)}")
@@ -163,17 +163,17 @@ def define_operator(
     run: Callable[..., Any],
     fake: Callable[..., Any] = lambda *given: None,
 ) -> Callable[..., Any]:
-    """Return an operator for what is called many times a step, or with many tensors.
+    """Return a lightweight operator, for calls that are frequent in a step or take many tensors.
 
-    A ``torch.library.custom_op`` spends 40 microseconds a call, and more on lists of tensors, on
+    A ``torch.library.custom_op`` spends 40 microseconds per call (more with lists of tensors) on
     gradients and version counters, which are not needed here. Fake tensors, compilers and profilers
     see this operator like any other.
 
     Args:
         name: within ``torch.ops.eva_kernels``.
-        schema: arguments and results, ``(Tensor x, Tensor(a!) out) -> ()``; ``!`` is written to.
+        schema: arguments and results, ``(Tensor x, Tensor(a!) out) -> ()``; ``!`` marks outputs.
         run: its implementation on every device.
-        fake: its implementation on fake tensors; by default, of an operator without results.
+        fake: its implementation on fake tensors; the default is for operators without results.
     """
     qualified = f"eva_kernels::{name}"
     torch.library.define(qualified, schema)
@@ -186,7 +186,7 @@ def define_operator(
 def is_observed(x: Tensor) -> bool:
     """Tell whether operators are traced, intercepted or profiled, or x is of a subclass."""
     return (
-        torch.compiler.is_compiling()  # first: a compiler cannot follow the rest
+        torch.compiler.is_compiling()  # first: a compiler cannot trace the rest
         or type(x) is not Tensor
         or torch._C._len_torch_dispatch_stack() > 0
         or _functions_are_observed()
@@ -196,19 +196,19 @@ def is_observed(x: Tensor) -> bool:
 
 
 def _functions_are_observed() -> bool:
-    # a default device is a mode, too, but acts on the making of tensors alone
+    # a default device is a mode, too, but only affects the creation of tensors
     count = torch._C._len_torch_function_stack()
     modes = map(torch._C._get_function_stack_at, range(count))
     return count > 0 and any(type(mode) is not DeviceContext for mode in modes)
 
 
 def with_contiguous_columns(x: Tensor) -> Tensor:
-    """Return rows whose features are neighbours in memory: x, or a copy of it."""
+    """Return x, or a copy whose features are contiguous in memory."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def check_contiguous(op: str, **state: Tensor) -> None:
-    """Raise EvaValueError if a tensor that a kernel writes to has gaps."""
+    """Raise EvaValueError if a tensor that a kernel writes to is not contiguous."""
     for name, tensor in state.items():
         if not tensor.is_contiguous():
             raise EvaValueError(f"{op}: {name} must be contiguous, strides are {tensor.stride()}")

@@ -30,10 +30,10 @@ def convergence(
 ) -> tuple[Tensor, Tensor]:
     """Compare the components of every layer with those of the step before, in one launch.
 
-    ``similarity_j = |<u_j, v_j>| / (|u_j| |v_j|)`` for row u_j before and row v_j now.
+    ``similarity_j = |<u_j, v_j>| / (|u_j| |v_j|)`` for previous row u_j and current row v_j.
 
     Args:
-        previous: one float32 matrix (K_i, D_i) a layer, rows are components, all on one device.
+        previous: one float32 matrix (K_i, D_i) per layer, rows are components, all on one device.
             Rows may have any stride; a matrix whose last dimension is not contiguous is copied.
         current: the same shapes, one step later.
         ranks: how many leading components of each layer must agree, ``0 <= R_i <= K_i``.
@@ -43,8 +43,8 @@ def convergence(
 
     Returns:
         ``similarity``, float32 (sum of K_i,): 0 where either row is zero, NaN where either holds
-        a NaN or an infinity. ``unconverged``, int32 (layers,): how many of the first R_i
-        components of each layer are not at least ``tau`` similar; NaN never is. Both on the
+        a NaN or an infinity. ``unconverged``, int32 (layers,): for how many of the first R_i
+        components of each layer ``similarity >= tau`` is false, as it is for NaN. Both are on the
         device of the matrices, without a synchronisation.
 
     Raises:
@@ -52,8 +52,8 @@ def convergence(
         EvaTypeError: a matrix is not a float32 tensor.
         EvaRuntimeError: ``backend="native"`` and the module for this device was not built.
 
-    Numerics: products are exact and accumulate in float64, so backends differ by the order of the
-        additions only; the same bits for the same input.
+    Numerics: products are exact and accumulate in float64, so backends differ only by the order of
+        the additions; bitwise reproducible.
     Cost: ``8 sum K_i D_i`` bytes read, ``6 sum K_i D_i`` flops.
     Reference: EVA (arXiv 2410.07170) section 3; PEFT's ``SVDHook`` in ``peft.tuners.lora.eva``.
     """
@@ -71,8 +71,8 @@ def convergence(
     return _compare(*given, backend == "auto")
 
 
-# Which module runs is decided inside of the operator: so a simulation with fake tensors sees one
-# call, as on a machine with the module.
+# The module is chosen inside the operator, so that a simulation with fake tensors sees one call, as
+# on a machine with the module.
 def _run(
     previous: list[Tensor],
     current: list[Tensor],
@@ -109,9 +109,9 @@ def _launch(
     ranks: Sequence[int],
     tau: float,
 ) -> tuple[Tensor, Tensor]:
-    """Describe the ragged batch as csrc/convergence.h wants it, and run it."""
+    """Build the table of the ragged batch for csrc/convergence.h, and run it."""
     device = current[0].device
-    # Held until the launch: the table has only the addresses of these.
+    # Kept alive until the launch: the table holds only their addresses.
     before = [with_contiguous_columns(matrix) for matrix in previous]
     now = [with_contiguous_columns(matrix) for matrix in current]
     entries, n_rows = np.empty((len(now), 8), np.int64), 0
@@ -143,16 +143,15 @@ def _run_table(
 def cosines(
     saved: Sequence[Tensor], bases: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Compare saved rows with those that now stand where they were taken from, in one launch.
+    """Compare saved rows with the rows now in their place, in one launch.
 
-    What :func:`convergence` does with "auto", for groups of layers of one shape whose saved rows
-    lie one after another: hundreds a step, of which little is looked at one by one.
+    Does what :func:`convergence` does with "auto", for groups of layers of one shape whose saved
+    rows are contiguous: a step has hundreds of layers, so few checks are made for each.
 
     Args:
-        saved: of each group, (sum of K_i, D), float32 and contiguous, as all matrices here.
-        bases: of each group, one or more, (Q, D) each; of dtype and shape, only those of the first
-            are checked.
-        kept: K_i of each layer of each group: so many leading rows of its basis are compared.
+        saved: one matrix per group, (sum of K_i, D), float32 and contiguous, as all matrices here.
+        bases: per group one or more of (Q, D); dtype and shape are checked for the first only.
+        kept: per group, K_i of each layer: how many leading rows of its basis are compared.
 
     Returns:
         |cos| of all rows, float32 (sum of all K_i,).

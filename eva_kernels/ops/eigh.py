@@ -16,7 +16,7 @@ from ._dispatch import log_fallback
 __all__ = ["BACKENDS", "MAX_WIDTH", "eigh", "lapack_eigh", "widest"]
 
 BACKENDS = ("auto", "native", "torch")
-# What a block of a GPU can hold in shared memory; wider matrices fill the device without batching.
+# Limit of a block's shared memory on a GPU; wider matrices fill the device without batching.
 MAX_WIDTH = 128
 
 
@@ -24,13 +24,13 @@ MAX_WIDTH = 128
 def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Decompose symmetric matrices, ``A = W diag(w) W^T``, in one launch on a GPU.
 
-    The plain twin is :func:`lapack_eigh`, guarded against NaN, since LAPACK raises on it.
+    The plain twin is :func:`lapack_eigh`, guarded against NaN, for which LAPACK raises.
 
     Args:
         matrices: float64 (L, Q, Q), any strides; the lower triangles are read, nothing else.
         backend: "native" (compiled C++ or CUDA Jacobi, Q at most 128), "torch", or "auto": on CUDA
             native where it was built and Q fits the device, otherwise torch, with the reason logged
-            once; on other devices torch, for LAPACK is faster than the C++ twin.
+            once; on other devices torch, since LAPACK is faster than the C++ twin.
 
     Returns:
         ``values`` (L, Q), ascending, and ``vectors`` (L, Q, Q), whose columns are orthonormal and
@@ -44,10 +44,10 @@ def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
             device has too little shared memory for Q.
 
     Numerics: float64, backward stable on every backend. The native one is a Jacobi method: small
-        eigenvalues of graded positive definite matrices ``D H D`` are accurate relative to
-        themselves where H is well conditioned, which those of torch are not. Its vectors have their
-        component of largest magnitude (the first of equals) positive; torch's signs are LAPACK's.
-        The same bits for the same input, backend and device.
+        eigenvalues of graded positive definite matrices ``D H D`` with a well conditioned H have
+        high relative accuracy, unlike those of torch. In each of its vectors the component of
+        largest magnitude (the first of equals) is positive; torch's signs are LAPACK's.
+        Bitwise reproducible for the same backend and device.
     Cost: native ``8 L Q^3`` flops a sweep, 4 to 10 sweeps; ``16 L Q^2`` bytes of memory.
     Reference: Golub and Van Loan, Matrix Computations, section 8.5; Demmel and Veselic 1992,
         Jacobi's method is more accurate than QR.
@@ -70,10 +70,10 @@ def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
 
 
 def lapack_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``torch.linalg.eigh``, also where that gives up: the lower triangles are read.
+    """As ``torch.linalg.eigh``, with a fallback where that fails; reads the lower triangles only.
 
-    The divide and conquer of MKL does not converge on some matrices most of whose rows are zero, as
-    of features that never vary: one in some hundred of more than a hundred rows.
+    MKL's divide and conquer fails to converge on some matrices with mostly zero rows, which come
+    from features that never vary: on about one in a hundred of those with more than a hundred rows.
 
     Raises:
         torch.linalg.LinAlgError: NumPy's does not converge either, or a matrix is not finite.
@@ -89,7 +89,7 @@ def lapack_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _numpy_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
-    # where NumPy has MKL, too, another scale helps
+    # if NumPy uses MKL, too, another scale helps
     lower = matrices.tril()
     scale = lower.abs().amax((-1, -2), keepdim=True).clamp_min(torch.finfo(lower.dtype).tiny)
     try:
@@ -100,8 +100,8 @@ def _numpy_eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     return values * scale[..., 0], vectors
 
 
-# Whether a GPU's module can be used is decided inside of the operator: so a simulation with fake
-# tensors sees one call, as on a machine with the module, without asking a driver.
+# Whether the GPU module is used is decided inside the operator, so that a simulation with fake
+# tensors sees one call, as on a machine with the module, and needs no driver.
 @torch.library.custom_op("eva_kernels::eigh", mutates_args=(), device_types="cpu")
 def _decompose(matrices: Tensor, may_fall_back: bool) -> tuple[Tensor, Tensor]:
     """Run native code; ``may_fall_back`` allows a CUDA tensor to be decomposed by torch."""
@@ -129,7 +129,7 @@ def _decompose_fake(matrices: Tensor, may_fall_back: bool) -> tuple[Tensor, Tens
 
 
 def _empty_results(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return memory for values and vectors; a vector is contiguous, as torch has it, too."""
+    """Return memory for values and vectors; each vector is contiguous, as in torch's result."""
     count, width = matrices.shape[:2]
     return matrices.new_empty((count, width)), matrices.new_empty((count, width, width)).mT
 
@@ -152,7 +152,7 @@ def widest(device_index: int) -> int:
 def _plain(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Decompose with LAPACK; NaN where a matrix is not finite."""
     count = matrices.shape[0]
-    # Operators rather than `~` and indexing: a simulated GPU without a driver has only these.
+    # No `~` and no indexing: a simulated GPU without a driver supports only operators like these.
     broken = matrices.tril().isfinite().flatten(1).all(1).logical_not()
     values, vectors = lapack_eigh(matrices.masked_fill(broken.view(count, 1, 1), 0.0))
     values.masked_fill_(broken.view(count, 1), torch.nan)

@@ -1,6 +1,6 @@
 """The passes of a fold over (Q, D), for all layer inputs of one shape at once: native code.
 
-Where there is none, ``streaming.batch`` does the same with PyTorch; the plain twins are in
+Without native code, ``streaming.batch`` does the same with PyTorch; the plain twins are in
 ``reference``.
 """
 
@@ -32,11 +32,11 @@ __all__ = [
     "runs_natively",
 ]
 
-# Two tiles of csrc/fold.h: what a block of any GPU holds in shared memory.
+# Two tiles of csrc/fold.h: the limit of a block's shared memory on any GPU.
 MAX_WIDTH = 128
 TILE = 64
 HEAD = 4  # numbers of a layer before its squares
-# Blocks that fill a GPU a few times over. Each leaves 64 KiB of partial sums.
+# Enough blocks to fill a GPU a few times over. Each writes 64 KiB of partial sums.
 BLOCKS = 768
 LEAST_COLUMNS = 256
 
@@ -44,7 +44,7 @@ LEAST_COLUMNS = 256
 def runs_natively(basis: Tensor) -> bool:
     """Tell whether there is native code for a basis (Q, D) on an accelerator.
 
-    On a simulated GPU there is: what a simulation is asked for is a machine with the module.
+    On a simulated GPU there always is: simulated is a machine with the module.
     """
     if basis.device.type != "cuda" or basis.dtype != torch.float32 or len(basis) > MAX_WIDTH:
         return False
@@ -53,15 +53,15 @@ def runs_natively(basis: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class FoldLayers:
-    """Layer inputs of one shape, as the passes of a fold want them; see :func:`fold_layers`.
+    """Layer inputs of one shape, prepared for the passes of a fold; see :func:`fold_layers`.
 
     Attributes:
         count, width, features: L, Q and D.
         kept: how many leading rows of each basis are saved.
         table: addresses, int64 (L, 7), see csrc/fold.h.
         memory: float32; the partial sums of :func:`fold_measure`, then the saved rows.
-        columns: features that a block of the kernel adds up.
-        held: what the table points to.
+        columns: features that a block of the kernel sums over.
+        held: the tensors that the table points to, kept alive.
     """
 
     count: int
@@ -92,9 +92,9 @@ def fold_layers(
     """Describe layer inputs of one shape for the passes of a fold, without touching them.
 
     Args:
-        bases: V, one (Q, D) a layer, float32 and contiguous, Q at most 128. But for being
-            contiguous, here and below only the tensors of the first layer are checked.
-        products: of the step about the mean before, the same.
+        bases: V, one (Q, D) per layer, float32 and contiguous, Q at most 128. Here and below, all
+            tensors are checked for contiguity, for the rest only those of the first layer.
+        products: of the step about the old mean, the same shape and dtype.
         shifts, squares: of the step, float64 (D,) and (); see :func:`reference.sketch`.
         means: before the step, float32 (D,).
         kept: how many leading rows of each basis :func:`fold_rows` saves.
@@ -118,18 +118,18 @@ def fold_layers(
 
 @torch.no_grad()
 def fold_prepare(layers: FoldLayers, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how the step moves the means; see :func:`reference.fold_prepare`.
+    """Return how the step changes the means; see :func:`reference.fold_prepare`.
 
     Args:
         layers: see :func:`fold_layers`.
-        numbers: float64 (L, 4 + Q): tokens of the step, their share among all, the most that the
-            rank can be, ``added^2 / count``, and the squares s^2.
+        numbers: float64 (L, 4 + Q): ``added``, the tokens of the step; ``added / count``; an upper
+            bound of the rank; ``added^2 / count``; and the squares s^2.
 
     Returns:
         ``delta`` float64 (L, D); the new means, float32 (L, D); ``scalars`` float64 (L, 3): sum of
-        squares of the step, what it adds to the total variance, norm of the new mean.
+        squares of the step, how much it increases the total variance, norm of the new mean.
 
-    Numerics: float64 in a fixed order; here as in all passes the same bits for the same input.
+    Numerics: float64 in a fixed order; like all passes, bitwise reproducible.
     """
     _check_tensor(
         "numbers", numbers, (layers.count, HEAD + layers.width), torch.float64, layers.table.device
@@ -141,13 +141,13 @@ def fold_prepare(layers: FoldLayers, numbers: Tensor) -> tuple[Tensor, Tensor, T
 def fold_measure(
     layers: FoldLayers, numbers: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how the image of each basis lies to the basis; see :func:`reference.fold_measure`.
+    """Return the products of each image with basis and itself; see :func:`reference.fold_measure`.
 
     Returns:
-        ``along`` (L, Q), ``core`` and ``metric`` (L, Q, Q), float64, symmetric to the bit.
+        ``along`` (L, Q), ``core`` and ``metric`` (L, Q, Q), float64, bitwise symmetric.
 
-    Numerics: float64 throughout, on products and bases as they are.
-    Cost: ``2 L Q^2 D`` flops; bases are read twice and products once, both once more where Q is
+    Numerics: float64 throughout, on products and bases as stored.
+    Cost: ``2 L Q^2 D`` flops; bases are read twice and products once, and both once more if Q is
         above 64.
     """
     _check_passes(layers, numbers, delta)
@@ -165,13 +165,13 @@ def fold_rows(
     told: Tensor,
     sound: Tensor,
 ) -> None:
-    """Put new bases and means in place of the old, after saving rows: :func:`reference.fold_rows`.
+    """Overwrite bases and means with the new ones, saving rows first: :func:`reference.fold_rows`.
 
     Args:
-        layers, numbers, delta, along, mean: of the passes before.
-        mixing, told: of :func:`.nystrom.nystrom`: ``mixing^T Y`` are the new rows, and those from
-            the rank on, with which ``told`` begins, stay. ``mixing`` may have any strides.
-        sound: () bool: where false nothing is written.
+        layers, numbers, delta, along, mean: from the preceding passes.
+        mixing, told: from :func:`.nystrom.nystrom`: ``mixing^T Y`` are the new rows; rows from the
+            rank on (the first number of ``told``) are not written. ``mixing`` may have any strides.
+        sound: () bool: if false, nothing is written.
 
     Numerics: formed in float64 and rounded once.
     Cost: ``2 L Q^2 D`` flops; bases and products are read once, bases written once.
@@ -188,7 +188,7 @@ def fold_rows(
 
 
 def columns_of_a_split(count: int, width: int, features: int) -> int:
-    """Return how many features a block of the kernel adds up, a multiple of 16."""
+    """Return how many features a block of the kernel sums over, a multiple of 16."""
     splits = max(1, min(-(-BLOCKS // (count * _pairs(width))), features // LEAST_COLUMNS))
     return -(-features // (16 * splits)) * 16
 
@@ -199,8 +199,8 @@ def _pairs(width: int) -> int:
 
 
 def _table(held: Sequence[Sequence[Tensor]], memory: Tensor, kept: Sequence[int]) -> Tensor:
-    """Describe the layers as csrc/fold.h wants it, on their device."""
-    if isinstance(memory, FakeTensor):  # which has no address
+    """Build the table of layers for csrc/fold.h, on their device."""
+    if isinstance(memory, FakeTensor):  # it has no address
         return memory.new_empty((len(kept), 7), dtype=torch.int64)
     entries = np.empty((len(kept), 7), np.int64)
     for column, tensors in zip((0, 1, 4, 5, 6), held, strict=True):
@@ -307,7 +307,7 @@ def check_layers(held: Sequence[Sequence[Tensor]], kept: Sequence[int]) -> None:
         _native.load(like.device.type)  # raises, and says why
     q, d = like.shape
     single, double = torch.float32, torch.float64
-    # Hundreds a step, all made alike: of each kind the first is looked at.
+    # A step has hundreds of layers, all alike: only the first tensor of each kind is checked.
     names = ("bases", "products", "shifts", "squares", "means")
     wanted = (((q, d), single), ((q, d), single), ((d,), double), ((), double), ((d,), single))
     for name, tensors, (shape, dtype) in zip(names, held, wanted, strict=True):

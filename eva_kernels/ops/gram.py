@@ -36,7 +36,7 @@ def gram(
 
     Args:
         x, pivot, scatter, shift, square, rows: as the reference; ``rows`` are not checked on an
-            accelerator. Tokens whose features are not neighbours in memory are copied.
+            accelerator. Tokens whose features are not contiguous in memory are copied.
         backend, precision: as :func:`sketch`.
 
     Raises:
@@ -44,7 +44,7 @@ def gram(
         EvaRuntimeError: an explicit backend that cannot run.
 
     Numerics: as :func:`sketch`. Triton computes the upper triangle of tiles and mirrors it.
-    Cost: ``2 N D^2`` flops; Triton does half of it, three times at ``"high"``.
+    Cost: ``2 N D^2`` flops; Triton does half of them, three times as many at ``"high"``.
     """
     check_precision(precision)
     d = pivot.shape[0]

@@ -20,7 +20,7 @@ SCRATCH = 3  # (Q, Q) matrices a layer, see csrc/nystrom.h
 def runs_natively(core: Tensor) -> bool:
     """Tell whether there is native code for matrices (L, Q, Q) on an accelerator.
 
-    On a simulated GPU there is: what a simulation is asked for is a machine with the module.
+    On a simulated GPU there always is: simulated is a machine with the module.
     """
     width, device = core.shape[-1], core.device
     if device.type != "cuda" or width > MAX_WIDTH:
@@ -39,15 +39,15 @@ def nystrom(
     The native twin of ``streaming.nystrom.nystrom``, which has the mathematics.
 
     Args:
-        core: ``B = Y V^T``, float64 (L, Q, Q); the lower triangles count.
+        core: ``B = Y V^T``, float64 (L, Q, Q); only lower triangles are read.
         metric: ``Y Y^T``, float64 (L, Q, Q), symmetric.
-        ceiling: the rank is at most this, float64 (L,).
-        loose: rows that miss orthonormal by more than this are uneven.
-        goal: "solve". Or "whiten": rows ``mixing^T Y`` with ``mixing^T B mixing = 1`` will do, a
-            thirtieth of the time unless B is singular. Or "orthogonalise": the rows are to keep the
-            span of the first j for every j, and B holds the overlaps of Y itself, of rows of any
-            lengths; those that depend on rows before are left out, and ``ceiling`` is not read.
-            With both, ``metric`` is not, and there are no squares.
+        ceiling: upper bound of the rank, float64 (L,).
+        loose: rows off orthonormal by more than this are uneven.
+        goal: "solve": all of it. "whiten": any rows ``mixing^T Y`` with ``mixing^T B mixing = 1``,
+            in a thirtieth of the time unless B is singular. "orthogonalise": B is the Gram matrix
+            of Y itself, of rows of any lengths; for every j the first j rows keep their span,
+            linearly dependent rows are dropped, and ``ceiling`` is not read. The last two do not
+            read ``metric`` and return no squares.
 
     Returns:
         ``mixing`` (L, Q, Q), ``mixing^T Y`` are the new rows; ``told`` (L, 2 + 2 Q): rank, uneven
@@ -57,10 +57,10 @@ def nystrom(
         EvaValueError, EvaTypeError: shapes, devices or dtypes do not fit, or Q is above 128.
         EvaRuntimeError: the module for this device was not built.
 
-    Numerics: float64. Whitens by a Cholesky factor where that cuts nothing off, by eigenvectors
-        where the core is singular. The same bits for the same input and device. A layer that is
-        not finite has rank 0 ("orthogonalise": that of its finite rows), and no other notices.
-    Cost: one eigen-decomposition and some 25 ``Q^3`` flops a layer; memory 4 (Q, Q) a layer.
+    Numerics: float64. Whitens by a Cholesky factor where that loses nothing, by eigenvectors
+        where the core is singular. Bitwise reproducible on the same device. A layer that is not
+        finite has rank 0 ("orthogonalise": that of its finite rows); the others are not affected.
+    Cost: one eigen-decomposition and some ``25 Q^3`` flops per layer; memory 4 (Q, Q) per layer.
     Reference: Tropp, Yurtsever, Udell and Cevher 2017, arXiv 1706.05736.
     """
     _check(core, metric, ceiling)

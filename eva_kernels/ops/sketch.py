@@ -43,21 +43,20 @@ def sketch(
 
     Args:
         x, basis, pivot, products, shift, square, rows: as the reference. ``rows`` are not checked
-            on an accelerator. Tokens whose features are not neighbours in memory are copied.
+            on an accelerator. Tokens whose features are not contiguous in memory are copied.
         backend: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on a GPU for bfloat16, float16
             and float32 tokens with D >= 16 and Q <= 256, else PyTorch, the reason logged once.
         precision: ``"high"`` keeps 16 bits of every factor in the tensor cores, ``"fast"`` the 8
-            of one bfloat16; plain PyTorch computes both in the dtype of the state, as it multiplies
-            that: with TensorFloat-32 where it is allowed to.
+            of one bfloat16; plain PyTorch computes both in the dtype of the state, with
+            TensorFloat-32 if the user has allowed it.
 
     Raises:
         EvaValueError: shapes, dtypes, devices or strides that do not fit.
         EvaRuntimeError: an explicit backend that cannot run.
 
     Numerics: Triton's error relative to the norm of the products is below 1e-5 (``"high"``) and
-        5e-3 (``"fast"``) with a pivot near the mean, however large outliers and mean are, and some
-        times that for a few tokens that the basis captures little of. The same bits for the same
-        input.
+        5e-3 (``"fast"``) with a pivot near the mean, however large outliers and mean are, and a few
+        times that for few tokens of which the basis captures little. Bitwise reproducible.
     Cost: ``4 N D Q`` flops, on tensor cores twice that for bfloat16 tokens at ``"high"``, three
         times for float16 and float32; X is read once from memory and once from the L2 cache.
     """
@@ -86,9 +85,9 @@ def sketch_unchecked(
     backend: str,
     high: bool,
 ) -> None:
-    """Do what :func:`sketch` does for a caller whose tensors are known to fit, without gradients.
+    """Do what :func:`sketch` does without checks or gradients, for tensors that are known to fit.
 
-    To check the tensors of every layer input in every step takes as long as to launch.
+    Checking the tensors of every layer input in every step would take as long as the launches.
 
     Args:
         x, rows: of the shapes, dtypes and device that :func:`sketch` asks for.
@@ -97,7 +96,7 @@ def sketch_unchecked(
         high: ``precision="high"``.
     """
     basis, pivot, products, shift, square = state
-    q = int(basis.shape[0])  # of a traced tensor, too
+    q = int(basis.shape[0])  # a plain int, even if the tensor is traced
     chosen = choose_backend("sketch", backend, x, basis.dtype, q)
     if (x if rows is None else rows).shape[0] == 0:
         return
@@ -119,11 +118,11 @@ def sketch_unchecked(
     if run is not None:
         if len(_known) >= MOST_KNOWN:
             _known.clear()
-        # with its sequence, which keeps the kernels
+        # together with its sequence, which keeps the kernels alive
         _known[_kind(x, rows, _kind_of_sums(state[0], backend, high))] = run, sequence
 
 
-# By the kind of tokens and sums: what launches on addresses, and the sequence that it launches.
+# By the kind of tokens and sums: a function that launches on addresses, and its sequence.
 _known: dict[tuple[Any, ...], tuple[Callable[[list[int], int], None], Any]] = {}
 MOST_KNOWN = 1024
 
@@ -140,9 +139,9 @@ def _kind(x: Tensor, rows: Tensor | None, sums: tuple[Any, ...]) -> tuple[Any, .
 
 
 class SketchInto:
-    """Sketches of one batch after another into the same sums, whose tensors are checked once.
+    """Sketches successive batches into the same sums, whose tensors are checked only once.
 
-    On a GPU the host spends more time on checking tensors than on a launch.
+    With a GPU, checking tensors takes the host longer than a launch.
 
     Args:
         state, backend, high: as for :func:`sketch_unchecked`.
@@ -152,19 +151,18 @@ class SketchInto:
 
     def __init__(self, state: tuple[Tensor, ...], backend: str, high: bool) -> None:
         self._state, self._sums = state, _kind_of_sums(state[0], backend, high)
-        self._spots: list[int] | None = None  # of tokens, rows and state; not of fake tensors
+        self._spots: list[int] | None = None  # addresses of tokens, rows and state, set by add
 
     def is_of(self, state: tuple[Tensor, ...]) -> bool:
-        """Tell whether these are the tensors that sums are added to."""
+        """Tell whether ``state`` holds the very tensors that this object adds to."""
         return all(map(operator.is_, state, self._state))
 
     def add(self, x: Tensor, rows: Tensor | None) -> bool:
-        """Add tokens as :func:`sketch_unchecked` does; or nothing, and return ``False``.
+        """Add tokens as :func:`sketch_unchecked` does; or do nothing and return ``False``.
 
-        The latter for shapes and alignments that were not sketched before, and where operators are
-        traced.
+        It does nothing for shapes and alignments not sketched before, or if operators are traced.
         """
-        # first, for shapes that are traced cannot be looked up
+        # first, since traced shapes cannot be dictionary keys
         known = None if is_observed(x) else _known.get(_kind(x, rows, self._sums))
         if known is None:
             return False

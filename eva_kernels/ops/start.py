@@ -18,7 +18,7 @@ __all__ = ["runs_natively", "start"]
 def runs_natively(basis: Tensor) -> bool:
     """Tell whether there is native code for a first basis (Q, D) on an accelerator.
 
-    It decomposes, too, for which a GPU may lack the shared memory that a fold does without.
+    Unlike the passes of a fold it includes a decomposition, which needs enough shared memory.
     """
     if not folds_natively(basis):
         return False
@@ -29,26 +29,26 @@ def runs_natively(basis: Tensor) -> bool:
 def start(
     basis: Tensor, products: Tensor, shift: Tensor, square: Tensor, mean: Tensor, tokens: int
 ) -> None:
-    """Put mean and rows of a first basis in place, and clear the sums of the tokens they are from.
+    """Write mean and rows of a first basis, and clear the token sums that they are computed from.
 
     The same as :func:`.fold.fold_prepare` to :func:`.fold.fold_rows` with the mixing of
-    ``nystrom(..., goal="whiten")``, and once more with that of ``goal="orthogonalise"``, each of
-    which takes Python longer than the device. See ``streaming.fold.first_basis``.
+    ``nystrom(..., goal="whiten")``, then again with that of ``goal="orthogonalise"``; called from
+    Python, each step takes longer than on the device. See ``streaming.fold.first_basis``.
 
     Args:
-        basis: V, random, float32 (Q, D), Q at most 128; contiguous, as all.
+        basis: V, random, float32 (Q, D), Q at most 128; contiguous, like all arguments.
         products: of V and the tokens about the mean, float32 (Q, D); see :func:`reference.sketch`.
         shift, square: of the tokens, float64 (D,) and ().
-        mean: before, float32 (D,).
-        tokens: in the sums, at least 1.
+        mean: that the sums are about, float32 (D,).
+        tokens: number of tokens in the sums, at least 1.
 
     Raises:
         EvaValueError, EvaTypeError: shapes, devices or dtypes do not fit.
         EvaRuntimeError: the module for this device was not built.
-        RuntimeError: Q is more than a GPU has shared memory for; see :func:`runs_natively`.
+        RuntimeError: Q is too large for the GPU's shared memory; see :func:`runs_natively`.
 
-    Numerics: those of the passes of a fold. Rows beyond the rank stay random.
-    Cost: ``8 Q^2 D`` flops; some 1 MB of memory for a while.
+    Numerics: those of the passes of a fold. Rows beyond the rank keep their random values.
+    Cost: ``8 Q^2 D`` flops; some 1 MB of temporary memory.
     """
     check_layers([[basis], [products], [shift], [square], [mean]], [0])
     _start(basis, products, shift, square, mean, tokens)

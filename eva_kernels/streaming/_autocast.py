@@ -1,4 +1,4 @@
-"""Keep the engine's arithmetic as it is written."""
+"""Keep autocast and tensor subclasses out of the engine's arithmetic."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _DEVICES = {"cpu", "cuda", "xpu", "mps"}
 
 
 def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function compute in the dtypes of its tensors, whatever autocast is on around it."""
+    """Make a function compute in the dtypes of its tensors, even under the caller's autocast."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch._C._is_any_autocast_enabled():
             return function(*args, **kwargs)
-        # The kind that this torch was built for, maybe by a plug-in. Whether one is present is slow
-        # to find out, and does not matter here.
+        # The accelerator type of this torch build or of a plug-in. Checking that a device is
+        # present would be slow, and does not matter here.
         built_for = torch.accelerator.current_accelerator()
         own = set() if built_for is None else {built_for.type}
         casting = [kind for kind in _DEVICES | own if torch.is_autocast_enabled(kind)]
@@ -37,7 +37,7 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def plain(x: Tensor) -> Tensor:
-    """Return a tensor without its subclass, which results of operators would be of, too.
+    """Return a tensor without its subclass, which results of operators would inherit.
 
     Subclasses with ``__torch_dispatch__``, such as distributed tensors, stay what they are.
     """

@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def _gaussian(rows: int, features: int, seed: int) -> Tensor:
-    # The CPU generator, so that every device and every process starts from the same numbers.
+    # By the CPU generator, so that all devices and processes start from the same numbers.
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, features, generator=generator, dtype=torch.float64, device="cpu")
 
 
-@functools.lru_cache(maxsize=4)  # layers of one shape begin with the same basis
+@functools.lru_cache(maxsize=4)  # layers of one shape start with the same basis
 def random_basis(rows: int, features: int, seed: int) -> Tensor:
     """Return ``rows`` orthonormal rows, float64 (rows, features), rows <= features.
 
@@ -24,23 +24,23 @@ def random_basis(rows: int, features: int, seed: int) -> Tensor:
 
 
 def orthonormalise(rows: Tensor) -> Tensor:
-    """Return rows (r, D) that are nearly orthonormal as orthonormal ones of the same spans.
+    """Orthonormalise rows (r, D) that are nearly orthonormal.
 
-    The first j rows keep their span, for every j (a QR by the Cholesky factor of the overlaps).
-    A row that is rounding and nothing else becomes one of unit length all the same.
+    The first j rows keep their span, for every j (a QR by the Cholesky factor of the Gram matrix).
+    A row that is only rounding error is still normalised to unit length.
     """
     lower, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
-    # Where the core is all but singular, rounding can pass for an eigenvalue, whose row is then far
-    # from unit length: its factor would be rounding, too.
+    # If the core is nearly singular, rounding noise can pass for an eigenvalue. Its row is then far
+    # from unit length, and its Cholesky factor would be noise, too.
     if failed or (lower.diagonal() < 0.5).any():
         return torch.linalg.qr(rows.mT).Q.mT
     return torch.linalg.solve_triangular(lower, rows, upper=False)
 
 
 def correction(error: Tensor) -> Tensor:
-    """Return C such that ``(1 - C) V`` is orthonormal but for the square of the error of V.
+    """Return C such that ``(1 - C) V`` is orthonormal up to the square of the error of V.
 
-    The first-order Cholesky factor: triangular, so that the first j rows keep their span.
+    It is the first-order Cholesky factor: triangular, so that the first j rows keep their span.
 
     Args:
         error: ``V V^T - 1``, (..., Q, Q).
@@ -54,7 +54,7 @@ def repair(rows: Tensor, rank: int) -> Tensor:
 
 
 def complete_basis(basis: Tensor, rank: int) -> Tensor:
-    """Replace the rows from ``rank`` on by seeded directions orthogonal to the rows before.
+    """Replace the rows from ``rank`` on by seeded random directions orthogonal to all others.
 
     Args:
         basis: float64 (Q, D); the first ``rank`` rows are orthonormal.
@@ -65,7 +65,7 @@ def complete_basis(basis: Tensor, rank: int) -> Tensor:
     """
     kept = basis[:rank]
     fresh = _gaussian(basis.shape[0] - rank, basis.shape[1], 0).to(basis.device)
-    for _ in range(2):  # twice is enough to remove what rounding left of the first pass
+    for _ in range(2):  # the second pass removes the rounding error of the first
         fresh = fresh - (fresh @ kept.mT) @ kept
         fresh = torch.linalg.qr(fresh.mT).Q.mT
     return torch.cat([kept, fresh])

@@ -1,10 +1,10 @@
-"""The host and the device: the only place where a step waits for the device.
+"""Device-to-host reads: the only place where a step waits for the device.
 
-A device works through a queue. Whoever asks for a number that is still being computed
-(``.item()``, ``bool(tensor)``, a boolean index) stops until the queue is empty, and the queue then
-stays empty until the host has filled it again. So a step collects all numbers that the host decides
-on and reads them once. What the host keeps of a stream are plain numbers and NumPy arrays, on
-which no later decision can cost a read.
+A device works through a queue. Reading a number that is still being computed (``.item()``,
+``bool(tensor)``, a boolean index) blocks the host until the queue is empty, and the device is then
+idle until the host has refilled it. So a step collects all numbers that host decisions depend on
+and reads them once. The host keeps the state of a stream that it decides on as plain numbers and
+NumPy arrays, so that no later decision needs a read.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _NOTHING: Array = np.empty(0)
 
 
 def reads_are_free(device: torch.device) -> bool:
-    """Tell whether the host can look at a tensor without waiting for a queue."""
+    """Tell whether the host can read a tensor without waiting for a queue."""
     return device.type == "cpu"
 
 
 def home_of(device: torch.device) -> torch.device:
-    """Return where the state of a stream is kept whose tokens are on a device.
+    """Return the device for the state of a stream whose tokens are on ``device``.
 
-    That is the device itself, or the CPU where it does not compute in float64 all that a fold does,
-    as Apple's GPUs and some of Intel's.
+    That is the device itself, or the CPU if the device lacks float64 support for the operations of
+    a fold, such as Apple's GPUs and some of Intel's.
     """
     return device if _is_wide(device) else torch.device("cpu")
 
@@ -46,21 +46,21 @@ def _is_wide(device: torch.device) -> bool:
         matrix = torch.full((1, 1), 1 + 2.0**-40, dtype=torch.float64, device=device)
         lower, _ = torch.linalg.cholesky_ex(torch.linalg.eigh(matrix).eigenvectors.square())
         square = matrix @ torch.linalg.solve_triangular(lower, matrix, upper=False)
-        # not so where float64 is another name of float32
+        # false on devices where float64 is an alias of float32
         return square.item() == (1 + 2.0**-40) ** 2
     except (TypeError, RuntimeError):
         return False
 
 
 def read(tensors: Sequence[Tensor]) -> list[Array]:
-    """Bring tensors to the host, with one copy a device.
+    """Bring tensors to the host, with one copy per device.
 
     Args:
         tensors: of any shapes, devices and dtypes whose values float64 can hold; no gradient.
 
     Returns:
-        Arrays of the same shapes, float64; those from the CPU in their own dtype, and sharing
-        memory with the tensors. They are for reading only.
+        Arrays of the same shapes, float64; those of CPU tensors have the tensor's dtype and share
+        its memory. They must not be written to.
     """
     by_device: dict[torch.device, list[int]] = defaultdict(list)
     arrays: list[Array] = []
@@ -80,13 +80,13 @@ def read(tensors: Sequence[Tensor]) -> list[Array]:
 
 
 def as_array(values: Tensor | Array) -> Array:
-    """Return values as float64 on the host; an array as it is, of a tensor a copy or a view."""
+    """Return values as float64 on the host: an array unchanged, a tensor as a copy or view."""
     return values.detach().double().cpu().numpy() if isinstance(values, Tensor) else values
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Return a CPU tensor on a device, without waiting for it; on the CPU, the tensor itself."""
+    """Copy a CPU tensor to a device without a synchronisation; for the CPU, return it itself."""
     if device.type == "cpu":
         return host
-    # Only from pinned memory does a copy not wait for the queue.
+    # Only a copy from pinned memory is asynchronous.
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

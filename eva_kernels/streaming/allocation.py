@@ -24,12 +24,12 @@ def allocate_ranks(
     """Pool the explained-variance ratios of all layers and spend the budget on the largest.
 
     Args:
-        ratios: one vector a layer, descending, or all as rows of an array; entries that are 0 or
-            NaN are not components and never win budget. Equal ratios are ranked by layer order.
+        ratios: one vector per layer, descending, or all as rows of an array; entries that are 0 or
+            NaN are not components and get no budget. Equal ratios are ranked by layer order.
         budget: sum of the ranks, or of the costs of the ranks if ``costs`` is given.
-        costs: price of one rank of each layer (for example its parameters); then the order is by
-            ratio per price, and a component that no longer fits is passed over.
-        min_rank: every layer keeps at least this many of its components; one number, or one a
+        costs: cost of one rank of each layer (for example its parameters); then the order is by
+            ratio per cost, and a component that no longer fits is skipped.
+        min_rank: every layer keeps at least this many of its components; one number, or one per
             layer.
 
     Returns:
@@ -75,11 +75,11 @@ def _table(ratios: Sequence[Tensor | Array] | Array) -> Array:
         ratios = np.zeros((len(parts), max(map(len, parts), default=0)))
         for row, part in zip(ratios, parts, strict=True):
             row[: len(part)] = part
-    return np.where(ratios > 0, ratios, 0.0)  # NaN is not
+    return np.where(ratios > 0, ratios, 0.0)  # false for NaN
 
 
 def _largest(values: Array, count: int) -> np.ndarray[Any, Any]:
-    """Return where the largest values are, of equal ones the first; no order, so no sort."""
+    """Return the indices of the largest values, unordered; of equal ones the first are taken."""
     if count >= len(values):
         return np.arange(len(values))
     if count == 0:

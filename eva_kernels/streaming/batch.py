@@ -2,13 +2,13 @@
 
 A fold is three passes. ``measure``, over (Q, D): the image Y and its products with the basis and
 with itself. ``decompose``, over (Q, Q), for all layers at once whatever their D. ``rows``, over
-(Q, D) again: the new basis. Where all layers fit one chunk, Y is kept from the first pass to the
-last; otherwise it is built twice, which costs less than the memory to keep it.
+(Q, D) again: the new basis. If all layers fit in one chunk, Y is kept from the first pass to the
+last; otherwise it is computed twice, which costs less than the memory to keep it.
 
-On a GPU native code does both passes of a sketch without ever storing Y, and there are no chunks,
+On a GPU native code does both (Q, D) passes of a sketch without ever storing Y, and without chunks,
 see ``native_batch.py``.
 
-Nothing here asks the device for a number, except for a repair where reads are free.
+Nothing here reads from the device, except for a repair where reads are free.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ __all__ = [
     "stacked",
 ]
 
-# Layers go through a pass in chunks whose float64 basis stays below this many bytes. On a CPU the
-# cache should hold a chunk. On a GPU a pass holds three such arrays at its worst, so this bounds
+# Layers go through a pass in chunks whose float64 bases together stay below this many bytes. On a
+# CPU a chunk should fit the cache. On a GPU a pass holds at most three such arrays, so this bounds
 # the memory of a fold to about 100 MB; half of it would still be 8 layers of 4096 x 64, enough to
-# fill the device, but twice the launches (some 20 a chunk).
+# fill the device, but twice the launches (some 20 per chunk).
 CHUNK_BYTES = 1 << 20
 CHUNK_BYTES_ACCELERATOR = 32 << 20
 
 
 def chunk_bytes(free: bool) -> int:
-    """Return how many bytes of float64 basis go through a pass together, if reads are free."""
+    """Return the most bytes of float64 bases in a chunk; ``free``: whether reads are free."""
     return CHUNK_BYTES if free else CHUNK_BYTES_ACCELERATOR
 
 
 class Numbers(NamedTuple):
-    """What the host reads of a batch, by layer: see :class:`Batch` and :class:`Nystrom`."""
+    """The numbers that the host reads for each layer, see :class:`Batch` and :class:`Nystrom`."""
 
     check: Array
     gain: Array
@@ -66,7 +66,7 @@ class Numbers(NamedTuple):
 
     @classmethod
     def of(cls, scalars: Array, told: Array) -> Numbers:
-        """Take :attr:`Batch.scalars` and :attr:`Nystrom.told` apart."""
+        """Split :attr:`Batch.scalars` and :attr:`Nystrom.told` into named columns."""
         width = told.shape[1] // 2 - 1
         check, gain, norm = scalars.T
         squares, captured = told[:, 2 : 2 + width], told[:, 2 + width :]
@@ -74,13 +74,13 @@ class Numbers(NamedTuple):
 
     @property
     def sound(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Whether all numbers of a layer are finite, (L,), by which the device decides, too."""
+        """Whether all numbers of a layer are finite, (L,); the device decides by the same test."""
         scalars = self.check + self.gain + self.mean_norm
         return np.isfinite(scalars + self.squares.sum(1) + self.captured.sum(1))
 
 
 class Batch:
-    """What the two kinds of layer inputs have in common.
+    """The common part of sketched and exactly tracked layer inputs.
 
     Args:
         sketches: of equal (Q, D), dtype and device.
@@ -88,12 +88,12 @@ class Batch:
 
     Attributes:
         numbers: of sketches, see :func:`head_of`.
-        mean: the new ones, (L, D), dtype of the basis.
-        scalars: float64 (L, 3): a number that is not finite where the sums of a layer are of no
-            use, what the step adds to ``total``, and the norm of the new mean.
-        ceiling: float64 (L,), the most that the rank can be.
-        starts: tokens after the fold, and ``total`` before it, of each layer.
-        found: set by :func:`decompose`.
+        mean: the new means, (L, D), dtype of the basis.
+        scalars: float64 (L, 3): a number that is not finite if the sums of a layer are unusable,
+            how much the step increases ``total``, and the norm of the new mean.
+        ceiling: float64 (L,), upper bound of the rank.
+        starts: per layer, tokens after the fold and ``total`` before it.
+        found: result of :func:`decompose`.
     """
 
     numbers: Tensor
@@ -122,7 +122,7 @@ class Batch:
         Args:
             chunk: which layers.
             basis: their bases, (l, Q, D), in their own dtype.
-            wide: the same in float64, at the first call for a chunk.
+            wide: the same in float64; given at the first call for a chunk.
         """
         raise NotImplementedError
 
@@ -131,7 +131,7 @@ class Batch:
         cores, metrics = zip(*map(self._measure, self.chunks), strict=True)
         return joined(cores), joined(metrics)
 
-    # A chunk has a function of its own, so that nothing of it outlives it.
+    # A separate function per chunk, so that its temporaries are freed.
     def _measure(self, chunk: slice) -> tuple[Tensor, Tensor]:
         basis = stacked([s.basis for s in self.sketches[chunk]])
         wide = basis.double()
@@ -141,16 +141,16 @@ class Batch:
         return image @ wide.mT, image @ image.mT
 
     def renew(self, sound: Tensor, kept: Sequence[int]) -> Tensor:
-        """Put new rows and means in place of the old, if ``sound``, a () bool.
+        """Overwrite rows and means with the new ones, if ``sound``, a () bool.
 
-        Rows from the rank on stay as they are.
+        Rows from the rank on are not written.
 
         Args:
             sound: whether the sums of all layers are finite.
-            kept: how many leading rows before to return, by layer.
+            kept: per layer, how many leading old rows to return.
 
         Returns:
-            Copies of the rows before, (sum of kept, D).
+            Copies of the old rows, (sum of kept, D).
         """
         before = self.sketches[0].basis.new_empty(sum(kept), self.mean.shape[1])
         for chunk in self.chunks:
@@ -187,8 +187,8 @@ class Batch:
         """Return the new states, each with the variance captured by its old basis, (Q,).
 
         Args:
-            numbers: as read.
-            bases, means: where the new ones are.
+            numbers: as read by the host.
+            bases, means: the new ones.
         """
         values, found = np.sqrt(numbers.squares), []
         scalars = numbers.gain.tolist(), numbers.rank.tolist(), numbers.mean_norm.tolist()
@@ -205,8 +205,8 @@ def head_of(
     """Return what the host knows of sketches before a fold.
 
     Returns:
-        On their device, float64 (L, 4 + Q): tokens of the step, their share among all, the most
-        that the rank can be, ``added^2 / count``, and the squares; and :attr:`Batch.starts`.
+        On their device, float64 (L, 4 + Q): ``added``, the tokens of the step; ``added / count``;
+        an upper bound of the rank; ``added^2 / count``; the squares s^2. And :attr:`Batch.starts`.
     """
     basis = states[0].basis
     host, starts = np.empty((len(states), HEAD + len(basis))), []
@@ -222,7 +222,7 @@ class SketchBatch(Batch):
     """Sketched layer inputs.
 
     Args:
-        states: what the sums are to be folded into; unchanged.
+        states: that the sums are folded into; not modified.
         sums: about each state's mean; every count at least 1.
     """
 
@@ -248,7 +248,7 @@ class SketchBatch(Batch):
         delta, squares = self._delta[chunk], self._squares[chunk]
         if wide is not None:
             torch.mul(wide @ delta.mT, self._weight[chunk], out=self._along[chunk])
-        if self.free and wide is not None:  # faster on a CPU, same bits
+        if self.free and wide is not None:  # faster on a CPU, bitwise the same
             image = products.to(torch.float64, copy=True).addcmul_(wide, squares)
         else:  # promoted to float64 on the way, in one kernel
             image = torch.addcmul(products, basis, squares)
@@ -293,7 +293,7 @@ class GramBatch(Batch):
 
 
 def decompose(batches: Sequence[Batch]) -> None:
-    """Do the (Q, Q) part of all layers of equal Q at once, whatever their D; sets ``found``."""
+    """Do the (Q, Q) part for all layers of equal Q at once, whatever their D; sets ``found``."""
     groups: dict[tuple[object, ...], list[Batch]] = defaultdict(list)
     for batch in batches:
         groups[batch.device, batch.width, batch.dtype].append(batch)
@@ -308,10 +308,10 @@ def decompose(batches: Sequence[Batch]) -> None:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack; of one tensor a view."""
+    """Stack tensors; a single one is returned as a view."""
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate; one tensor as it is."""
+    """Concatenate tensors; a single one is returned as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -1,4 +1,4 @@
-"""A stream as numbers and plain tensors, and back, bit for bit."""
+"""Convert a stream to numbers and plain tensors, and back, bit for bit."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def restore_stream(
     """Put what :func:`export_stream` returned into an empty stream of the same sizes.
 
     Args:
-        stream: new; its device and its options, but for the method, may be others.
+        stream: a new one; its device and options, except the method, may differ.
         record, tensors: as exported; the tensors are copied.
 
     Raises:
-        EvaValueError: a stream of other sizes, another dtype or method, or a part is missing.
+        EvaValueError: sizes, dtype or method differ, or a part is missing.
     """
     differing = [
         f"{name} {record.get(name)!r} instead of {value!r}"
@@ -84,7 +84,7 @@ def _restore_state(stream: InputStream, tensors: Mapping[str, Tensor]) -> None:
     if stream.options.method == "gram":
         sums = _sums_of(stream, tensors)
         pivot = _copy(tensors["pivot"], stream.device)
-        # One object in both places: the sums of a Gram stream are accumulated in place.
+        # The same object in both places: the sums of a Gram stream are accumulated in place.
         stream.state, stream.sums = GramState(sums, pivot, sketch), sums
     elif "sums.products" in tensors:
         stream.state, stream.sums = sketch, _sums_of(stream, tensors)

@@ -1,4 +1,4 @@
-"""The convergence of all layer inputs at once, after a fold."""
+"""The convergence test of all layer inputs at once, after a fold."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def compare_streams(
 ) -> None:
     """Compare the leading components of folded streams with those before the fold.
 
-    Sets ``similarity`` (smallest over the first R components; ``None`` before the second fold)
-    and ``converged`` of every stream, raises ``settled`` (how many leading components have been
-    similar enough together), and drops the old basis.
+    Of every stream, sets ``similarity`` (smallest over the first R components; ``None`` before the
+    second fold) and ``converged``, increases ``settled`` (the most leading components that were all
+    similar enough at one fold), and drops the old basis.
 
     Args:
         folded: what :func:`fold_streams` returned.
         ranks: R, how many components of each stream are needed.
         tau: threshold; NaN never passes.
-        criterion: ``"cosine"`` compares vector with vector (the paper's rule, without the sign),
-            ``"subspace"`` the spans: the smallest cosine of their principal angles.
+        criterion: ``"cosine"`` compares component with component (the paper's rule, without the
+            sign), ``"subspace"`` their spans: the smallest cosine of the principal angles.
 
     Raises:
         EvaValueError: ``tau`` is not between 0 and 1.
-    Cost: on an accelerator ``"cosine"`` asks for nothing, for the fold has read the cosines;
+    Cost: on an accelerator ``"cosine"`` needs no read, since the fold has read the cosines;
         ``"subspace"`` reads once.
     """
     if not 0.0 <= tau <= 1.0:  # NaN, too
@@ -69,12 +69,12 @@ def compare_streams(
 
 
 def leading_similar(cosines: Tensor, tau: float) -> int:
-    """Return how many leading components are at least ``tau`` similar; NaN is not."""
+    """Return how many leading components are at least ``tau`` similar; NaN does not count."""
     return int(_similar(_least_of_leading(cosines.float().numpy()), tau))
 
 
 def _judge(group: Sequence[tuple[InputStream, int]], tau: float) -> None:
-    """Compare the cosines of streams of equal K, which the fold has read, with ``tau``."""
+    """Compare the cosines that the fold has read, of streams of equal K, with ``tau``."""
     turned = np.stack([s.turned for s, _ in group if s.turned is not None]).astype(np.float32)
     least = _least_of_leading(turned)
     similar = _similar(least, tau).tolist()
@@ -89,12 +89,12 @@ def _judge(group: Sequence[tuple[InputStream, int]], tau: float) -> None:
 
 
 def _least_of_leading(cosines: Singles) -> Singles:
-    """Return the smallest of the first 1, 2, ... along the last axis; after a NaN all are NaN."""
+    """Return the running minimum along the last axis; NaN from the first NaN on."""
     return np.minimum.accumulate(cosines, axis=-1)
 
 
 def _similar(least: Singles, tau: float) -> np.ndarray[Any, Any]:
-    # In single precision, as the cosines are: one that was rounded to tau passes.
+    # In single precision, like the cosines: one that was rounded to tau passes.
     return (least >= np.float32(tau)).sum(-1)
 
 
@@ -121,8 +121,8 @@ def _principal_cosines(streams: Sequence[InputStream], ranks: Sequence[int]) -> 
             dtype=torch.float64,
             device="cpu",
         )
-    # One launch for all: the singular values squared, each block filled up with ones, which are
-    # the largest that a cosine can be.
+    # The squared singular values of all in one launch; blocks are padded with ones, the largest
+    # possible cosine.
     width = max(1, *ranks)
     blocks = torch.eye(width, dtype=torch.float64, device=streams[0].device)
     blocks = blocks.repeat(len(streams), 1, 1)

@@ -1,7 +1,6 @@
-"""The fold as a function: the sums of a step into states, without touching either.
+"""The fold as a pure function of states and the sums of a step.
 
-The steps of a stream take the same way in place, see ``step.py``. The derivation is in this
-folder's README.
+Streams do the same in place, see ``step.py``. The derivation is in this folder's README.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ def fold(
     """Fold one step into the states of layer inputs of equal shape.
 
     Args:
-        states: one a layer input, all of the same (Q, D), dtype and device; unchanged.
+        states: one per layer input, all of the same (Q, D), dtype and device; not modified.
         sums: the sums about each state's mean; every count at least 1.
 
     Returns:
         New states in the same order, each with the variance of the updated C along each row of the
-        basis *before* the fold, (Q,): against ``s^2`` after it this tells how much the step has
-        still gained.
+        basis *before* the fold, (Q,): compared with ``s^2`` after the fold, it tells how much the
+        step has gained.
 
     Numerics: float64 throughout; the basis is rounded to its own dtype at the end. Orthonormal to
         rounding, whatever the rank of the data; never divides by zero.
@@ -68,12 +67,12 @@ def fold_gram(state: GramState) -> tuple[GramState, Array]:
 
 
 def lost_shares(squares: Array, captured: Array, components: Sequence[int]) -> list[float]:
-    """Return what share of the variance that layer inputs capture now they did not before a fold.
+    """Return the fraction of the variance captured after a fold that was not captured before.
 
     Args:
         squares: s^2 after the fold, (L, Q).
         captured: variance along each row of the basis before it, (L, Q).
-        components: K of each; the leading K rows are meant, before and after.
+        components: K of each; only the leading K rows count, before and after.
     """
     at = np.arange(len(components)), np.array(components) - 1
     now, before = squares.cumsum(1)[at], captured.cumsum(1)[at]
@@ -85,11 +84,11 @@ def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:
     decompose([batch])
     bases: list[Tensor] = []
     for chunk in batch.chunks:
-        # Each in memory of its own: where it begins decides by which way BLAS multiplies by it, and
-        # so the bits, which a stream that was restored is to have, too.
+        # Each in memory of its own: BLAS chooses its code path, and so the bits of a product, by
+        # the alignment, and a restored stream must give the same bits.
         bases += [rows.to(batch.dtype, copy=True) for rows in batch.rows(chunk)[1]]
     numbers = Numbers.of(*_host.read([batch.scalars, batch.found.told]))
-    if not batch.free:  # where they are, this was done before rounding
+    if not batch.free:  # where reads are free, this was done before rounding
         for i in numbers.uneven.nonzero()[0].tolist():
             bases[i] = repair(bases[i].double(), int(numbers.rank[i])).to(batch.dtype)
     return batch.results(numbers, bases, batch.mean.unbind(0))
@@ -98,7 +97,7 @@ def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:
 def sketch_batch(
     states: Sequence[SketchState], sums: Sequence[StepSums], kept: Sequence[int]
 ) -> Batch:
-    """Return layer inputs of one shape as a batch, of native code where there is some.
+    """Return layer inputs of one shape as a batch, a native one if there is native code.
 
     Args:
         states, sums: see :class:`SketchBatch`.
@@ -114,11 +113,11 @@ def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
 
     The sums are cleared. Where a read is not free, basis and mean are written in place.
 
-    What matters of a first basis is its span. So where a read is not free, and every layer input
-    goes through here by itself, its rows are those of the image, whitened twice: by their products
-    with the random basis, which leaves rows of C^(1/2), and then by their own, which makes them
-    orthonormal. That takes no decision of the host and, in native code, no eigenvectors. Random
-    rows take the place of those beyond the rank.
+    Only the span of a first basis matters. So where a read is not free, and every layer input
+    comes here separately, its rows are those of the image, whitened twice: by their products with
+    the random basis, which gives rows of C^(1/2), then by their own Gram matrix, which makes them
+    orthonormal. That needs no host decision and, in native code, no eigenvectors. Rows beyond the
+    rank are random.
     """
     if _host.reads_are_free(blank.basis.device):
         warm = fold([blank], [sums])[0][0]
@@ -132,7 +131,7 @@ def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
     batch = SketchBatch([blank], [sums])
     batch.found = whitening(batch.measure()[0], batch.ceiling)
     batch.renew(sound, [0])
-    # One token at the mean, on a C that is V^T V: the image is the basis itself.
+    # A fold of one token at the mean, with C = V^T V: the image is the basis itself.
     clear_sums([sums])
     sums.count = 1
     unit = replace(blank, values=np.ones_like(blank.values))

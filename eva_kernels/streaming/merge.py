@@ -34,7 +34,7 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
     host, distance, norm_ = read([values[:width], delta.square().sum(), norm])
     squares = host**2
     rank = int((squares > NOISE * squares[0]).sum())
-    basis = vectors[:width].contiguous()  # LAPACK's are by columns
+    basis = vectors[:width].contiguous()  # LAPACK's result is column-major
     if rank < width:
         basis = complete_basis(basis, rank)
         squares = np.where(np.arange(width) < rank, squares, 0.0)

@@ -1,4 +1,4 @@
-"""Sketched layer inputs of one shape on their way through a fold of native code."""
+"""Sketched layer inputs of one shape on their way through a fold by native code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NativeSketchBatch(Batch):
     """As :class:`.batch.SketchBatch`, in five or six launches whatever the number of layers.
 
     Args:
-        states: what the sums are to be folded into.
+        states: that the sums are folded into.
         sums: about each state's mean; every count at least 1.
         kept: how many leading rows of each basis :meth:`renew` will be asked to return.
     """

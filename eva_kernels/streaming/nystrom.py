@@ -1,6 +1,6 @@
 """The (Q, Q) algebra of a fold: from the image of a basis to the leading eigenpairs.
 
-See "Fold" in this folder's README. Shapes have a leading batch axis L; all is float64.
+See "Fold" in this folder's README. Shapes have a leading batch axis L; everything is float64.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ __all__ = [
     "whitening",
 ]
 
-# Squares below this share of the largest are rounding noise (singular values below 1e-6 of it).
+# Squares below this fraction of the largest are rounding noise (singular values below 1e-6 of it).
 NOISE = 1e-12
 # Directions of the scaled (Q, Q) matrix below this eigenvalue carry no information about C.
 CUT = 1e-6
-# Eigenvalues below this share of the largest leave rows that need a second orthogonalisation: they
-# miss it by up to ten to a hundred eps over that share, which is to be below what follows.
+# Rows of eigenvalues below this fraction of the largest need a second orthogonalisation: they miss
+# orthogonality by up to 10 to 100 eps over that fraction, which must stay below the next constant.
 UNEVEN = {torch.float32: 1e-6, torch.float64: 1e-3}
-# Where the overlaps of the new rows are known, rows are uneven if one is off by more than this:
-# below the rounding of a float32 basis, and a tenth of what a float64 basis is held to.
+# If the Gram matrix of the new rows is known, they are uneven if an entry is off by more than this:
+# below the rounding of a float32 basis, and a tenth of the tolerance of a float64 basis.
 LOOSE = {torch.float32: 1e-8, torch.float64: 1e-11}
 
 
@@ -45,7 +45,7 @@ class Nystrom:
 
     Attributes:
         mixing: (L, Q, Q); ``mixing^T Y`` are the new rows, zero beyond the rank.
-        told: what the host wants to know, (L, 2 + 2 Q): the columns that follow.
+        told: the numbers that the host reads, (L, 2 + 2 Q): the columns that follow.
     """
 
     mixing: Tensor
@@ -68,7 +68,7 @@ class Nystrom:
 
     @property
     def captured(self) -> Tensor:
-        """Variance along each row of the basis before, the diagonal of B, (L, Q)."""
+        """Variance along each row of the old basis, the diagonal of B, (L, Q)."""
         return self.told[:, 2 + self.mixing.shape[1] :]
 
 
@@ -81,13 +81,13 @@ def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -
     Args:
         core: ``B = Y V^T``, (L, Q, Q); overwritten.
         metric: ``Y Y^T``, (L, Q, Q); overwritten.
-        ceiling: the rank is at most this, (L,).
+        ceiling: upper bound of the rank, (L,).
         dtype: that the rows will be rounded to.
 
     Numerics: where reads are free, a triangular whitener if it is safe, eigenvectors otherwise;
-        elsewhere without a decision of the host: native code decides for itself, PyTorch always
-        takes eigenvectors and corrects the rows by their overlaps, which the graded accuracy of
-        Jacobi's method makes needless in native code. NaN in gives rank 0.
+        elsewhere without a host decision: native code decides on the device, PyTorch always takes
+        eigenvectors and corrects the rows by their Gram matrix. Native code does not need that
+        correction, thanks to the graded accuracy of Jacobi's method. NaN in gives rank 0.
     """
     if runs_natively(core):
         return Nystrom(*ops.nystrom(core, metric, ceiling, LOOSE[dtype]))
@@ -99,7 +99,7 @@ def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dt
     captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
     scale = _graded_scale(core)
     outer = scale[:, :, None] * scale[:, None, :]
-    # Symmetric but for rounding: the factorisations below read the lower triangle only.
+    # Symmetric up to rounding: the factorisations below read the lower triangle only.
     core, metric = core.mul_(outer), metric.mul_(outer)
     free = _host.reads_are_free(core.device)
     whitener = _whitener(core) if free else _whiten(*eigh(core))
@@ -126,29 +126,29 @@ def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dt
 
 
 def whitening(core: Tensor, ceiling: Tensor) -> Nystrom:
-    """Return a mixing whose rows ``mixing^T Y`` span what Y does, but far better: those of C^1/2.
+    """Return a mixing whose rows ``mixing^T Y``, of C^1/2, span what Y does, better conditioned.
 
-    Nothing else of the result means what it says, but for the rank.
+    Besides the mixing only the rank of the result is meaningful.
 
     Args:
         core: ``B = Y V^T``, (L, Q, Q), of float32 sums.
-        ceiling: the rank is at most this, (L,): what lies beyond is rounding, however large.
+        ceiling: upper bound of the rank, (L,): anything beyond is rounding noise, however large.
     """
     if runs_natively(core):
         return Nystrom(*ops.nystrom(core, core, ceiling, 0.0, goal="whiten"))
     scale = _unit_scale(core)
     values, vectors = eigh(core * scale[:, :, None] * scale[:, None, :])
-    alive = values > CUT  # NaN is not
+    alive = values > CUT  # false for NaN
     mixing = torch.where(alive[:, None, :], vectors * values.rsqrt()[:, None, :], 0.0).flip(2)
     return _of_rank(scale[:, :, None] * mixing, torch.minimum(alive.sum(1), ceiling))
 
 
 def orthogonalisation(overlaps: Tensor) -> Nystrom:
-    """Return a mixing that makes rows orthonormal, the first j of which keep their span.
+    """Return a mixing that makes rows orthonormal and, for every j, keeps the span of the first j.
 
     Args:
-        overlaps: of independent rows, of any lengths, (L, Q, Q). Of rows that are not independent,
-            PyTorch leaves all as they are, and native code those that depend on others.
+        overlaps: Gram matrix of linearly independent rows of any lengths, (L, Q, Q). If they are
+            dependent, PyTorch leaves all rows as they are, and native code the dependent ones.
     """
     if runs_natively(overlaps):
         return Nystrom(
@@ -163,7 +163,7 @@ def orthogonalisation(overlaps: Tensor) -> Nystrom:
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:
-    """Return what scales to a unit diagonal, and 0 where that is not possible, (L, Q)."""
+    """Return factors that scale to a unit diagonal, 0 where that is not possible, (L, Q)."""
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     return torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
 
@@ -175,10 +175,10 @@ def _of_rank(mixing: Tensor, rank: Tensor) -> Nystrom:
 
 
 def _graded_scale(core: Tensor) -> Tensor:
-    """Return what scales B to a unit diagonal, and 0 where that is noise, (L, Q).
+    """Return factors that scale B to a unit diagonal, 0 where that is noise, (L, Q).
 
     Entries are graded (activations of language models have outlier features), so this comes before
-    judging what is singular.
+    any test for singularity.
     """
     captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
     floor = captured.amax(1, keepdim=True) * NOISE
@@ -188,8 +188,8 @@ def _graded_scale(core: Tensor) -> Tensor:
 def _whitener(core: Tensor) -> Tensor:
     """Return T with ``T T^T = core^-1`` (pseudo-inverse below CUT), (L, Q, Q).
 
-    A triangular factor does where the matrix is well away from singular, which is the normal case
-    (the basis is nearly that of the step before) and ten times cheaper than eigenvectors:
+    A triangular factor is enough if the matrix is far from singular, which is the normal case (the
+    basis is nearly that of the step before), and ten times cheaper than eigenvectors:
     ``|L^-1|_F^2`` is the trace of the inverse and bounds its largest eigenvalue.
     """
     lower, info = torch.linalg.cholesky_ex(core)
@@ -210,10 +210,10 @@ def _whiten(values: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _corrected(mixing: Tensor, metric: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mixing with what its rows miss to orthonormal taken off, and what is left, (L,).
+    """Return the mixing corrected towards orthonormal rows, and the error that is left, (L,).
 
-    The overlaps of the new rows are ``M^T (Y Y^T) M``: a second orthogonalisation in (Q, Q), where
-    it costs nothing beside the work in (Q, D).
+    The Gram matrix of the new rows is ``M^T (Y Y^T) M``: a second orthogonalisation in (Q, Q),
+    where its cost is negligible beside the work in (Q, D).
     """
     target = torch.diag_embed(alive.to(metric.dtype))
     for _ in range(2):  # each squares the error

@@ -1,7 +1,7 @@
-"""A stream whose tokens are spread over processes: what is added up, and who follows whom.
+"""A stream whose tokens are distributed over processes.
 
-One process leads: it holds the state and folds. The others follow its basis, and their sums, which
-are additive, are added to its own before every fold. See "Processes" in this folder's README.
+One process leads: it holds the state and folds. The others use its basis, and their additive sums
+are added to the leader's before every fold. See "Processes" in this folder's README.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ __all__ = ["absorb", "follow", "hand_over", "pending_sums"]
 
 
 def pending_sums(stream: InputStream) -> list[Tensor]:
-    """Return the tensors that are to be added up over the processes, the stream's own.
+    """Return the stream's own tensors that are to be summed over the processes.
 
     Args:
-        stream: one that leads or follows. Of an exact stream the leader's sums are its state.
+        stream: of the leader or a follower. For an exact stream the leader's sums are its state.
     """
     sums = stream.sums
     assert sums is not None
@@ -37,7 +37,7 @@ def absorb(stream: InputStream, tokens: int, skipped: int) -> None:
 
     Args:
         stream: the leader's.
-        tokens: that were accumulated; ``skipped``: that were left out as not finite.
+        tokens: number accumulated. ``skipped``: number left out as not finite.
     """
     assert stream.sums is not None
     stream.sums.count += tokens
@@ -46,7 +46,7 @@ def absorb(stream: InputStream, tokens: int, skipped: int) -> None:
 
 
 def hand_over(stream: InputStream) -> None:
-    """Forget the tokens of a stream that follows: the leader has them."""
+    """Forget the pending tokens of a follower's stream: the leader has them."""
     if stream.sums is not None:
         clear_sums([stream.sums])
         if stream.sums.bad is not None:
@@ -55,18 +55,18 @@ def hand_over(stream: InputStream) -> None:
 
 
 def follow(stream: InputStream, basis: Tensor, mean: Tensor, pivot: Tensor | None) -> None:
-    """Accumulate about the leader's basis and mean from here on, and forget what there was.
+    """Accumulate with the leader's basis and mean from here on, and discard the old state.
 
     Args:
-        stream: of any state, or none.
-        basis: (Q, D), in the dtype and on the device of the stream, as the others; kept.
+        stream: with or without a state.
+        basis: (Q, D), in the dtype and on the device of the stream, like the others; not copied.
         mean: (D,).
         pivot: of an exact stream, (D,); ``None`` for a sketch.
     """
     rows = stream.width if pivot is None else stream.features
     if stream.sums is None:
         stream.sums = zero_sums(rows, stream.features, stream.dtype, stream.device)
-    # Without a state it was not merged, for all of its tokens were skipped: these still count.
+    # A stream without a state was not merged, since all its tokens were skipped: count them still.
     skipped = 0 if stream.state is not None else stream.skipped
     hand_over(stream)
     stream.skipped = skipped

@@ -12,8 +12,8 @@ __all__ = ["EIGEN_ARRAYS", "METHODS", "StreamPlan", "answer_bytes", "fold_bytes"
 __all__ += ["sketch_width", "stream_bytes"]
 
 METHODS = ("auto", "sketch", "gram")
-# What a fold of all layers holds of each at once on an accelerator, float64: core and metric, both
-# once more where they are joined to those of other layers, the mixing, and scratch memory.
+# (Q, Q) float64 arrays per layer that a fold of all layers holds at once on an accelerator: core
+# and metric, a copy of each where they are concatenated with others, the mixing, and scratch.
 FOLD_MATRICES = 8
 # (D, D) arrays that the eigen-decomposition of one scatter matrix holds at once, float64.
 EIGEN_ARRAYS = 4
@@ -50,15 +50,15 @@ def stream_bytes(plan: StreamPlan, itemsize: int = 4) -> int:
 
 
 def fold_bytes(plan: StreamPlan, itemsize: int = 4, on_cpu: bool = False) -> int:
-    """Return the bytes that the fold of a layer input takes beside state and sums.
+    """Return the bytes that the fold of a layer input takes besides state and sums.
 
-    They are taken of all layer inputs together: a fold is one of all, and what its comparison needs
-    is kept until then.
+    All layer inputs take them at the same time: they are folded together, and the saved rows are
+    kept until the comparison.
 
     Args:
         plan: of the layer input.
         itemsize: bytes of one number of the state.
-        on_cpu: where a new basis takes memory of its own, and few layers are folded at once.
+        on_cpu: there a new basis takes memory of its own, and few layers are folded at once.
     """
     d, k, q = plan.features, plan.components, plan.width
     if on_cpu:
@@ -67,7 +67,7 @@ def fold_bytes(plan: StreamPlan, itemsize: int = 4, on_cpu: bool = False) -> int
 
 
 def answer_bytes(plan: StreamPlan) -> int:
-    """Return the bytes that the answer of a layer input takes beside its state, for a while."""
+    """Return the temporary bytes that the answer of a layer input takes besides its state."""
     return 8 * EIGEN_ARRAYS * plan.features**2 if plan.method == "gram" else 0
 
 

@@ -1,4 +1,4 @@
-"""The answers of many streams, by launches that are as many for a hundred layers as for one."""
+"""The answers of many streams; the number of launches does not grow with the number of layers."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Spectrum:
         total: centred sum of squares.
         rank: numerical rank among the directions tracked.
         lost: share of the captured variance that the last whole step still gained. Early in a
-            stream it is about what is lost against the best K components, or more; after many
-            steps on a flat spectrum it is far less.
+            stream it is at least about what is lost relative to the best K components; after many
+            steps on a flat spectrum it is far less than that loss.
     """
 
     components: Tensor
@@ -73,8 +73,8 @@ def spectra(streams: Sequence[InputStream], device: torch.device | None = None) 
 
     Args:
         streams: of any shapes, methods and devices.
-        device: where components and means are to be; on that of each stream if ``None``. Where it
-            is the CPU, an accelerator never holds the components of all streams.
+        device: for components and means; that of each stream if ``None``. If it is the CPU, an
+            accelerator never holds the components of all streams at once.
 
     Raises:
         EvaValueError: a stream has seen no token.
@@ -99,8 +99,8 @@ def spectra(streams: Sequence[InputStream], device: torch.device | None = None) 
 def have_variance(states: Sequence[SketchState]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Tell for each state whether its tokens differ by more than rounding, (L,).
 
-    What rounding leaves of a constant (its mean is not exact) is not variance: totals below
-    ``n (4 eps |mean|)^2`` count as none.
+    Rounding error of a constant (whose mean is not exact) is not variance: totals below
+    ``n (4 eps |mean|)^2`` count as zero.
     """
     return _variance_of(states) > 0
 
@@ -132,7 +132,7 @@ def leading_ratios(streams: Sequence[InputStream]) -> Array:
             groups[stream.components, stream.width].append((i, sketch))
     for (count, width), members in groups.items():
         rows, states = zip(*members, strict=True)
-        # one after another, not row by row: a third of the time for a hundred layers
+        # into one flat array, not row by row: a third of the time for a hundred layers
         values = np.concatenate([state.values for state in states]).reshape(-1, width)
         found[list(rows), :count] = variance_ratios(np.square(values[:, :count]), states)
     return found
@@ -154,7 +154,7 @@ def centred_scatter(states: Sequence[GramState]) -> Tensor:
 
 
 class _Vectors(NamedTuple):
-    """The answers of streams as far as they are on a device, and numbers for the host to read.
+    """The device part of the answers of streams, and numbers for the host to read.
 
     Attributes:
         numbers: of exact streams, see :func:`_eigen`; nothing of sketches.
@@ -167,7 +167,7 @@ class _Vectors(NamedTuple):
 
 
 def _chunks(streams: Sequence[InputStream]) -> Iterator[list[InputStream]]:
-    """Split streams into those of one shape, and these into what goes through memory together."""
+    """Group streams by shape, and split the groups into chunks that are processed together."""
     groups: dict[tuple[object, ...], list[InputStream]] = defaultdict(list)
     for s in streams:
         groups[type(s.state), s.features, s.width, s.components, s.device, s.dtype].append(s)
@@ -180,7 +180,7 @@ def _chunks(streams: Sequence[InputStream]) -> Iterator[list[InputStream]]:
         yield from (group[begin : begin + size] for begin in range(0, len(group), size))
 
 
-# A function of its own, so that nothing of a chunk but what is asked for outlives it.
+# A separate function, so that only the results of a chunk stay alive.
 def _vectors(chunk: Sequence[InputStream], device: torch.device | None) -> _Vectors:
     sketches = [s.sketch for s in chunk if s.sketch is not None]
     exact = [s.state for s in chunk if isinstance(s.state, GramState)]
@@ -199,7 +199,7 @@ def _vectors(chunk: Sequence[InputStream], device: torch.device | None) -> _Vect
 def _apart(block: Tensor, device: torch.device | None) -> Sequence[Tensor]:
     """Return each layer's part on a device, in memory of its own.
 
-    As a view it would keep the memory of all, and a pickle of it would hold all of that.
+    A view would keep the memory of all layers alive, and its pickle would contain all of it.
     """
     if device is not None:
         block = block.to(device)  # one copy for all
@@ -210,14 +210,14 @@ def _apart(block: Tensor, device: torch.device | None) -> Sequence[Tensor]:
 
 
 def _eigen(states: Sequence[GramState], components: int) -> tuple[Tensor, ...]:
-    """Return the leading eigenvectors of exact streams as rows, and what tells them from noise.
+    """Return the leading eigenvectors of exact streams as rows, and numbers to detect noise.
 
     Returns:
         (L, K, D) in the dtype of the streams; their eigenvalues, the roots of these, and
         ``sum_i |v_i| sqrt(C_ii)`` of each, float64 (L, K).
     """
     scatter = centred_scatter(states)
-    # finite, or the fold would have refused it; no copy beside it
+    # finite, or the fold would have rejected it; no second copy is made
     if _host.reads_are_free(scatter.device):
         pairs = [_leading_pairs(matrix, components) for matrix in scatter]
         squares, rows = map(torch.stack, zip(*pairs, strict=True))
@@ -233,8 +233,8 @@ def _eigen(states: Sequence[GramState], components: int) -> tuple[Tensor, ...]:
 def _leading_pairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the largest eigenvalues (K,), descending, and rows (K, D) of a (D, D) scatter matrix.
 
-    A feature that never varies, as many a patch behind a ReLU, is an eigenvector by itself: what is
-    decomposed is the rest.
+    A feature that never varies, such as a dead unit after a ReLU, is itself an eigenvector: only
+    the other features are decomposed.
     """
     varies = matrix.diagonal() != 0
     kept, still = (part.nonzero().flatten() for part in (varies, ~varies))
@@ -260,8 +260,8 @@ def _numbers(
         values = [s.values[:count].copy() for s in states]
         return [(v, np.square(v), min(s.rank, count)) for v, s in zip(values, states, strict=True)]
     squares, roots, spread = told
-    # Rounding of the sums is relative to the two features of an entry, not to the largest of all:
-    # an outlier feature must not declare every direction without it to be noise.
+    # The rounding error of an entry is relative to its two features, not to the largest feature: an
+    # outlier feature must not turn every direction without it into noise.
     noise = 4 * torch.finfo(first.dtype).eps * np.square(spread)
     noise += first.features * np.finfo(np.float64).eps * squares[:, :1]  # of the eigen-solver
     ranks = np.logical_and.accumulate(squares > noise, 1).sum(1)

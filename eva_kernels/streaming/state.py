@@ -1,7 +1,7 @@
-"""What is kept of one layer input between steps: data only, the mathematics is in ``fold``.
+"""The state of one layer input between steps: data only, the mathematics is in ``fold``.
 
-Vectors of D numbers live on the device. What the host decides on (counts, singular values, ranks)
-lives on the host, so that looking at it never waits for the device.
+Vectors of D numbers are on the device. Numbers that host decisions depend on (counts, singular
+values, ranks) are on the host, so that reading them never waits for the device.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class StepSums:
         square: sum of |x - p|^2, float64 ().
         products: sum of (V (x - p)) (x - p)^T, (Q, D), dtype of the basis.
         bad: tokens among ``count`` that are not finite and were replaced by the pivot, float64 ();
-            ``None`` where nobody counts them.
+            ``None`` if they are not counted.
     """
 
     count: int
@@ -87,8 +87,8 @@ class GramState:
         sums: count, shift and square about ``pivot`` over the whole stream; ``products`` is the
             scatter matrix (D, D).
         pivot: (D,).
-        sketch: the leading components by one warm-started subspace iteration a step, which is what
-            the convergence test looks at; the final answer is an eigen-decomposition.
+        sketch: the leading components by one warm-started subspace iteration per step, used by the
+            convergence test; the final answer is an eigen-decomposition.
     """
 
     sums: StepSums
@@ -113,7 +113,7 @@ def zero_sums(rows: int, features: int, dtype: torch.dtype, device: torch.device
 
 
 def clear_sums(sums: Sequence[StepSums]) -> None:
-    """Set sums back to those of no token, in place; tensors of equal dtype and device in one go."""
+    """Reset sums to zero, in place; tensors of equal dtype and device in one launch."""
     for one in sums:
         one.count = 0
     for tensors in tensors_of(sums).values():
@@ -129,17 +129,17 @@ def tensors_of(sums: Sequence[StepSums]) -> dict[tuple[torch.device, torch.dtype
     return parts
 
 
-# Alive as long as someone holds them.
+# Weak references: entries live as long as a stream holds them.
 _starts: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
 
 def start_basis(
     width: int, features: int, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Tensor:
-    """Return the random basis (width, features) that layers of one shape begin with.
+    """Return the random basis (width, features) that layers of one shape start with.
 
-    To be copied, not written to. As long as a stream holds it, others of that shape spare
-    themselves a conversion and a copy of 1 MB and more to the device.
+    It must not be written to. While one stream holds it, others of that shape save a conversion
+    and a copy of 1 MB and more to the device.
     """
     key = width, features, dtype, device, seed
     basis = _starts.get(key)
@@ -160,7 +160,7 @@ def empty_sketch(
     """Return a state that has seen nothing, with a random orthonormal basis (width, features).
 
     Args:
-        mean: (features,), to begin with; 0 if ``None``.
+        mean: initial mean, (features,); 0 if ``None``.
     """
     basis = start_basis(width, features, dtype, device, seed)
     return SketchState(

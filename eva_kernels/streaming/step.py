@@ -1,9 +1,9 @@
-"""The step: fold all streams that are due, and compare each with what it was, by one read.
+"""The step: fold all streams that are due, and compare each with its old basis, with one read.
 
-On an accelerator the host only fills the queue: fold, comparison, then one read for everything
-that it decides on. What it has to do for the next step anyway is done before it reads. The new
-bases are written in place of the old ones, chunk by chunk, so that the step takes no second set of
-them, under the condition, known to the device alone, that the sums of all streams are finite.
+On an accelerator the host only enqueues work: fold, comparison, then one read of everything that
+its decisions depend on. Work that the next step needs anyway is done before the read. The new bases
+overwrite the old ones, chunk by chunk, so that the step needs no second set of them. They are
+written only if the sums of all streams are finite, which the device checks itself.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class NonFiniteStepError(NonFiniteError):
     """The tokens of a step hold NaN or infinity, found when the step was folded.
 
     Attributes:
-        stream: the first stream that is concerned.
+        stream: the first one affected.
     """
 
     def __init__(self, message: str, stream: InputStream) -> None:
@@ -63,20 +63,20 @@ def fold_streams(streams: Iterable[InputStream], *, final: bool = False) -> list
         The streams that were folded. A step is at least Q tokens; fewer stay pending.
 
     Raises:
-        NonFiniteStepError: on an accelerator, where ``add`` does not look at the tokens. No stream
-            is folded then. The streams concerned have lost their pending tokens (exact ones only
-            those that are not finite), the others keep theirs: the next step goes on from there.
-    Cost: on an accelerator one read for all streams; a second one where data are of deficient rank
-        or so unevenly graded that a basis has to be repaired.
+        NonFiniteStepError: on an accelerator, where ``add`` does not check the tokens. Then no
+            stream is folded. The streams affected lose their pending tokens (exact ones only those
+            that are not finite), the others keep theirs for the next step.
+    Cost: on an accelerator one read for all streams; a second one if a basis has to be repaired,
+        because the data are of deficient rank or graded too unevenly.
     """
     return begin_fold(streams, final=final).finish()
 
 
 @without_autocast
 def begin_fold(streams: Iterable[InputStream], *, final: bool = False) -> Fold:
-    """Give accelerators their part of :func:`fold_streams`, and wait for nothing.
+    """Enqueue the accelerators' part of :func:`fold_streams` without waiting.
 
-    Until the fold is finished the streams are of no use.
+    Until the fold is finished the streams must not be used.
     """
     due = []
     for stream in streams:
@@ -94,9 +94,9 @@ class Fold:
     """A fold that has begun.
 
     Args:
-        groups: all streams that are due, those of equal shape together.
-        here: the groups on the CPU, with which nothing was done.
-        away: what the accelerators do with the others.
+        groups: all streams that are due, grouped by shape.
+        here: the groups on the CPU, not folded yet.
+        away: the queued fold of the others, on accelerators.
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class Fold:
 
     @property
     def queued(self) -> bool:
-        """Whether an accelerator is at work, while the host has time."""
+        """Whether work is queued on an accelerator, so that the host is free."""
         return self._away is not None
 
     @without_autocast
     def finish(self) -> list[InputStream]:
-        """Wait for the accelerators and return the streams; once, as :func:`fold_streams`."""
-        away, self._away = self._away, None  # what it holds goes with it
-        if away is not None:  # first, since it may refuse
+        """Wait for the accelerators, return the streams as :func:`fold_streams`; call it once."""
+        away, self._away = self._away, None  # release its memory afterwards
+        if away is not None:  # first, since it may raise
             away.take_over()
         for group in self._here:
             _fold_here(group)
@@ -149,10 +149,10 @@ def _fold_here(group: Sequence[InputStream]) -> None:
 
 
 class _Queued:
-    """The fold of streams on accelerators, and what the host is to know of it.
+    """A queued fold of streams on accelerators, and the numbers that the host will read.
 
     Args:
-        groups: streams of equal shape together.
+        groups: streams, grouped by shape.
         due: all streams that are to be folded.
     """
 
@@ -167,12 +167,12 @@ class _Queued:
         self._turned = _compare(batches, saved, kept)
         self._cleared = _step_sums([s for group in groups for s in group])
         _clear_where(sound, self._cleared)
-        # The device has its work: what follows costs it no time until the read.
+        # The device has work queued: what the host does from here to the read is hidden behind it.
         self._previous = [rows.split(counts) for rows, counts in zip(saved, kept, strict=True)]
         self._batches = batches
 
     def take_over(self) -> None:
-        """Read, and give the streams what the devices have made of them."""
+        """Read the numbers, and update the streams with the results of the devices."""
         groups, batches = self._groups, self._batches
         wanted = [part for batch in batches for part in (batch.scalars, batch.found.told)]
         arrays = iter(_host.read([*wanted, *self._turned.values()]))
@@ -195,7 +195,7 @@ class _Queued:
 def _take_over(
     group: Sequence[InputStream], batch: Batch, told: Numbers, before: Sequence[Tensor]
 ) -> None:
-    """Give streams what the device has made of them, and the rows before."""
+    """Update streams with the results of the device and their saved old rows."""
     bases, means = [s.basis for s in batch.sketches], [s.mean for s in batch.sketches]
     results = batch.results(told, bases, means)
     lost = lost_shares(told.squares, told.captured, [s.components for s in group])
@@ -237,14 +237,14 @@ def _compare(
             continue
         bases = [sketch.basis for sketch in batch.sketches]
         if batch.dtype != torch.float32:
-            most = max(counts)  # of the first, too, though it may have kept none
+            most = max(counts)  # also for the first stream, which may have kept none
             bases = [basis[:most].float() for basis in bases]
         parts[batch.device].append((rows.float(), bases, counts))
     return {device: cosines(*zip(*groups, strict=True)) for device, groups in parts.items()}
 
 
 def read_cosines(streams: Sequence[InputStream]) -> None:
-    """Compare the rows of each stream before its fold, ``previous``, with those now; one read."""
+    """Compare the saved old rows of each stream, ``previous``, with its new ones; one read."""
     parts = by_device([s for s in streams if s.previous is not None])
     launched = []
     for part in parts:
@@ -276,9 +276,9 @@ def _step_sums(streams: Sequence[InputStream]) -> list[StepSums]:
 
 
 def _clear_where(sound: dict[torch.device, Tensor], sums: Sequence[StepSums]) -> None:
-    """Clear sums where the device finds that they were folded, before the host hears of it."""
+    """Clear sums on the device if they were folded, before the host knows whether they were."""
     for (device, dtype), tensors in tensors_of(sums).items():
-        # where they were, they are finite
+        # sums that were folded are finite, so times 0 they are 0
         torch._foreach_mul_(tensors, sound[device].logical_not().to(dtype))
 
 
@@ -294,7 +294,7 @@ def _repair(streams: Sequence[InputStream]) -> None:
 def _refuse(
     groups: Sequence[Sequence[InputStream]], numbers: Sequence[Numbers], due: Sequence[InputStream]
 ) -> None:
-    """Raise, if the sums of a stream are not finite, after dropping them; reads only then."""
+    """If the sums of a stream are not finite, drop them and raise; reads only in that case."""
     bad = set()
     for group, told in zip(groups, numbers, strict=True):
         bad |= {id(s) for s, sound in zip(group, told.sound.tolist(), strict=True) if not sound}

@@ -34,7 +34,7 @@ from .step import fold_streams
 
 __all__ = ["InputStream", "Options"]
 
-# The first basis comes from at most this many tokens per row of the sketch: it need not be exact.
+# The first basis is computed from at most this many tokens per row of the sketch: a rough one does.
 WARM_UP_TOKENS = 4
 
 
@@ -107,7 +107,7 @@ class InputStream:
         self._into: SketchInto | None = None  # adds to the sums as they are
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has, too: all but the way into the sums of this one."""
+        """Return the state to copy: without the object that adds to this stream's own sums."""
         return self.__dict__ | {"_into": None}
 
     @property
@@ -180,7 +180,7 @@ class InputStream:
         return self._count(used)
 
     def _at_home(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Bring the tokens that are to be used to the state, if their device cannot hold it."""
+        """Move the tokens to be used to the state's device, if they are on another."""
         home = _host.home_of(x.device)
         if home == x.device or home != self.device:
             return x, rows
@@ -193,16 +193,16 @@ class InputStream:
         return tokens
 
     def _given(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return what a sketch is given besides tokens."""
+        """Return the arguments of a sketch besides the tokens."""
         state, sums = self.state, self.sums
         assert isinstance(state, SketchState)
         assert sums is not None
         return state.basis, state.mean, sums.products, sums.shift, sums.square
 
     def _without_bad(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        # The sums of an exact stream hold all that it has seen, so what spoils them must be kept
-        # out. Without knowing whether there is any: the pivot in place of a token adds nothing
-        # (but for its rounding to the dtype of x).
+        # The sums of an exact stream hold everything it has seen, so bad tokens must be kept out of
+        # them, without a read: replacing a token by the pivot makes it add nothing (except the
+        # pivot's rounding to the dtype of x).
         dtype = torch.promote_types(x.dtype, self.dtype)
         finite = torch.linalg.vector_norm(x, dim=1, dtype=dtype).isfinite()
         chosen = finite if rows is None else finite.index_select(0, rows)
@@ -211,9 +211,9 @@ class InputStream:
         return torch.where(finite[:, None], x, pivot.to(x.dtype)), bad
 
     def _finite_rows(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
-        # One pass over X that the CPU does at the speed of memory; masked rows may hold anything,
-        # so only the slow path below looks at them one by one. It also takes the tokens about the
-        # pivot, which may be as large as they are and on the other side.
+        # One pass over X at memory bandwidth on a CPU. Rows masked out may hold anything, so only
+        # the slow path below checks row by row. It also subtracts the pivot, which may be as large
+        # as the tokens and of opposite sign.
         dtype, pivot = torch.promote_types(x.dtype, self.dtype), self._pivot()
         size = torch.linalg.vector_norm(x, dtype=dtype)
         if pivot is not None:
@@ -233,7 +233,7 @@ class InputStream:
         return index[finite]
 
     def _pivot(self) -> Tensor | None:
-        """Return what tokens are summed about, once there is something."""
+        """Return the pivot that tokens are summed about, or None before the first token."""
         if isinstance(self.state, GramState):
             return self.state.pivot
         return None if self.state is None else self.state.mean
@@ -263,7 +263,7 @@ class InputStream:
         start = first_basis(blank, sums)
         if self.options.method == "gram":
             total = zero_sums(self.features, self.features, self.dtype, self.device)
-            # A copy: a fold may write the next mean in place of this one.
+            # A copy: a fold may overwrite this mean with the next one.
             self.state, self.sums = GramState(total, start.mean.clone(), start), total
         else:
             self.state, self.sums = start, sums
@@ -300,14 +300,14 @@ class InputStream:
             lost: see :func:`.fold.lost_shares`; kept of whole steps, and of the first.
             previous: the K leading rows before, (K, D), to be compared.
         """
-        if self.pending >= self.width or math.isnan(self.lost):  # a few tokens gain next to nothing
+        if self.pending >= self.width or math.isnan(self.lost):  # few tokens would gain too little
             self.lost = lost
         self.state, self.pending, self._start_rows = state, 0, None
         self.folds += 1
         self.previous, self.turned = previous, None
 
     def drop_pending(self) -> str:
-        """Forget the tokens of the current step that spoil it, and say what was wrong; reads.
+        """Forget the bad tokens of the current step, and return what was wrong with them; reads.
 
         A sketch forgets all tokens of the step, an exact stream those that are not finite, or all
         it has seen where its sums overflow, and a stream that was never folded everything.
@@ -326,7 +326,7 @@ class InputStream:
                 told = _overflow(self.dtype)
             clear_sums([self.sums])
             self.pending = 0
-        if not self.folds:  # the basis, too, came from these tokens
+        if not self.folds:  # the first basis was computed from these tokens, too
             self.state, self.sums, self.pending, self._into = None, None, 0, None
         return told
 
