@@ -1,19 +1,19 @@
-# Each target makes .venv itself, once, and again when the package's build files change.
+# Each target creates .venv if needed, and again when the package's build files change.
 #
 #   PYTHON       the interpreter of .venv                      make test PYTHON=python3.12
-#   TORCH        what to install as torch, instead of the release that is tested
+#   TORCH        the requirement to install as torch, instead of the tested release
 #   TORCH_INDEX  where torch comes from, instead of pip's own index. PyPI's Linux wheel brings
 #                gigabytes of CUDA; on a machine without an NVIDIA GPU take the CPU wheel:
 #                make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
-#   EVA_KERNELS_CUDA   auto, 1 or 0 (see setup.py); without a driver nothing is built for CUDA. The
-#                compiler for it is PyPI's, if the machine has none
+#   EVA_KERNELS_CUDA   auto, 1 or 0 (see setup.py); by default 0 on a machine without a GPU. If the
+#                machine has no nvcc, it is installed from PyPI
 #
-# `make gpu-check` takes PYTHON as it is, and makes no .venv, where it has torch already.
+# `make gpu-check` uses PYTHON directly, without a .venv, if it already has torch.
 #
 #   OUT          where its results go                          make gpu-check OUT=results
 #   CHECK_ARGS   its further options                           CHECK_ARGS="--dry-run"
 #
-# `make bench` goes on where it was interrupted.
+# `make bench` resumes where it was interrupted.
 #
 #   BENCH_OUT    where its results go                          make bench BENCH_OUT=bench/results
 #   BENCH_ARGS   its further options                           BENCH_ARGS="--full"
@@ -23,8 +23,8 @@ TORCH ?=
 KNOWN_TORCH := 'torch==2.13.0; python_version < "3.15"' 'torch==2.15.0; python_version >= "3.15"'
 TORCH_INDEX ?=
 TRITON ?= triton==3.9.0; python_version >= "3.11" and platform_system == "Linux"
-# PEFT imports these wherever they are installed, which takes seconds each time: so they have a
-# folder of their own, and only the tests of quantised bases look there.
+# PEFT imports these whenever they are installed, which takes seconds each time: so they are in a
+# separate folder, which only the tests of quantised bases use.
 QUANTIZATION := bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 einops==0.8.2 termcolor==3.3.0
 OUT ?= gpu-check
 BENCH_OUT ?= bench-report
@@ -59,8 +59,8 @@ help:
 
 setup: $(READY)
 
-# torch first and by itself: the package must find a torch and leave it alone. A CUDA torch
-# brings its own triton; beside a CPU torch one is added for the interpreter.
+# torch first and by itself, so that installing the package does not replace it. A CUDA torch
+# brings its own triton; with a CPU torch, triton is added for its interpreter.
 $(READY): $(BUILD_FILES)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(if $(TORCH),'$(TORCH)',$(KNOWN_TORCH))
@@ -73,9 +73,9 @@ $(READY): $(BUILD_FILES)
 demo: $(READY)
 	$(BIN)/eva-kernels demo --out demo-report
 
-# The variable: no test may be skipped for want of a package, all of them are installed. By file: what
-# a file prepares once is prepared once.
-# A process for each core: threads of their own would only wait for each other.
+# EVA_TESTS_HAVE_ALL_EXTRAS: all packages are installed, so no test may be skipped for lack of one.
+# --dist loadfile: the fixtures of a file are set up in one process only.
+# One process per core, one thread each: more threads would only compete for the cores.
 test: $(READY)
 	OMP_NUM_THREADS=1 EVA_TESTS_HAVE_ALL_EXTRAS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 

@@ -3,11 +3,11 @@
 `eva_kernels._C` (C++, CPU) is always built. `eva_kernels._cuda` is built when there is an nvcc.
 Neither sees a torch header, so torch is not needed at build time.
 
-EVA_KERNELS_CUDA        "auto" (default): build `_cuda` if nvcc is found and works, else go on
-                        without it; "1": fail if it cannot be built; "0": do not try.
+EVA_KERNELS_CUDA        "auto" (default): build `_cuda` if nvcc is found and works, otherwise
+                        continue without it; "1": fail if it cannot be built; "0": do not try.
 EVA_KERNELS_CUDA_ARCHS  e.g. "80;90"; the last one is also embedded as PTX, for newer devices.
-                        Default: those of DEFAULT_ARCHS that this nvcc knows.
-CUDA_HOME, NVCC         where nvcc is, if it is neither on PATH nor in /usr/local/cuda.
+                        Default: those of DEFAULT_ARCHS that this nvcc supports.
+CUDA_HOME, NVCC         location of nvcc, if it is neither on PATH nor in /usr/local/cuda.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from setuptools.errors import CompileError
 
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 PACKAGES = ("eva_kernels", "eva_peft")
-NATIVE = ("convergence", "eigh", "fold", "nystrom", "start")  # each .cpp for the CPU, .cu for CUDA
+NATIVE = ("convergence", "eigh", "fold", "nystrom", "start")  # each has a .cpp (CPU) and a .cu
 CUDA_SOURCES = [*(f"{name}.cu" for name in NATIVE), "launch.cu"]
 CXX_FLAGS = [] if os.name == "nt" else ["-O3", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
@@ -52,7 +52,7 @@ def find_nvcc() -> Path | None:
 
 
 def toolkit_root(nvcc: Path) -> Path:
-    """Return the toolkit's folder; nvcc is asked, for it may be a wrapper script elsewhere."""
+    """Return the toolkit's folder as reported by nvcc, which may be a wrapper script elsewhere."""
     dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
     log = subprocess.run(dry_run, capture_output=True, text=True).stderr
     top = next((line[7:] for line in log.splitlines() if line.startswith("#$ TOP=")), None)
@@ -60,7 +60,7 @@ def toolkit_root(nvcc: Path) -> Path:
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
-    """Return the compute capabilities to build for, as in "90"."""
+    """Return the compute capabilities to build for, such as "90"."""
     wanted = os.environ.get("EVA_KERNELS_CUDA_ARCHS", "").replace(",", ";").split(";")
     if archs := [arch.strip() for arch in wanted if arch.strip()]:
         return archs
@@ -70,7 +70,7 @@ def cuda_archs(nvcc: Path) -> list[str]:
 
 
 def static_runtime(root: Path) -> Path:
-    """Return the folder of libcudart_static.a, which spares users a matching libcudart.so."""
+    """Return the folder of libcudart_static.a, so that users need no matching libcudart.so."""
     for folder in (root / "lib64", root / "targets" / "x86_64-linux" / "lib", root / "lib"):
         if (folder / "libcudart_static.a").exists():
             return folder
@@ -78,7 +78,7 @@ def static_runtime(root: Path) -> Path:
 
 
 class BuildPy(build_py):
-    """build_py that starts from an empty folder: build/ survives, and so would deleted modules."""
+    """build_py that empties its folder first: build/ persists and would keep deleted modules."""
 
     def run(self) -> None:
         if not self.editable_mode:
@@ -88,7 +88,7 @@ class BuildPy(build_py):
 
 
 class BuildExt(build_ext):
-    """build_ext that hands .cu sources to nvcc, and leaves no module of an earlier build."""
+    """build_ext that compiles .cu sources with nvcc, and removes modules of an earlier build."""
 
     def run(self) -> None:
         folder = Path("eva_kernels") if self.inplace else Path(self.build_lib, "eva_kernels")
@@ -103,7 +103,7 @@ class BuildExt(build_ext):
         super().build_extension(ext)
 
     def compile_cuda(self, ext: Pybind11Extension, sources: list[str]) -> None:
-        """Compile `sources` to objects that `ext` links, with the toolkit's static runtime."""
+        """Compile `sources` to objects, and let `ext` link them and the static CUDA runtime."""
         nvcc = find_nvcc()
         if nvcc is None:
             raise CompileError("nvcc not found (set CUDA_HOME, or EVA_KERNELS_CUDA=0)")
@@ -145,7 +145,7 @@ def extensions() -> list[Pybind11Extension]:
     if mode == "1" or (mode == "auto" and find_nvcc() is not None):
         cuda = extension("_cuda", ["bindings_cuda.cpp", *CUDA_SOURCES])
         cuda.optional = mode == "auto"  # setuptools then turns a failure into a warning
-        found.append(cuda)  # first: where it is required and cannot be built, that shows at once
+        found.append(cuda)  # first, so that a required build that fails does so immediately
     return [*found, extension("_C", ["bindings.cpp", *(f"{name}.cpp" for name in NATIVE)])]
 
 

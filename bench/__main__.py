@@ -1,4 +1,4 @@
-"""``python -m bench``: run the benchmarks, or the one that is named."""
+"""``python -m bench``: run all benchmarks, or a single one."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def gpu_check(
     from .gpu_check.runner import TOTAL_SECONDS, Check
 
     total = TOTAL_SECONDS if seconds is None else seconds
-    # a polite end: the stage that runs is ended, too
+    # shut down cleanly, ending the running stage, too
     signal.signal(signal.SIGTERM, _leave)
     try:
         check = Check(

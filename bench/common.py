@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine, spreads of timings, result files."""
+"""Shared by all benchmarks: description of the machine, spreads of timings, result files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The whole pass on a language model's shape: plain forward, ours, and PEFT's EVA.
 
-Random weights, real-looking text: what is measured is time, memory, launches and waits, none of
-which depends on what the weights have learnt.
+Random weights and realistic text: time, memory, launches and waits are measured, none of which
+depends on the values of the weights.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ SETTINGS = {
 
 
 def build_model(setting: Setting, device: torch.device) -> nn.Module:
-    """Return the model with random weights, made on the device: there is no second copy."""
+    """Return the model with random weights, created on the device without a second copy."""
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(setting.model(), dtype=setting.dtype)
@@ -127,7 +127,7 @@ def load_ids(vocabulary: int, count: int) -> torch.Tensor:
 
 
 def make_batches(setting: Setting, size: int) -> list[Batch]:
-    """Return as many different batches as a timed run has steps, on the host as a loader's are."""
+    """Return one different batch per step of a timed run, on the host like those of a loader."""
     ids = load_ids(setting.model().vocab_size, setting.steps * size * setting.length)
     parts = ids.view(setting.steps, size, setting.length)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in parts]
@@ -207,7 +207,7 @@ def measure_plain(bench: Bench) -> dict[str, Any]:
 
 
 def measure_ours(bench: Bench) -> dict[str, Any]:
-    """Our pass, twice: once for the time, again for the time and for the same bits."""
+    """Our pass, run twice: both are timed, and the results must agree bit for bit."""
     steps = bench.setting.steps
     seconds: list[float] = []
     firsts, results = [], []

@@ -1,4 +1,4 @@
-"""Tensors on a GPU that is not there: the shapes and the memory of a run, without the numbers.
+"""Fake tensors on a simulated GPU: the shapes and the memory of a run, without the numbers.
 
 ``FakeTensorMode`` runs a program on tensors without contents, and :class:`LiveMemory` counts the
 bytes that would be allocated. Both are blind to what has no tensor: see ``simulated_memory``.
@@ -74,9 +74,9 @@ def _attention(
     scaling: float | None = None,
     **ignored: Any,
 ) -> tuple[Tensor, None]:
-    # Without a device torch's own choice would be the attention that writes all scores down. This
-    # operator's fake implementation allocates what the fused kernel on CUDA does, whatever it is
-    # told about windows and caps of scores.
+    # Without a device torch would choose the attention that stores all scores. The fake
+    # implementation of this operator allocates what the fused CUDA kernel does, whatever the
+    # arguments for windows and score caps.
     found = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, True, False, scale=scaling
     )

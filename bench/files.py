@@ -1,4 +1,4 @@
-"""Result files, and what stands at their head; without torch."""
+"""Result files and their metadata; does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

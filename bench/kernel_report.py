@@ -50,7 +50,7 @@ def can_compile() -> bool:
 
 
 def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict[str, Any]]:
-    """Return one record a compiled kernel, from child processes, one an architecture."""
+    """Return one record per compiled kernel, from one child process per architecture."""
     if not can_compile():
         raise RuntimeError("kernels are compiled ahead by Triton 3.3 or later only")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -195,7 +195,7 @@ def exchanged(ttgir: str) -> int:
 
 
 def early(ptx: str) -> bool:
-    """Tell whether memory is touched before the kernel in front is known to be over."""
+    """Tell whether memory is accessed before the wait for the preceding kernel."""
     touched = re.search(r"\b(?:ld|st|red|atom)\.global|cp\.async|cp\.reduce", ptx)
     wait = ptx.find("griddepcontrol.wait")
     return "griddepcontrol" in ptx and touched is not None and not 0 <= wait < touched.start()

@@ -24,8 +24,8 @@ def child(mode: str) -> None:
 
     batches = minilm.load_batches(initialize.FORWARDS, initialize.BATCH, LENGTH)
     run_pass = initialize.PASSES[mode]
-    # All code is loaded and every library has its buffers before the mark is set: what counts is
-    # the pass.
+    # Before the mark is reset, all code is loaded and every library has allocated its buffers, so
+    # that only the pass counts.
     run_pass(initialize.adapted(), minilm.load_batches(2, 2, 64))
     model = initialize.adapted()
     gc.collect()

@@ -1,4 +1,4 @@
-"""Processes of their own for what is measured, ended with all that they started."""
+"""Separate processes for measurements, which are ended together with all their children."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 
 from .files import ROOT
 
-GRACE_SECONDS = 3.0  # between the request to end and the end
-STOP_SECONDS = 0.2  # until a request to stop is seen
-# Freed blocks go back to the system at once, so that the high-water mark is of live memory.
+GRACE_SECONDS = 3.0  # from the request to terminate to the kill
+STOP_SECONDS = 0.2  # until a request to stop is noticed
+# Freed blocks are returned to the system at once, so that the high-water mark is of live memory.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 

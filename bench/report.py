@@ -1,4 +1,4 @@
-"""One page, the plots and the README tables, from the result files alone."""
+"""One page, the plots and the README tables, generated from the result files only."""
 
 from __future__ import annotations
 

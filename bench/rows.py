@@ -1,4 +1,4 @@
-"""Rows of a benchmark, kept as they are made, so that an interrupted run goes on where it was."""
+"""Rows of a benchmark, saved as they are measured, so that an interrupted run can resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a part of the harness shows: a table with words and plots, for the page and the README."""
+"""The output of a part: a table with text and plots, for the report page and the README."""
 
 from __future__ import annotations
 

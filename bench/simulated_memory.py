@@ -2,15 +2,15 @@
 
 The package's own code runs, from ``initialize`` down to the operators, on a PEFT model of fake
 CUDA tensors (``fake_cuda``): transformers' forward, the hooks, the fused sketch by its registered
-operator and workspace, fold, comparison, the result, and the writing of the adapters. Replaced is
-only what needs contents: what the host reads (plausible numbers; nothing converges, so that no
-step is left out), the random first basis, uploads, random state, and the ranks (a quarter of each
-budget changes hands, so that layers are rebuilt). Launch numbers are those of an H100.
+operator and workspace, fold, comparison, the result, and the writing of the adapters. Only code
+that needs tensor values is replaced: host reads (plausible numbers; nothing converges, so that no
+step is skipped), the random first basis, uploads, random state, and the ranks (a quarter of each
+layer's budget moves to another, so that layers are rebuilt). Launch parameters are for an H100.
 
 The numbers are live bytes of tensors, each rounded up to 512, as ``torch.cuda.memory_allocated``
-counts them. Left out are the CUDA context, the allocator's fragmentation, workspaces of cuBLAS
-and cuSOLVER, tables of a few kB that native code uploads, and what the library allocates inside of
-one operator. Attention is a fused kernel for every model (without the cap of Gemma's scores); no
+counts them. Not counted are the CUDA context, the allocator's fragmentation, workspaces of cuBLAS
+and cuSOLVER, tables of a few kB that native code uploads, and temporaries inside a single
+operator. Attention is a fused kernel for every model (without the cap of Gemma's scores); no
 sample is padded, so there is no attention mask. The base model is bfloat16; PEFT keeps its adapters
 in float32, and they count as parameters.
 """

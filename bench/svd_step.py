@@ -22,7 +22,7 @@ LAYERS = {
     "layer 5 output": "encoder.layer.5.output.dense",
 }
 COMPONENTS, OVERSAMPLE = 32, 2
-# Streams in turn, ours, PEFT's, ours, ...: a run of either has the caches to itself, as in use.
+# Streams alternate, ours, PEFT's, ours, ...: each run has the caches to itself, as in practice.
 ROUNDS = 3
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The README's tables, made from the result files alone."""
+"""The README's tables, generated from the result files only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The methods that are compared, each a stream of tokens with an answer at any time."""
+"""The methods compared, each as a stream of tokens that can give its answer at any time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLANTED_LIMIT = 1e-4
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method says of the tokens so far.
+    """The answer of a method for the tokens so far.
 
     Attributes:
         components: (K, D), rows.
@@ -151,7 +151,7 @@ def check(method: Method) -> float:
 
 
 def check_all(methods: Mapping[str, Method]) -> dict[str, str]:
-    """Return why methods must not be timed; those that may be are not in it."""
+    """Return, by method, why it must not be timed; methods that may be are not included."""
     faults = {}
     for name, method in methods.items():
         try:

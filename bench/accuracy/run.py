@@ -76,7 +76,7 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
 
 
 def _without_ratios(value: Any) -> Any:
-    """Leave the ratios out: nine tenths of the file, and the ranks are made of them by now."""
+    """Drop the ratios: nine tenths of the file, and no longer needed once ranks are computed."""
     if isinstance(value, Mapping):
         return {k: _without_ratios(entry) for k, entry in value.items() if k != "ratios"}
     return [_without_ratios(entry) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What the part shows: tables, sentences made from the numbers, and plots."""
+"""The output of ``accuracy``: tables, sentences generated from the numbers, and plots."""
 
 from __future__ import annotations
 

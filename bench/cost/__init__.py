@@ -1,1 +1,1 @@
-"""What each initialiser costs: seconds by phase, memory, data, and what it does to the model."""
+"""The cost of each initialiser: seconds by phase, memory, data, and its effect on the model."""

@@ -20,7 +20,7 @@ from ..meter import Meter
 from ..methods import METHODS, Batch, Method, after_step, lora_layers, rank_of
 from .configs import CONFIGS, Config, causal_loss, warm_up_model
 
-TRAIN_STEPS = 3  # of the first repetition; those behind the first tell what a step takes
+TRAIN_STEPS = 3  # of the first repetition; all but the first step are timed
 
 
 def answer(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _reloaded(model: PeftModel, fresh: nn.Module, ids: Tensor) -> dict[str, Any]
         try:
             model.save_pretrained(folder)
             again = PeftModel.from_pretrained(fresh, folder).eval()
-        except Exception as error:  # it is the finding
+        except Exception as error:  # the failure is the result
             text = str(error).strip().splitlines()[0][:120]
             return {"reload_error": f"{type(error).__name__}: {text}"}
         found = again(input_ids=ids, use_cache=False).logits

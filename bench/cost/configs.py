@@ -98,7 +98,7 @@ class Config:
         ]
 
     def with_depth(self, count: int) -> Config:
-        """Return the same configuration with so many layers, and random weights."""
+        """Return the same configuration with ``count`` layers, and random weights."""
 
         def make_config() -> PretrainedConfig:
             made = self.make_config()

@@ -1,8 +1,8 @@
-"""What a whole model would cost, from a few of its layers: two depths, and a line through them.
+"""The cost of a whole model, extrapolated linearly from two depths with a few of its layers.
 
-For models that do not fit, or methods that would take hours. Seconds are those of the embeddings
-and the head, which all depths share, and those of a layer, times their number. A peak of memory is
-the largest of several phases, each of which is such a line: its extrapolation is a lower bound.
+For models that do not fit, or methods that would take hours. The time is a constant, for embeddings
+and head, plus a time per layer times the number of layers. The memory peak is the maximum over
+several phases, each of them linear in that way: its linear extrapolation is a lower bound.
 """
 
 from __future__ import annotations

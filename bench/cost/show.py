@@ -1,4 +1,4 @@
-"""The table of costs, its plot, and what it says in words."""
+"""The table of costs, its plot, and a summary in words."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
         "fresh base. Where PEFT decomposes and applies in one call, both are under *solve*. CorDA "
         "takes one sample at a time."
     )
-    # on a CPU the allocator's share cannot be told apart
+    # on a CPU the allocator's share cannot be separated
     headers = [h for h in HEADERS if h != "reserved" or record["machine"]["gpu"]]
     body = [_line(row, epoch, headers) for row in rows]
     figures = {f"cost-{settings['config']}": functools.partial(plot, rows)}
@@ -134,7 +134,7 @@ def mib(value: float) -> str:
 
 
 def reload_words(row: Row) -> str:
-    """Say whether the adapter came back."""
+    """Say whether the adapter was restored by saving and loading."""
     if "reload_error" in row:
         return row["reload_error"].split(":")[0]
     difference = row["reload_difference"]

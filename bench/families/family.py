@@ -1,4 +1,4 @@
-"""What a family is, and how its batches are drawn."""
+"""The definition of a model family, and generators of its batches."""
 
 from __future__ import annotations
 

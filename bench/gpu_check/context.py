@@ -1,4 +1,4 @@
-"""What a stage is given, and how it tells that something is wrong or lacking."""
+"""The context passed to a stage, and the exceptions by which it reports faults or missing parts."""
 
 from __future__ import annotations
 

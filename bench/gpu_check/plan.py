@@ -1,6 +1,6 @@
-"""The stages, what each is worth in time, and how time that is left over passes on.
+"""The stages, the time reserved for each, and how unused time passes to later ones.
 
-What belongs to the check is run always, and what goes beyond it when it is asked for.
+Stages of the check always run, further ones only if requested (``--also``).
 """
 
 from __future__ import annotations

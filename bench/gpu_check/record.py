@@ -1,4 +1,4 @@
-"""The result file: written whole after every stage, and read again to go on from."""
+"""The result file: written atomically after every stage, and read again by ``--resume``."""
 
 from __future__ import annotations
 

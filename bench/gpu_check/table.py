@@ -1,4 +1,4 @@
-"""The record as text: what passed, what did not and why, and the numbers."""
+"""The record as text: which stages passed, which did not and why, and the numbers."""
 
 from __future__ import annotations
 

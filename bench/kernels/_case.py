@@ -1,4 +1,4 @@
-"""One case of a kernel benchmark: made, checked against float64, and only then timed."""
+"""One case of a kernel benchmark: prepared, checked against float64, and only then timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Timing on a device with cold caches, the machine's ceilings, and counts of what a step launches.
+"""Timing on a device with cold caches, the machine's ceilings, and counts of a step's launches.
 
 On a GPU times come from CUDA events; on the CPU, where only rehearsals run, from a clock.
 """

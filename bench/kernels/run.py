@@ -1,4 +1,4 @@
-"""All kernel timings, in order of value, as rows that JSON can hold."""
+"""All kernel timings, most important first, as JSON-serialisable rows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Which launch numbers are fast: the sketch of bfloat16 tokens with one thing changed at a time.
+"""Search for fast launch parameters: the sketch of bfloat16 tokens, with one changed at a time.
 
-On a GPU this is what `kernels/launch.py` is to be filled from; on the CPU it only rehearses.
+On a GPU its results are the source of the tables in `kernels/launch.py`; on the CPU it is only a
+rehearsal.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def changes(arch: Arch, width: int, tiles: dict[str, Any]) -> Iterator[Change]:
 
 @contextlib.contextmanager
 def told(arch: Arch) -> Iterator[None]:
-    """Let the sketch op believe that it runs on ``arch``."""
+    """Make the sketch op use the launch parameters of ``arch``."""
     # the package's attribute of that name is the function
     module = importlib.import_module("eva_kernels.ops.sketch")
     with mock.patch.object(module, "device_arch", return_value=arch):
@@ -133,7 +134,7 @@ def breakdown(run: Callable[[], Any], device: torch.device, count: int = 10) -> 
 
 
 def _apart(problem: Problem, arch: Arch) -> dict[str, float]:
-    # launched early, a kernel's time would hold the end of the one before
+    # with dependent launch a kernel's time would include the end of its predecessor
     apart = replace(arch, dependent_launch=False)
     try:
         return breakdown(functools.partial(problem.run, apart, problem.sums()), problem.x.device)

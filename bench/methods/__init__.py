@@ -1,4 +1,4 @@
-"""Every initialiser of LoRA adapters that is compared, each as a function of one signature."""
+"""All LoRA initialisers that are compared, as functions with a common signature."""
 
 from __future__ import annotations
 

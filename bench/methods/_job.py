@@ -1,4 +1,4 @@
-"""What every initialiser is given, and what it is."""
+"""The definition of an initialiser, and the input that all of them are given."""
 
 from __future__ import annotations
 

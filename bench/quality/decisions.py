@@ -141,7 +141,7 @@ def driving(world: World, count: int, seed: int) -> Task:
 
 
 def _driver(model: nn.Module, wanted: Tensor) -> Any:
-    """Return the policy as ``play`` wants it; it is told the return of the expert, (count,)."""
+    """Return the policy in the form for ``play``, conditioned on the expert's return, (count,)."""
 
     @torch.no_grad()
     def act(states: Tensor, so_far: Trajectories) -> Tensor:

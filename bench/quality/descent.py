@@ -16,7 +16,7 @@ class DivergedError(RuntimeError):
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Return what training goes down on; AdaLoRA adds its regularisation to it."""
+    """Return the loss that training minimises; AdaLoRA adds its regularisation to it."""
     loss: Tensor = model(**batch).loss
     return loss
 

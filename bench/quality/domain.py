@@ -1,4 +1,4 @@
-"""What a domain is: a pre-trained base, the task it is adapted to, the task it comes from."""
+"""A domain: a pre-trained base, the task it is adapted to, and the task it was trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..methods import Batch
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all methods share in a domain, known before anything is built.
+    """The settings that all methods share in a domain, known before anything is built.
 
     Attributes:
         title: heading.

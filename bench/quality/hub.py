@@ -1,4 +1,4 @@
-"""The paper's data sets, or sets like them, where the hub can be reached: ``--data hub``.
+"""The paper's data sets, or similar ones, if the hub can be reached: ``--data hub``.
 
 Any name may also be a local folder with files ``train.*`` and ``test.*`` of the same columns.
 """

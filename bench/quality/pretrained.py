@@ -75,7 +75,7 @@ class Scale:
 
 LEARNT = 0.75  # of the loss of a guess: what a base must have come below
 SCALES = {
-    # On an H200 that also ran the test suite 1500 steps took most of five minutes.
+    # On an H200 that ran the test suite at the same time, 1500 steps took most of five minutes.
     "cuda": Scale(768, 2048, 12, 12, 512, 800, 64, 6e-4, 40_000_000, 64, by_file=True),
     "cpu": Scale(48, 128, 2, 4, 64, 150, 8, 3e-3, 400_000, 32, by_file=False),
 }
@@ -166,7 +166,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def tell(what: str, begin: float) -> None:
-    """Say how far it has come, for whoever reads the log of a run that was ended."""
+    """Log the progress, for readers of the log of an interrupted run."""
     print(f"pretrained: {what}, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
 

@@ -53,7 +53,7 @@ class Workers:
             children = set(multiprocessing.active_children()) - self._others
         for child in children:
             child.terminate()
-        # its thread waits for them, if it was begun: of two who do, one is told of no end
+        # its thread, if started, waits for them: of two waiters only one would get the exit status
         self._pool.shutdown(cancel_futures=True)
         for child in children:
             child.join()

@@ -1,1 +1,1 @@
-"""One module a stage, each with ``run(context)``: it returns if all is well, or raises."""
+"""One module per stage, each with ``run(context)``, which raises if the stage fails."""

@@ -1,4 +1,4 @@
-"""What the machine reaches with library calls: a large copy, a large bfloat16 product."""
+"""Peak rates reached by library calls: a large copy, a large bfloat16 matrix product."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What CorDA would cost on Llama-2-7B, from one and two of its layers."""
+"""The cost of CorDA on Llama-2-7B, extrapolated from one and two of its layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine is: device, driver, clocks, versions, and the backend of every op."""
+"""Description of the machine: device, driver, clocks, versions, and the backend of every op."""
 
 from __future__ import annotations
 

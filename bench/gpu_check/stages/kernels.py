@@ -1,4 +1,4 @@
-"""Timings of every kernel, each after its answer was found right."""
+"""Timings of every kernel, each after its result was verified."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ NATIVE = "native or graded"  # tests that launch them
 SMALL = f"({NATIVE}) and not (64 or 100 or 128 or shape4 or shape5 or bad_input or simulated)"
 SELECTIONS = {"memcheck": NATIVE, "racecheck": SMALL, "synccheck": NATIVE}
 TOOLS = tuple(SELECTIONS)
-# The tools instrument our kernels alone: all of torch's would take minutes.
+# The tools instrument only our kernels: instrumenting torch's as well would take minutes.
 OURS = "kns=eva_kernels"  # a substring of the mangled names: the namespace
 PLACES = ("/usr/local/cuda/bin/compute-sanitizer",)
 UNSUPPORTED = ("Device not supported", "Unsupported device", "not supported on this")
@@ -51,7 +51,7 @@ def _run_tool(path: str, tool: str, context: Context) -> dict[str, Any]:
     command = [path, "--tool", tool, "--kernel-name", OURS, "--target-processes", "all"]
     command += ["--error-exitcode", "99", sys.executable, "-m", "pytest", "-q", *tests]
     command += ["-k", SELECTIONS[tool], "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    # From torch's cache of blocks a tensor's end is not the end of an allocation.
+    # With torch's caching allocator the end of a tensor is not the end of an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     log = context.folder / f"{tool}.txt"
     with log.open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""The whole test suite on the device, and what its report says."""
+"""The whole test suite on the device, and the evaluation of its report."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..context import Context, StageFailed
 
 # A rehearsal runs these alone: one file of an op, one of the method.
 REHEARSED = ("tests/ops/test_convergence.py", "tests/streaming/test_allocation.py")
-# These compile, and run on the CPU whatever the device.
+# These only compile kernels, or run on the CPU whatever the device.
 ELSEWHERE = (
     "tests/emulator",
     "tests/ops/test_compiled_kernels.py",
     "tests/packaging/test_cuda_build.py",
 )
-# The check rehearses itself in these: not within the check.
+# These tests rehearse the check itself, so they are not run within it.
 OWN = "tests/benchmarks/test_gpu_check.py::test_rehearsal"
-# What runs on the device, and all tests marked `gpu`, comes first: a suite whose time is over loses
-# what comes last.
+# Files that run on the device, and all tests marked `gpu`, come first: if time runs out, the last
+# tests are lost.
 FIRST = ("tests/ops", "tests/streaming")
 SLOW = "tests/benchmarks"
 # What the suite imports beyond the package's own requirements; module -> package.

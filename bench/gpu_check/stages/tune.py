@@ -1,4 +1,4 @@
-"""The sketch with other launch numbers: what ``kernels/launch.py`` is filled from."""
+"""The sketch with other launch parameters: the source of the tables in ``kernels/launch.py``."""
 
 from __future__ import annotations
 
