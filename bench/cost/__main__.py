@@ -1,4 +1,4 @@
-"""The process of one row: ``python -m bench.cost QUESTION`` measures a method and prints it."""
+"""The process of one row: ``python -m bench.cost QUESTION`` measures a method, prints the row."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     """Measure one method.
 
     Args:
-        question: ``config``, ``method``, ``batch`` and ``real`` (weights of the hub); ``depth``,
-            layers of the model, if not all; ``repeats``, if not as the configuration says.
+        question: ``config``, ``method``, ``batch`` and ``real`` (use the hub's weights); optionally
+            ``depth``, the number of layers, and ``repeats``, to override the configuration.
 
     Returns:
-        ``runs``, a list with seconds and bytes by phase of every repetition, and what the first of
-        them left behind.
+        ``warm_up_s``; ``runs``, a list with seconds and bytes by phase of every repetition; and the
+        effect of the first repetition on the model.
     """
     config, method = CONFIGS[question["config"]], METHODS[question["method"]]
     if "depth" in question:
@@ -96,7 +96,7 @@ def _measured(
 
 
 def _train(model: PeftModel, batches: list[Batch], meter: Meter) -> float:
-    """Train a step a batch; return the median seconds of those after the first."""
+    """Train one step per batch; return the median seconds of the steps after the first."""
     model.train()
     seconds = []
     for step, batch in enumerate(batches, 1):
@@ -117,7 +117,7 @@ def _train(model: PeftModel, batches: list[Batch], meter: Meter) -> float:
 
 @torch.no_grad()
 def _left(model: PeftModel, config: Config, real: bool, device: torch.device) -> dict[str, Any]:
-    """Tell what a method has done to the model, by comparison with a fresh base."""
+    """Return the effect of a method on the model, compared with a fresh base."""
     fresh = config.make_model(real)
     plain = dict(fresh.named_modules())
     changed = total = 0.0
@@ -137,7 +137,7 @@ def _left(model: PeftModel, config: Config, real: bool, device: torch.device) ->
 
 
 def _reloaded(model: PeftModel, fresh: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """Save the adapter that was trained a few steps, load it on a fresh base, compare logits."""
+    """Save the briefly trained adapter, load it on a fresh base, and compare logits."""
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits
     with tempfile.TemporaryDirectory() as folder:

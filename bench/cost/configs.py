@@ -1,4 +1,4 @@
-"""The models, the data and the sizes that costs are measured with."""
+"""The models, data and sizes for which costs are measured."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Config:
 
     Attributes:
         make_config: returns the transformers config.
-        hub: name of the weights on the hub; random weights where that is not reached.
-        samples: in all, of every method; each sees the same.
-        length: tokens of a sample.
-        batches: batch sizes of data-driven methods.
-        passes: over the samples, after which EVA is ended, whatever has converged.
-        epoch: samples of a training epoch, with which costs are compared.
+        hub: name of the weights on the hub; if it cannot be reached, weights are random.
+        samples: total number, the same samples for every method.
+        length: tokens per sample.
+        batches: batch sizes for data-driven methods.
+        passes: over the samples, after which EVA is stopped, converged or not.
+        epoch: samples in a training epoch, with whose time costs are compared.
         train_batch: batch size of that training.
         r: rank.
         dtype: of the weights.
-        least, repeats: measured runs of every row, at least and at most.
-        seconds: after which a row is not repeated any more.
-        gpu: it makes no sense on a CPU.
+        least, repeats: minimum and maximum number of measured runs per row.
+        seconds: after which a row is not repeated again.
+        gpu: needs a GPU.
     """
 
     make_config: Callable[[], PretrainedConfig]
@@ -51,10 +51,10 @@ class Config:
     gpu: bool = True
 
     def device(self) -> torch.device:
-        """Return where it runs.
+        """Return the device on which it runs.
 
         Raises:
-            RuntimeError: it wants a GPU, and torch sees none.
+            RuntimeError: it needs a GPU, and torch finds none.
         """
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -66,14 +66,14 @@ class Config:
         """Return the model, with the same weights at every call, in eval mode.
 
         Args:
-            real: take the weights of the hub.
+            real: use the hub's weights.
         """
         device = self.device()
         if real:
             model = AutoModelForCausalLM.from_pretrained(self.hub, dtype=self.dtype)
             return model.to(device).eval()
         torch.manual_seed(0)
-        with torch.device(device):  # made there: there is no second copy
+        with torch.device(device):  # created there, without a second copy
             model = AutoModelForCausalLM.from_config(self.make_config(), dtype=self.dtype)
         return model.eval()
 
@@ -88,7 +88,7 @@ class Config:
         return True
 
     def make_batches(self, size: int, device: torch.device) -> list[Batch]:
-        """Return the samples in batches: source code in tokens of the embedded tokenizer."""
+        """Return the samples in batches: source code, tokenized by the embedded tokenizer."""
         vocabulary = self.make_config().vocab_size
         ids = load_ids(vocabulary, self.samples * self.length).view(self.samples, self.length)
         parts = ids.to(device).split(size)
@@ -104,21 +104,21 @@ class Config:
             made = self.make_config()
             full, made.num_hidden_layers = made.num_hidden_layers, count
             for key, value in vars(made).items():
-                if isinstance(value, list) and len(value) == full:  # an entry a layer
+                if isinstance(value, list) and len(value) == full:  # one entry per layer
                     setattr(made, key, value[:count])
             return made
 
         return replace(self, make_config=make_config, hub=None)
 
     def job(self, batches: list[Batch]) -> Job:
-        """Return what a method is given."""
+        """Return the input of a method."""
         most = self.passes * len(batches)
         steps = max(1, self.epoch // self.train_batch)
         return Job(TARGETS, batches, causal_loss, r=self.r, most_forwards=most, steps=steps)
 
 
 def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss of the next token."""
+    """Return the mean next-token loss."""
     loss: Tensor = model(**batch, use_cache=False).loss
     return loss
 
@@ -136,7 +136,7 @@ def _tiny() -> PretrainedConfig:
 
 
 def warm_up_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Return a model on which a method can load all of its code."""
+    """Return a small model for a first run, which loads all code of a method."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
@@ -151,7 +151,7 @@ def warm_up_model(device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 
 def _large(name: str, hub: str | None) -> Config:
-    # An epoch is the common-sense training set of the paper: 170,420 samples.
+    # An epoch is the paper's common-sense training set: 170,420 samples.
     sizes: dict[str, Any] = {"samples": 64, "length": 512, "batches": (16, 8, 4), "passes": 2}
     train: dict[str, Any] = {"epoch": 170_420, "train_batch": 8, "r": 16}
     run: dict[str, Any] = {"dtype": torch.bfloat16, "least": 1, "repeats": 3, "seconds": 60.0}

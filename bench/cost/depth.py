@@ -41,13 +41,13 @@ def run(
 
     Args:
         name: of a configuration.
-        depths: numbers of layers, two at least.
-        methods: of ``bench.methods``.
-        batch: samples in a batch; methods that take one at a time take one.
+        depths: numbers of layers, at least two.
+        methods: names in ``bench.methods``.
+        batch: batch size; 1 for methods that process one sample at a time.
         out: folder of the results; the file is ``depth-NAME.json``.
         quiet: show no progress bar.
-        repeats: of every row; as the configuration says if ``None``.
-        keep: given all rows measured so far, after each.
+        repeats: of every row; those of the configuration if ``None``.
+        keep: called after each row with all rows measured so far.
 
     Raises:
         ValueError: fewer than two depths.
@@ -86,10 +86,10 @@ def run(
 
 
 def extrapolate(measured: Sequence[Mapping[str, Any]], full: int) -> list[dict[str, Any]]:
-    """Return what each method would cost at ``full`` layers: the line through its extreme depths.
+    """Return the cost of each method at ``full`` layers, by the line through its extreme depths.
 
-    ``FIGURE_off`` tells by how much, relatively, the line is off at each depth between them. A
-    method that failed at a depth has its ``error`` instead.
+    ``FIGURE_off`` is the relative error of that line at each depth in between. A method that failed
+    at some depth has its ``error`` instead.
     """
     found = []
     for name in dict.fromkeys(row["method"] for row in measured):

@@ -16,7 +16,7 @@ START_SECONDS = 120.0  # to load the libraries and the model
 
 
 def keys_of(config: Config, methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows: methods that read data once for every batch size."""
+    """Return the keys of the rows: data-driven methods have a row for every batch size."""
     keys = []
     for name in methods:
         method = METHODS[name]
@@ -28,7 +28,7 @@ def keys_of(config: Config, methods: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Return a row: medians with spread over the repetitions of one process."""
+    """Return a row: medians and spread over the repetitions of one process."""
     runs = found.pop("runs")
     phases = list(dict.fromkeys(name for run in runs for name in run["seconds"]))
     init = [sum(run["seconds"].get(p, 0.0) for p in ("collect", "solve", "apply")) for run in runs]
@@ -59,7 +59,7 @@ def run(
     Args:
         name: of the configuration.
         out: folder of the results; the file is ``cost-NAME.json``.
-        methods: of ``METHODS``; all if ``None``.
+        methods: names in ``METHODS``; all if ``None``.
         quiet: show no progress bar.
 
     Raises:

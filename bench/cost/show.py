@@ -62,7 +62,7 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
         "fresh base. Where PEFT decomposes and applies in one call, both are under *solve*. CorDA "
         "takes one sample at a time."
     )
-    # on a CPU the allocator's share cannot be separated
+    # on a CPU, memory reserved by the allocator cannot be told from memory in use
     headers = [h for h in HEADERS if h != "reserved" or record["machine"]["gpu"]]
     body = [_line(row, epoch, headers) for row in rows]
     figures = {f"cost-{settings['config']}": functools.partial(plot, rows)}
@@ -70,7 +70,7 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
 
 
 def short(record: Mapping[str, Any], batch: int = 8) -> Section:
-    """Return a few columns of the rows of one batch size, for the README."""
+    """Return a few columns of the rows with one batch size, for the README."""
     section = sections(record)[0]
     shown = [row for row in record["rows"] if row["batch"] in (1, batch) or not _reads(row)]
     epoch = epoch_seconds(record["settings"], record["rows"])
@@ -79,7 +79,7 @@ def short(record: Mapping[str, Any], batch: int = 8) -> Section:
 
 
 def epoch_seconds(settings: Row, rows: Sequence[Row]) -> float | None:
-    """Return the seconds of a training epoch with LoRA, ``None`` if that row failed."""
+    """Return the seconds of a training epoch with LoRA; ``None`` if that row failed."""
     step = next((r["train_step_s"] for r in rows if r["method"] == "lora" and _ok(r)), None)
     return None if step is None else step * settings["epoch"] / settings["train_batch"]
 
@@ -90,7 +90,7 @@ def _ok(row: Row) -> bool:
 
 def _line(row: Row, epoch: float | None, headers: Sequence[str]) -> list[str]:
     cells = _cells(row, epoch)
-    if not _ok(row):  # the reason stands where the numbers would begin
+    if not _ok(row):  # the reason goes into the first column of numbers
         cells[headers[2]] = row["error"].replace("|", "\\|")
     return [cells.get(header, "") for header in headers]
 
@@ -129,12 +129,12 @@ def _seconds(value: float) -> str:
 
 
 def mib(value: float) -> str:
-    """Return bytes in MiB, or GiB."""
+    """Format bytes in MiB or GiB."""
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 def reload_words(row: Row) -> str:
-    """Say whether the adapter was restored by saving and loading."""
+    """Say whether saving and loading restored the adapter."""
     if "reload_error" in row:
         return row["reload_error"].split(":")[0]
     difference = row["reload_difference"]
@@ -142,7 +142,7 @@ def reload_words(row: Row) -> str:
 
 
 def in_words(rows: Sequence[Row]) -> str:
-    """Say how this package compares with the other methods that read data, batch by batch."""
+    """Say how this package compares with other data-driven methods, for each batch size."""
     found = {(r["method"], r["batch"]): r for r in rows if _ok(r)}
     sizes = sorted({batch for method, batch in found if method == "eva"}, reverse=True)
     lines = []
@@ -177,7 +177,7 @@ def _list(values: Sequence[float]) -> str:
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """Draw seconds and memory, a line a method, a mark a batch size."""
+    """Plot seconds and memory in two panels: a line per method, a marker per batch size."""
     shown = [row for row in rows if _ok(row)]
     methods = list(dict.fromkeys(row["method"] for row in shown))
     figure = new_figure((8, 5.4), "Seconds and memory of every initialisation, one line a method")

@@ -1,4 +1,4 @@
-"""All LoRA initialisers that are compared, as functions with a common signature."""
+"""All LoRA initialisers compared, as functions with a common signature."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHODS: dict[str, Method] = {
 
 
 def after_step(model: object, step: int) -> None:
-    """Let a method act after a step of the optimizer (1, 2, ...), as AdaLoRA has to."""
+    """Let a method act after optimizer step ``step`` (1, 2, ...), as AdaLoRA has to."""
     base = getattr(model, "base_model", None)
     if hasattr(base, "update_and_allocate"):
         base.update_and_allocate(step)

@@ -1,4 +1,4 @@
-"""The definition of an initialiser, and the input that all of them are given."""
+"""The definition of an initialiser, and the input that all of them get."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What an initialiser is given, the same for all in a comparison.
+    """The input of an initialiser, the same for all in a comparison.
 
     Attributes:
         targets: names of the layers to adapt, as PEFT matches them.
-        batches: calibration data, mappings of tensors on the device of the model.
-        loss: ``f(model, batch)``, what training goes down on.
-        r: rank of every layer; methods that move ranks keep their sum.
+        batches: calibration data, mappings of tensors on the model's device.
+        loss: ``f(model, batch)``, minimised by training.
+        r: rank of every layer; methods that redistribute ranks keep their sum.
         rho, tau: of EVA.
-        most_forwards: after which EVA is ended, whatever has converged.
-        steps: of the training that follows, for AdaLoRA.
-        seed: of whatever is random.
-        text: the batches are text, with padding that an ``attention_mask`` tells.
-        modules_to_save: layers that are trained whole.
+        most_forwards: forward passes after which EVA is stopped, converged or not.
+        steps: number of training steps that follow, for AdaLoRA.
+        seed: of everything random.
+        text: the batches are text, with padding given by an ``attention_mask``.
+        modules_to_save: layers that are fully trained.
     """
 
     targets: Sequence[str]
@@ -47,7 +47,7 @@ class Job:
     modules_to_save: Sequence[str] = ()
 
     def config(self, kind: type[Any] = LoraConfig, **fields: Any) -> Any:
-        """Return a PEFT config of a kind, with the fields that all methods share."""
+        """Return a PEFT config of type ``kind`` with the fields that all methods share."""
         if kind is LoraConfig:
             fields = {"r": self.r, **fields}
         return kind(
@@ -65,17 +65,17 @@ def forward(model: nn.Module, batch: Batch, meter: Meter) -> Any:
 
 
 def count(batch: Batch, meter: Meter) -> None:
-    """Count a forward pass, and its tokens (or samples, where there are no token ids)."""
+    """Count a forward pass, and its tokens (or samples if there are no token ids)."""
     meter.forwards += 1
     ids = batch.get("input_ids")
     meter.tokens += ids.numel() if ids is not None else len(next(iter(batch.values())))
 
 
 def wrap(model: nn.Module, config: Any, seed: int, **options: Any) -> PeftModel:
-    """Return ``get_peft_model``, by random numbers of a seed."""
+    """Return ``get_peft_model(...)``, with random numbers from ``seed``."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice to users of single methods
+        warnings.simplefilter("ignore")  # advice for users of an individual method
         torch.manual_seed(seed)
         return get_peft_model(model, config, **options)
 
@@ -86,23 +86,23 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def rank_of(layer: LoraLayer) -> int:
-    """Return how many rows ``lora_A`` has; AdaLoRA's is no layer, but a parameter."""
+    """Return the number of rows of ``lora_A``, which in AdaLoRA is a parameter, not a layer."""
     first = layer.lora_A["default"]
     return len(getattr(first, "weight", first))
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to initialise.
+    """An initialiser.
 
     Attributes:
         label: for tables.
         start: ``f(base, job, meter)`` returns the adapted model; it measures the phases
-            ``collect`` (passes over data), ``solve`` (decompositions) and ``apply``. Where one call
-            of PEFT does two of them, both count for the first.
-        source: what was followed.
-        reads_data: it looks at the batches.
-        one_sample: it takes one sample at a time, whatever the batches.
+            ``collect`` (passes over data), ``solve`` (decompositions) and ``apply``. If one call
+            of PEFT covers two of them, both count as the first.
+        source: library or paper that it follows.
+        reads_data: it is data-driven.
+        one_sample: it processes one sample at a time, whatever the batch size.
     """
 
     label: str

@@ -1,4 +1,4 @@
-"""CorDA: a full covariance of every layer's inputs, and the SVD of weights times covariance."""
+"""CorDA: the full covariance of every layer's inputs, and the SVD of weights times covariance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._job import Job, Method, forward, wrap
 
 def _corda(kind: Literal["ipm", "kpm"]) -> Callable[[nn.Module, Job, Meter], PeftModel]:
     def start(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
-        # needs the package attrs, on which PEFT does not depend
+        # needs the package attrs, which PEFT does not list as a dependency
         from peft.tuners.lora.corda import preprocess_corda
 
         config: Any = job.config(
@@ -27,13 +27,13 @@ def _corda(kind: Literal["ipm", "kpm"]) -> Callable[[nn.Module, Job, Meter], Pef
         def run_model() -> None:
             with meter.phase("collect"):
                 for batch in job.batches:
-                    for i in range(len(next(iter(batch.values())))):  # it takes no more
+                    for i in range(len(next(iter(batch.values())))):  # one sample at a time: CorDA accepts no more
                         forward(model, {k: v[i : i + 1] for k, v in batch.items()}, meter)
 
         training = model.training
         with meter.phase("solve"):
             preprocess_corda(model, config, run_model=run_model)
-        model.train(training)  # left in eval mode
+        model.train(training)  # preprocess_corda leaves it in eval mode
         with meter.phase("apply"):
             return wrap(model, config, job.seed)
 

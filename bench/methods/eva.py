@@ -1,4 +1,4 @@
-"""EVA: by PEFT, and by this package."""
+"""EVA, as implemented by PEFT and by this package."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _adapted(model: nn.Module, job: Job) -> PeftModel:
 
 
 def _peft(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
-    """Initialise by PEFT's own functions, ended after ``most_forwards``, which PEFT cannot be.
+    """Initialise with PEFT's functions, stopped after ``most_forwards``, a limit that PEFT lacks.
 
-    The first of its forward passes is for hashing alone, and counts.
+    The first of its forward passes, which only hashes inputs, counts.
     """
     with meter.phase("apply"):
         adapted = _adapted(model, job)
@@ -62,7 +62,7 @@ def _solving(meter: Meter) -> Any:
 
 
 def _functions(job: Job) -> dict[str, Any]:
-    """Return the functions without which PEFT's EVA runs on text only."""
+    """Return the arguments that let PEFT's EVA run on inputs other than text."""
 
     def rows(layer_input: tuple[Tensor, ...], model_input: Any, name: str) -> Tensor:
         return layer_input[0].reshape(-1, layer_input[0].shape[-1])

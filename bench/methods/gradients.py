@@ -1,8 +1,8 @@
-"""LoRA-GA: as PEFT has it, and by the formula of the paper.
+"""LoRA-GA, as implemented by PEFT and by the formula of the paper.
 
-PEFT's takes A from the right singular vectors of the mean gradient as they are, and scales B by the
-singular values; the authors' takes both as orthonormal rows times d_out^(1/4) / sqrt(gamma). The
-first changes the base weights by about a hundredth of what the second does.
+PEFT takes the right singular vectors of the mean gradient, unscaled, as A, and scales B by the
+singular values; the authors take both as orthonormal rows times d_out^(1/4) / sqrt(gamma). PEFT's
+change of the base weights is about a hundredth of the authors'.
 """
 
 from __future__ import annotations

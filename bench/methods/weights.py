@@ -1,4 +1,4 @@
-"""Initialisers that use no data: random ones, and those from the weights."""
+"""Initialisers that use no data: random, or derived from the weights."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Fine-tuning from every initialisation, in the four domains of the paper and one for a GPU."""
+"""Fine-tuning from every initialisation, in the paper's four domains and one sized for a GPU."""

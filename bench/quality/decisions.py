@@ -39,7 +39,7 @@ PRETRAINING = {"steps": 300, "batch": 32, "rate": 2e-3}
 
 
 class Policy(nn.Module):
-    """A Decision Transformer whose output has a loss: the squared error of the actions."""
+    """A Decision Transformer that also returns a loss: the squared error of the actions."""
 
     def __init__(self, state: int, action: int, longest: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Policy(nn.Module):
         self.transformer = as_linear(DecisionTransformerModel(config))
 
     def forward(self, labels: Tensor | None = None, **trajectories: Tensor) -> Output:
-        """Return actions (batch, steps, A) as logits; labels are the actions that were taken."""
+        """Return predicted actions (batch, steps, A) as logits; labels are the actions taken."""
         actions = self.transformer(**trajectories).action_preds
         loss = None if labels is None else nn.functional.mse_loss(actions, labels)
         return Output(loss=loss, logits=actions)
@@ -66,8 +66,8 @@ class Policy(nn.Module):
 def build(data: str = "embedded", seed: int = 0) -> Domain:
     """Build the domain.
 
-    With ``data="hub"`` old and new trajectories are those of ``hub.TRAJECTORIES``; there is no
-    environment then, and the score is the share of the actions' variance that is explained.
+    With ``data="hub"`` old and new trajectories are those of ``hub.TRAJECTORIES``; as there is no
+    environment, the score is then the explained share of the actions' variance.
     """
     if data == "hub":
         old, new = hub.trajectories()
@@ -98,7 +98,7 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
 
 
 def windows(found: Trajectories) -> Batch:
-    """Cut trajectories into windows of CONTEXT steps: (windows, CONTEXT, ...) each."""
+    """Cut trajectories into windows of CONTEXT steps; tensors (windows, CONTEXT, ...)."""
     steps = found["rewards"].shape[1]
     to_go = found["rewards"].flip(1).cumsum(1).flip(1)
     times = torch.arange(steps).expand(len(to_go), steps)[..., None]
@@ -112,18 +112,18 @@ def windows(found: Trajectories) -> Batch:
 
 
 def error(output: Any, part: Batch) -> Tensor:
-    """Return the squared error of the actions, a value for each window."""
+    """Return the mean squared error of the actions, (windows,)."""
     return (output.logits - part["labels"]).square().mean((1, 2))
 
 
 def imitation(batch: Batch) -> Task:
-    """Return the task to tell the actions: squared error, share of the variance explained."""
+    """Return the task to predict actions: squared error, share of the variance explained."""
     variance = float(batch["labels"].var(correction=0))
     return examples(batch, 128, error, lambda output, part: 1 - error(output, part) / variance)
 
 
 def driving(world: World, count: int, seed: int) -> Task:
-    """Return the task of a world: the error on new trajectories, the return in new episodes."""
+    """Return the task to act in a world: error on new trajectories, return in new episodes."""
     generator = torch.Generator().manual_seed(10_000 + seed)
     first = world.begin(count, generator)
     actions = 2 * torch.rand(HORIZON, count, point_mass.ACTION, generator=generator) - 1
@@ -141,7 +141,7 @@ def driving(world: World, count: int, seed: int) -> Task:
 
 
 def _driver(model: nn.Module, wanted: Tensor) -> Any:
-    """Return the policy in the form for ``play``, conditioned on the expert's return, (count,)."""
+    """Return the policy as ``play`` takes it, conditioned on the expert's return, (count,)."""
 
     @torch.no_grad()
     def act(states: Tensor, so_far: Trajectories) -> Tensor:
@@ -173,9 +173,9 @@ def pretrained(train: Batch, seed: int) -> nn.Module:
 
 
 def as_linear(model: nn.Module) -> nn.Module:
-    """Replace layers of the kind Conv1D by linear ones of the same function.
+    """Replace Conv1D layers by equivalent linear layers.
 
-    Some methods' formulas are for weights (out, in), and would fail or be wrong on (in, out).
+    The formulas of some methods assume weights (out, in), and would fail or be wrong on (in, out).
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

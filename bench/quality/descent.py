@@ -1,4 +1,4 @@
-"""The one training loop: pre-training of the harness's bases, and every fine-tuning."""
+"""The training loop, used to pre-train the base models and for every fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .domain import take
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer finite, or has not fallen."""
+    """The loss is not finite, or has not fallen."""
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -31,18 +31,18 @@ def descend(
     seed: int,
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Train what requires gradients by AdamW without weight decay, and leave it in train mode.
+    """Train all parameters that require gradients with AdamW, no weight decay; stay in train mode.
 
     Args:
         model: ``model(**batch).loss`` is a scalar.
-        train: (samples, ...) each.
+        train: tensors (samples, ...).
         steps, batch: optimiser steps, and samples in each.
-        rate: reached after a tenth of the steps; falls linearly to zero.
-        seed: of the order of the samples, which goes through all before it repeats one.
-        after: called with the number of steps taken, after each.
+        rate: peak learning rate, reached after a tenth of the steps; then falls linearly to zero.
+        seed: of the order of the samples, which is shuffled anew in each epoch.
+        after: called after each step with the number of steps taken.
 
     Raises:
-        DivergedError: the loss is infinite or no number.
+        DivergedError: the loss is infinite or NaN.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)

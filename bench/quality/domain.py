@@ -1,4 +1,4 @@
-"""A domain: a pre-trained base, the task it is adapted to, and the task it was trained on."""
+"""A domain: a pre-trained base, the task it is fine-tuned for, and the task it was trained on."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Recipe:
         title: heading.
         what: one sentence: base, task, old task.
         loss, score: names of the two measures, with units; a higher score is better.
-        old: what the old task's loss and score are.
+        old: description of the old task's loss and score.
         steps: optimiser steps of a fine-tuning.
         every: steps between two evaluations on the test split.
         batch: samples a step.
-        r: rank of every layer; methods that move ranks keep their sum.
-        calibration: batches, of ``batch`` samples each, for methods that look at data.
-        rates: highest learning rates of the sweep, rising.
+        r: rank of every layer; methods that redistribute ranks keep their sum.
+        calibration: number of batches of ``batch`` samples for data-driven methods.
+        rates: peak learning rates of the sweep, ascending.
     """
 
     title: str
@@ -45,7 +45,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """Something a model is measured on; both functions leave it as it was.
+    """A task on which models are evaluated; both functions leave the model unchanged.
 
     Attributes:
         loss: ``f(model)``, lower is better.
@@ -61,14 +61,14 @@ class Domain:
     """A base and its tasks; built from a seed, the same in every process.
 
     Attributes:
-        base: in eval mode; never changed, ``fresh`` copies it. ``base(**batch).loss`` is what
-            training goes down on.
+        base: in eval mode; never changed, ``fresh`` copies it. Training minimises
+            ``base(**batch).loss``.
         targets: names of the layers to adapt.
-        train: training split of the target task, (samples, ...) each.
+        train: training split of the target task, tensors (samples, ...).
         validation, test: held-out splits of the target task.
-        old: what the base was pre-trained for.
+        old: the task for which the base was pre-trained.
         text: batches are text, with an ``attention_mask``.
-        head: names of layers that are new to the task and trained whole.
+        head: names of layers that are new for the task and fully trained.
     """
 
     recipe: Recipe
@@ -82,7 +82,7 @@ class Domain:
     head: tuple[str, ...] = ()
 
     def fresh(self, seed: int) -> nn.Module:
-        """Return a copy of the base; the weights of a new head are drawn by the seed."""
+        """Return a copy of the base; the seed determines the weights of a new head."""
         model = copy.deepcopy(self.base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -101,7 +101,7 @@ class Domain:
 
 
 def take(batch: Batch, rows: Tensor | slice) -> Batch:
-    """Return some samples; the padding that all of them share is cut."""
+    """Return the given samples, without the padding common to all of them."""
     taken = {key: value[rows] for key, value in batch.items()}
     mask = taken.get("attention_mask")
     if mask is None:
@@ -117,14 +117,14 @@ def chunks(batch: Batch, size: int) -> list[Batch]:
 
 
 Measure = Callable[[Any, Batch], Tensor]
-ANSWERS = ("labels", "classes")  # keys of what a model is trained to tell
+ANSWERS = ("labels", "classes")  # keys of the targets that a model is trained to predict
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batch: Batch, size: int, *measures: Measure) -> list[float]:
-    """Return the mean over samples of ``measure(output, batch)``, a value for each, in eval mode.
+    """Return for each measure the mean over samples of ``measure(output, batch)``, in eval mode.
 
-    The model is given no answers, so that no method's own addition to the loss is counted.
+    The model gets no labels, so that terms that a method adds to the loss do not count.
     """
     training = model.training
     model.eval()
@@ -138,7 +138,7 @@ def evaluate(model: nn.Module, batch: Batch, size: int, *measures: Measure) -> l
 
 
 def examples(batch: Batch, size: int, loss: Measure, score: Measure) -> Task:
-    """Return the task to do well on the samples of a split, read ``size`` at a time."""
+    """Return the task to do well on the samples of a split, evaluated ``size`` at a time."""
 
     def both(model: nn.Module) -> tuple[float, float]:
         first, second = evaluate(model, batch, size, loss, score)
@@ -148,7 +148,7 @@ def examples(batch: Batch, size: int, loss: Measure, score: Measure) -> Task:
 
 
 def classification(batch: Batch, answer: str = "labels", size: int = 64) -> Task:
-    """Return the task to tell the answer from the rest: cross entropy in nats, and accuracy."""
+    """Return the task to predict the key ``answer``: cross entropy in nats, and accuracy."""
 
     def loss(output: Any, part: Batch) -> Tensor:
         return nn.functional.cross_entropy(output.logits, part[answer], reduction="none")
@@ -160,7 +160,7 @@ def classification(batch: Batch, answer: str = "labels", size: int = 64) -> Task
 
 
 def linear_layers(model: nn.Module, without: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the full names of the linear layers, those left out whose name begins so."""
+    """Return the full names of the linear layers, except those with a prefix in ``without``."""
     return tuple(
         name
         for name, module in model.named_modules()

@@ -15,7 +15,7 @@ _MODULES = {
     "decisions": decisions,
     "pretrained": pretrained,
 }
-# Minutes on a GPU, and nothing on a CPU: run when asked for.
+# Takes minutes on a GPU, and is meaningless on a CPU: run only on request.
 ON_REQUEST = ("pretrained",)
 RECIPES: dict[str, Recipe] = {name: module.RECIPE for name, module in _MODULES.items()}
 _BUILD: dict[str, Callable[[str], Domain]] = {
@@ -25,5 +25,5 @@ _BUILD: dict[str, Callable[[str], Domain]] = {
 
 @functools.cache
 def domain(name: str, data: str = "embedded") -> Domain:
-    """Return a domain, built once in a process."""
+    """Return a domain, built once per process."""
     return _BUILD[name](data)

@@ -12,17 +12,17 @@ from .statistics import mean_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Colours that stay apart in the common kinds of colour blindness.
+# Colours that can be distinguished with common kinds of colour blindness.
 COLOURS = ("#0072b2", "#d55e00", "#009e73")
 Curve = Sequence[Sequence[float]]
 
 
 def ends(values: Mapping[str, Mapping[int, float]], ours: str | None, measure: str) -> Figure:
-    """Draw the loss at the end of every method: mean, two standard errors, and all seeds.
+    """Plot the final loss of every method: mean, two standard errors, and all seeds.
 
     Args:
         values: label -> seed -> loss.
-        ours: label whose range is shaded.
+        ours: label whose interval is shaded.
         measure: name of the axis.
     """
     size = 7, 1 + 0.3 * len(values)
@@ -50,12 +50,12 @@ def curves(
     goal: float | None,
     measure: str,
 ) -> Figure:
-    """Draw the mean loss over the steps: some methods in colour, the others grey.
+    """Plot the mean loss vs. steps: some methods in colour, the others grey.
 
     Args:
-        runs: method -> label, and for each seed (step, loss) by step.
+        runs: method -> label, and for each seed its (step, loss) pairs by step.
         shown: methods in colour.
-        goal: loss to which steps are counted.
+        goal: target loss, up to which steps are counted.
         measure: name of the axis.
     """
     figure = new_figure((7, 4.2), "Held-out loss over the steps of fine-tuning, one line a method")

@@ -1,6 +1,6 @@
 """The paper's data sets, or similar ones, if the hub can be reached: ``--data hub``.
 
-Any name may also be a local folder with files ``train.*`` and ``test.*`` of the same columns.
+A name may also be a local folder with files ``train.*`` and ``test.*`` with the same columns.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def rows(source: Source, limit: int) -> list[Mapping[str, Any]]:
 
 
 def three(found: Any) -> tuple[Any, Any, Any]:
-    """Cut a list, or a mapping of tensors, into 7 parts to train on, 1 to validate, 2 to test."""
+    """Split a list, or a mapping of tensors, into training, validation and test sets, 7 : 1 : 2."""
     if isinstance(found, Mapping):
         parts = {key: three(value) for key, value in found.items()}
         a, b, c = ({key: value[i] for key, value in parts.items()} for i in range(3))
@@ -58,7 +58,7 @@ def three(found: Any) -> tuple[Any, Any, Any]:
 
 
 def generation_texts(sources: Sequence[Source] = GENERATION, limit: int = 1000) -> list[str]:
-    """Return problems with their solutions, the sources in turn."""
+    """Return problems with their solutions, alternating between the sources."""
     each = [
         [f"{row[ask]}\n{row[tell]}\n" for row in found]
         for source in sources
@@ -69,7 +69,7 @@ def generation_texts(sources: Sequence[Source] = GENERATION, limit: int = 1000) 
 
 
 def labelled_sentences(source: Source = UNDERSTANDING, limit: int = 2000) -> list[tuple[str, int]]:
-    """Return sentences, or pairs of them joined, with their labels; hidden labels (-1) left out."""
+    """Return labelled sentences, or joined pairs of them; those with hidden labels (-1) dropped."""
     found = rows(source, limit)
     columns = _first(_SENTENCES, found[0])
     return [
@@ -96,10 +96,10 @@ def labelled_images(
 def trajectories(
     sources: tuple[Source, Source] = TRAJECTORIES, limit: int = 200, steps: int = 20
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return old and new trajectories, all (count, steps, ...): pieces of the episodes."""
+    """Return old and new trajectories, cut from the episodes; tensors (count, steps, ...)."""
     old, new = (_pieces(rows(source, limit), steps) for source in sources)
     mean, scale = (f(old["states"].flatten(0, 1), 0) for f in (torch.mean, torch.std))
-    for found in (old, new):  # one scale for both, that of the pre-training
+    for found in (old, new):  # both normalised by the statistics of the pre-training data
         found["states"] = (found["states"] - mean) / (scale + 1e-6)
     return old, new
 

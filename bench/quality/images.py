@@ -1,4 +1,4 @@
-"""Image classification: a small ViT, pre-trained on upright digits, adapted to turned negatives."""
+"""Image classification: small ViT, pre-trained on upright digits, adapted to rotated negatives."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def turn(images: Tensor) -> Tensor:
-    """Return the negatives, turned by a quarter."""
+    """Return the negatives, rotated by 90 degrees."""
     return -images.rot90(1, (-2, -1))
 
 

@@ -68,7 +68,7 @@ def documentation() -> dict[str, str]:
 
 
 def blocks(ids: list[int], most: int | None = None, length: int = LENGTH) -> Batch:
-    """Cut a stream of token ids into full rows, int64 (rows, length); keep some, spread evenly."""
+    """Cut token ids into full rows, int64 (rows, length); keep ``most`` of them, evenly spaced."""
     count = len(ids) // length
     rows = torch.tensor(ids[: count * length]).view(count, length)
     if most is not None:
@@ -77,7 +77,7 @@ def blocks(ids: list[int], most: int | None = None, length: int = LENGTH) -> Bat
 
 
 def next_token(batch: Batch) -> Task:
-    """Return the task to tell the next token: nats a token, and accuracy."""
+    """Return the task to predict the next token: nats per token, and accuracy."""
 
     def loss(output: Any, part: Batch) -> Tensor:
         logits = output.logits[:, :-1].float().transpose(1, 2)

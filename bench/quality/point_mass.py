@@ -1,4 +1,4 @@
-"""A tiny environment: a point mass in the plane that a force drives to a goal; all vectorised."""
+"""A tiny vectorised environment: a point mass in the plane, driven to a goal by a force."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class World:
     """The dynamics: ``v <- (1 - drag) v + 0.3 force R(angle) a``, ``x <- x + 0.3 v``.
 
     Attributes:
-        angle: by which an action is turned before it acts, radians.
+        angle: by which an action is rotated before it acts, radians.
         force: of an action of length one.
-        drag: share of the velocity that is lost in a step.
+        drag: share of the velocity lost in each step.
     """
 
     angle: float = 0.0
@@ -32,12 +32,12 @@ class World:
         return torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
 
     def begin(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return first states (count, 6): position, velocity (zero), goal."""
+        """Return initial states (count, 6): position, velocity (zero), goal."""
         places = 2 * torch.rand(count, 4, generator=generator) - 1
         return torch.cat([places[:, :2], torch.zeros(count, 2), places[:, 2:]], 1)
 
     def step(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the next states, and the rewards (count,): minus the distance to the goal."""
+        """Return the next states, and the rewards (count,): the negative distance to the goal."""
         place, speed, goal = states.split(2, 1)
         force = self.force * actions.clamp(-1, 1) @ self._turn(self.angle).T
         speed = (1 - self.drag) * speed + 0.3 * force
@@ -45,7 +45,7 @@ class World:
         return torch.cat([place, speed, goal], 1), -(place - goal).norm(dim=1)
 
     def expert(self, states: Tensor) -> Tensor:
-        """Return what a controller that knows the dynamics does, (count, 2) in [-1, 1]."""
+        """Return the actions of a controller that knows the dynamics, (count, 2) in [-1, 1]."""
         place, speed, goal = states.split(2, 1)
         wanted = (4.0 * (goal - place) - 3.0 * speed) / self.force
         return (wanted @ self._turn(-self.angle).T).clamp(-1, 1)
@@ -58,7 +58,7 @@ def play(
 
     Args:
         world: the dynamics.
-        states: to begin with, (count, 6).
+        states: initial states, (count, 6).
         act: ``f(states, so_far)`` returns actions (count, 2).
 
     Returns:
@@ -76,7 +76,7 @@ def play(
 
 
 def record(world: World, count: int, seed: int) -> Trajectories:
-    """Record the expert, each episode with its own amount of noise."""
+    """Record episodes of the expert, each with its own noise level."""
     generator = torch.Generator().manual_seed(seed)
     noise = 0.4 * torch.rand(count, 1, generator=generator)
 

@@ -1,7 +1,7 @@
 """Language generation at a size for a GPU: pre-trained here on Python, adapted to C++.
 
-The text is what torch and transformers bring along: their Python sources, and the headers of torch.
-On a CPU everything is small, and the numbers mean nothing.
+The text is that of installed packages: Python sources of torch and transformers, headers of torch.
+On a CPU everything is small, and the numbers are meaningless.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ RECIPE = Recipe(
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the base is, and how long it is trained.
+    """Size of the base and length of its training.
 
     Attributes:
         width, inner, layers, heads: of the model.
         length: tokens of a sample.
         steps, batch, rate: of the pre-training.
-        source_bytes: of Python; a quarter as much C++.
-        tested: samples of a held-out split.
+        source_bytes: of Python; a quarter as much of C++.
+        tested: number of samples in a held-out split.
         by_file: hold out whole files of Python, or samples from all of them.
     """
 
@@ -73,7 +73,7 @@ class Scale:
     by_file: bool
 
 
-LEARNT = 0.75  # of the loss of a guess: what a base must have come below
+LEARNT = 0.75  # a base must reach a loss below this fraction of that of a random guess
 SCALES = {
     # On an H200 that ran the test suite at the same time, 1500 steps took most of five minutes.
     "cuda": Scale(768, 2048, 12, 12, 512, 800, 64, 6e-4, 40_000_000, 64, by_file=True),
@@ -82,15 +82,15 @@ SCALES = {
 
 
 def build(data: str = "embedded", seed: int = 0) -> Domain:
-    """Build the domain on a GPU if there is one, which takes minutes; ``data`` changes nothing."""
+    """Build the domain, which takes minutes, on a GPU if there is one; ``data`` is ignored."""
     return build_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seed)
 
 
 def build_on(device: torch.device, seed: int = 0) -> Domain:
-    """Build the domain on a device, at its scale.
+    """Build the domain on a device, at the scale for that device.
 
     Raises:
-        DivergedError: the base has not learnt; what is adapted from it would tell nothing.
+        DivergedError: the base has not learnt, so that fine-tuning it would be meaningless.
     """
     scale, begin = SCALES[device.type], time.perf_counter()
     _, tokenizer = load_tiny_llama()
@@ -126,12 +126,12 @@ def build_on(device: torch.device, seed: int = 0) -> Domain:
 
 
 def read(packages: Iterable[str], pattern: str, limit_bytes: int, seed: int) -> list[str]:
-    """Return files of installed packages, in an order of the seed, until there are enough.
+    """Return files of installed packages, in random order, until there are enough.
 
     Args:
-        packages: top-level packages; nothing is imported.
-        pattern: of the files, as ``Path.rglob`` takes it, relative to the package.
-        limit_bytes: characters, nearly bytes of UTF-8.
+        packages: top-level packages; they are not imported.
+        pattern: glob of the files for ``Path.rglob``, relative to the package.
+        limit_bytes: in fact characters, which are nearly bytes of UTF-8.
         seed: of the order.
     """
     paths: list[Path] = []
@@ -140,7 +140,7 @@ def read(packages: Iterable[str], pattern: str, limit_bytes: int, seed: int) -> 
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             found = sorted(Path(folder).rglob(pattern))
             paths += [path for path in found if path.stat().st_size < 200_000]
-    # thousands of operators, all written by one generator
+    # thousands of headers of operators, all written by a code generator
     paths = [path for path in paths if not path.match("ATen/ops/*")]
     random.Random(seed).shuffle(paths)
     texts: list[str] = []
@@ -155,7 +155,7 @@ def read(packages: Iterable[str], pattern: str, limit_bytes: int, seed: int) -> 
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """Return what ``token_stream`` does, on all cores; some texts at a time, for the memory."""
+    """Return the ids of ``token_stream``, on all cores, 64 texts at a time to limit memory."""
     ids: list[int] = []
     with mock.patch.dict(os.environ, {"TOKENIZERS_PARALLELISM": "true"}):
         for i in range(0, len(texts), 64):
@@ -166,16 +166,16 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 
 
 def tell(what: str, begin: float) -> None:
-    """Log the progress, for readers of the log of an interrupted run."""
+    """Log the progress, so that the log of an interrupted run shows how far it got."""
     print(f"pretrained: {what}, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
 
 def apart(whole: Batch, most: int) -> tuple[Batch, Batch]:
-    """Return rows to learn from and rows held out: one of 20 spread evenly, ``most`` at most.
+    """Split into training and held-out rows; one of 20, evenly spaced, at most ``most``.
 
-    For a scale of a few dozen files. A twentieth of them would be two, and whether these are like
-    the others would tell more of the loss than what was learnt does. So both sides have a part of
-    every file: what is copied within a file leaks, which matters less where numbers mean nothing.
+    For a scale with a few dozen files. A twentieth of them would be two, and how similar these are
+    to the others would affect the loss more than what was learnt. So both parts contain rows of
+    every file; text repeated within a file leaks, but these numbers are meaningless anyway.
     """
     count = len(whole["input_ids"])
     out = torch.zeros(count, dtype=torch.bool)
@@ -202,7 +202,7 @@ def pretrain(
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.manual_seed(seed)
         model: nn.Module = LlamaForCausalLM(config).to(device)
-    # The cache would hold the weights of the first step until the end.
+    # Autocast's cache would keep the weights of the first step to the end.
     with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
         descend(model, train, steps=scale.steps, batch=scale.batch, rate=scale.rate, seed=seed)
     return (model.to(torch.bfloat16) if on_gpu else model).eval()

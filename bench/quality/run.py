@@ -1,4 +1,4 @@
-"""The part ``quality``: sweep of the rates on validation splits, then seeds on test splits."""
+"""The part ``quality``: learning-rate sweep on validation splits, then seeds on test splits."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .domains import ON_REQUEST, RECIPES, domain
 from .statistics import best_rates
 from .workers import Workers
 
-VARIANTS = ("eva-sketch", "eva-gram", "eva-freeze")  # of one method; run when asked for
+VARIANTS = ("eva-sketch", "eva-gram", "eva-freeze")  # of one method; run only on request
 DATA = ("embedded", "hub")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How much is run.
+    """The extent of a run.
 
     Attributes:
-        rates: which of a recipe's.
-        sweep_seeds: of the choice of the rate; none of them is among ``seeds``.
-        seeds: of the comparison.
-        shorter: by which the steps of a recipe are divided, but not those between evaluations.
+        rates: slice of a recipe's rates.
+        sweep_seeds: for choosing the rate; disjoint from ``seeds``.
+        seeds: for the comparison.
+        shorter: divisor of a recipe's steps, but not of the steps between evaluations.
     """
 
     rates: slice
@@ -56,16 +56,16 @@ def run(
     data: str = "embedded",
     workers: int | None = None,
 ) -> None:
-    """Write ``quality.json``; go on where an interrupted run with the same settings was.
+    """Write ``quality.json``; resume an interrupted run with the same settings.
 
     Args:
-        preset: of ``PRESETS``.
+        preset: name in ``PRESETS``.
         out: folder of the results.
-        domains, methods: all but variants, and what is run on request, if ``None``.
+        domains, methods: if ``None``, all except variants and those run on request.
         quiet: show no progress bar.
-        data: ``"embedded"``, or ``"hub"`` for the sets of ``hub``.
-        workers: processes, one a core if ``None``; 0 for this one, as always with a domain that is
-            run on request.
+        data: ``"embedded"``, or ``"hub"`` for the data sets of ``hub``.
+        workers: number of processes, one per core if ``None``; 0 runs in this process, as a domain
+            run on request always does.
     """
     run_preset(
         preset, _known("preset", [preset], PRESETS)[0], out, domains, methods, quiet, data, workers
@@ -82,13 +82,13 @@ def run_preset(
     data: str = "embedded",
     workers: int | None = None,
 ) -> None:
-    """Do what ``run`` does, with any preset."""
+    """Like ``run``, for an arbitrary preset."""
     _known("data", [data], dict.fromkeys(DATA))
     known = [name for name in _names(domains, RECIPES) if domains or name not in ON_REQUEST]
     recipes = {name: shortened(RECIPES[name], preset) for name in known}
     trained = {name: trained_here(name, data) for name in recipes if name in ON_REQUEST}
     if trained:
-        workers = 0  # one GPU, and a base that no other process has
+        workers = 0  # there is one GPU, and only this process has the base
     chosen = [name for name in _names(methods, METHODS) if methods or name not in VARIANTS]
     with Workers(workers) as pool:
         rows = Rows("quality", _settings(name, preset, recipes, chosen, data), out, quiet)
@@ -118,7 +118,7 @@ def run_preset(
 
 
 def make_row(preset: Preset, data: str, key: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Make one row: of a base, or of a fine-tuning that is measured on the split ``key["on"]``."""
+    """Make one row: for a base, or for a fine-tuning evaluated on the split ``key["on"]``."""
     found = domain(key["domain"], data)
     found = dataclasses.replace(found, recipe=shortened(found.recipe, preset))
     if "base" in key:
@@ -129,9 +129,9 @@ def make_row(preset: Preset, data: str, key: Mapping[str, Any]) -> Mapping[str, 
 
 
 def trained_here(name: str, data: str) -> dict[str, str]:
-    """Return what marks the rows of a base that is trained anew by every run, never quite the same.
+    """Return what identifies the base in row keys: every run trains it anew, never quite the same.
 
-    A run that goes on where another was keeps no rows of the other's base.
+    Thus a resumed run does not reuse the rows of the interrupted run's base.
     """
     digest = hashlib.sha256()
     for tensor in domain(name, data).base.state_dict().values():
@@ -140,7 +140,7 @@ def trained_here(name: str, data: str) -> dict[str, str]:
 
 
 def base_row(found: Domain) -> dict[str, Any]:
-    """Measure a base before it is adapted."""
+    """Evaluate a base before fine-tuning."""
     loss, score = found.test.both(found.fresh(0))
     old_loss, old_score = found.old.both(found.base)
     return {

@@ -1,4 +1,4 @@
-"""The tables, words and plots of ``quality``, made from its result file alone."""
+"""The tables, sentences and plots of ``quality``, generated from its result file alone."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CONTROLLED, CONTROL = "lora", "orthonormal"
 
 @dataclass
 class Found:
-    """What was found of a method in a domain.
+    """The results of a method in a domain.
 
     Attributes:
         label: of the method.
         rate: the best of the sweep; ``None`` if the method could not be run.
         edge: the rate is the lowest or the highest of the sweep.
         rows: seed -> row on the test split.
-        reason: why there are no rows, or fewer.
+        reason: why rows are missing.
     """
 
     label: str
@@ -47,7 +47,7 @@ class Found:
     reason: str = ""
 
     def values(self, name: str) -> dict[int, float]:
-        """Return seed -> a number of the rows."""
+        """Return seed -> value of field ``name``."""
         return {seed: row[name] for seed, row in self.rows.items()}
 
 
@@ -58,7 +58,7 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
 
 
 def find(record: Mapping[str, Any], domain: str) -> dict[str, Found]:
-    """Return what was found in a domain: method -> numbers, in the order of the registry."""
+    """Return the results in a domain by method, in the order of the registry."""
     settings, rows = record["settings"], record["rows"]
     rates = best_rates(rows["sweep"])
     swept = settings["domains"][domain]["rates"]
@@ -81,13 +81,13 @@ def find(record: Mapping[str, Any], domain: str) -> dict[str, Found]:
 
 
 def target(found: Mapping[str, Found]) -> float | None:
-    """Return the loss that steps are counted to: that of plain LoRA at its end, mean over seeds."""
+    """Return the loss up to which steps are counted: plain LoRA's final loss, mean over seeds."""
     plain = found.get(CONTROLLED)
     return mean_error(list(plain.values("loss").values()))[0] if plain and plain.rows else None
 
 
 def verdicts(found: Mapping[str, Found], name: str, lower: bool) -> dict[str, str]:
-    """Return method -> what EVA does against it by a number of the rows."""
+    """Return method -> the verdict of EVA against it, by field ``name`` of the rows."""
     if OURS not in found or not found[OURS].rows:
         return {}
     ours = found[OURS].values(name)
@@ -163,7 +163,7 @@ def _plus_minus(values: Mapping[int, float], sign: str = "") -> str:
 
 
 def steps(one: Found, goal: float | None) -> str:
-    """Return the mean steps to a loss over the seeds that reach it, and how many do."""
+    """Return the mean number of steps to a loss over the seeds that reach it, and their count."""
     if goal is None:
         return "-"
     reached = [s for row in one.rows.values() if (s := steps_to(row["curve"], goal)) is not None]
@@ -182,7 +182,7 @@ def _before(base: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
 
 
 def _words(found: Mapping[str, Found], recipe: Mapping[str, Any]) -> str:
-    """Return the sentences on where EVA wins, ties and loses."""
+    """Return sentences that say where EVA wins, ties and loses."""
     if OURS not in found or not found[OURS].rows:
         return "EVA of this package was not run, so nothing is compared with it."
     measures = [
@@ -199,7 +199,7 @@ def _words(found: Mapping[str, Found], recipe: Mapping[str, Any]) -> str:
 
 
 def _control(found: Mapping[str, Found]) -> str:
-    """Say how much of the difference between plain LoRA and EVA the control has, too."""
+    """Say how much of the difference between plain LoRA and EVA the control accounts for."""
     if not all(name in found and found[name].rows for name in (OURS, CONTROL, CONTROLLED)):
         return ""
     plain, control, ours = (

@@ -1,4 +1,4 @@
-"""Means, standard errors and verdicts over seeds; steps to a loss."""
+"""Means, standard errors and verdicts over seeds; number of steps to a loss."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 
 from scipy.stats import t as student
 
-FEWEST = 3  # seeds, below which no verdict is given
+FEWEST = 3  # least number of seeds for a verdict
 WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "too few seeds"
 BySeed = Mapping[int, float]
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean and its standard error, which one value has not."""
+    """Return the mean and its standard error, ``None`` for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return statistics.fmean(values), error
 
 
 def verdict(ours: BySeed, theirs: BySeed, lower: bool) -> str:
-    """Say what we do against them: a tie is a difference within two of its standard errors.
+    """Say whether we win, tie or lose: a tie is a difference within two of its standard errors.
 
-    Runs of one seed share new head, calibration data and batches, so the differences are taken seed
+    Runs with the same seed share new head, calibration data and batches, so differences are paired
     by seed.
 
     Args:
-        ours, theirs: seed -> value; seeds that only one has are left out.
-        lower: the lower value is the better one.
+        ours, theirs: seed -> value; seeds that only one of them has are ignored.
+        lower: lower values are better.
     """
     gains = [(theirs[s] - ours[s]) * (1 if lower else -1) for s in sorted(ours) if s in theirs]
     if len(gains) < FEWEST:
@@ -43,7 +43,7 @@ def verdict(ours: BySeed, theirs: BySeed, lower: bool) -> str:
 def best_rates(sweep: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
     """Return (domain, method) -> the rate with the lowest mean validation loss.
 
-    A rate at which any seed failed is out; a method of which all rates are is not in the result.
+    Rates at which any seed failed are excluded; methods with no rate left are not in the result.
     """
     losses: dict[tuple[str, str], dict[float, list[float | None]]] = defaultdict(dict)
     for row in sweep:
@@ -62,11 +62,11 @@ def best_rates(sweep: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], floa
 
 
 def steps_to(curve: Sequence[Sequence[float]], target: float) -> float | None:
-    """Return where a loss first is at or below a target, by linear interpolation.
+    """Return the step at which a loss first is at or below a target, linearly interpolated.
 
     Args:
-        curve: (step, loss), by step.
-        target: loss.
+        curve: (step, loss) pairs, by step.
+        target: loss to reach.
     """
     before: Sequence[float] | None = None
     for step, loss in curve:
@@ -80,21 +80,21 @@ def steps_to(curve: Sequence[Sequence[float]], target: float) -> float | None:
 
 
 def chance(seeds: int) -> float:
-    """Return how often methods that do not differ are told apart by two standard errors.
+    """Return the probability that equal methods differ by more than two standard errors.
 
-    The tail of Student's distribution beyond 2 on both sides, with ``seeds - 1`` degrees of
+    This is the two-sided tail beyond 2 of Student's t-distribution with ``seeds - 1`` degrees of
     freedom.
     """
     return float(2 * student.sf(2, seeds - 1))
 
 
 def words(subject: str, measure: str, verdicts: Mapping[str, str]) -> str:
-    """Return a paragraph that says against whom something wins, ties and loses.
+    """Return a paragraph that says against which methods the subject wins, ties and loses.
 
     Args:
-        subject: its name.
-        measure: what was compared.
-        verdicts: name of another -> verdict; names may hold commas.
+        subject: name of the method.
+        measure: the quantity compared.
+        verdicts: name of the other method -> verdict; names may contain commas.
     """
     parts = []
     for kind, verb in (

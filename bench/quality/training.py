@@ -1,4 +1,4 @@
-"""One fine-tuning: a method, a learning rate and a seed, in a domain."""
+"""A single fine-tuning run: one method, learning rate and seed in a domain."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from ..methods import METHODS, Job, after_step
 from .descent import DivergedError, descend, loss_of
 from .domain import Domain, Task
 
-MOST_FORWARDS = 32  # of EVA, both packages
+MOST_FORWARDS = 32  # limit for EVA, in both packages
 RHO = 2.0
 
 
 def fine_tune(
     domain: Domain, method: str, rate: float, seed: int, task: Task, curve: bool = True
 ) -> dict[str, Any]:
-    """Adapt a fresh copy of the base, and measure it on one split of the task and on the old task.
+    """Fine-tune a fresh copy of the base; evaluate it on one split of the task and the old task.
 
     Args:
-        domain: its base stays as it is.
+        domain: its base is not changed.
         method: of ``METHODS``.
         rate: learning rate.
         seed: of initialisation, new head, calibration batches and order of the batches.
-        task: the split that is looked at; no other is.
-        curve: take the loss also on the way.
+        task: the only split that is evaluated.
+        curve: evaluate the loss during training, too.
 
     Returns:
-        ``curve`` (step, loss), ``loss`` and ``score`` at the end, ``old_loss`` and ``old_score``,
-        trained ``parameters``, ``forwards`` of the initialisation, ``cpu_seconds`` (of
-        the host: what a GPU takes is not in them).
+        ``curve`` of (step, loss), final ``loss`` and ``score``, ``old_loss`` and ``old_score``,
+        number of trained ``parameters``, ``forwards`` of the initialisation, ``cpu_seconds`` (of
+        the host, without GPU time).
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice to users of single methods
+        warnings.simplefilter("ignore")  # advice for users of an individual method
         torch.manual_seed(seed)
         return _fine_tune(domain, method, rate, seed, task, curve)
 
@@ -89,7 +89,7 @@ def _fine_tune(
 
 
 def start(domain: Domain, method: str, seed: int) -> tuple[nn.Module, int]:
-    """Return a fresh base with the adapter of a method, and how many forward passes that took."""
+    """Return a fresh base with a method's adapter, and the number of forward passes it took."""
     job = Job(
         targets=domain.targets,
         batches=domain.calibration(seed),

@@ -1,4 +1,4 @@
-"""Language understanding: a sentence encoder with a new head, on the packages of docstrings."""
+"""Language understanding: a sentence encoder with a new head classifies docstrings by package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .language import documentation
 
 LENGTH = 16  # tokens of a paragraph, at most
 CLASSES = 12
-SIZES = {"train": 80, "validation": 10, "test": 16}  # paragraphs of a class
-SCALE = 20.0  # of cosines, with which the encoder was trained
+SIZES = {"train": 80, "validation": 10, "test": 16}  # paragraphs per class
+SCALE = 20.0  # factor on cosines with which the encoder was trained
 RECIPE = Recipe(
     title="Language understanding",
     what=(
@@ -105,7 +105,7 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
 
 
 def docstrings(texts: dict[str, str], seed: int) -> tuple[Labelled, Labelled, Labelled]:
-    """Return paragraphs with the number of their package: training, validation and test split."""
+    """Return paragraphs with their package's number: training, validation and test split."""
     packages: dict[str, list[str]] = defaultdict(list)
     for name, text in texts.items():
         if name.startswith("docstrings/"):
@@ -126,14 +126,14 @@ def docstrings(texts: dict[str, str], seed: int) -> tuple[Labelled, Labelled, La
 def labelled(split: Labelled) -> Batch:
     """Return encoded texts with their classes, int64 (texts,).
 
-    They are not called ``labels``, which PEFT's EVA takes for labels of tokens.
+    The key is not ``labels``, which PEFT's EVA takes for labels of tokens.
     """
     encoded = encode([text for text, _ in split], LENGTH)
     return {**encoded, "classes": torch.tensor([label for _, label in split])}
 
 
 def encode(texts: Sequence[str], length: int) -> Batch:
-    """Return token ids and mask, int64 (texts, length) or shorter."""
+    """Return token ids and attention mask, int64 (texts, at most ``length``)."""
     tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
     told = tokenizer(
         list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
@@ -142,7 +142,7 @@ def encode(texts: Sequence[str], length: int) -> Batch:
 
 
 def halves(texts: Sequence[str], seed: int, count: int = 48) -> Task:
-    """Return the task to find the second half of a paragraph among all second halves."""
+    """Return the task to find a paragraph's second half among all second halves."""
     paragraphs = [" ".join(part.split()) for text in texts for part in text.split("\n\n")]
     kept = [words for p in paragraphs if len(words := p.split()) >= 24]
     random.Random(seed).shuffle(kept)

@@ -1,4 +1,4 @@
-"""Single-threaded processes that make rows ahead of whoever waits for them in order."""
+"""Single-threaded processes that compute rows ahead of a consumer that takes them in order."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Make = Callable[[Key], Mapping[str, Any]]
 
 
 class Workers:
-    """A pool, as a context; models this small gain nothing from a second thread.
+    """A process pool, as a context manager; such small models gain nothing from a second thread.
 
     Args:
-        count: processes; 0 makes the rows in this process, with one thread.
+        count: number of processes; 0 makes the rows in this process, with one thread.
     """
 
     def __init__(self, count: int | None = None) -> None:
@@ -49,24 +49,24 @@ class Workers:
         if self._pool is None:
             return
         children: set[BaseProcess] = set()
-        if kind is not None:  # the pool by itself would first end what its processes have fetched
+        if kind is not None:  # the pool by itself would first finish all work already handed out
             children = set(multiprocessing.active_children()) - self._others
         for child in children:
             child.terminate()
-        # its thread, if started, waits for them: of two waiters only one would get the exit status
+        # its thread, if started, waits for them: only one of two waiters would get the exit status
         self._pool.shutdown(cancel_futures=True)
         for child in children:
             child.join()
 
     def ahead(self, keys: Sequence[Key], make: Make) -> Make:
-        """Return ``f(key)`` for ``Rows.make``: all keys from the first that is asked for are begun.
+        """Return ``f(key)`` for ``Rows.make``; its first call starts that key and all after it.
 
-        Rows are stored in the order of the keys, so those that an earlier run has left are in front
-        of the first that is asked for.
+        Rows are stored in the order of the keys, so those kept from an earlier run precede the
+        first key requested.
 
         Args:
-            keys: in the order in which they are asked for.
-            make: what the processes run, importable.
+            keys: in the order in which they are requested.
+            make: function that the processes run; must be importable.
         """
         if self._pool is None:
             return lambda key: _in_one_thread(make, key)
@@ -80,7 +80,7 @@ class Workers:
             try:
                 return futures[_text(key)].result()
             except BrokenProcessPool as error:
-                # not an Exception: such a row must not be kept as one that cannot be made
+                # not an Exception: the row must not be stored as one that cannot be made
                 raise SystemExit("a worker process has died; the rows so far are kept") from error
 
         return get
@@ -89,7 +89,7 @@ class Workers:
 def _attempt(make: Make, key: Key) -> Mapping[str, Any]:
     try:
         return make(key)
-    except Exception as error:  # not every exception survives the way between processes
+    except Exception as error:  # not every exception can be pickled
         first = (str(error).strip().splitlines() or [""])[0]
         return {"error": f"{type(error).__name__}: {first}"[:300]}
 
@@ -104,7 +104,7 @@ def _in_one_thread(make: Make, key: Key) -> Mapping[str, Any]:
 
 
 def _begin() -> None:
-    """Prepare a process: one thread, ended by its parent alone, and with it."""
+    """Prepare a process: one thread; ignore Ctrl-C, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,1 +1,1 @@
-"""The cost of a step against width, tokens, layer inputs and components, each varied alone."""
+"""The cost of a step vs. width, tokens, layer inputs and components, one varied at a time."""

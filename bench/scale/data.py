@@ -1,4 +1,4 @@
-"""Tokens for timing whose exact components are known without decomposing anything large."""
+"""Synthetic tokens for timing whose exact PCA needs no large decomposition."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ SPECTRUM = (1.0, -1.0)  # decimal exponents of the largest and the least standar
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens ``Z W``, and what is known of them.
+    """Tokens ``Z W`` with their exact scatter matrix.
 
     Attributes:
         x: (N, D), on the device.
         mixing: W, (rank, D), orthonormal rows, float64 on the CPU.
-        scatter: of Z about its mean, (rank, rank), float64 on the CPU: that of x in the basis W.
+        scatter: scatter matrix of Z about its mean, which is that of x in the basis W; (rank,
+            rank), float64 on the CPU.
     """
 
     x: Tensor
@@ -36,7 +37,7 @@ class Tokens:
 
 
 def make_tokens(point: Point, device: torch.device, dtype: torch.dtype, seed: int) -> Tokens:
-    """Return tokens of one layer input, of rank ``min(D, 2 Q)``: all rows of the sketch live."""
+    """Return tokens of one layer input, of rank ``min(D, 2 Q)``: no row of the sketch is zero."""
     generator = torch.Generator().manual_seed(seed)
     rank = min(point.D, 2 * point.plan().width)
     mixing = torch.linalg.qr(torch.randn(point.D, rank, generator=generator)).Q.mT.contiguous()

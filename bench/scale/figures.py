@@ -1,4 +1,4 @@
-"""Plots of cost against size, of state against width, and of memory by model."""
+"""Plots of cost vs. size, of state size vs. width, and of memory by model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LINES: dict[str, tuple[str, str, str, Callable[[Row], float | None]]] = {
 
 
 def costs(base: Point, rows: Sequence[Row]) -> Figure:
-    """Draw the time of a step against each size, varied alone."""
+    """Plot the time of a step vs. each size, the other sizes fixed."""
     figure = new_figure(
         SIZE, "Milliseconds of a step against width, tokens, layer inputs and components"
     )
@@ -55,7 +55,7 @@ def costs(base: Point, rows: Sequence[Row]) -> Figure:
 
 
 def ratios(base: Point, rows: Sequence[Row]) -> Figure:
-    """Draw what the others take over our step against each size; above 1 we are faster."""
+    """Plot the others' time divided by our step's vs. each size; above 1 we are faster."""
     figure = new_figure(
         SIZE, "Time of the competitors over that of this package, against each size"
     )
@@ -82,7 +82,7 @@ def ratios(base: Point, rows: Sequence[Row]) -> Figure:
 
 
 def states(rows: Sequence[Row]) -> Figure:
-    """Draw the bytes kept between steps against width."""
+    """Plot the bytes kept between steps vs. width."""
     figure = new_figure(SIZE, "Memory kept between steps against the width of the layer inputs")
     ax = figure.subplots()
     for method, name, label in (("sketch", "this package", "sketch"), ("gram", "exact Gram", "")):
@@ -99,7 +99,7 @@ def states(rows: Sequence[Row]) -> Figure:
 
 
 def models(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw simulated memory by model as bars, logarithmic."""
+    """Draw simulated memory by model as bars on a logarithmic axis."""
     figure = new_figure(SIZE, "Simulated GPU memory of the initialisation by model")
     ax = figure.subplots()
     bars: dict[str, tuple[str, Callable[[Mapping[str, Any]], float | None]]] = {

@@ -1,4 +1,4 @@
-"""Slopes in log-log, and where one cost falls below another."""
+"""Log-log slopes, and the crossing points of two costs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-TAIL = 3  # points of a slope at the large end
+TAIL = 3  # number of largest sizes through which a slope is fitted
 
 
 def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """Return the exponent of the power law through positive points, by least squares.
+    """Return the exponent of the power law fitted to positive points by least squares.
 
     ``None`` for fewer than two points.
     """
@@ -24,14 +24,14 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where one cost is below another, over a range.
+    """The part of a range in which one cost is below another.
 
     Attributes:
         kind: ``"always"``, ``"never"``, ``"from"`` a value on, ``"until"`` a value, or
-            ``"unknown"`` where there are no two points to tell it from.
+            ``"unknown"`` with fewer than two points.
         at: that value, interpolated in log-log.
         low, high: the range.
-        clear: the order changes once at most; otherwise ``at`` is the last of the changes.
+        clear: the costs cross at most once; otherwise ``at`` is the last crossing.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Crossing:
 
 
 def _about(value: float) -> str:
-    """Write two digits of a number without an exponent."""
+    """Format a number with two significant digits and no exponent."""
     return f"{round(value, 1 - math.floor(math.log10(value))):g}"
 
 

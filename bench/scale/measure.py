@@ -1,4 +1,4 @@
-"""The time of one step at one point, beside its competitors, once all were found right."""
+"""The time of one step at one point and of its competitors, each checked before it is timed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Phases = dict[str, float]
 
 
 def _idle(device: torch.device) -> float:
-    """Return the time, once the device has nothing left to do."""
+    """Wait until the device is idle, and return the time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class Ours:
-    """Our step by the public engine, on all layer inputs."""
+    """Our step, by the engine's public functions, on all layer inputs."""
 
     def __init__(self, point: Point, device: torch.device, data: list[Tokens], method: str) -> None:
         plan = point.plan(method)
@@ -44,10 +44,10 @@ class Ours:
         ]
 
     def step(self) -> Phases:
-        """Take one step; return the seconds of its phases and of the whole.
+        """Take one step; return the seconds of its phases and of the whole step.
 
-        On a GPU these are two steps: waiting between phases keeps the host from running ahead, as
-        it does in use.
+        On a GPU two steps are taken: the synchronisation between phases keeps the host from running
+        ahead of the device, as it would in real use, so the whole is timed without it.
         """
         phases = self._take(lambda: _idle(self.device))
         if self.device.type == "cuda":
@@ -70,10 +70,10 @@ class Ours:
         return {**phases, "step": marks[-1] - marks[0]}
 
     def lost(self) -> float:
-        """Return the most that a layer input lost.
+        """Return the largest lost variance over the layer inputs.
 
-        Exact streams, too, answer by the rows that their folds made: those are what is timed, and
-        the decomposition at the end takes minutes at large D.
+        Exact streams, too, are judged by the rows that their folds produce: these are what is
+        timed, and the final decomposition takes minutes at large D.
         """
         rows = [
             stream.sketch.basis[: stream.components] for stream in self.streams if stream.sketch
@@ -82,7 +82,7 @@ class Ours:
 
 
 class Peft:
-    """PEFT's step, with the settings and the cast of its EVA hook, on all layer inputs."""
+    """PEFT's step, with the settings and the dtype cast of its EVA hook, on all layer inputs."""
 
     def __init__(self, point: Point, device: torch.device, data: list[Tokens]) -> None:
         self.data, self.device = data, device
@@ -91,7 +91,7 @@ class Peft:
         ]
 
     def step(self) -> Phases:
-        """Take one step; return its seconds."""
+        """Take one step; return its duration in seconds."""
         begin = _idle(self.device)
         for pca, tokens in zip(self.pcas, self.data, strict=True):
             before = getattr(pca, "components_", None)
@@ -101,13 +101,13 @@ class Peft:
         return {"step": _idle(self.device) - begin}
 
     def lost(self) -> float:
-        """Return the most that a layer input lost."""
+        """Return the largest lost variance over the layer inputs."""
         pairs = zip(self.pcas, self.data, strict=True)
         return max(tokens.lost(pca.components_) for pca, tokens in pairs)
 
 
 class Forward:
-    """The linear layers that read one layer input; times are multiplied to all."""
+    """The linear layers that read one layer input; times are scaled to all layer inputs."""
 
     def __init__(self, point: Point, device: torch.device, data: list[Tokens]) -> None:
         self.x, self.count, self.timer = data[0].x, point.L, timer_for(device)
@@ -115,7 +115,7 @@ class Forward:
         self.weights = torch.randn(shape, device=device).mul_(point.D**-0.5).to(self.x.dtype)
 
     def step(self) -> Phases:
-        """Run them; return their seconds for all layer inputs."""
+        """Run them; return the seconds scaled to all layer inputs."""
         return {"step": self.count * self.timer.sample(self._run)[0]}
 
     def _run(self) -> None:
@@ -126,18 +126,18 @@ class Forward:
 def measure(
     point: Point, device: torch.device, dtype: torch.dtype, ceilings: Ceilings, limit: float
 ) -> dict[str, Any]:
-    """Return one row: what every competitor lost, its times, and the least that is possible.
+    """Return one row: lost variance and times of every competitor, and the roofline's least time.
 
     Args:
         point: the size of the step.
-        device: where.
+        device: where to measure.
         dtype: of the tokens.
         ceilings: of the machine.
-        limit: seconds; a competitor whose step would take longer is left out, and the rounds stop
-            when they have taken about as long.
+        limit: seconds; a competitor whose step would take longer is left out, and all timed rounds
+            together take about this long.
 
     Raises:
-        ArithmeticError: our step is wrong.
+        ArithmeticError: a competitor's result is wrong.
     """
     data = [make_tokens(point, device, dtype, seed) for seed in range(point.L)]
     entrants: dict[str, Callable[[], Any]] = {
@@ -171,10 +171,10 @@ def measure(
 
 
 def check(name: str, entrant: Any, steps: int = CHECK_STEPS) -> float:
-    """Take some steps, and return the variance lost against the exact answer in float64.
+    """Take some steps, and return the variance lost relative to the exact answer in float64.
 
     Raises:
-        ArithmeticError: more than an answer that may be timed.
+        ArithmeticError: it exceeds the competitor's entry in ``LIMITS``.
     """
     with torch.no_grad():
         for _ in range(steps):
@@ -186,7 +186,7 @@ def check(name: str, entrant: Any, steps: int = CHECK_STEPS) -> float:
 
 
 def take_turns(running: dict[str, Any], limit: float) -> dict[str, dict[str, Any]]:
-    """Return the milliseconds of every phase of every competitor, spread over rounds in turn."""
+    """Run the competitors alternately; return the spread of milliseconds of each one's phases."""
     samples: dict[str, list[Phases]] = {name: [] for name in running}
     with torch.no_grad():
         begin = time.perf_counter()
@@ -203,9 +203,9 @@ def take_turns(running: dict[str, Any], limit: float) -> dict[str, dict[str, Any
 
 
 def _guess_peft(point: Point, device: torch.device, data: list[Tokens]) -> float:
-    """Return the seconds of PEFT's step on all layer inputs, by the second one on the first.
+    """Estimate the seconds of PEFT's step on all layer inputs from its second step on the first.
 
-    The first is another: in float32, and with whatever a library loads.
+    Its first step is not typical: it computes in float32, and includes the loading of libraries.
     """
     one = Peft(point, device, data)
     with torch.no_grad():

@@ -15,10 +15,10 @@ FILE = "simulated_memory.json"
 
 
 def simulated(out: Path) -> dict[str, Any] | None:
-    """Return what the part shows of it, in bytes, with the state that exact Gram would keep.
+    """Return the bytes that the part ``scale`` shows, with those of exact Gram's state.
 
     Args:
-        out: folder whose result file is preferred to the one of this repository.
+        out: folder whose result file is preferred to the committed one.
 
     Returns:
         ``date``, ``commit``, ``batch``, ``length`` and ``models``; ``None`` without a file.
@@ -45,10 +45,10 @@ def simulated(out: Path) -> dict[str, Any] | None:
 
 
 def _gram_bytes(model: str, components: int, planned: int) -> int | None:
-    """Return the bytes of exact states by the widths of a model's layer inputs.
+    """Return the bytes of the exact states, computed from the widths of a model's layer inputs.
 
-    ``None`` where these widths do not give the planned bytes of the sketches, for then they are
-    not those that were simulated.
+    ``None`` if these widths do not reproduce the planned bytes of the sketches: they then differ
+    from those that were simulated.
     """
     widths = _widths(model)
     if widths is None or _bytes(widths, components, "sketch") != planned:
@@ -62,7 +62,7 @@ def _bytes(widths: Sequence[int], components: int, method: str) -> int:
 
 
 def _widths(model: str) -> list[int] | None:
-    # brings transformers, and is only needed where a file was found
+    # imports transformers, and is only needed if a file was found
     from ..models import MODELS
 
     if model not in MODELS:

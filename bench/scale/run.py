@@ -21,12 +21,12 @@ COPY_BYTES, MATMUL_SIDE = 1 << 28, 2048
 
 @dataclass(frozen=True)
 class Preset:
-    """What is measured.
+    """The points to measure.
 
     Attributes:
         base: the point around which the sizes are varied.
         axes: size -> its values.
-        seconds: see ``measure``'s ``limit``.
+        seconds: the ``limit`` of ``measure``.
     """
 
     base: Point
@@ -56,7 +56,7 @@ PRESETS = {
         3.0,
     ),
 }
-# A GPU is given the shapes of language models: on those of a CPU it would only wait.
+# The shapes of language models: those for a CPU are too small to keep a GPU busy.
 CUDA_PRESETS = {
     "quick": Preset(
         Point(D=4096, N=2048, L=16, K=32),
@@ -86,8 +86,8 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
 
     Args:
         preset: ``"quick"`` (three minutes) or ``"full"`` (eight) on two cores.
-        out: folder of the results; a ``simulated_memory.json`` there is preferred to the one of
-            this repository.
+        out: folder of the results; a ``simulated_memory.json`` there is preferred to the committed
+            one.
         quiet: show no progress bar.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,7 +104,7 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
         "axes": {axis: list(values) for axis, values in chosen.axes.items()},
         "seconds": chosen.seconds,
     }
-    memory = simulated(out)  # before minutes of measuring, for what may be wrong with the file
+    memory = simulated(out)  # before minutes of measuring, to report a broken file at once
     rows = Rows("scale", settings, out, quiet)
     ceilings = rows.make([{"ceilings": device.type}], lambda key: asdict(ceilings_of(device)))[0]
     if "error" in ceilings:
@@ -126,7 +126,7 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
 def ceilings_of(device: torch.device) -> Ceilings:
     """Measure a large copy and large matrix products: on a GPU in bfloat16, on a CPU in float32.
 
-    On a CPU of which others take their share the fast rounds count: a ceiling is what is possible.
+    The fast rounds (p20) count: a ceiling is what is possible, and a CPU may be shared.
     """
     timer = timer_for(device)
     wide = [torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What the part shows: tables, sentences made from the numbers, and plots."""
+"""The output of ``scale``: tables, sentences generated from the numbers, and plots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COSTS = {
 
 
 def sections(record: Mapping[str, Any]) -> list[Section]:
-    """Return what there is to show of a result file."""
+    """Return the sections of the report for a result file."""
     base = Point(**record["settings"]["base"])
     good = [row for row in record["rows"]["points"] if "error" not in row]
     failed = [row for row in record["rows"]["points"] if "error" in row]

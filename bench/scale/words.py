@@ -1,4 +1,4 @@
-"""Sentences about the cost of a step, made from the numbers."""
+"""Sentences about the cost of a step, generated from the numbers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ SMALL = 0.1
 
 
 def milliseconds(row: Row, name: str, phase: str = "step") -> float | None:
-    """Return the median of a phase of a competitor; ``None`` if it was left out."""
+    """Return the median time of a competitor's phase; ``None`` if it was left out."""
     found = row["ms"].get(name)
     return None if found is None else float(found[phase]["median"])
 
 
 def end_of_step(row: Row) -> float:
-    """Return the milliseconds of fold and comparison."""
+    """Return the milliseconds of fold and comparison together."""
     phases = row["ms"]["sketch"]
     return float(phases["fold"]["median"] + phases["compare"]["median"])
 
 
 def crossovers(base: Point, rows: Sequence[Row]) -> list[str]:
-    """Return a sentence for each place where an order of costs changes, or does not."""
+    """Return the sentences that say where the order of two costs changes, if it does."""
     lines = {axis: along(axis, base, rows) for axis in AXES}
     return [
         *_against(lines, "gram", "exact Gram", ("D", "N", "K")),
@@ -59,7 +59,7 @@ def _against(
 def _pairs(
     rows: Sequence[Row], axis: str, name: str, scale: float = 1.0
 ) -> tuple[list[float], list[float], list[float]]:
-    """Return the sizes where a competitor was measured, our times there, and its."""
+    """Return the sizes at which a competitor was measured, our times there, and its times."""
     known = [row for row in rows if milliseconds(row, name) is not None]
     ours = [milliseconds(row, "sketch") or 0.0 for row in known]
     theirs = [scale * (milliseconds(row, name) or 0.0) for row in known]
@@ -103,7 +103,7 @@ def _forward(lines: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def _state(base: Point) -> list[str]:
-    """Say from which width exact Gram keeps more; by the formula of the plans, not measured."""
+    """Say from which width on exact Gram's state is larger; computed from plans, not measured."""
     found = first_width(base, lambda point: point.state_bytes("gram") > point.state_bytes("sketch"))
     tenfold = first_width(
         base, lambda point: point.state_bytes("gram") > 10 * point.state_bytes("sketch")
@@ -116,7 +116,7 @@ def _state(base: Point) -> list[str]:
 
 
 def first_width(base: Point, holds: Callable[[Point], bool]) -> int:
-    """Return the least width D, at least K, for which something holds; it must go on to hold."""
+    """Return the least width D >= K for which a condition holds that also holds for larger D."""
     low, high = base.K - 1, base.K
     while not holds(Point(high, base.N, base.L, base.K)):
         low, high = high, 2 * high

@@ -1,4 +1,4 @@
-"""What is measured, and the least time that the machine's ceilings allow for it.
+"""The size of a measured step, and the least time that the machine's ceilings allow for it.
 
 One step of L layer inputs of width D on N tokens each, with K = r rho components and a sketch of
 Q rows.
@@ -16,7 +16,7 @@ from eva_kernels.streaming import StreamPlan, plan_streams, stream_bytes
 
 from ..kernels._case import SKETCH_PASSES
 
-OUTPUTS = 3  # query, key and value: widths D that the model itself computes from one layer input
+OUTPUTS = 3  # query, key and value: linear layers (D to D) that read one layer input
 AXES = {
     "D": "width D",
     "N": "tokens N a step",
@@ -35,22 +35,22 @@ class Point:
     K: int
 
     def plan(self, method: str = "sketch") -> StreamPlan:
-        """Return how one of its layer inputs is tracked, at the default width."""
+        """Return the plan of one of its layer inputs, with the default sketch width."""
         return plan_streams([self.D], [self.K], method=method)[0]
 
     def state_bytes(self, method: str) -> int:
-        """Return the bytes kept between steps for all layer inputs together."""
+        """Return the bytes of state kept between steps for all layer inputs together."""
         return self.L * stream_bytes(self.plan(method))
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches.
+    """Peak rates measured on this machine.
 
     Attributes:
         bytes_per_second: of a large copy, read plus written.
         flops_per_second: of a large matrix product in the dtype of the tokens.
-        wide_flops_per_second: of one in float64, which folds use.
+        wide_flops_per_second: of a large float64 matrix product, as in folds.
     """
 
     bytes_per_second: float
@@ -59,7 +59,7 @@ class Ceilings:
 
 
 def points(base: Point, axes: Mapping[str, Sequence[int]]) -> list[Point]:
-    """Return the base and every point that differs from it in one size alone."""
+    """Return the base and all points that differ from it in a single size."""
     found = {base: None}
     for axis, values in axes.items():
         found |= {replace(base, **{axis: value}): None for value in values}
@@ -67,7 +67,7 @@ def points(base: Point, axes: Mapping[str, Sequence[int]]) -> list[Point]:
 
 
 def along(axis: str, base: Point, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return the rows that differ from the base in one size alone, by that size."""
+    """Return the rows that differ from the base at most in size ``axis``, sorted by it."""
     rest = {key: value for key, value in asdict(base).items() if key != axis}
     chosen = [row for row in rows if all(row[key] == value for key, value in rest.items())]
     return sorted(chosen, key=lambda row: row[axis])
@@ -76,12 +76,12 @@ def along(axis: str, base: Point, rows: Sequence[Mapping[str, Any]]) -> list[Map
 def floors(
     point: Point, device: torch.device, dtype: torch.dtype, ceilings: Ceilings
 ) -> dict[str, Any]:
-    """Return the least milliseconds of a step by the machine's ceilings, and what binds it.
+    """Return the least milliseconds of a step by the machine's ceilings, and the binding ceiling.
 
-    Accumulating takes ``4 N D Q`` flops a pass of the tensor cores (one on a CPU), reads X once,
-    and V, the products twice (read and written); folding takes ``6 D Q^2`` in float64, reads V and
+    Accumulating takes ``4 N D Q`` flops per tensor-core pass (one on a CPU), reads X and V once,
+    and reads and writes the products; folding takes ``6 D Q^2`` flops in float64, reads V and
     the products, writes V, clears the products, and copies and compares K rows. The (Q, Q) algebra
-    is left out.
+    is neglected.
     """
     d, n, k, q = point.D, point.N, point.K, point.plan().width
     flops = 4.0 * sketch_passes(device, dtype) * n * d * q
@@ -104,7 +104,7 @@ def floors(
 
 
 def sketch_passes(device: torch.device, dtype: torch.dtype) -> int:
-    """Return how many products of the tensor cores one product takes; on a CPU one."""
+    """Return the number of tensor-core products per matrix product; 1 on a CPU."""
     return SKETCH_PASSES.get(("high", dtype), 1) if device.type == "cuda" else 1
 
 
@@ -114,5 +114,5 @@ def forward_flops(point: Point) -> float:
 
 
 def gram_flops(point: Point) -> float:
-    """Return those of an exact step: ``2 N D^2`` to accumulate, ``2 Q D^2`` to check."""
+    """Return the flops of an exact step: ``2 N D^2`` to accumulate, ``2 Q D^2`` to check."""
     return 2.0 * (point.N + point.plan().width) * point.D**2 * point.L
