@@ -1,1 +1,1 @@
-"""Lost variance, ratios and ranks against exact PCA, and the time of a step, method by method."""
+"""Lost variance, ratios and ranks compared with exact PCA, and the time of a step, by method."""

@@ -1,4 +1,4 @@
-"""Exact PCA of the tokens so far, in float64, and the ranks it gives."""
+"""Exact PCA of the tokens so far, in float64, and the ranks that follow from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Truth:
     Attributes:
         covariance: scatter matrix about the mean, float64 (D, D).
         spectrum: its eigenvalues, ascending, (D,).
-        ratios: explained-variance ratios of the K leading, (K,).
+        ratios: explained-variance ratios of the K leading components, (K,).
     """
 
     covariance: Tensor
@@ -28,7 +28,7 @@ class Truth:
 
 
 class Exact:
-    """The scatter matrix of a stream.
+    """Accumulates the scatter matrix of a stream.
 
     Args:
         features: D.
@@ -41,9 +41,9 @@ class Exact:
         self._pivot: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        """Take in tokens, (N, D)."""
+        """Add tokens, (N, D)."""
         wide = x.double()
-        if self._pivot is None:  # keeps a large common offset out of the squares
+        if self._pivot is None:  # so that a large mean does not dominate the squares
             self._pivot = wide.mean(0)
         wide = wide - self._pivot
         self.count += len(x)
@@ -59,16 +59,16 @@ class Exact:
 
 
 def rank_errors(rows: Sequence[Mapping[str, Any]], rank: int) -> list[dict[str, Any]]:
-    """Compare the ranks that each method gives to the layers together with the exact ones.
+    """Compare the joint rank allocation of each method over all layers with the exact one.
 
     Args:
-        rows: of layer inputs that saw the same tokens, as ``measure`` made them.
-        rank: of a layer on average; the budget is that times the layers.
+        rows: of layer inputs that saw the same tokens, as returned by ``measure``.
+        rank: average rank of a layer; the budget is this times the number of layers.
 
     Returns:
         For every method and checkpoint ``{"method", "step", "tokens", "rank_error"}``, the last
-        the sum over layers of how far a rank is from the exact one. Methods without an answer for
-        every layer are left out.
+        being the sum over layers of the absolute difference to the exact rank. Methods without an
+        answer for every layer are left out.
     """
     if not rows:
         return []

@@ -1,4 +1,4 @@
-"""Plots of accuracy: against the time of a step, and over tokens."""
+"""Plots of accuracy: vs. the time of a step, and vs. tokens seen."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 MOST_PANELS = 6
 ROUNDING = 1e-9
 SIZE = 7, 4.5  # inches
-# Peers in Okabe and Ito's warm colours, sketches in one blue that darkens with their width; each
-# also has a marker of its own.
+# Peers in Okabe and Ito's warm colours, sketches in a blue that darkens with their width; each also
+# has its own marker.
 _STYLES = {
     "peft": ("#D55E00", "s"),
     "peft-2k": ("#E69F00", "D"),
@@ -31,7 +31,7 @@ _MARKERS = ("o", "v", "P", "^", "h")
 
 
 def against_time(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
-    """Draw lost variance against the time of a step, one point a method, one panel an input."""
+    """Plot lost variance vs. the time of a step: one point per method, one panel per input."""
     figure = new_figure(SIZE, "Lost variance against the time of a step, by method and layer input")
     panels = _panels(found)
     columns = min(3, len(panels))
@@ -64,7 +64,7 @@ def against_time(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
 
 
 def over_tokens(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
-    """Draw lost variance over tokens seen, one line a method, one panel a group of inputs."""
+    """Plot lost variance vs. tokens seen: one line per method, one panel per group of inputs."""
     figure = new_figure(SIZE, "Lost variance over the tokens seen, by method")
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False).flatten()
     rows = [row for group in found for row in group.rows]
@@ -88,7 +88,7 @@ def over_tokens(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
 
 
 def ranks_over_tokens(ranks: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
-    """Draw the ranks off the exact allocation as a heat map: methods over tokens seen."""
+    """Plot the rank error to the exact allocation as a heat map: methods vs. tokens seen."""
     figure = new_figure(SIZE, "Ranks off the exact allocation, by method and tokens seen")
     ax = figure.subplots()
     names = list(dict.fromkeys(entry["method"] for entry in ranks))
@@ -132,13 +132,13 @@ def _last_points(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _floor(values: Iterable[float]) -> float:
-    """Return the decade below the least value that is more than rounding: exact is drawn there."""
+    """Return the decade below the least value above rounding, where exact answers are drawn."""
     seen = [value for value in values if value > ROUNDING]
     return 10.0 ** (math.floor(math.log10(min(seen, default=1e-6))) - 1)
 
 
 def _mark_floor(axes: Iterable[Axes], floor: float, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Label the line at which exact answers are drawn, if there are any."""
+    """Label the level at which exact answers are drawn, if there are any."""
     points = [p for row in rows for m in row["methods"].values() for p in m["points"]]
     if all(point["lost"] > ROUNDING for point in points):
         return

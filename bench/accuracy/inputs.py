@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import minilm
 
-TEXTS, LENGTH = 12, 128  # in a batch, and tokens in each
-# Of the synthetic stream: few features that are large and far from zero, as in language models.
+TEXTS, LENGTH = 12, 128  # texts per batch, and tokens per text
+# Synthetic stream: a few features that are large and far from zero, as in language models.
 OUTLIERS, OUTLIER_SCALE, OUTLIER_OFFSET = 6, 60.0, 300.0
 DECAY, FLOOR = 0.6, 0.05
 
@@ -31,12 +31,12 @@ SYNTHETIC = "synthetic, outliers"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run looks at.
+    """The streams of a run, and their sizes.
 
     Attributes:
         layers: labels of ``LAYERS``.
-        steps: of those.
-        features, tokens, synthetic_steps: of the synthetic stream: D, N, and how many.
+        steps: number of steps of these real streams.
+        features, tokens, synthetic_steps: D, N and number of steps of the synthetic stream.
     """
 
     layers: Sequence[str]
@@ -47,12 +47,12 @@ class Sizes:
 
     @property
     def labels(self) -> list[str]:
-        """Of all streams."""
+        """Labels of all streams."""
         return [*self.layers, SYNTHETIC]
 
 
 class Inputs:
-    """The streams of a run; the model runs once, when the first real one is asked for."""
+    """The streams of a run; the model runs once, when the first real stream is requested."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -74,8 +74,8 @@ class Inputs:
 def outlier_stream(features: int, tokens: int, steps: int, seed: int = 0) -> Iterator[Tensor]:
     """Yield steps of synthetic tokens, (N, D) float32.
 
-    The spectrum falls as a power of the index over half of the directions, noise lies below it,
-    and a few features are larger than all others by a factor of ``OUTLIER_SCALE``.
+    The spectrum follows a power law over half of the directions, on top of a floor of noise, and a
+    few features are larger than all others by a factor of ``OUTLIER_SCALE``.
     """
     generator = torch.Generator().manual_seed(seed)
     rank = features // 2

@@ -18,7 +18,7 @@ from .exact import Exact
 
 OVERSAMPLES = (1.0, 1.5, 2.0, 3.0, 4.0)
 CPU = torch.device("cpu")
-# On data whose rank is below K every method here is exact but for the rounding of float32.
+# On data whose rank is below K every method here is exact up to float32 rounding.
 PLANTED_RANK, PLANTED_COMPONENTS, PLANTED_FEATURES, PLANTED_TOKENS = 6, 8, 48, 96
 PLANTED_LIMIT = 1e-4
 
@@ -37,23 +37,23 @@ class Answer:
 
 
 class Running(Protocol):
-    """A method at work on one layer input."""
+    """A running method on one layer input."""
 
     def step(self, x: Tensor) -> object:
-        """Take in the tokens of a step, (N, D) float32; this is what is timed."""
+        """Process the tokens of a step, (N, D) float32; this is timed."""
 
     def answer(self) -> Answer:
-        """Return the answer so far, and leave the stream able to go on."""
+        """Return the answer so far; the stream can be continued afterwards."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to follow a stream.
+    """One method of streaming PCA.
 
     Attributes:
         label: for tables and legends.
-        start: ``f(features, components)`` returns it at work.
-        oversample: of a sketch; ``None`` for the others.
+        start: ``f(features, components)`` returns a running instance.
+        oversample: of a sketch; ``None`` for other methods.
     """
 
     label: str
@@ -62,7 +62,7 @@ class Method:
 
 
 class _Stream:
-    """Ours."""
+    """Our stream."""
 
     def __init__(self, features: int, components: int, method: str, oversample: float) -> None:
         plan = plan_streams([features], [components], method=method, oversample=oversample)[0]
@@ -79,10 +79,10 @@ class _Stream:
 
 
 class _Peft:
-    """PEFT's, with the settings and the cast of its EVA hook.
+    """PEFT's IncrementalPCA, with the settings and the dtype cast of its EVA hook.
 
-    ``kept`` directions are carried from step to step, of which the K leading are the answer. EVA
-    keeps K.
+    ``kept`` directions are carried from step to step; the K leading ones are the answer. EVA keeps
+    K.
     """
 
     def __init__(self, components: int, kept: int) -> None:
@@ -98,7 +98,7 @@ class _Peft:
 
 
 class _Scikit:
-    """scikit-learn's, with its defaults: a full decomposition at every step."""
+    """scikit-learn's IncrementalPCA, with its defaults: a full decomposition at every step."""
 
     def __init__(self, components: int) -> None:
         self.pca = ScikitIncrementalPCA(components)
@@ -128,10 +128,10 @@ METHODS: dict[str, Method] = {
 
 
 def check(method: Method) -> float:
-    """Run a method on data of known low rank, and return the variance it lost.
+    """Run a method on data of known low rank, and return the lost variance.
 
     Raises:
-        ArithmeticError: more than rounding; its times would be those of something else.
+        ArithmeticError: the error exceeds rounding, so that timings would be meaningless.
     """
     parts = planted()
     exact = Exact(PLANTED_FEATURES)

@@ -1,4 +1,4 @@
-"""Follow every stream with every method, and compare with exact PCA at checkpoints."""
+"""Run every method on every stream, and compare with exact PCA at checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RANK, COMPONENTS = 16, 32  # r, and K = r rho
 
 @dataclass(frozen=True)
 class Preset:
-    """How much is measured; checkpoints are numbers of steps."""
+    """The extent of a run; checkpoints are numbers of steps."""
 
     sizes: Sizes
     checkpoints: Sequence[int]
@@ -83,7 +83,7 @@ def _without_ratios(value: Any) -> Any:
 
 
 def json_ready(value: Any) -> Any:
-    """Return settings with lists in place of tuples, as they are read back."""
+    """Return settings with tuples replaced by lists, as JSON reads them back."""
     if isinstance(value, Mapping):
         return {key: json_ready(entry) for key, entry in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -95,19 +95,19 @@ def measure(
     components: int,
     checkpoints: Sequence[int],
 ) -> dict[str, Any]:
-    """Follow one stream with all methods, taking turns step by step.
+    """Run all methods on one stream, alternating step by step.
 
     Args:
         parts: tokens of each step, (N, D) float32.
         methods: name -> method.
         components: K.
-        checkpoints: after which steps they are compared with exact PCA, 1, 2, ...
+        checkpoints: steps (1, 2, ...) after which they are compared with exact PCA.
 
     Returns:
-        ``features``, ``tokens`` of a step, ``steps``; ``exact``, by checkpoint the tokens so far
-        and the exact ratios; ``methods``, by name the milliseconds of a step but the first (a
-        start-up: a first basis, a full decomposition), of the last answer, and by checkpoint the
-        lost variance, the ratios, and the relative error of the ratio of component K.
+        ``features``, ``tokens`` per step, ``steps``; ``exact``: by checkpoint, the tokens so far
+        and the exact ratios; ``methods``: by name, the milliseconds per step, without the first (a
+        start-up: a first basis, a full decomposition), and of the last answer, and by checkpoint
+        the lost variance, the ratios, and the relative error of the ratio of component K.
     """
     parts = iter(parts)
     first = next(parts)
@@ -116,7 +116,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     record: dict[str, Any] = {"features": features, "tokens": len(first), "exact": []}
     found: dict[str, dict[str, Any]] = {name: {"points": []} for name in methods}
-    # as many threads for numpy's library as for torch, whatever the environment says
+    # numpy's BLAS gets as many threads as torch, whatever the environment says
     with torch.no_grad(), threadpool_limits(torch.get_num_threads(), user_api="blas"):
         for step, x in enumerate(_chain(first, parts), 1):
             exact.add(x)
@@ -140,7 +140,7 @@ def measure(
 def compare(answer: Answer, truth: Truth) -> dict[str, Any]:
     """Return lost variance, ratios, and the relative error of the ratio of component K.
 
-    The error is negative where a method underestimates.
+    The error is negative if a method underestimates the ratio.
     """
     lost = minilm.lost_variance(answer.components, truth.covariance, truth.spectrum)
     last = float(truth.ratios[-1])
@@ -154,10 +154,10 @@ def _chain(first: Tensor, rest: Iterable[Tensor]) -> Iterable[Tensor]:
 
 
 def _turned(names: Sequence[str], step: int) -> list[str]:
-    """Return another order for every step.
+    """Return the names in a random order seeded by ``step``, so that all share the disadvantages.
 
-    Whoever comes first finds the tokens cold, and whoever comes after scikit-learn shares the
-    cores with threads of numpy's library that have not gone to sleep: nobody does so always.
+    The first method finds the tokens in cold caches, and the one after scikit-learn shares the
+    cores with BLAS threads of numpy that still spin.
     """
     return random.Random(step).sample(names, len(names))
 

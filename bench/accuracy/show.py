@@ -17,12 +17,12 @@ EXACT = 1e-9  # less lost variance than this is rounding
 
 @dataclass(frozen=True)
 class Group:
-    """Layer inputs of one width and kind, and what each method made of them (medians).
+    """Layer inputs of one width and kind, with the results of each method (medians).
 
     Attributes:
         title: for a heading.
         rows: of the result file.
-        ms, answer_ms: of a step, and of the answer at the end, by method.
+        ms, answer_ms: time of a step, and of the final answer, by method.
         lost, ratio_error: at the last checkpoint, by method.
     """
 
@@ -35,7 +35,7 @@ class Group:
 
 
 def sections(record: Mapping[str, Any]) -> list[Section]:
-    """Return what there is to show of a result file."""
+    """Return the sections of the report for a result file."""
     labels: dict[str, str] = record["settings"]["labels"]
     good = [row for row in record["rows"]["inputs"] if "error" not in row]
     failed = [row for row in record["rows"]["inputs"] if "error" in row]
@@ -52,7 +52,7 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
 
 
 def groups(rows: Sequence[Mapping[str, Any]]) -> list[Group]:
-    """Sort rows into groups by width, the real inputs first."""
+    """Group rows by width, real inputs first."""
     keys = list(dict.fromkeys((row["synthetic"], row["features"]) for row in rows))
     return [
         _group(key, [row for row in rows if (row["synthetic"], row["features"]) == key])
@@ -79,7 +79,7 @@ def _group(key: tuple[bool, int], rows: list[Mapping[str, Any]]) -> Group:
 
 
 def undominated(ms: Mapping[str, float], lost: Mapping[str, float]) -> list[str]:
-    """Return the methods for which no other is both faster and closer, fastest first."""
+    """Return the Pareto front, fastest first: no other method is both faster and more accurate."""
     front: list[str] = []
     for name in sorted(ms, key=lambda n: ms[n]):
         if not front or max(lost[name], EXACT) < max(lost[front[-1]], EXACT):
@@ -133,7 +133,7 @@ def _ranks_words(found: Sequence[Group], rank: int) -> str:
 
 
 def _words(group: Group, labels: Mapping[str, str]) -> str:
-    """Say in words who is faster and who is closer."""
+    """Say in words which methods are faster and which more accurate."""
     row, ms, lost = group.rows[0], group.ms, group.lost
     said = [f"**{group.title}**, {row['steps']} steps of {row['tokens']} tokens."]
     ours = f"The {labels[DEFAULT]} (the default)" if DEFAULT in ms else ""
@@ -202,7 +202,7 @@ def _median_lost(group: Group, name: str, i: int) -> float:
 
 
 def _trend(ours: Sequence[float], peer: Sequence[float] | None, tokens: Sequence[int]) -> str:
-    """Say how the default sketch goes on, and where PEFT's EVA is closer."""
+    """Say how the default sketch's error develops, and where PEFT's EVA is more accurate."""
     verb = "falls" if ours[-1] < ours[0] else "grows"
     text = (
         f"What the sketch at its default width loses {verb} from {ours[0]:.1e} after the first "
@@ -222,7 +222,7 @@ def _trend(ours: Sequence[float], peer: Sequence[float] | None, tokens: Sequence
 
 
 def _ranks_trend(ranks: Sequence[Mapping[str, Any]]) -> str:
-    """Say at how many checkpoints the ranks of the default sketch are nearer than PEFT's."""
+    """Say at how many checkpoints the default sketch's ranks are closer to exact than PEFT's."""
     ours, theirs = ([e["rank_error"] for e in ranks if e["method"] == n] for n in (DEFAULT, PEER))
     if not ours or len(ours) != len(theirs):
         return ""

@@ -1,4 +1,4 @@
-"""Tiny models of every family, and what happens when EVA initialises their adapters."""
+"""Tiny models of every family, and the outcome when EVA initialises their adapters."""
 
 from .family import Family
 from .language import LANGUAGE

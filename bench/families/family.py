@@ -14,15 +14,15 @@ Batch = dict[str, Any]
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss that the model computes by itself."""
+    """Return the loss that the model itself computes."""
     loss: Tensor = model(**batch).loss
     return loss
 
 
 def mean_square(model: nn.Module, batch: Any) -> Tensor:
-    """Return the mean square of the first output, its last features weighed more.
+    """Return the mean square of the first output, with larger weights for its last features.
 
-    Every layer before it has a gradient, also behind a norm, which fixes the plain mean square.
+    So every layer gets a gradient; after a norm the unweighted mean square would be constant.
     """
     out = model(**batch) if isinstance(batch, dict) else model(batch)
     first = (out if isinstance(out, Tensor) else out[0]).float()
@@ -32,14 +32,14 @@ def mean_square(model: nn.Module, batch: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """A model that people fine-tune, made small.
+    """A tiny version of a model that people fine-tune.
 
     Attributes:
-        make_model: returns the model, the same weights each time, in eval mode.
+        make_model: returns the model in eval mode, always with the same weights.
         make_batches: ``f(count)`` returns batches as a collator would.
-        config: fields of the LoRA config beside ``target_modules="all-linear"`` and r.
-        loss: ``f(model, batch)`` that a training step goes down on.
-        untrained: regular expression of adapted layers that this loss does not reach, and why.
+        config: fields of the LoRA config besides ``target_modules="all-linear"`` and r.
+        loss: ``f(model, batch)``, minimised by a training step.
+        untrained: regular expression of adapted layers that get no gradient, and the reason.
     """
 
     make_model: Callable[[], nn.Module]
@@ -50,7 +50,7 @@ class Family:
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a function that makes a model with the same weights whenever it is called."""
+    """Return a function that makes a model with the same weights at every call."""
 
     def build() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -70,10 +70,10 @@ def texts(
     left: bool = False,
     seed: int = 5,
 ) -> list[Batch]:
-    """Return padded token batches; frequent tokens are frequent, so that spectra decay.
+    """Return padded token batches; token frequencies are skewed, so that spectra decay.
 
     Args:
-        labels: ``"tokens"`` (-100 where padded), ``"classes"`` (one a sample) or none.
+        labels: ``"tokens"`` (-100 for padding), ``"classes"`` (one per sample) or none.
         left: pad on the left.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -97,7 +97,7 @@ def texts(
 def images(
     count: int, samples: int = 4, size: int = 16, *, classes: int | None = 3, seed: int = 5
 ) -> list[Batch]:
-    """Return images whose neighbouring pixels are alike, with a class each if wanted."""
+    """Return images whose neighbouring pixels are similar, optionally with classes."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(count):

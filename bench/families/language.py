@@ -103,7 +103,7 @@ def _bert(kind: str) -> nn.Module:
 
 
 class RoutedBlock(nn.Module):
-    """A feed-forward layer whose tokens go to two of four experts, each a module of its own."""
+    """A feed-forward layer that routes tokens to two of four experts, each a separate module."""
 
     def __init__(self, width: int = 32, inner: int = 24, experts: int = 4) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models of images, sound, decisions, several streams; and plain torch modules."""
+"""Models for images, audio, decisions and multimodal inputs; and plain torch modules."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _hubert() -> nn.Module:
 
 
 def _sounds(count: int, *, classes: bool) -> list[Batch]:
-    """Return sounds of different lengths, padded, with a class or a short text each."""
+    """Return padded audio of different lengths, each with a class or a short text."""
     generator = torch.Generator().manual_seed(5)
     batches = []
     for _ in range(count):
@@ -181,14 +181,14 @@ def _llava() -> nn.Module:
 def _llava_batches(count: int) -> list[Batch]:
     batches = []
     for text, image in zip(texts(count, labels="tokens"), images(count, classes=None), strict=True):
-        text["input_ids"][:, 1:5] = IMAGE_TOKEN  # 4 patches an image
+        text["input_ids"][:, 1:5] = IMAGE_TOKEN  # 4 patches per image
         text["labels"][:, 1:5] = -100
         batches.append({**text, **image})
     return batches
 
 
 def _layout() -> nn.Module:
-    # 16 patches and a class token stand behind the text, in one sequence
+    # 16 patches and a class token follow the text, in one sequence
     config = hf.LayoutLMv3Config(
         **TEXT, input_size=16, patch_size=4, coordinate_size=4, shape_size=8, num_labels=3
     )
@@ -218,12 +218,12 @@ def _qwen2_audio() -> nn.Module:
 
 
 def _qwen2_audio_batches(count: int) -> list[Batch]:
-    """Return texts with sounds of different lengths, which the processor pads to 30 seconds."""
+    """Return texts with audio of different lengths, padded like the processor's 30 seconds."""
     generator = torch.Generator().manual_seed(5)
     batches = []
     for batch in texts(count, labels="tokens"):
         tokens = torch.randint(1, 6, (4,), generator=generator)
-        frames = 4 * tokens  # a token stands for four
+        frames = 4 * tokens  # four frames per token
         mask = torch.arange(40) < frames[:, None]
         sound = torch.randn(4, 8, 40, generator=generator).cumsum(-1) / 4
         places = torch.arange(batch["input_ids"].shape[1]) < tokens[:, None]
@@ -236,7 +236,7 @@ def _qwen2_audio_batches(count: int) -> list[Batch]:
 
 
 class ConvolutionalNet(nn.Module):
-    """A stem, a grouped, a dilated and a pointwise convolution, and a head."""
+    """A stem; a grouped, a dilated and a pointwise convolution; and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ OTHERS: dict[str, Family] = {
     "LayoutLMv3 classifier": Family(
         seeded(_layout),
         _layout_batches,
-        # the weights of rel_pos_bias and its kin are used, and they are never called
+        # layers such as rel_pos_bias are never called: only their weights are used
         {"task_type": "TOKEN_CLS", "exclude_modules": r".*rel_pos.*|classifier.*"},
     ),
     "Qwen2-Audio": Family(seeded(_qwen2_audio), _qwen2_audio_batches),

@@ -26,11 +26,11 @@ SIDES = ("ours", "peft")
 
 
 def attempt(name: str, side: str) -> dict[str, Any]:
-    """Initialise, train one step, save, load; return how far that went.
+    """Initialise, train one step, save and load; return how far that got.
 
     Returns:
         ``stage`` that failed (``None`` if none did) and ``error``, the first line of the exception;
-        and forward passes, layers, warnings.
+        also forward passes, layers and warnings.
     """
     family = FAMILIES[name]
     told: dict[str, Any] = {"stage": "initialise", "error": None, "forwards": 0, "warnings": []}
@@ -38,7 +38,7 @@ def attempt(name: str, side: str) -> dict[str, Any]:
         warnings.simplefilter("always")
         try:
             _steps(family, side, told)
-        except Exception as error:  # whatever it is, is the finding
+        except Exception as error:  # any exception is a result
             text = str(error).strip().split("\n")[0]
             told["error"] = f"{type(error).__name__}: {text}"[:160]
     kinds = {w.category.__name__ for w in caught}
@@ -104,14 +104,14 @@ def _initialize_peft(base: nn.Module, data: Sequence[Any], family: Family) -> nn
 
 
 def _as_peft_takes_it(model: nn.Module, batch: Any) -> Any:
-    """Return a batch as the dict that PEFT insists on."""
+    """Return a batch as a dict, which PEFT requires."""
     if not isinstance(batch, Tensor):
         return batch
     return {next(iter(inspect.signature(model.forward).parameters)): batch}
 
 
 def run(names: Sequence[str] | None = None, write: bool = False) -> list[dict[str, Any]]:
-    """Try all families, each in a process of its own, and tell what happened."""
+    """Try all families, each in a separate process, and return the outcomes."""
     rows = []
     chosen = list(names or FAMILIES)
     for name in tqdm(chosen, unit="family"):
@@ -137,7 +137,7 @@ def _in_a_process(name: str, side: str) -> dict[str, Any]:
 
 
 def words(told: dict[str, Any]) -> str:
-    """Return what happened as the cell of a table."""
+    """Return an outcome as the cell of a table."""
     if told["stage"] is None:
         return "works"
     stage = {"initialise": "", "train": "training: ", "reload": "reload: "}[told["stage"]]

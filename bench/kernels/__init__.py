@@ -1,1 +1,1 @@
-"""Timings of every operation against its plain twin, PEFT's step and the machine's ceilings."""
+"""Timings of every op compared with its plain twin, PEFT's step and the machine's ceilings."""

@@ -1,4 +1,4 @@
-"""One case of a kernel benchmark: prepared, checked against float64, and only then timed."""
+"""One case of a kernel benchmark: prepared, checked against float64, then timed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eva_kernels.errors import EvaRuntimeError
 
 from ._timing import Ceilings, CpuTimer, CudaTimer, Run, against_ceilings, time_together, timer_for
 
-# Tensor-core products per product of the formula: how many parts the operands are split into.
+# Tensor-core products per product of the formula, as operands are split into several parts.
 SKETCH_PASSES = {
     ("high", torch.bfloat16): 2,
     ("high", torch.float16): 3,
@@ -30,10 +30,10 @@ class Prepared:
     """A case with its data on the device.
 
     Attributes:
-        competitors: name -> call; the fast path first, by its backend's name.
+        competitors: name -> call; first the fast path, named after its backend.
         errors: name -> relative error of one fresh run against float64.
-        limit: largest error that may be timed.
-        flops, nbytes: least work of one call; 0 flops where the rate means nothing.
+        limit: largest error with which a competitor may be timed.
+        flops, nbytes: minimum work of one call; 0 flops if a rate would be meaningless.
     """
 
     competitors: dict[str, Run]
@@ -45,15 +45,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be timed.
+    """A case to be timed.
 
     Attributes:
         op: name of the operation.
-        model: whose shape it is.
-        shape: letters as everywhere, N, D, Q, or L for layers.
-        make: puts it on a device.
+        model: the model from which the shape is taken.
+        shape: by the usual letters N, D, Q, and L for layers.
+        make: prepares the case on a device.
         dtype: of the tokens.
-        precision: of the tensor-core products, where there is a choice.
+        precision: of the tensor-core products, if there is a choice.
     """
 
     op: str
@@ -77,7 +77,7 @@ def matrix_cases(
     make: Callable[[int, int, torch.device], Prepared],
     small: bool,
 ) -> list[Case]:
-    """Return the cases of an op on (L, Q, Q) matrices: model, L and Q; small for a rehearsal."""
+    """Return cases of an op on (L, Q, Q) matrices, by model, L and Q; small for a rehearsal."""
     return [
         Case(
             op=op,
@@ -91,14 +91,14 @@ def matrix_cases(
 
 
 def check(prepared: Prepared) -> None:
-    """Raise ArithmeticError unless every competitor that was checked is right."""
+    """Raise ArithmeticError if the error of any checked competitor exceeds the limit."""
     for name, error in prepared.errors.items():
         if not error <= prepared.limit:  # NaN fails, too
             raise ArithmeticError(f"{name} is wrong by {error:.1e}, more than {prepared.limit:.0e}")
 
 
 def fast_path(backend: str, attempt: Callable[[str], Any], device: torch.device) -> str:
-    """Return the explicit backend if it runs; on the CPU, in a rehearsal, else ``"auto"``.
+    """Return the given backend if it runs; otherwise ``"auto"`` on the CPU, in a rehearsal.
 
     Raises:
         EvaRuntimeError: on a GPU, with the reason why the fast path cannot run.
@@ -119,7 +119,7 @@ def measure(
     timer: CpuTimer | CudaTimer | None = None,
     budget: float = 0.5,
 ) -> dict[str, Any]:
-    """Return one row: errors, and times, rates and the share of the ceilings if it is right."""
+    """Return one row: errors, and if they are within limits times, rates and ceiling share."""
     row: dict[str, Any] = {
         "op": case.op,
         "model": case.model,
@@ -137,7 +137,7 @@ def measure(
         times = time_together(prepared.competitors, timer, budget=budget, least=least, most=most)
     except ArithmeticError as error:
         return {**row, "status": "incorrect", "reason": str(error)}
-    except Exception as error:  # one case must not cost the others their time
+    except Exception as error:  # a failing case must not stop the others
         return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:500]}
     fast = next(iter(times))
     median = times[fast]["ms"]["median"]
@@ -162,7 +162,7 @@ def measure_all(
     save: Callable[[list[dict[str, Any]]], None],
     budget: float = 0.5,
 ) -> list[dict[str, Any]]:
-    """Measure cases in order until a deadline (of ``time.monotonic``); the rest is named."""
+    """Measure cases in order until a deadline (``time.monotonic``); list those not reached."""
     timer, rows = timer_for(device), []
     for case in cases:
         if time.monotonic() > deadline:

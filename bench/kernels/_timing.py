@@ -1,6 +1,6 @@
 """Timing on a device with cold caches, the machine's ceilings, and counts of a step's launches.
 
-On a GPU times come from CUDA events; on the CPU, where only rehearsals run, from a clock.
+On a GPU times come from CUDA events; on the CPU, only used for rehearsals, from a clock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WAIT_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchr
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine reaches with library calls.
+    """Peak rates of this machine, reached by library calls.
 
     Attributes:
         bytes_per_second: of a large copy on the device, bytes read plus bytes written.
@@ -41,12 +41,12 @@ class Ceilings:
 
 
 class CpuTimer:
-    """Time calls with a clock; caches stay as they are."""
+    """Time calls with a clock, without flushing caches."""
 
     name = "cpu clock"
 
     def sample(self, run: Run) -> tuple[float, float]:
-        """Return the seconds of a call, twice: here the host is the device."""
+        """Return the seconds of a call twice, as device and as host time."""
         begin = time.perf_counter()
         run()
         seconds = time.perf_counter() - begin
@@ -56,8 +56,8 @@ class CpuTimer:
 class CudaTimer:
     """Time calls with CUDA events, the L2 cache overwritten before each.
 
-    The overwriting also keeps the device busy while the host enqueues the call, so that the events
-    enclose the work of the device and not the host's preparation, unless the call itself waits.
+    Overwriting also keeps the device busy while the host enqueues the call, so that the events
+    measure device work and not host overhead, unless the call itself synchronises.
     """
 
     name = "cuda events"
@@ -81,7 +81,7 @@ class CudaTimer:
         return begin.elapsed_time(end) / 1e3
 
     def sample(self, run: Run) -> tuple[float, float]:
-        """Run twice: return the seconds of the device, and those that the host took to enqueue."""
+        """Run twice: return the device's seconds, and the host's seconds to enqueue the call."""
         torch.cuda.synchronize(self.device)
         begin = time.perf_counter()
         run()
@@ -92,12 +92,12 @@ class CudaTimer:
 
 
 def timer_for(device: torch.device) -> CpuTimer | CudaTimer:
-    """Return the timer that suits a device."""
+    """Return the timer for a device."""
     return CudaTimer(device) if device.type == "cuda" else CpuTimer()
 
 
 def repetitions(first_seconds: float, budget: float, least: int, most: int) -> int:
-    """Return how many rounds fit the budget, within limits."""
+    """Return how many rounds fit the budget, clamped to ``least`` and ``most``."""
     return max(least, min(most, int(budget / max(first_seconds, 1e-9))))
 
 
@@ -109,13 +109,13 @@ def time_together(
     least: int = 5,
     most: int = 50,
 ) -> dict[str, dict[str, Any]]:
-    """Time competitors in turn, A B A B ..., after a warm-up that compiles what is to compile.
+    """Time competitors alternately, A B A B ..., after a warm-up that includes compilation.
 
     Args:
         competitors: name -> call.
         timer: see :func:`timer_for`.
         budget: seconds for all rounds together; at least ``least`` rounds are run.
-        least, most: limits of the number of rounds.
+        least, most: minimum and maximum number of rounds.
 
     Returns:
         name -> ``ms`` and ``host_ms`` (median, p20, p80) and ``repetitions``.
@@ -143,7 +143,7 @@ def time_together(
 def against_ceilings(
     seconds: float, flops: float, nbytes: float, ceilings: Ceilings | None
 ) -> dict[str, Any]:
-    """Return rates, and the share of the roofline: the larger of the two least times over ours."""
+    """Return rates, and the share of the roofline: the larger of its two least times over ours."""
     rates: dict[str, Any] = {"gb_s": nbytes / seconds / 1e9, "tflop_s": flops / seconds / 1e12}
     if ceilings is not None:
         moving = nbytes / ceilings.bytes_per_second
@@ -178,12 +178,12 @@ def measure_ceilings(device: torch.device, small: bool = False) -> dict[str, Any
 def count_device_calls(run: Run, device: torch.device) -> dict[str, int | None]:
     """Count kernel launches, waits of the host and copies to the host of one call.
 
-    What the profiler itself adds is measured on an empty call and taken off. On the CPU there is
+    The profiler's own calls are counted on an empty call and subtracted. On the CPU there is
     nothing to count, and every number is ``None``.
     """
     if device.type != "cuda":
         return dict.fromkeys(COUNTS)
-    run()  # compiled and allocated before anything is counted
+    run()  # compiles and allocates before anything is counted
     counted, empty = _profiled(run), _profiled(lambda: None)
     counts: dict[str, int | None] = {key: counted[key] - empty[key] for key in counted}
     counts["sync_warnings"] = _sync_warnings(run)
@@ -204,7 +204,7 @@ def tally(events: Mapping[tuple[str, bool], int]) -> dict[str, int]:
     """Sort profiled events into launches, kernels, waits and copies to the host.
 
     Args:
-        events: (name, whether the device ran it) -> how often.
+        events: (name, whether the device ran it) -> count.
     """
     host = {name: n for (name, on_device), n in events.items() if not on_device}
     device = {name: n for (name, on_device), n in events.items() if on_device}
@@ -218,7 +218,7 @@ def tally(events: Mapping[tuple[str, bool], int]) -> dict[str, int]:
 
 
 def _sync_warnings(run: Run) -> int:
-    """Count the synchronising calls that PyTorch itself knows of."""
+    """Count the synchronising calls that PyTorch itself reports."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -231,6 +231,6 @@ def _sync_warnings(run: Run) -> int:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return the Frobenius error relative to the expected size; NaN stays NaN."""
+    """Return the relative error in Frobenius norm; NaN stays NaN."""
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm())

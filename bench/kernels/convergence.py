@@ -22,7 +22,7 @@ LIMIT = 1e-6
 
 
 def cases(small: bool = False) -> list[Case]:
-    """Return the cases of a GPU, or small ones for a rehearsal."""
+    """Return the cases for a GPU, or small ones for a rehearsal."""
     models = {"tiny": [(64, 3), (96, 1)]} if small else MODELS
     return [
         Case(
@@ -54,7 +54,7 @@ def _make(widths: list[tuple[int, int]], device: torch.device) -> Prepared:
     def error(name: str) -> float:
         similarity, unconverged = run(name)
         counts = (truth.view(-1, COMPONENTS)[:, : ranks[0]] < 0.99).sum(1)
-        # a wrong count is a wrong answer, however near the similarities are
+        # a wrong count is a wrong answer, however accurate the similarities are
         wrong = float((unconverged != counts).any())
         return max(wrong, float((similarity.double() - truth).abs().max()))
 
@@ -64,7 +64,7 @@ def _make(widths: list[tuple[int, int]], device: torch.device) -> Prepared:
         competitors={name: functools.partial(run, name) for name in names},
         errors={name: error(name) for name in names},
         limit=LIMIT,
-        # two rows give three sums of products, in float64: no tensor core counts them
+        # each pair of rows needs three dot products in float64, without tensor cores
         flops=0.0,
         nbytes=8.0 * values,
     )

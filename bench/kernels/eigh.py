@@ -16,12 +16,12 @@ LIMIT = 1e-11
 
 
 def cases(small: bool = False) -> list[Case]:
-    """Return the cases of a GPU, or small ones for a rehearsal."""
+    """Return the cases for a GPU, or small ones for a rehearsal."""
     return matrix_cases("eigh", SHAPES, _make, small)
 
 
 def _make(count: int, q: int, device: torch.device) -> Prepared:
-    # Graded like the scatter of activations: a few directions carry nearly everything.
+    # Graded like the scatter matrix of activations: a few directions carry nearly all variance.
     factors = torch.randn(count, q, 4 * q, dtype=torch.float64, device=device)
     factors *= torch.logspace(0, -5, q, dtype=torch.float64, device=device)[:, None]
     matrices = factors @ factors.mT
@@ -44,6 +44,6 @@ def _make(count: int, q: int, device: torch.device) -> Prepared:
         competitors={name: functools.partial(run, name) for name in names},
         errors={name: error(name) for name in names},
         limit=LIMIT,
-        flops=0.0,  # an iteration: its number of operations is not known beforehand
+        flops=0.0,  # iterative: the number of operations is not known in advance
         nbytes=2.0 * matrices.nbytes,
     )

@@ -1,4 +1,4 @@
-"""The end of a step: fold all layer inputs of a model, and compare them with the step before."""
+"""The end of a step: fold all layer inputs of a model, and compare with the previous step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ LOST_LIMIT = 0.02
 
 
 def measure(device: torch.device, small: bool = False) -> dict[str, Any]:
-    """Time ``fold_streams`` and ``compare_streams`` of one step, from the host's side.
+    """Time ``fold_streams`` and ``compare_streams`` of one step with the host's clock.
 
-    The host waits for the answer of a step, so a clock around both, with the device idle before
-    and after, is what a user waits for.
+    The host waits for the result of a step, so wall time around both, with the device idle before
+    and after, is the time that a user waits.
     """
     widths = SMALL_WIDTHS if small else WIDTHS
     components, width = (4, 8) if small else (COMPONENTS, WIDTH)
@@ -53,13 +53,13 @@ def measure(device: torch.device, small: bool = False) -> dict[str, Any]:
     step.accumulate()
     calls = count_device_calls(_refilled(step), device)
     filling = count_device_calls(step.accumulate, device)
-    # counted together, for sums must be there to be folded; the filling is then taken off
+    # counted together, as a fold needs accumulated sums; the calls that fill them are subtracted
     own = {key: _less(calls[key], filling[key]) for key in calls}
     return {**row, "status": "timed", "wall_ms": times, "calls": own, "calls_of_adding": filling}
 
 
 class _Step:
-    """One step over prepared streams, in its two halves."""
+    """One step over prepared streams, split in two halves."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ def _less(total: int | None, part: int | None) -> int | None:
 
 
 def _decaying(count: int, d: int, device: torch.device) -> torch.Tensor:
-    """Return bfloat16 tokens whose spectrum falls quickly, as that of activations does."""
+    """Return bfloat16 tokens with a quickly decaying spectrum, like that of activations."""
     rank = min(d, 4 * COMPONENTS)
     values = torch.logspace(2, -1, rank, device=device)
     mixing = torch.randn(rank, d, device=device)
@@ -117,7 +117,7 @@ def _decaying(count: int, d: int, device: torch.device) -> torch.Tensor:
 
 
 def lost_variance(stream: InputStream, x: torch.Tensor) -> float:
-    """Return ``1 - captured / (the most that as many directions capture)`` of one batch."""
+    """Return ``1 - captured / best`` for one batch, best: by as many principal components."""
     centred = x.double() - x.double().mean(0)
     best = torch.linalg.eigvalsh((centred @ centred.mT).cpu()).flip(0)
     components = stream.spectrum().components

@@ -1,4 +1,4 @@
-"""The ``fold_measure`` and ``fold_rows`` ops: the (Q, D) work of a fold, all layers of a shape."""
+"""The ``fold_measure`` and ``fold_rows`` ops: a fold's (Q, D) work for all layers of a shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIMITS = {"fold_measure": 1e-12, "fold_rows": 1e-6}
 
 
 def cases(small: bool = False) -> list[Case]:
-    """Return the cases of a GPU, or small ones for a rehearsal."""
+    """Return the cases for a GPU, or small ones for a rehearsal."""
     shapes = [("tiny", 3, 16, 300)] if small else SHAPES
     return [
         Case(
@@ -38,7 +38,7 @@ def cases(small: bool = False) -> list[Case]:
 
 
 class _Problem:
-    """Layers of one shape with the sums of a step, and what the passes make of them."""
+    """Layers of one shape with the sums of a step, and the inputs of the two passes."""
 
     def __init__(self, count: int, q: int, d: int, device: torch.device) -> None:
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
@@ -69,7 +69,7 @@ def _make_measure(count: int, q: int, d: int, device: torch.device) -> Prepared:
 
     pairs = zip(native(), wanted, strict=True)
     error = max(float((a.tril() - b.tril()).abs().max() / b.abs().max()) for a, b in pairs)
-    # A basis is read for `along`, and again with its products.
+    # Each basis is read twice: for `along`, and together with the products.
     return _prepared("fold_measure", native, problem.plain_measure, error, 4.0 * 3 * count * q * d)
 
 
@@ -77,7 +77,7 @@ def _make_rows(count: int, q: int, d: int, device: torch.device) -> Prepared:
     problem = _Problem(count, q, d, device)
     layers, numbers, delta = problem.layers(), problem.numbers, problem.delta
     along = problem.plain_measure()[0]
-    # A contraction: a basis that is renewed again and again stays within bounds.
+    # A contraction, so that a basis updated repeatedly stays bounded.
     mixing = torch.linalg.qr(torch.randn(count, q, q, dtype=torch.float64, device=device)).Q
     mixing /= 1 + float(numbers.max())
     told = numbers.new_full((count, 2 + 2 * q), float(q))
@@ -107,6 +107,6 @@ def _prepared(
         competitors={"native": native, "torch": plain},
         errors={"native": error},
         limit=LIMITS[op],
-        flops=0.0,  # of float64, for which no ceiling is measured
+        flops=0.0,  # they are in float64, for which no ceiling is measured
         nbytes=nbytes,
     )

@@ -22,7 +22,7 @@ SHAPES = [
 
 
 def cases(small: bool = False) -> list[Case]:
-    """Return the cases of a GPU, or small ones for a rehearsal."""
+    """Return the cases for a GPU, or small ones for a rehearsal."""
     shapes = [("tiny", 64, 96)] if small else SHAPES
     return [
         Case(
@@ -64,7 +64,7 @@ def _make(d: int, n: int, dtype: torch.dtype, precision: str, device: torch.devi
         competitors={name: functools.partial(run, name, sums[name]) for name in names},
         errors={name: error(name) for name in names},
         limit=ERROR_LIMITS[precision],
-        # a symmetric product: half of the 2 N D^2 flops do
+        # a symmetric product needs only half of the 2 N D^2 flops
         flops=1.0 * passes * n * d * (d + 1),
         nbytes=x.nbytes + 2 * 4 * d * d,
     )

@@ -15,7 +15,7 @@ SINGLE = torch.float32
 
 
 def cases(small: bool = False) -> list[Case]:
-    """Return the cases of a GPU, or small ones for a rehearsal."""
+    """Return the cases for a GPU, or small ones for a rehearsal."""
     return matrix_cases("nystrom", SHAPES, _make, small)
 
 
@@ -27,7 +27,7 @@ def _make(count: int, q: int, device: torch.device) -> Prepared:
         return Nystrom(*ops.nystrom(core, metric, ceiling, LOOSE[SINGLE]))
 
     def plain() -> Nystrom:
-        # which writes to both
+        # nystrom_plain overwrites both matrices
         return nystrom_plain(core.clone(), metric.clone(), ceiling, SINGLE)
 
     found, wanted = native().squares, plain().squares
@@ -35,13 +35,13 @@ def _make(count: int, q: int, device: torch.device) -> Prepared:
         competitors={"native": native, "torch": plain},
         errors={"native": float((found - wanted).abs().max() / wanted.max())},
         limit=LIMIT,
-        flops=0.0,  # an iteration: its number of operations is not known beforehand
+        flops=0.0,  # iterative: the number of operations is not known in advance
         nbytes=3.0 * core.nbytes,
     )
 
 
 def _steady(count: int, q: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return core and metric of a basis near the eigenvectors of C, as after a few steps."""
+    """Return core and metric of a basis close to the eigenvectors of C, as after a few steps."""
     features = 4 * q
     draw = torch.randn(count, features, features, dtype=torch.float64, device=device)
     near = torch.eye(features, dtype=torch.float64, device=device) + 0.05 * draw / features**0.5

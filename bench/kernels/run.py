@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 
 
 def all_cases(small: bool = False) -> list[Case]:
-    """Return the cases of every op, the most telling first."""
+    """Return the cases of every op, the most informative first."""
     sketches = sketch.cases(small)
     return [
         *sketches[:1],
@@ -41,19 +41,19 @@ def run(
     seconds: float = 60.0,
     save: Callable[[Rows], None] = lambda rows: None,
 ) -> Rows:
-    """Measure the fold, then case by case while time is left; what is left over is named.
+    """Measure the fold, then case by case while time is left; list the cases not reached.
 
     Args:
         device: where to measure.
         small: shapes of a rehearsal.
-        ceilings: of this machine, for the shares.
-        seconds: no case is begun later than this.
-        save: called with all rows so far after each.
+        ceilings: of this machine, for the ceiling shares.
+        seconds: no case starts later than this.
+        save: called after each row with all rows so far.
     """
     deadline = time.monotonic() + seconds
     try:
         first = [fold.measure(device, small)]
-    except Exception as error:  # the cases below are worth their time without it
+    except Exception as error:  # the other cases are still worth measuring
         first = [{"op": "fold", "label": "fold", "status": "failed", "reason": repr(error)[:500]}]
     save(first)
     cases, budget = all_cases(small), 0.1 if small else 0.5

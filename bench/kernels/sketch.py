@@ -12,7 +12,7 @@ from eva_kernels.ops import sketch
 from ._case import ERROR_LIMITS, SKETCH_PASSES, Case, Prepared, fast_path
 from ._timing import relative_error
 
-# model, D, N, Q; the most telling first, for time may run out
+# model, D, N, Q; the most informative first, as time may run out
 SHAPES = [
     ("Llama-2-7B", 4096, 8192, 64),
     ("Llama-2-7B", 4096, 2048, 64),
@@ -33,7 +33,7 @@ VARIANTS = [(torch.bfloat16, "fast"), (torch.float16, "high"), (torch.float32, "
 
 
 def cases(small: bool = False) -> list[Case]:
-    """Return the cases of a GPU, or small ones for a rehearsal."""
+    """Return the cases for a GPU, or small ones for a rehearsal."""
     if small:
         return [_case("tiny", 64, 96, 16, torch.bfloat16, "high")]
     found = [_case(*shape, torch.bfloat16, "high") for shape in SHAPES]
@@ -53,7 +53,7 @@ def _case(model: str, d: int, n: int, q: int, dtype: torch.dtype, precision: str
 
 
 def tokens(n: int, d: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return random tokens with features of very different size, some far from zero."""
+    """Return random tokens with features of very different scales, some with a large mean."""
     scale = torch.rand(d, device=device).mul_(4).exp_()
     offset = 8 * torch.randn(d, device=device)
     return torch.randn(n, d, device=device).mul_(scale).add_(offset).to(dtype)
@@ -87,14 +87,14 @@ def _make(
     sums = {name: blank() for name in names}
     competitors = {name: functools.partial(run, name, sums[name]) for name in names}
     if with_peft:
-        # PEFT brings transformers, which takes seconds to load
+        # PEFT imports transformers, which takes seconds
         from peft.utils.incremental_pca import IncrementalPCA
 
         pca = IncrementalPCA(q // 2, copy=True, lowrank=True, lowrank_seed=42)
         pca.partial_fit(x.float())
         competitors["peft step"] = lambda: pca.partial_fit(x.float())
     passes = SKETCH_PASSES.get((precision, dtype), 1)
-    nbytes = x.nbytes + 3 * basis.nbytes  # X and V read; the products read and written
+    nbytes = x.nbytes + 3 * basis.nbytes  # reads X and V; reads and writes the products
     return Prepared(competitors, errors, ERROR_LIMITS[precision], 4.0 * passes * n * d * q, nbytes)
 
 

@@ -1,8 +1,8 @@
-"""Kernel timings by pytest-benchmark: ``python -m pytest bench/kernels``.
+"""Kernel timings with pytest-benchmark: ``python -m pytest bench/kernels``.
 
-Shapes of language models on a GPU, small ones on the CPU. A case that is not right is a failure
-and is not timed. The rounds of pytest-benchmark are of the host's clock and wait for the device;
-what the device's own clock says stands in the extra information.
+Shapes of language models on a GPU, small ones on the CPU. A case with a wrong result fails and is
+not timed. pytest-benchmark's rounds use the host's clock and wait for the device; times by the
+device's clock are in the extra information.
 """
 
 from __future__ import annotations

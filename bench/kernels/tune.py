@@ -1,4 +1,4 @@
-"""Search for fast launch parameters: the sketch of bfloat16 tokens, with one changed at a time.
+"""Search for fast launch parameters: the sketch of bfloat16 tokens, one parameter varied at a time.
 
 On a GPU its results are the source of the tables in `kernels/launch.py`; on the CPU it is only a
 rehearsal.
@@ -27,9 +27,9 @@ from ._timing import CpuTimer, CudaTimer, relative_error, time_together, timer_f
 
 Rows = list[dict[str, Any]]
 Sums = tuple[torch.Tensor, ...]
-# N, D, Q; the most telling first, for time may run out
+# N, D, Q; the most informative first, as time may run out
 SHAPES = ((8192, 4096, 64), (2048, 4096, 64), (8192, 11008, 64), (8192, 4096, 128))
-# Width -> kernel -> tiles that compile for Hopper without spilling, or nearly.
+# Width -> kernel -> tiles that compile for Hopper with no or almost no spilling.
 CANDIDATES: dict[int, dict[str, tuple[Tile, ...]]] = {
     64: {
         "project": (
@@ -50,11 +50,11 @@ CANDIDATES: dict[int, dict[str, tuple[Tile, ...]]] = {
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that differs from the launch table.
+    """A single difference from the launch table.
 
     Attributes:
         label: for tables.
-        arch: that the launchers are told; its tiles are known under its name.
+        arch: passed to the launchers, which look up its tiles by its name.
     """
 
     label: str
@@ -62,7 +62,7 @@ class Change:
 
 
 def changes(arch: Arch, width: int, tiles: dict[str, Any]) -> Iterator[Change]:
-    """Yield what to try on a chip at a width of the sketch, and put its tiles into ``tiles``."""
+    """Yield the changes to try on a chip at a sketch width, and put their tiles into ``tiles``."""
     known = tiles[arch.name]
     if arch.dependent_launch:
         yield Change("kernels one after another", replace(arch, dependent_launch=False))
@@ -79,14 +79,14 @@ def changes(arch: Arch, width: int, tiles: dict[str, Any]) -> Iterator[Change]:
 @contextlib.contextmanager
 def told(arch: Arch) -> Iterator[None]:
     """Make the sketch op use the launch parameters of ``arch``."""
-    # the package's attribute of that name is the function
+    # not by attribute: `eva_kernels.ops.sketch` is the function
     module = importlib.import_module("eva_kernels.ops.sketch")
     with mock.patch.object(module, "device_arch", return_value=arch):
         yield
 
 
 class Problem:
-    """Tokens and basis of one shape, what is right, and the sketch under any launch numbers."""
+    """Tokens and basis of one shape, exact sums, and the sketch with any launch parameters."""
 
     def __init__(self, n: int, d: int, q: int, device: torch.device) -> None:
         self.x = cases.tokens(n, d, torch.bfloat16, device)
@@ -95,7 +95,7 @@ class Problem:
         self.truth = cases.truth(self.x, self.basis, self.pivot)
 
     def run(self, arch: Arch, sums: Sums) -> Sums:
-        """Add the batch to the sums, by the kernels."""
+        """Add the batch to the sums with the Triton kernels."""
         with told(arch):
             ops.sketch(self.x, self.basis, self.pivot, *sums, backend="triton")
         return sums
@@ -110,13 +110,13 @@ class Problem:
         return "" if same else "other bits in a second run"
 
     def sums(self) -> Sums:
-        """Return sums of nothing in the dtypes of the state."""
+        """Return zero sums in the dtypes of the state."""
         products, shift, square = (torch.zeros_like(t) for t in self.truth)
         return products.float(), shift, square
 
 
 def breakdown(run: Callable[[], Any], device: torch.device, count: int = 10) -> dict[str, float]:
-    """Return the median microseconds of every kernel of a call, caches cold; empty on the CPU."""
+    """Return the median microseconds of every kernel of a call, cold caches; empty on the CPU."""
     if device.type != "cuda":
         return {}
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
@@ -134,11 +134,11 @@ def breakdown(run: Callable[[], Any], device: torch.device, count: int = 10) -> 
 
 
 def _apart(problem: Problem, arch: Arch) -> dict[str, float]:
-    # with dependent launch a kernel's time would include the end of its predecessor
+    # with dependent launch a kernel's time would overlap the end of its predecessor
     apart = replace(arch, dependent_launch=False)
     try:
         return breakdown(functools.partial(problem.run, apart, problem.sums()), problem.x.device)
-    except RuntimeError:  # of the profiler; the times as a whole are worth more
+    except RuntimeError:  # of the profiler; the total times matter more
         return {}
 
 
@@ -149,7 +149,7 @@ def measure(
     timer: CpuTimer | CudaTimer,
     budget: float,
 ) -> dict[str, Any]:
-    """Return one row: the time with a change over the time without, in turn; of none, by kernel."""
+    """Return one row: the times with a change, relative to those without; for none, by kernel."""
     row: dict[str, Any] = {"change": change.label}
     try:
         problem = make_problem()
@@ -164,7 +164,7 @@ def measure(
         times = time_together(runs, timer, budget=budget, least=least, most=30)
         if change.arch == arch:
             row["kernels_us"] = _apart(problem, arch)
-    except Exception as error:  # the others are worth their time
+    except Exception as error:  # the other changes are still worth measuring
         return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
     medians = {name: found["ms"]["median"] for name, found in times.items()}
     over = medians["changed"] / medians["as is"]
@@ -182,12 +182,12 @@ def run(
 
     Args:
         device: where to measure.
-        small: one shape of a rehearsal.
-        seconds: nothing is begun later than this.
-        save: called with all rows so far after each.
+        small: only one small shape, for a rehearsal.
+        seconds: no measurement starts later than this.
+        save: called after each row with all rows so far.
 
     Raises:
-        RuntimeError: there are no launch numbers for the device.
+        RuntimeError: there are no launch parameters for the device.
     """
     deadline, timer, rows = time.monotonic() + seconds, timer_for(device), []
     arch = arch_of(device)
@@ -197,7 +197,7 @@ def run(
     with mock.patch.object(sketch_plan, "SKETCH_TILES", tiles):
         for n, d, q in [(64, 96, 16)] if small else SHAPES:
             width = min(width for width in CANDIDATES if width >= q)
-            # made when it is reached
+            # created on first use
             problem = functools.cache(functools.partial(Problem, n, d, q, device))
             for change in (Change("as is", arch), *changes(arch, width, tiles)):
                 if time.monotonic() > deadline:
@@ -210,7 +210,7 @@ def run(
 
 
 def table(rows: Rows) -> str:
-    """Return the rows as text: microseconds, and the ratio to the launch table's."""
+    """Return the rows as text: microseconds, and the ratio to the time with the launch table."""
     lines = []
     for row in rows:
         shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())

@@ -27,7 +27,7 @@ def _corda(kind: Literal["ipm", "kpm"]) -> Callable[[nn.Module, Job, Meter], Pef
         def run_model() -> None:
             with meter.phase("collect"):
                 for batch in job.batches:
-                    for i in range(len(next(iter(batch.values())))):  # one sample at a time: CorDA accepts no more
+                    for i in range(len(next(iter(batch.values())))):  # single samples only
                         forward(model, {k: v[i : i + 1] for k, v in batch.items()}, meter)
 
         training = model.training
