@@ -4,11 +4,11 @@ import os
 import sys
 from collections.abc import Iterator
 
-# Read when numpy and triton are first imported, so these stand above every other import.
+# Read when numpy and triton are first imported, so these precede all other imports.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Processes of pytest-xdist share the cores; their environment is that of the one that starts them.
+# Workers of pytest-xdist share the cores, and inherit the environment of their controller.
 os.environ |= {"OMP_NUM_THREADS": "1"} if "PYTEST_XDIST_WORKER" in os.environ else {}
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -18,7 +18,7 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 
 if not HAS_CUDA and "TRITON_INTERPRET" not in os.environ:
-    # The mode is fixed when triton is imported: setting the variable later mixes both modes.
+    # Triton fixes the mode on import: setting the variable later would mix both modes.
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before tests/conftest.py could set its mode")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -26,14 +26,14 @@ if not HAS_CUDA and "TRITON_INTERPRET" not in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    # pytest-xdist would begin with files of many tests, and so end with those that take longest.
+    # By default pytest-xdist starts with files of many tests, and so ends with the slowest ones.
     config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_CUDA:
         return
-    # Files that take long come first, or one process would have nothing to do at the end.
+    # Slow files come first, so that no process is idle at the end.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
     skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
@@ -49,7 +49,7 @@ def seeded() -> None:
 
 @pytest.fixture
 def single_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much where cores are shared."""
+    """Use one thread: tiny tensors gain nothing from more, and lose much on shared cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,5 +58,5 @@ def single_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the numeric tests run: the GPU if there is one."""
+    """Device of the numeric tests: the GPU if there is one."""
     return torch.device("cuda", 0) if HAS_CUDA else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Compile a program of tests/emulator, which runs device code on the CPU, and plant bugs in it."""
+"""Compile programs of tests/emulator, which run csrc's device code on the CPU; plant bugs in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 def compile_and_run(
     source: str, folder: Path, *flags: str, csrc: Path = CSRC, small: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Build a program in a folder and run it; ``small`` leaves out what takes long."""
+    """Build a program in a folder and run it; ``small`` skips slow parts."""
     program = folder / "program"
     command = [CXX, "-std=c++17", *flags, f"-I{csrc}", str(PROGRAMS / source), "-o", str(program)]
     subprocess.run(command, check=True)
@@ -25,7 +25,7 @@ def compile_and_run(
 
 
 def with_bug(folder: Path, file: str, text: str, bug: str) -> Path:
-    """Return a copy of csrc in which ``text``, which is there once, is replaced."""
+    """Return a copy of csrc in which ``text``, which must occur exactly once, is replaced."""
     mutant = folder / "csrc"
     shutil.copytree(CSRC, mutant)
     source = (mutant / file).read_text("utf-8")

@@ -1,4 +1,4 @@
-"""Packages of the extra ``test`` that a machine with a torch of its own may lack."""
+"""Packages of the extra ``test`` that may be missing on a machine with a preinstalled torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-# Set by `make test`, which installs the whole extra: a test that is skipped there tests nothing.
+# Set by `make test`, which installs the whole extra: there a missing package is an error.
 ALL_INSTALLED = "EVA_TESTS_HAVE_ALL_EXTRAS"
 
 
 def needs(name: str, package: str = "") -> Any:
-    """Import a module; where it is not installed, skip what asks for it, or fail `make test`.
+    """Import a module; if it is not installed, skip the calling test, or fail in `make test`.
 
     Args:
         name: of the module.
-        package: that has it, if of another name.
+        package: that provides it, if named differently.
     """
     if os.environ.get(ALL_INSTALLED):
         return importlib.import_module(name)
@@ -26,6 +26,6 @@ def needs(name: str, package: str = "") -> Any:
 
 
 def needs_of(method: str) -> None:
-    """Import what a method of the benchmarks needs, and PEFT, which has it, does not depend on."""
+    """Import packages that a PEFT method of the benchmarks needs, but PEFT does not depend on."""
     if method.startswith("corda"):
         needs("attr", "attrs")

@@ -1,7 +1,7 @@
-"""CUDA tensors without a GPU: shapes, devices and live bytes are those of a GPU, numbers are none.
+"""CUDA tensors without a GPU: shapes, devices and live bytes as on a GPU, but no values.
 
-What leaves or enters the device is simulated at the two doors of the engine, ``_host.read``
-and ``_host.upload``.
+Transfers from and to the device are simulated where the engine makes them: ``_host.read`` and
+``_host.upload``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Answer = Callable[[Tensor], np.ndarray]
 
 
 def compiler_missing() -> bool:
-    """Tell whether the guard would have to be compiled, and cannot be."""
+    """Return whether the device guard would have to be compiled, and cannot be."""
     return torch.version.cuda is None and torch.version.hip is None and not shutil.which("g++")
 
 
@@ -39,11 +39,11 @@ def fake_cuda(answer: Answer = _zeros) -> Iterator[list[int]]:
     """Make tensors within the block fake; those on ``DEVICE`` behave as on a GPU.
 
     Args:
-        answer: what the host reads of a tensor. Zeros mean finite sums, rank 0 and components
-            that have not converged.
+        answer: returns what the host reads of a tensor. Zeros mean finite sums, rank 0 and
+            components that have not converged.
 
     Yields:
-        A list that grows by one entry a read: how many numbers it brought to the host.
+        A list to which each read appends how many numbers it copied to the host.
     """
     enable()
     reads: list[int] = []
@@ -56,7 +56,7 @@ def fake_cuda(answer: Answer = _zeros) -> Iterator[list[int]]:
     def upload(host: Tensor, device: torch.device) -> Tensor:
         return host.to(device)  # pinned memory needs a driver
 
-    _basis.random_basis.cache_clear()  # what is kept must not be fake, and must not become so
+    _basis.random_basis.cache_clear()  # no fake tensor may use a cached real basis, or stay cached
     try:
         with (
             mock.patch.object(_host, "read", read),

@@ -1,4 +1,4 @@
-"""What numeric tests share: inputs by spectrum, an independent truth, one tolerance table."""
+"""Shared by numeric tests: inputs of given spectrum, independent exact results, tolerances."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What rounding may cost, relative to the size of the answer.
+    """Largest relative errors due to rounding.
 
     Attributes:
-        sums: of the shift (to the sum of magnitudes) and of the sum of squares: one rounding a
-            token, and a pairwise sum within a tile.
+        sums: of the shift (relative to the sum of magnitudes) and of the sum of squares: one
+            rounding per token, and a pairwise sum within a tile.
         products: of the (Q, D) products in Frobenius norm: two chained dot products, of length D
             and of the tokens of a tile, whose errors grow with the root of the length.
         orthonormal: largest entry of ``V V^T - I``: one rounding of each of D entries.
-        values: of the singular values of data that the sketch holds exactly; a sum of squares of
-            relative error ``products`` halves it under the root.
-        cosine: what a principal cosine of two spans that are equal but for rounding may miss to 1.
+        values: of the singular values of data that the sketch represents exactly; the square root
+            halves the relative error ``products`` of a sum of squares.
+        cosine: largest ``1 - c`` of a principal cosine c of two spans that differ by rounding only.
     """
 
     sums: float
@@ -41,23 +41,23 @@ EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 _SINGLE = Tolerance(
     sums=4 * EPS32, products=16 * EPS32, orthonormal=4 * EPS32, values=8 * EPS32, cosine=4 * EPS32
 )
-# Half precision inputs are widened before any arithmetic, or split into parts that are exact in
-# their sum, so that they are held to single precision.
+# Half precision inputs are widened before any arithmetic, or split into parts whose sum is exact,
+# so single precision is required.
 TOLERANCES = {
     torch.float16: _SINGLE,
     torch.bfloat16: _SINGLE,
     torch.float32: _SINGLE,
-    # The truth is rounded to float64 as well, and the (Q, Q) work of a fold costs a few digits.
+    # The reference is rounded to float64, too, and the (Q, Q) work of a fold loses a few digits.
     torch.float64: Tolerance(
         sums=32 * EPS64, products=64 * EPS64, orthonormal=1e-10, values=1e-10, cosine=1e-12
     ),
 }
 DTYPES = list(TOLERANCES)
-# Two bfloat16 planes keep 16 bits of a factor, one keeps 8: the error of products of tensor cores.
+# Error of tensor-core products: two bfloat16 planes keep 16 bits of a factor, one keeps 8.
 PLANES = {"high": 1e-5, "fast": 5e-3}
 
 
-# The backends of the streaming ops that run here, and what tokens they take.
+# The backends of the streaming ops that run here, and the dtypes of tokens they take.
 BACKENDS = ["torch"]
 if triton_unavailable("cuda" if torch.cuda.is_available() else "cpu") is None:
     BACKENDS.append("triton")
@@ -70,12 +70,12 @@ KINDS = [
 
 
 def products_limit(backend: str, dtype: torch.dtype, precision: str = "high") -> float:
-    """Return the relative error allowed to products in Frobenius norm."""
+    """Return the largest allowed relative error of products in Frobenius norm."""
     return PLANES[precision] if backend == "triton" else TOLERANCES[dtype].products
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Return the Frobenius error relative to the expected size."""
+    """Return the relative error in Frobenius norm."""
     found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
 
@@ -89,14 +89,14 @@ def with_spectrum(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Tensor:
-    """Return (tokens, features) data whose centred singular values are given.
+    """Return (tokens, features) data with given singular values after centring.
 
-    ``offset`` is the size of a constant vector that is added to every token.
+    ``offset`` is the size of a constant vector added to every token.
     """
     values = torch.as_tensor(singular_values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(tokens, len(values), generator=generator, dtype=torch.float64)
-    # Orthogonal to the vector of ones: the columns keep their lengths when the mean is taken off.
+    # Orthogonal to the vector of ones, so that centring does not change the columns' lengths.
     ones = torch.ones(tokens, 1, dtype=torch.float64)
     left = torch.linalg.qr(torch.cat([ones, normal], 1)).Q[:, 1:]
     normal = torch.randn(features, len(values), generator=generator, dtype=torch.float64)
@@ -111,14 +111,14 @@ def decaying(count: int, power: float = 1.0, scale: float = 100.0) -> Tensor:
 
 
 def exact(x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Return singular values, right-singular vectors and total of the centred data (full SVD)."""
+    """Return singular values, right singular vectors, sum of squares of centred data, by SVD."""
     centred = x.double() - x.double().mean(0)
     _, values, rows = torch.linalg.svd(centred, full_matrices=False)
     return values, rows, float(centred.square().sum())
 
 
 def lost_variance(x: Tensor, components: Tensor) -> float:
-    """Return ``1 - captured / (what the best directions of the same number capture)``."""
+    """Return ``1 - captured / best``, best being captured by as many principal components."""
     values = exact(x)[0]
     centred, basis = x.double() - x.double().mean(0), torch.linalg.qr(components.double().mT).Q
     best = values[: len(components)].square().sum()
@@ -147,13 +147,13 @@ def make_stream(
     device: torch.device = CPU,
     **options: object,
 ) -> InputStream:
-    """Return an empty stream; the width is twice the components, at most D."""
+    """Return an empty stream; its width is twice the components, at most D."""
     width = min(features, 2 * components) if width is None else width
     return InputStream(features, components, width, device, dtype, Options(method, **options))
 
 
 def feed(stream: InputStream, batches: Sequence[Tensor]) -> InputStream:
-    """Run one step a batch."""
+    """Run one step per batch."""
     for batch in batches:
         stream.add(batch)
         fold_streams([stream])

@@ -1,4 +1,4 @@
-"""Count what makes the host wait for a device, where there is none."""
+"""Count operations that would make the host wait for a device, without a device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eva_kernels.streaming import _host
 
-# Operators that a CUDA device answers only after its queue: numbers for Python, sizes that depend
-# on data, and the factorisations that look at their status.
+# Operators that wait for a CUDA device to finish its queue: numbers for Python, data-dependent
+# sizes, and factorisations that check their status.
 WAITING = (
     "_local_scalar_dense",
     "nonzero",
@@ -37,14 +37,14 @@ class HostReads(TorchDispatchMode):
 
     Attributes:
         calls: how often each operator ran.
-        waits: the same for those that wait; ``read`` and ``upload`` count the two doors.
+        waits: the same for those that wait; ``read`` counts calls of ``_host.read``.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
-        self.open = 0  # doors that are being passed
+        self.open = 0  # number of running calls of ``_host.read``
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.removeprefix("aten::")
@@ -61,7 +61,7 @@ def _by_mask(args: Any) -> bool:
 
 @contextmanager
 def counted(monkeypatch: Any) -> Iterator[HostReads]:
-    """Count within the block; what ``_host.read`` does counts as one wait."""
+    """Count within the block; each call of ``_host.read`` counts as one wait."""
     read, mode = _host.read, HostReads()
 
     def through(tensors: Any) -> Any:

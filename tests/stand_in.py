@@ -1,7 +1,7 @@
-"""Accelerators without kernels of ours that are not there: the CPU plays them.
+"""Accelerators for which we have no kernels (Apple's and Intel's GPUs), simulated on the CPU.
 
-Numbers are real. What a real one refuses is refused: tensors of two devices, operators of ours,
-which CPU and CUDA have alone, and by Apple's GPUs float64.
+Numbers are computed. As on real ones, it is an error to mix devices, to call our operators, which
+only CPU and CUDA have, and on Apple's GPUs to use float64.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["APPLE", "INTEL", "stand_in"]
 
 APPLE, INTEL = torch.device("mps", 0), torch.device("xpu", 0)
 _aten = torch.ops.aten
-# what takes tensors of two devices
+# operators that accept tensors on two devices
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 
 
 class _There(Tensor):
-    """A tensor on a device that is not there; ``contents`` are on the CPU."""
+    """A tensor on a simulated device; ``contents`` are on the CPU."""
 
     contents: Tensor
 
@@ -81,9 +81,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     made = func(*args, **kwargs)
     if device.type == "cpu" or func is _aten._local_scalar_dense.default:
         return made
-    if made is args[0] and not given:  # a copy that the CPU does not make
+    if made is args[0] and not given:  # a copy between devices, which the CPU skips
         made = made.clone()
-    known = {id(t.contents): t for t in given}  # what was written to is returned itself
+    known = {id(t.contents): t for t in given}  # in-place operators return their argument
 
     def place(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -98,7 +98,7 @@ def _contents(value: Any) -> Any:
 
 
 class _Factories(TorchDispatchMode):
-    """Makes tensors on a device that is not there, and copies of others."""
+    """Makes tensors on a simulated device, and copies CPU tensors to it."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -114,12 +114,12 @@ class _Factories(TorchDispatchMode):
 
 @contextmanager
 def stand_in(device: torch.device) -> Iterator[None]:
-    """Let a device, ``APPLE`` or ``INTEL``, exist within the block; needs a C++ compiler."""
+    """Simulate a device, ``APPLE`` or ``INTEL``, within the block; needs a C++ compiler."""
     enable_guard(device.type)
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     lifted = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)  # what torch.tensor makes goes to a device by a copy
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor then copies from the CPU to a device
     state = torch.zeros(16, dtype=torch.uint8)
     module = torch.get_device_module(device)
     known = {"get_rng_state": lambda device: state, "set_rng_state": lambda state, device: None}

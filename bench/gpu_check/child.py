@@ -15,14 +15,14 @@ from .context import Context, StageFailed, StageSkipped
 from .plan import STAGES
 
 PASSED, FAILED, SKIPPED = 0, 1, 77
-# What a stage says of itself, and the exit status that goes with it.
+# Status that a stage reports -> the matching exit status.
 STATUSES = {"passed": PASSED, "failed": FAILED, "skipped": SKIPPED}
 SHARED = {stage.name: stage.module for stage in STAGES if stage.module}
-PATIENCE = 10  # seconds after its time until a stage ends itself
+PATIENCE = 10  # seconds past its time limit until a stage ends itself
 
 
 def run_stage(context: Context) -> int:
-    """Run one stage and return the exit status that stands for its outcome."""
+    """Run one stage and return the exit status for its outcome."""
     context.save({})
     try:
         name = SHARED.get(context.stage, context.stage)
@@ -49,11 +49,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args(arguments)
-    # An exception, so that what this process started in groups of their own is ended, too.
+    # Raises an exception, so that children in their own process groups are ended, too.
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, _leave)
-    # Should the parent be killed outright, nobody else would end this one; the second is for a call
-    # of native code that does not return, in which Python hears no signal.
+    # In case the parent is killed and cannot end this process. The second timer is for native code
+    # that does not return: Python handles no signals meanwhile.
     signal.alarm(int(given.seconds) + PATIENCE)
     faulthandler.dump_traceback_later(given.seconds + 2 * PATIENCE, exit=True)
     return run_stage(Context(given.stage, given.out, given.dry_run, given.seconds))

@@ -23,13 +23,13 @@ class StageSkipped(Exception):
 
 @dataclass
 class Context:
-    """What a stage is given.
+    """The input of a stage.
 
     Attributes:
         stage: its name.
         out: folder of the results.
         dry_run: a rehearsal on the CPU.
-        seconds: until it is killed, from its start.
+        seconds: time limit from its start, after which it is killed.
     """
 
     stage: str
@@ -47,25 +47,25 @@ class Context:
 
     @property
     def remaining(self) -> float:
-        """Seconds left, less what it takes to end in order."""
+        """Seconds left, minus what an orderly shutdown takes."""
         return self.seconds - (time.monotonic() - self.begin) - 2.0
 
     def save(self, results: dict[str, Any], status: str = "running", reason: str = "") -> None:
-        """Write what was found so far."""
+        """Write the results so far."""
         found = {"status": status, "reason": reason, "results": results}
         write_json(result_path(self.out, self.stage), found)
 
     def saved(self) -> dict[str, Any]:
-        """Return what was found so far."""
+        """Return the results saved so far."""
         return (read_json(result_path(self.out, self.stage)) or {}).get("results", {})
 
     def results_of(self, stage: str) -> dict[str, Any]:
-        """Return what an earlier stage found, if it passed."""
+        """Return the results of an earlier stage, if it passed."""
         record = read_json(self.out / FILE) or {}
         found = record.get("stages", {}).get(stage, {})
         return found.get("results", {}) if found.get("status") == "passed" else {}
 
 
 def result_path(out: Path, stage: str) -> Path:
-    """Return the file through which a stage tells what it found."""
+    """Return the path of a stage's result file."""
     return out / stage / "result.json"

@@ -1,4 +1,4 @@
-"""A pytest plugin: the report names the tests marked ``gpu``, and failures are written at once."""
+"""A pytest plugin: marks ``gpu`` tests in the report, and writes failures to a file at once."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-# Names a file. A suite that is killed for its time leaves no report, but it leaves this.
+# Variable with the path of that file, which remains if the suite is killed before its report.
 FAILURES = "EVA_GPU_CHECK_FAILURES"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let pytest-xdist begin with the files that come first, not with those of most tests."""
+    """Let pytest-xdist keep the order of files, and not start with those with the most tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
@@ -25,18 +25,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write the name of a test that failed, and what it says, to the file."""
+    """Write the name and the message of a failed test to the file."""
     _write(report, str(report.when))
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """Write the name of a file whose tests cannot be collected, and why."""
+    """Write the name of a test file that cannot be collected, and the reason."""
     _write(report, "collection")
 
 
 def _write(report: pytest.TestReport | pytest.CollectReport, when: str) -> None:
     path = os.environ.get(FAILURES)
-    # Processes of pytest-xdist report to the one that started them, which writes.
+    # Workers of pytest-xdist report to their controller, which writes.
     if not report.failed or not path or "PYTEST_XDIST_WORKER" in os.environ:
         return
     with Path(path).open("a", encoding="utf-8") as file:

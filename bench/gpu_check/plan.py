@@ -18,15 +18,15 @@ class Stage:
     """One stage of the check.
 
     Attributes:
-        name: also of its module in ``stages``, where there is no other.
-        share: seconds that are kept for it, whatever the stages before it take.
-        rehearsal: seconds at most in a dry run.
-        required: the check is green only if this stage passed; another may be skipped where the
-            machine lacks what it needs, but not fail.
-        beside: runs at the same time as the stage before it, whose time is then also its own. Not
-            for a stage that measures time.
-        beyond: not part of the check: run if asked for, and then required.
-        module: in ``stages``, of one that several stages share.
+        name: also names its module in ``stages``, unless ``module`` is given.
+        share: seconds reserved for it, whatever the stages before it take.
+        rehearsal: maximum seconds in a dry run.
+        required: the check passes only if this stage did; a stage that is not required may be
+            skipped if the machine lacks what it needs, but must not fail.
+        beside: runs in parallel with the stage before it, and shares its time. Not for a stage
+            that measures time.
+        beyond: not part of the check: run only on request, and then required.
+        module: in ``stages``, if several stages share it.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Stage:
     module: str = ""
 
 
-# In order of value: what comes last suffers first if the whole check is cut short.
+# In order of value: the last stages are lost first if the whole check is cut short.
 STAGES = (
     Stage("build", 50.0, 90.0),
     Stage("environment", 15.0, 60.0),
@@ -58,20 +58,21 @@ BEYOND = tuple(stage.name for stage in STAGES if stage.beyond)
 
 
 def chosen(also: Sequence[str]) -> tuple[Stage, ...]:
-    """Return the stages of the check, and those beyond it that are named."""
+    """Return the stages of the check, and the stages in ``also`` beyond it."""
     return tuple(stage for stage in STAGES if not stage.beyond or stage.name in also)
 
 
 def limit_of(stage: Stage, later: Sequence[Stage], remaining: float) -> float:
-    """Return how long a stage may take: all that is left but the shares of those after it.
+    """Return a stage's time limit: all remaining time except the shares of the stages after it.
 
     Args:
-        stage: about to begin.
-        later: the stages that will be run after it.
-        remaining: seconds left of the whole.
+        stage: about to start.
+        later: the stages that will run after it.
+        remaining: seconds left for the whole check.
 
     Returns:
-        At least 0. When time was lost before, the stage has its share while there is that much.
+        At least 0. If earlier stages took too long, the stage still gets its share, if that much
+        is left.
     """
     spare = remaining - sum(other.share for other in later)
     return max(0.0, min(remaining, max(spare, stage.share)))

@@ -17,7 +17,7 @@ SUFFIXES = {".py", ".cpp", ".cu", ".cuh", ".h", ".toml"}
 
 
 def source_hash(root: Path = ROOT) -> str:
-    """Return a digest of all sources: says what was checked where there is no commit."""
+    """Return a digest of all sources, which identifies what was checked without a commit."""
     digest = hashlib.sha256()
     for name in SOURCES:
         top = root / name
@@ -34,7 +34,7 @@ def new_record(dry_run: bool, gpu: str | None = None) -> dict[str, Any]:
 
     Args:
         dry_run: whether it is a rehearsal.
-        gpu: name of the GPU, where it is known.
+        gpu: name of the GPU, if known.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -51,14 +51,14 @@ def new_record(dry_run: bool, gpu: str | None = None) -> dict[str, Any]:
 
 
 def resumed(earlier: Any, record: dict[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
-    """Return the parts of an earlier record that stay: stages that passed, and what they ran on.
+    """Return the parts of an earlier record to keep: passed stages, and the machine they ran on.
 
-    Nothing, unless it is of the same schema, sources, kind of run and GPU.
+    Nothing is kept unless schema, sources, ``dry_run`` and GPU are the same.
 
     Args:
         earlier: as read.
         record: the new one.
-        skip: stages that stay, whatever came of them.
+        skip: stages that are kept whatever their outcome.
     """
     keys = ("schema_version", "sources", "dry_run")
     if not isinstance(earlier, Mapping) or any(earlier.get(k) != record[k] for k in keys):
@@ -77,7 +77,7 @@ def verdict(stages: Mapping[str, Mapping[str, Any]], required: Mapping[str, bool
     """Return ``"passed"`` if all required stages did and no other failed, else ``"failed"``.
 
     Args:
-        stages: name -> what was found, ``status`` among it.
+        stages: name -> outcome, with its ``status``.
         required: name -> whether the stage may not be skipped, for every stage of the plan.
     """
     for name, needed in required.items():

@@ -1,4 +1,4 @@
-"""Run the stages one after another, each in its own process and within its own time."""
+"""Run the stages one after another, each in its own process with its own time limit."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Check:
     Args:
         out: folder of the results.
         dry_run: rehearse on the CPU, with small shapes and Triton's interpreter.
-        skip: names of stages to leave out; the check is then not green.
-        also: names of stages beyond the check.
-        resume: keep what passed before in the same folder with the same sources on the same GPU;
-            of what is skipped, whatever came of it.
-        total: seconds of the whole.
+        skip: names of stages to skip; the check then does not pass.
+        also: names of additional stages beyond the check.
+        resume: keep stages that passed before in the same folder with the same sources and GPU, and
+            skipped stages whatever their outcome.
+        total: seconds for the whole check.
         say: prints a line.
-        stages: the plan, in place of the real one.
+        stages: plan to use instead of the default.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class Check:
 
     @property
     def remaining(self) -> float:
-        """Seconds left of the whole."""
+        """Seconds left for the whole check."""
         return self.total - (time.monotonic() - self.begin)
 
     def run(self) -> bool:
-        """Run all stages, write and print the table, and tell whether the check is green."""
+        """Run all stages, write and print the table, and return whether the check passed."""
         self._write()
         begins = [i for i, stage in enumerate(self.stages) if i == 0 or not stage.beside]
         for begin, end in itertools.pairwise([*begins, len(self.stages)]):
@@ -86,7 +86,7 @@ class Check:
         return self.record["status"] == "passed"
 
     def _run_together(self, stages: Sequence[Stage], later: Sequence[Stage]) -> None:
-        """Run a stage and those beside it; ``later`` are those after them."""
+        """Run a stage and those in parallel with it; ``later`` are the stages after them."""
         found = self.record["stages"]
         later = [s for s in later if s.name not in self.skip | set(found)]
         due: list[tuple[Stage, float]] = []
@@ -151,13 +151,13 @@ class Check:
         outcome["limit"] = round(limit, 1)
         if status is None:
             outcome.update(status="timed out", reason=f"killed after {own:.0f} s")
-        elif not found or status != STATUSES.get(outcome["status"]):  # died, be it at its very end
+        elif not found or status != STATUSES.get(outcome["status"]):  # died, perhaps just at the end
             outcome.update(status="failed", reason=f"the process ended with status {status}")
         return outcome
 
     def _write(self) -> None:
         self.record["seconds"] = round(time.monotonic() - self.begin, 2)
-        found = self.record["stages"]  # in the order of the plan, whatever was over first
+        found = self.record["stages"]  # in the order of the plan, not of completion
         planned = [stage.name for stage in self.stages if stage.name in found]
         self.record["stages"] = {name: found[name] for name in (*planned, *found)}
         write_json(self.out / FILE, self.record)

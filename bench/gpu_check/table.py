@@ -1,4 +1,4 @@
-"""The record as text: which stages passed, which did not and why, and the numbers."""
+"""The record as text: which stages passed, which did not and why, and the measurements."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _tests(found: Mapping[str, Any]) -> list[Any]:
         notes.append(f"  in one process: {found['one_process']}")
     if found.get("missing_packages"):
         notes.append(f"  not installed: {', '.join(found['missing_packages'])}")
-    if "passed" not in found:  # it was killed
+    if "passed" not in found:  # pytest was killed
         return ["tests: no report", *notes] if notes else []
     counts = ", ".join(f"{found[key]} {key}" for key in ("passed", "failed", "skipped"))
     lines = [f"tests: {counts}; marked gpu: {found['gpu_passed']} passed"]

@@ -117,7 +117,7 @@ def _decaying(count: int, d: int, device: torch.device) -> torch.Tensor:
 
 
 def lost_variance(stream: InputStream, x: torch.Tensor) -> float:
-    """Return ``1 - captured / best`` for one batch, best: by as many principal components."""
+    """Return the variance of one batch that is lost relative to as many exact components."""
     centred = x.double() - x.double().mean(0)
     best = torch.linalg.eigvalsh((centred @ centred.mT).cpu()).flip(0)
     components = stream.spectrum().components

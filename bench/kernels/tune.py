@@ -149,7 +149,7 @@ def measure(
     timer: CpuTimer | CudaTimer,
     budget: float,
 ) -> dict[str, Any]:
-    """Return one row: the times with a change, relative to those without; for none, by kernel."""
+    """Return a row: time with a change and ratio to that without; for no change also by kernel."""
     row: dict[str, Any] = {"change": change.label}
     try:
         problem = make_problem()

@@ -1,4 +1,4 @@
-"""Build the native modules in place, for the architecture at hand, and load them."""
+"""Build the native modules in place, for the GPU's architecture, and load them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOAD = "import eva_kernels.{0} as module; print(module.__file__)"
 
 
 def run(context: Context) -> None:
-    """Build; a rehearsal builds the CPU module alone, in its own folder, and only if it must."""
+    """Build; a rehearsal builds only the CPU module, in its own folder, unless it is up to date."""
     if context.dry_run and (current := up_to_date(ROOT)):
         context.save({"modules": {"_C": _load("_C")}, "built_before": current})
         return
@@ -45,7 +45,7 @@ def run(context: Context) -> None:
 
 
 def up_to_date(root: Path) -> str:
-    """Return the name of the checkout's CPU module if it is newer than all that it is made of."""
+    """Return the name of the checkout's CPU module if it is newer than all of its sources."""
     sources = [root / "setup.py", *(root / "csrc").iterdir()]
     newest = max(path.stat().st_mtime for path in sources)
     built = [p for p in (root / "eva_kernels").glob("_C*.so") if p.stat().st_mtime >= newest]
@@ -71,7 +71,7 @@ def architecture() -> str:
 
 
 def nvcc_version() -> str:
-    """Return the last line of ``nvcc --version``, or why there is none."""
+    """Return the last line of ``nvcc --version``, or why nvcc could not run."""
     folders = (os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""))
     path = os.pathsep.join([*(f"{f}/bin" for f in folders if f), os.environ.get("PATH", "")])
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc", path=path) or "/usr/local/cuda/bin/nvcc"

@@ -1,4 +1,4 @@
-"""Peak rates reached by library calls: a large copy, a large bfloat16 matrix product."""
+"""Peak rates reached by library calls: a large copy and a large bfloat16 matrix product."""
 
 from __future__ import annotations
 

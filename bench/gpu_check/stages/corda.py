@@ -10,11 +10,11 @@ from ..context import Context, StageFailed, StageSkipped
 from .tests import NEEDED
 
 METHOD = "corda-ipm"
-REPEATS = 1  # on a GPU 12 seconds with one layer and 22 with two, and as much to begin and end
+REPEATS = 1  # on a GPU 12 seconds with one layer, 22 with two, and as much for setup and teardown
 
 
 def run(context: Context) -> None:
-    """Measure two depths, keep each at once, and draw the line through them."""
+    """Measure at two depths, saving each at once, and extrapolate linearly."""
     import torch
 
     from bench.cost import depth
@@ -42,7 +42,7 @@ def run(context: Context) -> None:
 
 
 def missing() -> str:
-    """Return the package that PEFT's CorDA imports and that is not there, or an empty string."""
+    """Return the missing package that PEFT's CorDA imports, or an empty string."""
     try:
         importlib.import_module("peft.tuners.lora.corda")
     except ModuleNotFoundError as error:

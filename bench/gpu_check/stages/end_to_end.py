@@ -1,4 +1,4 @@
-"""The whole pass on the shape of a model: plain forward, ours, and on Llama-2-7B PEFT's."""
+"""The whole pass at the shape of a model: plain forward, ours, and for Llama-2-7B PEFT's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIGS = {
 
 
 def run(context: Context) -> None:
-    """Measure all methods; each must have run, and ours must give the same bits twice."""
+    """Measure all methods; each must have run, and ours must be bitwise reproducible."""
     import torch
 
     from bench import end_to_end

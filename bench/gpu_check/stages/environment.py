@@ -54,7 +54,7 @@ def run(context: Context) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of what the numbers depend on."""
+    """Return the versions of everything that the numbers depend on."""
     import torch
 
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -67,7 +67,7 @@ def versions() -> dict[str, str | None]:
 
 
 def smi() -> dict[str, str]:
-    """Return driver, clocks and limits as ``nvidia-smi`` tells them; nothing is set."""
+    """Return driver, clocks and limits as reported by ``nvidia-smi``; nothing is changed."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]

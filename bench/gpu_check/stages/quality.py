@@ -1,4 +1,4 @@
-"""Fine-tuning at a size for a GPU: a base that is pre-trained here, adapted from each start."""
+"""Fine-tuning at a size for a GPU: a base pre-trained here, from each initialisation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METHODS = ("lora", "eva", "lora-ga")
 
 
 def run(context: Context) -> None:
-    """Train, keep every row in ``quality.json`` of the folder, and tell how the methods ended."""
+    """Train, save every row in ``quality.json`` of the folder, and save the methods' results."""
     import torch
 
     from bench.quality.run import run
@@ -28,7 +28,7 @@ def run(context: Context) -> None:
 
 
 def summary(record: Any) -> dict[str, Any]:
-    """Return how each method ended on the test split, the mean over seeds, and the base."""
+    """Return each method's final results on the test split, mean over seeds, and the base's."""
     from bench.quality import show
     from bench.quality.statistics import mean_error
 

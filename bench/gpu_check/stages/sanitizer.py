@@ -15,8 +15,8 @@ from ..context import Context, StageFailed, StageSkipped
 
 OPS = ("convergence", "eigh", "fold_passes", "nystrom", "start")
 TESTS = tuple(f"tests/ops/test_{name}.py" for name in OPS)
-NATIVE = "native or graded"  # tests that launch them
-# racecheck follows every access to shared memory: by far the slowest, so small widths do for it.
+NATIVE = "native or graded"  # selects the tests that launch the native kernels
+# racecheck, which tracks every shared memory access, is by far the slowest: only small widths.
 SMALL = f"({NATIVE}) and not (64 or 100 or 128 or shape4 or shape5 or bad_input or simulated)"
 SELECTIONS = {"memcheck": NATIVE, "racecheck": SMALL, "synccheck": NATIVE}
 TOOLS = tuple(SELECTIONS)
@@ -27,13 +27,13 @@ UNSUPPORTED = ("Device not supported", "Unsupported device", "not supported on t
 
 
 def run(context: Context) -> None:
-    """Run all tools; each must find nothing."""
+    """Run all tools; the stage fails if any of them finds an error."""
     tool_path = next(filter(None, map(shutil.which, ("compute-sanitizer", *PLACES))), None)
     if tool_path is None:
         raise StageSkipped("compute-sanitizer is not installed")
     if context.dry_run:
         raise StageSkipped("a dry run has no device to check")
-    # Side by side: most of the time goes into loading torch under the tool.
+    # In parallel: most of the time is spent loading torch under the tool.
     with ThreadPoolExecutor(len(TOOLS)) as pool:
         jobs = {tool: pool.submit(_run_tool, tool_path, tool, context) for tool in TOOLS}
         found = {tool: job.result() for tool, job in jobs.items()}
@@ -51,7 +51,7 @@ def _run_tool(path: str, tool: str, context: Context) -> dict[str, Any]:
     command = [path, "--tool", tool, "--kernel-name", OURS, "--target-processes", "all"]
     command += ["--error-exitcode", "99", sys.executable, "-m", "pytest", "-q", *tests]
     command += ["-k", SELECTIONS[tool], "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    # With torch's caching allocator the end of a tensor is not the end of an allocation.
+    # With torch's caching allocator, accesses past a tensor's end can stay within an allocation.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     log = context.folder / f"{tool}.txt"
     with log.open("w", encoding="utf-8") as file:
@@ -71,12 +71,12 @@ def _run_tool(path: str, tool: str, context: Context) -> dict[str, Any]:
 
 
 def summaries(output: str) -> list[str]:
-    """Return the lines in which the tool sums up what it found."""
+    """Return the tool's summary lines."""
     return re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
 
 
 def judge(output: str, status: int) -> str:
-    """Return what is wrong, or an empty string: no summary or no test run is wrong, too."""
+    """Return what is wrong, or an empty string; a missing summary or test run is wrong, too."""
     if any(words in output for words in UNSUPPORTED):
         return "unsupported device"
     found = summaries(output)

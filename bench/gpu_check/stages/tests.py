@@ -15,7 +15,7 @@ from ...files import ROOT
 from .. import marks
 from ..context import Context, StageFailed
 
-# A rehearsal runs these alone: one file of an op, one of the method.
+# A rehearsal runs only these: one file for an op, one for the method.
 REHEARSED = ("tests/ops/test_convergence.py", "tests/streaming/test_allocation.py")
 # These only compile kernels, or run on the CPU whatever the device.
 ELSEWHERE = (
@@ -46,7 +46,7 @@ NEEDED = {
 
 
 def run(context: Context) -> None:
-    """Run pytest, and read its report; ``failures.txt`` has what failed until then."""
+    """Run pytest and read its report; ``failures.txt`` lists failures while it runs."""
     missing = [pack for name, pack in NEEDED.items() if importlib.util.find_spec(name) is None]
     if importlib.util.find_spec("pytest") is None:
         raise StageFailed("pytest is not installed")
@@ -59,7 +59,7 @@ def run(context: Context) -> None:
     failures.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-p", marks.__name__]
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
-    # a file that cannot be imported costs its own tests, not all
+    # a file that cannot be imported loses only its own tests
     command += ["--continue-on-collection-errors"]
     command += [f"--deselect={OWN}", f"--junitxml={report}"]
     command += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []  # see `make test`
@@ -76,7 +76,7 @@ def run(context: Context) -> None:
 
 
 def processes(dry_run: bool) -> tuple[int, str]:
-    """Return how many processes run the suite, and why it is one, which costs time alone."""
+    """Return the number of processes for the suite and, if one (just slower), the reason."""
     cores = os.cpu_count() or 1
     if dry_run:
         return 1, ""
@@ -88,10 +88,10 @@ def processes(dry_run: bool) -> tuple[int, str]:
 
 
 def in_order(parallel: bool, root: Path = ROOT) -> list[str]:
-    """Return arguments of pytest for the whole suite, in the order in which it is worth its time.
+    """Return pytest's arguments for the whole suite, the most valuable tests first.
 
     Args:
-        parallel: in several processes; what takes long must then begin early, or all wait for it.
+        parallel: in several processes; slow files must then start early, or all wait for them.
         root: of the checkout.
     """
     tops = sorted(path for path in (root / "tests").iterdir() if _has_tests(path))
@@ -110,7 +110,7 @@ def parse(report: Path) -> dict[str, Any]:
     """Return the counts of a JUnit report, names of failures, and reasons of skips.
 
     Args:
-        report: with a property ``gpu`` at every test that is marked so.
+        report: has a property ``gpu`` for every test with that mark.
     """
     counts: Counter[str] = Counter()
     failures: list[str] = []
@@ -138,7 +138,7 @@ def parse(report: Path) -> dict[str, Any]:
 
 
 def judge(found: dict[str, Any], status: int, dry_run: bool) -> str:
-    """Return why the suite is not green, or an empty string."""
+    """Return why the suite has not passed, or an empty string."""
     if found["failed"]:
         lacking = found.get("missing_packages")
         note = f" (not installed: {', '.join(lacking)})" if lacking else ""

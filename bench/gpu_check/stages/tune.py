@@ -8,7 +8,7 @@ from ..context import Context, StageFailed
 
 
 def run(context: Context) -> None:
-    """Measure, shape by shape, what time is left for; no launch numbers may give wrong sums."""
+    """Measure shape by shape while time is left; wrong sums with any parameters are a failure."""
     import torch
 
     from bench.kernels import tune
@@ -28,7 +28,7 @@ def run(context: Context) -> None:
 
 
 def judge(rows: list[dict[str, Any]]) -> str:
-    """Return what is wrong, or an empty string; what does not fit the chip is not wrong."""
+    """Return what is wrong, or an empty string; parameters that do not fit the chip are allowed."""
     wrong = [f"{row['change']}: {row['reason']}" for row in rows if row["status"] == "incorrect"]
     if not any(row["status"] == "timed" for row in rows):
         return "nothing was timed"
