@@ -151,7 +151,7 @@ class Check:
         outcome["limit"] = round(limit, 1)
         if status is None:
             outcome.update(status="timed out", reason=f"killed after {own:.0f} s")
-        elif not found or status != STATUSES.get(outcome["status"]):  # died, perhaps just at the end
+        elif not found or status != STATUSES.get(outcome["status"]):  # died, perhaps at the end
             outcome.update(status="failed", reason=f"the process ended with status {status}")
         return outcome
 
