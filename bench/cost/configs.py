@@ -78,7 +78,7 @@ class Config:
         return model.eval()
 
     def has_weights(self) -> bool:
-        """Tell whether the weights can be loaded from the hub, or from its cache."""
+        """Return whether the weights can be loaded from the hub or its cache."""
         if self.hub is None:
             return False
         try:

@@ -19,12 +19,12 @@ class Recipe:
 
     Attributes:
         title: heading.
-        what: one sentence: base, task, old task.
+        what: one sentence that describes base, task and old task.
         loss, score: names of the two measures, with units; a higher score is better.
         old: description of the old task's loss and score.
         steps: optimiser steps of a fine-tuning.
         every: steps between two evaluations on the test split.
-        batch: samples a step.
+        batch: samples per step.
         r: rank of every layer; methods that redistribute ranks keep their sum.
         calibration: number of batches of ``batch`` samples for data-driven methods.
         rates: peak learning rates of the sweep, ascending.

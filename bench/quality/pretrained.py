@@ -73,7 +73,7 @@ class Scale:
     by_file: bool
 
 
-LEARNT = 0.75  # a base must reach a loss below this fraction of that of a random guess
+LEARNT = 0.75  # a base must reach a loss below this fraction of that of a uniform guess
 SCALES = {
     # On an H200 that ran the test suite at the same time, 1500 steps took most of five minutes.
     "cuda": Scale(768, 2048, 12, 12, 512, 800, 64, 6e-4, 40_000_000, 64, by_file=True),
@@ -171,7 +171,7 @@ def tell(what: str, begin: float) -> None:
 
 
 def apart(whole: Batch, most: int) -> tuple[Batch, Batch]:
-    """Split into training and held-out rows; one of 20, evenly spaced, at most ``most``.
+    """Split into training and held-out rows; hold out one of 20, evenly spaced, at most ``most``.
 
     For a scale with a few dozen files. A twentieth of them would be two, and how similar these are
     to the others would affect the loss more than what was learnt. So both parts contain rows of
