@@ -1,4 +1,4 @@
-"""``check_padding``: which tokens of a batch count, checked by a second forward pass."""
+"""``check_padding``: verifies by a second forward pass which tokens of a batch count."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .results.layer_names import kinds_of
 __all__ = ["LayerRows", "PaddingCheck", "check_padding"]
 
 CPU = torch.device("cpu")
-# What tells one row from another: its products with so many random directions.
+# Rows are identified by their products with this many random directions.
 _DIRECTIONS = 8
-# Rows are alike up to this part of their length: what rounding does, where the order of sums is
-# another. Of tokens of 16 bits it is more.
+# Rows are equal up to this fraction of their length, for rounding errors when sums are taken in
+# another order. It is larger for 16-bit tokens.
 _ALIKE, _ALIKE_IN_HALF = 1e-5, 1e-2
 _FORCED = {
     "progress": False,
@@ -47,15 +47,15 @@ class LayerRows:
     """The rows of a layer's input in one batch.
 
     Attributes:
-        rows: all of them.
+        rows: number of all rows.
         counted: those that EVA counts.
         padding: those that change with the values in padding.
         padding_counted: those that are both. There should be none, except where tokens see padding,
             as after a convolution over the end of a sound.
-        left_out: those that are neither: tokens that labels leave out (``use_label_mask``), and
-            padding whose values have no effect, as where a model overwrites them with zeros.
-        change: largest relative change of a row that counts, at most 1. Near 1 the row is padding,
-            far below it is a token that sees some.
+        left_out: those that are neither: tokens masked by labels (``use_label_mask``), and padding
+            whose values have no effect, as in a model that overwrites them with zeros.
+        change: largest relative change of a row that counts, at most 1. Near 1 the row is padding;
+            far below 1 it is a token that sees some.
     """
 
     rows: int
@@ -68,10 +68,10 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class PaddingCheck:
-    """What :func:`check_padding` has found.
+    """The result of :func:`check_padding`.
 
     Attributes:
-        layers: by name, of those that were called.
+        layers: the rows of every layer that was called, by its name.
         changed: the parts of the batch whose padding got other values.
     """
 
@@ -80,11 +80,11 @@ class PaddingCheck:
 
     @property
     def suspicious(self) -> tuple[str, ...]:
-        """The layers of which a row counts that changes with the contents of padding."""
+        """The layers in which a row that counts changes with the contents of padding."""
         return tuple(name for name, found in self.layers.items() if found.padding_counted)
 
     def summary(self) -> str:
-        """Return a table as text: a line for layers of one kind with equal numbers of rows."""
+        """Return a table as text: one line for layers of one kind with equal numbers of rows."""
         lines: dict[tuple[Any, ...], list[float]] = defaultdict(list)
         for name, kind in kinds_of(self.layers).items():
             *numbers, change = astuple(self.layers[name])
@@ -111,7 +111,7 @@ def check_padding(
     changed: Any = None,
     **options: Any,
 ) -> PaddingCheck:
-    """Tell which tokens of a batch count in each layer, and whether padding is among them.
+    """Count which tokens of a batch are used in each layer, and whether padding is among them.
 
     The model is run twice: on the batch, and on a copy whose padding holds other values. Rows of a
     layer's input that differ are padding, or attend to padding; they are compared with those that
@@ -123,10 +123,10 @@ def check_padding(
         changed: the batch with other values in its padding; by default made from its masks.
 
     Returns:
-        Numbers of rows for each layer; nothing of the model is changed.
+        Numbers of rows for each layer; the model is not changed.
 
     Raises:
-        EvaValueError: the masks of the batch tell of no padding, and ``changed`` is not given.
+        EvaValueError: the masks of the batch show no padding, and ``changed`` is not given.
         EvaError: as :func:`eva_kernels.calibrate`.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs({**options, **_FORCED})
@@ -141,7 +141,7 @@ def check_padding(
                 "changed= the same batch with other values in its padding"
             )
     before, after = (_rows(inner, each, chosen, parsed) for each in (batch, changed))
-    none = _Rows(1)  # of a layer that is not called where padding has other contents
+    none = _Rows(1)  # for a layer that is not called if padding has other contents
     compared = functools.cache(_compared)  # layers that share an input have the same rows
     layers = {name: compared(seen, after.get(name, none)) for name, seen in before.items()}
     return PaddingCheck(layers, tuple(names))
@@ -150,29 +150,29 @@ def check_padding(
 def _rows(
     model: nn.Module, batch: Any, config: LoraConfig, options: CalibrateOptions
 ) -> dict[str, _Rows]:
-    """Run the model on a batch; return what each layer has read, by its name."""
+    """Run the model on a batch; return the rows that each layer has read, by its name."""
 
     def look(run: _Look) -> dict[str, _Rows]:
         with run.collector:
             run.forward(run.ready(run.prepare(batch)))
-        slots: list[Any] = run.collector.slots  # of what _Look makes in place of streams
+        slots: list[Any] = run.collector.slots  # whose streams are _Rows
         return {run.targets[i].name: slot.stream for slot in slots for i in slot.members}
 
     return with_pass(_Look, model, config, options, None, look)
 
 
 class _Look(CalibrationPass):
-    """A pass that keeps which rows its layers were given, in place of their sums."""
+    """A pass that records the rows its layers were given, instead of their statistics."""
 
     def make_stream(
         self, target: Target, dtype: torch.dtype, device: torch.device | None = None
     ) -> Any:
-        """Return what takes the place of a stream."""
+        """Return an object that stands in for a stream."""
         return _Rows(target.in_features)
 
 
 class _Rows:
-    """Stands in for a stream: what tells the rows apart, and which of them count.
+    """Stands in for a stream: projections that identify the rows, and which of them count.
 
     Args:
         features: D.
@@ -187,7 +187,7 @@ class _Rows:
         self.alike = 0.0
 
     def add(self, x: Tensor, rows: Tensor | None = None) -> int:
-        """Keep a call of the layer; returns how many rows count."""
+        """Record a call of the layer; returns how many rows count."""
         self._directions = self._directions.to(x.device)
         self.marks.append((x.float() @ self._directions).cpu())
         counted = torch.zeros(len(x), dtype=torch.bool, device=CPU)
@@ -199,25 +199,25 @@ class _Rows:
         return used
 
     def clone(self) -> _Rows:
-        """Return a copy, for a layer that shares its input no more."""
+        """Return a copy, for a layer that no longer shares its input."""
         new = copy(self)
         new.marks, new.counted = list(self.marks), list(self.counted)
         return new
 
 
 def _compared(before: _Rows, after: _Rows) -> LayerRows:
-    """Return how many rows of a layer are what."""
+    """Classify the rows of a layer and count each class."""
     none = torch.empty(0, _DIRECTIONS, device=CPU)
     marks, others = (torch.cat([*rows.marks, none]) for rows in (before, after))
     counted = torch.cat(before.counted)
     length = marks.norm(dim=1)
     if marks.shape == others.shape:
         padding = (marks - others).norm(dim=1) > before.alike * length
-        others = others[padding]  # what is where it was is no other row
+        others = others[padding]  # unchanged rows cannot be where a moved row went
     else:
         padding = torch.ones_like(counted)
     change = 0.0
-    # Experts read tokens in another order, and as many others, once padding goes elsewhere.
+    # If padding is routed to other experts, one reads its tokens in another order or number.
     others = others if len(others) else torch.full_like(marks[:1], math.inf)
     for i in (padding & counted).nonzero().flatten().tolist():
         apart = (others - marks[i]).norm(dim=1).min()

@@ -1,1 +1,1 @@
-"""Batches, what of them the model gets, and which of their tokens count."""
+"""Batches: what of them is passed to the model, and which of their tokens count."""

@@ -1,4 +1,4 @@
-"""What of a batch goes to a model's ``forward``, and by which name."""
+"""Which parts of a batch are passed to a model's ``forward``, and by which names."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ __all__ = [
     "without_text",
 ]
 
-# Masks that torch's transformers take, of what is padding, and those that say the same of tokens.
-# Without a word before it, "key_padding_mask" is either, of one library or another.
+# Padding masks of torch's transformers, and the names of the equivalent token masks. A plain
+# "key_padding_mask" is left out: it means either, depending on the library.
 PADDING_MASKS = {
     "src_key_padding_mask": "attention_mask",
     "tgt_key_padding_mask": "decoder_attention_mask",
     "memory_key_padding_mask": "encoder_attention_mask",
 }
-# What a decoder reads: in transformers, in what is written after torch's models, in fairseq.
+# Inputs of a decoder: in transformers, in models that follow torch's, in fairseq.
 _DECODER_INPUT = re.compile(
     r"(decoder|dec)_input|(tgt|trg)(_(seq|tokens|ids|in|inputs?|input_ids))?$|prev_output_tokens$"
 )
@@ -48,9 +48,9 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 def by_name(batch: Any, model: nn.Module) -> Any:
     """Return positional arguments of a model as a mapping, if a mask or labels are among them.
 
-    Targets, as in (input, target), are left out, or are labels where the model takes those. They
-    are the parts beyond the parameters of ``forward``, or from the first on that cannot be what its
-    parameter is for.
+    Targets, as in (input, target), are dropped, or passed as labels if the model takes those. They
+    are the parts beyond the parameters of ``forward``, or from the first part on that cannot be
+    the value of its parameter.
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
@@ -79,17 +79,17 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
 
 
 def _is_target(part: Any, first: Any) -> bool:
-    """Tell whether a tensor goes with the samples of another, and is not just another sample."""
+    """Tell whether a tensor is a target for the samples of another, and not another sample."""
     alike = isinstance(part, Tensor) and isinstance(first, Tensor)
     if not alike or part.shape[:1] != first.shape[:1]:
         return False
     if first.dim() > 1 and not first.is_floating_point():
-        return True  # token ids of a batch, and labels of them
+        return True  # the first holds a batch's token ids, the part their labels
     return (part.shape, part.dtype) != (first.shape, first.dtype)
 
 
 def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any, config: Any) -> bool:
-    """Tell whether a part of a batch cannot be what an optional parameter of ``forward`` is for."""
+    """Tell whether a part of a batch cannot be the value of an optional parameter."""
     if part is first or parameter.default is parameter.empty or not isinstance(part, Tensor):
         return False
     if "mask" in parameter.name:
@@ -109,7 +109,7 @@ def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any, config: Any)
 
 
 def _may_be_mask(part: Tensor) -> bool:
-    """Tell whether a tensor may be a mask: of tokens or of pairs, of ones and zeros or additive."""
+    """Tell whether a tensor may be a mask, over tokens or pairs: of ones and zeros, or additive."""
     if part.dim() < 2:
         return False
     ones = (part == 0) | (part == 1)
@@ -121,7 +121,7 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments of the model for a batch.
 
     Raises:
-        EvaTypeError: the batch is nothing that a model takes.
+        EvaTypeError: the batch is of a kind that no model takes.
     """
     if isinstance(batch, Mapping):
         return (), dict(batch)
@@ -143,7 +143,7 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(batch), {}
     movable = callable(getattr(batch, "to", None)) or is_dataclass(batch)
     if movable and not isinstance(batch, (type, nn.Module)):
-        return (batch,), {}  # what can be moved to a device is made for a model: graphs, for one
+        return (batch,), {}  # objects that can be moved to a device, such as graphs
     raise EvaTypeError(
         f"a batch must be a mapping, a tuple, a list or a tensor, got {type(batch)}; pass "
         "forward_fn to run the model on other batches"
@@ -151,7 +151,7 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def can_be_called(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> bool:
-    """Tell whether ``forward`` takes these arguments, as far as its signature says."""
+    """Tell whether ``forward`` takes these arguments, by its signature if there is one."""
     signature = signature_of(base_of(model))
     if signature is None:
         return True
@@ -163,10 +163,10 @@ def can_be_called(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Mo
 
 
 def as_one_argument(batch: Any, model: nn.Module) -> Any:
-    """Return a mapping for a model that takes it as one argument, and by none of its names.
+    """Return a mapping if the model takes it whole as its one argument, not by name.
 
     Raises:
-        EvaTypeError: the model does not; an argument is missing, or is not known.
+        EvaTypeError: the model does not; an argument is missing or unknown.
     """
     if isinstance(batch, Mapping) and takes_as_one(batch, model):
         return batch
@@ -174,10 +174,10 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
 
 
 def check_known(batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -> None:
-    """Explain the error of a model of transformers that knows none of the names it was given.
+    """Explain the error of a transformers model that knows none of the argument names.
 
-    Most take any name, and only say that they got no input. The same of a batch of which nothing is
-    passed on, as of text alone.
+    Most accept any name, and only report that they got no input. So do they for a batch of which
+    nothing is passed on, such as strings only.
 
     Raises:
         EvaTypeError: this is the case.
@@ -190,12 +190,12 @@ def check_known(batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: 
     hidden = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # as by a decorator
     named = isinstance(batch, Mapping) and bool(batch)
     if named and known and not hidden and not kwargs.keys() & known:
-        # it may hand on what it takes by any name, so that this may be about something else
+        # it may pass on **kwargs, so the error may have another cause: quote it
         raise _not_taken(batch, base, f" (it failed with {error!r})") from error
 
 
 def check_taken(batch: Any, model: nn.Module, error: Exception) -> None:
-    """Explain the error of a model that wants no mapping for its one argument, but a tensor.
+    """Explain the error of a model whose one argument must be a tensor, not a mapping.
 
     Raises:
         EvaTypeError: this is the case.
@@ -216,17 +216,17 @@ def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
 
 
 def takes_as_one(batch: Mapping[str, Any], model: nn.Module) -> bool:
-    """Tell whether a model takes one argument, and none by a name of a batch."""
+    """Tell whether a model takes one argument, and none named as a part of the batch."""
     base = base_of(model)
     parameters = _parameters(base) or []
-    if type(base).forward is nn.Sequential.forward:  # its first layer takes none
+    if type(base).forward is nn.Sequential.forward:  # its first layer takes no mapping
         return False
     needed = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
     return len(needed) == 1 and not batch.keys() & {p.name for p in parameters}
 
 
 def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Drop columns of text that ``forward`` does not name, as transformers' ``Trainer`` does."""
+    """Drop string columns that ``forward`` does not name, as transformers' ``Trainer`` does."""
     columns = {k for k, v in arguments.items() if _is_text(v)}
     if not columns:
         return arguments
@@ -242,7 +242,7 @@ def _is_text(value: Any) -> bool:
 
 
 def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """Drop ``labels``, to spare the loss, unless the model needs them or makes inputs of them."""
+    """Drop ``labels``, to save the loss, unless the model needs them or makes inputs from them."""
     from_labels = architecture.makes_decoder_ids and not gives_decoder_inputs(arguments)
     if from_labels or architecture.needs_labels:
         return arguments
@@ -250,10 +250,10 @@ def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dic
 
 
 def gives_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
-    """Tell whether a decoder's inputs (tokens, embeddings, spectra) are given, not to be made."""
+    """Tell whether the arguments include a decoder's inputs (tokens, embeddings, spectra)."""
     return any(is_decoder_input(key) for key, value in arguments.items() if value is not None)
 
 
 def is_decoder_input(name: Any) -> bool:
-    """Tell whether an argument is what a decoder reads, by its name."""
+    """Tell whether an argument is an input of a decoder, by its name."""
     return _DECODER_INPUT.match(str(name)) is not None

@@ -1,4 +1,4 @@
-"""What a batch says of its tokens: masks of several kinds, and labels."""
+"""The token mask of a batch, from its masks of several kinds and its labels."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["mask_of_batch", "masks_of_both", "token_mask"]
 
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_STREAMS = 3
-# Masks of tokens beside text: boxes of images, entities.
+# Masks of tokens other than text: boxes of images, entities.
 _BESIDE = ("visual_attention_mask", "entity_attention_mask")
-# The mask of patches that timm's models of images of any size take; a class token stands in front.
+# The patch mask of timm's models for images of any size; a class token precedes the patches.
 _PATCHES = "patch_valid"
-# Masks of hidden states that condition a model, maybe of one of several encoders.
+# Masks of hidden states that condition a model, possibly one per encoder.
 _GIVEN = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
-# Masks of something made of tokens, as words or spans, if they have another shape.
+# Masks of units made of tokens, such as words or spans, if their shape differs.
 _OTHERS = re.compile(r"(?<!attention)(?<!padding)_mask$")
-# The mask of own tokens and conditioning ones in one sequence, see masks_of_both.
+# The mask of own and conditioning tokens in one sequence, see masks_of_both.
 _BOTH = "both_mask"
 _ANY = Architecture()
 
@@ -42,20 +42,20 @@ def mask_of_batch(
 ) -> TokenMask:
     """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
 
-    Labels count only where they are labels of tokens, that is where their shape is that of the
-    tokens; the labels of an encoder-decoder model mask its decoder.
+    Labels are used only if they label tokens, that is if their shape is that of the tokens; the
+    labels of an encoder-decoder model mask its decoder.
 
     Args:
         batch: a mapping; anything else has no mask.
-        config: its ``eva_config`` says whether, and with which value, labels mask tokens.
+        config: its ``eva_config`` says whether labels mask tokens, and which value is ignored.
         architecture: of the model.
-        warned: what needs no second warning; added to.
+        warned: names of warnings already given; updated.
     """
     warned = set() if warned is None else warned
     if not isinstance(batch, Mapping):
         return TokenMask(None)
     batch = _with_mask_of_prompt(_with_masks_of_tokens(batch))
-    # of somebody's own models, their batches tell
+    # for custom models, only the batch shows whether there is a decoder
     both = "decoder_attention_mask" in batch or gives_decoder_inputs(batch)
     both = both or architecture.encoder_decoder
     main, decoder, unpadded = _text_masks(batch, config, architecture, both, warned)
@@ -91,17 +91,17 @@ def mask_of_batch(
 
 
 def _with_masks_of_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a batch with a mask of tokens for each mask of padding (true, or -inf, there)."""
+    """Add a token mask to a batch for each padding mask, which is true or -inf at padding."""
     given = {usual: batch.get(name) for name, usual in PADDING_MASKS.items() if name in batch}
     found = {usual: mask == 0 for usual, mask in given.items() if isinstance(mask, Tensor)}
     return {**found, **batch} if found else batch
 
 
 def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a batch whose ``attention_mask``, if it is of ``encoder_hidden_states``, says so.
+    """Rename a batch's ``attention_mask`` if it is the mask of ``encoder_hidden_states``.
 
-    Some models of diffusers, which have no text of their own, take it by that name; in others it
-    is of both, see :func:`masks_of_both`.
+    Some diffusers models, which have no text of their own, take it by that name; in others it
+    covers both sequences, see :func:`masks_of_both`.
     """
     own, mask = batch.get("hidden_states"), batch.get("attention_mask")
     given, kept = batch.get("encoder_hidden_states"), token_mask(mask)
@@ -120,11 +120,11 @@ def masks_of_both(
 ) -> dict[str, Tensor]:
     """Split a mask of own and conditioning tokens in one sequence; returns masks as in a batch.
 
-    Which come first is seen from the mask: own ones have no padding, or both have it on the right.
-    The whole mask is returned, too, by a name that ``_OTHERS`` matches.
+    The order is inferred from the mask: own tokens have no padding, or both are padded on the
+    right. The whole mask is returned, too, under a name that ``_OTHERS`` matches.
 
     Args:
-        kept: bool (B, S + T) or, in the other order, (B, T + S); else nothing is returned.
+        kept: bool (B, S + T) or, in the other order, (B, T + S); otherwise the result is empty.
         own: (B, S).
         given: (B, T), of the conditioning tokens.
     """
@@ -150,18 +150,18 @@ def _is_padded_behind(kept: Tensor) -> bool:
 
 
 def _others(batch: Mapping[str, Any], known: Sequence[Tensor]) -> list[Tensor]:
-    """Return masks, (B, W), of something else than tokens, as of spans.
+    """Return the masks, (B, W), of units other than tokens, such as spans.
 
-    Only those that keep the first entry of every sample, since in others true may mean padding;
-    that of :func:`masks_of_both` is known.
+    Only masks that keep the first entry of every sample, since in others true may mean padding;
+    the one from :func:`masks_of_both` is exempt.
 
     Args:
-        known: of tokens; without any there are no others.
+        known: the token masks; without any, nothing is returned.
     """
     found = []
     for key, value in batch.items():
         named = bool(known) and _OTHERS.search(str(key)) is not None
-        if not named or not isinstance(value, Tensor) or value.dim() != 2:  # others are of pixels
+        if not named or not isinstance(value, Tensor) or value.dim() != 2:  # else a pixel mask
             continue
         mask = token_mask(value)
         alike = any(value.shape == other.shape for other in known)
@@ -177,9 +177,9 @@ def _text_masks(
     both: bool,
     warned: set[str],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return which tokens count of the model's only, or encoder's, stream, and of the decoder's.
+    """Return the masks of the only or the encoder's stream, of the decoder's, and a third.
 
-    And the first without labels, where those leave out some of it.
+    The third is the first before labels were applied, or ``None`` if they were not.
 
     Args:
         both: there is an encoder and a decoder.
@@ -190,7 +190,7 @@ def _text_masks(
         samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
         if decoder is None and labelled is None and main is not None:
-            decoder = _every_step(batch, samples)  # main is not the decoder's, though as long
+            decoder = _every_step(batch, samples)  # else main would be used if as long
         return main, _decoder_mask(batch, decoder, labelled, architecture), None
     eva, labels, label_mask = eva_of(config), batch.get("labels"), None
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
@@ -209,9 +209,10 @@ def _text_masks(
 def _labelled_steps(
     labels: Any, config: LoraConfig, architecture: Architecture, samples: int
 ) -> Tensor | None:
-    """Return which steps of a decoder have a label, bool (B, T), if labels are to tell.
+    """Return which decoder steps have a label, bool (B, T), if labels are used as a mask.
 
-    Each step may have several, (B, T, codes) or (B * codes, T), or be a spectrum, (B, T, bands).
+    A step may have several labels, (B, T, codes) or (B * codes, T), or be a spectrum,
+    (B, T, bands).
     """
     eva = eva_of(config)
     if not eva.use_label_mask:
@@ -235,8 +236,8 @@ def _decoder_mask(
     """Return which tokens of a decoder count.
 
     Args:
-        given: by a mask of its own.
-        labelled: see :func:`_labelled_steps`. Tokens that are made of labels have their shape.
+        given: the decoder's own mask in the batch.
+        labelled: see :func:`_labelled_steps`. Tokens made from labels have the labels' shape.
     """
     labels, made = batch.get("labels"), not gives_decoder_inputs(batch)
     if given is None or labelled is None:
@@ -246,14 +247,14 @@ def _decoder_mask(
     else:
         mask = labelled if made else given
     spectra = isinstance(labels, Tensor) and labels.dim() == 3 and labels.is_floating_point()
-    if mask is not None and spectra and made:  # of which the model may take one of several
+    if mask is not None and spectra and made:  # the model may take only every n-th frame
         every = int(getattr(architecture.config, "reduction_factor", 1))
         mask = mask[:, every - 1 :: every]
     return mask
 
 
 def _every_step(batch: Mapping[str, Any], samples: int) -> Tensor | None:
-    """Return that every step of a decoder counts, bool (B, T), where nothing says which do.
+    """Return an all-true mask of a decoder's steps, bool (B, T), for batches without one.
 
     Each step may have several codes, (B, T, codes) or (B * codes, T).
     """
@@ -267,20 +268,20 @@ def _every_step(batch: Mapping[str, Any], samples: int) -> Tensor | None:
 
 
 def _are_codes(steps: Tensor, samples: int) -> bool:
-    """Tell whether there are several rows of steps, (B * codes, T), a sample."""
+    """Tell whether there are several rows of steps per sample, (B * codes, T)."""
     return 0 < samples < len(steps) and len(steps) % samples == 0
 
 
 def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:
     given, ids = batch.get("attention_mask", batch.get(_PATCHES)), batch.get("input_ids")
-    given = as_mapping(given)  # a dataclass around a mask, as that of curated transformers
+    given = as_mapping(given)  # a dataclass around a mask, as in curated-transformers
     if isinstance(given, Mapping):  # one for each kind of attention
         every = [given.get("full_attention"), *given.values()]
         given = next((mask for mask in every if isinstance(mask, Tensor)), None)
     if not isinstance(given, Tensor):
         return None
     if isinstance(ids, Tensor) and ids.dim() == 3 and given.shape == ids.shape:
-        given = given.flatten(0, 1)  # samples have choices, which the model runs as samples
+        given = given.flatten(0, 1)  # multiple choice: the model runs each choice as a sample
     shape = _token_shape(batch, None) or (0, 0)
     mask = token_mask(given, _cached(batch), shape[-1])
     if mask is None and "attention_mask" not in warned:
@@ -293,7 +294,7 @@ def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None
 
 
 def _cached(batch: Mapping[str, Any]) -> int:
-    """Return how many tokens come before those of the batch."""
+    """Return the number of cached tokens that precede those of the batch."""
     for name in ("past_key_values", "cache"):  # the latter since transformers 5.24
         if (length := getattr(batch.get(name), "get_seq_length", None)) is not None:
             return int(length())
@@ -301,14 +302,14 @@ def _cached(batch: Mapping[str, Any]) -> int:
 
 
 def _is_mixed(batch: Mapping[str, Any]) -> bool:
-    """Tell whether a batch of text holds values of another kind, too."""
+    """Tell whether a batch with text also holds other modalities."""
     given = (batch.get(key) for key in ("input_ids", "inputs_embeds"))
     text = next((value for value in given if isinstance(value, Tensor)), None)
     return text is not None and any(
         isinstance(value, Tensor)
         and value.is_floating_point()
         and value.dim() >= 2
-        and value.shape not in (text.shape, text.shape[:2])  # weights of tokens, say
+        and value.shape not in (text.shape, text.shape[:2])  # such as token weights
         for key, value in batch.items()
         if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels")
         and "mask" not in str(key)
@@ -324,14 +325,14 @@ def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
 def token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
     """Return the tokens that a mask keeps, bool (B, T).
 
-    A mask over pairs, (B, T, T) or (B, heads or 1, T or 1, S), says which token sees which. A token
-    that does not even see itself is padding; where padding sees itself, it cannot be told from
-    tokens.
+    A pairwise mask, (B, T, T) or (B, heads or 1, T or 1, S), says which token attends to which. A
+    token that does not attend even to itself is padding; padding that attends to itself cannot be
+    recognised.
 
     Args:
-        mask: of anything else comes ``None``.
-        cached: how many of the S tokens come before the first of the T.
-        tokens: T, where it is known.
+        mask: anything that is not such a mask gives ``None``.
+        cached: how many of the S tokens precede the first of the T.
+        tokens: T, if known.
     """
     if not isinstance(mask, Tensor):
         return None
@@ -345,14 +346,14 @@ def token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
         additive = own.is_floating_point() and bool((mask <= 0).all())
     elif mask.dim() == 2:
         own = mask.cpu()
-        additive = bool((own < 0).any())  # zeros alone keep nothing
+        additive = bool((own < 0).any())  # a mask of zeros only is not additive: it keeps nothing
     else:
         return None
     return own > -1 if additive else own.bool()
 
 
 def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return the mask of the tokens of a batch, where it covers cached ones in front, too."""
+    """Drop the cached prefix from a mask that covers more tokens than the batch."""
     longer = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
     return mask[:, -shape[1] :] if longer else mask
 
@@ -367,6 +368,6 @@ def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ..
 
 
 def _shape_by_another_name(batch: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Return the shape of token ids, if the first values of a batch are whole numbers."""
+    """Return the shape of a batch's first tensor if it holds integers, taken for token ids."""
     first = next((v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"), None)
     return None if first is None or first.is_floating_point() else tuple(first.shape)

@@ -1,4 +1,4 @@
-"""Batches: from any loader, to the model's device, without what EVA does not need."""
+"""Batches: iterated from any loader, moved to the model's device, trimmed of padding."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
     "without_padding",
 ]
 
-# What another forward pass costs by itself, in padded tokens: the work that does not depend on
-# their number, or the loss of a device that is not full.
+# Fixed cost of another forward pass, in padded tokens: work that does not depend on their number,
+# or the loss from a device that is not fully used.
 FORWARD_OVERHEAD = {"cpu": 128}
 FORWARD_OVERHEAD_ACCELERATOR = 4096
 
 _ANY = Architecture()
 
-# What has one entry a token along dimension 1, and can be cut where all samples are padding.
+# Inputs with one entry per token along dimension 1; columns that are all padding can be cut.
 _TOKEN_KEYS = frozenset(
     ["input_ids", "attention_mask", "token_type_ids", "position_ids", "labels", "inputs_embeds"]
 )
@@ -48,13 +48,13 @@ def iterate(
 
     Args:
         loader: any iterable.
-        useful: asked after each epoch; if not, there is no other.
+        useful: called after each epoch; iteration ends if it returns false.
         begin: called before each epoch.
 
     Raises:
         EvaTypeError: not iterable, or a mapping. EvaValueError: it yields no batch at all.
     """
-    if isinstance(loader, Mapping):  # whose iteration gives names
+    if isinstance(loader, Mapping):  # iterating it would yield names
         raise EvaTypeError(
             f"the loader is a mapping with the names {listed(map(repr, loader))}; pass [batch] "
             "where that is a batch, and one of its parts where it holds data sets"
@@ -74,25 +74,25 @@ def iterate(
                 del batch  # no batch is kept while the next one is being made
             if first:
                 raise EvaValueError("dataloader is empty: it yielded no batch")
-            if empty or not useful():  # of an iterator that was used up, among others
+            if empty or not useful():  # empty: an exhausted iterator, for example
                 return
             begin()
             epoch = iter(loader)
     finally:
-        # Python 3.12.0 to 3.12.3 keep the locals of a generator that is closed while it waits
-        # outside a `try`: with them the workers of a loader (cpython issue 118272)
+        # Python 3.12.0 to 3.12.3 keep the locals of a generator that is closed while suspended
+        # outside a `try`, and with them a loader's workers (cpython issue 118272)
         del epoch
         if hasattr(loader, "gradient_state") and hasattr(loader, "end"):
-            # accelerate takes one that is left for that of the training, and steps the optimizer
-            # as at its last batch
+            # accelerate would take an abandoned loader for the active one of the training, and
+            # step the optimizer as at its last batch
             loader.end()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return a batch with every tensor on a device; containers keep their type.
 
-    What has a method ``to``, such as packed sequences and graphs, knows better what is to be moved;
-    some move what they hold in place, and return nothing.
+    Objects with a method ``to``, such as packed sequences and graphs, are moved by it; some do so
+    in place and return nothing.
     """
     if isinstance(batch, Tensor):
         return copied_to(device, batch)
@@ -126,7 +126,7 @@ def dataclass_fields(batch: Any) -> dict[str, Any]:
 
 
 def shape_of(batch: Any) -> tuple[int, int] | None:
-    """Return (samples, tokens) of a batch, as far as they can be told."""
+    """Return (samples, tokens) of a batch's first tensor, or ``None`` if it has none."""
     for value in _values(batch):
         if isinstance(value, Tensor) and value.dim():
             return value.shape[0], value.shape[1] if value.dim() in (2, 3) else 1
@@ -134,9 +134,9 @@ def shape_of(batch: Any) -> tuple[int, int] | None:
 
 
 def size_of(batch: Any) -> tuple[int, int]:
-    """Return samples, and elements of a sample in all tensors, as far as they can be told.
+    """Return the number of samples, and of elements per sample summed over all tensors.
 
-    Where there is more of either, a model may cut a batch in more parts: texts, images, lists.
+    With more of either, a model may split a batch (texts, images, lists) into more parts.
     """
     tensors = [tensor for tensor in _tensors(batch) if tensor.dim()]
     elements = sum(-(-tensor.numel() // max(len(tensor), 1)) for tensor in tensors)
@@ -153,7 +153,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 
 
 def is_empty(batch: Any) -> bool:
-    """Tell whether a batch has tensors, and all (but for numbers) are without elements."""
+    """Tell whether a batch has tensors (scalars aside), none of which has elements."""
     tensors = [value for value in _values(batch) if isinstance(value, Tensor) and value.dim()]
     return bool(tensors) and not any(tensor.numel() for tensor in tensors)
 
@@ -161,7 +161,7 @@ def is_empty(batch: Any) -> bool:
 def _values(batch: Any) -> Iterable[Any]:
     if isinstance(batch, Mapping):
         return batch.values()
-    # other iterables may be used up by looking at them
+    # iterating other iterables may exhaust them
     return batch if isinstance(batch, (tuple, list)) else [batch]
 
 
@@ -173,13 +173,13 @@ def as_mapping(batch: Any) -> Any:
 
 
 def as_tensors(batch: Any) -> Any:
-    """Return a mapping whose arrays and lists of numbers are tensors, a single sample as a batch.
+    """Convert a mapping's arrays and lists of numbers to tensors, and a single sample to a batch.
 
-    Streaming datasets yield lists, and samples where nothing collates them. Lists beside tensors
-    are meant as lists.
+    Streaming datasets yield lists, and uncollated single samples. Lists are left as they are if
+    the mapping has tensors as well.
 
     Raises:
-        EvaValueError: samples of different lengths, which want a collator.
+        EvaValueError: samples of different lengths, which need a collator.
     """
     if not isinstance(batch, Mapping):
         return batch
@@ -208,7 +208,7 @@ def as_tensors(batch: Any) -> Any:
 
 
 def _are_samples(key: str, values: Sequence[Any]) -> bool:
-    """Tell whether a list is what a tensor is to be made of; some models take lists of tensors."""
+    """Tell whether a list is to become one tensor; some models take lists of tensors."""
     first = values[0]
     if _is_sample(first):
         return key in _TOKEN_KEYS
@@ -231,22 +231,22 @@ def _stacked(values: Sequence[Any]) -> Tensor:
 def without_padding(
     batch: Any, device: torch.device, architecture: Architecture = _ANY, divide: bool = True
 ) -> list[Any]:
-    """Return a batch as one or more that hold less padding, and the same tokens.
+    """Split a batch into one or more that hold less padding, and the same tokens.
 
-    Columns at the end that are padding in every sample are cut, and short samples run apart from
-    long ones where that saves more than another forward pass costs and every value is known to
-    have an entry a sample: of images there may be as many by chance. Exact for right padding: no
-    token attends to a masked position, nor to another sample. A batch with padding elsewhere, a
-    mask of another kind, or a tensor that this module does not know is returned as it is.
+    Columns at the end that are padding in every sample are cut. Short samples are run separately
+    from long ones if that saves more than another forward pass costs and every value is known to
+    have one entry per sample; the number of images may equal it by chance. Exact for right
+    padding: no token attends to a masked position, nor to another sample. A batch with padding
+    elsewhere, another kind of mask, or an unknown tensor is returned unchanged.
 
     Args:
         batch: on the CPU, as it came from the loader.
         device: where the model will run it.
         architecture: of the model. In an encoder-decoder ``labels`` belong to another stream than
-            ``attention_mask``; some models see padding, and of somebody's own nobody knows.
-        divide: short samples may run apart.
+            ``attention_mask``; some models depend on padding, and custom ones may.
+        divide: short samples may be run separately.
     """
-    # somebody's own layers may pool padding, or be made for one length of what they flatten
+    # custom layers may pool over padding, or flatten inputs of one fixed length
     seen = architecture.sees_padding or architecture.has_own_layers
     if seen or not isinstance(batch, Mapping):
         return [batch]
@@ -269,7 +269,7 @@ def without_padding(
         if value.dim() == 0 or value.shape[0] != samples:
             return [batch]
         splits &= key in _TOKEN_KEYS or value.dim() == 1
-    kept = mask > 0  # not an additive mask, which keeps zeros: it is left alone
+    kept = mask > 0  # nothing of an additive mask, where 0 means keep: it is left as it is
     lengths = kept.sum(1)
     begins = torch.arange(columns, device="cpu") < lengths[:, None]
     if not torch.equal(kept, begins) or not kept.any():
@@ -283,17 +283,17 @@ def without_padding(
 
 
 def _goes_along(value: Tensor, columns: int) -> bool:
-    """Tell whether values may be so many for each column: Voxtral reads sound and text in step."""
+    """Tell whether values may be several per column: Voxtral reads sound and text in step."""
     several = value.is_floating_point() and value.dim() == 3
     return several and any(size and size % columns == 0 for size in value.shape[1:])
 
 
 def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:
-    """Partition samples so that padded tokens plus ``overhead`` a group are least."""
+    """Partition samples to minimise the padded tokens plus ``overhead`` per group."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     ordered = [lengths[i] for i in order]
-    best = {0: (0, 0)}  # of so many samples: cost, and where the last group begins
-    # samples of one length are not worth two groups, and there may be thousands of them
+    best = {0: (0, 0)}  # number of samples -> cost, and where the last group begins
+    # splitting samples of equal length saves nothing, and there may be thousands of them
     for end in (i for i in range(1, len(order) + 1) if ordered[i - 1 : i] != ordered[i : i + 1]):
         longest = max(ordered[end - 1], 1)
         best[end] = min((cost + (end - b) * longest + overhead, b) for b, (cost, _) in best.items())

@@ -1,4 +1,4 @@
-"""Masks among the arguments of a model, or of a part of it, which may not be those of the batch."""
+"""Masks among the arguments of a model or of its parts, which may differ from the batch's."""
 
 from __future__ import annotations
 
@@ -34,16 +34,15 @@ _OF_TORCH = (
 
 
 class AroundCalls:
-    """Hooks around the calls of parts of a model, which choose the mask that counts in each.
+    """Hooks around the calls of parts of a model, which choose the mask to use in each.
 
     Args:
-        parts: whose calls are looked at.
+        parts: modules whose calls are observed.
         make_mask: returns the mask of a mapping of arguments.
-        use_mask: is given the mask to use from then on, if it is another, and returns the one until
-            then.
-        by_forward: parts that are also looked at where ``forward`` is called itself, which runs no
+        use_mask: takes the mask to use from now on, if it changes, and returns the previous one.
+        by_forward: parts that are also observed when ``forward`` is called directly, which runs no
             hook.
-        of_media: parts that read sound or images, by their names.
+        of_media: parts that read sound or images, judged by their names.
     """
 
     def __init__(
@@ -57,11 +56,11 @@ class AroundCalls:
         self._parts, self._make_mask, self._use_mask = parts, make_mask, use_mask
         self._forwards = [(part, vars(part).get("forward")) for part in by_forward]
         self._of_media = of_media
-        # the innermost call last: the mask in it, and the one around it
+        # stack of open calls: the module, the mask used in it, and the one around it
         self._in_use: list[tuple[nn.Module | None, TokenMask, TokenMask]] = []
 
     def looking(self) -> AbstractContextManager[None]:
-        """Return a context within which the hooks are there."""
+        """Return a context within which the hooks are registered."""
         return temporarily(self._remove, self._add)
 
     def _add(self) -> None:
@@ -83,7 +82,7 @@ class AroundCalls:
     def _watched(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if any(module is part for module, *_ in self._in_use):  # the hooks have seen it
+            if any(module is part for module, *_ in self._in_use):  # the hooks have seen this call
                 return forward(*args, **kwargs)
             self._before(part, args, kwargs)
             try:
@@ -101,22 +100,22 @@ class AroundCalls:
 
 
 class CalledWith(AroundCalls):
-    """Hooks that look at the arguments of a model, and of the models of transformers in it.
+    """Hooks that observe the arguments of a model, and of the transformers models in it.
 
-    A ``forward_fn`` may make the tokens itself, or run a model on another text than the one that
-    the batch's mask belongs to. Where the model is called with a mask, that one is used in it;
-    otherwise the batch's, if it has the shape of the first argument, or else none. ``forward`` of
-    models of transformers may also be called directly, as by sentence-transformers.
+    A ``forward_fn`` may make the tokens itself, or run a model on a text other than the one that
+    the batch's mask belongs to. A mask that the model is called with is used in it; otherwise the
+    batch's, if it has the shape of the first argument, or else none. ``forward`` of transformers
+    models may also be called directly, as by sentence-transformers.
 
     Args:
-        model: of which the outermost parts are looked at.
-        batch: its labels count where they are labels of the tokens that a model is called with.
+        model: whose outermost wanted parts are observed.
+        batch: its labels are used where they label the tokens that a model is called with.
         mask: of the batch.
         make_mask, use_mask, of_media: see :class:`AroundCalls`.
-        begin: called before each call that is within no other.
+        begin: called before each outermost call.
     """
 
-    looks_at_base = True  # also where that is no model of transformers
+    looks_at_base = True  # even if it is no transformers model
 
     def __init__(
         self,
@@ -129,7 +128,7 @@ class CalledWith(AroundCalls):
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         base = base_of(model)
-        # where the batch says nothing, those of torch are looked at elsewhere, with what is behind
+        # without a mask in the batch, PaddingTold observes torch's models and what follows them
         wanted = is_model if mask.tells else is_of_transformers
         tops = [base] if self.looks_at_base else base.children()
         inner = [part for top in tops for _, part in outermost(top, wanted)]
@@ -149,7 +148,7 @@ class CalledWith(AroundCalls):
         self._in_use.append((module, mask, self._use_mask(mask)))
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._in_use[-1][0] is not module:  # where a hook before ours has failed
+        if self._in_use[-1][0] is not module:  # an earlier hook failed, so ours did not run
             return
         _, mask, around = self._in_use.pop()
         if module is not self._base and mask.tells:
@@ -157,7 +156,7 @@ class CalledWith(AroundCalls):
         self._use_mask(around)
 
     def _mask_of_part(self, named: dict[str, Any]) -> TokenMask:
-        """Return the mask in a part of a model, which is told its own where the model is, too."""
+        """Return the mask in a part of a model: its own only if the model was also passed one."""
         around = self._in_use[-1][1]
         told = around is not self._mask and any(named.get(n) is not None for n in PADDING_MASKS)
         return self._mask_of(named) if told else around
@@ -173,24 +172,24 @@ class CalledWith(AroundCalls):
         return self._own_mask(named, shape)
 
     def _are_decoders(self, named: Mapping[str, Any]) -> bool:
-        """Tell whether a model is called with a decoder's tokens, by any name."""
+        """Tell whether a model is called with a decoder's tokens, under any name."""
         decoder = self._mask.decoder
         ids = (v for v in named.values() if isinstance(v, Tensor) and not v.is_floating_point())
         return decoder is not None and any(each.shape == decoder.shape for each in ids)
 
     def _own_mask(self, named: dict[str, Any], shape: torch.Size | None) -> TokenMask:
         steps = getattr(named.get("decoder_input_ids"), "shape", None)
-        turned = None if shape is None else shape[::-1]  # torch's own take the sequence first
+        turned = None if shape is None else shape[::-1]  # torch's models take the sequence first
         if isinstance(self._labels, Tensor) and self._labels.shape in (shape, turned, steps):
             named.setdefault("labels", self._labels)
         return self._make_mask(named)
 
 
 class ModelsWithin(CalledWith):
-    """The same of models in a user's module or model, of transformers or torch, given the batch.
+    """The same for transformers or torch models inside a user's module that is given the batch.
 
-    The batch's mask counts but in those that are told another one, (B, T): of another text, or of
-    this one with something in front of it.
+    The batch's mask is used, except in models that are passed another one, (B, T): of another
+    text, or of this one with a prefix.
     """
 
     looks_at_base = False
@@ -200,11 +199,11 @@ class ModelsWithin(CalledWith):
         if not any(self._is_another(name, mask) for name, mask in told.items()):
             return self._mask
         mask = self._own_mask(named, _shape_of(named))
-        mask.draws = self._mask.draws  # a batch that runs in parts has shared them out
+        mask.draws = self._mask.draws  # which are distributed over the parts of a batch
         return mask
 
     def _is_another(self, name: str, mask: Any) -> bool:
-        """Tell whether a mask says something else than the batch's, which may be told as bools."""
+        """Tell whether a mask differs from the batch's, which may have been converted to bool."""
         given = self._given
         if mask is given or not isinstance(mask, Tensor) or mask.dim() != 2:
             return False
@@ -229,14 +228,14 @@ def _shape_of(named: Mapping[str, Any]) -> torch.Size | None:
     if first is None or first.dim() not in (2, 3):
         return None
     if first.is_floating_point() and "encoder_hidden_states" in named:
-        return None  # images, of as many patches as there may be text by chance
+        return None  # image patches, whose number may equal the text's by chance
     return first.shape[:2]
 
 
 def named_arguments(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return arguments by their names; those in a mapping that is the first argument, as these."""
+    """Return arguments by name; a mapping as first argument is merged with the keyword ones."""
     if args and isinstance(args[0], Mapping):
         return {**kwargs, **{str(name): value for name, value in args[0].items()}}
     signature = signature_of(module)

@@ -1,4 +1,4 @@
-"""Masks for inputs that hold the tokens in another shape: parts, heads, windows, frames."""
+"""Masks for inputs with the tokens in another layout: parts, heads, windows, frames."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Fit(NamedTuple):
     """A mask of the tokens of a layer's input.
 
     Attributes:
-        key: the same for the same tokens, however they are laid out.
-        mask: bool, in the order of the input or, of two dimensions, transposed.
+        key: the same for the same tokens, whatever their layout.
+        mask: bool, in the order of the input, or its transpose if it has two dimensions.
     """
 
     key: str
@@ -36,11 +36,11 @@ class Fit(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Neighbours among the tokens of each sample, as all but the first.
+    """A run of consecutive tokens of each sample, such as all but the first.
 
     Attributes:
-        whole: how many tokens each sample has.
-        begin: the first of those that are taken.
+        whole: the number of tokens per sample.
+        begin: position of the first token of the run.
     """
 
     whole: int
@@ -48,9 +48,9 @@ class Part(NamedTuple):
 
 
 def part_of(x: Tensor) -> Part | None:
-    """Return what a layer's input, (B, T, D), is a part of, if it is a view of (B, more, D).
+    """Locate a layer's input, (B, T, D), in the (B, more, D) that it is a view of, if any.
 
-    A single token is no part: it stands for its whole sample, as BERT's first.
+    A single token is not treated as a part: it represents its sample, like BERT's first token.
     """
     if x.dim() != 3 or x.shape[1] < 2:
         return None
@@ -71,19 +71,19 @@ def are_same(masks: Sequence[Tensor | None], others: Sequence[Tensor | None]) ->
 
 
 def version_of(x: Tensor) -> int:
-    """Return how often a tensor was written to; -1 in inference mode, where that is not counted."""
+    """Return a tensor's version counter; -1 for inference tensors, which have none."""
     return -1 if x.is_inference() else x._version
 
 
 def longest_of(mask: Tensor) -> int:
-    """Return how many tokens a sample has at most, of samples that may be none."""
+    """Return the number of tokens of the longest sample, 0 without samples."""
     return max(mask.sum(1).tolist(), default=0)
 
 
 def in_windows(texts: Sequence[Fit], window: int) -> Iterator[Fit]:
-    """Yield texts that are padded to whole windows, and by half a window on either side, too.
+    """Yield texts padded to whole windows, and also by half a window on either side.
 
-    As the layers of PEGASUS-X read them in turn.
+    The layers of PEGASUS-X read these two in turn.
     """
     for key, mask in texts if window > 1 else ():
         whole = functional.pad(mask, (0, -mask.shape[1] % window))
@@ -100,7 +100,7 @@ def is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:
 
 
 def for_every_frame(fit: Fit, leading: tuple[int, ...]) -> Fit:
-    """Return the mask of queries once more for each frame of a film, which are read one by one."""
+    """Repeat the mask of queries for each frame of a video, since frames are read one by one."""
     times = leading[0] // max(len(fit.mask), 1) if len(leading) == 2 else 1
     if not fit.key.startswith("queries") or times < 2 or leading[0] != times * len(fit.mask):
         return fit
@@ -108,7 +108,7 @@ def for_every_frame(fit: Fit, leading: tuple[int, ...]) -> Fit:
 
 
 def for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
-    """Return the mask of an input that has each token once a head: (B, H, T) or (B, T, H)."""
+    """Return the mask of an input with each token once per head: (B, H, T) or (B, T, H)."""
     if len(leading) != 3 or leading[1] == leading[2] != 1:
         return None
     if (leading[0], leading[2]) == tuple(mask.shape):

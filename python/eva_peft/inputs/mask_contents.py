@@ -1,4 +1,4 @@
-"""From the values of masks and lengths to the tokens that they keep."""
+"""Convert masks and lengths to the tokens that they keep, judging by their values."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["in_one_run", "is_of_pairs", "not_padding", "of_lengths", "seen"]
 
 
 def seen(mask: Tensor) -> Tensor | None:
-    """Return which tokens a mask of what is seen keeps, bool (B, T), if it is understood.
+    """Return which tokens an attention mask keeps, bool (B, T), ``None`` if it is not understood.
 
-    Of a mask over pairs, (B, T, T) or (B, heads or 1, T or 1, T), the diagonal is used; see
-    :mod:`.batch_mask`. Other values than those of a mask mean something else: global attention, or
+    Of a pairwise mask, (B, T, T) or (B, heads or 1, T or 1, T), the diagonal is used; see
+    :mod:`.batch_mask`. Values that no mask has mean something else: global attention, or
     distances.
     """
     whole, mask = mask, mask[:, 0] if mask.dim() == 4 else mask
@@ -23,20 +23,20 @@ def seen(mask: Tensor) -> Tensor | None:
     if mask.dim() != 2:
         return None
     own = mask.cpu()
-    square = len(own) == own.shape[1] and mask is whole  # as many samples as tokens, or pairs
+    square = len(own) == own.shape[1] and mask is whole  # as many samples as tokens, or pairwise
     zero, one, hidden = own == 0, own == 1, own < -1
     if not (zero | one).all() and not (zero | hidden).all():
         return None
     kept = zero if hidden.any() else one
     if square and kept.diagonal().all() and not kept.triu(1).any():
-        return None  # pairs: each token sees itself, and none behind it
+        return None  # pairwise and causal: each token sees itself, and none after it
     return kept if _in_every_sample(kept) else None
 
 
 def not_padding(mask: Tensor) -> Tensor | None:
-    """Return which tokens a mask of padding keeps, bool (B, T), if it is understood.
+    """Return which tokens a padding mask keeps, bool (B, T), ``None`` if it is not understood.
 
-    Padding is true, or -inf; or false, where otherwise a whole sample would be padding.
+    Padding is true, or -inf; or false, if a whole sample would be padding otherwise.
     """
     if mask.dim() != 2:
         return None
@@ -47,7 +47,7 @@ def not_padding(mask: Tensor) -> Tensor | None:
 
 
 def of_lengths(lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
-    """Return which tokens samples have, bool (B, T), by their lengths or shares of the longest."""
+    """Return the mask, bool (B, T), of lengths, which may be fractions of the longest."""
     if lengths.is_floating_point():
         if len(shape) != 2 or not len(lengths) or lengths.max() != 1 or lengths.min() <= 0:
             return None
@@ -57,12 +57,12 @@ def of_lengths(lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]) -
 
 
 def is_of_pairs(mask: Tensor) -> bool:
-    """Tell whether a mask has a row for each token, not one for all."""
+    """Tell whether a mask is pairwise: it has a row for each token, not one for all."""
     return mask.dim() > 2 and mask.shape[-2] > 1
 
 
 def in_one_run(kept: Tensor) -> bool:
-    """Tell whether the tokens of each sample are neighbours."""
+    """Tell whether the kept tokens of each sample are consecutive."""
     begins = kept[:, 1:] & ~kept[:, :-1]
     return bool((begins.sum(1) + kept[:, 0] == 1).all())
 

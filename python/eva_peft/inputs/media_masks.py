@@ -1,7 +1,7 @@
-"""Masks over sound and images, and what of them layers see: frames and patches.
+"""Masks over sound and images, and the masks of the frames and patches that layers see.
 
-A layer behind convolutions or a pooling sees fewer frames or patches than the mask has entries;
-each of them stands for equally many, but for the last.
+A layer after convolutions or pooling sees fewer frames or patches than the mask has entries; each
+of them represents equally many entries, except the last.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ __all__ = [
     "tiles_seen",
 ]
 
-# Masks over frames or samples of sound, (sounds, frames): by these names, or by any other that has
-# an entry for each frame of one of these inputs. An attention_mask is looked at elsewhere.
+# Masks over frames or samples of sound, (sounds, frames): those of these names, or any other with
+# one entry per frame of one of the inputs in _SOUNDS. An attention_mask is handled elsewhere.
 _SOUND = ("feature_attention_mask", "input_features_mask", "audio_attention_mask")
 _SOUNDS = ("input_features", "input_values", "audio_values", "audio_features")
 _OTHER_MASKS = ("attention_mask", "decoder_attention_mask", "mask_time_indices")
 # Masks over pixels, (images, height, width) or (samples, images, height, width), or over patches,
 # (images, patches).
 _PIXELS = ("pixel_attention_mask", "pixel_mask")
-_IMAGES = ("pixel", "image", "video", "visual")  # in the names of what belongs to images
+_IMAGES = ("pixel", "image", "video", "visual")  # in the names of image inputs and their masks
 
-# Pixels between the patches of a network of convolutions.
+# Possible strides, in pixels, of the positions of a convolutional network.
 _STRIDES = (1, 2, 4, 8, 16, 32, 64)
-_MERGED = (1, 2, 4)  # patches along a side that later layers may see as one
+_MERGED = (1, 2, 4)  # patches along a side that later layers may merge into one
 
 
 def sound_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return which frames of sound a batch keeps, bool (samples, F) on the CPU, if it tells."""
+    """Return which frames of sound a batch keeps, bool (samples, F) on the CPU, or ``None``."""
     keys = [key for key in batch if "mask" in str(key) and key not in _OTHER_MASKS]
     known = [batch.get(key) for key in _SOUND]
     found = [*known, *(batch[key] for key in keys if _is_of_sound(batch[key], batch))]
@@ -55,12 +55,12 @@ def has_sound(batch: Mapping[str, Any]) -> bool:
 
 
 def has_images(batch: Mapping[str, Any]) -> bool:
-    """Tell whether a batch holds images or films."""
+    """Tell whether a batch holds images or videos."""
     return any(_is_real(value) and is_of_images(key) for key, value in batch.items())
 
 
 def is_of_images(key: Any) -> bool:
-    """Tell whether the name of a part of a batch is one of images or films."""
+    """Tell whether the name of a part of a batch is one of images or videos."""
     return any(word in str(key) for word in _IMAGES)
 
 
@@ -76,9 +76,9 @@ def _is_of_sound(mask: Any, batch: Mapping[str, Any]) -> bool:
 
 
 def pixel_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """Return which pixels, (images, H, W), or patches, (images, P), a batch keeps, if it tells.
+    """Return the masks of pixels, (images, H, W), or patches, (images, P), in a batch.
 
-    Images and films may each have one of their own.
+    Images and videos may each have their own.
     """
     whole = _image_mask(batch)
     given = (batch.get(key) for key in _PIXELS if batch.get(key) is not whole)
@@ -91,14 +91,14 @@ def pixel_masks(batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _are_places(key: Any, values: Any) -> bool:
-    """Tell whether values are where in their image patches are, (images, P, 2); -1 is padding."""
+    """Tell whether values are the positions of patches in images, (images, P, 2); -1 is padding."""
     named = is_of_images(key) and str(key).endswith("position_ids")
     whole = isinstance(values, Tensor) and values.dim() == 3 and values.shape[2] == 2
     return named and whole and not values.is_floating_point()
 
 
 def tile_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    """Return which tiles of its images a batch keeps, bool (samples, images, tiles)."""
+    """Return which tiles of images a batch keeps, bool (samples, images, tiles), or ``None``."""
     mask = batch.get("aspect_ratio_mask")
     if isinstance(mask, Tensor) and mask.dim() == 3:
         return mask.bool().cpu()
@@ -109,8 +109,8 @@ def tile_mask(batch: Mapping[str, Any]) -> Tensor | None:
 def _image_mask(batch: Mapping[str, Any]) -> Tensor | None:
     """Return which images of its samples a batch keeps, (samples, images).
 
-    Others only fill up: those that a mask over whole images, as PI0's over cameras, leaves out, or
-    that no token of text may look at, as IDEFICS says it, (samples, tokens, images).
+    The others are padding: left out by a mask over whole images, such as PI0's over cameras, or
+    attended to by no text token, in a mask like that of IDEFICS, (samples, tokens, images).
     """
     pixels, looks = batch.get("pixel_values"), batch.get("image_attention_mask")
     if not isinstance(pixels, Tensor) or pixels.dim() != 5:
@@ -124,13 +124,13 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     """Return the mask of a layer's frames, bool (samples, F').
 
     Args:
-        mask: see :func:`sound_mask`. It may be over what becomes of several frames each, as that
-            of Granite's speech models is.
-        leading: shape of the layer's input without its features. Its first dimension may have the
-            parts of equal length that a model cuts each sound into.
+        mask: see :func:`sound_mask`. An entry may stand for several of the layer's frames, as in
+            Granite's speech models.
+        leading: shape of the layer's input without its features. Its first dimension may run over
+            the chunks of equal length that a model cuts each sound into.
 
     Returns:
-        ``None`` where the input is of another kind, or padding is not on the right.
+        ``None`` if the input is of another kind, or padding is not on the right.
     """
     if leading and len(mask) and leading[0] > len(mask) and mask.numel() % leading[0] == 0:
         mask = mask.reshape(leading[0], -1) if leading[0] % len(mask) == 0 else mask
@@ -141,30 +141,30 @@ def frames_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     if not torch.equal(mask, torch.arange(frames, device="cpu") < lengths[:, None]):
         return None
     stride = -(-frames // leading[1])
-    whole = -(-frames // stride) == leading[1]  # otherwise convolutions leave some out at the end
+    whole = -(-frames // stride) == leading[1]  # otherwise convolutions drop some at the end
     kept = -(-lengths // stride) if whole else -(-lengths * leading[1] // frames)
     if leading[1] > frames:
-        # what is a little longer has something else in it; distances between frames are no frames
+        # slightly longer: other tokens are among the frames; 2F - 1: distances between frames
         if 2 * leading[1] < 3 * frames or leading == (1, 2 * frames - 1):
             return None
-        kept = lengths * -(-leading[1] // frames)  # the last may have been fewer
+        kept = lengths * -(-leading[1] // frames)  # the last entry may cover fewer frames
     return torch.arange(leading[1], device="cpu") < kept[:, None]
 
 
 def patches_seen(
     mask: Tensor, leading: tuple[int, ...], sizes: tuple[int, ...] = ()
 ) -> Tensor | None:
-    """Return the mask of a layer's patches, bool (images, P'), those whose first pixel counts.
+    """Return the mask of a layer's patches, bool (images, P'): those whose first pixel counts.
 
     Args:
-        mask: one of :func:`pixel_masks`. Images without any pixel fill up samples; models leave
-            them out.
+        mask: one of :func:`pixel_masks`. Images without any pixel are padding, which models may
+            leave out.
         leading: shape of the layer's input without its features.
-        sizes: of the model's patches, in pixels, if it tells: what they leave over at the end of an
-            image is cut off. Otherwise patches come of strides, of which the last may be short.
+        sizes: of the model's patches, in pixels, if known: the rest at the end of an image is cut
+            off. Otherwise patches are taken by strides, of which the last may be short.
     """
     images = mask.flatten(1)
-    if leading in ((len(mask),), (len(mask), 1)):  # pooled; of nothing, that may be no number
+    if leading in ((len(mask),), (len(mask), 1)):  # pooled; the mean of no pixels may be NaN
         return images.any(1).reshape(leading)
     if len(leading) != 2:
         return None
@@ -180,14 +180,14 @@ def patches_seen(
             return mask[:, ::side, ::side][:, :rows, :columns].flatten(1)
     for side in () if sizes else _STRIDES:
         rows, columns = -(-height // side), -(-width // side)
-        if rows * columns == leading[1]:  # as object detectors do it
+        if rows * columns == leading[1]:  # resized as object detectors do
             seen = functional.interpolate(mask[:, None].float(), (rows, columns))
             return seen.bool().flatten(1)
     return None
 
 
 def tiles_seen(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
-    """Return the mask of an input that has the tokens of all tiles one after another.
+    """Return the mask of an input with the tokens of all tiles concatenated.
 
     Args:
         mask: see :func:`tile_mask`.

@@ -1,4 +1,4 @@
-"""A batch with other values where its masks say padding, and the same everywhere else."""
+"""A copy of a batch with other values in its padding, as given by its masks."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from .padding_told import ENDS_OF_PADDING, TARGETS
 
 __all__ = ["with_other_padding"]
 
-# Not changed: what may hold few values only, and what says where tokens are.
+# Not changed: inputs with a restricted range of values, and inputs that locate tokens.
 _KEPT = ("label", "position", "token_type", "mask", "length", "index", "indices", "grid", "sizes")
 _OF_TOKENS = ("attention_mask", "decoder_attention_mask")
-# How names of masks begin that do not say of what they are.
+# Prefixes of mask names that do not say what the mask applies to.
 _OF_ANY = ("attention", "input", "key", "mask", "padding")
 _SPECIAL = ("_token_id", "_token_index")
-# How names begin of what a decoder reads, and of its masks.
+# Prefixes of the names of a decoder's inputs, and of its masks.
 _DECODERS = ("decoder_", *TARGETS)
 
 
 def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
-    """Return a batch whose padding has other values, and the names of what was changed.
+    """Return a batch whose padding has other values, and the names of the changed parts.
 
-    It is of the same kind; lists come as tensors.
+    It is of the same type, but lists become tensors.
 
-    Whole numbers become another usual token, others get noise of the scale of what is no padding. A
+    Integers become another ordinary token, floats get noise of the scale of non-padding values. A
     mask (any name with ``mask`` in it) applies to parts whose names begin with the same word, else
-    to all of its shape, further dimensions aside; a decoder's mask to what the decoder reads.
+    to all parts with its leading shape; a decoder's mask to inputs of the decoder.
 
     Args:
-        batch: a mapping, a dataclass, or arguments of ``forward``; not changed itself. Of anything
-            else nothing is.
-        model: tells the names of arguments, and which tokens are special.
+        batch: a mapping, a dataclass, or arguments of ``forward``; not modified. Anything else is
+            returned as it is.
+        model: determines the names of arguments, and which tokens are special.
     """
     named = as_mapping(by_name(batch, model))
     if not isinstance(named, Mapping):
@@ -78,7 +78,7 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
 
 
 def _as_given(value: Any, part: Any) -> Any:
-    """Return a tensor as the tensor or array that it was made of."""
+    """Convert a tensor back to the shape and type, tensor or array, that it was made from."""
     if isinstance(value, Tensor) and isinstance(part, (Tensor, np.ndarray)):
         value = value.reshape(part.shape)
         return value if isinstance(part, Tensor) else value.numpy()
@@ -86,7 +86,7 @@ def _as_given(value: Any, part: Any) -> Any:
 
 
 def _of_kind(batch: Any, parts: dict[Any, Any]) -> Any:
-    """Return a batch as another one, which a user's function may take apart, of other parts."""
+    """Return a batch of the same type, which a user's function may rely on, with new parts."""
     if isinstance(batch, (tuple, list)):
         every = [*parts.values(), *batch[len(parts) :]]
         return type(batch)(*every) if hasattr(batch, "_fields") else type(batch)(every)
@@ -99,16 +99,16 @@ def _of_kind(batch: Any, parts: dict[Any, Any]) -> Any:
 
 
 def _special_tokens(model: nn.Module) -> set[int]:
-    """Return the tokens with a meaning, as those in whose place images are put."""
+    """Return the special tokens, such as placeholders for images."""
     values = (vars(config).items() for config in configs_of(model) if hasattr(config, "__dict__"))
     named = (v for items in values for k, v in items if k.endswith(_SPECIAL))
     return {v for v in named if isinstance(v, int)}
 
 
 def _paddings(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return what each mask of a batch says is padding, bool on the CPU.
+    """Return where each mask of a batch has padding, bool on the CPU.
 
-    Those of tokens come first: by others, as of special tokens, something else is left out.
+    Token masks come first: others, such as masks of special tokens, may not be about padding.
     """
     masks = {k: v for k, v in batch.items() if "mask" in str(k) and isinstance(v, Tensor)}
     of_tokens = [k for k in (*_OF_TOKENS, *PADDING_MASKS) if k in masks]
@@ -117,7 +117,7 @@ def _paddings(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _padding(name: str, mask: Tensor) -> Tensor | None:
-    """Return where a mask says that there is padding, if it is understood."""
+    """Return where a mask has padding, or ``None`` if the mask is not understood."""
     if name in PADDING_MASKS:
         return mask != 0
     if name in _OF_TOKENS:
@@ -134,7 +134,7 @@ def _is_of_ones(mask: Tensor) -> bool:
 
 
 def _is_named_as(key: str, mask: str) -> bool:
-    """Tell whether a part of a batch has a mask of its own, as a context or what is in memory."""
+    """Tell whether a mask is named after a part of a batch, such as a context or a memory."""
     first = mask.partition("_")[0]
     alike = mask.startswith(f"{key}_") or (first not in _OF_ANY and key.startswith(first))
     return alike and not any(word in key for word in _KEPT)
@@ -159,7 +159,7 @@ def _with_noise(value: Tensor, places: Tensor) -> Tensor:
 
 
 def _with_another_token(value: Tensor, places: Tensor, special: set[int]) -> Tensor | None:
-    """Return other tokens in some places; ``None`` where the batch has none that would do."""
+    """Replace the tokens in some places; ``None`` if the batch has no suitable other tokens."""
     found = value[~places].unique().tolist()
     usual = [token for token in found if token not in special]
     if len(usual) < 2:
@@ -171,8 +171,8 @@ def _with_another_token(value: Tensor, places: Tensor, special: set[int]) -> Ten
 def _places(value: Tensor, padding: Tensor) -> Tensor | None:
     """Return where a part of a batch holds padding, bool in its shape, if a mask fits it.
 
-    (B, T) fits (B, T, ...), sound with its features first, (B, F, T), and (T, B, ...) of what takes
-    the sequence first; (B, H, W) fits images with their channels first, (B, C, H, W).
+    (B, T) fits (B, T, ...), sound with features first, (B, F, T), and sequence-first inputs,
+    (T, B, ...); (B, H, W) fits images with channels first, (B, C, H, W).
     """
     size = padding.shape
     if value.shape[: padding.dim()] == size:

@@ -1,6 +1,6 @@
 """Masks and lengths that a model passes to its own parts, used where the batch has none.
 
-A part is *told* what is passed to it as an argument.
+Here *told* always means: passed as an argument to a part of the model.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from .token_mask import TokenMask
 __all__ = ["ENDS_OF_PADDING", "TARGETS", "PaddingTold", "parts_told"]
 
 _SEQUENCES = "sequence_id"  # number of each token's sequence, negative for padding; or a mask
-# Names of masks of the tokens that are seen, and ends of names of masks of padding. Of other names
-# only masks with one row for all tokens, or one for each, (B, 1, T) or (B, T, T), are understood,
-# floating ones where they are added to scores; and those called _PLAIN as (B, T), too.
+# Names of masks of visible tokens, and suffixes of names of padding masks. Under other names only
+# masks with one row for all tokens, or one for each, (B, 1, T) or (B, T, T), are understood,
+# floating ones if additive; under the names in _PLAIN also (B, T).
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 ENDS_OF_PADDING = ("padding_mask", "pad_mask")
 _PLAIN = ("mask", "attn_mask", "context_mask")
-TARGETS = ("tgt", "trg", "target")  # how names of a decoder's tokens begin, beside "src"
-# How names of the lengths of samples end; they may be shares of the longest.
+TARGETS = ("tgt", "trg", "target")  # prefixes of names of a decoder's tokens, where it has "src"
+# Suffixes of names of sample lengths, which may be fractions of the longest.
 _LENGTHS = ("lengths", "length", "lens", "_len")
-# In the names of what cross attention reads, and of its mask.
+# Substrings of the names of what cross attention reads, and of its mask.
 _ELSEWHERE = ("encoder", "memory", "context", "key_value", "enc_out")
-_ATTENDED = {"key": "query", "k": "q"}  # what is attended to: what attends
+_ATTENDED = {"key": "query", "k": "q"}  # name of the attended tokens: of the attending ones
 _TEXT = {"input_ids", "inputs_embeds"}
 # Masks of a part's own tokens.
 _OWN = {"attention_mask", "decoder_attention_mask", "src_key_padding_mask", "tgt_key_padding_mask"}
@@ -44,11 +44,11 @@ _OWN = {"attention_mask", "decoder_attention_mask", "src_key_padding_mask", "tgt
 def parts_told(model: nn.Module) -> dict[nn.Module, int]:
     """Return the parts of a model, with or without adapters, that may be told of padding.
 
-    Parts with cross attention are among them. The model itself comes first, since it may take
+    Parts with cross attention are included. The model itself comes first, since it may take
     everything as one argument.
 
     Returns:
-        Each with the number of its arguments before the first that would tell it.
+        For each, the number of its arguments before the first that may be a mask or lengths.
     """
     told: dict[tuple[type, type], int | None] = {}
     base = base_of(model)
@@ -64,7 +64,7 @@ def parts_told(model: nn.Module) -> dict[nn.Module, int]:
 
 
 def _arguments_before(part: nn.Module) -> int | None:
-    """Return the number of arguments before the first that may tell; ``None`` if none may."""
+    """Return the number of arguments before the first of interest; ``None`` if there is none."""
     signature, within = signature_of(part), _wrapped(part)
     names = {} if signature is None else signature.parameters
     first = next((i for i, name in enumerate(names) if _is_of_interest(name)), None)
@@ -75,7 +75,7 @@ def _arguments_before(part: nn.Module) -> int | None:
 
 
 def _wrapped(part: nn.Module) -> nn.Module | None:
-    """Return the layer to which one with adapters hands on what it is told by any name."""
+    """Return the layer to which one with adapters passes on its keyword arguments."""
     found = getattr(part, "base_layer", None)
     return found if isinstance(found, nn.Module) else None
 
@@ -83,12 +83,13 @@ def _wrapped(part: nn.Module) -> nn.Module | None:
 class PaddingTold(AroundCalls):
     """Hooks that read the masks and lengths that a model passes to its parts.
 
-    A model may compute them from lengths or token ids, or take them by a name of its own. They hold
-    in these parts where nothing else says which tokens count, and behind them for equal shapes.
+    A model may compute them from lengths or token ids, or take them under a name of its own. They
+    are used in these parts if nothing else says which tokens count, and after them for inputs of
+    equal shape.
 
     Args:
         parts: see :func:`parts_told`.
-        of_media: those of them that read sound or images, by their names.
+        of_media: those of them that read sound or images, judged by their names.
         make_mask: returns the mask of a mapping of arguments.
         use_mask: see :class:`AroundCalls`.
     """
@@ -100,21 +101,21 @@ class PaddingTold(AroundCalls):
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[..., TokenMask],
     ) -> None:
-        # some call the model's forward itself in what they have for its loss
+        # some models call their own forward directly in the method that computes the loss
         super().__init__(list(parts), make_mask, use_mask, list(parts)[:1], of_media)
         self._arguments_before = parts
-        # masks by what was told; kept, as layers may be told one by one. What was told is held
-        # weakly: a layer may have made it, and masks of pairs are large.
+        # cache of masks by the arguments told, as every layer may be told the same. Those are held
+        # weakly: a layer may have made them, and pairwise masks are large.
         self._known: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._within: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         told = (isinstance(v, Tensor) and _is_of_interest(name) for name, v in kwargs.items())
         if len(args) <= self._arguments_before[module] and not any(told):
-            return  # at once, for most are told nothing
+            return  # early, since most parts are told nothing
         named = _readable(named_arguments(module, args, kwargs))
         if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
-            return  # told of keys from elsewhere
+            return  # the masks are of keys from elsewhere
         mask, around, elsewhere = self._mask_of(named), self._use_mask(), _shape_elsewhere(named)
         if mask is None and around.of_parts:
             mask = self._mask_of_attended(around.main, _shape_of(named), elsewhere)
@@ -128,16 +129,16 @@ class PaddingTold(AroundCalls):
             self._in_use.append((module, mask, self._use_mask(mask)))
 
     def _mask_within(self, around: TokenMask, mask: TokenMask) -> TokenMask:
-        """Return the mask that counts in a part.
+        """Return the mask to use in a part.
 
-        For its own tokens that may be the one around, with what it is told of other tokens.
+        For its own tokens that may be the surrounding one, with the masks it is told of others.
 
         Args:
-            around: what counts around it.
-            mask: what it is told.
+            around: the mask in use around the part.
+            mask: the mask from what the part is told.
         """
         as_much = not self._is_of_others(around, mask) and _says_as_much(around, mask)
-        # by a batch, a function, or a part around
+        # known already from the batch, a user's function, or an enclosing part
         said = not around.of_parts and (as_much or _keeps_all(mask))
         unsaid = mask.supposed and mask.main is not None and _knows(around, mask.main)
         if not said and not unsaid:
@@ -163,9 +164,9 @@ class PaddingTold(AroundCalls):
         self._use_mask(behind)
 
     def _is_of_others(self, around: TokenMask, mask: TokenMask) -> bool:
-        """Tell whether the mask of the part around is of other tokens than those of this one.
+        """Tell whether the mask of the enclosing part is of other tokens than this part's.
 
-        So it is where it only masks what that attends to, or keeps every token.
+        That is assumed if it keeps every token, or if only this one masks attended tokens.
         """
         if not self._in_use or around is not self._in_use[-1][1] or around.main is None:
             return False
@@ -174,12 +175,12 @@ class PaddingTold(AroundCalls):
     def _mask_of_attended(
         self, before: Tensor | None, shape: tuple[int, ...], elsewhere: tuple[int, ...] | None
     ) -> TokenMask | None:
-        """Return the mask in a part that attends to what a part before it has made of its tokens.
+        """Return the mask in a part that attends to the output of an earlier part.
 
-        Its own are others, maybe as many.
+        Its own tokens are others, possibly of the same number.
 
         Args:
-            before: which tokens counted in that part.
+            before: the mask of the earlier part's tokens.
             shape, elsewhere: of its own tokens, and of those that it attends to.
         """
         if before is None or elsewhere not in (before.shape, before.shape[::-1]):
@@ -189,7 +190,7 @@ class PaddingTold(AroundCalls):
     def _with_attended(
         self, around: TokenMask, mask: TokenMask, shape: tuple[int, ...] | None
     ) -> TokenMask:
-        """Return the mask of a part, with what one before it was told of what this attends to."""
+        """Add to a part's mask those that earlier parts were told of the tokens it attends to."""
         if shape is None or mask.given or not around.of_parts:
             return mask
         before = [m for m in around.masks if m is not None and m.shape == shape]
@@ -199,7 +200,7 @@ class PaddingTold(AroundCalls):
         supposed = not _OWN & told.keys()
         mask = self._make_mask({**told, **_whole(told, shape)} if supposed else told)
         mask.supposed = supposed
-        mask.quiet = True  # no user has said that the part reads these tokens only
+        mask.quiet = True  # it is not from the user, and the part may read other tokens, too
         return mask
 
     def _mask_of(self, named: Mapping[str, Any]) -> TokenMask | None:
@@ -214,10 +215,10 @@ class PaddingTold(AroundCalls):
         told_by = ((name, id(mask), version_of(mask)) for name, mask in telling.items())
         key = (shape, sizes, elsewhere, *told_by)
         before, mask = self._known.get(key, ([], None))
-        if not before or any(each() is None for each in before):  # its id is maybe another's now
+        if not before or any(each() is None for each in before):  # ids may have been reused
             told = _told(masks, shape, elsewhere, sizes, within)
             beside = {name: value for name, value in named.items() if "mask" not in name}
-            if not _TEXT & beside.keys():  # beside which there may be images, for one
+            if not _TEXT & beside.keys():  # with text there may be other modalities
                 beside = _of_decoder(beside)
             mask = self._quiet_mask({**beside, **told}, shape) if told else None
             self._known[key] = [ref(each) for each in telling.values()], mask
@@ -225,7 +226,7 @@ class PaddingTold(AroundCalls):
 
 
 def _readable(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments without tensors that are nested, sparse or without contents."""
+    """Return arguments without tensors that are nested, sparse or on the meta device."""
     return {
         name: value
         for name, value in named.items()
@@ -255,12 +256,12 @@ def _is_known(name: str) -> bool:
 
 
 def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
-    """Tell whether a mask of a name that says nothing may say which tokens are seen."""
+    """Tell whether a mask under an unknown name may say which tokens are visible."""
     if name.endswith(_LENGTHS):
         return mask.dim() == 1
     if not _may_tell(name) or mask.shape[-1:] == (1,):
         return False
-    if mask.dim() == 2:  # of as many samples as tokens, it may be of pairs: each sees itself
+    if mask.dim() == 2:  # a square one may be pairwise: then each token sees itself
         if name not in _PLAIN or mask.is_floating_point():
             return False
         return mask.shape[0] != mask.shape[1] or not mask.diagonal().all()
@@ -268,7 +269,7 @@ def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
 
 
 def _knowing_more(around: TokenMask, mask: TokenMask, of_text: bool) -> TokenMask:
-    """Return the mask of a part, with what one within it was told of tokens of other shapes."""
+    """Add to a part's mask those of other shapes that a part within it was told."""
     known = _shapes(around)
     told = (mask.main, mask.decoder, *mask.others)
     more = [each for each in told if each is not None and each.shape not in known]
@@ -280,10 +281,10 @@ def _knowing_more(around: TokenMask, mask: TokenMask, of_text: bool) -> TokenMas
 
 
 def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
-    """Tell whether a mask goes before one that a part is told, which is not of other tokens."""
+    """Tell whether a mask takes precedence over one that a part is told of the same tokens."""
     known = _shapes(around)
     if around.main is None or mask.main is None:
-        of_given = mask.main is None or bool(mask.main.all())  # of what is attended to alone
+        of_given = mask.main is None or bool(mask.main.all())  # of attended tokens only
         told = [*mask.given, *mask.others]
         of_these = bool(told) and all(each.shape in known for each in told)
         return (of_given and of_these) or around.main is not None or around.decoder is not None
@@ -295,7 +296,7 @@ def _shapes(mask: TokenMask) -> list[tuple[int, ...]]:
 
 
 def _knows(mask: TokenMask, tokens: Tensor) -> bool:
-    """Tell whether a mask has one of so many tokens, which may come sequence first."""
+    """Tell whether a mask has one of the shape of these tokens, maybe sequence first."""
     return any(shape in (tokens.shape, tokens.shape[::-1]) for shape in _shapes(mask))
 
 
@@ -306,7 +307,7 @@ def _keeps_all(mask: TokenMask) -> bool:
 def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the shape of the tokens that a part is called with, (B, T) or (T, B).
 
-    They may come in a tuple with what belongs to them, as the positions of ESPnet's encoders.
+    They may be in a tuple with related tensors, such as the positions in ESPnet's encoders.
     """
     own = {k: v for k, v in named.items() if "mask" not in k and not _is_elsewhere(k)}
     packed = (v[0] for v in own.values() if isinstance(v, (tuple, list)) and v)
@@ -315,7 +316,7 @@ def _shape_of(named: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _of_decoder(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a decoder reads, behind the tokens of an encoder."""
+    """Return a decoder's inputs among the arguments after the first tokens, an encoder's."""
     own = [key for key, value in named.items() if _are_tokens(value) and not _is_elsewhere(key)]
     return {key: named[key] for key in own[1:] if is_decoder_input(key)}
 
@@ -329,7 +330,7 @@ def _is_elsewhere(name: str) -> bool:
 
 
 def _shape_elsewhere(named: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Return the shape of the tokens that a part is given to attend to, beside its own."""
+    """Return the shape of the tokens from elsewhere that a part attends to."""
     others = _elsewhere(named)
     return None if others is None else tuple(others.shape[:2])
 
@@ -340,9 +341,9 @@ def _elsewhere(named: Mapping[str, Any]) -> Tensor | None:
 
 
 def _tell_apart(mask: TokenMask, named: Mapping[str, Any]) -> None:
-    """Note in a mask what is attended to, where that has as many tokens as the part itself.
+    """Record in a mask the attended tensor if it has as many tokens as the part itself.
 
-    Their shapes do not tell them apart, and of the part's own nothing may be known.
+    They cannot be distinguished by shape, and the part's own tokens may have no mask.
     """
     others = _elsewhere(named)
     if others is None or mask.encoder_decoder or len(mask.given) != 1:
@@ -359,18 +360,18 @@ def _told(
     sizes: Container[int],
     within: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Return what a part is told by the names that a batch would have for it.
+    """Return the masks that a part is told, under the names that they would have in a batch.
 
     Args:
-        masks: what the part is told.
+        masks: the masks and lengths that the part is told.
         shape: see :func:`_shape_of`.
-        elsewhere: that of other tokens, to which the part attends; see :func:`_shape_elsewhere`.
-        sizes: of all dimensions of what the part is given; the longest sample has one of them.
-        within: which tokens count in the part around, bool (B, T), if there is one that was told.
+        elsewhere: shape of other tokens that the part attends to; see :func:`_shape_elsewhere`.
+        sizes: of all dimensions of the arguments; the longest sample must have one of them.
+        within: the mask of the enclosing part, bool (B, T), if that was told one.
     """
     told: dict[str, Tensor] = {}
     others = {}
-    # the only mask may be that of what is attended to
+    # the only mask may be that of the attended tokens
     unclear = elsewhere is not None and not any(map(_is_elsewhere, masks))
     for name, mask in masks.items():
         if name in PADDING_MASKS:
@@ -385,17 +386,17 @@ def _told(
             attended = _is_elsewhere(name) or name.startswith("src")
             if attended and (elsewhere is not None or name in _SEEN):
                 told = {"encoder_attention_mask": kept, **told}
-            elif elsewhere is None and name.startswith(TARGETS):  # the model's, of both its parts
+            elif elsewhere is None and name.startswith(TARGETS):  # told to a whole encoder-decoder
                 told["decoder_attention_mask"] = kept
             elif tuple(kept.shape) in (shape, shape[::-1]):
                 told["attention_mask"] = kept
-            elif name.endswith(_LENGTHS):  # of another input, as sound that is to be made of text
+            elif name.endswith(_LENGTHS):  # of another input, such as sound to be made from text
                 others[f"{name}_mask"] = kept
     return {**told, **others}
 
 
 def _whole(told: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Return that all of a part's own tokens count, unless those it attends to are as many."""
+    """Return an all-true mask of a part's own tokens, unless those it attends to are as many."""
     given = told.get("encoder_attention_mask", told.get("memory_key_padding_mask"))
     alike = given is not None and shape in (given.shape, given.shape[::-1])
     if len(shape) != 2 or alike:
@@ -404,24 +405,24 @@ def _whole(told: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tens
 
 
 def _is_telling(name: str, mask: Tensor, kept: Tensor, within: Tensor | None) -> bool:
-    """Tell whether what a mask keeps, bool (B, T), are the tokens that count."""
+    """Tell whether the entries that a mask keeps, bool (B, T), are the tokens that count."""
     if not kept.numel() or (kept.all() and is_of_pairs(mask)):
-        return False  # as where padding sees itself, too
+        return False  # padding may see itself, too
     if name not in _SEEN and not kept[:, 0].any():
-        return False  # padded on the left in every sample, or true is what others call false
-    # in several runs, true is what is to be predicted, for one
+        return False  # either left padding in every sample, or the mask is inverted
+    # with several runs, true may mean something else, such as tokens to be predicted
     return _is_known(name) or in_one_run(kept) or _ends_as(kept, within)
 
 
 def _ends_as(kept: Tensor, known: Tensor | None) -> bool:
-    """Tell whether a mask is a known one with something in front of it."""
+    """Tell whether a mask is a known one with a prefix."""
     if known is None or len(kept) != len(known) or kept.shape[1] <= known.shape[1]:
         return False
     return not known.all() and torch.equal(kept[:, -known.shape[1] :], known)
 
 
 def _is_alone_of(kept: Tensor | None, own: tuple[int, ...], others: tuple[int, ...] | None) -> bool:
-    """Tell whether a mask has the shape of a part's own tokens, and not of those it attends to."""
+    """Tell whether a mask has the shape of a part's own tokens, and not of the attended ones."""
     shapes = () if kept is None else (tuple(kept.shape), tuple(kept.shape)[::-1])
     return own in shapes and others not in shapes
 
@@ -429,7 +430,7 @@ def _is_alone_of(kept: Tensor | None, own: tuple[int, ...], others: tuple[int, .
 def _of_others(
     kept: Tensor | None, own: tuple[int, ...], others: tuple[int, ...] | None
 ) -> dict[str, Tensor]:
-    """Return a mask whose name says nothing, if its shape is not that of a part's own tokens."""
+    """Return an ambiguous mask as that of attended tokens, if its shape is not that of own ones."""
     if kept is None or own in (kept.shape, kept.shape[::-1]):
         return {}
     of_them = not kept.all() and others in (kept.shape, kept.shape[::-1])
@@ -440,5 +441,5 @@ def _kept(name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]
     if name.endswith(_LENGTHS):
         return of_lengths(mask.cpu(), shape, sizes)
     if mask.is_floating_point() and not _is_known(name) and not (mask < -1).any():
-        return None  # not added to scores: numbers that may say anything
+        return None  # not additive, so its numbers may mean anything
     return not_padding(mask) if name.endswith(ENDS_OF_PADDING) else seen(mask)

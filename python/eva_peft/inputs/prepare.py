@@ -1,4 +1,4 @@
-"""A batch made ready for the model, also while the device is still at work on the last one."""
+"""Preparation of batches for the model, also while the device still works on the previous one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Ahead(Iterator[T], Generic[T]):
-    """An iterator whose next item can be fetched before it is asked for.
+    """An iterator whose next item can be prefetched.
 
     Args:
         items: what to iterate over.
@@ -36,7 +36,7 @@ class Ahead(Iterator[T], Generic[T]):
         self._held = HeldError()
 
     def fetch(self) -> None:
-        """Fetch the next item; what that raises is raised when the item is asked for."""
+        """Fetch the next item; an exception is held until that item is requested."""
         if self._fetched or self._held.error is not None:
             return
         try:
@@ -45,7 +45,7 @@ class Ahead(Iterator[T], Generic[T]):
             self._held.error = error
 
     def close(self) -> None:
-        """Let go of what was fetched; nobody is told of an error, whose frames know this object."""
+        """Drop what was fetched, and a held error, whose frames refer to this object."""
         self._fetched.clear()
         self._held.error = None
 
@@ -55,11 +55,11 @@ class Ahead(Iterator[T], Generic[T]):
 
 
 class Prepared(NamedTuple):
-    """A batch as the model is to get it.
+    """A batch ready for the model.
 
     Attributes:
-        parts: of the batch, each for a forward pass of its own; where the loader had put it.
-        masks: which tokens count, of each part.
+        parts: of the batch, one per forward pass; still on the loader's device.
+        masks: the token mask of each part.
     """
 
     parts: Sequence[Any]
@@ -72,11 +72,11 @@ class Preparer:
     Args:
         model, options, config: of the pass.
         architecture: of the model.
-        device: where the model begins.
-        divide: short samples may run apart from long ones.
+        device: where the model's inputs go.
+        divide: short samples may be run separately from long ones.
 
     Attributes:
-        plain_masks: masks come from batches, not from a function of the user's.
+        plain_masks: masks are derived from batches, not by a function of the user's.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Preparer:
         self.plain_masks = options.prepare_model_inputs_fn == AUTO
         self._model, self._options, self._config = model, options, config
         self._architecture, self._device, self._divide = architecture, device, divide
-        self._warned: set[str] = set()  # layers that were warned about, once a pass
-        self._transposed: dict[str, bool] = {}  # layers that were seen to take the sequence first
+        self._warned: set[str] = set()  # warnings already given in this pass
+        self._transposed: dict[str, bool] = {}  # by layer: whether its input is sequence first
 
     def prepare(self, batch: Any, number: int) -> Prepared:
-        """Return a batch without needless padding, and its masks.
+        """Return a batch without unneeded padding, and its masks.
 
         Args:
             batch: as it came from the loader.
@@ -114,7 +114,7 @@ class Preparer:
         return Prepared(parts, masks)
 
     def drawn_mask_of(self, batch: Any, number: int) -> TokenMask:
-        """Return the mask of a batch, or of named arguments, that is run as a whole."""
+        """Return the mask of a batch, or of named arguments, which is not run in parts."""
         mask = self._mask_of(batch)
         self._draw([mask], number)
         return mask
@@ -128,12 +128,12 @@ class Preparer:
         return mask
 
     def _draw(self, masks: Sequence[TokenMask], number: int) -> None:
-        """Let a random part of a batch's tokens count, if that is an option."""
+        """Restrict the masks to a random subset of tokens if ``tokens_per_step`` is set."""
         limit = self._options.tokens_per_step
         if limit is None:
             return
         whole = Draw(limit, self._options.seed, number)
-        # inputs with other rows than the main stream's are shared out as that is
+        # for inputs with rows of neither stream the limit is split as for the main stream
         for key, of_stream in {"": "main", "decoder": "decoder"}.items():
             streams = [getattr(mask, of_stream) for mask in masks]
             counts = [0 if stream is None else int(stream.sum()) for stream in streams]

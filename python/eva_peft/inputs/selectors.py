@@ -1,4 +1,4 @@
-"""Functions of the user's that select which rows of a layer's input count."""
+"""User functions that select which rows of a layer's input count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A random part of the tokens of a batch, the same for every layer and on every device."""
+"""A random subset of the tokens of a batch, the same for every layer and on every device."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["Draw"]
 
 @dataclass(frozen=True)
 class Draw:
-    """Draws at most so many of the tokens that count, uniformly and without replacement.
+    """Draws at most ``limit`` of the tokens that count, uniformly and without replacement.
 
-    What is drawn depends on nothing but these numbers and on how many tokens there are; the global
-    random state is not used.
+    The draw depends only on these numbers and on the number of tokens; the global random state is
+    not used.
 
     Attributes:
-        limit: tokens at most.
+        limit: maximum number of tokens.
         seed: of the pass.
         forward: number of the batch.
-        part: number of the part of the batch, where it is run in several.
+        part: number of the part of the batch, if it is run in several.
     """
 
     limit: int
@@ -31,7 +31,7 @@ class Draw:
     part: int = 0
 
     def indices(self, count: int) -> Tensor | None:
-        """Return the drawn ones of ``count`` tokens, ascending int64; ``None`` if it is all."""
+        """Return the indices drawn from ``count`` tokens, ascending int64; ``None`` for all."""
         if count <= self.limit:
             return None
         seed = (self.seed * 1_000_003 + self.forward) * 1_009 + self.part
@@ -39,7 +39,7 @@ class Draw:
         return torch.randperm(count, generator=generator, device="cpu")[: self.limit].sort().values
 
     def subset(self, mask: Tensor) -> Tensor:
-        """Return a bool mask of the same shape that keeps the drawn ones of its tokens."""
+        """Return a bool mask of the same shape that keeps only the drawn tokens."""
         kept = mask.reshape(-1).nonzero().flatten()
         drawn = self.indices(len(kept))
         if drawn is None:
@@ -49,9 +49,9 @@ class Draw:
         return chosen.reshape(mask.shape)
 
     def shared_out(self, tokens: Sequence[int]) -> list[Draw]:
-        """Return one draw for each part of the batch, in proportion to their tokens.
+        """Return one draw for each part of the batch, with limits proportional to their tokens.
 
-        The limits of the parts add up to that of the batch.
+        The limits add up to that of the batch.
         """
         if len(tokens) == 1:
             return [self]

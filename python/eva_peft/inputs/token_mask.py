@@ -42,38 +42,38 @@ class TokenMask:
         main: bool (B, T): tokens of the model's only, or encoder's, stream; all if ``None``.
         decoder: bool (B, T_dec): tokens of an encoder-decoder model's decoder stream.
         streams: how many tokens of a layer's input one position of ``main`` stands for.
-        mixed: the batch holds something beside text (images, sound).
-        encoder_decoder: ``main`` is that of the encoder only, whatever the shapes.
-        given: bool (B, S) each: tokens of hidden states that come from elsewhere, for cross
-            attention, or as the text that images are made of.
-        window: the model pads texts on the right to a multiple of so many tokens.
+        mixed: the batch holds other modalities besides text (images, sound).
+        encoder_decoder: ``main`` is the mask of the encoder only, whatever the shapes.
+        given: bool (B, S) each: tokens of hidden states from elsewhere, for cross attention, or
+            the prompt that images are generated from.
+        window: the model pads texts on the right to a multiple of this many tokens.
         frame_lengths: of a model that turns T samples of sound into fewer frames: see
             :class:`eva_peft.model.architecture.Architecture`.
-        text_first: where a sequence is longer than the text, whether text comes first in it;
-            ``None`` if that is not known.
-        beside: bool (B, V): tokens beside text that have a mask: boxes of images, entities.
-        queries: bool (B, T): the text that a Q-Former reads behind its queries.
-        sound, pixels, tiles: of sound and images, beside text or by themselves; see
+        text_first: whether text comes first in a sequence that is longer than the text; ``None``
+            if unknown.
+        beside: bool (B, V): tokens other than text that have a mask: boxes of images, entities.
+        queries: bool (B, T): the text that a Q-Former reads after its queries.
+        sound, pixels, tiles: masks of sound and images, with or without text; see
             ``media_masks``.
-        sound_only: there is sound, and nothing else than it and maybe text.
+        sound_only: there is sound, and nothing else except possibly text.
         media: there is sound, or there are images.
-        patch_sizes: of images in pixels, where the model tells them.
-        prefixes: of names of layers, which say nothing of what they read.
-        others: bool (B, W) each: of something else than tokens, as words or spans.
-        apart: prefixes of names of layers that may read what has no mask: of these only
-            inputs of the text's own shape are taken for text.
-        unpadded: bool (B, T): text without its padding, where labels mask more than that.
+        patch_sizes: of images in pixels, if the model has them in its config.
+        prefixes: of layer names, to be ignored when judging by the name what a layer reads.
+        others: bool (B, W) each: masks of units other than tokens, such as words or spans.
+        apart: prefixes of the names of layers that may read inputs without a mask: only inputs of
+            exactly the text's shape are taken for text there.
+        unpadded: bool (B, T): the mask of padding only, if labels mask more than that.
 
     Attributes:
-        masks: all of tokens; layers that read one tensor share a stream only where these are same.
+        masks: all token masks; layers that read one tensor share a stream only if these are equal.
         draws: random subsets of tokens (``tokens_per_step``) by the key of a mask; "" for others.
-        warned: kinds of layers that need no second warning.
-        quiet: no layer is warned about.
-        supposed: ``main`` is an assumption, that every token counts; others have a mask.
+        warned: warnings already given, and kinds of layers already warned about.
+        quiet: do not warn about layers that no mask fits.
+        supposed: ``main`` is an assumption that every token counts; the masks are of others.
         of_parts: the masks are those passed to parts of the model; the batch has none.
-        of_text: ``apart`` and ``others`` do not hold for layers whose names say sound or images.
+        of_text: do not use ``apart`` and ``others`` for layers named after sound or images.
         transposed: by layer, whether its input is sequence first, as far as batches have shown.
-        attended: the hidden states that ``given`` masks, where they have the shape of ``main``.
+        attended: the hidden states that ``given`` masks, if they have the shape of ``main``.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class TokenMask:
         self._picked: tuple[Tensor | None, str, Tensor | None] = (None, "", None)
 
     def with_others(self, others: Iterable[Tensor]) -> TokenMask:
-        """Return this mask with others of something else than tokens, the first of each shape."""
+        """Return this mask with these masks as ``others``, the first of each new shape."""
         of_tokens = self.masks[: len(self.masks) - len(self.others)]
         shapes = {mask.shape for mask in of_tokens if mask is not None}
         found = copy.copy(self)
@@ -135,23 +135,23 @@ class TokenMask:
         return found
 
     def with_given(self, told: TokenMask) -> TokenMask:
-        """Return this mask with a part's masks of tokens that are not its own."""
+        """Return this mask with the ``given`` and ``others`` of a part's mask added."""
         found = copy.copy(self)
         found.given = [*told.given, *self.given]
         found.masks = (*told.given, *self.masks)
         found._texts, found._fits, found._kept = {}, {}, {}
         found._picked, found.of_parts = (None, "", None), False
-        found.attended = found._alone = None  # it is told apart anew
+        found.attended = found._alone = None  # to be determined again
         return found.with_others([*told.others, *self.others])
 
     def behind(self, told: TokenMask, of_text: bool) -> TokenMask:
-        """Return the mask behind a part of the model: this one, and the part's of other shapes.
+        """Return the mask after a part of the model: this one, and the part's of other shapes.
 
-        Where this one is known from parts alone, the part's comes first.
+        The part's takes precedence if this one, too, is known from parts only.
 
         Args:
             told: the mask that was used in the part.
-            of_text: see above.
+            of_text: see the class.
         """
         if self.tells and not self.of_parts:
             found, first = self, [told.main, told.decoder]
@@ -160,12 +160,12 @@ class TokenMask:
             found.apart, found.of_parts = ("",), True  # only a shape tells what is read there
         found = found.with_others(each for each in (*first, *found.others) if each is not None)
         if found.of_parts is self.of_parts and are_same(found.masks, self.masks):
-            return self  # with the rows that it has found
+            return self  # which keeps its cached rows
         found.of_text = of_text
         return found
 
     def of_input(self, x: Tensor) -> TokenMask:
-        """Return the mask of a layer's input: another one if that is what ``given`` masks."""
+        """Return the mask of a layer's input: that of ``given`` alone if it is ``attended``."""
         if self.attended is None or self.attended() is not x:
             return self
         if self._alone is None:
@@ -181,12 +181,12 @@ class TokenMask:
 
     @property
     def tells(self) -> bool:
-        """Whether anything is known of tokens; masks over samples of sound and pixels tell less."""
+        """Whether there is any token mask; masks over sound samples and pixels do not count."""
         return any(mask is not None for mask in self.masks)
 
     @property
     def of_text_alone(self) -> bool:
-        """Whether nothing is known of what stands beside text, as images and sound."""
+        """Whether other modalities besides text, such as images and sound, have no mask."""
         known = self.sound, self.tiles, self.beside, self.queries, *self.pixels
         apart = self.mixed and not self.encoder_decoder
         return apart and all(mask is None for mask in known)
@@ -198,9 +198,9 @@ class TokenMask:
 
         Args:
             shape: of the layer's input, features last.
-            device: where the indices are needed.
+            device: of the returned indices.
             name: of the layer.
-            x: the input, which may be a part of other tokens, see :func:`part_of`.
+            x: the input, which may be a view of more tokens, see :func:`part_of`.
 
         Returns:
             int64 indices, or ``None`` for all rows.
@@ -235,7 +235,7 @@ class TokenMask:
         return Fit(f"{whole.key} {tuple(part)} {leading}", kept)
 
     def _fit(self, layer: LayerKind, leading: tuple[int, ...], apart: bool) -> Fit | None:
-        if apart:  # a part may read the text, too, beside tokens of its own
+        if apart:  # such a part may read the text as well as tokens of its own
             shapes = leading, leading[::-1]
             return next((f for f in self._text(layer) if tuple(f.mask.shape) in shapes), None)
         key = layer, leading
@@ -249,15 +249,15 @@ class TokenMask:
         return next((fit for fit in fits if tuple(fit.mask.shape) in shapes), None)
 
     def rows_of_tokens(self, tokens: Tensor, count: int, name: str) -> tuple[bool, Tensor | None]:
-        """Return the rows to use of an input that holds picked tokens, as that of an expert.
+        """Return the rows to use of an input with selected tokens, such as that of an expert.
 
         Args:
-            tokens: which token each row is, (n,).
-            count: how many tokens they were picked from.
+            tokens: the token index of each row, (n,).
+            count: the number of tokens they were selected from.
             name: of the layer.
 
         Returns:
-            Whether a mask is known for so many tokens; and the rows, all if ``None``.
+            Whether there is a mask over ``count`` tokens; and the rows, all if ``None``.
         """
         for fit in self._text(self._kind(name)):
             if fit.mask.numel() == count:
@@ -279,7 +279,7 @@ class TokenMask:
         return kind_of_layer(name, self.prefixes)
 
     def _text(self, layer: LayerKind) -> list[Fit]:
-        """Return the masks that a layer's tokens may be those of, the likeliest first."""
+        """Return the masks of the token streams that a layer may read, the likeliest first."""
         if layer not in self._texts:
             present = [Fit(key, mask) for key, mask in self._streams_of(layer) if mask is not None]
             self._texts[layer] = [*present, *in_windows(present, self.window)]
@@ -288,24 +288,24 @@ class TokenMask:
     def _streams_of(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
         main, decoder = ("main", self.main), ("decoder", self.decoder)
         if layer.in_qformer and self.queries is not None:
-            alone = layer.reads_encoder or layer.reads_queries  # patches, or queries, and no text
+            alone = layer.reads_encoder or layer.reads_queries  # patches or queries, but no text
             return [] if alone else [("queries", self.queries)]
         if self.given and (layer.reads_encoder or (layer.reads_prompt and self.main is None)):
             return [(f"given {i}", mask) for i, mask in enumerate(self.given)]
         if self.mixed and layer.reads_no_text and (self.media or not layer.in_projector):
-            # text only where what stands beside it has a mask, too: LXMERT's cross attention reads
-            # either, by the same layers
+            # text only if the other modality has a mask, too: the same layers of LXMERT's cross
+            # attention read either
             return [] if self.beside is None else [("beside", self.beside), main]
-        decodes = self.encoder_decoder and layer.in_decoder  # what an encoder has made of text
+        decodes = self.encoder_decoder and layer.in_decoder  # attends to an encoder's text
         across = layer.in_text and layer.reads_encoder and not decodes
         if self.mixed and self.media and across:
             return []
-        if not self.encoder_decoder:  # what is attended to, of another shape, may be read anywhere
+        if not self.encoder_decoder:  # any layer may read attended tokens, of another shape
             others = [] if self.main is None else self.given
             return [main, decoder, *((f"given {i}", mask) for i, mask in enumerate(others))]
         if layer.reads_encoder or (layer.in_encoder and not layer.in_decoder):
             return [main]
-        # a decoder may read the encoder's tokens in layers whose names do not tell
+        # a decoder may read the encoder's tokens in layers whose names do not show it
         return [decoder, main]
 
     def _all_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[Fit]:
@@ -324,7 +324,7 @@ class TokenMask:
                 yield Fit(f"{kind} {leading}", found)
 
     def _expanded(self, key: str, mask: Tensor, leading: tuple[int, ...]) -> Iterator[Tensor]:
-        """Yield what a mask, (B, T), is for inputs with more, or with fewer, rows."""
+        """Yield a mask, (B, T), adapted to inputs with more or fewer rows."""
         if leading == (len(mask), mask.shape[1] * self.streams):
             yield mask.repeat_interleave(self.streams, dim=1)
         frames = self._frames(mask, leading) if key == "main" else None
@@ -335,13 +335,13 @@ class TokenMask:
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
         if len(leading) == 2 and leading[0] == mask.numel() > max(mask.shape):
-            yield mask.reshape(-1, 1).expand(leading)  # what several layers make of each token
+            yield mask.reshape(-1, 1).expand(leading)  # several outputs of layers for each token
         seen = self.unpadded if key == "main" and self.unpadded is not None else mask
-        longest = longest_of(seen)  # as far as which a packed sequence comes back
+        longest = longest_of(seen)  # the length to which a packed sequence is padded again
         if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():
             yield mask[:, :longest]
         if leading[-1:] == (int(seen.sum()),) and leading[:-1] in ((), (1,)):
-            yield mask[seen].view(leading)  # all samples as one, without their padding
+            yield mask[seen].view(leading)  # all samples concatenated, without padding
         queries = key.startswith("queries")
         text_first = False if queries else self.text_first
         if (queries or key == "main") and text_first is not None and is_longer(leading, mask):
@@ -356,7 +356,7 @@ class TokenMask:
             try:
                 every = [lengths(torch.tensor([n], device="cpu"), **options) for n in counts]
                 stages = list(zip(*map(_numbers, every), strict=True))
-            except (TypeError, ValueError, RuntimeError, AttributeError):  # of another model
+            except (TypeError, ValueError, RuntimeError, AttributeError):  # other arguments
                 continue
             for found in stages:
                 if found[0] == leading[-1]:
@@ -365,7 +365,7 @@ class TokenMask:
         return None
 
     def _with_others(self, mask: Tensor, leading: tuple[int, ...], text_first: bool) -> Tensor:
-        """Return the mask of text, (B, T), and of what stands beside it in one sequence."""
+        """Return the mask of one sequence of text, masked by (B, T), and other tokens."""
         others = mask.new_ones(len(mask), leading[1] - mask.shape[1])
         if self.beside is not None and self.beside.shape == others.shape:
             others = self.beside
@@ -379,7 +379,7 @@ class TokenMask:
             yield "sound", frames_seen(self.sound, leading)
         alone = self.sound_only and not self.mixed and self._hears(layer)
         if alone and self.main is not None and not is_longer(leading, self.main):
-            yield "frames", frames_seen(self.main, leading)  # of which the model does not tell
+            yield "frames", frames_seen(self.main, leading)  # not by the model's frame_lengths
         for pixels in self.pixels if self._sees_pixels(layer) else ():
             yield "pixels", patches_seen(pixels, leading, self.patch_sizes)
         if self.tiles is not None and (layer.reads_no_text or layer.reads_encoder):
@@ -390,7 +390,7 @@ class TokenMask:
             return False
         if layer.reads_sound or not self.sound_only:
             return layer.reads_sound
-        if self.mixed:  # an encoder of text has the text's mask, if there is one, which was tried
+        if self.mixed:  # an encoder of text uses the text's mask; if there is one, it was tried
             in_encoder = layer.in_encoder and not layer.in_decoder
             return layer.reads_no_text or (in_encoder and self.main is not None)
         return layer.reads_encoder or not layer.in_decoder
@@ -400,11 +400,11 @@ class TokenMask:
             return False
         if layer.reads_no_text or self.mixed:
             return layer.reads_no_text and not layer.reads_sound
-        # behind the encoder's patches there may be queries, whose number means nothing
+        # after the encoder's patches there may be queries, whose number may fit by chance
         return layer.reads_encoder or (layer.in_encoder and not layer.in_decoder)
 
     def _is_transposed(self, mask: Tensor, leading: tuple[int, ...], name: str) -> bool:
-        """Tell whether a layer takes the sequence first; as many samples as tokens tell nothing."""
+        """Tell whether a layer takes the sequence first; a square mask cannot show it."""
         if mask.dim() != 2:
             return False
         if mask.shape[0] != mask.shape[1]:
@@ -427,12 +427,13 @@ class TokenMask:
 
     def _warn_unknown(self, layer: LayerKind, leading: tuple[int, ...], name: str) -> None:
         masks = [fit.mask for fit in self._text(layer)]
-        # Without a mask, with one that keeps everything, for pooled inputs (one row a sample, or of
-        # several), for tokens without padding, as packed sequences hold them, for what is the same
-        # for all samples (embeddings of positions), and beside text, using every row is wanted.
+        # Every row is to be used, without a warning: without a mask, with one that keeps all, for
+        # pooled inputs (one row for one or several samples), for tokens without padding, as in
+        # packed sequences, for inputs common to all samples (position embeddings), and for other
+        # modalities.
         one_for_all = leading[:1] == (1,) and all(m.shape[0] > 1 for m in masks)
         one_for_all = one_for_all or layer.reads_distances
-        if self.mixed:  # beside text, but not in one sequence with it
+        if self.mixed:  # warn only of inputs that may hold text and others in one sequence
             masks = [m for m in masks if not layer.reads_encoder and is_longer(leading, m)]
         if self.pixels and layer.in_encoder and self._sees_pixels(layer):
             masks = [m for m in self.pixels if leading[:-1] == (len(m),)]
@@ -452,11 +453,11 @@ class TokenMask:
 
 
 def _numbers(told: Any) -> list[int]:
-    """Return how many frames there are, maybe behind one part of the model and behind another."""
+    """Return numbers of frames as a list: a model may give one after each of several parts."""
     return [int(part) for part in (told if isinstance(told, tuple) else (told,))]
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # only from there the upload does not wait for the GPU
+        tensor = tensor.pin_memory()  # only then the copy is asynchronous
     return copied_to(device, tensor)
