@@ -111,7 +111,7 @@ def check_padding(
     changed: Any = None,
     **options: Any,
 ) -> PaddingCheck:
-    """Count which tokens of a batch are used in each layer, and whether padding is among them.
+    """Tell which tokens of a batch count in each layer, and whether padding is among them.
 
     The model is run twice: on the batch, and on a copy whose padding holds other values. Rows of a
     layer's input that differ are padding, or attend to padding; they are compared with those that

@@ -48,7 +48,7 @@ def parts_told(model: nn.Module) -> dict[nn.Module, int]:
     everything as one argument.
 
     Returns:
-        For each, the number of its arguments before the first that may be a mask or lengths.
+        For each, the number of arguments before its first mask, lengths or attended tokens.
     """
     told: dict[tuple[type, type], int | None] = {}
     base = base_of(model)

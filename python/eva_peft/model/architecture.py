@@ -1,4 +1,4 @@
-"""What a model says of how it reads a batch: a model of transformers, or one in a user's module."""
+"""How a model reads a batch: a transformers model, or one inside a user's module."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ __all__ = [
 
 FrameLengths = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_adapter
 
-# Models in which padding is seen: as the last position, which stands for the sentence, or by what
-# mixes neighbours or all positions without a mask.
+# Models in which tokens depend on padding: the last position represents the sentence, or
+# neighbouring or all positions are mixed without a mask.
 _SEE_PADDING = frozenset(
     [
         "siglip", "siglip_text_model", "siglip2", "siglip2_text_model",
@@ -38,15 +38,15 @@ _SEE_PADDING = frozenset(
 )  # fmt: skip
 # Models that read text and images (or entities) as one sequence; the batch has a mask of the text.
 _TEXT_FIRST = frozenset(["layoutlmv3", "luke", "mluke", "udop", "vilt", "visual_bert"])
-_TEXT_LAST = frozenset(["cpmant", "flava", "git"])  # CPM-Ant has learnt prompts in front
+_TEXT_LAST = frozenset(["cpmant", "flava", "git"])  # CPM-Ant puts learnt prompts first
 _BOTH = ("encoder", "decoder")
-# Methods that tell how many frames a model of speech makes of samples or of spectra.
+# Methods that compute how many frames a speech model makes from samples or spectra.
 _FRAMES = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
-# The same of SeamlessM4T's adapter, of a mask.
+# The same for SeamlessM4T's adapter, from a mask.
 _FRAMES_OF_MASK = "_compute_sub_sample_lengths_from_attention_mask"
 
 
-# What methods take that were asked for: parts of a model are, in every forward pass.
+# Cache of signatures: those of a model's parts are needed in every forward pass.
 _SIGNATURES: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
 
 
@@ -55,19 +55,19 @@ class Architecture:
     """How a model reads a batch.
 
     Attributes:
-        config: of the outermost part that is a model of transformers; ``None`` if there is none.
+        config: of the outermost part that is a transformers model; ``None`` if there is none.
         kinds: ``model_type`` of every config in the model.
-        prefixes: of layers' names, one after another, which say nothing of what they read.
-        patch_sizes: pixels along a side of the patches that images are cut into, if that is all
-            that is done to them.
-        needs_labels: ``forward`` cannot be called without them, or leaves out a part.
-        apart: prefixes of the names of parts that have a loss, and tokens, of their own.
-        takes_decoder_ids: it can be given the decoder's tokens (or spectra), or make them of
+        prefixes: successive prefixes of layer names, which say nothing about what a layer reads.
+        patch_sizes: side lengths, in pixels, of the patches that images are cut into, if the model
+            has no backbone in front.
+        needs_labels: ``forward`` requires them, or skips a part without them.
+        apart: prefixes of the names of parts that have their own loss and tokens.
+        takes_decoder_ids: it can be given the decoder's tokens (or spectra), or make them from
             labels.
-        answers: a decoder of text follows an encoder of text, of which the config does not tell.
-        frame_lengths: what may tell how many frames are made of sound.
-        has_own_layers: there are layers around, between, or in place of, models that are defined in
-            transformers; what is between two may have no weights.
+        answers: a text decoder follows a text encoder, which the config does not say.
+        frame_lengths: functions that may compute how many frames are made from sound.
+        has_own_layers: there are layers around, between, or in place of, models defined in
+            transformers; those between two may have no weights.
     """
 
     config: Any = None
@@ -83,9 +83,9 @@ class Architecture:
 
     @property
     def encoder_decoder(self) -> bool:
-        """Whether there is a stream of tokens for each of two parts.
+        """Whether encoder and decoder each have a stream of tokens.
 
-        A model of images and text may have this said of its text only.
+        A model of images and text may say so only in its text config.
         """
         configs = (self.config, getattr(self.config, "text_config", None))
         return self.answers or any(
@@ -94,31 +94,31 @@ class Architecture:
 
     @property
     def text_in_qformer(self) -> bool:
-        """Whether a Q-Former reads the model's own text behind its queries."""
+        """Whether a Q-Former reads the model's own text after its queries."""
         qformer = getattr(self.config, "qformer_config", None)
         return bool(getattr(qformer, "use_qformer_text_input", False))
 
     @property
     def makes_decoder_ids(self) -> bool:
-        """Whether, given none, the decoder's tokens are made of labels."""
+        """Whether the decoder's tokens are made from labels if they are not given."""
         return self.encoder_decoder and self.takes_decoder_ids
 
     @property
     def sees_padding(self) -> bool:
-        """Whether tokens depend on how much padding there is."""
+        """Whether tokens depend on the amount of padding."""
         wraps = "reformer" in self.kinds and not getattr(self.config, "is_decoder", False)
-        # BLIP's decoder gives the padding of what is asked a weight: it adds a mask of booleans
+        # BLIP's decoder attends to the padding of the question: it adds a boolean mask
         return wraps or self.answers or bool(self.kinds & _SEE_PADDING)
 
     @property
     def text_first(self) -> bool | None:
-        """Whether, in one sequence with images, text comes first; ``None`` if nobody knows."""
+        """Whether text precedes images in one sequence; ``None`` if unknown."""
         known = bool(self.kinds & (_TEXT_FIRST | _TEXT_LAST))
         return bool(self.kinds & _TEXT_FIRST) if known else None
 
     @property
     def window(self) -> int:
-        """What the model pads its texts on the right to a multiple of; 1 if it does not."""
+        """The multiple to which the model pads texts on the right; 1 if it does not."""
         kind = getattr(self.config, "model_type", None)
         if kind in ("longformer", "led"):
             windows = self.config.attention_window
@@ -173,13 +173,13 @@ def _kinds(config: Any) -> list[str]:
 
 
 def is_of_transformers(module: nn.Module) -> bool:
-    """Tell whether a module is a model of transformers, or a wrapper of one that acts as such."""
+    """Tell whether a module is a transformers model, or a wrapper that acts as one."""
     return isinstance(_base_prefix(module), str)
 
 
 def is_defined_in_transformers(module: nn.Module) -> bool:
-    """Tell whether a model is one that transformers has, and not one that is made of such."""
-    kinds = (kind.__module__ for kind in type(module).__mro__)  # FSDP's own is in front
+    """Tell whether a model's class is defined in transformers, not merely derived from one."""
+    kinds = (kind.__module__ for kind in type(module).__mro__)  # FSDP puts its own class first
     own = next(kind for kind in kinds if not kind.startswith("torch.distributed."))
     return is_of_transformers(module) and own.startswith("transformers.")
 
@@ -191,12 +191,12 @@ def _has_own_layers(base: nn.Module) -> bool:
 
 
 def _base_prefix(module: nn.Module) -> Any:
-    """Return what only models of transformers, and wrappers of them, have."""
+    """Return the attribute that only transformers models, and their wrappers, have."""
     return getattr(module, "base_model_prefix", None)
 
 
 def _prefixes(inner: dict[str, nn.Module]) -> tuple[str, ...]:
-    """Return the name of the outermost model, and of its body; of two side by side, both tell."""
+    """Return the names of the outermost model and its body; none if two are side by side."""
     outer, model = next(iter(inner.items()), ("", None))
     within = f"{outer}." if outer else ""
     if model is None or not all(f"{name}.".startswith(within) for name in inner):
@@ -213,16 +213,16 @@ def _takes_decoder_ids(model: nn.Module) -> bool:
 
 
 def _answers(model: nn.Module) -> bool:
-    """Tell whether a decoder of text follows an encoder of text, as in BLIP's that answers."""
+    """Tell whether a text decoder follows a text encoder, as in BLIP for question answering."""
     both = all(isinstance(getattr(model, f"text_{part}", None), nn.Module) for part in _BOTH)
     return both and _parameter(model, "decoder_input_ids") is not ...
 
 
 def _taught_apart(inner: dict[str, nn.Module]) -> Iterator[str]:
-    """Yield the names of models with labels of their own, beside the outermost one's own head.
+    """Yield the names of inner models that take labels, besides the outermost one's head.
 
-    They may be run for their loss only, as the decoder of CSM that goes over the codes of a frame.
-    What holds the outermost model's embeddings is its body, which some let take labels, too.
+    They may be run for their loss only, like CSM's decoder over the codes of a frame. The part
+    that holds the outermost model's embeddings is its body, which may take labels, too.
     """
     outer, model = next(iter(inner.items()), ("", None))
     embeddings = _embeddings_of(model)
@@ -230,7 +230,7 @@ def _taught_apart(inner: dict[str, nn.Module]) -> Iterator[str]:
         return
     within = f"{outer}." if outer else ""
     for name, part in inner.items():
-        beside = not name.startswith(within)  # another model in a user's module
+        beside = not name.startswith(within)  # a separate model in a user's module
         if beside or _parameter(part, "labels") is ...:
             continue
         if all(module is not embeddings for module in part.modules()):
@@ -251,14 +251,14 @@ def _patch_sizes(configs: list[Any]) -> tuple[int, ...]:
 
 
 def _parameter(module: nn.Module, name: str) -> Any:
-    """Return the default of an argument of ``forward``; ``Ellipsis`` where it has no such one."""
+    """Return the default of an argument of ``forward``; ``Ellipsis`` if there is none such."""
     signature = signature_of(module)
     found = None if signature is None else signature.parameters.get(name)
     return ... if found is None else found.default
 
 
 def signature_of(module: nn.Module) -> inspect.Signature | None:
-    """Return what ``forward`` takes, if it tells."""
+    """Return the signature of ``forward``, if it has one."""
     method = getattr(module.forward, "__func__", None)
     known = None if method is None else _SIGNATURES.get(method)
     if known is not None:
@@ -273,7 +273,7 @@ def signature_of(module: nn.Module) -> inspect.Signature | None:
 
 
 def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:
-    known = set()  # inner parts mostly have the same
+    known = set()  # inner parts mostly have the same method
     for module in model.modules():
         told = ((name, getattr(module, name, None)) for name in (*_FRAMES, _FRAMES_OF_MASK))
         name, found = next((each for each in told if callable(each[1])), ("", None))
@@ -285,7 +285,7 @@ def _frame_lengths(model: nn.Module) -> Iterator[FrameLengths]:
         lengths = _of_mask(found) if name == _FRAMES_OF_MASK else found
         yield lengths
         factor = getattr(config, "squeeze_factor", None)
-        if factor:  # SEW adds up so many frames each
+        if factor:  # SEW merges this many frames into one
             yield _squeezed(lengths, int(factor))
 
 

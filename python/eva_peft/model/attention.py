@@ -1,7 +1,7 @@
-"""What the projections of ``nn.MultiheadAttention`` read, which it does not call as modules.
+"""Inputs of the projections of ``nn.MultiheadAttention``, which it does not call as modules.
 
-PEFT adapts ``in_proj``, with one ``lora_A`` for queries, keys and values, and ``out_proj`` with it,
-both of one rank.
+PEFT adapts ``in_proj``, with one ``lora_A`` for queries, keys and values, together with
+``out_proj``, both with the same rank.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ OUT_PROJ = "out_proj"
 
 
 def projected(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return what ``in_proj`` reads in a call: query, key and value, what is one tensor once."""
+    """Return the inputs of ``in_proj`` in a call: query, key and value, the same tensor once."""
     named = [kwargs.get(name) for name in ("query", "key", "value")[len(args) :]]
     tensors = {id(x): x for x in (*args[:3], *named) if isinstance(x, Tensor)}
     return list(tensors.values())
 
 
 def attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Return what ``out_proj`` reads in a call: the output with an identity in its place.
+    """Return the input of ``out_proj`` in a call: the output with an identity in its place.
 
-    The module itself runs, no copy: its ``forward`` may be bound to it, as accelerate's hooks are.
+    The module itself is run, not a copy: its ``forward`` may be bound to it, as by accelerate.
     """
     last = module.get_submodule(OUT_PROJ)
     weight: Tensor = last.weight  # type: ignore[assignment]
-    device = device_of(module)  # offloaded weights are brought there, but only those of parameters
+    device = device_of(module)  # where offloaded parameters go; these two are no parameters
     same = nn.Identity()
     same.weight = torch.eye(len(weight), dtype=weight.dtype, device=device)
     same.bias = torch.zeros(len(weight), dtype=weight.dtype, device=device)

@@ -1,4 +1,4 @@
-"""Checks of config, base model and numbers, before anything runs."""
+"""Checks of the config, the base model and numbers, before anything runs."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
 
     Raises:
         EvaTypeError: not a LoraConfig, or the adapter or the model is of another kind.
-        EvaValueError: no config, no such adapter, a rank below 1, options that EVA cannot serve, or
-            a base model that carries adapters.
+        EvaValueError: no config, no such adapter, a rank below 1, options that EVA does not
+            support, or a base model that carries adapters.
     """
     own = None
     if carries_adapters(model):
@@ -79,14 +79,14 @@ def config_of(model: nn.Module, adapter_name: str) -> Any:
 
 
 def tell_of_the_model_within(model: nn.Module, config: LoraConfig | None) -> None:
-    """Warn where the base model of a PeftModel is given, as where a cell of a notebook runs twice.
+    """Warn if the base model of a PeftModel is given, as when a notebook cell runs twice.
 
-    It cannot be told from what ``inject_adapter_in_model`` made; but that is seldom of
-    transformers, and given without a config.
+    It cannot be distinguished from the result of ``inject_adapter_in_model``; but that is rarely a
+    transformers model, and is given without a config.
     """
     if isinstance(model, PeftModel) or not carries_adapters(model):
         return
-    by_itself = getattr(model, "_hf_peft_config_loaded", False)  # of transformers and diffusers
+    by_itself = getattr(model, "_hf_peft_config_loaded", False)  # by transformers and diffusers
     if not by_itself and (config is not None or is_of_transformers(model)):
         warn(
             f"this {type(model).__name__} already carries the adapters {injected_adapters(model)}, "
@@ -97,7 +97,7 @@ def tell_of_the_model_within(model: nn.Module, config: LoraConfig | None) -> Non
 
 
 def _warn_of_what_stays(config: LoraConfig, own: LoraConfig, adapter_name: str) -> None:
-    # of an adapter that is there EVA changes the ranks, which keep their scaling
+    # of an existing adapter EVA changes only the ranks, and keeps the scaling
     stays = ["lora_alpha"] if config.lora_alpha != own.lora_alpha else []
     asked, have = (c.target_modules for c in (config, own))
     named = all(isinstance(names, (list, set, tuple)) for names in (asked, have))
@@ -111,7 +111,7 @@ def _warn_of_what_stays(config: LoraConfig, own: LoraConfig, adapter_name: str) 
 
 
 def check_base_model(model: nn.Module, adapter_name: str) -> None:
-    """Refuse what cannot be wrapped: a model that has adapters already, or a name PEFT cannot use.
+    """Refuse a model that has adapters already, or an adapter name that PEFT cannot use.
 
     Raises:
         EvaTypeError: a PeftMixedModel. EvaValueError: adapters without a PeftModel, or such a name.
@@ -143,7 +143,7 @@ def check_loaded(model: nn.Module) -> None:
     """Refuse a model that has no weights yet.
 
     Raises:
-        EvaValueError: all are on the meta device, and nothing brings them where they are needed.
+        EvaValueError: all are on the meta device, and no hook will load them when needed.
     """
     parts = list(model.parameters())
     missing = bool(parts) and all(part.is_meta for part in parts)
@@ -155,7 +155,7 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def _check_leaves_model(config: LoraConfig) -> None:
-    # what changes the base model would have to be done before the pass, and could not be undone
+    # changes of the base model would have to be made before the pass, and could not be undone
     for name in ("layer_replication", "kasa_config"):
         if getattr(config, name, None):
             raise EvaValueError(
@@ -176,7 +176,7 @@ def _check_whole_rows(config: LoraConfig) -> None:
 
 
 def checked_number(name: str, value: Any, kind: Any = Integral) -> Any:
-    """Return a number, a plain one of Python.
+    """Return a number as a plain Python number.
 
     Raises:
         EvaTypeError: not of this kind. EvaValueError: below 1.
@@ -190,7 +190,7 @@ def checked_number(name: str, value: Any, kind: Any = Integral) -> Any:
 
 
 def plain_number(value: Any) -> Any:
-    """Return numbers of numpy, also in collections, as those of Python; anything else as it is."""
+    """Convert NumPy numbers, also in collections, to Python's; anything else is unchanged."""
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if isinstance(value, dict):
@@ -201,7 +201,7 @@ def plain_number(value: Any) -> Any:
 
 
 def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
-    # numpy's cannot be saved as JSON, by us or by PEFT
+    # NumPy numbers cannot be saved as JSON, by us or by PEFT
     config = copy(config)
     config.eva_config = copy(given_eva(config))
     for part in filter(None, (config, config.eva_config)):

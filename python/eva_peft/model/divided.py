@@ -1,4 +1,4 @@
-"""Models whose weights or layers are divided among processes."""
+"""Models whose weights or layers are partitioned among processes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = [
 
 _FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
 _NEVER_CUT = frozenset([ENGINE, "PipelineParallel"])
-# What transformers puts where a stage of a pipeline has no layer.
+# The class that transformers puts in place of a layer of another pipeline stage.
 _NOT_OF_THIS_STAGE = "PipelineIdentityLayer"
 
 
 def _class_names(model: nn.Module) -> set[str]:
-    """Return the names of all classes that a model and its parts are of."""
+    """Return the names of all classes of a model and its parts, base classes included."""
     return set().union(*map(class_names, model.modules()))
 
 
 def sharded_by(model: nn.Module) -> str | None:
-    """Return what keeps a share of each weight in every process, and whole ones while a layer runs.
+    """Return what shards each weight over the processes and gathers it while a layer runs.
 
-    FSDP of either kind, or DeepSpeed's ZeRO-3. The processes wait for each other in every forward
-    pass of such a model; the inputs of its layers are whole.
+    FSDP of either kind, or DeepSpeed's ZeRO-3; ``None`` if nothing does. The processes synchronise
+    in every forward pass of such a model; the inputs of its layers are whole.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed (ZeRO-3)"
@@ -46,12 +46,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def may_stop_early(model: nn.Module, asked: bool | str, sharded: bool) -> bool:
-    """Tell whether a forward pass may be cut behind the last layer that is needed.
+    """Tell whether a forward pass may be ended after the last layer that is needed.
 
     Args:
         model: to be run.
         asked: the option ``early_exit``.
-        sharded: see :func:`is_sharded`; the others would wait.
+        sharded: see :func:`is_sharded`; the other processes would wait.
     """
     if asked != AUTO:
         return bool(asked)
@@ -61,14 +61,14 @@ def may_stop_early(model: nn.Module, asked: bool | str, sharded: bool) -> bool:
 
 
 def check_undivided(model: nn.Module) -> None:
-    """Refuse a model whose layers themselves are divided among processes.
+    """Refuse a model whose layers themselves are partitioned among processes.
 
-    By tensor or expert parallelism each process has a part of a layer, and maybe of its inputs, and
-    all of them see the same batch, which a pass over several processes would count several times.
-    A stage of a pipeline would stop by itself, and leave the others waiting.
+    In tensor or expert parallelism each process has a part of a layer, and maybe of its inputs, and
+    all see the same batch, which a pass over several processes would count several times. A stage
+    of a pipeline would stop on its own, and leave the others waiting.
 
     Raises:
-        EvaRuntimeError: it is one of these.
+        EvaRuntimeError: it is such a model.
     """
     shards = 1 if is_sharded(model) else 0
     where = None
@@ -90,10 +90,10 @@ def check_undivided(model: nn.Module) -> None:
 def check_experts(model: nn.Module, config: LoraConfig) -> None:
     """Refuse parameters as targets in a sharded model.
 
-    Their products are known by the memory of the weights, which is another while a layer runs.
+    Their products are recognised by the memory of the weights, which differs while a layer runs.
 
     Raises:
-        EvaRuntimeError: there are some.
+        EvaRuntimeError: there are such targets.
     """
     kind = sharded_by(model)
     if kind is None:
@@ -111,14 +111,14 @@ def check_experts(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _is_parallel(module: nn.Module, shards: int) -> bool:
-    """Tell whether a layer is divided in more ways than it is sharded."""
-    if getattr(module, "_hf_tp_plan", None) is not None:  # of transformers, and of PEFT
+    """Tell whether a layer is partitioned along more mesh dimensions than by sharding."""
+    if getattr(module, "_hf_tp_plan", None) is not None:  # set by transformers, and by PEFT
         return True
     return any(_divisions(part) > shards for part in module.parameters(recurse=False))
 
 
 def _divisions(parameter: Tensor) -> int:
-    """Return along how many dimensions of a device mesh a parameter is divided."""
+    """Return along how many dimensions of a device mesh a parameter is partitioned."""
     mesh = getattr(parameter, "device_mesh", None)
     placements = getattr(parameter, "placements", ())
     return sum(
@@ -131,8 +131,8 @@ def check_whole(model: nn.Module) -> None:
     """Refuse a model, maybe in a wrapper, to whose adapters nothing can be written any more.
 
     Raises:
-        EvaRuntimeError: it is divided, or sharded, and what did that knows the parameters of then
-            only; or an optimizer has copies of them.
+        EvaRuntimeError: it is partitioned or sharded, which fixes its set of parameters; or an
+            optimizer has copies of them.
     """
     inner = unwrap(model)
     check_undivided(inner)
@@ -143,7 +143,7 @@ def check_whole(model: nn.Module) -> None:
             "resized now. Initialise before sharding; or calibrate() the sharded model, and apply "
             "the result to one that is not"
         )
-    # ZeRO-1 and ZeRO-2 make weights parts of one memory; nothing of 16 bits without ZeRO is seen
+    # ZeRO-1 and ZeRO-2 make weights views of one buffer; 16 bits without ZeRO go undetected by that
     adapters = (p for name, p in inner.named_parameters() if "lora_" in name)
     parts = (p.untyped_storage() for p in adapters if p.untyped_storage().nbytes() > p.nbytes)
     places = [memory.data_ptr() for memory in parts]

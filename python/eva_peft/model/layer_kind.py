@@ -1,4 +1,4 @@
-"""Which tokens a layer reads, judged by its name."""
+"""Which tokens a layer reads, inferred from its name."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ _READS_ENCODER = re.compile(
     r"\b(k|v|k_proj|v_proj|key|value|key_proj|value_proj|to_k(ey)?|to_v(alue)?|k_content_proj|k_pos_proj|c_attn)$"
     r"|\bcross_attn_(key_\w+|value)_proj$|\benc_to_dec_proj$"
 )
-# The text that a model of diffusers is given for its images, by what that makes of it.
+# Layers of diffusers models that read the prompt.
 _READS_PROMPT = re.compile(
     r"caption|context|(^|[._])txt_|(^|[._])text_(proj|embed|transformer|fusion)|encoder_(hid|proj)"
     r"|\b(add_[qkv]_proj|to_add_out|pooler\.to_kv)$|\bcross_attention_proj\b|\bff_t\b|\bllm_cond_"
 )
-# Layers that read images or sound, in a model that may take text as well.
+# Layers that read images or sound, in a model that may also take text.
 _READS_NO_TEXT = re.compile(
     r"vision|visual|visn|(^|\.)r_layers\.|image|img|video|pixel|patch|audio|speech|sound"
     r"|multi_modal|(^|\.)mm_proj|(^|\.)projector\b|connector|perceiver|resampler|qformer|acoustic|semantic_tokenizer"
 )
-# Of these, layers that read text after all in a batch without sound and images.
+# Of these, layers that do read text in a batch without sound and images.
 _PROJECTOR = re.compile(r"(^|\.)projector\b")
 # Exception: keys and values of images that attend to text are text.
 _READS_TEXT = re.compile(r"\bcross_modal_image_layers\..*\bcrossattention\.self\.(key|value)$")
-# Learnt queries, a fixed number, or several levels of patches one after another.
+# Layers that read a fixed number of learnt queries, or several levels of patches concatenated.
 _READS_QUERIES = re.compile(
     r"perceiver|resampler|pixel_decoder|pixel_level_module\.decoder"
     r"|qformer.*(crossattention\.(attention\.query|output)|(intermediate|output)_query)"
 )
-# How far frames are from each other, the same for every sample: as attention in a Conformer.
+# Layers that read relative positions of frames, the same for every sample, as in Conformers.
 _READS_DISTANCES = re.compile(r"\b(linear_pos|pos_proj|relative_k_proj)$")
-# Parts that read text, so that their cross attention reads something else.
+# Parts that read text, so that their cross attention attends to something else.
 _IN_TEXT = re.compile(r"text_(model|encoder|decoder|layers)|language_model|gated_cross_attn")
 _IN_ENCODER = re.compile(r"encoder|(^|\.)enc(\.|$)")
 _IN_DECODER = re.compile(r"decoder|(^|\.)dec(\.|$)")
@@ -43,7 +43,7 @@ _READS_SOUND = re.compile(r"audio|speech|sound|acoustic|semantic_tokenizer")
 
 
 class LayerKind(NamedTuple):
-    """What a layer's name tells of the tokens that it reads."""
+    """Which tokens a layer reads, and in which part of the model, by its name."""
 
     reads_encoder: bool
     reads_prompt: bool
@@ -60,11 +60,11 @@ class LayerKind(NamedTuple):
 
 @functools.cache
 def kind_of_layer(name: str, prefixes: tuple[str, ...]) -> LayerKind:
-    """Return what the name tells; asked for every layer of every batch.
+    """Classify a layer by its name; cached, as it is needed for every layer in every batch.
 
     Args:
         name: of the layer.
-        prefixes: what names begin with, one after another, and which tells nothing.
+        prefixes: successive prefixes to remove from it first, which are not informative.
     """
     for prefix in prefixes:
         name = name.removeprefix(prefix)

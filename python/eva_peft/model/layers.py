@@ -1,4 +1,4 @@
-"""What a layer's adapter reads: tokens of so many features, or the patches of a convolution."""
+"""What a layer's adapter reads: tokens of a number of features, or patches of a convolution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CONVOLUTIONS", "Patches", "dealt_to_groups", "patches_of", "widths"]
 # The convolutions that PEFT adapts.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-# Patches overlap, so that copying those of a whole batch could take a multiple of its memory.
+# Bytes of patches copied at a time: they overlap, so all of a batch may be a multiple of its size.
 PATCH_BYTES = 1 << 26
 
 
@@ -26,13 +26,13 @@ PATCH_BYTES = 1 << 26
 class Patches:
     """How a convolution cuts its input into patches; each is one token for EVA.
 
-    ``lora_A`` of a convolution is a convolution over all input channels, also where the base layer
-    has groups, and pads with zeros: these are the patches that it sees.
+    ``lora_A`` of a convolution is a convolution over all input channels, even if the base layer
+    has groups, and pads with zeros: these are the patches that it reads.
 
     Attributes:
         channels: C, input channels.
         kernel, stride, dilation: by spatial dimension.
-        padding: zeros in front of and behind each spatial dimension.
+        padding: zeros before and after each spatial dimension.
     """
 
     channels: int
@@ -43,7 +43,7 @@ class Patches:
 
     @property
     def features(self) -> int:
-        """D: entries of a patch."""
+        """D: the number of entries of a patch."""
         return self.channels * prod(self.kernel)
 
     def windows(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Patches:
         return x.permute(0, *positions, 1, *taps)
 
     def tokens(self, windows: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield patches as (N, D) matrices, some samples at a time.
+        """Yield patches as (N, D) matrices, a few samples at a time.
 
         Args:
             windows: from :meth:`windows`.
@@ -111,26 +111,26 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
     The features of a convolution are the entries of a patch.
     """
     if isinstance(module, Conv1D):
-        return int(module.nx), int(module.nf)  # its weight may be elsewhere
+        return int(module.nx), int(module.nf)  # not from its weight, which may be elsewhere
     patches = patches_of(module)
     if patches is not None:
         return patches.features, int(module.out_channels)  # type: ignore[arg-type]
     if isinstance(module, nn.MultiheadAttention):
-        width = int(module.embed_dim)  # of in_proj; PEFT adapts none with other keys or values
+        width = int(module.embed_dim)  # of in_proj; PEFT requires keys and values of that width
         return (width, 3 * width) if module._qkv_same_embed_dim else None
     if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
         return None
-    try:  # some models keep them as numbers of numpy or of torch
+    try:  # some models store them as NumPy or torch numbers
         return index(module.in_features), index(module.out_features)  # type: ignore[arg-type]
     except (AttributeError, TypeError):
         return None
 
 
 def dealt_to_groups(rows: Tensor, groups: int) -> Tensor:
-    """Return components, best first, dealt out in turn to the groups of a convolution.
+    """Distribute components, best first, over the groups of a convolution in round-robin order.
 
-    ``lora_B`` of a grouped convolution has groups, too: each reads its own run of rows of
-    ``lora_A``. Dealing gives every group its share of the leading components.
+    ``lora_B`` of a grouped convolution has groups, too: each reads its own consecutive rows of
+    ``lora_A``. This way every group gets its share of the leading components.
 
     Args:
         rows: (r, D), r a multiple of ``groups``.

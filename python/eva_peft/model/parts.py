@@ -1,4 +1,4 @@
-"""Parts of a model."""
+"""Search for parts of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["outermost"]
 def outermost(
     model: nn.Module, wanted: Callable[[nn.Module], bool], name: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and module of wanted parts, maybe the model itself, and none inside of another."""
+    """Yield name and module of wanted parts, maybe the model itself, but none inside another."""
     if wanted(model):
         yield name, model
         return

@@ -1,8 +1,8 @@
 """Mixtures of experts: which tokens an expert is given, and what its fused weights multiply.
 
-Two things cannot be read by a hook on a module. Experts get some tokens only, picked by indexing,
-so that a token mask no longer fits. And many models keep the weights of all experts in one
-parameter and multiply with slices of it. Both are seen here at the level of torch functions.
+Two things cannot be observed by a hook on a module. Experts get only some tokens, selected by
+indexing, so that a token mask no longer fits. And many models keep the weights of all experts in
+one parameter and multiply with slices of it. Both are intercepted at the level of torch functions.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _SPLITTING = (
 )
 _JOINING = (torch.cat, torch.concat, torch.concatenate, torch.vstack)
 _REPEATING = (Tensor.repeat_interleave, torch.repeat_interleave)
-# What puts rows in another order than that of its arguments.
+# Functions whose result may have rows in another order than their arguments.
 _GATHERING = ("embedding", "flip", "gather", "roll", "take_along_dim")
 _PLACING = ("index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce")
 _TURNING = ("moveaxis", "movedim", "permute", "swapaxes", "swapdims", "t", "transpose")
 _REORDERING = (*_GATHERING, *_PLACING, *_TURNING)
-# What gives back samples, maybe sorted by their lengths, of which nothing is known.
+# Returns samples, maybe sorted by length, so that their tokens are unknown.
 _UNPACKING = "_pad_packed_sequence"
 _BATCHED = (torch.bmm, Tensor.bmm)
 _PRODUCTS = (
@@ -57,7 +57,7 @@ class ExpertWeight:
     Attributes:
         parameter: (E, out, in) or (E, in, out), or (out, in) for one expert.
         index: of the expert.
-        transposed: it is (E, in, out) to PEFT, whose ``lora_A`` faces ``in``.
+        transposed: PEFT takes it for (E, in, out); ``lora_A`` is on the side of ``in``.
     """
 
     parameter: Tensor
@@ -66,12 +66,12 @@ class ExpertWeight:
 
 
 def expert_names(owner: str, stacked: bool, experts: int) -> list[str]:
-    """Return the names that the layers of a parameter would have as modules of their own.
+    """Return the names that the layers in a parameter would have as separate modules.
 
     Args:
         owner: name of the parameter in the base model.
         stacked: it has a dimension for the experts.
-        experts: how many.
+        experts: their number.
     """
     module, _, name = owner.rpartition(".")
     return [f"{module}.{i}.{name}" for i in range(experts)] if stacked else [owner]
@@ -80,7 +80,7 @@ def expert_names(owner: str, stacked: bool, experts: int) -> list[str]:
 def expert_weights(
     module: nn.Module, name: str
 ) -> tuple[list[ExpertWeight], tuple[int, int]] | None:
-    """Return the experts of a parameter and their (in_features, out_features), as PEFT has them.
+    """Return the experts in a parameter and their (in_features, out_features), as PEFT sees them.
 
     ``None`` for a parameter that is neither two- nor three-dimensional.
     """
@@ -95,15 +95,15 @@ def expert_weights(
 
 
 class RoutedInputs(TorchFunctionMode):
-    """Sees the products with experts' weights, and follows tokens through indexing.
+    """Intercepts products with experts' weights, and tracks tokens through indexing.
 
     Args:
-        weights: the experts to watch, by the index of their layer.
+        weights: the experts to watch, each with the index of its layer.
         called: ``f(layer, x)`` before a product of x, (..., D), with a layer's weight.
 
     Attributes:
-        following: tokens are followed.
-        aside: what is computed now is no part of the model, and is ignored.
+        following: tokens are tracked.
+        aside: the current computation is not part of the model, and is ignored.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RoutedInputs(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.following = self.aside = self._unpacked = False
-        self.backwards: set[int] = set()  # layers with x @ W where LoRA's A faces the output of W
+        self.backwards: set[int] = set()  # layers with x @ W where lora_A is on W's output side
         self._called = called
         self._parameters: dict[int, list[tuple[ExpertWeight, dict[int, int]]]] = {}
         layers: dict[int, dict[int, int]] = {}
@@ -125,18 +125,18 @@ class RoutedInputs(TorchFunctionMode):
 
     @property
     def needed(self) -> bool:
-        """Whether anything would be seen that hooks do not see."""
+        """Whether there is anything to observe that hooks cannot."""
         return bool(self._parameters) or self.following
 
     def tokens_of(self, x: Tensor) -> tuple[Tensor, int] | None:
-        """Return which tokens the rows of x are, and of how many; ``None`` if that is not known."""
-        if not self.following:  # then nothing is known, and looking it up takes longer than this
+        """Return the token index of each row of x and the number of tokens; ``None`` if unknown."""
+        if not self.following:  # nothing is known then, and the lookup is slower than this check
             return None
         found: tuple[Tensor, int] | None = self._tokens.get(x)
         return found
 
     def forget(self) -> None:
-        """Drop what is known of the tensors of a forward pass."""
+        """Forget the tensors of a forward pass."""
         self._tokens.clear()
         self._unpacked = False
 
@@ -164,13 +164,13 @@ class RoutedInputs(TorchFunctionMode):
         return result
 
     def _watched(self, weight: Any) -> Sequence[tuple[ExpertWeight, dict[int, int]]]:
-        """Return an expert of each parameter in whose memory a weight is, and all its layers."""
+        """Return an expert of each parameter that a weight is a view of, and all its layers."""
         if not isinstance(weight, Tensor) or weight.device.type == "meta":
             return ()
         return self._parameters.get(weight.untyped_storage().data_ptr(), ())
 
     def _multiplied_at_once(self, x: Tensor, weight: Any) -> None:
-        """See the product of each expert's tokens, (E, N, D), with the weights of all."""
+        """Report the batched product of all experts' tokens, (E, N, D), with their weights."""
         for expert, layers in self._watched(weight):
             forwards, backwards = expert.parameter, expert.parameter.mT
             if not expert.transposed:
@@ -182,11 +182,11 @@ class RoutedInputs(TorchFunctionMode):
                 self.backwards |= set(layers.values())
 
     def _multiplied(self, x: Tensor, weight: Any, summed: int) -> None:
-        """See the product of an expert's tokens, (..., D), with its weight.
+        """Report the product of an expert's tokens, (..., D), with its weight.
 
         Args:
             x: the tokens.
-            weight: 2-D, if it is one of those that are watched.
+            weight: 2-D, if it is a watched one.
             summed: the dimension of the weight that the product sums over.
         """
         for expert, layers in self._watched(weight):
@@ -219,7 +219,7 @@ class RoutedInputs(TorchFunctionMode):
                 return
             self._follow_slice(*_of_the_first_dimension(args), result)
         if getattr(func, "__name__", "").removesuffix("_") in _REORDERING:
-            self._tokens.pop(result, None)  # it may be an argument, in whose place it was put
+            self._tokens.pop(result, None)  # it may be an argument, changed in place
             return
         if func in _JOINING:
             args = next(arg for arg in args if isinstance(arg, (list, tuple)))
@@ -233,13 +233,13 @@ class RoutedInputs(TorchFunctionMode):
                 return
 
     def _follow_slice(self, x: Tensor, index: Any, result: Tensor) -> None:
-        """Follow consecutive rows of tokens that were put in the order of their experts."""
+        """Track a slice of tokens that were sorted by expert."""
         known = self._tokens.get(x)
         if known is not None and x.dim() == 2 and isinstance(index, slice):
             self._tokens[result] = (known[0][index], known[1])
 
     def _follow_parts(self, x: Tensor, parts: Sequence[Tensor]) -> None:
-        """Follow consecutive rows, cut apart where one expert's end and another's begin."""
+        """Track consecutive rows, split between experts."""
         known = self._tokens.get(x)
         lengths = [len(part) for part in parts]
         if known is None or sum(lengths) != len(known[0]) or x.dim() != 2:
@@ -248,10 +248,10 @@ class RoutedInputs(TorchFunctionMode):
             self._tokens[part] = (tokens, known[1])
 
     def _follow_joined(self, parts: Sequence[Tensor], result: Tensor) -> bool:
-        """Follow rows that experts have had in parts, and that are one after another again."""
+        """Track rows that are concatenated again after experts had them in parts."""
         known = [found for found in map(self._tokens.get, parts) if found is not None]
         counts = {count for _, count in known}
-        below = sum(map(len, parts)) == len(result)  # and not beside one another
+        below = sum(map(len, parts)) == len(result)  # concatenated along the first dimension
         if len(known) < len(parts) or len(counts) != 1 or not below:
             return False
         self._tokens[result] = (torch.cat([tokens for tokens, _ in known]), counts.pop())
@@ -262,22 +262,22 @@ class RoutedInputs(TorchFunctionMode):
         return (index, count) if before is None else (before[0][index], before[1])
 
     def _any_is_unknown(self, args: Sequence[Any]) -> bool:
-        """Tell whether one of what a function is given was made of what was unpacked."""
+        """Tell whether an argument of a function was computed from an unpacked tensor."""
         parts = (arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
         given = (x for x in chain.from_iterable(parts) if isinstance(x, Tensor))
         return any(self._tokens.get(x, x) is None for x in given)
 
 
 def _are_one(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two tensors in the same memory are laid out there alike."""
+    """Tell whether two views of the same memory have the same layout."""
     begins = first.storage_offset() == second.storage_offset()
     return begins and first.shape == second.shape and first.stride() == second.stride()
 
 
 def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:
-    """Return what is indexed, the index over its tokens, (n,), and their number.
+    """Return the indexed tensor, the index over its tokens, (n,), and their number.
 
-    Whole samples are picked, too, as by a language of each: all tokens of one after another.
+    Whole samples may be selected, too, for example by their language: with all their tokens.
     """
     x, index = _of_the_first_dimension(args)
     if isinstance(index, (Sequence, np.ndarray)):
@@ -297,16 +297,16 @@ def _picked(args: Sequence[Any]) -> tuple[Tensor, Tensor, int] | None:
 
 
 def _as_tensor(index: Any) -> Tensor | None:
-    """Return an index that is a list, or NumPy's, as a tensor; ``None`` if it cannot be one."""
+    """Convert an index, a list or a NumPy array, to a tensor; ``None`` if that is impossible."""
     try:
         tensor = torch.as_tensor(index, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None
-    return tensor if tensor.numel() else tensor.long()  # of an empty list it would be of floats
+    return tensor if tensor.numel() else tensor.long()  # an empty list would give floats
 
 
 def _repeated(args: Sequence[Any], result: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """Return what :func:`_picked` does where each row comes as often as a token has experts."""
+    """Return the same as :func:`_picked` if each row is repeated once per expert of a token."""
     x, *others = (arg for arg in args if isinstance(arg, Tensor))
     if others or x.dim() != 2 or result.shape[1:] != x.shape[1:] or not len(x):
         return None
@@ -315,11 +315,11 @@ def _repeated(args: Sequence[Any], result: Tensor) -> tuple[Tensor, Tensor, int]
 
 
 def _of_the_first_dimension(args: Sequence[Any]) -> tuple[Tensor, Any]:
-    """Return what is indexed and the index, if that leaves other dimensions as they are."""
+    """Return the indexed tensor and the index, ``None`` if it changes other dimensions, too."""
     if len(args) > 2:  # index_select, whose arguments may be named, in any order
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         x, index = sorted(tensors, key=lambda tensor: not tensor.is_floating_point())[:2]
-        along = next((arg for arg in args if isinstance(arg, int)), None)  # or a number of NumPy's
+        along = next((arg for arg in args if isinstance(arg, int)), None)  # None: a NumPy number?
         return x, index if along is not None and along % x.dim() == 0 else None
     x, index = args
     if not isinstance(index, tuple):
@@ -329,21 +329,21 @@ def _of_the_first_dimension(args: Sequence[Any]) -> tuple[Tensor, Any]:
 
 
 def _is_sliced(index: Any) -> bool:
-    """Tell whether an index reorders nothing: what has as many rows as before has the same."""
+    """Tell whether an index preserves order: with as many rows as before, they are the same."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(part is Ellipsis or part is None or isinstance(part, (slice, int)) for part in parts)
 
 
 def _puts_rows(index: Any, value: Any) -> bool:
-    """Tell whether rows are put where an index says, and not a number or what has their order."""
+    """Tell whether an assignment may reorder rows: not one of a scalar or to a slice."""
     return isinstance(value, Tensor) and value.dim() > 1 and not _is_sliced(index)
 
 
 class EagerExperts(AbstractContextManager[None]):
-    """Let transformers multiply with experts one by one, where it can do all of them at once.
+    """Make transformers multiply with experts one by one, where it would batch them.
 
     Args:
-        modules: with experts; left as they are now, however often the context is left.
+        modules: with experts; on every exit they get back the implementation that they have now.
     """
 
     _name = "_experts_implementation_internal"

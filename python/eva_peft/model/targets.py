@@ -1,4 +1,4 @@
-"""Which layers EVA initialises: found as PEFT would find them, named as in the base model."""
+"""Which layers EVA initialises: matched as by PEFT, with their names in the base model."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ __all__ = [
     "unwrap",
 ]
 
-# What DDP and PEFT put in front of the names of the base model; torch.compile, and what spares the
-# memory of activations, anywhere; and FullyShardedDataParallel, also behind the last name, where
-# PEFT never sees it.
+# Wrappers in module paths: DDP and PEFT prefix the names of the base model; torch.compile and
+# activation checkpointing insert theirs anywhere; FullyShardedDataParallel does, too, also after
+# the last name, where PEFT never sees it.
 _PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
 _WITHIN = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
 _SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
-# What PEFT puts behind the name of a module with an adapter (of a parameter of it, if inside).
+# PEFT's suffix for a module with an adapter (of one of its parameters, if inside the path).
 _WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
 _REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 ENGINE = "DeepSpeedEngine"
-_OF_GPTQ = "GPTQQuantLinear"  # what gptqmodel makes, to which alone PEFT applies QA-LoRA
-_FABRIC = "_forward_module"  # in what Lightning's Fabric puts around a model
-# The options of a config that say which of the modules that it names are no targets.
+_OF_GPTQ = "GPTQQuantLinear"  # gptqmodel's class, the only one to which PEFT applies QA-LoRA
+_FABRIC = "_forward_module"  # the model's name in the wrapper of Lightning's Fabric
+# Config options that exclude some of the modules matched by target_modules.
 _LEAVE_OUT = ("layers_to_transform", "layers_pattern", "exclude_modules")
-# The options of a config that say how large the adapters are.
+# Config options that set the size and scaling of the adapters.
 _SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
 
@@ -74,12 +74,12 @@ class Target:
         rank: r of this layer before redistribution.
         alpha: LoRA alpha of this layer.
         patches: how a convolution cuts its input into tokens; ``None`` for other layers.
-        step: what ranks of this layer are multiples of (the groups of a convolution).
-        weight: where the layer is no module, but a part of a fused parameter of ``module``.
-        inputs: what the layer reads in a call of ``module`` with these arguments, where it is no
-            module that is called; ``None`` for the first tensor among them.
-        owner: name of that parameter, or of that module; layers of one owner have one rank.
-        parts: how many layers the owner stands for.
+        step: ranks of this layer are multiples of it (the groups of a convolution).
+        weight: set if the layer is no module, but a part of a fused parameter of ``module``.
+        inputs: for a layer that is not called as a module: returns its inputs from a call of
+            ``module`` and its arguments; ``None`` for the first tensor among the arguments.
+        owner: name of that parameter, or of that module; layers of one owner have equal rank.
+        parts: number of layers of the owner.
     """
 
     name: str
@@ -102,30 +102,30 @@ def base_name(name: str) -> str:
 
 
 def peft_key(path: str, module: nn.Module | None = None) -> str:
-    """Return the name by which PEFT knows a module of a PeftModel, or the adapted parameter.
+    """Return PEFT's name of a module of a PeftModel, or of the adapted parameter.
 
-    The path in the base model; where parts of that are compiled, their ``_orig_mod`` stay, and so
-    does what else was around them when PEFT came.
+    It is the path in the base model, including ``_orig_mod`` of compiled parts and other wrappers
+    that were there when PEFT added its adapters.
     """
     key = _WRAPPED.sub("", _unsharded(path).removeprefix("base_model.model."))
     return f"{key}.{module.parameter_name}" if isinstance(module, ParamWrapper) else key
 
 
 def _unsharded(path: str) -> str:
-    """Return the path that a module had before FullyShardedDataParallel was around anything."""
+    """Return the path of a module without FullyShardedDataParallel wrappers."""
     return _SHARDED.sub("", path).removeprefix(".")
 
 
 def layer_name(path: str, module: LoraLayer) -> str:
-    """Return the name in the base model of what a LoRA layer adapts: a module, or a parameter."""
+    """Return the base-model name of the module or parameter that a LoRA layer adapts."""
     return _WITHIN.sub("", peft_key(path, module))
 
 
 def own_layers(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
-    """Return path and layer by the name in the base model, of what an adapter adapts.
+    """Return path and LoRA layer of everything an adapter adapts, by the name in the base model.
 
-    Where the output projection of an attention is a target as well, PEFT adapts it a second time,
-    beside that which the attention uses: of the two this is the first.
+    If the output projection of an attention is a target as well, PEFT adapts it a second time,
+    unused by the attention: of the two the first is returned.
     """
     found: dict[str, tuple[str, LoraLayer]] = {}
     for path, module in model.named_modules():
@@ -135,10 +135,10 @@ def own_layers(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Lora
 
 
 def resolve_name(name: str, known: Container[str]) -> str:
-    """Return the known layer that a key means, looking through the prefixes of wrappers.
+    """Return the known layer that a key refers to, ignoring the prefixes of wrappers.
 
-    Prefixes are taken off one by one, since a base model may itself have a ``module``. A key that
-    means no known layer is returned as it is.
+    Prefixes are removed one by one, since a base model may itself have a ``module``. A key that
+    refers to no known layer is returned unchanged.
     """
     candidate = _WITHIN.sub("", name)
     while candidate not in known:
@@ -153,7 +153,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the model below (Distributed)DataParallel, torch.compile and other wrappers.
 
     Raises:
-        EvaTypeError: no module.
+        EvaTypeError: not a module.
     """
     if not isinstance(model, nn.Module):
         raise EvaTypeError(
@@ -165,11 +165,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_not_replicated(model: nn.Module) -> None:
-    """Refuse a model whose adapters cannot get another size.
+    """Refuse a model whose adapters cannot be resized.
 
     Raises:
-        EvaRuntimeError: DistributedDataParallel is around it, also where the model in it is given,
-            as a callback of a Trainer gets it.
+        EvaRuntimeError: DistributedDataParallel wraps it, even if the inner model is given, as a
+            callback of a Trainer gets it.
     """
     around = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model))
     if around or _is_replicated(unwrap(model)):
@@ -182,7 +182,7 @@ def check_not_replicated(model: nn.Module) -> None:
 
 
 def _is_replicated(model: nn.Module) -> bool:
-    """Tell whether a DistributedDataParallel lives that a model is in."""
+    """Tell whether a model is inside any existing DistributedDataParallel."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
 
@@ -193,20 +193,20 @@ def _is_replicated(model: nn.Module) -> bool:
 
     if not found():
         return False
-    gc.collect()  # of one that nobody holds, a cycle may be left
+    gc.collect()  # it may be an unreachable cycle
     return found()
 
 
 def check_may_resize(model: nn.Module, config: LoraConfig) -> None:
-    """Refuse to give adapters other ranks where that is no matter of them alone.
+    """Refuse to change the ranks of adapters if something else depends on them.
 
     Args:
         model: maybe in a wrapper.
-        config: of the adapters, which may be still to be made.
+        config: of the adapters, which need not exist yet.
 
     Raises:
-        EvaRuntimeError: see :func:`check_not_replicated`; or KaSA cuts the base weights; or BD-LoRA
-            makes blocks of ``lora_B``.
+        EvaRuntimeError: see :func:`check_not_replicated`; or KaSA truncates the base weights by
+            rank; or BD-LoRA divides ``lora_B`` into blocks.
     """
     check_not_replicated(model)
     if getattr(config, "kasa_config", None) is not None:
@@ -226,7 +226,7 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
-        # Not getattr: a PeftModel hands the attributes of a compiled base model on.
+        # Not getattr: a PeftModel forwards to the attributes of a compiled base model.
         known = (inner._modules.get(name) for name in ("_orig_mod", _FABRIC))
         below = next((part for part in known if part is not None), None)
         if below is None and (isinstance(inner, _REPLICATED) or ENGINE in class_names(inner)):
@@ -235,16 +235,16 @@ def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def class_names(module: nn.Module) -> set[str]:
-    """Return the names of all classes that a module is of."""
+    """Return the names of a module's class and all its base classes."""
     return {kind.__name__ for kind in type(module).__mro__}
 
 
 def check_not_merged(model: nn.Module) -> None:
-    """Refuse a model whose weights are not those of the base model.
+    """Refuse a model with adapters merged into its weights.
 
     Raises:
-        EvaRuntimeError: some adapter is merged, maybe another than the one that is asked for; the
-            pass would unmerge it, since it runs with all adapters off.
+        EvaRuntimeError: some adapter is merged, maybe not the requested one; the pass would
+            unmerge it, since it runs with all adapters off.
     """
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
@@ -258,11 +258,11 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     """List the layers to initialise, in module order.
 
     Args:
-        model: with adapters (layers that own ``adapter_name``) or a base model (layers that PEFT
+        model: with adapters (layers that have ``adapter_name``) or a base model (layers that PEFT
             would adapt under ``config``), without wrappers.
 
     Raises:
-        EvaValueError: no layer found, or a row of one would not read all of its input.
+        EvaValueError: no layer found, or a row of ``lora_A`` would not read all of its input.
         EvaRuntimeError: an adapter is merged into the weights.
     """
     check_not_merged(model)
@@ -289,13 +289,13 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
         if isinstance(each.module, nn.MultiheadAttention):
             attentions.append(f"{each.name}.")
         if each.name.startswith(tuple(attentions)):
-            continue  # adapted with the attention, of which it is a part
+            continue  # it is part of an attention, and adapted with it
         parts = _experts(each) if each.parameter is not None else _layer(each)
         targets += parts
         if not parts:
             unsupported.append(each.name)
     if not targets:
-        asked = config.target_modules or asked  # of "all-linear", an empty set may be left
+        asked = config.target_modules or asked  # "all-linear" may have become an empty set
         raise EvaValueError(
             f"no layer to initialise: target_modules={asked!r} matches no linear layer of "
             f"{type(model).__name__}" + _suggest(model, unsupported, tied, leave_out)
@@ -307,7 +307,7 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
 
 
 def _check_whole_rows(targets: list[Target]) -> None:
-    averaged = [t.name for t in targets if _OF_GPTQ in class_names(t.module)]  # others are as usual
+    averaged = [t.name for t in targets if _OF_GPTQ in class_names(t.module)]  # others: plain LoRA
     if averaged:
         raise EvaValueError(
             f"use_qalora makes lora_A of {listed(averaged)} read averages over groups of features; "
@@ -330,7 +330,7 @@ def _warn_of_others(unsupported: list[str], tied: list[str]) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """A module that PEFT adapts, or a parameter of it; the name is that in the base model."""
+    """A module that PEFT adapts, or a parameter of it, with its name in the base model."""
 
     name: str
     module: nn.Module
@@ -350,7 +350,7 @@ def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
         name = _WITHIN.sub("", path)
         return _Found(name, module, *_rank_and_alpha(config, path, parameter), parameter)
 
-    # PEFT looks at the paths as they are, with what torch.compile has put into them
+    # PEFT matches the full paths, including what torch.compile has inserted
     for path, module in model.named_modules():
         if "_fsdp_wrapped_module" in module._modules:
             continue
@@ -373,7 +373,7 @@ def _adapted(model: nn.Module, config: LoraConfig, adapter_name: str) -> Iterato
         name, parameter = layer_name(path, module), None
         if isinstance(module, ParamWrapper):
             name, _, parameter = name.rpartition(".")
-        if as_wrapped:  # PEFT has the last word: it converts patterns of fused experts
+        if as_wrapped:  # PEFT's own numbers take precedence: it converts patterns of fused experts
             rank = int(module.r[adapter_name])
             alpha = plain_number(module.lora_alpha[adapter_name])
         else:
