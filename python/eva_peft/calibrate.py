@@ -55,7 +55,7 @@ T = TypeVar("T")
 def run_pass(
     model: nn.Module, loader: Iterable[Any], config: LoraConfig, options: CalibrateOptions
 ) -> EvaResult:
-    """Compute EVA's components and ranks for a model; touches no weight.
+    """Compute EVA's components and ranks for a model; changes no weights.
 
     Args:
         model: a PeftModel or a base model, without DDP or compile wrappers.
@@ -64,12 +64,12 @@ def run_pass(
         options: see :class:`CalibrateOptions`.
 
     Raises:
-        EvaValueError: no layer found, no batch, a layer input of another width.
+        EvaValueError: no layer found, no batch, or a layer input of the wrong width.
         NonFiniteError: a layer input holds NaN or infinity.
         NotConvergedError: with ``on_not_converged="raise"``.
         OutOfMemoryError: memory ran out.
-        EvaRuntimeError: another process of the group failed; it has the error. Or another pass is
-            running on the model.
+        EvaRuntimeError: another process of the group failed, and reports the error; or another pass
+            is running on the model.
     """
     processes = processes_of(model, options.group)
     with beginning(processes):
@@ -86,20 +86,20 @@ def with_pass(
     processes: Processes | None,
     use: Callable[[P], T],
 ) -> T:
-    """Return what is found with a pass, around which the model and the world are quiet.
+    """Return ``use(run)`` of a new pass, with the state of model and process set up and restored.
 
     Args:
-        kind: of the pass.
+        kind: class of the pass.
         model, config, options: see :func:`run_pass`.
         processes: those that share the pass, if there are several.
-        use: what is done with the pass.
+        use: function of the pass.
     """
     check_loaded(model)
     targets = find_targets(model, config, options.adapter_name)
     with (
         claimed(model),
         random_state_kept(),
-        # shared inputs are told apart by tensor versions, which inference mode does not count
+        # shared inputs are recognised by tensor versions, which inference mode does not count
         torch.inference_mode(False),
         torch.no_grad(),
         quiet_model(model),
@@ -139,21 +139,21 @@ class CalibrationPass:
         self.architecture = architecture_of(model)
         self.forwards = self.steps = self.tokens = 0
         self.phase = "forward"
-        self.again: set[int] = set()  # layers for which the batch is to be run again
+        self.again: set[int] = set()  # layers for which the batch must be run again
         self.batch_shape: tuple[int, int] | None = None
         self.seconds = dict.fromkeys(("forward", "accumulate", "fold", "check", "total"), 0.0)
         self.ranks: dict[int, int] = {}
         self.budget: Budget | None = None
         self.budget_of: tuple[int, ...] = ()  # the layers that share it
         self.history = empty_history()
-        self.skipped = 0  # tokens, most of any layer; known at the end
-        # the processes of a sharded model run as many parts, whatever the lengths of samples
+        self.skipped = 0  # skipped tokens, maximum over the layers; set at the end
+        # all processes of a sharded model must run equally many parts, whatever their samples
         self.preparer = Preparer(
             model, options, config, self.architecture, self.device, divide=not self.sharded
         )
         selectors = selectors_of(targets, options)
-        # Its parts know the pass weakly: in a cycle its state would stay on the device until Python
-        # looks for cycles, maybe long after the adapters are written and training has begun.
+        # The parts hold weak references to the pass: a cycle would keep its state on the device
+        # until garbage collection, maybe long after the adapters are written and training began.
         itself = weakref.proxy(self)
         make_stream = functools.partial(type(self).make_stream, itself)
         self.collector = InputCollector(targets, make_stream, selectors, self.sharded)
@@ -186,14 +186,14 @@ class CalibrationPass:
                         done = self._loop(loader)
                     self.fold_rest()
         finally:
-            completed(self.collector.remove)  # again: Ctrl-C may come right as the block is left
+            completed(self.collector.remove)  # again: Ctrl-C may come just as the block is exited
             self.bar.close()
         if processes is not None:
             return processes.result(lambda: self._result(done, memory))
         return self._result(done, memory)
 
     def fold_rest(self) -> None:
-        """Fold what is pending at the end of the pass, however little."""
+        """Fold what is pending at the end of the pass, even less than a step."""
         if self.close_step(final=True):
             self.call_back(record_step(self))
 
@@ -209,9 +209,9 @@ class CalibrationPass:
     def _loop(self, loader: Iterable[Any]) -> bool:
         keeper = self.keeper
         if keeper.done or (self.forwards and self.limit_reached()):
-            return keeper.done  # resumed where the pass had ended
+            return keeper.done  # resumed from a checkpoint of a finished pass
         every = batches.iterate(loader, lambda: self.tokens > 0, keeper.begin_epoch)
-        # closed at once, so that the workers of a loader do not wait for a traceback to go
+        # closed immediately, so that a loader's workers end before a traceback is released
         with (
             closing(keeper.remaining(every)) as stream,
             closing(Ahead(map(self.prepare, stream))) as ahead,
@@ -222,7 +222,7 @@ class CalibrationPass:
                 del prepared
                 folded = self.close_step(ahead=None if self.limit_reached() else ahead)
                 numbers = record_step(self) if folded else None
-                self.phase = "forward"  # of the next batch, which may fail as it is made ready
+                self.phase = "forward"  # of the next batch, whose preparation may fail
                 done = numbers is not None and self.converged()
                 keeper.end_forward(self.elapsed(), done)
                 self.call_back(numbers)
@@ -234,11 +234,11 @@ class CalibrationPass:
 
     @property
     def leads(self) -> bool:
-        """Tell whether this process has the answer, and is to speak of the pass."""
+        """Tell whether this process has the result, and reports on the pass."""
         return self.processes is None or self.processes.leads
 
     def elapsed(self) -> float:
-        """Return the seconds since the pass began, without those between a checkpoint and now."""
+        """Return the running time of the pass in seconds, without breaks before it was resumed."""
         return time.perf_counter() - self.began
 
     def limit_reached(self) -> bool:
@@ -251,9 +251,9 @@ class CalibrationPass:
         )
 
     def fetch(self, ahead: Ahead[Prepared]) -> None:
-        """Make the next batch ready, while the device is at work.
+        """Prepare the next batch, while the device is busy.
 
-        Not with a checkpoint, which keeps the random state from which a loader makes that batch.
+        Not with a checkpoint, which stores the random state before the loader makes that batch.
         """
         if self.options.checkpoint is None:
             begin = time.perf_counter()
@@ -261,20 +261,20 @@ class CalibrationPass:
             self.seconds["fold"] -= time.perf_counter() - begin
 
     def prepare(self, batch: Any) -> Prepared:
-        """Make a batch ready for the model."""
+        """Prepare a batch for the model."""
         begin = time.perf_counter()
         prepared = self.preparer.prepare(batch, self.forwards)
         self.seconds["forward"] += time.perf_counter() - begin
         return prepared
 
     def ready(self, prepared: Prepared) -> Iterator[Ready]:
-        """Bring the parts of a batch to the device, each when it is asked for."""
+        """Yield the parts of a batch, each moved to the device only when requested."""
         for part, mask in zip(prepared.parts, prepared.masks, strict=True):
             self.batch_shape = batches.shape_of(part)
             by_default = self.options.forward_fn is None
             if by_default and batches.is_empty(part) and not self.sharded:
-                continue  # many a model would fail; the processes of a sharded one wait for it
-            yield self.call.ready(part, mask, self.device)  # without a name, which would keep it
+                continue  # many models would fail; processes of a sharded one must stay in step
+            yield self.call.ready(part, mask, self.device)  # no variable, which would keep it alive
 
     def forward(self, ready: Iterable[Ready]) -> None:
         """Run a batch through the model, whose hooks accumulate."""
@@ -287,15 +287,15 @@ class CalibrationPass:
             self.tokens += self.collector.tokens
             if self.again and (self.processes is None or not self.sharded):
                 self.forward_again(part)
-            del part  # none is kept while the next one is brought
+            del part  # not kept while the next one is moved
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before
 
     def forward_again(self, part: Ready) -> None:
-        """Run a part of a batch for the layers alone that the forward pass has left open, if any.
+        """Run a part of a batch again, for only the layers that :attr:`again` lists, if any.
 
-        The processes of a sharded model do so together.
+        All processes of a sharded model do so together.
         """
         before = self.collector.tokens
         self.collector.only(self.again)
@@ -306,7 +306,7 @@ class CalibrationPass:
     def make_stream(
         self, target: Target, dtype: torch.dtype, device: torch.device | None = None
     ) -> InputStream:
-        """Return a new stream for a layer whose input is of a dtype, on a device or its own."""
+        """Return a new stream for a layer and its input's dtype, by default on its own device."""
         plan = self.plan[target.in_features]
         device = device or device_of(target.module) or self.device
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -326,17 +326,17 @@ class CalibrationPass:
         merged: Sequence[InputStream] = (),
         ahead: Ahead[Prepared] | None = None,
     ) -> list[InputStream]:
-        """Fold what is due, compare, and allocate ranks; returns the streams that were renewed.
+        """Fold what is due, compare, and allocate ranks; returns the streams that were folded.
 
         Args:
             final: fold whatever is pending, which is less than a step and makes no layer converge.
-            merged: streams that were renewed already, by those of other processes.
-            ahead: the batches to come, if one will be needed.
+            merged: streams that were folded already, by merging those of other processes.
+            ahead: the following batches, if another will be needed.
         """
         begin = time.perf_counter()
         self.phase = "fold"
         streams = [slot.stream for slot in self.collector.slots]
-        # A step of few tokens turns little, however far the components are from settled.
+        # A step of few tokens rotates components little, even if they are far from converged.
         short = [(s, s.settled) for s in streams] if final else []
         with self.collector.explaining():
             fold = begin_fold(streams, final=final)
@@ -363,15 +363,15 @@ class CalibrationPass:
         return folded
 
     def _needed(self) -> dict[int, int]:
-        """Return the largest rank that a layer is given of each stream, by the stream's id."""
+        """Return the largest rank among the layers of each stream, by the stream's id."""
         slots = self.collector.slots
         return {id(s.stream): max(self.ranks[i] for i in s.members) for s in slots}
 
     def _recheck(self, needed: dict[int, int]) -> None:
         """Decide which layers have converged: those whose needed components did, at some step.
 
-        A layer that is given more rank than had converged is open again. As in PEFT, a layer need
-        not pass again at the step at which the last one does; unlike there, it goes on learning.
+        A layer that is given more rank than has converged is reopened. As in PEFT, a layer need not
+        pass again at the step at which the last one does; unlike there, it continues to be updated.
         """
         for stream in (slot.stream for slot in self.collector.slots):
             stream.converged = stream.folds > 1 and needed[id(stream)] <= stream.settled
@@ -384,7 +384,7 @@ class CalibrationPass:
         return all(s.stream.converged for s in self.collector.slots)
 
     def judge_again(self) -> bool:
-        """Tell whether every layer has converged under a ``tau`` that was not used before."""
+        """Tell whether every layer has converged under another ``tau`` than used before."""
         if not self.ranks:
             return False
         needed = self._needed()
@@ -397,7 +397,7 @@ class CalibrationPass:
         return self.converged()
 
     def call_back(self, numbers: dict[str, Any] | None) -> None:
-        """Hand the numbers of a step to the user's function."""
+        """Pass the numbers of a step to the user's callback."""
         if numbers is not None and self.options.callback is not None:
             self.options.callback(numbers)
 
@@ -413,5 +413,5 @@ class CalibrationPass:
 
     @functools.cached_property
     def limits(self) -> list[int]:
-        """Return the most components that each layer may be given."""
+        """Return the maximum number of components for each layer."""
         return [components_of(target, self.eva.rho) for target in self.targets]

@@ -29,9 +29,9 @@ __all__ = ["InputCollector", "StopForward"]
 
 
 class StopForward(BaseException):
-    """Raised by a hook behind the last layer that is needed, to end the forward pass.
+    """Raised by a hook once the last needed layer was called, to end the forward pass.
 
-    No ``Exception``: a model may catch those, and go on with something else.
+    Not an ``Exception``: a model may catch those, and continue.
     """
 
 
@@ -40,9 +40,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     Args:
         targets: the layers.
-        make_stream: returns a new stream for a layer, for a dtype of input and on a device.
-        selectors: per layer, a user's function that selects rows, or ``None`` for the mask.
-        patient: raise the errors of hooks at the end of the forward pass only, in which the
+        make_stream: returns a new stream for a layer, an input dtype and a device.
+        selectors: per layer, a user's function that selects rows, or ``None`` to use the mask.
+        patient: raise the errors of hooks only at the end of the forward pass, in which the
             processes of a sharded model wait for each other.
     """
 
@@ -58,29 +58,29 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.slots: list[Slot] = []
         self.slot_of: dict[int, Slot] = {}
         self.frozen: set[int] = set()  # layers that are no longer accumulated
-        self.alone: set[int] = set()  # layers that were found not to share an input
-        self.most_calls: dict[int, int] = {}  # of each layer in a forward pass
+        self.alone: set[int] = set()  # layers that turned out not to share an input
+        self.most_calls: dict[int, int] = {}  # by layer: most calls in one forward pass
         self.seconds = 0.0
         self.step = 0
         self.current: str | None = None  # the layer that is being accumulated
         self.tokens = 0
-        self._of_calls = 0  # of them, those of calls of the model before this one
+        self._of_calls = 0  # of these, the tokens of earlier calls of the model
         self._make_stream = make_stream
         self._mask = TokenMask(None)
         self._model_input: Any = None
-        self._fresh: dict[Slot, None] = {}  # in order; those that began in this forward pass
+        self._fresh: dict[Slot, None] = {}  # ordered set of slots created in this forward pass
         self._fresh_of: dict[int, list[Slot]] = {}  # by the id of the tensor they began with
-        self._missing = 0  # layers that are needed and were not called yet in this forward pass
+        self._missing = 0  # needed layers not called yet in this forward pass
         self._counts: dict[int, int] = {}
         self._stop_early = self.stopped = False
-        self._size = self.largest = (0, 0)  # of this batch; of those that were run to the end
+        self._size = self.largest = (0, 0)  # of this batch; of all batches run to the end
         self._only: set[int] | None = None
         self._hooks: list[tuple[nn.Module, Callable[..., None]]] = []
         weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
-        # weakly, as a cycle would keep all streams on the device until Python looks for cycles
+        # a weak reference: a cycle would keep all streams on the device until garbage collection
         multiplied = functools.partial(InputCollector._multiplied, weakref.proxy(self))
         self.routed = RoutedInputs(weights, multiplied)
-        self._routing: bool | None = None  # whether inputs are picked tokens; None: to be seen
+        self._routing: bool | None = None  # whether inputs are selected tokens; None: unknown yet
         self._eager = EagerExperts([t.module for t in targets if t.weight is not None])
 
     def __enter__(self) -> InputCollector:
@@ -90,7 +90,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 if target.weight is not None:
                     continue
                 hook = self._hook_for(i)
-                # before it is there: an interrupt may come before its handle is
+                # recorded before it is registered, in case of an interrupt in between
                 self._hooks.append((target.module, hook))
                 target.module.register_forward_pre_hook(hook, with_kwargs=True)
         except BaseException:
@@ -107,7 +107,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         completed(self.remove)
 
     def remove(self) -> None:
-        """Take all hooks off; may be interrupted, and run again."""
+        """Remove all hooks; may be interrupted, and run again."""
         for module, hook in self._hooks:
             take_off(module, hook)
         self._hooks.clear()
@@ -135,7 +135,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         if not self.stopped and self._held.error is None:
             begin = time.perf_counter()
             try:
-                if torch.is_inference_mode_enabled():  # by a forward_fn; sums outlive it
+                if torch.is_inference_mode_enabled():  # by a forward_fn; the statistics outlive it
                     with torch.inference_mode(False), torch.no_grad():
                         called(i, args, kwargs)
                 else:
@@ -147,7 +147,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             finally:
                 self.seconds += time.perf_counter() - begin
             self.stopped = self._stop_early and self._missing == 0
-        if self.stopped:  # again, where the model went on all the same
+        if self.stopped:  # again at each call, if the model caught it and continued
             raise StopForward
 
     def begin_forward(
@@ -161,11 +161,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
         Args:
             mask: the tokens to use.
-            model_input: handed to the users' selectors.
-            stop_early: raise :class:`StopForward` once every layer that is needed was called.
-                Never while a layer was not called at all (a later batch may call it), nor if one
-                is called several times (a later batch may call it more often), nor on a batch that
-                is larger than all that were run to the end (a model may cut it in parts).
+            model_input: passed to the users' selectors.
+            stop_early: raise :class:`StopForward` once every needed layer was called. Not done as
+                long as a layer was never called (a later batch may call it), nor if one is called
+                several times (a later batch may call it more often), nor on a batch larger than
+                all that were run to the end (a model may split it into parts).
             size: of the batch, see :func:`eva_peft.inputs.batches.size_of`.
         """
         self._mask, self._model_input = mask, model_input
@@ -182,20 +182,20 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             slot.begin_forward()
 
     def begin_call(self) -> None:
-        """Count other tokens from here on: the model is called once more in a forward pass."""
+        """Note another call of the model in a forward pass: its tokens add to those so far."""
         self._of_calls = self.tokens
 
     def use_mask(self, mask: TokenMask | None = None) -> TokenMask:
-        """Let other tokens, if any, count from here on in a forward pass; return those before."""
+        """Use another mask, if given, from here on in a forward pass; return the previous one."""
         before, self._mask = self._mask, self._mask if mask is None else mask
         return before
 
     def end_forward(self) -> set[int]:
-        """Settle what is open after a forward pass.
+        """Finish a forward pass: accumulate what is still held, and check shared inputs.
 
         Returns:
-            Layers that turned out not to share an input they were thought to share in their very
-            first forward pass; the batch must be run again for them alone (:meth:`only`).
+            Layers that turned out not to share an input after all, in their first forward pass;
+            the batch must be run again for them alone (:meth:`only`).
         """
         self._held.release()
         begin = time.perf_counter()
@@ -209,19 +209,19 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 self._drop(slot)
         self.note_passes(self._counts, self._size)
         if self.routed.following:
-            self._routing = bool(self._routing)  # every layer that is needed was called
+            self._routing = bool(self._routing)  # now every needed layer was called
         self._only = None
         self.alone |= again
         self._forget_fresh()
         self.routed.forget()
-        self._mask, self._model_input = TokenMask(None), None  # no batch is kept
+        self._mask, self._model_input = TokenMask(None), None  # do not keep the batch
         for slot in self.slots:
             slot.calls.clear()  # nor its masks
         self.seconds += time.perf_counter() - begin
         return again
 
     def only(self, layers: set[int]) -> None:
-        """Let the next forward pass count for some layers only."""
+        """Restrict the next forward pass to some layers."""
         self._only = layers
 
     def _forget_fresh(self) -> None:
@@ -229,11 +229,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._fresh_of.clear()
 
     def _part_called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See a call of the module that a layer is a part of: it may read several tensors."""
+        """Handle a call of the module that a layer is a part of: it may read several tensors."""
         target = self.targets[i]
         assert target.inputs is not None
         if i in self.frozen or (self._only is not None and i not in self._only):
-            return  # what it reads may take another run
+            return  # finding its inputs may take another run of the module
         self.current = target.name
         for x in target.inputs(target.module, args, kwargs):
             self._called(i, (x,), {})
@@ -247,7 +247,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         if i in self.frozen:
             return
         self._missing -= 1
-        self._stop_early &= call == 0  # else it may be called behind the last one, too
+        self._stop_early &= call == 0  # otherwise it may be called again after the last one
         x = self._first_tensor(i, args, kwargs)
         slot = self.slot_of.get(i)
         if slot is None:
@@ -297,7 +297,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         slot.counts[i] = 1
         self.slots.append(slot)
         self._fresh[slot] = None
-        # an id may be that of a tensor that is gone
+        # the id may be that of a deleted tensor
         alike = [s for s in self._fresh_of.get(id(x), ()) if s.calls[0].is_same(x)]
         self._fresh_of[id(x)] = [*alike, slot]
         self.slot_of[i] = slot
@@ -312,7 +312,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _follow(self, slot: Slot, i: int, call: int, x: Tensor, args: tuple[Any, ...]) -> None:
         if not slot.calls[call].is_shared(x, self._mask):
             if slot in self._fresh:
-                return  # the counts no longer agree, and end_forward asks for another run
+                return  # the counts now differ, so end_forward requests another run
             self._accumulate(self._split(slot, i, call), i, x, args)
             return
         slot.counts[i] += 1
@@ -334,15 +334,15 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         )
 
     def _accumulate_with(self, slot: Slot, i: int, x: Tensor, mask: TokenMask) -> None:
-        """Accumulate what a layer was called with when other tokens may have counted than now."""
+        """Accumulate a held input with the mask of its call, which may differ from the current."""
         now, self._mask = self._mask, mask
         self._accumulate(slot, i, x, (x,))
         self._mask = now
 
     def _split(self, slot: Slot, i: int, calls: int) -> Slot:
-        """Give a layer that no longer shares an input a copy of all that it did share."""
+        """Give a layer that no longer shares its input a copy of everything shared so far."""
         new = Slot(slot.stream.clone(), [i])
-        for seen in slot.calls[:calls]:  # shared, but waiting for a third layer
+        for seen in slot.calls[:calls]:  # shared, but held until a third layer is called
             if seen.held is not None and seen.unchanged:
                 self._accumulate_with(new, i, *seen.held)
         new.calls = [Seen(torch.empty(0, device="cpu"), self._mask) for _ in range(calls + 1)]
@@ -356,35 +356,35 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         return new
 
     def _settle(self, slot: Slot) -> None:
-        """Accumulate what waited for layers that were not called any more, without them."""
+        """Accumulate inputs held for layers that were not called again, which are split off."""
         least = min(slot.counts.values())
         while least < len(slot.calls):
             self.divide(slot, [i for i, count in slot.counts.items() if count == least])
             least = min(slot.counts.values())
-            for call in range(least):  # what the others share goes with a copy for the next of them
+            for call in range(least):  # now, so that the copy of the next split includes it
                 self._accumulate_held(slot, call)
 
     def divide(self, slot: Slot, layers: Sequence[int]) -> None:
-        """Give some layers of a slot one of their own, with a copy of all that they shared."""
+        """Move some layers of a slot to a new one, with a copy of everything shared so far."""
         new = self.install(slot.stream.clone(), layers)
         for i in new.members:
             slot.members.remove(i)
             slot.counts.pop(i, None)
 
     def install(self, stream: InputStream, layers: Sequence[int]) -> Slot:
-        """Return a new slot for layers that share an input from the next forward pass on."""
+        """Return a new slot for layers that will share an input from the next forward pass on."""
         slot = Slot(stream, list(layers))
         self.slots.append(slot)
         self.slot_of |= dict.fromkeys(layers, slot)
         return slot
 
     def drop_empty(self) -> None:
-        """Forget layers that were called, but never with a token that counts."""
+        """Drop the slots of layers that were never called with a token that counts."""
         for slot in [s for s in self.slots if not s.stream.tokens]:
             self._drop(slot)
 
     def release(self) -> None:
-        """Let go of all state, after a pass that failed."""
+        """Release all state after a failed pass."""
         self.slots.clear()
         self.slot_of.clear()
         self._forget_fresh()
@@ -411,7 +411,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.tokens, self.current = max(self.tokens, self._of_calls + used), None
 
     def _matrix(self, target: Target, x: Tensor) -> Tensor:
-        """Return tokens of a layer as a matrix, (N, D)."""
+        """Return the tokens of a layer as a matrix, (N, D)."""
         self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
         x = x.detach() if x.requires_grad else x
         return x if x.dim() == 2 else x.reshape(-1, target.in_features)
@@ -419,7 +419,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _chosen(
         self, i: int, x: Tensor, args: tuple[Any, ...]
     ) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Return what a user's function or a kernel picks as (N, D) matrices, and rows to use."""
+        """Return (N, D) matrices from a user's selector or of patches, each with rows to use."""
         target, selector = self.targets[i], self.selectors[i]
         if selector is None:
             assert target.patches is not None
@@ -465,7 +465,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         )
 
     def note_passes(self, counts: Mapping[int, int], largest: tuple[int, int]) -> None:
-        """Take note of forward passes: none is cut before as many calls, or on a larger batch."""
+        """Record calls and largest batch of forward passes, to decide when one may stop early."""
         for i, count in counts.items():
             self.most_calls[i] = max(count, self.most_calls.get(i, 0))
         samples, elements = self.largest
@@ -473,7 +473,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Let the error of a fold in a block name the layer and the step."""
+        """Return a context that adds layer and step to the error of a fold."""
         try:
             yield
         except NonFiniteStepError as error:

@@ -1,4 +1,4 @@
-"""The model is run on a part of a batch, with the hooks that take down what its layers read."""
+"""Runs the model on a part of a batch, with the hooks that record what its layers read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .hooks import InputCollector, StopForward
 
 __all__ = ["ModelCall", "Ready"]
 
-# A part of a batch on the device, which tokens count, and what users' functions get of it.
+# A part of a batch on the device, its token mask, and the model input for users' functions.
 Ready = tuple[Any, TokenMask, Any]
 
 _TOKENS = {"input_ids", "inputs_embeds", "token_type_ids", "position_ids", "labels", "pixel_values"}
@@ -39,7 +39,7 @@ class ModelCall:
         architecture: of the model.
         collector: of the layer inputs.
         preparer: of the batches.
-        may_stop_early: the model may be left behind its last target layer.
+        may_stop_early: the forward pass may be ended after the last target layer.
 
     Attributes:
         inside: the model is running, or has failed.
@@ -56,11 +56,11 @@ class ModelCall:
         may_stop_early: bool,
     ) -> None:
         self.inside = False
-        self._ran = False  # a batch went through
+        self._ran = False  # whether a batch has succeeded
         self._model, self._options, self._config = model, options, config
         self._architecture, self._collector, self._preparer = architecture, collector, preparer
         self._may_stop_early = may_stop_early
-        known = is_defined_in_transformers(base_of(model))  # others may find padding among ids
+        known = is_defined_in_transformers(base_of(model))  # others may infer padding from ids
         self._is_of_decoders = known and not architecture.encoder_decoder
 
     def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
@@ -71,7 +71,7 @@ class ModelCall:
     def _model_input(self, batch: Any, mask: TokenMask, device: torch.device) -> Any:
         prepare = self._options.prepare_model_inputs_fn
         if prepare == AUTO and mask.main is not None and any(self._collector.selectors):
-            # what PEFT's default hands to users' functions: (tokens, 2) of (sample, position)
+            # what PEFT's default passes to users' functions: (tokens, 2) of (sample, position)
             return mask.main.nonzero().to(device)
         if prepare == AUTO:
             return batch
@@ -87,7 +87,7 @@ class ModelCall:
         batch, mask, model_input = ready
         size = batches.size_of(batch)
         self._collector.begin_forward(mask, model_input, self._may_stop_early, size)
-        self.inside = True  # and still so where it fails
+        self.inside = True  # and stays so on failure
         routed = self._collector.routed if self._collector.routed.needed else nullcontext()
         told = self._padding_told(batch, mask, number)
         with suppress(StopForward), routed, told, self._called_with(batch, mask, number):
@@ -103,7 +103,7 @@ class ModelCall:
         kwargs = arguments.without_labels(kwargs, self._architecture)
         try:
             self._model(*args, **kwargs)
-        except TypeError:  # looked into now, since signatures take long
+        except TypeError:  # checked only now, since inspecting signatures is slow
             if arguments.can_be_called(args, kwargs, self._model):
                 raise
             self._call_with_one(arguments.as_one_argument(batch, self._model))
@@ -140,7 +140,7 @@ class ModelCall:
             return nullcontext()
         by_default = self._options.forward_fn is None
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
-            return nullcontext()  # such models pass on no other masks: spares hooks on every layer
+            return nullcontext()  # such models pass on no other masks: saves hooks on every layer
         parts = self._parts_to_ask(mask)
         if not parts:
             return nullcontext()
@@ -148,7 +148,7 @@ class ModelCall:
         return PaddingTold(parts, self._of_media, make_mask, self._collector.use_mask).looking()
 
     def _parts_to_ask(self, mask: TokenMask) -> dict[nn.Module, int]:
-        """Return the parts that may know of tokens of which a batch, with this mask, does not."""
+        """Return the parts that may be told masks that the batch, with this mask, lacks."""
         if not mask.tells:
             return self._told
         own = self._own_told if self._architecture.has_own_layers else {}
@@ -156,7 +156,7 @@ class ModelCall:
 
     @functools.cached_property
     def _holds_models(self) -> bool:
-        """Whether models are in a user's module, which may be a model of transformers' kind."""
+        """Whether a user's module, which may derive from a transformers model, contains models."""
         base = base_of(self._model)
         inner = (part for part in base.modules() if part is not base)
         return not is_defined_in_transformers(base) and any(map(is_model, inner))
@@ -175,12 +175,12 @@ class ModelCall:
 
     @functools.cached_property
     def _media_told(self) -> dict[nn.Module, int]:
-        """Those that read sound or images, of which a batch may say nothing beside its text."""
+        """Those that read sound or images, for which a batch with text may have no mask."""
         return {part: n for part, n in self._told.items() if part in self._of_media}
 
     @functools.cached_property
     def _own_told(self) -> dict[nn.Module, int]:
-        """Those of somebody's own, which alone know of other tokens than the batch's."""
+        """Those that are custom, as only these may have tokens other than the batch's."""
         known = outermost(base_of(self._model), is_defined_in_transformers)
         inside = {part for _, model in known for part in model.modules()}
         return {part: n for part, n in self._told.items() if part not in inside}

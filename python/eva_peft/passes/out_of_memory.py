@@ -1,4 +1,4 @@
-"""Out of memory: what ran, what it was expected to take, and what to lower."""
+"""Out of memory: what was running, the expected memory, and what to reduce."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _ADVICE = {
 
 
 def explained(run: CalibrationPass, error: BaseException) -> OutOfMemoryError:
-    """Return the error to raise instead, and let go of what the pass held.
+    """Return the error to raise instead, and release what the pass held.
 
     Args:
         run: the pass that failed.
-        error: what it failed with; the variables of the frames that it went through are dropped,
-            since it would keep their tensors as long as it is handled.
+        error: its exception; the local variables of its traceback's frames are cleared, since
+            they would keep tensors alive while it is handled.
     """
     told = str(error).split("\n")[0].strip()
     layer = run.collector.current
     phase = "accumulate" if layer else run.phase
     where = f"layer {layer}" if layer else f"the {phase}"
     shape = run.batch_shape or (1, 1)
-    number = run.forwards + (phase != "fold")  # the fold comes when its forward pass is counted
+    number = run.forwards + (phase != "fold")  # at a fold the forward pass is counted already
     guess = estimate_targets(run.model, run.targets, run.eva.rho, run.options, shape)
     message = (
         f"out of memory on {run.device} in {where} of forward pass {number}, step "

@@ -1,4 +1,4 @@
-"""Before anything runs: how each layer input will be tracked, and what that takes."""
+"""Planning before anything runs: how each layer input is tracked, and the memory needed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ AUTO_BUDGET = 0.03
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a calibration pass will take, told before it runs.
+    """Estimated memory of a calibration pass.
 
     Attributes:
-        state_bytes: the streaming state, if no two layers shared an input (so at most).
+        state_bytes: the streaming state if no two layers share an input, so an upper bound.
         workspace_bytes: the largest temporaries of a step, or of the answer; those of a fold and of
-            the answer as far as they are more than the forward pass, which is over then, has had.
+            the answer only beyond the memory of the forward pass, which is free again by then.
         activation_bytes: rough size of the forward pass's own live activations.
         peak_bytes: their sum: expected peak above the weights.
         method: ``"sketch"`` or ``"gram"`` by layer.
@@ -54,9 +54,9 @@ class Estimate:
 
 
 def components_of(target: Target, rho: float) -> int:
-    """Return K, the components that a layer may be given: ``round(r * rho)``, at most D.
+    """Return K, the most components that a layer may be given: ``round(r * rho)``, at most D.
 
-    A multiple of the step of its ranks.
+    It is a multiple of the layer's rank step.
 
     Raises:
         EvaValueError: ``rho`` is not finite.
@@ -70,9 +70,9 @@ def components_of(target: Target, rho: float) -> int:
 def plan_targets(
     model: nn.Module, targets: Sequence[Target], rho: float, options: CalibrateOptions
 ) -> dict[int, StreamPlan]:
-    """Plan the streams, one plan for all layer inputs of a width.
+    """Plan the streams, with one plan for all layer inputs of equal width.
 
-    Layers of equal width get the same shape, so that their folds are one batch.
+    Layers of equal width get the same shapes, so that their folds are batched.
 
     Raises:
         EvaValueError: an explicit memory budget is too small.
@@ -101,7 +101,7 @@ def plan_targets(
         memory_budget=budget,
         itemsize=itemsize,
     )
-    # The budget may run out among layers of one width: those are all sketched.
+    # If the budget runs out among layers of one width, all of those are sketched.
     chosen: dict[int, StreamPlan] = {}
     for plan in plans:
         if plan.features not in chosen or plan.method == "sketch":
@@ -119,7 +119,7 @@ def estimate_targets(
     """Estimate a pass over batches of ``batch_shape`` = (samples, tokens).
 
     Raises:
-        EvaTypeError, EvaValueError: no such pair.
+        EvaTypeError, EvaValueError: ``batch_shape`` is not such a pair.
     """
     if not isinstance(batch_shape, Sequence) or not all(
         isinstance(n, Integral) for n in batch_shape
@@ -133,7 +133,7 @@ def estimate_targets(
     tokens = math.prod(map(int, batch_shape))
     plans, size = [plan[t.in_features] for t in targets], _state_itemsize(model)
     state = sum(stream_bytes(each, size) for each in plans)
-    device = device_of(model)  # of one that is on meta it is not known
+    device = device_of(model)  # unknown for a model on the meta device
     on_cpu = device is not None and device.type == "cpu"
     fold = sum(fold_bytes(each, size, on_cpu) for each in plans)
     answer = max(map(answer_bytes, plans))
@@ -144,7 +144,7 @@ def estimate_targets(
     workspace = max(6 * 8 * step.width * step.features, 4 * min(tokens, 512) * step.features)
     # residual stream, the widest layer's input and output, and their two operands
     activation = itemsize * tokens * (3 * widest.in_features + 2 * widest.out_features)
-    # or the logits, which the first pass makes before it is known which layer is called last
+    # or the logits, computed in the first pass, when the last needed layer is not known yet
     activation = max(activation, itemsize * tokens * _logits_of_a_token(model))
     workspace = max(workspace, fold - activation, answer - activation)
     return Estimate(
@@ -163,7 +163,7 @@ def log_plan(
     options: CalibrateOptions,
     device: torch.device,
 ) -> None:
-    """Log how a pass that begins will track its layers."""
+    """Log at the start of a pass how its layers will be tracked."""
     if not _LOGGER.isEnabledFor(logging.INFO):
         return
     plan = estimate_targets(model, targets, rho, options, (1, 1))
@@ -180,7 +180,7 @@ def log_plan(
 
 
 def _state_itemsize(model: nn.Module) -> int:
-    """Return the bytes of a number of the state: of float64 inputs it is float64, too."""
+    """Return the bytes per number of the state, which is float64 if any parameter is."""
     return 8 if any(p.dtype == torch.float64 for p in model.parameters()) else 4
 
 
@@ -188,6 +188,6 @@ def _logits_of_a_token(model: nn.Module) -> int:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     width = int(getattr(head, "out_features", 0))
-    # Capping (Gemma 2) divides them out of place.
+    # Capping (Gemma 2) makes a second tensor of logits.
     capped = getattr(architecture_of(model).config, "final_logit_softcapping", None)
     return 2 * width if capped else width

@@ -24,7 +24,7 @@ def empty_history() -> dict[str, list[Any]]:
 
 
 def bar_of(run: CalibrationPass) -> Any:
-    """Return the bar of a pass, which shows how many layers have converged."""
+    """Return the progress bar of a pass, which shows how many layers have converged."""
     processes = run.processes
     return tqdm(
         total=len(run.targets),
@@ -37,10 +37,10 @@ def bar_of(run: CalibrationPass) -> Any:
 
 
 def record_step(run: CalibrationPass) -> dict[str, Any]:
-    """Keep the numbers of a step in the history, and show them.
+    """Append the numbers of a step to the history, and show them.
 
     Returns:
-        What the user's callback gets.
+        The argument for the user's callback.
     """
     streams = {i: slot.stream for i, slot in run.collector.slot_of.items()}
     similarity = [streams[i].similarity if i in streams else None for i in range(len(run.targets))]
@@ -79,7 +79,7 @@ def record_step(run: CalibrationPass) -> dict[str, Any]:
 
 
 def log_end(run: CalibrationPass) -> None:
-    """Say in the log what a pass has come to."""
+    """Log the outcome of a pass."""
     _LOGGER.info(
         "calibration pass ends: %d steps, %d forward passes, %d tokens, %.2f s, %d of %d layers "
         "converged",

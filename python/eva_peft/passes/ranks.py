@@ -1,4 +1,4 @@
-"""Spend the budget: from explained variance to the rank of every layer."""
+"""Rank redistribution: from explained variance to the rank of every layer, within a budget."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Budget", "allocate", "scaled_alpha"]
 
 
 def allocate(run: CalibrationPass) -> dict[int, int]:
-    """Return the rank of every layer that was called so far, by its index."""
+    """Return the rank of every layer called so far, by its index."""
     slots, slot_of = run.collector.slots, run.collector.slot_of
     indices = tuple(sorted(slot_of))
     if run.budget is None or run.budget_of != indices:
@@ -36,7 +36,7 @@ def allocate(run: CalibrationPass) -> dict[int, int]:
 
 
 def scaled_alpha(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float:
-    """Return the alpha that gives another rank the same LoRA scaling.
+    """Return the alpha that keeps the LoRA scaling at another rank.
 
     The scaling is alpha / r, or alpha / sqrt(r) with rsLoRA.
     """
@@ -48,19 +48,19 @@ def scaled_alpha(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> 
 
 
 class Budget:
-    """The layers' own budget, to be distributed among them.
+    """The sum of the layers' initial ranks or parameters, to be redistributed among them.
 
     Args:
         targets: the layers that take part.
-        budget: ``"rank"``: the sum of ranks stays; ``"params"``: the number of parameters.
+        budget: ``"rank"``: the sum of ranks is kept; ``"params"``: the number of parameters.
         min_rank: every layer keeps at least this rank, as far as its inputs have that many
-            directions (none, where they never vary).
+            directions (none if they never vary).
     """
 
     def __init__(self, targets: Sequence[Target], budget: str, min_rank: int) -> None:
         layers = _with_common_rank(targets)
         first = [targets[members[0]] for members in layers]
-        # rows of lora_A are what a rank costs: of each expert one
+        # cost of a rank in rows of lora_A: one per expert
         each = [t.parts for t in first]
         if budget == "params":
             each = [_parameters([targets[i] for i in members]) for members in layers]
@@ -68,7 +68,8 @@ class Budget:
         self._layers = [(members, t.step) for members, t in zip(layers, first, strict=True)]
         self._total = sum(t.rank * price for t, price in zip(first, each, strict=True))
         self._prices = None if set(prices) <= {1} else prices
-        # PEFT cannot take the adapter off one of several parameters of a module, or projections
+        # rank at least 1: PEFT cannot remove the adapter of one of several parameters of a module,
+        # or of projections
         self._owned = [int(bool(t.owner)) for t in first]
         self._alone = not any(self._owned) and all(t.step == 1 for t in first)
         least = zip(self._owned, first, strict=True)
@@ -88,13 +89,13 @@ class Budget:
             return counts
         ranks = [0] * len(ratios)
         for (members, step), owned, count in zip(self._layers, self._owned, counts, strict=True):
-            for i in members:  # one, too, where no expert's tokens differ
+            for i in members:  # at least one if owned, even if no expert's tokens vary
                 ranks[i] = max(count, owned) * step
         return ranks
 
 
 def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
-    """Group layers whose adapters have one rank, as experts of a parameter; others are alone."""
+    """Group layers whose adapters have a common rank (experts of a parameter); others are alone."""
     groups: dict[Any, list[int]] = {}
     for i, target in enumerate(targets):
         groups.setdefault(target.owner or i, []).append(i)
@@ -102,12 +103,12 @@ def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
 
 
 def _parameters(members: Sequence[Target]) -> int:
-    """Return what a rank costs in all layers of an owner, of which some may never be called."""
+    """Return the parameters per rank over all layers of an owner, called or not."""
     return members[0].parts * sum(t.in_features + t.out_features for t in members) // len(members)
 
 
 def _by_step(ratios: Sequence[Tensor | Array], step: int) -> Tensor | Array:
-    """Return what each further ``step`` components explain, in sum over layers of common rank."""
+    """Return the ratio explained by each ``step`` components, summed over layers of common rank."""
     arrays = [as_array(r) for r in ratios]
     length = max(map(len, arrays))
     total = np.zeros(length)

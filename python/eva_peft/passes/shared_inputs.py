@@ -1,8 +1,8 @@
-"""Which layers read the same tensor, decided anew in every forward pass.
+"""Which layers read the same tensor, determined again in every forward pass.
 
 Query, key and value projections are called with one tensor object; so are gate and up. Such
-layers share one stream. Identity means: the same object (seen through a weak reference, since
-memory is reused within a forward) with the same version (it was not written to in between).
+layers share one stream. Identity means: the same object (held by a weak reference, since memory
+is reused within a forward pass) with the same version (not written to in between).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ __all__ = ["Seen", "Slot"]
 
 
 class Seen:
-    """A tensor that a layer was called with: recognised later without being kept alive.
+    """A tensor that a layer was called with, to be recognised later without being kept alive.
 
     Args:
         x: the tensor.
         mask: which of its tokens count.
-        held: it is still to be accumulated: then it is kept alive.
+        held: it is yet to be accumulated, and is kept alive until then.
     """
 
     def __init__(self, x: Tensor, mask: TokenMask, held: bool = False) -> None:
@@ -40,24 +40,24 @@ class Seen:
         return self._reference() is x and version_of(x) == self._version
 
     def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
-        """Tell whether x is that tensor, and the same of its tokens count."""
+        """Tell whether x is that tensor, with the same masks."""
         now, then = mask.masks, self._counting
         alike = now is then or are_same(now, then)
         return alike and self.is_same(x)
 
     def take(self) -> tuple[Tensor, TokenMask] | None:
-        """Return the held tensor and its mask once, ``None`` if it is not held any more."""
+        """Return the held tensor and its mask, once; ``None`` if it is no longer held."""
         held, self._held = self._held, None
         return held
 
     @property
     def unchanged(self) -> bool:
-        """Whether a held tensor still has the contents that the layer was called with."""
+        """Whether a held tensor still has the contents of the call."""
         return self._held is not None and version_of(self._held[0]) == self._version
 
     @property
     def held(self) -> tuple[Tensor, TokenMask] | None:
-        """The tensor and its mask, as long as it waits to be accumulated."""
+        """The tensor and its mask until it is accumulated; ``None`` afterwards."""
         return self._held
 
 
@@ -67,9 +67,9 @@ class Slot:
 
     Attributes:
         stream: the incremental SVD of that input.
-        members: indices of the layers, the first called first.
-        calls: what the layers were called with in the present forward pass, in order.
-        counts: how many calls of each member the present forward pass has had.
+        members: indices of the layers, in the order of their first call.
+        calls: the tensors the layers were called with in the current forward pass, in order.
+        counts: by member, its number of calls in the current forward pass.
     """
 
     stream: InputStream
@@ -78,7 +78,7 @@ class Slot:
     counts: dict[int, int] = field(default_factory=dict)
 
     def begin_forward(self) -> None:
-        """Forget the calls of the forward pass before."""
+        """Forget the calls of the previous forward pass."""
         self.calls.clear()
         self.counts = dict.fromkeys(self.members, 0)
 

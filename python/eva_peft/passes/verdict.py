@@ -1,4 +1,4 @@
-"""Warnings and errors of a pass that has ended, before its result is made."""
+"""Warnings and errors at the end of a pass, before its result is made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_answer(run: CalibrationPass, done: bool) -> None:
     """Warn of layers that EVA cannot initialise, and of those that have not converged.
 
     Args:
-        run: has ended.
+        run: the finished pass.
         done: every layer has converged.
 
     Raises:
@@ -43,7 +43,7 @@ def check_answer(run: CalibrationPass, done: bool) -> None:
         warn(f"{layers} the default initialisation, {_BACKWARDS}: {listed(backwards)}")
     left = [name for name in run.uncalled if name not in set(backwards)]
     known = {*run.collector.most_calls, *(i for i, t in enumerate(run.targets) if t.weight)}
-    called = {run.targets[i].name for i in known}  # of experts' weights, it is their tokens
+    called = {run.targets[i].name for i in known}  # experts count: they may just get no tokens
     masked, idle = [n for n in left if n in called], [n for n in left if n not in called]
     if masked:
         warn(_left(masked, "never called with a token that counts"))
@@ -81,7 +81,7 @@ def _check_any(run: CalibrationPass, backwards: list[str]) -> None:
 
 
 def _check_directions(run: CalibrationPass) -> None:
-    """Warn where the data have far fewer directions than there are ranks to be given."""
+    """Warn if the data have far fewer directions than there are ranks to distribute."""
     budget = sum(run.targets[i].rank for i in run.ranks)
     given = sum(run.ranks.values())
     if run.options.budget == "rank" and 0 < 2 * given < budget:

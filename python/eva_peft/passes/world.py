@@ -1,4 +1,4 @@
-"""Leave the world as it was: modes, caches and adapters around a pass."""
+"""Set modes, caches and adapters for a pass, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ __all__ = ["claimed", "quiet_model"]
 
 
 class _Process:
-    """Switches of the whole process, which are off while any pass runs; passes may overlap.
+    """Process-wide switches, which are off while any pass runs; passes may overlap.
 
-    An interrupt may come anywhere, so every step on the way out may be run twice, or where the way
-    in was not gone to its end.
+    An interrupt may come anywhere, so every step of the restoration may run twice, or after a
+    setup that was not completed.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._passes: set[object] = set()  # those that run
-        self._undo: list[Callable[..., object]] = []  # as __exit__; they switch on, last first
-        # ids of the modules of each pass, in the order of their begin; they are alive that long
+        self._passes: set[object] = set()  # those that are running
+        self._undo: list[Callable[..., object]] = []  # called like __exit__ to restore, last first
+        # ids of the modules of each pass, which stay alive that long; in order of begin
         self._claims: dict[object, frozenset[int]] = {}
 
     def claimed(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Keep other passes off a model; the hooks of each would hear the other's batches."""
+        """Keep other passes off a model; the hooks of each would see the other's batches."""
         modules = frozenset(id(m) for m in model.modules() if not _is_activation(m))
         claim = object()
         return temporarily(
@@ -44,8 +44,8 @@ class _Process:
         )
 
     def _claim(self, claim: object, modules: frozenset[int]) -> None:
-        # No lock, which an interrupt could leave locked: of two passes that begin at once, the one
-        # that came second finds the claim of the first.
+        # No lock, which an interrupt could leave locked: of two passes that begin at the same time,
+        # the second finds the claim of the first.
         self._claims[claim] = modules
         for other, taken in self._claims.copy().items():
             if other is claim:
@@ -61,11 +61,11 @@ class _Process:
         self._alone(lambda: self._begin(this))
 
     def restore(self, this: object) -> None:
-        """Switch them on again, if no other pass runs; may be run again, or without a begin."""
+        """Restore them, if no other pass runs; may be repeated, or run without :meth:`quieten`."""
         self._alone(lambda: self._end(this))
 
     def _alone(self, step: Callable[[], object]) -> None:
-        """Run a step while no other thread runs one."""
+        """Run a step under the lock."""
         try:
             try:
                 self._lock.acquire()
@@ -73,11 +73,11 @@ class _Process:
             finally:
                 self._release()
         finally:
-            self._release()  # an interrupt may have come right before the line above
+            self._release()  # an interrupt may have come right before the call above
 
     def _release(self) -> None:
-        # As often as it was acquired: an interrupt may come before or behind that.
-        with suppress(RuntimeError):  # this thread does not hold it, or no longer
+        # As often as it was acquired: an interrupt may come before or after that.
+        with suppress(RuntimeError):  # raised if this thread does not hold it, or no longer
             while True:
                 self._lock.release()
 
@@ -100,16 +100,16 @@ class _Process:
         # Compiled code does not call hooks that were added after it was compiled. Nothing is
         # compiled where the compiler was never loaded, which takes a second.
         if "torch._dynamo" in sys.modules:
-            # one line, as it is in force from when it is made, and knows what was before
+            # in one line: it takes effect when created, and stores the previous stance
             self._undo.append(torch.compiler.set_stance("force_eager").__exit__)
-        # torch's own Transformer layers would hand their parts nested tensors, or not call them.
+        # torch's Transformer layers would pass nested tensors to their parts, or not call them.
         before = torch.backends.mha.get_fastpath_enabled()
         self._undo.append(lambda *_: torch.backends.mha.set_fastpath_enabled(before))
         torch.backends.mha.set_fastpath_enabled(False)
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Tell whether models may share a module: it has no weights, and its mode means nothing."""
+    """Tell whether a module is an activation, which models may share: no weights, no modes."""
     places = ("torch.nn.modules.activation", "transformers.activations")
     return type(module).__module__ in places and not any(True for _ in module.parameters())
 
@@ -129,15 +129,15 @@ def claimed(model: nn.Module) -> AbstractContextManager[None]:
 def quiet_model(model: nn.Module) -> AbstractContextManager[None]:
     """Run a model in eval mode, with adapters off and without a generation cache.
 
-    Every module's own mode, flag and config value is put back on leaving, however that happens, and
-    so is whether a parameter asks for a gradient.
+    Every module's own mode, flag and config value is restored on any kind of exit, and so is
+    ``requires_grad`` of every parameter.
     """
     quiet = _Quiet(model)
     return temporarily(quiet.end, quiet.begin)
 
 
 class _Quiet:
-    """What is changed of a model, and of the process, while a pass runs."""
+    """The changes to a model, and to the process, while a pass runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -145,8 +145,8 @@ class _Quiet:
         self._adapters = [
             (m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)
         ]
-        # PEFT's disable_adapter, which a user's function may enter, takes these away, and does not
-        # put them back where adapters were off before
+        # PEFT's disable_adapter, which a user's function may enter, clears requires_grad, and does
+        # not restore it if adapters were off before
         self._restore_gradients = gradients_as_now(model.parameters())
         self._caches: list[tuple[Any, Any]] = []
         self._pass = object()
@@ -164,17 +164,17 @@ class _Quiet:
         _PROCESS.quieten(self._pass)
 
     def end(self) -> None:
-        """Put all of it back; may be interrupted, and run again."""
+        """Restore everything; may be interrupted, and run again."""
         try:
             for layer, flag in self._adapters:
                 layer._disable_adapters = flag
             self._restore_gradients()
-            for config, value in reversed(self._caches):  # one may show what another one has
-                with suppress(AttributeError, TypeError):  # frozen, and so as it was
+            for config, value in reversed(self._caches):  # one may delegate to another
+                with suppress(AttributeError, TypeError):  # frozen, so unchanged
                     config.use_cache = value
             for module, mode in self._training:
                 if module.training != mode and type(module).train is not nn.Module.train:
-                    module.train(mode)  # which is more than the flag: kernels, or merged weights
+                    module.train(mode)  # it does more than set the flag: kernels, merged weights
         finally:
             for module, mode in self._training:
                 module.training = mode
@@ -182,10 +182,10 @@ class _Quiet:
 
 
 def _repacks_in_eval(module: nn.Module) -> bool:
-    """Tell whether a layer would rearrange its weight for good when it runs in eval mode.
+    """Tell whether a layer would permanently repack its weight when it runs in eval mode.
 
-    bitsandbytes does, in four bits on a CPU with AVX-512, and no gradient passes afterwards; its
-    mode has no other meaning.
+    bitsandbytes does, with four bits on a CPU with AVX-512, and no gradient passes afterwards; the
+    mode of its layers has no other effect.
     """
     kind = type(module)
     return kind.__module__.startswith("bitsandbytes.") and kind.__name__.endswith("4bit")
