@@ -30,7 +30,7 @@ _SEQUENCES = "sequence_id"  # number of each token's sequence, negative for padd
 _SEEN = ("attention_mask", "encoder_attention_mask", _SEQUENCES)
 ENDS_OF_PADDING = ("padding_mask", "pad_mask")
 _PLAIN = ("mask", "attn_mask", "context_mask")
-TARGETS = ("tgt", "trg", "target")  # prefixes of names of a decoder's tokens, where it has "src"
+TARGETS = ("tgt", "trg", "target")  # prefixes of names of a decoder's tokens; encoder: "src"
 # Suffixes of names of sample lengths, which may be fractions of the longest.
 _LENGTHS = ("lengths", "length", "lens", "_len")
 # Substrings of the names of what cross attention reads, and of its mask.

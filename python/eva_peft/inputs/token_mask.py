@@ -65,7 +65,8 @@ class TokenMask:
         unpadded: bool (B, T): the mask of padding only, if labels mask more than that.
 
     Attributes:
-        masks: all token masks; layers that read one tensor share a stream only if these are equal.
+        masks: all token masks; layers that read one tensor share a stream only if these are the
+            same tensors.
         draws: random subsets of tokens (``tokens_per_step``) by the key of a mask; "" for others.
         warned: warnings already given, and kinds of layers already warned about.
         quiet: do not warn about layers that no mask fits.
@@ -151,7 +152,7 @@ class TokenMask:
 
         Args:
             told: the mask that was used in the part.
-            of_text: see the class.
+            of_text: see :class:`TokenMask`.
         """
         if self.tells and not self.of_parts:
             found, first = self, [told.main, told.decoder]
@@ -335,7 +336,7 @@ class TokenMask:
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
         if len(leading) == 2 and leading[0] == mask.numel() > max(mask.shape):
-            yield mask.reshape(-1, 1).expand(leading)  # several outputs of layers for each token
+            yield mask.reshape(-1, 1).expand(leading)  # for each token the outputs of n layers
         seen = self.unpadded if key == "main" and self.unpadded is not None else mask
         longest = longest_of(seen)  # the length to which a packed sequence is padded again
         if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():

@@ -1,1 +1,1 @@
-"""What is adapted, and what the model says of itself."""
+"""Which layers of a model are adapted, and how the model reads its batches."""

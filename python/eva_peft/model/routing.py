@@ -319,7 +319,7 @@ def _of_the_first_dimension(args: Sequence[Any]) -> tuple[Tensor, Any]:
     if len(args) > 2:  # index_select, whose arguments may be named, in any order
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         x, index = sorted(tensors, key=lambda tensor: not tensor.is_floating_point())[:2]
-        along = next((arg for arg in args if isinstance(arg, int)), None)  # None: a NumPy number?
+        along = next((arg for arg in args if isinstance(arg, int)), None)  # None for NumPy numbers
         return x, index if along is not None and along % x.dim() == 0 else None
     x, index = args
     if not isinstance(index, tuple):

@@ -1,1 +1,1 @@
-"""Forward passes with hooks that stream what the target layers read."""
+"""Forward passes with hooks that stream the inputs of the target layers."""

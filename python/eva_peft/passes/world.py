@@ -97,8 +97,8 @@ class _Process:
             self._undo.pop()
 
     def _switch_off(self) -> None:
-        # Compiled code does not call hooks that were added after it was compiled. Nothing is
-        # compiled where the compiler was never loaded, which takes a second.
+        # Compiled code does not call hooks that were added after it was compiled. Loading the
+        # compiler takes a second, and if it never was, nothing is compiled.
         if "torch._dynamo" in sys.modules:
             # in one line: it takes effect when created, and stores the previous stance
             self._undo.append(torch.compiler.set_stance("force_eager").__exit__)
