@@ -1,1 +1,1 @@
-"""LoRA adapters: made, written, padded, and asked whether EVA was done."""
+"""LoRA adapters: wrapping, writing, padding, and checks that EVA was done."""

@@ -102,20 +102,20 @@ def write_state_dict(
     are as before. The mapping is not changed.
 
     Args:
-        model: with a LoRA adapter of this name; maybe in a wrapper.
+        model: has a LoRA adapter of this name; may be wrapped.
         state_dict: layer name -> (rank, in_features), with or without the prefixes of PEFT, DDP
             and compile; rank 0 removes the adapter from that layer.
-        strict: raise on layers that only one side has; otherwise warn, and leave them with the
-            default initialisation.
+        strict: raise on layers that only the model or only the mapping has; otherwise warn, and
+            leave them with the default initialisation.
         default_layers: layers that are known to be missing and get the default initialisation.
-        eva: says whether scaling factors are adjusted; that of the adapter's config if ``None``.
+        eva: sets ``adjust_scaling_factors``; that of the adapter's config if ``None``.
 
     Raises:
-        EvaValueError: no such adapter, layers that are unknown, missing or there twice, a width
-            that does not fit, rows that are not finite. EvaTypeError: no mapping of tensors.
-        EvaRuntimeError: adapters are merged into the weights; or DistributedDataParallel is around
-            the model, KaSA has changed it, or ``lora_B`` is of blocks, and an adapter would get
-            another size.
+        EvaValueError: no such adapter; unknown, missing or duplicate layers; a width that does not
+            fit; rows that are not finite. EvaTypeError: not a mapping of tensors.
+        EvaRuntimeError: adapters are merged into the weights; or an adapter would change its size
+            although the model is in DistributedDataParallel, or the adapter uses KaSA or
+            block-diagonal ``lora_B`` (BD-LoRA).
     """
     outer, model = model, unwrap(model)
     own = config_of(model, adapter_name)
@@ -140,7 +140,7 @@ def _is_embedding(layer: LoraLayer) -> bool:
 
 
 def _rebuilt_with(layer: LoraLayer) -> list[LoraLayer]:
-    """Return a layer and those that PEFT gives its rank to: an attention's other projection."""
+    """Return a layer and, of an attention, its output projection, which PEFT rebuilds with it."""
     base = layer.get_base_layer()
     inner = getattr(base, OUT_PROJ) if isinstance(base, nn.MultiheadAttention) else None
     return [layer, inner] if isinstance(inner, LoraLayer) else [layer]
@@ -150,8 +150,8 @@ def _rebuilt_with(layer: LoraLayer) -> list[LoraLayer]:
 def _values_restored() -> Iterator[list[Callable[[], Any]]]:
     """Run the registered undo steps, last first, if the block is left by an exception.
 
-    They put back what was written into tensors, and may be run twice; all else is in a snapshot of
-    the model.
+    The steps restore tensor values, and may be run twice; a snapshot of the model restores
+    everything else.
     """
     undo: list[Callable[[], Any]] = []
 
@@ -173,7 +173,7 @@ def _put_marks_back(parameter: nn.Parameter, before: dict[str, Any]) -> None:
 
 
 class _Writer:
-    """Writes layer after layer, and keeps the config in step with them."""
+    """Writes the layers one by one, and updates the config to match."""
 
     def __init__(
         self,
@@ -201,9 +201,9 @@ class _Writer:
         """Write one layer.
 
         Args:
-            name, path, layer: the layer, by its name in the base model and its path here.
-            parts: the rows of lora_A, those of each expert apart.
-            follows: PEFT takes its rank from another layer, so that no pattern names it.
+            name, path, layer: its name in the base model, its path in this model, and the layer.
+            parts: the rows of ``lora_A``, one entry per expert; ``None`` leaves them as they are.
+            follows: PEFT takes its rank from another layer, so it gets no entry in the patterns.
         """
         rank, alpha = layer.r[self.adapter], layer.lora_alpha[self.adapter]
         new_rank = next((len(rows) for rows in parts if rows is not None), rank)
@@ -228,7 +228,7 @@ class _Writer:
             self.ranks[key], self.alphas[key] = new_rank, alpha
 
     def mark(self, mark: Callable[[Tensor], None], layer: LoraLayer) -> None:
-        """Set a mark on a ``lora_A``, whose attributes are in no snapshot."""
+        """Set a mark on a ``lora_A``, undoable: no snapshot covers its attributes."""
         weight = layer.lora_A[self.adapter].weight
         self.undo.append(functools.partial(_put_marks_back, weight, dict(vars(weight))))
         mark(weight)
@@ -245,12 +245,12 @@ class _Writer:
         parameters_before = dict(layer.named_parameters())
         trainable = {name: p.requires_grad for name, p in parameters_before.items()}
         config = copy(self.config)
-        # what EVA does not write of a layer is drawn as plain LoRA would
+        # tensors of the layer that EVA does not write are initialised as in plain LoRA
         config.init_lora_weights = True
         base = layer.get_base_layer()
         parameters = list(base.parameters())
         offloaded = bool(parameters) and all(p.is_meta for p in parameters)
-        # PEFT would put it where the weights of the layer are, and so nowhere
+        # PEFT would move the adapter to the device of the layer's weights, here meta
         with ExitStack() as stack:
             for each in _rebuilt_with(layer) if offloaded else ():
                 stack.enter_context(adapters_not_moved(each))
@@ -259,7 +259,7 @@ class _Writer:
         for each in _rebuilt_with(layer):
             self._settle(each, device, dtype, mode)
         self._keep_parameters(layer, parameters_before)
-        for name, parameter in layer.named_parameters():  # PEFT sets those of other adapters too
+        for name, parameter in layer.named_parameters():  # PEFT changes other adapters' flags too
             parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
 
     def _kind_of(self, layer: LoraLayer) -> tuple[torch.dtype, bool]:
@@ -282,7 +282,7 @@ class _Writer:
                 parts[self.adapter] = nn.Parameter(own.detach().to(device, dtype))
 
     def _keep_parameters(self, layer: LoraLayer, before: Mapping[str, nn.Parameter]) -> None:
-        """Let parameters be those of before, with their new sizes: an optimizer may hold them."""
+        """Keep the parameter objects, with their new sizes: an optimizer may hold them."""
         for name, new in list(layer.named_parameters()):
             old = before.get(name)
             if old is None or old is new or old.is_inference():
@@ -291,8 +291,8 @@ class _Writer:
                 continue
             self.undo.append(functools.partial(_put_back, old, old.data, old.grad))
             old.grad = None
-            # The graph of an output that somebody has kept holds the node by which gradients come
-            # here, with the sizes of before; another dtype makes torch forget it.
+            # If an earlier output is still alive, its graph holds this parameter's gradient
+            # accumulator with the old shape; another dtype in between makes torch drop it.
             other = torch.float32 if old.dtype == torch.float16 else torch.float16
             old.data = old.data.to(other)
             old.data = new.data
@@ -301,7 +301,7 @@ class _Writer:
 
     def _fill(self, layer: LoraLayer, parts: Sequence[Tensor | None]) -> None:
         first, second = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter]
-        bias = getattr(second, "bias", None)  # blocks have none
+        bias = getattr(second, "bias", None)  # a block-diagonal lora_B has none
         zeroed = [second.weight] if bias is None else [second.weight, bias]
         dora = magnitude(layer, self.adapter)
         for weight in (first, *zeroed, *([] if dora is None else [dora])):
@@ -309,7 +309,7 @@ class _Writer:
             self.undo.append(functools.partial(weight.data.copy_, before))
         for weight in zeroed:
             weight.zero_()
-        if dora is not None:  # maybe trained; the output is to be that of the base model
+        if dora is not None:  # may have been trained; the output must be that of the base model
             dora.copy_(untrained_magnitude(layer, self.adapter).reshape(dora.shape))
         for rows, own in zip(parts, first.chunk(len(parts)), strict=True):
             if rows is not None:
@@ -322,13 +322,13 @@ class _Writer:
                 del entries[self.adapter]
         self.removed.append(peft_key(path, layer))
         if layer.lora_A or layer.lora_embedding_A:
-            return  # another adapter lives here
+            return  # another adapter uses this layer
         parent = self.model.get_submodule(path.rpartition(".")[0])
         attribute = path.rpartition(".")[2]
         setattr(parent, attribute, layer.get_base_layer())
 
     def draw_others(self) -> None:
-        """Draw, as plain LoRA would, what EVA does not write and PEFT has made without memory."""
+        """Initialise as plain LoRA what EVA does not write: embeddings on meta, tied adapters."""
         tied = [layer for layer in self._others.values() if not _is_embedding(layer)]
         for path, layer in self._others.items():
             weight = layer.lora_embedding_A[self.adapter] if _is_embedding(layer) else None
@@ -343,9 +343,9 @@ class _Writer:
             self._draw_tied(layer)
 
     def _draw_tied(self, layer: LoraLayer) -> None:
-        """Draw a tied ``lora_A``, which PEFT does for plain LoRA, but leaves that of "eva".
+        """Draw a tied ``lora_A`` at random, which PEFT does for plain LoRA but not for "eva".
 
-        It would be that of embeddings, some ten times larger, and training would run away.
+        Otherwise it keeps the embeddings' values, some ten times larger, and training diverges.
         """
         first, second = (getattr(layer, n)[self.adapter].weight for n in ("lora_A", "lora_B"))
         if first.is_meta or second.any():
@@ -354,7 +354,7 @@ class _Writer:
         nn.init.kaiming_uniform_(first, a=math.sqrt(5))
 
     def _tie(self, layer: LoraLayer, embedding: LoraLayer) -> None:
-        """Make the adapter of a layer the transposed one of the embeddings, as PEFT does."""
+        """Tie the adapter of a layer to that of the embeddings, transposed, as PEFT does."""
         for own, its in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
             weight = getattr(embedding, its)[self.adapter]
             getattr(layer, own)[self.adapter].weight = nn.Parameter(
@@ -362,7 +362,7 @@ class _Writer:
             )
 
     def finish(self) -> None:
-        """Bring the config in line, so that a saved adapter loads with the same layers and ranks.
+        """Update the config, so that a saved adapter loads with the same layers and ranks.
 
         Raises:
             EvaRuntimeError: it would not; nothing is changed then.

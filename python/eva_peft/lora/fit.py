@@ -22,13 +22,13 @@ __all__ = ["Fitted", "fit", "parts_of"]
 
 @dataclass(frozen=True)
 class Fitted:
-    """Rows that fit.
+    """The rows of a state dict, checked against the layers of an adapter.
 
     Attributes:
-        layers: path and layer by the name in the base model, of a layer or of a parameter.
-        parts: name of the layer by the names that a state dict has for it, several of experts.
-        rows: (rank, in_features) by these names.
-        left: those names that are meant to be missing.
+        layers: name in the base model, of a layer or a parameter -> (path, layer).
+        parts: name in a state dict -> name of the layer; for experts several names per layer.
+        rows: name in a state dict -> (rank, in_features).
+        left: names in a state dict that may be missing.
     """
 
     layers: dict[str, tuple[str, LoraLayer]]
@@ -45,7 +45,7 @@ class Fitted:
         )
 
     def follows(self, name: str) -> bool:
-        """Tell whether PEFT takes the rank of a layer from another: an attention's projection."""
+        """Tell whether PEFT takes a layer's rank from another, as an attention's projection."""
         return _owner(name, self.layers) not in (None, name)
 
 
@@ -56,15 +56,15 @@ def fit(
     strict: bool,
     default_layers: Iterable[str],
 ) -> Fitted:
-    """Return the rows of a state dict by the layers of an adapter.
+    """Match the rows of a state dict to the layers of an adapter.
 
     Args:
         model, state_dict, adapter_name, strict, default_layers: see
             :func:`eva_peft.lora.adapters.write_state_dict`; the model without wrappers.
 
     Raises:
-        EvaValueError: layers that are unknown, missing or there twice, a width that does not fit,
-            rows that are not finite. EvaTypeError: no mapping of tensors.
+        EvaValueError: unknown, missing or duplicate layers; a width that does not fit; rows that
+            are not finite. EvaTypeError: not a mapping of tensors.
     """
     layers = _layers_of(model, adapter_name)
     parts = {part: name for name, (_, layer) in layers.items() for part in parts_of(name, layer)}
@@ -107,7 +107,7 @@ def _features(layer: LoraLayer) -> int | None:
 def _without_adapter(
     model: nn.Module, parts: Mapping[str, str], rows: Mapping[str, Any]
 ) -> list[str]:
-    """Return the layers that are given rank 0, and had been before: they have no adapter."""
+    """Return the layers that get rank 0 and already have no adapter."""
     asked = [
         name
         for name, value in rows.items()
@@ -118,7 +118,7 @@ def _without_adapter(
 
 
 def _check_keys(state_dict: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the rows of a state dict by the names that the layers have here."""
+    """Return the rows of a state dict by the layer names of this model."""
     if not isinstance(state_dict, Mapping):
         raise EvaTypeError(
             "the EVA state dict must map layer names to tensors, as get_eva_state_dict and "
@@ -160,7 +160,7 @@ def _check_shapes(
     rows: Mapping[str, Tensor],
     adapter_name: str,
 ) -> None:
-    # an attention's that is not given is kept
+    # an attention that is not in the state dict keeps its rank
     ranks = {
         name: layer.r[adapter_name]
         for name, (_, layer) in layers.items()
@@ -197,7 +197,7 @@ def _check_shapes(
 
 
 def _owner(name: str, layers: Mapping[str, tuple[str, LoraLayer]]) -> str | None:
-    """Return what a layer has its rank in common with the other parts of, if anything."""
+    """Return the layer (itself, or its attention) whose parts share one rank, if there is one."""
     layer = layers[name][1]
     if isinstance(layer, ParamWrapper) or _is_attention(layer):
         return name

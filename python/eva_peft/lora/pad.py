@@ -1,4 +1,4 @@
-"""A saved adapter with one rank for all layers, for runtimes that know no other."""
+"""Give all layers of a saved adapter one rank, for runtimes without per-layer ranks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = ["pad_ranks"]
 _WEIGHTS = "adapter_model.safetensors"
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.(lora_(?:embedding_)?[AB])(?:\.(weight|bias))?")
 _ANY_LORA = re.compile(r"\.lora_(?!magnitude_vector)")
-# What lays out or scales the rows of an adapter in another way.
+# Options that lay out or scale the rows of an adapter differently.
 _REFUSED = ("target_parameters", "use_bdlora", "monteclora_config", "kasa_config")
-# The others, as "pissa", change the base weights again when the adapter is loaded, by its rank.
+# Others, such as "pissa", change the base weights by the rank whenever the adapter is loaded.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -44,26 +44,26 @@ class _Layer:
 
 
 def pad_ranks(adapter: str | PathLike[str], out: str | PathLike[str], r: int | None = None) -> int:
-    """Write an adapter with the same outputs, with one rank and scaling factor for all layers.
+    """Write an equivalent adapter with one rank and scaling factor for all layers.
 
-    EVA gives each layer a rank of its own, which PEFT reads from ``rank_pattern`` and
-    ``alpha_pattern``. Some runtimes that serve adapters read neither, but ``r`` and ``lora_alpha``
-    alone, and refuse the adapter or scale it wrongly. Here ``lora_A`` gets rows and ``lora_B``
-    columns of zeros, which stay zero if it is trained on; layers without an adapter have none.
+    EVA gives each layer its own rank, which PEFT reads from ``rank_pattern`` and
+    ``alpha_pattern``. Some inference runtimes read only ``r`` and ``lora_alpha``, and refuse the
+    adapter or scale it wrongly. Here ``lora_A`` is padded with zero rows and ``lora_B`` with zero
+    columns, which stay zero in further training; layers without an adapter stay without one.
 
     Args:
-        adapter: folder that ``save_pretrained`` wrote; stays as it is. No model is loaded.
+        adapter: folder that ``save_pretrained`` wrote; not changed. No model is loaded.
         out: folder for ``adapter_config.json`` and ``adapter_model.safetensors``.
         r: the rank; by default the largest of all layers.
 
     Returns:
-        The rank. ``lora_alpha`` is the rank times the scaling factor that most layers have; in
-        layers with another one ``lora_B`` is multiplied by the rest, and rounded to its dtype.
+        The rank. ``lora_alpha`` is the rank times the most common scaling factor; in layers with
+        another factor ``lora_B`` is multiplied by the ratio, and rounded to its dtype.
 
     Raises:
-        EvaValueError: no LoRA adapter in safetensors, one of experts whose weights are one
-            parameter, or that changes the base weights (PiSSA), a rank that is too small, or
-            ``out`` is ``adapter``.
+        EvaValueError: not a LoRA adapter in safetensors; one of fused expert parameters, or one
+            that changes the base weights (PiSSA); a rank that is too small; or ``out`` is
+            ``adapter``.
     """
     source, target = Path(adapter), Path(out)
     if target.resolve() == source.resolve():
@@ -83,7 +83,7 @@ def pad_ranks(adapter: str | PathLike[str], out: str | PathLike[str], r: int | N
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,  # the factor is in lora_alpha
-        "init_lora_weights": True,  # "orthogonal" wants an even rank, also of what is overwritten
+        "init_lora_weights": True,  # "orthogonal" would require an even rank
         "eva_config": None,
     }
     target.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ def _layers(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) ->
 
 
 def _scaling(folder: Path, name: str, config: dict[str, Any], rank: int) -> float:
-    named = name.removesuffix(f".base_layer.{OUT_PROJ}")  # adapted with an attention, and as that
+    named = name.removesuffix(f".base_layer.{OUT_PROJ}")  # the patterns name its attention
     told = pattern_value(config.get("rank_pattern") or {}, named, config["r"])
     if told != rank:
         raise EvaValueError(
@@ -161,7 +161,7 @@ def _scaling(folder: Path, name: str, config: dict[str, Any], rank: int) -> floa
 
 
 def _rank(r: int | None, layers: dict[str, _Layer], tensors: dict[str, Tensor]) -> int:
-    """Return the rank that is asked for, or the least that all layers can have."""
+    """Return the requested rank, or the smallest one that fits all layers."""
     least = max(len(tensors[layer.first]) for layer in layers.values())
     groups = math.lcm(*(_groups(layer, tensors) for layer in layers.values()))
     rank = math.ceil(least / groups) * groups if r is None else r
@@ -180,14 +180,14 @@ def _groups(layer: _Layer, tensors: dict[str, Tensor]) -> int:
 
 
 def _common(scalings: list[float]) -> float:
-    """Return the factor that most layers have; of several the largest."""
+    """Return the most common factor, if possible not zero; on a tie the largest."""
     counts = Counter(float(f"{scaling:.12g}") for scaling in scalings)
     return max(counts, key=lambda scaling: (scaling != 0, counts[scaling], scaling))
 
 
 def _pad(layer: _Layer, tensors: dict[str, Tensor], rank: int) -> None:
     first, second = tensors[layer.first], tensors[layer.second]
-    groups = _groups(layer, tensors)  # each reads its own run of rows of lora_A
+    groups = _groups(layer, tensors)  # each reads a contiguous run of rows of lora_A
     runs = first.reshape(groups, -1, *first.shape[1:])
     missing = rank // groups - runs.shape[1]
     below = runs.new_zeros(groups, missing, *first.shape[1:])

@@ -1,4 +1,4 @@
-"""Is an adapter that was made for EVA initialised, and has it been trained already?"""
+"""Check whether adapters made for EVA have been initialised, and whether they were trained."""
 
 from __future__ import annotations
 
@@ -47,39 +47,39 @@ __all__ = [
 
 _MARK = "_eva_initialized"
 _LEFT = "_eva_left"
-# Rows of a random lora_A have a norm of about 0.58, and in 28,672 dimensions still cosines of 0.01.
+# Rows of a random lora_A have norms of about 0.58, and cosines of 0.01 even in 28,672 dimensions.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _LOW_PRECISION = 1e-2
-# Relative; more than the rounding of norms that were taken in bfloat16 (2**-8).
+# Relative; above the rounding error of norms computed in bfloat16 (2**-8).
 _MAGNITUDE_TOLERANCE = 5e-3
 
 
 class NotInitializedWarning(EvaWarning):
-    """Training starts on an adapter that was made for EVA and not initialised, or only in part."""
+    """Training starts on an adapter made for EVA that is not, or only partly, initialised."""
 
 
 def mark_initialized(weight: Tensor) -> None:
-    """Remember that EVA wrote a ``lora_A``; not part of any state dict."""
+    """Mark a ``lora_A`` as written by EVA; the mark is in no state dict."""
     setattr(weight, _MARK, True)
 
 
 def mark_left(weight: Tensor) -> None:
-    """Remember that EVA leaves a ``lora_A`` at its default on purpose."""
+    """Mark a ``lora_A`` as left at its default by EVA on purpose."""
     setattr(weight, _LEFT, True)
 
 
 def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
     """Tell whether the adapters of a model carry an EVA initialisation, or have been trained.
 
-    Judged by the weights, so that it holds for adapters that PEFT initialised or that were loaded:
-    some ``lora_B`` is not zero, or some magnitude of DoRA has moved, or the rows of some ``lora_A``
+    Judged by the weights, so it also works for adapters that PEFT initialised or that were loaded:
+    some ``lora_B`` is not zero, some DoRA magnitude has changed, or the rows of some ``lora_A``
     are orthonormal (orthogonal, with ``whiten``), which random rows are not. Adapters on the meta
-    device are not initialised. Of a model that FSDP or ZeRO-3 has sharded, every process has to
-    ask.
+    device count as not initialised. If FSDP or ZeRO-3 has sharded the model, every process must
+    make the call.
 
     Args:
-        model: a PeftModel or one with adapters of its own, maybe in DistributedDataParallel or
-            compiled.
+        model: a PeftModel or a model with its own adapters; may be compiled or in
+            DistributedDataParallel.
         adapter_name: which adapter.
 
     Raises:
@@ -105,10 +105,10 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
 
 
 def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
-    """Return the layers without EVA's rows of an adapter that EVA has written in this process.
+    """Return the layers that EVA left out, of an adapter that it wrote in this process.
 
-    Of one that was loaded nobody can tell which layers were left at the default on purpose. No
-    layer that has been trained is told.
+    For a loaded adapter it is unknown which layers were left at the default on purpose. Trained
+    layers are not included.
     """
     layers, config = _layers(model, adapter_name), adapter_configs(model)[adapter_name]
     whitened = eva_of(config).whiten
@@ -128,7 +128,7 @@ def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
 
 
 def check_not_trained(model: nn.Module, adapter_name: str) -> None:
-    """Refuse adapters that have been trained, whose weights would be lost.
+    """Refuse trained adapters, whose weights would be lost.
 
     Raises:
         EvaValueError: some ``lora_B`` is not zero, or DoRA's magnitudes are not the norms of the
@@ -146,7 +146,7 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """Return the layers of an adapter by name; none of one that is on embeddings alone."""
+    """Return the layers of an adapter by name; none if it adapts only embeddings."""
     inner = unwrap(model)
     if not carries_adapters(inner):
         raise EvaTypeError(
@@ -162,18 +162,18 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def _is_flattened(weight: Tensor) -> bool:
-    """Tell whether a part of a weight is here, in one dimension, or nothing but its shape.
+    """Tell whether only a one-dimensional part of a weight is here, or only its shape.
 
-    So it is where FullyShardedDataParallel keeps the weights of a model: to have one whole, all
-    around it must be.
+    So FullyShardedDataParallel stores weights: one can be gathered only with all others of its
+    wrapper.
     """
     if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
-        return False  # by itself it can be had whole
+        return False  # it can be gathered by itself
     return weight.dim() < 2 or not weight.untyped_storage().size()
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that is divided as one; all processes have to ask for it."""
+    """Return a sharded tensor, gathered; all processes must make the call."""
     if hasattr(tensor, "ds_id"):  # by ZeRO-3
         with import_module("deepspeed").zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
@@ -183,9 +183,9 @@ def _whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _trained(layers: dict[str, LoraLayer], adapter_name: str) -> list[str]:
-    """Return the names of the layers that are not as they were made, by one read a device.
+    """Return the names of the layers that have been trained, with one host read per device.
 
-    Their ``lora_B`` is not zero, or DoRA's magnitudes have moved away from the norms of the weight.
+    Their ``lora_B`` is not zero, or DoRA's magnitudes differ from the norms of the weight.
     """
     by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, layer in layers.items():
@@ -222,17 +222,17 @@ def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
     if whitened:
         norms, rows = norms / norms.clamp_min(1e-30), rows / norms.clamp_min(1e-30)[:, None]
         if len(rows) == 1:
-            return False  # any row would do
+            return False  # a single row is always orthogonal
     if (norms - 1).abs().max() > tolerance:
         return False
-    # experts have rows of their own
+    # each expert has its own rows
     stacks = rows.reshape(getattr(layer, "num_experts", 1), -1, rows.shape[1])
     cosines = stacks @ stacks.mT - torch.eye(stacks.shape[1], device=rows.device)
     return bool(cosines.abs().max() < tolerance)
 
 
 def _complain(model: nn.Module, action: str) -> None:
-    # adapters may be on a part of what is trained
+    # the adapters may be on a submodule of the trained model
     parts = [part for _, part in outermost(unwrap(model), carries_adapters)]
     every = [(part, name) for part in parts for name in adapter_configs(part)]
     for part, name in every:
@@ -242,7 +242,7 @@ def _complain(model: nn.Module, action: str) -> None:
             continue
         try:
             initialized = is_initialized(part, name)
-        except EvaRuntimeError:  # nobody can tell
+        except EvaRuntimeError:  # cannot be determined
             continue
         if initialized:
             _complain_of_some(part, name)
@@ -257,7 +257,7 @@ def _complain(model: nn.Module, action: str) -> None:
 
 
 def _trains(model: nn.Module, adapter_name: str) -> bool:
-    """Tell whether an adapter is to be trained, and not kept as it is for reference, as by DPO."""
+    """Tell whether an adapter is trainable, and not a frozen reference as in DPO."""
     layers = _layers(model, adapter_name).values()
     return any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers)
 
@@ -287,12 +287,12 @@ def _check_action(action: str) -> None:
 
 
 class EvaCallback(TrainerCallback):
-    """Tell, when a ``Trainer`` starts, that an adapter made for EVA was never initialised.
+    """Report, when a ``Trainer`` starts, an adapter made for EVA that was never initialised.
 
     Args:
-        action: ``"warn"``, or ``"raise"`` to stop before the first step. Where EVA has initialised
-            some layers in this process and passed others by, it warns in either case. Where nobody
-            can tell, since FullyShardedDataParallel has flattened the weights, it does neither.
+        action: ``"warn"``, or ``"raise"`` to stop before the first step. If EVA has initialised
+            only some of the layers in this process, it warns in either case. If the state is
+            unknown, since FullyShardedDataParallel has flattened the weights, it does neither.
     """
 
     def __init__(self, action: Literal["warn", "raise"] = "warn") -> None:
@@ -302,8 +302,8 @@ class EvaCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Look at the model that is about to be trained."""
-        # SetFit's trainer hands over an object that is no module, around those that it trains
+        """Check the model that is about to be trained."""
+        # SetFit's trainer passes an object that is not a module but holds those that it trains
         within = () if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
         for part in (model, *within):
             if isinstance(part, nn.Module):
@@ -311,9 +311,9 @@ class EvaCallback(TrainerCallback):
 
 
 class _Watch:
-    """A forward pre-hook that looks at the first forward pass that a gradient may follow.
+    """A forward pre-hook that checks the model at the first forward pass with gradients.
 
-    It goes on looking where it has raised, so that nobody trains past the error.
+    If it raises it stays active, so that training cannot continue past the error.
     """
 
     def __init__(self, action: str) -> None:
@@ -323,7 +323,7 @@ class _Watch:
     def __call__(self, model: nn.Module, args: Any) -> None:
         if not model.training or not torch.is_grad_enabled():
             return
-        if self.action == "warn":  # once, also where a warning is made an error
+        if self.action == "warn":  # once, even if warnings are turned into errors
             self._remove()
         _complain(model, self.action)
         self._remove()
@@ -334,15 +334,15 @@ class _Watch:
 
 
 def watch(model: nn.Module, action: Literal["warn", "raise"] = "warn") -> nn.Module:
-    """Tell at the first training step if an adapter made for EVA was never initialised.
+    """Report at the first training step an adapter made for EVA that was never initialised.
 
-    For training loops without a ``Trainer``. A forward pre-hook, which takes itself off when it has
-    warned, or seen that there is nothing to raise.
+    For training loops without a ``Trainer``. Registers a forward pre-hook, which removes itself
+    after it has warned, or found nothing to raise.
 
     Args:
-        model: a PeftModel, or any other, about which there is nothing to tell.
-        action: ``"warn"``, or ``"raise"`` at every step until it is initialised. Of layers that EVA
-            has passed by it only warns.
+        model: a PeftModel; for a model without adapters nothing is reported.
+        action: ``"warn"``, or ``"raise"`` at every step until it is initialised. If EVA left out
+            only some layers, it warns in either case.
 
     Returns:
         The model.

@@ -34,7 +34,7 @@ def wrap_model(
 
     Args:
         model, config, adapter_name: as PEFT; the caller's config is not changed.
-        on_meta: make adapters without contents.
+        on_meta: create the adapters on the meta device.
 
     Raises:
         EvaError: PEFT refuses the config or a layer. The model may be wrapped in part then; see
@@ -51,10 +51,10 @@ def wrap_model(
         # PEFT refuses "eva" with these, also when it loads a saved adapter
         config.init_lora_weights, config.eva_config = True, None
     # parameters made in inference mode could never be trained
-    # PEFT's low_cpu_mem_usage patches nn.Module for all threads, and of two of them for good
+    # not low_cpu_mem_usage: PEFT then patches nn.Module for all threads, for good if two overlap
     device = torch.device("meta") if on_meta else nullcontext()
     with random_state_kept(), torch.inference_mode(False), warnings_caught():
-        # the weights are written right away, so they need not wait on the meta device
+        # PEFT suggests the meta device to save time, but the weights are written right away
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
         try:
             with device:
@@ -72,7 +72,7 @@ def _adapts_convolution(model: nn.Module, config: LoraConfig) -> bool:
 
 def _explained(error: Exception) -> EvaError:
     kind: type[EvaError] = EvaValueError
-    if isinstance(error, (AttributeError, TypeError)):  # the former of weights that are packed
+    if isinstance(error, (AttributeError, TypeError)):  # AttributeError: packed weights
         kind = EvaTypeError
     elif isinstance(error, RuntimeError):
         kind = EvaRuntimeError
@@ -86,16 +86,16 @@ def _explained(error: Exception) -> EvaError:
 
 
 def check_wrapping(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Wrap a base model for a moment, so that what PEFT refuses is known before a long pass.
+    """Wrap a base model temporarily, to find out what PEFT refuses before a long pass.
 
-    The real model, because PEFT looks at more than its structure; it is put back as it was.
+    This takes the real model, because PEFT looks at more than its structure, and restores it.
     Adapters are made on the meta device, which takes no memory.
 
     Raises:
         EvaError: PEFT refuses the config or a layer.
     """
-    # What PEFT warns of is shown when it wraps the model for good; filters that make errors of
-    # warnings hold here as well.
+    # PEFT's warnings are shown when the model is finally wrapped; filters that turn warnings into
+    # errors apply here as well.
     with warnings_caught(record=True):
         for on_meta in (True, False):
             try:
@@ -103,5 +103,5 @@ def check_wrapping(model: nn.Module, config: LoraConfig, adapter_name: str) -> N
                     wrap_model(model, config, adapter_name, on_meta=on_meta)
                 return
             except Exception:
-                if not on_meta:  # not everything that works elsewhere does on the meta device
+                if not on_meta:  # some operations fail only on the meta device
                     raise

@@ -1,1 +1,1 @@
-"""What a pass found: kept, changed, drawn, written as a report."""
+"""Results of a pass: storage, other ranks, plots and reports."""

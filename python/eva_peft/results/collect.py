@@ -1,4 +1,4 @@
-"""From a finished pass to its result: the answers of the streams, as each layer gets them."""
+"""Build the result of a finished pass: each layer's part of the answers of the streams."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["collect_result"]
 
 
 class _Layer(NamedTuple):
-    """A layer that was called, its stream, and what it gets of the stream's answer."""
+    """A layer that was called, its stream, and its part of the stream's answer."""
 
     target: Target
     stream: InputStream
     spectrum: Spectrum
-    components: Tensor  # (K, in_features); K is at most what the layer may be given
+    components: Tensor  # (K, in_features); K is at most the layer's largest rank
     singular_values: Tensor  # (K,), float32
     ratios: Tensor  # (K,), float32
 
@@ -40,7 +40,7 @@ class _Layer(NamedTuple):
 
     @property
     def precise_ratios(self) -> Array:
-        """The ratios as the result holds them, so that ``reallocated`` decides alike."""
+        """The ratios, rounded as in the result, so that ``reallocated`` decides the same."""
         limit = len(self.ratios)
         return self.spectrum.ratios[:limit].astype(np.float32).astype(np.float64)
 
@@ -100,7 +100,7 @@ def _layers(run: CalibrationPass) -> list[_Layer]:
 
 
 def _as_single(arrays: Sequence[Array]) -> Sequence[Tensor]:
-    """Return arrays of float64 as tensors of float32, each in memory of its own."""
+    """Return float64 arrays as float32 tensors, each with its own memory."""
     whole = torch.from_numpy(np.concatenate(arrays)).float()
     # one call for all layers
     parts: Sequence[Tensor] = torch.ops.aten.split_with_sizes_copy(whole, list(map(len, arrays)))
@@ -108,7 +108,7 @@ def _as_single(arrays: Sequence[Array]) -> Sequence[Tensor]:
 
 
 def _leading(part: Tensor, count: int) -> Tensor:
-    """Return the first entries; the tensor itself, which layers share, where these are all."""
+    """Return the first entries; if these are all, the tensor itself, which layers share."""
     return part if len(part) == count else part[:count]
 
 

@@ -12,8 +12,8 @@ from ..model.checks import plain_number
 
 __all__ = ["LEFT_OUT", "config_from_dict", "config_to_dict"]
 
-# Not kept: what PEFT notes by itself, how adapters run on a device, and what other initialisations
-# want. ``eva_config`` has an entry of its own.
+# Not kept: fields that PEFT sets itself, runtime settings, and configs of other initialisations.
+# ``eva_config`` has its own entry.
 LEFT_OUT = frozenset(
     [
         "peft_type",
@@ -26,12 +26,12 @@ LEFT_OUT = frozenset(
         "eva_config",
     ]
 )
-# Kept always, for who reads a file; of the others, what is not the default.
+# Always kept, for readers of a file; other fields only if they differ from the default.
 _ALWAYS = ("r", "lora_alpha", "target_modules")
 
 
 def config_to_dict(config: LoraConfig) -> dict[str, Any]:
-    """Return what an adapter is built from, as JSON holds it."""
+    """Return the settings that an adapter is built from, JSON-able."""
     kept = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name, None)
@@ -45,10 +45,10 @@ def config_to_dict(config: LoraConfig) -> dict[str, Any]:
 
 
 def config_from_dict(values: dict[str, Any]) -> LoraConfig:
-    """Return the config that :func:`config_to_dict` was given, but for what it leaves out.
+    """Rebuild the config from :func:`config_to_dict`, without the fields that it leaves out.
 
     Raises:
-        EvaValueError: it has a field that this PEFT does not know.
+        EvaValueError: a field that the installed PEFT does not know.
     """
     fields = dict(values)
     eva, init = fields.pop("eva_config", None), fields.pop("init_lora_weights", True)
@@ -84,6 +84,6 @@ def _plain(value: Any) -> Any:
 
 
 def _built(value: Any, hint: Any) -> Any:
-    """Return the config of PEFT's that a dict was made from, if it was."""
+    """Rebuild the PEFT config that a dict was made from, if the field has one."""
     kinds: list[Any] = [*filter(dataclasses.is_dataclass, typing.get_args(hint) or [hint])]
     return kinds[0](**value) if isinstance(value, dict) and kinds else value

@@ -1,4 +1,4 @@
-"""What kind of layer a dotted name says, and in which block it is."""
+"""Derive from a dotted name the kind of a layer and the block it is in."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ __all__ = ["kinds_of", "layer_table"]
 def layer_table(names: Iterable[str]) -> dict[str, tuple[str, int | None]]:
     """Split layer names into a short module kind and a block index.
 
-    The block index is the first number in the dotted name that something follows. The kind is the
-    shortest tail that tells it from the other kinds: `q_proj`, or `attention.output.dense` beside
-    `output.dense`. Kinds of the same name in two towers carry the tower's name in front.
+    The block index is the first number in the dotted name that is not its last part. The kind is
+    the shortest suffix that distinguishes it from other kinds: `q_proj`, or
+    `attention.output.dense` next to `output.dense`. If two towers have kinds of the same name, the
+    tower's name is put in front.
 
     Args:
         names: dotted layer names.
@@ -35,14 +36,14 @@ def layer_table(names: Iterable[str]) -> dict[str, tuple[str, int | None]]:
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, str]:
-    """Return the module kind of each name, one for all experts of a block, or blocks of a stage."""
+    """Return the module kind of each name, the same for experts of a block or blocks of a stage."""
     alike = {name: _any_number(name) for name in names}
     table = layer_table(alike.values())
     return {name: table[other][0] for name, other in alike.items()}
 
 
 def _any_number(name: str) -> str:
-    """Put a star for every number in a dotted name but the block index, and what ends it."""
+    """Replace the numbers in a dotted name, but the block index and the last part, by stars."""
     _, block, tail = _parse(name)
     if block is None:
         return name
@@ -64,7 +65,7 @@ def _parse(name: str) -> tuple[str, int | None, str]:
 
 
 def _shortest_tails(names: Iterable[str]) -> dict[str, str]:
-    """Cut each dotted name to its shortest tail that no other name ends in, a number apart."""
+    """Cut each dotted name to its shortest unique suffix that does not begin with a number."""
     split = {name: name.split(".") for name in names}
     ends = Counter(tuple(p[-n:]) for p in split.values() for n in range(1, len(p) + 1))
     tails = {}
@@ -77,7 +78,7 @@ def _shortest_tails(names: Iterable[str]) -> dict[str, str]:
 
 
 def _tower_names(prefixes: set[str]) -> dict[str, str]:
-    """Name each prefix by its first part that is not common to all, if that tells them apart."""
+    """Name each prefix by its first part that is not common to all, if these are distinct."""
     split = {prefix: prefix.split(".") for prefix in prefixes}
     levels = zip(*split.values(), strict=False)
     shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))

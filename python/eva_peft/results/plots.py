@@ -1,7 +1,7 @@
 """Draw an `EvaResult` with matplotlib: ranks, explained variance, convergence and cost.
 
-Every `plot_` function takes a finished calibration and returns a figure of its own, which belongs
-to no pyplot state and whose label says in words what it shows.
+Every `plot_` function takes a finished calibration and returns a new figure, which is not part of
+pyplot's state and whose label describes it in words.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 
-# From Okabe and Ito's palette: told apart with every common colour blindness.
+# From the Okabe-Ito palette: distinguishable with every common colour blindness.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#999999"
 _MAX_CURVES = 8
 _RANK_COLOURS = "YlGnBu"
@@ -36,9 +36,9 @@ _DPI = 130
 
 
 def plot_ranks(result: EvaResult) -> Figure:
-    """Draw the rank of every layer as a heat map: one row a module kind, one column a block.
+    """Draw the rank of every layer as a heat map: one row per module kind, one column per block.
 
-    Layers whose name holds no block index share a column of their own.
+    Layers whose name has no block index share one column.
     """
     _, rows, columns = _rank_grid(result.ranks)
     size = (min(max(3.5 + 0.36 * len(columns), 6.0), 26.0), min(1.7 + 0.32 * len(rows), 26.0))
@@ -50,7 +50,7 @@ def plot_ranks(result: EvaResult) -> Figure:
 def plot_explained_variance(result: EvaResult) -> Figure:
     """Draw the cumulative explained variance of every module kind: median and range over blocks.
 
-    Module kinds that read the same input share a curve. A dot stands at the mean rank given.
+    Module kinds that read the same input share a curve. A dot marks the mean rank.
     """
     figure = new_figure((8.5, 4.2), "Cumulative explained variance over components by module kind")
     _draw_explained_variance(figure, result)
@@ -65,14 +65,14 @@ def plot_convergence(result: EvaResult) -> Figure:
 
 
 def plot_cost(result: EvaResult) -> Figure:
-    """Draw the seconds spent in each phase, with the peak memory beside them."""
+    """Draw the seconds spent in each phase, and the peak memory."""
     figure = new_figure((8.5, 2.9), "Seconds by phase and peak memory")
     _draw_cost(figure, result)
     return figure
 
 
 def plot_result(result: EvaResult) -> Figure:
-    """Draw ranks, explained variance, convergence and cost in one figure of two by two."""
+    """Draw ranks, explained variance, convergence and cost in one 2 x 2 figure."""
     _, rows, columns = _rank_grid(result.ranks)
     left = min(max(7.0, 2.2 + 0.26 * len(columns)), 20.0)
     top = min(max(4.2, 1.5 + 0.27 * len(rows)), 24.0)
@@ -89,7 +89,7 @@ def plot_result(result: EvaResult) -> Figure:
 
 
 def save_result_plot(result: EvaResult, path: str | os.PathLike[str]) -> None:
-    """Write `plot_result` to a file whose suffix says the format; its folder is made.
+    """Write `plot_result` to a file in the format of its suffix; its folder is created.
 
     Args:
         result: a finished calibration.
@@ -259,7 +259,7 @@ def _draw_convergence(figure: FigureBase, result: EvaResult) -> None:
 
 
 def _similarity_quantiles(result: EvaResult) -> dict[int, np.ndarray[Any, Any]]:
-    """Take the quantiles 0, 0.1, 0.5, 0.9 over layers of each step that has similarities."""
+    """Return the quantiles 0, 0.1, 0.5, 0.9 over layers for each step that has similarities."""
     spread = {}
     history = result.history
     for step, values in zip(history["step"], history["similarity"], strict=True):
@@ -273,7 +273,7 @@ def _similarity_quantiles(result: EvaResult) -> dict[int, np.ndarray[Any, Any]]:
 def _draw_similarity(
     axes: Axes, spread: dict[int, np.ndarray[Any, Any]], tau: float | None, marker: str | None
 ) -> None:
-    """Draw 1 - |cos| downwards on a log scale, so that 0.9, 0.99 and 0.999 stand evenly apart."""
+    """Draw 1 - |cos| downwards on a log scale, so that 0.9, 0.99 and 0.999 are evenly spaced."""
     x = list(spread)
     slowest, low, median, high = np.clip(1 - np.stack(list(spread.values()), axis=1), 1e-7, 1.0)
     axes.fill_between(
@@ -295,19 +295,19 @@ def _draw_similarity(
 
 
 def _tau(result: EvaResult) -> float | None:
-    """Look the threshold up in the metadata, where the config stands; None without one."""
+    """Return the threshold from the config in the metadata, None if there is none."""
     eva = (result.metadata.get("lora_config") or {}).get("eva_config") or {}
     return float(eva["tau"]) if "tau" in eva else None
 
 
 def phase_seconds(result: EvaResult) -> dict[str, float]:
-    """Return the seconds of each phase in order, and as `other` what the total holds beyond them.
+    """Return the seconds of each phase in order, and as `other` the rest of the total.
 
     Args:
         result: a finished calibration.
 
     Returns:
-        Phase name to seconds, the total left out.
+        Phase name to seconds, without the total.
     """
     phases = {name: float(s) for name, s in result.seconds.items() if name != "total"}
     other = result.seconds["total"] - sum(phases.values())
@@ -317,7 +317,7 @@ def phase_seconds(result: EvaResult) -> dict[str, float]:
 
 
 def format_bytes(count: float) -> str:
-    """Write a number of bytes with a binary unit.
+    """Format a number of bytes with a binary unit.
 
     Args:
         count: bytes.
@@ -365,14 +365,14 @@ def _integer_locator(intervals: int = 6) -> MaxNLocator:
 
 
 def new_figure(size: tuple[float, float], alt: str) -> Figure:
-    """Make a figure of its own canvas, in inches; the label serves as alternative text."""
+    """Create a figure with its own canvas, size in inches; the label is its alternative text."""
     figure = require_matplotlib()(figsize=size, layout="constrained", facecolor="white")
     figure.set_label(alt)
     return figure
 
 
 def require_matplotlib() -> Callable[..., Figure]:
-    """Import matplotlib's `Figure`, or say how to get it.
+    """Import matplotlib's `Figure`, or say how to install it.
 
     Returns:
         The class.

@@ -1,4 +1,4 @@
-"""Other ranks from the spectra of a pass that was made: no data, no model."""
+"""Compute other ranks from the spectra of a finished pass, without data or model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ALLOCATION = ("r", "rho", "budget", "min_rank")
 
 
 def check_allocation(names: Iterable[str]) -> None:
-    """Refuse what is no option of :func:`reallocate`.
+    """Refuse names that are not options of :func:`reallocate`.
 
     Raises:
-        EvaTypeError: it names the options that there are.
+        EvaTypeError: an unknown name; the message lists the options.
     """
     for name in names:
         if name not in ALLOCATION:
@@ -37,7 +37,7 @@ def check_allocation(names: Iterable[str]) -> None:
 def reallocate(
     result: EvaResult, r: int | None, rho: float | None, budget: str, min_rank: int
 ) -> EvaResult:
-    """Do what :meth:`EvaResult.reallocated` says."""
+    """Implement :meth:`EvaResult.reallocated`."""
     CalibrateOptions(budget=budget, min_rank=min_rank)  # checks both
     config = result.config
     r = None if r is None else checked_number("r", r)
@@ -88,13 +88,13 @@ def _scaled(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float
 
 
 def _of_pattern(config: LoraConfig, name: str, r: int) -> float:
-    """Return the alpha with rank r of what the patterns call so: a layer, or a key of theirs."""
+    """Return the alpha at rank r of a layer, or of a key of the patterns."""
     alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
     return _scaled(config, alpha, pattern_value(config.rank_pattern, name, config.r), r)
 
 
 def _sizes(result: EvaResult, config: LoraConfig, r: int) -> dict[str, Any]:
-    """Return the fields of the config that say how large the adapters are, for r everywhere."""
+    """Return the config fields that set the adapters' sizes, with rank r for every layer."""
     default = _scaled(config, config.lora_alpha, config.r, r)
     known = config.alpha_pattern
     closer = [
@@ -102,7 +102,7 @@ def _sizes(result: EvaResult, config: LoraConfig, r: int) -> dict[str, Any]:
         for key in config.rank_pattern
         if key not in known and pattern_value(known, key, None) is not None
     ]
-    # of layers that no pass reads, as embeddings, these speak; the first key that matches counts
+    # these apply to layers that no pass reads, such as embeddings; the first matching key counts
     keys = [*closer, *known, *config.rank_pattern]
     before = {key: _of_pattern(config, key, r) for key in keys}
     alphas = {result.owners.get(name, [name])[0]: alpha for name, alpha in result.alphas.items()}

@@ -101,14 +101,14 @@ def figure_to_html(fig: Figure) -> str:
 
 
 def table_to_html(headers: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """Build a table; every cell is escaped, numbers are shortened and set to the right.
+    """Build a table; every cell is escaped, numbers are shortened and right-aligned.
 
     Args:
         headers: one for each column.
         rows: cells of any type; None shows as a dash, True and False as yes and no.
 
     Returns:
-        A `table` element in a box that scrolls sideways where the page is narrow.
+        A `table` element in a box that scrolls sideways on a narrow page.
 
     Raises:
         EvaValueError: a row of another length than the headers.
@@ -147,8 +147,8 @@ def result_sections(result: EvaResult) -> list[tuple[str, str]]:
         result: a finished calibration.
 
     Returns:
-        (heading, HTML) pairs: summary, four figures, per-layer table, metadata. Where matplotlib is
-        missing a sentence that says so stands in place of each figure.
+        (heading, HTML) pairs: summary, four figures, per-layer table, metadata. If matplotlib is
+        missing, a sentence that says so replaces each figure.
     """
     return [
         ("Summary", _summary(result)),
@@ -166,7 +166,7 @@ def write_html(result: EvaResult, path: str | os.PathLike[str]) -> None:
 
     Args:
         result: a finished calibration.
-        path: where to; its folder is made, and an existing file is replaced.
+        path: output file; its folder is created, and an existing file is replaced.
     """
     title = f"EVA initialisation of {result.metadata.get('model') or 'a model'}"
     page = render_html(title, result_sections(result))

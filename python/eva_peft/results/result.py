@@ -1,4 +1,4 @@
-"""``EvaResult``: what a calibration pass found, as data that can be kept and applied later."""
+"""``EvaResult``: the result of a calibration pass, which can be saved and applied later."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class EvaResult:
         converged: whether the components in use had converged.
         numerical_rank: of the input, among the K components.
         lost_variance: share of the captured variance that the last whole step still gained; 0
-            where the answer is exact. After many steps on a flat spectrum more is missing.
+            if the answer is exact. After many steps on a flat spectrum the true loss is larger.
         method: ``"sketch"`` or ``"gram"``.
         in_features, out_features: widths of the layer.
         base_ranks, alphas: r and LoRA alpha of the layer before redistribution.
         shared_inputs: groups of layers that read the same tensor.
         tokens: tokens used over the pass; ``skipped_tokens`` of them left out as not finite.
-        steps, forwards: folds, and forward passes.
+        steps, forwards: number of folds, and of forward passes.
         seconds: by phase: forward, accumulate, fold, check, total.
         peak_memory_bytes: above the level before the pass: allocated on a GPU; on the CPU the
             growth of the process's high-water mark, and at least the streaming state.
-        history: lists with an entry a step, by the names that ``callback`` is given, see
+        history: lists with one entry per step, by the names that ``callback`` gets, see
             :class:`eva_peft.CalibrateOptions`.
         metadata: JSON-able: versions, model, LoRA config, options.
-        uncalled: layers that keep the default initialisation: no forward pass called them with a
-            token that counts, or their weights are stored the other way round.
-        rank_steps: what the ranks of a layer are multiples of, where that is not 1 (the groups of
-            a convolution).
-        owners: for layers that are parts of a fused parameter its name and how many parts it has.
+        uncalled: layers that keep the default initialisation: no forward pass called them with an
+            unmasked token, or their weights are stored transposed.
+        rank_steps: the number that a layer's ranks are multiples of, if not 1 (the groups of a
+            convolution).
+        owners: for layers that are parts of a fused parameter, its name and number of parts.
     """
 
     ranks: dict[str, int]
@@ -89,10 +89,10 @@ class EvaResult:
         Separate, contiguous tensors that safetensors can save.
 
         Args:
-            whiten: divide rows by the root of their singular value, as PEFT does, which grows
-                with the number of tokens; as the config of the pass says if ``None``. Rows in
-                whose direction the tokens do not vary, as an expert that got few of them may have,
-                stay as they are.
+            whiten: divide rows by the square root of their singular value, as PEFT does, which
+                grows with the number of tokens; ``None`` takes it from the config of the pass. Rows
+                with singular value 0, which an expert that got few tokens may have, are not
+                divided.
         """
         if whiten is None:
             whiten = eva_of(self.config).whiten
@@ -115,9 +115,9 @@ class EvaResult:
     ) -> EvaResult:
         """Return a result with other ranks from the same spectra, without another pass.
 
-        The LoRA scaling (alpha over r, or its root with rsLoRA) of every layer stays as it was:
-        with another ``r`` alpha changes, too. Only a config that says not to
-        (``adjust_scaling_factors=False``) keeps alpha instead.
+        The LoRA scaling (alpha over r, or over its root with rsLoRA) of every layer is kept: with
+        another ``r`` alpha changes, too. With ``adjust_scaling_factors=False`` in the config alpha
+        is kept instead.
 
         Args:
             r: rank of every layer before redistribution; the layers' own if ``None``.
@@ -125,9 +125,9 @@ class EvaResult:
             budget, min_rank: as in ``initialize``.
 
         Raises:
-            EvaValueError: more components are asked for than the pass has tracked, or a number is
+            EvaValueError: more components are needed than the pass has tracked, or a number is
                 too small.
-            EvaTypeError: no number.
+            EvaTypeError: not a number.
         """
         from .reallocation import reallocate
 
@@ -152,8 +152,8 @@ class EvaResult:
             adapter_name: which adapter of a PeftModel.
             strict: raise if the layers of the model and of the result differ.
             overwrite_trained: accept an adapter that has been trained.
-            **allocation: ``r``, ``rho``, ``budget``, ``min_rank``; see :meth:`reallocated`. Whether
-                the adapters are new or there already, their scaling stays as it was.
+            **allocation: ``r``, ``rho``, ``budget``, ``min_rank``; see :meth:`reallocated`. The
+                scaling of new and of existing adapters is kept.
 
         Returns:
             The PeftModel, or the model with adapters of its own, with this result as
@@ -179,10 +179,10 @@ class EvaResult:
         return write_result(model, result, config, adapter_name, strict)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write one safetensors file, whole or not at all; never pickle.
+        """Write one safetensors file, atomically; never pickle.
 
         Raises:
-            EvaValueError: the path is that of a folder.
+            EvaValueError: the path is a folder.
         """
         from .storage import save_result
 
@@ -200,7 +200,7 @@ class EvaResult:
         return load_result(path)
 
     def summary(self) -> str:
-        """Return a table as text: one line a kind of layer, and the totals."""
+        """Return a table as text: one line per kind of layer, and the totals."""
         from .storage import summary_text
 
         return summary_text(self)

@@ -32,7 +32,7 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
     """Write a result; layers that share an input share the tensors in the file, too.
 
     Raises:
-        EvaValueError: the path is that of a folder.
+        EvaValueError: the path is a folder.
     """
     if Path(path).is_dir():
         raise EvaValueError(f"{str(path)!r} is a folder; name a file, such as eva.safetensors")
@@ -101,7 +101,7 @@ def _joined(metadata: Mapping[str, str]) -> str:
 
 
 def summary_text(result: EvaResult) -> str:
-    """Return one line a kind of layer, then totals."""
+    """Return one line per kind of layer, then totals."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name, kind in kinds_of(result.ranks).items():
         kinds[kind].append(name)
