@@ -54,7 +54,7 @@ def wrap_model(
     # not low_cpu_mem_usage: PEFT then patches nn.Module for all threads, for good if two overlap
     device = torch.device("meta") if on_meta else nullcontext()
     with random_state_kept(), torch.inference_mode(False), warnings_caught():
-        # PEFT suggests the meta device to save time, but the weights are written right away
+        # PEFT advises low_cpu_mem_usage to save memory, but the weights are written right away
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
         try:
             with device:

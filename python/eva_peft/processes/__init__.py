@@ -1,1 +1,1 @@
-"""One pass over the batches of several processes."""
+"""One pass shared by several processes, each with its own batches."""

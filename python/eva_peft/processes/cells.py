@@ -41,7 +41,7 @@ Renewal = tuple[Cell, torch.dtype, bool]
 
 @dataclass(frozen=True)
 class Waiting:
-    """What waits in one slot of a process.
+    """The pending tokens in one slot of a process.
 
     Attributes:
         members: the layers of the slot.
@@ -57,7 +57,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Report:
-    """What a process tells the others after its forward pass.
+    """What a process reports to the others after its forward pass.
 
     Attributes:
         ran: it had a batch.
@@ -79,17 +79,17 @@ class Report:
 
     @functools.cached_property
     def of_layer(self) -> dict[int, Waiting]:
-        """What waits, by the index of each layer."""
+        """The pending tokens, by layer index."""
         return {i: waiting for waiting in self.slots for i in waiting.members}
 
     def pending(self, cell: Cell) -> int:
-        """Return how many tokens wait in a cell."""
+        """Return how many tokens are pending in a cell."""
         found = self.of_layer.get(cell[0])
         return 0 if found is None else found.pending
 
 
 def common_cells(reports: Sequence[Report]) -> list[Cell]:
-    """Return the layers that share an input on every process that was called with one."""
+    """Group the layers that share an input in every process that called them."""
     cells: dict[tuple[Waiting | None, ...], list[int]] = defaultdict(list)
     for i in sorted({i for report in reports for i in report.of_layer}):
         cells[tuple(report.of_layer.get(i) for report in reports)].append(i)
@@ -97,7 +97,7 @@ def common_cells(reports: Sequence[Report]) -> list[Cell]:
 
 
 def divide_slots(collector: InputCollector, cells: Sequence[Cell]) -> None:
-    """Divide slots whose layers do not share an input on every process."""
+    """Split slots whose layers do not share an input in every process."""
     cell_of = {i: cell for cell in cells for i in cell}
     for slot in list(collector.slots):
         for cell in sorted({cell_of[i] for i in slot.members})[1:]:
@@ -105,7 +105,7 @@ def divide_slots(collector: InputCollector, cells: Sequence[Cell]) -> None:
 
 
 def slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
-    """Return the slot of some layers, a new one where they were not called here."""
+    """Return the slot of a cell, a new one if its layers were not called in this process."""
     slot = run.collector.slot_of.get(cell[0])
     if slot is None:
         slot = run.collector.install(run.make_stream(run.targets[cell[0]], dtype), cell)
@@ -115,10 +115,10 @@ def slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
 def merge_stream(
     run: CalibrationPass, cell: Cell, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> InputStream:
-    """Take the stream of another process into one's own, and return that.
+    """Merge the stream of another process into that of this one, and return it.
 
     Raises:
-        EvaValueError: one is in double precision.
+        EvaValueError: only one of them is in double precision.
     """
     dtype = getattr(torch, record["dtype"])
     stream = slot_for(run, cell, dtype).stream
@@ -134,12 +134,12 @@ def merge_stream(
 
 
 def renewal(slot: Slot) -> Renewal:
-    """Tell the others of a slot whose stream has a new basis."""
+    """Describe to the other processes a slot whose stream has a new basis."""
     return tuple(slot.members), slot.stream.dtype, isinstance(slot.stream.state, GramState)
 
 
 def anchors(stream: InputStream, exact: bool) -> list[Tensor]:
-    """Return basis, mean and, of an exact stream, pivot: its own ones, or memory for them."""
+    """Return basis, mean and, if exact, pivot of a stream, or zeros to receive them into."""
     state, sketch = stream.state, stream.sketch
     if sketch is not None:
         return [sketch.basis, sketch.mean, *([state.pivot] if isinstance(state, GramState) else [])]

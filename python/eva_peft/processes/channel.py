@@ -1,4 +1,4 @@
-"""What travels between the processes of a group: plain objects, and tensors in buckets."""
+"""Communication between the processes of a group: Python objects, and tensors in buckets."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from ..surroundings.memory import is_out_of_memory
 
 __all__ = ["Channel"]
 
-# Tensors travel together up to this many bytes, which are copied once.
+# Tensors are sent together up to this many bytes, which are copied once.
 BUCKET_BYTES = 32 << 20
 
 
 class Channel:
-    """The processes of a group, the first of which leads; every call is one that all make.
+    """The processes of a group, led by the first; calls are collective unless stated otherwise.
 
-    Any of them raises EvaRuntimeError where another process cannot be reached, or in its place what
+    A call raises EvaRuntimeError if another process cannot be reached, or, instead, the error that
     this one holds.
 
     Args:
         group: a ``torch.distributed`` process group that this process is in.
-        held: what has gone wrong in this process, of which the others are to be told.
+        held: the error of this process, if any, that is still to be reported to the others.
 
     Attributes:
         rank, size: of this process in the group, and of the group.
@@ -41,26 +41,26 @@ class Channel:
         self._leader = distributed.get_global_rank(group, 0)
 
     def from_leader(self, thing: Any) -> Any:
-        """Return what the leader gives."""
+        """Broadcast an object from the leader."""
         box = [thing]
         with self._reaching():
             distributed.broadcast_object_list(box, src=self._leader, group=self._group)
         return box[0]
 
     def of_all(self, own: Any) -> list[Any]:
-        """Return what each process gives, by rank."""
+        """Gather an object from each process, by rank."""
         every: list[Any] = [None] * self.size
         with self._reaching():
             distributed.all_gather_object(every, own, group=self._group)
         return every
 
     def send(self, thing: Any) -> None:
-        """Give the leader an object; only it and this process make a call."""
+        """Send an object to the leader, which calls :meth:`receive`; not collective."""
         with self._reaching():
             distributed.send_object_list([thing], dst=self._leader, group=self._group)
 
     def receive(self, rank: int) -> Any:
-        """Return what a process has sent to this one, the leader."""
+        """Receive, on the leader, an object that a process has sent; not collective."""
         box: list[Any] = [None]
         source = distributed.get_global_rank(self._group, rank)
         with self._reaching():
@@ -68,7 +68,7 @@ class Channel:
         return box[0]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Add tensors of the same shapes over all processes; only the leader has the sums."""
+        """Sum tensors of the same shapes over all processes; only the leader gets the sums."""
         for bucket in _buckets(tensors):
             flat = _packed(bucket)
             with self._reaching():
@@ -77,7 +77,7 @@ class Channel:
                 _unpack(flat, bucket)
 
     def send_out(self, tensors: Sequence[Tensor]) -> None:
-        """Write the leader's tensors into those of all."""
+        """Broadcast the leader's tensors into those of all processes."""
         for bucket in _buckets(tensors):
             flat = _packed(bucket)
             with self._reaching():
@@ -87,11 +87,11 @@ class Channel:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Say what it means that the backend fails, which tells of addresses."""
+        """Explain a failure of the backend, whose own message only names addresses."""
         try:
             yield
         except RuntimeError as error:
-            self._held.release()  # nobody else can tell of that any more
+            self._held.release()  # no other process can report it any more
             if is_out_of_memory(error):
                 raise
             raise EvaRuntimeError(
@@ -106,7 +106,7 @@ class Channel:
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield tensors of one dtype, together no larger than a bucket, in order.
 
-    Not by device: the layers of another process may lie elsewhere.
+    Devices are mixed: in another process the same layers may be on different ones.
     """
     kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:

@@ -1,13 +1,13 @@
-"""One pass over the batches of several processes, of which the first leads.
+"""One pass over the batches of several processes, led by the first.
 
 Each process runs its own copy of the model on its own batches. After every forward pass:
 
-1. All report how many tokens wait in which layer, and whether something went wrong.
-2. The leader gets what has been gathered (see :mod:`.exchange`), folds, compares, and decides, as
-   if it were alone.
-3. All get the decision, and the new bases and means.
+1. All report the number of pending tokens of each layer, and any error.
+2. The leader receives the accumulated sums and streams (see :mod:`.exchange`), folds, compares, and
+   decides, as in a single process.
+3. All receive the decision, and the new bases and means.
 
-No activation travels. At the end all get the leader's result, bit for bit.
+Activations are not exchanged. At the end all get the leader's result, bit for bit.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ _LOGGER = logging.getLogger("eva_kernels")
 
 
 def processes_of(model: nn.Module, group: Any) -> Processes | None:
-    """Return the processes of a pass; ``None`` where there is one, or each is for itself.
+    """Return the processes of a pass; ``None`` if there is only one, or each runs by itself.
 
     Args:
         model: without wrappers.
-        group: the option.
+        group: the option of that name.
 
     Raises:
-        EvaTypeError: ``group`` is no process group.
-        EvaValueError: a sharded model in each by itself.
+        EvaTypeError: ``group`` is not a process group.
+        EvaValueError: a sharded model, but each process would run by itself.
     """
     running = distributed.is_available() and distributed.is_initialized()
     if group is None and running and distributed.get_world_size() > 1:
@@ -82,9 +82,9 @@ def processes_of(model: nn.Module, group: Any) -> Processes | None:
 
 @contextmanager
 def beginning(processes: Processes | None) -> Iterator[None]:
-    """Tell the other processes, if there are any, of what goes wrong in this one before the pass.
+    """Report an error of this process before the pass to the others, if there are any.
 
-    An interrupt goes wrong, too. The pass itself may be in the block.
+    Interrupts count as errors. The pass itself may be in the block.
     """
     try:
         yield
@@ -117,14 +117,14 @@ class _Decision:
 
 @dataclass(frozen=True)
 class _Position:
-    """Where the leader's checkpoint stands, or where one is to be kept.
+    """The state in the leader's checkpoint; of a new pass if the file does not exist yet.
 
     Attributes:
-        path: of the file; the other processes need not have been told.
+        path: of the file, which the other processes need not know.
         forwards, tokens: of the pass so far.
         most_calls, largest: see :class:`.cells.Report`.
         begun, random: see :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
-        decision: what the last step had come to.
+        decision: that of the last step.
     """
 
     path: str
@@ -144,7 +144,7 @@ class Processes:
         group: of at least two processes.
 
     Attributes:
-        together: them, with what goes wrong in one of them.
+        together: the processes, and the handling of their errors.
         size, leads: of the group, and whether this process leads.
     """
 
@@ -158,13 +158,13 @@ class Processes:
     def loop(self, run: CalibrationPass, loader: Iterable[Any]) -> bool:
         """Run batches until the leader says stop; returns whether every layer has converged.
 
-        A loader that ends early leaves its process waiting for the others.
+        If a loader ends early, its process waits for the others.
 
         Raises:
-            Exception: the process's own; EvaRuntimeError where another one failed.
+            Exception: that of this process; EvaRuntimeError if another one failed.
         """
         self._agree(run)
-        # What "auto" decides depends on the memory of each device.
+        # The choice of "auto" depends on the memory of each device.
         run.plan = self._channel.from_leader(run.plan)
         with ExitStack() as stack:
             every = batches.iterate(loader, lambda: self._seen > 0, run.keeper.begin_epoch)
@@ -176,12 +176,12 @@ class Processes:
                 run.keeper.begin_forward()
                 decision = self._step(run, coming)
             self.together.attempt(stack.close)  # the others are told with the result
-        if self.leads:  # behind the keeper, whose file is of what waits between two forward passes
+        if self.leads:  # after the keeper, whose file has what is pending between forward passes
             self.together.attempt(self.together.unless_held, run.fold_rest)
         return decision.done
 
     def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
-        """Bring all processes to where the leader's checkpoint stands, if there is one."""
+        """Bring all processes to the state of the leader's checkpoint, if there is one."""
         keeper, position = run.keeper, None
         if keeper.path is not None:
             stop = keeper.done or (run.forwards > 0 and run.limit_reached())
@@ -197,13 +197,13 @@ class Processes:
             return _Decision(stop=False)
         keeper.keeps = True
         run.collector.note_passes(position.most_calls, position.largest)
-        self._seen = position.tokens  # without any, a loader is not begun anew at its end
+        self._seen = position.tokens  # if 0, a loader is not restarted at its end
         if position.forwards and not position.decision.stop:
             self._skip(run, stream, position)
         return self._follow(run, position.decision)
 
     def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:
-        """Pass over the batches that the checkpoint has seen."""
+        """Skip the batches that the checkpoint has seen."""
         rank = self._channel.rank
         run.keeper.begin_again(position.begun[rank])
         skipped = (
@@ -234,11 +234,11 @@ class Processes:
         return self._follow(run, self._channel.from_leader(own))
 
     def result(self, make: Callable[[], EvaResult]) -> EvaResult:
-        """Return what the leader makes, on every process.
+        """Return the leader's result, on every process.
 
         Raises:
             NotConvergedError: on all processes.
-            Exception: another one of the leader's; EvaRuntimeError on the others.
+            Exception: any other error, on the leader; EvaRuntimeError on the others.
         """
         found: Any = None
         if self.leads:
@@ -246,19 +246,19 @@ class Processes:
             raised = self.together.held.error
             if raised is not None:
                 found = raised if isinstance(raised, NotConvergedError) else in_words(raised)
-            del raised  # or this frame, which the error knows, would know it
+            del raised  # else a reference cycle: its traceback refers to this frame
         found = self._channel.from_leader(found)
         if isinstance(found, NotConvergedError):  # every process raises it as its own
             self.together.held.error, found = self.together.held.error or found, str(found)
         self.together.raise_if(found if isinstance(found, str) else None, 0)
-        self.together.held.release()  # of one that does not lead, at its end
+        self.together.held.release()  # the error of a process other than the leader
         result: EvaResult = found
         return result
 
     def _agree(self, run: CalibrationPass) -> None:
         """Raise EvaValueError, on every process, unless all are asked for the same pass.
 
-        EvaRuntimeError where another process could not begin it.
+        EvaRuntimeError if another process could not begin it.
         """
         own = {name: part for name, part in request_of(run).items() if name != "seed"}
         weights = weights_of(run)
@@ -275,8 +275,8 @@ class Processes:
         ready = self.together.attempt(
             self.together.unless_held, lambda: self._next_ready(run, coming)
         )
-        # The processes of a sharded model wait for each other in the forward pass: all begin it, or
-        # none, and an interrupt is heard at its end.
+        # The processes of a sharded model wait for each other in the forward pass: either all begin
+        # it or none, and an interrupt is handled at its end.
         if run.sharded and not all(self.together.of_all(ready is not None)):
             ready = None
         if ready is not None and run.sharded:
@@ -307,10 +307,10 @@ class Processes:
                 self._in_shards(run, partial(run.forward_again, part))
 
     def _in_shards(self, run: CalibrationPass, do: Callable[[], None]) -> None:
-        """Run a sharded model, in which the others wait for this process.
+        """Run a sharded model, during which the others wait for this process.
 
-        What it raises in there is raised at once, without them: what is exchanged with them now
-        would be taken for a part of the model.
+        An error inside the model is raised at once, without telling the others: they would take
+        any communication for a collective of the model.
         """
         self.together.held.catch(do)
         if not run.call.inside:
@@ -325,9 +325,9 @@ class Processes:
         self.together.held.release()
 
     def _follow(self, run: CalibrationPass, decision: _Decision) -> _Decision:
-        """Do what the leader has decided, on every process."""
+        """Apply the leader's decision, on every process."""
         self.together.raise_if(decision.error, 0)
-        run.steps = decision.steps  # which errors name
+        run.steps = decision.steps  # errors name it
         if decision.stop:
             return decision
         run.collector.frozen = set(decision.frozen)
@@ -340,13 +340,13 @@ class Processes:
         merged: Sequence[InputStream],
         reports: Sequence[Report],
     ) -> _Decision:
-        """End the step, and say what came of it."""
+        """End the step on the leader, and return its decision."""
         ran = any(report.ran for report in reports)
         run.tokens += sum(report.tokens for report in reports[1:])
         run.forwards += ran and not reports[0].ran
 
         def decide() -> _Decision:
-            # no batch is fetched meanwhile: a loader may ask the others for it (accelerate's do)
+            # fetch no batch in here: a loader may communicate for it (accelerate's do)
             folded = run.close_step(merged=merged)
             numbers = record_step(run) if folded else None
             done = bool(folded) and run.converged()

@@ -1,9 +1,9 @@
-"""What the layers of several processes have gathered, brought to the leader and back.
+"""Collect what several processes have accumulated on the leader, and distribute its new bases.
 
-1. Sums are additive about one basis and mean, so those of layers that all know are added up by the
-   leader. Layers that are new were begun by each process from its own tokens: such streams are
-   folded where they are, sent to the leader, and merged (once a layer).
-2. When the leader has folded, all get the new bases and means.
+1. Sums about a common basis and mean are additive, so those of layers whose basis all processes
+   know are added up on the leader. New layers were begun by each process from its own tokens:
+   these streams are folded locally, sent to the leader, and merged (once per layer).
+2. After the leader has folded, all receive the new bases and means.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["Exchange"]
 
 
 class Exchange:
-    """Brings streams together; every call is one that all processes make, unless it says so.
+    """Combines the streams of processes; calls are collective unless stated otherwise.
 
     Args:
         together: the processes.
 
     Attributes:
-        known: layers whose basis is the leader's, everywhere.
+        known: layers whose basis is the leader's in every process.
     """
 
     def __init__(self, together: Together) -> None:
@@ -40,7 +40,7 @@ class Exchange:
     def collect(
         self, run: CalibrationPass, reports: Sequence[Report], cells: Sequence[Cell]
     ) -> list[InputStream]:
-        """Bring all that waits to the leader; returns the streams that were merged there."""
+        """Collect all pending tokens on the leader; returns the streams that were merged there."""
         slot_of = run.collector.slot_of
         waiting = [cell for cell in cells if any(report.pending(cell) for report in reports)]
         known = [cell for cell in waiting if cell[0] in self.known]
@@ -67,7 +67,7 @@ class Exchange:
                 self._channel.send(self._folded(run, own))
             elif self._channel.leads:
                 parcel = self._channel.receive(rank)
-                # the others wait for the decision, which tells them
+                # an error reaches the others with the decision, for which they wait
                 streams = self._together.attempt(self._unpacked, run, rank, own, parcel) or []
                 merged |= {id(stream): stream for stream in streams}
         return list(merged.values())
@@ -75,14 +75,14 @@ class Exchange:
     def _unpacked(
         self, run: CalibrationPass, rank: int, cells: Sequence[Cell], parcel: Any
     ) -> list[InputStream]:
-        """Take the streams that another process has sent into those of this one, the leader."""
+        """Merge, on the leader, the streams that another process has sent."""
         self._together.raise_if(parcel if isinstance(parcel, str) else None, rank)
-        with run.collector.explaining():  # what waits here is folded as well
+        with run.collector.explaining():  # folds the leader's pending tokens, too
             pairs = zip(cells, parcel, strict=True)
             return [merge_stream(run, cell, *state) for cell, state in pairs]
 
     def _folded(self, run: CalibrationPass, cells: Sequence[Cell]) -> Any:
-        """Return the streams of cells, folded, as plain data on the host; or what went wrong."""
+        """Return the streams of cells, folded, as plain data on the host; or the error as text."""
         streams = [run.collector.slot_of[cell[0]].stream for cell in cells]
 
         def make() -> list[Any]:
@@ -95,14 +95,14 @@ class Exchange:
         return self._together.told() or found
 
     def renewed(self, run: CalibrationPass, folded: Sequence[InputStream]) -> tuple[Renewal, ...]:
-        """Return, on the leader, what has a new basis for all."""
+        """Return, on the leader, the cells that get a new basis in all processes."""
         new = {id(stream) for stream in folded}
         renewals = [renewal(slot) for slot in run.collector.slots if id(slot.stream) in new]
         # The pivot of an exact stream, about which others accumulate, never changes.
         return tuple(r for r in renewals if not (r[2] and r[0][0] in self.known))
 
     def share(self, run: CalibrationPass, renewed: Sequence[Renewal]) -> None:
-        """Bring the new bases and means from the leader to all."""
+        """Broadcast the new bases and means from the leader."""
         slots = [slot_for(run, cell, dtype) for cell, dtype, _ in renewed]
         exact = [gram for _, _, gram in renewed]
         parts = [anchors(s.stream, gram) for s, gram in zip(slots, exact, strict=True)]

@@ -1,4 +1,4 @@
-"""Where the processes of a group meet before a pass: all begin it, or none does."""
+"""A barrier of the processes of a group before a pass: all begin it, or none does."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ..errors import EvaRuntimeError, listed
 __all__ = ["Meeting"]
 
 _LOGGER = logging.getLogger("eva_kernels")
-PATIENCE = 30.0  # seconds after which a process says for whom it waits
-_LONGEST_PAUSE = 0.1  # seconds, between two looks at the store
+PATIENCE = 30.0  # seconds after which a process logs that it waits for others
+_LONGEST_PAUSE = 0.1  # seconds, between two polls of the store
 _ALL = "all are there"
 _REMEDY = "all of them must make the call; pass group=None to calibrate in one process alone"
 
-Word = tuple[int, str]  # of which process, and what has become of it
+Word = tuple[int, str]  # the rank of a process that failed, and what happened to it
 
 
 class Meeting:
-    """One meeting of the processes of a group, to which each comes, or sends word that it failed.
+    """A barrier of the processes of a group, where each arrives or reports that it failed.
 
-    In the store of the group, so that who fails need not wait for the others, and Ctrl-C is heard
-    while waiting. Where torch does not show the store, or it can do too little, by a collective,
-    which is neither.
+    It uses the store of the group, so that a failed process need not wait for the others, and
+    Ctrl-C works while waiting. If torch does not expose the store, or the store lacks operations,
+    it uses a collective, without these two properties.
 
     Args:
         group: a ``torch.distributed`` process group that this process is in.
 
     Attributes:
-        over: this process has come.
+        over: this process has arrived.
     """
 
     def __init__(self, group: Any) -> None:
@@ -45,13 +45,13 @@ class Meeting:
         self._rank, self._size = distributed.get_rank(group), distributed.get_world_size(group)
 
     def come(self, interrupted: Callable[[], bool]) -> Word | None:
-        """Wait for the others; returns the word of one that failed, ``None`` if all have come.
+        """Wait for the others; returns the report of one that failed, ``None`` if all arrived.
 
         Args:
-            interrupted: asked while waiting; if so this process has failed, unless all are there.
+            interrupted: polled while waiting; if true this process has failed, unless all arrived.
 
         Raises:
-            EvaRuntimeError: the store is gone.
+            EvaRuntimeError: the store cannot be reached any more.
         """
         self.over = True
         with _impatient(self._rank, self._size):
@@ -67,10 +67,10 @@ class Meeting:
             return self._exchange(None)
 
     def fail(self, told: str) -> None:
-        """Send word that this process will not come.
+        """Report that this process will not arrive.
 
         Args:
-            told: what has become of it.
+            told: what happened to it.
         """
         store = _store_of(self._group)
         if store is None:
@@ -80,7 +80,7 @@ class Meeting:
             self._settle(store, self._count(store), self._word(told))
 
     def _wait(self, store: Any, interrupted: Callable[[], bool]) -> Word | None:
-        """Wait as long as the processes of the group wait for each other anywhere."""
+        """Wait for the others, up to the time limit of the process group."""
         number, limit = self._count(store), store.timeout.total_seconds()
         if store.add(f"eva_kernels/{number}/there", 1) == self._size:
             self._settle(store, number, _ALL)
@@ -100,12 +100,12 @@ class Meeting:
         return self._settle(store, number, _ALL)
 
     def _count(self, store: Any) -> int:
-        """Return which meeting this is: each process has come as often as the others."""
+        """Return the number of this meeting: each process counts, and all arrive equally often."""
         number: int = store.add(_counter(self._rank), 1)
         return number
 
     def _settle(self, store: Any, number: int, word: str) -> Word | None:
-        """Write what has come of the meeting, and return it: the word that came first holds."""
+        """Write the outcome of the meeting, and return it: the first one written counts."""
         said = store.compare_set(f"eva_kernels/{number}/word", "", word).decode()
         return None if said == _ALL else tuple(json.loads(said))
 
@@ -123,12 +123,12 @@ def _counter(rank: int) -> str:
 
 
 def _store_of(group: Any) -> Any:
-    """Return the store of a group; ``None`` where torch does not show one that can do all of this.
+    """Return the store of a group; ``None`` if torch exposes none with all operations needed.
 
-    Stores of users' own, and the one of MPI, cannot.
+    User-defined stores, and that of MPI, lack some.
 
     Raises:
-        DistError: it is gone.
+        DistError: it cannot be reached any more.
     """
     try:
         store = group.get_group_store()
@@ -143,7 +143,7 @@ def _store_of(group: Any) -> Any:
 
 @contextmanager
 def _impatient(rank: int, size: int, what: str = "") -> Iterator[None]:
-    """Say for whom a process waits, if that takes long: some may never come."""
+    """Log that a process waits for the others, if that takes long: some may never arrive."""
     told = (
         "process %d of %d has been waiting for %g seconds for the others to begin the EVA pass%s: "
         f"{_REMEDY}"

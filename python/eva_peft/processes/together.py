@@ -1,4 +1,4 @@
-"""Errors and interrupts in one of several processes, of which the others hear first."""
+"""Errors and interrupts in one of several processes, which are first reported to the others."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 
 class Together:
-    """The processes of a group, seen from one of them, which holds what it raises until all know.
+    """The processes of a group, seen from one of them, which holds its error until all know it.
 
     Args:
         group: of at least two processes.
 
     Attributes:
-        channel: what travels between them.
-        meeting: where all begin, or none.
-        interrupts: around the pass, which is told of them where it lets them through.
+        channel: the communication between them.
+        meeting: the barrier at which all begin, or none.
+        interrupts: deferred during the pass, except where they are let through.
         held: the error of this process, if there is one.
     """
 
@@ -34,7 +34,7 @@ class Together:
         self.channel, self.meeting = Channel(group, self.held), Meeting(group)
 
     def attempt(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:
-        """Do what may fail, or be interrupted, and hold that until the others are told."""
+        """Do what may fail or be interrupted, and hold the error until the others are told."""
 
         def interruptible() -> T:
             with self.interrupts.let_through():
@@ -43,28 +43,28 @@ class Together:
         return self.held.catch(interruptible)
 
     def unless_held(self, do: Callable[[], T]) -> T:
-        """Do what comes after something that may have failed; to be attempted."""
-        self.held.release()  # to be held again by who attempts this
+        """Call a function, or raise the held error instead; to be passed to :meth:`attempt`."""
+        self.held.release()  # attempt() holds it again
         return do()
 
     def interrupted(self) -> bool:
         """Tell whether this process has failed, or is interrupted now."""
-        self.attempt(lambda: None)  # whoever handles interrupts may not raise anything
+        self.attempt(lambda: None)  # runs signal handlers; not all of them raise
         return self.held.error is not None
 
     def told(self) -> str | None:
-        """Return what the others are to be told of this process's error, if it has one."""
+        """Return the report to the others of this process's error, if it has one."""
         return None if self.held.error is None else in_words(self.held.error)
 
     def of_all(self, own: T) -> list[T]:
-        """Return what each process gives, by rank; raise if something has gone wrong in one."""
+        """Gather an object from each process, by rank; raise if one of them has failed."""
         every = self.channel.of_all((own, self.told()))
         for rank, (_, told) in enumerate(every):
             self.raise_if(told, rank)
         return [thing for thing, _ in every]
 
     def raise_if(self, told: str | None, rank: int) -> None:
-        """Raise what this process holds, or else what another one has told.
+        """Raise the error that this process holds, or else the one that another has reported.
 
         Raises:
             EvaRuntimeError: process ``rank`` has failed.
@@ -76,7 +76,7 @@ class Together:
 
 
 def in_words(error: BaseException) -> str:
-    """Return what the other processes are told of an error."""
+    """Return the report of an error to the other processes."""
     if isinstance(error, Exception):
         return f"failed: {type(error).__name__}: {error}"
     return f"was interrupted ({type(error).__name__})"

@@ -1,1 +1,1 @@
-"""A pass that goes on after it was killed."""
+"""Checkpoints, from which a killed pass resumes."""

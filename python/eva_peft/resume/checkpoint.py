@@ -1,8 +1,8 @@
-"""The state of a calibration pass, kept so that a pass that was killed can go on.
+"""The state of a calibration pass, saved so that a killed pass can resume.
 
-It is the pass as it stood between two forward passes: what the streams have gathered, tokens of a
-step that is not full included, and every count. Of several processes the first has all that, and
-writes it; of the others it keeps the random states alone.
+It is the state between two forward passes: the contents of the streams, including the tokens of an
+unfinished step, and all counters. With several processes the first has and writes all of this; of
+the others only the random states are saved.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _COUNTS = ("forwards", "steps", "tokens", "seconds", "history")
 class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
     """Resume a pass from its checkpoint, and write the next ones; a context around the loop.
 
-    Without a path it does nothing. Leaving the context, by whatever exception, writes the state
-    unless a forward pass was under way: then the file stays as it was.
+    Without a path it does nothing. Leaving the context, also by an exception, writes the state
+    unless a forward pass was in progress: then the file is left unchanged.
 
     Args:
         run: a pass that has not begun.
@@ -47,33 +47,33 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
     Attributes:
         done: every layer had converged when the checkpoint was written.
         elapsed: seconds that the pass took up to the last forward pass.
-        keeps: there is a checkpoint, of this process or of the first of several.
-        random, begun: the global random states now, and when each epoch began, in each process.
+        keeps: a checkpoint is written, by this process or by the first of several.
+        random, begun: the global random states of each process, now and when each epoch began.
         known: layers that all processes accumulate about the leader's basis.
     """
 
     def __init__(self, run: CalibrationPass) -> None:
         self.run, self.done, self.elapsed = run, False, 0.0
         given = run.options.checkpoint if run.leads else None
-        # Through links, so that what is replaced is the file and not the link.
+        # Links are followed, so that the file is replaced and not the link.
         self.path = None if given is None else Path(os.path.realpath(given))
         self._between = True  # no forward pass is under way
-        self._tried = 0  # forward passes behind the last file, or the last that was not to be
+        self._tried = 0  # forward passes at the last write, or attempt to write
         self._fingerprint: dict[str, Any] = {}
         self.keeps = self.path is not None
         self.random: list[Tensor] = []
         self.begun: list[list[Tensor]] = []
-        # When epochs of this process began: those to come that the checkpoint has seen begin, and
-        # those that are not among the others yet.
+        # Random states at epoch starts in this process: those of the checkpoint that are still to
+        # be replayed, and new ones that are not in ``begun`` yet.
         self._seen: list[Tensor] = []
         self._fresh: list[Tensor] = []
         self.known: set[int] = set()
 
     def open(self) -> None:
-        """Check that the path can be written, and take over the state of the file, if any.
+        """Check that the path can be written, and restore the state from the file, if any.
 
         Raises:
-            EvaValueError: a path that cannot be written, a damaged file, one of another kind, or
+            EvaValueError: the path cannot be written, or the file is damaged, of another kind, or
                 the checkpoint of another pass.
         """
         if self.path is None:
@@ -85,7 +85,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             self._resume(self.path)
 
     def remaining(self, batches: Iterator[Any]) -> Generator[Any]:
-        """Yield the batches behind those that the checkpoint has seen.
+        """Yield the batches after those that the checkpoint has seen.
 
         Raises:
             EvaValueError: there are fewer batches than were seen.
@@ -102,10 +102,10 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         yield from batches
 
     def begin_epoch(self) -> None:
-        """Note the random state in which the loader begins anew, or bring back what was noted.
+        """Record the random state in which the loader starts an epoch, or restore a recorded one.
 
-        An order that is shuffled comes from it. Forward passes may draw random numbers, too, and
-        the batches that were seen are passed over without.
+        A shuffled order depends on it. Forward passes may draw random numbers, too, and are not
+        run for the batches that are skipped.
         """
         if not self.keeps:
             return
@@ -115,27 +115,27 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             self._fresh.append(read_random_state(self.run.device))
 
     def begin_again(self, begun: Sequence[Tensor]) -> None:
-        """Let the next epochs be those of the checkpoint, of which this process began these."""
+        """Replay the epochs of the checkpoint, which this process began in these random states."""
         self._seen = list(begun)
 
     def random_states(self) -> tuple[Tensor, ...]:
-        """Return the random state now, and those of epochs that began since this was asked."""
+        """Return the current random state, and those of epochs that began since the last call."""
         fresh, self._fresh = self._fresh, []
         return read_random_state(self.run.device), *fresh
 
     def begin_forward(self) -> None:
-        """Mark the state as half done."""
+        """Mark the state as incomplete."""
         self._between = False
 
     def end_forward(
         self, elapsed: float, done: bool, random: Sequence[tuple[Tensor, ...]] = ()
     ) -> None:
-        """Mark the state as whole again, and write it if its turn has come.
+        """Mark the state as complete again, and write it if it is due.
 
         Args:
             elapsed: seconds that the pass has taken.
             done: every layer has converged.
-            random: of several processes, what each has of :meth:`random_states`.
+            random: with several processes, the :meth:`random_states` of each.
         """
         self.done, self.elapsed = done, elapsed
         if self.path is None:
@@ -162,7 +162,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         try:
             write_checkpoint(path, state, tensors)
         except (OSError, SafetensorError) as error:
-            # A full disk must not cost the pass itself.
+            # A full disk must not abort the pass.
             passes = counted(self.run.forwards, "forward pass", "forward passes")
             warn(
                 f"the checkpoint {path} could not be written after {passes} ({error}); the pass "

@@ -31,7 +31,7 @@ __all__ = [
 
 FORMAT = "eva_kernels.checkpoint/1"
 REMEDY = "delete the file to begin anew, or pass another path as checkpoint"
-# A header may have 100 MB, also of names of tensors, and quotes take two bytes there.
+# A header is limited to 100 MB, tensor names included, and quotes take two bytes there.
 MOST_TEXT = 32 << 20
 _ASIDE = "text."
 
@@ -93,13 +93,13 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def text_aside(text: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return the texts that a file of safetensors has in its header: all, or none.
+    """Return the texts for the header of a safetensors file: all, or none.
 
-    Where they are too long for one, as after many steps of many experts, they become tensors.
+    If they are too long for it, as after many steps with many experts, they become tensors.
 
     Args:
-        text: by name.
-        tensors: of the file; gets the texts that are not in the header.
+        text: texts by name.
+        tensors: of the file; texts that do not go into the header are added here.
     """
     if sum(map(len, text.values())) <= MOST_TEXT:
         return dict(text)
@@ -110,10 +110,10 @@ def text_aside(text: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str,
 
 
 def text_back(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Take the texts that :func:`text_aside` made tensors of out of the tensors of a file.
+    """Remove the texts that :func:`text_aside` stored as tensors, and return them.
 
     Raises:
-        ValueError: they are no text.
+        ValueError: they are not UTF-8.
     """
     names = [name for name in tensors if name.startswith(_ASIDE)]
     texts = {name: tensors.pop(name).numpy().tobytes() for name in names}
@@ -121,17 +121,17 @@ def text_back(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def check_path(path: Path) -> None:
-    """Make the folder, prove that a file can be made in it, and clear away what killed runs left.
+    """Create the folder, check that it is writable, and remove what killed runs left.
 
     Raises:
-        EvaValueError: it cannot.
+        EvaValueError: it is not, or the path is a folder.
     """
     try:
         if path.is_dir():
             raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
         place = Path(os.path.realpath(path))  # a link is followed
         place.parent.mkdir(parents=True, exist_ok=True)
-        for left in left_beside(place):  # who still writes it warns, and writes another one
+        for left in left_beside(place):  # a live writer of it warns, and makes another
             shutil.rmtree(left, ignore_errors=True)
         with folder_beside(place) as folder:
             (folder / place.name).touch()

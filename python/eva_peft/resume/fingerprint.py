@@ -1,4 +1,4 @@
-"""What a checkpoint has in common with the pass that resumes it, and processes of one pass."""
+"""What a checkpoint must share with the pass that resumes it, and the processes of a pass."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ __all__ = [
     "weights_of",
 ]
 
-# Other values of these options give other numbers. The rest may change from run to run: limits,
-# tau, what is said and asked, and ways to compute the same.
+# Options that change the numbers. The others may change from run to run: limits, tau, messages and
+# callbacks, and ways to compute the same.
 _OPTIONS = (
     "method",
     "oversample",
@@ -43,9 +43,9 @@ _OPTIONS = (
     "tokens_per_step",
 )
 _FUNCTIONS = ("forward_fn", "prepare_model_inputs_fn", "prepare_layer_inputs_fn")
-# Where a model was loaded from and with what; and what the pass itself switches off.
+# Where a model was loaded from and with which version; and what the pass itself switches off.
 _NOT_THE_MODEL = frozenset(["_name_or_path", "transformers_version", "use_cache"])
-# Names of weights that an adapter adds, and what it puts into the names of the others.
+# Names of weights that an adapter adds, and what it inserts into the names of the others.
 _ADDED = re.compile(r"(?:^|\.)(?:lora_\w+|modules_to_save)\.")
 _INSERTED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
 # Parts that are digests: a message says that they differ, not how.
@@ -54,11 +54,11 @@ _DIGESTS = (_WEIGHTS, _VALUES)
 
 MOST_NAMED = 6  # differences in a message
 ROUNDING = 0.05  # of the largest element; devices and dtypes may round differently
-SAMPLES = 16  # elements of each target's weight that are looked at
+SAMPLES = 16  # elements of each target's weight that are compared
 
 
 def request_of(run: CalibrationPass) -> dict[str, Any]:
-    """Return what a pass is asked for: layers, and options that decide its numbers; JSON-able."""
+    """Return the request for a pass: layers, and options that affect its numbers; JSON-able."""
     eva = run.eva
     parts = {
         "r": run.config.r,
@@ -73,7 +73,7 @@ def request_of(run: CalibrationPass) -> dict[str, Any]:
 
 
 def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
-    """Return what decides the numbers of a pass, JSON-able; wrappers and adapters are no part.
+    """Return what determines the numbers of a pass, JSON-able; without wrappers and adapters.
 
     Weights count by name, shape and dtype, and those of the target layers by a few elements each.
     """
@@ -90,7 +90,7 @@ def fingerprint_of(run: CalibrationPass) -> dict[str, Any]:
             for d, p in sorted(run.plan.items())
         },
         _WEIGHTS: _digest([[name, list(w.shape), str(w.dtype)] for name, w in weights]),
-        # a part of a sharded weight says little, and the whole would take all processes
+        # a shard of a weight says little, and gathering it would involve all processes
         _VALUES: {t.name: "hidden" if run.sharded else _sample(t.module) for t in run.targets},
     }
     return _as_read_back(parts)
@@ -101,11 +101,11 @@ def differences(
     now: Mapping[str, Any],
     where: tuple[str, str] = ("in the file", "now"),
 ) -> list[str]:
-    """Tell in words where two fingerprints differ, the most telling parts first.
+    """Describe where two fingerprints differ, the most informative parts first.
 
     Args:
-        before, now: of :func:`fingerprint_of`, or of :func:`request_of`.
-        where: each of them is.
+        before, now: from :func:`fingerprint_of`, or from :func:`request_of`.
+        where: the words for where each of them is.
     """
     old, new = dict(_flat(before)), dict(_flat(now))
     told = []
@@ -122,7 +122,7 @@ def differences(
 
 
 def in_words(told: Sequence[str]) -> str:
-    """Return differences for a message: all, or the first and how many more."""
+    """Join differences for a message: all, or the first ones and the number of others."""
     more = f"; and {len(told) - MOST_NAMED} more" if len(told) > MOST_NAMED else ""
     return "; ".join(told[:MOST_NAMED]) + more
 
@@ -162,7 +162,7 @@ def _without(value: Any, names: frozenset[str]) -> Any:
 
 
 def _kind(option: Any) -> str:
-    """Tell which sort of function is used; the code of a function has no lasting name."""
+    """Return which kind of function is used; its code has no identity that lasts between runs."""
     if option is None or option == AUTO:
         return "default" if option is None else AUTO
     if isinstance(option, Mapping):
@@ -171,9 +171,9 @@ def _kind(option: Any) -> str:
 
 
 def _sample(module: nn.Module) -> str:
-    """Digest some elements, evenly spaced, of a layer's weight; ``"hidden"`` if it has no values.
+    """Return a digest of evenly spaced elements of a weight, ``"hidden"`` if they are unreadable.
 
-    Weights on the meta device, or of no size, are filled in by a hook only while the layer runs,
+    Weights on the meta device, or of size 0, are filled in by a hook only while the layer runs,
     and some quantised ones cannot be indexed.
     """
     elements = _elements(getattr(module, "weight", None))
@@ -194,9 +194,9 @@ def _elements(weight: Any) -> list[float] | None:
 
 
 def weights_of(run: CalibrationPass) -> dict[str, list[float]]:
-    """Return a few elements of the weight of every layer that shows them; none of a sharded model.
+    """Return a few elements of every readable layer weight; none if the model is sharded.
 
-    Other processes have other parts of that.
+    Each process then holds different parts.
     """
     modules = {t.name: t.module for t in run.targets if t.weight is None and not run.sharded}
     shown = {name: _elements(getattr(each, "weight", None)) for name, each in modules.items()}
@@ -204,7 +204,7 @@ def weights_of(run: CalibrationPass) -> dict[str, list[float]]:
 
 
 def _other_weights(ours: Mapping[str, list[float]], others: Mapping[str, list[float]]) -> list[str]:
-    """Return the layers of which two processes have weights that differ by more than rounding."""
+    """Return the layers whose weights differ between two processes by more than rounding."""
     names = []
     for name in ours.keys() & others.keys():
         pairs = list(zip(ours[name], others[name], strict=False))
@@ -218,7 +218,7 @@ def check_requests(asked: Sequence[Mapping[str, Any]]) -> None:
     """Refuse to share a pass between processes that were asked for different ones.
 
     Args:
-        asked: of each process, by rank, what :func:`request_of` returns.
+        asked: what :func:`request_of` returns in each process, by rank.
 
     Raises:
         EvaValueError: they differ.
@@ -236,17 +236,17 @@ def check_requests(asked: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_weights(weights: Sequence[Mapping[str, list[float]]]) -> None:
-    """Refuse to share a pass between processes whose models have other weights.
+    """Refuse to share a pass between processes whose models have different weights.
 
     Args:
-        weights: of each process, by rank, what :func:`weights_of` returns.
+        weights: what :func:`weights_of` returns in each process, by rank.
 
     Raises:
         EvaValueError: most layers differ.
     """
     for rank, theirs in enumerate(weights):
         names = _other_weights(weights[0], theirs)
-        if len(names) > len(weights[0]) / 2:  # one new layer, say a pooler, does no harm
+        if len(names) > len(weights[0]) / 2:  # one new layer, say a pooler, is harmless
             raise EvaValueError(
                 f"processes 0 and {rank} have other weights in {listed(names)}: load the same "
                 "ones in all (some loaders fill those of the first process only)"
@@ -258,7 +258,7 @@ def _digest(value: Sequence[Any]) -> str:
 
 
 def _as_read_back(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file gives back: tuples as lists, keys as text."""
+    """Normalise as writing to and reading from a file does: tuples to lists, keys to text."""
     normal: dict[str, Any] = json.loads(_as_json(parts))
     return normal
 

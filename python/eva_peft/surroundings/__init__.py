@@ -1,1 +1,1 @@
-"""What a pass runs in, and leaves as it was: devices, memory, random states, signals, files."""
+"""The environment of a pass, left unchanged: devices, memory, random states, signals, files."""

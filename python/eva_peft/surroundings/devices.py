@@ -1,4 +1,4 @@
-"""Devices: which there is, which a module is on, and how what is copied gets there."""
+"""Devices: the accelerator, the device of a module, and copies to a device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def device_of(module: nn.Module) -> torch.device | None:
 def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
     """Return a tensor on a device, copied asynchronously where that is safe.
 
-    It is not to the host, nor to an Apple GPU, which reads the host's memory later, when that may
-    hold something else.
+    It is not safe to the host, nor to an Apple GPU, which reads host memory later, when that may
+    have been overwritten.
     """
     return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))

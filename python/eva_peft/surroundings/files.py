@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut."""
+"""Files that are written completely or not at all, even if the power fails."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["folder_beside", "left_beside", "replacing", "sync"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write to that takes the place of another, if all goes well.
+    """Yield a file to write to, which replaces another atomically if all goes well.
 
     Args:
-        path: holds the old file or the new one at any time. The new one has the mode of a new file,
-            whatever its writer gives it. A link is followed, and what is no file, such as a
-            device, is written to and stays what it is.
+        path: holds the old file or the new one at any time. The new one has the default mode of a
+            new file, whatever its writer sets. Links are followed; what is not a regular file, such
+            as a device, is written to and not replaced.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -44,10 +44,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """Give a folder in which to write what takes the place of a file, and remove it.
+    """Yield a folder in which to write the replacement of a file, and remove it afterwards.
 
-    It has a name of its own, since several processes may write to one path. safetensors writes to
-    another file beside the one that it is given, which stays where it is killed.
+    Its name is unique, since several processes may write to one path. safetensors writes to
+    another file next to the one that it is given, which remains if it is killed.
     """
     folder = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
@@ -58,11 +58,11 @@ def folder_beside(path: Path) -> Iterator[Path]:
 
 
 def left_beside(path: Path) -> list[Path]:
-    """Return the folders that writers that were killed, or are at work, have beside a file."""
+    """Return the folders next to a file that are in use by writers, or left by killed ones."""
     return [*path.parent.glob(glob.escape(f".{path.name}.") + 12 * "[0-9a-f]" + ".partial")]
 
 
 def sync(path: Path) -> None:
-    """Have the contents of a file on the disk; a power cut could leave a new name without them."""
+    """Flush a file to disk; else a power cut could leave its new name without the contents."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

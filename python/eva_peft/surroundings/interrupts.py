@@ -1,4 +1,4 @@
-"""Clean-up that Ctrl-C does not cut short, however often and wherever it comes."""
+"""Clean-up that is completed in spite of Ctrl-C, however often and wherever it comes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 
 __all__ = ["Interrupts", "completed", "temporarily", "undone_on_failure"]
 
-# Signals whose Python handlers may raise: Ctrl-C, a scheduler's end or warning of it, time limits,
-# and torch's own for workers of a loader that were killed.
+# Signals whose Python handlers may raise: Ctrl-C, a scheduler's termination or warning of it, time
+# limits, and torch's own handler for loader workers that were killed.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGCHLD")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
-# Far more interrupts than anybody sends; a step that raises one by itself must end, too.
+# Far more interrupts than anybody sends; finite, since a step may itself raise one every time.
 _TRIES = 100
 
 
 def completed(step: Callable[[], object], tries: int = _TRIES) -> None:
-    """Run a step to its end: if an interrupt comes while it runs, begin it again.
+    """Run a step to its end: if an interrupt comes while it runs, restart it.
 
-    No signal is held back, so this works in any thread. An interrupt may still come at the few
-    instructions before the step; whoever must be sure of it calls this in a ``finally``, and in
-    another one around that.
+    No signal is blocked, so this works in any thread. An interrupt may still come in the few
+    instructions before the step; to exclude that, call this in a ``finally``, and again in another
+    one around it.
 
     Args:
-        step: may be broken off anywhere and begun again, and may be run twice.
-        tries: how often at most.
+        step: can be interrupted anywhere and restarted, and can be run twice.
+        tries: maximum number of attempts.
 
     Raises:
         BaseException: an interrupt that came, after the step has been completed. An
@@ -39,7 +39,7 @@ def completed(step: Callable[[], object], tries: int = _TRIES) -> None:
     try:
         step()
     except BaseException as error:
-        # KeyboardInterrupt, or what a signal handler raises in its place, as SystemExit
+        # KeyboardInterrupt, or what a signal handler raises instead, such as SystemExit
         if tries > 1 and not isinstance(error, Exception):
             completed(step, tries - 1)
         raise
@@ -54,7 +54,7 @@ def temporarily(
     Args:
         undo: as the step of :func:`completed`. It is run twice, since an interrupt may come right
             before the first time.
-        change: what to do on entering; ``undo`` is also run where it did not get to its end.
+        change: called on entering; ``undo`` is also run if it does not complete.
     """
     try:
         try:
@@ -86,11 +86,11 @@ def undone_on_failure(undo: Callable[[], object]) -> Iterator[None]:
 
 
 class Interrupts(AbstractContextManager["Interrupts"]):
-    """Hold interrupts back within a context, but where they are let through.
+    """Defer interrupts within a context, except where they are let through.
 
-    For what a process does together with others, who would wait for one that broke off anywhere.
-    An interrupt is any signal whose handler may raise. Handlers of Python run in the main thread
-    alone, between two of its steps: others, and calls that wait in C, are interrupted by none.
+    For work shared with other processes, which would wait for one that stopped at any point. An
+    interrupt is any signal whose handler may raise. Python runs handlers only in the main thread,
+    between two bytecodes: other threads, and calls that block in C, are not interrupted.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
         self._came: list[int] = []
 
     def __enter__(self) -> Interrupts:
-        with undone_on_failure(self._let):  # one may come before all are held
+        with undone_on_failure(self._let):  # one may come before all are deferred
             self._hold()
         return self
 
@@ -112,7 +112,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
-        """Let interrupts through in a block, also what has been held back until then."""
+        """Let interrupts through in a block, including those deferred until then."""
         try:
             self._let()
             yield
@@ -138,7 +138,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
             self._put_back()
         finally:
             try:
-                self._put_back()  # a handler that is back may have raised
+                self._put_back()  # a restored handler may have raised
             finally:
                 self._hand_on()
 
@@ -148,7 +148,7 @@ class Interrupts(AbstractContextManager["Interrupts"]):
                 signal.signal(number, handler)
 
     def _hand_on(self) -> None:
-        """Call the handlers of all that came, whether or not they raise."""
+        """Call the handlers of all deferred signals, even if some raise."""
         if self._came:
             number = self._came.pop(0)
             try:

@@ -45,7 +45,7 @@ class PeakMemory(AbstractContextManager["PeakMemory"]):
 
 
 def resident_peak() -> int:
-    """Return the peak resident memory of this process in bytes, 0 where it is not counted."""
+    """Return the peak resident memory of this process in bytes, 0 if the system has no count."""
     if sys.platform == "win32":
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -59,7 +59,7 @@ class OutOfMemoryError(EvaRuntimeError, torch.OutOfMemoryError, MemoryError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception means that memory ran out, on whatever device."""
     if isinstance(error, OutOfMemoryError):
-        return False  # told already
+        return False  # reported already
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

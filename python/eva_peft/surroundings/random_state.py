@@ -16,7 +16,7 @@ from .interrupts import temporarily
 
 __all__ = ["random_state_kept", "read_random_state", "set_random_state"]
 
-# Both are Mersenne twisters, and each may hold the second of two normal numbers that it made.
+# Both are Mersenne twisters, and each may cache the second of two normal numbers that it drew.
 _PLAIN = np.dtype(
     [
         ("python", "<u4", 625),
@@ -33,7 +33,7 @@ def read_random_state(device: torch.device) -> Tensor:
     """Return the global random states as bytes, uint8 of one dimension.
 
     Args:
-        device: whose state is kept beside that of the CPU.
+        device: its state is included, along with that of the CPU.
     """
     plain = np.zeros((), _PLAIN)
     _, plain["python"], gauss = random.getstate()
@@ -50,9 +50,9 @@ def read_random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Put back what :func:`read_random_state` has returned.
+    """Restore a state that :func:`read_random_state` has returned.
 
-    Of a device of another kind the state stays as it is.
+    If the device is of another kind, its state is left unchanged.
     """
     cpu = torch.get_rng_state().numel()
     sizes = [_PLAIN.itemsize, cpu, state.numel() - _PLAIN.itemsize - cpu]
@@ -71,10 +71,10 @@ def set_random_state(state: Tensor, device: torch.device) -> None:
 
 
 def random_state_kept() -> AbstractContextManager[None]:
-    """Put the global random states back on leaving: torch's of every device, Python's, NumPy's.
+    """Restore the global random states on exit: torch's of every device, Python's, NumPy's.
 
-    A device that nobody has used is left alone: with a CUDA context this process could not be
-    forked to use it there.
+    An unused device is left alone: once this process has a CUDA context, its forked children could
+    not use CUDA.
     """
     plain, array = random.getstate(), np.random.get_state()
     cpu, devices = torch.get_rng_state(), _states_of_devices()
@@ -89,7 +89,7 @@ def random_state_kept() -> AbstractContextManager[None]:
 
 
 def _states_of_devices() -> Callable[[], None]:
-    """Return what puts the states of all devices of the accelerator's kind back."""
+    """Return a function that restores the states of all devices of the accelerator's kind."""
     kind = accelerator()
     module = _with_states(kind) if kind is not None else None
     if module is None:
@@ -106,18 +106,18 @@ def _is_in_use(module: Any) -> bool:
 
 
 def _begin_anew(module: Any) -> None:
-    """Let devices draw what they would have drawn first."""
+    """Reset the generators of the devices to their initial seeds."""
     for generator in module.default_generators:
         generator.manual_seed(generator.initial_seed())
 
 
 def _numpy_state() -> dict[str, Any] | None:
-    """Return the state of NumPy's global generator, unless that is one of another kind."""
+    """Return the state of NumPy's global generator, ``None`` if it is of another kind."""
     state = np.random.get_state(legacy=False)
     return state if state["bit_generator"] == "MT19937" else None
 
 
 def _with_states(device: torch.device) -> Any:
-    """Return torch's module for a kind of device that has a random state each, or ``None``."""
+    """Return torch's module for a kind of device, ``None`` if it has no random states."""
     module = getattr(torch, device.type, None)
     return module if hasattr(module, "get_rng_state") else None

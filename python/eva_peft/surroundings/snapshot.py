@@ -1,4 +1,4 @@
-"""Restore a model: modules, parameters, hooks, flags and attributes, but not values."""
+"""Restore a model: modules, parameters, hooks, flags and attributes, but not tensor values."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .interrupts import temporarily, undone_on_failure
 
 __all__ = ["ModelSnapshot", "gradients_as_now", "restored", "restored_on_failure", "take_off"]
 
-# Subclasses keep books of their own that a plain refill would break.
+# Exactly these types: subclasses may have internal state that refilling would break.
 _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 class ModelSnapshot:
-    """What a model consists of, by reference: no tensor is copied.
+    """The structure of a model, by reference: no tensor is copied.
 
     Every attribute of every module and of the configs they hold, the contents of the dicts, lists
-    and sets among these (children, parameters, buffers, hooks, what LoRA layers keep by adapter),
-    and which tensors ask for a gradient. Values that are written in place are not kept.
+    and sets among these (children, parameters, buffers, hooks, what LoRA layers store by adapter),
+    and the ``requires_grad`` flags. Values that are written in place are not restored.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,7 +46,7 @@ class ModelSnapshot:
         self._containers.append((container, container.copy()))
 
     def restore(self) -> None:
-        """Put everything back, in its order; may be interrupted, and run again."""
+        """Restore everything, in its order; may be interrupted, and run again."""
         for container, before in self._containers:
             if isinstance(container, list):
                 container[:] = before
@@ -57,7 +57,7 @@ class ModelSnapshot:
 
 
 def gradients_as_now(tensors: Iterable[Tensor]) -> Callable[[], None]:
-    """Return a function, which may be run again, that lets tensors ask for gradients as now."""
+    """Return a repeatable function that restores the present ``requires_grad`` of tensors."""
     flags = [(tensor, tensor.requires_grad) for tensor in tensors]
 
     def restore() -> None:
@@ -69,12 +69,12 @@ def gradients_as_now(tensors: Iterable[Tensor]) -> Callable[[], None]:
 
 
 def restored(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context that puts the model back when it is left, however that happens."""
+    """Return a context that restores the model on exit, with or without an exception."""
     return temporarily(ModelSnapshot(model).restore)
 
 
 def restored_on_failure(model: nn.Module) -> AbstractContextManager[None]:
-    """Return a context that puts the model back if an exception leaves it, Ctrl-C included."""
+    """Return a context that restores the model if an exception leaves it, Ctrl-C included."""
     return undone_on_failure(ModelSnapshot(model).restore)
 
 

@@ -1,4 +1,4 @@
-"""Output folders that are written whole or not at all."""
+"""Output folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from .files import left_beside, sync
 
 __all__ = ["INDEX", "staged_folder", "written_to"]
 
-# Without it nothing takes the folder for an adapter: the first to go, and the last to come.
+# Without it the folder is not recognised as an adapter: removed first, and written last.
 INDEX = "adapter_config.json"
-# In the staged folder, while files are replaced: those that were there.
+# In the staged folder, while files are replaced: the old ones.
 BEFORE = ".before"
 
 
 @contextmanager
 def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path]:
-    """Give a folder to write files to, which becomes ``out`` if all goes well.
+    """Yield a folder to write files to, which becomes ``out`` if all goes well.
 
     Args:
-        out: need not exist. A folder that does stays the same one, with its mode, its owner and
-            what else is in it; it may be a mount point.
-        force: also if there are files in it, of which those of the same names are replaced.
-        besides: a path that may lie in ``out`` all the same.
+        out: need not exist. An existing folder is kept, with its mode, its owner and its other
+            contents; it may be a mount point.
+        force: accept files in ``out``, of which those of the same names are replaced.
+        besides: a path that may be in ``out`` even without ``force``.
 
     Raises:
-        EvaValueError: ``out`` is a file, holds files, or cannot be written to. What was written
-            is kept beside it if that shows only at the end.
+        EvaValueError: ``out`` is a file, holds files, or cannot be written to. If that is found
+            only at the end, what was written is kept in the staged folder.
     """
     target = out.resolve()
     if target.exists() and not target.is_dir():
@@ -47,7 +47,7 @@ def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path
     try:
         yield stage
         for path in stage.iterdir():
-            path.chmod(0o666 & stage.stat().st_mode)  # some writers close theirs to other users
+            path.chmod(0o666 & stage.stat().st_mode)  # some writers make theirs private
             sync(path)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
@@ -55,7 +55,7 @@ def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path
     try:
         if not force and _holds_files(target, own):
             raise EvaValueError("meanwhile, somebody else has written files to it")
-        if target.is_dir():  # by now, it may be for a checkpoint
+        if target.is_dir():  # may have been made since, for a checkpoint
             _move_into(stage, target)
         else:
             stage.rename(target)
@@ -63,14 +63,14 @@ def staged_folder(out: Path, force: bool, besides: Path | None) -> Iterator[Path
         kept = f"what was to be written is in {stage}"
         raise EvaValueError(f"--out {out}: {error}; {kept}") from error
     except BaseException:
-        if not (stage / BEFORE).exists():  # or nobody else has the files that were replaced
+        if not (stage / BEFORE).exists():  # which has the only copies of replaced files
             shutil.rmtree(stage, ignore_errors=True)
         raise
 
 
 @contextmanager
 def written_to(out: Path) -> Iterator[None]:
-    """Say where files were to be that cannot be written: a full disk tells that it is full alone.
+    """Name the folder in errors of writing: that of a full disk does not.
 
     Raises:
         EvaValueError: they cannot be written.
@@ -82,7 +82,7 @@ def written_to(out: Path) -> Iterator[None]:
 
 
 def _holds_files(target: Path, own: Path | None) -> bool:
-    """Tell whether there are files but for one's own, and what a killed run had staged."""
+    """Tell whether there are files other than one's own and those that a killed run had staged."""
     staged = re.compile("^" + re.escape(f".{target.name}.") + "[0-9a-f]{12}/")
     besides = set() if own is None else {own, *left_beside(own)}
     return target.is_dir() and any(
@@ -94,7 +94,7 @@ def _holds_files(target: Path, own: Path | None) -> bool:
 
 
 def _scratch(target: Path, out: Path) -> Path:
-    """Make a folder on the file system of the target: in it, or where it will be."""
+    """Make a folder on the file system of the target: in it, or in its parent."""
     home = target if target.is_dir() else target.parent
     scratch = home / f".{target.name}.{uuid4().hex[:12]}"
     try:
@@ -106,7 +106,7 @@ def _scratch(target: Path, out: Path) -> Path:
 
 
 def _move_into(stage: Path, target: Path) -> None:
-    """Replace files; where one cannot be, none is."""
+    """Replace files, all or none."""
     names = sorted((path.name for path in stage.iterdir()), key=lambda name: (name == INDEX, name))
     for name in names:
         if (target / name).is_dir():
