@@ -1,4 +1,4 @@
-"""What differs between releases of PEFT, and its private functions; no other module uses those."""
+"""Differences between PEFT releases, and its private functions, which no other module uses."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ __all__ = [
 ]
 
 
-# Earlier versions tie only what is trained whole.
+# Earlier versions tie only modules that are trained fully (``modules_to_save``).
 _TIES_TARGETS = "_add_targets_to_tie" in vars(LoraModel)
 
-# Earlier versions refuse none.
+# Earlier versions refuse no module names.
 _CHECK_OF_NAMES: Any = getattr(
     tuners_utils, "_check_lora_target_modules_mamba", lambda config, model, name: None
 )
 
-# ``re`` keeps 512 compiled expressions, which the patterns of ranks and of alphas share.
+# ``re`` caches 512 compiled expressions, which the patterns of ranks and of alphas share.
 MOST_KEYS = 240
 
 # What PEFT's own ``disable_adapter`` switches off: adapters, and trained copies of modules.
@@ -110,14 +110,14 @@ def _is_transformers_model(model: nn.Module) -> bool:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """Return the model without PEFT's around it."""
+    """Return the model inside a PeftModel, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def given_eva(config: LoraConfig) -> EvaConfig | None:
     """Return the EVA part of a config, if it has one."""
     eva: EvaConfig | dict[str, Any] | None = config.eva_config
-    # PEFT 0.17 leaves it as it was read from an adapter's file
+    # PEFT 0.17 leaves the dict that was read from an adapter's file
     return EvaConfig(**eva) if isinstance(eva, dict) else eva
 
 
@@ -134,7 +134,7 @@ def versions() -> dict[str, str]:
 def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """Return a copy of a config with its targets as PEFT would resolve them for this model.
 
-    As PEFT would have before FullyShardedDataParallel was around the model.
+    A FullyShardedDataParallel wrapper is ignored.
 
     Raises:
         EvaValueError: no ``target_modules`` given and PEFT knows no default for the model type, or
@@ -142,17 +142,17 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """
     config, model = deepcopy(config), _unsharded(model)
     heads = _HEADS.get(str(getattr(config.task_type, "value", config.task_type)), ())
-    if heads:  # trained whole, so not adapted
+    if heads:  # trained fully, so not adapted
         config.modules_to_save = [*(config.modules_to_save or ()), *heads]
         present = [name for name, _ in model.named_modules() if name.split(".")[-1] in heads]
         if _is_all_linear(config.target_modules) and config.task_type != "SEQ_CLS" and present:
-            # PEFT leaves out the head of that task alone, and refuses to adapt those of others
+            # PEFT excludes the head only for SEQ_CLS, and refuses to adapt those of other tasks
             config.exclude_modules = exclude_layers(config, present)
     converted = _converted(config, model)
     spoiled = _took_letters(config, converted)
     if not spoiled:
         config = converted
-    if config.target_modules is None:  # PEFT's default is adapted also beside parameters
+    if config.target_modules is None:  # the default applies next to target_parameters
         kind = getattr(getattr(model, "config", None), "model_type", None)
         default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
         if default is None and not config.target_parameters:
@@ -176,11 +176,11 @@ def resolved_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def spoils_strings(model: nn.Module, config: LoraConfig) -> bool:
-    """Tell whether PEFT takes a string of targets for the set of its letters.
+    """Tell whether PEFT turns a string of targets into the set of its letters.
 
     PEFT 0.19 does, "all-linear" included, in models whose experts transformers 5 has fused.
     """
-    asked = isinstance(config.target_modules, str)  # or there is nothing to convert for
+    asked = isinstance(config.target_modules, str)  # else nothing can be spoilt
     return asked and _took_letters(config, _converted(config, model))
 
 
@@ -208,13 +208,13 @@ def converted_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
         EvaValueError: targets that PEFT cannot translate to fused experts.
     """
     converted, asked = _converted(config, base_of(model)), config.target_modules
-    if isinstance(asked, str):  # PEFT resolves it by the names of a base model
+    if isinstance(asked, str):  # PEFT matches it with names of the base model
         converted.target_modules, converted.target_parameters = asked, config.target_parameters
     return converted
 
 
 def _refused(config: LoraConfig, model: nn.Module) -> list[str]:
-    """Return the modules that PEFT refuses to adapt by their names, in Mamba and its kin."""
+    """Return the modules that PEFT refuses to adapt for their names, in Mamba-like models."""
     found = []
     for name, _ in model.named_modules():
         try:
@@ -229,8 +229,8 @@ def _is_all_linear(targets: Any) -> bool:
 
 
 def _end_others(names: set[str], model: nn.Module) -> bool:
-    # PEFT matches names by their ends, and that of a layer may end that of a container: "0" of an
-    # nn.Sequential that of "1.layers.0"
+    # PEFT matches suffixes, and a layer's name may be a suffix of a container's: "0" in an
+    # nn.Sequential of "1.layers.0"
     paths = (path.split(".") for path, _ in model.named_modules() if path not in names)
     return any(".".join(parts[i:]) in names for parts in paths for i in range(1, len(parts)))
 
@@ -244,7 +244,7 @@ def tied_modules(model: nn.Module, config: LoraConfig) -> set[str]:
     """
     if not (getattr(config, "ensure_weight_tying", False) and _TIES_TARGETS):
         return set()
-    if not carries_adapters(model):  # what PEFT would find when it wraps
+    if not carries_adapters(model):  # what PEFT would find on wrapping
         config, tuner = deepcopy(config), LoraModel.__new__(LoraModel)
         nn.Module.__init__(tuner)
         tuner.model = model
@@ -270,8 +270,8 @@ def matches_parameter(config: LoraConfig, name: str) -> bool:
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
     """Look a layer up in ``rank_pattern`` or ``alpha_pattern`` as PEFT does.
 
-    PEFT tries key after key as a regular expression, which it compiles anew where there are more
-    of them than ``re`` keeps. Those that name one other layer are left out.
+    PEFT tries the keys in turn as regular expressions, which are compiled again if there are more
+    of them than ``re`` caches. Keys that name exactly one other layer are left out here.
     """
     own = anchored_pattern(name)
     keys = [key for key in pattern if key == own or not _names_one_layer(key)]
@@ -286,15 +286,15 @@ def _names_one_layer(key: str) -> bool:
 def update_layer(
     layer: LoraLayer, path: str, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig
 ) -> None:
-    """Rebuild one adapter of a LoRA layer, by its path in the model, with another rank, B zero."""
+    """Rebuild one adapter of a LoRA layer, by its path in the model: new rank, zero ``lora_B``."""
     parameters = inspect.signature(layer.update_layer).parameters
-    if "lora_alpha" not in parameters:  # an attention hands all on to this
+    if "lora_alpha" not in parameters:  # an attention passes all on to this
         parameters = inspect.signature(LoraLayer.update_layer).parameters
     if "config" in parameters:
         given = {"r": r, "lora_alpha": lora_alpha, "config": config, "target_name": path}
         layer.update_layer(adapter_name=adapter_name, **given)
         return
-    # PEFT before 0.18.1 takes the fields one by one
+    # PEFT before 0.18.1 takes the fields as separate arguments
     wanted = {
         name: getattr(config, name)
         for name in parameters
@@ -305,7 +305,7 @@ def update_layer(
 
 @contextmanager
 def adapters_not_moved(layer: LoraLayer) -> Iterator[None]:
-    """Leave what PEFT makes for a layer within the block where it was made, on the CPU."""
+    """Keep what PEFT makes for a layer within the block on the CPU, where it was made."""
     name = "_move_adapter_to_device_of_base_layer"
     setattr(layer, name, lambda *args, **kwargs: None)
     try:
@@ -317,17 +317,17 @@ def adapters_not_moved(layer: LoraLayer) -> Iterator[None]:
 def adapter_dilation(module: nn.Module) -> tuple[int, ...]:
     """Return the dilation that ``lora_A`` of a convolution needs to run beside the base layer.
 
-    PEFT gives it none. With ``padding="same"`` that works, and stays as it is.
+    PEFT sets none. With ``padding="same"`` that works, and is left unchanged.
     """
     dilation: tuple[int, ...] = module.dilation  # type: ignore[assignment]
     return (1,) * len(dilation) if module.padding == "same" else dilation
 
 
 def keep_dilation() -> None:
-    """Make PEFT's LoRA of a convolution take over the dilation of its base layer, for the process.
+    """Make PEFT's LoRA of a convolution adopt the dilation of its base layer, for the process.
 
-    Without it lora_A makes an output of another size than the base layer, and forward fails; so
-    nothing that works is changed. It is not undone: models made in between go on needing it.
+    Without it the output of lora_A differs in size from that of the base layer, and forward fails;
+    so nothing that works is changed. It is not undone: models made meanwhile still need it.
     """
     original = _ConvNd.update_layer
     if getattr(original, "keeps_dilation", False):
@@ -345,8 +345,8 @@ def keep_dilation() -> None:
 def anchored_pattern(name: str) -> str:
     """Return a ``rank_pattern`` key that matches this layer and no other.
 
-    PEFT matches keys as suffixes of regular expressions, so that ``lin`` also matches ``sub.lin``.
-    What torch.compile has put into a path may be there or not.
+    PEFT matches keys as regular expressions for a suffix, so that ``lin`` also matches ``sub.lin``.
+    Parts of the path that torch.compile inserted are optional.
     """
     return "^" + _escaped(name)
 
@@ -358,7 +358,7 @@ def _escaped(path: str) -> str:
 def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Return the ``rank_pattern`` or ``alpha_pattern`` that gives each layer its value.
 
-    One key a layer; where these are too many, one a value. PEFT tries every key on every layer
+    One key per layer or, if these are too many, per value. PEFT tries every key on every layer
     when it loads an adapter, and takes minutes for a thousand.
     """
     others = {name: value for name, value in values.items() if value != default}
@@ -371,7 +371,7 @@ def pattern_of(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def exclude_layers(config: LoraConfig, names: Iterable[str]) -> str:
-    """Return ``exclude_modules`` as one regular expression: what it excluded, and these layers."""
+    """Return ``exclude_modules`` as one regular expression: its exclusions, and these layers."""
     parts = [_escaped(name) for name in names]
     before = config.exclude_modules
     if isinstance(before, str):
@@ -390,13 +390,13 @@ def _unsharded(model: nn.Module) -> nn.Module:
 def carries_adapters(model: nn.Module) -> bool:
     """Tell whether a model has adapters and their configs: a PeftModel, or one with its own.
 
-    Such are models after ``add_adapter`` of transformers or diffusers, and after PEFT's
+    The latter are models after ``add_adapter`` of transformers or diffusers, or after PEFT's
     ``inject_adapter_in_model``, which leaves the configs as ``peft_config``.
     """
     model = _unsharded(model)
     if isinstance(model, (PeftModel, PeftMixedModel)):
         return isinstance(model, PeftModel)
-    # not getattr: a module of the user's may hand on what a model in it has, by another path
+    # not getattr: a user's module may forward attributes of a model inside it, at another path
     own = vars(model).get("peft_config")
     return isinstance(own, dict) and bool(injected_adapters(model))
 
@@ -419,7 +419,7 @@ def is_lora(config: object) -> bool:
 
 
 def kind_of(config: Any) -> str:
-    """Return PEFT's name of the method that a config is for."""
+    """Return PEFT's name for the method of a config."""
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 

@@ -45,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RESULT = "eva.safetensors"  # beside an adapter
+RESULT = "eva.safetensors"  # next to an adapter
 REPORT_SUFFIXES = (".html", ".png", ".svg")
 _PACKAGES = ("triton", "transformers", "peft", "accelerate", "datasets", "matplotlib")
 _NATIVE_MODULES = ("eva_kernels._C", "eva_kernels._cuda")
@@ -60,7 +60,7 @@ class Method(str, Enum):
 
 
 class Terminated(KeyboardInterrupt):
-    """Asked to end, as by a scheduler that takes the machine away."""
+    """SIGTERM, as sent by a scheduler that reclaims the machine."""
 
 
 def main() -> None:
@@ -289,15 +289,15 @@ def pad(
 
 @contextmanager
 def _exit_codes(ctx: typer.Context, checkpoint: Path | None = None) -> Iterator[None]:
-    """End a failed command with a line on stderr and its exit code.
+    """End a failed command with a line on stderr and an exit code.
 
-    That is 1; when interrupted 130, when terminated 143.
+    The code is 1; 130 if interrupted, 143 if terminated.
     """
     console = Console(stderr=True)
     debug = ctx.find_root().params["debug"]
     try:
         with warnings.catch_warnings():
-            # What other packages are to change in their code is of no use to who runs this.
+            # FutureWarnings concern the authors of other packages, not users of this command.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.showwarning = _plain_warnings(console, warnings.showwarning)
             yield
@@ -338,7 +338,7 @@ def _plain_warnings(console: Console, fallback: Any) -> Any:
 
 
 def _say(console: Console, text: str) -> None:
-    """Print one line as it is: no markup, no colours by guess, no wrapping."""
+    """Print one line unchanged: no markup, no automatic colours, no wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""The errors of the package, under the name that the PEFT layer uses, and how it warns."""
+"""The errors of the package, imported from here by the PEFT layer, and its warnings."""
 
 import sys
 import warnings
@@ -46,8 +46,8 @@ class HeldError:
     """An error that is kept to be raised later.
 
     Attributes:
-        error: what is kept, if anything; dropped when it is raised. Its traceback refers to this
-            object, and the cycle would keep all tensors of the frames alive.
+        error: the error, if any; dropped when it is raised. Its traceback refers to this object,
+            and the reference cycle would keep all tensors of the frames alive.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class HeldError:
 
 
 def warn(message: str, category: type[Warning] = EvaWarning) -> None:
-    """Warn at the line that called the package, from however deep within it, or within a hook."""
+    """Warn at the line that called the package, however deep in it or in a hook this is called."""
     frame: FrameType | None = sys._getframe()
     level, caller = 1, 2
     while frame is not None:
@@ -82,7 +82,7 @@ def warn(message: str, category: type[Warning] = EvaWarning) -> None:
 
 
 def counted(number: int, one: str, many: str = "") -> str:
-    """Return "1 layer" or "3 layers": a number with ``one`` behind it, or ``many`` (one + "s")."""
+    """Return "1 layer" or "3 layers": a number, then ``one`` or ``many`` (``one`` + "s")."""
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
@@ -92,7 +92,7 @@ def first_line(error: BaseException) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names for a message: all, or the first and how many more."""
+    """Join names for a message: all, or the first ones and the number of others."""
     every = list(names)
     more = f" and {len(every) - MOST_LISTED} more" if len(every) > MOST_LISTED else ""
     return ", ".join(every[:MOST_LISTED]) + more

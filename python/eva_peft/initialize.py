@@ -49,26 +49,26 @@ def initialize(
 
     Args:
         model: a PeftModel made with ``init_lora_weights="eva"``, or a base model, which is
-            wrapped; or a model with adapters of its own, as after ``add_adapter`` of transformers
-            or diffusers. ``torch.compile`` is looked through, and so is DistributedDataParallel
-            where no adapter may get another size (``rho=1``).
+            wrapped; or a model with its own adapters, as after ``add_adapter`` of transformers or
+            diffusers. It may be compiled, or in DistributedDataParallel if no adapter can change
+            its size (``rho=1``).
         loader: any iterable of batches (mappings, tuples, tensors), with or without a length;
-            iterated again for another epoch where it can be. On an accelerator one batch more may
-            be taken from it than is run.
-        config: for a base model; without one r = 16, rho = 2 and all linear layers. For a
-            PeftModel it says how EVA is to be done (rho, tau, masks), and its ranks replace
-            those of the adapter.
+            iterated again for further epochs if possible. On an accelerator one batch more may be
+            taken from it than is run.
+        config: for a base model; by default r = 16, rho = 2 and all linear layers. For a PeftModel
+            it sets the options of EVA (rho, tau, masks), and its ranks replace those of the
+            adapter.
         allow_any_init: overwrite an adapter that was not made with ``"eva"``.
         overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero, or
             whose DoRA magnitudes have moved).
         **options: the options of :class:`eva_peft.CalibrateOptions`, all with defaults.
 
     Returns:
-        The PeftModel, or the model with adapters of its own; its ``eva_result`` is the result.
+        The PeftModel, or the model with its own adapters; its ``eva_result`` is the result.
 
     Raises:
-        EvaError: and the built-in that PEFT raises in the same case; nothing is changed then. What
-            PEFT would refuse about a base model or its config is found before the pass.
+        EvaError: also of the built-in class that PEFT raises in the same case; nothing is changed
+            then. What PEFT would refuse in a base model or its config is found before the pass.
 
     Reference: arXiv 2410.07170; PEFT ``initialize_lora_eva_weights``.
     """
@@ -82,10 +82,10 @@ def initialize(
             any_init = allow_any_init or config is not None
             _check_adapters(inner, parsed.adapter_name, any_init, allow_any_init, overwrite_trained)
         else:
-            with warnings_caught(record=True):  # the pass looks again, and tells
+            with warnings_caught(record=True):  # the pass repeats this, and warns
                 find_targets(inner, chosen, parsed.adapter_name)
             check_wrapping(inner, chosen, parsed.adapter_name)
-        if chosen.eva_config.rho > 1:  # a long pass would hardly leave all sizes
+        if chosen.eva_config.rho > 1:  # a long pass would change some size
             known = adapter_configs(inner) if carries_adapters(inner) else {}
             check_may_resize(model, known.get(parsed.adapter_name, chosen))
         elif not carries_adapters(inner):
@@ -101,9 +101,9 @@ def _check_adapters(
 
     Args:
         model: has adapters.
-        name: of those to be initialised.
-        any_init: accept those that were not made for EVA.
-        random_start: accept a ``lora_B`` that was made random, which tells nothing.
+        name: of the adapters to initialise.
+        any_init: accept adapters that were not made for EVA.
+        random_start: accept a randomly initialised ``lora_B``, which does not mean training.
         overwrite_trained: accept trained ones.
     """
     own = getattr(adapter_configs(model).get(name), "init_lora_weights", None)
@@ -122,16 +122,17 @@ def calibrate(
     config: LoraConfig | None = None,
     **options: Any,
 ) -> EvaResult:
-    """Compute what :func:`initialize` writes, without touching a weight.
+    """Compute what :func:`initialize` writes, without changing a weight.
 
     Args:
-        model, loader, config, options: as :func:`initialize`; any LoRA PeftModel is accepted.
+        model, loader, config, options: as for :func:`initialize`; any LoRA PeftModel is accepted.
 
     Returns:
         The result; ``result.apply(model)`` writes it.
 
     Raises:
-        EvaError: and the built-in that PEFT raises in the same case; the model is as before.
+        EvaError: also of the built-in class that PEFT raises in the same case; the model is
+            unchanged.
     """
     inner = unwrap(model)
     with beginning(processes_of(inner, options.get("group", AUTO))):
@@ -148,15 +149,15 @@ def estimate(
     batch_shape: Sequence[int] = (1, 1),
     **options: Any,
 ) -> Estimate:
-    """Tell what a pass will take before anything runs.
+    """Estimate what a pass will need, without running anything.
 
     Args:
-        model, config, options: as :func:`calibrate`.
+        model, config, options: as for :func:`calibrate`.
         batch_shape: (samples, tokens) of a batch.
 
     Returns:
-        Bytes of the state, of the temporaries and in all above the weights, and the method of
-        every layer. An upper bound where layers share an input.
+        Bytes of the state, of the temporaries and in total above the weights, and the method of
+        every layer. An upper bound if layers share an input.
 
     Raises:
         EvaError: the config, an option or ``batch_shape`` cannot be used.
@@ -170,7 +171,7 @@ def estimate(
 def chosen_config(
     model: nn.Module, config: LoraConfig | None, options: CalibrateOptions
 ) -> LoraConfig:
-    """Return the config to use, checked, its EVA part filled in; the caller's is not changed."""
+    """Return the config to use, checked, with its EVA part; the caller's is not changed."""
     if config is None and not carries_adapters(model):
         config = default_config()
     chosen = copy(check_config(model, config, options.adapter_name))

@@ -58,61 +58,63 @@ class CalibrateOptions:
 
     Attributes:
         forward_fn: ``f(model, batch)`` that runs the model; by default the batch is unpacked.
-        prepare_model_inputs_fn: ``f(batch, peft_config)``, as PEFT; ``"auto"`` selects tokens by
+        prepare_model_inputs_fn: ``f(batch, peft_config)``, as in PEFT; ``"auto"`` selects tokens by
             the attention and label masks, ``None`` uses every token.
         prepare_layer_inputs_fn: ``f(layer_input, model_input, layer_name)`` returning (tokens, D),
             or a mapping from layer names to such functions; layers not in it use the default.
         adapter_name: the adapter of a PeftModel to initialise.
-        max_steps: forward passes at most. (``EvaResult.steps`` counts folds, of one or several.)
-        max_tokens: tokens at most (the batch that reaches it is still used).
-        tokens_per_step: accumulate at most so many of a batch's tokens in each layer: a uniform
-            random sample, anew for every batch and the same in all layers. The model still runs on
+        max_steps: maximum number of forward passes. (``EvaResult.steps`` counts folds, each of one
+            or several passes.)
+        max_tokens: maximum number of tokens (the batch that reaches it is still used).
+        tokens_per_step: accumulate at most this many of a batch's tokens in each layer: a uniform
+            random sample, drawn for every batch and the same in all layers. The model still runs on
             the whole batch.
-        max_seconds: seconds at most (checked between forward passes).
+        max_seconds: maximum number of seconds (checked between forward passes).
         on_not_converged: ``"warn"``, ``"raise"`` or ``"ignore"`` when a limit is reached first.
         method: ``"sketch"``, ``"gram"`` (exact) or ``"auto"``.
-        oversample: sketch width over components, at least 1.
+        oversample: sketch width divided by components, at least 1.
         criterion: ``"cosine"`` (the paper's) or ``"subspace"``.
         freeze_converged: stop accumulating layers that have converged.
         memory_budget: bytes that the streaming state may take, or ``"auto"``.
         budget: ``"rank"`` (the sum of ranks stays) or ``"params"`` (the number of parameters).
         min_rank: every layer keeps at least this rank, as far as its inputs have that many
-            directions; one whose inputs never vary still gets no adapter.
-        backend: accumulates tokens: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU where
-            it can. Folds and comparisons use native code wherever it is built.
+            directions; a layer whose inputs never vary still gets no adapter.
+        backend: for accumulating tokens: ``"triton"``, ``"torch"``, or ``"auto"``, Triton on a GPU
+            if supported. Folds and comparisons use native code wherever it is built.
         precision: ``"high"`` multiplies 16 bits of each factor on a GPU, ``"fast"`` 8.
         early_exit: stop the forward pass after the last target layer.
-        trim_padding: cut columns that are padding in every sample, and run short samples apart from
-            long ones where that saves time. Only right padding is cut, which is exact where no
-            token attends to masked ones; models of transformers known to do that, and models with
-            layers that are not from transformers, are not trimmed.
-        seed: of the first basis.
+        trim_padding: cut columns that are padding in every sample, and run short samples separately
+            from long ones if that saves time. Only right padding is cut, which is exact if no token
+            attends to masked ones; transformers models known to do that, and models with layers
+            that are not from transformers, are not trimmed.
+        seed: of the initial basis.
         checkpoint: safetensors file with the state of the pass. It is written every
             ``checkpoint_every`` forward passes, at the end, and when an exception or Ctrl-C stops
-            the pass between two of them; its folder is made. If it exists, the pass goes on from
-            it, with the result of a run that was never stopped: the loader starts again, and the
-            batches that were seen are passed over without running the model. So the loader must
-            yield the same batches in the same order. One that draws from the global random states
-            of torch, NumPy or Python does, as a ``DataLoader`` that shuffles, since the file keeps
-            them (for what a ``forward_fn`` draws, too, also on the model's device); one with a
-            generator of its own needs the same seed, and a one-shot generator must yield the same
-            stream from its beginning. ``max_steps``, ``max_tokens`` and ``max_seconds`` count
-            all runs together. Of several processes the first writes and reads the file, for all;
-            as many must go on. The file of another model, config or data type is refused.
-        checkpoint_every: forward passes from one write to the next.
+            the pass between two of them; its folder is created. If it exists, the pass resumes from
+            it, with the same result as an uninterrupted run: the loader starts again, and the
+            batches that were seen are skipped without running the model. So the loader must yield
+            the same batches in the same order. One that draws from the global random states of
+            torch, NumPy or Python, such as a shuffling ``DataLoader``, does, since the file saves
+            them (also for what a ``forward_fn`` draws, and on the model's device); one with its own
+            random generator needs the same seed, and a one-shot iterator must yield the same stream
+            from its beginning. ``max_steps``, ``max_tokens`` and ``max_seconds`` count all runs
+            together. With several processes the first writes and reads the file for all; the number
+            of processes must stay the same. The file of another model, config or data type is
+            refused.
+        checkpoint_every: forward passes between two writes.
         group: ``torch.distributed`` process group whose processes share one pass, each with its own
             batches: all get the same result, from the tokens of all. ``"auto"`` is the default
-            group where ``torch.distributed`` was initialised: then all must make the call. ``None``
-            leaves each process alone.
-            The pass of a model that is sharded over them (FSDP, ZeRO-3) ends where the first of
-            them has no batch left.
+            group if ``torch.distributed`` is initialised: then all must make the call. With
+            ``None`` each process runs by itself.
+            If the model is sharded over them (FSDP, ZeRO-3), the pass ends when the first of them
+            has no batch left.
         on_nonfinite: ``"raise"``, or ``"skip"`` to leave such tokens out and count them.
         progress: show a tqdm bar (rank 0 only).
         callback: called after every step with a dict (rank 0 only): ``step``, ``forwards``,
             ``tokens`` and ``seconds`` so far; ``converged`` of ``layers``; ``similarity``, the
-            smallest |cos| of each layer, ``None`` before its second step; ``names``, those of the
-            layers in that order (the same list at every step); ``slowest``, the name of the layer
-            with the least similarity, ``None`` before there is one.
+            smallest |cos| of each layer, ``None`` before its second step; ``names`` of the layers
+            in that order (the same list at every step); ``slowest``, the name of the layer with
+            the least similarity, ``None`` before there is one.
     """
 
     forward_fn: Callable[..., Any] | None = None
@@ -170,7 +172,7 @@ class CalibrateOptions:
                 raise EvaValueError(f"{name}={value} must be at least {_LEAST.get(name, 0)}")
             if name == "oversample" and value == math.inf:
                 raise EvaValueError(f"{name}={value} must be finite")
-            if kind is Integral:  # of numpy, say, which JSON and generators do not take
+            if kind is Integral:  # such as NumPy's, which JSON and generators reject
                 object.__setattr__(self, name, int(value))
         if not -(2**63) <= self.seed < 2**63:
             raise EvaValueError(f"seed={self.seed} must fit a signed 64-bit integer")
@@ -193,7 +195,7 @@ class CalibrateOptions:
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> CalibrateOptions:
-        """Build the options; the error for one that does not exist names those that do."""
+        """Build the options; the error for an unknown one lists those that exist."""
         known = [f.name for f in fields(cls)]
         for name in kwargs:
             if name not in known:

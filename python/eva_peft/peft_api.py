@@ -1,4 +1,4 @@
-"""PEFT's two functions, with PEFT's signatures, and a switch that makes PEFT's functions ours."""
+"""PEFT's two EVA functions, with PEFT's signatures, and a patch that makes PEFT use ours."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .processes.data_parallel import beginning, processes_of
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
 
-# PEFT's defaults stand for our own token selection, which does the same and more.
+# PEFT's defaults are replaced by our own token selection, which does the same and more.
 _DEFAULTS = (
     (forward_fn_dict, None),
     (prepare_model_inputs_fn_language_modeling, AUTO),
@@ -73,10 +73,10 @@ def get_eva_state_dict(
 
     Args:
         model, dataloader, peft_config, forward_fn, prepare_model_inputs_fn,
-        prepare_layer_inputs_fn, adapter_name, show_progress_bar: as PEFT. Nothing that is passed
-            in is changed.
-        gather_distributed_inputs: as PEFT, share the tokens of all processes; sums travel, inputs
-            do not.
+        prepare_layer_inputs_fn, adapter_name, show_progress_bar: as in PEFT. No argument is
+            changed.
+        gather_distributed_inputs: as in PEFT, share the tokens of all processes; sums are
+            exchanged, inputs are not.
         **options: further options of :func:`initialize`.
 
     Returns:
@@ -106,15 +106,15 @@ def get_eva_state_dict(
 
 
 def _paths(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Return where layers are in a model, which may be wrapped: their names in the base model ->.
+    """Map names of layers in the base model to their paths in a model, which may be wrapped.
 
-    An expert of a fused parameter is no module; its path is that of the module it belongs to, and
-    the rest of its name.
+    An expert of a fused parameter is not a module; its path is that of the module it belongs to,
+    plus the rest of its name.
     """
     steps = {name: name.split(".") for name in names}
     owners = {".".join(s[:i]): None for s in steps.values() for i in range(len(s) + 1)}
     found: dict[str, str] = {}
-    for path, _ in model.named_modules():  # what is inside of an adapter's layer comes after it
+    for path, _ in model.named_modules():  # submodules of an adapted layer come after it
         found.setdefault(resolve_name(path, owners), path)
     paths = {}
     for name, parts in steps.items():
@@ -152,7 +152,7 @@ def initialize_lora_eva_weights(
             changed.
         strict: raise if the state dict's layers are not the adapter's.
         overwrite_trained: accept an adapter that has been trained (whose ``lora_B`` is not zero).
-        Others: as :func:`get_eva_state_dict`.
+        Others: as for :func:`get_eva_state_dict`.
 
     Raises:
         EvaValueError: not a PeftModel, several active adapters, another ``init_lora_weights``,
@@ -187,7 +187,7 @@ def initialize_lora_eva_weights(
 
 
 def _check_for_eva(model: nn.Module, adapter_name: str, overwrite_trained: bool) -> None:
-    """Refuse what is no PeftModel, or whose one active adapter was not made for EVA."""
+    """Refuse anything but a PeftModel with one active adapter, which was made for EVA."""
     if not isinstance(model, PeftModel):
         raise EvaValueError("model must be a PeftModel")
     if len(model.active_adapters) > 1:
@@ -204,7 +204,7 @@ def _check_for_eva(model: nn.Module, adapter_name: str, overwrite_trained: bool)
 
 @functools.wraps(peft.get_peft_model)
 def get_peft_model(*args: Any, **kwargs: Any) -> Any:
-    """Call PEFT's function, and watch that adapters made for EVA are initialised."""
+    """Call PEFT's function, and watch whether adapters made for EVA get initialised."""
     return watch(_get_peft_model(*args, **kwargs))
 
 
@@ -214,18 +214,18 @@ _PATCHED = (peft, peft.tuners, peft.tuners.lora, peft.tuners.lora.eva, peft.mapp
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     fn.__name__: fn for fn in (get_eva_state_dict, initialize_lora_eva_weights, get_peft_model)
 }
-# What PEFT had before the first of the patches that are active, and those.
+# PEFT's functions from before the first active patch, and the active patches.
 _originals: list[tuple[ModuleType, str, Any]] = []
 _active: list[patch_peft] = []
 
 
 class patch_peft:
-    """Make PEFT's two EVA functions ours: for the process, or for a ``with`` block.
+    """Replace PEFT's two EVA functions by ours: for the process, or for a ``with`` block.
 
     Models that ``peft.get_peft_model`` makes meanwhile are watched (:func:`eva_kernels.watch`).
 
-    Blocks may overlap, and one object may be entered again: PEFT's own functions are back when the
-    last patch has ended.
+    Blocks may overlap, and one object may be entered again: PEFT's own functions are restored when
+    the last patch ends.
 
     Code that has already imported the functions by name keeps PEFT's. LoRA of dilated convolutions,
     which PEFT cannot run, works from then on in the whole process.

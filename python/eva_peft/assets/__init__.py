@@ -1,4 +1,4 @@
-"""The embedded default: a small trained model, and text that every Python installation carries."""
+"""The embedded defaults: a small trained model, and text from the Python installation."""
 
 from __future__ import annotations
 

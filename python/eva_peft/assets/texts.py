@@ -1,4 +1,4 @@
-"""Text that every Python installation carries: its documentation, and its own source code.
+"""Text in every Python installation: its documentation, and its own source code.
 
 Nothing is imported and nothing is downloaded: the files of the standard library are read and
 parsed. The two collections do not overlap. `documentation_texts` holds the reference topics and
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Folders that some installations lack or fill with other people's code, and folders without prose.
+# Folders that some installations lack or fill with third-party code, and folders without prose.
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
     | {"test", "tests", "idle_test"}
@@ -40,7 +40,7 @@ def standard_library_files() -> list[Path]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for folder, inner, names in os.walk(root):  # what is skipped may be large: not entered
+    for folder, inner, names in os.walk(root):  # skipped folders may be large: not entered
         inner[:] = (name for name in inner if _is_kept(name, _SKIPPED_FOLDERS))
         files += [Path(folder, name) for name in names if name.endswith(".py") and _is_kept(name)]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
@@ -50,7 +50,7 @@ def documentation_texts() -> dict[str, str]:
     """Collect the reference topics and the docstrings of the standard library.
 
     Interactive examples are left out, and a paragraph that occurs twice is kept once (the topics
-    repeat one another), so that no text stands on both sides of a split by document.
+    repeat one another), so that no text is on both sides of a split by document.
 
     Returns:
         Document name -> text, in a fixed order: `topics/<name>` for every topic of `pydoc`, then
@@ -67,7 +67,7 @@ def documentation_texts() -> dict[str, str]:
 
 
 def is_held_out(name: str) -> bool:
-    """Tell whether a document is of the held-out part, 5 %, from its name alone.
+    """Tell from the name alone whether a document is in the held-out part, 5 %.
 
     Args:
         name: document name as `documentation_texts` gives it.
@@ -79,13 +79,13 @@ def source_texts(limit_bytes: int = 2_000_000, seed: int = 0) -> list[str]:
     """Collect Python source code of the standard library, its docstrings taken out.
 
     Args:
-        limit_bytes: stop at the first file that would exceed this many bytes of UTF-8; one text
-            there is in any case.
+        limit_bytes: stop at the first file that would exceed this many bytes of UTF-8; at least
+            one text is returned.
         seed: of the order of the files.
 
     Returns:
-        One text a file. The same installation, limit and seed give the same list; files that are
-        missing, empty, not UTF-8 or not parseable are passed over.
+        One text per file. The same installation, limit and seed give the same list; files that are
+        missing, empty, not UTF-8 or not parseable are skipped.
     """
     files = standard_library_files()
     random.Random(seed).shuffle(files)
@@ -107,7 +107,7 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> li
     """Join texts into one stream of token ids, each text preceded by the beginning-of-text token.
 
     Args:
-        tokenizer: a fast tokenizer; its limit of length is not applied.
+        tokenizer: a fast tokenizer; its length limit is not applied.
         texts: any number of texts.
     """
     ids: list[int] = []

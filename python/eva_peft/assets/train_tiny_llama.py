@@ -3,8 +3,8 @@
     python -m eva_peft.assets.train_tiny_llama --out python/eva_peft/assets/tiny_llama
 
 The text is the documentation of the running Python (see `texts.py`). One seed fixes the split, the
-first weights and the order of the batches, so that the same versions on the same kind of processor
-give the same files. About 10 minutes on one core that multiplies bfloat16, 25 on one that does not.
+initial weights and the order of the batches, so the same versions on the same kind of processor
+give the same files. About 10 minutes on one core with bfloat16 products, 25 on one without.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PADDING = "<|padding|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold everything that decides the result, beside the text and the versions."""
+    """Everything that determines the result, besides the text and the versions."""
 
     vocab_size: int = 2048
     hidden_size: int = 192
@@ -166,7 +166,7 @@ def make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW
 
 
 def describe(recipe: Recipe, threads: int, train: list[str], held_out: list[str]) -> dict[str, Any]:
-    """Write down what a rerun needs to know."""
+    """Return the record that is needed for a rerun."""
     joined = "\0".join(train + held_out).encode()
     return {
         "command": "python -m eva_peft.assets.train_tiny_llama "

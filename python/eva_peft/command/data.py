@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
-COLUMN_ROWS = 100  # rows that tell what columns there are
+COLUMN_ROWS = 100  # rows from which the columns are determined
 
 _ONE_COLUMN = ("text", "content", "messages")
 _TWO_COLUMNS = (("prompt", "response"), ("prompt", "completion"))
@@ -44,7 +44,7 @@ def load_texts(
 ) -> list[str]:
     """Read the first texts of a file or dataset.
 
-    A `.txt` file holds one text a line. Without `text_column` the columns are guessed: `text`,
+    A `.txt` file holds one text per line. Without `text_column` the columns are guessed: `text`,
     `content`, `messages` (a chat), or `prompt` with `response` or `completion`. Blank rows are
     left out.
 
@@ -53,7 +53,7 @@ def load_texts(
             `name` or `name:config`; the hub is streamed: only the rows taken are downloaded.
         text_column: the column to read; its values are strings or chats.
         split: the split of a hub dataset; a file has only `train`.
-        limit: texts at most.
+        limit: maximum number of texts.
         tokenizer: turns chats into text by its chat template; without a template the texts of a
             chat's messages are joined by line breaks.
 
@@ -68,13 +68,13 @@ def load_texts(
     if not data.strip():
         raise EvaValueError("data is empty: name a file, or a dataset of the hub")
     rows = iter(_rows(data, split))
-    # not every row need have every key
+    # a row may lack some of the keys
     first = list(islice(rows, min(limit, COLUMN_ROWS)))
     if not first:
         raise EvaValueError(f"{data} is empty: no text to calibrate on")
     columns = _columns(data, list(dict.fromkeys(chain(*first))), text_column)
     texts = (_text(data, row, columns, tokenizer) for row in chain(first, rows))
-    # half of an emoji, as cut texts have it, is no text to a tokenizer
+    # tokenizers reject lone surrogates, such as half of an emoji in a text that was cut
     whole = (text.encode("utf-8", "replace").decode() for text in texts)
     found = list(islice((text for text in whole if text.strip()), limit))
     if not found:
@@ -90,7 +90,7 @@ def make_loader(
     seed: int,
     model: Any = None,
 ) -> DataLoader[str]:
-    """Batch texts for a model, shuffled by a generator of their own.
+    """Batch texts for a model, shuffled by a separate random generator.
 
     Rows are padded on the right to the longest of their batch, see :func:`padding_token`. The
     tokenizer is not changed.
@@ -98,10 +98,10 @@ def make_loader(
     Args:
         texts: at least one.
         tokenizer: the model's.
-        batch_size: texts a batch.
-        max_length: tokens of a text at most; lowered to what the tokenizer and the model allow.
+        batch_size: texts per batch.
+        max_length: maximum tokens per text; lowered to what the tokenizer and the model allow.
         seed: of the order.
-        model: where it is known.
+        model: if known.
 
     Returns:
         A loader of dicts: `input_ids` and `attention_mask`, int64 of shape (batch, length).
@@ -135,7 +135,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
 
     Args:
         tokenizer: the model's.
-        model: where it is known; a token that it has no embedding of is none.
+        model: if known; a token for which it has no embedding is not used.
     """
     embeddings = None if model is None else model.get_input_embeddings()
     rows = getattr(embeddings, "num_embeddings", math.inf)
@@ -146,7 +146,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
 
 
 def _positions(model: Any) -> float:
-    """Return how many tokens a model has positions for, as far as it tells."""
+    """Return how many positions a model has, infinity if its config does not tell."""
     config: Any = getattr(model, "config", None)
     with suppress(AttributeError, ValueError):  # none, or several
         config = config.get_text_config()
@@ -159,10 +159,10 @@ def _positions(model: Any) -> float:
 
 
 class DecoderInputs:
-    """Give an encoder-decoder model every text on both sides, shifted on the decoder's.
+    """Feed every text to both encoder and decoder of a model, shifted for the decoder.
 
     Args:
-        batches: dicts with `input_ids` and `attention_mask`, any number of times.
+        batches: dicts with `input_ids` and `attention_mask`; may be iterated repeatedly.
         model: an encoder-decoder.
     """
 
@@ -237,7 +237,7 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         files = glob.escape(str(path.resolve()))
         yield from load_dataset("parquet", data_files=files, split="train", streaming=True)
     except Exception as error:
-        # pyarrow and datasets wrap one cause in classes of their own, different by version.
+        # pyarrow and datasets wrap a cause in their own exception classes, which vary by version.
         raise EvaValueError(f"cannot read {path} as Parquet: {first_line(error)}") from error
 
 
@@ -314,11 +314,11 @@ def _chat(
     if tokenizer is not None and tokenizer.chat_template:
         try:
             text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # templates raise what their authors chose
+        except Exception as error:  # templates may raise any exception
             raise EvaValueError(
                 f"the tokenizer's chat template refuses a chat of {data}: {first_line(error)}"
             ) from error
-        # Most templates write the first token that the tokenizer then adds once more.
+        # Most templates write the BOS token, which the tokenizer then adds once more.
         start = tokenizer.bos_token
         adds_start = start and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
         return text.removeprefix(start) if adds_start else text
@@ -326,7 +326,7 @@ def _chat(
 
 
 def _said(content: Any) -> str:
-    """Return the text of a message, which may be a list of parts beside images."""
+    """Return the text of a message, which may be a list of parts, some of them images."""
     if not isinstance(content, list):
         return str(content or "")
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]

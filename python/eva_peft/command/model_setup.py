@@ -52,7 +52,7 @@ _TASKS = {
 
 
 def target_names(names: str | None) -> str | list[str] | None:
-    """Return the modules that an option names, with commas between."""
+    """Return the modules in a comma-separated option."""
     if names is None or names == "all-linear":
         return names
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -62,7 +62,7 @@ def target_names(names: str | None) -> str | list[str] | None:
 
 
 def check_device(name: str | None) -> None:
-    """Refuse a device that is not there, before anything is loaded."""
+    """Refuse a device that is not available, before anything is loaded."""
     if name is None:
         return
     import torch
@@ -76,7 +76,7 @@ def check_device(name: str | None) -> None:
 def config_fields(
     path: Path | None, lora: Mapping[str, Any], eva: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Merge the config file with the options that were given; options go before the file."""
+    """Merge the config file with the options that were given; options override the file."""
     fields: dict[str, Any] = {}
     if path is not None:
         if not path.is_file():
@@ -119,7 +119,7 @@ def task_of(fields: Mapping[str, Any]) -> Task:
 
 
 def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
-    """Return the config of fields that were merged by :func:`config_fields`."""
+    """Build the config from the fields that :func:`config_fields` merged."""
     import dataclasses
 
     from peft import EvaConfig, LoraConfig
@@ -142,14 +142,14 @@ def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model, the first that is asked of it."""
+    """Return the tokenizer of a model; loaded first, so it checks the model's name, too."""
     path = Path(name)
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise EvaValueError(f"there is no folder {name}")
     transformers = import_module("transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    # transformers 4 asks for protobuf; tokenizers in Python are made without their files
+    # transformers 4 asks for protobuf; tokenizers written in Python fail on missing files
     except (OSError, ValueError, ImportError, TypeError) as error:
         if not path.is_dir():
             raise
@@ -157,7 +157,7 @@ def load_tokenizer(name: str) -> Any:
             f"{name} has no tokenizer that can be loaded ({first_line(error)}); save the model's "
             "there"
         ) from error
-    if not _knows_words(tokenizer):  # what transformers 5.2 makes where it finds no files
+    if not _knows_words(tokenizer):  # transformers 5.2 makes such if it finds no files
         raise EvaValueError(
             f"{name} has no tokenizer that can be loaded (all that transformers finds are special "
             "tokens); save the model's there"
@@ -169,9 +169,9 @@ def _knows_words(tokenizer: Any) -> bool:
     try:
         vocabulary = set(tokenizer.get_vocab())
         added = tokenizer.added_tokens_decoder.values()
-    except (AttributeError, NotImplementedError):  # the model's own, or Mistral's
+    except (AttributeError, NotImplementedError):  # a model's own tokenizer, or Mistral's
         return True
-    special = {str(token) for token in added if token.special}  # others are words, too
+    special = {str(token) for token in added if token.special}  # other added tokens are words
     return bool(vocabulary - special - {*tokenizer.all_special_tokens})
 
 
@@ -184,7 +184,7 @@ def load_model(
 
     from ..surroundings.devices import accelerator
 
-    # Heads that the checkpoint lacks, and adapters that EVA leaves alone, start at random.
+    # Heads missing from the checkpoint, and adapters that EVA does not write, start at random.
     torch.manual_seed(seed)
     options: dict[str, Any] = {"dtype": dtype}
     if device_map is not None:
@@ -211,17 +211,17 @@ def load_model(
 
 
 def needs_decoder_inputs(model: Any, task: Task) -> bool:
-    """Tell whether a model must be given tokens for its decoder, too."""
+    """Tell whether a model also needs tokens for its decoder."""
     both = (Task.SEQ2SEQ_LM, Task.FEATURE_EXTRACTION)
     return task in both and bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def warn_of_unknown(names: str | set[str] | None, model: Any) -> None:
-    """Warn of target modules that the model does not have: PEFT goes on without a word."""
+    """Warn of target modules that the model does not have: PEFT ignores them silently."""
     if names is None or isinstance(names, str):
         return
     present = [f".{name}" for name, _ in model.named_modules()]
     unknown = sorted(n for n in names if not any(name.endswith(f".{n}") for name in present))
-    if 0 < len(unknown) < len(names):  # of all of them there is an error
+    if 0 < len(unknown) < len(names):  # if all are unknown there is an error
         told = f"the model has no module {', '.join(unknown)}, which the target modules name"
         warn(told)

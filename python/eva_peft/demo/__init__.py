@@ -1,4 +1,4 @@
-"""The main job on the embedded default: ``eva-kernels demo``."""
+"""The package's main task on the embedded model: ``eva-kernels demo``."""
 
 from eva_peft.demo.run import run_demo
 

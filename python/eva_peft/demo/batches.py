@@ -24,8 +24,8 @@ def source_blocks(
 
     Args:
         tokenizer: of the embedded model.
-        length: tokens of a block.
-        held_out: blocks for the evaluation, at most.
+        length: tokens per block.
+        held_out: maximum number of blocks for the evaluation.
         limit_bytes: of source text.
 
     Returns:
@@ -35,7 +35,7 @@ def source_blocks(
     training_texts = [text for i, text in enumerate(texts) if i % 5]
     evaluation = _blocks(token_stream(tokenizer, texts[::5]), length)
     train = _blocks(token_stream(tokenizer, training_texts), length)
-    # Neighbouring blocks come from one file: without shuffling a batch would be all one style.
+    # Neighbouring blocks come from one file: without shuffling a batch would have a single style.
     train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
     picked = torch.linspace(0, len(evaluation) - 1, min(held_out, len(evaluation))).long()
     return train, evaluation[picked]
@@ -54,8 +54,8 @@ def calibration_batches(
     Args:
         blocks: token ids (blocks, length).
         pad_token_id: fills the end of the short rows.
-        count: batches, at most; the last one may have fewer rows.
-        rows: rows of a batch.
+        count: maximum number of batches; the last one may have fewer rows.
+        rows: rows per batch.
         ragged: how many of them are short.
         seed: of the draw.
 

@@ -1,4 +1,4 @@
-"""Initialise the embedded model by this package and by PEFT; say how far each is from exact."""
+"""Initialise the embedded model with this package and with PEFT; measure each one's error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from eva_peft.demo.batches import Batch, calibration_batches, source_blocks
 if TYPE_CHECKING:
     from eva_peft.results.result import EvaResult
 
-# This package by its own stop rule, the same with PEFT's number of forwards, PEFT's function.
+# This package with its own stop rule, or with PEFT's number of forwards; PEFT's function.
 OURS, SAME, PEFT = "eva_kernels", "eva_kernels_same_forwards", "peft"
 
 Progress = Callable[[str], None]
@@ -31,21 +31,21 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold what the demo runs with.
+    """The settings of the demo.
 
     Attributes:
         r: rank of a layer before EVA moves ranks between layers.
-        rho: components computed for a layer, over `r`.
+        rho: components computed per layer, relative to `r`.
         tau: similarity at which a component counts as converged.
         batches: calibration batches.
-        batch: rows of a batch.
+        batch: rows per batch.
         ragged: how many of these rows are cut short and padded.
-        length: tokens of a row.
+        length: tokens per row.
         held_out: blocks of the evaluation text.
-        repeats: timed runs; PEFT is repeated while its runs took less than `peft_seconds`, the run
-            with as many forwards as PEFT is made once.
+        repeats: timed runs; PEFT is repeated until its runs took `peft_seconds`, and the run with
+            as many forwards as PEFT is not repeated.
         peft_seconds: see `repeats`.
-        forward_limit: forwards after which a run of PEFT is given up.
+        forward_limit: forwards after which a run of PEFT is aborted.
         memory_forwards: forwards of a run whose memory is measured.
         recipe: of the fine-tuning runs.
     """
@@ -92,7 +92,7 @@ QUICK = Setting(
 
 @dataclass(frozen=True)
 class Inputs:
-    """Hold the model and its text.
+    """The model and its text.
 
     Attributes:
         model: embedded model, never changed.
@@ -118,12 +118,12 @@ class Inputs:
 
 @dataclass
 class Run:
-    """Hold one way to initialise the adapter, as measured.
+    """The measurements of one way to initialise the adapter.
 
     Attributes:
-        seconds: one value a repeat.
+        seconds: one value per repeat.
         forwards: forward passes of the model.
-        lora_a: layer -> (rank, in_features); None if the run was given up.
+        lora_a: layer -> (rank, in_features); None if the run was aborted.
     """
 
     seconds: list[float]
@@ -148,8 +148,8 @@ def compare(
     """Initialise with this package and with PEFT, alternately, on the same batches.
 
     Returns:
-        Name -> run; the seconds of one plain forward, one value a repeat; what this package says
-        about its own run.
+        Name -> run; the seconds of one plain forward, one value per repeat; the result that this
+        package returns for its own run.
     """
     runs: dict[str, Run] = {}
     plain: list[float] = []
@@ -176,7 +176,7 @@ def compare(
 def run_ours(
     base: PreTrainedModel, batches: list[Batch], setting: Setting, forwards: int | None = None
 ) -> tuple[Run, EvaResult]:
-    """Initialise with this package; with `forwards` that many, whatever has converged."""
+    """Initialise with this package; `forwards` fixes their number, whatever has converged."""
     config = setting.lora_config(eva=True)
     if forwards is not None:
         config.eva_config.tau = 1.0  # no cosine is above it: only the limit ends the pass
@@ -227,7 +227,7 @@ def lost_variances(
     within the exact first R principal directions, from the float64 covariance of its inputs.
 
     Returns:
-        Run -> mean over its layers; None for a run that was given up.
+        Run -> mean over its layers; None for a run that was aborted.
     """
     counts = {name: min(run.forwards, len(batches)) for name, run in runs.items()}
     lost: dict[str, float | None] = dict.fromkeys(runs)

@@ -1,4 +1,4 @@
-"""Short fine-tuning runs that differ in nothing but the first values of `lora_A`.
+"""Short fine-tuning runs that differ only in the initial values of `lora_A`.
 
 The demo compares three starts with the same total rank, text, order of batches and learning rate:
 EVA, PEFT's default random start, and random rows with orthonormal directions. The last one is the
@@ -26,12 +26,12 @@ Start = Callable[[torch.nn.Module, int], PeftModel]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hold what all runs share.
+    """The hyper-parameters that all runs share.
 
     Attributes:
         steps: optimiser steps.
         every: steps between two evaluations.
-        batch: blocks a step.
+        batch: blocks per step.
         learning_rate: highest rate of AdamW, reached after a tenth of the steps and falling to
             zero. The default lies between the best of 0.002, 0.004 and 0.008 for EVA (0.002) and
             the best for both random starts (0.004).
@@ -45,12 +45,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Curve:
-    """Hold the held-out losses of one start over several seeds.
+    """The held-out losses of one start over several seeds.
 
     Attributes:
         steps: steps at which the loss was taken, 0 first.
-        runs: one list of losses a seed, nats per token.
-        parameters: values that are trained.
+        runs: one list of losses per seed, nats per token.
+        parameters: number of trained values.
         rank: sum of the ranks over the layers.
     """
 
@@ -60,7 +60,7 @@ class Curve:
     rank: int
 
     def mean(self) -> list[float]:
-        """Return the mean over seeds, one value a step."""
+        """Return the mean over seeds, one value per step."""
         return [statistics.fmean(losses) for losses in zip(*self.runs, strict=True)]
 
     def standard_error(self) -> list[float]:
@@ -127,7 +127,7 @@ def finetune(
         model: adapted model; only its adapter is trained.
         train: blocks of token ids (count, length).
         held_out: blocks of token ids (count, length) for the evaluation.
-        recipe: what the runs share.
+        recipe: hyper-parameters of the runs.
         seed: of the order of the batches.
 
     Returns:
@@ -168,14 +168,14 @@ def compare_starts(
     seeds: int,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Curve]:
-    """Fine-tune a copy of the base model from every start, once a seed, starts interleaved.
+    """Fine-tune a copy of the base model from every start, once per seed, starts interleaved.
 
     Args:
         base: model to adapt; it is copied for every run and stays as it is.
         starts: name -> function that wraps a model with an adapter, given a seed.
         train: blocks of token ids (count, length).
         held_out: blocks of token ids (count, length).
-        recipe: what the runs share.
+        recipe: hyper-parameters of the runs.
         seeds: runs of every start, with seeds 0, 1, ...
         progress: called with a line of text before every run.
 
@@ -200,7 +200,7 @@ def compare_starts(
 
 
 def describe(curves: dict[str, Curve]) -> dict[str, Any]:
-    """Put the curves into numbers that JSON can hold."""
+    """Return the curves as JSON-able numbers."""
     return {
         name: {
             "steps": curve.steps,
@@ -217,7 +217,7 @@ def describe(curves: dict[str, Curve]) -> dict[str, Any]:
 def table(
     described: dict[str, Any], learning_rate: float
 ) -> tuple[str, list[str], list[list[str]], str]:
-    """Lay described curves out: heading, column names, rows of text, note."""
+    """Format described curves as a table: heading, column names, rows of text, note."""
     first = next(iter(described.values()))
     steps, seeds = first["steps"], len(first["runs"])
     shown = (0, len(steps) // 2, -1)
@@ -239,7 +239,7 @@ def plot_curves(curves: dict[str, Curve]) -> Figure:
     """Draw the held-out loss over the steps, with the standard error as a band."""
     figure = new_figure((7, 4.2), "Held-out loss over the steps of fine-tuning, one line a start")
     axes = figure.subplots()
-    # Colours that stay apart in the common kinds of colour blindness.
+    # Colours that are distinguishable with the common kinds of colour blindness.
     colours = ("#0072b2", "#d55e00", "#009e73")
     for (name, curve), colour in zip(curves.items(), colours, strict=False):
         mean, error = curve.mean(), curve.standard_error()

@@ -1,8 +1,8 @@
-"""Run the main job on the embedded default: no network, no other input than this Python.
+"""Run the main task on the embedded model: no network, no input but this Python installation.
 
-A small model trained on Python's documentation is made ready for another text, Python source code.
-Three things are measured and shown as they come out: EVA of this package beside PEFT's own in the
-same process, the peak memory of both in fresh processes, and the loss of short fine-tuning runs.
+A small model trained on Python's documentation is adapted to another text, Python source code.
+Three things are measured and shown as they come out: this package's EVA and PEFT's in the same
+process, the peak memory of both in fresh processes, and the loss of short fine-tuning runs.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def measure_memory(quick: bool) -> dict[str, int]:
         for kind in ("plain", OURS, PEFT):
             child = subprocess.Popen([*command, kind], env=environment, **pipes)
             children[kind] = stack.enter_context(child)
-            stack.callback(child.kill)  # where one has failed, or at Ctrl-C
+            stack.callback(child.kill)  # if one has failed, or at Ctrl-C
         for kind, child in children.items():
             output, errors = child.communicate()
             if child.returncode != 0:
@@ -236,7 +236,7 @@ def describe_runs(
     lost: dict[str, float | None],
     memory: dict[str, int],
 ) -> dict[str, Any]:
-    """Put the comparison into numbers that JSON can hold."""
+    """Return the comparison as JSON-able numbers."""
     forward = statistics.median(plain)
     table: dict[str, Any] = {"plain_forward_seconds": forward, "plain_peak_bytes": memory["plain"]}
     for name, run in runs.items():
@@ -267,7 +267,7 @@ def show(console: Console, numbers: dict[str, Any]) -> None:
 def tables(
     numbers: dict[str, Any],
 ) -> list[tuple[str, list[str], list[list[str]], str]]:
-    """Lay the numbers out: heading, column names, rows of text, note."""
+    """Format the numbers as tables: heading, column names, rows of text, note."""
     measured = numbers["initialisation"]
     setting = numbers["setting"]
     rows = []

@@ -81,9 +81,9 @@ def fit(
 
 
 def _layers_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
-    """Return path and layer by the name in the base model, of a layer or of a parameter.
+    """Return (path, layer) by the name in the base model, of a layer or of a parameter.
 
-    Those whose adapter is tied to that of the embeddings are left out.
+    Layers whose adapter is tied to that of the embeddings are left out.
     """
     tied = tied_modules(model, adapter_configs(model)[adapter_name])
     layers = own_layers(model, adapter_name)

@@ -105,10 +105,10 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
 
 
 def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
-    """Return the layers that EVA left out, of an adapter that it wrote in this process.
+    """Return the layers that lack EVA's rows, of an adapter that EVA wrote in this process.
 
-    For a loaded adapter it is unknown which layers were left at the default on purpose. Trained
-    layers are not included.
+    Trained layers, and those left at the default on purpose, are not included; which the latter
+    are is unknown for a loaded adapter.
     """
     layers, config = _layers(model, adapter_name), adapter_configs(model)[adapter_name]
     whitened = eva_of(config).whiten
@@ -341,8 +341,8 @@ def watch(model: nn.Module, action: Literal["warn", "raise"] = "warn") -> nn.Mod
 
     Args:
         model: a PeftModel; for a model without adapters nothing is reported.
-        action: ``"warn"``, or ``"raise"`` at every step until it is initialised. If EVA left out
-            only some layers, it warns in either case.
+        action: ``"warn"``, or ``"raise"`` at every step until it is initialised. If EVA has
+            initialised only some layers, it warns in either case.
 
     Returns:
         The model.

@@ -1,4 +1,4 @@
-"""Collect what several processes have accumulated on the leader, and distribute its new bases.
+"""Collect on the leader what several processes have accumulated, and distribute its new bases.
 
 1. Sums about a common basis and mean are additive, so those of layers whose basis all processes
    know are added up on the leader. New layers were begun by each process from its own tokens:
@@ -77,7 +77,7 @@ class Exchange:
     ) -> list[InputStream]:
         """Merge, on the leader, the streams that another process has sent."""
         self._together.raise_if(parcel if isinstance(parcel, str) else None, rank)
-        with run.collector.explaining():  # folds the leader's pending tokens, too
+        with run.collector.explaining():  # merging folds what is pending here, too
             pairs = zip(cells, parcel, strict=True)
             return [merge_stream(run, cell, *state) for cell, state in pairs]
 

@@ -124,7 +124,7 @@ def check_path(path: Path) -> None:
     """Create the folder, check that it is writable, and remove what killed runs left.
 
     Raises:
-        EvaValueError: it is not, or the path is a folder.
+        EvaValueError: it is not writable, or the path is a folder.
     """
     try:
         if path.is_dir():
