@@ -341,7 +341,7 @@ class TokenMask:
         longest = longest_of(seen)  # the length to which a packed sequence is padded again
         if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():
             yield mask[:, :longest]
-        if leading[-1:] == (int(seen.sum()),) and leading[:-1] in ((), (1,)):
+        if leading[:-1] in ((), (1,)) and leading[-1:] == (int(seen.sum()),):
             yield mask[seen].view(leading)  # all samples concatenated, without padding
         queries = key.startswith("queries")
         text_first = False if queries else self.text_first
