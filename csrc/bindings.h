@@ -75,10 +75,10 @@ void bind_functions(py::module_& m) {
         "partial", "core", "metric"});
   bind(m, "fold_rows", &OfFold<&fold_rows_args>::of, Platform::fold_rows,
        {"layers", "n_layers", "width", "features", "numbers", "delta", "along", "mean", "mixing",
-        "told", "sound"});
+        "summary", "valid"});
   bind(m, "nystrom", &nystrom_args, Platform::nystrom,
-       {"core", "metric", "ceiling", "n_layers", "width", "loose", "goal", "scratch", "mixing",
-        "told"});
+       {"core", "metric", "ceiling", "n_layers", "width", "tolerance", "goal", "scratch", "mixing",
+        "summary"});
   bind(m, "start", &start_args, Platform::start,
        {"basis", "products", "shift", "square", "mean", "width", "features", "tokens", "columns",
         "workspace"});

@@ -37,17 +37,18 @@ void fold_prepare_cpu(const FoldPrepareArgs& args) {
   for (int64_t i = 0; i < fold.n_layers; ++i) {
     const FoldLayer& layer = fold.layers[i];
     const FoldNumbers& numbers = fold.head(i);
-    double away = 0.0, norm = 0.0;
+    double squared_delta = 0.0, norm = 0.0;
     for (int64_t d = 0; d < fold.features; ++d) {
       const int64_t at = i * fold.features + d;
       const double delta = layer.shift[d] / numbers.added;
       const float mean = static_cast<float>(layer.mean[d] + numbers.share * delta);
       fold.delta[at] = delta;
       args.mean[at] = mean;
-      away += delta * delta;
+      squared_delta += delta * delta;
       norm += static_cast<double>(mean) * mean;
     }
-    fold_scalars(*layer.square, numbers.weight * away, norm, args.scalars + i * kFoldScalars);
+    fold_scalars(*layer.square, numbers.weight * squared_delta, norm,
+                 args.scalars + i * kFoldScalars);
   }
 }
 
@@ -79,7 +80,7 @@ void fold_rows_cpu(const FoldRowsArgs& args) {
   const FoldArgs& fold = args.fold;
   const int width = fold.width;
   const int64_t features = fold.features;
-  if (!*args.sound) return;
+  if (!*args.valid) return;
   std::vector<double> row(static_cast<size_t>(features));
   for (int64_t i = 0; i < fold.n_layers; ++i) {
     const FoldLayer& layer = fold.layers[i];

@@ -162,19 +162,19 @@ __global__ void __launch_bounds__(kPrepareThreads) fold_prepare_kernel(FoldPrepa
   const FoldLayer& layer = fold.layers[blockIdx.x];
   const FoldNumbers& numbers = fold.head(blockIdx.x);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * fold.features;
-  double away = 0.0, norm = 0.0;
+  double squared_delta = 0.0, norm = 0.0;
   for (int64_t d = threadIdx.x; d < fold.features; d += kPrepareThreads) {
     const double delta = layer.shift[d] / numbers.added;
     const float mean = static_cast<float>(layer.mean[d] + numbers.share * delta);
     fold.delta[first + d] = delta;
     args.mean[first + d] = mean;
-    away += delta * delta;
+    squared_delta += delta * delta;
     norm += static_cast<double>(mean) * mean;
   }
-  away = over_block(away, Sum());
+  squared_delta = over_block(squared_delta, Sum());
   norm = over_block(norm, Sum());
   if (threadIdx.x != 0) return;
-  fold_scalars(*layer.square, numbers.weight * away, norm,
+  fold_scalars(*layer.square, numbers.weight * squared_delta, norm,
                args.scalars + blockIdx.x * kFoldScalars);
 }
 
@@ -223,16 +223,16 @@ struct Place {
   int column;
 };
 
-// The products of a tile that a warp accumulates: the first `turn` are in row `row` from column
-// `first` on, the rest in row `next` from column 0 on.
+// The products of a tile that a warp accumulates: the first `row_products` are in row `row`
+// from column `first` on, the rest in row `next_row` from column 0 on.
 struct WarpPart {
   int row;
   int first;
-  int turn;
-  int next;
+  int row_products;
+  int next_row;
 
   __device__ __forceinline__ Place at(int i) const {
-    return i < turn ? Place{row, first + i} : Place{next, i - turn};
+    return i < row_products ? Place{row, first + i} : Place{next_row, i - row_products};
   }
 };
 
@@ -270,13 +270,13 @@ __device__ __forceinline__ void add_stage(const StagedRow* left, const StagedRow
     for (int i = 0; i < 2; ++i) {
       const int row = lane.group + kProductRows / 2 * i;
       of_row[i] = left[part.row * kProductRows + row][k + lane.within];
-      of_next[i] = left[part.next * kProductRows + row][k + lane.within];
+      of_next[i] = left[part.next_row * kProductRows + row][k + lane.within];
     }
 #pragma unroll
     for (int n = 0; n < count; ++n) {
       const int column = part.at(n).column * kProductColumns + lane.group;
       const double of_column = right[column][k + lane.within];
-      const bool in_row = n < part.turn;
+      const bool in_row = n < part.row_products;
       const double of_left[2] = {in_row ? of_row[0] : of_next[0], in_row ? of_row[1] : of_next[1]};
       add_product(of_left, of_column, sums[n]);
     }
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kMeasureThreads, diagonal ? 2 : 1)
   const StagedRow* right = of_core    ? stage.basis_columns
                            : diagonal ? stage.image_rows
                                       : stage.image_columns;
-  const bool needed = part.next * kProductRows < fold.width - pair.rows * kFoldTile;
+  const bool needed = part.next_row * kProductRows < fold.width - pair.rows * kFoldTile;
 
   // A thread stages four columns of one row in each tile.
   const int staged_row = threadIdx.x / (kFoldDepth / 4);
@@ -438,7 +438,7 @@ __device__ __forceinline__ void store_rows(const double (&sums)[kRowsProducts][4
 __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs args) {
   __shared__ double mixing[kFoldDepth][kFoldTile + kPad];
   EVA_DYNAMIC_SHARED(double, image);
-  if (!*args.sound) return;
+  if (!*args.valid) return;
   const FoldArgs& fold = args.fold;
   const int width = fold.width;
   const int64_t blocks = (fold.features + kRowsColumns - 1) / kRowsColumns;

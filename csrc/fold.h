@@ -62,8 +62,9 @@ constexpr int kFoldScalars = 3;
 
 // The scalars of a layer: its sum of squares, how much that increases the total variance (at least
 // 0; NaN stays NaN), and the norm of its new mean.
-EVA_HOST_DEVICE inline void fold_scalars(double square, double away, double norm, double* out) {
-  const double gain = square - away;
+EVA_HOST_DEVICE inline void fold_scalars(double square, double correction, double norm,
+                                         double* out) {
+  const double gain = square - correction;
   out[0] = square;
   out[1] = gain < 0.0 ? 0.0 : gain;
   out[2] = sqrt(norm);
@@ -79,13 +80,13 @@ struct FoldMeasureArgs {
 
 struct FoldRowsArgs {
   FoldArgs fold;
-  const float* mean;     // from fold_prepare
-  const double* mixing;  // (n_layers, width, width), contiguous: the new rows are mixing^T Y
-  const double* told;    // (n_layers, 2 + 2 width), the rank first: rows beyond it are not written
-  const bool* sound;     // (): if false, nothing is written
+  const float* mean;      // from fold_prepare
+  const double* mixing;   // (n_layers, width, width), contiguous: the new rows are mixing^T Y
+  const double* summary;  // (n_layers, 2 + 2 width), the rank first: rows beyond it are not written
+  const bool* valid;      // (): if false, nothing is written
 
   EVA_HOST_DEVICE int rank(int64_t layer) const {
-    return static_cast<int>(told[layer * (2 + 2 * fold.width)]);
+    return static_cast<int>(summary[layer * (2 + 2 * fold.width)]);
   }
 };
 
@@ -127,9 +128,9 @@ inline FoldMeasureArgs fold_measure_args(const FoldArgs& fold, int64_t columns, 
 }
 
 inline FoldRowsArgs fold_rows_args(const FoldArgs& fold, uintptr_t mean, uintptr_t mixing,
-                                   uintptr_t told, uintptr_t sound) {
+                                   uintptr_t summary, uintptr_t valid) {
   return {fold, reinterpret_cast<const float*>(mean), reinterpret_cast<const double*>(mixing),
-          reinterpret_cast<const double*>(told), reinterpret_cast<const bool*>(sound)};
+          reinterpret_cast<const double*>(summary), reinterpret_cast<const bool*>(valid)};
 }
 
 void fold_prepare_cpu(const FoldPrepareArgs& args);

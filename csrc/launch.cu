@@ -28,10 +28,10 @@ Function driver_function(const char* name, unsigned version) {
 }
 
 std::string told_by_driver(const char* function, CUresult result) {
-  using Tell = CUresult (*)(CUresult, const char**);
-  const char* told = nullptr;
-  const auto tell = driver_function<Tell>(function, 6000);
-  return tell(result, &told) == CUDA_SUCCESS ? told : "unknown error";
+  using GetString = CUresult (*)(CUresult, const char**);
+  const char* text = nullptr;
+  const auto get_string = driver_function<GetString>(function, 6000);
+  return get_string(result, &text) == CUDA_SUCCESS ? text : "unknown error";
 }
 
 void driver_check(CUresult result, const char* what) {

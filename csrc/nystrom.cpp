@@ -155,7 +155,7 @@ RankedRows orthogonalisation(const Matrix& overlaps) {
 }
 
 // The deviation from orthonormality: the Gram matrix of the new rows minus the identity.
-Matrix missing(const Matrix& rows, const Matrix& metric, int rank) {
+Matrix deviations(const Matrix& rows, const Matrix& metric, int rank) {
   Matrix out = product(product(rows, metric), transposed(rows));
   for (int i = 0; i < rank; ++i) out.at(i, i) -= 1.0;
   return out;
@@ -172,15 +172,15 @@ void solve(const NystromArgs& args, int64_t layer) {
   const int width = args.width;
   const int64_t size = int64_t(width) * width;
   const Matrix core(width, args.core + layer * size), metric(width, args.metric + layer * size);
-  const NystromTold told = told_of(args, layer);
-  std::fill_n(told.squares, width, 0.0);
+  const NystromSummary summary = summary_of(args, layer);
+  std::fill_n(summary.squares, width, 0.0);
   for (int i = 0; i < width; ++i) {
-    told.captured[i] = core.at(i, i) < 0.0 ? 0.0 : core.at(i, i);  // NaN stays
+    summary.captured[i] = core.at(i, i) < 0.0 ? 0.0 : core.at(i, i);  // NaN stays
   }
   double* mixing = args.mixing + layer * size;
   const auto finish = [&](const Matrix& rows, int rank, bool uneven) {
-    *told.rank = rank;
-    *told.uneven = uneven;
+    *summary.rank = rank;
+    *summary.uneven = uneven;
     const Matrix out = transposed(rows);
     std::copy(out.entries.begin(), out.entries.end(), mixing);
   };
@@ -209,12 +209,12 @@ void solve(const NystromArgs& args, int64_t layer) {
                           return pairs.vectors.at(from, j) / std::sqrt(pairs.values[from]);
                         }),
               rows);
-  for (int i = 0; i < rank; ++i) told.squares[i] = pairs.values[width - 1 - i];
-  double farthest = 0.0;
-  for (const double miss : missing(found, metric, rank).entries) {
-    farthest = std::max(farthest, std::fabs(miss));
+  for (int i = 0; i < rank; ++i) summary.squares[i] = pairs.values[width - 1 - i];
+  double largest_deviation = 0.0;
+  for (const double deviation : deviations(found, metric, rank).entries) {
+    largest_deviation = std::max(largest_deviation, std::fabs(deviation));
   }
-  finish(found, rank, rank < width || !(farthest <= args.loose));
+  finish(found, rank, rank < width || !(largest_deviation <= args.tolerance));
 }
 
 }  // namespace

@@ -220,24 +220,26 @@ __device__ __forceinline__ int normalise(const NystromBlock& block, const double
 }
 
 // The largest deviation of the Gram matrix of `rank` rows from orthonormality.
-__device__ __forceinline__ double farthest(const double* overlaps, int rank, int width) {
-  double miss = 0.0;
+__device__ __forceinline__ double largest_deviation(const double* overlaps, int rank, int width) {
+  double deviation = 0.0;
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
     const int row = i / width;
     const double target = row == i % width && row < rank ? 1.0 : 0.0;
-    miss = fmax(miss, fabs(overlaps[i] - target));
+    deviation = fmax(deviation, fabs(overlaps[i] - target));
   }
-  return over_block(miss, Largest());
+  return over_block(deviation, Largest());
 }
 
-__device__ __forceinline__ void tell(const NystromTold& told, int width, int rank, bool uneven) {
-  for (int i = threadIdx.x; i < width; i += blockDim.x) told.squares[i] = 0.0;
-  if (threadIdx.x == 0) *told.rank = rank, *told.uneven = uneven;
+__device__ __forceinline__ void write_summary(const NystromSummary& summary, int width, int rank,
+                                              bool uneven) {
+  for (int i = threadIdx.x; i < width; i += blockDim.x) summary.squares[i] = 0.0;
+  if (threadIdx.x == 0) *summary.rank = rank, *summary.uneven = uneven;
 }
 
 // The result for a layer whose numbers are not finite: rank 0, uneven, a mixing of zeros.
-__device__ __forceinline__ void give_up(int width, const NystromTold& told, double* mixing) {
-  tell(told, width, 0, true);
+__device__ __forceinline__ void write_failure(int width, const NystromSummary& summary,
+                                              double* mixing) {
+  write_summary(summary, width, 0, true);
   for (int i = threadIdx.x; i < width * width; i += blockDim.x) mixing[i] = 0.0;
 }
 
@@ -252,7 +254,7 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
   double *b = a + size, *c = b + size;
   double* mixing = args.mixing + layer * size;
   const double* metric = args.metric + layer * size;
-  const NystromTold told = told_of(args, layer);
+  const NystromSummary summary = summary_of(args, layer);
 
   NystromBlock block{{}, scale, values, width};
   block.eigh.width = width;
@@ -265,10 +267,10 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
   const double* core = args.core + layer * size;
   // No noise floor for the other goals: with a random basis all diagonal entries are of similar
   // size, and rows to be orthonormalised may have any length.
-  grade(block, core, args.goal == kNystromSolve ? kNystromNoise : 0.0, told.captured);
+  grade(block, core, args.goal == kNystromSolve ? kNystromNoise : 0.0, summary.captured);
   if (args.goal == kNystromOrthogonal) {
     const int left = orthogonalise(block, core, mixing);
-    tell(told, width, left, left < width);
+    write_summary(summary, width, left, left < width);
     return;
   }
   const double ceiling = args.ceiling[layer];
@@ -276,26 +278,27 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
   const bool full = args.goal == kNystromSolve || ceiling >= width;
   const int left = whiten(block, core, full, a, mixing, b);  // R in a, its transpose in mixing
   if (left < 0) {
-    give_up(width, told, mixing);
+    write_failure(width, summary, mixing);
     return;
   }
   if (args.goal == kNystromWhiten) {
     const int rank = ceiling < left ? static_cast<int>(fmax(ceiling, 0.0)) : left;
-    tell(told, width, rank, rank < width);
+    write_summary(summary, width, rank, rank < width);
     return;
   }
   multiply(a, metric, width, c);
   multiply(c, mixing, width, b);  // G = R (Y Y^T) R^T
   if (!eigenpairs(block, b, b)) {
-    give_up(width, told, mixing);
+    write_failure(width, summary, mixing);
     return;
   }
-  const int rank = normalise(block, b, ceiling, c, told.squares);
+  const int rank = normalise(block, b, ceiling, c, summary.squares);
   multiply(c, a, width, b, mixing);  // the new rows as linear combinations of those of Y
   multiply(b, metric, width, a);
   multiply(a, mixing, width, c);
-  const double miss = farthest(c, rank, width);
-  if (threadIdx.x == 0) *told.rank = rank, *told.uneven = rank < width || !(miss <= args.loose);
+  const double deviation = largest_deviation(c, rank, width);
+  if (threadIdx.x == 0)
+    *summary.rank = rank, *summary.uneven = rank < width || !(deviation <= args.tolerance);
 }
 
 }  // namespace eva_kernels

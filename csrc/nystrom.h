@@ -14,11 +14,11 @@ struct NystromArgs {
   const double* ceiling;  // upper bound of the rank of each layer, (n_layers,), contiguous
   int64_t n_layers;
   int width;
-  double loose;     // rows off orthonormal by more than this are reported as uneven
-  int goal;         // see below
-  double* scratch;  // kNystromScratch (width, width) matrices a layer; unused on the CPU
-  double* mixing;   // (n_layers, width, width): mixing^T Y are the new rows
-  double* told;     // (n_layers, nystrom_told(width)): see NystromTold
+  double tolerance;  // rows off orthonormal by more than this are reported as uneven
+  int goal;          // see below
+  double* scratch;   // kNystromScratch (width, width) matrices a layer; unused on the CPU
+  double* mixing;    // (n_layers, width, width): mixing^T Y are the new rows
+  double* summary;   // (n_layers, nystrom_summary_size(width)): see NystromSummary
 };
 
 // The full solution; or only rows that whiten the core, without the noise floor on its diagonal; or
@@ -31,17 +31,17 @@ constexpr int kNystromOrthogonal = 2;
 constexpr int kNystromScratch = 3;
 
 // The numbers that the host reads for each layer, in this order.
-struct NystromTold {
+struct NystromSummary {
   double* rank;      // number of new rows; those beyond are 0
   double* uneven;    // 1 if the rows have to be orthonormalised again or completed, else 0
   double* squares;   // eigenvalues (width,), descending, 0 beyond the rank
   double* captured;  // diagonal of core (width,), clamped to at least 0
 };
 
-EVA_HOST_DEVICE inline int nystrom_told(int width) { return 2 + 2 * width; }
+EVA_HOST_DEVICE inline int nystrom_summary_size(int width) { return 2 + 2 * width; }
 
-EVA_HOST_DEVICE inline NystromTold told_of(const NystromArgs& args, int64_t layer) {
-  double* first = args.told + layer * nystrom_told(args.width);
+EVA_HOST_DEVICE inline NystromSummary summary_of(const NystromArgs& args, int64_t layer) {
+  double* first = args.summary + layer * nystrom_summary_size(args.width);
   return {first, first + 1, first + 2, first + 2 + args.width};
 }
 
@@ -55,18 +55,18 @@ constexpr double kNystromCut = 1e-6;
 constexpr double kNystromRegular = 1.0 / kNystromCut;
 
 inline NystromArgs nystrom_args(uintptr_t core, uintptr_t metric, uintptr_t ceiling,
-                                int64_t n_layers, int width, double loose, int goal,
-                                uintptr_t scratch, uintptr_t mixing, uintptr_t told) {
+                                int64_t n_layers, int width, double tolerance, int goal,
+                                uintptr_t scratch, uintptr_t mixing, uintptr_t summary) {
   return {reinterpret_cast<const double*>(core),
           reinterpret_cast<const double*>(metric),
           reinterpret_cast<const double*>(ceiling),
           n_layers,
           width,
-          loose,
+          tolerance,
           goal,
           reinterpret_cast<double*>(scratch),
           reinterpret_cast<double*>(mixing),
-          reinterpret_cast<double*>(told)};
+          reinterpret_cast<double*>(summary)};
 }
 
 void nystrom_cpu(const NystromArgs& args);

@@ -44,9 +44,9 @@ struct StartParts {
   double* metric;
   double* scratch;
   double* mixing;
-  double* told;
+  double* summary;
   float* mean;
-  bool* sound;
+  bool* valid;
   size_t bytes;
 };
 
@@ -74,9 +74,9 @@ inline StartParts start_parts(char* workspace, int width, int64_t features, int6
   parts.metric = doubles(square);
   parts.scratch = doubles(kNystromScratch * square);
   parts.mixing = doubles(square);
-  parts.told = doubles(static_cast<size_t>(nystrom_told(width)));
+  parts.summary = doubles(static_cast<size_t>(nystrom_summary_size(width)));
   parts.mean = reinterpret_cast<float*>(take(count * sizeof(float)));
-  parts.sound = reinterpret_cast<bool*>(take(sizeof(bool)));
+  parts.valid = reinterpret_cast<bool*>(take(sizeof(bool)));
   parts.bytes = used;
   return parts;
 }
@@ -102,8 +102,8 @@ void run_start(const StartArgs& args, const Device& device) {
   for (const int goal : {kNystromWhiten, kNystromOrthogonal}) {
     device.measure({fold, args.columns, parts.partial, parts.core, parts.metric});
     device.decompose({parts.core, parts.core, &fold.head(0).ceiling, 1, args.width, 0.0, goal,
-                      parts.scratch, parts.mixing, parts.told});
-    device.rows({fold, parts.mean, parts.mixing, parts.told, parts.sound});
+                      parts.scratch, parts.mixing, parts.summary});
+    device.rows({fold, parts.mean, parts.mixing, parts.summary, parts.valid});
     if (goal == kNystromOrthogonal) break;
     device.clear(args, parts);
     fold.numbers += kFoldNumbers + args.width;

@@ -34,7 +34,7 @@ struct Fold {
   std::vector<Floats> bases{}, products{}, before{}, means{};
   std::vector<Doubles> shifts{};
   Floats mean{};
-  Doubles squares{}, scalars{}, delta{}, numbers{}, along{}, core{}, metric{}, mixing{}, told{};
+  Doubles squares{}, scalars{}, delta{}, numbers{}, along{}, core{}, metric{}, mixing{}, summary{};
   std::vector<FoldLayer> table{};
 
   explicit Fold(const Shape& s) : shape(s) {
@@ -66,9 +66,9 @@ struct Fold {
     scalars.assign(s.layers * kFoldScalars, kNan);
     mixing.resize(square);
     for (double& x : mixing) x = normal(random);
-    told.assign(s.layers * (2 + 2 * s.width), kNan);
+    summary.assign(s.layers * (2 + 2 * s.width), kNan);
     for (int i = 0; i < s.layers; ++i) {  // the last layer has full rank
-      told[i * (2 + 2 * s.width)] = i == s.layers - 1 ? s.width : s.width / 2;
+      summary[i * (2 + 2 * s.width)] = i == s.layers - 1 ? s.width : s.width / 2;
     }
     numbers.resize(s.layers * (kFoldNumbers + s.width));
     for (double& x : numbers) x = 0.5 + std::fabs(normal(random));
@@ -116,7 +116,7 @@ bool identical(const Vector& a, const Vector& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
 }
 
-void run_on_device(Fold& fold, bool sound, unsigned seed) {
+void run_on_device(Fold& fold, bool valid, unsigned seed) {
   const FoldArgs args = fold.args();
   FoldMeasureArgs measure{args, fold.shape.columns, nullptr, fold.core.data(), fold.metric.data()};
   const int64_t splits = args.n_layers * fold_splits(args.features, measure.columns);
@@ -140,19 +140,19 @@ void run_on_device(Fold& fold, bool sound, unsigned seed) {
   const int64_t blocks = (fold.shape.features + kRowsColumns - 1) / kRowsColumns;
   emulator::launch<FoldRowsArgs>(
       fold_rows_kernel, blocks * fold.shape.layers, kRowsThreads,
-      {args, fold.mean.data(), fold.mixing.data(), fold.told.data(), &sound}, seed,
+      {args, fold.mean.data(), fold.mixing.data(), fold.summary.data(), &valid}, seed,
       fold_rows_shared_bytes(fold.shape.width));
 }
 
 void check(const Shape& shape, unsigned seeds) {
   const std::string name = std::to_string(shape.width) + " x " + std::to_string(shape.features);
   const Fold given(shape);
-  const bool sound = true;
+  const bool valid = true;
   Fold wanted = given;
   const FoldArgs args = wanted.args();
   fold_prepare_cpu({args, wanted.mean.data(), wanted.scalars.data()});
   fold_measure_cpu({args, 0, nullptr, wanted.core.data(), wanted.metric.data()});
-  fold_rows_cpu({args, wanted.mean.data(), wanted.mixing.data(), wanted.told.data(), &sound});
+  fold_rows_cpu({args, wanted.mean.data(), wanted.mixing.data(), wanted.summary.data(), &valid});
   Fold first = given;
   run_on_device(first, true, 0);
   compare(first.delta, wanted.delta, 0.0, name + ": delta");
@@ -178,8 +178,8 @@ void check(const Shape& shape, unsigned seeds) {
   Fold refused = given;
   run_on_device(refused, false, 1);
   for (int i = 0; i < shape.layers; ++i) {
-    require(identical(refused.bases[i], given.bases[i]), name + ": written though not sound");
-    require(identical(refused.means[i], given.means[i]), name + ": mean written, not sound");
+    require(identical(refused.bases[i], given.bases[i]), name + ": written though not valid");
+    require(identical(refused.means[i], given.means[i]), name + ": mean written, not valid");
   }
 }
 

@@ -67,13 +67,13 @@ struct Problem {
   int width;
   std::vector<Layer> layers;
   std::vector<Rows> images{};
-  Doubles core{}, metric{}, ceiling{}, mixing{}, told{};
+  Doubles core{}, metric{}, ceiling{}, mixing{}, summary{};
 
   Problem(int w, std::vector<Layer> given) : width(w), layers(std::move(given)) {
     std::mt19937 random(w);
     for (const Layer& layer : layers) add(layer, random);
     mixing.assign(core.size(), kNan);
-    told.assign(layers.size() * nystrom_told(width), kNan);
+    summary.assign(layers.size() * nystrom_summary_size(width), kNan);
   }
 
   void add(const Layer& layer, std::mt19937& random) {
@@ -121,10 +121,10 @@ struct Problem {
   NystromArgs args(int goal) {
     return {core.data(),   metric.data(), ceiling.data(), static_cast<int64_t>(layers.size()),
             width,         kLoose,        goal,           nullptr,
-            mixing.data(), told.data()};
+            mixing.data(), summary.data()};
   }
 
-  NystromTold of(int layer) { return told_of(args(kNystromSolve), layer); }
+  NystromSummary of(int layer) { return summary_of(args(kNystromSolve), layer); }
 
   // New rows of a layer.
   Rows rows(int layer) const {
@@ -158,7 +158,7 @@ void run_on_device(Problem& problem, int goal, bool in_shared, unsigned seed) {
 void compare(Problem& found, Problem& wanted) {
   for (size_t i = 0; i < found.layers.size(); ++i) {
     const std::string name = found.layers[i].name + ", width " + std::to_string(found.width);
-    const NystromTold one = found.of(i), other = wanted.of(i);
+    const NystromSummary one = found.of(i), other = wanted.of(i);
     require(*one.rank == *other.rank, name + ": rank " + std::to_string(*one.rank) + ", expected " +
                                           std::to_string(*other.rank));
     require(*one.uneven == *other.uneven, name + ": uneven");
@@ -276,7 +276,7 @@ void check(int width, unsigned seeds) {
   for (unsigned seed = 1; seed <= seeds; ++seed) {
     Problem other = given;
     run_on_device(other, kNystromSolve, seed % 2 == 0, seed);
-    require(identical(other.mixing, first.mixing) && identical(other.told, first.told),
+    require(identical(other.mixing, first.mixing) && identical(other.summary, first.summary),
             "other bits under seed " + std::to_string(seed));
   }
 }

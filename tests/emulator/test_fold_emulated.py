@@ -79,8 +79,11 @@ MUTATIONS = {
         "2 * below + 1 - kWarpProducts<true>",
     ),
     "two warps with the same products": ("warp % 2 == 0) return", "warp % 2 == 2) return"),
-    "row above taken for the row below": ("in_row = n < part.turn", "in_row = true"),
-    "products of another row": ("Place{next, i - turn}", "Place{next, first + i - turn}"),
+    "row above taken for the row below": ("in_row = n < part.row_products", "in_row = true"),
+    "products of another row": (
+        "Place{next_row, i - row_products}",
+        "Place{next_row, first + i - row_products}",
+    ),
     "half of a product left out": (
         "part.row * kProductRows + row]",
         "part.row * kProductRows + lane.group]",
@@ -122,7 +125,7 @@ MUTATIONS = {
         "if (reinterpret_cast<uintptr_t>(to)",
     ),
     "four stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float4) == 0", ""),
-    "written though not sound": ("if (!*args.sound) return;", ""),
+    "written though not valid": ("if (!*args.valid) return;", ""),
     "two stored beyond the row": (
         "if (column + 2 <= columns && reinterpret_cast<uintptr_t>(to)",
         "if (reinterpret_cast<uintptr_t>(to)",
@@ -135,7 +138,10 @@ MUTATIONS = {
     "rows below the last not staged": ("depth = fold_rows_depth(fold.width)", "depth = fold.width"),
     "rows beyond the rank": ("rank = args.rank(layer)", "rank = width"),
     "row at the rank left out": ("tile + of_warp >= rank", "tile + of_warp >= rank - 1"),
-    "last products beyond the width": ("part.next * kProductRows <", "part.row * kProductRows <"),
+    "last products beyond the width": (
+        "part.next_row * kProductRows <",
+        "part.row * kProductRows <",
+    ),
     "rows beyond the width": ("if (at >= rank) continue;", ""),
     "columns of new rows swapped": (
         "static_cast<float>(sums[n][2 * i]), static_cast<float>(sums[n][2 * i + 1])",

@@ -61,7 +61,7 @@ MUTATIONS = {
     "ascending": ("from = width - 1 - row;", "from = row;"),
     "squares beyond the rank": ("i < rank ? block.values[width - 1 - i] : 0.0", "block.values[0]"),
     "overlaps of other rows": ("multiply(b, metric, width, a);", "multiply(a, metric, width, b);"),
-    "always even": ("!(miss <= args.loose)", "false"),
+    "always even": ("!(deviation <= args.tolerance)", "false"),
     "captured below 0": ("positive = entry < 0.0 ? 0.0 : entry", "positive = 1.0"),
 }  # fmt: skip
 # The CPU forgives these: a few numbers beyond the memory are there.
