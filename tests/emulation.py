@@ -21,7 +21,7 @@ def compile_and_run(
     command = [CXX, "-std=c++17", *flags, f"-I{csrc}", str(PROGRAMS / source), "-o", str(program)]
     subprocess.run(command, check=True)
     arguments = [str(program), *(["small"] if small else [])]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
 
 
 def with_bug(folder: Path, file: str, text: str, bug: str) -> Path:
