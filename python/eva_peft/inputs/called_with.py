@@ -129,7 +129,7 @@ class CalledWith(AroundCalls):
     ) -> None:
         base = base_of(model)
         # without a mask in the batch, PaddingTold observes torch's models and what follows them
-        wanted = is_model if mask.tells else is_of_transformers
+        wanted = is_model if mask.has_token_masks else is_of_transformers
         tops = [base] if self.looks_at_base else base.children()
         inner = [part for top in tops for _, part in outermost(top, wanted)]
         around = [base] if self.looks_at_base and base not in inner else []
@@ -151,8 +151,8 @@ class CalledWith(AroundCalls):
         if self._in_use[-1][0] is not module:  # an earlier hook failed, so ours did not run
             return
         _, mask, around = self._in_use.pop()
-        if module is not self._base and mask.tells:
-            around = around.behind(mask, module not in self._of_media)
+        if module is not self._base and mask.has_token_masks:
+            around = around.after_part(mask, module not in self._of_media)
         self._use_mask(around)
 
     def _mask_of_part(self, named: dict[str, Any]) -> TokenMask:

@@ -102,7 +102,7 @@ def is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:
 def for_every_frame(fit: Fit, leading: tuple[int, ...]) -> Fit:
     """Repeat the mask of queries for each frame of a video, since frames are read one by one."""
     times = leading[0] // max(len(fit.mask), 1) if len(leading) == 2 else 1
-    if not fit.key.startswith("queries") or times < 2 or leading[0] != times * len(fit.mask):
+    if not fit.key.startswith("qformer") or times < 2 or leading[0] != times * len(fit.mask):
         return fit
     return Fit(f"{fit.key} {times} times", fit.mask.repeat_interleave(times, dim=0))
 

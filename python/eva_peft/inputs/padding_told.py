@@ -117,12 +117,12 @@ class PaddingTold(AroundCalls):
         if any(_is_another(named, key, query) for key, query in _ATTENDED.items()):
             return  # the masks are of keys from elsewhere
         mask, around, elsewhere = self._mask_of(named), self._use_mask(), _shape_elsewhere(named)
-        if mask is None and around.of_parts:
+        if mask is None and around.from_parts:
             mask = self._mask_of_attended(around.main, _shape_of(named), elsewhere)
         if mask is None:
             return
         mask = self._with_attended(around, mask, elsewhere)
-        if module not in self._of_media or not around.of_text_alone:
+        if module not in self._of_media or not around.media_unmasked:
             mask = self._mask_within(around, mask)
         _tell_apart(mask, named)
         if mask is not around:
@@ -139,15 +139,15 @@ class PaddingTold(AroundCalls):
         """
         as_much = not self._is_of_others(around, mask) and _says_as_much(around, mask)
         # known already from the batch, a user's function, or an enclosing part
-        said = not around.of_parts and (as_much or _keeps_all(mask))
-        unsaid = mask.supposed and mask.main is not None and _knows(around, mask.main)
+        said = not around.from_parts and (as_much or _keeps_all(mask))
+        unsaid = mask.main_is_assumed and mask.main is not None and _knows(around, mask.main)
         if not said and not unsaid:
             return mask
-        more = [each for each in (*mask.given, *mask.others) if not _knows(around, each)]
+        more = [each for each in (*mask.cross_masks, *mask.unit_masks) if not _knows(around, each)]
         if said and all(bool(each.all()) for each in more):
             return around
         if (around, mask) not in self._within:
-            self._within[around, mask] = around.with_given(mask)
+            self._within[around, mask] = around.with_part_masks(mask)
         return self._within[around, mask]
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -156,7 +156,7 @@ class PaddingTold(AroundCalls):
         _, mask, around = self._in_use.pop()
         of_text = module not in self._of_media
         if not self._in_use:
-            self._use_mask(around.behind(mask, of_text))
+            self._use_mask(around.after_part(mask, of_text))
             return
         part, outer, before = self._in_use[-1]
         behind = _knowing_more(around, mask, of_text)
@@ -170,7 +170,7 @@ class PaddingTold(AroundCalls):
         """
         if not self._in_use or around is not self._in_use[-1][1] or around.main is None:
             return False
-        return bool(mask.given and not around.given) or bool(around.main.all())
+        return bool(mask.cross_masks and not around.cross_masks) or bool(around.main.all())
 
     def _mask_of_attended(
         self, before: Tensor | None, shape: tuple[int, ...], elsewhere: tuple[int, ...] | None
@@ -191,16 +191,18 @@ class PaddingTold(AroundCalls):
         self, around: TokenMask, mask: TokenMask, shape: tuple[int, ...] | None
     ) -> TokenMask:
         """Add to a part's mask those that earlier parts were told of the tokens it attends to."""
-        if shape is None or mask.given or not around.of_parts:
+        if shape is None or mask.cross_masks or not around.from_parts:
             return mask
         before = [m for m in around.masks if m is not None and m.shape == shape]
-        return mask.with_others([*mask.others, *before]) if before else mask
+        return mask.with_unit_masks([*mask.unit_masks, *before]) if before else mask
 
     def _quiet_mask(self, told: Mapping[str, Any], shape: tuple[int, ...]) -> TokenMask:
         supposed = not _OWN & told.keys()
         mask = self._make_mask({**told, **_whole(told, shape)} if supposed else told)
-        mask.supposed = supposed
-        mask.quiet = True  # it is not from the user, and the part may read other tokens, too
+        mask.main_is_assumed = supposed
+        mask.suppress_warnings = (
+            True  # it is not from the user, and the part may read other tokens, too
+        )
         return mask
 
     def _mask_of(self, named: Mapping[str, Any]) -> TokenMask | None:
@@ -271,12 +273,12 @@ def _may_be_of_tokens(name: str, mask: Tensor) -> bool:
 def _knowing_more(around: TokenMask, mask: TokenMask, of_text: bool) -> TokenMask:
     """Add to a part's mask those of other shapes that a part within it was told."""
     known = _shapes(around)
-    told = (mask.main, mask.decoder, *mask.others)
+    told = (mask.main, mask.decoder, *mask.unit_masks)
     more = [each for each in told if each is not None and each.shape not in known]
     if not more:
         return around
-    found = around.with_others([*more, *around.others])
-    found.of_text = of_text
+    found = around.with_unit_masks([*more, *around.unit_masks])
+    found.skips_media_layers = of_text
     return found
 
 
@@ -285,7 +287,7 @@ def _says_as_much(around: TokenMask, mask: TokenMask) -> bool:
     known = _shapes(around)
     if around.main is None or mask.main is None:
         of_given = mask.main is None or bool(mask.main.all())  # of attended tokens only
-        told = [*mask.given, *mask.others]
+        told = [*mask.cross_masks, *mask.unit_masks]
         of_these = bool(told) and all(each.shape in known for each in told)
         return (of_given and of_these) or around.main is not None or around.decoder is not None
     return mask.main.shape in known
@@ -346,11 +348,11 @@ def _tell_apart(mask: TokenMask, named: Mapping[str, Any]) -> None:
     They cannot be distinguished by shape, and the part's own tokens may have no mask.
     """
     others = _elsewhere(named)
-    if others is None or mask.encoder_decoder or len(mask.given) != 1:
+    if others is None or mask.encoder_decoder or len(mask.cross_masks) != 1:
         return
-    own = mask.given[0].shape if mask.main is None else mask.main.shape
-    if own == mask.given[0].shape == others.shape[:2]:
-        mask.attended = ref(others)
+    own = mask.cross_masks[0].shape if mask.main is None else mask.main.shape
+    if own == mask.cross_masks[0].shape == others.shape[:2]:
+        mask.attended_states = ref(others)
 
 
 def _told(

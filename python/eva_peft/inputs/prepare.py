@@ -92,7 +92,7 @@ class Preparer:
         self._model, self._options, self._config = model, options, config
         self._architecture, self._device, self._divide = architecture, device, divide
         self._warned: set[str] = set()  # warnings already given in this pass
-        self._transposed: dict[str, bool] = {}  # by layer: whether its input is sequence first
+        self._sequence_first: dict[str, bool] = {}  # by layer: whether its input is sequence first
 
     def prepare(self, batch: Any, number: int) -> Prepared:
         """Return a batch without unneeded padding, and its masks.
@@ -124,7 +124,7 @@ class Preparer:
             return TokenMask(None)
         batch = batches.as_mapping(batch)
         mask = mask_of_batch(batch, self._config, self._architecture, self._warned)
-        mask.transposed = self._transposed
+        mask.sequence_first = self._sequence_first
         return mask
 
     def _draw(self, masks: Sequence[TokenMask], number: int) -> None:

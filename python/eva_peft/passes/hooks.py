@@ -173,7 +173,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.tokens = self._of_calls = 0
         self._forget_fresh()
         self._missing = len(self.targets) - len(self.frozen)
-        self.routed.following = mask.selective and self._routing is not False
+        self.routed.following = mask.excludes_tokens and self._routing is not False
         once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
         self._size = size
         known = all(n <= most for n, most in zip(size, self.largest, strict=True))
@@ -440,11 +440,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _masked_rows(self, x: Tensor, name: str) -> Tensor | None:
         picked = self.routed.tokens_of(x)
         if picked is not None:
-            fits, rows = self._mask.rows_of_tokens(*picked, name)
+            fits, rows = self._mask.rows_of_selected(*picked, name)
             if fits:
                 self._routing = True
                 return rows
-        return self._mask.of_input(x).rows(x.shape, x.device, name, x)
+        return self._mask.for_input(x).rows(x.shape, x.device, name, x)
 
     def _check_tokens(self, target: Target, x: Tensor, fits: bool) -> None:
         if x.is_nested or x.layout != torch.strided:

@@ -130,7 +130,7 @@ class ModelCall:
         told = self._model, batch, mask, make_mask, self._collector.use_mask, self._of_media
         if self._options.forward_fn is not None:
             return CalledWith(*told, self._collector.begin_call).looking()
-        within = mask.tells and self._holds_models
+        within = mask.has_token_masks and self._holds_models
         return ModelsWithin(*told).looking() if within else nullcontext()
 
     def _padding_told(
@@ -149,10 +149,10 @@ class ModelCall:
 
     def _parts_to_ask(self, mask: TokenMask) -> dict[nn.Module, int]:
         """Return the parts that may be told masks that the batch, with this mask, lacks."""
-        if not mask.tells:
+        if not mask.has_token_masks:
             return self._told
         own = self._own_told if self._architecture.has_own_layers else {}
-        return {**own, **self._media_told} if mask.of_text_alone else own
+        return {**own, **self._media_told} if mask.media_unmasked else own
 
     @functools.cached_property
     def _holds_models(self) -> bool:

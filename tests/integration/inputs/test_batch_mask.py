@@ -261,15 +261,15 @@ def test_labels_of_somebody_elses_decoder(name: str) -> None:
 def test_masks_of_something_else_than_tokens() -> None:
     kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "span_mask": kept}
-    assert not mask_of_batch(batch, lora()).others  # nothing is said of tokens
+    assert not mask_of_batch(batch, lora()).unit_masks  # nothing is said of tokens
     batch["attention_mask"] = batch["input_ids"]
-    (spans,) = mask_of_batch(batch, lora()).others
+    (spans,) = mask_of_batch(batch, lora()).unit_masks
     assert torch.equal(spans, kept.bool())
     batch["pixel_mask"] = torch.ones(2, 5, 5)
     several = {"mask": kept, "x_padding_mask": kept, "x_attention_mask": kept, "x_mask": 1 - kept}
     more = {"special_tokens_mask": batch["input_ids"], "one_mask": kept[0], "y_mask": "none"}
     batch = {**batch, **several, **more}
-    assert len(mask_of_batch(batch, lora()).others) == 1
+    assert len(mask_of_batch(batch, lora()).unit_masks) == 1
 
 
 class Within(nn.Module):

@@ -134,7 +134,7 @@ def test_tiles_of_images() -> None:
     """Mllama cuts images into tiles, and fills up the number of them."""
     tiles = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]]])
     text = torch.ones(2, 7, dtype=torch.bool)
-    rule = TokenMask(text, mixed=True, tiles=tile_mask({"aspect_ratio_mask": tiles}))
+    rule = TokenMask(text, multimodal=True, tile_mask=tile_mask({"aspect_ratio_mask": tiles}))
     kept = tiles.bool().flatten().repeat_interleave(5)
     for shape in ((2, 20, 8), (2, 1, 4, 5, 8), (8, 5, 8)):
         for name in ("vision_model.layers.0.fc1", "language_model.layers.3.cross_attn.k_proj"):
@@ -184,13 +184,13 @@ def test_queries_are_no_patches(name: str, count: int) -> None:
     size = 980 if count == 256 else 64
     mask = pixels((size, size), (size // 2, size), height=size, width=size).bool()
     text = torch.ones(2, 5, dtype=torch.bool)
-    rule = TokenMask(text, mixed=True, pixels=[mask], patch_sizes=(14,))
+    rule = TokenMask(text, multimodal=True, pixel_masks=[mask], patch_sizes=(14,))
     assert rule.rows(torch.Size((2, count, 8)), CPU, name) is None
 
 
 def test_patches_that_fit_no_grid_are_warned_of() -> None:
     mask = pixels((16, 16), (8, 8)).bool()
-    rule = TokenMask(None, pixels=[mask])
+    rule = TokenMask(None, pixel_masks=[mask])
     for windows in ((8, 11, 8), (2, 5, 5, 8)):  # of a backbone, as samples or as grids
         assert rule.rows(torch.Size(windows), CPU, "model.encoder.layers.0.fc2") is None
     with pytest.warns(EvaWarning, match=r"fits its input of leading shape \(2, 11\)"):
@@ -217,7 +217,7 @@ def test_only_layers_that_see_images() -> None:
     mask = pixels((16, 16), (8, 8)).bool()
     text = torch.ones(2, 16, dtype=torch.bool)
     shape = torch.Size((2, 16, 8))
-    beside = TokenMask(text, mixed=True, pixels=[mask])
+    beside = TokenMask(text, multimodal=True, pixel_masks=[mask])
     assert beside.rows(shape, CPU, "language_model.layers.0.q_proj") is None
     found = beside.rows(shape, CPU, "vision_tower.layers.0.q_proj")
     assert found is not None
@@ -225,7 +225,7 @@ def test_only_layers_that_see_images() -> None:
     # a layer of text that reads fewer tokens, as many as there may be patches, and one of sound
     assert beside.rows(torch.Size((2, 4, 8)), CPU, "text_encoder.layers.0.fc1") is None
     assert beside.rows(shape, CPU, "audio_tower.layers.0.fc1") is None
-    alone = TokenMask(None, pixels=[mask])
+    alone = TokenMask(None, pixel_masks=[mask])
     for name in ("model.encoder.layers.0.fc1", "vision_model.blocks.0.fc1"):
         assert alone.rows(shape, CPU, name) is not None
     for name in ("fc1", "encoder_attn.q_proj"):  # queries
@@ -246,7 +246,7 @@ def test_images_beside_text_or_its_embeddings(key: str) -> None:
     others = [{name: torch.ones(shape)} for name, shape in of_text.items()]
     for other in ({"pixel_values": torch.ones(2, 3, 8, 8)}, *others):
         rule = mask_of_batch({**text, **other}, lora())
-        assert rule.mixed == ("pixel_values" in other)
+        assert rule.multimodal == ("pixel_values" in other)
         rows = rule.rows(torch.Size((2, 7, 8)), CPU, "language_model.layers.0.mlp.up_proj")
         assert rows is not None
         assert rows.tolist() == kept.flatten().nonzero().flatten().tolist()
@@ -260,7 +260,7 @@ def test_images_that_no_token_looks_at_fill_up() -> None:
     tiles = tile_mask(batch)
     assert tiles is not None
     assert tiles.tolist() == [[[True], [True]], [[True], [False]], [[False], [True]]]
-    rule = TokenMask(torch.ones(3, 7, dtype=torch.bool), mixed=True, tiles=tiles)
+    rule = TokenMask(torch.ones(3, 7, dtype=torch.bool), multimodal=True, tile_mask=tiles)
     kept = tiles.flatten().repeat_interleave(5).nonzero().flatten().tolist()
     for shape, name in (
         ((6, 5, 8), "vision_model.encoder.layers.0.mlp.fc1"),
@@ -288,7 +288,7 @@ def test_crops_and_what_is_pooled_of_them() -> None:
     crops[0], crops[1, 0], crops[1, 1, :, :2] = 1, 1, 1
     (mask,) = pixel_masks({"image_attention_mask": crops})
     assert torch.equal(mask, crops.view(6, 16).bool())
-    rule = TokenMask(torch.ones(2, 7, dtype=torch.bool), mixed=True, pixels=[mask])
+    rule = TokenMask(torch.ones(2, 7, dtype=torch.bool), multimodal=True, pixel_masks=[mask])
     rows = rule.rows(torch.Size((6, 16, 8)), CPU, "img_processor.encoder.layers.0.mlp.fc1")
     assert rows is not None
     assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
@@ -392,7 +392,7 @@ def test_places_of_patches_of_images_and_films() -> None:
     seen = pixel_masks(batch)
     assert seen[0].tolist() == [[True, True, False], [True, False, False]]
     text = torch.ones(2, 7, dtype=torch.bool)
-    rule = TokenMask(text, mixed=True, pixels=seen)
+    rule = TokenMask(text, multimodal=True, pixel_masks=seen)
     name = "vision_tower.encoder.layers.0.mlp.up_proj"
     for mask in seen:
         found = rule.rows(torch.Size((*mask.shape, 8)), CPU, name)

@@ -90,7 +90,7 @@ def test_a_mask_of_given_states_is_of_keys_and_values_alone() -> None:
     for name, rows in (("to_q", pixels), ("to_k", text), ("to_v", text)):
         assert lost(result.components[f"attn2.{name}"], rows) < 1e-6, name
     # they are never what the model's own text has the mask of
-    rule = TokenMask(mask[:, :5].bool(), given=[mask.bool()])
+    rule = TokenMask(mask[:, :5].bool(), cross_masks=[mask.bool()])
     with pytest.warns(EvaWarning, match=r"to_k: no token mask fits.*\(3, 5\)"):
         assert rule.rows(torch.Size((3, 5, 16)), torch.device("cpu"), "attn2.to_k") is None
 
@@ -160,7 +160,7 @@ PROMPT = """caption_projection.linear_1 context_embedder.proj_in context_refiner
 def test_layers_that_read_the_text_that_images_are_made_of() -> None:
     """By the names that models of diffusers give them."""
     kept = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
-    mask = TokenMask(None, given=[kept])
+    mask = TokenMask(None, cross_masks=[kept])
     shape, device = torch.Size((3, 5, 8)), torch.device("cpu")
     rows = {name: mask.rows(shape, device, name) for name in PROMPT.split()}
     assert [name for name, found in rows.items() if found is None] == []
@@ -181,7 +181,9 @@ def test_masks_of_two_encoders() -> None:
         assert torch.equal(rows, kept.flatten().nonzero().flatten())
     # the layers of images have no mask, nor a warning, and a model's own text has its own
     assert mask.rows(torch.Size((3, 5, 8)), device, "blocks.0.attn.to_k") is None
-    own = TokenMask(~first, given=[first]).rows(torch.Size((3, 5, 8)), device, "context_embedder")
+    own = TokenMask(~first, cross_masks=[first]).rows(
+        torch.Size((3, 5, 8)), device, "context_embedder"
+    )
     assert own is not None
     assert torch.equal(own, (~first).flatten().nonzero().flatten())
 

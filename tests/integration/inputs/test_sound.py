@@ -156,14 +156,16 @@ def test_sound_beside_text() -> None:
 
 def test_frames_that_layers_see_fewer_of() -> None:
     mask = torch.arange(40) < torch.tensor([40, 21, 13])[:, None]
-    rule = TokenMask(torch.ones(3, 16, dtype=torch.bool), mixed=True, sound=mask)
+    rule = TokenMask(torch.ones(3, 16, dtype=torch.bool), multimodal=True, audio_mask=mask)
     cpu = torch.device("cpu")
     for count, kept in ((40, [40, 21, 13]), (20, [20, 11, 7]), (10, [10, 6, 4])):
         rows = rule.rows(torch.Size((3, count, 8)), cpu, "audio_tower.layers.0.fc1")
         assert rows is not None
         counts = torch.bincount(rows // count, minlength=3)
         assert counts.tolist() == kept
-        left = TokenMask(torch.ones(3, 16, dtype=torch.bool), mixed=True, sound=mask.flip(1))
+        left = TokenMask(
+            torch.ones(3, 16, dtype=torch.bool), multimodal=True, audio_mask=mask.flip(1)
+        )
         assert left.rows(torch.Size((3, count, 8)), cpu, "audio_tower.layers.0.fc1") is None
         # of images as many as there are sounds
         assert rule.rows(torch.Size((3, count, 8)), cpu, "vision_tower.layers.0.fc1") is None
@@ -345,7 +347,9 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
     """As of Granite's speech models, whose encoder has neither a mask nor a name that tells."""
     counts = torch.tensor([4, 1, 2])
     mask = torch.arange(4) < counts[:, None]
-    rule = TokenMask(torch.ones(3, 9, dtype=torch.bool), mixed=True, sound=mask, sound_only=True)
+    rule = TokenMask(
+        torch.ones(3, 9, dtype=torch.bool), multimodal=True, audio_mask=mask, audio_only=True
+    )
     cpu = torch.device("cpu")
     rows = rule.rows(torch.Size((3, frames, 8)), cpu, "encoder.layers.0.ff1.up_proj")
     assert rows is not None
@@ -363,7 +367,7 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
     assert halves is not None
     assert halves.sum(1).tolist() == [7, 2, 4]
     # an encoder of text that has no mask
-    rule = TokenMask(None, mixed=True, sound=mask, sound_only=True)
+    rule = TokenMask(None, multimodal=True, audio_mask=mask, audio_only=True)
     for count in (4, 9):
         shape = torch.Size((3, count, 8))
         assert rule.rows(shape, cpu, "text_encoder.layer.0.query") is None

@@ -381,7 +381,7 @@ def test_experts_of_encoder_and_decoder_have_their_own_masks() -> None:
     mask, tokens = TokenMask(main, decoder=decoder, encoder_decoder=True), torch.tensor([5, 1, 2])
     for part, kept in (("encoder", [1]), ("decoder", [0, 1, 2]), ("encoder", [1])):
         name = f"{part}.block.1.layer.1.mlp.experts.expert_0.wi"
-        fits, rows = mask.rows_of_tokens(tokens, main.numel(), name)
+        fits, rows = mask.rows_of_selected(tokens, main.numel(), name)
         assert fits
         assert (list(range(3)) if rows is None else rows.tolist()) == kept
 
@@ -422,14 +422,14 @@ def test_a_name_tells_nothing_of_a_batch_of_text_alone() -> None:
 def test_cross_attention_beside_images() -> None:
     """A part that reads text looks at images; one that reads images may look at text."""
     text = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
-    rule = TokenMask(text, mixed=True, media=True)
+    rule = TokenMask(text, multimodal=True, has_media=True)
     images, texts = (
         "language_model.layers.1.cross_attn.k_proj",
         "detr_encoder.layers.0.cross_attn.k_proj",
     )
     shape, cpu = torch.Size((2, 4, 8)), torch.device("cpu")
     assert rule.rows(shape, cpu, images) is None
-    scores = TokenMask(text, mixed=True)  # and no images: there is nothing else to look at
+    scores = TokenMask(text, multimodal=True)  # and no images: there is nothing else to look at
     for one, name in ((rule, texts), (scores, images)):
         rows = one.rows(shape, cpu, name)
         assert rows is not None
@@ -439,7 +439,7 @@ def test_cross_attention_beside_images() -> None:
 
 def test_boxes_of_images_that_are_as_many_as_words() -> None:
     text, boxes = (torch.tensor(m) == 1 for m in ([[1, 1, 0], [1, 0, 0]], [[1, 0, 0], [1, 1, 0]]))
-    rule = TokenMask(text, mixed=True, beside=boxes)
+    rule = TokenMask(text, multimodal=True, non_text_mask=boxes)
     for name, mask in (("visual_projection", boxes), ("layer.0.query", text)):
         rows = rule.rows(torch.Size((2, 3, 8)), torch.device("cpu"), name)
         assert rows is not None
@@ -490,7 +490,7 @@ def test_rows_of_a_mask() -> None:
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 def test_a_part_with_a_loss_of_its_own_may_read_the_text() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
-    rule, cpu = TokenMask(mask, apart=("guard.",), text_first=True), torch.device("cpu")
+    rule, cpu = TokenMask(mask, unmasked_prefixes=("guard.",), text_first=True), torch.device("cpu")
     rows = rule.rows(torch.Size((2, 3, 8)), cpu, "guard.query")
     assert rows is not None
     assert rows.tolist() == [0, 1, 3]

@@ -243,7 +243,7 @@ def test_an_unknown_order_is_warned_of() -> None:
 
 @pytest.mark.parametrize("name", ["encoder.visn_fc.visn_fc", "encoder.r_layers.0.attention.query"])
 def test_boxes_that_are_as_many_as_words(name: str) -> None:
-    rule = TokenMask(MASK, mixed=True)
+    rule = TokenMask(MASK, multimodal=True)
     assert rule.rows(torch.Size((SAMPLES, TOKENS, 8)), CPU, name) is None
     assert rule.rows(torch.Size((SAMPLES, TOKENS, 8)), CPU, "encoder.layer.0.query") is not None
 
