@@ -14,30 +14,30 @@ from ..errors import warn
 from ..model.architecture import Architecture
 from .arguments import PADDING_MASKS, gives_decoder_inputs, is_decoder_input
 from .batches import as_mapping
-from .media_masks import has_images, has_sound, pixel_masks, sound_mask, tile_mask
+from .media_masks import audio_mask_of, has_audio, has_images, pixel_masks_of, tile_mask_of
 from .token_mask import TokenMask
 
-__all__ = ["mask_of_batch", "masks_of_both", "token_mask"]
+__all__ = ["mask_of_batch", "split_joint_mask", "token_mask"]
 
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
-_DECISION_STREAMS = 3
+_DECISION_TOKENS_PER_STEP = 3
 # Masks of tokens other than text: boxes of images, entities.
-_BESIDE = ("visual_attention_mask", "entity_attention_mask")
+_NON_TEXT_MASKS = ("visual_attention_mask", "entity_attention_mask")
 # The patch mask of timm's models for images of any size; a class token precedes the patches.
-_PATCHES = "patch_valid"
+_PATCH_MASK = "patch_valid"
 # Masks of hidden states that condition a model, possibly one per encoder.
-_GIVEN = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
+_CROSS_MASK = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
 # Masks of units made of tokens, such as words or spans, if their shape differs.
-_OTHERS = re.compile(r"(?<!attention)(?<!padding)_mask$")
-# The mask of own and conditioning tokens in one sequence, see masks_of_both.
-_BOTH = "both_mask"
-_ANY = Architecture()
+_UNIT_MASK = re.compile(r"(?<!attention)(?<!padding)_mask$")
+# The mask of own and conditioning tokens in one sequence, see split_joint_mask.
+_JOINT_MASK = "both_mask"
+_DEFAULT_ARCHITECTURE = Architecture()
 
 
 def mask_of_batch(
     batch: Any,
     config: LoraConfig,
-    architecture: Architecture = _ANY,
+    architecture: Architecture = _DEFAULT_ARCHITECTURE,
     warned: set[str] | None = None,
 ) -> TokenMask:
     """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
@@ -54,118 +54,121 @@ def mask_of_batch(
     warned = set() if warned is None else warned
     if not isinstance(batch, Mapping):
         return TokenMask(None)
-    batch = _with_mask_of_prompt(_with_masks_of_tokens(batch))
+    batch = _with_prompt_mask(_with_token_masks(batch))
     # for custom models, only the batch shows whether there is a decoder
-    both = "decoder_attention_mask" in batch or gives_decoder_inputs(batch)
-    both = both or architecture.encoder_decoder
-    main, decoder, unpadded = _text_masks(batch, config, architecture, both, warned)
-    from_elsewhere = (token_mask(v) for k, v in batch.items() if _GIVEN.search(str(k)))
-    given = [mask for mask in from_elsewhere if mask is not None]
+    has_decoder = "decoder_attention_mask" in batch or gives_decoder_inputs(batch)
+    has_decoder = has_decoder or architecture.encoder_decoder
+    main, decoder, unpadded = _text_masks(batch, config, architecture, has_decoder, warned)
+    candidates = (token_mask(v) for k, v in batch.items() if _CROSS_MASK.search(str(k)))
+    cross_masks = [mask for mask in candidates if mask is not None]
     decision = getattr(architecture.config, "model_type", "") == "decision_transformer"
-    queries = token_mask(batch.get("qformer_attention_mask"))
+    qformer = token_mask(batch.get("qformer_attention_mask"))
     mask = TokenMask(
         main,
         decoder,
-        tokens_per_position=_DECISION_STREAMS if decision else 1,
-        multimodal=_is_mixed(batch),
-        encoder_decoder=both,
-        cross_masks=given,
+        tokens_per_position=_DECISION_TOKENS_PER_STEP if decision else 1,
+        multimodal=_is_multimodal(batch),
+        encoder_decoder=has_decoder,
+        cross_masks=cross_masks,
         window=architecture.window,
         frame_lengths=architecture.frame_lengths,
-        text_first=False if _PATCHES in batch else architecture.text_first,
-        non_text_mask=next((token_mask(batch[key]) for key in _BESIDE if key in batch), None),
-        qformer_mask=main if queries is None and architecture.text_in_qformer else queries,
-        audio_mask=sound_mask(batch),
-        pixel_masks=pixel_masks(batch),
-        tile_mask=tile_mask(batch),
-        audio_only=has_sound(batch) and not has_images(batch),
-        has_media=has_sound(batch) or has_images(batch),
+        text_first=False if _PATCH_MASK in batch else architecture.text_first,
+        non_text_mask=next((token_mask(batch[k]) for k in _NON_TEXT_MASKS if k in batch), None),
+        qformer_mask=main if qformer is None and architecture.text_in_qformer else qformer,
+        audio_mask=audio_mask_of(batch),
+        pixel_masks=pixel_masks_of(batch),
+        tile_mask=tile_mask_of(batch),
+        audio_only=has_audio(batch) and not has_images(batch),
+        has_media=has_audio(batch) or has_images(batch),
         patch_sizes=architecture.patch_sizes,
         ignored_prefixes=architecture.prefixes,
         unmasked_prefixes=architecture.apart,
         unpadded=unpadded,
-        unit_masks=_others(batch, [mask for mask in (main, *given) if mask is not None]),
+        unit_masks=_unit_masks(batch, [mask for mask in (main, *cross_masks) if mask is not None]),
     )
     mask.warned = warned
     return mask
 
 
-def _with_masks_of_tokens(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_token_masks(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Add a token mask to a batch for each padding mask, which is true or -inf at padding."""
     given = {usual: batch.get(name) for name, usual in PADDING_MASKS.items() if name in batch}
     found = {usual: mask == 0 for usual, mask in given.items() if isinstance(mask, Tensor)}
     return {**found, **batch} if found else batch
 
 
-def _with_mask_of_prompt(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_prompt_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rename a batch's ``attention_mask`` if it is the mask of ``encoder_hidden_states``.
 
     Some diffusers models, which have no text of their own, take it by that name; in others it
-    covers both sequences, see :func:`masks_of_both`.
+    covers both sequences, see :func:`split_joint_mask`.
     """
-    own, mask = batch.get("hidden_states"), batch.get("attention_mask")
-    given, kept = batch.get("encoder_hidden_states"), token_mask(mask)
-    if kept is None or not isinstance(own, Tensor) or not isinstance(given, Tensor):
+    states, mask = batch.get("hidden_states"), batch.get("attention_mask")
+    prompt, kept = batch.get("encoder_hidden_states"), token_mask(mask)
+    if kept is None or not isinstance(states, Tensor) or not isinstance(prompt, Tensor):
         return batch
-    of_both = masks_of_both(kept, tuple(own.shape[:2]), tuple(given.shape[:2]))
-    if of_both:
-        return {**batch, "attention_mask": None, **of_both}
-    if kept.shape != given.shape[:2] or kept.shape == own.shape[:2]:
+    split = split_joint_mask(kept, tuple(states.shape[:2]), tuple(prompt.shape[:2]))
+    if split:
+        return {**batch, "attention_mask": None, **split}
+    if kept.shape != prompt.shape[:2] or kept.shape == states.shape[:2]:
         return batch
     return {**batch, "attention_mask": None, "encoder_attention_mask": mask}
 
 
-def masks_of_both(
-    kept: Tensor | None, own: tuple[int, ...], given: tuple[int, ...] | None
+def split_joint_mask(
+    joint: Tensor | None, own_shape: tuple[int, ...], prompt_shape: tuple[int, ...] | None
 ) -> dict[str, Tensor]:
     """Split a mask of own and conditioning tokens in one sequence; returns masks as in a batch.
 
     The order is inferred from the mask: own tokens have no padding, or both are padded on the
-    right. The whole mask is returned, too, under a name that ``_OTHERS`` matches.
+    right. The whole mask is returned, too, under a name that ``_UNIT_MASK`` matches.
 
     Args:
-        kept: bool (B, S + T) or, in the other order, (B, T + S); otherwise the result is empty.
-        own: (B, S).
-        given: (B, T), of the conditioning tokens.
+        joint: bool (B, S + T) or, in the other order, (B, T + S); otherwise the result is empty.
+        own_shape: (B, S).
+        prompt_shape: (B, T), of the conditioning tokens.
     """
-    if kept is None or len(own) != 2 or given is None or len(given) != 2 or kept.all():
+    if prompt_shape is None or len(prompt_shape) != 2 or len(own_shape) != 2:
         return {}
-    sizes = own[1], given[-1]
-    if tuple(kept.shape) != (own[0], sum(sizes)):
+    if joint is None or joint.all():
         return {}
-    orders = kept.split(sizes, 1), kept.split(sizes[::-1], 1)[::-1]
-    for mine, others in orders:
-        if mine.all() and (_is_padded_behind(others) or _is_padded_behind(others.flip(1))):
-            told = {} if mine.shape == others.shape else {"attention_mask": mine}
-            return {**told, "encoder_attention_mask": others, _BOTH: kept}
-    for mine, others in orders:
-        if _is_padded_behind(mine) and _is_padded_behind(others):
-            told = {"attention_mask": mine, "encoder_attention_mask": others}
-            return {**told, _BOTH: kept}
+    sizes = own_shape[1], prompt_shape[-1]
+    if tuple(joint.shape) != (own_shape[0], sum(sizes)):
+        return {}
+    orders = joint.split(sizes, 1), joint.split(sizes[::-1], 1)[::-1]
+    for own_mask, prompt_mask in orders:
+        one_sided = _is_right_padded(prompt_mask) or _is_right_padded(prompt_mask.flip(1))
+        if own_mask.all() and one_sided:
+            named = {} if own_mask.shape == prompt_mask.shape else {"attention_mask": own_mask}
+            return {**named, "encoder_attention_mask": prompt_mask, _JOINT_MASK: joint}
+    for own_mask, prompt_mask in orders:
+        if _is_right_padded(own_mask) and _is_right_padded(prompt_mask):
+            named = {"attention_mask": own_mask, "encoder_attention_mask": prompt_mask}
+            return {**named, _JOINT_MASK: joint}
     return {}
 
 
-def _is_padded_behind(kept: Tensor) -> bool:
+def _is_right_padded(kept: Tensor) -> bool:
     return bool((kept[:, 1:] <= kept[:, :-1]).all())
 
 
-def _others(batch: Mapping[str, Any], known: Sequence[Tensor]) -> list[Tensor]:
+def _unit_masks(batch: Mapping[str, Any], token_masks: Sequence[Tensor]) -> list[Tensor]:
     """Return the masks, (B, W), of units other than tokens, such as spans.
 
     Only masks that keep the first entry of every sample, since in others true may mean padding;
-    the one from :func:`masks_of_both` is exempt.
+    the one from :func:`split_joint_mask` is exempt.
 
     Args:
-        known: the token masks; without any, nothing is returned.
+        token_masks: the token masks; without any, nothing is returned.
     """
     found = []
     for key, value in batch.items():
-        named = bool(known) and _OTHERS.search(str(key)) is not None
+        named = bool(token_masks) and _UNIT_MASK.search(str(key)) is not None
         if not named or not isinstance(value, Tensor) or value.dim() != 2:  # else a pixel mask
             continue
         mask = token_mask(value)
-        alike = any(value.shape == other.shape for other in known)
-        if mask is not None and not alike and (key == _BOTH or bool(mask[:, :1].all())):
+        alike = any(value.shape == other.shape for other in token_masks)
+        if mask is not None and not alike and (key == _JOINT_MASK or bool(mask[:, :1].all())):
             found.append(mask)
     return found
 
@@ -174,7 +177,7 @@ def _text_masks(
     batch: Mapping[str, Any],
     config: LoraConfig,
     architecture: Architecture,
-    both: bool,
+    has_decoder: bool,
     warned: set[str],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the masks of the only or the encoder's stream, of the decoder's, and a third.
@@ -182,23 +185,23 @@ def _text_masks(
     The third is the first before labels were applied, or ``None`` if they were not.
 
     Args:
-        both: there is an encoder and a decoder.
+        has_decoder: there is an encoder and a decoder.
     """
     main = _attention_mask(batch, warned)
     decoder = token_mask(batch.get("decoder_attention_mask"))
-    if both:
-        samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
-        labelled = _labelled_steps(batch.get("labels"), config, architecture, samples)
+    if has_decoder:
+        num_samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
+        labelled = _labelled_step_mask(batch.get("labels"), config, architecture, num_samples)
         if decoder is None and labelled is None and main is not None:
-            decoder = _every_step(batch, samples)  # else main would be used if as long
+            decoder = _all_steps_mask(batch, num_samples)  # else main would be used if as long
         return main, _decoder_mask(batch, decoder, labelled, architecture), None
     eva, labels, label_mask = eva_of(config), batch.get("labels"), None
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = labels.cpu() != eva.label_mask_value
     shape = _token_shape(batch, main)
     if main is not None and shape is not None:
-        main = _without_prefix(main, shape)
-    shape = _shape_by_another_name(batch) if shape is None else shape
+        main = _without_cached_prefix(main, shape)
+    shape = _shape_of_unnamed_ids(batch) if shape is None else shape
     unpadded = None
     if label_mask is not None and tuple(label_mask.shape) == shape:
         unpadded = main
@@ -206,8 +209,8 @@ def _text_masks(
     return main, decoder, unpadded
 
 
-def _labelled_steps(
-    labels: Any, config: LoraConfig, architecture: Architecture, samples: int
+def _labelled_step_mask(
+    labels: Any, config: LoraConfig, architecture: Architecture, num_samples: int
 ) -> Tensor | None:
     """Return which decoder steps have a label, bool (B, T), if labels are used as a mask.
 
@@ -222,38 +225,38 @@ def _labelled_steps(
     if not _are_token_labels(labels, architecture.config):
         return None
     labelled = labels.cpu() != eva.label_mask_value
-    if not _are_codes(labelled, samples):
+    if not _has_rows_of_codes(labelled, num_samples):
         return labelled
-    return labelled.view(samples, -1, labelled.shape[1]).any(1)
+    return labelled.view(num_samples, -1, labelled.shape[1]).any(1)
 
 
 def _decoder_mask(
     batch: Mapping[str, Any],
-    given: Tensor | None,
-    labelled: Tensor | None,
+    own_mask: Tensor | None,
+    label_mask: Tensor | None,
     architecture: Architecture,
 ) -> Tensor | None:
     """Return which tokens of a decoder count.
 
     Args:
-        given: the decoder's own mask in the batch.
-        labelled: see :func:`_labelled_steps`. Tokens made from labels have the labels' shape.
+        own_mask: the decoder's own mask in the batch.
+        label_mask: see :func:`_labelled_step_mask`. Tokens made from labels have the labels' shape.
     """
     labels, made = batch.get("labels"), not gives_decoder_inputs(batch)
-    if given is None or labelled is None:
-        mask = labelled if given is None else given
-    elif given.shape == labelled.shape:
-        mask = given & labelled
+    if own_mask is None or label_mask is None:
+        mask = label_mask if own_mask is None else own_mask
+    elif own_mask.shape == label_mask.shape:
+        mask = own_mask & label_mask
     else:
-        mask = labelled if made else given
+        mask = label_mask if made else own_mask
     spectra = isinstance(labels, Tensor) and labels.dim() == 3 and labels.is_floating_point()
     if mask is not None and spectra and made:  # the model may take only every n-th frame
-        every = int(getattr(architecture.config, "reduction_factor", 1))
-        mask = mask[:, every - 1 :: every]
+        reduction = int(getattr(architecture.config, "reduction_factor", 1))
+        mask = mask[:, reduction - 1 :: reduction]
     return mask
 
 
-def _every_step(batch: Mapping[str, Any], samples: int) -> Tensor | None:
+def _all_steps_mask(batch: Mapping[str, Any], num_samples: int) -> Tensor | None:
     """Return an all-true mask of a decoder's steps, bool (B, T), for batches without one.
 
     Each step may have several codes, (B, T, codes) or (B * codes, T).
@@ -263,27 +266,28 @@ def _every_step(batch: Mapping[str, Any], samples: int) -> Tensor | None:
     if not isinstance(steps, Tensor) or steps.dim() < 2:
         return None
     every = torch.ones(steps.shape[:2], dtype=torch.bool, device="cpu")
-    sequence_first = every.shape[1] == samples
-    return every[:samples] if _are_codes(every, samples) and not sequence_first else every
+    sequence_first = every.shape[1] == num_samples
+    has_codes = _has_rows_of_codes(every, num_samples) and not sequence_first
+    return every[:num_samples] if has_codes else every
 
 
-def _are_codes(steps: Tensor, samples: int) -> bool:
+def _has_rows_of_codes(steps: Tensor, num_samples: int) -> bool:
     """Tell whether there are several rows of steps per sample, (B * codes, T)."""
-    return 0 < samples < len(steps) and len(steps) % samples == 0
+    return 0 < num_samples < len(steps) and len(steps) % num_samples == 0
 
 
 def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None:
-    given, ids = batch.get("attention_mask", batch.get(_PATCHES)), batch.get("input_ids")
+    given, ids = batch.get("attention_mask", batch.get(_PATCH_MASK)), batch.get("input_ids")
     given = as_mapping(given)  # a dataclass around a mask, as in curated-transformers
     if isinstance(given, Mapping):  # one for each kind of attention
-        every = [given.get("full_attention"), *given.values()]
-        given = next((mask for mask in every if isinstance(mask, Tensor)), None)
+        masks = [given.get("full_attention"), *given.values()]
+        given = next((mask for mask in masks if isinstance(mask, Tensor)), None)
     if not isinstance(given, Tensor):
         return None
     if isinstance(ids, Tensor) and ids.dim() == 3 and given.shape == ids.shape:
         given = given.flatten(0, 1)  # multiple choice: the model runs each choice as a sample
     shape = _token_shape(batch, None) or (0, 0)
-    mask = token_mask(given, _cached(batch), shape[-1])
+    mask = token_mask(given, _num_cached_tokens(batch), shape[-1])
     if mask is None and "attention_mask" not in warned:
         warned.add("attention_mask")
         warn(
@@ -293,7 +297,7 @@ def _attention_mask(batch: Mapping[str, Any], warned: set[str]) -> Tensor | None
     return mask
 
 
-def _cached(batch: Mapping[str, Any]) -> int:
+def _num_cached_tokens(batch: Mapping[str, Any]) -> int:
     """Return the number of cached tokens that precede those of the batch."""
     for name in ("past_key_values", "cache"):  # the latter since transformers 5.24
         if (length := getattr(batch.get(name), "get_seq_length", None)) is not None:
@@ -301,7 +305,7 @@ def _cached(batch: Mapping[str, Any]) -> int:
     return 0
 
 
-def _is_mixed(batch: Mapping[str, Any]) -> bool:
+def _is_multimodal(batch: Mapping[str, Any]) -> bool:
     """Tell whether a batch with text also holds other modalities."""
     given = (batch.get(key) for key in ("input_ids", "inputs_embeds"))
     text = next((value for value in given if isinstance(value, Tensor)), None)
@@ -322,7 +326,7 @@ def _are_token_labels(labels: Any, model_config: Any) -> TypeGuard[Tensor]:
     return isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
 
 
-def token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
+def token_mask(mask: Any, num_cached: int = 0, num_tokens: int = 0) -> Tensor | None:
     """Return the tokens that a mask keeps, bool (B, T).
 
     A pairwise mask, (B, T, T) or (B, heads or 1, T or 1, S), says which token attends to which. A
@@ -331,31 +335,31 @@ def token_mask(mask: Any, cached: int = 0, tokens: int = 0) -> Tensor | None:
 
     Args:
         mask: anything that is not such a mask gives ``None``.
-        cached: how many of the S tokens precede the first of the T.
-        tokens: T, if known.
+        num_cached: how many of the S tokens precede the first of the T.
+        num_tokens: T, if known.
     """
     if not isinstance(mask, Tensor):
         return None
     if mask.dim() == 3 and mask.shape[1] == mask.shape[2]:
         mask = mask[:, None]
-    if mask.dim() == 4 and mask.shape[2] + cached <= mask.shape[3]:
-        first = mask[:, 0]
-        alike = mask.shape[2] == 1  # (B, 1, 1, T): the same for every token
-        own = (first[:, 0] if alike else first.diagonal(cached, dim1=-2, dim2=-1)).cpu()
-        own = own[:, cached : cached + tokens] if alike and tokens else own
-        additive = own.is_floating_point() and bool((mask <= 0).all())
+    if mask.dim() == 4 and mask.shape[2] + num_cached <= mask.shape[3]:
+        head = mask[:, 0]
+        shared = mask.shape[2] == 1  # (B, 1, 1, T): the same for every token
+        row = (head[:, 0] if shared else head.diagonal(num_cached, dim1=-2, dim2=-1)).cpu()
+        row = row[:, num_cached : num_cached + num_tokens] if shared and num_tokens else row
+        additive = row.is_floating_point() and bool((mask <= 0).all())
     elif mask.dim() == 2:
-        own = mask.cpu()
-        additive = bool((own < 0).any())  # a mask of zeros only is not additive: it keeps nothing
+        row = mask.cpu()
+        additive = bool((row < 0).any())  # a mask of zeros only is not additive: it keeps nothing
     else:
         return None
-    return own > -1 if additive else own.bool()
+    return row > -1 if additive else row.bool()
 
 
-def _without_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _without_cached_prefix(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Drop the cached prefix from a mask that covers more tokens than the batch."""
-    longer = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
-    return mask[:, -shape[1] :] if longer else mask
+    has_prefix = len(shape) == 2 and mask.shape[0] == shape[0] and mask.shape[1] > shape[1]
+    return mask[:, -shape[1] :] if has_prefix else mask
 
 
 def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ...] | None:
@@ -367,7 +371,7 @@ def _token_shape(batch: Mapping[str, Any], main: Tensor | None) -> tuple[int, ..
     return None if main is None else tuple(main.shape)
 
 
-def _shape_by_another_name(batch: Mapping[str, Any]) -> tuple[int, ...] | None:
+def _shape_of_unnamed_ids(batch: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return the shape of a batch's first tensor if it holds integers, taken for token ids."""
     first = next((v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"), None)
     return None if first is None or first.is_floating_point() else tuple(first.shape)

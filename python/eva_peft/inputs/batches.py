@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import EvaTypeError, EvaValueError, listed
 from ..model.architecture import Architecture
 from ..surroundings.devices import copied_to
-from .media_masks import is_of_images
+from .media_masks import is_image_key
 
 __all__ = [
     "as_mapping",
@@ -264,7 +264,7 @@ def without_padding(
         unknown = key not in _TOKEN_KEYS or (architecture.encoder_decoder and key == "labels")
         if per_token and (unknown or value.shape[1] != columns):
             return [batch]
-        if key not in _TOKEN_KEYS and not is_of_images(key) and _goes_along(value, columns):
+        if key not in _TOKEN_KEYS and not is_image_key(key) and _goes_along(value, columns):
             return [batch]
         if value.dim() == 0 or value.shape[0] != samples:
             return [batch]

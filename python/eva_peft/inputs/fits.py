@@ -11,14 +11,14 @@ from torch.nn import functional
 
 __all__ = [
     "Fit",
-    "Part",
-    "are_same",
-    "for_every_frame",
-    "for_every_head",
-    "in_windows",
-    "is_longer",
-    "longest_of",
-    "part_of",
+    "TokenSlice",
+    "are_same_tensors",
+    "holds_more_than",
+    "longest_sample",
+    "padded_to_windows",
+    "repeated_per_frame",
+    "repeated_per_head",
+    "token_slice_of",
     "version_of",
 ]
 
@@ -35,19 +35,19 @@ class Fit(NamedTuple):
     mask: Tensor
 
 
-class Part(NamedTuple):
+class TokenSlice(NamedTuple):
     """A run of consecutive tokens of each sample, such as all but the first.
 
     Attributes:
-        whole: the number of tokens per sample.
+        total: the number of tokens per sample.
         begin: position of the first token of the run.
     """
 
-    whole: int
+    total: int
     begin: int
 
 
-def part_of(x: Tensor) -> Part | None:
+def token_slice_of(x: Tensor) -> TokenSlice | None:
     """Locate a layer's input, (B, T, D), in the (B, more, D) that it is a view of, if any.
 
     A single token is not treated as a part: it represents its sample, like BERT's first token.
@@ -61,11 +61,11 @@ def part_of(x: Tensor) -> Part | None:
     begin, aside = divmod(int(x.storage_offset()) % sample, token)
     if sample % token or size % sample or aside + x.shape[2] > token:
         return None
-    whole = sample // token
-    return Part(whole, begin) if begin + x.shape[1] <= whole else None
+    total = sample // token
+    return TokenSlice(total, begin) if begin + x.shape[1] <= total else None
 
 
-def are_same(masks: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+def are_same_tensors(masks: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
     """Tell whether masks are the same tensors."""
     return len(masks) == len(others) and all(map(is_, masks, others))
 
@@ -75,39 +75,39 @@ def version_of(x: Tensor) -> int:
     return -1 if x.is_inference() else x._version
 
 
-def longest_of(mask: Tensor) -> int:
+def longest_sample(mask: Tensor) -> int:
     """Return the number of tokens of the longest sample, 0 without samples."""
     return max(mask.sum(1).tolist(), default=0)
 
 
-def in_windows(texts: Sequence[Fit], window: int) -> Iterator[Fit]:
+def padded_to_windows(fits: Sequence[Fit], window: int) -> Iterator[Fit]:
     """Yield texts padded to whole windows, and also by half a window on either side.
 
     The layers of PEGASUS-X read these two in turn.
     """
-    for key, mask in texts if window > 1 else ():
-        whole = functional.pad(mask, (0, -mask.shape[1] % window))
-        if whole.shape != mask.shape:
-            yield Fit(f"{key} padded", whole)
-        yield Fit(f"{key} moved", functional.pad(whole, [window // 2] * 2))
+    for key, mask in fits if window > 1 else ():
+        padded = functional.pad(mask, (0, -mask.shape[1] % window))
+        if padded.shape != mask.shape:
+            yield Fit(f"{key} padded", padded)
+        yield Fit(f"{key} moved", functional.pad(padded, [window // 2] * 2))
 
 
-def is_longer(leading: tuple[int, ...], mask: Tensor) -> bool:
+def holds_more_than(leading: tuple[int, ...], mask: Tensor) -> bool:
     """Tell whether an input, (B, T + more), may hold the tokens of a mask among others."""
     return (
         len(leading) == mask.dim() == 2 and leading[0] == len(mask) and leading[1] > mask.shape[1]
     )
 
 
-def for_every_frame(fit: Fit, leading: tuple[int, ...]) -> Fit:
+def repeated_per_frame(fit: Fit, leading: tuple[int, ...]) -> Fit:
     """Repeat the mask of queries for each frame of a video, since frames are read one by one."""
-    times = leading[0] // max(len(fit.mask), 1) if len(leading) == 2 else 1
-    if not fit.key.startswith("qformer") or times < 2 or leading[0] != times * len(fit.mask):
+    frames = leading[0] // max(len(fit.mask), 1) if len(leading) == 2 else 1
+    if not fit.key.startswith("qformer") or frames < 2 or leading[0] != frames * len(fit.mask):
         return fit
-    return Fit(f"{fit.key} {times} times", fit.mask.repeat_interleave(times, dim=0))
+    return Fit(f"{fit.key} {frames} times", fit.mask.repeat_interleave(frames, dim=0))
 
 
-def for_every_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
+def repeated_per_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     """Return the mask of an input with each token once per head: (B, H, T) or (B, T, H)."""
     if len(leading) != 3 or leading[1] == leading[2] != 1:
         return None

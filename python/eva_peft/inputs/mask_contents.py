@@ -7,10 +7,16 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
-__all__ = ["in_one_run", "is_of_pairs", "not_padding", "of_lengths", "seen"]
+__all__ = [
+    "is_contiguous",
+    "is_pairwise",
+    "kept_by_attention",
+    "kept_by_padding",
+    "mask_from_lengths",
+]
 
 
-def seen(mask: Tensor) -> Tensor | None:
+def kept_by_attention(mask: Tensor) -> Tensor | None:
     """Return which tokens an attention mask keeps, bool (B, T), ``None`` if it is not understood.
 
     Of a pairwise mask, (B, T, T) or (B, heads or 1, T or 1, T), the diagonal is used; see
@@ -22,18 +28,19 @@ def seen(mask: Tensor) -> Tensor | None:
         mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
     if mask.dim() != 2:
         return None
-    own = mask.cpu()
-    square = len(own) == own.shape[1] and mask is whole  # as many samples as tokens, or pairwise
-    zero, one, hidden = own == 0, own == 1, own < -1
+    values = mask.cpu()
+    # as many samples as tokens, or pairwise
+    square = len(values) == values.shape[1] and mask is whole
+    zero, one, hidden = values == 0, values == 1, values < -1
     if not (zero | one).all() and not (zero | hidden).all():
         return None
     kept = zero if hidden.any() else one
     if square and kept.diagonal().all() and not kept.triu(1).any():
         return None  # pairwise and causal: each token sees itself, and none after it
-    return kept if _in_every_sample(kept) else None
+    return kept if _keeps_every_sample(kept) else None
 
 
-def not_padding(mask: Tensor) -> Tensor | None:
+def kept_by_padding(mask: Tensor) -> Tensor | None:
     """Return which tokens a padding mask keeps, bool (B, T), ``None`` if it is not understood.
 
     Padding is true, or -inf; or false, if a whole sample would be padding otherwise.
@@ -41,12 +48,14 @@ def not_padding(mask: Tensor) -> Tensor | None:
     if mask.dim() != 2:
         return None
     kept = mask.cpu() == 0
-    if not _in_every_sample(kept):
+    if not _keeps_every_sample(kept):
         kept = ~kept
-    return kept if _in_every_sample(kept) else None
+    return kept if _keeps_every_sample(kept) else None
 
 
-def of_lengths(lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
+def mask_from_lengths(
+    lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]
+) -> Tensor | None:
     """Return the mask, bool (B, T), of lengths, which may be fractions of the longest."""
     if lengths.is_floating_point():
         if len(shape) != 2 or not len(lengths) or lengths.max() != 1 or lengths.min() <= 0:
@@ -56,16 +65,16 @@ def of_lengths(lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]) -
     return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
 
 
-def is_of_pairs(mask: Tensor) -> bool:
+def is_pairwise(mask: Tensor) -> bool:
     """Tell whether a mask is pairwise: it has a row for each token, not one for all."""
     return mask.dim() > 2 and mask.shape[-2] > 1
 
 
-def in_one_run(kept: Tensor) -> bool:
+def is_contiguous(kept: Tensor) -> bool:
     """Tell whether the kept tokens of each sample are consecutive."""
     begins = kept[:, 1:] & ~kept[:, :-1]
     return bool((begins.sum(1) + kept[:, 0] == 1).all())
 
 
-def _in_every_sample(kept: Tensor) -> bool:
+def _keeps_every_sample(kept: Tensor) -> bool:
     return bool(kept.any(1).all())

@@ -15,8 +15,8 @@ from ..model.architecture import configs_of
 from .arguments import PADDING_MASKS, by_name, is_decoder_input
 from .batch_mask import token_mask
 from .batches import as_mapping, as_tensors
-from .mask_contents import not_padding
-from .media_masks import is_of_images
+from .mask_contents import kept_by_padding
+from .media_masks import is_image_key
 from .padding_told import ENDS_OF_PADDING, TARGETS
 
 __all__ = ["with_other_padding"]
@@ -58,10 +58,10 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
     paddings = _paddings(whole)
     own = {name: [key for key in whole if _is_named_as(str(key), name)] for name in paddings}
     for name in sorted(paddings, key=lambda name: not own[name]):
-        of_text = "input_ids" in whole and not is_of_images(name)
+        of_text = "input_ids" in whole and not is_image_key(name)
         for key in own[name] or whole:
             value = whole[key]
-            if key in seen or (of_text and is_of_images(key)) or not _is_of(str(key), name, value):
+            if key in seen or (of_text and is_image_key(key)) or not _is_of(str(key), name, value):
                 continue
             places = _places(value, paddings[name])
             if places is None:
@@ -124,7 +124,7 @@ def _padding(name: str, mask: Tensor) -> Tensor | None:
         kept = token_mask(mask)
         return None if kept is None else ~kept
     if mask.dim() == 2 and name.endswith(ENDS_OF_PADDING):
-        kept = not_padding(mask)
+        kept = kept_by_padding(mask)
         return None if kept is None else ~kept
     return mask == 0 if mask.dim() in (2, 3) and _is_of_ones(mask) else None
 

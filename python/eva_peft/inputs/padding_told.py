@@ -15,10 +15,16 @@ from torch import Tensor, nn
 from .._peft_compat import base_of
 from ..model.architecture import signature_of
 from .arguments import PADDING_MASKS, is_decoder_input
-from .batch_mask import masks_of_both
+from .batch_mask import split_joint_mask
 from .called_with import AroundCalls, named_arguments
 from .fits import version_of
-from .mask_contents import in_one_run, is_of_pairs, not_padding, of_lengths, seen
+from .mask_contents import (
+    is_contiguous,
+    is_pairwise,
+    kept_by_attention,
+    kept_by_padding,
+    mask_from_lengths,
+)
 from .token_mask import TokenMask
 
 __all__ = ["ENDS_OF_PADDING", "TARGETS", "PaddingTold", "parts_told"]
@@ -408,12 +414,12 @@ def _whole(told: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tens
 
 def _is_telling(name: str, mask: Tensor, kept: Tensor, within: Tensor | None) -> bool:
     """Tell whether the entries that a mask keeps, bool (B, T), are the tokens that count."""
-    if not kept.numel() or (kept.all() and is_of_pairs(mask)):
+    if not kept.numel() or (kept.all() and is_pairwise(mask)):
         return False  # padding may see itself, too
     if name not in _SEEN and not kept[:, 0].any():
         return False  # either left padding in every sample, or the mask is inverted
     # with several runs, true may mean something else, such as tokens to be predicted
-    return _is_known(name) or in_one_run(kept) or _ends_as(kept, within)
+    return _is_known(name) or is_contiguous(kept) or _ends_as(kept, within)
 
 
 def _ends_as(kept: Tensor, known: Tensor | None) -> bool:
@@ -436,12 +442,12 @@ def _of_others(
     if kept is None or own in (kept.shape, kept.shape[::-1]):
         return {}
     of_them = not kept.all() and others in (kept.shape, kept.shape[::-1])
-    return {"encoder_attention_mask": kept} if of_them else masks_of_both(kept, own, others)
+    return {"encoder_attention_mask": kept} if of_them else split_joint_mask(kept, own, others)
 
 
 def _kept(name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]) -> Tensor | None:
     if name.endswith(_LENGTHS):
-        return of_lengths(mask.cpu(), shape, sizes)
+        return mask_from_lengths(mask.cpu(), shape, sizes)
     if mask.is_floating_point() and not _is_known(name) and not (mask < -1).any():
         return None  # not additive, so its numbers may mean anything
-    return not_padding(mask) if name.endswith(ENDS_OF_PADDING) else seen(mask)
+    return kept_by_padding(mask) if name.endswith(ENDS_OF_PADDING) else kept_by_attention(mask)

@@ -18,16 +18,16 @@ from ..model.layer_kind import LayerKind, kind_of_layer
 from ..surroundings.devices import copied_to
 from .fits import (
     Fit,
-    Part,
-    are_same,
-    for_every_frame,
-    for_every_head,
-    in_windows,
-    is_longer,
-    longest_of,
-    part_of,
+    TokenSlice,
+    are_same_tensors,
+    holds_more_than,
+    longest_sample,
+    padded_to_windows,
+    repeated_per_frame,
+    repeated_per_head,
+    token_slice_of,
 )
-from .media_masks import frames_seen, patches_seen, tiles_seen
+from .media_masks import frame_mask_for, patch_mask_for, tile_mask_for
 from .subsample import Draw
 
 __all__ = ["TokenMask"]
@@ -166,7 +166,7 @@ class TokenMask:
             new.unmasked_prefixes = ("",)  # only a shape tells what is read there
             new.from_parts = True
         new = new.with_unit_masks(mask for mask in (*more, *new.unit_masks) if mask is not None)
-        if new.from_parts is self.from_parts and are_same(new.masks, self.masks):
+        if new.from_parts is self.from_parts and are_same_tensors(new.masks, self.masks):
             return self  # which keeps its cached rows
         new.skips_media_layers = skips_media_layers
         return new
@@ -208,7 +208,7 @@ class TokenMask:
             shape: of the layer's input, features last.
             device: of the returned indices.
             name: of the layer.
-            x: the input, which may be a view of more tokens, see :func:`part_of`.
+            x: the input, which may be a view of more tokens, see :func:`token_slice_of`.
 
         Returns:
             int64 indices, or ``None`` for all rows.
@@ -216,8 +216,8 @@ class TokenMask:
         leading, layer = tuple(shape[:-1]), self._layer_kind(name)
         unmasked = name.startswith(self.unmasked_prefixes)
         fit = self._find_fit(layer, leading, unmasked)
-        if fit is None and x is not None and (part := part_of(x)) is not None:
-            fit = self._fit_part(layer, leading, unmasked, part)
+        if fit is None and x is not None and (token_slice := token_slice_of(x)) is not None:
+            fit = self._fit_slice(layer, leading, unmasked, token_slice)
         if fit is None:
             if not unmasked:
                 self._warn_unmatched(layer, leading, name)
@@ -232,15 +232,15 @@ class TokenMask:
         fit = None if unmasked and reads_other_media else self._fit_tokens(layer, leading, unmasked)
         return self._fit_units(leading) if fit is None and not reads_other_media else fit
 
-    def _fit_part(
-        self, layer: LayerKind, leading: tuple[int, ...], unmasked: bool, part: Part
+    def _fit_slice(
+        self, layer: LayerKind, leading: tuple[int, ...], unmasked: bool, token_slice: TokenSlice
     ) -> Fit | None:
         samples, tokens = leading
-        whole = self._find_fit(layer, (samples, part.whole), unmasked)
-        if whole is None or whole.mask.shape != (samples, part.whole):
+        all_tokens = self._find_fit(layer, (samples, token_slice.total), unmasked)
+        if all_tokens is None or all_tokens.mask.shape != (samples, token_slice.total):
             return None
-        kept = whole.mask[:, part.begin : part.begin + tokens]
-        return Fit(f"{whole.key} {tuple(part)} {leading}", kept)
+        kept = all_tokens.mask[:, token_slice.begin : token_slice.begin + tokens]
+        return Fit(f"{all_tokens.key} {tuple(token_slice)} {leading}", kept)
 
     def _fit_tokens(self, layer: LayerKind, leading: tuple[int, ...], unmasked: bool) -> Fit | None:
         if unmasked:  # such a part may read the text as well as tokens of its own
@@ -295,7 +295,7 @@ class TokenMask:
         if layer not in self._stream_fits:
             streams = self._readable_streams(layer)
             present = [Fit(key, mask) for key, mask in streams if mask is not None]
-            self._stream_fits[layer] = [*present, *in_windows(present, self.window)]
+            self._stream_fits[layer] = [*present, *padded_to_windows(present, self.window)]
         return self._stream_fits[layer]
 
     def _readable_streams(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
@@ -324,7 +324,7 @@ class TokenMask:
     def _matching_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[Fit]:
         """Yield the masks that fit an input of a shape, the likeliest first."""
         non_text = [] if self.non_text_mask is None else [Fit("non-text", self.non_text_mask)]
-        texts = [for_every_frame(fit, leading) for fit in self._token_streams(layer)]
+        texts = [repeated_per_frame(fit, leading) for fit in self._token_streams(layer)]
         for key, mask in [*texts, *non_text]:
             flat = len(leading) == 1 and leading[0] == mask.numel() != mask.shape[0]
             if flat or leading in (tuple(mask.shape), tuple(mask.shape)[::-1]):
@@ -342,7 +342,7 @@ class TokenMask:
             yield mask.repeat_interleave(self.tokens_per_position, dim=1)
         frames = self._frame_mask(mask, leading) if key == "main" else None
         for token_mask in (mask, frames):
-            heads = None if token_mask is None else for_every_head(token_mask, leading)
+            heads = None if token_mask is None else repeated_per_head(token_mask, leading)
             if heads is not None:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
@@ -350,14 +350,14 @@ class TokenMask:
         if len(leading) == 2 and leading[0] == mask.numel() > max(mask.shape):
             yield mask.reshape(-1, 1).expand(leading)  # for each token the outputs of n layers
         seen = self.unpadded if key == "main" and self.unpadded is not None else mask
-        longest = longest_of(seen)  # the length to which a packed sequence is padded again
+        longest = longest_sample(seen)  # the length to which a packed sequence is padded again
         if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():
             yield mask[:, :longest]
         if leading[:-1] in ((), (1,)) and leading[-1:] == (int(seen.sum()),):
             yield mask[seen].view(leading)  # all samples concatenated, without padding
         qformer = key.startswith("qformer")
         text_first = False if qformer else self.text_first
-        if (qformer or key == "main") and text_first is not None and is_longer(leading, mask):
+        if (qformer or key == "main") and text_first is not None and holds_more_than(leading, mask):
             yield self._with_other_tokens(mask, leading, text_first)
 
     def _frame_mask(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
@@ -391,14 +391,14 @@ class TokenMask:
     ) -> Iterator[tuple[str, Tensor | None]]:
         if self.audio_mask is not None and self._reads_audio(layer):
             yield "sound", self._frame_mask(self.audio_mask, leading)
-            yield "sound", frames_seen(self.audio_mask, leading)
+            yield "sound", frame_mask_for(self.audio_mask, leading)
         audio_alone = self.audio_only and not self.multimodal and self._reads_audio(layer)
-        if audio_alone and self.main is not None and not is_longer(leading, self.main):
-            yield "frames", frames_seen(self.main, leading)  # not by the model's frame_lengths
+        if audio_alone and self.main is not None and not holds_more_than(leading, self.main):
+            yield "frames", frame_mask_for(self.main, leading)  # not by the model's frame_lengths
         for pixels in self.pixel_masks if self._reads_pixels(layer) else ():
-            yield "pixels", patches_seen(pixels, leading, self.patch_sizes)
+            yield "pixels", patch_mask_for(pixels, leading, self.patch_sizes)
         if self.tile_mask is not None and (layer.reads_no_text or layer.reads_encoder):
-            yield "tiles", tiles_seen(self.tile_mask, leading)
+            yield "tiles", tile_mask_for(self.tile_mask, leading)
 
     def _reads_audio(self, layer: LayerKind) -> bool:
         if layer.reads_distances:
@@ -449,7 +449,7 @@ class TokenMask:
         one_for_all = leading[:1] == (1,) and all(m.shape[0] > 1 for m in masks)
         one_for_all = one_for_all or layer.reads_distances
         if self.multimodal:  # warn only of inputs that may hold text and others in one sequence
-            masks = [m for m in masks if not layer.reads_encoder and is_longer(leading, m)]
+            masks = [m for m in masks if not layer.reads_encoder and holds_more_than(leading, m)]
         if self.pixel_masks and layer.in_encoder and self._reads_pixels(layer):
             masks = [m for m in self.pixel_masks if leading[:-1] == (len(m),)]
         kind = ".".join("*" if part.isdecimal() else part for part in name.split("."))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eva_kernels.streaming import InputStream
 
-from ..inputs.fits import are_same, version_of
+from ..inputs.fits import are_same_tensors, version_of
 from ..inputs.token_mask import TokenMask
 
 __all__ = ["Seen", "Slot"]
@@ -42,7 +42,7 @@ class Seen:
     def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
         """Tell whether x is that tensor, with the same masks."""
         now, then = mask.masks, self._counting
-        alike = now is then or are_same(now, then)
+        alike = now is then or are_same_tensors(now, then)
         return alike and self.is_same(x)
 
     def take(self) -> tuple[Tensor, TokenMask] | None:

@@ -21,12 +21,12 @@ from transformers import (
 from eva_kernels import EvaWarning
 from eva_peft.inputs.batch_mask import mask_of_batch
 from eva_peft.inputs.media_masks import (
-    frames_seen,
+    audio_mask_of,
+    frame_mask_for,
     has_images,
-    patches_seen,
-    pixel_masks,
-    sound_mask,
-    tile_mask,
+    patch_mask_for,
+    pixel_masks_of,
+    tile_mask_of,
 )
 from eva_peft.inputs.token_mask import TokenMask
 from eva_peft.model.architecture import architecture_of
@@ -134,7 +134,7 @@ def test_tiles_of_images() -> None:
     """Mllama cuts images into tiles, and fills up the number of them."""
     tiles = torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]]])
     text = torch.ones(2, 7, dtype=torch.bool)
-    rule = TokenMask(text, multimodal=True, tile_mask=tile_mask({"aspect_ratio_mask": tiles}))
+    rule = TokenMask(text, multimodal=True, tile_mask=tile_mask_of({"aspect_ratio_mask": tiles}))
     kept = tiles.bool().flatten().repeat_interleave(5)
     for shape in ((2, 20, 8), (2, 1, 4, 5, 8), (8, 5, 8)):
         for name in ("vision_model.layers.0.fc1", "language_model.layers.3.cross_attn.k_proj"):
@@ -145,7 +145,7 @@ def test_tiles_of_images() -> None:
     for count in (7, 8):  # or as many tokens as there are tiles
         shape = torch.Size((2, count, 8))
         assert rule.rows(shape, CPU, "language_model.layers.0.q_proj") is None
-    assert tile_mask({"aspect_ratio_mask": tiles[:, 0]}) is None
+    assert tile_mask_of({"aspect_ratio_mask": tiles[:, 0]}) is None
 
 
 def test_whole_patches_of_images_of_any_size() -> None:
@@ -153,7 +153,7 @@ def test_whole_patches_of_images_of_any_size() -> None:
     for size in range(15, 90):
         mask = pixels((size, size + 9), (size - 4, size - 9), height=size, width=size + 9).bool()
         expected = mask.unfold(1, 14, 14).unfold(2, 14, 14)[..., 0, 0].flatten(1)
-        found = patches_seen(mask, tuple(expected.shape), (14,))
+        found = patch_mask_for(mask, tuple(expected.shape), (14,))
         assert found is not None
         assert torch.equal(found, expected)
 
@@ -200,17 +200,17 @@ def test_patches_that_fit_no_grid_are_warned_of() -> None:
 def test_patches_that_layers_see_fewer_of() -> None:
     mask = pixels((16, 24), (6, 9), width=24).bool()
     for side, kept in ((2, [96, 15]), (4, [24, 6]), (8, [6, 2])):
-        patches = patches_seen(mask, (2, 16 * 24 // side**2))
+        patches = patch_mask_for(mask, (2, 16 * 24 // side**2))
         assert patches is not None
         assert patches.sum(1).tolist() == kept
     for leading in ((2, 7), (3, 24), (2, 0), (3,), (2, 4, 24)):
-        assert patches_seen(mask, leading) is None
+        assert patch_mask_for(mask, leading) is None
     # four patches, or sixteen, that a model merges to one
     for count, kept in ((96, [96, 15]), (24, [24, 6]), (6, [6, 2])):
-        patches = patches_seen(mask, (2, count), (2,))
+        patches = patch_mask_for(mask, (2, count), (2,))
         assert patches is not None
         assert patches.sum(1).tolist() == kept
-    assert patches_seen(mask[:, 0], (2, 12)) is None  # a mask over patches tells of no others
+    assert patch_mask_for(mask[:, 0], (2, 12)) is None  # a mask over patches tells of no others
 
 
 def test_only_layers_that_see_images() -> None:
@@ -257,7 +257,7 @@ def test_images_that_no_token_looks_at_fill_up() -> None:
     looks = torch.zeros(3, 7, 2, dtype=torch.long)
     looks[0, 2:], looks[1, 3:, 0], looks[2, :1, 1] = 1, 1, 1
     batch = {"image_attention_mask": looks, "pixel_values": torch.randn(3, 2, 3, 8, 8)}
-    tiles = tile_mask(batch)
+    tiles = tile_mask_of(batch)
     assert tiles is not None
     assert tiles.tolist() == [[[True], [True]], [[True], [False]], [[False], [True]]]
     rule = TokenMask(torch.ones(3, 7, dtype=torch.bool), multimodal=True, tile_mask=tiles)
@@ -272,21 +272,21 @@ def test_images_that_no_token_looks_at_fill_up() -> None:
         assert rows.tolist() == kept
     # a mask over whole images, as PI0's over cameras, and none over patches
     cameras = {"pixel_values": batch["pixel_values"], "pixel_attention_mask": tiles[..., 0]}
-    found = tile_mask(cameras)
+    found = tile_mask_of(cameras)
     assert found is not None
     assert torch.equal(found, tiles)
-    assert pixel_masks(cameras) == ()
+    assert pixel_masks_of(cameras) == ()
     # masks of another kind, as over an image's patches
     for key, other in (("image_attention_mask", looks[:, 0]), ("pixel_values", looks.float())):
-        assert tile_mask({**batch, key: other}) is None
-    assert tile_mask({**cameras, "pixel_attention_mask": tiles[:, :1, 0]}) is None
+        assert tile_mask_of({**batch, key: other}) is None
+    assert tile_mask_of({**cameras, "pixel_attention_mask": tiles[:, :1, 0]}) is None
 
 
 def test_crops_and_what_is_pooled_of_them() -> None:
     """Phi-4 fills up the number of crops; what is pooled of one that fills up is no number."""
     crops = torch.zeros(2, 3, 4, 4, dtype=torch.long)
     crops[0], crops[1, 0], crops[1, 1, :, :2] = 1, 1, 1
-    (mask,) = pixel_masks({"image_attention_mask": crops})
+    (mask,) = pixel_masks_of({"image_attention_mask": crops})
     assert torch.equal(mask, crops.view(6, 16).bool())
     rule = TokenMask(torch.ones(2, 7, dtype=torch.bool), multimodal=True, pixel_masks=[mask])
     rows = rule.rows(torch.Size((6, 16, 8)), CPU, "img_processor.encoder.layers.0.mlp.fc1")
@@ -300,12 +300,12 @@ def test_crops_and_what_is_pooled_of_them() -> None:
 
 
 def test_what_is_no_mask_of_pixels() -> None:
-    assert pixel_masks({"pixel_values": torch.randn(2, 3, 4, 4)}) == ()
-    assert pixel_masks({"pixel_mask": torch.ones(3)}) == ()
-    (found,) = pixel_masks({"pixel_attention_mask": torch.ones(2, 3, 8, 8)})
+    assert pixel_masks_of({"pixel_values": torch.randn(2, 3, 4, 4)}) == ()
+    assert pixel_masks_of({"pixel_mask": torch.ones(3)}) == ()
+    (found,) = pixel_masks_of({"pixel_attention_mask": torch.ones(2, 3, 8, 8)})
     assert found.shape == (6, 8, 8)
     sizes = {"image_sizes": torch.ones(2, 3, 2, dtype=torch.long)}  # of images, and no image
-    assert pixel_masks(sizes) == ()
+    assert pixel_masks_of(sizes) == ()
     assert not has_images(sizes)
 
 
@@ -313,7 +313,7 @@ def test_which_masks_are_over_sound() -> None:
     kept = torch.arange(50) < torch.tensor([50, 20])[:, None]
 
     def told(**batch: Tensor) -> Tensor | None:
-        return sound_mask({"input_features": torch.ones(2, 50, 8), 0: kept, **batch})
+        return audio_mask_of({"input_features": torch.ones(2, 50, 8), 0: kept, **batch})
 
     for key in ("input_features_mask", "feature_attention_mask", "mask_of_mine"):
         found = told(**{key: kept.long()})
@@ -329,7 +329,7 @@ def test_which_masks_are_over_sound() -> None:
     others = (kept.float(), kept[:, :40], kept[:, :2], kept[:1], kept[..., None])
     for other in others:  # scores, and masks of something else
         assert told(mask_of_mine=other) is None
-    assert sound_mask({"input_ids": torch.ones(2, 50), "mask_of_mine": kept}) is None
+    assert audio_mask_of({"input_ids": torch.ones(2, 50), "mask_of_mine": kept}) is None
     assert told(input_features_mask=kept[..., None]) is None
 
 
@@ -338,7 +338,7 @@ def test_which_masks_are_over_sound() -> None:
     [((0, 5), (3, 4)), ((2, 6), (3, 4)), ((2, 3), (4, 1)), ((2, 3), (2, 0)), ((2, 0), (2, 3))],
 )
 def test_what_is_no_part_of_a_sound(shape: tuple[int, int], leading: tuple[int, int]) -> None:
-    assert frames_seen(torch.ones(shape, dtype=torch.bool), leading) is None
+    assert frame_mask_for(torch.ones(shape, dtype=torch.bool), leading) is None
 
 
 def make_kosmos() -> nn.Module:
@@ -378,7 +378,7 @@ def test_convolutions_that_leave_a_last_frame_of_fewer(frames: int, stride: int)
     """As of Qwen3-ASR, which cuts sound into hundreds: no frame of padding alone counts."""
     lengths = torch.tensor([frames, 88, 16, 1]).clamp_max(frames)
     mask = torch.arange(frames) < lengths[:, None]
-    seen = frames_seen(mask, (4, -(-frames // stride)))
+    seen = frame_mask_for(mask, (4, -(-frames // stride)))
     assert seen is not None
     assert seen.sum(1).tolist() == [-(-n // stride) for n in lengths.tolist()]
 
@@ -389,7 +389,7 @@ def test_places_of_patches_of_images_and_films() -> None:
     film = torch.zeros(4, 5, 2, dtype=torch.long)
     film[:, 3:] = -1
     batch = {"image_position_ids": places, "video_position_ids": film}
-    seen = pixel_masks(batch)
+    seen = pixel_masks_of(batch)
     assert seen[0].tolist() == [[True, True, False], [True, False, False]]
     text = torch.ones(2, 7, dtype=torch.bool)
     rule = TokenMask(text, multimodal=True, pixel_masks=seen)
@@ -400,7 +400,7 @@ def test_places_of_patches_of_images_and_films() -> None:
         assert found.tolist() == mask.flatten().nonzero().flatten().tolist()
     # of text, also of that with several kinds of positions
     for key in ("position_ids", "decoder_position_ids"):
-        assert pixel_masks({key: torch.zeros(2, 7, 2, dtype=torch.long)}) == ()
+        assert pixel_masks_of({key: torch.zeros(2, 7, 2, dtype=torch.long)}) == ()
     for shape in ((2, 7), (2, 7, 3)):
-        assert pixel_masks({"image_position_ids": torch.zeros(shape, dtype=torch.long)}) == ()
-    assert pixel_masks({"image_position_ids": torch.zeros(2, 7, 2)}) == ()
+        assert pixel_masks_of({"image_position_ids": torch.zeros(shape, dtype=torch.long)}) == ()
+    assert pixel_masks_of({"image_position_ids": torch.zeros(2, 7, 2)}) == ()

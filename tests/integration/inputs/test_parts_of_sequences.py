@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eva_kernels import EvaWarning
-from eva_peft.inputs.fits import Part, part_of
+from eva_peft.inputs.fits import TokenSlice, token_slice_of
 from integration.conftest import layer_inputs, lora, lost, make_bert, run
 from integration.inputs.test_padding_told import EXACT, KEPT, batches
 
@@ -89,13 +89,13 @@ def test_of_a_copy_nobody_knows_which_tokens_it_has() -> None:
 
 def test_what_a_tensor_is_a_part_of() -> None:
     whole = torch.zeros(3, 7, 12)
-    assert part_of(whole[:, 1:]) == Part(7, 1)
-    assert part_of(whole[:, 2:-1]) == Part(7, 2)
-    assert part_of(whole[1:, :-1]) == Part(7, 0)
-    assert part_of(whole[1:2, 1:]) == Part(7, 1)
-    assert part_of(whole[..., 4:8][:, 3:]) == Part(7, 3)
+    assert token_slice_of(whole[:, 1:]) == TokenSlice(7, 1)
+    assert token_slice_of(whole[:, 2:-1]) == TokenSlice(7, 2)
+    assert token_slice_of(whole[1:, :-1]) == TokenSlice(7, 0)
+    assert token_slice_of(whole[1:2, 1:]) == TokenSlice(7, 1)
+    assert token_slice_of(whole[..., 4:8][:, 3:]) == TokenSlice(7, 3)
     others = [whole, whole[1:], whole[..., 4:8], whole[:, 0], whole[:, 2:3], whole[:, ::2]]
     others += [whole.mT, whole.mT[:, 1:], whole[:1].expand(3, 7, 12)[:, 1:], whole[:, 1:].clone()]
     others += [whole.flatten()[5:173].view(2, 7, 12)[:, 1:]]
     for other in others:
-        assert part_of(other) is None, (other.shape, other.stride())
+        assert token_slice_of(other) is None, (other.shape, other.stride())

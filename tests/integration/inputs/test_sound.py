@@ -26,7 +26,7 @@ from transformers import (
 from bench.families.others import SPEECH
 from eva_kernels import EvaWarning
 from eva_peft.inputs.batch_mask import mask_of_batch
-from eva_peft.inputs.media_masks import frames_seen
+from eva_peft.inputs.media_masks import frame_mask_for
 from eva_peft.inputs.token_mask import TokenMask
 from eva_peft.model.architecture import Architecture, architecture_of
 from integration.conftest import BOTH_SIDES, layer_inputs, lora, lost, run, text_batches
@@ -362,8 +362,8 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
     assert rule.rows(torch.Size((3, 20, 8)), cpu, "language_model.layers.0.mlp.up_proj") is None
     assert rule.rows(torch.Size((3, 5, 8)), cpu, "encoder.layers.0.ff1.up_proj") is None
     # the distances between the frames of a single sound, as Wav2Vec2-BERT reads them
-    assert frames_seen(mask[:1], (1, 7)) is None
-    halves = frames_seen(mask, (3, 7))
+    assert frame_mask_for(mask[:1], (1, 7)) is None
+    halves = frame_mask_for(mask, (3, 7))
     assert halves is not None
     assert halves.sum(1).tolist() == [7, 2, 4]
     # an encoder of text that has no mask
