@@ -22,7 +22,7 @@ from eva_kernels.streaming import (
 
 from ._peft_compat import LoraConfig, eva_of
 from .inputs import batches
-from .inputs.prepare import Ahead, Prepared, Preparer
+from .inputs.prepare import Prefetcher, PreparedBatch, Preparer
 from .inputs.selectors import selectors_of
 from .model.architecture import architecture_of
 from .model.checks import check_loaded
@@ -149,7 +149,7 @@ class CalibrationPass:
         self.skipped = 0  # skipped tokens, maximum over the layers; set at the end
         # all processes of a sharded model must run equally many parts, whatever their samples
         self.preparer = Preparer(
-            model, options, config, self.architecture, self.device, divide=not self.sharded
+            model, options, config, self.architecture, self.device, split_by_length=not self.sharded
         )
         selectors = selectors_of(targets, options)
         # The parts hold weak references to the pass: a cycle would keep its state on the device
@@ -214,7 +214,7 @@ class CalibrationPass:
         # closed immediately, so that a loader's workers end before a traceback is released
         with (
             closing(keeper.remaining(every)) as stream,
-            closing(Ahead(map(self.prepare, stream))) as ahead,
+            closing(Prefetcher(map(self.prepare, stream))) as ahead,
         ):
             for prepared in ahead:
                 keeper.begin_forward()
@@ -250,7 +250,7 @@ class CalibrationPass:
             or (options.max_seconds is not None and self.elapsed() >= options.max_seconds)
         )
 
-    def fetch(self, ahead: Ahead[Prepared]) -> None:
+    def fetch(self, ahead: Prefetcher[PreparedBatch]) -> None:
         """Prepare the next batch, while the device is busy.
 
         Not with a checkpoint, which stores the random state before the loader makes that batch.
@@ -260,14 +260,14 @@ class CalibrationPass:
             ahead.fetch()
             self.seconds["fold"] -= time.perf_counter() - begin
 
-    def prepare(self, batch: Any) -> Prepared:
+    def prepare(self, batch: Any) -> PreparedBatch:
         """Prepare a batch for the model."""
         begin = time.perf_counter()
         prepared = self.preparer.prepare(batch, self.forwards)
         self.seconds["forward"] += time.perf_counter() - begin
         return prepared
 
-    def ready(self, prepared: Prepared) -> Iterator[Ready]:
+    def ready(self, prepared: PreparedBatch) -> Iterator[Ready]:
         """Yield the parts of a batch, each moved to the device only when requested."""
         for part, mask in zip(prepared.parts, prepared.masks, strict=True):
             self.batch_shape = batches.shape_of(part)
@@ -324,7 +324,7 @@ class CalibrationPass:
         self,
         final: bool = False,
         merged: Sequence[InputStream] = (),
-        ahead: Ahead[Prepared] | None = None,
+        ahead: Prefetcher[PreparedBatch] | None = None,
     ) -> list[InputStream]:
         """Fold what is due, compare, and allocate ranks; returns the streams that were folded.
 

@@ -18,17 +18,17 @@ from ..surroundings.memory import is_out_of_memory
 
 __all__ = [
     "PADDING_MASKS",
+    "accepts_arguments",
     "as_one_argument",
-    "by_name",
-    "can_be_called",
-    "check_known",
-    "check_taken",
-    "gives_decoder_inputs",
+    "has_decoder_inputs",
     "is_decoder_input",
     "model_arguments",
-    "takes_as_one",
+    "positional_to_named",
+    "raise_if_mapping_refused",
+    "raise_if_names_unknown",
+    "takes_whole_mapping",
     "without_labels",
-    "without_text",
+    "without_string_columns",
 ]
 
 # Padding masks of torch's transformers, and the names of the equivalent token masks. A plain
@@ -45,7 +45,7 @@ _DECODER_INPUT = re.compile(
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
-def by_name(batch: Any, model: nn.Module) -> Any:
+def positional_to_named(batch: Any, model: nn.Module) -> Any:
     """Return positional arguments of a model as a mapping, if a mask or labels are among them.
 
     Targets, as in (input, target), are dropped, or passed as labels if the model takes those. They
@@ -58,19 +58,19 @@ def by_name(batch: Any, model: nn.Module) -> Any:
     parameters, config = _parameters(base), getattr(base, "config", None)
     if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return batch
-    taken = [p for p in parameters if p.kind in _POSITIONAL]
-    pairs = list(zip(taken, batch, strict=False))
-    wrong = (i for i, pair in enumerate(pairs) if _cannot_be(*pair, batch[0], config))
-    inputs = next(wrong, len(pairs))
-    targets = batch[inputs:]
-    if not inputs or not all(_is_target(part, batch[0]) for part in targets):
+    positional = [p for p in parameters if p.kind in _POSITIONAL]
+    pairs = list(zip(positional, batch, strict=False))
+    misfits = (i for i, pair in enumerate(pairs) if _cannot_be_value(*pair, batch[0], config))
+    num_inputs = next(misfits, len(pairs))
+    targets = batch[num_inputs:]
+    if not num_inputs or not all(_is_target(part, batch[0]) for part in targets):
         return batch
-    named = {p.name: part for p, part in pairs[:inputs]}
+    named = {p.name: part for p, part in pairs[:num_inputs]}
     takes_labels = any(p.name == "labels" for p in parameters) and "labels" not in named
     if targets and takes_labels and not targets[0].is_floating_point():
         named["labels"] = targets[0]
-    telling = {"attention_mask", "labels", *PADDING_MASKS}
-    return named if named.keys() & telling else tuple(batch[:inputs])
+    selecting = {"attention_mask", "labels", *PADDING_MASKS}
+    return named if named.keys() & selecting else tuple(batch[:num_inputs])
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
@@ -80,15 +80,15 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
 
 def _is_target(part: Any, first: Any) -> bool:
     """Tell whether a tensor is a target for the samples of another, and not another sample."""
-    alike = isinstance(part, Tensor) and isinstance(first, Tensor)
-    if not alike or part.shape[:1] != first.shape[:1]:
+    both_tensors = isinstance(part, Tensor) and isinstance(first, Tensor)
+    if not both_tensors or part.shape[:1] != first.shape[:1]:
         return False
     if first.dim() > 1 and not first.is_floating_point():
         return True  # the first holds a batch's token ids, the part their labels
     return (part.shape, part.dtype) != (first.shape, first.dtype)
 
 
-def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any, config: Any) -> bool:
+def _cannot_be_value(parameter: inspect.Parameter, part: Any, first: Any, config: Any) -> bool:
     """Tell whether a part of a batch cannot be the value of an optional parameter."""
     if part is first or parameter.default is parameter.empty or not isinstance(part, Tensor):
         return False
@@ -98,11 +98,11 @@ def _cannot_be(parameter: inspect.Parameter, part: Any, first: Any, config: Any)
         return False
     if part.shape != first.shape or part.is_floating_point():
         return True
-    kinds = getattr(config, "type_vocab_size", None)
+    num_types = getattr(config, "type_vocab_size", None)
     if (
         parameter.name == "token_type_ids"
-        and isinstance(kinds, int)
-        and bool((part >= kinds).any())
+        and isinstance(num_types, int)
+        and bool((part >= num_types).any())
     ):
         return True
     return bool((part < 0).any()) or torch.equal(part, first)
@@ -112,9 +112,9 @@ def _may_be_mask(part: Tensor) -> bool:
     """Tell whether a tensor may be a mask, over tokens or pairs: of ones and zeros, or additive."""
     if part.dim() < 2:
         return False
-    ones = (part == 0) | (part == 1)
+    binary = (part == 0) | (part == 1)
     additive = part.is_floating_point() and bool((part <= 0).all())
-    return additive or bool(ones.all())
+    return additive or bool(binary.all())
 
 
 def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -150,7 +150,7 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def can_be_called(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> bool:
+def accepts_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> bool:
     """Tell whether ``forward`` takes these arguments, by its signature if there is one."""
     signature = signature_of(base_of(model))
     if signature is None:
@@ -168,12 +168,14 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
     Raises:
         EvaTypeError: the model does not; an argument is missing or unknown.
     """
-    if isinstance(batch, Mapping) and takes_as_one(batch, model):
+    if isinstance(batch, Mapping) and takes_whole_mapping(batch, model):
         return batch
-    raise _not_taken(batch, base_of(model))
+    raise _refusal(batch, base_of(model))
 
 
-def check_known(batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: Exception) -> None:
+def raise_if_names_unknown(
+    batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: Exception
+) -> None:
     """Explain the error of a transformers model that knows none of the argument names.
 
     Most accept any name, and only report that they got no input. So do they for a batch of which
@@ -187,26 +189,26 @@ def check_known(batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: 
         return
     parameters = _parameters(base) or []
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
-    hidden = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # as by a decorator
-    named = isinstance(batch, Mapping) and bool(batch)
-    if named and known and not hidden and not kwargs.keys() & known:
+    takes_varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # as by a decorator
+    has_names = isinstance(batch, Mapping) and bool(batch)
+    if has_names and known and not takes_varargs and not kwargs.keys() & known:
         # it may pass on **kwargs, so the error may have another cause: quote it
-        raise _not_taken(batch, base, f" (it failed with {error!r})") from error
+        raise _refusal(batch, base, f" (it failed with {error!r})") from error
 
 
-def check_taken(batch: Any, model: nn.Module, error: Exception) -> None:
+def raise_if_mapping_refused(batch: Any, model: nn.Module, error: Exception) -> None:
     """Explain the error of a model whose one argument must be a tensor, not a mapping.
 
     Raises:
         EvaTypeError: this is the case.
     """
-    named = re.search(rf"\b{type(batch).__name__}\b", str(error))  # not as in "return_dict"
-    wrong = named and isinstance(error, (AttributeError, TypeError))
+    names_type = re.search(rf"\b{type(batch).__name__}\b", str(error))  # not as in "return_dict"
+    wrong = names_type and isinstance(error, (AttributeError, TypeError))
     if wrong and not isinstance(error, EvaError):
-        raise _not_taken(batch, base_of(model), f" (it failed with {error!r})") from error
+        raise _refusal(batch, base_of(model), f" (it failed with {error!r})") from error
 
 
-def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
+def _refusal(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
     given = f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
     names = [p.name for p in _parameters(base) or []]
     return EvaTypeError(
@@ -215,7 +217,7 @@ def _not_taken(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
     )
 
 
-def takes_as_one(batch: Mapping[str, Any], model: nn.Module) -> bool:
+def takes_whole_mapping(batch: Mapping[str, Any], model: nn.Module) -> bool:
     """Tell whether a model takes one argument, and none named as a part of the batch."""
     base = base_of(model)
     parameters = _parameters(base) or []
@@ -225,9 +227,9 @@ def takes_as_one(batch: Mapping[str, Any], model: nn.Module) -> bool:
     return len(needed) == 1 and not batch.keys() & {p.name for p in parameters}
 
 
-def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def without_string_columns(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Drop string columns that ``forward`` does not name, as transformers' ``Trainer`` does."""
-    columns = {k for k, v in arguments.items() if _is_text(v)}
+    columns = {k for k, v in arguments.items() if _is_strings(v)}
     if not columns:
         return arguments
     base = base_of(model)
@@ -235,7 +237,7 @@ def without_text(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in arguments.items() if k not in columns or k in named}
 
 
-def _is_text(value: Any) -> bool:
+def _is_strings(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return bool(value) and all(isinstance(v, str) for v in value)
     return isinstance(value, str)
@@ -243,13 +245,13 @@ def _is_text(value: Any) -> bool:
 
 def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """Drop ``labels``, to save the loss, unless the model needs them or makes inputs from them."""
-    from_labels = architecture.makes_decoder_ids and not gives_decoder_inputs(arguments)
+    from_labels = architecture.makes_decoder_ids and not has_decoder_inputs(arguments)
     if from_labels or architecture.needs_labels:
         return arguments
     return {k: v for k, v in arguments.items() if k != "labels"}
 
 
-def gives_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
+def has_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
     """Tell whether the arguments include a decoder's inputs (tokens, embeddings, spectra)."""
     return any(is_decoder_input(key) for key, value in arguments.items() if value is not None)
 

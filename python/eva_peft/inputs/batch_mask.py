@@ -12,7 +12,7 @@ from torch import Tensor
 from .._peft_compat import LoraConfig, eva_of
 from ..errors import warn
 from ..model.architecture import Architecture
-from .arguments import PADDING_MASKS, gives_decoder_inputs, is_decoder_input
+from .arguments import PADDING_MASKS, has_decoder_inputs, is_decoder_input
 from .batches import as_mapping
 from .media_masks import audio_mask_of, has_audio, has_images, pixel_masks_of, tile_mask_of
 from .token_mask import TokenMask
@@ -56,7 +56,7 @@ def mask_of_batch(
         return TokenMask(None)
     batch = _with_prompt_mask(_with_token_masks(batch))
     # for custom models, only the batch shows whether there is a decoder
-    has_decoder = "decoder_attention_mask" in batch or gives_decoder_inputs(batch)
+    has_decoder = "decoder_attention_mask" in batch or has_decoder_inputs(batch)
     has_decoder = has_decoder or architecture.encoder_decoder
     main, decoder, unpadded = _text_masks(batch, config, architecture, has_decoder, warned)
     candidates = (token_mask(v) for k, v in batch.items() if _CROSS_MASK.search(str(k)))
@@ -242,7 +242,7 @@ def _decoder_mask(
         own_mask: the decoder's own mask in the batch.
         label_mask: see :func:`_labelled_step_mask`. Tokens made from labels have the labels' shape.
     """
-    labels, made = batch.get("labels"), not gives_decoder_inputs(batch)
+    labels, made = batch.get("labels"), not has_decoder_inputs(batch)
     if own_mask is None or label_mask is None:
         mask = label_mask if own_mask is None else own_mask
     elif own_mask.shape == label_mask.shape:

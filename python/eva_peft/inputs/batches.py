@@ -31,7 +31,7 @@ __all__ = [
 FORWARD_OVERHEAD = {"cpu": 128}
 FORWARD_OVERHEAD_ACCELERATOR = 4096
 
-_ANY = Architecture()
+_DEFAULT_ARCHITECTURE = Architecture()
 
 # Inputs with one entry per token along dimension 1; columns that are all padding can be cut.
 _TOKEN_KEYS = frozenset(
@@ -41,15 +41,15 @@ _TOKEN_KEYS = frozenset(
 
 def iterate(
     loader: Iterable[Any],
-    useful: Callable[[], bool] = lambda: True,
-    begin: Callable[[], object] = lambda: None,
+    another_epoch: Callable[[], bool] = lambda: True,
+    begin_epoch: Callable[[], object] = lambda: None,
 ) -> Generator[Any]:
     """Yield batches, starting another epoch whenever a loader can be iterated again.
 
     Args:
         loader: any iterable.
-        useful: called after each epoch; iteration ends if it returns false.
-        begin: called before each epoch.
+        another_epoch: called after each epoch; iteration ends if it returns false.
+        begin_epoch: called before each epoch.
 
     Raises:
         EvaTypeError: not iterable, or a mapping. EvaValueError: it yields no batch at all.
@@ -59,24 +59,24 @@ def iterate(
             f"the loader is a mapping with the names {listed(map(repr, loader))}; pass [batch] "
             "where that is a batch, and one of its parts where it holds data sets"
         )
-    begin()
+    begin_epoch()
     try:
         epoch = iter(loader)
     except TypeError as error:
         raise EvaTypeError(f"the loader must be iterable, got {type(loader)}") from error
-    first = True
+    nothing_yet = True
     try:
         while True:
             empty = True
             for batch in epoch:
-                empty = first = False
+                empty = nothing_yet = False
                 yield batch
                 del batch  # no batch is kept while the next one is being made
-            if first:
+            if nothing_yet:
                 raise EvaValueError("dataloader is empty: it yielded no batch")
-            if empty or not useful():  # empty: an exhausted iterator, for example
+            if empty or not another_epoch():  # empty: an exhausted iterator, for example
                 return
-            begin()
+            begin_epoch()
             epoch = iter(loader)
     finally:
         # Python 3.12.0 to 3.12.3 keep the locals of a generator that is closed while suspended
@@ -103,9 +103,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
         except TypeError:
             return moved
     if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, nn.Module)):
-        own = copy(batch)
-        returned = own.to(device)
-        return own if returned is None else returned
+        copied = copy(batch)
+        returned = copied.to(device)
+        return copied if returned is None else returned
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, (tuple, list)):
@@ -144,11 +144,11 @@ def size_of(batch: Any) -> tuple[int, int]:
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
-    whole = as_mapping(batch)
-    for part in _values(whole):
+    parts = as_mapping(batch)
+    for part in _values(parts):
         if isinstance(part, Tensor):
             yield part
-        elif part is not whole:
+        elif part is not parts:
             yield from _tensors(part)
 
 
@@ -183,53 +183,58 @@ def as_tensors(batch: Any) -> Any:
     """
     if not isinstance(batch, Mapping):
         return batch
-    found: dict[str, Any] = {}
-    listed = not any(isinstance(value, Tensor) for value in batch.values())
+    converted: dict[str, Any] = {}
+    only_lists = not any(isinstance(value, Tensor) for value in batch.values())
     for key, value in batch.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             native = value.dtype.newbyteorder("=")
-            found[key] = torch.from_numpy(np.require(value, native, ["C", "W"]))
-        elif listed and isinstance(value, (list, tuple)) and value and _are_samples(key, value):
+            converted[key] = torch.from_numpy(np.require(value, native, ["C", "W"]))
+        elif only_lists and isinstance(value, (list, tuple)) and _becomes_tensor(key, value):
             try:
-                found[key] = _stacked(value)
+                converted[key] = _stacked(value)
             except (RuntimeError, ValueError) as error:
                 raise EvaValueError(
                     f"the samples of {key!r} in a batch have different lengths; give the loader a "
                     "collator that pads them, such as transformers' DataCollatorWithPadding"
                 ) from error
-    ids = found.get("input_ids", batch.get("input_ids"))
-    alone = isinstance(ids, Tensor) and ids.dim() == 1
-    if not found and not alone:
+    ids = converted.get("input_ids", batch.get("input_ids"))
+    single_sample = isinstance(ids, Tensor) and ids.dim() == 1
+    if not converted and not single_sample:
         return batch
-    whole = {**batch, **found}
-    if alone:
+    whole = {**batch, **converted}
+    if single_sample:
         whole = {k: v[None] if isinstance(v, Tensor) else v for k, v in whole.items()}
     return whole
 
 
-def _are_samples(key: str, values: Sequence[Any]) -> bool:
+def _becomes_tensor(key: str, values: Sequence[Any]) -> bool:
     """Tell whether a list is to become one tensor; some models take lists of tensors."""
-    first = values[0]
-    if _is_sample(first):
+    if not values:
+        return False
+    element = values[0]
+    if _is_array(element):
         return key in _TOKEN_KEYS
-    while isinstance(first, (list, tuple)) and first:
-        first = first[0]
-    return isinstance(first, (int, float))
+    while isinstance(element, (list, tuple)) and element:
+        element = element[0]
+    return isinstance(element, (int, float))
 
 
-def _is_sample(value: Any) -> bool:
+def _is_array(value: Any) -> bool:
     array = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
     return array or isinstance(value, Tensor)
 
 
 def _stacked(values: Sequence[Any]) -> Tensor:
-    if all(map(_is_sample, values)):
+    if all(map(_is_array, values)):
         return torch.stack([torch.as_tensor(value) for value in values])
     return torch.as_tensor(values, device="cpu")
 
 
 def without_padding(
-    batch: Any, device: torch.device, architecture: Architecture = _ANY, divide: bool = True
+    batch: Any,
+    device: torch.device,
+    architecture: Architecture = _DEFAULT_ARCHITECTURE,
+    split_by_length: bool = True,
 ) -> list[Any]:
     """Split a batch into one or more that hold less padding, and the same tokens.
 
@@ -244,17 +249,17 @@ def without_padding(
         device: where the model will run it.
         architecture: of the model. In an encoder-decoder ``labels`` belong to another stream than
             ``attention_mask``; some models depend on padding, and custom ones may.
-        divide: short samples may be run separately.
+        split_by_length: short samples may be run separately.
     """
     # custom layers may pool over padding, or flatten inputs of one fixed length
-    seen = architecture.sees_padding or architecture.has_own_layers
-    if seen or not isinstance(batch, Mapping):
+    padding_matters = architecture.sees_padding or architecture.has_own_layers
+    if padding_matters or not isinstance(batch, Mapping):
         return [batch]
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
         return [batch]
     samples, columns = mask.shape
-    splits = divide
+    splits = split_by_length
     for key, value in batch.items():
         if isinstance(value, (Mapping, list, tuple)):
             return [batch]
@@ -264,28 +269,29 @@ def without_padding(
         unknown = key not in _TOKEN_KEYS or (architecture.encoder_decoder and key == "labels")
         if per_token and (unknown or value.shape[1] != columns):
             return [batch]
-        if key not in _TOKEN_KEYS and not is_image_key(key) and _goes_along(value, columns):
+        several = _has_several_per_column(value, columns)
+        if several and key not in _TOKEN_KEYS and not is_image_key(key):
             return [batch]
         if value.dim() == 0 or value.shape[0] != samples:
             return [batch]
         splits &= key in _TOKEN_KEYS or value.dim() == 1
     kept = mask > 0  # nothing of an additive mask, where 0 means keep: it is left as it is
     lengths = kept.sum(1)
-    begins = torch.arange(columns, device="cpu") < lengths[:, None]
-    if not torch.equal(kept, begins) or not kept.any():
+    right_padded = torch.arange(columns, device="cpu") < lengths[:, None]
+    if not torch.equal(kept, right_padded) or not kept.any():
         return [batch]
     overhead = FORWARD_OVERHEAD.get(device.type, FORWARD_OVERHEAD_ACCELERATOR)
-    every = list(range(samples))
-    groups = _group_by_length(lengths.tolist(), overhead) if splits else [every]
+    all_rows = list(range(samples))
+    groups = _group_by_length(lengths.tolist(), overhead) if splits else [all_rows]
     if len(groups) == 1 and int(lengths.max()) == columns:
         return [batch]
     return [_cut(batch, rows, columns, int(lengths[rows].max())) for rows in groups]
 
 
-def _goes_along(value: Tensor, columns: int) -> bool:
+def _has_several_per_column(value: Tensor, columns: int) -> bool:
     """Tell whether values may be several per column: Voxtral reads sound and text in step."""
-    several = value.is_floating_point() and value.dim() == 3
-    return several and any(size and size % columns == 0 for size in value.shape[1:])
+    is_spectrum = value.is_floating_point() and value.dim() == 3
+    return is_spectrum and any(size and size % columns == 0 for size in value.shape[1:])
 
 
 def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:
@@ -305,12 +311,12 @@ def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def _cut(batch: Mapping[str, Any], rows: list[int], columns: int, keep: int) -> dict[str, Any]:
+def _cut(batch: Mapping[str, Any], rows: list[int], columns: int, num_kept: int) -> dict[str, Any]:
     cut = {}
     for key, value in batch.items():
         if isinstance(value, Tensor):
             value = value if len(rows) == len(value) else value[rows]
             if key in _TOKEN_KEYS and value.dim() >= 2 and value.shape[1] == columns:
-                value = value[:, : max(keep, 1)]
+                value = value[:, : max(num_kept, 1)]
         cut[key] = value
     return cut

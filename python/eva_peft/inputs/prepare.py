@@ -18,12 +18,12 @@ from .batch_mask import mask_of_batch
 from .subsample import Draw
 from .token_mask import TokenMask
 
-__all__ = ["Ahead", "Prepared", "Preparer"]
+__all__ = ["Prefetcher", "PreparedBatch", "Preparer"]
 
 T = TypeVar("T")
 
 
-class Ahead(Iterator[T], Generic[T]):
+class Prefetcher(Iterator[T], Generic[T]):
     """An iterator whose next item can be prefetched.
 
     Args:
@@ -54,7 +54,7 @@ class Ahead(Iterator[T], Generic[T]):
         return self._fetched.pop() if self._fetched else next(self._items)
 
 
-class Prepared(NamedTuple):
+class PreparedBatch(NamedTuple):
     """A batch ready for the model.
 
     Attributes:
@@ -73,10 +73,10 @@ class Preparer:
         model, options, config: of the pass.
         architecture: of the model.
         device: where the model's inputs go.
-        divide: short samples may be run separately from long ones.
+        split_by_length: short samples may be run separately from long ones.
 
     Attributes:
-        plain_masks: masks are derived from batches, not by a function of the user's.
+        masks_from_batches: masks are derived from batches, not by a function of the user's.
     """
 
     def __init__(
@@ -86,56 +86,59 @@ class Preparer:
         config: LoraConfig,
         architecture: Architecture,
         device: torch.device,
-        divide: bool,
+        split_by_length: bool,
     ) -> None:
-        self.plain_masks = options.prepare_model_inputs_fn == AUTO
+        self.masks_from_batches = options.prepare_model_inputs_fn == AUTO
         self._model, self._options, self._config = model, options, config
-        self._architecture, self._device, self._divide = architecture, device, divide
+        self._architecture, self._device = architecture, device
+        self._split_by_length = split_by_length
         self._warned: set[str] = set()  # warnings already given in this pass
         self._sequence_first: dict[str, bool] = {}  # by layer: whether its input is sequence first
 
-    def prepare(self, batch: Any, number: int) -> Prepared:
+    def prepare(self, batch: Any, batch_number: int) -> PreparedBatch:
         """Return a batch without unneeded padding, and its masks.
 
         Args:
             batch: as it came from the loader.
-            number: of the batch, from 0.
+            batch_number: from 0.
         """
         by_default = self._options.forward_fn is None
         if by_default:
             whole = batches.as_mapping(batch)
-            if whole is batch or not arguments.takes_as_one(whole, self._model):
-                batch = batches.as_tensors(arguments.by_name(whole, self._model))
+            if whole is batch or not arguments.takes_whole_mapping(whole, self._model):
+                batch = batches.as_tensors(arguments.positional_to_named(whole, self._model))
         parts = [batch]
-        if by_default and self._options.trim_padding and self.plain_masks:
-            parts = batches.without_padding(batch, self._device, self._architecture, self._divide)
+        if by_default and self._options.trim_padding and self.masks_from_batches:
+            parts = batches.without_padding(
+                batch, self._device, self._architecture, self._split_by_length
+            )
         masks = [self._mask_of(part) for part in parts]
-        self._draw(masks, number)
-        return Prepared(parts, masks)
+        self._draw(masks, batch_number)
+        return PreparedBatch(parts, masks)
 
-    def drawn_mask_of(self, batch: Any, number: int) -> TokenMask:
+    def drawn_mask_of(self, batch: Any, batch_number: int) -> TokenMask:
         """Return the mask of a batch, or of named arguments, which is not run in parts."""
         mask = self._mask_of(batch)
-        self._draw([mask], number)
+        self._draw([mask], batch_number)
         return mask
 
     def _mask_of(self, batch: Any) -> TokenMask:
-        if not self.plain_masks:
+        if not self.masks_from_batches:
             return TokenMask(None)
         batch = batches.as_mapping(batch)
         mask = mask_of_batch(batch, self._config, self._architecture, self._warned)
         mask.sequence_first = self._sequence_first
         return mask
 
-    def _draw(self, masks: Sequence[TokenMask], number: int) -> None:
+    def _draw(self, masks: Sequence[TokenMask], batch_number: int) -> None:
         """Restrict the masks to a random subset of tokens if ``tokens_per_step`` is set."""
         limit = self._options.tokens_per_step
         if limit is None:
             return
-        whole = Draw(limit, self._options.seed, number)
+        draw_of_batch = Draw(limit, self._options.seed, batch_number)
         # for inputs with rows of neither stream the limit is split as for the main stream
-        for key, of_stream in {"": "main", "decoder": "decoder"}.items():
-            streams = [getattr(mask, of_stream) for mask in masks]
+        for key, attribute in {"": "main", "decoder": "decoder"}.items():
+            streams = [getattr(mask, attribute) for mask in masks]
             counts = [0 if stream is None else int(stream.sum()) for stream in streams]
-            for mask, draw in zip(masks, whole.shared_out(counts), strict=True):
+            for mask, draw in zip(masks, draw_of_batch.split_over_parts(counts), strict=True):
                 mask.draws[key] = draw

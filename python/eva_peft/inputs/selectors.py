@@ -22,7 +22,7 @@ def selectors_of(targets: list[Target], options: CalibrateOptions) -> list[Selec
     given = options.prepare_layer_inputs_fn
     default: Callable[..., Any] | None = None
     if given is None:
-        default = _every_row
+        default = _all_rows
     elif options.prepare_model_inputs_fn is None:
         default = None  # there is no mask, so every row counts and inputs can be shared
     elif options.prepare_model_inputs_fn != AUTO:
@@ -30,7 +30,7 @@ def selectors_of(targets: list[Target], options: CalibrateOptions) -> list[Selec
     if callable(given):
         default = given
     if not isinstance(given, Mapping):
-        return [_checked(default)] * len(targets)
+        return [_with_check(default)] * len(targets)
     known = {t.name for t in targets}
     by_name = {resolve_name(name, known): None if fn == AUTO else fn for name, fn in given.items()}
     unknown = set(by_name) - known
@@ -39,10 +39,10 @@ def selectors_of(targets: list[Target], options: CalibrateOptions) -> list[Selec
             "prepare_layer_inputs_fn is a mapping but the following module names were not found "
             f"in the model: {sorted(unknown)}"
         )
-    return [_checked(by_name.get(t.name, default)) for t in targets]
+    return [_with_check(by_name.get(t.name, default)) for t in targets]
 
 
-def _checked(fn: Callable[..., Any] | None) -> Selector | None:
+def _with_check(fn: Callable[..., Any] | None) -> Selector | None:
     if fn is None:
         return None
 
@@ -57,10 +57,10 @@ def _checked(fn: Callable[..., Any] | None) -> Selector | None:
     return select
 
 
-def _every_row(layer_input: Any, model_input: Any, name: str) -> Tensor:
+def _all_rows(layer_input: Any, model_input: Any, name: str) -> Tensor:
     return layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
 
 
 def _rows_by_index(layer_input: Any, model_input: Any, name: str) -> Tensor:
-    x = _every_row(layer_input, model_input, name)
+    x = _all_rows(layer_input, model_input, name)
     return x[model_input.T.unbind()]

@@ -21,20 +21,20 @@ class Draw:
     Attributes:
         limit: maximum number of tokens.
         seed: of the pass.
-        forward: number of the batch.
+        batch_number: from 0.
         part: number of the part of the batch, if it is run in several.
     """
 
     limit: int
     seed: int
-    forward: int
+    batch_number: int
     part: int = 0
 
     def indices(self, count: int) -> Tensor | None:
         """Return the indices drawn from ``count`` tokens, ascending int64; ``None`` for all."""
         if count <= self.limit:
             return None
-        seed = (self.seed * 1_000_003 + self.forward) * 1_009 + self.part
+        seed = (self.seed * 1_000_003 + self.batch_number) * 1_009 + self.part
         generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.randperm(count, generator=generator, device="cpu")[: self.limit].sort().values
 
@@ -48,17 +48,17 @@ class Draw:
         chosen[kept[drawn]] = True
         return chosen.reshape(mask.shape)
 
-    def shared_out(self, tokens: Sequence[int]) -> list[Draw]:
+    def split_over_parts(self, token_counts: Sequence[int]) -> list[Draw]:
         """Return one draw for each part of the batch, with limits proportional to their tokens.
 
         The limits add up to that of the batch.
         """
-        if len(tokens) == 1:
+        if len(token_counts) == 1:
             return [self]
-        total = max(1, sum(tokens))
-        exact = [self.limit * count / total for count in tokens]
-        limits = [int(share) for share in exact]
-        largest = sorted(range(len(tokens)), key=lambda part: limits[part] - exact[part])
-        for part in largest[: self.limit - sum(limits)]:
+        total = max(1, sum(token_counts))
+        shares = [self.limit * count / total for count in token_counts]
+        limits = [int(share) for share in shares]
+        by_rounding = sorted(range(len(token_counts)), key=lambda part: limits[part] - shares[part])
+        for part in by_rounding[: self.limit - sum(limits)]:
             limits[part] += 1
         return [replace(self, limit=limit, part=part) for part, limit in enumerate(limits)]

@@ -99,17 +99,17 @@ class ModelCall:
 
     def _call(self, batch: Any) -> None:
         args, kwargs = arguments.model_arguments(batch)
-        kwargs = arguments.without_text(kwargs, self._model)
+        kwargs = arguments.without_string_columns(kwargs, self._model)
         kwargs = arguments.without_labels(kwargs, self._architecture)
         try:
             self._model(*args, **kwargs)
         except TypeError:  # checked only now, since inspecting signatures is slow
-            if arguments.can_be_called(args, kwargs, self._model):
+            if arguments.accepts_arguments(args, kwargs, self._model):
                 raise
             self._call_with_one(arguments.as_one_argument(batch, self._model))
         except Exception as error:
             if not self._ran:
-                arguments.check_known(batch, kwargs, self._model, error)
+                arguments.raise_if_names_unknown(batch, kwargs, self._model, error)
             raise
 
     def _call_with_one(self, batch: Any) -> None:
@@ -117,16 +117,16 @@ class ModelCall:
             self._model(batch)
         except Exception as error:
             if not self._ran:
-                arguments.check_taken(batch, self._model, error)
+                arguments.raise_if_mapping_refused(batch, self._model, error)
             raise
 
     def _called_with(
         self, batch: Any, mask: TokenMask, number: int
     ) -> AbstractContextManager[object]:
-        if not self._preparer.plain_masks:
+        if not self._preparer.masks_from_batches:
             return nullcontext()
 
-        make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
+        make_mask = functools.partial(self._preparer.drawn_mask_of, batch_number=number)
         told = self._model, batch, mask, make_mask, self._collector.use_mask, self._of_media
         if self._options.forward_fn is not None:
             return CalledWith(*told, self._collector.begin_call).looking()
@@ -136,7 +136,7 @@ class ModelCall:
     def _padding_told(
         self, batch: Any, mask: TokenMask, number: int
     ) -> AbstractContextManager[object]:
-        if not self._preparer.plain_masks:
+        if not self._preparer.masks_from_batches:
             return nullcontext()
         by_default = self._options.forward_fn is None
         if by_default and self._is_of_decoders and _holds_tokens_alone(batch):
@@ -144,7 +144,7 @@ class ModelCall:
         parts = self._parts_to_ask(mask)
         if not parts:
             return nullcontext()
-        make_mask = functools.partial(self._preparer.drawn_mask_of, number=number)
+        make_mask = functools.partial(self._preparer.drawn_mask_of, batch_number=number)
         return PaddingTold(parts, self._of_media, make_mask, self._collector.use_mask).looking()
 
     def _parts_to_ask(self, mask: TokenMask) -> dict[nn.Module, int]:

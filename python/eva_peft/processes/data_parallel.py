@@ -26,7 +26,7 @@ from eva_kernels.streaming import InputStream
 
 from ..errors import EvaTypeError, EvaValueError, NotConvergedError, counted
 from ..inputs import batches
-from ..inputs.prepare import Prepared
+from ..inputs.prepare import PreparedBatch
 from ..model.divided import sharded_by
 from ..options import AUTO
 from ..passes.progress import record_step
@@ -220,7 +220,7 @@ class Processes:
                 f"{most}: they must yield the same batches again"
             )
 
-    def _step(self, run: CalibrationPass, coming: Iterator[Prepared]) -> _Decision:
+    def _step(self, run: CalibrationPass, coming: Iterator[PreparedBatch]) -> _Decision:
         reports = self.together.of_all(self._forward(run, coming))
         self._seen += sum(report.tokens for report in reports)
         for report in reports:
@@ -269,7 +269,7 @@ class Processes:
         check_requests([asked for asked, _ in every])
         check_weights([shown for _, shown in every])
 
-    def _forward(self, run: CalibrationPass, coming: Iterator[Prepared]) -> Report:
+    def _forward(self, run: CalibrationPass, coming: Iterator[PreparedBatch]) -> Report:
         before = run.tokens
         run.phase = "forward"
         ready = self.together.attempt(
@@ -292,7 +292,7 @@ class Processes:
         return Report(ready is not None, run.tokens - before, slots, *passes, random)
 
     def _next_ready(
-        self, run: CalibrationPass, coming: Iterator[Prepared]
+        self, run: CalibrationPass, coming: Iterator[PreparedBatch]
     ) -> Iterable[Ready] | None:
         prepared = next(coming, None)
         if prepared is None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from eva_kernels import EvaTypeError, EvaValueError
-from eva_peft.inputs.arguments import as_one_argument, by_name, check_known
+from eva_peft.inputs.arguments import as_one_argument, positional_to_named, raise_if_names_unknown
 from eva_peft.model.architecture import signature_of
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
@@ -104,7 +104,7 @@ def test_positional_parts(case: str, kind: Any) -> None:
     model: Any = nn.Module()
     model.forward, model.config = forward, SimpleNamespace(type_vocab_size=2)
     batch = kind(parts)
-    found = by_name(batch, model)
+    found = positional_to_named(batch, model)
     if expected == "as it is":
         assert found is batch
     elif isinstance(expected, int):
@@ -182,7 +182,7 @@ def test_a_dataclass_is_one_argument_where_no_name_of_it_is_known() -> None:
 def test_errors_are_explained_where_no_name_is_known() -> None:
     own, model = KeyError("mine"), make_llama()
     with pytest.raises(EvaTypeError, match=r"names \['mine'\].*it failed with KeyError"):
-        check_known({"mine": IDS}, {"mine": IDS}, model, own)
+        raise_if_names_unknown({"mine": IDS}, {"mine": IDS}, model, own)
     plain: Any = nn.Module()
     plain.forward = of_text
     known = EvaValueError("ours"), torch.OutOfMemoryError("full")
@@ -193,7 +193,7 @@ def test_errors_are_explained_where_no_name_is_known() -> None:
         *((["mine"], model, error) for error in known),
     ):
         batch = dict.fromkeys(names)
-        check_known(batch, batch, of, error)  # it may be about something else
+        raise_if_names_unknown(batch, batch, of, error)  # it may be about something else
 
 
 class Around(LlamaForCausalLM):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eva_kernels.streaming import _host
 from eva_peft.calibrate import CalibrationPass
-from eva_peft.inputs.prepare import Ahead, Preparer
+from eva_peft.inputs.prepare import Prefetcher, Preparer
 from eva_peft.inputs.token_mask import TokenMask
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
@@ -203,7 +203,7 @@ def test_fetched_ahead_or_not_the_result_has_the_same_bits(
         return run(make_llama(), iter(text_batches(4)), lora(tau=1.0), **options)
 
     ahead = result()
-    monkeypatch.setattr(Ahead, "fetch", lambda self: None)
+    monkeypatch.setattr(Prefetcher, "fetch", lambda self: None)
     behind = result()
     assert ahead.ranks == behind.ranks
     assert all(torch.equal(ahead.components[n], behind.components[n]) for n in ahead.components)
@@ -228,7 +228,7 @@ def test_ahead_fetches_once_and_tells_an_error_once() -> None:
         yield 1
         raise OSError("no more")
 
-    ahead = Ahead(numbers())
+    ahead = Prefetcher(numbers())
     ahead.fetch()
     ahead.fetch()
     assert (next(ahead), next(ahead)) == (0, 1)

@@ -113,7 +113,7 @@ def test_parts_share_by_what_counts() -> None:
     ],
 )
 def test_limits_of_parts_add_up(limit: int, tokens: list[int], limits: list[int]) -> None:
-    draws = Draw(limit, 0, 0).shared_out(tokens)
+    draws = Draw(limit, 0, 0).split_over_parts(tokens)
     assert [draw.limit for draw in draws] == limits
     assert [draw.part for draw in draws] == list(range(len(tokens)))
 
@@ -171,12 +171,12 @@ def test_same_draw_whatever_the_global_state() -> None:
 
 def test_what_a_draw_depends_on() -> None:
     def drawn(**changes: int) -> Tensor:
-        found = Draw(**{"limit": 10, "seed": 0, "forward": 0, **changes}).indices(50)
+        found = Draw(**{"limit": 10, "seed": 0, "batch_number": 0, **changes}).indices(50)
         assert found is not None
         assert (found.diff() > 0).all()
         return found
 
-    others = [{"seed": 1}, {"forward": 1}, {"part": 1}, {"seed": -1}, {"seed": 2**62 + 9}]
+    others = [{"seed": 1}, {"batch_number": 1}, {"part": 1}, {"seed": -1}, {"seed": 2**62 + 9}]
     chosen = [drawn(), *(drawn(**changes) for changes in others)]
     assert len({tuple(each.tolist()) for each in chosen}) == len(chosen)
     mask, draw = torch.rand(5, 20) < 0.8, Draw(10, 0, 0)

@@ -65,7 +65,7 @@ def test_short_samples_run_apart_where_that_pays() -> None:
     )
     images = {**batch, "pixel_values": torch.ones(16, 3, 5)}  # maybe not one a sample
     assert without_padding(images, CPU) == [images]
-    assert without_padding(batch, CPU, divide=False) == [batch]
+    assert without_padding(batch, CPU, split_by_length=False) == [batch]
     # another pass costs more where a device is not full
     assert without_padding(batch, torch.device("cuda")) == [batch]
 
