@@ -17,7 +17,7 @@ from .batch_mask import token_mask
 from .batches import as_mapping, as_tensors
 from .mask_contents import kept_by_padding
 from .media_masks import is_image_key
-from .padding_told import ENDS_OF_PADDING, TARGETS
+from .part_masks import PADDING_MASK_SUFFIXES, TARGET_PREFIXES
 
 __all__ = ["with_other_padding"]
 
@@ -38,7 +38,7 @@ _TOKEN_MASKS = ("attention_mask", "decoder_attention_mask")
 _GENERIC_PREFIXES = ("attention", "input", "key", "mask", "padding")
 _SPECIAL_SUFFIXES = ("_token_id", "_token_index")
 # Prefixes of the names of a decoder's inputs, and of its masks.
-_DECODER_PREFIXES = ("decoder_", *TARGETS)
+_DECODER_PREFIXES = ("decoder_", *TARGET_PREFIXES)
 
 
 def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
@@ -135,7 +135,7 @@ def _padding(name: str, mask: Tensor) -> Tensor | None:
     if name in _TOKEN_MASKS:
         kept = token_mask(mask)
         return None if kept is None else ~kept
-    if mask.dim() == 2 and name.endswith(ENDS_OF_PADDING):
+    if mask.dim() == 2 and name.endswith(PADDING_MASK_SUFFIXES):
         kept = kept_by_padding(mask)
         return None if kept is None else ~kept
     return mask == 0 if mask.dim() in (2, 3) and _is_binary(mask) else None

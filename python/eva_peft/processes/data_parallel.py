@@ -313,7 +313,7 @@ class Processes:
         any communication for a collective of the model.
         """
         self.together.held.catch(do)
-        if not run.call.inside:
+        if not run.call.in_forward:
             return
         _LOGGER.error(
             "process %d %s, in forward pass %d of a sharded model, in which the others wait for "

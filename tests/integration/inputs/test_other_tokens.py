@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run
-from integration.inputs.test_padding_told import EXACT, KEPT, Block, Seen, batches
+from integration.inputs.test_part_masks import EXACT, KEPT, Block, Seen, batches
 
 
 class Translates(nn.Module):

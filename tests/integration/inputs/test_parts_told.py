@@ -9,9 +9,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from eva_peft.inputs.padding_told import parts_told
+from eva_peft.inputs.part_masks import parts_taking_masks
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, wrapped
-from integration.inputs.test_padding_told import EXACT, KEPT, LENGTHS, Seen, batches
+from integration.inputs.test_part_masks import EXACT, KEPT, LENGTHS, Seen, batches
 
 
 def test_layers_with_adapters_are_looked_at_where_those_within_may_be_told() -> None:
@@ -28,10 +28,10 @@ def test_layers_with_adapters_are_looked_at_where_those_within_may_be_told() -> 
 
     config = lora(target_modules=["first", "looks", "query"], init_lora_weights=True)
     model = wrapped(Model(), config)
-    found = [part for part in parts_told(model) if isinstance(part, LoraLayer)]
+    found = [part for part in parts_taking_masks(model) if isinstance(part, LoraLayer)]
     base = model.base_model.model
     assert found == [base.looks]
-    assert base in parts_told(model)
+    assert base in parts_taking_masks(model)
 
 
 class Reads(nn.Module):

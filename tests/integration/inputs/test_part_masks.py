@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers import BertModel, T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from eva_peft.inputs import padding_told
+from eva_peft.inputs import part_masks
 from integration.conftest import (
     VOCABULARY,
     hooks_of,
@@ -478,9 +478,9 @@ def test_layers_of_a_decoder_are_not_looked_at_where_there_is_nothing_but_tokens
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[object] = []
-    around = padding_told.AroundCalls.looking
+    around = part_masks.CallHooks.registered
     monkeypatch.setattr(
-        padding_told.PaddingTold, "looking", lambda self: looked.append(self) or around(self)
+        part_masks.PartMaskHooks, "registered", lambda self: looked.append(self) or around(self)
     )
     ids = torch.randint(1, VOCABULARY, (2, 6))
     batch: Any = {"tensor": ids, "with lengths": {"input_ids": ids, "lengths": None}}
