@@ -31,12 +31,12 @@ from .model.targets import Target, find_targets
 from .options import CalibrateOptions
 from .passes.hooks import InputCollector
 from .passes.model_call import ModelCall, Ready
+from .passes.model_modes import calibration_mode, exclusive_use
 from .passes.out_of_memory import explained
 from .passes.planning import components_of, log_plan, plan_targets
 from .passes.progress import bar_of, empty_history, log_end, record_step
 from .passes.ranks import Budget, allocate
 from .passes.verdict import check_answer
-from .passes.world import claimed, quiet_model
 from .processes.data_parallel import Processes, beginning, processes_of
 from .results.collect import collect_result
 from .results.result import EvaResult
@@ -97,12 +97,12 @@ def with_pass(
     check_loaded(model)
     targets = find_targets(model, config, options.adapter_name)
     with (
-        claimed(model),
+        exclusive_use(model),
         random_state_kept(),
         # shared inputs are recognised by tensor versions, which inference mode does not count
         torch.inference_mode(False),
         torch.no_grad(),
-        quiet_model(model),
+        calibration_mode(model),
     ):
         run = kind(model, config, options, targets, processes)
         try:

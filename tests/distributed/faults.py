@@ -21,7 +21,7 @@ import eva_kernels
 from distributed.scenarios import calibrate, limited, own_batches, scenario
 from distributed.shards import sharded
 from eva_peft.passes.hooks import InputCollector
-from eva_peft.passes.world import claimed
+from eva_peft.passes.model_modes import exclusive_use
 from eva_peft.processes import meeting
 from eva_peft.resume.checkpoint import CheckpointKeeper
 from integration.conftest import QUIET, lora, make_llama, wrapped
@@ -141,7 +141,7 @@ def fails_in_one_before(rank: int) -> Any:
 
     def of_a_model_that_is_busy() -> Any:
         model = make_llama()
-        with claimed(model) if wrong else nullcontext():
+        with exclusive_use(model) if wrong else nullcontext():
             return initialise(model, lora())
 
     def without_hooks() -> Any:

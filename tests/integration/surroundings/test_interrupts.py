@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 import eva_kernels
 from eva_peft.lora.wrapping import wrap_model
 from eva_peft.model.routing import EagerExperts
-from eva_peft.passes import world
+from eva_peft.passes import model_modes
 from eva_peft.passes.hooks import InputCollector
 from eva_peft.surroundings.interrupts import completed, temporarily, undone_on_failure
 from eva_peft.surroundings.random_state import random_state_kept
@@ -27,7 +27,7 @@ from eva_peft.surroundings.snapshot import ModelSnapshot, restored, restored_on_
 from integration.conftest import QUIET, lora, same_state, state_of, vectors, wrapped
 
 FILES = {
-    "/eva_peft/passes/world.py",
+    "/eva_peft/passes/model_modes.py",
     *(f"/eva_peft/surroundings/{name}.py" for name in ("interrupts", "random_state", "snapshot")),
 }
 # what of hooks.py and routing.py runs before and behind the batches
@@ -119,15 +119,16 @@ def changed(before: dict[str, Any], values: Any, model: nn.Module) -> list[str]:
     bad = [key for key, value in before.items() if now[key] != value]
     if not same_state(values, state_of(model)):
         bad.append("values")
-    if world._PROCESS._claims or world._PROCESS._passes or world._PROCESS._undo:
+    switches = model_modes._SWITCHES
+    if switches._claims or switches._passes or switches._undo:
         bad.append("process")
-        world._PROCESS.__init__()  # type: ignore[misc]  # the next one is to be judged alone
+        switches.__init__()  # type: ignore[misc]  # the next one is to be judged alone
     return [*bad, "locked"] if _is_locked() else bad
 
 
 def _is_locked() -> bool:
     """Tell whether a lock was left locked, which only other threads notice."""
-    lock, free = world._PROCESS._lock, []
+    lock, free = model_modes._SWITCHES._lock, []
 
     def look() -> None:
         if lock.acquire(timeout=0):
@@ -231,13 +232,13 @@ def drawn(model: nn.Module) -> None:
 
 
 def quiet(model: nn.Module) -> None:
-    with world.quiet_model(model):
+    with model_modes.calibration_mode(model):
         assert not model.training
 
 
 def claimed(model: nn.Module) -> None:
-    with world.claimed(model):
-        assert world._PROCESS._claims
+    with model_modes.exclusive_use(model):
+        assert model_modes._SWITCHES._claims
 
 
 def collected(model: nn.Module) -> None:
@@ -337,7 +338,7 @@ def test_two_claims_at_once() -> None:
     def claim() -> None:
         start.wait()
         try:
-            with world.claimed(model):
+            with model_modes.exclusive_use(model):
                 told.append("runs")
                 done.wait(20)
         except eva_kernels.EvaRuntimeError:
@@ -353,12 +354,12 @@ def test_two_claims_at_once() -> None:
     for thread in threads:
         thread.join()
     assert sorted(told) == ["refused"] * 7 + ["runs"]
-    assert not world._PROCESS._claims
+    assert not model_modes._SWITCHES._claims
 
 
 def test_of_two_claims_the_first_holds() -> None:
     """Also where the second comes while the first looks for others."""
-    process, first, second = world._Process(), object(), object()
+    process, first, second = model_modes._ProcessSwitches(), object(), object()
     modules = frozenset([1, 2])
     process._claims = {first: modules, second: modules}
     process._claim(first, modules)

@@ -17,10 +17,10 @@ from ..model.architecture import configs_of
 from ..surroundings.interrupts import temporarily
 from ..surroundings.snapshot import gradients_as_now
 
-__all__ = ["claimed", "quiet_model"]
+__all__ = ["calibration_mode", "exclusive_use"]
 
 
-class _Process:
+class _ProcessSwitches:
     """Process-wide switches, which are off while any pass runs; passes may overlap.
 
     An interrupt may come anywhere, so every step of the restoration may run twice, or after a
@@ -34,7 +34,7 @@ class _Process:
         # ids of the modules of each pass, which stay alive that long; in order of begin
         self._claims: dict[object, frozenset[int]] = {}
 
-    def claimed(self, model: nn.Module) -> AbstractContextManager[None]:
+    def exclusive_use(self, model: nn.Module) -> AbstractContextManager[None]:
         """Keep other passes off a model; the hooks of each would see the other's batches."""
         modules = frozenset(id(m) for m in model.modules() if not _is_activation(m))
         claim = object()
@@ -56,15 +56,15 @@ class _Process:
                     "thread or around this call; run one after the other"
                 )
 
-    def quieten(self, this: object) -> None:
+    def switch_off_for(self, pass_id: object) -> None:
         """Switch them off, for a pass that begins."""
-        self._alone(lambda: self._begin(this))
+        self._with_lock(lambda: self._begin_pass(pass_id))
 
-    def restore(self, this: object) -> None:
-        """Restore them, if no other pass runs; may be repeated, or run without :meth:`quieten`."""
-        self._alone(lambda: self._end(this))
+    def restore_after(self, pass_id: object) -> None:
+        """Restore them, if no other pass runs; may be repeated, or run without the other."""
+        self._with_lock(lambda: self._end_pass(pass_id))
 
-    def _alone(self, step: Callable[[], object]) -> None:
+    def _with_lock(self, step: Callable[[], object]) -> None:
         """Run a step under the lock."""
         try:
             try:
@@ -81,13 +81,13 @@ class _Process:
             while True:
                 self._lock.release()
 
-    def _begin(self, this: object) -> None:
+    def _begin_pass(self, pass_id: object) -> None:
         if not self._passes:
             self._switch_off()
-        self._passes.add(this)
+        self._passes.add(pass_id)
 
-    def _end(self, this: object) -> None:
-        self._passes.discard(this)
+    def _end_pass(self, pass_id: object) -> None:
+        self._passes.discard(pass_id)
         if not self._passes:
             self._switch_on()
 
@@ -114,29 +114,29 @@ def _is_activation(module: nn.Module) -> bool:
     return type(module).__module__ in places and not any(True for _ in module.parameters())
 
 
-_PROCESS = _Process()
+_SWITCHES = _ProcessSwitches()
 
 
-def claimed(model: nn.Module) -> AbstractContextManager[None]:
+def exclusive_use(model: nn.Module) -> AbstractContextManager[None]:
     """Return a context in which no other pass may run on a model, with or without adapters.
 
     Raises:
         EvaRuntimeError: one is running.
     """
-    return _PROCESS.claimed(model)
+    return _SWITCHES.exclusive_use(model)
 
 
-def quiet_model(model: nn.Module) -> AbstractContextManager[None]:
+def calibration_mode(model: nn.Module) -> AbstractContextManager[None]:
     """Run a model in eval mode, with adapters off and without a generation cache.
 
     Every module's own mode, flag and config value is restored on any kind of exit, and so is
     ``requires_grad`` of every parameter.
     """
-    quiet = _Quiet(model)
-    return temporarily(quiet.end, quiet.begin)
+    mode = _CalibrationMode(model)
+    return temporarily(mode.end, mode.begin)
 
 
-class _Quiet:
+class _CalibrationMode:
     """The changes to a model, and to the process, while a pass runs."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -149,7 +149,7 @@ class _Quiet:
         # not restore it if adapters were off before
         self._restore_gradients = gradients_as_now(model.parameters())
         self._caches: list[tuple[Any, Any]] = []
-        self._pass = object()
+        self._pass_id = object()
 
     def begin(self) -> None:
         self._model.eval()
@@ -161,7 +161,7 @@ class _Quiet:
             with suppress(AttributeError, TypeError):  # it has none, or is frozen
                 self._caches.append((config, config.use_cache))
                 config.use_cache = False
-        _PROCESS.quieten(self._pass)
+        _SWITCHES.switch_off_for(self._pass_id)
 
     def end(self) -> None:
         """Restore everything; may be interrupted, and run again."""
@@ -178,7 +178,7 @@ class _Quiet:
         finally:
             for module, mode in self._training:
                 module.training = mode
-            _PROCESS.restore(self._pass)
+            _SWITCHES.restore_after(self._pass_id)
 
 
 def _repacks_in_eval(module: nn.Module) -> bool:
