@@ -32,11 +32,11 @@ from .options import CalibrateOptions
 from .passes.hooks import InputCollector
 from .passes.model_call import ModelCall, Ready
 from .passes.model_modes import calibration_mode, exclusive_use
-from .passes.out_of_memory import explained
+from .passes.out_of_memory import out_of_memory_error
 from .passes.planning import components_of, log_plan, plan_targets
-from .passes.progress import bar_of, empty_history, log_end, record_step
+from .passes.progress import empty_history, log_end, make_progress_bar, record_step
 from .passes.ranks import Budget, allocate
-from .passes.verdict import check_answer
+from .passes.verdict import check_outcome
 from .processes.data_parallel import Processes, beginning, processes_of
 from .results.collect import collect_result
 from .results.result import EvaResult
@@ -110,7 +110,7 @@ def with_pass(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise explained(run, error) from error
+            raise out_of_memory_error(run, error) from error
 
 
 class CalibrationPass:
@@ -174,7 +174,7 @@ class CalibrationPass:
 
     def _run(self, loader: Iterable[Any]) -> EvaResult:
         memory, processes = PeakMemory(self.device), self.processes
-        self.bar = bar_of(self)
+        self.bar = make_progress_bar(self)
         if self.leads:
             log_plan(self.model, self.targets, self.eva.rho, self.options, self.device)
         try:
@@ -199,11 +199,11 @@ class CalibrationPass:
 
     def _result(self, done: bool, memory: PeakMemory) -> EvaResult:
         self.skipped = max((s.stream.skipped for s in self.collector.slots), default=0)
-        self.collector.drop_empty()
+        self.collector.drop_empty_slots()
         self.seconds["total"] = self.elapsed()
         self.seconds["forward"] -= self.seconds["accumulate"]
         log_end(self)
-        check_answer(self, done)
+        check_outcome(self, done)
         return collect_result(self, memory.peak_bytes)
 
     def _loop(self, loader: Iterable[Any]) -> bool:
@@ -298,7 +298,7 @@ class CalibrationPass:
         All processes of a sharded model do so together.
         """
         before = self.collector.tokens
-        self.collector.only(self.again)
+        self.collector.restrict_to(self.again)
         self.call.run(part, self.forwards)
         self.collector.end_forward()
         self.tokens += max(self.collector.tokens - before, 0)
@@ -338,7 +338,7 @@ class CalibrationPass:
         streams = [slot.stream for slot in self.collector.slots]
         # A step of few tokens rotates components little, even if they are far from converged.
         short = [(s, s.settled) for s in streams] if final else []
-        with self.collector.explaining():
+        with self.collector.locating_errors():
             fold = begin_fold(streams, final=final)
             if fold.queued and ahead is not None:
                 self.fetch(ahead)

@@ -23,7 +23,7 @@ from ..model.routing import EagerExperts, RoutedInputs
 from ..model.targets import Target
 from ..surroundings.interrupts import completed
 from ..surroundings.snapshot import take_off
-from .shared_inputs import Seen, Slot
+from .shared_inputs import SeenTensor, Slot
 
 __all__ = ["InputCollector", "StopForward"]
 
@@ -42,7 +42,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         targets: the layers.
         make_stream: returns a new stream for a layer, an input dtype and a device.
         selectors: per layer, a user's function that selects rows, or ``None`` to use the mask.
-        patient: raise the errors of hooks only at the end of the forward pass, in which the
+        defer_errors: raise the errors of hooks only at the end of the forward pass, in which the
             processes of a sharded model wait for each other.
     """
 
@@ -51,45 +51,46 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         targets: Sequence[Target],
         make_stream: Callable[[Target, torch.dtype, torch.device], InputStream],
         selectors: Sequence[Selector | None],
-        patient: bool = False,
+        defer_errors: bool = False,
     ) -> None:
-        self.targets, self.selectors, self._patient = targets, selectors, patient
+        self.targets, self.selectors, self._defer_errors = targets, selectors, defer_errors
         self._held = HeldError()
         self.slots: list[Slot] = []
         self.slot_of: dict[int, Slot] = {}
         self.frozen: set[int] = set()  # layers that are no longer accumulated
-        self.alone: set[int] = set()  # layers that turned out not to share an input
-        self.most_calls: dict[int, int] = {}  # by layer: most calls in one forward pass
+        self.unshared: set[int] = set()  # layers that turned out not to share an input
+        self.max_calls: dict[int, int] = {}  # by layer: most calls in one forward pass
         self.seconds = 0.0
         self.step = 0
-        self.current: str | None = None  # the layer that is being accumulated
+        self.current_layer: str | None = None  # the layer that is being accumulated
         self.tokens = 0
-        self._of_calls = 0  # of these, the tokens of earlier calls of the model
+        self._earlier_tokens = 0  # of these, the tokens of earlier calls of the model
         self._make_stream = make_stream
         self._mask = TokenMask(None)
         self._model_input: Any = None
-        self._fresh: dict[Slot, None] = {}  # ordered set of slots created in this forward pass
-        self._fresh_of: dict[int, list[Slot]] = {}  # by the id of the tensor they began with
-        self._missing = 0  # needed layers not called yet in this forward pass
-        self._counts: dict[int, int] = {}
+        self._new_slots: dict[Slot, None] = {}  # ordered set of slots created in this forward pass
+        self._new_slots_by_id: dict[int, list[Slot]] = {}  # by the id of the tensor they began with
+        self._num_uncalled = 0  # needed layers not called yet in this forward pass
+        self._call_counts: dict[int, int] = {}
         self._stop_early = self.stopped = False
-        self._size = self.largest = (0, 0)  # of this batch; of all batches run to the end
-        self._only: set[int] | None = None
+        self._size = self.largest_batch = (0, 0)  # of this batch; of all batches run to the end
+        self._only_layers: set[int] | None = None
         self._hooks: list[tuple[nn.Module, Callable[..., None]]] = []
         weights = [(i, t.weight) for i, t in enumerate(targets) if t.weight is not None]
         # a weak reference: a cycle would keep all streams on the device until garbage collection
-        multiplied = functools.partial(InputCollector._multiplied, weakref.proxy(self))
-        self.routed = RoutedInputs(weights, multiplied)
-        self._routing: bool | None = None  # whether inputs are selected tokens; None: unknown yet
-        self._eager = EagerExperts([t.module for t in targets if t.weight is not None])
+        on_multiplied = functools.partial(InputCollector._on_multiplied, weakref.proxy(self))
+        self.routed = RoutedInputs(weights, on_multiplied)
+        # whether inputs are selected tokens; None: unknown yet
+        self._inputs_are_routed: bool | None = None
+        self._eager_experts = EagerExperts([t.module for t in targets if t.weight is not None])
 
     def __enter__(self) -> InputCollector:
         try:
-            self._eager.__enter__()
+            self._eager_experts.__enter__()
             for i, target in enumerate(self.targets):
                 if target.weight is not None:
                     continue
-                hook = self._hook_for(i)
+                hook = self._make_hook(i)
                 # recorded before it is registered, in case of an interrupt in between
                 self._hooks.append((target.module, hook))
                 target.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -111,23 +112,23 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for module, hook in self._hooks:
             take_off(module, hook)
         self._hooks.clear()
-        self._eager.__exit__(None, None, None)
+        self._eager_experts.__exit__(None, None, None)
 
-    def _hook_for(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        part = self.targets[i].inputs is not None
-        called = self._part_called if part else self._called
+    def _make_hook(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        is_part = self.targets[i].inputs is not None
+        handler = self._on_part_call if is_part else self._on_call
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._timed_call(called, i, args, kwargs)
+            self._timed_call(handler, i, args, kwargs)
 
         return hook
 
-    def _multiplied(self, i: int, x: Tensor) -> None:
-        self._timed_call(self._called, i, (x,), {})
+    def _on_multiplied(self, i: int, x: Tensor) -> None:
+        self._timed_call(self._on_call, i, (x,), {})
 
     def _timed_call(
         self,
-        called: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
+        handler: Callable[[int, tuple[Any, ...], dict[str, Any]], None],
         i: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -137,16 +138,16 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             try:
                 if torch.is_inference_mode_enabled():  # by a forward_fn; the statistics outlive it
                     with torch.inference_mode(False), torch.no_grad():
-                        called(i, args, kwargs)
+                        handler(i, args, kwargs)
                 else:
-                    called(i, args, kwargs)
+                    handler(i, args, kwargs)
             except Exception as error:
-                if not self._patient:
+                if not self._defer_errors:
                     raise
                 self._held.error = error
             finally:
                 self.seconds += time.perf_counter() - begin
-            self.stopped = self._stop_early and self._missing == 0
+            self.stopped = self._stop_early and self._num_uncalled == 0
         if self.stopped:  # again at each call, if the model caught it and continued
             raise StopForward
 
@@ -169,96 +170,97 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             size: of the batch, see :func:`eva_peft.inputs.batches.size_of`.
         """
         self._mask, self._model_input = mask, model_input
-        self._counts, self.stopped = {}, False
-        self.tokens = self._of_calls = 0
-        self._forget_fresh()
-        self._missing = len(self.targets) - len(self.frozen)
-        self.routed.following = mask.excludes_tokens and self._routing is not False
-        once = all(self.most_calls.get(i) == 1 for i in range(len(self.targets)))
+        self._call_counts, self.stopped = {}, False
+        self.tokens = self._earlier_tokens = 0
+        self._forget_new_slots()
+        self._num_uncalled = len(self.targets) - len(self.frozen)
+        self.routed.following = mask.excludes_tokens and self._inputs_are_routed is not False
+        all_called_once = all(self.max_calls.get(i) == 1 for i in range(len(self.targets)))
         self._size = size
-        known = all(n <= most for n, most in zip(size, self.largest, strict=True))
-        self._stop_early = stop_early and once and known
+        known_size = all(n <= most for n, most in zip(size, self.largest_batch, strict=True))
+        self._stop_early = stop_early and all_called_once and known_size
         for slot in self.slots:
             slot.begin_forward()
 
     def begin_call(self) -> None:
         """Note another call of the model in a forward pass: its tokens add to those so far."""
-        self._of_calls = self.tokens
+        self._earlier_tokens = self.tokens
 
     def use_mask(self, mask: TokenMask | None = None) -> TokenMask:
         """Use another mask, if given, from here on in a forward pass; return the previous one."""
-        before, self._mask = self._mask, self._mask if mask is None else mask
-        return before
+        previous, self._mask = self._mask, self._mask if mask is None else mask
+        return previous
 
     def end_forward(self) -> set[int]:
         """Finish a forward pass: accumulate what is still held, and check shared inputs.
 
         Returns:
             Layers that turned out not to share an input after all, in their first forward pass;
-            the batch must be run again for them alone (:meth:`only`).
+            the batch must be run again for them alone (:meth:`restrict_to`).
         """
         self._held.release()
         begin = time.perf_counter()
         for slot in list(self.slots):
-            if slot not in self._fresh:
-                self._settle(slot)
-        again: set[int] = set()
-        for slot in self._fresh:
-            if any(count != len(slot.calls) for count in slot.counts.values()):
-                again |= set(slot.members)
+            if slot not in self._new_slots:
+                self._accumulate_all_held(slot)
+        unshared: set[int] = set()
+        for slot in self._new_slots:
+            if any(count != len(slot.calls) for count in slot.call_counts.values()):
+                unshared |= set(slot.members)
                 self._drop(slot)
-        self.note_passes(self._counts, self._size)
+        self.record_passes(self._call_counts, self._size)
         if self.routed.following:
-            self._routing = bool(self._routing)  # now every needed layer was called
-        self._only = None
-        self.alone |= again
-        self._forget_fresh()
+            # now every needed layer was called
+            self._inputs_are_routed = bool(self._inputs_are_routed)
+        self._only_layers = None
+        self.unshared |= unshared
+        self._forget_new_slots()
         self.routed.forget()
         self._mask, self._model_input = TokenMask(None), None  # do not keep the batch
         for slot in self.slots:
             slot.calls.clear()  # nor its masks
         self.seconds += time.perf_counter() - begin
-        return again
+        return unshared
 
-    def only(self, layers: set[int]) -> None:
+    def restrict_to(self, layers: set[int]) -> None:
         """Restrict the next forward pass to some layers."""
-        self._only = layers
+        self._only_layers = layers
 
-    def _forget_fresh(self) -> None:
-        self._fresh.clear()
-        self._fresh_of.clear()
+    def _forget_new_slots(self) -> None:
+        self._new_slots.clear()
+        self._new_slots_by_id.clear()
 
-    def _part_called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_part_call(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Handle a call of the module that a layer is a part of: it may read several tensors."""
         target = self.targets[i]
         assert target.inputs is not None
-        if i in self.frozen or (self._only is not None and i not in self._only):
+        if i in self.frozen or (self._only_layers is not None and i not in self._only_layers):
             return  # finding its inputs may take another run of the module
-        self.current = target.name
+        self.current_layer = target.name
         for x in target.inputs(target.module, args, kwargs):
-            self._called(i, (x,), {})
-        self.current = None
+            self._on_call(i, (x,), {})
+        self.current_layer = None
 
-    def _called(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._only is not None and i not in self._only:
+    def _on_call(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._only_layers is not None and i not in self._only_layers:
             return
-        call = self._counts.get(i, 0)
-        self._counts[i] = call + 1
+        call = self._call_counts.get(i, 0)
+        self._call_counts[i] = call + 1
         if i in self.frozen:
             return
-        self._missing -= 1
+        self._num_uncalled -= 1
         self._stop_early &= call == 0  # otherwise it may be called again after the last one
         x = self._first_tensor(i, args, kwargs)
         slot = self.slot_of.get(i)
         if slot is None:
-            slot = self._join(i, x)
+            slot = self._join_slot(i, x)
             if slot is None:
-                self._open(i, x, args)
+                self._open_slot(i, x, args)
                 return
         if call < len(slot.calls):
-            self._follow(slot, i, call, x, args)
+            self._on_repeated_input(slot, i, call, x, args)
         else:
-            self._lead(slot, i, x, args)
+            self._on_new_input(slot, i, x, args)
 
     def _first_tensor(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if args and isinstance(args[0], Tensor):  # nearly always
@@ -272,59 +274,61 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             "called without a tensor; please provide a custom prepare_layer_inputs_fn"
         )
 
-    def _join(self, i: int, x: Tensor) -> Slot | None:
+    def _join_slot(self, i: int, x: Tensor) -> Slot | None:
         # A layer joins a slot only in the forward pass in which that slot began: from then on
         # both have seen the same data.
-        if self.selectors[i] is not None or i in self.alone:
+        if self.selectors[i] is not None or i in self.unshared:
             return None
         patches = self.targets[i].patches
-        for slot in self._fresh_of.get(id(x), ()):
+        for slot in self._new_slots_by_id.get(id(x), ()):
             first = slot.members[0]
             if self.selectors[first] is not None or self.targets[first].patches != patches:
                 continue
             if slot.calls[0].is_shared(x, self._mask):
                 slot.members.append(i)
-                slot.counts[i] = 0
+                slot.call_counts[i] = 0
                 self.slot_of[i] = slot
                 return slot
         return None
 
-    def _open(self, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
+    def _open_slot(self, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         stream = self._make_stream(self.targets[i], x.dtype, x.device)
-        slot = Slot(stream, [i], counts={i: 0})
+        slot = Slot(stream, [i], call_counts={i: 0})
         self._accumulate(slot, i, x, args)
-        slot.calls.append(Seen(x, self._mask))
-        slot.counts[i] = 1
+        slot.calls.append(SeenTensor(x, self._mask))
+        slot.call_counts[i] = 1
         self.slots.append(slot)
-        self._fresh[slot] = None
+        self._new_slots[slot] = None
         # the id may be that of a deleted tensor
-        alike = [s for s in self._fresh_of.get(id(x), ()) if s.calls[0].is_same(x)]
-        self._fresh_of[id(x)] = [*alike, slot]
+        same_tensor = [s for s in self._new_slots_by_id.get(id(x), ()) if s.calls[0].is_same(x)]
+        self._new_slots_by_id[id(x)] = [*same_tensor, slot]
         self.slot_of[i] = slot
 
-    def _lead(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
-        slot.counts[i] += 1
-        shared = len(slot.members) > 1 and slot not in self._fresh
-        slot.calls.append(Seen(x, self._mask, held=shared))
+    def _on_new_input(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
+        slot.call_counts[i] += 1
+        shared = len(slot.members) > 1 and slot not in self._new_slots
+        slot.calls.append(SeenTensor(x, self._mask, held=shared))
         if not shared:
             self._accumulate(slot, i, x, args)
 
-    def _follow(self, slot: Slot, i: int, call: int, x: Tensor, args: tuple[Any, ...]) -> None:
+    def _on_repeated_input(
+        self, slot: Slot, i: int, call: int, x: Tensor, args: tuple[Any, ...]
+    ) -> None:
         if not slot.calls[call].is_shared(x, self._mask):
-            if slot in self._fresh:
+            if slot in self._new_slots:
                 return  # the counts now differ, so end_forward requests another run
-            self._accumulate(self._split(slot, i, call), i, x, args)
+            self._accumulate(self._split_off(slot, i, call), i, x, args)
             return
-        slot.counts[i] += 1
-        if slot.complete(call):
+        slot.call_counts[i] += 1
+        if slot.is_complete(call):
             self._accumulate_held(slot, call)
 
     def _accumulate_held(self, slot: Slot, call: int) -> None:
         seen = slot.calls[call]
-        unchanged, held = seen.unchanged, seen.take()
+        is_unchanged, held = seen.is_unchanged, seen.take_held()
         if held is None:
             return
-        if unchanged:
+        if is_unchanged:
             self._accumulate_with(slot, slot.members[0], *held)
             return
         names = ", ".join(self.targets[m].name for m in slot.members)
@@ -335,50 +339,52 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def _accumulate_with(self, slot: Slot, i: int, x: Tensor, mask: TokenMask) -> None:
         """Accumulate a held input with the mask of its call, which may differ from the current."""
-        now, self._mask = self._mask, mask
+        current, self._mask = self._mask, mask
         self._accumulate(slot, i, x, (x,))
-        self._mask = now
+        self._mask = current
 
-    def _split(self, slot: Slot, i: int, calls: int) -> Slot:
+    def _split_off(self, slot: Slot, i: int, num_shared: int) -> Slot:
         """Give a layer that no longer shares its input a copy of everything shared so far."""
         new = Slot(slot.stream.clone(), [i])
-        for seen in slot.calls[:calls]:  # shared, but held until a third layer is called
-            if seen.held is not None and seen.unchanged:
+        for seen in slot.calls[:num_shared]:  # shared, but held until a third layer is called
+            if seen.held is not None and seen.is_unchanged:
                 self._accumulate_with(new, i, *seen.held)
-        new.calls = [Seen(torch.empty(0, device="cpu"), self._mask) for _ in range(calls + 1)]
+        new.calls = [
+            SeenTensor(torch.empty(0, device="cpu"), self._mask) for _ in range(num_shared + 1)
+        ]
         slot.members.remove(i)
-        new.counts[i] = slot.counts.pop(i) + 1
+        new.call_counts[i] = slot.call_counts.pop(i) + 1
         self.slot_of[i] = new
         self.slots.append(new)
-        for call in range(calls, len(slot.calls)):
-            if slot.complete(call):
+        for call in range(num_shared, len(slot.calls)):
+            if slot.is_complete(call):
                 self._accumulate_held(slot, call)
         return new
 
-    def _settle(self, slot: Slot) -> None:
+    def _accumulate_all_held(self, slot: Slot) -> None:
         """Accumulate inputs held for layers that were not called again, which are split off."""
-        least = min(slot.counts.values())
-        while least < len(slot.calls):
-            self.divide(slot, [i for i, count in slot.counts.items() if count == least])
-            least = min(slot.counts.values())
-            for call in range(least):  # now, so that the copy of the next split includes it
+        fewest = min(slot.call_counts.values())
+        while fewest < len(slot.calls):
+            self.split_slot(slot, [i for i, count in slot.call_counts.items() if count == fewest])
+            fewest = min(slot.call_counts.values())
+            for call in range(fewest):  # now, so that the copy of the next split includes it
                 self._accumulate_held(slot, call)
 
-    def divide(self, slot: Slot, layers: Sequence[int]) -> None:
+    def split_slot(self, slot: Slot, layers: Sequence[int]) -> None:
         """Move some layers of a slot to a new one, with a copy of everything shared so far."""
-        new = self.install(slot.stream.clone(), layers)
+        new = self.add_slot(slot.stream.clone(), layers)
         for i in new.members:
             slot.members.remove(i)
-            slot.counts.pop(i, None)
+            slot.call_counts.pop(i, None)
 
-    def install(self, stream: InputStream, layers: Sequence[int]) -> Slot:
+    def add_slot(self, stream: InputStream, layers: Sequence[int]) -> Slot:
         """Return a new slot for layers that will share an input from the next forward pass on."""
         slot = Slot(stream, list(layers))
         self.slots.append(slot)
         self.slot_of |= dict.fromkeys(layers, slot)
         return slot
 
-    def drop_empty(self) -> None:
+    def drop_empty_slots(self) -> None:
         """Drop the slots of layers that were never called with a token that counts."""
         for slot in [s for s in self.slots if not s.stream.tokens]:
             self._drop(slot)
@@ -387,7 +393,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         """Release all state after a failed pass."""
         self.slots.clear()
         self.slot_of.clear()
-        self._forget_fresh()
+        self._forget_new_slots()
         self.routed.forget()
 
     def _drop(self, slot: Slot) -> None:
@@ -397,37 +403,39 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def _accumulate(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         target = self.targets[i]
-        self.current, self.routed.aside = target.name, True
+        self.current_layer, self.routed.aside = target.name, True
         try:
             if self.selectors[i] is None and target.patches is None:  # nearly always
-                used = slot.stream.add(self._matrix(target, x), self._masked_rows(x, target.name))
+                rows = self._masked_rows(x, target.name)
+                num_used = slot.stream.add(self._as_matrix(target, x), rows)
             else:
-                chosen = self._chosen(i, x, args)
-                used = sum(slot.stream.add(part, rows) for part, rows in chosen)
+                matrices = self._selected_matrices(i, x, args)
+                num_used = sum(slot.stream.add(part, rows) for part, rows in matrices)
         except NonFiniteError as error:
-            raise self._explained(target.name, error) from None
+            raise self._with_location(target.name, error) from None
         finally:
             self.routed.aside = False
-        self.tokens, self.current = max(self.tokens, self._of_calls + used), None
+        self.tokens = max(self.tokens, self._earlier_tokens + num_used)
+        self.current_layer = None
 
-    def _matrix(self, target: Target, x: Tensor) -> Tensor:
+    def _as_matrix(self, target: Target, x: Tensor) -> Tensor:
         """Return the tokens of a layer as a matrix, (N, D)."""
         self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
         x = x.detach() if x.requires_grad else x
         return x if x.dim() == 2 else x.reshape(-1, target.in_features)
 
-    def _chosen(
+    def _selected_matrices(
         self, i: int, x: Tensor, args: tuple[Any, ...]
     ) -> Iterable[tuple[Tensor, Tensor | None]]:
         """Return (N, D) matrices from a user's selector or of patches, each with rows to use."""
         target, selector = self.targets[i], self.selectors[i]
         if selector is None:
             assert target.patches is not None
-            return self._patches_of(target, target.patches, x)
+            return self._patch_matrices(target, target.patches, x)
         x = selector(args or (x,), self._model_input, target.name)
-        return ((self._matrix(target, x), None),)
+        return ((self._as_matrix(target, x), None),)
 
-    def _patches_of(
+    def _patch_matrices(
         self, target: Target, patches: Patches, x: Tensor
     ) -> Iterator[tuple[Tensor, None]]:
         self._check_tokens(target, x, x.dim() - len(patches.kernel) in (1, 2))
@@ -438,25 +446,25 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             yield part, None
 
     def _masked_rows(self, x: Tensor, name: str) -> Tensor | None:
-        picked = self.routed.tokens_of(x)
-        if picked is not None:
-            fits, rows = self._mask.rows_of_selected(*picked, name)
-            if fits:
-                self._routing = True
+        routed = self.routed.tokens_of(x)
+        if routed is not None:
+            has_mask, rows = self._mask.rows_of_selected(*routed, name)
+            if has_mask:
+                self._inputs_are_routed = True
                 return rows
         return self._mask.for_input(x).rows(x.shape, x.device, name, x)
 
-    def _check_tokens(self, target: Target, x: Tensor, fits: bool) -> None:
+    def _check_tokens(self, target: Target, x: Tensor, has_expected_shape: bool) -> None:
         if x.is_nested or x.layout != torch.strided:
             kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
             raise EvaValueError(
                 f"layer {target.name}, step {self.step + 1}: expected a dense tensor, got {kind}; "
                 "pass prepare_layer_inputs_fn to make dense tokens of it"
             )
-        if x.is_floating_point() and fits:
+        if x.is_floating_point() and has_expected_shape:
             return
         expected = f"floating-point tokens of {target.in_features} features"
-        if target.patches is not None and not fits:
+        if target.patches is not None and not has_expected_shape:
             sizes = ", ".join("space" for _ in target.patches.kernel)
             expected += f", or an input of shape (samples, {target.patches.channels}, {sizes})"
         raise EvaValueError(
@@ -464,23 +472,23 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             f"{tuple(x.shape)} of {x.dtype}; pass prepare_layer_inputs_fn to make such tokens of it"
         )
 
-    def note_passes(self, counts: Mapping[int, int], largest: tuple[int, int]) -> None:
+    def record_passes(self, call_counts: Mapping[int, int], largest_batch: tuple[int, int]) -> None:
         """Record calls and largest batch of forward passes, to decide when one may stop early."""
-        for i, count in counts.items():
-            self.most_calls[i] = max(count, self.most_calls.get(i, 0))
-        samples, elements = self.largest
-        self.largest = max(samples, largest[0]), max(elements, largest[1])
+        for i, count in call_counts.items():
+            self.max_calls[i] = max(count, self.max_calls.get(i, 0))
+        samples, elements = self.largest_batch
+        self.largest_batch = max(samples, largest_batch[0]), max(elements, largest_batch[1])
 
     @contextmanager
-    def explaining(self) -> Iterator[None]:
+    def locating_errors(self) -> Iterator[None]:
         """Return a context that adds layer and step to the error of a fold."""
         try:
             yield
         except NonFiniteStepError as error:
             slot = next(slot for slot in self.slots if slot.stream is error.stream)
-            raise self._explained(self.targets[slot.members[0]].name, error) from None
+            raise self._with_location(self.targets[slot.members[0]].name, error) from None
 
-    def _explained(self, name: str, error: NonFiniteError) -> NonFiniteError:
+    def _with_location(self, name: str, error: NonFiniteError) -> NonFiniteError:
         return NonFiniteError(
             f"layer {name}, step {self.step + 1}: {error}. Look for overflow (float16?) "
             'or broken samples, or pass on_nonfinite="skip" to leave such tokens out'

@@ -13,7 +13,7 @@ from .planning import estimate_targets
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
 
-__all__ = ["explained"]
+__all__ = ["out_of_memory_error"]
 
 _ADVICE = {
     "forward": "a smaller batch or shorter texts, or a smaller memory_budget",
@@ -22,7 +22,7 @@ _ADVICE = {
 }
 
 
-def explained(run: CalibrationPass, error: BaseException) -> OutOfMemoryError:
+def out_of_memory_error(run: CalibrationPass, error: BaseException) -> OutOfMemoryError:
     """Return the error to raise instead, and release what the pass held.
 
     Args:
@@ -30,32 +30,33 @@ def explained(run: CalibrationPass, error: BaseException) -> OutOfMemoryError:
         error: its exception; the local variables of its traceback's frames are cleared, since
             they would keep tensors alive while it is handled.
     """
-    told = str(error).split("\n")[0].strip()
-    layer = run.collector.current
+    reason = str(error).split("\n")[0].strip()
+    layer = run.collector.current_layer
     phase = "accumulate" if layer else run.phase
     where = f"layer {layer}" if layer else f"the {phase}"
     shape = run.batch_shape or (1, 1)
     number = run.forwards + (phase != "fold")  # at a fold the forward pass is counted already
-    guess = estimate_targets(run.model, run.targets, run.eva.rho, run.options, shape)
+    expected = estimate_targets(run.model, run.targets, run.eva.rho, run.options, shape)
     message = (
         f"out of memory on {run.device} in {where} of forward pass {number}, step "
         f"{run.steps + 1}, batch of {shape[0]} x {shape[1]} tokens"
-        f"{f': {told}' if told else ''}. Expected above the weights: {_gib(guess.peak_bytes)} "
-        f"(state {_gib(guess.state_bytes)}, temporaries {_gib(guess.workspace_bytes)}, forward "
-        f"pass {_gib(guess.activation_bytes)}){_free(run.device)}. What helps: {_ADVICE[phase]}; "
-        "eva_kernels.estimate() tells beforehand"
+        f"{f': {reason}' if reason else ''}. Expected memory in addition to the weights: "
+        f"{_in_gib(expected.peak_bytes)} (streaming state {_in_gib(expected.state_bytes)}, "
+        f"temporaries {_in_gib(expected.workspace_bytes)}, forward pass "
+        f"{_in_gib(expected.activation_bytes)}){_free_memory(run.device)}. To need less, use "
+        f"{_ADVICE[phase]}; eva_kernels.estimate() gives the expected memory without running"
     )
     run.collector.release()
     traceback.clear_frames(error.__traceback__)
     return OutOfMemoryError(message)
 
 
-def _free(device: torch.device) -> str:
+def _free_memory(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
-    return f"; {_gib(free)} of {_gib(total)} are free now"
+    return f"; {_in_gib(free)} of {_in_gib(total)} are free now"
 
 
-def _gib(size: int) -> str:
+def _in_gib(size: int) -> str:
     return f"{size / 2**30:.3g} GiB"

@@ -63,8 +63,8 @@ def components_of(target: Target, rho: float) -> int:
     """
     if not math.isfinite(rho):
         raise EvaValueError(f"rho={rho} must be finite")
-    most = min(round(target.rank * rho), target.in_features)
-    return max(1, most // target.step * target.step)
+    limit = min(round(target.rank * rho), target.in_features)
+    return max(1, limit // target.step * target.step)
 
 
 def plan_targets(
@@ -85,12 +85,13 @@ def plan_targets(
     itemsize = _state_itemsize(model)
     budget: int | None
     if options.memory_budget == AUTO:
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        floor = plan_streams(
+        model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        floor_plans = plan_streams(
             features, [widest[d] for d in features], method="sketch", oversample=options.oversample
         )
-        least = sum(stream_bytes(p, itemsize) for p in floor)
-        budget = None if options.method == "gram" else max(int(AUTO_BUDGET * size), least)
+        floor_bytes = sum(stream_bytes(p, itemsize) for p in floor_plans)
+        share = int(AUTO_BUDGET * model_bytes)
+        budget = None if options.method == "gram" else max(share, floor_bytes)
     else:
         budget = int(options.memory_budget)
     plans = plan_streams(
@@ -102,11 +103,11 @@ def plan_targets(
         itemsize=itemsize,
     )
     # If the budget runs out among layers of one width, all of those are sketched.
-    chosen: dict[int, StreamPlan] = {}
+    plan_by_width: dict[int, StreamPlan] = {}
     for plan in plans:
-        if plan.features not in chosen or plan.method == "sketch":
-            chosen[plan.features] = plan
-    return chosen
+        if plan.features not in plan_by_width or plan.method == "sketch":
+            plan_by_width[plan.features] = plan
+    return plan_by_width
 
 
 def estimate_targets(
@@ -131,11 +132,11 @@ def estimate_targets(
         )
     plan = plan_targets(model, targets, rho, options)
     tokens = math.prod(map(int, batch_shape))
-    plans, size = [plan[t.in_features] for t in targets], _state_itemsize(model)
-    state = sum(stream_bytes(each, size) for each in plans)
+    plans, state_itemsize = [plan[t.in_features] for t in targets], _state_itemsize(model)
+    state = sum(stream_bytes(each, state_itemsize) for each in plans)
     device = device_of(model)  # unknown for a model on the meta device
     on_cpu = device is not None and device.type == "cpu"
-    fold = sum(fold_bytes(each, size, on_cpu) for each in plans)
+    fold = sum(fold_bytes(each, state_itemsize, on_cpu) for each in plans)
     answer = max(map(answer_bytes, plans))
     widest = max(targets, key=lambda t: t.in_features)
     itemsize = next((p.element_size() for p in model.parameters()), 4)
@@ -145,7 +146,7 @@ def estimate_targets(
     # residual stream, the widest layer's input and output, and their two operands
     activation = itemsize * tokens * (3 * widest.in_features + 2 * widest.out_features)
     # or the logits, computed in the first pass, when the last needed layer is not known yet
-    activation = max(activation, itemsize * tokens * _logits_of_a_token(model))
+    activation = max(activation, itemsize * tokens * _logits_per_token(model))
     workspace = max(workspace, fold - activation, answer - activation)
     return Estimate(
         state_bytes=state,
@@ -184,7 +185,7 @@ def _state_itemsize(model: nn.Module) -> int:
     return 8 if any(p.dtype == torch.float64 for p in model.parameters()) else 4
 
 
-def _logits_of_a_token(model: nn.Module) -> int:
+def _logits_per_token(model: nn.Module) -> int:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     width = int(getattr(head, "out_features", 0))

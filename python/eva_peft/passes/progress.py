@@ -12,7 +12,7 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
 
-__all__ = ["bar_of", "empty_history", "log_end", "record_step"]
+__all__ = ["empty_history", "log_end", "make_progress_bar", "record_step"]
 
 _LOGGER = logging.getLogger("eva_kernels")
 _HISTORY = ("step", "forwards", "tokens", "seconds", "converged", "similarity")
@@ -23,7 +23,7 @@ def empty_history() -> dict[str, list[Any]]:
     return {key: [] for key in _HISTORY}
 
 
-def bar_of(run: CalibrationPass) -> Any:
+def make_progress_bar(run: CalibrationPass) -> Any:
     """Return the progress bar of a pass, which shows how many layers have converged."""
     processes = run.processes
     return tqdm(
@@ -55,14 +55,14 @@ def record_step(run: CalibrationPass) -> dict[str, Any]:
     }
     for key, value in numbers.items():
         run.history[key].append(value)
-    least = min(
+    lowest = min(
         ((v, i) for i, v in enumerate(similarity) if v is not None and not math.isnan(v)),
         default=None,
     )
-    slowest = None if least is None else run.names[least[1]]
+    slowest = None if lowest is None else run.names[lowest[1]]
     progress = f"step {run.steps}"
-    if least is not None:
-        progress += f", slowest {slowest} at {least[0]:.3f}"
+    if lowest is not None:
+        progress += f", slowest {slowest} at {lowest[0]:.3f}"
         run.bar.set_postfix_str(progress, refresh=False)
     run.bar.n = converged
     run.bar.refresh()

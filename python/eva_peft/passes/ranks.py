@@ -58,22 +58,22 @@ class Budget:
     """
 
     def __init__(self, targets: Sequence[Target], budget: str, min_rank: int) -> None:
-        layers = _with_common_rank(targets)
-        first = [targets[members[0]] for members in layers]
+        groups = _groups_of_common_rank(targets)
+        first = [targets[members[0]] for members in groups]
         # cost of a rank in rows of lora_A: one per expert
-        each = [t.parts for t in first]
+        rank_prices = [t.parts for t in first]
         if budget == "params":
-            each = [_parameters([targets[i] for i in members]) for members in layers]
-        prices = [t.step * price for t, price in zip(first, each, strict=True)]
-        self._layers = [(members, t.step) for members, t in zip(layers, first, strict=True)]
-        self._total = sum(t.rank * price for t, price in zip(first, each, strict=True))
+            rank_prices = [_parameters_per_rank([targets[i] for i in group]) for group in groups]
+        prices = [t.step * price for t, price in zip(first, rank_prices, strict=True)]
+        self._groups = [(members, t.step) for members, t in zip(groups, first, strict=True)]
+        self._total = sum(t.rank * price for t, price in zip(first, rank_prices, strict=True))
         self._prices = None if set(prices) <= {1} else prices
         # rank at least 1: PEFT cannot remove the adapter of one of several parameters of a module,
         # or of projections
-        self._owned = [int(bool(t.owner)) for t in first]
-        self._alone = not any(self._owned) and all(t.step == 1 for t in first)
-        least = zip(self._owned, first, strict=True)
-        self._least = [max(-(-min_rank // t.step), owned) for owned, t in least]
+        self._min_if_owned = [int(bool(t.owner)) for t in first]
+        self._is_plain = not any(self._min_if_owned) and all(t.step == 1 for t in first)
+        pairs = zip(self._min_if_owned, first, strict=True)
+        self._min_counts = [max(-(-min_rank // t.step), owned) for owned, t in pairs]
 
     def spend(self, ratios: Sequence[Tensor | Array] | Array) -> list[int]:
         """Return the rank of every layer.
@@ -82,19 +82,20 @@ class Budget:
             ratios: the layers' explained-variance ratios, descending; as ``allocate_ranks``.
         """
         pooled: Sequence[Tensor | Array] | Array = ratios
-        if not self._alone:
-            pooled = [_by_step([ratios[i] for i in m], step) for m, step in self._layers]
-        counts = allocate_ranks(pooled, self._total, costs=self._prices, min_rank=self._least)
-        if self._alone:
+        if not self._is_plain:
+            pooled = [_ratios_by_step([ratios[i] for i in m], step) for m, step in self._groups]
+        counts = allocate_ranks(pooled, self._total, costs=self._prices, min_rank=self._min_counts)
+        if self._is_plain:
             return counts
         ranks = [0] * len(ratios)
-        for (members, step), owned, count in zip(self._layers, self._owned, counts, strict=True):
+        minima = self._min_if_owned
+        for (members, step), least, count in zip(self._groups, minima, counts, strict=True):
             for i in members:  # at least one if owned, even if no expert's tokens vary
-                ranks[i] = max(count, owned) * step
+                ranks[i] = max(count, least) * step
         return ranks
 
 
-def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
+def _groups_of_common_rank(targets: Sequence[Target]) -> list[list[int]]:
     """Group layers whose adapters have a common rank (experts of a parameter); others are alone."""
     groups: dict[Any, list[int]] = {}
     for i, target in enumerate(targets):
@@ -102,12 +103,12 @@ def _with_common_rank(targets: Sequence[Target]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _parameters(members: Sequence[Target]) -> int:
+def _parameters_per_rank(members: Sequence[Target]) -> int:
     """Return the parameters per rank over all layers of an owner, called or not."""
     return members[0].parts * sum(t.in_features + t.out_features for t in members) // len(members)
 
 
-def _by_step(ratios: Sequence[Tensor | Array], step: int) -> Tensor | Array:
+def _ratios_by_step(ratios: Sequence[Tensor | Array], step: int) -> Tensor | Array:
     """Return the ratio explained by each ``step`` components, summed over layers of common rank."""
     arrays = [as_array(r) for r in ratios]
     length = max(map(len, arrays))

@@ -17,10 +17,10 @@ from eva_kernels.streaming import InputStream
 from ..inputs.fits import are_same_tensors, version_of
 from ..inputs.token_mask import TokenMask
 
-__all__ = ["Seen", "Slot"]
+__all__ = ["SeenTensor", "Slot"]
 
 
-class Seen:
+class SeenTensor:
     """A tensor that a layer was called with, to be recognised later without being kept alive.
 
     Args:
@@ -32,7 +32,7 @@ class Seen:
     def __init__(self, x: Tensor, mask: TokenMask, held: bool = False) -> None:
         self._reference = weakref.ref(x)
         self._version = version_of(x)
-        self._counting = mask.masks
+        self._masks = mask.masks
         self._held = (x, mask) if held else None
 
     def is_same(self, x: Tensor) -> bool:
@@ -41,17 +41,17 @@ class Seen:
 
     def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
         """Tell whether x is that tensor, with the same masks."""
-        now, then = mask.masks, self._counting
-        alike = now is then or are_same_tensors(now, then)
-        return alike and self.is_same(x)
+        now, then = mask.masks, self._masks
+        same_masks = now is then or are_same_tensors(now, then)
+        return same_masks and self.is_same(x)
 
-    def take(self) -> tuple[Tensor, TokenMask] | None:
+    def take_held(self) -> tuple[Tensor, TokenMask] | None:
         """Return the held tensor and its mask, once; ``None`` if it is no longer held."""
         held, self._held = self._held, None
         return held
 
     @property
-    def unchanged(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether a held tensor still has the contents of the call."""
         return self._held is not None and version_of(self._held[0]) == self._version
 
@@ -69,19 +69,19 @@ class Slot:
         stream: the incremental SVD of that input.
         members: indices of the layers, in the order of their first call.
         calls: the tensors the layers were called with in the current forward pass, in order.
-        counts: by member, its number of calls in the current forward pass.
+        call_counts: by member, its number of calls in the current forward pass.
     """
 
     stream: InputStream
     members: list[int]
-    calls: list[Seen] = field(default_factory=list)
-    counts: dict[int, int] = field(default_factory=dict)
+    calls: list[SeenTensor] = field(default_factory=list)
+    call_counts: dict[int, int] = field(default_factory=dict)
 
     def begin_forward(self) -> None:
         """Forget the calls of the previous forward pass."""
         self.calls.clear()
-        self.counts = dict.fromkeys(self.members, 0)
+        self.call_counts = dict.fromkeys(self.members, 0)
 
-    def complete(self, call: int) -> bool:
+    def is_complete(self, call: int) -> bool:
         """Tell whether every member has made its call number ``call``."""
-        return all(count > call for count in self.counts.values())
+        return all(count > call for count in self.call_counts.values())

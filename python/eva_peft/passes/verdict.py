@@ -9,14 +9,14 @@ from ..errors import EvaValueError, NotConvergedError, NotConvergedWarning, coun
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
 
-__all__ = ["check_answer"]
+__all__ = ["check_outcome"]
 
-_BACKWARDS = (
+_TRANSPOSED_WEIGHTS = (
     "because the weights are stored as (in, out), and PEFT's lora_A multiplies the other side"
 )
 
 
-_IDLE = (
+_NEVER_CALLED_ADVICE = (
     "If the model uses a layer's weight without calling the layer, as nn.MultiheadAttention does "
     "with its out_proj, an adapter there has no effect: name such layers in exclude_modules (to "
     "adapt the attention, name it itself in target_modules). If fused kernels replace layer and "
@@ -25,62 +25,63 @@ _IDLE = (
 )
 
 
-def check_answer(run: CalibrationPass, done: bool) -> None:
+def check_outcome(run: CalibrationPass, converged: bool) -> None:
     """Warn of layers that EVA cannot initialise, and of those that have not converged.
 
     Args:
         run: the finished pass.
-        done: every layer has converged.
+        converged: every layer has converged.
 
     Raises:
         EvaValueError: there is no layer to initialise.
         NotConvergedError: with ``on_not_converged="raise"``.
     """
-    backwards = [run.targets[i].name for i in sorted(run.collector.routed.backwards)]
-    _check_any(run, backwards)
-    if backwards:
-        layers = counted(len(backwards), "layer keeps", "layers keep")
-        warn(f"{layers} the default initialisation, {_BACKWARDS}: {listed(backwards)}")
-    left = [name for name in run.uncalled if name not in set(backwards)]
-    known = {*run.collector.most_calls, *(i for i, t in enumerate(run.targets) if t.weight)}
-    called = {run.targets[i].name for i in known}  # experts count: they may just get no tokens
-    masked, idle = [n for n in left if n in called], [n for n in left if n not in called]
+    transposed = [run.targets[i].name for i in sorted(run.collector.routed.backwards)]
+    _check_any_initialised(run, transposed)
+    if transposed:
+        layers = counted(len(transposed), "layer keeps", "layers keep")
+        warn(f"{layers} the default initialisation, {_TRANSPOSED_WEIGHTS}: {listed(transposed)}")
+    uncalled = [name for name in run.uncalled if name not in set(transposed)]
+    experts = {i for i, t in enumerate(run.targets) if t.weight}  # they may just get no tokens
+    called = {run.targets[i].name for i in experts | set(run.collector.max_calls)}
+    masked = [name for name in uncalled if name in called]
+    never_called = [name for name in uncalled if name not in called]
     if masked:
-        warn(_left(masked, "never called with a token that counts"))
-    if idle:
-        warn(f"{_left(idle, 'never called')}. {_IDLE}")
-    _check_directions(run)
-    if not done and run.options.on_not_converged != "ignore":
-        _judge_convergence(run)
+        warn(_default_kept_message(masked, "never called with a token that counts"))
+    if never_called:
+        warn(f"{_default_kept_message(never_called, 'never called')}. {_NEVER_CALLED_ADVICE}")
+    _warn_of_few_directions(run)
+    if not converged and run.options.on_not_converged != "ignore":
+        _report_unconverged(run)
 
 
-def _left(names: list[str], why: str) -> str:
+def _default_kept_message(names: list[str], reason: str) -> str:
     layers, keep = ("layer was", "keeps") if len(names) == 1 else ("layers were", "keep")
-    told = f"{len(names)} {layers} {why} and {keep} the default initialisation"
-    return f"{told}: {listed(names)}"
+    message = f"{len(names)} {layers} {reason} and {keep} the default initialisation"
+    return f"{message}: {listed(names)}"
 
 
-def _check_any(run: CalibrationPass, backwards: list[str]) -> None:
-    every = len(run.targets)
-    if len(backwards) == every:
+def _check_any_initialised(run: CalibrationPass, transposed: list[str]) -> None:
+    num_layers = len(run.targets)
+    if len(transposed) == num_layers:
         raise EvaValueError(
-            f"EVA can initialise none of the {counted(every, 'layer')}, {_BACKWARDS}; adapt "
-            "others, by target_modules"
+            f"EVA can initialise none of the {counted(num_layers, 'layer')}, "
+            f"{_TRANSPOSED_WEIGHTS}; adapt others, by target_modules"
         )
-    if len(run.uncalled) < every:
+    if len(run.uncalled) < num_layers:
         return
-    were = ("token with NaN or infinity was", "tokens with NaN or infinity were")
-    skipped = f"; {counted(run.skipped, *were)} left out" if run.skipped else ""
+    nouns = ("token with NaN or infinity was", "tokens with NaN or infinity were")
+    skipped = f"; {counted(run.skipped, *nouns)} left out" if run.skipped else ""
     advice = f"check the attention and label masks of the loader{skipped}"
-    if not run.collector.most_calls:
-        advice = f"none of them was called. {_IDLE}"
+    if not run.collector.max_calls:
+        advice = f"none of them was called. {_NEVER_CALLED_ADVICE}"
     raise EvaValueError(
-        f"no token reached any of the {counted(every, 'target layer')} in "
+        f"no token reached any of the {counted(num_layers, 'target layer')} in "
         f"{counted(run.forwards, 'forward pass', 'forward passes')}; {advice}"
     )
 
 
-def _check_directions(run: CalibrationPass) -> None:
+def _warn_of_few_directions(run: CalibrationPass) -> None:
     """Warn if the data have far fewer directions than there are ranks to distribute."""
     budget = sum(run.targets[i].rank for i in run.ranks)
     given = sum(run.ranks.values())
@@ -91,7 +92,7 @@ def _check_directions(run: CalibrationPass) -> None:
         )
 
 
-def _judge_convergence(run: CalibrationPass) -> None:
+def _report_unconverged(run: CalibrationPass) -> None:
     slots = run.collector.slots
     missing = [run.targets[i].name for s in slots if not s.stream.converged for i in s.members]
     if not missing:

@@ -63,8 +63,8 @@ class Report:
         ran: it had a batch.
         tokens: of the batch.
         slots: those of the process.
-        most_calls: of each layer in one forward pass, so far.
-        largest: size of batches that were run to the end, see
+        max_calls: of each layer in one forward pass, so far.
+        largest_batch: size of batches that were run to the end, see
             :func:`eva_peft.inputs.batches.size_of`.
         random: global states, for a checkpoint; see
             :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
@@ -73,8 +73,8 @@ class Report:
     ran: bool
     tokens: int
     slots: tuple[Waiting, ...]
-    most_calls: dict[int, int]
-    largest: tuple[int, int]
+    max_calls: dict[int, int]
+    largest_batch: tuple[int, int]
     random: tuple[Tensor, ...]
 
     @functools.cached_property
@@ -101,14 +101,14 @@ def divide_slots(collector: InputCollector, cells: Sequence[Cell]) -> None:
     cell_of = {i: cell for cell in cells for i in cell}
     for slot in list(collector.slots):
         for cell in sorted({cell_of[i] for i in slot.members})[1:]:
-            collector.divide(slot, cell)
+            collector.split_slot(slot, cell)
 
 
 def slot_for(run: CalibrationPass, cell: Cell, dtype: torch.dtype) -> Slot:
     """Return the slot of a cell, a new one if its layers were not called in this process."""
     slot = run.collector.slot_of.get(cell[0])
     if slot is None:
-        slot = run.collector.install(run.make_stream(run.targets[cell[0]], dtype), cell)
+        slot = run.collector.add_slot(run.make_stream(run.targets[cell[0]], dtype), cell)
     return slot
 
 

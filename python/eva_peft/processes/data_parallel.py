@@ -122,7 +122,7 @@ class _Position:
     Attributes:
         path: of the file, which the other processes need not know.
         forwards, tokens: of the pass so far.
-        most_calls, largest: see :class:`.cells.Report`.
+        max_calls, largest_batch: see :class:`.cells.Report`.
         begun, random: see :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
         decision: that of the last step.
     """
@@ -130,8 +130,8 @@ class _Position:
     path: str
     forwards: int
     tokens: int
-    most_calls: dict[int, int]
-    largest: tuple[int, int]
+    max_calls: dict[int, int]
+    largest_batch: tuple[int, int]
     begun: Sequence[Sequence[Tensor]]
     random: Sequence[Tensor]
     decision: _Decision
@@ -189,14 +189,14 @@ class Processes:
             renewed = tuple(map(renewal, slots))
             frozen = frozenset(run.collector.frozen)
             decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
-            passes = run.forwards, run.tokens, run.collector.most_calls, run.collector.largest
+            passes = run.forwards, run.tokens, run.collector.max_calls, run.collector.largest_batch
             rest = keeper.begun, keeper.random, decision
             position = _Position(str(keeper.path), *passes, *rest)
         position = self._channel.from_leader(position)
         if position is None:
             return _Decision(stop=False)
         keeper.keeps = True
-        run.collector.note_passes(position.most_calls, position.largest)
+        run.collector.record_passes(position.max_calls, position.largest_batch)
         self._seen = position.tokens  # if 0, a loader is not restarted at its end
         if position.forwards and not position.decision.stop:
             self._skip(run, stream, position)
@@ -224,7 +224,7 @@ class Processes:
         reports = self.together.of_all(self._forward(run, coming))
         self._seen += sum(report.tokens for report in reports)
         for report in reports:
-            run.collector.note_passes(report.most_calls, report.largest)
+            run.collector.record_passes(report.max_calls, report.largest_batch)
         cells = common_cells(reports)
         divide_slots(run.collector, cells)
         merged = self._exchange.collect(run, reports, cells)
@@ -288,7 +288,7 @@ class Processes:
             for s in run.collector.slots
         )
         random = run.keeper.random_states() if run.keeper.keeps else ()
-        passes = dict(run.collector.most_calls), run.collector.largest
+        passes = dict(run.collector.max_calls), run.collector.largest_batch
         return Report(ready is not None, run.tokens - before, slots, *passes, random)
 
     def _next_ready(

@@ -77,7 +77,7 @@ class Exchange:
     ) -> list[InputStream]:
         """Merge, on the leader, the streams that another process has sent."""
         self._together.raise_if(parcel if isinstance(parcel, str) else None, rank)
-        with run.collector.explaining():  # merging folds what is pending here, too
+        with run.collector.locating_errors():  # merging folds what is pending here, too
             pairs = zip(cells, parcel, strict=True)
             return [merge_stream(run, cell, *state) for cell, state in pairs]
 
@@ -86,7 +86,7 @@ class Exchange:
         streams = [run.collector.slot_of[cell[0]].stream for cell in cells]
 
         def make() -> list[Any]:
-            with run.collector.explaining():
+            with run.collector.locating_errors():
                 fold_streams(streams, final=True)
             states = map(export_stream, streams)
             return [(record, {k: t.cpu() for k, t in parts.items()}) for record, parts in states]

@@ -190,9 +190,9 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             "counts": {name: getattr(run, name) for name in _COUNTS},
             "ranks": {names[i]: rank for i, rank in run.ranks.items()},
             "slots": slots,
-            "most_calls": {names[i]: calls for i, calls in collector.most_calls.items()},
-            "largest": collector.largest,
-            "alone": sorted(names[i] for i in collector.alone),
+            "most_calls": {names[i]: calls for i, calls in collector.max_calls.items()},
+            "largest": collector.largest_batch,
+            "alone": sorted(names[i] for i in collector.unshared),
             "frozen": sorted(names[i] for i in collector.frozen),
             "known": sorted(names[i] for i in self.known),
         }
@@ -228,11 +228,11 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             target, dtype = run.targets[members[0]], getattr(torch, record["stream"]["dtype"])
             prefix = f"slots.{i}."
             parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            slot = collector.install(run.make_stream(target, dtype), members)
+            slot = collector.add_slot(run.make_stream(target, dtype), members)
             restore_stream(slot.stream, record["stream"], parts)
         calls = {index[n]: calls for n, calls in state["most_calls"].items()}
-        collector.note_passes(calls, state["largest"])
-        collector.alone = {index[n] for n in state["alone"]}
+        collector.record_passes(calls, state["largest"])
+        collector.unshared = {index[n] for n in state["alone"]}
         collector.frozen = {index[n] for n in state["frozen"]}
         self.known = {index[n] for n in state["known"]}
         run.ranks = {index[n]: rank for n, rank in state["ranks"].items()}

@@ -70,7 +70,7 @@ def test_told_with_numbers(kind: str, where: str, monkeypatch: pytest.MonkeyPatc
         run(model, texts, lora(tau=1.0), trim_padding=False)
     message = str(caught.value)
     assert re.search(f"out of memory on cpu in {place}, batch of 4 x 24 tokens", message), message
-    assert re.search(r"above the weights: \S+ GiB \(state \S+ GiB, temporaries \S+ GiB", message)
+    assert re.search(r"weights: \S+ GiB \(streaming state \S+ GiB, temporaries \S+ GiB", message)
     assert advice in message
     assert "estimate()" in message
     assert "More" not in message

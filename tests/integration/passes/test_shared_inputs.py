@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import eva_kernels
-from eva_peft.passes.shared_inputs import Seen
+from eva_peft.passes.shared_inputs import SeenTensor
 from integration.conftest import (
     PROJECTIONS,
     exact_pca,
@@ -392,9 +392,9 @@ def test_freezing_cuts_the_forward_earlier() -> None:
 
 def test_the_first_pass_compares_no_layer_with_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[Tensor] = []
-    is_same = Seen.is_same
+    is_same = SeenTensor.is_same
 
-    def counting(self: Seen, x: Tensor) -> bool:
+    def counting(self: SeenTensor, x: Tensor) -> bool:
         compared.append(x)
         return is_same(self, x)
 
@@ -403,7 +403,7 @@ def test_the_first_pass_compares_no_layer_with_all_others(monkeypatch: pytest.Mo
             x = net.get_submodule(name)(x)
         return x
 
-    monkeypatch.setattr(Seen, "is_same", counting)
+    monkeypatch.setattr(SeenTensor, "is_same", counting)
     names = [f"lin{i}" for i in range(40)]
     result = run(Net(chain, *names), vectors(1), lora(target_modules=names), method="gram")
     assert result.shared_inputs == []
