@@ -42,9 +42,9 @@ from .results.collect import collect_result
 from .results.result import EvaResult
 from .resume.checkpoint import CheckpointKeeper
 from .surroundings.devices import device_of
-from .surroundings.interrupts import completed
+from .surroundings.interrupts import run_to_completion
 from .surroundings.memory import PeakMemory, is_out_of_memory
-from .surroundings.random_state import random_state_kept
+from .surroundings.random_state import preserved_random_state
 
 __all__ = ["CalibrationPass", "run_pass", "with_pass"]
 
@@ -98,7 +98,7 @@ def with_pass(
     targets = find_targets(model, config, options.adapter_name)
     with (
         exclusive_use(model),
-        random_state_kept(),
+        preserved_random_state(),
         # shared inputs are recognised by tensor versions, which inference mode does not count
         torch.inference_mode(False),
         torch.no_grad(),
@@ -186,7 +186,8 @@ class CalibrationPass:
                         done = self._loop(loader)
                     self.fold_rest()
         finally:
-            completed(self.collector.remove)  # again: Ctrl-C may come just as the block is exited
+            # again: Ctrl-C may come just as the block is exited
+            run_to_completion(self.collector.remove)
             self.bar.close()
         if processes is not None:
             return processes.result(lambda: self._result(done, memory))

@@ -34,7 +34,7 @@ from .command.model_setup import (
     warn_of_unknown,
 )
 from .errors import EvaError, EvaValueError, EvaWarning
-from .surroundings.staging import staged_folder, written_to
+from .surroundings.staging import naming_folder_in_errors, staged_folder
 
 app = typer.Typer(
     name="eva-kernels",
@@ -205,7 +205,7 @@ def init(
         if needs_decoder_inputs(base, task):
             batches = DecoderInputs(batches, base)
         tuned = initialize(base, batches, peft_config, **options)
-        with written_to(out):
+        with naming_folder_in_errors(out):
             tuned.save_pretrained(folder)
             tuned.eva_result.save(folder / RESULT)
             write_html(tuned.eva_result, folder / "report.html")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from eva_peft.surroundings.interrupts import Interrupts
+from eva_peft.surroundings.interrupts import DeferredInterrupts
 
 NAMES = ["SIGINT", "SIGTERM", "SIGCHLD", "SIGALRM", "SIGUSR1"]
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
@@ -40,7 +40,7 @@ def all_are_back() -> bool:
 def test_what_may_raise_waits(number: int) -> None:
     """A time limit, and what torch's handler says of a loader whose worker was killed, too."""
     reached = []
-    with Interrupts() as interrupts:
+    with DeferredInterrupts() as interrupts:
         signal.raise_signal(number)
         reached.append("together")
         with pytest.raises(Came), interrupts.let_through():
@@ -55,7 +55,7 @@ def test_each_of_several_is_handed_on_at_the_end() -> None:
         for number in NUMBERS * 2:
             signal.raise_signal(number)
 
-    with pytest.raises(Came) as raised, Interrupts():
+    with pytest.raises(Came) as raised, DeferredInterrupts():
         send()
     came: list[int] = []
     error: BaseException | None = raised.value
@@ -77,7 +77,7 @@ def test_a_signal_before_all_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
         return before
 
     monkeypatch.setattr(signal, "signal", signal_and_send)
-    with pytest.raises(Came), Interrupts():
+    with pytest.raises(Came), DeferredInterrupts():
         pytest.fail("entered")
     monkeypatch.undo()
     assert all_are_back()
@@ -93,7 +93,7 @@ def test_a_signal_while_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -
             signal.raise_signal(number)
         return before
 
-    with pytest.raises(Came), Interrupts():
+    with pytest.raises(Came), DeferredInterrupts():
         monkeypatch.setattr(signal, "signal", signal_and_send)
     monkeypatch.undo()
     assert sent
@@ -109,7 +109,7 @@ def test_a_signal_before_all_are_held_again(monkeypatch: pytest.MonkeyPatch) -> 
             signal.raise_signal(signal.SIGTERM)
         return before
 
-    def send(interrupts: Interrupts) -> None:
+    def send(interrupts: DeferredInterrupts) -> None:
         with pytest.raises(Came), interrupts.let_through():
             monkeypatch.setattr(signal, "signal", signal_and_send)
         monkeypatch.undo()
@@ -117,7 +117,7 @@ def test_a_signal_before_all_are_held_again(monkeypatch: pytest.MonkeyPatch) -> 
             signal.raise_signal(number)
         reached.append("together again")
 
-    with pytest.raises(Came), Interrupts() as interrupts:
+    with pytest.raises(Came), DeferredInterrupts() as interrupts:
         send(interrupts)
     assert reached
     assert all_are_back()
@@ -127,16 +127,16 @@ def test_a_handler_that_is_set_meanwhile_stays() -> None:
     def own(number: int, frame: Any) -> None:
         pass
 
-    with Interrupts():
+    with DeferredInterrupts():
         signal.signal(signal.SIGTERM, own)
     assert signal.getsignal(signal.SIGTERM) is own
 
 
 def test_other_threads_hold_nothing() -> None:
     def held() -> bool:
-        with Interrupts() as interrupts, interrupts.let_through():
+        with DeferredInterrupts() as interrupts, interrupts.let_through():
             pass
-        with Interrupts():
+        with DeferredInterrupts():
             return not all_are_back()
 
     with ThreadPoolExecutor(1) as pool:
@@ -146,7 +146,7 @@ def test_other_threads_hold_nothing() -> None:
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
 def test_what_is_ignored_or_left_to_the_system_stays_so(handler: Any) -> None:
     signal.signal(signal.SIGTERM, handler)
-    with Interrupts() as interrupts:
+    with DeferredInterrupts() as interrupts:
         assert signal.getsignal(signal.SIGTERM) == handler
         with interrupts.let_through():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)

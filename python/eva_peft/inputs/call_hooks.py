@@ -15,7 +15,7 @@ from .._peft_compat import base_of
 from ..model.architecture import is_of_transformers, signature_of
 from ..model.parts import outermost
 from ..surroundings.interrupts import temporarily
-from ..surroundings.snapshot import take_off
+from ..surroundings.snapshot import remove_hook
 from .arguments import PADDING_MASKS
 from .token_mask import TokenMask
 
@@ -72,8 +72,8 @@ class CallHooks:
 
     def _unregister(self) -> None:
         for part in self._parts:
-            take_off(part, self._before_call)
-            take_off(part, self._after_call)
+            remove_hook(part, self._before_call)
+            remove_hook(part, self._after_call)
         for part, own in self._own_forwards:
             vars(part).pop("forward", None)
             if own is not None:

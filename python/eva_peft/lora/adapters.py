@@ -45,7 +45,7 @@ from ..model.targets import (
 from ..passes.ranks import scaled_alpha
 from ..surroundings.devices import device_of
 from ..surroundings.interrupts import undone_on_failure
-from ..surroundings.random_state import random_state_kept
+from ..surroundings.random_state import preserved_random_state
 from ..surroundings.snapshot import restored_on_failure
 from .fit import fit, parts_of
 from .training import mark_initialized, mark_left
@@ -123,7 +123,7 @@ def write_state_dict(
     fitted = fit(model, state_dict, adapter_name, strict, default_layers or ())
     if fitted.resizes(adapter_name):
         check_may_resize(outer, own)
-    with restored_on_failure(model), _values_restored() as undo, random_state_kept():
+    with restored_on_failure(model), _values_restored() as undo, preserved_random_state():
         writer = _Writer(model, copy(own), adapter_name, undo, eva)
         for name, (path, layer) in fitted.layers.items():
             parts = parts_of(name, layer)

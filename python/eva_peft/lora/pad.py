@@ -19,8 +19,8 @@ from torch import Tensor
 from .._peft_compat import pattern_value
 from ..errors import EvaValueError
 from ..model.attention import OUT_PROJ
-from ..surroundings.files import replacing
-from ..surroundings.staging import INDEX
+from ..surroundings.files import atomic_write
+from ..surroundings.staging import ADAPTER_CONFIG
 
 __all__ = ["pad_ranks"]
 
@@ -87,22 +87,22 @@ def pad_ranks(adapter: str | PathLike[str], out: str | PathLike[str], r: int | N
         "eva_config": None,
     }
     target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / _WEIGHTS) as temporary:
+    with atomic_write(target / _WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    with replacing(target / INDEX) as temporary:
+    with atomic_write(target / ADAPTER_CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True))
     return rank
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (INDEX, _WEIGHTS):
+    for name in (ADAPTER_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise EvaValueError(
                 f"there is no {name} in {folder}; pass the folder that save_pretrained wrote "
                 "(adapters with a name are in a folder of that name)"
             )
     try:
-        config = json.loads((folder / INDEX).read_text())
+        config = json.loads((folder / ADAPTER_CONFIG).read_text())
         tensors = load_file(folder / _WEIGHTS)
     except (ValueError, SafetensorError) as error:
         raise EvaValueError(f"the adapter in {folder} cannot be read: {error}") from error

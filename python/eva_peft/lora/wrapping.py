@@ -21,7 +21,7 @@ from .._peft_compat import (
 )
 from ..errors import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError, warnings_caught
 from ..surroundings.memory import is_out_of_memory
-from ..surroundings.random_state import random_state_kept
+from ..surroundings.random_state import preserved_random_state
 from ..surroundings.snapshot import restored
 
 __all__ = ["check_wrapping", "wrap_model"]
@@ -53,7 +53,7 @@ def wrap_model(
     # parameters made in inference mode could never be trained
     # not low_cpu_mem_usage: PEFT then patches nn.Module for all threads, for good if two overlap
     device = torch.device("meta") if on_meta else nullcontext()
-    with random_state_kept(), torch.inference_mode(False), warnings_caught():
+    with preserved_random_state(), torch.inference_mode(False), warnings_caught():
         # PEFT advises low_cpu_mem_usage to save memory, but the weights are written right away
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage=False.*")
         try:

@@ -21,8 +21,8 @@ from ..inputs.token_mask import TokenMask
 from ..model.layers import Patches
 from ..model.routing import EagerExperts, RoutedInputs
 from ..model.targets import Target
-from ..surroundings.interrupts import completed
-from ..surroundings.snapshot import take_off
+from ..surroundings.interrupts import run_to_completion
+from ..surroundings.snapshot import remove_hook
 from .shared_inputs import SeenTensor, Slot
 
 __all__ = ["InputCollector", "StopForward"]
@@ -105,12 +105,12 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        completed(self.remove)
+        run_to_completion(self.remove)
 
     def remove(self) -> None:
         """Remove all hooks; may be interrupted, and run again."""
         for module, hook in self._hooks:
-            take_off(module, hook)
+            remove_hook(module, hook)
         self._hooks.clear()
         self._eager_experts.__exit__(None, None, None)
 

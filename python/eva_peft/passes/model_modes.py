@@ -15,7 +15,7 @@ from .._peft_compat import SWITCHABLE
 from ..errors import EvaRuntimeError
 from ..model.architecture import configs_of
 from ..surroundings.interrupts import temporarily
-from ..surroundings.snapshot import gradients_as_now
+from ..surroundings.snapshot import requires_grad_restorer
 
 __all__ = ["calibration_mode", "exclusive_use"]
 
@@ -147,7 +147,7 @@ class _CalibrationMode:
         ]
         # PEFT's disable_adapter, which a user's function may enter, clears requires_grad, and does
         # not restore it if adapters were off before
-        self._restore_gradients = gradients_as_now(model.parameters())
+        self._restore_requires_grad = requires_grad_restorer(model.parameters())
         self._caches: list[tuple[Any, Any]] = []
         self._pass_id = object()
 
@@ -168,7 +168,7 @@ class _CalibrationMode:
         try:
             for layer, flag in self._adapters:
                 layer._disable_adapters = flag
-            self._restore_gradients()
+            self._restore_requires_grad()
             for config, value in reversed(self._caches):  # one may delegate to another
                 with suppress(AttributeError, TypeError):  # frozen, so unchanged
                     config.use_cache = value

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import EvaRuntimeError, HeldError
-from ..surroundings.interrupts import Interrupts
+from ..surroundings.interrupts import DeferredInterrupts
 from .channel import Channel
 from .meeting import Meeting
 
@@ -30,7 +30,7 @@ class Together:
     """
 
     def __init__(self, group: Any) -> None:
-        self.interrupts, self.held = Interrupts(), HeldError()
+        self.interrupts, self.held = DeferredInterrupts(), HeldError()
         self.channel, self.meeting = Channel(group, self.held), Meeting(group)
 
     def attempt(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import EvaValueError
-from ..surroundings.files import replacing
+from ..surroundings.files import atomic_write
 from .layer_names import kinds_of, layer_table
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def save_result_plot(result: EvaResult, path: str | os.PathLike[str]) -> None:
         )
     figure = plot_result(result)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         figure.savefig(temporary, format=suffix[1:], dpi=_DPI)
 
 

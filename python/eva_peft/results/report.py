@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import EvaValueError
-from ..surroundings.files import replacing
+from ..surroundings.files import atomic_write
 from . import plots
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def write_html(result: EvaResult, path: str | os.PathLike[str]) -> None:
     title = f"EVA initialisation of {result.metadata.get('model') or 'a model'}"
     page = render_html(title, result_sections(result))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(Path(path)) as temporary:
+    with atomic_write(Path(path)) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

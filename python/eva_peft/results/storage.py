@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import EvaValueError, counted, listed
 from ..resume.checkpoint_file import checksum, text_aside, text_back
-from ..surroundings.files import replacing
+from ..surroundings.files import atomic_write
 from .layer_names import kinds_of
 from .report import explained_by_rank
 from .result import EvaResult
@@ -52,7 +52,7 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
     metadata |= text_aside(text, tensors)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 

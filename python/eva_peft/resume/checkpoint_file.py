@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import EvaValueError
-from ..surroundings.files import folder_beside, left_beside, replacing
+from ..surroundings.files import atomic_write, scratch_folder_beside, scratch_folders_beside
 
 __all__ = [
     "FORMAT",
@@ -46,7 +46,7 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "checksum": checksum(text, ready)}
     metadata |= text_aside({"state": text}, ready)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(ready, temporary, metadata=metadata)
 
 
@@ -131,9 +131,9 @@ def check_path(path: Path) -> None:
             raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
         place = Path(os.path.realpath(path))  # a link is followed
         place.parent.mkdir(parents=True, exist_ok=True)
-        for left in left_beside(place):  # a live writer of it warns, and makes another
+        for left in scratch_folders_beside(place):  # a live writer of it warns, and makes another
             shutil.rmtree(left, ignore_errors=True)
-        with folder_beside(place) as folder:
+        with scratch_folder_beside(place) as folder:
             (folder / place.name).touch()
     except OSError as error:
         raise EvaValueError(

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-__all__ = ["folder_beside", "left_beside", "replacing", "sync"]
+__all__ = ["atomic_write", "fsync_file", "scratch_folder_beside", "scratch_folders_beside"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a file to write to, which replaces another atomically if all goes well.
 
     Args:
@@ -32,18 +32,18 @@ def replacing(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as written, path.open("wb") as device:
                 shutil.copyfileobj(written, device)
         return
-    with folder_beside(path) as folder:
+    with scratch_folder_beside(path) as folder:
         temporary = folder / path.name
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         os.chmod(temporary, mode)
-        sync(temporary)
+        fsync_file(temporary)
         os.replace(temporary, path)
 
 
 @contextmanager
-def folder_beside(path: Path) -> Iterator[Path]:
+def scratch_folder_beside(path: Path) -> Iterator[Path]:
     """Yield a folder in which to write the replacement of a file, and remove it afterwards.
 
     Its name is unique, since several processes may write to one path. safetensors writes to
@@ -57,12 +57,12 @@ def folder_beside(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def left_beside(path: Path) -> list[Path]:
+def scratch_folders_beside(path: Path) -> list[Path]:
     """Return the folders next to a file that are in use by writers, or left by killed ones."""
     return [*path.parent.glob(glob.escape(f".{path.name}.") + 12 * "[0-9a-f]" + ".partial")]
 
 
-def sync(path: Path) -> None:
+def fsync_file(path: Path) -> None:
     """Flush a file to disk; else a power cut could leave its new name without the contents."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

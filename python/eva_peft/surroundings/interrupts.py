@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Interrupts", "completed", "temporarily", "undone_on_failure"]
+__all__ = ["DeferredInterrupts", "run_to_completion", "temporarily", "undone_on_failure"]
 
 # Signals whose Python handlers may raise: Ctrl-C, a scheduler's termination or warning of it, time
 # limits, and torch's own handler for loader workers that were killed.
@@ -18,10 +18,10 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGAL
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 # Far more interrupts than anybody sends; finite, since a step may itself raise one every time.
-_TRIES = 100
+_MAX_ATTEMPTS = 100
 
 
-def completed(step: Callable[[], object], tries: int = _TRIES) -> None:
+def run_to_completion(step: Callable[[], object], attempts: int = _MAX_ATTEMPTS) -> None:
     """Run a step to its end: if an interrupt comes while it runs, restart it.
 
     No signal is blocked, so this works in any thread. An interrupt may still come in the few
@@ -30,7 +30,7 @@ def completed(step: Callable[[], object], tries: int = _TRIES) -> None:
 
     Args:
         step: can be interrupted anywhere and restarted, and can be run twice.
-        tries: maximum number of attempts.
+        attempts: maximum number of attempts.
 
     Raises:
         BaseException: an interrupt that came, after the step has been completed. An
@@ -40,8 +40,8 @@ def completed(step: Callable[[], object], tries: int = _TRIES) -> None:
         step()
     except BaseException as error:
         # KeyboardInterrupt, or what a signal handler raises instead, such as SystemExit
-        if tries > 1 and not isinstance(error, Exception):
-            completed(step, tries - 1)
+        if attempts > 1 and not isinstance(error, Exception):
+            run_to_completion(step, attempts - 1)
         raise
 
 
@@ -52,8 +52,8 @@ def temporarily(
     """Undo what a block changed, however the block is left.
 
     Args:
-        undo: as the step of :func:`completed`. It is run twice, since an interrupt may come right
-            before the first time.
+        undo: as the step of :func:`run_to_completion`. It is run twice, since an interrupt may
+            come right before the first time.
         change: called on entering; ``undo`` is also run if it does not complete.
     """
     try:
@@ -62,9 +62,9 @@ def temporarily(
                 change()
             yield
         finally:
-            completed(undo)
+            run_to_completion(undo)
     finally:
-        completed(undo)
+        run_to_completion(undo)
 
 
 @contextmanager
@@ -78,14 +78,14 @@ def undone_on_failure(undo: Callable[[], object]) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            completed(undo)
+            run_to_completion(undo)
             raise
     except BaseException:
-        completed(undo)
+        run_to_completion(undo)
         raise
 
 
-class Interrupts(AbstractContextManager["Interrupts"]):
+class DeferredInterrupts(AbstractContextManager["DeferredInterrupts"]):
     """Defer interrupts within a context, except where they are let through.
 
     For work shared with other processes, which would wait for one that stopped at any point. An
@@ -95,11 +95,11 @@ class Interrupts(AbstractContextManager["Interrupts"]):
 
     def __init__(self) -> None:
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._came: list[int] = []
+        self._pending: list[int] = []
 
-    def __enter__(self) -> Interrupts:
-        with undone_on_failure(self._let):  # one may come before all are deferred
-            self._hold()
+    def __enter__(self) -> DeferredInterrupts:
+        with undone_on_failure(self._stop_deferring):  # one may come before all are deferred
+            self._defer()
         return self
 
     def __exit__(
@@ -108,54 +108,54 @@ class Interrupts(AbstractContextManager["Interrupts"]):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        completed(self._let)
+        run_to_completion(self._stop_deferring)
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
         """Let interrupts through in a block, including those deferred until then."""
         try:
-            self._let()
+            self._stop_deferring()
             yield
         finally:
             try:
-                self._hold()
+                self._defer()
             finally:
-                self._hold()  # an interrupt may have come right before the line above
+                self._defer()  # an interrupt may have come right before the line above
 
-    def _hold(self) -> None:
+    def _defer(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             handler = signal.getsignal(number)
-            if handler == self._note:
+            if handler == self._record:
                 continue
             if callable(handler):  # one of Python's, which may raise
                 self._handlers[number] = handler
-                signal.signal(number, self._note)
+                signal.signal(number, self._record)
 
-    def _let(self) -> None:
+    def _stop_deferring(self) -> None:
         try:
-            self._put_back()
+            self._restore_handlers()
         finally:
             try:
-                self._put_back()  # a restored handler may have raised
+                self._restore_handlers()  # a restored handler may have raised
             finally:
-                self._hand_on()
+                self._deliver_pending()
 
-    def _put_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._note:
+            if signal.getsignal(number) == self._record:
                 signal.signal(number, handler)
 
-    def _hand_on(self) -> None:
+    def _deliver_pending(self) -> None:
         """Call the handlers of all deferred signals, even if some raise."""
-        if self._came:
-            number = self._came.pop(0)
+        if self._pending:
+            number = self._pending.pop(0)
             try:
                 self._handlers[number](number, sys._getframe())
             finally:
-                self._hand_on()
+                self._deliver_pending()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number not in self._came:
-            self._came.append(number)
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if number not in self._pending:
+            self._pending.append(number)

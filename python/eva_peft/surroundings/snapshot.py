@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from .interrupts import temporarily, undone_on_failure
 
-__all__ = ["ModelSnapshot", "gradients_as_now", "restored", "restored_on_failure", "take_off"]
+__all__ = [
+    "ModelSnapshot",
+    "remove_hook",
+    "requires_grad_restorer",
+    "restored",
+    "restored_on_failure",
+]
 
 # Exactly these types: subclasses may have internal state that refilling would break.
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -36,27 +42,28 @@ class ModelSnapshot:
         self._containers: list[tuple[Any, Any]] = []
         for owner in owners.values():
             attributes = vars(owner)
-            self._keep(attributes)
+            self._save(attributes)
             for value in attributes.values():
                 if type(value) in _CONTAINERS:
-                    self._keep(value)
-        self._restore_gradients = gradients_as_now((*model.parameters(), *model.buffers()))
+                    self._save(value)
+        tensors = (*model.parameters(), *model.buffers())
+        self._restore_requires_grad = requires_grad_restorer(tensors)
 
-    def _keep(self, container: Any) -> None:
+    def _save(self, container: Any) -> None:
         self._containers.append((container, container.copy()))
 
     def restore(self) -> None:
         """Restore everything, in its order; may be interrupted, and run again."""
-        for container, before in self._containers:
+        for container, saved in self._containers:
             if isinstance(container, list):
-                container[:] = before
+                container[:] = saved
             else:
                 container.clear()
-                container.update(before)
-        self._restore_gradients()
+                container.update(saved)
+        self._restore_requires_grad()
 
 
-def gradients_as_now(tensors: Iterable[Tensor]) -> Callable[[], None]:
+def requires_grad_restorer(tensors: Iterable[Tensor]) -> Callable[[], None]:
     """Return a repeatable function that restores the present ``requires_grad`` of tensors."""
     flags = [(tensor, tensor.requires_grad) for tensor in tensors]
 
@@ -78,11 +85,11 @@ def restored_on_failure(model: nn.Module) -> AbstractContextManager[None]:
     return undone_on_failure(ModelSnapshot(model).restore)
 
 
-def take_off(module: nn.Module, hook: Callable[..., None]) -> None:
+def remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
     """Remove a forward hook or pre-hook from a module without its handle; may be run again."""
-    told = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called)
+    option_tables = (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, other in hooks.items() if other == hook]:
-            for of_kind in told:
-                of_kind.pop(key, None)
+            for table in option_tables:
+                table.pop(key, None)
             hooks.pop(key, None)

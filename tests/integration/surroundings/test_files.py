@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from eva_peft.surroundings.files import replacing
+from eva_peft.surroundings.files import atomic_write
 
 
 def write(path: Path, text: str = "new") -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text)
 
 
@@ -25,7 +25,7 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
 
 
 def write_half(path: Path) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("half")
         raise ZeroDivisionError
 
@@ -55,7 +55,7 @@ def test_what_is_no_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> N
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: heard.append(pipe.read_text()), daemon=True)
     reader.start()
-    with replacing(pipe) as temporary:
+    with atomic_write(pipe) as temporary:
         other = temporary.with_name("other")
         other.write_text("new")
         os.replace(other, temporary)

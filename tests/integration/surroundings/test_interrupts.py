@@ -21,8 +21,8 @@ from eva_peft.lora.wrapping import wrap_model
 from eva_peft.model.routing import EagerExperts
 from eva_peft.passes import model_modes
 from eva_peft.passes.hooks import InputCollector
-from eva_peft.surroundings.interrupts import completed, temporarily, undone_on_failure
-from eva_peft.surroundings.random_state import random_state_kept
+from eva_peft.surroundings.interrupts import run_to_completion, temporarily, undone_on_failure
+from eva_peft.surroundings.random_state import preserved_random_state
 from eva_peft.surroundings.snapshot import ModelSnapshot, restored, restored_on_failure
 from integration.conftest import QUIET, lora, same_state, state_of, vectors, wrapped
 
@@ -226,7 +226,7 @@ def test_structure(act: Callable[[nn.Module], None], again: int) -> None:
 
 
 def drawn(model: nn.Module) -> None:
-    with random_state_kept():
+    with preserved_random_state():
         random.random()
         torch.rand(1)
 
@@ -248,7 +248,7 @@ def collected(model: nn.Module) -> None:
         with collector:
             assert len(model.a._forward_pre_hooks) == 1
     finally:
-        completed(collector.remove)  # as a pass does
+        run_to_completion(collector.remove)  # as a pass does
 
 
 @pytest.mark.parametrize("act", [drawn, quiet, claimed, collected])
@@ -304,20 +304,20 @@ def test_a_step_is_begun_again_after_an_interrupt_alone() -> None:
         if error is not None and len(calls) < until:
             raise error
 
-    completed(lambda: step(None, 0))
+    run_to_completion(lambda: step(None, 0))
     assert len(calls) == 1
     for error in (KeyboardInterrupt, SystemExit):
         calls.clear()
         with pytest.raises(error):
-            completed(lambda kind=error: step(kind, 4))  # type: ignore[misc]
+            run_to_completion(lambda kind=error: step(kind, 4))  # type: ignore[misc]
         assert len(calls) == 4
     calls.clear()
     with pytest.raises(ValueError):
-        completed(lambda: step(ValueError, 4))
+        run_to_completion(lambda: step(ValueError, 4))
     assert len(calls) == 1
     calls.clear()
     with pytest.raises(KeyboardInterrupt):  # and not for ever
-        completed(lambda: step(KeyboardInterrupt, 10**9), tries=7)
+        run_to_completion(lambda: step(KeyboardInterrupt, 10**9), attempts=7)
     assert len(calls) == 7
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eva_kernels import EvaResult
 from eva_peft.surroundings.random_state import (
-    random_state_kept,
+    preserved_random_state,
     read_random_state,
     set_random_state,
 )
@@ -52,7 +52,7 @@ def test_the_state_of_an_apple_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(torch.accelerator, name, answer)
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: states[0].clone())
     monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: states.__setitem__(0, state))
-    with random_state_kept():
+    with preserved_random_state():
         states[0] = states[0] + 1
     assert states[0].tolist() == [7]
 
@@ -80,7 +80,7 @@ def test_a_gpu_that_nobody_has_used_is_left_alone(
     for name, answer in found.items():
         monkeypatch.setattr(torch.accelerator, name, answer)
     before = generator.get_state()
-    with random_state_kept():
+    with preserved_random_state():
         begun[0] = used != "never"
         torch.rand(3, generator=generator)
     assert torch.equal(generator.get_state(), before) == (used != "never")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from eva_peft.errors import EvaValueError
-from eva_peft.surroundings.staging import INDEX, staged_folder
+from eva_peft.surroundings.staging import ADAPTER_CONFIG, staged_folder
 
 
 def write(out: Path, *names: str, force: bool = False, besides: Path | None = None) -> None:
@@ -31,7 +31,7 @@ def test_a_folder_that_is_there_stays_the_same_one(tmp_path: Path) -> None:
     out.mkdir()
     out.chmod(0o2770)
     before = out.stat()
-    with staged_folder(out, force=False, besides=None) as folder:
+    with staged_folder(out, force=False, allowed=None) as folder:
         # as where it is a mount point, or its parent belongs to somebody else
         assert list(tmp_path.iterdir()) == [out]
         (folder / "a").write_text("new")
@@ -48,7 +48,7 @@ def test_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_new_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    with staged_folder(out, force=False, besides=None) as folder:
+    with staged_folder(out, force=False, allowed=None) as folder:
         (folder / "a").write_text("new")
         assert not out.exists()
     assert contents(out) == {"a": "new"}
@@ -106,24 +106,24 @@ def kept(told: pytest.ExceptionInfo[EvaValueError]) -> Path:
 def test_a_failure_halfway_takes_all_back(
     tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, names = tmp_path / "out", ["weights", INDEX, "new", "z"]
+    out, names = tmp_path / "out", ["weights", ADAPTER_CONFIG, "new", "z"]
     out.mkdir()
-    for name in ("weights", INDEX, "z"):
+    for name in ("weights", ADAPTER_CONFIG, "z"):
         (out / name).write_text("old")
     real, calls = os.replace, []
 
     def replace(source: Path, target: Path) -> None:
         calls.append(target.name)
         if len(calls) == failing + 1:
-            assert not (out / INDEX).exists()  # nobody takes the folder for whole
+            assert not (out / ADAPTER_CONFIG).exists()  # nobody takes the folder for whole
             raise OSError(28, "No space left on device")
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(EvaValueError, match="No space left on device") as told:
         write(out, *names, force=True)
-    assert calls[failing] == ["new", "weights", "z", INDEX][failing]
-    assert contents(out) == {"weights": "old", INDEX: "old", "z": "old"}
+    assert calls[failing] == ["new", "weights", "z", ADAPTER_CONFIG][failing]
+    assert contents(out) == {"weights": "old", ADAPTER_CONFIG: "old", "z": "old"}
     assert contents(kept(told)) == dict.fromkeys(names, "new")
     assert sorted(p.name for p in kept(told).iterdir()) == sorted(names)
 
@@ -158,18 +158,18 @@ def test_an_interrupt_in_the_last_moment_leaves_nothing(
 def test_who_interrupts_twice_keeps_the_old_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, INDEX, "weights")
+    write(tmp_path, ADAPTER_CONFIG, "weights")
 
     def interrupt(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", interrupt)  # in the move, and in taking it back
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, INDEX, "weights", force=True)
+        write(tmp_path, ADAPTER_CONFIG, "weights", force=True)
     old = {
         path.name for path in tmp_path.rglob("*") if path.parent.name in (".before", tmp_path.name)
     }
-    assert {INDEX, "weights"} <= old
+    assert {ADAPTER_CONFIG, "weights"} <= old
 
 
 def test_a_hidden_file_of_a_like_name_is_a_file(tmp_path: Path) -> None:
