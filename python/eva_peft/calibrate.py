@@ -37,7 +37,7 @@ from .passes.planning import components_of, log_plan, plan_targets
 from .passes.progress import empty_history, log_end, make_progress_bar, record_step
 from .passes.ranks import Budget, allocate
 from .passes.verdict import check_outcome
-from .processes.data_parallel import Processes, beginning, processes_of
+from .processes.data_parallel import Processes, processes_of, reporting_start_failures
 from .results.collect import collect_result
 from .results.result import EvaResult
 from .resume.checkpoint import CheckpointKeeper
@@ -72,7 +72,7 @@ def run_pass(
             is running on the model.
     """
     processes = processes_of(model, options.group)
-    with beginning(processes):
+    with reporting_start_failures(processes):
         return with_pass(
             CalibrationPass, model, config, options, processes, lambda run: run.run(loader)
         )
@@ -169,7 +169,7 @@ class CalibrationPass:
         self.keeper.open()
         self.began -= self.keeper.elapsed
         processes = self.processes
-        with nullcontext() if processes is None else processes.together.interrupts:
+        with nullcontext() if processes is None else processes.peers.interrupts:
             return self._run(loader)
 
     def _run(self, loader: Iterable[Any]) -> EvaResult:
@@ -236,7 +236,7 @@ class CalibrationPass:
     @property
     def leads(self) -> bool:
         """Tell whether this process has the result, and reports on the pass."""
-        return self.processes is None or self.processes.leads
+        return self.processes is None or self.processes.is_leader
 
     def elapsed(self) -> float:
         """Return the running time of the pass in seconds, without breaks before it was resumed."""

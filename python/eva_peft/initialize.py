@@ -19,7 +19,7 @@ from .model.divided import check_experts, check_undivided, check_whole
 from .model.targets import check_may_resize, check_not_replicated, find_targets, unwrap
 from .options import AUTO, CalibrateOptions
 from .passes.planning import Estimate, estimate_targets
-from .processes.data_parallel import beginning, processes_of
+from .processes.data_parallel import processes_of, reporting_start_failures
 from .results.result import EvaResult
 
 __all__ = ["calibrate", "default_config", "estimate", "initialize"]
@@ -73,7 +73,7 @@ def initialize(
     Reference: arXiv 2410.07170; PEFT ``initialize_lora_eva_weights``.
     """
     inner = unwrap(model)
-    with beginning(processes_of(inner, options.get("group", AUTO))):
+    with reporting_start_failures(processes_of(inner, options.get("group", AUTO))):
         parsed = CalibrateOptions.from_kwargs(options)
         check_whole(model)
         chosen = chosen_config(inner, config, parsed)
@@ -135,7 +135,7 @@ def calibrate(
             unchanged.
     """
     inner = unwrap(model)
-    with beginning(processes_of(inner, options.get("group", AUTO))):
+    with reporting_start_failures(processes_of(inner, options.get("group", AUTO))):
         parsed = CalibrateOptions.from_kwargs(options)
         check_undivided(inner)
         chosen = chosen_config(inner, config, parsed)

@@ -33,7 +33,7 @@ from .model.checks import config_of
 from .model.divided import check_whole
 from .model.targets import check_may_resize, resolve_name, unwrap
 from .options import AUTO
-from .processes.data_parallel import beginning, processes_of
+from .processes.data_parallel import processes_of, reporting_start_failures
 
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
 
@@ -85,7 +85,7 @@ def get_eva_state_dict(
     """
     inner = unwrap(model)
     options = _with_group(options, gather_distributed_inputs)
-    with beginning(processes_of(inner, options.get("group", AUTO))):
+    with reporting_start_failures(processes_of(inner, options.get("group", AUTO))):
         if peft_config is None and not carries_adapters(inner):
             raise EvaValueError("peft_config is required if model is not a PeftModel")
     result = calibrate(
@@ -162,7 +162,7 @@ def initialize_lora_eva_weights(
     options = _with_group(options, gather_distributed_inputs)
     alone = eva_state_dict is not None  # there will be no pass
     processes = None if alone else processes_of(inner, options.get("group", AUTO))
-    with beginning(processes):
+    with reporting_start_failures(processes):
         check_whole(model)
         _check_for_eva(inner, adapter_name, overwrite_trained)
         if not alone and dataloader is None:

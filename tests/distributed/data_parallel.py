@@ -19,7 +19,7 @@ from distributed.scenarios import calibrate, failing_batches, own_batches, scena
 from distributed.shards import spoiled_in_shards
 from eva_kernels.streaming import InputStream, _host
 from eva_peft.passes.hooks import InputCollector
-from eva_peft.processes import cells, meeting
+from eva_peft.processes import barrier, cells
 from integration.conftest import QUIET, lora, make_llama
 
 
@@ -276,7 +276,7 @@ def one_comes_late(rank: int) -> Any:
     if rank == 1:
         time.sleep(1)
     try:
-        with mock.patch.object(meeting, "PATIENCE", 0.2):
+        with mock.patch.object(barrier, "LOG_WAIT_AFTER", 0.2):
             calibrate(make_llama(), own_batches(rank), max_steps=1)
     finally:
         logger.removeHandler(handler)

@@ -22,7 +22,7 @@ from distributed.scenarios import calibrate, limited, own_batches, scenario
 from distributed.shards import sharded
 from eva_peft.passes.hooks import InputCollector
 from eva_peft.passes.model_modes import exclusive_use
-from eva_peft.processes import meeting
+from eva_peft.processes import barrier
 from eva_peft.resume.checkpoint import CheckpointKeeper
 from integration.conftest import QUIET, lora, make_llama, wrapped
 
@@ -157,7 +157,7 @@ def fails_in_one_before(rank: int) -> Any:
         "busy": of_a_model_that_is_busy(),
         "hooks": without_hooks(),
     }
-    with mock.patch.object(meeting, "_store_of", return_value=None):
+    with mock.patch.object(barrier, "_store_of", return_value=None):
         found["no store"] = initialise(make_llama(), lora(r=-1) if wrong else lora())
         found["no store, well"] = initialise(make_llama(), lora())
     return found

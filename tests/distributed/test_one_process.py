@@ -20,8 +20,8 @@ from eva_kernels.streaming import fold_streams
 from eva_peft.errors import HeldError
 from eva_peft.model import divided
 from eva_peft.processes import cells, channel
-from eva_peft.processes.data_parallel import beginning, processes_of
-from eva_peft.processes.together import Together
+from eva_peft.processes.data_parallel import processes_of, reporting_start_failures
+from eva_peft.processes.peers import Peers
 from eva_peft.resume.fingerprint import check_weights
 from helpers import make_stream
 from integration.conftest import QUIET, lora, make_llama, wrapped
@@ -55,9 +55,9 @@ def test_a_group_of_one_has_nobody_to_wait_for(group_of_one: Any) -> None:
 
 def test_an_error_is_told_though_the_others_are_gone() -> None:
     failing = mock.Mock(side_effect=distributed.DistNetworkError("Connection reset by peer"))
-    gone: Any = SimpleNamespace(together=SimpleNamespace())
-    gone.together.meeting = SimpleNamespace(over=False, fail=failing)
-    with pytest.raises(KeyError, match="no such layer"), beginning(gone):
+    gone: Any = SimpleNamespace(peers=SimpleNamespace())
+    gone.peers.barrier = SimpleNamespace(has_arrived=False, report_failure=failing)
+    with pytest.raises(KeyError, match="no such layer"), reporting_start_failures(gone):
         raise KeyError("no such layer")
     failing.assert_called_once_with("failed: KeyError: 'no such layer'")
 
@@ -79,9 +79,9 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
     monkeypatch.setattr(distributed, "get_global_rank", lambda group, rank: 4 + rank)
     one, tensors = channel.Channel(replicas, HeldError()), [torch.ones(2)]
-    one.from_leader("plan")
-    one.send_out(tensors)
-    one.add_up(tensors)
+    one.broadcast_object("plan")
+    one.broadcast_tensors(tensors)
+    one.sum_on_leader(tensors)
     one.send("parcel")
     one.receive(1)
     expected = {**dict.fromkeys(first, 4), "recv_object_list": 5}
@@ -93,22 +93,22 @@ def test_who_cannot_reach_the_others_says_so_or_what_went_wrong_in_itself(
 ) -> None:
     """One was killed, or waited for too long; gloo says which connection was closed."""
     gone = RuntimeError("Connection closed by peer [127.0.0.1]:17835")
-    together = Together(group_of_one)
+    peers = Peers(group_of_one)
     for name in ("all_gather_object", "broadcast"):
         monkeypatch.setattr(distributed, name, mock.Mock(side_effect=gone))
     with pytest.raises(EvaRuntimeError, match=r"reach the others .* \(Connection closed by"):
-        together.of_all(None)
+        peers.gather(None)
 
     def fail() -> None:
         raise OSError("the disk is gone")
 
-    together.attempt(fail)
+    peers.attempt(fail)
     with pytest.raises(OSError, match="the disk is gone"):
-        together.of_all(None)
+        peers.gather(None)
     gone = torch.OutOfMemoryError("80 GB")
     monkeypatch.setattr(distributed, "broadcast", mock.Mock(side_effect=gone))
     with pytest.raises(torch.OutOfMemoryError, match="80 GB"):
-        together.channel.send_out([torch.ones(2)])
+        peers.channel.broadcast_tensors([torch.ones(2)])
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -165,7 +165,7 @@ def test_what_the_first_sends_fits_into_the_memory_of_others(
     first, other = (make_stream(16, 4, method=method, dtype=dtype) for _ in "ab")
     first.add(torch.randn(40, 16, dtype=dtype))
     fold_streams([first])
-    sent, room = (cells.anchors(stream, method == "gram") for stream in (first, other))
+    sent, room = (cells.basis_tensors(stream, method == "gram") for stream in (first, other))
     assert [(part.shape, part.dtype) for part in sent] == [(p.shape, p.dtype) for p in room]
 
 

@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cell",
-    "Renewal",
-    "Report",
-    "Waiting",
-    "anchors",
+    "ForwardReport",
+    "PendingSlot",
+    "RenewedCell",
+    "basis_tensors",
     "common_cells",
-    "divide_slots",
     "merge_stream",
-    "renewal",
+    "renewed_cell",
     "slot_for",
+    "split_into_cells",
 ]
 
 Cell = tuple[int, ...]  # indices of layers
 # A cell with a new basis, the dtype of its stream, and whether it is exact.
-Renewal = tuple[Cell, torch.dtype, bool]
+RenewedCell = tuple[Cell, torch.dtype, bool]
 
 
 @dataclass(frozen=True)
-class Waiting:
+class PendingSlot:
     """The pending tokens in one slot of a process.
 
     Attributes:
@@ -56,47 +56,47 @@ class Waiting:
 
 
 @dataclass(frozen=True)
-class Report:
+class ForwardReport:
     """What a process reports to the others after its forward pass.
 
     Attributes:
-        ran: it had a batch.
+        had_batch: it had one, and so ran a forward pass.
         tokens: of the batch.
         slots: those of the process.
         max_calls: of each layer in one forward pass, so far.
         largest_batch: size of batches that were run to the end, see
             :func:`eva_peft.inputs.batches.size_of`.
-        random: global states, for a checkpoint; see
+        random_states: global states, for a checkpoint; see
             :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
     """
 
-    ran: bool
+    had_batch: bool
     tokens: int
-    slots: tuple[Waiting, ...]
+    slots: tuple[PendingSlot, ...]
     max_calls: dict[int, int]
     largest_batch: tuple[int, int]
-    random: tuple[Tensor, ...]
+    random_states: tuple[Tensor, ...]
 
     @functools.cached_property
-    def of_layer(self) -> dict[int, Waiting]:
+    def pending_by_layer(self) -> dict[int, PendingSlot]:
         """The pending tokens, by layer index."""
         return {i: waiting for waiting in self.slots for i in waiting.members}
 
     def pending(self, cell: Cell) -> int:
         """Return how many tokens are pending in a cell."""
-        found = self.of_layer.get(cell[0])
-        return 0 if found is None else found.pending
+        slot = self.pending_by_layer.get(cell[0])
+        return 0 if slot is None else slot.pending
 
 
-def common_cells(reports: Sequence[Report]) -> list[Cell]:
+def common_cells(reports: Sequence[ForwardReport]) -> list[Cell]:
     """Group the layers that share an input in every process that called them."""
-    cells: dict[tuple[Waiting | None, ...], list[int]] = defaultdict(list)
-    for i in sorted({i for report in reports for i in report.of_layer}):
-        cells[tuple(report.of_layer.get(i) for report in reports)].append(i)
+    cells: dict[tuple[PendingSlot | None, ...], list[int]] = defaultdict(list)
+    for i in sorted({i for report in reports for i in report.pending_by_layer}):
+        cells[tuple(report.pending_by_layer.get(i) for report in reports)].append(i)
     return [tuple(cell) for cell in cells.values()]
 
 
-def divide_slots(collector: InputCollector, cells: Sequence[Cell]) -> None:
+def split_into_cells(collector: InputCollector, cells: Sequence[Cell]) -> None:
     """Split slots whose layers do not share an input in every process."""
     cell_of = {i: cell for cell in cells for i in cell}
     for slot in list(collector.slots):
@@ -133,12 +133,12 @@ def merge_stream(
     return stream
 
 
-def renewal(slot: Slot) -> Renewal:
+def renewed_cell(slot: Slot) -> RenewedCell:
     """Describe to the other processes a slot whose stream has a new basis."""
     return tuple(slot.members), slot.stream.dtype, isinstance(slot.stream.state, GramState)
 
 
-def anchors(stream: InputStream, exact: bool) -> list[Tensor]:
+def basis_tensors(stream: InputStream, exact: bool) -> list[Tensor]:
     """Return basis, mean and, if exact, pivot of a stream, or zeros to receive them into."""
     state, sketch = stream.state, stream.sketch
     if sketch is not None:

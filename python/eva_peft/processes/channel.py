@@ -27,71 +27,71 @@ class Channel:
 
     Args:
         group: a ``torch.distributed`` process group that this process is in.
-        held: the error of this process, if any, that is still to be reported to the others.
+        held_error: the error of this process, if any, that is still to be reported to the others.
 
     Attributes:
         rank, size: of this process in the group, and of the group.
-        leads: whether this is the leader.
+        is_leader: whether this is the leader.
     """
 
-    def __init__(self, group: Any, held: HeldError) -> None:
-        self._group, self._held = group, held
+    def __init__(self, group: Any, held_error: HeldError) -> None:
+        self._group, self._held_error = group, held_error
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
-        self.leads = self.rank == 0
+        self.is_leader = self.rank == 0
         self._leader = distributed.get_global_rank(group, 0)
 
-    def from_leader(self, thing: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Broadcast an object from the leader."""
-        box = [thing]
-        with self._reaching():
+        box = [value]
+        with self._explaining_failures():
             distributed.broadcast_object_list(box, src=self._leader, group=self._group)
         return box[0]
 
-    def of_all(self, own: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """Gather an object from each process, by rank."""
-        every: list[Any] = [None] * self.size
-        with self._reaching():
-            distributed.all_gather_object(every, own, group=self._group)
-        return every
+        values: list[Any] = [None] * self.size
+        with self._explaining_failures():
+            distributed.all_gather_object(values, value, group=self._group)
+        return values
 
-    def send(self, thing: Any) -> None:
+    def send(self, value: Any) -> None:
         """Send an object to the leader, which calls :meth:`receive`; not collective."""
-        with self._reaching():
-            distributed.send_object_list([thing], dst=self._leader, group=self._group)
+        with self._explaining_failures():
+            distributed.send_object_list([value], dst=self._leader, group=self._group)
 
     def receive(self, rank: int) -> Any:
         """Receive, on the leader, an object that a process has sent; not collective."""
         box: list[Any] = [None]
         source = distributed.get_global_rank(self._group, rank)
-        with self._reaching():
+        with self._explaining_failures():
             distributed.recv_object_list(box, src=source, group=self._group)
         return box[0]
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def sum_on_leader(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors of the same shapes over all processes; only the leader gets the sums."""
         for bucket in _buckets(tensors):
-            flat = _packed(bucket)
-            with self._reaching():
+            flat = _flattened(bucket)
+            with self._explaining_failures():
                 distributed.reduce(flat, dst=self._leader, group=self._group)
-            if self.leads:
-                _unpack(flat, bucket)
+            if self.is_leader:
+                _copy_back(flat, bucket)
 
-    def send_out(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Broadcast the leader's tensors into those of all processes."""
         for bucket in _buckets(tensors):
-            flat = _packed(bucket)
-            with self._reaching():
+            flat = _flattened(bucket)
+            with self._explaining_failures():
                 distributed.broadcast(flat, src=self._leader, group=self._group)
-            if not self.leads:
-                _unpack(flat, bucket)
+            if not self.is_leader:
+                _copy_back(flat, bucket)
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _explaining_failures(self) -> Iterator[None]:
         """Explain a failure of the backend, whose own message only names addresses."""
         try:
             yield
         except RuntimeError as error:
-            self._held.release()  # no other process can report it any more
+            self._held_error.release()  # no other process can report it any more
             if is_out_of_memory(error):
                 raise
             raise EvaRuntimeError(
@@ -108,10 +108,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
     Devices are mixed: in another process the same layers may be on different ones.
     """
-    kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        kinds[tensor.dtype].append(tensor)
-    for group in kinds.values():
+        by_dtype[tensor.dtype].append(tensor)
+    for group in by_dtype.values():
         bucket: list[Tensor] = []
         size = 0
         for tensor in group:
@@ -123,10 +123,10 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
+def _flattened(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1).to(tensors[0].device) for t in tensors])
 
 
-def _unpack(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+def _copy_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

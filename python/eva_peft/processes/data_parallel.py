@@ -32,16 +32,23 @@ from ..options import AUTO
 from ..passes.progress import record_step
 from ..resume.fingerprint import check_requests, check_weights, request_of, weights_of
 from ..surroundings.random_state import set_random_state
-from .cells import Renewal, Report, Waiting, common_cells, divide_slots, renewal
+from .cells import (
+    ForwardReport,
+    PendingSlot,
+    RenewedCell,
+    common_cells,
+    renewed_cell,
+    split_into_cells,
+)
 from .exchange import Exchange
-from .together import Together, in_words
+from .peers import Peers, describe_error
 
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
     from ..passes.model_call import Ready
     from ..results.result import EvaResult
 
-__all__ = ["Processes", "beginning", "processes_of"]
+__all__ = ["Processes", "processes_of", "reporting_start_failures"]
 
 _LOGGER = logging.getLogger("eva_kernels")
 
@@ -81,7 +88,7 @@ def processes_of(model: nn.Module, group: Any) -> Processes | None:
 
 
 @contextmanager
-def beginning(processes: Processes | None) -> Iterator[None]:
+def reporting_start_failures(processes: Processes | None) -> Iterator[None]:
     """Report an error of this process before the pass to the others, if there are any.
 
     Interrupts count as errors. The pass itself may be in the block.
@@ -89,9 +96,9 @@ def beginning(processes: Processes | None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if processes is not None and not processes.together.meeting.over:
+        if processes is not None and not processes.peers.barrier.has_arrived:
             with suppress(RuntimeError):  # they may be gone
-                processes.together.meeting.fail(in_words(error))
+                processes.peers.barrier.report_failure(describe_error(error))
         raise
 
 
@@ -100,17 +107,18 @@ class _Decision:
     """What the leader tells the others after a step.
 
     Attributes:
-        done, stop: every layer has converged; no further step.
+        converged, stop: every layer has converged; no further step.
         frozen: layers that are no longer accumulated.
-        renewed: layers with a new basis, the dtype of their streams, and whether they are exact.
+        renewed_cells: layers with a new basis, the dtype of their streams, and whether they are
+            exact.
         steps: of the pass so far.
         error: what went wrong.
     """
 
-    done: bool = False
+    converged: bool = False
     stop: bool = True
     frozen: frozenset[int] = frozenset()
-    renewed: tuple[Renewal, ...] = ()
+    renewed_cells: tuple[RenewedCell, ...] = ()
     steps: int = 0
     error: str | None = None
 
@@ -122,8 +130,8 @@ class _Position:
     Attributes:
         path: of the file, which the other processes need not know.
         forwards, tokens: of the pass so far.
-        max_calls, largest_batch: see :class:`.cells.Report`.
-        begun, random: see :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
+        max_calls, largest_batch: see :class:`.cells.ForwardReport`.
+        begun, random_states: see :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
         decision: that of the last step.
     """
 
@@ -133,7 +141,7 @@ class _Position:
     max_calls: dict[int, int]
     largest_batch: tuple[int, int]
     begun: Sequence[Sequence[Tensor]]
-    random: Sequence[Tensor]
+    random_states: Sequence[Tensor]
     decision: _Decision
 
 
@@ -144,16 +152,16 @@ class Processes:
         group: of at least two processes.
 
     Attributes:
-        together: the processes, and the handling of their errors.
-        size, leads: of the group, and whether this process leads.
+        peers: the processes, and the handling of their errors.
+        size, is_leader: of the group, and whether this process leads.
     """
 
     def __init__(self, group: Any) -> None:
-        self.together = Together(group)
-        self._channel = self.together.channel
-        self.size, self.leads = self._channel.size, self._channel.leads
-        self._exchange = Exchange(self.together)
-        self._seen = 0  # tokens of all processes
+        self.peers = Peers(group)
+        self._channel = self.peers.channel
+        self.size, self.is_leader = self._channel.size, self._channel.is_leader
+        self._exchange = Exchange(self.peers)
+        self._total_tokens = 0  # tokens of all processes
 
     def loop(self, run: CalibrationPass, loader: Iterable[Any]) -> bool:
         """Run batches until the leader says stop; returns whether every layer has converged.
@@ -163,75 +171,78 @@ class Processes:
         Raises:
             Exception: that of this process; EvaRuntimeError if another one failed.
         """
-        self._agree(run)
+        self._check_same_pass(run)
         # The choice of "auto" depends on the memory of each device.
-        run.plan = self._channel.from_leader(run.plan)
+        run.plan = self._channel.broadcast_object(run.plan)
         with ExitStack() as stack:
-            every = batches.iterate(loader, lambda: self._seen > 0, run.keeper.begin_epoch)
-            stream = stack.enter_context(closing(every))
-            coming = map(run.prepare, stream)
+            all_batches = batches.iterate(
+                loader, lambda: self._total_tokens > 0, run.keeper.begin_epoch
+            )
+            stream = stack.enter_context(closing(all_batches))
+            prepared_batches = map(run.prepare, stream)
             stack.enter_context(run.keeper)
-            decision = self._begin(run, stream)
+            decision = self._start_or_resume(run, stream)
             while not decision.stop:
                 run.keeper.begin_forward()
-                decision = self._step(run, coming)
-            self.together.attempt(stack.close)  # the others are told with the result
-        if self.leads:  # after the keeper, whose file has what is pending between forward passes
-            self.together.attempt(self.together.unless_held, run.fold_rest)
-        return decision.done
+                decision = self._step(run, prepared_batches)
+            self.peers.attempt(stack.close)  # the others are told with the result
+        if self.is_leader:
+            # after the keeper, whose file has what is pending between forward passes
+            self.peers.attempt(self.peers.call_unless_failed, run.fold_rest)
+        return decision.converged
 
-    def _begin(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
+    def _start_or_resume(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
         """Bring all processes to the state of the leader's checkpoint, if there is one."""
         keeper, position = run.keeper, None
         if keeper.path is not None:
             stop = keeper.done or (run.forwards > 0 and run.limit_reached())
             slots = [slot for slot in run.collector.slots if keeper.known.issuperset(slot.members)]
-            renewed = tuple(map(renewal, slots))
+            renewed = tuple(map(renewed_cell, slots))
             frozen = frozenset(run.collector.frozen)
             decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
             passes = run.forwards, run.tokens, run.collector.max_calls, run.collector.largest_batch
             rest = keeper.begun, keeper.random, decision
             position = _Position(str(keeper.path), *passes, *rest)
-        position = self._channel.from_leader(position)
+        position = self._channel.broadcast_object(position)
         if position is None:
             return _Decision(stop=False)
         keeper.keeps = True
         run.collector.record_passes(position.max_calls, position.largest_batch)
-        self._seen = position.tokens  # if 0, a loader is not restarted at its end
+        self._total_tokens = position.tokens  # if 0, a loader is not restarted at its end
         if position.forwards and not position.decision.stop:
-            self._skip(run, stream, position)
-        return self._follow(run, position.decision)
+            self._skip_seen_batches(run, stream, position)
+        return self._apply(run, position.decision)
 
-    def _skip(self, run: CalibrationPass, stream: Iterator[Any], position: _Position) -> None:
+    def _skip_seen_batches(
+        self, run: CalibrationPass, stream: Iterator[Any], position: _Position
+    ) -> None:
         """Skip the batches that the checkpoint has seen."""
         rank = self._channel.rank
         run.keeper.begin_again(position.begun[rank])
-        skipped = (
-            self.together.attempt(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
-        )
-        set_random_state(position.random[rank], run.device)
-        if not self.leads:
+        skipped = self.peers.attempt(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
+        set_random_state(position.random_states[rank], run.device)
+        if not self.is_leader:
             run.forwards = skipped
-        most = max(self.together.of_all(skipped))
-        if most < position.forwards:
+        most_skipped = max(self.peers.gather(skipped))
+        if most_skipped < position.forwards:
             seen = counted(position.forwards, "batch", "batches")
             raise EvaValueError(
                 f"the checkpoint {position.path} has seen {seen}, but all loaders ended after "
-                f"{most}: they must yield the same batches again"
+                f"{most_skipped}: they must yield the same batches again"
             )
 
-    def _step(self, run: CalibrationPass, coming: Iterator[PreparedBatch]) -> _Decision:
-        reports = self.together.of_all(self._forward(run, coming))
-        self._seen += sum(report.tokens for report in reports)
+    def _step(self, run: CalibrationPass, prepared_batches: Iterator[PreparedBatch]) -> _Decision:
+        reports = self.peers.gather(self._forward(run, prepared_batches))
+        self._total_tokens += sum(report.tokens for report in reports)
         for report in reports:
             run.collector.record_passes(report.max_calls, report.largest_batch)
         cells = common_cells(reports)
-        divide_slots(run.collector, cells)
+        split_into_cells(run.collector, cells)
         merged = self._exchange.collect(run, reports, cells)
-        own = None
-        if self.leads:
-            own = self._lead(run, merged, reports)
-        return self._follow(run, self._channel.from_leader(own))
+        decision = None
+        if self.is_leader:
+            decision = self._decide(run, merged, reports)
+        return self._apply(run, self._channel.broadcast_object(decision))
 
     def result(self, make: Callable[[], EvaResult]) -> EvaResult:
         """Return the leader's result, on every process.
@@ -241,122 +252,124 @@ class Processes:
             Exception: any other error, on the leader; EvaRuntimeError on the others.
         """
         found: Any = None
-        if self.leads:
-            found = self.together.attempt(self.together.unless_held, make)
-            raised = self.together.held.error
+        if self.is_leader:
+            found = self.peers.attempt(self.peers.call_unless_failed, make)
+            raised = self.peers.held_error.error
             if raised is not None:
-                found = raised if isinstance(raised, NotConvergedError) else in_words(raised)
+                found = raised if isinstance(raised, NotConvergedError) else describe_error(raised)
             del raised  # else a reference cycle: its traceback refers to this frame
-        found = self._channel.from_leader(found)
+        found = self._channel.broadcast_object(found)
         if isinstance(found, NotConvergedError):  # every process raises it as its own
-            self.together.held.error, found = self.together.held.error or found, str(found)
-        self.together.raise_if(found if isinstance(found, str) else None, 0)
-        self.together.held.release()  # the error of a process other than the leader
+            self.peers.held_error.error, found = self.peers.held_error.error or found, str(found)
+        self.peers.raise_if_failed(found if isinstance(found, str) else None, 0)
+        self.peers.held_error.release()  # the error of a process other than the leader
         result: EvaResult = found
         return result
 
-    def _agree(self, run: CalibrationPass) -> None:
+    def _check_same_pass(self, run: CalibrationPass) -> None:
         """Raise EvaValueError, on every process, unless all are asked for the same pass.
 
         EvaRuntimeError if another process could not begin it.
         """
-        own = {name: part for name, part in request_of(run).items() if name != "seed"}
+        request = {name: part for name, part in request_of(run).items() if name != "seed"}
         weights = weights_of(run)
-        failed = self.together.meeting.come(self.together.interrupted)
-        if failed is not None:
-            self.together.raise_if(failed[1], failed[0])
-        every = self.together.of_all((own, weights))
-        check_requests([asked for asked, _ in every])
-        check_weights([shown for _, shown in every])
+        failure = self.peers.barrier.arrive(self.peers.is_interrupted)
+        if failure is not None:
+            self.peers.raise_if_failed(failure[1], failure[0])
+        all_requests = self.peers.gather((request, weights))
+        check_requests([each for each, _ in all_requests])
+        check_weights([each_weights for _, each_weights in all_requests])
 
-    def _forward(self, run: CalibrationPass, coming: Iterator[PreparedBatch]) -> Report:
-        before = run.tokens
+    def _forward(
+        self, run: CalibrationPass, prepared_batches: Iterator[PreparedBatch]
+    ) -> ForwardReport:
+        tokens_before = run.tokens
         run.phase = "forward"
-        ready = self.together.attempt(
-            self.together.unless_held, lambda: self._next_ready(run, coming)
+        ready = self.peers.attempt(
+            self.peers.call_unless_failed, lambda: self._next_ready(run, prepared_batches)
         )
         # The processes of a sharded model wait for each other in the forward pass: either all begin
         # it or none, and an interrupt is handled at its end.
-        if run.sharded and not all(self.together.of_all(ready is not None)):
+        if run.sharded and not all(self.peers.gather(ready is not None)):
             ready = None
         if ready is not None and run.sharded:
-            self._forward_in_shards(run, ready)
+            self._forward_sharded(run, ready)
         elif ready is not None:
-            self.together.attempt(run.forward, ready)
+            self.peers.attempt(run.forward, ready)
         slots = tuple(
-            Waiting(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
+            PendingSlot(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
         )
         random = run.keeper.random_states() if run.keeper.keeps else ()
         passes = dict(run.collector.max_calls), run.collector.largest_batch
-        return Report(ready is not None, run.tokens - before, slots, *passes, random)
+        return ForwardReport(ready is not None, run.tokens - tokens_before, slots, *passes, random)
 
     def _next_ready(
-        self, run: CalibrationPass, coming: Iterator[PreparedBatch]
+        self, run: CalibrationPass, prepared_batches: Iterator[PreparedBatch]
     ) -> Iterable[Ready] | None:
-        prepared = next(coming, None)
+        prepared = next(prepared_batches, None)
         if prepared is None:
             return None
         ready = run.ready(prepared)
         return list(ready) if run.sharded else ready
 
-    def _forward_in_shards(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
-        self._in_shards(run, partial(run.forward, ready))
-        if any(self.together.of_all(bool(run.again))):  # all or none, as before
+    def _forward_sharded(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
+        self._run_sharded(run, partial(run.forward, ready))
+        if any(self.peers.gather(bool(run.again))):  # all or none, as before
             for part in ready:
-                self._in_shards(run, partial(run.forward_again, part))
+                self._run_sharded(run, partial(run.forward_again, part))
 
-    def _in_shards(self, run: CalibrationPass, do: Callable[[], None]) -> None:
+    def _run_sharded(self, run: CalibrationPass, step: Callable[[], None]) -> None:
         """Run a sharded model, during which the others wait for this process.
 
         An error inside the model is raised at once, without telling the others: they would take
         any communication for a collective of the model.
         """
-        self.together.held.catch(do)
+        self.peers.held_error.catch(step)
         if not run.call.in_forward:
             return
         _LOGGER.error(
             "process %d %s, in forward pass %d of a sharded model, in which the others wait for "
             "it: they cannot be told, and go on waiting until it ends",
             self._channel.rank,
-            self.together.told(),
+            self.peers.failure_report(),
             run.forwards + 1,
         )
-        self.together.held.release()
+        self.peers.held_error.release()
 
-    def _follow(self, run: CalibrationPass, decision: _Decision) -> _Decision:
+    def _apply(self, run: CalibrationPass, decision: _Decision) -> _Decision:
         """Apply the leader's decision, on every process."""
-        self.together.raise_if(decision.error, 0)
+        self.peers.raise_if_failed(decision.error, 0)
         run.steps = decision.steps  # errors name it
         if decision.stop:
             return decision
         run.collector.frozen = set(decision.frozen)
-        self._exchange.share(run, decision.renewed)
+        self._exchange.broadcast_bases(run, decision.renewed_cells)
         return decision
 
-    def _lead(
+    def _decide(
         self,
         run: CalibrationPass,
         merged: Sequence[InputStream],
-        reports: Sequence[Report],
+        reports: Sequence[ForwardReport],
     ) -> _Decision:
         """End the step on the leader, and return its decision."""
-        ran = any(report.ran for report in reports)
+        had_batch = any(report.had_batch for report in reports)
         run.tokens += sum(report.tokens for report in reports[1:])
-        run.forwards += ran and not reports[0].ran
+        run.forwards += had_batch and not reports[0].had_batch
 
-        def decide() -> _Decision:
+        def end_step() -> _Decision:
             # fetch no batch in here: a loader may communicate for it (accelerate's do)
             folded = run.close_step(merged=merged)
             numbers = record_step(run) if folded else None
             done = bool(folded) and run.converged()
-            renewed = self._exchange.renewed(run, folded)
-            run.keeper.known = self._exchange.known.union(*(cell for cell, _, _ in renewed))
-            random = [report.random for report in reports]
+            renewed = self._exchange.renewed_cells(run, folded)
+            run.keeper.known = self._exchange.in_sync.union(*(cell for cell, _, _ in renewed))
+            random = [report.random_states for report in reports]
             run.keeper.end_forward(run.elapsed(), done, random)
             run.call_back(numbers)
-            stop = not ran or done or run.limit_reached()
+            stop = not had_batch or done or run.limit_reached()
             return _Decision(done, stop, frozenset(run.collector.frozen), renewed, run.steps)
 
-        decision = self.together.attempt(self.together.unless_held, decide)
-        return decision or _Decision(error=self.together.told())
+        decision = self.peers.attempt(self.peers.call_unless_failed, end_step)
+        return decision or _Decision(error=self.peers.failure_report())

@@ -7,16 +7,16 @@ from typing import Any, ParamSpec, TypeVar
 
 from ..errors import EvaRuntimeError, HeldError
 from ..surroundings.interrupts import DeferredInterrupts
+from .barrier import StartBarrier
 from .channel import Channel
-from .meeting import Meeting
 
-__all__ = ["Together", "in_words"]
+__all__ = ["Peers", "describe_error"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Together:
+class Peers:
     """The processes of a group, seen from one of them, which holds its error until all know it.
 
     Args:
@@ -24,58 +24,58 @@ class Together:
 
     Attributes:
         channel: the communication between them.
-        meeting: the barrier at which all begin, or none.
+        barrier: the one at which all begin, or none.
         interrupts: deferred during the pass, except where they are let through.
-        held: the error of this process, if there is one.
+        held_error: the error of this process, if there is one.
     """
 
     def __init__(self, group: Any) -> None:
-        self.interrupts, self.held = DeferredInterrupts(), HeldError()
-        self.channel, self.meeting = Channel(group, self.held), Meeting(group)
+        self.interrupts, self.held_error = DeferredInterrupts(), HeldError()
+        self.channel, self.barrier = Channel(group, self.held_error), StartBarrier(group)
 
-    def attempt(self, do: Callable[P, T], *of: P.args, **named: P.kwargs) -> T | None:
-        """Do what may fail or be interrupted, and hold the error until the others are told."""
+    def attempt(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Call what may fail or be interrupted, and hold the error until the others are told."""
 
         def interruptible() -> T:
             with self.interrupts.let_through():
-                return do(*of, **named)
+                return function(*args, **kwargs)
 
-        return self.held.catch(interruptible)
+        return self.held_error.catch(interruptible)
 
-    def unless_held(self, do: Callable[[], T]) -> T:
+    def call_unless_failed(self, function: Callable[[], T]) -> T:
         """Call a function, or raise the held error instead; to be passed to :meth:`attempt`."""
-        self.held.release()  # attempt() holds it again
-        return do()
+        self.held_error.release()  # attempt() holds it again
+        return function()
 
-    def interrupted(self) -> bool:
+    def is_interrupted(self) -> bool:
         """Tell whether this process has failed, or is interrupted now."""
         self.attempt(lambda: None)  # runs signal handlers; not all of them raise
-        return self.held.error is not None
+        return self.held_error.error is not None
 
-    def told(self) -> str | None:
+    def failure_report(self) -> str | None:
         """Return the report to the others of this process's error, if it has one."""
-        return None if self.held.error is None else in_words(self.held.error)
+        return None if self.held_error.error is None else describe_error(self.held_error.error)
 
-    def of_all(self, own: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Gather an object from each process, by rank; raise if one of them has failed."""
-        every = self.channel.of_all((own, self.told()))
-        for rank, (_, told) in enumerate(every):
-            self.raise_if(told, rank)
-        return [thing for thing, _ in every]
+        replies = self.channel.gather_objects((value, self.failure_report()))
+        for rank, (_, report) in enumerate(replies):
+            self.raise_if_failed(report, rank)
+        return [each for each, _ in replies]
 
-    def raise_if(self, told: str | None, rank: int) -> None:
+    def raise_if_failed(self, report: str | None, rank: int) -> None:
         """Raise the error that this process holds, or else the one that another has reported.
 
         Raises:
             EvaRuntimeError: process ``rank`` has failed.
         """
-        if told is None:
+        if report is None:
             return
-        self.held.release()
-        raise EvaRuntimeError(f"process {rank} {told}")
+        self.held_error.release()
+        raise EvaRuntimeError(f"process {rank} {report}")
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the report of an error to the other processes."""
     if isinstance(error, Exception):
         return f"failed: {type(error).__name__}: {error}"

@@ -15,18 +15,18 @@ from torch import distributed
 
 from ..errors import EvaRuntimeError, listed
 
-__all__ = ["Meeting"]
+__all__ = ["StartBarrier"]
 
 _LOGGER = logging.getLogger("eva_kernels")
-PATIENCE = 30.0  # seconds after which a process logs that it waits for others
-_LONGEST_PAUSE = 0.1  # seconds, between two polls of the store
-_ALL = "all are there"
+LOG_WAIT_AFTER = 30.0  # seconds after which a process logs that it waits for others
+_MAX_PAUSE = 0.1  # seconds, between two polls of the store
+_ALL_ARRIVED = "all are there"
 _REMEDY = "all of them must make the call; pass group=None to calibrate in one process alone"
 
-Word = tuple[int, str]  # the rank of a process that failed, and what happened to it
+FailureReport = tuple[int, str]  # the rank of a process that failed, and what happened to it
 
 
-class Meeting:
+class StartBarrier:
     """A barrier of the processes of a group, where each arrives or reports that it failed.
 
     It uses the store of the group, so that a failed process need not wait for the others, and
@@ -37,14 +37,14 @@ class Meeting:
         group: a ``torch.distributed`` process group that this process is in.
 
     Attributes:
-        over: this process has arrived.
+        has_arrived: this process has arrived.
     """
 
     def __init__(self, group: Any) -> None:
-        self._group, self.over = group, False
+        self._group, self.has_arrived = group, False
         self._rank, self._size = distributed.get_rank(group), distributed.get_world_size(group)
 
-    def come(self, interrupted: Callable[[], bool]) -> Word | None:
+    def arrive(self, is_interrupted: Callable[[], bool]) -> FailureReport | None:
         """Wait for the others; returns the report of one that failed, ``None`` if all arrived.
 
         Args:
@@ -53,72 +53,72 @@ class Meeting:
         Raises:
             EvaRuntimeError: the store cannot be reached any more.
         """
-        self.over = True
-        with _impatient(self._rank, self._size):
+        self.has_arrived = True
+        with _logging_long_waits(self._rank, self._size):
             try:
                 store = _store_of(self._group)
                 if store is not None:
-                    return self._wait(store, interrupted)
+                    return self._wait(store, is_interrupted)
             except RuntimeError as error:
                 raise EvaRuntimeError(
                     f"process {self._rank} can no longer reach the store of its process group: the "
                     "process that keeps it, mostly the first, has ended. It says why"
                 ) from error
-            return self._exchange(None)
+            return self._gather_reasons(None)
 
-    def fail(self, told: str) -> None:
+    def report_failure(self, reason: str) -> None:
         """Report that this process will not arrive.
 
         Args:
-            told: what happened to it.
+            reason: what happened to it.
         """
         store = _store_of(self._group)
         if store is None:
-            with _impatient(self._rank, self._size, f" to be told that this one {told}"):
-                self._exchange(told)
+            with _logging_long_waits(self._rank, self._size, f" to be told that this one {reason}"):
+                self._gather_reasons(reason)
         else:
-            self._settle(store, self._count(store), self._word(told))
+            self._write_outcome(store, self._next_number(store), self._failure_outcome(reason))
 
-    def _wait(self, store: Any, interrupted: Callable[[], bool]) -> Word | None:
+    def _wait(self, store: Any, is_interrupted: Callable[[], bool]) -> FailureReport | None:
         """Wait for the others, up to the time limit of the process group."""
-        number, limit = self._count(store), store.timeout.total_seconds()
+        number, limit = self._next_number(store), store.timeout.total_seconds()
         if store.add(f"eva_kernels/{number}/there", 1) == self._size:
-            self._settle(store, number, _ALL)
+            self._write_outcome(store, number, _ALL_ARRIVED)
         end, pause = time.monotonic() + (limit or math.inf), 0.001  # 0 is none
         while not store.check([f"eva_kernels/{number}/word"]):
-            if interrupted():
-                return self._settle(store, number, self._word("was interrupted"))
+            if is_interrupted():
+                return self._write_outcome(store, number, self._failure_outcome("was interrupted"))
             if time.monotonic() > end:
-                late = [i for i in range(self._size) if store.add(_counter(i), 0) < number]
-                told = (
+                missing = [i for i in range(self._size) if store.add(_count_key(i), 0) < number]
+                reason = (
                     f"has waited for {limit:g} seconds, the time limit of its process group, for "
-                    f"the others to begin the EVA pass (not there: {listed(map(str, late))}): "
+                    f"the others to begin the EVA pass (not there: {listed(map(str, missing))}): "
                 )
-                return self._settle(store, number, self._word(told + _REMEDY))
+                return self._write_outcome(store, number, self._failure_outcome(reason + _REMEDY))
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        return self._settle(store, number, _ALL)
+            pause = min(2 * pause, _MAX_PAUSE)
+        return self._write_outcome(store, number, _ALL_ARRIVED)
 
-    def _count(self, store: Any) -> int:
-        """Return the number of this meeting: each process counts, and all arrive equally often."""
-        number: int = store.add(_counter(self._rank), 1)
+    def _next_number(self, store: Any) -> int:
+        """Return the number of this barrier: each process counts, and all arrive equally often."""
+        number: int = store.add(_count_key(self._rank), 1)
         return number
 
-    def _settle(self, store: Any, number: int, word: str) -> Word | None:
-        """Write the outcome of the meeting, and return it: the first one written counts."""
-        said = store.compare_set(f"eva_kernels/{number}/word", "", word).decode()
-        return None if said == _ALL else tuple(json.loads(said))
+    def _write_outcome(self, store: Any, number: int, outcome: str) -> FailureReport | None:
+        """Write the outcome of the barrier, and return it: the first one written counts."""
+        written = store.compare_set(f"eva_kernels/{number}/word", "", outcome).decode()
+        return None if written == _ALL_ARRIVED else tuple(json.loads(written))
 
-    def _word(self, told: str) -> str:
-        return json.dumps([self._rank, told])
+    def _failure_outcome(self, reason: str) -> str:
+        return json.dumps([self._rank, reason])
 
-    def _exchange(self, told: str | None) -> Word | None:
-        every: list[Any] = [None] * self._size
-        distributed.all_gather_object(every, told, group=self._group)
-        return next(((rank, word) for rank, word in enumerate(every) if word is not None), None)
+    def _gather_reasons(self, reason: str | None) -> FailureReport | None:
+        reasons: list[Any] = [None] * self._size
+        distributed.all_gather_object(reasons, reason, group=self._group)
+        return next(((rank, each) for rank, each in enumerate(reasons) if each is not None), None)
 
 
-def _counter(rank: int) -> str:
+def _count_key(rank: int) -> str:
     return f"eva_kernels/of/{rank}"
 
 
@@ -142,13 +142,15 @@ def _store_of(group: Any) -> Any:
 
 
 @contextmanager
-def _impatient(rank: int, size: int, what: str = "") -> Iterator[None]:
+def _logging_long_waits(rank: int, size: int, to_do: str = "") -> Iterator[None]:
     """Log that a process waits for the others, if that takes long: some may never arrive."""
-    told = (
+    message = (
         "process %d of %d has been waiting for %g seconds for the others to begin the EVA pass%s: "
         f"{_REMEDY}"
     )
-    timer = threading.Timer(PATIENCE, _LOGGER.warning, [told, rank, size, PATIENCE, what])
+    timer = threading.Timer(
+        LOG_WAIT_AFTER, _LOGGER.warning, [message, rank, size, LOG_WAIT_AFTER, to_do]
+    )
     timer.daemon = True
     timer.start()
     try:
