@@ -381,7 +381,7 @@ def test_loaders_may_ask_the_others(seen: tuple[Seen, Seen]) -> None:
 def test_who_waits_for_the_others_says_so(seen: tuple[Seen, Seen]) -> None:
     [message] = seen[0]["one_comes_late"]
     assert "process 0 of 2 has been waiting for 0.2 seconds for the others to begin" in message
-    assert "all of them must make the call" in message
+    assert "every process of the group must make the same call" in message
     assert seen[1]["one_comes_late"] == []
 
 

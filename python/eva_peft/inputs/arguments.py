@@ -137,8 +137,9 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             )
         if any(samples):
             raise EvaTypeError(
-                "a batch is a mapping among other things, as (inputs, targets); pass forward_fn to "
-                "tell how the model is run on it, or let the loader yield the mapping alone"
+                "a batch is a sequence with a mapping among other things, such as (inputs, "
+                "targets); let the loader yield the mapping alone, or pass forward_fn to run the "
+                "model on such a batch"
             )
         return tuple(batch), {}
     movable = callable(getattr(batch, "to", None)) or is_dataclass(batch)
@@ -213,7 +214,7 @@ def _refusal(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
     names = [p.name for p in _parameters(base) or []]
     return EvaTypeError(
         f"{type(base).__name__}.forward({', '.join(names)}) does not take a batch with {given}{why}"
-        ". Let the loader yield what it takes, or pass forward_fn to run the model on a batch"
+        ". Let the loader yield what the model takes, or pass forward_fn to run it on such a batch"
     )
 
 

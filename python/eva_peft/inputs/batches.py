@@ -56,8 +56,8 @@ def iterate(
     """
     if isinstance(loader, Mapping):  # iterating it would yield names
         raise EvaTypeError(
-            f"the loader is a mapping with the names {listed(map(repr, loader))}; pass [batch] "
-            "where that is a batch, and one of its parts where it holds data sets"
+            f"the loader is a mapping with the keys {listed(map(repr, loader))}. If it is a single "
+            "batch, pass [batch]; if it holds several data sets, pass one of them"
         )
     begin_epoch()
     try:

@@ -459,11 +459,15 @@ class TokenMask:
         if all(bool(m.all()) or rows <= len(m) for m in masks):
             return
         self.warned.add(kind)
-        others = "" if kind == name else f". Other layers {kind} get no warning of their own"
+        others = (
+            ""
+            if kind == name
+            else f". Further layers named like {kind} get no warning of their own"
+        )
         warn(
-            f"layer {name}: no token mask fits its input of leading shape {leading} (the mask is "
-            f"{tuple(masks[0].shape)}); every row is used, padding too. Pass "
-            f"prepare_layer_inputs_fn to select rows{others}",
+            f"layer {name}: no token mask fits its input of leading shape {leading} (the mask has "
+            f"shape {tuple(masks[0].shape)}), so all of its rows are used, padding included. To "
+            f"select rows, pass prepare_layer_inputs_fn{others}",
         )
 
 

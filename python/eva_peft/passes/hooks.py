@@ -333,8 +333,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             return
         names = ", ".join(self.targets[m].name for m in slot.members)
         warn(
-            f"step {self.step + 1}: the input of {names} was changed in place after the layers "
-            "were called; its tokens of this batch are left out",
+            f"step {self.step + 1}: the model changed the input of {names} in place after these "
+            "layers had read it; they are not given the tokens of this batch",
         )
 
     def _accumulate_with(self, slot: Slot, i: int, x: Tensor, mask: TokenMask) -> None:
@@ -459,7 +459,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
             raise EvaValueError(
                 f"layer {target.name}, step {self.step + 1}: expected a dense tensor, got {kind}; "
-                "pass prepare_layer_inputs_fn to make dense tokens of it"
+                "pass prepare_layer_inputs_fn to convert the layer's input"
             )
         if x.is_floating_point() and has_expected_shape:
             return
@@ -469,7 +469,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             expected += f", or an input of shape (samples, {target.patches.channels}, {sizes})"
         raise EvaValueError(
             f"layer {target.name}, step {self.step + 1}: expected {expected}, got "
-            f"{tuple(x.shape)} of {x.dtype}; pass prepare_layer_inputs_fn to make such tokens of it"
+            f"a tensor of shape {tuple(x.shape)} and {x.dtype}; pass prepare_layer_inputs_fn to "
+            "convert the layer's input"
         )
 
     def record_passes(self, call_counts: Mapping[int, int], largest_batch: tuple[int, int]) -> None:

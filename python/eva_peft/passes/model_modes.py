@@ -52,8 +52,8 @@ class _ProcessSwitches:
                 return
             if modules & taken:
                 raise EvaRuntimeError(
-                    "another calibration pass is running on this model, or on a part of it, in a "
-                    "thread or around this call; run one after the other"
+                    "another calibration pass is running on this model, or on a part of it, in "
+                    "another thread or in a function that made this call; run one after the other"
                 )
 
     def switch_off_for(self, pass_id: object) -> None:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["check_outcome"]
 
 _TRANSPOSED_WEIGHTS = (
-    "because the weights are stored as (in, out), and PEFT's lora_A multiplies the other side"
+    "because the weights are stored as (in, out): there PEFT's lora_A has the size of the output, "
+    "and EVA computes components of the input"
 )
 
 
@@ -66,7 +67,7 @@ def _check_any_initialised(run: CalibrationPass, transposed: list[str]) -> None:
     if len(transposed) == num_layers:
         raise EvaValueError(
             f"EVA can initialise none of the {counted(num_layers, 'layer')}, "
-            f"{_TRANSPOSED_WEIGHTS}; adapt others, by target_modules"
+            f"{_TRANSPOSED_WEIGHTS}; choose other layers by target_modules or target_parameters"
         )
     if len(run.uncalled) < num_layers:
         return
@@ -87,8 +88,9 @@ def _warn_of_few_directions(run: CalibrationPass) -> None:
     given = sum(run.ranks.values())
     if run.options.budget == "rank" and 0 < 2 * given < budget:
         warn(
-            f"only {given} of {budget} ranks could be given: the {run.tokens} tokens read have no "
-            "more directions in the layers' inputs. Give more, and different, samples"
+            f"only {given} of {budget} ranks could be given: the inputs of the layers, for the "
+            f"{run.tokens} tokens read, vary in no more directions. Use more, and more varied, "
+            "samples"
         )
 
 

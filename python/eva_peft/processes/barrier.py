@@ -21,7 +21,10 @@ _LOGGER = logging.getLogger("eva_kernels")
 LOG_WAIT_AFTER = 30.0  # seconds after which a process logs that it waits for others
 _MAX_PAUSE = 0.1  # seconds, between two polls of the store
 _ALL_ARRIVED = "all are there"
-_REMEDY = "all of them must make the call; pass group=None to calibrate in one process alone"
+_REMEDY = (
+    "every process of the group must make the same call; pass group=None to calibrate in this "
+    "process alone"
+)
 
 FailureReport = tuple[int, str]  # the rank of a process that failed, and what happened to it
 
@@ -62,7 +65,7 @@ class StartBarrier:
             except RuntimeError as error:
                 raise EvaRuntimeError(
                     f"process {self._rank} can no longer reach the store of its process group: the "
-                    "process that keeps it, mostly the first, has ended. It says why"
+                    "process that hosts it, usually the first, has ended; its output says why"
                 ) from error
             return self._gather_reasons(None)
 
@@ -74,7 +77,7 @@ class StartBarrier:
         """
         store = _store_of(self._group)
         if store is None:
-            with _logging_long_waits(self._rank, self._size, f" to be told that this one {reason}"):
+            with _logging_long_waits(self._rank, self._size, f", to tell them that it {reason}"):
                 self._gather_reasons(reason)
         else:
             self._write_outcome(store, self._next_number(store), self._failure_outcome(reason))
@@ -92,7 +95,7 @@ class StartBarrier:
                 missing = [i for i in range(self._size) if store.add(_count_key(i), 0) < number]
                 reason = (
                     f"has waited for {limit:g} seconds, the time limit of its process group, for "
-                    f"the others to begin the EVA pass (not there: {listed(map(str, missing))}): "
+                    f"the others to begin the EVA pass (missing: {listed(map(str, missing))}): "
                 )
                 return self._write_outcome(store, number, self._failure_outcome(reason + _REMEDY))
             time.sleep(pause)

@@ -124,8 +124,8 @@ def merge_stream(
     stream = slot_for(run, cell, dtype).stream
     if stream.dtype != dtype:
         raise EvaValueError(
-            f"layer {run.targets[cell[0]].name}: its input gives a stream of {stream.dtype} in one "
-            f"process and of {dtype} in another; load the model with the same dtype in all of them"
+            f"layer {run.targets[cell[0]].name}: its input is accumulated in {stream.dtype} in one "
+            f"process and in {dtype} in another; load the model with the same dtype in all of them"
         )
     other = run.make_stream(run.targets[cell[0]], dtype, stream.device)
     restore_stream(other, record, tensors)

@@ -96,10 +96,10 @@ class Channel:
                 raise
             raise EvaRuntimeError(
                 f"process {self.rank} cannot reach the others of its process group "
-                f"({first_line(error)}): mostly one has ended, and its output says why, or has "
-                "kept them waiting beyond the time limit of the group (timeout= of "
-                "init_process_group or new_group). A pass that was given "
-                "checkpoint= goes on from its last file"
+                f"({first_line(error)}). Usually one of them has ended, and its output says why, "
+                "or has kept the others waiting beyond the time limit of the group (timeout= of "
+                "init_process_group or new_group). A pass that was given checkpoint= can be "
+                "resumed from its last file"
             ) from error
 
 

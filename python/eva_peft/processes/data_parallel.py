@@ -70,8 +70,9 @@ def processes_of(model: nn.Module, group: Any) -> Processes | None:
         if kind is not None:
             raise EvaValueError(
                 f"group=None: the model is sharded by {kind}, whose processes wait for each other "
-                "in every forward pass, and each would stop by itself. Leave group out, or give "
-                "the group over which the model is sharded"
+                "in every forward pass, but without a group each would stop after a number of "
+                "passes of its own. Leave group out, or pass the group over which the model is "
+                "sharded"
             )
     if group is None or (group == AUTO and not running):
         return None
@@ -228,7 +229,7 @@ class Processes:
             seen = counted(position.forwards, "batch", "batches")
             raise EvaValueError(
                 f"the checkpoint {position.path} has seen {seen}, but all loaders ended after "
-                f"{most_skipped}: they must yield the same batches again"
+                f"{most_skipped}; to resume, they must yield the same batches again"
             )
 
     def _step(self, run: CalibrationPass, prepared_batches: Iterator[PreparedBatch]) -> _Decision:
@@ -329,8 +330,8 @@ class Processes:
         if not run.call.in_forward:
             return
         _LOGGER.error(
-            "process %d %s, in forward pass %d of a sharded model, in which the others wait for "
-            "it: they cannot be told, and go on waiting until it ends",
+            "process %d %s, in forward pass %d of a sharded model. The others are waiting for it "
+            "there, cannot be informed, and will wait until this process ends",
             self._channel.rank,
             self.peers.failure_report(),
             run.forwards + 1,

@@ -39,10 +39,10 @@ def staged_folder(out: Path, force: bool, allowed: Path | None) -> Iterator[Path
     """
     target = out.resolve()
     if target.exists() and not target.is_dir():
-        raise EvaValueError(f"--out {out} is a file, a folder is needed")
+        raise EvaValueError(f"--out {out} is a file; give a folder")
     allowed_path = None if allowed is None else allowed.resolve()
     if not force and _has_other_files(target, allowed_path):
-        raise EvaValueError(f"--out {out} is not empty; --force replaces the files in it")
+        raise EvaValueError(f"--out {out} is not empty; pass --force to replace files in it")
     stage = _make_stage(target, out)
     try:
         yield stage
@@ -54,13 +54,13 @@ def staged_folder(out: Path, force: bool, allowed: Path | None) -> Iterator[Path
         raise
     try:
         if not force and _has_other_files(target, allowed_path):
-            raise EvaValueError("meanwhile, somebody else has written files to it")
+            raise EvaValueError("in the meantime, another program has written files to it")
         if target.is_dir():  # may have been made since, for a checkpoint
             _move_files_into(stage, target)
         else:
             stage.rename(target)
     except (OSError, EvaValueError) as error:
-        kept = f"what was to be written is in {stage}"
+        kept = f"the files that were to be written are in {stage}"
         raise EvaValueError(f"--out {out}: {error}; {kept}") from error
     except BaseException:
         if not (stage / BACKUP).exists():  # which has the only copies of replaced files
@@ -78,7 +78,9 @@ def naming_folder_in_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise EvaValueError(f"--out {out} cannot be written ({error}); it is as it was") from error
+        raise EvaValueError(
+            f"--out {out} cannot be written ({error}); nothing in it was changed"
+        ) from error
 
 
 def _has_other_files(target: Path, allowed_path: Path | None) -> bool:
@@ -113,7 +115,9 @@ def _move_files_into(stage: Path, target: Path) -> None:
     names.sort(key=lambda name: name == ADAPTER_CONFIG)  # last
     for name in names:
         if (target / name).is_dir():
-            raise EvaValueError(f"it has a folder {name} where a file is to be written")
+            raise EvaValueError(
+                f"it has a folder named {name}, which is the name of a file to be written"
+            )
     backup = stage / BACKUP
     backup.mkdir()
     replaced = [name for name in names if (target / name).exists()]

@@ -284,7 +284,7 @@ def test_a_filled_folder_is_refused_or_forced(home: Path, tmp_path: Path) -> Non
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     (out / "report.html").write_text("old")
-    assert "is not empty; --force replaces the files" in reason(init(home, out))
+    assert "is not empty; pass --force to replace files" in reason(init(home, out))
     assert (out / "report.html").read_text() == "old"
     assert init(home, out, "--force").exit_code == 0
     assert (out / "notes.txt").read_text() == "mine"
@@ -301,7 +301,7 @@ def test_an_empty_folder_is_taken(home: Path, tmp_path: Path) -> None:
 
 def test_a_file_as_folder_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    assert "is a file, a folder is needed" in reason(init(home, tmp_path / "out", "--force"))
+    assert "is a file; give a folder" in reason(init(home, tmp_path / "out", "--force"))
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -337,7 +337,7 @@ def test_failures_leave_nothing_behind(
     for error in (OSError(28, "No space left"), SafetensorError("I/O error: No space left")):
         full = mock.Mock(side_effect=error)
         monkeypatch.setattr("eva_peft.results.report.write_html", full)
-        assert f"--out {out} cannot be written ({error}); it is as" in reason(init(home, out))
+        assert f"--out {out} cannot be written ({error}); nothing in it" in reason(init(home, out))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -300,7 +300,9 @@ def test_layers_that_kernels_compute_are_told_and_get_what_the_base_model_gave()
 
 def test_far_too_few_tokens_are_told() -> None:
     batch = {key: value[:1, :3] for key, value in text_batches(1, padded=False)[0].items()}
-    with pytest.warns(EvaWarning, match=r"only \d+ of 112 ranks could be given: the \d+ tokens"):
+    with pytest.warns(
+        EvaWarning, match=r"only \d+ of 112 ranks could be given: .* \d+ tokens read"
+    ):
         run(make_llama(), [batch], lora(r=8))
     result = run(make_llama(), text_batches(6), lora(r=8))  # warns of nothing
     assert sum(result.ranks.values()) == 112

@@ -71,7 +71,7 @@ def test_layers_of_one_kind_have_one_warning() -> None:
         eva_kernels.calibrate(Deep(), text_batches(4), config, progress=False)
     told = [str(one.message) for one in caught if "no token mask fits" in str(one.message)]
     assert [text.partition(":")[0] for text in told] == ["layer odd.0", "layer last"]
-    assert told[0].endswith("Other layers odd.* get no warning of their own")
+    assert told[0].endswith("layers named like odd.* get no warning of their own")
 
 
 def test_names_in_a_message() -> None:

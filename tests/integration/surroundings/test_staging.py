@@ -69,7 +69,7 @@ def test_only_files_fill_a_folder(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     write(tmp_path, "a")
     (tmp_path / "logs" / "x").write_text("mine")
-    with pytest.raises(EvaValueError, match="is not empty; --force"):
+    with pytest.raises(EvaValueError, match="is not empty; pass --force"):
         write(tmp_path, "b")
     write(tmp_path, "a", "b", force=True)
     assert contents(tmp_path) == {"a": "new", "b": "new"}
@@ -91,7 +91,7 @@ def test_a_checkpoint_may_lie_anywhere_in_it(tmp_path: Path) -> None:
 def test_where_a_file_cannot_be_replaced_none_is(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     (tmp_path / "b").mkdir()
-    with pytest.raises(EvaValueError, match="has a folder b where a file is to be written") as told:
+    with pytest.raises(EvaValueError, match="has a folder named b, which is") as told:
         write(tmp_path, "a", "b", force=True)
     assert contents(tmp_path) == {"a": "old"}
     assert contents(kept(told)) == {"a": "new", "b": "new"}
@@ -99,7 +99,7 @@ def test_where_a_file_cannot_be_replaced_none_is(tmp_path: Path) -> None:
 
 def kept(told: pytest.ExceptionInfo[EvaValueError]) -> Path:
     """Return the folder that an error says holds what was to be written."""
-    return Path(str(told.value).rpartition(" is in ")[2])
+    return Path(str(told.value).rpartition(" are in ")[2])
 
 
 @pytest.mark.parametrize("failing", range(4))
@@ -174,7 +174,7 @@ def test_who_interrupts_twice_keeps_the_old_files(
 
 def test_a_hidden_file_of_a_like_name_is_a_file(tmp_path: Path) -> None:
     (tmp_path / f".{tmp_path.name}.notes").write_text("mine")
-    with pytest.raises(EvaValueError, match="is not empty; --force"):
+    with pytest.raises(EvaValueError, match="is not empty; pass --force"):
         write(tmp_path, "a")
 
 
@@ -186,7 +186,7 @@ def test_of_two_at_once_the_first_stays(tmp_path: Path, there: bool) -> None:
     second = staged_folder(out, False, None)
     (second.__enter__() / "a").write_text("second")
     write(out, "a")
-    with pytest.raises(EvaValueError, match="somebody else has written files to it") as told:
+    with pytest.raises(EvaValueError, match="another program has written files to it") as told:
         second.__exit__(None, None, None)
     assert contents(out) == {"a": "new"}
     assert contents(kept(told)) == {"a": "second"}
