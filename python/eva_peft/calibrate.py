@@ -30,10 +30,10 @@ from .model.divided import is_sharded, may_stop_early
 from .model.targets import Target, find_targets
 from .options import CalibrateOptions
 from .passes.hooks import InputCollector
-from .passes.model_call import ModelCall, Ready
+from .passes.model_call import ModelCall, ReadyPart
 from .passes.model_modes import calibration_mode, exclusive_use
 from .passes.out_of_memory import out_of_memory_error
-from .passes.planning import components_of, log_plan, plan_targets
+from .passes.planning import log_plan, num_components_of, plan_targets
 from .passes.progress import empty_history, log_end, make_progress_bar, record_step
 from .passes.ranks import Budget, allocate
 from .passes.verdict import check_outcome
@@ -190,7 +190,7 @@ class CalibrationPass:
             run_to_completion(self.collector.remove)
             self.bar.close()
         if processes is not None:
-            return processes.result(lambda: self._result(done, memory))
+            return processes.leader_result(lambda: self._result(done, memory))
         return self._result(done, memory)
 
     def fold_rest(self) -> None:
@@ -268,7 +268,7 @@ class CalibrationPass:
         self.seconds["forward"] += time.perf_counter() - begin
         return prepared
 
-    def ready(self, prepared: PreparedBatch) -> Iterator[Ready]:
+    def ready(self, prepared: PreparedBatch) -> Iterator[ReadyPart]:
         """Yield the parts of a batch, each moved to the device only when requested."""
         for part, mask in zip(prepared.parts, prepared.masks, strict=True):
             self.batch_shape = batches.shape_of(part)
@@ -277,7 +277,7 @@ class CalibrationPass:
                 continue  # many models would fail; processes of a sharded one must stay in step
             yield self.call.ready(part, mask, self.device)  # no variable, which would keep it alive
 
-    def forward(self, ready: Iterable[Ready]) -> None:
+    def forward(self, ready: Iterable[ReadyPart]) -> None:
         """Run a batch through the model, whose hooks accumulate."""
         begin = time.perf_counter()
         before = self.collector.seconds
@@ -293,7 +293,7 @@ class CalibrationPass:
         self.seconds["forward"] += time.perf_counter() - begin
         self.seconds["accumulate"] += self.collector.seconds - before
 
-    def forward_again(self, part: Ready) -> None:
+    def forward_again(self, part: ReadyPart) -> None:
         """Run a part of a batch again, for only the layers that :attr:`again` lists, if any.
 
         All processes of a sharded model do so together.
@@ -415,4 +415,4 @@ class CalibrationPass:
     @functools.cached_property
     def limits(self) -> list[int]:
         """Return the maximum number of components for each layer."""
-        return [components_of(target, self.eva.rho) for target in self.targets]
+        return [num_components_of(target, self.eva.rho) for target in self.targets]

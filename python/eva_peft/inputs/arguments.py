@@ -78,25 +78,25 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
     return None if signature is None else list(signature.parameters.values())
 
 
-def _is_target(part: Any, first: Any) -> bool:
+def _is_target(part: Any, inputs: Any) -> bool:
     """Tell whether a tensor is a target for the samples of another, and not another sample."""
-    both_tensors = isinstance(part, Tensor) and isinstance(first, Tensor)
-    if not both_tensors or part.shape[:1] != first.shape[:1]:
+    both_tensors = isinstance(part, Tensor) and isinstance(inputs, Tensor)
+    if not both_tensors or part.shape[:1] != inputs.shape[:1]:
         return False
-    if first.dim() > 1 and not first.is_floating_point():
+    if inputs.dim() > 1 and not inputs.is_floating_point():
         return True  # the first holds a batch's token ids, the part their labels
-    return (part.shape, part.dtype) != (first.shape, first.dtype)
+    return (part.shape, part.dtype) != (inputs.shape, inputs.dtype)
 
 
-def _cannot_be_value(parameter: inspect.Parameter, part: Any, first: Any, config: Any) -> bool:
+def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, config: Any) -> bool:
     """Tell whether a part of a batch cannot be the value of an optional parameter."""
-    if part is first or parameter.default is parameter.empty or not isinstance(part, Tensor):
+    if part is inputs or parameter.default is parameter.empty or not isinstance(part, Tensor):
         return False
     if "mask" in parameter.name:
         return not _may_be_mask(part)
-    if not isinstance(first, Tensor) or parameter.name not in ("token_type_ids", "position_ids"):
+    if not isinstance(inputs, Tensor) or parameter.name not in ("token_type_ids", "position_ids"):
         return False
-    if part.shape != first.shape or part.is_floating_point():
+    if part.shape != inputs.shape or part.is_floating_point():
         return True
     num_types = getattr(config, "type_vocab_size", None)
     if (
@@ -105,7 +105,7 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, first: Any, config
         and bool((part >= num_types).any())
     ):
         return True
-    return bool((part < 0).any()) or torch.equal(part, first)
+    return bool((part < 0).any()) or torch.equal(part, inputs)
 
 
 def _may_be_mask(part: Tensor) -> bool:
@@ -171,7 +171,7 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
     """
     if isinstance(batch, Mapping) and takes_whole_mapping(batch, model):
         return batch
-    raise _refusal(batch, base_of(model))
+    raise _refusal_error(batch, base_of(model))
 
 
 def raise_if_names_unknown(
@@ -194,7 +194,7 @@ def raise_if_names_unknown(
     has_names = isinstance(batch, Mapping) and bool(batch)
     if has_names and known and not takes_varargs and not kwargs.keys() & known:
         # it may pass on **kwargs, so the error may have another cause: quote it
-        raise _refusal(batch, base, f" (it failed with {error!r})") from error
+        raise _refusal_error(batch, base, f" (it failed with {error!r})") from error
 
 
 def raise_if_mapping_refused(batch: Any, model: nn.Module, error: Exception) -> None:
@@ -206,10 +206,10 @@ def raise_if_mapping_refused(batch: Any, model: nn.Module, error: Exception) -> 
     names_type = re.search(rf"\b{type(batch).__name__}\b", str(error))  # not as in "return_dict"
     wrong = names_type and isinstance(error, (AttributeError, TypeError))
     if wrong and not isinstance(error, EvaError):
-        raise _refusal(batch, base_of(model), f" (it failed with {error!r})") from error
+        raise _refusal_error(batch, base_of(model), f" (it failed with {error!r})") from error
 
 
-def _refusal(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
+def _refusal_error(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
     given = f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
     names = [p.name for p in _parameters(base) or []]
     return EvaTypeError(

@@ -285,7 +285,7 @@ def without_padding(
     groups = _group_by_length(lengths.tolist(), overhead) if splits else [all_rows]
     if len(groups) == 1 and int(lengths.max()) == columns:
         return [batch]
-    return [_cut(batch, rows, columns, int(lengths[rows].max())) for rows in groups]
+    return [_cut_batch(batch, rows, columns, int(lengths[rows].max())) for rows in groups]
 
 
 def _has_several_per_column(value: Tensor, columns: int) -> bool:
@@ -311,7 +311,9 @@ def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def _cut(batch: Mapping[str, Any], rows: list[int], columns: int, num_kept: int) -> dict[str, Any]:
+def _cut_batch(
+    batch: Mapping[str, Any], rows: list[int], columns: int, num_kept: int
+) -> dict[str, Any]:
     cut = {}
     for key, value in batch.items():
         if isinstance(value, Tensor):

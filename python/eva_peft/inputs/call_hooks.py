@@ -137,8 +137,8 @@ class ModelCallHooks(CallHooks):
         inner = [part for top in tops for _, part in outermost(top, wanted)]
         base_first = [base] if self.hooks_base and base not in inner else []
         super().__init__([*base_first, *inner], make_mask, use_mask, inner, media_parts)
-        named = batch if isinstance(batch, Mapping) else {}
-        self._labels, self._attention_mask = named.get("labels"), named.get("attention_mask")
+        values = batch if isinstance(batch, Mapping) else {}
+        self._labels, self._attention_mask = values.get("labels"), values.get("attention_mask")
         self._base, self._batch_mask, self._on_model_call = base, batch_mask, on_model_call
         self._open_calls.append((None, batch_mask, batch_mask))
 
@@ -147,9 +147,9 @@ class ModelCallHooks(CallHooks):
     ) -> None:
         if len(self._open_calls) == 1:
             self._on_model_call()
-        named = named_arguments(module, args, kwargs)
+        arguments = named_arguments(module, args, kwargs)
         is_part = len(self._open_calls) > 1 and _is_torch_transformer(module)
-        mask = self._mask_of_part(named) if is_part else self._mask_of(named)
+        mask = self._mask_of_part(arguments) if is_part else self._mask_of(arguments)
         self._open_calls.append((module, mask, self._use_mask(mask)))
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -160,35 +160,37 @@ class ModelCallHooks(CallHooks):
             enclosing = enclosing.after_part(mask, module not in self._media_parts)
         self._use_mask(enclosing)
 
-    def _mask_of_part(self, named: dict[str, Any]) -> TokenMask:
+    def _mask_of_part(self, arguments: dict[str, Any]) -> TokenMask:
         """Return the mask in a part of a model: its own only if the model was also passed one."""
         enclosing = self._open_calls[-1][1]
-        if enclosing is self._batch_mask or all(named.get(n) is None for n in PADDING_MASKS):
+        if enclosing is self._batch_mask or all(arguments.get(n) is None for n in PADDING_MASKS):
             return enclosing
-        return self._mask_of(named)
+        return self._mask_of(arguments)
 
-    def _mask_of(self, named: dict[str, Any]) -> TokenMask:
-        shape = _token_shape(named)
-        if all(not isinstance(named.get(name), (Tensor, Mapping)) for name in _TOKEN_MASKS):
+    def _mask_of(self, arguments: dict[str, Any]) -> TokenMask:
+        shape = _token_shape(arguments)
+        if all(not isinstance(arguments.get(name), (Tensor, Mapping)) for name in _TOKEN_MASKS):
             main = self._batch_mask.main
             if shape is not None and main is not None and main.shape == shape:
                 return self._batch_mask
-            if main is None and self._has_decoder_tokens(named):
+            if main is None and self._has_decoder_tokens(arguments):
                 return self._batch_mask
-        return self._mask_from_arguments(named, shape)
+        return self._mask_from_arguments(arguments, shape)
 
-    def _has_decoder_tokens(self, named: Mapping[str, Any]) -> bool:
+    def _has_decoder_tokens(self, arguments: Mapping[str, Any]) -> bool:
         """Tell whether a model is called with a decoder's tokens, under any name."""
         decoder = self._batch_mask.decoder
-        ids = (v for v in named.values() if isinstance(v, Tensor) and not v.is_floating_point())
+        ids = (v for v in arguments.values() if isinstance(v, Tensor) and not v.is_floating_point())
         return decoder is not None and any(value.shape == decoder.shape for value in ids)
 
-    def _mask_from_arguments(self, named: dict[str, Any], shape: torch.Size | None) -> TokenMask:
-        steps = getattr(named.get("decoder_input_ids"), "shape", None)
+    def _mask_from_arguments(
+        self, arguments: dict[str, Any], shape: torch.Size | None
+    ) -> TokenMask:
+        steps = getattr(arguments.get("decoder_input_ids"), "shape", None)
         swapped = None if shape is None else shape[::-1]  # torch's models take the sequence first
         if isinstance(self._labels, Tensor) and self._labels.shape in (shape, swapped, steps):
-            named.setdefault("labels", self._labels)
-        return self._make_mask(named)
+            arguments.setdefault("labels", self._labels)
+        return self._make_mask(arguments)
 
 
 class InnerModelHooks(ModelCallHooks):
@@ -200,11 +202,11 @@ class InnerModelHooks(ModelCallHooks):
 
     hooks_base = False
 
-    def _mask_of(self, named: dict[str, Any]) -> TokenMask:
-        given = {name: named.get(name) for name in _TOKEN_MASKS}
+    def _mask_of(self, arguments: dict[str, Any]) -> TokenMask:
+        given = {name: arguments.get(name) for name in _TOKEN_MASKS}
         if not any(self._differs_from_batch(name, mask) for name, mask in given.items()):
             return self._batch_mask
-        mask = self._mask_from_arguments(named, _token_shape(named))
+        mask = self._mask_from_arguments(arguments, _token_shape(arguments))
         mask.draws = self._batch_mask.draws  # which are distributed over the parts of a batch
         return mask
 
@@ -230,12 +232,12 @@ def _is_torch_transformer(module: nn.Module) -> bool:
     return isinstance(module, _TORCH_TRANSFORMERS)
 
 
-def _token_shape(named: Mapping[str, Any]) -> torch.Size | None:
+def _token_shape(arguments: Mapping[str, Any]) -> torch.Size | None:
     """Return the shape of the tokens that a model is called with, (B, T)."""
-    first = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    first = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
     if first is None or first.dim() not in (2, 3):
         return None
-    if first.is_floating_point() and "encoder_hidden_states" in named:
+    if first.is_floating_point() and "encoder_hidden_states" in arguments:
         return None  # image patches, whose number may equal the text's by chance
     return first.shape[:2]
 

@@ -58,8 +58,8 @@ def token_slice_of(x: Tensor) -> TokenSlice | None:
     if feature != 1 or token < x.shape[2] or sample <= token * x.shape[1]:
         return None
     size = x.untyped_storage().nbytes() // x.element_size()
-    begin, aside = divmod(int(x.storage_offset()) % sample, token)
-    if sample % token or size % sample or aside + x.shape[2] > token:
+    begin, offset = divmod(int(x.storage_offset()) % sample, token)
+    if sample % token or size % sample or offset + x.shape[2] > token:
         return None
     total = sample // token
     return TokenSlice(total, begin) if begin + x.shape[1] <= total else None

@@ -120,18 +120,19 @@ class PartMaskHooks(CallHooks):
         relevant = (isinstance(v, Tensor) and _is_relevant_name(name) for name, v in kwargs.items())
         if len(args) <= self._first_mask_index[module] and not any(relevant):
             return  # early, since most parts are passed no mask
-        named = _dense_arguments(named_arguments(module, args, kwargs))
-        if any(_is_cross_attention(named, key, query) for key, query in _QUERY_OF_KEY.items()):
+        arguments = _dense_arguments(named_arguments(module, args, kwargs))
+        if any(_is_cross_attention(arguments, key, query) for key, query in _QUERY_OF_KEY.items()):
             return  # the masks are of keys from elsewhere
-        mask, outer, cross_shape = self._mask_of(named), self._use_mask(), _cross_shape(named)
+        mask, outer = self._mask_of(arguments), self._use_mask()
+        cross_shape = _cross_shape(arguments)
         if mask is None and outer.from_parts:
-            mask = self._mask_of_earlier_part(outer.main, _token_shape(named), cross_shape)
+            mask = self._mask_of_earlier_part(outer.main, _token_shape(arguments), cross_shape)
         if mask is None:
             return
         mask = self._with_earlier_masks(outer, mask, cross_shape)
         if module not in self._media_parts or not outer.media_unmasked:
             mask = self._merged_with(outer, mask)
-        _note_attended_states(mask, named)
+        _note_attended_states(mask, arguments)
         if mask is not outer:
             self._open_calls.append((module, mask, self._use_mask(mask)))
 
@@ -213,12 +214,12 @@ class PartMaskHooks(CallHooks):
         mask.suppress_warnings = True
         return mask
 
-    def _mask_of(self, named: Mapping[str, Any]) -> TokenMask | None:
-        masks = {name: value for name, value in named.items() if _is_mask_argument(name, value)}
+    def _mask_of(self, arguments: Mapping[str, Any]) -> TokenMask | None:
+        masks = {name: value for name, value in arguments.items() if _is_mask_argument(name, value)}
         if not masks:
             return None
-        shape, cross_shape = _token_shape(named), _cross_shape(named)
-        given = (value for value in named.values() if isinstance(value, Tensor))
+        shape, cross_shape = _token_shape(arguments), _cross_shape(arguments)
+        given = (value for value in arguments.values() if isinstance(value, Tensor))
         sizes = frozenset(size for value in given for size in value.shape)
         outer = self._open_calls[-1][1].main if self._open_calls else None
         sources = {**masks, "": outer} if outer is not None else masks
@@ -227,7 +228,7 @@ class PartMaskHooks(CallHooks):
         references, mask = self._mask_cache.get(key, ([], None))
         if not references or any(each() is None for each in references):  # ids may be reused
             named_masks = _named_masks(masks, shape, cross_shape, sizes, outer)
-            others = {name: value for name, value in named.items() if "mask" not in name}
+            others = {name: value for name, value in arguments.items() if "mask" not in name}
             if not _TEXT_INPUTS & others.keys():  # with text there may be other modalities
                 others = _decoder_inputs(others)
             mask = self._silent_mask({**others, **named_masks}, shape) if named_masks else None
@@ -235,11 +236,11 @@ class PartMaskHooks(CallHooks):
         return mask
 
 
-def _dense_arguments(named: Mapping[str, Any]) -> dict[str, Any]:
+def _dense_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments without tensors that are nested, sparse or on the meta device."""
     return {
         name: value
-        for name, value in named.items()
+        for name, value in arguments.items()
         if not isinstance(value, Tensor)
         or (value.layout == torch.strided and not value.is_nested and not value.is_meta)
     }
@@ -249,8 +250,8 @@ def _is_relevant_name(name: str) -> bool:
     return _may_be_mask_name(name) or _is_cross_name(name)
 
 
-def _is_cross_attention(named: Mapping[str, Any], key: str, query: str) -> bool:
-    return isinstance(named.get(key), Tensor) and named[key] is not named.get(query)
+def _is_cross_attention(arguments: Mapping[str, Any], key: str, query: str) -> bool:
+    return isinstance(arguments.get(key), Tensor) and arguments[key] is not arguments.get(query)
 
 
 def _may_be_mask_name(name: str) -> bool:
@@ -317,21 +318,21 @@ def _keeps_every_token(mask: TokenMask) -> bool:
     return all(value is None or bool(value.all()) for value in mask.masks)
 
 
-def _token_shape(named: Mapping[str, Any]) -> tuple[int, ...]:
+def _token_shape(arguments: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the shape of the tokens that a part is called with, (B, T) or (T, B).
 
     They may be in a tuple with related tensors, such as the positions in ESPnet's encoders.
     """
-    own = {k: v for k, v in named.items() if "mask" not in k and not _is_cross_name(k)}
+    own = {k: v for k, v in arguments.items() if "mask" not in k and not _is_cross_name(k)}
     packed = (v[0] for v in own.values() if isinstance(v, (tuple, list)) and v)
     every = (*own.values(), *packed)
     return next((tuple(value.shape[:2]) for value in every if _are_tokens(value)), ())
 
 
-def _decoder_inputs(named: Mapping[str, Any]) -> dict[str, Any]:
+def _decoder_inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return a decoder's inputs among the arguments after the first tokens, an encoder's."""
-    own = [key for key, value in named.items() if _are_tokens(value) and not _is_cross_name(key)]
-    return {key: named[key] for key in own[1:] if is_decoder_input(key)}
+    own = [k for k, v in arguments.items() if _are_tokens(v) and not _is_cross_name(k)]
+    return {key: arguments[key] for key in own[1:] if is_decoder_input(key)}
 
 
 def _are_tokens(value: Any) -> bool:
@@ -342,23 +343,23 @@ def _is_cross_name(name: str) -> bool:
     return any(word in name for word in _CROSS_WORDS)
 
 
-def _cross_shape(named: Mapping[str, Any]) -> tuple[int, ...] | None:
+def _cross_shape(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Return the shape of the tokens from elsewhere that a part attends to."""
-    tokens = _cross_tokens(named)
+    tokens = _cross_tokens(arguments)
     return None if tokens is None else tuple(tokens.shape[:2])
 
 
-def _cross_tokens(named: Mapping[str, Any]) -> Tensor | None:
-    others = (v for k, v in named.items() if _is_cross_name(k) and not _may_be_mask_name(k))
+def _cross_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
+    others = (v for k, v in arguments.items() if _is_cross_name(k) and not _may_be_mask_name(k))
     return next(filter(_are_tokens, others), None)
 
 
-def _note_attended_states(mask: TokenMask, named: Mapping[str, Any]) -> None:
+def _note_attended_states(mask: TokenMask, arguments: Mapping[str, Any]) -> None:
     """Record in a mask the attended tensor if it has as many tokens as the part itself.
 
     They cannot be distinguished by shape, and the part's own tokens may have no mask.
     """
-    cross_tokens = _cross_tokens(named)
+    cross_tokens = _cross_tokens(arguments)
     if cross_tokens is None or mask.encoder_decoder or len(mask.cross_masks) != 1:
         return
     own_shape = mask.cross_masks[0].shape if mask.main is None else mask.main.shape
@@ -367,7 +368,7 @@ def _note_attended_states(mask: TokenMask, named: Mapping[str, Any]) -> None:
 
 
 def _named_masks(
-    masks: Mapping[str, Tensor],
+    given_masks: Mapping[str, Tensor],
     shape: tuple[int, ...],
     cross_shape: tuple[int, ...] | None,
     sizes: Container[int],
@@ -376,39 +377,39 @@ def _named_masks(
     """Return the masks that a part is passed, under the names that they would have in a batch.
 
     Args:
-        masks: the masks and lengths that the part is passed.
+        given_masks: the masks and lengths that the part is passed.
         shape: see :func:`_token_shape`.
         cross_shape: shape of other tokens that the part attends to; see :func:`_cross_shape`.
         sizes: of all dimensions of the arguments; the longest sample must have one of them.
         outer: the mask of the enclosing part, bool (B, T), if that was passed one.
     """
-    named: dict[str, Tensor] = {}
+    named_masks: dict[str, Tensor] = {}
     others = {}
     # the only mask may be that of the attended tokens
-    ambiguous = cross_shape is not None and not any(map(_is_cross_name, masks))
-    for name, mask in masks.items():
+    ambiguous = cross_shape is not None and not any(map(_is_cross_name, given_masks))
+    for name, mask in given_masks.items():
         if name in PADDING_MASKS:
-            named[name] = mask
+            named_masks[name] = mask
             continue
         mask = mask >= 0 if name == _SEQUENCE_ID and mask.dtype != torch.bool else mask
         kept = _kept_tokens(name, mask, shape, sizes)
-        names_own = "self" in name or name.startswith(("src", *TARGET_PREFIXES))
-        if ambiguous and not names_own and not _is_own_mask_only(kept, shape, cross_shape):
+        of_own_tokens = "self" in name or name.startswith(("src", *TARGET_PREFIXES))
+        if ambiguous and not of_own_tokens and not _is_own_mask_only(kept, shape, cross_shape):
             if name in _ATTENTION_MASKS:
-                named = {**_as_cross_mask(kept, shape, cross_shape), **named}
+                named_masks = {**_as_cross_mask(kept, shape, cross_shape), **named_masks}
         elif kept is not None and _marks_counted_tokens(name, mask, kept, outer):
             attended = _is_cross_name(name) or name.startswith("src")
             if attended and (cross_shape is not None or name in _ATTENTION_MASKS):
-                named = {"encoder_attention_mask": kept, **named}
+                named_masks = {"encoder_attention_mask": kept, **named_masks}
             elif cross_shape is None and name.startswith(TARGET_PREFIXES):
                 # passed to a whole encoder-decoder
-                named["decoder_attention_mask"] = kept
+                named_masks["decoder_attention_mask"] = kept
             elif tuple(kept.shape) in (shape, shape[::-1]):
-                named["attention_mask"] = kept
+                named_masks["attention_mask"] = kept
             elif name.endswith(_LENGTH_SUFFIXES):
                 # of another input, such as sound to be made from text
                 others[f"{name}_mask"] = kept
-    return {**named, **others}
+    return {**named_masks, **others}
 
 
 def _all_true_mask(named_masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:

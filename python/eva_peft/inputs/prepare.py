@@ -33,24 +33,24 @@ class Prefetcher(Iterator[T], Generic[T]):
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
         self._fetched: list[T] = []
-        self._held = HeldError()
+        self._held_error = HeldError()
 
     def fetch(self) -> None:
         """Fetch the next item; an exception is held until that item is requested."""
-        if self._fetched or self._held.error is not None:
+        if self._fetched or self._held_error.error is not None:
             return
         try:
             self._fetched += islice(self._items, 1)
         except Exception as error:
-            self._held.error = error
+            self._held_error.error = error
 
     def close(self) -> None:
         """Drop what was fetched, and a held error, whose frames refer to this object."""
         self._fetched.clear()
-        self._held.error = None
+        self._held_error.error = None
 
     def __next__(self) -> T:
-        self._held.release()
+        self._held_error.release()
         return self._fetched.pop() if self._fetched else next(self._items)
 
 

@@ -54,7 +54,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         defer_errors: bool = False,
     ) -> None:
         self.targets, self.selectors, self._defer_errors = targets, selectors, defer_errors
-        self._held = HeldError()
+        self._held_error = HeldError()
         self.slots: list[Slot] = []
         self.slot_of: dict[int, Slot] = {}
         self.frozen: set[int] = set()  # layers that are no longer accumulated
@@ -133,7 +133,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
-        if not self.stopped and self._held.error is None:
+        if not self.stopped and self._held_error.error is None:
             begin = time.perf_counter()
             try:
                 if torch.is_inference_mode_enabled():  # by a forward_fn; the statistics outlive it
@@ -144,7 +144,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             except Exception as error:
                 if not self._defer_errors:
                     raise
-                self._held.error = error
+                self._held_error.error = error
             finally:
                 self.seconds += time.perf_counter() - begin
             self.stopped = self._stop_early and self._num_uncalled == 0
@@ -182,7 +182,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for slot in self.slots:
             slot.begin_forward()
 
-    def begin_call(self) -> None:
+    def begin_model_call(self) -> None:
         """Note another call of the model in a forward pass: its tokens add to those so far."""
         self._earlier_tokens = self.tokens
 
@@ -198,7 +198,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             Layers that turned out not to share an input after all, in their first forward pass;
             the batch must be run again for them alone (:meth:`restrict_to`).
         """
-        self._held.release()
+        self._held_error.release()
         begin = time.perf_counter()
         for slot in list(self.slots):
             if slot not in self._new_slots:
@@ -207,7 +207,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for slot in self._new_slots:
             if any(count != len(slot.calls) for count in slot.call_counts.values()):
                 unshared |= set(slot.members)
-                self._drop(slot)
+                self._drop_slot(slot)
         self.record_passes(self._call_counts, self._size)
         if self.routed.following:
             # now every needed layer was called
@@ -250,7 +250,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             return
         self._num_uncalled -= 1
         self._stop_early &= call == 0  # otherwise it may be called again after the last one
-        x = self._first_tensor(i, args, kwargs)
+        x = self._input_tensor(i, args, kwargs)
         slot = self.slot_of.get(i)
         if slot is None:
             slot = self._join_slot(i, x)
@@ -262,7 +262,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         else:
             self._on_new_input(slot, i, x, args)
 
-    def _first_tensor(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _input_tensor(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if args and isinstance(args[0], Tensor):  # nearly always
             return args[0]
         for value in (*args, *kwargs.values()):
@@ -387,7 +387,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def drop_empty_slots(self) -> None:
         """Drop the slots of layers that were never called with a token that counts."""
         for slot in [s for s in self.slots if not s.stream.tokens]:
-            self._drop(slot)
+            self._drop_slot(slot)
 
     def release(self) -> None:
         """Release all state after a failed pass."""
@@ -396,7 +396,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._forget_new_slots()
         self.routed.forget()
 
-    def _drop(self, slot: Slot) -> None:
+    def _drop_slot(self, slot: Slot) -> None:
         self.slots.remove(slot)
         for i in slot.members:
             del self.slot_of[i]

@@ -23,10 +23,10 @@ from ..model.parts import outermost
 from ..options import AUTO, CalibrateOptions
 from .hooks import InputCollector, StopForward
 
-__all__ = ["ModelCall", "Ready"]
+__all__ = ["ModelCall", "ReadyPart"]
 
 # A part of a batch on the device, its token mask, and the model input for users' functions.
-Ready = tuple[Any, TokenMask, Any]
+ReadyPart = tuple[Any, TokenMask, Any]
 
 _TOKEN_INPUTS = {
     "input_ids",
@@ -70,7 +70,7 @@ class ModelCall:
         known = is_defined_in_transformers(base_of(model))  # others may infer padding from ids
         self._is_plain_transformers = known and not architecture.encoder_decoder
 
-    def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> Ready:
+    def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> ReadyPart:
         """Bring a part of a batch to the device."""
         batch = batches.to_device(batch, device)
         return batch, mask, self._model_input(batch, mask, device)
@@ -84,7 +84,7 @@ class ModelCall:
             return batch
         return batch if prepare is None else prepare(deepcopy(batch), self._config)
 
-    def run(self, ready: Ready, batch_number: int) -> None:
+    def run(self, ready: ReadyPart, batch_number: int) -> None:
         """Run the model on a part of a batch.
 
         Args:
@@ -137,7 +137,7 @@ class ModelCall:
         make_mask = functools.partial(self._preparer.drawn_mask_of, batch_number=batch_number)
         common = self._model, batch, mask, make_mask, self._collector.use_mask, self._media_parts
         if self._options.forward_fn is not None:
-            return ModelCallHooks(*common, self._collector.begin_call).registered()
+            return ModelCallHooks(*common, self._collector.begin_model_call).registered()
         has_inner_models = mask.has_token_masks and self._contains_models
         return InnerModelHooks(*common).registered() if has_inner_models else nullcontext()
 

@@ -25,7 +25,7 @@ from ..model.targets import Target
 from ..options import AUTO, CalibrateOptions
 from ..surroundings.devices import device_of
 
-__all__ = ["Estimate", "components_of", "estimate_targets", "log_plan", "plan_targets"]
+__all__ = ["Estimate", "estimate_targets", "log_plan", "num_components_of", "plan_targets"]
 
 _LOGGER = logging.getLogger("eva_kernels")
 
@@ -53,7 +53,7 @@ class Estimate:
     method: dict[str, str]
 
 
-def components_of(target: Target, rho: float) -> int:
+def num_components_of(target: Target, rho: float) -> int:
     """Return K, the most components that a layer may be given: ``round(r * rho)``, at most D.
 
     It is a multiple of the layer's rank step.
@@ -79,7 +79,7 @@ def plan_targets(
     """
     widest: dict[int, int] = {}
     for target in targets:
-        k = components_of(target, rho)
+        k = num_components_of(target, rho)
         widest[target.in_features] = max(k, widest.get(target.in_features, 0))
     features = [t.in_features for t in targets]
     itemsize = _state_itemsize(model)

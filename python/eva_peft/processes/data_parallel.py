@@ -45,7 +45,7 @@ from .peers import Peers, describe_error
 
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
-    from ..passes.model_call import Ready
+    from ..passes.model_call import ReadyPart
     from ..results.result import EvaResult
 
 __all__ = ["Processes", "processes_of", "reporting_start_failures"]
@@ -125,7 +125,7 @@ class _Decision:
 
 
 @dataclass(frozen=True)
-class _Position:
+class _ResumeState:
     """The state in the leader's checkpoint; of a new pass if the file does not exist yet.
 
     Attributes:
@@ -194,7 +194,7 @@ class Processes:
 
     def _start_or_resume(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
         """Bring all processes to the state of the leader's checkpoint, if there is one."""
-        keeper, position = run.keeper, None
+        keeper, resume = run.keeper, None
         if keeper.path is not None:
             stop = keeper.done or (run.forwards > 0 and run.limit_reached())
             slots = [slot for slot in run.collector.slots if keeper.known.issuperset(slot.members)]
@@ -203,32 +203,32 @@ class Processes:
             decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
             passes = run.forwards, run.tokens, run.collector.max_calls, run.collector.largest_batch
             rest = keeper.begun, keeper.random, decision
-            position = _Position(str(keeper.path), *passes, *rest)
-        position = self._channel.broadcast_object(position)
-        if position is None:
+            resume = _ResumeState(str(keeper.path), *passes, *rest)
+        resume = self._channel.broadcast_object(resume)
+        if resume is None:
             return _Decision(stop=False)
         keeper.keeps = True
-        run.collector.record_passes(position.max_calls, position.largest_batch)
-        self._total_tokens = position.tokens  # if 0, a loader is not restarted at its end
-        if position.forwards and not position.decision.stop:
-            self._skip_seen_batches(run, stream, position)
-        return self._apply(run, position.decision)
+        run.collector.record_passes(resume.max_calls, resume.largest_batch)
+        self._total_tokens = resume.tokens  # if 0, a loader is not restarted at its end
+        if resume.forwards and not resume.decision.stop:
+            self._skip_seen_batches(run, stream, resume)
+        return self._apply(run, resume.decision)
 
     def _skip_seen_batches(
-        self, run: CalibrationPass, stream: Iterator[Any], position: _Position
+        self, run: CalibrationPass, stream: Iterator[Any], resume: _ResumeState
     ) -> None:
         """Skip the batches that the checkpoint has seen."""
         rank = self._channel.rank
-        run.keeper.begin_again(position.begun[rank])
-        skipped = self.peers.attempt(lambda: sum(1 for _ in islice(stream, position.forwards))) or 0
-        set_random_state(position.random_states[rank], run.device)
+        run.keeper.begin_again(resume.begun[rank])
+        skipped = self.peers.attempt(lambda: sum(1 for _ in islice(stream, resume.forwards))) or 0
+        set_random_state(resume.random_states[rank], run.device)
         if not self.is_leader:
             run.forwards = skipped
         most_skipped = max(self.peers.gather(skipped))
-        if most_skipped < position.forwards:
-            seen = counted(position.forwards, "batch", "batches")
+        if most_skipped < resume.forwards:
+            seen = counted(resume.forwards, "batch", "batches")
             raise EvaValueError(
-                f"the checkpoint {position.path} has seen {seen}, but all loaders ended after "
+                f"the checkpoint {resume.path} has seen {seen}, but all loaders ended after "
                 f"{most_skipped}; to resume, they must yield the same batches again"
             )
 
@@ -245,7 +245,7 @@ class Processes:
             decision = self._decide(run, merged, reports)
         return self._apply(run, self._channel.broadcast_object(decision))
 
-    def result(self, make: Callable[[], EvaResult]) -> EvaResult:
+    def leader_result(self, make: Callable[[], EvaResult]) -> EvaResult:
         """Return the leader's result, on every process.
 
         Raises:
@@ -307,14 +307,14 @@ class Processes:
 
     def _next_ready(
         self, run: CalibrationPass, prepared_batches: Iterator[PreparedBatch]
-    ) -> Iterable[Ready] | None:
+    ) -> Iterable[ReadyPart] | None:
         prepared = next(prepared_batches, None)
         if prepared is None:
             return None
         ready = run.ready(prepared)
         return list(ready) if run.sharded else ready
 
-    def _forward_sharded(self, run: CalibrationPass, ready: Iterable[Ready]) -> None:
+    def _forward_sharded(self, run: CalibrationPass, ready: Iterable[ReadyPart]) -> None:
         self._run_sharded(run, partial(run.forward, ready))
         if any(self.peers.gather(bool(run.again))):  # all or none, as before
             for part in ready:

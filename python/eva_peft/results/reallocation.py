@@ -14,7 +14,7 @@ from ..errors import EvaTypeError, EvaValueError
 from ..model.checks import checked_number
 from ..model.targets import Target
 from ..options import CalibrateOptions
-from ..passes.planning import components_of
+from ..passes.planning import num_components_of
 from ..passes.ranks import Budget, scaled_alpha
 from .result import EvaResult
 
@@ -48,7 +48,7 @@ def reallocate(
     ratios = []
     for target in targets:
         name = target.name
-        wanted, have = components_of(target, rho), len(result.singular_values[name])
+        wanted, have = num_components_of(target, rho), len(result.singular_values[name])
         if wanted > have:
             raise EvaValueError(
                 f"layer {name}: r={target.rank} and rho={rho} may need {wanted} components, but "

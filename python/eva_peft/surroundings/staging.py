@@ -60,8 +60,8 @@ def staged_folder(out: Path, force: bool, allowed: Path | None) -> Iterator[Path
         else:
             stage.rename(target)
     except (OSError, EvaValueError) as error:
-        kept = f"the files that were to be written are in {stage}"
-        raise EvaValueError(f"--out {out}: {error}; {kept}") from error
+        hint = f"the files that were to be written are in {stage}"
+        raise EvaValueError(f"--out {out}: {error}; {hint}") from error
     except BaseException:
         if not (stage / BACKUP).exists():  # which has the only copies of replaced files
             shutil.rmtree(stage, ignore_errors=True)
