@@ -180,7 +180,7 @@ class CalibrationPass:
         try:
             with self.collector, memory:
                 if processes is not None:
-                    done = processes.loop(self, loader)
+                    done = processes.run_batches(self, loader)
                 else:
                     with self.keeper:
                         done = self._loop(loader)
@@ -275,7 +275,8 @@ class CalibrationPass:
             by_default = self.options.forward_fn is None
             if by_default and batches.is_empty(part) and not self.sharded:
                 continue  # many models would fail; processes of a sharded one must stay in step
-            yield self.call.ready(part, mask, self.device)  # no variable, which would keep it alive
+            # no variable, which would keep it alive
+            yield self.call.move_to_device(part, mask, self.device)
 
     def forward(self, ready: Iterable[ReadyPart]) -> None:
         """Run a batch through the model, whose hooks accumulate."""

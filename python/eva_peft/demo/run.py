@@ -46,7 +46,7 @@ from eva_peft.demo.comparison import (
     run_peft,
 )
 from eva_peft.results import plots, report
-from eva_peft.surroundings.memory import resident_peak
+from eva_peft.surroundings.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
     from eva_peft.results.result import EvaResult
@@ -196,7 +196,7 @@ def _peak_resident_bytes() -> int:
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
-    return resident_peak()
+    return peak_resident_bytes()
 
 
 @contextlib.contextmanager

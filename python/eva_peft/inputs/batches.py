@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from ..errors import EvaTypeError, EvaValueError, listed
 from ..model.architecture import Architecture
-from ..surroundings.devices import copied_to
+from ..surroundings.devices import copy_to_device
 from .media_masks import is_image_key
 
 __all__ = [
     "as_mapping",
     "as_tensors",
     "iterate",
+    "samples_and_elements",
     "shape_of",
-    "size_of",
     "to_device",
     "without_padding",
 ]
@@ -95,7 +95,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     in place and return nothing.
     """
     if isinstance(batch, Tensor):
-        return copied_to(device, batch)
+        return copy_to_device(device, batch)
     if isinstance(batch, Mapping):
         moved = {k: to_device(v, device) for k, v in batch.items()}
         try:
@@ -133,7 +133,7 @@ def shape_of(batch: Any) -> tuple[int, int] | None:
     return None
 
 
-def size_of(batch: Any) -> tuple[int, int]:
+def samples_and_elements(batch: Any) -> tuple[int, int]:
     """Return the number of samples, and of elements per sample summed over all tensors.
 
     With more of either, a model may split a batch (texts, images, lists) into more parts.

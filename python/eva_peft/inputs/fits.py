@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 __all__ = [
-    "Fit",
+    "FittedMask",
     "TokenSlice",
     "are_same_tensors",
     "holds_more_than",
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-class Fit(NamedTuple):
+class FittedMask(NamedTuple):
     """A mask of the tokens of a layer's input.
 
     Attributes:
@@ -80,7 +80,7 @@ def longest_sample(mask: Tensor) -> int:
     return max(mask.sum(1).tolist(), default=0)
 
 
-def padded_to_windows(fits: Sequence[Fit], window: int) -> Iterator[Fit]:
+def padded_to_windows(fits: Sequence[FittedMask], window: int) -> Iterator[FittedMask]:
     """Yield texts padded to whole windows, and also by half a window on either side.
 
     The layers of PEGASUS-X read these two in turn.
@@ -88,8 +88,8 @@ def padded_to_windows(fits: Sequence[Fit], window: int) -> Iterator[Fit]:
     for key, mask in fits if window > 1 else ():
         padded = functional.pad(mask, (0, -mask.shape[1] % window))
         if padded.shape != mask.shape:
-            yield Fit(f"{key} padded", padded)
-        yield Fit(f"{key} moved", functional.pad(padded, [window // 2] * 2))
+            yield FittedMask(f"{key} padded", padded)
+        yield FittedMask(f"{key} moved", functional.pad(padded, [window // 2] * 2))
 
 
 def holds_more_than(leading: tuple[int, ...], mask: Tensor) -> bool:
@@ -99,12 +99,12 @@ def holds_more_than(leading: tuple[int, ...], mask: Tensor) -> bool:
     )
 
 
-def repeated_per_frame(fit: Fit, leading: tuple[int, ...]) -> Fit:
+def repeated_per_frame(fit: FittedMask, leading: tuple[int, ...]) -> FittedMask:
     """Repeat the mask of queries for each frame of a video, since frames are read one by one."""
     frames = leading[0] // max(len(fit.mask), 1) if len(leading) == 2 else 1
     if not fit.key.startswith("qformer") or frames < 2 or leading[0] != frames * len(fit.mask):
         return fit
-    return Fit(f"{fit.key} {frames} times", fit.mask.repeat_interleave(frames, dim=0))
+    return FittedMask(f"{fit.key} {frames} times", fit.mask.repeat_interleave(frames, dim=0))
 
 
 def repeated_per_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import warn
 from ..model.architecture import FrameLengths
 from ..model.layer_kind import LayerKind, kind_of_layer
-from ..surroundings.devices import copied_to
+from ..surroundings.devices import copy_to_device
 from .fits import (
-    Fit,
+    FittedMask,
     TokenSlice,
     are_same_tensors,
     holds_more_than,
@@ -121,8 +121,8 @@ class TokenMask:
         self.sequence_first: dict[str, bool] = {}
         self.attended_states: ref[Tensor] | None = None
         self._attended_mask: TokenMask | None = None
-        self._stream_fits: dict[LayerKind, list[Fit]] = {}
-        self._fits: dict[tuple[LayerKind, tuple[int, ...]], Fit | None] = {}
+        self._stream_fits: dict[LayerKind, list[FittedMask]] = {}
+        self._fits: dict[tuple[LayerKind, tuple[int, ...]], FittedMask | None] = {}
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
         self._flat_masks: dict[tuple[str, torch.device], Tensor | None] = {}
         self._last_selected: tuple[Tensor | None, str, Tensor | None] = (None, "", None)
@@ -224,25 +224,29 @@ class TokenMask:
             if not self.draws:
                 return None
             every_row = torch.ones(shape[:-1].numel(), dtype=torch.bool, device="cpu")
-            fit = Fit(f"all of {len(every_row)}", every_row)
+            fit = FittedMask(f"all of {len(every_row)}", every_row)
         return self._indices(fit, device, self._is_sequence_first(fit.mask, leading, name))
 
-    def _find_fit(self, layer: LayerKind, leading: tuple[int, ...], unmasked: bool) -> Fit | None:
+    def _find_fit(
+        self, layer: LayerKind, leading: tuple[int, ...], unmasked: bool
+    ) -> FittedMask | None:
         reads_other_media = self.skips_media_layers and layer.reads_no_text
         fit = None if unmasked and reads_other_media else self._fit_tokens(layer, leading, unmasked)
         return self._fit_units(leading) if fit is None and not reads_other_media else fit
 
     def _fit_slice(
         self, layer: LayerKind, leading: tuple[int, ...], unmasked: bool, token_slice: TokenSlice
-    ) -> Fit | None:
+    ) -> FittedMask | None:
         samples, tokens = leading
         all_tokens = self._find_fit(layer, (samples, token_slice.total), unmasked)
         if all_tokens is None or all_tokens.mask.shape != (samples, token_slice.total):
             return None
         kept = all_tokens.mask[:, token_slice.begin : token_slice.begin + tokens]
-        return Fit(f"{all_tokens.key} {tuple(token_slice)} {leading}", kept)
+        return FittedMask(f"{all_tokens.key} {tuple(token_slice)} {leading}", kept)
 
-    def _fit_tokens(self, layer: LayerKind, leading: tuple[int, ...], unmasked: bool) -> Fit | None:
+    def _fit_tokens(
+        self, layer: LayerKind, leading: tuple[int, ...], unmasked: bool
+    ) -> FittedMask | None:
         if unmasked:  # such a part may read the text as well as tokens of its own
             shapes = leading, leading[::-1]
             fits = (fit for fit in self._token_streams(layer) if tuple(fit.mask.shape) in shapes)
@@ -252,9 +256,9 @@ class TokenMask:
             self._fits[key] = next(self._matching_fits(layer, leading), None)
         return self._fits[key]
 
-    def _fit_units(self, leading: tuple[int, ...]) -> Fit | None:
+    def _fit_units(self, leading: tuple[int, ...]) -> FittedMask | None:
         shapes = leading, leading[::-1]
-        fits = (Fit(f"units {i}", mask) for i, mask in enumerate(self.unit_masks))
+        fits = (FittedMask(f"units {i}", mask) for i, mask in enumerate(self.unit_masks))
         return next((fit for fit in fits if tuple(fit.mask.shape) in shapes), None)
 
     def rows_of_selected(
@@ -279,7 +283,7 @@ class TokenMask:
                 return True, self._last_selected[2]
         return False, None
 
-    def _rows_of_selected(self, fit: Fit, token_indices: Tensor) -> Tensor | None:
+    def _rows_of_selected(self, fit: FittedMask, token_indices: Tensor) -> Tensor | None:
         key = fit.key, token_indices.device
         if key not in self._flat_masks:
             flat = self._subsampled(fit).reshape(-1)
@@ -290,11 +294,11 @@ class TokenMask:
     def _layer_kind(self, name: str) -> LayerKind:
         return kind_of_layer(name, self.ignored_prefixes)
 
-    def _token_streams(self, layer: LayerKind) -> list[Fit]:
+    def _token_streams(self, layer: LayerKind) -> list[FittedMask]:
         """Return the masks of the token streams that a layer may read, the likeliest first."""
         if layer not in self._stream_fits:
             streams = self._readable_streams(layer)
-            present = [Fit(key, mask) for key, mask in streams if mask is not None]
+            present = [FittedMask(key, mask) for key, mask in streams if mask is not None]
             self._stream_fits[layer] = [*present, *padded_to_windows(present, self.window)]
         return self._stream_fits[layer]
 
@@ -321,20 +325,20 @@ class TokenMask:
         # a decoder may read the encoder's tokens in layers whose names do not show it
         return [decoder, main]
 
-    def _matching_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[Fit]:
+    def _matching_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[FittedMask]:
         """Yield the masks that fit an input of a shape, the likeliest first."""
-        non_text = [] if self.non_text_mask is None else [Fit("non-text", self.non_text_mask)]
+        others = [] if self.non_text_mask is None else [FittedMask("non-text", self.non_text_mask)]
         texts = [repeated_per_frame(fit, leading) for fit in self._token_streams(layer)]
-        for key, mask in [*texts, *non_text]:
+        for key, mask in [*texts, *others]:
             flat = len(leading) == 1 and leading[0] == mask.numel() != mask.shape[0]
             if flat or leading in (tuple(mask.shape), tuple(mask.shape)[::-1]):
-                yield Fit(key, mask.reshape(-1) if flat else mask)
+                yield FittedMask(key, mask.reshape(-1) if flat else mask)
         for key, mask in texts:
             for expanded in self._expanded_masks(key, mask, leading):
-                yield Fit(f"{key} {leading}", expanded)
+                yield FittedMask(f"{key} {leading}", expanded)
         for kind, media_mask in self._media_masks(layer, leading):
             if media_mask is not None:
-                yield Fit(f"{kind} {leading}", media_mask)
+                yield FittedMask(f"{kind} {leading}", media_mask)
 
     def _expanded_masks(self, key: str, mask: Tensor, leading: tuple[int, ...]) -> Iterator[Tensor]:
         """Yield a mask, (B, T), adapted to inputs with more or fewer rows."""
@@ -426,12 +430,12 @@ class TokenMask:
             self.sequence_first[name] = leading != tuple(mask.shape)
         return self.sequence_first.get(name, False)
 
-    def _subsampled(self, fit: Fit) -> Tensor:
+    def _subsampled(self, fit: FittedMask) -> Tensor:
         if not self.draws:
             return fit.mask
         return self.draws.get(fit.key, self.draws[""]).subset(fit.mask)
 
-    def _indices(self, fit: Fit, device: torch.device, transposed: bool) -> Tensor | None:
+    def _indices(self, fit: FittedMask, device: torch.device, transposed: bool) -> Tensor | None:
         key = (fit.key, transposed, device)
         if key not in self._rows:
             mask = self._subsampled(fit)
@@ -479,4 +483,4 @@ def _as_ints(counts: Any) -> list[int]:
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # only then the copy is asynchronous
-    return copied_to(device, tensor)
+    return copy_to_device(device, tensor)

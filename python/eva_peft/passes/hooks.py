@@ -167,7 +167,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 long as a layer was never called (a later batch may call it), nor if one is called
                 several times (a later batch may call it more often), nor on a batch larger than
                 all that were run to the end (a model may split it into parts).
-            size: of the batch, see :func:`eva_peft.inputs.batches.size_of`.
+            size: of the batch, see :func:`eva_peft.inputs.batches.samples_and_elements`.
         """
         self._mask, self._model_input = mask, model_input
         self._call_counts, self.stopped = {}, False

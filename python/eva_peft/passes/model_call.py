@@ -70,7 +70,7 @@ class ModelCall:
         known = is_defined_in_transformers(base_of(model))  # others may infer padding from ids
         self._is_plain_transformers = known and not architecture.encoder_decoder
 
-    def ready(self, batch: Any, mask: TokenMask, device: torch.device) -> ReadyPart:
+    def move_to_device(self, batch: Any, mask: TokenMask, device: torch.device) -> ReadyPart:
         """Bring a part of a batch to the device."""
         batch = batches.to_device(batch, device)
         return batch, mask, self._model_input(batch, mask, device)
@@ -88,11 +88,11 @@ class ModelCall:
         """Run the model on a part of a batch.
 
         Args:
-            ready: see :meth:`ready`.
+            ready: see :meth:`move_to_device`.
             batch_number: from 0.
         """
         batch, mask, model_input = ready
-        size = batches.size_of(batch)
+        size = batches.samples_and_elements(batch)
         self._collector.begin_forward(mask, model_input, self._may_stop_early, size)
         self.in_forward = True  # and stays so on failure
         routed_inputs = self._collector.routed if self._collector.routed.needed else nullcontext()

@@ -32,7 +32,7 @@ def allocate(run: CalibrationPass) -> dict[int, int]:
     ratios = leading_ratios([s.stream for s in slots])[[row_of[id(slot_of[i])] for i in indices]]
     limits = np.array([run.limits[i] for i in indices])
     ratios[np.arange(ratios.shape[1]) >= limits[:, None]] = 0.0  # no component of that layer
-    return dict(zip(indices, run.budget.spend(ratios), strict=True))
+    return dict(zip(indices, run.budget.ranks_for(ratios), strict=True))
 
 
 def scaled_alpha(config: LoraConfig, alpha: float, rank: int, new_rank: int) -> float:
@@ -75,7 +75,7 @@ class Budget:
         pairs = zip(self._min_if_owned, first, strict=True)
         self._min_counts = [max(-(-min_rank // t.step), owned) for owned, t in pairs]
 
-    def spend(self, ratios: Sequence[Tensor | Array] | Array) -> list[int]:
+    def ranks_for(self, ratios: Sequence[Tensor | Array] | Array) -> list[int]:
         """Return the rank of every layer.
 
         Args:

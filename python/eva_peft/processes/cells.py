@@ -65,7 +65,7 @@ class ForwardReport:
         slots: those of the process.
         max_calls: of each layer in one forward pass, so far.
         largest_batch: size of batches that were run to the end, see
-            :func:`eva_peft.inputs.batches.size_of`.
+            :func:`eva_peft.inputs.batches.samples_and_elements`.
         random_states: global states, for a checkpoint; see
             :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
     """

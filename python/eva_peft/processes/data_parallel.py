@@ -164,7 +164,7 @@ class Processes:
         self._exchange = Exchange(self.peers)
         self._total_tokens = 0  # tokens of all processes
 
-    def loop(self, run: CalibrationPass, loader: Iterable[Any]) -> bool:
+    def run_batches(self, run: CalibrationPass, loader: Iterable[Any]) -> bool:
         """Run batches until the leader says stop; returns whether every layer has converged.
 
         If a loader ends early, its process waits for the others.

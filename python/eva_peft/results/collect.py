@@ -50,7 +50,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
     layers = _layers(run)
     # An exact stream answers by eigen-decomposition, so the ranks come from the final spectra.
     budget = Budget([x.target for x in layers], run.options.budget, run.options.min_rank)
-    ranks = budget.spend([x.precise_ratios for x in layers])
+    ranks = budget.ranks_for([x.precise_ratios for x in layers])
     slots = run.collector.slots
     return EvaResult(
         ranks={x.name: rank for x, rank in zip(layers, ranks, strict=True)},

@@ -56,7 +56,7 @@ def reallocate(
             )
         ratios.append(result.explained_variance_ratio[name][:wanted])
     other = copy(result)  # shallow: tensors are shared, never changed
-    ranks = Budget(targets, budget, min_rank).spend(ratios)
+    ranks = Budget(targets, budget, min_rank).ranks_for(ratios)
     other.ranks = dict(zip(result.ranks, ranks, strict=True))
     other.base_ranks = {t.name: t.rank for t in targets}
     if r is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["accelerator", "copied_to", "device_of"]
+__all__ = ["accelerator", "copy_to_device", "device_of"]
 
 
 def accelerator() -> torch.device | None:
@@ -23,7 +23,7 @@ def device_of(module: nn.Module) -> torch.device | None:
     return None if hooked is None else torch.device(hooked)
 
 
-def copied_to(device: torch.device, tensor: Tensor) -> Tensor:
+def copy_to_device(device: torch.device, tensor: Tensor) -> Tensor:
     """Return a tensor on a device, copied asynchronously where that is safe.
 
     It is not safe to the host, nor to an Apple GPU, which reads host memory later, when that may

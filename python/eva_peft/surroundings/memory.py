@@ -12,7 +12,7 @@ from ..errors import EvaRuntimeError
 if sys.platform != "win32":
     import resource
 
-__all__ = ["OutOfMemoryError", "PeakMemory", "is_out_of_memory", "resident_peak"]
+__all__ = ["OutOfMemoryError", "PeakMemory", "is_out_of_memory", "peak_resident_bytes"]
 
 
 class PeakMemory(AbstractContextManager["PeakMemory"]):
@@ -34,17 +34,17 @@ class PeakMemory(AbstractContextManager["PeakMemory"]):
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start = torch.cuda.memory_allocated(self.device)
         else:
-            self._start = resident_peak()
+            self._start = peak_resident_bytes()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device) - self._start
         else:
-            self.peak_bytes = resident_peak() - self._start
+            self.peak_bytes = peak_resident_bytes() - self._start
 
 
-def resident_peak() -> int:
+def peak_resident_bytes() -> int:
     """Return the peak resident memory of this process in bytes, 0 if the system has no count."""
     if sys.platform == "win32":
         return 0

@@ -255,7 +255,7 @@ def test_ranks_are_paid_for_by_both(budget: str, of_own: int, of_middle: int) ->
     targets = find_targets(Reader(), config, "default")
     assert [t.name for t in targets] == ["own", "own.out_proj", "middle"]
     much, little = np.full(16, 0.06), np.full(16, 0.001)
-    own, last, middle = Budget(targets, budget, 0).spend([much, much, little])
+    own, last, middle = Budget(targets, budget, 0).ranks_for([much, much, little])
     assert own == last > 4
     assert 0 <= 4 * (of_own + of_middle) - own * of_own < of_own
     assert own * of_own + middle * of_middle == 4 * (of_own + of_middle)

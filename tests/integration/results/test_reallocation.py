@@ -208,19 +208,19 @@ def test_numbers_of_numpy(prepared: bool, tmp_path: Path) -> None:
 def test_layers_of_one_size_share_as_many_ranks_whatever_is_counted(budget: str) -> None:
     targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0) for name in "ab"]
     ratios = [torch.linspace(0.5, 0.1, 8), torch.linspace(0.4, 0.0, 8)]
-    assert Budget(targets, budget, 0).spend(ratios) == [5, 3]
+    assert Budget(targets, budget, 0).ranks_for(ratios) == [5, 3]
 
 
 def test_a_parameter_keeps_one_rank_where_its_tokens_do_not_differ() -> None:
     """PEFT could not take its adapter off."""
     targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0, owner=name) for name in "ab"]
     budget, much = Budget(targets, "rank", 0), torch.linspace(0.5, 0.1, 8)
-    assert budget.spend([torch.zeros(8), much])[0] == 1
-    assert budget.spend([1e-6 * much, much]) == [1, 7]
+    assert budget.ranks_for([torch.zeros(8), much])[0] == 1
+    assert budget.ranks_for([1e-6 * much, much]) == [1, 7]
 
 
 def test_groups_of_a_convolution_get_at_least_the_least_rank() -> None:
     targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0, step=2) for name in "ab"]
     much = torch.linspace(0.5, 0.1, 8)
-    found = [Budget(targets, "rank", least).spend([much, 1e-6 * much]) for least in (0, 1, 3)]
+    found = [Budget(targets, "rank", least).ranks_for([much, 1e-6 * much]) for least in (0, 1, 3)]
     assert found == [[8, 0], [6, 2], [4, 4]]
