@@ -134,9 +134,9 @@ def _compile(call: Call, sequence: LaunchSequence, tokens: str, target: Any) -> 
     parts = {
         k: names[str(dtype).removeprefix("torch.")] for k, (_, dtype) in sequence.parts.items()
     }
-    types = dict.fromkeys(sequence.given, "*fp32") | types | parts
+    types = dict.fromkeys(sequence.tensor_names, "*fp32") | types | parts
     values = [types[name] for name in call.pointers] + ["i32"] * len(call.numbers)
-    constants = call.own_constants
+    constants = call.kernel_constants
     signature = dict(zip(call.kernel.arg_names, values, strict=False))
     signature |= dict.fromkeys(constants, "constexpr")
     first = len(call.pointers)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import EvaRuntimeError
 
-__all__ = ["MODULES", "call", "load", "load_or_none", "unavailable", "upload"]
+__all__ = ["MODULES", "call", "load", "load_or_none", "unavailable_reason", "upload"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ MODULES = {"cpu": "eva_kernels._C", "cuda": "eva_kernels._cuda"}
 
 
 @functools.cache
-def _import(device_type: str) -> ModuleType | str:
+def _module_or_reason(device_type: str) -> ModuleType | str:
     """Return the module for a device type, or the reason why there is none."""
     name = MODULES.get(device_type)
     if name is None:
@@ -39,11 +39,11 @@ def _import(device_type: str) -> ModuleType | str:
             "install from source with a C++ compiler"
             + (", nvcc and EVA_KERNELS_CUDA=1" if device_type == "cuda" else "")
         )
-    reason = _unfit_for_gpus(module) if device_type == "cuda" else None
+    reason = _reason_unfit_for_gpus(module) if device_type == "cuda" else None
     return module if reason is None else f"the compiled module {name} cannot run: {reason}"
 
 
-def _unfit_for_gpus(module: ModuleType) -> str | None:
+def _reason_unfit_for_gpus(module: ModuleType) -> str | None:
     """Return why a CUDA module cannot run on a GPU that torch sees, or None."""
     if not torch.cuda.is_available():
         return None
@@ -52,31 +52,35 @@ def _unfit_for_gpus(module: ModuleType) -> str | None:
         return f"it was built with CUDA {version}, which finds no GPU; the driver may be too old"
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        if not _runs(module.archs.split(), 10 * major + minor):
-            told = f"GPU {index} is of compute capability {major}.{minor}"
-            return f"{told}, and it was built for {module.archs}; see EVA_KERNELS_CUDA_ARCHS"
+        if not _code_runs_on(module.archs.split(), 10 * major + minor):
+            return (
+                f"GPU {index} has compute capability {major}.{minor}, but it was built for "
+                f"{module.archs}; rebuild it with EVA_KERNELS_CUDA_ARCHS={10 * major + minor}"
+            )
     return None
 
 
-def _runs(built: list[str], chip: int) -> bool:
-    """Tell whether code built for capabilities such as "80", "90a" or "100f" runs on `chip`.
+def _code_runs_on(built_archs: list[str], capability: int) -> bool:
+    """Tell whether code built for architectures such as "80", "90a" or "100f" runs on a chip.
 
     Code for 8.0 runs on every later 8.x (but never between Jetson and other chips), and the PTX of
     the last entry on every later chip. With the suffix "a" neither runs on any other capability,
     with "f" on no other major version. See "Binary Compatibility" in NVIDIA's CUDA Programming
     Guide.
     """
-    for arch in built:
-        number = int(arch.rstrip("af"))
-        earlier = number < chip and number // 10 == chip // 10 and not arch.endswith("a")
-        if number == chip or (earlier and not _TEGRA & {number, chip}):
+    for arch in built_archs:
+        built = int(arch.rstrip("af"))
+        same_family = (
+            built < capability and built // 10 == capability // 10 and not arch.endswith("a")
+        )
+        if built == capability or (same_family and not _TEGRA & {built, capability}):
             return True
-    return built[-1].isdigit() and int(built[-1]) <= chip
+    return built_archs[-1].isdigit() and int(built_archs[-1]) <= capability
 
 
-def unavailable(device_type: str) -> str | None:
+def unavailable_reason(device_type: str) -> str | None:
     """Return why no native code can run on `device_type`, or None if it can."""
-    found = _import(device_type)
+    found = _module_or_reason(device_type)
     return found if isinstance(found, str) else None
 
 
@@ -86,7 +90,7 @@ def load(device_type: str) -> ModuleType:
     Raises:
         EvaRuntimeError: with the reason, if there is none.
     """
-    found = _import(device_type)
+    found = _module_or_reason(device_type)
     if isinstance(found, str):
         raise EvaRuntimeError(f"backend='native' cannot run: {found}")
     return found
@@ -95,7 +99,7 @@ def load(device_type: str) -> ModuleType:
 @functools.cache
 def load_or_none(device_type: str) -> ModuleType | None:
     """Return the compiled module, or None; the reason is logged the first time."""
-    found = _import(device_type)
+    found = _module_or_reason(device_type)
     if isinstance(found, str):
         logger.info("going on without native code: %s", found)
         return None

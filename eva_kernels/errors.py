@@ -23,7 +23,7 @@ __all__ = [
     "warnings_caught",
 ]
 
-_CATCHES = threading.RLock()
+_CATCH_LOCK = threading.RLock()
 
 
 class EvaError(Exception):
@@ -73,5 +73,5 @@ def warnings_caught(*, record: bool = False) -> Iterator[None]:
     Warning filters are shared by all threads: if two blocks overlap in time, the filters of one are
     never restored, and warnings that it should have recorded are lost.
     """
-    with _CATCHES, warnings.catch_warnings(record=record):
+    with _CATCH_LOCK, warnings.catch_warnings(record=record):
         yield

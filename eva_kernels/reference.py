@@ -62,8 +62,8 @@ def sketch(
     Cost: ``4 N D Q`` flops; X is read once.
     """
     for centred in _centred_tiles(x, pivot, rows):
-        seen = centred.new_empty(len(centred), len(basis))  # autocast does not affect out=
-        products.addmm_(torch.mm(centred, basis.mT, out=seen).mT, centred)
+        projected = centred.new_empty(len(centred), len(basis))  # autocast does not affect out=
+        products.addmm_(torch.mm(centred, basis.mT, out=projected).mT, centred)
         shift += centred.sum(0)
         square += _sum_of_squares(centred)
 
@@ -115,11 +115,11 @@ def convergence(
         (layers,): how many of the first R_i components of each layer are not at least ``tau``.
     """
     similarity, unconverged = [], []
-    for before, now, rank in zip(previous, current, ranks, strict=True):
-        before, now = before.double(), now.double()
-        norms = before.norm(dim=1) * now.norm(dim=1)
+    for previous_rows, current_rows, rank in zip(previous, current, ranks, strict=True):
+        previous_rows, current_rows = previous_rows.double(), current_rows.double()
+        norms = previous_rows.norm(dim=1) * current_rows.norm(dim=1)
         norms = norms.clamp_min(torch.finfo(torch.float64).tiny)
-        cosine = ((before * now).sum(1).abs() / norms).float()
+        cosine = ((previous_rows * current_rows).sum(1).abs() / norms).float()
         similarity.append(cosine)
         unconverged.append((~(cosine[:rank] >= tau)).sum())
     if not similarity:
@@ -149,8 +149,8 @@ def fold_prepare(
     """
     added, share, _, weight = numbers[:, :4].split(1, dim=1)
     delta, square = torch.stack(list(shifts)) / added, torch.stack(list(squares))
-    before = torch.stack(list(means))
-    mean = torch.addcmul(before, share, delta).to(before.dtype)
+    old_mean = torch.stack(list(means))
+    mean = torch.addcmul(old_mean, share, delta).to(old_mean.dtype)
     gain = square - (weight * delta.square().sum(1, keepdim=True)).squeeze(1)
     norm = torch.linalg.vector_norm(mean, dim=1, dtype=torch.float64)
     return delta, mean, torch.stack([square, gain.clamp_min(0), norm], 1)
@@ -174,11 +174,11 @@ def fold_measure(
         symmetric up to rounding; only their lower triangles are used.
     """
     along, core, metric = [], [], []
-    for i, (basis, step) in enumerate(zip(bases, products, strict=True)):
-        wide = basis.double()
-        along.append(numbers[i, 3] * (wide @ delta[i]))
-        image = _image(wide, step, delta[i], numbers[i, 4:], along[-1])
-        core.append(image @ wide.mT)
+    for i, (basis, step_products) in enumerate(zip(bases, products, strict=True)):
+        basis64 = basis.double()
+        along.append(numbers[i, 3] * (basis64 @ delta[i]))
+        image = _image(basis64, step_products, delta[i], numbers[i, 4:], along[-1])
+        core.append(image @ basis64.mT)
         metric.append(image @ image.mT)
     return torch.stack(along), torch.stack(core), torch.stack(metric)
 
@@ -212,14 +212,16 @@ def fold_rows(
         The saved old rows of all layers, (sum of kept, D).
     """
     saved = torch.cat([basis[:count] for basis, count in zip(bases, kept, strict=True)])
-    for i, (basis, step) in enumerate(zip(bases, products, strict=True)):
-        image = _image(basis.double(), step, delta[i], numbers[i, 4:], along[i])
+    for i, (basis, step_products) in enumerate(zip(bases, products, strict=True)):
+        image = _image(basis.double(), step_products, delta[i], numbers[i, 4:], along[i])
         rows = (mixing[i].mT @ image).to(basis.dtype)
-        new = torch.arange(len(basis), device=basis.device) < told[i, 0]
-        basis.copy_(torch.where(sound & new[:, None], rows, basis))
+        in_rank = torch.arange(len(basis), device=basis.device) < told[i, 0]
+        basis.copy_(torch.where(sound & in_rank[:, None], rows, basis))
         means[i].copy_(torch.where(sound, mean[i], means[i]))
     return saved
 
 
-def _image(wide: Tensor, step: Tensor, delta: Tensor, squares: Tensor, along: Tensor) -> Tensor:
-    return step.double() + wide * squares[:, None] - torch.outer(along, delta)
+def _image(
+    basis64: Tensor, step_products: Tensor, delta: Tensor, squares: Tensor, along: Tensor
+) -> Tensor:
+    return step_products.double() + basis64 * squares[:, None] - torch.outer(along, delta)

@@ -179,7 +179,7 @@ def _tune(found: Mapping[str, Any], dry: bool) -> list[Any]:
         shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
         line = [f"{shape}: {row['change']}", f"{1e3 * row['ms']['median']:.1f}"]
         lines.append([*line, f"{row['over_as_is']:.3f}"])
-    columns = ["launch numbers of the sketch", "dry us" if dry else "us", "over the table's"]
+    columns = ["launch parameters of the sketch", "dry us" if dry else "us", "over the table's"]
     return [_table("tune", columns, lines)]
 
 

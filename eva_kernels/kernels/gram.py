@@ -13,12 +13,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import GRAM_TILES, Arch, Tile, ceil_div, laid_out, options, rows_of_a_thread, stages
+from .launch import (
+    GRAM_TILES,
+    Arch,
+    Tile,
+    ceil_div,
+    compile_options,
+    lay_out_workspace,
+    pipeline_stages,
+    rows_per_thread,
+)
 from .primitives import (
+    add_column_sums,
     add_product,
     add_splits,
-    add_sums,
-    admit_next,
+    allow_next_kernel,
     begin_kernel,
     centre_tokens,
     load_tokens,
@@ -48,8 +57,8 @@ def gram_kernel(
     x_ptr, rows_ptr, pivot_ptr, out_ptr, shift_ptr, square_ptr,
     n, d, stride_xn, blocks_per_split,
     HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, DIRECT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr, WHOLE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS_PER_SUM: tl.constexpr,
+    UNMASKED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Add to the scatter matrix (DIRECT), or write this split's partial sums to (splits, D, D).
 
@@ -71,14 +80,14 @@ def gram_kernel(
     acc = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     for i in range(begin, end):
         o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS, WHOLE)
-        left = centre_tokens(x, pivot_i, o_n, o_i, n, d, WHOLE)
-        x = load_tokens(x_ptr, rows_ptr, o_n, o_j, n, d, stride_xn, HAS_ROWS, WHOLE)
-        right = centre_tokens(x, pivot_j, o_n, o_j, n, d, WHOLE)
+        x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS, UNMASKED)
+        left = centre_tokens(x, pivot_i, o_n, o_i, n, d, UNMASKED)
+        x = load_tokens(x_ptr, rows_ptr, o_n, o_j, n, d, stride_xn, HAS_ROWS, UNMASKED)
+        right = centre_tokens(x, pivot_j, o_n, o_j, n, d, UNMASKED)
         left_high, left_low = split_bf16(tl.trans(left))
         right_high, right_low = split_bf16(right)
         acc = add_product(acc, left_high, left_low, right_high, right_low, HIGH)
-    admit_next(DEPENDENT)
+    allow_next_kernel(DEPENDENT)
     if DIRECT:
         if pid_i == pid_j:
             _store_mirrored(out_ptr, acc, o_i, o_j, d, True, False)
@@ -88,13 +97,13 @@ def gram_kernel(
         p_split = out_ptr + pid_s * tl.cast(d, tl.int64) * d
         _store_mirrored(p_split, acc, o_i, o_j, d, False, False)
     if pid_i == pid_j:
-        shift = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
-        square = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
+        shift = tl.zeros((BLOCK_N // ROWS_PER_SUM, BLOCK_D), tl.float32)
+        square = tl.zeros((BLOCK_N // ROWS_PER_SUM, BLOCK_D), tl.float32)
         for i in range(begin, end):  # second pass, from the cache, by one in D / BLOCK_D programs
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS, WHOLE)
-            centred = centre_tokens(x, pivot_i, o_n, o_i, n, d, WHOLE)
-            shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
+            x = load_tokens(x_ptr, rows_ptr, o_n, o_i, n, d, stride_xn, HAS_ROWS, UNMASKED)
+            centred = centre_tokens(x, pivot_i, o_n, o_i, n, d, UNMASKED)
+            shift, square = add_column_sums(shift, square, centred, BLOCK_N // ROWS_PER_SUM)
         tl.store(shift_ptr + pid_s * tl.cast(d, tl.int64) + o_i, tl.sum(shift, 0), mask=o_i < d)
         total = tl.sum(tl.sum(square, axis=0), axis=0)
         tl.store(square_ptr + pid_s * tl.num_programs(0) + pid_i, total)
@@ -140,14 +149,14 @@ class GramPlan:
 
     Attributes:
         tile: of the tokens.
-        splits: over tokens; ``blocks`` token blocks each.
+        splits: over tokens; ``blocks_per_split`` token blocks each.
         offsets: byte offset of every part of the workspace.
         nbytes: of the workspace.
     """
 
     tile: Tile
     splits: int
-    blocks: int
+    blocks_per_split: int
     offsets: dict[str, int]
     nbytes: int
 
@@ -155,23 +164,23 @@ class GramPlan:
 @functools.lru_cache(maxsize=1024)
 def plan_gram(n: int, d: int, itemsize: int, arch: Arch) -> GramPlan:
     """Return how to add (n, d) tokens to a scatter matrix (d, d)."""
-    tile = GRAM_TILES[arch.name].of(itemsize)
+    tile = GRAM_TILES[arch.name].for_itemsize(itemsize)
     d_blocks, n_blocks = ceil_div(d, tile.block_d), ceil_div(n, tile.block_n)
     # Split if the triangle alone leaves processors idle, but to at most half the bytes of X.
     triangle = d_blocks * (d_blocks + 1) // 2
     splits = min(arch.processors // triangle, n // (4 * d), n_blocks)
-    blocks = ceil_div(n_blocks, max(1, splits))
-    splits = ceil_div(n_blocks, blocks)
+    blocks_per_split = ceil_div(n_blocks, max(1, splits))
+    splits = ceil_div(n_blocks, blocks_per_split)
     parts = {
         "scatter_parts": 4 * splits * d * d if splits > 1 else 0,
         "shift_parts": 4 * splits * d,
         "square_parts": 4 * splits * d_blocks,
     }
-    return GramPlan(tile, splits, blocks, *laid_out(parts))
+    return GramPlan(tile, splits, blocks_per_split, *lay_out_workspace(parts))
 
 
-GIVEN = ("x", "rows", "pivot", "scatter", "shift", "square")
-PARTS = ("scatter_parts", "shift_parts", "square_parts")
+TENSORS = ("x", "rows", "pivot", "scatter", "shift", "square")
+PARTIAL_SUMS = ("scatter_parts", "shift_parts", "square_parts")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -180,7 +189,7 @@ def gram_sequence(
 ) -> LaunchSequence:
     """Return the launches that add tokens of one kind to a scatter matrix; cached.
 
-    :meth:`~.sequence.LaunchSequence.run` takes the tensors of ``GIVEN``, see
+    :meth:`~.sequence.LaunchSequence.run` takes the tensors of ``TENSORS``, see
     :func:`eva_kernels.reference.gram`; arguments as for ``sketch_sequence``.
     """
     plan = plan_gram(n, d, dtype.itemsize, arch)
@@ -190,21 +199,21 @@ def gram_sequence(
     add = Call(
         gram_kernel,
         (d_blocks, d_blocks, plan.splits),
-        ("x", "rows", "pivot", "scatter" if direct else PARTS[0], *PARTS[1:]),
-        (n, d, stride, plan.blocks),
+        ("x", "rows", "pivot", "scatter" if direct else PARTIAL_SUMS[0], *PARTIAL_SUMS[1:]),
+        (n, d, stride, plan.blocks_per_split),
         {
             **common, "HAS_ROWS": has_rows, "HIGH": high, "BLOCK_N": tile.block_n,
-            "FOLD": rows_of_a_thread(tile, dtype.itemsize), "WHOLE": tile.divides(n, d),
+            "ROWS_PER_SUM": rows_per_thread(tile, dtype.itemsize), "UNMASKED": tile.divides(n, d),
         },
-        options(arch, tile.num_warps, stages(tile, has_rows, arch)),
+        compile_options(arch, tile.num_warps, pipeline_stages(tile, has_rows, arch)),
     )  # fmt: skip
     collect = Call(
         collect_kernel,
         (d_blocks, d_blocks),
-        (*PARTS, "scatter", "shift", "square"),
+        (*PARTIAL_SUMS, "scatter", "shift", "square"),
         (d, plan.splits, plan.splits * d_blocks),
         common,
-        options(arch, tile.num_warps),
+        compile_options(arch, tile.num_warps),
     )
-    parts = {name: (plan.offsets[name], torch.float32) for name in PARTS}
-    return LaunchSequence([add, collect], GIVEN, parts, plan.nbytes)
+    parts = {name: (plan.offsets[name], torch.float32) for name in PARTIAL_SUMS}
+    return LaunchSequence([add, collect], TENSORS, parts, plan.nbytes)

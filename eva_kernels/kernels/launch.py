@@ -19,8 +19,8 @@ from triton.language.extra import cuda
 from triton.runtime import driver
 
 __all__ = [
-    "EARLY",
     "GRAM_TILES",
+    "HAS_DEPENDENT_LAUNCH",
     "SKETCH_TILES",
     "Arch",
     "GramTiles",
@@ -28,11 +28,11 @@ __all__ = [
     "Tile",
     "arch_of",
     "ceil_div",
-    "laid_out",
-    "options",
-    "rows_of_a_thread",
+    "compile_options",
+    "lay_out_workspace",
+    "pipeline_stages",
+    "rows_per_thread",
     "splits_to_fill",
-    "stages",
 ]
 
 
@@ -74,7 +74,7 @@ class SketchTiles:
     project_centred: Tile
     back_centred: Tile
 
-    def of(self, centred: bool) -> tuple[Tile, Tile]:
+    def project_and_back(self, centred: bool) -> tuple[Tile, Tile]:
         """Return the tiles of project and back."""
         if centred:
             return self.project_centred, self.back_centred
@@ -93,7 +93,7 @@ class GramTiles:
     short: Tile
     wide: Tile
 
-    def of(self, itemsize: int) -> Tile:
+    def for_itemsize(self, itemsize: int) -> Tile:
         """Return the tile for tokens of ``itemsize`` bytes per entry."""
         return self.short if itemsize == 2 else self.wide
 
@@ -106,7 +106,7 @@ class Arch:
         name: ``"sm_90"``, ``"gfx942"``, ...
         processors: multiprocessors of the device (of the family's largest, if none is present).
         shared_bytes: largest shared memory of one program.
-        least_q: narrowest tile of Q that the tensor cores multiply at full rate.
+        min_q: narrowest tile of Q that the tensor cores multiply at full rate.
         indirect_stages: additional stages of a loop that also loads the addresses of its tokens.
             On NVIDIA this chain of loads is spread over the pipeline: two more stages prefetch the
             tokens equally far ahead, at the cost of shared memory for the indices only.
@@ -116,18 +116,18 @@ class Arch:
     name: str
     processors: int
     shared_bytes: int
-    least_q: int
+    min_q: int
     indirect_stages: int = 2
     dependent_launch: bool = False
 
 
-def _can_wait() -> bool:
+def _can_compile_wait() -> bool:
     """Tell whether this Triton can compile a wait for the preceding kernel (3.4 has it, broken)."""
     wait = getattr(cuda, "gdc_wait", None)
     return wait is not None and "_semantic" in inspect.signature(wait).parameters
 
 
-EARLY = _can_wait()
+HAS_DEPENDENT_LAUNCH = _can_compile_wait()
 
 # The largest chip of each family: only the number of splits depends on it.
 ARCHS: Mapping[str, Arch] = MappingProxyType(
@@ -139,9 +139,9 @@ ARCHS: Mapping[str, Arch] = MappingProxyType(
         # On an H200 a sketch with programmatic dependent launch takes 0.95 of the time without it
         # at N = 2048 and D = 4096, 0.93 at D = 11008, 0.97 at N = 8192 (2026-11-26,
         # bench/results/h200/third); 1.22 at N = 2048 if the next kernel may start before the loop.
-        "sm_90": Arch("sm_90", 132, 232_448, 64, dependent_launch=EARLY),
-        "sm_100": Arch("sm_100", 148, 232_448, 64, dependent_launch=EARLY),
-        "sm_120": Arch("sm_120", 188, 101_376, 16, dependent_launch=EARLY),
+        "sm_90": Arch("sm_90", 132, 232_448, 64, dependent_launch=HAS_DEPENDENT_LAUNCH),
+        "sm_100": Arch("sm_100", 148, 232_448, 64, dependent_launch=HAS_DEPENDENT_LAUNCH),
+        "sm_120": Arch("sm_120", 188, 101_376, 16, dependent_launch=HAS_DEPENDENT_LAUNCH),
         "gfx942": Arch("gfx942", 304, 65_536, 16, indirect_stages=0),
     }
 )
@@ -244,7 +244,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def laid_out(parts: Mapping[str, int]) -> tuple[dict[str, int], int]:
+def lay_out_workspace(parts: Mapping[str, int]) -> tuple[dict[str, int], int]:
     """Return the offset of each part of a workspace, given their bytes, and the total bytes."""
     offsets, end = {}, 0
     for name, nbytes in parts.items():
@@ -252,28 +252,32 @@ def laid_out(parts: Mapping[str, int]) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def stages(tile: Tile, indirect: bool, arch: Arch) -> int:
+def pipeline_stages(tile: Tile, indirect: bool, arch: Arch) -> int:
     """Return the stages of a loop over tokens; ``indirect``: it loads their addresses, too."""
     return tile.num_stages + (arch.indirect_stages if indirect else 0)
 
 
-def options(arch: Arch, num_warps: int, num_stages: int | None = None) -> dict[str, int | bool]:
+def compile_options(
+    arch: Arch, num_warps: int, num_stages: int | None = None
+) -> dict[str, int | bool]:
     """Return the compiler's options for a kernel."""
-    found: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
+    options: dict[str, int | bool] = {"num_warps": num_warps, "enable_fp_fusion": True}
     if num_stages is not None:
-        found["num_stages"] = num_stages
+        options["num_stages"] = num_stages
     if arch.dependent_launch:
-        found["launch_pdl"] = True
-    return found
+        options["launch_pdl"] = True
+    return options
 
 
-def splits_to_fill(programs: int, rounds: int, most: int, tile: Tile, arch: Arch) -> int:
+def splits_to_fill(
+    num_programs: int, iterations: int, max_splits: int, tile: Tile, arch: Arch
+) -> int:
     """Return into how many parts to split the loop of a kernel that streams tokens.
 
     Args:
-        programs: number of programs of the kernel without splits.
-        rounds: iterations of its loop without splits.
-        most: upper limit of the splits.
+        num_programs: number of programs of the kernel without splits.
+        iterations: iterations of its loop without splits.
+        max_splits: upper limit of the splits.
         tile: of the kernel.
         arch: of the device.
 
@@ -282,24 +286,26 @@ def splits_to_fill(programs: int, rounds: int, most: int, tile: Tile, arch: Arch
         split is empty; at least 1.
     """
     # A thread uses more than 128 registers: eight warps fill a multiprocessor.
-    at_once = arch.processors * max(1, 8 // tile.num_warps)
+    concurrent_programs = arch.processors * max(1, 8 // tile.num_warps)
 
     def duration(splits: int) -> int:
-        return math.ceil(programs * splits / at_once) * math.ceil(rounds / splits)
+        return math.ceil(num_programs * splits / concurrent_programs) * math.ceil(
+            iterations / splits
+        )
 
-    counts = range(1, max(1, min(most, rounds)) + 1)
-    shortest = min(map(duration, counts))
-    return next(splits for splits in counts if duration(splits) <= 1.1 * shortest)
+    candidates = range(1, max(1, min(max_splits, iterations)) + 1)
+    shortest = min(map(duration, candidates))
+    return next(splits for splits in candidates if duration(splits) <= 1.1 * shortest)
 
 
-def rows_of_a_thread(tile: Tile, itemsize: int) -> int:
+def rows_per_thread(tile: Tile, itemsize: int) -> int:
     """Return how many rows of a tile of tokens one thread loads, 16 bytes at a time."""
-    rows_of_a_load = tile.num_warps * 32 * (16 // itemsize) // tile.block_d
-    return max(1, tile.block_n // max(1, rows_of_a_load))
+    rows_per_load = tile.num_warps * 32 * (16 // itemsize) // tile.block_d
+    return max(1, tile.block_n // max(1, rows_per_load))
 
 
 @functools.cache
-def _cannot_launch() -> str | None:
+def _launch_failure_reason() -> str | None:
     """Return why Triton cannot launch kernels, or None.
 
     On first use it compiles its launcher with a C compiler, which some container images lack.
@@ -323,9 +329,9 @@ def _device_arch(index: int) -> Arch | str:
             # Code for a chip runs on later ones of its family: 10.3 runs code for 10.0.
             name = {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
     if name not in ARCHS:
-        return f"there are no launch numbers for {name}; known are {', '.join(ARCHS)}"
-    known = replace(ARCHS[name], processors=properties.multi_processor_count)
-    return _cannot_launch() or known
+        return f"there are no launch parameters for {name}; known are {', '.join(ARCHS)}"
+    arch = replace(ARCHS[name], processors=properties.multi_processor_count)
+    return _launch_failure_reason() or arch
 
 
 def arch_of(device: torch.device) -> Arch | str:
@@ -334,7 +340,7 @@ def arch_of(device: torch.device) -> Arch | str:
     Without a driver (Triton's interpreter, or fake tensors) it is the family's largest chip.
     """
     # A device in the cache has a driver: every sketch comes here, and asking torch is slow.
-    present = _device_arch.cache_info().currsize > 0 or torch.cuda.is_available()
-    if device.type == "cpu" or not present:
+    has_driver = _device_arch.cache_info().currsize > 0 or torch.cuda.is_available()
+    if device.type == "cpu" or not has_driver:
         return ARCHS["sm_90"]
     return _device_arch(torch.cuda.current_device() if device.index is None else device.index)

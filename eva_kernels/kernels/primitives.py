@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from .launch import EARLY
+from .launch import HAS_DEPENDENT_LAUNCH
 
-__all__ = ["INTERPRET", "add_half_product", "add_product", "add_splits", "add_sums", "admit_next"]
-__all__ += ["begin_kernel", "centre_tokens", "dot", "load_inside", "load_tokens", "split_bf16"]
-__all__ += ["sum_all", "sum_rows", "to_bf16"]
+__all__ = ["INTERPRET", "add_column_sums", "add_product", "add_product_bf16", "add_splits"]
+__all__ += ["allow_next_kernel", "begin_kernel", "centre_tokens", "column_sums", "dot"]
+__all__ += ["load_or_zero", "load_tokens", "split_bf16", "sum_all", "to_bf16"]
 
 # Read at import, as triton does: setting the variable later would mix both modes.
 INTERPRET = tl.constexpr(
@@ -27,7 +27,7 @@ INTERPRET = tl.constexpr(
 
 # Triton resolves names even in branches that it then discards, so each release needs a function of
 # its own.
-if EARLY:
+if HAS_DEPENDENT_LAUNCH:
 
     @triton.jit
     def begin_kernel(DEPENDENT: tl.constexpr):
@@ -40,7 +40,7 @@ if EARLY:
             cuda.gdc_wait()
 
     @triton.jit
-    def admit_next(DEPENDENT: tl.constexpr):
+    def allow_next_kernel(DEPENDENT: tl.constexpr):
         """Allow the next kernel to start its set-up; call this when little work is left.
 
         A program that does not call it allows that implicitly when it ends.
@@ -56,7 +56,7 @@ else:
         tl.static_assert(not DEPENDENT)
 
     @triton.jit
-    def admit_next(DEPENDENT: tl.constexpr):
+    def allow_next_kernel(DEPENDENT: tl.constexpr):
         """Do nothing: the next kernel is launched after this one has finished."""
         tl.static_assert(not DEPENDENT)
 
@@ -94,36 +94,37 @@ def split_bf16(x):
 
 
 @triton.jit
-def load_inside(ptr, inside, WHOLE: tl.constexpr):
-    """Load what is inside, 0 elsewhere.
+def load_or_zero(ptr, mask, UNMASKED: tl.constexpr):
+    """Load where the mask is true, 0 elsewhere.
 
-    WHOLE: everything is inside, and no mask is needed. Masks and the code that they require are a
+    UNMASKED: the mask is true everywhere and not needed. Masks and the code that they require are a
     quarter of the instructions of a loop over tokens.
     """
-    if WHOLE:
+    if UNMASKED:
         return tl.load(ptr)
     else:
-        return tl.load(ptr, mask=inside, other=0)
+        return tl.load(ptr, mask=mask, other=0)
 
 
 @triton.jit
 def load_tokens(
-    x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS: tl.constexpr, WHOLE: tl.constexpr = False
+    x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn,
+    HAS_ROWS: tl.constexpr, UNMASKED: tl.constexpr = False,
 ):  # fmt: skip
-    """Return the tile x (BLOCK_N, BLOCK_D), 0 outside; WHOLE: all of it is inside."""
+    """Return the tile x (BLOCK_N, BLOCK_D), 0 outside; UNMASKED: all of it is inside."""
     if HAS_ROWS:
-        i_row = load_inside(rows_ptr + o_n, o_n < n, WHOLE)
+        i_row = load_or_zero(rows_ptr + o_n, o_n < n, UNMASKED)
     else:
         i_row = o_n.to(tl.int64)
     p_x = x_ptr + i_row[:, None] * stride_xn + o_d[None, :]
-    return load_inside(p_x, (o_n < n)[:, None] & (o_d < d)[None, :], WHOLE)
+    return load_or_zero(p_x, (o_n < n)[:, None] & (o_d < d)[None, :], UNMASKED)
 
 
 @triton.jit
-def centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE: tl.constexpr = False):
+def centre_tokens(x, pivot, o_n, o_d, n, d, UNMASKED: tl.constexpr = False):
     """Return x - p in float32, 0 outside; arguments as for ``load_tokens``."""
     centred = x.to(tl.float32) - pivot[None, :]
-    if WHOLE:
+    if UNMASKED:
         return centred
     else:
         return tl.where((o_n < n)[:, None] & (o_d < d)[None, :], centred, 0.0)
@@ -167,7 +168,7 @@ def add_product(acc, a_high, a_low, b_high, b_low, HIGH: tl.constexpr):
 
 
 @triton.jit
-def add_half_product(acc, a_high, a_low, b, HIGH: tl.constexpr):
+def add_product_bf16(acc, a_high, a_low, b, HIGH: tl.constexpr):
     """Return acc + a @ b where b is exact in bfloat16; as :func:`add_product`."""
     tile = tl.zeros_like(acc)
     if HIGH:
@@ -179,7 +180,7 @@ def add_half_product(acc, a_high, a_low, b, HIGH: tl.constexpr):
 
 
 @triton.jit
-def add_sums(shift, square, centred, ROWS: tl.constexpr):
+def add_column_sums(shift, square, centred, ROWS: tl.constexpr):
     """Add the column sums of a tile, and those of its squares, to (ROWS, BLOCK_D).
 
     Rows that are ROWS apart are added; if one thread holds them all, threads exchange nothing.
@@ -202,7 +203,7 @@ def add_splits(acc, ptr, offset, mask, splits, step):
 
 
 @triton.jit
-def sum_rows(ptr, o_q, rows, BLOCK_Q: tl.constexpr):
+def column_sums(ptr, o_q, rows, BLOCK_Q: tl.constexpr):
     """Return the column sums of a float32 matrix (rows, BLOCK_Q)."""
     BLOCK: tl.constexpr = 2048 // BLOCK_Q
     total = tl.zeros((BLOCK, BLOCK_Q), tl.float32)

@@ -22,20 +22,20 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Arch, ceil_div, options, rows_of_a_thread, stages
+from .launch import Arch, ceil_div, compile_options, pipeline_stages, rows_per_thread
 from .primitives import (
-    add_half_product,
+    add_column_sums,
     add_product,
+    add_product_bf16,
     add_splits,
-    add_sums,
-    admit_next,
+    allow_next_kernel,
     begin_kernel,
     centre_tokens,
-    load_inside,
+    column_sums,
+    load_or_zero,
     load_tokens,
     split_bf16,
     sum_all,
-    sum_rows,
 )
 from .sequence import Call, LaunchSequence
 from .sketch_plan import COLLECT_BLOCK, FINISH_BLOCK, FLAG_BLOCK, plan_sketch, small_block
@@ -58,15 +58,15 @@ def _load_basis(basis_ptr, o_q, o_d, q, d):
 
 
 @triton.jit
-def _add_rows(rows_ptr, out_ptr, rows, BLOCK_Q: tl.constexpr):
+def _store_column_sums(rows_ptr, out_ptr, rows, BLOCK_Q: tl.constexpr):
     """Write the column sums of (rows, BLOCK_Q): by one program of a kernel that takes longer."""
     o_q = tl.arange(0, BLOCK_Q)
-    tl.store(out_ptr + o_q, sum_rows(rows_ptr, o_q, rows, BLOCK_Q))
+    tl.store(out_ptr + o_q, column_sums(rows_ptr, o_q, rows, BLOCK_Q))
 
 
 @triton.jit(do_not_specialize=["n", "q"])
 def prepare_kernel(
-    x_ptr, rows_ptr, basis_ptr, pivot_ptr, high_ptr, low_ptr, along_ptr, flags_ptr,
+    x_ptr, rows_ptr, basis_ptr, pivot_ptr, high_ptr, low_ptr, vp_parts_ptr, flags_ptr,
     n, q, d, stride_xn,
     HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -89,25 +89,25 @@ def prepare_kernel(
     tl.store(flags_ptr + pid, flag.to(tl.int32))
 
     v = _load_basis(basis_ptr, o_q, o_d, q, d)
-    admit_next(DEPENDENT)
+    allow_next_kernel(DEPENDENT)
     v = tl.where(flag, 0.0, v)
     high, low = split_bf16(v)
-    used = high.to(tl.float32)
+    as_multiplied = high.to(tl.float32)
     p_plane = o_q.to(tl.int64)[:, None] * d + o_d[None, :]
     tl.store(high_ptr + p_plane, high, mask=(o_d < d)[None, :])
     if HIGH:
-        used += low.to(tl.float32)
+        as_multiplied += low.to(tl.float32)
         tl.store(low_ptr + p_plane, low, mask=(o_d < d)[None, :])
-    tl.store(along_ptr + pid * BLOCK_Q + o_q, tl.sum(used * pivot[None, :], axis=1))
+    tl.store(vp_parts_ptr + pid * BLOCK_Q + o_q, tl.sum(as_multiplied * pivot[None, :], axis=1))
 
 
 @triton.jit(do_not_specialize=["n", "q", "blocks_per_split"])
 def project_kernel(
-    x_ptr, rows_ptr, basis_ptr, pivot_ptr, high_ptr, low_ptr, flags_ptr, along_ptr,
-    partial_ptr, offset_ptr,
+    x_ptr, rows_ptr, basis_ptr, pivot_ptr, high_ptr, low_ptr, flags_ptr, vp_parts_ptr,
+    partial_ptr, vp_ptr,
     n, q, d, pitch, stride_xn, blocks_per_split,
-    HAS_ROWS: tl.constexpr, CENTRED: tl.constexpr, HIGH: tl.constexpr, FLAGS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_ROWS: tl.constexpr, CENTRED: tl.constexpr, HIGH: tl.constexpr, NUM_FLAGS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UNMASKED: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Write this split's part of V x (V (x - p) where centred) to partial (splits, Q, N).
@@ -119,7 +119,7 @@ def project_kernel(
     pid_s = tl.program_id(1)
     if pid_n * BLOCK_N >= n:
         if pid_s == 0:
-            _add_rows(along_ptr, offset_ptr, tl.cdiv(d, FLAG_BLOCK), BLOCK_Q)
+            _store_column_sums(vp_parts_ptr, vp_ptr, tl.cdiv(d, FLAG_BLOCK), BLOCK_Q)
         return
     o_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_q = tl.arange(0, BLOCK_Q)
@@ -131,19 +131,19 @@ def project_kernel(
             o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
             acc = _add_centred(
                 acc, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_n, o_q, o_d, n, q, d, stride_xn,
-                HAS_ROWS, HIGH, WHOLE,
+                HAS_ROWS, HIGH, UNMASKED,
             )  # fmt: skip
     else:
         for i in range(begin, end):
             o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
-            v_high, v_low = _load_planes(high_ptr, low_ptr, o_q, o_d, d, HIGH, WHOLE)
-            acc = add_half_product(acc, v_high, v_low, tl.trans(x), HIGH)
-    admit_next(DEPENDENT)
+            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, UNMASKED)
+            v_high, v_low = _load_planes(high_ptr, low_ptr, o_q, o_d, d, HIGH, UNMASKED)
+            acc = add_product_bf16(acc, v_high, v_low, tl.trans(x), HIGH)
+    allow_next_kernel(DEPENDENT)
     p_partial = partial_ptr + (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * pitch
     tl.store(p_partial + o_n[None, :], acc, mask=(o_n < pitch)[None, :])
     if not CENTRED:
-        o_flag = tl.arange(0, FLAGS)
+        o_flag = tl.arange(0, NUM_FLAGS)
         flags = tl.load(flags_ptr + begin + o_flag, mask=o_flag < end - begin, other=0)
         if tl.max(flags, axis=0) > 0:
             # A quarter of the tokens at a time: centred tiles use many registers.
@@ -152,26 +152,26 @@ def project_kernel(
             for part in range(BLOCK_N // PART):
                 o_part = pid_n * BLOCK_N + part * PART + tl.arange(0, PART)
                 m_part = (o_part < pitch)[None, :]
-                some = tl.load(p_partial + o_part[None, :], mask=m_part, other=0.0)
+                acc_part = tl.load(p_partial + o_part[None, :], mask=m_part, other=0.0)
                 for i in range(begin, end):
                     if tl.load(flags_ptr + i) > 0:
                         o_d = i * BLOCK_D + tl.arange(0, BLOCK_D)
-                        some = _add_centred(
-                            some, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_part, o_q, o_d, n, q, d,
-                            stride_xn, HAS_ROWS, HIGH, WHOLE,
+                        acc_part = _add_centred(
+                            acc_part, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_part, o_q, o_d,
+                            n, q, d, stride_xn, HAS_ROWS, HIGH, UNMASKED,
                         )  # fmt: skip
-                tl.store(p_partial + o_part[None, :], some, mask=m_part)
+                tl.store(p_partial + o_part[None, :], acc_part, mask=m_part)
 
 
 @triton.jit
 def _add_centred(
     acc, x_ptr, rows_ptr, basis_ptr, pivot_ptr, o_n, o_q, o_d, n, q, d, stride_xn,
-    HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, WHOLE: tl.constexpr,
+    HAS_ROWS: tl.constexpr, HIGH: tl.constexpr, UNMASKED: tl.constexpr,
 ):  # fmt: skip
     """Return acc + V (x - p) of a block of features, both factors split in registers."""
-    x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
+    x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, UNMASKED)
     pivot = tl.load(pivot_ptr + o_d, mask=o_d < d, other=0.0)
-    centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
+    centred = centre_tokens(x, pivot, o_n, o_d, n, d, UNMASKED)
     x_high, x_low = split_bf16(tl.trans(centred))
     v_high, v_low = split_bf16(_load_basis(basis_ptr, o_q, o_d, q, d))
     return add_product(acc, v_high, v_low, x_high, x_low, HIGH)
@@ -179,7 +179,7 @@ def _add_centred(
 
 @triton.jit(do_not_specialize=["n", "splits"])
 def finish_kernel(
-    partial_ptr, offset_ptr, high_ptr, low_ptr, sums_ptr,
+    partial_ptr, vp_ptr, high_ptr, low_ptr, p_sum_parts_ptr,
     n, pitch, splits,
     CENTRED: tl.constexpr, HIGH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -194,32 +194,32 @@ def finish_kernel(
     p = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
     step = tl.cast(BLOCK_Q, tl.int64) * pitch
     p = add_splits(p, partial_ptr, p_out, m_n, splits, step)
-    admit_next(DEPENDENT)
+    allow_next_kernel(DEPENDENT)
     if not CENTRED:
-        p -= tl.load(offset_ptr + o_q)[:, None]
+        p -= tl.load(vp_ptr + o_q)[:, None]
     p = tl.where((o_n < n)[None, :], p, 0.0)
     high, low = split_bf16(p)
-    used = high.to(tl.float32)
+    as_multiplied = high.to(tl.float32)
     tl.store(high_ptr + p_out, high, mask=m_n)
     if HIGH:
-        used += low.to(tl.float32)
+        as_multiplied += low.to(tl.float32)
         tl.store(low_ptr + p_out, low, mask=m_n)
-    tl.store(sums_ptr + pid * BLOCK_Q + o_q, tl.sum(used, axis=1))
+    tl.store(p_sum_parts_ptr + pid * BLOCK_Q + o_q, tl.sum(as_multiplied, axis=1))
 
 
 @triton.jit(do_not_specialize=["n", "blocks_per_split", "sums_blocks"])
 def back_kernel(
-    x_ptr, rows_ptr, pivot_ptr, high_ptr, low_ptr, flags_ptr, sums_ptr,
-    products_ptr, shift_ptr, square_ptr, total_ptr,
+    x_ptr, rows_ptr, pivot_ptr, high_ptr, low_ptr, flags_ptr, p_sum_parts_ptr,
+    products_ptr, shift_ptr, square_ptr, p_sum_ptr,
     n, d, pitch, stride_xn, blocks_per_split, sums_blocks,
-    HAS_ROWS: tl.constexpr, CENTRED: tl.constexpr, HIGH: tl.constexpr, FLAGS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, FOLD: tl.constexpr,
-    WHOLE: tl.constexpr, DEPENDENT: tl.constexpr,
+    HAS_ROWS: tl.constexpr, CENTRED: tl.constexpr, HIGH: tl.constexpr, NUM_FLAGS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS_PER_SUM: tl.constexpr, UNMASKED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Write this split's P x^T (P (x - p)^T where centred), sum of x - p and sum of its squares.
 
-    To (splits, BLOCK_Q, D), (splits, D) and (splits, blocks of D). FOLD: rows of a tile that are
-    summed before they are added to the running sums, so that these use few registers.
+    To (splits, BLOCK_Q, D), (splits, D) and (splits, blocks of D). ROWS_PER_SUM: rows of a tile
+    that are summed before they are added to the running sums, so that these use few registers.
     Programs beyond the last feature block: the first of them sums P over tokens to total (Q,).
     """
     begin_kernel(DEPENDENT)
@@ -227,7 +227,7 @@ def back_kernel(
     pid_s = tl.program_id(1)
     if pid_d * BLOCK_D >= d:
         if pid_s == 0:
-            _add_rows(sums_ptr, total_ptr, sums_blocks, BLOCK_Q)
+            _store_column_sums(p_sum_parts_ptr, p_sum_ptr, sums_blocks, BLOCK_Q)
         return
     o_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     o_q = tl.arange(0, BLOCK_Q)
@@ -235,32 +235,32 @@ def back_kernel(
     pivot = tl.load(pivot_ptr + o_d, mask=m_d, other=0.0)
     flagged = CENTRED
     if not CENTRED:
-        flagged = _any_flag(flags_ptr, pid_d, d, FLAGS)
+        flagged = _any_flag(flags_ptr, pid_d, d, NUM_FLAGS)
     begin = pid_s * blocks_per_split
     end = tl.minimum(begin + blocks_per_split, tl.cdiv(n, BLOCK_N))
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    shift = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
-    square = tl.zeros((BLOCK_N // FOLD, BLOCK_D), tl.float32)
+    shift = tl.zeros((BLOCK_N // ROWS_PER_SUM, BLOCK_D), tl.float32)
+    square = tl.zeros((BLOCK_N // ROWS_PER_SUM, BLOCK_D), tl.float32)
     if flagged:
-        UNCUT: tl.constexpr = (CENTRED or FOLD == 1) or BLOCK_N < 32
+        UNCUT: tl.constexpr = (CENTRED or ROWS_PER_SUM == 1) or BLOCK_N < 32
         PART: tl.constexpr = BLOCK_N if UNCUT else BLOCK_N // 2
         for i in range(begin * (BLOCK_N // PART), end * (BLOCK_N // PART)):
             o_n = i * PART + tl.arange(0, PART)
-            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
-            centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
-            shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
+            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, UNMASKED)
+            centred = centre_tokens(x, pivot, o_n, o_d, n, d, UNMASKED)
+            shift, square = add_column_sums(shift, square, centred, BLOCK_N // ROWS_PER_SUM)
             x_high, x_low = split_bf16(centred)
-            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH, WHOLE)
+            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH, UNMASKED)
             acc = add_product(acc, p_high, p_low, x_high, x_low, HIGH)
     elif not CENTRED:
         for i in range(begin, end):
             o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, WHOLE)
-            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH, WHOLE)
-            acc = add_half_product(acc, p_high, p_low, x, HIGH)
-            centred = centre_tokens(x, pivot, o_n, o_d, n, d, WHOLE)
-            shift, square = add_sums(shift, square, centred, BLOCK_N // FOLD)
-    admit_next(DEPENDENT)
+            x = load_tokens(x_ptr, rows_ptr, o_n, o_d, n, d, stride_xn, HAS_ROWS, UNMASKED)
+            p_high, p_low = _load_planes(high_ptr, low_ptr, o_q, o_n, pitch, HIGH, UNMASKED)
+            acc = add_product_bf16(acc, p_high, p_low, x, HIGH)
+            centred = centre_tokens(x, pivot, o_n, o_d, n, d, UNMASKED)
+            shift, square = add_column_sums(shift, square, centred, BLOCK_N // ROWS_PER_SUM)
+    allow_next_kernel(DEPENDENT)
     p_out = (pid_s * BLOCK_Q + o_q).to(tl.int64)[:, None] * d + o_d[None, :]
     tl.store(products_ptr + p_out, acc, mask=m_d[None, :])
     tl.store(shift_ptr + pid_s.to(tl.int64) * d + o_d, tl.sum(shift, axis=0), mask=m_d)
@@ -269,22 +269,22 @@ def back_kernel(
 
 
 @triton.jit
-def _any_flag(flags_ptr, pid_d, d, FLAGS: tl.constexpr):
-    o_flag = pid_d * FLAGS + tl.arange(0, FLAGS)
+def _any_flag(flags_ptr, pid_d, d, NUM_FLAGS: tl.constexpr):
+    o_flag = pid_d * NUM_FLAGS + tl.arange(0, NUM_FLAGS)
     flags = tl.load(flags_ptr + o_flag, mask=o_flag < tl.cdiv(d, FLAG_BLOCK), other=0)
     return tl.max(flags, axis=0) > 0
 
 
 @triton.jit
 def _load_planes(
-    high_ptr, low_ptr, o_q, o_column, columns, HIGH: tl.constexpr, WHOLE: tl.constexpr
+    high_ptr, low_ptr, o_q, o_column, columns, HIGH: tl.constexpr, UNMASKED: tl.constexpr
 ):
-    """Load some columns of both planes; 0 outside. WHOLE: all of them are inside."""
+    """Load some columns of both planes; 0 outside. UNMASKED: all of them are inside."""
     p_plane = o_q.to(tl.int64)[:, None] * columns + o_column[None, :]
-    inside = (o_column < columns)[None, :]
-    high = load_inside(high_ptr + p_plane, inside, WHOLE)
+    mask = (o_column < columns)[None, :]
+    high = load_or_zero(high_ptr + p_plane, mask, UNMASKED)
     if HIGH:
-        low = load_inside(low_ptr + p_plane, inside, WHOLE)
+        low = load_or_zero(low_ptr + p_plane, mask, UNMASKED)
     else:
         low = high
     return high, low
@@ -292,16 +292,16 @@ def _load_planes(
 
 @triton.jit(do_not_specialize=["q", "splits", "square_blocks"])
 def collect_kernel(
-    partial_ptr, shift_partial_ptr, square_partial_ptr, total_ptr, flags_ptr, pivot_ptr,
+    partial_ptr, shift_partial_ptr, square_partial_ptr, p_sum_ptr, flags_ptr, pivot_ptr,
     products_ptr, shift_ptr, square_ptr,
     q, d, splits, square_blocks,
-    CENTRED: tl.constexpr, FLAGS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    CENTRED: tl.constexpr, NUM_FLAGS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Add the splits of a block of features to products (Q, D).
 
-    FLAGS: number of flags of a block of back, which is corrected for the pivot as a whole or not at
-    all. Programs beyond the last block add to shift (D,) and square ().
+    NUM_FLAGS: number of flags of a block of back, which is corrected for the pivot as a whole or
+    not at all. Programs beyond the last block add to shift (D,) and square ().
     """
     begin_kernel(DEPENDENT)
     pid = tl.program_id(0)
@@ -323,39 +323,41 @@ def collect_kernel(
     m_d = o_d < d
     m_out = (o_q < q)[:, None] & m_d[None, :]
     p_products = o_q.to(tl.int64)[:, None] * d + o_d[None, :]
-    before = tl.load(products_ptr + p_products, mask=m_out, other=0.0)
+    products = tl.load(products_ptr + p_products, mask=m_out, other=0.0)
     pivot = tl.load(pivot_ptr + o_d, mask=m_d, other=0.0)
-    corrected = not CENTRED
+    needs_pivot = not CENTRED
     if not CENTRED:
-        corrected = not _any_flag(flags_ptr, pid // (FLAGS * FLAG_BLOCK // BLOCK_D), d, FLAGS)
+        needs_pivot = not _any_flag(
+            flags_ptr, pid // (NUM_FLAGS * FLAG_BLOCK // BLOCK_D), d, NUM_FLAGS
+        )
     step = tl.cast(BLOCK_Q, tl.int64) * d
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     acc = add_splits(acc, partial_ptr, p_products, m_d[None, :], splits, step)
-    admit_next(DEPENDENT)
-    if corrected:
-        acc -= tl.load(total_ptr + o_q)[:, None] * pivot[None, :]
-    tl.store(products_ptr + p_products, acc + before, mask=m_out)
+    allow_next_kernel(DEPENDENT)
+    if needs_pivot:
+        acc -= tl.load(p_sum_ptr + o_q)[:, None] * pivot[None, :]
+    tl.store(products_ptr + p_products, acc + products, mask=m_out)
 
 
 # The tensors of a launch, in order, and the dtype of every part of the workspace.
-GIVEN = ("x", "rows", "basis", "pivot", "products", "shift", "square")
+TENSORS = ("x", "rows", "basis", "pivot", "products", "shift", "square")
 PART_DTYPES = {
     "v_high": torch.bfloat16,
     "v_low": torch.bfloat16,
-    "along": torch.float32,
-    "offset": torch.float32,
+    "vp_parts": torch.float32,
+    "vp": torch.float32,
     "flags": torch.int32,
     "projected": torch.float32,
     "p_high": torch.bfloat16,
     "p_low": torch.bfloat16,
-    "sums": torch.float32,
-    "total": torch.float32,
+    "p_sum_parts": torch.float32,
+    "p_sum": torch.float32,
     "products_parts": torch.float32,
     "shift_parts": torch.float32,
     "square_parts": torch.float32,
 }
 V_PLANES, P_PLANES = ("v_high", "v_low"), ("p_high", "p_low")
-SPLIT = ("products_parts", "shift_parts", "square_parts")
+PARTIAL_SUMS = ("products_parts", "shift_parts", "square_parts")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -364,7 +366,7 @@ def sketch_sequence(
 ) -> LaunchSequence:
     """Return the launches that sketch tokens of one kind; cached.
 
-    :meth:`~.sequence.LaunchSequence.run` takes the tensors of ``GIVEN``, see
+    :meth:`~.sequence.LaunchSequence.run` takes the tensors of ``TENSORS``, see
     :func:`eva_kernels.reference.sketch`.
 
     Args:
@@ -387,59 +389,60 @@ def sketch_sequence(
     flags_of_block = back.block_d // FLAG_BLOCK.value
     small_warps = max(8, plan.block_q // 16)
     # One more program sums what the next kernel needs, see project and back.
-    extra = 0 if centred else 1
+    extra_programs = 0 if centred else 1
     # Constants of every kernel, and further ones of those that stream tokens.
     common = {"HIGH": high, "BLOCK_Q": plan.block_q, "DEPENDENT": arch.dependent_launch}
     common["CENTRED"] = centred
     prepare = Call(
         prepare_kernel,
         (flag_blocks,),
-        ("x", "rows", "basis", "pivot", *V_PLANES, "along", "flags"),
+        ("x", "rows", "basis", "pivot", *V_PLANES, "vp_parts", "flags"),
         (n, q, d, stride),
         {**common, "HAS_ROWS": has_rows, "BLOCK_D": FLAG_BLOCK.value},
-        options(arch, max(4, plan.block_q // 32)),
+        compile_options(arch, max(4, plan.block_q // 32)),
     )
     calls = [
         Call(
             project_kernel,
-            (ceil_div(n, project.block_n) + extra, plan.splits_d),
-            ("x", "rows", "basis", "pivot", *V_PLANES, "flags", "along", "projected", "offset"),
+            (ceil_div(n, project.block_n) + extra_programs, plan.splits_d),
+            ("x", "rows", "basis", "pivot", *V_PLANES, "flags", "vp_parts", "projected", "vp"),
             (n, q, d, plan.pitch, stride, plan.blocks_d),
             {
-                **common, "HAS_ROWS": has_rows, "FLAGS": triton.next_power_of_2(flag_blocks),
+                **common, "HAS_ROWS": has_rows, "NUM_FLAGS": triton.next_power_of_2(flag_blocks),
                 "BLOCK_N": project.block_n, "BLOCK_D": project.block_d,
-                "WHOLE": project.divides(n, d),
+                "UNMASKED": project.divides(n, d),
             },
-            options(arch, project.num_warps, project.num_stages),
+            compile_options(arch, project.num_warps, project.num_stages),
         ),
         Call(
             finish_kernel,
             (finish_blocks,),
-            ("projected", "offset", *P_PLANES, "sums"),
+            ("projected", "vp", *P_PLANES, "p_sum_parts"),
             (n, plan.pitch, plan.splits_d),
             {**common, "BLOCK_N": finish_block},
-            options(arch, small_warps),
+            compile_options(arch, small_warps),
         ),
         Call(
             back_kernel,
-            (d_blocks + extra, plan.splits_n),
-            ("x", "rows", "pivot", *P_PLANES, "flags", "sums", *SPLIT, "total"),
+            (d_blocks + extra_programs, plan.splits_n),
+            ("x", "rows", "pivot", *P_PLANES, "flags", "p_sum_parts", *PARTIAL_SUMS, "p_sum"),
             (n, d, plan.pitch, stride, plan.blocks_n, finish_blocks),
             {
-                **common, "HAS_ROWS": has_rows, "FLAGS": flags_of_block,
+                **common, "HAS_ROWS": has_rows, "NUM_FLAGS": flags_of_block,
                 "BLOCK_N": back.block_n, "BLOCK_D": back.block_d,
-                "FOLD": rows_of_a_thread(back, dtype.itemsize), "WHOLE": back.divides(n, d),
+                "ROWS_PER_SUM": rows_per_thread(back, dtype.itemsize),
+                "UNMASKED": back.divides(n, d),
             },
-            options(arch, back.num_warps, stages(back, has_rows, arch)),
+            compile_options(arch, back.num_warps, pipeline_stages(back, has_rows, arch)),
         ),
         Call(
             collect_kernel,
             (ceil_div(d, collect_block) + ceil_div(d, SUMS_BLOCK.value),),
-            (*SPLIT, "total", "flags", "pivot", "products", "shift", "square"),
+            (*PARTIAL_SUMS, "p_sum", "flags", "pivot", "products", "shift", "square"),
             (q, d, plan.splits_n, plan.splits_n * d_blocks),
-            {**common, "FLAGS": flags_of_block, "BLOCK_D": collect_block},
-            options(arch, small_warps),
+            {**common, "NUM_FLAGS": flags_of_block, "BLOCK_D": collect_block},
+            compile_options(arch, small_warps),
         ),
     ]  # fmt: skip
     parts = {name: (plan.offsets[name], dtype) for name, dtype in PART_DTYPES.items()}
-    return LaunchSequence(calls if centred else [prepare, *calls], GIVEN, parts, plan.nbytes)
+    return LaunchSequence(calls if centred else [prepare, *calls], TENSORS, parts, plan.nbytes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .launch import SKETCH_TILES, Arch, Tile, ceil_div, laid_out, splits_to_fill
+from .launch import SKETCH_TILES, Arch, Tile, ceil_div, lay_out_workspace, splits_to_fill
 
 __all__ = ["COLLECT_BLOCK", "FINISH_BLOCK", "FLAG_BLOCK", "SketchPlan"]
 __all__ += ["plan_sketch", "small_block"]
@@ -47,43 +47,51 @@ class SketchPlan:
     nbytes: int
 
 
-def small_block(block_q: int, most: int) -> int:
+def small_block(block_q: int, max_columns: int) -> int:
     """Return the columns of a tile with block_q rows in finish and collect."""
-    return max(16, min(most, SMALL_TILE // block_q))
+    return max(16, min(max_columns, SMALL_TILE // block_q))
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan:
     """Return how to sketch (n, d) tokens with a basis (q, d)."""
-    block_q = max(arch.least_q, triton.next_power_of_2(q), 16)
-    by_width = SKETCH_TILES[arch.name]
-    width = min(width for width in by_width if width >= block_q)
-    project, back = by_width[width].of(centred)
+    block_q = max(arch.min_q, triton.next_power_of_2(q), 16)
+    tiles_by_width = SKETCH_TILES[arch.name]
+    width = min(width for width in tiles_by_width if width >= block_q)
+    project, back = tiles_by_width[width].project_and_back(centred)
     pitch = ceil_div(n, PITCH) * PITCH
     k_blocks, n_blocks = ceil_div(d, project.block_d), ceil_div(n, back.block_n)
     # Partial sums may take at most half the bytes of X.
-    most_d, most_n = d // (4 * block_q), n // (4 * block_q)
+    max_splits_d, max_splits_n = d // (4 * block_q), n // (4 * block_q)
     programs_d, programs_n = ceil_div(n, project.block_n), ceil_div(d, back.block_d)
-    splits_d = splits_to_fill(programs_d, k_blocks, most_d, project, arch)
-    splits_n = splits_to_fill(programs_n, n_blocks, most_n, back, arch)
+    splits_d = splits_to_fill(programs_d, k_blocks, max_splits_d, project, arch)
+    splits_n = splits_to_fill(programs_n, n_blocks, max_splits_n, back, arch)
     blocks_d = ceil_div(k_blocks, splits_d)
     blocks_n = ceil_div(n_blocks, splits_n)
     flag_blocks, d_blocks = ceil_div(d, FLAG_BLOCK.value), ceil_div(d, back.block_d)
     parts = {
         "v_high": 2 * block_q * d,
         "v_low": 2 * block_q * d,
-        "along": 4 * flag_blocks * block_q,
-        "offset": 4 * block_q,
+        "vp_parts": 4 * flag_blocks * block_q,
+        "vp": 4 * block_q,
         "flags": 4 * flag_blocks,
         "projected": 4 * splits_d * block_q * pitch,
         "p_high": 2 * block_q * pitch,
         "p_low": 2 * block_q * pitch,
-        "sums": 4 * ceil_div(pitch, small_block(block_q, FINISH_BLOCK)) * block_q,
-        "total": 4 * block_q,
+        "p_sum_parts": 4 * ceil_div(pitch, small_block(block_q, FINISH_BLOCK)) * block_q,
+        "p_sum": 4 * block_q,
         "products_parts": 4 * splits_n * block_q * d,
         "shift_parts": 4 * splits_n * d,
         "square_parts": 4 * splits_n * d_blocks,
     }
     return SketchPlan(
-        block_q, project, back, pitch, splits_d, blocks_d, splits_n, blocks_n, *laid_out(parts)
+        block_q,
+        project,
+        back,
+        pitch,
+        splits_d,
+        blocks_d,
+        splits_n,
+        blocks_n,
+        *lay_out_workspace(parts),
     )

@@ -51,14 +51,15 @@ def backend_report() -> list[tuple[str, str, str]]:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for op in ("sketch", "gram"):
-        why = triton_unavailable(kind) if kind == "cuda" else "tensors are on the CPU"
-        rows.append((op, "torch" if why else "triton", why or f"launch numbers of {_arch_name()}"))
-    why = _native.unavailable(kind)
-    rows.append(("convergence", "torch" if why else "native", why or _native.MODULES[kind]))
+        reason = triton_unavailable(kind) if kind == "cuda" else "tensors are on the CPU"
+        reason_or_arch = reason or f"launch parameters of {_arch_name()}"
+        rows.append((op, "torch" if reason else "triton", reason_or_arch))
+    reason = _native.unavailable_reason(kind)
+    rows.append(("convergence", "torch" if reason else "native", reason or _native.MODULES[kind]))
     if kind == "cpu":
-        why = "LAPACK and BLAS are faster than the compiled twins on the CPU"
+        reason = "LAPACK and BLAS are faster than the compiled twins on the CPU"
     for op in ("eigh", "fold"):
-        rows.append((op, "torch" if why else "native", why or _native.MODULES[kind]))
+        rows.append((op, "torch" if reason else "native", reason or _native.MODULES[kind]))
     return rows
 
 

@@ -19,22 +19,22 @@ BACKENDS = ("auto", "triton", "torch")
 PRECISIONS = ("high", "fast")
 # Dtypes that the tensor cores take, directly or as two bfloat16 planes.
 TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LEAST_FEATURES, MOST_WIDTH = 16, 256
-_log = logging.getLogger("eva_kernels")
+MIN_FEATURES, MAX_WIDTH = 16, 256
+logger = logging.getLogger("eva_kernels")
 _reasons_logged: set[str] = set()
 
 
 @functools.cache
-def kernels(name: str) -> ModuleType:
+def kernel_module(name: str) -> ModuleType:
     """Return a module of kernels (which needs Triton), faster than an import statement would."""
     return importlib.import_module(f"eva_kernels.kernels.{name}")
 
 
 @functools.cache
-def _import_kernels() -> str | None:
+def _triton_import_error() -> str | None:
     """Return why the kernels cannot be imported, or ``None``."""
     try:
-        kernels("sketch")
+        kernel_module("sketch")
     except ImportError as error:
         return f"triton cannot be imported ({error})"
     return None
@@ -45,25 +45,25 @@ def triton_unavailable(device: torch.device | str) -> str | None:
     device = torch.device(device)
     if device.type not in ("cuda", "cpu"):
         return f"there are no Triton kernels for device type {device.type!r}"
-    reason = _import_kernels()
+    reason = _triton_import_error()
     if reason is not None:
         return reason
     if device.type == "cpu":
-        if kernels("primitives").INTERPRET.value:
+        if kernel_module("primitives").INTERPRET.value:
             return None
         return "tensors are on the CPU; Triton's interpreter needs TRITON_INTERPRET=1 at import"
-    arch = kernels("launch").arch_of(device)
+    arch = kernel_module("launch").arch_of(device)
     return arch if isinstance(arch, str) else None
 
 
-def _unsuitable(x: Tensor, state: torch.dtype, width: int) -> str | None:
+def _unsupported_reason(x: Tensor, state_dtype: torch.dtype, width: int) -> str | None:
     """Return why the kernels cannot take these tensors, or ``None``."""
-    if x.dtype not in TOKEN_DTYPES or state != torch.float32:
-        return f"tokens of {x.dtype} with sums of {state} are computed by PyTorch"
-    if x.shape[1] < LEAST_FEATURES:
-        return f"{x.shape[1]} features are fewer than the {LEAST_FEATURES} of a tensor-core tile"
-    if width > MOST_WIDTH:
-        return f"a width of {width} is above {MOST_WIDTH}"
+    if x.dtype not in TOKEN_DTYPES or state_dtype != torch.float32:
+        return f"tokens of {x.dtype} with sums of {state_dtype} are supported by PyTorch only"
+    if x.shape[1] < MIN_FEATURES:
+        return f"{x.shape[1]} features are fewer than the {MIN_FEATURES} of a tensor-core tile"
+    if width > MAX_WIDTH:
+        return f"a width of {width} is above {MAX_WIDTH}"
     return None
 
 
@@ -89,7 +89,7 @@ def choose_backend(op: str, backend: str, x: Tensor, state: torch.dtype, width: 
     if backend == "auto" and x.device.type == "cpu":
         reason: str | None = "tensors are on the CPU"
     else:
-        reason = triton_unavailable(x.device) or _unsuitable(x, state, width)
+        reason = triton_unavailable(x.device) or _unsupported_reason(x, state, width)
     if reason is None:
         return "triton"
     if backend == "triton":
@@ -102,7 +102,7 @@ def log_fallback(op: str, reason: str) -> None:
     """Log why an op runs on plain PyTorch, each reason once."""
     if reason not in _reasons_logged:
         _reasons_logged.add(reason)
-        _log.info("%s runs on plain PyTorch: %s", op, reason)
+        logger.info("%s runs on plain PyTorch: %s", op, reason)
 
 
 def check_precision(precision: str) -> None:
@@ -175,10 +175,10 @@ def define_operator(
         run: its implementation on every device.
         fake: its implementation on fake tensors; the default is for operators without results.
     """
-    qualified = f"eva_kernels::{name}"
-    torch.library.define(qualified, schema)
-    torch.library.impl(qualified, ("cpu", "cuda"), run)
-    torch.library.register_fake(qualified, fake)
+    qualified_name = f"eva_kernels::{name}"
+    torch.library.define(qualified_name, schema)
+    torch.library.impl(qualified_name, ("cpu", "cuda"), run)
+    torch.library.register_fake(qualified_name, fake)
     operator: Callable[..., Any] = getattr(torch.ops.eva_kernels, name).default
     return operator
 

@@ -67,8 +67,8 @@ def convergence(
         _native.load(kind)  # raises, and says why
     if kind not in _native.MODULES:
         return reference.convergence(previous, current, ranks, tau)
-    given = list(previous), list(current), [int(rank) for rank in ranks], float(tau)
-    return _compare(*given, backend == "auto")
+    arguments = list(previous), list(current), [int(rank) for rank in ranks], float(tau)
+    return _compare(*arguments, backend == "auto")
 
 
 # The module is chosen inside the operator, so that a simulation with fake tensors sees one call, as
@@ -112,10 +112,10 @@ def _launch(
     """Build the table of the ragged batch for csrc/convergence.h, and run it."""
     device = current[0].device
     # Kept alive until the launch: the table holds only their addresses.
-    before = [with_contiguous_columns(matrix) for matrix in previous]
-    now = [with_contiguous_columns(matrix) for matrix in current]
-    entries, n_rows = np.empty((len(now), 8), np.int64), 0
-    for i, (u, v, rank) in enumerate(zip(before, now, ranks, strict=True)):
+    previous_rows = [with_contiguous_columns(matrix) for matrix in previous]
+    current_rows = [with_contiguous_columns(matrix) for matrix in current]
+    entries, n_rows = np.empty((len(current_rows), 8), np.int64), 0
+    for i, (u, v, rank) in enumerate(zip(previous_rows, current_rows, ranks, strict=True)):
         rows, columns = v.shape
         strides = (u.stride(0), v.stride(0))
         entries[i] = u.data_ptr(), v.data_ptr(), *strides, rows, columns, n_rows, int(rank)
@@ -141,7 +141,7 @@ def _run_table(
 
 @torch.no_grad()
 def cosines(
-    saved: Sequence[Tensor], bases: Sequence[Sequence[Tensor]], kept: Sequence[Sequence[int]]
+    saved: Sequence[Tensor], bases: Sequence[Sequence[Tensor]], num_saved: Sequence[Sequence[int]]
 ) -> Tensor:
     """Compare saved rows with the rows now in their place, in one launch.
 
@@ -151,7 +151,7 @@ def cosines(
     Args:
         saved: one matrix per group, (sum of K_i, D), float32 and contiguous, as all matrices here.
         bases: per group one or more of (Q, D); dtype and shape are checked for the first only.
-        kept: per group, K_i of each layer: how many leading rows of its basis are compared.
+        num_saved: per group, K_i of each layer: how many leading rows of its basis are compared.
 
     Returns:
         |cos| of all rows, float32 (sum of all K_i,).
@@ -159,59 +159,62 @@ def cosines(
     Raises:
         EvaTypeError, EvaValueError: dtypes or sizes do not fit.
     """
-    for rows, group, counts in zip(saved, bases, kept, strict=True):
+    for rows, group, counts in zip(saved, bases, num_saved, strict=True):
         for matrix in (rows, *group[:1]):
             _check_matrix("a matrix of cosines", matrix)
-        fits = 0 < len(group) == len(counts) and len(rows) == sum(counts)
-        fits = fits and rows.shape[1] == group[0].shape[1]
-        fits = fits and min(counts) >= 0 and max(counts) <= len(group[0])
-        if not (fits and all(matrix.is_contiguous() for matrix in (rows, *group))):
+        sizes_fit = 0 < len(group) == len(counts) and len(rows) == sum(counts)
+        sizes_fit = sizes_fit and rows.shape[1] == group[0].shape[1]
+        sizes_fit = sizes_fit and min(counts) >= 0 and max(counts) <= len(group[0])
+        if not (sizes_fit and all(matrix.is_contiguous() for matrix in (rows, *group))):
             raise EvaValueError(
-                f"{len(group)} contiguous bases must have kept {len(rows)} contiguous rows of as "
-                f"many features, not {list(counts)}"
+                f"num_saved={list(counts)} does not fit {len(group)} bases and {len(rows)} saved "
+                "rows: it must hold one number per basis, at most its number of rows, and sum to "
+                "the saved rows; all must be contiguous and have the same number of features"
             )
     flat = [basis for group in bases for basis in group]
-    counts = [count for group in kept for count in group]
+    counts = [count for group in num_saved for count in group]
     if flat[0].device.type not in _native.MODULES:
-        return _cosines_plain(list(saved), flat, counts, list(map(len, bases)))
+        return _cosines_by_torch(list(saved), flat, counts, list(map(len, bases)))
     return _cosines(list(saved), flat, counts, list(map(len, bases)))
 
 
 def _run_cosines(
-    saved: list[Tensor], bases: list[Tensor], kept: list[int], layers: list[int]
+    saved: list[Tensor], bases: list[Tensor], num_saved: list[int], layers_per_group: list[int]
 ) -> Tensor:
     module = _native.load_or_none(bases[0].device.type)
     if module is None:
-        return _cosines_plain(saved, bases, kept, layers)
+        return _cosines_by_torch(saved, bases, num_saved, layers_per_group)
     entries = np.zeros((len(bases), 8), np.int64)
-    rows = np.array(kept, np.int64)
+    row_counts = np.array(num_saved, np.int64)
     entries[:, 1] = [basis.data_ptr() for basis in bases]
-    entries[:, 4], entries[:, 6] = rows, rows.cumsum() - rows
+    entries[:, 4], entries[:, 6] = row_counts, row_counts.cumsum() - row_counts
     begin = 0
-    for part, count in zip(saved, layers, strict=True):
+    for saved_rows, count in zip(saved, layers_per_group, strict=True):
         group = slice(begin, begin + count)
-        offsets = rows[group].cumsum() - rows[group]
-        entries[group, 0] = part.data_ptr() + offsets * (part.shape[1] * part.element_size())
-        entries[group, 2] = entries[group, 3] = entries[group, 5] = part.shape[1]
+        offsets = row_counts[group].cumsum() - row_counts[group]
+        row_bytes = saved_rows.shape[1] * saved_rows.element_size()
+        entries[group, 0] = saved_rows.data_ptr() + offsets * row_bytes
+        entries[group, 2] = entries[group, 3] = entries[group, 5] = saved_rows.shape[1]
         begin += count
-    return _run_table(module, entries, sum(kept), 0.0, bases[0].device)[0]
+    return _run_table(module, entries, sum(num_saved), 0.0, bases[0].device)[0]
 
 
-def _cosines_plain(
-    saved: list[Tensor], bases: list[Tensor], kept: list[int], layers: list[int]
+def _cosines_by_torch(
+    saved: list[Tensor], bases: list[Tensor], num_saved: list[int], layers_per_group: list[int]
 ) -> Tensor:
-    before: list[Tensor] = []
-    for part, count in zip(saved, layers, strict=True):
-        before += part.split(kept[len(before) : len(before) + count])
-    now = [basis[:count] for basis, count in zip(bases, kept, strict=True)]
-    return reference.convergence(before, now, [0] * len(now), 0.0)[0]
+    saved_by_layer: list[Tensor] = []
+    for saved_rows, count in zip(saved, layers_per_group, strict=True):
+        begin = len(saved_by_layer)
+        saved_by_layer += saved_rows.split(num_saved[begin : begin + count])
+    current_rows = [basis[:count] for basis, count in zip(bases, num_saved, strict=True)]
+    return reference.convergence(saved_by_layer, current_rows, [0] * len(current_rows), 0.0)[0]
 
 
 _cosines = define_operator(
     "cosines",
-    "(Tensor[] saved, Tensor[] bases, int[] kept, int[] layers) -> Tensor",
+    "(Tensor[] saved, Tensor[] bases, int[] num_saved, int[] layers_per_group) -> Tensor",
     _run_cosines,
-    lambda saved, bases, kept, layers: bases[0].new_empty((sum(kept),)),
+    lambda saved, bases, num_saved, layers: bases[0].new_empty((sum(num_saved),)),
 )
 
 
@@ -225,21 +228,25 @@ def _check(
         )
     if not 0.0 <= tau <= 1.0:  # NaN, too
         raise EvaValueError(f"tau must be between 0 and 1, not {tau}")
-    for i, (before, now, rank) in enumerate(zip(previous, current, ranks, strict=True)):
-        _check_matrix(f"current[{i}]", now)
-        _check_matrix(f"previous[{i}]", before)
-        for name, matrix in (("previous", before), ("current", now)):
+    for i, (previous_matrix, current_matrix, rank) in enumerate(
+        zip(previous, current, ranks, strict=True)
+    ):
+        _check_matrix(f"current[{i}]", current_matrix)
+        _check_matrix(f"previous[{i}]", previous_matrix)
+        for name, matrix in (("previous", previous_matrix), ("current", current_matrix)):
             if matrix.device != current[0].device:
                 raise EvaValueError(
                     f"{name}[{i}] is on {matrix.device}, current[0] on {current[0].device}"
                 )
-        if before.shape != now.shape:
+        if previous_matrix.shape != current_matrix.shape:
             raise EvaValueError(
                 f"previous[{i}] and current[{i}] must have the same shape, "
-                f"not {tuple(before.shape)} and {tuple(now.shape)}"
+                f"not {tuple(previous_matrix.shape)} and {tuple(current_matrix.shape)}"
             )
-        if not 0 <= rank <= now.shape[0]:
-            raise EvaValueError(f"ranks[{i}] must be between 0 and {now.shape[0]}, not {rank}")
+        if not 0 <= rank <= current_matrix.shape[0]:
+            raise EvaValueError(
+                f"ranks[{i}] must be between 0 and {current_matrix.shape[0]}, not {rank}"
+            )
 
 
 def _check_matrix(name: str, matrix: Tensor) -> None:

@@ -13,7 +13,7 @@ from .. import _native
 from ..errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from ._dispatch import log_fallback
 
-__all__ = ["BACKENDS", "MAX_WIDTH", "eigh", "lapack_eigh", "widest"]
+__all__ = ["BACKENDS", "MAX_WIDTH", "eigh", "lapack_eigh", "max_native_width"]
 
 BACKENDS = ("auto", "native", "torch")
 # Limit of a block's shared memory on a GPU; wider matrices fill the device without batching.
@@ -66,7 +66,7 @@ def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         if width <= MAX_WIDTH:
             return _decompose(matrices, True)
         log_fallback("eigh", f"Q = {width} is above {MAX_WIDTH}")
-    return _plain(matrices)
+    return _eigh_by_torch(matrices)
 
 
 def lapack_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,15 +112,15 @@ def _decompose(matrices: Tensor, may_fall_back: bool) -> tuple[Tensor, Tensor]:
 def _decompose_cuda(matrices: Tensor, may_fall_back: bool) -> tuple[Tensor, Tensor]:
     module = _native.load_or_none("cuda") if may_fall_back else _native.load("cuda")
     if module is None:
-        return _plain(matrices)
-    most = widest(matrices.device.index)
-    if matrices.shape[-1] <= most:
+        return _eigh_by_torch(matrices)
+    max_width = max_native_width(matrices.device.index)
+    if matrices.shape[-1] <= max_width:
         return _launch(module, matrices)
-    reason = f"a block of this GPU has shared memory for Q up to {most}"
+    reason = f"a block of this GPU has shared memory for Q up to {max_width}"
     if not may_fall_back:
         raise EvaRuntimeError(f"backend='native' cannot run: {reason}")
     log_fallback("eigh", reason)
-    return _plain(matrices)
+    return _eigh_by_torch(matrices)
 
 
 @_decompose.register_fake
@@ -144,19 +144,19 @@ def _launch(module: ModuleType, matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def widest(device_index: int) -> int:
+def max_native_width(device_index: int) -> int:
     """Return the largest Q that a block of this GPU has shared memory for."""
     return int(_native.load("cuda").eigh_max_width(device_index))
 
 
-def _plain(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def _eigh_by_torch(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Decompose with LAPACK; NaN where a matrix is not finite."""
     count = matrices.shape[0]
     # No `~` and no indexing: a simulated GPU without a driver supports only operators like these.
-    broken = matrices.tril().isfinite().flatten(1).all(1).logical_not()
-    values, vectors = lapack_eigh(matrices.masked_fill(broken.view(count, 1, 1), 0.0))
-    values.masked_fill_(broken.view(count, 1), torch.nan)
-    vectors.masked_fill_(broken.view(count, 1, 1), torch.nan)
+    nonfinite = matrices.tril().isfinite().flatten(1).all(1).logical_not()
+    values, vectors = lapack_eigh(matrices.masked_fill(nonfinite.view(count, 1, 1), 0.0))
+    values.masked_fill_(nonfinite.view(count, 1), torch.nan)
+    vectors.masked_fill_(nonfinite.view(count, 1, 1), torch.nan)
     return values, vectors
 
 

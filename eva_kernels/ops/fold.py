@@ -20,11 +20,11 @@ from ..errors import EvaTypeError, EvaValueError
 from ._dispatch import define_operator
 
 __all__ = [
-    "HEAD",
+    "HEADER_SIZE",
     "MAX_WIDTH",
     "FoldLayers",
     "check_layers",
-    "columns_of_a_split",
+    "columns_per_split",
     "fold_layers",
     "fold_measure",
     "fold_prepare",
@@ -35,10 +35,10 @@ __all__ = [
 # Two tiles of csrc/fold.h: the limit of a block's shared memory on any GPU.
 MAX_WIDTH = 128
 TILE = 64
-HEAD = 4  # numbers of a layer before its squares
+HEADER_SIZE = 4  # numbers of a layer before its squares
 # Enough blocks to fill a GPU a few times over. Each writes 64 KiB of partial sums.
-BLOCKS = 768
-LEAST_COLUMNS = 256
+TARGET_BLOCKS = 768
+MIN_COLUMNS = 256
 
 
 def runs_natively(basis: Tensor) -> bool:
@@ -106,14 +106,14 @@ def fold_layers(
     Cost: one copy of 56 bytes a layer; memory for the saved rows, or for the partial sums (64 KiB
         for each of some 768 blocks), whichever is more.
     """
-    held = [list(given) for given in (bases, products, shifts, squares, means)]
-    check_layers(held, kept)
+    tensors = [list(given) for given in (bases, products, shifts, squares, means)]
+    check_layers(tensors, kept)
     count, (q, d) = len(bases), bases[0].shape
-    columns = columns_of_a_split(count, q, d)
-    blocks = count * _pairs(q) * -(-d // columns) if bases[0].is_cuda else 0
+    columns = columns_per_split(count, q, d)
+    blocks = count * _num_tile_pairs(q) * -(-d // columns) if bases[0].is_cuda else 0
     memory = bases[0].new_empty(max(sum(kept) * d, blocks * 4 * TILE * TILE))
-    table = _table(held, memory, kept)
-    return FoldLayers(count, q, d, list(kept), table, memory, columns, held)
+    table = _layer_table(tensors, memory, kept)
+    return FoldLayers(count, q, d, list(kept), table, memory, columns, tensors)
 
 
 @torch.no_grad()
@@ -132,7 +132,11 @@ def fold_prepare(layers: FoldLayers, numbers: Tensor) -> tuple[Tensor, Tensor, T
     Numerics: float64 in a fixed order; like all passes, bitwise reproducible.
     """
     _check_tensor(
-        "numbers", numbers, (layers.count, HEAD + layers.width), torch.float64, layers.table.device
+        "numbers",
+        numbers,
+        (layers.count, HEADER_SIZE + layers.width),
+        torch.float64,
+        layers.table.device,
     )
     return _prepare(layers.table, numbers, layers.features)
 
@@ -187,35 +191,39 @@ def fold_rows(
     _rows(layers.table, numbers, delta, along, mean, mixing, told, sound)
 
 
-def columns_of_a_split(count: int, width: int, features: int) -> int:
+def columns_per_split(count: int, width: int, features: int) -> int:
     """Return how many features a block of the kernel sums over, a multiple of 16."""
-    splits = max(1, min(-(-BLOCKS // (count * _pairs(width))), features // LEAST_COLUMNS))
+    splits = max(
+        1, min(-(-TARGET_BLOCKS // (count * _num_tile_pairs(width))), features // MIN_COLUMNS)
+    )
     return -(-features // (16 * splits)) * 16
 
 
-def _pairs(width: int) -> int:
+def _num_tile_pairs(width: int) -> int:
     tiles = -(-width // TILE)
     return tiles * (tiles + 1) // 2
 
 
-def _table(held: Sequence[Sequence[Tensor]], memory: Tensor, kept: Sequence[int]) -> Tensor:
+def _layer_table(
+    tensors_by_kind: Sequence[Sequence[Tensor]], memory: Tensor, num_saved: Sequence[int]
+) -> Tensor:
     """Build the table of layers for csrc/fold.h, on their device."""
     if isinstance(memory, FakeTensor):  # it has no address
-        return memory.new_empty((len(kept), 7), dtype=torch.int64)
-    entries = np.empty((len(kept), 7), np.int64)
-    for column, tensors in zip((0, 1, 4, 5, 6), held, strict=True):
+        return memory.new_empty((len(num_saved), 7), dtype=torch.int64)
+    entries = np.empty((len(num_saved), 7), np.int64)
+    for column, tensors in zip((0, 1, 4, 5, 6), tensors_by_kind, strict=True):
         entries[:, column] = [tensor.data_ptr() for tensor in tensors]
-    rows = np.array(kept, np.int64)
-    row_bytes = held[0][0].shape[1] * memory.element_size()
-    entries[:, 2] = memory.data_ptr() + (rows.cumsum() - rows) * row_bytes
-    entries[:, 3] = rows
+    saved_counts = np.array(num_saved, np.int64)
+    row_bytes = tensors_by_kind[0][0].shape[1] * memory.element_size()
+    entries[:, 2] = memory.data_ptr() + (saved_counts.cumsum() - saved_counts) * row_bytes
+    entries[:, 3] = saved_counts
     return _native.upload(entries, memory.device)
 
 
 def _run_prepare(table: Tensor, numbers: Tensor, features: int) -> tuple[Tensor, Tensor, Tensor]:
     delta, mean, scalars = _empty_prepared(table, numbers, features)
-    call = _call("fold_prepare", table, numbers, delta, 0)
-    call(mean.data_ptr(), scalars.data_ptr())
+    run_pass = _bound_pass("fold_prepare", table, numbers, delta, 0)
+    run_pass(mean.data_ptr(), scalars.data_ptr())
     return delta, mean, scalars
 
 
@@ -237,15 +245,15 @@ def _run_measure(
     table: Tensor, numbers: Tensor, delta: Tensor, partial: Tensor, columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     along, core, metric = _empty_measured(table, numbers)
-    call = _call("fold_measure", table, numbers, delta, along.data_ptr())
-    call(columns, partial.data_ptr(), core.data_ptr(), metric.data_ptr())
+    run_pass = _bound_pass("fold_measure", table, numbers, delta, along.data_ptr())
+    run_pass(columns, partial.data_ptr(), core.data_ptr(), metric.data_ptr())
     return along, core, metric
 
 
 def _empty_measured(
     table: Tensor, numbers: Tensor, *given: object
 ) -> tuple[Tensor, Tensor, Tensor]:
-    count, q = len(numbers), numbers.shape[1] - HEAD
+    count, q = len(numbers), numbers.shape[1] - HEADER_SIZE
     empty = numbers.new_empty
     return empty(count, q), empty(count, q, q), empty(count, q, q)
 
@@ -269,8 +277,8 @@ def _run_rows(
     told: Tensor,
     sound: Tensor,
 ) -> None:
-    call = _call("fold_rows", table, numbers, delta, along.data_ptr())
-    call(mean.data_ptr(), mixing.data_ptr(), told.data_ptr(), sound.data_ptr())
+    run_pass = _bound_pass("fold_rows", table, numbers, delta, along.data_ptr())
+    run_pass(mean.data_ptr(), mixing.data_ptr(), told.data_ptr(), sound.data_ptr())
 
 
 _rows = define_operator(
@@ -281,23 +289,23 @@ _rows = define_operator(
 )
 
 
-def _call(
-    name: str, table: Tensor, numbers: Tensor, delta: Tensor, along: int
+def _bound_pass(
+    name: str, table: Tensor, numbers: Tensor, delta: Tensor, along_address: int
 ) -> Callable[..., None]:
     """Return a function of the module with the arguments that all passes share."""
     device, (count, columns) = numbers.device, numbers.shape
-    shape = count, columns - HEAD, delta.shape[1]
+    shape = count, columns - HEADER_SIZE, delta.shape[1]
     module = _native.load(device.type)
-    shared = table.data_ptr(), *shape, numbers.data_ptr(), delta.data_ptr(), along
-    return functools.partial(_native.call, module, name, *shared, device=device)
+    shared_arguments = table.data_ptr(), *shape, numbers.data_ptr(), delta.data_ptr(), along_address
+    return functools.partial(_native.call, module, name, *shared_arguments, device=device)
 
 
-def check_layers(held: Sequence[Sequence[Tensor]], kept: Sequence[int]) -> None:
+def check_layers(tensors_by_kind: Sequence[Sequence[Tensor]], num_saved: Sequence[int]) -> None:
     """Raise unless bases, products, shifts, squares and means fit; see :func:`fold_layers`."""
-    lengths = [*map(len, held), len(kept)]
-    if not kept or len(set(lengths)) > 1:
+    lengths = [*map(len, tensors_by_kind), len(num_saved)]
+    if not num_saved or len(set(lengths)) > 1:
         raise EvaValueError(f"layers must be described equally often, at least once, not {lengths}")
-    like = held[0][0]
+    like = tensors_by_kind[0][0]
     if like.dim() != 2 or like.numel() == 0 or len(like) > MAX_WIDTH:
         raise EvaValueError(
             f"bases must be (Q, D) and not empty, with Q at most {MAX_WIDTH}, "
@@ -306,20 +314,26 @@ def check_layers(held: Sequence[Sequence[Tensor]], kept: Sequence[int]) -> None:
     if not isinstance(like, FakeTensor):
         _native.load(like.device.type)  # raises, and says why
     q, d = like.shape
-    single, double = torch.float32, torch.float64
+    float32, float64 = torch.float32, torch.float64
     # A step has hundreds of layers, all alike: only the first tensor of each kind is checked.
     names = ("bases", "products", "shifts", "squares", "means")
-    wanted = (((q, d), single), ((q, d), single), ((d,), double), ((), double), ((d,), single))
-    for name, tensors, (shape, dtype) in zip(names, held, wanted, strict=True):
+    expected = (
+        ((q, d), float32),
+        ((q, d), float32),
+        ((d,), float64),
+        ((), float64),
+        ((d,), float32),
+    )
+    for name, tensors, (shape, dtype) in zip(names, tensors_by_kind, expected, strict=True):
         for i, tensor in enumerate(tensors):
             if i == 0 or not tensor.is_contiguous():
                 _check_tensor(f"{name}[{i}]", tensor, shape, dtype, like.device)
-    if not all(0 <= count <= q for count in kept):
-        raise EvaValueError(f"kept must be between 0 and {q}, not {list(kept)}")
+    if not all(0 <= count <= q for count in num_saved):
+        raise EvaValueError(f"kept must be between 0 and {q}, not {list(num_saved)}")
 
 
 def _check_passes(layers: FoldLayers, numbers: Tensor, delta: Tensor) -> None:
-    shape = layers.count, HEAD + layers.width
+    shape = layers.count, HEADER_SIZE + layers.width
     _check_tensor("numbers", numbers, shape, torch.float64, layers.table.device)
     _check_tensor(
         "delta", delta, (layers.count, layers.features), torch.float64, layers.table.device

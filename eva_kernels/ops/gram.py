@@ -12,7 +12,7 @@ from ._dispatch import (
     check_sums,
     choose_backend,
     define_operator,
-    kernels,
+    kernel_module,
     with_contiguous_columns,
 )
 from .sketch import device_arch
@@ -82,7 +82,7 @@ def gram(
 
 def gram_workspace_bytes(n: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return the bytes of scratch memory that Triton needs for (n, d) tokens."""
-    return int(kernels("gram").plan_gram(n, d, dtype.itemsize, device_arch(device)).nbytes)
+    return int(kernel_module("gram").plan_gram(n, d, dtype.itemsize, device_arch(device)).nbytes)
 
 
 def _run(
@@ -96,8 +96,8 @@ def _run(
     high: bool,
 ) -> None:
     n = len(x if rows is None else rows)
-    kind = n, x.shape[1], x.stride(0), x.dtype, rows is not None, high, device_arch(x.device)
-    sequence = kernels("gram").gram_sequence(*kind)
+    key = n, x.shape[1], x.stride(0), x.dtype, rows is not None, high, device_arch(x.device)
+    sequence = kernel_module("gram").gram_sequence(*key)
     sequence.run((x, rows, pivot, scatter, shift, square), workspace)
 
 

@@ -9,12 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .. import _native
 from ..errors import EvaTypeError, EvaValueError
 from ._dispatch import define_operator
-from .eigh import MAX_WIDTH, widest
+from .eigh import MAX_WIDTH, max_native_width
 
 __all__ = ["nystrom", "runs_natively"]
 
 GOALS = ("solve", "whiten", "orthogonalise")  # as csrc/nystrom.h numbers them
-SCRATCH = 3  # (Q, Q) matrices a layer, see csrc/nystrom.h
+SCRATCH_MATRICES = 3  # (Q, Q) matrices a layer, see csrc/nystrom.h
 
 
 def runs_natively(core: Tensor) -> bool:
@@ -27,7 +27,7 @@ def runs_natively(core: Tensor) -> bool:
         return False
     if isinstance(core, FakeTensor):
         return True
-    return _native.load_or_none("cuda") is not None and width <= widest(device.index)
+    return _native.load_or_none("cuda") is not None and width <= max_native_width(device.index)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def _run(
     module = _native.load(core.device.type)
     mixing, told = _empty_results(core)
     count, width = core.shape[:2]
-    scratch = core.new_empty(SCRATCH * core.numel() if core.device.type == "cuda" else 0)
+    scratch = core.new_empty(SCRATCH_MATRICES * core.numel() if core.device.type == "cuda" else 0)
     inputs = core.data_ptr(), metric.data_ptr(), ceiling.data_ptr(), count, width, loose, goal
     outputs = scratch.data_ptr(), mixing.data_ptr(), told.data_ptr()
     _native.call(module, "nystrom", *inputs, *outputs, device=core.device)

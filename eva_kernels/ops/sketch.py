@@ -19,7 +19,7 @@ from ._dispatch import (
     choose_backend,
     define_operator,
     is_observed,
-    kernels,
+    kernel_module,
     with_contiguous_columns,
 )
 
@@ -114,28 +114,28 @@ def sketch_unchecked(
         _launch(x, basis, pivot, products, shift, square, workspace, rows, high)
         return
     sequence.run((x, rows, basis, pivot, products, shift, square), workspace)
-    run = sequence.again(x.device)
+    run = sequence.relauncher(x.device)
     if run is not None:
-        if len(_known) >= MOST_KNOWN:
-            _known.clear()
+        if len(_launchers) >= MAX_LAUNCHERS:
+            _launchers.clear()
         # together with its sequence, which keeps the kernels alive
-        _known[_kind(x, rows, _kind_of_sums(state[0], backend, high))] = run, sequence
+        _launchers[_launch_key(x, rows, _sums_key(state[0], backend, high))] = run, sequence
 
 
-# By the kind of tokens and sums: a function that launches on addresses, and its sequence.
-_known: dict[tuple[Any, ...], tuple[Callable[[list[int], int], None], Any]] = {}
-MOST_KNOWN = 1024
+# By `_launch_key`: a function that launches on addresses, and its sequence.
+_launchers: dict[tuple[Any, ...], tuple[Callable[[list[int], int], None], Any]] = {}
+MAX_LAUNCHERS = 1024
 
 
-def _kind_of_sums(basis: Tensor, backend: str, high: bool) -> tuple[Any, ...]:
+def _sums_key(basis: Tensor, backend: str, high: bool) -> tuple[Any, ...]:
     return basis.shape, basis.dtype, basis.device, backend, high
 
 
-def _kind(x: Tensor, rows: Tensor | None, sums: tuple[Any, ...]) -> tuple[Any, ...]:
+def _launch_key(x: Tensor, rows: Tensor | None, sums_key: tuple[Any, ...]) -> tuple[Any, ...]:
     if rows is None:
-        return x.shape, x.stride(), x.dtype, x.device, sums
-    chosen = rows.shape, rows.stride(), rows.dtype, rows.device
-    return x.shape, x.stride(), x.dtype, x.device, sums, chosen
+        return x.shape, x.stride(), x.dtype, x.device, sums_key
+    rows_key = rows.shape, rows.stride(), rows.dtype, rows.device
+    return x.shape, x.stride(), x.dtype, x.device, sums_key, rows_key
 
 
 class SketchInto:
@@ -147,11 +147,11 @@ class SketchInto:
         state, backend, high: as for :func:`sketch_unchecked`.
     """
 
-    __slots__ = ("_bits", "_spots", "_state", "_sums")
+    __slots__ = ("_address_bits", "_addresses", "_key", "_state")
 
     def __init__(self, state: tuple[Tensor, ...], backend: str, high: bool) -> None:
-        self._state, self._sums = state, _kind_of_sums(state[0], backend, high)
-        self._spots: list[int] | None = None  # addresses of tokens, rows and state, set by add
+        self._state, self._key = state, _sums_key(state[0], backend, high)
+        self._addresses: list[int] | None = None  # addresses of tokens, rows and state, set by add
 
     def is_of(self, state: tuple[Tensor, ...]) -> bool:
         """Tell whether ``state`` holds the very tensors that this object adds to."""
@@ -163,43 +163,45 @@ class SketchInto:
         It does nothing for shapes and alignments not sketched before, or if operators are traced.
         """
         # first, since traced shapes cannot be dictionary keys
-        known = None if is_observed(x) else _known.get(_kind(x, rows, self._sums))
-        if known is None:
+        launcher = None if is_observed(x) else _launchers.get(_launch_key(x, rows, self._key))
+        if launcher is None:
             return False
-        if self._spots is None:
+        if self._addresses is None:
             if not all(tensor.is_contiguous() for tensor in self._state):
                 return False
-            self._spots = [0, 0, *(tensor.data_ptr() for tensor in self._state)]
-            self._bits = functools.reduce(operator.or_, self._spots)
-        run, sequence = known
+            self._addresses = [0, 0, *(tensor.data_ptr() for tensor in self._state)]
+            self._address_bits = functools.reduce(operator.or_, self._addresses)
+        run, sequence = launcher
         workspace = torch.empty(sequence.nbytes, dtype=torch.uint8, device=x.device)
-        spots, base = self._spots, workspace.data_ptr()
-        spots[0], spots[1] = x.data_ptr(), 0 if rows is None else rows.data_ptr()
-        if (spots[0] | spots[1] | base | self._bits) % 16:
+        addresses, workspace_address = self._addresses, workspace.data_ptr()
+        addresses[0], addresses[1] = x.data_ptr(), 0 if rows is None else rows.data_ptr()
+        if (addresses[0] | addresses[1] | workspace_address | self._address_bits) % 16:
             return False
-        run(spots, base)
+        run(addresses, workspace_address)
         return True
 
 
 def _sequence(x: Tensor, rows: Tensor | None, q: int, high: bool) -> Any:
     n, d = (x if rows is None else rows).shape[0], x.shape[1]
-    kind = int(n), q, int(d), int(x.stride(0)), x.dtype, rows is not None, high
-    return kernels("sketch").sketch_sequence(*kind, device_arch(x.device))
+    key = int(n), q, int(d), int(x.stride(0)), x.dtype, rows is not None, high
+    return kernel_module("sketch").sketch_sequence(*key, device_arch(x.device))
 
 
 def sketch_workspace_bytes(n: int, q: int, d: int, dtype: torch.dtype, device: torch.device) -> int:
     """Return the bytes of scratch memory that Triton needs for (n, d) tokens and a (q, d) basis."""
-    plan = kernels("sketch_plan").plan_sketch(n, q, d, dtype != torch.bfloat16, device_arch(device))
+    plan = kernel_module("sketch_plan").plan_sketch(
+        n, q, d, dtype != torch.bfloat16, device_arch(device)
+    )
     return int(plan.nbytes)
 
 
 def device_arch(device: torch.device) -> Any:
-    """Return the architecture whose launch numbers are used on a device.
+    """Return the architecture whose launch parameters are used on a device.
 
     Raises:
         EvaRuntimeError: there are none; the message says why.
     """
-    arch = kernels("launch").arch_of(device)
+    arch = kernel_module("launch").arch_of(device)
     if isinstance(arch, str):
         raise EvaRuntimeError(arch)
     return arch

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _native
 from ._dispatch import define_operator
-from .eigh import widest
-from .fold import check_layers, columns_of_a_split
+from .eigh import max_native_width
+from .fold import check_layers, columns_per_split
 from .fold import runs_natively as folds_natively
 
 __all__ = ["runs_natively", "start"]
@@ -22,7 +22,7 @@ def runs_natively(basis: Tensor) -> bool:
     """
     if not folds_natively(basis):
         return False
-    return isinstance(basis, FakeTensor) or len(basis) <= widest(basis.device.index)
+    return isinstance(basis, FakeTensor) or len(basis) <= max_native_width(basis.device.index)
 
 
 @torch.no_grad()
@@ -58,13 +58,13 @@ def _run(
     basis: Tensor, products: Tensor, shift: Tensor, square: Tensor, mean: Tensor, tokens: int
 ) -> None:
     q, d = basis.shape
-    columns = columns_of_a_split(1, q, d)
+    columns = columns_per_split(1, q, d)
     module = _native.load(basis.device.type)
     nbytes = module.start_bytes(q, d, columns)
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=basis.device)
     tensors = (tensor.data_ptr() for tensor in (basis, products, shift, square, mean))
-    given = q, d, float(tokens), columns, workspace.data_ptr()
-    _native.call(module, "start", *tensors, *given, device=basis.device)
+    numbers = q, d, float(tokens), columns, workspace.data_ptr()
+    _native.call(module, "start", *tensors, *numbers, device=basis.device)
 
 
 _start = define_operator(

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops.fold import HEAD
+from ..ops.fold import HEADER_SIZE
 from . import _host
 from ._basis import repair
 from ._host import Array
@@ -209,12 +209,12 @@ def head_of(
         an upper bound of the rank; ``added^2 / count``; the squares s^2. And :attr:`Batch.starts`.
     """
     basis = states[0].basis
-    host, starts = np.empty((len(states), HEAD + len(basis))), []
+    host, starts = np.empty((len(states), HEADER_SIZE + len(basis))), []
     for row, state, step in zip(host, states, sums, strict=True):
         added, count = float(step.count), float(state.count + step.count)
         starts.append((state.count + step.count, state.total))
-        row[:HEAD] = added, added / count, count - 1, added**2 / count
-        np.square(state.values, out=row[HEAD:])
+        row[:HEADER_SIZE] = added, added / count, count - 1, added**2 / count
+        np.square(state.values, out=row[HEADER_SIZE:])
     return _host.upload(torch.from_numpy(host), basis.device), starts
 
 
@@ -231,7 +231,7 @@ class SketchBatch(Batch):
         self.sums = list(sums)
         self.numbers, self.starts = head_of(states, sums)
         self.ceiling = self.numbers[:, 2]
-        added, share, _, weight = self.numbers[:, :HEAD].split(1, dim=1)
+        added, share, _, weight = self.numbers[:, :HEADER_SIZE].split(1, dim=1)
         delta, square = stacked([s.shift for s in sums]) / added, stacked([s.square for s in sums])
         mean = stacked([s.mean for s in states])
         self.mean = torch.addcmul(mean, share, delta).to(self.dtype)
@@ -239,7 +239,7 @@ class SketchBatch(Batch):
         norm = torch.linalg.vector_norm(self.mean, dim=1, dtype=torch.float64)
         self.scalars = torch.stack([square, gain.clamp_min(0), norm], 1)
         self._delta = delta.unsqueeze(1)
-        self._weight, self._squares = weight.unsqueeze(2), self.numbers[:, HEAD:, None]
+        self._weight, self._squares = weight.unsqueeze(2), self.numbers[:, HEADER_SIZE:, None]
         self._along = delta.new_empty(len(states), self.width, 1)
 
     def image(self, chunk: slice, basis: Tensor, wide: Tensor | None = None) -> Tensor:

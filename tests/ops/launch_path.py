@@ -155,7 +155,7 @@ def check_both(launches: sequence.LaunchSequence, tensors: tuple) -> None:
     """Check a sequence with native code and, forgetting what is known by then, without."""
     workspace = torch.empty(launches.nbytes + 3, dtype=torch.uint8)
     for native in (True, False):
-        launches._ready.clear()
+        launches._relaunchers.clear()
         sequence._compiled.clear()
         check(lambda: launches.run(tensors, workspace), native)
 
@@ -171,7 +171,7 @@ def check_other(launches: sequence.LaunchSequence, tensors: tuple, again: bool) 
         launches.run(tensors, workspace)
         assert (len(by_triton) > count) == asks, "who launched?"
         seen.append([at_driver(*one) for one in launched] if asks else list(launched))
-        launches._ready.clear()
+        launches._relaunchers.clear()
         sequence._compiled.clear()
     assert seen[0] == seen[1], seen
     sequence._compiled.update(known)

@@ -66,18 +66,20 @@ def test_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         "primitives": SimpleNamespace(INTERPRET=interpreted),
         "launch": SimpleNamespace(arch_of=lambda device: chip[0]),
     }
-    monkeypatch.setattr(_dispatch, "kernels", modules.__getitem__)
-    monkeypatch.setattr(_dispatch, "_import_kernels", _dispatch._import_kernels.__wrapped__)
+    monkeypatch.setattr(_dispatch, "kernel_module", modules.__getitem__)
+    monkeypatch.setattr(
+        _dispatch, "_triton_import_error", _dispatch._triton_import_error.__wrapped__
+    )
     assert "needs TRITON_INTERPRET=1" in str(_dispatch.triton_unavailable("cpu"))
     assert _dispatch.triton_unavailable("cuda:1") is None
-    chip[0], interpreted.value = "there are no launch numbers for sm_75", True
+    chip[0], interpreted.value = "there are no launch parameters for sm_75", True
     assert _dispatch.triton_unavailable("cpu") is None
     assert _dispatch.triton_unavailable("cuda:1") == chip[0]
 
     def missing(name: str) -> None:
         raise ImportError("no triton here")
 
-    monkeypatch.setattr(_dispatch, "kernels", missing)
+    monkeypatch.setattr(_dispatch, "kernel_module", missing)
     for device in ("cpu", "cuda:1"):
         assert "imported (no triton here)" in str(_dispatch.triton_unavailable(device))
 
@@ -90,7 +92,7 @@ def test_an_unknown_backend() -> None:
 @pytest.fixture
 def nothing_known() -> Iterator[None]:
     """Forget which modules there are, before and after."""
-    kept = _native._import, _native.load_or_none
+    kept = _native._module_or_reason, _native.load_or_none
     for function in kept:
         function.cache_clear()
     yield
@@ -102,20 +104,20 @@ def nothing_known() -> Iterator[None]:
 GPUS = [
     ("80 90", [(8, 0), (8, 6), (9, 0), (10, 3)], None),
     ("90a", [(9, 0)], None),
-    ("75 80 86", [(7, 5), (7, 0)], "GPU 1 is of compute capability 7.0, and it was built for 75"),
-    ("80 86 90", [(8, 0), (7, 5)], "GPU 1 is of compute capability 7.5, and it was built for 80"),
-    ("86 120", [(8, 0)], "GPU 0 is of compute capability 8.0, and it was built for 86 120"),
-    ("80 86 120", [(8, 7)], "GPU 0 is of compute capability 8.7, and it was built for 80 86 120"),
-    ("87 90", [(8, 9)], "GPU 0 is of compute capability 8.9, and it was built for 87 90"),
+    ("75 80 86", [(7, 5), (7, 0)], "GPU 1 has compute capability 7.0, but it was built for 75"),
+    ("80 86 90", [(8, 0), (7, 5)], "GPU 1 has compute capability 7.5, but it was built for 80"),
+    ("86 120", [(8, 0)], "GPU 0 has compute capability 8.0, but it was built for 86 120"),
+    ("80 86 120", [(8, 7)], "GPU 0 has compute capability 8.7, but it was built for 80 86 120"),
+    ("87 90", [(8, 9)], "GPU 0 has compute capability 8.9, but it was built for 87 90"),
     ("80 86", [(8, 7)], None),  # by PTX
     ("87 90", [(8, 7)], None),
-    ("86 120", [(9, 0)], "GPU 0 is of compute capability 9.0, and it was built for 86 120"),
+    ("86 120", [(9, 0)], "GPU 0 has compute capability 9.0, but it was built for 86 120"),
     ("80 100", [(12, 0)], None),
     ("80 90a", [(9, 0)], None),
-    ("80 90a", [(10, 0)], "GPU 0 is of compute capability 10.0, and it was built for 80 90a"),
-    ("100a", [(10, 3)], "GPU 0 is of compute capability 10.3, and it was built for 100a"),
+    ("80 90a", [(10, 0)], "GPU 0 has compute capability 10.0, but it was built for 80 90a"),
+    ("100a", [(10, 3)], "GPU 0 has compute capability 10.3, but it was built for 100a"),
     ("100f", [(10, 3)], None),
-    ("100f", [(12, 0)], "GPU 0 is of compute capability 12.0, and it was built for 100f"),
+    ("100f", [(12, 0)], "GPU 0 has compute capability 12.0, but it was built for 100f"),
     ("90a 80", [(12, 0)], None),
     ("90", [], "it was built with CUDA 13.1, which finds no GPU"),
 ]
@@ -144,7 +146,7 @@ def test_a_module_whose_libraries_are_missing(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(importlib, "import_module", broken)
     assert _native.load_or_none("cuda") is None
-    assert "libcudart.so" in str(_native.unavailable("cuda"))
+    assert "libcudart.so" in str(_native.unavailable_reason("cuda"))
     for kind, remedy in (("cpu", "compiler$"), ("cuda", "compiler, nvcc and EVA_KERNELS_CUDA=1$")):
         with pytest.raises(EvaRuntimeError, match=rf"libcudart\.so: cannot.*{remedy}"):
             _native.load(kind)

@@ -22,14 +22,14 @@ WIDTHS = [1, 2, 3, 7, 16, 33, 64, 128]
 
 @pytest.fixture(params=["native", "torch"])
 def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    if request.param == "native" and (reason := _native.unavailable(device.type)):
+    if request.param == "native" and (reason := _native.unavailable_reason(device.type)):
         # tests/packaging builds the C++ module, so a broken build fails there.
         pytest.skip(reason)
     return request.param
 
 
 needs_module = pytest.mark.skipif(
-    _native.unavailable("cpu") is not None, reason="the C++ module is not built"
+    _native.unavailable_reason("cpu") is not None, reason="the C++ module is not built"
 )
 
 
@@ -261,7 +261,7 @@ def test_gpu_with_little_shared_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(_dispatch, "_reasons_logged", set())
-    monkeypatch.setattr(MODULE, "widest", lambda index: 5)
+    monkeypatch.setattr(MODULE, "max_native_width", lambda index: 5)
     monkeypatch.setattr(MODULE, "_launch", lambda module, matrices: "launched")
     for name in ("load", "load_or_none"):
         monkeypatch.setattr(_native, name, lambda kind: MODULE)
@@ -337,13 +337,15 @@ def test_explicit_native_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPat
     with pytest.raises(EvaValueError, match="Q up to 128, not 129"):
         eigh(wide, backend="native")
     monkeypatch.setattr(_native, "MODULES", {"cpu": "eva_kernels._absent"})
-    _native._import.cache_clear()
+    _native._module_or_reason.cache_clear()
     with pytest.raises(EvaRuntimeError, match=r"backend='native' cannot run.*_absent"):
         eigh(MATRIX, backend="native")
-    _native._import.cache_clear()
+    _native._module_or_reason.cache_clear()
 
 
-@pytest.mark.skipif(_native.unavailable("cuda") is not None, reason="the CUDA module is not built")
+@pytest.mark.skipif(
+    _native.unavailable_reason("cuda") is not None, reason="the CUDA module is not built"
+)
 def test_cuda_module_explains_a_missing_driver() -> None:
     module = _native.load("cuda")
     if module.device_count():

@@ -15,7 +15,7 @@ from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from eva_kernels.ops import fold as module
 from eva_kernels.ops.fold import (
     MAX_WIDTH,
-    columns_of_a_split,
+    columns_per_split,
     fold_layers,
     fold_measure,
     fold_prepare,
@@ -29,13 +29,13 @@ from helpers import decaying, make_stream, with_spectrum
 
 SHAPES = [(1, 1, 1), (3, 4, 40), (2, 16, 513), (2, 64, 300), (3, 70, 96), (2, 128, 1030)]
 needs_module = pytest.mark.skipif(
-    _native.unavailable("cpu") is not None, reason="the C++ module is not built"
+    _native.unavailable_reason("cpu") is not None, reason="the C++ module is not built"
 )
 
 
 @pytest.fixture(params=["native", "plain"])
 def passes(request: pytest.FixtureRequest, device: torch.device) -> type[Passes]:
-    if request.param == "native" and (reason := _native.unavailable(device.type)):
+    if request.param == "native" and (reason := _native.unavailable_reason(device.type)):
         # tests/packaging builds the C++ module, so a broken build fails there.
         pytest.skip(reason)
     return {"native": Passes, "plain": PlainPasses}[request.param]
@@ -222,13 +222,13 @@ def test_operators_are_well_formed(device: torch.device) -> None:
     [(1, 16, 64), (96, 64, 4096), (32, 64, 11008), (1, 128, 300_000), (500, 1, 1)],
 )
 def test_splits_fill_a_gpu_and_hold_all_features(count: int, width: int, features: int) -> None:
-    columns = columns_of_a_split(count, width, features)
+    columns = columns_per_split(count, width, features)
     splits = -(-features // columns)
     pairs = 3 if width > 64 else 1
     assert columns % 16 == 0
     assert (splits - 1) * columns < features <= splits * columns
-    assert splits == 1 or columns >= 0.9 * module.LEAST_COLUMNS
-    assert count * pairs * splits <= module.BLOCKS + count * pairs
+    assert splits == 1 or columns >= 0.9 * module.MIN_COLUMNS
+    assert count * pairs * splits <= module.TARGET_BLOCKS + count * pairs
 
 
 @pytest.fixture
@@ -409,7 +409,7 @@ def test_bad_input_of_rows(name: str, value: Tensor, error: type) -> None:
 
 def test_no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "MODULES", {"cpu": "eva_kernels._absent"})
-    _native._import.cache_clear()
+    _native._module_or_reason.cache_clear()
     with pytest.raises(EvaRuntimeError, match=r"backend='native' cannot run.*_absent"):
         fold_layers(*_bad())
-    _native._import.cache_clear()
+    _native._module_or_reason.cache_clear()

@@ -38,7 +38,7 @@ def test_a_chip_has_the_numbers_of_its_family(
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(launch, "_cannot_launch", lambda: None)
+    monkeypatch.setattr(launch, "_launch_failure_reason", lambda: None)
     arch = launch._device_arch.__wrapped__(0)
     assert (arch.name, arch.processors) == (name, 7)
     assert arch.shared_bytes == launch.ARCHS[name].shared_bytes
@@ -49,12 +49,12 @@ def test_an_amd_chip_is_known_by_its_name(name: str, monkeypatch: pytest.MonkeyP
     properties = SimpleNamespace(multi_processor_count=7, gcnArchName=f"{name}:sramecc+:xnack-")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(launch, "_cannot_launch", lambda: None)
+    monkeypatch.setattr(launch, "_launch_failure_reason", lambda: None)
     arch = launch._device_arch.__wrapped__(0)
     if name == "gfx942":
         assert (arch.name, arch.processors) == (name, 7)
     else:
-        assert arch.startswith("there are no launch numbers for gfx90a; known are sm_80, ")
+        assert arch.startswith("there are no launch parameters for gfx90a; known are sm_80, ")
 
 
 def test_without_a_c_compiler_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_without_a_c_compiler_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch
     properties = SimpleNamespace(multi_processor_count=7)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(launch, "_cannot_launch", launch._cannot_launch.__wrapped__)
+    monkeypatch.setattr(launch, "_launch_failure_reason", launch._launch_failure_reason.__wrapped__)
     found = []
     for ask in (fail, lambda: None):
         active = SimpleNamespace(get_current_target=ask)
@@ -81,7 +81,7 @@ def test_an_old_chip_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "no launch numbers for sm_75" in launch._device_arch.__wrapped__(0)
+    assert "no launch parameters for sm_75" in launch._device_arch.__wrapped__(0)
 
 
 def test_each_device_is_asked_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,22 +104,25 @@ def test_a_tile_divides_both_sides_or_does_not() -> None:
 
 def test_tiles_are_those_of_the_tokens() -> None:
     short, wide = launch.Tile(64, 64, 4, 2), launch.Tile(32, 64, 4, 2)
-    assert [launch.GramTiles(short, wide).of(size) for size in (2, 4)] == [short, wide]
+    assert [launch.GramTiles(short, wide).for_itemsize(size) for size in (2, 4)] == [short, wide]
     tiles = [launch.Tile(16 * i, 64, 4, 2) for i in (1, 2, 3, 4)]
     found = launch.SketchTiles(*tiles)
-    assert (found.of(False), found.of(True)) == ((tiles[0], tiles[1]), (tiles[2], tiles[3]))
-    assert launch.stages(short, False, HOPPER) == 2
-    assert launch.stages(short, True, HOPPER) == 4
-    assert launch.stages(short, True, launch.ARCHS["gfx942"]) == 2
+    assert (found.project_and_back(False), found.project_and_back(True)) == (
+        (tiles[0], tiles[1]),
+        (tiles[2], tiles[3]),
+    )
+    assert launch.pipeline_stages(short, False, HOPPER) == 2
+    assert launch.pipeline_stages(short, True, HOPPER) == 4
+    assert launch.pipeline_stages(short, True, launch.ARCHS["gfx942"]) == 2
 
 
 @pytest.mark.parametrize(
     ("block_n", "block_d", "warps", "itemsize", "rows"),
     [(64, 64, 4, 2, 4), (64, 64, 4, 4, 8), (16, 64, 8, 2, 1), (32, 512, 1, 4, 32)],
 )
-def test_rows_of_a_thread(block_n: int, block_d: int, warps: int, itemsize: int, rows: int) -> None:
+def test_rows_per_thread(block_n: int, block_d: int, warps: int, itemsize: int, rows: int) -> None:
     tile = launch.Tile(block_n, block_d, warps, 2)
-    assert launch.rows_of_a_thread(tile, itemsize) == rows
+    assert launch.rows_per_thread(tile, itemsize) == rows
 
 
 @pytest.mark.parametrize(
@@ -148,16 +151,16 @@ def test_a_kernel_can_wait_where_triton_compiles_it(monkeypatch: pytest.MonkeyPa
     }
     for name, cuda in found.items():
         monkeypatch.setattr(launch, "cuda", cuda)
-        assert launch._can_wait() == (name == "waits")
+        assert launch._can_compile_wait() == (name == "waits")
 
 
 @pytest.mark.parametrize("early", [True, False])
 def test_options_of_the_compiler(early: bool) -> None:
     arch = launch.replace(HOPPER, dependent_launch=early)
-    found = launch.options(arch, 8, 3)
+    found = launch.compile_options(arch, 8, 3)
     assert found.pop("launch_pdl", False) is early
     assert found == {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
-    assert "num_stages" not in launch.options(arch, 8)
+    assert "num_stages" not in launch.compile_options(arch, 8)
 
 
 def check_parts(plan: Any, numbers: dict[str, int]) -> None:
@@ -190,10 +193,11 @@ def test_splits_of_a_sketch(n: int, d: int, q: int, arch: str) -> None:
         check_parts(
             plan,
             # A plane is of half as many bytes.
-            {"v_high": rows * d // 2, "v_low": rows * d // 2, "along": flags * rows}
-            | {"offset": rows, "flags": flags, "projected": plan.splits_d * rows * pitch}
-            | {"p_high": rows * pitch // 2, "p_low": rows * pitch // 2, "sums": programs * rows}
-            | {"total": rows, "products_parts": plan.splits_n * rows * d}
+            {"v_high": rows * d // 2, "v_low": rows * d // 2, "vp_parts": flags * rows}
+            | {"vp": rows, "flags": flags, "projected": plan.splits_d * rows * pitch}
+            | {"p_high": rows * pitch // 2, "p_low": rows * pitch // 2}
+            | {"p_sum_parts": programs * rows, "p_sum": rows}
+            | {"products_parts": plan.splits_n * rows * d}
             | {"shift_parts": plan.splits_n * d}
             | {"square_parts": plan.splits_n * -(-d // plan.back.block_d)},
         )
@@ -205,7 +209,11 @@ def test_splits_of_a_sketch(n: int, d: int, q: int, arch: str) -> None:
 def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
     plan = gram.plan_gram(n, d, 2, HOPPER)
     size = plan.tile.block_n
-    assert (plan.splits - 1) * plan.blocks * size < n <= plan.splits * plan.blocks * size
+    assert (
+        (plan.splits - 1) * plan.blocks_per_split * size
+        < n
+        <= plan.splits * plan.blocks_per_split * size
+    )
     assert plan.splits == 1 or 4 * plan.splits * d <= n
     assert (plan.splits > 1) == (n > 8000)
     assert gram.plan_gram(100_000, 384, 2, HOPPER).splits == 22  # of six tiles, for 132 processors

@@ -123,7 +123,7 @@ def test_the_launcher_of_an_old_triton_is_given_no_constants(
     active = SimpleNamespace(get_current_stream=lambda index: f"stream of {entered[-1]}")
     monkeypatch.setattr(sequence, "driver", SimpleNamespace(active=active))
     launches = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
-    launches._again([compiled], torch.device("cpu"))([1024, 0], 4096)
+    launches._make_relauncher([compiled], torch.device("cpu"))([1024, 0], 4096)
     given = 1024, None, 4096 + 48, -5, 1
     assert compiled.launched == ((3, 2, 1), *given, "stream of cpu")
 
@@ -155,13 +155,13 @@ def test_a_kernel_that_does_not_name_its_arguments_is_left_to_triton():
 
 
 def test_what_is_left_to_triton_is_logged_once(caplog: pytest.LogCaptureFixture):
-    sequence._log_once.cache_clear()
+    sequence._log_triton_launches.cache_clear()
     with caplog.at_level("INFO", "eva_kernels"):
         for _ in range(2):
             launches([8, 8, 2])
     [message] = caplog.messages
     assert "launched by Triton" in message
-    assert "[8, 8, 2] bytes, not of [8, 8, 4]" in message
+    assert "[8, 8, 2] bytes where [8, 8, 4]" in message
 
 
 class Kernel:
@@ -210,8 +210,8 @@ def test_kernels_live_as_long_as_their_launches(seen: list[Any]):
     for skipped in (0, 1):  # and for a workspace that is not aligned
         found.run([memory[skipped:], None], workspace[4:])
         assert len(kernel.compiled) == 3 + skipped
-    assert found.again(memory.device) is not None
-    assert found.again(torch.device("cuda", 1)) is None
+    assert found.relauncher(memory.device) is not None
+    assert found.relauncher(torch.device("cuda", 1)) is None
     gc.collect()
     assert all(reference() is not None for reference in kernel.compiled)
     given = [launch[0][-1] for launch in seen]
@@ -247,7 +247,7 @@ def test_sequences_of_other_numbers_share_kernels_and_keep_them(
     seen: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     kernel, memory = Kernel(), torch.zeros(64, dtype=torch.bfloat16)
-    monkeypatch.setattr(sequence, "MOST_COMPILED", 2)
+    monkeypatch.setattr(sequence, "MAX_COMPILED", 2)
 
     def run(n: int) -> Any:
         call = sequence.Call(kernel, (3,), ("x", "rows", "part"), (n, 1), {"BLOCK": 64}, {})
@@ -281,7 +281,7 @@ def test_kernels_that_are_interpreted_are_launched_by_triton_every_time(seen: li
     for _ in range(2):
         found.run([memory, None], torch.zeros(64, dtype=torch.uint8))
     assert [given[0] is memory for given in ran] == [True, True]
-    assert found.again(memory.device) is None
+    assert found.relauncher(memory.device) is None
     assert sequence._compiled == {}
 
 
@@ -305,7 +305,7 @@ def key(**changes: Any) -> Any:
     call = sequence.Call(kernel, given["grid"], tensors, numbers, constants, options)
     found = sequence.LaunchSequence([call], ["x", "rows"], {"part": given["part"]}, 64)
     rows = None if given["rows"] is None else torch.zeros(2, dtype=given["rows"])
-    return found._chosen_by([torch.zeros(2, dtype=given["x"]), rows])
+    return found._specialisation_key([torch.zeros(2, dtype=given["x"]), rows])
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_native_code_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
         shift = torch.zeros(256, dtype=torch.float64, device="cuda")
         sketch(x, basis, shift.float(), products, shift, shift.new_zeros(()))
         sums.append(products)
-    assert _native.unavailable("cuda") is None
+    assert _native.unavailable_reason("cuda") is None
     assert len(found) == 1
     assert found[0] is not None
     assert all(torch.equal(other, sums[0]) for other in sums)

@@ -21,7 +21,7 @@ from fake_cuda import DEVICE, compiler_missing, fake_cuda
 
 # The native twin of the CPU, too, is in the module; tests/packaging builds it.
 pytestmark = pytest.mark.skipif(
-    _native.unavailable("cpu") is not None, reason="the C++ module is not built"
+    _native.unavailable_reason("cpu") is not None, reason="the C++ module is not built"
 )
 LIMIT = LOOSE[torch.float32]
 
@@ -287,7 +287,7 @@ def test_gpus_hold_matrices_of_some_width(monkeypatch: pytest.MonkeyPatch) -> No
     gpu, asked = torch.device("cuda", 3), []
     cores: list[Any] = [SimpleNamespace(shape=(2, q, q), device=gpu) for q in (100, 101)]
     monkeypatch.setattr(_native, "load_or_none", lambda kind: kind)
-    monkeypatch.setattr(module, "widest", lambda index: asked.append(index) or 100)
+    monkeypatch.setattr(module, "max_native_width", lambda index: asked.append(index) or 100)
     assert [runs_natively(core) for core in cores] == [True, False]
     assert set(asked) == {3}
     monkeypatch.setattr(_native, "load_or_none", lambda kind: None)

@@ -38,11 +38,11 @@ class Launches:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: list[tuple[list[int], int]] = []
         self.known: dict[Any, Any] = {}
-        monkeypatch.setattr(module, "_known", self.known)
+        monkeypatch.setattr(module, "_launchers", self.known)
 
     def know(self, x: Tensor, rows: Tensor | None, state: State) -> None:
         """Do as if tokens of this kind had been launched."""
-        kind = module._kind(x, rows, module._kind_of_sums(state[0], "auto", True))
+        kind = module._launch_key(x, rows, module._sums_key(state[0], "auto", True))
         self.known[kind] = self, SimpleNamespace(nbytes=256)
 
     def __call__(self, spots: list[int], base: int) -> None:
@@ -100,10 +100,10 @@ def test_what_was_launched_is_known_and_some_day_forgotten(
 ):
     state, ran = state_of(torch.device("cpu")), []
     sequence = SimpleNamespace(nbytes=64, run=lambda *given: ran.append(given))
-    sequence.again = lambda device: launches if len(ran) > 1 else None
+    sequence.relauncher = lambda device: launches if len(ran) > 1 else None
     monkeypatch.setattr(module, "_sequence", lambda *kind: sequence)
     monkeypatch.setattr(module, "choose_backend", lambda *given: "triton")
-    monkeypatch.setattr(module, "MOST_KNOWN", 2)
+    monkeypatch.setattr(module, "MAX_LAUNCHERS", 2)
     into = SketchInto(state, "auto", True)
     for n, again in ((N, False), (N, True), (N + 1, True), (N + 2, True)):
         sketch_unchecked(tokens(n), state, None, "auto", True)

@@ -18,7 +18,7 @@ from fake_cuda import DEVICE, compiler_missing, fake_cuda
 
 # The native twin of the CPU, too, is in the module; tests/packaging builds it.
 pytestmark = pytest.mark.skipif(
-    _native.unavailable("cpu") is not None, reason="the C++ module is not built"
+    _native.unavailable_reason("cpu") is not None, reason="the C++ module is not built"
 )
 SHAPES = [(1, 16), (7, 40), (32, 300), (64, 700), (100, 260)]
 
@@ -155,7 +155,7 @@ def test_a_gpu_of_little_shared_memory_starts_narrow_bases_alone(
 ) -> None:
     module, asked = sys.modules["eva_kernels.ops.start"], []
     # that of compute capability 7.5
-    monkeypatch.setattr(module, "widest", lambda index: asked.append(index) or 120)
+    monkeypatch.setattr(module, "max_native_width", lambda index: asked.append(index) or 120)
     monkeypatch.setattr(_native, "load_or_none", lambda kind: kind)
     bases: list[Any] = [OnGpu(q) for q in (120, 121, 129)]
     assert [runs_natively(basis) for basis in bases] == [True, False, False]

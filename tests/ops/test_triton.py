@@ -85,9 +85,9 @@ def test_rounding_to_bfloat16_is_that_of_torch(device: torch.device):
 
 @pytest.fixture(params=sorted(launch.ARCHS))
 def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Use the launch numbers of every architecture in turn."""
+    """Use the launch parameters of every architecture in turn."""
     if torch.cuda.is_available():
-        pytest.skip("the device has its own launch numbers")
+        pytest.skip("the device has its own launch parameters")
     monkeypatch.setattr(launch, "arch_of", lambda device: launch.ARCHS[request.param])
     return request.param
 
@@ -113,7 +113,7 @@ def test_tiles_hold_whole_blocks_of_flags():
         assert list(by_width) == [64, 128, 256]
         for tiles in by_width.values():
             for centred in (False, True):
-                project, back = tiles.of(centred)
+                project, back = tiles.project_and_back(centred)
                 assert project.block_d == flags
                 assert back.block_d % flags == 0
 
