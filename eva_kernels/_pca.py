@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .errors import EvaTypeError, EvaValueError, NonFiniteError, NotFittedError, warnings_caught
-from .streaming._autocast import plain, without_autocast
-from .streaming._host import home_of
+from .streaming._autocast import without_autocast, without_subclass
+from .streaming._host import state_device
 from .streaming.plan import METHODS, plan_streams
 from .streaming.spectrum import Spectrum
 from .streaming.step import fold_streams
@@ -27,10 +27,10 @@ __all__ = ["IncrementalPCA"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-SEEDS = -(2**63), 2**63 - 1
+SEED_RANGE = -(2**63), 2**63 - 1
 
 
-def _engine(method: Callable[P, T]) -> Callable[P, T]:
+def _in_engine_mode(method: Callable[P, T]) -> Callable[P, T]:
     """Run a method in the modes that the engine needs, whatever context the user has opened."""
 
     @functools.wraps(method)
@@ -107,9 +107,9 @@ class IncrementalPCA:
     def _check_arguments(self) -> None:
         if self.method not in METHODS:
             raise EvaValueError(f"method={self.method!r} is unknown; choose one of {METHODS}")
-        _check_whole("n_components", self.n_components, 1)
-        _check_whole("batch_size", self.batch_size, 1)
-        _check_whole("seed", self.seed, *SEEDS)
+        _check_integer("n_components", self.n_components, 1)
+        _check_integer("batch_size", self.batch_size, 1)
+        _check_integer("seed", self.seed, *SEED_RANGE)
         oversample: Any = self.oversample
         if not isinstance(oversample, Real):
             raise EvaTypeError(f"oversample={oversample!r} must be a number")
@@ -128,12 +128,12 @@ class IncrementalPCA:
                 f"invalid parameter {unknown[0]!r} for IncrementalPCA; valid parameters are "
                 f"{list(_PARAMETERS)}"
             )
-        before = self.get_params()
+        old_params = self.get_params()
         self.__dict__.update(params)
         try:
             self._check_arguments()
         except Exception:
-            self.__dict__.update(before)
+            self.__dict__.update(old_params)
             raise
         return self
 
@@ -165,7 +165,7 @@ class IncrementalPCA:
 
     def _reset(self) -> None:
         self._stream: InputStream | None = None
-        self._answer: Spectrum | None = None
+        self._cached_spectrum: Spectrum | None = None
         self._sum = self._square = torch.empty(0, device="cpu")
         self._pivot = torch.empty(0, device="cpu")
 
@@ -174,22 +174,22 @@ class IncrementalPCA:
     ) -> IncrementalPCA:
         """Forget everything and learn from x, (N, D), batch by batch."""
         data = _as_tensor(x)
-        _check_rows(data)
+        _check_two_dimensional(data)
         self._check_arguments()
-        _check_whole("batch_size", batch_size, 1)
+        _check_integer("batch_size", batch_size, 1)
         self._reset()
-        size = self.batch_size_ = batch_size or self.batch_size or 5 * data.shape[1]
-        least = self.n_components or 1
+        rows_per_batch = self.batch_size_ = batch_size or self.batch_size or 5 * data.shape[1]
+        min_rows = self.n_components or 1
         begin = 0
         while begin < len(data):
-            end = begin + size
-            if len(data) - end < least:  # as scikit-learn, append a short rest to the last batch
+            end = begin + rows_per_batch
+            if len(data) - end < min_rows:  # as scikit-learn, append a short rest to the last batch
                 end = len(data)
             self.partial_fit(data[begin:end])
             begin = end
         return self
 
-    @_engine
+    @_in_engine_mode
     def partial_fit(
         self, x: Tensor | np.ndarray, y: None = None, *, mask: Tensor | None = None
     ) -> IncrementalPCA:
@@ -204,16 +204,16 @@ class IncrementalPCA:
         data = data.reshape(-1, data.shape[-1])
         rows = None
         if mask is not None:
-            keep = torch.as_tensor(mask, device=data.device).reshape(-1)
-            if len(keep) != len(data):
-                raise EvaValueError(f"mask has {len(keep)} entries for {len(data)} rows")
-            rows = keep.nonzero().flatten()
-        used = len(data) if rows is None else len(rows)
+            flat_mask = torch.as_tensor(mask, device=data.device).reshape(-1)
+            if len(flat_mask) != len(data):
+                raise EvaValueError(f"mask has {len(flat_mask)} entries for {len(data)} rows")
+            rows = flat_mask.nonzero().flatten()
+        num_rows = len(data) if rows is None else len(rows)
         stream = self._stream
         if stream is None:
-            if used == 0:
+            if num_rows == 0:
                 return self
-            stream = self._make_stream(data, used)
+            stream = self._make_stream(data, num_rows)
         else:
             _check_features(data, stream.features)
             if self.n_components not in (None, stream.components):
@@ -221,29 +221,30 @@ class IncrementalPCA:
                     f"n_components was {stream.components} for the batches before, and is "
                     f"{self.n_components} now; call fit to begin anew"
                 )
-        _add(stream, data, rows)
-        chosen = data if rows is None else data.index_select(0, rows)
+        _add_to_stream(stream, data, rows)
+        used_rows = data if rows is None else data.index_select(0, rows)
         if self._stream is None:  # only now: a rejected first batch leaves no state behind
             self._stream = stream
-            self._pivot = chosen[0].to(torch.float64, copy=True)  # the caller may reuse the buffer
+            # a copy, since the caller may reuse the buffer
+            self._pivot = used_rows[0].to(torch.float64, copy=True)
             self._sum = self._square = torch.zeros_like(self._pivot)
-        self._moments(chosen)
+        self._add_moments(used_rows)
         fold_streams([self._stream])
-        self._answer = None
+        self._cached_spectrum = None
         return self
 
-    def _make_stream(self, data: Tensor, used: int) -> InputStream:
+    def _make_stream(self, data: Tensor, num_rows: int) -> InputStream:
         self._check_arguments()
         features = data.shape[1]
-        k = min(used, features) if self.n_components is None else int(self.n_components)
+        k = min(num_rows, features) if self.n_components is None else int(self.n_components)
         if k > features:
             raise EvaValueError(
                 f"n_components={k} invalid for n_features={features}, need more rows than columns "
                 "for IncrementalPCA processing"
             )
-        if k > used:
+        if k > num_rows:
             raise EvaValueError(
-                f"n_components={k} must be less or equal to the batch number of samples {used} "
+                f"n_components={k} must be less or equal to the batch number of samples {num_rows} "
                 "for the first partial_fit call."
             )
         dtype = torch.float64 if data.dtype == torch.float64 else torch.float32
@@ -254,7 +255,7 @@ class IncrementalPCA:
         )
         return InputStream(features, k, plan.width, data.device, dtype, options)
 
-    def _moments(self, data: Tensor) -> None:
+    def _add_moments(self, data: Tensor) -> None:
         # Per-feature variance is exact, independent of the sketch; float64, about the first row, so
         # that a large constant offset causes no cancellation.
         offset = data.double() - self._pivot
@@ -280,8 +281,8 @@ class IncrementalPCA:
     def get_covariance(self) -> Tensor:
         """Return the model's covariance, (D, D): components, plus noise in all other directions."""
         components, noise = self.components_, self.noise_variance_
-        above = (self.explained_variance_ - noise).clamp_min(0)
-        covariance = (components * above[:, None]).mT @ components
+        excess_variance = (self.explained_variance_ - noise).clamp_min(0)
+        covariance = (components * excess_variance[:, None]).mT @ components
         covariance.diagonal().add_(noise)
         return covariance
 
@@ -289,7 +290,7 @@ class IncrementalPCA:
         """Fit, then transform."""
         return self.fit(x).transform(x)
 
-    @_engine
+    @_in_engine_mode
     def merge(self, other: IncrementalPCA) -> IncrementalPCA:
         """Merge everything that ``other`` has seen into this one (``other`` is unchanged)."""
         if not isinstance(other, IncrementalPCA):
@@ -321,7 +322,7 @@ class IncrementalPCA:
                 self._square + other._square + 2 * delta * other._sum + n * delta.square()
             )
             self._sum = self._sum + other._sum + n * delta
-        self._answer = None
+        self._cached_spectrum = None
         return self
 
     @property
@@ -330,12 +331,12 @@ class IncrementalPCA:
             raise NotFittedError(
                 "this IncrementalPCA has not seen any data; call fit or partial_fit first"
             )
-        return self._answer or self._find_answer(self._stream)
+        return self._cached_spectrum or self._compute_spectrum(self._stream)
 
-    @_engine
-    def _find_answer(self, stream: InputStream) -> Spectrum:
-        self._answer = stream.spectrum()
-        return self._answer
+    @_in_engine_mode
+    def _compute_spectrum(self, stream: InputStream) -> Spectrum:
+        self._cached_spectrum = stream.spectrum()
+        return self._cached_spectrum
 
     @property
     def n_samples_seen_(self) -> int:
@@ -377,11 +378,12 @@ class IncrementalPCA:
     @property
     def noise_variance_(self) -> float:
         """Mean variance of the directions left out."""
-        answer, left = self._spectrum, self.components_.shape[1] - self.components_.shape[0]
-        if left == 0:
+        spectrum = self._spectrum
+        num_left_out = self.components_.shape[1] - self.components_.shape[0]
+        if num_left_out == 0:
             return 0.0
-        rest = answer.total - float(answer.singular_values.square().sum())
-        return max(rest, 0.0) / max(self.n_samples_seen_ - 1, 1) / left
+        left_out = spectrum.total - float(spectrum.singular_values.square().sum())
+        return max(left_out, 0.0) / max(self.n_samples_seen_ - 1, 1) / num_left_out
 
     @property
     def n_components_(self) -> int:
@@ -397,33 +399,33 @@ class IncrementalPCA:
 _PARAMETERS = tuple(inspect.signature(IncrementalPCA).parameters)
 
 
-def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+def _check_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> None:
     if value is None and name != "seed":
         return
     try:
-        whole = operator.index(value)
+        integer = operator.index(value)
     except TypeError:
-        whole = None
-    if whole is None or isinstance(value, bool):
+        integer = None
+    if integer is None or isinstance(value, bool):
         raise EvaTypeError(f"{name}={value!r} must be a whole number")
-    if whole < least or (most is not None and whole > most):
-        told = f"at least {least}" if most is None else f"between {least} and {most}"
-        raise EvaValueError(f"{name}={value} must be {told}")
+    if integer < minimum or (maximum is not None and integer > maximum):
+        allowed = f"at least {minimum}" if maximum is None else f"between {minimum} and {maximum}"
+        raise EvaValueError(f"{name}={value} must be {allowed}")
 
 
-def _add(stream: InputStream, data: Tensor, rows: Tensor | None) -> None:
+def _add_to_stream(stream: InputStream, data: Tensor, rows: Tensor | None) -> None:
     try:
         stream.add(data, rows)
     except NonFiniteError as error:
-        used = data if rows is None else data.index_select(0, rows)
-        if used.isfinite().all():  # their squares overflow, and the message says what to do
+        used_rows = data if rows is None else data.index_select(0, rows)
+        if used_rows.isfinite().all():  # their squares overflow, and the message says what to do
             raise
         raise NonFiniteError(
             f"{error}; impute or drop those rows, or leave them out by mask= of partial_fit"
         ) from None
 
 
-def _check_rows(data: Tensor) -> None:
+def _check_two_dimensional(data: Tensor) -> None:
     if data.dim() != 2:
         raise EvaValueError(
             f"expected a 2D array of rows of features, got shape {tuple(data.shape)}; "
@@ -453,12 +455,14 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
         # torch warns about read-only arrays, but the data are never written to
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
         # keep the data's device: without one torch would move them to its default device
-        data = plain(torch.as_tensor(x, device=x.device if isinstance(x, Tensor) else "cpu"))
+        data = without_subclass(
+            torch.as_tensor(x, device=x.device if isinstance(x, Tensor) else "cpu")
+        )
     if data.layout != torch.strided:
         raise EvaTypeError(f"dense data are needed, got a tensor of layout {data.layout}")
     if data.dim() < 1 or data.numel() == 0:
         raise EvaValueError(f"expected rows of features, got an array of shape {tuple(data.shape)}")
-    data = data.to(home_of(data.device))
+    data = data.to(state_device(data.device))
     if data.is_floating_point() and data.element_size() == 1:
         data = data.float()  # torch has no float8 arithmetic
     if not data.is_floating_point():

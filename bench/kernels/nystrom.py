@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from eva_kernels import ops
-from eva_kernels.streaming.nystrom import LOOSE, Nystrom, nystrom_plain
+from eva_kernels.streaming.nystrom import OVERLAP_TOLERANCE, Nystrom, nystrom_plain
 
 from ._case import Case, Prepared, matrix_cases
 
@@ -24,7 +24,7 @@ def _make(count: int, q: int, device: torch.device) -> Prepared:
     ceiling = core.new_full((count,), 1e6)
 
     def native() -> Nystrom:
-        return Nystrom(*ops.nystrom(core, metric, ceiling, LOOSE[SINGLE]))
+        return Nystrom(*ops.nystrom(core, metric, ceiling, OVERLAP_TOLERANCE[SINGLE]))
 
     def plain() -> Nystrom:
         # nystrom_plain overwrites both matrices

@@ -25,18 +25,18 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         # The accelerator type of this torch build or of a plug-in. Checking that a device is
         # present would be slow, and does not matter here.
-        built_for = torch.accelerator.current_accelerator()
-        own = set() if built_for is None else {built_for.type}
-        casting = [kind for kind in _DEVICES | own if torch.is_autocast_enabled(kind)]
+        accelerator = torch.accelerator.current_accelerator()
+        extra_kinds = set() if accelerator is None else {accelerator.type}
+        active_kinds = [kind for kind in _DEVICES | extra_kinds if torch.is_autocast_enabled(kind)]
         with ExitStack() as stack:
-            for kind in casting:
+            for kind in active_kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 
     return run
 
 
-def plain(x: Tensor) -> Tensor:
+def without_subclass(x: Tensor) -> Tensor:
     """Return a tensor without its subclass, which results of operators would inherit.
 
     Subclasses with ``__torch_dispatch__``, such as distributed tensors, stay what they are.

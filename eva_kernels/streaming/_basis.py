@@ -29,15 +29,15 @@ def orthonormalise(rows: Tensor) -> Tensor:
     The first j rows keep their span, for every j (a QR by the Cholesky factor of the Gram matrix).
     A row that is only rounding error is still normalised to unit length.
     """
-    lower, failed = torch.linalg.cholesky_ex(rows @ rows.mT)
+    lower, info = torch.linalg.cholesky_ex(rows @ rows.mT)
     # If the core is nearly singular, rounding noise can pass for an eigenvalue. Its row is then far
     # from unit length, and its Cholesky factor would be noise, too.
-    if failed or (lower.diagonal() < 0.5).any():
+    if info or (lower.diagonal() < 0.5).any():
         return torch.linalg.qr(rows.mT).Q.mT
     return torch.linalg.solve_triangular(lower, rows, upper=False)
 
 
-def correction(error: Tensor) -> Tensor:
+def cholesky_correction(error: Tensor) -> Tensor:
     """Return C such that ``(1 - C) V`` is orthonormal up to the square of the error of V.
 
     It is the first-order Cholesky factor: triangular, so that the first j rows keep their span.
@@ -48,7 +48,7 @@ def correction(error: Tensor) -> Tensor:
     return error.tril(-1) + 0.5 * torch.diag_embed(error.diagonal(dim1=-2, dim2=-1))
 
 
-def repair(rows: Tensor, rank: int) -> Tensor:
+def repair_basis(rows: Tensor, rank: int) -> Tensor:
     """Orthonormalise the first ``rank`` rows, float64 (Q, D), and replace the others."""
     return complete_basis(torch.cat([orthonormalise(rows[:rank]), rows[rank:]]), rank)
 
@@ -63,9 +63,9 @@ def complete_basis(basis: Tensor, rank: int) -> Tensor:
     Returns:
         (Q, D) with orthonormal rows, the first ``rank`` unchanged.
     """
-    kept = basis[:rank]
+    leading = basis[:rank]
     fresh = _gaussian(basis.shape[0] - rank, basis.shape[1], 0).to(basis.device)
     for _ in range(2):  # the second pass removes the rounding error of the first
-        fresh = fresh - (fresh @ kept.mT) @ kept
+        fresh = fresh - (fresh @ leading.mT) @ leading
         fresh = torch.linalg.qr(fresh.mT).Q.mT
-    return torch.cat([kept, fresh])
+    return torch.cat([leading, fresh])

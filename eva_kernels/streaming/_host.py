@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "as_array", "home_of", "read", "reads_are_free", "upload"]
+__all__ = ["Array", "as_array", "read", "reads_are_free", "state_device", "upload"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _NOTHING: Array = np.empty(0)
@@ -29,17 +29,17 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def home_of(device: torch.device) -> torch.device:
+def state_device(device: torch.device) -> torch.device:
     """Return the device for the state of a stream whose tokens are on ``device``.
 
     That is the device itself, or the CPU if the device lacks float64 support for the operations of
     a fold, such as Apple's GPUs and some of Intel's.
     """
-    return device if _is_wide(device) else torch.device("cpu")
+    return device if _supports_float64(device) else torch.device("cpu")
 
 
 @functools.cache
-def _is_wide(device: torch.device) -> bool:
+def _supports_float64(device: torch.device) -> bool:
     if device.type in ("cpu", "cuda", "meta"):
         return True
     try:

@@ -40,35 +40,35 @@ def allocate_ranks(
 
     Reference: arXiv 2410.07170, section 3; PEFT ``_get_rank_distribution``.
     """
-    pooled = _table(ratios)
+    pooled = _padded_ratios(ratios)
     layers, length = pooled.shape
     prices = np.ones(layers, np.int64) if costs is None else np.array(costs)
-    ceiling = np.count_nonzero(pooled, axis=1)
+    max_ranks = np.count_nonzero(pooled, axis=1)
     floors = np.array(min_rank, np.int64)
     if floors.ndim and len(floors) != layers:
         raise EvaValueError(f"min_rank has {len(floors)} entries for {layers} layers")
-    least = np.minimum(floors, ceiling)
-    left = budget - (least @ prices).item()
-    if left < 0:
+    min_ranks = np.minimum(floors, max_ranks)
+    remaining = budget - (min_ranks @ prices).item()
+    if remaining < 0:
         raise EvaValueError(
-            f"min_rank={floors.max()} for {layers} layers costs {budget - left}, more than "
+            f"min_rank={floors.max()} for {layers} layers costs {budget - remaining}, more than "
             f"the budget of {budget}; lower min_rank or raise r"
         )
     index = np.arange(length)
-    open_ = np.flatnonzero((index >= least[:, None]) & (index < ceiling[:, None]))
-    layer = open_ // length
+    candidates = np.flatnonzero((index >= min_ranks[:, None]) & (index < max_ranks[:, None]))
+    layer_of_candidate = candidates // length
     if costs is None:
-        winners = layer[_largest(pooled.reshape(-1)[open_], left)]
-        return (least + np.bincount(winners, minlength=layers)).tolist()
-    density = pooled.reshape(-1)[open_] / prices[layer]
-    ranks, price = least.tolist(), prices.tolist()
-    for i in layer[np.argsort(-density, kind="stable")].tolist():
-        if price[i] <= left:
-            ranks[i], left = ranks[i] + 1, left - price[i]
+        winners = layer_of_candidate[_largest(pooled.reshape(-1)[candidates], remaining)]
+        return (min_ranks + np.bincount(winners, minlength=layers)).tolist()
+    density = pooled.reshape(-1)[candidates] / prices[layer_of_candidate]
+    ranks, price = min_ranks.tolist(), prices.tolist()
+    for i in layer_of_candidate[np.argsort(-density, kind="stable")].tolist():
+        if price[i] <= remaining:
+            ranks[i], remaining = ranks[i] + 1, remaining - price[i]
     return ranks
 
 
-def _table(ratios: Sequence[Tensor | Array] | Array) -> Array:
+def _padded_ratios(ratios: Sequence[Tensor | Array] | Array) -> Array:
     """Return the ratios as rows of one array, 0 where there is no component."""
     if not isinstance(ratios, np.ndarray):
         parts = [as_array(r) for r in ratios]
@@ -84,6 +84,6 @@ def _largest(values: Array, count: int) -> np.ndarray[Any, Any]:
         return np.arange(len(values))
     if count == 0:
         return np.arange(0)
-    least = np.partition(values, -count)[-count]
-    above = np.flatnonzero(values > least)
-    return np.concatenate([above, np.flatnonzero(values == least)[: count - len(above)]])
+    threshold = np.partition(values, -count)[-count]
+    above = np.flatnonzero(values > threshold)
+    return np.concatenate([above, np.flatnonzero(values == threshold)[: count - len(above)]])

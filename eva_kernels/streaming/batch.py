@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..ops.fold import HEADER_SIZE
 from . import _host
-from ._basis import repair
+from ._basis import repair_basis
 from ._host import Array
 from .nystrom import Nystrom, nystrom
 from .state import GramState, SketchState, StepSums
@@ -32,11 +32,11 @@ from .state import GramState, SketchState, StepSums
 __all__ = [
     "Batch",
     "GramBatch",
-    "Numbers",
+    "HostNumbers",
     "SketchBatch",
     "chunk_bytes",
     "decompose",
-    "head_of",
+    "fold_numbers",
     "stacked",
 ]
 
@@ -48,12 +48,12 @@ CHUNK_BYTES = 1 << 20
 CHUNK_BYTES_ACCELERATOR = 32 << 20
 
 
-def chunk_bytes(free: bool) -> int:
-    """Return the most bytes of float64 bases in a chunk; ``free``: whether reads are free."""
-    return CHUNK_BYTES if free else CHUNK_BYTES_ACCELERATOR
+def chunk_bytes(reads_are_free: bool) -> int:
+    """Return the most bytes of float64 bases in a chunk, see :func:`._host.reads_are_free`."""
+    return CHUNK_BYTES if reads_are_free else CHUNK_BYTES_ACCELERATOR
 
 
-class Numbers(NamedTuple):
+class HostNumbers(NamedTuple):
     """The numbers that the host reads for each layer, see :class:`Batch` and :class:`Nystrom`."""
 
     check: Array
@@ -65,15 +65,15 @@ class Numbers(NamedTuple):
     captured: Array
 
     @classmethod
-    def of(cls, scalars: Array, told: Array) -> Numbers:
-        """Split :attr:`Batch.scalars` and :attr:`Nystrom.told` into named columns."""
-        width = told.shape[1] // 2 - 1
+    def from_columns(cls, scalars: Array, summary: Array) -> HostNumbers:
+        """Split :attr:`Batch.scalars` and :attr:`Nystrom.summary` into named columns."""
+        width = summary.shape[1] // 2 - 1
         check, gain, norm = scalars.T
-        squares, captured = told[:, 2 : 2 + width], told[:, 2 + width :]
-        return cls(check, gain, norm, told[:, 0], told[:, 1], squares, captured)
+        squares, captured = summary[:, 2 : 2 + width], summary[:, 2 + width :]
+        return cls(check, gain, norm, summary[:, 0], summary[:, 1], squares, captured)
 
     @property
-    def sound(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def is_finite(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Whether all numbers of a layer are finite, (L,); the device decides by the same test."""
         scalars = self.check + self.gain + self.mean_norm
         return np.isfinite(scalars + self.squares.sum(1) + self.captured.sum(1))
@@ -87,102 +87,107 @@ class Batch:
         size: bytes of the largest float64 array of one layer.
 
     Attributes:
-        numbers: of sketches, see :func:`head_of`.
+        numbers: of sketches, see :func:`fold_numbers`.
         mean: the new means, (L, D), dtype of the basis.
         scalars: float64 (L, 3): a number that is not finite if the sums of a layer are unusable,
             how much the step increases ``total``, and the norm of the new mean.
         ceiling: float64 (L,), upper bound of the rank.
-        starts: per layer, tokens after the fold and ``total`` before it.
-        found: result of :func:`decompose`.
+        counts_and_totals: per layer, tokens after the fold and ``total`` before it.
+        decomposition: result of :func:`decompose`.
     """
 
     numbers: Tensor
     mean: Tensor
     scalars: Tensor
     ceiling: Tensor
-    starts: list[tuple[int, float]]
-    found: Nystrom
+    counts_and_totals: list[tuple[int, float]]
+    decomposition: Nystrom
 
-    def __init__(self, sketches: Sequence[SketchState], size: int) -> None:
+    def __init__(self, sketches: Sequence[SketchState], layer_bytes: int) -> None:
         self.sketches = list(sketches)
         basis = sketches[0].basis
         self.device, self.dtype, self.width = basis.device, basis.dtype, len(basis)
-        self.free = _host.reads_are_free(self.device)
-        layers = max(1, chunk_bytes(self.free) // size)
+        self.reads_are_free = _host.reads_are_free(self.device)
+        layers = max(1, chunk_bytes(self.reads_are_free) // layer_bytes)
         edges = [*range(0, len(sketches), layers), len(sketches)]
         self.chunks = [slice(a, b) for a, b in pairwise(edges)]
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._cached_image: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.sketches)
 
-    def image(self, chunk: slice, basis: Tensor, wide: Tensor | None = None) -> Tensor:
+    def image(self, chunk: slice, basis: Tensor, basis64: Tensor | None = None) -> Tensor:
         """Return ``Y = V C`` as rows, float64 (l, Q, D).
 
         Args:
             chunk: which layers.
             basis: their bases, (l, Q, D), in their own dtype.
-            wide: the same in float64; given at the first call for a chunk.
+            basis64: the same in float64; given at the first call for a chunk.
         """
         raise NotImplementedError
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """Return ``Y V^T`` and ``Y Y^T``, (L, Q, Q)."""
-        cores, metrics = zip(*map(self._measure, self.chunks), strict=True)
+        cores, metrics = zip(*map(self._measure_chunk, self.chunks), strict=True)
         return joined(cores), joined(metrics)
 
     # A separate function per chunk, so that its temporaries are freed.
-    def _measure(self, chunk: slice) -> tuple[Tensor, Tensor]:
+    def _measure_chunk(self, chunk: slice) -> tuple[Tensor, Tensor]:
         basis = stacked([s.basis for s in self.sketches[chunk]])
-        wide = basis.double()
-        image = self.image(chunk, basis, wide)
+        basis64 = basis.double()
+        image = self.image(chunk, basis, basis64)
         if len(self.chunks) == 1:
-            self._kept = basis, image
-        return image @ wide.mT, image @ image.mT
+            self._cached_image = basis, image
+        return image @ basis64.mT, image @ image.mT
 
-    def renew(self, sound: Tensor, kept: Sequence[int]) -> Tensor:
-        """Overwrite rows and means with the new ones, if ``sound``, a () bool.
+    def write_rows(self, all_finite: Tensor, num_saved: Sequence[int]) -> Tensor:
+        """Overwrite rows and means with the new ones, if ``all_finite``, a () bool.
 
         Rows from the rank on are not written.
 
         Args:
-            sound: whether the sums of all layers are finite.
-            kept: per layer, how many leading old rows to return.
+            all_finite: whether the sums of all layers are finite.
+            num_saved: per layer, how many leading old rows to return.
 
         Returns:
-            Copies of the old rows, (sum of kept, D).
+            Copies of the old rows, (sum of num_saved, D).
         """
-        before = self.sketches[0].basis.new_empty(sum(kept), self.mean.shape[1])
+        saved = self.sketches[0].basis.new_empty(sum(num_saved), self.mean.shape[1])
         for chunk in self.chunks:
-            self._renew(chunk, sound, kept[chunk], before[sum(kept[: chunk.start]) :])
+            self._write_chunk(
+                chunk, all_finite, num_saved[chunk], saved[sum(num_saved[: chunk.start]) :]
+            )
         means = [s.mean for s in self.sketches]
-        new = torch.where(sound, self.mean, torch.stack(means))
+        new = torch.where(all_finite, self.mean, torch.stack(means))
         torch._foreach_copy_(means, list(new.unbind(0)))
-        return before
+        return saved
 
-    def _renew(self, chunk: slice, sound: Tensor, kept: Sequence[int], before: Tensor) -> None:
-        basis, rows = self.rows(chunk)
-        leading = [old[:count] for old, count in zip(basis, kept, strict=True)]
-        torch.cat(leading, out=before[: sum(kept)])
-        new = torch.arange(self.width, device=self.device) < self.found.rank[chunk, None]
-        rows = torch.where((sound & new)[:, :, None], rows.to(self.dtype), basis)
+    def _write_chunk(
+        self, chunk: slice, all_finite: Tensor, num_saved: Sequence[int], saved: Tensor
+    ) -> None:
+        basis, rows = self.old_and_new_rows(chunk)
+        leading = [old[:count] for old, count in zip(basis, num_saved, strict=True)]
+        torch.cat(leading, out=saved[: sum(num_saved)])
+        rank = self.decomposition.rank[chunk, None]
+        in_rank = torch.arange(self.width, device=self.device) < rank
+        rows = torch.where((all_finite & in_rank)[:, :, None], rows.to(self.dtype), basis)
         torch._foreach_copy_([s.basis for s in self.sketches[chunk]], list(rows.unbind(0)))
 
-    def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
+    def old_and_new_rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
         """Return the old rows of a chunk and, float64, the new ones, (l, Q, D)."""
-        if self._kept is not None:
-            (basis, image), self._kept = self._kept, None
+        if self._cached_image is not None:
+            (basis, image), self._cached_image = self._cached_image, None
         else:
             basis = stacked([s.basis for s in self.sketches[chunk]])
             image = self.image(chunk, basis)
-        rows = self.found.mixing[chunk].mT @ image
-        if self.free:
-            for i in torch.nonzero(self.found.uneven[chunk]).flatten().tolist():
-                rows[i] = repair(rows[i], int(self.found.rank[chunk][i]))
+        rows = self.decomposition.mixing[chunk].mT @ image
+        if self.reads_are_free:
+            for i in torch.nonzero(self.decomposition.uneven[chunk]).flatten().tolist():
+                rows[i] = repair_basis(rows[i], int(self.decomposition.rank[chunk][i]))
         return basis, rows
 
-    def results(
-        self, numbers: Numbers, bases: Sequence[Tensor], means: Sequence[Tensor]
+    def new_states(
+        self, numbers: HostNumbers, bases: Sequence[Tensor], means: Sequence[Tensor]
     ) -> list[tuple[SketchState, Array]]:
         """Return the new states, each with the variance captured by its old basis, (Q,).
 
@@ -190,32 +195,33 @@ class Batch:
             numbers: as read by the host.
             bases, means: the new ones.
         """
-        values, found = np.sqrt(numbers.squares), []
+        values, new_states = np.sqrt(numbers.squares), []
         scalars = numbers.gain.tolist(), numbers.rank.tolist(), numbers.mean_norm.tolist()
         for i, (gain, rank, norm) in enumerate(zip(*scalars, strict=True)):
-            count, start = self.starts[i]
+            count, start = self.counts_and_totals[i]
             state = SketchState(count, means[i], bases[i], values[i], start + gain, int(rank), norm)
-            found.append((state, numbers.captured[i]))
-        return found
+            new_states.append((state, numbers.captured[i]))
+        return new_states
 
 
-def head_of(
+def fold_numbers(
     states: Sequence[SketchState], sums: Sequence[StepSums]
 ) -> tuple[Tensor, list[tuple[int, float]]]:
     """Return what the host knows of sketches before a fold.
 
     Returns:
         On their device, float64 (L, 4 + Q): ``added``, the tokens of the step; ``added / count``;
-        an upper bound of the rank; ``added^2 / count``; the squares s^2. And :attr:`Batch.starts`.
+        an upper bound of the rank; ``added^2 / count``; the squares s^2. And
+        :attr:`Batch.counts_and_totals`.
     """
     basis = states[0].basis
-    host, starts = np.empty((len(states), HEADER_SIZE + len(basis))), []
-    for row, state, step in zip(host, states, sums, strict=True):
+    rows, counts_and_totals = np.empty((len(states), HEADER_SIZE + len(basis))), []
+    for row, state, step in zip(rows, states, sums, strict=True):
         added, count = float(step.count), float(state.count + step.count)
-        starts.append((state.count + step.count, state.total))
+        counts_and_totals.append((state.count + step.count, state.total))
         row[:HEADER_SIZE] = added, added / count, count - 1, added**2 / count
         np.square(state.values, out=row[HEADER_SIZE:])
-    return _host.upload(torch.from_numpy(host), basis.device), starts
+    return _host.upload(torch.from_numpy(rows), basis.device), counts_and_totals
 
 
 class SketchBatch(Batch):
@@ -229,7 +235,7 @@ class SketchBatch(Batch):
     def __init__(self, states: Sequence[SketchState], sums: Sequence[StepSums]) -> None:
         super().__init__(states, states[0].basis.numel() * 8)
         self.sums = list(sums)
-        self.numbers, self.starts = head_of(states, sums)
+        self.numbers, self.counts_and_totals = fold_numbers(states, sums)
         self.ceiling = self.numbers[:, 2]
         added, share, _, weight = self.numbers[:, :HEADER_SIZE].split(1, dim=1)
         delta, square = stacked([s.shift for s in sums]) / added, stacked([s.square for s in sums])
@@ -242,14 +248,14 @@ class SketchBatch(Batch):
         self._weight, self._squares = weight.unsqueeze(2), self.numbers[:, HEADER_SIZE:, None]
         self._along = delta.new_empty(len(states), self.width, 1)
 
-    def image(self, chunk: slice, basis: Tensor, wide: Tensor | None = None) -> Tensor:
+    def image(self, chunk: slice, basis: Tensor, basis64: Tensor | None = None) -> Tensor:
         """See :class:`Batch`; exact for the C that the state represents."""
         products = stacked([s.products for s in self.sums[chunk]])
         delta, squares = self._delta[chunk], self._squares[chunk]
-        if wide is not None:
-            torch.mul(wide @ delta.mT, self._weight[chunk], out=self._along[chunk])
-        if self.free and wide is not None:  # faster on a CPU, bitwise the same
-            image = products.to(torch.float64, copy=True).addcmul_(wide, squares)
+        if basis64 is not None:
+            torch.mul(basis64 @ delta.mT, self._weight[chunk], out=self._along[chunk])
+        if self.reads_are_free and basis64 is not None:  # faster on a CPU, bitwise the same
+            image = products.to(torch.float64, copy=True).addcmul_(basis64, squares)
         else:  # promoted to float64 on the way, in one kernel
             image = torch.addcmul(products, basis, squares)
         return image.baddbmm_(self._along[chunk], delta, alpha=-1)
@@ -263,17 +269,17 @@ class GramBatch(Batch):
         super().__init__([s.sketch for s in states], features * features * 8)
         self.sums = [s.sums for s in states]
         # The trace of the exact scatter is the whole total.
-        self.starts = [(s.count, 0.0) for s in self.sums]
+        self.counts_and_totals = [(s.count, 0.0) for s in self.sums]
         count = np.array([float(max(s.count, 1)) for s in self.sums])
         table = _host.upload(
             torch.from_numpy(np.stack([count, -1 / count, count - 1], 1)), self.device
         )
-        count_, self._share, self.ceiling = table.unbind(1)
+        device_count, self._share, self.ceiling = table.unbind(1)
         self._shift = stacked([s.shift for s in self.sums])
         diagonal = stacked([s.products.diagonal() for s in self.sums])
         gain = self._about_mean(diagonal, self._shift, self._shift, slice(None)).sum(1)
         pivot = stacked([s.pivot for s in states])
-        self.mean = (pivot + self._shift / count_[:, None]).to(self.dtype)
+        self.mean = (pivot + self._shift / device_count[:, None]).to(self.dtype)
         check = torch.zeros_like(gain)
         if any(s.bad is not None for s in self.sums):
             bad = stacked([check[0] if s.bad is None else s.bad for s in self.sums])
@@ -285,26 +291,31 @@ class GramBatch(Batch):
         share = self._share[chunk].reshape(-1, *[1] * (right.dim() - 1))
         return torch.addcmul(scatter, left, right * share)
 
-    def image(self, chunk: slice, basis: Tensor, wide: Tensor | None = None) -> Tensor:
+    def image(self, chunk: slice, basis: Tensor, basis64: Tensor | None = None) -> Tensor:
         """See :class:`Batch`; for the exact C."""
         products, shift = stacked([s.products for s in self.sums[chunk]]), self._shift[chunk]
         scatter = self._about_mean(products, shift[:, :, None], shift[:, None, :], chunk)
-        return (basis.double() if wide is None else wide) @ scatter
+        return (basis.double() if basis64 is None else basis64) @ scatter
 
 
 def decompose(batches: Sequence[Batch]) -> None:
-    """Do the (Q, Q) part for all layers of equal Q at once, whatever their D; sets ``found``."""
+    """Set ``decomposition``: the (Q, Q) part for all layers of equal Q at once, for any D."""
     groups: dict[tuple[object, ...], list[Batch]] = defaultdict(list)
     for batch in batches:
         groups[batch.device, batch.width, batch.dtype].append(batch)
     for group in groups.values():
         cores, metrics = zip(*(batch.measure() for batch in group), strict=True)
         ceiling = joined([batch.ceiling for batch in group])
-        found = nystrom(joined(cores), joined(metrics), ceiling, group[0].dtype)
+        decomposition = nystrom(joined(cores), joined(metrics), ceiling, group[0].dtype)
         sizes = [len(batch) for batch in group]
-        parts = zip(group, found.mixing.split(sizes), found.told.split(sizes), strict=True)
-        for batch, mixing, told in parts:
-            batch.found = Nystrom(mixing, told)
+        parts = zip(
+            group,
+            decomposition.mixing.split(sizes),
+            decomposition.summary.split(sizes),
+            strict=True,
+        )
+        for batch, mixing, summary in parts:
+            batch.decomposition = Nystrom(mixing, summary)
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

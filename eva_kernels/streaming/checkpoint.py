@@ -15,7 +15,7 @@ from .stream import InputStream
 __all__ = ["export_stream", "restore_stream"]
 
 _NUMBERS = ("pending", "skipped", "folds", "similarity", "converged", "settled", "lost")
-_OPTIONAL = ("previous", "cosines")
+_OPTIONAL_TENSORS = ("previous", "cosines")
 CPU = torch.device("cpu")
 
 
@@ -29,17 +29,17 @@ def export_stream(stream: InputStream) -> tuple[dict[str, Any], dict[str, Tensor
         A JSON-able record, and tensors by name. The tensors are the stream's own: write or copy
         them before the stream goes on.
     """
-    record = {**_sizes(stream), **{name: getattr(stream, name) for name in _NUMBERS}}
+    record = {**_size_record(stream), **{name: getattr(stream, name) for name in _NUMBERS}}
     tensors: dict[str, Tensor] = {}
     if stream.sketch is not None:
-        tensors |= _sketch_parts(stream.sketch)
+        tensors |= _sketch_tensors(stream.sketch)
     if isinstance(stream.state, GramState):
         tensors["pivot"] = stream.state.pivot
     # A sketch starts its sums at zero after a fold; those of a Gram stream are its state.
     exact = isinstance(stream.state, GramState)
     if stream.sums is not None and (exact or stream.pending):
-        tensors |= _sums_parts(stream.sums)
-    for name in _OPTIONAL:
+        tensors |= _sums_tensors(stream.sums)
+    for name in _OPTIONAL_TENSORS:
         value = getattr(stream, name)
         if value is not None:
             tensors[name] = value
@@ -60,7 +60,7 @@ def restore_stream(
     """
     differing = [
         f"{name} {record.get(name)!r} instead of {value!r}"
-        for name, value in _sizes(stream).items()
+        for name, value in _size_record(stream).items()
         if record.get(name) != value
     ]
     if differing:
@@ -74,26 +74,26 @@ def restore_stream(
     for name, number in numbers.items():
         setattr(stream, name, number)
     if "previous" in tensors:
-        stream.previous = _copy(tensors["previous"], stream.device)
+        stream.previous = _copy_to(tensors["previous"], stream.device)
     if "cosines" in tensors:
-        stream.cosines = _copy(tensors["cosines"], CPU)
+        stream.cosines = _copy_to(tensors["cosines"], CPU)
 
 
 def _restore_state(stream: InputStream, tensors: Mapping[str, Tensor]) -> None:
-    sketch = _sketch_of(stream, tensors)
+    sketch = _sketch_from(stream, tensors)
     if stream.options.method == "gram":
-        sums = _sums_of(stream, tensors)
-        pivot = _copy(tensors["pivot"], stream.device)
+        sums = _sums_from(stream, tensors)
+        pivot = _copy_to(tensors["pivot"], stream.device)
         # The same object in both places: the sums of a Gram stream are accumulated in place.
         stream.state, stream.sums = GramState(sums, pivot, sketch), sums
     elif "sums.products" in tensors:
-        stream.state, stream.sums = sketch, _sums_of(stream, tensors)
+        stream.state, stream.sums = sketch, _sums_from(stream, tensors)
     else:
         size = (stream.width, stream.features, stream.dtype, stream.device)
         stream.state, stream.sums = sketch, zero_sums(*size)
 
 
-def _sizes(stream: InputStream) -> dict[str, Any]:
+def _size_record(stream: InputStream) -> dict[str, Any]:
     return {
         "features": stream.features,
         "components": stream.components,
@@ -103,7 +103,7 @@ def _sizes(stream: InputStream) -> dict[str, Any]:
     }
 
 
-def _sketch_parts(sketch: SketchState) -> dict[str, Tensor]:
+def _sketch_tensors(sketch: SketchState) -> dict[str, Tensor]:
     return {
         "sketch.count": torch.tensor(sketch.count, dtype=torch.float64, device="cpu"),
         "sketch.mean": sketch.mean,
@@ -115,38 +115,38 @@ def _sketch_parts(sketch: SketchState) -> dict[str, Tensor]:
     }
 
 
-def _sketch_of(stream: InputStream, tensors: Mapping[str, Tensor]) -> SketchState:
+def _sketch_from(stream: InputStream, tensors: Mapping[str, Tensor]) -> SketchState:
     return SketchState(
         count=int(tensors["sketch.count"]),
-        mean=_copy(tensors["sketch.mean"], stream.device),
-        basis=_copy(tensors["sketch.basis"], stream.device),
-        values=_copy(tensors["sketch.singular_values"], CPU).numpy(),
+        mean=_copy_to(tensors["sketch.mean"], stream.device),
+        basis=_copy_to(tensors["sketch.basis"], stream.device),
+        values=_copy_to(tensors["sketch.singular_values"], CPU).numpy(),
         total=float(tensors["sketch.total"]),
         rank=int(tensors["sketch.rank"]),
         mean_norm=float(tensors["sketch.mean_norm"]),
     )
 
 
-def _sums_parts(sums: StepSums) -> dict[str, Tensor]:
-    parts = {
+def _sums_tensors(sums: StepSums) -> dict[str, Tensor]:
+    tensors = {
         "sums.count": torch.tensor(sums.count, dtype=torch.float64, device="cpu"),
         "sums.shift": sums.shift,
         "sums.square": sums.square,
         "sums.products": sums.products,
     }
-    return parts if sums.bad is None else {**parts, "sums.bad": sums.bad}
+    return tensors if sums.bad is None else {**tensors, "sums.bad": sums.bad}
 
 
-def _sums_of(stream: InputStream, tensors: Mapping[str, Tensor]) -> StepSums:
+def _sums_from(stream: InputStream, tensors: Mapping[str, Tensor]) -> StepSums:
     bad = tensors.get("sums.bad")
     return StepSums(
         count=int(tensors["sums.count"]),
-        shift=_copy(tensors["sums.shift"], stream.device),
-        square=_copy(tensors["sums.square"], stream.device),
-        products=_copy(tensors["sums.products"], stream.device),
-        bad=None if bad is None else _copy(bad, stream.device),
+        shift=_copy_to(tensors["sums.shift"], stream.device),
+        square=_copy_to(tensors["sums.square"], stream.device),
+        products=_copy_to(tensors["sums.products"], stream.device),
+        bad=None if bad is None else _copy_to(bad, stream.device),
     )
 
 
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+def _copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, copy=True)

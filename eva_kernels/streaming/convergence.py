@@ -15,10 +15,10 @@ from ..ops.eigh import eigh
 from . import _host
 from ._autocast import without_autocast
 from ._host import Array
-from .step import by_device, read_cosines
+from .step import read_cosines, split_by_device
 from .stream import InputStream
 
-Singles = np.ndarray[Any, np.dtype[np.float32]]
+Float32Array = np.ndarray[Any, np.dtype[np.float32]]
 
 __all__ = ["compare_streams", "leading_similar"]
 
@@ -55,54 +55,56 @@ def compare_streams(
     if criterion == "subspace":
         _compare_spans([(s, r) for s, r in pairs if s.previous is not None], tau)
     else:
-        read_cosines([s for s in folded if s.turned is None])
+        read_cosines([s for s in folded if s.pending_cosines is None])
         by_width: dict[int, list[tuple[InputStream, int]]] = defaultdict(list)
         for stream, rank in pairs:
-            if stream.turned is not None:
-                by_width[len(stream.turned)].append((stream, rank))
+            if stream.pending_cosines is not None:
+                by_width[len(stream.pending_cosines)].append((stream, rank))
         for group in by_width.values():
-            _judge(group, tau)
+            _apply_threshold(group, tau)
     for stream in folded:
         if stream.previous is None:
             stream.similarity, stream.converged = None, False
-        stream.previous = stream.turned = None
+        stream.previous = stream.pending_cosines = None
 
 
 def leading_similar(cosines: Tensor, tau: float) -> int:
     """Return how many leading components are at least ``tau`` similar; NaN does not count."""
-    return int(_similar(_least_of_leading(cosines.float().numpy()), tau))
+    return int(_count_similar(_running_minimum(cosines.float().numpy()), tau))
 
 
-def _judge(group: Sequence[tuple[InputStream, int]], tau: float) -> None:
+def _apply_threshold(group: Sequence[tuple[InputStream, int]], tau: float) -> None:
     """Compare the cosines that the fold has read, of streams of equal K, with ``tau``."""
-    turned = np.stack([s.turned for s, _ in group if s.turned is not None]).astype(np.float32)
-    least = _least_of_leading(turned)
-    similar = _similar(least, tau).tolist()
+    cosines = np.stack(
+        [s.pending_cosines for s, _ in group if s.pending_cosines is not None]
+    ).astype(np.float32)
+    minima = _running_minimum(cosines)
+    num_similar = _count_similar(minima, tau).tolist()
     rows, ranks = np.arange(len(group)), np.array([rank for _, rank in group])
-    last = ranks.clip(1, least.shape[1]) - 1
-    smallest = np.where(ranks > 0, least[rows, last], 1.0).tolist()
-    kept = torch.from_numpy(turned).unbind()  # one call for all
+    last_needed = ranks.clip(1, minima.shape[1]) - 1
+    smallest = np.where(ranks > 0, minima[rows, last_needed], 1.0).tolist()
+    cosines_by_stream = torch.from_numpy(cosines).unbind()  # one call for all
     for i, (stream, rank) in enumerate(group):
-        stream.cosines = kept[i]
-        stream.settled = max(stream.settled, similar[i])
-        stream.similarity, stream.converged = smallest[i], similar[i] >= rank
+        stream.cosines = cosines_by_stream[i]
+        stream.settled = max(stream.settled, num_similar[i])
+        stream.similarity, stream.converged = smallest[i], num_similar[i] >= rank
 
 
-def _least_of_leading(cosines: Singles) -> Singles:
+def _running_minimum(cosines: Float32Array) -> Float32Array:
     """Return the running minimum along the last axis; NaN from the first NaN on."""
     return np.minimum.accumulate(cosines, axis=-1)
 
 
-def _similar(least: Singles, tau: float) -> np.ndarray[Any, Any]:
+def _count_similar(minima: Float32Array, tau: float) -> np.ndarray[Any, Any]:
     # In single precision, like the cosines: one that was rounded to tau passes.
-    return (least >= np.float32(tau)).sum(-1)
+    return (minima >= np.float32(tau)).sum(-1)
 
 
 def _compare_spans(pairs: Sequence[tuple[InputStream, int]], tau: float) -> None:
     rank_of = {id(stream): rank for stream, rank in pairs}
-    parts = by_device([stream for stream, _ in pairs])
-    launched = [_principal_cosines(part, [rank_of[id(s)] for s in part]) for part in parts]
-    for part, array in zip(parts, _host.read(launched), strict=True):
+    parts = split_by_device([stream for stream, _ in pairs])
+    cosines = [_principal_cosines(part, [rank_of[id(s)] for s in part]) for part in parts]
+    for part, array in zip(parts, _host.read(cosines), strict=True):
         for stream, value in zip(part, array.tolist(), strict=True):
             stream.similarity, stream.converged = value, value >= tau
             stream.settled = max(stream.settled, rank_of[id(stream)] if value >= tau else 0)
@@ -117,7 +119,7 @@ def _principal_cosines(streams: Sequence[InputStream], ranks: Sequence[int]) -> 
     ]
     if _host.reads_are_free(streams[0].device):
         return torch.tensor(
-            [_least(torch.linalg.svdvals(o).numpy()) for o in overlaps],
+            [_smallest_or_one(torch.linalg.svdvals(o).numpy()) for o in overlaps],
             dtype=torch.float64,
             device="cpu",
         )
@@ -131,5 +133,5 @@ def _principal_cosines(streams: Sequence[InputStream], ranks: Sequence[int]) -> 
     return eigh(blocks)[0][:, 0].clamp(0.0, 1.0).sqrt()
 
 
-def _least(cosines: Array) -> float:
+def _smallest_or_one(cosines: Array) -> float:
     return float(cosines.min()) if cosines.size else 1.0

@@ -16,14 +16,14 @@ from ..ops import start
 from ..ops.fold import runs_natively
 from ..ops.start import runs_natively as starts_natively
 from . import _host
-from ._basis import repair
+from ._basis import repair_basis
 from ._host import Array
-from .batch import Batch, GramBatch, Numbers, SketchBatch, chunk_bytes, decompose
+from .batch import Batch, GramBatch, HostNumbers, SketchBatch, chunk_bytes, decompose
 from .native_batch import NativeSketchBatch
 from .nystrom import orthogonalisation, whitening
 from .state import GramState, SketchState, StepSums, clear_sums
 
-__all__ = ["first_basis", "fold", "fold_gram", "lost_shares", "sketch_batch"]
+__all__ = ["first_basis", "fold", "fold_gram", "lost_shares", "make_sketch_batch"]
 
 
 def fold(
@@ -74,10 +74,11 @@ def lost_shares(squares: Array, captured: Array, components: Sequence[int]) -> l
         captured: variance along each row of the basis before it, (L, Q).
         components: K of each; only the leading K rows count, before and after.
     """
-    at = np.arange(len(components)), np.array(components) - 1
-    now, before = squares.cumsum(1)[at], captured.cumsum(1)[at]
-    lost = 1 - before / np.where(now > 0, now, np.inf)
-    return np.where(now > 0, lost.clip(min=0.0), 0.0).tolist()
+    last_component = np.arange(len(components)), np.array(components) - 1
+    captured_after = squares.cumsum(1)[last_component]
+    captured_before = captured.cumsum(1)[last_component]
+    lost = 1 - captured_before / np.where(captured_after > 0, captured_after, np.inf)
+    return np.where(captured_after > 0, lost.clip(min=0.0), 0.0).tolist()
 
 
 def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:
@@ -86,30 +87,30 @@ def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:
     for chunk in batch.chunks:
         # Each in memory of its own: BLAS chooses its code path, and so the bits of a product, by
         # the alignment, and a restored stream must give the same bits.
-        bases += [rows.to(batch.dtype, copy=True) for rows in batch.rows(chunk)[1]]
-    numbers = Numbers.of(*_host.read([batch.scalars, batch.found.told]))
-    if not batch.free:  # where reads are free, this was done before rounding
+        bases += [rows.to(batch.dtype, copy=True) for rows in batch.old_and_new_rows(chunk)[1]]
+    numbers = HostNumbers.from_columns(*_host.read([batch.scalars, batch.decomposition.summary]))
+    if not batch.reads_are_free:  # where reads are free, this was done before rounding
         for i in numbers.uneven.nonzero()[0].tolist():
-            bases[i] = repair(bases[i].double(), int(numbers.rank[i])).to(batch.dtype)
-    return batch.results(numbers, bases, batch.mean.unbind(0))
+            bases[i] = repair_basis(bases[i].double(), int(numbers.rank[i])).to(batch.dtype)
+    return batch.new_states(numbers, bases, batch.mean.unbind(0))
 
 
-def sketch_batch(
-    states: Sequence[SketchState], sums: Sequence[StepSums], kept: Sequence[int]
+def make_sketch_batch(
+    states: Sequence[SketchState], sums: Sequence[StepSums], num_saved: Sequence[int]
 ) -> Batch:
     """Return layer inputs of one shape as a batch, a native one if there is native code.
 
     Args:
         states, sums: see :class:`SketchBatch`.
-        kept: how many leading rows of each basis its ``renew`` will be asked to return.
+        num_saved: how many leading rows of each basis its ``write_rows`` will be asked to return.
     """
     if runs_natively(states[0].basis):
-        return NativeSketchBatch(states, sums, kept)
+        return NativeSketchBatch(states, sums, num_saved)
     return SketchBatch(states, sums)
 
 
-def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
-    """Return ``blank`` with basis and mean after a fold of ``sums``; it has seen no token.
+def first_basis(empty: SketchState, sums: StepSums) -> SketchState:
+    """Return ``empty`` with basis and mean after a fold of ``sums``; it has seen no token.
 
     The sums are cleared. Where a read is not free, basis and mean are written in place.
 
@@ -119,24 +120,24 @@ def first_basis(blank: SketchState, sums: StepSums) -> SketchState:
     orthonormal. That needs no host decision and, in native code, no eigenvectors. Rows beyond the
     rank are random.
     """
-    if _host.reads_are_free(blank.basis.device):
-        warm = fold([blank], [sums])[0][0]
+    if _host.reads_are_free(empty.basis.device):
+        folded = fold([empty], [sums])[0][0]
         clear_sums([sums])
-        return replace(blank, mean=warm.mean, basis=warm.basis)
-    if starts_natively(blank.basis):
-        start(blank.basis, sums.products, sums.shift, sums.square, blank.mean, sums.count)
+        return replace(empty, mean=folded.mean, basis=folded.basis)
+    if starts_natively(empty.basis):
+        start(empty.basis, sums.products, sums.shift, sums.square, empty.mean, sums.count)
         sums.count = 0
-        return blank
-    sound = torch.ones((), dtype=torch.bool, device=blank.basis.device)
-    batch = SketchBatch([blank], [sums])
-    batch.found = whitening(batch.measure()[0], batch.ceiling)
-    batch.renew(sound, [0])
+        return empty
+    all_finite = torch.ones((), dtype=torch.bool, device=empty.basis.device)
+    batch = SketchBatch([empty], [sums])
+    batch.decomposition = whitening(batch.measure()[0], batch.ceiling)
+    batch.write_rows(all_finite, [0])
     # A fold of one token at the mean, with C = V^T V: the image is the basis itself.
     clear_sums([sums])
     sums.count = 1
-    unit = replace(blank, values=np.ones_like(blank.values))
-    batch = SketchBatch([unit], [sums])
-    batch.found = orthogonalisation(batch.measure()[0])
-    batch.renew(sound, [0])
+    unit_spectrum = replace(empty, values=np.ones_like(empty.values))
+    batch = SketchBatch([unit_spectrum], [sums])
+    batch.decomposition = orthogonalisation(batch.measure()[0])
+    batch.write_rows(all_finite, [0])
     sums.count = 0
-    return blank
+    return empty

@@ -31,8 +31,8 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
     share = right.count / count
     mean = torch.lerp(left.mean.double(), right.mean.double(), share).to(left.mean.dtype)
     norm = torch.linalg.vector_norm(mean, dtype=torch.float64)
-    host, distance, norm_ = read([values[:width], delta.square().sum(), norm])
-    squares = host**2
+    host_values, squared_distance, host_norm = read([values[:width], delta.square().sum(), norm])
+    squares = host_values**2
     rank = int((squares > NOISE * squares[0]).sum())
     basis = vectors[:width].contiguous()  # LAPACK's result is column-major
     if rank < width:
@@ -43,9 +43,9 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
         mean=mean,
         basis=basis.to(left.basis.dtype),
         values=np.sqrt(squares),
-        total=left.total + right.total + weight * float(distance),
+        total=left.total + right.total + weight * float(squared_distance),
         rank=rank,
-        mean_norm=float(norm_),
+        mean_norm=float(host_norm),
     )
 
 
@@ -54,12 +54,12 @@ def merge_gram(left: GramState, right: GramState) -> GramState:
     count = right.sums.count
     delta = (right.pivot - left.pivot).double()
     cross = torch.outer(delta, right.sums.shift)
-    moved = right.sums.products + cross + cross.mT + count * torch.outer(delta, delta)
+    shifted_products = right.sums.products + cross + cross.mT + count * torch.outer(delta, delta)
     square = right.sums.square + 2 * delta @ right.sums.shift + count * delta.square().sum()
     sums = StepSums(
         count=left.sums.count + count,
         shift=left.sums.shift + right.sums.shift + count * delta,
         square=left.sums.square + square,
-        products=left.sums.products + moved.to(left.sums.products.dtype),
+        products=left.sums.products + shifted_products.to(left.sums.products.dtype),
     )
     return GramState(sums, left.pivot, left.sketch)

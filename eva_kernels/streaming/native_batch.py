@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..ops.fold import fold_layers, fold_measure, fold_prepare, fold_rows
-from .batch import Batch, head_of
+from .batch import Batch, fold_numbers
 from .state import SketchState, StepSums
 
 __all__ = ["NativeSketchBatch"]
@@ -19,14 +19,14 @@ class NativeSketchBatch(Batch):
     Args:
         states: that the sums are folded into.
         sums: about each state's mean; every count at least 1.
-        kept: how many leading rows of each basis :meth:`renew` will be asked to return.
+        num_saved: how many leading rows of each basis :meth:`write_rows` will be asked to return.
     """
 
     def __init__(
-        self, states: Sequence[SketchState], sums: Sequence[StepSums], kept: Sequence[int]
+        self, states: Sequence[SketchState], sums: Sequence[StepSums], num_saved: Sequence[int]
     ) -> None:
         super().__init__(states, states[0].basis.numel() * 8)
-        self.numbers, self.starts = head_of(states, sums)
+        self.numbers, self.counts_and_totals = fold_numbers(states, sums)
         self.ceiling = self.numbers[:, 2]
         self._layers = fold_layers(
             [s.basis for s in states],
@@ -34,7 +34,7 @@ class NativeSketchBatch(Batch):
             [s.shift for s in sums],
             [s.square for s in sums],
             [s.mean for s in states],
-            kept,
+            num_saved,
         )
         self._delta, self.mean, self.scalars = fold_prepare(self._layers, self.numbers)
 
@@ -43,7 +43,7 @@ class NativeSketchBatch(Batch):
         self._along, core, metric = fold_measure(self._layers, self.numbers, self._delta)
         return core, metric
 
-    def renew(self, sound: Tensor, kept: Sequence[int]) -> Tensor:
+    def write_rows(self, all_finite: Tensor, num_saved: Sequence[int]) -> Tensor:
         """See :class:`Batch`."""
         fold_rows(
             self._layers,
@@ -51,8 +51,8 @@ class NativeSketchBatch(Batch):
             self._delta,
             self._along,
             self.mean,
-            self.found.mixing,
-            self.found.told,
-            sound,
+            self.decomposition.mixing,
+            self.decomposition.summary,
+            all_finite,
         )
         return self._layers.saved

@@ -14,12 +14,12 @@ from .. import ops
 from ..ops.eigh import eigh, lapack_eigh
 from ..ops.nystrom import runs_natively
 from . import _host
-from ._basis import correction
+from ._basis import cholesky_correction
 
 __all__ = [
     "CUT",
-    "LOOSE",
     "NOISE",
+    "OVERLAP_TOLERANCE",
     "Nystrom",
     "nystrom",
     "nystrom_plain",
@@ -36,7 +36,7 @@ CUT = 1e-6
 UNEVEN = {torch.float32: 1e-6, torch.float64: 1e-3}
 # If the Gram matrix of the new rows is known, they are uneven if an entry is off by more than this:
 # below the rounding of a float32 basis, and a tenth of the tolerance of a float64 basis.
-LOOSE = {torch.float32: 1e-8, torch.float64: 1e-11}
+OVERLAP_TOLERANCE = {torch.float32: 1e-8, torch.float64: 1e-11}
 
 
 @dataclass(frozen=True)
@@ -45,31 +45,31 @@ class Nystrom:
 
     Attributes:
         mixing: (L, Q, Q); ``mixing^T Y`` are the new rows, zero beyond the rank.
-        told: the numbers that the host reads, (L, 2 + 2 Q): the columns that follow.
+        summary: the numbers that the host reads, (L, 2 + 2 Q): the columns that follow.
     """
 
     mixing: Tensor
-    told: Tensor
+    summary: Tensor
 
     @property
     def rank(self) -> Tensor:
         """(L,)."""
-        return self.told[:, 0]
+        return self.summary[:, 0]
 
     @property
     def uneven(self) -> Tensor:
-        """1 where the rows need :func:`._basis.repair`, otherwise 0, (L,)."""
-        return self.told[:, 1]
+        """1 where the rows need :func:`._basis.repair_basis`, otherwise 0, (L,)."""
+        return self.summary[:, 1]
 
     @property
     def squares(self) -> Tensor:
         """Eigenvalues (L, Q), descending, 0 beyond the rank."""
-        return self.told[:, 2 : 2 + self.mixing.shape[1]]
+        return self.summary[:, 2 : 2 + self.mixing.shape[1]]
 
     @property
     def captured(self) -> Tensor:
         """Variance along each row of the old basis, the diagonal of B, (L, Q)."""
-        return self.told[:, 2 + self.mixing.shape[1] :]
+        return self.summary[:, 2 + self.mixing.shape[1] :]
 
 
 def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -> Nystrom:
@@ -90,7 +90,7 @@ def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -
         correction, thanks to the graded accuracy of Jacobi's method. NaN in gives rank 0.
     """
     if runs_natively(core):
-        return Nystrom(*ops.nystrom(core, metric, ceiling, LOOSE[dtype]))
+        return Nystrom(*ops.nystrom(core, metric, ceiling, OVERLAP_TOLERANCE[dtype]))
     return nystrom_plain(core, metric, ceiling, dtype)
 
 
@@ -101,28 +101,28 @@ def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dt
     outer = scale[:, :, None] * scale[:, None, :]
     # Symmetric up to rounding: the factorisations below read the lower triangle only.
     core, metric = core.mul_(outer), metric.mul_(outer)
-    free = _host.reads_are_free(core.device)
-    whitener = _whitener(core) if free else _whiten(*eigh(core))
+    reads_are_free = _host.reads_are_free(core.device)
+    whitener = _whitener(core) if reads_are_free else _eigen_whitener(*eigh(core))
     image = whitener.mT @ metric @ whitener
-    squares, rotation = lapack_eigh(image) if free else eigh(image)
+    squares, rotation = lapack_eigh(image) if reads_are_free else eigh(image)
     squares, rotation = squares.flip(1), rotation.flip(2)
 
     rank = (squares > NOISE * squares[:, :1]).sum(1)
     rank = torch.minimum(rank, ceiling.to(rank.dtype))
-    alive = torch.arange(squares.shape[1], device=squares.device) < rank[:, None]
-    squares = torch.where(alive, squares, 0.0)
-    inverse = torch.where(alive, squares.rsqrt(), 0.0)
+    in_rank = torch.arange(squares.shape[1], device=squares.device) < rank[:, None]
+    squares = torch.where(in_rank, squares, 0.0)
+    inverse = torch.where(in_rank, squares.rsqrt(), 0.0)
     mixing = (whitener @ rotation) * inverse[:, None, :]
     uneven = rank < squares.shape[1]
-    if free:
+    if reads_are_free:
         # A row is orthogonal to the others only to eps times (largest / its own eigenvalue).
         uneven |= squares.amin(1) < UNEVEN[dtype] * squares[:, 0]
     else:
-        mixing, loose = _corrected(mixing, metric, alive)
-        uneven |= loose > LOOSE[dtype]
+        mixing, overlap_error = _orthonormality_corrected(mixing, metric, in_rank)
+        uneven |= overlap_error > OVERLAP_TOLERANCE[dtype]
     flags = torch.stack([rank.to(squares.dtype), uneven.to(squares.dtype)], 1)
-    told = torch.cat([flags, squares, captured], 1)
-    return Nystrom(scale[:, :, None] * mixing, told)
+    summary = torch.cat([flags, squares, captured], 1)
+    return Nystrom(scale[:, :, None] * mixing, summary)
 
 
 def whitening(core: Tensor, ceiling: Tensor) -> Nystrom:
@@ -138,9 +138,9 @@ def whitening(core: Tensor, ceiling: Tensor) -> Nystrom:
         return Nystrom(*ops.nystrom(core, core, ceiling, 0.0, goal="whiten"))
     scale = _unit_scale(core)
     values, vectors = eigh(core * scale[:, :, None] * scale[:, None, :])
-    alive = values > CUT  # false for NaN
-    mixing = torch.where(alive[:, None, :], vectors * values.rsqrt()[:, None, :], 0.0).flip(2)
-    return _of_rank(scale[:, :, None] * mixing, torch.minimum(alive.sum(1), ceiling))
+    in_rank = values > CUT  # false for NaN
+    mixing = torch.where(in_rank[:, None, :], vectors * values.rsqrt()[:, None, :], 0.0).flip(2)
+    return _with_rank_only(scale[:, :, None] * mixing, torch.minimum(in_rank.sum(1), ceiling))
 
 
 def orthogonalisation(overlaps: Tensor) -> Nystrom:
@@ -155,11 +155,11 @@ def orthogonalisation(overlaps: Tensor) -> Nystrom:
             *ops.nystrom(overlaps, overlaps, overlaps[:, 0, 0], 0.0, goal="orthogonalise")
         )
     scale = _unit_scale(overlaps)
-    lower, failed = torch.linalg.cholesky_ex(overlaps * scale[:, :, None] * scale[:, None, :])
+    lower, info = torch.linalg.cholesky_ex(overlaps * scale[:, :, None] * scale[:, None, :])
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    rank = torch.where(failed == 0, lower.shape[-1], 0)
-    return _of_rank(scale[:, :, None] * inverse.mT, rank)
+    rank = torch.where(info == 0, lower.shape[-1], 0)
+    return _with_rank_only(scale[:, :, None] * inverse.mT, rank)
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:
@@ -168,10 +168,10 @@ def _unit_scale(matrix: Tensor) -> Tensor:
     return torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
 
 
-def _of_rank(mixing: Tensor, rank: Tensor) -> Nystrom:
-    told = mixing.new_zeros(len(mixing), 2 + 2 * mixing.shape[1])
-    told[:, 0] = rank
-    return Nystrom(mixing, told)
+def _with_rank_only(mixing: Tensor, rank: Tensor) -> Nystrom:
+    summary = mixing.new_zeros(len(mixing), 2 + 2 * mixing.shape[1])
+    summary[:, 0] = rank
+    return Nystrom(mixing, summary)
 
 
 def _graded_scale(core: Tensor) -> Tensor:
@@ -200,22 +200,24 @@ def _whitener(core: Tensor) -> Tensor:
     singular = torch.nonzero(~regular).flatten()
     if singular.numel():
         whitener = whitener.clone()
-        whitener[singular] = _whiten(*lapack_eigh(core[singular]))
+        whitener[singular] = _eigen_whitener(*lapack_eigh(core[singular]))
     return whitener
 
 
-def _whiten(values: Tensor, vectors: Tensor) -> Tensor:
+def _eigen_whitener(values: Tensor, vectors: Tensor) -> Tensor:
     """Return T with ``T T^T`` the pseudo-inverse, below CUT, of (L, Q, Q) from its eigenpairs."""
     return vectors * torch.where(values > CUT, values.rsqrt(), 0.0)[:, None, :]
 
 
-def _corrected(mixing: Tensor, metric: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+def _orthonormality_corrected(
+    mixing: Tensor, metric: Tensor, in_rank: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the mixing corrected towards orthonormal rows, and the error that is left, (L,).
 
     The Gram matrix of the new rows is ``M^T (Y Y^T) M``: a second orthogonalisation in (Q, Q),
     where its cost is negligible beside the work in (Q, D).
     """
-    target = torch.diag_embed(alive.to(metric.dtype))
+    target = torch.diag_embed(in_rank.to(metric.dtype))
     for _ in range(2):  # each squares the error
-        mixing = mixing - mixing @ correction(mixing.mT @ metric @ mixing - target).mT
+        mixing = mixing - mixing @ cholesky_correction(mixing.mT @ metric @ mixing - target).mT
     return mixing, (mixing.mT @ metric @ mixing - target).abs().amax((1, 2))

@@ -13,7 +13,7 @@ from torch import Tensor
 from .state import GramState, SketchState, clear_sums, zero_sums
 from .stream import InputStream
 
-__all__ = ["absorb", "follow", "hand_over", "pending_sums"]
+__all__ = ["add_counts", "adopt_basis", "clear_pending", "pending_sums"]
 
 
 def pending_sums(stream: InputStream) -> list[Tensor]:
@@ -32,7 +32,7 @@ def pending_sums(stream: InputStream) -> list[Tensor]:
     return tensors
 
 
-def absorb(stream: InputStream, tokens: int, skipped: int) -> None:
+def add_counts(stream: InputStream, tokens: int, skipped: int) -> None:
     """Count the tokens of other processes, whose sums have been added to this stream's.
 
     Args:
@@ -45,7 +45,7 @@ def absorb(stream: InputStream, tokens: int, skipped: int) -> None:
     stream.skipped += skipped
 
 
-def hand_over(stream: InputStream) -> None:
+def clear_pending(stream: InputStream) -> None:
     """Forget the pending tokens of a follower's stream: the leader has them."""
     if stream.sums is not None:
         clear_sums([stream.sums])
@@ -54,7 +54,7 @@ def hand_over(stream: InputStream) -> None:
     stream.pending = stream.skipped = 0
 
 
-def follow(stream: InputStream, basis: Tensor, mean: Tensor, pivot: Tensor | None) -> None:
+def adopt_basis(stream: InputStream, basis: Tensor, mean: Tensor, pivot: Tensor | None) -> None:
     """Accumulate with the leader's basis and mean from here on, and discard the old state.
 
     Args:
@@ -68,8 +68,8 @@ def follow(stream: InputStream, basis: Tensor, mean: Tensor, pivot: Tensor | Non
         stream.sums = zero_sums(rows, stream.features, stream.dtype, stream.device)
     # A stream without a state was not merged, since all its tokens were skipped: count them still.
     skipped = 0 if stream.state is not None else stream.skipped
-    hand_over(stream)
+    clear_pending(stream)
     stream.skipped = skipped
-    none = np.zeros(stream.width)
-    sketch = SketchState(0, mean, basis, none, total=0.0, rank=0, mean_norm=0.0)
+    zeros = np.zeros(stream.width)
+    sketch = SketchState(0, mean, basis, zeros, total=0.0, rank=0, mean_norm=0.0)
     stream.state = sketch if pivot is None else GramState(stream.sums, pivot, sketch)

@@ -85,15 +85,15 @@ def spectra(streams: Sequence[InputStream], device: torch.device | None = None) 
     if any(s.state is None for s in streams):
         raise EvaValueError("no tokens were seen; add some first")
     fold_streams(streams, final=True)
-    parts = [_vectors(chunk, device) for chunk in _chunks(streams)]
-    told = iter(_host.read([tensor for part in parts for tensor in part.numbers]))
-    found: dict[int, Spectrum] = {}
-    for part in parts:
-        numbers = _numbers(part.streams, [next(told) for _ in part.numbers])
-        tensors = zip(part.streams, part.components, part.means, strict=True)
-        for (stream, components, mean), own in zip(tensors, numbers, strict=True):
-            found[id(stream)] = _spectrum(stream, components, mean, *own)
-    return [found[id(s)] for s in streams]
+    parts = [_device_answers(chunk, device) for chunk in _chunks(streams)]
+    host_arrays = iter(_host.read([tensor for answers in parts for tensor in answers.numbers]))
+    by_stream: dict[int, Spectrum] = {}
+    for answers in parts:
+        numbers = _values_and_ranks(answers.streams, [next(host_arrays) for _ in answers.numbers])
+        tensors = zip(answers.streams, answers.components, answers.means, strict=True)
+        for (stream, components, mean), own_numbers in zip(tensors, numbers, strict=True):
+            by_stream[id(stream)] = _spectrum(stream, components, mean, *own_numbers)
+    return [by_stream[id(s)] for s in streams]
 
 
 def have_variance(states: Sequence[SketchState]) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -102,10 +102,10 @@ def have_variance(states: Sequence[SketchState]) -> np.ndarray[Any, np.dtype[np.
     Rounding error of a constant (whose mean is not exact) is not variance: totals below
     ``n (4 eps |mean|)^2`` count as zero.
     """
-    return _variance_of(states) > 0
+    return _totals_above_noise(states) > 0
 
 
-def _variance_of(states: Sequence[SketchState]) -> Array:
+def _totals_above_noise(states: Sequence[SketchState]) -> Array:
     """Return the total of each state, (L,); 0 where that is rounding."""
     totals = np.array([s.total for s in states], np.float64)
     counts = np.array([s.count for s in states], np.float64)
@@ -124,7 +124,7 @@ def leading_ratios(streams: Sequence[InputStream]) -> Array:
     Returns:
         Float64 (L, K) with the largest K; 0 beyond that of a stream, and before its first fold.
     """
-    found = np.zeros((len(streams), max((s.components for s in streams), default=0)))
+    ratios = np.zeros((len(streams), max((s.components for s in streams), default=0)))
     groups: dict[tuple[int, int], list[tuple[int, SketchState]]] = defaultdict(list)
     for i, stream in enumerate(streams):
         sketch = stream.sketch
@@ -134,13 +134,13 @@ def leading_ratios(streams: Sequence[InputStream]) -> Array:
         rows, states = zip(*members, strict=True)
         # into one flat array, not row by row: a third of the time for a hundred layers
         values = np.concatenate([state.values for state in states]).reshape(-1, width)
-        found[list(rows), :count] = variance_ratios(np.square(values[:, :count]), states)
-    return found
+        ratios[list(rows), :count] = variance_ratios(np.square(values[:, :count]), states)
+    return ratios
 
 
 def variance_ratios(squares: Array, states: Sequence[SketchState]) -> Array:
     """Return ``s^2 / total`` of states, (L, K), each; all 0 without variance."""
-    totals = _variance_of(states)
+    totals = _totals_above_noise(states)
     return np.minimum(squares / np.where(totals > 0, totals, np.inf)[:, None], 1.0)
 
 
@@ -148,16 +148,16 @@ def centred_scatter(states: Sequence[GramState]) -> Tensor:
     """Return the exact centred scatter matrices C of states of equal D, float64 (L, D, D)."""
     shift = stacked([s.sums.shift for s in states])
     share = np.array([-1 / max(s.sums.count, 1) for s in states])
-    share_ = _host.upload(torch.from_numpy(share), shift.device)[:, None]
+    device_share = _host.upload(torch.from_numpy(share), shift.device)[:, None]
     products = stacked([s.sums.products for s in states])
-    return torch.addcmul(products, shift[:, :, None], (shift * share_)[:, None, :])
+    return torch.addcmul(products, shift[:, :, None], (shift * device_share)[:, None, :])
 
 
-class _Vectors(NamedTuple):
+class _DeviceAnswers(NamedTuple):
     """The device part of the answers of streams, and numbers for the host to read.
 
     Attributes:
-        numbers: of exact streams, see :func:`_eigen`; nothing of sketches.
+        numbers: of exact streams, see :func:`_leading_eigenvectors`; nothing of sketches.
     """
 
     streams: Sequence[InputStream]
@@ -175,41 +175,41 @@ def _chunks(streams: Sequence[InputStream]) -> Iterator[list[InputStream]]:
         first = group[0]
         exact = isinstance(first.state, GramState)
         rows = EIGEN_ARRAYS * first.features if exact else first.width
-        most = chunk_bytes(_host.reads_are_free(first.device))
-        size = max(1, most // (8 * rows * first.features))
+        max_bytes = chunk_bytes(_host.reads_are_free(first.device))
+        size = max(1, max_bytes // (8 * rows * first.features))
         yield from (group[begin : begin + size] for begin in range(0, len(group), size))
 
 
 # A separate function, so that only the results of a chunk stay alive.
-def _vectors(chunk: Sequence[InputStream], device: torch.device | None) -> _Vectors:
+def _device_answers(chunk: Sequence[InputStream], device: torch.device | None) -> _DeviceAnswers:
     sketches = [s.sketch for s in chunk if s.sketch is not None]
     exact = [s.state for s in chunk if isinstance(s.state, GramState)]
     count = chunk[0].components
     numbers: list[Tensor] = []
     if exact:
-        rows, *numbers = _eigen(exact, count)
+        rows, *numbers = _leading_eigenvectors(exact, count)
     else:
         rows = stacked([s.basis for s in sketches])[:, :count]
     peak = rows.gather(2, rows.abs().argmax(2, keepdim=True))
     rows = rows * peak.sign()
     means = torch.stack([s.mean for s in sketches])  # a copy, of one, too
-    return _Vectors(chunk, _apart(rows, device), _apart(means, device), numbers)
+    return _DeviceAnswers(chunk, _split_copies(rows, device), _split_copies(means, device), numbers)
 
 
-def _apart(block: Tensor, device: torch.device | None) -> Sequence[Tensor]:
+def _split_copies(stacked_tensor: Tensor, device: torch.device | None) -> Sequence[Tensor]:
     """Return each layer's part on a device, in memory of its own.
 
     A view would keep the memory of all layers alive, and its pickle would contain all of it.
     """
     if device is not None:
-        block = block.to(device)  # one copy for all
-    if len(block) == 1:
-        return block.unbind()
-    parts: Sequence[Tensor] = torch.ops.aten.unbind_copy(block)
+        stacked_tensor = stacked_tensor.to(device)  # one copy for all
+    if len(stacked_tensor) == 1:
+        return stacked_tensor.unbind()
+    parts: Sequence[Tensor] = torch.ops.aten.unbind_copy(stacked_tensor)
     return parts
 
 
-def _eigen(states: Sequence[GramState], components: int) -> tuple[Tensor, ...]:
+def _leading_eigenvectors(states: Sequence[GramState], components: int) -> tuple[Tensor, ...]:
     """Return the leading eigenvectors of exact streams as rows, and numbers to detect noise.
 
     Returns:
@@ -237,37 +237,37 @@ def _leading_pairs(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     the other features are decomposed.
     """
     varies = matrix.diagonal() != 0
-    kept, still = (part.nonzero().flatten() for part in (varies, ~varies))
-    rest = matrix if len(kept) == len(matrix) else matrix[kept][:, kept]
-    values, vectors = lapack_eigh(rest)
-    found = min(count, len(kept))
+    varying, constant = (part.nonzero().flatten() for part in (varies, ~varies))
+    submatrix = matrix if len(varying) == len(matrix) else matrix[varying][:, varying]
+    values, vectors = lapack_eigh(submatrix)
+    num_pairs = min(count, len(varying))
     squares, rows = matrix.new_zeros(count), matrix.new_zeros(count, len(matrix))
-    squares[:found] = values.flip(0)[:found].clamp_min(0)
-    rows[:found, kept] = vectors[:, len(kept) - found :].flip(1).mT
-    ordinals = torch.arange(found, count, device=matrix.device)
-    rows[ordinals, still[: count - found]] = 1.0
+    squares[:num_pairs] = values.flip(0)[:num_pairs].clamp_min(0)
+    rows[:num_pairs, varying] = vectors[:, len(varying) - num_pairs :].flip(1).mT
+    ordinals = torch.arange(num_pairs, count, device=matrix.device)
+    rows[ordinals, constant[: count - num_pairs]] = 1.0
     return squares, rows
 
 
-def _numbers(
-    streams: Sequence[InputStream], told: Sequence[Array]
+def _values_and_ranks(
+    streams: Sequence[InputStream], host_arrays: Sequence[Array]
 ) -> list[tuple[Array, Array, int]]:
     """Return singular values, their squares, (K,), and the rank of streams of one shape."""
     first = streams[0]
-    if not told:
+    if not host_arrays:
         count = first.components
         states = [s.state for s in streams if isinstance(s.state, SketchState)]
         values = [s.values[:count].copy() for s in states]
         return [(v, np.square(v), min(s.rank, count)) for v, s in zip(values, states, strict=True)]
-    squares, roots, spread = told
+    squares, roots, spread = host_arrays
     # The rounding error of an entry is relative to its two features, not to the largest feature: an
     # outlier feature must not turn every direction without it into noise.
     noise = 4 * torch.finfo(first.dtype).eps * np.square(spread)
     noise += first.features * np.finfo(np.float64).eps * squares[:, :1]  # of the eigen-solver
     ranks = np.logical_and.accumulate(squares > noise, 1).sum(1)
     ranks = np.minimum(ranks, [s.tokens - 1 for s in streams])
-    alive = np.arange(first.components) < ranks[:, None]
-    parts = (np.where(alive, each, 0.0) for each in (roots, squares))
+    in_rank = np.arange(first.components) < ranks[:, None]
+    parts = (np.where(in_rank, each, 0.0) for each in (roots, squares))
     return list(zip(*parts, ranks.tolist(), strict=True))
 
 
@@ -279,15 +279,15 @@ def _spectrum(
     squares: Array,
     rank: int,
 ) -> Spectrum:
-    now = stream.sketch
-    assert now is not None
+    sketch = stream.sketch
+    assert sketch is not None
     return Spectrum(
         components=components,
         values=values,
-        ratios=variance_ratios(squares[None], [now])[0],
+        ratios=variance_ratios(squares[None], [sketch])[0],
         mean=mean,
-        count=now.count,
-        total=now.total,
-        rank=rank if have_variance([now])[0] else 0,
+        count=sketch.count,
+        total=sketch.total,
+        rank=rank if have_variance([sketch])[0] else 0,
         lost=0.0 if isinstance(stream.state, GramState) else stream.lost,
     )

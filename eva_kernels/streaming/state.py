@@ -26,7 +26,7 @@ __all__ = [
     "empty_sketch",
     "sketch_of",
     "start_basis",
-    "tensors_of",
+    "tensors_by_dtype",
     "zero_sums",
 ]
 
@@ -103,11 +103,11 @@ def sketch_of(state: SketchState | GramState) -> SketchState:
 
 def zero_sums(rows: int, features: int, dtype: torch.dtype, device: torch.device) -> StepSums:
     """Return empty sums with ``products`` of shape (rows, features)."""
-    wide = torch.float64
+    float64 = torch.float64
     return StepSums(
         count=0,
-        shift=torch.zeros(features, dtype=wide, device=device),
-        square=torch.zeros((), dtype=wide, device=device),
+        shift=torch.zeros(features, dtype=float64, device=device),
+        square=torch.zeros((), dtype=float64, device=device),
         products=torch.zeros(rows, features, dtype=dtype, device=device),
     )
 
@@ -116,11 +116,13 @@ def clear_sums(sums: Sequence[StepSums]) -> None:
     """Reset sums to zero, in place; tensors of equal dtype and device in one launch."""
     for one in sums:
         one.count = 0
-    for tensors in tensors_of(sums).values():
+    for tensors in tensors_by_dtype(sums).values():
         torch._foreach_zero_(tensors)
 
 
-def tensors_of(sums: Sequence[StepSums]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+def tensors_by_dtype(
+    sums: Sequence[StepSums],
+) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
     """Return the tensors of sums by device and dtype, without the counts of bad tokens."""
     parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for one in sums:
@@ -130,7 +132,7 @@ def tensors_of(sums: Sequence[StepSums]) -> dict[tuple[torch.device, torch.dtype
 
 
 # Weak references: entries live as long as a stream holds them.
-_starts: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
+_start_bases: WeakValueDictionary[tuple[object, ...], Tensor] = WeakValueDictionary()
 
 
 def start_basis(
@@ -142,10 +144,10 @@ def start_basis(
     and a copy of 1 MB and more to the device.
     """
     key = width, features, dtype, device, seed
-    basis = _starts.get(key)
+    basis = _start_bases.get(key)
     if basis is None:
         basis = _host.upload(random_basis(width, features, seed).to(dtype, copy=True), device)
-        _starts[key] = basis
+        _start_bases[key] = basis
     return basis
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import EvaValueError, NonFiniteError
 from ..ops import SketchInto, check_precision, check_tokens, gram, sketch_unchecked
 from . import _host
-from ._autocast import plain, without_autocast
+from ._autocast import without_autocast, without_subclass
 from ._host import Array
 from .fold import first_basis, fold_gram, lost_shares
 from .merge import merge_gram, merge_sketch
@@ -90,13 +90,14 @@ class InputStream:
                 f"components={self.components}, width={self.width} and features={self.features} "
                 "must satisfy 1 <= components <= width <= features"
             )
-        self.device = _host.home_of(self.device)
+        self.device = _host.state_device(self.device)
         self.pending = 0  # tokens accumulated since the last fold
         self.skipped = 0  # tokens left out because they are not finite
         self.folds = 0
-        self._start_rows: Tensor | None = None  # cached as long as it is held
+        self._shared_start_basis: Tensor | None = None  # cached as long as it is held
         self.previous: Tensor | None = None  # (K, D) before the last fold, until compared
-        self.turned: Array | None = None  # (K,) cosines that the fold has read, until compared
+        # (K,) cosines that the fold has read, until compared
+        self.pending_cosines: Array | None = None
         self.cosines: Tensor | None = None  # (K,) on the CPU, of the last fold, once compared
         self.similarity: float | None = None  # smallest needed one; None before the second fold
         self.converged = False
@@ -104,11 +105,11 @@ class InputStream:
         self.lost = float("nan")
         self.state: SketchState | GramState | None = None
         self.sums: StepSums | None = None
-        self._into: SketchInto | None = None  # adds to the sums as they are
+        self._sketcher: SketchInto | None = None  # adds to the sums as they are
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state to copy: without the object that adds to this stream's own sums."""
-        return self.__dict__ | {"_into": None}
+        return self.__dict__ | {"_sketcher": None}
 
     @property
     def sketch(self) -> SketchState | None:
@@ -144,91 +145,94 @@ class InputStream:
             EvaValueError: another number of features, another device, or no floating-point tokens;
                 rows of another kind.
         """
-        x = plain(x)
-        if self._into is not None:
-            if not self._into.is_of(self._given()):
-                self._into = None
-            elif self._into.add(x, rows):
-                return self._count(x.shape[0] if rows is None else rows.shape[0])
+        x = without_subclass(x)
+        if self._sketcher is not None:
+            if not self._sketcher.is_of(self._sketch_arguments()):
+                self._sketcher = None
+            elif self._sketcher.add(x, rows):
+                return self._count_tokens(x.shape[0] if rows is None else rows.shape[0])
         if x.dim() != 2 or x.shape[1] != self.features:
             raise EvaValueError(
                 f"expected tokens of shape (N, {self.features}), got {tuple(x.shape)}"
             )
         check_tokens("add", x, rows)
-        x, rows = self._at_home(x, rows)
-        place = self.device if self.sums is None else self.sums.shift.device
-        if x.device.type != place.type or place.index not in (None, x.device.index):
-            raise EvaValueError(f"expected tokens on {place}, got {x.device}")
-        options, bad = self.options, None
+        x, rows = self._to_state_device(x, rows)
+        expected_device = self.device if self.sums is None else self.sums.shift.device
+        same_index = expected_device.index in (None, x.device.index)
+        if x.device.type != expected_device.type or not same_index:
+            raise EvaValueError(f"expected tokens on {expected_device}, got {x.device}")
+        options, num_bad = self.options, None
         exact = options.method == "gram"
-        at_once = options.check_every_add or options.skip_nonfinite
-        at_once = at_once or _host.reads_are_free(self.device)
-        if at_once:
+        checks_now = options.check_every_add or options.skip_nonfinite
+        checks_now = checks_now or _host.reads_are_free(self.device)
+        if checks_now:
             rows = self._finite_rows(x, rows)
         elif exact:
-            x, bad = self._without_bad(x, rows)
-        used = x.shape[0] if rows is None else rows.numel()
-        if used == 0:
+            x, num_bad = self._replace_nonfinite(x, rows)
+        num_used = x.shape[0] if rows is None else rows.numel()
+        if num_used == 0:
             return 0
         if self.state is None:
-            self._start(x, rows)
+            self._start_state(x, rows)
         self._accumulate(x, rows)
-        if bad is not None and self.sums is not None:
-            self.sums.bad = bad if self.sums.bad is None else self.sums.bad + bad
-        if self._into is None and not (exact or at_once):
-            self._into = SketchInto(self._given(), options.backend, options.precision == "high")
-        return self._count(used)
+        if num_bad is not None and self.sums is not None:
+            self.sums.bad = num_bad if self.sums.bad is None else self.sums.bad + num_bad
+        if self._sketcher is None and not (exact or checks_now):
+            self._sketcher = SketchInto(
+                self._sketch_arguments(), options.backend, options.precision == "high"
+            )
+        return self._count_tokens(num_used)
 
-    def _at_home(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _to_state_device(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Move the tokens to be used to the state's device, if they are on another."""
-        home = _host.home_of(x.device)
-        if home == x.device or home != self.device:
+        target = _host.state_device(x.device)
+        if target == x.device or target != self.device:
             return x, rows
-        return (x if rows is None else x.index_select(0, rows)).detach().to(home), None
+        return (x if rows is None else x.index_select(0, rows)).detach().to(target), None
 
-    def _count(self, tokens: int) -> int:
+    def _count_tokens(self, tokens: int) -> int:
         assert self.sums is not None
         self.sums.count += tokens
         self.pending += tokens
         return tokens
 
-    def _given(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _sketch_arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the arguments of a sketch besides the tokens."""
         state, sums = self.state, self.sums
         assert isinstance(state, SketchState)
         assert sums is not None
         return state.basis, state.mean, sums.products, sums.shift, sums.square
 
-    def _without_bad(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _replace_nonfinite(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
         # The sums of an exact stream hold everything it has seen, so bad tokens must be kept out of
         # them, without a read: replacing a token by the pivot makes it add nothing (except the
         # pivot's rounding to the dtype of x).
         dtype = torch.promote_types(x.dtype, self.dtype)
         finite = torch.linalg.vector_norm(x, dim=1, dtype=dtype).isfinite()
-        chosen = finite if rows is None else finite.index_select(0, rows)
-        bad = len(chosen) - chosen.sum(dtype=torch.float64)
+        finite_used = finite if rows is None else finite.index_select(0, rows)
+        num_bad = len(finite_used) - finite_used.sum(dtype=torch.float64)
         pivot = self.state.pivot if isinstance(self.state, GramState) else x.new_zeros(())
-        return torch.where(finite[:, None], x, pivot.to(x.dtype)), bad
+        return torch.where(finite[:, None], x, pivot.to(x.dtype)), num_bad
 
     def _finite_rows(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         # One pass over X at memory bandwidth on a CPU. Rows masked out may hold anything, so only
         # the slow path below checks row by row. It also subtracts the pivot, which may be as large
         # as the tokens and of opposite sign.
         dtype, pivot = torch.promote_types(x.dtype, self.dtype), self._pivot()
-        size = torch.linalg.vector_norm(x, dtype=dtype)
+        norm = torch.linalg.vector_norm(x, dtype=dtype)
         if pivot is not None:
-            size = size + math.sqrt(len(x)) * torch.linalg.vector_norm(pivot)
-        if self._fits(size):
+            norm = norm + math.sqrt(len(x)) * torch.linalg.vector_norm(pivot)
+        if self._norm_fits(norm):
             return rows
-        chosen = x if rows is None else x.index_select(0, rows)
-        finite = chosen.isfinite().all(1)
-        bad = int((~finite).sum())
-        if bad and not self.options.skip_nonfinite:
-            raise NonFiniteError(_hold_bad(bad, len(chosen)))
-        self.skipped += bad
-        centred = chosen[finite] if pivot is None else chosen[finite] - pivot
-        if not self._fits(torch.linalg.vector_norm(centred, dtype=dtype)):
-            raise NonFiniteError(_overflow(self.dtype))
+        used_tokens = x if rows is None else x.index_select(0, rows)
+        finite = used_tokens.isfinite().all(1)
+        num_bad = int((~finite).sum())
+        if num_bad and not self.options.skip_nonfinite:
+            raise NonFiniteError(_nonfinite_message(num_bad, len(used_tokens)))
+        self.skipped += num_bad
+        centred = used_tokens[finite] if pivot is None else used_tokens[finite] - pivot
+        if not self._norm_fits(torch.linalg.vector_norm(centred, dtype=dtype)):
+            raise NonFiniteError(_overflow_message(self.dtype))
         index = torch.arange(len(x), device=x.device) if rows is None else rows
         return index[finite]
 
@@ -238,45 +242,48 @@ class InputStream:
             return self.state.pivot
         return None if self.state is None else self.state.mean
 
-    def _fits(self, size: Tensor) -> bool:
+    def _norm_fits(self, norm: Tensor) -> bool:
         """Tell whether the numbers of a fold with tokens of this norm are finite; a read."""
-        total = size.square()
+        total = norm.square()
         if self.sums is not None:  # of the step; of an exact stream, of all
             total = total + self.sums.square
         if self.dtype == torch.float64 and isinstance(self.state, SketchState):
             total = total + self.state.total  # which the fold adds up in float64, too
         return _square_fits(total, self.dtype)
 
-    def _start(self, x: Tensor, rows: Tensor | None) -> None:
+    def _start_state(self, x: Tensor, rows: Tensor | None) -> None:
         limit = WARM_UP_TOKENS * self.width
-        every = -(-(len(x) if rows is None else len(rows)) // limit)
-        sample = x[::every] if rows is None else x.index_select(0, rows[::every])
+        stride = -(-(len(x) if rows is None else len(rows)) // limit)
+        sample = x[::stride] if rows is None else x.index_select(0, rows[::stride])
         sample = sample.to(self.dtype).contiguous()
-        place = self.width, self.features, self.dtype, self.device, self.options.seed
-        self._start_rows = start_basis(*place)
+        basis_key = self.width, self.features, self.dtype, self.device, self.options.seed
+        self._shared_start_basis = start_basis(*basis_key)
         mean = sample.mean(0, dtype=torch.float64).to(self.dtype)
-        blank = empty_sketch(*place, mean)
+        empty = empty_sketch(*basis_key, mean)
         sums = zero_sums(self.width, self.features, self.dtype, self.device)
-        given = blank.basis, blank.mean, sums.products, sums.shift, sums.square
-        self._sketch_into(sample, None, given)
+        arguments = empty.basis, empty.mean, sums.products, sums.shift, sums.square
+        self._sketch_into(sample, None, arguments)
         sums.count = len(sample)
-        start = first_basis(blank, sums)
+        start = first_basis(empty, sums)
         if self.options.method == "gram":
-            total = zero_sums(self.features, self.features, self.dtype, self.device)
+            gram_sums = zero_sums(self.features, self.features, self.dtype, self.device)
             # A copy: a fold may overwrite this mean with the next one.
-            self.state, self.sums = GramState(total, start.mean.clone(), start), total
+            self.state, self.sums = GramState(gram_sums, start.mean.clone(), start), gram_sums
         else:
             self.state, self.sums = start, sums
 
     def _sketch_into(
-        self, x: Tensor, rows: Tensor | None, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+        self,
+        x: Tensor,
+        rows: Tensor | None,
+        arguments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     ) -> None:
         high = self.options.precision == "high"
-        sketch_unchecked(x, given, rows, self.options.backend, high)
+        sketch_unchecked(x, arguments, rows, self.options.backend, high)
 
     def _accumulate(self, x: Tensor, rows: Tensor | None) -> None:
         if not isinstance(self.state, GramState):
-            self._sketch_into(x, rows, self._given())
+            self._sketch_into(x, rows, self._sketch_arguments())
             return
         sums = self.state.sums
         gram(
@@ -302,9 +309,9 @@ class InputStream:
         """
         if self.pending >= self.width or math.isnan(self.lost):  # few tokens would gain too little
             self.lost = lost
-        self.state, self.pending, self._start_rows = state, 0, None
+        self.state, self.pending, self._shared_start_basis = state, 0, None
         self.folds += 1
-        self.previous, self.turned = previous, None
+        self.previous, self.pending_cosines = previous, None
 
     def drop_pending(self) -> str:
         """Forget the bad tokens of the current step, and return what was wrong with them; reads.
@@ -316,19 +323,19 @@ class InputStream:
         bad, pending = self.sums.bad, self.pending
         count = 0 if bad is None else int(bad)
         if bad is not None and count:
-            told = _hold_bad(count, pending)
+            message = _nonfinite_message(count, pending)
             self.sums.count -= count
             self.pending -= count
             bad.zero_()
         else:
-            told = f"some of {pending} tokens hold NaN or infinity"
+            message = f"some of {pending} tokens hold NaN or infinity"
             if bool(self.sums.shift.isfinite().all()):
-                told = _overflow(self.dtype)
+                message = _overflow_message(self.dtype)
             clear_sums([self.sums])
             self.pending = 0
         if not self.folds:  # the first basis was computed from these tokens, too
-            self.state, self.sums, self.pending, self._into = None, None, 0, None
-        return told
+            self.state, self.sums, self.pending, self._sketcher = None, None, 0, None
+        return message
 
     def clone(self) -> InputStream:
         """Return an independent copy."""
@@ -348,7 +355,7 @@ class InputStream:
             return
         total = sum(s.sketch.total for s in (self, other) if s.sketch is not None)
         if not _square_fits(torch.tensor(total, dtype=torch.float64, device="cpu"), self.dtype):
-            raise EvaValueError(_overflow(self.dtype))
+            raise EvaValueError(_overflow_message(self.dtype))
         if self.state is None:
             self.__dict__.update(other.clone().__dict__)
         elif isinstance(self.state, GramState) and isinstance(other.state, GramState):
@@ -359,7 +366,7 @@ class InputStream:
             self.close_step(state, lost[0], self.previous)
         elif isinstance(self.state, SketchState) and isinstance(other.state, SketchState):
             self.state = merge_sketch(self.state, other.state)
-            self.turned = None  # those of the basis before
+            self.pending_cosines = None  # those of the basis before
         else:
             raise EvaValueError(
                 "a sketch and an exact (gram) stream cannot be merged; give both the same method"
@@ -378,15 +385,15 @@ class InputStream:
 def _square_fits(total: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether a sum of squares can be folded in ``dtype``; a read."""
     # a fold multiplies sums of squares with each other, in float64
-    most = total.double().square() if dtype == torch.float64 else total.to(dtype)
-    return bool(torch.isfinite(most))
+    largest_product = total.double().square() if dtype == torch.float64 else total.to(dtype)
+    return bool(torch.isfinite(largest_product))
 
 
-def _hold_bad(count: int, tokens: int) -> str:
+def _nonfinite_message(count: int, tokens: int) -> str:
     return f"{count} of {tokens} tokens {'holds' if count == 1 else 'hold'} NaN or infinity"
 
 
-def _overflow(dtype: torch.dtype) -> str:
+def _overflow_message(dtype: torch.dtype) -> str:
     if dtype == torch.float64:
         return f"tokens are finite, but products of their squares overflow {dtype}; scale the data"
     return (

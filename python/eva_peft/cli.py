@@ -354,7 +354,7 @@ def _devices() -> list[tuple[str, str, str]]:
 
     import torch
 
-    from eva_kernels.streaming._host import home_of
+    from eva_kernels.streaming._host import state_device
 
     from .surroundings.devices import accelerator
 
@@ -366,7 +366,7 @@ def _devices() -> list[tuple[str, str, str]]:
         rows.append((f"cuda:{i}", what, f"{found.total_memory / 2**30:.1f} GiB"))
     other = accelerator()
     if other is not None and other.type != "cuda":
-        away = home_of(other) != other
+        away = state_device(other) != other
         what = "sums and folds on the CPU: it lacks float64" if away else "plain PyTorch"
         what = f"no kernels for it: {what}"
         rows += [(f"{other.type}:{i}", what, "") for i in range(torch.accelerator.device_count())]

@@ -16,14 +16,14 @@ from eva_kernels.errors import EvaTypeError, EvaValueError
 from eva_kernels.ops import nystrom
 from eva_kernels.ops.nystrom import runs_natively
 from eva_kernels.streaming import nystrom as nystrom_module
-from eva_kernels.streaming.nystrom import LOOSE, Nystrom, nystrom_plain
+from eva_kernels.streaming.nystrom import OVERLAP_TOLERANCE, Nystrom, nystrom_plain
 from fake_cuda import DEVICE, compiler_missing, fake_cuda
 
 # The native twin of the CPU, too, is in the module; tests/packaging builds it.
 pytestmark = pytest.mark.skipif(
     _native.unavailable_reason("cpu") is not None, reason="the C++ module is not built"
 )
-LIMIT = LOOSE[torch.float32]
+LIMIT = OVERLAP_TOLERANCE[torch.float32]
 
 
 class Problem:
@@ -81,7 +81,7 @@ def test_native_answer_is_that_of_the_plain_twin(
     overlap = (rows @ problem.rows(wanted).mT).abs()
     torch.testing.assert_close(overlap[:3, :3], identity[:3, :3], rtol=0, atol=1e-6)
     problem.core += torch.ones_like(problem.core).triu(1)  # the lower triangle counts
-    assert torch.equal(problem.solve().told, found.told)
+    assert torch.equal(problem.solve().summary, found.summary)
 
 
 def test_native_captured_variance_is_not_below_zero(device: torch.device) -> None:
@@ -167,7 +167,7 @@ def test_native_layers_do_not_notice_each_other(goal: str, device: torch.device)
     for i in (0, 2):
         alone = problems[i].solve(goal=goal)
         assert torch.equal(found.mixing[i], alone.mixing[0])
-        assert torch.equal(found.told[i], alone.told[0])
+        assert torch.equal(found.summary[i], alone.summary[0])
     assert (found.rank[1], found.uneven[1]) == (0, 1)
     assert not found.mixing[1].any()
 
@@ -180,7 +180,7 @@ def test_plain_layers_do_not_notice_each_other(device: torch.device) -> None:
     given = [torch.cat([getattr(p, name) for p in problems]) for name in names]
     found = nystrom_plain(*given, torch.float32)
     for i, problem in enumerate(problems):
-        torch.testing.assert_close(found.told[i], problem.plain().told[0], rtol=1e-9, atol=0)
+        torch.testing.assert_close(found.summary[i], problem.plain().summary[0], rtol=1e-9, atol=0)
     if device.type == "cpu":  # elsewhere rows are corrected by their overlaps
         assert found.uneven.tolist() == [0, 1]
 

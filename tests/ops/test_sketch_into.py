@@ -182,7 +182,7 @@ def lives(seed: int) -> list[InputStream]:
     fold_streams([first])
     add(first, 2)
     copy = first.clone()
-    assert copy._into is None  # whose addresses are those of the first
+    assert copy._sketcher is None  # whose addresses are those of the first
     add(copy, 3)
     add(second, 4)
     fold_streams([second])
@@ -240,4 +240,4 @@ def test_tokens_that_must_be_looked_at_are(
     stream = InputStream(D, 4, Q, torch.device("cpu"), options=Options(**options))
     for _ in range(2):
         stream.add(torch.randn(N, D))
-    assert stream._into is None
+    assert stream._sketcher is None

@@ -108,12 +108,12 @@ def test_where_the_state_is_kept(
     made: Callable[..., Tensor], home: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "full", lambda *like, **where: made(full(*like), **where))
-    _host._is_wide.cache_clear()
+    _host._supports_float64.cache_clear()
     try:
-        assert _host.home_of(OTHER) == home
+        assert _host.state_device(OTHER) == home
         assert InputStream(8, 2, 4, OTHER).device == home
     finally:
-        _host._is_wide.cache_clear()
+        _host._supports_float64.cache_clear()
 
 
 def test_autocast_of_an_accelerator_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:

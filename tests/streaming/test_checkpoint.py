@@ -80,7 +80,7 @@ def differing(left: Any, right: Any, name: str = "stream") -> list[str]:
         return [] if left.dtype == right.dtype and np.array_equal(left, right) else [name]
     if isinstance(left, InputStream):
         assert vars(left).keys() == vars(right).keys()
-        kept = vars(left).keys() - {"_start_rows"}  # held for other streams alone
+        kept = vars(left).keys() - {"_shared_start_basis"}  # held for other streams alone
         return [d for k in kept for d in differing(getattr(left, k), getattr(right, k), k)]
     if is_dataclass(left) and type(left) is type(right):
         pairs = ((f.name, getattr(left, f.name), getattr(right, f.name)) for f in fields(left))

@@ -23,7 +23,7 @@ def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     Or both, as where matrices (Q, Q) are more than shared memory holds.
     """
     folds, decomposes = request.param != "plain", request.param == "native"
-    if folds and (reason := _native.unavailable("cpu")):
+    if folds and (reason := _native.unavailable_reason("cpu")):
         pytest.skip(reason)
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
     monkeypatch.setattr(fold_module, "runs_natively", lambda basis: folds)
@@ -113,4 +113,4 @@ def test_a_merged_stream_folds_among_others() -> None:
     merged = torch.cat([batches[1], batches[2], batches[1]]).double()
     exact = torch.linalg.svdvals(merged - merged.mean(0))[:4]
     torch.testing.assert_close(streams[1].sketch.singular_values[:4], exact, rtol=0.1, atol=0)
-    assert streams[1].turned is not None
+    assert streams[1].pending_cosines is not None

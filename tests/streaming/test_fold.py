@@ -18,9 +18,15 @@ from eva_kernels.streaming._basis import (
     random_basis,
     repair,
 )
-from eva_kernels.streaming.batch import GramBatch, Numbers, SketchBatch
+from eva_kernels.streaming.batch import GramBatch, HostNumbers, SketchBatch
 from eva_kernels.streaming.fold import fold, fold_gram, lost_shares
-from eva_kernels.streaming.nystrom import CUT, _corrected, _whitener, nystrom, orthogonalisation
+from eva_kernels.streaming.nystrom import (
+    CUT,
+    _orthonormality_corrected,
+    _whitener,
+    nystrom,
+    orthogonalisation,
+)
 from eva_kernels.streaming.spectrum import centred_scatter
 from eva_kernels.streaming.state import SketchState, StepSums, clear_sums, empty_sketch, zero_sums
 from helpers import (
@@ -242,7 +248,7 @@ def test_a_layer_is_sound_where_all_its_numbers_are_finite(column: int, bad: flo
         scalars[1, column] = bad
     else:
         told[1, column - 1] = bad  # behind rank and uneven, which always are
-    assert Numbers.of(scalars, told).sound.tolist() == [True, False]
+    assert HostNumbers.from_columns(scalars, told).is_finite.tolist() == [True, False]
 
 
 def test_lost_is_what_the_leading_rows_gained():
@@ -320,7 +326,7 @@ def test_nystrom_tells_uneven_rows_by_their_overlaps(monkeypatch: pytest.MonkeyP
 def test_nystrom_corrects_rows_twice():
     mixing = torch.eye(6, dtype=torch.float64) + 1e-3 * torch.randn(1, 6, 6, dtype=torch.float64)
     metric = torch.eye(6, dtype=torch.float64)[None]
-    found, loose = _corrected(mixing, metric, torch.ones(1, 6, dtype=torch.bool))
+    found, loose = _orthonormality_corrected(mixing, metric, torch.ones(1, 6, dtype=torch.bool))
     assert orthonormality(found[0].mT) <= 1e-9
     assert loose.tolist() == [pytest.approx(orthonormality(found[0].mT), rel=1e-3)]
 
@@ -386,13 +392,13 @@ def test_what_is_not_finite_on_one_device_holds_back_all(bad: float):
     """On accelerators: no stream is folded then, and each keeps its sums."""
 
     def batch(device: torch.device, number: float) -> Any:
-        told = SimpleNamespace(told=torch.tensor([number, 1.0]))
-        return SimpleNamespace(device=device, scalars=torch.ones(2), found=told)
+        told = SimpleNamespace(summary=torch.tensor([number, 1.0]))
+        return SimpleNamespace(device=device, scalars=torch.ones(2), decomposition=told)
 
     devices = [CPU, torch.device("cpu", 0)]  # not equal
     for numbers, expected in (([3.0, 2.0], True), ([3.0, bad], False), ([bad, -bad], False)):
         batches = [batch(*pair) for pair in zip(devices, numbers, strict=True)]
-        found = step._sound(batches)
+        found = step._all_finite(batches)
         assert {device: bool(sound) for device, sound in found.items()} == dict.fromkeys(
             devices, expected
         )

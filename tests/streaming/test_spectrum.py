@@ -13,7 +13,7 @@ import helpers
 from eva_kernels.errors import EvaValueError
 from eva_kernels.streaming import InputStream, Spectrum, _host, leading_ratios, spectra
 from eva_kernels.streaming import batch as batch_module
-from eva_kernels.streaming.spectrum import EIGEN_ARRAYS, _chunks, _numbers
+from eva_kernels.streaming.spectrum import EIGEN_ARRAYS, _chunks, _values_and_ranks
 from helpers import CPU, decaying, feed, with_spectrum
 from host_reads import counted
 
@@ -163,7 +163,7 @@ def test_behind_a_component_that_is_noise_there_is_none() -> None:
     stream = feed(make_stream(12, 3, method="gram"), [with_spectrum(60, 12, decaying(12))])
     squares = np.array([[100.0, 1.0, 0.5]])
     spread = np.array([[10.0, 1e4, 0.7]])  # the second has outlier features
-    values, kept, rank = _numbers([stream], [squares, np.sqrt(squares), spread])[0]
+    values, kept, rank = _values_and_ranks([stream], [squares, np.sqrt(squares), spread])[0]
     assert (values.tolist(), kept.tolist(), rank) == ([10.0, 0.0, 0.0], [100.0, 0.0, 0.0], 1)
 
 
@@ -187,7 +187,7 @@ def test_there_are_fewer_components_than_tokens() -> None:
     stream = make_stream(12, 3, method="gram")
     stream.add(torch.randn(3, 12))
     told = [np.array([[9.0, 4.0, 1.0]]), np.array([[3.0, 2.0, 1.0]]), np.ones((1, 3))]
-    assert _numbers([stream], told)[0][2] == 2
+    assert _values_and_ranks([stream], told)[0][2] == 2
 
 
 def test_no_token_no_answer() -> None:

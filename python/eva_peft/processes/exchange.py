@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from eva_kernels.streaming import InputStream, export_stream, fold_streams
-from eva_kernels.streaming.parallel import absorb, follow, hand_over, pending_sums
+from eva_kernels.streaming.parallel import add_counts, adopt_basis, clear_pending, pending_sums
 
 from .cells import (
     Cell,
@@ -56,11 +56,11 @@ class Exchange:
         self._channel.sum_on_leader([part for stream in streams for part in pending_sums(stream)])
         for cell, stream in zip(known_cells, streams, strict=True):
             if not self._channel.is_leader:
-                hand_over(stream)
+                clear_pending(stream)
                 continue
             slots = [report.pending_by_layer.get(cell[0]) for report in reports[1:]]
             others = [slot for slot in slots if slot is not None]
-            absorb(stream, sum(s.pending for s in others), sum(s.skipped for s in others))
+            add_counts(stream, sum(s.pending for s in others), sum(s.skipped for s in others))
         new_cells = [cell for cell in pending_cells if cell[0] not in self.in_sync]
         return self._merge(run, reports, new_cells) if new_cells else []
 
@@ -123,4 +123,4 @@ class Exchange:
             self.in_sync |= set(cell)
             if not self._channel.is_leader:
                 basis, mean, *pivot = tensors
-                follow(slot.stream, basis, mean, pivot[0] if pivot else None)
+                adopt_basis(slot.stream, basis, mean, pivot[0] if pivot else None)

@@ -168,7 +168,7 @@ def test_info_shows_other_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, answer in found.items():
         monkeypatch.setattr(torch.accelerator, name, lambda answer=answer: answer)
     for home, what in (("xpu", "plain PyTorch"), ("cpu", "sums and folds on the CPU")):
-        monkeypatch.setattr(_host, "home_of", lambda device, home=home: torch.device(home))
+        monkeypatch.setattr(_host, "state_device", lambda device, home=home: torch.device(home))
         shown = run("info").stdout
         assert [shown.count(name) for name in ("xpu:0", "xpu:1", "xpu:2")] == [1, 1, 0]
         assert shown.count(what) == 2
