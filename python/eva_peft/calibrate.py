@@ -20,12 +20,12 @@ from eva_kernels.streaming import (
     leading_similar,
 )
 
-from ._peft_compat import LoraConfig, eva_of
+from ._peft_compat import LoraConfig, eva_config_of
 from .inputs import batches
 from .inputs.prepare import Prefetcher, PreparedBatch, Preparer
 from .inputs.selectors import selectors_of
 from .model.architecture import architecture_of
-from .model.checks import check_loaded
+from .model.checks import check_weights_loaded
 from .model.divided import is_sharded, may_stop_early
 from .model.targets import Target, find_targets
 from .options import CalibrateOptions
@@ -46,7 +46,7 @@ from .surroundings.interrupts import run_to_completion
 from .surroundings.memory import PeakMemory, is_out_of_memory
 from .surroundings.random_state import preserved_random_state
 
-__all__ = ["CalibrationPass", "run_pass", "with_pass"]
+__all__ = ["CalibrationPass", "call_with_pass", "run_pass"]
 
 P = TypeVar("P", bound="CalibrationPass")
 T = TypeVar("T")
@@ -73,28 +73,28 @@ def run_pass(
     """
     processes = processes_of(model, options.group)
     with reporting_start_failures(processes):
-        return with_pass(
+        return call_with_pass(
             CalibrationPass, model, config, options, processes, lambda run: run.run(loader)
         )
 
 
-def with_pass(
-    kind: type[P],
+def call_with_pass(
+    pass_class: type[P],
     model: nn.Module,
     config: LoraConfig,
     options: CalibrateOptions,
     processes: Processes | None,
-    use: Callable[[P], T],
+    function: Callable[[P], T],
 ) -> T:
-    """Return ``use(run)`` of a new pass, with the state of model and process set up and restored.
+    """Call a function of a new pass, with the state of model and process set up and restored.
 
     Args:
-        kind: class of the pass.
+        pass_class: class of the pass.
         model, config, options: see :func:`run_pass`.
         processes: those that share the pass, if there are several.
-        use: function of the pass.
+        function: function of the pass.
     """
-    check_loaded(model)
+    check_weights_loaded(model)
     targets = find_targets(model, config, options.adapter_name)
     with (
         exclusive_use(model),
@@ -104,9 +104,9 @@ def with_pass(
         torch.no_grad(),
         calibration_mode(model),
     ):
-        run = kind(model, config, options, targets, processes)
+        run = pass_class(model, config, options, targets, processes)
         try:
-            return use(run)
+            return function(run)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -132,21 +132,21 @@ class CalibrationPass:
     ) -> None:
         self.processes = processes
         self.model, self.config, self.options, self.targets = model, config, options, targets
-        self.eva = eva_of(config)
+        self.eva = eva_config_of(config)
         self.plan = plan_targets(model, targets, self.eva.rho, options)
         self.device = device_of(model) or torch.device("cpu")  # inputs go there
         self.sharded = is_sharded(model)
         self.architecture = architecture_of(model)
         self.forwards = self.steps = self.tokens = 0
         self.phase = "forward"
-        self.again: set[int] = set()  # layers for which the batch must be run again
+        self.layers_to_rerun: set[int] = set()  # layers for which the batch must be run again
         self.batch_shape: tuple[int, int] | None = None
         self.seconds = dict.fromkeys(("forward", "accumulate", "fold", "check", "total"), 0.0)
         self.ranks: dict[int, int] = {}
         self.budget: Budget | None = None
-        self.budget_of: tuple[int, ...] = ()  # the layers that share it
+        self.budget_layers: tuple[int, ...] = ()  # the layers that share it
         self.history = empty_history()
-        self.skipped = 0  # skipped tokens, maximum over the layers; set at the end
+        self.skipped_tokens = 0  # skipped tokens, maximum over the layers; set at the end
         # all processes of a sharded model must run equally many parts, whatever their samples
         self.preparer = Preparer(
             model, options, config, self.architecture, self.device, split_by_length=not self.sharded
@@ -154,20 +154,20 @@ class CalibrationPass:
         selectors = selectors_of(targets, options)
         # The parts hold weak references to the pass: a cycle would keep its state on the device
         # until garbage collection, maybe long after the adapters are written and training began.
-        itself = weakref.proxy(self)
-        make_stream = functools.partial(type(self).make_stream, itself)
+        weak_self = weakref.proxy(self)
+        make_stream = functools.partial(type(self).make_stream, weak_self)
         self.collector = InputCollector(targets, make_stream, selectors, self.sharded)
-        early = may_stop_early(model, options.early_exit, self.sharded)
-        self.call = ModelCall(
-            model, options, config, self.architecture, self.collector, self.preparer, early
+        stop_early = may_stop_early(model, options.early_exit, self.sharded)
+        self.model_call = ModelCall(
+            model, options, config, self.architecture, self.collector, self.preparer, stop_early
         )
-        self.keeper = CheckpointKeeper(itself)
+        self.checkpoint_keeper = CheckpointKeeper(weak_self)
 
     def run(self, loader: Iterable[Any]) -> EvaResult:
         """Run until converged or at a limit, and return the result."""
-        self.began = time.perf_counter()
-        self.keeper.open()
-        self.began -= self.keeper.elapsed
+        self.start_time = time.perf_counter()
+        self.checkpoint_keeper.open()
+        self.start_time -= self.checkpoint_keeper.elapsed_seconds
         processes = self.processes
         with nullcontext() if processes is None else processes.peers.interrupts:
             return self._run(loader)
@@ -175,72 +175,72 @@ class CalibrationPass:
     def _run(self, loader: Iterable[Any]) -> EvaResult:
         memory, processes = PeakMemory(self.device), self.processes
         self.bar = make_progress_bar(self)
-        if self.leads:
+        if self.is_leader:
             log_plan(self.model, self.targets, self.eva.rho, self.options, self.device)
         try:
             with self.collector, memory:
                 if processes is not None:
-                    done = processes.run_batches(self, loader)
+                    all_converged = processes.run_batches(self, loader)
                 else:
-                    with self.keeper:
-                        done = self._loop(loader)
-                    self.fold_rest()
+                    with self.checkpoint_keeper:
+                        all_converged = self._run_batches(loader)
+                    self.fold_pending()
         finally:
             # again: Ctrl-C may come just as the block is exited
             run_to_completion(self.collector.remove)
             self.bar.close()
         if processes is not None:
-            return processes.leader_result(lambda: self._result(done, memory))
-        return self._result(done, memory)
+            return processes.leader_result(lambda: self._build_result(all_converged, memory))
+        return self._build_result(all_converged, memory)
 
-    def fold_rest(self) -> None:
+    def fold_pending(self) -> None:
         """Fold what is pending at the end of the pass, even less than a step."""
         if self.close_step(final=True):
-            self.call_back(record_step(self))
+            self.run_callback(record_step(self))
 
-    def _result(self, done: bool, memory: PeakMemory) -> EvaResult:
-        self.skipped = max((s.stream.skipped for s in self.collector.slots), default=0)
+    def _build_result(self, all_converged: bool, memory: PeakMemory) -> EvaResult:
+        self.skipped_tokens = max((s.stream.skipped for s in self.collector.slots), default=0)
         self.collector.drop_empty_slots()
         self.seconds["total"] = self.elapsed()
         self.seconds["forward"] -= self.seconds["accumulate"]
         log_end(self)
-        check_outcome(self, done)
+        check_outcome(self, all_converged)
         return collect_result(self, memory.peak_bytes)
 
-    def _loop(self, loader: Iterable[Any]) -> bool:
-        keeper = self.keeper
-        if keeper.done or (self.forwards and self.limit_reached()):
-            return keeper.done  # resumed from a checkpoint of a finished pass
-        every = batches.iterate(loader, lambda: self.tokens > 0, keeper.begin_epoch)
+    def _run_batches(self, loader: Iterable[Any]) -> bool:
+        keeper = self.checkpoint_keeper
+        if keeper.all_converged or (self.forwards and self.limit_reached()):
+            return keeper.all_converged  # resumed from a checkpoint of a finished pass
+        all_batches = batches.iterate(loader, lambda: self.tokens > 0, keeper.begin_epoch)
         # closed immediately, so that a loader's workers end before a traceback is released
         with (
-            closing(keeper.remaining(every)) as stream,
+            closing(keeper.skip_seen(all_batches)) as stream,
             closing(Prefetcher(map(self.prepare, stream))) as ahead,
         ):
             for prepared in ahead:
                 keeper.begin_forward()
-                self.forward(self.ready(prepared))
+                self.forward(self.parts_on_device(prepared))
                 del prepared
                 folded = self.close_step(ahead=None if self.limit_reached() else ahead)
-                numbers = record_step(self) if folded else None
+                step_record = record_step(self) if folded else None
                 self.phase = "forward"  # of the next batch, whose preparation may fail
-                done = numbers is not None and self.converged()
-                keeper.end_forward(self.elapsed(), done)
-                self.call_back(numbers)
-                if done:
+                all_converged = step_record is not None and self.all_converged()
+                keeper.end_forward(self.elapsed(), all_converged)
+                self.run_callback(step_record)
+                if all_converged:
                     return True
                 if self.limit_reached():
                     return False
         return False
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Tell whether this process has the result, and reports on the pass."""
         return self.processes is None or self.processes.is_leader
 
     def elapsed(self) -> float:
         """Return the running time of the pass in seconds, without breaks before it was resumed."""
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.start_time
 
     def limit_reached(self) -> bool:
         """Tell whether a limit of the options was reached."""
@@ -251,7 +251,7 @@ class CalibrationPass:
             or (options.max_seconds is not None and self.elapsed() >= options.max_seconds)
         )
 
-    def fetch(self, ahead: Prefetcher[PreparedBatch]) -> None:
+    def prefetch(self, ahead: Prefetcher[PreparedBatch]) -> None:
         """Prepare the next batch, while the device is busy.
 
         Not with a checkpoint, which stores the random state before the loader makes that batch.
@@ -268,7 +268,7 @@ class CalibrationPass:
         self.seconds["forward"] += time.perf_counter() - begin
         return prepared
 
-    def ready(self, prepared: PreparedBatch) -> Iterator[ReadyPart]:
+    def parts_on_device(self, prepared: PreparedBatch) -> Iterator[ReadyPart]:
         """Yield the parts of a batch, each moved to the device only when requested."""
         for part, mask in zip(prepared.parts, prepared.masks, strict=True):
             self.batch_shape = batches.shape_of(part)
@@ -276,34 +276,34 @@ class CalibrationPass:
             if by_default and batches.is_empty(part) and not self.sharded:
                 continue  # many models would fail; processes of a sharded one must stay in step
             # no variable, which would keep it alive
-            yield self.call.move_to_device(part, mask, self.device)
+            yield self.model_call.move_to_device(part, mask, self.device)
 
-    def forward(self, ready: Iterable[ReadyPart]) -> None:
+    def forward(self, parts: Iterable[ReadyPart]) -> None:
         """Run a batch through the model, whose hooks accumulate."""
         begin = time.perf_counter()
-        before = self.collector.seconds
-        for part in ready:
+        seconds_before = self.collector.seconds
+        for part in parts:
             self.collector.step = self.steps
-            self.call.run(part, self.forwards)
-            self.again = self.collector.end_forward()
+            self.model_call.run(part, self.forwards)
+            self.layers_to_rerun = self.collector.end_forward()
             self.tokens += self.collector.tokens
-            if self.again and (self.processes is None or not self.sharded):
-                self.forward_again(part)
+            if self.layers_to_rerun and (self.processes is None or not self.sharded):
+                self.rerun_part(part)
             del part  # not kept while the next one is moved
         self.forwards += 1
         self.seconds["forward"] += time.perf_counter() - begin
-        self.seconds["accumulate"] += self.collector.seconds - before
+        self.seconds["accumulate"] += self.collector.seconds - seconds_before
 
-    def forward_again(self, part: ReadyPart) -> None:
-        """Run a part of a batch again, for only the layers that :attr:`again` lists, if any.
+    def rerun_part(self, part: ReadyPart) -> None:
+        """Run a part of a batch again, for the layers in :attr:`layers_to_rerun` only, if any.
 
         All processes of a sharded model do so together.
         """
-        before = self.collector.tokens
-        self.collector.restrict_to(self.again)
-        self.call.run(part, self.forwards)
+        tokens_before = self.collector.tokens
+        self.collector.restrict_to(self.layers_to_rerun)
+        self.model_call.run(part, self.forwards)
         self.collector.end_forward()
-        self.tokens += max(self.collector.tokens - before, 0)
+        self.tokens += max(self.collector.tokens - tokens_before, 0)
 
     def make_stream(
         self, target: Target, dtype: torch.dtype, device: torch.device | None = None
@@ -343,14 +343,14 @@ class CalibrationPass:
         with self.collector.locating_errors():
             fold = begin_fold(streams, final=final)
             if fold.queued and ahead is not None:
-                self.fetch(ahead)
+                self.prefetch(ahead)
             folded = [*merged, *fold.finish()]
         middle = time.perf_counter()
         self.seconds["fold"] += middle - begin
         if not folded:
             return folded
         self.ranks = allocate(self)
-        needed = self._needed()
+        needed = self._needed_ranks()
         compare_streams(
             folded,
             [needed[id(stream)] for stream in folded],
@@ -359,17 +359,17 @@ class CalibrationPass:
         )
         for stream, settled in short:
             stream.settled = settled
-        self._recheck(needed)
+        self._update_converged(needed)
         self.steps += 1
         self.seconds["check"] += time.perf_counter() - middle
         return folded
 
-    def _needed(self) -> dict[int, int]:
+    def _needed_ranks(self) -> dict[int, int]:
         """Return the largest rank among the layers of each stream, by the stream's id."""
         slots = self.collector.slots
         return {id(s.stream): max(self.ranks[i] for i in s.members) for s in slots}
 
-    def _recheck(self, needed: dict[int, int]) -> None:
+    def _update_converged(self, needed: dict[int, int]) -> None:
         """Decide which layers have converged: those whose needed components did, at some step.
 
         A layer that is given more rank than has converged is reopened. As in PEFT, a layer need not
@@ -381,27 +381,27 @@ class CalibrationPass:
             slots = self.collector.slots
             self.collector.frozen = {i for s in slots if s.stream.converged for i in s.members}
 
-    def converged(self) -> bool:
+    def all_converged(self) -> bool:
         """Tell whether every layer has converged."""
         return all(s.stream.converged for s in self.collector.slots)
 
-    def judge_again(self) -> bool:
+    def recheck_with_tau(self) -> bool:
         """Tell whether every layer has converged under another ``tau`` than used before."""
         if not self.ranks:
             return False
-        needed = self._needed()
+        needed = self._needed_ranks()
         for stream in (s.stream for s in self.collector.slots):
             passed = stream.similarity is not None and stream.similarity >= self.eva.tau
             stream.settled = needed[id(stream)] if passed else 0
             if stream.cosines is not None:
                 stream.settled = leading_similar(stream.cosines, self.eva.tau)
-        self._recheck(needed)
-        return self.converged()
+        self._update_converged(needed)
+        return self.all_converged()
 
-    def call_back(self, numbers: dict[str, Any] | None) -> None:
+    def run_callback(self, step_record: dict[str, Any] | None) -> None:
         """Pass the numbers of a step to the user's callback."""
-        if numbers is not None and self.options.callback is not None:
-            self.options.callback(numbers)
+        if step_record is not None and self.options.callback is not None:
+            self.options.callback(step_record)
 
     @property
     def uncalled(self) -> list[str]:
@@ -409,11 +409,11 @@ class CalibrationPass:
         return [t.name for i, t in enumerate(self.targets) if i not in self.collector.slot_of]
 
     @functools.cached_property
-    def names(self) -> list[str]:
+    def layer_names(self) -> list[str]:
         """Return the names of the layers, in the order of the similarities of a step."""
         return [target.name for target in self.targets]
 
     @functools.cached_property
-    def limits(self) -> list[int]:
+    def max_components(self) -> list[int]:
         """Return the maximum number of components for each layer."""
         return [num_components_of(target, self.eva.rho) for target in self.targets]

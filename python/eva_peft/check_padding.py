@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from ._peft_compat import LoraConfig
-from .calibrate import CalibrationPass, with_pass
+from .calibrate import CalibrationPass, call_with_pass
 from .errors import EvaValueError
-from .initialize import chosen_config
+from .initialize import config_for_pass
 from .inputs.other_padding import with_other_padding
-from .model.divided import check_undivided
+from .model.divided import check_not_partitioned
 from .model.targets import Target, unwrap
 from .options import CalibrateOptions
-from .results.layer_names import kinds_of
+from .results.layer_names import module_kinds
 
 __all__ = ["LayerRows", "PaddingCheck", "check_padding"]
 
 CPU = torch.device("cpu")
 # Rows are identified by their products with this many random directions.
-_DIRECTIONS = 8
+_NUM_DIRECTIONS = 8
 # Rows are equal up to this fraction of their length, for rounding errors when sums are taken in
 # another order. It is larger for 16-bit tokens.
-_ALIKE, _ALIKE_IN_HALF = 1e-5, 1e-2
-_FORCED = {
+_RELATIVE_TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
+_FORCED_OPTIONS = {
     "progress": False,
     "callback": None,
     "checkpoint": None,
@@ -81,24 +81,34 @@ class PaddingCheck:
     @property
     def suspicious(self) -> tuple[str, ...]:
         """The layers in which a row that counts changes with the contents of padding."""
-        return tuple(name for name, found in self.layers.items() if found.padding_counted)
+        return tuple(name for name, rows in self.layers.items() if rows.padding_counted)
 
     def summary(self) -> str:
         """Return a table as text: one line for layers of one kind with equal numbers of rows."""
-        lines: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-        for name, kind in kinds_of(self.layers).items():
+        changes_by_line: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+        for name, kind in module_kinds(self.layers).items():
             *numbers, change = astuple(self.layers[name])
             key = (kind, *numbers)
-            lines[key].append(change)
-        heads = ("count", "rows", "counted", "padding", "padding counted", "left out", "change")
-        table = [("layers", *heads)]
-        for (kind, *numbers), changes in lines.items():
-            most = f"{max(changes):.2g}" if max(changes) else ""
-            table.append((kind, str(len(changes)), *map(str, numbers), most))
+            changes_by_line[key].append(change)
+        column_heads = (
+            "count",
+            "rows",
+            "counted",
+            "padding",
+            "padding counted",
+            "left out",
+            "change",
+        )
+        table = [("layers", *column_heads)]
+        for (kind, *numbers), changes in changes_by_line.items():
+            largest_change = f"{max(changes):.2g}" if max(changes) else ""
+            table.append((kind, str(len(changes)), *map(str, numbers), largest_change))
         column = max(len(kind) for kind, *_ in table)
         return "\n".join(
             f"{kind:<{column}}"
-            + "".join(f"{cell:>{len(head) + 3}}" for cell, head in zip(cells, heads, strict=True))
+            + "".join(
+                f"{cell:>{len(head) + 3}}" for cell, head in zip(cells, column_heads, strict=True)
+            )
             for kind, *cells in table
         )
 
@@ -129,49 +139,55 @@ def check_padding(
         EvaValueError: the masks of the batch show no padding, and ``changed`` is not given.
         EvaError: as :func:`eva_kernels.calibrate`.
     """
-    inner, parsed = unwrap(model), CalibrateOptions.from_kwargs({**options, **_FORCED})
-    check_undivided(inner)
-    chosen = chosen_config(inner, config, parsed)
+    inner, parsed = unwrap(model), CalibrateOptions.from_kwargs({**options, **_FORCED_OPTIONS})
+    check_not_partitioned(inner)
+    chosen = config_for_pass(inner, config, parsed)
     names: list[str] = []
     if changed is None:
         changed, names = with_other_padding(batch, inner)
         if not names:
             raise EvaValueError(
-                "no mask of the batch says where padding is; pass a batch with padding, or as "
-                "changed= the same batch with other values in its padding"
+                "the batch has no mask that marks padding; pass a batch with padding and its "
+                "attention_mask, or pass as changed= the same batch with other values in its "
+                "padding"
             )
-    before, after = (_rows(inner, each, chosen, parsed) for each in (batch, changed))
-    none = _Rows(1)  # for a layer that is not called if padding has other contents
-    compared = functools.cache(_compared)  # layers that share an input have the same rows
-    layers = {name: compared(seen, after.get(name, none)) for name, seen in before.items()}
+    original, repadded = (
+        _record_rows(inner, version, chosen, parsed) for version in (batch, changed)
+    )
+    no_rows = _RowRecorder(1)  # for a layer that is not called if padding has other contents
+    compare_cached = functools.cache(_compare_rows)  # layers that share an input have the same rows
+    layers = {
+        name: compare_cached(recorded, repadded.get(name, no_rows))
+        for name, recorded in original.items()
+    }
     return PaddingCheck(layers, tuple(names))
 
 
-def _rows(
+def _record_rows(
     model: nn.Module, batch: Any, config: LoraConfig, options: CalibrateOptions
-) -> dict[str, _Rows]:
+) -> dict[str, _RowRecorder]:
     """Run the model on a batch; return the rows that each layer has read, by its name."""
 
-    def look(run: _Look) -> dict[str, _Rows]:
+    def record(run: _RowRecordingPass) -> dict[str, _RowRecorder]:
         with run.collector:
-            run.forward(run.ready(run.prepare(batch)))
-        slots: list[Any] = run.collector.slots  # whose streams are _Rows
+            run.forward(run.parts_on_device(run.prepare(batch)))
+        slots: list[Any] = run.collector.slots  # whose streams are _RowRecorder
         return {run.targets[i].name: slot.stream for slot in slots for i in slot.members}
 
-    return with_pass(_Look, model, config, options, None, look)
+    return call_with_pass(_RowRecordingPass, model, config, options, None, record)
 
 
-class _Look(CalibrationPass):
+class _RowRecordingPass(CalibrationPass):
     """A pass that records the rows its layers were given, instead of their statistics."""
 
     def make_stream(
         self, target: Target, dtype: torch.dtype, device: torch.device | None = None
     ) -> Any:
         """Return an object that stands in for a stream."""
-        return _Rows(target.in_features)
+        return _RowRecorder(target.in_features)
 
 
-class _Rows:
+class _RowRecorder:
     """Stands in for a stream: projections that identify the rows, and which of them count.
 
     Args:
@@ -181,51 +197,58 @@ class _Rows:
     def __init__(self, features: int) -> None:
         generator = torch.Generator(CPU).manual_seed(features)
         self.tokens = 0
-        self._directions = torch.randn(features, _DIRECTIONS, generator=generator, device=CPU)
-        self.marks: list[Tensor] = []  # (N, directions) each
+        self._directions = torch.randn(features, _NUM_DIRECTIONS, generator=generator, device=CPU)
+        self.projections: list[Tensor] = []  # (N, directions) each
         self.counted: list[Tensor] = []  # bool (N,) each
-        self.alike = 0.0
+        self.tolerance = 0.0
 
     def add(self, x: Tensor, rows: Tensor | None = None) -> int:
         """Record a call of the layer; returns how many rows count."""
         self._directions = self._directions.to(x.device)
-        self.marks.append((x.float() @ self._directions).cpu())
+        self.projections.append((x.float() @ self._directions).cpu())
         counted = torch.zeros(len(x), dtype=torch.bool, device=CPU)
         counted[slice(None) if rows is None else rows.cpu()] = True
         self.counted.append(counted)
-        self.alike = max(self.alike, _ALIKE if x.element_size() >= 4 else _ALIKE_IN_HALF)
-        used = int(counted.sum())
-        self.tokens += used
-        return used
+        self.tolerance = max(
+            self.tolerance, _RELATIVE_TOLERANCE if x.element_size() >= 4 else _HALF_TOLERANCE
+        )
+        num_counted = int(counted.sum())
+        self.tokens += num_counted
+        return num_counted
 
-    def clone(self) -> _Rows:
+    def clone(self) -> _RowRecorder:
         """Return a copy, for a layer that no longer shares its input."""
         new = copy(self)
-        new.marks, new.counted = list(self.marks), list(self.counted)
+        new.projections, new.counted = list(self.projections), list(self.counted)
         return new
 
 
-def _compared(before: _Rows, after: _Rows) -> LayerRows:
+def _compare_rows(original: _RowRecorder, repadded: _RowRecorder) -> LayerRows:
     """Classify the rows of a layer and count each class."""
-    none = torch.empty(0, _DIRECTIONS, device=CPU)
-    marks, others = (torch.cat([*rows.marks, none]) for rows in (before, after))
-    counted = torch.cat(before.counted)
-    length = marks.norm(dim=1)
-    if marks.shape == others.shape:
-        padding = (marks - others).norm(dim=1) > before.alike * length
-        others = others[padding]  # unchanged rows cannot be where a moved row went
+    no_rows = torch.empty(0, _NUM_DIRECTIONS, device=CPU)
+    projections, other_projections = (
+        torch.cat([*rows.projections, no_rows]) for rows in (original, repadded)
+    )
+    counted = torch.cat(original.counted)
+    norms = projections.norm(dim=1)
+    if projections.shape == other_projections.shape:
+        padding = (projections - other_projections).norm(dim=1) > original.tolerance * norms
+        # unchanged rows cannot be where a moved row went
+        other_projections = other_projections[padding]
     else:
         padding = torch.ones_like(counted)
     change = 0.0
     # If padding is routed to other experts, one reads its tokens in another order or number.
-    others = others if len(others) else torch.full_like(marks[:1], math.inf)
+    other_projections = (
+        other_projections if len(other_projections) else torch.full_like(projections[:1], math.inf)
+    )
     for i in (padding & counted).nonzero().flatten().tolist():
-        apart = (others - marks[i]).norm(dim=1).min()
-        padding[i] = apart > before.alike * length[i]
+        distance = (other_projections - projections[i]).norm(dim=1).min()
+        padding[i] = distance > original.tolerance * norms[i]
         if padding[i]:
-            change = max(change, float((apart / length[i]).clamp_max(1)))
+            change = max(change, float((distance / norms[i]).clamp_max(1)))
     return LayerRows(
-        len(marks),
+        len(projections),
         int(counted.sum()),
         int(padding.sum()),
         int((padding & counted).sum()),

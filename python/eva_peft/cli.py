@@ -29,9 +29,9 @@ from .command.model_setup import (
     load_tokenizer,
     lora_config,
     needs_decoder_inputs,
-    target_names,
+    parse_target_modules,
     task_of,
-    warn_of_unknown,
+    warn_of_unknown_targets,
 )
 from .errors import EvaError, EvaValueError, EvaWarning
 from .surroundings.staging import naming_folder_in_errors, staged_folder
@@ -45,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RESULT = "eva.safetensors"  # next to an adapter
+RESULT_FILE = "eva.safetensors"  # next to an adapter
 REPORT_SUFFIXES = (".html", ".png", ".svg")
 _PACKAGES = ("triton", "transformers", "peft", "accelerate", "datasets", "matplotlib")
 _NATIVE_MODULES = ("eva_kernels._C", "eva_kernels._cuda")
@@ -73,11 +73,11 @@ def _terminate(number: int, frame: object) -> None:
     raise Terminated
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         from eva_kernels import __version__
 
-        _say(Console(), f"eva-kernels {__version__}")
+        _print_line(Console(), f"eva-kernels {__version__}")
         raise typer.Exit()
 
 
@@ -124,9 +124,12 @@ def init(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter and the report.")],
-    r: Annotated[int | None, typer.Option(min=1, help="Mean rank.", show_default="16")] = None,
+    r: Annotated[
+        int | None, typer.Option(min=1, help="Mean rank of the layers.", show_default="16")
+    ] = None,
     rho: Annotated[
-        float | None, typer.Option(min=1, help="Largest rank over mean rank.", show_default="2")
+        float | None,
+        typer.Option(min=1, help="Largest rank of a layer, as a multiple of r.", show_default="2"),
     ] = None,
     alpha: Annotated[int | None, typer.Option(min=1, help="LoRA alpha.", show_default="16")] = None,
     target_modules: Annotated[
@@ -136,7 +139,10 @@ def init(
     tau: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Least |cos| of a converged component.", show_default="0.99"
+            min=0,
+            max=1,
+            help="Components have converged when |cos| to the step before is above this.",
+            show_default="0.99",
         ),
     ] = None,
     config: Annotated[
@@ -146,24 +152,34 @@ def init(
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per batch.")] = 8,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text, at most.")] = 512,
     max_steps: Annotated[int, typer.Option(min=1, help="Forward passes at most.")] = 1000,
-    method: Annotated[Method, typer.Option(help="How components are found.")] = Method.AUTO,
+    method: Annotated[
+        Method,
+        typer.Option(help="sketch is fast, gram is exact, auto is exact where memory allows."),
+    ] = Method.AUTO,
     seed: Annotated[
         int,
-        typer.Option(min=-(2**63), max=2**63 - 1, help="Seed of the order and the first basis."),
+        typer.Option(
+            min=-(2**63),
+            max=2**63 - 1,
+            help="Seed of the order of the texts and of the first components.",
+        ),
     ] = 0,
     task: Annotated[
         Task | None, typer.Option(help="Task to load the model for.", show_default="causal-lm")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Of the weights during the pass.")] = DType.AUTO,
+    dtype: Annotated[
+        DType, typer.Option(help="Data type of the model's weights during the pass.")
+    ] = DType.AUTO,
     device: Annotated[
         str | None,
         typer.Option(help="Device, such as cpu or cuda:1.", show_default="a GPU, if any"),
     ] = None,
     device_map: Annotated[
-        str | None, typer.Option(help="Such as auto: spread the model over devices.")
+        str | None, typer.Option(help="Spread the model over devices, such as with auto.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="File for the state of the pass, to resume from.")
+        Path | None,
+        typer.Option(help="File that stores the progress, so that a stopped run can be resumed."),
     ] = None,
     text_column: Annotated[
         str | None, typer.Option(help="Column with the texts or chats.", show_default="guessed")
@@ -178,7 +194,7 @@ def init(
     if device is not None and device_map is not None:
         raise typer.BadParameter("give --device or --device-map, not both")
     with _exit_codes(ctx, checkpoint), staged_folder(out, force, checkpoint) as folder:
-        lora = {"r": r, "lora_alpha": alpha, "target_modules": target_names(target_modules)}
+        lora = {"r": r, "lora_alpha": alpha, "target_modules": parse_target_modules(target_modules)}
         check_device(device)
         fields = config_fields(config, lora, {"rho": rho, "tau": tau})
         task = task or task_of(fields)
@@ -192,7 +208,7 @@ def init(
         )
         base = load_model(model, task, dtype.value, device, device_map, seed)
         batches: Any = make_loader(texts, tokenizer, batch_size, max_length, seed, base)
-        warn_of_unknown(peft_config.target_modules, base)
+        warn_of_unknown_targets(peft_config.target_modules, base)
         if getattr(base.config, "pad_token_id", None) is None:  # classifiers look for it
             base.config.pad_token_id = padding_token(tokenizer, base)
         options: dict[str, Any] = {"max_steps": max_steps, "method": method.value, "seed": seed}
@@ -207,12 +223,12 @@ def init(
         tuned = initialize(base, batches, peft_config, **options)
         with naming_folder_in_errors(out):
             tuned.save_pretrained(folder)
-            tuned.eva_result.save(folder / RESULT)
+            tuned.eva_result.save(folder / RESULT_FILE)
             write_html(tuned.eva_result, folder / "report.html")
-    _say(Console(), tuned.eva_result.summary())
+    _print_line(Console(), tuned.eva_result.summary())
     # without is_trainable PEFT loads frozen adapters, and these are there to be trained
     call = f"PeftModel.from_pretrained(base_model, {str(out)!r}, is_trainable=True)"
-    _say(Console(), f"wrote {out}: {call} loads it, ready to train")
+    _print_line(Console(), f"wrote {out}: {call} loads it, ready to train")
 
 
 @app.command()
@@ -226,19 +242,21 @@ def info(ctx: typer.Context) -> None:
 
         rows = [("python", platform.python_version()), ("eva_kernels", __version__)]
         rows += [("torch", import_module("torch").__version__)]  # its build, too
-        rows += [(name, _version(name)) for name in _PACKAGES]
+        rows += [(name, _package_version(name)) for name in _PACKAGES]
         console = Console()
-        console.print(_table("Versions", ("package", "version"), rows))
-        console.print(_table("Devices", ("device", "what", "memory"), _devices()))
-        console.print(_table("Backends", ("operation", "backend", "why"), backend_report()))
-        natives = [(name, _native_module(name)) for name in _NATIVE_MODULES]
-        console.print(_table("Compiled extension", ("module", "state"), natives))
+        console.print(_make_table("Versions", ("package", "version"), rows))
+        console.print(_make_table("Devices", ("device", "what", "memory"), _device_rows()))
+        console.print(_make_table("Backends", ("operation", "backend", "why"), backend_report()))
+        natives = [(name, _native_module_state(name)) for name in _NATIVE_MODULES]
+        console.print(_make_table("Compiled extension", ("module", "state"), natives))
 
 
 @app.command()
 def report(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help=f"A saved result, or a folder with {RESULT} in it.")],
+    file: Annotated[
+        Path, typer.Argument(help=f"A saved result, or a folder with {RESULT_FILE} in it.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="What to write: .html, .png or .svg.", show_default="FILE as .html"),
@@ -246,13 +264,16 @@ def report(
 ) -> None:
     """Write the report or the plots of a saved result."""
     if file.is_dir():
-        file /= RESULT
+        file /= RESULT_FILE
     target = file.with_suffix(".html") if out is None else out
     if target.suffix.lower() not in REPORT_SUFFIXES:
         raise typer.BadParameter(f"--out must end in one of {', '.join(REPORT_SUFFIXES)}")
     with _exit_codes(ctx):
         if not file.is_file():
-            raise EvaValueError(f"there is no file {file}")
+            raise EvaValueError(
+                f"there is no file {file}; pass a result that eva-kernels init or EvaResult.save "
+                "wrote"
+            )
 
         from .results.plots import save_result_plot
         from .results.report import write_html
@@ -260,7 +281,7 @@ def report(
 
         write = write_html if target.suffix.lower() == ".html" else save_result_plot
         write(EvaResult.load(file), target)
-        _say(Console(), f"wrote {target}")
+        _print_line(Console(), f"wrote {target}")
 
 
 @app.command()
@@ -278,13 +299,15 @@ def pad(
     """Give all layers of a saved adapter one rank, for runtimes that read no rank_pattern."""
     with _exit_codes(ctx):
         if out.resolve() == adapter.resolve():
-            raise EvaValueError(f"--out {out} is the adapter itself; name another folder")
+            raise EvaValueError(
+                f"--out {out} is the folder of the adapter itself; name another folder"
+            )
 
         from .lora.pad import pad_ranks
 
         with staged_folder(out, force, None) as folder:
             rank = pad_ranks(adapter, folder, r)
-    _say(Console(), f"wrote {out}: rank {rank} in all layers, the same outputs")
+    _print_line(Console(), f"wrote {out}: rank {rank} in all layers, the same outputs")
 
 
 @contextmanager
@@ -299,57 +322,59 @@ def _exit_codes(ctx: typer.Context, checkpoint: Path | None = None) -> Iterator[
         with warnings.catch_warnings():
             # FutureWarnings concern the authors of other packages, not users of this command.
             warnings.simplefilter("ignore", FutureWarning)
-            warnings.showwarning = _plain_warnings(console, warnings.showwarning)
+            warnings.showwarning = _warning_printer(console, warnings.showwarning)
             yield
     except (typer.Exit, typer.BadParameter):
         raise
     except KeyboardInterrupt as error:
         if checkpoint is None:
-            fate = "nothing was kept"
+            checkpoint_text = "nothing was saved"
         elif checkpoint.is_file():
-            fate = f"the checkpoint {checkpoint} was kept; the same command goes on from it"
+            checkpoint_text = (
+                f"the checkpoint {checkpoint} was kept; run the same command again to resume"
+            )
         else:
-            fate = f"no checkpoint had been written to {checkpoint} yet"
-        ended = isinstance(error, Terminated)
-        _say(console, f"{'terminated' if ended else 'interrupted'}: {fate}")
-        raise typer.Exit(128 + (signal.SIGTERM if ended else signal.SIGINT)) from None
+            checkpoint_text = f"no checkpoint had been written to {checkpoint} yet"
+        terminated = isinstance(error, Terminated)
+        _print_line(console, f"{'terminated' if terminated else 'interrupted'}: {checkpoint_text}")
+        raise typer.Exit(128 + (signal.SIGTERM if terminated else signal.SIGINT)) from None
     except Exception as error:
         if debug:
             traceback.print_exception(error)
-        _say(console, f"error: {_one_line(error)}")
+        _print_line(console, f"error: {_error_line(error)}")
         raise typer.Exit(1) from error
 
 
-def _one_line(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, (EvaError, OSError, ImportError)) and text:
         return text
-    return f"{type(error).__name__}: {text} (eva-kernels --debug shows where)"
+    return f"{type(error).__name__}: {text} (eva-kernels --debug, before the command, shows where)"
 
 
-def _plain_warnings(console: Console, fallback: Any) -> Any:
+def _warning_printer(console: Console, fallback: Any) -> Any:
     def show(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, EvaWarning):
-            _say(console, f"warning: {message}")
+            _print_line(console, f"warning: {message}")
         else:
             fallback(message, category, *args, **kwargs)
 
     return show
 
 
-def _say(console: Console, text: str) -> None:
+def _print_line(console: Console, text: str) -> None:
     """Print one line unchanged: no markup, no automatic colours, no wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _version(package: str) -> str:
+def _package_version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _devices() -> list[tuple[str, str, str]]:
+def _device_rows() -> list[tuple[str, str, str]]:
     import platform
 
     import torch
@@ -361,23 +386,32 @@ def _devices() -> list[tuple[str, str, str]]:
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads"
     rows = [("cpu", threads, "")]
     for i in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(i)
-        what = f"{found.name}, compute capability {found.major}.{found.minor}"
-        rows.append((f"cuda:{i}", what, f"{found.total_memory / 2**30:.1f} GiB"))
-    other = accelerator()
-    if other is not None and other.type != "cuda":
-        away = state_device(other) != other
-        what = "sums and folds on the CPU: it lacks float64" if away else "plain PyTorch"
-        what = f"no kernels for it: {what}"
-        rows += [(f"{other.type}:{i}", what, "") for i in range(torch.accelerator.device_count())]
+        properties = torch.cuda.get_device_properties(i)
+        description = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+        rows.append((f"cuda:{i}", description, f"{properties.total_memory / 2**30:.1f} GiB"))
+    accelerator_device = accelerator()
+    if accelerator_device is not None and accelerator_device.type != "cuda":
+        sums_on_cpu = state_device(accelerator_device) != accelerator_device
+        description = (
+            "sums and folds on the CPU: it lacks float64" if sums_on_cpu else "plain PyTorch"
+        )
+        description = f"no kernels for it: {description}"
+        rows += [
+            (f"{accelerator_device.type}:{i}", description, "")
+            for i in range(torch.accelerator.device_count())
+        ]
     if len(rows) == 1:
-        built = torch.version.cuda or torch.version.hip
-        why = f"torch is built for {built}, but sees no GPU" if built else "this torch is CPU only"
-        rows.append(("cuda", f"none: {why}", ""))
+        gpu_platform = torch.version.cuda or torch.version.hip
+        reason = (
+            f"torch is built for {gpu_platform}, but sees no GPU"
+            if gpu_platform
+            else "this torch is CPU only"
+        )
+        rows.append(("cuda", f"none: {reason}", ""))
     return rows
 
 
-def _native_module(name: str) -> str:
+def _native_module_state(name: str) -> str:
     try:
         module = import_module(name)
     except ImportError as error:
@@ -386,7 +420,7 @@ def _native_module(name: str) -> str:
     return f"works, built for sm {archs}" if archs else "works"
 
 
-def _table(title: str, headers: tuple[str, ...], rows: Any) -> Table:
+def _make_table(title: str, headers: tuple[str, ...], rows: Any) -> Table:
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", title_style="bold", show_edge=False)

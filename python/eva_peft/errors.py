@@ -20,12 +20,12 @@ from eva_kernels.errors import (
 )
 
 __all__ = [
+    "DeferredError",
     "EvaError",
     "EvaRuntimeError",
     "EvaTypeError",
     "EvaValueError",
     "EvaWarning",
-    "HeldError",
     "NonFiniteError",
     "NotConvergedError",
     "NotConvergedWarning",
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_OURS = ("eva_kernels", "eva_peft")
-MOST_LISTED = 8  # names in a message
+_OWN_PACKAGES = ("eva_kernels", "eva_peft")
+MAX_LISTED_NAMES = 8  # names in a message
 
 
-class HeldError:
+class DeferredError:
     """An error that is kept to be raised later.
 
     Attributes:
@@ -53,15 +53,15 @@ class HeldError:
     def __init__(self) -> None:
         self.error: BaseException | None = None
 
-    def catch(self, do: Callable[[], T]) -> T | None:
+    def catch(self, function: Callable[[], T]) -> T | None:
         """Call a function, and keep what it raises; returns ``None`` then."""
         try:
-            return do()
+            return function()
         except BaseException as raised:
             self.error = raised
         return None
 
-    def release(self) -> None:
+    def reraise(self) -> None:
         """Raise what is kept, and drop it."""
         if self.error is not None:
             try:
@@ -75,15 +75,15 @@ def warn(message: str, category: type[Warning] = EvaWarning) -> None:
     frame: FrameType | None = sys._getframe()
     level, caller = 1, 2
     while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        if frame.f_globals.get("__name__", "").partition(".")[0] in _OWN_PACKAGES:
             caller = level + 1
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=caller)
 
 
-def counted(number: int, one: str, many: str = "") -> str:
-    """Return "1 layer" or "3 layers": a number, then ``one`` or ``many`` (``one`` + "s")."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
+def counted(count: int, singular: str, plural: str = "") -> str:
+    """Return "1 layer" or "3 layers": a count with ``singular``, or with ``plural`` (adds "s")."""
+    return f"{count} {singular if count == 1 else plural or singular + 's'}"
 
 
 def first_line(error: BaseException) -> str:
@@ -93,6 +93,6 @@ def first_line(error: BaseException) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """Join names for a message: all, or the first ones and the number of others."""
-    every = list(names)
-    more = f" and {len(every) - MOST_LISTED} more" if len(every) > MOST_LISTED else ""
-    return ", ".join(every[:MOST_LISTED]) + more
+    all_names = list(names)
+    hidden = len(all_names) - MAX_LISTED_NAMES
+    return ", ".join(all_names[:MAX_LISTED_NAMES]) + (f" and {hidden} more" if hidden > 0 else "")

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, carries_adapters, eva_of
+from ._peft_compat import EvaConfig, LoraConfig, adapter_configs, eva_config_of, has_adapters
 from .calibrate import run_pass
 from .errors import EvaValueError, warnings_caught
 from .lora.adapters import write_result
 from .lora.training import check_not_trained
 from .lora.wrapping import check_wrapping
-from .model.checks import check_config, tell_of_the_model_within
-from .model.divided import check_experts, check_undivided, check_whole
+from .model.checks import check_config, warn_if_inside_peft_model
+from .model.divided import check_adapters_writable, check_no_sharded_experts, check_not_partitioned
 from .model.targets import check_may_resize, check_not_replicated, find_targets, unwrap
 from .options import AUTO, CalibrateOptions
 from .passes.planning import Estimate, estimate_targets
@@ -75,10 +75,10 @@ def initialize(
     inner = unwrap(model)
     with reporting_start_failures(processes_of(inner, options.get("group", AUTO))):
         parsed = CalibrateOptions.from_kwargs(options)
-        check_whole(model)
-        chosen = chosen_config(inner, config, parsed)
-        tell_of_the_model_within(inner, config)
-        if carries_adapters(inner):
+        check_adapters_writable(model)
+        chosen = config_for_pass(inner, config, parsed)
+        warn_if_inside_peft_model(inner, config)
+        if has_adapters(inner):
             any_init = allow_any_init or config is not None
             _check_adapters(inner, parsed.adapter_name, any_init, allow_any_init, overwrite_trained)
         else:
@@ -86,34 +86,39 @@ def initialize(
                 find_targets(inner, chosen, parsed.adapter_name)
             check_wrapping(inner, chosen, parsed.adapter_name)
         if chosen.eva_config.rho > 1:  # a long pass would change some size
-            known = adapter_configs(inner) if carries_adapters(inner) else {}
-            check_may_resize(model, known.get(parsed.adapter_name, chosen))
-        elif not carries_adapters(inner):
+            configs = adapter_configs(inner) if has_adapters(inner) else {}
+            check_may_resize(model, configs.get(parsed.adapter_name, chosen))
+        elif not has_adapters(inner):
             check_not_replicated(model)
     result = run_pass(inner, loader, chosen, parsed)
     return write_result(model, result, chosen, parsed.adapter_name)
 
 
 def _check_adapters(
-    model: nn.Module, name: str, any_init: bool, random_start: bool, overwrite_trained: bool
+    model: nn.Module,
+    adapter_name: str,
+    any_init: bool,
+    random_lora_b: bool,
+    overwrite_trained: bool,
 ) -> None:
     """Refuse adapters that were not made for EVA, or whose training would be lost.
 
     Args:
         model: has adapters.
-        name: of the adapters to initialise.
+        adapter_name: of the adapters to initialise.
         any_init: accept adapters that were not made for EVA.
-        random_start: accept a randomly initialised ``lora_B``, which does not mean training.
+        random_lora_b: accept a randomly initialised ``lora_B``, which does not mean training.
         overwrite_trained: accept trained ones.
     """
-    own = getattr(adapter_configs(model).get(name), "init_lora_weights", None)
-    if own != "eva" and not any_init:
+    init_method = getattr(adapter_configs(model).get(adapter_name), "init_lora_weights", None)
+    if init_method != "eva" and not any_init:
         raise EvaValueError(
-            "`initialize` can only be used with `init_lora_weights='eva'`; pass "
-            "allow_any_init=True to overwrite the weights of another adapter"
+            "`initialize` can only be used with `init_lora_weights='eva'`, but adapter "
+            f"{adapter_name!r} was made with {init_method!r}; pass allow_any_init=True to "
+            "overwrite it"
         )
-    if not (overwrite_trained or (random_start and own is False)):
-        check_not_trained(model, name)
+    if not (overwrite_trained or (random_lora_b and init_method is False)):
+        check_not_trained(model, adapter_name)
 
 
 def calibrate(
@@ -137,9 +142,9 @@ def calibrate(
     inner = unwrap(model)
     with reporting_start_failures(processes_of(inner, options.get("group", AUTO))):
         parsed = CalibrateOptions.from_kwargs(options)
-        check_undivided(inner)
-        chosen = chosen_config(inner, config, parsed)
-        check_experts(inner, chosen)
+        check_not_partitioned(inner)
+        chosen = config_for_pass(inner, config, parsed)
+        check_no_sharded_experts(inner, chosen)
     return run_pass(inner, loader, chosen, parsed)
 
 
@@ -163,17 +168,17 @@ def estimate(
         EvaError: the config, an option or ``batch_shape`` cannot be used.
     """
     inner, parsed = unwrap(model), CalibrateOptions.from_kwargs(options)
-    chosen = chosen_config(inner, config, parsed)
+    chosen = config_for_pass(inner, config, parsed)
     targets = find_targets(inner, chosen, parsed.adapter_name)
     return estimate_targets(inner, targets, chosen.eva_config.rho, parsed, batch_shape)
 
 
-def chosen_config(
+def config_for_pass(
     model: nn.Module, config: LoraConfig | None, options: CalibrateOptions
 ) -> LoraConfig:
     """Return the config to use, checked, with its EVA part; the caller's is not changed."""
-    if config is None and not carries_adapters(model):
+    if config is None and not has_adapters(model):
         config = default_config()
     chosen = copy(check_config(model, config, options.adapter_name))
-    chosen.eva_config = eva_of(chosen)
+    chosen.eva_config = eva_config_of(chosen)
     return chosen

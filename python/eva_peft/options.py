@@ -31,7 +31,7 @@ _CHOICES = {
     "trim_padding": (True, False),
     "progress": (True, False),
 }
-_NUMBERS: dict[str, Any] = {
+_NUMBER_TYPES: dict[str, Any] = {
     "max_steps": Integral,
     "max_tokens": Integral,
     "tokens_per_step": Integral,
@@ -42,7 +42,7 @@ _NUMBERS: dict[str, Any] = {
     "seed": Integral,
     "checkpoint_every": Integral,
 }
-_LEAST = {
+_MINIMUM = {
     "max_steps": 1,
     "max_tokens": 1,
     "tokens_per_step": 1,
@@ -159,20 +159,20 @@ class CalibrateOptions:
         self._check_functions()
 
     def _check_numbers(self) -> None:
-        for name, kind in _NUMBERS.items():
+        for name, number_type in _NUMBER_TYPES.items():
             value = getattr(self, name)
             if value is None and name in ("max_tokens", "max_seconds", "tokens_per_step"):
                 continue
             if value == AUTO and name == "memory_budget":
                 continue
-            if not isinstance(value, kind) or isinstance(value, bool):
-                wanted = "a whole number" if kind is Integral else "a number"
+            if not isinstance(value, number_type) or isinstance(value, bool):
+                wanted = "a whole number" if number_type is Integral else "a number"
                 raise EvaTypeError(f"{name}={value!r} must be {wanted}")
-            if name != "seed" and not value >= _LEAST.get(name, 0):
-                raise EvaValueError(f"{name}={value} must be at least {_LEAST.get(name, 0)}")
+            if name != "seed" and not value >= _MINIMUM.get(name, 0):
+                raise EvaValueError(f"{name}={value} must be at least {_MINIMUM.get(name, 0)}")
             if name == "oversample" and value == math.inf:
                 raise EvaValueError(f"{name}={value} must be finite")
-            if kind is Integral:  # such as NumPy's, which JSON and generators reject
+            if number_type is Integral:  # such as NumPy's, which JSON and generators reject
                 object.__setattr__(self, name, int(value))
         if not -(2**63) <= self.seed < 2**63:
             raise EvaValueError(f"seed={self.seed} must fit a signed 64-bit integer")
@@ -182,12 +182,12 @@ class CalibrateOptions:
     def _check_functions(self) -> None:
         for name in ("forward_fn", "callback", "prepare_model_inputs_fn"):
             value = getattr(self, name)
-            known = value is None or (name.startswith("prepare") and value == AUTO)
-            if not (known or callable(value)):
+            is_default = value is None or (name.startswith("prepare") and value == AUTO)
+            if not (is_default or callable(value)):
                 raise EvaTypeError(f"{name}={value!r} must be callable")
         given = self.prepare_layer_inputs_fn
-        parts = given.values() if isinstance(given, Mapping) else [given]
-        if not all(value is None or callable(value) or value == AUTO for value in parts):
+        functions = given.values() if isinstance(given, Mapping) else [given]
+        if not all(value is None or callable(value) or value == AUTO for value in functions):
             raise EvaTypeError(
                 f"prepare_layer_inputs_fn={given!r} must be callable, or a mapping from layer "
                 "names to functions"
@@ -196,8 +196,10 @@ class CalibrateOptions:
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> CalibrateOptions:
         """Build the options; the error for an unknown one lists those that exist."""
-        known = [f.name for f in fields(cls)]
+        option_names = [f.name for f in fields(cls)]
         for name in kwargs:
-            if name not in known:
-                raise EvaTypeError(f"unknown option {name!r}; the options are {', '.join(known)}")
+            if name not in option_names:
+                raise EvaTypeError(
+                    f"unknown option {name!r}; the options are {', '.join(option_names)}"
+                )
         return cls(**kwargs)

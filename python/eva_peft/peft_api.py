@@ -18,10 +18,10 @@ from ._peft_compat import (
     LoraConfig,
     PeftModel,
     adapter_configs,
-    carries_adapters,
-    eva_of,
+    eva_config_of,
     forward_fn_dict,
-    keep_dilation,
+    has_adapters,
+    patch_convolution_dilation,
     prepare_layer_inputs_fn_language_modeling,
     prepare_model_inputs_fn_language_modeling,
 )
@@ -30,7 +30,7 @@ from .initialize import calibrate
 from .lora.adapters import write_state_dict
 from .lora.training import check_not_trained, watch
 from .model.checks import config_of
-from .model.divided import check_whole
+from .model.divided import check_adapters_writable
 from .model.targets import check_may_resize, resolve_name, unwrap
 from .options import AUTO
 from .processes.data_parallel import processes_of, reporting_start_failures
@@ -38,19 +38,21 @@ from .processes.data_parallel import processes_of, reporting_start_failures
 __all__ = ["get_eva_state_dict", "initialize_lora_eva_weights", "patch_peft"]
 
 # PEFT's defaults are replaced by our own token selection, which does the same and more.
-_DEFAULTS = (
+_PEFT_DEFAULTS = (
     (forward_fn_dict, None),
     (prepare_model_inputs_fn_language_modeling, AUTO),
     (prepare_layer_inputs_fn_language_modeling, AUTO),
 )
 
 
-def _with_group(options: dict[str, Any], gather: bool) -> dict[str, Any]:
+def _with_group_option(options: dict[str, Any], gather: bool) -> dict[str, Any]:
     return options if gather or "group" in options else {**options, "group": None}
 
 
-def _ours(fn: Any) -> Any:
-    return next((ours for theirs, ours in _DEFAULTS if fn is theirs), fn)
+def _replace_peft_default(fn: Any) -> Any:
+    return next(
+        (own_default for peft_default, own_default in _PEFT_DEFAULTS if fn is peft_default), fn
+    )
 
 
 def get_eva_state_dict(
@@ -84,43 +86,45 @@ def get_eva_state_dict(
         contiguous tensors. Rank 0 for layers that get no adapter.
     """
     inner = unwrap(model)
-    options = _with_group(options, gather_distributed_inputs)
+    options = _with_group_option(options, gather_distributed_inputs)
     with reporting_start_failures(processes_of(inner, options.get("group", AUTO))):
-        if peft_config is None and not carries_adapters(inner):
+        if peft_config is None and not has_adapters(inner):
             raise EvaValueError("peft_config is required if model is not a PeftModel")
     result = calibrate(
         model,
         dataloader,
         peft_config,
-        forward_fn=_ours(forward_fn),
-        prepare_model_inputs_fn=_ours(prepare_model_inputs_fn),
-        prepare_layer_inputs_fn=_ours(prepare_layer_inputs_fn),
+        forward_fn=_replace_peft_default(forward_fn),
+        prepare_model_inputs_fn=_replace_peft_default(prepare_model_inputs_fn),
+        prepare_layer_inputs_fn=_replace_peft_default(prepare_layer_inputs_fn),
         adapter_name=adapter_name,
         progress=show_progress_bar,
         **options,
     )
     state = result.state_dict()
-    outer = next(f"{n}." if n else "" for n, m in model.named_modules() if m is inner)
-    paths = _paths(inner, state)
-    return {f"{outer}{paths[name]}": value for name, value in state.items()}
+    prefix = next(f"{n}." if n else "" for n, m in model.named_modules() if m is inner)
+    paths = _module_paths(inner, state)
+    return {f"{prefix}{paths[name]}": value for name, value in state.items()}
 
 
-def _paths(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def _module_paths(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Map names of layers in the base model to their paths in a model, which may be wrapped.
 
     An expert of a fused parameter is not a module; its path is that of the module it belongs to,
     plus the rest of its name.
     """
-    steps = {name: name.split(".") for name in names}
-    owners = {".".join(s[:i]): None for s in steps.values() for i in range(len(s) + 1)}
-    found: dict[str, str] = {}
+    parts_of_name = {name: name.split(".") for name in names}
+    name_prefixes = {
+        ".".join(s[:i]): None for s in parts_of_name.values() for i in range(len(s) + 1)
+    }
+    path_of_name: dict[str, str] = {}
     for path, _ in model.named_modules():  # submodules of an adapted layer come after it
-        found.setdefault(resolve_name(path, owners), path)
+        path_of_name.setdefault(resolve_name(path, name_prefixes), path)
     paths = {}
-    for name, parts in steps.items():
-        inside = next(i for i in range(len(parts), -1, -1) if ".".join(parts[:i]) in found)
-        owner = found[".".join(parts[:inside])]
-        paths[name] = ".".join([*([owner] if owner else []), *parts[inside:]])
+    for name, parts in parts_of_name.items():
+        depth = next(i for i in range(len(parts), -1, -1) if ".".join(parts[:i]) in path_of_name)
+        owner = path_of_name[".".join(parts[:depth])]
+        paths[name] = ".".join([*([owner] if owner else []), *parts[depth:]])
     return paths
 
 
@@ -159,15 +163,15 @@ def initialize_lora_eva_weights(
             neither data nor state dict, or layers that do not fit.
     """
     inner = unwrap(model)
-    options = _with_group(options, gather_distributed_inputs)
-    alone = eva_state_dict is not None  # there will be no pass
-    processes = None if alone else processes_of(inner, options.get("group", AUTO))
+    options = _with_group_option(options, gather_distributed_inputs)
+    has_state_dict = eva_state_dict is not None  # there will be no pass
+    processes = None if has_state_dict else processes_of(inner, options.get("group", AUTO))
     with reporting_start_failures(processes):
-        check_whole(model)
-        _check_for_eva(inner, adapter_name, overwrite_trained)
-        if not alone and dataloader is None:
+        check_adapters_writable(model)
+        _check_made_for_eva(inner, adapter_name, overwrite_trained)
+        if not has_state_dict and dataloader is None:
             raise EvaValueError("dataloader is required if eva_state_dict is not provided")
-        if not alone and eva_of(adapter_configs(inner)[adapter_name]).rho > 1:
+        if not has_state_dict and eva_config_of(adapter_configs(inner)[adapter_name]).rho > 1:
             check_may_resize(model, adapter_configs(inner)[adapter_name])
     if eva_state_dict is not None:
         write_state_dict(model, eva_state_dict, adapter_name, strict)
@@ -176,9 +180,9 @@ def initialize_lora_eva_weights(
     result = calibrate(
         inner,
         dataloader,
-        forward_fn=_ours(forward_fn),
-        prepare_model_inputs_fn=_ours(prepare_model_inputs_fn),
-        prepare_layer_inputs_fn=_ours(prepare_layer_inputs_fn),
+        forward_fn=_replace_peft_default(forward_fn),
+        prepare_model_inputs_fn=_replace_peft_default(prepare_model_inputs_fn),
+        prepare_layer_inputs_fn=_replace_peft_default(prepare_layer_inputs_fn),
         adapter_name=adapter_name,
         progress=show_progress_bar,
         **options,
@@ -186,7 +190,7 @@ def initialize_lora_eva_weights(
     result.apply(model, adapter_name=adapter_name, overwrite_trained=True)
 
 
-def _check_for_eva(model: nn.Module, adapter_name: str, overwrite_trained: bool) -> None:
+def _check_made_for_eva(model: nn.Module, adapter_name: str, overwrite_trained: bool) -> None:
     """Refuse anything but a PeftModel with one active adapter, which was made for EVA."""
     if not isinstance(model, PeftModel):
         raise EvaValueError("model must be a PeftModel")
@@ -210,13 +214,13 @@ def get_peft_model(*args: Any, **kwargs: Any) -> Any:
 
 _get_peft_model = get_peft_model.__wrapped__
 
-_PATCHED = (peft, peft.tuners, peft.tuners.lora, peft.tuners.lora.eva, peft.mapping_func)
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
+_PATCHED_MODULES = (peft, peft.tuners, peft.tuners.lora, peft.tuners.lora.eva, peft.mapping_func)
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
     fn.__name__: fn for fn in (get_eva_state_dict, initialize_lora_eva_weights, get_peft_model)
 }
 # PEFT's functions from before the first active patch, and the active patches.
 _originals: list[tuple[ModuleType, str, Any]] = []
-_active: list[patch_peft] = []
+_active_patches: list[patch_peft] = []
 
 
 class patch_peft:
@@ -232,26 +236,26 @@ class patch_peft:
     """
 
     def __init__(self) -> None:
-        self._entered = 0
-        self._begin()
+        self._entry_count = 0
+        self._activate()
 
-    def _begin(self) -> None:
-        keep_dilation()
-        if not _active:
+    def _activate(self) -> None:
+        patch_convolution_dilation()
+        if not _active_patches:
             _originals[:] = [
                 (module, name, getattr(module, name))
-                for module in _PATCHED
-                for name in _FUNCTIONS
+                for module in _PATCHED_MODULES
+                for name in _REPLACEMENTS
                 if hasattr(module, name)
             ]
-        if self not in _active:
-            _active.append(self)
+        if self not in _active_patches:
+            _active_patches.append(self)
         for module, name, _ in _originals:
-            setattr(module, name, _FUNCTIONS[name])
+            setattr(module, name, _REPLACEMENTS[name])
 
     def __enter__(self) -> patch_peft:
-        self._entered += 1
-        self._begin()
+        self._entry_count += 1
+        self._activate()
         return self
 
     def __exit__(
@@ -260,10 +264,10 @@ class patch_peft:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._entered = max(self._entered - 1, 0)
-        if self._entered or self not in _active:
+        self._entry_count = max(self._entry_count - 1, 0)
+        if self._entry_count or self not in _active_patches:
             return
-        _active.remove(self)
-        if not _active:
+        _active_patches.remove(self)
+        if not _active_patches:
             for module, name, function in _originals:
                 setattr(module, name, function)

@@ -211,7 +211,7 @@ def test_a_pass_that_failed_keeps_no_memory(seen: tuple[Seen, Seen]) -> None:
     ("name", "error", "message"),
     [
         ("not_converged", "NotConvergedError", "14 of 14 layers have not converged"),
-        ("other_models", "EvaValueError", "different models: [2, 4] target layers"),
+        ("other_models", "EvaValueError", "different models, with [2, 4] target layers"),
         (
             "other_ranks",
             "EvaValueError",
@@ -222,7 +222,7 @@ def test_a_pass_that_failed_keeps_no_memory(seen: tuple[Seen, Seen]) -> None:
             "EvaValueError",
             "passes; tokens_per_step: 40 in process 0, 80 in process 1",
         ),
-        ("other_weights", "EvaValueError", "processes 0 and 1 have other weights in model.lay"),
+        ("other_weights", "EvaValueError", "processes 0 and 1 have different weights in model.lay"),
         (
             "batches_are_missing",
             "EvaValueError",
@@ -496,4 +496,4 @@ def test_a_pass_that_has_ended_ends_the_same_again(seen: tuple[Seen, Seen]) -> N
 def test_as_many_processes_must_go_on(seen: tuple[Seen, Seen]) -> None:
     kind, message = seen[0]["goes_on_alone"]
     assert kind == "EvaValueError"
-    assert "belongs to another pass: processes: 2 in the file, 1 now. To go on" in message
+    assert "belongs to another pass: processes: 2 in the file, 1 now. To continue" in message

@@ -17,7 +17,7 @@ import eva_kernels
 from distributed.scenarios import calibrate, own_batches
 from eva_kernels.errors import EvaRuntimeError, EvaTypeError, EvaValueError
 from eva_kernels.streaming import fold_streams
-from eva_peft.errors import HeldError
+from eva_peft.errors import DeferredError
 from eva_peft.model import divided
 from eva_peft.processes import cells, channel
 from eva_peft.processes.data_parallel import processes_of, reporting_start_failures
@@ -78,7 +78,7 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     monkeypatch.setattr(distributed, "get_rank", lambda group: 0)
     monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
     monkeypatch.setattr(distributed, "get_global_rank", lambda group, rank: 4 + rank)
-    one, tensors = channel.Channel(replicas, HeldError()), [torch.ones(2)]
+    one, tensors = channel.Channel(replicas, DeferredError()), [torch.ones(2)]
     one.broadcast_object("plan")
     one.broadcast_tensors(tensors)
     one.sum_on_leader(tensors)
@@ -118,7 +118,7 @@ def test_experts_in_shards_are_refused(adapted: bool, group_of_one: Any) -> None
     model: Any = wrapped(make_llama(), config) if adapted else make_llama()
     sharded = fully_shard(model)
     with pytest.raises(
-        EvaRuntimeError, match="target_parameters, or experts in one parameter, in a"
+        EvaRuntimeError, match="target_parameters, or experts in one parameter, cannot be"
     ):
         eva_kernels.calibrate(sharded, own_batches(0), None if adapted else config, **QUIET)
 
@@ -137,15 +137,15 @@ def test_copies_are_no_parts(
 ) -> None:
     mesh = SimpleNamespace(size=lambda i: sizes[i])
     parameter: Any = SimpleNamespace(device_mesh=mesh, placements=placements)
-    assert divided._divisions(parameter) == expected
+    assert divided._num_partitioned_dims(parameter) == expected
 
 
 def test_a_plan_of_transformers_divides_a_layer() -> None:
     """Also where its parameters tell nothing, as in some of its versions."""
     model: Any = make_llama()
-    divided.check_undivided(model)
+    divided.check_not_partitioned(model)
     model.model.layers[1].mlp.up_proj._hf_tp_plan = "colwise"
-    for check in (divided.check_undivided, divided.check_whole):
+    for check in (divided.check_not_partitioned, divided.check_adapters_writable):
         with pytest.raises(EvaRuntimeError, match=r"layer model\.layers\.1\.mlp\.up_proj is div"):
             check(model)
 
@@ -153,7 +153,7 @@ def test_a_plan_of_transformers_divides_a_layer() -> None:
 def test_weights_may_differ_by_rounding() -> None:
     """Of the largest in their layer; others are other weights, however small."""
     check_weights([{"a": [100.0, 1.0]}, {"a": [100.5, 1.5]}])
-    with pytest.raises(EvaValueError, match="processes 0 and 1 have other weights in a: load"):
+    with pytest.raises(EvaValueError, match="processes 0 and 1 have different weights in a: load"):
         check_weights([{"a": [0.001, 0.002]}, {"a": [0.002, 0.001]}])
 
 

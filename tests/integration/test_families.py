@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import eva_kernels
 from bench.families import FAMILIES, Family
-from eva_peft._peft_compat import spoils_strings
+from eva_peft._peft_compat import splits_target_string
 from eva_peft.model.routing import RoutedInputs
 from integration.conftest import (
     fused,
@@ -74,7 +74,7 @@ def eva_kernels_on_meta(base: nn.Module, data: Any, family: Family) -> PeftModel
     from peft import get_peft_model
 
     config = config_of(family)
-    if spoils_strings(base, config):
+    if splits_target_string(base, config):
         pytest.skip("this PEFT takes the letters of target_modules for names in such a model")
     wrapped = get_peft_model(base, config, low_cpu_mem_usage=True)
     assert any(p.is_meta for p in wrapped.parameters())
@@ -84,7 +84,7 @@ def eva_kernels_on_meta(base: nn.Module, data: Any, family: Family) -> PeftModel
 
 
 def _expected(name: str, message: str) -> bool:
-    return name == "Conv2d network" and "leaves out the dilation" in message
+    return name == "Conv2d network" and "ignores the dilation" in message
 
 
 @pytest.mark.parametrize("on_meta", [False, True], ids=["base", "meta"])
@@ -243,7 +243,7 @@ def test_following_tokens_is_only_for_experts(monkeypatch: pytest.MonkeyPatch) -
     original = RoutedInputs.__torch_function__
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(self.following)
+        calls.append(self.tracks_tokens)
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(RoutedInputs, "__torch_function__", counting)

@@ -323,7 +323,7 @@ FAULTS: dict[str, Fault] = {
         lambda s: _other_merged(s, write=True), R, r"layer 2 has merged adapters \['other'\]"
     ),
     "adapter: virtual tokens": Fault(
-        _prompts, T, "adapter 'default' is of kind PROMPT_TUNING; EVA initialises LoRA adapters"
+        _prompts, T, "adapter 'default' is of type PROMPT_TUNING; EVA initialises LoRA adapters"
     ),
     "config: AdaLoRA": Fault(_adalora, T, "expected a LoraConfig, got .*AdaLoraConfig"),
     "adapter: trained": Fault(_trained, V, "layers 0, 2.*overwrite_trained=True"),
@@ -332,7 +332,7 @@ FAULTS: dict[str, Fault] = {
             s.own(get_peft_model(make_llama(), IA3Config())), s.texts, **QUIET
         ),
         T,
-        "adapter 'default' is of kind IA3; .* LoraConfig",
+        "adapter 'default' is of type IA3; .* LoraConfig",
     ),
     # options
     "option: unknown": Fault(option(max_step=3), T, "unknown option 'max_step'.*max_steps"),

@@ -230,7 +230,10 @@ def test_strictness() -> None:
             {"0": state["0"], "4": state["2"]},
             r"1 unknown layer \(4\), and 1 layer of .*is missing \(2\)",
         ),
-        ({"0": state["0"][:, :9], "2": state["2"]}, "layer 0: the state dict has 9 features.* 20"),
+        (
+            {"0": state["0"][:, :9], "2": state["2"]},
+            "layer 0: the rows in the state dict have 9 features.* 20",
+        ),
         ({"0": state["0"][0], "2": state["2"]}, r"layer 0: expected a \(rank, in_features\)"),
         ({"0": state["0"].tolist(), "2": state["2"]}, r"layer 0: expected a \(rank, in_features\)"),
     ]
@@ -240,7 +243,12 @@ def test_strictness() -> None:
         assert same_state(before, state_of(model))
     other = {"nine": torch.full((1, 5), torch.nan)}  # of which nothing is used
     warned = pytest.warns(eva_kernels.EvaWarning, match=r"missing \(2\); missing layers keep")
-    with warned, pytest.raises(eva_kernels.EvaValueError, match="layer 0: the state dict has 9"):
+    with (
+        warned,
+        pytest.raises(
+            eva_kernels.EvaValueError, match="layer 0: the rows in the state dict have 9"
+        ),
+    ):
         eva_kernels.initialize_lora_eva_weights(
             model, eva_state_dict={**other, "0": state["0"][:, :9]}, strict=False
         )

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
-COLUMN_ROWS = 100  # rows from which the columns are determined
+ROWS_TO_GUESS_COLUMNS = 100  # rows from which the columns are determined
 
-_ONE_COLUMN = ("text", "content", "messages")
-_TWO_COLUMNS = (("prompt", "response"), ("prompt", "completion"))
-_SAID = {"content", "tool_calls"}  # a message that calls tools need not have text
+_TEXT_COLUMNS = ("text", "content", "messages")
+_TEXT_COLUMN_PAIRS = (("prompt", "response"), ("prompt", "completion"))
+_MESSAGE_TEXT_KEYS = {"content", "tool_calls"}  # a message that calls tools need not have text
 _log = logging.getLogger("eva_kernels")
 
 
@@ -66,20 +66,26 @@ def load_texts(
         ImportError: `datasets` is needed (parquet, hub) and not installed.
     """
     if not data.strip():
-        raise EvaValueError("data is empty: name a file, or a dataset of the hub")
-    rows = iter(_rows(data, split))
+        raise EvaValueError(
+            "no data given; pass the path of a .jsonl, .parquet or .txt file, or the name of a "
+            "dataset on the Hugging Face Hub"
+        )
+    rows = iter(_open_rows(data, split))
     # a row may lack some of the keys
-    first = list(islice(rows, min(limit, COLUMN_ROWS)))
-    if not first:
-        raise EvaValueError(f"{data} is empty: no text to calibrate on")
-    columns = _columns(data, list(dict.fromkeys(chain(*first))), text_column)
-    texts = (_text(data, row, columns, tokenizer) for row in chain(first, rows))
+    sampled_rows = list(islice(rows, min(limit, ROWS_TO_GUESS_COLUMNS)))
+    if not sampled_rows:
+        raise EvaValueError(f"{data} is empty: it has no rows, so there is no text to calibrate on")
+    columns = _choose_columns(data, list(dict.fromkeys(chain(*sampled_rows))), text_column)
+    texts = (_row_text(data, row, columns, tokenizer) for row in chain(sampled_rows, rows))
     # tokenizers reject lone surrogates, such as half of an emoji in a text that was cut
-    whole = (text.encode("utf-8", "replace").decode() for text in texts)
-    found = list(islice((text for text in whole if text.strip()), limit))
-    if not found:
-        raise EvaValueError(f"{data} holds no text: every row of {' and '.join(columns)} is blank")
-    return found
+    valid_texts = (text.encode("utf-8", "replace").decode() for text in texts)
+    selected = list(islice((text for text in valid_texts if text.strip()), limit))
+    if not selected:
+        raise EvaValueError(
+            f"{data} holds no text: {' and '.join(columns)} is blank in every row; name another "
+            "column with --text-column"
+        )
+    return selected
 
 
 def make_loader(
@@ -106,13 +112,13 @@ def make_loader(
     Returns:
         A loader of dicts: `input_ids` and `attention_mask`, int64 of shape (batch, length).
     """
-    length = min(max_length, tokenizer.model_max_length, _positions(model))
-    if length < max_length:
-        _log.info("max_length lowered to %d, the model's limit", length)
+    length_limit = min(max_length, tokenizer.model_max_length, _max_positions(model))
+    if length_limit < max_length:
+        _log.info("max_length lowered to %d, the model's limit", length_limit)
     padding = padding_token(tokenizer, model)
 
     def collate(batch: list[str]) -> dict[str, torch.Tensor]:
-        rows = tokenizer(batch, truncation=True, max_length=length)["input_ids"]
+        rows = tokenizer(batch, truncation=True, max_length=length_limit)["input_ids"]
         tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
         ones = [torch.ones_like(row) for row in tokens]
         return {
@@ -138,24 +144,24 @@ def padding_token(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> int:
         model: if known; a token for which it has no embedding is not used.
     """
     embeddings = None if model is None else model.get_input_embeddings()
-    rows = getattr(embeddings, "num_embeddings", math.inf)
+    num_embeddings = getattr(embeddings, "num_embeddings", math.inf)
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None and token < rows:
+        if token is not None and token < num_embeddings:
             return int(token)
     return 0  # any token will do: the mask leaves it out
 
 
-def _positions(model: Any) -> float:
+def _max_positions(model: Any) -> float:
     """Return how many positions a model has, infinity if its config does not tell."""
     config: Any = getattr(model, "config", None)
     with suppress(AttributeError, ValueError):  # none, or several
         config = config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
+    position_limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(position_limit, int) or position_limit < 1:
         return math.inf
     tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
-    first = [getattr(table, "padding_idx", None) for table in tables]
-    return most - max([0, *(index + 1 for index in first if index is not None)])
+    padding_indices = [getattr(table, "padding_idx", None) for table in tables]
+    return position_limit - max([0, *(index + 1 for index in padding_indices if index is not None)])
 
 
 class DecoderInputs:
@@ -172,10 +178,10 @@ class DecoderInputs:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.batches:
-            shifted, mask = self._shifted(batch["input_ids"]), batch["attention_mask"]
+            shifted, mask = self._decoder_input_ids(batch["input_ids"]), batch["attention_mask"]
             yield {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": mask}
 
-    def _shifted(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _decoder_input_ids(self, tokens: torch.Tensor) -> torch.Tensor:
         shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
         if shift is not None:
             return shift(labels=tokens)
@@ -184,23 +190,29 @@ class DecoderInputs:
         return torch.cat([torch.full_like(tokens[:, :1], start), tokens[:, :-1]], dim=1)
 
 
-def _rows(data: str, split: str) -> Iterable[Mapping[str, Any]]:
+def _open_rows(data: str, split: str) -> Iterable[Mapping[str, Any]]:
     path = Path(data)
     suffix = path.suffix.lower()
     if not path.is_file():
         if suffix in SUFFIXES:
             raise DataNotFoundError(f"there is no file {data}")
-        return _dataset(data, split)
+        return _hub_rows(data, split)
     if suffix not in SUFFIXES:
-        raise EvaValueError(f"cannot read {data}: the suffix must be one of {', '.join(SUFFIXES)}")
+        raise EvaValueError(
+            f"cannot read {data}: the name of a file must end in one of {', '.join(SUFFIXES)}"
+        )
     if split != "train":
-        raise EvaValueError(f"{data} is a file and has no split {split!r}, only 'train'")
+        raise EvaValueError(f"{data} is a file and has no split {split!r}; leave --split out")
     if suffix == ".parquet":
-        return _parquet(path)
-    return _jsonl(path) if suffix == ".jsonl" else ({"text": line} for _, line in _lines(path))
+        return _parquet_rows(path)
+    return (
+        _jsonl_rows(path)
+        if suffix == ".jsonl"
+        else ({"text": line} for _, line in _numbered_lines(path))
+    )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the lines that are not blank with their numbers."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
@@ -214,20 +226,24 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in _lines(path):
+def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in _numbered_lines(path):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise EvaValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise EvaValueError(
+                f"{path}, line {number}: not JSON ({error}); every line of a .jsonl file must be "
+                "a JSON object"
+            ) from error
         if not isinstance(row, dict):
             raise EvaValueError(
-                f"{path}, line {number}: a JSON object is needed, got {type(row).__name__}"
+                f"{path}, line {number}: expected a JSON object with named columns, got "
+                f"{type(row).__name__}"
             )
         yield row
 
 
-def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     load_dataset = _require_datasets()
     try:
         from pyarrow.parquet import read_metadata
@@ -241,17 +257,21 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         raise EvaValueError(f"cannot read {path} as Parquet: {first_line(error)}") from error
 
 
-def _dataset(data: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _hub_rows(data: str, split: str) -> Iterator[Mapping[str, Any]]:
     load_dataset = _require_datasets()
     name, _, config = data.partition(":")
     try:
         yield from load_dataset(name, config or None, split=split, streaming=True)
     except (FileNotFoundError, ConnectionError) as error:
         raise DataNotFoundError(
-            f"{data!r} is neither a file nor a dataset that can be reached: {first_line(error)}"
+            f"{data!r} is neither a file nor a dataset that can be reached on the Hugging Face "
+            f"Hub: {first_line(error)}; check the name, or pass the path of a file"
         ) from error
     except Exception as error:
-        raise EvaValueError(f"cannot load the dataset {data!r}: {first_line(error)}") from error
+        raise EvaValueError(
+            f"cannot load the dataset {data!r}: {first_line(error)}; check its name, its "
+            "configuration (NAME:CONFIG) and --split"
+        ) from error
 
 
 def _require_datasets() -> Any:
@@ -265,21 +285,22 @@ def _require_datasets() -> Any:
     return load_dataset
 
 
-def _columns(data: str, present: list[str], wanted: str | None) -> tuple[str, ...]:
-    listed = f"the columns are {', '.join(map(repr, present)) or 'none'}"
-    if wanted is not None:
-        if wanted not in present:
-            raise EvaValueError(f"{data} has no column {wanted!r}; {listed}")
-        return (wanted,)
-    for columns in (*((column,) for column in _ONE_COLUMN), *_TWO_COLUMNS):
+def _choose_columns(data: str, present: list[str], requested: str | None) -> tuple[str, ...]:
+    present_text = f"the columns are {', '.join(map(repr, present)) or 'none'}"
+    if requested is not None:
+        if requested not in present:
+            raise EvaValueError(f"{data} has no column {requested!r}; {present_text}")
+        return (requested,)
+    for columns in (*((column,) for column in _TEXT_COLUMNS), *_TEXT_COLUMN_PAIRS):
         if set(columns) <= set(present):
             return columns
     raise EvaValueError(
-        f"cannot tell which column of {data} holds the text: {listed}; name one by --text-column"
+        f"cannot tell which column of {data} holds the text: {present_text}; name one with "
+        "--text-column"
     )
 
 
-def _text(
+def _row_text(
     data: str,
     row: Mapping[str, Any],
     columns: tuple[str, ...],
@@ -288,26 +309,31 @@ def _text(
     values = [row.get(column) for column in columns]
     chats = [value for value in values if isinstance(value, list)]
     if chats and len(chats) == len(values):
-        return _chat(data, columns, [message for chat in chats for message in chat], tokenizer)
+        return _chat_text(data, columns, [message for chat in chats for message in chat], tokenizer)
     for column, value in zip(columns, values, strict=True):
         if value is not None and not isinstance(value, str):
             raise EvaValueError(
-                f"column {column!r} of {data} holds {type(value).__name__}, not text or chats"
+                f"column {column!r} of {data} holds {type(value).__name__}, not text or chats; "
+                "name another column with --text-column"
             )
     return "\n".join(value for value in values if value)
 
 
-def _chat(
+def _chat_text(
     data: str,
     columns: tuple[str, ...],
     messages: list[Any],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> str:
     for message in messages:
-        if not isinstance(message, dict) or "role" not in message or not _SAID & set(message):
+        if (
+            not isinstance(message, dict)
+            or "role" not in message
+            or not _MESSAGE_TEXT_KEYS & set(message)
+        ):
             raise EvaValueError(
-                f"column {' and '.join(map(repr, columns))} of {data} holds a list that is no "
-                "chat: messages need 'role' and 'content'"
+                f"column {' and '.join(map(repr, columns))} of {data} holds a list that is not a "
+                "chat: every message needs 'role' and 'content'"
             )
     if not messages:
         return ""
@@ -316,16 +342,16 @@ def _chat(
             text = str(tokenizer.apply_chat_template(messages, tokenize=False))
         except Exception as error:  # templates may raise any exception
             raise EvaValueError(
-                f"the tokenizer's chat template refuses a chat of {data}: {first_line(error)}"
+                f"the tokenizer's chat template rejects a chat of {data}: {first_line(error)}"
             ) from error
         # Most templates write the BOS token, which the tokenizer then adds once more.
-        start = tokenizer.bos_token
-        adds_start = start and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-        return text.removeprefix(start) if adds_start else text
-    return "\n".join(_said(message.get("content")) for message in messages)
+        bos_token = tokenizer.bos_token
+        adds_bos = bos_token and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return text.removeprefix(bos_token) if adds_bos else text
+    return "\n".join(_message_text(message.get("content")) for message in messages)
 
 
-def _said(content: Any) -> str:
+def _message_text(content: Any) -> str:
     """Return the text of a message, which may be a list of parts, some of them images."""
     if not isinstance(content, list):
         return str(content or "")

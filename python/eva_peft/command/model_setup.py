@@ -51,14 +51,17 @@ _TASKS = {
 }
 
 
-def target_names(names: str | None) -> str | list[str] | None:
+def parse_target_modules(names: str | None) -> str | list[str] | None:
     """Return the modules in a comma-separated option."""
     if names is None or names == "all-linear":
         return names
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
-        raise EvaValueError(f"--target-modules {names!r} names no module")
-    return wanted
+    modules = [name.strip() for name in names.split(",") if name.strip()]
+    if not modules:
+        raise EvaValueError(
+            f"--target-modules {names!r} names no module; give names separated by commas, or "
+            "leave the option out for all linear layers"
+        )
+    return modules
 
 
 def check_device(name: str | None) -> None:
@@ -87,17 +90,23 @@ def config_fields(
             raise EvaValueError(f"--config {path} is not JSON: {error}") from error
         if not isinstance(fields, dict):
             raise EvaValueError(f"--config {path} must hold a JSON object")
-    kind = fields.pop("peft_type", "LORA")
-    if kind != "LORA":
-        raise EvaValueError(f"--config {path} describes {kind}; EVA initialises LORA only")
-    weights = fields.pop("init_lora_weights", True)
-    if weights not in (True, "eva"):
-        raise EvaValueError(f"--config {path} asks for init_lora_weights={weights!r}, not 'eva'")
-    own = fields.get("eva_config") or {}
-    if not isinstance(own, dict):
+    peft_type = fields.pop("peft_type", "LORA")
+    if peft_type != "LORA":
+        raise EvaValueError(
+            f"--config {path} is a config for {peft_type}; EVA initialises LoRA adapters only "
+            "(peft_type LORA)"
+        )
+    init_method = fields.pop("init_lora_weights", True)
+    if init_method not in (True, "eva"):
+        raise EvaValueError(
+            f"--config {path} sets init_lora_weights={init_method!r}; set it to 'eva', or leave "
+            "it out"
+        )
+    eva_fields = fields.get("eva_config") or {}
+    if not isinstance(eva_fields, dict):
         raise EvaValueError(f"--config {path}: eva_config must be a JSON object")
     fields["eva_config"] = {
-        **own,
+        **eva_fields,
         **{name: value for name, value in eva.items() if value is not None},
     }
     fields |= {name: value for name, value in lora.items() if value is not None}
@@ -108,14 +117,14 @@ def config_fields(
 
 def task_of(fields: Mapping[str, Any]) -> Task:
     """Return the task that a config names by PEFT's task type."""
-    wanted = fields.get("task_type")
-    by_kind = {kind: task for task, (_, kind) in _TASKS.items() if kind}
-    if wanted is not None and wanted not in by_kind:
+    task_type = fields.get("task_type")
+    task_by_peft_type = {peft_type: task for task, (_, peft_type) in _TASKS.items() if peft_type}
+    if task_type is not None and task_type not in task_by_peft_type:
         raise EvaValueError(
-            f"--config: task_type={wanted!r} is unknown; give --task, or one of "
-            f"{', '.join(by_kind)}"
+            f"--config: task_type={task_type!r} is unknown; pass --task, or use one of "
+            f"{', '.join(task_by_peft_type)}"
         )
-    return Task.CAUSAL_LM if wanted is None else by_kind[wanted]
+    return Task.CAUSAL_LM if task_type is None else task_by_peft_type[task_type]
 
 
 def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
@@ -128,24 +137,27 @@ def lora_config(fields: dict[str, Any], task: Task) -> LoraConfig:
         "LoraConfig": [field.name for field in dataclasses.fields(LoraConfig) if field.init],
         "EvaConfig": [field.name for field in dataclasses.fields(EvaConfig)],
     }
-    for name, given in (("LoraConfig", fields), ("EvaConfig", fields["eva_config"])):
-        unknown = sorted(set(given) - set(known[name]))
+    for name, values in (("LoraConfig", fields), ("EvaConfig", fields["eva_config"])):
+        unknown = sorted(set(values) - set(known[name]))
         if unknown:
             raise EvaValueError(f"--config: {name} has no field {', '.join(map(repr, unknown))}")
-    kind = _TASKS[task][1]
-    fixed = {"task_type": kind, "inference_mode": False, "init_lora_weights": "eva"}
+    task_type = _TASKS[task][1]
+    fixed = {"task_type": task_type, "inference_mode": False, "init_lora_weights": "eva"}
     try:
         fixed["eva_config"] = EvaConfig(**fields["eva_config"])
         return LoraConfig(**{**fields, **fixed})
     except (TypeError, ValueError) as error:
-        raise EvaValueError(f"the LoRA config is refused: {error}") from error
+        raise EvaValueError(f"PEFT rejects the LoRA config: {error}") from error
 
 
 def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a model; loaded first, so it checks the model's name, too."""
     path = Path(name)
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise EvaValueError(f"there is no folder {name}")
+        raise EvaValueError(
+            f"there is no folder {name}; pass the folder of a saved model, or its name on the "
+            "Hugging Face Hub"
+        )
     transformers = import_module("transformers")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -155,23 +167,24 @@ def load_tokenizer(name: str) -> Any:
             raise
         raise EvaValueError(
             f"{name} has no tokenizer that can be loaded ({first_line(error)}); save the model's "
-            "there"
+            "tokenizer there, with tokenizer.save_pretrained"
         ) from error
-    if not _knows_words(tokenizer):  # transformers 5.2 makes such if it finds no files
+    if not _has_regular_tokens(tokenizer):  # transformers 5.2 makes such if it finds no files
         raise EvaValueError(
-            f"{name} has no tokenizer that can be loaded (all that transformers finds are special "
-            "tokens); save the model's there"
+            f"{name} has no tokenizer that can be loaded (transformers finds special tokens "
+            "only); save the model's tokenizer there, with tokenizer.save_pretrained"
         )
     return tokenizer
 
 
-def _knows_words(tokenizer: Any) -> bool:
+def _has_regular_tokens(tokenizer: Any) -> bool:
     try:
         vocabulary = set(tokenizer.get_vocab())
-        added = tokenizer.added_tokens_decoder.values()
+        added_tokens = tokenizer.added_tokens_decoder.values()
     except (AttributeError, NotImplementedError):  # a model's own tokenizer, or Mistral's
         return True
-    special = {str(token) for token in added if token.special}  # other added tokens are words
+    # other added tokens are words
+    special = {str(token) for token in added_tokens if token.special}
     return bool(vocabulary - special - {*tokenizer.all_special_tokens})
 
 
@@ -195,15 +208,15 @@ def load_model(
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
-        kind = transformers.AutoConfig.from_pretrained(name)
-        fitting = [
+        config = transformers.AutoConfig.from_pretrained(name)
+        fitting_tasks = [
             other.value
             for other, (auto, _) in _TASKS.items()
-            if type(kind) in getattr(getattr(transformers, auto), "_model_mapping", ())
+            if type(config) in getattr(getattr(transformers, auto), "_model_mapping", ())
         ]
         raise EvaValueError(
-            f"{name} is a {kind.model_type} model, which --task {task.value} does not load; "
-            f"it has {', '.join(fitting) or 'none of the tasks'}"
+            f"{name} is a {config.model_type} model, which --task {task.value} cannot load; tasks "
+            f"that can: {', '.join(fitting_tasks) or 'none'}"
         ) from error
     if device_map is None:
         model = model.to(device or accelerator() or "cpu")
@@ -212,16 +225,18 @@ def load_model(
 
 def needs_decoder_inputs(model: Any, task: Task) -> bool:
     """Tell whether a model also needs tokens for its decoder."""
-    both = (Task.SEQ2SEQ_LM, Task.FEATURE_EXTRACTION)
-    return task in both and bool(getattr(model.config, "is_encoder_decoder", False))
+    tasks = (Task.SEQ2SEQ_LM, Task.FEATURE_EXTRACTION)
+    return task in tasks and bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def warn_of_unknown(names: str | set[str] | None, model: Any) -> None:
+def warn_of_unknown_targets(names: str | set[str] | None, model: Any) -> None:
     """Warn of target modules that the model does not have: PEFT ignores them silently."""
     if names is None or isinstance(names, str):
         return
-    present = [f".{name}" for name, _ in model.named_modules()]
-    unknown = sorted(n for n in names if not any(name.endswith(f".{n}") for name in present))
+    dotted_names = [f".{name}" for name, _ in model.named_modules()]
+    unknown = sorted(n for n in names if not any(name.endswith(f".{n}") for name in dotted_names))
     if 0 < len(unknown) < len(names):  # if all are unknown there is an error
-        told = f"the model has no module {', '.join(unknown)}, which the target modules name"
-        warn(told)
+        warn(
+            f"target_modules names {', '.join(unknown)}, but the model has no such module; the "
+            "others are used"
+        )

@@ -33,8 +33,8 @@ def source_blocks(
     """
     texts = source_texts(limit_bytes)
     training_texts = [text for i, text in enumerate(texts) if i % 5]
-    evaluation = _blocks(token_stream(tokenizer, texts[::5]), length)
-    train = _blocks(token_stream(tokenizer, training_texts), length)
+    evaluation = _cut_into_blocks(token_stream(tokenizer, texts[::5]), length)
+    train = _cut_into_blocks(token_stream(tokenizer, training_texts), length)
     # Neighbouring blocks come from one file: without shuffling a batch would have a single style.
     train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))]
     picked = torch.linspace(0, len(evaluation) - 1, min(held_out, len(evaluation))).long()
@@ -78,6 +78,6 @@ def calibration_batches(
     return batches
 
 
-def _blocks(ids: list[int], length: int) -> torch.Tensor:
+def _cut_into_blocks(ids: list[int], length: int) -> torch.Tensor:
     count = len(ids) // length
     return torch.tensor(ids[: count * length]).view(count, length)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from eva_peft.results.result import EvaResult
 
 # This package with its own stop rule, or with PEFT's number of forwards; PEFT's function.
-OURS, SAME, PEFT = "eva_kernels", "eva_kernels_same_forwards", "peft"
+OURS, OURS_SAME_FORWARDS, PEFT = "eva_kernels", "eva_kernels_same_forwards", "peft"
 
 Progress = Callable[[str], None]
 
@@ -169,7 +169,7 @@ def compare(
             add(PEFT, run_peft(base, batches, setting, setting.forward_limit))
         if repeat == 0:
             progress("EVA by eva-kernels, as many forwards as PEFT")
-            add(SAME, run_ours(base, batches, setting, runs[PEFT].forwards)[0])
+            add(OURS_SAME_FORWARDS, run_ours(base, batches, setting, runs[PEFT].forwards)[0])
     return runs, plain, result
 
 
@@ -192,7 +192,7 @@ def run_ours(
     )
     seconds = time.perf_counter() - start
     result = model.eva_result
-    return Run([seconds], result.forwards, _detached(model)), result
+    return Run([seconds], result.forwards, _copy_lora_a(model)), result
 
 
 def run_peft(base: PreTrainedModel, batches: list[Batch], setting: Setting, limit: int) -> Run:
@@ -213,7 +213,7 @@ def run_peft(base: PreTrainedModel, batches: list[Batch], setting: Setting, limi
     lora_a = None
     with contextlib.suppress(_ForwardLimitError):
         peft_initialize(model, batches, forward_fn=forward, show_progress_bar=False)
-        lora_a = _detached(model)
+        lora_a = _copy_lora_a(model)
     return Run([time.perf_counter() - start], forwards, lora_a)
 
 
@@ -296,5 +296,5 @@ def plain_forward_seconds(model: PreTrainedModel, batches: list[Batch]) -> float
     return (time.perf_counter() - start) / len(batches)
 
 
-def _detached(model: PeftModel) -> dict[str, torch.Tensor]:
+def _copy_lora_a(model: PeftModel) -> dict[str, torch.Tensor]:
     return {name: a.detach().clone() for name, a in finetune.lora_a_weights(model).items()}

@@ -214,7 +214,7 @@ def describe(curves: dict[str, Curve]) -> dict[str, Any]:
     }
 
 
-def table(
+def format_table(
     described: dict[str, Any], learning_rate: float
 ) -> tuple[str, list[str], list[list[str]], str]:
     """Format described curves as a table: heading, column names, rows of text, note."""

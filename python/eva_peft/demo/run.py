@@ -32,9 +32,9 @@ from eva_peft.demo import finetune
 from eva_peft.demo.batches import Batch
 from eva_peft.demo.comparison import (
     OURS,
+    OURS_SAME_FORWARDS,
     PEFT,
     QUICK,
-    SAME,
     Inputs,
     Run,
     Setting,
@@ -51,7 +51,7 @@ from eva_peft.surroundings.memory import peak_resident_bytes
 if TYPE_CHECKING:
     from eva_peft.results.result import EvaResult
 
-LABELS = {OURS: "eva-kernels", SAME: "eva-kernels*", PEFT: "PEFT"}
+LABELS = {OURS: "eva-kernels", OURS_SAME_FORWARDS: "eva-kernels*", PEFT: "PEFT"}
 TITLE = "EVA on an embedded model: Python source code for a model of Python's documentation"
 
 
@@ -82,7 +82,7 @@ def run_demo(
     console = console or Console()
     setting = QUICK if quick else Setting()
     seconds: dict[str, float] = {}
-    with _quiet(), console.status("reading the model and the text") as status:
+    with _transformers_quiet(), console.status("reading the model and the text") as status:
         with _timed(seconds, "reading"):
             inputs = read_inputs(setting)
             batches = inputs.batches(setting)
@@ -114,8 +114,8 @@ def run_demo(
         "fine_tuning": finetune.describe(curves),
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
     }
-    show(console, numbers)
-    write(folder, numbers, curves, result)
+    print_tables(console, numbers)
+    write_report(folder, numbers, curves, result)
     console.print(f"Report: {folder / 'demo-report.html'}")
     return numbers
 
@@ -164,8 +164,11 @@ def measure_memory(quick: bool) -> dict[str, int]:
         for kind, child in children.items():
             output, errors = child.communicate()
             if child.returncode != 0:
-                told = errors[-2000:]
-                raise RuntimeError(f"the memory of {kind!r} could not be measured: {told}")
+                last_output = errors[-2000:]
+                raise RuntimeError(
+                    f"the peak memory of {kind!r} could not be measured in a separate process: "
+                    f"{last_output}"
+                )
             peaks[kind] = int(output.split()[-1])
     return peaks
 
@@ -173,11 +176,11 @@ def measure_memory(quick: bool) -> dict[str, int]:
 def measure_peak(kind: str, quick: bool) -> int:
     """Run one kind of pass and return the peak resident set of this process, in bytes."""
     setting = QUICK if quick else Setting()
-    with _quiet():
-        return _measure(kind, setting)
+    with _transformers_quiet():
+        return _run_for_memory(kind, setting)
 
 
-def _measure(kind: str, setting: Setting) -> int:
+def _run_for_memory(kind: str, setting: Setting) -> int:
     inputs = read_inputs(setting)
     batches = inputs.batches(setting)
     if kind == OURS:
@@ -207,7 +210,7 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _transformers_quiet() -> Iterator[None]:
     """Keep the bars and deprecation notes of transformers out of the tables."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -253,9 +256,9 @@ def describe_runs(
     return table
 
 
-def show(console: Console, numbers: dict[str, Any]) -> None:
+def print_tables(console: Console, numbers: dict[str, Any]) -> None:
     """Print the tables."""
-    for heading, headers, rows, note in tables(numbers):
+    for heading, headers, rows, note in format_tables(numbers):
         table = Table(title=heading, caption=note, caption_justify="left")
         for i, header in enumerate(headers):
             table.add_column(header, justify="right" if i else "left", no_wrap=True)
@@ -264,14 +267,14 @@ def show(console: Console, numbers: dict[str, Any]) -> None:
         console.print(table)
 
 
-def tables(
+def format_tables(
     numbers: dict[str, Any],
 ) -> list[tuple[str, list[str], list[list[str]], str]]:
     """Format the numbers as tables: heading, column names, rows of text, note."""
     measured = numbers["initialisation"]
     setting = numbers["setting"]
     rows = []
-    for name in (OURS, SAME, PEFT):
+    for name in (OURS, OURS_SAME_FORWARDS, PEFT):
         run = measured[name]
         ranks = run["ranks"]
         peak = run["peak_bytes_above_plain"]
@@ -286,21 +289,25 @@ def tables(
                 "-" if ranks is None else str(sum(ranks.values())),
             ]
         )
+    counts = [str(len(measured[name]["seconds"])) for name in (OURS, OURS_SAME_FORWARDS, PEFT)]
     note = (
         f"r={setting['r']}, rho={setting['rho']:g}, tau={setting['tau']:g}. * as many forwards as "
         "PEFT. Seconds: median of interleaved runs, "
-        f"{', '.join(str(len(measured[name]['seconds'])) for name in (OURS, SAME, PEFT))} of them. "
-        "/ plain: over as many forwards without EVA. MiB: peak resident set above "
-        f"that of {setting['memory_forwards']} plain forwards, each in a fresh process; below zero "
-        "where the head that is skipped takes more than EVA adds. Lost variance of lora_A: against "
-        "exact PCA over the batches seen, mean over layers."
+        f"{', '.join(counts)} "
+        "of them. / plain: over as many forwards without EVA. MiB: peak resident set above that of "
+        f"{setting['memory_forwards']} plain forwards, each in a fresh process; below zero where "
+        "the head that is skipped takes more than EVA adds. Lost variance of lora_A: against exact "
+        "PCA over the batches seen, mean over layers."
     )
     headers = ["EVA by", "forwards", "seconds", "/ plain", "MiB", "lost variance", "ranks"]
-    first = ("Initialisation", headers, rows, note)
-    return [first, finetune.table(numbers["fine_tuning"], setting["recipe"]["learning_rate"])]
+    initialisation = ("Initialisation", headers, rows, note)
+    return [
+        initialisation,
+        finetune.format_table(numbers["fine_tuning"], setting["recipe"]["learning_rate"]),
+    ]
 
 
-def write(
+def write_report(
     folder: Path, numbers: dict[str, Any], curves: dict[str, finetune.Curve], result: EvaResult
 ) -> None:
     """Write the report, the plots and the numbers."""
@@ -309,16 +316,16 @@ def write(
     plots.save_result_plot(result, folder / "eva.png")
     (folder / "demo.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     sections = []
-    for heading, headers, rows, note in tables(numbers):
+    for heading, headers, rows, note in format_tables(numbers):
         sections.append((heading, report.table_to_html(headers, rows) + f"<p>{note}</p>"))
     sections[1] = (sections[1][0], report.figure_to_html(figure) + sections[1][1])
-    what = numbers["text"]
+    text_counts = numbers["text"]
     intro = (
-        f"<p>A Llama-architecture model with {what['model_parameters']:,} parameters, trained on "
-        "the documentation of Python, is adapted to Python source code of the standard library: "
-        f"{what['calibration_tokens']:,} tokens for the initialisation, "
-        f"{what['training_tokens']:,} for training and {what['held_out_tokens']:,} from other "
-        "files for the evaluation. All numbers were measured in this run.</p>"
+        f"<p>A Llama-architecture model with {text_counts['model_parameters']:,} parameters, "
+        "trained on the documentation of Python, is adapted to Python source code of the standard "
+        f"library: {text_counts['calibration_tokens']:,} tokens for the initialisation, "
+        f"{text_counts['training_tokens']:,} for training and {text_counts['held_out_tokens']:,} "
+        "from other files for the evaluation. All numbers were measured in this run.</p>"
     )
     seconds = report.table_to_html(["part", "seconds"], numbers["seconds"].items())
     sections = [("What was run", intro + seconds), *sections, *report.result_sections(result)]

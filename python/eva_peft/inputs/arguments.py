@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._peft_compat import base_of
+from .._peft_compat import base_model_of
 from ..errors import EvaError, EvaTypeError
-from ..model.architecture import Architecture, is_of_transformers, signature_of
+from ..model.architecture import Architecture, forward_signature, is_transformers_model
 from ..surroundings.memory import is_out_of_memory
 
 __all__ = [
@@ -54,7 +54,7 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
-    base = base_of(model)
+    base = base_model_of(model)
     parameters, config = _parameters(base), getattr(base, "config", None)
     if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return batch
@@ -74,7 +74,7 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
-    signature = signature_of(module)
+    signature = forward_signature(module)
     return None if signature is None else list(signature.parameters.values())
 
 
@@ -153,7 +153,7 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def accepts_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: nn.Module) -> bool:
     """Tell whether ``forward`` takes these arguments, by its signature if there is one."""
-    signature = signature_of(base_of(model))
+    signature = forward_signature(base_model_of(model))
     if signature is None:
         return True
     try:
@@ -171,7 +171,7 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
     """
     if isinstance(batch, Mapping) and takes_whole_mapping(batch, model):
         return batch
-    raise _refusal_error(batch, base_of(model))
+    raise _refusal_error(batch, base_model_of(model))
 
 
 def raise_if_names_unknown(
@@ -185,8 +185,8 @@ def raise_if_names_unknown(
     Raises:
         EvaTypeError: this is the case.
     """
-    base = base_of(model)
-    if isinstance(error, EvaError) or is_out_of_memory(error) or not is_of_transformers(base):
+    base = base_model_of(model)
+    if isinstance(error, EvaError) or is_out_of_memory(error) or not is_transformers_model(base):
         return
     parameters = _parameters(base) or []
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
@@ -206,7 +206,7 @@ def raise_if_mapping_refused(batch: Any, model: nn.Module, error: Exception) -> 
     names_type = re.search(rf"\b{type(batch).__name__}\b", str(error))  # not as in "return_dict"
     wrong = names_type and isinstance(error, (AttributeError, TypeError))
     if wrong and not isinstance(error, EvaError):
-        raise _refusal_error(batch, base_of(model), f" (it failed with {error!r})") from error
+        raise _refusal_error(batch, base_model_of(model), f" (it failed with {error!r})") from error
 
 
 def _refusal_error(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
@@ -220,7 +220,7 @@ def _refusal_error(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
 
 def takes_whole_mapping(batch: Mapping[str, Any], model: nn.Module) -> bool:
     """Tell whether a model takes one argument, and none named as a part of the batch."""
-    base = base_of(model)
+    base = base_model_of(model)
     parameters = _parameters(base) or []
     if type(base).forward is nn.Sequential.forward:  # its first layer takes no mapping
         return False
@@ -233,7 +233,7 @@ def without_string_columns(arguments: dict[str, Any], model: nn.Module) -> dict[
     columns = {k for k, v in arguments.items() if _is_strings(v)}
     if not columns:
         return arguments
-    base = base_of(model)
+    base = base_model_of(model)
     named = inspect.signature(base.forward).parameters
     return {k: v for k, v in arguments.items() if k not in columns or k in named}
 

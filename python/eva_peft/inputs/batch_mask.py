@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .._peft_compat import LoraConfig, eva_of
+from .._peft_compat import LoraConfig, eva_config_of
 from ..errors import warn
 from ..model.architecture import Architecture
 from .arguments import PADDING_MASKS, has_decoder_inputs, is_decoder_input
@@ -70,19 +70,19 @@ def mask_of_batch(
         multimodal=_is_multimodal(batch),
         encoder_decoder=has_decoder,
         cross_masks=cross_masks,
-        window=architecture.window,
-        frame_lengths=architecture.frame_lengths,
-        text_first=False if _PATCH_MASK in batch else architecture.text_first,
+        window=architecture.padding_multiple,
+        frame_lengths=architecture.frame_length_functions,
+        text_first=False if _PATCH_MASK in batch else architecture.text_precedes_images,
         non_text_mask=next((token_mask(batch[k]) for k in _NON_TEXT_MASKS if k in batch), None),
-        qformer_mask=main if qformer is None and architecture.text_in_qformer else qformer,
+        qformer_mask=main if qformer is None and architecture.qformer_reads_text else qformer,
         audio_mask=audio_mask_of(batch),
         pixel_masks=pixel_masks_of(batch),
         tile_mask=tile_mask_of(batch),
         audio_only=has_audio(batch) and not has_images(batch),
         has_media=has_audio(batch) or has_images(batch),
         patch_sizes=architecture.patch_sizes,
-        ignored_prefixes=architecture.prefixes,
-        unmasked_prefixes=architecture.apart,
+        ignored_prefixes=architecture.name_prefixes,
+        unmasked_prefixes=architecture.separate_loss_prefixes,
         unpadded=unpadded,
         unit_masks=_unit_masks(batch, [mask for mask in (main, *cross_masks) if mask is not None]),
     )
@@ -195,7 +195,7 @@ def _text_masks(
         if decoder is None and labelled is None and main is not None:
             decoder = _all_steps_mask(batch, num_samples)  # else main would be used if as long
         return main, _decoder_mask(batch, decoder, labelled, architecture), None
-    eva, labels, label_mask = eva_of(config), batch.get("labels"), None
+    eva, labels, label_mask = eva_config_of(config), batch.get("labels"), None
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = labels.cpu() != eva.label_mask_value
     shape = _token_shape(batch, main)
@@ -217,7 +217,7 @@ def _labelled_step_mask(
     A step may have several labels, (B, T, codes) or (B * codes, T), or be a spectrum,
     (B, T, bands).
     """
-    eva = eva_of(config)
+    eva = eva_config_of(config)
     if not eva.use_label_mask:
         return None
     if isinstance(labels, Tensor) and labels.dim() == 3 and architecture.makes_decoder_ids:

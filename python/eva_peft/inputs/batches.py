@@ -252,7 +252,7 @@ def without_padding(
         split_by_length: short samples may be run separately.
     """
     # custom layers may pool over padding, or flatten inputs of one fixed length
-    padding_matters = architecture.sees_padding or architecture.has_own_layers
+    padding_matters = architecture.tokens_depend_on_padding or architecture.has_own_layers
     if padding_matters or not isinstance(batch, Mapping):
         return [batch]
     mask = batch.get("attention_mask")

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._peft_compat import base_of
-from ..model.architecture import is_of_transformers, signature_of
-from ..model.parts import outermost
+from .._peft_compat import base_model_of
+from ..model.architecture import forward_signature, is_transformers_model
+from ..model.parts import outermost_modules
 from ..surroundings.interrupts import temporarily
 from ..surroundings.snapshot import remove_hook
 from .arguments import PADDING_MASKS
@@ -130,11 +130,11 @@ class ModelCallHooks(CallHooks):
         media_parts: Container[nn.Module],
         on_model_call: Callable[[], None] = lambda: None,
     ) -> None:
-        base = base_of(model)
+        base = base_model_of(model)
         # without a mask in the batch, PartMaskHooks observes torch's models and what follows them
-        wanted = is_model if batch_mask.has_token_masks else is_of_transformers
+        wanted = is_model if batch_mask.has_token_masks else is_transformers_model
         tops = [base] if self.hooks_base else base.children()
-        inner = [part for top in tops for _, part in outermost(top, wanted)]
+        inner = [part for top in tops for _, part in outermost_modules(top, wanted)]
         base_first = [base] if self.hooks_base and base not in inner else []
         super().__init__([*base_first, *inner], make_mask, use_mask, inner, media_parts)
         values = batch if isinstance(batch, Mapping) else {}
@@ -225,7 +225,7 @@ class InnerModelHooks(ModelCallHooks):
 
 def is_model(module: nn.Module) -> bool:
     """Tell whether a module is a model of transformers or torch."""
-    return is_of_transformers(module) or _is_torch_transformer(module)
+    return is_transformers_model(module) or _is_torch_transformer(module)
 
 
 def _is_torch_transformer(module: nn.Module) -> bool:
@@ -248,7 +248,7 @@ def named_arguments(
     """Return arguments by name; a mapping as first argument is merged with the keyword ones."""
     if args and isinstance(args[0], Mapping):
         return {**kwargs, **{str(name): value for name, value in args[0].items()}}
-    signature = signature_of(module)
+    signature = forward_signature(module)
     try:
         bound = None if signature is None else signature.bind_partial(*args, **kwargs)
     except TypeError:

@@ -9,8 +9,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .._peft_compat import base_of
-from ..model.architecture import signature_of
+from .._peft_compat import base_model_of
+from ..model.architecture import forward_signature
 from .arguments import PADDING_MASKS, is_decoder_input
 from .batch_mask import split_joint_mask
 from .call_hooks import CallHooks, named_arguments
@@ -56,7 +56,7 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
         For each, the number of arguments before its first mask, lengths or attended tokens.
     """
     index_of_kind: dict[tuple[type, type], int | None] = {}
-    base = base_of(model)
+    base = base_model_of(model)
     found = {base: 0}
     for part in base.modules():
         kind = type(part), type(_base_layer_of(part))
@@ -70,7 +70,7 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
 
 def _first_mask_index(part: nn.Module) -> int | None:
     """Return the number of arguments before the first of interest; ``None`` if there is none."""
-    signature, wrapped = signature_of(part), _base_layer_of(part)
+    signature, wrapped = forward_signature(part), _base_layer_of(part)
     names = {} if signature is None else signature.parameters
     first = next((i for i, name in enumerate(names) if _is_relevant_name(name)), None)
     any_name = any(p.kind is p.VAR_KEYWORD for p in names.values())

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._peft_compat import LoraConfig
-from ..errors import HeldError
+from ..errors import DeferredError
 from ..model.architecture import Architecture
 from ..options import AUTO, CalibrateOptions
 from . import arguments, batches
@@ -33,7 +33,7 @@ class Prefetcher(Iterator[T], Generic[T]):
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
         self._fetched: list[T] = []
-        self._held_error = HeldError()
+        self._held_error = DeferredError()
 
     def fetch(self) -> None:
         """Fetch the next item; an exception is held until that item is requested."""
@@ -50,7 +50,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         self._held_error.error = None
 
     def __next__(self) -> T:
-        self._held_error.release()
+        self._held_error.reraise()
         return self._fetched.pop() if self._fetched else next(self._items)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import warn
-from ..model.architecture import FrameLengths
+from ..model.architecture import FrameLengthFunction
 from ..model.layer_kind import LayerKind, kind_of_layer
 from ..surroundings.devices import copy_to_device
 from .fits import (
@@ -88,7 +88,7 @@ class TokenMask:
         encoder_decoder: bool = False,
         cross_masks: Sequence[Tensor] = (),
         window: int = 1,
-        frame_lengths: Sequence[FrameLengths] = (),
+        frame_lengths: Sequence[FrameLengthFunction] = (),
         text_first: bool | None = None,
         non_text_mask: Tensor | None = None,
         qformer_mask: Tensor | None = None,
@@ -407,8 +407,8 @@ class TokenMask:
     def _reads_audio(self, layer: LayerKind) -> bool:
         if layer.reads_distances:
             return False
-        if layer.reads_sound or not self.audio_only:
-            return layer.reads_sound
+        if layer.reads_audio or not self.audio_only:
+            return layer.reads_audio
         if self.multimodal:  # a text encoder uses the text's mask; if there is one, it was tried
             in_encoder = layer.in_encoder and not layer.in_decoder
             return layer.reads_no_text or (in_encoder and self.main is not None)
@@ -418,7 +418,7 @@ class TokenMask:
         if layer.reads_queries:
             return False
         if layer.reads_no_text or self.multimodal:
-            return layer.reads_no_text and not layer.reads_sound
+            return layer.reads_no_text and not layer.reads_audio
         # after the encoder's patches there may be queries, whose number may fit by chance
         return layer.reads_encoder or (layer.in_encoder and not layer.in_decoder)
 

@@ -13,13 +13,13 @@ from transformers import TrainerCallback
 from .._peft_compat import (
     LoraLayer,
     adapter_configs,
-    carries_adapters,
-    eva_of,
+    dora_magnitude,
+    eva_config_of,
+    has_adapters,
     is_lora,
-    kind_of,
-    magnitude,
+    peft_type_of,
     tied_modules,
-    untrained_magnitude,
+    untrained_dora_magnitude,
 )
 from ..errors import (
     EvaRuntimeError,
@@ -32,8 +32,8 @@ from ..errors import (
     warn,
 )
 from ..model.checks import config_of
-from ..model.parts import outermost
-from ..model.targets import base_name, own_layers, unwrap
+from ..model.parts import outermost_modules
+from ..model.targets import adapter_layers, name_in_base_model, unwrap
 
 __all__ = [
     "EvaCallback",
@@ -41,12 +41,12 @@ __all__ = [
     "check_not_trained",
     "is_initialized",
     "mark_initialized",
-    "mark_left",
+    "mark_left_at_default",
     "watch",
 ]
 
-_MARK = "_eva_initialized"
-_LEFT = "_eva_left"
+_EVA_MARK = "_eva_initialized"
+_DEFAULT_MARK = "_eva_left"
 # Rows of a random lora_A have norms of about 0.58, and cosines of 0.01 even in 28,672 dimensions.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _LOW_PRECISION = 1e-2
@@ -60,12 +60,12 @@ class NotInitializedWarning(EvaWarning):
 
 def mark_initialized(weight: Tensor) -> None:
     """Mark a ``lora_A`` as written by EVA; the mark is in no state dict."""
-    setattr(weight, _MARK, True)
+    setattr(weight, _EVA_MARK, True)
 
 
-def mark_left(weight: Tensor) -> None:
+def mark_left_at_default(weight: Tensor) -> None:
     """Mark a ``lora_A`` as left at its default by EVA on purpose."""
-    setattr(weight, _LEFT, True)
+    setattr(weight, _DEFAULT_MARK, True)
 
 
 def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
@@ -87,43 +87,47 @@ def is_initialized(model: nn.Module, adapter_name: str = "default") -> bool:
         EvaRuntimeError: FullyShardedDataParallel has flattened the weights, and EVA did not write
             them in this process.
     """
-    layers = _layers(model, adapter_name)
+    layers = _lora_layers(model, adapter_name)
     weights = [layer.lora_A[adapter_name].weight for layer in layers.values()]
     if any(weight.is_meta for weight in weights):
         return False
-    if any(getattr(weight, _MARK, False) for weight in weights):
+    if any(getattr(weight, _EVA_MARK, False) for weight in weights):
         return True
     if any(map(_is_flattened, weights)):
         raise EvaRuntimeError(
-            f"adapter {adapter_name!r} cannot be looked at, since FullyShardedDataParallel has "
-            "flattened its weights; ask before the model is wrapped"
+            f"whether adapter {adapter_name!r} is initialised cannot be determined, since "
+            "FullyShardedDataParallel has flattened its weights; check before the model is wrapped"
         )
-    whitened = eva_of(adapter_configs(unwrap(model))[adapter_name]).whiten
-    return bool(_trained(layers, adapter_name)) or any(
+    whitened = eva_config_of(adapter_configs(unwrap(model))[adapter_name]).whiten
+    return bool(_trained_layers(layers, adapter_name)) or any(
         _has_eva_rows(layer, adapter_name, whitened) for layer in layers.values()
     )
 
 
-def _passed_by(model: nn.Module, adapter_name: str) -> list[str]:
+def _uninitialized_layers(model: nn.Module, adapter_name: str) -> list[str]:
     """Return the layers that lack EVA's rows, of an adapter that EVA wrote in this process.
 
     Trained layers, and those left at the default on purpose, are not included; which the latter
     are is unknown for a loaded adapter.
     """
-    layers, config = _layers(model, adapter_name), adapter_configs(model)[adapter_name]
-    whitened = eva_of(config).whiten
+    layers, config = _lora_layers(model, adapter_name), adapter_configs(model)[adapter_name]
+    whitened = eva_config_of(config).whiten
     weights = {name: layer.lora_A[adapter_name].weight for name, layer in layers.items()}
-    if not any(getattr(weight, _MARK, False) for weight in weights.values()):
+    if not any(getattr(weight, _EVA_MARK, False) for weight in weights.values()):
         return []
-    known = {base_name(path) for path in tied_modules(model, config)}
-    known |= {n for n, w in weights.items() if getattr(w, _MARK, False) or getattr(w, _LEFT, False)}
-    known |= {name for name, w in weights.items() if w.is_meta or _is_flattened(w)}
-    others = {name: layer for name, layer in layers.items() if name not in known}
-    known.update(_trained(others, adapter_name))
+    excluded = {name_in_base_model(path) for path in tied_modules(model, config)}
+    excluded |= {
+        n
+        for n, w in weights.items()
+        if getattr(w, _EVA_MARK, False) or getattr(w, _DEFAULT_MARK, False)
+    }
+    excluded |= {name for name, w in weights.items() if w.is_meta or _is_flattened(w)}
+    candidates = {name: layer for name, layer in layers.items() if name not in excluded}
+    excluded.update(_trained_layers(candidates, adapter_name))
     return [
         name
-        for name, layer in others.items()
-        if name not in known and not _has_eva_rows(layer, adapter_name, whitened)
+        for name, layer in candidates.items()
+        if name not in excluded and not _has_eva_rows(layer, adapter_name, whitened)
     ]
 
 
@@ -134,9 +138,9 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
         EvaValueError: some ``lora_B`` is not zero, or DoRA's magnitudes are not the norms of the
             weights.
     """
-    if not carries_adapters(unwrap(model)):
+    if not has_adapters(unwrap(model)):
         return
-    trained = _trained(_layers(model, adapter_name), adapter_name)
+    trained = _trained_layers(_lora_layers(model, adapter_name), adapter_name)
     if trained:
         raise EvaValueError(
             f"adapter {adapter_name!r} has been trained, or was not made with lora_B = 0: layers "
@@ -145,20 +149,19 @@ def check_not_trained(model: nn.Module, adapter_name: str) -> None:
         )
 
 
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+def _lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Return the layers of an adapter by name; none if it adapts only embeddings."""
     inner = unwrap(model)
-    if not carries_adapters(inner):
+    if not has_adapters(inner):
         raise EvaTypeError(
             f"expected a PeftModel, got {type(model)}; eva_kernels.initialize returns one"
         )
     config = config_of(inner, adapter_name)
     if not is_lora(config):
         raise EvaValueError(
-            f"the model has no LoRA adapter {adapter_name!r}: that adapter is of kind "
-            f"{kind_of(config)}"
+            f"adapter {adapter_name!r} is not a LoRA adapter: its type is {peft_type_of(config)}"
         )
-    return {name: layer for name, (_, layer) in own_layers(inner, adapter_name).items()}
+    return {name: layer for name, (_, layer) in adapter_layers(inner, adapter_name).items()}
 
 
 def _is_flattened(weight: Tensor) -> bool:
@@ -172,7 +175,7 @@ def _is_flattened(weight: Tensor) -> bool:
     return weight.dim() < 2 or not weight.untyped_storage().size()
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _gathered(tensor: Tensor) -> Tensor:
     """Return a sharded tensor, gathered; all processes must make the call."""
     if hasattr(tensor, "ds_id"):  # by ZeRO-3
         with import_module("deepspeed").zero.GatheredParameters([tensor]):
@@ -182,34 +185,34 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _trained(layers: dict[str, LoraLayer], adapter_name: str) -> list[str]:
+def _trained_layers(layers: dict[str, LoraLayer], adapter_name: str) -> list[str]:
     """Return the names of the layers that have been trained, with one host read per device.
 
     Their ``lora_B`` is not zero, or DoRA's magnitudes differ from the norms of the weight.
     """
     by_device: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, layer in layers.items():
-        weight = _whole(layer.lora_B[adapter_name].weight)
+        weight = _gathered(layer.lora_B[adapter_name].weight)
         if not weight.is_meta:
             by_device[weight.device][name] = weight.any() | _magnitude_moved(layer, adapter_name)
-    found = set()
+    trained = set()
     for flags in by_device.values():
-        told = torch.stack(list(flags.values())).tolist()
-        found |= {name for name, flag in zip(flags, told, strict=True) if flag}
-    return [name for name in layers if name in found]
+        moved = torch.stack(list(flags.values())).tolist()
+        trained |= {name for name, flag in zip(flags, moved, strict=True) if flag}
+    return [name for name in layers if name in trained]
 
 
 def _magnitude_moved(layer: LoraLayer, adapter_name: str) -> Tensor | bool:
-    vector = magnitude(layer, adapter_name)
+    vector = dora_magnitude(layer, adapter_name)
     weight = getattr(layer.get_base_layer(), "weight", None)
     # a quantised or sharded weight has no norms to rely on
     if vector is None or vector.is_meta or type(weight) is not nn.Parameter or weight.dim() < 2:
         return False
     if weight.is_meta or not weight.is_floating_point():
         return False
-    now = _whole(vector)
-    norms = untrained_magnitude(layer, adapter_name).reshape(now.shape).to(now)
-    moved = ((now - norms).abs() > _MAGNITUDE_TOLERANCE * norms).any()
+    magnitude = _gathered(vector)
+    norms = untrained_dora_magnitude(layer, adapter_name).reshape(magnitude.shape).to(magnitude)
+    moved = ((magnitude - norms).abs() > _MAGNITUDE_TOLERANCE * norms).any()
     return moved.to(layer.lora_B[adapter_name].weight.device)
 
 
@@ -217,7 +220,7 @@ def _magnitude_moved(layer: LoraLayer, adapter_name: str) -> Tensor | bool:
 def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
     weight = layer.lora_A[adapter_name].weight
     tolerance = _TOLERANCE.get(weight.dtype, _LOW_PRECISION)
-    rows = _whole(weight).float().flatten(1)
+    rows = _gathered(weight).float().flatten(1)
     norms = rows.norm(dim=1)
     if whitened:
         norms, rows = norms / norms.clamp_min(1e-30), rows / norms.clamp_min(1e-30)[:, None]
@@ -231,52 +234,52 @@ def _has_eva_rows(layer: LoraLayer, adapter_name: str, whitened: bool) -> bool:
     return bool(cosines.abs().max() < tolerance)
 
 
-def _complain(model: nn.Module, action: str) -> None:
+def _report_uninitialized(model: nn.Module, action: str) -> None:
     # the adapters may be on a submodule of the trained model
-    parts = [part for _, part in outermost(unwrap(model), carries_adapters)]
-    every = [(part, name) for part in parts for name in adapter_configs(part)]
-    for part, name in every:
+    parts = [part for _, part in outermost_modules(unwrap(model), has_adapters)]
+    adapters = [(part, name) for part in parts for name in adapter_configs(part)]
+    for part, name in adapters:
         config = adapter_configs(part)[name]
-        asked = getattr(config, "init_lora_weights", None) == "eva"
-        if not asked or config.inference_mode or not _trains(part, name):
+        made_for_eva = getattr(config, "init_lora_weights", None) == "eva"
+        if not made_for_eva or config.inference_mode or not _is_trainable(part, name):
             continue
         try:
             initialized = is_initialized(part, name)
         except EvaRuntimeError:  # cannot be determined
             continue
         if initialized:
-            _complain_of_some(part, name)
+            _report_partly_initialized(part, name)
             continue
         message = (
             f'adapter {name!r} was made with init_lora_weights="eva", but never initialised: it '
-            f"trains as plain LoRA. {_remedy(name)}"
+            f"trains as plain LoRA. {_advice(name)}"
         )
         if action == "raise":
             raise NotInitializedError(message)
         warn(message, NotInitializedWarning)
 
 
-def _trains(model: nn.Module, adapter_name: str) -> bool:
+def _is_trainable(model: nn.Module, adapter_name: str) -> bool:
     """Tell whether an adapter is trainable, and not a frozen reference as in DPO."""
-    layers = _layers(model, adapter_name).values()
+    layers = _lora_layers(model, adapter_name).values()
     return any(layer.lora_A[adapter_name].weight.requires_grad for layer in layers)
 
 
-def _complain_of_some(model: nn.Module, adapter_name: str) -> None:
-    layers = _passed_by(model, adapter_name)
+def _report_partly_initialized(model: nn.Module, adapter_name: str) -> None:
+    layers = _uninitialized_layers(model, adapter_name)
     if layers:
         warn(
             f'adapter {adapter_name!r} was made with init_lora_weights="eva", but EVA initialised '
             f"only a part of it: {counted(len(layers), 'layer trains', 'layers train')} as plain "
-            f"LoRA ({listed(layers)}). {_remedy(adapter_name)}",
+            f"LoRA ({listed(layers)}). {_advice(adapter_name)}",
             NotInitializedWarning,
         )
 
 
-def _remedy(adapter_name: str) -> str:
-    which = "" if adapter_name == "default" else f"(adapter_name={adapter_name!r}) "
+def _advice(adapter_name: str) -> str:
+    argument = "" if adapter_name == "default" else f"(adapter_name={adapter_name!r}) "
     return (
-        f"Call eva_kernels.initialize(model, loader) before training {which}and before the "
+        f"Call eva_kernels.initialize(model, loader) before training {argument}and before the "
         "optimizer is made"
     )
 
@@ -304,13 +307,13 @@ class EvaCallback(TrainerCallback):
     ) -> None:
         """Check the model that is about to be trained."""
         # SetFit's trainer passes an object that is not a module but holds those that it trains
-        within = () if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
-        for part in (model, *within):
+        attributes = () if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
+        for part in (model, *attributes):
             if isinstance(part, nn.Module):
-                _complain(part, self.action)
+                _report_uninitialized(part, self.action)
 
 
-class _Watch:
+class _WatchHook:
     """A forward pre-hook that checks the model at the first forward pass with gradients.
 
     If it raises it stays active, so that training cannot continue past the error.
@@ -325,7 +328,7 @@ class _Watch:
             return
         if self.action == "warn":  # once, even if warnings are turned into errors
             self._remove()
-        _complain(model, self.action)
+        _report_uninitialized(model, self.action)
         self._remove()
 
     def _remove(self) -> None:
@@ -348,6 +351,6 @@ def watch(model: nn.Module, action: Literal["warn", "raise"] = "warn") -> nn.Mod
         The model.
     """
     _check_action(action)
-    hook = _Watch(action)
+    hook = _WatchHook(action)
     hook.handle = unwrap(model).register_forward_pre_hook(hook)
     return model

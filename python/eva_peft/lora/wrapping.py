@@ -13,11 +13,11 @@ from torch import nn
 from .._peft_compat import (
     LoraConfig,
     PeftModel,
-    eva_of,
-    layer_of_failure,
+    eva_config_of,
+    failed_layer_name,
     matches_target,
     resolved_config,
-    spoils_strings,
+    splits_target_string,
 )
 from ..errors import EvaError, EvaRuntimeError, EvaTypeError, EvaValueError, warnings_caught
 from ..surroundings.memory import is_out_of_memory
@@ -41,11 +41,13 @@ def wrap_model(
             :func:`eva_peft.surroundings.snapshot.restored_on_failure`.
     """
     config = deepcopy(config)
-    config.init_lora_weights, config.eva_config = "eva", eva_of(config)
+    config.init_lora_weights, config.eva_config = "eva", eva_config_of(config)
     resolved = resolved_config(model, config)
     config.exclude_modules = resolved.exclude_modules
-    names = isinstance(resolved.target_modules, str) or spoils_strings(model, config)
-    if config.target_modules and names:
+    takes_resolved_names = isinstance(resolved.target_modules, str) or splits_target_string(
+        model, config
+    )
+    if config.target_modules and takes_resolved_names:
         config.target_modules = resolved.target_modules
     if config.lora_bias or _adapts_convolution(model, resolved):
         # PEFT refuses "eva" with these, also when it loads a saved adapter
@@ -62,21 +64,23 @@ def wrap_model(
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, EvaError) or is_out_of_memory(error):
                 raise
-            raise _explained(error) from error
+            raise _as_eva_error(error) from error
 
 
 def _adapts_convolution(model: nn.Module, config: LoraConfig) -> bool:
-    kinds = nn.modules.conv._ConvNd
-    return any(matches_target(config, n) for n, m in model.named_modules() if isinstance(m, kinds))
+    conv_class = nn.modules.conv._ConvNd
+    return any(
+        matches_target(config, n) for n, m in model.named_modules() if isinstance(m, conv_class)
+    )
 
 
-def _explained(error: Exception) -> EvaError:
+def _as_eva_error(error: Exception) -> EvaError:
     kind: type[EvaError] = EvaValueError
     if isinstance(error, (AttributeError, TypeError)):  # AttributeError: packed weights
         kind = EvaTypeError
     elif isinstance(error, RuntimeError):
         kind = EvaRuntimeError
-    name = layer_of_failure(error)
+    name = failed_layer_name(error)
     if name is None:
         return kind(f"PEFT cannot wrap the model with this LoraConfig: {error}")
     return kind(

@@ -15,30 +15,39 @@ from torch import Tensor, nn
 from ..surroundings.devices import device_of
 from ..surroundings.interrupts import temporarily
 
-__all__ = ["OUT_PROJ", "attended", "projected"]
+__all__ = ["OUT_PROJ", "in_proj_inputs", "out_proj_inputs"]
 
 OUT_PROJ = "out_proj"
 
 
-def projected(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def in_proj_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
     """Return the inputs of ``in_proj`` in a call: query, key and value, the same tensor once."""
-    named = [kwargs.get(name) for name in ("query", "key", "value")[len(args) :]]
-    tensors = {id(x): x for x in (*args[:3], *named) if isinstance(x, Tensor)}
+    from_kwargs = [kwargs.get(name) for name in ("query", "key", "value")[len(args) :]]
+    tensors = {id(x): x for x in (*args[:3], *from_kwargs) if isinstance(x, Tensor)}
     return list(tensors.values())
 
 
-def attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def out_proj_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
     """Return the input of ``out_proj`` in a call: the output with an identity in its place.
 
     The module itself is run, not a copy: its ``forward`` may be bound to it, as by accelerate.
     """
-    last = module.get_submodule(OUT_PROJ)
-    weight: Tensor = last.weight  # type: ignore[assignment]
+    out_proj = module.get_submodule(OUT_PROJ)
+    weight: Tensor = out_proj.weight  # type: ignore[assignment]
     device = device_of(module)  # where offloaded parameters go; these two are no parameters
-    same = nn.Identity()
-    same.weight = torch.eye(len(weight), dtype=weight.dtype, device=device)
-    same.bias = torch.zeros(len(weight), dtype=weight.dtype, device=device)
-    put = functools.partial(module._modules.__setitem__, OUT_PROJ)
-    with temporarily(functools.partial(put, last), functools.partial(put, same)), torch.no_grad():
-        found = module.forward(*args, **kwargs)
-    return [found[0]]
+    identity = nn.Identity()
+    identity.weight = torch.eye(len(weight), dtype=weight.dtype, device=device)
+    identity.bias = torch.zeros(len(weight), dtype=weight.dtype, device=device)
+    set_out_proj = functools.partial(module._modules.__setitem__, OUT_PROJ)
+    with (
+        temporarily(
+            functools.partial(set_out_proj, out_proj), functools.partial(set_out_proj, identity)
+        ),
+        torch.no_grad(),
+    ):
+        output = module.forward(*args, **kwargs)
+    return [output[0]]

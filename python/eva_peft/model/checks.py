@@ -14,25 +14,25 @@ from .._peft_compat import (
     PeftMixedModel,
     PeftModel,
     adapter_configs,
-    carries_adapters,
-    converted_config,
-    given_eva,
-    injected_adapters,
+    config_for_fused_experts,
+    eva_config_or_none,
+    has_adapters,
+    injected_adapter_names,
     is_lora,
-    kind_of,
+    peft_type_of,
 )
 from ..errors import EvaTypeError, EvaValueError, listed, warn
-from .architecture import is_of_transformers
-from .parts import outermost
+from .architecture import is_transformers_model
+from .parts import outermost_modules
 
 __all__ = [
     "check_base_model",
     "check_config",
-    "check_loaded",
+    "check_weights_loaded",
     "checked_number",
     "config_of",
     "plain_number",
-    "tell_of_the_model_within",
+    "warn_if_inside_peft_model",
 ]
 
 
@@ -44,25 +44,25 @@ def check_config(model: nn.Module, config: object, adapter_name: str) -> LoraCon
         EvaValueError: no config, no such adapter, a rank below 1, options that EVA does not
             support, or a base model that carries adapters.
     """
-    own = None
-    if carries_adapters(model):
-        own = config_of(model, adapter_name)
-        if not is_lora(own):
+    adapter_config = None
+    if has_adapters(model):
+        adapter_config = config_of(model, adapter_name)
+        if not is_lora(adapter_config):
             raise EvaTypeError(
-                f"the model's adapter {adapter_name!r} is of kind {kind_of(own)}; EVA "
-                "initialises LoRA adapters, which are made with a LoraConfig"
+                f"the model's adapter {adapter_name!r} is of type {peft_type_of(adapter_config)}; "
+                "EVA initialises LoRA adapters, which are made with a LoraConfig"
             )
-        config = own if config is None else config
+        config = adapter_config if config is None else config
     else:
         check_base_model(model, adapter_name)
     if not isinstance(config, LoraConfig) or not is_lora(config):
         raise EvaTypeError(f"EVA initialises LoRA: expected a LoraConfig, got {type(config)}")
-    if not carries_adapters(model):
-        _check_leaves_model(config)
-    elif config is not own:
-        config = converted_config(model, config)
-        _warn_of_what_stays(config, own, adapter_name)
-    _check_whole_rows(config if own is None else own)
+    if not has_adapters(model):
+        _check_keeps_base_layers(config)
+    elif config is not adapter_config:
+        config = config_for_fused_experts(model, config)
+        _warn_of_ignored_options(config, adapter_config, adapter_name)
+    _check_dense_lora_a(config if adapter_config is None else adapter_config)
     return _with_plain_numbers(config)
 
 
@@ -74,39 +74,44 @@ def config_of(model: nn.Module, adapter_name: str) -> Any:
     """
     configs = adapter_configs(model)
     if adapter_name not in configs:
-        raise EvaValueError(f"the model has no adapter {adapter_name!r}; it has {sorted(configs)}")
+        raise EvaValueError(
+            f"the model has no adapter {adapter_name!r}; its adapters are {sorted(configs)}"
+        )
     return configs[adapter_name]
 
 
-def tell_of_the_model_within(model: nn.Module, config: LoraConfig | None) -> None:
+def warn_if_inside_peft_model(model: nn.Module, config: LoraConfig | None) -> None:
     """Warn if the base model of a PeftModel is given, as when a notebook cell runs twice.
 
     It cannot be distinguished from the result of ``inject_adapter_in_model``; but that is rarely a
     transformers model, and is given without a config.
     """
-    if isinstance(model, PeftModel) or not carries_adapters(model):
+    if isinstance(model, PeftModel) or not has_adapters(model):
         return
-    by_itself = getattr(model, "_hf_peft_config_loaded", False)  # by transformers and diffusers
-    if not by_itself and (config is not None or is_of_transformers(model)):
+    # set by transformers and diffusers
+    injected_by_library = getattr(model, "_hf_peft_config_loaded", False)
+    if not injected_by_library and (config is not None or is_transformers_model(model)):
         warn(
-            f"this {type(model).__name__} already carries the adapters {injected_adapters(model)}, "
-            "like the base model inside of a PeftModel. They are initialised, but what is returned "
-            "is no PeftModel, and its save_pretrained would write no adapter. Pass the PeftModel "
-            "instead, or load the base model anew"
+            f"this {type(model).__name__} already has the adapters "
+            f"{injected_adapter_names(model)}, like the base model inside a PeftModel. They are "
+            "initialised, but what is returned is not a PeftModel, and its save_pretrained would "
+            "write no adapter. Pass the PeftModel instead, or load the base model again"
         )
 
 
-def _warn_of_what_stays(config: LoraConfig, own: LoraConfig, adapter_name: str) -> None:
+def _warn_of_ignored_options(
+    config: LoraConfig, adapter_config: LoraConfig, adapter_name: str
+) -> None:
     # of an existing adapter EVA changes only the ranks, and keeps the scaling
-    stays = ["lora_alpha"] if config.lora_alpha != own.lora_alpha else []
-    asked, have = (c.target_modules for c in (config, own))
-    named = all(isinstance(names, (list, set, tuple)) for names in (asked, have))
-    if named and set(asked) != set(have):
-        stays.append("target_modules")
-    if stays:
+    ignored = ["lora_alpha"] if config.lora_alpha != adapter_config.lora_alpha else []
+    requested, existing = (c.target_modules for c in (config, adapter_config))
+    both_named = all(isinstance(names, (list, set, tuple)) for names in (requested, existing))
+    if both_named and set(requested) != set(existing):
+        ignored.append("target_modules")
+    if ignored:
         warn(
-            f"adapter {adapter_name!r} keeps its own {' and '.join(stays)}, and the config has "
-            "others; for these make another adapter, or pass the base model with the config"
+            f"adapter {adapter_name!r} keeps its own {' and '.join(ignored)}, and ignores the "
+            "config's; to use these, make another adapter, or pass the base model with the config"
         )
 
 
@@ -121,51 +126,52 @@ def check_base_model(model: nn.Module, adapter_name: str) -> None:
             "EVA cannot initialise a PeftMixedModel; make a PeftModel, by peft.get_peft_model "
             "without mixed=True"
         )
-    names = injected_adapters(model)
+    names = injected_adapter_names(model)
     if names:
         raise EvaValueError(
-            f"a part of the model{_owner(model)} carries the adapters {names}, which EVA would "
-            "overwrite. To initialise them, pass that part as the model, and a forward_fn that "
-            "runs the whole one on a batch"
+            f"a part of the model{_adapted_part(model)} already has the adapters {names}, which "
+            "EVA would overwrite. To initialise them, pass that part as the model, and a "
+            "forward_fn that runs the whole model on a batch"
         )
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise EvaValueError(
-            f"adapter_name={adapter_name!r} must be text without a dot: PEFT makes a module of it"
+            f"adapter_name={adapter_name!r} must be a non-empty string without a dot: PEFT names "
+            "modules by it"
         )
 
 
-def _owner(model: nn.Module) -> str:
-    name = next((name for name, _ in outermost(model, carries_adapters)), "")
+def _adapted_part(model: nn.Module) -> str:
+    name = next((name for name, _ in outermost_modules(model, has_adapters)), "")
     return f", {name}," if name else ""
 
 
-def check_loaded(model: nn.Module) -> None:
+def check_weights_loaded(model: nn.Module) -> None:
     """Refuse a model that has no weights yet.
 
     Raises:
         EvaValueError: all are on the meta device, and no hook will load them when needed.
     """
-    parts = list(model.parameters())
-    missing = bool(parts) and all(part.is_meta for part in parts)
-    if missing and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+    parameters = list(model.parameters())
+    all_on_meta = bool(parameters) and all(parameter.is_meta for parameter in parameters)
+    if all_on_meta and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise EvaValueError(
             "the weights of the model are on the meta device: load them first (estimate() works "
             "without them)"
         )
 
 
-def _check_leaves_model(config: LoraConfig) -> None:
+def _check_keeps_base_layers(config: LoraConfig) -> None:
     # changes of the base model would have to be made before the pass, and could not be undone
     for name in ("layer_replication", "kasa_config"):
         if getattr(config, name, None):
             raise EvaValueError(
-                f"{name} changes the layers of the base model, so that EVA would read other inputs "
-                "than the adapters get; wrap it with peft.get_peft_model(model, config) first, and "
-                "initialise that"
+                f"{name} changes the layers of the base model, so that EVA would read other "
+                "inputs than the adapters get; first wrap it with peft.get_peft_model(model, "
+                "config), and initialise the PeftModel"
             )
 
 
-def _check_whole_rows(config: LoraConfig) -> None:
+def _check_dense_lora_a(config: LoraConfig) -> None:
     names = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_a", None)
     if names:
         raise EvaValueError(
@@ -194,16 +200,16 @@ def plain_number(value: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     if isinstance(value, dict):
-        return {plain_number(key): plain_number(each) for key, each in value.items()}
+        return {plain_number(key): plain_number(item) for key, item in value.items()}
     if type(value) in (list, tuple, set):
-        return type(value)(plain_number(each) for each in value)
+        return type(value)(plain_number(item) for item in value)
     return value
 
 
 def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
     # NumPy numbers cannot be saved as JSON, by us or by PEFT
     config = copy(config)
-    config.eva_config = copy(given_eva(config))
+    config.eva_config = copy(eva_config_or_none(config))
     for part in filter(None, (config, config.eva_config)):
         for name, value in vars(part).items():
             setattr(part, name, plain_number(value))

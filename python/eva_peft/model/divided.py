@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .._peft_compat import LoraConfig, ParamWrapper, carries_adapters, resolved_config
+from .._peft_compat import LoraConfig, ParamWrapper, has_adapters, resolved_config
 from ..errors import EvaRuntimeError
 from ..options import AUTO
-from .targets import ENGINE, base_name, class_names, unwrap
+from .targets import DEEPSPEED_ENGINE, class_names, name_in_base_model, unwrap
 
 __all__ = [
-    "check_experts",
-    "check_undivided",
-    "check_whole",
+    "check_adapters_writable",
+    "check_no_sharded_experts",
+    "check_not_partitioned",
     "is_sharded",
     "may_stop_early",
     "sharded_by",
 ]
 
-_FSDP = frozenset(["FullyShardedDataParallel", "FSDPModule"])
-_NEVER_CUT = frozenset([ENGINE, "PipelineParallel"])
+_FSDP_CLASSES = frozenset(["FullyShardedDataParallel", "FSDPModule"])
+_NEVER_STOP_EARLY = frozenset([DEEPSPEED_ENGINE, "PipelineParallel"])
 # The class that transformers puts in place of a layer of another pipeline stage.
-_NOT_OF_THIS_STAGE = "PipelineIdentityLayer"
+_OTHER_STAGE_CLASS = "PipelineIdentityLayer"
 
 
-def _class_names(model: nn.Module) -> set[str]:
+def _all_class_names(model: nn.Module) -> set[str]:
     """Return the names of all classes of a model and its parts, base classes included."""
     return set().union(*map(class_names, model.modules()))
 
@@ -37,7 +37,7 @@ def sharded_by(model: nn.Module) -> str | None:
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed (ZeRO-3)"
-    return "FSDP" if _class_names(model) & _FSDP else None
+    return "FSDP" if _all_class_names(model) & _FSDP_CLASSES else None
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -45,22 +45,22 @@ def is_sharded(model: nn.Module) -> bool:
     return sharded_by(model) is not None
 
 
-def may_stop_early(model: nn.Module, asked: bool | str, sharded: bool) -> bool:
+def may_stop_early(model: nn.Module, early_exit: bool | str, sharded: bool) -> bool:
     """Tell whether a forward pass may be ended after the last layer that is needed.
 
     Args:
         model: to be run.
-        asked: the option ``early_exit``.
+        early_exit: the option ``early_exit``.
         sharded: see :func:`is_sharded`; the other processes would wait.
     """
-    if asked != AUTO:
-        return bool(asked)
-    offloaded = set(map(str, getattr(model, "hf_device_map", {}).values()))
-    unsafe = sharded or _class_names(model) & _NEVER_CUT
-    return not unsafe and not offloaded & {"cpu", "disk"}
+    if early_exit != AUTO:
+        return bool(early_exit)
+    devices = set(map(str, getattr(model, "hf_device_map", {}).values()))
+    unsafe = sharded or _all_class_names(model) & _NEVER_STOP_EARLY
+    return not unsafe and not devices & {"cpu", "disk"}
 
 
-def check_undivided(model: nn.Module) -> None:
+def check_not_partitioned(model: nn.Module) -> None:
     """Refuse a model whose layers themselves are partitioned among processes.
 
     In tensor or expert parallelism each process has a part of a layer, and maybe of its inputs, and
@@ -70,24 +70,24 @@ def check_undivided(model: nn.Module) -> None:
     Raises:
         EvaRuntimeError: it is such a model.
     """
-    shards = 1 if is_sharded(model) else 0
-    where = None
+    num_shard_dims = 1 if is_sharded(model) else 0
+    reason = None
     for name, module in model.named_modules():
-        if type(module).__name__ == _NOT_OF_THIS_STAGE:
-            where = f"layer {base_name(name)} is on another stage of a pipeline"
-        elif _is_parallel(module, shards):
-            layer = base_name(name)
-            where = f"layer {layer} is divided among processes (tensor or expert parallelism)"
-        if where is not None:
+        if type(module).__name__ == _OTHER_STAGE_CLASS:
+            reason = f"layer {name_in_base_model(name)} is on another stage of a pipeline"
+        elif _is_partitioned(module, num_shard_dims):
+            layer = name_in_base_model(name)
+            reason = f"layer {layer} is divided among processes (tensor or expert parallelism)"
+        if reason is not None:
             raise EvaRuntimeError(
-                f"{where}, and EVA reads the inputs of whole layers. Initialise the model loaded "
+                f"{reason}, and EVA reads the inputs of whole layers. Initialise the model loaded "
                 "whole (without tp_plan and the like), in one process or each with a copy; save "
                 "the adapter, and load it into the divided model by PeftModel.from_pretrained "
                 "(of PEFT 0.21.1 or newer)"
             )
 
 
-def check_experts(model: nn.Module, config: LoraConfig) -> None:
+def check_no_sharded_experts(model: nn.Module, config: LoraConfig) -> None:
     """Refuse parameters as targets in a sharded model.
 
     Their products are recognised by the memory of the weights, which differs while a layer runs.
@@ -95,29 +95,31 @@ def check_experts(model: nn.Module, config: LoraConfig) -> None:
     Raises:
         EvaRuntimeError: there are such targets.
     """
-    kind = sharded_by(model)
-    if kind is None:
+    sharding = sharded_by(model)
+    if sharding is None:
         return
-    if carries_adapters(model):
-        some = any(isinstance(module, ParamWrapper) for module in model.modules())
+    if has_adapters(model):
+        has_fused_targets = any(isinstance(module, ParamWrapper) for module in model.modules())
     else:
-        some = bool(resolved_config(model, config).target_parameters)
-    if some:
+        has_fused_targets = bool(resolved_config(model, config).target_parameters)
+    if has_fused_targets:
         raise EvaRuntimeError(
-            "target_parameters, or experts in one parameter, in a model that is sharded by "
-            f"{kind}: EVA does not see what they are multiplied with. Calibrate the model before "
-            "it is sharded, or name other layers in target_modules"
+            "target_parameters, or experts in one parameter, cannot be calibrated in a model that "
+            f"is sharded by {sharding}: EVA cannot observe their inputs there. Calibrate the "
+            "model before it is sharded, or name other layers in target_modules"
         )
 
 
-def _is_parallel(module: nn.Module, shards: int) -> bool:
+def _is_partitioned(module: nn.Module, num_shard_dims: int) -> bool:
     """Tell whether a layer is partitioned along more mesh dimensions than by sharding."""
     if getattr(module, "_hf_tp_plan", None) is not None:  # set by transformers, and by PEFT
         return True
-    return any(_divisions(part) > shards for part in module.parameters(recurse=False))
+    return any(
+        _num_partitioned_dims(part) > num_shard_dims for part in module.parameters(recurse=False)
+    )
 
 
-def _divisions(parameter: Tensor) -> int:
+def _num_partitioned_dims(parameter: Tensor) -> int:
     """Return along how many dimensions of a device mesh a parameter is partitioned."""
     mesh = getattr(parameter, "device_mesh", None)
     placements = getattr(parameter, "placements", ())
@@ -127,7 +129,7 @@ def _divisions(parameter: Tensor) -> int:
     )
 
 
-def check_whole(model: nn.Module) -> None:
+def check_adapters_writable(model: nn.Module) -> None:
     """Refuse a model, maybe in a wrapper, to whose adapters nothing can be written any more.
 
     Raises:
@@ -135,20 +137,21 @@ def check_whole(model: nn.Module) -> None:
             optimizer has copies of them.
     """
     inner = unwrap(model)
-    check_undivided(inner)
-    kind = sharded_by(inner)
-    if kind is not None:
+    check_not_partitioned(inner)
+    sharding = sharded_by(inner)
+    if sharding is not None:
         raise EvaRuntimeError(
-            f"the model is sharded by {kind}, which would not notice adapters that are added or "
-            "resized now. Initialise before sharding; or calibrate() the sharded model, and apply "
-            "the result to one that is not"
+            f"the model is sharded by {sharding}, and adapters cannot be added or resized any "
+            "more. Initialise before sharding; or calibrate() the sharded model, and apply the "
+            "result to one that is not"
         )
     # ZeRO-1 and ZeRO-2 make weights views of one buffer; 16 bits without ZeRO go undetected by that
     adapters = (p for name, p in inner.named_parameters() if "lora_" in name)
-    parts = (p.untyped_storage() for p in adapters if p.untyped_storage().nbytes() > p.nbytes)
-    places = [memory.data_ptr() for memory in parts]
-    if len(set(places)) < len(places) or ENGINE in _class_names(model):
+    views = (p.untyped_storage() for p in adapters if p.untyped_storage().nbytes() > p.nbytes)
+    addresses = [memory.data_ptr() for memory in views]
+    if len(set(addresses)) < len(addresses) or DEEPSPEED_ENGINE in _all_class_names(model):
         raise EvaRuntimeError(
-            "an optimizer of DeepSpeed has copies of the weights, which its first step puts in "
-            "place of EVA's. Initialise before deepspeed.initialize (accelerator.prepare calls it)"
+            "an optimizer of DeepSpeed holds copies of the weights, and its first step would "
+            "overwrite EVA's with them. Initialise before deepspeed.initialize "
+            "(accelerator.prepare calls it)"
         )

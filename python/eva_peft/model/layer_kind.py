@@ -39,7 +39,7 @@ _READS_DISTANCES = re.compile(r"\b(linear_pos|pos_proj|relative_k_proj)$")
 _IN_TEXT = re.compile(r"text_(model|encoder|decoder|layers)|language_model|gated_cross_attn")
 _IN_ENCODER = re.compile(r"encoder|(^|\.)enc(\.|$)")
 _IN_DECODER = re.compile(r"decoder|(^|\.)dec(\.|$)")
-_READS_SOUND = re.compile(r"audio|speech|sound|acoustic|semantic_tokenizer")
+_READS_AUDIO = re.compile(r"audio|speech|sound|acoustic|semantic_tokenizer")
 
 
 class LayerKind(NamedTuple):
@@ -48,7 +48,7 @@ class LayerKind(NamedTuple):
     reads_encoder: bool
     reads_prompt: bool
     reads_no_text: bool
-    reads_sound: bool
+    reads_audio: bool
     reads_queries: bool
     reads_distances: bool
     in_encoder: bool
@@ -72,7 +72,7 @@ def kind_of_layer(name: str, prefixes: tuple[str, ...]) -> LayerKind:
         reads_encoder=bool(_READS_ENCODER.search(name)),
         reads_prompt=bool(_READS_PROMPT.search(name)),
         reads_no_text=bool(_READS_NO_TEXT.search(name)) and not _READS_TEXT.search(name),
-        reads_sound=bool(_READS_SOUND.search(name)),
+        reads_audio=bool(_READS_AUDIO.search(name)),
         reads_queries=bool(_READS_QUERIES.search(name)),
         reads_distances=bool(_READS_DISTANCES.search(name)),
         in_encoder=bool(_IN_ENCODER.search(name)),

@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from .._peft_compat import adapter_dilation
 
-__all__ = ["CONVOLUTIONS", "Patches", "dealt_to_groups", "patches_of", "widths"]
+__all__ = ["CONVOLUTIONS", "Patches", "distribute_over_groups", "in_out_features", "patches_of"]
 
 # The convolutions that PEFT adapts.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # Bytes of patches copied at a time: they overlap, so all of a batch may be a multiple of its size.
-PATCH_BYTES = 1 << 26
+MAX_PATCH_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Patches:
         taps = range(2 + dimensions, 2 + 2 * dimensions)
         return x.permute(0, *positions, 1, *taps)
 
-    def tokens(self, windows: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
+    def token_chunks(self, windows: Tensor, rows: Tensor | None = None) -> Iterator[Tensor]:
         """Yield patches as (N, D) matrices, a few samples at a time.
 
         Args:
@@ -80,11 +80,11 @@ class Patches:
         positions = windows.shape[: 1 + len(self.kernel)]
         token_bytes = self.features * windows.element_size()
         if rows is not None:
-            for part in rows.split(max(1, PATCH_BYTES // token_bytes)):
-                chosen = windows[torch.unravel_index(part, positions)]
-                yield chosen.reshape(-1, self.features)
+            for part in rows.split(max(1, MAX_PATCH_BYTES // token_bytes)):
+                selected = windows[torch.unravel_index(part, positions)]
+                yield selected.reshape(-1, self.features)
             return
-        samples = max(1, PATCH_BYTES // (token_bytes * max(1, prod(positions[1:]))))
+        samples = max(1, MAX_PATCH_BYTES // (token_bytes * max(1, prod(positions[1:]))))
         for part in windows.split(samples):
             yield part.reshape(-1, self.features)  # a copy, since patches overlap
 
@@ -105,7 +105,7 @@ def patches_of(module: nn.Module) -> Patches | None:
     return Patches(module.in_channels, module.kernel_size, module.stride, dilation, padding)
 
 
-def widths(module: nn.Module) -> tuple[int, int] | None:
+def in_out_features(module: nn.Module) -> tuple[int, int] | None:
     """Return (in_features, out_features) of a layer whose input EVA can read, else ``None``.
 
     The features of a convolution are the entries of a patch.
@@ -126,7 +126,7 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
         return None
 
 
-def dealt_to_groups(rows: Tensor, groups: int) -> Tensor:
+def distribute_over_groups(rows: Tensor, groups: int) -> Tensor:
     """Distribute components, best first, over the groups of a convolution in round-robin order.
 
     ``lora_B`` of a grouped convolution has groups, too: each reads its own consecutive rows of

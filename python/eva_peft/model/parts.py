@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-__all__ = ["outermost"]
+__all__ = ["outermost_modules"]
 
 
-def outermost(
-    model: nn.Module, wanted: Callable[[nn.Module], bool], name: str = ""
+def outermost_modules(
+    model: nn.Module, predicate: Callable[[nn.Module], bool], name: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:
     """Yield name and module of wanted parts, maybe the model itself, but none inside another."""
-    if wanted(model):
+    if predicate(model):
         yield name, model
         return
     for child, part in model.named_children():
-        yield from outermost(part, wanted, f"{name}.{child}" if name else child)
+        yield from outermost_modules(part, predicate, f"{name}.{child}" if name else child)

@@ -17,7 +17,7 @@ from .._peft_compat import (
     LoraLayer,
     ParamWrapper,
     adapter_configs,
-    carries_adapters,
+    has_adapters,
     matches_parameter,
     matches_target,
     pattern_value,
@@ -25,21 +25,21 @@ from .._peft_compat import (
     tied_modules,
 )
 from ..errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
-from .attention import OUT_PROJ, attended, projected
+from .attention import OUT_PROJ, in_proj_inputs, out_proj_inputs
 from .checks import plain_number
-from .layers import Patches, patches_of, widths
+from .layers import Patches, in_out_features, patches_of
 from .routing import ExpertWeight, expert_names, expert_weights
 
 __all__ = [
-    "ENGINE",
+    "DEEPSPEED_ENGINE",
     "Target",
-    "base_name",
+    "adapter_layers",
     "check_may_resize",
     "check_not_merged",
     "check_not_replicated",
     "class_names",
     "find_targets",
-    "own_layers",
+    "name_in_base_model",
     "peft_key",
     "resolve_name",
     "unwrap",
@@ -48,19 +48,19 @@ __all__ = [
 # Wrappers in module paths: DDP and PEFT prefix the names of the base model; torch.compile and
 # activation checkpointing insert theirs anywhere; FullyShardedDataParallel does, too, also after
 # the last name, where PEFT never sees it.
-_PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
-_WITHIN = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
-_SHARDED = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
+_WRAPPER_PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
+_INSERTED_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
+_FSDP_WRAPPER = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
 # PEFT's suffix for a module with an adapter (of one of its parameters, if inside the path).
-_WRAPPED = re.compile(r"\.base_layer(?=\.|$)")
-_REPLICATED = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-ENGINE = "DeepSpeedEngine"
-_OF_GPTQ = "GPTQQuantLinear"  # gptqmodel's class, the only one to which PEFT applies QA-LoRA
-_FABRIC = "_forward_module"  # the model's name in the wrapper of Lightning's Fabric
+_BASE_LAYER_SUFFIX = re.compile(r"\.base_layer(?=\.|$)")
+_DATA_PARALLEL_CLASSES = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+DEEPSPEED_ENGINE = "DeepSpeedEngine"
+_GPTQ_CLASS = "GPTQQuantLinear"  # gptqmodel's class, the only one to which PEFT applies QA-LoRA
+_FABRIC_MODEL_ATTRIBUTE = "_forward_module"  # the model's name in the wrapper of Lightning's Fabric
 # Config options that exclude some of the modules matched by target_modules.
-_LEAVE_OUT = ("layers_to_transform", "layers_pattern", "exclude_modules")
+_EXCLUDING_OPTIONS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 # Config options that set the size and scaling of the adapters.
-_SIZES = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
+_SIZE_OPTIONS = ("r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Target:
         rank: r of this layer before redistribution.
         alpha: LoRA alpha of this layer.
         patches: how a convolution cuts its input into tokens; ``None`` for other layers.
-        step: ranks of this layer are multiples of it (the groups of a convolution).
+        rank_multiple: ranks of this layer are multiples of it (the groups of a convolution).
         weight: set if the layer is no module, but a part of a fused parameter of ``module``.
-        inputs: for a layer that is not called as a module: returns its inputs from a call of
-            ``module`` and its arguments; ``None`` for the first tensor among the arguments.
+        inputs_from_call: for a layer that is not called as a module: returns its inputs from a
+            call of ``module`` and its arguments; ``None`` for the first tensor among the arguments.
         owner: name of that parameter, or of that module; layers of one owner have equal rank.
-        parts: number of layers of the owner.
+        owner_parts: number of layers of the owner.
     """
 
     name: str
@@ -89,16 +89,18 @@ class Target:
     rank: int
     alpha: float
     patches: Patches | None = None
-    step: int = 1
+    rank_multiple: int = 1
     weight: ExpertWeight | None = None
-    inputs: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], list[Tensor]] | None = None
+    inputs_from_call: (
+        Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], list[Tensor]] | None
+    ) = None
     owner: str = ""
-    parts: int = 1
+    owner_parts: int = 1
 
 
-def base_name(name: str) -> str:
+def name_in_base_model(name: str) -> str:
     """Return the name in the base model of a module of a PeftModel."""
-    return _WITHIN.sub("", peft_key(name))
+    return _INSERTED_WRAPPER.sub("", peft_key(name))
 
 
 def peft_key(path: str, module: nn.Module | None = None) -> str:
@@ -107,42 +109,42 @@ def peft_key(path: str, module: nn.Module | None = None) -> str:
     It is the path in the base model, including ``_orig_mod`` of compiled parts and other wrappers
     that were there when PEFT added its adapters.
     """
-    key = _WRAPPED.sub("", _unsharded(path).removeprefix("base_model.model."))
+    key = _BASE_LAYER_SUFFIX.sub("", _without_fsdp(path).removeprefix("base_model.model."))
     return f"{key}.{module.parameter_name}" if isinstance(module, ParamWrapper) else key
 
 
-def _unsharded(path: str) -> str:
+def _without_fsdp(path: str) -> str:
     """Return the path of a module without FullyShardedDataParallel wrappers."""
-    return _SHARDED.sub("", path).removeprefix(".")
+    return _FSDP_WRAPPER.sub("", path).removeprefix(".")
 
 
 def layer_name(path: str, module: LoraLayer) -> str:
     """Return the base-model name of the module or parameter that a LoRA layer adapts."""
-    return _WITHIN.sub("", peft_key(path, module))
+    return _INSERTED_WRAPPER.sub("", peft_key(path, module))
 
 
-def own_layers(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
+def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
     """Return path and LoRA layer of everything an adapter adapts, by the name in the base model.
 
     If the output projection of an attention is a target as well, PEFT adapts it a second time,
     unused by the attention: of the two the first is returned.
     """
-    found: dict[str, tuple[str, LoraLayer]] = {}
+    layers: dict[str, tuple[str, LoraLayer]] = {}
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            found.setdefault(layer_name(path, module), (path, module))
-    return found
+            layers.setdefault(layer_name(path, module), (path, module))
+    return layers
 
 
-def resolve_name(name: str, known: Container[str]) -> str:
+def resolve_name(name: str, known_names: Container[str]) -> str:
     """Return the known layer that a key refers to, ignoring the prefixes of wrappers.
 
     Prefixes are removed one by one, since a base model may itself have a ``module``. A key that
     refers to no known layer is returned unchanged.
     """
-    candidate = _WITHIN.sub("", name)
-    while candidate not in known:
-        shorter = _PREFIX.sub("", candidate)
+    candidate = _INSERTED_WRAPPER.sub("", name)
+    while candidate not in known_names:
+        shorter = _WRAPPER_PREFIX.sub("", candidate)
         if shorter == candidate:
             return name
         candidate = shorter
@@ -158,9 +160,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise EvaTypeError(
             f"expected a torch.nn.Module, got {type(model)}; of a pipeline, or another object "
-            "around a model, pass the model in it (as pipeline.unet, or model_body)"
+            "that holds a model, pass the model itself (such as pipeline.unet, or model_body)"
         )
-    *_, inner = _unwrapped(model)
+    *_, inner = _wrapper_chain(model)
     return inner
 
 
@@ -171,13 +173,15 @@ def check_not_replicated(model: nn.Module) -> None:
         EvaRuntimeError: DistributedDataParallel wraps it, even if the inner model is given, as a
             callback of a Trainer gets it.
     """
-    around = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in _unwrapped(model))
-    if around or _is_replicated(unwrap(model)):
+    is_wrapped = any(
+        isinstance(m, nn.parallel.DistributedDataParallel) for m in _wrapper_chain(model)
+    )
+    if is_wrapped or _is_replicated(unwrap(model)):
         raise EvaRuntimeError(
-            "DistributedDataParallel is around the model and relies on the present sizes of the "
-            "adapters, which EVA would change. Initialise before wrapping (accelerator.prepare "
-            "wraps, too): drop this wrapper (inner = model.module; del model), pass inner, and "
-            "wrap what is returned. Or keep the sizes, with rho=1"
+            "the model is wrapped in DistributedDataParallel, which relies on the current sizes "
+            "of the adapters, and EVA would change them. Initialise before wrapping "
+            "(accelerator.prepare wraps, too): drop this wrapper (inner = model.module; del "
+            "model), pass inner, and wrap what is returned. Or keep the sizes, with rho=1"
         )
 
 
@@ -186,15 +190,15 @@ def _is_replicated(model: nn.Module) -> bool:
     if not (dist.is_available() and dist.is_initialized()):
         return False
 
-    def found() -> bool:
-        kind = nn.parallel.DistributedDataParallel
-        living = [each for each in gc.get_objects() if issubclass(type(each), kind)]
-        return any(part is model for each in living for part in each.modules())
+    def is_part_of_wrapper() -> bool:
+        ddp_class = nn.parallel.DistributedDataParallel
+        wrappers = [wrapper for wrapper in gc.get_objects() if issubclass(type(wrapper), ddp_class)]
+        return any(part is model for wrapper in wrappers for part in wrapper.modules())
 
-    if not found():
+    if not is_part_of_wrapper():
         return False
     gc.collect()  # it may be an unreachable cycle
-    return found()
+    return is_part_of_wrapper()
 
 
 def check_may_resize(model: nn.Module, config: LoraConfig) -> None:
@@ -212,26 +216,28 @@ def check_may_resize(model: nn.Module, config: LoraConfig) -> None:
     if getattr(config, "kasa_config", None) is not None:
         raise EvaRuntimeError(
             "kasa_config: PEFT removes as many components from the base weights as an adapter has "
-            "ranks, and would do so again for other ranks. Keep the ranks, with rho=1"
+            "ranks, and would remove them again if ranks changed. Keep the ranks, with rho=1"
         )
     blocks = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_b", None)
     if blocks:
         raise EvaRuntimeError(
-            f"use_bdlora makes lora_B of {listed(blocks)} block-diagonal, with blocks that divide "
-            "the present ranks. Keep the ranks, with rho=1"
+            f"use_bdlora makes lora_B of {listed(blocks)} block-diagonal, with blocks made for "
+            "the current ranks. Keep the ranks, with rho=1"
         )
 
 
-def _unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+def _wrapper_chain(model: nn.Module) -> Iterator[nn.Module]:
     inner: nn.Module | None = model
     while inner is not None:
         yield inner
         # Not getattr: a PeftModel forwards to the attributes of a compiled base model.
-        known = (inner._modules.get(name) for name in ("_orig_mod", _FABRIC))
-        below = next((part for part in known if part is not None), None)
-        if below is None and (isinstance(inner, _REPLICATED) or ENGINE in class_names(inner)):
-            below = inner._modules.get("module")
-        inner = below
+        wrapped = (inner._modules.get(name) for name in ("_orig_mod", _FABRIC_MODEL_ATTRIBUTE))
+        next_inner = next((part for part in wrapped if part is not None), None)
+        if next_inner is None and (
+            isinstance(inner, _DATA_PARALLEL_CLASSES) or DEEPSPEED_ENGINE in class_names(inner)
+        ):
+            next_inner = inner._modules.get("module")
+        inner = next_inner
 
 
 def class_names(module: nn.Module) -> set[str]:
@@ -249,8 +255,8 @@ def check_not_merged(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise EvaRuntimeError(
-                f"layer {base_name(path)} has merged adapters {module.merged_adapters}; "
-                "call model.unmerge_adapter() first (of a model of diffusers unfuse_lora())"
+                f"layer {name_in_base_model(path)} has merged adapters {module.merged_adapters}; "
+                "call model.unmerge_adapter() first (for a diffusers model unfuse_lora())"
             )
 
 
@@ -266,60 +272,65 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
         EvaRuntimeError: an adapter is merged into the weights.
     """
     check_not_merged(model)
-    asked = config.target_modules
-    leave_out = [name for name in _LEAVE_OUT if getattr(config, name, None) is not None]
-    found: Iterator[_Found]
-    if carries_adapters(model):
-        own = adapter_configs(model)[adapter_name]
-        found = _adapted(model, config, adapter_name)
+    requested = config.target_modules
+    excluding_options = [
+        name for name in _EXCLUDING_OPTIONS if getattr(config, name, None) is not None
+    ]
+    adapted_modules: Iterator[_AdaptedModule]
+    if has_adapters(model):
+        adapter_config = adapter_configs(model)[adapter_name]
+        adapted_modules = _adapted_modules(model, config, adapter_name)
     else:
-        own = config = resolved_config(model, config)
+        adapter_config = config = resolved_config(model, config)
         if isinstance(config.target_modules, set):
-            config.target_modules = set(map(_unsharded, config.target_modules))
-        found = _matching(model, config)
-    elsewhere = {_WITHIN.sub("", path) for path in tied_modules(model, own)}
+            config.target_modules = set(map(_without_fsdp, config.target_modules))
+        adapted_modules = _matching_modules(model, config)
+    tied_names = {_INSERTED_WRAPPER.sub("", path) for path in tied_modules(model, adapter_config)}
     targets: list[Target] = []
     unsupported: list[str] = []
-    attentions: list[str] = []
+    attention_prefixes: list[str] = []
     tied: list[str] = []
-    for each in found:
-        if each.name in elsewhere:
-            tied.append(each.name)
+    for adapted in adapted_modules:
+        if adapted.name in tied_names:
+            tied.append(adapted.name)
             continue
-        if isinstance(each.module, nn.MultiheadAttention):
-            attentions.append(f"{each.name}.")
-        if each.name.startswith(tuple(attentions)):
+        if isinstance(adapted.module, nn.MultiheadAttention):
+            attention_prefixes.append(f"{adapted.name}.")
+        if adapted.name.startswith(tuple(attention_prefixes)):
             continue  # it is part of an attention, and adapted with it
-        parts = _experts(each) if each.parameter is not None else _layer(each)
-        targets += parts
-        if not parts:
-            unsupported.append(each.name)
-    if not targets:
-        asked = config.target_modules or asked  # "all-linear" may have become an empty set
-        raise EvaValueError(
-            f"no layer to initialise: target_modules={asked!r} matches no linear layer of "
-            f"{type(model).__name__}" + _suggest(model, unsupported, tied, leave_out)
+        new_targets = (
+            _expert_targets(adapted) if adapted.parameter is not None else _layer_targets(adapted)
         )
-    if getattr(own, "use_qalora", False):
-        _check_whole_rows(targets)
-    _warn_of_others(unsupported, tied)
+        targets += new_targets
+        if not new_targets:
+            unsupported.append(adapted.name)
+    if not targets:
+        requested = config.target_modules or requested  # "all-linear" may have become an empty set
+        raise EvaValueError(
+            f"no layer to initialise: target_modules={requested!r} matches no linear layer of "
+            f"{type(model).__name__}" + _no_target_hint(model, unsupported, tied, excluding_options)
+        )
+    if getattr(adapter_config, "use_qalora", False):
+        _check_reads_all_features(targets)
+    _warn_of_skipped(unsupported, tied)
     return targets
 
 
-def _check_whole_rows(targets: list[Target]) -> None:
-    averaged = [t.name for t in targets if _OF_GPTQ in class_names(t.module)]  # others: plain LoRA
+def _check_reads_all_features(targets: list[Target]) -> None:
+    # on layers of other classes PEFT puts plain LoRA
+    averaged = [t.name for t in targets if _GPTQ_CLASS in class_names(t.module)]
     if averaged:
         raise EvaValueError(
-            f"use_qalora makes lora_A of {listed(averaged)} read averages over groups of features; "
-            "EVA's rows read every feature. Leave it out"
+            f"use_qalora makes lora_A of {listed(averaged)} read averages over groups of "
+            "features, but EVA's rows read every feature. Leave use_qalora out"
         )
 
 
-def _warn_of_others(unsupported: list[str], tied: list[str]) -> None:
-    if tied:
+def _warn_of_skipped(unsupported: list[str], tied_names: list[str]) -> None:
+    if tied_names:
         warn(
-            f"the adapter of {listed(tied)} keeps the default initialisation, as "
-            "ensure_weight_tying makes it that of the embeddings, transposed",
+            f"the adapter of {listed(tied_names)} keeps the default initialisation, since "
+            "ensure_weight_tying ties it to the adapter of the embeddings",
         )
     if unsupported:
         warn(
@@ -329,7 +340,7 @@ def _warn_of_others(unsupported: list[str], tied: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _AdaptedModule:
     """A module that PEFT adapts, or a parameter of it, with its name in the base model."""
 
     name: str
@@ -345,26 +356,30 @@ def _rank_and_alpha(config: LoraConfig, path: str, parameter: str | None) -> tup
     return rank, plain_number(pattern_value(config.alpha_pattern, key, config.lora_alpha))
 
 
-def _matching(model: nn.Module, config: LoraConfig) -> Iterator[_Found]:
-    def found(path: str, module: nn.Module, parameter: str | None = None) -> _Found:
-        name = _WITHIN.sub("", path)
-        return _Found(name, module, *_rank_and_alpha(config, path, parameter), parameter)
+def _matching_modules(model: nn.Module, config: LoraConfig) -> Iterator[_AdaptedModule]:
+    def as_adapted(path: str, module: nn.Module, parameter: str | None = None) -> _AdaptedModule:
+        name = _INSERTED_WRAPPER.sub("", path)
+        return _AdaptedModule(name, module, *_rank_and_alpha(config, path, parameter), parameter)
 
     # PEFT matches the full paths, including what torch.compile has inserted
     for path, module in model.named_modules():
         if "_fsdp_wrapped_module" in module._modules:
             continue
-        path = _unsharded(path)
+        path = _without_fsdp(path)
         if matches_target(config, path):
-            yield found(path, module)
+            yield as_adapted(path, module)
         for parameter, _ in module.named_parameters(recurse=False):
             if matches_parameter(config, f"{path}.{parameter}"):
-                yield found(path, module, parameter)
+                yield as_adapted(path, module, parameter)
 
 
-def _adapted(model: nn.Module, config: LoraConfig, adapter_name: str) -> Iterator[_Found]:
-    own = adapter_configs(model)[adapter_name]
-    as_wrapped = all(getattr(config, each) == getattr(own, each) for each in _SIZES)
+def _adapted_modules(
+    model: nn.Module, config: LoraConfig, adapter_name: str
+) -> Iterator[_AdaptedModule]:
+    adapter_config = adapter_configs(model)[adapter_name]
+    config_unchanged = all(
+        getattr(config, option) == getattr(adapter_config, option) for option in _SIZE_OPTIONS
+    )
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -373,68 +388,91 @@ def _adapted(model: nn.Module, config: LoraConfig, adapter_name: str) -> Iterato
         name, parameter = layer_name(path, module), None
         if isinstance(module, ParamWrapper):
             name, _, parameter = name.rpartition(".")
-        if as_wrapped:  # PEFT's own numbers take precedence: it converts patterns of fused experts
+        # PEFT's own numbers take precedence: it converts patterns of fused experts
+        if config_unchanged:
             rank = int(module.r[adapter_name])
             alpha = plain_number(module.lora_alpha[adapter_name])
         else:
             rank, alpha = _rank_and_alpha(config, peft_key(path), parameter)
-        yield _Found(name, module.get_base_layer(), rank, alpha, parameter)
+        yield _AdaptedModule(name, module.get_base_layer(), rank, alpha, parameter)
 
 
-def _layer(found: _Found) -> list[Target]:
-    size = widths(found.module)
+def _layer_targets(adapted: _AdaptedModule) -> list[Target]:
+    size = in_out_features(adapted.module)
     if size is None:
         return []
-    if isinstance(found.module, nn.MultiheadAttention):
-        return _projections(found, *size)
-    patches = patches_of(found.module)
-    groups = int(found.module.groups) if patches is not None else 1  # type: ignore[arg-type]
-    if found.rank % groups:
+    if isinstance(adapted.module, nn.MultiheadAttention):
+        return _attention_targets(adapted, *size)
+    patches = patches_of(adapted.module)
+    groups = int(adapted.module.groups) if patches is not None else 1  # type: ignore[arg-type]
+    if adapted.rank % groups:
         raise EvaValueError(
-            f"layer {found.name}: PEFT adapts a convolution with {groups} groups only where the "
-            f"rank is a multiple of them, and r is {found.rank}; give it another in rank_pattern, "
-            "or name it in exclude_modules"
+            f"layer {adapted.name}: PEFT adapts a convolution with {groups} groups only where the "
+            f"rank is a multiple of them, and r is {adapted.rank}; give it another in "
+            "rank_pattern, or name it in exclude_modules"
         )
-    return [Target(found.name, found.module, *size, found.rank, found.alpha, patches, groups)]
-
-
-def _projections(found: _Found, width: int, out: int) -> list[Target]:
-    common: dict[str, Any] = {"owner": found.name, "parts": 2}
-    own, last = found.name, f"{found.name}.{OUT_PROJ}"
     return [
-        Target(own, found.module, width, out, found.rank, found.alpha, inputs=projected, **common),
+        Target(adapted.name, adapted.module, *size, adapted.rank, adapted.alpha, patches, groups)
+    ]
+
+
+def _attention_targets(adapted: _AdaptedModule, width: int, out: int) -> list[Target]:
+    common: dict[str, Any] = {"owner": adapted.name, "owner_parts": 2}
+    in_proj_name, out_proj_name = adapted.name, f"{adapted.name}.{OUT_PROJ}"
+    return [
         Target(
-            last, found.module, width, width, found.rank, found.alpha, inputs=attended, **common
+            in_proj_name,
+            adapted.module,
+            width,
+            out,
+            adapted.rank,
+            adapted.alpha,
+            inputs_from_call=in_proj_inputs,
+            **common,
+        ),
+        Target(
+            out_proj_name,
+            adapted.module,
+            width,
+            width,
+            adapted.rank,
+            adapted.alpha,
+            inputs_from_call=out_proj_inputs,
+            **common,
         ),
     ]
 
 
-def _experts(found: _Found) -> list[Target]:
-    assert found.parameter is not None
-    owner, module = f"{found.name}.{found.parameter}", found.module
-    known = expert_weights(module, found.parameter)
-    dimensions = getattr(module, found.parameter).dim()
-    if known is None:
+def _expert_targets(adapted: _AdaptedModule) -> list[Target]:
+    assert adapted.parameter is not None
+    owner, module = f"{adapted.name}.{adapted.parameter}", adapted.module
+    experts = expert_weights(module, adapted.parameter)
+    dimensions = getattr(module, adapted.parameter).dim()
+    if experts is None:
         raise EvaValueError(
-            f"target_parameters: {owner} has {dimensions} dimensions; LoRA and EVA take matrices, "
-            "and stacks of them"
+            f"target_parameters: {owner} has {dimensions} dimensions; LoRA and EVA support "
+            "matrices (2) and stacks of matrices (3)"
         )
-    weights, (wide, out) = known
+    weights, (width, out) = experts
     names = expert_names(owner, dimensions == 3, len(weights))
-    common: dict[str, Any] = {"owner": owner, "parts": len(weights)}
+    common: dict[str, Any] = {"owner": owner, "owner_parts": len(weights)}
     return [
-        Target(name, module, wide, out, found.rank, found.alpha, weight=weight, **common)
+        Target(name, module, width, out, adapted.rank, adapted.alpha, weight=weight, **common)
         for name, weight in zip(names, weights, strict=True)
     ]
 
 
-def _suggest(
-    model: nn.Module, unsupported: list[str], tied: list[str], leave_out: list[str]
+def _no_target_hint(
+    model: nn.Module, unsupported: list[str], tied_names: list[str], excluding_options: list[str]
 ) -> str:
     if unsupported:
         return f"; it matches {listed(unsupported)}, whose inputs EVA cannot read"
-    if tied:
-        return f"; it matches {listed(tied)}, which ensure_weight_tying ties to the embeddings"
-    kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if widths(m)})
-    told = f"; the layers that it can name are called {listed(kinds)}" if kinds else ""
-    return told + (f", and {' and '.join(leave_out)} may leave them out" if leave_out else "")
+    if tied_names:
+        return (
+            f"; it matches {listed(tied_names)}, which ensure_weight_tying ties to the embeddings"
+        )
+    kinds = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if in_out_features(m)})
+    hint = f"; layers that it can name are {listed(kinds)}" if kinds else ""
+    return hint + (
+        f", and {' and '.join(excluding_options)} may leave them out" if excluding_options else ""
+    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eva_kernels.streaming import InputStream, NonFiniteStepError
 
-from ..errors import EvaTypeError, EvaValueError, HeldError, NonFiniteError, warn
+from ..errors import DeferredError, EvaTypeError, EvaValueError, NonFiniteError, warn
 from ..inputs.selectors import Selector
 from ..inputs.token_mask import TokenMask
 from ..model.layers import Patches
@@ -54,7 +54,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         defer_errors: bool = False,
     ) -> None:
         self.targets, self.selectors, self._defer_errors = targets, selectors, defer_errors
-        self._held_error = HeldError()
+        self._held_error = DeferredError()
         self.slots: list[Slot] = []
         self.slot_of: dict[int, Slot] = {}
         self.frozen: set[int] = set()  # layers that are no longer accumulated
@@ -115,7 +115,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self._eager_experts.__exit__(None, None, None)
 
     def _make_hook(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        is_part = self.targets[i].inputs is not None
+        is_part = self.targets[i].inputs_from_call is not None
         handler = self._on_part_call if is_part else self._on_call
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.tokens = self._earlier_tokens = 0
         self._forget_new_slots()
         self._num_uncalled = len(self.targets) - len(self.frozen)
-        self.routed.following = mask.excludes_tokens and self._inputs_are_routed is not False
+        self.routed.tracks_tokens = mask.excludes_tokens and self._inputs_are_routed is not False
         all_called_once = all(self.max_calls.get(i) == 1 for i in range(len(self.targets)))
         self._size = size
         known_size = all(n <= most for n, most in zip(size, self.largest_batch, strict=True))
@@ -198,7 +198,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             Layers that turned out not to share an input after all, in their first forward pass;
             the batch must be run again for them alone (:meth:`restrict_to`).
         """
-        self._held_error.release()
+        self._held_error.reraise()
         begin = time.perf_counter()
         for slot in list(self.slots):
             if slot not in self._new_slots:
@@ -209,13 +209,13 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 unshared |= set(slot.members)
                 self._drop_slot(slot)
         self.record_passes(self._call_counts, self._size)
-        if self.routed.following:
+        if self.routed.tracks_tokens:
             # now every needed layer was called
             self._inputs_are_routed = bool(self._inputs_are_routed)
         self._only_layers = None
         self.unshared |= unshared
         self._forget_new_slots()
-        self.routed.forget()
+        self.routed.clear_tokens()
         self._mask, self._model_input = TokenMask(None), None  # do not keep the batch
         for slot in self.slots:
             slot.calls.clear()  # nor its masks
@@ -233,11 +233,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _on_part_call(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Handle a call of the module that a layer is a part of: it may read several tensors."""
         target = self.targets[i]
-        assert target.inputs is not None
+        assert target.inputs_from_call is not None
         if i in self.frozen or (self._only_layers is not None and i not in self._only_layers):
             return  # finding its inputs may take another run of the module
         self.current_layer = target.name
-        for x in target.inputs(target.module, args, kwargs):
+        for x in target.inputs_from_call(target.module, args, kwargs):
             self._on_call(i, (x,), {})
         self.current_layer = None
 
@@ -394,7 +394,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.slots.clear()
         self.slot_of.clear()
         self._forget_new_slots()
-        self.routed.forget()
+        self.routed.clear_tokens()
 
     def _drop_slot(self, slot: Slot) -> None:
         self.slots.remove(slot)
@@ -403,7 +403,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def _accumulate(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         target = self.targets[i]
-        self.current_layer, self.routed.aside = target.name, True
+        self.current_layer, self.routed.paused = target.name, True
         try:
             if self.selectors[i] is None and target.patches is None:  # nearly always
                 rows = self._masked_rows(x, target.name)
@@ -414,7 +414,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         except NonFiniteError as error:
             raise self._with_location(target.name, error) from None
         finally:
-            self.routed.aside = False
+            self.routed.paused = False
         self.tokens = max(self.tokens, self._earlier_tokens + num_used)
         self.current_layer = None
 
@@ -442,11 +442,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         windows = patches.windows(x.detach())
         shape = torch.Size([*windows.shape[: windows.dim() // 2], target.in_features])
         rows = self._mask.rows(shape, x.device, target.name)
-        for part in patches.tokens(windows, rows):
+        for part in patches.token_chunks(windows, rows):
             yield part, None
 
     def _masked_rows(self, x: Tensor, name: str) -> Tensor | None:
-        routed = self.routed.tokens_of(x)
+        routed = self.routed.token_indices(x)
         if routed is not None:
             has_mask, rows = self._mask.rows_of_selected(*routed, name)
             if has_mask:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._peft_compat import LoraConfig, base_of
+from .._peft_compat import LoraConfig, base_model_of
 from ..inputs import arguments, batches
 from ..inputs.call_hooks import InnerModelHooks, ModelCallHooks, is_model
 from ..inputs.part_masks import PartMaskHooks, parts_taking_masks
@@ -19,7 +19,7 @@ from ..inputs.prepare import Preparer
 from ..inputs.token_mask import TokenMask
 from ..model.architecture import Architecture, is_defined_in_transformers
 from ..model.layer_kind import kind_of_layer
-from ..model.parts import outermost
+from ..model.parts import outermost_modules
 from ..options import AUTO, CalibrateOptions
 from .hooks import InputCollector, StopForward
 
@@ -67,7 +67,8 @@ class ModelCall:
         self._model, self._options, self._config = model, options, config
         self._architecture, self._collector, self._preparer = architecture, collector, preparer
         self._may_stop_early = may_stop_early
-        known = is_defined_in_transformers(base_of(model))  # others may infer padding from ids
+        # others may infer padding from ids
+        known = is_defined_in_transformers(base_model_of(model))
         self._is_plain_transformers = known and not architecture.encoder_decoder
 
     def move_to_device(self, batch: Any, mask: TokenMask, device: torch.device) -> ReadyPart:
@@ -95,7 +96,9 @@ class ModelCall:
         size = batches.samples_and_elements(batch)
         self._collector.begin_forward(mask, model_input, self._may_stop_early, size)
         self.in_forward = True  # and stays so on failure
-        routed_inputs = self._collector.routed if self._collector.routed.needed else nullcontext()
+        routed_inputs = (
+            self._collector.routed if self._collector.routed.is_needed else nullcontext()
+        )
         part_hooks = self._part_mask_hooks(batch, mask, batch_number)
         call_hooks = self._model_call_hooks(batch, mask, batch_number)
         with suppress(StopForward), routed_inputs, part_hooks, call_hooks:
@@ -167,7 +170,7 @@ class ModelCall:
     @functools.cached_property
     def _contains_models(self) -> bool:
         """Whether a user's module, which may derive from a transformers model, contains models."""
-        base = base_of(self._model)
+        base = base_model_of(self._model)
         inner = (part for part in base.modules() if part is not base)
         return not is_defined_in_transformers(base) and any(map(is_model, inner))
 
@@ -179,8 +182,8 @@ class ModelCall:
     @functools.cached_property
     def _media_parts(self) -> set[nn.Module]:
         """The parts that read sound or images."""
-        prefixes = self._architecture.prefixes
-        named = base_of(self._model).named_modules()
+        prefixes = self._architecture.name_prefixes
+        named = base_model_of(self._model).named_modules()
         return {part for name, part in named if kind_of_layer(name, prefixes).reads_no_text}
 
     @functools.cached_property
@@ -193,7 +196,7 @@ class ModelCall:
     @functools.cached_property
     def _custom_parts(self) -> dict[nn.Module, int]:
         """Those that are custom, as only these may have tokens other than the batch's."""
-        known = outermost(base_of(self._model), is_defined_in_transformers)
+        known = outermost_modules(base_model_of(self._model), is_defined_in_transformers)
         in_transformers = {part for _, model in known for part in model.modules()}
         return {
             part: n for part, n in self._parts_taking_masks.items() if part not in in_transformers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._peft_compat import SWITCHABLE
+from .._peft_compat import SWITCHABLE_LAYERS
 from ..errors import EvaRuntimeError
 from ..model.architecture import configs_of
 from ..surroundings.interrupts import temporarily
@@ -143,7 +143,7 @@ class _CalibrationMode:
         self._model = model
         self._training = [(m, m.training) for m in model.modules()]
         self._adapters = [
-            (m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE)
+            (m, m._disable_adapters) for m in model.modules() if isinstance(m, SWITCHABLE_LAYERS)
         ]
         # PEFT's disable_adapter, which a user's function may enter, clears requires_grad, and does
         # not restore it if adapters were off before

@@ -56,7 +56,7 @@ class Estimate:
 def num_components_of(target: Target, rho: float) -> int:
     """Return K, the most components that a layer may be given: ``round(r * rho)``, at most D.
 
-    It is a multiple of the layer's rank step.
+    It is a multiple of the layer's ``rank_multiple``.
 
     Raises:
         EvaValueError: ``rho`` is not finite.
@@ -64,7 +64,7 @@ def num_components_of(target: Target, rho: float) -> int:
     if not math.isfinite(rho):
         raise EvaValueError(f"rho={rho} must be finite")
     limit = min(round(target.rank * rho), target.in_features)
-    return max(1, limit // target.step * target.step)
+    return max(1, limit // target.rank_multiple * target.rank_multiple)
 
 
 def plan_targets(

@@ -31,7 +31,7 @@ def make_progress_bar(run: CalibrationPass) -> Any:
         desc="EVA" if processes is None else f"EVA, {processes.size} processes",
         unit="layer",
         leave=False,
-        disable=not (run.options.progress and run.leads),
+        disable=not (run.options.progress and run.is_leader),
         file=sys.stderr,
     )
 
@@ -59,7 +59,7 @@ def record_step(run: CalibrationPass) -> dict[str, Any]:
         ((v, i) for i, v in enumerate(similarity) if v is not None and not math.isnan(v)),
         default=None,
     )
-    slowest = None if lowest is None else run.names[lowest[1]]
+    slowest = None if lowest is None else run.layer_names[lowest[1]]
     progress = f"step {run.steps}"
     if lowest is not None:
         progress += f", slowest {slowest} at {lowest[0]:.3f}"
@@ -75,7 +75,7 @@ def record_step(run: CalibrationPass) -> dict[str, Any]:
         converged,
         len(run.targets),
     )
-    return {**numbers, "layers": len(run.targets), "names": run.names, "slowest": slowest}
+    return {**numbers, "layers": len(run.targets), "names": run.layer_names, "slowest": slowest}
 
 
 def log_end(run: CalibrationPass) -> None:

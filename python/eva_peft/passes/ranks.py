@@ -24,13 +24,13 @@ def allocate(run: CalibrationPass) -> dict[int, int]:
     """Return the rank of every layer called so far, by its index."""
     slots, slot_of = run.collector.slots, run.collector.slot_of
     indices = tuple(sorted(slot_of))
-    if run.budget is None or run.budget_of != indices:
+    if run.budget is None or run.budget_layers != indices:
         targets = [run.targets[i] for i in indices]
         run.budget = Budget(targets, run.options.budget, run.options.min_rank)
-        run.budget_of = indices
+        run.budget_layers = indices
     row_of = {id(slot): row for row, slot in enumerate(slots)}
     ratios = leading_ratios([s.stream for s in slots])[[row_of[id(slot_of[i])] for i in indices]]
-    limits = np.array([run.limits[i] for i in indices])
+    limits = np.array([run.max_components[i] for i in indices])
     ratios[np.arange(ratios.shape[1]) >= limits[:, None]] = 0.0  # no component of that layer
     return dict(zip(indices, run.budget.ranks_for(ratios), strict=True))
 
@@ -61,19 +61,21 @@ class Budget:
         groups = _groups_of_common_rank(targets)
         first = [targets[members[0]] for members in groups]
         # cost of a rank in rows of lora_A: one per expert
-        rank_prices = [t.parts for t in first]
+        rank_prices = [t.owner_parts for t in first]
         if budget == "params":
             rank_prices = [_parameters_per_rank([targets[i] for i in group]) for group in groups]
-        prices = [t.step * price for t, price in zip(first, rank_prices, strict=True)]
-        self._groups = [(members, t.step) for members, t in zip(groups, first, strict=True)]
+        prices = [t.rank_multiple * price for t, price in zip(first, rank_prices, strict=True)]
+        self._groups = [
+            (members, t.rank_multiple) for members, t in zip(groups, first, strict=True)
+        ]
         self._total = sum(t.rank * price for t, price in zip(first, rank_prices, strict=True))
         self._prices = None if set(prices) <= {1} else prices
         # rank at least 1: PEFT cannot remove the adapter of one of several parameters of a module,
         # or of projections
         self._min_if_owned = [int(bool(t.owner)) for t in first]
-        self._is_plain = not any(self._min_if_owned) and all(t.step == 1 for t in first)
+        self._is_plain = not any(self._min_if_owned) and all(t.rank_multiple == 1 for t in first)
         pairs = zip(self._min_if_owned, first, strict=True)
-        self._min_counts = [max(-(-min_rank // t.step), owned) for owned, t in pairs]
+        self._min_counts = [max(-(-min_rank // t.rank_multiple), owned) for owned, t in pairs]
 
     def ranks_for(self, ratios: Sequence[Tensor | Array] | Array) -> list[int]:
         """Return the rank of every layer.
@@ -105,7 +107,11 @@ def _groups_of_common_rank(targets: Sequence[Target]) -> list[list[int]]:
 
 def _parameters_per_rank(members: Sequence[Target]) -> int:
     """Return the parameters per rank over all layers of an owner, called or not."""
-    return members[0].parts * sum(t.in_features + t.out_features for t in members) // len(members)
+    return (
+        members[0].owner_parts
+        * sum(t.in_features + t.out_features for t in members)
+        // len(members)
+    )
 
 
 def _ratios_by_step(ratios: Sequence[Tensor | Array], step: int) -> Tensor | Array:

@@ -37,7 +37,7 @@ def check_outcome(run: CalibrationPass, converged: bool) -> None:
         EvaValueError: there is no layer to initialise.
         NotConvergedError: with ``on_not_converged="raise"``.
     """
-    transposed = [run.targets[i].name for i in sorted(run.collector.routed.backwards)]
+    transposed = [run.targets[i].name for i in sorted(run.collector.routed.transposed_layers)]
     _check_any_initialised(run, transposed)
     if transposed:
         layers = counted(len(transposed), "layer keeps", "layers keep")
@@ -72,7 +72,7 @@ def _check_any_initialised(run: CalibrationPass, transposed: list[str]) -> None:
     if len(run.uncalled) < num_layers:
         return
     nouns = ("token with NaN or infinity was", "tokens with NaN or infinity were")
-    skipped = f"; {counted(run.skipped, *nouns)} left out" if run.skipped else ""
+    skipped = f"; {counted(run.skipped_tokens, *nouns)} left out" if run.skipped_tokens else ""
     advice = f"check the attention and label masks of the loader{skipped}"
     if not run.collector.max_calls:
         advice = f"none of them was called. {_NEVER_CALLED_ADVICE}"

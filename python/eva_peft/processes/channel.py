@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from ..errors import EvaRuntimeError, HeldError, first_line
+from ..errors import DeferredError, EvaRuntimeError, first_line
 from ..surroundings.memory import is_out_of_memory
 
 __all__ = ["Channel"]
@@ -34,7 +34,7 @@ class Channel:
         is_leader: whether this is the leader.
     """
 
-    def __init__(self, group: Any, held_error: HeldError) -> None:
+    def __init__(self, group: Any, held_error: DeferredError) -> None:
         self._group, self._held_error = group, held_error
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
         self.is_leader = self.rank == 0
@@ -91,7 +91,7 @@ class Channel:
         try:
             yield
         except RuntimeError as error:
-            self._held_error.release()  # no other process can report it any more
+            self._held_error.reraise()  # no other process can report it any more
             if is_out_of_memory(error):
                 raise
             raise EvaRuntimeError(

@@ -30,7 +30,7 @@ from ..inputs.prepare import PreparedBatch
 from ..model.divided import sharded_by
 from ..options import AUTO
 from ..passes.progress import record_step
-from ..resume.fingerprint import check_requests, check_weights, request_of, weights_of
+from ..resume.fingerprint import check_requests, check_weights, request_of, sample_weights
 from ..surroundings.random_state import set_random_state
 from .cells import (
     ForwardReport,
@@ -177,37 +177,41 @@ class Processes:
         run.plan = self._channel.broadcast_object(run.plan)
         with ExitStack() as stack:
             all_batches = batches.iterate(
-                loader, lambda: self._total_tokens > 0, run.keeper.begin_epoch
+                loader, lambda: self._total_tokens > 0, run.checkpoint_keeper.begin_epoch
             )
             stream = stack.enter_context(closing(all_batches))
             prepared_batches = map(run.prepare, stream)
-            stack.enter_context(run.keeper)
+            stack.enter_context(run.checkpoint_keeper)
             decision = self._start_or_resume(run, stream)
             while not decision.stop:
-                run.keeper.begin_forward()
+                run.checkpoint_keeper.begin_forward()
                 decision = self._step(run, prepared_batches)
             self.peers.attempt(stack.close)  # the others are told with the result
         if self.is_leader:
-            # after the keeper, whose file has what is pending between forward passes
-            self.peers.attempt(self.peers.call_unless_failed, run.fold_rest)
+            # after the checkpoint keeper, whose file has what is pending between forward passes
+            self.peers.attempt(self.peers.call_unless_failed, run.fold_pending)
         return decision.converged
 
     def _start_or_resume(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
         """Bring all processes to the state of the leader's checkpoint, if there is one."""
-        keeper, resume = run.keeper, None
+        keeper, resume = run.checkpoint_keeper, None
         if keeper.path is not None:
-            stop = keeper.done or (run.forwards > 0 and run.limit_reached())
-            slots = [slot for slot in run.collector.slots if keeper.known.issuperset(slot.members)]
+            stop = keeper.all_converged or (run.forwards > 0 and run.limit_reached())
+            slots = [
+                slot
+                for slot in run.collector.slots
+                if keeper.leader_basis_layers.issuperset(slot.members)
+            ]
             renewed = tuple(map(renewed_cell, slots))
             frozen = frozenset(run.collector.frozen)
-            decision = _Decision(keeper.done, stop, frozen, renewed, run.steps)
+            decision = _Decision(keeper.all_converged, stop, frozen, renewed, run.steps)
             passes = run.forwards, run.tokens, run.collector.max_calls, run.collector.largest_batch
-            rest = keeper.begun, keeper.random, decision
+            rest = keeper.epoch_random, keeper.latest_random, decision
             resume = _ResumeState(str(keeper.path), *passes, *rest)
         resume = self._channel.broadcast_object(resume)
         if resume is None:
             return _Decision(stop=False)
-        keeper.keeps = True
+        keeper.is_enabled = True
         run.collector.record_passes(resume.max_calls, resume.largest_batch)
         self._total_tokens = resume.tokens  # if 0, a loader is not restarted at its end
         if resume.forwards and not resume.decision.stop:
@@ -219,7 +223,7 @@ class Processes:
     ) -> None:
         """Skip the batches that the checkpoint has seen."""
         rank = self._channel.rank
-        run.keeper.begin_again(resume.begun[rank])
+        run.checkpoint_keeper.replay_epochs(resume.begun[rank])
         skipped = self.peers.attempt(lambda: sum(1 for _ in islice(stream, resume.forwards))) or 0
         set_random_state(resume.random_states[rank], run.device)
         if not self.is_leader:
@@ -263,7 +267,7 @@ class Processes:
         if isinstance(found, NotConvergedError):  # every process raises it as its own
             self.peers.held_error.error, found = self.peers.held_error.error or found, str(found)
         self.peers.raise_if_failed(found if isinstance(found, str) else None, 0)
-        self.peers.held_error.release()  # the error of a process other than the leader
+        self.peers.held_error.reraise()  # the error of a process other than the leader
         result: EvaResult = found
         return result
 
@@ -273,7 +277,7 @@ class Processes:
         EvaRuntimeError if another process could not begin it.
         """
         request = {name: part for name, part in request_of(run).items() if name != "seed"}
-        weights = weights_of(run)
+        weights = sample_weights(run)
         failure = self.peers.barrier.arrive(self.peers.is_interrupted)
         if failure is not None:
             self.peers.raise_if_failed(failure[1], failure[0])
@@ -301,7 +305,9 @@ class Processes:
             PendingSlot(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
         )
-        random = run.keeper.random_states() if run.keeper.keeps else ()
+        random = (
+            run.checkpoint_keeper.take_random_states() if run.checkpoint_keeper.is_enabled else ()
+        )
         passes = dict(run.collector.max_calls), run.collector.largest_batch
         return ForwardReport(ready is not None, run.tokens - tokens_before, slots, *passes, random)
 
@@ -311,14 +317,14 @@ class Processes:
         prepared = next(prepared_batches, None)
         if prepared is None:
             return None
-        ready = run.ready(prepared)
+        ready = run.parts_on_device(prepared)
         return list(ready) if run.sharded else ready
 
     def _forward_sharded(self, run: CalibrationPass, ready: Iterable[ReadyPart]) -> None:
         self._run_sharded(run, partial(run.forward, ready))
-        if any(self.peers.gather(bool(run.again))):  # all or none, as before
+        if any(self.peers.gather(bool(run.layers_to_rerun))):  # all or none, as before
             for part in ready:
-                self._run_sharded(run, partial(run.forward_again, part))
+                self._run_sharded(run, partial(run.rerun_part, part))
 
     def _run_sharded(self, run: CalibrationPass, step: Callable[[], None]) -> None:
         """Run a sharded model, during which the others wait for this process.
@@ -327,7 +333,7 @@ class Processes:
         any communication for a collective of the model.
         """
         self.peers.held_error.catch(step)
-        if not run.call.in_forward:
+        if not run.model_call.in_forward:
             return
         _LOGGER.error(
             "process %d %s, in forward pass %d of a sharded model. The others are waiting for it "
@@ -336,7 +342,7 @@ class Processes:
             self.peers.failure_report(),
             run.forwards + 1,
         )
-        self.peers.held_error.release()
+        self.peers.held_error.reraise()
 
     def _apply(self, run: CalibrationPass, decision: _Decision) -> _Decision:
         """Apply the leader's decision, on every process."""
@@ -363,12 +369,14 @@ class Processes:
             # fetch no batch in here: a loader may communicate for it (accelerate's do)
             folded = run.close_step(merged=merged)
             numbers = record_step(run) if folded else None
-            done = bool(folded) and run.converged()
+            done = bool(folded) and run.all_converged()
             renewed = self._exchange.renewed_cells(run, folded)
-            run.keeper.known = self._exchange.in_sync.union(*(cell for cell, _, _ in renewed))
+            run.checkpoint_keeper.leader_basis_layers = self._exchange.in_sync.union(
+                *(cell for cell, _, _ in renewed)
+            )
             random = [report.random_states for report in reports]
-            run.keeper.end_forward(run.elapsed(), done, random)
-            run.call_back(numbers)
+            run.checkpoint_keeper.end_forward(run.elapsed(), done, random)
+            run.run_callback(numbers)
             stop = not had_batch or done or run.limit_reached()
             return _Decision(done, stop, frozenset(run.collector.frozen), renewed, run.steps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from ..errors import EvaRuntimeError, HeldError
+from ..errors import DeferredError, EvaRuntimeError
 from ..surroundings.interrupts import DeferredInterrupts
 from .barrier import StartBarrier
 from .channel import Channel
@@ -30,7 +30,7 @@ class Peers:
     """
 
     def __init__(self, group: Any) -> None:
-        self.interrupts, self.held_error = DeferredInterrupts(), HeldError()
+        self.interrupts, self.held_error = DeferredInterrupts(), DeferredError()
         self.channel, self.barrier = Channel(group, self.held_error), StartBarrier(group)
 
     def attempt(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
@@ -44,7 +44,7 @@ class Peers:
 
     def call_unless_failed(self, function: Callable[[], T]) -> T:
         """Call a function, or raise the held error instead; to be passed to :meth:`attempt`."""
-        self.held_error.release()  # attempt() holds it again
+        self.held_error.reraise()  # attempt() holds it again
         return function()
 
     def is_interrupted(self) -> bool:
@@ -71,7 +71,7 @@ class Peers:
         """
         if report is None:
             return
-        self.held_error.release()
+        self.held_error.reraise()
         raise EvaRuntimeError(f"process {rank} {report}")
 
 

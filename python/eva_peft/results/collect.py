@@ -12,10 +12,10 @@ from torch import Tensor
 import eva_kernels
 from eva_kernels.streaming import Array, InputStream, Spectrum, spectra
 
-from .._peft_compat import versions
+from .._peft_compat import library_versions
 from ..model.targets import Target
 from ..passes.ranks import Budget
-from .kept_config import config_to_dict
+from .config_json import config_to_dict
 from .result import EvaResult
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class _Layer(NamedTuple):
 
 def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
     """Build the result of a finished pass."""
-    layers = _layers(run)
+    layers = _called_layers(run)
     # An exact stream answers by eigen-decomposition, so the ranks come from the final spectra.
     budget = Budget([x.target for x in layers], run.options.budget, run.options.min_rank)
     ranks = budget.ranks_for([x.precise_ratios for x in layers])
@@ -67,7 +67,7 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         alphas={x.name: x.target.alpha for x in layers},
         shared_inputs=_shared_inputs(run),
         tokens=run.tokens,
-        skipped_tokens=run.skipped,
+        skipped_tokens=run.skipped_tokens,
         steps=run.steps,
         forwards=run.forwards,
         seconds=run.seconds,
@@ -75,39 +75,39 @@ def collect_result(run: CalibrationPass, peak_bytes: int) -> EvaResult:
         history=run.history,
         metadata=_metadata(run),
         uncalled=run.uncalled,
-        rank_steps={x.name: x.target.step for x in layers if x.target.step > 1},
-        owners={x.name: [x.target.owner, x.target.parts] for x in layers if x.target.owner},
+        rank_steps={x.name: x.target.rank_multiple for x in layers if x.target.rank_multiple > 1},
+        owners={x.name: [x.target.owner, x.target.owner_parts] for x in layers if x.target.owner},
     )
 
 
-def _layers(run: CalibrationPass) -> list[_Layer]:
+def _called_layers(run: CalibrationPass) -> list[_Layer]:
     """Return the layers that were called, in module order."""
     slots = run.collector.slots
     answers = spectra([slot.stream for slot in slots], torch.device("cpu"))
     components = [answer.components.float() for answer in answers]
-    values = _as_single([answer.values for answer in answers])
-    ratios = _as_single([answer.ratios for answer in answers])
+    values = _as_float32([answer.values for answer in answers])
+    ratios = _as_float32([answer.ratios for answer in answers])
     row_of = {id(slot): row for row, slot in enumerate(slots)}
     layers = []
     for index, target in enumerate(run.targets):
         slot = run.collector.slot_of.get(index)
         if slot is None:
             continue
-        row, limit = row_of[id(slot)], run.limits[index]
-        leading = [_leading(part[row], limit) for part in (components, values, ratios)]
-        layers.append(_Layer(target, slot.stream, answers[row], *leading))
+        row, limit = row_of[id(slot)], run.max_components[index]
+        parts = [_first_entries(part[row], limit) for part in (components, values, ratios)]
+        layers.append(_Layer(target, slot.stream, answers[row], *parts))
     return layers
 
 
-def _as_single(arrays: Sequence[Array]) -> Sequence[Tensor]:
+def _as_float32(arrays: Sequence[Array]) -> Sequence[Tensor]:
     """Return float64 arrays as float32 tensors, each with its own memory."""
-    whole = torch.from_numpy(np.concatenate(arrays)).float()
+    joined = torch.from_numpy(np.concatenate(arrays)).float()
     # one call for all layers
-    parts: Sequence[Tensor] = torch.ops.aten.split_with_sizes_copy(whole, list(map(len, arrays)))
+    parts: Sequence[Tensor] = torch.ops.aten.split_with_sizes_copy(joined, list(map(len, arrays)))
     return parts
 
 
-def _leading(part: Tensor, count: int) -> Tensor:
+def _first_entries(part: Tensor, count: int) -> Tensor:
     """Return the first entries; if these are all, the tensor itself, which layers share."""
     return part if len(part) == count else part[:count]
 
@@ -123,7 +123,7 @@ def _metadata(run: CalibrationPass) -> dict[str, Any]:
     names = ("method", "oversample", "criterion", "budget", "min_rank", "precision", "seed")
     return {
         "eva_kernels": eva_kernels.__version__,
-        "versions": versions(),
+        "versions": library_versions(),
         "model": getattr(config, "_name_or_path", "") or type(run.model).__name__,
         "model_type": getattr(config, "model_type", None),
         "dtype": str(None if parameter is None else parameter.dtype).removeprefix("torch."),

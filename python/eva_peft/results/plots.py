@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import EvaValueError
 from ..surroundings.files import atomic_write
-from .layer_names import kinds_of, layer_table
+from .layer_names import layer_table, module_kinds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,7 +102,7 @@ def save_result_plot(result: EvaResult, path: str | os.PathLike[str]) -> None:
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise EvaValueError(
-            f"cannot write a plot to {os.fspath(path)!r}: the suffix must be one of "
+            f"cannot write a plot to {os.fspath(path)!r}: its name must end in one of "
             f"{', '.join(SUFFIXES)}"
         )
     figure = plot_result(result)
@@ -131,7 +131,7 @@ def _draw_ranks(figure: FigureBase, result: EvaResult, size: tuple[float, float]
     grid, rows, columns = _rank_grid(result.ranks)
     axes = figure.subplots()
     if not rows:
-        _say(axes, "no layers")
+        _draw_message(axes, "no layers")
         return
     axes.set_facecolor(_MISSING_CELL)
     top = max(float(np.nanmax(grid)), 1.0)
@@ -140,7 +140,7 @@ def _draw_ranks(figure: FigureBase, result: EvaResult, size: tuple[float, float]
     )
     width = 72 * (size[0] - 1.3 - 0.085 * max(map(len, rows))) / len(columns)
     height = 72 * (size[1] - 1.2) / len(rows)
-    _number_cells(axes, grid, top, width, height)
+    _write_cell_numbers(axes, grid, top, width, height)
     stride = max(1, round(0.5 + 14 / max(width, 1.0)))
     axes.set_xticks(range(0, len(columns), stride), columns[::stride])
     axes.set_yticks(range(len(rows)), rows, fontsize=min(9.0, max(3.0, 0.8 * height)))
@@ -157,7 +157,7 @@ def _draw_ranks(figure: FigureBase, result: EvaResult, size: tuple[float, float]
     colour_bar.locator = _integer_locator()
 
 
-def _number_cells(
+def _write_cell_numbers(
     axes: Axes, grid: np.ndarray[Any, Any], top: float, width: float, height: float
 ) -> None:
     """Write the ranks into cells of width x height points, if they can be read at that size."""
@@ -172,11 +172,11 @@ def _number_cells(
             )
 
 
-def _curves(result: EvaResult) -> list[tuple[str, np.ndarray[Any, Any], float]]:
+def _collect_curves(result: EvaResult) -> list[tuple[str, np.ndarray[Any, Any], float]]:
     """Gather (label, cumulative variance (layers, K), mean rank) by module kind."""
     kind_of = {name: kind for name, (kind, _) in layer_table(result.ranks).items()}
     if len(set(kind_of.values())) > _MAX_CURVES:  # many experts or stages
-        kind_of = kinds_of(result.ranks)
+        kind_of = module_kinds(result.ranks)
     groups: dict[str, list[str]] = {}
     for name, kind in kind_of.items():
         groups.setdefault(kind, []).append(name)
@@ -187,12 +187,12 @@ def _curves(result: EvaResult) -> list[tuple[str, np.ndarray[Any, Any], float]]:
         kinds, _, all_ranks = merged.setdefault(curves.tobytes(), ([], curves, []))
         kinds.append(kind)
         all_ranks.extend(ranks)
-    found = [(", ".join(k), curves, float(np.mean(r))) for k, curves, r in merged.values()]
-    if len(found) > _MAX_CURVES:
-        every = list(result.ranks)
-        ranks = [result.ranks[name] for name in every]
-        found = [("all layers", _cumulative(result, every), float(np.mean(ranks)))]
-    return found
+    curve_groups = [(", ".join(k), curves, float(np.mean(r))) for k, curves, r in merged.values()]
+    if len(curve_groups) > _MAX_CURVES:
+        all_names = list(result.ranks)
+        ranks = [result.ranks[name] for name in all_names]
+        curve_groups = [("all layers", _cumulative(result, all_names), float(np.mean(ranks)))]
+    return curve_groups
 
 
 def _cumulative(result: EvaResult, names: list[str]) -> np.ndarray[Any, Any]:
@@ -205,9 +205,9 @@ def _cumulative(result: EvaResult, names: list[str]) -> np.ndarray[Any, Any]:
 
 
 def _draw_explained_variance(figure: FigureBase, result: EvaResult) -> None:
-    curves = [curve for curve in _curves(result) if curve[1].size]
+    curves = [curve for curve in _collect_curves(result) if curve[1].size]
     if not curves:
-        _say(figure.subplots(), "no components")
+        _draw_message(figure.subplots(), "no components")
         return
     rows = 1 if len(curves) < 4 else 2
     columns = -(-len(curves) // rows)
@@ -236,12 +236,16 @@ def _draw_explained_variance(figure: FigureBase, result: EvaResult) -> None:
 def _draw_convergence(figure: FigureBase, result: EvaResult) -> None:
     steps = list(result.history.get("step", []))
     if not steps:
-        _say(figure.subplots(), "no steps on record")
+        _draw_message(figure.subplots(), "no steps on record")
         return
-    spread = _similarity_quantiles(result)
+    quantiles = _similarity_quantiles(result)
     marker = "." if len(steps) < 40 else None
     panels = figure.subplots(
-        2 if spread else 1, 1, sharex=True, squeeze=False, height_ratios=[1, 1.5] if spread else [1]
+        2 if quantiles else 1,
+        1,
+        sharex=True,
+        squeeze=False,
+        height_ratios=[1, 1.5] if quantiles else [1],
     ).flatten()
     layers = len(result.ranks)
     panels[0].plot(steps, result.history["converged"], color=_BLUE, marker=marker)
@@ -250,8 +254,8 @@ def _draw_convergence(figure: FigureBase, result: EvaResult) -> None:
     panels[0].set_ylabel("layers converged")
     panels[0].set_title(f"Convergence over steps ({layers} layers)")
     panels[0].grid(alpha=0.3)
-    if spread:
-        _draw_similarity(panels[1], spread, _tau(result), marker)
+    if quantiles:
+        _draw_similarity(panels[1], quantiles, _tau(result), marker)
         figure.legend(loc="outside lower center", fontsize=8, ncols=4, frameon=False)
     panels[-1].set_xlabel("step")
     panels[-1].set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
@@ -260,22 +264,22 @@ def _draw_convergence(figure: FigureBase, result: EvaResult) -> None:
 
 def _similarity_quantiles(result: EvaResult) -> dict[int, np.ndarray[Any, Any]]:
     """Return the quantiles 0, 0.1, 0.5, 0.9 over layers for each step that has similarities."""
-    spread = {}
+    quantiles = {}
     history = result.history
     for step, values in zip(history["step"], history["similarity"], strict=True):
-        known = np.asarray([v for v in values or () if v is not None], dtype=float)
-        known = known[np.isfinite(known)]
-        if known.size:
-            spread[step] = np.quantile(known, (0, 0.1, 0.5, 0.9))
-    return spread
+        similarities = np.asarray([v for v in values or () if v is not None], dtype=float)
+        similarities = similarities[np.isfinite(similarities)]
+        if similarities.size:
+            quantiles[step] = np.quantile(similarities, (0, 0.1, 0.5, 0.9))
+    return quantiles
 
 
 def _draw_similarity(
-    axes: Axes, spread: dict[int, np.ndarray[Any, Any]], tau: float | None, marker: str | None
+    axes: Axes, quantiles: dict[int, np.ndarray[Any, Any]], tau: float | None, marker: str | None
 ) -> None:
     """Draw 1 - |cos| downwards on a log scale, so that 0.9, 0.99 and 0.999 are evenly spaced."""
-    x = list(spread)
-    slowest, low, median, high = np.clip(1 - np.stack(list(spread.values()), axis=1), 1e-7, 1.0)
+    x = list(quantiles)
+    slowest, low, median, high = np.clip(1 - np.stack(list(quantiles.values()), axis=1), 1e-7, 1.0)
     axes.fill_between(
         x, low, high, color=_BLUE, alpha=0.2, linewidth=0, label="10 to 90 % of layers"
     )
@@ -353,7 +357,7 @@ def _draw_cost(figure: FigureBase, result: EvaResult) -> None:
     axes.set_axisbelow(True)
 
 
-def _say(axes: Axes, text: str) -> None:
+def _draw_message(axes: Axes, text: str) -> None:
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 

@@ -114,21 +114,23 @@ def table_to_html(headers: Sequence[object], rows: Iterable[Sequence[object]]) -
         EvaValueError: a row of another length than the headers.
     """
     body = [list(row) for row in rows]
-    wrong = [row for row in body if len(row) != len(headers)]
-    if wrong:
-        raise EvaValueError(f"{len(headers)} headers, but a row of {len(wrong[0])} cells")
+    wrong_rows = [row for row in body if len(row) != len(headers)]
+    if wrong_rows:
+        raise EvaValueError(f"{len(headers)} headers, but a row of {len(wrong_rows[0])} cells")
     numeric = [
         all(_is_number(row[i]) or row[i] is None for row in body) and bool(body)
         for i in range(len(headers))
     ]
-    marks = [' class="n"' if right else "" for right in numeric]
+    cell_classes = [' class="n"' if right else "" for right in numeric]
     head = "".join(
-        f"<th{mark}>{escape(str(header))}</th>" for mark, header in zip(marks, headers, strict=True)
+        f"<th{cell_class}>{escape(str(header))}</th>"
+        for cell_class, header in zip(cell_classes, headers, strict=True)
     )
     lines = [
         "<tr>"
         + "".join(
-            f"<td{mark}>{escape(_cell(value))}</td>" for mark, value in zip(marks, row, strict=True)
+            f"<td{cell_class}>{escape(_cell_text(value))}</td>"
+            for cell_class, value in zip(cell_classes, row, strict=True)
         )
         + "</tr>"
         for row in body
@@ -151,11 +153,11 @@ def result_sections(result: EvaResult) -> list[tuple[str, str]]:
         missing, a sentence that says so replaces each figure.
     """
     return [
-        ("Summary", _summary(result)),
-        ("Ranks", _figure(plots.plot_ranks, result)),
-        ("Explained variance", _figure(plots.plot_explained_variance, result)),
-        ("Convergence", _figure(plots.plot_convergence, result)),
-        ("Time and memory", _figure(plots.plot_cost, result) + _cost_table(result)),
+        ("Summary", _summary_html(result)),
+        ("Ranks", _figure_html(plots.plot_ranks, result)),
+        ("Explained variance", _figure_html(plots.plot_explained_variance, result)),
+        ("Convergence", _figure_html(plots.plot_convergence, result)),
+        ("Time and memory", _figure_html(plots.plot_cost, result) + _cost_table(result)),
         ("Layers", _layer_table(result)),
         ("Metadata", _metadata_table(result)),
     ]
@@ -189,21 +191,24 @@ def explained_by_rank(result: EvaResult, name: str) -> float:
     return float(ratios[: result.ranks[name]].sum())
 
 
-def _summary(result: EvaResult) -> str:
+def _summary_html(result: EvaResult) -> str:
     ranks = list(result.ranks.values())
     converged = sum(bool(value) for value in result.converged.values())
-    lost = [value for value in result.lost_variance.values() if np.isfinite(value)]
+    lost_variances = [value for value in result.lost_variance.values() if np.isfinite(value)]
     explained = [explained_by_rank(result, name) for name in result.ranks]
     tiles = [
         (f"{len(ranks)}", "layers"),
-        (f"{sum(ranks)}", f"ranks in all, {min(ranks, default=0)} to {max(ranks, default=0)}"),
+        (
+            f"{sum(ranks)}",
+            f"total rank ({min(ranks, default=0)} to {max(ranks, default=0)} per layer)",
+        ),
         (f"{converged} / {len(ranks)}", "layers converged"),
         (f"{result.steps:,}", f"steps, {result.forwards:,} forwards"),
         (f"{result.tokens:,}", "tokens"),
-        (f"{result.seconds.get('total', 0.0):.3g} s", "in all"),
+        (f"{result.seconds.get('total', 0.0):.3g} s", "total time"),
         (plots.format_bytes(result.peak_memory_bytes), "peak memory beyond the model"),
         (f"{100 * np.mean(explained or [0.0]):.1f} %", "variance explained, mean over layers"),
-        (f"{max(lost, default=0.0):.2g}", "lost variance on the last step, worst layer"),
+        (f"{max(lost_variances, default=0.0):.2g}", "lost variance on the last step, worst layer"),
     ]
     boxes = "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
@@ -216,15 +221,17 @@ def _summary(result: EvaResult) -> str:
             "ended; their components are the best estimate so far."
         )
     if result.skipped_tokens:
-        notes.append(f"{result.skipped_tokens:,} tokens with values that are not finite left out.")
+        notes.append(f"{result.skipped_tokens:,} tokens with NaN or infinite values were left out.")
     if result.uncalled:
         names = ", ".join(result.uncalled)
-        notes.append(f"EVA found nothing for these layers, which start as plain LoRA: {names}.")
-    warned = "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
-    return f'{warned}<div class="tiles">{boxes}</div>'
+        notes.append(
+            f"EVA computed no components for these layers, which start as plain LoRA: {names}."
+        )
+    warnings_html = "".join(f'<p class="warn">{escape(note)}</p>' for note in notes)
+    return f'{warnings_html}<div class="tiles">{boxes}</div>'
 
 
-def _figure(plot: Callable[[EvaResult], Figure], result: EvaResult) -> str:
+def _figure_html(plot: Callable[[EvaResult], Figure], result: EvaResult) -> str:
     try:
         return figure_to_html(plot(result))
     except ImportError as error:
@@ -259,7 +266,7 @@ def _layer_table(result: EvaResult) -> str:
         )
         for name, rank in result.ranks.items()
     ]
-    note = f"<p>{result.tokens:,} tokens were kept over the pass. "
+    note = f"<p>{result.tokens:,} tokens were used in the pass. "
     note += "Layers with the same number under &ldquo;shared input&rdquo; read one tensor.</p>"
     return note + table_to_html(headers, rows)
 
@@ -276,7 +283,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
 
 
-def _cell(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._peft_compat import LoraConfig, eva_of
+from .._peft_compat import LoraConfig, eva_config_of
 from ..errors import counted
-from .kept_config import config_from_dict
+from .config_json import config_from_dict
 
 __all__ = ["EvaResult"]
 
@@ -95,7 +95,7 @@ class EvaResult:
                 divided.
         """
         if whiten is None:
-            whiten = eva_of(self.config).whiten
+            whiten = eva_config_of(self.config).whiten
         state = {}
         for name, rank in self.ranks.items():
             rows = self.components[name][:rank].clone()
@@ -165,16 +165,16 @@ class EvaResult:
         """
         from ..lora.adapters import write_result
         from ..lora.training import check_not_trained
-        from ..model.checks import tell_of_the_model_within
-        from ..model.divided import check_whole
+        from ..model.checks import warn_if_inside_peft_model
+        from ..model.divided import check_adapters_writable
         from ..model.targets import unwrap
         from .reallocation import check_allocation
 
         check_allocation(allocation)
-        check_whole(model)
+        check_adapters_writable(model)
         if not overwrite_trained:
             check_not_trained(model, adapter_name)
-        tell_of_the_model_within(unwrap(model), config)
+        warn_if_inside_peft_model(unwrap(model), config)
         result = self.reallocated(**allocation) if allocation else self
         return write_result(model, result, config, adapter_name, strict)
 

@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import EvaValueError, counted, listed
-from ..resume.checkpoint_file import checksum, text_aside, text_back
+from ..resume.checkpoint_file import checksum, pack_texts, unpack_texts
 from ..surroundings.files import atomic_write
-from .layer_names import kinds_of
+from .layer_names import module_kinds
 from .report import explained_by_rank
 from .result import EvaResult
 
 __all__ = ["load_result", "save_result", "summary_text"]
 
-FORMAT = "eva_kernels.result/1"
+RESULT_FORMAT = "eva_kernels.result/1"
 _TENSORS = ("components", "singular_values", "explained_variance_ratio")
 
 
@@ -46,10 +46,12 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
             key = seen.setdefault(identity, f"{kind}.{name}")
             tensors.setdefault(key, value.detach().cpu().contiguous().clone())
             index[kind][name] = key
-    rest = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in _TENSORS}
-    text = {"index": json.dumps(index), "result": json.dumps(rest)}
-    metadata = {"format": FORMAT, "checksum": checksum(_joined(text), tensors)}
-    metadata |= text_aside(text, tensors)
+    other_fields = {
+        f.name: getattr(result, f.name) for f in fields(result) if f.name not in _TENSORS
+    }
+    text = {"index": json.dumps(index), "result": json.dumps(other_fields)}
+    metadata = {"format": RESULT_FORMAT, "checksum": checksum(_joined_texts(text), tensors)}
+    metadata |= pack_texts(text, tensors)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temporary:
@@ -70,51 +72,59 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata |= text_back(tensors)
+        metadata |= unpack_texts(tensors)
     except (SafetensorError, OSError, ValueError) as error:
-        raise EvaValueError(f"{path} is not a readable safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
         raise EvaValueError(
-            f"{path} holds {metadata.get('format') or 'no format mark'}, expected {FORMAT}; it was "
-            "not written by EvaResult.save of this version"
+            f"{path} is not a readable safetensors file ({error}); pass the file that "
+            "EvaResult.save wrote"
+        ) from error
+    if metadata.get("format") != RESULT_FORMAT:
+        raise EvaValueError(
+            f"{path} is not a result of this version: its format is "
+            f"{metadata.get('format') or 'not given'}, expected {RESULT_FORMAT}; pass a file that "
+            "EvaResult.save wrote"
         )
-    told = metadata.get("checksum")  # files of earlier versions have none
-    if told is not None and told != checksum(_joined(metadata), tensors):
+    expected_checksum = metadata.get("checksum")  # files of earlier versions have none
+    if expected_checksum is not None and expected_checksum != checksum(
+        _joined_texts(metadata), tensors
+    ):
         raise EvaValueError(
-            f"{path} is damaged: its contents do not match its checksum; copy the file anew, or "
+            f"{path} is damaged: its contents do not match its checksum; copy the file again, or "
             "calibrate and save again"
         )
     try:
         index: dict[str, dict[str, str]] = json.loads(metadata["index"])
-        rest: dict[str, Any] = json.loads(metadata["result"])
-        found: dict[str, Any] = {
+        other_fields: dict[str, Any] = json.loads(metadata["result"])
+        tensors_by_layer: dict[str, Any] = {
             kind: {n: tensors[k] for n, k in index[kind].items()} for kind in _TENSORS
         }
-        result = EvaResult(**found, **rest)
+        result = EvaResult(**tensors_by_layer, **other_fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise EvaValueError(f"{path} is damaged: {error!r}") from error
+        raise EvaValueError(
+            f"{path} is damaged ({error!r}); copy the file again, or calibrate and save again"
+        ) from error
     return result
 
 
-def _joined(metadata: Mapping[str, str]) -> str:
+def _joined_texts(metadata: Mapping[str, str]) -> str:
     return "\n".join(metadata.get(key, "") for key in ("index", "result"))
 
 
 def summary_text(result: EvaResult) -> str:
     """Return one line per kind of layer, then totals."""
     kinds: dict[str, list[str]] = defaultdict(list)
-    for name, kind in kinds_of(result.ranks).items():
+    for name, kind in module_kinds(result.ranks).items():
         kinds[kind].append(name)
     column = max([24, *(len(kind) + 1 for kind in kinds)])
-    heads = f"{'count':>6}{'width':>7}{'ranks':>12}{'variance explained':>20}"
-    lines = [f"{'layers':<{column}}{heads}"]
+    column_heads = f"{'count':>6}{'width':>7}{'ranks':>12}{'variance explained':>20}"
+    lines = [f"{'layers':<{column}}{column_heads}"]
     for kind, names in kinds.items():
         ranks = [result.ranks[n] for n in names]
         explained = [explained_by_rank(result, n) for n in names]
         width = max(result.in_features[n] for n in names)
-        span = f"{min(ranks)}-{max(ranks)}"
+        rank_range = f"{min(ranks)}-{max(ranks)}"
         lines.append(
-            f"{kind:<{column}}{len(names):>6}{width:>7}{span:>12}{median(explained):>20.1%}"
+            f"{kind:<{column}}{len(names):>6}{width:>7}{rank_range:>12}{median(explained):>20.1%}"
         )
     converged = sum(result.converged.values())
     layers = counted(len(result.ranks), "layer")

@@ -24,7 +24,7 @@ from eva_kernels.streaming import export_stream, restore_stream
 from ..errors import EvaValueError, counted, warn
 from ..surroundings.random_state import read_random_state, set_random_state
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
-from .fingerprint import differences, fingerprint_of, in_words
+from .fingerprint import differences, fingerprint_of, join_differences
 
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
@@ -45,29 +45,30 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         run: a pass that has not begun.
 
     Attributes:
-        done: every layer had converged when the checkpoint was written.
-        elapsed: seconds that the pass took up to the last forward pass.
-        keeps: a checkpoint is written, by this process or by the first of several.
-        random, begun: the global random states of each process, now and when each epoch began.
-        known: layers that all processes accumulate about the leader's basis.
+        all_converged: every layer had converged when the checkpoint was written.
+        elapsed_seconds: seconds that the pass took up to the last forward pass.
+        is_enabled: a checkpoint is written, by this process or by the first of several.
+        latest_random, epoch_random: the global random states of each process, now and when each
+            epoch began.
+        leader_basis_layers: layers that all processes accumulate about the leader's basis.
     """
 
     def __init__(self, run: CalibrationPass) -> None:
-        self.run, self.done, self.elapsed = run, False, 0.0
-        given = run.options.checkpoint if run.leads else None
+        self.run, self.all_converged, self.elapsed_seconds = run, False, 0.0
+        path = run.options.checkpoint if run.is_leader else None
         # Links are followed, so that the file is replaced and not the link.
-        self.path = None if given is None else Path(os.path.realpath(given))
-        self._between = True  # no forward pass is under way
-        self._tried = 0  # forward passes at the last write, or attempt to write
+        self.path = None if path is None else Path(os.path.realpath(path))
+        self._state_complete = True  # no forward pass is under way
+        self._forwards_at_write = 0  # forward passes at the last write, or attempt to write
         self._fingerprint: dict[str, Any] = {}
-        self.keeps = self.path is not None
-        self.random: list[Tensor] = []
-        self.begun: list[list[Tensor]] = []
+        self.is_enabled = self.path is not None
+        self.latest_random: list[Tensor] = []
+        self.epoch_random: list[list[Tensor]] = []
         # Random states at epoch starts in this process: those of the checkpoint that are still to
-        # be replayed, and new ones that are not in ``begun`` yet.
-        self._seen: list[Tensor] = []
-        self._fresh: list[Tensor] = []
-        self.known: set[int] = set()
+        # be replayed, and new ones that are not in ``epoch_random`` yet.
+        self._epochs_to_replay: list[Tensor] = []
+        self._new_epochs: list[Tensor] = []
+        self.leader_basis_layers: set[int] = set()
 
     def open(self) -> None:
         """Check that the path can be written, and restore the state from the file, if any.
@@ -80,11 +81,11 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             return
         check_path(self.path)
         self._fingerprint = fingerprint_of(self.run)
-        self.begun = [[] for _ in range(self._size)]
+        self.epoch_random = [[] for _ in range(self._num_processes)]
         if self.path.exists():
             self._resume(self.path)
 
-    def remaining(self, batches: Iterator[Any]) -> Generator[Any]:
+    def skip_seen(self, batches: Iterator[Any]) -> Generator[Any]:
         """Yield the batches after those that the checkpoint has seen.
 
         Raises:
@@ -94,11 +95,11 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             if next(batches, self) is self:
                 seen = counted(self.run.forwards, "batch", "batches")
                 raise EvaValueError(
-                    f"the checkpoint {self.path} has seen {seen}, but the loader ended after "
-                    f"{number}: it must yield the same batches again"
+                    f"the checkpoint {self.path} was written after {seen}, but the loader ended "
+                    f"after {number}: to resume, it must yield the same batches again"
                 )
         if self.run.forwards:
-            set_random_state(self.random[0], self.run.device)
+            set_random_state(self.latest_random[0], self.run.device)
         yield from batches
 
     def begin_epoch(self) -> None:
@@ -107,45 +108,48 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         A shuffled order depends on it. Forward passes may draw random numbers, too, and are not
         run for the batches that are skipped.
         """
-        if not self.keeps:
+        if not self.is_enabled:
             return
-        if self._seen:
-            set_random_state(self._seen.pop(0), self.run.device)
+        if self._epochs_to_replay:
+            set_random_state(self._epochs_to_replay.pop(0), self.run.device)
         else:
-            self._fresh.append(read_random_state(self.run.device))
+            self._new_epochs.append(read_random_state(self.run.device))
 
-    def begin_again(self, begun: Sequence[Tensor]) -> None:
+    def replay_epochs(self, epoch_random: Sequence[Tensor]) -> None:
         """Replay the epochs of the checkpoint, which this process began in these random states."""
-        self._seen = list(begun)
+        self._epochs_to_replay = list(epoch_random)
 
-    def random_states(self) -> tuple[Tensor, ...]:
+    def take_random_states(self) -> tuple[Tensor, ...]:
         """Return the current random state, and those of epochs that began since the last call."""
-        fresh, self._fresh = self._fresh, []
-        return read_random_state(self.run.device), *fresh
+        new_epochs, self._new_epochs = self._new_epochs, []
+        return read_random_state(self.run.device), *new_epochs
 
     def begin_forward(self) -> None:
         """Mark the state as incomplete."""
-        self._between = False
+        self._state_complete = False
 
     def end_forward(
-        self, elapsed: float, done: bool, random: Sequence[tuple[Tensor, ...]] = ()
+        self,
+        elapsed_seconds: float,
+        all_converged: bool,
+        random_states: Sequence[tuple[Tensor, ...]] = (),
     ) -> None:
         """Mark the state as complete again, and write it if it is due.
 
         Args:
-            elapsed: seconds that the pass has taken.
-            done: every layer has converged.
-            random: with several processes, the :meth:`random_states` of each.
+            elapsed_seconds: seconds that the pass has taken.
+            all_converged: every layer has converged.
+            random_states: with several processes, the :meth:`take_random_states` of each.
         """
-        self.done, self.elapsed = done, elapsed
+        self.all_converged, self.elapsed_seconds = all_converged, elapsed_seconds
         if self.path is None:
             return
-        states = random or [self.random_states()]
-        self.random = [now for now, *_ in states]
-        for begun, (_, *fresh) in zip(self.begun, states, strict=True):
-            begun += fresh
-        self._between = True
-        if self.run.forwards - self._tried >= self.run.options.checkpoint_every:
+        states = random_states or [self.take_random_states()]
+        self.latest_random = [now for now, *_ in states]
+        for epoch_random, (_, *new_epochs) in zip(self.epoch_random, states, strict=True):
+            epoch_random += new_epochs
+        self._state_complete = True
+        if self.run.forwards - self._forwards_at_write >= self.run.options.checkpoint_every:
             self._write(self.path)
 
     def __exit__(
@@ -154,11 +158,15 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.path is not None and self._between and self.run.forwards > self._tried:
+        if (
+            self.path is not None
+            and self._state_complete
+            and self.run.forwards > self._forwards_at_write
+        ):
             self._write(self.path)
 
     def _write(self, path: Path) -> None:
-        state, tensors = self._collect()
+        state, tensors = self._collect_state()
         try:
             write_checkpoint(path, state, tensors)
         except (OSError, SafetensorError) as error:
@@ -166,16 +174,18 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             passes = counted(self.run.forwards, "forward pass", "forward passes")
             warn(
                 f"the checkpoint {path} could not be written after {passes} ({error}); the pass "
-                "goes on, the file stays as it was",
+                "continues, and the file keeps its earlier contents",
             )
-        self._tried = self.run.forwards
+        self._forwards_at_write = self.run.forwards
 
-    def _collect(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _collect_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         run, names = self.run, [t.name for t in self.run.targets]
         collector = run.collector
         tensors: dict[str, Tensor] = {}
-        for rank, (begun, now) in enumerate(zip(self.begun, self.random, strict=True)):
-            states = torch.stack(begun), now
+        for rank, (epoch_random, now) in enumerate(
+            zip(self.epoch_random, self.latest_random, strict=True)
+        ):
+            states = torch.stack(epoch_random), now
             tensors |= dict(zip(_random_keys(rank), states, strict=True))
         slots = []
         for i, slot in enumerate(collector.slots):
@@ -185,8 +195,8 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         state = {
             "fingerprint": self._fingerprint,
             "tau": run.eva.tau,
-            "done": self.done,
-            "elapsed": self.elapsed,
+            "done": self.all_converged,
+            "elapsed": self.elapsed_seconds,
             "counts": {name: getattr(run, name) for name in _COUNTS},
             "ranks": {names[i]: rank for i, rank in run.ranks.items()},
             "slots": slots,
@@ -194,29 +204,30 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             "largest": collector.largest_batch,
             "alone": sorted(names[i] for i in collector.unshared),
             "frozen": sorted(names[i] for i in collector.frozen),
-            "known": sorted(names[i] for i in self.known),
+            "known": sorted(names[i] for i in self.leader_basis_layers),
         }
         return state, tensors
 
     def _resume(self, path: Path) -> None:
         state, tensors = read_checkpoint(path)
         try:
-            told = differences(state["fingerprint"], self._fingerprint)
-            if not told:
+            changes = differences(state["fingerprint"], self._fingerprint)
+            if not changes:
                 self._restore(state, tensors)
         except EvaValueError as error:
             raise EvaValueError(f"the checkpoint {path} is unusable: {error}; {REMEDY}") from error
         except KeyError as error:
-            raise EvaValueError(f"the checkpoint {path} lacks {error}; {REMEDY}") from error
+            raise EvaValueError(
+                f"the checkpoint {path} is incomplete, without {error}; {REMEDY}"
+            ) from error
         except (AttributeError, TypeError) as error:
             raise EvaValueError(
-                f"the checkpoint {path} holds something else than this version writes ({error}); "
-                f"{REMEDY}"
+                f"the checkpoint {path} does not hold what this version writes ({error}); {REMEDY}"
             ) from error
-        if told:
+        if changes:
             raise EvaValueError(
-                f"the checkpoint {path} belongs to another pass: {in_words(told)}. "
-                f"To go on, {REMEDY}"
+                f"the checkpoint {path} belongs to another pass: {join_differences(changes)}. To "
+                f"continue, {REMEDY}"
             )
         _LOGGER.info("resumed %s after %d forward passes", path, self.run.forwards)
 
@@ -234,21 +245,23 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         collector.record_passes(calls, state["largest"])
         collector.unshared = {index[n] for n in state["alone"]}
         collector.frozen = {index[n] for n in state["frozen"]}
-        self.known = {index[n] for n in state["known"]}
+        self.leader_basis_layers = {index[n] for n in state["known"]}
         run.ranks = {index[n]: rank for n, rank in state["ranks"].items()}
         for name in _COUNTS:
             setattr(run, name, state["counts"][name])
-        self.done, self.elapsed = state["done"], state["elapsed"]
-        self._tried = run.forwards
+        self.all_converged, self.elapsed_seconds = state["done"], state["elapsed"]
+        self._forwards_at_write = run.forwards
         if state["tau"] != run.eva.tau:
-            self.done = run.judge_again()
-        keys = [_random_keys(rank) for rank in range(self._size)]
-        self.begun = [[state.clone() for state in tensors[begun]] for begun, _ in keys]
-        self.random = [tensors[now] for _, now in keys]
-        self.begin_again(self.begun[0])
+            self.all_converged = run.recheck_with_tau()
+        keys = [_random_keys(rank) for rank in range(self._num_processes)]
+        self.epoch_random = [
+            [state.clone() for state in tensors[epoch_random]] for epoch_random, _ in keys
+        ]
+        self.latest_random = [tensors[now] for _, now in keys]
+        self.replay_epochs(self.epoch_random[0])
 
     @property
-    def _size(self) -> int:
+    def _num_processes(self) -> int:
         return 1 if self.run.processes is None else self.run.processes.size
 
 

@@ -23,17 +23,17 @@ __all__ = [
     "REMEDY",
     "check_path",
     "checksum",
+    "pack_texts",
     "read_checkpoint",
-    "text_aside",
-    "text_back",
+    "unpack_texts",
     "write_checkpoint",
 ]
 
 FORMAT = "eva_kernels.checkpoint/1"
-REMEDY = "delete the file to begin anew, or pass another path as checkpoint"
+REMEDY = "delete the file to start from the beginning, or pass another path as checkpoint"
 # A header is limited to 100 MB, tensor names included, and quotes take two bytes there.
-MOST_TEXT = 32 << 20
-_ASIDE = "text."
+MAX_HEADER_TEXT = 32 << 20
+_TEXT_PREFIX = "text."
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -43,11 +43,11 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
         OSError: or ``SafetensorError``; the old file is as it was.
     """
     text = json.dumps(state)
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "checksum": checksum(text, ready)}
-    metadata |= text_aside({"state": text}, ready)
+    cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "checksum": checksum(text, cpu_tensors)}
+    metadata |= pack_texts({"state": text}, cpu_tensors)
     with atomic_write(path) as temporary:
-        save_file(ready, temporary, metadata=metadata)
+        save_file(cpu_tensors, temporary, metadata=metadata)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -60,18 +60,21 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata |= text_back(tensors)
+        metadata |= unpack_texts(tensors)
     except (SafetensorError, OSError, ValueError) as error:
         raise EvaValueError(
             f"the checkpoint {path} is not a readable safetensors file ({error}): it is damaged, "
             f"cut short, or another kind of file; {REMEDY}"
         ) from error
-    kind = metadata.get("format", "no format mark")
-    if kind != FORMAT:
-        version = kind.startswith(FORMAT.rpartition("/")[0] + "/")
-        what = "another version wrote it" if version else "it is no checkpoint of a pass"
+    file_format = metadata.get("format", "not given")
+    if file_format != FORMAT:
+        is_other_version = file_format.startswith(FORMAT.rpartition("/")[0] + "/")
+        reason = (
+            "another version wrote it" if is_other_version else "it is not a checkpoint of a pass"
+        )
         raise EvaValueError(
-            f"the checkpoint {path} holds {kind}, expected {FORMAT}: {what}; {REMEDY}"
+            f"the checkpoint {path} has the format {file_format}, expected {FORMAT}: {reason}; "
+            f"{REMEDY}"
         )
     text = metadata.get("state", "")
     if metadata.get("checksum") != checksum(text, tensors):
@@ -92,7 +95,7 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def text_aside(text: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, str]:
+def pack_texts(text: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return the texts for the header of a safetensors file: all, or none.
 
     If they are too long for it, as after many steps with many experts, they become tensors.
@@ -101,23 +104,23 @@ def text_aside(text: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str,
         text: texts by name.
         tensors: of the file; texts that do not go into the header are added here.
     """
-    if sum(map(len, text.values())) <= MOST_TEXT:
+    if sum(map(len, text.values())) <= MAX_HEADER_TEXT:
         return dict(text)
     for name, value in text.items():
         content = bytearray(value.encode())
-        tensors[_ASIDE + name] = torch.frombuffer(content, dtype=torch.uint8)
+        tensors[_TEXT_PREFIX + name] = torch.frombuffer(content, dtype=torch.uint8)
     return {}
 
 
-def text_back(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Remove the texts that :func:`text_aside` stored as tensors, and return them.
+def unpack_texts(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Remove the texts that :func:`pack_texts` stored as tensors, and return them.
 
     Raises:
         ValueError: they are not UTF-8.
     """
-    names = [name for name in tensors if name.startswith(_ASIDE)]
+    names = [name for name in tensors if name.startswith(_TEXT_PREFIX)]
     texts = {name: tensors.pop(name).numpy().tobytes() for name in names}
-    return {name.removeprefix(_ASIDE): content.decode() for name, content in texts.items()}
+    return {name.removeprefix(_TEXT_PREFIX): content.decode() for name, content in texts.items()}
 
 
 def check_path(path: Path) -> None:
@@ -129,12 +132,13 @@ def check_path(path: Path) -> None:
     try:
         if path.is_dir():
             raise EvaValueError(f"checkpoint={str(path)!r} is a folder; give the path of a file")
-        place = Path(os.path.realpath(path))  # a link is followed
-        place.parent.mkdir(parents=True, exist_ok=True)
-        for left in scratch_folders_beside(place):  # a live writer of it warns, and makes another
-            shutil.rmtree(left, ignore_errors=True)
-        with scratch_folder_beside(place) as folder:
-            (folder / place.name).touch()
+        target = Path(os.path.realpath(path))  # a link is followed
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # a live writer of a leftover warns, and makes another
+        for leftover in scratch_folders_beside(target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with scratch_folder_beside(target) as folder:
+            (folder / target.name).touch()
     except OSError as error:
         raise EvaValueError(
             f"checkpoint={str(path)!r} cannot be written ({error}); give a path in a folder that "

@@ -313,9 +313,9 @@ def test_a_file_as_folder_is_refused(home: Path, tmp_path: Path) -> None:
         ('{"rank": 3}', "LoraConfig has no field 'rank'"),
         ('{"eva_config": {"steps": 3}}', "EvaConfig has no field 'steps'"),
         ('{"eva_config": 3}', "eva_config must be a JSON object"),
-        ('{"peft_type": "IA3"}', "describes IA3; EVA initialises LORA only"),
-        ('{"init_lora_weights": "pissa"}', "asks for init_lora_weights='pissa', not 'eva'"),
-        ('{"layers_pattern": "h"}', "the LoRA config is refused"),
+        ('{"peft_type": "IA3"}', "is a config for IA3; EVA initialises LoRA adapters only"),
+        ('{"init_lora_weights": "pissa"}', "sets init_lora_weights='pissa'; set it to 'eva'"),
+        ('{"layers_pattern": "h"}', "PEFT rejects the LoRA config"),
     ],
 )
 def test_bad_config_files(home: Path, tmp_path: Path, content: str, message: str) -> None:
@@ -376,10 +376,10 @@ def test_interruption_says_what_was_kept(
     out, checkpoint = tmp_path / "out", tmp_path / "state.safetensors"
     shown = init(home, out)
     assert shown.exit_code == 130
-    assert shown.stderr.endswith("interrupted: nothing was kept\n")
+    assert shown.stderr.endswith("interrupted: nothing was saved\n")
     shown = init(home, out, "--checkpoint", checkpoint)
     assert shown.exit_code == 130
-    assert f"the checkpoint {checkpoint} was kept; the same command goes on" in shown.stderr
+    assert f"the checkpoint {checkpoint} was kept; run the same command again" in shown.stderr
     checkpoint.unlink()
     shown = init(home, out, "--checkpoint", checkpoint, "--text-column", "body")
     assert shown.exit_code == 1
@@ -415,7 +415,7 @@ def test_ended_in_the_middle_of_the_pass(home: Path, tmp_path: Path, number: int
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert rest.decode().rstrip().endswith(f"{told}: nothing was kept")
+    assert rest.decode().rstrip().endswith(f"{told}: nothing was saved")
     assert b"Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
 
@@ -447,7 +447,9 @@ def test_report_of_something_else(made: Path, tmp_path: Path) -> None:
     assert "there is no file" in reason(run("report", tmp_path / "no.safetensors"))
     (tmp_path / "a.safetensors").write_text("text")
     assert "not a readable safetensors file" in reason(run("report", tmp_path / "a.safetensors"))
-    assert "not written by" in reason(run("report", made / "adapter_model.safetensors"))
+    assert "not a result of this version" in reason(
+        run("report", made / "adapter_model.safetensors")
+    )
 
 
 def test_demo_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,7 +464,7 @@ def test_demo_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(demo, "run_demo", _raise_interrupt)
     shown = run("demo")
     assert shown.exit_code == 130
-    assert shown.stderr == "interrupted: nothing was kept\n"
+    assert shown.stderr == "interrupted: nothing was saved\n"
 
 
 def test_a_checkpoint_may_lie_in_the_output_folder(home: Path, tmp_path: Path) -> None:

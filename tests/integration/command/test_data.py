@@ -99,7 +99,7 @@ def test_chat_goes_through_the_template(tmp_path: Path, tokenizer: PreTrainedTok
     # The tokenizer puts <s> in front itself, so the template's is taken off.
     assert load_texts(file, tokenizer=tokenizer) == ["<user>why<assistant>because"]
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(EvaValueError, match=r"chat template refuses a chat .*no system role"):
+    with pytest.raises(EvaValueError, match=r"chat template rejects a chat .*no system role"):
         load_texts(file, tokenizer=tokenizer)
 
 
@@ -129,17 +129,17 @@ def test_a_folder_of_files_is_a_dataset(tmp_path: Path) -> None:
 
 
 BAD_FILES = [
-    ("a.txt", b"", "a.txt is empty: no text to calibrate on"),
+    ("a.txt", b"", "a.txt is empty: it has no rows"),
     ("a.jsonl", b"\n \n", "a.jsonl is empty"),
     ("a.txt", b"good\nb\xe4d\n", "a.txt, line 2: not UTF-8"),
     ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl, line 1: not UTF-8"),
     ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
-    ("a.jsonl", b'["x"]', "line 1: a JSON object is needed, got list"),
+    ("a.jsonl", b'["x"]', "line 1: expected a JSON object with named columns, got list"),
     ("a.jsonl", b'{"body": "x", "n": 1}', "the columns are 'body', 'n'; name one"),
-    ("a.jsonl", b'{"text": " "}', "every row of text is blank"),
+    ("a.jsonl", b'{"text": " "}', "text is blank in every row"),
     ("a.jsonl", b'{"text": 3}', "column 'text' of .* holds int, not text or chats"),
-    ("a.jsonl", b'{"messages": ["x"]}', "'messages' .* no chat: messages need 'role'"),
-    ("a.csv", b"text\nx\n", r"the suffix must be one of \.jsonl, \.parquet, \.txt"),
+    ("a.jsonl", b'{"messages": ["x"]}', "'messages' .* not a chat: every message needs 'role'"),
+    ("a.csv", b"text\nx\n", r"a file must end in one of \.jsonl, \.parquet, \.txt"),
     ("a.parquet", b"text", "cannot read .*a.parquet as Parquet"),
     ("a.parquet", b"", "cannot read .*a.parquet as Parquet"),
 ]
@@ -248,7 +248,7 @@ def test_a_message_that_calls_tools_needs_no_text(tmp_path: Path) -> None:
     path.write_text(json.dumps({"messages": calls}))
     assert load_texts(str(path)) == ["one\n"]
     path.write_text(json.dumps({"messages": [{"role": "assistant"}]}))
-    with pytest.raises(EvaValueError, match="messages need 'role' and 'content'"):
+    with pytest.raises(EvaValueError, match="every message needs 'role' and 'content'"):
         load_texts(str(path))
 
 
@@ -264,7 +264,7 @@ def test_an_empty_parquet_file(tmp_path: Path) -> None:
     needs("datasets")
     table = needs("pyarrow").table({"text": []})
     needs("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(EvaValueError, match="is empty: no text to calibrate on"):
+    with pytest.raises(EvaValueError, match="is empty: it has no rows"):
         load_texts(str(tmp_path / "a.parquet"))
 
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from eva_kernels import EvaTypeError, EvaValueError
 from eva_peft.inputs.arguments import as_one_argument, positional_to_named, raise_if_names_unknown
-from eva_peft.model.architecture import signature_of
+from eva_peft.model.architecture import forward_signature
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
 IDS = 3 + torch.arange(8).reshape(2, 4)
@@ -445,14 +445,14 @@ def test_what_a_method_takes_is_looked_at_once_and_does_not_keep_it() -> None:
             return x
 
     first, second = Part(), Part()
-    found = signature_of(first)
+    found = forward_signature(first)
     assert found is not None
     assert list(found.parameters) == ["x", "mask"]
-    assert signature_of(second) is found
+    assert forward_signature(second) is found
     second.forward = lambda x: x
     Part.forward = lambda self, a, b: a  # type: ignore[assignment]
     for part, names in ((second, ["x"]), (first, ["a", "b"])):
-        now = signature_of(part)
+        now = forward_signature(part)
         assert now is not None
         assert list(now.parameters) == names
     method = weakref.ref(Part.forward)

@@ -152,7 +152,7 @@ def test_what_has_changed_can_be_given() -> None:
 
 def test_without_padding_there_is_nothing_to_prove() -> None:
     batch = {"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.ones(2, 4).long()}
-    with pytest.raises(EvaValueError, match="no mask of the batch says where padding is"):
+    with pytest.raises(EvaValueError, match="the batch has no mask that marks padding"):
         eva_kernels.check_padding(make_llama(), batch, lora())
     with pytest.raises(EvaError, match="pass a batch with padding"):
         eva_kernels.check_padding(make_mlp(), torch.randn(8, 24), lora(target_modules=["0"]))

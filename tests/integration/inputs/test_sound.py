@@ -236,13 +236,13 @@ def test_distances_between_frames_are_no_frames(name: str) -> None:
     batch = {"input_features": torch.randn(3, 40, 8), "attention_mask": KEPT.long()}
     assert kept_of(batch, "encoder.layers.0.self_attn.q_proj", 3, 10) == [10, 6, 4]
     for told in ((), (lambda n: n // 4,)):
-        assert kept_of(batch, name, 3, 19, frame_lengths=told) is None
+        assert kept_of(batch, name, 3, 19, frame_length_functions=told) is None
 
 
 def test_sounds_in_parts() -> None:
     batch = {"input_features": torch.randn(3, 40, 8), "input_features_mask": KEPT.long()}
     # of whole sounds the model tells, which would be as many frames
-    mask = mask_of_batch(batch, lora(), Architecture(frame_lengths=(lambda n: n // 4,)))
+    mask = mask_of_batch(batch, lora(), Architecture(frame_length_functions=(lambda n: n // 4,)))
     rows = mask.rows(torch.Size((6, 10, 8)), CPU, "audio_tower.conv_out")
     assert rows is not None  # each sound is cut in two parts, halved by a convolution
     assert torch.bincount(rows // 10, minlength=6).tolist() == [10, 10, 10, 1, 7, 0]
@@ -263,7 +263,7 @@ def test_every_function_of_lengths_is_tried() -> None:
         def _get_feat_extract_output_lengths(self, samples: Tensor) -> Tensor:
             return samples // 384
 
-    lengths = architecture_of(Whole()).frame_lengths
+    lengths = architecture_of(Whole()).frame_length_functions
     assert [int(each(torch.tensor(768))) for each in lengths] == [2, 192]
 
 
@@ -283,7 +283,7 @@ def test_a_function_of_lengths_is_tried_with_each_config() -> None:
     for layer in encoder.layers:
         layer.config = encoder.config
     whole.encoder = encoder
-    lengths = architecture_of(whole).frame_lengths
+    lengths = architecture_of(whole).frame_length_functions
     assert len(lengths) == 2
     rule = TokenMask(torch.arange(48) < torch.tensor([[48], [32]]), frame_lengths=lengths)
     rows = rule.rows(torch.Size((2, 12, 8)), CPU, "encoder.layer")

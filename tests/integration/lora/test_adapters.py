@@ -17,7 +17,7 @@ import eva_kernels
 from eva_kernels import EvaTypeError, EvaValueError
 from eva_kernels.streaming import _host
 from eva_peft import _peft_compat
-from eva_peft._peft_compat import MOST_KEYS
+from eva_peft._peft_compat import MAX_PATTERN_KEYS
 from integration.conftest import (
     QUIET,
     Clash,
@@ -242,10 +242,10 @@ def test_dora_and_modules_to_save(texts: list[Any]) -> None:
     model = eva_kernels.initialize(base, texts, config, max_steps=4, **QUIET)
     torch.testing.assert_close(output_of(model, texts[0]), before, rtol=1e-5, atol=1e-5)
     for layer in lora_layers(model).values():
-        magnitude = layer.lora_magnitude_vector["default"].weight
-        assert magnitude.shape == (layer.out_features,)
-        torch.testing.assert_close(magnitude, layer.get_base_layer().weight.norm(dim=1))
-        assert magnitude.requires_grad
+        dora_magnitude = layer.lora_magnitude_vector["default"].weight
+        assert dora_magnitude.shape == (layer.out_features,)
+        torch.testing.assert_close(dora_magnitude, layer.get_base_layer().weight.norm(dim=1))
+        assert dora_magnitude.requires_grad
     head = model.base_model.model.lm_head.modules_to_save["default"]
     assert head.weight.requires_grad
     assert "lm_head" not in model.eva_result.ranks
@@ -319,7 +319,7 @@ def test_all_or_nothing(
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     modules = {n: id(m) for n, m in model.named_modules()}
     parameters = {n: id(p) for n, p in model.named_parameters()}
-    original = adapters._Writer.write
+    original = adapters._AdapterWriter.write
     calls: list[str] = []
     write = llama_result.apply
     if way == "rows":
@@ -333,7 +333,7 @@ def test_all_or_nothing(
             raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters._Writer, "write", failing)
+        patch.setattr(adapters._AdapterWriter, "write", failing)
         with pytest.raises(error):
             write(model)
     assert len(calls) == 9
@@ -354,7 +354,7 @@ def test_all_or_nothing(
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
-NOT_FINITE = f"holds NaN or infinity in layers {Q_PROJ}; compute it anew"
+NOT_FINITE = f"holds NaN or infinity in layers {Q_PROJ}; compute it again"
 
 
 def with_rows(state: dict[str, Any], value: float) -> dict[str, Any]:
@@ -375,7 +375,11 @@ BAD_STATES: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown": (lambda s: {**s, "module.no": torch.ones(1, 2)}, EvaValueError, r"\(module\.no\)"),
     "NaN": (lambda s: with_rows(s, math.nan), EvaValueError, NOT_FINITE),
     "infinity": (lambda s: with_rows(s, -math.inf), EvaValueError, "holds NaN or infinity"),
-    "on meta": (lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")}, EvaTypeError, "not on meta"),
+    "on meta": (
+        lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")},
+        EvaTypeError,
+        "not on the meta device",
+    ),
 }
 
 
@@ -419,7 +423,7 @@ def test_failure_at_the_very_end(again: bool, llama_result: Any, monkeypatch: An
         raise RuntimeError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "pattern_of", failing)
+        patch.setattr(adapters, "pattern_from_values", failing)
         with pytest.raises(RuntimeError, match="broken"):
             llama_result.apply(model)
     assert same_state(before, state_of(model))
@@ -465,7 +469,7 @@ def test_wrapping_keeps_the_random_state(llama_result: Any) -> None:
 
 def test_many_ranks_are_few_keys(tmp_path: Any) -> None:
     """PEFT tries every key on every layer, so a thousand of them would take it minutes."""
-    count = 2 * MOST_KEYS
+    count = 2 * MAX_PATTERN_KEYS
     model = wrapped(make_chain(count), lora(r=4, target_modules="all-linear"))
     rows = {str(i): torch.eye(1 + i % 6, 8) for i in range(count)}
     eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=rows)
@@ -483,12 +487,12 @@ def make_chain(count: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(count)))
 
 
-@pytest.mark.parametrize("most", [0, MOST_KEYS])
+@pytest.mark.parametrize("most", [0, MAX_PATTERN_KEYS])
 def test_patterns_mean_to_peft_what_they_mean_here(most: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(_peft_compat, "MOST_KEYS", most)
+    monkeypatch.setattr(_peft_compat, "MAX_PATTERN_KEYS", most)
     names = ["a.lin", "b.lin", "lin", "a.lin.0", "a-lin", "a+.lin", "x.a.lin", "a.lin_2"]
     values = {name: i // 2 for i, name in enumerate(names)}
-    pattern = _peft_compat.pattern_of(values, default=1)
+    pattern = _peft_compat.pattern_from_values(values, default=1)
     assert len(pattern) == (3 if most == 0 else 6)
     loose = {"lin": 7, r"a\\.lin": 8, "^b": 9, r".*\d": 10}
     for tried in (pattern, {**loose, **pattern}, {**pattern, **loose}, loose):

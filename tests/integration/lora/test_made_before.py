@@ -59,7 +59,7 @@ def test_a_failure_puts_sizes_and_gradients_back(monkeypatch: pytest.MonkeyPatch
     model = wrapped(Clash(), CONFIG)
     model(DATA[0]).sum().backward()
     before = {n: (p, p.data.clone(), p.grad) for n, p in model.named_parameters()}
-    monkeypatch.setattr(adapters._Writer, "finish", lambda self: 1 / 0)
+    monkeypatch.setattr(adapters._AdapterWriter, "finish", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         eva_kernels.initialize(model, DATA, max_steps=3, **QUIET)
     for name, parameter in model.named_parameters():
@@ -93,11 +93,11 @@ def test_replicas_keep_their_sizes(group: None) -> None:
     ):
         with pytest.raises(EvaRuntimeError, match="pass inner, and wrap what is returned"):
             call()
-    with pytest.raises(EvaRuntimeError, match="DistributedDataParallel is around the model"):
+    with pytest.raises(EvaRuntimeError, match="the model is wrapped in DistributedDataParallel"):
         eva_kernels.initialize(torch.compile(outer, backend="eager"), DATA, **QUIET)
     assert not calls
     fewer = {n: torch.eye(len(rows), 16)[:2] for n, rows in result.state_dict().items()}
-    with pytest.raises(EvaRuntimeError, match="relies on the present sizes"):  # nor any smaller
+    with pytest.raises(EvaRuntimeError, match="relies on the current sizes"):  # nor any smaller
         eva_kernels.initialize_lora_eva_weights(outer, eva_state_dict=fewer)
     assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())
     base = nn.parallel.DistributedDataParallel(Clash())
@@ -105,7 +105,9 @@ def test_replicas_keep_their_sizes(group: None) -> None:
         lambda: eva_kernels.initialize(base, DATA, lora(rho=1.0), **QUIET),
         lambda: result.apply(base, r=4, rho=1.0),
     ):
-        with pytest.raises(EvaRuntimeError, match="DistributedDataParallel is around the model"):
+        with pytest.raises(
+            EvaRuntimeError, match="the model is wrapped in DistributedDataParallel"
+        ):
             call()
 
 
@@ -124,7 +126,7 @@ def test_what_is_in_a_replica_keeps_its_sizes_while_that_lives(group: None) -> N
             call()
     assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())
     base = nn.parallel.DistributedDataParallel(Clash())
-    with pytest.raises(EvaRuntimeError, match="DistributedDataParallel is around the model"):
+    with pytest.raises(EvaRuntimeError, match="the model is wrapped in DistributedDataParallel"):
         eva_kernels.initialize(base.module, [], CONFIG, **QUIET)  # before any batch is taken
     other = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))  # of which that is no part
     del outer

@@ -114,7 +114,7 @@ def test_the_model_within_a_peft_model_is_told(call: str) -> None:
         return eva_kernels.initialize(base, text_batches(3), given, max_steps=3, **QUIET)
 
     with pytest.warns(
-        EvaWarning, match=r"already carries the adapters \['default'\].*no PeftModel"
+        EvaWarning, match=r"already has the adapters \['default'\].*not a PeftModel"
     ) as told:
         second = again()
     assert len(told) == 1
@@ -130,7 +130,7 @@ def test_nothing_is_lost_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = adapted(lora(target_modules=["q_proj", "up_proj"]))
     before, parameters = state_of(model), dict(model.named_parameters())
-    monkeypatch.setattr(adapters._Writer, "finish", stop)
+    monkeypatch.setattr(adapters._AdapterWriter, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         eva_kernels.initialize(model, text_batches(2), max_steps=2, **QUIET)
     assert same_state(before, state_of(model))

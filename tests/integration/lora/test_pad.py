@@ -175,7 +175,9 @@ def test_convolutions_in_groups_and_embeddings(tmp_path: Path) -> None:
     assert ranks_of(tmp_path / "new") == {6}
     loaded = PeftModel.from_pretrained(convolutions(), tmp_path / "new").eval()
     torch.testing.assert_close(outputs(loaded), outputs(tuned))
-    with pytest.raises(EvaValueError, match="r=8 is no multiple of 6, the groups of convolutions"):
+    with pytest.raises(
+        EvaValueError, match="r=8 is not a multiple of 6, which the groups of the convolutions"
+    ):
         pad_ranks(tmp_path / "old", tmp_path / "odd", r=8)
 
 
@@ -284,16 +286,16 @@ def test_what_cannot_be_padded_is_refused(eva: Path, tmp_path: Path) -> None:
         experts: r"has target_parameters, whose rows cannot be padded; merge it instead",
         other: "holds 'LOHA', only LORA",
         wrong: r"layer \S+ has rank \d+, but 99 in its config",
-        strange: r"lora_diag\S* is of no kind of LoRA that can be padded",
+        strange: r"lora_diag\S* belongs to a kind of LoRA that cannot be padded",
         halves["lora_A"]: "lacks lora_A or lora_B",
         halves["lora_B"]: "lacks lora_A or lora_B",
         residual: "'pissa_niter_4', which changes the base weights by its rank",
         damaged: "cannot be read",
         cut: "cannot be read",
         pickled: "no adapter_model.safetensors in .*; pass the folder that save_pretrained wrote",
-        without: "no layer with LoRA",
-        eva: "is the adapter itself",
-        eva / ".." / eva.name: "is the adapter itself",
+        without: "no LoRA layer",
+        eva: "is the folder of the adapter itself",
+        eva / ".." / eva.name: "is the folder of the adapter itself",
     }
     for folder, message in cases.items():
         with pytest.raises(EvaValueError, match=message):

@@ -21,10 +21,10 @@ from transformers import MambaConfig, MambaForCausalLM
 import eva_kernels
 from eva_kernels import EvaError, EvaTypeError, EvaValueError
 from eva_peft._peft_compat import (
-    adapters_not_moved,
-    exclude_layers,
+    exclude_pattern,
     matches_parameter,
     matches_target,
+    new_adapters_on_cpu,
     resolved_config,
 )
 from integration.conftest import (
@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "replicated layers": (
         {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]},
-        r"layer_replication changes the layers.*get_peft_model\(model, config\) first",
+        r"layer_replication changes the layers.*first wrap it with peft.get_peft_model",
     ),
     "rank 0": ({"r": 0}, "^r=0 must be at least 1"),
     "a negative rank": ({"r": -2}, "^r=-2 must be at least 1"),
@@ -129,7 +129,9 @@ def test_refused_before_the_pass(case: str) -> None:
 @pytest.mark.parametrize("name", ["a.b", "", 3])
 def test_names_that_cannot_be_a_module(name: Any) -> None:
     with untouched(make_mlp()) as calls:
-        with pytest.raises(EvaValueError, match=r"adapter_name=.* must be text without a dot"):
+        with pytest.raises(
+            EvaValueError, match=r"adapter_name=.* must be a non-empty string without a dot"
+        ):
             eva_kernels.initialize(make_mlp(), vectors(1), adapter_name=name, **QUIET)
         assert not calls
 
@@ -265,7 +267,7 @@ def test_a_failed_write_restores_the_base_model(case: str, monkeypatch: pytest.M
     if fields.pop("checkpointing", False):
         checkpointed(model)
     model.lm_head.weight.requires_grad_(False)
-    monkeypatch.setattr(adapters._Writer, "finish", stop)
+    monkeypatch.setattr(adapters._AdapterWriter, "finish", stop)
     with untouched(model), pytest.raises(KeyboardInterrupt):
         eva_kernels.initialize(
             model, text_batches(1), lora(target_modules=["q_proj"], **fields), max_steps=1, **QUIET
@@ -362,7 +364,7 @@ def test_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(self: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters._Writer, "finish", stop)
+    monkeypatch.setattr(adapters._AdapterWriter, "finish", stop)
     model, config = Attentive(), lora(target_modules=["lin", "mha"])
     with untouched(model), pytest.raises(KeyboardInterrupt):
         eva_kernels.initialize(model, vectors(4), config, max_steps=2, **QUIET)
@@ -465,7 +467,7 @@ def test_heads_of_a_task_are_trained_whole(task: Any, heads: list[str]) -> None:
     ],
 )
 def test_what_was_left_out_stays_so(before: Any, out: list[str], kept: list[str]) -> None:
-    pattern = exclude_layers(lora(exclude_modules=before), ["a.b"])
+    pattern = exclude_pattern(lora(exclude_modules=before), ["a.b"])
     assert [n for n in [*out, *kept] if re.fullmatch(pattern, n)] == out  # as PEFT matches it
 
 
@@ -478,6 +480,6 @@ def test_a_parameter_is_asked_for_by_its_whole_name() -> None:
 def test_a_layer_moves_its_adapters_again_afterwards() -> None:
     layer = next(iter(lora_layers(wrapped(make_mlp(), lora())).values()))
     before = {*vars(layer)}
-    with adapters_not_moved(layer):
+    with new_adapters_on_cpu(layer):
         assert {*vars(layer)} - before
     assert {*vars(layer)} == before

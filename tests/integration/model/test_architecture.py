@@ -132,7 +132,7 @@ def test_the_prefix_of_a_model_tells_nothing_of_its_layers(wrap: bool) -> None:
     """All layers of this one are below ``visual_bert``, and read text, too."""
     model, batch, mask = visual_bert_for_answers()
     outer = nn.ModuleDict({"net": model}) if wrap else model
-    assert architecture_of(outer).prefixes == ("net.",) * wrap + ("visual_bert.",)
+    assert architecture_of(outer).name_prefixes == ("net.",) * wrap + ("visual_bert.",)
     rule = mask_of_batch(batch, lora(), architecture_of(outer))
     name = "net." * wrap + "visual_bert.encoder.layer.0.attention.self.query"
     rows = rule.rows(torch.Size((*mask.shape, 32)), CPU, name)
@@ -160,8 +160,11 @@ def test_the_name_of_a_users_tower_tells_what_it_reads() -> None:
 
 def test_a_name_that_begins_another_is_not_around_it() -> None:
     both = nn.ModuleDict({"text": make_llama(), "text_vision": make_llama()})
-    assert architecture_of(both).prefixes == ()
-    assert architecture_of(nn.ModuleDict({"text": make_llama()})).prefixes == ("text.", "model.")
+    assert architecture_of(both).name_prefixes == ()
+    assert architecture_of(nn.ModuleDict({"text": make_llama()})).name_prefixes == (
+        "text.",
+        "model.",
+    )
 
 
 def test_a_users_name_of_the_only_model_tells_nothing() -> None:
@@ -361,7 +364,7 @@ def test_frames_of_sound(make: Callable[[], nn.Module], frames: int, kept: int) 
 
 def test_what_models_pad_to() -> None:
     pegasus = PegasusXConfig(vocab_size=VOCABULARY, d_model=32, block_size=8, **BOTH_SIDES)
-    assert architecture_of(PegasusXModel(pegasus)).window == 8
+    assert architecture_of(PegasusXModel(pegasus)).padding_multiple == 8
     reformer = ReformerConfig(
         vocab_size=VOCABULARY,
         attn_layers=["local", "lsh"],
@@ -375,22 +378,22 @@ def test_what_models_pad_to() -> None:
         feed_forward_size=48,
         max_position_embeddings=48,
     )
-    assert architecture_of(ReformerModel(reformer)).window == 12
-    assert architecture_of(nn.Linear(2, 2)).window == 1
+    assert architecture_of(ReformerModel(reformer)).padding_multiple == 12
+    assert architecture_of(nn.Linear(2, 2)).padding_multiple == 1
 
 
 def test_blocks_of_tokens() -> None:
     """BigBird pads to whole blocks, and its last one is seen by all."""
     sizes = {**SIZE, "attention_type": "block_sparse", "block_size": 8}
     found = architecture_of(BigBirdModel(BigBirdConfig(**sizes)))
-    assert (found.window, found.sees_padding) == (8, True)
+    assert (found.padding_multiple, found.tokens_depend_on_padding) == (8, True)
     mask = torch.arange(20) < torch.tensor([20, 11])[:, None]
     rule = mask_of_batch({"attention_mask": mask.long()}, lora(), found)
     rows = rule.rows(torch.Size((2, 24, 32)), CPU, "encoder.layer.0.attention.self.query")
     assert rows is not None
     assert len(rows) == 31
     full = BigBirdConfig(**{**sizes, "attention_type": "original_full"})
-    assert architecture_of(BigBirdModel(full)).window == 1
+    assert architecture_of(BigBirdModel(full)).padding_multiple == 1
 
 
 def test_labels_that_make_no_inputs_are_left_out() -> None:
@@ -434,8 +437,8 @@ def test_labels_that_make_the_decoders_inputs_stay() -> None:
 
 def test_a_model_without_a_config_reads_what_it_is_given() -> None:
     found = architecture_of(nn.Linear(2, 2))
-    assert not any([found.encoder_decoder, found.sees_padding, found.needs_labels])
-    assert (found.text_first, found.frame_lengths) == (None, ())
+    assert not any([found.encoder_decoder, found.tokens_depend_on_padding, found.needs_labels])
+    assert (found.text_precedes_images, found.frame_length_functions) == (None, ())
 
 
 class Taught(nn.Module):
@@ -487,11 +490,11 @@ def test_a_part_that_is_run_for_its_loss_only() -> None:
     codes = rows[:, None] * torch.arange(1, 4)[:, None]
     assert lost(result.components["depth_decoder.layer"], codes.flatten(0, 1)) < 1e-6
     found = architecture_of(model)
-    assert (found.apart, found.needs_labels) == (("depth_decoder.",), True)
+    assert (found.separate_loss_prefixes, found.needs_labels) == (("depth_decoder.",), True)
     # a part with the only head is called in any case, as are a body and a user's second model
     body = Framed()
     body.depth_decoder.embed = body.embed
     for other in (Framed("head"), body, nn.ModuleDict({"a": make_llama(), "b": make_llama()})):
         found = architecture_of(other)
-        assert (found.apart, found.needs_labels) == ((), False)
-    assert architecture_of(make_llama()).apart == ()
+        assert (found.separate_loss_prefixes, found.needs_labels) == ((), False)
+    assert architecture_of(make_llama()).separate_loss_prefixes == ()

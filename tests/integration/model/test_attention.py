@@ -269,7 +269,11 @@ def test_what_does_not_fit_is_refused() -> None:
     short = {name: value[:2] for name, value in rows.items()}
     last = "own.out_proj"
     cases = [
-        ({**rows, last: short[last]}, True, "rank 2, but the projections of own have one rank"),
+        (
+            {**rows, last: short[last]},
+            True,
+            "rank 2, but the projections of own must have the same rank",
+        ),
         ({**rows, "own": short["own"]}, True, r"another one has 2\)"),
         ({**rows, "own": rows["own"][:0], last: rows[last][:0]}, True, "at least 1"),
         ({"middle": rows["middle"], last: short[last]}, False, "another one has"),

@@ -109,7 +109,7 @@ def test_patches_are_cut_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, x, rows)
 
     monkeypatch.setattr(eva_kernels.streaming.InputStream, "add", add)
-    monkeypatch.setattr(layers_module, "PATCH_BYTES", 27 * 90 * 4)  # one sample
+    monkeypatch.setattr(layers_module, "MAX_PATCH_BYTES", 27 * 90 * 4)  # one sample
     parts = run(nn.Sequential(conv), iter(data), config, method="gram")
     assert set(sizes) == {90}
     assert angle(parts.components["0"][:4], whole.components["0"][:4]) < 1e-4
@@ -139,7 +139,7 @@ NAMES = ["stem", "grouped", "dilated", "flat", "head"]
 def initialized_net(**options: Any) -> PeftModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*groups > 1. Merging", category=UserWarning)
-        with pytest.warns(EvaWarning, match=r"leaves out the dilation .*\(dilated\).*patch_peft"):
+        with pytest.warns(EvaWarning, match=r"ignores the dilation .*\(dilated\).*patch_peft"):
             return eva_kernels.initialize(
                 Net(), images(), lora(target_modules=NAMES), max_steps=4, **{**QUIET, **options}
             )
@@ -203,7 +203,7 @@ def test_ranks_are_multiples_of_the_groups(budget: str, r: int) -> None:
     assert fewer.ranks["grouped"] in (4, 8)
     assert sum(fewer.ranks.values()) <= 4 * len(NAMES)
     with pytest.raises(
-        EvaValueError, match=r"layer grouped: r=3 is no multiple of its .* 4 groups"
+        EvaValueError, match=r"layer grouped: r=3 is not a multiple of the 4 groups"
     ):
         result.reallocated(r=3)
 
@@ -217,8 +217,11 @@ def test_rank_that_does_not_fit_the_groups() -> None:
     facts = state_of(model)
     model.peft_config["default"].init_lora_weights = "eva"
     for rows, message in (
-        (state["grouped"][:3], "layer grouped: rank 3 is no multiple of the 4 groups"),
-        (state["grouped"][:, :9], "layer grouped: the state dict has 9 features, the layer 72"),
+        (state["grouped"][:3], "layer grouped: rank 3 is not a multiple of the 4 groups"),
+        (
+            state["grouped"][:, :9],
+            "layer grouped: the rows in the state dict have 9 features, but the layer reads 72",
+        ),
     ):
         with pytest.raises(EvaValueError, match=message):
             eva_kernels.initialize_lora_eva_weights(model, eva_state_dict={"grouped": rows})
@@ -235,7 +238,7 @@ def test_adapter_made_by_peft() -> None:
     model = wrapped_quietly(Net(), lora(target_modules=NAMES, init_lora_weights=True))
     with pytest.raises(RuntimeError, match="size of tensor"):
         model(images()[0])  # PEFT's own adapter of a dilated convolution does not run
-    with pytest.warns(EvaWarning, match="leaves out the dilation"):
+    with pytest.warns(EvaWarning, match="ignores the dilation"):
         eva_kernels.initialize(model, images(), allow_any_init=True, max_steps=3, **QUIET)
     torch.testing.assert_close(output_of(model, images()[0]), output_of(Net(), images()[0]))
 

@@ -111,7 +111,7 @@ def test_tied_adapters_are_left_where_trained_and_in_a_failure(monkeypatch: Any)
             torch.nn.init.normal_(adapters(model)[1].lora_B["default"].weight)
         before = state_of(model)
         with monkeypatch.context() as patch:
-            patch.setattr("eva_peft.lora.adapters.pattern_of", None)
+            patch.setattr("eva_peft.lora.adapters.pattern_from_values", None)
             with pytest.raises(TypeError, match="not callable"):
                 eva_kernels.initialize(model, batches(), overwrite_trained=trained, **QUIET)
         assert same_state(before, state_of(model))

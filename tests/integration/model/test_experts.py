@@ -208,8 +208,11 @@ def test_state_dicts_that_do_not_fit() -> None:
     facts = state_of(model)
     name = "model.layers.0.mlp.experts.2.down_proj"
     for rows, message in (
-        (result.state_dict()[name][:1], f"layer {name}: rank 1, but the experts of .* one rank"),
-        (torch.zeros(4, 5), f"layer {name}: the state dict has 5 features, the layer 24"),
+        (result.state_dict()[name][:1], f"layer {name}: rank 1, but the experts of .* must have the same rank"),
+        (
+            torch.zeros(4, 5),
+            f"layer {name}: the rows in the state dict have 5 features, but the layer reads 24",
+        ),
     ):
         with pytest.raises(EvaValueError, match=message):
             eva_kernels.initialize_lora_eva_weights(

@@ -20,7 +20,7 @@ def test_what_picks_along_another_dimension_is_not_followed() -> None:
     routed = RoutedInputs([], lambda *given: called.append(given))
     x, picked = torch.randn(5, 5, 3), torch.tensor([4, 0, 2, 1, 3])
     with routed:
-        routed.following = True
+        routed.tracks_tokens = True
         along = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
         along += [x.index_select(np.int64(1), picked), x[picked, picked[:, None]]]
         along += [x[picked].index_select(index=picked, dim=1)]
@@ -33,13 +33,13 @@ def test_what_picks_along_another_dimension_is_not_followed() -> None:
         ]
         first += [torch.index_select(dim=0, index=picked, input=x)]
         none = x[picked < 0]
-        assert all(routed.tokens_of(part) is None for part in along)
+        assert all(routed.token_indices(part) is None for part in along)
         for part in first:
-            known = routed.tokens_of(part)
+            known = routed.token_indices(part)
             assert known is not None
             assert torch.equal(x.reshape(25, 3)[known[0]], part.reshape(25, 3))
             assert known[1] == 25
-        empty = routed.tokens_of(none)
+        empty = routed.token_indices(none)
         assert empty is not None
         assert len(empty[0]) == 0
 
@@ -71,11 +71,11 @@ def test_products_of_all_experts_at_once() -> None:
         assert all(torch.equal(given, parts[layer % 10]) for layer, given in called)
         parts[:2].bmm(turned[:2])  # not those of all experts
         torch.bmm(parts, memory[51:99].view(3, 4, 4).mT)
-        assert (len(called), routed.backwards) == (4, set())
+        assert (len(called), routed.transposed_layers) == (4, set())
         torch.bmm(parts, weight)
-        assert routed.backwards == {10, 12}
+        assert routed.transposed_layers == {10, 12}
         parts.bmm(turned.mT)
-    assert (len(called), routed.backwards) == (4, {10, 12, 20, 21})
+    assert (len(called), routed.transposed_layers) == (4, {10, 12, 20, 21})
 
 
 def test_products_with_other_parts_of_a_parameter_are_not_seen() -> None:
@@ -89,33 +89,33 @@ def test_products_with_other_parts_of_a_parameter_are_not_seen() -> None:
             x @ weight[1]  # nobody asked for that one
             x @ weight[0][:2].T
             x @ weight.view(12, 4)[1:5]
-            assert (called, routed.backwards) == ([], set())
+            assert (called, routed.transposed_layers) == ([], set())
             x @ weight[2] if watched is turned else x @ weight[2].T
-        assert (called.pop(), routed.backwards) == (watched[1][0], set())
+        assert (called.pop(), routed.transposed_layers) == (watched[1][0], set())
 
 
 def test_parts_are_followed_whatever_they_are_cut_with() -> None:
     x, order = torch.randn(6, 3), torch.tensor([4, 0, 2, 1, 3, 5])
     routed = RoutedInputs([], lambda *given: None)
     with routed:
-        routed.following = True
+        routed.tracks_tokens = True
         rows = x[order]
         cuts = [rows.split([2, 4]), torch.split(rows, 2), rows.chunk(3), torch.chunk(rows, 3)]
         for parts in [*cuts, rows.tensor_split([2]), torch.tensor_split(rows, 3)]:
-            known = [routed.tokens_of(part) for part in parts]
+            known = [routed.token_indices(part) for part in parts]
             assert torch.equal(torch.cat([k[0] for k in known if k is not None]), order)
             assert {k[1] for k in known if k is not None} == {6}
         again = {
-            routed.tokens_of(rows[order[:4]][order[1:3]]): order[order[:4]][order[1:3]],
-            routed.tokens_of(rows[:, 1:]): order,
-            routed.tokens_of(rows[2:4][..., 1:]): order[2:4],
-            routed.tokens_of(rows[None, 4:]): order[4:],
-            routed.tokens_of(rows[6:, :1]): order[6:],
-            routed.tokens_of(rows[3:, ...]): order[3:],
-            routed.tokens_of(torch.rand(6, 1) * rows): order,
-            routed.tokens_of(rows[None][0]): order,
-            routed.tokens_of(torch.cat(tensors=[rows, x], dim=1)): order,
-            routed.tokens_of(torch.concat((rows[2:4], rows[5:]))): order[[2, 3, 5]],
+            routed.token_indices(rows[order[:4]][order[1:3]]): order[order[:4]][order[1:3]],
+            routed.token_indices(rows[:, 1:]): order,
+            routed.token_indices(rows[2:4][..., 1:]): order[2:4],
+            routed.token_indices(rows[None, 4:]): order[4:],
+            routed.token_indices(rows[6:, :1]): order[6:],
+            routed.token_indices(rows[3:, ...]): order[3:],
+            routed.token_indices(torch.rand(6, 1) * rows): order,
+            routed.token_indices(rows[None][0]): order,
+            routed.token_indices(torch.cat(tensors=[rows, x], dim=1)): order,
+            routed.token_indices(torch.concat((rows[2:4], rows[5:]))): order[[2, 3, 5]],
         }
         others = [x[2:4], rows[order.view(2, 3)], rows[order[:, None]], rows[order[0], None]]
         others += [rows[None][:, 2:4], rows.flip(0), rows.roll(1, 0)]
@@ -127,8 +127,8 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
         halves, some = torch.empty_like(rows), rows.clone()
         halves[:3], halves[3:], some[order > 2] = rows[:3], rows[3:], 0.0
         some[order < 1] = torch.zeros(3)  # the same in each row
-        again |= {routed.tokens_of(halves): order, routed.tokens_of(some): order}
-        assert all(routed.tokens_of(part) is None for part in others)
+        again |= {routed.token_indices(halves): order, routed.token_indices(some): order}
+        assert all(routed.token_indices(part) is None for part in others)
     for known, tokens in again.items():
         assert known is not None
         assert torch.equal(known[0], tokens)
@@ -141,7 +141,7 @@ def test_what_a_list_picks_and_what_is_repeated_is_followed() -> None:
     times = torch.tensor([1, 0, 2, 1, 1, 1])
     routed = RoutedInputs([], lambda *given: None)
     with routed:
-        routed.following = True
+        routed.tracks_tokens = True
         known = [
             (x[picked], picked),
             (x[None, picked], picked),
@@ -157,11 +157,11 @@ def test_what_a_list_picks_and_what_is_repeated_is_followed() -> None:
         unknown += [x.repeat_interleave(times, dim=0), x[:0].repeat_interleave(2, dim=0)]
         unknown += [x[None].repeat_interleave(2, dim=0), x[:, [0, 2]]]
         for part, tokens in known:
-            found = routed.tokens_of(part)
+            found = routed.token_indices(part)
             assert found is not None
             assert found[0].tolist() == list(tokens)
             assert found[1] == 6
-        assert all(routed.tokens_of(part) is None for part in unknown)
+        assert all(routed.token_indices(part) is None for part in unknown)
 
 
 @pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8 is now deprecated")
@@ -169,9 +169,9 @@ def test_what_masks_of_bytes_keep_is_followed() -> None:
     x, order = torch.randn(6, 3), torch.tensor([4, 0, 2, 1, 3, 5])
     routed = RoutedInputs([], lambda *given: None)
     with routed:
-        routed.following = True
+        routed.tracks_tokens = True
         for kept in ([0, 1, 1, 0, 0, 1], [1] * 6):
-            known = routed.tokens_of(x[order][torch.tensor(kept, dtype=torch.uint8)])
+            known = routed.token_indices(x[order][torch.tensor(kept, dtype=torch.uint8)])
             assert known is not None
             assert torch.equal(known[0], order[torch.tensor(kept, dtype=torch.bool)])
 
@@ -180,9 +180,9 @@ def test_tokens_are_known_where_they_are_not_where_their_index_is() -> None:
     x, order = torch.randn(6, 3, device="meta"), torch.tensor([4, 0, 2])
     routed = RoutedInputs([], lambda *given: None)
     with routed:
-        routed.following = True
+        routed.tracks_tokens = True
         for part in (x[order], x[order][torch.tensor([1], device="meta")], x[order][[2, 0]]):
-            known = routed.tokens_of(part)
+            known = routed.token_indices(part)
             assert known is not None
             assert (known[0].device, len(known[0]), known[1]) == (x.device, len(part), 6)
 
@@ -190,7 +190,7 @@ def test_tokens_are_known_where_they_are_not_where_their_index_is() -> None:
 def test_what_is_computed_of_layer_inputs_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no part of the model, and most of what is computed in the first forward pass."""
     within, seen = [False], []
-    add, follow = InputStream.add, RoutedInputs._follow
+    add, follow = InputStream.add, RoutedInputs._track_result
 
     def noted_add(*given: Any) -> int:
         within[0] = True
@@ -203,7 +203,7 @@ def test_what_is_computed_of_layer_inputs_is_not_followed(monkeypatch: pytest.Mo
         follow(*given)
 
     monkeypatch.setattr(InputStream, "add", noted_add)
-    monkeypatch.setattr(RoutedInputs, "_follow", noted_follow)
+    monkeypatch.setattr(RoutedInputs, "_track_result", noted_follow)
     run(make_llama(), iter(text_batches(1)), lora(), method="sketch")
     assert seen
     assert not any(seen)

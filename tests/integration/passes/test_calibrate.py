@@ -222,7 +222,7 @@ def test_a_bar_shows_how_many_layers_have_converged(
 def test_who_does_not_lead_says_nothing(
     llama: nn.Module, texts: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr(CalibrationPass, "leads", False)
+    monkeypatch.setattr(CalibrationPass, "is_leader", False)
     with caplog.at_level(logging.INFO, "eva_kernels"):
         run(llama, texts, max_steps=1, progress=True)
     assert capsys.readouterr() == ("", "")

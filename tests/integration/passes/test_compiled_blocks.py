@@ -95,7 +95,7 @@ def test_names_that_no_pattern_tells_apart_change_nothing() -> None:
 
     model = wrapped(Alike(), lora())
     before, config = state_of(model), copy.deepcopy(model.peft_config)
-    with pytest.raises(EvaRuntimeError, match="layer mylin: PEFT would not read its rank from"):
+    with pytest.raises(EvaRuntimeError, match="layer mylin: PEFT would not find its rank in"):
         eva_kernels.initialize(model, vectors(4, features=16), max_steps=4, **QUIET)
     assert same_state(before, state_of(model))
     assert model.peft_config == config

@@ -60,7 +60,7 @@ def test_as_many_components_as_the_layer_of_a_width_that_needs_most() -> None:
 
 @pytest.mark.parametrize(("rank", "step", "count"), [(4, 4, 4), (6, 3, 6), (6, 2, 8), (5, 1, 7)])
 def test_components_are_a_multiple_of_what_ranks_are(rank: int, step: int, count: int) -> None:
-    target = Target("a", nn.Linear(32, 8), 32, 8, rank, 1.0, step=step)
+    target = Target("a", nn.Linear(32, 8), 32, 8, rank, 1.0, rank_multiple=step)
     assert num_components_of(target, 1.4) == count
     assert num_components_of(dataclasses.replace(target, in_features=step), 1.4) == step
 

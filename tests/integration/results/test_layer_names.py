@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eva_peft.results.layer_names import kinds_of, layer_table
+from eva_peft.results.layer_names import layer_table, module_kinds
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,6 @@ def test_experts_and_blocks_of_a_stage_are_of_one_kind() -> None:
         "m.0.mlp.2": "mlp.2",
         "head": "head",
     }
-    assert kinds_of(kinds) == kinds
+    assert module_kinds(kinds) == kinds
     stages = [f"layers.{stage}.blocks.{block}.query" for stage in (0, 1) for block in (0, 1)]
-    assert set(kinds_of(stages).values()) == {"query"}
+    assert set(module_kinds(stages).values()) == {"query"}

@@ -220,7 +220,7 @@ def test_a_parameter_keeps_one_rank_where_its_tokens_do_not_differ() -> None:
 
 
 def test_groups_of_a_convolution_get_at_least_the_least_rank() -> None:
-    targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0, step=2) for name in "ab"]
+    targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0, rank_multiple=2) for name in "ab"]
     much = torch.linspace(0.5, 0.1, 8)
     found = [Budget(targets, "rank", least).ranks_for([much, 1e-6 * much]) for least in (0, 1, 3)]
     assert found == [[8, 0], [6, 2], [4, 4]]

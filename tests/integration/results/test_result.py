@@ -158,7 +158,7 @@ def test_config_of_plain_lora_is_silent() -> None:
         (
             "foreign",
             lambda path, result: save_file({"x": torch.ones(2)}, path),
-            "holds no format mark.*not written by EvaResult.save",
+            "format is not given.*pass a file that EvaResult.save wrote",
         ),
         (
             "other version",

@@ -406,7 +406,7 @@ def test_init_is_interrupted_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130
-    assert f"the checkpoint {path} was kept; the same command goes on from it" in rest
+    assert f"the checkpoint {path} was kept; run the same command again to resume" in rest
     assert "Traceback" not in rest
     assert not (tmp_path / "first").exists()
 

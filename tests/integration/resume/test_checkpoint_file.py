@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from eva_kernels import EvaResult, EvaTypeError, EvaValueError, EvaWarning
 from eva_peft.resume import checkpoint_file
 from eva_peft.resume.checkpoint_file import checksum, read_checkpoint, write_checkpoint
-from eva_peft.resume.fingerprint import SAMPLES, _elements
+from eva_peft.resume.fingerprint import SAMPLED_ELEMENTS, _sample_elements
 from eva_peft.surroundings import files
 from integration.conftest import (
     Clash,
@@ -72,7 +72,7 @@ def refused(path: Path, message: str, **changes: Any) -> None:
     with pytest.raises(EvaValueError, match=message) as caught:
         run(model, never_iterated(), lora(**{"tau": 1.0, **changes}), **options)
     assert str(path) in str(caught.value)
-    assert "delete the file to begin anew, or pass another path" in str(caught.value)
+    assert "delete the file to start from the beginning, or pass another path" in str(caught.value)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
     assert hooks_of(model) == 0
@@ -130,7 +130,7 @@ def test_another_config_is_named(path: Path, changes: dict[str, Any], message: s
         ),
         (
             lambda: llama_with(lambda m: setattr(m.config, "rms_norm_eps", 0.5)),
-            r"another pass: model config rms_norm_eps: 1e-06 in the file, 0\.5 now\. To go on",
+            r"another pass: model config rms_norm_eps: 1e-06 in the file, 0\.5 now\. To continue",
         ),
         (
             lambda: llama_with(lambda m: m.resize_token_embeddings(104)),
@@ -157,8 +157,8 @@ def test_a_weight_of_no_size_is_hidden_on_a_gpu_too(monkeypatch: pytest.MonkeyPa
     """Of a sharded model; division by its size is an error on a CPU alone."""
     size = Tensor.__mod__
     monkeypatch.setattr(Tensor, "__mod__", lambda x, n: size(x, n.clamp_min(1)))
-    assert _elements(torch.empty(0)) is None
-    assert _elements(torch.full((2, 3), 4.0)) == [4.0] * SAMPLES
+    assert _sample_elements(torch.empty(0)) is None
+    assert _sample_elements(torch.full((2, 3), 4.0)) == [4.0] * SAMPLED_ELEMENTS
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.999])
@@ -227,9 +227,12 @@ def test_another_version_of_the_format(path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_other_safetensors_files(path: Path, whole: EvaResult) -> None:
     save_file({"weight": torch.zeros(3)}, path)
-    refused(path, r"holds no format mark, expected \S+: it is no checkpoint of a pass")
+    refused(path, r"has the format not given, expected \S+: it is not a checkpoint of a pass")
     whole.save(path)
-    refused(path, r"holds eva_kernels\.result/1, expected \S+: it is no checkpoint of a pass")
+    refused(
+        path,
+        r"has the format eva_kernels\.result/1, expected \S+: it is not a checkpoint of a pass",
+    )
 
 
 def test_a_part_is_missing(path: Path) -> None:
@@ -246,7 +249,7 @@ def test_a_part_is_missing(path: Path) -> None:
 def test_a_part_is_of_another_kind(part: str, path: Path) -> None:
     state, tensors = read_checkpoint(path)
     write_checkpoint(path, {**state, part: None}, {k: v.clone() for k, v in tensors.items()})
-    refused(path, r"holds something else than this version writes \(.*NoneType")
+    refused(path, r"does not hold what this version writes \(.*NoneType")
 
 
 def test_it_is_plain_data(path: Path) -> None:
@@ -372,7 +375,7 @@ def test_a_full_disk_does_not_cost_the_pass(
     for warning, forwards in zip(warned, (10, 13), strict=True):  # not after every forward pass
         told = str(warning.message)
         assert f"could not be written after {forwards} forward passes (No space left" in told
-        assert "the pass goes on" in told
+        assert "the pass continues" in told
     same(result, whole)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

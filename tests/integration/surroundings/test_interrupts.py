@@ -242,7 +242,9 @@ def claimed(model: nn.Module) -> None:
 
 
 def collected(model: nn.Module) -> None:
-    targets: Any = [SimpleNamespace(module=m, weight=None, inputs=None) for m in (model.a, model.b)]
+    targets: Any = [
+        SimpleNamespace(module=m, weight=None, inputs_from_call=None) for m in (model.a, model.b)
+    ]
     collector = InputCollector(targets, lambda *_: None, [None, None])  # type: ignore[arg-type]
     try:
         with collector:

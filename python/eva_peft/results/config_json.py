@@ -10,11 +10,11 @@ from .._peft_compat import EvaConfig, LoraConfig
 from ..errors import EvaValueError
 from ..model.checks import plain_number
 
-__all__ = ["LEFT_OUT", "config_from_dict", "config_to_dict"]
+__all__ = ["OMITTED_FIELDS", "config_from_dict", "config_to_dict"]
 
 # Not kept: fields that PEFT sets itself, runtime settings, and configs of other initialisations.
 # ``eva_config`` has its own entry.
-LEFT_OUT = frozenset(
+OMITTED_FIELDS = frozenset(
     [
         "peft_type",
         "auto_mapping",
@@ -27,21 +27,21 @@ LEFT_OUT = frozenset(
     ]
 )
 # Always kept, for readers of a file; other fields only if they differ from the default.
-_ALWAYS = ("r", "lora_alpha", "target_modules")
+_ALWAYS_SAVED = ("r", "lora_alpha", "target_modules")
 
 
 def config_to_dict(config: LoraConfig) -> dict[str, Any]:
     """Return the settings that an adapter is built from, JSON-able."""
-    kept = {}
+    fields = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name, None)
-        if field.name in LEFT_OUT or value is None:
+        if field.name in OMITTED_FIELDS or value is None:
             continue
-        if field.name in _ALWAYS or value != _default(field):
-            kept[field.name] = _plain(value)
+        if field.name in _ALWAYS_SAVED or value != _field_default(field):
+            fields[field.name] = _to_plain(value)
     eva = config.eva_config
-    kept["eva_config"] = None if eva is None else {k: _plain(v) for k, v in vars(eva).items()}
-    return kept
+    fields["eva_config"] = None if eva is None else {k: _to_plain(v) for k, v in vars(eva).items()}
+    return fields
 
 
 def config_from_dict(values: dict[str, Any]) -> LoraConfig:
@@ -56,34 +56,34 @@ def config_from_dict(values: dict[str, Any]) -> LoraConfig:
     if unknown:
         raise EvaValueError(
             f"the LoRA config of the result sets {', '.join(unknown)}, which the installed PEFT "
-            "does not know; install a newer one, or pass a config of your own"
+            "does not know; install a newer PEFT, or pass a config of your own"
         )
     hints = typing.get_type_hints(LoraConfig)
-    config = LoraConfig(**{name: _built(value, hints[name]) for name, value in fields.items()})
+    config = LoraConfig(**{name: _rebuild(value, hints[name]) for name, value in fields.items()})
     # Set afterwards: PEFT warns about an eva_config next to another initialisation.
     config.init_lora_weights = init
     config.eva_config = None if eva is None else EvaConfig(**eva)
     return config
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _field_default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _to_plain(item) for key, item in value.items()}
     value = plain_number(value)
     return getattr(value, "value", value) if type(value).__module__.startswith("peft") else value
 
 
-def _built(value: Any, hint: Any) -> Any:
+def _rebuild(value: Any, hint: Any) -> Any:
     """Rebuild the PEFT config that a dict was made from, if the field has one."""
-    kinds: list[Any] = [*filter(dataclasses.is_dataclass, typing.get_args(hint) or [hint])]
-    return kinds[0](**value) if isinstance(value, dict) and kinds else value
+    config_classes: list[Any] = [*filter(dataclasses.is_dataclass, typing.get_args(hint) or [hint])]
+    return config_classes[0](**value) if isinstance(value, dict) and config_classes else value

@@ -14,8 +14,8 @@ from peft import LoraConfig
 from peft.tuners.lora import config as lora_configs
 
 from eva_kernels import EvaValueError, initialize
-from eva_peft._peft_compat import exclude_layers
-from eva_peft.results.kept_config import LEFT_OUT, config_from_dict, config_to_dict
+from eva_peft._peft_compat import exclude_pattern
+from eva_peft.results.config_json import OMITTED_FIELDS, config_from_dict, config_to_dict
 from integration.conftest import lora, make_llama, run, text_batches
 
 # A value other than the default for every field; what a check of PEFT's wants beside it.
@@ -66,7 +66,7 @@ OBJECTS = {"velora_config", "monteclora_config", "arrow_config", "kasa_config"}
 def test_no_field_of_peft_is_forgotten() -> None:
     """A new release has new fields: each is kept, or left out on purpose."""
     names = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert names - LEFT_OUT - OBJECTS <= VALUES.keys()
+    assert names - OMITTED_FIELDS - OBJECTS <= VALUES.keys()
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -88,7 +88,7 @@ def test_every_field_survives(name: str) -> None:
 
 @pytest.mark.parametrize("given", [["KEY"], r"(?i).*\.key", None])
 def test_layers_join_what_is_excluded(given: str | list[str] | None) -> None:
-    pattern = exclude_layers(LoraConfig(exclude_modules=given), ["head", "a.b"])
+    pattern = exclude_pattern(LoraConfig(exclude_modules=given), ["head", "a.b"])
     excluded = ["head", "a.b", "x.KEY"] if given else ["head", "a.b"]
     assert all(re.fullmatch(pattern, name) for name in excluded)
     assert not any(re.fullmatch(pattern, name) for name in ("x.head", "a.c", "x.value"))
