@@ -75,7 +75,7 @@ void bind_functions(py::module_& m) {
         "partial", "core", "metric"});
   bind(m, "fold_rows", &OfFold<&fold_rows_args>::of, Platform::fold_rows,
        {"layers", "n_layers", "width", "features", "numbers", "delta", "along", "mean", "mixing",
-        "summary", "valid"});
+        "summary", "all_finite"});
   bind(m, "nystrom", &nystrom_args, Platform::nystrom,
        {"core", "metric", "ceiling", "n_layers", "width", "tolerance", "goal", "scratch", "mixing",
         "summary"});

@@ -80,12 +80,12 @@ void fold_rows_cpu(const FoldRowsArgs& args) {
   const FoldArgs& fold = args.fold;
   const int width = fold.width;
   const int64_t features = fold.features;
-  if (!*args.valid) return;
+  if (!*args.all_finite) return;
   std::vector<double> row(static_cast<size_t>(features));
   for (int64_t i = 0; i < fold.n_layers; ++i) {
     const FoldLayer& layer = fold.layers[i];
     const std::vector<double> image = image_of(fold, i);
-    std::copy_n(layer.basis, layer.kept * features, layer.before);
+    std::copy_n(layer.basis, layer.num_saved * features, layer.saved);
     std::copy_n(args.mean + i * features, features, layer.mean);
     for (int j = 0; j < args.rank(i); ++j) {
       std::fill(row.begin(), row.end(), 0.0);

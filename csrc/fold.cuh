@@ -399,8 +399,8 @@ __device__ __forceinline__ void stage_image(const FoldArgs& fold, int64_t layer,
     double staged[4];
     image_of(row, four, delta, begin + first, fold.features, staged);
     stage_four(image + i * (kRowsColumns + kPad) + first, staged);
-    if (i < of.kept) {
-      store_four(of.before + i * fold.features, begin + first, fold.features, four.basis);
+    if (i < of.num_saved) {
+      store_four(of.saved + i * fold.features, begin + first, fold.features, four.basis);
     }
   }
 }
@@ -438,7 +438,7 @@ __device__ __forceinline__ void store_rows(const double (&sums)[kRowsProducts][4
 __global__ void __launch_bounds__(kRowsThreads) fold_rows_kernel(FoldRowsArgs args) {
   __shared__ double mixing[kFoldDepth][kFoldTile + kPad];
   EVA_DYNAMIC_SHARED(double, image);
-  if (!*args.valid) return;
+  if (!*args.all_finite) return;
   const FoldArgs& fold = args.fold;
   const int width = fold.width;
   const int64_t blocks = (fold.features + kRowsColumns - 1) / kRowsColumns;

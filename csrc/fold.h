@@ -14,8 +14,8 @@ namespace eva_kernels {
 struct FoldLayer {
   float* basis;           // (width, features), contiguous; overwritten by fold_rows
   const float* products;  // (width, features), contiguous
-  float* before;          // (kept, features), contiguous; may be null where kept is 0
-  int64_t kept;           // leading rows of the basis that fold_rows saves in `before`
+  float* saved;           // (num_saved, features), contiguous; may be null where num_saved is 0
+  int64_t num_saved;      // leading rows of the basis that fold_rows copies to `saved`
   const double* shift;    // (features,), sum of (token - mean) over the step
   const double* square;   // (), sum of |token - mean|^2 over the step
   float* mean;            // (features,); overwritten by fold_rows
@@ -83,7 +83,7 @@ struct FoldRowsArgs {
   const float* mean;      // from fold_prepare
   const double* mixing;   // (n_layers, width, width), contiguous: the new rows are mixing^T Y
   const double* summary;  // (n_layers, 2 + 2 width), the rank first: rows beyond it are not written
-  const bool* valid;      // (): if false, nothing is written
+  const bool* all_finite;  // (): if false, nothing is written
 
   EVA_HOST_DEVICE int rank(int64_t layer) const {
     return static_cast<int>(summary[layer * (2 + 2 * fold.width)]);
@@ -128,9 +128,9 @@ inline FoldMeasureArgs fold_measure_args(const FoldArgs& fold, int64_t columns, 
 }
 
 inline FoldRowsArgs fold_rows_args(const FoldArgs& fold, uintptr_t mean, uintptr_t mixing,
-                                   uintptr_t summary, uintptr_t valid) {
+                                   uintptr_t summary, uintptr_t all_finite) {
   return {fold, reinterpret_cast<const float*>(mean), reinterpret_cast<const double*>(mixing),
-          reinterpret_cast<const double*>(summary), reinterpret_cast<const bool*>(valid)};
+          reinterpret_cast<const double*>(summary), reinterpret_cast<const bool*>(all_finite)};
 }
 
 void fold_prepare_cpu(const FoldPrepareArgs& args);

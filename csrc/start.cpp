@@ -8,7 +8,7 @@ namespace {
 struct Cpu {
   void set_up(const StartArgs& args, const StartParts& parts) const {
     *parts.layers = args.layer;
-    *parts.valid = true;
+    *parts.all_finite = true;
     for (int i = 0; i < 2 * (kFoldNumbers + args.width); ++i) {
       parts.numbers[i] = start_number(i, args.width, args.tokens);
     }

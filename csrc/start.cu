@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kSetUpThreads) set_up_kernel(StartArgs args, S
   }
   if (threadIdx.x != 0) return;
   *parts.layers = args.layer;
-  *parts.valid = true;
+  *parts.all_finite = true;
 }
 
 struct Cuda {

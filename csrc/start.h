@@ -23,7 +23,7 @@ struct StartSums {
 };
 
 struct StartArgs {
-  FoldLayer layer;  // with a random basis; kept = 0, no old rows are saved
+  FoldLayer layer;  // with a random basis; num_saved = 0, no old rows are saved
   StartSums sums;   // the same sums as in `layer`, writable
   int width;
   int64_t features;
@@ -46,7 +46,7 @@ struct StartParts {
   double* mixing;
   double* summary;
   float* mean;
-  bool* valid;
+  bool* all_finite;
   size_t bytes;
 };
 
@@ -76,7 +76,7 @@ inline StartParts start_parts(char* workspace, int width, int64_t features, int6
   parts.mixing = doubles(square);
   parts.summary = doubles(static_cast<size_t>(nystrom_summary_size(width)));
   parts.mean = reinterpret_cast<float*>(take(count * sizeof(float)));
-  parts.valid = reinterpret_cast<bool*>(take(sizeof(bool)));
+  parts.all_finite = reinterpret_cast<bool*>(take(sizeof(bool)));
   parts.bytes = used;
   return parts;
 }
@@ -103,7 +103,7 @@ void run_start(const StartArgs& args, const Device& device) {
     device.measure({fold, args.columns, parts.partial, parts.core, parts.metric});
     device.decompose({parts.core, parts.core, &fold.head(0).ceiling, 1, args.width, 0.0, goal,
                       parts.scratch, parts.mixing, parts.summary});
-    device.rows({fold, parts.mean, parts.mixing, parts.summary, parts.valid});
+    device.rows({fold, parts.mean, parts.mixing, parts.summary, parts.all_finite});
     if (goal == kNystromOrthogonal) break;
     device.clear(args, parts);
     fold.numbers += kFoldNumbers + args.width;

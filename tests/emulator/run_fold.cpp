@@ -116,7 +116,7 @@ bool identical(const Vector& a, const Vector& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a[0])) == 0);
 }
 
-void run_on_device(Fold& fold, bool valid, unsigned seed) {
+void run_on_device(Fold& fold, bool all_finite, unsigned seed) {
   const FoldArgs args = fold.args();
   FoldMeasureArgs measure{args, fold.shape.columns, nullptr, fold.core.data(), fold.metric.data()};
   const int64_t splits = args.n_layers * fold_splits(args.features, measure.columns);
@@ -140,19 +140,20 @@ void run_on_device(Fold& fold, bool valid, unsigned seed) {
   const int64_t blocks = (fold.shape.features + kRowsColumns - 1) / kRowsColumns;
   emulator::launch<FoldRowsArgs>(
       fold_rows_kernel, blocks * fold.shape.layers, kRowsThreads,
-      {args, fold.mean.data(), fold.mixing.data(), fold.summary.data(), &valid}, seed,
+      {args, fold.mean.data(), fold.mixing.data(), fold.summary.data(), &all_finite}, seed,
       fold_rows_shared_bytes(fold.shape.width));
 }
 
 void check(const Shape& shape, unsigned seeds) {
   const std::string name = std::to_string(shape.width) + " x " + std::to_string(shape.features);
   const Fold given(shape);
-  const bool valid = true;
+  const bool all_finite = true;
   Fold wanted = given;
   const FoldArgs args = wanted.args();
   fold_prepare_cpu({args, wanted.mean.data(), wanted.scalars.data()});
   fold_measure_cpu({args, 0, nullptr, wanted.core.data(), wanted.metric.data()});
-  fold_rows_cpu({args, wanted.mean.data(), wanted.mixing.data(), wanted.summary.data(), &valid});
+  fold_rows_cpu(
+      {args, wanted.mean.data(), wanted.mixing.data(), wanted.summary.data(), &all_finite});
   Fold first = given;
   run_on_device(first, true, 0);
   compare(first.delta, wanted.delta, 0.0, name + ": delta");
@@ -178,8 +179,8 @@ void check(const Shape& shape, unsigned seeds) {
   Fold refused = given;
   run_on_device(refused, false, 1);
   for (int i = 0; i < shape.layers; ++i) {
-    require(identical(refused.bases[i], given.bases[i]), name + ": written though not valid");
-    require(identical(refused.means[i], given.means[i]), name + ": mean written, not valid");
+    require(identical(refused.bases[i], given.bases[i]), name + ": written though not finite");
+    require(identical(refused.means[i], given.means[i]), name + ": mean written, not finite");
   }
 }
 

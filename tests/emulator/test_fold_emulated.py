@@ -118,14 +118,14 @@ MUTATIONS = {
     ),
     "first entries of a tile alone": ("% kReduceBlocks) * kReduceThreads", "% kReduceBlocks) * 0"),
     "not mirrored": ("args.core[lower] = args.core[upper] = core", "args.core[lower] = core"),
-    "saved row too many": ("if (i < of.kept)", "if (i <= of.kept)"),
+    "saved row too many": ("if (i < of.num_saved)", "if (i <= of.num_saved)"),
     "stored beyond the row": ("if (column + i < columns) to[i]", "to[i]"),
     "four stored beyond the row": (
         "if (column + 4 <= columns && reinterpret_cast<uintptr_t>(to)",
         "if (reinterpret_cast<uintptr_t>(to)",
     ),
     "four stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float4) == 0", ""),
-    "written though not valid": ("if (!*args.valid) return;", ""),
+    "written though not finite": ("if (!*args.all_finite) return;", ""),
     "two stored beyond the row": (
         "if (column + 2 <= columns && reinterpret_cast<uintptr_t>(to)",
         "if (reinterpret_cast<uintptr_t>(to)",
