@@ -16,13 +16,13 @@ from .common import RESULTS
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
-Out = Annotated[Path, typer.Option(help="Folder of the results.")]
-Full = Annotated[bool, typer.Option("--full", help="All seeds and sizes; else a few.")]
+Out = Annotated[Path, typer.Option(help="Folder for the result files.")]
+Full = Annotated[bool, typer.Option("--full", help="Use all seeds and sizes, not a few.")]
 
 
 @app.callback(invoke_without_command=True)
 def main(context: typer.Context, out: Out = Path("bench-report"), full: Full = False) -> None:
-    """Run cost, scale, accuracy and quality, then write tables, plots and a page."""
+    """Run cost, scale, accuracy and quality, then write tables, plots and an HTML page."""
     if context.invoked_subcommand is None:
         cost(out=out)
         scale(out, full)
@@ -34,12 +34,14 @@ def main(context: typer.Context, out: Out = Path("bench-report"), full: Full = F
 @app.command()
 def cost(
     config: Annotated[
-        str, typer.Option(help="Which model; only tiny makes sense on a CPU.")
+        str, typer.Option(help="Model configuration; on a CPU only tiny is feasible.")
     ] = "tiny",
-    method: Annotated[list[str] | None, typer.Option(help="A method; all if none.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method; repeat for several. Default: all.")
+    ] = None,
     out: Out = RESULTS,
 ) -> None:
-    """What every initialiser costs: seconds by phase, memory, data, what is left of the base."""
+    """Measure the cost of every initialisation: time by phase, memory, data, change of the base."""
     from .cost.configs import CONFIGS
     from .cost.run import run
     from .methods import METHODS
@@ -55,12 +57,17 @@ def cost(
 
 @app.command()
 def depth(
-    config: Annotated[str, typer.Option(help="Which model.")] = "tiny",
-    layers: Annotated[list[int] | None, typer.Option(help="A depth; 2 and 6 if none.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method.")] = None,
+    config: Annotated[str, typer.Option(help="Model configuration.")] = "tiny",
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of layers to measure, at least twice. Default: 2 and 6."),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method; repeat for several. Default: some.")
+    ] = None,
     out: Out = RESULTS,
 ) -> None:
-    """What initialisers would cost on a model too large to run, from a few of its layers."""
+    """Extrapolate the cost on a model too large to run, from a few of its layers."""
     import json
 
     from .cost import depth as benchmark
@@ -81,7 +88,7 @@ def depth(
 
 @app.command()
 def scale(out: Out = RESULTS, full: Full = False) -> None:
-    """Cost of a step against width, tokens, layers and rank; memory of 7B to 70B models."""
+    """Measure the cost of a step by width, tokens, layers and rank; memory of 7B to 70B models."""
     from .scale.run import run
 
     run("full" if full else "quick", out)
@@ -89,7 +96,7 @@ def scale(out: Out = RESULTS, full: Full = False) -> None:
 
 @app.command()
 def accuracy(out: Out = RESULTS, full: Full = False) -> None:
-    """Lost variance and rank error against exact PCA, and what they cost."""
+    """Measure lost variance and rank error against exact PCA, and the time of each method."""
     from .accuracy.run import run
 
     run("full" if full else "quick", out)
@@ -100,14 +107,17 @@ def quality(
     out: Out = RESULTS,
     full: Full = False,
     domain: Annotated[
-        list[str] | None, typer.Option(help="A domain; if none, all but pretrained, for a GPU.")
+        list[str] | None,
+        typer.Option(help="Domain; repeat for several. Default: all but pretrained (for a GPU)."),
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method; all if none.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Method; repeat for several. Default: all.")
+    ] = None,
     data: Annotated[
-        str, typer.Option(help="embedded, or hub: the sets of the paper.")
+        str, typer.Option(help="embedded, or hub for the data sets of the paper.")
     ] = "embedded",
 ) -> None:
-    """Fine-tune from every initialisation in four domains."""
+    """Fine-tune from every initialisation in several domains, and compare the results."""
     from .methods import METHODS
     from .quality.domains import RECIPES
     from .quality.run import DATA, run
@@ -122,10 +132,10 @@ def quality(
 def report(
     out: Out = RESULTS,
     readme: Annotated[
-        bool, typer.Option("--readme", help="Renew the tables of the README.")
+        bool, typer.Option("--readme", help="Also update the tables of the README.")
     ] = False,
 ) -> None:
-    """Write one page, the plots and the tables of a folder of results, from its JSON alone."""
+    """Write the HTML page, plots and tables of a results folder from its JSON files."""
     from . import report as benchmark
 
     print(f"wrote {benchmark.run(out)}")
@@ -136,12 +146,12 @@ def report(
 def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise typer.BadParameter(f"{', '.join(unknown)}: known are {', '.join(known)}")
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
 
 
 @app.command()
 def step(steps: int = 46, out: Out = RESULTS) -> None:
-    """One SVD step on real activations, against PEFT's IncrementalPCA."""
+    """Time one SVD step on real activations, compared with PEFT's IncrementalPCA."""
     from . import svd_step
 
     svd_step.run(steps, out)
@@ -149,7 +159,7 @@ def step(steps: int = 46, out: Out = RESULTS) -> None:
 
 @app.command()
 def initialize(repeats: int = 5, out: Out = RESULTS) -> None:
-    """The whole initialisation, against PEFT's and the plain forward passes."""
+    """Time the whole initialisation, compared with PEFT's and with plain forward passes."""
     from . import initialize as benchmark
 
     benchmark.run(repeats, out)
@@ -157,7 +167,7 @@ def initialize(repeats: int = 5, out: Out = RESULTS) -> None:
 
 @app.command()
 def memory(repeats: int = 3, child: str = "", out: Out = RESULTS) -> None:
-    """Peak memory, each in a fresh process."""
+    """Measure peak memory of plain passes, this package and PEFT, each in a fresh process."""
     from . import memory as benchmark
 
     if child:
@@ -168,7 +178,7 @@ def memory(repeats: int = 3, child: str = "", out: Out = RESULTS) -> None:
 
 @app.command()
 def tables(write: bool = False) -> None:
-    """Print the README's tables from the result files, or put them into the README."""
+    """Print the README's tables from the result files, or write them into the README."""
     from . import tables as benchmark
 
     if write:
@@ -179,7 +189,7 @@ def tables(write: bool = False) -> None:
 
 @app.command()
 def kernels(seconds: float = 300.0, out: Path | None = None) -> None:
-    """Every kernel against its plain twin and PEFT's step, after its answer was found right."""
+    """Time every kernel against its PyTorch twin and PEFT's step, after checking its result."""
     import torch
 
     from .kernels._timing import Ceilings, measure_ceilings
@@ -190,12 +200,12 @@ def kernels(seconds: float = 300.0, out: Path | None = None) -> None:
     measured = measure_ceilings(device, small)
     ceilings = Ceilings(measured["bytes_per_second"], measured["flops_per_second"])
     rows = run(device, small=small, ceilings=None if small else ceilings, seconds=seconds)
-    _put({"ceilings": measured, "rows": rows}, out)
+    _output({"ceilings": measured, "rows": rows}, out)
 
 
 @app.command()
 def tune(seconds: float = 200.0, out: Path | None = None) -> None:
-    """The sketch with other launch numbers, one thing changed at a time.
+    """Time the sketch with other launch parameters, one changed at a time.
 
     A rehearsal without a GPU needs TRITON_INTERPRET=1 in the environment.
     """
@@ -204,16 +214,18 @@ def tune(seconds: float = 200.0, out: Path | None = None) -> None:
     from .kernels import tune
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = tune.run(device, small=device.type == "cpu", seconds=seconds, save=_saver(out))
+    rows = tune.run(device, small=device.type == "cpu", seconds=seconds, save=_make_saver(out))
     print(tune.table(rows))
 
 
 @app.command()
 def kernel_report(
-    arch: Annotated[list[str] | None, typer.Option(help="An architecture; all if none.")] = None,
-    write: Annotated[bool, typer.Option(help="Keep the result in bench/results.")] = False,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="Architecture; repeat for several. Default: all.")
+    ] = None,
+    write: Annotated[bool, typer.Option(help="Save the result in bench/results.")] = False,
 ) -> None:
-    """Compile the Triton kernels for every chip of the launch tables; needs no GPU."""
+    """Compile the Triton kernels for every architecture in the launch tables; needs no GPU."""
     from . import kernel_report as report
 
     if report.run(tuple(arch or report.ARCHS), write):
@@ -222,10 +234,12 @@ def kernel_report(
 
 @app.command()
 def simulate(
-    model: Annotated[list[str] | None, typer.Option(help="A model; all if none.")] = None,
-    write: Annotated[bool, typer.Option(help="Keep the result in bench/results.")] = False,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model; repeat for several. Default: all.")
+    ] = None,
+    write: Annotated[bool, typer.Option(help="Save the result in bench/results.")] = False,
 ) -> None:
-    """Peak memory of the initialisation of 7B to 70B models, simulated; needs no GPU."""
+    """Simulate the peak memory of initialising 7B to 70B models; needs no GPU."""
     from . import simulated_memory
     from .models import MODELS
 
@@ -235,16 +249,18 @@ def simulate(
 
 @app.command()
 def families(
-    family: Annotated[list[str] | None, typer.Option(help="A family; all if none.")] = None,
-    write: Annotated[bool, typer.Option(help="Keep the result in bench/results.")] = False,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Family; repeat for several. Default: all.")
+    ] = None,
+    write: Annotated[bool, typer.Option(help="Save the result in bench/results.")] = False,
 ) -> None:
-    """Initialise tiny models of all families, with this package and with PEFT's defaults."""
+    """Try to initialise tiny models of all families, with this package and with PEFT's EVA."""
     from .families import FAMILIES
-    from .families.run import run, words
+    from .families.run import outcome_text, run
 
     _check_names(family or (), FAMILIES)
     for row in run(family, write):
-        print(f"{row['family']}: {words(row['ours'])}; PEFT: {words(row['peft'])}")
+        print(f"{row['family']}: {outcome_text(row['ours'])}; PEFT: {outcome_text(row['peft'])}")
 
 
 @app.command()
@@ -253,35 +269,42 @@ def end_to_end(
     seconds: float = 600.0,
     out: Path | None = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Profile of our steps, for a trace viewer; .gz is packed.")
+        Path | None,
+        typer.Option(help="Profile of our steps, for a trace viewer; compressed if named .gz."),
     ] = None,
 ) -> None:
-    """Plain forward, ours and PEFT's EVA on the shape of a model."""
+    """Time plain forward passes, this package and PEFT's EVA on the shape of a model."""
     import torch
 
     from . import end_to_end as benchmark
 
     _check_names([config], benchmark.SETTINGS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = benchmark.run(config, device, seconds=seconds, save=_saver(out), trace=trace)
-    _put(found, out)
+    result = benchmark.run(config, device, seconds=seconds, save=_make_saver(out), trace=trace)
+    _output(result, out)
 
 
 @app.command()
 def gpu_check(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Rehearse on the CPU.")] = False,
-    skip: Annotated[list[str] | None, typer.Option(help="A stage to leave out.")] = None,
-    also: Annotated[list[str] | None, typer.Option(help="A stage beyond the check.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what passed before.")] = False,
-    seconds: Annotated[float | None, typer.Option(help="Of the whole.", show_default="540")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Stage to skip; repeatable.")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Additional stage, run on request only; repeatable.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep stages that passed in an earlier run.")
+    ] = False,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time limit of the whole check.", show_default="540")
+    ] = None,
 ) -> None:
-    """Build, test, sanitise and measure on a GPU within nine minutes; red unless all is green."""
+    """Build, test, sanitise and measure on a GPU within nine minutes; fails unless all passed."""
     from .gpu_check.runner import TOTAL_SECONDS, Check
 
     total = TOTAL_SECONDS if seconds is None else seconds
     # shut down cleanly, ending the running stage, too
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         check = Check(
             out, dry_run=dry_run, skip=skip or (), also=also or (), resume=resume, total=total
@@ -291,25 +314,25 @@ def gpu_check(
     raise typer.Exit(0 if check.run() else 1)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def _saver(out: Path | None) -> Callable[[Any], None]:
+def _make_saver(out: Path | None) -> Callable[[Any], None]:
     """Return what keeps all that was found so far in a file; on the screen, only the end is."""
-    return (lambda found: _put(found, out)) if out else (lambda found: None)
+    return (lambda result: _output(result, out)) if out else (lambda result: None)
 
 
-def _put(found: Any, out: Path | None) -> None:
+def _output(result: Any, out: Path | None) -> None:
     """Write a result with the day, the commit and the machine; print it where there is no file."""
     import json
 
     from .common import header
     from .files import write_json
 
-    rows = found if isinstance(found, dict) else {"rows": found}
+    rows = result if isinstance(result, dict) else {"rows": result}
     if out is None:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(result, indent=1))
     else:
         write_json(out, {**header(), **rows})
 

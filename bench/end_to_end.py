@@ -152,12 +152,12 @@ class Bench:
         self.batches = make_batches(setting, size)
         self.config = lora_config(setting)
 
-    def now(self) -> float:
+    def synchronized_now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def peak_above(self, run: Callable[[], Any]) -> int | None:
+    def peak_bytes_above(self, run: Callable[[], Any]) -> int | None:
         """Run, and return the peak of allocated bytes above what was there before."""
         if self.device.type != "cuda":
             run()
@@ -177,7 +177,7 @@ class Bench:
 
     def calibrate(self, steps: int, stamps: list[float] | None = None) -> eva_kernels.EvaResult:
         """Run our pass; the clock is read after every step."""
-        note = None if stamps is None else lambda numbers: stamps.append(self.now())
+        on_step = None if stamps is None else lambda numbers: stamps.append(self.synchronized_now())
         return eva_kernels.calibrate(
             self.model,
             self.batches[:steps],
@@ -185,7 +185,7 @@ class Bench:
             max_steps=steps,
             on_not_converged="ignore",
             progress=False,
-            callback=note,
+            callback=on_step,
         )
 
 
@@ -193,15 +193,15 @@ def measure_plain(bench: Bench) -> dict[str, Any]:
     """Forward passes with the head and without a cache."""
 
     def run() -> list[float]:
-        stamps = [bench.now()]
+        stamps = [bench.synchronized_now()]
         for batch in bench.batches:
             bench.forward(batch)
-            stamps.append(bench.now())
+            stamps.append(bench.synchronized_now())
         return _differences(stamps)
 
     bench.forward(bench.batches[0])
     seconds = run()
-    peak = bench.peak_above(lambda: bench.forward(bench.batches[0]))
+    peak = bench.peak_bytes_above(lambda: bench.forward(bench.batches[0]))
     calls = count_device_calls(lambda: bench.forward(bench.batches[0]), bench.device)
     return {"step_s": spread(seconds + run()), "peak_above_weights": peak, "calls_per_step": calls}
 
@@ -210,14 +210,14 @@ def measure_ours(bench: Bench) -> dict[str, Any]:
     """Our pass, run twice: both are timed, and the results must agree bit for bit."""
     steps = bench.setting.steps
     seconds: list[float] = []
-    firsts, results = [], []
+    first_step_seconds, results = [], []
     bench.calibrate(2)  # kernels are compiled
     for _ in range(2):
-        stamps = [bench.now()]
+        stamps = [bench.synchronized_now()]
         results.append(bench.calibrate(steps, stamps))
-        firsts.append(stamps[1] - stamps[0])
+        first_step_seconds.append(stamps[1] - stamps[0])
         seconds += _differences(stamps[1:])
-    peak = bench.peak_above(lambda: bench.calibrate(2))
+    peak = bench.peak_bytes_above(lambda: bench.calibrate(2))
     few, many = (
         count_device_calls(lambda n=n: bench.calibrate(n), bench.device) for n in (2, steps)
     )
@@ -225,10 +225,10 @@ def measure_ours(bench: Bench) -> dict[str, Any]:
         "step_s": spread(seconds),
         "steps_s": seconds,  # those of the first run, then of the second, without the first step
         "host_s": results[0].seconds,  # by phase, of the first run; a fold waits for the device
-        "first_step_s": min(firsts),
+        "first_step_s": min(first_step_seconds),
         "peak_above_weights": peak,
         "calls_per_step": per_step(few, many, steps - 2),
-        "same_bits_twice": same_bits(*results),
+        "same_bits_twice": bitwise_equal(*results),
         "methods": sorted(set(results[0].method.values())),
     }
 
@@ -240,15 +240,15 @@ def measure_peft(bench: Bench) -> dict[str, Any]:
     converged.
     """
     steps, model = bench.setting.peft_steps, bench.model
-    loader = _HashThenSteps(bench)
+    loader = _HashBatchThenBatches(bench)
     begins: list[float] = []
     ends: list[float] = []
 
     def forward(module: nn.Module, batch: Batch) -> None:  # PEFT has moved it to the device
-        begins.append(bench.now())
+        begins.append(bench.synchronized_now())
         with torch.no_grad():
             module(**batch, use_cache=False)
-        ends.append(bench.now())
+        ends.append(bench.synchronized_now())
         if len(ends) > steps:
             hooks = (h for layer in module.modules() for h in layer._forward_hooks.values())
             for hook in hooks:
@@ -262,18 +262,18 @@ def measure_peft(bench: Bench) -> dict[str, Any]:
                 model, loader, bench.config, forward_fn=forward, show_progress_bar=False
             )
 
-    peak = bench.peak_above(run)
+    peak = bench.peak_bytes_above(run)
     tokens = bench.batches[0]["input_ids"].numel()
-    hashing = ends[0] - begins[0]
+    hash_seconds = ends[0] - begins[0]
     # a step lasts until the next begins; the first is a full start of every decomposition
     seconds = _differences([*begins[1:], ends[-1]])
     return {
         "step_s": spread(seconds[1:]),
         "first_step_s": seconds[0],
         "peak_above_weights": peak,
-        "hash_pass_s": hashing,
+        "hash_pass_s": hash_seconds,
         "hash_pass_tokens": bench.setting.hash_tokens,
-        "hash_pass_extrapolated_s": hashing * tokens / bench.setting.hash_tokens,
+        "hash_pass_extrapolated_s": hash_seconds * tokens / bench.setting.hash_tokens,
     }
 
 
@@ -285,7 +285,7 @@ METHODS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
-class _HashThenSteps:
+class _HashBatchThenBatches:
     """A loader whose first iteration, PEFT's hash pass, gives one short batch."""
 
     def __init__(self, bench: Bench) -> None:
@@ -307,20 +307,20 @@ def _differences(stamps: list[float]) -> list[float]:
 
 
 def per_step(
-    few: dict[str, int | None], many: dict[str, int | None], steps: int
+    counts_of_few: dict[str, int | None], counts_of_many: dict[str, int | None], steps: int
 ) -> dict[str, float | None]:
     """Return the counts of one step from two runs that differ by some steps."""
-    pairs = {key: (few[key], many[key]) for key in few}
+    pairs = {key: (counts_of_few[key], counts_of_many[key]) for key in counts_of_few}
     return {
         key: None if a is None or b is None else (b - a) / steps for key, (a, b) in pairs.items()
     }
 
 
-def same_bits(first: eva_kernels.EvaResult, second: eva_kernels.EvaResult) -> bool:
+def bitwise_equal(first: eva_kernels.EvaResult, second: eva_kernels.EvaResult) -> bool:
     """Tell whether two results agree to the last bit."""
-    names = first.components.keys() == second.components.keys()
+    same_names = first.components.keys() == second.components.keys()
     return (
-        names
+        same_names
         and first.ranks == second.ranks
         and all(
             torch.equal(tensor, second.components[name])
@@ -331,7 +331,7 @@ def same_bits(first: eva_kernels.EvaResult, second: eva_kernels.EvaResult) -> bo
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare the methods that were measured at each batch size."""
-    found = []
+    ratios_by_batch = []
     for size in dict.fromkeys(row["batch"] for row in rows):
         medians = {
             row["method"]: row["step_s"]["median"]
@@ -343,11 +343,11 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entry["ours_over_plain"] = medians["ours"] / medians["plain"]
         if {"ours", "peft"} <= medians.keys():
             entry["peft_over_ours"] = medians["peft"] / medians["ours"]
-        found.append(entry)
-    return found
+        ratios_by_batch.append(entry)
+    return ratios_by_batch
 
 
-def plan(setting: Setting) -> list[tuple[int, str]]:
+def measurement_order(setting: Setting) -> list[tuple[int, str]]:
     """Return (batch, method) in order of value: all on the first batch, then PEFT's last."""
     first, *others = setting.batches
     quick = [name for name in setting.methods if name != "peft"]
@@ -362,7 +362,7 @@ def write_trace(bench: Bench, path: Path, steps: int = 3) -> None:
     bench.calibrate(steps)
     with torch.profiler.profile() as profile:
         bench.calibrate(steps)
-        bench.now()
+        bench.synchronized_now()
     profile.export_chrome_trace(str(path))
 
 
@@ -371,7 +371,7 @@ def run(
     device: torch.device,
     *,
     seconds: float = 600.0,
-    save: Save = lambda found: None,
+    save: Save = lambda result: None,
     trace: Path | None = None,
 ) -> dict[str, Any]:
     """Measure in order of value while time is left.
@@ -387,20 +387,20 @@ def run(
     transformers.logging.set_verbosity_error()
     model = build_model(setting, device)
     weights = sum(p.nbytes for p in model.parameters())
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "config": config,
         "weights_bytes": weights,
         "allocated_by_model": torch.cuda.memory_allocated() if device.type == "cuda" else None,
         "length": setting.length,
         "rows": [],
     }
-    spent: dict[str, list[float]] = {}
-    for size, method in plan(setting):
+    seconds_by_method: dict[str, list[float]] = {}
+    for size, method in measurement_order(setting):
         row: dict[str, Any] = {"batch": size, "method": method}
         # time grows at most with the batch
-        expected = 2 * statistics.fmean(spent.get(method, [0.0]))
+        expected_seconds = 2 * statistics.fmean(seconds_by_method.get(method, [0.0]))
         begin = time.monotonic()
-        if begin + expected > deadline:
+        if begin + expected_seconds > deadline:
             row["status"] = "not reached"
         else:
             try:
@@ -408,13 +408,13 @@ def run(
                 row.update(METHODS[method](bench), status="measured")
             except Exception as error:  # the other methods are worth their time
                 row.update(status="failed", reason=f"{type(error).__name__}: {error}"[:500])
-            spent.setdefault(method, []).append(time.monotonic() - begin)
-        found["rows"].append(row)
-        found["ratios"] = ratios(found["rows"])
-        save(found)
+            seconds_by_method.setdefault(method, []).append(time.monotonic() - begin)
+        result["rows"].append(row)
+        result["ratios"] = ratios(result["rows"])
+        save(result)
     if trace is not None:
         try:
             write_trace(Bench(setting, model, setting.batches[0], device), trace)
         except Exception as error:  # the numbers are worth more
-            found["trace"] = f"{type(error).__name__}: {error}"[:500]
-    return found
+            result["trace"] = f"{type(error).__name__}: {error}"[:500]
+    return result

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 # The allocator of CUDA hands out multiples of this many bytes.
-GRANULE = 512
+ALLOCATION_GRANULE = 512
 # The name must not contain "flash": transformers would look for a package of that kernel.
 ATTENTION = "simulated_fused_attention"
 
@@ -77,10 +77,10 @@ def _attention(
     # Without a device torch would choose the attention that stores all scores. The fake
     # implementation of this operator allocates what the fused CUDA kernel does, whatever the
     # arguments for windows and score caps.
-    found = torch.ops.aten._scaled_dot_product_flash_attention(
+    outputs = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, True, False, scale=scaling
     )
-    return found[0].transpose(1, 2).contiguous(), None
+    return outputs[0].transpose(1, 2).contiguous(), None
 
 
 def apply_to_module(
@@ -104,9 +104,9 @@ class LiveMemory(TorchDispatchMode):
 
     Attributes:
         live: bytes at present.
-        peak: most bytes since :meth:`restart`.
+        peak: most bytes since :meth:`reset_peak`.
         where: what was running when ``peak`` was reached, outermost first.
-        peak_of: most bytes while something of a name was running, since :meth:`restart`.
+        peak_of: most bytes while something of a name was running, since :meth:`reset_peak`.
     """
 
     def __init__(self) -> None:
@@ -115,16 +115,16 @@ class LiveMemory(TorchDispatchMode):
         self.where: tuple[str, ...] = ()
         self.peak_of: dict[str, int] = {}
         self._running: list[str] = []
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._live_storages: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type == "cuda":
-                self._see(leaf.untyped_storage())
+                self._count_storage(leaf.untyped_storage())
         return out
 
-    def restart(self) -> None:
+    def reset_peak(self) -> None:
         """Look for a new peak from here on."""
         self.peak, self.where, self.peak_of = self.live, tuple(self._running), {}
 
@@ -137,7 +137,7 @@ class LiveMemory(TorchDispatchMode):
         finally:
             self._running.pop()
 
-    def follow(self, model: nn.Module) -> None:
+    def track_modules(self, model: nn.Module) -> None:
         """Name the modules of a model while they run."""
 
         def enter(name: str, *ignored: Any) -> None:
@@ -152,19 +152,19 @@ class LiveMemory(TorchDispatchMode):
             # a hook of the pass may end the forward by an exception
             module.register_forward_hook(leave, always_call=True)
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _count_storage(self, storage: torch.UntypedStorage) -> None:
         # A storage has one Python object for life, whose end is that of the memory.
         key = id(storage)
-        if key in self._known:
+        if key in self._live_storages:
             return
-        size = -(-storage.nbytes() // GRANULE) * GRANULE
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        size = -(-storage.nbytes() // ALLOCATION_GRANULE) * ALLOCATION_GRANULE
+        self._live_storages[key] = weakref.ref(storage, lambda _: self._release(key, size))
         self.live += size
         for name in self._running:
             self.peak_of[name] = max(self.live, self.peak_of.get(name, 0))
         if self.live > self.peak:
             self.peak, self.where = self.live, tuple(self._running)
 
-    def _forget(self, key: int, size: int) -> None:
-        del self._known[key]
+    def _release(self, key: int, size: int) -> None:
+        del self._live_storages[key]
         self.live -= size

@@ -32,10 +32,10 @@ def commit() -> str:
     """Return the commit, marked if the tree has changes; CI's where the checkout has no history."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=7"]
     try:
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:
         return os.environ.get("GITHUB_SHA", "unknown")
-    return told.stdout.strip() or os.environ.get("GITHUB_SHA", "unknown")
+    return completed.stdout.strip() or os.environ.get("GITHUB_SHA", "unknown")
 
 
 def cpu_name() -> str:

@@ -20,7 +20,7 @@ from .common import RESULTS, save, spread
 FORWARDS, BATCH = 12, 8
 
 
-def adapted() -> PeftModel:
+def make_adapted_model() -> PeftModel:
     """Return the model with EVA adapters that wait on the meta device."""
     # tau = 1 is not reached: the number of forward passes is the same for all
     config = minilm.lora_config(tau=1.0)
@@ -47,13 +47,13 @@ def pass_peft(model: PeftModel, batches: list[dict[str, Any]]) -> None:
     PEFT has no limit of its own, so after the last forward pass its hooks are told that they
     have converged. The first of the passes is the one that it spends on hashing.
     """
-    done = 0
+    num_forwards = 0
 
     def forward(module: nn.Module, inputs: dict[str, Any]) -> None:
-        nonlocal done
+        nonlocal num_forwards
         module(**inputs)
-        done += 1
-        if done >= len(batches):
+        num_forwards += 1
+        if num_forwards >= len(batches):
             for layer in module.modules():
                 for hook in layer._forward_hooks.values():
                     if isinstance(hook, SVDHook):
@@ -62,15 +62,15 @@ def pass_peft(model: PeftModel, batches: list[dict[str, Any]]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
-    assert done == len(batches), done
+    assert num_forwards == len(batches), num_forwards
 
 
 PASSES = {"plain": pass_plain, "ours": pass_ours, "peft": pass_peft}
 
 
-def timed(name: str, batches: list[dict[str, Any]]) -> tuple[float, PeftModel]:
+def timed_pass(name: str, batches: list[dict[str, Any]]) -> tuple[float, PeftModel]:
     """Return the seconds of one pass on a fresh model, and the model."""
-    model = adapted()
+    model = make_adapted_model()
     begin = time.perf_counter()
     PASSES[name](model, batches)
     return time.perf_counter() - begin, model
@@ -91,7 +91,7 @@ def measure_length(length: int, repeats: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"plain": [], "ours": [], "peft": []}
     for _ in range(repeats):
         for name, values in seconds.items():
-            values.append(timed(name, batches)[0])
+            values.append(timed_pass(name, batches)[0])
     pairs = list(zip(seconds["plain"], seconds["ours"], seconds["peft"], strict=True))
     tokens = sum(int(b["attention_mask"].sum()) for b in batches)
     return {
@@ -107,16 +107,16 @@ def measure_length(length: int, repeats: int) -> dict[str, Any]:
 
 def measure_ranks() -> dict[str, Any]:
     """Compare lost variance and ranks with exact PCA on the same tokens."""
-    batches = minilm.load_batches(FORWARDS, BATCH, 128, whole=True)
+    batches = minilm.load_batches(FORWARDS, BATCH, 128, join_paragraphs=True)
     base = minilm.load_model()
     names = [n for n, m in base.named_modules() if minilm.is_target(n, m)]
     inputs = minilm.layer_inputs(base, batches, names)
     # PEFT never uses the batch of its hashing pass: give it the same tokens for its steps
-    ours = lora_rows(timed("ours", batches)[1])
-    peft = lora_rows(timed("peft", [batches[0], *batches])[1])
+    ours = lora_rows(timed_pass("ours", batches)[1])
+    peft = lora_rows(timed_pass("peft", [batches[0], *batches])[1])
     covariances = {name: minilm.centred_covariance(parts) for name, parts in inputs.items()}
     spectra = {name: torch.linalg.eigvalsh(c) for name, c in covariances.items()}
-    exact = _exact_ranks(spectra, budget=16 * len(names), most=32)
+    exact = _exact_ranks(spectra, budget=16 * len(names), max_components=32)
     rows = []
     for name in names:
         row: dict[str, Any] = {"layer": name, "exact_rank": exact[name]}
@@ -142,11 +142,13 @@ def measure_ranks() -> dict[str, Any]:
     }
 
 
-def _exact_ranks(spectra: dict[str, torch.Tensor], budget: int, most: int) -> dict[str, int]:
+def _exact_ranks(
+    spectra: dict[str, torch.Tensor], budget: int, max_components: int
+) -> dict[str, int]:
     entries = sorted(
         (-float(value / spectrum.sum()), i, name)
         for i, (name, spectrum) in enumerate(spectra.items())
-        for value in spectrum.flip(0)[:most]
+        for value in spectrum.flip(0)[:max_components]
     )
     ranks = dict.fromkeys(spectra, 0)
     for _, _, name in entries[:budget]:
@@ -157,7 +159,7 @@ def _exact_ranks(spectra: dict[str, torch.Tensor], budget: int, most: int) -> di
 def run(repeats: int = 5, out: Path = RESULTS) -> None:
     """Measure and save."""
     for length in (128, 512):
-        timed("ours", minilm.load_batches(2, BATCH, length))  # warm-up
+        timed_pass("ours", minilm.load_batches(2, BATCH, length))  # warm-up
     rows = [measure_length(length, repeats) for length in (128, 512)]
     save(
         "initialize", rows, forwards=FORWARDS, batch=BATCH, repeats=repeats, r=16, rho=2.0, out=out

@@ -39,7 +39,7 @@ SHAPES = ((2048, 4096), (8192, 4096), (2048, 11008), (8192, 11008))
 
 
 # Bytes that a release of Triton spills whatever the tile, in project: 3.8 does, 3.6 and 3.9 do not.
-SPILLS = {("3.8", "sm_80"): 24}
+KNOWN_SPILL_BYTES = {("3.8", "sm_80"): 24}
 
 
 def can_compile() -> bool:
@@ -52,7 +52,7 @@ def can_compile() -> bool:
 def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict[str, Any]]:
     """Return one record per compiled kernel, from one child process per architecture."""
     if not can_compile():
-        raise RuntimeError("kernels are compiled ahead by Triton 3.3 or later only")
+        raise RuntimeError("compiling the kernels without a GPU needs Triton 3.3 or later")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
     def child(arch: str) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict
         return [record for records in pool.map(child, archs) for record in records]
 
 
-def launches(arch: str) -> Iterator[tuple[str, str, LaunchSequence]]:
+def launch_sequences(arch: str) -> Iterator[tuple[str, str, LaunchSequence]]:
     """Yield (suffix of the names, tokens, sequence) of everything that is launched.
 
     In split precision, the code with the most in it: tokens with row indices whose last tile is
@@ -81,31 +81,35 @@ def launches(arch: str) -> Iterator[tuple[str, str, LaunchSequence]]:
     import torch
 
     from eva_kernels.kernels import gram, sketch
-    from eva_kernels.kernels.launch import ARCHS as KNOWN
+    from eva_kernels.kernels.launch import ARCHS as LAUNCH_ARCHS
 
     # The tile for float16 is that for float32, with smaller operands.
     for tokens, dtype in {"bf16": torch.bfloat16, "fp32": torch.float32}.items():
         for q in WIDTHS:
-            found = sketch.sketch_sequence(8191, q, 4096, 4096, dtype, True, True, KNOWN[arch])
-            yield f" Q={q}", tokens, found
+            sequence = sketch.sketch_sequence(
+                8191, q, 4096, 4096, dtype, True, True, LAUNCH_ARCHS[arch]
+            )
+            yield f" Q={q}", tokens, sequence
             if tokens == "bf16":
-                whole = sketch.sketch_sequence(8192, q, 4096, 4096, dtype, False, True, KNOWN[arch])
-                yield f" Q={q} all rows", tokens, whole
+                unmasked = sketch.sketch_sequence(
+                    8192, q, 4096, 4096, dtype, False, True, LAUNCH_ARCHS[arch]
+                )
+                yield f" Q={q} all rows", tokens, unmasked
         for d in (512, 4096):  # the splits of narrow tokens are added by another kernel
-            found = gram.gram_sequence(8191, d, d, dtype, True, True, KNOWN[arch])
-            yield f" gram D={d}", tokens, found
+            sequence = gram.gram_sequence(8191, d, d, dtype, True, True, LAUNCH_ARCHS[arch])
+            yield f" gram D={d}", tokens, sequence
 
 
 def compile_for(arch: str) -> list[dict[str, Any]]:
     """Compile what is launched on an architecture, in this process."""
     from triton.backends.compiler import GPUTarget
 
-    from eva_kernels.kernels.launch import ARCHS as KNOWN
+    from eva_kernels.kernels.launch import ARCHS as LAUNCH_ARCHS
 
     target = GPUTarget("cuda", int(arch[3:]), 32) if arch[:3] == "sm_" else None
     target = target or GPUTarget("hip", arch, 64)
     records = []
-    for suffix, tokens, sequence in launches(arch):
+    for suffix, tokens, sequence in launch_sequences(arch):
         for call in sequence.calls:
             tile = [call.constants.get(name) for name in ("BLOCK_N", "BLOCK_D")]
             streams = "num_stages" in call.options
@@ -118,7 +122,7 @@ def compile_for(arch: str) -> list[dict[str, Any]]:
                     "tile": tile if streams else None,
                     **{k: v for k, v in call.options.items() if k.startswith("num_")},
                     **_resources(code),
-                    "shared_limit": KNOWN[arch].shared_bytes,
+                    "shared_limit": LAUNCH_ARCHS[arch].shared_bytes,
                 }
             )
     return records
@@ -139,13 +143,13 @@ def _compile(call: Call, sequence: LaunchSequence, tokens: str, target: Any) -> 
     constants = call.kernel_constants
     signature = dict(zip(call.kernel.arg_names, values, strict=False))
     signature |= dict.fromkeys(constants, "constexpr")
-    first = len(call.pointers)
-    whole = [
+    num_pointers = len(call.pointers)
+    aligned_numbers = [
         i
-        for i, number in enumerate(call.numbers, first)
+        for i, number in enumerate(call.numbers, num_pointers)
         if number % 16 == 0 and not call.kernel.params[i].do_not_specialize
     ]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in [*range(first), *whole]}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in [*range(num_pointers), *aligned_numbers]}
     source = ASTSource(call.kernel, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options=dict(call.options))
 
@@ -153,13 +157,13 @@ def _compile(call: Call, sequence: LaunchSequence, tokens: str, target: Any) -> 
 def _resources(code: Any) -> dict[str, Any]:
     """Return registers, spills, shared memory and tensor-core instructions of compiled code."""
     text = code.asm.get("ptx") or code.asm["amdgcn"]
-    found = {name: len(re.findall(pattern, text)) for name, pattern in TENSOR_CORE.items()}
+    instructions = {name: len(re.findall(pattern, text)) for name, pattern in TENSOR_CORE.items()}
     record = {
         "shared": code.metadata.shared,
-        "tensor_core": {k: v for k, v in found.items() if v},
-        "in_flight": in_flight(code.asm["ttgir"]),
-        "exchanged": exchanged(code.asm["ttgir"]),
-        "early": early(text),
+        "tensor_core": {k: v for k, v in instructions.items() if v},
+        "in_flight": count_products_in_flight(code.asm["ttgir"]),
+        "exchanged": count_layout_exchanges(code.asm["ttgir"]),
+        "early": accesses_memory_early(text),
     }
     if "amdgcn" in code.asm:
         spilled = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s+(\d+)", text)
@@ -170,23 +174,23 @@ def _resources(code: Any) -> dict[str, Any]:
     return record | _usage(code.asm["cubin"])
 
 
-def in_flight(ttgir: str) -> int:
+def count_products_in_flight(ttgir: str) -> int:
     """Count the rounds of loops that end while a product of the tensor cores still reads a tile.
 
     The copy of a later tile may overtake it, see ``add_product``.
     """
-    found, reading = 0, False
+    count, in_flight = 0, False
     for line in ttgir.splitlines():
         if "warp_group_dot " in line and "isAsync = true" in line:
-            reading = True
+            in_flight = True
         elif "warp_group_dot_wait" in line and "pendings = 0" in line:
-            reading = False
+            in_flight = False
         elif "scf.yield" in line:
-            found, reading = found + reading, False
-    return found
+            count, in_flight = count + in_flight, False
+    return count
 
 
-def exchanged(ttgir: str) -> int:
+def count_layout_exchanges(ttgir: str) -> int:
     """Count the products whose rows move to other threads before the next product adds to them.
 
     Through shared memory, in every round; and some were multiplied twice, see ``warps_share_rows``.
@@ -194,7 +198,7 @@ def exchanged(ttgir: str) -> int:
     return len(re.findall(r"ttg\.convert_layout .*, #mma\d*> -> tensor<\w+, #mma\d*>", ttgir))
 
 
-def early(ptx: str) -> bool:
+def accesses_memory_early(ptx: str) -> bool:
     """Tell whether memory is accessed before the wait for the preceding kernel."""
     touched = re.search(r"\b(?:ld|st|red|atom)\.global|cp\.async|cp\.reduce", ptx)
     wait = ptx.find("griddepcontrol.wait")
@@ -217,20 +221,20 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 def predictions() -> list[dict[str, Any]]:
     """Return what bytes and flops allow a sketch on an H200, by shape and width."""
-    from eva_kernels.kernels.launch import ARCHS as KNOWN
+    from eva_kernels.kernels.launch import ARCHS as LAUNCH_ARCHS
     from eva_kernels.kernels.sketch_plan import plan_sketch
 
     rows = []
     for n, d in SHAPES:
         for q in WIDTHS:
-            plan = plan_sketch(n, q, d, False, KNOWN["sm_90"])
+            plan = plan_sketch(n, q, d, False, LAUNCH_ARCHS["sm_90"])
             flops = 2 * 4 * n * d * plan.block_q
             x_bytes = 2 * n * d
-            planes = 4 * plan.block_q
-            again_v = -(-n // plan.project.block_n) * planes * d
-            again_p = -(-d // plan.back.block_d) * planes * plan.pitch
-            partial = 8 * plan.block_q * (plan.splits_d * plan.pitch + plan.splits_n * d)
-            l2_bytes = 2 * x_bytes + again_v + again_p + partial
+            bytes_per_column = 4 * plan.block_q
+            v_reread_bytes = -(-n // plan.project.block_n) * bytes_per_column * d
+            p_reread_bytes = -(-d // plan.back.block_d) * bytes_per_column * plan.pitch
+            partial_bytes = 8 * plan.block_q * (plan.splits_d * plan.pitch + plan.splits_n * d)
+            l2_bytes = 2 * x_bytes + v_reread_bytes + p_reread_bytes + partial_bytes
             terms = {
                 "tensor cores": flops / H200["flops"],
                 "memory": x_bytes / H200["memory"],
@@ -252,23 +256,25 @@ def faults(records: list[dict[str, Any]]) -> list[str]:
     """Return what is wrong with compiled kernels, one line each."""
     import triton
 
-    found, release = [], ".".join(triton.__version__.split(".")[:2])
+    faults, release = [], ".".join(triton.__version__.split(".")[:2])
     for record in records:
         name = f"{record['arch']} {record['kernel']} {record['tokens']} tile {record['tile']}"
-        if record["stack"] > SPILLS.get((release, record["arch"]), 0):
-            found.append(f"{name}: {record['stack']} bytes of stack or spills")
+        if record["stack"] > KNOWN_SPILL_BYTES.get((release, record["arch"]), 0):
+            faults.append(f"{name}: {record['stack']} bytes of stack or spills")
         if record["shared"] > record["shared_limit"]:
-            found.append(f"{name}: {record['shared']} bytes of shared memory")
+            faults.append(f"{name}: {record['shared']} bytes of shared memory")
         if record["in_flight"]:
-            found.append(f"{name}: a product is in flight at the end of a round of its loop")
+            faults.append(
+                f"{name}: a loop iteration ends while a tensor-core product still reads its tile"
+            )
         if record["early"]:
-            found.append(f"{name}: memory is touched before the kernel in front is over")
+            faults.append(f"{name}: memory is accessed before the wait for the preceding kernel")
         if record["exchanged"]:
-            found.append(f"{name}: a product changes hands between two steps")
+            faults.append(f"{name}: an accumulator moves to other threads between two products")
         streams = any(k in record["kernel"] for k in ("project", "back", "gram_kernel"))
         if streams and not record["tensor_core"]:
-            found.append(f"{name}: no tensor-core instruction")
-    return found
+            faults.append(f"{name}: no tensor-core instruction")
+    return faults
 
 
 def run(archs: tuple[str, ...], write: bool) -> list[str]:
@@ -299,11 +305,13 @@ def run(archs: tuple[str, ...], write: bool) -> list[str]:
         cells = (r["N"], r["D"], r["Q"], *r["microseconds"].values(), r["predicted_us"])
         table.add_row(*map(str, cells))
     console.print(table)
-    wrong = faults(records)
-    console.print("\n".join(wrong) or f"{len(records)} kernels: no spills, within shared memory")
+    found_faults = faults(records)
+    console.print(
+        "\n".join(found_faults) or f"{len(records)} kernels: no spills, within shared memory"
+    )
     if write:
         save("kernel_report", records, predicted=predicted, triton=version("triton"))
-    return wrong
+    return found_faults
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def child(mode: str) -> None:
     run_pass = initialize.PASSES[mode]
     # Before the mark is reset, all code is loaded and every library has allocated its buffers, so
     # that only the pass counts.
-    run_pass(initialize.adapted(), minilm.load_batches(2, 2, 64))
-    model = initialize.adapted()
+    run_pass(initialize.make_adapted_model(), minilm.load_batches(2, 2, 64))
+    model = initialize.make_adapted_model()
     gc.collect()
     reset_resident_peak()
     before = resident_bytes()
@@ -48,8 +48,8 @@ def measure(repeats: int = 3) -> dict[str, Any]:
                 check=True,
             )
             values.append(json.loads(out.stdout.splitlines()[-1])["peak"])
-    middle = {mode: median(values) for mode, values in peaks.items()}
-    ours, peft = (middle[m] - middle["plain"] for m in ("ours", "peft"))
+    medians = {mode: median(values) for mode, values in peaks.items()}
+    ours, peft = (medians[m] - medians["plain"] for m in ("ours", "peft"))
     return {
         "peaks": peaks,
         "ours_over_plain": ours,

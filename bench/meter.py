@@ -45,22 +45,22 @@ class Meter:
         self.reserved: dict[str, int] = {}
         self.forwards = self.tokens = 0
         self._running: list[str] = []
-        self._begin = 0.0
-        self._base = self._now()
-        self._reset()
+        self._phase_begin = 0.0
+        self._base_bytes = self._bytes_in_use()
+        self._reset_peak()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure a block."""
-        self._lap()
+        self._record_phase()
         self._running.append(name)
         try:
             yield
         finally:
-            self._lap()
+            self._record_phase()
             self._running.pop()
 
-    def move(self, source: str, target: str, seconds: float) -> None:
+    def move_seconds(self, source: str, target: str, seconds: float) -> None:
         """Count seconds of one phase, measured otherwise, for another."""
         self.seconds[source] -= seconds
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds
@@ -70,33 +70,33 @@ class Meter:
         """The most bytes in use in any phase."""
         return max(self.peaks.values(), default=0)
 
-    def _lap(self) -> None:
+    def _record_phase(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         if self._running:
             name = self._running[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._begin
-            for store, most, base in zip(
-                (self.peaks, self.reserved), self._most(), self._base, strict=True
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._phase_begin
+            for store, peak, base_bytes in zip(
+                (self.peaks, self.reserved), self._peak_bytes(), self._base_bytes, strict=True
             ):
-                store[name] = max(store.get(name, 0), most - base)
-        self._reset()
-        self._begin = time.perf_counter()
+                store[name] = max(store.get(name, 0), peak - base_bytes)
+        self._reset_peak()
+        self._phase_begin = time.perf_counter()
 
-    def _reset(self) -> None:
+    def _reset_peak(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             reset_resident_peak()
 
-    def _now(self) -> tuple[int, int]:
+    def _bytes_in_use(self) -> tuple[int, int]:
         if self.device.type == "cuda":
             allocated = torch.cuda.memory_allocated(self.device)
             return allocated, torch.cuda.memory_reserved(self.device)
         return (resident_bytes(),) * 2
 
-    def _most(self) -> tuple[int, int]:
+    def _peak_bytes(self) -> tuple[int, int]:
         if self.device.type == "cuda":
             allocated = torch.cuda.max_memory_allocated(self.device)
             return allocated, torch.cuda.max_memory_reserved(self.device)

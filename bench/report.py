@@ -15,7 +15,7 @@ from eva_peft.results.report import figure_to_html, render_html, table_to_html
 
 from . import tables
 from .common import RESULTS
-from .sections import Section, markdown, source
+from .sections import Section, markdown, provenance
 
 # Result files by pattern, in the order of the page, and the module that shows them.
 PARTS = {
@@ -47,7 +47,7 @@ def load(folder: Path) -> Iterator[tuple[Section, Mapping[str, Any] | None]]:
             yield Section(title, show(folder)), None
 
 
-def page(folder: Path) -> str:
+def html_page(folder: Path) -> str:
     """Return the page of a folder of results as HTML that needs no other file."""
     convert = MarkdownIt("commonmark").enable("table").render
     sections = []
@@ -59,12 +59,12 @@ def page(folder: Path) -> str:
         if section.notes:
             body.append(convert(section.notes))
         if record is not None:
-            body.append(f"<p>{escape(source(record))}</p>")
+            body.append(f"<p>{escape(provenance(record))}</p>")
         sections.append((section.title, "\n".join(body)))
     return render_html(TITLE, sections)
 
 
-def tables_of(folder: Path) -> str:
+def markdown_page(folder: Path) -> str:
     """Return all tables of a folder of results as Markdown, with the plots beside it."""
     parts = [f"# {TITLE}", "Made by `python -m bench report` from the JSON files beside it."]
     for section, record in load(folder):
@@ -93,7 +93,7 @@ def run(folder: Path = RESULTS) -> Path:
             figure = draw()
             figure.savefig(plots / f"{stem}.png", dpi=130)
             figure.savefig(plots / f"{stem}.svg")
-    (folder / "README.md").write_text(tables_of(folder), "utf-8")
+    (folder / "README.md").write_text(markdown_page(folder), "utf-8")
     path = folder / "report.html"
-    path.write_text(page(folder), "utf-8")
+    path.write_text(html_page(folder), "utf-8")
     return path

@@ -36,23 +36,23 @@ class Rows:
     ) -> None:
         self.part, self.settings, self.out, self.quiet = part, dict(settings), out, quiet
         self.path = out / ".unfinished" / f"{part}.jsonl"
-        head = {"settings": self.settings, "commit": commit(), "machine": machine()}
-        self._head = json.loads(json.dumps(head))
-        self._done: dict[str, dict[str, Any]] = {}
-        self._open()
+        header = {"settings": self.settings, "commit": commit(), "machine": machine()}
+        self._header = json.loads(json.dumps(header))
+        self._finished_rows: dict[str, dict[str, Any]] = {}
+        self._load_unfinished()
 
-    def _open(self) -> None:
+    def _load_unfinished(self) -> None:
         lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        if lines and json.loads(lines[0]) == self._head:
+        if lines and json.loads(lines[0]) == self._header:
             for line in lines[1:]:
                 try:
                     key, row = json.loads(line)
                 except json.JSONDecodeError:  # cut off by the end of the run before
                     break
-                self._done[_text(key)] = row
+                self._finished_rows[_key_text(key)] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [[json.loads(key), row] for key, row in self._done.items()]
-        text = "".join(json.dumps(entry) + "\n" for entry in [self._head, *kept])
+        kept_rows = [[json.loads(key), row] for key, row in self._finished_rows.items()]
+        text = "".join(json.dumps(entry) + "\n" for entry in [self._header, *kept_rows])
         self.path.write_text(text, "utf-8")
 
     def make(self, keys: Sequence[Key], run: Callable[[Any], Mapping[str, Any]]) -> list[Any]:
@@ -68,18 +68,18 @@ class Rows:
         """
         bar = tqdm(keys, desc=self.part, unit="run", disable=self.quiet)
         for key in bar:
-            if _text(key) in self._done:
+            if _key_text(key) in self._finished_rows:
                 continue
             bar.set_postfix_str(" ".join(str(value) for value in key.values()))
             try:
                 row = dict(run(key))
             except Exception as error:  # why a row has no numbers is what the row tells
-                first = (str(error).strip().splitlines() or [""])[0]
-                row = {"error": f"{type(error).__name__}: {first}"[:300]}
-            self._done[_text(key)] = row
+                first_line = (str(error).strip().splitlines() or [""])[0]
+                row = {"error": f"{type(error).__name__}: {first_line}"[:300]}
+            self._finished_rows[_key_text(key)] = row
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([dict(key), row]) + "\n")
-        return [{**key, **self._done[_text(key)]} for key in keys]
+        return [{**key, **self._finished_rows[_key_text(key)]} for key in keys]
 
     def finish(self, rows: Any) -> Path:
         """Write the result file, and forget the unfinished one."""
@@ -88,5 +88,5 @@ class Rows:
         return path
 
 
-def _text(key: Key) -> str:
+def _key_text(key: Key) -> str:
     return json.dumps(dict(key), sort_keys=True)

@@ -32,13 +32,13 @@ class Section:
     notes: str = ""
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in [headers, ["---"] * len(headers), *rows]]
     return "\n".join(lines)
 
 
-def source(record: Mapping[str, Any]) -> str:
+def provenance(record: Mapping[str, Any]) -> str:
     """Return date, commit, machine and versions of a result file, in a line."""
     machine = record["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {counted(machine['threads'], 'thread')}"
@@ -50,5 +50,5 @@ def source(record: Mapping[str, Any]) -> str:
 
 def markdown(section: Section, record: Mapping[str, Any]) -> str:
     """Return a section without its plots as Markdown."""
-    parts = [section.text, table(section.headers, section.rows) if section.rows else ""]
-    return "\n\n".join(part for part in [*parts, section.notes, f"({source(record)})"] if part)
+    parts = [section.text, markdown_table(section.headers, section.rows) if section.rows else ""]
+    return "\n\n".join(part for part in [*parts, section.notes, f"({provenance(record)})"] if part)

@@ -140,7 +140,11 @@ class Simulation:
         # Without the collector, what waits for it counts as live, and every run counts the same.
         gc.disable()
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), _replaced(self), self.memory:
+            with (
+                FakeTensorMode(allow_non_fake_inputs=True),
+                _device_code_replaced(self),
+                self.memory,
+            ):
                 yield self
         finally:
             gc.enable()
@@ -152,17 +156,17 @@ class Simulation:
             model = AutoModelForCausalLM.from_config(
                 self.config, dtype=torch.bfloat16, attn_implementation=fake_cuda.ATTENTION
             )
-        self.memory.follow(model)
+        self.memory.track_modules(model)
         return model.eval()
 
     def batch(self) -> dict[str, Tensor]:
         """Return a batch without padding, on the CPU."""
         return {"input_ids": torch.zeros(self.shape, dtype=torch.long)}
 
-    def measured(self, run: Callable[[], Any]) -> Peak:
+    def measure_peak(self, run: Callable[[], Any]) -> Peak:
         """Run, and return the peak above the level before."""
         gc.collect()
-        self.memory.restart()
+        self.memory.reset_peak()
         before = self.memory.live
         run()
         peaks = {name: peak - before for name, peak in self.memory.peak_of.items()}
@@ -178,15 +182,15 @@ class Simulation:
         def run() -> None:
             model(input_ids=self.batch()["input_ids"].to("cuda"), use_cache=use_cache)
 
-        return self.measured(run)
+        return self.measure_peak(run)
 
     def initialize(self, model: nn.Module, **options: Any) -> Peak:
         """Measure ``initialize`` on a PEFT model."""
-        return self.measured(lambda: self._run(initialize, model, options))
+        return self.measure_peak(lambda: self._run(initialize, model, options))
 
     def calibrate(self, model: nn.Module, **options: Any) -> Peak:
         """Measure ``calibrate``, the pass without the writing, on a PEFT model."""
-        return self.measured(lambda: self._run(calibrate, model, options))
+        return self.measure_peak(lambda: self._run(calibrate, model, options))
 
     def _run(self, function: Callable[..., Any], model: nn.Module, options: dict[str, Any]) -> None:
         batch = options.pop("batch", None) or self.batch()
@@ -202,9 +206,11 @@ class Simulation:
             callback=lambda _: self.state_bytes.append(self.memory.live - before),
             **options,
         )
-        found = getattr(result, "eva_result", result)
-        if found.steps != self.forwards or any(found.converged.values()):
-            raise RuntimeError(f"{found.steps} steps were simulated, not {self.forwards}")
+        eva_result = getattr(result, "eva_result", result)
+        if eva_result.steps != self.forwards or any(eva_result.converged.values()):
+            raise RuntimeError(
+                f"expected {self.forwards} steps, but {eva_result.steps} were simulated"
+            )
 
 
 def lora_config() -> LoraConfig:
@@ -225,10 +231,10 @@ def simulate(name: str, config: PretrainedConfig) -> Row:
         model = wrap_model(base, lora_config(), "default")
         gc.collect()
         parameters = memory.live
-        told = estimate(model, batch_shape=simulation.shape)
+        estimated = estimate(model, batch_shape=simulation.shape)
         full = simulation.calibrate(model, early_exit=False)
         ours = simulation.initialize(model)
-        left = memory.live
+        bytes_after = memory.live
         features = {m.in_features for m in base.modules() if isinstance(m, nn.Linear)}
         gc.collect()
         return Row(
@@ -241,30 +247,30 @@ def simulate(name: str, config: PretrainedConfig) -> Row:
             ours=ours,
             state_bytes=max(simulation.state_bytes),
             planned_state_bytes=simulation.planned,
-            workspace_bytes=max(_workspace(d) for d in features),
-            left_bytes=left - memory.live,
-            estimate_bytes=told.peak_bytes,
+            workspace_bytes=max(_workspace_bytes(d) for d in features),
+            left_bytes=bytes_after - memory.live,
+            estimate_bytes=estimated.peak_bytes,
         )
 
 
-def _workspace(features: int) -> int:
+def _workspace_bytes(features: int) -> int:
     width = 2 * round(RANK * RHO)
     device = torch.device("cuda")
     return sketch_workspace_bytes(BATCH * LENGTH, width, features, torch.bfloat16, device)
 
 
 @contextmanager
-def _replaced(simulation: Simulation) -> Iterator[None]:
+def _device_code_replaced(simulation: Simulation) -> Iterator[None]:
     """Replace what needs contents or a driver, and name the phases."""
     memory = simulation.memory
     # the package's attributes of these names are its public functions
-    pass_, whole, adapters, ranks = (
+    calibrate_module, initialize_module, adapters_module, ranks_module = (
         import_module(f"eva_peft.{name}")
         for name in ("calibrate", "initialize", "lora.adapters", "passes.ranks")
     )
 
     @contextmanager
-    def nothing() -> Iterator[None]:
+    def null_context() -> Iterator[None]:
         yield
 
     def upload(host: Tensor, device: torch.device) -> Tensor:
@@ -273,21 +279,21 @@ def _replaced(simulation: Simulation) -> Iterator[None]:
     def random_basis(rows: int, features: int, seed: int) -> Tensor:
         return torch.empty(rows, features, dtype=torch.float64)
 
-    collect = pass_.collect_result
+    collect_original = calibrate_module.collect_result
 
     def collect_result(run: Any, peak_bytes: int) -> Any:
         simulation.planned = sum(slot.stream.nbytes for slot in run.collector.slots)
-        return collect(run, peak_bytes)
+        return collect_original(run, peak_bytes)
 
     replacements: list[tuple[Any, str, Any]] = [
-        (_host, "read", _read),
+        (_host, "read", _fake_read),
         (_host, "upload", upload),
         (state, "random_basis", random_basis),
-        (ranks, "allocate_ranks", _unequal_ranks),
-        (pass_, "preserved_random_state", nothing),
-        (adapters, "preserved_random_state", nothing),
-        (pass_, "collect_result", collect_result),
-        (whole, "check_not_trained", lambda model, adapter_name: None),
+        (ranks_module, "allocate_ranks", _unequal_ranks),
+        (calibrate_module, "preserved_random_state", null_context),
+        (adapters_module, "preserved_random_state", null_context),
+        (calibrate_module, "collect_result", collect_result),
+        (initialize_module, "check_not_trained", lambda model, adapter_name: None),
         (launch, "arch_of", lambda device: launch.ARCHS["sm_90"]),
         (nn.Module, "_apply", fake_cuda.apply_to_module),
         (torch.cuda, "reset_peak_memory_stats", lambda device: None),
@@ -295,18 +301,25 @@ def _replaced(simulation: Simulation) -> Iterator[None]:
         (torch.cuda, "max_memory_allocated", lambda device: memory.peak),
     ]
     with ExitStack() as stack:
-        for place, name, new in replacements:
-            stack.enter_context(mock.patch.object(place, name, new))
-        places = (pass_.CalibrationPass, pass_.InputStream, pass_, pass_, pass_, whole)
-        for place, (phase, name) in zip(places, PHASES.items(), strict=True):
-            new = _phase(memory, phase, getattr(place, name))
-            stack.enter_context(mock.patch.object(place, name, new))
+        for owner, name, replacement in replacements:
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        owners = (
+            calibrate_module.CalibrationPass,
+            calibrate_module.InputStream,
+            calibrate_module,
+            calibrate_module,
+            calibrate_module,
+            initialize_module,
+        )
+        for owner, (phase, name) in zip(owners, PHASES.items(), strict=True):
+            replacement = _in_phase(memory, phase, getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage.*")
         yield
 
 
-def _phase(memory: LiveMemory, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _in_phase(memory: LiveMemory, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         number = f" {args[0].forwards + 1}" if name == "forward" else ""
         with memory.running(name + number):
@@ -315,15 +328,15 @@ def _phase(memory: LiveMemory, name: str, function: Callable[..., Any]) -> Calla
     return run
 
 
-def _read(tensors: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:
+def _fake_read(tensors: Sequence[Tensor]) -> list[np.ndarray[Any, Any]]:
     """Answer as if data were of full rank, and still turning: no repair, no convergence."""
     if not tensors:
         return []
     torch.cat([t.reshape(-1).double() for t in tensors])  # what the host copies
-    return [_plausible(tensor) for tensor in tensors]
+    return [_plausible_values(tensor) for tensor in tensors]
 
 
-def _plausible(tensor: Tensor) -> np.ndarray[Any, Any]:
+def _plausible_values(tensor: Tensor) -> np.ndarray[Any, Any]:
     values = np.full(tensor.shape, 0.5)  # cosines, sums of squares, norms
     if tensor.dim() == 2 and tensor.shape[1] > 3:  # what a decomposition tells of each layer
         width = tensor.shape[1] // 2 - 1
@@ -334,8 +347,8 @@ def _plausible(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def _unequal_ranks(ratios: Sequence[Tensor], budget: int, **ignored: Any) -> list[int]:
     """Give half of its neighbour's quarter to every other layer; the sum stays."""
-    each, moved = budget // len(ratios), budget // len(ratios) // 4
-    return [each + (moved if i % 2 else -moved) for i in range(len(ratios))]
+    equal_rank, moved = budget // len(ratios), budget // len(ratios) // 4
+    return [equal_rank + (moved if i % 2 else -moved) for i in range(len(ratios))]
 
 
 HEADERS = [

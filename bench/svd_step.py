@@ -29,32 +29,42 @@ CPU = torch.device("cpu")
 
 def measure(steps: int = 46) -> list[dict[str, Any]]:
     """Time both on the same tokens, stream by stream in turn, and compare with exact PCA."""
-    batches = minilm.load_batches(steps, 12, 128, whole=True)
+    batches = minilm.load_batches(steps, 12, 128, join_paragraphs=True)
     inputs = minilm.layer_inputs(minilm.load_model(), batches, list(LAYERS.values()))
     return [_measure_layer(label, inputs[name]) for label, name in LAYERS.items()]
 
 
-def _measure_layer(label: str, parts: list[torch.Tensor]) -> dict[str, Any]:
-    features = parts[0].shape[1]
+def _measure_layer(label: str, tokens_by_step: list[torch.Tensor]) -> dict[str, Any]:
+    features = tokens_by_step[0].shape[1]
     width = OVERSAMPLE * COMPONENTS
-    best: dict[str, Any] = {}
+    components_by_method: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {"ours": [], "peft": []}
     with torch.no_grad():
         for _ in range(ROUNDS):
             ours = InputStream(features, COMPONENTS, width, CPU, options=Options("sketch"))
-            peer = IncrementalPCA(COMPONENTS, copy=True, lowrank=True, lowrank_seed=42)
-            seconds["ours"] += _timed(parts, lambda x, s=ours: (s.add(x), fold_streams([s])))
-            seconds["peft"] += _timed(parts, lambda x, p=peer: p.partial_fit(x.float()))
-            best = {"ours": ours.spectrum().components, "peft": peer.components_}
-    covariance = minilm.centred_covariance(parts)
+            peft_pca = IncrementalPCA(COMPONENTS, copy=True, lowrank=True, lowrank_seed=42)
+            seconds["ours"] += _step_seconds(
+                tokens_by_step, lambda x, s=ours: (s.add(x), fold_streams([s]))
+            )
+            seconds["peft"] += _step_seconds(
+                tokens_by_step, lambda x, p=peft_pca: p.partial_fit(x.float())
+            )
+            components_by_method = {
+                "ours": ours.spectrum().components,
+                "peft": peft_pca.components_,
+            }
+    covariance = minilm.centred_covariance(tokens_by_step)
     spectrum = torch.linalg.eigvalsh(covariance)
-    lost = {k: minilm.lost_variance(rows, covariance, spectrum) for k, rows in best.items()}
+    lost = {
+        k: minilm.lost_variance(rows, covariance, spectrum)
+        for k, rows in components_by_method.items()
+    }
     ratios = [p / o for o, p in zip(seconds["ours"], seconds["peft"], strict=True)]
     return {
         "layer": label,
         "features": features,
-        "tokens": sum(map(len, parts)) // len(parts),
-        "steps": len(parts),
+        "tokens": sum(map(len, tokens_by_step)) // len(tokens_by_step),
+        "steps": len(tokens_by_step),
         "ours_ms": spread([1e3 * s for s in seconds["ours"]]),
         "peft_ms": spread([1e3 * s for s in seconds["peft"]]),
         "speedup": spread(ratios),
@@ -63,10 +73,12 @@ def _measure_layer(label: str, parts: list[torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def _timed(parts: list[torch.Tensor], step: Callable[[torch.Tensor], Any]) -> list[float]:
+def _step_seconds(
+    tokens_by_step: list[torch.Tensor], step: Callable[[torch.Tensor], Any]
+) -> list[float]:
     """Return the seconds of each step but the first, a start-up (a first basis, a full SVD)."""
     seconds = []
-    for part in parts:
+    for part in tokens_by_step:
         begin = time.perf_counter()
         step(part)
         seconds.append(time.perf_counter() - begin)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .common import RESULTS
-from .cost.show import short
+from .cost.show import short_section
 from .quality import show as quality
-from .sections import markdown, source, table
+from .sections import markdown, markdown_table, provenance
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -41,16 +41,16 @@ def whole_pass(folder: Path = RESULTS) -> str:
         line("PEFT over this package", "peft_over_ours", "x"),
         line("this package over the plain passes", "ours_over_plain", "x"),
     ]
-    found = ranks["rows"]
+    accuracy = ranks["rows"]
     return "\n".join(
         [
             f"MiniLM (36 layers, {settings['forwards']} batches of {settings['batch']} texts of "
             f"the Python documentation, r = {settings['r']}, rho = {settings['rho']:g}); medians "
             f"of {settings['repeats']} interleaved runs in one process:",
             "",
-            table(headers, rows),
+            markdown_table(headers, rows),
             "",
-            table(
+            markdown_table(
                 ["", "PEFT's EVA", "this package"],
                 [
                     [
@@ -60,19 +60,19 @@ def whole_pass(folder: Path = RESULTS) -> str:
                     ],
                     [
                         "lost variance of `lora_A` against exact PCA, mean",
-                        f"{found['peft_lost_mean']:.1e}",
-                        f"{found['ours_lost_mean']:.1e}",
+                        f"{accuracy['peft_lost_mean']:.1e}",
+                        f"{accuracy['ours_lost_mean']:.1e}",
                     ],
                     [
                         "ranks off the exact allocation (sum over "
-                        f"{len(found['layers'])} layers, budget {found['ours_total']})",
-                        str(found["peft_rank_error"]),
-                        str(found["ours_rank_error"]),
+                        f"{len(accuracy['layers'])} layers, budget {accuracy['ours_total']})",
+                        str(accuracy["peft_rank_error"]),
+                        str(accuracy["ours_rank_error"]),
                     ],
                 ],
             ),
             "",
-            f"({source(record)})",
+            f"({provenance(record)})",
         ]
     )
 
@@ -101,9 +101,9 @@ def svd_step(folder: Path = RESULTS) -> str:
             f"{settings['components']}) against PEFT's `IncrementalPCA(lowrank=True)`, and the "
             f"share of variance lost against exact PCA after {settings['steps']} steps:",
             "",
-            table(headers, rows),
+            markdown_table(headers, rows),
             "",
-            f"({source(record)})",
+            f"({provenance(record)})",
         ]
     )
 
@@ -119,28 +119,33 @@ def simulated_memory(folder: Path = RESULTS) -> str:
             "contents (4 x 512 tokens, bfloat16, seven projections a layer, r = 16, rho = 2; "
             "simulated, see `bench/simulated_memory.py` for what that leaves out):",
             "",
-            table(HEADERS, rows_for_table(record)),
+            markdown_table(HEADERS, rows_for_table(record)),
             "",
-            f"({source(record)})",
+            f"({provenance(record)})",
         ]
     )
 
 
 def families(folder: Path = RESULTS) -> str:
     """Render the table of model families."""
-    from .families.run import words
+    from .families.run import outcome_text
 
     record = load("families", folder)
-    rows = [[row["family"], words(row["ours"]), words(row["peft"])] for row in record["rows"]]
-    return "\n".join([table(["family", "this package", "PEFT's EVA"], rows), "", source(record)])
+    rows = [
+        [row["family"], outcome_text(row["ours"]), outcome_text(row["peft"])]
+        for row in record["rows"]
+    ]
+    return "\n".join(
+        [markdown_table(["family", "this package", "PEFT's EVA"], rows), "", provenance(record)]
+    )
 
 
 def headline(folder: Path = RESULTS) -> str:
     """Render what the tables say in a line each."""
     ratios = [row["peft_over_ours"]["median"] for row in load("initialize", folder)["rows"]]
     memory, ranks = load("memory", folder)["rows"], load("ranks", folder)["rows"]
-    tried = load("families", folder)["rows"]
-    ours, peft = (sum(row[who]["error"] is None for row in tried) for who in ("ours", "peft"))
+    outcomes = load("families", folder)["rows"]
+    ours, peft = (sum(row[side]["error"] is None for row in outcomes) for side in ("ours", "peft"))
     return "\n".join(
         [
             f"- **Time**: PEFT's EVA takes {min(ratios):.1f} to {max(ratios):.1f} times as long, "
@@ -149,7 +154,7 @@ def headline(folder: Path = RESULTS) -> str:
             f"MiB (PEFT's {memory['peft_over_plain'] / 2**20:.0f}).",
             f"- **Accuracy**: `lora_A` loses {ranks['ours_lost_mean']:.1e} of the variance that "
             f"the exact components hold (PEFT's {ranks['peft_lost_mean']:.1e}).",
-            f"- **Models**: {ours} of {len(tried)} families work by default options (PEFT's "
+            f"- **Models**: {ours} of {len(outcomes)} families work by default options (PEFT's "
             f"{peft}).",
         ]
     )
@@ -157,12 +162,12 @@ def headline(folder: Path = RESULTS) -> str:
 
 def measured() -> str:
     """Render the block of measurements."""
-    cost, tuned = load("cost-tiny"), load("quality")
+    cost_record, quality_record = load("cost-tiny"), load("quality")
     blocks = [
         whole_pass(),
         svd_step(),
-        markdown(short(cost), cost),
-        markdown(quality.sections(tuned)[0], tuned),
+        markdown(short_section(cost_record), cost_record),
+        markdown(quality.sections(quality_record)[0], quality_record),
         simulated_memory(),
     ]
     return "\n\n".join(blocks)

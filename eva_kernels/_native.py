@@ -101,7 +101,7 @@ def load_or_none(device_type: str) -> ModuleType | None:
     """Return the compiled module, or None; the reason is logged the first time."""
     found = _module_or_reason(device_type)
     if isinstance(found, str):
-        logger.info("going on without native code: %s", found)
+        logger.info("running without native code: %s", found)
         return None
     return found
 

@@ -218,8 +218,8 @@ class IncrementalPCA:
             _check_features(data, stream.features)
             if self.n_components not in (None, stream.components):
                 raise EvaValueError(
-                    f"n_components was {stream.components} for the batches before, and is "
-                    f"{self.n_components} now; call fit to begin anew"
+                    f"n_components was {stream.components} for the earlier batches and is "
+                    f"{self.n_components} now; call fit to start over"
                 )
         _add_to_stream(stream, data, rows)
         used_rows = data if rows is None else data.index_select(0, rows)

@@ -187,37 +187,37 @@ def fold_rows(
     bases: Sequence[Tensor],
     products: Sequence[Tensor],
     means: Sequence[Tensor],
-    kept: Sequence[int],
+    num_saved: Sequence[int],
     numbers: Tensor,
     delta: Tensor,
     along: Tensor,
     mean: Tensor,
     mixing: Tensor,
-    told: Tensor,
-    sound: Tensor,
+    summary: Tensor,
+    all_finite: Tensor,
 ) -> Tensor:
     """Overwrite each basis with ``mixing^T Y`` and the old means with the new ones.
 
     Args:
         bases, products, means, numbers, delta: as above; ``bases`` and ``means`` are updated.
-        kept: how many leading rows of each basis are returned as they were.
+        num_saved: how many leading rows of each basis are returned as they were.
         along: from :func:`fold_measure`.
         mean: from :func:`fold_prepare`.
         mixing: (L, Q, Q), float64.
-        told: (L, 2 + 2 Q), float64, the rank of each layer first: rows from the rank on are not
+        summary: (L, 2 + 2 Q), float64, the rank of each layer first: rows from the rank on are not
             written.
-        sound: (), bool: if false, ``bases`` and ``means`` are not written.
+        all_finite: (), bool: if false, ``bases`` and ``means`` are not written.
 
     Returns:
-        The saved old rows of all layers, (sum of kept, D).
+        The saved old rows of all layers, (sum of num_saved, D).
     """
-    saved = torch.cat([basis[:count] for basis, count in zip(bases, kept, strict=True)])
+    saved = torch.cat([basis[:count] for basis, count in zip(bases, num_saved, strict=True)])
     for i, (basis, step_products) in enumerate(zip(bases, products, strict=True)):
         image = _image(basis.double(), step_products, delta[i], numbers[i, 4:], along[i])
         rows = (mixing[i].mT @ image).to(basis.dtype)
-        in_rank = torch.arange(len(basis), device=basis.device) < told[i, 0]
-        basis.copy_(torch.where(sound & in_rank[:, None], rows, basis))
-        means[i].copy_(torch.where(sound, mean[i], means[i]))
+        in_rank = torch.arange(len(basis), device=basis.device) < summary[i, 0]
+        basis.copy_(torch.where(all_finite & in_rank[:, None], rows, basis))
+        means[i].copy_(torch.where(all_finite, mean[i], means[i]))
     return saved
 
 

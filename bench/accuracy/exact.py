@@ -27,7 +27,7 @@ class Truth:
     ratios: Tensor
 
 
-class Exact:
+class ExactPCA:
     """Accumulates the scatter matrix of a stream.
 
     Args:
@@ -42,13 +42,13 @@ class Exact:
 
     def add(self, x: Tensor) -> None:
         """Add tokens, (N, D)."""
-        wide = x.double()
+        x64 = x.double()
         if self._pivot is None:  # so that a large mean does not dominate the squares
-            self._pivot = wide.mean(0)
-        wide = wide - self._pivot
+            self._pivot = x64.mean(0)
+        x64 = x64 - self._pivot
         self.count += len(x)
-        self._sum += wide.sum(0)
-        self._scatter.addmm_(wide.T, wide)
+        self._sum += x64.sum(0)
+        self._scatter.addmm_(x64.T, x64)
 
     def solve(self, components: int) -> Truth:
         """Return the exact answer so far."""
@@ -73,16 +73,16 @@ def rank_errors(rows: Sequence[Mapping[str, Any]], rank: int) -> list[dict[str, 
     if not rows:
         return []
     budget = rank * len(rows)
-    found = []
+    errors = []
     names = [n for n in rows[0]["methods"] if all("points" in r["methods"][n] for r in rows)]
     for i, point in enumerate(rows[0]["exact"]):
-        exact = _allocate([row["exact"][i] for row in rows], budget)
+        exact_ranks = _allocate([row["exact"][i] for row in rows], budget)
         for name in names:
-            own = _allocate([row["methods"][name]["points"][i] for row in rows], budget)
-            error = sum(abs(a - b) for a, b in zip(own, exact, strict=True))
-            place = {"step": point["step"], "tokens": point["tokens"]}
-            found.append({"method": name, **place, "rank_error": error})
-    return found
+            method_ranks = _allocate([row["methods"][name]["points"][i] for row in rows], budget)
+            error = sum(abs(a - b) for a, b in zip(method_ranks, exact_ranks, strict=True))
+            checkpoint = {"step": point["step"], "tokens": point["tokens"]}
+            errors.append({"method": name, **checkpoint, "rank_error": error})
+    return errors
 
 
 def _allocate(points: Sequence[Mapping[str, Any]], budget: int) -> list[int]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from .show import Group
 
-MOST_PANELS = 6
+MAX_PANELS = 6
 ROUNDING = 1e-9
 SIZE = 7, 4.5  # inches
 # Peers in Okabe and Ito's warm colours, sketches in a blue that darkens with their width; each also
@@ -30,47 +30,49 @@ _BLUES = ("#9ecae1", "#6baed6", "#3182bd", "#1f5fa8", "#08306b")
 _MARKERS = ("o", "v", "P", "^", "h")
 
 
-def against_time(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
+def plot_lost_vs_time(groups: Sequence[Group], labels: Mapping[str, str]) -> Figure:
     """Plot lost variance vs. the time of a step: one point per method, one panel per input."""
     figure = new_figure(SIZE, "Lost variance against the time of a step, by method and layer input")
-    panels = _panels(found)
+    panels = _panel_rows(groups)
     columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    axes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
-    floor = _floor(p["lost"] for row in panels for p in _last_points(row))
+    num_rows = math.ceil(len(panels) / columns)
+    axes = figure.subplots(num_rows, columns, sharey=True, squeeze=False).flatten()
+    floor = _exact_level(p["lost"] for row in panels for p in _last_points(row))
     styles = _styles(labels)
     for ax, row in zip(axes, panels, strict=False):
-        wide = []
+        sketch_points = []
         for name, method in row["methods"].items():
             ms, lost = method["ms"]["median"], max(method["points"][-1]["lost"], floor)
             colour, marker = styles[name]
             ax.plot(ms, lost, marker, color=colour, markersize=6, label=labels[name], zorder=3)
             if name.startswith("sketch"):
-                wide.append((ms, lost))
-        if wide:
-            ax.plot(*zip(*wide, strict=True), color=_BLUES[2], linewidth=0.8, zorder=2)
-        ax.set_title(_title(row), fontsize=8)
-        _log_log(ax)
-        _plain_ticks(ax, [method["ms"]["median"] for method in row["methods"].values()])
+                sketch_points.append((ms, lost))
+        if sketch_points:
+            ax.plot(*zip(*sketch_points, strict=True), color=_BLUES[2], linewidth=0.8, zorder=2)
+        ax.set_title(_panel_title(row), fontsize=8)
+        _set_log_log(ax)
+        _set_plain_ticks(ax, [method["ms"]["median"] for method in row["methods"].values()])
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     for ax in axes[::columns]:
         ax.set_ylabel("lost variance", fontsize=8)
     for ax in axes[max(0, len(panels) - columns) : len(panels)]:
         ax.set_xlabel("milliseconds a step", fontsize=8)
-    _mark_floor(axes[: len(panels)], floor, panels)
-    _legend(figure, axes[0])
+    _mark_exact_level(axes[: len(panels)], floor, panels)
+    _add_legend(figure, axes[0])
     return figure
 
 
-def over_tokens(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
+def plot_lost_vs_tokens(groups: Sequence[Group], labels: Mapping[str, str]) -> Figure:
     """Plot lost variance vs. tokens seen: one line per method, one panel per group of inputs."""
     figure = new_figure(SIZE, "Lost variance over the tokens seen, by method")
-    axes = figure.subplots(1, len(found), sharey=True, squeeze=False).flatten()
-    rows = [row for group in found for row in group.rows]
-    floor = _floor(p["lost"] for row in rows for m in row["methods"].values() for p in m["points"])
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False).flatten()
+    rows = [row for group in groups for row in group.rows]
+    floor = _exact_level(
+        p["lost"] for row in rows for m in row["methods"].values() for p in m["points"]
+    )
     styles = _styles(labels)
-    for ax, group in zip(axes, found, strict=True):
+    for ax, group in zip(axes, groups, strict=True):
         tokens = [point["tokens"] for point in group.rows[0]["exact"]]
         for name in group.ms:
             series = zip(*(row["methods"][name]["points"] for row in group.rows), strict=True)
@@ -79,42 +81,42 @@ def over_tokens(found: Sequence[Group], labels: Mapping[str, str]) -> Figure:
             ax.plot(tokens, lost, color=colour, marker=marker, markersize=4, label=labels[name])
         ax.set_title(group.title, fontsize=8)
         ax.set_xlabel("tokens seen", fontsize=8)
-        _log_log(ax)
-        ax.set_xticks(tokens[::2], [_thousands(count) for count in tokens[::2]])
+        _set_log_log(ax)
+        ax.set_xticks(tokens[::2], [_format_thousands(count) for count in tokens[::2]])
     axes[0].set_ylabel("lost variance (median over inputs)", fontsize=8)
-    _mark_floor(axes, floor, rows)
-    _legend(figure, axes[0])
+    _mark_exact_level(axes, floor, rows)
+    _add_legend(figure, axes[0])
     return figure
 
 
-def ranks_over_tokens(ranks: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
+def plot_rank_errors(ranks: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Figure:
     """Plot the rank error to the exact allocation as a heat map: methods vs. tokens seen."""
     figure = new_figure(SIZE, "Ranks off the exact allocation, by method and tokens seen")
     ax = figure.subplots()
     names = list(dict.fromkeys(entry["method"] for entry in ranks))
     tokens = list(dict.fromkeys(entry["tokens"] for entry in ranks))
-    at = {(entry["method"], entry["tokens"]): entry["rank_error"] for entry in ranks}
-    grid = [[at.get((name, count), 0) for count in tokens] for name in names]
-    top = max(*(max(line) for line in grid), 1)
-    ax.imshow(grid, cmap="YlGnBu", vmin=0, vmax=top, aspect="auto")
+    error_at = {(entry["method"], entry["tokens"]): entry["rank_error"] for entry in ranks}
+    grid = [[error_at.get((name, count), 0) for count in tokens] for name in names]
+    max_error = max(*(max(line) for line in grid), 1)
+    ax.imshow(grid, cmap="YlGnBu", vmin=0, vmax=max_error, aspect="auto")
     for i, line in enumerate(grid):
         for j, value in enumerate(line):
-            colour = "white" if value > 0.6 * top else "black"
+            colour = "white" if value > 0.6 * max_error else "black"
             ax.text(j, i, str(value), ha="center", va="center", color=colour, fontsize=9)
-    ax.set_xticks(range(len(tokens)), [_thousands(count) for count in tokens], fontsize=9)
+    ax.set_xticks(range(len(tokens)), [_format_thousands(count) for count in tokens], fontsize=9)
     ax.set_yticks(range(len(names)), [labels[name] for name in names], fontsize=9)
     ax.set_xlabel("tokens seen", fontsize=9)
     ax.set_title("Ranks off the exact allocation, sum over the real layer inputs", fontsize=9)
     return figure
 
 
-def _panels(found: Sequence[Group]) -> list[Mapping[str, Any]]:
+def _panel_rows(groups: Sequence[Group]) -> list[Mapping[str, Any]]:
     """Choose inputs to show: the first of every group, and more of the first group."""
-    later = [group.rows[0] for group in found[1:]][: MOST_PANELS - 1]
-    return [*found[0].rows[: MOST_PANELS - len(later)], *later]
+    others = [group.rows[0] for group in groups[1:]][: MAX_PANELS - 1]
+    return [*groups[0].rows[: MAX_PANELS - len(others)], *others]
 
 
-def _title(row: Mapping[str, Any]) -> str:
+def _panel_title(row: Mapping[str, Any]) -> str:
     return f"{row['input']} (D = {row['features']})"
 
 
@@ -131,13 +133,15 @@ def _last_points(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [method["points"][-1] for method in row["methods"].values()]
 
 
-def _floor(values: Iterable[float]) -> float:
+def _exact_level(values: Iterable[float]) -> float:
     """Return the decade below the least value above rounding, where exact answers are drawn."""
     seen = [value for value in values if value > ROUNDING]
     return 10.0 ** (math.floor(math.log10(min(seen, default=1e-6))) - 1)
 
 
-def _mark_floor(axes: Iterable[Axes], floor: float, rows: Sequence[Mapping[str, Any]]) -> None:
+def _mark_exact_level(
+    axes: Iterable[Axes], floor: float, rows: Sequence[Mapping[str, Any]]
+) -> None:
     """Label the level at which exact answers are drawn, if there are any."""
     points = [p for row in rows for m in row["methods"].values() for p in m["points"]]
     if all(point["lost"] > ROUNDING for point in points):
@@ -153,7 +157,7 @@ def _exponent(value: float) -> int:
     return round(math.log10(value))
 
 
-def _log_log(ax: Axes) -> None:
+def _set_log_log(ax: Axes) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.grid(alpha=0.3)
@@ -161,7 +165,7 @@ def _log_log(ax: Axes) -> None:
     ax.tick_params(which="minor", labelbottom=False, labelleft=False)
 
 
-def _plain_ticks(ax: Axes, values: Sequence[float]) -> None:
+def _set_plain_ticks(ax: Axes, values: Sequence[float]) -> None:
     """Set ticks at 1, 3, 10, ... within the values, as plain numbers."""
     ax.set_xlim(min(values) / 1.7, max(values) * 1.7)
     decades = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
@@ -170,10 +174,10 @@ def _plain_ticks(ax: Axes, values: Sequence[float]) -> None:
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
-def _thousands(count: float) -> str:
+def _format_thousands(count: float) -> str:
     return f"{count / 1000:.3g}k" if count >= 1000 else f"{count:g}"
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
+def _add_legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=7.5, ncols=5, frameon=False)

@@ -62,10 +62,10 @@ class Inputs:
         """Return the number of steps, and the tokens of each, (N, D) float32."""
         sizes = self.sizes
         if label == SYNTHETIC:
-            made = outlier_stream(sizes.features, sizes.tokens, sizes.synthetic_steps)
-            return sizes.synthetic_steps, made
+            stream = outlier_stream(sizes.features, sizes.tokens, sizes.synthetic_steps)
+            return sizes.synthetic_steps, stream
         if self._real is None:
-            batches = minilm.load_batches(sizes.steps, TEXTS, LENGTH, whole=True)
+            batches = minilm.load_batches(sizes.steps, TEXTS, LENGTH, join_paragraphs=True)
             names = [LAYERS[layer] for layer in sizes.layers]
             self._real = minilm.layer_inputs(minilm.load_model(), batches, names)
         return sizes.steps, iter(self._real[LAYERS[label]])

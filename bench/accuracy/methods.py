@@ -14,7 +14,7 @@ from torch import Tensor
 from eva_kernels.streaming import InputStream, Options, fold_streams, plan_streams
 
 from .. import minilm
-from .exact import Exact
+from .exact import ExactPCA
 
 OVERSAMPLES = (1.0, 1.5, 2.0, 3.0, 4.0)
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ class Method:
     oversample: float | None = None
 
 
-class _Stream:
+class _OurStream:
     """Our stream."""
 
     def __init__(self, features: int, components: int, method: str, oversample: float) -> None:
@@ -78,16 +78,16 @@ class _Stream:
         return Answer(found.components, found.ratio)
 
 
-class _Peft:
+class _PeftPCA:
     """PEFT's IncrementalPCA, with the settings and the dtype cast of its EVA hook.
 
-    ``kept`` directions are carried from step to step; the K leading ones are the answer. EVA keeps
+    ``num_directions`` are carried from step to step; the K leading ones are the answer. EVA carries
     K.
     """
 
-    def __init__(self, components: int, kept: int) -> None:
+    def __init__(self, components: int, num_directions: int) -> None:
         self.components = components
-        self.pca = IncrementalPCA(kept, copy=True, lowrank=True, lowrank_seed=42)
+        self.pca = IncrementalPCA(num_directions, copy=True, lowrank=True, lowrank_seed=42)
 
     def step(self, x: Tensor) -> object:
         return self.pca.partial_fit(x.to(torch.float32))
@@ -97,7 +97,7 @@ class _Peft:
         return Answer(pca.components_[:k], pca.explained_variance_ratio_[:k].double())
 
 
-class _Scikit:
+class _ScikitPCA:
     """scikit-learn's IncrementalPCA, with its defaults: a full decomposition at every step."""
 
     def __init__(self, components: int) -> None:
@@ -111,41 +111,41 @@ class _Scikit:
         return Answer(torch.from_numpy(self.pca.components_), ratios.double())
 
 
-def _sketch(oversample: float) -> Method:
+def _sketch_method(oversample: float) -> Method:
     def start(features: int, components: int) -> Running:
-        return _Stream(features, components, "sketch", oversample)
+        return _OurStream(features, components, "sketch", oversample)
 
     return Method(f"sketch Q = {oversample:g} K", start, oversample)
 
 
 METHODS: dict[str, Method] = {
-    "peft": Method("PEFT's EVA", lambda d, k: _Peft(k, k)),
-    "peft-2k": Method("PEFT with 2 K kept", lambda d, k: _Peft(k, min(2 * k, d))),
-    "scikit": Method("scikit-learn", lambda d, k: _Scikit(k)),
-    "gram": Method("exact Gram", lambda d, k: _Stream(d, k, "gram", 2.0)),
-    **{f"sketch-{value:g}": _sketch(value) for value in OVERSAMPLES},
+    "peft": Method("PEFT's EVA", lambda d, k: _PeftPCA(k, k)),
+    "peft-2k": Method("PEFT with 2 K kept", lambda d, k: _PeftPCA(k, min(2 * k, d))),
+    "scikit": Method("scikit-learn", lambda d, k: _ScikitPCA(k)),
+    "gram": Method("exact Gram", lambda d, k: _OurStream(d, k, "gram", 2.0)),
+    **{f"sketch-{value:g}": _sketch_method(value) for value in OVERSAMPLES},
 }
 
 
-def check(method: Method) -> float:
+def check_on_planted(method: Method) -> float:
     """Run a method on data of known low rank, and return the lost variance.
 
     Raises:
         ArithmeticError: the error exceeds rounding, so that timings would be meaningless.
     """
-    parts = planted()
-    exact = Exact(PLANTED_FEATURES)
+    tokens_by_step = planted_tokens()
+    exact = ExactPCA(PLANTED_FEATURES)
     running = method.start(PLANTED_FEATURES, PLANTED_COMPONENTS)
-    for part in parts:
-        exact.add(part)
-        running.step(part)
-    found, truth = running.answer(), exact.solve(PLANTED_COMPONENTS)
-    lost = minilm.lost_variance(found.components, truth.covariance, truth.spectrum)
-    off = float((found.ratios - truth.ratios).abs().max())
-    if not (lost <= PLANTED_LIMIT and off <= PLANTED_LIMIT):  # NaN fails, too
+    for tokens in tokens_by_step:
+        exact.add(tokens)
+        running.step(tokens)
+    answer, truth = running.answer(), exact.solve(PLANTED_COMPONENTS)
+    lost = minilm.lost_variance(answer.components, truth.covariance, truth.spectrum)
+    ratio_error = float((answer.ratios - truth.ratios).abs().max())
+    if not (lost <= PLANTED_LIMIT and ratio_error <= PLANTED_LIMIT):  # NaN fails, too
         raise ArithmeticError(
             f"{method.label} loses {lost:.1e} of the variance of data of rank {PLANTED_RANK}, and "
-            f"its ratios are off by {off:.1e}"
+            f"its ratios are off by {ratio_error:.1e}"
         )
     return lost
 
@@ -155,13 +155,13 @@ def check_all(methods: Mapping[str, Method]) -> dict[str, str]:
     faults = {}
     for name, method in methods.items():
         try:
-            check(method)
+            check_on_planted(method)
         except ArithmeticError as error:
             faults[name] = str(error)
     return faults
 
 
-def planted(steps: int = 3) -> list[Tensor]:
+def planted_tokens(steps: int = 3) -> list[Tensor]:
     """Return steps of tokens of rank ``PLANTED_RANK`` about a mean far from zero."""
     generator = torch.Generator().manual_seed(1)
     mixing = torch.randn(PLANTED_RANK, PLANTED_FEATURES, generator=generator)

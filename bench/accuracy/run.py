@@ -17,7 +17,7 @@ from .. import minilm
 from ..common import RESULTS, spread
 from ..rows import Rows
 from . import inputs
-from .exact import Exact, Truth, rank_errors
+from .exact import ExactPCA, Truth, rank_errors
 from .inputs import Inputs, Sizes
 from .methods import METHODS, Answer, Method, Running, check_all
 
@@ -60,19 +60,22 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
     }
     rows = Rows("accuracy", settings, out, quiet)
     faults, streams = check_all(METHODS), Inputs(chosen.sizes)
-    right = {name: method for name, method in METHODS.items() if name not in faults}
+    verified_methods = {name: method for name, method in METHODS.items() if name not in faults}
 
-    def one(key: Mapping[str, Any]) -> dict[str, Any]:
+    def measure_input(key: Mapping[str, Any]) -> dict[str, Any]:
         synthetic = key["input"] == inputs.SYNTHETIC
-        points = chosen.synthetic_checkpoints if synthetic else chosen.checkpoints
-        _, parts = streams.steps(key["input"])
-        return {"synthetic": synthetic, **measure(parts, right, COMPONENTS, points)}
+        checkpoints = chosen.synthetic_checkpoints if synthetic else chosen.checkpoints
+        _, tokens_by_step = streams.steps(key["input"])
+        return {
+            "synthetic": synthetic,
+            **measure(tokens_by_step, verified_methods, COMPONENTS, checkpoints),
+        }
 
-    made = rows.make([{"input": label} for label in chosen.sizes.labels], one)
-    real = [row for row in made if "error" not in row and not row["synthetic"]]
-    ranks = rank_errors(real, RANK)
-    kept = [_without_ratios(row) for row in made]
-    return rows.finish({"inputs": kept, "ranks": ranks, "refused": faults})
+    measured = rows.make([{"input": label} for label in chosen.sizes.labels], measure_input)
+    measured_real = [row for row in measured if "error" not in row and not row["synthetic"]]
+    ranks = rank_errors(measured_real, RANK)
+    without_ratios = [_without_ratios(row) for row in measured]
+    return rows.finish({"inputs": without_ratios, "ranks": ranks, "refused": faults})
 
 
 def _without_ratios(value: Any) -> Any:
@@ -90,7 +93,7 @@ def json_ready(value: Any) -> Any:
 
 
 def measure(
-    parts: Iterable[Tensor],
+    tokens_by_step: Iterable[Tensor],
     methods: Mapping[str, Method],
     components: int,
     checkpoints: Sequence[int],
@@ -98,7 +101,7 @@ def measure(
     """Run all methods on one stream, alternating step by step.
 
     Args:
-        parts: tokens of each step, (N, D) float32.
+        tokens_by_step: tokens of each step, (N, D) float32.
         methods: name -> method.
         components: K.
         checkpoints: steps (1, 2, ...) after which they are compared with exact PCA.
@@ -109,32 +112,32 @@ def measure(
         start-up: a first basis, a full decomposition), and of the last answer, and by checkpoint
         the lost variance, the ratios, and the relative error of the ratio of component K.
     """
-    parts = iter(parts)
-    first = next(parts)
-    features, exact = first.shape[1], Exact(first.shape[1])
+    tokens_by_step = iter(tokens_by_step)
+    first = next(tokens_by_step)
+    features, exact = first.shape[1], ExactPCA(first.shape[1])
     running = {name: method.start(features, components) for name, method in methods.items()}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     record: dict[str, Any] = {"features": features, "tokens": len(first), "exact": []}
-    found: dict[str, dict[str, Any]] = {name: {"points": []} for name in methods}
+    results: dict[str, dict[str, Any]] = {name: {"points": []} for name in methods}
     # numpy's BLAS gets as many threads as torch, whatever the environment says
     with torch.no_grad(), threadpool_limits(torch.get_num_threads(), user_api="blas"):
-        for step, x in enumerate(_chain(first, parts), 1):
+        for step, x in enumerate(_prepend(first, tokens_by_step), 1):
             exact.add(x)
-            for name in _turned(list(running), step):
-                seconds[name].append(_clocked(running[name], x))
+            for name in _shuffled(list(running), step):
+                seconds[name].append(_step_seconds(running[name], x))
             record["steps"] = step
             if step in checkpoints:
                 truth = exact.solve(components)
-                place = {"step": step, "tokens": exact.count}
-                record["exact"].append({**place, "ratios": truth.ratios.tolist()})
-                for name, one in running.items():
+                checkpoint = {"step": step, "tokens": exact.count}
+                record["exact"].append({**checkpoint, "ratios": truth.ratios.tolist()})
+                for name, instance in running.items():
                     begin = time.perf_counter()
-                    answer = one.answer()
-                    found[name]["answer_ms"] = 1e3 * (time.perf_counter() - begin)
-                    found[name]["points"].append({**place, **compare(answer, truth)})
-    for name, values in seconds.items():
-        found[name]["ms"] = spread([1e3 * value for value in values[1:] or values])
-    return {**record, "methods": found}
+                    answer = instance.answer()
+                    results[name]["answer_ms"] = 1e3 * (time.perf_counter() - begin)
+                    results[name]["points"].append({**checkpoint, **compare(answer, truth)})
+    for name, step_seconds in seconds.items():
+        results[name]["ms"] = spread([1e3 * value for value in step_seconds[1:] or step_seconds])
+    return {**record, "methods": results}
 
 
 def compare(answer: Answer, truth: Truth) -> dict[str, Any]:
@@ -143,17 +146,17 @@ def compare(answer: Answer, truth: Truth) -> dict[str, Any]:
     The error is negative if a method underestimates the ratio.
     """
     lost = minilm.lost_variance(answer.components, truth.covariance, truth.spectrum)
-    last = float(truth.ratios[-1])
-    error = float(answer.ratios[-1]) / last - 1 if last > 0 else None
+    last_ratio = float(truth.ratios[-1])
+    error = float(answer.ratios[-1]) / last_ratio - 1 if last_ratio > 0 else None
     return {"lost": lost, "ratio_error": error, "ratios": answer.ratios.tolist()}
 
 
-def _chain(first: Tensor, rest: Iterable[Tensor]) -> Iterable[Tensor]:
+def _prepend(first: Tensor, rest: Iterable[Tensor]) -> Iterable[Tensor]:
     yield first
     yield from rest
 
 
-def _turned(names: Sequence[str], step: int) -> list[str]:
+def _shuffled(names: Sequence[str], step: int) -> list[str]:
     """Return the names in a random order seeded by ``step``, so that all share the disadvantages.
 
     The first method finds the tokens in cold caches, and the one after scikit-learn shares the
@@ -162,7 +165,7 @@ def _turned(names: Sequence[str], step: int) -> list[str]:
     return random.Random(step).sample(names, len(names))
 
 
-def _clocked(running: Running, x: Tensor) -> float:
+def _step_seconds(running: Running, x: Tensor) -> float:
     begin = time.perf_counter()
     running.step(x)
     return time.perf_counter() - begin

@@ -37,17 +37,21 @@ class Group:
 def sections(record: Mapping[str, Any]) -> list[Section]:
     """Return the sections of the report for a result file."""
     labels: dict[str, str] = record["settings"]["labels"]
-    good = [row for row in record["rows"]["inputs"] if "error" not in row]
+    measured = [row for row in record["rows"]["inputs"] if "error" not in row]
     failed = [row for row in record["rows"]["inputs"] if "error" in row]
-    found = groups(good)
+    grouped = groups(measured)
     notes = [f"{row['input']}: {row['error']}." for row in failed]
     notes += [f"Not timed: {why}." for why in record["rows"]["refused"].values()]
-    if not found:
+    if not grouped:
         return [Section("Accuracy against time", "Nothing was measured.", notes=" ".join(notes))]
     ranks = record["rows"]["ranks"]
     return [
-        _against_time(record, found, labels, " ".join(notes)),
-        *([_over_tokens(found, ranks, labels)] if len(found[0].rows[0]["exact"]) > 1 else []),
+        _time_section(record, grouped, labels, " ".join(notes)),
+        *(
+            [_tokens_section(grouped, ranks, labels)]
+            if len(grouped[0].rows[0]["exact"]) > 1
+            else []
+        ),
     ]
 
 
@@ -65,16 +69,16 @@ def _group(key: tuple[bool, int], rows: list[Mapping[str, Any]]) -> Group:
     count = "" if len(rows) == 1 else f", {len(rows)} inputs"
     names = list(rows[0]["methods"])
 
-    def over(pick: Any) -> dict[str, float]:
+    def medians(pick: Any) -> dict[str, float]:
         return {name: median(pick(row["methods"][name]) for row in rows) for name in names}
 
     return Group(
         title=f"{'synthetic, ' if synthetic else ''}D = {features}{count}",
         rows=rows,
-        ms=over(lambda m: m["ms"]["median"]),
-        answer_ms=over(lambda m: m["answer_ms"]),
-        lost=over(lambda m: m["points"][-1]["lost"]),
-        ratio_error=over(lambda m: m["points"][-1]["ratio_error"] or 0.0),
+        ms=medians(lambda m: m["ms"]["median"]),
+        answer_ms=medians(lambda m: m["answer_ms"]),
+        lost=medians(lambda m: m["points"][-1]["lost"]),
+        ratio_error=medians(lambda m: m["points"][-1]["ratio_error"] or 0.0),
     )
 
 
@@ -87,22 +91,22 @@ def undominated(ms: Mapping[str, float], lost: Mapping[str, float]) -> list[str]
     return front
 
 
-def _against_time(
-    record: Mapping[str, Any], found: Sequence[Group], labels: Mapping[str, str], notes: str
+def _time_section(
+    record: Mapping[str, Any], grouped: Sequence[Group], labels: Mapping[str, str], notes: str
 ) -> Section:
     settings = record["settings"]
     ranks = {e["method"]: e["rank_error"] for e in record["rows"]["ranks"]}  # last checkpoint
     headers = ["method"]
-    for group in found:
+    for group in grouped:
         headers += [f"{group.title}: ms a step", "lost variance", "ratio of component K"]
     headers.append("ranks off")
     rows = []
-    for name in found[0].ms:
+    for name in grouped[0].ms:
         cells = [labels[name]]
-        for group in found:
+        for group in grouped:
             cells += [
                 f"{group.ms[name]:.2f}",
-                _lost(group.lost[name]),
+                _format_lost(group.lost[name]),
                 f"{100 * group.ratio_error[name]:+.1f} %".replace("-0.0", "+0.0"),
             ]
         rows.append([*cells, str(ranks.get(name, "—"))])
@@ -110,21 +114,21 @@ def _against_time(
         f"Lost variance is the share that the span of the K = {settings['components']} components "
         "misses of the variance that the exact ones capture, over all tokens seen; *ratio* is how "
         "far the explained-variance ratio of component K, which the ranks are given by, is from "
-        f"the exact one. {_ranks_words(found, settings['rank'])}"
+        f"the exact one. {_ranks_sentences(grouped, settings['rank'])}"
     )
-    words = [_words(group, labels) for group in found]
+    sentences = [_group_sentences(group, labels) for group in grouped]
     return Section(
         "Accuracy against time",
-        "\n\n".join([text, *words]),
+        "\n\n".join([text, *sentences]),
         headers,
         rows,
-        {"accuracy_time": functools.partial(figures.against_time, found, labels)},
+        {"accuracy_time": functools.partial(figures.plot_lost_vs_time, grouped, labels)},
         notes,
     )
 
 
-def _ranks_words(found: Sequence[Group], rank: int) -> str:
-    layers = sum(len(group.rows) for group in found if not group.rows[0]["synthetic"])
+def _ranks_sentences(grouped: Sequence[Group], rank: int) -> str:
+    layers = sum(len(group.rows) for group in grouped if not group.rows[0]["synthetic"])
     return (
         f"*Ranks off* is the sum over the {layers} real layer inputs of how far a rank is from the "
         f"exact one, with a budget of {rank * layers} for all. All methods were given the same "
@@ -132,68 +136,70 @@ def _ranks_words(found: Sequence[Group], rank: int) -> str:
     )
 
 
-def _words(group: Group, labels: Mapping[str, str]) -> str:
+def _group_sentences(group: Group, labels: Mapping[str, str]) -> str:
     """Say in words which methods are faster and which more accurate."""
     row, ms, lost = group.rows[0], group.ms, group.lost
-    said = [f"**{group.title}**, {row['steps']} steps of {row['tokens']} tokens."]
+    sentences = [f"**{group.title}**, {row['steps']} steps of {row['tokens']} tokens."]
     ours = f"The {labels[DEFAULT]} (the default)" if DEFAULT in ms else ""
     if ours and PEER in ms:
-        said.append(
-            f"{ours} is {_versus(ms[DEFAULT], ms[PEER], 'faster', 'slower')} than PEFT's EVA and "
-            f"{_versus(lost[DEFAULT], lost[PEER], 'closer', 'further off')}."
+        sentences.append(
+            f"{ours} is {_compare(ms[DEFAULT], ms[PEER], 'faster', 'slower')} than PEFT's EVA and "
+            f"{_compare(lost[DEFAULT], lost[PEER], 'closer', 'further off')}."
         )
     worse = [n for n in ms if n.startswith("sketch") and PEER in ms and lost[n] > lost[PEER]]
     if worse:
-        told = "; ".join(f"{labels[n]} ({lost[n] / lost[PEER]:.1f} times)" for n in worse)
-        said.append(f"Further off than PEFT's EVA: {told}.")
+        listed = "; ".join(f"{labels[n]} ({lost[n] / lost[PEER]:.1f} times)" for n in worse)
+        sentences.append(f"Further off than PEFT's EVA: {listed}.")
     if ours and WIDER_PEER in ms:
-        said.append(
+        sentences.append(
             f"{labels[WIDER_PEER]}, as many directions as that sketch has, is "
-            f"{_versus(lost[WIDER_PEER], lost[DEFAULT], 'closer', 'further off')} than it and "
-            f"{_versus(ms[WIDER_PEER], ms[DEFAULT], 'faster', 'slower')}."
+            f"{_compare(lost[WIDER_PEER], lost[DEFAULT], 'closer', 'further off')} than it and "
+            f"{_compare(ms[WIDER_PEER], ms[DEFAULT], 'faster', 'slower')}."
         )
     if ours and "gram" in ms:
-        said.append(
-            f"Exact Gram is {_versus(ms['gram'], ms[DEFAULT], 'faster', 'slower')} than the "
+        sentences.append(
+            f"Exact Gram is {_compare(ms['gram'], ms[DEFAULT], 'faster', 'slower')} than the "
             f"sketch, and takes {group.answer_ms['gram']:.0f} ms more once, at the end."
         )
     front = "; ".join(labels[name] for name in undominated(ms, lost))
-    said.append(f"No method is both faster and closer than these: {front}.")
-    return " ".join(said)
+    sentences.append(f"No method is both faster and closer than these: {front}.")
+    return " ".join(sentences)
 
 
-def _versus(value: float, other: float, less: str, more: str) -> str:
+def _compare(value: float, other: float, less: str, more: str) -> str:
     """Compare in words: ``12 times faster``, ``1.4 times slower``."""
     ratio = max(value, EXACT) / max(other, EXACT)
     return f"{ratio:.3g} times {more}" if ratio > 1 else f"{1 / ratio:.3g} times {less}"
 
 
-def _lost(value: float) -> str:
+def _format_lost(value: float) -> str:
     return "exact" if value < EXACT else f"{value:.1e}"
 
 
-def _over_tokens(
-    found: Sequence[Group], ranks: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
+def _tokens_section(
+    grouped: Sequence[Group], ranks: Sequence[Mapping[str, Any]], labels: Mapping[str, str]
 ) -> Section:
-    group = found[0]
+    group = grouped[0]
     points = group.rows[0]["exact"]
     headers = ["method", *(f"{point['tokens']} tokens" for point in points)]
     rows = []
     for name in group.ms:
-        cells = [_lost(_median_lost(group, name, i)) for i in range(len(points))]
-        off = {e["step"]: e["rank_error"] for e in ranks if e["method"] == name}
-        if off:
+        cells = [_format_lost(_median_lost(group, name, i)) for i in range(len(points))]
+        rank_error_at = {e["step"]: e["rank_error"] for e in ranks if e["method"] == name}
+        if rank_error_at:
             pairs = zip(cells, points, strict=True)
-            cells = [f"{cell} / {off.get(point['step'], '—')}" for cell, point in pairs]
+            cells = [f"{cell} / {rank_error_at.get(point['step'], '—')}" for cell, point in pairs]
         rows.append([labels[name], *cells])
     lost = {name: [_median_lost(group, name, i) for i in range(len(points))] for name in group.ms}
     text = f"{group.title}: lost variance / ranks off, after so many tokens."
     if DEFAULT in lost:
-        text += " " + _trend(lost[DEFAULT], lost.get(PEER), [point["tokens"] for point in points])
+        text += " " + _error_trend(
+            lost[DEFAULT], lost.get(PEER), [point["tokens"] for point in points]
+        )
         text += _ranks_trend(ranks)
-    plots = {"accuracy_tokens": functools.partial(figures.over_tokens, found, labels)}
+    plots = {"accuracy_tokens": functools.partial(figures.plot_lost_vs_tokens, grouped, labels)}
     if ranks:
-        plots["accuracy_ranks"] = functools.partial(figures.ranks_over_tokens, ranks, labels)
+        plots["accuracy_ranks"] = functools.partial(figures.plot_rank_errors, ranks, labels)
     return Section("Accuracy over tokens", text, headers, rows, plots)
 
 
@@ -201,7 +207,7 @@ def _median_lost(group: Group, name: str, i: int) -> float:
     return median(row["methods"][name]["points"][i]["lost"] for row in group.rows)
 
 
-def _trend(ours: Sequence[float], peer: Sequence[float] | None, tokens: Sequence[int]) -> str:
+def _error_trend(ours: Sequence[float], peer: Sequence[float] | None, tokens: Sequence[int]) -> str:
     """Say how the default sketch's error develops, and where PEFT's EVA is more accurate."""
     verb = "falls" if ours[-1] < ours[0] else "grows"
     text = (
@@ -210,15 +216,15 @@ def _trend(ours: Sequence[float], peer: Sequence[float] | None, tokens: Sequence
     )
     if peer is None:
         return text
-    closer = [count for count, a, b in zip(tokens, ours, peer, strict=True) if b < a]
-    if not closer:
+    peer_closer_at = [count for count, a, b in zip(tokens, ours, peer, strict=True) if b < a]
+    if not peer_closer_at:
         return f"{text} It is closer than PEFT's EVA at every checkpoint."
-    if closer == list(tokens[: len(closer)]) and len(closer) < len(tokens):
+    if peer_closer_at == list(tokens[: len(peer_closer_at)]) and len(peer_closer_at) < len(tokens):
         return (
             f"{text} PEFT's EVA, which decomposes each step by itself, is closer up to "
-            f"{closer[-1]} tokens, and further off from {tokens[len(closer)]} on."
+            f"{peer_closer_at[-1]} tokens, and further off from {tokens[len(peer_closer_at)]} on."
         )
-    return f"{text} PEFT's EVA is closer after {', '.join(map(str, closer))} tokens."
+    return f"{text} PEFT's EVA is closer after {', '.join(map(str, peer_closer_at))} tokens."
 
 
 def _ranks_trend(ranks: Sequence[Mapping[str, Any]]) -> str:

@@ -23,7 +23,7 @@ from .configs import CONFIGS, Config, causal_loss, warm_up_model
 TRAIN_STEPS = 3  # of the first repetition; all but the first step are timed
 
 
-def answer(question: Mapping[str, Any]) -> dict[str, Any]:
+def measure_method(question: Mapping[str, Any]) -> dict[str, Any]:
     """Measure one method.
 
     Args:
@@ -39,22 +39,22 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
         config = config.with_depth(question["depth"])
     device, begin = config.device(), time.perf_counter()
     _warm_up(method, config, device)
-    warm = time.perf_counter() - begin
-    found: dict[str, Any] = {"warm_up_s": warm, "runs": []}
-    most, spent = question.get("repeats", config.repeats), 0.0
-    while (done := len(found["runs"])) < most:
-        if done >= config.least and spent >= config.seconds:
+    warm_up_seconds = time.perf_counter() - begin
+    result: dict[str, Any] = {"warm_up_s": warm_up_seconds, "runs": []}
+    max_runs, spent_seconds = question.get("repeats", config.repeats), 0.0
+    while (num_runs := len(result["runs"])) < max_runs:
+        if num_runs >= config.min_repeats and spent_seconds >= config.seconds:
             break
         begin = time.perf_counter()
-        steps = 1 if done else TRAIN_STEPS
-        run, adapted = _measured(config, method, question, device, steps)
-        spent += time.perf_counter() - begin
-        found["runs"].append(run)
-        if len(found["runs"]) == 1:
-            found |= _left(adapted, config, question["real"], device)
+        steps = 1 if num_runs else TRAIN_STEPS
+        run, adapted = _run_once(config, method, question, device, steps)
+        spent_seconds += time.perf_counter() - begin
+        result["runs"].append(run)
+        if len(result["runs"]) == 1:
+            result |= _effect_on_model(adapted, config, question["real"], device)
         del adapted
         gc.collect()
-    return found
+    return result
 
 
 def _warm_up(method: Method, config: Config, device: torch.device) -> None:
@@ -66,28 +66,32 @@ def _warm_up(method: Method, config: Config, device: torch.device) -> None:
     gc.collect()
 
 
-def _measured(
+def _run_once(
     config: Config, method: Method, question: Mapping[str, Any], device: torch.device, steps: int
 ) -> tuple[dict[str, Any], PeftModel]:
-    loading = Meter(device)
-    with loading.phase("load"):
+    load_meter = Meter(device)
+    with load_meter.phase("load"):
         model = config.make_model(question["real"])
         batches = config.make_batches(question["batch"], device)
-    train = config.make_batches(config.train_batch, device)[:steps]
+    train_batches = config.make_batches(config.train_batch, device)[:steps]
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     meter = Meter(device)
     adapted = method.start(model, config.job(batches), meter)
     gc.collect()
-    before = dict(meter.seconds)
-    step_seconds = _train(adapted, train, meter)
+    init_seconds = dict(meter.seconds)
+    step_seconds = _train(adapted, train_batches, meter)
     run = {
-        "seconds": {**loading.seconds, **before, "first step": meter.seconds["first step"]},
+        "seconds": {
+            **load_meter.seconds,
+            **init_seconds,
+            "first step": meter.seconds["first step"],
+        },
         "peaks": meter.peaks,
         "reserved": meter.reserved,
-        "init_peak": max((meter.peaks.get(name, 0) for name in before), default=0),
-        "init_reserved": max((meter.reserved.get(name, 0) for name in before), default=0),
+        "init_peak": max((meter.peaks.get(name, 0) for name in init_seconds), default=0),
+        "init_reserved": max((meter.reserved.get(name, 0) for name in init_seconds), default=0),
         "forwards": meter.forwards,
         "tokens": meter.tokens,
         "train_step_s": step_seconds,
@@ -116,39 +120,41 @@ def _train(model: PeftModel, batches: list[Batch], meter: Meter) -> float:
 
 
 @torch.no_grad()
-def _left(model: PeftModel, config: Config, real: bool, device: torch.device) -> dict[str, Any]:
+def _effect_on_model(
+    model: PeftModel, config: Config, use_hub_weights: bool, device: torch.device
+) -> dict[str, Any]:
     """Return the effect of a method on the model, compared with a fresh base."""
-    fresh = config.make_model(real)
-    plain = dict(fresh.named_modules())
+    fresh = config.make_model(use_hub_weights)
+    fresh_modules = dict(fresh.named_modules())
     changed = total = 0.0
     for name, layer in lora_layers(model).items():
-        before = plain[name.removeprefix("base_model.model.")].weight.float()
-        after = layer.get_base_layer().weight.float()
-        changed += float((after - before).square().sum())
-        total += float(before.square().sum())
+        old_weight = fresh_modules[name.removeprefix("base_model.model.")].weight.float()
+        new_weight = layer.get_base_layer().weight.float()
+        changed += float((new_weight - old_weight).square().sum())
+        total += float(old_weight.square().sum())
     ranks = [rank_of(layer) for layer in lora_layers(model).values()]
     return {
         "weights_changed": (changed / total) ** 0.5 if total else 0.0,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "ranks": sum(ranks),
         "layers": len(ranks),
-        **_reloaded(model, fresh, config.make_batches(2, device)[0]["input_ids"]),
+        **_reload_difference(model, fresh, config.make_batches(2, device)[0]["input_ids"]),
     }
 
 
-def _reloaded(model: PeftModel, fresh: nn.Module, ids: Tensor) -> dict[str, Any]:
+def _reload_difference(model: PeftModel, fresh: nn.Module, ids: Tensor) -> dict[str, Any]:
     """Save the briefly trained adapter, load it on a fresh base, and compare logits."""
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder)
-            again = PeftModel.from_pretrained(fresh, folder).eval()
+            reloaded = PeftModel.from_pretrained(fresh, folder).eval()
         except Exception as error:  # the failure is the result
             text = str(error).strip().splitlines()[0][:120]
             return {"reload_error": f"{type(error).__name__}: {text}"}
-        found = again(input_ids=ids, use_cache=False).logits
-    return {"reload_difference": float((found - expected).abs().max())}
+        logits = reloaded(input_ids=ids, use_cache=False).logits
+    return {"reload_difference": float((logits - expected).abs().max())}
 
 
 def main() -> None:
@@ -156,7 +162,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    sys.stdout.write("\n" + json.dumps(answer(json.loads(sys.argv[1]))) + "\n")
+    sys.stdout.write("\n" + json.dumps(measure_method(json.loads(sys.argv[1]))) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Config:
         train_batch: batch size of that training.
         r: rank.
         dtype: of the weights.
-        least, repeats: minimum and maximum number of measured runs per row.
+        min_repeats, repeats: minimum and maximum number of measured runs per row.
         seconds: after which a row is not repeated again.
         gpu: needs a GPU.
     """
@@ -45,7 +45,7 @@ class Config:
     train_batch: int
     r: int
     dtype: torch.dtype
-    least: int
+    min_repeats: int
     repeats: int
     seconds: float
     gpu: bool = True
@@ -62,14 +62,14 @@ class Config:
             raise RuntimeError("this configuration needs a GPU, and torch sees none")
         return torch.device("cpu")
 
-    def make_model(self, real: bool) -> nn.Module:
+    def make_model(self, use_hub_weights: bool) -> nn.Module:
         """Return the model, with the same weights at every call, in eval mode.
 
         Args:
-            real: use the hub's weights.
+            use_hub_weights: use the hub's weights.
         """
         device = self.device()
-        if real:
+        if use_hub_weights:
             model = AutoModelForCausalLM.from_pretrained(self.hub, dtype=self.dtype)
             return model.to(device).eval()
         torch.manual_seed(0)
@@ -101,20 +101,20 @@ class Config:
         """Return the same configuration with ``count`` layers, and random weights."""
 
         def make_config() -> PretrainedConfig:
-            made = self.make_config()
-            full, made.num_hidden_layers = made.num_hidden_layers, count
-            for key, value in vars(made).items():
-                if isinstance(value, list) and len(value) == full:  # one entry per layer
-                    setattr(made, key, value[:count])
-            return made
+            config = self.make_config()
+            old_depth, config.num_hidden_layers = config.num_hidden_layers, count
+            for key, value in vars(config).items():
+                if isinstance(value, list) and len(value) == old_depth:  # one entry per layer
+                    setattr(config, key, value[:count])
+            return config
 
         return replace(self, make_config=make_config, hub=None)
 
     def job(self, batches: list[Batch]) -> Job:
         """Return the input of a method."""
-        most = self.passes * len(batches)
+        max_forwards = self.passes * len(batches)
         steps = max(1, self.epoch // self.train_batch)
-        return Job(TARGETS, batches, causal_loss, r=self.r, most_forwards=most, steps=steps)
+        return Job(TARGETS, batches, causal_loss, r=self.r, max_forwards=max_forwards, steps=steps)
 
 
 def causal_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -154,7 +154,7 @@ def _large(name: str, hub: str | None) -> Config:
     # An epoch is the paper's common-sense training set: 170,420 samples.
     sizes: dict[str, Any] = {"samples": 64, "length": 512, "batches": (16, 8, 4), "passes": 2}
     train: dict[str, Any] = {"epoch": 170_420, "train_batch": 8, "r": 16}
-    run: dict[str, Any] = {"dtype": torch.bfloat16, "least": 1, "repeats": 3, "seconds": 60.0}
+    run: dict[str, Any] = {"dtype": torch.bfloat16, "min_repeats": 1, "repeats": 3, "seconds": 60.0}
     return Config(MODELS[name], hub, **sizes, **train, **run)
 
 
@@ -170,7 +170,7 @@ CONFIGS = {
         train_batch=4,
         r=16,
         dtype=torch.float32,
-        least=2,
+        min_repeats=2,
         repeats=3,
         seconds=4.0,
         gpu=False,

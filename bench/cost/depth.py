@@ -17,10 +17,10 @@ from ..processes import ask_child
 from ..rows import Rows
 from ..sections import Section
 from .configs import CONFIGS
-from .run import START_SECONDS, keys_of, summary
+from .run import START_SECONDS, row_keys, summary
 
 METHODS = ("eva", "eva-peft", "lora-ga", "lora-ga-paper", "corda-ipm")
-FIGURES = ("init_s", "init_peak", "init_reserved")
+QUANTITIES = ("init_s", "init_peak", "init_reserved")
 HEADERS = (
     "method", "batch", "depth", "initialise", "memory", "reserved", "a layer", "from", "forwards",
     "line off between",
@@ -35,7 +35,7 @@ def run(
     out: Path = RESULTS,
     quiet: bool = False,
     repeats: int | None = None,
-    keep: Callable[[list[dict[str, Any]]], None] | None = None,
+    on_rows: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> Path:
     """Measure each method at each depth, and extrapolate to the depth of the model.
 
@@ -47,7 +47,7 @@ def run(
         out: folder of the results; the file is ``depth-NAME.json``.
         quiet: show no progress bar.
         repeats: of every row; those of the configuration if ``None``.
-        keep: called after each row with all rows measured so far.
+        on_rows: called after each row with all rows measured so far.
 
     Raises:
         ValueError: fewer than two depths.
@@ -55,13 +55,13 @@ def run(
     """
     depths = sorted(set(depths))
     if len(depths) < 2:
-        raise ValueError("a line needs two depths")
+        raise ValueError("extrapolation needs at least two different depths")
     config = CONFIGS[name]
     config.device()
-    full = config.make_config().num_hidden_layers
+    full_depth = config.make_config().num_hidden_layers
     settings = {
         "config": name,
-        "depth": full,
+        "depth": full_depth,
         "samples": config.samples,
         "length": config.length,
         "passes": config.passes,
@@ -69,48 +69,53 @@ def run(
         "dtype": str(config.dtype).removeprefix("torch."),
     }
 
-    told = {} if repeats is None else {"repeats": repeats}
+    overrides = {} if repeats is None else {"repeats": repeats}
 
     def measure(key: Any) -> dict[str, Any]:
-        question = {**key, **told, "config": name, "real": False}
+        question = {**key, **overrides, "config": name, "real": False}
         return summary(ask_child("bench.cost", question, START_SECONDS + 20 * config.seconds))
 
-    sized = keys_of(replace(config, batches=(batch,)), methods)
-    keys = [{**key, "depth": n} for key in sized for n in depths]
-    rows = Rows(f"depth-{name}", {**settings, **told}, out, quiet)
-    if keep is not None:
+    keys_by_size = row_keys(replace(config, batches=(batch,)), methods)
+    keys = [{**key, "depth": n} for key in keys_by_size for n in depths]
+    rows = Rows(f"depth-{name}", {**settings, **overrides}, out, quiet)
+    if on_rows is not None:
         for count in range(1, len(keys) + 1):
-            keep(rows.make(keys[:count], measure))
+            on_rows(rows.make(keys[:count], measure))
     measured = rows.make(keys, measure)
-    return rows.finish({"measured": measured, "whole": extrapolate(measured, full)})
+    return rows.finish({"measured": measured, "whole": extrapolate(measured, full_depth)})
 
 
-def extrapolate(measured: Sequence[Mapping[str, Any]], full: int) -> list[dict[str, Any]]:
-    """Return the cost of each method at ``full`` layers, by the line through its extreme depths.
+def extrapolate(measured: Sequence[Mapping[str, Any]], full_depth: int) -> list[dict[str, Any]]:
+    """Return the cost of each method at ``full_depth``, by the line through its extreme depths.
 
     ``FIGURE_off`` is the relative error of that line at each depth in between. A method that failed
     at some depth has its ``error`` instead.
     """
-    found = []
+    extrapolated = []
     for name in dict.fromkeys(row["method"] for row in measured):
         rows = sorted((r for r in measured if r["method"] == name), key=lambda row: row["depth"])
-        row: dict[str, Any] = {"method": name, "batch": rows[0]["batch"], "depth": full}
+        row: dict[str, Any] = {"method": name, "batch": rows[0]["batch"], "depth": full_depth}
         errors = [r["error"] for r in rows if "error" in r]
         if errors:
-            found.append({**row, "error": errors[0]})
+            extrapolated.append({**row, "error": errors[0]})
             continue
         row["from"] = [r["depth"] for r in rows]
         row["forwards"] = [r["forwards"] for r in rows]
         first, *between, last = rows
-        for figure in FIGURES:
-            low, high = first[figure]["median"], last[figure]["median"]
-            layer = (high - low) / (last["depth"] - first["depth"])
-            row[figure] = low + layer * (full - first["depth"])
-            row[f"{figure}_of_a_layer"] = layer
-            told = [(low + layer * (r["depth"] - first["depth"]), r[figure]) for r in between]
-            row[f"{figure}_off"] = [line / seen["median"] - 1 for line, seen in told]
-        found.append(row)
-    return found
+        for quantity in QUANTITIES:
+            low, high = first[quantity]["median"], last[quantity]["median"]
+            per_layer = (high - low) / (last["depth"] - first["depth"])
+            row[quantity] = low + per_layer * (full_depth - first["depth"])
+            row[f"{quantity}_of_a_layer"] = per_layer
+            predicted = [
+                (low + per_layer * (r["depth"] - first["depth"]), r[quantity]) for r in between
+            ]
+            row[f"{quantity}_off"] = [
+                prediction / measured_value["median"] - 1
+                for prediction, measured_value in predicted
+            ]
+        extrapolated.append(row)
+    return extrapolated
 
 
 def sections(record: Mapping[str, Any]) -> list[Section]:
@@ -127,15 +132,15 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
         "one."
     )
     title = f"Cost by depth: {settings['config']}"
-    return [Section(title, text, HEADERS, [_line(row) for row in rows])]
+    return [Section(title, text, HEADERS, [_table_row(row) for row in rows])]
 
 
-def _line(row: Mapping[str, Any]) -> list[str]:
-    begin = [row["method"], str(row["batch"]), str(row["depth"])]
+def _table_row(row: Mapping[str, Any]) -> list[str]:
+    cells = [row["method"], str(row["batch"]), str(row["depth"])]
     if "error" in row:
-        return [*begin, row["error"], *[""] * (len(HEADERS) - 4)]
+        return [*cells, row["error"], *[""] * (len(HEADERS) - 4)]
     gib = [f"{row[name] / 2**30:.3f}" for name in ("init_peak", "init_reserved")]
     layer = f"{row['init_s_of_a_layer']:.3f} s, {row['init_peak_of_a_layer'] / 2**20:.1f} MiB"
     depths, forwards = (", ".join(map(str, row[key])) for key in ("from", "forwards"))
-    off = ", ".join(f"{share:+.0%}" for share in row["init_s_off"]) or "-"
-    return [*begin, f"{row['init_s']:.2f}", *gib, layer, depths, forwards, off]
+    errors_between = ", ".join(f"{share:+.0%}" for share in row["init_s_off"]) or "-"
+    return [*cells, f"{row['init_s']:.2f}", *gib, layer, depths, forwards, errors_between]

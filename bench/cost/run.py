@@ -15,7 +15,7 @@ from .configs import CONFIGS, Config
 START_SECONDS = 120.0  # to load the libraries and the model
 
 
-def keys_of(config: Config, methods: Sequence[str]) -> list[dict[str, Any]]:
+def row_keys(config: Config, methods: Sequence[str]) -> list[dict[str, Any]]:
     """Return the keys of the rows: data-driven methods have a row for every batch size."""
     keys = []
     for name in methods:
@@ -27,13 +27,13 @@ def keys_of(config: Config, methods: Sequence[str]) -> list[dict[str, Any]]:
     return keys
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
+def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Return a row: medians and spread over the repetitions of one process."""
-    runs = found.pop("runs")
+    runs = result.pop("runs")
     phases = list(dict.fromkeys(name for run in runs for name in run["seconds"]))
     init = [sum(run["seconds"].get(p, 0.0) for p in ("collect", "solve", "apply")) for run in runs]
     return {
-        **found,
+        **result,
         "repeats": len(runs),
         "seconds": {p: spread([run["seconds"].get(p, 0.0) for run in runs]) for p in phases},
         "init_s": spread(init),
@@ -78,7 +78,7 @@ def run(
         "train_batch": config.train_batch,
         "r": config.r,
         "dtype": str(config.dtype).removeprefix("torch."),
-        "model": _shape(config),
+        "model": _model_shape(config),
     }
 
     def measure(key: Any) -> dict[str, Any]:
@@ -87,10 +87,10 @@ def run(
         return summary(ask_child("bench.cost", question, limit))
 
     rows = Rows(f"cost-{name}", settings, out, quiet)
-    return rows.finish(rows.make(keys_of(config, methods or list(METHODS)), measure))
+    return rows.finish(rows.make(row_keys(config, methods or list(METHODS)), measure))
 
 
-def _shape(config: Config) -> dict[str, int]:
-    made = config.make_config()
+def _model_shape(config: Config) -> dict[str, int]:
+    config = config.make_config()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    return {name: getattr(made, name) for name in names}
+    return {name: getattr(config, name) for name in names}

@@ -51,7 +51,7 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
         f"every method that reads data, r = {settings['r']}. EVA goes over them "
         f"{settings['passes']} times at most. Seconds are medians over repetitions in a process of "
         "its own for each row; memory is the peak above the weights, of the initialisation and of "
-        "the first step of training.\n\n" + in_words(rows)
+        "the first step of training.\n\n" + comparison_text(rows)
     )
     notes = (
         f"An epoch is {settings['epoch']} samples in batches of {settings['train_batch']}, at "
@@ -64,63 +64,65 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
     )
     # on a CPU, memory reserved by the allocator cannot be told from memory in use
     headers = [h for h in HEADERS if h != "reserved" or record["machine"]["gpu"]]
-    body = [_line(row, epoch, headers) for row in rows]
+    body = [_table_row(row, epoch, headers) for row in rows]
     figures = {f"cost-{settings['config']}": functools.partial(plot, rows)}
     return [Section(f"Cost: {settings['config']}", text, headers, body, figures, notes)]
 
 
-def short(record: Mapping[str, Any], batch: int = 8) -> Section:
+def short_section(record: Mapping[str, Any], batch: int = 8) -> Section:
     """Return a few columns of the rows with one batch size, for the README."""
     section = sections(record)[0]
-    shown = [row for row in record["rows"] if row["batch"] in (1, batch) or not _reads(row)]
+    shown_rows = [
+        row for row in record["rows"] if row["batch"] in (1, batch) or not _reads_data(row)
+    ]
     epoch = epoch_seconds(record["settings"], record["rows"])
-    rows = [_line(row, epoch, SHORT) for row in shown]
+    rows = [_table_row(row, epoch, SHORT) for row in shown_rows]
     return Section(section.title, section.text, SHORT, rows)
 
 
 def epoch_seconds(settings: Row, rows: Sequence[Row]) -> float | None:
     """Return the seconds of a training epoch with LoRA; ``None`` if that row failed."""
-    step = next((r["train_step_s"] for r in rows if r["method"] == "lora" and _ok(r)), None)
+    step = next((r["train_step_s"] for r in rows if r["method"] == "lora" and _succeeded(r)), None)
     return None if step is None else step * settings["epoch"] / settings["train_batch"]
 
 
-def _ok(row: Row) -> bool:
+def _succeeded(row: Row) -> bool:
     return "error" not in row
 
 
-def _line(row: Row, epoch: float | None, headers: Sequence[str]) -> list[str]:
+def _table_row(row: Row, epoch: float | None, headers: Sequence[str]) -> list[str]:
     cells = _cells(row, epoch)
-    if not _ok(row):  # the reason goes into the first column of numbers
+    if not _succeeded(row):  # the reason goes into the first column of numbers
         cells[headers[2]] = row["error"].replace("|", "\\|")
     return [cells.get(header, "") for header in headers]
 
 
 def _cells(row: Row, epoch: float | None) -> dict[str, str]:
-    head = {
+    cells = {
         "method": METHODS[row["method"]].label,
-        "batch": str(row["batch"]) if _reads(row) else "-",
+        "batch": str(row["batch"]) if _reads_data(row) else "-",
     }
-    if not _ok(row):
-        return head
+    if not _succeeded(row):
+        return cells
     init = row["init_s"]
-    phases = {name: _seconds(told["median"]) for name, told in row["seconds"].items()}
+    phases = {name: _seconds(spread["median"]) for name, spread in row["seconds"].items()}
     return {
-        **head,
+        **cells,
         **phases,
         "initialise": _seconds(init["median"]),
         "p20 to p80": f"{init['p20']:.2f} to {init['p80']:.2f}",
         "of an epoch": "" if epoch is None else f"{100 * init['median'] / epoch:.2g} %",
-        "memory": mib(row["init_peak"]["median"]),
-        "reserved": mib(row["init_reserved"]["median"]),
-        "first step's": mib(row["first_step_peak"]["median"]),
+        "memory": format_bytes(row["init_peak"]["median"]),
+        "reserved": format_bytes(row["init_reserved"]["median"]),
+        "first step's": format_bytes(row["first_step_peak"]["median"]),
         "forwards": str(row["forwards"]),
         "tokens": str(row["tokens"]),
         "base changed": "no" if row["weights_changed"] == 0 else f"{row['weights_changed']:.1e}",
-        "reload": reload_words(row),
+        "reload": reload_text(row),
     }
 
 
-def _reads(row: Row) -> bool:
+def _reads_data(row: Row) -> bool:
     return METHODS[row["method"]].reads_data
 
 
@@ -128,12 +130,12 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s"
 
 
-def mib(value: float) -> str:
+def format_bytes(value: float) -> str:
     """Format bytes in MiB or GiB."""
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def reload_words(row: Row) -> str:
+def reload_text(row: Row) -> str:
     """Say whether saving and loading restored the adapter."""
     if "reload_error" in row:
         return row["reload_error"].split(":")[0]
@@ -141,59 +143,62 @@ def reload_words(row: Row) -> str:
     return "exact" if difference == 0 else f"off by {difference:.1e}"
 
 
-def in_words(rows: Sequence[Row]) -> str:
+def comparison_text(rows: Sequence[Row]) -> str:
     """Say how this package compares with other data-driven methods, for each batch size."""
-    found = {(r["method"], r["batch"]): r for r in rows if _ok(r)}
-    sizes = sorted({batch for method, batch in found if method == "eva"}, reverse=True)
+    row_of = {(r["method"], r["batch"]): r for r in rows if _succeeded(r)}
+    sizes = sorted({batch for method, batch in row_of if method == "eva"}, reverse=True)
     lines = []
     for rival in RIVALS:
         label = METHODS[rival].label
-        told = [(size, found["eva", size], _at(found, rival, size)) for size in sizes]
-        pairs = [(size, ours, theirs) for size, ours, theirs in told if theirs is not None]
+        rows_by_size = [
+            (size, row_of["eva", size], _row_for(row_of, rival, size)) for size in sizes
+        ]
+        pairs = [(size, ours, theirs) for size, ours, theirs in rows_by_size if theirs is not None]
         if not pairs:
             lines.append(f"- {label}: no numbers to compare with.")
             continue
         times = [_ratio(theirs, ours, "init_s") for _, ours, theirs in pairs]
         peaks = [_ratio(ours, theirs, "init_peak") for _, ours, theirs in pairs]
-        at = "/".join(str(size) for size, *_ in pairs)
+        batches = "/".join(str(size) for size, *_ in pairs)
         lines.append(
-            f"- {label} takes {_list(times)} times as long as this package (batch {at}; below 1 "
-            f"it is faster), and this package {_list(peaks)} of its memory."
+            f"- {label} takes {_join_numbers(times)} times as long as this package (batch "
+            f"{batches}; below 1 it is faster), and this package {_join_numbers(peaks)} of its "
+            "memory."
         )
     return "\n".join(lines)
 
 
-def _at(found: Mapping[tuple[str, int], Row], method: str, size: int) -> Row | None:
-    return found.get((method, 1 if METHODS[method].one_sample else size))
+def _row_for(row_of: Mapping[tuple[str, int], Row], method: str, size: int) -> Row | None:
+    return row_of.get((method, 1 if METHODS[method].one_sample else size))
 
 
-def _ratio(first: Row, second: Row, what: str) -> float:
-    below = second[what]["median"]
-    return max(first[what]["median"], 0.0) / below if below > 0 else float("inf")
+def _ratio(numerator: Row, denominator: Row, quantity: str) -> float:
+    divisor = denominator[quantity]["median"]
+    return max(numerator[quantity]["median"], 0.0) / divisor if divisor > 0 else float("inf")
 
 
-def _list(values: Sequence[float]) -> str:
+def _join_numbers(values: Sequence[float]) -> str:
     return " / ".join(f"{value:.2f}" for value in values)
 
 
 def plot(rows: Sequence[Row]) -> Figure:
     """Plot seconds and memory in two panels: a line per method, a marker per batch size."""
-    shown = [row for row in rows if _ok(row)]
-    methods = list(dict.fromkeys(row["method"] for row in shown))
+    measured = [row for row in rows if _succeeded(row)]
+    methods = list(dict.fromkeys(row["method"] for row in measured))
     figure = new_figure((8, 5.4), "Seconds and memory of every initialisation, one line a method")
     panels = figure.subplots(1, 2, sharey=True)
-    sizes = sorted({row["batch"] for row in shown if _reads(row)}, reverse=True)
-    marks = dict(zip(sizes, "osD^v", strict=False))
-    for axes, what, unit, label in (
+    sizes = sorted({row["batch"] for row in measured if _reads_data(row)}, reverse=True)
+    marker_of_size = dict(zip(sizes, "osD^v", strict=False))
+    for axes, quantity, unit, label in (
         (panels[0], "init_s", 1.0, "seconds to initialise"),
         (panels[1], "init_peak", 2.0**20, "peak memory above the weights, MiB"),
     ):
-        for row in shown:
-            value = max(row[what]["median"] / unit, 1e-3)
-            mark = marks[row["batch"]] if _reads(row) else "_"
+        for row in measured:
+            value = max(row[quantity]["median"] / unit, 1e-3)
+            marker = marker_of_size[row["batch"]] if _reads_data(row) else "_"
             ours = METHODS[row["method"]].source == OURS
             colour = "#0072b2" if ours else "#555555"
-            axes.plot(value, methods.index(row["method"]), mark, color=colour, markersize=6)
+            axes.plot(value, methods.index(row["method"]), marker, color=colour, markersize=6)
         axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
@@ -201,6 +206,6 @@ def plot(rows: Sequence[Row]) -> Figure:
     panels[0].set_yticks(range(len(methods)), [METHODS[name].label for name in methods])
     panels[0].invert_yaxis()
     for size in sizes:
-        panels[0].plot([], [], marks[size], color="#555555", label=f"batch {size}")
+        panels[0].plot([], [], marker_of_size[size], color="#555555", label=f"batch {size}")
     panels[0].legend(frameon=False, loc="lower left")
     return figure

@@ -60,7 +60,7 @@ def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return build
 
 
-def texts(
+def text_batches(
     count: int,
     samples: int = 4,
     length: int = 20,
@@ -77,14 +77,14 @@ def texts(
         left: pad on the left.
     """
     generator = torch.Generator().manual_seed(seed)
-    share = 1 / torch.arange(3, VOCABULARY - 1).float()
+    frequencies = 1 / torch.arange(3, VOCABULARY - 1).float()
     batches = []
     for _ in range(count):
-        ids = 3 + torch.multinomial(share, samples * length, True, generator=generator)
+        ids = 3 + torch.multinomial(frequencies, samples * length, True, generator=generator)
         ids = ids.reshape(samples, length)
         lengths = torch.randint(length // 3, length, (samples, 1), generator=generator)
-        places = torch.arange(length).flip(0) if left else torch.arange(length)
-        mask = (places < lengths).long()
+        positions = torch.arange(length).flip(0) if left else torch.arange(length)
+        mask = (positions < lengths).long()
         batch: Batch = {"input_ids": ids * mask, "attention_mask": mask}
         if labels == "tokens":
             batch["labels"] = torch.where(mask.bool(), ids, -100)
@@ -94,7 +94,7 @@ def texts(
     return batches
 
 
-def images(
+def image_batches(
     count: int, samples: int = 4, size: int = 16, *, classes: int | None = 3, seed: int = 5
 ) -> list[Batch]:
     """Return images whose neighbouring pixels are similar, optionally with classes."""

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from .family import VOCABULARY, Batch, Family, mean_square, seeded, texts
+from .family import VOCABULARY, Batch, Family, mean_square, seeded, text_batches
 
 SIZE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -139,11 +139,13 @@ def _routed() -> nn.Module:
     return model
 
 
-_causal = partial(texts, labels="tokens")
+_causal = partial(text_batches, labels="tokens")
 
 
-def _translations(count: int) -> list[Batch]:
-    pairs = zip(texts(count), texts(count, length=12, labels="tokens", seed=6), strict=True)
+def _translation_batches(count: int) -> list[Batch]:
+    pairs = zip(
+        text_batches(count), text_batches(count, length=12, labels="tokens", seed=6), strict=True
+    )
     return [{**source, "labels": target["labels"]} for source, target in pairs]
 
 
@@ -154,10 +156,12 @@ _FUSED = {
 
 LANGUAGE: dict[str, Family] = {
     "Llama": Family(seeded(_llama), _causal, {"task_type": "CAUSAL_LM"}),
-    "Llama, bare": Family(seeded(lambda: _llama().model), texts, loss=mean_square),
+    "Llama, bare": Family(seeded(lambda: _llama().model), text_batches, loss=mean_square),
     "Qwen2": Family(seeded(_qwen2), _causal, {"task_type": "CAUSAL_LM"}),
     "Qwen3, left padding": Family(
-        seeded(_qwen3), partial(texts, labels="tokens", left=True), {"task_type": "CAUSAL_LM"}
+        seeded(_qwen3),
+        partial(text_batches, labels="tokens", left=True),
+        {"task_type": "CAUSAL_LM"},
     ),
     "Gemma-2": Family(seeded(_gemma2), _causal, {"task_type": "CAUSAL_LM"}),
     "Gemma-3": Family(seeded(_gemma3), _causal, {"task_type": "CAUSAL_LM"}),
@@ -166,19 +170,27 @@ LANGUAGE: dict[str, Family] = {
     "Mixtral, fused experts": Family(seeded(_mixtral), _causal, _FUSED),
     "Mixtral, experts as modules": Family(seeded(_routed), _causal, {"task_type": "CAUSAL_LM"}),
     "GPT-2 (Conv1D)": Family(seeded(_gpt2), _causal, {"task_type": "CAUSAL_LM"}),
-    "T5": Family(seeded(_t5), _translations, {"task_type": "SEQ_2_SEQ_LM"}),
-    "T5 encoder": Family(seeded(lambda: hf.T5EncoderModel(_t5_config())), texts, loss=mean_square),
-    "DeBERTa-v3 classifier": Family(seeded(_deberta), partial(texts, labels="classes"), CLASSES),
-    "RoBERTa classifier": Family(seeded(_roberta), partial(texts, labels="classes"), CLASSES),
-    "ModernBERT classifier": Family(seeded(_modernbert), partial(texts, labels="classes"), CLASSES),
+    "T5": Family(seeded(_t5), _translation_batches, {"task_type": "SEQ_2_SEQ_LM"}),
+    "T5 encoder": Family(
+        seeded(lambda: hf.T5EncoderModel(_t5_config())), text_batches, loss=mean_square
+    ),
+    "DeBERTa-v3 classifier": Family(
+        seeded(_deberta), partial(text_batches, labels="classes"), CLASSES
+    ),
+    "RoBERTa classifier": Family(
+        seeded(_roberta), partial(text_batches, labels="classes"), CLASSES
+    ),
+    "ModernBERT classifier": Family(
+        seeded(_modernbert), partial(text_batches, labels="classes"), CLASSES
+    ),
     "BERT classifier": Family(
         seeded(lambda: _bert("BertForSequenceClassification")),
-        partial(texts, labels="classes"),
+        partial(text_batches, labels="classes"),
         CLASSES,
     ),
     "BERT with pooler, bare": Family(
         seeded(lambda: _bert("BertModel")),
-        texts,
+        text_batches,
         loss=lambda model, batch: model(**batch).pooler_output.square().mean(),
     ),
 }

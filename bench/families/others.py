@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from .family import VOCABULARY, Batch, Family, images, mean_square, seeded, texts
+from .family import VOCABULARY, Batch, Family, image_batches, mean_square, seeded, text_batches
 from .language import SIZE
 
 VISION: dict[str, Any] = {
@@ -21,7 +21,7 @@ VISION: dict[str, Any] = {
     "patch_size": 4,
 }
 TEXT = {k: v for k, v in SIZE.items() if k != "pad_token_id"}
-IMAGE_TOKEN = SOUND_TOKEN = VOCABULARY - 1
+IMAGE_TOKEN = AUDIO_TOKEN = VOCABULARY - 1
 
 
 def _dinov2() -> nn.Module:
@@ -39,13 +39,13 @@ def _clip() -> nn.Module:
     return hf.CLIPModel(config)
 
 
-def _pairs(count: int) -> list[Batch]:
-    pairs = zip(texts(count), images(count, classes=None), strict=True)
+def _image_text_batches(count: int) -> list[Batch]:
+    pairs = zip(text_batches(count), image_batches(count, classes=None), strict=True)
     return [{**text, **image} for text, image in pairs]
 
 
 def _clip_batches(count: int) -> list[Batch]:
-    batches = _pairs(count)
+    batches = _image_text_batches(count)
     for batch in batches:  # the text model pools at the end-of-text token
         last = batch["attention_mask"].sum(1) - 1
         batch["input_ids"][torch.arange(4), last] = 2
@@ -77,10 +77,12 @@ def _whisper() -> nn.Module:
 
 def _whisper_batches(count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(5)
-    sounds = torch.randn(count, 4, 8, 24, generator=generator).cumsum(-1) / 4
+    audio_by_batch = torch.randn(count, 4, 8, 24, generator=generator).cumsum(-1) / 4
     return [
-        {"input_features": sound, "labels": text["labels"]}
-        for sound, text in zip(sounds, texts(count, length=12, labels="tokens"), strict=True)
+        {"input_features": audio, "labels": text["labels"]}
+        for audio, text in zip(
+            audio_by_batch, text_batches(count, length=12, labels="tokens"), strict=True
+        )
     ]
 
 
@@ -110,17 +112,17 @@ def _hubert() -> nn.Module:
     return hf.HubertForSequenceClassification(config)
 
 
-def _sounds(count: int, *, classes: bool) -> list[Batch]:
+def _audio_batches(count: int, *, classes: bool) -> list[Batch]:
     """Return padded audio of different lengths, each with a class or a short text."""
     generator = torch.Generator().manual_seed(5)
     batches = []
     for _ in range(count):
         lengths = torch.randint(300, 800, (4, 1), generator=generator)
         mask = (torch.arange(800) < lengths).long()
-        sound = torch.randn(4, 800, generator=generator).cumsum(-1) / 10
+        audio = torch.randn(4, 800, generator=generator).cumsum(-1) / 10
         shape = (4,) if classes else (4, 5)
         labels = torch.randint(1, 3, shape, generator=generator)
-        batches.append({"input_values": sound * mask, "attention_mask": mask, "labels": labels})
+        batches.append({"input_values": audio * mask, "attention_mask": mask, "labels": labels})
     return batches
 
 
@@ -164,9 +166,9 @@ def _decision_batches(count: int) -> list[Batch]:
 
 def _decision_loss(model: nn.Module, batch: Batch) -> Tensor:
     out = model(**batch)
-    kept = batch["attention_mask"].bool()
-    errors = (out.action_preds - batch["actions"])[kept].square().mean()
-    return errors + out.state_preds[kept].square().mean() + out.return_preds[kept].square().mean()
+    mask = batch["attention_mask"].bool()
+    errors = (out.action_preds - batch["actions"])[mask].square().mean()
+    return errors + out.state_preds[mask].square().mean() + out.return_preds[mask].square().mean()
 
 
 def _llava() -> nn.Module:
@@ -180,7 +182,9 @@ def _llava() -> nn.Module:
 
 def _llava_batches(count: int) -> list[Batch]:
     batches = []
-    for text, image in zip(texts(count, labels="tokens"), images(count, classes=None), strict=True):
+    for text, image in zip(
+        text_batches(count, labels="tokens"), image_batches(count, classes=None), strict=True
+    ):
         text["input_ids"][:, 1:5] = IMAGE_TOKEN  # 4 patches per image
         text["labels"][:, 1:5] = -100
         batches.append({**text, **image})
@@ -198,7 +202,7 @@ def _layout() -> nn.Module:
 def _layout_batches(count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(5)
     batches = []
-    for batch in _pairs(count):
+    for batch in _image_text_batches(count):
         shape = batch["input_ids"].shape
         boxes = torch.randint(0, 500, (*shape, 2), generator=generator)
         labels = torch.randint(0, 3, shape, generator=generator)
@@ -208,11 +212,11 @@ def _layout_batches(count: int) -> list[Batch]:
 
 
 def _qwen2_audio() -> nn.Module:
-    sound = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2}
-    sound |= {"encoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 20}
+    audio = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2}
+    audio |= {"encoder_ffn_dim": 48, "num_mel_bins": 8, "max_source_positions": 20}
     text = hf.Qwen2Config(**SIZE, num_key_value_heads=1)
     config = hf.Qwen2AudioConfig(
-        audio_config=sound, text_config=text, audio_token_index=SOUND_TOKEN, pad_token_id=0
+        audio_config=audio, text_config=text, audio_token_index=AUDIO_TOKEN, pad_token_id=0
     )
     return hf.Qwen2AudioForConditionalGeneration(config)
 
@@ -221,17 +225,17 @@ def _qwen2_audio_batches(count: int) -> list[Batch]:
     """Return texts with audio of different lengths, padded like the processor's 30 seconds."""
     generator = torch.Generator().manual_seed(5)
     batches = []
-    for batch in texts(count, labels="tokens"):
+    for batch in text_batches(count, labels="tokens"):
         tokens = torch.randint(1, 6, (4,), generator=generator)
         frames = 4 * tokens  # four frames per token
         mask = torch.arange(40) < frames[:, None]
-        sound = torch.randn(4, 8, 40, generator=generator).cumsum(-1) / 4
-        places = torch.arange(batch["input_ids"].shape[1]) < tokens[:, None]
-        batch["input_ids"].masked_fill_(places, SOUND_TOKEN)
-        batch["labels"].masked_fill_(places, -100)
-        batch["attention_mask"] |= places
-        sound = {"input_features": sound, "feature_attention_mask": mask.long()}
-        batches.append({**batch, **sound})
+        audio = torch.randn(4, 8, 40, generator=generator).cumsum(-1) / 4
+        is_audio = torch.arange(batch["input_ids"].shape[1]) < tokens[:, None]
+        batch["input_ids"].masked_fill_(is_audio, AUDIO_TOKEN)
+        batch["labels"].masked_fill_(is_audio, -100)
+        batch["attention_mask"] |= is_audio
+        audio = {"input_features": audio, "feature_attention_mask": mask.long()}
+        batches.append({**batch, **audio})
     return batches
 
 
@@ -267,17 +271,17 @@ _CONVOLUTIONS = {"target_modules": ["stem", "grouped", "dilated", "pointwise", "
 _IMAGES = {"task_type": None}
 
 OTHERS: dict[str, Family] = {
-    "DINOv2": Family(seeded(_dinov2), images),
-    "ViT": Family(seeded(_vit), images),
-    "Swin": Family(seeded(_swin), images),
+    "DINOv2": Family(seeded(_dinov2), image_batches),
+    "ViT": Family(seeded(_vit), image_batches),
+    "Swin": Family(seeded(_swin), image_batches),
     "SigLIP": Family(
         seeded(_siglip),
-        _pairs,
+        _image_text_batches,
         {"exclude_modules": r".*vision_model\.head\.attention.*"},  # never called, used as a weight
         loss=lambda model, batch: model(**batch, return_loss=True).loss,
     ),
-    "Wav2Vec2": Family(seeded(_wav2vec2), partial(_sounds, classes=False), ATTENTION),
-    "HuBERT classifier": Family(seeded(_hubert), partial(_sounds, classes=True)),
+    "Wav2Vec2": Family(seeded(_wav2vec2), partial(_audio_batches, classes=False), ATTENTION),
+    "HuBERT classifier": Family(seeded(_hubert), partial(_audio_batches, classes=True)),
     "CLIP": Family(
         seeded(_clip),
         _clip_batches,
@@ -306,7 +310,7 @@ OTHERS: dict[str, Family] = {
     "Qwen2-Audio": Family(seeded(_qwen2_audio), _qwen2_audio_batches),
     "Conv2d network": Family(
         seeded(ConvolutionalNet),
-        lambda count: [b["pixel_values"] for b in images(count, classes=None)],
+        lambda count: [b["pixel_values"] for b in image_batches(count, classes=None)],
         _CONVOLUTIONS,
         loss=mean_square,
     ),

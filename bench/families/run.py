@@ -20,7 +20,7 @@ from . import FAMILIES, Family
 
 RANK, RHO = 4, 2.0
 BATCHES = 6
-MOST_FORWARDS = 300  # PEFT has no limit of its own; ours needs under 60
+MAX_FORWARDS = 300  # PEFT has no limit of its own; ours needs under 60
 SECONDS = 120
 SIDES = ("ours", "peft")
 
@@ -33,50 +33,52 @@ def attempt(name: str, side: str) -> dict[str, Any]:
         also forward passes, layers and warnings.
     """
     family = FAMILIES[name]
-    told: dict[str, Any] = {"stage": "initialise", "error": None, "forwards": 0, "warnings": []}
+    outcome: dict[str, Any] = {"stage": "initialise", "error": None, "forwards": 0, "warnings": []}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            _steps(family, side, told)
+            _run_stages(family, side, outcome)
         except Exception as error:  # any exception is a result
             text = str(error).strip().split("\n")[0]
-            told["error"] = f"{type(error).__name__}: {text}"[:160]
-    kinds = {w.category.__name__ for w in caught}
-    told["warnings"] = sorted(kinds & {"EvaWarning", "NotConvergedWarning"})
-    return told
+            outcome["error"] = f"{type(error).__name__}: {text}"[:160]
+    warning_names = {w.category.__name__ for w in caught}
+    outcome["warnings"] = sorted(warning_names & {"EvaWarning", "NotConvergedWarning"})
+    return outcome
 
 
-def _steps(family: Family, side: str, told: dict[str, Any]) -> None:
+def _run_stages(family: Family, side: str, outcome: dict[str, Any]) -> None:
     from peft import PeftModel
 
     base, data = family.make_model(), family.make_batches(BATCHES)
-    counter = base.register_forward_pre_hook(_counting(told), prepend=True)
+    counter = base.register_forward_pre_hook(_forward_counter(outcome), prepend=True)
     model = (_initialize_ours if side == "ours" else _initialize_peft)(base, data, family)
     counter.remove()
-    told["layers"] = sum(hasattr(m, "lora_A") and bool(m.lora_A) for m in model.modules())
-    told["stage"] = "train"
-    batch = _as_peft_takes_it(base, data[0]) if side == "peft" else data[0]
+    outcome["layers"] = sum(hasattr(m, "lora_A") and bool(m.lora_A) for m in model.modules())
+    outcome["stage"] = "train"
+    batch = _as_dict_batch(base, data[0]) if side == "peft" else data[0]
     family.loss(model.train(), batch).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     if not any(p.grad is not None and p.grad.any() for p in trained):
         raise ValueError("no gradient reaches an adapter")
     torch.optim.SGD(trained, 0.05).step()
-    told["stage"] = "reload"
+    outcome["stage"] = "reload"
     model.eval()
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)
-        again = PeftModel.from_pretrained(family.make_model(), folder).eval()
-        before, after = (family.loss(m, batch) for m in (model, again))
-    if not torch.allclose(before, after, rtol=1e-5, atol=1e-6):
-        raise ValueError(f"the loaded adapter gives {float(after):.6g}, not {float(before):.6g}")
-    told["stage"] = None
+        reloaded = PeftModel.from_pretrained(family.make_model(), folder).eval()
+        loss_before, loss_after = (family.loss(m, batch) for m in (model, reloaded))
+    if not torch.allclose(loss_before, loss_after, rtol=1e-5, atol=1e-6):
+        raise ValueError(
+            f"the loaded adapter gives {float(loss_after):.6g}, not {float(loss_before):.6g}"
+        )
+    outcome["stage"] = None
 
 
-def _counting(told: dict[str, Any]) -> Callable[..., None]:
+def _forward_counter(outcome: dict[str, Any]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any) -> None:
-        told["forwards"] += 1
-        if told["forwards"] > MOST_FORWARDS:
-            raise RuntimeError(f"no end in {MOST_FORWARDS} forward passes")
+        outcome["forwards"] += 1
+        if outcome["forwards"] > MAX_FORWARDS:
+            raise RuntimeError(f"did not end within {MAX_FORWARDS} forward passes")
 
     return hook
 
@@ -98,12 +100,12 @@ def _initialize_peft(base: nn.Module, data: Sequence[Any], family: Family) -> nn
     from peft import get_peft_model, initialize_lora_eva_weights
 
     model = get_peft_model(base, _config(family), low_cpu_mem_usage=True)
-    batches = [_as_peft_takes_it(base, batch) for batch in data]
+    batches = [_as_dict_batch(base, batch) for batch in data]
     initialize_lora_eva_weights(model, batches, show_progress_bar=False)
     return model
 
 
-def _as_peft_takes_it(model: nn.Module, batch: Any) -> Any:
+def _as_dict_batch(model: nn.Module, batch: Any) -> Any:
     """Return a batch as a dict, which PEFT requires."""
     if not isinstance(batch, Tensor):
         return batch
@@ -117,31 +119,31 @@ def run(names: Sequence[str] | None = None, write: bool = False) -> list[dict[st
     for name in tqdm(chosen, unit="family"):
         row: dict[str, Any] = {"family": name}
         for side in SIDES:
-            row[side] = _in_a_process(name, side)
+            row[side] = _attempt_in_process(name, side)
         rows.append(row)
     if write:
-        save("families", rows, r=RANK, rho=RHO, batches=BATCHES, most_forwards=MOST_FORWARDS)
+        save("families", rows, r=RANK, rho=RHO, batches=BATCHES, most_forwards=MAX_FORWARDS)
     return rows
 
 
-def _in_a_process(name: str, side: str) -> dict[str, Any]:
+def _attempt_in_process(name: str, side: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "bench.families.run", name, side]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return {"stage": "initialise", "error": f"no end in {SECONDS} seconds"}
+        return {"stage": "initialise", "error": f"did not end within {SECONDS} seconds"}
     if done.returncode:
-        return {"stage": "initialise", "error": f"the process ended with {done.returncode}"}
+        return {"stage": "initialise", "error": f"the process exited with status {done.returncode}"}
     result: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
     return result
 
 
-def words(told: dict[str, Any]) -> str:
+def outcome_text(outcome: dict[str, Any]) -> str:
     """Return an outcome as the cell of a table."""
-    if told["stage"] is None:
+    if outcome["stage"] is None:
         return "works"
-    stage = {"initialise": "", "train": "training: ", "reload": "reload: "}[told["stage"]]
-    return f"{stage}`{told['error']}`".replace("|", "\\|")
+    stage = {"initialise": "", "train": "training: ", "reload": "reload: "}[outcome["stage"]]
+    return f"{stage}`{outcome['error']}`".replace("|", "\\|")
 
 
 if __name__ == "__main__":

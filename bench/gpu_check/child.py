@@ -16,16 +16,16 @@ from .plan import STAGES
 
 PASSED, FAILED, SKIPPED = 0, 1, 77
 # Status that a stage reports -> the matching exit status.
-STATUSES = {"passed": PASSED, "failed": FAILED, "skipped": SKIPPED}
-SHARED = {stage.name: stage.module for stage in STAGES if stage.module}
-PATIENCE = 10  # seconds past its time limit until a stage ends itself
+EXIT_STATUSES = {"passed": PASSED, "failed": FAILED, "skipped": SKIPPED}
+SHARED_MODULES = {stage.name: stage.module for stage in STAGES if stage.module}
+OVERTIME_SECONDS = 10  # seconds past its time limit until a stage ends itself
 
 
 def run_stage(context: Context) -> int:
     """Run one stage and return the exit status for its outcome."""
     context.save({})
     try:
-        name = SHARED.get(context.stage, context.stage)
+        name = SHARED_MODULES.get(context.stage, context.stage)
         module = importlib.import_module(f"bench.gpu_check.stages.{name}")
         module.run(context)
     except StageSkipped as skipped:
@@ -48,18 +48,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--dry-run", action="store_true")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     # Raises an exception, so that children in their own process groups are ended, too.
     for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, _leave)
+        signal.signal(number, _exit_on_signal)
     # In case the parent is killed and cannot end this process. The second timer is for native code
     # that does not return: Python handles no signals meanwhile.
-    signal.alarm(int(given.seconds) + PATIENCE)
-    faulthandler.dump_traceback_later(given.seconds + 2 * PATIENCE, exit=True)
-    return run_stage(Context(given.stage, given.out, given.dry_run, given.seconds))
+    signal.alarm(int(options.seconds) + OVERTIME_SECONDS)
+    faulthandler.dump_traceback_later(options.seconds + 2 * OVERTIME_SECONDS, exit=True)
+    return run_stage(Context(options.stage, options.out, options.dry_run, options.seconds))
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 

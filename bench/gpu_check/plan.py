@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["BEYOND", "SHARES", "STAGES", "TOTAL_SECONDS", "Stage", "chosen", "limit_of"]
+__all__ = [
+    "ON_REQUEST",
+    "RESERVED_SECONDS",
+    "STAGES",
+    "TOTAL_SECONDS",
+    "Stage",
+    "select_stages",
+    "time_limit",
+]
 
 TOTAL_SECONDS = 540.0
 
@@ -19,22 +27,22 @@ class Stage:
 
     Attributes:
         name: also names its module in ``stages``, unless ``module`` is given.
-        share: seconds reserved for it, whatever the stages before it take.
-        rehearsal: maximum seconds in a dry run.
+        reserved_seconds: seconds reserved for it, whatever the stages before it take.
+        rehearsal_seconds: maximum seconds in a dry run.
         required: the check passes only if this stage did; a stage that is not required may be
             skipped if the machine lacks what it needs, but must not fail.
-        beside: runs in parallel with the stage before it, and shares its time. Not for a stage
+        parallel: runs in parallel with the stage before it, and shares its time. Not for a stage
             that measures time.
-        beyond: not part of the check: run only on request, and then required.
+        on_request: not part of the check: run only on request, and then required.
         module: in ``stages``, if several stages share it.
     """
 
     name: str
-    share: float
-    rehearsal: float
+    reserved_seconds: float
+    rehearsal_seconds: float
     required: bool = True
-    beside: bool = False
-    beyond: bool = False
+    parallel: bool = False
+    on_request: bool = False
     module: str = ""
 
 
@@ -43,36 +51,36 @@ STAGES = (
     Stage("build", 50.0, 90.0),
     Stage("environment", 15.0, 60.0),
     Stage("tests", 210.0, 120.0),
-    Stage("sanitizer", 60.0, 10.0, required=False, beside=True),
-    Stage("quality", 310.0, 240.0, beside=True, beyond=True),
+    Stage("sanitizer", 60.0, 10.0, required=False, parallel=True),
+    Stage("quality", 310.0, 240.0, parallel=True, on_request=True),
     Stage("ceilings", 15.0, 40.0),
     Stage("kernels", 75.0, 100.0),
     Stage("end_to_end", 105.0, 120.0),
-    Stage("end_to_end_8b", 45.0, 120.0, beyond=True, module="end_to_end"),
-    Stage("end_to_end_70b", 75.0, 120.0, beyond=True, module="end_to_end"),
-    Stage("tune", 60.0, 60.0, beyond=True),
-    Stage("corda", 80.0, 240.0, beyond=True),
+    Stage("end_to_end_8b", 45.0, 120.0, on_request=True, module="end_to_end"),
+    Stage("end_to_end_70b", 75.0, 120.0, on_request=True, module="end_to_end"),
+    Stage("tune", 60.0, 60.0, on_request=True),
+    Stage("corda", 80.0, 240.0, on_request=True),
 )
-SHARES = {stage.name: stage.share for stage in STAGES}
-BEYOND = tuple(stage.name for stage in STAGES if stage.beyond)
+RESERVED_SECONDS = {stage.name: stage.reserved_seconds for stage in STAGES}
+ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
 
 
-def chosen(also: Sequence[str]) -> tuple[Stage, ...]:
+def select_stages(also: Sequence[str]) -> tuple[Stage, ...]:
     """Return the stages of the check, and the stages in ``also`` beyond it."""
-    return tuple(stage for stage in STAGES if not stage.beyond or stage.name in also)
+    return tuple(stage for stage in STAGES if not stage.on_request or stage.name in also)
 
 
-def limit_of(stage: Stage, later: Sequence[Stage], remaining: float) -> float:
+def time_limit(stage: Stage, later_stages: Sequence[Stage], remaining_seconds: float) -> float:
     """Return a stage's time limit: all remaining time except the shares of the stages after it.
 
     Args:
         stage: about to start.
-        later: the stages that will run after it.
-        remaining: seconds left for the whole check.
+        later_stages: the stages that will run after it.
+        remaining_seconds: seconds left for the whole check.
 
     Returns:
         At least 0. If earlier stages took too long, the stage still gets its share, if that much
         is left.
     """
-    spare = remaining - sum(other.share for other in later)
-    return max(0.0, min(remaining, max(spare, stage.share)))
+    spare = remaining_seconds - sum(other.reserved_seconds for other in later_stages)
+    return max(0.0, min(remaining_seconds, max(spare, stage.reserved_seconds)))

@@ -50,7 +50,9 @@ def new_record(dry_run: bool, gpu: str | None = None) -> dict[str, Any]:
     }
 
 
-def resumed(earlier: Any, record: dict[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
+def resumable_parts(
+    earlier: Any, record: dict[str, Any], skip: Collection[str] = ()
+) -> dict[str, Any]:
     """Return the parts of an earlier record to keep: passed stages, and the machine they ran on.
 
     Nothing is kept unless schema, sources, ``dry_run`` and GPU are the same.
@@ -65,12 +67,12 @@ def resumed(earlier: Any, record: dict[str, Any], skip: Collection[str] = ()) ->
         return {}
     if earlier.get("machine", {}).get("name") != record["machine"].get("name"):
         return {}
-    kept = {
+    kept_stages = {
         name: {**stage, "kept": True}
         for name, stage in earlier.get("stages", {}).items()
         if stage.get("status") == "passed" or name in skip
     }
-    return {"stages": kept, **{key: earlier.get(key, {}) for key in ("machine", "versions")}}
+    return {"stages": kept_stages, **{key: earlier.get(key, {}) for key in ("machine", "versions")}}
 
 
 def verdict(stages: Mapping[str, Mapping[str, Any]], required: Mapping[str, bool]) -> str:
@@ -80,8 +82,8 @@ def verdict(stages: Mapping[str, Mapping[str, Any]], required: Mapping[str, bool
         stages: name -> outcome, with its ``status``.
         required: name -> whether the stage may not be skipped, for every stage of the plan.
     """
-    for name, needed in required.items():
+    for name, is_required in required.items():
         status = stages.get(name, {}).get("status", "not reached")
-        if status != "passed" and (needed or status != "skipped"):
+        if status != "passed" and (is_required or status != "skipped"):
             return "failed"
     return "passed"

@@ -24,17 +24,17 @@ def render(record: Mapping[str, Any]) -> str:
         parts.append(WARNING)
     parts.append(f"{record['date']}, commit {record['commit']}, sources {record['sources']}")
     for group in ("machine", "versions"):
-        known = {key: value for key, value in record[group].items() if value not in (None, "")}
-        if known:
-            parts.append(", ".join(f"{key} {value}" for key, value in known.items()))
+        present = {key: value for key, value in record[group].items() if value not in (None, "")}
+        if present:
+            parts.append(", ".join(f"{key} {value}" for key, value in present.items()))
     parts.append(_stages(record["stages"]))
     results = {name: stage.get("results", {}) for name, stage in record["stages"].items()}
     parts += _tests(results.get("tests", {}))
     parts += _ceilings(results.get("ceilings", {}), dry)
     parts += _kernels(results.get("kernels", {}), dry)
-    for name, found in results.items():
+    for name, stage_results in results.items():
         if name.startswith("end_to_end"):
-            parts += _end_to_end(found, dry)
+            parts += _end_to_end(stage_results, dry)
     parts += _tune(results.get("tune", {}), dry)
     parts += _quality(results.get("quality", {}), dry)
     parts += _depth(results.get("corda", {}), dry)
@@ -69,31 +69,31 @@ def _stages(stages: Mapping[str, Any]) -> Table:
     return table
 
 
-def _tests(found: Mapping[str, Any]) -> list[Any]:
+def _tests(results: Mapping[str, Any]) -> list[Any]:
     notes = []
-    if found.get("one_process"):
-        notes.append(f"  in one process: {found['one_process']}")
-    if found.get("missing_packages"):
-        notes.append(f"  not installed: {', '.join(found['missing_packages'])}")
-    if "passed" not in found:  # pytest was killed
+    if results.get("one_process"):
+        notes.append(f"  in one process: {results['one_process']}")
+    if results.get("missing_packages"):
+        notes.append(f"  not installed: {', '.join(results['missing_packages'])}")
+    if "passed" not in results:  # pytest was killed
         return ["tests: no report", *notes] if notes else []
-    counts = ", ".join(f"{found[key]} {key}" for key in ("passed", "failed", "skipped"))
-    lines = [f"tests: {counts}; marked gpu: {found['gpu_passed']} passed"]
-    lines += [f"  failed: {name}" for name in found["failures"]]
-    lines += [f"  skipped {count}x: {reason}" for reason, count in found["skip_reasons"].items()]
+    counts = ", ".join(f"{results[key]} {key}" for key in ("passed", "failed", "skipped"))
+    lines = [f"tests: {counts}; marked gpu: {results['gpu_passed']} passed"]
+    lines += [f"  failed: {name}" for name in results["failures"]]
+    lines += [f"  skipped {count}x: {reason}" for reason, count in results["skip_reasons"].items()]
     return [*lines, *notes]
 
 
-def _ceilings(found: Mapping[str, Any], dry: bool) -> list[Any]:
-    if "bytes_per_second" not in found:
+def _ceilings(results: Mapping[str, Any], dry: bool) -> list[Any]:
+    if "bytes_per_second" not in results:
         return []
-    copy, product = found["bytes_per_second"] / 1e9, found["flops_per_second"] / 1e12
+    copy, product = results["bytes_per_second"] / 1e9, results["flops_per_second"] / 1e12
     note = " (dry run, of the CPU)" if dry else ""
     return [f"ceilings{note}: copy {copy:.4g} GB/s, bfloat16 product {product:.4g} TFLOP/s"]
 
 
-def _kernels(found: Mapping[str, Any], dry: bool) -> list[Any]:
-    rows = found.get("rows", [])
+def _kernels(results: Mapping[str, Any], dry: bool) -> list[Any]:
+    rows = results.get("rows", [])
     if not rows:
         return []
     unit = "dry ms" if dry else "ms"
@@ -138,14 +138,14 @@ def _calls(calls: Mapping[str, Any]) -> str:
     return ", ".join(known) or "calls are not counted on the CPU"
 
 
-def _end_to_end(found: Mapping[str, Any], dry: bool) -> list[Any]:
-    rows = found.get("rows", [])
+def _end_to_end(results: Mapping[str, Any], dry: bool) -> list[Any]:
+    rows = results.get("rows", [])
     if not rows:
         return []
     unit = "dry ms a step" if dry else "ms a step"
     lines, notes = [], []
     for row in rows:
-        name = f"{row['method']}, {row['batch']} x {found['length']}"
+        name = f"{row['method']}, {row['batch']} x {results['length']}"
         if row["status"] != "measured":
             notes.append(f"  {name}: {row['status']} {row.get('reason', '')}")
             continue
@@ -162,16 +162,16 @@ def _end_to_end(found: Mapping[str, Any], dry: bool) -> list[Any]:
                 f"  {name}: hash pass {row['hash_pass_s']:.3g} s for {row['hash_pass_tokens']} "
                 f"tokens, so {row['hash_pass_extrapolated_s']:.3g} s for the batch (extrapolated)"
             )
-    for entry in found.get("ratios", []):
+    for entry in results.get("ratios", []):
         known = {k: v for k, v in entry.items() if k != "batch"}
         text = ", ".join(f"{k.replace('_', ' ')} {v:.3g}x" for k, v in known.items())
         notes.append(f"  batch {entry['batch']}: {text}{' (dry run)' if dry else ''}")
     columns = ["method", unit, "p20-p80", "peak above weights, GiB"]
-    return [_table(f"end to end, {found['config']}", columns, lines), *notes]
+    return [_table(f"end to end, {results['config']}", columns, lines), *notes]
 
 
-def _tune(found: Mapping[str, Any], dry: bool) -> list[Any]:
-    timed = [row for row in found.get("rows", []) if row["status"] == "timed"]
+def _tune(results: Mapping[str, Any], dry: bool) -> list[Any]:
+    timed = [row for row in results.get("rows", []) if row["status"] == "timed"]
     if not timed:
         return []
     lines = []
@@ -183,11 +183,11 @@ def _tune(found: Mapping[str, Any], dry: bool) -> list[Any]:
     return [_table("tune", columns, lines)]
 
 
-def _quality(found: Mapping[str, Any], dry: bool) -> list[Any]:
-    rows = found.get("rows", [])
+def _quality(results: Mapping[str, Any], dry: bool) -> list[Any]:
+    rows = results.get("rows", [])
     if not rows:
         return []
-    base = found["base"]
+    base = results["base"]
     lines = [["the base", "", "", *_pair(base, "loss"), *_pair(base, "score")]]
     for row in rows:
         rate = "" if row["rate"] is None else f"{row['rate']:g}"
@@ -202,20 +202,20 @@ def _pair(row: Mapping[str, Any], name: str) -> list[str]:
     return [f"{row[key]:.4f}" if key in row else "" for key in (name, f"{name}_error")]
 
 
-def _depth(found: Mapping[str, Any], dry: bool) -> list[Any]:
+def _depth(results: Mapping[str, Any], dry: bool) -> list[Any]:
     notes = []
-    for row in [*found.get("measured", []), *found.get("whole", [])]:
+    for row in [*results.get("measured", []), *results.get("whole", [])]:
         if "error" in row:
             continue
         if "from" in row:
-            how = f"extrapolated from {' and '.join(map(str, row['from']))}"
+            provenance = f"extrapolated from {' and '.join(map(str, row['from']))}"
             seconds, peak = row["init_s"], row["init_peak"]
         else:
             times = "once" if row["repeats"] == 1 else f"{row['repeats']} times"
-            how = f"measured {times}"
+            provenance = f"measured {times}"
             seconds, peak = row["init_s"]["median"], row["init_peak"]["median"]
         memory = "" if dry else f", {peak / 2**30:.3g} GiB above the weights"
         depth = f"{row['depth']} layer{'' if row['depth'] == 1 else 's'}"
-        note = f"{row['method']}, {depth} ({how}): {seconds:.4g} s{memory}"
+        note = f"{row['method']}, {depth} ({provenance}): {seconds:.4g} s{memory}"
         notes.append(f"{note}{' (dry run)' if dry else ''}")
     return notes

@@ -12,7 +12,7 @@ import torch
 
 from eva_kernels.errors import EvaRuntimeError
 
-from ._timing import Ceilings, CpuTimer, CudaTimer, Run, against_ceilings, time_together, timer_for
+from ._timing import Ceilings, CpuTimer, CudaTimer, Run, rates_and_share, time_together, timer_for
 
 # Tensor-core products per product of the formula, as operands are split into several parts.
 SKETCH_PASSES = {
@@ -94,7 +94,9 @@ def check(prepared: Prepared) -> None:
     """Raise ArithmeticError if the error of any checked competitor exceeds the limit."""
     for name, error in prepared.errors.items():
         if not error <= prepared.limit:  # NaN fails, too
-            raise ArithmeticError(f"{name} is wrong by {error:.1e}, more than {prepared.limit:.0e}")
+            raise ArithmeticError(
+                f"{name} has a relative error of {error:.1e}, above the limit {prepared.limit:.0e}"
+            )
 
 
 def fast_path(backend: str, attempt: Callable[[str], Any], device: torch.device) -> str:
@@ -132,9 +134,11 @@ def measure(
         row["errors"] = prepared.errors
         check(prepared)
         timer = timer or timer_for(device)
-        most = 5 if device.type == "cpu" else 50
-        least = 2 if device.type == "cpu" else 5
-        times = time_together(prepared.competitors, timer, budget=budget, least=least, most=most)
+        max_rounds = 5 if device.type == "cpu" else 50
+        min_rounds = 2 if device.type == "cpu" else 5
+        times = time_together(
+            prepared.competitors, timer, budget=budget, min_rounds=min_rounds, max_rounds=max_rounds
+        )
     except ArithmeticError as error:
         return {**row, "status": "incorrect", "reason": str(error)}
     except Exception as error:  # a failing case must not stop the others
@@ -142,7 +146,7 @@ def measure(
     fast = next(iter(times))
     median = times[fast]["ms"]["median"]
     ratios = {name: t["ms"]["median"] / median for name, t in times.items() if name != fast}
-    rates = against_ceilings(median / 1e3, prepared.flops, prepared.nbytes, ceilings)
+    rates = rates_and_share(median / 1e3, prepared.flops, prepared.nbytes, ceilings)
     return {
         **row,
         "status": "timed",

@@ -21,7 +21,7 @@ from ..common import spread
 Run = Callable[[], Any]
 # Written between repetitions: several times the last-level cache of any GPU.
 FLUSH_BYTES = 256 << 20
-MOST_FLUSHES = 40
+MAX_FLUSHES = 40
 COUNTS = ("launches", "kernels", "host_waits", "copies_to_host", "sync_warnings")
 LAUNCH_CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunchCooperative")
 WAIT_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -87,7 +87,7 @@ class CudaTimer:
         run()
         host = time.perf_counter() - begin
         torch.cuda.synchronize(self.device)
-        self._flush(min(MOST_FLUSHES, 2 + math.ceil(1.5 * host / self.flush_seconds)))
+        self._flush(min(MAX_FLUSHES, 2 + math.ceil(1.5 * host / self.flush_seconds)))
         return self._timed(run), host
 
 
@@ -96,9 +96,9 @@ def timer_for(device: torch.device) -> CpuTimer | CudaTimer:
     return CudaTimer(device) if device.type == "cuda" else CpuTimer()
 
 
-def repetitions(first_seconds: float, budget: float, least: int, most: int) -> int:
-    """Return how many rounds fit the budget, clamped to ``least`` and ``most``."""
-    return max(least, min(most, int(budget / max(first_seconds, 1e-9))))
+def repetitions(first_seconds: float, budget: float, min_rounds: int, max_rounds: int) -> int:
+    """Return how many rounds fit the budget, clamped to ``min_rounds`` and ``max_rounds``."""
+    return max(min_rounds, min(max_rounds, int(budget / max(first_seconds, 1e-9))))
 
 
 def time_together(
@@ -106,16 +106,16 @@ def time_together(
     timer: CpuTimer | CudaTimer,
     *,
     budget: float = 0.5,
-    least: int = 5,
-    most: int = 50,
+    min_rounds: int = 5,
+    max_rounds: int = 50,
 ) -> dict[str, dict[str, Any]]:
     """Time competitors alternately, A B A B ..., after a warm-up that includes compilation.
 
     Args:
         competitors: name -> call.
         timer: see :func:`timer_for`.
-        budget: seconds for all rounds together; at least ``least`` rounds are run.
-        least, most: minimum and maximum number of rounds.
+        budget: seconds for all rounds together; at least ``min_rounds`` rounds are run.
+        min_rounds, max_rounds: minimum and maximum number of rounds.
 
     Returns:
         name -> ``ms`` and ``host_ms`` (median, p20, p80) and ``repetitions``.
@@ -125,7 +125,7 @@ def time_together(
     begin = time.perf_counter()
     for run in competitors.values():
         timer.sample(run)
-    rounds = repetitions(time.perf_counter() - begin, budget, least, most)
+    rounds = repetitions(time.perf_counter() - begin, budget, min_rounds, max_rounds)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in competitors}
     for _ in range(rounds):
         for name, run in competitors.items():
@@ -140,17 +140,17 @@ def time_together(
     }
 
 
-def against_ceilings(
+def rates_and_share(
     seconds: float, flops: float, nbytes: float, ceilings: Ceilings | None
 ) -> dict[str, Any]:
     """Return rates, and the share of the roofline: the larger of its two least times over ours."""
     rates: dict[str, Any] = {"gb_s": nbytes / seconds / 1e9, "tflop_s": flops / seconds / 1e12}
     if ceilings is not None:
-        moving = nbytes / ceilings.bytes_per_second
-        counting = flops / ceilings.flops_per_second
-        rates["floor_ms"] = 1e3 * max(moving, counting)
-        rates["limited_by"] = "memory" if moving >= counting else "arithmetic"
-        rates["share_of_ceiling"] = max(moving, counting) / seconds
+        memory_seconds = nbytes / ceilings.bytes_per_second
+        arithmetic_seconds = flops / ceilings.flops_per_second
+        rates["floor_ms"] = 1e3 * max(memory_seconds, arithmetic_seconds)
+        rates["limited_by"] = "memory" if memory_seconds >= arithmetic_seconds else "arithmetic"
+        rates["share_of_ceiling"] = max(memory_seconds, arithmetic_seconds) / seconds
     return rates
 
 
@@ -166,7 +166,9 @@ def measure_ceilings(device: torch.device, small: bool = False) -> dict[str, Any
         "copy": lambda: target.copy_(source),
         "matmul": lambda: torch.mm(left, right, out=product),
     }
-    times = time_together(runs, timer, least=3 if small else 10, most=10 if small else 40)
+    times = time_together(
+        runs, timer, min_rounds=3 if small else 10, max_rounds=10 if small else 40
+    )
     found = Ceilings(
         bytes_per_second=2 * size / (times["copy"]["ms"]["median"] / 1e3),
         flops_per_second=2 * side**3 / (times["matmul"]["ms"]["median"] / 1e3),
@@ -184,23 +186,23 @@ def count_device_calls(run: Run, device: torch.device) -> dict[str, int | None]:
     if device.type != "cuda":
         return dict.fromkeys(COUNTS)
     run()  # compiles and allocates before anything is counted
-    counted, empty = _profiled(run), _profiled(lambda: None)
+    counted, empty = _profile_counts(run), _profile_counts(lambda: None)
     counts: dict[str, int | None] = {key: counted[key] - empty[key] for key in counted}
     counts["sync_warnings"] = _sync_warnings(run)
     return counts
 
 
-def _profiled(run: Run) -> dict[str, int]:
+def _profile_counts(run: Run) -> dict[str, int]:
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         run()
         torch.cuda.synchronize()
     on_device = torch.autograd.DeviceType.CUDA
-    return tally(Counter((e.name, e.device_type == on_device) for e in profile.events()))
+    return count_events(Counter((e.name, e.device_type == on_device) for e in profile.events()))
 
 
-def tally(events: Mapping[tuple[str, bool], int]) -> dict[str, int]:
+def count_events(events: Mapping[tuple[str, bool], int]) -> dict[str, int]:
     """Sort profiled events into launches, kernels, waits and copies to the host.
 
     Args:
@@ -208,10 +210,10 @@ def tally(events: Mapping[tuple[str, bool], int]) -> dict[str, int]:
     """
     host = {name: n for (name, on_device), n in events.items() if not on_device}
     device = {name: n for (name, on_device), n in events.items() if on_device}
-    other = ("Memcpy", "Memset")
+    not_kernels = ("Memcpy", "Memset")
     return {
         "launches": sum(n for name, n in host.items() if name.startswith(LAUNCH_CALLS)),
-        "kernels": sum(n for name, n in device.items() if not name.startswith(other)),
+        "kernels": sum(n for name, n in device.items() if not name.startswith(not_kernels)),
         "host_waits": sum(n for name, n in host.items() if name.startswith(WAIT_CALLS)),
         "copies_to_host": sum(n for name, n in device.items() if name.startswith("Memcpy DtoH")),
     }

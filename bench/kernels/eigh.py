@@ -35,9 +35,9 @@ def _make(count: int, q: int, device: torch.device) -> Prepared:
         values, vectors = run(name)
         residual = (matrices @ vectors - vectors * values[:, None, :]).abs().amax((1, 2)) / scale
         identity = torch.eye(q, dtype=torch.float64, device=device)
-        skew = (vectors.mT @ vectors - identity).abs().amax((1, 2))
-        off = (values - expected).abs().amax(1) / scale
-        return float(torch.stack([residual, skew, off]).max())
+        overlap_error = (vectors.mT @ vectors - identity).abs().amax((1, 2))
+        value_error = (values - expected).abs().amax(1) / scale
+        return float(torch.stack([residual, overlap_error, value_error]).max())
 
     names = [fast_path("native", run, device), "torch"]
     return Prepared(

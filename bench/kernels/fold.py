@@ -32,7 +32,7 @@ def measure(device: torch.device, small: bool = False) -> dict[str, Any]:
         for d, count in widths
         for i in range(count)
     ]
-    batches = {d: _decaying(8 * width, d, device) for d, _ in widths}
+    batches = {d: _decaying_tokens(8 * width, d, device) for d, _ in widths}
     step = _Step(streams, batches, components, device)
     row: dict[str, Any] = {
         "op": "fold",
@@ -44,18 +44,24 @@ def measure(device: torch.device, small: bool = False) -> dict[str, Any]:
         step.accumulate()
         step.close()
     # one stream of each width is compared with the exact answer before anything is timed
-    firsts = {d: next(s for s in streams if s.features == d) for d, _ in widths}
-    lost = {d: lost_variance(firsts[d], batches[d]) for d, _ in widths}
+    checked_streams = {d: next(s for s in streams if s.features == d) for d, _ in widths}
+    lost = {d: lost_variance(checked_streams[d], batches[d]) for d, _ in widths}
     row["lost_variance"] = {str(d): value for d, value in lost.items()}
     if not max(lost.values()) <= LOST_LIMIT:
         return {**row, "status": "incorrect", "reason": f"lost variance {max(lost.values()):.1e}"}
-    times = _times(step, 3 if small else 12)
+    times = _time_steps(step, 3 if small else 12)
     step.accumulate()
-    calls = count_device_calls(_refilled(step), device)
-    filling = count_device_calls(step.accumulate, device)
+    calls = count_device_calls(_close_and_refill(step), device)
+    accumulate_calls = count_device_calls(step.accumulate, device)
     # counted together, as a fold needs accumulated sums; the calls that fill them are subtracted
-    own = {key: _less(calls[key], filling[key]) for key in calls}
-    return {**row, "status": "timed", "wall_ms": times, "calls": own, "calls_of_adding": filling}
+    step_calls = {key: _subtract(calls[key], accumulate_calls[key]) for key in calls}
+    return {
+        **row,
+        "status": "timed",
+        "wall_ms": times,
+        "calls": step_calls,
+        "calls_of_adding": accumulate_calls,
+    }
 
 
 class _Step:
@@ -84,7 +90,7 @@ class _Step:
             torch.cuda.synchronize(self.device)
 
 
-def _refilled(step: _Step) -> Callable[[], None]:
+def _close_and_refill(step: _Step) -> Callable[[], None]:
     def run() -> None:
         step.close()
         step.accumulate()
@@ -92,7 +98,7 @@ def _refilled(step: _Step) -> Callable[[], None]:
     return run
 
 
-def _times(step: _Step, repetitions: int) -> dict[str, float]:
+def _time_steps(step: _Step, repetitions: int) -> dict[str, float]:
     milliseconds = []
     for _ in range(repetitions):
         step.accumulate()
@@ -104,11 +110,11 @@ def _times(step: _Step, repetitions: int) -> dict[str, float]:
     return {**spread(milliseconds), "fastest": min(milliseconds)}
 
 
-def _less(total: int | None, part: int | None) -> int | None:
+def _subtract(total: int | None, part: int | None) -> int | None:
     return None if total is None or part is None else total - part
 
 
-def _decaying(count: int, d: int, device: torch.device) -> torch.Tensor:
+def _decaying_tokens(count: int, d: int, device: torch.device) -> torch.Tensor:
     """Return bfloat16 tokens with a quickly decaying spectrum, like that of activations."""
     rank = min(d, 4 * COMPONENTS)
     values = torch.logspace(2, -1, rank, device=device)

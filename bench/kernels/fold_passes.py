@@ -41,19 +41,19 @@ class _Problem:
     """Layers of one shape with the sums of a step, and the inputs of the two passes."""
 
     def __init__(self, count: int, q: int, d: int, device: torch.device) -> None:
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        float64: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.bases = [torch.randn(q, d, device=device) / d**0.5 for _ in range(count)]
         self.products = [torch.randn(q, d, device=device) for _ in range(count)]
         self.means = [torch.randn(d, device=device) for _ in range(count)]
-        shifts = [torch.randn(d, **wide) for _ in range(count)]
-        squares = [torch.ones((), **wide) for _ in range(count)]
-        self.numbers = torch.rand(count, 4 + q, **wide) + 0.5
-        self.kept = [q // 2] * count
+        shifts = [torch.randn(d, **float64) for _ in range(count)]
+        squares = [torch.ones((), **float64) for _ in range(count)]
+        self.numbers = torch.rand(count, 4 + q, **float64) + 0.5
+        self.num_saved = [q // 2] * count
         self.delta, self.mean, _ = reference.fold_prepare(shifts, squares, self.means, self.numbers)
         self.sums = shifts, squares
 
     def layers(self) -> ops.FoldLayers:
-        return ops.fold_layers(self.bases, self.products, *self.sums, self.means, self.kept)
+        return ops.fold_layers(self.bases, self.products, *self.sums, self.means, self.num_saved)
 
     def plain_measure(self) -> tuple[Tensor, Tensor, Tensor]:
         return reference.fold_measure(self.bases, self.products, self.numbers, self.delta)
@@ -62,12 +62,12 @@ class _Problem:
 def _make_measure(count: int, q: int, d: int, device: torch.device) -> Prepared:
     problem = _Problem(count, q, d, device)
     layers = problem.layers()
-    wanted = problem.plain_measure()
+    expected = problem.plain_measure()
 
     def native() -> tuple[Tensor, ...]:
         return ops.fold_measure(layers, problem.numbers, problem.delta)
 
-    pairs = zip(native(), wanted, strict=True)
+    pairs = zip(native(), expected, strict=True)
     error = max(float((a.tril() - b.tril()).abs().max() / b.abs().max()) for a, b in pairs)
     # Each basis is read twice: for `along`, and together with the products.
     return _prepared("fold_measure", native, problem.plain_measure, error, 4.0 * 3 * count * q * d)
@@ -80,23 +80,23 @@ def _make_rows(count: int, q: int, d: int, device: torch.device) -> Prepared:
     # A contraction, so that a basis updated repeatedly stays bounded.
     mixing = torch.linalg.qr(torch.randn(count, q, q, dtype=torch.float64, device=device)).Q
     mixing /= 1 + float(numbers.max())
-    told = numbers.new_full((count, 2 + 2 * q), float(q))
-    sound = torch.ones((), dtype=torch.bool, device=device)
-    given = numbers, delta, along, problem.mean, mixing, told, sound
+    summary = numbers.new_full((count, 2 + 2 * q), float(q))
+    all_finite = torch.ones((), dtype=torch.bool, device=device)
+    arguments = numbers, delta, along, problem.mean, mixing, summary, all_finite
 
     def native() -> None:
-        ops.fold_rows(layers, *given)
+        ops.fold_rows(layers, *arguments)
 
     def plain() -> None:
-        state = problem.bases, problem.products, problem.means, problem.kept
-        reference.fold_rows(*state, *given)
+        state = problem.bases, problem.products, problem.means, problem.num_saved
+        reference.fold_rows(*state, *arguments)
 
-    old = [basis.clone() for basis in problem.bases]
+    old_bases = [basis.clone() for basis in problem.bases]
     plain()
-    wanted = torch.stack(problem.bases)
-    torch._foreach_copy_(problem.bases, old)
+    expected = torch.stack(problem.bases)
+    torch._foreach_copy_(problem.bases, old_bases)
     native()
-    error = float((torch.stack(problem.bases) - wanted).abs().max() / wanted.abs().max())
+    error = float((torch.stack(problem.bases) - expected).abs().max() / expected.abs().max())
     return _prepared("fold_rows", native, plain, error, 4.0 * 3.5 * count * q * d)
 
 

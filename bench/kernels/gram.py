@@ -41,9 +41,13 @@ def _make(d: int, n: int, dtype: torch.dtype, precision: str, device: torch.devi
     x = tokens(n, d, dtype, device)
     pivot = x[: n // 4].float().mean(0)
 
-    def blank() -> tuple[torch.Tensor, ...]:
-        wide = {"dtype": torch.float64, "device": device}
-        return torch.zeros(d, d, device=device), torch.zeros(d, **wide), torch.zeros((), **wide)
+    def zero_sums() -> tuple[torch.Tensor, ...]:
+        float64 = {"dtype": torch.float64, "device": device}
+        return (
+            torch.zeros(d, d, device=device),
+            torch.zeros(d, **float64),
+            torch.zeros((), **float64),
+        )
 
     def run(backend: str, sums: tuple[torch.Tensor, ...]) -> Any:
         return gram(x, pivot, *sums, backend=backend, precision=precision)
@@ -53,12 +57,12 @@ def _make(d: int, n: int, dtype: torch.dtype, precision: str, device: torch.devi
     del centred
 
     def error(name: str) -> float:
-        sums = blank()
+        sums = zero_sums()
         run(name, sums)
         return max(relative_error(*pair) for pair in zip(sums, truth, strict=True))
 
-    names = [fast_path("triton", lambda name: run(name, blank()), device), "torch"]
-    sums = {name: blank() for name in names}
+    names = [fast_path("triton", lambda name: run(name, zero_sums()), device), "torch"]
+    sums = {name: zero_sums() for name in names}
     passes = GRAM_PASSES.get(precision, 1)
     return Prepared(
         competitors={name: functools.partial(run, name, sums[name]) for name in names},

@@ -11,7 +11,7 @@ from ._case import Case, Prepared, matrix_cases
 
 SHAPES = [("Llama-2-7B", 128, 64), ("Llama-2-7B", 128, 128)]
 LIMIT = 1e-9
-SINGLE = torch.float32
+DTYPE = torch.float32
 
 
 def cases(small: bool = False) -> list[Case]:
@@ -20,27 +20,29 @@ def cases(small: bool = False) -> list[Case]:
 
 
 def _make(count: int, q: int, device: torch.device) -> Prepared:
-    core, metric = _steady(count, q, device)
+    core, metric = _converged_matrices(count, q, device)
     ceiling = core.new_full((count,), 1e6)
 
     def native() -> Nystrom:
-        return Nystrom(*ops.nystrom(core, metric, ceiling, OVERLAP_TOLERANCE[SINGLE]))
+        return Nystrom(*ops.nystrom(core, metric, ceiling, OVERLAP_TOLERANCE[DTYPE]))
 
     def plain() -> Nystrom:
         # nystrom_plain overwrites both matrices
-        return nystrom_plain(core.clone(), metric.clone(), ceiling, SINGLE)
+        return nystrom_plain(core.clone(), metric.clone(), ceiling, DTYPE)
 
-    found, wanted = native().squares, plain().squares
+    found, expected = native().squares, plain().squares
     return Prepared(
         competitors={"native": native, "torch": plain},
-        errors={"native": float((found - wanted).abs().max() / wanted.max())},
+        errors={"native": float((found - expected).abs().max() / expected.max())},
         limit=LIMIT,
         flops=0.0,  # iterative: the number of operations is not known in advance
         nbytes=3.0 * core.nbytes,
     )
 
 
-def _steady(count: int, q: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _converged_matrices(
+    count: int, q: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return core and metric of a basis close to the eigenvectors of C, as after a few steps."""
     features = 4 * q
     draw = torch.randn(count, features, features, dtype=torch.float64, device=device)

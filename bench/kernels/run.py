@@ -52,10 +52,14 @@ def run(
     """
     deadline = time.monotonic() + seconds
     try:
-        first = [fold.measure(device, small)]
+        fold_rows = [fold.measure(device, small)]
     except Exception as error:  # the other cases are still worth measuring
-        first = [{"op": "fold", "label": "fold", "status": "failed", "reason": repr(error)[:500]}]
-    save(first)
+        fold_rows = [
+            {"op": "fold", "label": "fold", "status": "failed", "reason": repr(error)[:500]}
+        ]
+    save(fold_rows)
     cases, budget = all_cases(small), 0.1 if small else 0.5
-    rest = measure_all(cases, device, ceilings, deadline, lambda found: save(first + found), budget)
-    return first + rest
+    case_rows = measure_all(
+        cases, device, ceilings, deadline, lambda found: save(fold_rows + found), budget
+    )
+    return fold_rows + case_rows

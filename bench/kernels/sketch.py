@@ -72,19 +72,19 @@ def _make(
     pivot = x[: n // 4].float().mean(0)
     basis = torch.linalg.qr(torch.randn(d, q, device=device)).Q.mT.contiguous()
 
-    def blank() -> tuple[torch.Tensor, ...]:
-        wide = {"dtype": torch.float64, "device": device}
+    def zero_sums() -> tuple[torch.Tensor, ...]:
+        float64 = {"dtype": torch.float64, "device": device}
         products = torch.zeros(q, d, device=device)
-        return products, torch.zeros(d, **wide), torch.zeros((), **wide)
+        return products, torch.zeros(d, **float64), torch.zeros((), **float64)
 
     def run(backend: str, sums: tuple[torch.Tensor, ...]) -> Any:
         return sketch(x, basis, pivot, *sums, backend=backend, precision=precision)
 
-    fast = fast_path("triton", lambda name: run(name, blank()), device)
+    fast = fast_path("triton", lambda name: run(name, zero_sums()), device)
     names = [fast, "torch"]
-    right = truth(x, basis, pivot)
-    errors = {name: _error(functools.partial(run, name), blank(), right) for name in names}
-    sums = {name: blank() for name in names}
+    exact_sums = truth(x, basis, pivot)
+    errors = {name: _error(functools.partial(run, name), zero_sums(), exact_sums) for name in names}
+    sums = {name: zero_sums() for name in names}
     competitors = {name: functools.partial(run, name, sums[name]) for name in names}
     if with_peft:
         # PEFT imports transformers, which takes seconds

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.kernels._case import Case, check
-from bench.kernels._timing import against_ceilings, time_together, timer_for
+from bench.kernels._timing import rates_and_share, time_together, timer_for
 from bench.kernels.run import all_cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,8 +31,8 @@ def test_fast_path(case: Case, benchmark: Any) -> None:
     check(prepared)
     timer = timer_for(DEVICE)
     fast = next(iter(prepared.competitors))
-    times = time_together(prepared.competitors, timer, budget=0.3, least=2, most=30)
-    rates = against_ceilings(
+    times = time_together(prepared.competitors, timer, budget=0.3, min_rounds=2, max_rounds=30)
+    rates = rates_and_share(
         times[fast]["ms"]["median"] / 1e3, prepared.flops, prepared.nbytes, None
     )
     benchmark.group = case.label

@@ -61,23 +61,23 @@ class Change:
     arch: Arch
 
 
-def changes(arch: Arch, width: int, tiles: dict[str, Any]) -> Iterator[Change]:
+def candidate_changes(arch: Arch, width: int, tiles: dict[str, Any]) -> Iterator[Change]:
     """Yield the changes to try on a chip at a sketch width, and put their tiles into ``tiles``."""
-    known = tiles[arch.name]
+    current_tiles = tiles[arch.name]
     if arch.dependent_launch:
         yield Change("kernels one after another", replace(arch, dependent_launch=False))
     for kernel, candidates in CANDIDATES[width].items():
         for tile in candidates:
-            if tile == getattr(known[width], kernel):
+            if tile == getattr(current_tiles[width], kernel):
                 continue
             size = f"{tile.block_n} x {tile.block_d}"
             label = f"{kernel} {size}, {tile.num_warps} warps, {tile.num_stages} stages"
-            tiles[label] = {**known, width: replace(known[width], **{kernel: tile})}
+            tiles[label] = {**current_tiles, width: replace(current_tiles[width], **{kernel: tile})}
             yield Change(label, replace(arch, name=label))
 
 
 @contextlib.contextmanager
-def told(arch: Arch) -> Iterator[None]:
+def launch_parameters(arch: Arch) -> Iterator[None]:
     """Make the sketch op use the launch parameters of ``arch``."""
     # not by attribute: `eva_kernels.ops.sketch` is the function
     module = importlib.import_module("eva_kernels.ops.sketch")
@@ -96,18 +96,18 @@ class Problem:
 
     def run(self, arch: Arch, sums: Sums) -> Sums:
         """Add the batch to the sums with the Triton kernels."""
-        with told(arch):
+        with launch_parameters(arch):
             ops.sketch(self.x, self.basis, self.pivot, *sums, backend="triton")
         return sums
 
-    def fault(self, arch: Arch) -> str:
+    def failure_reason(self, arch: Arch) -> str:
         """Return what is wrong with the result on ``arch``, or an empty string."""
         first, second = (self.run(arch, self.sums()) for _ in range(2))
         error = max(relative_error(*pair) for pair in zip(first, self.truth, strict=True))
         if not error <= ERROR_LIMITS["high"]:
-            return f"wrong by {error:.1e}"
+            return f"relative error {error:.1e}"
         same = all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-        return "" if same else "other bits in a second run"
+        return "" if same else "two runs differ in their bits"
 
     def sums(self) -> Sums:
         """Return zero sums in the dtypes of the state."""
@@ -133,11 +133,13 @@ def breakdown(run: Callable[[], Any], device: torch.device, count: int = 10) -> 
     return {name: sorted(times)[len(times) // 2] for name, times in found.items()}
 
 
-def _apart(problem: Problem, arch: Arch) -> dict[str, float]:
+def _kernel_times(problem: Problem, arch: Arch) -> dict[str, float]:
     # with dependent launch a kernel's time would overlap the end of its predecessor
-    apart = replace(arch, dependent_launch=False)
+    without_overlap = replace(arch, dependent_launch=False)
     try:
-        return breakdown(functools.partial(problem.run, apart, problem.sums()), problem.x.device)
+        return breakdown(
+            functools.partial(problem.run, without_overlap, problem.sums()), problem.x.device
+        )
     except RuntimeError:  # of the profiler; the total times matter more
         return {}
 
@@ -153,22 +155,22 @@ def measure(
     row: dict[str, Any] = {"change": change.label}
     try:
         problem = make_problem()
-        fault = problem.fault(change.arch)
-        if fault:
-            return {**row, "status": "incorrect", "reason": fault}
+        reason = problem.failure_reason(change.arch)
+        if reason:
+            return {**row, "status": "incorrect", "reason": reason}
         runs = {
-            name: functools.partial(problem.run, which, problem.sums())
-            for name, which in (("changed", change.arch), ("as is", arch))
+            name: functools.partial(problem.run, run_arch, problem.sums())
+            for name, run_arch in (("changed", change.arch), ("as is", arch))
         }
-        least = 2 if isinstance(timer, CpuTimer) else 5
-        times = time_together(runs, timer, budget=budget, least=least, most=30)
+        min_rounds = 2 if isinstance(timer, CpuTimer) else 5
+        times = time_together(runs, timer, budget=budget, min_rounds=min_rounds, max_rounds=30)
         if change.arch == arch:
-            row["kernels_us"] = _apart(problem, arch)
+            row["kernels_us"] = _kernel_times(problem, arch)
     except Exception as error:  # the other changes are still worth measuring
         return {**row, "status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
     medians = {name: found["ms"]["median"] for name, found in times.items()}
-    over = medians["changed"] / medians["as is"]
-    return {**row, "status": "timed", "ms": times["changed"]["ms"], "over_as_is": over}
+    ratio = medians["changed"] / medians["as is"]
+    return {**row, "status": "timed", "ms": times["changed"]["ms"], "over_as_is": ratio}
 
 
 def run(
@@ -199,7 +201,7 @@ def run(
             width = min(width for width in CANDIDATES if width >= q)
             # created on first use
             problem = functools.cache(functools.partial(Problem, n, d, q, device))
-            for change in (Change("as is", arch), *changes(arch, width, tiles)):
+            for change in (Change("as is", arch), *candidate_changes(arch, width, tiles)):
                 if time.monotonic() > deadline:
                     row: dict[str, Any] = {"change": change.label, "status": "not reached"}
                 else:
@@ -214,9 +216,9 @@ def table(rows: Rows) -> str:
     lines = []
     for row in rows:
         shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
-        told = row["status"] if row["status"] == "not reached" else f"{row.get('reason', '')}"
+        outcome = row["status"] if row["status"] == "not reached" else f"{row.get('reason', '')}"
         if row["status"] == "timed":
-            told = f"{1e3 * row['ms']['median']:9.1f} us {row['over_as_is']:7.3f}"
-        lines.append(f"{shape:24} {row['change']:38} {told}")
+            outcome = f"{1e3 * row['ms']['median']:9.1f} us {row['over_as_is']:7.3f}"
+        lines.append(f"{shape:24} {row['change']:38} {outcome}")
         lines += [f"{'':24} {k:38} {us:9.1f} us" for k, us in row.get("kernels_us", {}).items()]
     return "\n".join(lines)

@@ -27,7 +27,7 @@ class Job:
         loss: ``f(model, batch)``, minimised by training.
         r: rank of every layer; methods that redistribute ranks keep their sum.
         rho, tau: of EVA.
-        most_forwards: forward passes after which EVA is stopped, converged or not.
+        max_forwards: forward passes after which EVA is stopped, converged or not.
         steps: number of training steps that follow, for AdaLoRA.
         seed: of everything random.
         text: the batches are text, with padding given by an ``attention_mask``.
@@ -40,7 +40,7 @@ class Job:
     r: int = 16
     rho: float = 2.0
     tau: float = 0.99
-    most_forwards: int = 100
+    max_forwards: int = 100
     steps: int = 100
     seed: int = 0
     text: bool = True
@@ -60,18 +60,18 @@ class Job:
 
 def forward(model: nn.Module, batch: Batch, meter: Meter) -> Any:
     """Run a forward pass without labels, and count it."""
-    count(batch, meter)
+    count_forward(batch, meter)
     return model(**{key: value for key, value in batch.items() if key != "labels"})
 
 
-def count(batch: Batch, meter: Meter) -> None:
+def count_forward(batch: Batch, meter: Meter) -> None:
     """Count a forward pass, and its tokens (or samples if there are no token ids)."""
     meter.forwards += 1
     ids = batch.get("input_ids")
     meter.tokens += ids.numel() if ids is not None else len(next(iter(batch.values())))
 
 
-def wrap(model: nn.Module, config: Any, seed: int, **options: Any) -> PeftModel:
+def wrap_seeded(model: nn.Module, config: Any, seed: int, **options: Any) -> PeftModel:
     """Return ``get_peft_model(...)``, with random numbers from ``seed``."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
@@ -87,8 +87,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def rank_of(layer: LoraLayer) -> int:
     """Return the number of rows of ``lora_A``, which in AdaLoRA is a parameter, not a layer."""
-    first = layer.lora_A["default"]
-    return len(getattr(first, "weight", first))
+    lora_a = layer.lora_A["default"]
+    return len(getattr(lora_a, "weight", lora_a))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 from ..meter import Meter
-from ._job import Job, Method, forward, wrap
+from ._job import Job, Method, forward, wrap_seeded
 
 
-def _corda(kind: Literal["ipm", "kpm"]) -> Callable[[nn.Module, Job, Meter], PeftModel]:
+def _start_corda(kind: Literal["ipm", "kpm"]) -> Callable[[nn.Module, Job, Meter], PeftModel]:
     def start(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
         # needs the package attrs, which PEFT does not list as a dependency
         from peft.tuners.lora.corda import preprocess_corda
@@ -35,12 +35,12 @@ def _corda(kind: Literal["ipm", "kpm"]) -> Callable[[nn.Module, Job, Meter], Pef
             preprocess_corda(model, config, run_model=run_model)
         model.train(training)  # preprocess_corda leaves it in eval mode
         with meter.phase("apply"):
-            return wrap(model, config, job.seed)
+            return wrap_seeded(model, config, job.seed)
 
     return start
 
 
 METHODS = {
-    f"corda-{kind}": Method(f"CorDA ({kind})", _corda(kind), "PEFT", True, True)  # type: ignore[arg-type]
+    f"corda-{kind}": Method(f"CorDA ({kind})", _start_corda(kind), "PEFT", True, True)  # type: ignore[arg-type]
     for kind in ("ipm", "kpm")
 }

@@ -16,42 +16,42 @@ from torch import Tensor, nn
 import eva_kernels
 
 from ..meter import Meter
-from ._job import Batch, Job, Method, forward, wrap
+from ._job import Batch, Job, Method, forward, wrap_seeded
 
 
-def _adapted(model: nn.Module, job: Job) -> PeftModel:
+def _make_adapted(model: nn.Module, job: Job) -> PeftModel:
     config = job.config(init_lora_weights="eva", eva_config=EvaConfig(rho=job.rho, tau=job.tau))
-    return wrap(model, config, job.seed, low_cpu_mem_usage=True)
+    return wrap_seeded(model, config, job.seed, low_cpu_mem_usage=True)
 
 
-def _peft(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
-    """Initialise with PEFT's functions, stopped after ``most_forwards``, a limit that PEFT lacks.
+def _start_peft(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+    """Initialise with PEFT's functions, stopped after ``max_forwards``, a limit that PEFT lacks.
 
     The first of its forward passes, which only hashes inputs, counts.
     """
     with meter.phase("apply"):
-        adapted = _adapted(model, job)
-    first = meter.forwards
+        adapted = _make_adapted(model, job)
+    forwards_before = meter.forwards
 
     def run(module: nn.Module, batch: Batch) -> None:
         forward(module, batch, meter)
-        if meter.forwards - first >= job.most_forwards:
+        if meter.forwards - forwards_before >= job.max_forwards:
             for layer in module.modules():
                 for hook in layer._forward_hooks.values():
                     if isinstance(hook, eva.SVDHook):
                         hook.converged = torch.ones_like(hook.converged)
 
-    with meter.phase("collect"), _solving(meter), warnings.catch_warnings():
+    with meter.phase("collect"), _timed_as_solve(meter), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = get_eva_state_dict(
-            adapted, job.batches, forward_fn=run, show_progress_bar=False, **_functions(job)
+            adapted, job.batches, forward_fn=run, show_progress_bar=False, **_peft_functions(job)
         )
     with meter.phase("apply"):
         initialize_lora_eva_weights(adapted, eva_state_dict=state)
     return adapted
 
 
-def _solving(meter: Meter) -> Any:
+def _timed_as_solve(meter: Meter) -> Any:
     step = eva.IncrementalPCA.partial_fit
 
     def partial_fit(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def _solving(meter: Meter) -> Any:
     return mock.patch.object(eva.IncrementalPCA, "partial_fit", partial_fit)
 
 
-def _functions(job: Job) -> dict[str, Any]:
+def _peft_functions(job: Job) -> dict[str, Any]:
     """Return the arguments that let PEFT's EVA run on inputs other than text."""
 
     def rows(layer_input: tuple[Tensor, ...], model_input: Any, name: str) -> Tensor:
@@ -72,21 +72,21 @@ def _functions(job: Job) -> dict[str, Any]:
     return {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": rows}
 
 
-def _ours(**options: Any) -> Callable[[nn.Module, Job, Meter], PeftModel]:
+def _start_ours(**options: Any) -> Callable[[nn.Module, Job, Meter], PeftModel]:
     def start(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
         with meter.phase("apply"):
-            adapted = _adapted(model, job)
+            adapted = _make_adapted(model, job)
         with meter.phase("collect"):
             result = eva_kernels.calibrate(
                 adapted,
                 job.batches,
-                max_steps=job.most_forwards,
+                max_steps=job.max_forwards,
                 on_not_converged="ignore",
                 progress=False,
                 seed=job.seed,
                 **options,
             )
-        meter.move("collect", "solve", result.seconds["fold"] + result.seconds["check"])
+        meter.move_seconds("collect", "solve", result.seconds["fold"] + result.seconds["check"])
         meter.forwards += result.forwards
         meter.tokens += sum(
             batch["input_ids"].numel() if job.text else len(next(iter(batch.values())))
@@ -100,11 +100,13 @@ def _ours(**options: Any) -> Callable[[nn.Module, Job, Meter], PeftModel]:
 
 _method = functools.partial(Method, reads_data=True)
 METHODS = {
-    "eva-peft": _method("EVA (PEFT)", _peft, "PEFT"),
-    "eva": _method("EVA (this package)", _ours(), "this package"),
-    "eva-sketch": _method("EVA (this package, sketch)", _ours(method="sketch"), "this package"),
-    "eva-gram": _method("EVA (this package, exact)", _ours(method="gram"), "this package"),
+    "eva-peft": _method("EVA (PEFT)", _start_peft, "PEFT"),
+    "eva": _method("EVA (this package)", _start_ours(), "this package"),
+    "eva-sketch": _method(
+        "EVA (this package, sketch)", _start_ours(method="sketch"), "this package"
+    ),
+    "eva-gram": _method("EVA (this package, exact)", _start_ours(method="gram"), "this package"),
     "eva-freeze": _method(
-        "EVA (this package, freeze_converged)", _ours(freeze_converged=True), "this package"
+        "EVA (this package, freeze_converged)", _start_ours(freeze_converged=True), "this package"
     ),
 }

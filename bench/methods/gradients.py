@@ -15,17 +15,17 @@ from peft import LoraGAConfig, PeftModel, preprocess_loraga
 from torch import nn
 
 from ..meter import Meter
-from ._job import Job, Method, count, lora_layers, wrap
+from ._job import Job, Method, count_forward, lora_layers, wrap_seeded
 
 GAMMA = 16
 
 
-def _gradients(model: nn.Module, job: Job, meter: Meter) -> None:
+def _collect_gradients(model: nn.Module, job: Job, meter: Meter) -> None:
     config = job.config(init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
 
     def train_step() -> None:
         for batch in job.batches:
-            count(batch, meter)
+            count_forward(batch, meter)
             job.loss(model, batch).backward()
 
     with meter.phase("collect"), warnings.catch_warnings():
@@ -33,18 +33,20 @@ def _gradients(model: nn.Module, job: Job, meter: Meter) -> None:
         preprocess_loraga(model, config, train_step)
 
 
-def _peft(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
-    _gradients(model, job, meter)
+def _start_peft(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+    _collect_gradients(model, job, meter)
     ga = LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=GAMMA)
     with meter.phase("solve"):
-        return wrap(model, job.config(init_lora_weights="lora_ga", lora_ga_config=ga), job.seed)
+        return wrap_seeded(
+            model, job.config(init_lora_weights="lora_ga", lora_ga_config=ga), job.seed
+        )
 
 
 @torch.no_grad()
-def _paper(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
-    _gradients(model, job, meter)
+def _start_paper(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
+    _collect_gradients(model, job, meter)
     with meter.phase("apply"):
-        adapted = wrap(model, job.config(init_lora_weights=False), job.seed)
+        adapted = wrap_seeded(model, job.config(init_lora_weights=False), job.seed)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with meter.phase("solve"), torch.random.fork_rng(devices=devices):
         torch.manual_seed(job.seed)
@@ -54,15 +56,15 @@ def _paper(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
             del base._peft_loraga_grad
             u, _, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
             factor = gradient.shape[0] ** 0.25 / GAMMA**0.5
-            first, second = factor * v[:, :r].T, factor * u[:, r : 2 * r]
-            layer.lora_A["default"].weight.copy_(first)
-            layer.lora_B["default"].weight.copy_(second)
-            base.weight.sub_((scaling * second @ first).to(base.weight.dtype))
+            lora_a, lora_b = factor * v[:, :r].T, factor * u[:, r : 2 * r]
+            layer.lora_A["default"].weight.copy_(lora_a)
+            layer.lora_B["default"].weight.copy_(lora_b)
+            base.weight.sub_((scaling * lora_b @ lora_a).to(base.weight.dtype))
     return adapted
 
 
 _method = functools.partial(Method, reads_data=True)
 METHODS = {
-    "lora-ga": _method("LoRA-GA (PEFT)", _peft, "PEFT"),
-    "lora-ga-paper": _method("LoRA-GA (paper)", _paper, "arXiv 2407.05000"),
+    "lora-ga": _method("LoRA-GA (PEFT)", _start_peft, "PEFT"),
+    "lora-ga-paper": _method("LoRA-GA (paper)", _start_paper, "arXiv 2407.05000"),
 }

@@ -12,12 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from ..methods import Batch
 from . import hub, point_mass
 from .descent import descend
-from .domain import Domain, Recipe, Task, examples, linear_layers
+from .domain import Domain, Recipe, Task, linear_layers, samples_task
 from .point_mass import HORIZON, Trajectories, World
 from .understanding import Output
 
 CONTEXT = 8
-OLD, NEW = World(), World(angle=2.0, force=0.8, drag=0.3)
+OLD_WORLD, NEW_WORLD = World(), World(angle=2.0, force=0.8, drag=0.3)
 RECIPE = Recipe(
     title="Decision making",
     what=(
@@ -71,19 +71,19 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
     """
     if data == "hub":
         old, new = hub.trajectories()
-        train, validation, test = (windows(part) for part in hub.three(new))
-        before, before_test, _ = (windows(part) for part in hub.three(old))
-        tasks = [imitation(part) for part in (validation, test, before_test)]
+        train, validation, test = (windows(part) for part in hub.split_7_1_2(new))
+        old_train, old_test, _ = (windows(part) for part in hub.split_7_1_2(old))
+        tasks = [imitation_task(part) for part in (validation, test, old_test)]
     else:
-        train, before = (
+        train, old_train = (
             windows(point_mass.record(world, count, seed + i))
-            for i, (world, count) in enumerate([(NEW, 100), (OLD, 500)])
+            for i, (world, count) in enumerate([(NEW_WORLD, 100), (OLD_WORLD, 500)])
         )
         tasks = [
-            driving(world, count, 1000 + seed + i)
-            for i, (world, count) in enumerate([(NEW, 48), (NEW, 96), (OLD, 96)])
+            driving_task(world, count, 1000 + seed + i)
+            for i, (world, count) in enumerate([(NEW_WORLD, 48), (NEW_WORLD, 96), (OLD_WORLD, 96)])
         ]
-    base = pretrained(before, seed)
+    base = pretrain_base(old_train, seed)
     return Domain(
         recipe=RECIPE,
         base=base,
@@ -97,72 +97,87 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
     )
 
 
-def windows(found: Trajectories) -> Batch:
+def windows(trajectories: Trajectories) -> Batch:
     """Cut trajectories into windows of CONTEXT steps; tensors (windows, CONTEXT, ...)."""
-    steps = found["rewards"].shape[1]
-    to_go = found["rewards"].flip(1).cumsum(1).flip(1)
+    steps = trajectories["rewards"].shape[1]
+    to_go = trajectories["rewards"].flip(1).cumsum(1).flip(1)
     times = torch.arange(steps).expand(len(to_go), steps)[..., None]
-    whole = {**found, "returns_to_go": to_go, "timesteps": times, "labels": found["actions"]}
+    fields = {
+        **trajectories,
+        "returns_to_go": to_go,
+        "timesteps": times,
+        "labels": trajectories["actions"],
+    }
     batch = {}
-    for key, value in whole.items():
-        cut = value.unfold(1, CONTEXT, CONTEXT // 2).transpose(2, 3)
-        batch[key] = cut.reshape(-1, CONTEXT, value.shape[-1])
+    for key, value in fields.items():
+        pieces = value.unfold(1, CONTEXT, CONTEXT // 2).transpose(2, 3)
+        batch[key] = pieces.reshape(-1, CONTEXT, value.shape[-1])
     batch["timesteps"] = batch["timesteps"][..., 0]
     return batch
 
 
-def error(output: Any, part: Batch) -> Tensor:
+def action_error(output: Any, part: Batch) -> Tensor:
     """Return the mean squared error of the actions, (windows,)."""
     return (output.logits - part["labels"]).square().mean((1, 2))
 
 
-def imitation(batch: Batch) -> Task:
+def imitation_task(batch: Batch) -> Task:
     """Return the task to predict actions: squared error, share of the variance explained."""
     variance = float(batch["labels"].var(correction=0))
-    return examples(batch, 128, error, lambda output, part: 1 - error(output, part) / variance)
+    return samples_task(
+        batch, 128, action_error, lambda output, part: 1 - action_error(output, part) / variance
+    )
 
 
-def driving(world: World, count: int, seed: int) -> Task:
+def driving_task(world: World, count: int, seed: int) -> Task:
     """Return the task to act in a world: error on new trajectories, return in new episodes."""
     generator = torch.Generator().manual_seed(10_000 + seed)
-    first = world.begin(count, generator)
+    initial_states = world.begin(count, generator)
     actions = 2 * torch.rand(HORIZON, count, point_mass.ACTION, generator=generator) - 1
     steps = iter(actions)
-    lowest = point_mass.returns(point_mass.play(world, first, lambda s, _: next(steps))).mean()
-    best = point_mass.returns(point_mass.play(world, first, lambda s, _: world.expert(s)))
+    random_return = point_mass.returns(
+        point_mass.play(world, initial_states, lambda s, _: next(steps))
+    ).mean()
+    expert_returns = point_mass.returns(
+        point_mass.play(world, initial_states, lambda s, _: world.expert(s))
+    )
 
-    recorded = imitation(windows(point_mass.record(world, count, seed)))
+    imitation = imitation_task(windows(point_mass.record(world, count, seed)))
 
-    def both(model: nn.Module) -> tuple[float, float]:
-        reached = point_mass.returns(point_mass.play(world, first, _driver(model, best))).mean()
-        return recorded.loss(model), float((reached - lowest) / (best.mean() - lowest))
+    def loss_and_score(model: nn.Module) -> tuple[float, float]:
+        model_return = point_mass.returns(
+            point_mass.play(world, initial_states, _model_policy(model, expert_returns))
+        ).mean()
+        return imitation.loss(model), float(
+            (model_return - random_return) / (expert_returns.mean() - random_return)
+        )
 
-    return Task(recorded.loss, both)
+    return Task(imitation.loss, loss_and_score)
 
 
-def _driver(model: nn.Module, wanted: Tensor) -> Any:
+def _model_policy(model: nn.Module, target_return: Tensor) -> Any:
     """Return the policy as ``play`` takes it, conditioned on the expert's return, (count,)."""
 
     @torch.no_grad()
     def act(states: Tensor, so_far: Trajectories) -> Tensor:
         training = model.training
         model.eval()
-        blank = {"states": states[:, None], "actions": states.new_zeros(len(states), 1, 2)}
-        blank["rewards"] = states.new_zeros(len(states), 1, 1)
-        whole = {k: torch.cat([so_far[k], v], 1) if so_far else v for k, v in blank.items()}
-        now = whole["rewards"].shape[1]
-        spent = whole["rewards"].cumsum(1) - whole["rewards"]
-        whole["returns_to_go"] = wanted[:, None, None] - spent
-        whole["timesteps"] = torch.arange(now).expand(len(states), now)
-        seen = {key: value[:, -CONTEXT:] for key, value in whole.items()}
-        actions: Tensor = model(**seen).logits[:, -1]
+        current = {"states": states[:, None], "actions": states.new_zeros(len(states), 1, 2)}
+        current["rewards"] = states.new_zeros(len(states), 1, 1)
+        history = {k: torch.cat([so_far[k], v], 1) if so_far else v for k, v in current.items()}
+        num_steps = history["rewards"].shape[1]
+        received = history["rewards"].cumsum(1) - history["rewards"]
+        history["returns_to_go"] = target_return[:, None, None] - received
+        history["timesteps"] = torch.arange(num_steps).expand(len(states), num_steps)
+        context = {key: value[:, -CONTEXT:] for key, value in history.items()}
+        actions: Tensor = model(**context).logits[:, -1]
         model.train(training)
         return actions
 
     return act
 
 
-def pretrained(train: Batch, seed: int) -> nn.Module:
+def pretrain_base(train: Batch, seed: int) -> nn.Module:
     """Train the base on the old trajectories."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import Batch
-from .domain import take
+from .domain import take_samples
 
 
 class DivergedError(RuntimeError):
@@ -29,7 +29,7 @@ def descend(
     batch: int,
     rate: float,
     seed: int,
-    after: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> None:
     """Train all parameters that require gradients with AdamW, no weight decay; stay in train mode.
 
@@ -39,30 +39,30 @@ def descend(
         steps, batch: optimiser steps, and samples in each.
         rate: peak learning rate, reached after a tenth of the steps; then falls linearly to zero.
         seed: of the order of the samples, which is shuffled anew in each epoch.
-        after: called after each step with the number of steps taken.
+        on_step: called after each step with the number of steps taken.
 
     Raises:
         DivergedError: the loss is infinite or NaN.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    order = _order(len(next(iter(train.values()))), steps * batch, seed)
+    order = _sample_order(len(next(iter(train.values()))), steps * batch, seed)
     warmup = max(1, steps // 10)
     model.train()
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
-        loss = loss_of(model, take(train, order[(step - 1) * batch : step * batch]))
+        loss = loss_of(model, take_samples(train, order[(step - 1) * batch : step * batch]))
         if not torch.isfinite(loss):
             raise DivergedError(f"the training loss is {float(loss)} at step {step}")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if after is not None:
-            after(step)
+        if on_step is not None:
+            on_step(step)
 
 
-def _order(count: int, needed: int, seed: int) -> Tensor:
+def _sample_order(count: int, num_samples: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    rounds = range(1 + needed // count)
-    return torch.cat([torch.randperm(count, generator=generator) for _ in rounds])
+    epochs = range(1 + num_samples // count)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in epochs])

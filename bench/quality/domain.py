@@ -49,11 +49,11 @@ class Task:
 
     Attributes:
         loss: ``f(model)``, lower is better.
-        both: ``f(model)`` returns the loss and the score; a higher score is better.
+        loss_and_score: ``f(model)`` returns the loss and the score; a higher score is better.
     """
 
     loss: Callable[[nn.Module], float]
-    both: Callable[[nn.Module], tuple[float, float]]
+    loss_and_score: Callable[[nn.Module], tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,23 @@ class Domain:
         generator = torch.Generator().manual_seed(10_000 + seed)
         count = len(next(iter(self.train.values())))
         order = torch.randperm(count, generator=generator)[: recipe.calibration * recipe.batch]
-        return [take(self.train, rows) for rows in order.split(recipe.batch)]
+        return [take_samples(self.train, rows) for rows in order.split(recipe.batch)]
 
 
-def take(batch: Batch, rows: Tensor | slice) -> Batch:
+def take_samples(batch: Batch, rows: Tensor | slice) -> Batch:
     """Return the given samples, without the padding common to all of them."""
-    taken = {key: value[rows] for key, value in batch.items()}
-    mask = taken.get("attention_mask")
+    samples = {key: value[rows] for key, value in batch.items()}
+    mask = samples.get("attention_mask")
     if mask is None:
-        return taken
+        return samples
     length = int(mask.sum(1).max())
-    return {k: v[:, :length] if v.shape[1:2] == mask.shape[1:2] else v for k, v in taken.items()}
+    return {k: v[:, :length] if v.shape[1:2] == mask.shape[1:2] else v for k, v in samples.items()}
 
 
-def chunks(batch: Batch, size: int) -> list[Batch]:
+def split_batches(batch: Batch, size: int) -> list[Batch]:
     """Cut a split into batches."""
     count = len(next(iter(batch.values())))
-    return [take(batch, slice(i, i + size)) for i in range(0, count, size)]
+    return [take_samples(batch, slice(i, i + size)) for i in range(0, count, size)]
 
 
 Measure = Callable[[Any, Batch], Tensor]
@@ -129,7 +129,7 @@ def evaluate(model: nn.Module, batch: Batch, size: int, *measures: Measure) -> l
     training = model.training
     model.eval()
     values: list[list[Tensor]] = [[] for _ in measures]
-    for part in chunks(batch, size):
+    for part in split_batches(batch, size):
         output = model(**{key: value for key, value in part.items() if key not in ANSWERS})
         for found, measure in zip(values, measures, strict=True):
             found.append(measure(output, part))
@@ -137,26 +137,26 @@ def evaluate(model: nn.Module, batch: Batch, size: int, *measures: Measure) -> l
     return [float(torch.cat(found).double().mean()) for found in values]
 
 
-def examples(batch: Batch, size: int, loss: Measure, score: Measure) -> Task:
+def samples_task(batch: Batch, size: int, loss: Measure, score: Measure) -> Task:
     """Return the task to do well on the samples of a split, evaluated ``size`` at a time."""
 
-    def both(model: nn.Module) -> tuple[float, float]:
+    def loss_and_score(model: nn.Module) -> tuple[float, float]:
         first, second = evaluate(model, batch, size, loss, score)
         return first, second
 
-    return Task(lambda model: evaluate(model, batch, size, loss)[0], both)
+    return Task(lambda model: evaluate(model, batch, size, loss)[0], loss_and_score)
 
 
-def classification(batch: Batch, answer: str = "labels", size: int = 64) -> Task:
+def classification_task(batch: Batch, answer: str = "labels", size: int = 64) -> Task:
     """Return the task to predict the key ``answer``: cross entropy in nats, and accuracy."""
 
     def loss(output: Any, part: Batch) -> Tensor:
         return nn.functional.cross_entropy(output.logits, part[answer], reduction="none")
 
-    def right(output: Any, part: Batch) -> Tensor:
+    def correct(output: Any, part: Batch) -> Tensor:
         return (output.logits.argmax(-1) == part[answer]).float()
 
-    return examples(batch, size, loss, right)
+    return samples_task(batch, size, loss, correct)
 
 
 def linear_layers(model: nn.Module, without: Sequence[str] = ()) -> tuple[str, ...]:

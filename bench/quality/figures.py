@@ -17,7 +17,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73")
 Curve = Sequence[Sequence[float]]
 
 
-def ends(values: Mapping[str, Mapping[int, float]], ours: str | None, measure: str) -> Figure:
+def plot_final_losses(
+    values: Mapping[str, Mapping[int, float]], ours: str | None, measure: str
+) -> Figure:
     """Plot the final loss of every method: mean, two standard errors, and all seeds.
 
     Args:
@@ -31,11 +33,11 @@ def ends(values: Mapping[str, Mapping[int, float]], ours: str | None, measure: s
     for place, (label, by_seed) in enumerate(values.items()):
         mean, error = mean_error(list(by_seed.values()))
         colour = COLOURS[0] if label == ours else "#444444"
-        reach = 2 * (error or 0.0)
+        interval = 2 * (error or 0.0)
         if label == ours:
-            axes.axvspan(mean - reach, mean + reach, color=colour, alpha=0.12, linewidth=0)
+            axes.axvspan(mean - interval, mean + interval, color=colour, alpha=0.12, linewidth=0)
         axes.plot(list(by_seed.values()), [place] * len(by_seed), "|", color=colour, alpha=0.5)
-        axes.errorbar(mean, place, xerr=reach, fmt="o", markersize=4, color=colour, capsize=2)
+        axes.errorbar(mean, place, xerr=interval, fmt="o", markersize=4, color=colour, capsize=2)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
     axes.set_xlabel(measure)
@@ -44,24 +46,24 @@ def ends(values: Mapping[str, Mapping[int, float]], ours: str | None, measure: s
     return figure
 
 
-def curves(
+def plot_loss_curves(
     runs: Mapping[str, tuple[str, Sequence[Curve]]],
-    shown: Sequence[str],
-    goal: float | None,
+    highlighted: Sequence[str],
+    target_loss: float | None,
     measure: str,
 ) -> Figure:
     """Plot the mean loss vs. steps: some methods in colour, the others grey.
 
     Args:
         runs: method -> label, and for each seed its (step, loss) pairs by step.
-        shown: methods in colour.
-        goal: target loss, up to which steps are counted.
+        highlighted: methods in colour.
+        target_loss: target loss, up to which steps are counted.
         measure: name of the axis.
     """
     figure = new_figure((7, 4.2), "Held-out loss over the steps of fine-tuning, one line a method")
     axes = figure.subplots()
-    colours = dict(zip(shown, COLOURS, strict=True))
-    for method in [*(m for m in runs if m not in colours), *(m for m in shown if m in runs)]:
+    colours = dict(zip(highlighted, COLOURS, strict=True))
+    for method in [*(m for m in runs if m not in colours), *(m for m in highlighted if m in runs)]:
         label, seeds = runs[method]
         steps = [step for step, _ in seeds[0]]
         means = [sum(curve[i][1] for curve in seeds) / len(seeds) for i in range(len(steps))]
@@ -69,8 +71,8 @@ def curves(
             axes.plot(steps, means, color=colours[method], marker="o", markersize=3, label=label)
         else:
             axes.plot(steps, means, color="#bbbbbb", linewidth=0.8)
-    if goal is not None:
-        axes.axhline(goal, color="#444444", linewidth=0.8, linestyle=":")
+    if target_loss is not None:
+        axes.axhline(target_loss, color="#444444", linewidth=0.8, linestyle=":")
     axes.set_xlabel("optimiser steps (grey: the other methods)")
     axes.set_ylabel(measure)
     if axes.get_legend_handles_labels()[0]:

@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from ..methods import Batch
 from . import hub
 from .descent import descend
-from .domain import Domain, Recipe, classification, linear_layers
+from .domain import Domain, Recipe, classification_task, linear_layers
 
 RECIPE = Recipe(
     title="Image classification",
@@ -37,24 +37,24 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
     images, labels = hub.labelled_images() if data == "hub" else digits()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(images), generator=generator)
-    parts = (torch.tensor([0.0, 0.42, 0.5, 0.78, 0.86, 1.0]) * len(images)).long().tolist()
-    before, before_test, train, validation, test = (
-        order[low:high] for low, high in itertools.pairwise(parts)
+    edges = (torch.tensor([0.0, 0.42, 0.5, 0.78, 0.86, 1.0]) * len(images)).long().tolist()
+    old_train, old_test, train, validation, test = (
+        order[low:high] for low, high in itertools.pairwise(edges)
     )
 
     def batch(rows: Tensor, shifted: bool) -> Batch:
-        pixels = turn(images[rows]) if shifted else images[rows]
+        pixels = rotated_negatives(images[rows]) if shifted else images[rows]
         return {"pixel_values": pixels, "labels": labels[rows]}
 
-    base = pretrained(batch(before, False), seed)
+    base = pretrain_base(batch(old_train, False), seed)
     return Domain(
         recipe=RECIPE,
         base=base,
         targets=linear_layers(base, without=["classifier"]),
         train=batch(train, True),
-        validation=classification(batch(validation, True)),
-        test=classification(batch(test, True)),
-        old=classification(batch(before_test, False)),
+        validation=classification_task(batch(validation, True)),
+        test=classification_task(batch(test, True)),
+        old=classification_task(batch(old_test, False)),
     )
 
 
@@ -62,17 +62,17 @@ def digits() -> tuple[Tensor, Tensor]:
     """Return the images (1797, 1, 8, 8), values from -1 to 1, and their labels."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
-    return images, torch.tensor(found.target, dtype=torch.int64)
+    digit_set = load_digits()
+    images = torch.tensor(digit_set.images, dtype=torch.float32)[:, None] / 8 - 1
+    return images, torch.tensor(digit_set.target, dtype=torch.int64)
 
 
-def turn(images: Tensor) -> Tensor:
+def rotated_negatives(images: Tensor) -> Tensor:
     """Return the negatives, rotated by 90 degrees."""
     return -images.rot90(1, (-2, -1))
 
 
-def pretrained(train: Batch, seed: int) -> nn.Module:
+def pretrain_base(train: Batch, seed: int) -> nn.Module:
     """Train the base on upright images."""
     images, labels = train["pixel_values"], train["labels"]
     config = ViTConfig(

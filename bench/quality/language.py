@@ -18,7 +18,7 @@ from eva_peft.assets import (
 
 from ..methods import Batch
 from . import hub
-from .domain import Domain, Recipe, Task, examples, linear_layers
+from .domain import Domain, Recipe, Task, linear_layers, samples_task
 
 LENGTH = 96
 RECIPE = Recipe(
@@ -43,7 +43,7 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
     """Build the domain; with ``data="hub"`` the texts are those of ``hub.GENERATION``."""
     model, tokenizer = load_tiny_llama()
     if data == "hub":
-        train, validation, test = hub.three(hub.generation_texts())
+        train, validation, test = hub.split_7_1_2(hub.generation_texts())
     else:
         texts = source_texts(500_000, seed)
         validation, test = texts[::5], texts[1::5]
@@ -67,12 +67,12 @@ def documentation() -> dict[str, str]:
     return documentation_texts()
 
 
-def blocks(ids: list[int], most: int | None = None, length: int = LENGTH) -> Batch:
-    """Cut token ids into full rows, int64 (rows, length); keep ``most`` of them, evenly spaced."""
+def blocks(ids: list[int], max_rows: int | None = None, length: int = LENGTH) -> Batch:
+    """Cut token ids into full rows, int64 (rows, length); keep ``max_rows``, evenly spaced."""
     count = len(ids) // length
     rows = torch.tensor(ids[: count * length]).view(count, length)
-    if most is not None:
-        rows = rows[torch.linspace(0, count - 1, min(most, count)).long()]
+    if max_rows is not None:
+        rows = rows[torch.linspace(0, count - 1, min(max_rows, count)).long()]
     return {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows.clone()}
 
 
@@ -81,10 +81,10 @@ def next_token(batch: Batch) -> Task:
 
     def loss(output: Any, part: Batch) -> Tensor:
         logits = output.logits[:, :-1].float().transpose(1, 2)
-        each = nn.functional.cross_entropy(logits, part["labels"][:, 1:], reduction="none")
-        return each.mean(1)
+        token_losses = nn.functional.cross_entropy(logits, part["labels"][:, 1:], reduction="none")
+        return token_losses.mean(1)
 
-    def right(output: Any, part: Batch) -> Tensor:
+    def correct(output: Any, part: Batch) -> Tensor:
         return (output.logits[:, :-1].argmax(-1) == part["labels"][:, 1:]).float().mean(1)
 
-    return examples(batch, 8, loss, right)
+    return samples_task(batch, 8, loss, correct)

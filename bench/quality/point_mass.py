@@ -27,28 +27,28 @@ class World:
     force: float = 1.0
     drag: float = 0.2
 
-    def _turn(self, angle: float) -> Tensor:
+    def _rotation(self, angle: float) -> Tensor:
         cos, sin = torch.cos(torch.tensor(angle)), torch.sin(torch.tensor(angle))
         return torch.stack([torch.stack([cos, -sin]), torch.stack([sin, cos])])
 
     def begin(self, count: int, generator: torch.Generator) -> Tensor:
         """Return initial states (count, 6): position, velocity (zero), goal."""
-        places = 2 * torch.rand(count, 4, generator=generator) - 1
-        return torch.cat([places[:, :2], torch.zeros(count, 2), places[:, 2:]], 1)
+        positions = 2 * torch.rand(count, 4, generator=generator) - 1
+        return torch.cat([positions[:, :2], torch.zeros(count, 2), positions[:, 2:]], 1)
 
     def step(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the next states, and the rewards (count,): the negative distance to the goal."""
-        place, speed, goal = states.split(2, 1)
-        force = self.force * actions.clamp(-1, 1) @ self._turn(self.angle).T
-        speed = (1 - self.drag) * speed + 0.3 * force
-        place = place + 0.3 * speed
-        return torch.cat([place, speed, goal], 1), -(place - goal).norm(dim=1)
+        position, velocity, goal = states.split(2, 1)
+        force = self.force * actions.clamp(-1, 1) @ self._rotation(self.angle).T
+        velocity = (1 - self.drag) * velocity + 0.3 * force
+        position = position + 0.3 * velocity
+        return torch.cat([position, velocity, goal], 1), -(position - goal).norm(dim=1)
 
     def expert(self, states: Tensor) -> Tensor:
         """Return the actions of a controller that knows the dynamics, (count, 2) in [-1, 1]."""
-        place, speed, goal = states.split(2, 1)
-        wanted = (4.0 * (goal - place) - 3.0 * speed) / self.force
-        return (wanted @ self._turn(-self.angle).T).clamp(-1, 1)
+        position, velocity, goal = states.split(2, 1)
+        wanted_force = (4.0 * (goal - position) - 3.0 * velocity) / self.force
+        return (wanted_force @ self._rotation(-self.angle).T).clamp(-1, 1)
 
 
 def play(
@@ -64,15 +64,15 @@ def play(
     Returns:
         ``states`` (count, HORIZON, 6), ``actions`` (.., 2), ``rewards`` (.., 1).
     """
-    found: dict[str, list[Tensor]] = {"states": [], "actions": [], "rewards": []}
+    steps: dict[str, list[Tensor]] = {"states": [], "actions": [], "rewards": []}
     for _ in range(HORIZON):
-        so_far = {key: torch.stack(value, 1) for key, value in found.items() if value}
+        so_far = {key: torch.stack(value, 1) for key, value in steps.items() if value}
         actions = act(states, so_far)
-        after, rewards = world.step(states, actions)
-        for key, value in zip(found, (states, actions, rewards[:, None]), strict=True):
-            found[key].append(value)
-        states = after
-    return {key: torch.stack(value, 1) for key, value in found.items()}
+        next_states, rewards = world.step(states, actions)
+        for key, value in zip(steps, (states, actions, rewards[:, None]), strict=True):
+            steps[key].append(value)
+        states = next_states
+    return {key: torch.stack(value, 1) for key, value in steps.items()}
 
 
 def record(world: World, count: int, seed: int) -> Trajectories:

@@ -56,7 +56,7 @@ class Scale:
         length: tokens of a sample.
         steps, batch, rate: of the pre-training.
         source_bytes: of Python; a quarter as much of C++.
-        tested: number of samples in a held-out split.
+        num_held_out: number of samples in a held-out split.
         by_file: hold out whole files of Python, or samples from all of them.
     """
 
@@ -69,11 +69,11 @@ class Scale:
     batch: int
     rate: float
     source_bytes: int
-    tested: int
+    num_held_out: int
     by_file: bool
 
 
-LEARNT = 0.75  # a base must reach a loss below this fraction of that of a uniform guess
+MAX_LOSS_SHARE = 0.75  # a base must reach a loss below this fraction of that of a uniform guess
 SCALES = {
     # On an H200 that ran the test suite at the same time, 1500 steps took most of five minutes.
     "cuda": Scale(768, 2048, 12, 12, 512, 800, 64, 6e-4, 40_000_000, 64, by_file=True),
@@ -95,37 +95,42 @@ def build_on(device: torch.device, seed: int = 0) -> Domain:
     scale, begin = SCALES[device.type], time.perf_counter()
     _, tokenizer = load_tiny_llama()
 
-    def rows(texts: Sequence[str], most: int | None = None) -> Batch:
-        found = blocks(tokens_of(tokenizer, texts), most, scale.length)
+    def rows(texts: Sequence[str], max_rows: int | None = None) -> Batch:
+        found = blocks(tokens_of(tokenizer, texts), max_rows, scale.length)
         return {key: value.to(device) for key, value in found.items()}
 
-    python = read(("torch", "transformers"), "*.py", scale.source_bytes, seed)
-    headers = read(("torch",), "include/**/*.h", scale.source_bytes // 4, seed)
+    python = read_package_files(("torch", "transformers"), "*.py", scale.source_bytes, seed)
+    headers = read_package_files(("torch",), "include/**/*.h", scale.source_bytes // 4, seed)
     if scale.by_file:
-        held_out = -(-len(python) // 20)
-        train, tested = rows(python[held_out:]), rows(python[:held_out], scale.tested)
+        num_files = -(-len(python) // 20)
+        train, held_out = rows(python[num_files:]), rows(python[:num_files], scale.num_held_out)
     else:
-        train, tested = apart(rows(python), scale.tested)
-    tell(f"{train['input_ids'].numel()} tokens to learn from", begin)
+        train, held_out = split_rows(rows(python), scale.num_held_out)
+    log_progress(f"{train['input_ids'].numel()} tokens to learn from", begin)
     base = pretrain(train, tokenizer, scale, seed)
-    tell(f"pre-trained, {scale.steps} steps", begin)
-    old = next_token(tested)
-    loss, blind = old.loss(base), math.log(len(tokenizer))
-    if not loss < LEARNT * blind:
-        raise DivergedError(f"the base has not learnt: {loss:.2f} nats a token of {blind:.2f}")
+    log_progress(f"pre-trained, {scale.steps} steps", begin)
+    old = next_token(held_out)
+    loss, uniform_loss = old.loss(base), math.log(len(tokenizer))
+    if not loss < MAX_LOSS_SHARE * uniform_loss:
+        raise DivergedError(
+            f"the base has not learnt: its loss is {loss:.2f} nats a token, a uniform guess's is "
+            f"{uniform_loss:.2f}"
+        )
     return Domain(
         recipe=RECIPE,
         base=base,
         targets=linear_layers(base, without=["lm_head"]),
         train=rows([text for i, text in enumerate(headers) if i % 5 > 1]),
-        validation=next_token(rows(headers[::5], scale.tested)),
-        test=next_token(rows(headers[1::5], scale.tested)),
+        validation=next_token(rows(headers[::5], scale.num_held_out)),
+        test=next_token(rows(headers[1::5], scale.num_held_out)),
         old=old,
         text=True,
     )
 
 
-def read(packages: Iterable[str], pattern: str, limit_bytes: int, seed: int) -> list[str]:
+def read_package_files(
+    packages: Iterable[str], pattern: str, limit_bytes: int, seed: int
+) -> list[str]:
     """Return files of installed packages, in random order, until there are enough.
 
     Args:
@@ -165,23 +170,25 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     return ids
 
 
-def tell(what: str, begin: float) -> None:
+def log_progress(message: str, begin: float) -> None:
     """Log the progress, so that the log of an interrupted run shows how far it got."""
-    print(f"pretrained: {what}, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"pretrained: {message}, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True
+    )
 
 
-def apart(whole: Batch, most: int) -> tuple[Batch, Batch]:
-    """Split into training and held-out rows; hold out one of 20, evenly spaced, at most ``most``.
+def split_rows(rows: Batch, max_held_out: int) -> tuple[Batch, Batch]:
+    """Split into training and held-out rows; hold out every 20th, at most ``max_held_out``.
 
     For a scale with a few dozen files. A twentieth of them would be two, and how similar these are
     to the others would affect the loss more than what was learnt. So both parts contain rows of
     every file; text repeated within a file leaks, but these numbers are meaningless anyway.
     """
-    count = len(whole["input_ids"])
-    out = torch.zeros(count, dtype=torch.bool)
-    out[torch.linspace(0, count - 1, min(most, -(-count // 20))).long()] = True
-    out = out.to(whole["input_ids"].device)
-    return {k: v[~out] for k, v in whole.items()}, {k: v[out] for k, v in whole.items()}
+    count = len(rows["input_ids"])
+    held_out = torch.zeros(count, dtype=torch.bool)
+    held_out[torch.linspace(0, count - 1, min(max_held_out, -(-count // 20))).long()] = True
+    held_out = held_out.to(rows["input_ids"].device)
+    return {k: v[~held_out] for k, v in rows.items()}, {k: v[held_out] for k, v in rows.items()}
 
 
 def pretrain(

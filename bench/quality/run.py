@@ -32,17 +32,17 @@ class Preset:
         rates: slice of a recipe's rates.
         sweep_seeds: for choosing the rate; disjoint from ``seeds``.
         seeds: for the comparison.
-        shorter: divisor of a recipe's steps, but not of the steps between evaluations.
+        step_divisor: divisor of a recipe's steps, but not of the steps between evaluations.
     """
 
     rates: slice
     sweep_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
-    shorter: int = 1
+    step_divisor: int = 1
 
 
 PRESETS = {
-    "quick": Preset(slice(2, 4), (100,), (0, 1, 2), shorter=2),
+    "quick": Preset(slice(2, 4), (100,), (0, 1, 2), step_divisor=2),
     "full": Preset(slice(None), (100, 101), (0, 1, 2, 3, 4)),
 }
 
@@ -68,7 +68,14 @@ def run(
             run on request always does.
     """
     run_preset(
-        preset, _known("preset", [preset], PRESETS)[0], out, domains, methods, quiet, data, workers
+        preset,
+        _look_up("preset", [preset], PRESETS)[0],
+        out,
+        domains,
+        methods,
+        quiet,
+        data,
+        workers,
     )
 
 
@@ -83,26 +90,28 @@ def run_preset(
     workers: int | None = None,
 ) -> None:
     """Like ``run``, for an arbitrary preset."""
-    _known("data", [data], dict.fromkeys(DATA))
-    known = [name for name in _names(domains, RECIPES) if domains or name not in ON_REQUEST]
+    _look_up("data", [data], dict.fromkeys(DATA))
+    known = [name for name in _select_names(domains, RECIPES) if domains or name not in ON_REQUEST]
     recipes = {name: shortened(RECIPES[name], preset) for name in known}
-    trained = {name: trained_here(name, data) for name in recipes if name in ON_REQUEST}
-    if trained:
+    digests = {name: base_digest(name, data) for name in recipes if name in ON_REQUEST}
+    if digests:
         workers = 0  # there is one GPU, and only this process has the base
-    chosen = [name for name in _names(methods, METHODS) if methods or name not in VARIANTS]
+    chosen_methods = [
+        name for name in _select_names(methods, METHODS) if methods or name not in VARIANTS
+    ]
     with Workers(workers) as pool:
-        rows = Rows("quality", _settings(name, preset, recipes, chosen, data), out, quiet)
+        rows = Rows("quality", _settings(name, preset, recipes, chosen_methods, data), out, quiet)
 
         def make(keys: list[dict[str, Any]]) -> list[Any]:
-            keys = [{**key, **trained.get(key["domain"], {})} for key in keys]
-            return rows.make(keys, pool.ahead(keys, functools.partial(make_row, preset, data)))
+            keys = [{**key, **digests.get(key["domain"], {})} for key in keys]
+            return rows.make(keys, pool.precompute(keys, functools.partial(make_row, preset, data)))
 
         bases = make([{"domain": name, "base": True} for name in recipes])
         sweep = make(
             [
                 {"domain": name, "method": method, "rate": rate, "seed": seed, "on": "validation"}
                 for name, recipe in recipes.items()
-                for method in chosen
+                for method in chosen_methods
                 for rate in recipe.rates
                 for seed in preset.sweep_seeds
             ]
@@ -119,16 +128,16 @@ def run_preset(
 
 def make_row(preset: Preset, data: str, key: Mapping[str, Any]) -> Mapping[str, Any]:
     """Make one row: for a base, or for a fine-tuning evaluated on the split ``key["on"]``."""
-    found = domain(key["domain"], data)
-    found = dataclasses.replace(found, recipe=shortened(found.recipe, preset))
+    built = domain(key["domain"], data)
+    built = dataclasses.replace(built, recipe=shortened(built.recipe, preset))
     if "base" in key:
-        return base_row(found)
+        return base_row(built)
     final = key["on"] == "test"
-    task = found.test if final else found.validation
-    return training.fine_tune(found, key["method"], key["rate"], key["seed"], task, curve=final)
+    task = built.test if final else built.validation
+    return training.fine_tune(built, key["method"], key["rate"], key["seed"], task, curve=final)
 
 
-def trained_here(name: str, data: str) -> dict[str, str]:
+def base_digest(name: str, data: str) -> dict[str, str]:
     """Return what identifies the base in row keys: every run trains it anew, never quite the same.
 
     Thus a resumed run does not reuse the rows of the interrupted run's base.
@@ -139,18 +148,18 @@ def trained_here(name: str, data: str) -> dict[str, str]:
     return {"base_sha256": digest.hexdigest()}
 
 
-def base_row(found: Domain) -> dict[str, Any]:
+def base_row(built: Domain) -> dict[str, Any]:
     """Evaluate a base before fine-tuning."""
-    loss, score = found.test.both(found.fresh(0))
-    old_loss, old_score = found.old.both(found.base)
+    loss, score = built.test.loss_and_score(built.fresh(0))
+    old_loss, old_score = built.old.loss_and_score(built.base)
     return {
         "loss": loss,
         "score": score,
         "old_loss": old_loss,
         "old_score": old_score,
-        "parameters": sum(p.numel() for p in found.base.parameters()),
-        "layers": len(found.targets),
-        "train": len(next(iter(found.train.values()))),
+        "parameters": sum(p.numel() for p in built.base.parameters()),
+        "layers": len(built.targets),
+        "train": len(next(iter(built.train.values()))),
     }
 
 
@@ -159,7 +168,7 @@ def shortened(recipe: Recipe, preset: Preset) -> Recipe:
     return dataclasses.replace(
         recipe,
         rates=recipe.rates[preset.rates],
-        steps=max(1, recipe.steps // preset.shorter),
+        steps=max(1, recipe.steps // preset.step_divisor),
     )
 
 
@@ -172,21 +181,21 @@ def _settings(
         "sweep_seeds": preset.sweep_seeds,
         "seeds": preset.seeds,
         "rho": training.RHO,
-        "most_forwards": training.MOST_FORWARDS,
+        "most_forwards": training.MAX_FORWARDS,
         "methods": {method: METHODS[method].label for method in methods},
         "domains": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
     }
 
 
-def _names(asked: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
+def _select_names(requested: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
     """Return the names in the order of the registry."""
-    if asked is not None:
-        _known("name", asked, known)
-    return [name for name in known if asked is None or name in asked]
+    if requested is not None:
+        _look_up("name", requested, known)
+    return [name for name in known if requested is None or name in requested]
 
 
-def _known(what: str, asked: Sequence[str], known: Mapping[str, Any]) -> list[Any]:
-    unknown = [name for name in asked if name not in known]
+def _look_up(what: str, requested: Sequence[str], known: Mapping[str, Any]) -> list[Any]:
+    unknown = [name for name in requested if name not in known]
     if unknown:
-        raise ValueError(f"unknown {what} {', '.join(unknown)}: known are {', '.join(known)}")
-    return [known[name] for name in asked]
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
+    return [known[name] for name in requested]

@@ -14,11 +14,11 @@ from .statistics import (
     TIES,
     WINS,
     best_rates,
-    chance,
+    false_alarm_rate,
     mean_error,
     steps_to,
     verdict,
-    words,
+    verdict_text,
 )
 
 if TYPE_CHECKING:
@@ -29,20 +29,20 @@ CONTROLLED, CONTROL = "lora", "orthonormal"
 
 
 @dataclass
-class Found:
+class MethodResults:
     """The results of a method in a domain.
 
     Attributes:
         label: of the method.
         rate: the best of the sweep; ``None`` if the method could not be run.
-        edge: the rate is the lowest or the highest of the sweep.
+        at_edge: the rate is the lowest or the highest of the sweep.
         rows: seed -> row on the test split.
         reason: why rows are missing.
     """
 
     label: str
     rate: float | None = None
-    edge: bool = False
+    at_edge: bool = False
     rows: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     reason: str = ""
 
@@ -57,43 +57,51 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
     return [_summary(record), *(_section(record, name) for name in names)]
 
 
-def find(record: Mapping[str, Any], domain: str) -> dict[str, Found]:
+def results_by_method(record: Mapping[str, Any], domain: str) -> dict[str, MethodResults]:
     """Return the results in a domain by method, in the order of the registry."""
     settings, rows = record["settings"], record["rows"]
     rates = best_rates(rows["sweep"])
     swept = settings["domains"][domain]["rates"]
-    found = {}
+    by_method = {}
     for method, label in settings["methods"].items():
-        mine = [
+        method_rows = [
             row
             for kind in ("final", "sweep")
             for row in rows[kind]
             if row["domain"] == domain and row["method"] == method
         ]
         rate = rates.get((domain, method))
-        done = {row["seed"]: row for row in mine if row["on"] == "test" and "error" not in row}
-        reasons = [row["error"] for row in mine if "error" in row and row["rate"] in (rate, None)]
-        if not done:
-            reasons = [row["error"] for row in mine if "error" in row]
-        edge = len(swept) > 1 and rate in (swept[0], swept[-1])
-        found[method] = Found(label, rate, edge, done, reasons[0] if reasons else "")
-    return found
+        tested = {
+            row["seed"]: row for row in method_rows if row["on"] == "test" and "error" not in row
+        }
+        reasons = [
+            row["error"] for row in method_rows if "error" in row and row["rate"] in (rate, None)
+        ]
+        if not tested:
+            reasons = [row["error"] for row in method_rows if "error" in row]
+        at_edge = len(swept) > 1 and rate in (swept[0], swept[-1])
+        by_method[method] = MethodResults(
+            label, rate, at_edge, tested, reasons[0] if reasons else ""
+        )
+    return by_method
 
 
-def target(found: Mapping[str, Found]) -> float | None:
+def target_loss(by_method: Mapping[str, MethodResults]) -> float | None:
     """Return the loss up to which steps are counted: plain LoRA's final loss, mean over seeds."""
-    plain = found.get(CONTROLLED)
+    plain = by_method.get(CONTROLLED)
     return mean_error(list(plain.values("loss").values()))[0] if plain and plain.rows else None
 
 
-def verdicts(found: Mapping[str, Found], name: str, lower: bool) -> dict[str, str]:
+def verdicts(
+    by_method: Mapping[str, MethodResults], name: str, lower_is_better: bool
+) -> dict[str, str]:
     """Return method -> the verdict of EVA against it, by field ``name`` of the rows."""
-    if OURS not in found or not found[OURS].rows:
+    if OURS not in by_method or not by_method[OURS].rows:
         return {}
-    ours = found[OURS].values(name)
+    ours = by_method[OURS].values(name)
     return {
-        method: verdict(ours, other.values(name), lower)
-        for method, other in found.items()
+        method: verdict(ours, other.values(name), lower_is_better)
+        for method, other in by_method.items()
         if method != OURS and other.rows
     }
 
@@ -101,7 +109,7 @@ def verdicts(found: Mapping[str, Found], name: str, lower: bool) -> dict[str, st
 def _section(record: Mapping[str, Any], domain: str) -> Section:
     settings = record["settings"]
     recipe = settings["domains"][domain]
-    found = find(record, domain)
+    by_method = results_by_method(record, domain)
     base = next(row for row in record["rows"]["bases"] if row["domain"] == domain)
     if "error" in base:
         return Section(recipe["title"], f"{recipe['what']}\n\nThis did not run: {base['error']}")
@@ -117,42 +125,51 @@ def _section(record: Mapping[str, Any], domain: str) -> Section:
         "old loss",
         "old score",
     ]
-    by_loss, by_score = verdicts(found, "loss", True), verdicts(found, "score", False)
-    goal = target(found)
+    by_loss, by_score = verdicts(by_method, "loss", True), verdicts(by_method, "score", False)
+    loss_target = target_loss(by_method)
     rows = [
-        _row(one, by_loss.get(method, ""), by_score.get(method, ""), base, goal)
-        for method, one in found.items()
+        _row(results, by_loss.get(method, ""), by_score.get(method, ""), base, loss_target)
+        for method, results in by_method.items()
     ]
-    text = [recipe["what"], _before(base, recipe), _words(found, recipe), _control(found)]
+    text = [
+        recipe["what"],
+        _before_text(base, recipe),
+        _comparison_text(by_method, recipe),
+        _control_text(by_method),
+    ]
     return Section(
         title=recipe["title"],
         text="\n\n".join(part for part in text if part),
         headers=headers,
         rows=rows,
-        figures=_figures(domain, recipe, found, goal),
-        notes=_notes(recipe, settings, found),
+        figures=_figures(domain, recipe, by_method, loss_target),
+        notes=_notes(recipe, settings, by_method),
     )
 
 
 def _row(
-    one: Found, by_loss: str, by_score: str, base: Mapping[str, Any], goal: float | None
+    results: MethodResults,
+    by_loss: str,
+    by_score: str,
+    base: Mapping[str, Any],
+    loss_target: float | None,
 ) -> list[str]:
-    if not one.rows:
-        return [one.label, "-", "-", one.reason or "not run", *["-"] * 6]
-    some = next(iter(one.rows.values()))
+    if not results.rows:
+        return [results.label, "-", "-", results.reason or "not run", *["-"] * 6]
+    any_row = next(iter(results.rows.values()))
     changes = [
-        {seed: value - base[name] for seed, value in one.values(name).items()}
+        {seed: value - base[name] for seed, value in results.values(name).items()}
         for name in ("old_loss", "old_score")
     ]
     return [
-        one.label,
-        f"{one.rate:g}{' *' if one.edge else ''}",
-        f"{some['parameters']:,}",
-        _plus_minus(one.values("loss")),
+        results.label,
+        f"{results.rate:g}{' *' if results.at_edge else ''}",
+        f"{any_row['parameters']:,}",
+        _plus_minus(results.values("loss")),
         by_loss,
-        _plus_minus(one.values("score")),
+        _plus_minus(results.values("score")),
         by_score,
-        steps(one, goal),
+        steps(results, loss_target),
         *(_plus_minus(change, "+") for change in changes),
     ]
 
@@ -162,18 +179,20 @@ def _plus_minus(values: Mapping[int, float], sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
-def steps(one: Found, goal: float | None) -> str:
+def steps(results: MethodResults, loss_target: float | None) -> str:
     """Return the mean number of steps to a loss over the seeds that reach it, and their count."""
-    if goal is None:
+    if loss_target is None:
         return "-"
-    reached = [s for row in one.rows.values() if (s := steps_to(row["curve"], goal)) is not None]
+    reached = [
+        s for row in results.rows.values() if (s := steps_to(row["curve"], loss_target)) is not None
+    ]
     if not reached:
         return "never"
-    count = f" ({len(reached)} of {len(one.rows)})" if len(reached) < len(one.rows) else ""
+    count = f" ({len(reached)} of {len(results.rows)})" if len(reached) < len(results.rows) else ""
     return f"{sum(reached) / len(reached):.1f}{count}"
 
 
-def _before(base: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+def _before_text(base: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     return (
         f"Before the adaptation: {recipe['loss']} {base['loss']:.3f}, {recipe['score']} "
         f"{base['score']:.3f}; on the old task {base['old_loss']:.3f} and {base['old_score']:.3f} "
@@ -181,29 +200,33 @@ def _before(base: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     )
 
 
-def _words(found: Mapping[str, Found], recipe: Mapping[str, Any]) -> str:
+def _comparison_text(by_method: Mapping[str, MethodResults], recipe: Mapping[str, Any]) -> str:
     """Return sentences that say where EVA wins, ties and loses."""
-    if OURS not in found or not found[OURS].rows:
+    if OURS not in by_method or not by_method[OURS].rows:
         return "EVA of this package was not run, so nothing is compared with it."
     measures = [
-        (recipe["loss"], verdicts(found, "loss", True)),
-        (recipe["score"], verdicts(found, "score", False)),
-        ("what is forgotten of the old task (its loss)", verdicts(found, "old_loss", True)),
+        (recipe["loss"], verdicts(by_method, "loss", True)),
+        (recipe["score"], verdicts(by_method, "score", False)),
+        ("what is forgotten of the old task (its loss)", verdicts(by_method, "old_loss", True)),
     ]
-    subject = found[OURS].label
+    subject = by_method[OURS].label
     return "\n\n".join(
-        words(subject, measure, {found[method].label: told for method, told in told_of.items()})
-        for measure, told_of in measures
-        if told_of
+        verdict_text(
+            subject,
+            measure,
+            {by_method[method].label: outcome for method, outcome in verdict_of.items()},
+        )
+        for measure, verdict_of in measures
+        if verdict_of
     )
 
 
-def _control(found: Mapping[str, Found]) -> str:
+def _control_text(by_method: Mapping[str, MethodResults]) -> str:
     """Say how much of the difference between plain LoRA and EVA the control accounts for."""
-    if not all(name in found and found[name].rows for name in (OURS, CONTROL, CONTROLLED)):
+    if not all(name in by_method and by_method[name].rows for name in (OURS, CONTROL, CONTROLLED)):
         return ""
     plain, control, ours = (
-        mean_error(list(found[name].values("loss").values()))[0]
+        mean_error(list(by_method[name].values("loss").values()))[0]
         for name in (CONTROLLED, CONTROL, OURS)
     )
     return (
@@ -213,16 +236,16 @@ def _control(found: Mapping[str, Found]) -> str:
 
 
 def _notes(
-    recipe: Mapping[str, Any], settings: Mapping[str, Any], found: Mapping[str, Found]
+    recipe: Mapping[str, Any], settings: Mapping[str, Any], by_method: Mapping[str, MethodResults]
 ) -> str:
     rates = ", ".join(f"{rate:g}" for rate in recipe["rates"])
     seeds, swept = settings["seeds"], settings["sweep_seeds"]
-    edges = [one.label for one in found.values() if one.edge]
-    edge = f" * the best rate is at the edge of the sweep: {', '.join(edges)}." if edges else ""
+    edges = [results.label for results in by_method.values() if results.at_edge]
+    at_edge = f" * the best rate is at the edge of the sweep: {', '.join(edges)}." if edges else ""
     failed = "; ".join(
-        f"{one.label}: {len(one.rows)} of {len(seeds)} seeds ({one.reason})"
-        for one in found.values()
-        if one.rows and len(one.rows) < len(seeds)
+        f"{results.label}: {len(results.rows)} of {len(seeds)} seeds ({results.reason})"
+        for results in by_method.values()
+        if results.rows and len(results.rows) < len(seeds)
     )
     return (
         f"{recipe['steps']} steps of {recipe['batch']} samples, rank {recipe['r']} in every layer "
@@ -233,32 +256,36 @@ def _notes(
         f"seeds {', '.join(map(str, swept))}; then {len(seeds)} seeds on the test split: mean ± "
         "standard error. EVA by it: what EVA of this package does against the row, a tie being "
         "a difference within two of its standard errors, taken seed by seed; so few seeds exceed "
-        f"that by chance in {chance(len(seeds)):.0%} of the cases. Steps to LoRA's loss: "
+        f"that by chance in {false_alarm_rate(len(seeds)):.0%} of the cases. Steps to LoRA's loss: "
         "to the mean loss at the end of plain LoRA, interpolated, mean over the seeds that reach "
         "it. Old loss, old score: change on the old task; it grows with the rate, too. PEFT's EVA "
         "is given functions of its own where the inputs are no text, and no labels of sentences, "
         f"or else it does not run; both EVAs end after {settings['most_forwards']} forward passes "
-        f"at most.{edge}" + (f" Failed: {failed}." if failed else "")
+        f"at most.{at_edge}" + (f" Failed: {failed}." if failed else "")
     )
 
 
 def _summary(record: Mapping[str, Any]) -> Section:
     settings = record["settings"]
     names = list(settings["domains"])
-    all_found = {name: find(record, name) for name in names}
+    results_by_domain = {name: results_by_method(record, name) for name in names}
     cells: dict[str, list[str]] = {}
     counts = dict.fromkeys((WINS, TIES, LOSES), 0)
-    by = {
-        name: (verdicts(found, "loss", True), verdicts(found, "score", False))
-        for name, found in all_found.items()
+    verdicts_by_domain = {
+        name: (verdicts(by_method, "loss", True), verdicts(by_method, "score", False))
+        for name, by_method in results_by_domain.items()
     }
-    for told_of in by.values():
-        for told in [*told_of[0].values(), *told_of[1].values()]:
-            if told in counts:
-                counts[told] += 1
+    for verdicts_of_domain in verdicts_by_domain.values():
+        for outcome in [*verdicts_of_domain[0].values(), *verdicts_of_domain[1].values()]:
+            if outcome in counts:
+                counts[outcome] += 1
     for method, label in settings["methods"].items():
         cells[label] = [
-            _cell(all_found[name][method], by[name][0].get(method), by[name][1].get(method))
+            _cell(
+                results_by_domain[name][method],
+                verdicts_by_domain[name][0].get(method),
+                verdicts_by_domain[name][1].get(method),
+            )
             for name in names
         ]
     titles = [settings["domains"][name]["title"] for name in names]
@@ -280,29 +307,38 @@ def _rows(cells: Mapping[str, Sequence[str]]) -> list[list[str]]:
     return [[label, *values] for label, values in cells.items()]
 
 
-def _cell(one: Found, by_loss: str | None, by_score: str | None) -> str:
-    if not one.rows:
+def _cell(results: MethodResults, by_loss: str | None, by_score: str | None) -> str:
+    if not results.rows:
         return "not run"
-    loss, score = (mean_error(list(one.values(name).values()))[0] for name in ("loss", "score"))
-    told = f" ({by_loss}, {by_score})" if by_loss and by_score else ""
-    return f"{loss:.3f}, {score:.3f}{told}"
+    loss, score = (mean_error(list(results.values(name).values()))[0] for name in ("loss", "score"))
+    in_brackets = f" ({by_loss}, {by_score})" if by_loss and by_score else ""
+    return f"{loss:.3f}, {score:.3f}{in_brackets}"
 
 
 def _figures(
-    domain: str, recipe: Mapping[str, Any], found: Mapping[str, Found], goal: float | None
+    domain: str,
+    recipe: Mapping[str, Any],
+    by_method: Mapping[str, MethodResults],
+    loss_target: float | None,
 ) -> dict[str, Callable[[], Figure]]:
-    ends = {one.label: one.values("loss") for one in found.values() if one.rows}
+    ends = {results.label: results.values("loss") for results in by_method.values() if results.rows}
     curves = {
-        method: (one.label, [row["curve"] for row in one.rows.values()])
-        for method, one in found.items()
-        if one.rows
+        method: (results.label, [row["curve"] for row in results.rows.values()])
+        for method, results in by_method.items()
+        if results.rows
     }
     if not ends:
         return {}
-    ours = found[OURS].label if OURS in found else None
+    ours = by_method[OURS].label if OURS in by_method else None
     return {
-        f"quality-{domain}-ends": functools.partial(figures.ends, ends, ours, recipe["loss"]),
+        f"quality-{domain}-ends": functools.partial(
+            figures.plot_final_losses, ends, ours, recipe["loss"]
+        ),
         f"quality-{domain}-curves": functools.partial(
-            figures.curves, curves, (OURS, CONTROLLED, CONTROL), goal, recipe["loss"]
+            figures.plot_loss_curves,
+            curves,
+            (OURS, CONTROLLED, CONTROL),
+            loss_target,
+            recipe["loss"],
         ),
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-FEWEST = 3  # least number of seeds for a verdict
+MIN_SEEDS = 3  # least number of seeds for a verdict
 WINS, TIES, LOSES, UNKNOWN = "wins", "ties", "loses", "too few seeds"
 BySeed = Mapping[int, float]
 
@@ -20,7 +20,7 @@ def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
-def verdict(ours: BySeed, theirs: BySeed, lower: bool) -> str:
+def verdict(ours: BySeed, theirs: BySeed, lower_is_better: bool) -> str:
     """Say whether we win, tie or lose: a tie is a difference within two of its standard errors.
 
     Runs with the same seed share new head, calibration data and batches, so differences are paired
@@ -28,10 +28,12 @@ def verdict(ours: BySeed, theirs: BySeed, lower: bool) -> str:
 
     Args:
         ours, theirs: seed -> value; seeds that only one of them has are ignored.
-        lower: lower values are better.
+        lower_is_better: lower values are better.
     """
-    gains = [(theirs[s] - ours[s]) * (1 if lower else -1) for s in sorted(ours) if s in theirs]
-    if len(gains) < FEWEST:
+    gains = [
+        (theirs[s] - ours[s]) * (1 if lower_is_better else -1) for s in sorted(ours) if s in theirs
+    ]
+    if len(gains) < MIN_SEEDS:
         return UNKNOWN
     mean, error = mean_error(gains)
     assert error is not None
@@ -68,18 +70,18 @@ def steps_to(curve: Sequence[Sequence[float]], target: float) -> float | None:
         curve: (step, loss) pairs, by step.
         target: loss to reach.
     """
-    before: Sequence[float] | None = None
+    previous_point: Sequence[float] | None = None
     for step, loss in curve:
         if loss <= target:
-            if before is None:
+            if previous_point is None:
                 return float(step)
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (step - before[0])
-        before = (step, loss)
+            share = (previous_point[1] - target) / (previous_point[1] - loss)
+            return previous_point[0] + share * (step - previous_point[0])
+        previous_point = (step, loss)
     return None
 
 
-def chance(seeds: int) -> float:
+def false_alarm_rate(seeds: int) -> float:
     """Return the probability that equal methods differ by more than two standard errors.
 
     This is the two-sided tail beyond 2 of Student's t-distribution with ``seeds - 1`` degrees of
@@ -88,7 +90,7 @@ def chance(seeds: int) -> float:
     return float(2 * student.sf(2, seeds - 1))
 
 
-def words(subject: str, measure: str, verdicts: Mapping[str, str]) -> str:
+def verdict_text(subject: str, measure: str, verdicts: Mapping[str, str]) -> str:
     """Return a paragraph that says against which methods the subject wins, ties and loses.
 
     Args:
@@ -103,7 +105,7 @@ def words(subject: str, measure: str, verdicts: Mapping[str, str]) -> str:
         (LOSES, "loses to"),
         (UNKNOWN, "has too few seeds for a verdict against"),
     ):
-        names = [name for name, told in verdicts.items() if told == kind]
+        names = [name for name, outcome in verdicts.items() if outcome == kind]
         if names or kind != UNKNOWN:
             parts.append(f"{verb} {'; '.join(names) if names else 'none'}.")
     return f"By {measure}, {subject} {' It '.join(parts)}"

@@ -14,7 +14,7 @@ from ..methods import METHODS, Job, after_step
 from .descent import DivergedError, descend, loss_of
 from .domain import Domain, Task
 
-MOST_FORWARDS = 32  # limit for EVA, in both packages
+MAX_FORWARDS = 32  # limit for EVA, in both packages
 RHO = 2.0
 
 
@@ -47,12 +47,12 @@ def _fine_tune(
 ) -> dict[str, Any]:
     recipe = domain.recipe
     begin = time.process_time()
-    model, forwards = start(domain, method, seed)
+    model, forwards = start_method(domain, method, seed)
     initialised = time.process_time()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     losses = [(0, task.loss(model))] if curve else []
 
-    def after(step: int) -> None:
+    def on_step(step: int) -> None:
         after_step(model, step)
         if curve and step % recipe.every == 0 and step < recipe.steps:
             losses.append((step, task.loss(model)))
@@ -64,10 +64,10 @@ def _fine_tune(
         batch=recipe.batch,
         rate=rate,
         seed=seed,
-        after=after,
+        on_step=on_step,
     )
-    loss, score = task.both(model)
-    old_loss, old_score = domain.old.both(model)
+    loss, score = task.loss_and_score(model)
+    old_loss, old_score = domain.old.loss_and_score(model)
     row = {
         "curve": [*losses, (recipe.steps, loss)],
         "loss": loss,
@@ -88,7 +88,7 @@ def _fine_tune(
     return row
 
 
-def start(domain: Domain, method: str, seed: int) -> tuple[nn.Module, int]:
+def start_method(domain: Domain, method: str, seed: int) -> tuple[nn.Module, int]:
     """Return a fresh base with a method's adapter, and the number of forward passes it took."""
     job = Job(
         targets=domain.targets,
@@ -96,7 +96,7 @@ def start(domain: Domain, method: str, seed: int) -> tuple[nn.Module, int]:
         loss=loss_of,
         r=domain.recipe.r,
         rho=RHO,
-        most_forwards=MOST_FORWARDS,
+        max_forwards=MAX_FORWARDS,
         steps=domain.recipe.steps,
         seed=seed,
         text=domain.text,

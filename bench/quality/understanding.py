@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from .. import minilm
 from ..methods import Batch
 from . import hub
-from .domain import Domain, Recipe, Task, classification, linear_layers
+from .domain import Domain, Recipe, Task, classification_task, linear_layers
 from .language import documentation
 
 LENGTH = 16  # tokens of a paragraph, at most
@@ -79,7 +79,7 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
     """Build the domain; with ``data="hub"`` the sentences are those of ``hub.UNDERSTANDING``."""
     texts = documentation()
     if data == "hub":
-        train, validation, test = hub.three(hub.labelled_sentences())
+        train, validation, test = hub.split_7_1_2(hub.labelled_sentences())
     else:
         train, validation, test = docstrings(texts, seed)
     encoder: Any = minilm.load_model()
@@ -96,9 +96,9 @@ def build(data: str = "embedded", seed: int = 0) -> Domain:
         base=model,
         targets=linear_layers(model, without=["classifier", "encoder.pooler"]),
         train=labelled(train),
-        validation=classification(labelled(_by_length(validation)), "classes"),
-        test=classification(labelled(_by_length(test)), "classes"),
-        old=halves([text for name, text in texts.items() if name.startswith("topics/")], seed),
+        validation=classification_task(labelled(_by_length(validation)), "classes"),
+        test=classification_task(labelled(_by_length(test)), "classes"),
+        old=halves_task([text for name, text in texts.items() if name.startswith("topics/")], seed),
         text=True,
         head=("classifier",),
     )
@@ -112,9 +112,9 @@ def docstrings(texts: dict[str, str], seed: int) -> tuple[Labelled, Labelled, La
             package = name.split("/")[1].removesuffix(".py")
             parts = (" ".join(part.split()) for part in text.split("\n\n"))
             packages[package] += [part for part in parts if len(part) >= 60]
-    chosen = sorted(packages, key=lambda name: (-len(packages[name]), name))[:CLASSES]
+    best_documented = sorted(packages, key=lambda name: (-len(packages[name]), name))[:CLASSES]
     splits: tuple[Labelled, Labelled, Labelled] = ([], [], [])
-    for label, package in enumerate(chosen):
+    for label, package in enumerate(best_documented):
         paragraphs = list(packages[package])
         random.Random(seed).shuffle(paragraphs)
         for split, size in zip(splits, SIZES.values(), strict=True):
@@ -134,36 +134,36 @@ def labelled(split: Labelled) -> Batch:
 
 def encode(texts: Sequence[str], length: int) -> Batch:
     """Return token ids and attention mask, int64 (texts, at most ``length``)."""
-    tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
-    told = tokenizer(
+    tokenizer = AutoTokenizer.from_pretrained(minilm.model_folder())
+    encoding = tokenizer(
         list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"
     )
-    return {"input_ids": told["input_ids"], "attention_mask": told["attention_mask"]}
+    return {"input_ids": encoding["input_ids"], "attention_mask": encoding["attention_mask"]}
 
 
-def halves(texts: Sequence[str], seed: int, count: int = 48) -> Task:
+def halves_task(texts: Sequence[str], seed: int, count: int = 48) -> Task:
     """Return the task to find a paragraph's second half among all second halves."""
     paragraphs = [" ".join(part.split()) for text in texts for part in text.split("\n\n")]
-    kept = [words for p in paragraphs if len(words := p.split()) >= 24]
-    random.Random(seed).shuffle(kept)
-    firsts, seconds = [], []
-    for words in kept[:count]:
+    long_paragraphs = [words for p in paragraphs if len(words := p.split()) >= 24]
+    random.Random(seed).shuffle(long_paragraphs)
+    first_halves, second_halves = [], []
+    for words in long_paragraphs[:count]:
         middle = len(words) // 2
-        firsts.append(" ".join(words[max(0, middle - 16) : middle]))
-        seconds.append(" ".join(words[middle : middle + 16]))
-    first, second = encode(firsts, 24), encode(seconds, 24)
+        first_halves.append(" ".join(words[max(0, middle - 16) : middle]))
+        second_halves.append(" ".join(words[middle : middle + 16]))
+    first, second = encode(first_halves, 24), encode(second_halves, 24)
 
     @torch.no_grad()
-    def both(model: nn.Module) -> tuple[float, float]:
+    def loss_and_score(model: nn.Module) -> tuple[float, float]:
         training = model.training
         model.eval()
         logits = SCALE * model(**first).embedding @ model(**second).embedding.T
         model.train(training)
-        own = torch.arange(len(logits))
-        right = (logits.argmax(1) == own).double().mean()
-        return float(nn.functional.cross_entropy(logits, own)), float(right)
+        correct_index = torch.arange(len(logits))
+        correct = (logits.argmax(1) == correct_index).double().mean()
+        return float(nn.functional.cross_entropy(logits, correct_index)), float(correct)
 
-    return Task(lambda model: both(model)[0], both)
+    return Task(lambda model: loss_and_score(model)[0], loss_and_score)
 
 
 def _by_length(split: Labelled) -> Labelled:

@@ -31,13 +31,13 @@ class Workers:
     def __init__(self, count: int | None = None) -> None:
         self.count = (os.cpu_count() or 1) if count is None else count
         self._pool: ProcessPoolExecutor | None = None
-        self._others: set[BaseProcess] = set()
+        self._other_children: set[BaseProcess] = set()
 
     def __enter__(self) -> Workers:
         if self.count:
-            self._others = set(multiprocessing.active_children())
+            self._other_children = set(multiprocessing.active_children())
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.count, context, _begin)
+            self._pool = ProcessPoolExecutor(self.count, context, _initialize_worker)
         return self
 
     def __exit__(
@@ -50,7 +50,7 @@ class Workers:
             return
         children: set[BaseProcess] = set()
         if kind is not None:  # the pool by itself would first finish all work already handed out
-            children = set(multiprocessing.active_children()) - self._others
+            children = set(multiprocessing.active_children()) - self._other_children
         for child in children:
             child.terminate()
         # its thread, if started, waits for them: only one of two waiters would get the exit status
@@ -58,7 +58,7 @@ class Workers:
         for child in children:
             child.join()
 
-    def ahead(self, keys: Sequence[Key], make: Make) -> Make:
+    def precompute(self, keys: Sequence[Key], make: Make) -> Make:
         """Return ``f(key)`` for ``Rows.make``; its first call starts that key and all after it.
 
         Rows are stored in the order of the keys, so those kept from an earlier run precede the
@@ -75,10 +75,12 @@ class Workers:
 
         def get(key: Key) -> Mapping[str, Any]:
             if not futures:
-                later = list(keys)[list(keys).index(key) :]
-                futures.update({_text(k): pool.submit(_attempt, make, k) for k in later})
+                remaining_keys = list(keys)[list(keys).index(key) :]
+                futures.update(
+                    {_key_text(k): pool.submit(_row_or_error, make, k) for k in remaining_keys}
+                )
             try:
-                return futures[_text(key)].result()
+                return futures[_key_text(key)].result()
             except BrokenProcessPool as error:
                 # not an Exception: the row must not be stored as one that cannot be made
                 raise SystemExit("a worker process has died; the rows so far are kept") from error
@@ -86,24 +88,24 @@ class Workers:
         return get
 
 
-def _attempt(make: Make, key: Key) -> Mapping[str, Any]:
+def _row_or_error(make: Make, key: Key) -> Mapping[str, Any]:
     try:
         return make(key)
     except Exception as error:  # not every exception can be pickled
-        first = (str(error).strip().splitlines() or [""])[0]
-        return {"error": f"{type(error).__name__}: {first}"[:300]}
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return {"error": f"{type(error).__name__}: {first_line}"[:300]}
 
 
 def _in_one_thread(make: Make, key: Key) -> Mapping[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _attempt(make, key)
+        return _row_or_error(make, key)
     finally:
         torch.set_num_threads(threads)
 
 
-def _begin() -> None:
+def _initialize_worker() -> None:
     """Prepare a process: one thread; ignore Ctrl-C, and end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -118,5 +120,5 @@ def _begin() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _text(key: Key) -> str:
+def _key_text(key: Key) -> str:
     return json.dumps(dict(key), sort_keys=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from eva_peft.results.plots import new_figure
 
 from .words import Row, end_of_step, milliseconds
-from .work import AXES, Point, along
+from .work import AXES, Point, rows_along
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +37,9 @@ def costs(base: Point, rows: Sequence[Row]) -> Figure:
     axes = figure.subplots(2, 2, sharey=True).flatten()
     for ax, (axis, label) in zip(axes, AXES.items(), strict=True):
         for name, (colour, marker, dash, cost) in _LINES.items():
-            _line(
+            _plot_line(
                 ax,
-                along(axis, base, rows),
+                rows_along(axis, base, rows),
                 axis,
                 cost,
                 color=colour,
@@ -47,10 +47,10 @@ def costs(base: Point, rows: Sequence[Row]) -> Figure:
                 linestyle=dash,
                 label=name,
             )
-        _dress(ax, label, [row[axis] for row in along(axis, base, rows)])
+        _style_axes(ax, label, [row[axis] for row in rows_along(axis, base, rows)])
     for ax in axes[::2]:
         ax.set_ylabel("milliseconds a step", fontsize=8)
-    _legend(figure, axes[0], 3)
+    _add_legend(figure, axes[0], 3)
     return figure
 
 
@@ -63,9 +63,9 @@ def ratios(base: Point, rows: Sequence[Row]) -> Figure:
     for ax, (axis, label) in zip(axes, AXES.items(), strict=True):
         for name in ("exact Gram", "PEFT's step", "forward of q, k, v"):
             colour, marker, dash, cost = _LINES[name]
-            _line(
+            _plot_line(
                 ax,
-                along(axis, base, rows),
+                rows_along(axis, base, rows),
                 axis,
                 _over_ours(cost),
                 color=colour,
@@ -74,10 +74,10 @@ def ratios(base: Point, rows: Sequence[Row]) -> Figure:
                 label=f"{name} over this package",
             )
         ax.axhline(1, color="#999999", linewidth=1)
-        _dress(ax, label, [row[axis] for row in along(axis, base, rows)])
+        _style_axes(ax, label, [row[axis] for row in rows_along(axis, base, rows)])
     for ax in axes[::2]:
         ax.set_ylabel("times as long", fontsize=8)
-    _legend(figure, axes[0], 3)
+    _add_legend(figure, axes[0], 3)
     return figure
 
 
@@ -88,11 +88,20 @@ def states(rows: Sequence[Row]) -> Figure:
     for method, name, label in (("sketch", "this package", "sketch"), ("gram", "exact Gram", "")):
         colour, marker, dash, _ = _LINES[name]
 
-        def kept(row: Row, method: str = method) -> float:
+        def mib_kept(row: Row, method: str = method) -> float:
             return row["state_bytes"][method] / MIB
 
-        _line(ax, rows, "D", kept, color=colour, marker=marker, linestyle=dash, label=label or name)
-    _dress(ax, AXES["D"], [row["D"] for row in rows])
+        _plot_line(
+            ax,
+            rows,
+            "D",
+            mib_kept,
+            color=colour,
+            marker=marker,
+            linestyle=dash,
+            label=label or name,
+        )
+    _style_axes(ax, AXES["D"], [row["D"] for row in rows])
     ax.set_ylabel(f"MiB kept between steps, {rows[0]['L']} layer inputs", fontsize=8)
     ax.legend(fontsize=8, frameon=False)
     return figure
@@ -122,7 +131,7 @@ def models(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ax.set_ylabel("GiB, simulated", fontsize=8)
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
-    _legend(figure, ax, 3)
+    _add_legend(figure, ax, 3)
     return figure
 
 
@@ -134,33 +143,33 @@ def _over_ours(cost: Callable[[Row], float | None]) -> Callable[[Row], float | N
     return ratio
 
 
-def _line(
+def _plot_line(
     ax: Axes,
     rows: Sequence[Row],
     axis: str,
     cost: Callable[[Row], float | None],
     **style: Any,
 ) -> None:
-    known = [(row[axis], value) for row in rows if (value := cost(row)) is not None]
-    xs, ys = zip(*known, strict=True) if known else ((), ())
+    points = [(row[axis], value) for row in rows if (value := cost(row)) is not None]
+    xs, ys = zip(*points, strict=True) if points else ((), ())
     ax.plot(xs, ys, markersize=4.5, linewidth=1.2, **style)
 
 
-def _dress(ax: Axes, label: str, sizes: Sequence[int]) -> None:
+def _style_axes(ax: Axes, label: str, sizes: Sequence[int]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xticks(sizes, [_short(size) for size in sizes])
+    ax.set_xticks(sizes, [_format_size(size) for size in sizes])
     ax.minorticks_off()
     ax.set_xlabel(label, fontsize=8)
     ax.tick_params(labelsize=7)
     ax.grid(alpha=0.3)
 
 
-def _short(size: int) -> str:
+def _format_size(size: int) -> str:
     return f"{size // 1024}Ki" if size >= 1024 and size % 1024 == 0 else str(size)
 
 
-def _legend(figure: Figure, ax: Axes, columns: int) -> None:
+def _add_legend(figure: Figure, ax: Axes, columns: int) -> None:
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", fontsize=7.5, ncols=columns, frameon=False

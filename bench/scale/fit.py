@@ -18,8 +18,8 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float | None:
         return None
     u, v = [math.log(x) for x in xs], [math.log(y) for y in ys]
     mean_u, mean_v = sum(u) / len(u), sum(v) / len(v)
-    across = sum((a - mean_u) ** 2 for a in u)
-    return sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / across
+    variance = sum((a - mean_u) ** 2 for a in u)
+    return sum((a - mean_u) * (b - mean_v) for a, b in zip(u, v, strict=True)) / variance
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,32 @@ class Crossing:
             ``"unknown"`` with fewer than two points.
         at: that value, interpolated in log-log.
         low, high: the range.
-        clear: the costs cross at most once; otherwise ``at`` is the last crossing.
+        single: the costs cross at most once; otherwise ``at`` is the last crossing.
     """
 
     kind: str
     at: float | None
     low: float
     high: float
-    clear: bool = True
+    single: bool = True
 
-    def words(self, size: str) -> str:
+    def text(self, size: str) -> str:
         """Return the range in words: ``from D of about 700 on``."""
         span = f"{size} = {self.low:g} to {self.high:g}"
-        told = {
+        texts = {
             "always": f"everywhere in {span}",
             "never": f"nowhere in {span}",
             "unknown": f"(too few points along {size} to say where)",
         }
         if self.at is None:
-            return told[self.kind]
-        unclear = "" if self.clear else f" (the last of several changes in {span})"
+            return texts[self.kind]
+        several = "" if self.single else f" (the last of several changes in {span})"
         if self.kind == "from":
-            return f"from {size} = {_about(self.at)} on{unclear}"
-        return f"up to {size} = {_about(self.at)}{unclear}"
+            return f"from {size} = {_two_digits(self.at)} on{several}"
+        return f"up to {size} = {_two_digits(self.at)}{several}"
 
 
-def _about(value: float) -> str:
+def _two_digits(value: float) -> str:
     """Format a number with two significant digits and no exponent."""
     return f"{round(value, 1 - math.floor(math.log10(value))):g}"
 

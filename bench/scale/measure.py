@@ -24,7 +24,7 @@ LIMITS = {"sketch": 0.02, "gram": 1e-4, "peft": 0.02}
 Phases = dict[str, float]
 
 
-def _idle(device: torch.device) -> float:
+def _synchronized_time(device: torch.device) -> float:
     """Wait until the device is idle, and return the time."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -49,27 +49,29 @@ class Ours:
         On a GPU two steps are taken: the synchronisation between phases keeps the host from running
         ahead of the device, as it would in real use, so the whole is timed without it.
         """
-        phases = self._take(lambda: _idle(self.device))
+        phases = self._timed_step(lambda: _synchronized_time(self.device))
         if self.device.type == "cuda":
-            phases["step"] = self._take(time.perf_counter)["step"]
+            phases["step"] = self._timed_step(time.perf_counter)["step"]
         return phases
 
-    def _take(self, between: Callable[[], float]) -> Phases:
-        marks = [_idle(self.device)]
+    def _timed_step(self, clock: Callable[[], float]) -> Phases:
+        marks = [_synchronized_time(self.device)]
         for stream, tokens in zip(self.streams, self.data, strict=True):
             stream.add(tokens.x)
-        marks.append(between())
+        marks.append(clock())
         folded = fold_streams(self.streams)
-        marks.append(between())
+        marks.append(clock())
         compare_streams(folded, self.ranks, tau=TAU)
-        marks.append(_idle(self.device))
+        marks.append(_synchronized_time(self.device))
         if len(folded) != len(self.streams):
-            raise ArithmeticError(f"{len(folded)} of {len(self.streams)} layer inputs were folded")
+            raise ArithmeticError(
+                f"only {len(folded)} of {len(self.streams)} layer inputs were folded"
+            )
         spans = [after - before for before, after in pairwise(marks)]
         phases = dict(zip(("accumulate", "fold", "compare"), spans, strict=True))
         return {**phases, "step": marks[-1] - marks[0]}
 
-    def lost(self) -> float:
+    def max_lost_variance(self) -> float:
         """Return the largest lost variance over the layer inputs.
 
         Exact streams, too, are judged by the rows that their folds produce: these are what is
@@ -92,15 +94,15 @@ class Peft:
 
     def step(self) -> Phases:
         """Take one step; return its duration in seconds."""
-        begin = _idle(self.device)
+        begin = _synchronized_time(self.device)
         for pca, tokens in zip(self.pcas, self.data, strict=True):
             before = getattr(pca, "components_", None)
             pca.partial_fit(tokens.x.to(torch.float32))
             if before is not None:
                 torch.nn.functional.cosine_similarity(pca.components_, before)
-        return {"step": _idle(self.device) - begin}
+        return {"step": _synchronized_time(self.device) - begin}
 
-    def lost(self) -> float:
+    def max_lost_variance(self) -> float:
         """Return the largest lost variance over the layer inputs."""
         pairs = zip(self.pcas, self.data, strict=True)
         return max(tokens.lost(pca.components_) for pca, tokens in pairs)
@@ -140,7 +142,7 @@ def measure(
         ArithmeticError: a competitor's result is wrong.
     """
     data = [make_tokens(point, device, dtype, seed) for seed in range(point.L)]
-    entrants: dict[str, Callable[[], Any]] = {
+    competitors: dict[str, Callable[[], Any]] = {
         "sketch": lambda: Ours(point, device, data, "sketch"),
         "gram": lambda: Ours(point, device, data, "gram"),
         "peft": lambda: Peft(point, device, data),
@@ -152,25 +154,25 @@ def measure(
         "left_out": {},
         "lost": {},
     }
-    guesses = {
+    estimated_seconds = {
         "gram": gram_flops(point) / ceilings.flops_per_second,
         "forward": forward_flops(point) / point.L / ceilings.flops_per_second,
-        "peft": _guess_peft(point, device, data[:1]),
+        "peft": _estimate_peft_seconds(point, device, data[:1]),
     }
-    for name, seconds in guesses.items():
+    for name, seconds in estimated_seconds.items():
         if seconds > limit:
             row["left_out"][name] = f"would take about {seconds:.1f} s"
     running = {}
-    for name, make in entrants.items():
+    for name, make in competitors.items():
         if name not in row["left_out"]:
             running[name] = make()
             row["lost"][name] = check(name, running[name])
     if "forward" not in row["left_out"]:
         running["forward"] = Forward(point, device, data)
-    return {**row, "ms": take_turns(running, limit)}
+    return {**row, "ms": time_alternately(running, limit)}
 
 
-def check(name: str, entrant: Any, steps: int = CHECK_STEPS) -> float:
+def check(name: str, competitor: Any, steps: int = CHECK_STEPS) -> float:
     """Take some steps, and return the variance lost relative to the exact answer in float64.
 
     Raises:
@@ -178,36 +180,36 @@ def check(name: str, entrant: Any, steps: int = CHECK_STEPS) -> float:
     """
     with torch.no_grad():
         for _ in range(steps):
-            entrant.step()
-        lost = float(entrant.lost())
-    if not lost <= LIMITS[name]:  # NaN fails, too
-        raise ArithmeticError(f"{name} is wrong: it lost {lost:.1e} of the variance")
-    return lost
+            competitor.step()
+        lost_variance = float(competitor.max_lost_variance())
+    if not lost_variance <= LIMITS[name]:  # NaN fails, too
+        raise ArithmeticError(f"{name} is wrong: it lost {lost_variance:.1e} of the variance")
+    return lost_variance
 
 
-def take_turns(running: dict[str, Any], limit: float) -> dict[str, dict[str, Any]]:
+def time_alternately(running: dict[str, Any], limit: float) -> dict[str, dict[str, Any]]:
     """Run the competitors alternately; return the spread of milliseconds of each one's phases."""
     samples: dict[str, list[Phases]] = {name: [] for name in running}
     with torch.no_grad():
         begin = time.perf_counter()
-        for one in running.values():
-            one.step()
+        for competitor in running.values():
+            competitor.step()
         rounds = repetitions(time.perf_counter() - begin, limit, 3, 25)
         for _ in range(rounds):
-            for name, one in running.items():
-                samples[name].append(one.step())
+            for name, competitor in running.items():
+                samples[name].append(competitor.step())
     return {
-        name: {phase: spread([1e3 * s[phase] for s in taken]) for phase in taken[0]}
-        for name, taken in samples.items()
+        name: {phase: spread([1e3 * s[phase] for s in phases]) for phase in phases[0]}
+        for name, phases in samples.items()
     }
 
 
-def _guess_peft(point: Point, device: torch.device, data: list[Tokens]) -> float:
+def _estimate_peft_seconds(point: Point, device: torch.device, data: list[Tokens]) -> float:
     """Estimate the seconds of PEFT's step on all layer inputs from its second step on the first.
 
     Its first step is not typical: it computes in float32, and includes the loading of libraries.
     """
-    one = Peft(point, device, data)
+    peft = Peft(point, device, data)
     with torch.no_grad():
-        one.step()
-        return point.L * one.step()["step"]
+        peft.step()
+        return point.L * peft.step()["step"]

@@ -40,8 +40,13 @@ def simulated(out: Path) -> dict[str, Any] | None:
         }
         for row in record["rows"]
     ]
-    told = {key: record[key] for key in ("date", "commit")}
-    return {**told, "batch": settings["batch"], "length": settings["length"], "models": models}
+    provenance = {key: record[key] for key in ("date", "commit")}
+    return {
+        **provenance,
+        "batch": settings["batch"],
+        "length": settings["length"],
+        "models": models,
+    }
 
 
 def _gram_bytes(model: str, components: int, planned: int) -> int | None:
@@ -50,18 +55,18 @@ def _gram_bytes(model: str, components: int, planned: int) -> int | None:
     ``None`` if these widths do not reproduce the planned bytes of the sketches: they then differ
     from those that were simulated.
     """
-    widths = _widths(model)
-    if widths is None or _bytes(widths, components, "sketch") != planned:
+    widths = _layer_input_widths(model)
+    if widths is None or _planned_bytes(widths, components, "sketch") != planned:
         return None
-    return _bytes(widths, components, "gram")
+    return _planned_bytes(widths, components, "gram")
 
 
-def _bytes(widths: Sequence[int], components: int, method: str) -> int:
+def _planned_bytes(widths: Sequence[int], components: int, method: str) -> int:
     plans = plan_streams(widths, [components] * len(widths), method=method)
     return sum(stream_bytes(plan) for plan in plans)
 
 
-def _widths(model: str) -> list[int] | None:
+def _layer_input_widths(model: str) -> list[int] | None:
     # imports transformers, and is only needed if a file was found
     from ..models import MODELS
 

@@ -91,10 +91,10 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
         quiet: show no progress bar.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = CUDA_PRESETS if device.type == "cuda" else PRESETS
-    if preset not in known:
-        raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(known)}")
-    chosen = known[preset]
+    presets = CUDA_PRESETS if device.type == "cuda" else PRESETS
+    if preset not in presets:
+        raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(presets)}")
+    chosen = presets[preset]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     settings = {
         "preset": preset,
@@ -106,47 +106,57 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
     }
     memory = simulated(out)  # before minutes of measuring, to report a broken file at once
     rows = Rows("scale", settings, out, quiet)
-    ceilings = rows.make([{"ceilings": device.type}], lambda key: asdict(ceilings_of(device)))[0]
+    ceilings = rows.make([{"ceilings": device.type}], lambda key: asdict(machine_ceilings(device)))[
+        0
+    ]
     if "error" in ceilings:
-        raise RuntimeError(f"the machine's ceilings cannot be measured: {ceilings['error']}")
+        raise RuntimeError(
+            f"the peak rates of this machine cannot be measured: {ceilings['error']}"
+        )
     del ceilings["ceilings"]
-    found = Ceilings(**ceilings)
+    ceilings_found = Ceilings(**ceilings)
 
-    def one(key: Mapping[str, Any]) -> dict[str, Any]:
-        row = measure(Point(**key), device, dtype, found, chosen.seconds)
+    def measure_point(key: Mapping[str, Any]) -> dict[str, Any]:
+        row = measure(Point(**key), device, dtype, ceilings_found, chosen.seconds)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return row
 
     keys = [asdict(point) for point in points(chosen.base, chosen.axes)]
-    made = rows.make(keys, one)
-    return rows.finish({"ceilings": ceilings, "points": made, "memory": memory})
+    measured = rows.make(keys, measure_point)
+    return rows.finish({"ceilings": ceilings, "points": measured, "memory": memory})
 
 
-def ceilings_of(device: torch.device) -> Ceilings:
+def machine_ceilings(device: torch.device) -> Ceilings:
     """Measure a large copy and large matrix products: on a GPU in bfloat16, on a CPU in float32.
 
     The fast rounds (p20) count: a ceiling is what is possible, and a CPU may be shared.
     """
     timer = timer_for(device)
-    wide = [torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device) for _ in range(2)]
-    runs: dict[str, Any] = {"wide": _product(wide, torch.float64)}
+    matrices = [torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device) for _ in range(2)]
+    runs: dict[str, Any] = {"wide": _product(matrices, torch.float64)}
     if device.type == "cpu":
         source = torch.ones(COPY_BYTES, dtype=torch.uint8)
         target = torch.empty_like(source)
         runs |= {
             "copy": lambda: target.copy_(source),
-            "narrow": _product(wide, torch.float32),
+            "narrow": _product(matrices, torch.float32),
         }
-    times = time_together(runs, timer, budget=2.0, least=3)
+    times = time_together(runs, timer, budget=2.0, min_rounds=3)
     seconds = {name: found["ms"]["p20"] / 1e3 for name, found in times.items()}
     flops = 2.0 * MATMUL_SIDE**3
     if device.type == "cpu":
-        copied, narrow = 2 * COPY_BYTES / seconds["copy"], flops / seconds["narrow"]
+        bytes_per_second, flops_per_second = (
+            2 * COPY_BYTES / seconds["copy"],
+            flops / seconds["narrow"],
+        )
     else:
-        large = measure_ceilings(device)
-        copied, narrow = large["bytes_per_second"], large["flops_per_second"]
-    return Ceilings(copied, narrow, flops / seconds["wide"])
+        library_ceilings = measure_ceilings(device)
+        bytes_per_second, flops_per_second = (
+            library_ceilings["bytes_per_second"],
+            library_ceilings["flops_per_second"],
+        )
+    return Ceilings(bytes_per_second, flops_per_second, flops / seconds["wide"])
 
 
 def _product(pair: Sequence[torch.Tensor], dtype: torch.dtype) -> Any:

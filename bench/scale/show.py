@@ -10,7 +10,7 @@ from ..sections import Section
 from . import figures, words
 from .fit import TAIL, slope
 from .words import Row, end_of_step, milliseconds
-from .work import AXES, OUTPUTS, Point, along
+from .work import AXES, OUTPUTS, Point, rows_along
 
 GIB, MIB = 2**30, 2**20
 COSTS = {
@@ -26,21 +26,21 @@ COSTS = {
 def sections(record: Mapping[str, Any]) -> list[Section]:
     """Return the sections of the report for a result file."""
     base = Point(**record["settings"]["base"])
-    good = [row for row in record["rows"]["points"] if "error" not in row]
+    measured = [row for row in record["rows"]["points"] if "error" not in row]
     failed = [row for row in record["rows"]["points"] if "error" in row]
-    notes = [f"Not timed, {_place(row)}: {row['error']}." for row in failed]
-    if not good:
+    notes = [f"Not timed, {_point(row)}: {row['error']}." for row in failed]
+    if not measured:
         first = Section("Cost of a step", "Nothing was measured.", notes=" ".join(notes))
     else:
-        first = _costs(record, base, good, " ".join(notes))
-    found = [first]
-    if good:
-        found += [_slopes(base, good), _crossovers(base, good)]
+        first = _costs(record, base, measured, " ".join(notes))
+    all_sections = [first]
+    if measured:
+        all_sections += [_slopes(base, measured), _crossovers(base, measured)]
     memory = record["rows"]["memory"]
-    return [*found, _memory(memory)] if memory and memory["models"] else found
+    return [*all_sections, _memory(memory)] if memory and memory["models"] else all_sections
 
 
-def _place(row: Row) -> str:
+def _point(row: Row) -> str:
     return " ".join(f"{axis} = {row[axis]}" for axis in AXES)
 
 
@@ -49,7 +49,7 @@ def _costs(record: Mapping[str, Any], base: Point, rows: Sequence[Row], notes: s
     text = (
         "Milliseconds of one step: L layer inputs of width D, N tokens each, K = r rho components, "
         f"the sketch twice as wide, {settings['dtype']} on the {settings['device'].upper()}. Each "
-        f"size is varied alone around {_place({a: getattr(base, a) for a in AXES})}. *Floor* is "
+        f"size is varied alone around {_point({a: getattr(base, a) for a in AXES})}. *Floor* is "
         "the least that the machine's ceilings allow: "
         f"{ceilings['bytes_per_second'] / 1e9:.3g} GB/s in a copy, "
         f"{ceilings['flops_per_second'] / 1e12:.3g} TFLOP/s in a matrix product, "
@@ -61,7 +61,7 @@ def _costs(record: Mapping[str, Any], base: Point, rows: Sequence[Row], notes: s
     headers += ["exact Gram", "PEFT's step", "forward", "step / forward"]
     table = []
     for axis in AXES:
-        for row in along(axis, base, rows):
+        for row in rows_along(axis, base, rows):
             table.append([axis, *(str(row[a]) for a in AXES), *_cells(row)])
     plots = {
         "scale_cost": functools.partial(figures.costs, base, rows),
@@ -87,7 +87,7 @@ def _cells(row: Row) -> list[str]:
 def _slopes(base: Point, rows: Sequence[Row]) -> Section:
     table = []
     for axis, label in AXES.items():
-        line = along(axis, base, rows)
+        line = rows_along(axis, base, rows)
         table.append([label, *(_slope(axis, line, cost) for cost in COSTS.values())])
     text = (
         "Exponents of the power law through the times (least squares in log-log), over all points "
@@ -97,24 +97,26 @@ def _slopes(base: Point, rows: Sequence[Row]) -> Section:
 
 
 def _slope(axis: str, rows: Sequence[Row], cost: Any) -> str:
-    known = [(row[axis], cost(row)) for row in rows if cost(row) is not None]
-    whole = slope(*zip(*known, strict=True)) if known else None
-    if whole is None:
+    points = [(row[axis], cost(row)) for row in rows if cost(row) is not None]
+    slope_of_all = slope(*zip(*points, strict=True)) if points else None
+    if slope_of_all is None:
         return "—"
-    tail = slope(*zip(*known[-TAIL:], strict=True))
-    return f"{whole:.2f} ({tail:.2f})"
+    tail = slope(*zip(*points[-TAIL:], strict=True))
+    return f"{slope_of_all:.2f} ({tail:.2f})"
 
 
 def _crossovers(base: Point, rows: Sequence[Row]) -> Section:
-    said = [f"- {sentence}" for sentence in words.crossovers(base, rows)]
-    widths = along("D", base, rows)
+    sentences = [f"- {sentence}" for sentence in words.crossovers(base, rows)]
+    widths = rows_along("D", base, rows)
     headers = ["D", "sketch", "exact Gram", "ratio"]
     table = []
     for row in widths:
         sketch, gram = (row["state_bytes"][method] for method in ("sketch", "gram"))
         ratio = f"{gram / sketch:.2g}"
         table.append([str(row["D"]), f"{sketch / MIB:.2f}", f"{gram / MIB:.2f}", ratio])
-    text = "\n".join(said) + f"\n\nMiB kept between steps, {base.L} layer inputs, K = {base.K}:"
+    text = (
+        "\n".join(sentences) + f"\n\nMiB kept between steps, {base.L} layer inputs, K = {base.K}:"
+    )
     plots = {"scale_state": functools.partial(figures.states, widths)} if len(widths) > 1 else {}
     return Section("Where the order changes", text, headers, table, plots)
 

@@ -66,10 +66,12 @@ def points(base: Point, axes: Mapping[str, Sequence[int]]) -> list[Point]:
     return list(found)
 
 
-def along(axis: str, base: Point, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def rows_along(
+    axis: str, base: Point, rows: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
     """Return the rows that differ from the base at most in size ``axis``, sorted by it."""
-    rest = {key: value for key, value in asdict(base).items() if key != axis}
-    chosen = [row for row in rows if all(row[key] == value for key, value in rest.items())]
+    other_sizes = {key: value for key, value in asdict(base).items() if key != axis}
+    chosen = [row for row in rows if all(row[key] == value for key, value in other_sizes.items())]
     return sorted(chosen, key=lambda row: row[axis])
 
 

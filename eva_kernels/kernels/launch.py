@@ -86,16 +86,16 @@ class GramTiles:
     """Tiles of the Gram kernel: block_d by block_d outputs, block_n tokens at a time.
 
     Attributes:
-        short: for tokens of 16 bits.
-        wide: for tokens of 32 bits.
+        bits16: for tokens of 16 bits.
+        bits32: for tokens of 32 bits.
     """
 
-    short: Tile
-    wide: Tile
+    bits16: Tile
+    bits32: Tile
 
     def for_itemsize(self, itemsize: int) -> Tile:
         """Return the tile for tokens of ``itemsize`` bytes per entry."""
-        return self.short if itemsize == 2 else self.wide
+        return self.bits16 if itemsize == 2 else self.bits32
 
 
 @dataclass(frozen=True)

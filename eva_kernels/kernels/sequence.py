@@ -269,7 +269,7 @@ def native_launches(
 
 @functools.cache
 def _log_triton_launches(reason: str) -> None:
-    logger.info("kernels are launched by Triton, which takes the host longer: %s", reason)
+    logger.info("kernels are launched by Triton, which is slower on the host: %s", reason)
 
 
 def _native_parameters(

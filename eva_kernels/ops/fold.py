@@ -57,26 +57,26 @@ class FoldLayers:
 
     Attributes:
         count, width, features: L, Q and D.
-        kept: how many leading rows of each basis are saved.
+        num_saved: how many leading rows of each basis are saved.
         table: addresses, int64 (L, 7), see csrc/fold.h.
         memory: float32; the partial sums of :func:`fold_measure`, then the saved rows.
         columns: features that a block of the kernel sums over.
-        held: the tensors that the table points to, kept alive.
+        tensors: the tensors that the table points to, kept alive.
     """
 
     count: int
     width: int
     features: int
-    kept: list[int]
+    num_saved: list[int]
     table: Tensor
     memory: Tensor
     columns: int
-    held: list[list[Tensor]]
+    tensors: list[list[Tensor]]
 
     @property
     def saved(self) -> Tensor:
-        """The saved rows of all layers, (sum of kept, D); :func:`fold_rows` writes them."""
-        rows = sum(self.kept)
+        """The saved rows of all layers, (sum of num_saved, D); :func:`fold_rows` writes them."""
+        rows = sum(self.num_saved)
         return self.memory[: rows * self.features].view(rows, self.features)
 
 
@@ -87,7 +87,7 @@ def fold_layers(
     shifts: Sequence[Tensor],
     squares: Sequence[Tensor],
     means: Sequence[Tensor],
-    kept: Sequence[int],
+    num_saved: Sequence[int],
 ) -> FoldLayers:
     """Describe layer inputs of one shape for the passes of a fold, without touching them.
 
@@ -97,7 +97,7 @@ def fold_layers(
         products: of the step about the old mean, the same shape and dtype.
         shifts, squares: of the step, float64 (D,) and (); see :func:`reference.sketch`.
         means: before the step, float32 (D,).
-        kept: how many leading rows of each basis :func:`fold_rows` saves.
+        num_saved: how many leading rows of each basis :func:`fold_rows` saves.
 
     Raises:
         EvaValueError, EvaTypeError: lengths, shapes, devices or dtypes do not fit.
@@ -107,13 +107,13 @@ def fold_layers(
         for each of some 768 blocks), whichever is more.
     """
     tensors = [list(given) for given in (bases, products, shifts, squares, means)]
-    check_layers(tensors, kept)
+    check_layers(tensors, num_saved)
     count, (q, d) = len(bases), bases[0].shape
     columns = columns_per_split(count, q, d)
     blocks = count * _num_tile_pairs(q) * -(-d // columns) if bases[0].is_cuda else 0
-    memory = bases[0].new_empty(max(sum(kept) * d, blocks * 4 * TILE * TILE))
-    table = _layer_table(tensors, memory, kept)
-    return FoldLayers(count, q, d, list(kept), table, memory, columns, tensors)
+    memory = bases[0].new_empty(max(sum(num_saved) * d, blocks * 4 * TILE * TILE))
+    table = _layer_table(tensors, memory, num_saved)
+    return FoldLayers(count, q, d, list(num_saved), table, memory, columns, tensors)
 
 
 @torch.no_grad()
@@ -166,16 +166,17 @@ def fold_rows(
     along: Tensor,
     mean: Tensor,
     mixing: Tensor,
-    told: Tensor,
-    sound: Tensor,
+    summary: Tensor,
+    all_finite: Tensor,
 ) -> None:
     """Overwrite bases and means with the new ones, saving rows first: :func:`reference.fold_rows`.
 
     Args:
         layers, numbers, delta, along, mean: from the preceding passes.
-        mixing, told: from :func:`.nystrom.nystrom`: ``mixing^T Y`` are the new rows; rows from the
-            rank on (the first number of ``told``) are not written. ``mixing`` may have any strides.
-        sound: () bool: if false, nothing is written.
+        mixing, summary: from :func:`.nystrom.nystrom`: ``mixing^T Y`` are the new rows; rows from
+            the rank on (the first number of ``summary``) are not written. ``mixing`` may have any
+            strides.
+        all_finite: () bool: if false, nothing is written.
 
     Numerics: formed in float64 and rounded once.
     Cost: ``2 L Q^2 D`` flops; bases and products are read once, bases written once.
@@ -186,9 +187,9 @@ def fold_rows(
     _check_tensor("along", along, (count, q), torch.float64, layers.table.device)
     _check_tensor("mean", mean, (count, d), torch.float32, layers.table.device)
     _check_tensor("mixing", mixing, (count, q, q), torch.float64, layers.table.device)
-    _check_tensor("told", told, (count, 2 + 2 * q), torch.float64, layers.table.device)
-    _check_tensor("sound", sound, (), torch.bool, layers.table.device)
-    _rows(layers.table, numbers, delta, along, mean, mixing, told, sound)
+    _check_tensor("summary", summary, (count, 2 + 2 * q), torch.float64, layers.table.device)
+    _check_tensor("all_finite", all_finite, (), torch.bool, layers.table.device)
+    _rows(layers.table, numbers, delta, along, mean, mixing, summary, all_finite)
 
 
 def columns_per_split(count: int, width: int, features: int) -> int:
@@ -274,17 +275,17 @@ def _run_rows(
     along: Tensor,
     mean: Tensor,
     mixing: Tensor,
-    told: Tensor,
-    sound: Tensor,
+    summary: Tensor,
+    all_finite: Tensor,
 ) -> None:
     run_pass = _bound_pass("fold_rows", table, numbers, delta, along.data_ptr())
-    run_pass(mean.data_ptr(), mixing.data_ptr(), told.data_ptr(), sound.data_ptr())
+    run_pass(mean.data_ptr(), mixing.data_ptr(), summary.data_ptr(), all_finite.data_ptr())
 
 
 _rows = define_operator(
     "fold_rows",
     "(Tensor table, Tensor numbers, Tensor delta, Tensor along, Tensor mean, Tensor mixing, "
-    "Tensor told, Tensor sound) -> ()",
+    "Tensor summary, Tensor all_finite) -> ()",
     _run_rows,
 )
 
@@ -304,7 +305,10 @@ def check_layers(tensors_by_kind: Sequence[Sequence[Tensor]], num_saved: Sequenc
     """Raise unless bases, products, shifts, squares and means fit; see :func:`fold_layers`."""
     lengths = [*map(len, tensors_by_kind), len(num_saved)]
     if not num_saved or len(set(lengths)) > 1:
-        raise EvaValueError(f"layers must be described equally often, at least once, not {lengths}")
+        raise EvaValueError(
+            "bases, products, shifts, squares, means and num_saved must be equally long, at least "
+            f"one entry each, not {lengths}"
+        )
     like = tensors_by_kind[0][0]
     if like.dim() != 2 or like.numel() == 0 or len(like) > MAX_WIDTH:
         raise EvaValueError(
@@ -329,7 +333,7 @@ def check_layers(tensors_by_kind: Sequence[Sequence[Tensor]], num_saved: Sequenc
             if i == 0 or not tensor.is_contiguous():
                 _check_tensor(f"{name}[{i}]", tensor, shape, dtype, like.device)
     if not all(0 <= count <= q for count in num_saved):
-        raise EvaValueError(f"kept must be between 0 and {q}, not {list(num_saved)}")
+        raise EvaValueError(f"num_saved must be between 0 and {q}, not {list(num_saved)}")
 
 
 def _check_passes(layers: FoldLayers, numbers: Tensor, delta: Tensor) -> None:

@@ -32,7 +32,7 @@ def runs_natively(core: Tensor) -> bool:
 
 @torch.no_grad()
 def nystrom(
-    core: Tensor, metric: Tensor, ceiling: Tensor, loose: float, *, goal: str = "solve"
+    core: Tensor, metric: Tensor, ceiling: Tensor, tolerance: float, *, goal: str = "solve"
 ) -> tuple[Tensor, Tensor]:
     """Decompose C from the image ``Y = V C`` of a basis V of Q rows, for L layers.
 
@@ -42,7 +42,7 @@ def nystrom(
         core: ``B = Y V^T``, float64 (L, Q, Q); only lower triangles are read.
         metric: ``Y Y^T``, float64 (L, Q, Q), symmetric.
         ceiling: upper bound of the rank, float64 (L,).
-        loose: rows off orthonormal by more than this are uneven.
+        tolerance: rows off orthonormal by more than this are uneven.
         goal: "solve": all of it. "whiten": any rows ``mixing^T Y`` with ``mixing^T B mixing = 1``,
             in a thirtieth of the time unless B is singular. "orthogonalise": B is the Gram matrix
             of Y itself, of rows of any lengths; for every j the first j rows keep their span,
@@ -50,8 +50,9 @@ def nystrom(
             read ``metric`` and return no squares.
 
     Returns:
-        ``mixing`` (L, Q, Q), ``mixing^T Y`` are the new rows; ``told`` (L, 2 + 2 Q): rank, uneven
-        (0 or 1), squares (Q), captured (Q). Both float64, without a synchronisation.
+        ``mixing`` (L, Q, Q), ``mixing^T Y`` are the new rows; ``summary`` (L, 2 + 2 Q), ``told`` in
+        csrc/nystrom.h: rank, uneven (0 or 1), squares (Q), captured (Q). Both float64, without a
+        synchronisation.
 
     Raises:
         EvaValueError, EvaTypeError: shapes, devices or dtypes do not fit, or Q is above 128.
@@ -70,22 +71,22 @@ def nystrom(
         core.contiguous(),
         metric.contiguous(),
         ceiling.contiguous(),
-        float(loose),
+        float(tolerance),
         GOALS.index(goal),
     )
 
 
 def _run(
-    core: Tensor, metric: Tensor, ceiling: Tensor, loose: float, goal: int
+    core: Tensor, metric: Tensor, ceiling: Tensor, tolerance: float, goal: int
 ) -> tuple[Tensor, Tensor]:
     module = _native.load(core.device.type)
-    mixing, told = _empty_results(core)
+    mixing, summary = _empty_results(core)
     count, width = core.shape[:2]
     scratch = core.new_empty(SCRATCH_MATRICES * core.numel() if core.device.type == "cuda" else 0)
-    inputs = core.data_ptr(), metric.data_ptr(), ceiling.data_ptr(), count, width, loose, goal
-    outputs = scratch.data_ptr(), mixing.data_ptr(), told.data_ptr()
+    inputs = core.data_ptr(), metric.data_ptr(), ceiling.data_ptr(), count, width, tolerance, goal
+    outputs = scratch.data_ptr(), mixing.data_ptr(), summary.data_ptr()
     _native.call(module, "nystrom", *inputs, *outputs, device=core.device)
-    return mixing, told
+    return mixing, summary
 
 
 def _empty_results(core: Tensor, *given: object) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def _empty_results(core: Tensor, *given: object) -> tuple[Tensor, Tensor]:
 
 _nystrom = define_operator(
     "nystrom",
-    "(Tensor core, Tensor metric, Tensor ceiling, float loose, int goal) -> (Tensor, Tensor)",
+    "(Tensor core, Tensor metric, Tensor ceiling, float tolerance, int goal) -> (Tensor, Tensor)",
     _run,
     _empty_results,
 )

@@ -153,7 +153,7 @@ class SketchInto:
         self._state, self._key = state, _sums_key(state[0], backend, high)
         self._addresses: list[int] | None = None  # addresses of tokens, rows and state, set by add
 
-    def is_of(self, state: tuple[Tensor, ...]) -> bool:
+    def adds_to(self, state: tuple[Tensor, ...]) -> bool:
         """Tell whether ``state`` holds the very tensors that this object adds to."""
         return all(map(operator.is_, state, self._state))
 

@@ -147,7 +147,7 @@ class InputStream:
         """
         x = without_subclass(x)
         if self._sketcher is not None:
-            if not self._sketcher.is_of(self._sketch_arguments()):
+            if not self._sketcher.adds_to(self._sketch_arguments()):
                 self._sketcher = None
             elif self._sketcher.add(x, rows):
                 return self._count_tokens(x.shape[0] if rows is None else rows.shape[0])

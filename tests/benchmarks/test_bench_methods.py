@@ -62,7 +62,7 @@ def base() -> nn.Module:
 
 
 def job(**fields: object) -> Job:
-    return Job(PROJECTIONS, batches(), loss, **{"r": 4, "most_forwards": 6, **fields})  # type: ignore[arg-type]
+    return Job(PROJECTIONS, batches(), loss, **{"r": 4, "max_forwards": 6, **fields})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -167,7 +167,7 @@ with meter.phase("after"):
     pass
 assert meter.peaks["after"] < 32 << 20, meter.peaks
 assert meter.peak == max(meter.peaks.values())
-meter.move("inner", "solve", 0.01)
+meter.move_seconds("inner", "solve", 0.01)
 assert meter.seconds["solve"] == 0.01
 """
 

@@ -18,14 +18,14 @@ from bench.methods import METHODS
 from bench.quality import run as quality
 from bench.quality import show, statistics, training
 from bench.quality.descent import DivergedError, descend
-from bench.quality.domain import Domain, Task, take
+from bench.quality.domain import Domain, Task, take_samples
 from bench.quality.domains import ON_REQUEST, RECIPES, domain
 from bench.quality.run import Preset, run_preset
 from bench.quality.workers import Workers
 from extras import needs, needs_of
 
 RUN = [name for name in METHODS if name not in quality.VARIANTS]
-TINY = Preset(slice(0, 2), (100,), (0, 1, 2), shorter=20)
+TINY = Preset(slice(0, 2), (100,), (0, 1, 2), step_divisor=20)
 
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -47,7 +47,7 @@ def test_every_method_runs_in_every_domain(
     name: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_of(method)
-    monkeypatch.setattr(training, "MOST_FORWARDS", 5)
+    monkeypatch.setattr(training, "MAX_FORWARDS", 5)
     found = small(name)
     before = {key: value.clone() for key, value in found.base.state_dict().items()}
     row = training.fine_tune(found, method, 1e-3, 0, found.test)
@@ -61,7 +61,7 @@ def test_every_method_runs_in_every_domain(
 def test_all_methods_begin_where_the_base_is(method: str) -> None:
     needs_of(method)
     found = domain("images")
-    model, _ = training.start(found, method, seed=3)
+    model, _ = training.start_method(found, method, seed=3)
     assert found.validation.loss(model) == pytest.approx(
         found.validation.loss(found.base), abs=2e-3
     )
@@ -75,7 +75,7 @@ def test_all_methods_share_head_data_and_batches(monkeypatch: pytest.MonkeyPatch
 
         def spy(model: Any, train: Any, *, steps: int, batch: int, calls: Any = calls, **more: Any):
             calls.append(model.get_submodule("base_model.model.classifier").weight.clone())
-            calls.append({key: value for key, value in more.items() if key != "after"})
+            calls.append({key: value for key, value in more.items() if key != "on_step"})
 
         monkeypatch.setattr(training, "descend", spy)
         training.fine_tune(found, method, 1e-3, 5, found.test, curve=False)
@@ -159,7 +159,7 @@ def test_padding_that_all_share_is_cut() -> None:
         "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
         "labels": torch.tensor([7, 8]),
     }
-    taken = take(batch, torch.tensor([1]))
+    taken = take_samples(batch, torch.tensor([1]))
     assert taken["input_ids"].tolist() == [[4]]
     assert taken["labels"].tolist() == [8]
 
@@ -188,11 +188,11 @@ def test_verdicts(theirs: Mapping[int, float], lower: bool, told: str) -> None:
 
 
 def test_words_say_where_it_wins_ties_and_loses() -> None:
-    told = statistics.words("X", "loss", {"A": "wins", "B": "loses", "C": "loses"})
+    told = statistics.verdict_text("X", "loss", {"A": "wins", "B": "loses", "C": "loses"})
     assert told == "By loss, X wins against A. It ties with none. It loses to B; C."
-    told = statistics.words("X", "loss", {"A": "too few seeds", "B": "too few seeds"})
+    told = statistics.verdict_text("X", "loss", {"A": "too few seeds", "B": "too few seeds"})
     assert told.endswith("It has too few seeds for a verdict against A; B.")
-    told = statistics.words("X", "loss", {"A": "ties", "B": "too few seeds"})
+    told = statistics.verdict_text("X", "loss", {"A": "ties", "B": "too few seeds"})
     assert "ties with A. It loses to none. It has too few seeds" in told
 
 
@@ -200,7 +200,7 @@ def test_words_say_where_it_wins_ties_and_loses() -> None:
     ("seeds", "share"), [(2, 0.295167), (3, 0.183503), (4, 0.139326), (5, 0.116117), (8, 0.085619)]
 )
 def test_chance_is_the_tail_of_students_distribution(seeds: int, share: float) -> None:
-    assert statistics.chance(seeds) == pytest.approx(share, abs=1e-6)
+    assert statistics.false_alarm_rate(seeds) == pytest.approx(share, abs=1e-6)
 
 
 def test_steps_to_a_loss() -> None:
@@ -383,9 +383,9 @@ def test_what_runs_only_when_asked_for(tmp_path: Path, fake: list[tuple[Any, ...
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("slow",), "unknown preset slow: known are quick, full"),
-        (("quick", Path(), ["sound"]), "unknown name sound: known are language"),
-        (("quick", Path(), None, ["best"]), "unknown name best: known are lora"),
+        (("slow",), "unknown preset slow; choose from quick, full"),
+        (("quick", Path(), ["sound"]), "unknown name sound; choose from language"),
+        (("quick", Path(), None, ["best"]), "unknown name best; choose from lora"),
     ],
 )
 def test_unknown_names_are_refused(arguments: Any, message: str, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_unknown_names_are_refused(arguments: Any, message: str, tmp_path: Path)
 def test_the_seeds_of_the_sweep_are_not_those_of_the_comparison() -> None:
     for preset in quality.PRESETS.values():
         assert not set(preset.seeds) & set(preset.sweep_seeds)
-        assert len(preset.seeds) >= statistics.FEWEST
+        assert len(preset.seeds) >= statistics.MIN_SEEDS
 
 
 def test_an_interruption_ends_the_workers_with_what_they_do() -> None:
@@ -405,12 +405,12 @@ def test_an_interruption_ends_the_workers_with_what_they_do() -> None:
         {"domain": "images", "method": "lora", "rate": 1e-9, "seed": seed, "on": "test"}
         for seed in (0, 1)
     ]
-    minutes = dataclasses.replace(TINY, shorter=Fraction(1, 1000))  # type: ignore[arg-type]
+    minutes = dataclasses.replace(TINY, step_divisor=Fraction(1, 1000))  # type: ignore[arg-type]
     before = set(multiprocessing.active_children())
 
     def interrupt() -> None:
         with Workers(1) as pool:
-            get = pool.ahead(keys, functools.partial(quality.make_row, minutes, "embedded"))
+            get = pool.precompute(keys, functools.partial(quality.make_row, minutes, "embedded"))
             signal.setitimer(signal.ITIMER_REAL, 1.0)
             get(keys[0])
 
@@ -433,7 +433,7 @@ def test_workers_give_the_rows_of_one_process() -> None:
     ]
     make = functools.partial(quality.make_row, TINY, "embedded")
     with Workers(1) as pool:
-        get = pool.ahead(keys, make)
+        get = pool.precompute(keys, make)
         first, second = (dict(get(key)) for key in keys)
     assert second == {"error": "KeyError: 'nothing'"}
     here = dict(make(keys[0]))

@@ -72,7 +72,7 @@ def test_trajectories(tmp_path: Path) -> None:
 
 def test_unknown_columns_are_named(tmp_path: Path) -> None:
     path = folder(tmp_path / "x", {"prompt": ["a"]})
-    with pytest.raises(ValueError, match=r"none of the columns \['prompt'\] is known"):
+    with pytest.raises(ValueError, match=r"the columns \['prompt'\], but needs one of"):
         hub.generation_texts([(path, None, "train")])
 
 

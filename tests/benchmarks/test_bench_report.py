@@ -72,8 +72,8 @@ def test_page_and_tables(folder: Path) -> None:
 
 def test_numbers_change_with_the_file(folder: Path) -> None:
     (folder / "made-up.json").write_text(json.dumps({**RECORD, "rows": [{"x": 9.75}]}))
-    assert "9.75" in report.page(folder)
-    assert "9.75" in report.tables_of(folder)
+    assert "9.75" in report.html_page(folder)
+    assert "9.75" in report.markdown_page(folder)
 
 
 def test_an_empty_folder_is_told(tmp_path: Path) -> None:
@@ -82,4 +82,4 @@ def test_an_empty_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_committed_tables_are_those_of_the_committed_files() -> None:
-    assert (RESULTS / "README.md").read_text() == report.tables_of(RESULTS)
+    assert (RESULTS / "README.md").read_text() == report.markdown_page(RESULTS)

@@ -45,13 +45,13 @@ def test_crossings(left: list[float], kind: str, at: float | None, told: str) ->
     found = fit.crossing(XS, left, [4.0] * 4)
     assert found.kind == kind
     assert found.at == (None if at is None else pytest.approx(at, abs=0.1))
-    assert found.words("D").startswith(told)
-    assert found.clear == ("several" not in told)
+    assert found.text("D").startswith(told)
+    assert found.single == ("several" not in told)
 
 
 def test_too_few_points_make_no_crossing() -> None:
     assert fit.crossing([], [], []).kind == "unknown"
-    assert "too few" in fit.crossing([5.0], [1.0], [2.0]).words("N")
+    assert "too few" in fit.crossing([5.0], [1.0], [2.0]).text("N")
 
 
 def test_points_vary_one_size_alone() -> None:
@@ -60,9 +60,9 @@ def test_points_vary_one_size_alone() -> None:
     assert found[0] == base
     assert len(found) == len(set(found)) == 4
     rows = [asdict(point) for point in found]
-    assert [row["D"] for row in work.along("D", base, rows)] == [4, 8, 32]
-    assert [row["L"] for row in work.along("L", base, rows)] == [1, 2]
-    assert work.along("N", base, rows) == [asdict(base)]
+    assert [row["D"] for row in work.rows_along("D", base, rows)] == [4, 8, 32]
+    assert [row["L"] for row in work.rows_along("L", base, rows)] == [1, 2]
+    assert work.rows_along("N", base, rows) == [asdict(base)]
 
 
 def test_floor_counts_flops_and_bytes() -> None:
@@ -187,11 +187,11 @@ def test_crossovers_in_words() -> None:
 
 def test_a_share_above_all_is_explained() -> None:
     rows = rows_of(cubic)
-    assert "More than 100 %" not in words._roofline(BASE, rows)[0]
+    assert "More than 100 %" not in words._roofline_text(BASE, rows)[0]
     for row in rows:
         row["floor"]["step_ms"] = 2 * row["ms"]["sketch"]["step"]["median"]
-    assert "to 200 % (" in words._roofline(BASE, rows)[0]
-    assert "More than 100 %" in words._roofline(BASE, rows)[0]
+    assert "to 200 % (" in words._roofline_text(BASE, rows)[0]
+    assert "More than 100 %" in words._roofline_text(BASE, rows)[0]
 
 
 def test_no_crossover_is_said_and_so_is_a_loss() -> None:
@@ -280,7 +280,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     preset = run.Preset(SMALL, {"D": (32, 48), "L": (1,)}, 0.05)
     for presets in (run.PRESETS, run.CUDA_PRESETS):
         monkeypatch.setitem(presets, "tiny", preset)
-    monkeypatch.setattr(run, "ceilings_of", lambda device: CEILINGS)
+    monkeypatch.setattr(run, "machine_ceilings", lambda device: CEILINGS)
     measured: list[Point] = []
 
     def watched(point: Point, *rest: Any) -> dict[str, Any]:

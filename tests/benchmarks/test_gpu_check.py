@@ -15,17 +15,17 @@ import pytest
 
 from bench import files, processes
 from bench.gpu_check import child, context, record, table
-from bench.gpu_check.plan import TOTAL_SECONDS, Stage, chosen, limit_of
+from bench.gpu_check.plan import TOTAL_SECONDS, Stage, select_stages, time_limit
 from bench.gpu_check.stages import build, end_to_end, environment, kernels, sanitizer, tests
 
 A, B, C = Stage("a", 10.0, 5.0), Stage("b", 20.0, 5.0), Stage("c", 30.0, 5.0)
 
 
-OF_THE_CHECK = chosen(())
+OF_THE_CHECK = select_stages(())
 
 
 def test_shares_fit_the_whole() -> None:
-    assert sum(stage.share for stage in OF_THE_CHECK) <= TOTAL_SECONDS - 5
+    assert sum(stage.reserved_seconds for stage in OF_THE_CHECK) <= TOTAL_SECONDS - 5
     assert TOTAL_SECONDS == 9 * 60
 
 
@@ -41,14 +41,14 @@ def test_shares_fit_the_whole() -> None:
     ],
 )
 def test_limit(stage: Stage, later: list[Stage], remaining: float, limit: float) -> None:
-    assert limit_of(stage, later, remaining) == limit
+    assert time_limit(stage, later, remaining) == limit
 
 
 def test_later_stages_keep_their_shares_whatever_happens_before() -> None:
     remaining = TOTAL_SECONDS
     for i, stage in enumerate(OF_THE_CHECK):
-        limit = limit_of(stage, OF_THE_CHECK[i + 1 :], remaining)
-        assert limit >= stage.share
+        limit = time_limit(stage, OF_THE_CHECK[i + 1 :], remaining)
+        assert limit >= stage.reserved_seconds
         remaining -= limit
     assert remaining >= 0
 
@@ -74,18 +74,18 @@ def test_resume_keeps_what_passed_with_the_same_sources() -> None:
     new = record.new_record(dry_run=False)
     stages = {"a": {"status": "passed"}, "b": {"status": "failed"}, "c": {"status": "timed out"}}
     earlier = {**new, "stages": stages, "machine": {"cpu": "x"}, "versions": {"torch": "2"}}
-    assert record.resumed(earlier, new) == {
+    assert record.resumable_parts(earlier, new) == {
         "stages": {"a": {"status": "passed", "kept": True}},
         "machine": {"cpu": "x"},  # what is kept ran there
         "versions": {"torch": "2"},
     }
     for key, other in (("sources", "x"), ("dry_run", True), ("schema_version", 0)):
-        assert record.resumed({**earlier, key: other}, new) == {}
-    assert record.resumed(None, new) == {}
+        assert record.resumable_parts({**earlier, key: other}, new) == {}
+    assert record.resumable_parts(None, new) == {}
     here = record.new_record(dry_run=False, gpu="this")
-    assert record.resumed(earlier, here) == {}
-    assert record.resumed({**earlier, "machine": here["machine"]}, here) != {}
-    assert set(record.resumed(earlier, new, skip=["b"])["stages"]) == {"a", "b"}
+    assert record.resumable_parts(earlier, here) == {}
+    assert record.resumable_parts({**earlier, "machine": here["machine"]}, here) != {}
+    assert set(record.resumable_parts(earlier, new, skip=["b"])["stages"]) == {"a", "b"}
 
 
 def test_source_hash_sees_a_change(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ GREEN = {"passed": 3, "failed": 0, "gpu_passed": 1, "gpu_skipped": 0}
     ],
 )
 def test_suite_is_judged(change: dict[str, Any], status: int, reason: str) -> None:
-    found = tests.judge({**GREEN, **change}, status, dry_run=False)
+    found = tests.failure_reason({**GREEN, **change}, status, dry_run=False)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
 
@@ -168,7 +168,7 @@ def test_suite_is_judged(change: dict[str, Any], status: int, reason: str) -> No
     ],
 )
 def test_sanitizer_output_is_judged(output: str, status: int, reason: str) -> None:
-    found = sanitizer.judge(output, status)
+    found = sanitizer.failure_reason(output, status)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
 
@@ -222,14 +222,16 @@ def test_sanitizer_that_is_not_installed_is_skipped(
 
 def test_kernel_and_end_to_end_rows_are_judged() -> None:
     timed = {"op": "sketch", "status": "timed"}
-    assert kernels.judge([timed]) == ""
-    assert kernels.judge([timed, {"op": "eigh", "status": "not reached"}]).startswith("1 of 2")
-    assert kernels.judge([]) != ""
+    assert kernels.failure_reason([timed]) == ""
+    assert kernels.failure_reason([timed, {"op": "eigh", "status": "not reached"}]).startswith(
+        "1 of 2"
+    )
+    assert kernels.failure_reason([]) != ""
     ours = {"method": "ours", "batch": 4, "status": "measured", "same_bits_twice": True}
-    assert end_to_end.judge([ours]) == ""
-    assert "other bits" in end_to_end.judge([{**ours, "same_bits_twice": False}])
-    assert "failed" in end_to_end.judge([{**ours, "status": "failed"}])
-    assert end_to_end.judge([]) != ""
+    assert end_to_end.failure_reason([ours]) == ""
+    assert "differ in their bits" in end_to_end.failure_reason([{**ours, "same_bits_twice": False}])
+    assert "failed" in end_to_end.failure_reason([{**ours, "status": "failed"}])
+    assert end_to_end.failure_reason([]) != ""
 
 
 def test_a_module_older_than_its_sources_is_not_up_to_date(tmp_path: Path) -> None:
@@ -387,14 +389,14 @@ def test_rehearsal_is_green(rehearsal: tuple[Path, int, str, float]) -> None:
     out, status, output, _ = rehearsal
     found = json.loads((out / "gpu-check.json").read_text())
     outcomes = {name: stage["status"] for name, stage in found["stages"].items()}
-    names = [stage.name for stage in chosen(["end_to_end_8b"])]
+    names = [stage.name for stage in select_stages(["end_to_end_8b"])]
     expected = {**dict.fromkeys(names, "passed"), "sanitizer": "skipped"}
     assert outcomes == expected, output
     assert status == 0
     assert found["status"] == "passed"
     assert found["schema_version"] == record.SCHEMA_VERSION
     assert {"torch", "triton", "peft"} <= found["versions"].keys()
-    assert "left of the whole" in output
+    assert "left for the whole check" in output
     assert (out / "gpu-check.txt").read_text().strip() in output
 
 
@@ -423,7 +425,7 @@ def test_a_check_that_is_ended_keeps_its_record_and_leaves_no_process(tmp_path: 
         [*command, "--skip", "build"], cwd=files.ROOT, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    while "environment: at most" not in process.stdout.readline():
+    while "environment: time limit" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 128 + signal.SIGTERM

@@ -42,7 +42,7 @@ def test_quality_is_summed_up() -> None:
     assert (lora["method"], lora["seeds"], lora["rate"]) == ("lora", 2, 1e-3)
     assert lora["loss"] == pytest.approx(2.1)
     assert eva["score"] == pytest.approx((1 / 1.8 + 1 / 2.0) / 2)
-    assert quality.judge(found["rows"]) == ""
+    assert quality.failure_reason(found["rows"]) == ""
     text = table.render({**EMPTY, "stages": {"quality": passed(found)}})
     assert "quality, 88 million parameters" in text
     assert "2.1000" in text
@@ -55,8 +55,8 @@ def test_quality_names_what_did_not_run() -> None:
         if row["method"] == "eva":
             row["error"] = "OutOfMemoryError: x"
     found = quality.summary(given)
-    assert quality.judge(found["rows"]) == "eva: OutOfMemoryError: x"
-    assert quality.judge([]) != ""
+    assert quality.failure_reason(found["rows"]) == "eva: OutOfMemoryError: x"
+    assert quality.failure_reason([]) != ""
     table.render({**EMPTY, "stages": {"quality": passed(found)}})
 
 
@@ -80,10 +80,10 @@ def test_launch_numbers_are_judged_and_told() -> None:
     timed = {"shape": shape, "change": "as is", "status": "timed", "over_as_is": 1.0}
     timed["ms"] = {"median": 0.042}
     too_large = {"shape": shape, "change": "x", "status": "failed", "reason": "OutOfResources"}
-    wrong = {"shape": shape, "change": "y", "status": "incorrect", "reason": "wrong by 1e-2"}
-    assert tune.judge([timed, too_large]) == ""
-    assert tune.judge([timed, wrong]) == "y: wrong by 1e-2"
-    assert tune.judge([too_large]) != ""
+    wrong = {"shape": shape, "change": "y", "status": "incorrect", "reason": "relative error 1e-2"}
+    assert tune.failure_reason([timed, too_large]) == ""
+    assert tune.failure_reason([timed, wrong]) == "y: relative error 1e-2"
+    assert tune.failure_reason([too_large]) != ""
     text = table.render({**EMPTY, "stages": {"tune": passed({"rows": [timed, too_large]})}})
     assert "N=64 D=96 Q=16: as is" in text
     assert "42.0" in text
@@ -91,10 +91,10 @@ def test_launch_numbers_are_judged_and_told() -> None:
 
 def test_corda_is_judged_and_told() -> None:
     row = {"method": "corda-ipm", "depth": 32, "from": [1, 2], "init_s": 300.0, "init_peak": 2**32}
-    assert corda.judge([row]) == ""
+    assert corda.failure_reason([row]) == ""
     failed = {"method": "corda-ipm", "error": "OutOfMemoryError"}
-    assert corda.judge([failed]) == "corda-ipm: OutOfMemoryError"
-    assert corda.judge([]) != ""
+    assert corda.failure_reason([failed]) == "corda-ipm: OutOfMemoryError"
+    assert corda.failure_reason([]) != ""
     text = table.render({**EMPTY, "stages": {"corda": passed({"whole": [row, failed]})}})
     assert "32 layers (extrapolated from 1 and 2): 300 s, 4 GiB above the weights" in text
 
@@ -105,13 +105,13 @@ def test_corda_tells_what_was_measured_before_it_was_killed(
     figures = {"init_s": {"median": 12.3}, "init_peak": {"median": 2**31}}
     row = {"method": "corda-ipm", "depth": 1, "repeats": 1, **figures}
 
-    def run(*_: Any, repeats: int, keep: Any, **more: Any) -> Path:
+    def run(*_: Any, repeats: int, on_rows: Any, **more: Any) -> Path:
         assert repeats == 1
-        keep([row])
+        on_rows([row])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(depth, "run", run)
-    monkeypatch.setattr(corda, "missing", str)
+    monkeypatch.setattr(corda, "missing_package", str)
     given = context.Context("corda", tmp_path, dry_run=True, seconds=30.0)
     with pytest.raises(KeyboardInterrupt):
         corda.run(given)

@@ -26,7 +26,9 @@ class Stubbed(runner.Check):
     meet: frozenset[str] = frozenset()
     barrier = threading.Barrier(2)
 
-    def _launch(self, stage: Stage, limit: float, stop: threading.Event) -> dict[str, Any]:
+    def _run_stage_process(
+        self, stage: Stage, limit: float, stop: threading.Event
+    ) -> dict[str, Any]:
         if stage.name in self.meet:  # in time only if they are there together
             self.barrier.wait(timeout=10)
         status = self.outcomes[stage.name]
@@ -65,16 +67,18 @@ def test_a_stage_left_out_is_red_unless_it_may_be(tmp_path: Path) -> None:
     assert stubbed(tmp_path, outcomes).run()
     assert stubbed(tmp_path, outcomes, skip=["c"]).run()
     assert not stubbed(tmp_path, outcomes, skip=["b"]).run()
-    with pytest.raises(ValueError, match="no stage nope; there are a, b, c"):
+    with pytest.raises(ValueError, match="unknown stage: nope; choose from a, b, c"):
         stubbed(tmp_path, outcomes, skip=["nope"])
 
 
 def test_a_stage_beyond_the_check_is_run_when_it_is_named(tmp_path: Path) -> None:
     names = [stage.name for stage in runner.Check(tmp_path).stages]
-    assert not set(names) & {*plan.BEYOND}
+    assert not set(names) & {*plan.ON_REQUEST}
     asked = runner.Check(tmp_path, also=["quality", "tune"]).stages
     assert {stage.name for stage in asked} == {*names, "quality", "tune"}
-    with pytest.raises(ValueError, match="no stage beyond the check kernels; there are quality, "):
+    with pytest.raises(
+        ValueError, match="unknown additional stage: kernels; choose from quality, "
+    ):
         runner.Check(tmp_path, also=["kernels"])
 
 
@@ -86,7 +90,7 @@ def test_every_stage_has_a_module() -> None:
 
 def beside(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
     check = stubbed(out, outcomes, **options)
-    check.stages = [replace(s, beside=s.name == "b") for s in check.stages]
+    check.stages = [replace(s, parallel=s.name == "b") for s in check.stages]
     return check
 
 
@@ -200,7 +204,7 @@ def test_a_stage_that_hears_no_signal_ends(tmp_path: Path) -> None:
                 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
                 time.sleep(60)
 
-        child.PATIENCE = 1
+        child.OVERTIME_SECONDS = 1
         sys.modules["bench.gpu_check.stages.made_up"] = Module
         child.main(["made_up", "--out", {str(tmp_path)!r}, "--seconds", "1"])
     """

@@ -44,24 +44,24 @@ def collected(root: Path, arguments: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("parallel", [False, True])
 def test_the_whole_suite_runs_once_with_the_device_first(mirror: Path, parallel: bool) -> None:
-    whole = collected(mirror, [f"--ignore={path}" for path in tests.ELSEWHERE])
+    whole = collected(mirror, [f"--ignore={path}" for path in tests.NOT_ON_DEVICE])
     names = [path.as_posix() for path in suite()]
-    names = [name for name in names if not name.startswith(tests.ELSEWHERE)]
+    names = [name for name in names if not name.startswith(tests.NOT_ON_DEVICE)]
     assert sorted(whole) == [f"{name}::test_it" for name in names]
-    found = collected(mirror, tests.in_order(parallel, mirror))
+    found = collected(mirror, tests.ordered_paths(parallel, mirror))
     assert sorted(found) == sorted(whole)
-    firsts = [test.startswith(tests.FIRST) for test in found]
+    firsts = [test.startswith(tests.FIRST_PATHS) for test in found]
     assert firsts == sorted(firsts, reverse=True)
     assert firsts[0]
-    slow = [i for i, test in enumerate(found) if test.startswith(tests.SLOW)]
+    slow = [i for i, test in enumerate(found) if test.startswith(tests.SLOW_PATH)]
     assert slow[0 if parallel else -1] == (sum(firsts) if parallel else len(found) - 1)
 
 
 def test_all_tests_that_need_the_device_come_first() -> None:
     marked = [path.as_posix() for path in suite() if MARKED.search((files.ROOT / path).read_text())]
     assert "tests/ops/test_launches.py" in marked
-    own = Path(tests.OWN.partition("::")[0]).as_posix()  # holds the mark in a string
-    assert [path for path in marked if not path.startswith((*tests.FIRST, own))] == []
+    own = Path(tests.SELF_TEST.partition("::")[0]).as_posix()  # holds the mark in a string
+    assert [path for path in marked if not path.startswith((*tests.FIRST_PATHS, own))] == []
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_why_the_suite_runs_in_one_process(
     spec = ModuleSpec("xdist", None) if installed else None
     monkeypatch.setattr(tests.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(tests.os, "cpu_count", lambda: cores)
-    assert tests.processes(dry_run) == expected
+    assert tests.num_processes(dry_run) == expected
 
 
 def test_a_suite_that_was_killed_tells_what_is_not_installed() -> None:

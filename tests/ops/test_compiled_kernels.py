@@ -72,9 +72,9 @@ def test_a_spill_an_overflow_and_a_missing_unit_are_faults():
         ({"stack": 8}, "8 bytes of stack"),
         ({"shared": 2001}, "2001 bytes of shared memory"),
         ({"tensor_core": {}}, "no tensor-core instruction"),
-        ({"in_flight": 1}, "a product is in flight at the end of a round"),
-        ({"early": True}, "memory is touched before the kernel in front is over"),
-        ({"exchanged": 1}, "a product changes hands between two steps"),
+        ({"in_flight": 1}, "a tensor-core product still reads its tile"),
+        ({"early": True}, "memory is accessed before the wait for the preceding kernel"),
+        ({"exchanged": 1}, "an accumulator moves to other threads between two products"),
     ):
         [fault] = kernel_report.faults([good | change])
         assert message in fault
@@ -83,24 +83,27 @@ def test_a_spill_an_overflow_and_a_missing_unit_are_faults():
 def test_a_product_in_flight_is_counted():
     product = "%p = ttng.warp_group_dot %a, %b, %c {isAsync = true}\n"
     wait, leave = "%w = ttng.warp_group_dot_wait %p {{pendings = {}}}\n", "scf.yield %w\n"
-    assert kernel_report.in_flight(product + wait.format(0) + leave) == 0
-    assert kernel_report.in_flight(product + wait.format(1) + leave) == 1
-    assert kernel_report.in_flight(product + wait.format(0) + product + leave + leave) == 1
+    assert kernel_report.count_products_in_flight(product + wait.format(0) + leave) == 0
+    assert kernel_report.count_products_in_flight(product + wait.format(1) + leave) == 1
+    assert (
+        kernel_report.count_products_in_flight(product + wait.format(0) + product + leave + leave)
+        == 1
+    )
 
 
 def test_a_product_that_changes_hands_is_counted():
     change = "%t = ttg.convert_layout %w : tensor<64x128xf32, #mma1> -> tensor<64x128xf32, {}>\n"
-    assert kernel_report.exchanged(change.format("#mma")) == 1
-    assert kernel_report.exchanged(change.format("#blocked")) == 0
+    assert kernel_report.count_layout_exchanges(change.format("#mma")) == 1
+    assert kernel_report.count_layout_exchanges(change.format("#blocked")) == 0
 
 
 def test_a_read_before_the_wait_is_told():
     wait, read = "griddepcontrol.wait;\n", "ld.global.b32 %r1, [%rd1];\n"
     leave = "griddepcontrol.launch_dependents;\n"
-    assert kernel_report.early(read + wait + leave)
-    assert kernel_report.early(read + leave)
-    assert not kernel_report.early(wait + leave + read)
-    assert not kernel_report.early(read)  # launched when the one in front is over
+    assert kernel_report.accesses_memory_early(read + wait + leave)
+    assert kernel_report.accesses_memory_early(read + leave)
+    assert not kernel_report.accesses_memory_early(wait + leave + read)
+    assert not kernel_report.accesses_memory_early(read)  # launched when the one in front is over
 
 
 def test_predictions_name_the_shapes_and_are_not_below_the_roofline():

@@ -342,7 +342,7 @@ def _bad(**changes: object) -> tuple:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"bases": []}, EvaValueError, r"at least once, not \[0, 2, 2"),
+        ({"bases": []}, EvaValueError, r"at least one entry each, not \[0, 2, 2"),
         ({"products": [torch.ones(3, 10)]}, EvaValueError, r"not \[2, 1, 2"),
         ({"kept": [3]}, EvaValueError, r"not \[2, 2, 2, 2, 2, 1\]"),
         ({"bases": [torch.ones(3)] * 2}, EvaValueError, r"must be \(Q, D\) .*, not \(3,\)"),
@@ -356,8 +356,8 @@ def _bad(**changes: object) -> tuple:
         ({"shifts": [torch.ones(10)] * 2}, EvaTypeError, r"shifts\[0\] must be torch.float64"),
         ({"squares": [torch.ones(1).double()] * 2}, EvaValueError, r"squares\[0\] must be"),
         ({"means": [torch.ones(10, device="meta")] * 2}, EvaValueError, r"means\[0\] is on meta"),
-        ({"kept": [0, 4]}, EvaValueError, "kept must be between 0 and 3"),
-        ({"kept": [-1, 3]}, EvaValueError, "kept must be between 0 and 3"),
+        ({"kept": [0, 4]}, EvaValueError, "num_saved must be between 0 and 3"),
+        ({"kept": [-1, 3]}, EvaValueError, "num_saved must be between 0 and 3"),
     ],
 )  # fmt: skip
 def test_bad_layers(changes: dict, error: type, message: str) -> None:
@@ -366,7 +366,7 @@ def test_bad_layers(changes: dict, error: type, message: str) -> None:
 
 
 def test_no_layers() -> None:
-    with pytest.raises(EvaValueError, match="at least once"):
+    with pytest.raises(EvaValueError, match="at least one entry each"):
         fold_layers([], [], [], [], [], [])
 
 
@@ -380,8 +380,8 @@ def test_no_layers() -> None:
         ("along", torch.ones(2, 2).double(), EvaValueError),
         ("mean", torch.ones(2, 10).double(), EvaTypeError),
         ("mixing", torch.ones(2, 3, 4).double(), EvaValueError),
-        ("told", torch.ones(2, 2).double(), EvaValueError),
-        ("sound", torch.ones(()), EvaTypeError),
+        ("summary", torch.ones(2, 2).double(), EvaValueError),
+        ("all_finite", torch.ones(()), EvaTypeError),
     ],
 )
 def test_bad_input_of_rows(name: str, value: Tensor, error: type) -> None:
@@ -392,8 +392,8 @@ def test_bad_input_of_rows(name: str, value: Tensor, error: type) -> None:
         "along": torch.ones(2, 3).double(),
         "mean": torch.ones(2, 10),
         "mixing": problem.mixing,
-        "told": problem.told,
-        "sound": torch.ones((), dtype=torch.bool),
+        "summary": problem.told,
+        "all_finite": torch.ones((), dtype=torch.bool),
         name: value,
     }
     layers = fold_layers(*problem.layers)

@@ -313,7 +313,7 @@ def test_bad_input(changes: dict[str, Tensor], error: type, message: str) -> Non
     square = torch.ones(2, 3, 3).double()
     given = {"core": square, "metric": square, "ceiling": torch.ones(2).double(), **changes}
     with pytest.raises(error, match=message):
-        nystrom(**given, loose=LIMIT)
+        nystrom(**given, tolerance=LIMIT)
     with pytest.raises(EvaValueError, match="goal must be one of solve, whiten, orthog"):
         nystrom(square, square, torch.ones(2).double(), LIMIT, goal="span")
     widest = torch.eye(128).double()[None]

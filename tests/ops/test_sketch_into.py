@@ -117,9 +117,9 @@ def test_what_was_launched_is_known_and_some_day_forgotten(
 def test_its_sums_are_told_from_others():
     state = state_of(torch.device("cpu"))
     into = SketchInto(state, "auto", True)
-    assert into.is_of(tuple(state))
+    assert into.adds_to(tuple(state))
     for i, tensor in enumerate(state):
-        assert not into.is_of((*state[:i], tensor.clone(), *state[i + 1 :]))
+        assert not into.adds_to((*state[:i], tensor.clone(), *state[i + 1 :]))
 
 
 class Functions(TorchFunctionMode):

@@ -16,7 +16,7 @@ from eva_kernels.streaming._basis import (
     complete_basis,
     orthonormalise,
     random_basis,
-    repair,
+    repair_basis,
 )
 from eva_kernels.streaming.batch import GramBatch, HostNumbers, SketchBatch
 from eva_kernels.streaming.fold import fold, fold_gram, lost_shares
@@ -292,7 +292,7 @@ def nystrom_of(matrix: Tensor, width: int, count: float = 1e6) -> tuple[Tensor, 
     ceiling = torch.tensor([count - 1], dtype=torch.float64)
     found = nystrom(image @ basis.mT, image @ image.mT, ceiling, torch.float64)
     rows, rank = (found.mixing.mT @ image)[0], int(found.rank[0])
-    rows = repair(rows, rank) if found.uneven[0] else rows
+    rows = repair_basis(rows, rank) if found.uneven[0] else rows
     return rows, found.squares[0], found.rank[0], found.captured[0]
 
 

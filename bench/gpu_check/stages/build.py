@@ -11,13 +11,13 @@ from pathlib import Path
 from ...files import ROOT
 from ..context import Context, StageFailed
 
-LOAD = "import eva_kernels.{0} as module; print(module.__file__)"
+LOAD_SCRIPT = "import eva_kernels.{0} as module; print(module.__file__)"
 
 
 def run(context: Context) -> None:
     """Build; a rehearsal builds only the CPU module, in its own folder, unless it is up to date."""
     if context.dry_run and (current := up_to_date(ROOT)):
-        context.save({"modules": {"_C": _load("_C")}, "built_before": current})
+        context.save({"modules": {"_C": _loaded_file("_C")}, "built_before": current})
         return
     environment = dict(os.environ)
     modules = ["_C"]
@@ -38,10 +38,10 @@ def run(context: Context) -> None:
     if context.dry_run:
         built = sorted((context.folder / "lib").rglob("_C*.so"))
         if not built:
-            raise StageFailed("the build made no module")
+            raise StageFailed("the build produced no module")
         context.save({**results, "modules": {"_C": str(built[0].relative_to(context.out))}})
         return
-    context.save({**results, "modules": {name: _load(name) for name in modules}})
+    context.save({**results, "modules": {name: _loaded_file(name) for name in modules}})
 
 
 def up_to_date(root: Path) -> str:
@@ -52,8 +52,8 @@ def up_to_date(root: Path) -> str:
     return built[0].name if built else ""
 
 
-def _load(name: str) -> str:
-    command = [sys.executable, "-c", LOAD.format(name)]
+def _loaded_file(name: str) -> str:
+    command = [sys.executable, "-c", LOAD_SCRIPT.format(name)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise StageFailed(f"eva_kernels.{name} cannot be loaded: {done.stderr.strip()[-300:]}")
@@ -76,7 +76,9 @@ def nvcc_version() -> str:
     path = os.pathsep.join([*(f"{f}/bin" for f in folders if f), os.environ.get("PATH", "")])
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc", path=path) or "/usr/local/cuda/bin/nvcc"
     try:
-        told = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+        completed = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
     except OSError as error:
         return f"none ({error.strerror})"
-    return next((line for line in told.stdout.splitlines() if "release" in line), "unknown").strip()
+    return next(
+        (line for line in completed.stdout.splitlines() if "release" in line), "unknown"
+    ).strip()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...files import read_json
 from ..context import Context, StageFailed, StageSkipped
-from .tests import NEEDED
+from .tests import NEEDED_PACKAGES
 
 METHOD = "corda-ipm"
 REPEATS = 1  # on a GPU 12 seconds with one layer, 22 with two, and as much for setup and teardown
@@ -21,9 +21,9 @@ def run(context: Context) -> None:
 
     if not (torch.cuda.is_available() or context.dry_run):
         raise StageFailed("torch sees no CUDA device")
-    lacking = missing()
-    if lacking:
-        raise StageSkipped(f"PEFT's CorDA needs the package {lacking}, which is not installed")
+    package = missing_package()
+    if package:
+        raise StageSkipped(f"PEFT's CorDA needs the package {package}, which is not installed")
     name = "tiny" if context.dry_run else "llama-2-7b"
     path = depth.run(
         name,
@@ -32,25 +32,25 @@ def run(context: Context) -> None:
         out=context.folder,
         quiet=True,
         repeats=REPEATS,
-        keep=lambda rows: context.save({"measured": rows}),
+        on_rows=lambda rows: context.save({"measured": rows}),
     )
     rows = read_json(path)["rows"]
     context.save(rows)
-    reason = judge(rows["whole"])
+    reason = failure_reason(rows["whole"])
     if reason:
         raise StageFailed(reason)
 
 
-def missing() -> str:
+def missing_package() -> str:
     """Return the missing package that PEFT's CorDA imports, or an empty string."""
     try:
         importlib.import_module("peft.tuners.lora.corda")
     except ModuleNotFoundError as error:
-        return NEEDED.get(str(error.name), str(error.name))
+        return NEEDED_PACKAGES.get(str(error.name), str(error.name))
     return ""
 
 
-def judge(rows: list[dict[str, Any]]) -> str:
+def failure_reason(rows: list[dict[str, Any]]) -> str:
     """Return what is missing, or an empty string."""
     bad = [f"{row['method']}: {row['error']}" for row in rows if "error" in row]
     return "; ".join(bad)[:300] if rows else "nothing was measured"

@@ -22,26 +22,26 @@ def run(context: Context) -> None:
     cuda = torch.cuda.is_available()
     if not (cuda or context.dry_run):
         raise StageFailed("torch sees no CUDA device")
-    found = end_to_end.run(
+    results = end_to_end.run(
         "tiny" if context.dry_run else CONFIGS[context.stage],
         torch.device("cuda" if cuda else "cpu"),
         seconds=context.remaining,
         save=context.save,
     )
-    context.save(found)
-    reason = judge(found["rows"])
+    context.save(results)
+    reason = failure_reason(results["rows"])
     if reason:
         raise StageFailed(reason)
 
 
-def judge(rows: list[dict[str, Any]]) -> str:
+def failure_reason(rows: list[dict[str, Any]]) -> str:
     """Return what is missing or wrong, or an empty string."""
     if not rows:
         return "nothing was measured"
     bad = [f"{r['method']} at {r['batch']}: {r['status']}" for r in rows]
     bad = [text for text in bad if not text.endswith(": measured")]
     bad += [
-        f"{r['method']} at {r['batch']}: other bits in a second run"
+        f"{r['method']} at {r['batch']}: two runs differ in their bits"
         for r in rows
         if r.get("same_bits_twice") is False
     ]

@@ -71,11 +71,11 @@ def smi() -> dict[str, str]:
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
-    return parse_smi(told)
+    output = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    return parse_smi(output)
 
 
-def parse_smi(told: str) -> dict[str, str]:
+def parse_smi(output: str) -> dict[str, str]:
     """Return the fields of the first device."""
-    first = told.splitlines()[0].split(",") if told.strip() else []
-    return dict(zip(QUERY.split(","), (part.strip() for part in first), strict=False))
+    first_device = output.splitlines()[0].split(",") if output.strip() else []
+    return dict(zip(QUERY.split(","), (part.strip() for part in first_device), strict=False))

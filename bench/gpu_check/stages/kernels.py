@@ -17,21 +17,21 @@ def run(context: Context) -> None:
     cuda = torch.cuda.is_available()
     if not (cuda or context.dry_run):
         raise StageFailed("torch sees no CUDA device")
-    known = context.results_of("ceilings")
+    ceilings = context.results_of("ceilings")
     names = ("bytes_per_second", "flops_per_second")
     rows = measure(
         torch.device("cuda" if cuda else "cpu"),
         small=context.dry_run,
-        ceilings=Ceilings(*(known[name] for name in names)) if known else None,
+        ceilings=Ceilings(*(ceilings[name] for name in names)) if ceilings else None,
         seconds=context.remaining,
         save=lambda found: context.save({"rows": found}),
     )
-    reason = judge(rows)
+    reason = failure_reason(rows)
     if reason:
         raise StageFailed(reason)
 
 
-def judge(rows: list[dict[str, Any]]) -> str:
+def failure_reason(rows: list[dict[str, Any]]) -> str:
     """Return which cases were not timed, or an empty string."""
     if not rows:
         return "no case was measured"

@@ -20,9 +20,9 @@ def run(context: Context) -> None:
     if not (torch.cuda.is_available() or context.dry_run):
         raise StageFailed("torch sees no CUDA device")
     run("quick", context.folder, [DOMAIN], METHODS[:2] if context.dry_run else METHODS, quiet=True)
-    found = summary(read_json(context.folder / "quality.json"))
-    context.save(found)
-    reason = judge(found["rows"])
+    results = summary(read_json(context.folder / "quality.json"))
+    context.save(results)
+    reason = failure_reason(results["rows"])
     if reason:
         raise StageFailed(reason)
 
@@ -34,7 +34,7 @@ def summary(record: Any) -> dict[str, Any]:
 
     (base,) = record["rows"]["bases"]
     rows = []
-    for method, found in show.find(record, DOMAIN).items():
+    for method, found in show.results_by_method(record, DOMAIN).items():
         row: dict[str, Any] = {"method": method, "seeds": len(found.rows), "rate": found.rate}
         if found.reason:
             row["reason"] = found.reason
@@ -44,7 +44,7 @@ def summary(record: Any) -> dict[str, Any]:
     return {"base": base, "rows": rows}
 
 
-def judge(rows: list[dict[str, Any]]) -> str:
+def failure_reason(rows: list[dict[str, Any]]) -> str:
     """Return what is missing, or an empty string."""
     bad = [f"{row['method']}: {row['reason']}" for row in rows if "reason" in row]
     return "; ".join(bad)[:300] if rows else "nothing was measured"

@@ -17,18 +17,20 @@ OPS = ("convergence", "eigh", "fold_passes", "nystrom", "start")
 TESTS = tuple(f"tests/ops/test_{name}.py" for name in OPS)
 NATIVE = "native or graded"  # selects the tests that launch the native kernels
 # racecheck, which tracks every shared memory access, is by far the slowest: only small widths.
-SMALL = f"({NATIVE}) and not (64 or 100 or 128 or shape4 or shape5 or bad_input or simulated)"
-SELECTIONS = {"memcheck": NATIVE, "racecheck": SMALL, "synccheck": NATIVE}
+SMALL_NATIVE = (
+    f"({NATIVE}) and not (64 or 100 or 128 or shape4 or shape5 or bad_input or simulated)"
+)
+SELECTIONS = {"memcheck": NATIVE, "racecheck": SMALL_NATIVE, "synccheck": NATIVE}
 TOOLS = tuple(SELECTIONS)
 # The tools instrument only our kernels: instrumenting torch's as well would take minutes.
-OURS = "kns=eva_kernels"  # a substring of the mangled names: the namespace
-PLACES = ("/usr/local/cuda/bin/compute-sanitizer",)
+KERNEL_FILTER = "kns=eva_kernels"  # a substring of the mangled names: the namespace
+FALLBACK_PATHS = ("/usr/local/cuda/bin/compute-sanitizer",)
 UNSUPPORTED = ("Device not supported", "Unsupported device", "not supported on this")
 
 
 def run(context: Context) -> None:
     """Run all tools; the stage fails if any of them finds an error."""
-    tool_path = next(filter(None, map(shutil.which, ("compute-sanitizer", *PLACES))), None)
+    tool_path = next(filter(None, map(shutil.which, ("compute-sanitizer", *FALLBACK_PATHS))), None)
     if tool_path is None:
         raise StageSkipped("compute-sanitizer is not installed")
     if context.dry_run:
@@ -36,11 +38,11 @@ def run(context: Context) -> None:
     # In parallel: most of the time is spent loading torch under the tool.
     with ThreadPoolExecutor(len(TOOLS)) as pool:
         jobs = {tool: pool.submit(_run_tool, tool_path, tool, context) for tool in TOOLS}
-        found = {tool: job.result() for tool, job in jobs.items()}
-    context.save({"tools": found})
-    if all(result["reason"].startswith("unsupported") for result in found.values()):
+        results = {tool: job.result() for tool, job in jobs.items()}
+    context.save({"tools": results})
+    if all(result["reason"].startswith("unsupported") for result in results.values()):
         raise StageSkipped("compute-sanitizer does not support this device")
-    bad = [f"{tool}: {result['reason']}" for tool, result in found.items() if result["reason"]]
+    bad = [f"{tool}: {result['reason']}" for tool, result in results.items() if result["reason"]]
     if bad:
         raise StageFailed("; ".join(bad))
 
@@ -48,7 +50,7 @@ def run(context: Context) -> None:
 def _run_tool(path: str, tool: str, context: Context) -> dict[str, Any]:
     seconds = context.remaining
     tests = [name for name in TESTS if (ROOT / name).exists()]
-    command = [path, "--tool", tool, "--kernel-name", OURS, "--target-processes", "all"]
+    command = [path, "--tool", tool, "--kernel-name", KERNEL_FILTER, "--target-processes", "all"]
     command += ["--error-exitcode", "99", sys.executable, "-m", "pytest", "-q", *tests]
     command += ["-k", SELECTIONS[tool], "-p", "no:cacheprovider", "-p", "no:benchmark"]
     # With torch's caching allocator, accesses past a tensor's end can stay within an allocation.
@@ -67,7 +69,7 @@ def _run_tool(path: str, tool: str, context: Context) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"reason": f"not done after {seconds:.0f} s", "log": log.name}
     output = log.read_text(encoding="utf-8", errors="replace")
-    return {"summary": summaries(output), "reason": judge(output, status), "log": log.name}
+    return {"summary": summaries(output), "reason": failure_reason(output, status), "log": log.name}
 
 
 def summaries(output: str) -> list[str]:
@@ -75,7 +77,7 @@ def summaries(output: str) -> list[str]:
     return re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
 
 
-def judge(output: str, status: int) -> str:
+def failure_reason(output: str, status: int) -> str:
     """Return what is wrong, or an empty string; a missing summary or test run is wrong, too."""
     if any(words in output for words in UNSUPPORTED):
         return "unsupported device"

@@ -16,21 +16,21 @@ from .. import marks
 from ..context import Context, StageFailed
 
 # A rehearsal runs only these: one file for an op, one for the method.
-REHEARSED = ("tests/ops/test_convergence.py", "tests/streaming/test_allocation.py")
+REHEARSAL_TESTS = ("tests/ops/test_convergence.py", "tests/streaming/test_allocation.py")
 # These only compile kernels, or run on the CPU whatever the device.
-ELSEWHERE = (
+NOT_ON_DEVICE = (
     "tests/emulator",
     "tests/ops/test_compiled_kernels.py",
     "tests/packaging/test_cuda_build.py",
 )
 # These tests rehearse the check itself, so they are not run within it.
-OWN = "tests/benchmarks/test_gpu_check.py::test_rehearsal"
+SELF_TEST = "tests/benchmarks/test_gpu_check.py::test_rehearsal"
 # Files that run on the device, and all tests marked `gpu`, come first: if time runs out, the last
 # tests are lost.
-FIRST = ("tests/ops", "tests/streaming")
-SLOW = "tests/benchmarks"
+FIRST_PATHS = ("tests/ops", "tests/streaming")
+SLOW_PATH = "tests/benchmarks"
 # What the suite imports beyond the package's own requirements; module -> package.
-NEEDED = {
+NEEDED_PACKAGES = {
     "accelerate": "accelerate",
     "attr": "attrs",
     "datasets": "datasets",
@@ -47,12 +47,16 @@ NEEDED = {
 
 def run(context: Context) -> None:
     """Run pytest and read its report; ``failures.txt`` lists failures while it runs."""
-    missing = [pack for name, pack in NEEDED.items() if importlib.util.find_spec(name) is None]
+    missing = [
+        package
+        for name, package in NEEDED_PACKAGES.items()
+        if importlib.util.find_spec(name) is None
+    ]
     if importlib.util.find_spec("pytest") is None:
         raise StageFailed("pytest is not installed")
-    workers, alone = processes(context.dry_run)
-    known = {"missing_packages": missing, "one_process": alone}
-    context.save(known)
+    workers, one_process_reason = num_processes(context.dry_run)
+    known_results = {"missing_packages": missing, "one_process": one_process_reason}
+    context.save(known_results)
     report = context.folder / "junit.xml"
     report.unlink(missing_ok=True)
     failures = context.folder / "failures.txt"
@@ -61,21 +65,21 @@ def run(context: Context) -> None:
     command += ["-p", "no:cacheprovider", "-p", "no:benchmark"]
     # a file that cannot be imported loses only its own tests
     command += ["--continue-on-collection-errors"]
-    command += [f"--deselect={OWN}", f"--junitxml={report}"]
+    command += [f"--deselect={SELF_TEST}", f"--junitxml={report}"]
     command += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []  # see `make test`
-    command += REHEARSED if context.dry_run else in_order(workers > 1)
+    command += REHEARSAL_TESTS if context.dry_run else ordered_paths(workers > 1)
     environment = {**os.environ, marks.FAILURES: str(failures)}
     status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     if not report.exists():
         raise StageFailed(f"pytest wrote no report and ended with status {status}")
-    found = {**parse(report), **known, "exit_status": status}
-    context.save(found)
-    reason = judge(found, status, context.dry_run)
+    results = {**parse(report), **known_results, "exit_status": status}
+    context.save(results)
+    reason = failure_reason(results, status, context.dry_run)
     if reason:
         raise StageFailed(reason)
 
 
-def processes(dry_run: bool) -> tuple[int, str]:
+def num_processes(dry_run: bool) -> tuple[int, str]:
     """Return the number of processes for the suite and, if one (just slower), the reason."""
     cores = os.cpu_count() or 1
     if dry_run:
@@ -87,7 +91,7 @@ def processes(dry_run: bool) -> tuple[int, str]:
     return min(12, 3 * cores // 4), ""
 
 
-def in_order(parallel: bool, root: Path = ROOT) -> list[str]:
+def ordered_paths(parallel: bool, root: Path = ROOT) -> list[str]:
     """Return pytest's arguments for the whole suite, the most valuable tests first.
 
     Args:
@@ -96,10 +100,10 @@ def in_order(parallel: bool, root: Path = ROOT) -> list[str]:
     """
     tops = sorted(path for path in (root / "tests").iterdir() if _has_tests(path))
     names = [path.relative_to(root).as_posix() for path in tops]
-    slow = [name for name in names if name == SLOW]
-    rest = [name for name in names if name not in (*FIRST, *slow, *ELSEWHERE)]
-    later = [*slow, *rest] if parallel else [*rest, *slow]
-    return [*(f"--ignore={path}" for path in ELSEWHERE), *FIRST, *later]
+    slow = [name for name in names if name == SLOW_PATH]
+    other = [name for name in names if name not in (*FIRST_PATHS, *slow, *NOT_ON_DEVICE)]
+    later_paths = [*slow, *other] if parallel else [*other, *slow]
+    return [*(f"--ignore={path}" for path in NOT_ON_DEVICE), *FIRST_PATHS, *later_paths]
 
 
 def _has_tests(path: Path) -> bool:
@@ -137,18 +141,18 @@ def parse(report: Path) -> dict[str, Any]:
     }
 
 
-def judge(found: dict[str, Any], status: int, dry_run: bool) -> str:
+def failure_reason(results: dict[str, Any], status: int, dry_run: bool) -> str:
     """Return why the suite has not passed, or an empty string."""
-    if found["failed"]:
-        lacking = found.get("missing_packages")
-        note = f" (not installed: {', '.join(lacking)})" if lacking else ""
-        return f"{found['failed']} tests failed{note}"
+    if results["failed"]:
+        missing = results.get("missing_packages")
+        note = f" (not installed: {', '.join(missing)})" if missing else ""
+        return f"{results['failed']} tests failed{note}"
     if status:
         return f"pytest ended with status {status}"
-    if not found["passed"]:
+    if not results["passed"]:
         return "no test ran"
     if dry_run:
         return ""
-    if found["gpu_skipped"]:
-        return f"{found['gpu_skipped']} tests that need the GPU were skipped"
-    return "" if found["gpu_passed"] else "no test that needs the GPU ran"
+    if results["gpu_skipped"]:
+        return f"{results['gpu_skipped']} tests that need the GPU were skipped"
+    return "" if results["gpu_passed"] else "no test that needs the GPU ran"

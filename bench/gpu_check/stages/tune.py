@@ -22,12 +22,12 @@ def run(context: Context) -> None:
         seconds=context.remaining,
         save=lambda rows: context.save({"rows": rows}),
     )
-    reason = judge(rows)
+    reason = failure_reason(rows)
     if reason:
         raise StageFailed(reason)
 
 
-def judge(rows: list[dict[str, Any]]) -> str:
+def failure_reason(rows: list[dict[str, Any]]) -> str:
     """Return what is wrong, or an empty string; parameters that do not fit the chip are allowed."""
     wrong = [f"{row['change']}: {row['reason']}" for row in rows if row["status"] == "incorrect"]
     if not any(row["status"] == "timed" for row in rows):

@@ -160,7 +160,7 @@ def test_live_memory_counts_storages() -> None:
             y = x + 1
         del y
         assert (memory.live, memory.peak, memory.where) == (4096, 8192, ("a",))
-        memory.restart()
+        memory.reset_peak()
         assert (memory.peak, memory.peak_of) == (4096, {})
         x.resize_(0)
         del x, views
