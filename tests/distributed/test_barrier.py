@@ -88,7 +88,7 @@ def test_who_waits_in_vain_says_for_whom(
     assert told == again
     assert told[0] in (0, 2)
     assert told[1].startswith("has waited for 0.2 seconds, the time limit of its process group")
-    assert "(missing: 1): every process of the group must make the same call" in told[1]
+    assert "(missing ranks: 1): every process of the group must make the same call" in told[1]
     assert other.arrive(never) == told
     assert max(slept) <= 0.1  # or it would hear late that all are there, or Ctrl-C
 

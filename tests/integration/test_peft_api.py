@@ -293,7 +293,7 @@ def test_misuse_is_refused_as_theirs() -> None:
     model = wrapped(make_mlp(), lora(target_modules=["0"]))
     with pytest.raises(ValueError, match="dataloader is required"):
         init(model)
-    with pytest.raises(ValueError, match=r"no adapter 'other'; it has \['default'\]"):
+    with pytest.raises(ValueError, match=r"no adapter 'other'; its adapters are \['default'\]"):
         init(model, loader(), adapter_name="other")
     plain = wrapped(make_mlp(), lora(init_lora_weights=True, target_modules=["0"]))
     with pytest.raises(ValueError, match="only be used with `init_lora_weights='eva'`"):

@@ -333,8 +333,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             return
         names = ", ".join(self.targets[m].name for m in slot.members)
         warn(
-            f"step {self.step + 1}: the model changed the input of {names} in place after these "
-            "layers had read it; they are not given the tokens of this batch",
+            f"step {self.step + 1}: the model changed the input of {names} in place after it had "
+            "been read; its tokens of this batch are left out",
         )
 
     def _accumulate_with(self, slot: Slot, i: int, x: Tensor, mask: TokenMask) -> None:
@@ -469,8 +469,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             expected += f", or an input of shape (samples, {target.patches.channels}, {sizes})"
         raise EvaValueError(
             f"layer {target.name}, step {self.step + 1}: expected {expected}, got "
-            f"a tensor of shape {tuple(x.shape)} and {x.dtype}; pass prepare_layer_inputs_fn to "
-            "convert the layer's input"
+            f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}; pass "
+            "prepare_layer_inputs_fn to convert the layer's input"
         )
 
     def record_passes(self, call_counts: Mapping[int, int], largest_batch: tuple[int, int]) -> None:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 __all__ = ["check_outcome"]
 
 _TRANSPOSED_WEIGHTS = (
-    "because the weights are stored as (in, out): there PEFT's lora_A has the size of the output, "
-    "and EVA computes components of the input"
+    "because the weights are stored as (in, out), so PEFT's lora_A has the size of the output, "
+    "whereas EVA computes components of the input"
 )
 
 

@@ -95,7 +95,8 @@ class StartBarrier:
                 missing = [i for i in range(self._size) if store.add(_count_key(i), 0) < number]
                 reason = (
                     f"has waited for {limit:g} seconds, the time limit of its process group, for "
-                    f"the others to begin the EVA pass (missing: {listed(map(str, missing))}): "
+                    "the others to begin the EVA pass (missing ranks: "
+                    f"{listed(map(str, missing))}): "
                 )
                 return self._write_outcome(store, number, self._failure_outcome(reason + _REMEDY))
             time.sleep(pause)

@@ -158,7 +158,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", {"text": "x"})
     with pytest.raises(EvaValueError, match="no column 'body'; the columns are 'text'"):
         load_texts(file, text_column="body")
-    with pytest.raises(EvaValueError, match="has no split 'test', only 'train'"):
+    with pytest.raises(EvaValueError, match="has no split 'test'; leave --split out"):
         load_texts(file, split="test")
 
 

@@ -52,7 +52,9 @@ def test_no_process_is_left_where_the_memory_of_one_cannot_be_measured(tmp_path,
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setattr(subprocess, "Popen", noting)
     try:
-        with pytest.raises(RuntimeError, match="'plain' could not be measured: no"):
+        with pytest.raises(
+            RuntimeError, match="'plain' could not be measured in a separate process: no"
+        ):
             run.measure_memory(quick=True)
         assert [child.poll() is None for child in made] == [False] * 3
     finally:

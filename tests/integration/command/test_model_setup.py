@@ -64,7 +64,8 @@ def test_a_model_of_another_kind_is_named(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/folder/deep"])
 def test_a_folder_that_is_not_there(home: Path, tmp_path: Path, name: str) -> None:
     arguments = ("--data", home / "data.jsonl", "--out", tmp_path / "out")
-    assert reason(run("init", name, *arguments)) == f"error: there is no folder {name}"
+    told = reason(run("init", name, *arguments))
+    assert told.startswith(f"error: there is no folder {name}; pass the folder of a saved model")
 
 
 def test_a_folder_without_a_tokenizer(home: Path, tmp_path: Path) -> None:
@@ -188,4 +189,4 @@ def test_rho_without_bounds(home: Path, tmp_path: Path) -> None:
 
 def test_no_data(home: Path, tmp_path: Path) -> None:
     told = reason(run("init", home / "llama", "--data", "", "--out", tmp_path / "out"))
-    assert told == "error: no data given; pass the path of a .jsonl, .parquet or .txt file"
+    assert told.startswith("error: no data given; pass the path of a .jsonl, .parquet or .txt file")

@@ -178,7 +178,7 @@ def test_interrupted_passes_end_their_workers() -> None:
 
 def test_samples_by_their_number_are_no_loader() -> None:
     samples = dict.fromkeys(range(99), text_batches(1)[0])
-    with pytest.raises(EvaTypeError, match=r"a mapping with the names 0, 1, .*, 7 and 91 more;"):
+    with pytest.raises(EvaTypeError, match=r"a mapping with the keys 0, 1, .*, 7 and 91 more\."):
         run(make_llama(), samples, lora())
 
 

@@ -242,10 +242,10 @@ def test_dora_and_modules_to_save(texts: list[Any]) -> None:
     model = eva_kernels.initialize(base, texts, config, max_steps=4, **QUIET)
     torch.testing.assert_close(output_of(model, texts[0]), before, rtol=1e-5, atol=1e-5)
     for layer in lora_layers(model).values():
-        dora_magnitude = layer.lora_magnitude_vector["default"].weight
-        assert dora_magnitude.shape == (layer.out_features,)
-        torch.testing.assert_close(dora_magnitude, layer.get_base_layer().weight.norm(dim=1))
-        assert dora_magnitude.requires_grad
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        assert magnitude.shape == (layer.out_features,)
+        torch.testing.assert_close(magnitude, layer.get_base_layer().weight.norm(dim=1))
+        assert magnitude.requires_grad
     head = model.base_model.model.lm_head.modules_to_save["default"]
     assert head.weight.requires_grad
     assert "lm_head" not in model.eva_result.ranks
@@ -370,16 +370,12 @@ BAD_STATES: dict[str, tuple[Any, type[Exception], str]] = {
     "twice": (
         lambda s: {**s, f"module.{Q_PROJ}": s[Q_PROJ]},
         EvaValueError,
-        rf"layer {Q_PROJ}: .* has it twice, as '{Q_PROJ}' and 'module.{Q_PROJ}'; take one",
+        rf"layer {Q_PROJ}: .* has it twice, as '{Q_PROJ}' and 'module.{Q_PROJ}'; remove one",
     ),
     "unknown": (lambda s: {**s, "module.no": torch.ones(1, 2)}, EvaValueError, r"\(module\.no\)"),
     "NaN": (lambda s: with_rows(s, math.nan), EvaValueError, NOT_FINITE),
     "infinity": (lambda s: with_rows(s, -math.inf), EvaValueError, "holds NaN or infinity"),
-    "on meta": (
-        lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")},
-        EvaTypeError,
-        "not on the meta device",
-    ),
+    "on meta": (lambda s: {**s, Q_PROJ: s[Q_PROJ].to("meta")}, EvaTypeError, "not on the meta"),
 }
 
 

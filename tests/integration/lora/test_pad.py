@@ -284,7 +284,7 @@ def test_what_cannot_be_padded_is_refused(eva: Path, tmp_path: Path) -> None:
     cases = {
         tmp_path: "no adapter_config.json in .*; pass the folder that save_pretrained wrote",
         experts: r"has target_parameters, whose rows cannot be padded; merge it instead",
-        other: "holds 'LOHA', only LORA",
+        other: "of type 'LOHA'; only LORA",
         wrong: r"layer \S+ has rank \d+, but 99 in its config",
         strange: r"lora_diag\S* belongs to a kind of LoRA that cannot be padded",
         halves["lora_A"]: "lacks lora_A or lora_B",

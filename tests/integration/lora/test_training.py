@@ -138,7 +138,7 @@ def test_adapters_are_told_apart() -> None:
 def test_models_that_cannot_be_asked() -> None:
     with pytest.raises(EvaTypeError, match=r"expected a PeftModel, got .*initialize returns one"):
         is_initialized(make_mlp())
-    with pytest.raises(EvaValueError, match=r"no adapter 'mine'; it has \['default'\]"):
+    with pytest.raises(EvaValueError, match=r"no adapter 'mine'; its adapters are \['default'\]"):
         is_initialized(fresh(), "mine")
     with pytest.raises(EvaValueError, match=r"'default' is not a LoRA adapter: its type is IA3"):
         is_initialized(get_peft_model(make_llama(), IA3Config()))

@@ -355,7 +355,7 @@ def test_what_went_wrong_stands_in_the_summary() -> None:
     result.uncalled = ["lost.layer"]
     summary = report.result_sections(result)[0][1]
     assert "1 of 3 layers had not converged" in summary
-    assert "7 tokens with values that are not finite" in summary
+    assert "7 tokens with NaN or infinite values" in summary
     assert "lost.layer" in summary
 
 

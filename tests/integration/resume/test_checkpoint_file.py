@@ -222,7 +222,9 @@ def test_another_version_of_the_format(path: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_file, "FORMAT", "eva_kernels.checkpoint/99")
         write_checkpoint(path, state, tensors)
-    refused(path, r"holds eva_kernels\.checkpoint/99, expected \S+/1: another version wrote it")
+    refused(
+        path, r"has the format eva_kernels\.checkpoint/99, expected \S+/1: another version wrote it"
+    )
 
 
 def test_other_safetensors_files(path: Path, whole: EvaResult) -> None:
@@ -242,7 +244,7 @@ def test_a_part_is_missing(path: Path) -> None:
     refused(path, "the stored stream has no pivot")
     del state["alone"]
     write_checkpoint(path, state, tensors)
-    refused(path, "lacks 'alone'")
+    refused(path, "incomplete, without 'alone'")
 
 
 @pytest.mark.parametrize("part", ["slots", "fingerprint", "counts"])
