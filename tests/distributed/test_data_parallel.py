@@ -226,7 +226,7 @@ def test_a_pass_that_failed_keeps_no_memory(seen: tuple[Seen, Seen]) -> None:
         (
             "batches_are_missing",
             "EvaValueError",
-            "pass.safetensors has seen 3 batches, but all loaders ended after 2",
+            "pass.safetensors was written after 3 batches, but all loaders ended after 2",
         ),
         ("shards_without_a_group", "EvaValueError", "sharded by FSDP, whose processes wait for"),
         ("no_group", "EvaTypeError", "group='all' must be a torch.distributed process group"),

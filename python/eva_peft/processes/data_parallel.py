@@ -232,8 +232,8 @@ class Processes:
         if most_skipped < resume.forwards:
             seen = counted(resume.forwards, "batch", "batches")
             raise EvaValueError(
-                f"the checkpoint {resume.path} has seen {seen}, but all loaders ended after "
-                f"{most_skipped}; to resume, they must yield the same batches again"
+                f"the checkpoint {resume.path} was written after {seen}, but all loaders ended "
+                f"after {most_skipped}; to resume, they must yield the same batches again"
             )
 
     def _step(self, run: CalibrationPass, prepared_batches: Iterator[PreparedBatch]) -> _Decision:
