@@ -215,12 +215,12 @@ def test_a_pass_that_failed_keeps_no_memory(seen: tuple[Seen, Seen]) -> None:
         (
             "other_ranks",
             "EvaValueError",
-            "different passes; r: 8 in process 0, 4 in process 1; lay",
+            "different passes: r: 8 in process 0, 4 in process 1; lay",
         ),
         (
             "other_options",
             "EvaValueError",
-            "passes; tokens_per_step: 40 in process 0, 80 in process 1",
+            "passes: tokens_per_step: 40 in process 0, 80 in process 1",
         ),
         ("other_weights", "EvaValueError", "processes 0 and 1 have different weights in model.lay"),
         (
@@ -246,7 +246,7 @@ def test_errors_of_all(name: str, error: str, message: str, seen: tuple[Seen, Se
             "other_dtypes",
             0,
             "EvaValueError",
-            "a stream of torch.float64 in one process and of torch.float32 in another; load",
+            "accumulated in torch.float64 in one process and in torch.float32 in another; load",
         ),
         ("leader_finds_no_layer", 0, "EvaValueError", "no layer to initialise"),
         ("checkpoint_cannot_be_written", 0, "EvaValueError", "cannot be written"),
