@@ -50,7 +50,7 @@ def nystrom(
             read ``metric`` and return no squares.
 
     Returns:
-        ``mixing`` (L, Q, Q), ``mixing^T Y`` are the new rows; ``summary`` (L, 2 + 2 Q), ``told`` in
+        ``mixing`` (L, Q, Q), ``mixing^T Y`` are the new rows; ``summary`` (L, 2 + 2 Q), see
         csrc/nystrom.h: rank, uneven (0 or 1), squares (Q), captured (Q). Both float64, without a
         synchronisation.
 
