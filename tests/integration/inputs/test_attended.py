@@ -1,4 +1,4 @@
-"""Attention that is told of its own tokens and of those it attends to, as in x-transformers."""
+"""Attention with a mask of its own tokens and one of its context, as in x-transformers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ from integration.inputs.test_part_masks import EXACT, KEPT, LENGTHS, batches
 
 pytestmark = pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 
-OWN = ["layers.0.to_q", "layers.0.to_k", "layers.0.to_out", "layers.1.to_q", "layers.1.to_out"]
-OWN += ["last"]
-ATTENDED = ["layers.1.to_k", "layers.1.to_v"]
+OWN_TOKEN_LAYERS = [
+    "layers.0.to_q",
+    "layers.0.to_k",
+    "layers.0.to_out",
+    "layers.1.to_q",
+    "layers.1.to_out",
+]
+OWN_TOKEN_LAYERS += ["last"]
+CONTEXT_LAYERS = ["layers.1.to_k", "layers.1.to_v"]
 
 
 class Attention(nn.Module):
@@ -28,12 +34,12 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        given = x if context is None else context
-        seen = mask if context is None else context_mask
-        pairs = self.to_q(x) @ self.to_k(given).mT
-        if seen is not None:
-            pairs = pairs.masked_fill(~seen[:, None], -torch.inf)
-        return x + self.to_out(pairs.softmax(-1) @ self.to_v(given))
+        keys = x if context is None else context
+        key_mask = mask if context is None else context_mask
+        pairs = self.to_q(x) @ self.to_k(keys).mT
+        if key_mask is not None:
+            pairs = pairs.masked_fill(~key_mask[:, None], -torch.inf)
+        return x + self.to_out(pairs.softmax(-1) @ self.to_v(keys))
 
 
 class Decoder(nn.Module):
@@ -56,32 +62,38 @@ class Decoder(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("told", "steps"),
-    [*((told, n) for told in ("attended", "both") for n in (5, 7, 9)), ("own", 5), ("own", 9)],
+    ("masked_inputs", "steps"),
+    [
+        *((masked_inputs, n) for masked_inputs in ("context", "both") for n in (5, 7, 9)),
+        ("own", 5),
+        ("own", 9),
+    ],
 )
-def test_masks_of_what_attends_and_of_what_is_attended_to(told: str, steps: int) -> None:
+def test_own_mask_and_context_mask_apply_to_their_layers(masked_inputs: str, steps: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    seen = torch.arange(steps) < LENGTHS.flip(0)[:, None]
-    masks = {"mask": KEPT} if told != "attended" else {}
-    masks |= {"context_mask": seen} if told != "own" else {}
+    key_mask = torch.arange(steps) < LENGTHS.flip(0)[:, None]
+    masks = {"mask": KEPT} if masked_inputs != "context" else {}
+    masks |= {"context_mask": key_mask} if masked_inputs != "own" else {}
     data = [
         {"x": b["ids"], "context": torch.randn(3, steps, 16, generator=generator), **masks}
         for b in batches()
     ]
     model = Decoder().eval()
     before = hooks_of(model)
-    result = run(model, data, lora(tau=1.0, target_modules=OWN + ATTENDED), **EXACT)
+    result = run(
+        model, data, lora(tau=1.0, target_modules=OWN_TOKEN_LAYERS + CONTEXT_LAYERS), **EXACT
+    )
     assert hooks_of(model) == before
-    kept = dict.fromkeys(OWN, masks.get("mask"))
-    kept |= dict.fromkeys(ATTENDED, masks.get("context_mask"))
+    kept = dict.fromkeys(OWN_TOKEN_LAYERS, masks.get("mask"))
+    kept |= dict.fromkeys(CONTEXT_LAYERS, masks.get("context_mask"))
     for name, x in layer_inputs(model, data, list(kept), masked=False).items():
         mask = kept[name]
         x = x if mask is None else x[mask.flatten().repeat(4)]
         assert lost(result.components[name], x) < 1e-6, name
 
 
-class Translates(nn.Module):
-    """Tells its decoder which of its tokens are padding, and not which of its encoder's are."""
+class EncoderDecoder(nn.Module):
+    """Passes its decoder a mask of the decoder's tokens, and none of the encoder's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,16 +106,21 @@ class Translates(nn.Module):
 
 
 @pytest.mark.parametrize("steps", [5, 9])
-def test_padding_of_an_encoder_of_which_a_decoder_is_told_its_own_alone(steps: int) -> None:
+def test_encoder_mask_applies_to_the_context_of_a_decoder_without_it(steps: int) -> None:
     generator = torch.Generator().manual_seed(1)
-    seen = torch.arange(steps) < (steps * LENGTHS.flip(0)[:, None] / 7).ceil()
+    key_mask = torch.arange(steps) < (steps * LENGTHS.flip(0)[:, None] / 7).ceil()
     data = [
-        {"source": torch.randint(1, 96, (3, steps), generator=generator) * seen, "ids": b["ids"]}
+        {
+            "source": torch.randint(1, 96, (3, steps), generator=generator) * key_mask,
+            "ids": b["ids"],
+        }
         for b in batches()
     ]
-    kept = {f"decoder.{name}": KEPT for name in OWN} | {f"decoder.{n}": seen for n in ATTENDED}
-    kept |= {"source.to_k": seen, "source.to_out": seen}
-    model = Translates().eval()
+    kept = {f"decoder.{name}": KEPT for name in OWN_TOKEN_LAYERS} | {
+        f"decoder.{n}": key_mask for n in CONTEXT_LAYERS
+    }
+    kept |= {"source.to_k": key_mask, "source.to_out": key_mask}
+    model = EncoderDecoder().eval()
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
     for name, x in layer_inputs(model, data, list(kept)).items():
         x = x[kept[name].flatten().repeat(4)]
@@ -111,7 +128,7 @@ def test_padding_of_an_encoder_of_which_a_decoder_is_told_its_own_alone(steps: i
 
 
 class Prefixed(nn.Module):
-    """Reads vectors in front of a text, of which some are padding, too."""
+    """Reads vectors in front of a text, both with padding."""
 
     class Blocks(nn.Module):
         def __init__(self) -> None:
@@ -133,7 +150,7 @@ class Prefixed(nn.Module):
         return self.last(self.layers(x, torch.cat([front_mask, mask], 1)))
 
 
-def test_padding_of_what_stands_in_front_of_a_text_that_has_some() -> None:
+def test_masks_of_a_prefix_and_of_the_text_both_apply() -> None:
     generator = torch.Generator().manual_seed(1)
     front = torch.arange(4) < torch.tensor([2, 4, 1])[:, None]
     data = [

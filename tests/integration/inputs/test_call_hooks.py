@@ -1,4 +1,4 @@
-"""With a forward_fn, the mask is that of what the model is called with."""
+"""With ``forward_fn``, the mask is that of the call of the model, not that of the batch."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def tokenised(lines: list[str]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
 
-def same(result: Any, expected: Any, prefix: str = "") -> None:
+def assert_same(result: Any, expected: Any, prefix: str = "") -> None:
     assert result.tokens == expected.tokens
     for name, rows in expected.components.items():
         assert lost(rows, result.components[prefix + name].double()) < 1e-6
 
 
-def test_what_waits_for_another_layer_has_the_mask_of_its_call() -> None:
-    """In the first of two calls ``b`` is left out, but for the first batch."""
+def test_shared_input_keeps_the_mask_of_its_own_call() -> None:
+    """After the first batch, the first of two calls skips ``b``."""
 
     class Sharing(nn.Module):
         def __init__(self) -> None:
@@ -75,10 +75,10 @@ def test_what_waits_for_another_layer_has_the_mask_of_its_call() -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_the_tokens_of_several_calls_are_added_up(alone: bool) -> None:
-    """Also where a layer turns out to be alone, so that the first batch is run once more for it."""
+def test_tokens_of_several_calls_add_up(alone: bool) -> None:
+    """Also where a layer turns out to share no input, so that the first batch is run again."""
 
-    class Other(nn.Module):
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.inner = nn.Linear(20, 20), nn.Linear(20, 20), make_mlp()
@@ -93,13 +93,13 @@ def test_the_tokens_of_several_calls_are_added_up(alone: bool) -> None:
 
     config = lora(target_modules=["a", "b", "inner.0"], tau=1.0)
     data = vectors(4)
-    result = run(Other(), data, config, forward_fn=forward, max_tokens=81, **EXACT)
+    result = run(Model(), data, config, forward_fn=forward, max_tokens=81, **EXACT)
     assert (result.tokens, result.forwards) == (120, 3)
     assert lost(result.components["b"], torch.cat(data[:3])) < 1e-6
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_text_that_the_function_tokenises(adapted: bool) -> None:
+def test_mask_of_text_tokenised_in_forward_fn_applies(adapted: bool) -> None:
     expected = run(make_llama(), TEXTS, Q_PROJ, **EXACT)
     result = run(
         wrapped(make_llama(), Q_PROJ) if adapted else make_llama(),
@@ -114,7 +114,7 @@ def test_text_that_the_function_tokenises(adapted: bool) -> None:
 
 
 class Towers(nn.Module):
-    """Two models of transformers, each called with a mask of its own."""
+    """Two transformers models, each called with its own mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Towers(nn.Module):
         self.second(**tokenised(others))
 
 
-def test_models_in_a_model() -> None:
+def test_two_inner_models_use_their_own_masks() -> None:
     others = text_batches(4, length=30, seed=3)
     data = [(as_text(a), as_text(b)) for a, b in zip(TEXTS, others, strict=True)]
     config = lora(target_modules=["q_proj", "query"], tau=1.0)
@@ -138,8 +138,8 @@ def test_models_in_a_model() -> None:
             assert lost(result.components[name], rows) < 1e-5, name
 
 
-def test_a_model_in_a_model_that_fails_before_it_runs() -> None:
-    """Its own hook fails, before ours has seen what it was called with."""
+def test_inner_model_is_masked_after_its_pre_hook_has_failed() -> None:
+    """Its own pre-hook raises before ours has recorded the arguments."""
 
     def too_long(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
         if kwargs["input_ids"].shape[1] > 20:
@@ -160,7 +160,7 @@ def test_a_model_in_a_model_that_fails_before_it_runs() -> None:
         assert lost(result.components[f"second.{name}"], rows) < 1e-5, name
 
 
-def test_labels_that_the_function_does_not_pass_on() -> None:
+def test_labels_not_passed_on_by_forward_fn_still_mask() -> None:
     texts = text_batches(4, labels=True)
     for batch in texts:
         batch["labels"][:, :4] = -100
@@ -169,12 +169,12 @@ def test_labels_that_the_function_does_not_pass_on() -> None:
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
         model(**{key: value for key, value in batch.items() if key != "labels"})
 
-    same(run(make_llama(), texts, Q_PROJ, forward_fn=forward, **EXACT), expected)
+    assert_same(run(make_llama(), texts, Q_PROJ, forward_fn=forward, **EXACT), expected)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_labels_of_a_decoder_that_the_function_does_not_pass_on() -> None:
-    """As for a loss of its own, to which a collator's decoder_input_ids belong."""
+def test_decoder_labels_not_passed_on_by_forward_fn_still_mask() -> None:
+    """As where the function computes its own loss and passes the collator's decoder_input_ids."""
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1}
     model = T5ForConditionalGeneration(T5Config(**sizes, num_heads=4, decoder_start_token_id=0))
@@ -189,11 +189,11 @@ def test_labels_of_a_decoder_that_the_function_does_not_pass_on() -> None:
         kept = {key: value for key, value in batch.items() if key != "labels"}
         model(**kept, decoder_input_ids=model._shift_right(batch["labels"]))
 
-    same(run(model, texts, config, forward_fn=forward, **EXACT), expected)
+    assert_same(run(model, texts, config, forward_fn=forward, **EXACT), expected)
 
 
-class Straight(nn.Module):
-    """Calls ``forward`` of a model of transformers itself, which runs no hook."""
+class DirectForward(nn.Module):
+    """Calls ``forward`` of a transformers model directly, which runs no hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,36 +203,38 @@ class Straight(nn.Module):
         self.first.forward(**tokenised(lines))
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_forward_that_is_called_itself(own: bool) -> None:
+@pytest.mark.parametrize("on_instance", [False, True])
+def test_direct_call_of_forward_is_masked(on_instance: bool) -> None:
     expected = run(make_llama(), TEXTS, Q_PROJ, **EXACT)
-    model, lines = Straight(), [as_text(batch) for batch in TEXTS]
-    if own:  # as accelerate's hooks set it
+    model, lines = DirectForward(), [as_text(batch) for batch in TEXTS]
+    if on_instance:  # as accelerate's hooks set it
         model.first.forward = model.first.forward
     before = dict(vars(model.first))
-    same(run(model, lines, Q_PROJ, forward_fn=lambda m, b: m(b), **EXACT), expected, "first.")
+    assert_same(
+        run(model, lines, Q_PROJ, forward_fn=lambda m, b: m(b), **EXACT), expected, "first."
+    )
     part = run(model.first, lines, Q_PROJ, forward_fn=lambda _, b: model(b), **EXACT)
-    same(part, expected)
+    assert_same(part, expected)
     assert vars(model.first) == before
 
 
-class Behind(nn.Module):
-    """A layer of its own, behind a model of transformers that reads something else."""
+class LayerBehindModel(nn.Module):
+    """A linear layer behind a transformers model that reads another input."""
 
-    def __init__(self, straight: bool) -> None:
+    def __init__(self, direct: bool) -> None:
         super().__init__()
-        self.straight, self.first, self.last = straight, make_llama(), nn.Linear(12, 8)
+        self.direct, self.first, self.last = direct, make_llama(), nn.Linear(12, 8)
 
     def forward(self, lines: list[str], **given: Any) -> Tensor:
-        (self.first.forward if self.straight else self.first)(**tokenised(lines))
+        (self.first.forward if self.direct else self.first)(**tokenised(lines))
         return torch.as_tensor(self.last(given["x"]))
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("straight", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("given", ["mask", "masks", "longer"])
-def test_layers_behind_a_model_that_has_another_mask(given: str, straight: bool) -> None:
-    """What the function gives counts, not the mask of the batch, which keeps the others."""
+def test_layer_behind_an_inner_model_uses_the_outer_mask(given: str, direct: bool) -> None:
+    """The mask passed by forward_fn counts, not the batch's, which keeps the other tokens."""
     torch.manual_seed(0)
     x, kept = torch.randn(4, 4, 16, 12), torch.rand(4, 4, 16) > 0.4
     data = [
@@ -248,12 +250,12 @@ def test_layers_behind_a_model_that_has_another_mask(given: str, straight: bool)
             model(lines=batch["lines"], x=batch["x"], attention_mask=mask)
 
     config = lora(target_modules=["last", "q_proj"], tau=1.0)
-    result = run(Behind(straight), data, config, forward_fn=forward, **EXACT)
+    result = run(LayerBehindModel(direct), data, config, forward_fn=forward, **EXACT)
     check_shares(result, "last", x.reshape(-1, 12) if given == "longer" else x[kept])
 
 
-class Painter(nn.Module):
-    """Images in patches, and the text of a prompt, of as many tokens: as models of diffusers."""
+class ImageModel(nn.Module):
+    """Image patches and a prompt of as many tokens, as in diffusers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,7 +268,7 @@ class Painter(nn.Module):
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("pixels", [(4, 4), ()], ids=["grid", "packed"])
-def test_a_mask_of_something_else(pixels: tuple[int, ...]) -> None:
+def test_mask_of_the_prompt_does_not_mask_image_patches(pixels: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     data = [
         {
@@ -278,12 +280,12 @@ def test_a_mask_of_something_else(pixels: tuple[int, ...]) -> None:
     ]
     config = lora(target_modules=["patches"], tau=1.0)
     result = run(
-        Painter(), data, config, forward_fn=lambda m, b: m(b["sample"], b["prompt"]), **EXACT
+        ImageModel(), data, config, forward_fn=lambda m, b: m(b["sample"], b["prompt"]), **EXACT
     )
     assert result.tokens == 4 * 4 * 16
 
 
-def test_the_mask_of_the_batch_where_the_model_is_given_none() -> None:
+def test_batch_mask_applies_where_the_model_receives_none() -> None:
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
         model(batch["x"])
 
@@ -291,7 +293,7 @@ def test_the_mask_of_the_batch_where_the_model_is_given_none() -> None:
     data = [{"x": x[None], "attention_mask": m[None]} for x, m in zip(vectors(), mask, strict=True)]
     config = lora(target_modules=["0"], tau=1.0)
     assert run(make_mlp(), data, config, forward_fn=forward, **EXACT).tokens == mask[:4].sum()
-    model = make_llama()  # a part of it alone: nothing is known but the batch
+    model = make_llama()  # only a part is called: the batch alone has a mask
     part = run(
         model,
         TEXTS,
@@ -302,19 +304,23 @@ def test_the_mask_of_the_batch_where_the_model_is_given_none() -> None:
     assert part.tokens == sum(int(b["attention_mask"].sum()) for b in TEXTS)
 
 
-class Writes(nn.Module):
-    """Sound and text of as many tokens, by names of its own, as in Whisper of OpenAI."""
+class SpeechToText(nn.Module):
+    """Audio and text of as many tokens, with argument names as in openai-whisper."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder, self.words, self.decoder = nn.Linear(8, 16), nn.Embedding(96, 16), Looks()
+        self.encoder, self.words, self.decoder = (
+            nn.Linear(8, 16),
+            nn.Embedding(96, 16),
+            Decoder(),
+        )
 
     def forward(self, mel: Tensor, tokens: Tensor) -> Tensor:
         return self.decoder(self.words(tokens), self.encoder(mel))
 
 
-class Looks(nn.Module):
+class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.key = nn.Linear(16, 16), nn.Linear(16, 16)
@@ -324,7 +330,7 @@ class Looks(nn.Module):
 
 
 @pytest.mark.parametrize("frames", [7, 9])
-def test_labels_of_what_a_decoder_reads_beside_something_else(frames: int) -> None:
+def test_labels_mask_the_decoder_and_not_the_audio(frames: int) -> None:
     generator = torch.Generator().manual_seed(0)
     kept = torch.arange(7) < torch.tensor([7, 4, 2])[:, None]
     ids = [torch.randint(1, 96, (3, 7), generator=generator) for _ in range(4)]
@@ -340,7 +346,7 @@ def test_labels_of_what_a_decoder_reads_beside_something_else(frames: int) -> No
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
         model(batch["input_ids"], batch["dec_input_ids"])
 
-    names, model = ["encoder", "decoder.first"], Writes().eval()
+    names, model = ["encoder", "decoder.first"], SpeechToText().eval()
     config = lora(tau=1.0, target_modules=names)
     result = run(model, data, config, forward_fn=forward, **EXACT)
     named = [{"mel": b["input_ids"], "tokens": b["dec_input_ids"]} for b in data]
@@ -351,21 +357,21 @@ def test_labels_of_what_a_decoder_reads_beside_something_else(frames: int) -> No
 
 
 @pytest.mark.parametrize("method", ["gram", "sketch"])
-def test_a_function_in_inference_mode(method: str) -> None:
+def test_forward_fn_in_inference_mode_gives_the_same_result(method: str) -> None:
     options = {"max_steps": 4, "method": method}
 
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
         model(**batch)
 
     expected = run(make_llama(), TEXTS, Q_PROJ, forward_fn=forward, **options)
-    quiet = torch.inference_mode()(forward)
-    result = run(make_llama(), TEXTS, Q_PROJ, forward_fn=quiet, **options)
+    in_inference_mode = torch.inference_mode()(forward)
+    result = run(make_llama(), TEXTS, Q_PROJ, forward_fn=in_inference_mode, **options)
     for name, rows in expected.components.items():
         assert torch.equal(rows, result.components[name]), name
         assert not result.components[name].is_inference()
 
 
-def test_draws_and_hooks() -> None:
+def test_draw_limit_and_removal_of_hooks_with_forward_fn() -> None:
     model, lines = make_llama(), [as_text(batch) for batch in TEXTS]
     before = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
 
@@ -381,7 +387,7 @@ def test_draws_and_hooks() -> None:
 
 
 class Prefixed(nn.Module):
-    """A decoder of text with something else in front of it, as a user writes one."""
+    """A text decoder with projected features in front of the text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -397,7 +403,7 @@ class Prefixed(nn.Module):
 
 
 class TwoTexts(nn.Module):
-    """Two texts, each for an encoder of its own: of transformers or torch, or run without hooks."""
+    """Two texts with an encoder each: of transformers, of torch, or called without hooks."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -412,7 +418,7 @@ class TwoTexts(nn.Module):
         if "torch" in self.kind:
             x: Tensor = encoder(self.words(ids), src_key_padding_mask=mask == 0)
             return x[:, 0]
-        call = encoder.forward if self.kind == "straight" else encoder
+        call = encoder.forward if self.kind == "direct" else encoder
         return call(ids, attention_mask=mask).pooler_output
 
     def forward(
@@ -422,7 +428,7 @@ class TwoTexts(nn.Module):
         return asked @ self.read(self.found, ids, mask).mT
 
 
-def test_a_model_in_a_users_module_that_is_told_of_more_than_the_batch() -> None:
+def test_inner_model_with_a_longer_mask_than_the_batch() -> None:
     model, kept = Prefixed().eval(), []
     batches = [{**b, "features": torch.randn(4, 20)} for b in TEXTS]
     for batch in batches:
@@ -435,9 +441,9 @@ def test_a_model_in_a_users_module_that_is_told_of_more_than_the_batch() -> None
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
-@pytest.mark.parametrize("kind", ["transformers", "torch", "torch, a function", "straight"])
+@pytest.mark.parametrize("kind", ["transformers", "torch", "torch, forward_fn", "direct"])
 @pytest.mark.parametrize("length", [24, 17])
-def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, kind: str) -> None:
+def test_two_encoders_of_which_one_has_the_batch_mask(length: int, kind: str) -> None:
     others = text_batches(4, length=length, seed=1)
     batches = [
         {**b, "ids": o["input_ids"], "mask": o["attention_mask"]}
@@ -446,7 +452,7 @@ def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, kind: str)
     model = TwoTexts(kind).eval()
     forwards = [vars(part).get("forward") for part in (model.asked, model.found)]
     layers = lora(target_modules=["linear1", "linear2", "query", "output.dense"], tau=1.0)
-    options = {"forward_fn": lambda model, b: model(**b)} if kind == "torch, a function" else {}
+    options = {"forward_fn": lambda model, b: model(**b)} if kind == "torch, forward_fn" else {}
     result = run(model, batches, layers, **options, **EXACT)
     assert [vars(part).get("forward") for part in (model.asked, model.found)] == forwards
     for name, x in layer_inputs(model, batches, list(result.components), False).items():
@@ -455,13 +461,13 @@ def test_two_texts_of_which_the_batch_calls_one_its_text(length: int, kind: str)
         assert lost(result.components[name], x[kept]) < 1e-6, name
 
 
-def test_a_batch_whose_names_are_not_all_strings() -> None:
+def test_batch_with_keys_other_than_strings() -> None:
     def forward(model: nn.Module, batch: Any) -> None:
         model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
     numbered = [{**batch, 7: torch.ones(4, 3)} for batch in TEXTS]
     result = run(make_llama(), numbered, Q_PROJ, forward_fn=forward, **EXACT)
     expected = run(make_llama(), TEXTS, Q_PROJ, forward_fn=forward, **EXACT)
-    same(result, expected)
+    assert_same(result, expected)
     found = check_padding(make_llama(), numbered[0], Q_PROJ, forward_fn=forward)
     assert found.changed == ("input_ids",)

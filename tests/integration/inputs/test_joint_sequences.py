@@ -1,4 +1,4 @@
-"""Images, or their latents, and the text that they are made of, in one sequence."""
+"""Images, or their latents, and their prompts in one sequence."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Block(nn.Module):
         return (parts[1], parts[0]) if self.text_first else (parts[0], parts[1])
 
 
-class Paints(nn.Module):
-    """Tells its blocks one mask, of what is in ``told``."""
+class ImageModel(nn.Module):
+    """Passes its blocks one mask; ``covers`` says of which inputs."""
 
-    def __init__(self, told: str, text_first: bool = False) -> None:
+    def __init__(self, covers: str, text_first: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.told, self.text_first = told, text_first
+        self.covers, self.text_first = covers, text_first
         self.blocks = nn.ModuleList(Block(text_first) for _ in range(2))
 
     def forward(
@@ -58,7 +58,7 @@ class Paints(nn.Module):
     ) -> Tensor:
         mask = encoder_attention_mask if attention_mask is None else attention_mask
         assert mask is not None
-        if self.told == "both":
+        if self.covers == "both":
             pixels = torch.ones(hidden_states.shape[:2], dtype=torch.bool)
             pixels = pixels if pixels_mask is None else pixels_mask
             mask = joint([pixels, mask], self.text_first)[:, None, None]
@@ -92,50 +92,52 @@ def check(model: nn.Module, data: list[dict[str, Tensor]], kept: dict[str, Tenso
         assert lost(result.components[name], rows) < 1e-6, name
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole pixels", "padded pixels"])
-@pytest.mark.parametrize("text_first", [False, True], ids=["behind", "first"])
-def test_blocks_that_are_told_one_mask_of_both(text_first: bool, padded: bool) -> None:
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded pixels", "padded pixels"])
+@pytest.mark.parametrize("text_first", [False, True], ids=["text last", "text first"])
+def test_joint_mask_passed_to_blocks_applies(text_first: bool, padded: bool) -> None:
     pixels = PIXELS if padded else WHOLE
     masks = {"encoder_attention_mask": TEXT.long()}
     data = batches(**masks, **({"pixels_mask": PIXELS} if padded else {}))
     kept = {"to_q": pixels, "add_k_proj": TEXT, "proj_mlp": joint([pixels, TEXT], text_first)}
-    check(Paints("both", text_first), data, kept)
+    check(ImageModel("both", text_first), data, kept)
 
 
-@pytest.mark.parametrize("text_first", [False, True], ids=["behind", "first"])
+@pytest.mark.parametrize("text_first", [False, True], ids=["text last", "text first"])
 @pytest.mark.parametrize("pixels", [7, 2, 1])
-def test_as_many_pixels_as_there_is_text_or_fewer(pixels: int, text_first: bool) -> None:
+def test_joint_mask_with_at_most_as_many_pixels_as_text_tokens(
+    pixels: int, text_first: bool
+) -> None:
     whole = torch.ones(3, pixels, dtype=torch.bool)
     mask = joint([whole, TEXT], text_first)
     kept = {"to_q": whole, "add_k_proj": TEXT, "proj_mlp": mask}
-    check(Paints("both", text_first), batches(pixels, encoder_attention_mask=TEXT), kept)
-    check(Paints("mask", text_first), batches(pixels, attention_mask=mask), kept)
+    check(ImageModel("both", text_first), batches(pixels, encoder_attention_mask=TEXT), kept)
+    check(ImageModel("mask", text_first), batches(pixels, attention_mask=mask), kept)
 
 
-@pytest.mark.parametrize("text_first", [False, True], ids=["behind", "first"])
-def test_batches_that_tell_one_mask_of_both(text_first: bool) -> None:
+@pytest.mark.parametrize("text_first", [False, True], ids=["text last", "text first"])
+def test_joint_mask_in_the_batch_applies(text_first: bool) -> None:
     mask = joint([WHOLE, TEXT], text_first)
     kept = {"to_q": WHOLE, "add_k_proj": TEXT, "proj_mlp": mask}
-    check(Paints("mask", text_first), batches(attention_mask=mask), kept)
+    check(ImageModel("mask", text_first), batches(attention_mask=mask), kept)
 
 
-@pytest.mark.parametrize("told", ["both", "mask"], ids=["blocks", "batch"])
-@pytest.mark.parametrize("text_first", [False, True], ids=["behind", "first"])
-def test_text_that_is_padded_in_front(text_first: bool, told: str) -> None:
+@pytest.mark.parametrize("covers", ["both", "mask"], ids=["blocks", "batch"])
+@pytest.mark.parametrize("text_first", [False, True], ids=["text last", "text first"])
+def test_joint_mask_of_left_padded_text_applies(text_first: bool, covers: str) -> None:
     text = TEXT.flip(1)
     mask = joint([WHOLE, text], text_first)
     kept = {"to_q": WHOLE, "add_k_proj": text, "proj_mlp": mask}
-    masks = {"encoder_attention_mask": text} if told == "both" else {"attention_mask": mask}
-    check(Paints(told, text_first), batches(**masks), kept)
+    masks = {"encoder_attention_mask": text} if covers == "both" else {"attention_mask": mask}
+    check(ImageModel(covers, text_first), batches(**masks), kept)
 
 
-def test_blocks_that_are_told_of_two_texts_in_one() -> None:
-    """Those of two encoders, the tokens of both first."""
+def test_mask_of_two_merged_prompts_applies() -> None:
+    """Prompts of two encoders, sorted so that the unpadded tokens of both come first."""
     second = torch.arange(5) < torch.tensor([2, 5, 1])[:, None]
     order = torch.cat([TEXT, second], 1).long().argsort(dim=1, descending=True, stable=True)
     both = torch.cat([TEXT, second], 1).gather(1, order)
 
-    class TwoTexts(Paints):
+    class TwoTexts(ImageModel):
         def __init__(self) -> None:
             super().__init__("text")
             self.context_embedder_2 = nn.Linear(16, 16)
@@ -157,8 +159,8 @@ def test_blocks_that_are_told_of_two_texts_in_one() -> None:
     assert lost(found.components["context_embedder_2"], rows) < 1e-6
 
 
-def test_what_several_layers_make_of_each_token() -> None:
-    class Fuses(nn.Module):
+def test_layer_with_several_rows_per_token_is_masked() -> None:
+    class LayerFusion(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -167,17 +169,17 @@ def test_what_several_layers_make_of_each_token() -> None:
         def forward(
             self, hidden_states: Tensor, encoder_hidden_states: Tensor, **mask: Tensor
         ) -> Tensor:
-            return self.text_fusion(encoder_hidden_states.reshape(-1, 2, 8))  # of two layers
+            return self.text_fusion(encoder_hidden_states.reshape(-1, 2, 8))  # states of two layers
 
     data = batches(encoder_attention_mask=TEXT)
-    result = run(Fuses(), data, lora(tau=1.0, target_modules=["text_fusion"]), **EXACT)
+    result = run(LayerFusion(), data, lora(tau=1.0, target_modules=["text_fusion"]), **EXACT)
     rows = torch.cat([b["encoder_hidden_states"][TEXT].reshape(-1, 8) for b in data])
     assert lost(result.components["text_fusion"], rows.double()) < 1e-6
     assert result.tokens == len(rows)
 
 
-def test_what_is_behind_parts_that_take_the_sequence_first() -> None:
-    """The model is told how long texts are, its parts of a mask of both."""
+def test_layer_behind_sequence_first_parts_is_masked() -> None:
+    """The model receives text lengths, its parts a joint mask."""
 
     class Part(nn.Module):
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:

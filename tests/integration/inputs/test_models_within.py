@@ -1,4 +1,4 @@
-"""Models in a user's module: each has the mask that it is told, where that is not the batch's."""
+"""Models inside a user's module are masked by what they are called with, not by the batch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from transformers import (
 )
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, text_batches
-from integration.inputs.test_part_masks import KEPT, Seen, batches
+from integration.inputs.test_part_masks import KEPT, KeepBlock, batches
 
 EXACT: dict[str, Any] = {"method": "gram", "max_steps": 4}
 TEXTS = text_batches(4)
 
 
 class Pair(PreTrainedModel):
-    """Two texts, each for an encoder of its own, as a model of transformers' kind."""
+    """Two texts with an encoder each, in a subclass of ``PreTrainedModel``."""
 
     config_class, base_model_prefix, _supports_sdpa = BertConfig, "pair", True
 
@@ -41,7 +41,7 @@ class Pair(PreTrainedModel):
 
 
 @pytest.mark.parametrize("length", [24, 17])
-def test_two_texts_of_somebody_s_own_model_of_transformers(length: int) -> None:
+def test_two_encoders_in_a_pretrained_model_subclass_use_own_masks(length: int) -> None:
     others = text_batches(4, length=length, seed=1)
     batches = [
         {**b, "ids": o["input_ids"], "mask": o["attention_mask"]}
@@ -56,7 +56,7 @@ def test_two_texts_of_somebody_s_own_model_of_transformers(length: int) -> None:
 
 
 class SequenceFirst(nn.Module):
-    """A text for a layer of torch's, which by default takes the sequence first."""
+    """A torch encoder layer that takes the sequence dimension first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,13 +69,13 @@ class SequenceFirst(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_labels_of_a_text_whose_sequence_comes_first(told: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_label_mask_applies_to_sequence_first_inputs(masked: bool) -> None:
     texts, name = text_batches(4, labels=True), "layer.linear1"
     for batch in texts:
         batch["labels"][:, :4] = -100
         batch["labels"][batch["attention_mask"] == 0] = -100
-        batch |= {} if told else {"input_ids": batch["input_ids"] * batch.pop("attention_mask")}
+        batch |= {} if masked else {"input_ids": batch["input_ids"] * batch.pop("attention_mask")}
     model = SequenceFirst().eval()
     result = run(model, texts, lora(target_modules=[name], tau=1.0), **EXACT)
     kept = torch.cat([(batch["labels"] != -100).T.flatten() for batch in texts])
@@ -84,8 +84,8 @@ def test_labels_of_a_text_whose_sequence_comes_first(told: bool) -> None:
     assert lost(result.components[name], x[kept]) < 1e-6
 
 
-class Described(nn.Module):
-    """A text that attends to images, of as many patches as it has tokens."""
+class Captioner(nn.Module):
+    """A text decoder that attends to images with as many patches as it has tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,24 +96,24 @@ class Described(nn.Module):
         self.vision, self.patches = make_bert(), nn.Linear(12, 32)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, pixel_values: Tensor) -> Any:
-        seen = self.vision(inputs_embeds=self.patches(pixel_values.flatten(2))).last_hidden_state
-        return self.text_decoder(input_ids, attention_mask.bool(), encoder_hidden_states=seen)
+        images = self.vision(inputs_embeds=self.patches(pixel_values.flatten(2))).last_hidden_state
+        return self.text_decoder(input_ids, attention_mask.bool(), encoder_hidden_states=images)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_the_mask_of_the_batch_in_another_dtype_says_no_less() -> None:
-    """The batch has the images, of which the model that is told the mask is given no more."""
+def test_text_mask_in_another_dtype_does_not_mask_image_keys() -> None:
+    """The batch has images, but the inner model that receives the mask does not."""
     torch.manual_seed(0)
     batches = [{**batch, "pixel_values": torch.randn(4, 24, 3, 2, 2)} for batch in TEXTS]
-    model, name = Described().eval(), "text_decoder.encoder.layer.0.crossattention.self.key"
+    model, name = Captioner().eval(), "text_decoder.encoder.layer.0.crossattention.self.key"
     result = run(model, batches, lora(target_modules=[name], tau=1.0), **EXACT)
     assert result.tokens == 4 * 4 * 24
     x = layer_inputs(model, batches, [name], False)[name]
     assert lost(result.components[name], x) < 1e-6
 
 
-class Chosen(nn.TransformerEncoderLayer):
-    """Reads the beginnings of texts, of which there may be none."""
+class PrefixReader(nn.TransformerEncoderLayer):
+    """Reads the first tokens of its samples, of which there may be none."""
 
     def __init__(self) -> None:
         super().__init__(32, 2, 48, batch_first=True)
@@ -125,14 +125,14 @@ class Chosen(nn.TransformerEncoderLayer):
 
 
 @pytest.mark.filterwarnings("ignore:1 layer was never called with a token that counts")
-def test_a_model_in_a_users_module_that_is_given_no_samples() -> None:
-    class Choosing(nn.Module):
+def test_inner_layer_called_without_samples() -> None:
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.words, self.other, self.chosen = (
                 nn.Embedding(VOCABULARY, 32),
                 make_bert(),
-                Chosen(),
+                PrefixReader(),
             )
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
@@ -142,12 +142,12 @@ def test_a_model_in_a_users_module_that_is_given_no_samples() -> None:
             return x
 
     config = lora(target_modules=["query", "begin"], tau=1.0)
-    result = run(Choosing(), text_batches(4, labels=True), config, **EXACT)
+    result = run(Model(), text_batches(4, labels=True), config, **EXACT)
     assert result.tokens == sum(int(batch["attention_mask"].sum()) for batch in TEXTS)
 
 
 class Twice(nn.Module):
-    """One text in two layers, of which each is told to see other tokens."""
+    """One text in two layers with different masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,13 +159,13 @@ class Twice(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, end: Tensor) -> Tensor:
         x = self.words(input_ids)
-        seen: Tensor = self.whole(x, src_key_padding_mask=attention_mask == 0)
-        return seen + self.end(x, src_key_padding_mask=~end)
+        whole: Tensor = self.whole(x, src_key_padding_mask=attention_mask == 0)
+        return whole + self.end(x, src_key_padding_mask=~end)
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_one_tensor_of_which_other_tokens_count(later: bool) -> None:
-    """Also where as many do in the first batch, so that the layers seem to share their input."""
+def test_layers_with_one_input_under_different_masks(later: bool) -> None:
+    """Also where the first masks are equal, so that the layers seem to share their input."""
     model, names = Twice().eval(), ["whole.self_attn", "end.self_attn"]
     batches: list[dict[str, Tensor]] = []
     for batch in TEXTS:
@@ -179,8 +179,8 @@ def test_one_tensor_of_which_other_tokens_count(later: bool) -> None:
         assert lost(result.components[name], x[kept]) < 1e-6, name
 
 
-class TwoReaders(nn.Module):
-    """Two texts' decoders that attend to one tensor, of which each is told to see other parts."""
+class TwoDecoders(nn.Module):
+    """Two decoders that attend to one tensor under different masks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,17 +191,17 @@ class TwoReaders(nn.Module):
         self.first, self.second = BertModel(config), BertModel(config)
 
     def forward(self, ids: Tensor, features: Tensor, begin: Tensor, end: Tensor) -> None:
-        for part, seen in ((self.first, begin), (self.second, end)):
-            part(ids, encoder_hidden_states=features, encoder_attention_mask=seen)
+        for part, mask in ((self.first, begin), (self.second, end)):
+            part(ids, encoder_hidden_states=features, encoder_attention_mask=mask)
 
 
-def test_one_tensor_of_which_other_parts_are_attended_to() -> None:
+def test_decoders_with_one_context_under_different_masks() -> None:
     torch.manual_seed(0)
-    place, batches = torch.arange(11).expand(4, -1), []
+    positions, batches = torch.arange(11).expand(4, -1), []
     for batch in TEXTS:
-        seen = {"begin": (place < 7).long(), "end": (place > 3).long()}
-        batches.append({"ids": batch["input_ids"], "features": torch.randn(4, 11, 32), **seen})
-    model, name = TwoReaders().eval(), "encoder.layer.0.crossattention.self.key"
+        masks = {"begin": (positions < 7).long(), "end": (positions > 3).long()}
+        batches.append({"ids": batch["input_ids"], "features": torch.randn(4, 11, 32), **masks})
+    model, name = TwoDecoders().eval(), "encoder.layer.0.crossattention.self.key"
     names = [f"first.{name}", f"second.{name}"]
     result = run(model, batches, lora(target_modules=names, tau=1.0), **EXACT)
     for layer, own in zip(names, ("begin", "end"), strict=True):
@@ -209,25 +209,25 @@ def test_one_tensor_of_which_other_parts_are_attended_to() -> None:
         assert lost(result.components[layer], kept) < 1e-6, layer
 
 
-class Translates(nn.Module):
-    """An encoder-decoder, maybe somebody's own, that is told of the source's padding."""
+class EncoderDecoder(nn.Module):
+    """An encoder-decoder, T5 or a custom one, that receives the mask of its source."""
 
     def __init__(self, own: bool) -> None:
         super().__init__()
         torch.manual_seed(7)
         sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
         config = T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)
-        self.both = OwnDecoder() if own else T5ForConditionalGeneration(config)
+        self.both = CustomDecoder() if own else T5ForConditionalGeneration(config)
         self.head = nn.Linear(32, 4)
 
     def forward(self, **batch: Tensor) -> Any:
-        return self.head(self.both(**batch)[-1])  # T5's is what its encoder has made
+        return self.head(self.both(**batch)[-1])  # T5 returns the states of its encoder last
 
 
-class OwnDecoder(nn.Module):
+class CustomDecoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.reader = nn.Embedding(VOCABULARY, 32), Reader()
+        self.words, self.reader = nn.Embedding(VOCABULARY, 32), CrossBlock()
 
     def forward(
         self,
@@ -240,7 +240,7 @@ class OwnDecoder(nn.Module):
         return (self.reader(self.words(decoder_input_ids), source, attention_mask),)
 
 
-class Reader(nn.Module):
+class CrossBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.across = nn.Linear(32, 32), nn.Linear(32, 32)
@@ -254,32 +254,32 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["t5", "own"])
-def test_a_decoder_keeps_its_mask_where_a_part_is_told_of_the_source(own: bool) -> None:
-    made = torch.arange(9) < torch.tensor([9, 3, 6, 4])[:, None]
-    model, batches, alike = Translates(own).eval(), [], []
+def test_decoder_keeps_its_mask_beside_the_mask_of_the_source(own: bool) -> None:
+    target_mask = torch.arange(9) < torch.tensor([9, 3, 6, 4])[:, None]
+    model, batches, reference_batches = EncoderDecoder(own).eval(), [], []
     for batch in TEXTS:
         ids = batch["input_ids"][:, :9]
-        given = {"decoder_input_ids": ids, "decoder_attention_mask": made.long()}
-        labels = ids.masked_fill(~made, -100)
+        given = {"decoder_input_ids": ids, "decoder_attention_mask": target_mask.long()}
+        labels = ids.masked_fill(~target_mask, -100)
         batches.append({**batch, **(given if own else {"labels": labels})})
         ids = ids if own else model.both._shift_right(labels)
-        alike.append({**batch, **given, "decoder_input_ids": ids})
+        reference_batches.append({**batch, **given, "decoder_input_ids": ids})
     names = ["up", "across"] if own else ["q", "o", "k"]
     result = run(model, batches, lora(target_modules=names, tau=1.0), **EXACT)
     source = torch.cat([b["attention_mask"].bool().flatten() for b in batches])
-    for name, x in layer_inputs(model, alike, list(result.components), False).items():
-        kept = source if len(x) == len(source) else made.flatten().repeat(len(batches))
+    for name, x in layer_inputs(model, reference_batches, list(result.components), False).items():
+        kept = source if len(x) == len(source) else target_mask.flatten().repeat(len(batches))
         assert lost(result.components[name], x[kept]) < 1e-6, name
 
 
-class Labelled(nn.Module):
-    """Words of a text, and labels that are texts themselves, as a bi-encoder of GLiNER's."""
+class WordLabeller(nn.Module):
+    """Compares words of a text with labels that are texts, as GLiNER's bi-encoder."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(7)
         self.text, self.labels, self.down = make_bert(), make_bert(), nn.Linear(32, 16)
-        self.reads, self.words, self.head = Seen(), nn.Linear(16, 16), nn.Linear(32, 16)
+        self.reads, self.words, self.head = KeepBlock(), nn.Linear(16, 16), nn.Linear(32, 16)
 
     def forward(
         self, ids: Tensor, asked: Tensor, lengths: Tensor, attention_mask: Tensor | None = None
@@ -293,18 +293,16 @@ class Labelled(nn.Module):
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("own", [False, True], ids=["default", "forward_fn"])
-@pytest.mark.parametrize("batch_tells", [False, True])
-def test_what_models_and_parts_are_told_is_known_behind_other_models(
-    batch_tells: bool, own: bool
-) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_masks_of_parts_apply_behind_other_inner_models(masked: bool, own: bool) -> None:
     lengths, asked = torch.tensor([4, 3, 1]), torch.arange(5) < torch.tensor([2, 5, 3])[:, None]
-    more = {"lengths": lengths, **({"attention_mask": KEPT.long()} if batch_tells else {})}
+    more = {"lengths": lengths, **({"attention_mask": KEPT.long()} if masked else {})}
     data = [{**b, "asked": b["ids"][:, :5].clamp(min=1) * asked, **more} for b in batches()]
     words = torch.arange(4) < lengths[:, None]
     kept = {"down": KEPT, "reads.before": words, "words": words, "head": asked}
     kept |= {"labels.encoder.layer.0.output.dense": asked}
     options = {**EXACT, "forward_fn": lambda m, b: m(**b)} if own else EXACT
-    model = Labelled().eval()
+    model = WordLabeller().eval()
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **options)
     for name, x in layer_inputs(model, data, list(kept), masked=False).items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name

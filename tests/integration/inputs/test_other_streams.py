@@ -1,4 +1,4 @@
-"""Masks of other streams, and of inputs that a model has made longer."""
+"""Masks of cross-attended inputs, and of inputs that a model pads to a longer sequence."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SIZE: dict[str, Any] = {
 
 
 class CrossAttention(nn.Module):
-    """Pixels that look at text, with the names that diffusers gives."""
+    """Pixels that attend to text, with layer names as in diffusers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,12 +72,12 @@ class CrossAttention(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_a_mask_of_given_states_is_of_keys_and_values_alone() -> None:
+def test_encoder_attention_mask_applies_only_to_keys_and_values() -> None:
     generator, mask = torch.Generator().manual_seed(0), torch.ones(3, 7)
     mask[1, 4:], mask[2, 2:] = 0, 0
     batches = [
         {
-            "sample": torch.randn(3, 7, 16, generator=generator),  # as many as there is text
+            "sample": torch.randn(3, 7, 16, generator=generator),  # as many as text tokens
             "encoder_hidden_states": torch.randn(3, 7, 16, generator=generator).cumsum(1),
             "encoder_attention_mask": mask,
         }
@@ -89,14 +89,14 @@ def test_a_mask_of_given_states_is_of_keys_and_values_alone() -> None:
     pixels = torch.cat([b["sample"].flatten(0, 1) for b in batches])
     for name, rows in (("to_q", pixels), ("to_k", text), ("to_v", text)):
         assert lost(result.components[f"attn2.{name}"], rows) < 1e-6, name
-    # they are never what the model's own text has the mask of
+    # the mask of the model's own text never applies to them
     rule = TokenMask(mask[:, :5].bool(), cross_masks=[mask.bool()])
     with pytest.warns(EvaWarning, match=r"to_k: no token mask fits.*\(3, 5\)"):
         assert rule.rows(torch.Size((3, 5, 16)), torch.device("cpu"), "attn2.to_k") is None
 
 
-class Painter(nn.Module):
-    """Makes images of text, with names that models of diffusers give."""
+class ImageModel(nn.Module):
+    """Makes images from text, with layer names as in diffusers."""
 
     def __init__(self, mask: str) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Painter(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("of_own", [True, False], ids=["forward_fn", "default"])
+@pytest.mark.parametrize("use_forward_fn", [True, False], ids=["forward_fn", "default"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -126,10 +126,10 @@ class Painter(nn.Module):
         *["text_embedding_mask", "attention_mask"],
     ],
 )
-def test_padding_of_the_text_that_images_are_made_of(name: str, of_own: bool) -> None:
+def test_padding_of_the_prompt_of_an_image_model_is_masked(name: str, use_forward_fn: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.arange(7) < torch.tensor([7, 4, 2])[:, None]
-    pixels = 9 if name == "attention_mask" else 7  # as many as there is text, where names tell
+    pixels = 9 if name == "attention_mask" else 7  # as many as text tokens where names tell
     batches = [
         {
             "hidden_states": torch.randn(3, pixels, 16, generator=generator),
@@ -138,12 +138,12 @@ def test_padding_of_the_text_that_images_are_made_of(name: str, of_own: bool) ->
         }
         for _ in range(4)
     ]
-    options: dict[str, Any] = {"forward_fn": lambda m, b: m(**b)} if of_own else {}
-    model, config = Painter(name), lora(tau=1.0, target_modules="all-linear")
+    options: dict[str, Any] = {"forward_fn": lambda m, b: m(**b)} if use_forward_fn else {}
+    model, config = ImageModel(name), lora(tau=1.0, target_modules="all-linear")
     result = run(model, batches, config, method="gram", max_steps=4, **options)
-    seen = layer_inputs(model, batches, list(result.ranks), masked=False)
-    assert len(seen) == 7
-    for layer, x in seen.items():
+    inputs = layer_inputs(model, batches, list(result.ranks), masked=False)
+    assert len(inputs) == 7
+    for layer, x in inputs.items():
         text = layer not in ("img_in", "ff")
         rows = x[mask.flatten().repeat(4)] if text else x
         assert lost(result.components[layer], rows) < 1e-6, layer
@@ -157,8 +157,8 @@ PROMPT = """caption_projection.linear_1 context_embedder.proj_in context_refiner
     cross_attention_proj.0 time_embed.pooler.to_kv attn.add_q_proj attn.to_add_out"""
 
 
-def test_layers_that_read_the_text_that_images_are_made_of() -> None:
-    """By the names that models of diffusers give them."""
+def test_prompt_layers_are_recognised_by_diffusers_names() -> None:
+    """The names are those of diffusers models."""
     kept = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
     mask = TokenMask(None, cross_masks=[kept])
     shape, device = torch.Size((3, 5, 8)), torch.device("cpu")
@@ -179,7 +179,7 @@ def test_masks_of_two_encoders() -> None:
         rows = mask.rows(torch.Size((*kept.shape, 8)), device, "context_embedder")
         assert rows is not None
         assert torch.equal(rows, kept.flatten().nonzero().flatten())
-    # the layers of images have no mask, nor a warning, and a model's own text has its own
+    # image layers get neither mask nor warning; a model's own text keeps its own mask
     assert mask.rows(torch.Size((3, 5, 8)), device, "blocks.0.attn.to_k") is None
     own = TokenMask(~first, cross_masks=[first]).rows(
         torch.Size((3, 5, 8)), device, "context_embedder"
@@ -188,7 +188,7 @@ def test_masks_of_two_encoders() -> None:
     assert torch.equal(own, (~first).flatten().nonzero().flatten())
 
 
-def test_a_decoder_that_is_given_states() -> None:
+def test_decoder_keys_use_the_mask_of_the_encoder_states() -> None:
     torch.manual_seed(0)
     config = BertConfig(**SIZE, is_decoder=True, add_cross_attention=True)
     model, texts = BertLMHeadModel(config).eval(), text_batches(4, length=9)
@@ -208,7 +208,7 @@ def test_a_decoder_that_is_given_states() -> None:
     assert lost(found.components[query], layer_inputs(model, texts, [query])[query]) < 1e-6
 
 
-def test_gpt2_as_a_decoder() -> None:
+def test_gpt2_decoder_masks_keys_by_source_and_queries_by_labels() -> None:
     torch.manual_seed(0)
     decoder = GPT2Config(
         vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
@@ -226,22 +226,22 @@ def test_gpt2_as_a_decoder() -> None:
         model, texts, lora(tau=1.0, target_modules=names), method="gram", max_steps=4
     ).components
     for name, mask in zip(names, masks, strict=True):
-        seen = [layer_inputs(model, [b], [name], masked=False)[name] for b in texts]
-        rows = [x[mask(b).flatten()] for x, b in zip(seen, texts, strict=True)]
+        inputs = [layer_inputs(model, [b], [name], masked=False)[name] for b in texts]
+        rows = [x[mask(b).flatten()] for x, b in zip(inputs, texts, strict=True)]
         assert lost(found[name], torch.cat(rows)) < 1e-6, name
 
 
 def with_images(length: int, size: int) -> list[dict[str, Tensor]]:
-    """Return batches of padded texts, the first of each whole, and of images."""
+    """Return batches of images and padded texts; the first text of each batch has no padding."""
     torch.manual_seed(0)
     texts = text_batches(4, length=length)
     for batch in texts:
-        batch["attention_mask"][0] = 1  # so that none is cut
+        batch["attention_mask"][0] = 1  # so that no batch is trimmed
     return [{**batch, "pixel_values": torch.randn(4, 3, size, size)} for batch in texts]
 
 
 def blip(make: type[nn.Module], **labels: Tensor) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Return a model, and batches with texts that are as long as images have patches: 17."""
+    """Return a model, and batches whose texts have as many tokens as images have patches: 17."""
     torch.manual_seed(0)
     small = {k: v for k, v in SIZE.items() if k.startswith(("hidden", "inter", "num"))}
     special = {"bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "pad_token_id": 0}
@@ -257,20 +257,22 @@ def check_streams(
     model: nn.Module, batches: list[dict[str, Tensor]], given: dict[str, Tensor], text: list[str],
     others: list[str],
 ) -> None:  # fmt: skip
-    """The rows of some layers are those that the texts' mask keeps, of others all."""
+    """Text layers use the rows that the text mask keeps, other layers all rows."""
     names = [*text, *others]
     found = run(
         model, batches, lora(tau=1.0, target_modules=names), method="gram", max_steps=4
     ).components
     for name in names:
-        seen = [layer_inputs(model, [{**b, **given}], [name], masked=False)[name] for b in batches]
+        inputs = [
+            layer_inputs(model, [{**b, **given}], [name], masked=False)[name] for b in batches
+        ]
         masks = [b["attention_mask"].bool().flatten() for b in batches]
-        rows = [x[m] if name in text else x for x, m in zip(seen, masks, strict=True)]
+        rows = [x[m] if name in text else x for x, m in zip(inputs, masks, strict=True)]
         assert lost(found[name], torch.cat(rows)) < 1e-6, name
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_cross_attention_to_images_of_as_many_patches_as_tokens() -> None:
+def test_image_keys_are_unmasked_with_as_many_patches_as_tokens() -> None:
     model, batches = blip(BlipForConditionalGeneration)
     cross = "text_decoder.bert.encoder.layer.1.crossattention.self"
     check_streams(model, batches, {}, [f"{cross}.query"], [f"{cross}.key", f"{cross}.value"])
@@ -278,22 +280,22 @@ def test_cross_attention_to_images_of_as_many_patches_as_tokens() -> None:
 
 @pytest.mark.parametrize("length", [17, 9])
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_blip_that_answers(length: int) -> None:
+def test_blip_question_answering_masks_each_stream(length: int) -> None:
     answers = torch.randint(3, VOCABULARY, (4, length))
     model, batches = blip(BlipForQuestionAnswering, labels=answers)
     for batch in batches:
-        batch["attention_mask"][:, 12:] = 0  # which its decoder looks at, and so none is cut
-    asks, tells = (
+        batch["attention_mask"][:, 12:] = 0  # the decoder attends to these, so nothing is cut
+    question, answer = (
         f"text_{part}.layer.1.crossattention.self"
         for part in ("encoder.encoder", "decoder.bert.encoder")
     )
-    text = [f"{asks}.query", f"{tells}.key", f"{tells}.value"]
-    others = [f"{asks}.key", f"{tells}.query", tells.replace("self", "output.dense")]
+    text = [f"{question}.query", f"{answer}.key", f"{answer}.value"]
+    others = [f"{question}.key", f"{answer}.query", answer.replace("self", "output.dense")]
     check_streams(model, batches, {"decoder_input_ids": answers}, text, others)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_images_that_look_at_text_and_text_that_looks_at_images() -> None:
+def test_cross_attention_between_text_and_images_in_both_directions() -> None:
     batches = with_images(17, 16)  # as many patches as tokens
     small = {k: v for k, v in SIZE.items() if k.startswith(("hidden", "inter", "num"))}
     vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 16, "patch_size": 4}
@@ -306,7 +308,7 @@ def test_images_that_look_at_text_and_text_that_looks_at_images() -> None:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_prompts_of_what_is_to_be_found_in_images() -> None:
+def test_sam3_text_prompts_are_masked_in_every_reader() -> None:
     sam3 = pytest.importorskip("transformers.models.sam3", reason="transformers has no SAM 3 yet")
     batches = with_images(16, 56)  # as many patches as tokens
     small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
@@ -339,7 +341,7 @@ def test_prompts_of_what_is_to_be_found_in_images() -> None:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_texts_that_are_padded_to_a_window() -> None:
+def test_text_padded_to_an_attention_window_keeps_its_mask() -> None:
     torch.manual_seed(0)
     config = LongformerConfig(**SIZE, attention_window=[8, 16], pad_token_id=1)
     model, texts = LongformerModel(config).eval(), text_batches(4, length=21)
@@ -349,16 +351,16 @@ def test_texts_that_are_padded_to_a_window() -> None:
     for name in names:
         rows = []
         for batch in texts:
-            seen = layer_inputs(model, [batch], [name], masked=False)[name]
+            inputs = layer_inputs(model, [batch], [name], masked=False)[name]
             shape = (32, 4) if "self" in name else (4, 32)
-            x = seen.reshape(*shape, -1)
+            x = inputs.reshape(*shape, -1)
             x = x.transpose(0, 1) if "self" in name else x
             rows.append(x[:, :21][batch["attention_mask"].bool()])
         assert lost(result.components[name], torch.cat(rows)) < 1e-6, name
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_only_the_encoder_is_padded_to_a_window() -> None:
+def test_led_pads_only_the_encoder_to_a_window() -> None:
     torch.manual_seed(0)
     config = LEDConfig(
         vocab_size=VOCABULARY,
@@ -384,8 +386,8 @@ def test_only_the_encoder_is_padded_to_a_window() -> None:
     for name, length, key in zip(names, (21, 11), ("", "decoder_"), strict=True):
         rows = []
         for batch in batches:
-            seen = layer_inputs(model, [batch], [name], masked=False)[name].reshape(4, -1, 32)
-            rows.append(seen[:, :length][batch[f"{key}attention_mask"].bool()])
+            inputs = layer_inputs(model, [batch], [name], masked=False)[name].reshape(4, -1, 32)
+            rows.append(inputs[:, :length][batch[f"{key}attention_mask"].bool()])
         assert lost(result.components[name], torch.cat(rows)) < 1e-6, name
 
 
@@ -408,10 +410,10 @@ def make_llama4() -> nn.Module:
     return model
 
 
-# of PEFT 0.17, which proceeds at our risk
+# PEFT 0.17 warns and proceeds
 @pytest.mark.filterwarnings("ignore:Unsupported layer type .*Experts:UserWarning")
-def test_experts_whose_lora_a_faces_the_output() -> None:
-    """Llama 4 keeps its weights as (E, in, out), and PEFT does not know it."""
+def test_transposed_experts_keep_the_default_initialisation() -> None:
+    """Llama 4 stores expert weights as (E, in, out), which PEFT does not account for."""
     experts = ["experts.gate_up_proj", "experts.down_proj"]
     config = lora(target_modules=["q_proj"], target_parameters=experts)
     with pytest.warns(EvaWarning, match="16 layers keep the default.*stored as .in, out."):
@@ -423,9 +425,9 @@ def test_experts_whose_lora_a_faces_the_output() -> None:
         run(make_llama4(), text_batches(3), config)
 
 
-@pytest.mark.filterwarnings(r"ignore:.*leading shape \(4, 3\)")  # tokens of the layers' own
+@pytest.mark.filterwarnings(r"ignore:.*leading shape \(4, 3\)")  # global tokens of the layers
 @pytest.mark.parametrize("length", [21, 16])
-def test_texts_that_are_moved_by_half_a_window(length: int) -> None:
+def test_text_shifted_by_half_a_window_keeps_its_mask(length: int) -> None:
     torch.manual_seed(0)
     config = PegasusXConfig(
         vocab_size=VOCABULARY, d_model=32, **BOTH_SIDES, block_size=8, num_global_tokens=3
@@ -435,6 +437,6 @@ def test_texts_that_are_moved_by_half_a_window(length: int) -> None:
     found = eva_kernels.check_padding(encoder, text, lora(target_modules=names))
     whole, kept = length + -length % 8, int(text["attention_mask"].sum())
     for name, rows in found.layers.items():
-        moved = 8 if "layers.1.self_attn" in name else 0
-        assert rows.rows == 4 * (whole + moved + 3), name
+        shift = 8 if "layers.1.self_attn" in name else 0
+        assert rows.rows == 4 * (whole + shift + 3), name
         assert (rows.counted, rows.padding_counted) == (kept + 4 * 3, 0), name

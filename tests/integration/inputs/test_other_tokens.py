@@ -1,4 +1,4 @@
-"""Tokens that are others than those that a part of the model is told of, though as many."""
+"""A mask of one stream does not apply to another one with as many tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run
-from integration.inputs.test_part_masks import EXACT, KEPT, Block, Seen, batches
+from integration.inputs.test_part_masks import EXACT, KEPT, Block, KeepBlock, batches
 
 
-class Translates(nn.Module):
-    """Pads its sources and its targets to the same length, and tells the encoder alone."""
+class EncoderDecoder(nn.Module):
+    """Pads sources and targets to the same length, and masks the encoder only."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -24,26 +24,26 @@ class Translates(nn.Module):
         layer = nn.TransformerEncoderLayer(16, 2, 24, **options)
         self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.decoder = nn.TransformerDecoderLayer(16, 2, 24, **options)
-        self.asks = Asks()
+        self.asks = CrossLayer()
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.encoder(self.words(ids), src_key_padding_mask=ids == 0)
-        x = x * ids.ne(0)[..., None]  # which torch may leave as it likes
+        x = x * ids.ne(0)[..., None]  # torch leaves the outputs at padding undefined
         if self.kind == "torch":
             return self.decoder(self.words(ids.flip(1)), x)
         return self.asks(self.words(ids.flip(1)), x, dec_enc_attn_mask=ids.ne(0)[:, None])
 
 
-class Asks(nn.Module):
+class CrossLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.attention, self.linear1 = Attends(), nn.Linear(16, 16)
+        self.attention, self.linear1 = CrossAttention(), nn.Linear(16, 16)
 
     def forward(self, x: Tensor, enc_output: Tensor, dec_enc_attn_mask: Tensor) -> Tensor:
         return self.linear1(self.attention(x, enc_output, enc_output, dec_enc_attn_mask))
 
 
-class Attends(nn.Module):
+class CrossAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear2 = nn.Linear(16, 16)
@@ -53,8 +53,8 @@ class Attends(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["torch", "other names"])
-def test_a_decoder_of_as_many_tokens_as_its_encoder(kind: str) -> None:
-    model = Translates(kind).eval()
+def test_encoder_mask_does_not_mask_a_decoder_of_equal_length(kind: str) -> None:
+    model = EncoderDecoder(kind).eval()
     whole = ["decoder.linear1", "decoder.linear2"]
     whole = whole if kind == "torch" else ["asks.linear1", "asks.attention.linear2"]
     kept = ["encoder.layers.0.linear2"]
@@ -64,44 +64,44 @@ def test_a_decoder_of_as_many_tokens_as_its_encoder(kind: str) -> None:
         assert lost(result.components[name], x) < 1e-6, name
 
 
-def test_images_beside_text_of_as_many_tokens_in_a_users_module() -> None:
+def test_text_mask_does_not_mask_images_of_equal_length() -> None:
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     size["num_attention_heads"] = 2
     ends = {"bos_token_id": 1, "eos_token_id": 1}
     text = {**size, **ends, "vocab_size": VOCABULARY, "max_position_embeddings": 5}
     images = {**size, "image_size": 8, "patch_size": 4}  # 4 patches and a class token
 
-    class Both(nn.Module):
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
             self.clip = CLIPModel(CLIPConfig(text_config=text, vision_config=images))
 
         def forward(self, ids: Tensor, images: Tensor) -> Tensor:
-            asked = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
-            return self.clip(pixel_values=images, **asked).logits_per_text
+            text_inputs = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+            return self.clip(pixel_values=images, **text_inputs).logits_per_text
 
     data = [{"ids": b["ids"][:, :5], "images": torch.randn(3, 3, 8, 8)} for b in batches()]
     names = [f"clip.{kind}_model.encoder.layers.0.mlp.fc1" for kind in ("text", "vision")]
-    model = Both().eval()
+    model = Model().eval()
     result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
     for name, x in layer_inputs(model, data, names).items():
         x = x[KEPT[:, :5].flatten().repeat(4)] if "text" in name else x
         assert lost(result.components[name], x) < 1e-6, name
 
 
-class Told(nn.Module):
+class MaskedIdentity(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
         return x + 1
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_another_tower_behind_one_that_is_told(tower: str) -> None:
+def test_mask_of_a_tower_applies_to_a_text_head_and_not_to_a_vision_head(tower: str) -> None:
     class Towers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.told = nn.Embedding(VOCABULARY, 16), Told()
+            self.words, self.told = nn.Embedding(VOCABULARY, 16), MaskedIdentity()
             self.add_module(f"{tower}_head", nn.Linear(16, 16))
 
         def forward(self, ids: Tensor) -> Tensor:
@@ -115,11 +115,11 @@ def test_another_tower_behind_one_that_is_told(tower: str) -> None:
 
 
 @pytest.mark.parametrize("tower", ["vision", "text"])
-def test_another_tower_behind_one_that_is_told_in_a_part_that_is_told_of_more(tower: str) -> None:
+def test_mask_of_a_tower_applies_to_text_heads_inside_a_part_with_lengths(tower: str) -> None:
     class Towers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.told = nn.Embedding(VOCABULARY, 16), Told()
+            self.words, self.told = nn.Embedding(VOCABULARY, 16), MaskedIdentity()
             self.add_module(f"{tower}_head", nn.Linear(16, 16))
 
         def forward(self, sound: Tensor, lengths: Tensor, ids: Tensor) -> Tensor:
@@ -140,12 +140,12 @@ def test_another_tower_behind_one_that_is_told_in_a_part_that_is_told_of_more(to
     assert tokens == 4 * (KEPT.numel() if tower == "vision" else int(KEPT.sum()))
 
 
-def test_what_is_behind_a_tower_of_sound_that_is_told() -> None:
-    class Hears(nn.Module):
+def test_layer_behind_a_masked_audio_layer_is_masked() -> None:
+    class AudioTower(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.audio_layer, self.audio_head = Told(), nn.Linear(16, 16)
+            self.audio_layer, self.audio_head = MaskedIdentity(), nn.Linear(16, 16)
 
         def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
             padding = torch.arange(x.shape[1]) >= lengths[:, None]
@@ -153,16 +153,16 @@ def test_what_is_behind_a_tower_of_sound_that_is_told() -> None:
 
     data = [{"x": torch.randn(3, 7, 16), "lengths": KEPT.sum(1)} for _ in range(4)]
     config = lora(tau=1.0, target_modules=["audio_head"])
-    assert run(Hears().eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
+    assert run(AudioTower().eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("steps", [4, 7])
-def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None:
-    class Looks(Block):
+def test_context_mask_of_a_part_applies_only_to_its_context(steps: int) -> None:
+    class ContextBlock(Block):
         def __init__(self) -> None:
             super().__init__()
-            self.keys, self.inner = nn.Linear(16, 16), Seen()
+            self.keys, self.inner = nn.Linear(16, 16), KeepBlock()
 
         def forward(self, x: Tensor, context: Tensor, context_mask: Tensor) -> Tensor:
             x = self.inner(x, mask=KEPT.flip(0)[:, :steps])  # of its own tokens
@@ -172,7 +172,11 @@ def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.encoder, self.decoder = nn.Embedding(VOCABULARY, 16), Seen(), Looks()
+            self.words, self.encoder, self.decoder = (
+                nn.Embedding(VOCABULARY, 16),
+                KeepBlock(),
+                ContextBlock(),
+            )
 
         def forward(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
             context = self.encoder(self.words(source), mask=mask)
@@ -182,7 +186,7 @@ def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None
     data = [{**b, "mask": KEPT} for b in data]
     names = ["encoder.before", "encoder.behind", "decoder.before", "decoder.behind"]
     names += ["decoder.inner.before", "decoder.inner.behind"]
-    names += ["decoder.keys"] if steps != 7 else []  # of as many, which ones nobody tells
+    names += ["decoder.keys"] if steps != 7 else []  # ambiguous with equal lengths
     model = Model().eval()
     result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
     for name, x in layer_inputs(model, data, names).items():
@@ -192,12 +196,12 @@ def test_the_mask_that_a_part_is_told_for_what_it_attends_to(steps: int) -> None
         assert lost(result.components[name], x) < 1e-6, name
 
 
-class Words(nn.Module):
-    """Reads words and spans of the text that a model of transformers has read, as GLiNER."""
+class WordReader(nn.Module):
+    """Reads words and spans of a text encoded by a transformers model, as GLiNER."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bert, self.down, self.reads = make_bert(), nn.Linear(32, 16), Seen()
+        self.bert, self.down, self.reads = make_bert(), nn.Linear(32, 16), KeepBlock()
         self.behind, self.spans = nn.Linear(16, 16), nn.Linear(32, 16)
 
     def forward(
@@ -212,8 +216,8 @@ class Words(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("own", [False, True], ids=["default", "forward_fn"])
-def test_words_and_spans_of_a_text_whose_mask_the_batch_gives(own: bool) -> None:
+@pytest.mark.parametrize("use_forward_fn", [False, True], ids=["default", "forward_fn"])
+def test_words_and_spans_have_their_own_masks_beside_the_batch_mask(use_forward_fn: bool) -> None:
     lengths = torch.tensor([4, 3, 1])
     words = torch.arange(4) < lengths[:, None]
     spans = words[:, torch.triu_indices(4, 4)[1]]
@@ -221,18 +225,18 @@ def test_words_and_spans_of_a_text_whose_mask_the_batch_gives(own: bool) -> None
     data = [{"input_ids": batch["ids"], **given} for batch in batches()]
     kept = {"bert.encoder.layer.0.intermediate.dense": KEPT, "down": KEPT, "spans": spans}
     kept |= {"reads.before": words, "reads.behind": words, "behind": words}
-    model = Words().eval()
-    options = {**EXACT, "forward_fn": lambda m, b: m(**b)} if own else EXACT
+    model = WordReader().eval()
+    options = {**EXACT, "forward_fn": lambda m, b: m(**b)} if use_forward_fn else EXACT
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **options)
     for name, x in layer_inputs(model, data, list(kept), False).items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
 
 
-def test_a_mask_of_as_many_samples_as_tokens() -> None:
+def test_mask_with_as_many_samples_as_tokens_applies() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.block = nn.Embedding(VOCABULARY, 16), Seen()
+            self.words, self.block = nn.Embedding(VOCABULARY, 16), KeepBlock()
 
         def forward(self, ids: Tensor) -> Tensor:
             return self.block(self.words(ids), ids.ne(0))
@@ -244,8 +248,8 @@ def test_a_mask_of_as_many_samples_as_tokens() -> None:
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("steps", [4, 7])
-def test_masks_of_a_source_and_of_a_target(steps: int) -> None:
-    class Decodes(Block):
+def test_source_and_target_masks_apply_to_their_streams(steps: int) -> None:
+    class DecoderBlock(Block):
         def __init__(self) -> None:
             super().__init__()
             self.keys = nn.Linear(16, 16)
@@ -253,11 +257,15 @@ def test_masks_of_a_source_and_of_a_target(steps: int) -> None:
         def forward(self, x: Tensor, memory: Tensor, src_mask: Tensor, tgt_mask: Tensor) -> Tensor:
             return self.run(x, self.keys(memory), ~src_mask[:, 0])
 
-    class Model(nn.Module):  # as the annotated transformer
+    class Model(nn.Module):  # as in The Annotated Transformer
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.encoder, self.decoder = nn.Embedding(VOCABULARY, 16), Seen(), Decodes()
+            self.words, self.encoder, self.decoder = (
+                nn.Embedding(VOCABULARY, 16),
+                KeepBlock(),
+                DecoderBlock(),
+            )
 
         def forward(self, src: Tensor, tgt: Tensor, src_mask: Tensor, tgt_mask: Tensor) -> Tensor:
             memory = self.encoder(self.words(src), src_mask)
@@ -269,7 +277,7 @@ def test_masks_of_a_source_and_of_a_target(steps: int) -> None:
     data = [{"src": b["ids"], "tgt": b["ids"].flip(0)[:, :steps], **masks} for b in batches()]
     kept = {"encoder.before": KEPT, "encoder.behind": KEPT}
     kept |= {"decoder.before": targets, "decoder.behind": targets}
-    kept |= {"decoder.keys": KEPT} if steps != 7 else {}  # of as many, which ones nobody tells
+    kept |= {"decoder.keys": KEPT} if steps != 7 else {}  # ambiguous with equal lengths
     model = Model().eval()
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
     for name, x in layer_inputs(model, data, list(kept), False).items():
@@ -277,22 +285,26 @@ def test_masks_of_a_source_and_of_a_target(steps: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tokens", "row", "pairs"])
-def test_a_text_without_padding_behind_one_with_it(kind: str) -> None:
+def test_text_without_padding_is_whole_after_a_padded_one(kind: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.block, self.behind = nn.Embedding(VOCABULARY, 16), Seen(), Seen()
+            self.words, self.block, self.behind = (
+                nn.Embedding(VOCABULARY, 16),
+                KeepBlock(),
+                KeepBlock(),
+            )
 
         def forward(self, first: Tensor, second: Tensor) -> Tensor:
-            return self.of(first).sum() + self.of(second).sum()
+            return self.encode(first).sum() + self.encode(second).sum()
 
-        def of(self, ids: Tensor) -> Tensor:
-            seen = ids.ne(0)
-            x = self.block(self.words(ids), seen[:, None] if kind == "row" else seen)
-            if kind == "pairs":  # where padding sees itself, too
+        def encode(self, ids: Tensor) -> Tensor:
+            attended = ids.ne(0)
+            x = self.block(self.words(ids), attended[:, None] if kind == "row" else attended)
+            if kind == "pairs":  # where padding attends to itself, too
                 return self.behind(x, torch.ones(len(x), 7, 7, dtype=torch.bool).tril())
-            return self.behind(x, seen)
+            return self.behind(x, attended)
 
     data = [{"first": b["ids"], "second": b["ids"].clamp(min=1)} for b in batches()]
     names, model = ["block.behind", "behind.before"], Model().eval()
@@ -303,30 +315,34 @@ def test_a_text_without_padding_behind_one_with_it(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("batch_tells", [True, False])
-def test_words_behind_spans_that_are_made_of_them(batch_tells: bool) -> None:
+@pytest.mark.parametrize("mask_in_batch", [True, False])
+def test_layer_behind_words_keeps_their_mask_after_spans(mask_in_batch: bool) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.text, self.reads, self.spans = nn.Embedding(VOCABULARY, 16), Seen(), Seen()
+            self.text, self.reads, self.spans = (
+                nn.Embedding(VOCABULARY, 16),
+                KeepBlock(),
+                KeepBlock(),
+            )
             self.behind, self.vision_head = nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(
             self, input_ids: Tensor, lengths: Tensor, attention_mask: Tensor | None = None
         ) -> Tensor:
-            seen = torch.arange(4) < lengths[:, None]
-            words = self.reads(self.text(input_ids)[:, 1:5], seen)
-            spans = self.spans(words[:, :3] + words[:, 1:], seen[:, 1:])
+            attended = torch.arange(4) < lengths[:, None]
+            words = self.reads(self.text(input_ids)[:, 1:5], attended)
+            spans = self.spans(words[:, :3] + words[:, 1:], attended[:, 1:])
             images = self.vision_head(self.text.weight[:12].view(3, 4, 16))  # as many as words
             return self.behind(words).sum() + spans.sum() + images.sum()
 
     lengths = torch.tensor([4, 3, 2])
-    seen = {"attention_mask": KEPT.long()} if batch_tells else {}
-    data = [{"input_ids": b["ids"], "lengths": lengths, **seen} for b in batches()]
+    attended = {"attention_mask": KEPT.long()} if mask_in_batch else {}
+    data = [{"input_ids": b["ids"], "lengths": lengths, **attended} for b in batches()]
     words = torch.arange(4) < lengths[:, None]
     kept = {"behind": words, "spans.before": words[:, 1:]}
-    kept |= {} if batch_tells else {"vision_head": torch.ones(3, 4, dtype=torch.bool)}
+    kept |= {} if mask_in_batch else {"vision_head": torch.ones(3, 4, dtype=torch.bool)}
     model = Model().eval()
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
     for name, x in layer_inputs(model, data, list(kept), False).items():

@@ -1,4 +1,4 @@
-"""What parts of a model are told of padding, whatever the batch calls it."""
+"""Masks passed to parts of a model mark padding, whatever their arguments are called."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from integration.conftest import (
 LENGTHS = torch.tensor([7, 4, 2])
 KEPT = torch.arange(7) < LENGTHS[:, None]
 EXACT: dict[str, Any] = {"method": "gram", "max_steps": 4}
-SAYS = [
+NESTED_TENSOR_WARNINGS = [
     "ignore:.*nested tensors is in prototype stage",
     "ignore:enable_nested_tensor is True, but",
 ]
-SEEN = ["plain", "rows", "row of all heads", "rows of each"]
+KEEP_KINDS = ["plain", "rows", "row of all heads", "rows of each"]
 KINDS = ["named", "sequence first", "kept", "pairs", "attention", "sequence", "sequences", "any"]
-pytestmark = [pytest.mark.filterwarnings(says) for says in SAYS]
+pytestmark = [pytest.mark.filterwarnings(message) for message in NESTED_TENSOR_WARNINGS]
 
 
-class Texts(nn.Module):
-    """Makes its mask of token ids, or of lengths."""
+class TextEncoder(nn.Module):
+    """Computes its padding mask from token ids or from lengths."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -70,22 +70,22 @@ class Texts(nn.Module):
 def batches(lengths: bool = False) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randint(1, VOCABULARY, (3, 7), generator=generator) for _ in range(4)]
-    if lengths:  # whose padding is no zero
+    if lengths:  # padding that is not zero
         return [{"ids": ids, "lengths": LENGTHS} for ids in draws]
     return [{"ids": ids * KEPT} for ids in draws]
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("of_own", [False, True], ids=["default", "forward_fn"])
+@pytest.mark.parametrize("use_forward_fn", [False, True], ids=["default", "forward_fn"])
 @pytest.mark.parametrize(
     "kind", ["ids", "lengths", "one by one", "sequence first", "class token", "decoder"]
 )
-def test_padding_that_a_model_finds_itself(kind: str, of_own: bool) -> None:
-    model, data = Texts(kind).eval(), batches(kind == "lengths")
+def test_padding_mask_computed_by_the_model_applies(kind: str, use_forward_fn: bool) -> None:
+    model, data = TextEncoder(kind).eval(), batches(kind == "lengths")
     part = {"one by one": "each.1", "decoder": "decoder.layers.0"}.get(kind, "encoder.layers.1")
     kept = pad(KEPT, (1, 0), value=True) if kind == "class token" else KEPT
     rows = (kept.mT if kind == "sequence first" else kept).flatten().repeat(4)
-    options = {**EXACT, "forward_fn": lambda m, b: m(*b.values())} if of_own else EXACT
+    options = {**EXACT, "forward_fn": lambda m, b: m(*b.values())} if use_forward_fn else EXACT
     names, before = [f"{part}.linear1", f"{part}.linear2"], hooks_of(model)
     result = run(model, data, lora(tau=1.0, target_modules=names), **options)
     assert hooks_of(model) == before
@@ -94,22 +94,22 @@ def test_padding_that_a_model_finds_itself(kind: str, of_own: bool) -> None:
     assert result.tokens == int(rows.sum())
 
 
-def test_what_a_batch_says_of_its_tokens_goes_first() -> None:
+def test_mask_of_the_batch_takes_precedence() -> None:
     data = [{**b, "attention_mask": KEPT & (torch.arange(7) > 0)} for b in batches()]
     name = "encoder.layers.0.linear1"
 
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
         model(batch["ids"])
 
-    model, config = Texts("ids").eval(), lora(tau=1.0, target_modules=[name])
+    model, config = TextEncoder("ids").eval(), lora(tau=1.0, target_modules=[name])
     result = run(model, data, config, forward_fn=forward, **EXACT)
     assert result.tokens == 4 * int(KEPT[:, 1:].sum())
     whole = run(model, data, config, prepare_model_inputs_fn=None, forward_fn=forward, **EXACT)
     assert whole.tokens == 4 * KEPT.numel()
 
 
-def test_a_failure_leaves_nothing() -> None:
-    class Fails(Texts):
+def test_failed_forward_leaves_no_hooks() -> None:
+    class Fails(TextEncoder):
         def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
             super().forward(ids)
             raise KeyError("after all")
@@ -122,7 +122,7 @@ def test_a_failure_leaves_nothing() -> None:
 
 
 class Block(nn.Module):
-    """Attention and what is behind it; other ways to tell it of padding are in its subclasses."""
+    """Attention between linear layers; subclasses take the padding mask in different forms."""
 
     def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
@@ -136,53 +136,62 @@ class Block(nn.Module):
         return x + self.behind(x).tanh()
 
 
-class OfItsOwn(Block):
+class PaddingBlock(Block):
     def forward(self, x: Tensor, self_attn_padding_mask: Tensor | None = None) -> Tensor:
         return self.run(x, None, self_attn_padding_mask)
 
 
-class Kept(Block):
-    def forward(self, x: Tensor, key_padding_mask: Tensor) -> Tensor:  # as flash-attn means it
+class KeysBlock(Block):
+    def forward(self, x: Tensor, key_padding_mask: Tensor) -> Tensor:  # as in flash-attn
         return self.run(x, None, ~key_padding_mask)
 
 
-class Pairs(Block):
+class PairBlock(Block):
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         return self.run(x, None, attention_mask[:, 0, 0] < 0)
 
 
-class Seen(Block):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # as x-transformers', ESPnet's, NaViT's
+class KeepBlock(Block):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # as x-transformers, ESPnet, NaViT
         return self.run(x, None, ~mask.reshape(len(x), -1, mask.shape[-1]).any(1))
 
 
-class AnyName(Seen):
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # as that of performer-pytorch
+class KwargsBlock(KeepBlock):
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # as in performer-pytorch
         return super().forward(*args, **kwargs)
 
 
-class Sequences(Block):
-    def forward(self, x: Tensor, sequence_id: Tensor) -> Tensor:  # as ESM C's and ESM3's
+class SequenceBlock(Block):
+    def forward(self, x: Tensor, sequence_id: Tensor) -> Tensor:  # as in ESM C and ESM3
         padding = sequence_id < 0 if sequence_id.dtype == torch.long else ~sequence_id
         return self.run(x, None, padding)
 
 
-class Hidden(Block):
+class HiddenBlock(Block):
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         return self.run(x, None, hidden)
 
 
-class Found(nn.Module):
-    """Finds the padding among its token ids, and tells its parts of it."""
+class PaddingFinder(nn.Module):
+    """Finds the padding among its token ids, and passes a mask to its blocks."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.kind, first = kind, kind != "sequence first"
         self.words = nn.Embedding(VOCABULARY, 16)
-        of_kind = {"kept": Kept, "pairs": Pairs, "attention": Hidden, "any": AnyName}
-        of_kind |= {"sequence": Sequences, "sequences": Sequences, **dict.fromkeys(SEEN, Seen)}
-        self.blocks = nn.ModuleList(of_kind.get(kind, OfItsOwn)(first) for _ in range(2))
+        blocks = {
+            "kept": KeysBlock,
+            "pairs": PairBlock,
+            "attention": HiddenBlock,
+            "any": KwargsBlock,
+        }
+        blocks |= {
+            "sequence": SequenceBlock,
+            "sequences": SequenceBlock,
+            **dict.fromkeys(KEEP_KINDS, KeepBlock),
+        }
+        self.blocks = nn.ModuleList(blocks.get(kind, PaddingBlock)(first) for _ in range(2))
         self.head = nn.Linear(16, 4)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -191,13 +200,13 @@ class Found(nn.Module):
         for block in self.blocks:
             if self.kind in ("kept", "sequence", "plain"):
                 x = block(x, ~padding)
-            elif self.kind == "sequences":  # two of them in one row
+            elif self.kind == "sequences":  # two sequences in one row
                 x = block(x, (torch.arange(7) > 2).long().masked_fill(padding, -1))
             elif self.kind in ("rows", "any"):
                 x = block(x, mask=~padding[:, None])
-            elif self.kind in SEEN:
-                seen = ~padding[:, None, None]
-                x = block(x, seen.expand(-1, 1, 7, -1) if "each" in self.kind else seen)
+            elif self.kind in KEEP_KINDS:
+                attended = ~padding[:, None, None]
+                x = block(x, attended.expand(-1, 1, 7, -1) if "each" in self.kind else attended)
             elif self.kind == "pairs":
                 x = block(x, attention_mask=-1e4 * padding[:, None, None].expand(-1, 1, 7, 7))
             else:
@@ -206,13 +215,10 @@ class Found(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize(
-    "kind",
-    [*SEEN, *KINDS],
-)
-def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
-    model, data = Found(kind).eval(), batches()
-    # an attention alone is told after what is before it was called
+@pytest.mark.parametrize("kind", [*KEEP_KINDS, *KINDS])
+def test_padding_masks_under_other_argument_names_apply(kind: str) -> None:
+    model, data = PaddingFinder(kind).eval(), batches()
+    # where only the attention is masked, the layer before it was called without a mask
     names = ["blocks.0.behind", "blocks.1.before", "blocks.1.behind", "head"]
     names += (
         [f"blocks.{i}.attention" for i in range(2)] if kind == "attention" else ["blocks.0.before"]
@@ -226,20 +232,20 @@ def test_padding_that_layers_are_told_of_by_other_names(kind: str) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-def test_padding_of_what_is_attended_to_is_not_that_of_what_attends() -> None:
-    class Looks(Block):
+def test_padding_of_keys_does_not_mask_queries() -> None:
+    class CrossBlock(Block):
         def forward(self, x: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
             return self.run(x, keys, padding)
 
-    class Both(nn.Module):
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.looks = nn.Embedding(VOCABULARY, 16), Looks()
+            self.words, self.looks = nn.Embedding(VOCABULARY, 16), CrossBlock()
 
         def forward(self, ids: Tensor) -> Tensor:
             return self.looks(self.words(ids.flip(1)), self.words(ids), ids == 0)
 
-    model, names = Both().eval(), ["looks.before", "looks.behind"]
+    model, names = Model().eval(), ["looks.before", "looks.behind"]
     result = run(model, batches(), lora(tau=1.0, target_modules=names), **EXACT)
     for name, x in layer_inputs(model, batches(), names).items():
         assert lost(result.components[name], x) < 1e-6, name
@@ -247,7 +253,7 @@ def test_padding_of_what_is_attended_to_is_not_that_of_what_attends() -> None:
 
 
 class Classifier(nn.Module):
-    """A model of transformers in a user's module, which makes the mask."""
+    """A transformers model in a user's module, which computes the mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,10 +265,10 @@ class Classifier(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("given", [False, True])
-def test_a_mask_that_a_users_module_gives_to_a_model_in_it(given: bool) -> None:
+@pytest.mark.parametrize("mask_in_batch", [False, True])
+def test_mask_passed_to_an_inner_transformers_model_applies(mask_in_batch: bool) -> None:
     model, data = Classifier().eval(), batches()
-    data = [{**b, "mask": KEPT} for b in data] if given else data
+    data = [{**b, "mask": KEPT} for b in data] if mask_in_batch else data
     names = ["bert.encoder.layer.0.attention.self.query", "bert.encoder.layer.1.output.dense"]
     names += ["bert.encoder.layer.1.intermediate.dense", "head"]
     result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
@@ -272,8 +278,8 @@ def test_a_mask_that_a_users_module_gives_to_a_model_in_it(given: bool) -> None:
 
 
 @pytest.mark.parametrize("steps", [3, 7])
-def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
-    class Series(nn.Module):
+def test_encoder_mask_passed_to_a_decoder_masks_only_keys(steps: int) -> None:
+    class EncoderDecoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -286,10 +292,10 @@ def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
         def forward(self, ids: Tensor) -> Tensor:
             x, mask = self.words(ids), ids.ne(0)
             x = self.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state
-            asked = {"encoder_hidden_states": x, "encoder_attention_mask": mask}
-            return self.decoder(inputs_embeds=self.words(ids[:, :steps]), **asked).last_hidden_state
+            given = {"encoder_hidden_states": x, "encoder_attention_mask": mask}
+            return self.decoder(inputs_embeds=self.words(ids[:, :steps]), **given).last_hidden_state
 
-    model, layer = Series().eval(), "decoder.block.0.layer"
+    model, layer = EncoderDecoder().eval(), "decoder.block.0.layer"
     kept = [f"{layer}.1.EncDecAttention.k", "encoder.block.0.layer.0.SelfAttention.q"]
     whole = [f"{layer}.0.SelfAttention.q", f"{layer}.1.EncDecAttention.q"]
     result = run(model, batches(), lora(tau=1.0, target_modules=kept + whole), **EXACT)
@@ -309,12 +315,12 @@ def test_the_mask_that_a_decoder_is_given_for_its_encoder(steps: int) -> None:
         "plain, to be predicted",
     ],
 )
-def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
-    class Sees(Block):
+def test_masks_with_another_meaning_are_ignored(kind: str) -> None:
+    class AttentionMask(Block):
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
             return self.run(x, None, None)
 
-    class Predicts(Block):
+    class PlainMask(Block):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return self.run(x, None, None)
 
@@ -322,19 +328,19 @@ def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.words = nn.Embedding(VOCABULARY, 16)
-            self.block = Predicts() if "predicted" in kind or "plain" in kind else Sees()
+            self.block = PlainMask() if "predicted" in kind or "plain" in kind else AttentionMask()
 
         def forward(self, ids: Tensor) -> Tensor:
-            if kind == "pairs of as many":  # tokens as samples
+            if kind == "pairs of as many":  # as many tokens as samples
                 mask = torch.ones(3, 3, dtype=torch.bool).tril()
-            elif kind == "plain pairs of as many":  # of neighbours
+            elif kind == "plain pairs of as many":  # each with its neighbours
                 mask = torch.ones(3, 3, dtype=torch.bool).tril(1).triu(-1)
             elif "to be predicted" in kind:
                 mask = torch.arange(7).expand(3, 7) % 3 == 0
                 mask = mask if "plain" in kind else mask[:, None]
-            elif kind == "distances":  # as Falcon's
+            elif kind == "distances":  # as in Falcon
                 mask = 0.5 * torch.arange(7).expand(3, 1, 7, 7) + torch.full((7, 7), -1e9).triu(1)
-            else:  # as Longformer's
+            else:  # as in Longformer
                 mask = torch.zeros_like(ids).index_fill(1, torch.tensor([0]), 10000)
             return self.block(self.words(ids), mask)
 
@@ -344,28 +350,28 @@ def test_a_mask_that_says_something_else_is_left_alone(kind: str) -> None:
     assert result.tokens == sum(each.numel() for each in ids)
 
 
-def test_masks_that_layers_make_for_themselves_are_not_kept_alive() -> None:
-    made: list[weakref.ref[Tensor]] = []
+def test_masks_made_for_each_layer_are_freed() -> None:
+    mask_refs: list[weakref.ref[Tensor]] = []
     alive = []
 
-    class Sees(Block):
+    class AttentionMask(Block):
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            alive.append(sum(each() is not None for each in made))
+            alive.append(sum(each() is not None for each in mask_refs))
             return self.run(x, None, None)
 
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.words = nn.Embedding(VOCABULARY, 16)
-            self.blocks = nn.ModuleList([Sees() for _ in range(4)])
+            self.blocks = nn.ModuleList([AttentionMask() for _ in range(4)])
 
         def forward(self, ids: Tensor) -> Tensor:
             x = self.words(ids)
             for block in self.blocks:
-                seen = ids.ne(0)[:, None, None].repeat(1, 1, 7, 1)
-                made.append(weakref.ref(seen))
-                x = block(x, seen)
-                del seen
+                attended = ids.ne(0)[:, None, None].repeat(1, 1, 7, 1)
+                mask_refs.append(weakref.ref(attended))
+                x = block(x, attended)
+                del attended
             return x
 
     names = [f"blocks.{i}.before" for i in range(4)]
@@ -376,9 +382,7 @@ def test_masks_that_layers_make_for_themselves_are_not_kept_alive() -> None:
 
 @pytest.mark.parametrize("kind", ["row", "padding_mask"])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_mask_that_may_say_the_opposite_where_every_sample_is_padded(
-    kind: str, full: bool
-) -> None:
+def test_ambiguous_mask_is_ignored_where_every_sample_is_padded(kind: str, full: bool) -> None:
     class Row(Block):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return self.run(x, None, None)
@@ -393,18 +397,18 @@ def test_a_mask_that_may_say_the_opposite_where_every_sample_is_padded(
             self.words = nn.Embedding(VOCABULARY, 16)
             self.block = Row() if kind == "row" else Padding()
 
-        def forward(self, ids: Tensor) -> Tensor:  # OpenNMT's, and EnCodec's
+        def forward(self, ids: Tensor) -> Tensor:  # as in OpenNMT and EnCodec
             return self.block(self.words(ids), ids.eq(0)[:, None] if kind == "row" else ids.ne(0))
 
     data = batches() if full else [{"ids": pad(b["ids"], (0, 2))} for b in batches()]
     config = lora(tau=1.0, target_modules=["block.before", "block.behind"])
-    told = full and kind == "padding_mask"  # no sample is nothing but padding
-    expected = KEPT.sum() if told else data[0]["ids"].numel()
+    applies = full and kind == "padding_mask"  # as no sample is all padding
+    expected = KEPT.sum() if applies else data[0]["ids"].numel()
     assert run(Model().eval(), data, config, **EXACT).tokens == 4 * int(expected)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_nothing_is_said_of_other_tokens_in_a_part_that_is_told() -> None:
+def test_no_warning_for_learned_queries_in_a_masked_part() -> None:
     class Queries(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -429,19 +433,19 @@ def test_nothing_is_said_of_other_tokens_in_a_part_that_is_told() -> None:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_padding_of_several_sizes_of_images_in_one_sequence() -> None:
+def test_padding_of_multi_scale_images_in_one_sequence() -> None:
     class Levels(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.project, self.encoder = nn.Linear(3, 16), Pairs()
+            self.project, self.encoder = nn.Linear(3, 16), PairBlock()
 
         def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> Tensor:
             every = [(pixel_values[..., ::n, ::n], pixel_mask[:, ::n, ::n]) for n in (2, 4)]
             x = torch.cat([pixels.flatten(2).mT for pixels, _ in every], 1)
             keep = torch.cat([mask.flatten(1) for _, mask in every], 1)
-            seen = keep[:, None, None].expand(-1, 1, x.shape[1], -1)
-            return self.encoder(self.project(x), attention_mask=-1e4 * ~seen)
+            attended = keep[:, None, None].expand(-1, 1, x.shape[1], -1)
+            return self.encoder(self.project(x), attention_mask=-1e4 * ~attended)
 
     mask = (torch.arange(8) < 5).expand(2, 8, 8).clone()
     mask[0] = True
@@ -461,32 +465,32 @@ def test_padding_of_several_sizes_of_images_in_one_sequence() -> None:
     assert result.tokens == 4 * int(kept.sum())
 
 
-def test_somebody_elses_model_of_transformers_that_finds_padding() -> None:
-    class Finds(BertModel):
+def test_padding_found_by_a_subclass_of_a_transformers_model() -> None:
+    class FindsPadding(BertModel):
         def forward(self, input_ids: Tensor) -> Any:
             return super().forward(input_ids, attention_mask=input_ids.ne(0).long())
 
-    model, name = Finds(make_bert().config).eval(), "encoder.layer.1.output.dense"
+    model, name = FindsPadding(make_bert().config).eval(), "encoder.layer.1.output.dense"
     data = [{"input_ids": batch["ids"]} for batch in batches()]
     result = run(model, data, lora(tau=1.0, target_modules=[name]), **EXACT)
     x = layer_inputs(model, data, [name])[name][KEPT.flatten().repeat(4)]
     assert lost(result.components[name], x) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["ids", "tensor", "with lengths", "a function"])
-def test_layers_of_a_decoder_are_not_looked_at_where_there_is_nothing_but_tokens(
+@pytest.mark.parametrize("kind", ["ids", "tensor", "with lengths", "forward_fn"])
+def test_no_part_hooks_where_the_batch_has_only_tokens(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[object] = []
-    around = part_masks.CallHooks.registered
+    hooked: list[object] = []
+    original = part_masks.CallHooks.registered
     monkeypatch.setattr(
-        part_masks.PartMaskHooks, "registered", lambda self: looked.append(self) or around(self)
+        part_masks.PartMaskHooks, "registered", lambda self: hooked.append(self) or original(self)
     )
     ids = torch.randint(1, VOCABULARY, (2, 6))
     batch: Any = {"tensor": ids, "with lengths": {"input_ids": ids, "lengths": None}}
     batch = batch.get(kind, {"input_ids": ids})
     options: dict[str, Any] = {}
-    if kind == "a function":
+    if kind == "forward_fn":
         options["forward_fn"] = lambda model, batch: model(batch["input_ids"])
     run(make_llama(), [batch], lora(), max_steps=1, **options)
-    assert bool(looked) == (kind in ("with lengths", "a function"))
+    assert bool(hooked) == (kind in ("with lengths", "forward_fn"))

@@ -1,4 +1,4 @@
-"""Which parts of a model are looked at for what they are told, and what of that counts."""
+"""Which parts of a model are hooked for masks, and which masks they receive apply."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from eva_peft.inputs.part_masks import parts_taking_masks
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, wrapped
-from integration.inputs.test_part_masks import EXACT, KEPT, LENGTHS, Seen, batches
+from integration.inputs.test_part_masks import EXACT, KEPT, LENGTHS, KeepBlock, batches
 
 
-def test_layers_with_adapters_are_looked_at_where_those_within_may_be_told() -> None:
+def test_adapted_layers_are_hooked_where_their_base_takes_masks() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -34,7 +34,7 @@ def test_layers_with_adapters_are_looked_at_where_those_within_may_be_told() -> 
     assert base in parts_taking_masks(model)
 
 
-class Reads(nn.Module):
+class MaskedLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(16, 16)
@@ -49,12 +49,12 @@ def nested(parts: list[Tensor], layout: torch.layout) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
 @pytest.mark.parametrize("kind", ["nested", "jagged", "sparse"])
-def test_tensors_that_cannot_be_read_tell_nothing(kind: str) -> None:
+def test_nested_and_sparse_masks_are_ignored(kind: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.reads = nn.Embedding(VOCABULARY, 16), Reads()
+            self.words, self.reads = nn.Embedding(VOCABULARY, 16), MaskedLinear()
             self.last = nn.Linear(16, 4)
 
         def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ def test_tensors_that_cannot_be_read_tell_nothing(kind: str) -> None:
                 mask = ids.ne(0).float().to_sparse()
                 return self.last(self.reads(self.words(ids), lengths, mask))
             layout = torch.jagged if kind == "jagged" else torch.strided
-            seen = nested([row[row != 0].ne(0) for row in ids], layout)
+            keep = nested([row[row != 0].ne(0) for row in ids], layout)
             x = nested([self.words(row[row != 0]) for row in ids], layout)
-            return self.last(torch.nested.to_padded_tensor(self.reads(x, lengths, seen), 0.0))
+            return self.last(torch.nested.to_padded_tensor(self.reads(x, lengths, keep), 0.0))
 
     def tokens_of(args: Any, *_: Any) -> Tensor:
         x = args[0] if isinstance(args, tuple) else args
@@ -77,73 +77,77 @@ def test_tensors_that_cannot_be_read_tell_nothing(kind: str) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-CONTEXT = torch.arange(5) < torch.tensor([2, 3, 5])[:, None]
-ELSE = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+CONTEXT_MASK = torch.arange(5) < torch.tensor([2, 3, 5])[:, None]
+CONTEXT_TOKENS = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
 
 
-class Looks(nn.Module):
-    """Attends to something else, and is told of that, or of nothing, or of its own tokens, too."""
+class CrossLayer(nn.Module):
+    """Attends to a context, with masks of the context, of its own tokens, of both or neither."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asks, self.keys = nn.Linear(16, 16), nn.Linear(16, 16)
 
-    def forward(self, x: Tensor, context: Tensor, **told: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, **masks: Tensor) -> Tensor:
         return self.asks(x) + self.keys(context).mean(1, keepdim=True)
 
 
-class Within(Seen):
-    """Tells nobody within what it is told itself."""
+class Outer(KeepBlock):
+    """Passes its own mask to no inner part."""
 
-    def __init__(self, told: dict[str, Tensor]) -> None:
+    def __init__(self, masks: dict[str, Tensor]) -> None:
         super().__init__()
-        self.looks, self.told = Looks(), told
+        self.looks, self.masks = CrossLayer(), masks
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.looks(super().forward(x, mask), ELSE, **self.told)
+        return self.looks(super().forward(x, mask), CONTEXT_TOKENS, **self.masks)
 
 
-class Attends(nn.Module):
-    def __init__(self, told: dict[str, Tensor], within: bool) -> None:
+class ContextModel(nn.Module):
+    def __init__(self, masks: dict[str, Tensor], within: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words, self.last = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 4)
-        self.part, self.looks, self.told = Within(told) if within else Seen(), Looks(), told
+        self.part, self.looks, self.masks = (
+            Outer(masks) if within else KeepBlock(),
+            CrossLayer(),
+            masks,
+        )
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.part(self.words(ids), ids.ne(0))
-        if not isinstance(self.part, Within):
-            x = self.looks(x, ELSE, **self.told)
+        if not isinstance(self.part, Outer):
+            x = self.looks(x, CONTEXT_TOKENS, **self.masks)
         return self.last(x)
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("batch_tells", [False, True], ids=["", "batch"])
+@pytest.mark.parametrize("mask_in_batch", [False, True], ids=["", "batch"])
 @pytest.mark.parametrize("within", [False, True], ids=["behind", "within"])
 @pytest.mark.parametrize("kind", ["nothing", "mask", "lengths", "padding", "both"])
-def test_a_part_that_is_told_of_others_keeps_what_is_known_of_its_own_tokens(
-    kind: str, within: bool, batch_tells: bool
+def test_context_masks_leave_the_mask_of_own_tokens_in_force(
+    kind: str, within: bool, mask_in_batch: bool
 ) -> None:
-    told = {
+    masks = {
         "nothing": {},
-        "mask": {"context_mask": CONTEXT},
-        "lengths": {"context_lengths": CONTEXT.sum(1)},
-        "padding": {"memory_key_padding_mask": ~CONTEXT},
-        "both": {"mask": KEPT, "context_mask": CONTEXT},
+        "mask": {"context_mask": CONTEXT_MASK},
+        "lengths": {"context_lengths": CONTEXT_MASK.sum(1)},
+        "padding": {"memory_key_padding_mask": ~CONTEXT_MASK},
+        "both": {"mask": KEPT, "context_mask": CONTEXT_MASK},
     }[kind]
     data = batches()
-    data = [{**batch, "attention_mask": KEPT.long()} for batch in data] if batch_tells else data
+    data = [{**batch, "attention_mask": KEPT.long()} for batch in data] if mask_in_batch else data
     looks = "part.looks" if within else "looks"
     kept = {"part.behind": KEPT, f"{looks}.asks": KEPT, "last": KEPT}
-    kept |= {f"{looks}.keys": CONTEXT} if kind != "nothing" else {}
-    model = Attends(told, within).eval()
+    kept |= {f"{looks}.keys": CONTEXT_MASK} if kind != "nothing" else {}
+    model = ContextModel(masks, within).eval()
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
     for name, x in layer_inputs(model, data, list(kept), masked=False).items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
 
 
 class Blocks(nn.Module):
-    """Hands on its tokens in one with their positions, as ESPnet's Conformer and Branchformer."""
+    """Passes on tuples of tokens and positions, as ESPnet's Conformer and Branchformer."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -153,9 +157,9 @@ class Blocks(nn.Module):
         def forward(
             self, x_input: tuple[Tensor, Tensor], mask: Tensor
         ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-            x, places = x_input
-            x = self.before(x) + places
-            return (self.behind(x.tanh()), places), mask
+            x, positions = x_input
+            x = self.before(x) + positions
+            return (self.behind(x.tanh()), positions), mask
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +174,7 @@ class Blocks(nn.Module):
         return self.last(x[0])
 
 
-def test_tokens_that_come_in_one_with_their_positions() -> None:
+def test_tokens_in_a_tuple_with_positions_are_masked() -> None:
     model, data = Blocks().eval(), batches()
     names = [f"blocks.{i}.{part}" for i in range(2) for part in ("before", "behind")] + ["last"]
     result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
@@ -179,9 +183,9 @@ def test_tokens_that_come_in_one_with_their_positions() -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["default", "forward_fn"])
+@pytest.mark.parametrize("use_forward_fn", [False, True], ids=["default", "forward_fn"])
 @pytest.mark.parametrize("names", [(0, 1), (None, ("a", "to", "b"))], ids=["numbers", "tuples"])
-def test_mappings_whose_names_are_no_strings(names: tuple[Any, Any], own: bool) -> None:
+def test_mappings_with_non_string_keys(names: tuple[Any, Any], use_forward_fn: bool) -> None:
     class Levels(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -199,13 +203,13 @@ def test_mappings_whose_names_are_no_strings(names: tuple[Any, Any], own: bool) 
             return super().forward(levels) + self.part(levels, None)
 
     data = [dict(zip(names, torch.randn(2, 3, 7, 16), strict=True)) for _ in range(4)]
-    options = {**EXACT, "forward_fn": lambda m, b: m(b)} if own else EXACT
+    options = {**EXACT, "forward_fn": lambda m, b: m(b)} if use_forward_fn else EXACT
     result = run(Model(), data, lora(target_modules=["reads"]), **options)
     assert result.tokens == 4 * 3 * 14
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (3, 16)])
-def test_what_is_no_tokens_is_not_attended_to(shape: tuple[int, ...]) -> None:
+def test_context_arguments_without_tokens_are_ignored(shape: tuple[int, ...]) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -226,8 +230,8 @@ def test_what_is_no_tokens_is_not_attended_to(shape: tuple[int, ...]) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-def test_a_mask_of_images_beside_a_number_for_each() -> None:
-    class Paints(nn.Module):
+def test_image_mask_applies_beside_a_scalar_or_one_per_image() -> None:
+    class ImageModel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.reads = nn.Linear(16, 4)
@@ -237,21 +241,25 @@ def test_a_mask_of_images_beside_a_number_for_each() -> None:
         ) -> Tensor:
             return self.reads(hidden_states)
 
-    for given in (torch.tensor(1.0), torch.ones(3)):
-        batch = {"hidden_states": torch.randn(3, 7, 16), "encoder_hidden_states": given}
+    for condition in (torch.tensor(1.0), torch.ones(3)):
+        batch = {"hidden_states": torch.randn(3, 7, 16), "encoder_hidden_states": condition}
         data = [{**batch, "attention_mask": KEPT}] * 4
-        result = run(Paints(), data, lora(target_modules=["reads"]), **EXACT)
+        result = run(ImageModel(), data, lora(target_modules=["reads"]), **EXACT)
         assert result.tokens == 4 * int(KEPT.sum())
 
 
-def test_a_mask_that_is_written_to_between_two_parts() -> None:
-    """As where tokens are left out layer by layer."""
+def test_mask_changed_in_place_applies_as_each_part_receives_it() -> None:
+    """As in models that prune tokens layer by layer."""
 
     class Prunes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.first, self.second = nn.Embedding(VOCABULARY, 16), Seen(), Seen()
+            self.words, self.first, self.second = (
+                nn.Embedding(VOCABULARY, 16),
+                KeepBlock(),
+                KeepBlock(),
+            )
 
         def forward(self, ids: Tensor) -> Tensor:
             mask = ids.ne(0)
@@ -267,8 +275,8 @@ def test_a_mask_that_is_written_to_between_two_parts() -> None:
 
 
 @pytest.mark.parametrize("added", [True, False])
-def test_numbers_tell_where_they_are_added_to_scores(added: bool) -> None:
-    """As those of PatchTST-FM; others of a name that says nothing may be anything."""
+def test_float_masks_apply_where_they_are_additive(added: bool) -> None:
+    """As in PatchTST-FM; other float arguments may mean anything."""
 
     class Layer(nn.Linear):
         def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
