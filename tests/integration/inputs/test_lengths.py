@@ -1,4 +1,4 @@
-"""Models that are told how long their samples are, and no mask of them."""
+"""Models that receive the lengths of samples instead of masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 
 
 class Tagger(nn.Module):
-    """A recurrent network between two layers, as flair's."""
+    """A recurrent network between two linear layers, as in flair."""
 
     def __init__(self, first: bool = True) -> None:
         super().__init__()
@@ -31,11 +31,11 @@ class Tagger(nn.Module):
         return self.behind(pad_packed_sequence(self.reads(packed)[0], batch_first=self.first)[0])
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.forward(*batch.values()).mean()  # which runs no hook
+        return self.forward(*batch.values()).mean()  # runs no hooks
 
 
-class Series(nn.Module):
-    """Takes all that there is as one argument, as models of pytorch-forecasting do."""
+class Forecaster(nn.Module):
+    """Takes the whole batch as one argument, as models of pytorch-forecasting do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ class Series(nn.Module):
         return self.mixed(self.future(x["decoder_values"]) + past)
 
 
-@pytest.mark.parametrize("how", ["samples first", "sequence first", "forward itself", "as a tuple"])
-def test_lengths_tell_padding(how: str) -> None:
+@pytest.mark.parametrize("how", ["samples first", "sequence first", "direct forward", "tuple"])
+def test_lengths_mask_padding(how: str) -> None:
     first = how != "sequence first"
     model = Tagger(first).eval()
     data: list[Any] = batches(lengths=True)
@@ -59,9 +59,9 @@ def test_lengths_tell_padding(how: str) -> None:
     names, before = ["before", "behind"], hooks_of(model)
     inputs = layer_inputs(model, data, names)
     options = dict(EXACT)
-    if how == "forward itself":
+    if how == "direct forward":
         options["forward_fn"] = lambda model, batch: model.loss(batch)
-    data = [tuple(batch.values()) for batch in data] if how == "as a tuple" else data
+    data = [tuple(batch.values()) for batch in data] if how == "tuple" else data
     result = run(model, data, lora(tau=1.0, target_modules=names), **options)
     assert hooks_of(model) == before
     for name, x in inputs.items():
@@ -72,7 +72,7 @@ def test_lengths_tell_padding(how: str) -> None:
 @pytest.mark.parametrize(
     "lengths", [LENGTHS - 1, LENGTHS[:2], LENGTHS[:0], LENGTHS.float() / 8, 10**12 * LENGTHS]
 )
-def test_what_is_called_lengths_and_is_not_those_of_the_samples(lengths: Tensor) -> None:
+def test_lengths_that_do_not_fit_the_samples_are_ignored(lengths: Tensor) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -86,7 +86,7 @@ def test_what_is_called_lengths_and_is_not_those_of_the_samples(lengths: Tensor)
     assert result.tokens == 4 * KEPT.numel()
 
 
-def test_lengths_of_what_was_and_of_what_is_to_come() -> None:
+def test_encoder_and_decoder_lengths_mask_their_own_series() -> None:
     generator = torch.Generator().manual_seed(0)
     data = [
         {
@@ -99,7 +99,7 @@ def test_lengths_of_what_was_and_of_what_is_to_come() -> None:
     ]
     future = torch.tensor([[True, True], [True, True], [True, False]])
     kept = {"past": KEPT, "future": future, "mixed": future}
-    model, config = Series().eval(), lora(tau=1.0, target_modules=list(kept))
+    model, config = Forecaster().eval(), lora(tau=1.0, target_modules=list(kept))
     inputs = layer_inputs(model, [{"x": batch} for batch in data], list(kept))
     result = run(model, data, config, **EXACT)
     for name, x in inputs.items():
@@ -107,8 +107,8 @@ def test_lengths_of_what_was_and_of_what_is_to_come() -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-class Speaks(nn.Module):
-    """Is told the lengths of texts and those of what is to be said, as FastPitch."""
+class TextToSpeech(nn.Module):
+    """Receives lengths of texts and of spectra, as FastPitch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,20 +121,20 @@ class Speaks(nn.Module):
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_lengths_of_text_and_of_sound(padded: bool) -> None:
+def test_text_and_spectrum_lengths_mask_their_own_inputs(padded: bool) -> None:
     lengths, frames = LENGTHS if padded else torch.full((3,), 7), torch.tensor([5, 9, 3])
-    kept, heard = torch.arange(7) < lengths[:, None], torch.arange(9) < frames[:, None]
+    kept, frame_rows = torch.arange(7) < lengths[:, None], torch.arange(9) < frames[:, None]
     data = [{"ids": batch["ids"], "ids_lengths": lengths} for batch in batches()]
-    sound = [torch.randn(3, 16, 9) for _ in data]
-    data = [{**b, "y": y, "y_lengths": frames} for b, y in zip(data, sound, strict=True)]
-    model, config = Speaks().eval(), lora(tau=1.0, target_modules=["text", "frames"])
+    spectra = [torch.randn(3, 16, 9) for _ in data]
+    data = [{**b, "y": y, "y_lengths": frames} for b, y in zip(data, spectra, strict=True)]
+    model, config = TextToSpeech().eval(), lora(tau=1.0, target_modules=["text", "frames"])
     result = run(model, data, config, **EXACT)
     words = torch.cat([model.words(batch["ids"])[kept] for batch in data]).detach()
     assert lost(result.components["text"], words) < 1e-6
-    assert lost(result.components["frames"], torch.cat([y.mT[heard] for y in sound])) < 1e-6
+    assert lost(result.components["frames"], torch.cat([y.mT[frame_rows] for y in spectra])) < 1e-6
 
 
-def test_lengths_that_a_part_is_told_without_what_they_are_of() -> None:
+def test_lengths_apply_only_to_the_input_they_are_named_after() -> None:
     class Part(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,18 +154,18 @@ def test_lengths_that_a_part_is_told_without_what_they_are_of() -> None:
             return self.first(x, lengths) + self.second(x, lengths, y)
 
     kept = torch.arange(9) < torch.tensor([5, 9, 3])[:, None]
-    sound = [torch.randn(3, 9, 16) * kept[..., None] for _ in range(4)]
-    data = [{"ids": b["ids"], "y": y} for b, y in zip(batches(True), sound, strict=True)]
+    spectra = [torch.randn(3, 9, 16) * kept[..., None] for _ in range(4)]
+    data = [{"ids": b["ids"], "y": y} for b, y in zip(batches(True), spectra, strict=True)]
     config = lora(tau=1.0, target_modules=["second.frames"])
     result = run(Model().eval(), data, config, **EXACT)
-    heard = torch.cat([y[kept] for y in sound])
-    assert lost(result.components["second.frames"], heard) < 1e-6
+    frame_rows = torch.cat([y[kept] for y in spectra])
+    assert lost(result.components["second.frames"], frame_rows) < 1e-6
 
 
 @pytest.mark.parametrize("name", ["wav_lens", "x_len", "length"])
-@pytest.mark.parametrize("shares", [False, True], ids=["tokens", "shares"])
-def test_names_of_lengths_and_shares_of_the_longest(name: str, shares: bool) -> None:
-    """As SpeechBrain's, which are shares, and NeMo's."""
+@pytest.mark.parametrize("fractions", [False, True], ids=["counts", "fractions"])
+def test_lengths_as_counts_or_as_fractions_of_the_longest(name: str, fractions: bool) -> None:
+    """Fractions as in SpeechBrain, counts as in NeMo."""
 
     class Part(nn.Module):
         def __init__(self) -> None:
@@ -183,8 +183,8 @@ def test_names_of_lengths_and_shares_of_the_longest(name: str, shares: bool) -> 
             self.last = nn.Linear(16, 4)
 
         def forward(self, ids: Tensor, sizes: Tensor) -> Tensor:
-            told = sizes / sizes.max() if shares else sizes
-            return self.last(self.part(self.words(ids), **{name: told}))
+            argument = sizes / sizes.max() if fractions else sizes
+            return self.last(self.part(self.words(ids), **{name: argument}))
 
     data = [{"ids": b["ids"], "sizes": b["lengths"]} for b in batches(lengths=True)]
     for targets in (["part.reads"], ["last"]):
@@ -195,8 +195,8 @@ def test_names_of_lengths_and_shares_of_the_longest(name: str, shares: bool) -> 
         assert lost(result.components[targets[0]], x[KEPT.flatten().repeat(4)]) < 1e-6
 
 
-def test_what_parts_within_are_told_is_known_behind_the_one_around() -> None:
-    """An encoder is told of sound, its layers of the frames that it makes, as NeMo's."""
+def test_mask_of_an_inner_layer_applies_behind_it() -> None:
+    """An encoder receives audio lengths, its layers a mask of frames, as in NeMo."""
     frames = KEPT[:, ::2]
 
     class Layer(nn.Module):
@@ -238,8 +238,8 @@ def test_what_parts_within_are_told_is_known_behind_the_one_around() -> None:
         assert lost(result.components[name], x[kept.flatten().repeat(4)]) < 1e-6, name
 
 
-class Translates(nn.Module):
-    """Is told of padding in its source alone."""
+class EncoderDecoder(nn.Module):
+    """Receives lengths or a mask of its source only."""
 
     def __init__(self, along: int) -> None:
         super().__init__()
@@ -259,19 +259,19 @@ class Translates(nn.Module):
 
 
 @pytest.mark.parametrize("sequence_first", [False, True])
-@pytest.mark.parametrize("told", ["src_lengths", "src_key_padding_mask"])
-def test_padding_of_a_source_is_not_that_of_what_is_as_long(
-    told: str, sequence_first: bool
+@pytest.mark.parametrize("argument", ["src_lengths", "src_key_padding_mask"])
+def test_source_padding_does_not_mask_a_target_of_equal_length(
+    argument: str, sequence_first: bool
 ) -> None:
     kept = KEPT[:, :6]
-    says = kept.sum(1) if told == "src_lengths" else ~kept
+    value = kept.sum(1) if argument == "src_lengths" else ~kept
     data = []
     for batch in batches(lengths=True):
         src, tgt = batch["ids"][:, :6], batch["ids"][:, 1:]
-        data.append({"src": src, "tgt": tgt, told: says})
+        data.append({"src": src, "tgt": tgt, argument: value})
         if sequence_first:
             data[-1] |= {"src": src.mT, "tgt": tgt.mT}
-    model = Translates(0 if sequence_first else 1).eval()
+    model = EncoderDecoder(0 if sequence_first else 1).eval()
     result = run(model, data, lora(tau=1.0, target_modules=["enc", "dec"]), **EXACT)
     rows = (kept.mT if sequence_first else kept).flatten().repeat(4)
     inputs = layer_inputs(model, data, ["enc", "dec"], masked=False)

@@ -1,4 +1,4 @@
-"""Layers that read some of the tokens: all but the first, as the head of ColBERT in BGE-M3."""
+"""Layers that read a slice of the tokens, as the ColBERT head of BGE-M3, which skips the first."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from eva_peft.inputs.fits import TokenSlice, token_slice_of
 from integration.conftest import layer_inputs, lora, lost, make_bert, run
 from integration.inputs.test_part_masks import EXACT, KEPT, batches
 
-PARTS = {
-    "behind the first": slice(1, None),
-    "before the last": slice(None, -1),
-    "between": slice(1, -1),
+SLICES = {
+    "all but the first": slice(1, None),
+    "all but the last": slice(None, -1),
+    "all but both ends": slice(1, -1),
 }
 
 
-class Retrieves(nn.Module):
-    """Makes vectors of the tokens of a text, but for some."""
+class Retriever(nn.Module):
+    """Projects a slice of the tokens of a text."""
 
     def __init__(self, part: slice, copied: bool = False) -> None:
         super().__init__()
@@ -35,23 +35,23 @@ class Retrieves(nn.Module):
         return self.vectors(part.clone() if self.copied else part)
 
 
-def texts(left: bool = False, within: bool = False) -> list[dict[str, Any]]:
+def texts(left: bool = False, nested: bool = False) -> list[dict[str, Any]]:
     kept = KEPT.flip(1) if left else KEPT
     data: list[dict[str, Any]] = [
         {"input_ids": b["ids"].flip(1) if left else b["ids"], "attention_mask": kept.long()}
         for b in batches()
     ]
-    return [{"query": each} for each in data] if within else data
+    return [{"query": each} for each in data] if nested else data
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("within", [False, True], ids=["batch tells", "model tells"])
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_padding_does_not_count_where_a_layer_reads_some_of_the_tokens(
-    part: slice, within: bool, left: bool
+@pytest.mark.parametrize("nested", [False, True], ids=["mask in batch", "mask in nested batch"])
+@pytest.mark.parametrize("part", SLICES.values(), ids=SLICES)
+def test_padding_in_a_slice_of_the_sequence_is_masked(
+    part: slice, nested: bool, left: bool
 ) -> None:
-    model, data = Retrieves(part).eval(), texts(left, within)
+    model, data = Retriever(part).eval(), texts(left, nested)
     result = run(model, data, lora(tau=1.0, target_modules=["vectors"]), **EXACT)
     kept = (KEPT.flip(1) if left else KEPT)[:, part]
     x = layer_inputs(model, data, ["vectors"])["vectors"]
@@ -60,34 +60,34 @@ def test_padding_does_not_count_where_a_layer_reads_some_of_the_tokens(
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_the_same_of_a_single_text() -> None:
-    model, config = Retrieves(slice(1, None)).eval(), lora(target_modules=["vectors"])
+def test_padding_in_a_slice_of_a_single_text_is_masked() -> None:
+    model, config = Retriever(slice(1, None)).eval(), lora(target_modules=["vectors"])
     data = [{name: value[1:2] for name, value in batch.items()} for batch in texts()]
     result = run(model, data, config, trim_padding=False, **EXACT)
     assert result.tokens == 4 * int(KEPT[1, 1:].sum())
 
 
-def test_a_draw_is_of_the_tokens_that_are_read() -> None:
-    model, config = Retrieves(slice(1, None)).eval(), lora(target_modules=["vectors"])
+def test_draw_limit_applies_to_the_sliced_tokens() -> None:
+    model, config = Retriever(slice(1, None)).eval(), lora(target_modules=["vectors"])
     result = run(model, texts(), config, tokens_per_step=5, **EXACT)
     assert result.tokens == 4 * 5
 
 
-def test_one_token_of_each_sample_counts_whatever_the_mask() -> None:
-    model = Retrieves(slice(None, 1)).eval()
+def test_slice_of_one_token_per_sample_ignores_the_mask() -> None:
+    model = Retriever(slice(None, 1)).eval()
     config = lora(tau=1.0, target_modules=["vectors"])
     result = run(model, texts(left=True), config, **EXACT)
     assert result.tokens == 4 * len(KEPT)
 
 
-def test_of_a_copy_nobody_knows_which_tokens_it_has() -> None:
-    model, config = Retrieves(slice(1, None), copied=True).eval(), lora(target_modules=["vectors"])
+def test_copied_slice_warns_and_is_not_masked() -> None:
+    model, config = Retriever(slice(1, None), copied=True).eval(), lora(target_modules=["vectors"])
     with pytest.warns(EvaWarning, match=r"layer vectors: no token mask fits"):
         result = run(model, texts(), config, **EXACT)
     assert result.tokens == 4 * KEPT[:, 1:].numel()
 
 
-def test_what_a_tensor_is_a_part_of() -> None:
+def test_token_slice_of_recognises_slices_of_the_token_dimension() -> None:
     whole = torch.zeros(3, 7, 12)
     assert token_slice_of(whole[:, 1:]) == TokenSlice(7, 1)
     assert token_slice_of(whole[:, 2:-1]) == TokenSlice(7, 2)

@@ -1,4 +1,4 @@
-"""Q-Formers: models that look at images through queries, with or without the text of the model."""
+"""Q-Formers, whose queries attend to images, with or without the text of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SIZE |= {"num_attention_heads": 2}
 QUERIES, IMAGE = 3, VOCABULARY - 1
 
 
-def kept(rule: TokenMask, shape: tuple[int, ...], name: str) -> list[int]:
+def kept_rows(rule: TokenMask, shape: tuple[int, ...], name: str) -> list[int]:
     rows = rule.rows(torch.Size((*shape, 16)), CPU, name)
     assert rows is not None
     found: list[int] = rows.tolist()
@@ -41,8 +41,8 @@ def with_queries(mask: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_an_encoder_decoder_behind_a_q_former() -> None:
-    """Only the config of InstructBLIP's text says that labels make the decoder's tokens."""
+def test_labels_mask_a_decoder_behind_a_q_former() -> None:
+    """Only InstructBLIP's text config tells that decoder inputs are made from labels."""
     torch.manual_seed(0)
     t5 = {"model_type": "t5", "vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 24}
     t5 |= {"num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0, "pad_token_id": 0}
@@ -56,12 +56,12 @@ def test_an_encoder_decoder_behind_a_q_former() -> None:
     model = InstructBlipForConditionalGeneration(config).eval()
     (text,) = text_batches(1)
     mask, ids = text["attention_mask"].bool(), text["input_ids"].clamp(max=IMAGE - 1)
-    pictures = torch.full((len(ids), QUERIES), IMAGE)
+    image_tokens = torch.full((len(ids), QUERIES), IMAGE)
     labels = ids[:, :4].masked_fill(~mask[:, :4], -100)
     labels[0, 3] = -100
     batch = {
         "pixel_values": torch.randn(len(ids), 3, 8, 8),
-        "input_ids": torch.cat([pictures, ids], dim=1),
+        "input_ids": torch.cat([image_tokens, ids], dim=1),
         "attention_mask": with_queries(mask).long(),
         "qformer_input_ids": ids,
         "qformer_attention_mask": mask.long(),
@@ -70,14 +70,14 @@ def test_an_encoder_decoder_behind_a_q_former() -> None:
     ends = "decoder.block.0.layer.0.SelfAttention.q"
     (name,) = (n for n, _ in model.named_modules() if n.endswith(ends))
     result = run(model, iter([batch]), lora(target_modules=[name], tau=1.0), method="gram")
-    seen: list[Tensor] = []
-    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    inputs: list[Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         model(**batch)
-    assert lost(result.components[name], seen[0][labels != -100].double()) < 1e-6
+    assert lost(result.components[name], inputs[0][labels != -100].double()) < 1e-6
 
 
-def test_each_frame_of_a_film_is_read_with_the_text_again() -> None:
+def test_text_mask_is_repeated_for_each_video_frame() -> None:
     (text,) = text_batches(1)
     mask = text["attention_mask"].bool()
     batch: dict[str, Any] = {
@@ -88,15 +88,15 @@ def test_each_frame_of_a_film_is_read_with_the_text_again() -> None:
     rule, layer = mask_of_batch(batch, lora()), "qformer.encoder.layer.0"
     for one in (mask, with_queries(mask)):
         twice = one.repeat_interleave(2, dim=0)
-        assert kept(rule, tuple(twice.shape), f"{layer}.output.dense") == rows_of(twice)
+        assert kept_rows(rule, tuple(twice.shape), f"{layer}.output.dense") == rows_of(twice)
     shape = torch.Size((2 * len(mask), QUERIES, 16))
     assert rule.rows(shape, CPU, f"{layer}.attention.query") is None
-    # of samples cut in half nothing is known
+    # rows that are no multiple of the samples have no mask
     assert rule.rows(torch.Size((len(mask) + 1, 9, 16)), CPU, f"{layer}.output.dense") is None
 
 
 @pytest.mark.parametrize("reads_text", [True, False])
-def test_a_q_former_that_reads_the_models_own_text(reads_text: bool) -> None:
+def test_q_former_text_uses_the_mask_of_the_models_text(reads_text: bool) -> None:
     model = nn.Linear(1, 1)
     qformer = Blip2QFormerConfig(use_qformer_text_input=reads_text).to_dict()
     model.config = Blip2Config(qformer_config=qformer)
@@ -106,6 +106,6 @@ def test_a_q_former_that_reads_the_models_own_text(reads_text: bool) -> None:
     rule, name = mask_of_batch(batch, lora(), architecture_of(model)), "qformer.layer.0.query"
     for one in (mask, with_queries(mask)):
         if reads_text:
-            assert kept(rule, tuple(one.shape), name) == rows_of(one)
-        else:  # queries alone, as many as words by chance
+            assert kept_rows(rule, tuple(one.shape), name) == rows_of(one)
+        else:  # queries only, by chance as many as words
             assert rule.rows(torch.Size((*one.shape, 16)), CPU, name) is None

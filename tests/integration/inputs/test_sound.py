@@ -1,4 +1,4 @@
-"""Models of speech: a mask over samples of sound is a mask over frames; texts that are not cut."""
+"""Speech models: a mask over audio samples becomes a mask over frames."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def make_speech2text() -> nn.Module:
     return Speech2TextForConditionalGeneration(config)
 
 
-def sounds(count: int, key: str, *features: int) -> list[dict[str, Tensor]]:
-    """Return batches of sound of different lengths, and noise behind them."""
+def audio_batches(count: int, key: str, *features: int) -> list[dict[str, Tensor]]:
+    """Return batches of audio of different lengths, padded with noise."""
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(count):
         lengths = torch.randint(300, 1000, (3,), generator=generator)
@@ -82,30 +82,30 @@ def sounds(count: int, key: str, *features: int) -> list[dict[str, Tensor]]:
     ],
     ids=["wav2vec2", "hubert"],
 )
-def test_samples_and_frames(make: Any, layers: dict[str, bool]) -> None:
+def test_mask_of_samples_becomes_a_mask_of_frames(make: Any, layers: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    model, data = make().eval(), sounds(4, "input_values")
+    model, data = make().eval(), audio_batches(4, "input_values")
     names = list(layers)
     config = lora(tau=1.0, target_modules=names)
     result = run(model, data, config, method="gram", max_steps=4)
     for name, behind in layers.items():
         rows = []
         for batch in data:
-            seen = layer_inputs(model, [batch], [name], masked=False)[name]
+            inputs = layer_inputs(model, [batch], [name], masked=False)[name]
             options = {"add_adapter": behind} if "wav2vec2" in name or behind else {}
             lengths = model._get_feat_extract_output_lengths(
                 batch["attention_mask"].sum(1), **options
             )
-            frames = seen.reshape(3, -1, seen.shape[-1])
+            frames = inputs.reshape(3, -1, inputs.shape[-1])
             rows += [part[:n] for part, n in zip(frames, lengths.tolist(), strict=True)]
         assert len(torch.cat(rows)) < len(data) * 3 * frames.shape[1]
         assert lost(result.components[name], torch.cat(rows)) < 1e-6, name
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_an_encoder_of_sound_with_a_decoder_of_text() -> None:
+def test_audio_encoder_with_a_text_decoder_masks_frames() -> None:
     torch.manual_seed(0)
-    model, data = make_speech2text().eval(), sounds(4, "input_features", 8)
+    model, data = make_speech2text().eval(), audio_batches(4, "input_features", 8)
     for i, batch in enumerate(data):
         batch["decoder_input_ids"] = torch.arange(3 * 9).reshape(3, 9).add(i) % 30
     name = "model.encoder.layers.0.self_attn.q_proj"
@@ -114,11 +114,11 @@ def test_an_encoder_of_sound_with_a_decoder_of_text() -> None:
     result = run(model, data, config, method="gram", max_steps=4)
     rows = []
     for batch in data:
-        seen = layer_inputs(model, [batch], [name], masked=False)[name].reshape(3, 250, 32)
+        inputs = layer_inputs(model, [batch], [name], masked=False)[name].reshape(3, 250, 32)
         lengths = model.model.encoder._get_feat_extract_output_lengths(
             batch["attention_mask"].sum(1)
         )
-        rows += [part[:n] for part, n in zip(seen, lengths.tolist(), strict=True)]
+        rows += [part[:n] for part, n in zip(inputs, lengths.tolist(), strict=True)]
     assert lost(result.components[name], torch.cat(rows)) < 1e-6
 
 
@@ -131,8 +131,8 @@ def make_qwen2_audio() -> nn.Module:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_sound_beside_text() -> None:
-    """Frames of padding, most of 30 seconds, do not count in the layers that read sound."""
+def test_audio_beside_text_masks_padding_frames() -> None:
+    """Padding frames, up to 30 seconds, do not count in the layers that read audio."""
     torch.manual_seed(0)
     model, mels = make_qwen2_audio().eval(), torch.tensor([40, 21, 13])
     frames = [40 // 2, 11, 7]  # halved by a convolution, and once more behind the pooling
@@ -154,7 +154,7 @@ def test_sound_beside_text() -> None:
         assert lost(result.components[name], rows) < 1e-6, name
 
 
-def test_frames_that_layers_see_fewer_of() -> None:
+def test_frame_mask_is_reduced_to_fewer_frames() -> None:
     mask = torch.arange(40) < torch.tensor([40, 21, 13])[:, None]
     rule = TokenMask(torch.ones(3, 16, dtype=torch.bool), multimodal=True, audio_mask=mask)
     cpu = torch.device("cpu")
@@ -167,7 +167,7 @@ def test_frames_that_layers_see_fewer_of() -> None:
             torch.ones(3, 16, dtype=torch.bool), multimodal=True, audio_mask=mask.flip(1)
         )
         assert left.rows(torch.Size((3, count, 8)), cpu, "audio_tower.layers.0.fc1") is None
-        # of images as many as there are sounds
+        # images, as many as audio clips
         assert rule.rows(torch.Size((3, count, 8)), cpu, "vision_tower.layers.0.fc1") is None
     assert rule.rows(torch.Size((5, 8)), cpu, "audio_tower.layers.0.fc1") is None  # packed
 
@@ -178,7 +178,7 @@ KEPT = torch.arange(40) < LENGTHS[:, None]
 
 
 def kept_of(batch: dict[str, Tensor], name: str, *leading: int, **architecture: Any) -> Any:
-    """Return how many rows of each sound count in a layer's input."""
+    """Return how many rows of each clip count in a layer's input."""
     mask = mask_of_batch(batch, lora(), Architecture(**architecture))
     rows = mask.rows(torch.Size((*leading, 8)), CPU, name)
     return None if rows is None else torch.bincount(rows // leading[1], minlength=3).tolist()
@@ -186,25 +186,25 @@ def kept_of(batch: dict[str, Tensor], name: str, *leading: int, **architecture: 
 
 @pytest.mark.parametrize("key", ["padding_mask", "input_values_mask", "input_features_mask"])
 @pytest.mark.parametrize("text", [False, True])
-def test_masks_of_sound_by_any_name(key: str, text: bool) -> None:
+def test_audio_masks_under_other_names_apply(key: str, text: bool) -> None:
     batch = {"input_values": torch.randn(3, 1, 40), key: KEPT.long()}
     if text:
         batch["input_ids"] = batch["attention_mask"] = torch.ones(3, 16, dtype=torch.long)
     for name in ("audio_tower.fc1", "acoustic_tokenizer.fc1", "multi_modal_projector.linear"):
         assert kept_of(batch, name, 3, 20) == [20, 11, 7]
     alone = kept_of(batch, "layers.0.q_proj", 3, 20)
-    assert alone == (None if text else [20, 11, 7])  # of text that layer reads here
+    assert alone == (None if text else [20, 11, 7])  # this layer reads text here
     assert kept_of(batch, "decoder.layers.0.encoder_attn.q_proj", 3, 20) is None
     assert kept_of({**batch, "pixel_values": torch.randn(3, 3, 8, 8)}, "mm_proj", 3, 20) is None
 
 
-def test_what_is_no_mask_of_sound() -> None:
+def test_masks_that_do_not_fit_the_audio_are_ignored() -> None:
     values = torch.randn(3, 40)
     for mask in (KEPT[:, :39], KEPT[:2], KEPT.float(), KEPT[:, :, None]):
         assert kept_of({"input_values": values, "padding_mask": mask}, "layer", 3, 20) is None
 
 
-def test_frames_of_a_mask_that_the_model_does_not_tell_of() -> None:
+def test_frame_mask_without_a_length_function_of_the_model() -> None:
     batch = {"input_features": torch.randn(3, 40, 8), "attention_mask": KEPT.long()}
     assert kept_of(batch, "layers.0.q_proj", 3, 10) == [10, 6, 4]
     decoder = {**batch, "decoder_input_ids": torch.ones(3, 10, dtype=torch.long)}
@@ -216,8 +216,8 @@ def test_frames_of_a_mask_that_the_model_does_not_tell_of() -> None:
         assert kept_of(decoder, "model.decoder.fc1", 3, 9, config=both) is None
 
 
-def test_a_mask_of_what_is_written_of_sound_tells_nothing_of_frames() -> None:
-    """As a collator may leave it beside the labels of Whisper."""
+def test_mask_of_a_transcript_does_not_mask_frames() -> None:
+    """A collator may leave it beside the labels of Whisper."""
     (texts,) = text_batches(1)
     samples, tokens = texts["input_ids"].shape
     batch = {"input_features": torch.randn(samples, 8, 200), "labels": texts["input_ids"]}
@@ -231,30 +231,30 @@ def test_a_mask_of_what_is_written_of_sound_tells_nothing_of_frames() -> None:
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("name", ["encoder.layers.0.self_attn.relative_k_proj", "enc.linear_pos"])
-def test_distances_between_frames_are_no_frames(name: str) -> None:
-    """FastConformer reads them once for each sound: Parakeet, Canary, Nemotron."""
+def test_relative_positions_are_not_masked_as_frames(name: str) -> None:
+    """FastConformer reads them once per clip, as in Parakeet, Canary and Nemotron."""
     batch = {"input_features": torch.randn(3, 40, 8), "attention_mask": KEPT.long()}
     assert kept_of(batch, "encoder.layers.0.self_attn.q_proj", 3, 10) == [10, 6, 4]
-    for told in ((), (lambda n: n // 4,)):
-        assert kept_of(batch, name, 3, 19, frame_length_functions=told) is None
+    for functions in ((), (lambda n: n // 4,)):
+        assert kept_of(batch, name, 3, 19, frame_length_functions=functions) is None
 
 
-def test_sounds_in_parts() -> None:
+def test_audio_split_into_chunks_is_masked() -> None:
     batch = {"input_features": torch.randn(3, 40, 8), "input_features_mask": KEPT.long()}
-    # of whole sounds the model tells, which would be as many frames
+    # the model gives lengths of whole clips, which would be as many frames
     mask = mask_of_batch(batch, lora(), Architecture(frame_length_functions=(lambda n: n // 4,)))
     rows = mask.rows(torch.Size((6, 10, 8)), CPU, "audio_tower.conv_out")
-    assert rows is not None  # each sound is cut in two parts, halved by a convolution
+    assert rows is not None  # each clip is cut into two chunks, halved by a convolution
     assert torch.bincount(rows // 10, minlength=6).tolist() == [10, 10, 10, 1, 7, 0]
 
 
-def test_every_function_of_lengths_is_tried() -> None:
+def test_every_length_function_is_tried() -> None:
     class Part(nn.Module):
         def _get_subsampling_output_length(self, samples: Tensor) -> Tensor:
             return samples // 4
 
     class Whole(Part):
-        """Carries a method that it does not use, as CohereAsr does."""
+        """Has a method that it does not use, as CohereAsr."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -267,8 +267,8 @@ def test_every_function_of_lengths_is_tried() -> None:
     assert [int(each(torch.tensor(768))) for each in lengths] == [2, 192]
 
 
-def test_a_function_of_lengths_is_tried_with_each_config() -> None:
-    """OmniASR's outermost model inherits one that only its encoder has the strides for."""
+def test_length_function_is_tried_with_each_config() -> None:
+    """OmniASR's outermost model inherits one that needs the strides in its encoder's config."""
 
     class Part(nn.Module):
         def __init__(self, **config: int) -> None:
@@ -291,7 +291,7 @@ def test_a_function_of_lengths_is_tried_with_each_config() -> None:
     assert rows.tolist() == [*range(12), *range(12, 12 + 8)]
 
 
-def test_texts_whose_last_position_is_read_are_not_cut() -> None:
+def test_text_is_not_trimmed_where_its_last_position_is_read() -> None:
     torch.manual_seed(0)
     config = SiglipTextConfig(**SIZE, vocab_size=97, max_position_embeddings=64)
     model, texts = SiglipTextModel(config).eval(), text_batches(6, length=24)
@@ -302,26 +302,31 @@ def test_texts_whose_last_position_is_read_are_not_cut() -> None:
     assert lost(result.components[name], rows) < 1e-6
 
 
-def of_one(samples: Tensor) -> int:
-    return int((samples - 10) / 4 + 1)  # as Moonshine's, which takes no batch
+def length_of_one(samples: Tensor) -> int:
+    return int((samples - 10) / 4 + 1)  # as in Moonshine, for a single clip
 
 
-def of_many(samples: Tensor) -> Tensor:
+def lengths_of_many(samples: Tensor) -> Tensor:
     return (samples - 10) // 4 + 1
 
 
-def of_pairs(samples: Tensor) -> tuple[Tensor, Tensor]:
-    return samples // 2, (samples - 10) // 4 + 1  # as Qwen2-Audio's: in front of a pooling, behind
+def lengths_around_pooling(samples: Tensor) -> tuple[Tensor, Tensor]:
+    return samples // 2, (samples - 10) // 4 + 1  # as in Qwen2-Audio: before and after pooling
 
 
-def of_nothing(samples: Tensor) -> None: ...
+def no_lengths(samples: Tensor) -> None: ...
 
 
 @pytest.mark.parametrize(
     ("lengths", "known"),
-    [(of_one, True), (of_many, True), (of_pairs, True), (of_nothing, False)],
+    [
+        (length_of_one, True),
+        (lengths_of_many, True),
+        (lengths_around_pooling, True),
+        (no_lengths, False),
+    ],
 )
-def test_functions_of_lengths(lengths: Any, known: bool) -> None:
+def test_length_functions_of_every_form_give_frame_masks(lengths: Any, known: bool) -> None:
     counts = torch.tensor([50, 26, 14])
     mask = torch.arange(50) < counts[:, None]
     rule = TokenMask(mask, frame_lengths=[lengths])
@@ -338,13 +343,13 @@ def test_functions_of_lengths(lengths: Any, known: bool) -> None:
     heads = torch.arange(11)[None, None] < torch.tensor([11, 5, 2])[:, None, None].expand(3, 2, 1)
     assert rows.tolist() == heads.flatten().nonzero().flatten().tolist()
     written = TokenMask(None, mask, encoder_decoder=True, frame_lengths=[lengths])
-    with pytest.warns(EvaWarning, match="no token mask fits"):  # what is written is no sound
+    with pytest.warns(EvaWarning, match="no token mask fits"):  # the decoder reads text
         assert written.rows(shape, cpu, "decoder.layer") is None
 
 
-@pytest.mark.parametrize("frames", [20, 18])  # the last window of a sound may be short
-def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
-    """As of Granite's speech models, whose encoder has neither a mask nor a name that tells."""
+@pytest.mark.parametrize("frames", [20, 18])  # the last window of a clip may be short
+def test_mask_over_groups_of_frames_is_expanded(frames: int) -> None:
+    """As in Granite speech models, whose encoder receives no mask and has a generic name."""
     counts = torch.tensor([4, 1, 2])
     mask = torch.arange(4) < counts[:, None]
     rule = TokenMask(
@@ -358,15 +363,15 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
     rows = rule.rows(torch.Size((3, 4, 8)), cpu, "projector.linear")
     assert rows is not None
     assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
-    # text, and frames with something else among them
+    # text, and frames among other tokens
     assert rule.rows(torch.Size((3, 20, 8)), cpu, "language_model.layers.0.mlp.up_proj") is None
     assert rule.rows(torch.Size((3, 5, 8)), cpu, "encoder.layers.0.ff1.up_proj") is None
-    # the distances between the frames of a single sound, as Wav2Vec2-BERT reads them
+    # relative positions of the frames of a single clip, as in Wav2Vec2-BERT
     assert frame_mask_for(mask[:1], (1, 7)) is None
     halves = frame_mask_for(mask, (3, 7))
     assert halves is not None
     assert halves.sum(1).tolist() == [7, 2, 4]
-    # an encoder of text that has no mask
+    # a text encoder without a mask
     rule = TokenMask(None, multimodal=True, audio_mask=mask, audio_only=True)
     for count in (4, 9):
         shape = torch.Size((3, count, 8))
@@ -374,7 +379,7 @@ def test_a_mask_over_what_becomes_of_several_frames(frames: int) -> None:
 
 
 @pytest.mark.parametrize("beside", ["input_features", "pixel_values", "scores"])
-def test_a_projector_reads_text_where_there_is_nothing_else(beside: str) -> None:
+def test_projector_reads_text_where_the_batch_has_nothing_else(beside: str) -> None:
     (texts,) = text_batches(1)
     samples, tokens = texts["input_ids"].shape
     rule = mask_of_batch({**texts, beside: torch.randn(samples, 5)}, lora())
@@ -384,7 +389,7 @@ def test_a_projector_reads_text_where_there_is_nothing_else(beside: str) -> None
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_an_adapter_that_tells_frames_of_a_mask() -> None:
+def test_seamless_adapter_and_cross_attention_mask_frames() -> None:
     torch.manual_seed(0)
     parts = ("encoder", "decoder", "speech_encoder", "t2u_encoder", "t2u_decoder")
     sizes = {f"{part}_layers": 1 for part in parts}

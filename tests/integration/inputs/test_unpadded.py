@@ -1,4 +1,4 @@
-"""Layers that read all samples as one, without padding, as those of flash-linear-attention."""
+"""Layers that remove padding and read all samples as one, as in flash-linear-attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from integration.conftest import QUIET, lora, text_batches
 
 
 class Unpadding(nn.Module):
-    """A layer on all samples at once, and one on what they are padded to again."""
+    """A layer on the unpadded tokens of all samples, and one on the tokens padded again."""
 
     def __init__(self, samples: tuple[int, ...]) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Unpadding(nn.Module):
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("limit", [None, 20])
 @pytest.mark.parametrize("samples", [(), (1,)])
-def test_labels_count_without_padding_too(samples: tuple[int, ...], limit: int | None) -> None:
+def test_label_mask_applies_to_unpadded_tokens(samples: tuple[int, ...], limit: int | None) -> None:
     model, batches = Unpadding(samples), text_batches(4, labels=True)
     for batch in batches:
         batch["labels"][:, :3] = -100
