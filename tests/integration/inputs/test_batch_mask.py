@@ -1,4 +1,4 @@
-"""What a batch says of its tokens, by masks of every kind and by labels."""
+"""The token mask of a batch, from masks of every kind and from labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from integration.conftest import (
 )
 
 
-def test_a_mask_for_each_kind_of_attention() -> None:
+def test_mapping_of_masks_by_kind_of_attention() -> None:
     kept = torch.tensor([[True, True, False], [True, False, False]])
     pairs = (kept[:, None, None, :] & kept[:, None, :, None]).expand(2, 1, 3, 3)
     ids = torch.ones(2, 3, dtype=torch.long)
@@ -36,15 +36,15 @@ def test_a_mask_for_each_kind_of_attention() -> None:
     assert torch.equal(found, kept)
     batch["attention_mask"] = {"full_attention": None, "sliding_attention": pairs}
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
-    # of a window that is narrower than the text nothing can be told
+    # a window that is narrower than the text is ignored
     batch["attention_mask"] = {"sliding_attention": pairs[..., 1:], "full_attention": pairs}
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 @pytest.mark.parametrize("cached", [0, 2])
-def test_a_mask_over_pairs_with_a_cache(cached: int, name: str) -> None:
-    """Of a static cache, whose end is empty, or behind tokens that were cached."""
+def test_pair_mask_with_a_cache(cached: int, name: str) -> None:
+    """With a static cache, whose end is empty, or behind cached tokens."""
     kept = torch.tensor([[True, True, False], [True, False, False]])
     pairs = torch.zeros(2, 1, 3, 8, dtype=torch.bool)
     pairs[:, 0, :, cached : cached + 3] = kept[:, :, None] & kept[:, None, :]
@@ -53,14 +53,14 @@ def test_a_mask_over_pairs_with_a_cache(cached: int, name: str) -> None:
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
     batch["attention_mask"] = pairs[:, :, :1]  # the same for every token
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
-    for seen, own in ((pairs.float(), kept), (pairs & False, kept & False)):
-        batch["attention_mask"] = seen
+    for mask, own in ((pairs.float(), kept), (pairs & False, kept & False)):
+        batch["attention_mask"] = mask
         assert torch.equal(mask_of_batch(batch, lora()).main, own)
-    batch["attention_mask"] = torch.cat([torch.ones(2, cached), kept], dim=1)  # of cached ones, too
+    batch["attention_mask"] = torch.cat([torch.ones(2, cached), kept], dim=1)  # with cached tokens
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
 
 
-def test_masks_of_tokens_by_numbers_of_any_kind() -> None:
+def test_token_masks_of_any_dtype_and_convention() -> None:
     kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
     ids = torch.ones(2, 3, dtype=torch.long)
     for mask in (kept.bool(), kept, kept.float(), (1 - kept) * -1e4, kept - 1):
@@ -69,12 +69,13 @@ def test_masks_of_tokens_by_numbers_of_any_kind() -> None:
     none = mask_of_batch({"input_ids": ids, "attention_mask": torch.zeros(2, 3)}, lora()).main
     assert none is not None
     assert not none.any()
-    codes = {"input_ids": ids[..., None].expand(2, 3, 4), "attention_mask": kept}  # of each token
+    # several codes per token
+    codes = {"input_ids": ids[..., None].expand(2, 3, 4), "attention_mask": kept}
     assert torch.equal(mask_of_batch(codes, lora()).main, kept.bool())
 
 
 class Translator(nn.Module):
-    """Takes masks by the names, and of the kind, that torch's own transformer takes."""
+    """Takes masks of the names and kind that ``torch.nn.Transformer`` takes."""
 
     def __init__(self, batch_first: bool) -> None:
         super().__init__()
@@ -99,8 +100,8 @@ class Translator(nn.Module):
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but")
 @pytest.mark.parametrize("given", ["names", "positions", "added", "forward_fn"])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_masks_of_padding(batch_first: bool, given: str) -> None:
-    """Both texts are as long, so that names of layers tell which is read."""
+def test_key_padding_masks_apply_to_source_and_target(batch_first: bool, given: str) -> None:
+    """Both texts are equally long, so that names of layers tell which one a layer reads."""
     source = torch.arange(7) < torch.tensor([7, 4, 2])[:, None]
     target = torch.arange(7) < torch.tensor([3, 7, 5])[:, None]
     padding = [~source, ~target]
@@ -117,13 +118,13 @@ def test_masks_of_padding(batch_first: bool, given: str) -> None:
     config = lora(tau=1.0, target_modules=[*layers, "last"])
     data = parts if given in ("positions", "forward_fn") else named
     result = run(model, data, config, method="gram", max_steps=4, **options)
-    seen = layer_inputs(model, named, [*layers, "last"], masked=False)
+    inputs = layer_inputs(model, named, [*layers, "last"], masked=False)
     for name, mask in {**layers, "last": target}.items():
         kept = (mask if batch_first else mask.mT).flatten()
-        assert lost(result.components[name], seen[name][kept.repeat(4)]) < 1e-6, name
+        assert lost(result.components[name], inputs[name][kept.repeat(4)]) < 1e-6, name
 
 
-class Added(nn.Module):
+class AdditiveMask(nn.Module):
     """Adds its mask to the scores of attention."""
 
     def __init__(self) -> None:
@@ -135,8 +136,8 @@ class Added(nn.Module):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_mask_of_tokens_that_is_added(side: str) -> None:
-    model, batches = Added(), text_batches(4)
+def test_additive_token_mask_applies(side: str) -> None:
+    model, batches = AdditiveMask(), text_batches(4)
     for batch in batches:
         kept = batch["attention_mask"].bool()
         batch["kept"] = kept.flip(1) if side == "left" else kept
@@ -149,32 +150,32 @@ def test_a_mask_of_tokens_that_is_added(side: str) -> None:
 
 
 @dataclass
-class Seen:
-    """As curated transformers have it: of tokens that are seen, for each of them."""
+class BoolMask:
+    """The attention mask of curated-transformers, True for tokens that are attended to."""
 
     bool_mask: Tensor
 
 
-def test_a_mask_in_a_dataclass() -> None:
+def test_mask_in_a_dataclass_applies() -> None:
     kept = torch.tensor([[True, True, False], [True, False, False]])
-    batch = {"piece_ids": kept.long(), "attention_mask": Seen(kept[:, None, None])}
+    batch = {"piece_ids": kept.long(), "attention_mask": BoolMask(kept[:, None, None])}
     mask = mask_of_batch(batch, lora()).main
     assert mask is not None
     assert torch.equal(mask, kept)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5, 6), (2, 3, 5), (2, 1, 3, 2)])
-def test_a_mask_of_another_kind_is_warned_of(shape: tuple[int, ...]) -> None:
+def test_mask_of_unknown_shape_warns_once(shape: tuple[int, ...]) -> None:
     batch = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(shape)}
     warned: set[str] = set()
-    told = re.escape(f"an attention_mask of shape {shape} is not understood; every")
-    with pytest.warns(eva_kernels.EvaWarning, match=told):
+    message = re.escape(f"an attention_mask of shape {shape} is not understood; every")
+    with pytest.warns(eva_kernels.EvaWarning, match=message):
         assert mask_of_batch(batch, lora(), warned=warned).main is None
     assert mask_of_batch(batch, lora(), warned=warned).main is None  # and not again
 
 
-def test_whole_numbers_that_are_labels_of_samples() -> None:
-    """As many as tokens; the config says what they are."""
+def test_multi_label_classes_are_no_token_mask() -> None:
+    """As many labels as tokens; the config tells what they are."""
     several = SimpleNamespace(problem_type="multi_label_classification")
     labels = torch.tensor([[1, -100, 0], [0, 1, 1]])
     batch = {"input_ids": torch.ones(2, 3), "labels": labels}
@@ -184,8 +185,8 @@ def test_whole_numbers_that_are_labels_of_samples() -> None:
         assert torch.equal(mask_of_batch(one, lora()).main, labels >= 0)
 
 
-def test_the_value_of_labels_that_mask_a_decoder() -> None:
-    """Of several answers to a text, too, as many as there may be."""
+def test_label_mask_value_masks_a_decoder() -> None:
+    """Also with several answers per text."""
     both = Architecture(type("Config", (), {"is_encoder_decoder": True})())
     labels = torch.tensor([[5, 7, 7], [-100, 5, 7], [7, 7, 5]])
     for samples in (3, 2):
@@ -193,7 +194,8 @@ def test_the_value_of_labels_that_mask_a_decoder() -> None:
         decoder = mask_of_batch(batch, lora(label_mask_value=7), both).decoder
         assert decoder is not None
         assert torch.equal(decoder, labels != 7)
-    codes = Architecture(both.config, takes_decoder_ids=True)  # of which it makes tokens
+    # the model makes its decoder inputs from codes
+    codes = Architecture(both.config, takes_decoder_ids=True)
     for found, kept in ((codes, labels != 7), (both, None)):
         decoder = mask_of_batch(
             {"labels": labels[..., None]}, lora(label_mask_value=7), found
@@ -201,8 +203,8 @@ def test_the_value_of_labels_that_mask_a_decoder() -> None:
         assert (decoder is None) if kept is None else torch.equal(decoder, kept)
 
 
-def test_labels_of_tokens_by_another_name() -> None:
-    """As torchtune calls them, whose batches have no mask of padding."""
+def test_labels_mask_tokens_under_other_names() -> None:
+    """As in torchtune, whose batches have no padding mask."""
     labels = torch.tensor([[-100, 5, 7], [-100, 5, -100]])
     tokens, other = torch.ones(2, 3, dtype=torch.long), torch.ones(2, 3)
     mask = mask_of_batch({"tokens": tokens, "labels": labels}, lora()).main
@@ -213,7 +215,7 @@ def test_labels_of_tokens_by_another_name() -> None:
     assert mask_of_batch({"labels": labels, "x": tokens[:, :2]}, lora()).main is None
 
 
-def test_numbers_of_samples_do_not_cut_a_mask_of_tokens() -> None:
+def test_one_number_per_sample_does_not_crop_the_token_mask() -> None:
     kept = torch.tensor([[True, True, True], [True, False, False]])
     batch = {"species": torch.tensor([1, 2]), "x": torch.randn(2, 3, 8)}
     mask = mask_of_batch({**batch, "attention_mask": kept[:, None, None]}, lora()).main
@@ -222,8 +224,8 @@ def test_numbers_of_samples_do_not_cut_a_mask_of_tokens() -> None:
 
 
 @pytest.mark.parametrize("name", ["decoder_input_ids", "dec_input_ids"])
-def test_labels_of_somebody_elses_decoder(name: str) -> None:
-    """As openai-whisper's is run; of as many steps as there are frames of sound."""
+def test_labels_mask_the_decoder_of_a_custom_model(name: str) -> None:
+    """As openai-whisper is run, with as many decoder steps as audio frames."""
 
     class Speech(nn.Module):
         def __init__(self) -> None:
@@ -232,8 +234,8 @@ def test_labels_of_somebody_elses_decoder(name: str) -> None:
             self.encoder, self.words = nn.Linear(16, 16), nn.Embedding(VOCABULARY, 16)
             self.decoder = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
 
-        def decode(self, ids: Tensor, heard: Tensor) -> Tensor:
-            return self.decoder(self.words(ids) + heard.mean(1, keepdim=True))
+        def decode(self, ids: Tensor, audio_states: Tensor) -> Tensor:
+            return self.decoder(self.words(ids) + audio_states.mean(1, keepdim=True))
 
     kept = torch.arange(7) < torch.tensor([7, 4, 2])[:, None]
     data = []
@@ -253,15 +255,15 @@ def test_labels_of_somebody_elses_decoder(name: str) -> None:
     )
     frames = torch.cat([batch["input_ids"].flatten(0, 1) for batch in data])
     check_shares(result, "encoder", frames)
-    heard = [model.encoder(b["input_ids"]).mean(1, keepdim=True) for b in data]
-    steps = [(model.words(b[name]) + x)[kept] for b, x in zip(data, heard, strict=True)]
+    audio_states = [model.encoder(b["input_ids"]).mean(1, keepdim=True) for b in data]
+    steps = [(model.words(b[name]) + x)[kept] for b, x in zip(data, audio_states, strict=True)]
     check_shares(result, "decoder.0", torch.cat(steps).detach())
 
 
-def test_masks_of_something_else_than_tokens() -> None:
+def test_masks_of_other_units_than_tokens() -> None:
     kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "span_mask": kept}
-    assert not mask_of_batch(batch, lora()).unit_masks  # nothing is said of tokens
+    assert not mask_of_batch(batch, lora()).unit_masks  # without a token mask
     batch["attention_mask"] = batch["input_ids"]
     (spans,) = mask_of_batch(batch, lora()).unit_masks
     assert torch.equal(spans, kept.bool())
@@ -272,7 +274,7 @@ def test_masks_of_something_else_than_tokens() -> None:
     assert len(mask_of_batch(batch, lora()).unit_masks) == 1
 
 
-class Within(nn.Module):
+class WithHead(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner, self.head = inner, nn.Linear(VOCABULARY, 4)
@@ -282,16 +284,14 @@ class Within(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("within", [False, True], ids=["alone", "within a module"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["alone", "within a module"])
 @pytest.mark.parametrize("given", ["decoder_input_ids", "labels"])
-def test_a_decoder_of_as_many_tokens_as_the_encoder_that_alone_has_a_mask(
-    given: str, within: bool
-) -> None:
+def test_encoder_mask_does_not_mask_a_decoder_of_equal_length(given: str, wrapped: bool) -> None:
     size = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     ends = {"decoder_start_token_id": 0, "pad_token_id": 0}
     torch.manual_seed(0)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **size, **ends))
-    model: nn.Module = Within(t5) if within else t5
+    model: nn.Module = WithHead(t5) if wrapped else t5
     data = [{**batch, given: batch["input_ids"].flip(0) + 1} for batch in text_batches(4, length=9)]
     linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
     names = [name for name in linear if "lm_head" not in name]
@@ -299,7 +299,7 @@ def test_a_decoder_of_as_many_tokens_as_the_encoder_that_alone_has_a_mask(
     result = run(model.eval(), data, config, method="gram", max_steps=4)
     keys = ("EncDecAttention.k", "EncDecAttention.v")
     own = [name for name in names if "encoder" in name or name.endswith(keys)]
-    if given == "labels":  # of which the model makes what its decoder reads
+    if given == "labels":  # the model makes its decoder inputs from them
         data = [{**b, "decoder_input_ids": t5._shift_right(b["labels"])} for b in data]
     assert 0 < len(own) < len(names)
     for name, x in layer_inputs(model, data, names, masked=False).items():

@@ -1,4 +1,4 @@
-"""Loaders and batches of every kind; what is kept of them: nothing."""
+"""Loaders and batches of every kind, none of which is kept alive."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_loaders(kind: str) -> None:
+def test_every_kind_of_loader_gives_the_same_result(kind: str) -> None:
     expected = run(make_mlp(), vectors(), lora(**CONFIG), max_steps=8, method="gram")
     result = run(make_mlp(), LOADERS[kind](), lora(**CONFIG), max_steps=8, method="gram")
     assert result.forwards == 8
@@ -90,7 +90,7 @@ def as_user_dict(batch: dict[str, Tensor]) -> Any:
 
 
 @pytest.mark.parametrize("make", [dict, BatchEncoding, as_dataclass, as_user_dict])
-def test_batches_with_a_mask(make: Any) -> None:
+def test_every_kind_of_masked_batch_gives_the_same_result(make: Any) -> None:
     expected = run(make_llama(), iter(TEXTS), lora(tau=1.0), method="gram")
     result = run(make_llama(), (make(b) for b in TEXTS), lora(tau=1.0), method="gram")
     assert result.tokens == expected.tokens
@@ -121,30 +121,30 @@ def test_targets_beside_the_input_are_left_out() -> None:
         run(make_mlp(), samples, lora(**CONFIG))
 
 
-def test_custom_forward_gets_the_batch_as_it_was() -> None:
-    seen: list[type] = []
+def test_forward_fn_gets_the_batch_unchanged() -> None:
+    types: list[type] = []
 
     def forward(model: nn.Module, batch: Any) -> None:
-        seen.append(type(batch))
+        types.append(type(batch))
         model(batch[0] if isinstance(batch, tuple) else batch.input_ids.float()[:, :20])
 
     loader = [Pair(vectors()[0], 3), as_dataclass(TEXTS[0])]
     run(make_mlp(), iter(loader), lora(**CONFIG), forward_fn=forward)
-    assert seen == [Pair, Sample]
+    assert types == [Pair, Sample]
 
 
-def test_custom_forward_gets_batches_without_elements() -> None:
-    seen: list[int] = []
+def test_forward_fn_gets_empty_batches() -> None:
+    lengths: list[int] = []
 
     def forward(model: nn.Module, batch: Tensor) -> None:
-        seen.append(len(batch))
+        lengths.append(len(batch))
         model(torch.cat([batch, torch.ones(1, 20)]))
 
     run(make_mlp(), iter([*vectors(2), torch.empty(0, 20)]), lora(**CONFIG), forward_fn=forward)
-    assert seen == [40, 40, 0]
+    assert lengths == [40, 40, 0]
 
 
-def test_containers_that_cannot_be_made_of_their_parts() -> None:
+def test_containers_that_cannot_be_rebuilt_become_plain_ones() -> None:
     class OfTwo(list):
         def __init__(self, first: Any, second: Any) -> None:
             super().__init__([first, second])
@@ -160,7 +160,7 @@ def test_containers_that_cannot_be_made_of_their_parts() -> None:
 
 
 class Graph:
-    """As torch_geometric's: it moves what it holds, and returns itself."""
+    """As in torch_geometric: ``to`` moves in place and returns the object."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -171,23 +171,23 @@ class Graph:
 
 
 class Molecules(Graph):
-    """As chemprop's, which returns nothing."""
+    """As in chemprop: ``to`` returns nothing."""
 
     def to(self, device: torch.device) -> None:  # type: ignore[override]
         super().to(device)
 
 
 @pytest.mark.parametrize("kind", [Graph, Molecules])
-def test_what_moves_itself(kind: type[Graph]) -> None:
+def test_objects_are_moved_by_their_to_method(kind: type[Graph]) -> None:
     graph, packed = kind(vectors()[0]), pack_sequence(list(vectors()[0].split([4, 20, 16])), False)
     moved = batches.to_device({"graph": [graph], "packed": packed}, torch.device("meta"))
     assert (moved["graph"][0].x.device.type, graph.x.device.type) == ("meta", "cpu")
     assert moved["packed"].data.device.type == moved["packed"].sorted_indices.device.type == "meta"
-    assert moved["packed"].batch_sizes.device.type == "cpu"  # where torch wants them
+    assert moved["packed"].batch_sizes.device.type == "cpu"  # where torch requires them
 
 
 @pytest.mark.parametrize("kind", ["bool", "uint8", "int16", "float64"])
-def test_arrays_keep_their_kind(kind: str) -> None:
+def test_arrays_keep_their_dtype(kind: str) -> None:
     found = batches.as_tensors({"x": np.ones((2, 3), kind), "text": np.array(["a", "b"])})
     assert found["x"].dtype == getattr(torch, kind)
     assert isinstance(found["text"], np.ndarray)
@@ -195,27 +195,27 @@ def test_arrays_keep_their_kind(kind: str) -> None:
     assert nested.shape == (2, 1, 2)
 
 
-def test_a_generator_is_used_once() -> None:
+def test_generator_is_iterated_once() -> None:
     with pytest.warns(eva_kernels.NotConvergedWarning, match="after 8 forward passes"):
         result = run(make_mlp(), iter(vectors()), lora(**CONFIG), on_not_converged="warn")
     assert result.forwards == 8
 
 
-def test_another_epoch_is_shuffled_anew() -> None:
-    seen: list[float] = []
+def test_next_epoch_is_reshuffled() -> None:
+    first_values: list[float] = []
 
     def forward(model: nn.Module, batch: Any) -> None:
-        seen.append(float(batch[0][0, 0]))
+        first_values.append(float(batch[0][0, 0]))
         model(batch[0])
 
     loader = DataLoader(TensorDataset(torch.cat(vectors())), batch_size=40, shuffle=True)
     run(make_mlp(), loader, lora(**CONFIG), forward_fn=forward, max_steps=16)
-    assert len(seen) == 16
-    assert seen[:8] != seen[8:]
+    assert len(first_values) == 16
+    assert first_values[:8] != first_values[8:]
 
 
 @pytest.mark.parametrize("keys", [("input_ids", "attention_mask"), ("input_ids",)])
-def test_no_batch_is_kept(keys: tuple[str, ...]) -> None:
+def test_no_batch_is_kept_alive(keys: tuple[str, ...]) -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = []
 
@@ -229,7 +229,7 @@ def test_no_batch_is_kept(keys: tuple[str, ...]) -> None:
             del batch
 
     model = make_llama()
-    gc.freeze()  # the collections below look at what is new only
+    gc.freeze()  # the collections below visit new objects only
     try:
         result = run(model, copies(), lora(tau=1.0))
         gc.collect()
@@ -240,7 +240,7 @@ def test_no_batch_is_kept(keys: tuple[str, ...]) -> None:
     assert not any(r() is not None for r in alive)
 
 
-def test_parts_of_a_batch_are_on_the_device_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_batch_are_on_the_device_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
     most, original = [], batches.to_device
 
@@ -261,7 +261,7 @@ def test_parts_of_a_batch_are_on_the_device_one_by_one(monkeypatch: pytest.Monke
     assert most == [0] * 4
 
 
-def test_splitting_batches() -> None:
+def test_splitting_batches_does_not_change_the_result() -> None:
     whole = text_batches(6)
     halves = [{k: v[i : i + 2] for k, v in b.items()} for b in whole for i in (0, 2)]
     ones = [{k: v[i : i + 1] for k, v in b.items()} for b in whole for i in range(4)]
@@ -305,7 +305,7 @@ def test_float64_and_half_inputs() -> None:
 
 
 @pytest.mark.parametrize("kind", ["backwards", "read-only", "big-endian"])
-def test_arrays_of_any_kind(kind: str) -> None:
+def test_arrays_of_any_memory_layout(kind: str) -> None:
     batch = {key: value.numpy() for key, value in text_batches(1)[0].items()}
     expected = run(make_llama(), iter([batch]), lora(tau=1.0))
     if kind == "backwards":
@@ -318,7 +318,7 @@ def test_arrays_of_any_kind(kind: str) -> None:
     assert run(make_llama(), iter([batch]), lora(tau=1.0)).ranks == expected.ranks
 
 
-def test_a_number_beside_no_samples_is_no_batch() -> None:
+def test_scalar_beside_no_samples_is_an_empty_batch() -> None:
     empty = {key: value[:0] for key, value in text_batches(1)[0].items()}
     empty["num_items_in_batch"] = torch.tensor(0)
     data = [empty, *text_batches(1)]
@@ -326,8 +326,8 @@ def test_a_number_beside_no_samples_is_no_batch() -> None:
     assert result.tokens == int(data[1]["attention_mask"].sum())
 
 
-def test_images_that_are_no_entry_of_each_sample() -> None:
-    """As many images as samples, all of them in the first: nothing tells whose they are."""
+def test_images_prevent_splitting_by_length() -> None:
+    """As many images as samples may all belong to the first sample."""
     mask = (torch.arange(300) < torch.tensor([300, 20])[:, None]).long()
     batch = {"input_ids": mask * 5, "attention_mask": mask}
     cpu, model = torch.device("cpu"), architecture_of(nn.Identity())
@@ -338,30 +338,30 @@ def test_images_that_are_no_entry_of_each_sample() -> None:
     assert cut["pixel_values"].shape == (2, 3, 4, 4)
 
 
-def test_sound_that_goes_along_with_text_keeps_it_whole() -> None:
-    """Voxtral's realtime model adds up the embeddings of text and of eight frames a token."""
+def test_audio_aligned_with_text_prevents_trimming() -> None:
+    """Voxtral's realtime model adds embeddings of text and of eight audio frames per token."""
     (batch,) = text_batches(1, length=24)
     batch["attention_mask"][:, 16:] = 0
-    sound = {**batch, "input_features": torch.randn(4, 5, 24 * 8)}
-    assert without_padding(sound, torch.device("cpu")) == [sound]
-    sound = {**batch, "input_features": torch.randn(4, 5, 100)}  # of one length for any text
-    (cut,) = without_padding(sound, torch.device("cpu"))
+    audio = {**batch, "input_features": torch.randn(4, 5, 24 * 8)}
+    assert without_padding(audio, torch.device("cpu")) == [audio]
+    audio = {**batch, "input_features": torch.randn(4, 5, 100)}  # of one length for every text
+    (cut,) = without_padding(audio, torch.device("cpu"))
     assert cut["input_ids"].shape[1] <= 16
     assert cut["input_features"].shape == (4, 5, 100)
-    boxes = {**batch, "visual_embeds": torch.randn(4, 5, 24 * 8)}  # whose features are so many
+    boxes = {**batch, "visual_embeds": torch.randn(4, 5, 24 * 8)}  # by chance as many features
     (cut,) = without_padding(boxes, torch.device("cpu"))
     assert cut["input_ids"].shape[1] <= 16
 
 
 @pytest.mark.parametrize("kind", ["fnet", "canine", "siglip", "mobilebert", "big_bird", "reformer"])
-def test_padding_that_a_model_sees_stays(kind: str) -> None:
+def test_no_trimming_for_models_that_see_padding(kind: str) -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]] * 2)
     batch = {"input_ids": mask * 5, "attention_mask": mask}
     inner, other = SimpleNamespace(model_type=kind), SimpleNamespace(model_type="bert")
     model = nn.Identity()
     for config in (inner, SimpleNamespace(model_type="pair", text_config=inner)):
         model.config = config
-        for outer in (model, nn.Sequential(model)):  # a user's module around it, too
+        for outer in (model, nn.Sequential(model)):  # also inside a user's module
             assert without_padding(batch, torch.device("cpu"), architecture_of(outer)) == [batch]
     model.config = other
     [cut] = without_padding(batch, torch.device("cpu"), architecture_of(model))

@@ -1,4 +1,4 @@
-"""``check_padding`` finds padding that counts, and nothing else."""
+"""``check_padding`` reports padding that counts, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from integration.conftest import (
     state_of,
 )
 
-# Their models let tokens see padding: as the position that stands for the sentence, and by the
-# convolutions over the edge of a sound.
-SEE_PADDING = {"SigLIP": {"text_model.head"}, "Qwen2-Audio": None}
-NONE_TOLD = {"DINOv2", "ViT", "Swin", "Whisper", "Conv2d network", "nn.Sequential"}
+# Models whose tokens see padding: SigLIP reads the last position as the sentence, Qwen2-Audio
+# convolves over the end of the audio.
+FAMILIES_SEEING_PADDING = {"SigLIP": {"text_model.head"}, "Qwen2-Audio": None}
+FAMILIES_WITHOUT_MASK = {"DINOv2", "ViT", "Swin", "Whisper", "Conv2d network", "nn.Sequential"}
 
 
 def text(rows: int = 4, length: int = 10) -> dict[str, Tensor]:
@@ -39,18 +39,18 @@ def text(rows: int = 4, length: int = 10) -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NONE_TOLD])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FAMILIES_WITHOUT_MASK])
 def test_no_padding_counts_in_any_family(name: str) -> None:
     family = FAMILIES[name]
     config = lora(r=4, rho=2.0, **family.config)
     found = eva_kernels.check_padding(family.make_model(), family.make_batches(1)[0], config)
     assert any(rows.padding or rows.left_out for rows in found.layers.values())
     assert all(rows.counted for rows in found.layers.values())
-    expected = SEE_PADDING.get(name, set())
+    expected = FAMILIES_SEEING_PADDING.get(name, set())
     assert expected is None or set(found.suspicious) == expected
 
 
-def test_rows_are_those_of_the_mask() -> None:
+def test_row_counts_follow_the_mask() -> None:
     batch = text()
     found = eva_kernels.check_padding(make_llama(), batch, lora())
     kept = int(batch["attention_mask"].sum())
@@ -61,7 +61,7 @@ def test_rows_are_those_of_the_mask() -> None:
     assert found.changed == ("input_ids",)
 
 
-def test_padding_that_counts_is_found() -> None:
+def test_counted_padding_is_reported() -> None:
     batch = text()
     found = eva_kernels.check_padding(make_llama(), batch, lora(), prepare_model_inputs_fn=None)
     padding = int((batch["attention_mask"] == 0).sum())
@@ -70,10 +70,10 @@ def test_padding_that_counts_is_found() -> None:
     (line,) = (line for line in found.summary().splitlines() if line.startswith("q_proj"))
     *numbers, change = line.split()[1:]
     assert numbers == ["2", "40", "40", str(padding), str(padding), "0"]
-    assert float(change) > 0.5  # they are other tokens
+    assert float(change) > 0.5  # they are different tokens
 
 
-def test_padding_that_looks_as_the_end_of_each_text_is_found() -> None:
+def test_counted_padding_with_the_end_token_is_reported() -> None:
     batch = text()
     ends = batch["attention_mask"].sum(1, keepdim=True) - 1
     batch["input_ids"][torch.arange(10) >= ends] = 2
@@ -84,8 +84,8 @@ def test_padding_that_looks_as_the_end_of_each_text_is_found() -> None:
     assert first.change > 0.5
 
 
-class Scattered(nn.Module):
-    """Mixes up the tokens of a batch, which no mask can follow."""
+class Reordered(nn.Module):
+    """Reorders the tokens, so that the mask no longer fits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,9 +96,9 @@ class Scattered(nn.Module):
         return self.head(hidden[:, torch.arange(hidden.shape[1]).flip(0)])
 
 
-def test_a_layer_of_ones_own_that_mixes_tokens_up_is_found() -> None:
+def test_custom_layer_that_reorders_tokens_is_reported() -> None:
     batch = text()
-    found = eva_kernels.check_padding(Scattered().eval(), batch, lora(), early_exit=True)
+    found = eva_kernels.check_padding(Reordered().eval(), batch, lora(), early_exit=True)
     assert found.suspicious == ("head",)
     head, mask = found.layers["head"], batch["attention_mask"]
     wrong = int((mask & (1 - mask.flip(1))).sum())
@@ -106,7 +106,7 @@ def test_a_layer_of_ones_own_that_mixes_tokens_up_is_found() -> None:
 
 
 class Smeared(nn.Module):
-    """Lets every token see a little of the next one."""
+    """Adds a little of the next token to each token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Smeared(nn.Module):
         return self.lin(x + 0.01 * x.roll(-1, 1))
 
 
-def test_tokens_that_see_padding_are_told_from_padding_that_counts() -> None:
+def test_tokens_that_see_padding_differ_from_counted_padding() -> None:
     found = eva_kernels.check_padding(Smeared(), text(), lora(target_modules=["lin"]))
     lin = found.layers["lin"]
     assert found.suspicious == ("lin",)
@@ -125,7 +125,7 @@ def test_tokens_that_see_padding_are_told_from_padding_that_counts() -> None:
     assert 0 < lin.change < 0.05
 
 
-def test_tokens_that_labels_leave_out_are_told() -> None:
+def test_tokens_left_out_by_labels_are_reported() -> None:
     batch = text()
     labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)
     labels[:, :3] = -100
@@ -134,7 +134,7 @@ def test_tokens_that_labels_leave_out_are_told() -> None:
     assert {rows.left_out for rows in found.layers.values()} == {12}
 
 
-def test_what_has_changed_can_be_given() -> None:
+def test_changed_batch_can_be_passed() -> None:
     ids = text()["input_ids"]
     lengths = text()["attention_mask"].sum(1)
 
@@ -150,7 +150,7 @@ def test_what_has_changed_can_be_given() -> None:
     assert {rows.padding for rows in found.layers.values()} == {int((ids == 0).sum())}
 
 
-def test_without_padding_there_is_nothing_to_prove() -> None:
+def test_batch_without_padding_is_an_error() -> None:
     batch = {"input_ids": torch.ones(2, 4).long(), "attention_mask": torch.ones(2, 4).long()}
     with pytest.raises(EvaValueError, match="the batch has no mask that marks padding"):
         eva_kernels.check_padding(make_llama(), batch, lora())
@@ -161,7 +161,7 @@ def test_without_padding_there_is_nothing_to_prove() -> None:
         eva_kernels.check_padding(make_llama(), ragged, lora(), **options)
 
 
-def test_nothing_is_left_behind() -> None:
+def test_model_batch_and_random_state_are_unchanged() -> None:
     model, batch = make_llama().train(), text()
     before, ids = state_of(model), batch["input_ids"].clone()
     random, hooks = torch.get_rng_state(), hooks_of(model)
@@ -175,33 +175,33 @@ def test_nothing_is_left_behind() -> None:
         eva_kernels.check_padding(model, batch, lora(), chnged=batch)
 
 
-def test_contents_change_where_there_is_padding_alone() -> None:
+def test_contents_change_only_in_padding() -> None:
     pixels = torch.randn(2, 3, 4, 4)
-    shown = torch.ones(2, 4, 4).long()
-    shown[1, :, 2:] = 0
-    sound, heard = torch.randn(2, 5, 6), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    pixel_mask = torch.ones(2, 4, 4).long()
+    pixel_mask[1, :, 2:] = 0
+    audio, audio_mask = torch.randn(2, 5, 6), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
     batch = {
         **text(2),
         "image_features": torch.randn(2, 10, 3),  # as many as tokens, and no text
         "decoder_input_ids": text(2)["input_ids"],
         "pixel_values": pixels,
-        "pixel_mask": shown,
-        "input_features": sound,
-        "feature_attention_mask": heard,
+        "pixel_mask": pixel_mask,
+        "input_features": audio,
+        "feature_attention_mask": audio_mask,
         "position_ids": torch.arange(10).repeat(2, 1),
     }
     changed, names = with_other_padding(batch, make_llama())
     assert set(names) == {"input_ids", "pixel_values", "input_features"}
-    moved = changed["pixel_values"] != pixels
-    assert torch.equal(moved, (shown == 0)[:, None].expand_as(moved))
-    moved = changed["input_features"] != sound
-    assert torch.equal(moved, (heard == 0)[:, None].expand_as(moved))
-    moved = changed["input_ids"] != batch["input_ids"]
-    assert torch.equal(moved, batch["attention_mask"] == 0)
+    differs = changed["pixel_values"] != pixels
+    assert torch.equal(differs, (pixel_mask == 0)[:, None].expand_as(differs))
+    differs = changed["input_features"] != audio
+    assert torch.equal(differs, (audio_mask == 0)[:, None].expand_as(differs))
+    differs = changed["input_ids"] != batch["input_ids"]
+    assert torch.equal(differs, batch["attention_mask"] == 0)
     assert changed["input_ids"].max() < 60
 
 
-def test_special_tokens_do_not_become_padding() -> None:
+def test_padding_is_not_replaced_by_special_tokens() -> None:
     model = make_llama()
     model.config.image_token_id = 9
     batch = {
@@ -214,13 +214,13 @@ def test_special_tokens_do_not_become_padding() -> None:
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_the_parts_of_a_transformer_of_torch_have_masks_of_their_own(batch_first: bool) -> None:
+def test_torch_transformer_masks_apply_to_their_own_inputs(batch_first: bool) -> None:
     torch.manual_seed(0)
     model = nn.Transformer(16, 2, 1, 1, 32, batch_first=batch_first)
     lengths = torch.tensor([[6, 5, 3], [6, 6, 5]])
     hidden = [each[:, None] <= torch.arange(6) for each in lengths]
-    read = [torch.randn(3, 6, 16) for _ in hidden]
-    src, tgt = read if batch_first else (x.transpose(0, 1) for x in read)
+    streams = [torch.randn(3, 6, 16) for _ in hidden]
+    src, tgt = streams if batch_first else (x.transpose(0, 1) for x in streams)
     masks = dict(zip(("src_key_padding_mask", "tgt_key_padding_mask"), hidden, strict=True))
     batch = {"src": src, "tgt": tgt, **masks, "memory_key_padding_mask": hidden[0]}
     found = eva_kernels.check_padding(model, batch, lora(target_modules=["linear1"]))
@@ -229,12 +229,12 @@ def test_the_parts_of_a_transformer_of_torch_have_masks_of_their_own(batch_first
     assert [rows.padding for rows in found.layers.values()] == [4, 1]
 
 
-def test_what_says_where_special_tokens_are_tells_of_no_padding() -> None:
+def test_special_tokens_mask_is_no_padding_mask() -> None:
     batch = text()
     special = torch.zeros(4, 10).long().index_fill_(1, torch.tensor([0, 9]), 1)
     changed, _ = with_other_padding({"special_tokens_mask": special, **batch}, make_llama())
-    moved = changed["input_ids"] != batch["input_ids"]
-    assert torch.equal(moved, batch["attention_mask"] == 0)
+    differs = changed["input_ids"] != batch["input_ids"]
+    assert torch.equal(differs, batch["attention_mask"] == 0)
     whole = {"input_ids": torch.arange(40).view(4, 10), "attention_mask": torch.ones(4, 10)}
     _, names = with_other_padding({**whole, "special_tokens_mask": special}, make_llama())
     assert not names
@@ -242,7 +242,7 @@ def test_what_says_where_special_tokens_are_tells_of_no_padding() -> None:
 
 @dataclass
 class Fields:
-    """A batch of somebody's own."""
+    """A user's batch class."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -252,7 +252,7 @@ BY_INDEX = {"forward_fn": lambda model, batch: model(batch[0], attention_mask=ba
 BY_FIELD = {
     "forward_fn": lambda model, batch: model(batch.input_ids, attention_mask=batch.attention_mask)
 }
-KINDS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any]]] = {
+BATCH_KINDS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any]]] = {
     "tuple": (lambda batch: tuple(batch.values()), BY_INDEX),
     "dataclass": (lambda batch: Fields(**batch), BY_FIELD),
     "encoding": (BatchEncoding, BY_FIELD),
@@ -262,9 +262,9 @@ KINDS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_batches_of_every_kind_are_looked_at(kind: str) -> None:
-    make, options = KINDS[kind]
+@pytest.mark.parametrize("kind", BATCH_KINDS)
+def test_every_kind_of_batch_is_checked(kind: str) -> None:
+    make, options = BATCH_KINDS[kind]
     batch = text()
     found = eva_kernels.check_padding(make_llama(), make(batch), lora(), **options)
     mask = batch["attention_mask"][: 1 if kind == "a sample" else None]
@@ -274,8 +274,8 @@ def test_batches_of_every_kind_are_looked_at(kind: str) -> None:
     assert not found.suspicious
 
 
-class Told(nn.Module):
-    """Is told where its tokens are padding."""
+class MaskedLinear(nn.Module):
+    """Receives a padding mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,40 +286,40 @@ class Told(nn.Module):
 
 
 @pytest.mark.parametrize("additive", [False, True])
-def test_true_is_padding_where_a_mask_says_so(additive: bool) -> None:
+def test_true_marks_padding_in_a_padding_mask(additive: bool) -> None:
     hidden = text()["attention_mask"] == 0
     mask = torch.zeros(4, 10).masked_fill(hidden, -torch.inf) if additive else hidden
     batch = {"x": torch.randn(4, 10, 16), "padding_mask": mask}
-    found = eva_kernels.check_padding(Told(), batch, lora(target_modules=["lin"]))
+    found = eva_kernels.check_padding(MaskedLinear(), batch, lora(target_modules=["lin"]))
     lin, count = found.layers["lin"], int(hidden.sum())
     assert (lin.counted, lin.padding, lin.padding_counted) == (40 - count, count, 0)
 
 
-def test_what_is_attended_to_has_the_mask_of_its_name() -> None:
-    seen = text()["attention_mask"].flip(0)
+def test_context_uses_the_mask_of_its_name() -> None:
+    kept = text()["attention_mask"].flip(0)
     batch = {
         **text(),
         "context": torch.randn(4, 10, 3),
-        "context_mask": seen,
+        "context_mask": kept,
         "encoder_hidden_states": torch.randn(4, 10, 3),
-        "encoder_attention_mask": seen,
+        "encoder_attention_mask": kept,
     }
     changed, names = with_other_padding(batch, make_llama())
     assert set(names) == {"input_ids", "context", "encoder_hidden_states"}
     for name in names:
-        moved = (changed[name] != batch[name]).reshape(4, 10, -1).any(-1)
-        mask = batch["attention_mask"] if name == "input_ids" else seen
-        assert torch.equal(moved, mask == 0), name
+        differs = (changed[name] != batch[name]).reshape(4, 10, -1).any(-1)
+        mask = batch["attention_mask"] if name == "input_ids" else kept
+        assert torch.equal(differs, mask == 0), name
 
 
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_masks_of_pairs_and_additive_ones_tell_of_padding(pairs: bool, additive: bool) -> None:
+def test_pair_masks_and_additive_masks_mark_padding(pairs: bool, additive: bool) -> None:
     batch = text()
     mask = batch["attention_mask"] != 0
-    seen = mask[:, None, None].expand(4, 1, 10, 10).tril() if pairs else mask
-    hidden = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    batch["attention_mask"] = hidden if additive else seen
+    kept = mask[:, None, None].expand(4, 1, 10, 10).tril() if pairs else mask
+    hidden = torch.zeros(kept.shape).masked_fill(~kept, torch.finfo(torch.float32).min)
+    batch["attention_mask"] = hidden if additive else kept
     changed, names = with_other_padding(batch, make_llama())
     assert names == ["input_ids"]
     assert torch.equal(changed["input_ids"] != batch["input_ids"], ~mask)

@@ -1,4 +1,4 @@
-"""Loaders of the libraries people use, and batches as they come out of them."""
+"""Loaders of common libraries, and the batches that they yield."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def reference(batches: list[Any], **options: Any) -> Any:
     return run(make_llama(), iter(batches), lora(tau=1.0), method="gram", **options)
 
 
-def same(result: Any, expected: Any) -> None:
+def assert_same(result: Any, expected: Any) -> None:
     assert result.tokens == expected.tokens
     assert angle(result.components[LAYER][:2], expected.components[LAYER][:2]) < 1e-3
 
@@ -76,7 +76,7 @@ def test_streaming_datasets(kind: str) -> None:
     result = run(
         make_llama(), STREAMS[kind](data), lora(tau=1.0), method="gram", max_tokens=12 * 16
     )
-    same(result, reference(whole))
+    assert_same(result, reference(whole))
 
 
 def test_map_style_dataset() -> None:
@@ -86,11 +86,11 @@ def test_map_style_dataset() -> None:
     result = run(
         make_llama(), DataLoader(data, batch_size=6), lora(tau=1.0), method="gram", max_steps=2
     )
-    same(result, reference([{k: torch.tensor([row[k]]) for k in row} for row in rows]))
+    assert_same(result, reference([{k: torch.tensor([row[k]]) for k in row} for row in rows]))
 
 
 @pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
-def test_samples_of_different_lengths_want_a_collator(kind: Callable[[Any], Any]) -> None:
+def test_samples_of_different_lengths_require_a_collator(kind: Callable[[Any], Any]) -> None:
     rows = [
         {"input_ids": [kind([1, 2, 3]), kind([4, 5])], "attention_mask": [kind([1] * 3), kind([1])]}
     ]
@@ -102,11 +102,11 @@ def test_samples_of_different_lengths_want_a_collator(kind: Callable[[Any], Any]
 
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("kind", [list, torch.as_tensor, np.array])
-def test_samples_of_equal_lengths_need_none(kind: Callable[[Any], Any], trim: bool) -> None:
+def test_samples_of_equal_lengths_need_no_collator(kind: Callable[[Any], Any], trim: bool) -> None:
     texts = text_batches(3)
     lists = [{k: [kind(row) for row in v.tolist()] for k, v in b.items()} for b in texts]
     found = run(make_llama(), iter(lists), lora(), trim_padding=trim)
-    same(found, run(make_llama(), iter(texts), lora()))
+    assert_same(found, run(make_llama(), iter(texts), lora()))
 
 
 def test_lists_that_a_model_takes_stay_lists() -> None:
@@ -122,14 +122,14 @@ def test_lists_that_a_model_takes_stay_lists() -> None:
     assert run(Listed(), iter([batch]), lora(target_modules=["lin"])).tokens == 7
 
 
-def test_inputs_and_targets_want_a_function() -> None:
+def test_inputs_and_targets_require_forward_fn() -> None:
     (texts,) = text_batches(1)
     with pytest.raises(EvaTypeError, match=r"mapping among other things.*pass forward_fn"):
         run(make_llama(), iter([(texts, texts["input_ids"])]))
 
 
-class Numbered(IterableDataset):
-    """Tells which epoch it is in, and in which process it works; may fail."""
+class FailingStream(IterableDataset):
+    """Yields four batches, or fails at one of them."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.fail_at = fail_at
@@ -142,19 +142,21 @@ class Numbered(IterableDataset):
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_workers_are_gone_afterwards(persistent: bool) -> None:
+def test_workers_have_ended_after_the_pass(persistent: bool) -> None:
     config = lora(target_modules=["0", "2"], tau=1.0)
     before = set(multiprocessing.active_children())
-    loader = DataLoader(Numbered(), batch_size=None, num_workers=1, persistent_workers=persistent)
+    loader = DataLoader(
+        FailingStream(), batch_size=None, num_workers=1, persistent_workers=persistent
+    )
     result = run(make_mlp(), loader, config, max_steps=6)  # ends within the second epoch
     assert result.tokens == 6 * 40
     del loader
     assert set(multiprocessing.active_children()) == before
 
 
-def test_failing_workers_keep_their_error() -> None:
+def test_error_of_a_worker_is_raised() -> None:
     model = make_mlp()
-    loader = DataLoader(Numbered(fail_at=2), batch_size=None, num_workers=1)
+    loader = DataLoader(FailingStream(fail_at=2), batch_size=None, num_workers=1)
     with pytest.raises(OSError, match="disk"):
         run(model, loader, lora(target_modules=["0", "2"], tau=1.0))
     assert hooks_of(model) == 0
@@ -169,32 +171,32 @@ def test_interrupted_passes_end_their_workers() -> None:
     def interrupt(model: nn.Module, batch: Any) -> None:
         raise KeyboardInterrupt
 
-    loader = DataLoader(Numbered(), batch_size=None, num_workers=1)
+    loader = DataLoader(FailingStream(), batch_size=None, num_workers=1)
     with pytest.raises(KeyboardInterrupt) as caught:
         run(make_mlp(), loader, lora(target_modules=["0"]), forward_fn=interrupt)
     assert not multiprocessing.active_children()
-    assert caught.tb is not None  # although the traceback lives
+    assert caught.tb is not None  # although the traceback is kept
 
 
-def test_samples_by_their_number_are_no_loader() -> None:
+def test_mapping_of_samples_is_no_loader() -> None:
     samples = dict.fromkeys(range(99), text_batches(1)[0])
     with pytest.raises(EvaTypeError, match=r"a mapping with the keys 0, 1, .*, 7 and 91 more\."):
         run(make_llama(), samples, lora())
 
 
-def test_more_mappings() -> None:
+def test_other_mappings_are_batches() -> None:
     texts = text_batches(3)
     expected = reference(texts)
     kinds: dict[str, Any] = {
         "UserDict": UserDict,
         "MappingProxyType": types.MappingProxyType,
-        "ModelOutput": lambda b: Named(**b),
+        "ModelOutput": lambda b: ModelOutputBatch(**b),
     }
     for make in kinds.values():
-        same(reference([make(b) for b in texts]), expected)
+        assert_same(reference([make(b) for b in texts]), expected)
 
 
-class Named(BaseModelOutput):
+class ModelOutputBatch(BaseModelOutput):
     """A transformers output with fields of a batch."""
 
     def __init__(self, **fields: Tensor) -> None:
@@ -203,25 +205,25 @@ class Named(BaseModelOutput):
             self[key] = value
 
 
-def test_columns_of_text_are_left_out_unless_named() -> None:
+def test_string_columns_are_dropped_unless_named() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.lin = nn.Linear(20, 4)
-            self.seen: list[Any] = []
+            self.captions: list[Any] = []
 
         def forward(self, x: Tensor, caption: list[str] | None = None) -> Tensor:
-            self.seen.append(caption)
+            self.captions.append(caption)
             return self.lin(x)
 
     model = Reader()
     data = [{"x": x, "caption": ["a"] * 40, "path": ["b"] * 40} for x in vectors(3)]
     run(model, iter(data), lora(target_modules=["lin"]))
-    assert model.seen == [["a"] * 40] * 3
+    assert model.captions == [["a"] * 40] * 3
     assert set(data[0]) == {"x", "caption", "path"}
 
 
-def test_packed_sequences() -> None:
+def test_packed_sequences_are_masked_by_labels() -> None:
     rows = [
         {"input_ids": s["input_ids"][:n]} for s, n in zip(samples(8), range(5, 13), strict=True)
     ]
@@ -229,7 +231,7 @@ def test_packed_sequences() -> None:
     batches = [dict(collate(rows[:4])), dict(collate(rows[4:]))]
     assert batches[0]["input_ids"].shape[0] == 1
     result = run(make_llama(), iter(batches), lora(tau=1.0), method="gram")
-    # the collator marks the first token of each sample as no label
+    # the collator gives the first token of each sample no label
     assert result.tokens == sum(len(r["input_ids"]) - 1 for r in rows)
     model = make_llama()
     model.config.use_cache = False  # with a cache transformers lets packed samples see each other
@@ -239,7 +241,7 @@ def test_packed_sequences() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "integers"])
-def test_masks_over_pairs(kind: str) -> None:
+def test_pair_masks_keep_their_tokens(kind: str) -> None:
     texts = text_batches(3)
     batches = []
     for batch in texts:
@@ -251,7 +253,7 @@ def test_masks_over_pairs(kind: str) -> None:
         elif kind == "integers":
             pairs = pairs.long()
         batches.append({"input_ids": batch["input_ids"], "attention_mask": pairs})
-    # an attention of this test, since transformers takes masks of some kinds only
+    # a stand-in for attention, since transformers takes some kinds of masks only
     model = Attention()
     result = run(model, iter(batches), lora(target_modules=["lin"], tau=1.0), method="gram")
     assert result.tokens == sum(int(b["attention_mask"].sum()) for b in texts)
@@ -271,7 +273,7 @@ class Attention(nn.Module):
         return self.lin(self.embed(input_ids))
 
 
-def test_whole_mask_over_pairs_keeps_every_token() -> None:
+def test_causal_pair_mask_keeps_every_token() -> None:
     ids = text_batches(2, padded=False)[0]["input_ids"]
     pairs = torch.ones(4, 1, 24, 24, dtype=torch.bool).tril()
     result = run(
@@ -290,14 +292,14 @@ def test_mask_that_covers_a_prefix() -> None:
 
     batches = []
     for batch in text_batches(2):
-        ahead = torch.ones(4, 5, dtype=torch.long)
-        mask = torch.cat([ahead, batch["attention_mask"]], 1)
+        prefix = torch.ones(4, 5, dtype=torch.long)
+        mask = torch.cat([prefix, batch["attention_mask"]], 1)
         batches.append({"input_ids": batch["input_ids"], "attention_mask": mask})
     result = run(Prefixed(), iter(batches), lora(target_modules=["lin"]), trim_padding=False)
     assert result.tokens == sum(int(b["attention_mask"][:, 5:].sum()) for b in batches)
 
 
-def test_multi_label_classes_of_the_width_of_a_text() -> None:
+def test_multi_label_classes_as_many_as_tokens_are_no_mask() -> None:
     batches = text_batches(3)
     for batch in batches:
         batch["labels"] = torch.randint(0, 2, (4, 24))
@@ -322,7 +324,7 @@ class Masked(Attention):
         return self.lin(self.embed(input_ids))
 
 
-def test_left_padding() -> None:
+def test_left_padding_is_masked() -> None:
     right = text_batches(4)
     left = []
     for batch in right:
@@ -345,7 +347,7 @@ def test_left_padding() -> None:
     )
 
 
-def test_loader_state_is_the_callers() -> None:
+def test_loader_stays_usable_by_the_caller() -> None:
     generator = torch.Generator().manual_seed(3)
     data = torch.cat(vectors())
     loader = DataLoader(data, batch_size=40, shuffle=True, generator=generator)
@@ -356,14 +358,14 @@ def test_loader_state_is_the_callers() -> None:
 
 
 @pytest.mark.parametrize("steps", [2, 3])
-def test_loaders_of_accelerate_do_not_count_as_those_of_the_training(steps: int) -> None:
+def test_accelerate_loader_does_not_affect_gradient_accumulation(steps: int) -> None:
     accelerator = Accelerator(gradient_accumulation_steps=4, cpu=True)
     model, data = make_llama(), range(3)
     loader = accelerator.prepare(DataLoader(text_batches(3), None))
     eva_kernels.initialize(model, loader, lora(), max_steps=steps, **QUIET)
     assert not accelerator.gradient_state.in_dataloader
-    told = []
-    for _ in data:  # a loader that accelerate knows nothing of
+    synced = []
+    for _ in data:  # a loader unknown to accelerate
         with accelerator.accumulate(model):
-            told.append(accelerator.sync_gradients)
-    assert told == [False, False, False]
+            synced.append(accelerator.sync_gradients)
+    assert synced == [False, False, False]

@@ -1,4 +1,4 @@
-"""Odd data through ``initialize``: the adapters are finite, orthonormal and right."""
+"""Degenerate data through ``initialize``: adapters are finite, orthonormal and accurate."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def check_adapters(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [0.0, 3.5, -1e4])
-def test_constant_inputs(method: str, value: float) -> None:
-    """Without variance there is nothing to explain: no rank for it, and no harm to the others."""
+def test_constant_inputs_get_no_rank(method: str, value: float) -> None:
+    """A layer whose inputs have no variance gets rank 0; other layers are not affected."""
 
-    class Both(nn.Module):
+    class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(7)
@@ -67,7 +67,7 @@ def test_constant_inputs(method: str, value: float) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.live(x) + self.dead(torch.full((len(x), 12), value))
 
-    model = initialized(vectors(), Both(), targets=["dead", "live"], method=method)
+    model = initialized(vectors(), Model(), targets=["dead", "live"], method=method)
     assert model.eva_result.ranks == {"dead": 0, "live": 8}
     check_adapters(model)
 
@@ -75,7 +75,7 @@ def test_constant_inputs(method: str, value: float) -> None:
 @pytest.mark.filterwarnings("ignore:only 1 of 4 ranks could be given:eva_kernels.EvaWarning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_inputs_of_low_rank(method: str, rank: int) -> None:
+def test_low_rank_inputs_are_recovered(method: str, rank: int) -> None:
     data = vectors(rank=rank)
     model = initialized(data, targets=["0"], method=method)
     result = model.eva_result
@@ -86,7 +86,7 @@ def test_inputs_of_low_rank(method: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_token_twice(method: str) -> None:
+def test_duplicated_tokens_do_not_change_the_result(method: str) -> None:
     once = vectors(6)
     twice = [torch.cat([x, x]) for x in once]
     results = [
@@ -100,7 +100,7 @@ def test_every_token_twice(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_token_in_all(method: str) -> None:
+def test_single_token_gives_no_rank(method: str) -> None:
     one = [vectors()[0][:1]]
     result = run(two_layers(), iter(one), lora(target_modules=["0", "2"]), method=method)
     assert (result.tokens, set(result.ranks.values())) == (1, {0})
@@ -110,7 +110,7 @@ def test_one_token_in_all(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e15])
-def test_scales(method: str, scale: float) -> None:
+def test_extreme_scales_of_inputs(method: str, scale: float) -> None:
     data = [x * scale for x in vectors()]
     model = initialized(data, targets=["0"], method=method)
     rows = torch.cat([x.double() for x in data[:6]])
@@ -120,7 +120,7 @@ def test_scales(method: str, scale: float) -> None:
     check_adapters(model)
 
 
-def test_squares_beyond_float32_are_told() -> None:
+def test_overflow_of_squares_in_float32_is_an_error() -> None:
     data = [x * 1e25 for x in vectors()]
     with pytest.raises(EvaError, match=r"layer 0, step 1: .*overflow.*float64"):
         initialized(data)
@@ -136,7 +136,7 @@ def test_columns_of_very_different_scale(method: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(dtype: torch.dtype) -> None:
+def test_dtypes_of_model_and_data(dtype: torch.dtype) -> None:
     data = [x.to(dtype) for x in vectors()]
     model = initialized(data, two_layers().to(dtype), targets=["0"], method="gram")
     assert lost(model.eva_result.components["0"], torch.cat(data[:6])) < 1e-5
@@ -145,7 +145,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("width", "r"), [(1, 4), (2, 4), (3, 8)])
-def test_narrower_than_the_rank(width: int, r: int) -> None:
+def test_layers_narrower_than_the_rank(width: int, r: int) -> None:
     data = [x[:, :width] for x in vectors()]
     model = initialized(data, two_layers(width), lora={"r": r})
     assert model.eva_result.ranks["0"] <= width
@@ -153,13 +153,13 @@ def test_narrower_than_the_rank(width: int, r: int) -> None:
     check_adapters(model)
 
 
-def test_one_output() -> None:
+def test_single_output_feature() -> None:
     model = initialized(vectors(), two_layers(out=1))
     check_adapters(model)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_empty_batches_between_others(method: str) -> None:
+def test_empty_batches_do_not_change_the_result(method: str) -> None:
     data = vectors(6)
     with_empty = [data[0][:0], data[0], data[1][:0], *data[1:], data[2][:0]]
     results = [
@@ -170,7 +170,7 @@ def test_empty_batches_between_others(method: str) -> None:
     assert torch.equal(results[0].components["0"], results[1].components["0"])
 
 
-def test_a_mask_that_is_empty_in_some_batches() -> None:
+def test_batches_whose_mask_keeps_no_token() -> None:
     texts = text_batches(5)
     texts[1]["attention_mask"].zero_()
     texts[3]["attention_mask"].zero_()
@@ -236,7 +236,7 @@ def test_nested_tensors_are_refused() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_bad_token_among_many(method: str) -> None:
+def test_nonfinite_tokens_are_skipped(method: str) -> None:
     data = vectors(6)
     data[2][7, 3] = float("nan")
     data[4][0] = float("inf")
@@ -250,7 +250,7 @@ def test_one_bad_token_among_many(method: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["base", "adapters"])
-def test_tokens_that_do_not_differ_are_told(way: str) -> None:
+def test_identical_tokens_are_an_error(way: str) -> None:
     data, base = [{"input_ids": torch.full((2, 9), 5)}], make_llama()
     model: Any = base if way == "base" else wrapped(base)
     before = state_of(model)
@@ -260,7 +260,7 @@ def test_tokens_that_do_not_differ_are_told(way: str) -> None:
 
 
 class Idle(nn.Module):
-    """Has a layer whose weight is used, and which is never called."""
+    """Uses the weight of a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,26 +270,26 @@ class Idle(nn.Module):
         return nn.functional.linear(self.a(x), self.b.weight)
 
 
-def test_layers_that_are_not_called() -> None:
-    told = r"1 layer was never called and keeps .*: b\. .*MultiheadAttention.*exclude_modules"
-    with pytest.warns(EvaWarning, match=told):
+def test_uncalled_layers_are_reported() -> None:
+    message = r"1 layer was never called and keeps .*: b\. .*MultiheadAttention.*exclude_modules"
+    with pytest.warns(EvaWarning, match=message):
         result = run(Idle(), vectors(4), lora(target_modules=["a", "b"]), max_steps=4)
     assert result.uncalled == ["b"]
     with pytest.raises(EvaValueError, match=r"none of them was called\. .*MultiheadAttention"):
         run(Idle(), vectors(4), lora(target_modules=["b"]), max_steps=4)
 
 
-def in_one(x: Tensor, layer: Any) -> Tensor:
+def fused_forward(x: Tensor, layer: Any) -> Tensor:
     """Compute a layer and its adapter, and call neither, as fused kernels do."""
     down, up = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
     return x @ (layer.get_base_layer().weight + layer.scaling["default"] * up @ down).mT
 
 
-def test_layers_that_kernels_compute_are_told_and_get_what_the_base_model_gave() -> None:
+def test_layers_replaced_by_kernels_warn_and_take_base_model_results() -> None:
     config = lora(target_modules=["0", "2"], rho=1.0, tau=1.0)
     model = wrapped(two_layers(), config)
     layer = model.base_model.model[0]
-    layer.forward = functools.partial(in_one, layer=layer)
+    layer.forward = functools.partial(fused_forward, layer=layer)
     with pytest.warns(
         EvaWarning, match=r"1 layer was never called .*: 0\. .*kernels replace.*apply the"
     ):
@@ -298,18 +298,18 @@ def test_layers_that_kernels_compute_are_told_and_get_what_the_base_model_gave()
     assert lost(layer.lora_A["default"].weight.detach(), torch.cat(vectors())) < 1e-5
 
 
-def test_far_too_few_tokens_are_told() -> None:
+def test_too_few_tokens_for_the_ranks_warn() -> None:
     batch = {key: value[:1, :3] for key, value in text_batches(1, padded=False)[0].items()}
     with pytest.warns(
         EvaWarning, match=r"only \d+ of 112 ranks could be given: .* \d+ tokens read"
     ):
         run(make_llama(), [batch], lora(r=8))
-    result = run(make_llama(), text_batches(6), lora(r=8))  # warns of nothing
+    result = run(make_llama(), text_batches(6), lora(r=8))  # no warning
     assert sum(result.ranks.values()) == 112
-    run(make_llama(), [batch], lora(r=8), budget="params")  # where ranks have other prices
+    run(make_llama(), [batch], lora(r=8), budget="params")  # where ranks differ in cost
 
 
-def test_ranks_of_layers_that_are_not_called_are_not_missed() -> None:
+def test_ranks_of_uncalled_layers_do_not_count_as_missing() -> None:
     model = nn.Sequential(nn.Linear(20, 4))
     model.spare = nn.ModuleList(nn.Linear(20, 4) for _ in range(3))
     model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
@@ -319,7 +319,7 @@ def test_ranks_of_layers_that_are_not_called_are_not_missed() -> None:
     assert str(caught[0].message).startswith("3 layers were never called")
 
 
-def test_layers_that_share_an_input_are_all_told_of() -> None:
+def test_convergence_warning_counts_layers_sharing_an_input() -> None:
     options = {"max_steps": 1, "on_not_converged": "warn"}
     with pytest.warns(eva_kernels.NotConvergedWarning, match="^14 of 14 layers have not"):
         run(make_llama(), text_batches(1), lora(), **options)

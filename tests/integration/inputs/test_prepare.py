@@ -1,4 +1,4 @@
-"""Batches made ready ahead, while an accelerator would be at work; the CPU takes its way here."""
+"""Batches prepared ahead while an accelerator works; here the CPU takes the same path."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ OPTIONS = {"method": "sketch", "backend": "torch"}
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let the CPU pass for an accelerator, and list its reads; for others to add to."""
-    seen: list[str] = []
+    """Treat the CPU as an accelerator, and list its reads; tests append further events."""
+    records: list[str] = []
     read = _host.read
 
-    def noted(tensors: Sequence[Tensor]) -> list[_host.Array]:
+    def recorded(tensors: Sequence[Tensor]) -> list[_host.Array]:
         if tensors:
-            seen.append("read")
+            records.append("read")
         return read(tensors)
 
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
-    monkeypatch.setattr(_host, "read", noted)
-    return seen
+    monkeypatch.setattr(_host, "read", recorded)
+    return records
 
 
-def noting(data: Sequence[Any], events: list[str]) -> Iterator[Any]:
+def record_batches(data: Sequence[Any], events: list[str]) -> Iterator[Any]:
     for number, batch in enumerate(data):
         events.append(f"batch {number}")
         yield batch
@@ -51,8 +51,8 @@ def config(tau: float = 1.0) -> Any:
     return lora(tau=tau, target_modules=["0", "2"])
 
 
-def test_the_next_batch_is_fetched_before_the_host_waits(events: list[str]) -> None:
-    run(make_mlp(), noting(vectors(3, rows=60), events), config(), **OPTIONS)
+def test_next_batch_is_fetched_before_the_host_waits(events: list[str]) -> None:
+    run(make_mlp(), record_batches(vectors(3, rows=60), events), config(), **OPTIONS)
     assert events == ["batch 0", "batch 1", "read", "batch 2", "read", "end", "read"]
 
 
@@ -63,7 +63,7 @@ def test_the_next_batch_is_fetched_before_the_host_waits(events: list[str]) -> N
 def test_no_batch_is_taken_beyond_a_limit(
     limit: dict[str, Any], steps: int, events: list[str]
 ) -> None:
-    data = noting(vectors(4, rows=60), events)
+    data = record_batches(vectors(4, rows=60), events)
     result = run(make_mlp(), data, config(), **limit, **OPTIONS)
     assert result.steps == steps
     assert events == [f"batch {i}" for i in range(steps)] + ["read"] * steps
@@ -71,12 +71,14 @@ def test_no_batch_is_taken_beyond_a_limit(
 
 def test_nothing_is_fetched_ahead_where_the_host_does_not_wait() -> None:
     events: list[str] = []
-    result = run(make_mlp(), noting(vectors(4, rows=60), events), config(tau=0.0), **OPTIONS)
+    result = run(
+        make_mlp(), record_batches(vectors(4, rows=60), events), config(tau=0.0), **OPTIONS
+    )
     assert result.steps == 2
     assert events == ["batch 0", "batch 1"]
 
 
-def test_what_is_fetched_meanwhile_is_no_part_of_the_fold(
+def test_time_of_prefetching_does_not_count_as_fold(
     events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
@@ -96,11 +98,11 @@ def test_what_is_fetched_meanwhile_is_no_part_of_the_fold(
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(Preparer, "prepare", prepare)
     seconds = run(make_mlp(), loader(), config(), **OPTIONS).seconds
-    seconds["forward"] += seconds.pop("accumulate")  # which has a clock of its own
+    seconds["forward"] += seconds.pop("accumulate")  # measured by another clock
     assert seconds == {"forward": 30, "fold": 0, "check": 0, "total": 33}
 
 
-def test_what_was_prepared_is_let_go_of_before_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_masks_are_freed_before_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[weakref.ref[TokenMask]] = []
     kept: list[bool] = []
     original = Preparer.prepare
@@ -118,19 +120,17 @@ def test_what_was_prepared_is_let_go_of_before_the_fold(monkeypatch: pytest.Monk
     assert kept == [False] * (1 + 2 + 3)
 
 
-def test_with_a_checkpoint_a_batch_is_made_when_its_turn_comes(
-    events: list[str], tmp_path: Path
-) -> None:
-    data, file = noting(vectors(3, rows=60), events), tmp_path / "pass.safetensors"
+def test_no_prefetching_with_a_checkpoint(events: list[str], tmp_path: Path) -> None:
+    data, file = record_batches(vectors(3, rows=60), events), tmp_path / "pass.safetensors"
     run(make_mlp(), data, config(), checkpoint=file, **OPTIONS)
     without_read = [event for event in events if event != "read"]
     assert without_read == ["batch 0", "batch 1", "batch 2", "end"]
     assert events.index("batch 1") > events.index("read")
 
 
-def test_what_a_loader_raises_comes_when_its_batch_is_due(events: list[str]) -> None:
+def test_loader_error_is_raised_when_its_batch_is_due(events: list[str]) -> None:
     def failing() -> Iterator[Tensor]:
-        yield from noting(vectors(2, rows=60), events)
+        yield from record_batches(vectors(2, rows=60), events)
         raise OSError("the file is gone")
 
     def callback(numbers: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ def test_what_a_loader_raises_comes_when_its_batch_is_due(events: list[str]) -> 
     assert events[-3:] == ["end", "read", "step 2"]
 
 
-def test_a_loader_that_fails_behind_what_was_needed_does_no_harm(events: list[str]) -> None:
+def test_loader_error_behind_the_last_needed_batch_is_ignored(events: list[str]) -> None:
     def failing() -> Iterator[Tensor]:
         yield from vectors(2, rows=60)
         events.append("failed")
@@ -152,13 +152,13 @@ def test_a_loader_that_fails_behind_what_was_needed_does_no_harm(events: list[st
     assert "failed" in events
 
 
-def test_an_error_that_nobody_asks_for_does_not_keep_the_pass(
+def test_ignored_loader_error_does_not_keep_the_pass_alive(
     events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[weakref.ref[CalibrationPass]] = []
     original = CalibrationPass.run
 
-    def noted(self: CalibrationPass, loader: Any) -> Any:
+    def recorded(self: CalibrationPass, loader: Any) -> Any:
         passes.append(weakref.ref(self))
         return original(self, loader)
 
@@ -166,7 +166,7 @@ def test_an_error_that_nobody_asks_for_does_not_keep_the_pass(
         yield from vectors(2, rows=60)
         raise OSError("the file is gone")
 
-    monkeypatch.setattr(CalibrationPass, "run", noted)
+    monkeypatch.setattr(CalibrationPass, "run", recorded)
     gc.collect()
     gc.disable()
     try:
@@ -176,12 +176,12 @@ def test_an_error_that_nobody_asks_for_does_not_keep_the_pass(
         gc.enable()
 
 
-def test_loader_and_fold_have_each_their_own_autocast(events: list[str]) -> None:
-    data, seen = vectors(3, rows=60), []
+def test_autocast_applies_to_the_loader_and_not_to_the_fold(events: list[str]) -> None:
+    data, records = vectors(3, rows=60), []
 
-    def looking() -> Iterator[Tensor]:
+    def record_autocast() -> Iterator[Tensor]:
         for batch in data:
-            seen.append(torch.is_autocast_enabled("cpu"))
+            records.append(torch.is_autocast_enabled("cpu"))
             yield batch
 
     def components(loader: Iterator[Tensor]) -> Tensor:
@@ -189,12 +189,12 @@ def test_loader_and_fold_have_each_their_own_autocast(events: list[str]) -> None
 
     plain = components(iter(data))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = components(looking())
-    assert seen == [True] * 3
-    assert torch.equal(under, plain)
+        with_autocast = components(record_autocast())
+    assert records == [True] * 3
+    assert torch.equal(with_autocast, plain)
 
 
-def test_fetched_ahead_or_not_the_result_has_the_same_bits(
+def test_prefetching_does_not_change_the_result(
     events: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**OPTIONS, "tokens_per_step": 20}  # the draw depends on the number of the batch
@@ -209,20 +209,20 @@ def test_fetched_ahead_or_not_the_result_has_the_same_bits(
     assert all(torch.equal(ahead.components[n], behind.components[n]) for n in ahead.components)
 
 
-def test_a_pass_leaves_no_cycle_that_keeps_its_batches(events: list[str]) -> None:
+def test_pass_leaves_no_reference_cycle_with_its_batches(events: list[str]) -> None:
     data = vectors(3, rows=60)
-    gone = [weakref.ref(batch) for batch in data]
+    batch_refs = [weakref.ref(batch) for batch in data]
     gc.collect()
     gc.disable()
     try:
         run(make_mlp(), iter(data), config(), **OPTIONS)
         del data
-        assert [ref() for ref in gone] == [None] * 3
+        assert [ref() for ref in batch_refs] == [None] * 3
     finally:
         gc.enable()
 
 
-def test_ahead_fetches_once_and_tells_an_error_once() -> None:
+def test_prefetcher_fetches_once_and_raises_an_error_once() -> None:
     def numbers() -> Iterator[int]:
         yield 0
         yield 1

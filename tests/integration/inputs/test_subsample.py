@@ -1,4 +1,4 @@
-"""``tokens_per_step``: a part of the tokens, drawn alike everywhere."""
+"""``tokens_per_step``: a reproducible random draw of the tokens."""
 
 from __future__ import annotations
 
@@ -63,18 +63,18 @@ def test_parts_of_a_trimmed_batch_share_the_limit() -> None:
     ids = torch.randint(1, 90, (8, 60))
     lengths = torch.tensor([60, 2, 2, 60, 2, 2, 2, 2])
     mask = (torch.arange(60) < lengths[:, None]).long()
-    model, seen = make_llama(), []
+    model, sizes = make_llama(), []
     model.register_forward_pre_hook(
-        lambda m, a, k: seen.append(len(k["input_ids"])), with_kwargs=True
+        lambda m, a, k: sizes.append(len(k["input_ids"])), with_kwargs=True
     )
     options: dict[str, Any] = {"tokens_per_step": 66, "max_steps": 1}
     result = run(model, [{"input_ids": ids, "attention_mask": mask}], lora(), **options)
-    assert sorted(seen) == [2, 6]
+    assert sorted(sizes) == [2, 6]
     # 120 and 12 of the tokens: 60 and 6 are drawn
     assert result.tokens == 66
 
 
-def test_parts_share_the_limit_where_a_model_is_told_less_than_the_batch() -> None:
+def test_parts_share_the_limit_where_the_model_narrows_the_mask() -> None:
     class WithoutFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -84,14 +84,14 @@ def test_parts_share_the_limit_where_a_model_is_told_less_than_the_batch() -> No
             return self.inner(input_ids, attention_mask.index_fill(1, torch.tensor([0]), 0))
 
     mask = (torch.arange(60) < torch.tensor([60] * 2 + [3] * 30)[:, None]).long()
-    batch, seen = {"input_ids": mask * 5, "attention_mask": mask}, []
+    batch, calls = {"input_ids": mask * 5, "attention_mask": mask}, []
     model = WithoutFirst()
-    model.register_forward_pre_hook(lambda *_: seen.append(1))
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
     result = run(model, [batch], lora(), tokens_per_step=40, max_steps=1)
-    assert (len(seen), result.tokens) == (2, 40)
+    assert (len(calls), result.tokens) == (2, 40)
 
 
-def test_parts_share_by_what_counts() -> None:
+def test_parts_share_the_limit_by_tokens_that_count() -> None:
     """Of the long sample only four tokens have a label that counts."""
     ids = torch.randint(1, 90, (3, 60))
     mask = (torch.arange(60) < torch.tensor([60, 10, 9])[:, None]).long()
@@ -108,7 +108,7 @@ def test_parts_share_by_what_counts() -> None:
         (66, [120, 12], [60, 6]),
         (1, [300, 60], [1, 0]),
         (3, [100, 100, 1], [2, 1, 0]),
-        (14, [3, 4], [6, 8]),  # there is nothing to leave out
+        (14, [3, 4], [6, 8]),  # fewer tokens than the limit
         (5, [0], [5]),
     ],
 )
@@ -120,7 +120,7 @@ def test_limits_of_parts_add_up(limit: int, tokens: list[int], limits: list[int]
 
 @pytest.mark.filterwarnings("ignore:only 1 of 4 ranks could be given:eva_kernels.EvaWarning")
 @pytest.mark.parametrize(("limit", "encoder", "decoder"), [(2000, 428, 96), (90, 90, 90)])
-def test_each_stream_has_a_limit_of_its_own(limit: int, encoder: int, decoder: int) -> None:
+def test_each_stream_has_its_own_limit(limit: int, encoder: int, decoder: int) -> None:
     torch.manual_seed(0)
     size = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     model = T5ForConditionalGeneration(T5Config(vocab_size=96, decoder_start_token_id=0, **size))
@@ -132,13 +132,15 @@ def test_each_stream_has_a_limit_of_its_own(limit: int, encoder: int, decoder: i
         config = lora(target_modules=[name])
         used[name] = run(model, [batch], config, tokens_per_step=limit, max_steps=1).tokens
         assert used[name] == count
-    if limit == 90:  # of a decoder without a mask nobody knows beforehand
+    if limit == 90:  # the tokens of a decoder without a mask are not known beforehand
         config = lora(target_modules=names[1:], use_label_mask=False)
         assert 0 < run(model, [batch], config, tokens_per_step=limit, max_steps=1).tokens <= limit
 
 
 @pytest.mark.parametrize("name", ["T5", "Whisper", "ViT", "BERT with pooler, bare", "Mixtral"])
-def test_no_layer_sees_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_layer_sees_more_tokens_than_the_limit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from eva_kernels.streaming import InputStream
 
     family, limit, sizes = FAMILIES[name], 10, []
@@ -156,7 +158,7 @@ def test_no_layer_sees_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sizes) == limit
 
 
-def test_same_draw_whatever_the_global_state() -> None:
+def test_draw_does_not_depend_on_the_global_random_state() -> None:
     def drawn(**options: Any) -> Tensor:
         model, config = make_mlp(), lora(target_modules=["0"])
         torch.manual_seed(len(options))
@@ -169,7 +171,7 @@ def test_same_draw_whatever_the_global_state() -> None:
     assert not torch.equal(drawn(), drawn(seed=1))
 
 
-def test_what_a_draw_depends_on() -> None:
+def test_draw_depends_on_seed_batch_and_part() -> None:
     def drawn(**changes: int) -> Tensor:
         found = Draw(**{"limit": 10, "seed": 0, "batch_number": 0, **changes}).indices(50)
         assert found is not None
@@ -180,14 +182,14 @@ def test_what_a_draw_depends_on() -> None:
     chosen = [drawn(), *(drawn(**changes) for changes in others)]
     assert len({tuple(each.tolist()) for each in chosen}) == len(chosen)
     mask, draw = torch.rand(5, 20) < 0.8, Draw(10, 0, 0)
-    with torch.device("meta"):  # where new tensors are by default
+    with torch.device("meta"):  # the default device of new tensors
         kept = draw.subset(mask)
     assert kept.shape == mask.shape
     assert int(kept.sum()) == int((kept & mask).sum()) == 10
     assert torch.equal(drawn(), draw.indices(50))
 
 
-def test_every_token_is_as_likely() -> None:
+def test_every_token_is_equally_likely() -> None:
     counts = torch.zeros(50)
     draws = 4000
     for forward in range(draws):
@@ -200,13 +202,13 @@ def test_every_token_is_as_likely() -> None:
     assert Draw(50, 0, 0).indices(50) is None
 
 
-def test_tokens_are_counted_as_used() -> None:
+def test_max_tokens_counts_drawn_tokens() -> None:
     config = lora(target_modules=["0", "2"], tau=1.0)
     result = run(make_mlp(), vectors(8), config, tokens_per_step=15, max_tokens=60)
     assert (result.tokens, result.forwards) == (60, 4)
 
 
-def test_resumed_draws_are_those_of_an_unbroken_run(tmp_path: Any) -> None:
+def test_resumed_draws_are_those_of_an_uninterrupted_run(tmp_path: Any) -> None:
     config = lora(target_modules=["0", "2"], tau=1.0)
     options: dict[str, Any] = {"tokens_per_step": 15, "checkpoint": tmp_path / "c.safetensors"}
     run(make_mlp(), vectors(8), config, max_steps=3, **options)
@@ -227,22 +229,22 @@ def test_resumed_draws_are_those_of_an_unbroken_run(tmp_path: Any) -> None:
         ("9", "tokens_per_step='9' must be a whole number"),
     ],
 )
-def test_wrong_values(value: Any, message: str) -> None:
+def test_invalid_limits_are_errors(value: Any, message: str) -> None:
     with pytest.raises(EvaError, match=message):
         run(nn.Sequential(nn.Linear(20, 4)), vectors(1), lora(), tokens_per_step=value)
 
 
-@pytest.mark.parametrize("made", [True, False])
-def test_a_function_that_makes_tokens_has_others_of_each_batch_count(made: bool) -> None:
+@pytest.mark.parametrize("made_by_function", [True, False])
+def test_draws_differ_between_batches_with_forward_fn(made_by_function: bool) -> None:
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
         model(**batch)
 
-    def counted(model: nn.Module, batch: int) -> None:
+    def by_number(model: nn.Module, batch: int) -> None:
         model(**texts[batch])
 
     texts, options = text_batches(3), {"method": "gram", "tokens_per_step": 20}
     config = lora(tau=1.0, target_modules=[LAYER])
-    data, function = (range(3), counted) if made else (texts, forward)
+    data, function = (range(3), by_number) if made_by_function else (texts, forward)
     found = run(make_llama(), iter(data), config, forward_fn=function, **options)
     inputs = layer_inputs(make_llama(), texts, [LAYER])[LAYER]
     parts = inputs.split([int(batch["attention_mask"].sum()) for batch in texts])

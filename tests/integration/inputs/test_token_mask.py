@@ -1,4 +1,4 @@
-"""Only tokens that the masks keep count, whatever stands in the other places."""
+"""Only tokens that the masks keep count, whatever the other positions contain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from integration.conftest import (
 LAYER = "model.layers.1.self_attn.q_proj"
 
 
-def equal(one: Any, other: Any) -> bool:
+def same_bits(one: Any, other: Any) -> bool:
     return one.ranks == other.ranks and all(
         torch.equal(rows, other.components[n])
         and torch.equal(one.singular_values[n], other.singular_values[n])
@@ -38,7 +38,7 @@ def equal(one: Any, other: Any) -> bool:
     )
 
 
-def close(one: Any, other: Any, atol: float = 2e-4) -> None:
+def check_close(one: Any, other: Any, atol: float = 2e-4) -> None:
     assert one.tokens == other.tokens
     for name, rows in one.components.items():
         values = one.singular_values[name]
@@ -63,7 +63,7 @@ def test_padding_values_do_not_matter(trim: bool, method: str) -> None:
     assert any(
         not torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, other, strict=True)
     )
-    assert equal(first, second)
+    assert same_bits(first, second)
     assert first.tokens == sum(int(b["attention_mask"].sum()) for b in batches)
 
 
@@ -72,13 +72,13 @@ def test_trimming_changes_nothing_but_the_width(make: Any) -> None:
     batches = text_batches(5)
     results, widths = [], []
     for trim in (True, False):
-        model, seen = make(), []
+        model, dims = make(), []
         embedding = model.get_input_embeddings()
-        embedding.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].shape))
+        embedding.register_forward_pre_hook(lambda _, args, dims=dims: dims.append(args[0].shape))
         config = lora(tau=1.0)
         results.append(run(model, iter(batches), config, method="gram", trim_padding=trim))
-        widths.append(seen)
-    close(*results)
+        widths.append(dims)
+    check_close(*results)
     assert all(shape[1] == 24 for shape in widths[1])
     assert all(shape[1] < 24 for shape in widths[0])
     padded = [sum(s[0] * s[1] for s in shapes) for shapes in widths]
@@ -86,30 +86,30 @@ def test_trimming_changes_nothing_but_the_width(make: Any) -> None:
     assert kept <= padded[0] < padded[1]
 
 
-class OfOneLength(nn.Module):
-    """A user's layers around a model: made for one length, or pooling whatever is there."""
+class FixedLengthHead(nn.Module):
+    """A user's layers around a model, made for one length or pooling over all positions."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.inner = kind, make_bert()
-        self.places = nn.Parameter(torch.randn(1, 24, 32))
+        self.positions = nn.Parameter(torch.randn(1, 24, 32))
         self.head = nn.Linear(24 * 32 if kind == "flattened" else 32, 3)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.inner(input_ids, attention_mask).last_hidden_state
-        x = x + self.places if self.kind == "places" else x
+        x = x + self.positions if self.kind == "positions" else x
         return self.head(x.flatten(1) if self.kind == "flattened" else x.mean(1))
 
 
-def widened(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def padded_to_24(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: functional.pad(value, (0, 24 - value.shape[1])) for key, value in batch.items()}
 
 
-@pytest.mark.parametrize("kind", ["flattened", "places", "pooled"])
-def test_nothing_is_cut_in_front_of_a_users_layers(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["flattened", "positions", "pooled"])
+def test_no_trimming_in_front_of_a_users_layers(kind: str) -> None:
     model, texts = (
-        OfOneLength(kind).eval(),
-        [widened(batch) for batch in text_batches(4, length=20)],
+        FixedLengthHead(kind).eval(),
+        [padded_to_24(batch) for batch in text_batches(4, length=20)],
     )
     config = lora(tau=1.0, target_modules=["inner.encoder.layer.0.intermediate.dense", "head"])
     result = run(model, iter(texts), config, method="gram", max_steps=4)
@@ -117,10 +117,10 @@ def test_nothing_is_cut_in_front_of_a_users_layers(kind: str) -> None:
         assert lost(result.components[name], x) < 1e-6, name
 
 
-def test_a_text_whose_parts_are_samples_stays_whole() -> None:
-    """A model reads its sentences, and another one what came of them, one after another."""
+def test_no_splitting_where_samples_are_parts_of_a_text() -> None:
+    """One model reads sentences as samples, another one the sequence of their vectors."""
 
-    class OfSentences(nn.Module):
+    class SentencesThenText(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.sentence, self.text = make_bert(), make_bert()
@@ -131,32 +131,32 @@ def test_a_text_whose_parts_are_samples_stays_whole() -> None:
 
     mask = (torch.arange(60) < torch.tensor([50] + [4] * 31)[:, None]).long()
     batch = {"input_ids": mask * torch.arange(1, 61), "attention_mask": mask}
-    model, name = OfSentences().eval(), "text.encoder.layer.1.output.dense"
+    model, name = SentencesThenText().eval(), "text.encoder.layer.1.output.dense"
     result = run(model, [batch], lora(tau=1.0, target_modules=[name]), method="gram")
     x = layer_inputs(model, [batch], [name])[name]
     assert lost(result.components[name], x) < 1e-6
 
 
-def test_short_samples_run_apart() -> None:
+def test_splitting_by_length_changes_nothing_else() -> None:
     """Samples of very different lengths go through the model in groups; nothing else changes."""
     ids = torch.randint(1, VOCABULARY, (8, 60))
     lengths = torch.tensor([3, 60, 5, 4, 59, 6, 3, 58])
     mask = (torch.arange(60) < lengths[:, None]).long()
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.where(ids > 3, -100)}
-    seen: list[Any] = []
+    inputs: list[Any] = []
     results = []
     for trim in (True, False):
         model = make_llama()
-        model.model.embed_tokens.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model.model.embed_tokens.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         options = {"method": "gram", "trim_padding": trim}
         results.append(run(model, iter([batch] * 2), lora(tau=1.0), **options))
-    assert [x.shape[0] for x in seen[:-2]] != [8] * (len(seen) - 2)
+    assert [x.shape[0] for x in inputs[:-2]] != [8] * (len(inputs) - 2)
     assert results[0].forwards == results[1].forwards == 2
     assert results[0].tokens == 2 * int((mask.bool() & (ids > 3)).sum())
-    close(*results)
+    check_close(*results)
 
 
-def test_left_padding_and_unknown_tensors_are_not_cut() -> None:
+def test_left_padding_is_not_trimmed() -> None:
     batches = text_batches(3)
     left = [{k: v.flip(1) for k, v in b.items()} for b in batches]
     model = make_llama()
@@ -191,17 +191,17 @@ def test_labels_mask_tokens_but_never_reach_the_model() -> None:
     batches = text_batches(4, labels=True)
     for batch in batches:
         batch["labels"][:, :3] = -100  # a prompt
-    model, seen = make_llama(), []
+    model, arguments = make_llama(), []
     forward = model.forward
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(set(kwargs))
+        arguments.append(set(kwargs))
         return forward(*args, **kwargs)
 
     model.forward = spy
     result = run(model, iter(batches), lora(tau=1.0), method="gram")
-    assert seen
-    assert all("labels" not in names for names in seen)
+    assert arguments
+    assert all("labels" not in names for names in arguments)
     kept = [
         {**b, "attention_mask": b["attention_mask"], "keep": b["labels"] != -100} for b in batches
     ]
@@ -249,7 +249,7 @@ def test_labels_of_samples_are_no_token_mask(labels: str) -> None:
     assert lost(result.components[name], layer_inputs(model, plain, [name])[name]) < 1e-6
 
 
-def test_pooled_inputs_are_taken_whole() -> None:
+def test_pooled_inputs_are_not_masked() -> None:
     batches = text_batches(4)
     model = make_bert()
     result = run(model, iter(batches), lora(tau=1.0), method="gram")
@@ -277,7 +277,7 @@ class Shaped(nn.Module):
         return self.usual(x)
 
 
-def test_layouts() -> None:
+def test_every_layout_of_tokens_gives_the_same_result() -> None:
     batches = text_batches(4, length=20, samples=5)
     model = Shaped()
     result = run(model, iter(batches), lora(tau=1.0), method="gram")
@@ -289,7 +289,7 @@ def test_layouts() -> None:
         assert angle(a[:4], b[:4]) < 1e-3, name
 
 
-def test_no_rule_fits() -> None:
+def test_input_that_fits_no_mask_warns_once() -> None:
     class Doubled(Shaped):
         def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
             x = self.embed(input_ids)
@@ -303,8 +303,8 @@ def test_no_rule_fits() -> None:
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("kind", ["packed", "chunks"])
-def test_inputs_that_want_no_mask(kind: str) -> None:
-    """Of tokens without padding, and of texts, of which each is some chunks."""
+def test_inputs_that_need_no_mask_do_not_warn(kind: str) -> None:
+    """Packed tokens without padding, and texts of several chunks each."""
 
     class Without(Shaped):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ def test_without_a_mask_every_token_counts() -> None:
     assert run(make_llama(), iter(batches), lora(tau=1.0)).tokens == 3 * 4 * 24
 
 
-def test_embeddings_as_input() -> None:
+def test_embeddings_as_input_are_masked_as_ids() -> None:
     model, batches = make_llama(), text_batches(3, labels=True)
     table = model.get_input_embeddings()
     for batch in batches:
@@ -338,7 +338,7 @@ def test_embeddings_as_input() -> None:
         embedded = [{**b, "inputs_embeds": table(b["input_ids"])} for b in batches]
     for batch in embedded:
         del batch["input_ids"]
-    close(
+    check_close(
         run(make_llama(), iter(embedded), lora(tau=1.0), method="gram"),
         run(make_llama(), iter(batches), lora(tau=1.0), method="gram"),
     )
@@ -386,7 +386,7 @@ def test_experts_of_encoder_and_decoder_have_their_own_masks() -> None:
         assert (list(range(3)) if rows is None else rows.tolist()) == kept
 
 
-def test_an_encoder_decoder_s_layers_by_other_names() -> None:
+def test_encoder_decoder_layers_with_other_names() -> None:
     encoder, decoder = torch.ones(2, 4).bool(), torch.ones(2, 4).bool()
     encoder[:, 1:], decoder[:, 3:] = False, False
     rule = TokenMask(encoder, decoder, encoder_decoder=True)
@@ -394,14 +394,14 @@ def test_an_encoder_decoder_s_layers_by_other_names() -> None:
         rows = rule.rows(torch.Size((2, 4, 8)), torch.device("cpu"), name)
         assert rows is not None
         assert len(rows) == count
-    # what stands beside text is beside the encoder's
+    # other tokens beside text are beside the encoder's text
     rule = TokenMask(encoder, decoder[:, 1:], encoder_decoder=True, text_first=True)
     rows = rule.rows(torch.Size((2, 6, 8)), torch.device("cpu"), "decoder.proj")
     assert rows is not None
     assert rows.tolist() == [0, 4, 5, 6, 10, 11]
 
 
-def test_a_decoder_of_a_model_that_says_nothing_of_it() -> None:
+def test_decoder_mask_applies_where_the_config_names_no_decoder() -> None:
     main, decoder = torch.ones(2, 3), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     rule = mask_of_batch({"attention_mask": main, "decoder_attention_mask": decoder}, lora())
     rows = rule.rows(torch.Size((2, 4, 8)), torch.device("cpu"), "layer")
@@ -409,7 +409,7 @@ def test_a_decoder_of_a_model_that_says_nothing_of_it() -> None:
     assert rows.tolist() == [0, 1, 2, 4]
 
 
-def test_a_name_tells_nothing_of_a_batch_of_text_alone() -> None:
+def test_layer_names_are_ignored_in_batches_of_only_text() -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     rule = mask_of_batch({"input_ids": mask, "attention_mask": mask}, lora())
     rows = rule.rows(torch.Size((2, 4, 8)), torch.device("cpu"), "image_writer.layers.0.fc1")
@@ -420,7 +420,7 @@ def test_a_name_tells_nothing_of_a_batch_of_text_alone() -> None:
 
 
 def test_cross_attention_beside_images() -> None:
-    """A part that reads text looks at images; one that reads images may look at text."""
+    """Layers of text attend to images; layers of images may attend to text."""
     text = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
     rule = TokenMask(text, multimodal=True, has_media=True)
     images, texts = (
@@ -429,7 +429,7 @@ def test_cross_attention_beside_images() -> None:
     )
     shape, cpu = torch.Size((2, 4, 8)), torch.device("cpu")
     assert rule.rows(shape, cpu, images) is None
-    scores = TokenMask(text, multimodal=True)  # and no images: there is nothing else to look at
+    scores = TokenMask(text, multimodal=True)  # no images, so that there is only text
     for one, name in ((rule, texts), (scores, images)):
         rows = one.rows(shape, cpu, name)
         assert rows is not None
@@ -437,7 +437,7 @@ def test_cross_attention_beside_images() -> None:
     assert rule.rows(torch.Size((2, 9, 8)), cpu, texts) is None  # images again
 
 
-def test_boxes_of_images_that_are_as_many_as_words() -> None:
+def test_image_boxes_as_many_as_words_have_their_own_mask() -> None:
     text, boxes = (torch.tensor(m) == 1 for m in ([[1, 1, 0], [1, 0, 0]], [[1, 0, 0], [1, 1, 0]]))
     rule = TokenMask(text, multimodal=True, non_text_mask=boxes)
     for name, mask in (("visual_projection", boxes), ("layer.0.query", text)):
@@ -447,7 +447,7 @@ def test_boxes_of_images_that_are_as_many_as_words() -> None:
 
 
 def test_interleaved_streams() -> None:
-    """A Decision Transformer's layers see three tokens a time step."""
+    """A Decision Transformer's layers see three tokens per time step."""
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     config = type("Config", (), {"model_type": "decision_transformer"})
     found = mask_of_batch({"attention_mask": mask}, lora(), Architecture(config()))
@@ -460,7 +460,7 @@ def test_interleaved_streams() -> None:
         assert found.rows(torch.Size((2, 9, 8)), torch.device("cpu"), "c_attn") is None
 
 
-def test_rows_of_a_mask() -> None:
+def test_rows_of_a_mask_for_each_shape() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     cpu = torch.device("cpu")
     rule = TokenMask(mask)
@@ -478,7 +478,7 @@ def test_rows_of_a_mask() -> None:
     assert rule.rows(torch.Size((2, 8)), cpu, "pooled") is None
     assert rule.rows(torch.Size((1, 7, 8)), cpu, "positions") is None  # of all samples
     with pytest.warns(eva_kernels.EvaWarning, match="heads: no token mask fits"):
-        assert rule.rows(torch.Size((2, 3, 3, 8)), cpu, "heads") is None  # which are the tokens?
+        assert rule.rows(torch.Size((2, 3, 3, 8)), cpu, "heads") is None  # ambiguous
     assert TokenMask(torch.ones(2, 3).bool()).rows(torch.Size((2, 3, 8)), cpu, "x") is None
     single = TokenMask(mask[:, 1:2])  # samples of one token each
     rows = single.rows(torch.Size((2, 1, 1, 8)), cpu, "head")
@@ -488,7 +488,7 @@ def test_rows_of_a_mask() -> None:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_a_part_with_a_loss_of_its_own_may_read_the_text() -> None:
+def test_unmasked_prefix_is_masked_where_it_reads_the_text() -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     rule, cpu = TokenMask(mask, unmasked_prefixes=("guard.",), text_first=True), torch.device("cpu")
     rows = rule.rows(torch.Size((2, 3, 8)), cpu, "guard.query")

@@ -1,4 +1,4 @@
-"""Which batches are cut and divided, and which are left as they are."""
+"""Which batches are trimmed and split by length, and which stay unchanged."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def batch_of(lengths: list[int], columns: int) -> dict[str, Tensor]:
     return {"input_ids": 5 * mask, "attention_mask": mask}
 
 
-# what comes beside ids and a mask, and whether they are cut then
-BESIDE: dict[str, tuple[str, Tensor, bool]] = {
+# an entry beside ids and mask, and whether the batch is trimmed with it
+EXTRA_ENTRIES: dict[str, tuple[str, Tensor, bool]] = {
     "labels": ("labels", torch.ones(2, COLUMNS), True),
     "embeddings": ("inputs_embeds", torch.ones(2, COLUMNS, 2 * COLUMNS), True),
     "images": ("pixel_values", torch.ones(2, 3, 2 * COLUMNS), True),
-    "images of others": ("pixel_values", torch.ones(3, 3, 5), False),
+    "images of another count": ("pixel_values", torch.ones(3, 3, 5), False),
     "integers": ("kinds", torch.ones(2, 3, 2 * COLUMNS, dtype=torch.long), True),
-    "nothing": ("crops", torch.ones(2, 0, 5), True),
-    "a value a token": ("weights", torch.ones(2, COLUMNS), False),
-    "places in three directions": ("position_ids", torch.ones(2, 3, COLUMNS), False),
-    "sound in step with text": ("spectra", torch.ones(2, 80, 2 * COLUMNS), False),
-    "a number": ("items", torch.tensor(3), False),
+    "no elements": ("crops", torch.ones(2, 0, 5), True),
+    "a value per token": ("weights", torch.ones(2, COLUMNS), False),
+    "positions in three dimensions": ("position_ids", torch.ones(2, 3, COLUMNS), False),
+    "audio aligned with text": ("spectra", torch.ones(2, 80, 2 * COLUMNS), False),
+    "a scalar": ("items", torch.tensor(3), False),
 }
 
 
-@pytest.mark.parametrize("case", BESIDE)
-def test_what_comes_beside_text(case: str) -> None:
-    key, value, cut = BESIDE[case]
+@pytest.mark.parametrize("case", EXTRA_ENTRIES)
+def test_extra_entries_decide_whether_text_is_trimmed(case: str) -> None:
+    key, value, cut = EXTRA_ENTRIES[case]
     batch = {**batch_of([3, LONGEST], COLUMNS), key: value}
     (found,) = without_padding(batch, CPU)
     assert (found is batch) == (not cut)
@@ -48,14 +48,14 @@ def test_what_comes_beside_text(case: str) -> None:
     assert found[key].equal(value[:, :LONGEST] if per_token else value)
 
 
-def test_labels_of_a_decoder_are_of_another_stream() -> None:
+def test_decoder_labels_prevent_trimming() -> None:
     architecture = Architecture(SimpleNamespace(is_encoder_decoder=True))
     batch = {**batch_of([3, LONGEST], COLUMNS), "labels": torch.ones(2, COLUMNS)}
     (found,) = without_padding(batch, CPU, architecture)
     assert found is batch
 
 
-def test_short_samples_run_apart_where_that_pays() -> None:
+def test_short_samples_are_split_off_where_that_pays() -> None:
     batch = {**batch_of([64, 8] * 8, 64), "classes": torch.arange(16)}
     short, long = without_padding(batch, CPU)
     assert (short["input_ids"].shape, long["input_ids"].shape) == ((8, 8), (8, 64))
@@ -63,15 +63,15 @@ def test_short_samples_run_apart_where_that_pays() -> None:
         list(range(1, 16, 2)),
         list(range(0, 16, 2)),
     )
-    images = {**batch, "pixel_values": torch.ones(16, 3, 5)}  # maybe not one a sample
+    images = {**batch, "pixel_values": torch.ones(16, 3, 5)}  # possibly not one per sample
     assert without_padding(images, CPU) == [images]
     assert without_padding(batch, CPU, split_by_length=False) == [batch]
-    # another pass costs more where a device is not full
+    # a further forward pass costs more on a GPU that is not full
     assert without_padding(batch, torch.device("cuda")) == [batch]
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_no_other_division_costs_less(seed: int) -> None:
+def test_split_by_length_has_minimal_cost(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     lengths = sorted((torch.randint(1, 9, (9,), generator=generator) * 40).tolist())
 
@@ -84,7 +84,7 @@ def test_no_other_division_costs_less(seed: int) -> None:
     assert cost([p["attention_mask"].sum(1).tolist() for p in parts]) == min(map(cost, every))
 
 
-def test_thousands_of_samples_are_divided_at_once() -> None:
+def test_split_of_thousands_of_samples_is_fast() -> None:
     lengths = [1 + i % 100 for i in range(20_000)]
     begin = time.perf_counter()
     parts = without_padding(batch_of(lengths, 100), CPU)
