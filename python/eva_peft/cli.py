@@ -141,7 +141,7 @@ def init(
         typer.Option(
             min=0,
             max=1,
-            help="Components have converged when |cos| to the step before is above this.",
+            help="Components have converged when |cos| to the step before is at least this.",
             show_default="0.99",
         ),
     ] = None,
