@@ -1,4 +1,4 @@
-"""Every model family: initialise with the defaults, train a step, save, load, and it is right."""
+"""Every model family with default options: initialise, train a step, save and load."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ from integration.conftest import (
     state_of,
 )
 
-# What PEFT says of Conv1D, of grouped convolutions, and of patterns of parameters.
-PEFT_SAYS = r"fan_in_fan_out|groups > 1. Merging|_pattern keys did not match any targeted module"
+# PEFT warns of Conv1D, of grouped convolutions, and of patterns of parameters.
+PEFT_WARNINGS = (
+    r"fan_in_fan_out|groups > 1. Merging|_pattern keys did not match any targeted module"
+)
 
-# Of an attribute that PEFT looks at, and of an argument that LayoutLMv3 of transformers 4 gives.
-OTHERS_SAY = "is_gradient_checkpointing|The `device` argument is deprecated"
+# Of an attribute that PEFT reads, and of an argument that LayoutLMv3 of transformers 4 passes.
+OTHER_WARNINGS = "is_gradient_checkpointing|The `device` argument is deprecated"
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def restore_peft() -> Iterator[None]:
     update_layer = LoraConvolution.update_layer
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=f".*({PEFT_SAYS})")
+        warnings.filterwarnings("ignore", message=f".*({PEFT_WARNINGS})")
         yield
     LoraConvolution.update_layer = update_layer
 
@@ -49,28 +51,28 @@ def config_of(family: Family, **fields: Any) -> Any:
     return lora(**{"r": 4, "rho": 2.0, **family.config, **fields})
 
 
-def made(name: str) -> Any:
+def make_model(name: str) -> Any:
     model = FAMILIES[name].make_model()
     return fused(model) if "fused" in name else model
 
 
-def initialized(name: str, on_meta: bool) -> PeftModel:
-    """Initialise with default options and no function of ours."""
+def initialize_family(name: str, on_meta: bool) -> PeftModel:
+    """Initialise with default options and no user functions."""
     family = FAMILIES[name]
-    base, data = made(name), family.make_batches(6)
+    base, data = make_model(name), family.make_batches(6)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.filterwarnings("ignore", message=f".*({PEFT_SAYS}|{OTHERS_SAY})")
+        warnings.filterwarnings("ignore", message=f".*({PEFT_WARNINGS}|{OTHER_WARNINGS})")
         if on_meta and name != "Conv2d network":  # PEFT refuses "eva" there when it wraps
-            model = eva_kernels_on_meta(base, data, family)
+            model = initialize_on_meta(base, data, family)
         else:
             model = eva_kernels.initialize(base, data, config_of(family), progress=False)
-    unexpected = [w for w in caught if not _expected(name, str(w.message))]
+    unexpected = [w for w in caught if not _is_expected(name, str(w.message))]
     assert not unexpected, [str(w.message) for w in unexpected]
     return model
 
 
-def eva_kernels_on_meta(base: nn.Module, data: Any, family: Family) -> PeftModel:
+def initialize_on_meta(base: nn.Module, data: Any, family: Family) -> PeftModel:
     from peft import get_peft_model
 
     config = config_of(family)
@@ -83,20 +85,20 @@ def eva_kernels_on_meta(base: nn.Module, data: Any, family: Family) -> PeftModel
     return model
 
 
-def _expected(name: str, message: str) -> bool:
+def _is_expected(name: str, message: str) -> bool:
     return name == "Conv2d network" and "ignores the dilation" in message
 
 
 @pytest.mark.parametrize("on_meta", [False, True], ids=["base", "meta"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_initialise_train_save_load(name: str, on_meta: bool, tmp_path: Any) -> None:
+def test_family_initialises_trains_saves_and_loads(name: str, on_meta: bool, tmp_path: Any) -> None:
     family = FAMILIES[name]
     batch = family.make_batches(1)[0]
     fresh = family.make_model()
     weights = state_of(fresh)
     with torch.no_grad():
         before = family.loss(fresh, batch)
-    model = initialized(name, on_meta)
+    model = initialize_family(name, on_meta)
     assert not any(p.is_meta for p in model.parameters())
     with torch.no_grad():  # B is zero
         torch.testing.assert_close(family.loss(model, batch), before)
@@ -122,7 +124,7 @@ def check_rows(layers: dict[str, Any]) -> None:
         experts = getattr(layer, "num_experts", 1)
         for rows in a.chunk(experts):
             assert len(rows) == layer.r["default"], name
-            # fewer independent rows than asked for can be had from an input of low rank only
+            # only an input of low rank has fewer independent rows than requested
             torch.testing.assert_close(rows @ rows.mT, torch.eye(len(rows)), atol=1e-5, rtol=0)
         assert not layer.lora_B["default"].weight.any()
 
@@ -141,14 +143,14 @@ def check_gradients(family: Family, layers: dict[str, Any]) -> None:
 
 def check_base_weights(weights: dict[str, Tensor], model: PeftModel) -> None:
     left = state_of(copy.deepcopy(model).unload())
-    # a trained copy of a classifier's head takes its place, as PEFT has it
+    # PEFT replaces a classifier's head by a trained copy
     saved = tuple(model.modules_to_save or ())
     kept = {n: v for n, v in weights.items() if not n.startswith(saved) or not saved}
     assert same_state(kept, {n: v for n, v in left.items() if n in kept})
 
 
 def kept_rows(name: str, x: Tensor, batch: Any) -> Tensor:
-    """Return the rows of a layer's input that stand for tokens, by rules written for this test."""
+    """Return the rows of a layer's input that are tokens, by rules written for this test."""
     flat = x.reshape(-1, x.shape[-1])
     if not isinstance(batch, dict) or re.search("vision|visual|multi_modal", name):
         return flat
@@ -165,11 +167,11 @@ def kept_rows(name: str, x: Tensor, batch: Any) -> Tensor:
     if "timesteps" in batch:
         wide = attention.bool().repeat_interleave(3, dim=1)
         masks[tuple(wide.shape)] = wide
-    if "input_values" in batch:  # sound, through two convolutions
+    if "input_values" in batch:  # audio, through two convolutions
         frames = ((attention.sum(1) - 10) // 5 + 1 - 4) // 4 + 1
         kept = torch.arange(((800 - 10) // 5 + 1 - 4) // 4 + 1) < frames[:, None]
         masks = {tuple(kept.shape): kept}
-    if "bbox" in batch:  # 17 positions of the image stand behind the text, in one sequence
+    if "bbox" in batch:  # 17 positions of the image follow the text, in one sequence
         kept = attention.bool() & (labels != -100)
         masks = {
             tuple(kept.shape): kept,
@@ -187,17 +189,17 @@ def kept_rows(name: str, x: Tensor, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n != "Conv2d network"])
-def test_components_are_exact(name: str) -> None:
+def test_components_equal_the_exact_ones(name: str) -> None:
     family = FAMILIES[name]
-    model, data = made(name), family.make_batches(5)
+    model, data = make_model(name), family.make_batches(5)
     with torch.no_grad():  # some models add hooks of their own
         model(**data[0]) if isinstance(data[0], dict) else model(data[0])
     hooks = hooks_of(model)
     result = run(model, iter(data), config_of(family, tau=1.0), method="gram")
     # experts have a test of their own
-    plain = [n for n in result.ranks if ".experts." not in n and n not in result.owners]
-    chosen = {plain[0], plain[len(plain) // 2], plain[-1]}
-    inputs: dict[str, list[Tensor]] = {n: [] for n in chosen}
+    unfused = [n for n in result.ranks if ".experts." not in n and n not in result.owners]
+    compared = {unfused[0], unfused[len(unfused) // 2], unfused[-1]}
+    inputs: dict[str, list[Tensor]] = {n: [] for n in compared}
     current: list[Any] = []
 
     def hook_for(layer: str) -> Any:
@@ -209,7 +211,7 @@ def test_components_are_exact(name: str) -> None:
 
     handles = [
         model.get_submodule(n).register_forward_pre_hook(hook_for(n), with_kwargs=True)
-        for n in chosen
+        for n in compared
     ]
     with torch.no_grad():
         for batch in data:
@@ -224,8 +226,8 @@ def test_components_are_exact(name: str) -> None:
     assert hooks_of(model) == hooks
 
 
-def test_text_masks_do_not_reach_another_stream() -> None:
-    """An image of as many patches as the text has tokens."""
+def test_text_mask_is_not_applied_to_image_patches() -> None:
+    """The image has as many patches as the text has tokens."""
     family = FAMILIES["Llava (two token streams)"]
     data = family.make_batches(3)
     for batch in data:  # 5 patches with the class token, so 5 tokens of text
@@ -238,7 +240,7 @@ def test_text_masks_do_not_reach_another_stream() -> None:
     assert result.tokens == 3 * 4 * 5
 
 
-def test_following_tokens_is_only_for_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_tracked_only_where_experts_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     original = RoutedInputs.__torch_function__
 
@@ -254,7 +256,7 @@ def test_following_tokens_is_only_for_experts(monkeypatch: pytest.MonkeyPatch) -
         run(family.make_model(), iter(family.make_batches(batches)), config, trim_padding=False)
         counts.append(len(calls))
     assert counts[0] > 0
-    assert counts[1] == counts[0]  # the first forward pass tells that nothing is picked
+    assert counts[1] == counts[0]  # the first forward pass shows that no tokens are selected
     counts.clear()
     for batches in (2, 5):  # padding from the second pass on, which already stops early
         calls.clear()

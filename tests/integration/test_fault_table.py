@@ -1,4 +1,4 @@
-"""One fault a row: the error says what, where and what to do, and nothing is left behind."""
+"""A table of faults: the error names cause, place and remedy, and no state has changed."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
-from integration.scene import MLP, Scene
+from integration.fault_setup import MLP, Setup
 
 
 class Broken(Exception):
-    """An error of the user's own code."""
+    """An error raised by the user's own code."""
 
 
-def on_text(scene: Scene, batches: Any, config: Any = None, **options: Any) -> Any:
+def on_llama(setup: Setup, batches: Any, config: Any = None, **options: Any) -> Any:
     return eva_kernels.initialize(
-        scene.llama, batches, config or scene.config, **{**QUIET, **options}
+        setup.llama, batches, config or setup.config, **{**QUIET, **options}
     )
 
 
-def on_data(scene: Scene, data: Any = None, config: Any = None, **options: Any) -> Any:
-    data = scene.data if data is None else data
+def on_mlp(setup: Setup, data: Any = None, config: Any = None, **options: Any) -> Any:
+    data = setup.data if data is None else data
     return eva_kernels.initialize(
-        scene.mlp, data, config or scene.mlp_config, **{**QUIET, **options}
+        setup.mlp, data, config or setup.mlp_config, **{**QUIET, **options}
     )
 
 
-def option(**value: Any) -> Callable[[Scene], Any]:
-    return lambda s: on_data(s, **value)
+def option(**value: Any) -> Callable[[Setup], Any]:
+    return lambda s: on_mlp(s, **value)
 
 
-def state_dict(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Scene], Any]:
-    def call(scene: Scene) -> Any:
+def state_dict(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Setup], Any]:
+    def call(setup: Setup) -> Any:
         state = quick_result().state_dict()
         change(state)
-        return eva_kernels.initialize_lora_eva_weights(scene.peft, eva_state_dict=state)
+        return eva_kernels.initialize_lora_eva_weights(setup.peft, eva_state_dict=state)
 
     return call
 
 
-def result_file(content: Callable[[Path], Any]) -> Callable[[Scene], Any]:
-    def call(scene: Scene) -> Any:
-        path = scene.folder / "eva.safetensors"
+def result_file(content: Callable[[Path], Any]) -> Callable[[Setup], Any]:
+    def call(setup: Setup) -> Any:
+        path = setup.folder / "eva.safetensors"
         content(path)
-        return EvaResult.load(path).apply(scene.peft)
+        return EvaResult.load(path).apply(setup.peft)
 
     return call
 
@@ -74,26 +74,26 @@ def quick_result() -> EvaResult:
         return run(make_mlp(), vectors(), lora(**MLP), max_steps=2)
 
 
-def saved(path: Path) -> bytes:
+def saved_bytes(path: Path) -> bytes:
     quick_result().save(path)
     return path.read_bytes()
 
 
-def checkpoint(second: Callable[[Scene, Path], Any]) -> Callable[[Scene], Any]:
-    def call(scene: Scene) -> Any:
-        path = scene.folder / "pass.safetensors"
+def checkpoint(second: Callable[[Setup, Path], Any]) -> Callable[[Setup], Any]:
+    def call(setup: Setup) -> Any:
+        path = setup.folder / "pass.safetensors"
         with torch.random.fork_rng(devices=[]):
             run(make_mlp(), vectors(), lora(tau=1.0, **MLP), max_steps=3, checkpoint=path)
-        return second(scene, path)
+        return second(setup, path)
 
     return call
 
 
-def bad_values(value: float) -> Callable[[Scene], Any]:
-    def call(scene: Scene) -> Any:
-        data = [x.clone() for x in scene.data]
+def bad_values(value: float) -> Callable[[Setup], Any]:
+    def call(setup: Setup) -> Any:
+        data = [x.clone() for x in setup.data]
         data[1][3, 2] = value
-        return on_data(scene, data, lora(tau=1.0, **MLP))
+        return on_mlp(setup, data, lora(tau=1.0, **MLP))
 
     return call
 
@@ -108,18 +108,18 @@ class RaisesAtOnce:
         raise Broken("no file")
 
 
-class Odd(nn.Module):
-    """A layer that is called with something that holds no tensor at its top."""
+class DictInput(nn.Module):
+    """A model whose layer is called with a dict instead of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = Inner(20, 4)
+        self.a = DictInputLinear(20, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.a({"x": x})
 
 
-class Inner(nn.Linear):
+class DictInputLinear(nn.Linear):
     def forward(self, x: Any) -> Tensor:
         return super().forward(x["x"])
 
@@ -143,125 +143,125 @@ def interrupt(*args: Any, **kwargs: Any) -> Any:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done, which error it must raise, and a pattern of its text."""
+    """A call, the error that it must raise, and a pattern for the message."""
 
-    call: Callable[[Scene], Any]
+    call: Callable[[Setup], Any]
     error: type[BaseException] | tuple[type[BaseException], ...]
     text: str
 
 
-def _merged(scene: Scene) -> Any:
+def _merged(setup: Setup) -> Any:
     model = wrapped(make_mlp(), lora(init_lora_weights=True, **MLP))
     perturb_b(model)
     model.merge_adapter()
-    return eva_kernels.calibrate(scene.own(model), scene.data, **QUIET)
+    return eva_kernels.calibrate(setup.add_model(model), setup.data, **QUIET)
 
 
-def _other_merged(scene: Scene, write: bool = False) -> Any:
+def _other_merged(setup: Setup, write: bool = False) -> Any:
     model = wrapped(make_mlp(), lora(target_modules=["0"]))
     model.add_adapter("other", lora(init_lora_weights=True, target_modules=["2"]))
     perturb_b(model, "other")
     model.base_model.merge_adapter(["other"])
     if write:
         result = run(make_mlp(), vectors(), lora(target_modules=["0"]), max_steps=2)
-        return result.apply(scene.own(model))
-    return eva_kernels.calibrate(scene.own(model), scene.data, **QUIET)
+        return result.apply(setup.add_model(model))
+    return eva_kernels.calibrate(setup.add_model(model), setup.data, **QUIET)
 
 
-def _prompts(scene: Scene) -> Any:
+def _prompts(setup: Setup) -> Any:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = scene.own(get_peft_model(make_llama(), config))
-    return eva_kernels.initialize(model, scene.texts, lora(), **QUIET)
+    model = setup.add_model(get_peft_model(make_llama(), config))
+    return eva_kernels.initialize(model, setup.texts, lora(), **QUIET)
 
 
-def _adalora(scene: Scene) -> Any:
-    return on_data(scene, config=AdaLoraConfig(total_step=9, **MLP))
+def _adalora(setup: Setup) -> Any:
+    return on_mlp(setup, config=AdaLoraConfig(total_step=9, **MLP))
 
 
-def _trained(scene: Scene) -> Any:
+def _trained(setup: Setup) -> Any:
     model = wrapped(make_mlp(), lora(**MLP))
     perturb_b(model)
-    return eva_kernels.initialize(scene.own(model), scene.data, **QUIET)
+    return eva_kernels.initialize(setup.add_model(model), setup.data, **QUIET)
 
 
-def _two_active(scene: Scene) -> Any:
+def _two_active(setup: Setup) -> Any:
     model = wrapped(make_mlp(), lora(**MLP))
     model.add_adapter("other", lora(init_lora_weights=True, **MLP))
     model.base_model.set_adapter(["default", "other"])
-    return eva_kernels.initialize_lora_eva_weights(scene.own(model), scene.data)
+    return eva_kernels.initialize_lora_eva_weights(setup.add_model(model), setup.data)
 
 
-def _half(scene: Scene) -> Any:
-    model = scene.own(make_llama(torch.float16))
+def _overflow(setup: Setup) -> Any:
+    model = setup.add_model(make_llama(torch.float16))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(6e4)
-    scene.snapshot()
-    return eva_kernels.initialize(model, scene.texts, scene.config, **QUIET)
+    setup.snapshot()
+    return eva_kernels.initialize(model, setup.texts, setup.config, **QUIET)
 
 
-def _shorter(scene: Scene, path: Path) -> Any:
+def _fewer(setup: Setup, path: Path) -> Any:
     config = lora(tau=1.0, **MLP)
     return eva_kernels.calibrate(
-        scene.mlp, iter(vectors()[:2]), config, checkpoint=path, max_steps=9, **QUIET
+        setup.mlp, iter(vectors()[:2]), config, checkpoint=path, max_steps=9, **QUIET
     )
 
 
-def _resume(scene: Scene, path: Path, **options: Any) -> Any:
-    return on_data(scene, config=lora(tau=1.0, **MLP), checkpoint=path, max_steps=9, **options)
+def _resume(setup: Setup, path: Path, **options: Any) -> Any:
+    return on_mlp(setup, config=lora(tau=1.0, **MLP), checkpoint=path, max_steps=9, **options)
 
 
-def _truncated(scene: Scene, path: Path) -> Any:
+def _truncated(setup: Setup, path: Path) -> Any:
     path.write_bytes(path.read_bytes()[:-200])
-    return _resume(scene, path)
+    return _resume(setup, path)
 
 
-def _foreign(scene: Scene, path: Path) -> Any:
+def _other_file(setup: Setup, path: Path) -> Any:
     path.unlink()
     save_file({"x": torch.zeros(2)}, path)
-    return _resume(scene, path)
+    return _resume(setup, path)
 
 
 V, T, R = ValueError, TypeError, RuntimeError
 FAULTS: dict[str, Fault] = {
     # loaders
-    "loader: a number": Fault(lambda s: on_data(s, 5), T, "loader must be iterable, got .*int"),
+    "loader: a number": Fault(lambda s: on_mlp(s, 5), T, "loader must be iterable, got .*int"),
     "loader: a batch": Fault(
-        lambda s: on_text(s, s.texts[0]), T, r"loader is a mapping .*\[batch\]"
+        lambda s: on_llama(s, s.texts[0]), T, r"loader is a mapping .*\[batch\]"
     ),
-    "loader: nothing": Fault(lambda s: on_text(s, []), V, "empty: it yielded no batch"),
-    "loader: fails to start": Fault(lambda s: on_data(s, RaisesAtOnce()), Broken, "no file"),
-    "loader: fails midway": Fault(lambda s: on_data(s, raising_iterator(2)), Broken, "disk"),
+    "loader: nothing": Fault(lambda s: on_llama(s, []), V, "empty: it yielded no batch"),
+    "loader: fails to start": Fault(lambda s: on_mlp(s, RaisesAtOnce()), Broken, "no file"),
+    "loader: fails midway": Fault(lambda s: on_mlp(s, raising_iterator(2)), Broken, "disk"),
     "loader: interrupted": Fault(
-        lambda s: on_data(s, (interrupt() for _ in [1])), KeyboardInterrupt, ""
+        lambda s: on_mlp(s, (interrupt() for _ in [1])), KeyboardInterrupt, ""
     ),
     # batches
-    "batch: text": Fault(lambda s: on_text(s, ["abc"]), T, "batch must be a mapping.*forward_fn"),
-    "batch: a number": Fault(lambda s: on_text(s, [7]), T, "batch must be a mapping.*got.*int"),
+    "batch: text": Fault(lambda s: on_llama(s, ["abc"]), T, "batch must be a mapping.*forward_fn"),
+    "batch: a number": Fault(lambda s: on_llama(s, [7]), T, "batch must be a mapping.*got.*int"),
     "batch: ragged": Fault(
-        lambda s: on_text(s, [{"input_ids": [[1, 2], [3]]}]), V, "'input_ids'.*lengths.*collator"
+        lambda s: on_llama(s, [{"input_ids": [[1, 2], [3]]}]), V, "'input_ids'.*lengths.*collator"
     ),
     "batch: unknown argument": Fault(
-        lambda s: on_data(s, [{"x": s.data[0], "y": s.data[0]}]),
+        lambda s: on_mlp(s, [{"x": s.data[0], "y": s.data[0]}]),
         T,
         "Sequential.forward.input. does not take.*pass forward_fn",
     ),
     "batch: names of another model": Fault(
-        lambda s: on_text(s, [{"anchor_input_ids": torch.ones(2, 9, dtype=torch.long)}]),
+        lambda s: on_llama(s, [{"anchor_input_ids": torch.ones(2, 9, dtype=torch.long)}]),
         T,
         r"LlamaForCausalLM.forward.*not take.*names \['anchor_input_ids'\].*forward_fn",
     ),
     "batch: token beyond the vocabulary": Fault(
-        lambda s: on_text(s, [{"input_ids": torch.full((2, 9), 9999)}]), IndexError, "out of range"
+        lambda s: on_llama(s, [{"input_ids": torch.full((2, 9), 9999)}]), IndexError, "out of range"
     ),
     "batch: all masked": Fault(
-        lambda s: on_text(
+        lambda s: on_llama(
             s, iter([{**s.texts[0], "attention_mask": torch.zeros(4, 24, dtype=torch.long)}])
         ),
         V,
         "no token reached any of the 14 target layers in 1 forward.*masks of the loader",
     ),
     "batch: another width": Fault(
-        lambda s: on_data(s, [torch.ones(4, 7)]),
+        lambda s: on_mlp(s, [torch.ones(4, 7)]),
         V,
         r"layer 0, step 1: expected .* 20 features, got .*\(4, 7\).*prepare_layer_inputs_fn",
     ),
@@ -272,7 +272,7 @@ FAULTS: dict[str, Fault] = {
         bad_values(float("inf")), FloatingPointError, "layer 0, step 2: 1 of 40 tokens .*overflow"
     ),
     "values: float16 overflows": Fault(
-        _half, R, r"layer model\.layers\.0\.mlp\.down_proj, step 1: .* hold NaN.*float16"
+        _overflow, R, r"layer model\.layers\.0\.mlp\.down_proj, step 1: .* hold NaN.*float16"
     ),
     # configs and targets
     "config: a dict": Fault(
@@ -282,21 +282,21 @@ FAULTS: dict[str, Fault] = {
         lambda s: eva_kernels.initialize(s.mlp, s.data, IA3Config()), T, "LoraConfig, got .*IA3"
     ),
     "targets: none match": Fault(
-        lambda s: on_text(s, s.texts, lora(target_modules=["query"])),
+        lambda s: on_llama(s, s.texts, lora(target_modules=["query"])),
         V,
         r"target_modules=\{'query'\} matches no linear.*Llama.*can name are .*q_proj",
     ),
     "targets: an embedding": Fault(
-        lambda s: on_text(s, s.texts, lora(target_modules=["embed_tokens"])),
+        lambda s: on_llama(s, s.texts, lora(target_modules=["embed_tokens"])),
         V,
         "it matches model.embed_tokens, whose inputs EVA cannot read",
     ),
     "targets: not given": Fault(
-        lambda s: on_data(s, config=lora(target_modules=None)), V, "specify target_modules.*all-lin"
+        lambda s: on_mlp(s, config=lora(target_modules=None)), V, "specify target_modules.*all-lin"
     ),
     "targets: rank against groups": Fault(
         lambda s: eva_kernels.initialize(
-            s.own(nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))),
+            s.add_model(nn.Sequential(nn.Conv2d(4, 8, 3, groups=4))),
             [torch.ones(2, 4, 8, 8)],
             lora(r=6, target_modules=["0"]),
         ),
@@ -310,7 +310,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "adapter: not made for EVA": Fault(
         lambda s: eva_kernels.initialize(
-            s.own(wrapped(make_mlp(), lora(init_lora_weights=True, **MLP))), s.data, **QUIET
+            s.add_model(wrapped(make_mlp(), lora(init_lora_weights=True, **MLP))), s.data, **QUIET
         ),
         V,
         "init_lora_weights='eva'.*allow_any_init=True",
@@ -329,7 +329,7 @@ FAULTS: dict[str, Fault] = {
     "adapter: trained": Fault(_trained, V, "layers 0, 2.*overwrite_trained=True"),
     "adapter: another method": Fault(
         lambda s: eva_kernels.initialize(
-            s.own(get_peft_model(make_llama(), IA3Config())), s.texts, **QUIET
+            s.add_model(get_peft_model(make_llama(), IA3Config())), s.texts, **QUIET
         ),
         T,
         "adapter 'default' is of type IA3; .* LoraConfig",
@@ -378,12 +378,16 @@ FAULTS: dict[str, Fault] = {
     "function: interrupted": Fault(option(callback=interrupt), KeyboardInterrupt, ""),
     # models
     "model: a layer without a tensor": Fault(
-        lambda s: eva_kernels.initialize(s.own(Odd()), s.data, lora(target_modules=["a"])),
+        lambda s: eva_kernels.initialize(
+            s.add_model(DictInput()), s.data, lora(target_modules=["a"])
+        ),
         T,
         "unsupported input type in layer a, step 1: .*prepare_layer_inputs_fn",
     ),
     "model: complex inputs": Fault(
-        lambda s: eva_kernels.initialize(s.own(Complex()), s.data, lora(target_modules=["a"])),
+        lambda s: eva_kernels.initialize(
+            s.add_model(Complex()), s.data, lora(target_modules=["a"])
+        ),
         V,
         "layer a, step 1: expected floating-point tokens .*complex64",
     ),
@@ -432,7 +436,7 @@ FAULTS: dict[str, Fault] = {
         result_file(lambda p: p.write_bytes(b"hello")), V, "eva.safetensors"
     ),
     "result: truncated": Fault(
-        result_file(lambda p: p.write_bytes(saved(p)[:-300])), V, "eva.safetensors"
+        result_file(lambda p: p.write_bytes(saved_bytes(p)[:-300])), V, "eva.safetensors"
     ),
     "result: another file": Fault(
         result_file(lambda p: save_file({"x": torch.zeros(2)}, p)), V, "eva.safetensors"
@@ -443,17 +447,17 @@ FAULTS: dict[str, Fault] = {
         "layer 0: r=4 and rho=2.25 may need 9 components.*has 8; calibrate again",
     ),
     "checkpoint: another rank": Fault(
-        checkpoint(lambda s, p: on_data(s, config=lora(r=3, **MLP), checkpoint=p)),
+        checkpoint(lambda s, p: on_mlp(s, config=lora(r=3, **MLP), checkpoint=p)),
         V,
         "r: 4 in the file, 3 now",
     ),
     "checkpoint: another model": Fault(
-        checkpoint(lambda s, p: on_text(s, s.texts, checkpoint=p)), V, "Sequential.*Llama"
+        checkpoint(lambda s, p: on_llama(s, s.texts, checkpoint=p)), V, "Sequential.*Llama"
     ),
     "checkpoint: truncated": Fault(checkpoint(_truncated), V, "pass.safetensors"),
-    "checkpoint: another file": Fault(checkpoint(_foreign), V, "pass.safetensors"),
+    "checkpoint: another file": Fault(checkpoint(_other_file), V, "pass.safetensors"),
     "checkpoint: fewer batches": Fault(
-        checkpoint(_shorter), V, "written after 3 batches, but the loader ended after 2"
+        checkpoint(_fewer), V, "written after 3 batches, but the loader ended after 2"
     ),
     "checkpoint: no folder can be made": Fault(
         option(checkpoint="/proc/nowhere/c.safetensors", max_steps=2), (EvaError, OSError), "proc"
@@ -464,18 +468,18 @@ FAULTS: dict[str, Fault] = {
 # torch warns of complex adapters when PEFT makes them, and one fault has such a layer
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault(name: str, tmp_path: Path) -> None:
-    fault, scene = FAULTS[name], Scene(tmp_path)
+def test_fault_raises_its_error_and_changes_nothing(name: str, tmp_path: Path) -> None:
+    fault, setup = FAULTS[name], Setup(tmp_path)
     with pytest.raises(fault.error) as caught:
-        fault.call(scene)
+        fault.call(setup)
     text = str(caught.value)
     assert re.search(fault.text, text, re.DOTALL), text
-    scene.check()
+    setup.check()
 
 
-def test_the_check_sees_what_is_left(tmp_path: Path) -> None:
-    """The helper of this file fails when it should."""
-    changes: list[Callable[[Scene], Any]] = [
+def test_setup_check_detects_every_change(tmp_path: Path) -> None:
+    """``Setup.check`` fails after each kind of change."""
+    changes: list[Callable[[Setup], Any]] = [
         lambda s: s.llama.eval(),
         lambda s: s.mlp[0].register_forward_pre_hook(lambda *_: None),
         lambda s: s.mlp[0].weight.data.add_(1e-6),
@@ -488,8 +492,8 @@ def test_the_check_sees_what_is_left(tmp_path: Path) -> None:
         lambda s: setattr(s.llama.config, "use_cache", False),
     ]
     for change in changes:
-        scene = Scene(tmp_path)
-        scene.check()
-        change(scene)
+        setup = Setup(tmp_path)
+        setup.check()
+        change(setup)
         with pytest.raises(AssertionError):
-            scene.check()
+            setup.check()

@@ -1,4 +1,4 @@
-"""Bad input: refused or survived with a message that says what, where and what to do."""
+"""Invalid input is rejected, or handled, with a message that names cause, place and remedy."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ CONFIG = {"target_modules": ["0", "2"]}
 
 
 @pytest.mark.parametrize("empty", [list, tuple, lambda: iter(()), lambda: (x for x in [])])
-def test_empty_loader(empty: Any) -> None:
+def test_empty_loader_is_rejected(empty: Any) -> None:
     with pytest.raises(EvaValueError, match="dataloader is empty: it yielded no batch"):
         run(make_mlp(), empty(), lora(**CONFIG))
 
 
 @pytest.mark.parametrize("loader", [5, None, object(), torch.float32])
-def test_loader_that_is_none(loader: Any) -> None:
+def test_loader_that_is_not_iterable_is_rejected(loader: Any) -> None:
     with pytest.raises(EvaTypeError, match="the loader must be iterable, got"):
         run(make_mlp(), loader, lora(**CONFIG))
 
 
 @pytest.mark.parametrize("batch", ["text", b"text", 5, object(), {1, 2}])
-def test_batch_that_is_none(batch: Any) -> None:
+def test_batch_of_unknown_type_is_rejected(batch: Any) -> None:
     with pytest.raises(EvaTypeError, match=r"a batch must be a mapping.*got.*forward_fn"):
         run(make_mlp(), [batch], lora(**CONFIG))
 
 
 @pytest.mark.parametrize("option", [{"layers_to_transform": 9}, {"exclude_modules": ["q_proj"]}])
-def test_options_that_leave_all_targets_out(option: dict[str, Any]) -> None:
+def test_options_that_exclude_all_targets_are_named(option: dict[str, Any]) -> None:
     with pytest.raises(
         EvaValueError, match=f"can name are .*q_proj.*, and {next(iter(option))} may"
     ):
         run(make_llama(), text_batches(), lora(target_modules=["q_proj"], **option))
 
 
-def test_no_target() -> None:
+def test_no_matching_target_is_rejected() -> None:
     texts = text_batches(1)
     with pytest.raises(
         EvaValueError, match=r"no layer to initialise: target_modules=\{'query'\}.*LlamaForCausalLM"
@@ -86,20 +86,20 @@ def test_default_targets_are_those_of_peft() -> None:
 
 
 @pytest.mark.parametrize("config", [{"r": 4}, "eva", 16, IA3Config()])
-def test_config_of_another_kind(config: Any) -> None:
+def test_config_of_another_type_is_rejected(config: Any) -> None:
     for fn in (eva_kernels.initialize, eva_kernels.calibrate):
         with pytest.raises(EvaTypeError, match="expected a LoraConfig, got"):
             fn(make_mlp(), vectors(1), config)
 
 
-def test_peft_model_of_another_kind() -> None:
+def test_peft_model_of_another_type_is_rejected() -> None:
     model = get_peft_model(make_llama(), IA3Config())
     for config in (None, lora()):
         with pytest.raises(EvaTypeError, match=r"adapter 'default' is of type IA3; .* LoraConfig"):
             eva_kernels.initialize(model, text_batches(1), config)
 
 
-def test_unknown_adapter() -> None:
+def test_unknown_adapter_is_rejected() -> None:
     model = wrapped(make_mlp(), lora(**CONFIG))
     for config in (None, lora(**CONFIG)):
         with pytest.raises(
@@ -108,7 +108,7 @@ def test_unknown_adapter() -> None:
             eva_kernels.initialize(model, vectors(1), config, adapter_name="mine", **QUIET)
 
 
-def test_unknown_option() -> None:
+def test_unknown_option_is_rejected() -> None:
     for fn in (eva_kernels.initialize, eva_kernels.calibrate):
         with pytest.raises(EvaTypeError, match=r"unknown option 'max_step'.*max_steps"):
             fn(make_mlp(), vectors(1), lora(**CONFIG), max_step=3)
@@ -136,14 +136,14 @@ def test_unknown_option() -> None:
         ("seed", "x", "seed='x' must be a whole number"),
     ],
 )
-def test_bad_option_values(option: str, value: Any, message: str) -> None:
+def test_invalid_option_values_are_rejected(option: str, value: Any, message: str) -> None:
     with pytest.raises(EvaError, match=message):
         run(make_mlp(), vectors(1), lora(**CONFIG), **{option: value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_non_finite_activations(value: float, method: str) -> None:
+def test_non_finite_activations_raise_with_layer_and_step(value: float, method: str) -> None:
     data = vectors(4)
     data[2][5, 3] = value
     data[2][7] = value
@@ -160,7 +160,7 @@ def test_non_finite_tokens_are_skipped(method: str) -> None:
     clean = [x.clone() for x in data]
     keep = torch.ones(40, dtype=torch.bool)
     keep[[5, 7]] = False
-    for i in (0, 2):  # in the first batch, too, which also gives the first basis
+    for i in (0, 2):  # also in the first batch, which gives the first basis
         data[i][5, 3], data[i][7] = float("nan"), float("inf")
         clean[i] = clean[i][keep]
     options = {"on_nonfinite": "skip", "method": method}
@@ -171,7 +171,7 @@ def test_non_finite_tokens_are_skipped(method: str) -> None:
     torch.testing.assert_close(result.components["0"], expected.components["0"])
 
 
-def test_non_finite_padding_is_no_fault() -> None:
+def test_non_finite_padding_is_accepted() -> None:
     batches = text_batches(3)
     table = make_llama().model.embed_tokens
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_overflow_in_half_precision_names_the_layer() -> None:
         run(model, [x.half() * 100 for x in vectors(1)], lora(**CONFIG))
 
 
-def test_never_converging() -> None:
+def test_pass_that_does_not_converge_warns_or_raises() -> None:
     def endless() -> Any:
         while True:
             yield torch.randn(60, 20)
@@ -216,7 +216,7 @@ def test_never_converging() -> None:
         eva_kernels.calibrate(make_mlp(), endless(), config, on_not_converged="ignore", **options)
 
 
-def test_what_is_there_once_is_told_as_one() -> None:
+def test_messages_use_the_singular_for_counts_of_one() -> None:
     options = {"max_steps": 1, "on_not_converged": "warn"}
     message = "1 of 1 layer has not converged after 1 forward pass, 40 tokens: 0"
     with pytest.warns(eva_kernels.NotConvergedWarning, match=message):
@@ -227,7 +227,7 @@ def test_what_is_there_once_is_told_as_one() -> None:
     assert lines[4] == "0 of 1 layer converged after 1 step, 1 forward pass, 40 tokens"
 
 
-def test_further_limits() -> None:
+def test_max_tokens_and_max_seconds_end_the_pass() -> None:
     config = lora(tau=1.0, **CONFIG)
     result = run(make_mlp(), vectors(), config, max_tokens=100)
     assert (result.forwards, result.tokens) == (3, 120)
@@ -239,7 +239,7 @@ def test_further_limits() -> None:
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram", "auto"])
-def test_rank_above_the_width(method: str) -> None:
+def test_rank_is_limited_by_the_width_of_a_layer(method: str) -> None:
     class Narrow(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -257,7 +257,7 @@ def test_rank_above_the_width(method: str) -> None:
     )
     result = model.eva_result
     assert result.ranks["narrow"] <= 3
-    assert sum(result.ranks.values()) == 16  # the rest goes to the other layer
+    assert sum(result.ranks.values()) == 16  # the remaining budget goes to the other layer
     assert result.components["narrow"].shape == (3, 3)
     for name, layer in lora_layers(model).items():
         a = layer.lora_A["default"].weight
@@ -266,7 +266,7 @@ def test_rank_above_the_width(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_deficient_rank(method: str) -> None:
+def test_inputs_of_low_rank_limit_the_ranks(method: str) -> None:
     result = run(
         make_mlp(), vectors(6, rank=2), lora(tau=1.0, **CONFIG), method=method, max_steps=6
     )
@@ -281,7 +281,7 @@ def test_deficient_rank(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
 @pytest.mark.parametrize("constant", [0.0, 3.0, 1e4])
-def test_dead_inputs_win_no_budget(method: str, constant: float) -> None:
+def test_constant_inputs_get_rank_zero(method: str, constant: float) -> None:
     class Dead(Clash):
         def forward(self, x: Tensor) -> Tensor:
             self.sub["lin"](torch.full_like(x, constant))
@@ -294,7 +294,7 @@ def test_dead_inputs_win_no_budget(method: str, constant: float) -> None:
     assert result.numerical_rank["sub.lin"] == 0
 
 
-def test_outlier_features_leave_the_rest_visible() -> None:
+def test_small_directions_are_found_beside_an_outlier_feature() -> None:
     """One direction may hold nearly all of the variance, as in language models."""
     torch.manual_seed(0)
     scale = torch.cat([torch.tensor([2000.0]), 0.8 ** torch.arange(127)])
@@ -309,7 +309,7 @@ def test_outlier_features_leave_the_rest_visible() -> None:
         torch.testing.assert_close(found, exact[:4], rtol=0.05, atol=0)
 
 
-def test_one_token_a_batch() -> None:
+def test_batches_of_one_token() -> None:
     data = torch.cat(vectors(2)).split(1)
     result = run(make_mlp(), iter(data), lora(tau=1.0, **CONFIG), method="sketch")
     assert result.tokens == 80
@@ -319,19 +319,19 @@ def test_one_token_a_batch() -> None:
     assert max(few.ranks.values()) <= 2  # three points span two directions
 
 
-@pytest.mark.parametrize("where", [0, 2])
-def test_texts_without_samples_or_tokens_are_left_out(where: int) -> None:
+@pytest.mark.parametrize("position", [0, 2])
+def test_batches_without_samples_or_tokens_are_skipped(position: int) -> None:
     texts = text_batches(3)
     expected = run(make_llama(), iter(texts), lora(tau=1.0), method="gram")
-    for cut in (slice(0, 0), (slice(None), slice(0, 0))):
-        texts.insert(where, {key: value[cut] for key, value in texts[-1].items()})
+    for selection in (slice(0, 0), (slice(None), slice(0, 0))):
+        texts.insert(position, {key: value[selection] for key, value in texts[-1].items()})
     found = run(make_llama(), iter(texts), lora(tau=1.0), method="gram")
     assert found.ranks == expected.ranks
     assert (found.tokens, found.forwards) == (expected.tokens, 5)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_processes_that_share_a_model_all_run_it(
+def test_sharded_model_runs_empty_batches_too(
     sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(import_module("eva_peft.calibrate"), "is_sharded", lambda model: sharded)
@@ -342,7 +342,7 @@ def test_processes_that_share_a_model_all_run_it(
     assert len(calls) == (3 if sharded else 2)
 
 
-def test_a_tensor_without_elements_beside_others() -> None:
+def test_batch_with_one_empty_tensor_is_not_skipped() -> None:
     texts = text_batches(3)
     expected = run(make_llama(), iter(texts), lora(tau=1.0), method="gram")
     model = make_llama()
@@ -352,12 +352,12 @@ def test_a_tensor_without_elements_beside_others() -> None:
     assert run(model, iter(data), lora(tau=1.0), method="gram").ranks == expected.ranks
 
 
-def test_nothing_but_batches_without_samples() -> None:
+def test_only_empty_batches_are_rejected() -> None:
     with pytest.raises(EvaValueError, match=r"no token reached|no tokens"):
         run(make_mlp(), iter([torch.empty(0, 20)]), lora(**CONFIG))
 
 
-def test_an_epoch_without_a_token_is_the_last() -> None:
+def test_pass_ends_after_an_epoch_without_tokens() -> None:
     texts, model, calls = text_batches(3), make_llama(), []
     for batch in texts:
         batch["labels"] = torch.full_like(batch["input_ids"], -100)
@@ -367,7 +367,7 @@ def test_an_epoch_without_a_token_is_the_last() -> None:
     assert len(calls) == 3
 
 
-def test_tokens_that_were_all_left_out_are_counted() -> None:
+def test_layer_with_only_non_finite_tokens_is_reported() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -384,12 +384,12 @@ def test_tokens_that_were_all_left_out_are_counted() -> None:
         run(Broken(), vectors(4), lora(target_modules=["b"]), **options)
 
 
-def test_all_tokens_masked() -> None:
+def test_loader_that_masks_all_tokens_is_rejected() -> None:
     batches = text_batches(2)
     for batch in batches:
         batch["attention_mask"].zero_()
-    told = "no token reached any of the 14 target layers.* masks of the loader$"
-    with pytest.raises(EvaValueError, match=told):
+    message = "no token reached any of the 14 target layers.* masks of the loader$"
+    with pytest.raises(EvaValueError, match=message):
         run(make_llama(), batches, lora(), max_steps=3)
     batches = text_batches(2, labels=True)
     for batch in batches:
@@ -398,7 +398,7 @@ def test_all_tokens_masked() -> None:
         run(make_llama(), batches, lora(), max_steps=3)
 
 
-def test_one_layer_without_tokens() -> None:
+def test_layer_without_tokens_warns_and_is_listed_as_uncalled() -> None:
     mapping = {"2": lambda layer_input, model_input, name: layer_input[0][:0]}
     with pytest.warns(EvaWarning, match=r"1 layer was never called with a token.*: 2"):
         result = run(
@@ -408,19 +408,23 @@ def test_one_layer_without_tokens() -> None:
     assert result.ranks == {"0": 4}
 
 
-def test_layer_functions() -> None:
-    def refused(function: Any, error: type[Exception], message: str) -> None:
+def test_results_of_prepare_layer_inputs_fn_are_checked() -> None:
+    def check_rejected(function: Any, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
             run(make_mlp(), vectors(2), lora(**CONFIG), prepare_layer_inputs_fn=function)
 
-    refused({"9": lambda *_: None}, EvaValueError, r"module names were not found.*\['9'\]")
-    refused(lambda *_: None, EvaValueError, "must return a tensor, got .*NoneType.* for layer 0")
-    refused(lambda x, *_: x[0][:, :3], EvaValueError, r"layer 0, step 1: expected .* 20 features")
-    refused(lambda x, *_: x[0].long(), EvaValueError, "expected floating-point tokens")
-    refused(lambda x, *_: x[0].sum(), EvaValueError, "layer 0, step 1: expected")
+    check_rejected({"9": lambda *_: None}, EvaValueError, r"module names were not found.*\['9'\]")
+    check_rejected(
+        lambda *_: None, EvaValueError, "must return a tensor, got .*NoneType.* for layer 0"
+    )
+    check_rejected(
+        lambda x, *_: x[0][:, :3], EvaValueError, r"layer 0, step 1: expected .* 20 features"
+    )
+    check_rejected(lambda x, *_: x[0].long(), EvaValueError, "expected floating-point tokens")
+    check_rejected(lambda x, *_: x[0].sum(), EvaValueError, "layer 0, step 1: expected")
 
 
-def test_triton_that_cannot_run() -> None:
+def test_triton_backend_that_cannot_run_is_an_error() -> None:
     from eva_kernels.ops import triton_unavailable
 
     reason = triton_unavailable("cpu")
@@ -431,15 +435,15 @@ def test_triton_that_cannot_run() -> None:
     assert reason in str(caught.value)
 
 
-def test_layer_input_without_tensor() -> None:
-    class Odd(nn.Linear):
+def test_layer_input_without_tensor_is_rejected() -> None:
+    class DictInputLinear(nn.Linear):
         def forward(self, x: Any) -> Tensor:
             return super().forward(x["x"])
 
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a = Odd(20, 4)
+            self.a = DictInputLinear(20, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.a({"x": x})
@@ -448,14 +452,14 @@ def test_layer_input_without_tensor() -> None:
         run(Outer(), vectors(1), lora(target_modules=["a"]))
 
 
-def test_errors_are_also_the_builtins_of_peft() -> None:
+def test_errors_subclass_the_builtin_exceptions_of_peft() -> None:
     assert issubclass(EvaValueError, ValueError)
     assert issubclass(EvaTypeError, TypeError)
     assert issubclass(NonFiniteError, RuntimeError)
     assert issubclass(eva_kernels.NotConvergedWarning, UserWarning)
 
 
-def test_a_failed_pass_changes_nothing_on_a_base_model() -> None:
+def test_failed_pass_leaves_a_base_model_unchanged() -> None:
     model = make_mlp()
     kinds = [type(m) for m in model.modules()]
     state = copy.deepcopy(model.state_dict())
@@ -467,7 +471,7 @@ def test_a_failed_pass_changes_nothing_on_a_base_model() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_result_for_another_model() -> None:
+def test_result_for_another_model_is_rejected_without_changes() -> None:
     result = run(make_mlp(), vectors(), lora(**CONFIG), max_steps=3)
     model = nn.Sequential(*make_mlp()[:2], nn.Linear(24, 9))
     kinds = [type(m) for m in model.modules()]

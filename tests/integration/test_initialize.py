@@ -1,4 +1,4 @@
-"""``initialize``: every way in, every kind of model, output unchanged."""
+"""``initialize``: every form of model and config, every kind of module, output unchanged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from integration.conftest import (
 from integration.model.test_experts import make_mixtral
 
 
-def prepared(how: str, base: nn.Module) -> tuple[nn.Module, LoraConfig | None]:
+def make_argument(how: str, base: nn.Module) -> tuple[nn.Module, LoraConfig | None]:
     if how == "config":
         return base, lora()
     if how == "no config":
@@ -47,9 +47,11 @@ def prepared(how: str, base: nn.Module) -> tuple[nn.Module, LoraConfig | None]:
 
 
 @pytest.mark.parametrize("how", ["adapters", "meta", "config", "no config"])
-def test_every_way_in(how: str, llama: nn.Module, texts: list[Any]) -> None:
+def test_adapters_are_written_and_the_output_unchanged(
+    how: str, llama: nn.Module, texts: list[Any]
+) -> None:
     before = output_of(llama, texts[0])
-    model, config = prepared(how, llama)
+    model, config = make_argument(how, llama)
     done = eva_kernels.initialize(model, texts, config, max_steps=8, **QUIET)
     assert isinstance(done, PeftModel)
     assert isinstance(done.eva_result, eva_kernels.EvaResult)
@@ -73,7 +75,7 @@ def test_every_way_in(how: str, llama: nn.Module, texts: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("make", [make_bert, make_gpt2])
-def test_other_architectures(make: Any) -> None:
+def test_other_architectures_have_exact_rows(make: Any) -> None:
     model, batches = make(), text_batches(4)
     config = lora(tau=1.0, fan_in_fan_out=make is make_gpt2)
     before = output_of(model, batches[0])
@@ -88,7 +90,7 @@ def test_other_architectures(make: Any) -> None:
     assert kinds >= ({"c_attn", "c_fc", "c_proj"} if make is make_gpt2 else {"query", "dense"})
 
 
-def test_plain_module_and_tensor_batches(mlp: nn.Module, data: list[Any]) -> None:
+def test_plain_module_and_tensor_batches_have_exact_rows(mlp: nn.Module, data: list[Any]) -> None:
     done = eva_kernels.initialize(
         mlp, iter(data), lora(target_modules=["0", "2"], tau=1.0), method="gram", **QUIET
     )
@@ -98,8 +100,8 @@ def test_plain_module_and_tensor_batches(mlp: nn.Module, data: list[Any]) -> Non
         assert lost(rows, inputs[f"base_model.model.{name}"]) < 1e-7
 
 
-def test_all_linear_of_containers_whose_names_end_alike(tmp_path: Any) -> None:
-    """The layer "0" of the outer container is no reason to adapt "1.layers.0"."""
+def test_all_linear_with_names_that_are_suffixes_of_others(tmp_path: Any) -> None:
+    """The target "0" of the outer container does not select "1.layers.0"."""
 
     def make() -> nn.Sequential:
         torch.manual_seed(7)
@@ -118,7 +120,7 @@ def test_all_linear_of_containers_whose_names_end_alike(tmp_path: Any) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="DataParallel moves the model to the GPU")
-def test_data_parallel_is_looked_through(mlp: nn.Module, data: list[Any], tmp_path: Any) -> None:
+def test_data_parallel_is_unwrapped(mlp: nn.Module, data: list[Any], tmp_path: Any) -> None:
     config = lora(target_modules=["0", "2"])
     plain = run(copy.deepcopy(mlp), data, config, max_steps=3)
     for model, given in (
@@ -134,7 +136,7 @@ def test_data_parallel_is_looked_through(mlp: nn.Module, data: list[Any], tmp_pa
         assert torch.equal(output_of(again, data[0]), output_of(done, data[0]))
 
 
-def test_compiled_wrappers_are_looked_through(mlp: nn.Module, data: list[Any]) -> None:
+def test_compiled_wrappers_are_unwrapped(mlp: nn.Module, data: list[Any]) -> None:
     config = lora(target_modules=["0", "2"])
     plain = run(copy.deepcopy(mlp), data, config, max_steps=3).state_dict()
     outside = torch.compile(wrapped(copy.deepcopy(mlp), config), backend="eager")
@@ -152,7 +154,7 @@ def test_compiled_wrappers_are_looked_through(mlp: nn.Module, data: list[Any]) -
         torch.testing.assert_close(a @ a.mT, torch.eye(len(a)), atol=2e-6, rtol=0)
 
 
-def test_allow_any_init(mlp: nn.Module, data: list[Any]) -> None:
+def test_other_init_needs_allow_any_init_or_a_config(mlp: nn.Module, data: list[Any]) -> None:
     plain = lora(init_lora_weights=True, target_modules=["0", "2"])
     model = wrapped(mlp, plain)
     with pytest.raises(ValueError, match=r"init_lora_weights='eva'.*allow_any_init"):
@@ -165,11 +167,11 @@ def test_allow_any_init(mlp: nn.Module, data: list[Any]) -> None:
     assert not lora_layers(again)["0"].lora_B["default"].weight.any()
 
 
-def test_what_an_adapter_keeps_is_told(mlp: nn.Module, data: list[Any]) -> None:
+def test_config_fields_that_an_adapter_keeps_are_named(mlp: nn.Module, data: list[Any]) -> None:
     model = wrapped(mlp, lora(target_modules=["0", "2"], lora_alpha=8))
     config = lora(r=3, target_modules=["0"], lora_alpha=32)
-    told = r"'default' keeps its own lora_alpha and target_modules"
-    with pytest.warns(eva_kernels.EvaWarning, match=told):
+    message = r"'default' keeps its own lora_alpha and target_modules"
+    with pytest.warns(eva_kernels.EvaWarning, match=message):
         done = eva_kernels.initialize(model, data, config, max_steps=2, **QUIET)
     assert done.eva_result.base_ranks == {"0": 3, "2": 3}
     with warnings.catch_warnings():
@@ -178,12 +180,12 @@ def test_what_an_adapter_keeps_is_told(mlp: nn.Module, data: list[Any]) -> None:
         eva_kernels.calibrate(model, data, again, max_steps=2, **QUIET)
 
 
-# PEFT says that it ignores patterns of parameters, and does not
+# PEFT warns that it ignores patterns of parameters, but applies them
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module")
 @pytest.mark.skipif(_peft_compat.convert_peft_config_for_transformers is None, reason="old PEFT")
 @pytest.mark.parametrize("targets", [["q_proj", "w1", "w2", "w3"], "all-linear"])
-def test_a_config_with_names_of_experts_before_they_were_fused(targets: Any) -> None:
-    """Given again, it means of the adapter what it means of the base model."""
+def test_config_with_unfused_names_of_experts_fits_its_adapter(targets: Any) -> None:
+    """The same config selects the same layers of an adapter as of a base model."""
     data = text_batches(1)
     base = run(make_mixtral(), data, lora(target_modules=targets), max_steps=1)
     adapted = wrapped(make_mixtral(), lora(target_modules=targets))
@@ -193,21 +195,21 @@ def test_a_config_with_names_of_experts_before_they_were_fused(targets: Any) -> 
     assert len(set(found.base_ranks.values())) == 2
 
 
-def test_a_second_call_works(llama: nn.Module, texts: list[Any]) -> None:
+def test_second_call_returns_the_same_model(llama: nn.Module, texts: list[Any]) -> None:
     model = eva_kernels.initialize(llama, texts, lora(), max_steps=3, **QUIET)
     again = eva_kernels.initialize(model, texts, max_steps=3, **QUIET)
     assert again is model
     assert sum(layer.r["default"] for layer in lora_layers(model).values()) == 56
 
 
-def test_caller_config_is_unchanged(llama: nn.Module, texts: list[Any]) -> None:
+def test_config_of_the_caller_is_unchanged(llama: nn.Module, texts: list[Any]) -> None:
     config = lora(init_lora_weights=True)
     before = copy.deepcopy(config)
     eva_kernels.initialize(llama, texts, config, max_steps=2, **QUIET)
     assert config == before
 
 
-def test_bfloat16_base(texts: list[Any]) -> None:
+def test_bfloat16_base_has_float32_rows(texts: list[Any]) -> None:
     base = make_llama(torch.bfloat16)
     done = eva_kernels.initialize(base, iter(texts), lora(tau=1.0), method="gram", **QUIET)
     inputs = layer_inputs(make_llama(torch.bfloat16), texts, list(done.eva_result.ranks))
@@ -216,14 +218,14 @@ def test_bfloat16_base(texts: list[Any]) -> None:
         assert len(rows) == 0 or lost(rows, inputs[name]) < 1e-5
 
 
-def test_layers_whose_weight_is_packed_are_named(texts: list[Any]) -> None:
-    """As those of compressed-tensors are, which PEFT wraps only once they are decompressed."""
+def test_layer_with_packed_weight_is_named(texts: list[Any]) -> None:
+    """As in compressed-tensors, whose layers PEFT wraps only once they are decompressed."""
     model = make_llama()
     packed = model.model.layers[1].self_attn.v_proj
     packed.weight_packed = packed.weight
     del packed.weight
-    words = r"layer model\.layers\.1\.self_attn\.v_proj: PEFT cannot wrap it: .* 'weight'"
-    with pytest.raises(EvaTypeError, match=words):
+    message = r"layer model\.layers\.1\.self_attn\.v_proj: PEFT cannot wrap it: .* 'weight'"
+    with pytest.raises(EvaTypeError, match=message):
         eva_kernels.initialize(model, texts, lora(target_modules=["q_proj", "v_proj"]), **QUIET)
     assert not hooks_of(model)
     assert type(packed) is nn.Linear
@@ -247,7 +249,7 @@ def test_options_are_keyword_only() -> None:
     ],
 )
 @pytest.mark.parametrize("adapted", [True, False])
-def test_sizes_are_those_of_the_config(
+def test_targets_have_ranks_and_alphas_of_the_config(
     adapted: bool, fields: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float]
 ) -> None:
     model = wrapped(Clash(), lora(lora_alpha=8)) if adapted else Clash()

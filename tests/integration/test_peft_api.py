@@ -1,4 +1,4 @@
-"""PEFT's two functions: the same signatures, keys, shapes and totals, without their defects."""
+"""PEFT's two EVA functions: the same signatures, keys, shapes and totals as in PEFT."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import peft
-import peft.tuners.lora.eva as theirs
+import peft.tuners.lora.eva as peft_eva
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ from integration.model.test_experts import FUSED, make_mixtral
 
 FUNCTIONS = ("get_eva_state_dict", "initialize_lora_eva_weights")
 QUIET: dict[str, Any] = {"show_progress_bar": False}
-OURS: dict[str, Any] = {**QUIET, "on_not_converged": "ignore", "max_steps": 12}
-PLAIN: dict[str, Any] = {
+EVA_OPTIONS: dict[str, Any] = {**QUIET, "on_not_converged": "ignore", "max_steps": 12}
+PLAIN_FUNCTIONS: dict[str, Any] = {
     "forward_fn": lambda model, batch: model(batch["x"]),
     "prepare_model_inputs_fn": None,
     "prepare_layer_inputs_fn": None,
@@ -47,7 +47,7 @@ def loader() -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_signatures_start_with_theirs(name: str) -> None:
+def test_signatures_start_with_those_of_peft(name: str) -> None:
     original = inspect.signature(getattr(peft, name)).parameters
     ours = inspect.signature(getattr(eva_kernels, name)).parameters
     assert list(ours)[: len(original)] == list(original)
@@ -59,18 +59,18 @@ def test_signatures_start_with_theirs(name: str) -> None:
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_same_keys_shapes_and_totals(prepared: bool) -> None:
+def test_keys_shapes_and_totals_equal_those_of_peft(prepared: bool) -> None:
     config = lora(target_modules=["0", "2"], tau=0.9)
     states = []
     for function, options in (
         (peft.get_eva_state_dict, QUIET),
-        (eva_kernels.get_eva_state_dict, OURS),
+        (eva_kernels.get_eva_state_dict, EVA_OPTIONS),
     ):
         model: nn.Module = make_mlp()
         given: Any = config
         if prepared:
             model, given = wrapped(model, config), None
-        states.append(function(model, loader(), given, **PLAIN, **options))
+        states.append(function(model, loader(), given, **PLAIN_FUNCTIONS, **options))
     original, ours = states
     assert list(ours) == list(original)
     assert sum(map(len, ours.values())) == sum(map(len, original.values())) == 8
@@ -82,13 +82,13 @@ def test_same_keys_shapes_and_totals(prepared: bool) -> None:
         assert first.min() > 0.98
 
 
-def test_llama_against_theirs() -> None:
-    """The whole of PEFT's initialisation beside ours on the same text."""
+def test_llama_ranks_and_shapes_agree_with_peft() -> None:
+    """PEFT's whole initialisation and ours, on the same text."""
     batches = text_batches(6, samples=8)
     config = lora(r=2, rho=1.5, tau=0.6, target_modules=["q_proj", "o_proj", "down_proj"])
     models = [wrapped(make_llama(), config) for _ in range(2)]
     peft.initialize_lora_eva_weights(models[0], batches, **QUIET)
-    eva_kernels.initialize_lora_eva_weights(models[1], batches, **OURS)
+    eva_kernels.initialize_lora_eva_weights(models[1], batches, **EVA_OPTIONS)
     ranks = [{n: m.r["default"] for n, m in lora_layers(model).items()} for model in models]
     assert sum(ranks[0].values()) == sum(ranks[1].values()) == 12
     for name in set(ranks[0]) & set(ranks[1]):
@@ -97,63 +97,65 @@ def test_llama_against_theirs() -> None:
     assert isinstance(models[1].eva_result, eva_kernels.EvaResult)
 
 
-def test_defaults_are_our_own_selection(texts: list[Any]) -> None:
+def test_default_functions_select_tokens_as_calibrate_does(texts: list[Any]) -> None:
     config = lora(tau=1.0)
-    state = eva_kernels.get_eva_state_dict(make_llama(), iter(texts), config, **OURS)
+    state = eva_kernels.get_eva_state_dict(make_llama(), iter(texts), config, **EVA_OPTIONS)
     result = run(make_llama(), iter(texts), config, max_steps=12)
     expected = result.state_dict()
     assert list(state) == list(expected)
     assert all(torch.equal(rows, expected[n]) for n, rows in state.items())
-    assert result.shared_inputs  # which needs our own selection
+    assert result.shared_inputs  # as only the built-in selection gives
 
 
-def test_custom_functions_have_their_contract(texts: list[Any]) -> None:
-    """What PEFT hands to users' functions: the model input is an index (tokens, 2)."""
-    seen: list[Any] = []
+def test_custom_functions_get_arguments_as_in_peft(texts: list[Any]) -> None:
+    """As in PEFT, the model input of a user's function is an index of shape (tokens, 2)."""
+    calls: list[Any] = []
 
     def prepare_layer(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
-        seen.append((type(layer_input), model_input.shape[1], layer_name))
-        return theirs.prepare_layer_inputs_fn_language_modeling(
+        calls.append((type(layer_input), model_input.shape[1], layer_name))
+        return peft_eva.prepare_layer_inputs_fn_language_modeling(
             layer_input, model_input, layer_name
         )
 
     def prepare_model(model_input: Any, peft_config: Any) -> Any:
         assert peft_config.r == 4
         model_input["attention_mask"] = model_input["attention_mask"].clone()
-        return theirs.prepare_model_inputs_fn_language_modeling(model_input, peft_config)
+        return peft_eva.prepare_model_inputs_fn_language_modeling(model_input, peft_config)
 
     config = lora(tau=1.0, target_modules=["q_proj", "down_proj"])
-    expected = eva_kernels.get_eva_state_dict(make_llama(), iter(texts), config, **OURS)
+    expected = eva_kernels.get_eva_state_dict(make_llama(), iter(texts), config, **EVA_OPTIONS)
     for given in (
         {"prepare_layer_inputs_fn": prepare_layer},
         {"prepare_layer_inputs_fn": prepare_layer, "prepare_model_inputs_fn": prepare_model},
         {"prepare_model_inputs_fn": prepare_model},
         {"forward_fn": lambda model, batch: model(**batch)},
     ):
-        state = eva_kernels.get_eva_state_dict(make_llama(), iter(texts), config, **OURS, **given)
+        state = eva_kernels.get_eva_state_dict(
+            make_llama(), iter(texts), config, **EVA_OPTIONS, **given
+        )
         for name, rows in expected.items():
             assert len(rows) == len(state[name])
             assert torch.linalg.svdvals(rows @ state[name].mT).min() > 0.999
-    assert {kind for kind, _, _ in seen} == {tuple}
-    assert {columns for _, columns, _ in seen} == {2}
-    assert {name for _, _, name in seen} == set(expected)
+    assert {kind for kind, _, _ in calls} == {tuple}
+    assert {columns for _, columns, _ in calls} == {2}
+    assert {name for _, _, name in calls} == set(expected)
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_without_an_index_functions_are_given_the_batch(masked: bool) -> None:
+def test_without_a_mask_index_layer_functions_get_the_batch(masked: bool) -> None:
     (text,) = text_batches(1)
     batch = text if masked else {"input_ids": text["input_ids"]}
-    seen: list[Any] = []
+    model_inputs: list[Any] = []
 
-    def every(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
-        seen.append(model_input)
+    def prepare_layer(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
+        model_inputs.append(model_input)
         return torch.as_tensor(layer_input[0])
 
     options: dict[str, Any] = {"prepare_model_inputs_fn": None} if masked else {}
-    options |= {"prepare_layer_inputs_fn": every, "trim_padding": False, "max_steps": 1}
+    options |= {"prepare_layer_inputs_fn": prepare_layer, "trim_padding": False, "max_steps": 1}
     run(make_llama(), [batch], lora(target_modules=["down_proj"]), **options)
-    assert len(seen) == 2
-    for given in seen:
+    assert len(model_inputs) == 2
+    for given in model_inputs:
         assert given.keys() == batch.keys()
         assert all(torch.equal(given[key], value) for key, value in batch.items())
 
@@ -161,11 +163,12 @@ def test_without_an_index_functions_are_given_the_batch(masked: bool) -> None:
 @pytest.mark.parametrize(
     ("prefix", "layer"), [("", "q_proj"), ("base_model.model.", "q_proj"), ("", "v_proj")]
 )
-def test_mapping_of_functions(prefix: str, layer: str, texts: list[Any]) -> None:
-    """Layers that are not in the mapping keep the masked default; the mapping is not emptied.
+def test_function_mapping_applies_to_its_layers_only(
+    prefix: str, layer: str, texts: list[Any]
+) -> None:
+    """Other layers keep the masked default; the mapping is not modified.
 
-    Whichever of those that read one tensor it names, the first that is called or another.
-    """
+    Of layers that read one tensor it may name the first that is called, or another."""
     name = f"model.layers.0.self_attn.{layer}"
     mapping = {prefix + name: lambda layer_input, model_input, layer_name: layer_input[0][:, 0]}
     before = dict(mapping)
@@ -181,17 +184,21 @@ def test_mapping_of_functions(prefix: str, layer: str, texts: list[Any]) -> None
         assert same == (other != name), other
 
 
-@pytest.mark.parametrize("made", ["base", "adapters"])
-@pytest.mark.parametrize("used", ["adapters", "meta", "ddp"])
-def test_state_dicts_are_interchangeable(made: str, used: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("source_kind", ["base", "adapters"])
+@pytest.mark.parametrize("target_kind", ["adapters", "meta", "ddp"])
+def test_state_dicts_fit_base_peft_meta_and_ddp_models(
+    source_kind: str, target_kind: str, tmp_path: Any
+) -> None:
     config = lora(target_modules=["0", "2"])
-    source = wrapped(make_mlp(), config) if made == "adapters" else make_mlp()
-    state = eva_kernels.get_eva_state_dict(source, loader(), config, **PLAIN, **OURS)
-    assert all(n.startswith("base_model.model.") == (made == "adapters") for n in state)
+    source = wrapped(make_mlp(), config) if source_kind == "adapters" else make_mlp()
+    state = eva_kernels.get_eva_state_dict(
+        source, loader(), config, **PLAIN_FUNCTIONS, **EVA_OPTIONS
+    )
+    assert all(n.startswith("base_model.model.") == (source_kind == "adapters") for n in state)
     before = {n: rows.clone() for n, rows in state.items()}
-    model = wrapped(make_mlp(), config, low_cpu_mem_usage=used == "meta")
+    model = wrapped(make_mlp(), config, low_cpu_mem_usage=target_kind == "meta")
     target: nn.Module = model
-    if used == "ddp":
+    if target_kind == "ddp":
         store = f"file://{tmp_path}/store"
         torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
         target = nn.parallel.DistributedDataParallel(model)
@@ -200,7 +207,7 @@ def test_state_dicts_are_interchangeable(made: str, used: str, tmp_path: Any) ->
     try:
         eva_kernels.initialize_lora_eva_weights(target, eva_state_dict=state, **QUIET)
     finally:
-        if used == "ddp":
+        if target_kind == "ddp":
             torch.distributed.destroy_process_group()
     assert same_state(before, state)
     for name, layer in lora_layers(model).items():
@@ -208,9 +215,11 @@ def test_state_dicts_are_interchangeable(made: str, used: str, tmp_path: Any) ->
         assert torch.equal(layer.lora_A["default"].weight, rows)
 
 
-def test_compiled_keys() -> None:
+def test_keys_with_wrapper_prefixes_are_accepted() -> None:
     config = lora(target_modules=["0", "2"])
-    state = eva_kernels.get_eva_state_dict(make_mlp(), loader(), config, **PLAIN, **OURS)
+    state = eva_kernels.get_eva_state_dict(
+        make_mlp(), loader(), config, **PLAIN_FUNCTIONS, **EVA_OPTIONS
+    )
     model = wrapped(make_mlp(), config)
     eva_kernels.initialize_lora_eva_weights(
         model, eva_state_dict={f"_orig_mod.module.{n}": rows for n, rows in state.items()}
@@ -218,9 +227,11 @@ def test_compiled_keys() -> None:
     assert sum(layer.r["default"] for layer in lora_layers(model).values()) == 8
 
 
-def test_strictness() -> None:
+def test_strict_rejects_unknown_and_missing_layers() -> None:
     config = lora(target_modules=["0", "2"])
-    state = eva_kernels.get_eva_state_dict(make_mlp(), loader(), config, **PLAIN, **OURS)
+    state = eva_kernels.get_eva_state_dict(
+        make_mlp(), loader(), config, **PLAIN_FUNCTIONS, **EVA_OPTIONS
+    )
     model = wrapped(make_mlp(), config)
     before = state_of(model)
     cases = [
@@ -241,7 +252,7 @@ def test_strictness() -> None:
         with pytest.raises(eva_kernels.EvaError, match=message):
             eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=broken)
         assert same_state(before, state_of(model))
-    other = {"nine": torch.full((1, 5), torch.nan)}  # of which nothing is used
+    other = {"nine": torch.full((1, 5), torch.nan)}  # unknown, so not used
     warned = pytest.warns(eva_kernels.EvaWarning, match=r"missing \(2\); missing layers keep")
     with (
         warned,
@@ -261,7 +272,7 @@ def test_strictness() -> None:
     assert torch.equal(layers["0"].lora_A["default"].weight, state["0"])
     kept = before["base_model.model.2.lora_A.default.weight"]
     assert torch.equal(layers["2"].lora_A["default"].weight, kept)
-    # one without rank is fine where another keeps its own
+    # a layer may be removed while another keeps its default
     with pytest.warns(eva_kernels.EvaWarning, match=r"missing \(0\); missing layers keep"):
         eva_kernels.initialize_lora_eva_weights(
             model, eva_state_dict={"2": state["2"][:0]}, strict=False
@@ -284,7 +295,7 @@ def test_missing_layers_on_meta_get_the_default() -> None:
         assert not b.any()
 
 
-def test_misuse_is_refused_as_theirs() -> None:
+def test_misuse_raises_the_errors_of_peft() -> None:
     init = eva_kernels.initialize_lora_eva_weights
     with pytest.raises(ValueError, match="model must be a PeftModel"):
         init(make_mlp(), loader())
@@ -304,11 +315,11 @@ def test_misuse_is_refused_as_theirs() -> None:
         init(model, loader())
 
 
-def test_nothing_passed_in_is_changed(texts: list[Any]) -> None:
+def test_arguments_are_not_modified(texts: list[Any]) -> None:
     config = lora(rank_pattern={"q_proj": 2}, init_lora_weights=True)
     before = copy.deepcopy(config)
     batches = copy.deepcopy(texts)
-    state = eva_kernels.get_eva_state_dict(make_llama(), texts, config, **OURS)
+    state = eva_kernels.get_eva_state_dict(make_llama(), texts, config, **EVA_OPTIONS)
     assert config == before
     assert all(torch.equal(a[k], b[k]) for a, b in zip(texts, batches, strict=True) for k in a)
     assert sum(map(len, state.values())) == 12 * 4 + 2 * 2
@@ -322,84 +333,84 @@ def test_patch_as_context_manager() -> None:
             for name in FUNCTIONS if path.split(".")[0] == "peft" else ():
                 assert getattr(module, name, None) in (getattr(eva_kernels, name), None), path
         model = wrapped(make_mlp(), lora(target_modules=["0", "2"], tau=0.8))
-        peft.initialize_lora_eva_weights(model, loader(), **PLAIN, **QUIET)
+        peft.initialize_lora_eva_weights(model, loader(), **PLAIN_FUNCTIONS, **QUIET)
         assert isinstance(model.eva_result, eva_kernels.EvaResult)
     assert {n: getattr(peft, n) for n in FUNCTIONS} == originals
     with pytest.raises(KeyError), patch_peft():
         raise KeyError
-    assert {n: getattr(theirs, n) for n in FUNCTIONS} == originals
+    assert {n: getattr(peft_eva, n) for n in FUNCTIONS} == originals
 
 
-def test_patch_for_the_process() -> None:
+def test_patch_without_a_context_lasts() -> None:
     originals = {n: getattr(peft, n) for n in FUNCTIONS}
     patch = eva_kernels.patch_peft()
     try:
         assert peft.get_eva_state_dict is eva_kernels.get_eva_state_dict
-        assert theirs.initialize_lora_eva_weights is eva_kernels.initialize_lora_eva_weights
+        assert peft_eva.initialize_lora_eva_weights is eva_kernels.initialize_lora_eva_weights
     finally:
         patch.__exit__(None, None, None)
     assert {n: getattr(peft, n) for n in FUNCTIONS} == originals
 
 
-def patched() -> bool:
+def is_patched() -> bool:
     ours = [getattr(peft, name) is getattr(eva_kernels, name) for name in FUNCTIONS]
     assert all(ours) or not any(ours)
     return all(ours)
 
 
-def test_a_patch_may_be_entered_again() -> None:
+def test_patch_can_be_entered_again() -> None:
     with patch_peft() as patch:
         with patch:
-            assert patched()
-        assert patched()
-    assert not patched()
+            assert is_patched()
+        assert is_patched()
+    assert not is_patched()
     with patch:
-        assert patched()
-    assert not patched()
+        assert is_patched()
+    assert not is_patched()
     patch.__exit__(None, None, None)  # nothing to end
     with patch, patch:
-        assert patched()
-    assert not patched()
+        assert is_patched()
+    assert not is_patched()
 
 
-def test_patches_may_end_in_any_order() -> None:
+def test_patches_can_end_in_any_order() -> None:
     originals = {n: getattr(peft, n) for n in (*FUNCTIONS, "get_peft_model")}
     first, second = patch_peft(), patch_peft()
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert patched()
+    assert is_patched()
     second.__exit__(None, None, None)
     assert {n: getattr(peft, n) for n in originals} == originals
 
 
-def test_a_block_does_not_end_the_patch_for_the_process() -> None:
+def test_context_exit_keeps_a_lasting_patch() -> None:
     with patch_peft() as block:
-        whole = patch_peft()
+        lasting = patch_peft()
     try:
-        assert patched()
+        assert is_patched()
         with block:
-            assert patched()
-        assert patched()
+            assert is_patched()
+        assert is_patched()
     finally:
-        whole.__exit__(None, None, None)
-    assert not patched()
+        lasting.__exit__(None, None, None)
+    assert not is_patched()
 
 
 @pytest.mark.parametrize("name", ["initialize", "calibrate"])
-def test_functions_win_over_modules_of_their_name(name: str) -> None:
+def test_functions_shadow_modules_of_the_same_name(name: str) -> None:
     module = import_module(f"eva_peft.{name}")
-    # what the import system does after the first import, whichever module came first
+    # as the import system does after the first import of the module
     setattr(eva_peft, name, module)
     assert inspect.isfunction(getattr(eva_peft, name))
     assert inspect.isfunction(getattr(eva_kernels, name))
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_experts_of_a_fused_parameter(prepared: bool, texts: list[Any]) -> None:
+def test_state_dict_of_fused_experts_has_rows_per_expert(prepared: bool, texts: list[Any]) -> None:
     config = lora(**FUSED)
     model = wrapped(make_mixtral(), config) if prepared else make_mixtral()
-    state = eva_kernels.get_eva_state_dict(model, texts, config, **OURS)
+    state = eva_kernels.get_eva_state_dict(model, texts, config, **EVA_OPTIONS)
     prefix = "base_model.model." if prepared else ""
     owner = f"{prefix}model.layers.0.mlp.experts"
     assert {f"{owner}.{i}.gate_up_proj" for i in range(4)} <= set(state)

@@ -1,4 +1,4 @@
-"""``calibrate``: exact directions and ranks, when it stops, the same bits twice."""
+"""``calibrate``: exact directions and ranks, convergence, options, logging, reproducibility."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ from integration.conftest import (
 )
 
 
-def test_directions_are_exact(llama: nn.Module, texts: list[Any], llama_result: Any) -> None:
+def test_components_equal_the_exact_pca(
+    llama: nn.Module, texts: list[Any], llama_result: Any
+) -> None:
     names = list(llama_result.ranks)
     inputs = layer_inputs(llama, texts, names)
     state = llama_result.state_dict()
@@ -72,7 +74,7 @@ def test_ranks_follow_the_exact_ratios(
     expected = dict.fromkeys(llama_result.ranks, 0)
     for _, name in pool[: 14 * 4]:
         expected[name] += 1
-    # layers that share an input have equal ratios: the last one in may be either of them
+    # layers that share an input have equal ratios, so either may get the last rank
     difference = sum(abs(expected[n] - r) for n, r in llama_result.ranks.items())
     assert difference <= 2
     assert max(llama_result.ranks.values()) <= 8
@@ -88,7 +90,7 @@ def test_sketch_is_close_to_exact(llama: nn.Module, texts: list[Any], llama_resu
     assert difference <= 0.2 * 56
 
 
-def test_calibrate_touches_no_weight(llama: nn.Module, texts: list[Any]) -> None:
+def test_calibrate_changes_no_weight(llama: nn.Module, texts: list[Any]) -> None:
     model = wrapped(llama, lora())
     before, config = state_of(model), copy.deepcopy(model.peft_config["default"])
     result = run(model, texts, max_steps=3)
@@ -100,7 +102,7 @@ def test_calibrate_touches_no_weight(llama: nn.Module, texts: list[Any]) -> None
     assert not same_state(before, state_of(model))
 
 
-def test_second_run_gives_the_same_bits(llama: nn.Module, texts: list[Any]) -> None:
+def test_equal_seeds_give_bitwise_equal_results(llama: nn.Module, texts: list[Any]) -> None:
     torch.manual_seed(1)
     first = run(llama, texts, lora(), max_steps=6, method="sketch")
     torch.manual_seed(2)
@@ -113,15 +115,15 @@ def test_second_run_gives_the_same_bits(llama: nn.Module, texts: list[Any]) -> N
     assert any(not torch.equal(r, other.components[n]) for n, r in first.components.items())
 
 
-def test_stops_when_converged(llama: nn.Module, texts: list[Any]) -> None:
-    seen: list[dict[str, Any]] = []
+def test_pass_stops_when_all_layers_have_converged(llama: nn.Module, texts: list[Any]) -> None:
+    reports: list[dict[str, Any]] = []
     result = eva_kernels.calibrate(
-        llama, texts, lora(tau=0.95), method="gram", progress=False, callback=seen.append
+        llama, texts, lora(tau=0.95), method="gram", progress=False, callback=reports.append
     )
     assert all(result.converged.values())
-    assert len(seen) == result.steps == len(result.history["step"])
-    assert seen[-1]["converged"] == seen[-1]["layers"] == 14
-    assert seen[-1]["tokens"] == result.tokens
+    assert len(reports) == result.steps == len(result.history["step"])
+    assert reports[-1]["converged"] == reports[-1]["layers"] == 14
+    assert reports[-1]["tokens"] == result.tokens
     assert {len(v) for v in result.history.values()} == {result.steps}
     assert result.history["similarity"][0] == [None] * 14
     assert set(result.history) == {
@@ -131,7 +133,7 @@ def test_stops_when_converged(llama: nn.Module, texts: list[Any]) -> None:
     assert all(value >= 0 for value in result.seconds.values())
 
 
-def test_seconds_of_hooks_and_of_the_model_are_told_apart() -> None:
+def test_seconds_separate_hooks_from_the_forward_pass() -> None:
     def slow(x: Any, model_input: Any, name: str) -> torch.Tensor:
         time.sleep(0.05)
         return x[0]
@@ -143,23 +145,23 @@ def test_seconds_of_hooks_and_of_the_model_are_told_apart() -> None:
     assert sum(seconds.values()) <= total
 
 
-def test_callback_is_told_the_names(llama: nn.Module, texts: list[Any]) -> None:
-    seen: list[dict[str, Any]] = []
+def test_callback_gets_the_names_of_layers(llama: nn.Module, texts: list[Any]) -> None:
+    reports: list[dict[str, Any]] = []
     config = lora(tau=1.0)
-    result = run(llama, texts, config, method="gram", max_steps=3, callback=seen.append)
-    assert seen[0]["names"] == list(result.ranks)
-    assert all(numbers["names"] is seen[0]["names"] for numbers in seen)
-    assert seen[0]["slowest"] is None
-    for numbers in seen[1:]:
+    result = run(llama, texts, config, method="gram", max_steps=3, callback=reports.append)
+    assert reports[0]["names"] == list(result.ranks)
+    assert all(numbers["names"] is reports[0]["names"] for numbers in reports)
+    assert reports[0]["slowest"] is None
+    for numbers in reports[1:]:
         assert numbers["slowest"] in numbers["names"]
         place = numbers["names"].index(numbers["slowest"])
         assert numbers["similarity"][place] == min(numbers["similarity"])
 
 
-def test_log(
+def test_log_has_begin_steps_and_end(
     llama: nn.Module, texts: list[Any], caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
-    def told(level: int) -> list[tuple[int, str]]:
+    def logged(level: int) -> list[tuple[int, str]]:
         caplog.clear()
         with caplog.at_level(level, "eva_kernels"):
             result = run(llama, texts, lora(tau=1.0), method="gram", max_steps=3)
@@ -168,7 +170,7 @@ def test_log(
         return [(record.levelno, record.message) for record in found]
 
     planned = eva_kernels.estimate(llama, lora(), method="gram").state_bytes
-    begin, end = told(logging.INFO)
+    begin, end = logged(logging.INFO)
     assert begin == (
         logging.INFO,
         "calibration pass begins on cpu: 14 layers (14 exact, 0 sketched), at most "
@@ -176,27 +178,27 @@ def test_log(
     )
     assert end[1].startswith("calibration pass ends: 3 steps, 3 forward passes, ")
     assert end[1].endswith(" s, 0 of 14 layers converged")
-    first, *steps, last = told(logging.DEBUG)
+    first, *steps, last = logged(logging.DEBUG)
     assert (first, len(steps)) == (begin, 3)
     assert [level for level, _ in steps] == [logging.DEBUG] * 3
     assert steps[0][1].startswith("step 1: 1 forward passes, ")
     assert steps[1][1].startswith("step 2, slowest model.layers.")
     assert last[0] == logging.INFO
-    assert told(logging.WARNING) == []
+    assert logged(logging.WARNING) == []
     assert capsys.readouterr().out == ""
 
 
-def test_a_bar_shows_how_many_layers_have_converged(
+def test_progress_bar_counts_converged_layers(
     llama: nn.Module, texts: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def shown(data: Any, **options: Any) -> list[str]:
         done.append(run(llama, data, lora(tau=0.5), method="gram", progress=True, **options))
-        return told()
+        return printed()
 
-    def told() -> list[str]:
+    def printed() -> list[str]:
         out, text = capsys.readouterr()
         assert out == ""
-        assert text.endswith("\r")  # wiped out at its end
+        assert text.endswith("\r")  # cleared at its end
         return [line.strip() for line in text.split("\r") if line.strip()]
 
     def failing() -> Iterator[Any]:
@@ -214,12 +216,12 @@ def test_a_bar_shows_how_many_layers_have_converged(
     assert "layer/s, step 2, slowest model.layers." in last
     with pytest.raises(OSError, match="the disk is gone"):
         shown(failing())
-    assert "step 2" in told()[-1]
+    assert "step 2" in printed()[-1]
     run(llama, texts, max_steps=1)
     assert capsys.readouterr().err == ""
 
 
-def test_who_does_not_lead_says_nothing(
+def test_only_the_leader_logs_and_shows_progress(
     llama: nn.Module, texts: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: Any, capsys: Any
 ) -> None:
     monkeypatch.setattr(CalibrationPass, "is_leader", False)
@@ -229,7 +231,9 @@ def test_who_does_not_lead_says_nothing(
     assert not any("begins" in message for message in caplog.messages)
 
 
-def test_freeze_converged_and_subspace(llama: nn.Module, texts: list[Any]) -> None:
+def test_freeze_converged_and_subspace_criterion_converge(
+    llama: nn.Module, texts: list[Any]
+) -> None:
     config = lora(tau=0.9)
     for extra in ({"freeze_converged": True}, {"criterion": "subspace"}):
         result = eva_kernels.calibrate(llama, texts, config, progress=False, **extra)
@@ -240,7 +244,7 @@ def test_freeze_converged_and_subspace(llama: nn.Module, texts: list[Any]) -> No
     assert all(result.converged.values())
 
 
-class Parallel(nn.Module):
+class EasyAndHard(nn.Module):
     """The input of ``easy`` has one strong direction, that of ``hard`` has none."""
 
     def __init__(self) -> None:
@@ -252,7 +256,7 @@ class Parallel(nn.Module):
         return self.easy(strong) + self.hard(x)
 
 
-def test_frozen_layers_see_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_layers_accumulate_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("eva_peft.calibrate")
     passes: list[Any] = []
     original = module.CalibrationPass.run
@@ -265,16 +269,16 @@ def test_frozen_layers_see_less(monkeypatch: pytest.MonkeyPatch) -> None:
     data = list(torch.randn(10, 60, 20))
     config = lora(r=1, rho=1.0, tau=0.9999, target_modules=["easy", "hard"])
     for freeze in (False, True):
-        run(Parallel(), iter(data), config, freeze_converged=freeze, method="sketch")
-    all_of_it, frozen = (
+        run(EasyAndHard(), iter(data), config, freeze_converged=freeze, method="sketch")
+    unfrozen, frozen = (
         {p.targets[i].name: slot.stream.tokens for i, slot in p.collector.slot_of.items()}
         for p in passes
     )
-    assert all_of_it == {"easy": 600, "hard": 600}
+    assert unfrozen == {"easy": 600, "hard": 600}
     assert frozen["easy"] < frozen["hard"] == 600
 
 
-def test_a_layer_that_is_given_more_rank_is_accumulated_again(
+def test_frozen_layer_with_increased_rank_is_accumulated_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def allocated(run: CalibrationPass) -> dict[int, int]:
@@ -285,19 +289,19 @@ def test_a_layer_that_is_given_more_rank_is_accumulated_again(
     frozen: list[set[int]] = []
     config = lora(r=4, rho=1.0, tau=0.9999, target_modules=["easy", "hard"])
     options = {"freeze_converged": True, "method": "sketch"}
-    run(Parallel(), iter(torch.randn(5, 60, 20)), config, **options)
+    run(EasyAndHard(), iter(torch.randn(5, 60, 20)), config, **options)
     assert frozen[:5] == [set(), set(), {0}, {0}, set()]
 
 
-def test_options_of_a_stream_are_those_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[InputStream] = []
+def test_streams_get_the_options_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[InputStream] = []
     original = CalibrationPass.make_stream
 
-    def noting(self: CalibrationPass, *given: Any) -> InputStream:
-        made.append(original(self, *given))
-        return made[-1]
+    def record_stream(self: CalibrationPass, *given: Any) -> InputStream:
+        streams.append(original(self, *given))
+        return streams[-1]
 
-    monkeypatch.setattr(CalibrationPass, "make_stream", noting)
+    monkeypatch.setattr(CalibrationPass, "make_stream", record_stream)
     options = {"method": "sketch", "seed": 5, "backend": "torch", "precision": "fast"}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         data = [x.to(dtype) for x in vectors(1)]
@@ -305,12 +309,12 @@ def test_options_of_a_stream_are_those_of_the_pass(monkeypatch: pytest.MonkeyPat
         model = make_mlp().to(dtype)
         result = run(model, data, config, max_steps=1, on_nonfinite="skip", **options)
         assert result.components["0"].dtype == result.singular_values["0"].dtype == torch.float32
-    assert [s.dtype for s in made] == [torch.float64, torch.float32, torch.float32]
-    assert {s.options for s in made} == {Options("sketch", 5, "torch", "fast", True)}
+    assert [s.dtype for s in streams] == [torch.float64, torch.float32, torch.float32]
+    assert {s.options for s in streams} == {Options("sketch", 5, "torch", "fast", True)}
 
 
-def test_a_layer_that_has_converged_once_has_converged(llama: nn.Module) -> None:
-    # rho = 1: every layer needs its own r components throughout, so only similarity decides
+def test_layer_once_converged_stays_converged(llama: nn.Module) -> None:
+    # rho = 1: every layer keeps exactly r components, so only similarity decides
     batches = text_batches(24, seed=3)
     config = lora(r=3, rho=1.0, tau=0.97)
     result = eva_kernels.calibrate(llama, batches, config, progress=False, max_steps=400)
@@ -320,13 +324,13 @@ def test_a_layer_that_has_converged_once_has_converged(llama: nn.Module) -> None
         for i in range(len(result.ranks))
     ]
     assert result.steps == max(passed) + 1
-    # at that step some layer is below tau again, so waiting for all at once would go on
+    # at that step some layer is below tau again, so a rule for all at once would continue
     assert min(similarity[-1]) < 0.97
     assert all(result.converged.values())
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_a_last_token_makes_no_layer_converge(method: str) -> None:
+def test_partial_last_step_does_not_count_for_convergence(method: str) -> None:
     torch.manual_seed(3)
     layer, scale = nn.Sequential(nn.Linear(32, 4)), torch.arange(1, 33) ** -0.5
     data = [torch.randn(n, 32) * scale for n in (64, 64, 64, 1)]
@@ -340,8 +344,8 @@ def test_a_last_token_makes_no_layer_converge(method: str) -> None:
         eva_kernels.calibrate(layer, iter(data), lora(tau=0.99), **options)
 
 
-class Rarely(nn.Module):
-    """Two layers, of which one reads a single token of each batch, or none that varies."""
+class RarelyCalled(nn.Module):
+    """Two layers; one reads a single token per batch, or constants."""
 
     def __init__(self, dead: bool) -> None:
         super().__init__()
@@ -352,15 +356,17 @@ class Rarely(nn.Module):
 
 
 @pytest.mark.parametrize(("dead", "converged"), [(False, [0, *[1] * 6, 2]), (True, [0, 2])])
-def test_no_layer_has_converged_before_its_second_step(dead: bool, converged: list[int]) -> None:
-    """Nor one that is given no rank."""
+def test_no_layer_converges_before_its_second_step(dead: bool, converged: list[int]) -> None:
+    """Nor does one of rank zero."""
     config = lora(r=1, rho=2.0, tau=0.0, target_modules=["often", "rarely"])
-    result = run(Rarely(dead), vectors(12), config, method="sketch")  # whose steps are of 4 tokens
+    result = run(
+        RarelyCalled(dead), vectors(12), config, method="sketch"
+    )  # its steps have 4 tokens
     assert result.history["converged"] == converged
 
 
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
-def test_similarity_is_that_of_the_criterion(criterion: str) -> None:
+def test_similarity_is_computed_by_the_criterion(criterion: str) -> None:
     config, data = lora(r=3, rho=1.0, tau=1.0, target_modules=["0"]), vectors(2, rows=60)
     before, after = (
         run(make_mlp(), data, config, method="sketch", criterion=criterion, max_steps=n)
@@ -371,24 +377,24 @@ def test_similarity_is_that_of_the_criterion(criterion: str) -> None:
     assert after.history["similarity"] == [[None], [pytest.approx(float(expected.min()), abs=1e-5)]]
 
 
-def test_no_step_gives_a_layer_more_than_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it would have to converge in components that it never gets."""
-    given: list[dict[int, int]] = []
+def test_allocation_never_exceeds_the_largest_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a layer would wait for components that it never gets."""
+    allocations: list[dict[int, int]] = []
 
-    def noting(run: CalibrationPass) -> dict[int, int]:
-        given.append(ranks.allocate(run))
-        return given[-1]
+    def record_ranks(run: CalibrationPass) -> dict[int, int]:
+        allocations.append(ranks.allocate(run))
+        return allocations[-1]
 
-    monkeypatch.setattr(import_module("eva_peft.calibrate"), "allocate", noting)
-    # all of one width, and so tracked by as many components
+    monkeypatch.setattr(import_module("eva_peft.calibrate"), "allocate", record_ranks)
+    # all of one width, so all track equally many components
     config = lora(rho=1.0, rank_pattern={"lin": 3, "sub.other": 5})
     result = run(Clash(False), vectors(3, features=16), config)
-    assert len(given) == result.steps
-    assert all(list(each.values()) == [3, 3, 5, 4] for each in given)
+    assert len(allocations) == result.steps
+    assert all(list(each.values()) == [3, 3, 5, 4] for each in allocations)
 
 
-class Later(nn.Module):
-    """Two layers, of which one is called from the second batch on."""
+class CalledLater(nn.Module):
+    """Two layers; one is called only from the second batch on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -397,22 +403,22 @@ class Later(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         y = self.first(x)
-        return y if self.calls == 1 else self.second(x.sign())  # as much in every direction
+        return y if self.calls == 1 else self.second(x.sign())  # equal variance in every direction
 
 
 @pytest.mark.parametrize("options", [{}, {"budget": "params"}, {"min_rank": 3}])
-def test_what_has_to_converge_is_what_is_given(
+def test_convergence_uses_the_final_allocation(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: list[dict[int, int]] = []
+    allocations: list[dict[int, int]] = []
 
-    def noting(run: CalibrationPass) -> dict[int, int]:
-        given.append(ranks.allocate(run))
-        return given[-1]
+    def record_ranks(run: CalibrationPass) -> dict[int, int]:
+        allocations.append(ranks.allocate(run))
+        return allocations[-1]
 
-    monkeypatch.setattr(import_module("eva_peft.calibrate"), "allocate", noting)
+    monkeypatch.setattr(import_module("eva_peft.calibrate"), "allocate", record_ranks)
     data = [torch.randn(60, 20) * torch.arange(1, 21) ** -2.0 for _ in range(3)]
     config = lora(tau=1.0, target_modules=["first", "second"])
-    result = run(Later(), iter(data), config, method="sketch", **options)
-    assert [list(each) for each in given] == [[0], [0, 1], [0, 1]]
-    assert list(given[-1].values()) == list(result.ranks.values())
+    result = run(CalledLater(), iter(data), config, method="sketch", **options)
+    assert [list(each) for each in allocations] == [[0], [0, 1], [0, 1]]
+    assert list(allocations[-1].values()) == list(result.ranks.values())

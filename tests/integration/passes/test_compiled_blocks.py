@@ -1,4 +1,4 @@
-"""Models with something around each block: so accelerate compiles them, or spares their memory."""
+"""Models whose blocks are each wrapped, by ``torch.compile`` or for activation checkpointing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_compiled() -> nn.Module:
 
 @pytest.mark.parametrize("targets", [PROJECTIONS, "all-linear"], ids=["names", "all-linear"])
 @pytest.mark.parametrize("way", ["base", "adapters"])
-def test_initialise_save_and_load(way: str, targets: Any, tmp_path: Any) -> None:
+def test_compiled_blocks_initialise_save_and_load(way: str, targets: Any, tmp_path: Any) -> None:
     texts, config = text_batches(4), lora(r=4, target_modules=targets)
     model: Any = make_compiled()
     if way == "base":
@@ -48,7 +48,7 @@ def test_initialise_save_and_load(way: str, targets: Any, tmp_path: Any) -> None
         model = eva_kernels.initialize(wrapped(model, config), texts, **QUIET)
     plain = run(make_llama(), texts, lora(r=4, target_modules=targets))
     result = model.eva_result
-    assert result.ranks == plain.ranks  # by the names of the model that is not compiled
+    assert result.ranks == plain.ranks  # under the names of the uncompiled model
     assert len(set(result.ranks.values())) > 2
     perturb_b(model)
     model.save_pretrained(tmp_path)
@@ -57,7 +57,7 @@ def test_initialise_save_and_load(way: str, targets: Any, tmp_path: Any) -> None
     torch.testing.assert_close(output_of(again, texts[0]), output_of(model.eval(), texts[0]))
 
 
-def test_blocks_whose_activations_are_computed_anew_have_their_own_names() -> None:
+def test_checkpointed_blocks_keep_the_names_of_layers() -> None:
     texts, checkpointed = text_batches(4), make_llama()
     for i, block in enumerate(checkpointed.model.layers):
         checkpointed.model.layers[i] = checkpoint_wrapper(block)
@@ -67,7 +67,7 @@ def test_blocks_whose_activations_are_computed_anew_have_their_own_names() -> No
     assert set(lora_layers(model)) == {name for name, rank in plain.ranks.items() if rank}
 
 
-def test_layers_without_rank_stay_away(tmp_path: Any) -> None:
+def test_layers_with_rank_zero_stay_removed(tmp_path: Any) -> None:
     names = [f"model.layers.{i}._orig_mod.self_attn.q_proj" for i in range(2)]
     model = wrapped(make_compiled(), lora(target_modules=["q_proj"]))
     rows = {names[0].replace("_orig_mod.", ""): torch.eye(3, 64), names[1]: torch.empty(0, 64)}
@@ -81,8 +81,8 @@ def test_layers_without_rank_stay_away(tmp_path: Any) -> None:
     assert list(lora_layers(PeftModel.from_pretrained(make_compiled(), tmp_path))) == names[:1]
 
 
-def test_names_that_no_pattern_tells_apart_change_nothing() -> None:
-    """What torch.compile puts into a path may be left out, here of names that are like it."""
+def test_names_that_no_pattern_separates_are_an_error() -> None:
+    """Patterns may omit ``_orig_mod`` of ``torch.compile``; here other names end like it."""
 
     class Alike(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""After a pass, however it ended, the model and the process are as they were."""
+"""Modes, flags, hooks and random states are as before after a pass, however it ended."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from integration.conftest import (
 BATCHES = text_batches(3)
 
 
-class World:
-    """Everything about a model and the process that a pass must leave alone."""
+class Before:
+    """The state of a model and of the process that a pass must restore."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.state = state_of(model)
-        self.facts = self.look()
+        self.values = self.describe()
 
-    def look(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         model = self.model
         return {
             "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
@@ -64,16 +64,16 @@ class World:
             "ids": {n: id(p) for n, p in model.named_parameters()},
         }
 
-    def unchanged(self) -> bool:
+    def check_unchanged(self) -> bool:
         assert same_state(self.state, state_of(self.model))
-        now = self.look()
-        for key, value in self.facts.items():
+        now = self.describe()
+        for key, value in self.values.items():
             assert now[key] == value, key
         return True
 
 
-def busy_model(prepared: bool) -> nn.Module:
-    """A model in train mode with frozen parts in eval mode, a user's hooks, a cache."""
+def model_in_mixed_modes(prepared: bool) -> nn.Module:
+    """Return a model in train mode with parts in eval mode, hooks of the user and a cache."""
     model: nn.Module = make_llama()
     model = wrapped(model) if prepared else model
     model.train()
@@ -106,7 +106,7 @@ def failing_forward(model: nn.Module, batch: Any) -> None:
     raise Broken("forward")
 
 
-def interrupted_hook(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def interrupt_hook(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     stream = import_module("eva_kernels.streaming.stream").InputStream
     original, calls = stream.add, []
 
@@ -119,14 +119,14 @@ def interrupted_hook(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stream, "add", add)
 
 
-def interrupted_fold(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def interrupt_fold(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     def fold(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     patch.setattr(import_module("eva_peft.calibrate"), "begin_fold", fold)
 
 
-def interrupted_registration(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+def interrupt_registration(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     original, calls = nn.Module.register_forward_pre_hook, []
 
     def register(self: nn.Module, *args: Any, **options: Any) -> Any:
@@ -142,9 +142,9 @@ CASES: dict[str, tuple[type[BaseException], Any, dict[str, Any], Any]] = {
     "forward": (Broken, BATCHES, {"forward_fn": failing_forward}, None),
     "loader": (Broken, failing_loader, {}, None),
     "callback": (Broken, BATCHES, {"callback": failing_callback}, None),
-    "interrupt in a hook": (KeyboardInterrupt, BATCHES, {}, interrupted_hook),
-    "interrupt in a fold": (KeyboardInterrupt, BATCHES, {}, interrupted_fold),
-    "interrupt at the start": (KeyboardInterrupt, BATCHES, {}, interrupted_registration),
+    "interrupt in a hook": (KeyboardInterrupt, BATCHES, {}, interrupt_hook),
+    "interrupt in a fold": (KeyboardInterrupt, BATCHES, {}, interrupt_fold),
+    "interrupt at the start": (KeyboardInterrupt, BATCHES, {}, interrupt_registration),
     "not converged": (
         eva_kernels.NotConvergedError,
         BATCHES,
@@ -158,35 +158,37 @@ CASES: dict[str, tuple[type[BaseException], Any, dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("prepared", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_after_a_failure(case: str, prepared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_is_restored_after_a_failure(
+    case: str, prepared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     error, loader, options, sabotage = CASES[case]
-    model = busy_model(prepared)
+    model = model_in_mixed_modes(prepared)
     config = None if prepared else lora()
-    world = World(model)
+    before = Before(model)
     with monkeypatch.context() as patch:
         if sabotage is not None:
             sabotage(model, patch)
         data = loader(model) if callable(loader) else loader
         with pytest.raises(error):
             eva_kernels.initialize(model, data, config, **{**QUIET, **options})
-    assert world.unchanged()
+    assert before.check_unchanged()
     assert not hasattr(model, "eva_result")
     done = eva_kernels.initialize(model, BATCHES, config, max_steps=3, **QUIET)
     assert sum(done.eva_result.ranks.values()) == 56
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_after_success(prepared: bool) -> None:
-    model = busy_model(prepared)
-    world = World(model)
+def test_state_is_restored_after_success(prepared: bool) -> None:
+    model = model_in_mixed_modes(prepared)
+    before = Before(model)
     run(model, BATCHES, None if prepared else lora(), max_steps=3)
-    assert world.unchanged()
+    assert before.check_unchanged()
     modes = [(n, m, m.training) for n, m in model.named_modules()]
     done = eva_kernels.initialize(
         model, BATCHES, None if prepared else lora(), max_steps=3, **QUIET
     )
-    assert torch.get_rng_state().tolist() == world.facts["random"]
-    assert sum(world.facts["hooks"]) == 1
+    assert torch.get_rng_state().tolist() == before.values["random"]
+    assert sum(before.values["hooks"]) == 1
     assert hooks_of(done) == 2
     for name, module, mode in modes:
         assert module.training == mode, name
@@ -201,8 +203,8 @@ def test_disabled_adapters_stay_disabled() -> None:
     assert not any(m.disable_adapters for m in lora_layers(model).values())
 
 
-class Merging(nn.Linear):
-    """Has its change in its weight in eval mode, as loralib's layers; several act on a switch."""
+class MergesInEvalMode(nn.Linear):
+    """Merges its change into the weight in eval mode, as layers of loralib do."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width)
@@ -218,17 +220,17 @@ class Merging(nn.Linear):
 
 
 @pytest.mark.parametrize("modes", [(True, True), (True, False), (False, True), (False, False)])
-def test_layers_that_act_on_a_switch_of_the_mode(modes: tuple[bool, bool]) -> None:
-    model = nn.Sequential(nn.Linear(20, 20), Merging(20))
+def test_layers_that_change_weights_in_train_are_restored(modes: tuple[bool, bool]) -> None:
+    model = nn.Sequential(nn.Linear(20, 20), MergesInEvalMode(20))
     model.train(modes[0])[1].train(modes[1])
-    before, shown = state_of(model), model(vectors()[0])
+    before, output = state_of(model), model(vectors()[0])
     run(model, vectors(), lora(target_modules=["0"]), max_steps=2)
     assert [part.training for part in model] == list(modes)
     torch.testing.assert_close(state_of(model), before)
-    torch.testing.assert_close(model(vectors()[0]), shown)
+    torch.testing.assert_close(model(vectors()[0]), output)
 
 
-def test_a_module_that_fails_to_switch_back() -> None:
+def test_other_modules_are_restored_if_one_fails_in_train() -> None:
     class Fails(nn.Linear):
         def train(self, mode: bool = True) -> Any:
             if mode:
@@ -245,12 +247,12 @@ def test_a_module_that_fails_to_switch_back() -> None:
     assert hooks_of(model) == 0
 
 
-def test_a_function_that_switches_adapters_off() -> None:
+def test_forward_fn_may_disable_adapters() -> None:
     model = wrapped(make_mlp(), lora(target_modules=["0", "2"]))
     frozen = lora_layers(model)["0"].lora_A["default"].weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
 
-    def run_reference(model: Any, batch: Any) -> None:  # as DPO runs it
+    def run_reference(model: Any, batch: Any) -> None:  # as DPO does
         with model.disable_adapter():
             model(batch)
         frozen.requires_grad_()
@@ -274,22 +276,22 @@ def test_no_cache_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not built
     assert model.config.use_cache
     model(**BATCHES[0])
-    assert built  # otherwise the spy sees nothing
+    assert built  # so the spy works
 
 
-def test_no_gradients_and_eval_mode_during_the_pass() -> None:
-    seen: list[tuple[bool, bool]] = []
+def test_pass_runs_in_eval_mode_without_gradients() -> None:
+    modes: list[tuple[bool, bool]] = []
 
     def forward(model: nn.Module, batch: Any) -> None:
-        seen.append((torch.is_grad_enabled(), any(m.training for m in model.modules())))
+        modes.append((torch.is_grad_enabled(), any(m.training for m in model.modules())))
         model(**batch)
 
-    run(busy_model(True), BATCHES, max_steps=3, forward_fn=forward)
-    assert seen == [(False, False)] * 3
+    run(model_in_mixed_modes(True), BATCHES, max_steps=3, forward_fn=forward)
+    assert modes == [(False, False)] * 3
 
 
 @pytest.mark.parametrize("name", ["default", "other"])
-def test_merged_adapters_are_refused(name: str) -> None:
+def test_merged_adapters_are_rejected(name: str) -> None:
     model = wrapped(make_llama(), lora(init_lora_weights=True))
     model.add_adapter("other", lora(init_lora_weights=True))
     perturb_b(model, name)
@@ -298,7 +300,7 @@ def test_merged_adapters_are_refused(name: str) -> None:
         run(model, BATCHES, lora())
 
 
-def test_user_hooks_still_fire() -> None:
+def test_hooks_of_the_user_are_kept() -> None:
     model, fired = make_llama(), []
     hook: Callable[..., None] = lambda *_: fired.append(1)  # noqa: E731
     model.model.layers[0].mlp.up_proj.register_forward_pre_hook(hook)
@@ -308,18 +310,18 @@ def test_user_hooks_still_fire() -> None:
     assert fired == [1]
 
 
-def test_result_does_not_depend_on_the_mode() -> None:
+def test_result_is_equal_in_train_and_eval_mode() -> None:
     base = run(make_llama(), iter(BATCHES), lora(tau=1.0))
     other = run(make_llama().train(), iter(BATCHES), lora(tau=1.0))
     assert all(torch.equal(rows, other.components[n]) for n, rows in base.components.items())
 
 
-def test_passes_may_overlap_in_threads() -> None:
-    """Each leaves the switches of the process as they were before the first."""
+def test_overlapping_passes_in_threads_restore_global_switches() -> None:
+    """Each restores the global switches as they were before the first."""
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
     began, graphs = [threading.Event(), threading.Event()], []
 
-    def first(model: Any, batch: Any) -> None:  # ends while the other runs
+    def first(model: Any, batch: Any) -> None:  # ends while the other pass runs
         began[0].set()
         assert began[1].wait(20)
         model(batch)
@@ -350,39 +352,39 @@ def test_passes_may_overlap_in_threads() -> None:
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_two_passes_on_one_model_are_refused(adapted: bool) -> None:
+def test_second_pass_on_the_same_model_is_rejected(adapted: bool) -> None:
     model = wrapped(make_llama(), lora(tau=1.0)) if adapted else make_llama()
     config = None if adapted else lora(tau=1.0)
-    refused = []
+    errors_at = []
 
     def again(numbers: Any) -> None:
         with pytest.raises(EvaRuntimeError, match="another calibration pass is running on this"):
             run(model, iter(text_batches(1)), config)
-        refused.append(numbers["step"])
+        errors_at.append(numbers["step"])
 
     result = run(model, iter(text_batches(2)), config, callback=again)
-    assert len(refused) == result.forwards == 2
-    assert run(model, iter(text_batches(1)), config).forwards == 1  # afterwards it is free
+    assert len(errors_at) == result.forwards == 2
+    assert run(model, iter(text_batches(1)), config).forwards == 1  # afterwards the model is free
 
 
-def test_a_pass_on_a_part_of_a_model_is_refused() -> None:
-    model, refused = make_llama(), []
+def test_pass_on_a_part_of_a_model_in_use_is_rejected() -> None:
+    model, errors_at = make_llama(), []
 
     def again(numbers: Any) -> None:
         with pytest.raises(EvaRuntimeError, match="on this model, or on a part of it"):
             run(model.model, iter(text_batches(1)), lora())
-        refused.append(numbers["step"])
+        errors_at.append(numbers["step"])
 
     run(model, iter(text_batches(1)), lora(tau=1.0), callback=again)
-    assert refused
+    assert errors_at
     assert run(model.model, iter(text_batches(1)), lora()).forwards == 1
 
 
 @pytest.mark.parametrize("shared", [nn.GELU(), nn.Dropout(), nn.PReLU()])
-def test_models_may_share_an_activation_alone(shared: nn.Module) -> None:
+def test_models_in_use_may_share_only_stateless_modules(shared: nn.Module) -> None:
     one, other = (nn.Sequential(nn.Linear(8, 8), shared) for _ in range(2))
     data, ran = [torch.randn(40, 8)], []
-    refused = not isinstance(shared, nn.GELU)  # its mode, or weights, are the other pass's
+    refused = not isinstance(shared, nn.GELU)  # its mode or weights belong to the other pass
 
     def again(numbers: Any) -> None:
         with pytest.raises(EvaRuntimeError) if refused else nullcontext():
@@ -392,7 +394,7 @@ def test_models_may_share_an_activation_alone(shared: nn.Module) -> None:
     assert ran == ([] if refused else [40])
 
 
-def test_what_was_off_before_stays_off() -> None:
+def test_disabled_fast_path_stays_disabled() -> None:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         run(make_mlp(), iter(vectors(1)), lora())
@@ -401,7 +403,7 @@ def test_what_was_off_before_stays_off() -> None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
-def test_a_config_that_shows_the_cache_of_another() -> None:
+def test_config_that_forwards_use_cache_is_restored() -> None:
     class Composite:
         def __init__(self, inner: Any) -> None:
             object.__setattr__(self, "inner", inner)
@@ -419,7 +421,7 @@ def test_a_config_that_shows_the_cache_of_another() -> None:
     assert inner.use_cache
 
 
-def test_a_config_that_cannot_be_changed() -> None:
+def test_frozen_config_is_accepted() -> None:
     @dataclass(frozen=True)
     class Frozen:
         use_cache: bool = True
@@ -429,7 +431,7 @@ def test_a_config_that_cannot_be_changed() -> None:
     assert run(model, iter(vectors(1)), lora()).forwards == 1
 
 
-def test_weights_that_are_not_there() -> None:
+def test_weights_on_meta_are_rejected() -> None:
     with torch.device("meta"):
         model = make_llama()
     with pytest.raises(EvaValueError, match="on the meta device: load them first"):
@@ -437,7 +439,7 @@ def test_weights_that_are_not_there() -> None:
     assert eva_kernels.estimate(model, lora(), batch_shape=(2, 8)).peak_bytes > 0
 
 
-def test_a_pass_that_cannot_switch_off_leaves_nothing_behind(
+def test_failure_while_setting_switches_restores_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
@@ -450,13 +452,13 @@ def test_a_pass_that_cannot_switch_off_leaves_nothing_behind(
         patch.setattr(torch.backends.mha, "set_fastpath_enabled", failing)
         with pytest.raises(KeyboardInterrupt):
             run(make_mlp(), iter(vectors(1)), config)
-    seen: list[bool] = []
+    enabled: list[bool] = []
 
     def forward(model: Any, batch: Any) -> None:
-        seen.append(torch.backends.mha.get_fastpath_enabled())
+        enabled.append(torch.backends.mha.get_fastpath_enabled())
         model(batch)
 
     run(make_mlp(), iter(vectors(1)), config, forward_fn=forward)
-    assert seen == [False]
+    assert enabled == [False]
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch._dynamo.eval_frame._stance.stance == "default"

@@ -1,4 +1,4 @@
-"""Base models whose weights accelerate keeps on the CPU or on disk until a layer is called."""
+"""Base models whose weights accelerate keeps on the CPU or on disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def offloaded(kind: str, folder: Any) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:EVA reads the inputs of linear layers:eva_kernels.EvaWarning")
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 @pytest.mark.parametrize("way", ["base", "adapters", "embedding"])
-def test_adapters_are_where_the_layers_run(kind: str, way: str, tmp_path: Any) -> None:
+def test_adapters_of_offloaded_layers_are_on_the_execution_device(
+    kind: str, way: str, tmp_path: Any
+) -> None:
     texts = text_batches(4)
     targets: Any = "all-linear" if way != "embedding" else ["q_proj", "down_proj", "embed_tokens"]
     base = offloaded(kind, tmp_path)

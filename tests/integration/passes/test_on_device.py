@@ -1,4 +1,4 @@
-"""A whole pass where the model is, which is on the GPU if there is one."""
+"""A whole pass on the device of the model, a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from integration.conftest import (
 )
 
 
-def moved(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_adapters_of_a_pass(
+def test_pass_writes_exact_adapters_on_the_device(
     method: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
 ) -> None:
     model, batches = make_llama(dtype).to(device), text_batches()
-    there = [moved(batch, device) for batch in batches]
-    before = output_of(model, there[0])
+    device_batches = [to_device(batch, device) for batch in batches]
+    before = output_of(model, device_batches[0])
     options = {**QUIET, "method": method, "max_steps": len(batches)}
     done = eva_kernels.initialize(model, batches, lora(tau=1.0), **options)
-    assert torch.equal(output_of(done, there[0]), before)
+    assert torch.equal(output_of(done, device_batches[0]), before)
     assert hooks_of(done) == 0
     result, layers = done.eva_result, lora_layers(done)
     assert set(result.method.values()) == {method}
     assert sum(result.ranks.values()) == 14 * 4
-    inputs = layer_inputs(make_llama(dtype).to(device), there, list(layers))
+    inputs = layer_inputs(make_llama(dtype).to(device), device_batches, list(layers))
     limit = 0.02 if method == "sketch" else 1e-4
     for name, layer in layers.items():
         a = layer.lora_A["default"].weight
@@ -55,7 +55,7 @@ def test_adapters_of_a_pass(
         assert torch.equal(*weights)
 
 
-def test_a_pass_has_the_same_bits_twice(device: torch.device) -> None:
+def test_two_passes_are_bitwise_equal(device: torch.device) -> None:
     found = [
         eva_kernels.calibrate(make_llama().to(device), text_batches(), lora(), **QUIET)
         for _ in range(2)

@@ -1,4 +1,4 @@
-"""Out of memory is told with numbers and remedies, and leaves nothing behind."""
+"""Out-of-memory errors give numbers and remedies, and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ ERRORS = {
 
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("where", ["batch", "forward", "accumulate", "fold"])
-def test_told_with_numbers(kind: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_gives_place_sizes_and_advice(
+    kind: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_llama().train()
     before = state_of(model)
     calls = {"n": 0}
@@ -86,7 +88,7 @@ def test_told_with_numbers(kind: str, where: str, monkeypatch: pytest.MonkeyPatc
     assert run(model, texts, lora(tau=1.0), max_steps=3).forwards == 3
 
 
-def test_its_state_is_let_go_while_the_error_is_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_is_freed_while_the_error_is_handled(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
     original = InputStream.add
 
@@ -112,7 +114,7 @@ def test_its_state_is_let_go_while_the_error_is_handled(monkeypatch: pytest.Monk
     assert caught.value.__traceback__ is not None
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_are_not_converted() -> None:
     def fail(model: nn.Module, batch: Any) -> None:
         raise RuntimeError("something else")
 
@@ -121,7 +123,7 @@ def test_other_errors_stay_what_they_are() -> None:
     assert not isinstance(caught.value, eva_kernels.EvaError)
 
 
-def test_through_initialize() -> None:
+def test_error_in_initialize_leaves_the_base_model() -> None:
     model = make_llama()
     kinds = [type(m) for m in model.modules()]
 

@@ -1,4 +1,4 @@
-"""How layer inputs will be tracked: as many components as are needed, in the memory there is."""
+"""Plans of the states of layers: the method within the memory budget, sizes and estimates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eva_peft.passes.planning import num_components_of
 from integration.conftest import Clash, lora, make_llama, run, vectors
 
 
-def test_memory_budget_by_default_is_a_share_of_the_model() -> None:
+def test_default_memory_budget_is_a_share_of_the_model() -> None:
     def method(rows: int, dtype: torch.dtype) -> str:
         with torch.device("meta"):
             parts = {"embed": nn.Embedding(rows, 64), "lin": nn.Linear(64, 8)}
@@ -32,15 +32,15 @@ def test_memory_budget_by_default_is_a_share_of_the_model() -> None:
     assert method(rows // 5, torch.float32) == method(rows // 4, torch.bfloat16) == "sketch"
 
 
-def test_memory_budget_counts_a_state_in_double_precision() -> None:
+def test_memory_budget_counts_the_size_of_float64() -> None:
     model = make_llama().double()
     most = eva_kernels.estimate(model, lora(), method="gram").state_bytes
     found = eva_kernels.estimate(model, lora(), memory_budget=most - 1)
     assert set(found.method.values()) == {"gram", "sketch"}
 
 
-def test_oversample_is_the_width_of_a_sketch() -> None:
-    """Also where the model is so small that the budget is the least that there can be."""
+def test_oversample_scales_the_width_of_a_sketch() -> None:
+    """Also for a model so small that the memory budget is at its minimum."""
     config, state = lora(target_modules=["q_proj"]), []
     for oversample in (1.0, 2.0, 4.0):
         options = {"oversample": oversample}
@@ -50,7 +50,7 @@ def test_oversample_is_the_width_of_a_sketch() -> None:
     assert 1.5 < state[2].state_bytes / state[1].state_bytes < 3
 
 
-def test_as_many_components_as_the_layer_of_a_width_that_needs_most() -> None:
+def test_layers_of_one_width_share_their_largest_component_count() -> None:
     config = lora(rank_pattern={"lin": 6})
     result = run(Clash(False), vectors(3, features=16), config, max_steps=3)
     counts = {name: len(values) for name, values in result.singular_values.items()}
@@ -59,17 +59,19 @@ def test_as_many_components_as_the_layer_of_a_width_that_needs_most() -> None:
 
 
 @pytest.mark.parametrize(("rank", "step", "count"), [(4, 4, 4), (6, 3, 6), (6, 2, 8), (5, 1, 7)])
-def test_components_are_a_multiple_of_what_ranks_are(rank: int, step: int, count: int) -> None:
+def test_component_counts_are_multiples_of_the_rank_multiple(
+    rank: int, step: int, count: int
+) -> None:
     target = Target("a", nn.Linear(32, 8), 32, 8, rank, 1.0, rank_multiple=step)
     assert num_components_of(target, 1.4) == count
     assert num_components_of(dataclasses.replace(target, in_features=step), 1.4) == step
 
 
-def test_estimate_grows_with_tokens_and_with_what_a_number_takes() -> None:
+def test_estimate_scales_with_tokens_and_element_size() -> None:
     model, few, many = make_llama(), (2, 24), (4, 24)
-    told = {dtype: [eva_kernels.estimate(model.to(dtype), lora(), shape) for shape in (few, many)]
-            for dtype in (torch.bfloat16, torch.float32)}  # fmt: skip
-    half, whole = told[torch.bfloat16], told[torch.float32]
+    found = {dtype: [eva_kernels.estimate(model.to(dtype), lora(), shape) for shape in (few, many)]
+             for dtype in (torch.bfloat16, torch.float32)}  # fmt: skip
+    half, whole = found[torch.bfloat16], found[torch.float32]
     assert [2 * e.activation_bytes for e in half] == [e.activation_bytes for e in whole]
     assert 2 * whole[0].activation_bytes == whole[1].activation_bytes
     # the widest layer reads 96 features, in 64 tokens at least
@@ -77,12 +79,12 @@ def test_estimate_grows_with_tokens_and_with_what_a_number_takes() -> None:
 
 
 @pytest.mark.parametrize("shape", [24, None, "24", (4.0, 24), torch.ones(2)])
-def test_shapes_that_are_none(shape: Any) -> None:
+def test_batch_shape_of_wrong_type_is_rejected(shape: Any) -> None:
     with pytest.raises(EvaTypeError, match=r"batch_shape=.* must be \(samples, tokens\)"):
         eva_kernels.estimate(make_llama(), lora(), shape)
 
 
 @pytest.mark.parametrize("shape", [(), (8,), (2, 3, 8), (2, 0), (-2, -8)])
-def test_shapes_of_no_batch(shape: Any) -> None:
+def test_batch_shape_of_wrong_length_or_sign_is_rejected(shape: Any) -> None:
     with pytest.raises(EvaValueError, match=r"must be \(samples, tokens\), both at least 1"):
         eva_kernels.estimate(make_llama(), lora(), shape)

@@ -1,4 +1,4 @@
-"""Which layers share a stream: found by identity, checked on every batch, split when they part."""
+"""Layers with the same input share a stream, found by identity and split when inputs differ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from integration.conftest import (
 
 
 class Net(nn.Module):
-    """Linear layers by name, called as the given function says."""
+    """Linear layers by name, called as the given function defines."""
 
     def __init__(self, body: Callable[[Net, Tensor], Any], *names: str, width: int = 20) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class Net(nn.Module):
         return self.body(self, x)
 
 
-def checked(model: nn.Module, batches: list[Any], names: list[str], **options: Any) -> Any:
-    """Run one exact pass and compare every layer with the oracle on its own inputs."""
+def run_and_check(model: nn.Module, batches: list[Any], names: list[str], **options: Any) -> Any:
+    """Run one exact pass and compare every layer with an exact PCA of its own inputs."""
     config = lora(tau=1.0, target_modules=names)
     result = run(model, iter(batches), config, method="gram", **options)
     inputs = layer_inputs(model, batches, names)
@@ -55,7 +55,7 @@ def checked(model: nn.Module, batches: list[Any], names: list[str], **options: A
     return result
 
 
-def test_projections_are_grouped() -> None:
+def test_projections_with_one_input_are_grouped() -> None:
     result = run(make_llama(), text_batches(3), lora(), max_steps=3)
     groups = {tuple(group) for group in result.shared_inputs}
     expected = set()
@@ -72,10 +72,10 @@ def test_projections_are_grouped() -> None:
 
 
 @pytest.mark.parametrize("method", ["gram", "sketch"])
-def test_equal_on_the_first_batch_only(method: str) -> None:
+def test_layers_equal_only_on_the_first_batch_are_split(method: str) -> None:
     def body(net: Net, x: Tensor) -> Tensor:
-        first = x[0, 0] == 77  # a mark in the data
-        return net.a(x) + net.b(x if first else x.flip(1))
+        is_first = x[0, 0] == 77  # marks the first batch
+        return net.a(x) + net.b(x if is_first else x.flip(1))
 
     batches = vectors(6)
     batches[0][0, 0] = 77
@@ -90,10 +90,10 @@ def test_equal_on_the_first_batch_only(method: str) -> None:
         torch.testing.assert_close(both.singular_values[name], single.singular_values[name])
         assert torch.equal(both.components[name], single.components[name])
     if method == "gram":
-        checked(Net(body, *names), batches, names)
+        run_and_check(Net(body, *names), batches, names)
 
 
-def test_parting_later_with_three_layers() -> None:
+def test_one_of_three_layers_is_split_off_later() -> None:
     calls = {"n": 0}
 
     def body(net: Net, x: Tensor) -> Tensor:
@@ -102,13 +102,13 @@ def test_parting_later_with_three_layers() -> None:
         return net.a(x) + net.b(y) + net.c(x)
 
     names = ["a", "b", "c"]
-    result = checked(Net(body, *names), vectors(6), names)
+    result = run_and_check(Net(body, *names), vectors(6), names)
     assert result.shared_inputs == [["a", "c"]]
 
 
 @pytest.mark.parametrize(("batch", "shared"), [(0, []), (2, [["a", "c"]])])
-def test_parting_at_a_second_call(batch: int, shared: list[list[str]]) -> None:
-    """When c has not read the first tensor yet, which waits for it but in the first batch."""
+def test_layers_are_split_at_a_second_call(batch: int, shared: list[list[str]]) -> None:
+    """The first tensor waits for ``c``, which has not read it yet, except in the first batch."""
 
     def body(net: Net, x: Tensor) -> Tensor:
         y = torch.sin(3 * x)
@@ -118,12 +118,12 @@ def test_parting_at_a_second_call(batch: int, shared: list[list[str]]) -> None:
 
     batches = vectors(4)
     batches[batch][0, 0] = 5
-    result = checked(Net(body, "a", "b", "c"), batches, ["a", "b", "c"])
+    result = run_and_check(Net(body, "a", "b", "c"), batches, ["a", "b", "c"])
     assert result.shared_inputs == shared
-    assert result.tokens == 4 * 40  # also where a batch is run twice
+    assert result.tokens == 4 * 40  # also if a batch is run twice
 
 
-def test_reused_memory_is_not_merged() -> None:
+def test_reused_memory_is_not_taken_for_a_shared_input() -> None:
     pointers = []
 
     def body(net: Net, x: Tensor) -> Tensor:
@@ -135,12 +135,12 @@ def test_reused_memory_is_not_merged() -> None:
         return x
 
     names = ["a", "b", "c"]
-    result = checked(Net(body, *names), vectors(4, rows=400), names)
-    assert len(set(pointers)) < len(pointers)  # else this shows nothing
+    result = run_and_check(Net(body, *names), vectors(4, rows=400), names)
+    assert len(set(pointers)) < len(pointers)  # otherwise the test shows nothing
     assert result.shared_inputs == []
 
 
-def test_input_changed_in_place_between_layers() -> None:
+def test_input_changed_in_place_between_layers_is_split() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         y = x.clone()
         net.a(y)
@@ -150,11 +150,11 @@ def test_input_changed_in_place_between_layers() -> None:
         return y
 
     names = ["a", "b", "c"]
-    result = checked(Net(body, *names), vectors(4), names)
+    result = run_and_check(Net(body, *names), vectors(4), names)
     assert result.shared_inputs == [["b", "c"]]
 
 
-def test_input_changed_in_place_under_inference_mode() -> None:
+def test_input_changed_in_place_in_inference_mode_is_split() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         y = x.clone()
         net.a(y)
@@ -166,7 +166,7 @@ def test_input_changed_in_place_under_inference_mode() -> None:
     assert result.shared_inputs == []
 
 
-def test_input_changed_in_place_while_it_waits() -> None:
+def test_deferred_input_changed_in_place_warns() -> None:
     """From the second batch on, a tensor waits for all layers that shared it before."""
     calls = {"n": 0}
 
@@ -190,18 +190,18 @@ def test_input_changed_in_place_while_it_waits() -> None:
     assert lost(result.components["b"], doubled) < 1e-6
 
 
-def test_called_several_times() -> None:
+def test_layer_called_several_times() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         y = x
         for _ in range(3):
             y = torch.tanh(net.loop(y))
         return net.last(y)
 
-    checked(Net(body, "loop", "last"), vectors(4), ["loop", "last"])
+    run_and_check(Net(body, "loop", "last"), vectors(4), ["loop", "last"])
 
 
-def test_called_more_often_later() -> None:
-    """A recurrence that is longer in later batches must not be cut by the early exit."""
+def test_layer_called_more_often_in_later_batches() -> None:
+    """The early exit must not cut a recurrence that is longer in later batches."""
 
     def body(net: Net, x: Tensor) -> Tensor:
         y = x
@@ -219,8 +219,8 @@ def test_called_more_often_later() -> None:
     assert lost(result.components["loop"], inputs) < 1e-6
 
 
-def test_called_more_often_in_some_batches() -> None:
-    """Of equal size; a layer's second call tells before the last layer's first."""
+def test_layers_called_more_often_in_some_batches() -> None:
+    """All batches have one size; a layer's second call precedes the last layer's first."""
 
     def body(net: Net, x: Tensor) -> Tensor:
         y = torch.tanh(net.a(x))
@@ -231,22 +231,22 @@ def test_called_more_often_in_some_batches() -> None:
     batches = vectors(5)
     for batch, mark in zip(batches, (0, 5, 0, 6, 0), strict=True):
         batch[0, 0] = mark
-    checked(Net(body, "a", "b"), batches, ["a", "b"])
+    run_and_check(Net(body, "a", "b"), batches, ["a", "b"])
 
 
-def test_shared_tensor_and_several_calls() -> None:
+def test_shared_input_and_several_calls() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         net.once(x)
         y = torch.tanh(net.twice(x))
         return net.twice(y) + net.other(y)
 
     names = ["once", "twice", "other"]
-    result = checked(Net(body, *names), vectors(5), names)
+    result = run_and_check(Net(body, *names), vectors(5), names)
     assert result.shared_inputs == []
 
 
-def test_three_layers_called_unequally_often_later() -> None:
-    """What waits for a is accumulated for both others before c goes on without b."""
+def test_three_layers_called_unequally_often_are_split() -> None:
+    """The input deferred for ``a`` is accumulated for the others before ``c`` is called again."""
 
     def body(net: Net, x: Tensor) -> Tensor:
         if x[0, 0] == 5:
@@ -256,22 +256,22 @@ def test_three_layers_called_unequally_often_later() -> None:
     batches = vectors(4)
     batches[2][0, 0] = 5
     names = ["a", "b", "c"]
-    result = checked(Net(body, *names), batches, names, early_exit=False)
+    result = run_and_check(Net(body, *names), batches, names, early_exit=False)
     assert result.shared_inputs == []
 
 
-def test_shared_in_every_call() -> None:
+def test_layers_that_share_every_call_stay_grouped() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         y = x
         for _ in range(2):
             y = torch.tanh(net.a(y) + net.b(y))
         return y
 
-    result = checked(Net(body, "a", "b"), vectors(5), ["a", "b"])
+    result = run_and_check(Net(body, "a", "b"), vectors(5), ["a", "b"])
     assert result.shared_inputs == [["a", "b"]]
 
 
-def test_called_in_some_batches_only() -> None:
+def test_layer_called_in_some_batches_only() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         y = torch.tanh(net.a(x))
         if x[0, 0] > 0.3:
@@ -279,17 +279,17 @@ def test_called_in_some_batches_only() -> None:
         return net.b(y)
 
     batches = vectors(8)
-    odd = [bool(x[0, 0] > 0.3) for x in batches]
-    assert any(odd)
-    assert not all(odd)
+    calls_rare = [bool(x[0, 0] > 0.3) for x in batches]
+    assert any(calls_rare)
+    assert not all(calls_rare)
     names = ["a", "rare", "b"]
-    checked(Net(body, *names), sorted(batches, key=lambda x: -x[0, 0]), names)
-    # first seen late, and behind every layer that was seen before
-    checked(Net(body, *names), sorted(batches, key=lambda x: x[0, 0]), names)
+    run_and_check(Net(body, *names), sorted(batches, key=lambda x: -x[0, 0]), names)
+    # first called late, and after every layer called before
+    run_and_check(Net(body, *names), sorted(batches, key=lambda x: x[0, 0]), names)
 
 
-def test_last_layer_first_called_late() -> None:
-    """And twice, so that its first call must not end the forward pass."""
+def test_last_layer_first_called_in_a_late_batch() -> None:
+    """It is called twice, so its first call must not end the forward pass."""
 
     def body(net: Net, x: Tensor) -> Tensor:
         y = torch.tanh(net.a(x))
@@ -297,11 +297,11 @@ def test_last_layer_first_called_late() -> None:
 
     batches = vectors(5)
     batches[3][0, 0] = 5
-    result = checked(Net(body, "a", "rare"), batches, ["a", "rare"])
+    result = run_and_check(Net(body, "a", "rare"), batches, ["a", "rare"])
     assert result.uncalled == []
 
 
-def test_never_called() -> None:
+def test_layers_never_called_keep_the_default_and_warn() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         return net.a(x)
 
@@ -325,7 +325,7 @@ def test_never_called() -> None:
         assert not layer.lora_B["default"].weight.any()
 
 
-def test_called_with_keywords_and_tuples() -> None:
+def test_layers_called_with_keywords_and_tuples() -> None:
     class Odd(nn.Linear):
         def forward(self, *, hidden: Any) -> Tensor:
             return super().forward(hidden[0] if isinstance(hidden, tuple) else hidden)
@@ -360,26 +360,26 @@ def test_early_exit_does_not_run_the_head(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(rows, results["auto"].components[name])
 
 
-@pytest.mark.parametrize("why", ["cpu", "disk", "DeepSpeedEngine", "PipelineParallel"])
-def test_early_exit_is_off_where_it_is_unsafe(why: str) -> None:
+@pytest.mark.parametrize("reason", ["cpu", "disk", "DeepSpeedEngine", "PipelineParallel"])
+def test_early_exit_is_off_for_offloading_and_engines(reason: str) -> None:
     batches, calls = text_batches(3), []
     model = make_llama()
-    if why in ("cpu", "disk"):
-        model.hf_device_map = {"": 0, "lm_head": why}
+    if reason in ("cpu", "disk"):
+        model.hf_device_map = {"": 0, "lm_head": reason}
     else:
-        model.__class__ = type(why, (type(model),), {})
+        model.__class__ = type(reason, (type(model),), {})
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     run(model, iter(batches), lora(tau=1.0), trim_padding=False)
     assert len(calls) == 3
 
 
-def test_freezing_cuts_the_forward_earlier() -> None:
-    """Behind the last layer that still accumulates, nothing runs."""
-    seen: list[int] = []
+def test_frozen_layers_end_the_forward_earlier() -> None:
+    """Nothing runs after the last layer that still accumulates."""
+    calls: list[int] = []
 
     def body(net: Net, x: Tensor) -> Tensor:
         y = net.first(x)
-        seen.append(0)
+        calls.append(0)
         y = net.second(0 * y + torch.tensor([1.0] + [0.0] * 19) * x[:, :1])
         return y
 
@@ -389,10 +389,10 @@ def test_freezing_cuts_the_forward_earlier() -> None:
     config = lora(r=1, rho=1.0, tau=0.9999)
     run(Net(body, "first", "second"), batches(), config, freeze_converged=True, method="sketch")
     # "second" converges at once, then the pass stops at "first", before it is run
-    assert 2 <= len(seen) < 8
+    assert 2 <= len(calls) < 8
 
 
-def test_the_first_pass_compares_no_layer_with_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_forward_compares_few_pairs_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[Tensor] = []
     is_same = SeenTensor.is_same
 
@@ -409,4 +409,4 @@ def test_the_first_pass_compares_no_layer_with_all_others(monkeypatch: pytest.Mo
     names = [f"lin{i}" for i in range(40)]
     result = run(Net(chain, *names), vectors(1), lora(target_modules=names), method="gram")
     assert result.shared_inputs == []
-    assert len(compared) <= 2 * len(names)  # the id of a tensor that is gone may come back
+    assert len(compared) <= 2 * len(names)  # the id of a freed tensor may be reused

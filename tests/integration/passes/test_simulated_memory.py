@@ -1,4 +1,4 @@
-"""Memory of the initialisation at its real size, on tensors without contents."""
+"""Peak memory of the initialisation at full model size, simulated with fake tensors."""
 
 import json
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def llama(layers: int) -> Simulation:
 def overhead(
     simulation: Simulation, change: Callable[[Simulation, nn.Module], dict[str, object]]
 ) -> int:
-    """Return the bytes of a pass above the plain forward pass, after a change for the worse."""
+    """Return the bytes of a pass above the plain forward pass, after a deliberate defect."""
     with simulation.running():
         base = simulation.base_model()
         plain = simulation.plain(base)
@@ -48,7 +48,7 @@ def overhead(
 
 
 @pytest.fixture(scope="module")
-def seven() -> tuple[Peak, Peak, Simulation]:
+def llama_7b() -> tuple[Peak, Peak, Simulation]:
     """Return plain forward and initialisation of Llama-2-7B."""
     simulation = Simulation(MODELS["Llama-2-7B"](), forwards=2)
     with simulation.running():
@@ -59,22 +59,22 @@ def seven() -> tuple[Peak, Peak, Simulation]:
 
 
 @pytest.mark.slow
-def test_llama_2_7b_takes_less_than_the_bound(seven: tuple[Peak, Peak, Simulation]) -> None:
-    plain, ours, simulation = seven
+def test_llama_2_7b_takes_less_than_the_bound(llama_7b: tuple[Peak, Peak, Simulation]) -> None:
+    plain, ours, simulation = llama_7b
     assert 0 < ours.bytes - plain.bytes <= BOUND
     assert set(ours.phases) == {"forward 1", "forward 2", "accumulate", "fold", "result", "write"}
-    # Nothing but the state is held from batch to batch, or there would be more at the second.
+    # Anything else held from batch to batch would make the second larger.
     assert simulation.state_bytes[0] == simulation.state_bytes[1]
     assert simulation.state_bytes[0] == pytest.approx(simulation.planned, rel=1e-3)
 
 
 @pytest.mark.slow
-def test_the_committed_numbers_are_those_of_this_code(
-    seven: tuple[Peak, Peak, Simulation],
+def test_committed_numbers_are_reproduced(
+    llama_7b: tuple[Peak, Peak, Simulation],
 ) -> None:
     record = json.loads((RESULTS / "simulated_memory.json").read_text())
     row = next(row for row in record["rows"] if row["model"] == "Llama-2-7B")
-    plain, ours, simulation = seven
+    plain, ours, simulation = llama_7b
     assert row["plain"]["bytes"] == pytest.approx(plain.bytes, rel=0.01)
     assert row["ours"]["bytes"] == pytest.approx(ours.bytes, rel=0.01)
     assert row["state_bytes"] == pytest.approx(simulation.state_bytes[-1], rel=0.01)
@@ -84,7 +84,7 @@ def test_the_committed_numbers_are_those_of_this_code(
     assert {len(line) for line in rows_for_table(record)} == {len(HEADERS)}
 
 
-def test_hooks_that_keep_their_inputs_are_found() -> None:
+def test_hooks_that_keep_inputs_exceed_the_bound() -> None:
     kept: list[Tensor] = []
 
     def keep(simulation: Simulation, model: nn.Module) -> dict[str, object]:
@@ -93,12 +93,12 @@ def test_hooks_that_keep_their_inputs_are_found() -> None:
                 module.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
         return {}
 
-    # a sixth of the model is enough
+    # five of 32 blocks already exceed it
     assert overhead(llama(5), keep) > BOUND
     assert len(kept) == 7 * 5
 
 
-def test_a_cache_that_is_left_on_is_found() -> None:
+def test_enabled_cache_exceeds_the_bound() -> None:
     def cache(simulation: Simulation, model: nn.Module) -> dict[str, object]:
         return {"batch": {**simulation.batch(), "use_cache": True}}
 
@@ -106,10 +106,8 @@ def test_a_cache_that_is_left_on_is_found() -> None:
 
 
 @pytest.mark.parametrize("cycle", [False, True])
-def test_the_state_leaves_the_device_with_the_pass(
-    cycle: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if cycle:  # as it was once: the parts of the pass held the pass
+def test_state_is_freed_when_the_pass_ends(cycle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cycle:  # reference cycle: the parts of a pass refer to it
         module = import_module("eva_peft.calibrate")
         monkeypatch.setattr(module, "weakref", SimpleNamespace(proxy=lambda x: x))
     simulation = llama(2)
@@ -125,10 +123,10 @@ def test_the_state_leaves_the_device_with_the_pass(
 
 @pytest.mark.parametrize(
     ("method", "layers", "features", "phase", "loose"),
-    # an eigen-decomposition takes memory within its operator
+    # an eigendecomposition allocates memory within its operator
     [("sketch", 24, 512, "fold", 1.3), ("gram", 2, 2048, "forward 2 > result", 1.8)],
 )
-def test_what_is_taken_beside_the_state_is_estimated(
+def test_peak_memory_is_within_the_estimate(
     method: str, layers: int, features: int, phase: str, loose: float
 ) -> None:
     config = MODELS["Llama-2-7B"]()
@@ -136,18 +134,18 @@ def test_what_is_taken_beside_the_state_is_estimated(
     config.hidden_size, config.intermediate_size = 256, features
     config.num_attention_heads = config.num_key_value_heads = 4
     simulation = Simulation(config, (1, 64), forwards=2)
-    one = lora_config()
-    one.target_modules = {"down_proj"}  # no two of which share an input
+    config_of_one_target = lora_config()
+    config_of_one_target.target_modules = {"down_proj"}  # no two of these layers share an input
     with simulation.running():
-        model = wrap_model(simulation.base_model(), one, "default")
-        told = estimate(model, batch_shape=simulation.shape, method=method)
+        model = wrap_model(simulation.base_model(), config_of_one_target, "default")
+        expected = estimate(model, batch_shape=simulation.shape, method=method)
         peak = simulation.initialize(model, method=method)
-    assert simulation.state_bytes[-1] == pytest.approx(told.state_bytes, rel=0.01)
+    assert simulation.state_bytes[-1] == pytest.approx(expected.state_bytes, rel=0.01)
     assert peak.where == phase
-    assert peak.bytes <= told.peak_bytes <= loose * peak.bytes
+    assert peak.bytes <= expected.peak_bytes <= loose * peak.bytes
 
 
-def test_live_memory_counts_storages() -> None:
+def test_live_memory_counts_each_storage_once() -> None:
     fake_cuda.enable()
     memory = fake_cuda.LiveMemory()
     with FakeTensorMode(), memory:
@@ -167,7 +165,7 @@ def test_live_memory_counts_storages() -> None:
         assert memory.live == 0
 
 
-def test_the_plain_forward_is_what_torch_counts() -> None:
+def test_plain_forward_memory_equals_that_of_mem_tracker() -> None:
     config = MODELS["Llama-3.1-8B"]()
     config.num_hidden_layers = 2
     simulation = Simulation(config)

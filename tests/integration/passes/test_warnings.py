@@ -1,4 +1,4 @@
-"""Where warnings point: at the line of the user's that called the package."""
+"""Warnings name the line of the caller, and similar layers share one warning."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from eva_peft.errors import listed
 from integration.conftest import lora, make_llama, text_batches
 
 
-class Odd(nn.Module):
-    """Half of its layers see other rows than there are tokens, or none."""
+class MismatchedInputs(nn.Module):
+    """One layer reads more rows than there are tokens; another is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,31 +30,31 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (Odd, ["no token mask fits", "never called", "not converged"]),
+        (MismatchedInputs, ["no token mask fits", "never called", "not converged"]),
         (make_llama, ["not converged"]),
     ],
 )
-def test_warnings_name_the_line_of_the_caller(make: Any, words: list[str]) -> None:
-    names = ["odd", "idle"] if make is Odd else ["q_proj"]
+def test_warnings_point_to_the_line_of_the_caller(make: Any, words: list[str]) -> None:
+    names = ["odd", "idle"] if make is MismatchedInputs else ["q_proj"]
     config = lora(target_modules=names, tau=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        here = line()
+        here = current_line()
         eva_kernels.calibrate(make(), text_batches(1), config, max_steps=1, progress=False)
-    told = [w for w in caught if issubclass(w.category, eva_kernels.EvaWarning)]
-    assert len(told) == len(words)
-    for one, part in zip(told, words, strict=True):
+    caught_messages = [w for w in caught if issubclass(w.category, eva_kernels.EvaWarning)]
+    assert len(caught_messages) == len(words)
+    for one, part in zip(caught_messages, words, strict=True):
         assert part in str(one.message)
         assert (one.filename, one.lineno) == (__file__, here + 1)
 
 
-def line() -> int:
+def current_line() -> int:
     import sys
 
     return sys._getframe(1).f_lineno
 
 
-def test_layers_of_one_kind_have_one_warning() -> None:
+def test_similar_layers_share_one_warning() -> None:
     class Deep(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -69,11 +69,13 @@ def test_layers_of_one_kind_have_one_warning() -> None:
     config = lora(target_modules=["0", "1", "2", "last"])
     with pytest.warns(eva_kernels.EvaWarning, match="no token mask fits") as caught:
         eva_kernels.calibrate(Deep(), text_batches(4), config, progress=False)
-    told = [str(one.message) for one in caught if "no token mask fits" in str(one.message)]
-    assert [text.partition(":")[0] for text in told] == ["layer odd.0", "layer last"]
-    assert told[0].endswith("layers named like odd.* get no warning of their own")
+    caught_messages = [
+        str(one.message) for one in caught if "no token mask fits" in str(one.message)
+    ]
+    assert [text.partition(":")[0] for text in caught_messages] == ["layer odd.0", "layer last"]
+    assert caught_messages[0].endswith("layers named like odd.* get no warning of their own")
 
 
-def test_names_in_a_message() -> None:
+def test_long_lists_of_names_are_shortened() -> None:
     assert listed(["a", "b"]) == "a, b"
     assert listed(map(str, range(10))) == "0, 1, 2, 3, 4, 5, 6, 7 and 2 more"

@@ -1,4 +1,4 @@
-"""A scene for faults: models in a state of their own, and all that must stay as it is."""
+"""Models, configs and batches for tests of faults, with a check that none of them has changed."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ TEXTS = text_batches(4)
 MLP = {"target_modules": ["0", "2"]}
 
 
-class Scene:
-    """A model in a state of its own, a config and batches, all of which must stay as they are."""
+class Setup:
+    """Models in mixed modes with hooks, configs and batches, which no fault may change."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.llama = self._busy(make_llama())
-        self.mlp = self._busy(make_mlp())
-        self.peft = self._busy(wrapped(make_mlp(), lora(**MLP)))
+        self.llama = self._in_mixed_modes(make_llama())
+        self.mlp = self._in_mixed_modes(make_mlp())
+        self.peft = self._in_mixed_modes(wrapped(make_mlp(), lora(**MLP)))
         self.config, self.mlp_config = lora(), lora(**MLP)
         self.texts, self.data = copy.deepcopy(TEXTS), vectors()
         self.watched: list[nn.Module] = [self.llama, self.mlp, self.peft]
         self.snapshot()
 
     @staticmethod
-    def _busy(model: nn.Module) -> Any:
+    def _in_mixed_modes(model: nn.Module) -> Any:
         model.train()
         next(iter(model.children())).eval()
         model.register_forward_hook(lambda *_: None)
         return model
 
-    def own(self, model: nn.Module) -> Any:
-        """Watch a further model, which the fault brings along."""
-        self.watched.append(self._busy(model))
+    def add_model(self, model: nn.Module) -> Any:
+        """Watch a further model, which the test of a fault has made."""
+        self.watched.append(self._in_mixed_modes(model))
         self.snapshot()
         return model
 
     def snapshot(self) -> None:
-        """Take what has to be the same afterwards."""
+        """Record what has to be the same afterwards."""
         self.states = [state_of(m) for m in self.watched]
-        self.facts = self.look()
+        self.before = self.describe()
 
-    def look(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         return {
-            "models": [self._look_at(model) for model in self.watched],
+            "models": [self._describe_model(model) for model in self.watched],
             "configs": [repr(self.config), repr(self.mlp_config)],
             "texts": [sorted(b) for b in self.texts],
             "random": (torch.get_rng_state().tolist(), random.getstate()),
@@ -70,7 +70,7 @@ class Scene:
         }
 
     @staticmethod
-    def _look_at(model: nn.Module) -> dict[str, Any]:
+    def _describe_model(model: nn.Module) -> dict[str, Any]:
         return {
             "kinds": [type(m).__name__ for m in model.modules()],
             "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()],
@@ -85,10 +85,10 @@ class Scene:
     def check(self) -> None:
         for state, model in zip(self.states, self.watched, strict=True):
             assert same_state(state, state_of(model))
-        now = self.look()
-        for key, value in self.facts.items():
+        now = self.describe()
+        for key, value in self.before.items():
             assert now[key] == value, key
-        for before, after in zip(TEXTS, self.texts, strict=True):
-            assert all(torch.equal(before[k], after[k]) for k in before)
+        for original, current in zip(TEXTS, self.texts, strict=True):
+            assert all(torch.equal(original[k], current[k]) for k in original)
         assert all(torch.equal(a, b) for a, b in zip(vectors(), self.data, strict=True))
         assert not list(self.folder.glob("*.tmp*"))

@@ -1,4 +1,4 @@
-"""Whatever is on around a pass, and however a model is wired, the tokens are the right ones."""
+"""The same tokens reach the state under autocast, other masks and layouts, loaders and wirings."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from integration.conftest import (
 EXACT = {"method": "gram"}
 
 
-def same(a: EvaResult, b: EvaResult, bound: float = 1e-3) -> None:
+def check_equal(a: EvaResult, b: EvaResult, bound: float = 1e-3) -> None:
     assert a.tokens == b.tokens
     assert a.components.keys() == b.components.keys()
     for name, rows in a.components.items():
         assert angle(rows[:3], b.components[name][:3]) < bound, name
 
 
-class Two(nn.Module):
-    """Two layers, one behind the other, wired by a function."""
+class TwoLayers(nn.Module):
+    """Two layers and a head, wired by a function."""
 
     def __init__(self, body: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -51,13 +51,15 @@ class Two(nn.Module):
         return self.head(self.body(self, x))
 
 
-AB = lora(target_modules=["a", "b"], tau=1.0)
+LAYERS_A_B = lora(target_modules=["a", "b"], tau=1.0)
 
 
 @pytest.mark.parametrize("method", ["gram", "sketch"])
 @pytest.mark.parametrize("where", ["caller", "forward_fn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(method: str, where: str, dtype: torch.dtype) -> None:
+def test_autocast_does_not_round_the_components(
+    method: str, where: str, dtype: torch.dtype
+) -> None:
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(**batch)
@@ -75,7 +77,7 @@ def test_autocast(method: str, where: str, dtype: torch.dtype) -> None:
         )
 
 
-def test_autocast_around_the_estimator() -> None:
+def test_autocast_does_not_change_the_estimator() -> None:
     x = torch.cat(vectors())
     plain, cast = eva_kernels.IncrementalPCA(4), eva_kernels.IncrementalPCA(4)
     plain.partial_fit(x)
@@ -86,7 +88,7 @@ def test_autocast_around_the_estimator() -> None:
 
 
 @pytest.mark.parametrize("how", ["tuple", "list", "loader"])
-def test_masks_among_positional_arguments(how: str) -> None:
+def test_masks_are_found_among_positional_arguments(how: str) -> None:
     texts = text_batches(4, padded=True)
     pairs: Any = [(b["input_ids"], b["attention_mask"]) for b in texts]
     if how == "list":
@@ -95,12 +97,12 @@ def test_masks_among_positional_arguments(how: str) -> None:
         columns = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         pairs = DataLoader(TensorDataset(*columns), batch_size=4)
     expected = run(make_llama(), texts, lora(tau=1.0), max_steps=4, **EXACT)
-    same(run(make_llama(), pairs, lora(tau=1.0), max_steps=4, **EXACT), expected)
+    check_equal(run(make_llama(), pairs, lora(tau=1.0), max_steps=4, **EXACT), expected)
 
 
 @pytest.mark.parametrize("caught", [Exception, BaseException])
-def test_a_model_that_catches_exceptions(caught: type[BaseException]) -> None:
-    """What the model does instead is not what the layer sees in earnest."""
+def test_model_that_catches_exceptions_is_not_stopped_early(caught: type[BaseException]) -> None:
+    """Inputs of the model's fallback path must not be accumulated."""
     fallbacks = []
 
     def body(net: Any, x: Tensor) -> Tensor:
@@ -111,26 +113,26 @@ def test_a_model_that_catches_exceptions(caught: type[BaseException]) -> None:
             fallbacks.append(1)
             return net.b(torch.full_like(y, 1e3))
 
-    model, data = Two(body), vectors()
-    result = run(model, iter(data), AB, **EXACT)
+    model, data = TwoLayers(body), vectors()
+    result = run(model, iter(data), LAYERS_A_B, **EXACT)
     assert bool(fallbacks) == (caught is BaseException)
-    seen = layer_inputs(model, data, ["b"])["b"]
-    assert lost(result.components["b"][:4], seen) < 1e-7
+    read = layer_inputs(model, data, ["b"])["b"]
+    assert lost(result.components["b"][:4], read) < 1e-7
 
 
 @pytest.mark.parametrize("first", [30, 90])
-def test_a_model_that_runs_long_inputs_in_parts(first: int) -> None:
+def test_layers_called_once_per_part_of_long_inputs(first: int) -> None:
     def body(net: Any, x: Tensor) -> Tensor:
         return torch.cat([net.b(torch.tanh(net.a(part))) for part in x.split(30)])
 
-    model, data = Two(body), [vectors(1, first)[0], *vectors(5, 90, seed=3)]
-    result = run(model, iter(data), AB, **EXACT)
-    seen = layer_inputs(model, data, ["a", "b"])
-    for name, inputs in seen.items():
+    model, data = TwoLayers(body), [vectors(1, first)[0], *vectors(5, 90, seed=3)]
+    result = run(model, iter(data), LAYERS_A_B, **EXACT)
+    read = layer_inputs(model, data, ["a", "b"])
+    for name, inputs in read.items():
         assert lost(result.components[name][:4], inputs) < 1e-7
 
 
-class Tiles(Two):
+class TiledImages(TwoLayers):
     """Runs images tile by tile."""
 
     def forward(self, x: Any, images: Any = None) -> Tensor:
@@ -141,7 +143,7 @@ class Tiles(Two):
 
 
 @pytest.mark.parametrize("kind", ["image", "list", "beside"])
-def test_a_model_that_runs_larger_images_in_parts(kind: str) -> None:
+def test_layers_called_once_per_tile_of_images(kind: str) -> None:
     data: list[Any] = []
     for seed, tiles in enumerate((1, 3, 3, 2)):
         rows = vectors(1, 2 * tiles * 4 * 5, seed=seed)[0]
@@ -149,28 +151,28 @@ def test_a_model_that_runs_larger_images_in_parts(kind: str) -> None:
         beside = {"x": torch.arange(2), "images": image}
         parts = {"x": list(image.split(4, 2))}
         data.append({"image": image, "list": parts, "beside": beside}[kind])
-    model = Tiles(lambda net, x: x)
-    result = run(model, iter(data), AB, **EXACT)
+    model = TiledImages(lambda net, x: x)
+    result = run(model, iter(data), LAYERS_A_B, **EXACT)
     for name, inputs in layer_inputs(model, data, ["a", "b"]).items():
         assert lost(result.components[name][:4], inputs) < 1e-7
 
 
-def test_early_exit_goes_on_with_batches_no_larger_than_before() -> None:
-    heads = []
+def test_early_exit_only_for_batches_no_larger_than_before() -> None:
+    batch_sizes = []
 
-    class Counted(Two):
+    class Counted(TwoLayers):
         def forward(self, x: Tensor) -> Tensor:
             y = self.b(torch.tanh(self.a(x)))
-            heads.append(len(x))
+            batch_sizes.append(len(x))
             return self.head(y)
 
     data = [vectors(1, rows)[0] for rows in (30, 20, 50, 40, 50, 60, 10)]
-    run(Counted(lambda net, x: x), iter(data), AB)
-    assert heads == [30, 50, 60]
+    run(Counted(lambda net, x: x), iter(data), LAYERS_A_B)
+    assert batch_sizes == [30, 50, 60]
 
 
-class Encoder(nn.Module):
-    """torch's own Transformer, which in eval mode would run nested tensors past its layers."""
+class TorchTransformer(nn.Module):
+    """torch's Transformer, whose fast path in eval mode uses nested tensors and calls no layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,16 +188,16 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
-def test_torch_transformer_with_padding() -> None:
+def test_torch_transformer_with_padding_skips_its_fast_path() -> None:
     texts, config = text_batches(4), lora(target_modules=["linear1", "linear2"], tau=1.0)
-    result = run(Encoder().eval(), iter(texts), config, **EXACT)
+    result = run(TorchTransformer().eval(), iter(texts), config, **EXACT)
     assert torch.backends.mha.get_fastpath_enabled()
     assert set(result.ranks) == {f"encoder.layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
     assert result.tokens == sum(int(b["attention_mask"].sum()) for b in texts)
 
 
 @pytest.mark.parametrize("part", ["whole", "block"])
-def test_compiled_forward(part: str) -> None:
+def test_compiled_forward_calls_the_hooks(part: str) -> None:
     texts = text_batches(4)
     plain = run(make_llama(), iter(texts), lora(tau=1.0), **EXACT)
     model = make_llama()
@@ -203,10 +205,10 @@ def test_compiled_forward(part: str) -> None:
     owner.forward = torch.compile(owner.forward, backend="eager")
     with torch.no_grad():
         model(**texts[0])  # compiled before the hooks are there
-    same(run(model, iter(texts), lora(tau=1.0), **EXACT), plain)
+    check_equal(run(model, iter(texts), lora(tau=1.0), **EXACT), plain)
 
 
-def test_masks_of_choices() -> None:
+def test_mask_of_multiple_choice_inputs() -> None:
     torch.manual_seed(7)
     config = BertConfig(
         vocab_size=VOCABULARY,
@@ -224,7 +226,7 @@ def test_masks_of_choices() -> None:
 
 
 @pytest.mark.parametrize("kind", ["additive", "bool", "pairs of three dimensions"])
-def test_other_masks(kind: str) -> None:
+def test_masks_of_other_shapes_and_types(kind: str) -> None:
     texts = text_batches(4)
     plain = run(make_llama(), iter(texts), lora(tau=1.0), **EXACT)
 
@@ -240,13 +242,13 @@ def test_other_masks(kind: str) -> None:
             mask = mask[:, 0].expand(-1, mask.shape[-1], -1)
         two = {"input_ids": batch["input_ids"], "own_mask": batch["attention_mask"]}
         changed.append({**two, "attention_mask": mask})
-    same(run(make_llama(), iter(changed), lora(tau=1.0), forward_fn=forward, **EXACT), plain)
+    check_equal(run(make_llama(), iter(changed), lora(tau=1.0), forward_fn=forward, **EXACT), plain)
 
 
-def test_sequence_first_where_samples_are_as_many_as_tokens() -> None:
-    """Batches of another shape tell the layout; by itself a square tells nothing."""
+def test_sequence_first_layout_is_found_despite_square_batches() -> None:
+    """Batches of another shape show the layout; a square one alone is ambiguous."""
 
-    class First(nn.Module):
+    class SequenceFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(7)
@@ -256,14 +258,14 @@ def test_sequence_first_where_samples_are_as_many_as_tokens() -> None:
             return self.a(self.embed(input_ids).transpose(0, 1).contiguous())
 
     batches = [*text_batches(2, samples=8, length=24), *text_batches(4, samples=12, length=12)]
-    model, config = First(), lora(target_modules=["a"], tau=1.0)
+    model, config = SequenceFirst(), lora(target_modules=["a"], tau=1.0)
     result = run(model, iter(batches), config, trim_padding=False, **EXACT)
     rows = torch.cat([model.embed(b["input_ids"])[b["attention_mask"].bool()] for b in batches])
     assert lost(result.components["a"][:4], rows.detach()) < 1e-7
 
 
-def test_default_device() -> None:
-    """Our own numbers stay where they are meant to be."""
+def test_default_device_does_not_affect_the_state() -> None:
+    """The package's own tensors are on the device of the model."""
     model, texts = make_llama(), text_batches(4, labels=True)
     options: dict[str, Any] = {"max_steps": 4, "tokens_per_step": 30}
     expected = eva_kernels.initialize(copy.deepcopy(model), texts, lora(), **QUIET, **options)
@@ -280,21 +282,21 @@ def test_default_device() -> None:
     run(model, texts, lora(), method="sketch", seed=123, **options)
 
 
-def test_iterators_as_batches_are_not_used_up() -> None:
-    seen = []
+def test_batches_that_are_iterators_are_not_consumed() -> None:
+    parts = []
 
     def forward(model: nn.Module, batch: Iterator[Tensor]) -> None:
         for part in batch:
-            seen.append(part)
+            parts.append(part)
             model(part)
 
     data = vectors(8)
     pairs = (iter(data[i : i + 2]) for i in range(0, 8, 2))
-    run(Two(lambda net, x: net.b(net.a(x))), pairs, AB, forward_fn=forward)
-    assert len(seen) == 8
+    run(TwoLayers(lambda net, x: net.b(net.a(x))), pairs, LAYERS_A_B, forward_fn=forward)
+    assert len(parts) == 8
 
 
-def test_a_function_may_take_a_batch_apart() -> None:
+def test_user_function_may_modify_its_batch() -> None:
     def emptied(batch: dict[str, Tensor], config: Any) -> Tensor:
         return batch.pop("input_ids").nonzero()
 
@@ -304,24 +306,24 @@ def test_a_function_may_take_a_batch_apart() -> None:
     assert all(list(batch) == ["input_ids"] for batch in data)
 
 
-def test_layers_called_by_keyword_with_functions_of_the_user() -> None:
-    model = Two(lambda net, x: net.b(input=torch.tanh(net.a(input=x))))
+def test_layer_functions_work_with_keyword_calls() -> None:
+    model = TwoLayers(lambda net, x: net.b(input=torch.tanh(net.a(input=x))))
     data = vectors()
-    plain = run(model, iter(data), AB, **EXACT)
+    plain = run(model, iter(data), LAYERS_A_B, **EXACT)
     for options in (
         {"prepare_layer_inputs_fn": None},
         {"prepare_layer_inputs_fn": lambda given, model_input, name: given[0]},
     ):
-        same(run(model, iter(data), AB, **EXACT, **options), plain)
+        check_equal(run(model, iter(data), LAYERS_A_B, **EXACT, **options), plain)
 
 
-class Resetting:
-    """A loader that is its own iterator, and begins again when it is asked to."""
+class OwnIteratorLoader:
+    """A loader that is its own iterator, and starts again on ``iter``."""
 
     def __init__(self, data: list[Tensor]) -> None:
         self.data, self.next = data, 0
 
-    def __iter__(self) -> Resetting:
+    def __iter__(self) -> OwnIteratorLoader:
         self.next = 0
         return self
 
@@ -332,27 +334,27 @@ class Resetting:
         return self.data[self.next - 1]
 
 
-def test_a_loader_that_is_its_own_iterator_has_epochs() -> None:
-    model = Two(lambda net, x: net.b(net.a(x)))
-    assert run(model, Resetting(vectors(3)), AB, max_steps=10).forwards == 10
-    assert run(model, iter(vectors(3)), AB, max_steps=10).forwards == 3
+def test_loader_that_is_its_own_iterator_has_epochs() -> None:
+    model = TwoLayers(lambda net, x: net.b(net.a(x)))
+    assert run(model, OwnIteratorLoader(vectors(3)), LAYERS_A_B, max_steps=10).forwards == 10
+    assert run(model, iter(vectors(3)), LAYERS_A_B, max_steps=10).forwards == 3
 
 
-def test_arrays_and_numpy_numbers() -> None:
+def test_numpy_arrays_and_numbers_are_accepted() -> None:
     texts = text_batches(4)
     arrays = [{k: v.numpy() for k, v in b.items()} for b in texts]
     options = {"seed": np.int64(3), "max_steps": np.int32(4)}
     result = run(make_llama(), arrays, lora(tau=1.0), **EXACT, **options)
-    same(result, run(make_llama(), texts, lora(tau=1.0), seed=3, max_steps=4, **EXACT))
+    check_equal(result, run(make_llama(), texts, lora(tau=1.0), seed=3, max_steps=4, **EXACT))
 
 
-def test_lists_of_samples_want_a_collator() -> None:
+def test_list_of_samples_is_rejected_for_lack_of_a_collator() -> None:
     samples = [{k: v[0] for k, v in b.items()} for b in text_batches(4)]
     with pytest.raises(EvaError, match="list of samples; give the loader a collator"):
         run(make_llama(), [samples])
 
 
-def test_float_columns_of_text_are_no_other_stream() -> None:
+def test_float_columns_of_text_do_not_disable_its_mask() -> None:
     class Weighted(LlamaForCausalLM):
         def forward(self, input_ids: Tensor, attention_mask: Tensor, weights: Tensor) -> Any:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask)
@@ -362,10 +364,10 @@ def test_float_columns_of_text_are_no_other_stream() -> None:
     model = make_llama()
     model.__class__ = Weighted
     weighted = [{**b, "weights": torch.rand(b["input_ids"].shape)} for b in texts]
-    same(run(model, iter(weighted), lora(tau=1.0), trim_padding=False, **EXACT), plain)
+    check_equal(run(model, iter(weighted), lora(tau=1.0), trim_padding=False, **EXACT), plain)
 
 
-def test_one_sample_with_more_tokens_than_the_mask_is_told() -> None:
+def test_sample_with_more_tokens_than_the_mask_warns() -> None:
     class Prefixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -392,7 +394,7 @@ def test_one_sample_with_more_tokens_than_the_mask_is_told() -> None:
         ("decoder.layers.0.self_attn.k_proj", False),
     ],
 )
-def test_which_stream_cross_attention_reads(name: str, encoder: bool) -> None:
+def test_cross_attention_projections_get_the_mask_they_read(name: str, encoder: bool) -> None:
     from eva_peft.inputs.token_mask import TokenMask
 
     main = torch.tensor([[True, True, False]])
