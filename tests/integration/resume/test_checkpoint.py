@@ -1,4 +1,4 @@
-"""A pass that was killed goes on to the bits of an unbroken one, and no wrong file is taken up."""
+"""A stopped or killed pass resumes to the bitwise result of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
-from integration.resume import cut_short
-from integration.resume.cut_short import (
+from integration.resume import resumed_passes
+from integration.resume.resumed_passes import (
     CASES,
     EPOCH,
     FORWARDS,
@@ -40,27 +40,27 @@ from integration.resume.cut_short import (
     Endless,
     Noisy,
     Stop,
-    file_of,
-    forwards_in,
+    check_equal,
+    checkpoint_of,
+    fail_if_called,
+    fail_if_iterated,
+    forwards_in_checkpoint,
     kill_points,
-    never,
-    never_iterated,
     one_thread,
-    same,
-    stopped,
+    run_until_stopped,
 )
 
-PLACES = [(name, where) for name in CASES for where in kill_points(name)]
+KILL_CASES = [(name, where) for name in CASES for where in kill_points(name)]
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Kill every case in every place, in a process that imports everything once."""
+def killed_passes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kill every case at every point, in one process that imports everything once."""
     folder = tmp_path_factory.mktemp("killed")
     tests = Path(__file__).resolve().parents[2]
     roots = os.pathsep.join([str(tests), *filter(None, sys.path)])
     shown = subprocess.run(
-        [sys.executable, cut_short.__file__, str(folder)],
+        [sys.executable, resumed_passes.__file__, str(folder)],
         env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
@@ -68,62 +68,66 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         timeout=300,
     )
     lines = shown.stdout.splitlines()
-    assert len(lines) == len(PLACES)
+    assert len(lines) == len(KILL_CASES)
     assert all(line.endswith(f"|{-signal.SIGKILL}") for line in lines), lines
-    # most of them had written by then, so that there is something to go on from
-    assert sum(file_of(folder, *place).is_file() for place in PLACES) > len(PLACES) / 2
+    # most had written a checkpoint, so resuming is tested
+    assert (
+        sum(checkpoint_of(folder, *place).is_file() for place in KILL_CASES) > len(KILL_CASES) / 2
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
-def unbroken() -> dict[str, EvaResult]:
+def uninterrupted() -> dict[str, EvaResult]:
     with one_thread():
         return {name: case.result() for name, case in CASES.items()}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
-@pytest.mark.parametrize(("name", "where"), PLACES)
-def test_killed_and_resumed(
-    name: str, where: str, killed: Path, unbroken: dict[str, EvaResult]
+@pytest.mark.parametrize(("name", "where"), KILL_CASES)
+def test_killed_pass_resumes_to_the_same_result(
+    name: str, where: str, killed_passes: Path, uninterrupted: dict[str, EvaResult]
 ) -> None:
-    path = file_of(killed, name, where)
-    seen = forwards_in(path) if path.is_file() else 0
+    path = checkpoint_of(killed_passes, name, where)
+    seen = forwards_in_checkpoint(path) if path.is_file() else 0
     assert seen % 3 == 0
     assert seen < FORWARDS
     result = CASES[name].result(checkpoint=path)
-    same(result, unbroken[name])
-    # what a killed write had left is gone as well
+    check_equal(result, uninterrupted[name])
+    # files left by a killed write are removed
     assert os.listdir(path.parent) == [path.name]
-    assert forwards_in(path) == result.forwards
+    assert forwards_in_checkpoint(path) == result.forwards
 
 
-def test_the_cases_are_what_they_say(unbroken: dict[str, EvaResult]) -> None:
-    several = unbroken["steps of several batches"]
+def test_cases_have_the_properties_of_their_names(uninterrupted: dict[str, EvaResult]) -> None:
+    several = uninterrupted["steps of several batches"]
     assert several.steps < several.forwards - 2
     assert max(several.history["forwards"]) == FORWARDS
     for name in ("frozen layers", "subspace"):
-        assert 3 < unbroken[name].forwards < FORWARDS
-        assert all(unbroken[name].converged.values())
-    assert unbroken["changing sharing"].shared_inputs == []
-    assert unbroken["sketch"].shared_inputs[0][:2] == [
+        assert 3 < uninterrupted[name].forwards < FORWARDS
+        assert all(uninterrupted[name].converged.values())
+    assert uninterrupted["changing sharing"].shared_inputs == []
+    assert uninterrupted["sketch"].shared_inputs[0][:2] == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.0.self_attn.k_proj",
     ]
-    assert set(unbroken["gram"].method.values()) == {"gram"}
+    assert set(uninterrupted["gram"].method.values()) == {"gram"}
 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("name", ["gram", "steps of several batches", "changing sharing"])
-def test_an_exception_of_the_loader_keeps_the_last_forward(
-    name: str, error: type[BaseException], tmp_path: Path, unbroken: dict[str, EvaResult]
+def test_exception_of_the_loader_keeps_the_last_forward(
+    name: str, error: type[BaseException], tmp_path: Path, uninterrupted: dict[str, EvaResult]
 ) -> None:
     path = tmp_path / "state.safetensors"
-    stopped(CASES[name], path, 7, error)
-    assert forwards_in(path) == 7
-    same(CASES[name].result(checkpoint=path), unbroken[name])
+    run_until_stopped(CASES[name], path, 7, error)
+    assert forwards_in_checkpoint(path) == 7
+    check_equal(CASES[name].result(checkpoint=path), uninterrupted[name])
 
 
-def test_ctrl_c_in_the_callback(tmp_path: Path, unbroken: dict[str, EvaResult]) -> None:
+def test_interrupt_in_the_callback_keeps_the_last_step(
+    tmp_path: Path, uninterrupted: dict[str, EvaResult]
+) -> None:
     path = tmp_path / "state.safetensors"
 
     def interrupt(numbers: dict[str, Any]) -> None:
@@ -132,19 +136,19 @@ def test_ctrl_c_in_the_callback(tmp_path: Path, unbroken: dict[str, EvaResult]) 
 
     with pytest.raises(KeyboardInterrupt):
         CASES["sketch"].result(checkpoint=path, callback=interrupt)
-    assert forwards_in(path) == 4
+    assert forwards_in_checkpoint(path) == 4
     steps: list[int] = []
     result = CASES["sketch"].result(checkpoint=path, callback=lambda n: steps.append(n["step"]))
-    same(result, unbroken["sketch"])
-    assert steps == list(range(5, FORWARDS + 1))  # none twice, none left out
+    check_equal(result, uninterrupted["sketch"])
+    assert steps == list(range(5, FORWARDS + 1))  # no step repeated or skipped
 
 
 @pytest.mark.parametrize("where", ["forward", "fold"])
-def test_a_half_done_forward_is_never_written(
+def test_partial_forward_is_never_written(
     where: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    unbroken: dict[str, EvaResult],
+    uninterrupted: dict[str, EvaResult],
 ) -> None:
     path, model, calls = tmp_path / "state.safetensors", make_llama(), iter(range(8))
 
@@ -166,16 +170,16 @@ def test_a_half_done_forward_is_never_written(
     with pytest.raises(KeyboardInterrupt):
         run(model, text_batches(EPOCH), lora(tau=1.0), method="sketch", checkpoint=path,
             checkpoint_every=3)  # fmt: skip
-    assert forwards_in(path) == 6
+    assert forwards_in_checkpoint(path) == 6
     monkeypatch.undo()
-    same(CASES["sketch"].result(checkpoint=path), unbroken["sketch"])
+    check_equal(CASES["sketch"].result(checkpoint=path), uninterrupted["sketch"])
 
 
 @pytest.mark.parametrize("name", ["sketch", "frozen layers", "changing sharing"])
-def test_the_last_file_is_the_same_as_well(name: str, tmp_path: Path) -> None:
+def test_final_checkpoint_equals_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
     case, files = CASES[name], (tmp_path / "whole", tmp_path / "resumed")
     case.result(checkpoint=files[0])
-    stopped(case, files[1], 3)
+    run_until_stopped(case, files[1], 3)
     case.result(checkpoint=files[1])
     (left, left_tensors), (right, right_tensors) = map(read_checkpoint, files)
     for state in (left, right):  # nothing but the time may differ
@@ -188,40 +192,42 @@ def test_the_last_file_is_the_same_as_well(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(left_tensors[key], right_tensors[key]) for key in left_tensors)
 
 
-def test_without_a_forward_there_is_no_file(tmp_path: Path) -> None:
-    stopped(CASES["sketch"], tmp_path / "state.safetensors", 0)
+def test_no_checkpoint_before_the_first_forward(tmp_path: Path) -> None:
+    run_until_stopped(CASES["sketch"], tmp_path / "state.safetensors", 0)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["gram", "frozen layers"])
-def test_a_finished_pass_runs_no_forward(
-    name: str, tmp_path: Path, unbroken: dict[str, EvaResult]
+def test_finished_pass_runs_no_forward(
+    name: str, tmp_path: Path, uninterrupted: dict[str, EvaResult]
 ) -> None:
     path, case = tmp_path / "state.safetensors", CASES[name]
-    same(case.result(checkpoint=path), unbroken[name])
+    check_equal(case.result(checkpoint=path), uninterrupted[name])
     model = case.model()
-    model.register_forward_pre_hook(never)
+    model.register_forward_pre_hook(fail_if_called)
     before = path.stat()
     options = {"max_steps": FORWARDS, **case.options}
-    again = run(model, never_iterated(), lora(tau=case.tau), checkpoint=path, **options)
-    same(again, unbroken[name])
+    again = run(model, fail_if_iterated(), lora(tau=case.tau), checkpoint=path, **options)
+    check_equal(again, uninterrupted[name])
     assert path.stat().st_mtime_ns == before.st_mtime_ns
-    assert again.seconds["total"] > unbroken[name].seconds["forward"] / 100
+    assert again.seconds["total"] > uninterrupted[name].seconds["forward"] / 100
 
 
 @pytest.mark.parametrize("name", ["gram", "steps of several batches"])
-def test_a_higher_limit_goes_on(name: str, tmp_path: Path, unbroken: dict[str, EvaResult]) -> None:
+def test_higher_limit_resumes_a_finished_pass(
+    name: str, tmp_path: Path, uninterrupted: dict[str, EvaResult]
+) -> None:
     # The last, partial step of the first run must not have been folded in the file.
     path = tmp_path / "state.safetensors"
     first = CASES[name].result(checkpoint=path, max_steps=7)
     assert first.forwards == 7
-    same(CASES[name].result(checkpoint=path), unbroken[name])
+    check_equal(CASES[name].result(checkpoint=path), uninterrupted[name])
 
 
 @pytest.mark.parametrize("limit", ["max_steps", "max_tokens", "max_seconds"])
-def test_limits_count_both_runs(limit: str, tmp_path: Path) -> None:
+def test_limits_include_the_first_run(limit: str, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    stopped(CASES["gram"], path, 6)
+    run_until_stopped(CASES["gram"], path, 6)
     state = read_checkpoint(path)[0]
     value = {
         "max_steps": 6,
@@ -230,53 +236,53 @@ def test_limits_count_both_runs(limit: str, tmp_path: Path) -> None:
     }[limit]
     options = {limit: value, "checkpoint": path, "method": "gram", "on_not_converged": "warn"}
     with pytest.warns(NotConvergedWarning, match="14 of 14 layers have not converged after 6"):
-        result = run(make_llama(), never_iterated(), lora(tau=1.0), **options)
+        result = run(make_llama(), fail_if_iterated(), lora(tau=1.0), **options)
     assert result.forwards == 6
     assert result.seconds["total"] > state["elapsed"]
 
 
-def test_seconds_of_every_run_count(tmp_path: Path) -> None:
+def test_seconds_accumulate_over_all_runs(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    stopped(CASES["gram"], path, 2)
+    run_until_stopped(CASES["gram"], path, 2)
     state, tensors = read_checkpoint(path)
     write_checkpoint(path, {**state, "elapsed": 1000.0}, {k: v.clone() for k, v in tensors.items()})
-    stopped(CASES["gram"], path, 5)
+    run_until_stopped(CASES["gram"], path, 5)
     assert 1000 < read_checkpoint(path)[0]["elapsed"] < 1500
     options = {"checkpoint": path, "method": "gram", "max_seconds": 1000}
-    assert run(make_llama(), never_iterated(), lora(tau=1.0), **options).forwards == 5
+    assert run(make_llama(), fail_if_iterated(), lora(tau=1.0), **options).forwards == 5
 
 
-def test_another_tau_is_judged_by_what_is_known(tmp_path: Path) -> None:
+def test_another_tau_is_applied_to_the_stored_similarity(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     for criterion in ("cosine", "subspace"):
         path.unlink(missing_ok=True)
         options = {"checkpoint": path, "criterion": criterion, "method": "sketch"}
         strict = run(make_llama(), text_batches(8), lora(tau=1.0), max_steps=8, **options)
         assert not any(strict.converged.values())
-        lenient = run(make_llama(), never_iterated(), lora(tau=0.3), **options)
+        lenient = run(make_llama(), fail_if_iterated(), lora(tau=0.3), **options)
         assert all(lenient.converged.values())
         assert lenient.forwards == 8
         path.unlink()
         run(make_llama(), text_batches(8), lora(tau=0.3), **options)
-        before = forwards_in(path)
+        before = forwards_in_checkpoint(path)
         again = run(make_llama(), text_batches(8), lora(tau=1.0), max_steps=before + 1, **options)
         assert again.forwards == before + 1
 
 
-def test_another_tau_before_any_step(tmp_path: Path) -> None:
+def test_another_tau_before_the_first_step(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    few = cut_short.Case(make_mlp, lambda: vectors(1, rows=5), options={"checkpoint_every": 1})
-    stopped(few, path, 1)
-    assert forwards_in(path) == 1
+    few = resumed_passes.Case(make_mlp, lambda: vectors(1, rows=5), options={"checkpoint_every": 1})
+    run_until_stopped(few, path, 1)
+    assert forwards_in_checkpoint(path) == 1
     options = {"max_steps": 2, "checkpoint": path}
     again = run(make_mlp(), few.batches(), lora(tau=0.3), **options)
     assert again.forwards == 2
     assert not any(again.converged.values())
 
 
-def test_what_may_differ_does(tmp_path: Path) -> None:
+def test_options_outside_the_fingerprint_may_change(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    stopped(CASES["gram"], path, 6)
+    run_until_stopped(CASES["gram"], path, 6)
     other = lora(tau=1.0, lora_alpha=99, whiten=True)
     options = {"on_nonfinite": "skip", "checkpoint_every": 1, "early_exit": False, "max_steps": 7}
     result = run(make_llama(), text_batches(EPOCH), other, method="gram", checkpoint=path,
@@ -285,14 +291,14 @@ def test_what_may_differ_does(tmp_path: Path) -> None:
     assert result.config.lora_alpha == 99
 
 
-# PEFT asks transformers for a property by its old name.
+# PEFT reads a property of transformers by its old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.parametrize("how", ["base", "adapters", "meta", "renamed"])
-def test_wrapped_or_not_is_the_same_model(
+def test_wrapped_and_renamed_models_may_resume(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state.safetensors"
-    stopped(CASES["gram"], path, 4)
+    run_until_stopped(CASES["gram"], path, 4)
     model = make_llama()
     if how == "renamed":
         model.config._name_or_path, model.config.use_cache = "elsewhere", False
@@ -307,10 +313,12 @@ def test_wrapped_or_not_is_the_same_model(
 
 
 @pytest.mark.parametrize("twice", [(0, 4), (2,)])
-def test_forward_passes_are_cut_as_without_a_break(twice: tuple[int, ...], tmp_path: Path) -> None:
-    """Behind the first call of every layer, if none was called twice before."""
+def test_resumed_pass_exits_forwards_early_as_before(
+    twice: tuple[int, ...], tmp_path: Path
+) -> None:
+    """After the first call of every layer, if none was called twice before."""
 
-    class Seldom(nn.Module):
+    class CalledTwiceForSome(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(7)
@@ -323,17 +331,17 @@ def test_forward_passes_are_cut_as_without_a_break(twice: tuple[int, ...], tmp_p
     batches = vectors(5)
     for i in twice:
         batches[i][0, 0] = 5
-    case = Case(Seldom, lambda: batches, options={"method": "gram", "max_steps": 5})
+    case = Case(CalledTwiceForSome, lambda: batches, options={"method": "gram", "max_steps": 5})
     path = tmp_path / "state.safetensors"
-    stopped(case, path, 2)
-    same(case.result(checkpoint=path), case.result())
+    run_until_stopped(case, path, 2)
+    check_equal(case.result(checkpoint=path), case.result())
 
 
-def test_a_generator_must_yield_the_same_again(
-    tmp_path: Path, unbroken: dict[str, EvaResult]
+def test_generator_must_yield_the_same_batches_again(
+    tmp_path: Path, uninterrupted: dict[str, EvaResult]
 ) -> None:
     path, case = tmp_path / "state.safetensors", CASES["gram"]
-    stopped(case, path, 7)
+    run_until_stopped(case, path, 7)
     before = path.read_bytes()
     with pytest.raises(
         EvaValueError, match=r"was written after 7 batches, but the loader ended after 5"
@@ -341,12 +349,14 @@ def test_a_generator_must_yield_the_same_again(
         case.result(iter(case.batches()), checkpoint=path)
     assert path.read_bytes() == before
     endless = Endless(case.batches(), lambda: None)
-    same(case.result(islice(iter(endless), FORWARDS), checkpoint=path), unbroken["gram"])
+    check_equal(
+        case.result(islice(iter(endless), FORWARDS), checkpoint=path), uninterrupted["gram"]
+    )
 
 
 @pytest.mark.parametrize("stop", [4, EPOCH, 7])
-def test_a_shuffling_loader_yields_the_same_order(stop: int, tmp_path: Path) -> None:
-    """Of any epoch, though the model draws random numbers meanwhile."""
+def test_shuffling_loader_yields_the_same_order(stop: int, tmp_path: Path) -> None:
+    """In any epoch, though the model draws random numbers."""
     path = tmp_path / "state.safetensors"
     data = torch.cat(vectors(EPOCH))
 
@@ -362,13 +372,13 @@ def test_a_shuffling_loader_yields_the_same_order(stop: int, tmp_path: Path) -> 
     result(5, max_steps=stop, checkpoint=path)
     other = result(6, max_steps=9)
     assert not torch.equal(other.components["layers.0"], whole.components["layers.0"])
-    # whatever the seed of the second run
-    same(result(6, max_steps=9, checkpoint=path), whole)
+    # regardless of the seed of the second run
+    check_equal(result(6, max_steps=9, checkpoint=path), whole)
 
 
-def test_random_state_of_the_caller_is_kept(tmp_path: Path) -> None:
+def test_random_state_of_the_caller_is_restored(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    stopped(CASES["random forward"], path, 4)
+    run_until_stopped(CASES["random forward"], path, 4)
     model, batches = Noisy(), vectors(EPOCH)
     torch.manual_seed(11)
     before = torch.get_rng_state()
@@ -379,7 +389,7 @@ def test_random_state_of_the_caller_is_kept(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.filterwarnings("ignore::eva_kernels.errors.NotConvergedWarning")
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_init_is_interrupted_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_init_command_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assets = Path(sys.modules["eva_peft"].__file__ or "").parent / "assets" / "tiny_llama"
     lines = (Path(__file__).read_text(encoding="utf-8") * 2).splitlines()
     (tmp_path / "data.txt").write_text("\n".join(line for line in lines if len(line) > 30))
@@ -395,7 +405,7 @@ def test_init_is_interrupted_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         [sys.executable, "-c", code, *command("first", "--checkpoint", path)],
         stderr=subprocess.PIPE,
         start_new_session=True,
-        # where the tests run as a background job, SIGINT is ignored, and children inherit that
+        # background jobs ignore SIGINT, and child processes inherit that
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -413,16 +423,21 @@ def test_init_is_interrupted_and_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert not (tmp_path / "first").exists()
 
     monkeypatch.setattr("eva_peft.results.report.write_html", lambda result, path: None)  # slow
-    done = forwards_in(path)
+    done = forwards_in_checkpoint(path)
     assert done >= 10
     limit = ("--max-steps", done + 3)
-    for out, more in (("resumed", ("--checkpoint", path)), ("unbroken", ())):
+    for out, more in (("resumed", ("--checkpoint", path)), ("uninterrupted", ())):
         shown = runner().invoke(cli.app, command(out, *limit, *more))
         assert shown.exit_code == 0, shown.output
-    same(*(EvaResult.load(tmp_path / out / "eva.safetensors") for out in ("resumed", "unbroken")))
-    weights = [tmp_path / out / "adapter_model.safetensors" for out in ("resumed", "unbroken")]
+    check_equal(
+        *(
+            EvaResult.load(tmp_path / out / "eva.safetensors")
+            for out in ("resumed", "uninterrupted")
+        )
+    )
+    weights = [tmp_path / out / "adapter_model.safetensors" for out in ("resumed", "uninterrupted")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert forwards_in(path) == done + 3
+    assert forwards_in_checkpoint(path) == done + 3
 
     shown = runner().invoke(cli.app, command("other", "--checkpoint", path, "--r", 5))
     assert shown.exit_code == 1

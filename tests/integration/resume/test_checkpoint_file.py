@@ -1,4 +1,4 @@
-"""The file of a checkpoint: what is refused, and how it is written."""
+"""The checkpoint file: which files are rejected, and how it is written."""
 
 from __future__ import annotations
 
@@ -31,46 +31,46 @@ from integration.conftest import (
     run,
     vectors,
 )
-from integration.resume.cut_short import (
+from integration.resume.resumed_passes import (
     CASES,
-    forwards_in,
-    never,
-    never_iterated,
+    check_equal,
+    fail_if_called,
+    fail_if_iterated,
+    forwards_in_checkpoint,
     one_thread,
-    same,
-    stopped,
+    run_until_stopped,
 )
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def checkpoint_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Return a checkpoint of the case "gram" after six forward passes."""
     path = tmp_path_factory.mktemp("kept") / "state.safetensors"
     with one_thread():
-        stopped(CASES["gram"], path, 6)
+        run_until_stopped(CASES["gram"], path, 6)
     return path.read_bytes()
 
 
 @pytest.fixture(scope="module")
-def whole() -> EvaResult:
+def uninterrupted() -> EvaResult:
     with one_thread():
         return CASES["gram"].result()
 
 
 @pytest.fixture
-def path(kept: bytes, tmp_path: Path) -> Path:
+def path(checkpoint_bytes: bytes, tmp_path: Path) -> Path:
     path = tmp_path / "state.safetensors"
-    path.write_bytes(kept)
+    path.write_bytes(checkpoint_bytes)
     return path
 
 
-def refused(path: Path, message: str, **changes: Any) -> None:
-    """Expect an error that tells what and the remedy, before any batch, leaving the file alone."""
+def check_rejected(path: Path, message: str, **changes: Any) -> None:
+    """Expect an error with reason and remedy before any batch, and an unchanged file."""
     before = path.read_bytes()
     options = {"method": "gram", "checkpoint": path, **changes.pop("options", {})}
     model = changes.pop("model", None) or make_llama()
     with pytest.raises(EvaValueError, match=message) as caught:
-        run(model, never_iterated(), lora(**{"tau": 1.0, **changes}), **options)
+        run(model, fail_if_iterated(), lora(**{"tau": 1.0, **changes}), **options)
     assert str(path) in str(caught.value)
     assert "delete the file to start from the beginning, or pass another path" in str(caught.value)
     assert path.read_bytes() == before
@@ -102,20 +102,27 @@ def llama_with(change: Callable[[Any], Any]) -> nn.Module:
         ({"options": {"freeze_converged": True}}, r"freeze_converged: false in the file, true"),
         ({"options": {"budget": "params"}}, r"budget: rank in the file, params now"),
         ({"options": {"min_rank": 1}}, r"min_rank: 0 in the file, 1 now"),
-        ({"options": {"forward_fn": never}}, r"forward_fn: default in the file, own function now"),
+        (
+            {"options": {"forward_fn": fail_if_called}},
+            r"forward_fn: default in the file, own function now",
+        ),
         ({"options": {"prepare_model_inputs_fn": None}}, r"_fn: auto in the file, default now"),
         (
-            {"options": {"prepare_layer_inputs_fn": {"lm_head": never}}},
+            {"options": {"prepare_layer_inputs_fn": {"lm_head": fail_if_called}}},
             r"prepare_layer_inputs_fn: auto in the file, functions for lm_head now",
         ),
     ],
 )
-def test_another_config_is_named(path: Path, changes: dict[str, Any], message: str) -> None:
+def test_changed_config_is_rejected_and_named(
+    path: Path, changes: dict[str, Any], message: str
+) -> None:
     changes = {**changes}
     if "prepare_layer_inputs_fn" in changes.get("options", {}):
-        changes["options"] = {"prepare_layer_inputs_fn": {"model.layers.0.mlp.up_proj": never}}
+        changes["options"] = {
+            "prepare_layer_inputs_fn": {"model.layers.0.mlp.up_proj": fail_if_called}
+        }
         message = message.replace("lm_head", r"model\.layers\.0\.mlp\.up_proj")
-    refused(path, message, **changes)
+    check_rejected(path, message, **changes)
 
 
 @pytest.mark.parametrize(
@@ -138,23 +145,25 @@ def test_another_config_is_named(path: Path, changes: dict[str, Any], message: s
         ),
     ],
 )
-def test_another_model_is_named(path: Path, model: Callable[[], nn.Module], message: str) -> None:
-    refused(path, message, model=model())
+def test_changed_model_is_rejected_and_named(
+    path: Path, model: Callable[[], nn.Module], message: str
+) -> None:
+    check_rejected(path, message, model=model())
 
 
-def test_a_model_without_config_and_with_hidden_weights(tmp_path: Path) -> None:
+def test_fingerprint_of_models_without_config_or_weights(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     data = [x[:, :16] for x in vectors(3)]
     run(Clash(), data, lora(tau=1.0), max_steps=3, checkpoint=path)
     assert read_checkpoint(path)[0]["fingerprint"]["model config"] is None
     meta = make_mlp().to("meta")
-    meta._hf_hook = object()  # as accelerate's, which brings the weights of an offloaded model
+    meta._hf_hook = object()  # as accelerate sets it, which loads the weights of an offloaded model
     with pytest.raises(EvaValueError, match=r"model: Clash in the file, Sequential now"):
-        run(meta, never_iterated(), lora(), checkpoint=path)
+        run(meta, fail_if_iterated(), lora(), checkpoint=path)
 
 
-def test_a_weight_of_no_size_is_hidden_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a sharded model; division by its size is an error on a CPU alone."""
+def test_weight_without_elements_is_not_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a sharded model; a modulo by its size is an error on a CPU only."""
     size = Tensor.__mod__
     monkeypatch.setattr(Tensor, "__mod__", lambda x, n: size(x, n.clamp_min(1)))
     assert _sample_elements(torch.empty(0)) is None
@@ -162,31 +171,33 @@ def test_a_weight_of_no_size_is_hidden_on_a_gpu_too(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.999])
-def test_a_file_that_was_cut_short(path: Path, kept: bytes, share: float) -> None:
-    path.write_bytes(kept[: int(share * len(kept))])
-    refused(path, r"not a readable safetensors file \(.*\): it is damaged, cut short, or another")
+def test_truncated_file_is_rejected(path: Path, checkpoint_bytes: bytes, share: float) -> None:
+    path.write_bytes(checkpoint_bytes[: int(share * len(checkpoint_bytes))])
+    check_rejected(
+        path, r"not a readable safetensors file \(.*\): it is damaged, cut short, or another"
+    )
 
 
 @pytest.mark.parametrize("content", [b"text", b"\x80\x04]q\x00.", bytes(4096), b"\xff" * 4096])
-def test_garbage(path: Path, content: bytes) -> None:
+def test_other_content_is_rejected(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-    refused(path, "not a readable safetensors file")
+    check_rejected(path, "not a readable safetensors file")
 
 
-def test_something_behind_the_end(path: Path, kept: bytes) -> None:
-    path.write_bytes(kept + b"more")
-    refused(path, "not a readable safetensors file")
+def test_trailing_bytes_are_rejected(path: Path, checkpoint_bytes: bytes) -> None:
+    path.write_bytes(checkpoint_bytes + b"more")
+    check_rejected(path, "not a readable safetensors file")
 
 
-def test_a_flipped_bit(path: Path, kept: bytes) -> None:
-    begin = 8 + int.from_bytes(kept[:8], "little")
-    damaged = bytearray(kept)
-    damaged[begin + (len(kept) - begin) // 2] ^= 4
+def test_flipped_bit_in_a_tensor_is_rejected(path: Path, checkpoint_bytes: bytes) -> None:
+    begin = 8 + int.from_bytes(checkpoint_bytes[:8], "little")
+    damaged = bytearray(checkpoint_bytes)
+    damaged[begin + (len(checkpoint_bytes) - begin) // 2] ^= 4
     path.write_bytes(damaged)
-    refused(path, "is damaged: its contents do not match its checksum")
+    check_rejected(path, "is damaged: its contents do not match its checksum")
 
 
-def test_flipped_bits_anywhere(tmp_path: Path) -> None:
+def test_flipped_bit_anywhere_is_rejected_or_harmless(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     write_checkpoint(path, {"a": [1, 2.5, None]}, {"x": torch.arange(5.0), "y": torch.zeros(())})
     good = path.read_bytes()
@@ -201,7 +212,7 @@ def test_flipped_bits_anywhere(tmp_path: Path) -> None:
             found, values = read_checkpoint(path)
         except EvaValueError:
             continue
-        # only a change that means nothing may pass, such as another kind of white space
+        # only a change without effect may pass, such as other white space
         accepted += 1
         assert found == state
         assert {k: v.tolist() for k, v in values.items()} == {
@@ -210,51 +221,53 @@ def test_flipped_bits_anywhere(tmp_path: Path) -> None:
     assert accepted < 8
 
 
-def test_the_same_bytes_may_be_other_tensors() -> None:
+def test_checksum_includes_shapes_and_dtypes() -> None:
     x = torch.arange(6, dtype=torch.int32)
     others = [x.view(2, 3), x.view(3, 2), x.view(torch.float32), x.view(torch.int16)]
     assert len({checksum("", {"x": other}) for other in [x, *others]}) == 5
 
 
-def test_another_version_of_the_format(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_format_version_is_rejected(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, tensors = read_checkpoint(path)
     tensors = {k: v.clone() for k, v in tensors.items()}
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_file, "FORMAT", "eva_kernels.checkpoint/99")
         write_checkpoint(path, state, tensors)
-    refused(
+    check_rejected(
         path, r"has the format eva_kernels\.checkpoint/99, expected \S+/1: another version wrote it"
     )
 
 
-def test_other_safetensors_files(path: Path, whole: EvaResult) -> None:
+def test_other_safetensors_files_are_rejected(path: Path, uninterrupted: EvaResult) -> None:
     save_file({"weight": torch.zeros(3)}, path)
-    refused(path, r"has the format not given, expected \S+: it is not a checkpoint of a pass")
-    whole.save(path)
-    refused(
+    check_rejected(
+        path, r"has the format not given, expected \S+: it is not a checkpoint of a pass"
+    )
+    uninterrupted.save(path)
+    check_rejected(
         path,
         r"has the format eva_kernels\.result/1, expected \S+: it is not a checkpoint of a pass",
     )
 
 
-def test_a_part_is_missing(path: Path) -> None:
+def test_missing_parts_are_named(path: Path) -> None:
     state, tensors = read_checkpoint(path)
     tensors = {k: v.clone() for k, v in tensors.items()}
     write_checkpoint(path, state, {k: v for k, v in tensors.items() if k != "slots.2.pivot"})
-    refused(path, "the stored stream has no pivot")
+    check_rejected(path, "the stored stream has no pivot")
     del state["alone"]
     write_checkpoint(path, state, tensors)
-    refused(path, "incomplete, without 'alone'")
+    check_rejected(path, "incomplete, without 'alone'")
 
 
 @pytest.mark.parametrize("part", ["slots", "fingerprint", "counts"])
-def test_a_part_is_of_another_kind(part: str, path: Path) -> None:
+def test_part_of_wrong_type_is_rejected(part: str, path: Path) -> None:
     state, tensors = read_checkpoint(path)
     write_checkpoint(path, {**state, part: None}, {k: v.clone() for k, v in tensors.items()})
-    refused(path, r"does not hold what this version writes \(.*NoneType")
+    check_rejected(path, r"does not hold what this version writes \(.*NoneType")
 
 
-def test_it_is_plain_data(path: Path) -> None:
+def test_checkpoint_is_plain_json_and_tensors(path: Path) -> None:
     with safe_open(str(path), framework="pt") as file:
         state = json.loads(file.metadata()["state"])
     assert state["counts"]["forwards"] == 6
@@ -264,7 +277,7 @@ def test_it_is_plain_data(path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_state_that_is_too_long_for_a_header(tmp_path: Path) -> None:
+def test_state_too_long_for_a_header_is_stored_as_a_tensor(tmp_path: Path) -> None:
     state, tensors = {"history": "0" * (100 << 20)}, {"slots.0.mean": torch.ones(3)}
     write_checkpoint(tmp_path / "state", state, tensors)
     found, others = read_checkpoint(tmp_path / "state")
@@ -280,11 +293,11 @@ STEPS = [
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_an_interrupted_write_leaves_the_file_before(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult
+def test_interrupted_write_leaves_the_previous_file(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: EvaResult
 ) -> None:
     path = tmp_path / "state.safetensors"
-    stopped(CASES["gram"], path, 4)
+    run_until_stopped(CASES["gram"], path, 4)
     before = path.read_bytes()
 
     def interrupt(*args: Any, **kwargs: Any) -> None:
@@ -296,10 +309,10 @@ def test_an_interrupted_write_leaves_the_file_before(
             CASES["gram"].result(checkpoint=path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-    same(CASES["gram"].result(checkpoint=path), whole)
+    check_equal(CASES["gram"].result(checkpoint=path), uninterrupted)
 
 
-def test_an_interrupted_write_is_made_up_for(
+def test_interrupted_write_is_repeated_on_exit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, save = tmp_path / "state.safetensors", checkpoint_file.save_file
@@ -316,7 +329,7 @@ def test_an_interrupted_write_is_made_up_for(
     assert checkpoint_file.read_checkpoint(path)[0]["counts"]["forwards"] == 5
 
 
-def test_what_killed_runs_left_goes_when_another_begins(
+def test_leftovers_of_killed_runs_are_removed_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "state[1].safetensors"
@@ -324,7 +337,7 @@ def test_what_killed_runs_left_goes_when_another_begins(
     other.touch()
 
     def killed(tensors: Any, file: Path, metadata: Any) -> None:
-        file.with_name(".tmpfnhYNo").touch()  # safetensors writes to one of its own first
+        file.with_name(".tmpfnhYNo").touch()  # safetensors writes to its own temporary file first
         raise MemoryError
 
     with monkeypatch.context() as patch:
@@ -338,7 +351,7 @@ def test_what_killed_runs_left_goes_when_another_begins(
     assert list(tmp_path.iterdir()) == [other]
 
 
-def test_two_that_write_at_a_time_leave_one_whole_file(
+def test_concurrent_writers_leave_one_complete_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, save = tmp_path / "state.safetensors", checkpoint_file.save_file
@@ -346,7 +359,7 @@ def test_two_that_write_at_a_time_leave_one_whole_file(
     def meanwhile(*args: Any, **named: Any) -> None:
         monkeypatch.setattr(checkpoint_file, "save_file", save)
         save(*args, **named)
-        with monkeypatch.context() as patch:  # the other one has but begun
+        with monkeypatch.context() as patch:  # the other writer has only begun
             patch.setattr(checkpoint_file, "save_file", other)
             with pytest.raises(OSError, match="full"):
                 write_checkpoint(path, {"number": 2}, {})
@@ -361,11 +374,14 @@ def test_two_that_write_at_a_time_leave_one_whole_file(
 
 
 @pytest.mark.parametrize("error", [OSError, SafetensorError])
-def test_a_full_disk_does_not_cost_the_pass(
-    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: EvaResult
+def test_full_disk_warns_and_the_pass_continues(
+    error: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: EvaResult,
 ) -> None:
     path = tmp_path / "state.safetensors"
-    stopped(CASES["gram"], path, 4)
+    run_until_stopped(CASES["gram"], path, 4)
     before = path.read_bytes()
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -375,36 +391,36 @@ def test_a_full_disk_does_not_cost_the_pass(
     with pytest.warns(EvaWarning) as warned:
         result = CASES["gram"].result(checkpoint=path, checkpoint_every=6)
     for warning, forwards in zip(warned, (10, 13), strict=True):  # not after every forward pass
-        told = str(warning.message)
-        assert f"could not be written after {forwards} forward passes (No space left" in told
-        assert "the pass continues" in told
-    same(result, whole)
+        message = str(warning.message)
+        assert f"could not be written after {forwards} forward passes (No space left" in message
+        assert "the pass continues" in message
+    check_equal(result, uninterrupted)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("kind", ["a folder", "below a file", "no permission", "long", "too long"])
-def test_a_path_that_cannot_be_written_fails_at_once(
+def test_unwritable_path_fails_before_the_pass(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, message = tmp_path, "is a folder; give the path of a file"
     if kind == "below a file":
         (tmp_path / "file").touch()
         path, message = tmp_path / "file" / "state", r"cannot be written \(.*file"
-    elif "long" in kind:  # one that the system takes, but not with what is written beside it
+    elif "long" in kind:  # valid by itself, but too long for the temporary folder beside it
         path, message = tmp_path / ((250 if kind == "long" else 300) * "a"), r"\(.* too long: "
     elif kind == "no permission":
         path, message = tmp_path / "state", r"cannot be written \(.*Permission denied"
-        monkeypatch.setattr(files.os, "open", denied)
+        monkeypatch.setattr(files.os, "open", raise_permission_error)
     with pytest.raises(EvaValueError, match=message):
-        run(make_llama(), never_iterated(), lora(), checkpoint=path)
+        run(make_llama(), fail_if_iterated(), lora(), checkpoint=path)
 
 
-def denied(*args: Any, **kwargs: Any) -> int:
+def raise_permission_error(*args: Any, **kwargs: Any) -> int:
     raise PermissionError(13, "Permission denied")
 
 
-def test_folders_links_and_modes(tmp_path: Path) -> None:
+def test_folders_are_made_links_followed_modes_default(tmp_path: Path) -> None:
     target, link = tmp_path / "new" / "folder" / "state", tmp_path / "link"
     mask = os.umask(0o027)
     try:
@@ -415,7 +431,7 @@ def test_folders_links_and_modes(tmp_path: Path) -> None:
     finally:
         os.umask(mask)
     assert link.is_symlink()
-    assert forwards_in(target) == 2
+    assert forwards_in_checkpoint(target) == 2
     assert os.listdir(target.parent) == ["state"]
 
 
@@ -427,12 +443,14 @@ def test_folders_links_and_modes(tmp_path: Path) -> None:
         ({"checkpoint_every": 1.5}, EvaTypeError, r"checkpoint_every=1\.5 must be a whole number"),
     ],
 )
-def test_options_are_checked(options: dict[str, Any], error: type, message: str) -> None:
+def test_checkpoint_options_are_checked(options: dict[str, Any], error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        run(make_mlp(), never_iterated(), lora(), **options)
+        run(make_mlp(), fail_if_iterated(), lora(), **options)
 
 
-def test_how_often_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_every_sets_the_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written: list[int] = []
     monkeypatch.setattr(
         "eva_peft.resume.checkpoint.write_checkpoint",

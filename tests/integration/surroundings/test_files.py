@@ -1,4 +1,4 @@
-"""Files that take the place of others whole, or not at all."""
+"""``atomic_write`` replaces files completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write(path: Path, text: str = "new") -> None:
         temporary.write_text(text)
 
 
-def test_a_file_is_replaced(tmp_path: Path) -> None:
+def test_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     for text in ("first", "second"):
         write(path, text)
@@ -30,7 +30,7 @@ def write_half(path: Path) -> None:
         raise ZeroDivisionError
 
 
-def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failure_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(ZeroDivisionError):
@@ -39,27 +39,27 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
+def test_symbolic_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     link, target = tmp_path / "link", tmp_path / "there" / "a.txt"
     link.symlink_to(target)
-    for text in ("first", "second"):  # its target need not exist
+    for text in ("first", "second"):  # the target need not exist
         write(link, text)
         assert link.is_symlink()
         assert target.read_text() == text
 
 
-def test_what_is_no_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> None:
-    """As /dev/null, also where the writer puts another file in its place, as safetensors does."""
-    pipe, heard = tmp_path / "pipe", []
+def test_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """Likewise /dev/null; also if the writer replaces the temporary file, as safetensors does."""
+    pipe, received = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: heard.append(pipe.read_text()), daemon=True)
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
     reader.start()
     with atomic_write(pipe) as temporary:
         other = temporary.with_name("other")
         other.write_text("new")
         os.replace(other, temporary)
     reader.join(timeout=10)
-    assert heard == ["new"]
+    assert received == ["new"]
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]

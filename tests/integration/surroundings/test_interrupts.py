@@ -1,4 +1,4 @@
-"""Ctrl-C at any line of entering and leaving a pass, the clean-up included, changes nothing."""
+"""KeyboardInterrupt at any line of the set-up and clean-up of a pass leaves no change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FILES = {
     "/eva_peft/passes/model_modes.py",
     *(f"/eva_peft/surroundings/{name}.py" for name in ("interrupts", "random_state", "snapshot")),
 }
-# what of hooks.py and routing.py runs before and behind the batches
+# functions of hooks.py and routing.py that run before and after the batches
 FUNCTIONS = {"__enter__", "__exit__", "remove"}
 DATA = vectors(1, rows=30, features=8)
 CONFIG: dict[str, Any] = {"r": 2, "target_modules": ["a", "b"]}
@@ -53,7 +53,7 @@ class Small(nn.Module):
         return self.b(torch.tanh(self.a(x)))
 
 
-def look(model: nn.Module) -> dict[str, Any]:
+def describe(model: nn.Module) -> dict[str, Any]:
     modules = dict(model.named_modules())
     return {
         "kinds": {n: type(m) for n, m in modules.items()},
@@ -75,10 +75,9 @@ class Interrupter:
     """Counts the lines that run in some files, and raises KeyboardInterrupt at some of them.
 
     Args:
-        first: number of the line at which it does; 0 for never.
-        again: how often it does so afterwards, at every third line that is not of the helper (where
-            only one interrupt is survived).
-    """
+        first: number of the line at which to raise; 0 for never.
+        again: how often to raise afterwards, at every third line outside the helper module (in
+            which only one interrupt is survived)."""
 
     def __init__(self, first: int = 0, again: int = 0) -> None:
         self.first, self.again = first, again
@@ -114,63 +113,62 @@ class Interrupter:
         return self._line
 
 
-def changed(before: dict[str, Any], values: Any, model: nn.Module) -> list[str]:
-    now = look(model)
+def find_changes(before: dict[str, Any], values: Any, model: nn.Module) -> list[str]:
+    now = describe(model)
     bad = [key for key, value in before.items() if now[key] != value]
     if not same_state(values, state_of(model)):
         bad.append("values")
     switches = model_modes._SWITCHES
     if switches._claims or switches._passes or switches._undo:
         bad.append("process")
-        switches.__init__()  # type: ignore[misc]  # the next one is to be judged alone
+        switches.__init__()  # type: ignore[misc]  # so that the next run is checked alone
     return [*bad, "locked"] if _is_locked() else bad
 
 
 def _is_locked() -> bool:
-    """Tell whether a lock was left locked, which only other threads notice."""
+    """Return whether a lock is still held, which only another thread can detect."""
     lock, free = model_modes._SWITCHES._lock, []
 
-    def look() -> None:
+    def try_lock() -> None:
         if lock.acquire(timeout=0):
             free.append(1)
             lock.release()
 
-    other = threading.Thread(target=look)
+    other = threading.Thread(target=try_lock)
     other.start()
     other.join()
     return not free
 
 
-def places(lines: list[tuple[str, int]]) -> list[int]:
-    """Return the last time that each line runs, counted from 1."""
+def last_runs_of_lines(lines: list[tuple[str, int]]) -> list[int]:
+    """Return the number of the last run of each line, counted from 1."""
     return sorted({line: number for number, line in enumerate(lines, 1)}.values())
 
 
-def survives(
+def check_interrupts(
     make: Callable[[], nn.Module],
     act: Callable[[nn.Module], Any],
     afterwards: Callable[[nn.Module], Any] = lambda model: None,
     every: bool = False,
     again: int = 0,
 ) -> None:
-    """Interrupt an action in all places, and look whether the model is as before.
+    """Interrupt an action at all lines, and check that the model is unchanged.
 
     Args:
         make: makes the model, the same one each time.
         act: the action.
-        afterwards: what must work afterwards; it is tried now and then.
-        every: at every line that runs, however often.
-        again: see :class:`Interrupter`.
-    """
+        afterwards: what must work afterwards; it is tried for every tenth line.
+        every: interrupt at every run of a line, not just at its last.
+        again: see :class:`Interrupter`."""
     counted = Interrupter()
     with suppress(KeyboardInterrupt), counted.running():
         act(make())
-    numbers = range(1, len(counted.lines) + 1) if every else places(counted.lines)
+    numbers = range(1, len(counted.lines) + 1) if every else last_runs_of_lines(counted.lines)
     assert len(numbers) > 20
     failures = {}
     for number in numbers:
         model = make()
-        before, values = look(model), state_of(model)
+        before, values = describe(model), state_of(model)
         interrupter = Interrupter(number, again)
         try:
             with interrupter.running():
@@ -178,9 +176,9 @@ def survives(
         except KeyboardInterrupt:
             pass
         else:
-            failures[counted.lines[number - 1]] = ["no interrupt was told"]
+            failures[counted.lines[number - 1]] = ["no interrupt was raised"]
             continue
-        bad = changed(before, values, model)
+        bad = find_changes(before, values, model)
         if bad:
             failures[interrupter.lines[number - 1]] = bad
         elif number % 10 == 0:
@@ -193,55 +191,59 @@ def initialize(model: nn.Module) -> Any:
     return eva_kernels.initialize(model, iter(DATA), config, max_steps=2, **QUIET)
 
 
-def adapted() -> nn.Module:
+def wrapped_small() -> nn.Module:
     return wrapped(Small(), lora(**CONFIG))
 
 
 @pytest.fixture(autouse=True)
-def compiler_is_loaded() -> None:
-    """Load the compiler, whose stance is then changed for a pass."""
+def load_compiler() -> None:
+    """Load the compiler, so that a pass changes its stance."""
     torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
 
 
-@pytest.mark.parametrize(("make", "again"), [(Small, 0), (adapted, 3)])
-def test_initialize(make: Callable[[], nn.Module], again: int) -> None:
-    survives(make, initialize, initialize, again=again)
+@pytest.mark.parametrize(("make", "again"), [(Small, 0), (wrapped_small, 3)])
+def test_initialize_interrupted_at_any_line_changes_nothing(
+    make: Callable[[], nn.Module], again: int
+) -> None:
+    check_interrupts(make, initialize, initialize, again=again)
 
 
-def wrapped_for_a_moment(model: nn.Module) -> None:
+def wrap_temporarily(model: nn.Module) -> None:
     with restored(model):
         wrap_model(model, lora(**CONFIG), "default", on_meta=True)
 
 
-def wrapped_in_vain(model: nn.Module) -> None:
+def wrap_and_fail(model: nn.Module) -> None:
     with restored_on_failure(model):
         wrap_model(model, lora(**CONFIG), "default", on_meta=True)
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("act", [wrapped_for_a_moment, wrapped_in_vain])
+@pytest.mark.parametrize("act", [wrap_temporarily, wrap_and_fail])
 @pytest.mark.parametrize("again", [0, 5])
-def test_structure(act: Callable[[nn.Module], None], again: int) -> None:
-    survives(Small, act, initialize, again=again)
+def test_interrupted_wrapping_restores_the_structure(
+    act: Callable[[nn.Module], None], again: int
+) -> None:
+    check_interrupts(Small, act, initialize, again=again)
 
 
-def drawn(model: nn.Module) -> None:
+def draw_with_preserved_state(model: nn.Module) -> None:
     with preserved_random_state():
         random.random()
         torch.rand(1)
 
 
-def quiet(model: nn.Module) -> None:
+def enter_calibration_mode(model: nn.Module) -> None:
     with model_modes.calibration_mode(model):
         assert not model.training
 
 
-def claimed(model: nn.Module) -> None:
+def claim_model(model: nn.Module) -> None:
     with model_modes.exclusive_use(model):
         assert model_modes._SWITCHES._claims
 
 
-def collected(model: nn.Module) -> None:
+def collect_inputs(model: nn.Module) -> None:
     targets: Any = [
         SimpleNamespace(module=m, weight=None, inputs_from_call=None) for m in (model.a, model.b)
     ]
@@ -253,13 +255,17 @@ def collected(model: nn.Module) -> None:
         run_to_completion(collector.remove)  # as a pass does
 
 
-@pytest.mark.parametrize("act", [drawn, quiet, claimed, collected])
+@pytest.mark.parametrize(
+    "act", [draw_with_preserved_state, enter_calibration_mode, claim_model, collect_inputs]
+)
 @pytest.mark.parametrize("again", [0, 1, 5])
-def test_every_line(act: Callable[[nn.Module], None], again: int) -> None:
-    survives(Small, act, act, every=True, again=again)
+def test_context_managers_interrupted_at_every_line(
+    act: Callable[[nn.Module], None], again: int
+) -> None:
+    check_interrupts(Small, act, act, every=True, again=again)
 
 
-def test_experts_are_put_back_also_where_they_were_not_changed() -> None:
+def test_exit_restores_experts_even_if_not_entered() -> None:
     name = "_experts_implementation_internal"
     module: Any = SimpleNamespace(config=SimpleNamespace(**{name: "grouped_mm"}))
     experts = EagerExperts([module, module, SimpleNamespace()])  # type: ignore[list-item]
@@ -271,18 +277,18 @@ def test_experts_are_put_back_also_where_they_were_not_changed() -> None:
 
 
 @pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Let SIGINT interrupt, which a shell has ignored in what it starts in the background."""
+def sigint_interrupts() -> Iterator[None]:
+    """Let SIGINT interrupt; shells ignore it in background jobs."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_signal_during_the_trial_wrap(
-    interruptible: None, monkeypatch: pytest.MonkeyPatch
+def test_signals_during_the_trial_wrap_restore_the_model(
+    sigint_interrupts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, sent = Small(), []
-    before, original = look(model), ModelSnapshot.restore
+    before, original = describe(model), ModelSnapshot.restore
 
     def restore(self: ModelSnapshot) -> None:
         if len(sent) < 3:
@@ -294,11 +300,11 @@ def test_a_signal_during_the_trial_wrap(
         patch.setattr(ModelSnapshot, "restore", restore)
         with pytest.raises(KeyboardInterrupt):
             initialize(model)
-    assert look(model) == before
+    assert describe(model) == before
     assert initialize(model).eva_result.steps
 
 
-def test_a_step_is_begun_again_after_an_interrupt_alone() -> None:
+def test_only_interrupts_repeat_a_step() -> None:
     calls: list[int] = []
 
     def step(error: type[BaseException] | None, until: int) -> None:
@@ -318,12 +324,12 @@ def test_a_step_is_begun_again_after_an_interrupt_alone() -> None:
         run_to_completion(lambda: step(ValueError, 4))
     assert len(calls) == 1
     calls.clear()
-    with pytest.raises(KeyboardInterrupt):  # and not for ever
+    with pytest.raises(KeyboardInterrupt):  # with a limit on the attempts
         run_to_completion(lambda: step(KeyboardInterrupt, 10**9), attempts=7)
     assert len(calls) == 7
 
 
-def test_what_succeeds_is_not_undone() -> None:
+def test_successful_actions_are_not_undone() -> None:
     calls: list[str] = []
     with undone_on_failure(lambda: calls.append("undone")):
         pass
@@ -333,34 +339,34 @@ def test_what_succeeds_is_not_undone() -> None:
     assert calls[:2] == ["changed", "undone"]
 
 
-def test_two_claims_at_once() -> None:
-    """Of passes that begin at once in several threads, one runs."""
-    model, start, told = Small(), threading.Barrier(8), []
+def test_one_of_several_simultaneous_claims_succeeds() -> None:
+    """Of passes that start at once in several threads, one runs."""
+    model, start, outcomes = Small(), threading.Barrier(8), []
 
     def claim() -> None:
         start.wait()
         try:
             with model_modes.exclusive_use(model):
-                told.append("runs")
+                outcomes.append("runs")
                 done.wait(20)
         except eva_kernels.EvaRuntimeError:
-            told.append("refused")
+            outcomes.append("refused")
 
     done = threading.Event()
     threads = [threading.Thread(target=claim) for _ in range(8)]
     for thread in threads:
         thread.start()
-    while len(told) < 8:
+    while len(outcomes) < 8:
         threads[0].join(0.01)
     done.set()
     for thread in threads:
         thread.join()
-    assert sorted(told) == ["refused"] * 7 + ["runs"]
+    assert sorted(outcomes) == ["refused"] * 7 + ["runs"]
     assert not model_modes._SWITCHES._claims
 
 
-def test_of_two_claims_the_first_holds() -> None:
-    """Also where the second comes while the first looks for others."""
+def test_first_of_two_registered_claims_holds() -> None:
+    """Also if the second arrives while the first checks for others."""
     process, first, second = model_modes._ProcessSwitches(), object(), object()
     modules = frozenset([1, 2])
     process._claims = {first: modules, second: modules}

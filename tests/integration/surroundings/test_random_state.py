@@ -1,4 +1,4 @@
-"""Random states are left as they were, and a pass that goes on draws what it would have drawn."""
+"""Random states are restored after a pass, and a resumed pass draws the same numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eva_peft.surroundings.random_state import (
     set_random_state,
 )
 from integration.conftest import lora, make_mlp, run, vectors
-from integration.resume.cut_short import EPOCH, same
+from integration.resume.resumed_passes import EPOCH, check_equal
 
 CPU = torch.device("cpu")
 DRAWS: dict[str, Callable[[torch.device], float]] = {
@@ -38,14 +38,14 @@ def _seeded() -> None:
     torch.manual_seed(3)
 
 
-def drawn(device: torch.device = CPU) -> list[float]:
-    """Draw some numbers of each kind, of normal ones an odd number: another is kept for later."""
+def draw_numbers(device: torch.device = CPU) -> list[float]:
+    """Draw numbers of each kind; an odd count of normal ones, so that one stays cached."""
     normal = [random.gauss(0, 1), np.random.normal(), torch.randn(()).item()]
     return [*normal, *(draw(device) for draw in DRAWS.values())]
 
 
-def test_the_state_of_an_apple_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch has no function for the states of all of them, of which there is one."""
+def test_state_of_an_apple_gpu_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.mps has one state, and no function for the states of all devices."""
     states = [torch.tensor([7], dtype=torch.uint8)]
     found = {"is_available": lambda: True, "current_accelerator": lambda: torch.device("mps")}
     for name, answer in found.items():
@@ -58,10 +58,8 @@ def test_the_state_of_an_apple_gpu_is_put_back(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("used", ["before", "meanwhile", "never"])
-def test_a_gpu_that_nobody_has_used_is_left_alone(
-    used: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process with a CUDA context cannot be forked to use it, as notebook_launcher does."""
+def test_unused_gpu_is_not_initialised(used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with a CUDA context cannot fork users of CUDA, as notebook_launcher does."""
     generator, begun = torch.Generator().manual_seed(5), [used == "before"]
 
     def state() -> list[Tensor]:
@@ -86,59 +84,59 @@ def test_a_gpu_that_nobody_has_used_is_left_alone(
     assert torch.equal(generator.get_state(), before) == (used != "never")
 
 
-def test_all_random_states_are_put_back() -> None:
+def test_all_random_states_are_restored() -> None:
     def states() -> list[Any]:
         _, keys, *array = np.random.get_state()
         return [random.getstate(), keys.tolist(), array, torch.get_rng_state().tolist()]
 
     def forward(model: Any, batch: Any) -> None:
-        drawn()
-        there.append(states())
+        draw_numbers()
+        during.append(states())
         model(batch)
 
-    model, data, there = make_mlp(), iter(vectors(1)), []
+    model, data, during = make_mlp(), iter(vectors(1)), []
     before = states()
     run(model, data, lora(), forward_fn=forward)
-    assert all(now != then for now, then in zip(there[0][2:], before[2:], strict=True))
-    assert there[0][0] != before[0]
+    assert all(now != then for now, then in zip(during[0][2:], before[2:], strict=True))
+    assert during[0][0] != before[0]
     assert states() == before
 
 
 @pytest.mark.parametrize("before", [0, 1, 700])
-def test_a_state_that_was_read_is_put_back(before: int, device: torch.device) -> None:
+def test_state_that_was_read_is_restored(before: int, device: torch.device) -> None:
     for _ in range(before):
-        drawn(device)
+        draw_numbers(device)
     state = read_random_state(device)
     assert state.dtype == torch.uint8
     assert state.dim() == 1
-    first = [drawn(device) for _ in range(3)]
+    first = [draw_numbers(device) for _ in range(3)]
     set_random_state(state, device)
-    assert [drawn(device) for _ in range(3)] == first
+    assert [draw_numbers(device) for _ in range(3)] == first
 
 
-def test_another_generator_of_numpy_is_left_alone() -> None:
-    was, other = np.random.get_bit_generator(), np.random.PCG64(5)
-    first, known = read_random_state(CPU), drawn()
+def test_other_numpy_bit_generator_is_unchanged() -> None:
+    original, other = np.random.get_bit_generator(), np.random.PCG64(5)
+    first, known = read_random_state(CPU), draw_numbers()
     np.random.set_bit_generator(other)
     try:
         state = read_random_state(CPU)
         np.random.rand()
-        there = str(other.state)
+        expected_state = str(other.state)
         for one in (state, first):
             set_random_state(one, CPU)
-            assert str(other.state) == there
+            assert str(other.state) == expected_state
     finally:
-        np.random.set_bit_generator(was)
+        np.random.set_bit_generator(original)
     np.random.seed(8)
-    there = str(was.state)
+    expected_state = str(original.state)
     set_random_state(state, CPU)
-    assert str(was.state) == there
+    assert str(original.state) == expected_state
     set_random_state(first, CPU)
-    assert drawn() == known
+    assert draw_numbers() == known
 
 
-def test_the_state_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the device of the pass; where a pass goes on elsewhere, it has the rest."""
+def test_state_contains_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that resumes on another device gets the states of the CPU."""
     states = {0: torch.tensor([7] * 16, dtype=torch.uint8), 1: torch.zeros(16, dtype=torch.uint8)}
     module = SimpleNamespace(
         get_rng_state_all=list,
@@ -147,20 +145,20 @@ def test_the_state_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(torch, "xpu", module)
     first, second = torch.device("xpu", 0), torch.device("xpu", 1)
-    state, known = read_random_state(first), drawn()
+    state, known = read_random_state(first), draw_numbers()
     assert state.numel() == read_random_state(CPU).numel() + 16
     set_random_state(state, second)
     assert states[1].tolist() == [7] * 16
-    assert drawn() == known
+    assert draw_numbers() == known
     states[0] = states[0] + 1
     set_random_state(state, CPU)
-    assert drawn() == known
+    assert draw_numbers() == known
     set_random_state(read_random_state(CPU), first)
     assert states[0].tolist() == [8] * 16
 
 
 class Shuffled:
-    """A loader whose order is drawn anew in every epoch, and what is made of each batch as well."""
+    """A loader that draws its order in every epoch, and a factor for each batch."""
 
     def __init__(self, draw: Callable[[], float]) -> None:
         self.draw, self.batches = draw, vectors(EPOCH)
@@ -184,7 +182,7 @@ class Noisy(nn.Module):
 
 @pytest.mark.parametrize("kind", DRAWS)
 @pytest.mark.parametrize("stop", [4, EPOCH, EPOCH + 2])
-def test_a_pass_goes_on_with_the_numbers_of_one_without_a_break(
+def test_resumed_pass_draws_the_numbers_of_an_uninterrupted_one(
     stop: int, kind: str, device: torch.device, tmp_path: Path
 ) -> None:
     def draw() -> float:
@@ -203,5 +201,5 @@ def test_a_pass_goes_on_with_the_numbers_of_one_without_a_break(
     assert not torch.equal(
         result(6, max_steps=9).components["layers.0"], whole.components["layers.0"]
     )
-    # whatever the seed of the second run
-    same(result(6, max_steps=9, checkpoint=path), whole)
+    # regardless of the seed of the second run
+    check_equal(result(6, max_steps=9, checkpoint=path), whole)

@@ -1,4 +1,4 @@
-"""What a model consists of is put back by reference, in its order; values are not."""
+"""A snapshot restores the structure of a model by reference and in order, but no values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import nn
 from eva_peft.surroundings.snapshot import ModelSnapshot, restored, restored_on_failure
 
 
-class Books(UserDict):  # type: ignore[type-arg]
-    """A container that keeps books of its own."""
+class CustomDict(UserDict):  # type: ignore[type-arg]
+    """A container with its own bookkeeping."""
 
 
 def make_model() -> Any:
@@ -25,11 +25,11 @@ def make_model() -> Any:
     model.a.config = {"no": "object"}
     model.ranks, model.order = {"a": 1, "b": 2}, OrderedDict(a=1, b=2)
     model.listed, model.known = [1, 2, 3], {1, 2}
-    model.counts, model.books = defaultdict(int, x=1), Books(x=1)
+    model.counts, model.custom = defaultdict(int, x=1), CustomDict(x=1)
     return model
 
 
-def look(model: Any) -> list[Any]:
+def describe(model: Any) -> list[Any]:
     own = [[(name, id(value)) for name, value in vars(m).items()] for m in (model, model.a)]
     parts = [list(part.items()) for part in (model._modules, model.a._parameters, model.ranks)]
     configs = [list(vars(c).items()) for c in (model.config, model.b.generation_config)]
@@ -40,7 +40,7 @@ def look(model: Any) -> list[Any]:
 def change(model: Any) -> None:
     before = model.b
     del model.b, model.ranks["a"], model.order["a"], model.a.bias
-    model.b, model.late = before, 1  # in another place
+    model.b, model.late = before, 1  # in another order
     model.ranks["a"], model.order["a"] = 1, 1
     model.listed.reverse()
     model.listed += [4]
@@ -50,40 +50,40 @@ def change(model: Any) -> None:
     model.a.config["no"] = "more"
     model.a.weight.requires_grad_(False)
     model.mean.requires_grad_(True)
-    model.counts["y"], model.books["y"] = 2, 2
+    model.counts["y"], model.custom["y"] = 2, 2
 
 
-def test_all_that_changed_is_put_back() -> None:
+def test_all_changes_of_structure_are_restored() -> None:
     model = make_model()
-    before, again = look(model), ModelSnapshot(model)
+    before, again = describe(model), ModelSnapshot(model)
     with restored(model):
         change(model)
         model.b.weight.data.fill_(7)
-        assert look(model) != before
-    assert look(model) == before
+        assert describe(model) != before
+    assert describe(model) == before
     assert model.b.weight.eq(7).all()
-    # what keeps books of its own is left alone
-    assert (dict(model.counts), dict(model.books)) == ({"x": 1, "y": 2}, {"x": 1, "y": 2})
+    # containers of other classes are not restored
+    assert (dict(model.counts), dict(model.custom)) == ({"x": 1, "y": 2}, {"x": 1, "y": 2})
     for _ in range(2):
         change(model)
         again.restore()
-        assert look(model) == before
+        assert describe(model) == before
 
 
-def test_only_a_failure_undoes_it() -> None:
+def test_restored_on_failure_restores_only_after_a_failure() -> None:
     model = make_model()
-    before = look(model)
+    before = describe(model)
     with suppress(KeyboardInterrupt), restored_on_failure(model):
         change(model)
         raise KeyboardInterrupt
-    assert look(model) == before
+    assert describe(model) == before
     with restored_on_failure(model):
         change(model)
-    assert look(model) != before
+    assert describe(model) != before
 
 
-def test_flags_that_stay_are_not_touched() -> None:
-    """PyTorch refuses to set those of parameters that were made in inference mode."""
+def test_unchanged_flags_are_not_set() -> None:
+    """PyTorch refuses to set flags of parameters created in inference mode."""
     with torch.inference_mode():
         model = nn.Linear(2, 2)
     with restored(model):

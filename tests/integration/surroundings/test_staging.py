@@ -1,4 +1,4 @@
-"""Output folders that are written whole or not at all."""
+"""Output folders are written completely or not at all."""
 
 import os
 import shutil
@@ -10,8 +10,8 @@ from eva_peft.errors import EvaValueError
 from eva_peft.surroundings.staging import ADAPTER_CONFIG, staged_folder
 
 
-def write(out: Path, *names: str, force: bool = False, besides: Path | None = None) -> None:
-    with staged_folder(out, force, besides) as folder:
+def write(out: Path, *names: str, force: bool = False, allowed: Path | None = None) -> None:
+    with staged_folder(out, force, allowed) as folder:
         for name in names:
             (folder / name).write_text("new")
 
@@ -26,13 +26,13 @@ def contents(folder: Path) -> dict[str, str]:
     return {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
 
 
-def test_a_folder_that_is_there_stays_the_same_one(tmp_path: Path) -> None:
+def test_existing_folder_keeps_its_inode_and_mode(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     out.chmod(0o2770)
     before = out.stat()
     with staged_folder(out, force=False, allowed=None) as folder:
-        # as where it is a mount point, or its parent belongs to somebody else
+        # needed for mount points, and for parents that belong to another user
         assert list(tmp_path.iterdir()) == [out]
         (folder / "a").write_text("new")
     assert contents(out) == {"a": "new"}
@@ -40,13 +40,13 @@ def test_a_folder_that_is_there_stays_the_same_one(tmp_path: Path) -> None:
     assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
 
 
-def test_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_current_folder_as_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("."), "a")
     assert os.listdir() == ["a"]
 
 
-def test_a_new_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+def test_new_folder_appears_once_it_is_complete(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     with staged_folder(out, force=False, allowed=None) as folder:
         (folder / "a").write_text("new")
@@ -55,17 +55,17 @@ def test_a_new_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert list(out.parent.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_failure_leaves_nothing(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_failure_leaves_no_files(tmp_path: Path, exists: bool) -> None:
     out = tmp_path / "out"
-    if there:
+    if exists:
         out.mkdir()
     with pytest.raises(ZeroDivisionError):
         write_half(out)
-    assert list(tmp_path.rglob("*")) == [out] * there
+    assert list(tmp_path.rglob("*")) == [out] * exists
 
 
-def test_only_files_fill_a_folder(tmp_path: Path) -> None:
+def test_subfolders_do_not_count_as_files(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     write(tmp_path, "a")
     (tmp_path / "logs" / "x").write_text("mine")
@@ -76,34 +76,34 @@ def test_only_files_fill_a_folder(tmp_path: Path) -> None:
     assert contents(tmp_path / "logs") == {"x": "mine"}
 
 
-def test_a_checkpoint_may_lie_anywhere_in_it(tmp_path: Path) -> None:
+def test_checkpoint_inside_the_folder_is_allowed(tmp_path: Path) -> None:
     checkpoint = tmp_path / "state" / "pass.safetensors"
     checkpoint.parent.mkdir()
     checkpoint.write_text("state")
-    # what a run that was killed has left
+    # left by a killed run
     left = checkpoint.parent / ".pass.safetensors.0123456789ab.partial"
     left.mkdir()
     (left / ".tmpfnhYNo").touch()
-    write(tmp_path, "a", besides=checkpoint)
+    write(tmp_path, "a", allowed=checkpoint)
     assert checkpoint.read_text() == "state"
 
 
-def test_where_a_file_cannot_be_replaced_none_is(tmp_path: Path) -> None:
+def test_no_file_is_replaced_if_one_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     (tmp_path / "b").mkdir()
-    with pytest.raises(EvaValueError, match="has a folder named b, which is") as told:
+    with pytest.raises(EvaValueError, match="has a folder named b, which is") as error:
         write(tmp_path, "a", "b", force=True)
     assert contents(tmp_path) == {"a": "old"}
-    assert contents(kept(told)) == {"a": "new", "b": "new"}
+    assert contents(folder_with_output(error)) == {"a": "new", "b": "new"}
 
 
-def kept(told: pytest.ExceptionInfo[EvaValueError]) -> Path:
-    """Return the folder that an error says holds what was to be written."""
-    return Path(str(told.value).rpartition(" are in ")[2])
+def folder_with_output(error: pytest.ExceptionInfo[EvaValueError]) -> Path:
+    """Return the folder that an error names as holding the unwritten output."""
+    return Path(str(error.value).rpartition(" are in ")[2])
 
 
 @pytest.mark.parametrize("failing", range(4))
-def test_a_failure_halfway_takes_all_back(
+def test_failure_while_moving_files_restores_the_old_ones(
     tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, names = tmp_path / "out", ["weights", ADAPTER_CONFIG, "new", "z"]
@@ -115,20 +115,22 @@ def test_a_failure_halfway_takes_all_back(
     def replace(source: Path, target: Path) -> None:
         calls.append(target.name)
         if len(calls) == failing + 1:
-            assert not (out / ADAPTER_CONFIG).exists()  # nobody takes the folder for whole
+            assert not (
+                out / ADAPTER_CONFIG
+            ).exists()  # so that the folder is not loaded as complete
             raise OSError(28, "No space left on device")
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(EvaValueError, match="No space left on device") as told:
+    with pytest.raises(EvaValueError, match="No space left on device") as error:
         write(out, *names, force=True)
     assert calls[failing] == ["new", "weights", "z", ADAPTER_CONFIG][failing]
     assert contents(out) == {"weights": "old", ADAPTER_CONFIG: "old", "z": "old"}
-    assert contents(kept(told)) == dict.fromkeys(names, "new")
-    assert sorted(p.name for p in kept(told).iterdir()) == sorted(names)
+    assert contents(folder_with_output(error)) == dict.fromkeys(names, "new")
+    assert sorted(p.name for p in folder_with_output(error).iterdir()) == sorted(names)
 
 
-def test_a_copy_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_backup_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "a", "b")
 
     def full(source: Path, target: Path) -> None:
@@ -136,13 +138,13 @@ def test_a_copy_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copy2", full)
-    with pytest.raises(EvaValueError, match="No space left on device") as told:
+    with pytest.raises(EvaValueError, match="No space left on device") as error:
         write(tmp_path, "a", "b", force=True)
     assert contents(tmp_path) == {"a": "new", "b": "new"}
-    assert sorted(path.name for path in kept(told).iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in folder_with_output(error).iterdir()) == ["a", "b"]
 
 
-def test_an_interrupt_in_the_last_moment_leaves_nothing(
+def test_interrupt_while_moving_files_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(source: Path, target: Path) -> None:
@@ -155,7 +157,7 @@ def test_an_interrupt_in_the_last_moment_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_interrupts_twice_keeps_the_old_files(
+def test_second_interrupt_keeps_the_old_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, ADAPTER_CONFIG, "weights")
@@ -163,7 +165,7 @@ def test_who_interrupts_twice_keeps_the_old_files(
     def interrupt(source: Path, target: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", interrupt)  # in the move, and in taking it back
+    monkeypatch.setattr(os, "replace", interrupt)  # while moving, and while moving back
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, ADAPTER_CONFIG, "weights", force=True)
     old = {
@@ -172,30 +174,30 @@ def test_who_interrupts_twice_keeps_the_old_files(
     assert {ADAPTER_CONFIG, "weights"} <= old
 
 
-def test_a_hidden_file_of_a_like_name_is_a_file(tmp_path: Path) -> None:
+def test_hidden_file_with_a_similar_name_counts_as_a_file(tmp_path: Path) -> None:
     (tmp_path / f".{tmp_path.name}.notes").write_text("mine")
     with pytest.raises(EvaValueError, match="is not empty; pass --force"):
         write(tmp_path, "a")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_of_two_at_once_the_first_stays(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_first_of_two_concurrent_writers_wins(tmp_path: Path, exists: bool) -> None:
     out = tmp_path / "out"
-    if there:
+    if exists:
         out.mkdir()
     second = staged_folder(out, False, None)
     (second.__enter__() / "a").write_text("second")
     write(out, "a")
-    with pytest.raises(EvaValueError, match="another program has written files to it") as told:
+    with pytest.raises(EvaValueError, match="another program has written files to it") as error:
         second.__exit__(None, None, None)
     assert contents(out) == {"a": "new"}
-    assert contents(kept(told)) == {"a": "second"}
+    assert contents(folder_with_output(error)) == {"a": "second"}
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_what_a_killed_run_left_is_no_obstacle(tmp_path: Path, there: bool) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_leftovers_of_a_killed_run_are_ignored(tmp_path: Path, exists: bool) -> None:
     out = tmp_path / "out"
-    if there:
+    if exists:
         out.mkdir()
     abandoned = staged_folder(out, False, None)
     (abandoned.__enter__() / "a").write_text("half")
@@ -203,7 +205,7 @@ def test_what_a_killed_run_left_is_no_obstacle(tmp_path: Path, there: bool) -> N
     assert contents(out) == {"a": "new"}
 
 
-def test_files_are_open_to_readers_and_on_the_disk(
+def test_files_have_default_modes_and_are_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced = []
@@ -216,9 +218,7 @@ def test_files_are_open_to_readers_and_on_the_disk(
     assert len(synced) == 1
 
 
-def test_what_cannot_be_written_to_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, *_: object, **options: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 

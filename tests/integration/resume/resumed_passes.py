@@ -1,4 +1,4 @@
-"""Passes to stop and to resume; run as a script, it kills each of them in several places."""
+"""Passes to stop and to resume; run as a script, it kills each of them at several points."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORWARDS = 13
 EPOCH = 5  # batches; the pass takes more than two epochs
 
 
-class Fickle(nn.Module):
+class ChangingSharing(nn.Module):
     """Layers whose sharing changes: ``c`` leaves ``a`` in batch 3, ``b`` is called twice."""
 
     def __init__(self) -> None:
@@ -58,13 +58,13 @@ class Noisy(nn.Module):
         return self.layers(x + 0.1 * torch.randn_like(x))
 
 
-def fickle_batches() -> list[Any]:
+def changing_sharing_batches() -> list[Any]:
     return [(x, i >= 2) for i, x in enumerate(vectors(EPOCH))]
 
 
 @dataclass
 class Case:
-    """A pass to break and to resume."""
+    """A pass to stop and to resume."""
 
     model: Callable[[], nn.Module] = make_llama
     batches: Callable[[], list[Any]] = lambda: text_batches(EPOCH)
@@ -85,16 +85,18 @@ CASES = {
     "frozen layers": Case(tau=0.8, options={"method": "sketch", "freeze_converged": True}),
     "subspace": Case(tau=0.97, options={"method": "sketch", "criterion": "subspace"}),
     "float64": Case(lambda: make_llama(torch.float64), options={"oversample": 3.0}),
-    "changing sharing": Case(Fickle, fickle_batches, options={"oversample": 2.5}),
+    "changing sharing": Case(
+        ChangingSharing, changing_sharing_batches, options={"oversample": 2.5}
+    ),
     "random forward": Case(Noisy, lambda: vectors(EPOCH)),
 }
-# Where the process dies: at a call of the last layer, at a batch, at a callback, in a write.
-KILLS = ("layer", "batch", "callback", "write")
-THOROUGH = ("sketch", "steps of several batches")  # these die in every place
+# Where the process is killed: in the last layer, at a batch, in the callback, in a write.
+KILL_POINTS = ("layer", "batch", "callback", "write")
+KILLED_EVERYWHERE = ("sketch", "steps of several batches")  # killed at every point
 
 
-def same(found: EvaResult, expected: EvaResult) -> None:
-    """Compare two results bit by bit, but for the time and memory that they took."""
+def check_equal(found: EvaResult, expected: EvaResult) -> None:
+    """Compare two results bit by bit, except for time and memory."""
     for kind in ("components", "singular_values", "explained_variance_ratio"):
         left, right = getattr(found, kind), getattr(expected, kind)
         assert list(left) == list(right)
@@ -111,7 +113,7 @@ def same(found: EvaResult, expected: EvaResult) -> None:
     assert seconds == sorted(seconds)
 
 
-def forwards_in(path: Path) -> int:
+def forwards_in_checkpoint(path: Path) -> int:
     return read_checkpoint(path)[0]["counts"]["forwards"]
 
 
@@ -119,8 +121,10 @@ class Stop(Exception):
     pass
 
 
-def stopped(case: Case, path: Path, after: int, error: type[BaseException] = Stop) -> None:
-    """Run a case whose loader fails behind some batches."""
+def run_until_stopped(
+    case: Case, path: Path, after: int, error: type[BaseException] = Stop
+) -> None:
+    """Run a case whose loader fails after some batches."""
 
     def loader() -> Iterator[Any]:
         data = case.batches()
@@ -134,45 +138,45 @@ def stopped(case: Case, path: Path, after: int, error: type[BaseException] = Sto
     assert hooks_of(model) == 0
 
 
-def never(model: nn.Module, batch: Any) -> None:
+def fail_if_called(model: nn.Module, batch: Any) -> None:
     raise AssertionError("a forward pass was run")
 
 
-def never_iterated() -> Iterator[Any]:
+def fail_if_iterated() -> Iterator[Any]:
     raise AssertionError("the loader was iterated")
     yield
 
 
-def die() -> None:
+def kill_process() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(60)  # the signal is on its way
+    time.sleep(60)  # until the signal arrives
 
 
-def die_at(count: int) -> Callable[..., None]:
+def kill_at_call(count: int) -> Callable[..., None]:
     """Return a function whose call number ``count`` kills the process."""
     calls = iter(range(count - 1))
 
-    def called(*args: Any, **kwargs: Any) -> None:
+    def count_down(*args: Any, **kwargs: Any) -> None:
         if next(calls, None) is None:
-            die()
+            kill_process()
 
-    return called
+    return count_down
 
 
-def killed_pass(case: Case, where: str, count: int, path: Path) -> None:
+def run_until_killed(case: Case, where: str, count: int, path: Path) -> None:
     """Run a pass in this process until it kills itself."""
-    mortal, options = die_at(count), {"checkpoint": path, "checkpoint_every": 3}
+    kill, options = kill_at_call(count), {"checkpoint": path, "checkpoint_every": 3}
     model, loader = case.model(), case.batches()
     if where == "layer":
         last = [m for m in model.modules() if isinstance(m, nn.Linear)][-2]
-        last.register_forward_pre_hook(mortal)
+        last.register_forward_pre_hook(kill)
     elif where == "batch":
-        loader = Endless(loader, mortal)
+        loader = Endless(loader, kill)
     elif where == "callback":
-        options["callback"] = mortal
+        options["callback"] = kill
     else:
         replace = os.replace
-        os.replace = lambda a, b: (mortal(), replace(a, b))[1]
+        os.replace = lambda a, b: (kill(), replace(a, b))[1]
     case.model = lambda: model
     case.result(loader, max_steps=1000, **options)
 
@@ -193,14 +197,14 @@ class Endless:
 def kill_points(name: str) -> dict[str, int]:
     """Choose where to kill, at random but the same in every run of the tests."""
     chosen = random.Random(name)
-    most = {"layer": 9, "batch": 9, "callback": 5, "write": 3}
-    places = KILLS if name in THOROUGH else ("layer", chosen.choice(KILLS[1:]))
-    return {where: chosen.randint(2, most[where]) for where in places}
+    latest = {"layer": 9, "batch": 9, "callback": 5, "write": 3}
+    places = KILL_POINTS if name in KILLED_EVERYWHERE else ("layer", chosen.choice(KILL_POINTS[1:]))
+    return {where: chosen.randint(2, latest[where]) for where in places}
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep to one thread in fixtures that live longer than a test."""
+    """Use one thread in fixtures that outlive a test."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -209,18 +213,18 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def file_of(folder: Path, name: str, where: str) -> Path:
+def checkpoint_of(folder: Path, name: str, where: str) -> Path:
     return folder / f"{name} {where}".replace(" ", "-") / "state.safetensors"
 
 
 def main(folder: Path) -> None:
-    """Fork one process for every case and place, which dies there; print how each one ended."""
+    """Fork a process for every case and kill point; print the exit code of each."""
     torch.set_num_threads(1)
     for name in CASES:
         for where, count in kill_points(name).items():
             child = os.fork()
             if child == 0:
-                killed_pass(CASES[name], where, count, file_of(folder, name, where))
+                run_until_killed(CASES[name], where, count, checkpoint_of(folder, name, where))
                 os._exit(0)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             sys.stdout.write(f"{name}|{where}|{code}\n")
