@@ -1,4 +1,4 @@
-"""Run the command line within the process, on small models that are made here."""
+"""Run the command line within the test process, on small models saved to a folder."""
 
 import inspect
 import json
@@ -23,7 +23,7 @@ QUICK = ["--r", "4", "--batch-size", "4", "--max-length", "32", "--tau", "0.5"]
 
 
 def make_home(home: Path) -> Path:
-    """Put small models, with a tokenizer each, and a data file into a folder, and return it."""
+    """Save small models, each with a tokenizer, and a data file to a folder, and return it."""
     letters = {chr(97 + i): i + 3 for i in range(26)}
     vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2, **letters}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -62,7 +62,7 @@ def run(*arguments: object) -> Result:
 
 
 def runner() -> CliRunner:
-    """Return what keeps standard error apart: click 8.1 does so if asked, later ones always."""
+    """Return a runner that separates stderr, which click 8.1 does only if asked."""
     apart = "mix_stderr" in inspect.signature(CliRunner).parameters
     return CliRunner(mix_stderr=False) if apart else CliRunner()
 
@@ -76,7 +76,7 @@ def init(home: Path, out: Path, *arguments: object, model: str = "llama") -> Res
 
 
 def reason(result: Result) -> str:
-    """Return the last line on stderr of a failed command, which holds the whole reason."""
+    """Return the last line on stderr of a failed command, which has the whole reason."""
     assert result.exit_code == 1, result.output
     assert "Traceback" not in result.stderr
     return result.stderr.rstrip("\n").splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The embedded default: a model that has learnt something, and texts that do not overlap."""
+"""The packaged model is trained, and its training and held-out texts do not overlap."""
 
 import ast
 import hashlib
@@ -40,12 +40,12 @@ def loss(model, blocks):
     return float(model(input_ids=blocks, labels=blocks, use_cache=False).loss)
 
 
-def test_the_folder_is_small():
+def test_packaged_model_is_small():
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
     assert sum(sizes.values()) <= 6 * 2**20, sizes
 
 
-def test_the_record_agrees_with_the_files(loaded):
+def test_training_record_agrees_with_the_files(loaded):
     model, tokenizer = loaded
     weights = (FOLDER / "model.safetensors").read_bytes()
     assert RECORD["model_sha256"] == hashlib.sha256(weights).hexdigest()
@@ -61,7 +61,7 @@ def test_the_record_agrees_with_the_files(loaded):
         assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.bfloat16"}  # noqa: SIM118
 
 
-def test_the_recorded_loss_curve_falls():
+def test_recorded_loss_decreases():
     curve = RECORD["loss"]
     assert len({len(values) for values in curve.values()}) == 1
     assert curve["step"][0] == 0
@@ -74,7 +74,7 @@ def test_the_recorded_loss_curve_falls():
         assert bits == pytest.approx(expected)
 
 
-def test_held_out_documentation_is_predicted(loaded, documents):
+def test_held_out_loss_is_low(loaded, documents):
     # Another Python has other documents, hence a bound above the 3.61 of the record.
     model, tokenizer = loaded
     texts = [text for name, text in documents.items() if is_held_out(name)]
@@ -84,7 +84,7 @@ def test_held_out_documentation_is_predicted(loaded, documents):
     assert loss(model, blocks) < 4.0 < 0.6 * math.log(len(tokenizer))
 
 
-def test_the_tokenizer_gives_any_text_back(loaded):
+def test_tokenizer_round_trips_any_text(loaded):
     _, tokenizer = loaded
     text = "def f(x):\n\treturn x  # naïve – 漢字 🙂\n\n\n    end"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -96,13 +96,13 @@ def test_the_tokenizer_gives_any_text_back(loaded):
     assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
-def test_the_dtype_can_be_chosen(loaded):
+def test_model_loads_in_the_given_dtype(loaded):
     assert loaded[0].dtype == torch.float32
     assert not loaded[0].training
     assert load_tiny_llama(torch.bfloat16)[0].dtype == torch.bfloat16
 
 
-def test_documents_are_prose_and_no_paragraph_is_in_two_of_them(documents):
+def test_documents_are_prose_without_shared_paragraphs(documents):
     assert len(documents) > 100
     assert sum(map(len, documents.values())) > 500_000
     names = list(documents)
@@ -118,13 +118,13 @@ def test_documents_are_prose_and_no_paragraph_is_in_two_of_them(documents):
     )
 
 
-def test_the_split_depends_on_the_name_alone(documents):
+def test_share_of_held_out_documents(documents):
     share = sum(is_held_out(name) for name in documents) / len(documents)
     assert 0.02 < share < 0.1
 
 
 def test_source_texts_are_code_without_docstrings():
-    limit = 400_000  # that one more file exceeds, maybe of 200 kB
+    limit = 400_000  # one more file, of up to 200 kB, would exceed it
     texts = source_texts(limit, seed=3)
     assert texts == source_texts(limit, seed=3)
     assert texts != source_texts(limit, seed=4)
@@ -134,7 +134,7 @@ def test_source_texts_are_code_without_docstrings():
     assert words.count("def") > 20
 
 
-def test_unreadable_files_are_passed_over(tmp_path, monkeypatch):
+def test_unreadable_files_are_skipped(tmp_path, monkeypatch):
     (tmp_path / "good.py").write_text('"""Taken out."""\n' + "value = 1\n" * 40, encoding="utf-8")
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9\n" * 50)
     (tmp_path / "broken.py").write_text("def (:\n" * 50, encoding="utf-8")
@@ -146,7 +146,7 @@ def test_unreadable_files_are_passed_over(tmp_path, monkeypatch):
     assert source_texts() == source_texts(limit_bytes=100) == ["value = 1\n" * 40]
 
 
-def test_a_text_without_docstrings_keeps_its_other_lines(tmp_path, monkeypatch):
+def test_removing_docstrings_keeps_other_lines(tmp_path, monkeypatch):
     source = (
         '"""Module.\n\nMore.\n"""\n\nclass C:\n    """Class."""\n    text = """kept"""\n\n'
         '    def f(self):\n        """Function."""\n        return "kept too"\n' + "x = 1\n" * 40
@@ -172,7 +172,7 @@ def test_blocks_come_from_different_files(loaded):
     assert not rows.intersection(tuple(row) for row in held_out.tolist())
 
 
-def test_batches_mix_full_rows_with_padded_ones():
+def test_batches_mix_full_and_padded_rows():
     blocks = torch.arange(2, 2 + 20 * 64).view(20, 64)
     batches = calibration_batches(blocks, pad_token_id=1, count=3, rows=6, ragged=2)
     assert len(batches) == 3

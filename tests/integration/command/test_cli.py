@@ -1,4 +1,4 @@
-"""The command line: what each command writes, says and returns."""
+"""The command line: output files, messages and exit codes of each command."""
 
 import functools
 import importlib
@@ -30,7 +30,7 @@ from eva_peft.results.result import EvaResult
 from eva_peft.surroundings import devices
 from integration.command.running import QUICK, data_and_out, init, make_home, reason, run, runner
 
-# PEFT asks transformers for a property by its old name.
+# PEFT reads a property of transformers by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 LAYERS = 14  # two blocks of seven
@@ -45,20 +45,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(home: Path) -> Path:
-    """Make an adapter folder by `init`, for tests that read it."""
-    out = home / "made"
+def adapter_folder(home: Path) -> Path:
+    """Make an adapter folder by `init`, for tests that only read it."""
+    out = home / "adapter"
     assert run("init", home / "llama", *data_and_out(home, out), *QUICK).exit_code == 0
     return out
 
 
 def children_seconds() -> float:
-    """Return the processor time of all children, which does not depend on what else runs."""
+    """Return the CPU time of all child processes, which does not depend on other load."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     return spent.ru_utime + spent.ru_stime
 
 
-def test_help_is_light_and_fast() -> None:
+def test_help_imports_no_heavy_package_and_is_fast() -> None:
     code = (
         "import sys; from eva_peft import cli; "
         "heavy = {'torch', 'numpy', 'transformers', 'peft', 'datasets', 'matplotlib'}; "
@@ -74,7 +74,7 @@ def test_help_is_light_and_fast() -> None:
     assert min(seconds) < 1.0
 
 
-def test_version() -> None:
+def test_version_is_printed() -> None:
     command = [sys.executable, "-m", "eva_peft.cli", "--version"]
     assert subprocess.run(command, capture_output=True).stdout.startswith(b"eva-kernels ")
     shown = run("--version")
@@ -90,7 +90,7 @@ def test_version() -> None:
         ("--target-modules", " , ", "error: --target-modules ' , ' names no module"),
     ],
 )
-def test_refused_before_the_model_is_loaded(
+def test_invalid_options_fail_before_the_model_is_loaded(
     tmp_path: Path, option: str, value: str, message: str
 ) -> None:
     result = run("init", "no/model", "--data", "no.txt", "--out", tmp_path / "o", option, value)
@@ -116,14 +116,14 @@ def test_refused_before_the_model_is_loaded(
         (["report", "x.safetensors", "--out", "x.pdf"], "must end in one of .html, .png, .svg"),
     ],
 )
-def test_wrong_usage(arguments: list[str], message: str) -> None:
+def test_usage_errors_exit_with_code_2(arguments: list[str], message: str) -> None:
     result = runner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 2
     assert message in result.stderr
 
 
-def test_info_names_versions_devices_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    # PyPI's wheels tell their build in the module alone
+def test_info_shows_versions_devices_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    # wheels from PyPI have their build in the module's version only
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     monkeypatch.setattr(cli.metadata, "version", lambda name: f"that of {name}")
     shown = run("info")
@@ -175,23 +175,25 @@ def test_info_shows_other_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "this torch is CPU only" not in shown
 
 
-def test_a_model_is_put_on_the_accelerator(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_moved_to_the_accelerator_by_default(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(devices, "accelerator", lambda: torch.device("meta"))
     given = str(home / "llama"), Task.CAUSAL_LM, "auto"
     assert load_model(*given, None, None, 0).device.type == "meta"
     assert load_model(*given, "cpu", None, 0).device.type == "cpu"
 
 
-def test_init_writes_an_adapter_that_loads(home: Path, made: Path) -> None:
-    assert sorted(path.name for path in made.iterdir()) == WRITTEN
-    result = EvaResult.load(made / "eva.safetensors")
+def test_init_writes_an_adapter_that_loads(home: Path, adapter_folder: Path) -> None:
+    assert sorted(path.name for path in adapter_folder.iterdir()) == WRITTEN
+    result = EvaResult.load(adapter_folder / "eva.safetensors")
     assert sum(result.ranks.values()) == 4 * LAYERS
     assert max(result.ranks.values()) <= 8
     base = AutoModelForCausalLM.from_pretrained(home / "llama").eval()
     tokens = torch.arange(3, 29).reshape(2, 13)
     with torch.no_grad():
         before = base(tokens).logits.clone()
-        loaded = PeftModel.from_pretrained(base, made).eval()
+        loaded = PeftModel.from_pretrained(base, adapter_folder).eval()
         after = loaded(tokens).logits
     torch.testing.assert_close(after, before)
     modules = dict(loaded.base_model.model.named_modules())
@@ -199,16 +201,18 @@ def test_init_writes_an_adapter_that_loads(home: Path, made: Path) -> None:
         if result.ranks[name]:
             torch.testing.assert_close(modules[name].lora_A["default"].weight.detach(), rows)
             assert not modules[name].lora_B["default"].weight.any()
-    assert "EVA initialisation of" in (made / "report.html").read_text(encoding="utf-8")
+    assert "EVA initialisation of" in (adapter_folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_init_repeats_to_the_bit(home: Path, made: Path, tmp_path: Path) -> None:
+def test_init_is_bitwise_reproducible(home: Path, adapter_folder: Path, tmp_path: Path) -> None:
     shown = init(home, tmp_path / "out")
     assert shown.exit_code == 0
     assert "total rank 56 over 14 layers" in shown.stdout
     assert str(tmp_path / "out") in shown.stdout
-    assert "is_trainable=True" in shown.stdout  # or PEFT freezes what is there to be trained
-    first, second = (load_file(f / "adapter_model.safetensors") for f in (made, tmp_path / "out"))
+    assert "is_trainable=True" in shown.stdout  # without it PEFT freezes the adapter
+    first, second = (
+        load_file(f / "adapter_model.safetensors") for f in (adapter_folder, tmp_path / "out")
+    )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert list(tmp_path.iterdir()) == [tmp_path / "out"], "the temporary folder is gone"
@@ -219,7 +223,7 @@ def test_init_repeats_to_the_bit(home: Path, made: Path, tmp_path: Path) -> None
     assert modes == {(tmp_path / "plain" / "file").stat().st_mode}
 
 
-def test_options_go_before_the_config_file(home: Path, tmp_path: Path) -> None:
+def test_options_override_the_config_file(home: Path, tmp_path: Path) -> None:
     config = {"r": 2, "lora_alpha": 7, "target_modules": ["q_proj", "k_proj"], "use_rslora": True}
     config |= {"eva_config": {"rho": 1.0, "tau": 0.1}, "inference_mode": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -246,7 +250,7 @@ def test_defaults_are_those_of_initialize(home: Path, tmp_path: Path) -> None:
     assert mine.to_dict() == theirs.to_dict()
 
 
-def test_encoder_decoder_models(home: Path, tmp_path: Path) -> None:
+def test_init_of_an_encoder_decoder(home: Path, tmp_path: Path) -> None:
     config = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "k", "v", "o"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     shown = init(home, tmp_path / "a", "--config", tmp_path / "config.json", model="t5")
@@ -259,7 +263,7 @@ def test_encoder_decoder_models(home: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["sequence-classification", "feature-extraction"])
-def test_other_tasks(home: Path, tmp_path: Path, task: str) -> None:
+def test_init_for_other_tasks(home: Path, tmp_path: Path, task: str) -> None:
     shown = init(home, tmp_path / "out", "--task", task, "--dtype", "bfloat16")
     assert shown.exit_code == 0, shown.stderr
     saved = PeftConfig.from_pretrained(tmp_path / "out")
@@ -270,7 +274,7 @@ def test_other_tasks(home: Path, tmp_path: Path, task: str) -> None:
 
 
 @pytest.mark.filterwarnings("always")
-def test_warnings_are_one_line(home: Path, tmp_path: Path) -> None:
+def test_warnings_are_printed_in_one_line(home: Path, tmp_path: Path) -> None:
     shown = init(home, tmp_path / "out", "--tau", "1", "--max-steps", "2")
     assert shown.exit_code == 0
     lines = [line for line in shown.stderr.splitlines() if "have not converged" in line]
@@ -279,7 +283,7 @@ def test_warnings_are_one_line(home: Path, tmp_path: Path) -> None:
     assert "0 of 14 layers converged after" in shown.stdout
 
 
-def test_a_filled_folder_is_refused_or_forced(home: Path, tmp_path: Path) -> None:
+def test_non_empty_folder_needs_force(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
@@ -293,13 +297,13 @@ def test_a_filled_folder_is_refused_or_forced(home: Path, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_an_empty_folder_is_taken(home: Path, tmp_path: Path) -> None:
+def test_existing_empty_folder_is_used(home: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert init(home, tmp_path / "out").exit_code == 0
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
-def test_a_file_as_folder_is_refused(home: Path, tmp_path: Path) -> None:
+def test_file_as_output_folder_is_an_error(home: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     assert "is a file; give a folder" in reason(init(home, tmp_path / "out", "--force"))
     assert (tmp_path / "out").read_text() == "mine"
@@ -318,7 +322,9 @@ def test_a_file_as_folder_is_refused(home: Path, tmp_path: Path) -> None:
         ('{"layers_pattern": "h"}', "PEFT rejects the LoRA config"),
     ],
 )
-def test_bad_config_files(home: Path, tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_config_files_are_errors(
+    home: Path, tmp_path: Path, content: str, message: str
+) -> None:
     config = tmp_path / "config.json"
     config.write_text(content)
     assert message in reason(init(home, tmp_path / "out", "--config", config))
@@ -341,7 +347,7 @@ def test_failures_leave_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def _initialize_that(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def replace_initialize(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def initialize(*args: Any, **kwargs: Any) -> None:
         if "checkpoint" in kwargs:
             Path(kwargs["checkpoint"]).touch()
@@ -353,7 +359,7 @@ def _initialize_that(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> N
 def test_debug_shows_the_traceback(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _initialize_that(monkeypatch, EvaRuntimeError("layer [b]x[/b]:\n  bad"))
+    replace_initialize(monkeypatch, EvaRuntimeError("layer [b]x[/b]:\n  bad"))
     assert reason(init(home, tmp_path / "out")) == "error: layer [b]x[/b]: bad"
     arguments = ["init", home / "llama", *data_and_out(home, tmp_path / "out")]
     shown = run("--debug", *arguments)
@@ -362,17 +368,17 @@ def test_debug_shows_the_traceback(
     assert shown.stderr.endswith("error: layer [b]x[/b]: bad\n")
 
 
-def test_unexpected_errors_keep_their_name(
+def test_unexpected_errors_show_their_type(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _initialize_that(monkeypatch, KeyError("x"))
+    replace_initialize(monkeypatch, KeyError("x"))
     assert reason(init(home, tmp_path / "out")).startswith("error: KeyError: 'x' (")
 
 
-def test_interruption_says_what_was_kept(
+def test_interrupt_reports_whether_a_checkpoint_was_kept(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _initialize_that(monkeypatch, KeyboardInterrupt())
+    replace_initialize(monkeypatch, KeyboardInterrupt())
     out, checkpoint = tmp_path / "out", tmp_path / "state.safetensors"
     shown = init(home, out)
     assert shown.exit_code == 130
@@ -394,8 +400,10 @@ def _raise_interrupt(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-@pytest.mark.parametrize(("number", "told"), [(2, "interrupted"), (15, "terminated")])
-def test_ended_in_the_middle_of_the_pass(home: Path, tmp_path: Path, number: int, told: str):
+@pytest.mark.parametrize(("number", "word"), [(2, "interrupted"), (15, "terminated")])
+def test_signal_during_the_pass_ends_the_command(
+    home: Path, tmp_path: Path, number: int, word: str
+):
     out = tmp_path / "out"
     arguments = ["init", home / "llama", *data_and_out(home, out), *QUICK, "--tau", "1"]
     arguments += ["--max-steps", "1000000"]
@@ -403,56 +411,56 @@ def test_ended_in_the_middle_of_the_pass(home: Path, tmp_path: Path, number: int
         [*RUN, *map(str, arguments)],
         stderr=subprocess.PIPE,
         start_new_session=True,
-        # where the tests run as a background job, SIGINT is ignored, and children inherit that
+        # background jobs ignore SIGINT, and child processes inherit that
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
-    seen = b""
-    while b"step 3" not in seen:
+    output = b""
+    while b"step 3" not in output:
         chunk = process.stderr.read1()
-        assert chunk, f"ended early: {seen!r}"
-        seen += chunk
+        assert chunk, f"ended early: {output!r}"
+        output += chunk
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert rest.decode().rstrip().endswith(f"{told}: nothing was saved")
+    assert rest.decode().rstrip().endswith(f"{word}: nothing was saved")
     assert b"Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", [".html", ".png", ".svg"])
-def test_report_writes_each_format(made: Path, tmp_path: Path, suffix: str) -> None:
+def test_report_writes_each_format(adapter_folder: Path, tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"report{suffix}"
-    shown = run("report", made / "eva.safetensors", "--out", target)
+    shown = run("report", adapter_folder / "eva.safetensors", "--out", target)
     assert shown.exit_code == 0
     assert shown.stdout == f"wrote {target}\n"
     start = {".html": b"<!DOCTYPE html>", ".png": b"\x89PNG", ".svg": b"<?xml"}[suffix]
     assert target.read_bytes().startswith(start)
 
 
-def test_report_stands_beside_its_file(made: Path, tmp_path: Path) -> None:
+def test_report_is_written_beside_its_file_by_default(adapter_folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "eva.safetensors"
-    file.write_bytes((made / "eva.safetensors").read_bytes())
+    file.write_bytes((adapter_folder / "eva.safetensors").read_bytes())
     assert run("report", file).exit_code == 0
     assert (tmp_path / "eva.html").is_file()
 
 
-def test_report_of_an_adapter_folder(made: Path, tmp_path: Path) -> None:
-    assert run("report", made, "--out", tmp_path / "r.html").exit_code == 0
+def test_report_of_an_adapter_folder(adapter_folder: Path, tmp_path: Path) -> None:
+    assert run("report", adapter_folder, "--out", tmp_path / "r.html").exit_code == 0
     assert (tmp_path / "r.html").is_file()
     assert f"there is no file {tmp_path / 'eva.safetensors'}" in reason(run("report", tmp_path))
 
 
-def test_report_of_something_else(made: Path, tmp_path: Path) -> None:
+def test_report_of_other_files_is_an_error(adapter_folder: Path, tmp_path: Path) -> None:
     assert "there is no file" in reason(run("report", tmp_path / "no.safetensors"))
     (tmp_path / "a.safetensors").write_text("text")
     assert "not a readable safetensors file" in reason(run("report", tmp_path / "a.safetensors"))
     assert "not a result of this version" in reason(
-        run("report", made / "adapter_model.safetensors")
+        run("report", adapter_folder / "adapter_model.safetensors")
     )
 
 
-def test_demo_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Path, dict[str, Any]]] = []
     demo = importlib.import_module("eva_peft.demo")
     monkeypatch.setattr(demo, "run_demo", lambda out, **options: calls.append((out, options)))
@@ -467,7 +475,7 @@ def test_demo_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert shown.stderr == "interrupted: nothing was saved\n"
 
 
-def test_a_checkpoint_may_lie_in_the_output_folder(home: Path, tmp_path: Path) -> None:
+def test_checkpoint_in_the_output_folder(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--checkpoint", out / "pass.safetensors")
     assert init(home, out, *arguments).exit_code == 0

@@ -1,4 +1,4 @@
-"""Calibration texts from files and datasets, and the batches made of them."""
+"""Calibration texts from files and datasets, and the batches made from them."""
 
 import json
 import sys
@@ -48,7 +48,7 @@ def write_jsonl(path: Path, *rows: object) -> str:
     return str(path)
 
 
-def test_text_file_has_a_text_a_line(tmp_path: Path) -> None:
+def test_text_file_has_one_text_per_line(tmp_path: Path) -> None:
     file = tmp_path / "a.TXT"
     file.write_bytes("\ufeffone ä\r\n\r\n  \ntwo\n".encode())
     assert load_texts(str(file)) == ["one ä", "two"]
@@ -72,12 +72,12 @@ def test_columns_are_guessed(tmp_path: Path, rows: list[object], expected: objec
     assert texts == (["one", "two"] if expected == 2 else expected)
 
 
-def test_a_column_can_be_named(tmp_path: Path) -> None:
+def test_text_column_can_be_given(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", {"text": "x", "body": "y"})
     assert load_texts(file, text_column="body") == ["y"]
 
 
-def test_limit_counts_texts_that_are_not_blank(tmp_path: Path) -> None:
+def test_limit_does_not_count_blank_texts(tmp_path: Path) -> None:
     rows = [{"text": text} for text in ("a", "", "b", "c")]
     assert load_texts(write_jsonl(tmp_path / "a.jsonl", *rows), limit=2) == ["a", "b"]
 
@@ -93,7 +93,9 @@ def test_parquet_in_a_folder_with_brackets(tmp_path: Path) -> None:
     assert load_texts(str(folder / "a.parquet"), limit=1) == ["one"]
 
 
-def test_chat_goes_through_the_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_is_rendered_by_the_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", {"messages": CHAT})
     tokenizer.chat_template = TEMPLATE
     # The tokenizer puts <s> in front itself, so the template's is taken off.
@@ -120,7 +122,7 @@ def test_hub_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_a_folder_of_files_is_a_dataset(tmp_path: Path) -> None:
+def test_folder_of_files_is_loaded_as_a_dataset(tmp_path: Path) -> None:
     needs("datasets")
     write_jsonl(tmp_path / "train.jsonl", {"text": "one"})
     assert load_texts(str(tmp_path)) == ["one"]
@@ -146,7 +148,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
-def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_invalid_files_are_errors(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     if name.endswith(".parquet"):
         needs("datasets")
     (tmp_path / name).write_bytes(content)
@@ -154,7 +156,7 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> N
         load_texts(str(tmp_path / name))
 
 
-def test_bad_arguments(tmp_path: Path) -> None:
+def test_invalid_arguments_are_errors(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", {"text": "x"})
     with pytest.raises(EvaValueError, match="no column 'body'; the columns are 'text'"):
         load_texts(file, text_column="body")
@@ -162,14 +164,14 @@ def test_bad_arguments(tmp_path: Path) -> None:
         load_texts(file, split="test")
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataNotFoundError, match=r"there is no file .*a\.jsonl") as caught:
         load_texts(str(tmp_path / "a.jsonl"))
     assert isinstance(caught.value, EvaError)
     assert isinstance(caught.value, FileNotFoundError)
 
 
-def test_missing_dataset() -> None:
+def test_missing_dataset_is_an_error() -> None:
     needs("datasets")
     with pytest.raises(DataNotFoundError, match="'no/such' is neither a file nor a dataset"):
         load_texts("no/such")
@@ -218,15 +220,17 @@ def test_a_model_limits_length_and_pad_token(tokenizer: PreTrainedTokenizerFast)
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     assert padding_token(tokenizer) == 2
-    assert padding_token(tokenizer, model) == 1  # the end token: of 2 there is no embedding
+    assert padding_token(tokenizer, model) == 1  # the end token, as 2 has no embedding
     batches = make_loader(["a b c d e", "a"], tokenizer, 2, 16, seed=0, model=model)
     assert sorted(next(iter(batches))["input_ids"].tolist()) == [[0, 4, 1], [0, 4, 5]]
 
 
-def test_positions_that_a_model_tells_of(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_length_is_limited_by_the_positions_of_the_model(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 1, "max_position_embeddings": 8}
-    # RoBERTa's positions begin behind that of padding
+    # RoBERTa's positions begin after that of padding
     roberta = RobertaModel(RobertaConfig(vocab_size=9, pad_token_id=1, **sizes))
     (batch,) = make_loader(["a " * 20], tokenizer, 1, 16, seed=0, model=roberta)
     assert batch["input_ids"].shape == (1, 6)
@@ -236,13 +240,13 @@ def test_positions_that_a_model_tells_of(tokenizer: PreTrainedTokenizerFast) -> 
     assert batch["input_ids"].shape == (1, 16)
 
 
-def test_half_an_emoji_is_replaced(tmp_path: Path) -> None:
+def test_unpaired_surrogate_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl"
     path.write_text('{"text": "one \\ud83d"}\n{"text": "two \\ud83d\\ude00"}\n')
     assert load_texts(str(path)) == ["one ?", "two \U0001f600"]
 
 
-def test_a_message_that_calls_tools_needs_no_text(tmp_path: Path) -> None:
+def test_message_with_tool_calls_needs_no_content(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     calls = [{"role": "user", "content": "one"}, {"role": "assistant", "tool_calls": [{}]}]
     path.write_text(json.dumps({"messages": calls}))
@@ -252,15 +256,15 @@ def test_a_message_that_calls_tools_needs_no_text(tmp_path: Path) -> None:
         load_texts(str(path))
 
 
-def test_a_message_of_parts_is_the_text_of_these(tmp_path: Path) -> None:
+def test_text_parts_of_a_message_are_joined(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     parts = [{"type": "image"}, {"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "three"}]
-    path.write_text(json.dumps({"messages": said}))
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "three"}]
+    path.write_text(json.dumps({"messages": messages}))
     assert load_texts(str(path)) == ["one\ntwo\nthree"]
 
 
-def test_an_empty_parquet_file(tmp_path: Path) -> None:
+def test_empty_parquet_file_is_an_error(tmp_path: Path) -> None:
     needs("datasets")
     table = needs("pyarrow").table({"text": []})
     needs("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
@@ -268,7 +272,7 @@ def test_an_empty_parquet_file(tmp_path: Path) -> None:
         load_texts(str(tmp_path / "a.parquet"))
 
 
-def test_order_comes_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_order_depends_on_the_seed_only(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["a", "b", "c", "d", "e"]
 
     def order(seed: int) -> list[int]:
@@ -285,7 +289,7 @@ def test_order_comes_from_the_seed_alone(tokenizer: PreTrainedTokenizerFast) -> 
 
 def test_decoder_inputs_are_shifted() -> None:
     class Model:
-        device = torch.device("meta")  # where weights are that are offloaded
+        device = torch.device("meta")  # device of offloaded weights
 
         def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
             return labels.roll(1, 1)

@@ -1,4 +1,4 @@
-"""The demo from end to end, in its quick form, and the measures that it reports."""
+"""The demo from start to end in its quick form, and the measures that it reports."""
 
 import copy
 import io
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo") / "made"
+    folder = tmp_path_factory.mktemp("demo") / "output"
     console = Console(file=io.StringIO(), width=80)
     numbers = run_demo(folder, quick=True, console=console)
     return folder, numbers, console.file.getvalue()
@@ -30,7 +30,7 @@ def inputs():
     return comparison.read_inputs(QUICK)
 
 
-def test_it_writes_its_files(demo):
+def test_demo_writes_its_files(demo):
     folder, numbers, _ = demo
     names = {path.name for path in folder.iterdir()}
     assert names == {"demo-report.html", "demo.json", "loss.png", "eva.png"}
@@ -39,32 +39,32 @@ def test_it_writes_its_files(demo):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_process_is_left_where_the_memory_of_one_cannot_be_measured(tmp_path, monkeypatch):
-    script, made = tmp_path / "python", []
+def test_failed_memory_measurement_leaves_no_process(tmp_path, monkeypatch):
+    script, children = tmp_path / "python", []
     script.write_text('#!/bin/sh\ncase "$*" in *plain) echo no >&2; exit 1;; esac\nexec sleep 60\n')
     script.chmod(0o755)
-    begin = subprocess.Popen
+    popen = subprocess.Popen
 
-    def noting(*command, **options):
-        made.append(begin(*command, **options))
-        return made[-1]
+    def recording_popen(*command, **options):
+        children.append(popen(*command, **options))
+        return children[-1]
 
     monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr(subprocess, "Popen", noting)
+    monkeypatch.setattr(subprocess, "Popen", recording_popen)
     try:
         with pytest.raises(
             RuntimeError, match="'plain' could not be measured in a separate process: no"
         ):
             run.measure_memory(quick=True)
-        assert [child.poll() is None for child in made] == [False] * 3
+        assert [child.poll() is None for child in children] == [False] * 3
     finally:
-        for child in made:
+        for child in children:
             child.kill()
             child.wait()
             child.stdout.close(), child.stderr.close()
 
 
-def test_the_page_needs_no_other_file(demo):
+def test_report_page_is_self_contained(demo):
     page = (demo[0] / "demo-report.html").read_text(encoding="utf-8")
     for heading in ("What was run", "Initialisation", "Fine-tuning", "Ranks", "Convergence"):
         assert f"<h2>{heading}</h2>" in page
@@ -72,7 +72,7 @@ def test_the_page_needs_no_other_file(demo):
         assert reference.startswith(("data:", "#"))
 
 
-def test_it_prints_both_tables_without_cutting_them(demo):
+def test_both_tables_are_printed_untruncated(demo):
     text = demo[2]
     for words in (
         "eva-kernels*",
@@ -85,7 +85,7 @@ def test_it_prints_both_tables_without_cutting_them(demo):
     assert "…" not in text
 
 
-def test_both_packages_spend_the_same_ranks(demo):
+def test_both_packages_use_the_same_total_rank(demo):
     measured = demo[1]["initialisation"]
     for name in (OURS, OURS_SAME_FORWARDS, PEFT):
         assert sum(measured[name]["ranks"].values()) == 35 * QUICK.r
@@ -94,19 +94,19 @@ def test_both_packages_spend_the_same_ranks(demo):
     assert measured[OURS_SAME_FORWARDS]["forwards"] == measured[PEFT]["forwards"]
 
 
-def test_ours_is_no_further_from_exact_than_peft(demo):
+def test_lost_variance_is_at_most_that_of_peft(demo):
     measured = demo[1]["initialisation"]
     assert 0 <= measured[OURS]["lost_variance"] < 0.02
     assert measured[OURS_SAME_FORWARDS]["lost_variance"] <= measured[PEFT]["lost_variance"] < 0.2
 
 
-def test_ours_adds_less_memory_than_peft(demo):
+def test_peak_memory_is_below_that_of_peft(demo):
     measured = demo[1]["initialisation"]
     assert measured["plain_peak_bytes"] > 100 * 2**20
     assert measured[OURS]["peak_bytes_above_plain"] < measured[PEFT]["peak_bytes_above_plain"]
 
 
-def test_every_start_begins_at_the_same_loss_and_lowers_it(demo):
+def test_every_start_lowers_the_same_initial_loss(demo):
     curves = demo[1]["fine_tuning"]
     assert len(curves) == 3
     assert len({curve["mean"][0] for curve in curves.values()}) == 1
@@ -126,12 +126,12 @@ def test_lost_variance_is_zero_for_exact_rows_and_one_for_the_worst():
     assert lost(covariance, eye[3:]) == pytest.approx(1)
 
 
-def test_exact_covariances_leave_padding_out_and_share_inputs(inputs):
+def test_exact_covariances_omit_padding_and_share_inputs(inputs):
     (batch,) = inputs.batches(QUICK)[:1]
-    seen = {}
+    captured = {}
 
     def keep(_, args):
-        seen["x"] = args[0]
+        captured["x"] = args[0]
 
     sums = comparison._InputSums(inputs.model)
     layer = "model.layers.1.self_attn.v_proj"
@@ -140,7 +140,7 @@ def test_exact_covariances_leave_padding_out_and_share_inputs(inputs):
         sums.mask = batch["attention_mask"].bool()
         inputs.model(**batch)
     handle.remove()
-    kept = seen["x"][batch["attention_mask"].bool()].double()
+    kept = captured["x"][batch["attention_mask"].bool()].double()
     expected = (len(kept) - 1) * torch.cov(kept.T)
     torch.testing.assert_close(sums.covariance(layer), expected)
     assert sums.first_reader[layer] == "model.layers.1.self_attn.q_proj"
@@ -148,13 +148,13 @@ def test_exact_covariances_leave_padding_out_and_share_inputs(inputs):
     assert not any(module._forward_pre_hooks for module in inputs.model.modules())
 
 
-def test_a_pass_of_peft_without_an_end_is_given_up(inputs):
+def test_pass_of_peft_stops_at_its_limit(inputs):
     run = comparison.run_peft(inputs.model, inputs.batches(QUICK), QUICK, limit=2)
     assert run.forwards == 2
     assert run.lora_a is None
 
 
-def test_the_random_starts_differ_in_the_length_of_their_rows(inputs):
+def test_random_and_orthonormal_starts_differ_in_row_norms(inputs):
     config = QUICK.lora_config()
     for start, seed in ((finetune.random_start, 0), (finetune.orthonormal_start, 1)):
         first, again, other = (
@@ -170,7 +170,7 @@ def test_the_random_starts_differ_in_the_length_of_their_rows(inputs):
         assert unit == (start is finetune.orthonormal_start)
 
 
-def test_fine_tuning_repeats_itself_and_trains_the_adapter_alone(inputs):
+def test_fine_tuning_is_reproducible_and_keeps_base_weights(inputs):
     before = {name: p.clone() for name, p in inputs.model.named_parameters()}
     recipe = finetune.Recipe(steps=2, every=1, batch=2)
     starts = {"random": finetune.random_start(QUICK.lora_config())}
@@ -183,7 +183,7 @@ def test_fine_tuning_repeats_itself_and_trains_the_adapter_alone(inputs):
         assert torch.equal(parameter, before[name])
 
 
-def test_the_mean_and_its_standard_error():
+def test_curve_has_mean_and_standard_error():
     curve = finetune.Curve(steps=[0, 1], runs=[[4.0, 1.0], [4.0, 3.0]], parameters=1, rank=1)
     assert curve.mean() == [4.0, 2.0]
     assert curve.standard_error() == [0.0, pytest.approx(1.0)]

@@ -1,4 +1,4 @@
-"""What `eva-kernels init` makes of a model and a task, and what it says where it cannot."""
+"""Models, tokenizers and configs that `eva-kernels init` sets up, and its error messages."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ from eva_peft.results.result import EvaResult
 from integration.command.running import init, make_home, reason, run
 from integration.conftest import VOCABULARY, lora, text_batches
 
-# PEFT asks transformers for a property by its old name.
+# PEFT reads a property of transformers by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
@@ -36,39 +36,41 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("model", ["llama", "bert"])
 @pytest.mark.parametrize("task", ["token-classification", "question-answering"])
-def test_heads_are_trained_and_not_adapted(
+def test_task_heads_are_trained_and_not_adapted(
     home: Path, tmp_path: Path, task: str, model: str
 ) -> None:
-    shown = init(home, tmp_path / "out", "--task", task, model=model)
-    assert shown.exit_code == 0, shown.stderr
-    result = EvaResult.load(tmp_path / "out" / "eva.safetensors")
-    assert len(result.ranks) == {"llama": 14, "bert": 12}[model]
-    assert not any("classifier" in name or "outputs" in name for name in result.ranks)
+    result = init(home, tmp_path / "out", "--task", task, model=model)
+    assert result.exit_code == 0, result.stderr
+    eva_result = EvaResult.load(tmp_path / "out" / "eva.safetensors")
+    assert len(eva_result.ranks) == {"llama": 14, "bert": 12}[model]
+    assert not any("classifier" in name or "outputs" in name for name in eva_result.ranks)
     saved = PeftConfig.from_pretrained(tmp_path / "out")
     assert saved.modules_to_save
     if (task, model) == ("token-classification", "bert"):
         AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "out")
 
 
-def test_an_encoder_decoder_without_a_head(home: Path, tmp_path: Path) -> None:
-    shown = init(home, tmp_path / "out", "--task", "feature-extraction", model="t5")
-    assert shown.exit_code == 0, shown.stderr
+def test_encoder_decoder_without_a_head(home: Path, tmp_path: Path) -> None:
+    result = init(home, tmp_path / "out", "--task", "feature-extraction", model="t5")
+    assert result.exit_code == 0, result.stderr
     assert not EvaResult.load(tmp_path / "out" / "eva.safetensors").uncalled
 
 
-def test_a_model_of_another_kind_is_named(home: Path, tmp_path: Path) -> None:
-    told = reason(init(home, tmp_path / "out", model="t5"))
-    assert "is a t5 model, which --task causal-lm cannot load; tasks that can: seq2seq-lm" in told
+def test_model_that_a_task_cannot_load_is_named(home: Path, tmp_path: Path) -> None:
+    message = reason(init(home, tmp_path / "out", model="t5"))
+    assert (
+        "is a t5 model, which --task causal-lm cannot load; tasks that can: seq2seq-lm" in message
+    )
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "a/folder/deep"])
-def test_a_folder_that_is_not_there(home: Path, tmp_path: Path, name: str) -> None:
+def test_missing_model_folder_is_an_error(home: Path, tmp_path: Path, name: str) -> None:
     arguments = ("--data", home / "data.jsonl", "--out", tmp_path / "out")
-    told = reason(run("init", name, *arguments))
-    assert told.startswith(f"error: there is no folder {name}; pass the folder of a saved model")
+    message = reason(run("init", name, *arguments))
+    assert message.startswith(f"error: there is no folder {name}; pass the folder of a saved model")
 
 
-def test_a_folder_without_a_tokenizer(home: Path, tmp_path: Path) -> None:
+def test_folder_without_a_tokenizer_is_an_error(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "llama", tmp_path / "model")
     for path in (tmp_path / "model").glob("token*"):
         path.unlink()
@@ -78,8 +80,8 @@ def test_a_folder_without_a_tokenizer(home: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_tokenizer_without_words(home: Path, tmp_path: Path) -> None:
-    """As transformers 5.2 makes one of a folder without its files."""
+def test_tokenizer_without_vocabulary_is_an_error(home: Path, tmp_path: Path) -> None:
+    """As transformers 5.2 creates for a folder without tokenizer files."""
     shutil.copytree(home / "llama", tmp_path / "model")
     empty = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     saved = PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>", eos_token="</s>")
@@ -90,13 +92,13 @@ def test_a_tokenizer_without_words(home: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_tokenizer_that_cannot_be_made_without_its_files(tmp_path: Path) -> None:
+def test_tokenizer_with_missing_files_is_an_error(tmp_path: Path) -> None:
     EsmConfig(vocab_size=33).save_pretrained(tmp_path)
     with pytest.raises(EvaValueError, match="has no tokenizer that can be loaded"):
         load_tokenizer(str(tmp_path))
 
 
-def test_an_error_that_says_nothing_is_told_by_its_kind(
+def test_error_without_text_is_named_by_its_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*given: Any, **named: Any) -> Any:
@@ -107,7 +109,7 @@ def test_an_error_that_says_nothing_is_told_by_its_kind(
         load_tokenizer(str(tmp_path))
 
 
-def test_words_may_be_added(tmp_path: Path) -> None:
+def test_tokenizer_with_added_tokens_only_is_accepted(tmp_path: Path) -> None:
     empty = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     empty.add_tokens(list("ACGT"))
     saved = PreTrainedTokenizerFast(tokenizer_object=empty, unk_token="<unk>", eos_token="</s>")
@@ -115,21 +117,21 @@ def test_words_may_be_added(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path))("ACGT")["input_ids"] == [2, 3, 4, 5]
 
 
-def test_a_tokenizer_that_tells_nothing_of_added_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Mistral's own, which has fewer methods than others."""
-    own = SimpleNamespace(get_vocab=lambda: {"a": 0}, all_special_tokens=[])
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: own)
-    assert load_tokenizer("model") is own
+def test_tokenizer_without_get_added_vocab_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Mistral's own tokenizer, which has fewer methods than others."""
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0}, all_special_tokens=[])
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    assert load_tokenizer("model") is tokenizer
 
 
 @pytest.mark.parametrize("excluded", [["key"], r".*\.key", r"(?i).*\.KEY"])
-def test_a_config_s_exclusions_join_the_heads(
+def test_exclusions_of_the_config_are_kept_beside_the_heads(
     home: Path, tmp_path: Path, excluded: str | list[str]
 ) -> None:
     given = {"task_type": "TOKEN_CLS", "exclude_modules": excluded}
     (tmp_path / "c.json").write_text(json.dumps(given))
-    shown = init(home, tmp_path / "out", "--config", tmp_path / "c.json", model="bert")
-    assert shown.exit_code == 0, shown.stderr
+    result = init(home, tmp_path / "out", "--config", tmp_path / "c.json", model="bert")
+    assert result.exit_code == 0, result.stderr
     names = EvaResult.load(tmp_path / "out" / "eva.safetensors").ranks
     assert len(names) == 10
     assert not any("classifier" in name or "key" in name for name in names)
@@ -138,55 +140,59 @@ def test_a_config_s_exclusions_join_the_heads(
 @pytest.mark.parametrize(
     ("task", "head"), [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")]
 )
-def test_heads_without_the_command_line(task: str, head: str) -> None:
-    """PEFT trains them whole, and refuses to adapt them, too, as "all-linear" asks for."""
-    config = BertConfig(
+def test_initialize_excludes_task_heads_from_all_linear(task: str, head: str) -> None:
+    """PEFT trains them in full, and would also adapt them for "all-linear"."""
+    bert_config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=2,
     )  # fmt: skip
     make = {"TOKEN_CLS": BertForTokenClassification, "QUESTION_ANS": BertForQuestionAnswering}
     options: dict[str, Any] = {"max_steps": 2, "on_not_converged": "ignore", "progress": False}
-    wanted = lora(task_type=task, target_modules="All-Linear")
-    model = initialize(make[task](config), text_batches(2), wanted, **options)
-    assert wanted.exclude_modules is None
+    config = lora(task_type=task, target_modules="All-Linear")
+    model = initialize(make[task](bert_config), text_batches(2), config, **options)
+    assert config.exclude_modules is None
     assert len(model.eva_result.ranks) == 6
     assert head not in model.eva_result.ranks
     assert isinstance(getattr(model.base_model.model, head), ModulesToSaveWrapper)
 
 
-def test_a_config_of_parameters_alone_does_not_get_all_linear() -> None:
+def test_config_with_target_parameters_does_not_get_all_linear() -> None:
     fields = {"target_parameters": ["mlp.experts.gate_up_proj"], "target_modules": None}
     config = lora_config({**fields, "eva_config": {}}, Task.CAUSAL_LM)
     assert not config.target_modules
 
 
 @pytest.mark.parametrize("kind", ["SEQ_CLASS", "seq_cls"])
-def test_a_task_type_that_does_not_exist(home: Path, tmp_path: Path, kind: str) -> None:
+def test_unknown_task_type_is_an_error(home: Path, tmp_path: Path, kind: str) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"task_type": kind}))
-    told = reason(init(home, tmp_path / "out", "--config", tmp_path / "c.json"))
-    assert f"task_type='{kind}' is unknown; pass --task, or use one of CAUSAL_LM, SEQ_2_SEQ" in told
+    message = reason(init(home, tmp_path / "out", "--config", tmp_path / "c.json"))
+    assert (
+        f"task_type='{kind}' is unknown; pass --task, or use one of CAUSAL_LM, SEQ_2_SEQ" in message
+    )
 
 
-def test_a_config_with_a_byte_order_mark(home: Path, tmp_path: Path) -> None:
+def test_config_with_a_byte_order_mark_is_read(home: Path, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"r": 3}), encoding="utf-8-sig")
     out = tmp_path / "out"
     assert init(home, out, "--config", tmp_path / "c.json").exit_code == 0
-    assert PeftConfig.from_pretrained(out).r == 4  # the option goes before the file
+    assert PeftConfig.from_pretrained(out).r == 4  # the option overrides the file
 
 
 @pytest.mark.filterwarnings("always")
-def test_a_target_module_that_is_not_there_is_named(home: Path, tmp_path: Path) -> None:
-    shown = init(home, tmp_path / "out", "--target-modules", "q_proj,vproj,self_attn.k_proj")
-    assert shown.exit_code == 0
-    assert "warning: target_modules names vproj, but the model has no such module" in shown.stderr
-    told = [line for line in shown.stderr.splitlines() if "Materializing param" not in line]
-    assert not any("k_proj" in line for line in told)  # but in the bar of early transformers 5
+def test_missing_target_module_is_named(home: Path, tmp_path: Path) -> None:
+    result = init(home, tmp_path / "out", "--target-modules", "q_proj,vproj,self_attn.k_proj")
+    assert result.exit_code == 0
+    assert "warning: target_modules names vproj, but the model has no such module" in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "Materializing param" not in line]
+    assert not any("k_proj" in line for line in lines)  # except in the bar of early transformers 5
 
 
-def test_rho_without_bounds(home: Path, tmp_path: Path) -> None:
+def test_infinite_rho_is_an_error(home: Path, tmp_path: Path) -> None:
     assert "rho=inf must be finite" in reason(init(home, tmp_path / "out", "--rho", "inf"))
 
 
-def test_no_data(home: Path, tmp_path: Path) -> None:
-    told = reason(run("init", home / "llama", "--data", "", "--out", tmp_path / "out"))
-    assert told.startswith("error: no data given; pass the path of a .jsonl, .parquet or .txt file")
+def test_empty_data_option_is_an_error(home: Path, tmp_path: Path) -> None:
+    message = reason(run("init", home / "llama", "--data", "", "--out", tmp_path / "out"))
+    assert message.startswith(
+        "error: no data given; pass the path of a .jsonl, .parquet or .txt file"
+    )

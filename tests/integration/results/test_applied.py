@@ -1,4 +1,4 @@
-"""A result that is applied: elsewhere, with other ranks, another config, in part or twice."""
+"""``EvaResult.apply`` with other ranks, another config, some layers only, or repeatedly."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from integration.conftest import (
 )
 
 
-def test_applied_with_another_allocation(llama_result: EvaResult) -> None:
+def test_apply_with_another_allocation(llama_result: EvaResult) -> None:
     model = llama_result.apply(make_llama(), r=2)
     layers = lora_layers(model)
     assert sum(layer.r["default"] for layer in layers.values()) == 28
     assert model.peft_config["default"].r == 2
     assert model.eva_result.base_ranks == dict.fromkeys(llama_result.ranks, 2)
     assert model.peft_config["default"].lora_alpha == 4
-    for layer in layers.values():  # alpha / r of the pass, wherever the rank went
+    for layer in layers.values():  # alpha / r of the pass, whatever the new rank
         assert layer.scaling["default"] == pytest.approx(8 / 4)
     model = llama_result.apply(make_llama(), min_rank=1)
     assert len(lora_layers(model)) == 14
 
 
-def test_applied_with_another_config(llama_result: EvaResult) -> None:
+def test_apply_with_another_config(llama_result: EvaResult) -> None:
     model = llama_result.apply(make_llama(), lora(lora_alpha=32, use_rslora=True))
     layers = lora_layers(model)
     assert {name: layer.r["default"] for name, layer in layers.items()} == llama_result.ranks
@@ -56,7 +56,7 @@ def test_applied_with_another_config(llama_result: EvaResult) -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_applied_to_an_adapter_that_is_not_there(trained: bool, llama_result: EvaResult) -> None:
+def test_apply_to_a_missing_adapter_is_an_error(trained: bool, llama_result: EvaResult) -> None:
     model = wrapped(make_llama(), lora())
     before = state_of(model)
     with pytest.raises(EvaValueError, match=r"the model has no .*adapter 'mine'"):
@@ -64,7 +64,7 @@ def test_applied_to_an_adapter_that_is_not_there(trained: bool, llama_result: Ev
     assert same_state(before, state_of(model))
 
 
-def test_the_config_that_is_applied_says_whether_rows_are_whitened(llama_result: Any) -> None:
+def test_whiten_of_the_applied_config_is_used(llama_result: Any) -> None:
     for config in (lora(whiten=True), lora()):
         model = llama_result.apply(make_llama(), config)
         for name, layer in lora_layers(model).items():
@@ -74,7 +74,7 @@ def test_the_config_that_is_applied_says_whether_rows_are_whitened(llama_result:
             torch.testing.assert_close(norms, values**-0.5 if whitened else torch.ones(len(norms)))
 
 
-def test_rows_along_which_nothing_varies_are_not_divided(llama_result: EvaResult) -> None:
+def test_rows_without_variance_are_not_whitened(llama_result: EvaResult) -> None:
     result = copy.deepcopy(llama_result)
     name = next(name for name, rank in result.ranks.items() if rank > 1)
     result.singular_values[name][1] = 0
@@ -83,7 +83,7 @@ def test_rows_along_which_nothing_varies_are_not_divided(llama_result: EvaResult
     assert not torch.equal(rows[0], plain[0])
 
 
-def test_some_layers_are_enough_where_that_is_said(llama_result: EvaResult) -> None:
+def test_layers_missing_from_the_adapter_need_strict_false(llama_result: EvaResult) -> None:
     model = wrapped(make_llama(), lora(target_modules=["q_proj"]))
     with pytest.raises(EvaValueError, match="unknown layers"):
         llama_result.apply(model)
@@ -94,7 +94,7 @@ def test_some_layers_are_enough_where_that_is_said(llama_result: EvaResult) -> N
         assert torch.equal(layer.lora_A["default"].weight, state[name])
 
 
-def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
+def test_result_with_rank_zero_can_be_applied_again(tmp_path: Path) -> None:
     result = run(make_llama(), text_batches(3), lora(r=1, rho=8.0), max_steps=3)
     none = [name for name, rank in result.ranks.items() if not rank]
     assert none
@@ -108,7 +108,7 @@ def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make_llama(), tmp_path, is_trainable=True)
     assert same_state(before, state_of(result.apply(again)))
-    result.ranks[none[0]] = 1  # wants an adapter that is gone
+    result.ranks[none[0]] = 1  # needs an adapter that was removed
     with pytest.raises(EvaValueError, match=f"1 unknown layer .{none[0]}"):
         result.apply(model)
     result.ranks = {**result.ranks, none[0]: 0, "no.such.layer": 0}
@@ -117,23 +117,23 @@ def test_a_result_with_rank_zero_is_applied_twice(tmp_path: Path) -> None:
         result.apply(model)
 
 
-def test_a_layer_without_rank_keeps_no_trace_of_the_adapter() -> None:
+def test_layer_of_rank_zero_has_no_entries_of_the_adapter() -> None:
     model = wrapped(Clash(), lora(init_lora_weights=True))
     model.add_adapter("mine", lora(use_dora=True))
-    traces = traces_of(model, "sub.lin", "mine")
+    entries = entries_of(model, "sub.lin", "mine")
     result = run(Clash(), vectors(4, features=16), lora(), max_steps=4)
     assert result.ranks["sub.lin"] == 0
     result.apply(model, adapter_name="mine")
-    assert {"r", "scaling", "lora_A", "lora_B"} < traces
+    assert {"r", "scaling", "lora_A", "lora_B"} < entries
     known = lora_layers(model)["sub.lin"].other_param_names
-    assert traces_of(model, "sub.lin", "mine") == {"use_dora", "lora_bias"}.difference(known)
-    assert traces_of(model, "lin", "mine") == traces
+    assert entries_of(model, "sub.lin", "mine") == {"use_dora", "lora_bias"}.difference(known)
+    assert entries_of(model, "lin", "mine") == entries
     assert "sub.lin" in lora_layers(model)
 
 
-def traces_of(model: nn.Module, layer: str, adapter: str) -> set[str]:
-    """Return what of a layer has something by the name of an adapter."""
-    own = lora_layers(model)[layer]
+def entries_of(model: nn.Module, layer: str, adapter: str) -> set[str]:
+    """Return the attributes of a layer that have an entry for an adapter."""
+    lora_layer = lora_layers(model)[layer]
     kinds = (dict, nn.ModuleDict, nn.ParameterDict)
-    books = {**vars(own), **own._modules}.items()
-    return {name for name, book in books if isinstance(book, kinds) and adapter in book}
+    attributes = {**vars(lora_layer), **lora_layer._modules}.items()
+    return {name for name, value in attributes if isinstance(value, kinds) and adapter in value}

@@ -1,4 +1,4 @@
-"""A LoRA config as a result keeps it."""
+"""The LoRA config stored in a result round-trips through JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eva_peft._peft_compat import exclude_pattern
 from eva_peft.results.config_json import OMITTED_FIELDS, config_from_dict, config_to_dict
 from integration.conftest import lora, make_llama, run, text_batches
 
-# A value other than the default for every field; what a check of PEFT's wants beside it.
+# A non-default value for every field; REQUIRED_FIELDS has others that PEFT then requires.
 VALUES: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
     "inference_mode": True,
@@ -53,27 +53,27 @@ VALUES: dict[str, Any] = {
 if hasattr(lora_configs, "BdLoraConfig"):  # PEFT 0.17 has none
     VALUES["use_bdlora"] = lora_configs.BdLoraConfig(
         target_modules_bd_a=["q_proj"],
-        nblocks=2,  # that of PEFT 0.19, if none is given, is no number
+        nblocks=2,  # the default of PEFT 0.19 is not a number
     )
-BESIDE = {
+REQUIRED_FIELDS = {
     "layers_to_transform": {"layers_pattern": "h"},
     "layers_pattern": {"layers_to_transform": 1},
 }
-# variants that are configured by an object that wants more than a test of keeping it
-OBJECTS = {"velora_config", "monteclora_config", "arrow_config", "kasa_config"}
+# variants configured by objects, which these tests do not cover
+OBJECT_FIELDS = {"velora_config", "monteclora_config", "arrow_config", "kasa_config"}
 
 
-def test_no_field_of_peft_is_forgotten() -> None:
-    """A new release has new fields: each is kept, or left out on purpose."""
+def test_every_field_of_peft_is_kept_or_omitted_on_purpose() -> None:
+    """A new release of PEFT may add fields: each is kept, or omitted on purpose."""
     names = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert names - OMITTED_FIELDS - OBJECTS <= VALUES.keys()
+    assert names - OMITTED_FIELDS - OBJECT_FIELDS <= VALUES.keys()
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_every_field_survives(name: str) -> None:
+def test_every_field_round_trips(name: str) -> None:
     if name not in {field.name for field in dataclasses.fields(LoraConfig)}:
         pytest.skip(f"this PEFT has no {name}")
-    given = {"target_modules": ["q_proj"], **BESIDE.get(name, {}), name: VALUES[name]}
+    given = {"target_modules": ["q_proj"], **REQUIRED_FIELDS.get(name, {}), name: VALUES[name]}
     if name == "alora_invocation_tokens":  # PEFT warns of other tasks
         given["task_type"] = "CAUSAL_LM"
     config = LoraConfig(**given)
@@ -87,14 +87,14 @@ def test_every_field_survives(name: str) -> None:
 
 
 @pytest.mark.parametrize("given", [["KEY"], r"(?i).*\.key", None])
-def test_layers_join_what_is_excluded(given: str | list[str] | None) -> None:
+def test_exclude_pattern_adds_layers_to_exclude_modules(given: str | list[str] | None) -> None:
     pattern = exclude_pattern(LoraConfig(exclude_modules=given), ["head", "a.b"])
     excluded = ["head", "a.b", "x.KEY"] if given else ["head", "a.b"]
     assert all(re.fullmatch(pattern, name) for name in excluded)
     assert not any(re.fullmatch(pattern, name) for name in ("x.head", "a.c", "x.value"))
 
 
-def test_numbers_of_numpy_become_plain(tmp_path: Path) -> None:
+def test_numpy_numbers_are_converted(tmp_path: Path) -> None:
     config = lora(
         r=np.int64(4),
         rho=np.float64(1),
@@ -108,22 +108,22 @@ def test_numbers_of_numpy_become_plain(tmp_path: Path) -> None:
     model.eva_result.save(tmp_path / "eva.safetensors")
     model.save_pretrained(tmp_path / "adapter")
     assert LoraConfig.from_pretrained(tmp_path / "adapter").layers_to_transform == [1]
-    assert isinstance(config.layers_to_transform[0], np.int64)  # the user's stays
+    assert isinstance(config.layers_to_transform[0], np.int64)  # the user's config is not modified
 
 
-def test_a_field_that_peft_does_not_know_is_named() -> None:
+def test_field_unknown_to_peft_is_named() -> None:
     with pytest.raises(EvaValueError, match="sets use_nothing, which the installed PEFT does not"):
         config_from_dict({"r": 2, "use_nothing": True})
 
 
-def test_adapters_that_wait_for_their_words_still_do() -> None:
+def test_alora_invocation_tokens_are_kept() -> None:
     config = lora(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[7])
     result = run(make_llama(), iter(text_batches(2)), config, max_steps=2)
     done = result.apply(make_llama())
     assert done.peft_config["default"].alora_invocation_tokens == [7]
 
 
-def test_tied_weights_are_tied_where_a_result_is_applied() -> None:
+def test_tied_weights_stay_tied_when_a_result_is_applied() -> None:
     config = lora(
         target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
     )

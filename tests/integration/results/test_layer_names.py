@@ -1,4 +1,4 @@
-"""Kinds and blocks of layers, as plots and summaries name them."""
+"""Module kinds and block indices of layers, as plots and summaries show them."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ from eva_peft.results.layer_names import layer_table, module_kinds
         ),
     ],
 )
-def test_layer_names_are_split(names: list[str], expected: list[tuple[str, int | None]]) -> None:
+def test_names_are_split_into_kind_and_block(
+    names: list[str], expected: list[tuple[str, int | None]]
+) -> None:
     assert list(layer_table(names).values()) == expected
 
 
-def test_layer_names_that_end_in_one_another_stay_apart() -> None:
+def test_names_that_are_suffixes_of_others_have_distinct_kinds() -> None:
     names = ["x.0.output.dense", "x.0.dense", "dense"]
     kinds = [kind for kind, _ in layer_table(names).values()]
     assert len(set(kinds)) == 3
 
 
-def test_experts_and_blocks_of_a_stage_are_of_one_kind() -> None:
+def test_experts_and_blocks_of_a_stage_share_a_kind() -> None:
     kinds = {
         "m.0.moe.experts.0.up": "experts.*.up",
         "m.0.moe.experts.1.up": "experts.*.up",

@@ -1,4 +1,4 @@
-"""Other ranks from the same spectra: the scaling stays, the numbers are checked."""
+"""``EvaResult.reallocated``: new ranks from the same spectra, unchanged scaling, valid numbers."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("r", [1, 3, 4])
 @pytest.mark.parametrize("case", FIELDS)
-def test_scaling_stays_whatever_the_model(case: str, r: int, tmp_path: Path) -> None:
+def test_reallocation_keeps_the_scaling(case: str, r: int, tmp_path: Path) -> None:
     x, config = vectors(4, features=16), lora(lora_alpha=12, **FIELDS[case])
     result = run(Clash(False), iter(x), config, method="gram")
     root = math.sqrt if config.use_rslora else float
     expected = {n: result.alphas[n] / root(result.base_ranks[n]) for n in result.ranks}
     assert (len(set(expected.values())) > 1) == (case not in ("plain", "rslora", "one scaling"))
     assert result.reallocated().ranks == result.ranks
-    if case == "plain":  # nothing to be named
+    if case == "plain":  # no layer needs its own alpha
         assert result.reallocated(r=r).metadata["lora_config"]["alpha_pattern"] == {}
     metadata = copy.deepcopy(result.metadata)
-    onto: dict[str, nn.Module] = {"base": Clash(False), "adapters": wrapped(Clash(False), config)}
-    for way, model in onto.items():
+    models: dict[str, nn.Module] = {"base": Clash(False), "adapters": wrapped(Clash(False), config)}
+    for way, model in models.items():
         done = result.apply(model, r=r)
         assert sum(m.r["default"] for m in lora_layers(done).values()) == 4 * r
         for name, scaling in scalings(done).items():
             assert scaling == pytest.approx(expected[name], rel=1e-12), (way, name)
-        # another reallocation starts from the right numbers, and a saved adapter has them
+        # another reallocation and a saved adapter have the same scaling
         assert scalings(done.eva_result.apply(Clash(False))) == pytest.approx(scalings(done))
         perturb_b(done)
         done.save_pretrained(tmp_path / way)
@@ -80,8 +80,8 @@ def test_scaling_stays_whatever_the_model(case: str, r: int, tmp_path: Path) -> 
     assert result.metadata == metadata
 
 
-class Unread(nn.Module):
-    """A layer whose input EVA reads, and two others."""
+class WithEmbedding(nn.Module):
+    """A layer whose input EVA reads, an embedding, and a layer that is not called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Unread(nn.Module):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.* default initialisation:eva_peft.errors.EvaWarning")
-def test_layers_without_components_keep_their_scaling_too(
+def test_layers_without_components_keep_their_scaling(
     embed: dict[str, dict[str, int]], before: float
 ) -> None:
     names = ["embed", "lin", "spare"]
@@ -112,15 +112,15 @@ def test_layers_without_components_keep_their_scaling_too(
     for pattern, values in embed.items():
         patterns[pattern] |= values
     config = lora(lora_alpha=12, target_modules=names, **patterns)
-    result = run(Unread(), [torch.arange(9)], config, max_steps=2)
-    done = result.apply(Unread(), r=2).base_model.model
+    result = run(WithEmbedding(), [torch.arange(9)], config, max_steps=2)
+    done = result.apply(WithEmbedding(), r=2).base_model.model
     layers = {name: done.get_submodule(name) for name in names}
     assert {name: layer.r["default"] for name, layer in layers.items()} == dict.fromkeys(names, 2)
     scaling = {name: layer.scaling["default"] for name, layer in layers.items()}
     assert scaling == pytest.approx({"embed": before, "lin": 12 / 4, "spare": 5 / 6})
 
 
-def test_alpha_may_be_kept_instead() -> None:
+def test_alpha_is_kept_without_adjust_scaling_factors() -> None:
     config = lora(adjust_scaling_factors=False)
     result = run(Clash(False), vectors(3, features=16), config, max_steps=3)
     for model in (Clash(False), wrapped(Clash(False), config)):
@@ -129,9 +129,9 @@ def test_alpha_may_be_kept_instead() -> None:
             assert layer.scaling["default"] == 8 / layer.r["default"]
 
 
-# PEFT looks for the pattern among modules only, says so, and applies it to the parameter
+# PEFT searches the pattern among modules only and warns, but applies it to the parameter
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any:RuntimeWarning")
-def test_experts_keep_their_scaling() -> None:
+def test_experts_keep_their_scaling_factor() -> None:
     config = lora(rank_pattern={"experts.down_proj": 6}, **FUSED)
     result = run(make_mixtral(), text_batches(2), config, max_steps=2)
     before = scalings(result.apply(make_mixtral()))
@@ -155,7 +155,7 @@ def test_experts_keep_their_scaling() -> None:
         ({"min_rank": 1.5}, EvaTypeError, "^min_rank=1.5 must be a whole number"),
     ],
 )
-def test_bad_numbers(
+def test_invalid_allocations_are_errors(
     allocation: dict[str, Any], error: type[Exception], message: str, llama_result: EvaResult
 ) -> None:
     with pytest.raises(error, match=message) as caught:
@@ -177,7 +177,7 @@ def test_unknown_options_are_named(prepared: bool, llama_result: EvaResult) -> N
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_numbers_of_numpy(prepared: bool, tmp_path: Path) -> None:
+def test_numpy_numbers_in_a_config_are_accepted(prepared: bool, tmp_path: Path) -> None:
     config = lora(
         r=np.int64(4),
         rho=np.float32(2),
@@ -201,26 +201,29 @@ def test_numbers_of_numpy(prepared: bool, tmp_path: Path) -> None:
     assert scalings(smaller.apply(make_mlp())) == pytest.approx({"0": 2, "2": 5 / 3})
     if not prepared:
         done.save_pretrained(tmp_path / "adapter")
-        assert isinstance(config.r, np.int64)  # the caller's own
+        assert isinstance(config.r, np.int64)  # the caller's config is not modified
 
 
 @pytest.mark.parametrize("budget", ["rank", "params"])
-def test_layers_of_one_size_share_as_many_ranks_whatever_is_counted(budget: str) -> None:
+def test_layers_of_equal_size_get_equal_ranks_for_both_budgets(budget: str) -> None:
     targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0) for name in "ab"]
     ratios = [torch.linspace(0.5, 0.1, 8), torch.linspace(0.4, 0.0, 8)]
     assert Budget(targets, budget, 0).ranks_for(ratios) == [5, 3]
 
 
-def test_a_parameter_keeps_one_rank_where_its_tokens_do_not_differ() -> None:
-    """PEFT could not take its adapter off."""
+def test_parameter_without_variance_keeps_rank_one() -> None:
+    """PEFT could not remove the adapter of a parameter."""
     targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0, owner=name) for name in "ab"]
-    budget, much = Budget(targets, "rank", 0), torch.linspace(0.5, 0.1, 8)
-    assert budget.ranks_for([torch.zeros(8), much])[0] == 1
-    assert budget.ranks_for([1e-6 * much, much]) == [1, 7]
+    budget, ratios = Budget(targets, "rank", 0), torch.linspace(0.5, 0.1, 8)
+    assert budget.ranks_for([torch.zeros(8), ratios])[0] == 1
+    assert budget.ranks_for([1e-6 * ratios, ratios]) == [1, 7]
 
 
-def test_groups_of_a_convolution_get_at_least_the_least_rank() -> None:
+def test_min_rank_is_rounded_up_to_the_groups() -> None:
     targets = [Target(name, nn.Identity(), 16, 8, 4, 8.0, rank_multiple=2) for name in "ab"]
-    much = torch.linspace(0.5, 0.1, 8)
-    found = [Budget(targets, "rank", least).ranks_for([much, 1e-6 * much]) for least in (0, 1, 3)]
+    ratios = torch.linspace(0.5, 0.1, 8)
+    found = [
+        Budget(targets, "rank", min_rank).ranks_for([ratios, 1e-6 * ratios])
+        for min_rank in (0, 1, 3)
+    ]
     assert found == [[8, 0], [6, 2], [4, 4]]

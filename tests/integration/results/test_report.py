@@ -1,4 +1,4 @@
-"""Plots and the HTML report of results made by hand."""
+"""Plots and the HTML report of hand-made results."""
 
 import base64
 import re
@@ -28,7 +28,7 @@ def llama_names(blocks: int) -> list[str]:
 
 
 def make_result(names: Sequence[str], steps: int = 3, components: int = 6) -> EvaResult:
-    """Build a result; layers named q_proj and k_proj share an input, no other does."""
+    """Build a result; only layers named q_proj and k_proj share an input."""
     generator = torch.Generator().manual_seed(0)
     ratios: dict[str, torch.Tensor] = {}
     for name in names:
@@ -100,7 +100,7 @@ def texts_of(figure: Figure) -> list[str]:
 
 @pytest.mark.parametrize("kind", RESULTS)
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.__name__)
-def test_every_plot_of_every_model_draws(plot: Any, kind: str) -> None:
+def test_every_plot_draws_every_result(plot: Any, kind: str) -> None:
     figure = plot(RESULTS[kind])
     assert figure.get_label()
     assert texts_of(figure)
@@ -137,11 +137,11 @@ def overlapping(figure: Figure) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("kind", ["small", "large", "flat", "unlike"])
-def test_no_text_lies_on_another(kind: str) -> None:
+def test_texts_do_not_overlap(kind: str) -> None:
     assert overlapping(plots.plot_result(RESULTS[kind])) == []
 
 
-def test_rank_heat_map_holds_every_rank() -> None:
+def test_rank_heat_map_shows_every_rank() -> None:
     axes = plots.plot_ranks(SMALL).axes[0]
     image = np.asarray(axes.images[0].get_array())
     assert image.shape == (4, 3)
@@ -151,14 +151,14 @@ def test_rank_heat_map_holds_every_rank() -> None:
     assert [t.get_text() for t in axes.texts] == [f"{rank:.0f}" for rank in image.flatten()]
 
 
-def test_crowded_heat_map_leaves_the_numbers_out() -> None:
+def test_crowded_heat_map_omits_the_numbers() -> None:
     names = [f"blocks.{i}.experts.{e}.up" for i in range(4) for e in range(300)]
     axes = plots.plot_ranks(make_result(names, steps=1, components=200)).axes[0]
     assert axes.images[0].get_array().shape == (300, 4)
     assert not axes.texts
 
 
-def test_layers_without_a_block_have_a_column() -> None:
+def test_layers_without_a_block_have_their_own_column() -> None:
     result = make_result(["model.layers.0.fc", "model.layers.1.fc", "lm_head"])
     axes = plots.plot_ranks(result).axes[0]
     image = np.ma.asarray(axes.images[0].get_array())
@@ -181,12 +181,12 @@ def test_explained_variance_shows_median_range_and_rank() -> None:
     assert band[:, 1].min() == pytest.approx(curves.min())
 
 
-def test_kinds_with_one_input_share_a_curve() -> None:
+def test_kinds_with_a_shared_input_share_a_curve() -> None:
     titles = [axes.get_title() for axes in plots.plot_explained_variance(SMALL).axes]
     assert titles == ["q_proj, k_proj", "o_proj", "down_proj"]
 
 
-def test_layers_of_different_width_are_drawn_together() -> None:
+def test_layers_of_different_width_share_an_axis() -> None:
     result = make_result(["m.0.fc", "m.1.fc"])
     result.explained_variance_ratio["m.0.fc"] = torch.tensor([0.6, 0.4])
     (axes,) = plots.plot_explained_variance(result).axes
@@ -194,7 +194,7 @@ def test_layers_of_different_width_are_drawn_together() -> None:
     assert axes.lines[0].get_ydata()[-1] == pytest.approx(0.95)
 
 
-def test_many_kinds_are_gathered_by_the_last_name() -> None:
+def test_many_kinds_are_grouped_by_the_last_name() -> None:
     names = [f"m.0.experts.{e}.{part}" for e in range(6) for part in ("up", "down")]
     titles = [a.get_title() for a in plots.plot_explained_variance(make_result(names)).axes]
     assert titles == ["up", "down"]
@@ -215,7 +215,7 @@ def test_convergence_shows_counts_and_quantiles() -> None:
     assert lower.get_ylim()[0] > lower.get_ylim()[1], "high similarity belongs at the top"
 
 
-def test_missing_similarities_are_left_out() -> None:
+def test_missing_similarities_are_omitted() -> None:
     result = make_result(["a", "b", "c"], steps=3)
     result.history["similarity"] = [None, [0.5, None, float("nan")], [None, None, None]]
     _, lower = plots.plot_convergence(result).axes
@@ -253,20 +253,20 @@ def test_png_and_svg_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "name"), [(EvaResult.plot, "a.png"), (EvaResult.to_html, "a.html")]
 )
-def test_folders_are_made(write: Any, name: str, tmp_path: Path) -> None:
+def test_missing_folders_are_created(write: Any, name: str, tmp_path: Path) -> None:
     write(SMALL, tmp_path / "new" / "folder" / name)
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [name]
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a", "a.html"])
-def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
+def test_other_suffixes_are_errors(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"must end in one of \.png, \.svg") as caught:
         plots.save_result_plot(SMALL, tmp_path / name)
     assert isinstance(caught.value, EvaError)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pyplot_is_left_alone() -> None:
+def test_pyplot_is_not_imported() -> None:
     code = (
         "import sys; from eva_peft.results import plots, report; "
         "assert 'matplotlib' not in sys.modules; "
@@ -302,7 +302,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def test_page_is_whole_and_asks_for_nothing_else(tmp_path: Path) -> None:
+def test_page_is_valid_and_self_contained(tmp_path: Path) -> None:
     SMALL.to_html(tmp_path / "a.html")
     source = (tmp_path / "a.html").read_text(encoding="utf-8")
     page = Page(source)
@@ -347,7 +347,7 @@ def test_sections_show_the_numbers() -> None:
     assert "&quot;tau&quot;: 0.99" in sections["Metadata"]
 
 
-def test_what_went_wrong_stands_in_the_summary() -> None:
+def test_summary_shows_problems() -> None:
     result = make_result(["a", "b", "c"])
     assert 'class="warn"' not in report.result_sections(result)[0][1]
     result.converged["b"] = False
@@ -359,7 +359,7 @@ def test_what_went_wrong_stands_in_the_summary() -> None:
     assert "lost.layer" in summary
 
 
-def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
+def test_external_text_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script>&\""
     result = make_result([f"blocks.0.{evil}", "blocks.1.fc"], steps=2)
     result.metadata = {"model": evil, evil: evil, "nested": {evil: [evil]}}
@@ -378,7 +378,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     assert image["alt"] == evil
 
 
-def test_same_figure_same_page() -> None:
+def test_equal_figures_give_equal_html() -> None:
     first, second = (report.figure_to_html(plots.plot_ranks(SMALL)) for _ in range(2))
     assert first == second
     data = base64.b64decode(first.partition("base64,")[2].rstrip('">'))
@@ -399,7 +399,9 @@ def test_table_cells() -> None:
             report.table_to_html(["a", "b"], [row])
 
 
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_without_matplotlib_has_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install eva-kernels\[report\]"):

@@ -1,4 +1,4 @@
-"""``EvaResult``: kept as a file, allocated anew, applied elsewhere; ``estimate`` beforehand."""
+"""``EvaResult``: files, new allocations, apply, summary and metadata; and ``estimate``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_same(one: EvaResult, other: EvaResult) -> None:
             assert a == b, field.name
 
 
-def test_round_trip(llama_result: EvaResult, tmp_path: Path) -> None:
+def test_saved_result_loads_equal(llama_result: EvaResult, tmp_path: Path) -> None:
     path = tmp_path / "folder" / "eva.safetensors"
     llama_result.save(path)
     again = EvaResult.load(path)
@@ -61,7 +61,9 @@ def test_round_trip(llama_result: EvaResult, tmp_path: Path) -> None:
     assert_same(llama_result, EvaResult.load(path))
 
 
-def test_text_that_is_too_long_for_a_header(llama_result: EvaResult, tmp_path: Path) -> None:
+def test_text_too_long_for_a_header_is_stored_as_a_tensor(
+    llama_result: EvaResult, tmp_path: Path
+) -> None:
     # as the similarities of many experts after many steps
     long = copy.copy(llama_result)
     long.history = {**long.history, "similarity": ["é" * (20 << 20)]}
@@ -74,7 +76,7 @@ def test_text_that_is_too_long_for_a_header(llama_result: EvaResult, tmp_path: P
         EvaResult.load(path)
 
 
-def test_state_dict_is_its_own(llama_result: EvaResult, tmp_path: Path) -> None:
+def test_state_dict_shares_no_memory(llama_result: EvaResult, tmp_path: Path) -> None:
     state = llama_result.state_dict()
     save_file({n: t for n, t in state.items() if len(t)}, tmp_path / "state.safetensors")
     pointers = [t.untyped_storage().data_ptr() for t in state.values() if len(t)]
@@ -98,7 +100,9 @@ def test_tensors_of_any_layout_are_saved(llama_result: EvaResult, tmp_path: Path
         assert torch.equal(loaded.components[name], rows)
 
 
-def test_applied_elsewhere(llama_result: EvaResult, texts: list[Any], tmp_path: Path) -> None:
+def test_loaded_result_applies_to_base_and_peft_models(
+    llama_result: EvaResult, texts: list[Any], tmp_path: Path
+) -> None:
     llama_result.save(tmp_path / "eva.safetensors")
     loaded = EvaResult.load(tmp_path / "eva.safetensors")
     outputs = []
@@ -115,7 +119,7 @@ def test_applied_elsewhere(llama_result: EvaResult, texts: list[Any], tmp_path: 
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
-def test_config_survives() -> None:
+def test_config_round_trips() -> None:
     config = lora(
         r=3,
         rho=1.5,
@@ -140,7 +144,7 @@ def test_config_survives() -> None:
     assert again.eva_config == config.eva_config
 
 
-def test_config_of_plain_lora_is_silent() -> None:
+def test_config_of_plain_lora_raises_no_warning() -> None:
     model = wrapped(make_mlp(), lora(init_lora_weights="gaussian", target_modules=["0"]))
     result = run(model, vectors(3), max_steps=2)
     assert result.config.init_lora_weights == "gaussian"
@@ -172,7 +176,7 @@ def test_config_of_plain_lora_is_silent() -> None:
         ),
     ],
 )
-def test_bad_files(
+def test_unreadable_files_are_errors(
     name: str, make: Any, message: str, llama_result: EvaResult, tmp_path: Path
 ) -> None:
     path = tmp_path / f"{name}.safetensors"
@@ -182,14 +186,14 @@ def test_bad_files(
     assert str(path) in str(caught.value)
 
 
-def test_a_folder_is_no_file(llama_result: EvaResult, tmp_path: Path) -> None:
+def test_saving_to_a_folder_is_an_error(llama_result: EvaResult, tmp_path: Path) -> None:
     with pytest.raises(EvaValueError, match=r"is a folder; name a file, such as eva.safetensors"):
         llama_result.save(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
-def test_truncated_file(share: float, llama_result: EvaResult, tmp_path: Path) -> None:
+def test_truncated_file_is_an_error(share: float, llama_result: EvaResult, tmp_path: Path) -> None:
     path = tmp_path / "eva.safetensors"
     llama_result.save(path)
     content = path.read_bytes()
@@ -199,7 +203,7 @@ def test_truncated_file(share: float, llama_result: EvaResult, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-def test_a_changed_byte_is_told(share: float, llama_result: EvaResult, tmp_path: Path) -> None:
+def test_changed_byte_is_detected(share: float, llama_result: EvaResult, tmp_path: Path) -> None:
     path = tmp_path / "eva.safetensors"
     llama_result.save(path)
     content = bytearray(path.read_bytes())
@@ -218,7 +222,7 @@ def test_a_changed_byte_is_told(share: float, llama_result: EvaResult, tmp_path:
         (b'k_proj\\": \\"components.', b'x_proj\\": \\"components.'),
     ],
 )
-def test_changed_text_is_told(
+def test_changed_metadata_is_detected(
     part: bytes, other: bytes, llama_result: EvaResult, tmp_path: Path
 ) -> None:
     path = tmp_path / "eva.safetensors"
@@ -231,7 +235,7 @@ def test_changed_text_is_told(
         EvaResult.load(path)
 
 
-def test_files_without_a_checksum_load(llama_result: EvaResult, tmp_path: Path) -> None:
+def test_file_without_a_checksum_loads(llama_result: EvaResult, tmp_path: Path) -> None:
     path = tmp_path / "eva.safetensors"
     llama_result.save(path)
     with safe_open(path, "pt") as file:
@@ -258,7 +262,7 @@ def test_failed_save_leaves_the_old_file(
     assert os.listdir(tmp_path) == ["eva.safetensors"]
 
 
-def test_allocated_anew(llama_result: EvaResult) -> None:
+def test_reallocated_ranks_obey_budget_and_bounds(llama_result: EvaResult) -> None:
     before = copy.deepcopy(llama_result.ranks)
     small = llama_result.reallocated(r=2)
     assert sum(small.ranks.values()) == 2 * 14
@@ -281,7 +285,9 @@ def test_allocated_anew(llama_result: EvaResult) -> None:
 
 
 @pytest.mark.parametrize("anew", [True, False])
-def test_budget_in_parameters(anew: bool, llama_result: EvaResult, texts: list[Any]) -> None:
+def test_budget_in_parameters_is_spent(
+    anew: bool, llama_result: EvaResult, texts: list[Any]
+) -> None:
     if anew:
         result = llama_result.reallocated(budget="params")
     else:
@@ -295,14 +301,14 @@ def test_budget_in_parameters(anew: bool, llama_result: EvaResult, texts: list[A
     assert result.ranks != llama_result.ranks
 
 
-def test_minimal_rank(texts: list[Any]) -> None:
+def test_min_rank_is_respected(texts: list[Any]) -> None:
     result = run(make_llama(), texts, lora(), max_steps=2, min_rank=3)
     assert min(result.ranks.values()) >= 3
     assert sum(result.ranks.values()) == 56
     result = run(make_llama(), texts, lora(), max_steps=2, min_rank=4)
-    assert set(result.ranks.values()) == {4}  # which is all that there are to be given
+    assert set(result.ranks.values()) == {4}  # the whole budget
     dead = run(Clash(), vectors(3, features=16), lora(), max_steps=3, min_rank=2)
-    assert dead.ranks["sub.lin"] == 0  # there is no direction to give
+    assert dead.ranks["sub.lin"] == 0  # there is no direction to assign
     assert sum(dead.ranks.values()) == 16
 
 
@@ -331,22 +337,25 @@ def test_estimate_bounds_the_state(
     names = [n for n, m in make_llama().named_modules() if n.endswith("_proj")]
     for single in (names[:1], names):
         config = lora(r=2, tau=1.0, target_modules=single)
-        told = eva_kernels.estimate(make_llama(), config, (4, 24), method=method)
+        estimated = eva_kernels.estimate(make_llama(), config, (4, 24), method=method)
         result = run(make_llama(), iter(texts), config, method=method)
-        assert told.method == result.method
-        assert told.peak_bytes == told.state_bytes + told.workspace_bytes + told.activation_bytes
+        assert estimated.method == result.method
+        assert (
+            estimated.peak_bytes
+            == estimated.state_bytes + estimated.workspace_bytes + estimated.activation_bytes
+        )
         streams = [slot.stream for slot in passes[-1].collector.slots]
         real = 0
         for stream in streams:
             real += nbytes(stream.state)
             if method != "gram" and stream.options.method != "gram":
                 real += nbytes(stream.sums)
-        assert real <= min(told.state_bytes, result.peak_memory_bytes)
+        assert real <= min(estimated.state_bytes, result.peak_memory_bytes)
         if len(single) == 1:
-            assert real > 0.9 * told.state_bytes
+            assert real > 0.9 * estimated.state_bytes
 
 
-def test_estimate_counts_the_logits_where_they_are_the_most() -> None:
+def test_estimate_counts_the_logits_if_they_are_largest() -> None:
     model = make_llama()
     narrow = eva_kernels.estimate(model, lora(), (4, 24))
     model.resize_token_embeddings(5000)
@@ -356,7 +365,7 @@ def test_estimate_counts_the_logits_where_they_are_the_most() -> None:
     assert eva_kernels.estimate(model, lora(), (4, 24)).activation_bytes == 2 * 4 * 96 * 5000
 
 
-def test_estimate_counts_a_state_in_double_precision() -> None:
+def test_estimate_counts_the_size_of_float64() -> None:
     single, double = make_llama(), make_llama().double()
     for method in ("sketch", "gram"):
         least, most = (
@@ -366,7 +375,7 @@ def test_estimate_counts_a_state_in_double_precision() -> None:
         assert 1.7 * least < most < 2 * least
 
 
-def test_a_config_without_an_eva_part_changes_nothing_of_it() -> None:
+def test_config_without_eva_config_keeps_that_of_the_result() -> None:
     texts = text_batches(2)
     whitened = run(make_llama(), iter(texts), lora(target_modules=["q_proj"], whiten=True))
     plain = LoraConfig(r=4, target_modules=["q_proj"])
@@ -375,7 +384,7 @@ def test_a_config_without_an_eva_part_changes_nothing_of_it() -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_metadata_of_a_model_in_a_users_module() -> None:
+def test_metadata_of_a_model_inside_another_module() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -406,7 +415,7 @@ def test_memory_budget_chooses_the_method() -> None:
         run(model, text_batches(1), lora(), memory_budget=least - 1)
 
 
-def test_summary_and_files(llama_result: EvaResult) -> None:
+def test_summary_lists_kinds_totals_and_uncalled_layers(llama_result: EvaResult) -> None:
     result = dataclasses.replace(
         llama_result,
         ranks={"a.0.up": 0, "a.1.up": 2, "a.2.up": 1, "head": 1},
@@ -422,11 +431,11 @@ def test_summary_and_files(llama_result: EvaResult) -> None:
     assert lines[4] == "total rank 4 over 4 layers, 1 of them without an adapter"
     counts = f"{result.forwards} forward passes, {result.tokens} tokens"
     assert lines[5] == f"3 of 4 layers converged after {result.steps} steps, {counts}"
-    idle = ", ".join(result.uncalled[:8])  # also of layers that were called, without a token
+    idle = ", ".join(result.uncalled[:8])  # also layers that were called without a token
     assert lines[-1] == f"default initialisation: {idle} and 1 more"
 
 
-def test_the_summary_tells_kinds_of_one_last_name_apart(llama_result: EvaResult) -> None:
+def test_summary_distinguishes_kinds_with_the_same_last_name(llama_result: EvaResult) -> None:
     of = {"e.0.attention.output.dense": 8, "e.0.output.dense": 32, "e.0.to_out.0": 16, "a" * 30: 4}
     result = dataclasses.replace(
         llama_result,
@@ -440,7 +449,7 @@ def test_the_summary_tells_kinds_of_one_last_name_apart(llama_result: EvaResult)
     assert {len(line) for line in lines} == {len(heads)}
 
 
-def test_results_are_compared_by_identity_and_shown_in_a_line(llama_result: Any) -> None:
+def test_results_compare_by_identity_and_have_a_short_repr(llama_result: Any) -> None:
     assert llama_result == llama_result
     assert llama_result != copy.copy(llama_result)
     assert re.fullmatch(r"EvaResult\(14 layers, \d+ tokens, \d+ steps\)", repr(llama_result))
