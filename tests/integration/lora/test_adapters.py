@@ -1,4 +1,4 @@
-"""Writing adapters: saved and loaded the same, scaling, dtypes, other adapters, all or nothing."""
+"""Adapters written by EVA: reload, scaling, dtypes, other adapters, all or nothing."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_saved_adapters_reload_exactly(fields: dict[str, Any], dead: bool, tmp_p
     model = eva_kernels.initialize(Clash(dead), iter(x), config, method="gram", **QUIET)
     torch.testing.assert_close(output_of(model, x[0]), before, rtol=0, atol=1e-6)
     ranks = model.eva_result.ranks
-    # different ranks for names that end alike, one of them 0, is what used to break
+    # PEFT confuses the ranks of names with equal ends, notably rank 0
     assert (ranks["sub.lin"] == 0) == dead
     assert len(set(ranks.values())) > 1
     layers = lora_layers(model)
@@ -108,10 +108,10 @@ def test_llama_reloads_exactly(initialized: PeftModel, texts: list[Any], tmp_pat
     torch.testing.assert_close(output_of(merged, texts[0]), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_user_patterns_set_the_budget() -> None:
+def test_rank_pattern_of_the_user_sets_the_budget() -> None:
     config = lora(rank_pattern={"lin": 3, "sub.other": 5}, alpha_pattern={"sub.other": 3})
     result = run(Clash(False), vectors(3, features=16), config)
-    # "lin" is a suffix pattern in PEFT: it means sub.lin as well
+    # "lin" is a suffix pattern in PEFT: it matches sub.lin as well
     assert result.base_ranks == {"lin": 3, "sub.lin": 3, "sub.other": 5, "head": 4}
     assert sum(result.ranks.values()) == 15
     assert result.alphas["sub.other"] == 3
@@ -122,12 +122,12 @@ def test_user_patterns_set_the_budget() -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("adjust", [True, False])
 @pytest.mark.parametrize("prepared", ["no", "alike", "otherwise"])
-def test_scaling(rslora: bool, adjust: bool, prepared: str) -> None:
+def test_scaling_of_changed_ranks(rslora: bool, adjust: bool, prepared: str) -> None:
     fields: dict[str, Any] = {"use_rslora": rslora, "alpha_pattern": {"sub.other": 3}}
     config = lora(adjust_scaling_factors=adjust, **fields)
     model: nn.Module = Clash()
     x = vectors(4, features=16)
-    if prepared == "otherwise":  # how EVA is done is what the config says that it is given
+    if prepared == "otherwise":  # the given config sets the options of EVA
         model = wrapped(model, lora(adjust_scaling_factors=not adjust, **fields))
     elif prepared == "alike":
         model = wrapped(model, config)
@@ -165,7 +165,7 @@ def test_adapter_dtype_is_that_of_plain_lora(meta: bool, way: str, texts: list[A
         assert layer.lora_A["default"].weight.dtype == torch.bfloat16
 
 
-def test_another_adapter_is_untouched(texts: list[Any]) -> None:
+def test_other_adapter_is_unchanged(texts: list[Any]) -> None:
     config = lora(r=3, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
     model = wrapped(make_llama(), config, adapter_name="other")
     model.add_adapter("mine", lora(target_modules=["q_proj", "v_proj"]))
@@ -193,7 +193,7 @@ def test_another_adapter_is_untouched(texts: list[Any]) -> None:
     }
 
 
-def test_rank_zero_leaves_the_other_adapter_in_place(tmp_path: Any) -> None:
+def test_rank_zero_keeps_the_other_adapter_of_a_layer(tmp_path: Any) -> None:
     x = vectors(4, features=16)
     model = wrapped(Clash(), lora(r=2, init_lora_weights=False, target_modules=["lin"]))
     expected = output_of(model, x[0])
@@ -211,7 +211,7 @@ def test_rank_zero_leaves_the_other_adapter_in_place(tmp_path: Any) -> None:
     assert torch.equal(output_of(again, x[0]), expected)
 
 
-def test_whitening_per_layer_and_out_of_place(texts: list[Any]) -> None:
+def test_whitening_is_per_layer_and_not_in_place(texts: list[Any]) -> None:
     options = {"method": "gram", "max_steps": 4}
     shared = run(make_llama(), texts, lora(whiten=True), **options)
     plain = run(make_llama(), texts, lora(), **options)
@@ -235,7 +235,7 @@ def test_whitening_per_layer_and_out_of_place(texts: list[Any]) -> None:
     assert all(torch.equal(again[n], rows) for n, rows in state.items())
 
 
-def test_dora_and_modules_to_save(texts: list[Any]) -> None:
+def test_dora_and_modules_to_save_are_initialised(texts: list[Any]) -> None:
     config = lora(use_dora=True, modules_to_save=["lm_head"], target_modules=["q_proj", "up_proj"])
     base = make_llama()
     before = output_of(base, texts[0])
@@ -251,7 +251,7 @@ def test_dora_and_modules_to_save(texts: list[Any]) -> None:
     assert "lm_head" not in model.eva_result.ranks
 
 
-def test_saved_copies_of_modules_are_off_during_the_pass(mlp: nn.Module, data: list[Any]) -> None:
+def test_modules_to_save_are_disabled_during_the_pass(mlp: nn.Module, data: list[Any]) -> None:
     config = lora(target_modules=["2"], modules_to_save=["0"])
     expected = run(copy.deepcopy(mlp), iter(data), config, method="gram")
     model = wrapped(mlp, config)
@@ -261,7 +261,7 @@ def test_saved_copies_of_modules_are_off_during_the_pass(mlp: nn.Module, data: l
     torch.testing.assert_close(found.components["2"], expected.components["2"])
 
 
-def test_trained_adapters_are_off_during_the_pass(
+def test_trained_adapters_are_disabled_during_the_pass(
     initialized: PeftModel, texts: list[Any], llama_result: Any
 ) -> None:
     perturb_b(initialized)
@@ -270,7 +270,7 @@ def test_trained_adapters_are_off_during_the_pass(
         assert torch.equal(rows, llama_result.components[name])
 
 
-def test_lora_bias_is_zeroed(data: list[Any]) -> None:
+def test_lora_bias_is_set_to_zero(data: list[Any]) -> None:
     config = lora(lora_bias=True, init_lora_weights=False, target_modules=["0", "2"])
     model = wrapped(make_mlp(), config)
     with model.disable_adapter():
@@ -279,14 +279,14 @@ def test_lora_bias_is_zeroed(data: list[Any]) -> None:
     assert torch.equal(output_of(model, data[0]), expected)
 
 
-def test_parameters_of_unchanged_rank_stay_in_the_optimizer(data: list[Any]) -> None:
+def test_parameters_of_unchanged_rank_are_the_same_objects(data: list[Any]) -> None:
     model = wrapped(make_mlp(), lora(rho=1.0, target_modules=["0", "2"]))
     before = {id(p) for p in model.parameters() if p.requires_grad}
     model = eva_kernels.initialize(model, data, max_steps=3, **QUIET)
     assert {id(p) for p in model.parameters() if p.requires_grad} == before
 
 
-def test_flags_and_modes_of_rebuilt_layers() -> None:
+def test_resized_layers_keep_flags_and_modes() -> None:
     x = vectors(3, features=16)
     model = wrapped(Clash(), lora(lora_dropout=0.5))
     model.add_adapter("other", lora(init_lora_weights=True))
@@ -304,7 +304,7 @@ def test_flags_and_modes_of_rebuilt_layers() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("way", ["adapters", "meta", "base", "two adapters", "rows"])
-def test_all_or_nothing(
+def test_failed_write_restores_everything(
     error: type[BaseException], way: str, llama_result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from eva_peft.lora import adapters
@@ -363,7 +363,7 @@ def with_rows(state: dict[str, Any], value: float) -> dict[str, Any]:
     return {**state, Q_PROJ: rows}
 
 
-BAD_STATES: dict[str, tuple[Any, type[Exception], str]] = {
+INVALID_STATE_DICTS: dict[str, tuple[Any, type[Exception], str]] = {
     "no mapping": (lambda s: list(s.items()), EvaTypeError, "must map layer names .* got .*list"),
     "a result": (lambda s: object(), EvaTypeError, "EvaResult.state_dict return it"),
     "no text": (lambda s: {**s, 3: torch.ones(1, 2)}, EvaTypeError, "names of layers, got 3"),
@@ -379,19 +379,19 @@ BAD_STATES: dict[str, tuple[Any, type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_STATES)
-def test_state_dicts_that_cannot_be_written_change_nothing(kind: str, llama_result: Any) -> None:
-    change, error, words = BAD_STATES[kind]
+@pytest.mark.parametrize("kind", INVALID_STATE_DICTS)
+def test_invalid_state_dicts_change_nothing(kind: str, llama_result: Any) -> None:
+    change, error, message = INVALID_STATE_DICTS[kind]
     model = wrapped(make_llama(), lora())
     before, config = state_of(model), copy.deepcopy(model.peft_config)
     state = change(llama_result.state_dict())
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=state)
     assert same_state(before, state_of(model))
     assert model.peft_config == config
 
 
-def test_all_rows_are_looked_at_in_one_read(
+def test_all_rows_are_checked_in_one_read(
     llama_result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
@@ -407,7 +407,9 @@ def test_all_rows_are_looked_at_in_one_read(
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_failure_at_the_very_end(again: bool, llama_result: Any, monkeypatch: Any) -> None:
+def test_failure_in_the_last_step_restores_everything(
+    again: bool, llama_result: Any, monkeypatch: Any
+) -> None:
     from eva_peft.lora import adapters
 
     model = llama_result.apply(make_llama()) if again else wrapped(make_llama())
@@ -429,7 +431,7 @@ def test_failure_at_the_very_end(again: bool, llama_result: Any, monkeypatch: An
     assert any(marks) == again
 
 
-def test_names_that_look_like_wrappers(tmp_path: Any) -> None:
+def test_layer_names_that_look_like_wrapper_prefixes(tmp_path: Any) -> None:
     class Outer(nn.Module):
         """``module.lin`` beside ``lin``, as in a wrapper's prefix."""
 
@@ -454,7 +456,7 @@ def test_names_that_look_like_wrappers(tmp_path: Any) -> None:
     assert torch.equal(output_of(reloaded(model, Outer(), tmp_path), x[0]), expected)
 
 
-def test_wrapping_keeps_the_random_state(llama_result: Any) -> None:
+def test_wrapping_preserves_the_random_state(llama_result: Any) -> None:
     model = make_llama()
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -463,8 +465,8 @@ def test_wrapping_keeps_the_random_state(llama_result: Any) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_many_ranks_are_few_keys(tmp_path: Any) -> None:
-    """PEFT tries every key on every layer, so a thousand of them would take it minutes."""
+def test_many_ranks_need_few_pattern_keys(tmp_path: Any) -> None:
+    """PEFT tries every key on every layer, which takes minutes for a thousand keys."""
     count = 2 * MAX_PATTERN_KEYS
     model = wrapped(make_chain(count), lora(r=4, target_modules="all-linear"))
     rows = {str(i): torch.eye(1 + i % 6, 8) for i in range(count)}
@@ -484,7 +486,7 @@ def make_chain(count: int) -> nn.Module:
 
 
 @pytest.mark.parametrize("most", [0, MAX_PATTERN_KEYS])
-def test_patterns_mean_to_peft_what_they_mean_here(most: int, monkeypatch: Any) -> None:
+def test_patterns_match_as_in_peft(most: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(_peft_compat, "MAX_PATTERN_KEYS", most)
     names = ["a.lin", "b.lin", "lin", "a.lin.0", "a-lin", "a+.lin", "x.a.lin", "a.lin_2"]
     values = {name: i // 2 for i, name in enumerate(names)}

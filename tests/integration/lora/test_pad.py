@@ -1,4 +1,4 @@
-"""One rank for all layers of a saved adapter, and the same outputs."""
+"""``pad_ranks``: one rank for all layers of a saved adapter, with unchanged outputs."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def llama() -> nn.Module:
 
 
 class Convolutions(nn.Module):
-    """Groups, whose rows of lora_A are dealt out, beside a plain layer and embeddings."""
+    """Grouped convolutions, whose rows of lora_A belong to groups, and other layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ def convolutions() -> nn.Module:
     return Convolutions().eval()
 
 
-def trained(model: nn.Module, **fields: Any) -> PeftModel:
-    """Wrap a model, and let no tensor of the adapter be zero."""
+def with_random_adapter(model: nn.Module, **fields: Any) -> PeftModel:
+    """Wrap a model, and make no tensor of the adapter zero."""
     tuned = get_peft_model(model, LoraConfig(**fields)).eval()
     NOISE.manual_seed(1)
     for name, parameter in tuned.named_parameters():
@@ -68,7 +68,7 @@ def ranks_of(folder: Path) -> set[int]:
     return {len(value) for key, value in tensors.items() if re.search(r"lora_(embedding_)?A", key)}
 
 
-def kinds_of(folder: Path) -> dict[str, torch.dtype]:
+def dtypes_of(folder: Path) -> dict[str, torch.dtype]:
     tensors = load_file(folder / "adapter_model.safetensors")
     return {key: value.dtype for key, value in tensors.items()}
 
@@ -79,7 +79,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def eva(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter whose ranks EVA has dealt out, one layer without any, as after training."""
+    """Save an adapter with ranks from EVA, one layer removed, and random lora_B."""
     torch.manual_seed(3)
     loader = [{"input_ids": torch.randint(64, (4, 16))} for _ in range(3)]
     config = LoraConfig(
@@ -102,7 +102,7 @@ def eva(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_adapter_of_eva_says_the_same_with_one_rank(eva: Path, tmp_path: Path) -> None:
+def test_padded_eva_adapter_has_the_same_outputs(eva: Path, tmp_path: Path) -> None:
     ranks = ranks_of(eva)
     assert len(ranks) > 2
     before = {path.name: path.read_bytes() for path in eva.iterdir()}
@@ -110,7 +110,7 @@ def test_an_adapter_of_eva_says_the_same_with_one_rank(eva: Path, tmp_path: Path
     assert ranks_of(tmp_path) == {max(ranks)}
     config = config_of(tmp_path)
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
-    # EVA keeps the scaling factor of every layer, so that of a runtime without patterns is right
+    # EVA keeps the scaling of every layer, so a runtime without patterns scales correctly
     assert config["lora_alpha"] / config["r"] == 6 / 4
     expected = outputs(PeftModel.from_pretrained(llama(), eva).eval())
     padded = PeftModel.from_pretrained(llama(), tmp_path).eval()
@@ -119,7 +119,7 @@ def test_an_adapter_of_eva_says_the_same_with_one_rank(eva: Path, tmp_path: Path
     assert before == {path.name: path.read_bytes() for path in eva.iterdir()}
 
 
-def test_what_was_there_has_its_bits(eva: Path, tmp_path: Path) -> None:
+def test_original_values_are_kept_bitwise(eva: Path, tmp_path: Path) -> None:
     pad_ranks(eva, tmp_path)
     old = load_file(eva / "adapter_model.safetensors")
     new = load_file(tmp_path / "adapter_model.safetensors")
@@ -131,7 +131,7 @@ def test_what_was_there_has_its_bits(eva: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias")
-@pytest.mark.filterwarnings("ignore:.*tensor.s. have invalid shape.*bias")  # PEFT's mistake
+@pytest.mark.filterwarnings("ignore:.*tensor.s. have invalid shape.*bias")  # a bug of PEFT
 @pytest.mark.parametrize(
     "fields",
     [
@@ -143,17 +143,17 @@ def test_what_was_there_has_its_bits(eva: Path, tmp_path: Path) -> None:
         pytest.param({"modules_to_save": ["lm_head"]}, id="saved"),
     ],
 )
-def test_other_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_padded_variants_have_the_same_outputs(fields: dict[str, Any], tmp_path: Path) -> None:
     targets = ["q_proj", "v_proj", "o_proj", "down_proj"]
     ranks = {"q_proj": 8, "layers.1.self_attn.v_proj": 2}
-    tuned = trained(
+    tuned = with_random_adapter(
         llama(), r=4, lora_alpha=8, target_modules=targets, rank_pattern=ranks, **fields
     )
     tuned.save_pretrained(tmp_path / "old")
     assert pad_ranks(tmp_path / "old", tmp_path / "new") == 8
     assert ranks_of(tmp_path / "new") == {8}
     assert not config_of(tmp_path / "new")["use_rslora"]
-    assert kinds_of(tmp_path / "new") == kinds_of(tmp_path / "old")
+    assert dtypes_of(tmp_path / "new") == dtypes_of(tmp_path / "old")
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "new").eval()
     assert {
         s for m in loaded.modules() if isinstance(m, LoraLayer) for s in m.scaling.values()
@@ -165,13 +165,15 @@ def test_other_adapters(fields: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
-def test_convolutions_in_groups_and_embeddings(tmp_path: Path) -> None:
+def test_grouped_convolutions_and_embeddings_are_padded(tmp_path: Path) -> None:
     ranks = {"words": 2, "conv": 4, "out": 5}
-    tuned = trained(
+    tuned = with_random_adapter(
         convolutions(), r=3, lora_alpha=3, target_modules=[*ranks, "next"], rank_pattern=ranks
     )
     tuned.save_pretrained(tmp_path / "old")
-    assert pad_ranks(tmp_path / "old", tmp_path / "new") == 6  # 5, and a multiple of the groups
+    assert (
+        pad_ranks(tmp_path / "old", tmp_path / "new") == 6
+    )  # at least 5, and a multiple of the groups
     assert ranks_of(tmp_path / "new") == {6}
     loaded = PeftModel.from_pretrained(convolutions(), tmp_path / "new").eval()
     torch.testing.assert_close(outputs(loaded), outputs(tuned))
@@ -182,7 +184,7 @@ def test_convolutions_in_groups_and_embeddings(tmp_path: Path) -> None:
 
 
 class Attention(nn.Module):
-    """PEFT saves its output projection by a name that no pattern has."""
+    """PEFT saves its output projection under a name that no pattern matches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,9 +197,11 @@ class Attention(nn.Module):
         return torch.as_tensor(self.out(self.attention(x, x, x)[0]))
 
 
-def test_both_projections_of_an_attention(tmp_path: Path) -> None:
+def test_both_projections_of_an_attention_are_padded(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"rank_pattern": {"attention": 3}, "alpha_pattern": {"attention": 8}}
-    tuned = trained(Attention(), r=2, lora_alpha=3, target_modules=["attention", "out"], **fields)
+    tuned = with_random_adapter(
+        Attention(), r=2, lora_alpha=3, target_modules=["attention", "out"], **fields
+    )
     tuned.save_pretrained(tmp_path / "old")
     assert pad_ranks(tmp_path / "old", tmp_path / "new") == 3
     assert ranks_of(tmp_path / "new") == {3}
@@ -206,7 +210,7 @@ def test_both_projections_of_an_attention(tmp_path: Path) -> None:
     assert (outputs(tuned) - outputs(Attention().eval())).abs().max() > 0.01
 
 
-def test_the_rank_may_be_larger_but_not_less(eva: Path, tmp_path: Path) -> None:
+def test_rank_may_be_larger_but_not_smaller(eva: Path, tmp_path: Path) -> None:
     largest = max(ranks_of(eva))
     assert pad_ranks(eva, tmp_path / "more", r=largest + 3) == largest + 3
     assert ranks_of(tmp_path / "more") == {largest + 3}
@@ -224,9 +228,11 @@ def test_the_rank_may_be_larger_but_not_less(eva: Path, tmp_path: Path) -> None:
         pytest.param({"k_proj": 0, "v_proj": 0, "o_proj": 0}, 2, id="one that is not zero"),
     ],
 )
-def test_the_common_factor(alphas: dict[str, int], common: float, tmp_path: Path) -> None:
+def test_common_scaling_factor(alphas: dict[str, int], common: float, tmp_path: Path) -> None:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    tuned = trained(llama(), r=4, lora_alpha=8, target_modules=targets, alpha_pattern=alphas)
+    tuned = with_random_adapter(
+        llama(), r=4, lora_alpha=8, target_modules=targets, alpha_pattern=alphas
+    )
     tuned.save_pretrained(tmp_path / "old")
     pad_ranks(tmp_path / "old", tmp_path / "deep" / "new")
     alpha = config_of(tmp_path / "deep" / "new")["lora_alpha"]
@@ -260,7 +266,7 @@ def change(folder: Path, target: Path, **fields: Any) -> Path:
     return target
 
 
-def test_what_cannot_be_padded_is_refused(eva: Path, tmp_path: Path) -> None:
+def test_adapters_that_cannot_be_padded_are_rejected(eva: Path, tmp_path: Path) -> None:
     experts = change(eva, tmp_path / "experts", target_parameters=["experts.down_proj"])
     other = change(eva, tmp_path / "other", peft_type="LOHA")
     wrong = change(eva, tmp_path / "wrong", rank_pattern={}, r=99)
@@ -303,7 +309,7 @@ def test_what_cannot_be_padded_is_refused(eva: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in eva.iterdir())[0] == "README.md"
 
 
-def test_the_command(eva: Path, tmp_path: Path) -> None:
+def test_pad_command(eva: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown = run("pad", eva, "--out", out)
     largest = max(ranks_of(eva))

@@ -1,4 +1,4 @@
-"""Trainers: one call before ``train()``, on whatever model the trainer has made."""
+"""Trainers: one call before ``train()``, on the model that the trainer has made."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from integration.conftest import (
     wrapped,
 )
 
-FREQUENT = "ignore:.*(pin_memory|use_cache|use_reentrant|deprecat|dataloader)"
+TRAINER_WARNINGS = "ignore:.*(pin_memory|use_cache|use_reentrant|deprecat|dataloader)"
 
 
-def rows(count: int = 8) -> list[dict[str, Any]]:
+def make_samples(count: int = 8) -> list[dict[str, Any]]:
     batches = text_batches(count, samples=2, labels=True)
     return [{k: v[i] for k, v in b.items()} for b in batches for i in range(2)]
 
@@ -57,18 +57,18 @@ def arguments(folder: Path, **fields: Any) -> dict[str, Any]:
     }
 
 
-def rows_in_batches() -> DataLoader[Any]:
-    return DataLoader(rows(), batch_size=4)
+def sample_batches() -> DataLoader[Any]:
+    return DataLoader(make_samples(), batch_size=4)
 
 
 def check_trained(model: nn.Module, before: dict[str, Any]) -> None:
-    """Every adapter has moved: the optimizer held the parameters that EVA wrote."""
+    """Check that every adapter has changed: the optimizer held the parameters that EVA wrote."""
     for name, layer in lora_layers(model).items():
         assert layer.lora_B["default"].weight.any(), name
         assert not torch.equal(layer.lora_A["default"].weight, before[name]), name
 
 
-def rows_of(model: nn.Module) -> dict[str, Any]:
+def lora_a_of(model: nn.Module) -> dict[str, Any]:
     return {
         n: layer.lora_A["default"].weight.detach().clone()
         for n, layer in lora_layers(model).items()
@@ -80,24 +80,24 @@ def losses(trainer: Trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("wrap", ["before", "by initialize"])
-def test_trainer(wrap: str, tmp_path: Path) -> None:
+def test_trainer_trains_initialised_adapters(wrap: str, tmp_path: Path) -> None:
     config = lora(task_type="CAUSAL_LM")
     if wrap == "before":
         model: nn.Module = wrapped(make_llama(), config)
     else:
-        loader = DataLoader(rows(), batch_size=4)
+        loader = DataLoader(make_samples(), batch_size=4)
         model = eva_kernels.initialize(make_llama(), loader, config, max_steps=6, **QUIET)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**arguments(tmp_path)),
-        train_dataset=rows(),
+        train_dataset=make_samples(),
         callbacks=[EvaCallback("raise")],
     )
     if wrap == "before":
         loader = trainer.get_train_dataloader()
         same = eva_kernels.initialize(trainer.model, loader, max_steps=6, **QUIET)
         assert same is trainer.model
-    before = rows_of(trainer.model)
+    before = lora_a_of(trainer.model)
     trainer.train()
     check_trained(trainer.model, before)
     found = losses(trainer)
@@ -105,8 +105,8 @@ def test_trainer(wrap: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*not converged:eva_kernels.NotConvergedWarning")
-def test_the_callback_of_the_readme(tmp_path: Path) -> None:
-    """In a trainer that somebody else has made, with adapters that began as plain LoRA's."""
+def test_callback_of_the_readme(tmp_path: Path) -> None:
+    """With a trainer made elsewhere, and adapters that started as plain LoRA."""
     text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {"TrainerCallback": TrainerCallback, "eva_kernels": eva_kernels}
     exec(
@@ -118,32 +118,32 @@ def test_the_callback_of_the_readme(tmp_path: Path) -> None:
 
     class Begun(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            begun.append(rows_of(model))
+            begun.append(lora_a_of(model))
 
     args = TrainingArguments(**arguments(tmp_path, gradient_accumulation_steps=2))
     callbacks = [names["InitEva"](), Begun()]
-    trainer = Trainer(model=model, args=args, train_dataset=rows(), callbacks=callbacks)
+    trainer = Trainer(model=model, args=args, train_dataset=make_samples(), callbacks=callbacks)
     trainer.train()
-    inputs = layer_inputs(make_llama(), rows_in_batches(), list(begun[0]))
+    inputs = layer_inputs(make_llama(), sample_batches(), list(begun[0]))
     assert {len(a) for a in begun[0].values()} != {4}
     for name, a in begun[0].items():
         assert lost(a, inputs[name]) < 0.05
     check_trained(model, begun[0])
 
 
-def test_trainer_that_forgot(tmp_path: Path) -> None:
+def test_trainer_with_uninitialised_adapters_warns(tmp_path: Path) -> None:
     trainer = Trainer(
         model=wrapped(make_llama(), lora(task_type="CAUSAL_LM")),
         args=TrainingArguments(**arguments(tmp_path, max_steps=1)),
-        train_dataset=rows(),
+        train_dataset=make_samples(),
         callbacks=[EvaCallback()],
     )
     with pytest.warns(NotInitializedWarning, match="never initialised"):
         trainer.train()
 
 
-@pytest.mark.filterwarnings(FREQUENT)
-def test_sft_trainer(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(TRAINER_WARNINGS)
+def test_sft_trainer_trains_initialised_adapters(tmp_path: Path) -> None:
     from eva_peft.assets import load_tiny_llama
 
     datasets, trl = needs("datasets"), needs("trl")
@@ -163,16 +163,16 @@ def test_sft_trainer(tmp_path: Path) -> None:
     model = eva_kernels.initialize(trainer.model, loader, max_steps=6, **QUIET)
     assert model is trainer.model
     assert all(result > 0 for result in (model.eva_result.tokens, model.eva_result.steps))
-    before = rows_of(model)
+    before = lora_a_of(model)
     trainer.train()
     check_trained(model, before)
     found = losses(trainer)
     assert found[-1] < found[0]
 
 
-@pytest.mark.filterwarnings(FREQUENT, "ignore:.*low_cpu_mem_usage")
+@pytest.mark.filterwarnings(TRAINER_WARNINGS, "ignore:.*low_cpu_mem_usage")
 @pytest.mark.parametrize("way", ["peft_config", "wrapped before"])
-def test_dpo_trainer_goes_on_with_its_reference(way: str, tmp_path: Path) -> None:
+def test_dpo_trainer_resumes_with_its_reference(way: str, tmp_path: Path) -> None:
     from eva_peft.assets import load_tiny_llama
 
     datasets, trl = needs("datasets"), needs("trl")
@@ -205,12 +205,12 @@ def test_dpo_trainer_goes_on_with_its_reference(way: str, tmp_path: Path) -> Non
         return
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert losses(again)[-1] == pytest.approx(losses(whole)[-1], abs=1e-5) != math.log(2)
-    for name, rows in rows_of(whole.model).items():
-        torch.testing.assert_close(rows_of(again.model)[name], rows)
+    for name, rows in lora_a_of(whole.model).items():
+        torch.testing.assert_close(lora_a_of(again.model)[name], rows)
 
 
-@pytest.mark.filterwarnings(FREQUENT, "ignore:.*(trl.experimental|low_cpu_mem_usage)")
-def test_batches_that_the_loss_of_a_trainer_takes(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings(TRAINER_WARNINGS, "ignore:.*(trl.experimental|low_cpu_mem_usage)")
+def test_forward_fn_runs_the_loss_of_a_trainer(tmp_path: Path) -> None:
     from eva_peft.assets import load_tiny_llama
 
     datasets, orpo = needs("datasets"), needs("trl.experimental.orpo", "trl")
@@ -241,11 +241,11 @@ def test_batches_that_the_loss_of_a_trainer_takes(tmp_path: Path) -> None:
         check_shares(result, name, read[path])
 
 
-@pytest.mark.filterwarnings(FREQUENT)
+@pytest.mark.filterwarnings(TRAINER_WARNINGS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*(does not have many workers|tensorboard)")
-@pytest.mark.filterwarnings("ignore:GPU available but not used")  # as is meant: on the CPU
-def test_lightning(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:GPU available but not used")  # on the CPU on purpose
+def test_lightning_trains_initialised_adapters(tmp_path: Path) -> None:
     lightning = needs("lightning")
 
     class Task(lightning.LightningModule):  # type: ignore[name-defined, misc]
@@ -263,9 +263,9 @@ def test_lightning(tmp_path: Path) -> None:
             trained = [p for p in self.parameters() if p.requires_grad]
             return torch.optim.AdamW(trained, lr=5e-3)
 
-    task, loader = Task(), DataLoader(rows(), batch_size=4)
+    task, loader = Task(), DataLoader(make_samples(), batch_size=4)
     eva_kernels.initialize(task.model, loader, max_steps=6, **QUIET)
-    before = rows_of(task.model)
+    before = lora_a_of(task.model)
     trainer = lightning.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -282,25 +282,25 @@ def test_lightning(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("adapted", [True, False])
-def test_fabric(adapted: bool, tmp_path: Path) -> None:
+def test_fabric_wrapper_is_accepted(adapted: bool, tmp_path: Path) -> None:
     lightning = needs("lightning")
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     config = lora(task_type="CAUSAL_LM")
     model = fabric.setup_module(wrapped(make_llama(), config) if adapted else make_llama())
-    loader = fabric.setup_dataloaders(rows_in_batches())
+    loader = fabric.setup_dataloaders(sample_batches())
     inner = model.module
     found = eva_kernels.initialize(model, loader, None if adapted else config, **QUIET, max_steps=4)
     assert found is inner if adapted else found.get_base_model() is inner
     assert eva_kernels.is_initialized(model if adapted else found)
-    twin = eva_kernels.initialize(make_llama(), rows_in_batches(), config, **QUIET, max_steps=4)
+    twin = eva_kernels.initialize(make_llama(), sample_batches(), config, **QUIET, max_steps=4)
     assert found.eva_result.ranks == twin.eva_result.ranks
     found.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make_llama(), tmp_path)
-    for name, rows_written in rows_of(twin).items():
-        torch.testing.assert_close(rows_of(again)[name], rows_written)
+    for name, rows_written in lora_a_of(twin).items():
+        torch.testing.assert_close(lora_a_of(again)[name], rows_written)
 
 
-ONE_PROCESS = """
+ONE_PROCESS_SCRIPT = """
 import torch
 from accelerate import Accelerator
 import eva_kernels
@@ -321,8 +321,8 @@ assert eva_kernels.is_initialized(model)
 accelerator.print("one process:", len(trained))
 """
 
-# Both ways of several processes: they share a pass, or all apply what one has computed.
-TWO_PROCESSES = """
+# Processes may share a pass, or all apply the result of one.
+TWO_PROCESSES_SCRIPT = """
 import sys
 import torch
 from accelerate import PartialState
@@ -366,14 +366,14 @@ def launch(script: str, folder: Path, processes: int, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_accelerate_launch(tmp_path: Path) -> None:
-    assert "one process: 28" in launch(ONE_PROCESS, tmp_path, 1)
+def test_accelerate_launch_of_one_process(tmp_path: Path) -> None:
+    assert "one process: 28" in launch(ONE_PROCESS_SCRIPT, tmp_path, 1)
 
 
 @pytest.mark.slow
-def test_several_processes(tmp_path: Path) -> None:
+def test_two_processes_get_equal_adapters(tmp_path: Path) -> None:
     config = lora(task_type="CAUSAL_LM")
     result = eva_kernels.calibrate(make_llama(), text_batches(6), config, max_steps=6, **QUIET)
     path = tmp_path / "eva.safetensors"
     result.save(path)
-    assert "two processes:" in launch(TWO_PROCESSES, tmp_path, 2, str(path))
+    assert "two processes:" in launch(TWO_PROCESSES_SCRIPT, tmp_path, 2, str(path))

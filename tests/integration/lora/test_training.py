@@ -1,4 +1,4 @@
-"""Asked for EVA and never initialised is told; initialised or trained adapters are recognised."""
+"""Detection of uninitialised adapters, by warnings or errors, and of trained ones."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fresh(**fields: Any) -> PeftModel:
     return wrapped(make_mlp(), lora(**{**CONFIG, **fields}))
 
 
-def done(**fields: Any) -> PeftModel:
+def eva_model(**fields: Any) -> PeftModel:
     return eva_kernels.initialize(fresh(**fields), vectors(), max_steps=3, **QUIET)
 
 
@@ -62,8 +62,8 @@ def by_peft(**fields: Any) -> PeftModel:
     return model
 
 
-def as_read(model: PeftModel) -> PeftModel:
-    """Put the EVA part of the config where PEFT 0.17 has it after loading: in a dict."""
+def as_dict(model: PeftModel) -> PeftModel:
+    """Make the EVA part of the config a dict, as PEFT 0.17 does on loading."""
     config = model.peft_config["default"]
     if not isinstance(config.eva_config, dict):
         config.eva_config = dict(vars(config.eva_config))
@@ -75,21 +75,21 @@ def loaded(model: PeftModel, folder: Any) -> PeftModel:
     return PeftModel.from_pretrained(make_mlp(), folder, is_trainable=True)
 
 
-YES: dict[str, Callable[[Any], nn.Module]] = {
-    "initialised": lambda folder: done(),
-    "one rank": lambda folder: done(r=1, rho=1.0),
-    "whitened": lambda folder: done(whiten=True),
-    "bfloat16": lambda folder: done().to(torch.bfloat16),
-    "removed layers": lambda folder: done(r=1, rho=8.0),
-    "loaded": lambda folder: loaded(done(), folder),
-    "loaded, whitened": lambda folder: loaded(done(whiten=True), folder),
-    "whitened, settings as read": lambda folder: as_read(loaded(done(whiten=True), folder)),
+INITIALISED: dict[str, Callable[[Any], nn.Module]] = {
+    "initialised": lambda folder: eva_model(),
+    "one rank": lambda folder: eva_model(r=1, rho=1.0),
+    "whitened": lambda folder: eva_model(whiten=True),
+    "bfloat16": lambda folder: eva_model().to(torch.bfloat16),
+    "removed layers": lambda folder: eva_model(r=1, rho=8.0),
+    "loaded": lambda folder: loaded(eva_model(), folder),
+    "loaded, whitened": lambda folder: loaded(eva_model(whiten=True), folder),
+    "whitened, settings as read": lambda folder: as_dict(loaded(eva_model(whiten=True), folder)),
     "trained": lambda folder: trained(fresh(init_lora_weights=True)),
     "by PEFT": lambda folder: by_peft(),
-    "compiled": lambda folder: torch.compile(done(), backend="eager"),
+    "compiled": lambda folder: torch.compile(eva_model(), backend="eager"),
     "result applied": lambda folder: run(make_mlp(), vectors(), lora(**CONFIG)).apply(fresh()),
 }
-NO: dict[str, Callable[[Any], nn.Module]] = {
+NOT_INITIALISED: dict[str, Callable[[Any], nn.Module]] = {
     "fresh": lambda folder: fresh(),
     "one rank": lambda folder: fresh(r=1),
     "whitened": lambda folder: fresh(whiten=True),
@@ -102,14 +102,14 @@ NO: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
-def test_settings_as_read_from_a_file_are_those_of_the_config() -> None:
+def test_eva_config_as_a_dict_is_read() -> None:
     result = run(fresh(rho=1.0, whiten=True), vectors(), max_steps=3)
-    as_such, again = fresh(rho=1.0, whiten=True), as_read(fresh(rho=1.0, whiten=True))
-    for model in (as_such, again):
+    original, again = fresh(rho=1.0, whiten=True), as_dict(fresh(rho=1.0, whiten=True))
+    for model in (original, again):
         eva_kernels.initialize(model, vectors(), max_steps=3, **QUIET)
         assert model.eva_result.config.eva_config == result.config.eva_config
-    assert same_state(state_of(as_such), state_of(again))
-    applied = result.apply(fresh(), config=as_read(fresh(whiten=True)).peft_config["default"])
+    assert same_state(state_of(original), state_of(again))
+    applied = result.apply(fresh(), config=as_dict(fresh(whiten=True)).peft_config["default"])
     assert is_initialized(applied)
 
 
@@ -118,24 +118,24 @@ def trained(model: PeftModel) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("kind", YES)
-def test_initialised(kind: str, tmp_path: Any) -> None:
-    assert is_initialized(YES[kind](tmp_path))
+@pytest.mark.parametrize("kind", INITIALISED)
+def test_initialised_adapters_are_recognised(kind: str, tmp_path: Any) -> None:
+    assert is_initialized(INITIALISED[kind](tmp_path))
 
 
-@pytest.mark.parametrize("kind", NO)
-def test_not_initialised(kind: str, tmp_path: Any) -> None:
-    assert not is_initialized(NO[kind](tmp_path))
+@pytest.mark.parametrize("kind", NOT_INITIALISED)
+def test_uninitialised_adapters_are_recognised(kind: str, tmp_path: Any) -> None:
+    assert not is_initialized(NOT_INITIALISED[kind](tmp_path))
 
 
-def test_adapters_are_told_apart() -> None:
-    model = done()
+def test_is_initialized_distinguishes_adapters() -> None:
+    model = eva_model()
     model.add_adapter("other", lora(target_modules=["0"], init_lora_weights=True))
     assert is_initialized(model, "default")
     assert not is_initialized(model, "other")
 
 
-def test_models_that_cannot_be_asked() -> None:
+def test_is_initialized_rejects_other_models() -> None:
     with pytest.raises(EvaTypeError, match=r"expected a PeftModel, got .*initialize returns one"):
         is_initialized(make_mlp())
     with pytest.raises(EvaValueError, match=r"no adapter 'mine'; its adapters are \['default'\]"):
@@ -166,7 +166,7 @@ TRAINED_CALLS: dict[str, Callable[[PeftModel, Any], Any]] = {
 
 
 @pytest.mark.parametrize("call", TRAINED_CALLS)
-def test_trained_adapters_are_refused_unless_asked(call: str) -> None:
+def test_trained_adapters_need_overwrite_trained(call: str) -> None:
     model = trained(fresh())
     before = state_of(model)
     with pytest.raises(
@@ -179,8 +179,8 @@ def test_trained_adapters_are_refused_unless_asked(call: str) -> None:
     assert is_initialized(model)
 
 
-def test_random_b_tells_nothing_where_it_was_made_so() -> None:
-    """With ``init_lora_weights=False`` the start is random; asking for any init overwrites it."""
+def test_random_b_is_overwritten_with_allow_any_init() -> None:
+    """With ``init_lora_weights=False`` lora_B starts random; any init is overwritten on request."""
     model, config = fresh(init_lora_weights=False), lora(target_modules=["0", "2"])
     with pytest.raises(EvaValueError, match="or was not made with lora_B = 0"):
         eva_kernels.initialize(model, vectors(), config, **QUIET)
@@ -202,8 +202,8 @@ def grow_magnitudes(model: PeftModel, factor: float = 1.5) -> None:
 
 
 @pytest.mark.parametrize("also_b", [True, False])
-def test_trained_magnitudes_are_made_anew(also_b: bool) -> None:
-    """With DoRA the output is that of the base model only with the norms of its weights."""
+def test_trained_magnitudes_are_reset(also_b: bool) -> None:
+    """With DoRA the initial output is that of the base model only for the norms of its weights."""
     model, x = dora().eval(), vectors(1)[0]
     kept = {id(p) for p in model.parameters()}
     grow_magnitudes(model)
@@ -216,7 +216,7 @@ def test_trained_magnitudes_are_made_anew(also_b: bool) -> None:
     assert {id(p) for p in model.parameters()} == kept  # an optimizer may hold them
 
 
-def test_magnitudes_of_a_failed_write_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_restores_magnitudes(monkeypatch: pytest.MonkeyPatch) -> None:
     from eva_peft.lora import adapters
 
     def stop(self: Any) -> None:
@@ -231,7 +231,7 @@ def test_magnitudes_of_a_failed_write_come_back(monkeypatch: pytest.MonkeyPatch)
     assert same_state(before, state_of(model))
 
 
-def test_the_adapter_that_is_written_is_looked_at() -> None:
+def test_only_the_written_adapter_is_checked_for_training() -> None:
     model = fresh()
     model.add_adapter("second", lora(**CONFIG))
     for name, parameter in model.named_parameters():
@@ -244,10 +244,10 @@ def test_the_adapter_that_is_written_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_untrained_magnitudes_are_no_training(dtype: torch.dtype, tmp_path: Any) -> None:
+def test_untrained_magnitudes_do_not_count_as_trained(dtype: torch.dtype, tmp_path: Any) -> None:
     model = dora(dtype)
     model.save_pretrained(tmp_path)
-    for base in (make_mlp().to(dtype), make_mlp()):  # norms of rounded weights, too
+    for base in (make_mlp().to(dtype), make_mlp()):  # also norms of rounded weights
         again = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
         data = [x.to(base[0].weight.dtype) for x in vectors()]
         eva_kernels.initialize(again, data, max_steps=2, **QUIET)
@@ -256,7 +256,7 @@ def test_untrained_magnitudes_are_no_training(dtype: torch.dtype, tmp_path: Any)
             eva_kernels.initialize(again, data, max_steps=2, **QUIET)
 
 
-def test_magnitudes_of_convolutions() -> None:
+def test_trained_magnitudes_of_convolutions_are_reset() -> None:
     def make() -> nn.Module:
         torch.manual_seed(7)
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)).eval()
@@ -273,12 +273,12 @@ def test_magnitudes_of_convolutions() -> None:
     torch.testing.assert_close(output_of(model, data[0]), output_of(make(), data[0]))
 
 
-def test_refused_before_any_forward_pass() -> None:
-    model, seen = trained(fresh()), []
-    model.register_forward_pre_hook(lambda *_: seen.append(1))
+def test_trained_adapters_are_rejected_before_any_forward() -> None:
+    model, calls = trained(fresh()), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(EvaValueError, match="has been trained"):
         eva_kernels.initialize(model, vectors(), **QUIET)
-    assert not seen
+    assert not calls
 
 
 def step(model: nn.Module) -> None:
@@ -286,7 +286,7 @@ def step(model: nn.Module) -> None:
     model(vectors(1)[0]).sum().backward()
 
 
-def test_watch_tells_once_and_takes_itself_off() -> None:
+def test_watch_warns_once_and_removes_its_hook() -> None:
     model = watch(fresh())
     assert hooks_of(model) == 1
     model.eval()
@@ -301,8 +301,8 @@ def test_watch_tells_once_and_takes_itself_off() -> None:
     step(model)
 
 
-def test_watch_is_silent_where_all_is_well() -> None:
-    for model in (done(), trained(fresh()), fresh(init_lora_weights=True), make_mlp()):
+def test_watch_does_not_warn_without_a_problem() -> None:
+    for model in (eva_model(), trained(fresh()), fresh(init_lora_weights=True), make_mlp()):
         step(watch(model))
         assert hooks_of(model) == 0
     model = watch(fresh())
@@ -310,9 +310,9 @@ def test_watch_is_silent_where_all_is_well() -> None:
     step(model)
 
 
-def test_watch_may_raise() -> None:
+def test_watch_can_raise() -> None:
     model = watch(fresh(), "raise")
-    for _ in range(2):  # nobody trains past it
+    for _ in range(2):  # it raises every time
         with pytest.raises(NotInitializedError, match="never initialised: it trains as plain LoRA"):
             step(model)
     eva_kernels.initialize(model, vectors(), max_steps=2, **QUIET)
@@ -323,7 +323,7 @@ def test_watch_may_raise() -> None:
         watch(model, "stop")  # type: ignore[arg-type]
 
 
-def test_a_watched_model_can_be_copied_and_saved(tmp_path: Any) -> None:
+def test_watched_model_can_be_copied_and_saved(tmp_path: Any) -> None:
     model = watch(fresh())
     assert same_state(state_of(fresh()), state_of(model))
     torch.save(model, io.BytesIO())
@@ -333,7 +333,7 @@ def test_a_watched_model_can_be_copied_and_saved(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
 
 
-def test_patched_peft_watches_what_it_makes() -> None:
+def test_patched_peft_watches_new_adapters() -> None:
     before = peft.get_peft_model
     with eva_kernels.patch_peft():
         assert peft.get_peft_model is not before
@@ -347,7 +347,7 @@ def test_patched_peft_watches_what_it_makes() -> None:
 
 
 class Various(nn.Module):
-    """Layers that EVA reads, those that it cannot read, and one that is never called."""
+    """Layers that EVA reads, some that it cannot read, and one that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ def partly(model: PeftModel) -> PeftModel:
 
 
 @pytest.mark.parametrize("action", ["warn", "raise"])
-def test_layers_that_were_passed_by_are_told(action: Any) -> None:
+def test_partly_initialised_adapter_warns(action: Any) -> None:
     words = r"'default' was made .* only a part of it: 1 layer trains as plain LoRA \(2\)\. Call"
     model = watch(partly(fresh()), action)
     with pytest.warns(NotInitializedWarning, match=words):
@@ -385,26 +385,26 @@ def test_layers_that_were_passed_by_are_told(action: Any) -> None:
 def various() -> nn.Module:
     names = ["words", "attention", "linear", "unused"]
     data = [torch.randint(30, (4, 12)) for _ in range(3)]
-    with warnings.catch_warnings():  # of what keeps its default
+    with warnings.catch_warnings():  # of layers that keep the default
         warnings.simplefilter("ignore")
         return eva_kernels.initialize(
             Various(), data, lora(target_modules=names), max_steps=3, min_rank=1, **QUIET
         )
 
 
-def rows_from_elsewhere() -> nn.Module:
+def with_orthonormal_rows() -> nn.Module:
     model = partly(fresh())
     layers = lora_layers(model)
-    with torch.no_grad():  # orthonormal, whoever wrote them
+    with torch.no_grad():  # orthonormal, but not written by EVA
         nn.init.orthogonal_(layers["2"].lora_A["default"].weight)
     return model
 
 
-NOTHING_TO_TELL: dict[str, Callable[[Any], nn.Module]] = {
+NO_WARNING_CASES: dict[str, Callable[[Any], nn.Module]] = {
     "left on purpose": lambda folder: various(),
     "loaded": lambda folder: loaded(partly(fresh()), folder),
     "trained": lambda folder: trained(partly(fresh())),
-    "rows from elsewhere": lambda folder: rows_from_elsewhere(),
+    "rows from elsewhere": lambda folder: with_orthonormal_rows(),
     "another kind": lambda folder: partly_as_plain(),
 }
 
@@ -415,14 +415,14 @@ def partly_as_plain() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", NOTHING_TO_TELL)
-def test_layers_that_are_no_oversight_are_not_told(kind: str, tmp_path: Any) -> None:
-    EvaCallback("raise").on_train_begin(None, None, None, model=NOTHING_TO_TELL[kind](tmp_path))
+@pytest.mark.parametrize("kind", NO_WARNING_CASES)
+def test_intentional_plain_layers_do_not_warn(kind: str, tmp_path: Any) -> None:
+    EvaCallback("raise").on_train_begin(None, None, None, model=NO_WARNING_CASES[kind](tmp_path))
 
 
-def test_adapters_that_are_kept_as_they_are_are_not_told() -> None:
+def test_inactive_adapters_do_not_warn() -> None:
     model = fresh()
-    model.add_adapter("ref", model.peft_config["default"])  # as DPO's reference
+    model.add_adapter("ref", model.peft_config["default"])  # as the reference of DPO
     eva_kernels.initialize(model, vectors(), max_steps=2, **QUIET)
     EvaCallback("raise").on_train_begin(None, None, None, model=model)
     model.set_adapter("ref")
@@ -430,15 +430,20 @@ def test_adapters_that_are_kept_as_they_are_are_not_told() -> None:
         EvaCallback("raise").on_train_begin(None, None, None, model=model)
 
 
-def test_callback() -> None:
+def test_callback_warns_or_raises() -> None:
     state: tuple[Any, ...] = (None, None, None)
     with pytest.warns(NotInitializedWarning, match="before the optimizer is made"):
         EvaCallback().on_train_begin(*state, model=fresh())
     with pytest.raises(NotInitializedError):
         EvaCallback("raise").on_train_begin(*state, model=torch.compile(fresh(), backend="eager"))
-    with pytest.raises(NotInitializedError):  # SetFit's trainer hands over what is no module
+    with pytest.raises(NotInitializedError):  # SetFit's trainer passes an object that is no module
         EvaCallback("raise").on_train_begin(*state, model=SimpleNamespace(model_body=fresh()))
-    for model in (done(), make_mlp(), None, SimpleNamespace(model_body=done(), model_head=None)):
+    for model in (
+        eva_model(),
+        make_mlp(),
+        None,
+        SimpleNamespace(model_body=eva_model(), model_head=None),
+    ):
         EvaCallback("raise").on_train_begin(*state, model=model)
     with pytest.raises(EvaValueError, match="action='never' is unknown"):
         EvaCallback("never")  # type: ignore[arg-type]
@@ -446,7 +451,7 @@ def test_callback() -> None:
 
 @contextmanager
 def gathered(parameters: list[Any]) -> Iterator[None]:
-    """Do what DeepSpeed's ``GatheredParameters`` does, of one process."""
+    """Mimic DeepSpeed's ``GatheredParameters`` in one process."""
     for parameter in parameters:
         parameter.data = parameter.ds_tensor
     yield
@@ -454,18 +459,18 @@ def gathered(parameters: list[Any]) -> Iterator[None]:
         parameter.data = torch.empty(0)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_weights_that_zero_3_has_divided(
-    told: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("expected", [True, False])
+def test_partitioned_weights_of_zero_3_are_gathered(
+    expected: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zero = SimpleNamespace(GatheredParameters=gathered)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
-    model = loaded(done() if told else fresh(), tmp_path)
+    model = loaded(eva_model() if expected else fresh(), tmp_path)
     for number, parameter in enumerate(model.parameters()):
         parameter.ds_id, parameter.ds_tensor = number, parameter.data
         parameter.data = torch.empty(0)
-    assert is_initialized(model) is told
-    if told:
+    assert is_initialized(model) is expected
+    if expected:
         EvaCallback("raise").on_train_begin(None, None, None, model=model)
     else:
         with pytest.raises(NotInitializedError):
@@ -473,8 +478,8 @@ def test_weights_that_zero_3_has_divided(
     assert not any(parameter.numel() for parameter in model.parameters())
 
 
-def test_flattened_weights_tell_nothing() -> None:
-    """As FullyShardedDataParallel has them: a part of each, or the shape without memory."""
+def test_flattened_weights_cannot_be_checked() -> None:
+    """FullyShardedDataParallel keeps a part of each, or its shape without memory."""
     partial, gone = fresh(), fresh()
     for parameter in partial.parameters():
         parameter.data = parameter.data.flatten()[:3]
@@ -487,7 +492,7 @@ def test_flattened_weights_tell_nothing() -> None:
             EvaRuntimeError, match="'default' is initialised cannot be determined, since Fully"
         ):
             is_initialized(model)
-    model = partly(fresh())  # EVA has marked the weights that it wrote
+    model = partly(fresh())  # EVA marks the weights that it writes
     for parameter in model.parameters():
         parameter.data = parameter.data.flatten()[:3]
     assert is_initialized(model)

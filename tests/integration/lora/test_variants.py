@@ -1,4 +1,4 @@
-"""Variants of LoRA whose adapters cannot have any rows or ranks: BD-LoRA, KaSA and QA-LoRA."""
+"""LoRA variants that restrict rows or ranks: BD-LoRA, KaSA and QA-LoRA."""
 
 from __future__ import annotations
 
@@ -28,38 +28,42 @@ from integration.conftest import (
     wrapped,
 )
 
-OF_BLOCKS = pytest.mark.skipif(
+NEEDS_BDLORA = pytest.mark.skipif(
     not hasattr(LoraConfig(), "use_bdlora"), reason="this PEFT has no BD-LoRA"
 )
 
 
-def of_blocks(first: list[str], second: list[str], **fields: Any) -> LoraConfig:
+def bdlora_config(first: list[str], second: list[str], **fields: Any) -> LoraConfig:
     from peft.tuners.lora.config import BdLoraConfig
 
     blocks = BdLoraConfig(first, second, nblocks=2, match_strict=False)
     return lora(target_modules=["q_proj", "down_proj"], use_bdlora=blocks, **fields)
 
 
-@OF_BLOCKS
+@NEEDS_BDLORA
 @pytest.mark.parametrize(
-    ("config", "error", "said"),
+    ("config", "error", "message"),
     [
-        (lambda: of_blocks(["down_proj"], []), EvaValueError, "lora_A of down_proj block-diagonal"),
-        (lambda: of_blocks([], ["q_proj"]), EvaRuntimeError, "lora_B of q_proj block-diagonal"),
+        (
+            lambda: bdlora_config(["down_proj"], []),
+            EvaValueError,
+            "lora_A of down_proj block-diagonal",
+        ),
+        (lambda: bdlora_config([], ["q_proj"]), EvaRuntimeError, "lora_B of q_proj block-diagonal"),
     ],
 )
-def test_blocks_are_refused_before_the_pass(
-    config: Callable[[], LoraConfig], error: type[Exception], said: str
+def test_unsupported_bdlora_is_rejected_before_the_pass(
+    config: Callable[[], LoraConfig], error: type[Exception], message: str
 ) -> None:
     for model, given in ((make_llama(), config()), (wrapped(make_llama(), config()), None)):
-        with pytest.raises(error, match=f"use_bdlora makes {said}"):
+        with pytest.raises(error, match=f"use_bdlora makes {message}"):
             eva_kernels.initialize(model, iter(()), given, **QUIET)
 
 
-@OF_BLOCKS
+@NEEDS_BDLORA
 @pytest.mark.parametrize("meta", [False, True])
-def test_blocks_keep_their_ranks(meta: bool, tmp_path: Path) -> None:
-    config, batches = of_blocks([], ["q_proj"], rho=1.0, tau=1.0), text_batches()
+def test_bdlora_keeps_its_ranks(meta: bool, tmp_path: Path) -> None:
+    config, batches = bdlora_config([], ["q_proj"], rho=1.0, tau=1.0), text_batches()
     model = wrapped(make_llama(), config, low_cpu_mem_usage=meta)
     before = output_of(make_llama(), batches[0])
     done = eva_kernels.initialize(model, batches, method="gram", max_steps=6, **QUIET)
@@ -74,15 +78,15 @@ def test_blocks_keep_their_ranks(meta: bool, tmp_path: Path) -> None:
     done.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make_llama(), tmp_path)
     assert torch.equal(output_of(again, batches[0]), output_of(done, batches[0]))
-    there = wrapped(make_llama(), config)
-    states = state_of(there)
+    target = wrapped(make_llama(), config)
+    states = state_of(target)
     with pytest.raises(EvaRuntimeError, match="use_bdlora makes lora_B of q_proj block-diagonal"):
-        done.eva_result.apply(there, r=3)
-    assert same_state(states, state_of(there))
+        done.eva_result.apply(target, r=3)
+    assert same_state(states, state_of(target))
 
 
 @pytest.mark.skipif(not hasattr(LoraConfig(), "kasa_config"), reason="this PEFT has no KaSA")
-def test_weights_that_kasa_has_cut_are_not_cut_again() -> None:
+def test_kasa_weights_are_not_truncated_again() -> None:
     from peft.tuners.lora.config import KasaConfig
 
     def adapted(**fields: Any) -> PeftModel:
@@ -104,16 +108,16 @@ def test_weights_that_kasa_has_cut_are_not_cut_again() -> None:
         with pytest.raises(EvaRuntimeError, match="kasa_config: PEFT removes as many components"):
             call()
     assert all(map(same_state, before, map(state_of, (changing, kept, plain))))
-    cut = adapted()
+    fresh = adapted()
     for name, weight in kept.named_parameters():
-        assert "base_layer" not in name or torch.equal(weight, cut.get_parameter(name))
+        assert "base_layer" not in name or torch.equal(weight, fresh.get_parameter(name))
 
 
 class GPTQQuantLinear(nn.Linear):
-    """Named as what gptqmodel makes, of which PEFT averages the inputs in groups."""
+    """Has the name of gptqmodel's layer, whose inputs PEFT averages in groups."""
 
 
-def test_averages_of_groups_are_refused_before_the_pass() -> None:
+def test_qalora_groups_are_rejected_before_the_pass() -> None:
     config = lora(target_modules=["q_proj"], use_qalora=True, qalora_group_size=4)
     eva_kernels.calibrate(make_llama(), text_batches(1), config, max_steps=1, **QUIET)
     for wrap in (False, True):

@@ -1,4 +1,4 @@
-"""Wrapping a base model: refused before the pass, restored after any failure, fit to be trained."""
+"""Wrapping a base model: errors before the pass, restored after failures, trainable results."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class Attentive(nn.Module):
 
 
 def checkpointed(model: Any) -> nn.Module:
-    """Let PEFT put a hook on the embeddings; transformers 5 has another name for it."""
+    """Enable checkpointing, for which PEFT puts a hook on the embeddings."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable()
     return model
 
 
-def facts(model: nn.Module) -> dict[str, Any]:
-    """Return what a model consists of, in its order."""
+def structure_of(model: nn.Module) -> dict[str, Any]:
+    """Return the structure of a model, in its order."""
     config = getattr(model, "config", None)
     return {
         "modules": [(n, id(m), type(m)) for n, m in model.named_modules()],
@@ -81,18 +81,18 @@ def facts(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[list[int]]:
-    """Check that a model is as before, and give a list that grows with every forward pass."""
+def check_unchanged(model: nn.Module) -> Iterator[list[int]]:
+    """Check that a model is unchanged, and yield a list that grows with every forward pass."""
     calls: list[int] = []
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    before, state = facts(model), state_of(model)
+    before, state = structure_of(model), state_of(model)
     yield calls
-    assert facts(model) == before
+    assert structure_of(model) == before
     assert same_state(state, state_of(model))
     handle.remove()
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "a norm": (
         {"target_modules": ["q_proj", "input_layernorm"]},
         r"layer model\.layers\.0\.input_layernorm: PEFT cannot wrap it: .*not supported",
@@ -116,19 +116,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:EVA reads the inputs of linear layers")
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_before_the_pass(case: str) -> None:
-    fields, text = REFUSED[case]
+@pytest.mark.parametrize("case", REJECTED)
+def test_configs_that_peft_rejects_fail_before_the_pass(case: str) -> None:
+    fields, text = REJECTED[case]
     model = checkpointed(make_llama().train())
-    with untouched(model) as calls:
+    with check_unchanged(model) as calls:
         with pytest.raises((EvaValueError, EvaTypeError), match=text):
             eva_kernels.initialize(model, text_batches(2), lora(**fields), max_steps=2, **QUIET)
         assert not calls
 
 
 @pytest.mark.parametrize("name", ["a.b", "", 3])
-def test_names_that_cannot_be_a_module(name: Any) -> None:
-    with untouched(make_mlp()) as calls:
+def test_invalid_adapter_names_are_rejected(name: Any) -> None:
+    with check_unchanged(make_mlp()) as calls:
         with pytest.raises(
             EvaValueError, match=r"adapter_name=.* must be a non-empty string without a dot"
         ):
@@ -136,23 +136,23 @@ def test_names_that_cannot_be_a_module(name: Any) -> None:
         assert not calls
 
 
-def test_a_dry_run_leaves_nothing_and_warns_of_nothing() -> None:
+def test_dry_run_changes_nothing_and_does_not_warn() -> None:
     module = import_module("eva_peft.lora.wrapping")
     config = lora(modules_to_save=["lm_head"], trainable_token_indices=[1, 2], use_dora=True)
     model = make_llama().train()
-    with untouched(model), warnings.catch_warnings(record=True) as told:
+    with check_unchanged(model), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         module.check_wrapping(model, config, "default")
-    assert not told
+    assert not warned
 
 
-def test_what_fails_on_meta_only_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrapping_that_fails_only_on_meta_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("eva_peft.lora.wrapping")
-    original, seen = module.get_peft_model, []
+    original, on_meta = module.get_peft_model, []
 
     def picky(*args: Any, **kwargs: Any) -> Any:
-        seen.append(torch.empty(0).is_meta)
-        if seen[-1]:
+        on_meta.append(torch.empty(0).is_meta)
+        if on_meta[-1]:
             raise RuntimeError("Expected all tensors to be on the same device")
         return original(*args, **kwargs)
 
@@ -160,26 +160,32 @@ def test_what_fails_on_meta_only_is_no_fault(monkeypatch: pytest.MonkeyPatch) ->
     model = eva_kernels.initialize(
         make_mlp(), vectors(), lora(target_modules=["0"]), max_steps=2, **QUIET
     )
-    assert seen == [True, False, False]
+    assert on_meta == [True, False, False]
     assert sum(model.eva_result.ranks.values()) == 4
 
 
-@pytest.mark.parametrize("kind", [TypeError, ValueError, RuntimeError, torch.OutOfMemoryError])
-def test_errors_of_peft_keep_their_kind(kind: type[Exception], monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "error_type", [TypeError, ValueError, RuntimeError, torch.OutOfMemoryError]
+)
+def test_errors_of_peft_keep_their_type(error_type: type[Exception], monkeypatch: Any) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise kind("too much of it")
+        raise error_type("too much of it")
 
     monkeypatch.setattr(import_module("eva_peft.lora.wrapping"), "get_peft_model", fail)
     model = make_mlp()
-    with untouched(model) as calls:
-        with pytest.raises(kind, match="too much of it") as caught:
+    with check_unchanged(model) as calls:
+        with pytest.raises(error_type, match="too much of it") as caught:
             eva_kernels.initialize(model, vectors(1), lora(target_modules=["0"]), **QUIET)
         assert not calls
-    told = "PEFT cannot wrap the model with this LoraConfig" in str(caught.value)
-    assert told == isinstance(caught.value, EvaError) == (kind is not torch.OutOfMemoryError)
+    is_wrapped = "PEFT cannot wrap the model with this LoraConfig" in str(caught.value)
+    assert (
+        is_wrapped
+        == isinstance(caught.value, EvaError)
+        == (error_type is not torch.OutOfMemoryError)
+    )
 
 
-def test_what_other_threads_make_meanwhile_has_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_threads_are_not_affected_by_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("eva_peft.lora.wrapping")
     original, devices = LoraModel._create_and_replace, []
 
@@ -195,7 +201,7 @@ def test_what_other_threads_make_meanwhile_has_contents(monkeypatch: pytest.Monk
     assert devices == ["cpu", "meta"]
 
 
-def test_two_threads_leave_the_filters_of_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_restore_the_warning_filters(monkeypatch: pytest.MonkeyPatch) -> None:
     module = import_module("eva_peft.lora.wrapping")
     inside, done = [Event(), Event()], Event()
     original, filters = LoraModel._create_and_replace, list(warnings.filters)
@@ -204,7 +210,7 @@ def test_two_threads_leave_the_filters_of_warnings(monkeypatch: pytest.MonkeyPat
     def overlapping(self: Any, *args: Any, **kwargs: Any) -> None:
         number = int(current_thread().name)
         inside[number].set()
-        (done if number else inside[1]).wait(0.5)  # the first one to come is the first to leave
+        (done if number else inside[1]).wait(0.5)  # the first to enter is the first to leave
         original(self, *args, **kwargs)
 
     def check() -> None:
@@ -225,7 +231,7 @@ def test_two_threads_leave_the_filters_of_warnings(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("number", [1, 5, 14])
-def test_interrupted_while_wrapping(
+def test_interrupted_wrapping_restores_the_model(
     error: type[BaseException], number: int, llama_result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls = LoraModel._create_and_replace, []
@@ -237,7 +243,7 @@ def test_interrupted_while_wrapping(
             raise error("stop")
 
     model = checkpointed(make_llama())
-    with untouched(model), monkeypatch.context() as patch:
+    with check_unchanged(model), monkeypatch.context() as patch:
         patch.setattr(LoraModel, "_create_and_replace", failing)
         with pytest.raises(error):
             llama_result.apply(model)
@@ -245,7 +251,7 @@ def test_interrupted_while_wrapping(
     assert sum(m.r["default"] for m in lora_layers(llama_result.apply(model)).values()) == 56
 
 
-CHANGES: dict[str, dict[str, Any]] = {
+CONFIG_FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradient checkpointing": {"checkpointing": True},
     "modules to save": {"modules_to_save": ["lm_head"]},
@@ -255,26 +261,26 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CHANGES)
-def test_a_failed_write_restores_the_base_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", CONFIG_FIELDS)
+def test_failed_write_restores_the_base_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from eva_peft.lora import adapters
 
     def stop(self: Any) -> None:
         raise KeyboardInterrupt
 
-    fields = dict(CHANGES[case])
+    fields = dict(CONFIG_FIELDS[case])
     model = make_llama().train()
     if fields.pop("checkpointing", False):
         checkpointed(model)
     model.lm_head.weight.requires_grad_(False)
     monkeypatch.setattr(adapters._AdapterWriter, "finish", stop)
-    with untouched(model), pytest.raises(KeyboardInterrupt):
+    with check_unchanged(model), pytest.raises(KeyboardInterrupt):
         eva_kernels.initialize(
             model, text_batches(1), lora(target_modules=["q_proj"], **fields), max_steps=1, **QUIET
         )
 
 
-def test_flags_of_a_frozen_adapter_come_back(
+def test_failed_write_restores_flags_of_a_frozen_adapter(
     llama_result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from eva_peft.lora import adapters
@@ -294,7 +300,7 @@ def test_flags_of_a_frozen_adapter_come_back(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(adapters, "update_layer", failing)
-    with untouched(model), pytest.raises(KeyboardInterrupt):
+    with check_unchanged(model), pytest.raises(KeyboardInterrupt):
         llama_result.apply(model)
 
 
@@ -321,7 +327,7 @@ WAYS: dict[str, Callable[[nn.Module, Any], PeftModel]] = {
 
 @pytest.mark.filterwarnings("ignore::eva_kernels.NotConvergedWarning")
 @pytest.mark.parametrize("way", WAYS)
-def test_a_caller_in_inference_mode_gets_what_can_be_trained(way: str) -> None:
+def test_results_in_inference_mode_are_trainable(way: str) -> None:
     model, data = make_llama(), text_batches(2)
     with torch.inference_mode():
         done = WAYS[way](model, data)
@@ -334,7 +340,7 @@ def test_a_caller_in_inference_mode_gets_what_can_be_trained(way: str) -> None:
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_attention_with_its_output_projection(prepared: bool, tmp_path: Any) -> None:
+def test_attention_and_output_projection_are_initialised(prepared: bool, tmp_path: Any) -> None:
     data, config = vectors(4), lora(target_modules=["lin", "mha"])
     model = wrapped(Attentive(), config) if prepared else Attentive()
     done = eva_kernels.initialize(model, data, None if prepared else config, max_steps=3, **QUIET)
@@ -354,11 +360,11 @@ def test_attention_with_its_output_projection(prepared: bool, tmp_path: Any) -> 
     assert all(m.lora_B["default"].weight.any() for m in layers.values())
     done.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(Attentive(), tmp_path).eval()
-    # PEFT merges into the attention's weight and takes out again on every call, which rounds
+    # PEFT merges into the attention's weight and unmerges on every call, which rounds
     torch.testing.assert_close(output_of(again, data[0]), output_of(done, data[0]))
 
 
-def test_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_restores_an_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     from eva_peft.lora import adapters
 
     def stop(self: Any) -> None:
@@ -366,15 +372,15 @@ def test_attention_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(adapters._AdapterWriter, "finish", stop)
     model, config = Attentive(), lora(target_modules=["lin", "mha"])
-    with untouched(model), pytest.raises(KeyboardInterrupt):
+    with check_unchanged(model), pytest.raises(KeyboardInterrupt):
         eva_kernels.initialize(model, vectors(4), config, max_steps=2, **QUIET)
 
 
-def test_mixed_models_are_refused() -> None:
+def test_mixed_models_are_rejected() -> None:
     config = lora(target_modules=["q_proj"], init_lora_weights=True)
     model = get_peft_model(make_llama(), config, mixed=True)
     result = run(make_llama(), text_batches(1), config, max_steps=1)
-    with untouched(model) as calls:
+    with check_unchanged(model) as calls:
         for call in (
             lambda: eva_kernels.initialize(model, text_batches(1), config, **QUIET),
             lambda: result.apply(model),
@@ -384,7 +390,7 @@ def test_mixed_models_are_refused() -> None:
         assert not calls
 
 
-def test_replicated_layers_of_a_peft_model() -> None:
+def test_replicated_layers_of_a_peft_model_are_initialised() -> None:
     config = lora(target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
     model = wrapped(make_llama(), config)
     done = eva_kernels.initialize(model, text_batches(2), max_steps=2, **QUIET)
@@ -396,8 +402,8 @@ def test_replicated_layers_of_a_peft_model() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*never called:eva_kernels.EvaWarning")
-def test_mamba_layers_that_peft_refuses() -> None:
-    """ "all-linear" is what PEFT adapts."""
+def test_all_linear_omits_mamba_layers_that_peft_rejects() -> None:
+    """ "all-linear" selects what PEFT adapts."""
     size = {"vocab_size": 96, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 1}
     model = MambaForCausalLM(MambaConfig(**size, pad_token_id=0, bos_token_id=0, eos_token_id=0))
     called: list[str] = []
@@ -407,12 +413,16 @@ def test_mamba_layers_that_peft_refuses() -> None:
     hook.remove()
     done = eva_kernels.initialize(model, text_batches(4), max_steps=4, **QUIET)
     ends = {name.rpartition(".")[2] for name in done.eva_result.ranks}
-    assert ends == {"in_proj", "x_proj", *called}  # later releases read the weight of dt_proj
+    assert ends == {
+        "in_proj",
+        "x_proj",
+        *called,
+    }  # later releases use the weight of dt_proj directly
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.(q|v)_proj"])
-def test_a_string_that_peft_takes_for_letters(targets: str, monkeypatch: Any) -> None:
-    """PEFT 0.19 does so, in models whose experts transformers 5 has fused."""
+def test_target_string_that_peft_splits_into_letters(targets: str, monkeypatch: Any) -> None:
+    """As PEFT 0.19 does for models whose experts transformers 5 has fused."""
     conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
 
     def convert(config: Any, model: nn.Module, conversions: Any) -> None:
@@ -431,7 +441,7 @@ def test_a_string_that_peft_takes_for_letters(targets: str, monkeypatch: Any) ->
     assert same_state(state_of(done), state_of(expected))
 
 
-def test_parameters_alone_bring_the_modules_that_peft_adapts_by_itself() -> None:
+def test_target_parameters_alone_add_the_default_modules_of_peft() -> None:
     config = lora(target_modules=None, target_parameters=["mlp.down_proj.weight"])
     model = eva_kernels.initialize(make_llama(), text_batches(3), config, max_steps=3, **QUIET)
     ends = {name.split(".", 3)[-1] for name in model.eva_result.ranks}
@@ -447,8 +457,8 @@ def test_parameters_alone_bring_the_modules_that_peft_adapts_by_itself() -> None
         (None, []),
     ],
 )
-def test_heads_of_a_task_are_trained_whole(task: Any, heads: list[str]) -> None:
-    """And the config that is given stays as it was."""
+def test_heads_of_a_task_are_saved_and_not_adapted(task: Any, heads: list[str]) -> None:
+    """The given config is not modified."""
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("body", "classifier", "qa_outputs")})
     config = lora(task_type=task, target_modules="All-Linear", modules_to_save=["norm"])
     before = copy.deepcopy(config)
@@ -459,25 +469,29 @@ def test_heads_of_a_task_are_trained_whole(task: Any, heads: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "out", "kept"),
+    ("excluded", "matched", "unmatched"),
     [
         ("(?i)q_.*", ["Q_proj", "a.b"], ["x.q_proj", "a_b", "x.a.b"]),
         (["nor.m"], ["nor.m", "x.nor.m", "a.b"], ["xnor.m", "nor_m"]),
         (None, ["a.b"], ["a_b"]),
     ],
 )
-def test_what_was_left_out_stays_so(before: Any, out: list[str], kept: list[str]) -> None:
-    pattern = exclude_pattern(lora(exclude_modules=before), ["a.b"])
-    assert [n for n in [*out, *kept] if re.fullmatch(pattern, n)] == out  # as PEFT matches it
+def test_exclude_pattern_extends_exclude_modules(
+    excluded: Any, matched: list[str], unmatched: list[str]
+) -> None:
+    pattern = exclude_pattern(lora(exclude_modules=excluded), ["a.b"])
+    assert [
+        n for n in [*matched, *unmatched] if re.fullmatch(pattern, n)
+    ] == matched  # as PEFT matches it
 
 
-def test_a_parameter_is_asked_for_by_its_whole_name() -> None:
+def test_target_parameters_match_whole_names() -> None:
     config = lora(target_parameters=["proj"])
     names = ["proj", "a.proj", "up_proj", "proj.a"]
     assert [n for n in names if matches_parameter(config, n)] == names[:2]
 
 
-def test_a_layer_moves_its_adapters_again_afterwards() -> None:
+def test_new_adapters_on_cpu_restores_the_layer() -> None:
     layer = next(iter(lora_layers(wrapped(make_mlp(), lora())).values()))
     before = {*vars(layer)}
     with new_adapters_on_cpu(layer):

@@ -1,4 +1,4 @@
-"""Adapters without a PeftModel, as after add_adapter of transformers or diffusers."""
+"""Adapters without a PeftModel, as after ``add_adapter`` of transformers or diffusers."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ pytestmark = [
 ]
 
 
-def adapted(config: LoraConfig, name: str = "default", model: Any = None) -> Any:
-    """Return a model with adapters that transformers has put into it."""
+def with_adapter(config: LoraConfig, name: str = "default", model: Any = None) -> Any:
+    """Return a model to which transformers has added adapters."""
     model = make_llama() if model is None else model
     try:
         model.add_adapter(config, name)
-    except ValueError as error:  # transformers 5.24 wants a PEFT that is not out yet
+    except ValueError as error:  # transformers 5.24 needs an unreleased PEFT
         if "version of PEFT" not in str(error):
             raise
         pytest.skip(str(error))
     return model
 
 
-def test_same_as_a_peft_model(tmp_path: Any) -> None:
+def test_injected_adapters_equal_those_of_a_peft_model(tmp_path: Any) -> None:
     batches, config = text_batches(6), lora(target_modules=["q_proj", "up_proj", "down_proj"])
-    model = adapted(config)
+    model = with_adapter(config)
     done = eva_kernels.initialize(model, batches, max_steps=6, method="gram", **QUIET)
     assert done is model
     other = wrapped(make_llama(), lora(target_modules=config.target_modules))
@@ -76,10 +76,12 @@ def test_same_as_a_peft_model(tmp_path: Any) -> None:
     assert torch.equal(output_of(again, batches[0]), output_of(done, batches[0]))
 
 
-def test_halves_and_other_adapters() -> None:
+def test_calibrate_then_apply_leaves_other_adapters() -> None:
     batches, config = text_batches(4), lora(target_modules=["q_proj", "up_proj"])
-    model = adapted(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False), "first")
-    adapted(config, "second", model)
+    model = with_adapter(
+        LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False), "first"
+    )
+    with_adapter(config, "second", model)
     before = {n: v for n, v in state_of(model).items() if ".second." not in n}
     result = run(model, batches, adapter_name="second", max_steps=4)
     assert result.ranks == run(make_llama(), batches, config, max_steps=4).ranks
@@ -92,7 +94,7 @@ def test_halves_and_other_adapters() -> None:
         eva_kernels.initialize(model, batches, adapter_name="first", **QUIET)
 
 
-def test_injected_into_any_module() -> None:
+def test_adapters_injected_into_any_module() -> None:
     model = inject_adapter_in_model(lora(target_modules=["0", "2"]), make_mlp())
     assert eva_kernels.initialize(model, vectors(), max_steps=3, **QUIET) is model
     assert model.eva_result.state_dict().keys() == {"0", "2"}
@@ -102,8 +104,8 @@ def test_injected_into_any_module() -> None:
 
 
 @pytest.mark.parametrize("call", ["config", "default", "apply"])
-def test_the_model_within_a_peft_model_is_told(call: str) -> None:
-    """As where a cell of a notebook runs twice: what comes back would be saved without adapters."""
+def test_base_of_a_peft_model_warns(call: str) -> None:
+    """As when a notebook cell runs twice: the returned base would be saved without adapters."""
     base, config = make_llama(), lora(target_modules=["q_proj"])
     first = eva_kernels.initialize(base, text_batches(3), config, max_steps=3, **QUIET)
 
@@ -115,20 +117,20 @@ def test_the_model_within_a_peft_model_is_told(call: str) -> None:
 
     with pytest.warns(
         EvaWarning, match=r"already has the adapters \['default'\].*not a PeftModel"
-    ) as told:
+    ) as warned:
         second = again()
-    assert len(told) == 1
+    assert len(warned) == 1
     assert second is base
     assert eva_kernels.initialize(first, text_batches(3), max_steps=3, **QUIET) is first
 
 
-def test_nothing_is_lost_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_restores_injected_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     from eva_peft.lora import adapters
 
     def stop(self: Any) -> None:
         raise KeyboardInterrupt
 
-    model = adapted(lora(target_modules=["q_proj", "up_proj"]))
+    model = with_adapter(lora(target_modules=["q_proj", "up_proj"]))
     before, parameters = state_of(model), dict(model.named_parameters())
     monkeypatch.setattr(adapters._AdapterWriter, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -139,7 +141,7 @@ def test_nothing_is_lost_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(p is parameters[n] for n, p in model.named_parameters())
 
 
-class Whole(nn.Module):
+class BodyAndHead(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body, self.head = body, nn.Linear(4, 2)
@@ -148,7 +150,7 @@ class Whole(nn.Module):
         return self.head(self.body(x))
 
 
-class HandsOn(Whole):
+class ForwardingBodyAndHead(BodyAndHead):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -156,25 +158,25 @@ class HandsOn(Whole):
             return getattr(super().__getattr__("body"), name)
 
 
-@pytest.mark.parametrize("kind", [Whole, HandsOn])
+@pytest.mark.parametrize("kind", [BodyAndHead, ForwardingBodyAndHead])
 @pytest.mark.parametrize("inject", [inject_adapter_in_model, lambda c, m: wrapped(m, c)])
-def test_adapters_of_a_part(inject: Any, kind: type[Whole]) -> None:
-    whole = kind(inject(lora(target_modules=["0", "2"]), make_mlp()))
+def test_adapters_of_a_submodule_are_reported(inject: Any, kind: type[BodyAndHead]) -> None:
+    model = kind(inject(lora(target_modules=["0", "2"]), make_mlp()))
     with pytest.raises(EvaValueError, match=r"a part of the model, body, .*pass that part"):
-        eva_kernels.initialize(whole, vectors(), **QUIET)
+        eva_kernels.initialize(model, vectors(), **QUIET)
     with pytest.raises(NotInitializedError):
-        EvaCallback("raise").on_train_begin(None, None, None, model=whole)
+        EvaCallback("raise").on_train_begin(None, None, None, model=model)
     with pytest.warns(NotInitializedWarning):
-        eva_kernels.watch(whole.train())(vectors()[0])
+        eva_kernels.watch(model.train())(vectors()[0])
     body = eva_kernels.initialize(
-        whole.body, vectors(), forward_fn=lambda _, x: whole(x), max_steps=3, **QUIET
+        model.body, vectors(), forward_fn=lambda _, x: model(x), max_steps=3, **QUIET
     )
-    assert body is whole.body
-    EvaCallback("raise").on_train_begin(None, None, None, model=whole)
+    assert body is model.body
+    EvaCallback("raise").on_train_begin(None, None, None, model=model)
 
 
-def test_callback_of_transformers_adapters() -> None:
-    model = adapted(lora(target_modules=["q_proj"]))
+def test_callback_checks_injected_adapters() -> None:
+    model = with_adapter(lora(target_modules=["q_proj"]))
     with pytest.raises(NotInitializedError):
         EvaCallback("raise").on_train_begin(None, None, None, model=model)
     eva_kernels.initialize(model, text_batches(2), max_steps=2, **QUIET)
@@ -182,15 +184,15 @@ def test_callback_of_transformers_adapters() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
-def test_deleted_adapters_are_not_in_the_way() -> None:
-    model = adapted(LoraConfig(r=3, target_modules=["q_proj"]))
+def test_deleted_adapters_are_ignored() -> None:
+    model = with_adapter(LoraConfig(r=3, target_modules=["q_proj"]))
     model.delete_adapter("default")
     config = lora(target_modules=["q_proj"])
     done = eva_kernels.initialize(model, text_batches(2), config, max_steps=2, **QUIET)
     assert sum(done.eva_result.ranks.values()) == 8
 
 
-def test_an_unloaded_model_is_a_base_model() -> None:
+def test_unloaded_model_is_a_base_model() -> None:
     base = get_peft_model(make_mlp(), lora(init_lora_weights=True, target_modules=["0"])).unload()
     done = eva_kernels.initialize(base, vectors(), lora(target_modules=["2"]), **QUIET)
     assert done is not base

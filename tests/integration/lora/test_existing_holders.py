@@ -1,4 +1,4 @@
-"""What was made for the adapters before EVA gives them other sizes: optimizers, DDP, ZeRO-3."""
+"""Adapters whose sizes EVA changes while an optimizer, DDP or ZeRO-3 already holds them."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ CONFIG = lora(target_modules=["lin", "other"])  # lin reads more than sub.lin, w
 DATA = [x[:, :16] for x in vectors()]
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for x in DATA[:3]:
         model(x).square().mean().backward()
-        optimizer.step()
+        optimizer.train_steps()
         optimizer.zero_grad()
 
 
-def test_an_optimizer_trains_adapters_of_another_size() -> None:
+def test_optimizer_trains_adapters_of_changed_size() -> None:
     model = wrapped(Clash(), CONFIG)
     before = {n: m.lora_A["default"].weight for n, m in lora_layers(model).items()}
     kept = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(kept, lr=0.01)
     step_before = before["lin"].detach().clone()
-    model(DATA[0]).sum().backward()  # gradients of the sizes before
+    model(DATA[0]).sum().backward()  # gradients of the previous sizes
     eva_kernels.initialize(model, DATA, max_steps=3, **QUIET)
     layers = lora_layers(model)
     assert set(model.eva_result.ranks.values()) != {4}
     assert all(m.lora_A["default"].weight is before[n] for n, m in layers.items())
     assert before["lin"].shape != step_before.shape
     assert all(p.grad is None or p.grad.shape == p.shape for p in kept)
-    step(model.train(), optimizer)
+    train_steps(model.train(), optimizer)
     assert all(m.lora_B["default"].weight.any() for m in layers.values())
 
 
-def test_an_output_that_was_kept_does_not_keep_the_sizes() -> None:
+def test_kept_output_does_not_prevent_new_sizes() -> None:
     model = wrapped(Clash(), CONFIG)
-    kept = model(DATA[0])  # looked at before, as in a notebook
+    kept = model(DATA[0])  # as after a first look in a notebook
     eva_kernels.initialize(model, DATA, max_steps=3, **QUIET)
     assert set(model.eva_result.ranks.values()) != {4}
     parameters = [p for p in model.parameters() if p.requires_grad]
-    step(model.train(), torch.optim.AdamW(parameters, lr=0.01))
+    train_steps(model.train(), torch.optim.AdamW(parameters, lr=0.01))
     assert all(m.lora_B["default"].weight.any() for m in lora_layers(model).values())
     assert kept.requires_grad
 
 
-def test_a_failure_puts_sizes_and_gradients_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_restores_sizes_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrapped(Clash(), CONFIG)
     model(DATA[0]).sum().backward()
     before = {n: (p, p.data.clone(), p.grad) for n, p in model.named_parameters()}
@@ -70,14 +70,14 @@ def test_a_failure_puts_sizes_and_gradients_back(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def group(tmp_path: Any) -> Iterator[None]:
+def process_group(tmp_path: Any) -> Iterator[None]:
     store = f"file://{tmp_path}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
-def test_replicas_keep_their_sizes(group: None) -> None:
+def test_changed_sizes_in_ddp_are_rejected(process_group: None) -> None:
     model = wrapped(Clash(), CONFIG)
     outer = nn.parallel.DistributedDataParallel(model)
     before, calls = state_of(model), []
@@ -97,7 +97,7 @@ def test_replicas_keep_their_sizes(group: None) -> None:
         eva_kernels.initialize(torch.compile(outer, backend="eager"), DATA, **QUIET)
     assert not calls
     fewer = {n: torch.eye(len(rows), 16)[:2] for n, rows in result.state_dict().items()}
-    with pytest.raises(EvaRuntimeError, match="relies on the current sizes"):  # nor any smaller
+    with pytest.raises(EvaRuntimeError, match="relies on the current sizes"):  # nor smaller sizes
         eva_kernels.initialize_lora_eva_weights(outer, eva_state_dict=fewer)
     assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())
     base = nn.parallel.DistributedDataParallel(Clash())
@@ -111,7 +111,7 @@ def test_replicas_keep_their_sizes(group: None) -> None:
             call()
 
 
-def test_what_is_in_a_replica_keeps_its_sizes_while_that_lives(group: None) -> None:
+def test_changed_sizes_are_rejected_while_ddp_exists(process_group: None) -> None:
     outer = nn.parallel.DistributedDataParallel(wrapped(Clash(), CONFIG))
     model, before = outer.module, state_of(outer.module)
     result = run(model, DATA, max_steps=3)
@@ -127,28 +127,28 @@ def test_what_is_in_a_replica_keeps_its_sizes_while_that_lives(group: None) -> N
     assert all(torch.equal(value, before[n]) for n, value in state_of(model).items())
     base = nn.parallel.DistributedDataParallel(Clash())
     with pytest.raises(EvaRuntimeError, match="the model is wrapped in DistributedDataParallel"):
-        eva_kernels.initialize(base.module, [], CONFIG, **QUIET)  # before any batch is taken
-    other = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))  # of which that is no part
+        eva_kernels.initialize(base.module, [], CONFIG, **QUIET)  # before any batch is read
+    other = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))  # which does not contain the model
     del outer
     eva_kernels.initialize(model, DATA, max_steps=3, **QUIET)
-    anew = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    parameters = [p for p in anew.parameters() if p.requires_grad]
-    step(anew.train(), torch.optim.AdamW(parameters, lr=0.01))
+    new_ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    parameters = [p for p in new_ddp.parameters() if p.requires_grad]
+    train_steps(new_ddp.train(), torch.optim.AdamW(parameters, lr=0.01))
     assert all(m.lora_B["default"].weight.any() for m in lora_layers(model).values())
     assert other.module.weight.requires_grad
 
 
-def test_replicas_of_equal_sizes_are_trained(group: None) -> None:
+def test_unchanged_sizes_in_ddp_are_trained(process_group: None) -> None:
     model = wrapped(Clash(), lora(rho=1.0, target_modules=["head", "other"]))
     outer = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad], lr=0.01)
     assert eva_kernels.initialize(outer, DATA, max_steps=3, **QUIET) is model
     assert model.eva_result.ranks == {"sub.other": 4, "head": 4}
-    step(outer.train(), optimizer)
+    train_steps(outer.train(), optimizer)
     assert all(m.lora_B["default"].weight.any() for m in lora_layers(model).values())
 
 
-def test_parameters_of_zero_3_are_refused() -> None:
+def test_zero_3_parameters_are_rejected() -> None:
     model = wrapped(Clash(), CONFIG)
     for i, parameter in enumerate(model.parameters()):
         parameter.ds_id = i  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ def test_parameters_of_zero_3_are_refused() -> None:
         eva_kernels.initialize(model, DATA, **QUIET)
 
 
-def test_layers_whose_weights_zero_3_has_elsewhere() -> None:
+def test_sizes_of_layers_with_zero_3_weights() -> None:
     model = nn.Sequential(nn.Linear(6, 4), Conv1D(3, 4))
     for i, parameter in enumerate(model.parameters()):
         parameter.ds_id, parameter.data = i, torch.empty(0)  # type: ignore[attr-defined]
@@ -164,8 +164,8 @@ def test_layers_whose_weights_zero_3_has_elsewhere() -> None:
     assert [(t.in_features, t.out_features) for t in found] == [(6, 4), (4, 3)]
 
 
-def test_parameters_that_are_parts_of_some_memory_by_themselves_are_initialised() -> None:
-    """As those that another initialisation has cut out of the factors of a weight."""
+def test_parameters_that_are_views_are_initialised() -> None:
+    """As those cut out of the factors of a weight by another initialisation."""
     model = wrapped(Clash(), CONFIG)
     for parameter in model.parameters():
         parameter.data = torch.cat([parameter.detach(), parameter.detach()])[: len(parameter)]
@@ -173,28 +173,28 @@ def test_parameters_that_are_parts_of_some_memory_by_themselves_are_initialised(
     assert eva_kernels.is_initialized(model)
 
 
-def in_engine(model: nn.Module) -> nn.Module:
-    """Put a model where DeepSpeed has it."""
+def in_deepspeed_engine(model: nn.Module) -> nn.Module:
+    """Wrap a model as DeepSpeed's engine does."""
     forward = {"forward": lambda self, x: self.module(x)}
     engine = type("DeepSpeedHybridEngine", (type("DeepSpeedEngine", (nn.Module,), forward),), {})()
     engine.module = model
     return engine
 
 
-def test_a_model_in_the_engine_of_deepspeed_is_calibrated_under_its_own_names() -> None:
-    results = [run(model, DATA, CONFIG) for model in (Clash(), in_engine(Clash()))]
+def test_model_in_a_deepspeed_engine_keeps_its_layer_names() -> None:
+    results = [run(model, DATA, CONFIG) for model in (Clash(), in_deepspeed_engine(Clash()))]
     assert results[0].ranks == results[1].ranks
 
 
-def test_parameters_of_which_an_optimizer_has_copies_are_refused() -> None:
-    """DeepSpeed's, which lays them out in one memory, would put its copies in their place."""
+def test_parameters_flattened_by_deepspeed_are_rejected() -> None:
+    """DeepSpeed's optimizer keeps them in one buffer and would restore its copies."""
     model = wrapped(Clash(), CONFIG)
     result = eva_kernels.calibrate(model, DATA, **QUIET)
     parts = [parameter for parameter in model.parameters() if parameter.requires_grad]
     flat = torch.cat([part.detach().flatten() for part in parts])
-    for part, own in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
-        part.data = own.view_as(part)
-    before, engine = flat.clone(), in_engine(wrapped(Clash(), CONFIG))
+    for part, view in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        part.data = view.view_as(part)
+    before, engine = flat.clone(), in_deepspeed_engine(wrapped(Clash(), CONFIG))
     calls: tuple[Any, ...] = (
         lambda: eva_kernels.initialize(model, DATA, **QUIET),
         lambda: eva_kernels.initialize_lora_eva_weights(model, DATA),
@@ -209,7 +209,7 @@ def test_parameters_of_which_an_optimizer_has_copies_are_refused() -> None:
     assert torch.equal(flat, before)
 
 
-def test_every_forward_pass_of_zero_3_is_run_to_its_end() -> None:
+def test_zero_3_runs_every_forward_to_its_end() -> None:
     model = Clash()
     ended = []
     model.register_forward_hook(lambda module, args, output: ended.append(len(args[0])))
@@ -217,15 +217,15 @@ def test_every_forward_pass_of_zero_3_is_run_to_its_end() -> None:
     loader = [DATA[0], DATA[1], DATA[0][:0], DATA[2]]
     options = {**QUIET, "max_steps": 4, "group": None}
     eva_kernels.calibrate(model, loader, config, **options)
-    assert len(ended) < 4  # nothing behind the layer is needed, nor a batch without a token
+    assert len(ended) < 4  # neither the head nor a batch without tokens is run
     for i, parameter in enumerate(model.parameters()):
         parameter.ds_id = i  # type: ignore[attr-defined]
     ended.clear()
     eva_kernels.calibrate(model, loader, config, **options)
-    assert ended == [40, 40, 0, 40]  # in each the processes wait for one another
+    assert ended == [40, 40, 0, 40]  # the processes wait for each other in every forward pass
 
 
-def test_a_stage_of_a_pipeline_is_refused() -> None:
+def test_pipeline_stage_is_rejected() -> None:
     pipeline = pytest.importorskip("transformers.distributed.pipeline_parallel")
     model = wrapped(Clash(), CONFIG)
     model.base_model.model.head = pipeline.PipelineIdentityLayer()
@@ -233,8 +233,8 @@ def test_a_stage_of_a_pipeline_is_refused() -> None:
         eva_kernels.calibrate(model, DATA, **QUIET)
 
 
-@pytest.mark.parametrize("thing", [object(), "model", None])
-def test_no_module(thing: Any) -> None:
+@pytest.mark.parametrize("model", [object(), "model", None])
+def test_model_that_is_no_module_is_rejected(model: Any) -> None:
     for call in (eva_kernels.initialize, eva_kernels.calibrate):
         with pytest.raises(EvaTypeError, match=r"expected a torch\.nn\.Module, got .*unet"):
-            call(thing, DATA)
+            call(model, DATA)
