@@ -1,8 +1,7 @@
-"""Quantised bases: initialise, train a step, save, load; run as a script, answers in JSON.
+"""Quantised base models: initialise, train a step, save, load; as a script, prints JSON.
 
-A process of its own, since PEFT imports these libraries wherever they are installed, which takes
-seconds, and some warn about themselves.
-"""
+A separate process, since PEFT imports these libraries wherever they are installed, which takes
+seconds, and some of them emit warnings."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ def quantization(kind: str) -> Any:
 
 
 def with_hqq(base: nn.Module) -> nn.Module:
-    """Quantise by the library itself; transformers 5 does not load HQQ."""
+    """Quantise with the library itself; transformers 5 does not load HQQ."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     for name, module in list(base.named_modules()):
@@ -71,7 +70,7 @@ def with_hqq(base: nn.Module) -> nn.Module:
     return base
 
 
-def _same(weight: torch.Tensor, before: torch.Tensor | None) -> bool:
+def _is_unchanged(weight: torch.Tensor, before: torch.Tensor | None) -> bool:
     if before is None or weight.shape != before.shape:
         return False
     if type(weight) is nn.Parameter:
@@ -80,7 +79,7 @@ def _same(weight: torch.Tensor, before: torch.Tensor | None) -> bool:
     return torch.equal(*plain) if plain[0].shape == plain[1].shape else False
 
 
-def answer(kind: str, on_meta: bool) -> dict[str, Any]:
+def run_case(kind: str, on_meta: bool) -> dict[str, Any]:
     base, texts = make_base(kind), text_batches(4, labels=True)
     layer = base.get_submodule("model.layers.0.self_attn.q_proj")
     weights = {id(p): p.detach().clone() for p in base.parameters()}
@@ -90,7 +89,7 @@ def answer(kind: str, on_meta: bool) -> dict[str, Any]:
         eva_kernels.initialize(model, texts, max_steps=8, **QUIET)
     else:
         model = eva_kernels.initialize(base, texts, config, max_steps=8, **QUIET)
-    changed = [n for n, p in model.named_parameters() if not _same(p, weights.get(id(p)))]
+    changed = [n for n, p in model.named_parameters() if not _is_unchanged(p, weights.get(id(p)))]
     layers = lora_layers(model)
     rows = [m.lora_A["default"].weight.detach() for m in layers.values()]
     off = max(
@@ -127,7 +126,7 @@ def main(cases: list[str]) -> dict[str, Any]:
     for case in cases:
         kind, way = case.split("/")
         try:
-            answers[case] = answer(kind, way == "meta")
+            answers[case] = run_case(kind, way == "meta")
         except Exception:
             answers[case] = {"error": traceback.format_exc()}
     return answers

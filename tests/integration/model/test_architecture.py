@@ -1,4 +1,4 @@
-"""What a model says of how it reads a batch: text beside images, models in users' modules."""
+"""What a model's config and code show about how it reads a batch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def text() -> dict[str, Tensor]:
     }
 
 
-def layout() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+def layoutlm() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     config = LayoutLMv3Config(**SIZE, input_size=16, patch_size=8, coordinate_size=4, shape_size=8)
     boxes = torch.zeros(SAMPLES, TOKENS, 4, dtype=torch.long)
     batch = {**text(), "bbox": boxes, "pixel_values": torch.randn(SAMPLES, 3, 16, 16)}
@@ -92,14 +92,14 @@ def layout() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
 
 
 def visual_bert() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    seen = torch.arange(5) < torch.tensor([5, 3, 2, 1])[:, None]
+    box_mask = torch.arange(5) < torch.tensor([5, 3, 2, 1])[:, None]
     batch = {
         **text(),
         "visual_embeds": torch.randn(SAMPLES, 5, 16),
-        "visual_attention_mask": seen.long(),
+        "visual_attention_mask": box_mask.long(),
     }
     model = VisualBertModel(VisualBertConfig(**SIZE, visual_embedding_dim=16))
-    return model, batch, torch.cat([MASK, seen], 1)
+    return model, batch, torch.cat([MASK, box_mask], 1)
 
 
 def git() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
@@ -108,8 +108,8 @@ def git() -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     return model, batch, torch.cat([torch.ones(SAMPLES, 5).bool(), MASK], 1)
 
 
-@pytest.mark.parametrize("make", [layout, visual_bert, git])
-def test_text_and_images_in_one_sequence(make: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("make", [layoutlm, visual_bert, git])
+def test_mask_of_text_and_images_in_one_sequence(make: Callable[[], Any]) -> None:
     torch.manual_seed(0)
     model, batch, mask = make()
     model.eval()
@@ -121,16 +121,16 @@ def test_text_and_images_in_one_sequence(make: Callable[[], Any]) -> None:
     assert lost(result.components[name], rows) < 1e-6
 
 
-def visual_bert_for_answers() -> Any:
+def visual_bert_qa() -> Any:
     config = VisualBertConfig(**SIZE, visual_embedding_dim=16)
     _, batch, mask = visual_bert()
     return VisualBertForQuestionAnswering(config), batch, mask
 
 
 @pytest.mark.parametrize("wrap", [False, True])
-def test_the_prefix_of_a_model_tells_nothing_of_its_layers(wrap: bool) -> None:
-    """All layers of this one are below ``visual_bert``, and read text, too."""
-    model, batch, mask = visual_bert_for_answers()
+def test_base_model_prefix_does_not_decide_the_modality(wrap: bool) -> None:
+    """All layers of this model are below ``visual_bert``, and read text too."""
+    model, batch, mask = visual_bert_qa()
     outer = nn.ModuleDict({"net": model}) if wrap else model
     assert architecture_of(outer).name_prefixes == ("net.",) * wrap + ("visual_bert.",)
     rule = mask_of_batch(batch, lora(), architecture_of(outer))
@@ -140,8 +140,8 @@ def test_the_prefix_of_a_model_tells_nothing_of_its_layers(wrap: bool) -> None:
     assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
 
 
-def test_the_name_of_a_users_tower_tells_what_it_reads() -> None:
-    """The first model of transformers in a user's module reads images, and its name says so."""
+def test_name_of_a_vision_tower_decides_the_modality() -> None:
+    """The first model of transformers in the module reads images, as its name shows."""
 
     class Both(nn.Module):
         def __init__(self) -> None:
@@ -158,7 +158,7 @@ def test_the_name_of_a_users_tower_tells_what_it_reads() -> None:
     assert rule.rows(shape, CPU, "text.model.layers.0.mlp.up_proj") is not None
 
 
-def test_a_name_that_begins_another_is_not_around_it() -> None:
+def test_name_prefixes_are_whole_path_components() -> None:
     both = nn.ModuleDict({"text": make_llama(), "text_vision": make_llama()})
     assert architecture_of(both).name_prefixes == ()
     assert architecture_of(nn.ModuleDict({"text": make_llama()})).name_prefixes == (
@@ -167,7 +167,7 @@ def test_a_name_that_begins_another_is_not_around_it() -> None:
     )
 
 
-def test_a_users_name_of_the_only_model_tells_nothing() -> None:
+def test_name_of_the_only_model_does_not_decide_the_modality() -> None:
     outer = nn.ModuleDict({"vision_language": make_llama()})
     batch = {**text(), "pixel_values": torch.ones(SAMPLES, 3, 16, 16)}
     rule = mask_of_batch(batch, lora(), architecture_of(outer))
@@ -177,19 +177,19 @@ def test_a_users_name_of_the_only_model_tells_nothing() -> None:
         assert len(rows) == int(MASK.sum())
 
 
-def test_boxes_have_a_mask_of_their_own() -> None:
-    _, batch, mask = visual_bert_for_answers()
+def test_boxes_have_their_own_mask() -> None:
+    _, batch, mask = visual_bert_qa()
     rule = mask_of_batch(batch, lora())
     rows = rule.rows(torch.Size((SAMPLES, 5, 16)), CPU, "embeddings.visual_projection")
     assert rows is not None
     assert len(rows) == int(mask[:, TOKENS:].sum())
-    # LXMERT's cross attention reads either, by the layers that it calls visual
+    # LXMERT's cross attention reads both, in layers named visual
     rows = rule.rows(torch.Size((SAMPLES, TOKENS, 16)), CPU, "x_layers.0.visual_attention.att.key")
     assert rows is not None
     assert len(rows) == int(mask[:, :TOKENS].sum())
 
 
-def test_a_q_former_reads_text_behind_its_queries() -> None:
+def test_q_former_reads_text_after_its_queries() -> None:
     batch = {
         **text(),
         "qformer_attention_mask": MASK.long(),
@@ -203,13 +203,13 @@ def test_a_q_former_reads_text_behind_its_queries() -> None:
     layer = "qformer.encoder.layer.0"
     for name in ("crossattention.attention.key", "crossattention.attention.query",
                  "crossattention.output.dense", "intermediate_query.dense"):  # fmt: skip
-        for count in (TOKENS, TOKENS + 6):  # patches, or queries: as many as words by chance
+        for count in (TOKENS, TOKENS + 6):  # patches or queries, as many as words by chance
             shape = torch.Size((SAMPLES, count, 32))
             assert rule.rows(shape, CPU, f"{layer}.{name}") is None
 
 
 @pytest.mark.parametrize("count", [3, TOKENS + 2])
-def test_entities_beside_words(count: int) -> None:
+def test_masks_of_words_and_entities(count: int) -> None:
     entities = (torch.arange(count) < torch.tensor([3, 1, 2, 0])[:, None]).long()
     model = nn.Linear(1, 1)
     model.config = SimpleNamespace(model_type="luke")
@@ -222,37 +222,37 @@ def test_entities_beside_words(count: int) -> None:
         assert rows.tolist() == mask.flatten().nonzero().flatten().tolist()
 
 
-class Prefixed(nn.Module):
-    """A language model that gets tokens of its own in front of the text, and is not told so."""
+class UnknownPrefix(nn.Module):
+    """A language model with extra tokens before the text, which its config does not mention."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.prefix = make_llama(), nn.Linear(16, 64)
 
     def forward(self, features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        text = self.inner.get_input_embeddings()(input_ids)
-        return self.inner(inputs_embeds=torch.cat([self.prefix(features), text], 1))
+        embedded = self.inner.get_input_embeddings()(input_ids)
+        return self.inner(inputs_embeds=torch.cat([self.prefix(features), embedded], 1))
 
 
-def test_an_unknown_order_is_warned_of() -> None:
-    model, batch = Prefixed().eval(), {**text(), "features": torch.randn(SAMPLES, 3, 16)}
+def test_unknown_order_of_tokens_warns() -> None:
+    model, batch = UnknownPrefix().eval(), {**text(), "features": torch.randn(SAMPLES, 3, 16)}
     config = lora(target_modules=["inner.model.layers.0.self_attn.q_proj"])
-    told = r"q_proj: no token mask fits its input of leading shape \(4, 17\)"
-    with pytest.warns(EvaWarning, match=told):
+    message = r"q_proj: no token mask fits its input of leading shape \(4, 17\)"
+    with pytest.warns(EvaWarning, match=message):
         run(model, iter([batch]), config, max_steps=1)
-    # with nothing left out there is nothing to tell
+    # no warning where the mask omits nothing
     run(model, iter([{**batch, "attention_mask": torch.ones_like(MASK).long()}]), config)
 
 
 @pytest.mark.parametrize("name", ["encoder.visn_fc.visn_fc", "encoder.r_layers.0.attention.query"])
-def test_boxes_that_are_as_many_as_words(name: str) -> None:
+def test_as_many_boxes_as_words_get_no_text_mask(name: str) -> None:
     rule = TokenMask(MASK, multimodal=True)
     assert rule.rows(torch.Size((SAMPLES, TOKENS, 8)), CPU, name) is None
     assert rule.rows(torch.Size((SAMPLES, TOKENS, 8)), CPU, "encoder.layer.0.query") is not None
 
 
-class Wrapped(nn.Module):
-    """A user's module around a model."""
+class Outer(nn.Module):
+    """A module of the user around a model."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -269,12 +269,12 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(config).eval()
 
 
-def test_an_encoder_decoder_in_a_users_module() -> None:
+def test_encoder_decoder_inside_another_module() -> None:
     batches = text_batches(3, padded=True)
     for batch in batches:
         batch["labels"] = torch.where(batch["input_ids"] % 3 > 0, batch["input_ids"], -100)
     plain = run(t5(), iter(batches), lora(target_modules=["q", "k"]), method="gram")
-    inside = run(Wrapped(t5()), iter(batches), lora(target_modules=["q", "k"]), method="gram")
+    inside = run(Outer(t5()), iter(batches), lora(target_modules=["q", "k"]), method="gram")
     assert inside.tokens == plain.tokens
     for name, rows in plain.components.items():
         torch.testing.assert_close(inside.components[f"inner.{name}"], rows)
@@ -286,16 +286,16 @@ def fnet() -> nn.Module:
     return FNetModel(FNetConfig(**sizes, use_tpu_fourier_optimizations=False)).eval()
 
 
-class Unmasked(Wrapped):
+class IgnoresMask(Outer):
     """A module around a model that takes no mask."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         return self.inner(input_ids)
 
 
-def test_padding_that_a_model_in_a_users_module_sees_stays() -> None:
-    model, batch = Unmasked(fnet()), text()
-    batch["attention_mask"][:, 10:] = 0  # columns that would be cut
+def test_padding_that_a_wrapped_model_reads_is_kept() -> None:
+    model, batch = IgnoresMask(fnet()), text()
+    batch["attention_mask"][:, 10:] = 0  # columns that trimming would remove
     config = lora(target_modules=["encoder.layer.0.intermediate.dense"], tau=1.0)
     kept = run(model, iter([batch]), config, method="gram", max_steps=1, trim_padding=False)
     trimmed = run(model, iter([batch]), config, method="gram", max_steps=1)
@@ -303,8 +303,8 @@ def test_padding_that_a_model_in_a_users_module_sees_stays() -> None:
         assert torch.equal(trimmed.components[name], rows)
 
 
-class Strict(nn.Module):
-    """A model whose author always has labels."""
+class NeedsLabels(nn.Module):
+    """A model whose ``forward`` requires labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -316,22 +316,22 @@ class Strict(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [dict, tuple])
-def test_labels_that_forward_cannot_do_without(kind: type) -> None:
+def test_labels_that_forward_requires_are_passed(kind: type) -> None:
     batch: Any = {**text(), "labels": torch.tensor([0, 1, 1, 0])}
     if kind is tuple:
         batch = tuple(batch.values())
-    result = run(Strict().eval(), iter([batch]), lora(target_modules=["query"]), max_steps=1)
+    result = run(NeedsLabels().eval(), iter([batch]), lora(target_modules=["query"]), max_steps=1)
     assert result.tokens == int(MASK.sum())
 
 
-def test_a_config_that_cannot_be_written_to() -> None:
+def test_frozen_config_of_an_outer_module() -> None:
     @dataclasses.dataclass(frozen=True)
     class Frozen:
         use_cache: bool = True
 
     model = make_llama()
     model.config.use_cache = True
-    outer = Wrapped(model)
+    outer = Outer(model)
     outer.config = Frozen()
     outer.forward = lambda **batch: model(**batch)  # type: ignore[method-assign]
     run(outer, iter(text_batches(1)), lora(target_modules=["q_proj"]), max_steps=1)
@@ -352,7 +352,7 @@ def speech_t5() -> nn.Module:
 
 
 @pytest.mark.parametrize(("make", "frames", "kept"), [(sew, 24, 11), (speech_t5, 48, 23)])
-def test_frames_of_sound(make: Callable[[], nn.Module], frames: int, kept: int) -> None:
+def test_mask_of_audio_frames(make: Callable[[], nn.Module], frames: int, kept: int) -> None:
     counts = torch.tensor([400, 200])
     mask = torch.arange(400) < counts[:, None]
     batch = {"input_values": torch.randn(2, 400), "attention_mask": mask.long()}
@@ -362,7 +362,7 @@ def test_frames_of_sound(make: Callable[[], nn.Module], frames: int, kept: int) 
     assert rows.tolist() == [*range(frames), *range(frames, frames + kept)]
 
 
-def test_what_models_pad_to() -> None:
+def test_padding_multiple_of_models() -> None:
     pegasus = PegasusXConfig(vocab_size=VOCABULARY, d_model=32, block_size=8, **BOTH_SIDES)
     assert architecture_of(PegasusXModel(pegasus)).padding_multiple == 8
     reformer = ReformerConfig(
@@ -382,8 +382,8 @@ def test_what_models_pad_to() -> None:
     assert architecture_of(nn.Linear(2, 2)).padding_multiple == 1
 
 
-def test_blocks_of_tokens() -> None:
-    """BigBird pads to whole blocks, and its last one is seen by all."""
+def test_padding_to_whole_blocks() -> None:
+    """BigBird pads to whole blocks, and all tokens attend to the last one."""
     sizes = {**SIZE, "attention_type": "block_sparse", "block_size": 8}
     found = architecture_of(BigBirdModel(BigBirdConfig(**sizes)))
     assert (found.padding_multiple, found.tokens_depend_on_padding) == (8, True)
@@ -396,15 +396,15 @@ def test_blocks_of_tokens() -> None:
     assert architecture_of(BigBirdModel(full)).padding_multiple == 1
 
 
-def test_labels_that_make_no_inputs_are_left_out() -> None:
-    """An object detector says that it is an encoder-decoder; its labels only make a loss."""
+def test_labels_used_only_for_the_loss_are_removed() -> None:
+    """An object detector is configured as an encoder-decoder; its labels are for the loss only."""
 
     class Detector(PreTrainedModel):
         config_class = DetrConfig
 
         def forward(self, pixel_values: Tensor, labels: Any = None) -> Any: ...
 
-    # without a config of its own the backbone is looked for on the hub
+    # without its own config the backbone is fetched from the hub
     config = DetrConfig(
         backbone_config=ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=8),
         use_timm_backbone=False,
@@ -416,33 +416,33 @@ def test_labels_that_make_no_inputs_are_left_out() -> None:
     assert "labels" not in without_labels(arguments, found)
 
 
-class Loose(T5ForConditionalGeneration):
+class LooseT5(T5ForConditionalGeneration):
     def forward(self, *args: Any, **options: Any) -> Any:
         return super().forward(*args, **options)
 
 
-class Narrow(BartForConditionalGeneration):
+class NarrowBart(BartForConditionalGeneration):
     def forward(self, input_ids: Tensor, labels: Tensor, **options: Any) -> Any:
         return super().forward(input_ids, labels=labels, **options)
 
 
-def test_labels_that_make_the_decoders_inputs_stay() -> None:
+def test_labels_that_become_decoder_inputs_are_kept() -> None:
     t5 = T5Config(vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     bart = BartConfig(vocab_size=9, d_model=8, **BOTH_SIDES)
     arguments = {"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)}
-    for model in (T5ForConditionalGeneration(t5), Loose(t5), Narrow(bart)):
+    for model in (T5ForConditionalGeneration(t5), LooseT5(t5), NarrowBart(bart)):
         for whole in (model, nn.Sequential(model)):
             assert "labels" in without_labels(arguments, architecture_of(whole))
 
 
-def test_a_model_without_a_config_reads_what_it_is_given() -> None:
+def test_model_without_a_config_has_default_architecture() -> None:
     found = architecture_of(nn.Linear(2, 2))
     assert not any([found.encoder_decoder, found.tokens_depend_on_padding, found.needs_labels])
     assert (found.text_precedes_images, found.frame_length_functions) == (None, ())
 
 
-class Taught(nn.Module):
-    """Goes over the codes of frames, and has a loss of its own."""
+class FrameDecoder(nn.Module):
+    """Reads the codes of frames, and has its own loss."""
 
     base_model_prefix = ""
 
@@ -454,15 +454,15 @@ class Taught(nn.Module):
         return functional.cross_entropy(self.layer(codes).flatten(0, 1), labels.flatten())
 
 
-class Framed(nn.Module):
-    """Runs a part for its loss only, as CSM the decoder of the codes of a frame."""
+class FrameModel(nn.Module):
+    """Runs a part for its loss only, as CSM does with the decoder of a frame's codes."""
 
     base_model_prefix = ""
 
     def __init__(self, head: str = "lm_head") -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.depth_decoder = nn.Embedding(VOCABULARY, 16), Taught()
+        self.embed, self.depth_decoder = nn.Embedding(VOCABULARY, 16), FrameDecoder()
         setattr(self, head, nn.Linear(16, VOCABULARY))
 
     def get_input_embeddings(self) -> nn.Module:
@@ -480,8 +480,8 @@ class Framed(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_a_part_that_is_run_for_its_loss_only() -> None:
-    model, batch = Framed(), text()
+def test_part_that_runs_only_for_its_loss() -> None:
+    model, batch = FrameModel(), text()
     labels = torch.randint(5, (SAMPLES, TOKENS, 3)).masked_fill(~MASK[..., None], -100)
     labels[:, 0] = -100
     config = lora(target_modules=["layer", "lm_head"], tau=1.0)
@@ -491,10 +491,10 @@ def test_a_part_that_is_run_for_its_loss_only() -> None:
     assert lost(result.components["depth_decoder.layer"], codes.flatten(0, 1)) < 1e-6
     found = architecture_of(model)
     assert (found.separate_loss_prefixes, found.needs_labels) == (("depth_decoder.",), True)
-    # a part with the only head is called in any case, as are a body and a user's second model
-    body = Framed()
+    # a part with the only head is always called, as are a body and a second model
+    body = FrameModel()
     body.depth_decoder.embed = body.embed
-    for other in (Framed("head"), body, nn.ModuleDict({"a": make_llama(), "b": make_llama()})):
+    for other in (FrameModel("head"), body, nn.ModuleDict({"a": make_llama(), "b": make_llama()})):
         found = architecture_of(other)
         assert (found.separate_loss_prefixes, found.needs_labels) == ((), False)
     assert architecture_of(make_llama()).separate_loss_prefixes == ()

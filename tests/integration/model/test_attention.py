@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention``: components of what its projections read, which are not called."""
+"""``nn.MultiheadAttention``: components of the inputs of its projections, which are not called."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from integration.conftest import (
 )
 
 WIDTH, HEADS = 24, 3
-OWN, MOST = {"target_modules": ["own"]}, ["own", "cross", "middle", "out"]
+OWN_ATTENTION, ALL_TARGETS = {"target_modules": ["own"]}, ["own", "cross", "middle", "out"]
 
 
-class Reader(nn.Module):
-    """Text that attends to itself, and then, changed, to what it was."""
+class AttentionModel(nn.Module):
+    """Text that attends to itself, and then, transformed, to its original embeddings."""
 
     def __init__(self, batch_first: bool = True, bias: bool = True) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Reader(nn.Module):
             for attention in (self.own, self.cross):
                 nn.init.normal_(attention.in_proj_bias)
                 nn.init.normal_(attention.out_proj.bias)
-        # fewer directions than the words have, so that ranks differ
+        # fewer directions than the embeddings have, so that ranks differ
         self.middle.weight.data *= 3 * 0.1 ** torch.arange(WIDTH)[:, None]
         self.batch_first = batch_first
 
@@ -69,8 +69,8 @@ class Reader(nn.Module):
         return torch.as_tensor(self.out(y))
 
 
-def heads_of(attention: Any, read: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    """Return what the output projection reads, (B, T, D), in float64 and by the formula."""
+def output_projection_inputs(attention: Any, read: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+    """Return the input of the output projection, (B, T, D), in float64 by the formula."""
     weights = attention.in_proj_weight.double().chunk(3)
     bias = attention.in_proj_bias
     biases = (torch.zeros(3 * WIDTH) if bias is None else bias).double().chunk(3)
@@ -84,13 +84,13 @@ def heads_of(attention: Any, read: tuple[Tensor, ...], mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def read_by(model: Reader, batches: list[Any]) -> dict[str, Tensor]:
-    """Return the rows that count of every projection, (N, D)."""
+def projection_inputs(model: AttentionModel, batches: list[Any]) -> dict[str, Tensor]:
+    """Return the unmasked input rows of every projection, (N, D)."""
     rows: dict[str, list[Tensor]] = {}
     for batch in batches:
         mask = batch["attention_mask"]
         x = model.words(batch["input_ids"]).double()
-        inner = heads_of(model.own, (x, x, x), mask)
+        inner = output_projection_inputs(model.own, (x, x, x), mask)
         y = inner @ model.own.out_proj.weight.double().T
         y = y if model.own.out_proj.bias is None else y + model.own.out_proj.bias
         y = (y @ model.middle.weight.double().T + model.middle.bias).tanh()
@@ -99,7 +99,7 @@ def read_by(model: Reader, batches: list[Any]) -> dict[str, Tensor]:
             "own": [x],
             "own.out_proj": [inner],
             "cross": [*three],
-            "cross.out_proj": [heads_of(model.cross, three, mask)],
+            "cross.out_proj": [output_projection_inputs(model.cross, three, mask)],
         }
         for name, parts in found.items():
             rows.setdefault(name, []).extend(part[mask.bool()] for part in parts)
@@ -108,11 +108,11 @@ def read_by(model: Reader, batches: list[Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_components_are_those_of_what_is_read(batch_first: bool, bias: bool) -> None:
-    model, texts = Reader(batch_first, bias).eval(), text_batches(5, samples=6)
+def test_components_equal_the_exact_ones_of_projections(batch_first: bool, bias: bool) -> None:
+    model, texts = AttentionModel(batch_first, bias).eval(), text_batches(5, samples=6)
     config = lora(tau=1.0, target_modules=["own", "cross"])
     result = run(model, iter(texts), config, method="gram", trim_padding=False)
-    truth = read_by(model, texts)
+    truth = projection_inputs(model, texts)
     assert list(result.ranks) == list(truth)
     for name, rows in truth.items():
         check_shares(result, name, rows)
@@ -120,17 +120,19 @@ def test_components_are_those_of_what_is_read(batch_first: bool, bias: bool) -> 
 
 
 @pytest.mark.parametrize("offloaded", [True, False])
-def test_hooks_of_accelerate_are_run(offloaded: bool) -> None:
-    """They bind the ``forward`` of a module to it, and may bring its weights."""
-    model, texts = Reader().eval(), text_batches(3)
-    rows = read_by(model, texts)
+def test_hooks_of_accelerate_still_run(offloaded: bool) -> None:
+    """They wrap the ``forward`` of a module, and may load its weights."""
+    model, texts = AttentionModel().eval(), text_batches(3)
+    rows = projection_inputs(model, texts)
     if offloaded:
-        kinds = ["MultiheadAttention"]  # of which accelerate brings all weights together
+        kinds = ["MultiheadAttention"]  # accelerate loads all weights of these together
         cpu_offload(model, torch.device("cpu"), preload_module_classes=kinds)
     else:
-        where = dict.fromkeys(["words", *MOST], "cpu")
+        where = dict.fromkeys(["words", *ALL_TARGETS], "cpu")
         model = dispatch_model(model, where, main_device="cpu", force_hooks=True)
-    result = run(model, iter(texts), lora(tau=1.0, **OWN), method="gram", trim_padding=False)
+    result = run(
+        model, iter(texts), lora(tau=1.0, **OWN_ATTENTION), method="gram", trim_padding=False
+    )
     for name in ("own", "own.out_proj"):
         assert lost(result.components[name], rows[name]) < 1e-6
     assert isinstance(model.own.out_proj, nn.Linear)
@@ -140,9 +142,9 @@ def test_hooks_of_accelerate_are_run(offloaded: bool) -> None:
         assert torch.equal(weight, result.reallocated(r=3).state_dict()[key])
 
 
-def test_projections_have_one_rank_and_reload(tmp_path: Any) -> None:
-    model, texts = Reader(), text_batches(4)
-    config = lora(target_modules=MOST)
+def test_projections_share_a_rank_and_reload(tmp_path: Any) -> None:
+    model, texts = AttentionModel(), text_batches(4)
+    config = lora(target_modules=ALL_TARGETS)
     done = eva_kernels.initialize(model, texts, config, max_steps=4, **QUIET)
     ranks = done.eva_result.ranks
     assert ranks["own"] == ranks["own.out_proj"] != ranks["cross"] == ranks["cross.out_proj"]
@@ -157,19 +159,23 @@ def test_projections_have_one_rank_and_reload(tmp_path: Any) -> None:
             assert rows.requires_grad
             assert layer.scaling == {"default": config.lora_alpha / config.r}
     done.eval()
-    torch.testing.assert_close(output_of(done, texts[0]), output_of(Reader().eval(), texts[0]))
+    torch.testing.assert_close(
+        output_of(done, texts[0]), output_of(AttentionModel().eval(), texts[0])
+    )
     perturb_b(done)
     done.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(Reader(), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(AttentionModel(), tmp_path).eval()
     assert torch.equal(output_of(loaded, texts[0]), output_of(done, texts[0]))
-    assert not torch.allclose(output_of(done, texts[0]), output_of(Reader().eval(), texts[0]))
+    assert not torch.allclose(
+        output_of(done, texts[0]), output_of(AttentionModel().eval(), texts[0])
+    )
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-def test_an_output_projection_that_is_named_as_well(adapted: bool, tmp_path: Any) -> None:
-    """PEFT adapts it twice, and one of the two has no effect."""
-    config = lora(target_modules=[*MOST, "out_proj"])
-    model = wrapped(Reader(), config) if adapted else Reader()
+def test_output_projection_named_as_a_target_too(adapted: bool, tmp_path: Any) -> None:
+    """PEFT adapts it twice, and one of the two adapters has no effect."""
+    config = lora(target_modules=[*ALL_TARGETS, "out_proj"])
+    model = wrapped(AttentionModel(), config) if adapted else AttentionModel()
     done = eva_kernels.initialize(model, text_batches(4), config, max_steps=4, **QUIET)
     layers, rows = lora_layers(done), done.eva_result.state_dict()
     for name in ("own", "cross"):
@@ -178,14 +184,16 @@ def test_an_output_projection_that_is_named_as_well(adapted: bool, tmp_path: Any
     eva_kernels.EvaCallback("raise").on_train_begin(None, None, None, model=done)
     perturb_b(done)
     done.save_pretrained(tmp_path)
-    loaded, text = PeftModel.from_pretrained(Reader(), tmp_path).eval(), text_batches(1)[0]
+    loaded, text = PeftModel.from_pretrained(AttentionModel(), tmp_path).eval(), text_batches(1)[0]
     assert torch.equal(output_of(loaded, text), output_of(done.eval(), text))
     used.data.zero_()
     assert not torch.allclose(output_of(loaded, text), output_of(done, text))
 
 
-def test_both_projections_train() -> None:
-    done = eva_kernels.initialize(Reader(), text_batches(4), lora(**OWN), max_steps=3, **QUIET)
+def test_both_projections_get_gradients() -> None:
+    done = eva_kernels.initialize(
+        AttentionModel(), text_batches(4), lora(**OWN_ATTENTION), max_steps=3, **QUIET
+    )
     done.train()
     optimizer = torch.optim.SGD([p for p in done.parameters() if p.requires_grad], 0.1)
     for _ in range(2):
@@ -200,13 +208,13 @@ def test_both_projections_train() -> None:
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
-def test_an_adapter_that_is_there_gets_its_size(low_cpu_mem_usage: bool) -> None:
-    config = lora(target_modules=MOST)
-    result = run(Reader().bfloat16(), text_batches(4), config, max_steps=3)
+def test_existing_adapters_are_resized(low_cpu_mem_usage: bool) -> None:
+    config = lora(target_modules=ALL_TARGETS)
+    result = run(AttentionModel().bfloat16(), text_batches(4), config, max_steps=3)
     for name, rank in {"own": 6, "own.out_proj": 6, "cross": 2, "cross.out_proj": 2}.items():
         result.ranks[name] = rank
     options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": low_cpu_mem_usage}
-    model = wrapped(Reader().bfloat16(), config, **options)
+    model = wrapped(AttentionModel().bfloat16(), config, **options)
     dtypes = {n: x.lora_A["default"].weight.dtype for n, x in lora_layers(model).items()}
     done = result.apply(model)
     rows = result.state_dict()
@@ -222,16 +230,16 @@ def test_an_adapter_that_is_there_gets_its_size(low_cpu_mem_usage: bool) -> None
     assert output_of(done, text_batches(1)[0]).isfinite().all()
 
 
-def test_a_pass_ends_behind_the_attention() -> None:
-    model, seen, texts = Reader(), [], text_batches(4, padded=False)
-    model.out.register_forward_pre_hook(lambda module, args: seen.append(module))
-    eva_kernels.calibrate(model, texts, lora(tau=1.0, **OWN), max_steps=4, **QUIET)
-    assert len(seen) == 1  # the first, which shows what is called
+def test_early_exit_is_after_the_attention() -> None:
+    model, calls, texts = AttentionModel(), [], text_batches(4, padded=False)
+    model.out.register_forward_pre_hook(lambda module, args: calls.append(module))
+    eva_kernels.calibrate(model, texts, lora(tau=1.0, **OWN_ATTENTION), max_steps=4, **QUIET)
+    assert len(calls) == 1  # the first pass, which finds the last called layer
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_layer_that_is_frozen_costs_no_second_run(frozen: bool) -> None:
-    model, calls = Reader(), []
+def test_frozen_attention_is_not_run_twice(frozen: bool) -> None:
+    model, calls = AttentionModel(), []
     forward = model.own.forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -239,7 +247,7 @@ def test_a_layer_that_is_frozen_costs_no_second_run(frozen: bool) -> None:
         return forward(*args, **kwargs)
 
     model.own.forward = counted  # type: ignore[method-assign]
-    targets = find_targets(model, lora(**OWN), "default")
+    targets = find_targets(model, lora(**OWN_ATTENTION), "default")
     collector = InputCollector(targets, lambda *of: make_stream(WIDTH, 4), [None] * 2)
     collector.frozen = {0, 1} if frozen else set()
     collector.begin_forward(TokenMask(None), None, stop_early=False)
@@ -249,22 +257,22 @@ def test_a_layer_that_is_frozen_costs_no_second_run(frozen: bool) -> None:
 
 
 @pytest.mark.parametrize(("budget", "of_own", "of_middle"), [("params", 6, 2), ("rank", 2, 1)])
-def test_ranks_are_paid_for_by_both(budget: str, of_own: int, of_middle: int) -> None:
-    """A rank costs so many times the width, or rows of ``lora_A``."""
+def test_rank_costs_include_both_projections(budget: str, of_own: int, of_middle: int) -> None:
+    """A rank costs a multiple of the width, or of rows of ``lora_A``."""
     config = lora(r=4, target_modules=["own", "middle"])
-    targets = find_targets(Reader(), config, "default")
+    targets = find_targets(AttentionModel(), config, "default")
     assert [t.name for t in targets] == ["own", "own.out_proj", "middle"]
-    much, little = np.full(16, 0.06), np.full(16, 0.001)
-    own, last, middle = Budget(targets, budget, 0).ranks_for([much, much, little])
+    large, small = np.full(16, 0.06), np.full(16, 0.001)
+    own, last, middle = Budget(targets, budget, 0).ranks_for([large, large, small])
     assert own == last > 4
     assert 0 <= 4 * (of_own + of_middle) - own * of_own < of_own
     assert own * of_own + middle * of_middle == 4 * (of_own + of_middle)
 
 
 @pytest.mark.filterwarnings("ignore:the EVA state dict does not fit")
-def test_what_does_not_fit_is_refused() -> None:
+def test_rows_that_do_not_fit_are_rejected() -> None:
     config = lora(r=4, target_modules=["own", "middle"])
-    done = eva_kernels.initialize(Reader(), text_batches(4), config, max_steps=3, **QUIET)
+    done = eva_kernels.initialize(AttentionModel(), text_batches(4), config, max_steps=3, **QUIET)
     rows, before = done.eva_result.state_dict(), state_of(done)
     short = {name: value[:2] for name, value in rows.items()}
     last = "own.out_proj"
@@ -284,17 +292,17 @@ def test_what_does_not_fit_is_refused() -> None:
         assert same_state(state_of(done), before)
 
 
-def test_other_ranks_without_another_pass(tmp_path: Any) -> None:
-    result = run(Reader(), text_batches(4), lora(target_modules=MOST), max_steps=3)
+def test_loaded_result_applies_with_another_rank(tmp_path: Any) -> None:
+    result = run(AttentionModel(), text_batches(4), lora(target_modules=ALL_TARGETS), max_steps=3)
     result.save(tmp_path / "eva.safetensors")
     loaded = eva_kernels.EvaResult.load(tmp_path / "eva.safetensors")
-    done = loaded.apply(Reader(), r=3)
+    done = loaded.apply(AttentionModel(), r=3)
     layers = lora_layers(done)
     assert layers["own"].r == layers["own.base_layer.out_proj"].r
     assert sum(layer.r["default"] for layer in layers.values()) == 3 * len(layers)
 
 
-def test_an_encoder_of_torch_takes_its_slow_path() -> None:
+def test_torch_encoder_does_not_take_its_fast_path() -> None:
     torch.manual_seed(7)
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
@@ -305,7 +313,7 @@ def test_an_encoder_of_torch_takes_its_slow_path() -> None:
     assert lost(result.components["layers.0.self_attn"], torch.cat(data).flatten(0, 1)) < 1e-6
 
 
-def test_other_widths_of_keys_are_named() -> None:
+def test_attention_with_other_key_width_is_rejected() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Convolutions: patches are the tokens, for every geometry, and the adapters run and reload."""
+"""Convolutions: patches are the tokens, for every geometry, and adapters train and reload."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ SPACE = {nn.Conv1d: (20,), nn.Conv2d: (10, 9), nn.Conv3d: (4, 6, 5)}
 
 
 @pytest.fixture(autouse=True)
-def mended_for_one_test() -> Iterator[None]:
-    """Begin with PEFT's own method: tests of another file may have mended it for the process."""
+def unpatched_peft() -> Iterator[None]:
+    """Start with PEFT's own method, which tests of other files may have patched."""
     before = LoraConvolution.update_layer
     LoraConvolution.update_layer = inspect.unwrap(before)
     yield
@@ -69,11 +69,11 @@ def images(space: tuple[int, ...] = (10, 9), channels: int = 3, count: int = 5) 
 
 
 def patches_by_basis(conv: nn.Module, x: Tensor) -> Tensor:
-    """Return the patches, (N, D), as what a convolution with unit kernels puts out."""
+    """Return the patches, (N, D), as the output of a convolution with unit kernels."""
     kind: Any = type(conv)
     d = conv.in_channels * torch.Size(conv.kernel_size).numel()
     settings = {name: getattr(conv, name) for name in ("stride", "padding", "dilation")}
-    if conv.padding == "same":  # PEFT's lora_A runs there, without the dilation
+    if conv.padding == "same":  # PEFT's lora_A ignores the dilation there
         settings["dilation"] = 1
     unit = kind(conv.in_channels, d, conv.kernel_size, bias=False, **settings).double()
     with torch.no_grad():
@@ -83,7 +83,7 @@ def patches_by_basis(conv: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_components_of_patches_are_exact(name: str) -> None:
+def test_components_equal_the_exact_ones_of_patches(name: str) -> None:
     torch.manual_seed(7)
     conv = GEOMETRIES[name]()
     data = images(SPACE[type(conv)])
@@ -97,7 +97,7 @@ def test_components_of_patches_are_exact(name: str) -> None:
     assert lost(result.components["0"], patches) < 1e-6
 
 
-def test_patches_are_cut_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patches_are_extracted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     conv, data = nn.Conv2d(3, 8, 3, padding=1), images()
     config = lora(target_modules=["0"], tau=1.0)
     whole = run(nn.Sequential(conv), iter(data), config, method="gram")
@@ -145,7 +145,7 @@ def initialized_net(**options: Any) -> PeftModel:
             )
 
 
-def test_network_trains_and_reloads(tmp_path: Any) -> None:
+def test_convolutional_network_trains_and_reloads(tmp_path: Any) -> None:
     base = Net()
     x = images()[0]
     before, weights = output_of(base, x), state_of(base)
@@ -172,7 +172,7 @@ def test_network_trains_and_reloads(tmp_path: Any) -> None:
     assert same_state(weights, state_of(again.unload()))
 
 
-def test_groups_get_their_share_of_the_components() -> None:
+def test_groups_get_equal_shares_of_the_components() -> None:
     torch.manual_seed(7)
     base = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4))
     config = lora(r=8, rho=1.0, target_modules=["0"])
@@ -182,7 +182,7 @@ def test_groups_get_their_share_of_the_components() -> None:
     assert model.eva_result.ranks == {"0": 8}
     a = lora_layers(model)["0"].lora_A["default"].weight.flatten(1)
     components = model.eva_result.components["0"]
-    for group in range(4):  # two rows for each
+    for group in range(4):  # two rows per group
         torch.testing.assert_close(a[2 * group : 2 * group + 2], components[[group, group + 4]])
 
 
@@ -208,13 +208,13 @@ def test_ranks_are_multiples_of_the_groups(budget: str, r: int) -> None:
         result.reallocated(r=3)
 
 
-def test_rank_that_does_not_fit_the_groups() -> None:
+def test_rank_that_the_groups_do_not_divide_is_rejected() -> None:
     with pytest.raises(EvaValueError, match=r"layer grouped: .*4 groups.*r is 6.*rank_pattern"):
         run(Net(), images(), lora(r=6, target_modules=NAMES))
     result = run(Net(), images(), lora(target_modules=["grouped"]), max_steps=2)
     state = result.state_dict()
     model = wrapped_quietly(Net(), lora(target_modules=["grouped"], init_lora_weights=True))
-    facts = state_of(model)
+    before = state_of(model)
     model.peft_config["default"].init_lora_weights = "eva"
     for rows, message in (
         (state["grouped"][:3], "layer grouped: rank 3 is not a multiple of the 4 groups"),
@@ -225,7 +225,7 @@ def test_rank_that_does_not_fit_the_groups() -> None:
     ):
         with pytest.raises(EvaValueError, match=message):
             eva_kernels.initialize_lora_eva_weights(model, eva_state_dict={"grouped": rows})
-    assert same_state(facts, state_of(model))
+    assert same_state(before, state_of(model))
 
 
 def wrapped_quietly(base: nn.Module, config: Any) -> PeftModel:
@@ -234,7 +234,7 @@ def wrapped_quietly(base: nn.Module, config: Any) -> PeftModel:
         return wrapped(base, config)
 
 
-def test_adapter_made_by_peft() -> None:
+def test_adapter_made_by_peft_gets_its_dilation() -> None:
     model = wrapped_quietly(Net(), lora(target_modules=NAMES, init_lora_weights=True))
     with pytest.raises(RuntimeError, match="size of tensor"):
         model(images()[0])  # PEFT's own adapter of a dilated convolution does not run
@@ -243,13 +243,13 @@ def test_adapter_made_by_peft() -> None:
     torch.testing.assert_close(output_of(model, images()[0]), output_of(Net(), images()[0]))
 
 
-def test_patching_mends_dilation() -> None:
+def test_patch_peft_fixes_dilation() -> None:
     eva_kernels.patch_peft().__exit__(None, None, None)
     model = wrapped_quietly(Net(), lora(target_modules=NAMES, init_lora_weights=True))
     torch.testing.assert_close(output_of(model, images()[0]), output_of(Net(), images()[0]))
 
 
-def test_same_image_for_different_kernels() -> None:
+def test_kernels_of_equal_geometry_share_an_input() -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -268,7 +268,7 @@ def test_same_image_for_different_kernels() -> None:
     assert angle(result.components["c"][:3], alone.components["c"][:3]) < 1e-5
 
 
-def test_text_convolution_leaves_padding_out() -> None:
+def test_text_convolution_omits_padding() -> None:
     class Text(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -297,7 +297,7 @@ def test_transposed_convolutions_keep_the_default() -> None:
 
 
 class Parallel(nn.Module):
-    """A layer with the words of Megatron, which PEFT adapts where it is told how."""
+    """A layer with the attributes of Megatron's, which PEFT adapts if told how."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class Parallel(nn.Module):
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_layers_of_a_kind_that_peft_alone_knows_keep_the_default(prepared: bool) -> None:
+def test_custom_modules_of_peft_keep_the_default(prepared: bool) -> None:
     model = nn.Sequential(Parallel(), nn.Linear(20, 4))
     config = lora(target_modules=["0", "1"])
     config._register_custom_module({Parallel: LoraLinear})
@@ -321,7 +321,7 @@ def test_layers_of_a_kind_that_peft_alone_knows_keep_the_default(prepared: bool)
     assert not torch.allclose(first @ first.mT, torch.eye(4), atol=1e-3)
 
 
-def test_wrong_inputs() -> None:
+def test_inputs_of_wrong_shape_are_rejected() -> None:
     class Flat(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.reshape(-1, 3, 4, 4))

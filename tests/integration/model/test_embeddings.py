@@ -1,4 +1,4 @@
-"""Adapters of embeddings, and of heads that share their weight: EVA leaves both at the default."""
+"""Adapters of embeddings and of heads tied to them, which EVA leaves at the default."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from integration.conftest import (
     wrapped,
 )
 
-ties = pytest.mark.skipif(
+NEEDS_TYING = pytest.mark.skipif(
     not hasattr(LoraModel, "_add_targets_to_tie"),
     reason="this PEFT ties what is trained whole alone",
 )
@@ -45,12 +45,12 @@ def batches(count: int = 6) -> list[dict[str, Any]]:
     return [{"input_ids": part, "labels": part} for part in ids]
 
 
-def adapters(model: PeftModel) -> tuple[nn.Module, nn.Module]:
+def embedding_and_head(model: PeftModel) -> tuple[nn.Module, nn.Module]:
     return model.get_input_embeddings(), model.base_model.model.lm_head
 
 
 def assert_tied(model: PeftModel) -> None:
-    embedding, head = adapters(model)
+    embedding, head = embedding_and_head(model)
     pairs = (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A"))
     for own, its in pairs:
         weight = getattr(head, own)["default"].weight
@@ -59,7 +59,7 @@ def assert_tied(model: PeftModel) -> None:
         assert torch.equal(weight, other.T), own
 
 
-@ties
+@NEEDS_TYING
 @pytest.mark.parametrize("targets", TARGETS, ids=["embedding", "head", "both", "regex"])
 @pytest.mark.parametrize("way", ["base", "adapters", "meta"])
 def test_tied_adapters_stay_tied(way: str, targets: Any, tmp_path: Any) -> None:
@@ -76,7 +76,9 @@ def test_tied_adapters_stay_tied(way: str, targets: Any, tmp_path: Any) -> None:
         model = eva_kernels.initialize(model, batches(), config if way == "base" else None, **QUIET)
     assert list(model.eva_result.ranks) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert_tied(model)
-    drawn = adapters(model)[1].lora_A["default"].weight  # as plain LoRA draws that of the head
+    drawn = (
+        embedding_and_head(model)[1].lora_A["default"].weight
+    )  # as plain LoRA initialises the head
     bound = drawn.shape[1] ** -0.5
     assert 0.8 * bound < drawn.abs().max() <= bound
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -101,14 +103,14 @@ def test_tied_adapters_stay_tied(way: str, targets: Any, tmp_path: Any) -> None:
     torch.testing.assert_close(again(**ids).logits, model.eval()(**ids).logits)
 
 
-@ties
+@NEEDS_TYING
 @pytest.mark.filterwarnings("ignore:.* the default initialisation:eva_kernels.EvaWarning")
-def test_tied_adapters_are_left_where_trained_and_in_a_failure(monkeypatch: Any) -> None:
+def test_tied_adapters_are_unchanged_if_trained_or_on_failure(monkeypatch: Any) -> None:
     config = lora(target_modules=TARGETS[1], ensure_weight_tying=True)
     model = wrapped(make_tied(), config)
     for trained in (False, True):
         if trained:
-            torch.nn.init.normal_(adapters(model)[1].lora_B["default"].weight)
+            torch.nn.init.normal_(embedding_and_head(model)[1].lora_B["default"].weight)
         before = state_of(model)
         with monkeypatch.context() as patch:
             patch.setattr("eva_peft.lora.adapters.pattern_from_values", None)
@@ -121,7 +123,7 @@ def test_tied_adapters_are_left_where_trained_and_in_a_failure(monkeypatch: Any)
     assert same_state(tied, {name: after[name] for name in tied})
 
 
-def test_embeddings_of_another_adapter_are_left_to_it() -> None:
+def test_embeddings_of_another_adapter_are_unchanged() -> None:
     model = wrapped(make_llama(), lora(target_modules=["q_proj"]))
     model.add_adapter("other", lora(target_modules=["embed_tokens"], init_lora_weights=True))
     before = {n: v for n, v in state_of(model).items() if "other" in n}
@@ -131,8 +133,8 @@ def test_embeddings_of_another_adapter_are_left_to_it() -> None:
     assert same_state(before, {name: after[name] for name in before})
 
 
-@ties
-def test_rows_for_a_tied_adapter_are_refused() -> None:
+@NEEDS_TYING
+def test_rows_for_a_tied_adapter_are_rejected() -> None:
     free = lora(target_modules=["q_proj", "lm_head"])
     result = eva_kernels.calibrate(make_tied(), batches(), free, **QUIET)
     model = wrapped(
@@ -144,22 +146,22 @@ def test_rows_for_a_tied_adapter_are_refused() -> None:
     assert same_state(before, state_of(model))
 
 
-@ties
+@NEEDS_TYING
 @pytest.mark.parametrize("compiled", [False, True])
-def test_an_adapter_that_is_there_says_what_is_tied(compiled: bool) -> None:
+def test_config_of_the_existing_adapter_decides_on_tying(compiled: bool) -> None:
     free, base = lora(target_modules=TARGETS[1]), make_tied()
     base = torch.compile(base, backend="eager") if compiled else base
     model = wrapped(base, lora(target_modules=TARGETS[1], ensure_weight_tying=True))
-    with pytest.warns(EvaWarning) as told:
+    with pytest.warns(EvaWarning) as warned:
         eva_kernels.initialize(model, batches(), free, **QUIET)
-    assert any("adapter of lm_head keeps the default" in str(each.message) for each in told)
+    assert any("adapter of lm_head keeps the default" in str(each.message) for each in warned)
     assert all(name.endswith("q_proj") for name in model.eva_result.ranks)
-    if not compiled:  # PEFT itself has not tied them there
+    if not compiled:  # PEFT does not tie the adapters of a compiled model
         assert_tied(model)
 
 
-@ties
-def test_nothing_but_tied_layers() -> None:
+@NEEDS_TYING
+def test_only_tied_layers_are_an_error() -> None:
     config = lora(target_modules=["lm_head"], ensure_weight_tying=True)
     with pytest.raises(EvaValueError, match=r"no layer to initialise.*matches lm_head"):
         eva_kernels.initialize(make_tied(), batches(), config, **QUIET)
@@ -168,7 +170,7 @@ def test_nothing_but_tied_layers() -> None:
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")  # 0.17
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_embedding_without_memory_is_drawn(dtype: torch.dtype) -> None:
+def test_embedding_adapter_on_meta_is_drawn(dtype: torch.dtype) -> None:
     config = lora(target_modules=["q_proj", "embed_tokens"])
     model = wrapped(make_tied().to(dtype), config, low_cpu_mem_usage=True)
     with pytest.warns(EvaWarning, match="keep the default"):
@@ -176,7 +178,7 @@ def test_an_embedding_without_memory_is_drawn(dtype: torch.dtype) -> None:
     assert not any(p.is_meta for p in model.parameters())
     embedding = model.get_input_embeddings()
     first, second = embedding.lora_embedding_A["default"], embedding.lora_embedding_B["default"]
-    assert not first.any()  # as PEFT draws it
+    assert not first.any()  # as PEFT initialises it
     assert second.std() > 0.5
     assert first.requires_grad
     plain = wrapped(make_tied().to(dtype), lora(target_modules=["q_proj", "embed_tokens"]))
@@ -186,20 +188,20 @@ def test_an_embedding_without_memory_is_drawn(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning")
-def test_what_peft_does_not_tie_is_initialised() -> None:
-    """PEFT ties what is called ``lm_head``; the head of a BERT is not."""
+def test_head_that_peft_does_not_tie_is_initialised() -> None:
+    """PEFT ties layers named ``lm_head``; the head of BERT has another name."""
     torch.manual_seed(0)
-    config = BertConfig(
+    bert_config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=1,
         num_attention_heads=4,
     )
-    model = BertForMaskedLM(config).eval()
-    wanted = lora(target_modules=["query", "decoder"], ensure_weight_tying=True)
+    model = BertForMaskedLM(bert_config).eval()
+    config = lora(target_modules=["query", "decoder"], ensure_weight_tying=True)
     data = [{"input_ids": batch["input_ids"]} for batch in batches()]
-    done = eva_kernels.initialize(model, data, wanted, **QUIET)
+    done = eva_kernels.initialize(model, data, config, **QUIET)
     head = done.base_model.model.cls.predictions.decoder
     assert head.get_base_layer().weight is done.get_input_embeddings().weight
     rows = head.lora_A["default"].weight
@@ -207,7 +209,7 @@ def test_what_peft_does_not_tie_is_initialised() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:EVA reads the inputs of linear:eva_kernels.EvaWarning")
-def test_an_embedding_of_a_plain_module_is_drawn() -> None:
+def test_embedding_adapter_of_a_plain_module_is_drawn() -> None:
     model = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16))
     adapted = wrapped(model, lora(target_modules=["0", "1"]), low_cpu_mem_usage=True)
     generator = torch.Generator().manual_seed(0)
@@ -217,7 +219,7 @@ def test_an_embedding_of_a_plain_module_is_drawn() -> None:
     assert adapted(data[0]).shape == (4, 9, 16)
 
 
-def test_an_adapter_of_embeddings_alone_is_refused_and_trains_as_it_is() -> None:
+def test_adapter_of_embeddings_only_is_rejected_without_warning() -> None:
     model = wrapped(make_llama(), lora(target_modules=["embed_tokens"]))
     with pytest.raises(EvaValueError, match=r"model\.embed_tokens, whose inputs EVA cannot"):
         eva_kernels.initialize(model, batches(), **QUIET)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: every expert's components come from the tokens that it was given."""
+"""Mixtures of experts: the components of each expert come from the tokens routed to it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_mixtral() -> MixtralForCausalLM:
 
 
 def routed_inputs(model: MixtralForCausalLM, batches: list[Any], layer: int) -> dict[str, Tensor]:
-    """Return what each expert of a layer multiplies its weights with, from the router's choice."""
+    """Return the inputs of each expert of a layer, from the router's choice."""
     experts = model.model.layers[layer].mlp.experts
     kept: dict[str, list[Tensor]] = {}
     mask: list[Tensor] = []
@@ -80,7 +80,7 @@ def routed_inputs(model: MixtralForCausalLM, batches: list[Any], layer: int) -> 
 
 
 @pytest.mark.parametrize("trim", [True, False])
-def test_fused_experts_are_exact(trim: bool) -> None:
+def test_components_of_fused_experts_are_exact(trim: bool) -> None:
     model, texts = make_mixtral(), text_batches(5, samples=6)
     config = lora(tau=1.0, **FUSED)
     result = run(model, iter(texts), config, method="gram", trim_padding=trim)
@@ -94,8 +94,8 @@ def test_fused_experts_are_exact(trim: bool) -> None:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_gate_and_up_may_alternate() -> None:
-    """The experts of GPT-OSS take every second feature of a product."""
+def test_interleaved_gate_and_up_projections() -> None:
+    """In the experts of GPT-OSS every second feature of the product is the gate."""
     model = fused(FAMILIES["GPT-OSS, fused experts"].make_model())
     texts = text_batches(5, samples=6)
     experts: Any = model.model.layers[0].mlp.experts
@@ -157,7 +157,7 @@ def test_fused_experts_train_and_reload(tmp_path: Any) -> None:
     assert same_state(weights, state_of(again.unload()))
 
 
-def test_peft_model_with_adapters_on_meta() -> None:
+def test_fused_experts_with_adapters_on_meta() -> None:
     texts = text_batches(3)
     config = lora(**FUSED)
     model = wrapped(make_mixtral(), config, low_cpu_mem_usage=True)
@@ -167,12 +167,12 @@ def test_peft_model_with_adapters_on_meta() -> None:
     assert same_state(state_of(model), state_of(expected))
 
 
-def test_ranks_of_experts_are_paid_for_by_each() -> None:
+def test_rank_costs_of_a_parameter_include_all_experts() -> None:
     texts = text_batches(3)
     result = run(make_mixtral(), texts, lora(**FUSED), max_steps=3)
     price = {name: result.owners.get(name, ["", 1])[1] for name in result.ranks}
     assert sorted(set(price.values())) == [1, EXPERTS]
-    assert sum(result.ranks.values()) == 4 * len(result.ranks)  # all of them were called
+    assert sum(result.ranks.values()) == 4 * len(result.ranks)  # all experts were called
     fewer = result.reallocated(r=1, rho=2.0)
     assert min(r for n, r in fewer.ranks.items() if price[n] > 1) == 1
     for owner in {o for o, _ in result.owners.values()}:
@@ -184,10 +184,10 @@ def test_ranks_of_experts_are_paid_for_by_each() -> None:
     assert 0.9 * before < spent <= before
 
 
-# PEFT says that it ignores patterns of parameters, and does not
+# PEFT warns that it ignores patterns of parameters, but applies them
 @pytest.mark.filterwarnings("ignore:.*_pattern keys did not match any targeted module")
-def test_patterns_name_parameters() -> None:
-    """As they do to PEFT, whose layers say what that makes of them."""
+def test_patterns_match_parameters_as_in_peft() -> None:
+    """The expected ranks and alphas are those of PEFT's layers."""
     sizes = {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"experts.down_proj": 3}}
     sizes |= {"r": 4, "lora_alpha": 12}
     result = run(make_mixtral(), text_batches(1), lora(**FUSED, **sizes), max_steps=1)
@@ -201,11 +201,11 @@ def test_patterns_name_parameters() -> None:
         assert result.alphas[name] == layer.lora_alpha["default"]
 
 
-def test_state_dicts_that_do_not_fit() -> None:
+def test_state_dicts_that_do_not_fit_are_rejected() -> None:
     texts = text_batches(2)
     result = run(make_mixtral(), texts, lora(**FUSED), max_steps=2)
     model = wrapped(make_mixtral(), lora(**FUSED))
-    facts = state_of(model)
+    before = state_of(model)
     name = "model.layers.0.mlp.experts.2.down_proj"
     for rows, message in (
         (result.state_dict()[name][:1], f"layer {name}: rank 1, but the experts of .* same rank"),
@@ -221,27 +221,27 @@ def test_state_dicts_that_do_not_fit() -> None:
     empty = {n: v[:0] if n in result.owners else v for n, v in result.state_dict().items()}
     with pytest.raises(EvaValueError, match="at least 1"):
         eva_kernels.initialize_lora_eva_weights(model, eva_state_dict=empty)
-    assert same_state(facts, state_of(model))
+    assert same_state(before, state_of(model))
 
 
-def test_failure_leaves_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_restores_the_experts_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_mixtral()
-    seen = []
+    implementations = []
 
     def fail(model: nn.Module, batch: Any) -> None:
-        seen.append(model.config._experts_implementation)
+        implementations.append(model.config._experts_implementation)
         model(**batch)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run(model, text_batches(1), lora(**FUSED), forward_fn=fail)
-    assert seen == ["eager"]
+    assert implementations == ["eager"]
     assert model.config._experts_implementation == "grouped_mm"
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-class Block(nn.Module):
-    """Tokens flattened, each sent to one of three experts; the way in and out is by indexing."""
+class ExpertBlock(nn.Module):
+    """Flattened tokens, each sent by indexing to one of three experts, and back."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -285,12 +285,12 @@ class Block(nn.Module):
         return out.reshape(tokens.shape) + (flat @ self.single.T).sum()
 
 
-class Outer(nn.Module):
-    """PEFT adapts no parameter of the outermost module."""
+class OuterModel(nn.Module):
+    """PEFT does not adapt parameters of the outermost module."""
 
     def __init__(self, how: str = "rows") -> None:
         super().__init__()
-        self.moe = Block(how)
+        self.moe = ExpertBlock(how)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.moe(input_ids, attention_mask)
@@ -301,9 +301,9 @@ class Outer(nn.Module):
     ["rows", "extra dimension", "boolean", "sorted first", "sliced", "repeated", "list"],
 )
 def test_masks_follow_tokens_to_expert_modules(how: str) -> None:
-    # the first batch has no padding, and tells nothing of where the tokens of others go
+    # the first batch has no padding, and so cannot show the routing of padded ones
     whole, padded = text_batches(1, samples=6, padded=False, seed=1), text_batches(4, samples=6)
-    outer, texts = Outer(how), [*whole, *padded]
+    outer, texts = OuterModel(how), [*whole, *padded]
     model = outer.moe
     config = lora(tau=1.0, target_modules=r".*experts\.\d\.[02]", target_parameters=["moe.stacked"])
     result = run(outer, iter(texts), config, method="gram", trim_padding=False)
@@ -325,8 +325,8 @@ def test_masks_follow_tokens_to_expert_modules(how: str) -> None:
             check_shares(result, name, x)
 
 
-class Languages(nn.Module):
-    """A layer for each kind of sample, as the adapters of X-MOD."""
+class LayerPerLanguage(nn.Module):
+    """A layer for each language of a sample, as in X-MOD."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -338,8 +338,8 @@ class Languages(nn.Module):
         tokens = self.embed(input_ids)
         choice = input_ids[:, 0] % 2
         out = torch.zeros_like(tokens)
-        for one, layer in enumerate(self.languages):
-            here = choice == one
+        for language, layer in enumerate(self.languages):
+            here = choice == language
             if self.how == "numbers":
                 picked = tokens[here.nonzero().flatten()]
             elif self.how == "index_select":
@@ -352,18 +352,18 @@ class Languages(nn.Module):
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("how", ["numbers", "index_select", "boolean"])
-def test_masks_follow_samples(how: str) -> None:
-    model, texts = Languages(how), text_batches(4, samples=6)
-    texts[0]["input_ids"][:, 0] = 4  # of one of them there is nothing
+def test_masks_follow_selected_samples(how: str) -> None:
+    model, texts = LayerPerLanguage(how), text_batches(4, samples=6)
+    texts[0]["input_ids"][:, 0] = 4  # no sample of one language
     config = lora(tau=1.0, target_modules=r".*languages\.\d")
     result = run(model, iter(texts), config, method="gram", trim_padding=False)
-    for one in range(2):
+    for language in range(2):
         rows = [model.embed(t["input_ids"][here])[t["attention_mask"][here].bool()]
-                for t in texts for here in [t["input_ids"][:, 0] % 2 == one]]  # fmt: skip
-        assert lost(result.components[f"languages.{one}"], torch.cat(rows).detach()) < 1e-6
+                for t in texts for here in [t["input_ids"][:, 0] % 2 == language]]  # fmt: skip
+        assert lost(result.components[f"languages.{language}"], torch.cat(rows).detach()) < 1e-6
 
 
-class Writer(nn.Module):
+class DecoderWithExpert(nn.Module):
     """A decoder with an expert for some of its tokens."""
 
     def __init__(self) -> None:
@@ -377,8 +377,8 @@ class Writer(nn.Module):
         return self.decoder(rows[decoder_input_ids.flatten() % 2 == 0])
 
 
-def test_a_decoder_s_mask_follows_tokens_where_the_encoder_s_keeps_all() -> None:
-    model, texts = Writer(), text_batches(4)
+def test_mask_of_the_decoder_follows_its_tokens() -> None:
+    model, texts = DecoderWithExpert(), text_batches(4)
     batches = [{"input_ids": torch.ones(4, 5).long()} for _ in texts]
     for batch, text in zip(batches, texts, strict=True):
         batch |= {"decoder_input_ids": text["input_ids"].flip(0)}
@@ -391,8 +391,8 @@ def test_a_decoder_s_mask_follows_tokens_where_the_encoder_s_keeps_all() -> None
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # of PEFT 0.17
-def test_a_matrix_as_parameter() -> None:
-    outer, texts = Outer(), text_batches(3)
+def test_two_dimensional_parameter_is_initialised() -> None:
+    outer, texts = OuterModel(), text_batches(3)
     model = outer.moe
     config = lora(tau=1.0, target_modules=None, target_parameters=["moe.single"])
     result = run(outer, iter(texts), config, method="gram", trim_padding=False)
@@ -405,10 +405,10 @@ def test_a_matrix_as_parameter() -> None:
     assert torch.equal(layer.lora_A["default"].weight, result.state_dict()["moe.single"])
 
 
-# PEFT 0.17 warns of every layer that it does not know; later ones do not
+# PEFT 0.17 warns of every unknown layer, later releases do not
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 def test_experts_without_tokens_keep_the_default() -> None:
-    model = Outer()
+    model = OuterModel()
     with torch.no_grad():
         model.moe.router.bias[1] = -1e6
     base = copy.deepcopy(model)
@@ -428,7 +428,7 @@ def test_experts_without_tokens_keep_the_default() -> None:
 @pytest.mark.filterwarnings("ignore:.*never called with a token:eva_kernels.EvaWarning")
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.filterwarnings("ignore:only .* ranks could be given:eva_kernels.EvaWarning")
-def test_experts_keep_a_rank_though_their_tokens_do_not_differ(tokens: int) -> None:
+def test_experts_with_equal_tokens_keep_rank_one(tokens: int) -> None:
     data = [{"input_ids": torch.arange(5, 5 + tokens)[None]}]
     model = eva_kernels.initialize(make_mixtral(), data, lora(**FUSED), **QUIET)
     ranks = {n: layer.r["default"] for n, layer in lora_layers(model).items() if "experts" in n}
@@ -438,7 +438,7 @@ def test_experts_keep_a_rank_though_their_tokens_do_not_differ(tokens: int) -> N
 
 @pytest.mark.filterwarnings("ignore:.*never called with a token:eva_kernels.EvaWarning")
 @pytest.mark.filterwarnings("ignore:only .* ranks could be given:eva_kernels.EvaWarning")
-def test_whitening_leaves_rows_without_variance() -> None:
+def test_rows_without_variance_are_not_whitened() -> None:
     data = text_batches(1, samples=2, length=10)
     config = lora(whiten=True, **FUSED)
     result = eva_kernels.initialize(make_mixtral(), data, config, **QUIET).eva_result
@@ -449,11 +449,11 @@ def test_whitening_leaves_rows_without_variance() -> None:
         torch.testing.assert_close(rows[values == 0], plain[name][values == 0])
         back = rows * values[:, None].sqrt()
         torch.testing.assert_close(back[values > 0], plain[name][values > 0])
-    assert without  # some experts were given fewer tokens than the rank they share
+    assert without  # some experts got fewer tokens than their shared rank
 
 
-class Sorted(nn.Module):
-    """Tokens in the order of their experts, cut apart; or all of them for every expert at once."""
+class SortedExperts(nn.Module):
+    """Tokens sorted by expert and split, or all of them for every expert at once."""
 
     def __init__(self, at_once: bool, transposed: bool) -> None:
         super().__init__()
@@ -475,9 +475,9 @@ class Sorted(nn.Module):
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_lora_a_that_faces_the_output(at_once: bool) -> None:
-    """Which side it faces cannot be told by the shape of a square weight."""
-    model = Sorted(at_once, transposed=not at_once).eval()
+def test_lora_a_on_the_output_side_is_rejected(at_once: bool) -> None:
+    """The shape of a square weight does not show its orientation."""
+    model = SortedExperts(at_once, transposed=not at_once).eval()
     config = lora(target_modules=[], target_parameters=["experts"])
     with pytest.raises(EvaValueError, match="none of the 4 layers, because the weights are"):
         run(model, text_batches(3), config)
@@ -485,8 +485,8 @@ def test_lora_a_that_faces_the_output(at_once: bool) -> None:
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 @pytest.mark.parametrize("at_once", [False, True])
-def test_other_ways_to_multiply_with_experts(at_once: bool) -> None:
-    model, texts = Sorted(at_once, transposed=at_once).eval(), text_batches(5, samples=6)
+def test_split_and_batched_expert_products_are_exact(at_once: bool) -> None:
+    model, texts = SortedExperts(at_once, transposed=at_once).eval(), text_batches(5, samples=6)
     config = lora(tau=1.0, target_modules=[], target_parameters=["experts"])
     result = run(model, iter(texts), config, method="gram", trim_padding=False)
     assert len(result.ranks) == EXPERTS

@@ -1,4 +1,4 @@
-"""Quantised bases on the CPU; see ``quantized_child.py``."""
+"""Quantised base models on the CPU, run by ``quantized_child.py``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[3]
-# `make setup` puts these libraries there, out of the way of all other tests
+# `make setup` installs these libraries there, apart from all other tests
 LIBRARIES = Path(sys.prefix) / "quantization"
 KINDS = {
     "bnb-nf4": ("bitsandbytes", "Linear4bit"),
@@ -27,7 +27,7 @@ KINDS = {
 CASES = [
     (kind, way)
     for kind in KINDS
-    for way in ("base", "meta")  # one is enough for a variant; the other is tested with its kin
+    for way in ("base", "meta")  # one way is enough for variants of a kind tested above
     if way == "base" or kind not in ("bnb-fp4", "hqq")
 ]
 
@@ -38,8 +38,8 @@ def is_installed(kind: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
-    """Answers by case, of one process, for its imports take longer than all that it does."""
+def answers() -> dict[str, Any]:
+    """Return the answers by case, from one process, since its imports take longest."""
     environment = dict(os.environ)
     parts = [ROOT / "tests", ROOT, ROOT / "python", LIBRARIES, environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, parts))
@@ -52,16 +52,18 @@ def told() -> dict[str, Any]:
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    answers: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
-    return answers
+    found: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "way"), CASES)
-def test_initialise_train_save_load(kind: str, way: str, told: dict[str, Any]) -> None:
+def test_quantised_base_initialises_trains_saves_and_loads(
+    kind: str, way: str, answers: dict[str, Any]
+) -> None:
     if not is_installed(kind):
         pytest.skip(f"{KINDS[kind][0]} is not installed; `make setup` does")
-    answer = told[f"{kind}/{way}"]
+    answer = answers[f"{kind}/{way}"]
     assert "error" not in answer, answer["error"]
     assert answer["layer"] == KINDS[kind][1]
     if kind == "torchao-int8":

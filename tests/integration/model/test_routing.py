@@ -1,4 +1,4 @@
-"""What is seen of products with the weights of experts, and of tokens on their way there."""
+"""Detection of products with expert weights, and of the tokens in routed inputs."""
 
 from __future__ import annotations
 
@@ -15,86 +15,93 @@ from eva_peft.model.routing import ExpertWeight, RoutedInputs
 from integration.conftest import VOCABULARY, check_shares, lora, make_llama, run, text_batches
 
 
-def test_what_picks_along_another_dimension_is_not_followed() -> None:
+def test_selection_along_another_dimension_is_not_tracked() -> None:
     called: list[Any] = []
     routed = RoutedInputs([], lambda *given: called.append(given))
     x, picked = torch.randn(5, 5, 3), torch.tensor([4, 0, 2, 1, 3])
     with routed:
         routed.tracks_tokens = True
-        along = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
-        along += [x.index_select(np.int64(1), picked), x[picked, picked[:, None]]]
-        along += [x[picked].index_select(index=picked, dim=1)]
-        along += [x[picked][:, picked], x[picked, :4], x[picked].chunk(5, dim=1)[1]]
-        first = [x[picked], x[picked, :], x[picked, ...], x[None, picked]]
-        first += [
+        untracked = [x[:, picked], x.index_select(1, picked), x[:2, picked], x[..., picked[1:4]]]
+        untracked += [x.index_select(np.int64(1), picked), x[picked, picked[:, None]]]
+        untracked += [x[picked].index_select(index=picked, dim=1)]
+        untracked += [x[picked][:, picked], x[picked, :4], x[picked].chunk(5, dim=1)[1]]
+        tracked = [x[picked], x[picked, :], x[picked, ...], x[None, picked]]
+        tracked += [
             x.index_select(0, picked),
             x.index_select(-3, picked),
             torch.index_select(x, index=picked, dim=0),
         ]
-        first += [torch.index_select(dim=0, index=picked, input=x)]
-        none = x[picked < 0]
-        assert all(routed.token_indices(part) is None for part in along)
-        for part in first:
+        tracked += [torch.index_select(dim=0, index=picked, input=x)]
+        nothing_selected = x[picked < 0]
+        assert all(routed.token_indices(part) is None for part in untracked)
+        for part in tracked:
             known = routed.token_indices(part)
             assert known is not None
             assert torch.equal(x.reshape(25, 3)[known[0]], part.reshape(25, 3))
             assert known[1] == 25
-        empty = routed.token_indices(none)
+        empty = routed.token_indices(nothing_selected)
         assert empty is not None
         assert len(empty[0]) == 0
 
 
-def test_products_are_seen_whatever_they_are_written_as() -> None:
+def test_all_forms_of_a_matrix_product_are_detected() -> None:
     called: list[Any] = []
     weight, x = torch.randn(3, 5, 4), torch.randn(2, 4)
     weights = [(i + 10, ExpertWeight(weight, i)) for i in range(3)]
-    linear, turned = nn.functional.linear, weight[1].T
+    linear, transposed_weight = nn.functional.linear, weight[1].T
     with RoutedInputs(weights, lambda *given: called.append(given)):
-        products = [linear(x, weight[1]), torch.matmul(x, turned), torch.mm(x, turned)]
-        products += [x.matmul(turned), x.mm(turned), x @ turned]
+        products = [
+            linear(x, weight[1]),
+            torch.matmul(x, transposed_weight),
+            torch.mm(x, transposed_weight),
+        ]
+        products += [x.matmul(transposed_weight), x.mm(transposed_weight), x @ transposed_weight]
     assert [(layer, id(given)) for layer, given in called] == [(11, id(x))] * len(products)
 
 
-def test_products_of_all_experts_at_once() -> None:
+def test_batched_products_of_all_experts_are_detected() -> None:
     called: list[Any] = []
     memory = torch.randn(104)
-    turned, weight = (memory[begin : begin + 48].view(3, 4, 4) for begin in (0, 52))
+    transposed_weight, weight = (memory[begin : begin + 48].view(3, 4, 4) for begin in (0, 52))
     parts = torch.randn(3, 2, 4)
     weights = [(i + 10, ExpertWeight(weight, i)) for i in (0, 2)]
-    weights += [(i + 20, ExpertWeight(turned, i, transposed=True)) for i in (0, 1)]
+    weights += [(i + 20, ExpertWeight(transposed_weight, i, transposed=True)) for i in (0, 1)]
     routed = RoutedInputs(weights, lambda *given: called.append(given))
     with routed:
         torch.bmm(parts, weight.transpose(1, 2))
         assert [layer for layer, _ in called] == [10, 12]
-        parts.bmm(turned)
+        parts.bmm(transposed_weight)
         assert [layer for layer, _ in called] == [10, 12, 20, 21]
         assert all(torch.equal(given, parts[layer % 10]) for layer, given in called)
-        parts[:2].bmm(turned[:2])  # not those of all experts
+        parts[:2].bmm(transposed_weight[:2])  # not the weights of all experts
         torch.bmm(parts, memory[51:99].view(3, 4, 4).mT)
         assert (len(called), routed.transposed_layers) == (4, set())
         torch.bmm(parts, weight)
         assert routed.transposed_layers == {10, 12}
-        parts.bmm(turned.mT)
+        parts.bmm(transposed_weight.mT)
     assert (len(called), routed.transposed_layers) == (4, {10, 12, 20, 21})
 
 
-def test_products_with_other_parts_of_a_parameter_are_not_seen() -> None:
+def test_products_with_other_parts_of_a_parameter_are_ignored() -> None:
     called: list[int] = []
-    weight, x = torch.randn(100)[4:52].view(3, 4, 4), torch.randn(2, 4)  # behind other things
+    weight, x = (
+        torch.randn(100)[4:52].view(3, 4, 4),
+        torch.randn(2, 4),
+    )  # at an offset in its storage
     weights = [(i + 10, ExpertWeight(weight, i)) for i in (0, 2)]
-    turned = [(i + 20, ExpertWeight(weight, i, transposed=True)) for i in (0, 2)]
-    for watched in (weights, turned):
+    transposed_weights = [(i + 20, ExpertWeight(weight, i, transposed=True)) for i in (0, 2)]
+    for watched in (weights, transposed_weights):
         routed = RoutedInputs(watched, lambda layer, given: called.append(layer))
         with routed:
-            x @ weight[1]  # nobody asked for that one
+            x @ weight[1]  # an expert that is not watched
             x @ weight[0][:2].T
             x @ weight.view(12, 4)[1:5]
             assert (called, routed.transposed_layers) == ([], set())
-            x @ weight[2] if watched is turned else x @ weight[2].T
+            x @ weight[2] if watched is transposed_weights else x @ weight[2].T
         assert (called.pop(), routed.transposed_layers) == (watched[1][0], set())
 
 
-def test_parts_are_followed_whatever_they_are_cut_with() -> None:
+def test_parts_of_routed_inputs_are_tracked() -> None:
     x, order = torch.randn(6, 3), torch.tensor([4, 0, 2, 1, 3, 5])
     routed = RoutedInputs([], lambda *given: None)
     with routed:
@@ -105,7 +112,7 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
             known = [routed.token_indices(part) for part in parts]
             assert torch.equal(torch.cat([k[0] for k in known if k is not None]), order)
             assert {k[1] for k in known if k is not None} == {6}
-        again = {
+        tracked = {
             routed.token_indices(rows[order[:4]][order[1:3]]): order[order[:4]][order[1:3]],
             routed.token_indices(rows[:, 1:]): order,
             routed.token_indices(rows[2:4][..., 1:]): order[2:4],
@@ -117,25 +124,25 @@ def test_parts_are_followed_whatever_they_are_cut_with() -> None:
             routed.token_indices(torch.cat(tensors=[rows, x], dim=1)): order,
             routed.token_indices(torch.concat((rows[2:4], rows[5:]))): order[[2, 3, 5]],
         }
-        others = [x[2:4], rows[order.view(2, 3)], rows[order[:, None]], rows[order[0], None]]
-        others += [rows[None][:, 2:4], rows.flip(0), rows.roll(1, 0)]
-        others += [rows.take_along_dim(order[:, None], 0), torch.ones(6, 6) @ rows]
-        others += [torch.cat([rows, x]), torch.cat([rows, x[:3][order % 3]])]
+        untracked = [x[2:4], rows[order.view(2, 3)], rows[order[:, None]], rows[order[0], None]]
+        untracked += [rows[None][:, 2:4], rows.flip(0), rows.roll(1, 0)]
+        untracked += [rows.take_along_dim(order[:, None], 0), torch.ones(6, 6) @ rows]
+        untracked += [torch.cat([rows, x]), torch.cat([rows, x[:3][order % 3]])]
         samples = torch.randn(6, 2, 3)[order]
-        others += [torch.cat([samples, samples], 1)]
-        others += [samples.transpose(0, 1), samples.permute(1, 0, 2), samples.movedim(0, 1)]
-        halves, some = torch.empty_like(rows), rows.clone()
-        halves[:3], halves[3:], some[order > 2] = rows[:3], rows[3:], 0.0
-        some[order < 1] = torch.zeros(3)  # the same in each row
-        again |= {routed.token_indices(halves): order, routed.token_indices(some): order}
-        assert all(routed.token_indices(part) is None for part in others)
-    for known, tokens in again.items():
+        untracked += [torch.cat([samples, samples], 1)]
+        untracked += [samples.transpose(0, 1), samples.permute(1, 0, 2), samples.movedim(0, 1)]
+        halves, partial = torch.empty_like(rows), rows.clone()
+        halves[:3], halves[3:], partial[order > 2] = rows[:3], rows[3:], 0.0
+        partial[order < 1] = torch.zeros(3)  # equal in each row
+        tracked |= {routed.token_indices(halves): order, routed.token_indices(partial): order}
+        assert all(routed.token_indices(part) is None for part in untracked)
+    for known, tokens in tracked.items():
         assert known is not None
         assert torch.equal(known[0], tokens)
         assert known[1] == 6
 
 
-def test_what_a_list_picks_and_what_is_repeated_is_followed() -> None:
+def test_list_indices_and_repetitions_are_tracked() -> None:
     x, picked, rows = torch.randn(6, 3), [4, 0, 4], torch.arange(6)
     kept, none = [True, False] * 3, np.zeros(0)
     times = torch.tensor([1, 0, 2, 1, 1, 1])
@@ -165,7 +172,7 @@ def test_what_a_list_picks_and_what_is_repeated_is_followed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8 is now deprecated")
-def test_what_masks_of_bytes_keep_is_followed() -> None:
+def test_uint8_masks_are_tracked() -> None:
     x, order = torch.randn(6, 3), torch.tensor([4, 0, 2, 1, 3, 5])
     routed = RoutedInputs([], lambda *given: None)
     with routed:
@@ -176,7 +183,7 @@ def test_what_masks_of_bytes_keep_is_followed() -> None:
             assert torch.equal(known[0], order[torch.tensor(kept, dtype=torch.bool)])
 
 
-def test_tokens_are_known_where_they_are_not_where_their_index_is() -> None:
+def test_token_indices_are_on_the_device_of_the_tokens() -> None:
     x, order = torch.randn(6, 3, device="meta"), torch.tensor([4, 0, 2])
     routed = RoutedInputs([], lambda *given: None)
     with routed:
@@ -187,30 +194,30 @@ def test_tokens_are_known_where_they_are_not_where_their_index_is() -> None:
             assert (known[0].device, len(known[0]), known[1]) == (x.device, len(part), 6)
 
 
-def test_what_is_computed_of_layer_inputs_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no part of the model, and most of what is computed in the first forward pass."""
-    within, seen = [False], []
+def test_operations_of_the_stream_are_not_tracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not part of the model, and are most of the first forward pass."""
+    in_add, calls = [False], []
     add, follow = InputStream.add, RoutedInputs._track_result
 
     def noted_add(*given: Any) -> int:
-        within[0] = True
+        in_add[0] = True
         used = add(*given)
-        within[0] = False
+        in_add[0] = False
         return used
 
     def noted_follow(*given: Any) -> None:
-        seen.append(within[0])
+        calls.append(in_add[0])
         follow(*given)
 
     monkeypatch.setattr(InputStream, "add", noted_add)
     monkeypatch.setattr(RoutedInputs, "_track_result", noted_follow)
     run(make_llama(), iter(text_batches(1)), lora(), method="sketch")
-    assert seen
-    assert not any(seen)
+    assert calls
+    assert not any(calls)
 
 
-class PutBack(nn.Module):
-    """All tokens go through one layer in another order, and through the next as they came."""
+class Reordering(nn.Module):
+    """Reorders all tokens for one layer, and restores their order for the next."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -231,7 +238,7 @@ class PutBack(nn.Module):
             out = nn.functional.embedding(back, rows)
         elif self.how == "index_put_":
             out = rows.new_zeros(rows.shape).index_put_((order,), rows)
-        elif self.how in ("cat", "vstack"):  # of the experts, one after another
+        elif self.how in ("cat", "vstack"):  # the outputs of experts, concatenated
             out = getattr(torch, self.how)(rows.split(7))[back]
         else:
             place = wide if self.how.startswith("scatter") else order
@@ -239,12 +246,21 @@ class PutBack(nn.Module):
         return self.last(out)
 
 
-PLACING = ["index_add", "index_add_", "index_copy_", "index_put_", "scatter", "scatter_add_"]
+SCATTER_METHODS = [
+    "index_add",
+    "index_add_",
+    "index_copy_",
+    "index_put_",
+    "scatter",
+    "scatter_add_",
+]
 
 
-@pytest.mark.parametrize("how", [*PLACING, "gather", "embedding", "__setitem__", "cat", "vstack"])
-def test_masks_follow_tokens_back_into_their_order(how: str) -> None:
-    model, texts = PutBack(how), text_batches(4, samples=6)
+@pytest.mark.parametrize(
+    "how", [*SCATTER_METHODS, "gather", "embedding", "__setitem__", "cat", "vstack"]
+)
+def test_masks_follow_tokens_back_to_their_order(how: str) -> None:
+    model, texts = Reordering(how), text_batches(4, samples=6)
     config, options = lora(tau=1.0, target_modules=["inner", "last"]), {"trim_padding": False}
     result = run(model, iter(texts), config, method="gram", **options)
     ids = torch.cat([b["input_ids"][b["attention_mask"].bool()] for b in texts])
@@ -254,8 +270,8 @@ def test_masks_follow_tokens_back_into_their_order(how: str) -> None:
         check_shares(result, "last", model.inner(tokens))
 
 
-class Recurrent(nn.Module):
-    """Sorts samples by their lengths for a recurrent network, and back; or lets torch do it."""
+class RecurrentModel(nn.Module):
+    """Sorts samples by length for a recurrent network, and back; or lets torch do so."""
 
     def __init__(self, by_hand: bool, between: str) -> None:
         super().__init__()
@@ -285,10 +301,8 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
     ("by_hand", "between"), [(False, ""), (True, ""), (True, "a function"), (True, "padding")]
 )
-def test_samples_that_are_sorted_for_a_recurrent_network(
-    by_hand: bool, between: str, wide: bool
-) -> None:
-    model, texts, tokens = Recurrent(by_hand, between).eval(), text_batches(4, samples=6), []
+def test_samples_sorted_for_a_recurrent_network(by_hand: bool, between: str, wide: bool) -> None:
+    model, texts, tokens = RecurrentModel(by_hand, between).eval(), text_batches(4, samples=6), []
     for batch in texts:
         longest = int(batch["attention_mask"].sum(1).max())
         batch |= {} if wide else {key: value[:, :longest] for key, value in batch.items()}
@@ -301,9 +315,13 @@ def test_samples_that_are_sorted_for_a_recurrent_network(
     check_shares(result, "last", torch.cat(tokens))
 
 
-def test_labels_of_some_of_the_tokens_behind_a_recurrent_network() -> None:
-    """As of the first piece of each word, and neither of the first token nor of the last."""
-    model, texts, tokens = Recurrent(False, "").eval(), text_batches(4, samples=6, labels=True), []
+def test_label_mask_after_a_recurrent_network() -> None:
+    """Labels of the first piece of each word, and none of the first and last token."""
+    model, texts, tokens = (
+        RecurrentModel(False, "").eval(),
+        text_batches(4, samples=6, labels=True),
+        [],
+    )
     for batch in texts:
         length = batch["attention_mask"].sum(1, keepdim=True)
         place = torch.arange(batch["labels"].shape[1])
@@ -316,8 +334,8 @@ def test_labels_of_some_of_the_tokens_behind_a_recurrent_network() -> None:
     check_shares(result, "last", torch.cat(tokens))
 
 
-def test_a_recurrent_network_that_takes_the_sequence_first() -> None:
-    class SequenceFirst(Recurrent):
+def test_recurrent_network_with_sequence_first_layout() -> None:
+    class SequenceFirst(RecurrentModel):
         def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
             return self.last(self.read(input_ids, attention_mask).transpose(0, 1))
 
