@@ -1,4 +1,4 @@
-"""Tiny models, batches and an exact oracle, shared by the integration tests."""
+"""Tiny models, batches and exact references, shared by the integration tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import (
 import eva_kernels
 
 VOCABULARY = 96
-# A small encoder and decoder, in the words of BART's configs and their kin.
+# A small encoder and decoder, as fields of BART's config and similar ones.
 BOTH_SIDES: dict[str, Any] = {
     f"{side}_{what}": n
     for side in ("encoder", "decoder")
@@ -98,14 +98,14 @@ class Clash(nn.Module):
 
 
 def fused(model: Any) -> Any:
-    """Return a model whose experts are one parameter that PEFT's lora_A faces, or skip the test."""
+    """Return the model if its experts are one parameter, (experts, out, in), or skip the test."""
     if not hasattr(model.config, "_experts_implementation"):
         pytest.skip("experts of this transformers are modules, or stored as (in, out)")
     return model
 
 
 def lora(r: int = 4, rho: float = 2.0, tau: float = 0.99, **fields: Any) -> LoraConfig:
-    """Return a config; ``whiten`` and the like go to its EVA part."""
+    """Return a config; ``whiten`` and other fields of EvaConfig go to ``eva_config``."""
     for name in sorted(LATER_FIELDS & fields.keys()):
         if name not in LoraConfig.__dataclass_fields__:
             pytest.skip(f"this PEFT has no {name}")
@@ -119,7 +119,7 @@ def lora(r: int = 4, rho: float = 2.0, tau: float = 0.99, **fields: Any) -> Lora
 
 
 def wrapped(base: nn.Module, config: LoraConfig | None = None, **options: Any) -> PeftModel:
-    """Return ``get_peft_model``; PEFT's advice to use meta adapters for EVA is not heeded."""
+    """Return ``get_peft_model``, without PEFT's advice to use meta adapters for EVA."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*low_cpu_mem_usage")
         return get_peft_model(base, config or lora(), **options)
@@ -169,7 +169,7 @@ def vectors(
 def layer_inputs(
     model: nn.Module, batches: Iterable[Any], names: Sequence[str], masked: bool = True
 ) -> dict[str, Tensor]:
-    """Run the model and return the kept input rows of layers, float64, by hooks of our own."""
+    """Run the model and return the unmasked input rows of layers, float64, by separate hooks."""
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
     current: dict[str, Tensor | None] = {"mask": None}
 
@@ -226,7 +226,7 @@ def lost(rows: Tensor, x: Tensor) -> float:
 
 
 def check_shares(result: Any, name: str, x: Tensor) -> None:
-    """Compare what each component of a layer explains with an exact PCA of what it has read."""
+    """Compare the explained variance ratio of a layer with an exact PCA of its inputs."""
     variances, _ = exact_pca(x)
     found = result.explained_variance_ratio[name].double()
     ratio = (variances / variances.sum())[: len(found)]
@@ -270,14 +270,14 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same_state(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
-    """Tell whether two states are equal, bit for bit."""
+    """Return whether two states are equal, bit for bit."""
     return before.keys() == after.keys() and all(
         before[n].dtype == after[n].dtype and torch.equal(before[n], after[n]) for n in before
     )
 
 
 def run(model: nn.Module, data: Any, config: LoraConfig | None = None, **options: Any) -> Any:
-    """Calibrate without a bar and without caring for convergence."""
+    """Calibrate without a progress bar, and without warnings about convergence."""
     return eva_kernels.calibrate(model, data, config, **{**QUIET, **options})
 
 
@@ -312,11 +312,11 @@ def data() -> list[Tensor]:
 
 @pytest.fixture(scope="session")
 def llama_result(_llama: LlamaForCausalLM, texts: list[dict[str, Tensor]]) -> Any:
-    """One exact pass of one epoch over ``texts``, r = 4, all linear layers."""
+    """Return one exact pass of one epoch over ``texts``, r = 4, all linear layers."""
     return run(copy.deepcopy(_llama), iter(texts), lora(tau=1.0), method="gram")
 
 
 @pytest.fixture
 def initialized(_llama: LlamaForCausalLM, llama_result: Any) -> PeftModel:
-    """A freshly initialised Llama adapter."""
+    """Return a freshly initialised Llama adapter."""
     return llama_result.apply(copy.deepcopy(_llama))

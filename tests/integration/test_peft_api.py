@@ -367,7 +367,7 @@ def test_patch_can_be_entered_again() -> None:
     with patch:
         assert is_patched()
     assert not is_patched()
-    patch.__exit__(None, None, None)  # nothing to end
+    patch.__exit__(None, None, None)  # no effect without an active patch
     with patch, patch:
         assert is_patched()
     assert not is_patched()

@@ -118,7 +118,7 @@ def test_documents_are_prose_without_shared_paragraphs(documents):
     )
 
 
-def test_share_of_held_out_documents(documents):
+def test_share_of_held_out_documents_is_small(documents):
     share = sum(is_held_out(name) for name in documents) / len(documents)
     assert 0.02 < share < 0.1
 

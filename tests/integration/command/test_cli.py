@@ -68,18 +68,18 @@ def test_help_imports_no_heavy_package_and_is_fast() -> None:
     seconds = []
     for _ in range(3):
         start = children_seconds()
-        shown = subprocess.run([*RUN, "--help"], capture_output=True, text=True, check=True)
+        outcome = subprocess.run([*RUN, "--help"], capture_output=True, text=True, check=True)
         seconds.append(children_seconds() - start)
-    assert all(command in shown.stdout for command in ("demo", "init", "info", "report", "pad"))
+    assert all(command in outcome.stdout for command in ("demo", "init", "info", "report", "pad"))
     assert min(seconds) < 1.0
 
 
 def test_version_is_printed() -> None:
     command = [sys.executable, "-m", "eva_peft.cli", "--version"]
     assert subprocess.run(command, capture_output=True).stdout.startswith(b"eva-kernels ")
-    shown = run("--version")
-    assert shown.exit_code == 0
-    assert shown.stdout == f"eva-kernels {eva_kernels.__version__}\n"
+    outcome = run("--version")
+    assert outcome.exit_code == 0
+    assert outcome.stdout == f"eva-kernels {eva_kernels.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -126,15 +126,15 @@ def test_info_shows_versions_devices_and_backends(monkeypatch: pytest.MonkeyPatc
     # wheels from PyPI have their build in the module's version only
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
     monkeypatch.setattr(cli.metadata, "version", lambda name: f"that of {name}")
-    shown = run("info")
-    assert shown.exit_code == 0
+    outcome = run("info")
+    assert outcome.exit_code == 0
     for part in ("python", "torch", "2.11.0+cu130", "that of transformers", "cpu", "cuda"):
-        assert part in shown.stdout, part
+        assert part in outcome.stdout, part
     from eva_kernels.ops import backend_report
 
     for op, backend, _ in backend_report():
-        assert any(op in line and backend in line for line in shown.stdout.splitlines())
-    assert "eva_kernels._C" in shown.stdout
+        assert any(op in line and backend in line for line in outcome.stdout.splitlines())
+    assert "eva_kernels._C" in outcome.stdout
 
 
 def test_info_without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +148,10 @@ def test_info_without_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None
         return real(name)
 
     monkeypatch.setattr(cli.metadata, "version", version)
-    shown = run("info")
-    assert shown.exit_code == 0
-    assert shown.stdout.count("not installed") == 3
-    assert "not usable" in shown.stdout
+    outcome = run("info")
+    assert outcome.exit_code == 0
+    assert outcome.stdout.count("not installed") == 3
+    assert "not usable" in outcome.stdout
 
 
 def test_info_shows_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +169,10 @@ def test_info_shows_other_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.accelerator, name, lambda answer=answer: answer)
     for home, what in (("xpu", "plain PyTorch"), ("cpu", "sums and folds on the CPU")):
         monkeypatch.setattr(_host, "state_device", lambda device, home=home: torch.device(home))
-        shown = run("info").stdout
-        assert [shown.count(name) for name in ("xpu:0", "xpu:1", "xpu:2")] == [1, 1, 0]
-        assert shown.count(what) == 2
-        assert "this torch is CPU only" not in shown
+        outcome = run("info").stdout
+        assert [outcome.count(name) for name in ("xpu:0", "xpu:1", "xpu:2")] == [1, 1, 0]
+        assert outcome.count(what) == 2
+        assert "this torch is CPU only" not in outcome
 
 
 def test_model_is_moved_to_the_accelerator_by_default(
@@ -205,11 +205,11 @@ def test_init_writes_an_adapter_that_loads(home: Path, adapter_folder: Path) -> 
 
 
 def test_init_is_bitwise_reproducible(home: Path, adapter_folder: Path, tmp_path: Path) -> None:
-    shown = init(home, tmp_path / "out")
-    assert shown.exit_code == 0
-    assert "total rank 56 over 14 layers" in shown.stdout
-    assert str(tmp_path / "out") in shown.stdout
-    assert "is_trainable=True" in shown.stdout  # without it PEFT freezes the adapter
+    outcome = init(home, tmp_path / "out")
+    assert outcome.exit_code == 0
+    assert "total rank 56 over 14 layers" in outcome.stdout
+    assert str(tmp_path / "out") in outcome.stdout
+    assert "is_trainable=True" in outcome.stdout  # without it PEFT freezes the adapter
     first, second = (
         load_file(f / "adapter_model.safetensors") for f in (adapter_folder, tmp_path / "out")
     )
@@ -253,8 +253,8 @@ def test_defaults_are_those_of_initialize(home: Path, tmp_path: Path) -> None:
 def test_init_of_an_encoder_decoder(home: Path, tmp_path: Path) -> None:
     config = {"task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "k", "v", "o"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shown = init(home, tmp_path / "a", "--config", tmp_path / "config.json", model="t5")
-    assert shown.exit_code == 0, shown.stderr
+    outcome = init(home, tmp_path / "a", "--config", tmp_path / "config.json", model="t5")
+    assert outcome.exit_code == 0, outcome.stderr
     result = EvaResult.load(tmp_path / "a" / "eva.safetensors")
     assert len(result.ranks) == 12
     assert not result.uncalled
@@ -264,8 +264,8 @@ def test_init_of_an_encoder_decoder(home: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["sequence-classification", "feature-extraction"])
 def test_init_for_other_tasks(home: Path, tmp_path: Path, task: str) -> None:
-    shown = init(home, tmp_path / "out", "--task", task, "--dtype", "bfloat16")
-    assert shown.exit_code == 0, shown.stderr
+    outcome = init(home, tmp_path / "out", "--task", task, "--dtype", "bfloat16")
+    assert outcome.exit_code == 0, outcome.stderr
     saved = PeftConfig.from_pretrained(tmp_path / "out")
     assert saved.task_type == model_setup._TASKS[cli.Task(task)][1]
     result = EvaResult.load(tmp_path / "out" / "eva.safetensors")
@@ -275,12 +275,12 @@ def test_init_for_other_tasks(home: Path, tmp_path: Path, task: str) -> None:
 
 @pytest.mark.filterwarnings("always")
 def test_warnings_are_printed_in_one_line(home: Path, tmp_path: Path) -> None:
-    shown = init(home, tmp_path / "out", "--tau", "1", "--max-steps", "2")
-    assert shown.exit_code == 0
-    lines = [line for line in shown.stderr.splitlines() if "have not converged" in line]
+    outcome = init(home, tmp_path / "out", "--tau", "1", "--max-steps", "2")
+    assert outcome.exit_code == 0
+    lines = [line for line in outcome.stderr.splitlines() if "have not converged" in line]
     assert len(lines) == 1
     assert lines[0].startswith("warning: 14 of 14 layers")
-    assert "0 of 14 layers converged after" in shown.stdout
+    assert "0 of 14 layers converged after" in outcome.stdout
 
 
 def test_non_empty_folder_needs_force(home: Path, tmp_path: Path) -> None:
@@ -362,10 +362,10 @@ def test_debug_shows_the_traceback(
     replace_initialize(monkeypatch, EvaRuntimeError("layer [b]x[/b]:\n  bad"))
     assert reason(init(home, tmp_path / "out")) == "error: layer [b]x[/b]: bad"
     arguments = ["init", home / "llama", *data_and_out(home, tmp_path / "out")]
-    shown = run("--debug", *arguments)
-    assert shown.exit_code == 1
-    assert "Traceback (most recent call last)" in shown.stderr
-    assert shown.stderr.endswith("error: layer [b]x[/b]: bad\n")
+    outcome = run("--debug", *arguments)
+    assert outcome.exit_code == 1
+    assert "Traceback (most recent call last)" in outcome.stderr
+    assert outcome.stderr.endswith("error: layer [b]x[/b]: bad\n")
 
 
 def test_unexpected_errors_show_their_type(
@@ -380,18 +380,18 @@ def test_interrupt_reports_whether_a_checkpoint_was_kept(
 ) -> None:
     replace_initialize(monkeypatch, KeyboardInterrupt())
     out, checkpoint = tmp_path / "out", tmp_path / "state.safetensors"
-    shown = init(home, out)
-    assert shown.exit_code == 130
-    assert shown.stderr.endswith("interrupted: nothing was saved\n")
-    shown = init(home, out, "--checkpoint", checkpoint)
-    assert shown.exit_code == 130
-    assert f"the checkpoint {checkpoint} was kept; run the same command again" in shown.stderr
+    outcome = init(home, out)
+    assert outcome.exit_code == 130
+    assert outcome.stderr.endswith("interrupted: nothing was saved\n")
+    outcome = init(home, out, "--checkpoint", checkpoint)
+    assert outcome.exit_code == 130
+    assert f"the checkpoint {checkpoint} was kept; run the same command again" in outcome.stderr
     checkpoint.unlink()
-    shown = init(home, out, "--checkpoint", checkpoint, "--text-column", "body")
-    assert shown.exit_code == 1
+    outcome = init(home, out, "--checkpoint", checkpoint, "--text-column", "body")
+    assert outcome.exit_code == 1
     monkeypatch.setattr("eva_peft.command.data.load_texts", _raise_interrupt)
-    shown = init(home, out, "--checkpoint", checkpoint)
-    assert "no checkpoint had been written" in shown.stderr
+    outcome = init(home, out, "--checkpoint", checkpoint)
+    assert "no checkpoint had been written" in outcome.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -431,9 +431,9 @@ def test_signal_during_the_pass_ends_the_command(
 @pytest.mark.parametrize("suffix", [".html", ".png", ".svg"])
 def test_report_writes_each_format(adapter_folder: Path, tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"report{suffix}"
-    shown = run("report", adapter_folder / "eva.safetensors", "--out", target)
-    assert shown.exit_code == 0
-    assert shown.stdout == f"wrote {target}\n"
+    outcome = run("report", adapter_folder / "eva.safetensors", "--out", target)
+    assert outcome.exit_code == 0
+    assert outcome.stdout == f"wrote {target}\n"
     start = {".html": b"<!DOCTYPE html>", ".png": b"\x89PNG", ".svg": b"<?xml"}[suffix]
     assert target.read_bytes().startswith(start)
 
@@ -470,9 +470,9 @@ def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (first, quick["quick"], quick["seeds"]) == (tmp_path / "d", True, 2)
     assert (second, full["quick"], full["seeds"]) == (Path("demo-report"), False, 3)
     monkeypatch.setattr(demo, "run_demo", _raise_interrupt)
-    shown = run("demo")
-    assert shown.exit_code == 130
-    assert shown.stderr == "interrupted: nothing was saved\n"
+    outcome = run("demo")
+    assert outcome.exit_code == 130
+    assert outcome.stderr == "interrupted: nothing was saved\n"
 
 
 def test_checkpoint_in_the_output_folder(home: Path, tmp_path: Path) -> None:

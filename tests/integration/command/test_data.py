@@ -67,7 +67,7 @@ def test_text_file_has_one_text_per_line(tmp_path: Path) -> None:
         ([{"prompt": CHAT[:1], "completion": CHAT[1:]}], ["why\nbecause"]),
     ],
 )
-def test_columns_are_guessed(tmp_path: Path, rows: list[object], expected: object) -> None:
+def test_text_columns_are_found(tmp_path: Path, rows: list[object], expected: object) -> None:
     texts = load_texts(write_jsonl(tmp_path / "a.jsonl", *rows))
     assert texts == (["one", "two"] if expected == 2 else expected)
 
@@ -177,7 +177,9 @@ def test_missing_dataset_is_an_error() -> None:
         load_texts("no/such")
 
 
-def test_without_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_datasets_package_affects_only_hub_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install eva-kernels\[data\]"):
         load_texts("org/name")
@@ -198,14 +200,14 @@ def test_batches_are_padded_to_the_longest(tokenizer: PreTrainedTokenizerFast) -
 
 
 @pytest.mark.parametrize(("special", "pad"), [({"eos_token": "</s>"}, 1), ({}, 0)])
-def test_pad_token_falls_back(special: dict[str, str], pad: int) -> None:
+def test_pad_token_falls_back_to_eos_or_zero(special: dict[str, str], pad: int) -> None:
     tokenizer = make_tokenizer(**special)
     (batch,) = make_loader(["a", "a b"], tokenizer, 2, 16, seed=0)
     assert batch["input_ids"][~batch["attention_mask"].bool()].tolist() == [pad]
     assert tokenizer.pad_token is None
 
 
-def test_long_texts_are_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_long_texts_are_truncated(tokenizer: PreTrainedTokenizerFast) -> None:
     (batch,) = make_loader(["a b c d e"], tokenizer, 2, 3, seed=0)
     assert batch["input_ids"].tolist() == [[0, 4, 5]]
     tokenizer.model_max_length = 2
@@ -213,7 +215,7 @@ def test_long_texts_are_cut(tokenizer: PreTrainedTokenizerFast) -> None:
     assert batch["input_ids"].tolist() == [[0, 4]]
 
 
-def test_a_model_limits_length_and_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_model_limits_length_and_pad_token(tokenizer: PreTrainedTokenizerFast) -> None:
     config = LlamaConfig(
         vocab_size=2, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=1, max_position_embeddings=3,

@@ -23,7 +23,7 @@ DATA = [x[:, :16] for x in vectors()]
 def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for x in DATA[:3]:
         model(x).square().mean().backward()
-        optimizer.train_steps()
+        optimizer.step()
         optimizer.zero_grad()
 
 

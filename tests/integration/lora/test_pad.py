@@ -311,10 +311,10 @@ def test_adapters_that_cannot_be_padded_are_rejected(eva: Path, tmp_path: Path) 
 
 def test_pad_command(eva: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    shown = run("pad", eva, "--out", out)
+    outcome = run("pad", eva, "--out", out)
     largest = max(ranks_of(eva))
-    assert shown.exit_code == 0, shown.stderr
-    assert shown.stdout == f"wrote {out}: rank {largest} in all layers, the same outputs\n"
+    assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.stdout == f"wrote {out}: rank {largest} in all layers, the same outputs\n"
     assert ranks_of(out) == {largest}
     assert "--force" in reason(run("pad", eva, "--out", out))
     assert run("pad", eva, "--out", out, "--force", "--r", largest + 1).exit_code == 0

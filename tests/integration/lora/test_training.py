@@ -346,7 +346,7 @@ def test_patched_peft_watches_new_adapters() -> None:
         step(model)
 
 
-class Various(nn.Module):
+class MixedLayers(nn.Module):
     """Layers that EVA reads, some that it cannot read, and one that is never called."""
 
     def __init__(self) -> None:
@@ -372,12 +372,12 @@ def partly(model: PeftModel) -> PeftModel:
 
 @pytest.mark.parametrize("action", ["warn", "raise"])
 def test_partly_initialised_adapter_warns(action: Any) -> None:
-    words = r"'default' was made .* only a part of it: 1 layer trains as plain LoRA \(2\)\. Call"
+    message = r"'default' was made .* only a part of it: 1 layer trains as plain LoRA \(2\)\. Call"
     model = watch(partly(fresh()), action)
-    with pytest.warns(NotInitializedWarning, match=words):
+    with pytest.warns(NotInitializedWarning, match=message):
         step(model)
     assert hooks_of(model) == 0
-    with pytest.warns(NotInitializedWarning, match=words):
+    with pytest.warns(NotInitializedWarning, match=message):
         EvaCallback(action).on_train_begin(None, None, None, model=model)
     assert is_initialized(model)
 
@@ -388,7 +388,7 @@ def various() -> nn.Module:
     with warnings.catch_warnings():  # of layers that keep the default
         warnings.simplefilter("ignore")
         return eva_kernels.initialize(
-            Various(), data, lora(target_modules=names), max_steps=3, min_rank=1, **QUIET
+            MixedLayers(), data, lora(target_modules=names), max_steps=3, min_rank=1, **QUIET
         )
 
 

@@ -237,7 +237,7 @@ def wrapped_quietly(base: nn.Module, config: Any) -> PeftModel:
 def test_adapter_made_by_peft_gets_its_dilation() -> None:
     model = wrapped_quietly(Net(), lora(target_modules=NAMES, init_lora_weights=True))
     with pytest.raises(RuntimeError, match="size of tensor"):
-        model(images()[0])  # PEFT's own adapter of a dilated convolution does not run
+        model(images()[0])  # PEFT's adapter of a dilated convolution fails
     with pytest.warns(EvaWarning, match="ignores the dilation"):
         eva_kernels.initialize(model, images(), allow_any_init=True, max_steps=3, **QUIET)
     torch.testing.assert_close(output_of(model, images()[0]), output_of(Net(), images()[0]))
@@ -297,7 +297,7 @@ def test_transposed_convolutions_keep_the_default() -> None:
 
 
 class Parallel(nn.Module):
-    """A layer with the attributes of Megatron's, which PEFT adapts if told how."""
+    """A layer with the attributes of Megatron's, for which PEFT has a custom mapping."""
 
     def __init__(self) -> None:
         super().__init__()

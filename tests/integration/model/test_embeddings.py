@@ -170,7 +170,7 @@ def test_only_tied_layers_are_an_error() -> None:
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning")  # 0.17
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embedding_adapter_on_meta_is_drawn(dtype: torch.dtype) -> None:
+def test_embedding_adapter_on_meta_gets_the_default(dtype: torch.dtype) -> None:
     config = lora(target_modules=["q_proj", "embed_tokens"])
     model = wrapped(make_tied().to(dtype), config, low_cpu_mem_usage=True)
     with pytest.warns(EvaWarning, match="keep the default"):
@@ -209,7 +209,7 @@ def test_head_that_peft_does_not_tie_is_initialised() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:EVA reads the inputs of linear:eva_kernels.EvaWarning")
-def test_embedding_adapter_of_a_plain_module_is_drawn() -> None:
+def test_embedding_adapter_of_a_plain_module_gets_the_default() -> None:
     model = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16))
     adapted = wrapped(model, lora(target_modules=["0", "1"]), low_cpu_mem_usage=True)
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +219,7 @@ def test_embedding_adapter_of_a_plain_module_is_drawn() -> None:
     assert adapted(data[0]).shape == (4, 9, 16)
 
 
-def test_adapter_of_embeddings_only_is_rejected_without_warning() -> None:
+def test_adapter_of_embeddings_only_is_rejected_but_may_train() -> None:
     model = wrapped(make_llama(), lora(target_modules=["embed_tokens"]))
     with pytest.raises(EvaValueError, match=r"model\.embed_tokens, whose inputs EVA cannot"):
         eva_kernels.initialize(model, batches(), **QUIET)

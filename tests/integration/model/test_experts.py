@@ -269,12 +269,12 @@ class ExpertBlock(nn.Module):
             elif self.how == "sorted first":
                 order = choice.argsort(stable=True)
                 rows = flat.index_select(0, order)[choice[order] == e]
-            elif self.how == "sliced":  # DeepSeek's own code
+            elif self.how == "sliced":  # DeepSeek's implementation
                 begin = int((choice < e).sum())
                 rows = flat[choice.argsort(stable=True)][begin : begin + len(picked)]
             elif self.how == "repeated":
                 rows = flat.repeat_interleave(2, dim=0)[picked * 2 + 1]
-            elif self.how == "list":  # Mixtral's first code
+            elif self.how == "list":  # Mixtral's first implementation
                 rows = flat[None, picked.tolist()].reshape(-1, 12)
             else:
                 rows = flat[picked]

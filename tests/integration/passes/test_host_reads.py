@@ -1,4 +1,4 @@
-"""A pass on the CPU in the way of an accelerator: results, device-to-host reads and errors."""
+"""A pass on the code path of accelerators, run on the CPU: results, host reads and errors."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_operators_of_the_result_do_not_grow_with_layers(
         result = run_chain(layers, method)
         assert (result.steps, len(result.components)) == (4, layers)
         assert accelerator_reads.waits["read"] == 4 + reads
-        accelerator_reads.waits.pop("_linalg_eigh", None)  # a GPU's own launch does not wait
+        accelerator_reads.waits.pop("_linalg_eigh", None)  # a launch on a GPU, which does not wait
         assert set(accelerator_reads.waits) == {"read"}
         return accelerator_reads.calls.total() - calls_at_reads[4]
 

@@ -384,14 +384,14 @@ def test_pass_on_a_part_of_a_model_in_use_is_rejected() -> None:
 def test_models_in_use_may_share_only_stateless_modules(shared: nn.Module) -> None:
     one, other = (nn.Sequential(nn.Linear(8, 8), shared) for _ in range(2))
     data, ran = [torch.randn(40, 8)], []
-    refused = not isinstance(shared, nn.GELU)  # its mode or weights belong to the other pass
+    is_rejected = not isinstance(shared, nn.GELU)  # its mode or weights belong to the other pass
 
     def again(numbers: Any) -> None:
-        with pytest.raises(EvaRuntimeError) if refused else nullcontext():
+        with pytest.raises(EvaRuntimeError) if is_rejected else nullcontext():
             ran.append(run(other, iter(data), lora(target_modules=["0"])).tokens)
 
     run(one, iter(data), lora(target_modules=["0"]), callback=again)
-    assert ran == ([] if refused else [40])
+    assert ran == ([] if is_rejected else [40])
 
 
 def test_disabled_fast_path_stays_disabled() -> None:

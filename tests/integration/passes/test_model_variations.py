@@ -101,8 +101,8 @@ def test_masks_are_found_among_positional_arguments(how: str) -> None:
 
 
 @pytest.mark.parametrize("caught", [Exception, BaseException])
-def test_model_that_catches_exceptions_is_not_stopped_early(caught: type[BaseException]) -> None:
-    """Inputs of the model's fallback path must not be accumulated."""
+def test_inputs_of_an_exception_fallback_are_not_accumulated(caught: type[BaseException]) -> None:
+    """The early exit must not lead a model that catches exceptions to its fallback path."""
     fallbacks = []
 
     def body(net: Any, x: Tensor) -> Tensor:

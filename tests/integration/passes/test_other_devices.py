@@ -25,7 +25,7 @@ from integration.conftest import (
 from stand_in import APPLE, INTEL, stand_in
 
 pytestmark = pytest.mark.skipif(compiler_missing(), reason="needs g++ for a device guard")
-# The CPU's fused attention would be asked for this device.
+# Fused attention of the CPU would be called for tensors of the stand-in device.
 EAGER = {"attn_implementation": "eager"}
 
 

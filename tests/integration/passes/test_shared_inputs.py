@@ -190,7 +190,7 @@ def test_deferred_input_changed_in_place_warns() -> None:
     assert lost(result.components["b"], doubled) < 1e-6
 
 
-def test_layer_called_several_times() -> None:
+def test_layer_called_several_times_is_exact() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         y = x
         for _ in range(3):
@@ -200,7 +200,7 @@ def test_layer_called_several_times() -> None:
     run_and_check(Net(body, "loop", "last"), vectors(4), ["loop", "last"])
 
 
-def test_layer_called_more_often_in_later_batches() -> None:
+def test_layer_called_more_often_in_later_batches_is_exact() -> None:
     """The early exit must not cut a recurrence that is longer in later batches."""
 
     def body(net: Net, x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_layer_called_more_often_in_later_batches() -> None:
     assert lost(result.components["loop"], inputs) < 1e-6
 
 
-def test_layers_called_more_often_in_some_batches() -> None:
+def test_layers_called_more_often_in_some_batches_are_exact() -> None:
     """All batches have one size; a layer's second call precedes the last layer's first."""
 
     def body(net: Net, x: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def test_layers_called_more_often_in_some_batches() -> None:
     run_and_check(Net(body, "a", "b"), batches, ["a", "b"])
 
 
-def test_shared_input_and_several_calls() -> None:
+def test_shared_input_and_several_calls_are_exact() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         net.once(x)
         y = torch.tanh(net.twice(x))
@@ -271,7 +271,7 @@ def test_layers_that_share_every_call_stay_grouped() -> None:
     assert result.shared_inputs == [["a", "b"]]
 
 
-def test_layer_called_in_some_batches_only() -> None:
+def test_layer_called_in_some_batches_only_is_exact() -> None:
     def body(net: Net, x: Tensor) -> Tensor:
         y = torch.tanh(net.a(x))
         if x[0, 0] > 0.3:
@@ -288,7 +288,7 @@ def test_layer_called_in_some_batches_only() -> None:
     run_and_check(Net(body, *names), sorted(batches, key=lambda x: x[0, 0]), names)
 
 
-def test_last_layer_first_called_in_a_late_batch() -> None:
+def test_last_layer_first_called_in_a_late_batch_is_exact() -> None:
     """It is called twice, so its first call must not end the forward pass."""
 
     def body(net: Net, x: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ def test_layers_never_called_keep_the_default_and_warn() -> None:
         assert not layer.lora_B["default"].weight.any()
 
 
-def test_layers_called_with_keywords_and_tuples() -> None:
+def test_layers_called_with_keywords_and_tuples_are_read() -> None:
     class Odd(nn.Linear):
         def forward(self, *, hidden: Any) -> Tensor:
             return super().forward(hidden[0] if isinstance(hidden, tuple) else hidden)

@@ -28,13 +28,13 @@ class MismatchedInputs(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "phrases"),
     [
         (MismatchedInputs, ["no token mask fits", "never called", "not converged"]),
         (make_llama, ["not converged"]),
     ],
 )
-def test_warnings_point_to_the_line_of_the_caller(make: Any, words: list[str]) -> None:
+def test_warnings_point_to_the_line_of_the_caller(make: Any, phrases: list[str]) -> None:
     names = ["odd", "idle"] if make is MismatchedInputs else ["q_proj"]
     config = lora(target_modules=names, tau=1.0)
     with warnings.catch_warnings(record=True) as caught:
@@ -42,8 +42,8 @@ def test_warnings_point_to_the_line_of_the_caller(make: Any, words: list[str]) -
         here = current_line()
         eva_kernels.calibrate(make(), text_batches(1), config, max_steps=1, progress=False)
     caught_messages = [w for w in caught if issubclass(w.category, eva_kernels.EvaWarning)]
-    assert len(caught_messages) == len(words)
-    for one, part in zip(caught_messages, words, strict=True):
+    assert len(caught_messages) == len(phrases)
+    for one, part in zip(caught_messages, phrases, strict=True):
         assert part in str(one.message)
         assert (one.filename, one.lineno) == (__file__, here + 1)
 

@@ -1,4 +1,4 @@
-"""Plots and the HTML report of hand-made results."""
+"""Plots and the HTML report, for results constructed in the tests."""
 
 import base64
 import re

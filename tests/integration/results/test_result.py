@@ -284,11 +284,11 @@ def test_reallocated_ranks_obey_budget_and_bounds(llama_result: EvaResult) -> No
         llama_result.reallocated(min_rank=9)
 
 
-@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize("reallocate", [True, False])
 def test_budget_in_parameters_is_spent(
-    anew: bool, llama_result: EvaResult, texts: list[Any]
+    reallocate: bool, llama_result: EvaResult, texts: list[Any]
 ) -> None:
-    if anew:
+    if reallocate:
         result = llama_result.reallocated(budget="params")
     else:
         options = {"method": "gram", "budget": "params", "early_exit": True}

@@ -59,7 +59,7 @@ def killed_passes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     tests = Path(__file__).resolve().parents[2]
     roots = os.pathsep.join([str(tests), *filter(None, sys.path)])
-    shown = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, resumed_passes.__file__, str(folder)],
         env={**os.environ, "PYTHONPATH": roots, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -67,7 +67,7 @@ def killed_passes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=True,
         timeout=300,
     )
-    lines = shown.stdout.splitlines()
+    lines = completed.stdout.splitlines()
     assert len(lines) == len(KILL_CASES)
     assert all(line.endswith(f"|{-signal.SIGKILL}") for line in lines), lines
     # most had written a checkpoint, so resuming is tested
@@ -427,8 +427,8 @@ def test_interrupted_init_command_resumes(tmp_path: Path, monkeypatch: pytest.Mo
     assert done >= 10
     limit = ("--max-steps", done + 3)
     for out, more in (("resumed", ("--checkpoint", path)), ("uninterrupted", ())):
-        shown = runner().invoke(cli.app, command(out, *limit, *more))
-        assert shown.exit_code == 0, shown.output
+        completed = runner().invoke(cli.app, command(out, *limit, *more))
+        assert completed.exit_code == 0, completed.output
     check_equal(
         *(
             EvaResult.load(tmp_path / out / "eva.safetensors")
@@ -439,6 +439,6 @@ def test_interrupted_init_command_resumes(tmp_path: Path, monkeypatch: pytest.Mo
     assert weights[0].read_bytes() == weights[1].read_bytes()
     assert forwards_in_checkpoint(path) == done + 3
 
-    shown = runner().invoke(cli.app, command("other", "--checkpoint", path, "--r", 5))
-    assert shown.exit_code == 1
-    assert "belongs to another pass: r: 4 in the file, 5 now" in shown.stderr
+    completed = runner().invoke(cli.app, command("other", "--checkpoint", path, "--r", 5))
+    assert completed.exit_code == 1
+    assert "belongs to another pass: r: 4 in the file, 5 now" in completed.stderr

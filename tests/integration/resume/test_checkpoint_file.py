@@ -356,18 +356,18 @@ def test_concurrent_writers_leave_one_complete_file(
 ) -> None:
     path, save = tmp_path / "state.safetensors", checkpoint_file.save_file
 
-    def meanwhile(*args: Any, **named: Any) -> None:
+    def save_during_another_write(*args: Any, **named: Any) -> None:
         monkeypatch.setattr(checkpoint_file, "save_file", save)
         save(*args, **named)
         with monkeypatch.context() as patch:  # the other writer has only begun
-            patch.setattr(checkpoint_file, "save_file", other)
+            patch.setattr(checkpoint_file, "save_file", fail_to_save)
             with pytest.raises(OSError, match="full"):
                 write_checkpoint(path, {"number": 2}, {})
 
-    def other(*args: Any, **named: Any) -> None:
+    def fail_to_save(*args: Any, **named: Any) -> None:
         raise OSError("full")
 
-    monkeypatch.setattr(checkpoint_file, "save_file", meanwhile)
+    monkeypatch.setattr(checkpoint_file, "save_file", save_during_another_write)
     write_checkpoint(path, {"number": 1}, {})
     assert read_checkpoint(path)[0] == {"number": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -57,7 +57,7 @@ def test_state_of_an_apple_gpu_is_restored(monkeypatch: pytest.MonkeyPatch) -> N
     assert states[0].tolist() == [7]
 
 
-@pytest.mark.parametrize("used", ["before", "meanwhile", "never"])
+@pytest.mark.parametrize("used", ["before", "during", "never"])
 def test_unused_gpu_is_not_initialised(used: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process with a CUDA context cannot fork users of CUDA, as notebook_launcher does."""
     generator, begun = torch.Generator().manual_seed(5), [used == "before"]
@@ -136,7 +136,7 @@ def test_other_numpy_bit_generator_is_unchanged() -> None:
 
 
 def test_state_contains_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pass that resumes on another device gets the states of the CPU."""
+    """A pass that resumes on a CPU restores the states of the CPU only."""
     states = {0: torch.tensor([7] * 16, dtype=torch.uint8), 1: torch.zeros(16, dtype=torch.uint8)}
     module = SimpleNamespace(
         get_rng_state_all=list,
