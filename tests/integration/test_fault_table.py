@@ -228,7 +228,7 @@ FAULTS: dict[str, Fault] = {
     "loader: a batch": Fault(
         lambda s: on_llama(s, s.texts[0]), T, r"loader is a mapping .*\[batch\]"
     ),
-    "loader: nothing": Fault(lambda s: on_llama(s, []), V, "empty: it yielded no batch"),
+    "loader: empty": Fault(lambda s: on_llama(s, []), V, "empty: it yielded no batch"),
     "loader: fails to start": Fault(lambda s: on_mlp(s, RaisesAtOnce()), Broken, "no file"),
     "loader: fails midway": Fault(lambda s: on_mlp(s, raising_iterator(2)), Broken, "disk"),
     "loader: interrupted": Fault(
@@ -319,7 +319,7 @@ FAULTS: dict[str, Fault] = {
     "adapter: another one merged": Fault(
         _other_merged, R, r"layer 2 has merged adapters \['other'\].*unmerge_adapter\(\)"
     ),
-    "adapter: another one merged, a write": Fault(
+    "adapter: another one merged, apply": Fault(
         lambda s: _other_merged(s, write=True), R, r"layer 2 has merged adapters \['other'\]"
     ),
     "adapter: virtual tokens": Fault(

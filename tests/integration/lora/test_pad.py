@@ -223,9 +223,9 @@ def test_rank_may_be_larger_but_not_smaller(eva: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("alphas", "common"),
     [
-        pytest.param({"q_proj": 12, "k_proj": 40}, 2, id="that of most layers"),
-        pytest.param({"q_proj": 12, "v_proj": 12}, 3, id="of two, the larger"),
-        pytest.param({"k_proj": 0, "v_proj": 0, "o_proj": 0}, 2, id="one that is not zero"),
+        pytest.param({"q_proj": 12, "k_proj": 40}, 2, id="most frequent"),
+        pytest.param({"q_proj": 12, "v_proj": 12}, 3, id="larger of two"),
+        pytest.param({"k_proj": 0, "v_proj": 0, "o_proj": 0}, 2, id="nonzero"),
     ],
 )
 def test_common_scaling_factor(alphas: dict[str, int], common: float, tmp_path: Path) -> None:

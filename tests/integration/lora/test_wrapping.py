@@ -107,7 +107,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rank 0": ({"r": 0}, "^r=0 must be at least 1"),
     "a negative rank": ({"r": -2}, "^r=-2 must be at least 1"),
-    "half a rank": ({"r": 2.5}, r"^r=2.5 must be a whole number"),
+    "a fractional rank": ({"r": 2.5}, r"^r=2.5 must be a whole number"),
     "rank 0 of a layer": (
         {"rank_pattern": {"q_proj": 0}},
         r"^rank_pattern\['q_proj'\]=0 must be at least 1",

@@ -452,13 +452,13 @@ def test_failure_while_setting_switches_restores_them(
         patch.setattr(torch.backends.mha, "set_fastpath_enabled", failing)
         with pytest.raises(KeyboardInterrupt):
             run(make_mlp(), iter(vectors(1)), config)
-    enabled: list[bool] = []
+    states: list[bool] = []
 
     def forward(model: Any, batch: Any) -> None:
-        enabled.append(torch.backends.mha.get_fastpath_enabled())
+        states.append(torch.backends.mha.get_fastpath_enabled())
         model(batch)
 
     run(make_mlp(), iter(vectors(1)), config, forward_fn=forward)
-    assert enabled == [False]
+    assert states == [False]
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch._dynamo.eval_frame._stance.stance == "default"
