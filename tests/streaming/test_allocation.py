@@ -11,7 +11,7 @@ from eva_kernels.errors import EvaValueError
 from eva_kernels.streaming import allocate_ranks
 
 examples = settings(max_examples=25, deadline=None, derandomize=True, database=None)
-# Few distinct values, exact in binary, so that ties are common and prices make more of them.
+# Few distinct values, exact in binary, so that ties are common, more so with costs.
 values = st.sampled_from([0.0, 0.0625, 0.125, 0.25, 0.25, 0.5, float("nan")])
 
 
@@ -45,7 +45,7 @@ def test_equals_brute_force(ratios: list[Tensor], budget: int):
 
 @examples
 @given(ratios=layers, extra=st.integers(0, 60), floor=st.integers(0, 3), data=st.data())
-def test_equals_brute_force_with_prices(ratios: list[Tensor], extra: int, floor: int, data):
+def test_equals_brute_force_with_costs(ratios: list[Tensor], extra: int, floor: int, data):
     prices = st.lists(st.sampled_from([1, 2, 4, 8]), min_size=len(ratios), max_size=len(ratios))
     costs = data.draw(prices)
     budget = extra + floor * sum(costs)
@@ -56,45 +56,45 @@ def test_equals_brute_force_with_prices(ratios: list[Tensor], extra: int, floor:
 
 @examples
 @given(ratios=layers, budget=st.integers(0, 30))
-def test_a_larger_budget_only_adds(ratios: list[Tensor], budget: int):
+def test_larger_budget_never_lowers_a_rank(ratios: list[Tensor], budget: int):
     smaller, larger = allocate_ranks(ratios, budget), allocate_ranks(ratios, budget + 1)
     assert 0 <= sum(larger) - sum(smaller) <= 1
     assert all(a <= b for a, b in zip(smaller, larger, strict=True))
 
 
-def test_the_largest_ratios_win():
+def test_largest_ratios_get_the_budget():
     ratios = [torch.tensor([0.5, 0.1, 0.01]), torch.tensor([0.4, 0.3, 0.2])]
     assert allocate_ranks(ratios, 4) == [1, 3]
     assert allocate_ranks(ratios, 5) == [2, 3]
 
 
-def test_equal_ratios_are_ranked_by_layer_order():
+def test_ties_go_to_the_earlier_layer():
     ratios = [torch.tensor([0.25, 0.25])] * 3
     assert allocate_ranks(ratios, 1) == [1, 0, 0]
     assert allocate_ranks(ratios, 3) == [2, 1, 0]
 
 
-def test_zeros_and_nan_win_nothing():
+def test_zero_and_nan_ratios_get_no_rank():
     nan = float("nan")
     ratios = [torch.tensor([0.5, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([nan, nan])]
     assert allocate_ranks(ratios, 6) == [1, 0, 0]
     assert allocate_ranks(ratios, 6, min_rank=2) == [1, 0, 0]
 
 
-def test_every_layer_keeps_its_floor():
+def test_every_layer_gets_the_minimum_rank():
     ratios = [torch.tensor([0.9, 0.8, 0.7]), torch.tensor([0.01, 0.005])]
     assert allocate_ranks(ratios, 3) == [3, 0]
     assert allocate_ranks(ratios, 3, min_rank=1) == [2, 1]
 
 
-def test_prices_change_the_order():
+def test_costs_change_the_order():
     ratios = [torch.tensor([0.6, 0.5]), torch.tensor([0.4, 0.3])]
     assert allocate_ranks(ratios, 4, costs=[4, 1]) == [0, 2]
-    # What no longer fits is passed over, what is cheaper still fits.
+    # A component that no longer fits the budget is skipped; a cheaper one may still fit.
     assert allocate_ranks([torch.tensor([0.9]), torch.tensor([0.1])], 2, costs=[3, 2]) == [0, 1]
 
 
-def test_dtypes_may_differ():
+def test_ratios_of_different_dtypes():
     ratios = [torch.tensor([0.5, 0.25]), torch.tensor([0.4], dtype=torch.float64)]
     assert allocate_ranks(ratios, 2) == [1, 1]
 
@@ -104,7 +104,7 @@ def test_no_layers():
     assert allocate_ranks([torch.empty(0)], 8) == [0]
 
 
-def test_a_floor_above_the_budget_raises():
+def test_minimum_ranks_above_the_budget_raise():
     message = "min_rank=2 for 3 layers costs 6, more than the budget of 5"
     with pytest.raises(EvaValueError, match=message):
         allocate_ranks([torch.tensor([0.5, 0.2])] * 3, 5, min_rank=2)
@@ -118,7 +118,7 @@ def test_a_floor_above_the_budget_raises():
 
 
 @pytest.mark.parametrize("costs", [None, [1, 3, 2, 5]])
-def test_rows_of_an_array_are_layers(costs: list[int] | None) -> None:
+def test_ratios_given_as_one_array_with_a_row_per_layer(costs: list[int] | None) -> None:
     ratios = np.sort(np.random.default_rng(0).random((4, 6)))[:, ::-1].copy()
     ratios[1, 4:], ratios[2, 1:] = 0.0, np.nan
     for budget in (0, 3, 9, 100):
@@ -128,7 +128,7 @@ def test_rows_of_an_array_are_layers(costs: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 100, 777, 2000])
-def test_of_many_ratios_the_largest_win(budget: int) -> None:
+def test_largest_of_many_ratios_get_the_budget(budget: int) -> None:
     ratios = np.sort(np.random.default_rng(0).random((64, 32)))[:, ::-1]
     least = np.sort(ratios, axis=None)[-budget]
     assert allocate_ranks(ratios, budget) == (ratios >= least).sum(1).tolist()

@@ -1,4 +1,4 @@
-"""A stream that is taken apart and put together goes on with the same bits."""
+"""A stream that is exported and restored continues with the same bits."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from eva_kernels.streaming import (
 )
 from helpers import decaying, make_stream, with_spectrum
 
-# (D, K, Q): even, odd (so that no row starts on a round address), and all that there is
+# (D, K, Q): even, odd (so that rows are not aligned), and as many components as features
 SIZES = [(32, 4, 8), (19, 3, 5), (6, 6, 6)]
 KINDS = [*((size, torch.float32) for size in SIZES), (SIZES[1], torch.float64)]
-# What has happened before: tokens of each step, and whether the last one is still open.
-PASTS = {
+# History: tokens of each step, and whether the last step is not folded yet.
+HISTORIES = {
     "nothing": ([], False),
     "an open first step": ([3], True),
     "one step": ([40], False),
@@ -47,10 +47,10 @@ def step(stream: InputStream, x: Tensor, needed: int = 2) -> None:
     compare_streams(fold_streams([stream]), [needed], tau=0.9)
 
 
-def brought_to(past: str, size: tuple[int, int, int], **options: Any) -> InputStream:
-    # The interpreter of the other backend is slow, and what is kept does not depend on it.
+def stream_after(history: str, size: tuple[int, int, int], **options: Any) -> InputStream:
+    # The Triton interpreter is slow, and the exported state does not depend on the backend.
     stream = make_stream(*size, backend="torch", **options)
-    sizes, is_open = PASTS[past]
+    sizes, is_open = HISTORIES[history]
     batches = tokens_of(size[0], sizes, stream.dtype)
     for x in batches[: len(batches) - is_open]:
         step(stream, x)
@@ -60,8 +60,8 @@ def brought_to(past: str, size: tuple[int, int, int], **options: Any) -> InputSt
     return stream
 
 
-def through_text(stream: InputStream, **options: Any) -> InputStream:
-    """Export, send the record through JSON, and restore."""
+def restored_through_json(stream: InputStream, **options: Any) -> InputStream:
+    """Export, convert the record to JSON and back, and restore."""
     record, tensors = export_stream(stream)
     size = (stream.features, stream.components, stream.width)
     method = stream.options.method
@@ -72,7 +72,7 @@ def through_text(stream: InputStream, **options: Any) -> InputStream:
 
 
 def differing(left: Any, right: Any, name: str = "stream") -> list[str]:
-    """Name what is not the same, bit for bit, in two objects."""
+    """Return the names of the attributes that differ in any bit."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         same = left.dtype == right.dtype and torch.equal(left, right)
         return [] if same else [name]
@@ -80,7 +80,7 @@ def differing(left: Any, right: Any, name: str = "stream") -> list[str]:
         return [] if left.dtype == right.dtype and np.array_equal(left, right) else [name]
     if isinstance(left, InputStream):
         assert vars(left).keys() == vars(right).keys()
-        kept = vars(left).keys() - {"_shared_start_basis"}  # held for other streams alone
+        kept = vars(left).keys() - {"_shared_start_basis"}  # kept only for other streams
         return [d for k in kept for d in differing(getattr(left, k), getattr(right, k), k)]
     if is_dataclass(left) and type(left) is type(right):
         pairs = ((f.name, getattr(left, f.name), getattr(right, f.name)) for f in fields(left))
@@ -90,15 +90,15 @@ def differing(left: Any, right: Any, name: str = "stream") -> list[str]:
     return [] if left == right else [name]
 
 
-@pytest.mark.parametrize("past", PASTS)
+@pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize(("size", "dtype"), KINDS)
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_goes_on_with_the_same_bits(
-    method: str, size: tuple[int, int, int], past: str, dtype: torch.dtype
+def test_restored_stream_continues_with_the_same_bits(
+    method: str, size: tuple[int, int, int], history: str, dtype: torch.dtype
 ) -> None:
-    stream = brought_to(past, size, method=method, dtype=dtype)
+    stream = stream_after(history, size, method=method, dtype=dtype)
     stream.skipped = 3
-    copy = through_text(stream)
+    copy = restored_through_json(stream)
     assert differing(stream, copy) == []
     for x in tokens_of(size[0], [5, 1, 30, 30], dtype):
         for one in (stream, copy):
@@ -110,7 +110,7 @@ def test_goes_on_with_the_same_bits(
 
 
 @pytest.mark.parametrize(("size", "dtype"), KINDS)
-def test_streams_that_were_folded_together_go_on_with_the_same_bits(
+def test_streams_folded_together_continue_with_the_same_bits(
     size: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     streams = [make_stream(*size, backend="torch", dtype=dtype) for _ in range(4)]
@@ -118,8 +118,10 @@ def test_streams_that_were_folded_together_go_on_with_the_same_bits(
         for i, stream in enumerate(streams):
             stream.add(x + i)
         compare_streams(fold_streams(streams), [2] * 4, tau=0.9)
-    copies = [through_text(stream) for stream in streams]
-    for x in tokens_of(size[0], [1, 5, 30], dtype):  # of a single one a product by another way
+    copies = [restored_through_json(stream) for stream in streams]
+    for x in tokens_of(
+        size[0], [1, 5, 30], dtype
+    ):  # a single token uses a different matrix product
         for group in (streams, copies):
             for i, stream in enumerate(group):
                 stream.add(x + i)
@@ -128,15 +130,15 @@ def test_streams_that_were_folded_together_go_on_with_the_same_bits(
         assert differing(stream, copy) == []
 
 
-def test_the_sums_of_a_gram_stream_are_its_state() -> None:
-    copy = through_text(brought_to("several steps", SIZES[0], method="gram"))
+def test_gram_stream_exports_its_sums_once() -> None:
+    copy = restored_through_json(stream_after("several steps", SIZES[0], method="gram"))
     assert copy.state is not None
     assert copy.sums is copy.state.sums
 
 
-def half_way(method: str) -> InputStream:
-    """Return a stream that holds all that there can be: a check and a step are to be finished."""
-    stream = brought_to("several steps", SIZES[0], method=method)
+def pending_stream(method: str) -> InputStream:
+    """Return a stream in its fullest state: a convergence check and a step are pending."""
+    stream = stream_after("several steps", SIZES[0], method=method)
     for count in (20, 3):
         stream.add(tokens_of(SIZES[0][0], [count])[0])
         fold_streams([stream])
@@ -146,8 +148,8 @@ def half_way(method: str) -> InputStream:
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_nothing_is_shared_with_what_was_exported(method: str) -> None:
-    record, tensors = export_stream(half_way(method))
+def test_exported_tensors_share_no_memory_with_the_stream(method: str) -> None:
+    record, tensors = export_stream(pending_stream(method))
     copy = make_stream(*SIZES[0], method=method)
     restore_stream(copy, record, tensors)
     again = export_stream(copy)[1]
@@ -157,8 +159,8 @@ def test_nothing_is_shared_with_what_was_exported(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_a_stream_is_restored_on_its_own_device(method: str) -> None:
-    record, tensors = export_stream(half_way(method))
+def test_stream_is_restored_on_its_own_device(method: str) -> None:
+    record, tensors = export_stream(pending_stream(method))
     copy = make_stream(*SIZES[0], method=method, device=torch.device("meta"))
     with torch.device("meta"):
         restore_stream(copy, record, tensors)
@@ -169,44 +171,44 @@ def test_a_stream_is_restored_on_its_own_device(method: str) -> None:
     assert {tensor.device.type for tensor in away} == {"meta"}
     assert copy.cosines.device.type == "cpu"
     closed = make_stream(*SIZES[0], method=method, device=torch.device("meta"))
-    restore_stream(closed, *export_stream(brought_to("one step", SIZES[0], method=method)))
+    restore_stream(closed, *export_stream(stream_after("one step", SIZES[0], method=method)))
     assert closed.sums.products.device.type == "meta"
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_a_default_device_does_not_matter(method: str) -> None:
-    stream = half_way(method)
+def test_restoring_ignores_the_default_device(method: str) -> None:
+    stream = pending_stream(method)
     with torch.device("meta"):
         _, tensors = export_stream(stream)
     assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
 
 
-def test_counts_are_kept_to_the_last_token() -> None:
-    stream = half_way("sketch")
+def test_large_token_counts_are_kept_exactly() -> None:
+    stream = pending_stream("sketch")
     stream.state = replace(stream.state, count=2**24 + 1)
     stream.sums.count = stream.pending = 2**24 + 3
-    assert differing(stream, through_text(stream)) == []
+    assert differing(stream, restored_through_json(stream)) == []
 
 
-def test_an_interrupted_check_is_kept() -> None:
-    stream = brought_to("several steps", SIZES[0])
+def test_pending_convergence_check_is_kept() -> None:
+    stream = stream_after("several steps", SIZES[0])
     stream.add(tokens_of(SIZES[0][0], [20])[0])
     folded = fold_streams([stream])
-    copy = through_text(stream)
+    copy = restored_through_json(stream)
     for one in (folded[0], copy):
         assert one.previous is not None
         compare_streams([one], [2], tau=0.9)
     assert differing(stream, copy) == []
 
 
-def test_closed_sums_take_no_room() -> None:
-    assert not any("sums" in key for key in export_stream(brought_to("one step", SIZES[0]))[1])
-    assert "sums.products" in export_stream(brought_to("an open later step", SIZES[0]))[1]
+def test_folded_sums_are_not_exported() -> None:
+    assert not any("sums" in key for key in export_stream(stream_after("one step", SIZES[0]))[1])
+    assert "sums.products" in export_stream(stream_after("an open later step", SIZES[0]))[1]
 
 
-def test_other_options_may_differ() -> None:
-    stream = brought_to("several steps", SIZES[0])
-    copy = through_text(stream, backend="auto", skip_nonfinite=True)
+def test_restoring_with_different_options() -> None:
+    stream = stream_after("several steps", SIZES[0])
+    copy = restored_through_json(stream, backend="auto", skip_nonfinite=True)
     assert differing(stream, copy) == ["options.backend", "options.skip_nonfinite"]
 
 
@@ -220,10 +222,10 @@ def test_other_options_may_differ() -> None:
         ((32, 4, 8), {"dtype": torch.float64}, "dtype 'float32' instead of 'float64'"),
     ],
 )
-def test_another_shape_is_refused(
+def test_restoring_to_another_shape_raises(
     size: tuple[int, int, int], options: dict[str, Any], message: str
 ) -> None:
-    record, tensors = export_stream(brought_to("one step", SIZES[0]))
+    record, tensors = export_stream(stream_after("one step", SIZES[0]))
     other = make_stream(*size, **options)
     with pytest.raises(EvaValueError, match=message):
         restore_stream(other, record, tensors)
@@ -231,16 +233,16 @@ def test_another_shape_is_refused(
 
 
 @pytest.mark.parametrize("part", ["sketch.mean", "pivot", "sums.shift"])
-def test_a_missing_tensor_is_named(part: str) -> None:
-    record, tensors = export_stream(brought_to("one step", SIZES[0], method="gram"))
+def test_error_names_a_missing_tensor(part: str) -> None:
+    record, tensors = export_stream(stream_after("one step", SIZES[0], method="gram"))
     del tensors[part]
     with pytest.raises(EvaValueError, match=f"has no {part}"):
         restore_stream(make_stream(*SIZES[0], method="gram"), record, tensors)
 
 
 @pytest.mark.parametrize("name", export_stream(make_stream(*SIZES[0]))[0])
-def test_a_missing_number_is_named(name: str) -> None:
-    record, tensors = export_stream(brought_to("one step", SIZES[0]))
+def test_error_names_a_missing_number(name: str) -> None:
+    record, tensors = export_stream(stream_after("one step", SIZES[0]))
     del record[name]
     other = make_stream(*SIZES[0])
     with pytest.raises(EvaValueError, match=f"has no {name}|has {name} None instead of"):

@@ -1,4 +1,4 @@
-"""What is told of streams after a fold, of spans and at the threshold; here and on a GPU's way."""
+"""Convergence of streams after a fold, on the code paths of CPUs and accelerators."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ D, K = 24, 6
 
 
 @pytest.fixture(params=[True, False], autouse=True)
-def free(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def reads_are_free(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_host, "reads_are_free", lambda device: request.param)
 
 
 def stream_with(previous: Tensor | None = None, seed: int = 0) -> InputStream:
-    """Return a stream that was folded, with these rows before; those that it has, if ``None``."""
+    """Return a folded stream whose previous rows are ``previous``, or its own if ``None``."""
     x = with_spectrum(100, D, decaying(D), seed=seed)
     stream = feed(make_stream(D, K, backend="torch"), [x])
     assert stream.sketch is not None
@@ -38,7 +38,7 @@ def other_rows(seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
-def test_as_similar_as_asked_is_enough(criterion: str) -> None:
+def test_similarity_equal_to_tau_converges(criterion: str) -> None:
     level = stream_with(other_rows(1))
     compare_streams([level], [3], tau=0.0, criterion=criterion)
     assert 0 < level.similarity < 1
@@ -48,13 +48,13 @@ def test_as_similar_as_asked_is_enough(criterion: str) -> None:
         assert (stream.converged, stream.settled >= 3) == (enough, enough)
 
 
-def test_leading_components_are_similar_up_to_the_first_that_is_not() -> None:
+def test_leading_similar_stops_at_the_first_component_below_tau() -> None:
     cosines = torch.tensor([0.99, 0.9, 0.2, 0.9])
     assert [leading_similar(cosines, tau) for tau in (0.99, 0.9, 0.2, 1.0)] == [1, 2, 4, 0]
     assert leading_similar(torch.tensor([0.9, torch.nan, 0.9]), 0.0) == 1
 
 
-def test_each_stream_is_compared_in_the_ranks_that_it_needs() -> None:
+def test_each_stream_is_compared_in_its_own_rank() -> None:
     ranks = [1, 5, 0, 3]
     streams = [stream_with(other_rows(seed), seed) for seed in range(len(ranks))]
     streams[3] = stream_with()
@@ -70,7 +70,7 @@ def test_each_stream_is_compared_in_the_ranks_that_it_needs() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_direction_that_is_new_has_a_cosine_of_nothing(seed: int) -> None:
+def test_new_direction_in_the_span_gives_similarity_zero(seed: int) -> None:
     stream = stream_with(seed=seed)
     rows = stream.previous.double()
     new = torch.linalg.qr(torch.cat([rows, other_rows(seed).double()]).mT).Q.mT[K:]
@@ -83,9 +83,7 @@ def test_a_direction_that_is_new_has_a_cosine_of_nothing(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_a_stream_that_begins_later_is_folded_with_the_others(
-    method: str, dtype: torch.dtype
-) -> None:
+def test_stream_in_its_first_step_is_folded_with_others(method: str, dtype: torch.dtype) -> None:
     x = with_spectrum(100, D, decaying(D), dtype=dtype)
     late, early = (make_stream(D, K, method=method, dtype=dtype) for _ in range(2))
     before = feed(early, [x]).sketch.basis[:K].clone()

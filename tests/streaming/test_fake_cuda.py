@@ -1,4 +1,4 @@
-"""A step on a GPU that is not there: devices, the one read, and the bytes at the peak."""
+"""A step on a simulated GPU: devices, number of host reads, and peak memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_gpu(
 
 
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
-def test_a_step_runs_and_reads_once(criterion: str) -> None:
+def test_step_reads_once(criterion: str) -> None:
     shapes = [(96, 8, "sketch"), (64, 8, "sketch"), (96, 8, "sketch"), (32, 4, "gram")]
     with fake_cuda() as reads:
         streams = [on_gpu(*shape) for shape in shapes]
@@ -48,7 +48,7 @@ def test_a_step_runs_and_reads_once(criterion: str) -> None:
             assert len(reads) == step
             folded = fold_streams(streams)
             assert len(reads) == step + 1
-            if step == 0:  # nothing to compare with: no read
+            if step == 0:  # nothing to compare with, so no read
                 compare_streams(folded, [2] * 4, tau=0.9, criterion=criterion)
         compare_streams(folded, [2] * 4, tau=0.9, criterion=criterion)
         assert len(reads) == (3 if criterion == "subspace" else 2)
@@ -60,8 +60,10 @@ def test_a_step_runs_and_reads_once(criterion: str) -> None:
 
 @TWO_GPUS
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
-def test_each_gpu_has_cosines_of_its_own(criterion: str) -> None:
-    def answer(tensor: torch.Tensor) -> np.ndarray:  # of a (Q, Q) rank 0, of cosines the device
+def test_each_gpu_computes_its_own_cosines(criterion: str) -> None:
+    def answer(
+        tensor: torch.Tensor,
+    ) -> np.ndarray:  # rank 0 for (Q, Q) matrices, the device index for cosines
         return np.full(tensor.shape, 0.5 * tensor.device.index if tensor.dim() == 1 else 0.0)
 
     devices = [torch.device("cuda", i) for i in (0, 1)]
@@ -80,7 +82,7 @@ def test_each_gpu_has_cosines_of_its_own(criterion: str) -> None:
 
 @TWO_GPUS
 @pytest.mark.parametrize("started", [False, True])
-def test_tokens_of_another_gpu_are_refused(started: bool) -> None:
+def test_tokens_on_another_gpu_raise(started: bool) -> None:
     with fake_cuda():
         for place in (DEVICE, torch.device("cuda")):
             stream = on_gpu(64, 8, device=place)
@@ -88,17 +90,17 @@ def test_tokens_of_another_gpu_are_refused(started: bool) -> None:
                 stream.add(torch.zeros(50, 64, device=DEVICE))
             for other in (torch.device("cuda", 1), CPU):
                 if not started and place.index is None and other.type == "cuda":
-                    continue  # any will do
+                    continue  # only one batch is needed to start
                 with pytest.raises(EvaValueError, match=f"expected tokens on cuda.*, got {other}"):
                     stream.add(torch.zeros(50, 64, device=other))
 
 
-def test_memory_of_a_step_of_llama_2_7b() -> None:
+def test_peak_memory_of_a_llama_2_7b_step() -> None:
     with fake_cuda():
         streams = [on_gpu(d, 32) for d in [4096, 4096, 4096, 11008] * 32]
         tracker = MemTracker()
         with tracker:
-            for _ in range(2):  # only the second step is compared with one before
+            for _ in range(2):  # only the second step has a previous one to compare with
                 for stream in streams:
                     stream.add(torch.zeros(64, stream.features, device=DEVICE))
                 held = tracker.get_tracker_snapshot("current")[DEVICE]["Total"]
@@ -107,11 +109,11 @@ def test_memory_of_a_step_of_llama_2_7b() -> None:
         kept = tracker.get_tracker_snapshot("current")[DEVICE]["Total"]
     assert held == kept == pytest.approx(sum(s.nbytes for s in streams), rel=0.01)
     assert 0.3 * GIB < held < 0.4 * GIB
-    # The rows before, half of each basis, are a quarter of this, three chunks the rest.
+    # The previous rows, half of each basis, are a quarter of this; three chunks are the rest.
     assert peak - held < 0.2 * GIB
 
 
-def test_the_answers_of_llama_2_7b_leave_the_device_by_chunks() -> None:
+def test_spectra_of_llama_2_7b_are_copied_in_chunks() -> None:
     with fake_cuda():
         streams = [on_gpu(d, 32) for d in [4096, 4096, 4096, 11008] * 32]
         for stream in streams:
@@ -126,12 +128,12 @@ def test_the_answers_of_llama_2_7b_leave_the_device_by_chunks() -> None:
     # 16 layers of 4096 or 5 of 11008 are a chunk: 6 + 7 chunks, each of which launches a dozen
     # operators and is two copies, of components and of means.
     assert seen.calls["_to_copy"] == 13 * 2
-    del seen.calls["prim::device"]  # asked of tensors without contents only
+    del seen.calls["prim::device"]  # called only for tensors without contents
     assert seen.calls.total() < 13 * 20
     assert 0 < peak <= batch_module.CHUNK_BYTES_ACCELERATOR
 
 
-def test_nothing_fake_is_left_behind() -> None:
+def test_simulation_leaves_no_fake_tensor() -> None:
     with fake_cuda():
         random_basis(2, 5, 0)
     assert type(random_basis(2, 5, 0)) is torch.Tensor

@@ -1,4 +1,4 @@
-"""The basis that a stream begins with, where the host takes no decision for it."""
+"""The first basis of a stream on the accelerator path, where no values are read on the host."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ WIDTH = 32
 
 
 @pytest.fixture(params=["native", "native folds", "plain"], autouse=True)
-def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the way of a GPU, with the compiled twins for its kernels or by PyTorch.
+def accelerator_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the code path of a GPU, with the compiled CPU kernels or PyTorch in place of its kernels.
 
-    Or both, as where matrices (Q, Q) are more than shared memory holds.
+    "native folds" mixes both, as where (Q, Q) matrices do not fit into shared memory.
     """
     folds, decomposes = request.param != "plain", request.param == "native"
     if folds and (reason := _native.unavailable_reason("cpu")):
@@ -53,7 +53,7 @@ def started(x: Tensor) -> InputStream:
 
 @pytest.mark.parametrize("scale", [1e-10, 1e-6, 1.0, 1e6, 1e8])
 @pytest.mark.parametrize(("data", "rank"), [(few_tokens, 7), (dead_features, 6), (low_rank, 20)])
-def test_a_deficient_rank_at_any_scale(data, rank: int, scale: float) -> None:
+def test_rank_deficient_data_at_any_scale(data, rank: int, scale: float) -> None:
     x = data()
     stream = started(x * scale)
     basis = stream.sketch.basis
@@ -62,15 +62,15 @@ def test_a_deficient_rank_at_any_scale(data, rank: int, scale: float) -> None:
     assert 1 - principal_cosine(basis[:rank], exact) < 1e-6
     fold_streams([stream], final=True)
     assert stream.sketch.rank == rank
-    wanted = torch.linalg.svdvals(x - x.mean(0))[:rank] * scale
+    expected = torch.linalg.svdvals(x - x.mean(0))[:rank] * scale
     torch.testing.assert_close(
-        stream.sketch.singular_values[:rank], wanted, rtol=1e-5, atol=1e-6 * float(wanted[0])
+        stream.sketch.singular_values[:rank], expected, rtol=1e-5, atol=1e-6 * float(expected[0])
     )
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
 @pytest.mark.parametrize("outlier", [1e3, 1e5])
-def test_an_outlier_feature_at_any_scale(outlier: float, scale: float) -> None:
+def test_outlier_feature_at_any_scale(outlier: float, scale: float) -> None:
     spread = torch.logspace(0, -2, 300, dtype=torch.float64)
     spread[0] = outlier
     x = torch.randn(600, 300, dtype=torch.float64) * spread + 1
@@ -78,7 +78,7 @@ def test_an_outlier_feature_at_any_scale(outlier: float, scale: float) -> None:
     assert orthonormality(stream.sketch.basis) < 5e-7
     fold_streams([stream], final=True)
     assert stream.sketch.rank == WIDTH
-    # The direction of the outlier is exact; of the rest, most of what 15 components can have.
+    # The direction of the outlier is exact; the rest captures most of what 15 components can.
     rest = x - x.mean(0)
     first = torch.linalg.svd(rest, full_matrices=False)[2][:1]
     rest = rest - (rest @ first.mT) @ first
@@ -87,7 +87,7 @@ def test_an_outlier_feature_at_any_scale(outlier: float, scale: float) -> None:
     assert float((rest @ found).square().sum()) > 0.8 * best
 
 
-def test_tokens_that_are_not_finite_leave_the_start_as_good_as_new() -> None:
+def test_first_basis_after_nonfinite_tokens_is_that_of_a_new_stream() -> None:
     x = torch.randn(100, 40)
     stream, other = (make_stream(40, 4, backend="torch") for _ in range(2))
     bad = x.clone()
@@ -101,7 +101,7 @@ def test_tokens_that_are_not_finite_leave_the_start_as_good_as_new() -> None:
     assert torch.equal(stream.sketch.basis, other.sketch.basis)
 
 
-def test_a_merged_stream_folds_among_others() -> None:
+def test_merged_stream_is_folded_with_others() -> None:
     streams = [make_stream(40, 4, backend="torch") for _ in range(3)]
     batches = [torch.randn(100, 40) * torch.logspace(0, -1, 40) for _ in streams]
     for stream, x in zip(streams, batches, strict=True):

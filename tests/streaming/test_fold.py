@@ -1,4 +1,4 @@
-"""The fold against float64 linear algebra: exact where the sketch can be, safe everywhere else."""
+"""The fold against float64 linear algebra, on low-rank, graded and degenerate data."""
 
 from copy import deepcopy
 from types import SimpleNamespace
@@ -64,11 +64,11 @@ def one_step(x: Tensor, width: int, seed: int = 0) -> SketchState:
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("rank", SPECTRA)
 @pytest.mark.parametrize("method", METHODS)
-def test_exact_on_data_of_low_rank(method: str, rank: int, offset: float, dtype: torch.dtype):
+def test_exact_on_low_rank_data(method: str, rank: int, offset: float, dtype: torch.dtype):
     x = with_spectrum(240, 48, SPECTRA[rank], offset=offset, dtype=dtype)
     answer = feed(make_stream(48, 6, method=method, dtype=dtype), x.split(60)).spectrum()
     limit = TOLERANCES[dtype]
-    # What the dtype can hold of a token: rounding of the offset stands for variance of its own.
+    # The tokens as rounded to the dtype: rounding of the offset adds variance.
     rounding = limit.values * (1 + offset / 20)
     values, rows, total = exact(x)
     found = answer.singular_values
@@ -85,9 +85,7 @@ def test_exact_on_data_of_low_rank(method: str, rank: int, offset: float, dtype:
 @pytest.mark.parametrize("dtype", REAL)
 @pytest.mark.parametrize("features", [1, 2, 5, 8])
 @pytest.mark.parametrize("method", METHODS)
-def test_exact_where_the_sketch_is_as_wide_as_the_data(
-    method: str, features: int, dtype: torch.dtype
-):
+def test_exact_if_the_sketch_is_as_wide_as_the_data(method: str, features: int, dtype: torch.dtype):
     x = with_spectrum(200, features, decaying(features), dtype=dtype)
     stream = make_stream(features, features, method=method, dtype=dtype)
     answer = feed(stream, x.split(40)).spectrum()
@@ -97,11 +95,11 @@ def test_exact_where_the_sketch_is_as_wide_as_the_data(
 
 @pytest.mark.parametrize(("count", "lowest"), [(40, 1e-3), (40, 1e-5), (100, 1e-1), (100, 1e-7)])
 @pytest.mark.parametrize("dtype", REAL)
-def test_orthonormal_however_graded_the_spectrum(dtype: torch.dtype, count: int, lowest: float):
+def test_orthonormal_for_graded_spectra(dtype: torch.dtype, count: int, lowest: float):
     exponents = torch.linspace(0, 1, count, dtype=torch.float64)
     x = with_spectrum(600, 128, 10 * lowest**exponents, dtype=dtype)
     stream = feed(make_stream(128, 32, dtype=dtype), x.split(150))
-    # Every row counts, also those that only carry the sketch.
+    # All rows are checked, including those beyond the requested components.
     assert orthonormality(stream.sketch.basis) <= TOLERANCES[dtype].orthonormal
 
 
@@ -130,7 +128,7 @@ def test_count_mean_and_total(dtype: torch.dtype):
     assert abs(float(state.total) / exact(x)[2] - 1) <= limit * 40
 
 
-def test_tokens_that_are_equal_have_no_negative_variance():
+def test_equal_tokens_have_no_negative_variance():
     for row in torch.randn(20, 1, 40, dtype=torch.float64):
         assert one_step(row.expand(7, 40), 4).total >= 0
         stream = make_stream(40, 2, 4, method="gram", dtype=torch.float64)
@@ -142,7 +140,7 @@ def test_tokens_that_are_equal_have_no_negative_variance():
         assert fold_gram(stream.state)[0].sketch.total >= 0
 
 
-def test_a_mean_whose_square_is_beyond_float32(monkeypatch: pytest.MonkeyPatch):
+def test_mean_whose_square_overflows_float32(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
     x = 4e18 + 1e16 * torch.randn(100, 64)
     stream = feed(make_stream(64, 4, backend="torch"), x.split(50))
@@ -150,7 +148,7 @@ def test_a_mean_whose_square_is_beyond_float32(monkeypatch: pytest.MonkeyPatch):
     assert stream.spectrum().rank == 4
 
 
-def test_layers_of_one_width_and_dtype_are_decomposed_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_layers_of_one_width_and_dtype_are_decomposed_in_one_call(monkeypatch: pytest.MonkeyPatch):
     seen, nystrom_of_layers = [], batch_module.nystrom
 
     def remember(*given: object) -> object:
@@ -167,7 +165,7 @@ def test_layers_of_one_width_and_dtype_are_decomposed_at_once(monkeypatch: pytes
     assert seen == [(1, torch.float32), (2, torch.float64)]
 
 
-def test_outlier_features_do_not_hide_the_others():
+def test_other_features_are_found_beside_outliers():
     x = with_spectrum(400, 64, [60.0, 30.0, 10.0], dtype=torch.float64)
     x[:, 5] += 800 * torch.randn(400, dtype=torch.float64)
     answer = feed(make_stream(64, 6, dtype=torch.float64), x.split(100)).spectrum()
@@ -177,7 +175,7 @@ def test_outlier_features_do_not_hide_the_others():
 
 @pytest.mark.parametrize("factor", [1e-6, 1e6])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_unit_of_the_data_does_not_matter(method: str, factor: float):
+def test_scale_of_the_data_does_not_matter(method: str, factor: float):
     x = with_spectrum(300, 48, decaying(48), dtype=torch.float64)
     plain, scaled = (
         feed(make_stream(48, 6, method=method), (scale * x).float().split(75)).spectrum()
@@ -191,7 +189,7 @@ def test_the_unit_of_the_data_does_not_matter(method: str, factor: float):
 @pytest.mark.parametrize(
     ("tokens", "dtype"), [(1, REAL[0]), (2, REAL[0]), (5, REAL[0]), (12, REAL[1])]
 )
-def test_rank_is_below_the_number_of_tokens(tokens: int, dtype: torch.dtype):
+def test_rank_is_less_than_the_number_of_tokens(tokens: int, dtype: torch.dtype):
     x = torch.randn(tokens, 40, dtype=dtype)
     state = one_step(x, 12)
     assert int(state.rank) == tokens - 1
@@ -200,9 +198,9 @@ def test_rank_is_below_the_number_of_tokens(tokens: int, dtype: torch.dtype):
     torch.testing.assert_close(state.singular_values[: tokens - 1], expected, rtol=2e-6, atol=0)
 
 
-def test_many_at_once_are_the_same_as_each(monkeypatch: pytest.MonkeyPatch):
+def test_folding_together_equals_folding_alone(monkeypatch: pytest.MonkeyPatch):
     kinds = [
-        with_spectrum(50, 32, [9e9], dtype=torch.float64),  # beside it, all others are rounding
+        with_spectrum(50, 32, [9e9], dtype=torch.float64),  # others are below its rounding error
         torch.zeros(50, 32, dtype=torch.float64),
         with_spectrum(50, 32, decaying(32), dtype=torch.float64),
         torch.randn(1, 32, dtype=torch.float64),
@@ -223,7 +221,7 @@ def test_many_at_once_are_the_same_as_each(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_chunk_is_as_many_layers_as_its_bytes_hold(
+def test_chunk_has_as_many_layers_as_fit_its_bytes(
     method: str, free: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
@@ -231,7 +229,7 @@ def test_a_chunk_is_as_many_layers_as_its_bytes_hold(
     for stream in streams:
         stream.add(torch.randn(9, 32))
     states = [stream.state for stream in streams]
-    # Of a sketch its basis goes through memory in float64, of exact sums (D, D) numbers.
+    # A sketch needs memory for its basis in float64, exact sums for (D, D) numbers.
     rows = 6 if method == "sketch" else 32
     name = "CHUNK_BYTES" if free else "CHUNK_BYTES_ACCELERATOR"
     monkeypatch.setattr(batch_module, name, 2 * rows * 32 * 8)
@@ -242,38 +240,38 @@ def test_a_chunk_is_as_many_layers_as_its_bytes_hold(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("column", range(9))
-def test_a_layer_is_sound_where_all_its_numbers_are_finite(column: int, bad: float):
-    scalars, told = np.zeros((2, 3)), np.zeros((2, 2 + 2 * 3))
+def test_layer_is_sound_if_all_its_numbers_are_finite(column: int, bad: float):
+    scalars, statistics = np.zeros((2, 3)), np.zeros((2, 2 + 2 * 3))
     if column < 3:
         scalars[1, column] = bad
     else:
-        told[1, column - 1] = bad  # behind rank and uneven, which always are
-    assert HostNumbers.from_columns(scalars, told).is_finite.tolist() == [True, False]
+        statistics[1, column - 1] = bad  # after rank and uneven, which are always finite
+    assert HostNumbers.from_columns(scalars, statistics).is_finite.tolist() == [True, False]
 
 
-def test_lost_is_what_the_leading_rows_gained():
+def test_lost_is_the_gain_of_the_leading_rows():
     now = np.array([[4.0, 1.0, 7.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
     before = np.array([[3.0, 0.5, 9.0], [2.5, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    # rounding may gain less than nothing
+    # by rounding the gain may be negative
     assert lost_shares(now, before, [2, 1, 3]) == [pytest.approx(1 - 3.5 / 5), 0.0, 0.0]
 
 
-def test_a_step_is_whole_from_the_width_of_the_sketch_on():
+def test_step_is_complete_from_as_many_tokens_as_the_sketch_width():
     x = with_spectrum(80, 48, decaying(48, 0.5))
     stream = feed(make_stream(48, 6, 12), [x[:40]])
     first = stream.lost
-    for count, told in ((11, False), (12, True)):
+    for count, updated in ((11, False), (12, True)):
         other = stream.clone()
         other.add(x[40 : 40 + count])
         fold_streams([other], final=True)
-        assert (other.lost != first) == told
+        assert (other.lost != first) == updated
 
 
-def test_nothing_to_fold():
+def test_folding_no_streams():
     assert fold([], []) == []
 
 
-def test_states_are_not_changed():
+def test_folding_does_not_change_the_old_states():
     x = torch.randn(60, 20)
     state = one_step(x, 6)
     sums = sums_of(x, state)
@@ -296,7 +294,7 @@ def nystrom_of(matrix: Tensor, width: int, count: float = 1e6) -> tuple[Tensor, 
     return rows, found.squares[0], found.rank[0], found.captured[0]
 
 
-def test_nystrom_recovers_a_matrix_of_low_rank():
+def test_nystrom_recovers_a_low_rank_matrix():
     rows = random_basis(4, 50, seed=9)
     matrix = rows.mT @ torch.diag(torch.tensor([9.0, 4.0, 1.0, 0.5]).double()) @ rows
     basis, squares, rank, captured = nystrom_of(matrix, 10)
@@ -305,7 +303,7 @@ def test_nystrom_recovers_a_matrix_of_low_rank():
     assert (captured >= 0).all()
 
 
-def test_nystrom_never_claims_more_than_there_is():
+def test_nystrom_does_not_overestimate_eigenvalues():
     x = with_spectrum(300, 60, decaying(60), dtype=torch.float64)
     matrix = x.mT @ x
     _, squares, _, _ = nystrom_of(matrix, 12)
@@ -314,13 +312,13 @@ def test_nystrom_never_claims_more_than_there_is():
     assert squares.sum() >= 0.9 * true.sum()
 
 
-def test_nystrom_tells_uneven_rows_by_their_overlaps(monkeypatch: pytest.MonkeyPatch):
+def test_nystrom_detects_uneven_rows_by_their_overlaps(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
     rows = random_basis(8, 50, seed=9)
     spectrum = torch.logspace(0, -3, 8, dtype=torch.float64)
     basis, _, rank, _ = nystrom_of(rows.mT @ torch.diag(spectrum) @ rows, 8)
     assert int(rank) == 8
-    assert orthonormality(basis) <= 1e-13  # as they come, they miss it by some 1e-10
+    assert orthonormality(basis) <= 1e-13  # without the correction they miss it by some 1e-10
 
 
 def test_nystrom_corrects_rows_twice():
@@ -331,14 +329,14 @@ def test_nystrom_corrects_rows_twice():
     assert loose.tolist() == [pytest.approx(orthonormality(found[0].mT), rel=1e-3)]
 
 
-def test_nystrom_of_nothing():
+def test_nystrom_of_a_zero_matrix():
     basis, squares, rank, _ = nystrom_of(torch.zeros(20, 20, dtype=torch.float64), 5)
     assert int(rank) == 0
     assert squares.tolist() == [0.0] * 5
     assert orthonormality(basis) <= 1e-14
 
 
-def test_whitener_takes_the_cheap_way_only_where_it_is_safe():
+def test_whitener_uses_cholesky_only_if_well_conditioned():
     vectors = random_basis(6, 6, seed=2)
     spectra = [[1, 0.9, 0.8, 0.5, 0.2, 1e-2], [1, 1, 1, 1, 1e-3, 1e-9], [1, 1, 1, 1, 0.5, -1]]
     spectra = torch.tensor(spectra, dtype=torch.float64)
@@ -347,12 +345,12 @@ def test_whitener_takes_the_cheap_way_only_where_it_is_safe():
     kept = torch.where(spectra > CUT, 1 / spectra, 0.0)
     expected = vectors.mT @ torch.diag_embed(kept) @ vectors
     torch.testing.assert_close(whitener @ whitener.mT, expected, rtol=1e-9, atol=1e-9)
-    # Triangular is the cheap one.
+    # The cheap one, a Cholesky factor, is triangular.
     assert not bool(whitener[0].tril(-1).any())
     assert bool(whitener[1].tril(-1).any())
 
 
-def test_rows_that_depend_on_others_stay():
+def test_orthogonalisation_is_triangular_or_gives_rank_zero():
     overlaps = torch.ones(2, 3, 3, dtype=torch.float64)
     overlaps[0] += torch.diag(torch.tensor([1.0, 4.0, 9.0]))
     found = orthogonalisation(overlaps)
@@ -363,7 +361,7 @@ def test_rows_that_depend_on_others_stay():
 
 
 @pytest.mark.parametrize("size", [1e-4, 10.0])
-def test_second_orthogonalisation(size: float):
+def test_orthonormalise_keeps_the_leading_span(size: float):
     generator = torch.Generator().manual_seed(5)
     rows = random_basis(6, 20, seed=4)
     rows = rows + size * torch.randn(6, 20, generator=generator, dtype=torch.float64)
@@ -377,7 +375,7 @@ def test_second_orthogonalisation(size: float):
 @pytest.mark.parametrize(
     ("kept", "width", "features"), [(0, 5, 9), (3, 5, 9), (4, 9, 9), (5, 5, 6)]
 )
-def test_completion_keeps_the_rows_before(kept: int, width: int, features: int):
+def test_complete_basis_keeps_the_leading_rows(kept: int, width: int, features: int):
     rows = random_basis(width, features, seed=4)
     broken = rows.clone()
     broken[kept:] = float("nan")
@@ -388,12 +386,12 @@ def test_completion_keeps_the_rows_before(kept: int, width: int, features: int):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_on_one_device_holds_back_all(bad: float):
-    """On accelerators: no stream is folded then, and each keeps its sums."""
+def test_nonfinite_sums_on_one_device_stop_all_folds(bad: float):
+    """On accelerators, no stream is folded then, and each keeps its sums."""
 
     def batch(device: torch.device, number: float) -> Any:
-        told = SimpleNamespace(summary=torch.tensor([number, 1.0]))
-        return SimpleNamespace(device=device, scalars=torch.ones(2), decomposition=told)
+        decomposition = SimpleNamespace(summary=torch.tensor([number, 1.0]))
+        return SimpleNamespace(device=device, scalars=torch.ones(2), decomposition=decomposition)
 
     devices = [CPU, torch.device("cpu", 0)]  # not equal
     for numbers, expected in (([3.0, 2.0], True), ([3.0, bad], False), ([bad, -bad], False)):

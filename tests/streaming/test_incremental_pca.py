@@ -40,10 +40,10 @@ def fitted(x: Tensor, method: str, k: int | None = 6, size: int = 100) -> Increm
 def test_attributes_are_those_of_scikit_learn(method: str):
     x = data()
     ours = fitted(x, method)
-    theirs = sklearn.decomposition.PCA(6, svd_solver="full").fit(x.double().numpy())
+    sklearn_message = sklearn.decomposition.PCA(6, svd_solver="full").fit(x.double().numpy())
     stream = sklearn.decomposition.IncrementalPCA(6, batch_size=100).fit(x.double().numpy())
     for name in ATTRIBUTES:
-        expected = torch.as_tensor(getattr(stream if name == "var_" else theirs, name))
+        expected = torch.as_tensor(getattr(stream if name == "var_" else sklearn_message, name))
         found = getattr(ours, name)
         assert found.shape == expected.shape, name
         assert found.dtype == torch.float32, name
@@ -53,12 +53,12 @@ def test_attributes_are_those_of_scikit_learn(method: str):
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
     assert ours.n_samples_seen_ == stream.n_samples_seen_ == 400
     assert isinstance(ours.noise_variance_, float)
-    assert ours.noise_variance_ == pytest.approx(theirs.noise_variance_, rel=1e-3)
+    assert ours.noise_variance_ == pytest.approx(sklearn_message.noise_variance_, rel=1e-3)
     assert ours.n_features_in_ == 40
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_signs(method: str):
+def test_largest_entry_of_each_component_is_positive(method: str):
     rows = fitted(data(), method).components_
     assert (rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()
     mirrored = fitted(-data(), method).components_
@@ -66,19 +66,19 @@ def test_signs(method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fit_is_as_good_as_the_exact_answer(method: str):
+def test_fit_captures_as_much_variance_as_exact_pca(method: str):
     x = data(903)
     pca = IncrementalPCA(6, method=method, batch_size=200).fit(x)
     assert pca.n_samples_seen_ == 903
     assert lost_variance(x, pca.components_) <= 1e-6
-    assert pca.fit(x[:300]).n_samples_seen_ == 300  # fit forgets
+    assert pca.fit(x[:300]).n_samples_seen_ == 300  # fit starts anew
     again = IncrementalPCA(6, method=method).fit(x, batch_size=200)
     assert torch.equal(pca.fit(x).components_, again.components_)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("tokens", "expected"), [(7, 7), (90, 12)])
-def test_no_number_of_components(method: str, tokens: int, expected: int):
+def test_default_number_of_components(method: str, tokens: int, expected: int):
     x = torch.randn(tokens, 12)
     pca = IncrementalPCA(method=method).partial_fit(x)
     assert pca.components_.shape == (expected, 12)
@@ -101,7 +101,7 @@ def test_small_batches_after_the_first(method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_float64_in_float64_out(method: str):
+def test_float64_input_gives_float64_results(method: str):
     x = with_spectrum(200, 40, decaying(5), dtype=torch.float64)
     pca = fitted(x, method, k=5)
     assert {getattr(pca, name).dtype for name in ATTRIBUTES} == {torch.float64}
@@ -110,7 +110,7 @@ def test_float64_in_float64_out(method: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype):
+def test_half_precision_input(dtype: torch.dtype):
     x = with_spectrum(300, 32, decaying(32, 1.5)).to(dtype)
     pca = fitted(x, "gram")
     assert pca.components_.dtype == torch.float32
@@ -129,7 +129,7 @@ def test_arrays_lists_and_integers():
         assert relative(pca.singular_values_, exact(torch.as_tensor(whole))[0]) <= 1e-5
 
 
-def test_dtypes_may_change_on_the_way():
+def test_later_batches_of_another_dtype():
     x = data(dtype=torch.float64)
     pca = IncrementalPCA(6).partial_fit(x[:200].float()).partial_fit(x[200:])
     assert pca.components_.dtype == torch.float32
@@ -171,10 +171,10 @@ def test_merge(method: str):
     x = data(dtype=torch.float64)
     x[250:] += 5
     left, right = fitted(x[:250], method), fitted(x[250:], method)
-    seen = right.components_.clone()
+    before = right.components_.clone()
     assert left.merge(right) is left
     assert left.n_samples_seen_ == 400
-    assert torch.equal(right.components_, seen)
+    assert torch.equal(right.components_, before)
     assert lost_variance(x, left.components_) <= 1e-5
     torch.testing.assert_close(left.mean_, x.mean(0))
     torch.testing.assert_close(left.var_, x.var(0, correction=0))
@@ -185,7 +185,7 @@ def test_merge(method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_merge_leaves_the_other_as_it_is(method: str):
+def test_merge_does_not_change_the_other(method: str):
     x = data()
     right, same = (IncrementalPCA(6, method=method).partial_fit(x[:60]) for _ in "ab")
     for pca in (right, same):
@@ -200,30 +200,30 @@ def test_a_merge_leaves_the_other_as_it_is(method: str):
     assert torch.equal(right.components_, same.components_)
 
 
-def test_an_answer_is_that_after_the_merge():
+def test_attributes_are_updated_by_a_merge():
     x = data(dtype=torch.float64)
     left, right = fitted(x[:200], "gram"), fitted(x[200:] + 50, "gram")
     before = left.singular_values_
-    assert left.components_ is left.components_  # found once
+    assert left.components_ is left.components_  # computed once
     left.merge(right)
     assert (left.singular_values_ > before).all()
 
 
-def test_the_variance_of_features_far_from_zero():
+def test_variance_of_features_with_large_mean():
     x = torch.randn(300, 20, dtype=torch.float64)
     far = IncrementalPCA(4).partial_fit(x[:100] + 1e9).partial_fit(x[100:] + 1e9)
     assert relative(far.var_, x.var(0, correction=0)) <= 1e-5
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_noise_is_never_below_zero(seed: int):
-    torch.manual_seed(seed)  # by rounding, more or less is captured than there is
+def test_noise_variance_is_never_negative(seed: int):
+    torch.manual_seed(seed)  # by rounding, slightly more or less variance is captured than exists
     x = torch.randn(100, 3) @ torch.randn(3, 20)
     assert 0 <= IncrementalPCA(5).fit(x).noise_variance_ <= 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_bad_batch_is_refused_by_itself_on_an_accelerator(
+def test_only_the_bad_batch_is_refused_on_an_accelerator(
     method: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
@@ -234,7 +234,7 @@ def test_a_bad_batch_is_refused_by_itself_on_an_accelerator(
     assert pca.n_samples_seen_ == 400
 
 
-def test_a_refused_merge_leaves_no_trace():
+def test_refused_merge_changes_nothing():
     x = data()
     left = fitted(x, "sketch")
     before = left.var_.clone()
@@ -247,8 +247,8 @@ def test_a_refused_merge_leaves_no_trace():
     assert torch.equal(left.var_, before)
 
 
-def theirs(k: int, *shapes: tuple[int, int]) -> str:
-    """Return what scikit-learn says to batches of these shapes."""
+def sklearn_message(k: int, *shapes: tuple[int, int]) -> str:
+    """Return the message of scikit-learn's error for batches of these shapes."""
     pca = sklearn.decomposition.IncrementalPCA(k)
     *accepted, refused = [np.random.default_rng(0).normal(size=shape) for shape in shapes]
     for x in accepted:
@@ -266,8 +266,8 @@ def theirs(k: int, *shapes: tuple[int, int]) -> str:
         (3, [(9, 8), (9, 7)], "X has 7 features, but IncrementalPCA is expecting 8 features"),
     ],
 )
-def test_the_errors_of_scikit_learn(k: int, shapes: list[tuple[int, int]], words: str):
-    assert words in theirs(k, *shapes)
+def test_errors_are_those_of_scikit_learn(k: int, shapes: list[tuple[int, int]], words: str):
+    assert words in sklearn_message(k, *shapes)
     pca = IncrementalPCA(k)
     *accepted, refused = [torch.randn(shape) for shape in shapes]
     for x in accepted:
@@ -290,13 +290,13 @@ def test_other_errors():
             IncrementalPCA(3).merge(thing)
 
 
-def test_it_is_asked_before_it_has_seen_data():
+def test_not_fitted_error_before_the_first_data():
     words = "has not seen any data; call fit or partial_fit first"
     for kind in (EvaValueError, AttributeError):
         with pytest.raises(kind, match=words) as caught:
             _ = IncrementalPCA(3).components_
-        theirs = sklearn.exceptions.NotFittedError.__bases__
-        assert all(isinstance(caught.value, base) for base in theirs)
+        sklearn_message = sklearn.exceptions.NotFittedError.__bases__
+        assert all(isinstance(caught.value, base) for base in sklearn_message)
     for call in (IncrementalPCA.transform, IncrementalPCA.inverse_transform):
         with pytest.raises(EvaValueError, match=words):
             call(IncrementalPCA(3), data())
@@ -306,7 +306,7 @@ def test_it_is_asked_before_it_has_seen_data():
     assert found == ["n_samples_seen_"]
 
 
-def test_a_refused_batch_leaves_no_trace():
+def test_refused_batch_changes_nothing():
     x = data()
     broken = x[:50].clone()
     broken[3, 3] = float("inf")
@@ -316,14 +316,14 @@ def test_a_refused_batch_leaves_no_trace():
     with pytest.raises(NonFiniteError, match="or leave them out by mask= of partial_fit"):
         IncrementalPCA(6).partial_fit(broken, mask=torch.arange(50) < 40)
     assert pca.n_samples_seen_ == 0
-    pca.partial_fit(x[:, :30])  # another width: nothing was settled yet
+    pca.partial_fit(x[:, :30])  # another width is allowed, as nothing was fitted yet
     with pytest.raises(NonFiniteError):
         pca.partial_fit(broken[:, :30])
     assert pca.n_samples_seen_ == 400
     assert torch.equal(pca.components_, IncrementalPCA(6).partial_fit(x[:, :30]).components_)
 
 
-def test_same_bits_twice_and_another_seed():
+def test_same_bits_for_the_same_seed_only():
     x = data()
     assert torch.equal(fitted(x, "sketch").components_, fitted(x, "sketch").components_)
     other = IncrementalPCA(6, method="sketch", seed=1).fit(x, batch_size=100)
@@ -331,7 +331,7 @@ def test_same_bits_twice_and_another_seed():
     assert lost_variance(x, other.components_) <= 1e-5
 
 
-def test_a_buffer_that_is_filled_again_does_not_change_what_was_seen():
+def test_reusing_the_input_buffer_does_not_change_the_fit():
     x = data(dtype=torch.float64)
     for buffer in (torch.empty(100, 40, dtype=torch.float64), np.empty((100, 40))):
         pca = IncrementalPCA(6)
@@ -339,17 +339,17 @@ def test_a_buffer_that_is_filled_again_does_not_change_what_was_seen():
             torch.as_tensor(buffer)[:] = batch
             pca.partial_fit(buffer)
         torch.testing.assert_close(pca.var_, x.var(0, correction=0))
-    assert len(pickle.dumps(pca._pivot)) < 100 * 40 * 8  # nor is a batch kept
+    assert len(pickle.dumps(pca._pivot)) < 100 * 40 * 8  # no reference to a whole batch is kept
 
 
-def test_arrays_of_any_kind_give_what_plain_ones_do():
+def test_array_strides_byte_order_and_integer_types():
     x = np.random.default_rng(0).normal(size=(40, 6)) * np.arange(1, 7)
     plain = IncrementalPCA(4).fit(np.ascontiguousarray(x[::-1]))
     for other in (x[::-1], np.asfortranarray(x[::-1]), x[::-1].astype(">f8"), x[::-1].tolist()):
         found = IncrementalPCA(4).fit(other)
         assert found.components_.dtype == torch.float64
         assert torch.equal(found.components_, plain.components_)
-    whole = (1000 * x).astype(np.int64) + 10**9  # beyond what float32 tells apart
+    whole = (1000 * x).astype(np.int64) + 10**9  # beyond the precision of float32
     kinds = [whole.astype(kind) for kind in (">i8", np.uint32, np.uint64)]
     for integers in (whole, *kinds, whole.tolist()):
         values = IncrementalPCA(4).fit(integers).explained_variance_

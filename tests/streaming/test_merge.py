@@ -1,4 +1,4 @@
-"""The union of streams against one stream that has seen everything."""
+"""Merged streams against one stream that was given all tokens."""
 
 from dataclasses import replace
 
@@ -45,7 +45,7 @@ def parts_of_low_rank(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 @examples
 @given(sizes=counts)
-def test_commutative(sizes: tuple[int, ...]):
+def test_sketch_merge_is_commutative(sizes: tuple[int, ...]):
     left, right = (stream_of(part).state for part in parts_of_low_rank(sizes)[:2])
     one, other = merge_sketch(left, right), merge_sketch(right, left)
     assert one.count == other.count
@@ -60,14 +60,14 @@ def test_commutative(sizes: tuple[int, ...]):
 
 @examples
 @given(sizes=counts)
-def test_associative_and_equal_to_one_stream(sizes: tuple[int, ...]):
+def test_sketch_merge_is_associative_and_equals_one_stream(sizes: tuple[int, ...]):
     parts = parts_of_low_rank(sizes)
     a, b, c = (stream_of(part).state for part in parts)
     left, right = merge_sketch(merge_sketch(a, b), c), merge_sketch(a, merge_sketch(b, c))
     values, _, total = exact(torch.cat(parts))
     for merged in (left, right):
         assert float(merged.count) == sum(sizes)
-        # Within the span the sketch is exact; beyond it there is rounding only.
+        # Within the span the sketch is exact; beyond it there is only rounding.
         kept = min(5, len(values))
         expected = values[:kept]
         torch.testing.assert_close(merged.singular_values[:kept], expected, rtol=1e-6, atol=1e-5)
@@ -76,7 +76,7 @@ def test_associative_and_equal_to_one_stream(sizes: tuple[int, ...]):
     torch.testing.assert_close(left.mean, right.mean, rtol=1e-12, atol=1e-12)
 
 
-def test_union_of_sketches_of_full_rank():
+def test_merge_of_full_rank_sketches():
     x = with_spectrum(800, 96, decaying(96), offset=30.0)
     left, right = stream_of(x[:300], k=12), stream_of(x[300:], k=12)
     left.merge(right)
@@ -88,7 +88,7 @@ def test_union_of_sketches_of_full_rank():
     assert orthonormality(answer.components) <= TOLERANCES[torch.float32].orthonormal
 
 
-def test_union_that_fills_all_rows_but_one():
+def test_merge_of_rank_one_below_the_width():
     x = with_spectrum(300, 32, decaying(15), dtype=torch.float64)
     left, right = stream_of(x[:100]).state, stream_of(x[100:]).state
     merged = merge_sketch(left, right)
@@ -98,14 +98,14 @@ def test_union_that_fills_all_rows_but_one():
     assert orthonormality(merged.basis) <= TOLERANCES[torch.float64].orthonormal
 
 
-def test_union_whose_mean_has_a_square_beyond_float32():
+def test_merge_whose_squared_mean_overflows_float32():
     far = torch.full((32,), 4e18)
     states = [replace(stream_of(torch.randn(60, 32)).state, mean=far) for _ in "ab"]
     assert merge_sketch(*states).mean_norm == pytest.approx(4e18 * 32**0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_union_of_grams_is_exact(dtype: torch.dtype):
+def test_merge_of_grams_is_exact(dtype: torch.dtype):
     x = with_spectrum(800, 48, decaying(48, 0.3), offset=3.0, dtype=dtype)
     x[300:] += 1
     left, right = (stream_of(part, "gram") for part in (x[:300], x[300:]))
@@ -120,7 +120,7 @@ def test_union_of_grams_is_exact(dtype: torch.dtype):
     assert relative(answer.mean, x.double().mean(0)) <= TOLERANCES[dtype].sums
 
 
-def test_merged_gram_sums_stay_about_the_left_pivot():
+def test_merged_gram_sums_are_relative_to_the_left_pivot():
     x = torch.randn(90, 12, dtype=torch.float64)
     left, right = stream_of(x[:40], "gram", k=4), stream_of(x[40:], "gram", k=4)
     merged = merge_gram(left.state, right.state)
@@ -133,7 +133,7 @@ def test_merged_gram_sums_stay_about_the_left_pivot():
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_merged_stream_goes_on(method: str, scale: float):
+def test_merged_stream_accepts_more_tokens(method: str, scale: float):
     x = scale * with_spectrum(400, 32, [30.0, 20.0, 10.0], dtype=torch.float64)
     left, right = stream_of(x[:100], method), stream_of(x[100:250], method)
     left.merge(right)
@@ -145,7 +145,7 @@ def test_a_merged_stream_goes_on(method: str, scale: float):
 
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_merged_stream_is_compared_as_it_is_now(
+def test_merged_stream_is_compared_with_its_merged_basis(
     method: str, free: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
@@ -158,7 +158,7 @@ def test_a_merged_stream_is_compared_as_it_is_now(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_pending_is_merged_too(method: str):
+def test_pending_tokens_are_merged(method: str):
     x = with_spectrum(210, 32, [30.0, 20.0, 10.0], dtype=torch.float64)
     left, right = stream_of(x[:100], method), stream_of(x[100:200], method)
     left.add(x[200:205])
@@ -170,10 +170,10 @@ def test_what_is_pending_is_merged_too(method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_empty_streams(method: str):
+def test_merge_with_empty_streams(method: str):
     x = torch.randn(60, 32)
     full, empty, other = stream_of(x, method), *(make_stream(32, 8, method=method) for _ in "ab")
-    empty.skipped, other.skipped = 7, 5  # all that they were given
+    empty.skipped, other.skipped = 7, 5  # all tokens that they were given
     expected = full.spectrum()
     full.merge(other)
     empty.merge(full)
@@ -182,11 +182,11 @@ def test_empty_streams(method: str):
         assert torch.equal(stream.spectrum().components, expected.components)
     assert (full.skipped, empty.skipped) == (5, 12)
     feed(empty, [torch.randn(60, 32)])
-    assert torch.equal(full.spectrum().components, expected.components)  # nothing is shared
+    assert torch.equal(full.spectrum().components, expected.components)  # no memory is shared
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_union_has_nothing_to_be_compared_with(method: str):
+def test_merge_of_a_compared_stream_resets_convergence(method: str):
     x = with_spectrum(300, 32, decaying(32))
     stream, other = stream_of(x[:200], method), stream_of(x[200:], method)
     compare_streams([stream], [4], tau=0.0)
@@ -196,7 +196,7 @@ def test_a_union_has_nothing_to_be_compared_with(method: str):
     assert (stream.similarity, stream.converged, stream.settled) == (None, False, 8)
 
 
-def test_exact_streams_that_have_dropped_everything():
+def test_merge_of_gram_streams_with_cleared_sums():
     left, right = (stream_of(torch.randn(60, 32), "gram") for _ in "ab")
     clear_sums([left.sums, right.sums])  # as after an overflow
     left.merge(right)
@@ -204,14 +204,14 @@ def test_exact_streams_that_have_dropped_everything():
     assert orthonormality(left.sketch.basis) <= TOLERANCES[torch.float32].orthonormal
 
 
-def test_streams_of_nothing():
+def test_merge_of_all_zero_streams():
     left, right = (stream_of(torch.zeros(60, 32)) for _ in "ab")
     left.merge(right)
     assert (left.sketch.rank, left.sketch.total) == (0, 0.0)
     assert orthonormality(left.sketch.basis) <= TOLERANCES[torch.float32].orthonormal
 
 
-def test_constant_streams():
+def test_merge_of_constant_streams():
     left, right = stream_of(torch.full((60, 32), 3.3)), stream_of(torch.full((20, 32), 3.3))
     left.merge(right)
     assert (left.spectrum().rank, left.spectrum().count) == (0, 80)
@@ -223,7 +223,7 @@ def test_constant_streams():
     assert left.sketch.mean_norm == pytest.approx(float(left.sketch.mean.norm()))
 
 
-def test_methods_do_not_mix():
+def test_merge_of_sketch_and_gram_raises():
     x = torch.randn(60, 32)
     with pytest.raises(EvaValueError, match=r"a sketch and an exact \(gram\) stream cannot be"):
         stream_of(x).merge(stream_of(x, "gram"))

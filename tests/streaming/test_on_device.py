@@ -1,4 +1,4 @@
-"""Streams where kernels and native code run, on the GPU if there is one, against a full SVD."""
+"""Streams with kernels and native code, on the GPU if there is one, against a full SVD."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from eva_kernels.streaming import (
 )
 from helpers import decaying, exact, lost_variance, make_stream, orthonormality, with_spectrum
 
-# D and K: layers of one shape, of another width, and of features that fill no tile.
+# (D, K): two layers of one shape, one of another width, one whose features fill no tile.
 SHAPES = [(96, 8), (200, 8), (96, 8), (65, 20)]
 TOKENS, STEPS = 640, 5
 
 
 def add(stream: InputStream, x: Tensor, padded: bool = False) -> None:
-    """Add tokens; ``padded``: among others that are not to be looked at."""
+    """Add tokens; if ``padded``, among others that are not selected."""
     if not padded:
         stream.add(x.to(stream.device))
         return
@@ -42,7 +42,7 @@ def step(streams: list[InputStream], x: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_streams_find_what_a_full_svd_finds(
+def test_streams_agree_with_a_full_svd(
     method: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     data = [
@@ -72,7 +72,7 @@ def test_streams_find_what_a_full_svd_finds(
         )
 
 
-def test_data_of_deficient_rank(device: torch.device) -> None:
+def test_rank_deficient_data(device: torch.device) -> None:
     x = with_spectrum(TOKENS, 96, [50, 20, 3], offset=2)
     streams = [make_stream(96, 8, device=device) for _ in range(2)]
     for part in x.chunk(STEPS):
@@ -88,7 +88,7 @@ def test_data_of_deficient_rank(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_a_bad_step_leaves_what_was_before(method: str, device: torch.device) -> None:
+def test_bad_step_keeps_the_previous_state(method: str, device: torch.device) -> None:
     x = with_spectrum(TOKENS, 96, decaying(16))
     stream = make_stream(96, 8, device=device, method=method)
     first, *others = x.chunk(STEPS)
@@ -98,7 +98,7 @@ def test_a_bad_step_leaves_what_was_before(method: str, device: torch.device) ->
     broken[3, 5] = torch.inf
     with pytest.raises(NonFiniteError, match=r"1 of 128 tokens hold|some of 128 tokens hold"):
         step([stream], broken)
-    if stream.pending:  # an exact stream on a GPU keeps those that are finite
+    if stream.pending:  # an exact stream on a GPU keeps the finite tokens
         assert stream.pending == 127
         add(other, torch.cat([first[:3], first[4:]]))
     for part in others:
@@ -110,7 +110,9 @@ def test_a_bad_step_leaves_what_was_before(method: str, device: torch.device) ->
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_a_stream_goes_on_from_a_file_with_the_same_bits(method: str, device: torch.device) -> None:
+def test_stream_restored_from_a_file_continues_with_the_same_bits(
+    method: str, device: torch.device
+) -> None:
     x = with_spectrum(TOKENS, 96, decaying(96)).bfloat16()
     stream = make_stream(96, 8, device=device, method=method)
     for i, part in enumerate(x.chunk(STEPS)):
@@ -124,7 +126,7 @@ def test_a_stream_goes_on_from_a_file_with_the_same_bits(method: str, device: to
     assert torch.equal(found.singular_values, wanted.singular_values)
 
 
-def test_an_estimator_stays_on_the_device(device: torch.device) -> None:
+def test_incremental_pca_stays_on_the_device(device: torch.device) -> None:
     x = with_spectrum(TOKENS, 96, decaying(16), offset=5)
     found = IncrementalPCA(n_components=8)
     for part in x.chunk(STEPS):

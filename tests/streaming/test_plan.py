@@ -1,4 +1,4 @@
-"""The choice of method per layer input, by the bytes that a stream really takes."""
+"""The choice of method per layer input, by the bytes that a stream takes."""
 
 import re
 
@@ -32,11 +32,11 @@ def held(stream: InputStream) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_bytes_are_those_of_the_tensors(method: str, dtype: torch.dtype):
+def test_planned_bytes_equal_the_bytes_of_the_tensors(method: str, dtype: torch.dtype):
     stream = feed(make_stream(40, 6, method=method, dtype=dtype), [torch.randn(50, 40)])
     plan = StreamPlan(40, 6, 12, method)
     assert stream_bytes(plan, dtype.itemsize) == held(stream)
-    # the rows to compare keep the basis before
+    # the rows to compare keep the previous basis alive
     feed(stream, [torch.randn(50, 40)])
     assert (
         fold_bytes(plan, dtype.itemsize, on_cpu=True) == stream.previous.untyped_storage().nbytes()
@@ -47,32 +47,34 @@ def test_bytes_are_those_of_the_tensors(method: str, dtype: torch.dtype):
     ("features", "components", "oversample", "width"),
     [(100, 8, 2.0, 16), (100, 8, 1.0, 8), (100, 7, 1.5, 11), (10, 8, 2.0, 10), (1, 1, 2.0, 1)],
 )
-def test_width(features: int, components: int, oversample: float, width: int):
+def test_sketch_width(features: int, components: int, oversample: float, width: int):
     assert sketch_width(features, components, oversample) == width
 
 
-def test_components_are_cut_to_the_features():
+def test_components_are_limited_to_the_features():
     plan = plan_streams([4], [16], method="sketch")[0]
     assert (plan.components, plan.width) == (4, 4)
 
 
 @examples
 @given(shapes=sizes)
-@example(shapes=[(64, 16), (65, 16)])  # equal, and one feature more
-def test_auto_without_a_budget_is_exact_where_arithmetic_is_no_more(shapes: list[tuple[int, int]]):
+@example(shapes=[(64, 16), (65, 16)])  # equal arithmetic, and one feature more
+def test_auto_without_a_budget_is_gram_if_it_needs_no_more_flops(shapes: list[tuple[int, int]]):
     features, components = zip(*shapes, strict=True)
     plans = plan_streams(features, components)
     sketches = plan_streams(features, components, method="sketch")
     grams = plan_streams(features, components, method="gram")
     for plan, sketch, gram in zip(plans, sketches, grams, strict=True):
-        # flops a token: 2 D^2 exactly, 4 D Q by the sketch
+        # flops per token: 2 D^2 for gram, 4 D Q for the sketch
         exact = 2 * plan.features**2 <= 4 * plan.features * plan.width
         assert plan == (gram if exact else sketch)
 
 
 @examples
 @given(shapes=sizes, share=st.floats(0, 1.2))
-def test_auto_is_exact_for_the_narrowest_that_fit(shapes: list[tuple[int, int]], share: float):
+def test_auto_uses_gram_for_the_narrowest_inputs_that_fit(
+    shapes: list[tuple[int, int]], share: float
+):
     features, components = zip(*shapes, strict=True)
     least = total(plan_streams(features, components))
     most = total(plan_streams(features, components, method="gram"))
@@ -82,11 +84,11 @@ def test_auto_is_exact_for_the_narrowest_that_fit(shapes: list[tuple[int, int]],
     for plan in plans:
         if plan.method == "sketch":
             gram = StreamPlan(plan.features, plan.components, plan.width, "gram")
-            # It does not fit on top of what is chosen.
+            # It does not fit in addition to the chosen ones.
             assert total(plans) - stream_bytes(plan) + stream_bytes(gram) > budget
 
 
-def test_narrow_inputs_first():
+def test_narrow_inputs_get_gram_first():
     features, components = [512, 64, 256, 64], [8] * 4
     sketches = plan_streams(features, components, method="sketch")
     grams = plan_streams(features, components, method="gram")
@@ -103,7 +105,7 @@ def test_narrow_inputs_first():
 
 
 @pytest.mark.parametrize("method", ["auto", "sketch", "gram"])
-def test_a_budget_that_is_too_small_names_the_least_that_would_do(method: str):
+def test_error_of_a_too_small_budget_names_the_minimum(method: str):
     arguments = {"features": [256, 64], "components": [8, 8], "method": method}
     with pytest.raises(EvaValueError, match="needs at least") as caught:
         plan_streams(**arguments, memory_budget=1000)
@@ -113,7 +115,7 @@ def test_a_budget_that_is_too_small_names_the_least_that_would_do(method: str):
         plan_streams(**arguments, memory_budget=least - 1)
 
 
-def test_wrong_options():
+def test_invalid_options():
     with pytest.raises(EvaValueError, match="method='exact' is unknown; choose one of"):
         plan_streams([8], [2], method="exact")
     with pytest.raises(EvaValueError, match=r"oversample=0\.5 must be at least 1"):

@@ -1,4 +1,4 @@
-"""The answers of many streams at once: those of each alone, in few calls, each by itself."""
+"""``spectra``, which computes the results of many streams in few calls."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from eva_kernels.streaming.spectrum import EIGEN_ARRAYS, _chunks, _values_and_ra
 from helpers import CPU, decaying, feed, with_spectrum
 from host_reads import counted
 
-# The interpreter of the other backend is slow, and nothing here depends on it.
+# The Triton interpreter is slow, and nothing here depends on the backend.
 make_stream = functools.partial(helpers.make_stream, backend="torch")
 FIELDS = ("components", "values", "ratios", "mean", "count", "total", "rank", "lost")
 
 
-def several() -> list[InputStream]:
-    """Return streams of several shapes and kinds, in no order, some with a step pending."""
+def mixed_streams() -> list[InputStream]:
+    """Return streams of several shapes, methods and dtypes, unsorted, with a step pending."""
     single, double = torch.float32, torch.float64
     shapes = [
         (48, 6, 12, "sketch", single),
@@ -39,7 +39,7 @@ def several() -> list[InputStream]:
     ]
     streams = []
     for i, (d, k, width, method, dtype) in enumerate(shapes):
-        # one is of low rank, one does not vary, beside one all others would be rounding
+        # one is of low rank, one is constant, one is much larger than the others
         values = [9.0, 3.0] if i == 5 else decaying(d, scale=1e12 if i == 1 else 100)
         x = with_spectrum(100, d, values, dtype=dtype, seed=i) if i != 7 else torch.full((90, d), 2)
         stream = feed(make_stream(d, k, width, method=method, dtype=dtype), [x.to(dtype)[:60]])
@@ -49,7 +49,7 @@ def several() -> list[InputStream]:
 
 
 def assert_same(one: Spectrum, other: Spectrum) -> None:
-    """Compare two answers but for rounding, since LAPACK's depends on where its input lies."""
+    """Compare two results up to rounding, since LAPACK's depends on memory alignment."""
     for name in FIELDS:
         found, expected = getattr(one, name), getattr(other, name)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-6, msg=name)
@@ -57,14 +57,16 @@ def assert_same(one: Spectrum, other: Spectrum) -> None:
 
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("chunk", [1, 3 * 12 * 48 * 8, 1 << 20])
-def test_together_as_alone(free: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spectra_equal_those_of_single_streams(
+    free: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
-    expected = [stream.spectrum() for stream in several()]
+    expected = [stream.spectrum() for stream in mixed_streams()]
     assert [a.rank for a in expected] == [6, 4, 6, 4, 6, 2, 4, 0, 4, 6]
     for name in ("CHUNK_BYTES", "CHUNK_BYTES_ACCELERATOR"):
         monkeypatch.setattr(batch_module, name, chunk)
     for device in (None, CPU):
-        streams = several()
+        streams = mixed_streams()
         found = spectra(streams, device)
         assert [s.pending for s in streams] == [0] * len(streams)
         for one, other in zip(found, expected, strict=True):
@@ -73,7 +75,7 @@ def test_together_as_alone(free: bool, chunk: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_a_chunk_is_as_many_layers_as_its_bytes_hold(
+def test_chunk_has_as_many_layers_as_fit_its_bytes(
     method: str, free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
@@ -87,7 +89,7 @@ def test_a_chunk_is_as_many_layers_as_its_bytes_hold(
 
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_each_has_memory_of_its_own(
+def test_each_result_has_its_own_memory(
     method: str, free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
@@ -108,7 +110,7 @@ def test_each_has_memory_of_its_own(
 
 
 @pytest.mark.parametrize(("method", "reads"), [("sketch", 0), ("gram", 1)])
-def test_calls_do_not_grow_with_the_streams(
+def test_number_of_operators_does_not_grow_with_the_streams(
     method: str, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
@@ -124,14 +126,14 @@ def test_calls_do_not_grow_with_the_streams(
             stream.add(x[60:])
         with counted(monkeypatch) as seen:
             spectra(streams, CPU)
-        assert seen.waits["read"] == 1 + reads  # all pending steps are one fold
+        assert seen.waits["read"] == 1 + reads  # all pending steps are folded in one call
         return found
 
     assert calls(12) == calls(3)
 
 
 @pytest.mark.parametrize(("alive", "features"), [(0, 24), (3, 24), (9, 24), (24, 24), (5, 7)])
-def test_features_that_never_vary_are_not_decomposed(
+def test_constant_features_are_not_decomposed(
     alive: int, features: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.full((120, features), 2.0)
@@ -159,7 +161,7 @@ def test_features_that_never_vary_are_not_decomposed(
     assert not rows[:rank][:, others].any()
 
 
-def test_behind_a_component_that_is_noise_there_is_none() -> None:
+def test_no_component_is_kept_after_one_that_is_noise() -> None:
     stream = feed(make_stream(12, 3, method="gram"), [with_spectrum(60, 12, decaying(12))])
     squares = np.array([[100.0, 1.0, 0.5]])
     spread = np.array([[10.0, 1e4, 0.7]])  # the second has outlier features
@@ -168,7 +170,7 @@ def test_behind_a_component_that_is_noise_there_is_none() -> None:
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_variance_is_what_the_dtype_tells_from_the_mean(method: str) -> None:
+def test_variance_below_the_rounding_of_the_mean_is_ignored(method: str) -> None:
     x = 1 + 1e-9 * with_spectrum(60, 12, decaying(12), dtype=torch.float64)
     for dtype, rank in ((torch.float64, 4), (torch.float32, 0)):
         stream = feed(make_stream(12, 4, method=method, dtype=dtype), [x.to(dtype)])
@@ -178,19 +180,19 @@ def test_variance_is_what_the_dtype_tells_from_the_mean(method: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "rank"), [(torch.float64, 2), (torch.float32, 1)])
-def test_noise_of_exact_sums_is_that_of_their_dtype(dtype: torch.dtype, rank: int) -> None:
+def test_rank_of_gram_depends_on_the_dtype_of_its_sums(dtype: torch.dtype, rank: int) -> None:
     x = with_spectrum(60, 12, [100.0, 1e-3], dtype=dtype)
     assert feed(make_stream(12, 4, method="gram", dtype=dtype), [x]).spectrum().rank == rank
 
 
-def test_there_are_fewer_components_than_tokens() -> None:
+def test_rank_is_less_than_the_number_of_tokens() -> None:
     stream = make_stream(12, 3, method="gram")
     stream.add(torch.randn(3, 12))
-    told = [np.array([[9.0, 4.0, 1.0]]), np.array([[3.0, 2.0, 1.0]]), np.ones((1, 3))]
-    assert _values_and_ranks([stream], told)[0][2] == 2
+    statistics = [np.array([[9.0, 4.0, 1.0]]), np.array([[3.0, 2.0, 1.0]]), np.ones((1, 3))]
+    assert _values_and_ranks([stream], statistics)[0][2] == 2
 
 
-def test_no_token_no_answer() -> None:
+def test_spectra_without_tokens_raises() -> None:
     seen = feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))])
     seen.add(torch.randn(5, 12))
     with pytest.raises(EvaValueError, match="no tokens were seen"):

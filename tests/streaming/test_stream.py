@@ -1,4 +1,4 @@
-"""The stream of one layer input: steps, what is left of them, convergence, bad input."""
+"""The stream of one layer input: steps, state after them, convergence, bad input."""
 
 from itertools import pairwise
 
@@ -34,7 +34,7 @@ few_examples = settings(max_examples=15, deadline=None, derandomize=True, databa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.0, 0.1, 3.3])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_constant_input_has_no_variance(method: str, value: float, dtype: torch.dtype):
+def test_constant_input_has_no_variance(method: str, value: float, dtype: torch.dtype):
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     stream = make_stream(33, 4, method=method, dtype=state_dtype)
     answer = feed(stream, [torch.full((n, 33), value, dtype=dtype) for n in (97, 8, 31)]).spectrum()
@@ -46,8 +46,8 @@ def test_a_constant_input_has_no_variance(method: str, value: float, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_token_that_differs_leaves_an_orthonormal_basis(dtype: torch.dtype):
-    # Rounding has passed for a second direction, whose row was zero.
+def test_basis_is_orthonormal_if_only_one_token_differs(dtype: torch.dtype):
+    # Regression: rounding was taken for a second direction, whose row was zero.
     x = torch.zeros(200, 8, dtype=dtype)
     x[108] = 1
     stream = feed(make_stream(8, 4, width=4, dtype=dtype), [x[:8], x[8:]])
@@ -58,7 +58,7 @@ def test_one_token_that_differs_leaves_an_orthonormal_basis(dtype: torch.dtype):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rounding_of_the_mean_is_not_variance(method: str):
-    # Three means that float32 cannot hold: the batches are shifted by a rounding error each.
+    # Three means that float32 cannot represent: each batch is shifted by a rounding error.
     x = torch.full((90, 64), 3.3) * (1 + EPS32 * torch.arange(3).repeat_interleave(30)[:, None])
     answer = feed(make_stream(64, 4, method=method), x.split(30)).spectrum()
     assert answer.total > 0
@@ -68,8 +68,8 @@ def test_rounding_of_the_mean_is_not_variance(method: str):
 
 @pytest.mark.parametrize(("units", "rank"), [(2, 0), (8, 1)])
 @pytest.mark.parametrize("method", METHODS)
-def test_variance_begins_at_four_units_in_the_last_place(method: str, units: int, rank: int):
-    # 0 to 6 times half of the units in the last place of the mean: these are their deviation.
+def test_variance_counts_from_four_units_in_the_last_place(method: str, units: int, rank: int):
+    # Deviations are 0 to 6 times half a unit in the last place of the mean.
     steps = torch.arange(400)[:, None] % 7 * (units / 2) * EPS32
     answer = feed(
         make_stream(16, 4, method=method), (1024 + 1024 * steps).expand(-1, 16).split(100)
@@ -78,14 +78,14 @@ def test_variance_begins_at_four_units_in_the_last_place(method: str, units: int
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_component_explains_more_than_all(method: str):
-    for seed in range(6):  # of one component, whose square is the total but for rounding
+def test_explained_ratios_are_at_most_one(method: str):
+    for seed in range(6):  # one component, whose square is the total up to rounding
         x = with_spectrum(200, 24, [50.0], seed=seed)
         answer = feed(make_stream(24, 4, method=method), x.split(50)).spectrum()
         assert 1 - 1e-6 <= answer.ratio[0] <= 1
 
 
-def test_a_small_variance_about_a_large_mean_counts():
+def test_small_variance_about_a_large_mean_counts():
     x = 10 + with_spectrum(400, 32, [1e-2], dtype=torch.float64)
     answer = feed(make_stream(32, 2, dtype=torch.float64), x.split(100)).spectrum()
     assert answer.rank == 1
@@ -93,7 +93,7 @@ def test_a_small_variance_about_a_large_mean_counts():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_token_a_batch(method: str):
+def test_one_token_per_batch(method: str):
     x = with_spectrum(40, 24, [8.0, 3.0, 1.0], dtype=torch.float64)
     answer = feed(make_stream(24, 4, method=method, dtype=torch.float64), x.split(1)).spectrum()
     assert (answer.count, answer.rank) == (40, 3)
@@ -106,7 +106,7 @@ def test_fewer_tokens_than_components(method: str, tokens: int):
     x = torch.randn(tokens, 24)
     answer = feed(make_stream(24, 8, method=method), [x]).spectrum()
     assert (answer.count, answer.rank) == (tokens, tokens - 1)
-    assert 0 <= answer.lost <= 1  # and not NaN, though no step was whole
+    assert 0 <= answer.lost <= 1  # not NaN, although no step was complete
     assert (
         relative(answer.singular_values[: tokens - 1], exact(x)[0][: tokens - 1]) <= SINGLE.values
     )
@@ -124,7 +124,7 @@ def test_duplicated_tokens(method: str):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_dtype_into_a_float32_state(method: str, dtype: torch.dtype):
+def test_tokens_of_every_dtype_with_a_float32_state(method: str, dtype: torch.dtype):
     x = with_spectrum(300, 32, decaying(16)).to(dtype)
     answer = feed(make_stream(32, 16, method=method), x.split(75)).spectrum()
     assert answer.components.dtype == torch.float32
@@ -133,18 +133,18 @@ def test_every_dtype_into_a_float32_state(method: str, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("offset", [0.0, 500.0])
-def test_sums_and_total_are_exact_whatever_the_sketch_leaves_out(offset: float):
+def test_sums_and_total_are_exact_for_any_sketch(offset: float):
     x = with_spectrum(900, 96, decaying(96, power=0.3), offset=offset)
     answer = feed(make_stream(96, 4), x.split(128)).spectrum()
     assert answer.count == 900
     error = (answer.mean.double() - x.double().mean(0)).norm()
     assert float(error) <= SINGLE.sums * (offset + 30)
-    # Deviations are 30 a token: the offset costs the digits that it has more than they.
+    # Deviations are 30 per token: the offset costs as many digits as it is larger.
     assert abs(answer.total / exact(x)[2] - 1) <= SINGLE.sums * (1 + offset / 30)
     assert answer.ratio.sum() <= 1
 
 
-def test_an_offset_changes_nothing():
+def test_offset_does_not_change_the_components():
     x = with_spectrum(960, 96, decaying(96), dtype=torch.float64)
     plain = feed(make_stream(96, 12), x.float().split(240)).spectrum()
     moved = (x + 100 * x.std()).float()
@@ -162,29 +162,31 @@ def test_same_bits_twice(method: str):
 
 
 @pytest.fixture(scope="module")
-def begun() -> tuple[InputStream, Tensor, InputStream]:
-    """A stream after a first step, the tokens of a second one, and the stream after them."""
+def two_steps() -> tuple[InputStream, Tensor, InputStream]:
+    """Return a stream after a first step, the tokens of a second, and the stream after those."""
     x = with_spectrum(400, 64, decaying(64), dtype=torch.float64)
-    begun = feed(make_stream(64, 8, dtype=torch.float64), [x[:150]])
-    return begun, x[150:], feed(begun.clone(), [x[150:]])
+    start = feed(make_stream(64, 8, dtype=torch.float64), [x[:150]])
+    return start, x[150:], feed(start.clone(), [x[150:]])
 
 
 @few_examples
 @given(cuts=st.lists(st.integers(0, 250), max_size=12), shuffle=st.integers(0, 99))
-def test_any_micro_batches_make_the_same_step(begun: tuple, cuts: list[int], shuffle: int):
-    start, tokens, whole = begun
+def test_split_into_micro_batches_does_not_change_the_step(
+    two_steps: tuple, cuts: list[int], shuffle: int
+):
+    start, tokens, whole = two_steps
     order = torch.randperm(250, generator=torch.Generator().manual_seed(shuffle))
     stream, edges = start.clone(), [0, *sorted(cuts), 250]
     for low, high in pairwise(edges):
         stream.add(tokens[order[low:high]])
     assert fold_streams([stream]) == [stream]
-    # Against the order of the whole batch only the order of additions differs.
+    # Compared with one batch, only the order of additions differs.
     assert 1 - principal_cosine(stream.sketch.basis, whole.sketch.basis) <= 1e-9
     assert relative(stream.sketch.singular_values, whole.sketch.singular_values) <= 1e-9
     assert stream.sketch.total == pytest.approx(whole.sketch.total, rel=1e-13)
 
 
-def test_the_order_of_batches_matters_little():
+def test_order_of_batches_changes_little():
     x = with_spectrum(960, 96, decaying(96))
     batches = list(x.split(240))
     for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
@@ -193,7 +195,7 @@ def test_the_order_of_batches_matters_little():
 
 
 @pytest.mark.parametrize(("power", "bound"), [(0.5, 5e-3), (1.0, 2e-5), (1.5, 1e-7)])
-def test_lost_variance(power: float, bound: float):
+def test_lost_variance_is_estimated(power: float, bound: float):
     x = with_spectrum(1280, 128, decaying(128, power))
     answer = feed(make_stream(128, 16), x.split(160)).spectrum()
     theirs = PeftIncrementalPCA(16, lowrank=True, lowrank_seed=0)
@@ -202,23 +204,23 @@ def test_lost_variance(power: float, bound: float):
     lost = lost_variance(x, answer.components)
     assert lost <= bound
     assert lost < lost_variance(x, theirs.components_.float())
-    # The estimate is what the last step gained: of the right size where that is what is lost,
-    # and on the safe side where the steps converge fast.
+    # The estimate is the gain of the last step: of the right size where the loss is like it,
+    # and an overestimate where the steps converge fast.
     assert lost / 4 <= answer.lost
     if power == 0.5:
         assert answer.lost <= 4 * lost
 
 
 @pytest.mark.parametrize("chosen", [False, True])
-def test_the_first_basis_is_from_all_of_a_batch(chosen: bool):
+def test_first_basis_uses_all_tokens_of_the_batch(chosen: bool):
     x = torch.cat([torch.zeros(64, 64), with_spectrum(128, 64, decaying(64, 0.5))])
     stream = make_stream(64, 8)
     stream.add(x, torch.arange(len(x)) if chosen else None)
-    # From the tokens in front, which are equal, it would be random.
+    # From the first tokens alone, which are equal, it would be random.
     assert lost_variance(x, stream.state.basis[:8]) <= 0.2
 
 
-def test_a_last_token_does_not_tell_what_is_lost():
+def test_incomplete_last_step_does_not_change_the_lost_variance():
     x = with_spectrum(321, 64, decaying(64, 0.5))
     stream = feed(make_stream(64, 8), x[:320].split(80))
     gained = stream.lost
@@ -229,7 +231,7 @@ def test_a_last_token_does_not_tell_what_is_lost():
     assert answer.lost == gained
 
 
-def test_gram_is_exact_however_the_spectrum_decays():
+def test_gram_is_exact_for_slowly_decaying_spectra():
     x = with_spectrum(600, 64, decaying(64, 0.3))
     answer = feed(make_stream(64, 8, method="gram"), x.split(100)).spectrum()
     assert abs(lost_variance(x, answer.components)) <= 1e-9
@@ -237,7 +239,7 @@ def test_gram_is_exact_however_the_spectrum_decays():
     assert answer.lost == 0.0
 
 
-def test_gram_sees_past_an_outlier_feature():
+def test_gram_is_accurate_beside_an_outlier_feature():
     x = torch.randn(600, 256)
     x[:, 7] *= 800
     answer = feed(make_stream(256, 16, method="gram"), x.split(100)).spectrum()
@@ -245,14 +247,14 @@ def test_gram_sees_past_an_outlier_feature():
     assert relative(answer.singular_values[1:], exact(x)[0][1:16]) <= 1e-5
 
 
-def test_largest_entries_are_positive():
+def test_largest_entry_of_each_component_is_positive():
     x = with_spectrum(300, 40, decaying(40))
     for method in METHODS:
         rows = feed(make_stream(40, 6, method=method), x.split(100)).spectrum().components
         assert (rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()
 
 
-def test_a_step_is_at_least_as_many_tokens_as_the_sketch_is_wide():
+def test_step_has_at_least_as_many_tokens_as_the_sketch_width():
     x = with_spectrum(100, 40, decaying(40), dtype=torch.float64)
     stream = make_stream(40, 8, dtype=torch.float64)  # 16 wide
     steps = []
@@ -261,14 +263,14 @@ def test_a_step_is_at_least_as_many_tokens_as_the_sketch_is_wide():
         steps.append(bool(fold_streams([stream])))
     assert steps == [False, False, True] * 5 + [False, False]
     assert (stream.folds, stream.pending, stream.tokens) == (5, 10, 100)
-    answer = stream.spectrum()  # folds the rest
+    answer = stream.spectrum()  # folds the remaining tokens
     assert (answer.count, stream.pending, stream.folds) == (100, 0, 6)
     assert relative(torch.tensor(answer.total), torch.tensor(exact(x)[2])) <= 1e-12
     torch.testing.assert_close(answer.mean, x.mean(0), rtol=0, atol=1e-13)
     assert fold_streams([stream], final=True) == []
 
 
-def test_streams_of_many_shapes_in_one_call():
+def test_streams_of_many_shapes_are_folded_in_one_call():
     shapes = [(24, 4, "sketch"), (40, 4, "sketch"), (24, 4, "sketch"), (24, 3, "gram")]
     shapes += [(24, 3, "sketch"), (24, 4, "gram")]
     data = [with_spectrum(120, d, decaying(d), seed=i) for i, (d, _, _) in enumerate(shapes)]
@@ -283,7 +285,7 @@ def test_streams_of_many_shapes_in_one_call():
         torch.testing.assert_close(found, alone.singular_values, rtol=1e-6, atol=0)
 
 
-def begin(method: str = "sketch") -> tuple[InputStream, Tensor]:
+def folded_once(method: str = "sketch") -> tuple[InputStream, Tensor]:
     x = with_spectrum(600, 48, decaying(48))
     return feed(make_stream(48, 6, method=method), [x[:200]]), x
 
@@ -291,7 +293,7 @@ def begin(method: str = "sketch") -> tuple[InputStream, Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
 def test_convergence_needs_two_steps(method: str, criterion: str):
-    stream, x = begin(method)
+    stream, x = folded_once(method)
     compare_streams([stream], [6], tau=0.0, criterion=criterion)
     assert (stream.similarity, stream.converged) == (None, False)
     before = stream.sketch.basis[:6].double()
@@ -307,8 +309,8 @@ def test_convergence_needs_two_steps(method: str, criterion: str):
         assert relative(stream.cosines, cosines) <= 1e-6
 
 
-def test_the_threshold_decides():
-    stream, x = begin()
+def test_converged_if_similarity_reaches_tau():
+    stream, x = folded_once()
     feed(stream, [x[200:400]])
     level = float((stream.previous * stream.sketch.basis[:6]).sum(1).abs()[:4].min())
     for tau, converged in ((level + 1e-4, False), (level - 1e-4, True)):
@@ -319,51 +321,51 @@ def test_the_threshold_decides():
 
 
 def compared(previous: Tensor, criterion: str, ranks: int = 6) -> InputStream:
-    stream = begin()[0]
+    stream = folded_once()[0]
     stream.previous = previous
     compare_streams([stream], [ranks], tau=0.99, criterion=criterion)
     return stream
 
 
-def test_signs_do_not_matter():
-    basis = begin()[0].sketch.basis[:6]
+def test_signs_do_not_affect_convergence():
+    basis = folded_once()[0].sketch.basis[:6]
     for criterion in ("cosine", "subspace"):
         assert compared(-basis, criterion).converged
 
 
-def test_a_rotation_within_the_span_matters_to_the_cosine_only():
-    basis = begin()[0].sketch.basis[:6]
+def test_rotation_within_the_span_affects_only_the_cosine():
+    basis = folded_once()[0].sketch.basis[:6]
     rotated = torch.linalg.qr(torch.randn(6, 6)).Q @ basis
     assert compared(rotated, "subspace").converged
     assert compared(rotated, "subspace").similarity == pytest.approx(1, abs=1e-5)
     assert not compared(rotated, "cosine").converged
 
 
-def test_only_the_components_that_are_needed_count():
-    basis = begin()[0].sketch.basis[:6].clone()
+def test_only_the_required_components_are_compared():
+    basis = folded_once()[0].sketch.basis[:6].clone()
     basis[3:] = basis[3:].roll(1, 0)
     assert compared(basis, "cosine", ranks=3).converged
     assert not compared(basis, "cosine", ranks=4).converged
     assert compared(basis, "cosine", ranks=0).similarity == 1.0
-    assert not compared(basis, "cosine", ranks=7).converged  # more than there are
+    assert not compared(basis, "cosine", ranks=7).converged  # more than the stream has
 
 
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
-def test_what_was_similar_once_stays_settled(criterion: str):
-    stream = begin()[0]
+def test_settled_components_stay_settled(criterion: str):
+    stream = folded_once()[0]
     other = torch.linalg.qr(torch.randn(48, 6)).Q.mT
     for previous, converged in ((stream.sketch.basis[:6], True), (other, False)):
         stream.previous = previous
         compare_streams([stream], [6], tau=0.99, criterion=criterion)
         assert (stream.converged, stream.settled) == (converged, 6)
     stream.previous = other
-    compare_streams([stream], [0], tau=0.99, criterion=criterion)  # none is needed
+    compare_streams([stream], [0], tau=0.99, criterion=criterion)  # no component is required
     assert (stream.converged, stream.similarity) == (True, 1.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_never_converges(method: str):
-    stream, x = begin(method)
+    stream, x = folded_once(method)
     feed(stream, [x[200:400]])
     stream.previous = stream.previous.clone()
     stream.previous[2, 5] = float("nan")
@@ -373,8 +375,8 @@ def test_nan_never_converges(method: str):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_bad_token_raises_and_leaves_no_trace(method: str, bad: float):
-    stream, x = begin(method)
+def test_bad_token_raises_and_changes_nothing(method: str, bad: float):
+    stream, x = folded_once(method)
     expected = feed(stream.clone(), [x[200:400]]).spectrum()
     broken = x[200:400].clone()
     broken[[3, 70, 71], 5] = bad
@@ -384,7 +386,7 @@ def test_a_bad_token_raises_and_leaves_no_trace(method: str, bad: float):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_skipping_leaves_out_exactly_the_bad_tokens(method: str):
+def test_skip_nonfinite_leaves_out_exactly_the_bad_tokens(method: str):
     x = with_spectrum(400, 48, decaying(48))
     rows = torch.arange(0, 400, 2)
     broken = x.clone()
@@ -400,7 +402,7 @@ def test_skipping_leaves_out_exactly_the_bad_tokens(method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bad_tokens_that_are_not_selected_do_not_matter(method: str):
+def test_bad_tokens_outside_the_selected_rows_are_ignored(method: str):
     x = with_spectrum(300, 48, decaying(48))
     broken = x.clone()
     broken[200:] = float("nan")
@@ -412,7 +414,7 @@ def test_bad_tokens_that_are_not_selected_do_not_matter(method: str):
     assert torch.equal(stream.spectrum().components, expected.spectrum().components)
 
 
-def test_overflow_in_float16_is_seen():
+def test_overflow_in_float16_raises():
     x = torch.randn(40, 24).half()
     x[7] *= 60000
     x[7] *= 60000
@@ -420,7 +422,7 @@ def test_overflow_in_float16_is_seen():
         make_stream(24, 4).add(x)
 
 
-def test_large_finite_numbers_are_no_infinity():
+def test_large_finite_tokens_are_accepted():
     # The norm of the batch overflows in half precision, no entry does.
     x = torch.full((64, 24), 3e4).half() * torch.randn(64, 24).sign().half()
     stream = make_stream(24, 4)
@@ -429,7 +431,7 @@ def test_large_finite_numbers_are_no_infinity():
     assert stream.spectrum().rank == 4
 
 
-def test_wrong_use():
+def test_invalid_calls():
     with pytest.raises(EvaValueError, match="1 <= components <= width <= features"):
         make_stream(8, 4, 9)
     with pytest.raises(EvaValueError, match=r"shape \(N, 8\), got \(3, 7\)"):
@@ -439,14 +441,14 @@ def test_wrong_use():
     assert make_stream(8, 2).add(torch.ones(3, 8), torch.empty(0, dtype=torch.int64)) == 0
 
 
-def test_squares_that_overflow_name_the_remedy():
+def test_error_of_overflowing_squares_names_the_remedy():
     stream = make_stream(16, 2)
     with pytest.raises(NonFiniteError, match=r"squares overflow torch.float32; .* float64"):
         stream.add(torch.full((50, 16), 1e20))
     assert stream.tokens == 0
 
 
-def test_streams_of_one_shape_share_the_rows_they_begin_with(
+def test_streams_of_one_shape_share_their_random_start_basis(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, random_basis = [], state.random_basis
@@ -460,7 +462,7 @@ def test_streams_of_one_shape_share_the_rows_they_begin_with(
     assert len(made) == 1
     assert torch.equal(streams[0].sketch.basis, streams[1].sketch.basis)
     assert streams[0].sketch.basis.data_ptr() != streams[1].sketch.basis.data_ptr()
-    fold_streams(streams[:2])  # after which nobody needs them
+    fold_streams(streams[:2])  # afterwards the rows are no longer needed
     streams[2].add(x)
     assert len(made) == 2
 
@@ -479,7 +481,7 @@ def test_streams_of_one_shape_share_the_rows_they_begin_with(
         (torch.ones(9, 6), torch.arange(3, device="meta"), "rows on meta"),
     ],
 )
-def test_tokens_and_rows_of_another_kind_are_refused(
+def test_invalid_tokens_and_rows_raise(
     method: str, started: bool, x: Tensor, rows: Tensor | None, message: str
 ):
     stream = InputStream(6, 2, 3, torch.device("cpu"), options=Options(method))
@@ -490,6 +492,6 @@ def test_tokens_and_rows_of_another_kind_are_refused(
     assert stream.pending == 20 * started
 
 
-def test_an_unknown_precision_is_refused():
+def test_unknown_precision_raises():
     with pytest.raises(EvaValueError, match=r"precision='hihg'.*'high', 'fast'"):
         Options(precision="hihg")

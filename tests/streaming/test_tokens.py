@@ -1,4 +1,4 @@
-"""Tokens of any dtype, also where some are not finite, here and on the way of an accelerator."""
+"""Tokens of several dtypes and tensor classes, some not finite, on CPU and accelerator paths."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_tokens_of_another_dtype_than_the_state(
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_large_tokens_are_no_infinity_beside_a_bad_one(method: str) -> None:
-    # The norm of those that are left overflows in half precision, no entry does.
+def test_large_finite_tokens_are_kept_beside_a_bad_one(method: str) -> None:
+    # The norm of the finite tokens overflows in half precision, no entry does.
     x = 3e4 * torch.randn(64, 24).sign().half()
     x[9, 3] = torch.nan
     stream = make_stream(24, 4, 24, method=method, skip_nonfinite=True)
@@ -39,22 +39,22 @@ def test_large_tokens_are_no_infinity_beside_a_bad_one(method: str) -> None:
     assert relative(found[:1], exact(kept)[0][:1]) <= 1e-5
 
 
-class Named(Tensor):
-    """With ways of its own that its copies inherit, as MONAI's images."""
+class CustomTensor(Tensor):
+    """A subclass whose methods differ and whose copies inherit them, as MONAI's images."""
 
     def new_empty(self, size: tuple[int, ...]) -> Tensor:
         raise TypeError("there is none without a name")
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_tokens_of_another_class_are_tensors(method: str) -> None:
+def test_tokens_of_a_tensor_subclass(method: str) -> None:
     parts = with_spectrum(200, 16, decaying(16)).split(50)
     found, expected = (
         feed(make_stream(16, 4, 8, method=method, backend="torch"), given).spectrum().components
-        for given in ([part.as_subclass(Named) for part in parts], parts)
+        for given in ([part.as_subclass(CustomTensor) for part in parts], parts)
     )
     assert type(found) is Tensor
     assert torch.equal(found, expected)
-    pca = IncrementalPCA(4, method=method).fit(torch.cat(parts).as_subclass(Named))
+    pca = IncrementalPCA(4, method=method).fit(torch.cat(parts).as_subclass(CustomTensor))
     assert {type(pca.components_), type(pca.mean_), type(pca.var_)} == {Tensor}
-    assert type(pca.transform(parts[0].as_subclass(Named))) is Tensor
+    assert type(pca.transform(parts[0].as_subclass(CustomTensor))) is Tensor

@@ -1,4 +1,4 @@
-"""The way of an accelerator, taken on the CPU: same answers, one read a step, faults by name."""
+"""The code path of accelerators, run on the CPU: results, host reads per step, and errors."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from helpers import (
 from host_reads import HostReads, counted
 
 METHODS = ["sketch", "gram"]
-# The interpreter of the other backend is slow, and nothing here depends on it.
+# The Triton interpreter is slow, and nothing here depends on the backend.
 make_stream = functools.partial(helpers.make_stream, backend="torch")
 SINGLE = TOLERANCES[torch.float32]
 
 
 @pytest.fixture
-def away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU pass for a device whose numbers are not free."""
+def accelerator_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the CPU as a device from which reading values is slow."""
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
 
 
 def kinds() -> dict[str, tuple[Tensor, int, int]]:
-    """Return data with the tokens of a batch and the components wanted."""
+    """Return data, batch size and number of components by kind."""
     outlier = with_spectrum(400, 64, decaying(64))
     outlier[:, 3] *= 1000
     return {
@@ -75,7 +75,9 @@ def kinds() -> dict[str, tuple[Tensor, int, int]]:
 
 @pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("method", METHODS)
-def test_same_answers(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_equal_those_of_the_cpu_path(
+    method: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x, size, k = kinds()[kind]
     dtype = x.dtype
     streams = [make_stream(x.shape[1], k, method=method, dtype=dtype) for _ in "ab"]
@@ -103,8 +105,8 @@ def test_same_answers(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("chunk", [1, 3 * 12 * 40 * 8, 3 * 40 * 40 * 8])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.usefixtures("away")
-def test_chunks_make_no_difference(
+@pytest.mark.usefixtures("accelerator_path")
+def test_results_do_not_depend_on_chunk_size(
     method: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = [with_spectrum(200, 40, decaying(40), seed=i) for i in range(5)]
@@ -127,7 +129,7 @@ def test_chunks_make_no_difference(
         assert one.similarity == pytest.approx(other.similarity, abs=1e-6)
 
 
-def several() -> list[tuple[InputStream, Tensor]]:
+def mixed_streams() -> list[tuple[InputStream, Tensor]]:
     """Return streams of several shapes and kinds with data for two steps, 40 tokens each."""
     shapes = [(48, 6, "sketch"), (32, 6, "sketch"), (48, 6, "sketch"), (24, 4, "gram")]
     return [
@@ -137,13 +139,13 @@ def several() -> list[tuple[InputStream, Tensor]]:
 
 
 def waits_of(seen: HostReads) -> dict[str, int]:
-    # Here ``ops.eigh`` is torch's; its own launch on a GPU does not wait.
+    # Here ``ops.eigh`` is torch's; the native kernel used on a GPU does not wait.
     return {name: count for name, count in seen.waits.items() if name != "_linalg_eigh"}
 
 
-@pytest.mark.usefixtures("away")
-def test_one_read_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs = several()
+@pytest.mark.usefixtures("accelerator_path")
+def test_one_host_read_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = mixed_streams()
     streams = [stream for stream, _ in pairs]
     rows = torch.arange(0, 40, 1)
     for begin in (0, 40):
@@ -162,20 +164,20 @@ def test_one_read_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(stream.converged and stream.previous is None for stream in streams)
 
 
-def test_a_fold_is_queued_until_it_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fold_is_queued_until_finish_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     for free in (True, False):
         monkeypatch.setattr(_host, "reads_are_free", lambda device, free=free: free)
-        pairs = several()
+        pairs = mixed_streams()
         for stream, x in pairs:
             stream.add(x[:40])
-        begun = begin_fold(stream for stream, _ in pairs)
-        assert begun.queued is not free
-        assert len(begun.finish()) == len(pairs)
-        assert not begun.queued
+        pending = begin_fold(stream for stream, _ in pairs)
+        assert pending.queued is not free
+        assert len(pending.finish()) == len(pairs)
+        assert not pending.queued
         assert not begin_fold([make_stream(48, 6)]).queued  # nothing is due
 
 
-def test_the_count_sees_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counter_detects_waiting_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.arange(4.0)
     with counted(monkeypatch) as seen:
         float(x.sum())
@@ -188,18 +190,18 @@ def test_the_count_sees_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"index", "nonzero", "_linalg_eigh", "read"} <= set(seen.waits)
 
 
-def test_the_cpu_looks_at_every_token_at_once() -> None:
+def test_cpu_checks_tokens_in_add() -> None:
     with pytest.raises(NonFiniteError, match="1 of 2 tokens"):
         make_stream(4, 2).add(torch.tensor([[1.0] * 4, [float("nan")] * 4]))
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
-def test_the_comparison_is_that_of_the_cpu(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs, late = several(), make_stream(48, 6)
+def test_comparison_equals_that_of_the_cpu(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, late = mixed_streams(), make_stream(48, 6)
     streams = [stream for stream, _ in pairs]
     for begin in (0, 40):
-        if begin:  # one more, whose first step is no step to compare with
+        if begin:  # one more stream, which has no previous step to compare with
             pairs.insert(0, (late, pairs[0][1]))
             streams.insert(0, late)
         for stream, x in pairs:
@@ -225,11 +227,11 @@ def test_the_comparison_is_that_of_the_cpu(criterion: str, monkeypatch: pytest.M
         compare_streams(folded, [3] * 5, tau=float("nan"))
 
 
-@pytest.mark.usefixtures("away")
-def test_a_rank_that_is_deficient_is_repaired_and_compared_again() -> None:
+@pytest.mark.usefixtures("accelerator_path")
+def test_rank_deficient_basis_is_completed_and_compared() -> None:
     x = with_spectrum(120, 48, [30.0, 10.0, 3.0], dtype=torch.float64)
     stream = feed(make_stream(48, 6, dtype=torch.float64), [x[:60]])
-    # Another direction, so that other rows complete the basis than before.
+    # Another direction, so that the basis is completed by other rows than before.
     stream.add(x[60:] + 0.01 * torch.randn(60, 1) * torch.randn(48))
     fold_streams([stream])
     basis = stream.sketch.basis
@@ -242,8 +244,8 @@ def test_a_rank_that_is_deficient_is_repaired_and_compared_again() -> None:
     assert stream.converged
 
 
-@pytest.mark.usefixtures("away")
-def test_a_merged_stream_of_deficient_rank_is_repaired() -> None:
+@pytest.mark.usefixtures("accelerator_path")
+def test_merged_stream_of_deficient_rank_is_orthonormal() -> None:
     x = with_spectrum(120, 48, [30.0, 10.0, 3.0])
     left, right = (feed(make_stream(48, 6, method="gram"), [half]) for half in x.split(60))
     left.merge(right)
@@ -262,27 +264,27 @@ def same(left: dict[str, object], right: dict[str, object]) -> bool:
     )
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_bad_token_is_found_by_the_fold_and_changes_nothing(method: str, value: float) -> None:
+def test_fold_raises_for_bad_tokens_and_changes_no_state(method: str, value: float) -> None:
     x = with_spectrum(400, 48, decaying(48))
     bad, good = (feed(make_stream(48, 6, method=method), [x[:200]]) for _ in "ab")
     other = feed(make_stream(32, 6), [x[:200, :32]])
     before, others = snapshot(bad), snapshot(other)
     broken = x[200:300].clone()
     broken[[3, 70], 5] = value
-    for part in broken.split(80):  # the last is sound
+    for part in broken.split(80):  # the last part is finite
         bad.add(part)
     other.add(x[200:300, :32])
     open_ = snapshot(other)
-    told = "2 of 100 tokens hold NaN" if method == "gram" else "some of 100 tokens hold NaN"
+    message = "2 of 100 tokens hold NaN" if method == "gram" else "some of 100 tokens hold NaN"
     if value == 1e25 and method == "sketch":
-        told = "squares overflow torch.float32; .* float64"
-    with pytest.raises(NonFiniteStepError, match=told) as caught:
+        message = "squares overflow torch.float32; .* float64"
+    with pytest.raises(NonFiniteStepError, match=message) as caught:
         fold_streams([other, bad])
     assert caught.value.stream is bad
-    # Every state is as it was; the other stream still has its tokens, to the bit.
+    # Every state is as before; the other stream still has its tokens, bit for bit.
     assert same(snapshot(other), open_)
     assert not same(open_, others)
     if method == "sketch":
@@ -306,8 +308,8 @@ def test_a_bad_token_is_found_by_the_fold_and_changes_nothing(method: str, value
     assert 1 - principal_cosine(found.components, expected.components) <= SINGLE.cosine
 
 
-@pytest.mark.usefixtures("away")
-def test_of_bad_streams_the_first_is_named() -> None:
+@pytest.mark.usefixtures("accelerator_path")
+def test_error_names_the_first_bad_stream() -> None:
     streams = [make_stream(d, 6) for d in (48, 32, 48)]
     for i, stream in enumerate(streams):
         stream.add(torch.randn(40 + i, stream.features))
@@ -318,8 +320,8 @@ def test_of_bad_streams_the_first_is_named() -> None:
     assert caught.value.stream is streams[1]
 
 
-@pytest.mark.usefixtures("away")
-def test_bad_tokens_beside_a_stream_that_counts_none() -> None:
+@pytest.mark.usefixtures("accelerator_path")
+def test_bad_tokens_beside_a_stream_checked_at_every_add() -> None:
     streams = [make_stream(48, 6, method="gram", check_every_add=looks) for looks in (True, False)]
     for stream in streams:
         stream.add(torch.randn(40, 48))
@@ -332,9 +334,9 @@ def test_bad_tokens_beside_a_stream_that_counts_none() -> None:
         assert caught.value.stream is bad
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("method", METHODS)
-def test_sums_that_overflow_are_told_and_change_no_other_stream(method: str) -> None:
+def test_overflowing_sums_raise_and_change_no_other_stream(method: str) -> None:
     x = with_spectrum(400, 40, decaying(40))
     stream, other = (feed(make_stream(40, 6, method=method), [x[:200]]) for _ in "ab")
     stream.add(1e18 * x[200:])  # each token can be squared, their sum cannot
@@ -345,17 +347,17 @@ def test_sums_that_overflow_are_told_and_change_no_other_stream(method: str) -> 
     assert same(snapshot(other), open_)
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("method", METHODS)
-def test_large_tokens_in_half_precision_are_no_infinity(method: str) -> None:
+def test_large_finite_half_precision_tokens_are_accepted(method: str) -> None:
     x = torch.full((64, 24), 3e4).half() * torch.randn(64, 24).sign().half()
     stream = feed(make_stream(24, 4, method=method), [x])
     assert (stream.tokens, stream.spectrum().rank) == (64, 4)
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_bad_first_batch_leaves_nothing(method: str) -> None:
+def test_bad_first_batch_leaves_the_stream_empty(method: str) -> None:
     x = with_spectrum(200, 48, decaying(48))
     stream, expected = (make_stream(48, 6, method=method) for _ in "ab")
     broken = x[:100].clone()
@@ -368,9 +370,9 @@ def test_a_bad_first_batch_leaves_nothing(method: str) -> None:
     assert torch.equal(answers[0].components, answers[1].components)
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("method", METHODS)
-def test_bad_tokens_that_are_not_selected_do_not_matter(method: str) -> None:
+def test_bad_tokens_outside_the_selected_rows_are_ignored(method: str) -> None:
     x = with_spectrum(300, 48, decaying(48))
     x[200:] = float("nan")
     stream, expected = (make_stream(48, 6, method=method) for _ in "ab")
@@ -380,10 +382,10 @@ def test_bad_tokens_that_are_not_selected_do_not_matter(method: str) -> None:
     assert torch.equal(answers[0].components, answers[1].components)
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("option", ["skip_nonfinite", "check_every_add"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_check_at_every_add_can_be_asked_for(method: str, option: str) -> None:
+def test_options_that_check_at_every_add(method: str, option: str) -> None:
     x = with_spectrum(100, 24, decaying(24))
     x[7] = float("nan")
     stream = make_stream(24, 4, method=method, **{option: True})
@@ -396,9 +398,9 @@ def test_a_check_at_every_add_can_be_asked_for(method: str, option: str) -> None
         assert stream.tokens == 0
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_copy_shares_nothing_with_the_stream(method: str) -> None:
+def test_clone_shares_no_memory_with_the_stream(method: str) -> None:
     x = with_spectrum(300, 48, decaying(48))
     stream = feed(make_stream(48, 6, method=method), [x[:100]])
     copy = stream.clone()
@@ -411,9 +413,9 @@ def test_a_copy_shares_nothing_with_the_stream(method: str) -> None:
         assert not torch.equal(pivot, stream.state.sketch.mean)
 
 
-@pytest.mark.usefixtures("away")
+@pytest.mark.usefixtures("accelerator_path")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_restored_stream_goes_on_with_the_same_bits(method: str) -> None:
+def test_restored_stream_continues_with_the_same_bits(method: str) -> None:
     x = with_spectrum(300, 48, decaying(48))
     stream = feed(make_stream(48, 6, method=method), [x[:100], x[100:200]])
     stream.add(x[200:205])
@@ -425,8 +427,8 @@ def test_a_restored_stream_goes_on_with_the_same_bits(method: str) -> None:
     assert same(snapshot(stream), snapshot(copy))
 
 
-@pytest.mark.usefixtures("away")
-def test_incremental_pca_refuses_bad_rows_at_once() -> None:
+@pytest.mark.usefixtures("accelerator_path")
+def test_incremental_pca_refuses_bad_rows_immediately() -> None:
     x = with_spectrum(200, 24, decaying(24))
     bad = x[100:].clone()
     bad[4, 2] = float("nan")
@@ -441,8 +443,8 @@ def test_incremental_pca_refuses_bad_rows_at_once() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.usefixtures("away")
-def test_graded_spectra_stay_orthonormal_by_one_read(
+@pytest.mark.usefixtures("accelerator_path")
+def test_graded_spectra_stay_orthonormal_with_one_read(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exponents = torch.linspace(0, 1, 100, dtype=torch.float64)
@@ -457,10 +459,10 @@ def test_graded_spectra_stay_orthonormal_by_one_read(
         assert orthonormality(stream.sketch.basis) <= TOLERANCES[dtype].orthonormal
 
 
-@pytest.mark.usefixtures("away")
-def test_rows_that_stay_uneven_are_flagged() -> None:
-    # From a random start the image of every row is as large as the largest, and the digits of the
-    # small eigenvalues are lost.
+@pytest.mark.usefixtures("accelerator_path")
+def test_uneven_rows_are_flagged() -> None:
+    # From a random basis the image of every row is dominated by the largest eigenvalue, and the
+    # digits of the small eigenvalues are lost.
     rotation = random_basis(192, 192, seed=2)
     spectrum = torch.full((192,), 5e-8, dtype=torch.float64)
     spectrum[:32] = torch.logspace(0, -7, 32, dtype=torch.float64)
@@ -480,8 +482,8 @@ def test_rows_that_stay_uneven_are_flagged() -> None:
     assert flags == [True, False]
 
 
-@pytest.mark.usefixtures("away")
-def test_a_start_without_variance_keeps_its_random_rows() -> None:
+@pytest.mark.usefixtures("accelerator_path")
+def test_first_basis_without_variance_keeps_its_random_rows() -> None:
     stream = make_stream(40, 4)
     stream.add(torch.full((30, 40), 2.0))
     start = random_basis(8, 40, stream.options.seed)

@@ -1,4 +1,4 @@
-"""Autocast, torch's default dtype and device around the engine change nothing, not a bit."""
+"""Ambient autocast, default dtype and default device do not change any bit of the results."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from helpers import decaying, make_stream, with_spectrum
 METHODS = ["sketch", "gram"]
 OTHER = torch.device("xpu", 7)
 full = torch.full
-AROUND = ["autocast", "another device", "bfloat16", "float64"]
+AMBIENT = ["autocast", "another device", "bfloat16", "float64"]
 
 
 @contextmanager
-def around(what: str) -> Iterator[None]:
+def ambient(what: str) -> Iterator[None]:
     contexts = {
         "": nullcontext(),
         "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
@@ -45,50 +45,55 @@ def around(what: str) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def lives(method: str, criterion: str, what: str) -> tuple[list[InputStream], list[Tensor]]:
-    """Return streams with a past and their components; ``what`` is around each call."""
+def run_streams(method: str, criterion: str, what: str) -> tuple[list[InputStream], list[Tensor]]:
+    """Return streams after adds, folds and a merge, and their components.
+
+    Every call runs under the ambient setting ``what``.
+    """
     x = with_spectrum(300, 40, decaying(40))
     streams = [make_stream(40, 6, method=method, backend="torch") for _ in range(3)]
     for part in x.split(100):
         for i, stream in enumerate(streams):
-            with around(what):
+            with ambient(what):
                 stream.add(part * (i + 1))
-        with around(what):
-            begun = begin_fold(streams)
-        with around(what):
-            folded = begun.finish()
-        with around(what):
+        with ambient(what):
+            pending = begin_fold(streams)
+        with ambient(what):
+            folded = pending.finish()
+        with ambient(what):
             compare_streams(folded, [4] * 3, tau=0.5, criterion=criterion)
-    with around(what):
+    with ambient(what):
         streams[0].merge(streams.pop())
     streams[0].add(x[:50])
-    with around(what):
+    with ambient(what):
         answers = spectra(streams)
     return streams, [answer.components for answer in answers]
 
 
 @pytest.mark.parametrize("free", [True, False])
 @pytest.mark.parametrize("criterion", ["cosine", "subspace"])
-@pytest.mark.parametrize("what", AROUND)
+@pytest.mark.parametrize("what", AMBIENT)
 @pytest.mark.parametrize("method", METHODS)
-def test_streams(
+def test_streams_ignore_ambient_settings(
     method: str, what: str, criterion: str, free: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_host, "reads_are_free", lambda device: free)
-    (found, components), (expected, wanted) = (lives(method, criterion, w) for w in (what, ""))
+    (found, components), (expected, expected_components) = (
+        run_streams(method, criterion, w) for w in (what, "")
+    )
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.sketch.basis, other.sketch.basis)
         assert one.similarity == other.similarity
-    assert all(map(torch.equal, components, wanted))
+    assert all(map(torch.equal, components, expected_components))
 
 
-@pytest.mark.parametrize("what", AROUND)
+@pytest.mark.parametrize("what", AMBIENT)
 @pytest.mark.parametrize("method", METHODS)
-def test_incremental_pca(method: str, what: str) -> None:
+def test_incremental_pca_ignores_ambient_settings(method: str, what: str) -> None:
     x = with_spectrum(300, 40, decaying(40))
     results = []
     for one in (what, ""):
-        with around(one):
+        with ambient(one):
             pca = IncrementalPCA(6, method=method).fit(x[:200])
             pca.merge(IncrementalPCA(6, method=method).fit(x[200:].numpy()))
             reduced = pca.transform(x)
@@ -100,11 +105,11 @@ def test_incremental_pca(method: str, what: str) -> None:
     ("made", "home"),
     [
         (lambda x, **like: x.double() + 2.0**-40, OTHER),
-        (lambda x, **like: x, torch.device("cpu")),  # says float64, and means float32
+        (lambda x, **like: x, torch.device("cpu")),  # accepts float64, but returns float32
         (lambda x, **like: x.new_empty(0).to("no device"), torch.device("cpu")),
     ],
 )
-def test_where_the_state_is_kept(
+def test_device_of_the_state(
     made: Callable[..., Tensor], home: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "full", lambda *like, **where: made(full(*like), **where))
@@ -116,7 +121,7 @@ def test_where_the_state_is_kept(
         _host._supports_float64.cache_clear()
 
 
-def test_autocast_of_an_accelerator_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_of_an_unknown_accelerator_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("hpu"))
     enabled = without_autocast(torch._C._is_any_autocast_enabled)
     with torch.autocast("hpu", dtype=torch.bfloat16):
