@@ -1,9 +1,8 @@
-"""Go through the launchers as on a GPU, up to the launch; writes what was compiled.
+"""Run the launchers as on a GPU, up to the launch; prints the names of the compiled kernels.
 
-Run as a script, in a process that does not interpret kernels. A stand-in for the driver names a
-chip and takes down what is launched; specialisation on arguments, compilation and options are
-Triton's own. Fails unless later launches, by native code or past Triton's binding, are the same as
-its first one.
+Run as a script, in a process that does not interpret kernels. A simulated driver reports a
+chip and records launches; specialisation on arguments, compilation and options are Triton's own.
+Fails unless later launches, by native code or by Triton's launcher alone, equal the first one.
 """
 
 import inspect
@@ -33,7 +32,7 @@ kernels: dict[int, Any] = {}  # by handle
 
 
 def launcher(source: Any, metadata: Any) -> Callable[..., None]:
-    """Return what takes down a launch; as Triton's, it takes an argument for each in `source`."""
+    """Return a function that records a launch; it takes one argument for each in `source`."""
 
     def record(gx, gy, gz, stream, function, metadata, launch_metadata, enter, leave, *arguments):
         assert min(gx, gy, gz) > 0, (gx, gy, gz)
@@ -44,34 +43,35 @@ def launcher(source: Any, metadata: Any) -> Callable[..., None]:
     return record
 
 
-def at_driver(gx, gy, gz, stream, function, *arguments) -> tuple:
-    """Return what the driver is given, of what Triton's launcher is given."""
+def driver_arguments(gx, gy, gz, stream, function, *arguments) -> tuple:
+    """Return the arguments of the driver for those of Triton's launcher."""
     kernel = kernels[function]
     source, meta = kernel.src, kernel.metadata
     taken = [
         value
         for value, (name, kind) in zip(arguments, source.signature.items(), strict=True)
-        if kind != "constexpr" and name not in source.constants  # 3.2 gives those a type, too
+        if kind != "constexpr"
+        and name not in source.constants  # Triton 3.2 gives constants a type, too
     ]
-    # addresses of scratch memory, which a kernel of Triton takes behind its arguments
+    # addresses of scratch memory, which Triton kernels take after their arguments
     scratch = [0] * (len(parameter_sizes(function)) - len(taken))
     how = 32 * meta.num_warps, meta.shared, launched_early(kernel)
     return (function, [gx, gy, gz], *how, [*taken, *scratch], stream)
 
 
 def launched_early(kernel: Any) -> bool:
-    return getattr(kernel.metadata, "launch_pdl", False)  # 3.2 does not know of it
+    return getattr(kernel.metadata, "launch_pdl", False)  # Triton 3.2 lacks it
 
 
 class Launches(_C.LaunchList):
-    """The native list, in front of a driver that takes down what it is given."""
+    """The native launch list with a driver that records launches."""
 
     def run(self, given, workspace, device, stream):
         launched.extend((*launch, stream) for launch in self.resolve(given, workspace))
 
 
 def parameter_sizes(function: int) -> list[int]:
-    """Return what the driver would read in the compiled code."""
+    """Return the parameter sizes that the driver would read from the compiled code."""
     declared = re.findall(r"\.param \.u(\d+) .*_param_\d+,?\n", kernels[function].asm["ptx"])
     return [int(bits) // 8 for bits in declared]
 
@@ -79,7 +79,7 @@ def parameter_sizes(function: int) -> list[int]:
 NATIVE = SimpleNamespace(LaunchList=Launches, parameter_sizes=parameter_sizes)
 
 
-def stand_in(arch: str) -> SimpleNamespace:
+def simulated_driver(arch: str) -> SimpleNamespace:
     properties = {"max_shared_mem": ARCHS[arch].shared_bytes, "multiprocessor_count": 100}
     handles = iter(range(1, 1000))
     asks_threads = "n_max_threads" in inspect.getsource(CompiledKernel._init_handles)
@@ -100,29 +100,29 @@ def stand_in(arch: str) -> SimpleNamespace:
 
 
 def check(launch: Callable[[], None], native: bool) -> None:
-    """Launch by Triton, then twice by what it returned: all launches must be the same."""
+    """Launch once by Triton and twice by the relauncher; all launches must be equal."""
     _native.load_or_none = lambda kind: NATIVE if native else None
-    seen = []
+    launches_of_runs = []
     for i in range(3):
         launched.clear()
         count = len(by_triton)
         launch()
-        assert (len(by_triton) > count) == (i == 0), "who launched?"
-        seen.append(list(launched))
+        assert (len(by_triton) > count) == (i == 0), "launched by the wrong launcher"
+        launches_of_runs.append(list(launched))
     if native:
-        seen[0] = [at_driver(*launch) for launch in seen[0]]
-    assert seen[0] == seen[1] == seen[2], seen
+        launches_of_runs[0] = [driver_arguments(*launch) for launch in launches_of_runs[0]]
+    assert launches_of_runs[0] == launches_of_runs[1] == launches_of_runs[2], launches_of_runs
 
 
 def main(arch: str) -> None:
-    driver.set_active(stand_in(arch))
+    driver.set_active(simulated_driver(arch))
     run = jit.JITFunction.run
 
     def named(self, *arguments, **options):
         by_triton.append(self.fn.__name__)
         compiled = run(self, *arguments, **options)
         kernels[compiled.function] = compiled
-        # a kernel that waits by itself, and only such a one, is launched before its turn
+        # a kernel is launched early if and only if it waits for the preceding one itself
         assert launched_early(compiled) == ("griddepcontrol.wait" in compiled.asm["ptx"])
         assert launched_early(compiled) == ARCHS[arch].dependent_launch
         return compiled
@@ -138,21 +138,24 @@ def main(arch: str) -> None:
             state = torch.zeros(q, d), torch.zeros(d), torch.zeros(q, d), *sums
             sketched = sketch_sequence.__wrapped__(used, q, d, *kind)
             check_both(sketched, (x, rows, *state))
-            for other, again in ((512, False), (used + 128, True)):  # whole tiles, and as before
+            for other, again in (
+                (512, False),
+                (used + 128, True),
+            ):  # whole tiles, and the same specialisation
                 more = sketch_sequence.__wrapped__(other, q, d, *kind)
                 check_other(more, (x, rows, *state), again)
             state = torch.zeros(d), torch.zeros(d, d), *sums
             added = gram_sequence.__wrapped__(used, d, *kind)
             check_both(added, (x, rows, *state))
     sys.stdout.write(json.dumps(by_triton) + "\n")
-    # Another alignment is another kernel, which Triton has to choose.
+    # Another alignment needs another kernel, which Triton has to choose.
     shifted = torch.zeros(n * (d + 8) + 1, dtype=dtype)[1:].view(n, d + 8)[:, :d]
     workspace = torch.empty(added.nbytes, dtype=torch.uint8)
     check(lambda: added.run((shifted, rows, *state), workspace), native=True)
 
 
 def check_both(launches: sequence.LaunchSequence, tensors: tuple) -> None:
-    """Check a sequence with native code and, forgetting what is known by then, without."""
+    """Check a sequence with native code and, after clearing the caches, without."""
     workspace = torch.empty(launches.nbytes + 3, dtype=torch.uint8)
     for native in (True, False):
         launches._relaunchers.clear()
@@ -161,19 +164,21 @@ def check_both(launches: sequence.LaunchSequence, tensors: tuple) -> None:
 
 
 def check_other(launches: sequence.LaunchSequence, tensors: tuple, again: bool) -> None:
-    """Check a sequence of other numbers: launches as Triton's, which is asked unless `again`."""
+    """Check a sequence with other numbers; Triton launches it first unless `again`."""
     workspace = torch.empty(launches.nbytes, dtype=torch.uint8)
     _native.load_or_none = lambda kind: NATIVE
-    known, seen = dict(sequence._compiled), []
-    for asks in (not again, True):
+    known, launches_of_runs = dict(sequence._compiled), []
+    for uses_triton in (not again, True):
         launched.clear()
         count = len(by_triton)
         launches.run(tensors, workspace)
-        assert (len(by_triton) > count) == asks, "who launched?"
-        seen.append([at_driver(*one) for one in launched] if asks else list(launched))
+        assert (len(by_triton) > count) == uses_triton, "launched by the wrong launcher"
+        launches_of_runs.append(
+            [driver_arguments(*one) for one in launched] if uses_triton else list(launched)
+        )
         launches._relaunchers.clear()
         sequence._compiled.clear()
-    assert seen[0] == seen[1], seen
+    assert launches_of_runs[0] == launches_of_runs[1], launches_of_runs
     sequence._compiled.update(known)
 
 

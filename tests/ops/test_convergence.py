@@ -26,7 +26,7 @@ def batch(device: torch.device, noise: float = 0.1) -> tuple[list, list]:
     return [x.to(device) for x in previous], [x.to(device) for x in current]
 
 
-def truth(previous: list, current: list) -> torch.Tensor:
+def expected_counts(previous: list, current: list) -> torch.Tensor:
     pairs = zip(previous, current, strict=True)
     return torch.cat(
         [
@@ -38,7 +38,7 @@ def truth(previous: list, current: list) -> torch.Tensor:
 
 def check(previous: list, current: list, ranks: list, tau: float, backend: str) -> None:
     similarity, unconverged = convergence(previous, current, ranks, tau, backend=backend)
-    expected = truth(previous, current)
+    expected = expected_counts(previous, current)
     assert similarity.dtype == torch.float32
     assert unconverged.dtype == torch.int32
     assert similarity.device == unconverged.device == current[0].device
@@ -54,7 +54,7 @@ def test_ragged_batch(tau: float, backend: str, device: torch.device) -> None:
     check(previous, current, [len(u) for u in previous], tau, backend)
 
 
-def test_counts_only_the_leading_rows(backend: str, device: torch.device) -> None:
+def test_only_the_leading_rows_are_counted(backend: str, device: torch.device) -> None:
     previous, current = batch(device, noise=10.0)
     ranks = [2, 0, 3, 1, 4, 1, 7]
     check(previous, current, ranks, 0.999999, backend)
@@ -62,7 +62,7 @@ def test_counts_only_the_leading_rows(backend: str, device: torch.device) -> Non
 
 
 def test_row_strides(backend: str, device: torch.device) -> None:
-    # NaN between the rows: a read outside a row shows.
+    # NaN between the rows exposes reads outside a row.
     wide = torch.full((2, 12, 80), float("nan"), device=device)
     wide[:, :, 3:70] = torch.randn(2, 12, 67, device=device)
     u, v = wide[0, ::3, 3:70], wide[1, ::3, 3:70]
@@ -88,7 +88,7 @@ def test_broadcast_rows(backend: str, device: torch.device) -> None:
     check([u], [torch.randn(6, 40, device=device)], [6], 0.3, backend)
 
 
-def test_sign_flips_agree(backend: str, device: torch.device) -> None:
+def test_sign_flips_do_not_matter(backend: str, device: torch.device) -> None:
     u = torch.randn(6, 100, device=device)
     similarity, unconverged = convergence([u], [-u], [6], 1.0, backend=backend)
     assert similarity.tolist() == [1.0] * 6
@@ -117,7 +117,7 @@ def test_zero_rows(backend: str, device: torch.device) -> None:
     assert unconverged.tolist() == [3, 2]
 
 
-def test_empty_matrices_between_others(backend: str, device: torch.device) -> None:
+def test_empty_matrices_among_others(backend: str, device: torch.device) -> None:
     full, none = torch.randn(2, 8, device=device), torch.empty(0, 8, device=device)
     matrices = [none, full, none, none, full, none]
     ranks = [0, 2, 0, 0, 1, 0]
@@ -139,7 +139,7 @@ def test_same_bits_twice(backend: str, device: torch.device) -> None:
     assert torch.equal(first[1], second[1])
 
 
-def test_registered_operator_keeps_its_promises(backend: str, device: torch.device) -> None:
+def test_registered_operator_passes_opcheck(backend: str, device: torch.device) -> None:
     previous, current = batch(device)
     ranks = [len(matrix) for matrix in current]
     arguments = (previous, current, ranks, 0.99, backend == "torch")
@@ -180,7 +180,7 @@ def test_bad_input(
 
 
 def groups(device: torch.device) -> tuple[list, list, list]:
-    """Return saved rows, bases and how many rows of each were kept, of two groups of layers."""
+    """Return saved rows, bases and the number of kept rows of two groups of layers."""
     kept, shapes = [[2, 0, 6], [5, 1]], [(6, 40), (5, 7)]
     pairs = list(zip(kept, shapes, strict=True))
     bases = [[torch.randn(shape, device=device) for _ in counts] for counts, shape in pairs]
@@ -188,7 +188,7 @@ def groups(device: torch.device) -> tuple[list, list, list]:
 
 
 @pytest.mark.parametrize("modules", ["all", "absent", "for no device"])
-def test_cosines_of_groups(
+def test_cosines_of_two_groups(
     modules: str,
     device: torch.device,
     request: pytest.FixtureRequest,
@@ -205,10 +205,12 @@ def test_cosines_of_groups(
         now += [basis[:count] for basis, count in zip(group, counts, strict=True)]
     found = cosines(saved, bases, kept)
     assert (found.dtype, found.device) == (torch.float32, saved[0].device)
-    torch.testing.assert_close(found.cpu().double(), truth(before, now), rtol=2e-7, atol=2e-7)
+    torch.testing.assert_close(
+        found.cpu().double(), expected_counts(before, now), rtol=2e-7, atol=2e-7
+    )
 
 
-def test_registered_operator_of_cosines_keeps_its_promises(device: torch.device) -> None:
+def test_registered_operator_of_cosines_passes_opcheck(device: torch.device) -> None:
     saved, bases, kept = groups(device)
     flat = [basis for group in bases for basis in group]
     counts = [count for group in kept for count in group]
@@ -242,7 +244,7 @@ def test_unknown_backend() -> None:
         convergence([MATRIX], [MATRIX], [1], 0.5, backend="triton")
 
 
-def test_explicit_native_refuses_a_device_without_code() -> None:
+def test_explicit_native_raises_on_a_device_without_it() -> None:
     meta = MATRIX.to("meta")
     with pytest.raises(EvaRuntimeError, match="no native code for device type 'meta'"):
         convergence([meta], [meta], [1], 0.5, backend="native")
@@ -282,7 +284,7 @@ def test_auto_uses_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(
     _native.unavailable_reason("cuda") is not None, reason="the CUDA module is not built"
 )
-def test_cuda_module_explains_a_missing_driver() -> None:
+def test_error_of_a_missing_cuda_driver() -> None:
     module = _native.load("cuda")
     if module.device_count():
         pytest.skip("there is a driver")

@@ -1,4 +1,4 @@
-"""Which backend an operation runs on, and what is said of it."""
+"""The choice of backend, its log messages, and loading of the native modules."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ TOKENS = torch.zeros(4, 32)
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Collect what the log says, as if nothing had been said before."""
+def log_messages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the log messages, with none of them logged before."""
     monkeypatch.setattr(_dispatch, "_reasons_logged", set())
     caplog.set_level(logging.INFO, "eva_kernels")
     return caplog.messages
 
 
-def test_auto_interprets_no_kernel_on_a_cpu(told: list[str]) -> None:
+def test_auto_does_not_interpret_kernels_on_cpu(log_messages: list[str]) -> None:
     assert _dispatch.choose_backend("sketch", "auto", TOKENS, torch.float32, 32) == "torch"
 
 
-def test_a_reason_is_told_once(told: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_each_reason_is_logged_once(
+    log_messages: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     for op in ("sketch", "gram", "sketch"):
         _dispatch.choose_backend(op, "auto", TOKENS, torch.float32)
     assert caplog.messages == ["sketch runs on plain PyTorch: tensors are on the CPU"]
@@ -48,7 +50,7 @@ def test_a_reason_is_told_once(told: list[str], caplog: pytest.LogCaptureFixture
         (torch.bfloat16, torch.float32, 257, "a width of 257 is above 256"),
     ],
 )
-def test_what_kernels_do_not_take(
+def test_unsupported_tokens_raise_with_the_reason(
     dtype: torch.dtype, state: torch.dtype, width: int, reason: str
 ) -> None:
     pytest.importorskip("triton")
@@ -58,7 +60,7 @@ def test_what_kernels_do_not_take(
         _dispatch.choose_backend("sketch", "triton", x, state, width)
 
 
-def test_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons_why_triton_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     chip: list[Any] = [object()]
     interpreted = SimpleNamespace(value=False)
     modules = {
@@ -84,14 +86,14 @@ def test_why_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "imported (no triton here)" in str(_dispatch.triton_unavailable(device))
 
 
-def test_an_unknown_backend() -> None:
+def test_unknown_backend_raises() -> None:
     with pytest.raises(EvaValueError, match="backend='cuda' is unknown"):
         _dispatch.choose_backend("sketch", "cuda", TOKENS, torch.float32)
 
 
 @pytest.fixture
-def nothing_known() -> Iterator[None]:
-    """Forget which modules there are, before and after."""
+def no_cached_modules() -> Iterator[None]:
+    """Clear the caches of loaded modules before and after the test."""
     kept = _native._module_or_reason, _native.load_or_none
     for function in kept:
         function.cache_clear()
@@ -100,7 +102,7 @@ def nothing_known() -> Iterator[None]:
         function.cache_clear()
 
 
-# Built for, what the GPUs are, and what is said of them.
+# Architectures of the module, capabilities of the GPUs, and the expected message.
 GPUS = [
     ("80 90", [(8, 0), (8, 6), (9, 0), (10, 3)], None),
     ("90a", [(9, 0)], None),
@@ -123,24 +125,24 @@ GPUS = [
 ]
 
 
-@pytest.mark.usefixtures("nothing_known")
-@pytest.mark.parametrize(("archs", "gpus", "said"), GPUS)
-def test_native_code_that_the_gpus_cannot_run_is_not_used(
-    archs: str, gpus: list[tuple[int, int]], said: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("no_cached_modules")
+@pytest.mark.parametrize(("archs", "gpus", "message"), GPUS)
+def test_cuda_module_is_used_only_if_all_gpus_can_run_it(
+    archs: str, gpus: list[tuple[int, int]], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = SimpleNamespace(archs=archs, toolkit=13010, device_count=lambda: len(gpus))
     monkeypatch.setitem(sys.modules, "eva_kernels._cuda", module)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
-    assert _native.load_or_none("cuda") is (module if said is None else None)
-    if said is not None:
-        with pytest.raises(EvaRuntimeError, match=re.escape(said)):
+    assert _native.load_or_none("cuda") is (module if message is None else None)
+    if message is not None:
+        with pytest.raises(EvaRuntimeError, match=re.escape(message)):
             _native.load("cuda")
 
 
-@pytest.mark.usefixtures("nothing_known")
-def test_a_module_whose_libraries_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_cached_modules")
+def test_module_with_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> None:
         raise ImportError("libcudart.so: cannot open shared object file")
 
@@ -152,11 +154,9 @@ def test_a_module_whose_libraries_are_missing(monkeypatch: pytest.MonkeyPatch) -
             _native.load(kind)
 
 
-@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.usefixtures("no_cached_modules")
 @pytest.mark.parametrize("gpus", [False, True])
-def test_gpus_are_asked_of_for_their_own_module_alone(
-    gpus: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cpu_module_does_not_check_gpus(gpus: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, cuda = SimpleNamespace(), SimpleNamespace(device_count=lambda: 0, toolkit=13010)
     monkeypatch.setitem(sys.modules, "eva_kernels._C", plain)
     monkeypatch.setitem(sys.modules, "eva_kernels._cuda", cuda)
@@ -165,19 +165,19 @@ def test_gpus_are_asked_of_for_their_own_module_alone(
     assert _native.load_or_none("cuda") is (None if gpus else cuda)
 
 
-def test_a_gpu_s_module_is_told_device_and_current_stream(
+def test_native_call_passes_device_and_current_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    seen: list[tuple[float, ...]] = []
-    module: Any = SimpleNamespace(fold=lambda *given: seen.append(given))
+    calls: list[tuple[float, ...]] = []
+    module: Any = SimpleNamespace(fold=lambda *given: calls.append(given))
     stream = {torch.device("cuda", 3): SimpleNamespace(cuda_stream=77)}
     monkeypatch.setattr(torch.cuda, "current_stream", stream.__getitem__)
     for device in (torch.device("cuda", 3), torch.device("cpu")):
         _native.call(module, "fold", 1, 2.5, device=device)
-    assert seen == [(1, 2.5, 3, 77), (1, 2.5)]
+    assert calls == [(1, 2.5, 3, 77), (1, 2.5)]
 
 
-def test_tokens_are_copied_only_where_their_features_are_apart() -> None:
+def test_tokens_are_copied_only_if_features_are_not_adjacent() -> None:
     x = torch.randn(6, 40)[::2, :32]
     assert _dispatch.with_contiguous_columns(x) is x
     apart = _dispatch.with_contiguous_columns(x.mT)

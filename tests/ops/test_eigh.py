@@ -59,7 +59,7 @@ def check(matrices: Tensor, device: torch.device, backend: str) -> tuple[Tensor,
     norm = torch.linalg.matrix_norm(matrices, 2)[:, None]
     assert (values.diff(dim=1) >= 0).all()
     assert ((values - torch.linalg.eigvalsh(matrices)).abs() <= 1e-13 * norm).all()
-    # Divided first: the square of 1e300 is not a number, that of 1e-300 is zero.
+    # Scaled first: the square of 1e300 overflows, that of 1e-300 underflows.
     scale = torch.where(norm > 0, norm, 1.0)
     residual = (matrices / scale[:, :, None]) @ vectors - vectors * (values / scale)[:, None, :]
     assert (residual.norm(dim=1) <= 1e-13).all()
@@ -69,7 +69,7 @@ def check(matrices: Tensor, device: torch.device, backend: str) -> tuple[Tensor,
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_random(width: int, backend: str, device: torch.device) -> None:
+def test_random_matrices(width: int, backend: str, device: torch.device) -> None:
     check(symmetric(3, width), device, backend)
 
 
@@ -92,7 +92,7 @@ def test_difficult_spectra(width: int, backend: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("exponent", [1000, -1000])
-def test_ends_of_the_range(exponent: int, backend: str, device: torch.device) -> None:
+def test_extreme_magnitudes(exponent: int, backend: str, device: torch.device) -> None:
     matrix = torch.tensor([[-1.5e7, 0.0, 0.0], [1e5, 1.5e7, 0.0], [1.0, 2.0, 3.0]]).double()
     expected = torch.linalg.eigvalsh(matrix) * 2.0**exponent
     values, _ = eigh((matrix * 2.0**exponent)[None].to(device), backend=backend)
@@ -110,7 +110,7 @@ def test_zero_rank_one_and_diagonal(backend: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("count", "width"), [(0, 0), (0, 4), (3, 0)])
-def test_nothing_to_do(count: int, width: int, backend: str, device: torch.device) -> None:
+def test_empty_batches(count: int, width: int, backend: str, device: torch.device) -> None:
     empty = torch.zeros(count, width, width, dtype=torch.float64, device=device)
     values, vectors = eigh(empty, backend=backend)
     assert values.shape == (count, width)
@@ -128,7 +128,7 @@ def test_only_the_lower_triangle_is_read(backend: str, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_matrices_do_not_disturb_others(
+def test_nonfinite_matrices_do_not_affect_others(
     bad: float, backend: str, device: torch.device
 ) -> None:
     good = symmetric(4, 9)
@@ -140,7 +140,7 @@ def test_non_finite_matrices_do_not_disturb_others(
         assert torch.equal(result[[1, 3]], clean[[1, 3]])
 
 
-def test_any_strides(backend: str, device: torch.device) -> None:
+def test_strided_input(backend: str, device: torch.device) -> None:
     buffer = torch.randn(3, 40, 40, dtype=torch.float64, device=device)
     view = (buffer + buffer.mT)[:, ::4, ::4]
     expected = eigh(view.contiguous(), backend=backend)
@@ -150,7 +150,7 @@ def test_any_strides(backend: str, device: torch.device) -> None:
     assert torch.equal(eigh(one, backend=backend)[1][2], expected[1][0])
 
 
-def test_same_bits_twice_and_alone(backend: str, device: torch.device) -> None:
+def test_same_bits_twice_and_in_any_batch(backend: str, device: torch.device) -> None:
     matrices = symmetric(4, 31).to(device)
     first, second = (eigh(matrices, backend=backend) for _ in range(2))
     alone = eigh(matrices[2:3], backend=backend)
@@ -165,15 +165,15 @@ def test_gradients_are_not_tracked(backend: str, device: torch.device) -> None:
 
 
 @needs_module
-def test_native_signs(device: torch.device) -> None:
+def test_native_sign_convention(device: torch.device) -> None:
     _, vectors = eigh(symmetric(3, 24).to(device), backend="native")
     peak = vectors.abs().argmax(1, keepdim=True)
     assert (vectors.gather(1, peak) > 0).all()
 
 
 @needs_module
-def test_native_equal_values_are_in_the_order_of_the_diagonal(device: torch.device) -> None:
-    ones = torch.arange(40) % 3 == 1  # more than an unstable sort keeps in order
+def test_native_orders_equal_values_as_on_the_diagonal(device: torch.device) -> None:
+    ones = torch.arange(40) % 3 == 1  # enough that an unstable sort would reorder them
     diagonal = torch.where(ones, 1.0, 2.0).double().diag()
     _, vectors = eigh(diagonal[None].to(device), backend="native")
     order = torch.cat([ones.nonzero(), (~ones).nonzero()]).flatten()
@@ -214,39 +214,39 @@ def test_small_eigenvalues_of_graded_matrices(device: torch.device) -> None:
 
 @needs_module
 @pytest.mark.parametrize("may_fall_back", [False, True])
-def test_operator_is_well_formed(may_fall_back: bool, device: torch.device) -> None:
+def test_operator_passes_opcheck(may_fall_back: bool, device: torch.device) -> None:
     matrices = symmetric(2, 5).to(device)
     done = opcheck(torch.ops.eva_kernels.eigh.default, (matrices, may_fall_back))
     assert set(done.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("kind", ["auto", "native"])
-def test_simulated_gpu_sees_one_call(kind: str) -> None:
-    seen = []
+def test_simulated_gpu_dispatches_one_operator(kind: str) -> None:
+    calls = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append((func.name(), *args[1:]))
+            calls.append((func.name(), *args[1:]))
             return func(*args, **(kwargs or {}))
 
     with FakeTensorMode():
         matrices = torch.empty(3, MAX_WIDTH, MAX_WIDTH, device="cuda", dtype=torch.float64)
         with Recorder():
             values, vectors = eigh(matrices, backend=kind)
-    assert seen == [("eva_kernels::eigh", kind == "auto")]  # which may fall back
+    assert calls == [("eva_kernels::eigh", kind == "auto")]  # may fall back
     assert (values.shape, vectors.shape) == ((3, MAX_WIDTH), (3, MAX_WIDTH, MAX_WIDTH))
     assert values.device.type == vectors.device.type == "cuda"
     assert vectors.stride() == (MAX_WIDTH**2, 1, MAX_WIDTH)
 
 
-def test_auto_is_lapack_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_lapack_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "load", None)
     matrices = symmetric(2, 6)
     for result, expected in zip(eigh(matrices), torch.linalg.eigh(matrices), strict=True):
         assert torch.equal(result, expected)
 
 
-def test_auto_takes_torch_for_wide_matrices_and_logs_once(
+def test_auto_uses_torch_for_wide_matrices_and_logs_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(_dispatch, "_reasons_logged", set())
@@ -283,15 +283,17 @@ def test_gpu_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(values, torch.linalg.eigh(matrices)[0])
 
 
-def given_up(matrices: Tensor) -> None:
+def failing_lapack(matrices: Tensor) -> None:
     raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_lapack_of_numpy_where_torch_gives_up(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numpy_is_used_if_torch_does_not_converge(
+    size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     matrices = torch.cat([symmetric(2, 9) * size, torch.zeros(1, 9, 9, dtype=torch.float64)])
     expected = torch.linalg.eigvalsh(matrices)
-    monkeypatch.setattr(torch.linalg, "eigh", given_up)
+    monkeypatch.setattr(torch.linalg, "eigh", failing_lapack)
     values, vectors = lapack_eigh(matrices)
     assert ((values - expected).abs() <= 1e-14 * expected.abs().amax(1, keepdim=True)).all()
     again = (vectors * values[:, None, :]) @ vectors.mT
@@ -302,8 +304,8 @@ def test_lapack_of_numpy_where_torch_gives_up(size: float, monkeypatch: pytest.M
             assert torch.equal(result, truth)
 
 
-def test_lapack_of_what_is_not_finite_still_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.linalg, "eigh", given_up)
+def test_nonfinite_input_of_the_numpy_fallback_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.linalg, "eigh", failing_lapack)
     with pytest.raises(torch.linalg.LinAlgError, match="failed to converge"):
         lapack_eigh(torch.full((1, 3, 3), torch.nan, dtype=torch.float64))
 
@@ -330,7 +332,7 @@ def test_unknown_backend() -> None:
         eigh(MATRIX, backend="triton")
 
 
-def test_explicit_native_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explicit_native_raises_for_unsupported_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EvaRuntimeError, match="no native code for device type 'meta'"):
         eigh(MATRIX.to("meta"), backend="native")
     wide = torch.zeros(1, MAX_WIDTH + 1, MAX_WIDTH + 1, dtype=torch.float64)
@@ -346,7 +348,7 @@ def test_explicit_native_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPat
 @pytest.mark.skipif(
     _native.unavailable_reason("cuda") is not None, reason="the CUDA module is not built"
 )
-def test_cuda_module_explains_a_missing_driver() -> None:
+def test_error_of_a_missing_cuda_driver() -> None:
     module = _native.load("cuda")
     if module.device_count():
         pytest.skip("there is a driver")

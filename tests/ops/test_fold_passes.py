@@ -1,4 +1,4 @@
-"""The passes of a fold against dense algebra, native and plain, and in a whole fold."""
+"""The native and plain passes of a fold against dense algebra, alone and in a whole fold."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def passes(request: pytest.FixtureRequest, device: torch.device) -> type[Passes]
 
 
 class Problem:
-    """Layers with a fold to be done, and the answer by dense float64 algebra."""
+    """Layers to be folded, and the expected results by dense float64 algebra."""
 
     def __init__(self, count: int, q: int, d: int, device: torch.device) -> None:
         wide = torch.float64
@@ -50,13 +50,13 @@ class Problem:
         self.products = [torch.randn(q, d, device=device) for _ in range(count)]
         self.means = [torch.randn(d, device=device) for _ in range(count)]
         self.shifts = [torch.randn(d, dtype=wide, device=device) for _ in range(count)]
-        # Of the first layer the squares lie all about the old mean: nothing is gained.
+        # In the first layer all squares are due to the shift of the mean: no variance is added.
         self.squares = [torch.tensor(1e4 * i, dtype=wide, device=device) for i in range(count)]
         self.numbers = 0.5 + torch.rand(count, 4 + q, dtype=wide, device=device)
         self.mixing = torch.randn(count, q, q, dtype=wide, device=device)
         self.ranks = [q if i == 0 else i % (q + 1) for i in range(count)]
-        self.told = torch.full((count, 2 + 2 * q), torch.nan, dtype=wide, device=device)
-        self.told[:, 0] = torch.tensor(self.ranks)
+        self.summary = torch.full((count, 2 + 2 * q), torch.nan, dtype=wide, device=device)
+        self.summary[:, 0] = torch.tensor(self.ranks)
         self.kept = [q if i == count - 1 else i % (q + 1) for i in range(count)]
 
     @property
@@ -74,7 +74,7 @@ class Problem:
 
 
 class Passes:
-    """The three native passes of a problem, one after another."""
+    """The three native passes of a problem, in order."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.layers = problem, fold_layers(*problem.layers)
@@ -88,12 +88,12 @@ class Passes:
     def rows(self, sound: Tensor) -> Tensor:
         p, (delta, mean, _) = self.problem, self.prepare()
         along = fold_measure(self.layers, p.numbers, delta)[0]
-        fold_rows(self.layers, p.numbers, delta, along, mean, p.mixing, p.told, sound)
+        fold_rows(self.layers, p.numbers, delta, along, mean, p.mixing, p.summary, sound)
         return self.layers.saved
 
 
 class PlainPasses(Passes):
-    """The same by the plain twins."""
+    """The same passes by the plain implementation."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -109,7 +109,7 @@ class PlainPasses(Passes):
     def rows(self, sound: Tensor) -> Tensor:
         p, (delta, mean, _) = self.problem, self.prepare()
         state = p.bases, p.products, p.means, p.kept, p.numbers, delta
-        return reference.fold_rows(*state, self.measure()[0], mean, p.mixing, p.told, sound)
+        return reference.fold_rows(*state, self.measure()[0], mean, p.mixing, p.summary, sound)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -121,17 +121,17 @@ def test_prepare(shape: tuple[int, int, int], passes: type[Passes], device: torc
         torch.testing.assert_close(delta[i], problem.delta(i))
         torch.testing.assert_close(mean[i], (before + share * problem.delta(i)).float())
         gain = problem.squares[i] - weight * problem.delta(i).square().sum()
-        wanted = [problem.squares[i], max(gain, 0 * gain), mean[i].double().norm()]
-        torch.testing.assert_close(scalars[i], torch.stack(wanted))
+        expected = [problem.squares[i], max(gain, 0 * gain), mean[i].double().norm()]
+        torch.testing.assert_close(scalars[i], torch.stack(expected))
 
 
-def test_scalars_of_what_is_not_finite(passes: type[Passes], device: torch.device) -> None:
+def test_scalars_of_nonfinite_sums(passes: type[Passes], device: torch.device) -> None:
     problem = Problem(3, 4, 40, device)
     problem.squares[0].fill_(torch.nan)
     problem.shifts[1][7] = torch.nan
     scalars = passes(problem).prepare()[2]
-    wanted = [[True, True, False], [False, True, True], [False, False, False]]
-    assert scalars.isnan().tolist() == wanted
+    expected = [[True, True, False], [False, True, True], [False, False, False]]
+    assert scalars.isnan().tolist() == expected
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -159,7 +159,7 @@ def test_rows(
     old = [basis.clone() for basis in problem.bases]
     before = [mean.clone() for mean in problem.means]
     new = steps.prepare()[1]
-    wanted = [(problem.mixing[i].mT @ problem.image(i)).float() for i in range(len(old))]
+    expected = [(problem.mixing[i].mT @ problem.image(i)).float() for i in range(len(old))]
     saved = steps.rows(torch.tensor(sound, device=device))
     if not sound:
         for found, kept in zip(problem.bases + problem.means, old + before, strict=True):
@@ -168,14 +168,14 @@ def test_rows(
     rows = [basis[:count] for basis, count in zip(old, problem.kept, strict=True)]
     assert torch.equal(saved, torch.cat(rows))
     for i, (basis, rank) in enumerate(zip(problem.bases, problem.ranks, strict=True)):
-        scale = float(wanted[i].abs().max())
-        torch.testing.assert_close(basis[:rank], wanted[i][:rank], rtol=0, atol=2e-7 * scale)
+        scale = float(expected[i].abs().max())
+        torch.testing.assert_close(basis[:rank], expected[i][:rank], rtol=0, atol=2e-7 * scale)
         assert torch.equal(basis[rank:], old[i][rank:])
         assert torch.equal(problem.means[i], new[i])
 
 
 @needs_module
-def test_native_mixing_of_any_strides(device: torch.device) -> None:
+def test_native_mixing_with_other_strides(device: torch.device) -> None:
     one, other = Problem(2, 8, 50, device), Problem(2, 8, 50, device)
     copied = {key: copy.deepcopy(value) for key, value in vars(one).items()}
     vars(other).update(copied, mixing=one.mixing.mT.contiguous().mT)
@@ -201,13 +201,13 @@ def test_native_results_are_symmetric(device: torch.device) -> None:
 
 
 @needs_module
-def test_operators_are_well_formed(device: torch.device) -> None:
+def test_operators_pass_opcheck(device: torch.device) -> None:
     problem = Problem(2, 5, 20, device)
     layers, numbers = fold_layers(*problem.layers), problem.numbers
     delta, mean, _ = fold_prepare(layers, numbers)
     along = fold_measure(layers, numbers, delta)[0]
     sound = torch.ones((), dtype=torch.bool, device=device)
-    mixed = along, mean, problem.mixing, problem.told, sound
+    mixed = along, mean, problem.mixing, problem.summary, sound
     table, ops = layers.table, torch.ops.eva_kernels
     found = [
         opcheck(ops.fold_prepare.default, (table, numbers, layers.features)),
@@ -221,7 +221,7 @@ def test_operators_are_well_formed(device: torch.device) -> None:
     ("count", "width", "features"),
     [(1, 16, 64), (96, 64, 4096), (32, 64, 11008), (1, 128, 300_000), (500, 1, 1)],
 )
-def test_splits_fill_a_gpu_and_hold_all_features(count: int, width: int, features: int) -> None:
+def test_splits_fill_a_gpu_and_cover_all_features(count: int, width: int, features: int) -> None:
     columns = columns_per_split(count, width, features)
     splits = -(-features // columns)
     pairs = 3 if width > 64 else 1
@@ -233,7 +233,7 @@ def test_splits_fill_a_gpu_and_hold_all_features(count: int, width: int, feature
 
 @pytest.fixture
 def compiled_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the way of a GPU on the CPU, with the compiled twins for its kernels."""
+    """Use the code path of a GPU on the CPU, with the compiled CPU kernels."""
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
     for where in (fold_module, nystrom_module):
         monkeypatch.setattr(where, "runs_natively", lambda tensor: True)
@@ -242,7 +242,7 @@ def compiled_folds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_module
 @pytest.mark.parametrize("spectrum", [decaying(48), [50.0, 20.0, 3.0]])
-def test_a_whole_fold_gives_the_same_answers(
+def test_whole_fold_equals_plain_pytorch(
     spectrum: object, compiled_folds: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = [with_spectrum(240, 48, spectrum, offset=5.0, seed=i) for i in range(3)]
@@ -275,13 +275,13 @@ needs_fake_cuda = pytest.mark.skipif(compiler_missing(), reason="needs g++ for a
 
 
 @needs_fake_cuda
-def test_simulated_gpu_sees_three_calls() -> None:
-    seen = []
+def test_simulated_gpu_dispatches_three_operators() -> None:
+    calls = []
 
     class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "eva_kernels":
-                seen.append(func.name().removeprefix("eva_kernels::"))
+                calls.append(func.name().removeprefix("eva_kernels::"))
             return func(*args, **(kwargs or {}))
 
     with fake_cuda():
@@ -291,14 +291,14 @@ def test_simulated_gpu_sees_three_calls() -> None:
             delta, mean, scalars = fold_prepare(layers, numbers)
             along, core, metric = fold_measure(layers, numbers, delta)
             sound = torch.ones((), dtype=torch.bool, device=DEVICE)
-            mixed = along, mean, problem.mixing, problem.told, sound
+            mixed = along, mean, problem.mixing, problem.summary, sound
             fold_rows(layers, numbers, delta, *mixed)
-    assert seen == ["fold_prepare", "fold_measure", "fold_rows"]
+    assert calls == ["fold_prepare", "fold_measure", "fold_rows"]
     shapes = [tuple(t.shape) for t in (delta, mean, scalars, along, core, metric, layers.saved)]
     assert shapes == [(2, 600), (2, 600), (2, 3), (2, 70), (2, 70, 70), (2, 70, 70), (70, 600)]
     assert {t.device.type for t in (delta, mean, scalars, along, core, metric)} == {"cuda"}
-    # the partial sums of twelve blocks (two layers and splits, three pairs of tiles of rows), and
-    # afterwards the saved rows
+    # partial sums of twelve blocks (two layers, two splits, three pairs of row tiles); later
+    # reused for the saved rows
     assert layers.memory.numel() == 12 * 4 * 64 * 64
 
 
@@ -309,11 +309,11 @@ def test_simulated_gpu_has_memory_for_all_saved_rows() -> None:
         problem.kept = [64, 64]
         layers = fold_layers(*problem.layers)
         assert layers.saved.shape == (128, 500)
-        assert layers.memory.numel() == 128 * 500  # more than two blocks add up
+        assert layers.memory.numel() == 128 * 500  # more than the partial sums of two blocks
 
 
 @needs_module
-def test_layers_hold_the_tensors_they_point_to(device: torch.device) -> None:
+def test_layers_keep_their_tensors_alive(device: torch.device) -> None:
     problem = Problem(2, 3, 10, device)
     given = [weakref.ref(tensor) for tensors in problem.layers[:5] for tensor in tensors]
     layers = fold_layers(*problem.layers)
@@ -323,7 +323,7 @@ def test_layers_hold_the_tensors_they_point_to(device: torch.device) -> None:
 
 
 @needs_fake_cuda
-def test_what_has_native_code() -> None:
+def test_runs_natively_by_device_dtype_and_width() -> None:
     assert not module.runs_natively(torch.empty(2, 8))
     with fake_cuda():
         assert module.runs_natively(torch.empty(2, 8, device=DEVICE))
@@ -392,7 +392,7 @@ def test_bad_input_of_rows(name: str, value: Tensor, error: type) -> None:
         "along": torch.ones(2, 3).double(),
         "mean": torch.ones(2, 10),
         "mixing": problem.mixing,
-        "summary": problem.told,
+        "summary": problem.summary,
         "all_finite": torch.ones((), dtype=torch.bool),
         name: value,
     }
@@ -407,7 +407,7 @@ def test_bad_input_of_rows(name: str, value: Tensor, error: type) -> None:
             fold_prepare(layers, given["numbers"])
 
 
-def test_no_native_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_native_module_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "MODULES", {"cpu": "eva_kernels._absent"})
     _native._module_or_reason.cache_clear()
     with pytest.raises(EvaRuntimeError, match=r"backend='native' cannot run.*_absent"):

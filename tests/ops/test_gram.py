@@ -17,7 +17,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def state(x: Tensor, pivot: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Return pivot and empty sums for x, in the dtype that its stream has."""
+    """Return pivot and empty sums for x, in the dtype of its stream."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     d = x.shape[1]
     pivot = (torch.zeros(d) if pivot is None else pivot).to(dtype)
@@ -51,7 +51,7 @@ def test_outliers_and_offset(dtype: torch.dtype, backend: str, device: torch.dev
     check(offset, backend, pivot=torch.full((250,), 800.0))
 
 
-def test_precision_is_that_which_was_asked_for(backend: str, device: torch.device):
+def test_requested_precision_is_used(backend: str, device: torch.device):
     x, error = torch.randn(127, 40, device=device), {}
     for precision in PLANES:
         pivot, *sums = state(x)
@@ -61,28 +61,28 @@ def test_precision_is_that_which_was_asked_for(backend: str, device: torch.devic
     assert (error["fast"] > 10 * error["high"]) == (backend == "triton")
 
 
-def test_a_pivot_that_differs_by_feature(backend: str, device: torch.device):
+def test_pivot_that_differs_by_feature(backend: str, device: torch.device):
     x = torch.randn(127, 250, device=device)
     check(x, backend, pivot=torch.linspace(-3, 3, 250))
 
 
 @pytest.mark.parametrize(("backend", "dtype"), KINDS)
-def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
+def test_strided_tokens(dtype: torch.dtype, backend: str, device: torch.device):
     wide = torch.full((600, 80), float("nan"), device=device, dtype=dtype)
     wide[1::3, 3:70:2] = torch.randn(200, 34, device=device).to(dtype)
     check(wide[1::3, 3:70:2], backend)
     check(torch.randn(34, 200, device=device).to(dtype).mT, backend)
 
 
-# Whole tiles, in splits of 17 and 16 of them; and tiles that are whole along one side only.
+# Whole tiles, in splits of 17 and 16 tiles; and tiles that are whole along one side only.
 @pytest.mark.parametrize(("n", "d"), [(2112, 256), (128, 250), (127, 256)])
-def test_nothing_around_the_tokens_is_read(n: int, d: int, backend: str, device: torch.device):
+def test_memory_around_the_tokens_is_not_read(n: int, d: int, backend: str, device: torch.device):
     wide = torch.full((n + 128, d + 128), float("nan"), device=device, dtype=torch.bfloat16)
     wide[:n, :d] = torch.randn(n, d, device=device)
     check(wide[:n, :d], backend)
 
 
-def test_a_pivot_and_rows_with_gaps(backend: str, device: torch.device):
+def test_strided_pivot_and_rows(backend: str, device: torch.device):
     x, rows = torch.randn(300, 34, device=device), torch.arange(300, device=device)[::3]
     dense, gaps = [state(x, torch.randn(34)) for _ in range(2)]
     gram(x, *dense, rows.contiguous(), backend=backend)
@@ -90,21 +90,21 @@ def test_a_pivot_and_rows_with_gaps(backend: str, device: torch.device):
     assert all(map(torch.equal, dense[1:], gaps[1:]))
 
 
-def test_rows_that_are_not_selected_may_hold_anything(backend: str, device: torch.device):
+def test_rows_that_are_not_selected_may_be_nan(backend: str, device: torch.device):
     x = torch.randn(1500, 33, device=device)
     keep = torch.rand(1500, device=device) > 0.6
     x[~keep] = float("nan")
     check(x, backend, rows=keep.nonzero().flatten())
 
 
-def test_no_rows_add_nothing(backend: str, device: torch.device):
+def test_empty_rows_add_nothing(backend: str, device: torch.device):
     x = torch.full((5, 33), float("nan"), device=device)
     pivot, *sums = state(x)
     gram(x, pivot, *sums, torch.empty(0, dtype=torch.int64, device=device), backend=backend)
     assert not any(part.any() for part in sums)
 
 
-def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
+def test_results_are_added_to_existing_sums(backend: str, device: torch.device):
     dtype = torch.float64 if backend == "torch" else torch.float32
     x = torch.randn(300, 33, dtype=dtype, device=device)
     pivot, *once = state(x)
@@ -116,7 +116,7 @@ def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
         assert relative(found, expected) <= (1e-12 if backend == "torch" else 1e-6)
 
 
-def test_a_long_sum_does_not_swallow_a_batch(backend: str, device: torch.device):
+def test_small_batch_counts_beside_large_sums(backend: str, device: torch.device):
     x = 1 + torch.rand(1031, 34, device=device)
     pivot, scatter, shift, square = state(x)
     shift.fill_(1e10)
@@ -160,7 +160,7 @@ def test_gradients_are_not_tracked(backend: str, device: torch.device):
         ({"precision": "low"}, "precision='low' is unknown; choose one of"),
     ],
 )
-def test_wrong_arguments(change: dict, message: str):
+def test_invalid_arguments(change: dict, message: str):
     names = ("pivot", "scatter", "shift", "square")
     arguments = dict(zip(names, state(torch.ones(4, 8)), strict=True))
     with pytest.raises(EvaValueError, match=message):

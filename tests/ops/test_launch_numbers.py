@@ -1,4 +1,4 @@
-"""The numbers of a launch: whose they are, how work is split, and what must not grow."""
+"""Launch parameters: their choice by chip, how work is split, and sizes of scratch memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOPPER = launch.ARCHS["sm_90"]
         ((12, 1), "sm_120"),
     ],
 )
-def test_a_chip_has_the_numbers_of_its_family(
+def test_chip_uses_launch_parameters_of_its_family(
     capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     properties = SimpleNamespace(multi_processor_count=7)
@@ -45,7 +45,7 @@ def test_a_chip_has_the_numbers_of_its_family(
 
 
 @pytest.mark.parametrize("name", ["gfx942", "gfx90a"])
-def test_an_amd_chip_is_known_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amd_chip_is_identified_by_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(multi_processor_count=7, gcnArchName=f"{name}:sramecc+:xnack-")
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
@@ -57,8 +57,8 @@ def test_an_amd_chip_is_known_by_its_name(name: str, monkeypatch: pytest.MonkeyP
         assert arch.startswith("there are no launch parameters for gfx90a; known are sm_80, ")
 
 
-def test_without_a_c_compiler_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the runtime images of PyTorch: Triton compiles its access to the driver first."""
+def test_missing_c_compiler_disables_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the runtime images of PyTorch, since Triton first compiles its driver binding."""
 
     def fail() -> None:
         raise RuntimeError("Failed to find C compiler")
@@ -77,17 +77,17 @@ def test_without_a_c_compiler_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch
     assert found[1].name == "sm_90"
 
 
-def test_an_old_chip_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_chip_has_no_launch_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert "no launch parameters for sm_75" in launch._device_arch.__wrapped__(0)
 
 
-def test_each_device_is_asked_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arch_is_looked_up_by_device_index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_device_arch", functools.cache(lambda index: index))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert launch.arch_of(torch.device("cuda", 1)) is HOPPER  # it only pretends
+    assert launch.arch_of(torch.device("cuda", 1)) is HOPPER  # without CUDA, a simulated device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert launch.arch_of(torch.device("cuda", 1)) == 1
@@ -95,14 +95,14 @@ def test_each_device_is_asked_by_its_index(monkeypatch: pytest.MonkeyPatch) -> N
     assert launch.arch_of(torch.device("cpu")) is HOPPER
 
 
-def test_a_tile_divides_both_sides_or_does_not() -> None:
+def test_tile_divides_needs_both_sides() -> None:
     tile = launch.Tile(64, 32, 4, 3)
     assert tile.divides(128, 96)
     assert not tile.divides(127, 96)
     assert not tile.divides(128, 95)
 
 
-def test_tiles_are_those_of_the_tokens() -> None:
+def test_tiles_are_chosen_by_dtype_and_centring() -> None:
     short, wide = launch.Tile(64, 64, 4, 2), launch.Tile(32, 64, 4, 2)
     assert [launch.GramTiles(short, wide).for_itemsize(size) for size in (2, 4)] == [short, wide]
     tiles = [launch.Tile(16 * i, 64, 4, 2) for i in (1, 2, 3, 4)]
@@ -128,9 +128,9 @@ def test_rows_per_thread(block_n: int, block_d: int, warps: int, itemsize: int, 
 @pytest.mark.parametrize(
     ("programs", "rounds", "most", "splits"),
     [
-        (15, 10, 4, 2),  # in three waves of five rounds; without splits in two of ten
-        (1, 105, 10, 9),  # twelve rounds, which is a tenth longer than eleven
-        (1, 90, 10, 10),  # nine, of which ten would be more than a tenth longer
+        (15, 10, 4, 2),  # three waves of five rounds, instead of two of ten without splits
+        (1, 105, 10, 9),  # twelve rounds, a tenth longer than eleven
+        (1, 90, 10, 10),  # nine rounds, as ten would be more than a tenth longer
         (10, 8, 8, 1),
         (1, 3, 8, 3),
         (1, 8, 0, 1),
@@ -143,7 +143,7 @@ def test_splits_fill_the_processors(programs: int, rounds: int, most: int, split
     assert launch.splits_to_fill(2 * programs, rounds, most, smaller, arch) == splits
 
 
-def test_a_kernel_can_wait_where_triton_compiles_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dependent_wait_needs_support_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {
         "nothing": SimpleNamespace(),
         "fails": SimpleNamespace(gdc_wait=lambda _builder=None: None),
@@ -155,7 +155,7 @@ def test_a_kernel_can_wait_where_triton_compiles_it(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_options_of_the_compiler(early: bool) -> None:
+def test_compile_options(early: bool) -> None:
     arch = launch.replace(HOPPER, dependent_launch=early)
     found = launch.compile_options(arch, 8, 3)
     assert found.pop("launch_pdl", False) is early
@@ -164,7 +164,7 @@ def test_options_of_the_compiler(early: bool) -> None:
 
 
 def check_parts(plan: Any, numbers: dict[str, int]) -> None:
-    """Check that so many numbers of four bytes fit each part, and not many more."""
+    """Check that each part holds its four-byte numbers, with less than 256 bytes to spare."""
     assert list(plan.offsets) == list(numbers)
     for (begin, end), count in zip(
         pairwise([*plan.offsets.values(), plan.nbytes]), numbers.values(), strict=True
@@ -178,21 +178,21 @@ def check_parts(plan: Any, numbers: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("n", "d"), [(1, 16), (3000, 64), (64, 11008), (8192, 4096), (777, 1025), (90_000, 700)]
 )
-def test_splits_of_a_sketch(n: int, d: int, q: int, arch: str) -> None:
+def test_sketch_plan_splits_and_parts(n: int, d: int, q: int, arch: str) -> None:
     for centred in (False, True):
         plan = sketch_plan.plan_sketch(n, q, d, centred, launch.ARCHS[arch])
         for splits, blocks, size, whole in (
             (plan.splits_d, plan.blocks_d, plan.project.block_d, d),
             (plan.splits_n, plan.blocks_n, plan.back.block_n, n),
         ):
-            # none has nothing to do, and partial sums take no more than half of 16-bit tokens
+            # no split is empty, and partial sums take at most half the memory of 16-bit tokens
             assert (splits - 1) * blocks * size < whole <= splits * blocks * size
             assert splits == 1 or 4 * splits * plan.block_q <= whole
         rows, flags, pitch = plan.block_q, -(-d // 64), -(-n // 64) * 64
         programs = -(-pitch // min(32, max(16, 2048 // rows)))
         check_parts(
             plan,
-            # A plane is of half as many bytes.
+            # A bfloat16 plane takes half as many bytes.
             {"v_high": rows * d // 2, "v_low": rows * d // 2, "vp_parts": flags * rows}
             | {"vp": rows, "flags": flags, "projected": plan.splits_d * rows * pitch}
             | {"p_high": rows * pitch // 2, "p_low": rows * pitch // 2}
@@ -206,7 +206,7 @@ def test_splits_of_a_sketch(n: int, d: int, q: int, arch: str) -> None:
 @pytest.mark.parametrize(
     ("n", "d"), [(1, 16), (100_000, 64), (64, 4096), (8192, 700), (200_000, 300)]
 )
-def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
+def test_gram_plan_splits_and_parts(n: int, d: int) -> None:
     plan = gram.plan_gram(n, d, 2, HOPPER)
     size = plan.tile.block_n
     assert (
@@ -216,7 +216,9 @@ def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
     )
     assert plan.splits == 1 or 4 * plan.splits * d <= n
     assert (plan.splits > 1) == (n > 8000)
-    assert gram.plan_gram(100_000, 384, 2, HOPPER).splits == 22  # of six tiles, for 132 processors
+    assert (
+        gram.plan_gram(100_000, 384, 2, HOPPER).splits == 22
+    )  # six tiles each, for 132 processors
     d_blocks = -(-d // plan.tile.block_d)
     parts = {
         "scatter_parts": plan.splits * d * d if plan.splits > 1 else 0,
@@ -228,7 +230,7 @@ def test_splits_of_a_gram_matrix(n: int, d: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", launch.ARCHS)
-def test_scratch_memory_is_what_the_launches_take(
+def test_workspace_bytes_equal_those_of_the_launches(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arch, cpu = launch.ARCHS[name], torch.device("cpu")

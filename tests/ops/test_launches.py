@@ -1,4 +1,4 @@
-"""Launches by native code: what a kernel is given, and when Triton must launch it itself."""
+"""Launches by native code: arguments of the kernels, and when Triton must launch them itself."""
 
 import gc
 import subprocess
@@ -31,10 +31,10 @@ META = {
 
 
 class Compiled:
-    """A kernel of Triton, whose code is gone with it."""
+    """A compiled Triton kernel, whose code lives as long as this object."""
 
     def __init__(self, **meta: Any) -> None:
-        """Take what differs from META; None is left out."""
+        """Store META with changes; a value of None removes its key."""
         known = {name: value for name, value in (META | meta).items() if value is not None}
         self.metadata = SimpleNamespace(**known)
         constants = {(1,): None, (4,): 1, (5,): 64}
@@ -43,8 +43,8 @@ class Compiled:
         self.function = 7
 
 
-class CompiledByOld(Compiled):
-    """A kernel of Triton 3.2, which names no constexpr and gives other constants a type."""
+class CompiledByTriton32(Compiled):
+    """A kernel compiled by Triton 3.2, whose signature has no constexpr and types constants."""
 
     def __init__(self) -> None:
         super().__init__(**dict.fromkeys(META.keys() - {"num_ctas", "num_warps", "shared"}))
@@ -59,8 +59,8 @@ class CompiledByOld(Compiled):
         return launch
 
 
-def launches(sizes: list[int] | Exception, **meta: Any) -> Any:
-    """Return the native list of one kernel whose parameters have these sizes, or ``None``."""
+def native_list(sizes: list[int] | Exception, **meta: Any) -> Any:
+    """Return the native list of one kernel with these parameter sizes, or ``None`` if refused."""
 
     def parameter_sizes(function: int) -> list[int]:
         if isinstance(sizes, Exception):
@@ -75,11 +75,13 @@ def launches(sizes: list[int] | Exception, **meta: Any) -> Any:
 
 @pytest.mark.parametrize("scratch", [0, 1, 2])
 @pytest.mark.parametrize(
-    "unknown",  # to Triton: 3.3 and 3.4 have no profile_scratch_size, 3.2 none of these
+    "unknown",  # Triton 3.3 and 3.4 lack profile_scratch_size, 3.2 lacks all of these
     [(), ("profile_scratch_size",), (*META.keys() - {"num_ctas", "num_warps", "shared"},)],
 )
-def test_a_kernel_is_given_what_it_takes(scratch: int, unknown: tuple[str, ...]):
-    found = launches([8, 8, 4] + [8] * scratch, **dict.fromkeys(unknown)).resolve([1024, 0], 4096)
+def test_kernel_gets_pointers_numbers_and_scratch(scratch: int, unknown: tuple[str, ...]):
+    found = native_list([8, 8, 4] + [8] * scratch, **dict.fromkeys(unknown)).resolve(
+        [1024, 0], 4096
+    )
     [(function, grid, threads, shared, early, values)] = found
     assert (function, grid, threads, shared) == (7, [3, 2, 1], 128, 640)
     assert early == ("launch_pdl" not in unknown)
@@ -87,40 +89,40 @@ def test_a_kernel_is_given_what_it_takes(scratch: int, unknown: tuple[str, ...])
     assert values[2] % 2**32 == torch.tensor(-5, dtype=torch.int32).view(torch.uint32)
 
 
-def old_call() -> tuple[Any, CompiledByOld]:
+def call_of_triton_32() -> tuple[Any, CompiledByTriton32]:
     kernel = SimpleNamespace(arg_names=[*SIGNATURE, "BLOCK"])
     call = sequence.Call(kernel, (3, 2), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
-    return call, CompiledByOld()
+    return call, CompiledByTriton32()
 
 
-def test_native_code_gives_a_kernel_of_an_old_triton_no_constants():
-    call, compiled = old_call()
+def test_native_launch_passes_no_constants_to_triton_32_kernels():
+    call, compiled = call_of_triton_32()
     module = SimpleNamespace(LaunchList=_C.LaunchList, parameter_sizes=lambda function: [8, 8, 4])
     [found] = sequence.native_launches(module, [call], [compiled], PLACES).resolve([1024, 0], 4096)
     assert found[-1] == [1024, 4096 + 48, 2**64 - 5]
 
 
 @pytest.fixture
-def entered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return the devices that are current, the last one on top."""
-    entered: list[Any] = [None]
+def device_stack(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the stack of current devices."""
+    device_stack: list[Any] = [None]
 
     @contextmanager
     def current_device(device: torch.device) -> Iterator[None]:
-        entered.append(device)
+        device_stack.append(device)
         yield
-        entered.pop()
+        device_stack.pop()
 
     monkeypatch.setattr(sequence, "current_device", current_device)
-    return entered
+    return device_stack
 
 
-def test_the_launcher_of_an_old_triton_is_given_no_constants(
-    entered: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_triton_32_launcher_gets_no_constants(
+    device_stack: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
-    call, compiled = old_call()
+    call, compiled = call_of_triton_32()
     monkeypatch.setattr(sequence._native, "load_or_none", lambda kind: None)
-    active = SimpleNamespace(get_current_stream=lambda index: f"stream of {entered[-1]}")
+    active = SimpleNamespace(get_current_stream=lambda index: f"stream of {device_stack[-1]}")
     monkeypatch.setattr(sequence, "driver", SimpleNamespace(active=active))
     launches = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
     launches._make_relauncher([compiled], torch.device("cpu"))([1024, 0], 4096)
@@ -143,29 +145,29 @@ def test_the_launcher_of_an_old_triton_is_given_no_constants(
         ([8, 8, 4, 8, 8], {"num_warps": None}),
     ],
 )
-def test_what_is_not_as_expected_is_left_to_triton(sizes: Any, meta: dict[str, Any]):
-    assert launches(sizes, **meta) is None
+def test_unexpected_parameters_or_metadata_are_left_to_triton(sizes: Any, meta: dict[str, Any]):
+    assert native_list(sizes, **meta) is None
 
 
-def test_a_kernel_that_does_not_name_its_arguments_is_left_to_triton():
-    call, compiled = old_call()
+def test_kernel_without_signature_is_left_to_triton():
+    call, compiled = call_of_triton_32()
     compiled.src.signature = {}
     module = SimpleNamespace(LaunchList=_C.LaunchList, parameter_sizes=lambda function: [8, 8, 4])
     assert sequence.native_launches(module, [call], [compiled], PLACES) is None
 
 
-def test_what_is_left_to_triton_is_logged_once(caplog: pytest.LogCaptureFixture):
+def test_launch_by_triton_is_logged_once(caplog: pytest.LogCaptureFixture):
     sequence._log_triton_launches.cache_clear()
     with caplog.at_level("INFO", "eva_kernels"):
         for _ in range(2):
-            launches([8, 8, 2])
+            native_list([8, 8, 2])
     [message] = caplog.messages
     assert "launched by Triton" in message
     assert "[8, 8, 2] bytes where [8, 8, 4]" in message
 
 
 class Kernel:
-    """A kernel that Triton forgets as soon as it has launched it."""
+    """A kernel whose compiled code Triton does not keep after a launch."""
 
     arg_names = (*SIGNATURE, "BLOCK")
 
@@ -182,69 +184,71 @@ class Kernel:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Return what native code launches, as on a GPU, where nothing was compiled so far."""
-    seen: list[Any] = []
+def native_runs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Record launches by native code, as on a GPU, with empty caches."""
+    native_runs: list[Any] = []
 
     class Launches(_C.LaunchList):
         def run(self, given: list[int], workspace: int, device: int, stream: int) -> None:
-            seen.append(self.resolve(given, workspace))
+            native_runs.append(self.resolve(given, workspace))
 
     module = SimpleNamespace(LaunchList=Launches, parameter_sizes=lambda function: [8, 8, 4])
     monkeypatch.setattr(sequence._native, "load_or_none", lambda kind: module)
     active = SimpleNamespace(get_current_stream=lambda index: 0)
     monkeypatch.setattr(sequence, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(sequence, "_compiled", {})
-    return seen
+    return native_runs
 
 
-def test_kernels_live_as_long_as_their_launches(seen: list[Any]):
+def test_sequence_keeps_its_compiled_kernels_alive(native_runs: list[Any]):
     kernel = Kernel()
     call = sequence.Call(kernel, (3,), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
     found = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
     memory, workspace = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(67, dtype=torch.uint8)
-    # one kernel for aligned tokens, one for any others, each launched by Triton once
+    # one kernel for aligned tokens, one for others, each launched by Triton once
     for skipped, known in [(0, 1), (0, 1), (1, 2), (3, 2), (8, 2), (2, 2)]:
         found.run([memory[skipped:], None], workspace)
         assert len(kernel.compiled) == known
-    for skipped in (0, 1):  # and for a workspace that is not aligned
+    for skipped in (0, 1):  # the same for an unaligned workspace
         found.run([memory[skipped:], None], workspace[4:])
         assert len(kernel.compiled) == 3 + skipped
     assert found.relauncher(memory.device) is not None
     assert found.relauncher(torch.device("cuda", 1)) is None
     gc.collect()
     assert all(reference() is not None for reference in kernel.compiled)
-    given = [launch[0][-1] for launch in seen]
+    given = [launch[0][-1] for launch in native_runs]
     assert [values[0] - memory.data_ptr() for values in given] == [0, 6, 16, 4]
     assert {values[1] - workspace.data_ptr() for values in given} == {48}
 
 
-def test_kernels_are_launched_on_their_device_and_the_stream_of_the_moment(
-    seen: list[Any], entered: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_launch_uses_the_device_of_tensors_and_current_stream(
+    native_runs: list[Any], device_stack: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
-    places: list[Any] = []
+    devices: list[Any] = []
 
-    class Placed(Kernel):
+    class DeviceRecordingKernel(Kernel):
         def __getitem__(self, grid: Any) -> Any:
-            places.append(entered[-1])
+            devices.append(device_stack[-1])
             return super().__getitem__(grid)
 
     streams = iter((8, 9))
     monkeypatch.setattr(sequence.driver.active, "get_current_stream", lambda index: next(streams))
-    launches = sequence._native.load_or_none("cuda").LaunchList
-    given = lambda self, spots, base, index, stream: seen.append((index, stream))  # noqa: E731
-    monkeypatch.setattr(launches, "run", given)
-    call = sequence.Call(Placed(), (3,), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {})
+    list_type = sequence._native.load_or_none("cuda").LaunchList
+    given = lambda self, spots, base, index, stream: native_runs.append((index, stream))  # noqa: E731
+    monkeypatch.setattr(list_type, "run", given)
+    call = sequence.Call(
+        DeviceRecordingKernel(), (3,), ("x", "rows", "part"), (-5, 1), {"BLOCK": 64}, {}
+    )
     found = sequence.LaunchSequence([call], ["x", "rows"], {"part": (48, torch.float32)}, 64)
     memory, workspace = torch.zeros(64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.uint8)
     for _ in range(3):
         found.run([memory, None], workspace)
-    assert places == [memory.device]
-    assert seen == [(None, 8), (None, 9)]
+    assert devices == [memory.device]
+    assert native_runs == [(None, 8), (None, 9)]
 
 
-def test_sequences_of_other_numbers_share_kernels_and_keep_them(
-    seen: list[Any], monkeypatch: pytest.MonkeyPatch
+def test_sequences_of_different_sizes_share_kernels(
+    native_runs: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     kernel, memory = Kernel(), torch.zeros(64, dtype=torch.bfloat16)
     monkeypatch.setattr(sequence, "MAX_COMPILED", 2)
@@ -257,18 +261,18 @@ def test_sequences_of_other_numbers_share_kernels_and_keep_them(
         return found
 
     kept = [run(n) for n in (-5, -7)]
-    assert len(kernel.compiled) == len(seen) == len(sequence._compiled) == 1
-    assert seen[0][0][-1][2] == 2**64 - 7
+    assert len(kernel.compiled) == len(native_runs) == len(sequence._compiled) == 1
+    assert native_runs[0][0][-1][2] == 2**64 - 7
     del kept[0]
     run(32)
     assert len(sequence._compiled) == 2
-    run(1)  # one too many: all are forgotten but by who launches them
+    run(1)  # above the limit: the cache is cleared, but sequences keep their kernels
     gc.collect()
     assert len(sequence._compiled) == 1
     assert [reference() is None for reference in kernel.compiled] == [False, True, False]
 
 
-def test_kernels_that_are_interpreted_are_launched_by_triton_every_time(seen: list[Any]):
+def test_interpreted_kernels_are_always_launched_by_triton(native_runs: list[Any]):
     ran = []
 
     class Interpreted(Kernel):
@@ -285,18 +289,18 @@ def test_kernels_that_are_interpreted_are_launched_by_triton_every_time(seen: li
     assert sequence._compiled == {}
 
 
-class Jit:
-    """What Triton knows of the arguments of a kernel."""
+class JitFunction:
+    """The attributes of a jitted function that describe its arguments."""
 
     arg_names = ("x", "rows", "part", "n", "plain", "BLOCK")
     params = tuple(SimpleNamespace(name=n, do_not_specialize=n == "plain") for n in ("n", "plain"))
 
 
-KERNELS = {"a": Jit(), "another": Jit()}
+KERNELS = {"a": JitFunction(), "another": JitFunction()}
 
 
-def key(**changes: Any) -> Any:
-    """Return what Triton chooses compiled kernels by, of one call but for what is changed."""
+def key_of(**changes: Any) -> Any:
+    """Return the specialisation key of one call with changed arguments."""
     given = {"n": 33, "plain": 7, "block": 64, "x": torch.bfloat16, "rows": None, "name": "a"}
     given |= {"part": (48, torch.float32), "warps": 4, "grid": (3,)} | changes
     numbers, options = (given["n"], given["plain"]), {"num_warps": given["warps"]}
@@ -319,8 +323,8 @@ def key(**changes: Any) -> Any:
         {"part": (64, torch.float32)},
     ],
 )
-def test_what_a_compiled_kernel_serves_as_well(changes: dict[str, Any]):
-    assert key(**changes) == key()
+def test_changes_that_need_no_new_compiled_kernel(changes: dict[str, Any]):
+    assert key_of(**changes) == key_of()
 
 
 @pytest.mark.parametrize(
@@ -341,15 +345,15 @@ def test_what_a_compiled_kernel_serves_as_well(changes: dict[str, Any]):
         {"name": "another"},
     ],
 )
-def test_what_needs_a_kernel_of_its_own(changes: dict[str, Any]):
-    assert key(**changes) != key()
-    assert key(n=2**31 + 1) != key(n=2**63 + 1)
-    assert hash(key(**changes)) == hash(key(**changes))
+def test_changes_that_need_a_new_compiled_kernel(changes: dict[str, Any]):
+    assert key_of(**changes) != key_of()
+    assert key_of(n=2**31 + 1) != key_of(n=2**63 + 1)
+    assert hash(key_of(**changes)) == hash(key_of(**changes))
 
 
-def test_addresses_that_are_missing_and_too_many_parameters_are_errors():
+def test_missing_addresses_and_too_many_parameters_raise():
     with pytest.raises(IndexError):
-        launches([8, 8, 4]).resolve([], 0)
+        native_list([8, 8, 4]).resolve([], 0)
     most = _C.LaunchList()
     most.add(7, (1, 1, 1), 32, 0, False, [(sequence.NUMBER, i) for i in range(32)])
     assert most.resolve([], 0)[0][-1] == list(range(32))
@@ -359,7 +363,7 @@ def test_addresses_that_are_missing_and_too_many_parameters_are_errors():
 
 @pytest.mark.skipif(not find_spec("eva_kernels._cuda"), reason="the CUDA module is not built")
 @pytest.mark.parametrize("order", ["_C, _cuda", "_cuda, _C"])
-def test_both_modules_live_in_one_process(order: str):
+def test_both_native_modules_load_in_one_process(order: str):
     code = f"from eva_kernels import {order}; print(_C.LaunchList(), _cuda.LaunchList().run)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
@@ -389,7 +393,7 @@ def test_native_code_launches_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.gpu
-def test_a_new_thread_launches_too():
+def test_launch_from_a_new_thread():
     from eva_kernels.ops import sketch
 
     x, basis = torch.randn(64, 32, device="cuda").bfloat16(), torch.eye(16, 32, device="cuda")
@@ -399,10 +403,10 @@ def test_a_new_thread_launches_too():
 
     def run() -> None:
         sums = given[len(found)]
-        sketch(x, basis, pivot, *sums)  # nothing else that torch launches
+        sketch(x, basis, pivot, *sums)  # the first launch of this thread
         found.append(sums[0])
 
-    run()  # the kernels are known from here on
+    run()  # the kernels are compiled now
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()

@@ -1,4 +1,4 @@
-"""The (Q, Q) part of a fold: native code against its plain twin and against what defines it."""
+"""The (Q, Q) part of a fold: native code against plain PyTorch and the defining equations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eva_kernels.streaming import nystrom as nystrom_module
 from eva_kernels.streaming.nystrom import OVERLAP_TOLERANCE, Nystrom, nystrom_plain
 from fake_cuda import DEVICE, compiler_missing, fake_cuda
 
-# The native twin of the CPU, too, is in the module; tests/packaging builds it.
+# tests/packaging builds the C++ module, so a broken build fails there.
 pytestmark = pytest.mark.skipif(
     _native.unavailable_reason("cpu") is not None, reason="the C++ module is not built"
 )
@@ -27,7 +27,7 @@ LIMIT = OVERLAP_TOLERANCE[torch.float32]
 
 
 class Problem:
-    """Images Y = V C of random bases, or of such near the eigenvectors of C."""
+    """Images Y = V C of random bases, or of bases near the eigenvectors of C."""
 
     def __init__(
         self, q: int, spectrum: Tensor, device: torch.device, near: float | None = None
@@ -66,40 +66,40 @@ def decaying(d: int, least: float = 1e-3) -> Tensor:
 
 @pytest.mark.parametrize("near", [0.01, None])
 @pytest.mark.parametrize("q", [1, 7, 32, 64, 100])
-def test_native_answer_is_that_of_the_plain_twin(
+def test_native_answer_equals_plain_pytorch(
     q: int, near: float | None, device: torch.device
 ) -> None:
     problem = Problem(q, decaying(q + 40), device, near)
-    found, wanted = problem.solve(), problem.plain()
-    assert found.rank.tolist() == wanted.rank.tolist() == [q]
+    found, expected = problem.solve(), problem.plain()
+    assert found.rank.tolist() == expected.rank.tolist() == [q]
     assert found.uneven.tolist() == [0.0]
-    torch.testing.assert_close(found.captured, wanted.captured)
-    torch.testing.assert_close(found.squares, wanted.squares, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.captured, expected.captured)
+    torch.testing.assert_close(found.squares, expected.squares, rtol=1e-7, atol=1e-9)
     rows = problem.rows(found)
     identity = torch.eye(q, dtype=torch.float64, device=device)
     torch.testing.assert_close(rows @ rows.mT, identity, rtol=0, atol=1e-8)
-    overlap = (rows @ problem.rows(wanted).mT).abs()
+    overlap = (rows @ problem.rows(expected).mT).abs()
     torch.testing.assert_close(overlap[:3, :3], identity[:3, :3], rtol=0, atol=1e-6)
-    problem.core += torch.ones_like(problem.core).triu(1)  # the lower triangle counts
+    problem.core += torch.ones_like(problem.core).triu(1)  # only the lower triangle is read
     assert torch.equal(problem.solve().summary, found.summary)
 
 
-def test_native_captured_variance_is_not_below_zero(device: torch.device) -> None:
+def test_native_captured_variance_is_not_negative(device: torch.device) -> None:
     problem = Problem(6, decaying(30), device)
     problem.core[0, 4, 4] = -1e-9  # by rounding
-    found, wanted = problem.solve(), problem.plain()
-    assert found.captured[0, 4] == wanted.captured[0, 4] == 0
-    torch.testing.assert_close(found.captured, wanted.captured)
+    found, expected = problem.solve(), problem.plain()
+    assert found.captured[0, 4] == expected.captured[0, 4] == 0
+    torch.testing.assert_close(found.captured, expected.captured)
 
 
-def test_native_rows_are_uneven_where_they_are_loose(device: torch.device) -> None:
+def test_native_rows_above_the_tolerance_are_uneven(device: torch.device) -> None:
     problem = Problem(16, decaying(40), device)
     for loose, uneven in ((0.0, 1), (LIMIT, 0)):
         found = Nystrom(*nystrom(problem.core, problem.metric, problem.ceiling, loose))
         assert (found.rank.item(), found.uneven.item()) == (16, uneven)
 
 
-@pytest.mark.parametrize("rest", [0.0, 1e-9])  # the core is singular, or has a factor all the same
+@pytest.mark.parametrize("rest", [0.0, 1e-9])  # the core is singular, or just has a Cholesky factor
 def test_native_low_rank_is_exact(rest: float, device: torch.device) -> None:
     spectrum = torch.tensor([50.0, 20.0, 3.0] + [rest] * 30)
     problem = Problem(16, spectrum, device)
@@ -116,10 +116,10 @@ def test_native_low_rank_is_exact(rest: float, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(("least", "rank"), [(1e-11, 2), (1e-13, 1)])
-def test_rank_ends_where_squares_are_rounding(
+def test_rank_excludes_squares_below_rounding(
     least: float, rank: int, device: torch.device
 ) -> None:
-    # Rows so near the eigenvectors that the core tells nothing: what is along the second is first.
+    # Rows so near the eigenvectors that the core does not resolve the second eigenvalue.
     angle = torch.tensor(1.4e-6, dtype=torch.float64)
     cosine, sine = angle.cos(), angle.sin()
     basis = torch.stack([cosine, sine, -sine, cosine]).view(2, 2).to(device)
@@ -134,7 +134,7 @@ def test_rank_ends_where_squares_are_rounding(
 
 
 @pytest.mark.parametrize(("dtype", "uneven"), [(torch.float32, 0), (torch.float64, 1)])
-def test_native_rows_are_as_even_as_their_dtype_asks(
+def test_native_unevenness_depends_on_the_dtype(
     dtype: torch.dtype, uneven: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     monkeypatch.setattr(nystrom_module, "runs_natively", lambda core: True)
@@ -143,11 +143,11 @@ def test_native_rows_are_as_even_as_their_dtype_asks(
     found = nystrom_module.nystrom(*given, dtype)
     rows = problem.rows(found)
     missed = (rows @ rows.mT - torch.eye(16, dtype=torch.float64, device=device)).abs().max()
-    assert 1e-11 < missed < 1e-8  # what follows is of no use otherwise
+    assert 1e-11 < missed < 1e-8  # otherwise the last assertion proves nothing
     assert (found.rank.item(), found.uneven.item()) == (16, uneven)
 
 
-def test_native_orthogonalisation_of_rows_of_any_lengths(device: torch.device) -> None:
+def test_native_orthogonalisation_of_rows_of_different_lengths(device: torch.device) -> None:
     problem = Problem(8, decaying(20), device)
     lengths = torch.logspace(0, -9, 8, dtype=torch.float64, device=device)
     problem.core *= torch.outer(lengths, lengths)
@@ -159,7 +159,7 @@ def test_native_orthogonalisation_of_rows_of_any_lengths(device: torch.device) -
 
 
 @pytest.mark.parametrize("goal", ["solve", "whiten"])
-def test_native_layers_do_not_notice_each_other(goal: str, device: torch.device) -> None:
+def test_native_layers_are_independent(goal: str, device: torch.device) -> None:
     problems = [Problem(9, decaying(30), device) for _ in range(3)]
     core, metric = (torch.cat([getattr(p, n) for p in problems]) for n in ("core", "metric"))
     core[1, 4, 2] = torch.nan
@@ -172,7 +172,7 @@ def test_native_layers_do_not_notice_each_other(goal: str, device: torch.device)
     assert not found.mixing[1].any()
 
 
-def test_plain_layers_do_not_notice_each_other(device: torch.device) -> None:
+def test_plain_layers_are_independent(device: torch.device) -> None:
     problems = [Problem(9, decaying(12, least), device, 0.01) for least in (1e-3, 1e-9)]
     problems[1].core *= 1e14
     problems[1].metric *= 1e28
@@ -181,14 +181,14 @@ def test_plain_layers_do_not_notice_each_other(device: torch.device) -> None:
     found = nystrom_plain(*given, torch.float32)
     for i, problem in enumerate(problems):
         torch.testing.assert_close(found.summary[i], problem.plain().summary[0], rtol=1e-9, atol=0)
-    if device.type == "cpu":  # elsewhere rows are corrected by their overlaps
+    if device.type == "cpu":  # on other devices rows are corrected by their overlaps
         assert found.uneven.tolist() == [0, 1]
 
 
-def test_whitening(device: torch.device) -> None:
+def test_whitened_core_is_the_identity(device: torch.device) -> None:
     problem = Problem(12, decaying(50), device)
     mixing = problem.solve(goal="whiten").mixing[0]
-    # a factor keeps the order: row j has nothing of the rows after it
+    # a Cholesky factor is triangular: row j does not depend on later rows
     assert torch.equal(mixing, mixing.triu())
     plain = nystrom_module.whitening(problem.core, problem.ceiling).mixing[0]
     identity = torch.eye(12, dtype=torch.float64, device=device)
@@ -198,7 +198,7 @@ def test_whitening(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("goal", ["whiten", "orthogonalise"])
-def test_a_first_basis_asks_native_code_for_its_goal(
+def test_whitening_and_orthogonalisation_run_natively(
     goal: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     problem = Problem(12, decaying(50), device)
@@ -207,11 +207,11 @@ def test_a_first_basis_asks_native_code_for_its_goal(
         problem.ceiling[:] = 5.0
         found = nystrom_module.whitening(problem.core, problem.ceiling)
     else:
-        problem.core *= 1e-3  # rows of any lengths
+        problem.core *= 1e-3  # rows that are not of unit length
         found = nystrom_module.orthogonalisation(problem.core)
-    wanted = problem.solve(goal=goal)
+    expected = problem.solve(goal=goal)
     assert found.rank.item() == (5 if goal == "whiten" else 12)
-    assert torch.equal(found.mixing, wanted.mixing)
+    assert torch.equal(found.mixing, expected.mixing)
 
 
 def test_native_whitening_of_too_few_tokens(device: torch.device) -> None:
@@ -230,7 +230,7 @@ def test_native_whitening_of_too_few_tokens(device: torch.device) -> None:
     torch.testing.assert_close(lengths, 1 / values)
 
 
-def test_native_orthogonalisation_leaves_out_what_depends_on_rows_before(
+def test_native_orthogonalisation_drops_linearly_dependent_rows(
     device: torch.device,
 ) -> None:
     problem = Problem(8, decaying(20), device)
@@ -243,22 +243,22 @@ def test_native_orthogonalisation_leaves_out_what_depends_on_rows_before(
     assert not mixing[2].any()
     assert not mixing[:, 7].any()
     white = mixing.mT @ core[0] @ mixing
-    wanted = torch.eye(8, dtype=torch.float64, device=device)
-    wanted[7, 7] = 0
-    torch.testing.assert_close(white, wanted, rtol=0, atol=1e-9)
+    expected = torch.eye(8, dtype=torch.float64, device=device)
+    expected[7, 7] = 0
+    torch.testing.assert_close(white, expected, rtol=0, atol=1e-9)
 
 
-def test_native_matrices_of_any_strides(device: torch.device) -> None:
+def test_native_strided_matrices(device: torch.device) -> None:
     problems = [Problem(9, decaying(30), device) for _ in range(2)]
     problems[1].ceiling[:] = 4.0
     names = ("core", "metric", "ceiling")
     given = [torch.cat([getattr(p, name) for p in problems]) for name in names]
     apart = [torch.stack([tensor] * 2, -1)[..., 0] for tensor in given]
-    for found, wanted in zip(nystrom(*apart, LIMIT), nystrom(*given, LIMIT), strict=True):
-        assert torch.equal(found, wanted)
+    for found, expected in zip(nystrom(*apart, LIMIT), nystrom(*given, LIMIT), strict=True):
+        assert torch.equal(found, expected)
 
 
-def test_native_orthogonalisation_leaves_out_what_is_rounding(device: torch.device) -> None:
+def test_native_orthogonalisation_drops_rounding_noise(device: torch.device) -> None:
     rows = torch.randn(12, 30, dtype=torch.float64, device=device)
     rows[3:] = torch.randn(9, 3, dtype=torch.float64, device=device) @ rows[:3]
     core = (rows @ rows.mT)[None]
@@ -267,7 +267,7 @@ def test_native_orthogonalisation_leaves_out_what_is_rounding(device: torch.devi
     assert not found.mixing[0, :, 3:].any()
 
 
-def test_native_operator_is_well_formed(device: torch.device) -> None:
+def test_native_operator_passes_opcheck(device: torch.device) -> None:
     problem = Problem(5, decaying(20), device)
     given = problem.core, problem.metric, problem.ceiling, LIMIT, 0
     checked = opcheck(torch.ops.eva_kernels.nystrom.default, given)
@@ -282,7 +282,7 @@ def test_simulated_gpu_has_native_code() -> None:
         assert not runs_natively(torch.empty(2, 129, 129, device=DEVICE))
 
 
-def test_gpus_hold_matrices_of_some_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_width_limit_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["eva_kernels.ops.nystrom"]
     gpu, asked = torch.device("cuda", 3), []
     cores: list[Any] = [SimpleNamespace(shape=(2, q, q), device=gpu) for q in (100, 101)]

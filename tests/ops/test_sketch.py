@@ -15,7 +15,7 @@ from eva_kernels.ops._dispatch import is_observed
 from eva_kernels.streaming._basis import random_basis
 from helpers import BACKENDS, KINDS, TOLERANCES, products_limit, relative
 
-# One token, primes, one more than a tile, the widths that components of 8, 20 and 32 give.
+# One token, primes, one more than a tile, the widths for 8, 20 and 32 components.
 SHAPES = [(1, 33, 17), (127, 250, 40), (513, 33, 17), (521, 1024, 64), (64, 1024, 17)]
 
 
@@ -25,7 +25,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def state(x: Tensor, q: int, pivot: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Return basis, pivot and empty sums for x, in the dtype that its stream has."""
+    """Return basis, pivot and empty sums for x, in the dtype of its stream."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     d = x.shape[1]
     basis = random_basis(q, d, seed=1).to(x.device, dtype)
@@ -64,7 +64,7 @@ def test_outlier_features_and_tokens(dtype: torch.dtype, backend: str, device: t
 
 
 @pytest.mark.parametrize(("backend", "dtype"), KINDS)
-def test_constant_offset_is_taken_off_before_the_products(
+def test_constant_offset_is_subtracted_before_the_products(
     dtype: torch.dtype, backend: str, device: torch.device
 ):
     x = (torch.randn(301, 250, device=device) + 800).to(dtype)
@@ -72,8 +72,8 @@ def test_constant_offset_is_taken_off_before_the_products(
 
 
 @pytest.mark.parametrize(("backend", "dtype"), KINDS)
-def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
-    # NaN around the tokens: a read outside of them shows.
+def test_strided_tokens(dtype: torch.dtype, backend: str, device: torch.device):
+    # NaN around the tokens exposes reads outside of them.
     wide = torch.full((600, 80), float("nan"), device=device, dtype=dtype)
     wide[1::3, 3:70:2] = torch.randn(200, 34, device=device).to(dtype)
     check(wide[1::3, 3:70:2], 17, backend)
@@ -81,38 +81,36 @@ def test_any_strides(dtype: torch.dtype, backend: str, device: torch.device):
     check(torch.randn(1, 34, device=device).to(dtype).expand(77, 34), 17, backend)
 
 
-# Whole tiles, in splits of which the last is shorter; and tiles whole along one side only.
+# Whole tiles, in splits of which the last is shorter; and tiles that are whole along one side.
 @pytest.mark.parametrize(("n", "d"), [(576, 128), (64, 896), (128, 250), (127, 256)])
-def test_nothing_around_the_tokens_is_read(n: int, d: int, backend: str, device: torch.device):
+def test_memory_around_the_tokens_is_not_read(n: int, d: int, backend: str, device: torch.device):
     wide = torch.full((n + 128, d + 128), float("nan"), device=device, dtype=torch.bfloat16)
     wide[:n, :d] = torch.randn(n, d, device=device)
     check(wide[:n, :d], 17, backend)
     check(wide[:n, :d], 17, backend, pivot=torch.full((d,), 50.0))  # centred, tile by tile
 
 
-def test_a_state_and_rows_with_gaps(backend: str, device: torch.device):
+def test_strided_state_and_rows(backend: str, device: torch.device):
     x, rows = torch.randn(300, 34, device=device), torch.arange(300, device=device)[::3]
     dense, gaps = [state(x, 17, torch.randn(34)) for _ in range(2)]
     apart = [torch.stack([t, t], -1)[..., 0] for t in dense[:2]]
     sketch(x, *dense, rows.contiguous(), backend=backend)
     sketch(x, *apart, *gaps[2:], rows, backend=backend)
-    # a GPU's library has other kernels for a basis with gaps
+    # a GPU's library uses other kernels for a strided basis
     other_kernels = backend == "torch" and device.type == "cuda"
     assert relative(gaps[2], dense[2]) <= other_kernels * products_limit(backend, x.dtype)
     assert all(map(torch.equal, dense[3:], gaps[3:]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_rows_that_are_not_selected_may_hold_anything(
-    bad: float, backend: str, device: torch.device
-):
+def test_rows_that_are_not_selected_may_be_nan(bad: float, backend: str, device: torch.device):
     x = torch.randn(1500, 33, device=device)
     keep = torch.rand(1500, device=device) > 0.6
     x[~keep] = bad
     check(x, 17, backend, rows=keep.nonzero().flatten())
 
 
-def test_no_rows_add_nothing(backend: str, device: torch.device):
+def test_empty_rows_add_nothing(backend: str, device: torch.device):
     x = torch.full((5, 33), float("nan"), device=device)
     basis, pivot, *sums = state(x, 17)
     rows = torch.empty(0, dtype=torch.int64, device=device)
@@ -120,7 +118,7 @@ def test_no_rows_add_nothing(backend: str, device: torch.device):
     assert all(not bool(part.any()) for part in sums)
 
 
-def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
+def test_results_are_added_to_existing_sums(backend: str, device: torch.device):
     dtype = torch.float64 if backend == "torch" else torch.float32
     x = torch.randn(300, 33, dtype=dtype, device=device)
     basis, pivot, *once = state(x, 17)
@@ -132,7 +130,7 @@ def test_sums_are_added_to_what_is_there(backend: str, device: torch.device):
         assert relative(found, expected) <= (1e-12 if backend == "torch" else 1e-6)
 
 
-def test_a_long_sum_does_not_swallow_a_batch(backend: str, device: torch.device):
+def test_small_batch_counts_beside_large_sums(backend: str, device: torch.device):
     x = 1 + torch.rand(1031, 34, device=device)
     basis, pivot, products, shift, square = state(x, 17)
     shift.fill_(1e10)
@@ -142,12 +140,12 @@ def test_a_long_sum_does_not_swallow_a_batch(backend: str, device: torch.device)
     assert relative(square - 1e12, x.double().square().sum()) <= 1e-6
 
 
-def test_autocast_rounds_nothing(backend: str, device: torch.device):
+def test_autocast_does_not_round(backend: str, device: torch.device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         check(torch.randn(70, 33, device=device), 17, backend)
 
 
-def test_nan_in_a_used_row_propagates(backend: str, device: torch.device):
+def test_nan_in_a_selected_row_propagates(backend: str, device: torch.device):
     x = torch.randn(50, 33, device=device)
     x[20, 3] = float("nan")
     basis, pivot, products, shift, square = state(x, 17)
@@ -194,15 +192,15 @@ def test_gradients_are_not_tracked(backend: str, device: torch.device):
         ({"precision": "low"}, "precision='low' is unknown; choose one of"),
     ],
 )
-def test_wrong_arguments(change: dict, message: str):
+def test_invalid_arguments(change: dict, message: str):
     names = ("basis", "pivot", "products", "shift", "square")
     arguments = dict(zip(names, state(torch.ones(4, 8), 3), strict=True))
     with pytest.raises(EvaValueError, match=message):
         sketch(**({"x": torch.ones(4, 8)} | arguments | change))
 
 
-class Seen(TorchDispatchMode):
-    """Takes down the names of operators."""
+class OperatorRecorder(TorchDispatchMode):
+    """Records the names of operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,8 +213,8 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Functions(TorchFunctionMode):
-    """Looks at functions, and changes nothing."""
+class FunctionMode(TorchFunctionMode):
+    """A torch function mode that changes nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -224,7 +222,7 @@ class Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_whoever_looks_at_operators_sees_it(device: torch.device):
+def test_operator_is_visible_to_modes_profiler_and_tracers(device: torch.device):
     if "triton" not in BACKENDS:
         pytest.skip("the kernels do not run here")
     x, basis = torch.randn(20, 16, device=device), torch.eye(4, 16, device=device)
@@ -236,20 +234,20 @@ def test_whoever_looks_at_operators_sees_it(device: torch.device):
         sketch(x, basis, basis.new_zeros(16), *sums, backend="triton")
         return products
 
-    with Seen() as seen:
+    with OperatorRecorder() as recorder:
         run(x, basis, wide)
-    assert seen.names.count("eva_kernels::sketch") == 1
+    assert recorder.names.count("eva_kernels::sketch") == 1
     with torch.profiler.profile() as profile:
         run(x, basis, wide)
     assert "eva_kernels::sketch" in {event.name for event in profile.events()}
     traced = make_fx(run, tracing_mode="symbolic")(x, basis, wide)
     assert "torch.ops.eva_kernels.sketch" in traced.code
-    # a transform hides a tensor without storage behind one of the plain type
+    # functorch hides a tensor without storage behind a plain Tensor
     torch.func.jvp(lambda x: run(x, basis, wide), (x,), (torch.ones_like(x),))
     assert not is_observed(x)
     with torch.device("cpu"):
         assert not is_observed(x)
-        with Functions():
+        with FunctionMode():
             assert is_observed(x)
     watched = torch.compile(lambda x: x + is_observed(x), backend="eager", fullgraph=True)
     assert torch.equal(watched(x), x + 1)

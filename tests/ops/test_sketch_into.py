@@ -1,4 +1,4 @@
-"""Batch after batch into the same sums: what is launched without a look, and what never is."""
+"""``SketchInto``, which relaunches known kernels by address: when it does, and when it must not."""
 
 import sys
 from types import SimpleNamespace
@@ -32,16 +32,16 @@ def tokens(n: int = N, d: int = D, seed: int = 0) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-class Launches:
-    """What is launched on addresses."""
+class AddressLaunches:
+    """Records address_launches by address."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: list[tuple[list[int], int]] = []
         self.known: dict[Any, Any] = {}
         monkeypatch.setattr(module, "_launchers", self.known)
 
-    def know(self, x: Tensor, rows: Tensor | None, state: State) -> None:
-        """Do as if tokens of this kind had been launched."""
+    def register(self, x: Tensor, rows: Tensor | None, state: State) -> None:
+        """Register tokens of this kind as launched before."""
         kind = module._launch_key(x, rows, module._sums_key(state[0], "auto", True))
         self.known[kind] = self, SimpleNamespace(nbytes=256)
 
@@ -50,28 +50,28 @@ class Launches:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    return Launches(monkeypatch)
+def address_launches(monkeypatch: pytest.MonkeyPatch) -> AddressLaunches:
+    return AddressLaunches(monkeypatch)
 
 
 @pytest.mark.parametrize("rows", [None, torch.arange(0, N, 3)])
-def test_a_known_kind_is_launched_on_its_addresses(rows: Tensor | None, launches: Launches):
+def test_known_kind_is_launched_by_address(rows: Tensor | None, address_launches: AddressLaunches):
     state, x, other = state_of(torch.device("cpu")), tokens(), tokens(seed=1)
     into = SketchInto(state, "auto", True)
     assert not into.add(x, rows)
-    launches.know(x, rows, state)
+    address_launches.register(x, rows, state)
     assert into.add(other, rows)
-    [(spots, base)] = launches.given
+    [(spots, base)] = address_launches.given
     assert spots[0] == other.data_ptr()
     assert spots[1] == (0 if rows is None else rows.data_ptr())
     assert spots[2:] == [tensor.data_ptr() for tensor in state]
     assert base % 16 == 0
 
 
-def test_what_is_not_of_a_known_kind_is_not_launched(launches: Launches):
+def test_unknown_kinds_are_not_launched_by_address(address_launches: AddressLaunches):
     state, x, rows = state_of(torch.device("cpu")), tokens(), torch.arange(0, N, 3)
-    launches.know(x, None, state)
-    launches.know(x, rows, state)
+    address_launches.register(x, None, state)
+    address_launches.register(x, rows, state)
     into = SketchInto(state, "auto", True)
     wide = torch.zeros(N, D + 8, dtype=torch.bfloat16)
     kinds = {
@@ -84,23 +84,23 @@ def test_what_is_not_of_a_known_kind_is_not_launched(launches: Launches):
         "a place that is not aligned": (wide.reshape(-1)[1 : 1 + N * D].view(N, D), None),
     }
     assert [name for name, given in kinds.items() if into.add(*given)] == []
-    # features of another layer, whose kind is known, too
+    # the features of another layer, whose kind is known
     broad = state_of(torch.device("cpu"), 2 * D)
-    launches.know(tokens(d=2 * D), None, broad)
+    address_launches.register(tokens(d=2 * D), None, broad)
     assert not into.add(tokens(d=2 * D), None)
     for other in ("triton", True), ("auto", False):
         assert not SketchInto(state, *other).add(x, None)
     gaps = torch.zeros(Q, 2 * D)[:, ::2]
     assert not SketchInto((*state[:2], gaps, *state[3:]), "auto", True).add(x, None)
-    assert launches.given == []
+    assert address_launches.given == []
 
 
-def test_what_was_launched_is_known_and_some_day_forgotten(
-    launches: Launches, monkeypatch: pytest.MonkeyPatch
+def test_launched_kinds_are_cached_up_to_a_limit(
+    address_launches: AddressLaunches, monkeypatch: pytest.MonkeyPatch
 ):
     state, ran = state_of(torch.device("cpu")), []
     sequence = SimpleNamespace(nbytes=64, run=lambda *given: ran.append(given))
-    sequence.relauncher = lambda device: launches if len(ran) > 1 else None
+    sequence.relauncher = lambda device: address_launches if len(ran) > 1 else None
     monkeypatch.setattr(module, "_sequence", lambda *kind: sequence)
     monkeypatch.setattr(module, "choose_backend", lambda *given: "triton")
     monkeypatch.setattr(module, "MAX_LAUNCHERS", 2)
@@ -109,12 +109,12 @@ def test_what_was_launched_is_known_and_some_day_forgotten(
         sketch_unchecked(tokens(n), state, None, "auto", True)
         assert into.add(tokens(n), None) == again
     assert len(ran) == 4
-    assert len(launches.given) == 3
+    assert len(address_launches.given) == 3
     assert not into.add(tokens(N), None)
     assert into.add(tokens(N + 2), None)
 
 
-def test_its_sums_are_told_from_others():
+def test_adds_to_compares_all_tensors():
     state = state_of(torch.device("cpu"))
     into = SketchInto(state, "auto", True)
     assert into.adds_to(tuple(state))
@@ -122,26 +122,28 @@ def test_its_sums_are_told_from_others():
         assert not into.adds_to((*state[:i], tensor.clone(), *state[i + 1 :]))
 
 
-class Functions(TorchFunctionMode):
-    """Looks at every function of torch."""
+class FunctionMode(TorchFunctionMode):
+    """A torch function mode that changes nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **kwargs or {})
 
 
-def test_whoever_looks_at_operators_is_not_passed_by(launches: Launches):
+def test_observed_tensors_are_not_launched_by_address(address_launches: AddressLaunches):
     state, x = state_of(torch.device("cpu")), tokens()
-    launches.know(x, None, state)
+    address_launches.register(x, None, state)
     into = SketchInto(state, "auto", True)
-    with Functions():
+    with FunctionMode():
         assert not into.add(x, None)
     assert not into.add(x.as_subclass(torch.nn.Parameter), None)
-    assert launches.given == []
+    assert address_launches.given == []
     assert into.add(x, None)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
-def test_a_gpu_knows_what_it_has_sketched(launches: Launches, device: torch.device):
+def test_second_batch_on_a_gpu_is_launched_by_address(
+    address_launches: AddressLaunches, device: torch.device
+):
     found = [state_of(device) for _ in range(2)]
     batches = [tokens(seed=seed).to(device) for seed in range(3)]
     chosen = torch.arange(0, N, 3, device=device)
@@ -156,8 +158,8 @@ def test_a_gpu_knows_what_it_has_sketched(launches: Launches, device: torch.devi
     assert all(map(torch.equal, *found))
 
 
-class Blind(SketchInto):
-    """Adds to the tensors that it was made for, whatever the kind."""
+class AlwaysAdding(SketchInto):
+    """Always adds to the tensors that it was made for."""
 
     __slots__ = ()
 
@@ -166,8 +168,8 @@ class Blind(SketchInto):
         return True
 
 
-def lives(seed: int) -> list[InputStream]:
-    """Return streams with a past: merged, copied, folded, emptied."""
+def run_streams(seed: int) -> list[InputStream]:
+    """Return streams that were merged, copied, folded and emptied."""
     generator = torch.Generator().manual_seed(seed)
     options = Options(method="sketch", backend="torch")
     first, second = (InputStream(D, 4, Q, torch.device("cpu"), options=options) for _ in range(2))
@@ -182,7 +184,7 @@ def lives(seed: int) -> list[InputStream]:
     fold_streams([first])
     add(first, 2)
     copy = first.clone()
-    assert copy._sketcher is None  # whose addresses are those of the first
+    assert copy._sketcher is None  # it would hold the addresses of the first
     add(copy, 3)
     add(second, 4)
     fold_streams([second])
@@ -199,43 +201,43 @@ def lives(seed: int) -> list[InputStream]:
     return [first, second, copy, lost]
 
 
-def test_streams_add_to_the_sums_that_they_have_now(monkeypatch: pytest.MonkeyPatch):
+def test_streams_add_to_their_current_sums(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(streams._host, "reads_are_free", lambda device: False)
-    expected = lives(0)
-    monkeypatch.setattr(streams, "SketchInto", Blind)
-    for found, wanted in zip(lives(0), expected, strict=True):
-        assert found.tokens == wanted.tokens
+    expected_streams = run_streams(0)
+    monkeypatch.setattr(streams, "SketchInto", AlwaysAdding)
+    for found, expected in zip(run_streams(0), expected_streams, strict=True):
+        assert found.tokens == expected.tokens
         assert found.sketch is not None
-        assert wanted.sketch is not None
-        assert torch.equal(found.sketch.basis, wanted.sketch.basis)
-        assert torch.equal(found.sketch.mean, wanted.sketch.mean)
-        assert (found.sketch.values == wanted.sketch.values).all()
+        assert expected.sketch is not None
+        assert torch.equal(found.sketch.basis, expected.sketch.basis)
+        assert torch.equal(found.sketch.mean, expected.sketch.mean)
+        assert (found.sketch.values == expected.sketch.values).all()
 
 
 @pytest.mark.parametrize("precision", ["high", "fast"])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_a_stream_hands_on_how_it_computes(
+def test_stream_passes_backend_and_precision_to_the_ops(
     method: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(streams._host, "reads_are_free", lambda device: False)
-    seen: list[Any] = []
+    given_options: list[Any] = []
     high = precision == "high"
-    monkeypatch.setattr(streams, "sketch_unchecked", lambda *given: seen.append(given[3:]))
-    monkeypatch.setattr(streams, "gram", lambda *given, **how: seen.append(how))
-    monkeypatch.setattr(streams, "SketchInto", lambda state, *given: seen.append(given))
+    monkeypatch.setattr(streams, "sketch_unchecked", lambda *given: given_options.append(given[3:]))
+    monkeypatch.setattr(streams, "gram", lambda *given, **how: given_options.append(how))
+    monkeypatch.setattr(streams, "SketchInto", lambda state, *given: given_options.append(given))
     options = Options(method, backend="torch", precision=precision)
     InputStream(D, 4, Q, torch.device("cpu"), options=options).add(torch.randn(N, D))
     exact = [{"backend": "torch", "precision": precision}]
-    # the warm-up, the tokens, and those that follow
-    wanted = exact if method == "gram" else [("torch", high)] * 2
-    assert seen == [("torch", high), *wanted]
+    # the warm-up, the tokens, and the SketchInto for later ones
+    expected = exact if method == "gram" else [("torch", high)] * 2
+    assert given_options == [("torch", high), *expected]
 
 
 @pytest.mark.parametrize("options", [{"skip_nonfinite": True}, {"check_every_add": True}])
-def test_tokens_that_must_be_looked_at_are(
+def test_options_that_check_tokens_disable_launch_by_address(
     options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(streams, "SketchInto", Blind)
+    monkeypatch.setattr(streams, "SketchInto", AlwaysAdding)
     monkeypatch.setattr(streams._host, "reads_are_free", lambda device: False)
     stream = InputStream(D, 4, Q, torch.device("cpu"), options=Options(**options))
     for _ in range(2):

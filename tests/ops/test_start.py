@@ -1,4 +1,4 @@
-"""The first basis by one call of native code: against the passes that it is made of."""
+"""The first basis by one native call, against the separate passes of two folds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eva_kernels.ops import fold_layers, fold_measure, fold_prepare, fold_rows, 
 from eva_kernels.ops.start import runs_natively
 from fake_cuda import DEVICE, compiler_missing, fake_cuda
 
-# The native twin of the CPU, too, is in the module; tests/packaging builds it.
+# tests/packaging builds the C++ module, so a broken build fails there.
 pytestmark = pytest.mark.skipif(
     _native.unavailable_reason("cpu") is not None, reason="the C++ module is not built"
 )
@@ -47,7 +47,7 @@ class Problem:
         reference.sketch(x.to(device), self.basis, self.mean, *self.sums)
 
     def copy(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Return basis, sums and mean, to be changed."""
+        """Return copies of basis, sums and mean, which the call changes in place."""
         return tuple(t.to(device, copy=True) for t in (self.basis, *self.sums, self.mean))
 
     def by_passes(self) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ class Problem:
 
 @pytest.mark.parametrize("rank", [None, 5])
 @pytest.mark.parametrize(("q", "d"), SHAPES)
-def test_native_start_is_that_of_the_passes(
+def test_native_start_equals_the_separate_passes(
     q: int, d: int, rank: int | None, device: torch.device
 ) -> None:
     problem = Problem(q, d, device, rank)
@@ -90,9 +90,9 @@ def test_native_start_is_that_of_the_passes(
 
 
 @pytest.mark.parametrize(("q", "d"), SHAPES)
-def test_a_workspace_holds_all_parts(q: int, d: int) -> None:
+def test_workspace_holds_all_parts(q: int, d: int) -> None:
     tiles, splits = -(-q // 64), -(-d // 128)
-    sums = tiles * (tiles + 1) // 2 * splits * 2 * 64 * 64  # of core and metric, by pairs of tiles
+    sums = tiles * (tiles + 1) // 2 * splits * 2 * 64 * 64  # core and metric, by pairs of tiles
     doubles = (2 * (4 + q), d, q, 3, sums, q * q, q * q, 3 * q * q, q * q, 2 + 2 * q)
     parts = (7 * 8, *(8 * count for count in doubles), 4 * d, 1)
     aligned = sum(-(-part // 16) * 16 for part in parts)
@@ -101,7 +101,7 @@ def test_a_workspace_holds_all_parts(q: int, d: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("q", "d"), [(32, 300), (64, 4096)])
-def test_native_twins_agree(q: int, d: int) -> None:
+def test_native_code_of_cpu_and_gpu_agree(q: int, d: int) -> None:
     problem = Problem(q, d, torch.device("cpu"))
     here, there = problem.copy(torch.device("cpu")), problem.copy(torch.device("cuda"))
     start(*here, problem.tokens)
@@ -110,36 +110,38 @@ def test_native_twins_agree(q: int, d: int) -> None:
     torch.testing.assert_close(there[4].cpu(), here[4])
 
 
-def test_tokens_that_are_not_finite_are_left_to_the_fold(device: torch.device) -> None:
+def test_nonfinite_tokens_are_left_to_the_fold(device: torch.device) -> None:
     problem = Problem(7, 40, device)
     given = problem.copy(device)
     given[2][3] = float("nan")
     start(*given, problem.tokens)
-    assert given[4].isnan().any()  # the sketch of the step is not finite then, which the fold tells
+    assert given[4].isnan().any()  # the fold reports it, as the sketch of the step is not finite
 
 
-def test_bad_input_is_refused(device: torch.device) -> None:
+def test_bad_input(device: torch.device) -> None:
     problem = Problem(7, 40, device)
     basis, products, shift, square, mean = problem.copy(device)
     with pytest.raises(EvaTypeError, match=r"shifts.*float64"):
         start(basis, products, shift.float(), square, mean, 28)
     with pytest.raises(EvaValueError, match="products"):
         start(basis, products[:, 1:], shift, square, mean, 28)
-    with pytest.raises(EvaValueError, match=r"not empty, .* not \(7, 0\)"):  # it ended the process
+    with pytest.raises(
+        EvaValueError, match=r"not empty, .* not \(7, 0\)"
+    ):  # regression: it ended the process
         start(basis[:, :0], products[:, :0], shift[:0], square, mean[:0], 28)
 
 
-def test_operator(device: torch.device) -> None:
+def test_operator_passes_opcheck(device: torch.device) -> None:
     problem = Problem(7, 40, device)
     operator = torch.ops.eva_kernels.start.default
     tests = ("test_schema", "test_faketensor")
     given = problem.copy(device)
-    given[2].add_(problem.tokens)  # a mean that stays is not seen to be written to
+    given[2].add_(problem.tokens)  # opcheck does not detect a write that changes nothing
     opcheck(operator, (*given, problem.tokens), test_utils=tests)
 
 
-class OnGpu:
-    """What is asked of a basis (Q, D) on a GPU."""
+class BasisOnGpu:
+    """The attributes of a basis (Q, D) on a GPU that are read."""
 
     device, dtype = torch.device("cuda", 3), torch.float32
 
@@ -150,14 +152,14 @@ class OnGpu:
         return self.width
 
 
-def test_a_gpu_of_little_shared_memory_starts_narrow_bases_alone(
+def test_gpu_width_limit_depends_on_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, asked = sys.modules["eva_kernels.ops.start"], []
-    # that of compute capability 7.5
+    # the limit of compute capability 7.5
     monkeypatch.setattr(module, "max_native_width", lambda index: asked.append(index) or 120)
     monkeypatch.setattr(_native, "load_or_none", lambda kind: kind)
-    bases: list[Any] = [OnGpu(q) for q in (120, 121, 129)]
+    bases: list[Any] = [BasisOnGpu(q) for q in (120, 121, 129)]
     assert [runs_natively(basis) for basis in bases] == [True, False, False]
     assert set(asked) == {3}
     monkeypatch.setattr(_native, "load_or_none", lambda kind: None)

@@ -1,4 +1,4 @@
-"""What holds for the Triton kernels alone: tiles, splits, memory, precision, registration."""
+"""The Triton kernels: tiles, splits, memory, precision, registration."""
 
 from collections.abc import Iterator, Sequence
 
@@ -44,7 +44,7 @@ def arguments(x: Tensor, q: int, pivot: Tensor | None = None) -> tuple[Tensor, .
 def errors(x: Tensor, q: int, pivot: Tensor | None = None, **options) -> list[float]:
     """Return the errors of products, shift and square against float64.
 
-    Relative to their norms; that of the shift, which may be nothing, to the sums of magnitudes.
+    Relative to their norms; that of the shift, which may be zero, to the sums of magnitudes.
     """
     basis, pivot, *sums = arguments(x, q, pivot)
     rows = options.get("rows")
@@ -58,7 +58,7 @@ def errors(x: Tensor, q: int, pivot: Tensor | None = None, **options) -> list[fl
 
 
 def decaying(n: int, d: int, device: torch.device) -> Tensor:
-    """Return tokens whose features have scales of 1 to 1/30, and a mean."""
+    """Return tokens whose features have scales of 1 to 1/30, and a nonzero mean."""
     scales = torch.logspace(0, -1.5, d)[torch.randperm(d)]
     return (torch.randn(n, d) * scales + 0.3 * torch.randn(d)).to(device)
 
@@ -69,8 +69,8 @@ def round_kernel(x_ptr, out_ptr, COUNT: tl.constexpr):
     tl.store(out_ptr + offset, to_bf16(tl.load(x_ptr + offset)))
 
 
-def test_rounding_to_bfloat16_is_that_of_torch(device: torch.device):
-    # Halfway to the next below and above, next to that, the ends of the range, what is no number.
+def test_rounding_to_bfloat16_equals_torch(device: torch.device):
+    # Ties to the next below and above, values beside them, the largest numbers, NaN and infinity.
     bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F817FFF, 0x7F7F8000, 0x7F7F7FFF, 0x00818000]
     bits += [0x00808000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF]
     bits += [0, 0x00800000, 0x3F800000]
@@ -106,8 +106,8 @@ def test_tiles_of_every_architecture(arch: str, dtype: torch.dtype, device: torc
     assert torch.equal(scatter.triu(128), scatter.tril(-128).mT)
 
 
-def test_tiles_hold_whole_blocks_of_flags():
-    # project skips by blocks of flags, back and collect centre whole tiles of them
+def test_tiles_are_multiples_of_flag_blocks():
+    # project skips blocks of flags; back and collect centre whole tiles of blocks
     flags = sketch_plan.FLAG_BLOCK.value
     for by_width in launch.SKETCH_TILES.values():
         assert list(by_width) == [64, 128, 256]
@@ -120,7 +120,7 @@ def test_tiles_hold_whole_blocks_of_flags():
 
 @pytest.mark.parametrize("q", [16, 128, 200, 256])
 @pytest.mark.parametrize("dtype", SHORT)
-def test_widths(q: int, dtype: torch.dtype, device: torch.device):
+def test_sketch_widths(q: int, dtype: torch.dtype, device: torch.device):
     assert max(errors(decaying(97, 257, device).to(dtype), q)) <= PLANES["high"]
 
 
@@ -134,7 +134,7 @@ def test_splits_over_features_and_tokens(n: int, d: int, device: torch.device):
 
 
 @pytest.mark.parametrize("where", ["end of a split", "begin of a split", "last feature"])
-def test_an_offset_in_any_split(where: str, device: torch.device):
+def test_offset_in_any_split(where: str, device: torch.device):
     n, d = 64, 1025
     plan = sketch_plan.plan_sketch(n, 16, d, False, launch.arch_of(device))
     assert plan.splits_d > 2
@@ -149,12 +149,12 @@ def test_an_offset_in_any_split(where: str, device: torch.device):
 def test_splits_fill_the_chip():
     narrow, wide = launch.Tile(64, 128, 4, 3), launch.Tile(64, 128, 8, 3)
     splits, hopper = launch.splits_to_fill, launch.ARCHS["sm_90"]
-    assert splits(64, 64, 16, narrow, hopper) == 4  # 256 programs of the 264 at once
+    assert splits(64, 64, 16, narrow, hopper) == 4  # 256 programs, of 264 that run at once
     assert splits(64, 64, 16, wide, hopper) == 2
-    # 86 programs leave a third idle, and twice as many begin a second round for a few
+    # 86 programs leave a third idle, and twice as many need a second round for a few
     assert splits(86, 128, 32, wide, hopper) == 3
     assert splits(86, 128, 2, wide, hopper) == 1
-    assert splits(1, 5, 100, narrow, hopper) == 5  # not more than there are rounds
+    assert splits(1, 5, 100, narrow, hopper) == 5  # no more splits than rounds
     assert splits(1, 5, 0, narrow, hopper) == splits(1000, 64, 16, narrow, hopper) == 1
 
 
@@ -178,13 +178,13 @@ def test_offsets_and_outliers(kind: str, dtype: torch.dtype, precision: str, dev
 
 
 @pytest.mark.parametrize("chosen", [False, True])
-def test_a_block_is_centred_from_sixteen_times_its_spread_on(chosen: bool, device: torch.device):
+def test_block_is_centred_from_sixteen_times_its_spread(chosen: bool, device: torch.device):
     # About the pivot, tokens deviate by 1, the last quarter by 3: a spread of the root of 3.
     pivot = torch.zeros(200)
     pivot[[30, 100, 195]] = torch.tensor([27.0, -29.0, 11.0])
     steps = torch.where(torch.arange(320) < 240, 1.0, 3.0)[:, None]
     x = (pivot + steps * torch.randn(320, 200).sign()).bfloat16().to(device)
-    x[:, 128:192] = 0  # which is no reason to centre them
+    x[:, 128:192] = 0  # constant zeros are no reason to centre
     rows = None
     if chosen:
         x = x.repeat_interleave(2, 0)
@@ -194,11 +194,11 @@ def test_a_block_is_centred_from_sixteen_times_its_spread_on(chosen: bool, devic
     workspace = torch.empty(plan.nbytes, dtype=torch.uint8, device=device)
     torch.ops.eva_kernels.sketch(x, *arguments(x, 16, pivot), workspace, rows, True)
     flags = workspace[plan.offsets["flags"] :][:16].view(torch.int32)
-    # Of the last block there are 8 features of 64; the others deviate by nothing.
+    # The last block has 8 of 64 features; the missing ones count as no deviation.
     assert flags.tolist() == [0, 1, 0, 1]
 
 
-def test_without_centring_an_offset_costs_digits(
+def test_without_centring_an_offset_loses_precision(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ):
     if torch.cuda.is_available():
@@ -208,39 +208,41 @@ def test_without_centring_an_offset_costs_digits(
     assert errors(x, 64, pivot=x[:75].float().mean(0))[0] > 1e-4
 
 
-def amid(tensor: Tensor, filler: float = float("nan")) -> tuple[Tensor, Tensor]:
-    """Return a copy of a tensor with a filler in front of it and behind it, and that memory."""
-    room = torch.full((tensor.numel() + 128,), filler, dtype=tensor.dtype, device=tensor.device)
-    room[64:-64] = tensor.flatten()
-    return room[64:-64].view(tensor.shape), room
+def padded_with_filler(tensor: Tensor, filler: float = float("nan")) -> tuple[Tensor, Tensor]:
+    """Return a copy of a tensor between filler values, and the whole memory."""
+    memory = torch.full((tensor.numel() + 128,), filler, dtype=tensor.dtype, device=tensor.device)
+    memory[64:-64] = tensor.flatten()
+    return memory[64:-64].view(tensor.shape), memory
 
 
-def untouched(rooms: Sequence[Tensor]) -> bool:
-    """Tell whether there is NaN around all tensors."""
-    return all(bool(part.isnan().all()) for room in rooms for part in (room[:64], room[-64:]))
+def untouched(memories: Sequence[Tensor]) -> bool:
+    """Return whether the memory around all tensors is still NaN."""
+    return all(
+        bool(part.isnan().all()) for memory in memories for part in (memory[:64], memory[-64:])
+    )
 
 
-@pytest.mark.parametrize("q", [20, 64])  # fewer than a tile has rows, and as many
+@pytest.mark.parametrize("q", [20, 64])  # fewer rows than a tile, and as many
 @pytest.mark.parametrize("dtype", SHORT)
-def test_memory_around_and_before(dtype: torch.dtype, q: int, device: torch.device):
+def test_sketch_reads_and_writes_only_its_memory(dtype: torch.dtype, q: int, device: torch.device):
     x = decaying(130, 193, device)
     x[:, 70] += 80  # a block of features that is centred first
     x = x.to(dtype)
     # Everything lies in a larger memory of NaN, and scratch memory starts as NaN.
-    given, rooms = zip(*map(amid, arguments(x, q, pivot=x[1])), strict=True)
+    given, memories = zip(*map(padded_with_filler, arguments(x, q, pivot=x[1])), strict=True)
     x[129] = float("nan")
-    rows, _ = amid(torch.arange(0, 129, 3, device=device), 129)
+    rows, _ = padded_with_filler(torch.arange(0, 129, 3, device=device), 129)
     nbytes = sketch_workspace_bytes(len(rows), q, 193, dtype, device)
     scratch = torch.full((nbytes + 515,), 255, dtype=torch.uint8, device=device)
-    workspace = scratch[256 : 256 + nbytes + 3]  # more than is needed, and not a multiple of 4
+    workspace = scratch[256 : 256 + nbytes + 3]  # larger than needed, and not a multiple of 4
     torch.ops.eva_kernels.sketch(x, *given, workspace, rows, True)
     expected = [torch.zeros_like(part, dtype=torch.float64) for part in given[2:]]
     reference.sketch(x.double(), given[0].double(), given[1].double(), *expected, rows)
     assert max(map(relative, given[2:], expected)) <= PLANES["high"]
-    assert untouched(rooms)
+    assert untouched(memories)
     assert (scratch[:256] == 255).all()
     assert (scratch[256 + nbytes :] == 255).all()
-    # No token behind the last row was looked at, either.
+    # No token after the last row was read, either.
     centred = dtype != torch.bfloat16
     plan = sketch_plan.plan_sketch(len(rows), q, 193, centred, launch.arch_of(device))
     begin, end = plan.offsets["projected"], plan.offsets["p_high"]
@@ -249,12 +251,14 @@ def test_memory_around_and_before(dtype: torch.dtype, q: int, device: torch.devi
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gram_memory_around_and_before(dtype: torch.dtype, device: torch.device):
+def test_gram_reads_and_writes_only_its_memory(dtype: torch.dtype, device: torch.device):
     x, wide = decaying(700, 40, device).to(dtype), torch.float64
     sums = torch.zeros(40, 40), torch.zeros(40, dtype=wide), torch.zeros((), dtype=wide)
-    given, rooms = zip(*(amid(t.to(device)) for t in (x[1].float(), *sums)), strict=True)
+    given, memories = zip(
+        *(padded_with_filler(t.to(device)) for t in (x[1].float(), *sums)), strict=True
+    )
     x[699] = float("nan")
-    rows, _ = amid(torch.arange(699, device=device), 699)
+    rows, _ = padded_with_filler(torch.arange(699, device=device), 699)
     nbytes = gram_workspace_bytes(699, 40, dtype, device)
     scratch = torch.full((nbytes + 512,), 255, dtype=torch.uint8, device=device)
     workspace = scratch[256 : 256 + nbytes]
@@ -263,7 +267,7 @@ def test_gram_memory_around_and_before(dtype: torch.dtype, device: torch.device)
     expected = [torch.zeros_like(part, dtype=wide) for part in given[1:]]
     reference.gram(x.double(), given[0].double(), *expected, rows)
     assert max(map(relative, given[1:], expected)) <= PLANES["high"]
-    assert untouched(rooms)
+    assert untouched(memories)
     assert (scratch[:256] == 255).all()
     assert (scratch[256 + nbytes :] == 255).all()
 
@@ -274,16 +278,16 @@ def sum_kernel(x_ptr, out_ptr, count):
 
 
 @pytest.mark.parametrize("count", [1, 1024, 3000])
-def test_a_sum_of_many_numbers_is_in_float64(count: int, device: torch.device):
+def test_long_sums_are_in_float64(count: int, device: torch.device):
     x = torch.ones(count, device=device)
-    x[0] = 2.0**26  # float32 has no such number and one
-    given, found = amid(x)[0], torch.zeros((), dtype=torch.float64, device=device)
+    x[0] = 2.0**26  # float32 cannot represent this number plus one
+    given, found = padded_with_filler(x)[0], torch.zeros((), dtype=torch.float64, device=device)
     sum_kernel[(1,)](given, found, count)
     assert found.item() == 2**26 + count - 1
 
 
 def test_rows_beyond_32_bits_of_address(device: torch.device):
-    # 4 GiB of which three rows are ever touched: the last begins 2**31 elements in.
+    # 4 GiB of which three rows are touched; the last begins 2**31 elements in.
     store = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
     x = store.as_strided((3, 64), (2**30, 1))
     x.copy_(torch.randn(3, 64))
@@ -296,7 +300,7 @@ def test_misaligned_tokens(device: torch.device):
     assert max(errors(x, 16)) <= PLANES["high"]
 
 
-def test_registered_operators_keep_their_promises(device: torch.device):
+def test_registered_operators_pass_opcheck(device: torch.device):
     x = torch.randn(70, 33, device=device).bfloat16()
     rows = torch.arange(0, 70, 2, device=device)
     basis, pivot, *sums = arguments(x, 17)
@@ -315,15 +319,15 @@ def test_registered_operators_keep_their_promises(device: torch.device):
     )
 
 
-def test_compiled_code_sees_one_operator(device: torch.device):
+def test_torch_compile_keeps_one_operator(device: torch.device):
     x = torch.randn(70, 33, device=device).bfloat16()
     basis, pivot, *sums = arguments(x, 17)
     nbytes = sketch_workspace_bytes(70, 17, 33, x.dtype, device)
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    seen = []
+    targets = []
 
     def remember(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
-        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        targets.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
         return graph
 
     @torch.compile(backend=remember, fullgraph=True)
@@ -332,7 +336,7 @@ def test_compiled_code_sees_one_operator(device: torch.device):
         return x + 1
 
     step(x)
-    assert any("eva_kernels.sketch" in name for name in seen)
+    assert any("eva_kernels.sketch" in name for name in targets)
     assert sums[0].any()
 
 
@@ -344,7 +348,7 @@ def test_compiled_code_sees_one_operator(device: torch.device):
         ((20, 300), torch.float32, 257, "a width of 257 is above 256"),
     ],
 )
-def test_what_the_kernels_do_not_take(
+def test_unsupported_input_raises_or_falls_back(
     shape: tuple[int, int], dtype: torch.dtype, q: int, reason: str, device: torch.device
 ):
     x = torch.randn(shape, dtype=dtype, device=device)
@@ -368,7 +372,7 @@ def test_what_the_kernels_do_not_take(
         ({"shift": torch.zeros(66, dtype=torch.float64)[::2]}, "shift must be contiguous"),
     ],
 )
-def test_wrong_arguments(change: dict, message: str):
+def test_invalid_arguments(change: dict, message: str):
     if torch.cuda.is_available():
         pytest.skip("the arguments are on the CPU, which is not interpreted here")
     x = torch.randn(50, 33)
@@ -379,7 +383,7 @@ def test_wrong_arguments(change: dict, message: str):
 
 
 @pytest.mark.parametrize("name", ["scatter", "shift"])
-def test_sums_with_gaps_are_refused(name: str, device: torch.device):
+def test_strided_sums_raise(name: str, device: torch.device):
     x, wide = torch.randn(50, 33, device=device), {"dtype": torch.float64, "device": device}
     given = {"pivot": x[0], "scatter": torch.zeros(33, 33, device=device)}
     given |= {"shift": torch.zeros(33, **wide), "square": torch.zeros((), **wide)}
@@ -388,7 +392,7 @@ def test_sums_with_gaps_are_refused(name: str, device: torch.device):
         gram(x, **given, backend="triton")
 
 
-def test_auto_never_interprets():
+def test_auto_does_not_interpret_kernels():
     x = torch.randn(50, 33)
     assert choose_backend("sketch", "auto", x, torch.float32, 17) == "torch"
     if not torch.cuda.is_available():
@@ -398,7 +402,7 @@ def test_auto_never_interprets():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", SHORT)
-def test_the_fast_path_is_taken_on_a_gpu(
+def test_auto_uses_triton_on_a_gpu(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ):
     def fail(*_args: object) -> None:

@@ -40,10 +40,10 @@ def fitted(x: Tensor, method: str, k: int | None = 6, size: int = 100) -> Increm
 def test_attributes_are_those_of_scikit_learn(method: str):
     x = data()
     ours = fitted(x, method)
-    sklearn_message = sklearn.decomposition.PCA(6, svd_solver="full").fit(x.double().numpy())
+    theirs = sklearn.decomposition.PCA(6, svd_solver="full").fit(x.double().numpy())
     stream = sklearn.decomposition.IncrementalPCA(6, batch_size=100).fit(x.double().numpy())
     for name in ATTRIBUTES:
-        expected = torch.as_tensor(getattr(stream if name == "var_" else sklearn_message, name))
+        expected = torch.as_tensor(getattr(stream if name == "var_" else theirs, name))
         found = getattr(ours, name)
         assert found.shape == expected.shape, name
         assert found.dtype == torch.float32, name
@@ -53,7 +53,7 @@ def test_attributes_are_those_of_scikit_learn(method: str):
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
     assert ours.n_samples_seen_ == stream.n_samples_seen_ == 400
     assert isinstance(ours.noise_variance_, float)
-    assert ours.noise_variance_ == pytest.approx(sklearn_message.noise_variance_, rel=1e-3)
+    assert ours.noise_variance_ == pytest.approx(theirs.noise_variance_, rel=1e-3)
     assert ours.n_features_in_ == 40
 
 
@@ -295,8 +295,8 @@ def test_not_fitted_error_before_the_first_data():
     for kind in (EvaValueError, AttributeError):
         with pytest.raises(kind, match=words) as caught:
             _ = IncrementalPCA(3).components_
-        sklearn_message = sklearn.exceptions.NotFittedError.__bases__
-        assert all(isinstance(caught.value, base) for base in sklearn_message)
+        theirs = sklearn.exceptions.NotFittedError.__bases__
+        assert all(isinstance(caught.value, base) for base in theirs)
     for call in (IncrementalPCA.transform, IncrementalPCA.inverse_transform):
         with pytest.raises(EvaValueError, match=words):
             call(IncrementalPCA(3), data())
