@@ -1,4 +1,4 @@
-"""Packages of the extra ``test`` that may be missing on a machine with a preinstalled torch."""
+"""Imports of packages of the extra ``test``, skipping the test where they are missing."""
 
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def fake_cuda(answer: Answer = _zeros) -> Iterator[list[int]]:
     def upload(host: Tensor, device: torch.device) -> Tensor:
         return host.to(device)  # pinned memory needs a driver
 
-    _basis.random_basis.cache_clear()  # no fake tensor may use a cached real basis, or stay cached
+    # Fake tensors must neither use a cached real basis nor stay in the cache.
+    _basis.random_basis.cache_clear()
     try:
         with (
             mock.patch.object(_host, "read", read),

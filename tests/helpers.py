@@ -1,4 +1,4 @@
-"""Shared by numeric tests: inputs of given spectrum, independent exact results, tolerances."""
+"""Helpers of numeric tests: inputs of given spectrum, independent exact results, tolerances."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Accelerators for which we have no kernels (Apple's and Intel's GPUs), simulated on the CPU.
 
-Numbers are computed. As on real ones, it is an error to mix devices, to call our operators, which
-only CPU and CUDA have, and on Apple's GPUs to use float64.
+Values are computed. As on real devices, it is an error to mix devices, to call our operators, which
+only exist for CPU and CUDA, and on Apple's GPUs to use float64.
 """
 
 from __future__ import annotations

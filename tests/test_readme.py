@@ -1,4 +1,4 @@
-"""The README shows what was measured, and nothing else."""
+"""The tables and headline of the README against the result files."""
 
 import json
 
@@ -7,17 +7,17 @@ import pytest
 from bench import tables
 
 
-def test_tables_are_those_of_the_result_files():
+def test_readme_tables_match_the_result_files():
     text = tables.README.read_text()
     assert text == tables.with_tables(text)
 
 
-def test_a_block_that_is_missing_is_named():
+def test_error_names_a_missing_block():
     with pytest.raises(ValueError, match="no block 'headline' between"):
         tables.with_tables("# eva_kernels")
 
 
-def test_the_headline_says_what_the_result_files_say(tmp_path):
+def test_headline_follows_the_result_files(tmp_path):
     records = {
         "initialize": [{"peft_over_ours": {"median": m}} for m in (3.26, 5.04, 4.1)],
         "memory": {"ours_over_plain": 2**20, "peft_over_plain": 7 * 2**20},

@@ -1,4 +1,4 @@
-"""The layers, sizes and habits of the source tree, read from the source itself."""
+"""Rules of the source tree: layers of imports, file sizes, no prints, exports, light import."""
 
 import ast
 import json
@@ -29,10 +29,13 @@ LAYERS = {
     "eva_kernels.ops": {"eva_kernels.kernels", "eva_kernels.reference", *UTILITIES},
     "eva_kernels.streaming": {"eva_kernels.ops", "eva_kernels.errors"},
     "eva_kernels._pca": {"eva_kernels.streaming", "eva_kernels.errors"},
-    "eva_kernels": {"eva_kernels", "eva_peft"},  # the front door: the one arrow that points up
+    "eva_kernels": {
+        "eva_kernels",
+        "eva_peft",
+    },  # the public package: the only import that points up
     "eva_peft": {"eva_kernels", "eva_kernels.errors", "eva_kernels.ops", "eva_kernels.streaming"},
 }
-# The rooms of the PEFT layer from the ground up: each knows itself and those before it.
+# The rooms of the PEFT layer from the bottom up: each may import itself and those before it.
 ROOMS = [
     "eva_peft.errors",
     "eva_peft._peft_compat",
@@ -119,7 +122,7 @@ def imports(name: str, tree: ast.Module) -> Iterator[str]:
 
 def layer_of(name: str) -> str:
     fitting = [layer for layer in LAYERS if name == layer or name.startswith(layer + ".")]
-    if name not in LAYERS:  # only modules named in the table are the front door itself
+    if name not in LAYERS:  # only modules in the table belong to the public package itself
         fitting = [layer for layer in fitting if layer != "eva_kernels"]
     return max(fitting, key=len, default="")
 
@@ -140,7 +143,7 @@ def layer_violations(name: str, imported: Iterator[str]) -> list[str]:
     return bad
 
 
-def test_both_packages_are_found() -> None:
+def test_modules_of_both_packages_are_found() -> None:
     assert {"eva_kernels", "eva_peft", "eva_kernels.reference", "eva_kernels.ops"} <= set(MODULES)
 
 
@@ -163,19 +166,19 @@ def test_imports_follow_the_layers(name: str) -> None:
         ("eva_kernels.somewhere", "torch"),
     ],
 )
-def test_the_check_sees_a_wrong_import(name: str, target: str) -> None:
+def test_layer_check_detects_a_wrong_import(name: str, target: str) -> None:
     assert len(layer_violations(name, iter([target]))) == 1
 
 
 def room_of(name: str) -> int:
-    """Return how high a module of the PEFT layer stands; its own room, or that of its package."""
+    """Return the index of a module's room, which may be that of its package."""
     top = ".".join(name.split(".")[:2])
     assert top in ROOMS, f"{name} is in no room of tests/test_structure.py"
     return ROOMS.index(top)
 
 
 def without_types(tree: ast.Module) -> ast.Module:
-    """Take out what is imported for annotations alone."""
+    """Remove imports that are used only for annotations."""
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = [ast.Pass()]
@@ -183,12 +186,12 @@ def without_types(tree: ast.Module) -> ast.Module:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("eva_peft")])
-def test_rooms_know_only_those_below(name: str) -> None:
+def test_rooms_import_only_those_below(name: str) -> None:
     known = [m for m in imports(name, without_types(parse(name))) if m.startswith("eva_peft")]
     assert [m for m in known if room_of(m) > room_of(name)] == []
 
 
-def test_the_map_names_every_module() -> None:
+def test_room_map_names_every_module() -> None:
     text = (SOURCES["eva_peft"] / "README.md").read_text("utf-8")
     files = [
         p for p in SOURCES["eva_peft"].rglob("*.py") if p.parent.name not in ("assets", "demo")
@@ -203,13 +206,13 @@ def test_relative_imports_are_resolved() -> None:
     assert found == ["eva_kernels.reference", "eva_kernels.ops.gram", "eva_kernels.errors"]
 
 
-def test_native_code_includes_no_framework() -> None:
+def test_native_code_includes_no_torch_headers() -> None:
     for path in (ROOT / "csrc").iterdir():
         text = path.read_text(encoding="utf-8")
         assert not any(header in text for header in ("<torch/", "<ATen/", "<c10/")), path
 
 
-def test_no_file_is_over_500_lines() -> None:
+def test_no_file_has_more_than_500_lines() -> None:
     folders = ["eva_kernels", "python", "csrc", "tests", "bench"]
     suffixes = {".py", ".cpp", ".cu", ".cuh", ".h"}
     files = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in suffixes]
@@ -246,19 +249,19 @@ def test_versions_are_compared_in_one_place(name: str) -> None:
         assert compares_versions(parse(name)) == []
 
 
-def test_the_version_check_sees_a_comparison() -> None:
+def test_version_check_detects_a_comparison() -> None:
     source = "from packaging.version import Version\nif Version(peft.__version__) < x: pass"
     assert compares_versions(ast.parse(source)) == [1, 2]
 
 
-def test_exports_are_pinned() -> None:
+def test_public_exports() -> None:
     assert sorted(eva_kernels.__all__) == PUBLIC
     assert set(PUBLIC) <= set(dir(eva_kernels))
     for name in PUBLIC:
         assert getattr(eva_kernels, name) is not None
 
 
-def test_unknown_names_raise() -> None:
+def test_unknown_attributes_raise() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'initialise'"):
         eva_kernels.initialise  # noqa: B018
 
@@ -284,11 +287,11 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is skipped where there is a GPU")
-def test_a_folder_that_is_named_as_a_marker_is_none(tmp_path: Path) -> None:
+def test_folder_named_like_a_marker_is_not_treated_as_one(tmp_path: Path) -> None:
     folder = tmp_path / "gpu"
     folder.mkdir()
     shutil.copy(ROOT / "tests" / "conftest.py", folder)
     (folder / "test_one.py").write_text("def test_one(): pass\n", "utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_one.py"]
-    told = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
-    assert "1 passed" in told
+    output = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+    assert "1 passed" in output

@@ -1,4 +1,4 @@
-"""The accuracy part: what it finds on known data, that it resumes, and what it says."""
+"""The benchmark part ``accuracy``: results on known data, resuming, tables and text."""
 
 import json
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from bench.accuracy.exact import ExactPCA, rank_errors
 from bench.accuracy.methods import METHODS, Answer, Method
 from bench.sections import markdown
 
-K = 8  # more than there are outlier features
+K = 8  # more than the number of outlier features
 
 
-class Blind:
-    """Answers with the first axes, whatever it is shown."""
+class FixedAxes:
+    """Always returns the first coordinate axes."""
 
     def __init__(self, features: int, components: int) -> None:
         self.features, self.components = features, components
@@ -32,7 +32,7 @@ class Blind:
         return Answer(torch.eye(self.features)[: self.components], ratios)
 
 
-BLIND = Method("blind", Blind)
+FIXED_AXES = Method("blind", FixedAxes)
 
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -42,9 +42,9 @@ def tokens(steps: int = 4) -> list[Tensor]:
     return list(inputs.outlier_stream(48, 64, steps))
 
 
-def test_exact_gram_loses_nothing_and_a_blind_method_most() -> None:
+def test_gram_loses_no_variance_and_fixed_axes_most() -> None:
     chosen = {name: METHODS[name] for name in ("gram", "sketch-2", "peft", "scikit")}
-    found = run.measure(tokens(), {**chosen, "blind": BLIND}, K, (2, 4))
+    found = run.measure(tokens(), {**chosen, "blind": FIXED_AXES}, K, (2, 4))
     last = {name: method["points"][-1] for name, method in found["methods"].items()}
     assert abs(last["gram"]["lost"]) < 1e-9
     assert abs(last["gram"]["ratio_error"]) < 1e-5
@@ -56,7 +56,7 @@ def test_exact_gram_loses_nothing_and_a_blind_method_most() -> None:
     assert [point["tokens"] for point in found["exact"]] == [128, 256]
 
 
-def test_the_truth_is_that_of_a_full_decomposition() -> None:
+def test_exact_pca_and_lost_variance_equal_a_full_svd() -> None:
     parts = tokens()
     exact = ExactPCA(48)
     for part in parts:
@@ -70,12 +70,12 @@ def test_the_truth_is_that_of_a_full_decomposition() -> None:
     assert lost == pytest.approx(float(1 - captured / squares[:K].sum()), rel=1e-9)
 
 
-def test_all_methods_are_right_on_planted_data() -> None:
+def test_all_methods_pass_the_check_on_planted_data() -> None:
     assert methods.check_all(METHODS) == {}
 
 
-class Biased(Blind):
-    """Finds the components, but not how much they explain."""
+class Biased(FixedAxes):
+    """Finds the components, but returns wrong ratios."""
 
     factor = 1.01
 
@@ -94,15 +94,15 @@ class Undefined(Biased):
     factor = float("nan")
 
 
-def test_what_is_wrong_is_refused() -> None:
+def test_wrong_methods_fail_the_check() -> None:
     wrong = {"biased": Biased, "undefined": Undefined}
-    faults = methods.check_all({"blind": BLIND, **{n: Method(n, c) for n, c in wrong.items()}})
+    faults = methods.check_all({"blind": FIXED_AXES, **{n: Method(n, c) for n, c in wrong.items()}})
     assert set(faults) == {"blind", "biased", "undefined"}
     assert "blind loses" in faults["blind"]
     assert "off by nan" in faults["undefined"]
 
 
-def test_methods_take_turns() -> None:
+def test_order_of_methods_is_shuffled_per_step() -> None:
     names = list(METHODS)
     orders = [run._shuffled(names, step) for step in range(1, 47)]
     assert orders == [run._shuffled(names, step) for step in range(1, 47)]
@@ -120,9 +120,9 @@ def layer(exact: list[float], found: list[float]) -> dict[str, Any]:
     }
 
 
-def test_rank_errors_under_one_budget() -> None:
+def test_rank_errors() -> None:
     right = layer([0.5, 0.2], [0.5, 0.2])
-    wrong = layer([0.4, 0.3], [0.4, 0.1])  # its second component falls behind the other layer's
+    wrong = layer([0.4, 0.3], [0.4, 0.1])  # its second component ranks below the other layer's
     assert rank_errors([right, right], 1)[0]["rank_error"] == 0
     found = rank_errors([right, layer([0.4, 0.3], [0.4, 0.35])], 1)
     assert found == [{"method": "m", "step": 1, "tokens": 10, "rank_error": 0}]
@@ -133,7 +133,7 @@ def test_rank_errors_under_one_budget() -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A preset of two streams without a model; returns which were followed."""
+    """Install a preset of two streams without a model; return the list of those that were run."""
     asked: list[str] = []
 
     def steps(self: inputs.Inputs, label: str) -> tuple[int, Iterator[Tensor]]:
@@ -146,7 +146,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_a_run_that_was_cut_off_goes_on(
+def test_interrupted_run_resumes(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = run.measure
@@ -173,13 +173,13 @@ def test_a_run_that_was_cut_off_goes_on(
         assert markdown(section, record)
 
 
-def test_presets_are_named() -> None:
+def test_unknown_preset_raises() -> None:
     with pytest.raises(ValueError, match="quick, full"):
         run.run("slow")
 
 
 def made_up(numbers: dict[str, tuple[float, float]], name: str, d: int) -> dict[str, Any]:
-    """A row with these milliseconds and losses by method, at two checkpoints."""
+    """Return a row with these milliseconds and losses by method, at two checkpoints."""
     places = [{"step": 1, "tokens": 100}, {"step": 2, "tokens": 200}]
     return {
         "input": name,
@@ -229,7 +229,7 @@ GOOD = {
 }
 
 
-def test_sections_say_where_we_win_and_where_we_lose() -> None:
+def test_text_states_wins_and_losses() -> None:
     broken = {"input": "layer 9", "error": "RuntimeError: no memory"}
     record = record_of(made_up(GOOD, "layer 0", 384), made_up(GOOD, "layer 1", 384), broken)
     first, second = show.sections(record)
@@ -247,7 +247,7 @@ def test_sections_say_where_we_win_and_where_we_lose() -> None:
     assert second.rows[0][1:] == ["4.0e-04 / 1", "4.0e-03 / 2"]
 
 
-def test_the_words_turn_with_the_numbers() -> None:
+def test_text_changes_with_the_numbers() -> None:
     slow = {**GOOD, "sketch-2": (80.0, 8e-3), "peft-2k": (40.0, 9e-3), "gram": (4.0, 1e-15)}
     first, second = show.sections(record_of(made_up(slow, "layer 0", 384)))
     assert "2 times slower than PEFT's EVA and 2 times further off" in first.text
@@ -257,14 +257,14 @@ def test_the_words_turn_with_the_numbers() -> None:
     assert "PEFT's EVA is closer after 100, 200 tokens" in second.text
 
 
-def test_nothing_measured_is_said() -> None:
+def test_text_without_measurements() -> None:
     broken = {"input": "layer 9", "error": "RuntimeError: no memory"}
     (only,) = show.sections(record_of(broken))
     assert only.text == "Nothing was measured."
     assert "no memory" in only.notes
 
 
-def test_figures_are_drawn(tmp_path: Path) -> None:
+def test_figures_have_axes(tmp_path: Path) -> None:
     rows = [made_up(GOOD, f"layer {i}", 384) for i in range(7)]
     record = record_of(*rows, made_up(GOOD, "synthetic, outliers", 2048))
     drawn = {k: draw() for s in show.sections(record) for k, draw in s.figures.items()}

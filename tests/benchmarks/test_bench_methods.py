@@ -1,4 +1,4 @@
-"""Every initialiser of the harness does what it is called, and the meter reads right."""
+"""The initialisers of the benchmarks against their definitions, and the meter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.processes import ALLOCATOR
 from extras import needs_of
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# What these take away from the base weights they give to the adapter.
+# These subtract from the base weights what they put into the adapter.
 CHANGE_BASE = {
     "pissa",
     "pissa-niter",
@@ -66,7 +66,7 @@ def job(**fields: object) -> Job:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_method(name: str, base: nn.Module) -> None:
+def test_method_keeps_the_outputs_of_the_model(name: str, base: nn.Module) -> None:
     needs_of(name)
     model, data, method = copy.deepcopy(base), batches(), METHODS[name]
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_method(name: str, base: nn.Module) -> None:
     adapted = method.start(model, job(), meter).eval()
     if name not in ("lora-ga", "lora-ga-paper", "eva-peft", "pissa-niter"):
         assert torch.equal(torch.get_rng_state(), random)
-    with torch.no_grad():  # whatever the start, the model computes the same
+    with torch.no_grad():  # the initialised model must compute the same as the base
         torch.testing.assert_close(adapted(**data[0]).logits, before, atol=2e-5, rtol=0)
     layers = lora_layers(adapted)
     assert len(layers) == 14
@@ -98,7 +98,7 @@ def test_method(name: str, base: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_trains(name: str, base: nn.Module) -> None:
+def test_training_reduces_the_loss(name: str, base: nn.Module) -> None:
     needs_of(name)
     model = METHODS[name].start(copy.deepcopy(base), job(), Meter()).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -113,7 +113,7 @@ def test_it_trains(name: str, base: nn.Module) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_seeds_make_another_start(base: nn.Module) -> None:
+def test_start_depends_on_the_seed(base: nn.Module) -> None:
     def rows(name: str, seed: int) -> Tensor:
         model = METHODS[name].start(copy.deepcopy(base), job(seed=seed), Meter())
         return next(iter(lora_layers(model).values())).lora_A["default"].weight
@@ -125,8 +125,8 @@ def test_seeds_make_another_start(base: nn.Module) -> None:
     torch.testing.assert_close(a @ a.mT, torch.eye(4), atol=1e-5, rtol=0)
 
 
-def test_both_forms_of_lora_ga_are_what_they_are_called(base: nn.Module) -> None:
-    """By the paper both matrices have orthonormal directions of one length."""
+def test_both_forms_of_lora_ga(base: nn.Module) -> None:
+    """By the paper, the rows of both matrices are orthogonal and of equal length."""
     found = {}
     for name in ("lora-ga", "lora-ga-paper"):
         model = METHODS[name].start(copy.deepcopy(base), job(), Meter())
@@ -172,15 +172,15 @@ assert meter.seconds["solve"] == 0.01
 """
 
 
-def test_meter() -> None:
-    # what other tests have left in this process may go while it measures
+def test_meter_measures_time_and_memory() -> None:
+    # in a new process, since memory of other tests might be freed during the measurement
     environment = {**os.environ, **ALLOCATOR}
     command = [sys.executable, "-c", METER]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_phase_that_fails_is_measured() -> None:
+def test_failing_phase_is_measured() -> None:
     meter = Meter()
     with pytest.raises(KeyError), meter.phase("a"):
         raise KeyError

@@ -1,4 +1,4 @@
-"""The domain of ``quality`` that is pre-trained where it runs, at its size for a CPU."""
+"""The ``quality`` domain whose base is pre-trained on the spot, at its CPU size."""
 
 import copy
 import dataclasses
@@ -19,14 +19,14 @@ from extras import needs_of
 
 
 @pytest.fixture(scope="module")
-def found() -> Iterator[Domain]:
+def pretrained_domain() -> Iterator[Domain]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield pretrained.build_on(torch.device("cpu"))
     torch.set_num_threads(threads)
 
 
-def test_sources_of_packages_are_read_in_an_order_of_the_seed() -> None:
+def test_package_files_are_read_in_an_order_given_by_the_seed() -> None:
     first, again = (
         pretrained.read_package_files(("torch",), "include/**/*.h", 50_000, 0) for _ in range(2)
     )
@@ -36,13 +36,13 @@ def test_sources_of_packages_are_read_in_an_order_of_the_seed() -> None:
     assert pretrained.read_package_files(("no_such_package",), "*.py", 1, 0) == []
 
 
-def test_texts_are_tokenized_together_as_one_by_one() -> None:
+def test_batch_tokenization_equals_one_by_one() -> None:
     _, tokenizer = load_tiny_llama()
     texts = [f"x = {i}\n" * (i % 7) for i in range(150)]
     assert pretrained.tokens_of(tokenizer, texts) == token_stream(tokenizer, texts)
 
 
-def test_samples_held_out_are_of_all_parts_and_not_learnt() -> None:
+def test_held_out_samples_are_spread_and_not_in_training() -> None:
     ids = torch.arange(1000)[:, None]
     train, tested = pretrained.split_rows({"input_ids": ids, "labels": ids.clone()}, 32)
     for key in ("input_ids", "labels"):
@@ -53,25 +53,33 @@ def test_samples_held_out_are_of_all_parts_and_not_learnt() -> None:
     assert [len(part["input_ids"]) for part in pretrained.split_rows(few, 32)] == [47, 3]
 
 
-def test_whole_files_are_held_out_where_numbers_mean_something() -> None:
+def test_whole_files_are_held_out_at_gpu_size() -> None:
     assert pretrained.SCALES["cuda"].by_file
 
 
 @pytest.mark.parametrize("method", ["lora", "eva", "lora-ga", "corda-ipm"])
-def test_methods_adapt_it(found: Domain, method: str) -> None:
+def test_methods_fine_tune_the_domain(pretrained_domain: Domain, method: str) -> None:
     needs_of(method)
-    recipe = dataclasses.replace(found.recipe, steps=2, every=1, calibration=2)
-    row = training.fine_tune(dataclasses.replace(found, recipe=recipe), method, 1e-3, 0, found.test)
+    recipe = dataclasses.replace(pretrained_domain.recipe, steps=2, every=1, calibration=2)
+    row = training.fine_tune(
+        dataclasses.replace(pretrained_domain, recipe=recipe),
+        method,
+        1e-3,
+        0,
+        pretrained_domain.test,
+    )
     assert [step for step, _ in row["curve"]] == [0, 1, 2]
 
 
-def test_a_base_is_trained_here(found: Domain) -> None:
-    # Python is learnt, or `found` would have been refused
-    assert found.old.loss(found.base) < found.test.loss(found.base)  # C++ less so
-    assert not found.base.training
+def test_base_has_learnt_its_old_task(pretrained_domain: Domain) -> None:
+    # `pretrained_domain` raises unless the base has learnt Python
+    assert pretrained_domain.old.loss(pretrained_domain.base) < pretrained_domain.test.loss(
+        pretrained_domain.base
+    )  # C++ is not learnt as well
+    assert not pretrained_domain.base.training
 
 
-def test_a_base_that_has_not_learnt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_that_has_not_learnt_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     short = dataclasses.replace(pretrained.SCALES["cpu"], steps=3)
     monkeypatch.setitem(pretrained.SCALES, "cpu", short)
     with pytest.raises(
@@ -80,10 +88,10 @@ def test_a_base_that_has_not_learnt_is_refused(monkeypatch: pytest.MonkeyPatch) 
         pretrained.build_on(torch.device("cpu"))
 
 
-def test_no_rows_of_another_base_are_kept(
-    found: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_of_another_base_are_discarded(
+    pretrained_domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, rates = copy.deepcopy(found.base), []
+    base, rates = copy.deepcopy(pretrained_domain.base), []
 
     def fine_tune(at: Domain, method: str, rate: float, *args: Any, **more: Any) -> dict[str, Any]:
         rates.append(rate)
@@ -96,10 +104,12 @@ def test_no_rows_of_another_base_are_kept(
         quality.run_preset("few", few, tmp_path, ["pretrained"], ["lora"], quiet=True, workers=2)
 
     monkeypatch.setattr(training, "fine_tune", fine_tune)
-    monkeypatch.setattr(quality, "domain", lambda *args: dataclasses.replace(found, base=base))
+    monkeypatch.setattr(
+        quality, "domain", lambda *args: dataclasses.replace(pretrained_domain, base=base)
+    )
     with pytest.raises(KeyboardInterrupt):
         run()
-    run()  # goes on after the first row
+    run()  # resumes after the first row
     assert len(rates) == 2 + 2
     (tmp_path / ".unfinished").mkdir(exist_ok=True)
     rates.clear()
@@ -108,7 +118,7 @@ def test_no_rows_of_another_base_are_kept(
     with torch.no_grad():
         next(base.parameters()).view(-1)[0] += 1.0
     run()
-    assert len(rates) == 2 + 3  # both rates again, and the test
+    assert len(rates) == 2 + 3  # both rates again, and the test run
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     digests = {row["base_sha256"] for part in rows.values() for row in part}
     assert len(digests) == 1

@@ -1,4 +1,4 @@
-"""The part ``quality`` of the benchmarks: bases, fine-tuning, statistics, words, resuming."""
+"""The benchmark part ``quality``: fine-tuning, statistics, text, resuming."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def small(name: str) -> Domain:
 
 @pytest.mark.parametrize("method", RUN)
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in ON_REQUEST])
-def test_every_method_runs_in_every_domain(
+def test_every_method_fine_tunes_every_domain(
     name: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needs_of(method)
@@ -58,7 +58,7 @@ def test_every_method_runs_in_every_domain(
 
 
 @pytest.mark.parametrize("method", RUN)
-def test_all_methods_begin_where_the_base_is(method: str) -> None:
+def test_initial_loss_equals_that_of_the_base(method: str) -> None:
     needs_of(method)
     found = domain("images")
     model, _ = training.start_method(found, method, seed=3)
@@ -67,11 +67,11 @@ def test_all_methods_begin_where_the_base_is(method: str) -> None:
     )
 
 
-def test_all_methods_share_head_data_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_methods_share_head_data_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     found = small("understanding")
-    seen: dict[str, list[Any]] = {}
+    calls_by_method: dict[str, list[Any]] = {}
     for method in ("lora", "eva", "pissa"):
-        calls: list[Any] = seen.setdefault(method, [])
+        calls: list[Any] = calls_by_method.setdefault(method, [])
 
         def spy(model: Any, train: Any, *, steps: int, batch: int, calls: Any = calls, **more: Any):
             calls.append(model.get_submodule("base_model.model.classifier").weight.clone())
@@ -79,9 +79,9 @@ def test_all_methods_share_head_data_and_batches(monkeypatch: pytest.MonkeyPatch
 
         monkeypatch.setattr(training, "descend", spy)
         training.fine_tune(found, method, 1e-3, 5, found.test, curve=False)
-    assert torch.equal(seen["lora"][0], seen["eva"][0])
-    assert torch.equal(seen["lora"][0], seen["pissa"][0])
-    assert seen["lora"][1] == seen["eva"][1] == seen["pissa"][1]
+    assert torch.equal(calls_by_method["lora"][0], calls_by_method["eva"][0])
+    assert torch.equal(calls_by_method["lora"][0], calls_by_method["pissa"][0])
+    assert calls_by_method["lora"][1] == calls_by_method["eva"][1] == calls_by_method["pissa"][1]
     first, again = found.calibration(5), found.calibration(5)
     assert all(
         torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True)
@@ -93,7 +93,7 @@ def test_all_methods_share_head_data_and_batches(monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_one_key_gives_one_row_in_any_order() -> None:
+def test_rows_do_not_depend_on_their_order() -> None:
     keys = [
         {"domain": "images", "method": method, "rate": 3e-3, "seed": seed, "on": "test"}
         for method in ("lora", "eva-peft", "adalora")
@@ -113,14 +113,14 @@ def test_one_key_gives_one_row_in_any_order() -> None:
     assert first[json.dumps(keys[0])]["loss"] != first[json.dumps(keys[1])]["loss"]
 
 
-def test_adalora_acts_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adalora_is_called_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     found, steps = small("images"), []
     monkeypatch.setattr(training, "after_step", lambda model, step: steps.append(step))
     training.fine_tune(found, "adalora", 1e-3, 0, found.test)
     assert steps == [1, 2, 3]
 
 
-def test_random_state_of_the_caller_is_left_alone() -> None:
+def test_random_state_of_the_caller_is_kept() -> None:
     found = small("images")
     torch.manual_seed(4)
     state = torch.random.get_rng_state()
@@ -128,15 +128,15 @@ def test_random_state_of_the_caller_is_left_alone() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_a_loss_that_diverges_is_an_error() -> None:
+def test_diverging_loss_raises() -> None:
     found = domain("images")
     found = dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, steps=5))
     with pytest.raises(DivergedError, match="loss is"):
         training.fine_tune(found, "lora", 1e30, 0, found.validation, curve=False)
 
 
-def test_descent_goes_through_all_samples_before_it_repeats_one() -> None:
-    seen: list[float] = []
+def test_training_uses_all_samples_before_repeating_one() -> None:
+    calls_by_method: list[float] = []
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -144,16 +144,16 @@ def test_descent_goes_through_all_samples_before_it_repeats_one() -> None:
             self.weight = torch.nn.Parameter(torch.zeros(()))
 
         def forward(self, x: torch.Tensor) -> Any:
-            seen.extend(x.tolist())
+            calls_by_method.extend(x.tolist())
             return type("Output", (), {"loss": (self.weight - x).square().mean()})()
 
     model = Model()
     descend(model, {"x": torch.arange(6.0)}, steps=6, batch=2, rate=0.1, seed=0)
-    assert sorted(seen[:6]) == sorted(seen[6:]) == [0, 1, 2, 3, 4, 5]
+    assert sorted(calls_by_method[:6]) == sorted(calls_by_method[6:]) == [0, 1, 2, 3, 4, 5]
     assert model.weight > 0
 
 
-def test_padding_that_all_share_is_cut() -> None:
+def test_common_padding_is_removed() -> None:
     batch = {
         "input_ids": torch.tensor([[1, 2, 3], [4, 0, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]]),
@@ -173,9 +173,9 @@ def test_mean_and_standard_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("theirs", "lower", "told"),
+    ("theirs", "lower", "verdict"),
     [
-        ({0: 1.1, 1: 2.1, 2: 3.2}, True, "wins"),  # differences .1, .1, .2: seeds are paired
+        ({0: 1.1, 1: 2.1, 2: 3.2}, True, "wins"),  # differences .1, .1, .2, since seeds are paired
         ({0: 1.1, 1: 2.1, 2: 3.2}, False, "loses"),
         ({0: 0.9, 1: 1.9, 2: 2.8}, True, "loses"),
         ({0: 1.3, 1: 1.9, 2: 3.1}, True, "ties"),
@@ -183,27 +183,27 @@ def test_mean_and_standard_error() -> None:
         ({0: 9.0, 1: 9.0}, True, "too few seeds"),
     ],
 )
-def test_verdicts(theirs: Mapping[int, float], lower: bool, told: str) -> None:
-    assert statistics.verdict({0: 1.0, 1: 2.0, 2: 3.0}, theirs, lower) == told
+def test_verdicts(theirs: Mapping[int, float], lower: bool, verdict: str) -> None:
+    assert statistics.verdict({0: 1.0, 1: 2.0, 2: 3.0}, theirs, lower) == verdict
 
 
-def test_words_say_where_it_wins_ties_and_loses() -> None:
-    told = statistics.verdict_text("X", "loss", {"A": "wins", "B": "loses", "C": "loses"})
-    assert told == "By loss, X wins against A. It ties with none. It loses to B; C."
-    told = statistics.verdict_text("X", "loss", {"A": "too few seeds", "B": "too few seeds"})
-    assert told.endswith("It has too few seeds for a verdict against A; B.")
-    told = statistics.verdict_text("X", "loss", {"A": "ties", "B": "too few seeds"})
-    assert "ties with A. It loses to none. It has too few seeds" in told
+def test_text_states_wins_ties_and_losses() -> None:
+    verdict = statistics.verdict_text("X", "loss", {"A": "wins", "B": "loses", "C": "loses"})
+    assert verdict == "By loss, X wins against A. It ties with none. It loses to B; C."
+    verdict = statistics.verdict_text("X", "loss", {"A": "too few seeds", "B": "too few seeds"})
+    assert verdict.endswith("It has too few seeds for a verdict against A; B.")
+    verdict = statistics.verdict_text("X", "loss", {"A": "ties", "B": "too few seeds"})
+    assert "ties with A. It loses to none. It has too few seeds" in verdict
 
 
 @pytest.mark.parametrize(
     ("seeds", "share"), [(2, 0.295167), (3, 0.183503), (4, 0.139326), (5, 0.116117), (8, 0.085619)]
 )
-def test_chance_is_the_tail_of_students_distribution(seeds: int, share: float) -> None:
+def test_chance_is_the_tail_of_students_t_distribution(seeds: int, share: float) -> None:
     assert statistics.false_alarm_rate(seeds) == pytest.approx(share, abs=1e-6)
 
 
-def test_steps_to_a_loss() -> None:
+def test_steps_to_reach_a_loss() -> None:
     curve = [(0, 4.0), (10, 3.0), (20, 2.0)]
     assert statistics.steps_to(curve, 2.5) == 15.0
     assert statistics.steps_to(curve, 5.0) == 0.0
@@ -211,7 +211,7 @@ def test_steps_to_a_loss() -> None:
     assert statistics.steps_to(curve, 1.9) is None
 
 
-def test_the_best_rate_has_the_lowest_mean_validation_loss_and_never_failed() -> None:
+def test_best_rate_has_the_lowest_mean_loss_and_no_failures() -> None:
     def row(method: str, rate: float, seed: int, loss: float | None) -> dict[str, Any]:
         key = {"domain": "d", "method": method, "rate": rate, "seed": seed}
         return {**key, "error": "X: y"} if loss is None else {**key, "loss": loss}
@@ -228,12 +228,12 @@ def test_the_best_rate_has_the_lowest_mean_validation_loss_and_never_failed() ->
     assert statistics.best_rates(sweep) == {("d", "a"): 0.2}
 
 
-# the whole part
+# whole runs
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Put made-up domains and fine-tunings in the place of the real ones; list the calls."""
+def fine_tune_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Replace domains and fine-tuning by fakes; return the list of calls."""
     calls: list[tuple[Any, ...]] = []
 
     def task(name: str) -> Task:
@@ -275,29 +275,29 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     return calls
 
 
-def written(out: Path) -> dict[str, Any]:
+def record_in(out: Path) -> dict[str, Any]:
     record: dict[str, Any] = json.loads((out / "quality.json").read_text())
     return record
 
 
-def go(out: Path, methods: list[str], **more: Any) -> None:
+def run_tiny(out: Path, methods: list[str], **more: Any) -> None:
     run_preset("tiny", TINY, out, ["images"], methods, quiet=True, workers=0, **more)
 
 
-def test_rates_are_chosen_on_the_validation_split_alone(
-    tmp_path: Path, fake: list[tuple[Any, ...]]
+def test_rates_are_chosen_on_the_validation_split_only(
+    tmp_path: Path, fine_tune_calls: list[tuple[Any, ...]]
 ) -> None:
-    go(tmp_path, ["lora", "eva"])
+    run_tiny(tmp_path, ["lora", "eva"])
     rates = RECIPES["images"].rates[:2]
-    swept = [call for call in fake if call[2] == 100]
+    swept = [call for call in fine_tune_calls if call[2] == 100]
     assert [call[3] for call in swept] == ["validation"] * 4
-    final = fake[len(swept) :]
+    final = fine_tune_calls[len(swept) :]
     assert {call[3] for call in final} == {"test"}
     assert {call[1] for call in final} == {min(rates)}
     assert [call[2] for call in final] == [0, 1, 2] * 2
 
 
-def test_fine_tuning_looks_at_no_other_split() -> None:
+def test_fine_tuning_evaluates_only_its_split() -> None:
     def refuse(model: Any) -> Any:
         raise AssertionError("this split is not to be looked at")
 
@@ -307,43 +307,43 @@ def test_fine_tuning_looks_at_no_other_split() -> None:
         training.fine_tune(found, "lora", 1e-3, 0, found.test)
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(
-    tmp_path: Path, fake: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+def test_interrupted_run_resumes_with_the_same_rows(
+    tmp_path: Path, fine_tune_calls: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go(tmp_path / "whole", ["lora", "eva"])
-    calls = len(fake)
+    run_tiny(tmp_path / "whole", ["lora", "eva"])
+    calls = len(fine_tune_calls)
     inner = training.fine_tune
 
     def interrupted(*arguments: Any, **more: Any) -> Any:
-        if len(fake) == calls + 6:
+        if len(fine_tune_calls) == calls + 6:
             raise KeyboardInterrupt
         return inner(*arguments, **more)
 
     monkeypatch.setattr(training, "fine_tune", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path / "cut", ["lora", "eva"])
+        run_tiny(tmp_path / "cut", ["lora", "eva"])
     monkeypatch.setattr(training, "fine_tune", inner)
-    go(tmp_path / "cut", ["lora", "eva"])
-    assert len(fake) == 2 * calls
-    assert written(tmp_path / "cut")["rows"] == written(tmp_path / "whole")["rows"]
+    run_tiny(tmp_path / "cut", ["lora", "eva"])
+    assert len(fine_tune_calls) == 2 * calls
+    assert record_in(tmp_path / "cut")["rows"] == record_in(tmp_path / "whole")["rows"]
 
 
-def test_a_method_that_cannot_run_keeps_its_reason(
-    tmp_path: Path, fake: list[tuple[Any, ...]]
+def test_failing_method_keeps_its_error(
+    tmp_path: Path, fine_tune_calls: list[tuple[Any, ...]]
 ) -> None:
-    go(tmp_path, ["lora", "pissa", "eva"])
-    summary, section = show.sections(written(tmp_path))
+    run_tiny(tmp_path, ["lora", "pissa", "eva"])
+    summary, section = show.sections(record_in(tmp_path))
     assert [row[0] for row in section.rows] == [METHODS[m].label for m in ("lora", "pissa", "eva")]
     assert section.rows[1][3] == "ValueError: no weights"
     assert all(len(row) == len(section.headers) for row in section.rows)
     assert summary.rows[1][1] == "not run"
 
 
-def test_tables_and_words_come_from_the_numbers(
-    tmp_path: Path, fake: list[tuple[Any, ...]]
+def test_tables_and_text_follow_from_the_numbers(
+    tmp_path: Path, fine_tune_calls: list[tuple[Any, ...]]
 ) -> None:
-    go(tmp_path, ["lora", "orthonormal", "eva-peft", "eva", "eva-gram"])
-    summary, section = show.sections(written(tmp_path))
+    run_tiny(tmp_path, ["lora", "orthonormal", "eva-peft", "eva", "eva-gram"])
+    summary, section = show.sections(record_in(tmp_path))
     assert "By cross entropy, nats, EVA (this package) wins against LoRA" in section.text
     assert "loses to EVA (this package, exact)." in section.text
     assert "By accuracy, EVA (this package) wins against none. It ties with LoRA" in section.text
@@ -366,15 +366,19 @@ def test_tables_and_words_come_from_the_numbers(
         assert draw().axes
 
 
-def test_too_few_seeds_give_no_verdict(tmp_path: Path, fake: list[tuple[Any, ...]]) -> None:
+def test_too_few_seeds_for_a_verdict(
+    tmp_path: Path, fine_tune_calls: list[tuple[Any, ...]]
+) -> None:
     few = dataclasses.replace(TINY, seeds=(0, 1))
     run_preset("few", few, tmp_path, ["images"], ["lora", "eva"], quiet=True, workers=0)
-    assert "too few seeds for a verdict" in show.sections(written(tmp_path))[1].text
+    assert "too few seeds for a verdict" in show.sections(record_in(tmp_path))[1].text
 
 
-def test_what_runs_only_when_asked_for(tmp_path: Path, fake: list[tuple[Any, ...]]) -> None:
+def test_default_methods_and_domains(
+    tmp_path: Path, fine_tune_calls: list[tuple[Any, ...]]
+) -> None:
     run_preset("tiny", TINY, tmp_path, None, None, quiet=True, workers=0)
-    settings = written(tmp_path)["settings"]
+    settings = record_in(tmp_path)["settings"]
     assert list(settings["methods"]) == RUN
     assert list(settings["domains"]) == [name for name in RECIPES if name != "pretrained"]
     assert len(RUN) == 16
@@ -388,19 +392,19 @@ def test_what_runs_only_when_asked_for(tmp_path: Path, fake: list[tuple[Any, ...
         (("quick", Path(), None, ["best"]), "unknown name best; choose from lora"),
     ],
 )
-def test_unknown_names_are_refused(arguments: Any, message: str, tmp_path: Path) -> None:
+def test_unknown_names_raise(arguments: Any, message: str, tmp_path: Path) -> None:
     preset, *rest = arguments
     with pytest.raises(ValueError, match=message):
         quality.run(preset, tmp_path, *rest[1:])
 
 
-def test_the_seeds_of_the_sweep_are_not_those_of_the_comparison() -> None:
+def test_sweep_and_comparison_use_different_seeds() -> None:
     for preset in quality.PRESETS.values():
         assert not set(preset.seeds) & set(preset.sweep_seeds)
         assert len(preset.seeds) >= statistics.MIN_SEEDS
 
 
-def test_an_interruption_ends_the_workers_with_what_they_do() -> None:
+def test_interrupt_ends_busy_workers() -> None:
     keys = [
         {"domain": "images", "method": "lora", "rate": 1e-9, "seed": seed, "on": "test"}
         for seed in (0, 1)
@@ -426,7 +430,7 @@ def test_an_interruption_ends_the_workers_with_what_they_do() -> None:
 
 
 @pytest.mark.slow
-def test_workers_give_the_rows_of_one_process() -> None:
+def test_workers_give_the_same_rows_as_one_process() -> None:
     keys = [
         {"domain": "images", "method": "lora", "rate": 3e-3, "seed": 0, "on": "test"},
         {"domain": "images", "method": "nothing", "rate": 3e-3, "seed": 0, "on": "test"},

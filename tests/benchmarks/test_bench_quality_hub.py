@@ -1,4 +1,4 @@
-"""The hub's data sets in the part ``quality``, as local files with the same columns."""
+"""Hub data sets of the benchmark part ``quality``, as local files with the same columns."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -70,13 +70,13 @@ def test_trajectories(tmp_path: Path) -> None:
     assert new["states"].mean((0, 1))[0] > 0.5
 
 
-def test_unknown_columns_are_named(tmp_path: Path) -> None:
+def test_error_names_unknown_columns(tmp_path: Path) -> None:
     path = folder(tmp_path / "x", {"prompt": ["a"]})
     with pytest.raises(ValueError, match=r"the columns \['prompt'\], but needs one of"):
         hub.generation_texts([(path, None, "train")])
 
 
-def test_a_domain_is_built_from_hub_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_domain_from_hub_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def batch(seed: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         shapes = {"states": 11, "actions": 3, "rewards": 1}

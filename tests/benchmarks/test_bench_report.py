@@ -1,4 +1,4 @@
-"""The page of the benchmarks needs no other file, and tables come from JSON alone."""
+"""The HTML report, which is self-contained, and tables made from JSON files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_page_and_tables(folder: Path) -> None:
+def test_report_page_and_readme_tables(folder: Path) -> None:
     page = report.run(folder).read_text()
     assert "<h2>Made up</h2>" in page
     assert "<code>code</code>" in page
@@ -62,7 +62,7 @@ def test_page_and_tables(folder: Path) -> None:
     assert "<td>a &lt; b</td>" in page
     assert "<em>note</em>" in page
     assert "2026-01-02, commit abc1234, A CPU, 2 threads, torch 2.0" in page
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)  # nothing from elsewhere
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)  # no external resources
     text = (folder / "README.md").read_text()
     assert "| 1.5 | a < b |" in text
     assert "![line](plots/line.png)" in text
@@ -70,16 +70,16 @@ def test_page_and_tables(folder: Path) -> None:
     assert "<svg" in (folder / "plots" / "line.svg").read_text()
 
 
-def test_numbers_change_with_the_file(folder: Path) -> None:
+def test_tables_follow_the_result_file(folder: Path) -> None:
     (folder / "made-up.json").write_text(json.dumps({**RECORD, "rows": [{"x": 9.75}]}))
     assert "9.75" in report.html_page(folder)
     assert "9.75" in report.markdown_page(folder)
 
 
-def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+def test_empty_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no result files in"):
         report.run(tmp_path)
 
 
-def test_committed_tables_are_those_of_the_committed_files() -> None:
+def test_committed_tables_match_the_committed_results() -> None:
     assert (RESULTS / "README.md").read_text() == report.markdown_page(RESULTS)

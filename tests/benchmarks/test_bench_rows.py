@@ -1,4 +1,4 @@
-"""Rows survive interruption and failure; processes end with all that they started."""
+"""Benchmark rows are kept over interruptions and failures; child processes and their errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def numbers(key: Mapping[str, Any]) -> dict[str, Any]:
     return {"value": f"{key['method']}{key['batch']}"}
 
 
-def test_rows_and_file(tmp_path: Path) -> None:
+def test_rows_are_written_to_the_file(tmp_path: Path) -> None:
     part = rows(tmp_path)
     made = part.make(KEYS, numbers)
     assert made[2] == {"method": "b", "batch": 1, "value": "b1"}
@@ -37,7 +37,7 @@ def test_rows_and_file(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".unfinished/*"))
 
 
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_interrupted_run_resumes_at_the_missing_row(tmp_path: Path) -> None:
     calls: list[str] = []
 
     def run(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,13 +52,13 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert calls == ["a1", "a2", "b1", "b1", "b2"]
 
 
-def test_other_settings_begin_anew(tmp_path: Path) -> None:
+def test_changed_settings_discard_old_rows(tmp_path: Path) -> None:
     rows(tmp_path).make(KEYS, numbers)
     again = rows(tmp_path, rho=2.0).make(KEYS[:1], lambda key: {"value": "new"})
     assert again[0]["value"] == "new"
 
 
-def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+def test_truncated_line_is_computed_again(tmp_path: Path) -> None:
     part = rows(tmp_path)
     part.make(KEYS, numbers)
     text = part.path.read_text()
@@ -68,7 +68,7 @@ def test_a_line_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
     assert calls == KEYS[3:]
 
 
-def test_a_failure_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+def test_failure_becomes_a_row_and_others_run(tmp_path: Path) -> None:
     def run(key: Mapping[str, Any]) -> dict[str, Any]:
         if key["method"] == "a":
             raise ValueError("no such thing\nand more")
@@ -84,7 +84,7 @@ def child(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return "child_of_a_test"
 
 
-def test_a_child_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_process_returns_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "print('noise'); print(json.dumps({'got': json.loads(sys.argv[1])}))"
     module = child(tmp_path, code, monkeypatch)
     assert ask_child(module, {"x": [1, None]}, 20.0) == {"got": {"x": [1, None]}}
@@ -98,7 +98,7 @@ def test_a_child_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("time.sleep(60)", 0.5, "no answer within"),
     ],
 )
-def test_a_child_that_does_not(
+def test_child_process_without_a_result_raises(
     code: str, seconds: float, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = child(tmp_path, code, monkeypatch)
@@ -106,7 +106,7 @@ def test_a_child_that_does_not(
         ask_child(module, {}, seconds)
 
 
-def test_children_are_found_by_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_process_uses_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = child(tmp_path, "print(json.dumps({'python': sys.executable}))", monkeypatch)
     found = ask_child(module, {}, 20.0)["python"]
     assert os.path.normpath(found) == os.path.normpath(sys.executable)

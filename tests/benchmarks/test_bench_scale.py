@@ -1,4 +1,4 @@
-"""The scale part: what it refuses, the words that its numbers make, and that it resumes."""
+"""The benchmark part ``scale``: fits, roofline, checks before timing, text, resuming."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ SMALL = Point(D=48, N=64, L=2, K=4)
 pytestmark = pytest.mark.usefixtures("single_thread")
 
 
-def test_slopes_are_exponents() -> None:
+def test_slope_is_the_exponent() -> None:
     xs = [1.0, 2.0, 4.0, 8.0]
     assert fit.slope(xs, [3 * x**1.5 for x in xs]) == pytest.approx(1.5)
     assert fit.slope([2.0], [1.0]) is None
@@ -41,7 +41,9 @@ XS = [100.0, 200.0, 400.0, 800.0]
         ([1, 8, 8, 2], "from", 565.7, "from D = 570 on (the last of several changes"),
     ],
 )
-def test_crossings(left: list[float], kind: str, at: float | None, told: str) -> None:
+def test_crossing_kind_place_and_text(
+    left: list[float], kind: str, at: float | None, told: str
+) -> None:
     found = fit.crossing(XS, left, [4.0] * 4)
     assert found.kind == kind
     assert found.at == (None if at is None else pytest.approx(at, abs=0.1))
@@ -49,12 +51,12 @@ def test_crossings(left: list[float], kind: str, at: float | None, told: str) ->
     assert found.single == ("several" not in told)
 
 
-def test_too_few_points_make_no_crossing() -> None:
+def test_crossing_with_too_few_points_is_unknown() -> None:
     assert fit.crossing([], [], []).kind == "unknown"
     assert "too few" in fit.crossing([5.0], [1.0], [2.0]).text("N")
 
 
-def test_points_vary_one_size_alone() -> None:
+def test_points_vary_one_size_at_a_time() -> None:
     base = Point(8, 16, 2, 4)
     found = work.points(base, {"D": (4, 8, 32), "L": (1, 2)})
     assert found[0] == base
@@ -83,7 +85,7 @@ def test_floor_counts_flops_and_bytes() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "parts"), [(torch.float32, 3), (torch.bfloat16, 2)])
-def test_floor_of_a_gpu_counts_the_parts_of_a_product(dtype: torch.dtype, parts: int) -> None:
+def test_floor_of_a_gpu_counts_the_bfloat16_products(dtype: torch.dtype, parts: int) -> None:
     on_gpu, on_cpu = (
         work.floors(SMALL, torch.device(name), dtype, CEILINGS)["terms_ms"]
         for name in ("cuda", "cpu")
@@ -93,7 +95,7 @@ def test_floor_of_a_gpu_counts_the_parts_of_a_product(dtype: torch.dtype, parts:
     assert on_gpu == on_cpu
 
 
-def test_lost_variance_is_that_of_a_full_decomposition() -> None:
+def test_lost_variance_equals_a_full_svd() -> None:
     tokens = make_tokens(SMALL, CPU, torch.float32, 0)
     wide = tokens.x.double() - tokens.x.double().mean(0)
     _, squares, rows = torch.linalg.svd(wide, full_matrices=False)
@@ -114,27 +116,27 @@ def test_one_point_is_checked_and_timed() -> None:
     assert step["step"]["median"] >= step["accumulate"]["median"] > 0
 
 
-def test_what_takes_too_long_is_left_out() -> None:
+def test_methods_that_take_too_long_are_left_out() -> None:
     slow = Ceilings(1e10, 1e3, 1e3)
     row = measure.measure(SMALL, CPU, torch.float32, slow, 0.05)
     assert {"gram", "forward"} <= set(row["left_out"])
     assert set(row["ms"]) == {"sketch", "peft"} - set(row["left_out"])
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     real, steps = measure.InputStream.add, []
 
-    def half_blind(self: Any, x: torch.Tensor) -> int:
+    def add_half_of_the_features(self: Any, x: torch.Tensor) -> int:
         steps.append(1)
         return real(self, torch.where(torch.arange(x.shape[1]) < 24, x, 0.0))
 
-    monkeypatch.setattr(measure.InputStream, "add", half_blind)
+    monkeypatch.setattr(measure.InputStream, "add", add_half_of_the_features)
     with pytest.raises(ArithmeticError, match="sketch is wrong"):
         measure.measure(SMALL, CPU, torch.float32, CEILINGS, 0.2)
     assert len(steps) == measure.CHECK_STEPS * SMALL.L
 
 
-def test_a_step_that_is_not_folded_is_no_step() -> None:
+def test_step_without_a_fold_raises() -> None:
     few = Point(D=48, N=4, L=1, K=4)  # fewer tokens than the sketch has rows
     with pytest.raises(ArithmeticError, match="0 of 1"):
         measure.measure(few, CPU, torch.float32, CEILINGS, 0.2)
@@ -167,13 +169,13 @@ def rows_of(make: Callable[[Point], dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cubic(point: Point) -> dict[str, Any]:
-    """Exact Gram wins below D = 600, the fold is small from N = 1000 on, PEFT never wins."""
+    """Return a row where gram wins below D = 600, the fold is cheap from N = 1000, PEFT loses."""
     step = point.D * point.L * point.K / 1000
     gram = step * point.D / 600
     return made_up(point, step, gram, 10 * step, step * 100 / point.N)
 
 
-def test_crossovers_in_words() -> None:
+def test_text_of_crossovers() -> None:
     told = words.crossovers(BASE, rows_of(cubic))
     text = "\n".join(told)
     assert "faster than exact Gram from D = 600 on; everywhere in N = 256 to 4096" in text
@@ -185,7 +187,7 @@ def test_crossovers_in_words() -> None:
     assert "no more than 10 % apart" in text
 
 
-def test_a_share_above_all_is_explained() -> None:
+def test_share_above_one_is_explained() -> None:
     rows = rows_of(cubic)
     assert "More than 100 %" not in words._roofline_text(BASE, rows)[0]
     for row in rows:
@@ -194,7 +196,7 @@ def test_a_share_above_all_is_explained() -> None:
     assert "More than 100 %" in words._roofline_text(BASE, rows)[0]
 
 
-def test_no_crossover_is_said_and_so_is_a_loss() -> None:
+def test_text_without_a_crossover_states_the_loss() -> None:
     def slow(point: Point) -> dict[str, Any]:
         return made_up(point, 10.0, 1.0, 2.0, 9.0)
 
@@ -205,7 +207,7 @@ def test_no_crossover_is_said_and_so_is_a_loss() -> None:
     assert "below 10 % of the step nowhere in N = 256 to 4096" in text
 
 
-def test_state_of_gram_is_larger_from_a_width_on() -> None:
+def test_first_width_where_the_gram_state_is_larger() -> None:
     def larger(point: Point) -> bool:
         return point.state_bytes("gram") > 10 * point.state_bytes("sketch")
 
@@ -234,7 +236,7 @@ def test_sections_of_a_record(tmp_path: Path) -> None:
     titles = ["Cost of a step", "Slopes", "Where the order changes"]
     assert [section.title for section in found][:3] == titles
     assert "no memory" in found[0].notes
-    assert found[0].rows[0].count("—") == 3  # D = 256: PEFT, forward and the share of it
+    assert found[0].rows[0].count("—") == 3  # D = 256: PEFT, forward, and its share of forward
     slopes = {row[0]: row[3] for row in found[1].rows}
     assert slopes["width D"] == "1.00 (1.00)"
     assert slopes["tokens N a step"] == "0.00 (0.00)"
@@ -252,7 +254,7 @@ def test_sections_of_a_record(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
-def test_nothing_measured_is_said(tmp_path: Path) -> None:
+def test_text_without_measurements(tmp_path: Path) -> None:
     failed = {**asdict(BASE), "error": "RuntimeError: no memory"}
     record = record_of([failed], tmp_path)
     record["rows"]["memory"] = None
@@ -261,14 +263,14 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
     assert "no memory" in only.notes
 
 
-def test_simulated_memory_is_read_from_the_folder_of_the_results_first(tmp_path: Path) -> None:
+def test_simulated_memory_is_read_from_the_results_folder_first(tmp_path: Path) -> None:
     there = memory.simulated(tmp_path)
     assert there is not None
     llama = next(model for model in there["models"] if model["model"] == "Llama-2-7B")
     assert llama["gram_state"] / 1e9 == pytest.approx(22.1, abs=0.1)
     record = json.loads((memory.RESULTS / memory.FILE).read_text())
     record["rows"] = [r for r in record["rows"] if r["model"] == "Llama-2-7B"]
-    record["rows"][0]["planned_state_bytes"] += 1  # of other widths than the config's
+    record["rows"][0]["planned_state_bytes"] += 1  # no longer the widths of the config
     (tmp_path / memory.FILE).write_text(json.dumps({**record, "commit": "mine"}))
     here = memory.simulated(tmp_path)
     assert here is not None
@@ -276,7 +278,7 @@ def test_simulated_memory_is_read_from_the_folder_of_the_results_first(tmp_path:
     assert [model["gram_state"] for model in here["models"]] == [None]
 
 
-def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preset = run.Preset(SMALL, {"D": (32, 48), "L": (1,)}, 0.05)
     for presets in (run.PRESETS, run.CUDA_PRESETS):
         monkeypatch.setitem(presets, "tiny", preset)
@@ -302,6 +304,6 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
         assert markdown(section, record)
 
 
-def test_presets_are_named() -> None:
+def test_unknown_preset_raises() -> None:
     with pytest.raises(ValueError, match="quick, full"):
         run.run("slow")

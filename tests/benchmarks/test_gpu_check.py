@@ -1,4 +1,4 @@
-"""The check on a GPU: its time, its records, how it reads reports, and a rehearsal of it all."""
+"""The GPU check: time limits, records, parsing of reports, stage outcomes, and a whole dry run."""
 
 import json
 import os
@@ -21,33 +21,35 @@ from bench.gpu_check.stages import build, end_to_end, environment, kernels, sani
 A, B, C = Stage("a", 10.0, 5.0), Stage("b", 20.0, 5.0), Stage("c", 30.0, 5.0)
 
 
-OF_THE_CHECK = select_stages(())
+DEFAULT_STAGES = select_stages(())
 
 
-def test_shares_fit_the_whole() -> None:
-    assert sum(stage.reserved_seconds for stage in OF_THE_CHECK) <= TOTAL_SECONDS - 5
+def test_time_shares_fit_the_total() -> None:
+    assert sum(stage.reserved_seconds for stage in DEFAULT_STAGES) <= TOTAL_SECONDS - 5
     assert TOTAL_SECONDS == 9 * 60
 
 
 @pytest.mark.parametrize(
     ("stage", "later", "remaining", "limit"),
     [
-        (A, [B, C], 60.0, 10.0),  # no spare time: its share
-        (A, [B, C], 70.0, 20.0),  # what is spare
-        (B, [C], 58.0, 28.0),  # what a quick stage before it left
-        (C, [], 45.0, 45.0),  # the last has all
+        (A, [B, C], 60.0, 10.0),  # no spare time: only its share
+        (A, [B, C], 70.0, 20.0),  # its share and the spare time
+        (B, [C], 58.0, 28.0),  # including the time left by a quick stage before
+        (C, [], 45.0, 45.0),  # the last stage gets all remaining time
         (B, [C], 15.0, 15.0),  # too little for its share
         (A, [], -1.0, 0.0),
     ],
 )
-def test_limit(stage: Stage, later: list[Stage], remaining: float, limit: float) -> None:
+def test_time_limit_of_a_stage(
+    stage: Stage, later: list[Stage], remaining: float, limit: float
+) -> None:
     assert time_limit(stage, later, remaining) == limit
 
 
-def test_later_stages_keep_their_shares_whatever_happens_before() -> None:
+def test_later_stages_keep_their_time_shares() -> None:
     remaining = TOTAL_SECONDS
-    for i, stage in enumerate(OF_THE_CHECK):
-        limit = time_limit(stage, OF_THE_CHECK[i + 1 :], remaining)
+    for i, stage in enumerate(DEFAULT_STAGES):
+        limit = time_limit(stage, DEFAULT_STAGES[i + 1 :], remaining)
         assert limit >= stage.reserved_seconds
         remaining -= limit
     assert remaining >= 0
@@ -65,18 +67,18 @@ def test_later_stages_keep_their_shares_whatever_happens_before() -> None:
         ({"b": "passed"}, "failed"),
     ],
 )
-def test_verdict(statuses: dict[str, str], expected: str) -> None:
+def test_overall_status(statuses: dict[str, str], expected: str) -> None:
     stages = {name: {"status": status} for name, status in statuses.items()}
     assert record.verdict(stages, {"a": True, "b": False}) == expected
 
 
-def test_resume_keeps_what_passed_with_the_same_sources() -> None:
+def test_resume_keeps_stages_that_passed_with_the_same_sources() -> None:
     new = record.new_record(dry_run=False)
     stages = {"a": {"status": "passed"}, "b": {"status": "failed"}, "c": {"status": "timed out"}}
     earlier = {**new, "stages": stages, "machine": {"cpu": "x"}, "versions": {"torch": "2"}}
     assert record.resumable_parts(earlier, new) == {
         "stages": {"a": {"status": "passed", "kept": True}},
-        "machine": {"cpu": "x"},  # what is kept ran there
+        "machine": {"cpu": "x"},  # the machine where the kept stages ran
         "versions": {"torch": "2"},
     }
     for key, other in (("sources", "x"), ("dry_run", True), ("schema_version", 0)):
@@ -88,7 +90,7 @@ def test_resume_keeps_what_passed_with_the_same_sources() -> None:
     assert set(record.resumable_parts(earlier, new, skip=["b"])["stages"]) == {"a", "b"}
 
 
-def test_source_hash_sees_a_change(tmp_path: Path) -> None:
+def test_source_hash_changes_with_the_sources(tmp_path: Path) -> None:
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "a.cu").write_text("1")
     first = record.source_hash(tmp_path)
@@ -97,7 +99,9 @@ def test_source_hash_sees_a_change(tmp_path: Path) -> None:
     assert record.source_hash(tmp_path) != first
 
 
-def test_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_files_are_replaced_atomically(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "folder" / "x.json"
     files.write_json(path, {"a": 1})
 
@@ -147,7 +151,7 @@ GREEN = {"passed": 3, "failed": 0, "gpu_passed": 1, "gpu_skipped": 0}
         ({"gpu_skipped": 4}, 0, "4 tests that need the GPU were skipped"),
     ],
 )
-def test_suite_is_judged(change: dict[str, Any], status: int, reason: str) -> None:
+def test_outcome_of_the_test_suite(change: dict[str, Any], status: int, reason: str) -> None:
     found = tests.failure_reason({**GREEN, **change}, status, dry_run=False)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
@@ -167,7 +171,7 @@ def test_suite_is_judged(change: dict[str, Any], status: int, reason: str) -> No
         ("Device not supported. Please refer\n", 255, "unsupported"),
     ],
 )
-def test_sanitizer_output_is_judged(output: str, status: int, reason: str) -> None:
+def test_outcome_of_sanitizer_output(output: str, status: int, reason: str) -> None:
     found = sanitizer.failure_reason(output, status)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
@@ -202,7 +206,7 @@ def test_sanitizer_runs_three_tools(
 
 
 @pytest.mark.parametrize("tool", sanitizer.TOOLS)
-def test_sanitizer_sees_every_native_kernel(tool: str) -> None:
+def test_sanitizer_selects_every_native_kernel(tool: str) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *sanitizer.TESTS]
     command += ["-k", sanitizer.SELECTIONS[tool], "-p", "no:cacheprovider", "-p", "no:benchmark"]
     found = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True).stdout
@@ -212,15 +216,13 @@ def test_sanitizer_sees_every_native_kernel(tool: str) -> None:
         assert name in found, found
 
 
-def test_sanitizer_that_is_not_installed_is_skipped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_sanitizer_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sanitizer.shutil, "which", lambda name: None)
     with pytest.raises(context.StageSkipped, match="not installed"):
         sanitizer.run(context.Context("sanitizer", tmp_path, dry_run=False, seconds=30.0))
 
 
-def test_kernel_and_end_to_end_rows_are_judged() -> None:
+def test_outcome_of_kernel_and_end_to_end_rows() -> None:
     timed = {"op": "sketch", "status": "timed"}
     assert kernels.failure_reason([timed]) == ""
     assert kernels.failure_reason([timed, {"op": "eigh", "status": "not reached"}]).startswith(
@@ -234,7 +236,7 @@ def test_kernel_and_end_to_end_rows_are_judged() -> None:
     assert end_to_end.failure_reason([]) != ""
 
 
-def test_a_module_older_than_its_sources_is_not_up_to_date(tmp_path: Path) -> None:
+def test_module_older_than_its_sources_is_not_up_to_date(tmp_path: Path) -> None:
     names = ["setup.py", "csrc/a.cpp", "eva_kernels/_C.cpython-312.so"]
     for i, name in enumerate(names):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -247,7 +249,7 @@ def test_a_module_older_than_its_sources_is_not_up_to_date(tmp_path: Path) -> No
     assert build.up_to_date(tmp_path) == ""
 
 
-def test_smi_fields() -> None:
+def test_nvidia_smi_fields() -> None:
     told = (
         "NVIDIA H200, 580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W, 143771 MiB\nother\n"
     )
@@ -278,7 +280,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("how", ["late", "stopped"])
-def test_a_process_is_killed_with_all_it_started(how: str, tmp_path: Path) -> None:
+def test_process_is_killed_with_its_children(how: str, tmp_path: Path) -> None:
     code = f"""
         import pathlib, signal, subprocess, sys, time
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -302,7 +304,7 @@ def test_a_process_is_killed_with_all_it_started(how: str, tmp_path: Path) -> No
     assert not alive(pid)
 
 
-def test_marked_tests_are_named_in_the_report_and_failures_at_once(tmp_path: Path) -> None:
+def test_report_has_gpu_marks_and_failures_are_written_at_once(tmp_path: Path) -> None:
     (tmp_path / "test_marks.py").write_text(
         "import os, pytest\n@pytest.mark.gpu\ndef test_a(): pass\ndef test_b(): pass\n"
         "def test_c(): assert 'why' == 'not'\n"
@@ -313,7 +315,7 @@ def test_marked_tests_are_named_in_the_report_and_failures_at_once(tmp_path: Pat
     command = [sys.executable, "-m", "pytest", "-q", *plugin]
     failures = tmp_path / "failures.txt"
     found = {**os.environ, "PYTHONPATH": str(files.ROOT), tests.marks.FAILURES: str(failures)}
-    found.pop("PYTEST_XDIST_WORKER", None)  # this one reports for itself
+    found.pop("PYTEST_XDIST_WORKER", None)  # the child run is no xdist worker
     found |= {"KILLED": "yes"}
     assert subprocess.run(command, cwd=tmp_path, env=found).returncode == 3
     assert not (tmp_path / "report.xml").exists()
@@ -326,7 +328,7 @@ def test_marked_tests_are_named_in_the_report_and_failures_at_once(tmp_path: Pat
     assert (parsed["passed"], parsed["failed"], parsed["gpu_passed"]) == (3, 1, 1)
 
 
-def test_a_file_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+def test_import_error_of_a_test_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import no_such_package\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     failures = tmp_path / "failures.txt"
@@ -370,7 +372,7 @@ def test_outcome_of_a_stage(
     found = files.read_json(context.result_path(tmp_path, "made_up"))
     assert found["status"] == outcome
     assert found["reason"].startswith(reason)
-    # what was found before an error is kept
+    # results saved before an error are kept
     assert found["results"] == ({"x": 1} if "save" in body else {})
 
 
@@ -385,7 +387,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str,
 
 
 @pytest.mark.slow
-def test_rehearsal_is_green(rehearsal: tuple[Path, int, str, float]) -> None:
+def test_rehearsal_passes(rehearsal: tuple[Path, int, str, float]) -> None:
     out, status, output, _ = rehearsal
     found = json.loads((out / "gpu-check.json").read_text())
     outcomes = {name: stage["status"] for name, stage in found["stages"].items()}
@@ -401,7 +403,7 @@ def test_rehearsal_is_green(rehearsal: tuple[Path, int, str, float]) -> None:
 
 
 @pytest.mark.slow
-def test_rehearsal_looks_like_no_gpu(rehearsal: tuple[Path, int, str, float]) -> None:
+def test_rehearsal_is_not_presented_as_a_gpu_run(rehearsal: tuple[Path, int, str, float]) -> None:
     out = rehearsal[0]
     found = json.loads((out / "gpu-check.json").read_text())
     assert found["dry_run"] is True
@@ -419,7 +421,7 @@ def test_rehearsal_looks_like_no_gpu(rehearsal: tuple[Path, int, str, float]) ->
 
 
 @pytest.mark.slow
-def test_a_check_that_is_ended_keeps_its_record_and_leaves_no_process(tmp_path: Path) -> None:
+def test_terminated_check_keeps_its_record_and_leaves_no_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "gpu-check", "--out", str(tmp_path), "--dry-run"]
     process = subprocess.Popen(
         [*command, "--skip", "build"], cwd=files.ROOT, stdout=subprocess.PIPE, text=True
@@ -433,7 +435,7 @@ def test_a_check_that_is_ended_keeps_its_record_and_leaves_no_process(tmp_path: 
     found = json.loads((tmp_path / "gpu-check.json").read_text())
     assert found["status"] == "running"
     assert found["stages"]["build"]["status"] == "skipped"
-    # The stage would go on for many seconds; what was killed may take a moment to go.
+    # The stage would run for many seconds; a killed process may take a moment to disappear.
     until = time.monotonic() + 3
     while left := [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in _read(p)]:
         assert time.monotonic() < until, left

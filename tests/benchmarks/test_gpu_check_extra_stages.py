@@ -1,4 +1,4 @@
-"""The stages beyond the check on a GPU: what they make of what was measured."""
+"""The optional stages of the GPU check: their summaries, outcomes and text."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ BASE = {"domain": quality.DOMAIN, "base": True, "parameters": 88_000_000, "loss"
 
 
 def record(losses: dict[str, list[float]]) -> dict[str, Any]:
-    """Return what a run of the quality part keeps, of methods that end at some losses."""
+    """Return the record of a ``quality`` run whose methods have these final losses."""
 
     def row(method: str, seed: int, loss: float, on: str) -> dict[str, Any]:
         where = {"domain": quality.DOMAIN, "method": method, "rate": 1e-3, "seed": seed, "on": on}
@@ -35,7 +35,7 @@ def record(losses: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def test_quality_is_summed_up() -> None:
+def test_quality_summary_and_text() -> None:
     found = quality.summary(record({"lora": [2.0, 2.2], "eva": [1.8, 2.0]}))
     assert found["base"]["loss"] == 3.0
     lora, eva = found["rows"]
@@ -48,7 +48,7 @@ def test_quality_is_summed_up() -> None:
     assert "2.1000" in text
 
 
-def test_quality_names_what_did_not_run() -> None:
+def test_quality_names_methods_that_failed() -> None:
     given = record({"lora": [2.0, 2.2], "eva": [1.8]})
     given["rows"]["final"] = [r for r in given["rows"]["final"] if r["method"] == "lora"]
     for row in given["rows"]["sweep"]:
@@ -75,7 +75,7 @@ def passed(results: dict[str, Any]) -> dict[str, Any]:
     return {"status": "passed", "seconds": 1.0, "reason": "", "results": results}
 
 
-def test_launch_numbers_are_judged_and_told() -> None:
+def test_outcome_and_text_of_tuning() -> None:
     shape = {"N": 64, "D": 96, "Q": 16}
     timed = {"shape": shape, "change": "as is", "status": "timed", "over_as_is": 1.0}
     timed["ms"] = {"median": 0.042}
@@ -89,7 +89,7 @@ def test_launch_numbers_are_judged_and_told() -> None:
     assert "42.0" in text
 
 
-def test_corda_is_judged_and_told() -> None:
+def test_outcome_and_text_of_corda() -> None:
     row = {"method": "corda-ipm", "depth": 32, "from": [1, 2], "init_s": 300.0, "init_peak": 2**32}
     assert corda.failure_reason([row]) == ""
     failed = {"method": "corda-ipm", "error": "OutOfMemoryError"}
@@ -99,7 +99,7 @@ def test_corda_is_judged_and_told() -> None:
     assert "32 layers (extrapolated from 1 and 2): 300 s, 4 GiB above the weights" in text
 
 
-def test_corda_tells_what_was_measured_before_it_was_killed(
+def test_corda_keeps_rows_measured_before_it_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures = {"init_s": {"median": 12.3}, "init_peak": {"median": 2**31}}
@@ -121,7 +121,7 @@ def test_corda_tells_what_was_measured_before_it_was_killed(
 
 
 @pytest.mark.parametrize("module", ["attr", "peft.tuners.lora.corda"])
-def test_corda_that_cannot_be_imported_is_skipped(
+def test_corda_is_skipped_if_a_package_is_missing(
     module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "peft.tuners.lora.corda", raising=False)

@@ -1,4 +1,4 @@
-"""The check on a GPU: the order of its stages, what runs beside another, and what is kept."""
+"""The runner of the GPU check: order of stages, parallel stages, interrupts, and resuming."""
 
 import importlib
 import os
@@ -20,7 +20,7 @@ from bench.gpu_check.plan import Stage
 
 
 class Stubbed(runner.Check):
-    """A check whose stages are given by their outcomes."""
+    """A check whose stages have given outcomes instead of running."""
 
     outcomes: dict[str, str]
     meet: frozenset[str] = frozenset()
@@ -29,7 +29,7 @@ class Stubbed(runner.Check):
     def _run_stage_process(
         self, stage: Stage, limit: float, stop: threading.Event
     ) -> dict[str, Any]:
-        if stage.name in self.meet:  # in time only if they are there together
+        if stage.name in self.meet:  # passes only if both stages run at once
             self.barrier.wait(timeout=10)
         status = self.outcomes[stage.name]
         if status == "interrupted":
@@ -54,7 +54,7 @@ def stubbed(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
     return check
 
 
-def test_later_stages_run_after_a_failure_and_the_check_is_red(tmp_path: Path) -> None:
+def test_later_stages_run_after_a_failure_and_the_check_fails(tmp_path: Path) -> None:
     assert not stubbed(tmp_path, {"a": "passed", "b": "timed out", "c": "passed"}).run()
     found = files.read_json(tmp_path / "gpu-check.json")
     assert [s["status"] for s in found["stages"].values()] == ["passed", "timed out", "passed"]
@@ -62,7 +62,7 @@ def test_later_stages_run_after_a_failure_and_the_check_is_red(tmp_path: Path) -
     assert found["versions"] == {"torch": "1"}
 
 
-def test_a_stage_left_out_is_red_unless_it_may_be(tmp_path: Path) -> None:
+def test_skipping_a_required_stage_fails_the_check(tmp_path: Path) -> None:
     outcomes = dict.fromkeys("abc", "passed")
     assert stubbed(tmp_path, outcomes).run()
     assert stubbed(tmp_path, outcomes, skip=["c"]).run()
@@ -71,7 +71,7 @@ def test_a_stage_left_out_is_red_unless_it_may_be(tmp_path: Path) -> None:
         stubbed(tmp_path, outcomes, skip=["nope"])
 
 
-def test_a_stage_beyond_the_check_is_run_when_it_is_named(tmp_path: Path) -> None:
+def test_optional_stage_runs_only_on_request(tmp_path: Path) -> None:
     names = [stage.name for stage in runner.Check(tmp_path).stages]
     assert not set(names) & {*plan.ON_REQUEST}
     asked = runner.Check(tmp_path, also=["quality", "tune"]).stages
@@ -88,46 +88,49 @@ def test_every_stage_has_a_module() -> None:
         assert callable(module.run)
 
 
-def beside(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
+def check_with_parallel_b(out: Path, outcomes: dict[str, str], **options: Any) -> Stubbed:
     check = stubbed(out, outcomes, **options)
     check.stages = [replace(s, parallel=s.name == "b") for s in check.stages]
     return check
 
 
-def test_a_stage_beside_another_runs_with_it(tmp_path: Path) -> None:
+def test_parallel_stage_runs_with_the_previous_one(tmp_path: Path) -> None:
     outcomes = {"a": "passed", "b": "passed", "c": "passed"}
-    check = beside(tmp_path, outcomes)
+    check = check_with_parallel_b(tmp_path, outcomes)
     check.meet = frozenset("ab")
     assert check.run()
     assert list(check.record["stages"]) == ["a", "b", "c"]
-    assert not beside(tmp_path, {**outcomes, "b": "failed"}).run()
-    assert beside(tmp_path, {**outcomes, "a": "failed"}, resume=True).record["stages"].keys() == {
-        "a", "c",
-    }  # fmt: skip
-    assert beside(tmp_path, {**outcomes, "a": "failed", "c": "failed"}, resume=True).run()
+    assert not check_with_parallel_b(tmp_path, {**outcomes, "b": "failed"}).run()
+    resumed = check_with_parallel_b(tmp_path, {**outcomes, "a": "failed"}, resume=True)
+    assert resumed.record["stages"].keys() == {"a", "c"}
+    assert check_with_parallel_b(
+        tmp_path, {**outcomes, "a": "failed", "c": "failed"}, resume=True
+    ).run()
 
 
-def test_what_is_over_is_written_while_another_runs_beside(tmp_path: Path) -> None:
-    assert beside(tmp_path, {"a": "passed", "b": "until a is written", "c": "passed"}).run()
+def test_finished_stage_is_written_while_a_parallel_one_runs(tmp_path: Path) -> None:
+    assert check_with_parallel_b(
+        tmp_path, {"a": "passed", "b": "until a is written", "c": "passed"}
+    ).run()
 
 
 @pytest.mark.parametrize("ends", [("interrupted", "stopped"), ("stopped", "interrupted")])
-def test_an_interrupt_ends_what_runs_beside(tmp_path: Path, ends: tuple[str, str]) -> None:
-    check = beside(tmp_path, {"a": ends[0], "b": ends[1], "c": "passed"})
+def test_interrupt_ends_the_parallel_stage(tmp_path: Path, ends: tuple[str, str]) -> None:
+    check = check_with_parallel_b(tmp_path, {"a": ends[0], "b": ends[1], "c": "passed"})
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         check.run()
     assert time.monotonic() - begin < 5
 
 
-def test_resumed_check_runs_what_had_not_passed(tmp_path: Path) -> None:
+def test_resumed_check_runs_stages_that_had_not_passed(tmp_path: Path) -> None:
     assert not stubbed(tmp_path, {"a": "passed", "b": "failed"}).run()
     again = stubbed(tmp_path, {"a": "failed", "b": "passed"}, resume=True)
     assert again.run()
     assert again.record["stages"]["a"]["kept"]
 
 
-def test_resumed_check_keeps_what_came_of_a_stage_that_is_left_out(tmp_path: Path) -> None:
+def test_resumed_check_keeps_the_result_of_a_skipped_stage(tmp_path: Path) -> None:
     assert not stubbed(tmp_path, {"a": "failed", "b": "failed"}).run()
     again = stubbed(tmp_path, {"a": "passed", "b": "passed"}, resume=True, skip=["a"])
     assert not again.run()
@@ -135,7 +138,7 @@ def test_resumed_check_keeps_what_came_of_a_stage_that_is_left_out(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("said", "status", "outcome"),
+    ("reported", "status", "outcome"),
     [
         ("passed", 0, ("passed", "")),
         ("skipped", child.SKIPPED, ("skipped", "why")),
@@ -146,16 +149,20 @@ def test_resumed_check_keeps_what_came_of_a_stage_that_is_left_out(tmp_path: Pat
         ("passed", None, ("timed out", "killed after 1 s")),
     ],
 )
-def test_a_stage_is_believed_if_its_process_ends_as_it_says(
-    said: str | None,
+def test_outcome_by_result_file_and_exit_status(
+    reported: str | None,
     status: int | None,
     outcome: tuple[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def run_limited(*_: object) -> int | None:
-        if said is not None:
-            found = {"status": said, "reason": "" if said == "passed" else "why", "results": {}}
+        if reported is not None:
+            found = {
+                "status": reported,
+                "reason": "" if reported == "passed" else "why",
+                "results": {},
+            }
             files.write_json(context.result_path(tmp_path, "a"), found)
         return status
 
@@ -168,7 +175,7 @@ def test_a_stage_is_believed_if_its_process_ends_as_it_says(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM])
-def test_a_stage_that_is_ended_ends_what_it_started(tmp_path: Path, number: int) -> None:
+def test_terminated_stage_ends_its_child_processes(tmp_path: Path, number: int) -> None:
     code = f"""
         import os, sys
         from bench.gpu_check import child
@@ -193,8 +200,8 @@ def test_a_stage_that_is_ended_ends_what_it_started(tmp_path: Path, number: int)
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_stage_that_hears_no_signal_ends(tmp_path: Path) -> None:
-    """As in a call of native code that does not return."""
+def test_stage_that_ignores_signals_is_ended(tmp_path: Path) -> None:
+    """As in a native call that does not return."""
     code = f"""
         import signal, sys, time
         from bench.gpu_check import child
@@ -214,7 +221,7 @@ def test_a_stage_that_hears_no_signal_ends(tmp_path: Path) -> None:
     assert "Timeout" in done.stderr
 
 
-def test_a_check_without_time_reaches_nothing(tmp_path: Path) -> None:
+def test_check_without_time_reaches_no_stage(tmp_path: Path) -> None:
     check = stubbed(tmp_path, {"a": "passed"})
     check.total = 0.5
     assert not check.run()

@@ -1,4 +1,4 @@
-"""How the check on a GPU runs the suite: all of it, once, in what order and how many processes."""
+"""How the GPU check runs the test suite: completeness, order, and number of processes."""
 
 import re
 import subprocess
@@ -16,16 +16,16 @@ from bench.gpu_check.stages import tests
 MARKED = re.compile(r"^\s*(@|pytestmark = .*)pytest\.mark\.gpu\b", re.MULTILINE)
 
 
-def suite() -> list[Path]:
+def suite_files() -> list[Path]:
     """Return the files of this suite, relative to the checkout."""
     return sorted(path.relative_to(files.ROOT) for path in files.ROOT.glob("tests/**/test_*.py"))
 
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout with the same files of tests, of one test each, that takes no time to collect."""
+    """Return a checkout with the same test files, each with one test, that is quick to collect."""
     root = tmp_path_factory.mktemp("mirror")
-    for path in suite():
+    for path in suite_files():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text("def test_it(): pass\n")
     (root / "tests" / "helpers.py").touch()
@@ -35,7 +35,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def collected(root: Path, arguments: list[str]) -> list[str]:
+def collect(root: Path, arguments: list[str]) -> list[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     command += [*arguments, "-p", "no:xdist", "-p", "no:benchmark"]
     found = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
@@ -43,12 +43,12 @@ def collected(root: Path, arguments: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-def test_the_whole_suite_runs_once_with_the_device_first(mirror: Path, parallel: bool) -> None:
-    whole = collected(mirror, [f"--ignore={path}" for path in tests.NOT_ON_DEVICE])
-    names = [path.as_posix() for path in suite()]
+def test_whole_suite_runs_once_with_gpu_tests_first(mirror: Path, parallel: bool) -> None:
+    whole = collect(mirror, [f"--ignore={path}" for path in tests.NOT_ON_DEVICE])
+    names = [path.as_posix() for path in suite_files()]
     names = [name for name in names if not name.startswith(tests.NOT_ON_DEVICE)]
     assert sorted(whole) == [f"{name}::test_it" for name in names]
-    found = collected(mirror, tests.ordered_paths(parallel, mirror))
+    found = collect(mirror, tests.ordered_paths(parallel, mirror))
     assert sorted(found) == sorted(whole)
     firsts = [test.startswith(tests.FIRST_PATHS) for test in found]
     assert firsts == sorted(firsts, reverse=True)
@@ -57,10 +57,12 @@ def test_the_whole_suite_runs_once_with_the_device_first(mirror: Path, parallel:
     assert slow[0 if parallel else -1] == (sum(firsts) if parallel else len(found) - 1)
 
 
-def test_all_tests_that_need_the_device_come_first() -> None:
-    marked = [path.as_posix() for path in suite() if MARKED.search((files.ROOT / path).read_text())]
+def test_all_gpu_tests_are_in_the_first_paths() -> None:
+    marked = [
+        path.as_posix() for path in suite_files() if MARKED.search((files.ROOT / path).read_text())
+    ]
     assert "tests/ops/test_launches.py" in marked
-    own = Path(tests.SELF_TEST.partition("::")[0]).as_posix()  # holds the mark in a string
+    own = Path(tests.SELF_TEST.partition("::")[0]).as_posix()  # contains the mark only in a string
     assert [path for path in marked if not path.startswith((*tests.FIRST_PATHS, own))] == []
 
 
@@ -74,7 +76,7 @@ def test_all_tests_that_need_the_device_come_first() -> None:
         (16, False, True, (1, "")),
     ],
 )
-def test_why_the_suite_runs_in_one_process(
+def test_number_of_processes_and_reason(
     cores: int,
     installed: bool,
     dry_run: bool,
@@ -87,7 +89,7 @@ def test_why_the_suite_runs_in_one_process(
     assert tests.num_processes(dry_run) == expected
 
 
-def test_a_suite_that_was_killed_tells_what_is_not_installed() -> None:
+def test_text_of_a_killed_suite_names_missing_packages() -> None:
     found: dict[str, Any] = {"missing_packages": ["attrs"], "one_process": "why"}
     assert table._tests(found) == [
         "tests: no report",
@@ -97,11 +99,13 @@ def test_a_suite_that_was_killed_tells_what_is_not_installed() -> None:
     assert table._tests({"missing_packages": [], "one_process": ""}) == []
 
 
-def test_pytest_xdist_begins_with_what_comes_first(pytestconfig: pytest.Config) -> None:
+def test_xdist_keeps_the_given_order(pytestconfig: pytest.Config) -> None:
     class Config:
         option: Any = type("Options", (), {"loadscopereorder": True})()
 
     tests.marks.pytest_configure(Config())  # type: ignore[arg-type]
     assert Config.option.loadscopereorder is False
-    if pytestconfig.pluginmanager.hasplugin("xdist"):  # it has that name there
+    if pytestconfig.pluginmanager.hasplugin(
+        "xdist"
+    ):  # xdist must still have an option of this name
         assert hasattr(pytestconfig.option, "loadscopereorder")

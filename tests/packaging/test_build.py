@@ -71,7 +71,7 @@ def broken_nvcc(tmp_path_factory: pytest.TempPathFactory) -> str:
 def wheel(unpacked: Path, broken_nvcc: str) -> Path:
     """Build the wheel from the sdist, over the leftovers of an earlier build.
 
-    With CUDA where it can be had, and here it cannot.
+    CUDA is requested where available, and here it is not.
     """
     library = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     stale = unpacked / "build" / library / "eva_kernels"
@@ -96,7 +96,7 @@ def python_sources(checkout: Path) -> set[str]:
     }
 
 
-def test_sdist_has_what_a_build_needs(checkout: Path, sdist: Path) -> None:
+def test_sdist_contains_what_a_build_needs(checkout: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     native = {f"csrc/{path.name}" for path in (checkout / "csrc").iterdir()}
@@ -105,7 +105,7 @@ def test_sdist_has_what_a_build_needs(checkout: Path, sdist: Path) -> None:
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
-def test_wheel_has_both_packages_and_nothing_stale(checkout: Path, wheel: Path) -> None:
+def test_wheel_contains_both_packages_and_no_stale_files(checkout: Path, wheel: Path) -> None:
     names = files_of(wheel)
     python = {name for name in names if name.endswith(".py")}
     assert python == python_sources(checkout)
@@ -118,7 +118,7 @@ def test_wheel_has_both_packages_and_nothing_stale(checkout: Path, wheel: Path) 
     assert roots == {"eva_kernels", "eva_peft", f"eva_kernels-{eva_kernels.__version__}.dist-info"}
 
 
-def test_wheel_has_the_embedded_model(checkout: Path, wheel: Path) -> None:
+def test_wheel_contains_the_embedded_model(checkout: Path, wheel: Path) -> None:
     names = files_of(wheel)
     assets = checkout / "python" / "eva_peft" / "assets"
     data = {
@@ -155,12 +155,12 @@ def test_required_cuda_fails_with_the_reason(unpacked: Path, broken_nvcc: str) -
     assert f"{broken_nvcc} knows none of the architectures 75" in done.stderr
 
 
-def test_unknown_mode_is_refused(unpacked: Path) -> None:
+def test_unknown_cuda_mode_fails(unpacked: Path) -> None:
     done = run(BUILD.format("wheel"), unpacked, EVA_KERNELS_CUDA="yes")
     assert "EVA_KERNELS_CUDA must be auto, 1 or 0, not 'yes'" in done.stderr
 
 
-def test_torch_is_left_as_it_is_found() -> None:
+def test_pins_and_build_requirements_leave_torch_alone() -> None:
     pins = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     assert not [pin for pin in pins if pin.startswith(("torch=", "triton="))], (
         "make would replace it"

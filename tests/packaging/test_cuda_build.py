@@ -1,4 +1,4 @@
-"""The CUDA module where there is an nvcc: every architecture, no warning, no driver needed."""
+"""The CUDA module, where nvcc is installed: architectures, warnings, loading without a driver."""
 
 import importlib.util
 import json
@@ -62,7 +62,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(folder: Path, code: str) -> dict:
+def run_python(folder: Path, code: str) -> dict:
     # No torch: the module must load on its own, and a driver is hidden if there is one.
     code = f"import importlib.util, json\nfrom pathlib import Path\n{FIND}\n{code}"
     done = subprocess.run(
@@ -85,7 +85,7 @@ spec.loader.exec_module(cuda)
 
 
 def test_every_architecture_is_compiled_without_a_warning(built: Path) -> None:
-    answer = ask(built, 'print(json.dumps({"archs": cuda.archs, "toolkit": cuda.toolkit}))')
+    answer = run_python(built, 'print(json.dumps({"archs": cuda.archs, "toolkit": cuda.toolkit}))')
     listing = subprocess.run([str(NVCC), "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = [arch for arch in load_setup().DEFAULT_ARCHS if f"compute_{arch}" in listing]
     assert answer["archs"].split() == known
@@ -93,7 +93,7 @@ def test_every_architecture_is_compiled_without_a_warning(built: Path) -> None:
     assert answer["toolkit"] >= 11000
 
 
-def test_it_loads_without_a_driver_and_a_launch_says_so(built: Path) -> None:
+def test_module_loads_without_a_driver_and_launches_raise(built: Path) -> None:
     code = """
 answer = {"devices": cuda.device_count()}
 fold = (0, 1, 1, 1, 0, 0, 0)
@@ -108,7 +108,7 @@ for name, arguments in calls.items():
         answer[name] = str(error)
 print(json.dumps(answer))
 """
-    answer = ask(built, code)
+    answer = run_python(built, code)
     assert answer["devices"] == 0
     passes = "fold_prepare", "fold_measure", "fold_rows"
     for name in ("convergence", "eigh", "nystrom", "start", *passes):

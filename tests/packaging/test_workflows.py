@@ -1,4 +1,4 @@
-"""The workflows: what actionlint says of them, pinned actions, and least permissions."""
+"""The CI workflows (actionlint, pinned actions, permissions) and the Makefile."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def unpinned(text: str) -> list[str]:
-    """Return the actions that are not named by a full hash with the version beside it."""
+    """Return the actions that are not pinned by a full hash with a version comment."""
     return [
         action
         for action, rest in USES.findall(text)
@@ -67,12 +67,12 @@ def test_actions_are_pinned_by_hash(path: Path) -> None:
         "uses: ./local",
     ],
 )
-def test_the_check_sees_what_is_not_pinned(line: str) -> None:
+def test_unpinned_actions_are_detected(line: str) -> None:
     assert len(unpinned(f"      {line}\n")) == 1
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_least_permissions(path: Path) -> None:
+def test_workflows_have_least_permissions(path: Path) -> None:
     workflow = read(path)
     assert workflow["permissions"] == {"contents": "read"}
     assert "group" in workflow["concurrency"]
@@ -89,7 +89,7 @@ def test_gpu_workflow_runs_the_check_and_keeps_its_results() -> None:
     assert set(workflow["on"]) == {"schedule", "workflow_dispatch"}
     steps = workflow["jobs"]["gpu-check"]["steps"]
     check = next(step for step in steps if "make gpu-check" in step.get("run", ""))
-    # a red check is a red job
+    # a failed check fails the job
     assert "continue-on-error" not in check
     assert "||" not in check["run"]
     upload = next(step for step in steps if "upload-artifact" in step.get("uses", ""))
@@ -99,7 +99,7 @@ def test_gpu_workflow_runs_the_check_and_keeps_its_results() -> None:
     )
 
 
-def test_ci_runs_with_and_without_nvcc() -> None:
+def test_ci_matrix_has_jobs_with_and_without_nvcc() -> None:
     matrix = read(FOLDER / "ci.yml")["jobs"]["check"]["strategy"]["matrix"]
     assert matrix["cuda"] == [""]
     assert [entry["cuda"] for entry in matrix["include"]] == ["13.0"]
@@ -109,7 +109,7 @@ def test_ci_runs_with_and_without_nvcc() -> None:
     ("has_torch", "expected"),
     [(True, "-m bench gpu-check --out results --dry-run\n"), (False, None)],
 )
-def test_make_takes_a_python_that_has_torch(
+def test_make_uses_a_python_that_has_torch(
     has_torch: bool, expected: str | None, tmp_path: Path
 ) -> None:
     python = tmp_path / "python"
@@ -120,7 +120,7 @@ def test_make_takes_a_python_that_has_torch(
     python.chmod(0o755)
     command = ["make", "-s", "gpu-check", f"PYTHON={python}", "OUT=results"]
     command += ["CHECK_ARGS=--dry-run", f"VENV={tmp_path / 'venv'}"]
-    # `make setup` of the other branch is a stand-in that fails: nothing is installed in a test
+    # In the other branch `make setup` is replaced by `false`, so that nothing is installed.
     command += ["MAKE=false"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert not (tmp_path / "venv").exists()
@@ -139,39 +139,37 @@ def test_make_takes_a_python_that_has_torch(
         (["HAS_GPU=", "HAS_NVCC=", "EVA_KERNELS_CUDA=1"], True),
     ],
 )
-def test_make_fetches_a_compiler_where_cuda_is_built_and_there_is_none(
+def test_make_installs_nvcc_if_cuda_is_built_and_nvcc_is_missing(
     variables: list[str], fetched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("EVA_KERNELS_CUDA", "MAKEFLAGS"):  # of the make that runs the tests
+    for name in ("EVA_KERNELS_CUDA", "MAKEFLAGS"):  # set by the make that runs the tests
         monkeypatch.delenv(name, raising=False)
-    told = subprocess.run(
+    done = subprocess.run(
         ["make", "-n", "-B", "setup", *variables], cwd=ROOT, capture_output=True, text=True
     )
-    fetch, install = (told.stdout.find(f"-m pip install {how}") for how in ("--upgrade", "-c"))
-    assert ("-r csrc/nvcc.txt" in told.stdout) == fetched
+    fetch, install = (done.stdout.find(f"-m pip install {how}") for how in ("--upgrade", "-c"))
+    assert ("-r csrc/nvcc.txt" in done.stdout) == fetched
     assert install > 0
     assert (0 < fetch < install) == fetched
 
 
-@pytest.mark.parametrize(("cuda", "goes_on"), [("auto", True), ("1", False)])
-def test_make_goes_on_without_a_compiler_unless_it_is_insisted_on(
-    cuda: str, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("cuda", "succeeds"), [("auto", True), ("1", False)])
+def test_make_continues_without_nvcc_unless_cuda_is_required(
+    cuda: str, succeeds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MAKEFLAGS", raising=False)
     (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"  # installs anything but the compiler
+    python = tmp_path / "bin" / "python"  # a fake that fails only when installing the compiler
     python.write_text('#!/bin/sh\ncase "$*" in *nvcc.txt*) exit 1;; esac\n')
     python.chmod(0o755)
     variables = [f"VENV={tmp_path}", f"EVA_KERNELS_CUDA={cuda}", "HAS_GPU=yes", "HAS_NVCC="]
     done = subprocess.run(["make", "setup", *variables], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode == 0) == goes_on, done.stderr
-    assert (tmp_path / ".ready").exists() == goes_on
+    assert (done.returncode == 0) == succeeds, done.stderr
+    assert (tmp_path / ".ready").exists() == succeeds
 
 
-def test_make_finishes_a_venv_that_was_left_without_pip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As by Ctrl-C, or by Debian where its python3-venv is not installed."""
+def test_make_completes_a_venv_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-C, or on Debian without python3-venv."""
     monkeypatch.delenv("MAKEFLAGS", raising=False)
     (tmp_path / "bin").mkdir()
     for name, does in (("bin/python", '[ -e "$0.pip" ]'), ("python", 'touch "$3/bin/python.pip"')):
@@ -182,13 +180,13 @@ def test_make_finishes_a_venv_that_was_left_without_pip(
     assert done.returncode == 0, done.stderr
 
 
-def test_make_test_has_every_package_and_skips_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = subprocess.run(
+def test_make_test_requires_all_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.run(
         ["make", "-n", "-o", ".venv/.ready", "test"], cwd=ROOT, capture_output=True, text=True
     )
     assert re.search(
         rf"^OMP_NUM_THREADS=1 {extras.ALL_INSTALLED}=1 \S+python -m pytest .*--dist loadfile$",
-        told.stdout,
+        done.stdout,
         re.MULTILINE,
     )
     monkeypatch.setenv(extras.ALL_INSTALLED, "1")
