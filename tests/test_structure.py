@@ -29,10 +29,7 @@ LAYERS = {
     "eva_kernels.ops": {"eva_kernels.kernels", "eva_kernels.reference", *UTILITIES},
     "eva_kernels.streaming": {"eva_kernels.ops", "eva_kernels.errors"},
     "eva_kernels._pca": {"eva_kernels.streaming", "eva_kernels.errors"},
-    "eva_kernels": {
-        "eva_kernels",
-        "eva_peft",
-    },  # the public package: the only import that points up
+    "eva_kernels": {"eva_kernels", "eva_peft"},  # the public names: the only import that goes up
     "eva_peft": {"eva_kernels", "eva_kernels.errors", "eva_kernels.ops", "eva_kernels.streaming"},
 }
 # The rooms of the PEFT layer from the bottom up: each may import itself and those before it.

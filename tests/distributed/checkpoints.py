@@ -1,4 +1,4 @@
-"""A pass of several processes that is stopped, and goes on from its checkpoint."""
+"""Scenarios of a pass of several processes that is stopped and resumed from its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from torch import Tensor, nn
 
 import eva_kernels
 from distributed.data_parallel import Experts, routed_tokens
-from distributed.scenarios import calibrate, limited, own_batches, scenario, shared_folder
+from distributed.scenarios import (
+    calibrate,
+    group_with_timeout,
+    own_batches,
+    scenario,
+    shared_folder,
+)
 from eva_peft.resume import checkpoint
 from integration.conftest import QUIET, lora, make_llama
 
 
 class Stopped(Exception):
-    """What stops a pass here."""
+    """Raised to stop a pass."""
 
 
-def shuffled(rank: int, fail_at: int = -1) -> Iterator[dict[str, Tensor]]:
-    """Yield batches that global random states decide on, as those of a shuffling loader.
+def shuffled_batches(rank: int, fail_at: int = -1) -> Iterator[dict[str, Tensor]]:
+    """Yield batches that depend on global random states, as those of a shuffling loader do.
 
-    Their order is drawn when it begins, and what is made of each when its turn comes.
+    Their order is drawn at the start, and the augmentation of each batch when it is yielded.
     """
     batches = own_batches(rank, 6)
     for number, which in enumerate(torch.randperm(6)):
@@ -35,38 +41,38 @@ def shuffled(rank: int, fail_at: int = -1) -> Iterator[dict[str, Tensor]]:
         yield {k: v.roll(sum(by), 1) for k, v in batches[which].items()}
 
 
-def drawing(model: nn.Module, batch: dict[str, Tensor]) -> None:
+def forward_with_random_numbers(model: nn.Module, batch: dict[str, Tensor]) -> None:
     """Run a model that draws random numbers."""
     torch.rand(1), random.random(), np.random.rand()
     model(**batch)
 
 
 def shuffled_pass(rank: int, seed: int | None = None, fail_at: int = -1, **options: Any) -> Any:
-    """Run a pass whose batches and model draw random numbers, other ones in each process."""
-    model = make_llama()  # which sets a state of its own
+    """Run a pass whose batches and model draw random numbers, different ones in each process."""
+    model = make_llama()  # before the seeds, as it sets a random state itself
     for begin in (torch.manual_seed, random.seed, np.random.seed):
         begin(rank if seed is None else seed)
-    options = {"max_steps": 6, "forward_fn": drawing, **options}
-    return calibrate(model, shuffled(rank, fail_at), **options)
+    options = {"max_steps": 6, "forward_fn": forward_with_random_numbers, **options}
+    return calibrate(model, shuffled_batches(rank, fail_at), **options)
 
 
 def stopped_and_resumed(rank: int, stop: Callable[..., Any], every: int = 1, **options: Any) -> Any:
-    """Return the result of a pass in one go, that of one with a stop, and what the stop was."""
+    """Return the results of an uninterrupted and a resumed pass, and the name of the stopping error."""
     whole = shuffled_pass(rank, **options)
-    told = None
+    error_name = None
     with shared_folder() as folder:
         options |= {"checkpoint": folder / "pass.safetensors", "checkpoint_every": every}
         try:
             stop(options)
         except Exception as error:
-            told = type(error).__name__
-        resumed = shuffled_pass(rank, seed=100, **options)  # another run has another state
+            error_name = type(error).__name__
+        resumed = shuffled_pass(rank, seed=100, **options)  # a new process has another random state
         files = sorted(path.name for path in folder.iterdir())
-    return {"whole": whole, "resumed": resumed, "told": told, "files": files}
+    return {"whole": whole, "resumed": resumed, "error_name": error_name, "files": files}
 
 
 @scenario
-def leader_is_stopped(rank: int) -> Any:
+def callback_stops_leader(rank: int) -> Any:
     def stop(options: dict[str, Any]) -> None:
         def after_three(numbers: dict[str, Any]) -> None:
             if numbers["step"] == 3:
@@ -78,7 +84,7 @@ def leader_is_stopped(rank: int) -> Any:
 
 
 @scenario
-def follower_is_stopped(rank: int) -> Any:
+def loader_stops_follower(rank: int) -> Any:
     def stop(options: dict[str, Any]) -> None:
         shuffled_pass(rank, fail_at=4 if rank == 1 else -1, **options)
 
@@ -86,8 +92,8 @@ def follower_is_stopped(rank: int) -> Any:
 
 
 @scenario
-def limit_is_raised(rank: int) -> Any:
-    """Stop where tokens wait that are too few for a step."""
+def max_steps_is_raised(rank: int) -> Any:
+    """Stop while pending tokens are too few for a step."""
 
     def stop(options: dict[str, Any]) -> None:
         shuffled_pass(rank, max_steps=2, **options)
@@ -96,8 +102,8 @@ def limit_is_raised(rank: int) -> Any:
 
 
 @scenario
-def goes_on_alone(rank: int) -> Any:
-    """Go on in one process with the checkpoint of two."""
+def resumed_by_one_process(rank: int) -> Any:
+    """Resume in one process from the checkpoint of two."""
     with shared_folder() as folder:
         kept = {"checkpoint": folder / "pass.safetensors"}
         calibrate(make_llama(), own_batches(rank), max_steps=2, **kept)
@@ -106,41 +112,43 @@ def goes_on_alone(rank: int) -> Any:
 
 
 @scenario
-def batches_are_missing(rank: int) -> Any:
+def resumed_with_fewer_batches(rank: int) -> Any:
     with shared_folder() as folder:
         kept = {"checkpoint": folder / "pass.safetensors"} if rank == 0 else {}
         calibrate(make_llama(), iter(own_batches(rank, 3)), max_steps=3, **kept)
         calibrate(make_llama(), iter(own_batches(rank, 2 - rank)), max_steps=5, **kept)
 
 
-def stopped_at_three(loader: Callable[[], Any], tau: float = 0.99, **options: Any) -> Any:
-    """Return the result of a pass in one go, and that of one which goes on after three batches."""
+def resumed_after_three_batches(
+    loader: Callable[[], Any], tau: float = 0.99, **options: Any
+) -> Any:
+    """Return the results of an uninterrupted pass and of one resumed after three batches."""
 
-    def until(steps: int, **kept: Any) -> Any:
+    def run_until(steps: int, **kept: Any) -> Any:
         both = {"max_steps": steps, **options, **kept, **QUIET}
         return eva_kernels.calibrate(make_llama(), loader(), lora(tau=tau), **both)
 
-    whole = until(4)
+    whole = run_until(4)
     with shared_folder() as folder:
         kept = {"checkpoint": folder / "pass.safetensors"}
-        until(3, **kept)
-        return {"whole": whole, "resumed": until(4, **kept)}
+        run_until(3, **kept)
+        return {"whole": whole, "resumed": run_until(4, **kept)}
 
 
 @scenario
-def one_loader_had_ended(rank: int) -> Any:
-    return stopped_at_three(lambda: iter(own_batches(rank, 4 - 2 * rank)))
+def resumed_after_one_loader_ended(rank: int) -> Any:
+    return resumed_after_three_batches(lambda: iter(own_batches(rank, 4 - 2 * rank)))
 
 
 @scenario
-def an_epoch_had_ended(rank: int) -> Any:
-    """Go on where most layers have converged, and are frozen."""
-    return stopped_at_three(lambda: own_batches(rank, 3), tau=0.8, freeze_converged=True)
+def resumed_after_an_epoch(rank: int) -> Any:
+    """Resume while most layers have converged and are frozen."""
+    return resumed_after_three_batches(lambda: own_batches(rank, 3), tau=0.8, freeze_converged=True)
 
 
 @scenario
-def a_second_epoch_had_begun(rank: int) -> Any:
-    """Go on where the order of the second epoch came from numbers behind those of the model."""
+def resumed_in_second_epoch(rank: int) -> Any:
+    """Resume where the order of the second epoch was drawn after the model's random numbers."""
 
     class Shuffling:
         def __iter__(self) -> Iterator[Any]:
@@ -148,40 +156,40 @@ def a_second_epoch_had_begun(rank: int) -> Any:
             for batch, shift in zip(own_batches(rank, 2), shifts, strict=True):
                 yield {k: v.roll(shift, 1) for k, v in batch.items()}
 
-    return stopped_at_three(Shuffling, forward_fn=drawing)
+    return resumed_after_three_batches(Shuffling, forward_fn=forward_with_random_numbers)
 
 
-def gone_on(model: Callable[[], nn.Module], data: Any, names: list[str], stop: int) -> Any:
-    """Return the result of a pass in one go over all data, and that of one with a stop."""
+def resumed_after(model: Callable[[], nn.Module], data: Any, names: list[str], stop: int) -> Any:
+    """Return the results of an uninterrupted pass over all data and of a resumed one."""
     options = {**QUIET, "prepare_model_inputs_fn": None, "method": "sketch"}
 
-    def until(steps: int, **kept: Any) -> Any:
+    def run_until(steps: int, **kept: Any) -> Any:
         config = lora(target_modules=names)
         return eva_kernels.calibrate(model(), data, config, max_steps=steps, **kept, **options)
 
-    whole = until(len(data))
+    whole = run_until(len(data))
     with shared_folder() as folder:
         kept = {"checkpoint": folder / "pass.safetensors"}
-        until(stop, **kept)
-        return {"whole": whole, "resumed": until(len(data), **kept)}
+        run_until(stop, **kept)
+        return {"whole": whole, "resumed": run_until(len(data), **kept)}
 
 
 @scenario
-def one_had_too_few_tokens(rank: int) -> Any:
-    """Go on where one process has tokens of a layer, too few for a basis, and the other has none.
+def resumed_with_too_few_tokens_in_one(rank: int) -> Any:
+    """Resume where one process has too few tokens of a layer for a basis, and the other has none.
 
-    Both have some later.
+    Both get some later.
     """
     data = [routed_tokens(rank, step) for step in range(3)]
     if rank == 0:
         data[0][:3, 0] = 3
-    return gone_on(Experts, data, [f"expert.{i}" for i in range(4)], stop=1)
+    return resumed_after(Experts, data, [f"expert.{i}" for i in range(4)], stop=1)
 
 
-def called_twice(data: list[Tensor]) -> Any:
-    """Go on, behind two batches, where a large number makes a layer be called once more."""
+def resumed_with_repeated_call(data: list[Tensor]) -> Any:
+    """Resume after two batches a model that calls its layer twice if a value is large."""
 
-    class Again(nn.Module):
+    class RepeatedCall(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
@@ -191,32 +199,32 @@ def called_twice(data: list[Tensor]) -> Any:
             y: Tensor = self.a(x)
             return self.a(y) if x[0, 0] > 100 else y
 
-    return gone_on(Again, data, ["a"], stop=2)
+    return resumed_after(RepeatedCall, data, ["a"], stop=2)
 
 
 @scenario
-def one_called_a_layer_twice(rank: int) -> Any:
-    """Go on where one process alone knows that a forward pass may not be cut behind a layer."""
+def resumed_after_one_called_a_layer_twice(rank: int) -> Any:
+    """Resume where only one process knows that a forward pass must not stop at the last layer."""
     torch.manual_seed(rank)
     data = [*torch.randn(4, 80, 24)]
     for step in (0, 3) if rank == 1 else ():
         data[step][0, 0] = 200
-    return called_twice(data)
+    return resumed_with_repeated_call(data)
 
 
 @scenario
-def one_would_call_a_layer_twice(rank: int) -> Any:
-    """Go on where one process alone has seen the largest batch, behind which passes are cut."""
+def resumed_before_one_calls_a_layer_twice(rank: int) -> Any:
+    """Resume where only one process has seen the largest batch, after which passes stop early."""
     torch.manual_seed(rank)
     data = [torch.randn(80 + 40 * (rank == 1 and step in (0, 2)), 24) for step in range(4)]
     if rank == 1:
         data[2][0, 0] = 200
-    return called_twice(data)
+    return resumed_with_repeated_call(data)
 
 
 @scenario
-def asked_for_again(rank: int) -> Any:
-    """Return the result of a pass whose last tokens are no step, and that of its checkpoint."""
+def completed_pass_repeated(rank: int) -> Any:
+    """Return the results of a pass that ends within a step, and of repeating the completed pass."""
     options = {"max_steps": 2, "method": "sketch", "tokens_per_step": 5}
     with shared_folder() as folder:
         options["checkpoint"] = folder / "pass.safetensors"
@@ -232,7 +240,7 @@ def asked_for_again(rank: int) -> Any:
 @scenario
 def callback_fails_at_the_end(rank: int) -> Any:
     def callback(numbers: dict[str, Any]) -> None:
-        if numbers["step"] == 2:  # of the tokens that are no step
+        if numbers["step"] == 2:  # the last, incomplete step
             raise OSError("the report is gone")
 
     options = {"max_steps": 2, "method": "sketch", "tokens_per_step": 5}
@@ -240,12 +248,14 @@ def callback_fails_at_the_end(rank: int) -> Any:
 
 
 @scenario
-def writing_fails_at_the_end(rank: int) -> Any:
+def checkpoint_fails_at_the_end(rank: int) -> Any:
     failing = mock.Mock(side_effect=ValueError("no such state"))
     with shared_folder() as folder, mock.patch.object(checkpoint, "write_checkpoint", failing):
         kept = {"checkpoint": folder / "pass.safetensors", "checkpoint_every": 9}
         try:
-            calibrate(make_llama(), own_batches(rank), max_steps=2, group=limited(), **kept)
+            calibrate(
+                make_llama(), own_batches(rank), max_steps=2, group=group_with_timeout(), **kept
+            )
         except Exception as error:
             return type(error).__name__, str(error)
 

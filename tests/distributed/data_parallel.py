@@ -1,4 +1,4 @@
-"""Each process has a copy of the model, and batches of its own."""
+"""Scenarios in which each process has a copy of the model and its own batches."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor, distributed, nn
 
 import eva_kernels
 from distributed.scenarios import calibrate, failing_batches, own_batches, scenario
-from distributed.shards import spoiled_in_shards
+from distributed.shards import nan_input_in_shards
 from eva_kernels.streaming import InputStream, _host
 from eva_peft.passes.hooks import InputCollector
 from eva_peft.processes import barrier, cells
 from integration.conftest import QUIET, lora, make_llama
 
 
-def kept_by(run: Callable[[], Any]) -> list[bool]:
-    """Tell of every hook collector whether it is still there when a pass has failed."""
+def collectors_kept_by(run: Callable[[], Any]) -> list[bool]:
+    """Return for every hook collector of a failing pass whether it is still alive afterwards."""
     made: list[weakref.ref[InputCollector]] = []
     original = InputCollector.__init__
 
@@ -42,13 +42,13 @@ def kept_by(run: Callable[[], Any]) -> list[bool]:
         gc.enable()
 
 
-class Counted(AbstractContextManager["Counted"]):
-    """Count the calls of a method."""
+class CallCounter(AbstractContextManager["CallCounter"]):
+    """Counts the calls of a method."""
 
     def __init__(self, kind: type, name: str) -> None:
         self.kind, self.name, self.calls = kind, name, 0
 
-    def __enter__(self) -> Counted:
+    def __enter__(self) -> CallCounter:
         self.original = original = getattr(self.kind, self.name)
 
         def counting(*arguments: Any, **options: Any) -> Any:
@@ -73,9 +73,9 @@ def gram(rank: int) -> Any:
 
 
 @scenario
-def counted(rank: int) -> Any:
-    """Return how many streams were merged, and how often tokens were added, with freezing."""
-    merged, added = Counted(InputStream, "merge"), Counted(InputStream, "add")
+def merge_and_add_calls(rank: int) -> Any:
+    """Return the number of merges and of adds of a pass with freezing."""
+    merged, added = CallCounter(InputStream, "merge"), CallCounter(InputStream, "add")
     with merged, added:
         options = {"max_steps": 8, "freeze_converged": True, "tokens_per_step": 40}
         calibrate(make_llama(), own_batches(rank), **options)
@@ -83,14 +83,14 @@ def counted(rank: int) -> Any:
 
 
 @scenario
-def budgets_differ(rank: int) -> Any:
+def memory_budgets_differ(rank: int) -> Any:
     # A plan may depend on the memory of a device: enough for exact streams in process 0 alone.
     budget = 1 << 30 if rank == 0 else 200_000
     return calibrate(make_llama(), own_batches(rank), max_steps=3, memory_budget=budget)
 
 
 @scenario
-def given_group(rank: int) -> Any:
+def explicit_group(rank: int) -> Any:
     group = distributed.new_group([0, 1])
     return calibrate(make_llama(), own_batches(rank), max_steps=4, method="sketch", group=group)
 
@@ -106,12 +106,12 @@ def alone(rank: int) -> Any:
 
 
 @scenario
-def loaders_of_other_lengths(rank: int) -> Any:
+def leader_has_fewer_batches(rank: int) -> Any:
     return calibrate(make_llama(), iter(own_batches(rank, 2 if rank == 0 else 5)))
 
 
 @scenario
-def leader_goes_on_alone(rank: int) -> Any:
+def leader_has_more_batches(rank: int) -> Any:
     return calibrate(make_llama(), iter(own_batches(rank, 5 if rank == 0 else 2)))
 
 
@@ -122,12 +122,12 @@ def converged_and_frozen(rank: int) -> Any:
     return eva_kernels.calibrate(make_llama(), own_batches(rank), config, **options)
 
 
-BAD = ((1, 0, 3), (40, 5, 2))  # tokens of each process and step that are not finite
+BAD = ((1, 0, 3), (40, 5, 2))  # non-finite tokens by process and step
 
 
 @scenario
 def skipped(rank: int) -> Any:
-    """Return how many tokens were skipped where these are in their process, or in the other."""
+    """Return the skipped tokens with the BAD counts of this process, and of the other."""
 
     def skip(numbers: tuple[int, ...]) -> int:
         data = [*torch.randn(3, 40, 24)]
@@ -141,8 +141,8 @@ def skipped(rank: int) -> Any:
     return [skip(BAD[rank]), skip(BAD[1 - rank])]
 
 
-def with_nan(wrong: bool, step: int) -> Any:
-    """Calibrate where the device is taken for an accelerator: what is not finite, a fold finds."""
+def calibrate_with_nan(wrong: bool, step: int) -> Any:
+    """Calibrate on the accelerator path, where the fold detects non-finite tokens."""
     torch.manual_seed(0)
     model, data = nn.Sequential(nn.Linear(24, 24)), [*torch.randn(3, 40, 24)]
     if wrong:
@@ -153,23 +153,23 @@ def with_nan(wrong: bool, step: int) -> Any:
 
 
 @scenario
-def leader_begins_with_nan(rank: int) -> Any:
-    return with_nan(rank == 0, step=0)
+def nan_in_first_step_of_leader(rank: int) -> Any:
+    return calibrate_with_nan(rank == 0, step=0)
 
 
 @scenario
-def follower_begins_with_nan(rank: int) -> Any:
-    return with_nan(rank == 1, step=0)
+def nan_in_first_step_of_follower(rank: int) -> Any:
+    return calibrate_with_nan(rank == 1, step=0)
 
 
 @scenario
-def follower_goes_on_with_nan(rank: int) -> Any:
-    """Find it in the sums of both."""
-    return with_nan(rank == 1, step=1)
+def nan_in_second_step_of_follower(rank: int) -> Any:
+    """The NaN reaches the merged sums of both."""
+    return calibrate_with_nan(rank == 1, step=1)
 
 
 class Experts(nn.Module):
-    """Each token goes to the layer that its first feature names."""
+    """Routes each token to the layer given by its first feature."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Experts(nn.Module):
 
 
 def routed_tokens(rank: int, step: int) -> Tensor:
-    """Tokens for experts 0 and 1 in process 0, for 1 and 2 in process 1; for 3 in step 2 alone."""
+    """Return tokens for experts 0 and 1 in process 0, 1 and 2 in process 1; 3 in step 2 only."""
     torch.manual_seed(100 * rank + step)
     x = torch.randn(120, 24) * torch.linspace(3, 0.1, 24)
     x[:, 0] = torch.arange(120) % 2 + rank
@@ -197,7 +197,7 @@ def routed_tokens(rank: int, step: int) -> Tensor:
 
 @scenario
 def experts(rank: int) -> Any:
-    """Calibrate in double precision: processes have memory for layers that they never call."""
+    """Calibrate in float64 experts that one of the processes never calls."""
     data = [routed_tokens(rank, step).double() for step in range(4)]
     config = lora(target_modules=[f"expert.{i}" for i in range(4)])
     options = {**QUIET, "prepare_model_inputs_fn": None, "max_steps": 4}
@@ -205,7 +205,7 @@ def experts(rank: int) -> Any:
 
 
 class Sharing(nn.Module):
-    """Two layers that read one tensor, or copies of it."""
+    """Two layers that read the same tensor, or copies of it."""
 
     def __init__(self, shared: bool) -> None:
         super().__init__()
@@ -232,12 +232,12 @@ def initialised(rank: int) -> Any:
 
 
 @scenario
-def follower_fails(rank: int) -> Any:
+def loader_of_follower_fails(rank: int) -> Any:
     return calibrate(make_llama(), failing_batches(rank))
 
 
 @scenario
-def leader_fails(rank: int) -> Any:
+def callback_of_leader_fails(rank: int) -> Any:
     def fail(numbers: Any) -> None:
         raise OSError("the report is gone")
 
@@ -246,13 +246,13 @@ def leader_fails(rank: int) -> Any:
 
 @scenario
 def dispatched(rank: int) -> Any:
-    """Return what comes of batches that the first process hands out, as by a loader of accelerate.
+    """Return results with batches broadcast by the first process, and with own ones.
 
-    The device is taken for an accelerator.
+    A loader of accelerate broadcasts likewise. Runs on the accelerator path.
     """
 
     def loader() -> Iterator[Any]:
-        for batch in own_batches(0, 4):  # of which the last is not needed
+        for batch in own_batches(0, 4):  # the last batch is not needed
             given = [batch if rank == 0 else None]
             distributed.broadcast_object_list(given)
             yield given[0]
@@ -266,11 +266,11 @@ def dispatched(rank: int) -> Any:
 
 
 @scenario
-def one_comes_late(rank: int) -> Any:
-    """Return what the process that is there first says meanwhile."""
-    told: list[str] = []
+def one_process_is_late(rank: int) -> Any:
+    """Return what a process logs while it waits for the other."""
+    messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("eva_kernels")
     logger.addHandler(handler)
     if rank == 1:
@@ -280,7 +280,7 @@ def one_comes_late(rank: int) -> Any:
             calibrate(make_llama(), own_batches(rank), max_steps=1)
     finally:
         logger.removeHandler(handler)
-    return [message for message in told if "waiting" in message]
+    return [message for message in messages if "waiting" in message]
 
 
 @scenario
@@ -297,24 +297,24 @@ def no_tokens(rank: int) -> Any:
 
 
 @scenario
-def other_models(rank: int) -> Any:
+def models_differ(rank: int) -> Any:
     config = lora(target_modules=["q_proj"] if rank == 0 else ["q_proj", "v_proj"])
     return eva_kernels.calibrate(make_llama(), own_batches(rank), config, max_steps=2, **QUIET)
 
 
 @scenario
-def other_ranks(rank: int) -> Any:
+def ranks_differ(rank: int) -> Any:
     config = lora(r=8 if rank == 0 else 4)
     return eva_kernels.calibrate(make_llama(), own_batches(rank), config, max_steps=2, **QUIET)
 
 
 @scenario
-def other_options(rank: int) -> Any:
+def options_differ(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), tokens_per_step=40 * (1 + rank), seed=rank)
 
 
 @scenario
-def fails_before(rank: int) -> Any:
+def follower_fails_before_the_pass(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), memory_budget=1 if rank == 1 else "auto")
 
 
@@ -325,9 +325,9 @@ def leader_finds_no_layer(rank: int) -> Any:
 
 
 @scenario
-def other_weights(rank: int) -> Any:
+def weights_differ(rank: int) -> Any:
     model = make_llama()
-    if rank == 1:  # as a loader leaves it that reads the file in the first process only
+    if rank == 1:  # as if the file was only loaded in the first process
         torch.manual_seed(1)
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.02)
@@ -335,13 +335,13 @@ def other_weights(rank: int) -> Any:
 
 
 @scenario
-def other_dtypes(rank: int) -> Any:
+def dtypes_differ(rank: int) -> Any:
     model = make_llama()
     return calibrate(model.double() if rank == 0 else model, own_batches(rank), max_steps=2)
 
 
 @scenario
-def one_layer_is_new(rank: int) -> Any:
+def one_new_layer_differs(rank: int) -> Any:
     model = make_llama()
     torch.manual_seed(rank)
     nn.init.normal_(model.model.layers[1].mlp.down_proj.weight)
@@ -358,19 +358,23 @@ def merging_fails(rank: int) -> Any:
 
 
 @scenario
-def no_group(rank: int) -> Any:
+def invalid_group(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), group="all")
 
 
 @scenario
-def kept_by_errors(rank: int) -> Any:
+def collectors_kept_after_errors(rank: int) -> Any:
     def failing(numbers: dict[str, Any]) -> None:
         raise OSError("the report is gone")
 
     never = {"max_steps": 2, "on_not_converged": "raise"}
     return {
-        "callback": kept_by(lambda: calibrate(make_llama(), own_batches(rank), callback=failing)),
-        "loader": kept_by(lambda: calibrate(make_llama(), failing_batches(rank))),
-        "not converged": kept_by(lambda: calibrate(make_llama(), own_batches(rank), **never)),
-        "layer in shards": kept_by(lambda: spoiled_in_shards(rank)),
+        "callback": collectors_kept_by(
+            lambda: calibrate(make_llama(), own_batches(rank), callback=failing)
+        ),
+        "loader": collectors_kept_by(lambda: calibrate(make_llama(), failing_batches(rank))),
+        "not converged": collectors_kept_by(
+            lambda: calibrate(make_llama(), own_batches(rank), **never)
+        ),
+        "layer in shards": collectors_kept_by(lambda: nan_input_in_shards(rank)),
     }

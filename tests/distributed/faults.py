@@ -1,4 +1,4 @@
-"""One process is interrupted, or fails where the others cannot know of it by themselves."""
+"""Scenarios in which one process is interrupted, or fails where others cannot notice it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import eva_kernels
-from distributed.scenarios import calibrate, limited, own_batches, scenario
+from distributed.scenarios import calibrate, group_with_timeout, own_batches, scenario
 from distributed.shards import sharded
 from eva_peft.passes.hooks import InputCollector
 from eva_peft.passes.model_modes import exclusive_use
@@ -27,8 +27,8 @@ from eva_peft.resume.checkpoint import CheckpointKeeper
 from integration.conftest import QUIET, lora, make_llama, wrapped
 
 
-def told(run: Callable[[], Any]) -> tuple[str, str] | None:
-    """Return what a call raises, which may be an interrupt."""
+def error_of(run: Callable[[], Any]) -> tuple[str, str] | None:
+    """Return name and message of the exception, possibly an interrupt, that a call raises."""
     try:
         run()
     except BaseException as error:
@@ -36,12 +36,12 @@ def told(run: Callable[[], Any]) -> tuple[str, str] | None:
     return None
 
 
-def failing_at(step: int, where: bool, error: BaseException) -> Callable[[nn.Module, Any], None]:
-    """Return a forward function that raises at a step, where it is to do so at all."""
+def failing_at(step: int, fails: bool, error: BaseException) -> Callable[[nn.Module, Any], None]:
+    """Return a forward function that raises at a step if ``fails`` is true."""
     steps = iter(range(1, 1000))
 
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
-        if next(steps) == step and where:
+        if next(steps) == step and fails:
             raise error
         model(**batch)
 
@@ -50,7 +50,7 @@ def failing_at(step: int, where: bool, error: BaseException) -> Callable[[nn.Mod
 
 @scenario
 def interrupted(rank: int) -> Any:
-    """Return what both processes raise where one is interrupted in what is its own work."""
+    """Return what each process raises if one is interrupted in its own code."""
     stop = KeyboardInterrupt("Ctrl-C")
 
     def loader() -> Iterator[Any]:
@@ -63,7 +63,9 @@ def interrupted(rank: int) -> Any:
 
     def run(data: Any = None, **options: Any) -> Any:
         data = own_batches(rank) if data is None else data
-        return told(lambda: calibrate(make_llama(), data, group=limited(), **options))
+        return error_of(
+            lambda: calibrate(make_llama(), data, group=group_with_timeout(), **options)
+        )
 
     closing = mock.patch.object(CheckpointKeeper, "__exit__", mock.Mock(side_effect=stop))
     with closing if rank == 1 else nullcontext():
@@ -78,48 +80,48 @@ def interrupted(rank: int) -> Any:
     }
 
 
-def signalled_in(seconds: float) -> threading.Timer:
-    """Press Ctrl-C later."""
+def interrupt_after(seconds: float) -> threading.Timer:
+    """Send SIGINT to this process after some seconds."""
     timer = threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT])
     timer.start()
     return timer
 
 
 @scenario
-def signalled_while_it_waits(rank: int) -> Any:
-    """Press Ctrl-C in one process while it waits for the other, who is in its forward pass."""
+def ctrl_c_while_waiting(rank: int) -> Any:
+    """Interrupt one process while it waits for the other, which is in its forward pass."""
     steps = iter(range(1000))
 
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
         if next(steps) == 1:
             if rank == 1:
-                signalled_in(0.3)
+                interrupt_after(0.3)
             else:
                 time.sleep(0.8)
         model(**batch)
 
     before = signal.getsignal(signal.SIGINT)
-    options = {"group": limited(), "max_steps": 40, "forward_fn": forward}
-    found = told(lambda: calibrate(make_llama(), own_batches(rank), **options))
+    options = {"group": group_with_timeout(), "max_steps": 40, "forward_fn": forward}
+    found = error_of(lambda: calibrate(make_llama(), own_batches(rank), **options))
     return [found, signal.getsignal(signal.SIGINT) is before]
 
 
 @scenario
-def signalled_before_the_other_comes(rank: int) -> Any:
-    group = limited()
+def ctrl_c_before_the_other_arrives(rank: int) -> Any:
+    group = group_with_timeout()
     if rank == 1:
         time.sleep(1)
-    timer = signalled_in(0.3) if rank == 0 else None
+    timer = interrupt_after(0.3) if rank == 0 else None
     begin = time.perf_counter()
-    found = told(lambda: calibrate(make_llama(), own_batches(rank), group=group, max_steps=1))
+    found = error_of(lambda: calibrate(make_llama(), own_batches(rank), group=group, max_steps=1))
     if timer is not None:
         timer.join()
     return [found, time.perf_counter() - begin]
 
 
 @scenario
-def fails_in_one_before(rank: int) -> Any:
-    """Return what both processes raise where something is wrong in one before the pass."""
+def errors_of_one_before_the_pass(rank: int) -> Any:
+    """Return what each process raises if one fails before the pass."""
     wrong = rank == 1
     data, options = own_batches(rank), {**QUIET, "max_steps": 1}
 
@@ -131,15 +133,17 @@ def fails_in_one_before(rank: int) -> Any:
         return model
 
     def initialise(model: nn.Module, config: Any = None, **other: Any) -> Any:
-        group = limited()
+        group = group_with_timeout()
         both = {**options, "group": group, **other}
-        return told(lambda: eva_kernels.initialize(model, data, config, **both))
+        return error_of(lambda: eva_kernels.initialize(model, data, config, **both))
 
-    def by_peft(model: nn.Module) -> Any:
-        both = {k: v for k, v in options.items() if k != "progress"} | {"group": limited()}
-        return told(lambda: eva_kernels.initialize_lora_eva_weights(model, data, **both))
+    def by_peft_api(model: nn.Module) -> Any:
+        both = {k: v for k, v in options.items() if k != "progress"} | {
+            "group": group_with_timeout()
+        }
+        return error_of(lambda: eva_kernels.initialize_lora_eva_weights(model, data, **both))
 
-    def of_a_model_that_is_busy() -> Any:
+    def on_a_busy_model() -> Any:
         model = make_llama()
         with exclusive_use(model) if wrong else nullcontext():
             return initialise(model, lora())
@@ -153,8 +157,8 @@ def fails_in_one_before(rank: int) -> Any:
         "option": initialise(make_llama(), lora(), **({"max_step": 1} if wrong else {})),
         "config": initialise(make_llama(), "no config" if wrong else lora()),
         "trained": initialise(adapted(trained=wrong)),
-        "not for EVA": by_peft(adapted(init=True if wrong else "eva")),
-        "busy": of_a_model_that_is_busy(),
+        "not for EVA": by_peft_api(adapted(init=True if wrong else "eva")),
+        "busy": on_a_busy_model(),
         "hooks": without_hooks(),
     }
     with mock.patch.object(barrier, "_store_of", return_value=None):
@@ -164,16 +168,18 @@ def fails_in_one_before(rank: int) -> Any:
 
 
 @scenario
-def fails_twice(rank: int) -> Any:
-    """Return what both processes raise where each fails by itself, and that a pass then works."""
-    group = limited()
-    first = told(lambda: calibrate(make_llama(), own_batches(rank), max_steps=-rank, group=group))
+def both_fail_then_retry(rank: int) -> Any:
+    """Return what each process raises if both fail, and the steps of a second pass."""
+    group = group_with_timeout()
+    first = error_of(
+        lambda: calibrate(make_llama(), own_batches(rank), max_steps=-rank, group=group)
+    )
     return first, calibrate(make_llama(), own_batches(rank), max_steps=1, group=group).steps
 
 
 @scenario
-def step_of_a_follower(rank: int) -> Any:
-    """Fail in the third step of the second process."""
+def nan_in_third_step_of_follower(rank: int) -> Any:
+    """Put NaN into the third step of the second process."""
     model, calls = make_llama(), iter(range(1, 1000))
 
     def spoil(module: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -200,13 +206,13 @@ def sharded_over(group: Any) -> nn.Module:
 
 
 @scenario
-def signalled_in_shards(rank: int) -> Any:
-    """Press Ctrl-C in one process while it waits to begin a forward pass, and within one."""
+def ctrl_c_in_shards(rank: int) -> Any:
+    """Interrupt one process while it waits to begin a forward pass, and within one."""
 
     def slow(data: Any) -> Iterator[Any]:
         yield data[0]
         if rank == 1:
-            signalled_in(0.3)
+            interrupt_after(0.3)
         else:
             time.sleep(0.8)
         yield from data[1:]
@@ -217,34 +223,34 @@ def signalled_in_shards(rank: int) -> Any:
         model(**batch)
 
     def run(data: Any, **options: Any) -> Any:
-        group = limited()
+        group = group_with_timeout()
         both = {"group": group, "max_steps": 4, **options}
-        return told(lambda: calibrate(sharded_over(group), data, **both))
+        return error_of(lambda: calibrate(sharded_over(group), data, **both))
 
     data = own_batches(rank)
     return {"before": run(slow(data)), "within": run(data, forward_fn=forward)}
 
 
 @scenario
-def fails_inside_of_shards(rank: int) -> Any:
-    """Return what a process raises that fails in a forward pass, for which the other waits."""
-    group, said = limited(2), []
+def forward_fails_in_shards(rank: int) -> Any:
+    """Return error, duration and log if one fails in a forward pass in which the other waits."""
+    group, messages = group_with_timeout(2), []
     model = sharded_over(group)
     handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("eva_kernels")
     logger.addHandler(handler)
     options = {"group": group, "forward_fn": failing_at(2, rank == 1, KeyError("field"))}
     begin = time.perf_counter()
     try:
-        found = told(lambda: calibrate(model, own_batches(rank), **options))
+        found = error_of(lambda: calibrate(model, own_batches(rank), **options))
     finally:
         logger.removeHandler(handler)
-    return found, time.perf_counter() - begin, said
+    return found, time.perf_counter() - begin, messages
 
 
-class Twice(nn.Module):
-    """Two layers that read one tensor, and the second another one where the first value is high."""
+class CalledAgain(nn.Module):
+    """Two layers that read one tensor; the second is called again if the first value is large."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -255,9 +261,9 @@ class Twice(nn.Module):
         return y + self.b(y) if x[0, 0] > 100 else y
 
 
-def called_twice_in_one(rank: int, shards: bool) -> Any:
+def calibrate_with_repeated_call(rank: int, shards: bool) -> Any:
     torch.manual_seed(0)
-    model = nn.Sequential(Twice(), nn.Linear(24, 24), Twice())
+    model = nn.Sequential(CalledAgain(), nn.Linear(24, 24), CalledAgain())
     if shards:
         for part in (*model, model):
             fully_shard(part)
@@ -270,10 +276,10 @@ def called_twice_in_one(rank: int, shards: bool) -> Any:
 
 
 @scenario
-def run_again_in_one(rank: int) -> Any:
-    return called_twice_in_one(rank, shards=False)
+def batch_run_again(rank: int) -> Any:
+    return calibrate_with_repeated_call(rank, shards=False)
 
 
 @scenario
-def run_again_in_one_in_shards(rank: int) -> Any:
-    return called_twice_in_one(rank, shards=True)
+def batch_run_again_in_shards(rank: int) -> Any:
+    return calibrate_with_repeated_call(rank, shards=True)

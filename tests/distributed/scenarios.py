@@ -1,4 +1,4 @@
-"""Scenarios that every process runs, and what they have in common."""
+"""The registry of scenarios that every process runs, and their common helpers."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def own_batches(rank: int, count: int = 4) -> list[dict[str, Tensor]]:
 
 
 def failing_batches(rank: int) -> Iterator[dict[str, Tensor]]:
-    """Yield batches; behind two of them the second process's loader fails."""
+    """Yield batches; the loader of the second process fails after two."""
     yield from own_batches(rank, 2)
     if rank == 1:
         raise OSError("the disk is gone")
     yield from own_batches(rank, 2)
 
 
-def limited(seconds: int = 15) -> Any:
-    """Return a group of all whose processes do not wait for each other much longer."""
+def group_with_timeout(seconds: int = 15) -> Any:
+    """Return a group of all processes with a short timeout."""
     return distributed.new_group([0, 1], timeout=datetime.timedelta(seconds=seconds))
 
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """Make a folder in the first process, for all."""
+    """Create a temporary folder in the first process and share its path."""
     with TemporaryDirectory() as own:
         folder = [own]
         distributed.broadcast_object_list(folder)

@@ -1,4 +1,4 @@
-"""The weights of a model, or its layers, are divided among the processes."""
+"""Scenarios in which weights (FSDP) or layers (tensor parallelism) are divided among processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import eva_kernels
 from distributed.scenarios import (
     calibrate,
     failing_batches,
-    limited,
+    group_with_timeout,
     own_batches,
     scenario,
     shared_folder,
@@ -35,14 +35,14 @@ from integration.conftest import QUIET, lora, make_llama, text_batches, wrapped
 
 
 def sharded(model: Any) -> Any:
-    """Divide the weights of a model, block by block, among the processes."""
+    """Shard the weights of a model by FSDP, block by block."""
     base = model.base_model.model if isinstance(model, PeftModel) else model
     for block in base.model.layers:
         fully_shard(block)
     return fully_shard(model)
 
 
-def told_of(run: Callable[[], Any]) -> str | None:
+def error_name(run: Callable[[], Any]) -> str | None:
     try:
         run()
     except eva_kernels.EvaError as error:
@@ -50,29 +50,29 @@ def told_of(run: Callable[[], Any]) -> str | None:
     return None
 
 
-# PEFT before 0.21.1 does not know how newer transformers divide layers.
+# PEFT before 0.21.1 cannot load adapters into layers divided by newer transformers.
 PEFT_LOADS_DIVIDED = find_spec("transformers.distributed") is None or hasattr(
     import_utils, "is_transformers_dtensor_tp"
 )
 
 
 @scenario
-def trained_in_shards(rank: int) -> Any:
-    """Return what is told of adapters, which were initialised or not, after they were divided."""
+def adapters_in_shards(rank: int) -> Any:
+    """Return the reported state of adapters, initialised or not, after sharding."""
     ids = own_batches(rank)[0]["input_ids"]
 
-    def look(model: Any) -> Any:
+    def states_of(model: Any) -> Any:
         sharded(eva_kernels.watch(model, "raise"))
         callback = eva_kernels.EvaCallback("raise")
         return [
             eva_kernels.is_initialized(model),
-            told_of(lambda: callback.on_train_begin(None, None, None, model=model)),
-            told_of(lambda: model.train()(input_ids=ids, labels=ids).loss.backward()),
+            error_name(lambda: callback.on_train_begin(None, None, None, model=model)),
+            error_name(lambda: model.train()(input_ids=ids, labels=ids).loss.backward()),
         ]
 
     done, plain = wrapped(make_llama(), lora()), wrapped(make_llama(), lora())
     eva_kernels.initialize(done, own_batches(rank), **QUIET)
-    found = {"initialised": look(done), "not initialised": look(plain)}
+    found = {"initialised": states_of(done), "not initialised": states_of(plain)}
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             if "lora_B" in name:
@@ -82,7 +82,7 @@ def trained_in_shards(rank: int) -> Any:
 
 
 def _dora_in_shards() -> list[bool]:
-    """Look at magnitudes in shards, of weights that are whole: as made, and trained."""
+    """Return the state of sharded DoRA magnitudes with whole base weights: new, and trained."""
     model, found = wrapped(make_llama(), lora(init_lora_weights=True, use_dora=True)), []
     fully_shard(model, ignored_params={p for n, p in model.named_parameters() if "lora_" not in n})
     for step in (0.0, 1.0):
@@ -95,7 +95,7 @@ def _dora_in_shards() -> list[bool]:
 
 
 def _flattened(own: bool) -> list[str | None]:
-    """Look at trained adapters of which a part is here, or (not ``own``) nothing but the shape."""
+    """Return errors for trained adapters flattened by FSDP, with or without original parameters."""
     model = wrapped(make_llama(), lora()).requires_grad_()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -105,9 +105,9 @@ def _flattened(own: bool) -> list[str | None]:
     flat = FullyShardedDataParallel(model, use_orig_params=own, device_id=cpu)
     callback = eva_kernels.EvaCallback("raise")
     return [
-        told_of(lambda: eva_kernels.is_initialized(model)),
-        told_of(lambda: callback.on_train_begin(None, None, None, model=flat)),
-        told_of(lambda: result.apply(flat)),
+        error_name(lambda: eva_kernels.is_initialized(model)),
+        error_name(lambda: callback.on_train_begin(None, None, None, model=flat)),
+        error_name(lambda: result.apply(flat)),
     ]
 
 
@@ -125,23 +125,23 @@ def initialised_in_shards(rank: int) -> Any:
 
 @scenario
 def calibrated_in_shards(rank: int) -> Any:
-    found, options = {}, {"max_steps": 4, "method": "gram", "group": limited()}
+    found, options = {}, {"max_steps": 4, "method": "gram", "group": group_with_timeout()}
     for name, model in (("in shards", sharded(make_llama())), ("flattened", flattened())):
-        with shared_folder() as folder:  # what tells a checkpoint's model from others is whole
+        with shared_folder() as folder:  # a checkpoint must recognise a sharded model
             path = folder / "pass.safetensors"
             found[name] = calibrate(model, own_batches(rank), checkpoint=path, **options)
     return found
 
 
 def flattened() -> nn.Module:
-    """Return a model whose blocks an older FSDP, which renames them, has divided."""
+    """Return a model whose blocks are sharded by FSDP 1, which renames parameters."""
     blocks = ModuleWrapPolicy({LlamaDecoderLayer})
     cpu = torch.device("cpu")
     return FullyShardedDataParallel(make_llama(), auto_wrap_policy=blocks, device_id=cpu)
 
 
-def of_other_lengths(rank: int) -> list[dict[str, Tensor]]:
-    """Return batches of one length in process 0; in the other a long text among short ones."""
+def batches_of_different_lengths(rank: int) -> list[dict[str, Tensor]]:
+    """Return batches of equal lengths in process 0, of one long and short texts in process 1."""
     batches = text_batches(3, samples=12, length=60, padded=False, seed=rank)
     for batch in batches if rank else ():
         batch["attention_mask"][1:, 4:] = 0
@@ -149,17 +149,19 @@ def of_other_lengths(rank: int) -> list[dict[str, Tensor]]:
 
 
 @scenario
-def lengths_differ(rank: int) -> Any:
-    return calibrate(make_llama(), of_other_lengths(rank), max_steps=3, method="gram")
+def batch_lengths_differ(rank: int) -> Any:
+    return calibrate(make_llama(), batches_of_different_lengths(rank), max_steps=3, method="gram")
 
 
 @scenario
-def lengths_differ_in_shards(rank: int) -> Any:
-    return calibrate(sharded(make_llama()), of_other_lengths(rank), max_steps=3, method="gram")
+def batch_lengths_differ_in_shards(rank: int) -> Any:
+    return calibrate(
+        sharded(make_llama()), batches_of_different_lengths(rank), max_steps=3, method="gram"
+    )
 
 
 @scenario
-def shards_have_other_numbers_of_batches(rank: int) -> Any:
+def numbers_of_batches_differ_in_shards(rank: int) -> Any:
     return calibrate(sharded(make_llama()), iter(own_batches(rank, 4 - rank)), max_steps=9)
 
 
@@ -175,7 +177,7 @@ def batch_fails_in_shards(rank: int) -> Any:
     return calibrate(sharded(make_llama()), data)
 
 
-def spoiled_in_shards(rank: int) -> Any:
+def nan_input_in_shards(rank: int) -> Any:
     model = sharded(make_llama())
 
     def spoil(module: nn.Module, args: tuple[Tensor]) -> Any:
@@ -186,8 +188,8 @@ def spoiled_in_shards(rank: int) -> Any:
 
 
 @scenario
-def layer_fails_in_shards(rank: int) -> Any:
-    return spoiled_in_shards(rank)
+def nan_in_layer_in_shards(rank: int) -> Any:
+    return nan_input_in_shards(rank)
 
 
 @scenario
@@ -197,7 +199,7 @@ def shards_without_a_group(rank: int) -> Any:
 
 @contextmanager
 def saved(model: Any) -> Iterator[Path]:
-    """Save a model in the first process, for all."""
+    """Save a model in the first process, and yield the shared folder."""
     with shared_folder() as folder:
         if distributed.get_rank() == 0:
             model.save_pretrained(folder)
@@ -220,7 +222,7 @@ def by_torch() -> nn.Module:
 
 @scenario
 def divided(rank: int) -> Any:
-    """Return what is said of models with divided layers, by whatever would run or write them."""
+    """Return the errors of all functions that would run or change a model with divided layers."""
     result = calibrate(make_llama(), own_batches(rank), max_steps=1)
     calls: dict[str, Callable[[Any], Any]] = {
         "calibrate": lambda model: calibrate(model, own_batches(0)),
@@ -241,15 +243,15 @@ def divided(rank: int) -> Any:
 
 @scenario
 def first_divided_by_transformers(rank: int) -> Any:
-    """Return a layer's name, which depends on its version: that of which not all is here."""
+    """Return the first layer that transformers divides, which depends on its version."""
     whole, parts = dict(make_llama().named_parameters()), by_transformers().named_parameters()
     here = ((name, getattr(part, "_local_tensor", part).shape) for name, part in parts)
     return next(name for name, shape in here if shape != whole[name].shape).rpartition(".")[0]
 
 
 @scenario
-def loaded_where_it_is_divided(rank: int) -> Any:
-    """Follow the advice that is given: initialise the whole model, load into the divided one."""
+def adapters_loaded_into_divided_model(rank: int) -> Any:
+    """Initialise the whole model and load its adapters into the divided one, as errors advise."""
     whole = eva_kernels.initialize(make_llama(), own_batches(rank), lora(), **QUIET, max_steps=3)
     with torch.no_grad():
         for name, parameter in whole.named_parameters():

@@ -1,4 +1,4 @@
-"""What concerns several processes, seen in one: a group of one, and others that are gone."""
+"""Code for several processes, tested in one: groups of one, lost peers, and helper functions."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def group_of_one() -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
-def test_a_group_needs_torch_distributed() -> None:
+def test_object_that_is_no_group_raises() -> None:
     with pytest.raises(EvaTypeError, match="process group that this"):
         calibrate(make_llama(), own_batches(0), group=object())
 
 
-def test_a_group_of_one_has_nobody_to_wait_for(group_of_one: Any) -> None:
+def test_group_of_one_is_treated_as_a_single_process(group_of_one: Any) -> None:
     model = make_llama()
     assert processes_of(model, "auto") is processes_of(model, group_of_one) is None
     plain = calibrate(model, own_batches(0), max_steps=2, group=None)
@@ -53,24 +53,24 @@ def test_a_group_of_one_has_nobody_to_wait_for(group_of_one: Any) -> None:
         torch.testing.assert_close(found.components[name], rows)
 
 
-def test_an_error_is_told_though_the_others_are_gone() -> None:
+def test_start_error_is_raised_if_the_store_is_lost() -> None:
     failing = mock.Mock(side_effect=distributed.DistNetworkError("Connection reset by peer"))
-    gone: Any = SimpleNamespace(peers=SimpleNamespace())
-    gone.peers.barrier = SimpleNamespace(has_arrived=False, report_failure=failing)
-    with pytest.raises(KeyError, match="no such layer"), reporting_start_failures(gone):
+    lost_connection: Any = SimpleNamespace(peers=SimpleNamespace())
+    lost_connection.peers.barrier = SimpleNamespace(has_arrived=False, report_failure=failing)
+    with pytest.raises(KeyError, match="no such layer"), reporting_start_failures(lost_connection):
         raise KeyError("no such layer")
     failing.assert_called_once_with("failed: KeyError: 'no such layer'")
 
 
-def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
+def test_channel_passes_global_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As of the replicas of a mesh: torch wants to know a process by its number among all."""
-    told: dict[str, tuple[Any, ...]] = {}
+    """As in a mesh with replicas, since torch expects global ranks."""
+    global_ranks: dict[str, tuple[Any, ...]] = {}
     replicas = object()
 
     def note(name: str) -> Any:
-        return lambda things, group, **of: told.update({name: (*of.values(), group)})
+        return lambda things, group, **of: global_ranks.update({name: (*of.values(), group)})
 
     first = ("broadcast", "broadcast_object_list", "reduce", "send_object_list")
     for name in (*first, "recv_object_list"):
@@ -85,17 +85,17 @@ def test_the_first_of_a_group_may_be_another_than_the_first_of_all(
     one.send("parcel")
     one.receive(1)
     expected = {**dict.fromkeys(first, 4), "recv_object_list": 5}
-    assert told == {name: (number, replicas) for name, number in expected.items()}
+    assert global_ranks == {name: (number, replicas) for name, number in expected.items()}
 
 
-def test_who_cannot_reach_the_others_says_so_or_what_went_wrong_in_itself(
+def test_lost_peers_raise_unless_this_process_failed_itself(
     group_of_one: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One was killed, or waited for too long; gloo says which connection was closed."""
-    gone = RuntimeError("Connection closed by peer [127.0.0.1]:17835")
+    """As after a kill or timeout of a peer, for which gloo names the closed connection."""
+    lost_connection = RuntimeError("Connection closed by peer [127.0.0.1]:17835")
     peers = Peers(group_of_one)
     for name in ("all_gather_object", "broadcast"):
-        monkeypatch.setattr(distributed, name, mock.Mock(side_effect=gone))
+        monkeypatch.setattr(distributed, name, mock.Mock(side_effect=lost_connection))
     with pytest.raises(EvaRuntimeError, match=r"reach the others .* \(Connection closed by"):
         peers.gather(None)
 
@@ -105,15 +105,15 @@ def test_who_cannot_reach_the_others_says_so_or_what_went_wrong_in_itself(
     peers.attempt(fail)
     with pytest.raises(OSError, match="the disk is gone"):
         peers.gather(None)
-    gone = torch.OutOfMemoryError("80 GB")
-    monkeypatch.setattr(distributed, "broadcast", mock.Mock(side_effect=gone))
+    lost_connection = torch.OutOfMemoryError("80 GB")
+    monkeypatch.setattr(distributed, "broadcast", mock.Mock(side_effect=lost_connection))
     with pytest.raises(torch.OutOfMemoryError, match="80 GB"):
         peers.channel.broadcast_tensors([torch.ones(2)])
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_experts_in_shards_are_refused(adapted: bool, group_of_one: Any) -> None:
-    """What they are multiplied with is another tensor than the parameter."""
+def test_sharded_target_parameters_raise(adapted: bool, group_of_one: Any) -> None:
+    """Their products use another tensor than the sharded parameter."""
     config = lora(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"])
     model: Any = wrapped(make_llama(), config) if adapted else make_llama()
     sharded = fully_shard(model)
@@ -126,13 +126,13 @@ def test_experts_in_shards_are_refused(adapted: bool, group_of_one: Any) -> None
 @pytest.mark.parametrize(
     ("sizes", "placements", "expected"),
     [
-        ((2, 2), (Replicate(), Shard(0)), 1),  # in shards, of which there are copies
-        ((2, 2), (Shard(0), Shard(1)), 2),  # in shards, of a layer that is divided
-        ((2, 1), (Shard(0), Shard(1)), 1),  # along a dimension of one process
+        ((2, 2), (Replicate(), Shard(0)), 1),  # sharded, with replicas
+        ((2, 2), (Shard(0), Shard(1)), 2),  # sharded, and the layer is divided
+        ((2, 1), (Shard(0), Shard(1)), 1),  # divided along a dimension of size one
         ((2,), (Replicate(),), 0),
     ],
 )
-def test_copies_are_no_parts(
+def test_replicas_do_not_count_as_partitions(
     sizes: tuple[int, ...], placements: tuple[Any, ...], expected: int
 ) -> None:
     mesh = SimpleNamespace(size=lambda i: sizes[i])
@@ -140,8 +140,8 @@ def test_copies_are_no_parts(
     assert divided._num_partitioned_dims(parameter) == expected
 
 
-def test_a_plan_of_transformers_divides_a_layer() -> None:
-    """Also where its parameters tell nothing, as in some of its versions."""
+def test_layer_with_a_tensor_parallel_plan_counts_as_divided() -> None:
+    """Also if its parameters do not show it, as in some versions of transformers."""
     model: Any = make_llama()
     divided.check_not_partitioned(model)
     model.model.layers[1].mlp.up_proj._hf_tp_plan = "colwise"
@@ -151,7 +151,7 @@ def test_a_plan_of_transformers_divides_a_layer() -> None:
 
 
 def test_weights_may_differ_by_rounding() -> None:
-    """Of the largest in their layer; others are other weights, however small."""
+    """Relative to the largest of their layer; other differences mean other weights."""
     check_weights([{"a": [100.0, 1.0]}, {"a": [100.5, 1.5]}])
     with pytest.raises(EvaValueError, match="processes 0 and 1 have different weights in a: load"):
         check_weights([{"a": [0.001, 0.002]}, {"a": [0.002, 0.001]}])
@@ -159,9 +159,7 @@ def test_weights_may_differ_by_rounding() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("method", ["sketch", "gram"])
-def test_what_the_first_sends_fits_into_the_memory_of_others(
-    method: str, dtype: torch.dtype
-) -> None:
+def test_sent_basis_tensors_match_the_receivers_shapes(method: str, dtype: torch.dtype) -> None:
     first, other = (make_stream(16, 4, method=method, dtype=dtype) for _ in "ab")
     first.add(torch.randn(40, 16, dtype=dtype))
     fold_streams([first])
@@ -169,8 +167,8 @@ def test_what_the_first_sends_fits_into_the_memory_of_others(
     assert [(part.shape, part.dtype) for part in sent] == [(p.shape, p.dtype) for p in room]
 
 
-def test_tensors_travel_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By type, each once, and no more together than is copied at once."""
+def test_tensors_are_sent_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By dtype, each tensor once, and at most BUCKET_BYTES together."""
     monkeypatch.setattr(channel, "BUCKET_BYTES", 32)
     kinds = {torch.float32: [9, 3, 4, 1, 8], torch.float64: [2, 2, 3]}
     every = [torch.empty(n, dtype=kind) for kind, sizes in kinds.items() for n in sizes]
@@ -179,19 +177,21 @@ def test_tensors_travel_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [[9], [3, 4, 1], [8], [2, 2], [3]]
 
 
-class Asked(torch.Tensor):
-    """Counts how often the sizes of such tensors are asked for."""
+class SizeCountingTensor(torch.Tensor):
+    """Counts how often ``nbytes`` is read."""
 
     times = 0
 
     @property
     def nbytes(self) -> int:
-        Asked.times += 1
+        SizeCountingTensor.times += 1
         return 4
 
 
-def test_tensors_for_buckets_are_not_looked_at_again_for_each_of_the_others() -> None:
-    Asked.times = 0
-    (bucket,) = channel._buckets([torch.empty(1).as_subclass(Asked) for _ in range(50)])
+def test_bucketing_reads_tensor_sizes_in_linear_time() -> None:
+    SizeCountingTensor.times = 0
+    (bucket,) = channel._buckets(
+        [torch.empty(1).as_subclass(SizeCountingTensor) for _ in range(50)]
+    )
     assert len(bucket) == 50
-    assert Asked.times <= 100
+    assert SizeCountingTensor.times <= 100

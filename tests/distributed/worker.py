@@ -1,4 +1,4 @@
-"""Run all scenarios in this process, and write what it saw; for torchrun."""
+"""Run all scenarios in this process and save their results; started by torchrun."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distributed.scenarios import SCENARIOS
 
 
 def plain(result: Any) -> Any:
-    """Return what a test looks at."""
+    """Replace results by dictionaries of the attributes that tests compare."""
     if isinstance(result, dict):
         return {key: plain(value) for key, value in result.items()}
     if not isinstance(result, eva_kernels.EvaResult):
