@@ -1,4 +1,4 @@
-"""Compile programs of tests/emulator, which run csrc's device code on the CPU; plant bugs in it."""
+"""Compile programs of tests/emulator, which run csrc's device code on the CPU, also with bugs."""
 
 from __future__ import annotations
 

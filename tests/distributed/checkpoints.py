@@ -57,7 +57,7 @@ def shuffled_pass(rank: int, seed: int | None = None, fail_at: int = -1, **optio
 
 
 def stopped_and_resumed(rank: int, stop: Callable[..., Any], every: int = 1, **options: Any) -> Any:
-    """Return the results of an uninterrupted and a resumed pass, and the name of the stopping error."""
+    """Return the results of an uninterrupted and a resumed pass, and what error stopped it."""
     whole = shuffled_pass(rank, **options)
     error_name = None
     with shared_folder() as folder:
@@ -223,7 +223,7 @@ def resumed_before_one_calls_a_layer_twice(rank: int) -> Any:
 
 
 @scenario
-def completed_pass_repeated(rank: int) -> Any:
+def pass_repeated(rank: int) -> Any:
     """Return the results of a pass that ends within a step, and of repeating the completed pass."""
     options = {"max_steps": 2, "method": "sketch", "tokens_per_step": 5}
     with shared_folder() as folder:

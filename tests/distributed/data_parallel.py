@@ -153,17 +153,17 @@ def calibrate_with_nan(wrong: bool, step: int) -> Any:
 
 
 @scenario
-def nan_in_first_step_of_leader(rank: int) -> Any:
+def leader_nan_step_1(rank: int) -> Any:
     return calibrate_with_nan(rank == 0, step=0)
 
 
 @scenario
-def nan_in_first_step_of_follower(rank: int) -> Any:
+def follower_nan_step_1(rank: int) -> Any:
     return calibrate_with_nan(rank == 1, step=0)
 
 
 @scenario
-def nan_in_second_step_of_follower(rank: int) -> Any:
+def follower_nan_step_2(rank: int) -> Any:
     """The NaN reaches the merged sums of both."""
     return calibrate_with_nan(rank == 1, step=1)
 
@@ -314,7 +314,7 @@ def options_differ(rank: int) -> Any:
 
 
 @scenario
-def follower_fails_before_the_pass(rank: int) -> Any:
+def follower_fails_early(rank: int) -> Any:
     return calibrate(make_llama(), own_batches(rank), memory_budget=1 if rank == 1 else "auto")
 
 
@@ -325,7 +325,7 @@ def leader_finds_no_layer(rank: int) -> Any:
 
 
 @scenario
-def weights_differ(rank: int) -> Any:
+def weights_vary(rank: int) -> Any:
     model = make_llama()
     if rank == 1:  # as if the file was only loaded in the first process
         torch.manual_seed(1)

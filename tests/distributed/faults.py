@@ -120,7 +120,7 @@ def ctrl_c_before_the_other_arrives(rank: int) -> Any:
 
 
 @scenario
-def errors_of_one_before_the_pass(rank: int) -> Any:
+def errors_before_the_pass(rank: int) -> Any:
     """Return what each process raises if one fails before the pass."""
     wrong = rank == 1
     data, options = own_batches(rank), {**QUIET, "max_steps": 1}
@@ -178,7 +178,7 @@ def both_fail_then_retry(rank: int) -> Any:
 
 
 @scenario
-def nan_in_third_step_of_follower(rank: int) -> Any:
+def follower_nan_step_3(rank: int) -> Any:
     """Put NaN into the third step of the second process."""
     model, calls = make_llama(), iter(range(1, 1000))
 

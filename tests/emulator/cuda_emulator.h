@@ -1,9 +1,9 @@
 // Runs device code on the CPU, functionally: the subset of CUDA that csrc/*.cuh uses, for tests.
 //
-// A CUDA thread is a fiber (ucontext). The fibers of a block share one OS thread and give way to
-// each other at barriers and warp shuffles; blocks run one after another, so `static` is memory
-// shared by a block. A seed shuffles the order of fibers and blocks, which exposes a missing
-// barrier. A round in which no fiber gets on is reported as a deadlock, with what is waited for.
+// A CUDA thread is a fiber (ucontext). The fibers of a block share one OS thread and yield to each
+// other at barriers and warp shuffles; blocks run one after another, so `static` is memory shared
+// by a block. A seed shuffles the order of fibers and blocks, which exposes a missing barrier. A
+// round without progress of any fiber is reported as a deadlock, with what the fibers wait for.
 //
 // Not modelled: races between two synchronisation points, memory ordering, speed.
 #pragma once
@@ -45,8 +45,8 @@ struct Index {
 namespace emulator {
 
 constexpr int kWarp = 32;
-constexpr int kProductValues = 3;          // that a lane brings to a product
-constexpr size_t kStackBytes = 256 << 10;  // AddressSanitizer's red zones need the room
+constexpr int kProductValues = 3;          // values that a lane contributes to a product
+constexpr size_t kStackBytes = 256 << 10;  // enough for AddressSanitizer's red zones
 
 struct Fiber {
   ucontext_t context;
@@ -57,23 +57,23 @@ struct Fiber {
 
 using WarpValues = uint64_t[kWarp];
 
-// A meeting point of some threads: all deposit values, and the last to arrive opens it.
+// A barrier of some threads: all deposit values, and the last to arrive opens it.
 struct Meeting {
   int arrived = 0;
   unsigned round = 0;
-  // by round: a fast lane may be in the next one already
+  // by round, as a fast lane may already be in the next one
   WarpValues values[2][kProductValues] = {};
   bool any[2] = {};
 };
 
 struct Block {
   unsigned index = 0;
-  unsigned thread = 0;  // the one that runs now
+  unsigned thread = 0;  // the running thread
   int alive = 0;
   Meeting barrier;
   std::vector<Meeting> warps;
   std::vector<Fiber> fibers;
-  std::vector<unsigned char> dynamic_shared;  // of the exact size, for AddressSanitizer
+  std::vector<unsigned char> dynamic_shared;  // has the exact size, for AddressSanitizer
   ucontext_t scheduler;
   uint64_t progress = 0;
   std::exception_ptr error;
@@ -96,10 +96,10 @@ inline void give_way(const char* waits_for) {
 inline void open(Meeting& meeting) {
   meeting.arrived = 0;
   ++meeting.round;
-  meeting.any[meeting.round & 1] = false;  // of two rounds ago, which all have left
+  meeting.any[meeting.round & 1] = false;  // from two rounds ago, which all threads have left
 }
 
-// Returns the round that has been waited for.
+// Waits until all have arrived, and returns the completed round.
 inline unsigned meet(Meeting& meeting, int expected, const char* name) {
   const unsigned round = meeting.round;
   ++block()->progress;
@@ -143,7 +143,7 @@ inline void run_block(Block& b, std::mt19937& random, bool shuffle) {
   b.alive = static_cast<int>(threads);
   b.barrier = Meeting{};
   b.warps.assign((threads + kWarp - 1) / kWarp, Meeting{});
-  std::fill(b.dynamic_shared.begin(), b.dynamic_shared.end(), 0xff);  // NaN, as a float
+  std::fill(b.dynamic_shared.begin(), b.dynamic_shared.end(), 0xff);  // NaN if read as float
   for (Fiber& fiber : b.fibers) {
     fiber.done = false;
     getcontext(&fiber.context);
@@ -167,7 +167,7 @@ inline void run_block(Block& b, std::mt19937& random, bool shuffle) {
   }
 }
 
-// Run `kernel(argument)` on a grid. Seed 0 is the plain order.
+// Runs `kernel(argument)` on a grid. Seed 0 keeps the order of threads and blocks.
 template <class Argument>
 void launch(void (*kernel)(Argument), unsigned grid, unsigned threads, Argument argument,
             unsigned seed, size_t dynamic_shared_bytes = 0) {
@@ -192,7 +192,7 @@ void launch(void (*kernel)(Argument), unsigned grid, unsigned threads, Argument 
   block() = nullptr;
 }
 
-// Every lane of the warp deposits values; returns what all deposited.
+// Every lane of the warp deposits values; returns those of all lanes.
 template <class T, int count>
 const WarpValues* exchange(unsigned mask, const T (&mine)[count], const char* name) {
   static_assert(sizeof(T) <= sizeof(uint64_t) && count <= kProductValues);
@@ -216,13 +216,13 @@ T read_lane(const uint64_t* values, int lane) {
 }
 
 // The product of float64 tensor cores, as the PTX ISA defines mma.m16n8k4: entry (row, k) of the
-// left matrix is number row / 8 of lane row % 8 * 4 + k, entry (k, column) of the right one is in
+// left matrix is value row / 8 of lane row % 8 * 4 + k, entry (k, column) of the right one is in
 // lane column * 4 + k.
 inline void add_product(const double (&left)[2], double right, double (&sum)[4]) {
   const WarpValues* all = exchange<double, 3>(0xffffffffu, {left[0], left[1], right}, "a product");
   const int lane = block()->thread % kWarp;
   for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4, column = lane % 4 * 2 + i % 2;  // of either half of the rows
+    const int row = lane / 4, column = lane % 4 * 2 + i % 2;  // within each half of the rows
     for (int k = 0; k < 4; ++k) {
       const double of_left = read_lane<double>(all[i / 2], row * 4 + k);
       sum[i] += of_left * read_lane<double>(all[2], column * 4 + k);

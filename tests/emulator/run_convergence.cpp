@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "cuda_emulator.h"
-// after the emulator, which stands in for the CUDA headers
+// after the emulator, which replaces the CUDA headers
 #include "convergence.cuh"
 
 namespace {
@@ -30,7 +30,7 @@ struct Matrix {
   float* current_row(int i) { return row(current, shift_current, i); }
 };
 
-// The buffers end with the last row, so that AddressSanitizer sees a read behind it.
+// The buffers end with the last row, so that AddressSanitizer detects a read past it.
 void fill(Matrix& m, std::mt19937& random) {
   std::normal_distribution<float> normal;
   const size_t size = m.rows == 0 ? 0 : m.rows * (m.columns + m.gap) - m.gap;
@@ -105,14 +105,14 @@ void check(std::vector<Matrix>& all, float tau, unsigned seed) {
   for (size_t i = 0; i < all.size(); ++i) {
     int32_t count = 0;
     for (int j = 0; j < all[i].rows; ++j, ++row) {
-      const float wanted =
+      const float expected =
           expected_similarity(all[i].previous_row(j), all[i].current_row(j), all[i].columns);
-      if (!same(similarity[row], wanted)) {
+      if (!same(similarity[row], expected)) {
         throw std::runtime_error("matrix " + std::to_string(i) + " row " + std::to_string(j) +
                                  ": " + std::to_string(similarity[row]) + ", expected " +
-                                 std::to_string(wanted));
+                                 std::to_string(expected));
       }
-      if (j < all[i].rank && !(wanted >= tau)) ++count;
+      if (j < all[i].rank && !(expected >= tau)) ++count;
     }
     if (unconverged[i] != count) {
       throw std::runtime_error("matrix " + std::to_string(i) + " counts " +

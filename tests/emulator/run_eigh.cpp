@@ -1,13 +1,13 @@
-// Runs the device code of the eigen-decomposition under several schedules and checks what defines
-// one: order, orthogonality, residual; relative accuracy where the method promises it; the same
-// bits whatever the schedule. Exit code 0 if all hold; otherwise 1 and the first that does not.
-// With the argument "small" the widths that take long are left out.
+// Runs the device code of the eigen-decomposition under several schedules and checks its defining
+// properties (order, orthogonality, residual), relative accuracy where the method guarantees it,
+// and that all schedules give the same bits. Exit code 0 if all hold; otherwise 1 and the first
+// failure. The argument "small" skips widths that take long.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 
 #include "cuda_emulator.h"
-// after the emulator, which stands in for the CUDA headers
+// after the emulator, which replaces the CUDA headers
 #include "eigh.cuh"
 
 namespace {
@@ -57,7 +57,7 @@ void add_graded(Batch& b, std::mt19937& random) {
   }
 }
 
-// The largest numbers stand in the last warp's share; unscaled, their difference is infinite.
+// The largest numbers are in the last warp's part; without scaling, their difference overflows.
 void add_huge(Batch& b) {
   const int w = b.width;
   b.add("huge", 1.0);

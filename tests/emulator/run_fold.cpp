@@ -1,12 +1,12 @@
 // Runs the device code of the fold under several schedules and compares it with the code for the
-// CPU; the same bits whatever the schedule. Exit code 0 if all agree; otherwise 1 and the first
-// difference. With the argument "small" the widths that take long are left out.
+// CPU; all schedules must give the same bits. Exit code 0 if all agree; otherwise 1 and the first
+// difference. The argument "small" skips widths that take long.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 
 #include "cuda_emulator.h"
-// after the emulator, which stands in for the CUDA headers
+// after the emulator, which replaces the CUDA headers
 #include "fold.cpp"
 #include "fold.cuh"
 
@@ -27,8 +27,8 @@ void require(bool holds, const std::string& what) {
   if (!holds) throw std::runtime_error(what);
 }
 
-// Everything that both sides get, and their answers. Buffers are of the exact size, so that
-// AddressSanitizer sees a read behind them.
+// Inputs and results of a fold. Buffers have the exact size, so that AddressSanitizer detects a
+// read past their end.
 struct Fold {
   Shape shape;
   std::vector<Floats> bases{}, products{}, before{}, means{};
@@ -58,7 +58,7 @@ struct Fold {
       shifts.emplace_back(s.features);
       for (float& x : means[i]) x = normal(random);
       for (double& x : shifts[i]) x = normal(random);
-      // Of the last layer nearly all squares lie about the mean, of the first none.
+      // In the last layer nearly all squares lie about the mean, in the first none.
       squares.push_back(i == 0 ? 0.0 : 1e6);
     }
     delta.assign(s.layers * s.features, kNan);
@@ -77,7 +77,7 @@ struct Fold {
     metric.assign(square, kNan);
   }
 
-  // All rows of the last layer, none of the first, some of those between.
+  // Saved rows: all of the last layer, none of the first, half of the others.
   int64_t kept(int layer) const {
     if (layer == shape.layers - 1) return shape.width;
     return layer == 0 ? 0 : shape.width / 2;
@@ -96,20 +96,21 @@ struct Fold {
 };
 
 template <class Vector>
-void compare(const Vector& found, const Vector& wanted, double tolerance, const std::string& what) {
+void compare(const Vector& found, const Vector& expected, double tolerance,
+             const std::string& what) {
   double scale = 1.0;
-  for (const auto x : wanted) {
+  for (const auto x : expected) {
     if (std::isfinite(x)) scale = std::max(scale, std::fabs(static_cast<double>(x)));
   }
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    const bool both = std::isnan(found[i]) && std::isnan(wanted[i]);
-    require(both || std::fabs(static_cast<double>(found[i]) - wanted[i]) <= tolerance * scale,
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const bool both = std::isnan(found[i]) && std::isnan(expected[i]);
+    require(both || std::fabs(static_cast<double>(found[i]) - expected[i]) <= tolerance * scale,
             what + " " + std::to_string(i) + ": " + std::to_string(found[i]) + ", expected " +
-                std::to_string(wanted[i]));
+                std::to_string(expected[i]));
   }
 }
 
-// Bits, so that NaN is equal to itself.
+// Compares bits, so that NaN equals itself.
 template <class Vector>
 bool identical(const Vector& a, const Vector& b) {
   return a.size() == b.size() &&
@@ -148,24 +149,24 @@ void check(const Shape& shape, unsigned seeds) {
   const std::string name = std::to_string(shape.width) + " x " + std::to_string(shape.features);
   const Fold given(shape);
   const bool all_finite = true;
-  Fold wanted = given;
-  const FoldArgs args = wanted.args();
-  fold_prepare_cpu({args, wanted.mean.data(), wanted.scalars.data()});
-  fold_measure_cpu({args, 0, nullptr, wanted.core.data(), wanted.metric.data()});
+  Fold expected = given;
+  const FoldArgs args = expected.args();
+  fold_prepare_cpu({args, expected.mean.data(), expected.scalars.data()});
+  fold_measure_cpu({args, 0, nullptr, expected.core.data(), expected.metric.data()});
   fold_rows_cpu(
-      {args, wanted.mean.data(), wanted.mixing.data(), wanted.summary.data(), &all_finite});
+      {args, expected.mean.data(), expected.mixing.data(), expected.summary.data(), &all_finite});
   Fold first = given;
   run_on_device(first, true, 0);
-  compare(first.delta, wanted.delta, 0.0, name + ": delta");
-  compare(first.mean, wanted.mean, 0.0, name + ": mean");
-  compare(first.scalars, wanted.scalars, 1e-13, name + ": scalars");
-  compare(first.along, wanted.along, 1e-13, name + ": along");
-  compare(first.core, wanted.core, 1e-13, name + ": core");
-  compare(first.metric, wanted.metric, 1e-13, name + ": metric");
+  compare(first.delta, expected.delta, 0.0, name + ": delta");
+  compare(first.mean, expected.mean, 0.0, name + ": mean");
+  compare(first.scalars, expected.scalars, 1e-13, name + ": scalars");
+  compare(first.along, expected.along, 1e-13, name + ": along");
+  compare(first.core, expected.core, 1e-13, name + ": core");
+  compare(first.metric, expected.metric, 1e-13, name + ": metric");
   for (int i = 0; i < shape.layers; ++i) {
-    compare(first.bases[i], wanted.bases[i], 1e-6, name + ": basis");
-    require(identical(first.before[i], wanted.before[i]), name + ": rows before");
-    require(identical(first.means[i], wanted.means[i]), name + ": mean not put in place");
+    compare(first.bases[i], expected.bases[i], 1e-6, name + ": basis");
+    require(identical(first.before[i], expected.before[i]), name + ": rows before");
+    require(identical(first.means[i], expected.means[i]), name + ": mean not put in place");
     require(identical(first.products[i], given.products[i]), name + ": products were written");
   }
   for (unsigned seed = 1; seed <= seeds; ++seed) {

@@ -1,13 +1,13 @@
 // Runs the device code of the (Q, Q) part of a fold under several schedules and compares it with
-// the code for the CPU; the same bits whatever the schedule, and where the vectors are kept. Exit
-// code 0 if all agree; otherwise 1 and the first difference. With the argument "small" the widths
-// that take long are left out.
+// the code for the CPU; all schedules and places of the vectors must give the same bits. Exit code
+// 0 if all agree; otherwise 1 and the first difference. The argument "small" skips widths that take
+// long.
 #include <cmath>
 #include <cstdio>
 #include <limits>
 
 #include "cuda_emulator.h"
-// after the emulator, which stands in for the CUDA headers
+// after the emulator, which replaces the CUDA headers
 #include "eigh.cpp"
 #include "nystrom.cpp"
 #include "nystrom.cuh"
@@ -24,12 +24,12 @@ void require(bool holds, const std::string& what) {
   if (!holds) throw std::runtime_error(what);
 }
 
-// Y = V C for a random V with orthonormal rows and a C of the given eigenvalues, which has the
-// eigenvectors of a second random basis or, `near`, almost those rows of V themselves.
+// Y = V C for a random V with orthonormal rows and a C with the given eigenvalues, whose
+// eigenvectors are a second random basis or, if `near`, approximately the rows of V.
 struct Layer {
   std::string name;
   Doubles squares;
-  double near;  // 0: another basis; otherwise how far off
+  double near;  // 0: another basis; otherwise the distance from the rows of V
   double ceiling = 1e6;
 };
 
@@ -97,7 +97,7 @@ struct Problem {
         for (int d = 0; d < features; ++d) image[i][d] += factor * vectors[k][d];
       }
     }
-    if (layer.name == "noise") {  // of directions that core has, metric knows nothing
+    if (layer.name == "noise") {  // core has directions that metric lacks
       for (int i = 0; i < width; ++i) {
         std::fill(image[i].begin(), image[i].end(), 0.0);
         std::fill(basis[i].begin(), basis[i].end(), 0.0);
@@ -107,7 +107,7 @@ struct Problem {
     }
     for (int i = 0; i < width; ++i) {
       for (int j = 0; j < width; ++j) {
-        // Of core the lower triangle counts.
+        // Only the lower triangle of core is read.
         core.push_back(j > i ? kNan : dot(image[i], basis[j]));
         metric.push_back(dot(image[i], image[j]));
       }
@@ -154,11 +154,11 @@ void run_on_device(Problem& problem, int goal, bool in_shared, unsigned seed) {
       static_cast<int>(sizeof(double)) * eigh_shared_size(width, in_shared));
 }
 
-// Both sides find the same spaces: |<row, row>| of the leading rows, whose values lie apart.
-void compare(Problem& found, Problem& wanted) {
+// Compares the leading rows, whose values are well separated, up to sign.
+void compare(Problem& found, Problem& reference) {
   for (size_t i = 0; i < found.layers.size(); ++i) {
     const std::string name = found.layers[i].name + ", width " + std::to_string(found.width);
-    const NystromSummary one = found.of(i), other = wanted.of(i);
+    const NystromSummary one = found.of(i), other = reference.of(i);
     require(*one.rank == *other.rank, name + ": rank " + std::to_string(*one.rank) + ", expected " +
                                           std::to_string(*other.rank));
     require(*one.uneven == *other.uneven, name + ": uneven");
@@ -169,7 +169,7 @@ void compare(Problem& found, Problem& wanted) {
       require(both || one.captured[j] == other.captured[j], name + ": captured");
     }
     const Rows rows = found.rows(i);
-    // Uneven: the host orthonormalises these again, unless it is only that some are missing.
+    // The host orthonormalises uneven rows again, unless only some rows are missing.
     const bool whole = found.layers[i].name == "low rank" || found.layers[i].name == "few tokens";
     const bool left_off = *one.uneven != 0.0 && !whole;
     for (int j = 0; j < found.width && !left_off; ++j) {
@@ -179,7 +179,7 @@ void compare(Problem& found, Problem& wanted) {
                 name + ": not orthonormal");
       }
     }
-    const Rows expected = wanted.rows(i);
+    const Rows expected = reference.rows(i);
     for (int j = 0; j < std::min<int>(*one.rank, 3); ++j) {
       require(std::fabs(std::fabs(dot(rows[j], expected[j])) - 1.0) <= 1e-6, name + ": row");
     }
@@ -192,8 +192,8 @@ Doubles decaying(int count, double ratio) {
   return out;
 }
 
-// mixing^T core mixing is 1 up to the rank. Of a Cholesky factor the mixing is that of the CPU, and
-// has nothing below the diagonal: row j of the new ones has nothing of the old ones after it.
+// mixing^T core mixing is the identity up to the rank. A mixing by a Cholesky factor equals that of
+// the CPU and is upper triangular: new row j does not depend on later old rows.
 void check_white(int width, int goal) {
   std::vector<Layer> layers{{"full", decaying(2 * width + 3, 0.9), 0.0},
                             {"low rank", decaying((width + 1) / 2, 0.9), 0.0},
@@ -203,19 +203,19 @@ void check_white(int width, int goal) {
                             {"few tokens", decaying(width, 0.9), 0.0, std::floor(width / 3.0)}};
   const bool orthogonal = goal == kNystromOrthogonal;
   const Problem given(width, layers);
-  Problem wanted = given, found = given, other = given;
-  nystrom_cpu(wanted.args(goal));
+  Problem reference = given, found = given, other = given;
+  nystrom_cpu(reference.args(goal));
   run_on_device(found, goal, true, 0);
   run_on_device(other, goal, false, 1);
   require(identical(other.mixing, found.mixing), "white: other bits");
-  // Of a NaN in the last row a factor has the rows before.
+  // With NaN in the last row, a Cholesky factor has the rows before.
   const int of_nan = orthogonal ? width - 1 : 0;
   const int few = orthogonal ? width : width / 3;
   const int ranks[] = {width, (width + 1) / 2, std::max(1, width - 1), 0, of_nan, few};
   for (int layer = 0; layer < 6; ++layer) {
     const std::string name = "white, " + layers[layer].name + ", width " + std::to_string(width);
     const int rank = ranks[layer];
-    require(*found.of(layer).rank == rank && *wanted.of(layer).rank == rank, name + ": rank");
+    require(*found.of(layer).rank == rank && *reference.of(layer).rank == rank, name + ": rank");
     require(*found.of(layer).uneven == (rank < width), name + ": uneven");
     const size_t first = layer * width * width;
     const auto at = [&](const Doubles& matrix, int i, int j) {
@@ -223,9 +223,9 @@ void check_white(int width, int goal) {
     };
     for (int j = 0; j < width; ++j) {
       for (int i = 0; i < width; ++i) {
-        const double entry = at(found.mixing, i, j), expected = at(wanted.mixing, i, j);
+        const double entry = at(found.mixing, i, j), expected = at(reference.mixing, i, j);
         if (j >= rank && layer < 5) require(entry == 0.0, name + ": rows beyond the rank");
-        if (!orthogonal && layer > 0) continue;  // eigenvectors are unique in their spans alone
+        if (!orthogonal && layer > 0) continue;  // eigenvectors are unique only up to their spans
         require(std::fabs(entry - expected) <= 1e-8 * (std::fabs(expected) + 1e-3), name);
         if (layer == 0 && i > j) require(entry == 0.0, name + ": order");
       }
@@ -243,7 +243,7 @@ void check_white(int width, int goal) {
   }
 }
 
-// The last one is rounding, to judge by the first.
+// The last value is rounding noise relative to the first.
 Doubles with_noise(int width) {
   Doubles out = decaying(width, 0.9);
   if (width > 1) out.back() = 1e-14 * out.front();
@@ -252,7 +252,7 @@ Doubles with_noise(int width) {
 
 std::vector<Layer> layers_of(int width) {
   const double steep = std::pow(1e-10, 1.0 / std::max(1, width - 1));
-  // Far from the basis, rows come out orthonormal to eps times the square of this.
+  // Far from the basis, the loss of orthonormality grows with the square of the decay.
   const double mild = std::pow(1e-3, 1.0 / width);
   return {{"steady", decaying(width, 0.9), 1e-3},
           {"fresh", decaying(2 * width, mild), 0.0},
@@ -268,11 +268,11 @@ std::vector<Layer> layers_of(int width) {
 
 void check(int width, unsigned seeds) {
   const Problem given(width, layers_of(width));
-  Problem wanted = given;
-  nystrom_cpu(wanted.args(kNystromSolve));
+  Problem reference = given;
+  nystrom_cpu(reference.args(kNystromSolve));
   Problem first = given;
   run_on_device(first, kNystromSolve, true, 0);
-  compare(first, wanted);
+  compare(first, reference);
   for (unsigned seed = 1; seed <= seeds; ++seed) {
     Problem other = given;
     run_on_device(other, kNystromSolve, seed % 2 == 0, seed);

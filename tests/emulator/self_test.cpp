@@ -1,4 +1,4 @@
-// Shows that the emulator notices what it is for. Prints one line a probe.
+// Shows that the emulator detects deadlocks and missing barriers. Prints one line per probe.
 #include <cstdio>
 
 #include "cuda_emulator.h"
@@ -34,10 +34,10 @@ __global__ void early_exit(int* out) {
 struct Matrices {
   const double* left;   // (16, 4)
   const double* right;  // (4, 8)
-  double* sums;         // two of (16, 8), which begin as they are
+  double* sums;         // two of (16, 8), added to in place
 };
 
-// What the emulator takes for the instruction, and the same by shuffles.
+// The emulated tensor-core instruction, and the same product by shuffles.
 __global__ void products(Matrices of) {
   const eva_kernels::ProductLane lane = eva_kernels::product_lane();
   const double left[2] = {of.left[lane.group * 4 + lane.within],
@@ -55,7 +55,7 @@ __global__ void products(Matrices of) {
   }
 }
 
-// Entries of either sum that are not those of a plain loop.
+// Counts the entries of both sums that differ from a plain loop.
 int wrong_entries() {
   double left[64], right[32], sums[256];
   for (int i = 0; i < 64; ++i) left[i] = i * i % 23 - 7;

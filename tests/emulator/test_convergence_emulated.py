@@ -1,4 +1,4 @@
-"""The CUDA kernel of the convergence check, run on the CPU, and planted bugs that must show."""
+"""The CUDA kernel of the convergence check run on the CPU, and planted bugs it must detect."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
 
 
-# What a slip of the pen would do: file, text as it stands, text with the bug.
+# Plausible bugs: file, original text, text with the bug.
 MUTATIONS = {
     "no barrier": ("convergence.cuh", "  __syncthreads();\n", ""),
     "half a warp": ("convergence.cuh", "offset = kLanes / 2", "offset = kLanes / 4"),
@@ -64,20 +64,20 @@ MUTATIONS = {
 }
 
 
-# The CPU forgives these: it loads from any address, and finds the NaN of a gap in few places.
-ONLY_SANITIZERS_SEE = {"alignment of one side only", "tail read too far"}
+# Results show no difference on the CPU, which loads from any address; gaps hold few NaN.
+ONLY_FOUND_BY_SANITIZERS = {"alignment of one side only", "tail read too far"}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_planted_bug_is_seen(name: str, tmp_path: Path) -> None:
-    flags = SANITIZERS if name in ONLY_SANITIZERS_SEE else ["-w"]
+def test_planted_bug_is_detected(name: str, tmp_path: Path) -> None:
+    flags = SANITIZERS if name in ONLY_FOUND_BY_SANITIZERS else ["-w"]
     done = compile_and_run(
         "run_convergence.cpp", tmp_path, *flags, csrc=with_bug(tmp_path, *MUTATIONS[name])
     )
     assert done.returncode != 0
 
 
-def test_emulator_sees_deadlocks_and_missing_barriers(tmp_path: Path) -> None:
+def test_emulator_detects_deadlocks_and_missing_barriers(tmp_path: Path) -> None:
     done = compile_and_run("self_test.cpp", tmp_path, "-O1", *WARNINGS)
     assert done.stdout.splitlines() == [
         "deadlock: 16 threads wait at __shfl_down_sync; 16 threads wait at __syncthreads;",
