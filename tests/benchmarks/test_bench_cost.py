@@ -138,11 +138,11 @@ def test_text_and_table_cells() -> None:
         row("eva-peft", 8, 8.0, 100),
         row("eva", 8, 2.0, 50),
     ]
-    said = comparison_text(rows)
-    assert "CorDA (ipm) takes 0.50 times as long" in said
-    assert "(batch 8; below 1 it is faster), and this package 0.12 of its memory" in said
-    assert "EVA (PEFT) takes 4.00 times as long" in said
-    assert "LoRA-GA (paper): no numbers" in said
+    text = comparison_text(rows)
+    assert "CorDA (ipm) takes 0.50 times as long" in text
+    assert "(batch 8; below 1 it is faster), and this package 0.12 of its memory" in text
+    assert "EVA (PEFT) takes 4.00 times as long" in text
+    assert "LoRA-GA (paper): no numbers" in text
     settings = {
         "config": "tiny",
         "weights": "random",

@@ -32,7 +32,7 @@ XS = [100.0, 200.0, 400.0, 800.0]
 
 
 @pytest.mark.parametrize(
-    ("left", "kind", "at", "told"),
+    ("left", "kind", "at", "text"),
     [
         ([1, 1, 1, 1], "always", None, "everywhere in D = 100 to 800"),
         ([9, 9, 9, 9], "never", None, "nowhere in D = 100 to 800"),
@@ -42,13 +42,13 @@ XS = [100.0, 200.0, 400.0, 800.0]
     ],
 )
 def test_crossing_kind_place_and_text(
-    left: list[float], kind: str, at: float | None, told: str
+    left: list[float], kind: str, at: float | None, text: str
 ) -> None:
     found = fit.crossing(XS, left, [4.0] * 4)
     assert found.kind == kind
     assert found.at == (None if at is None else pytest.approx(at, abs=0.1))
-    assert found.text("D").startswith(told)
-    assert found.single == ("several" not in told)
+    assert found.text("D").startswith(text)
+    assert found.single == ("several" not in text)
 
 
 def test_crossing_with_too_few_points_is_unknown() -> None:
@@ -146,7 +146,7 @@ BASE = Point(D=1024, N=1024, L=4, K=32)
 
 
 def made_up(point: Point, sketch: float, gram: float, peft: float, end: float) -> dict[str, Any]:
-    def told(ms: float) -> dict[str, float]:
+    def spread(ms: float) -> dict[str, float]:
         return {"median": ms, "p20": ms, "p80": ms}
 
     phases = {"accumulate": sketch - end, "fold": end, "compare": 0.0, "step": sketch}
@@ -157,8 +157,8 @@ def made_up(point: Point, sketch: float, gram: float, peft: float, end: float) -
         "state_bytes": {m: point.state_bytes(m) for m in ("sketch", "gram")},
         "left_out": {},
         "ms": {
-            "sketch": {name: told(ms) for name, ms in phases.items()},
-            **{name: {"step": told(ms)} for name, ms in others.items()},
+            "sketch": {name: spread(ms) for name, ms in phases.items()},
+            **{name: {"step": spread(ms)} for name, ms in others.items()},
         },
     }
 
@@ -176,8 +176,8 @@ def cubic(point: Point) -> dict[str, Any]:
 
 
 def test_text_of_crossovers() -> None:
-    told = words.crossovers(BASE, rows_of(cubic))
-    text = "\n".join(told)
+    lines = words.crossovers(BASE, rows_of(cubic))
+    text = "\n".join(lines)
     assert "faster than exact Gram from D = 600 on; everywhere in N = 256 to 4096" in text
     assert "faster than PEFT's step everywhere in D = 256 to 2048" in text
     assert "PEFT's step takes 10 to 10 times as long" in text

@@ -210,9 +210,9 @@ def test_sanitizer_selects_every_native_kernel(tool: str) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *sanitizer.TESTS]
     command += ["-k", sanitizer.SELECTIONS[tool], "-p", "no:cacheprovider", "-p", "no:benchmark"]
     found = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True).stdout
-    wanted = ("convergence.py::test_ragged", "eigh.py::test_random", "fold_passes.py::test_rows")
-    wanted += "fold_passes.py::test_measure", "nystrom.py::test_native_answer"
-    for name in (*wanted, "start.py::test_native"):
+    expected = ("convergence.py::test_ragged", "eigh.py::test_random", "fold_passes.py::test_rows")
+    expected += "fold_passes.py::test_measure", "nystrom.py::test_native_answer"
+    for name in (*expected, "start.py::test_native"):
         assert name in found, found
 
 
@@ -250,10 +250,10 @@ def test_module_older_than_its_sources_is_not_up_to_date(tmp_path: Path) -> None
 
 
 def test_nvidia_smi_fields() -> None:
-    told = (
+    output = (
         "NVIDIA H200, 580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 700.00 W, 143771 MiB\nother\n"
     )
-    found = environment.parse_smi(told)
+    found = environment.parse_smi(output)
     assert (found["name"], found["driver_version"]) == ("NVIDIA H200", "580.1")
     assert found["memory.total"] == "143771 MiB"
     assert environment.parse_smi("") == {}

@@ -22,7 +22,7 @@ STREAMING = re.compile("project_kernel|back_kernel|gram_kernel")
 @pytest.fixture(scope="module")
 def records() -> list[dict]:
     if not kernel_report.can_compile():
-        pytest.skip("this Triton is told constants and alignment in another way")
+        pytest.skip("this Triton takes constants and alignment in another way")
     return kernel_report.compile_all(tuple(UNITS))
 
 

@@ -60,10 +60,10 @@ class Problem:
         for goal, head in (("whiten", (n, 1.0, n - 1, n)), ("orthogonalise", (1.0, 1, 1, 1))):
             squares = [float(goal == "orthogonalise")] * q
             numbers = torch.tensor([[*head, *squares]], dtype=torch.float64, device=device)
-            delta, moved, _ = fold_prepare(layers, numbers)
+            delta, new_mean, _ = fold_prepare(layers, numbers)
             along, core, _ = fold_measure(layers, numbers, delta)
-            mixing, told = nystrom(core, core, numbers[:, 2], 0.0, goal=goal)
-            fold_rows(layers, numbers, delta, along, moved, mixing, told, sound)
+            mixing, summary = nystrom(core, core, numbers[:, 2], 0.0, goal=goal)
+            fold_rows(layers, numbers, delta, along, new_mean, mixing, summary, sound)
             for one in (products, shift, square):
                 one.zero_()
         return basis, mean

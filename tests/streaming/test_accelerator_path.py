@@ -138,9 +138,9 @@ def mixed_streams() -> list[tuple[InputStream, Tensor]]:
     ]
 
 
-def waits_of(seen: HostReads) -> dict[str, int]:
+def waits_of(counts: HostReads) -> dict[str, int]:
     # Here ``ops.eigh`` is torch's; the native kernel used on a GPU does not wait.
-    return {name: count for name, count in seen.waits.items() if name != "_linalg_eigh"}
+    return {name: count for name, count in counts.waits.items() if name != "_linalg_eigh"}
 
 
 @pytest.mark.usefixtures("accelerator_path")
@@ -149,16 +149,16 @@ def test_one_host_read_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = [stream for stream, _ in pairs]
     rows = torch.arange(0, 40, 1)
     for begin in (0, 40):
-        with counted(monkeypatch) as seen:
+        with counted(monkeypatch) as counts:
             for stream, x in pairs:
                 stream.add(x[begin : begin + 40], rows)
                 assert stream.tokens == begin + 40
-        assert waits_of(seen) == {}
-        with counted(monkeypatch) as seen:
+        assert waits_of(counts) == {}
+        with counted(monkeypatch) as counts:
             folded = fold_streams(streams)
             ratios = leading_ratios(folded)
             compare_streams(folded, [3] * len(folded), tau=0.5)
-        assert waits_of(seen) == {"read": 1}
+        assert waits_of(counts) == {"read": 1}
         assert len(ratios) == 4
         assert all(bool(r[0] > 0) for r in ratios)
     assert all(stream.converged and stream.previous is None for stream in streams)
@@ -179,15 +179,15 @@ def test_fold_is_queued_until_finish_is_called(monkeypatch: pytest.MonkeyPatch) 
 
 def test_counter_detects_waiting_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.arange(4.0)
-    with counted(monkeypatch) as seen:
+    with counted(monkeypatch) as counts:
         float(x.sum())
         bool((x > 1).any())
         x[x > 1]
         torch.nonzero(x)
         torch.linalg.eigh(torch.eye(2))
         _host.read([x])
-    assert seen.waits["_local_scalar_dense"] == 2
-    assert {"index", "nonzero", "_linalg_eigh", "read"} <= set(seen.waits)
+    assert counts.waits["_local_scalar_dense"] == 2
+    assert {"index", "nonzero", "_linalg_eigh", "read"} <= set(counts.waits)
 
 
 def test_cpu_checks_tokens_in_add() -> None:
@@ -210,9 +210,9 @@ def test_comparison_equals_that_of_the_cpu(criterion: str, monkeypatch: pytest.M
         if begin:
             compare_streams([s.clone() for s in folded], [0] * 5, tau=0.9, criterion=criterion)
             old = {id(s): s.previous.clone() for s in folded if s is not late}
-        with counted(monkeypatch) as seen:
+        with counted(monkeypatch) as counts:
             compare_streams(folded, [3] * len(folded), tau=0.9, criterion=criterion)
-        assert seen.waits["read"] == (1 if begin and criterion == "subspace" else 0)
+        assert counts.waits["read"] == (1 if begin and criterion == "subspace" else 0)
     assert (late.folds, late.similarity, late.converged) == (1, None, False)
     for stream in streams[1:]:
         overlaps = old[id(stream)].double() @ stream.sketch.basis[: stream.components].double().mT
@@ -452,10 +452,10 @@ def test_graded_spectra_stay_orthonormal_with_one_read(
     stream = make_stream(128, 32, dtype=dtype)
     for part in x.split(150):
         stream.add(part)
-        with counted(monkeypatch) as seen:
+        with counted(monkeypatch) as counts:
             fold_streams([stream])
         if dtype == torch.float32:
-            assert waits_of(seen) == {"read": 1}
+            assert waits_of(counts) == {"read": 1}
         assert orthonormality(stream.sketch.basis) <= TOLERANCES[dtype].orthonormal
 
 

@@ -119,17 +119,17 @@ def test_spectra_of_llama_2_7b_are_copied_in_chunks() -> None:
         for stream in streams:
             stream.add(torch.zeros(64, stream.features, device=DEVICE))
         fold_streams(streams)
-        tracker, seen = MemTracker(), HostReads()
-        with tracker, seen:
+        tracker, counts = MemTracker(), HostReads()
+        with tracker, counts:
             answers = spectra(streams, CPU)
         peak = tracker.get_tracker_snapshot("peak")[DEVICE]["Total"]
     assert {(a.components.device, a.mean.device) for a in answers} == {(CPU, CPU)}
     assert [a.components.shape for a in answers] == [(32, s.features) for s in streams]
     # 16 layers of 4096 or 5 of 11008 are a chunk: 6 + 7 chunks, each of which launches a dozen
     # operators and is two copies, of components and of means.
-    assert seen.calls["_to_copy"] == 13 * 2
-    del seen.calls["prim::device"]  # called only for tensors without contents
-    assert seen.calls.total() < 13 * 20
+    assert counts.calls["_to_copy"] == 13 * 2
+    del counts.calls["prim::device"]  # called only for tensors without contents
+    assert counts.calls.total() < 13 * 20
     assert 0 < peak <= batch_module.CHUNK_BYTES_ACCELERATOR
 
 

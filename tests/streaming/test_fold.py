@@ -149,10 +149,10 @@ def test_mean_whose_square_overflows_float32(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_layers_of_one_width_and_dtype_are_decomposed_in_one_call(monkeypatch: pytest.MonkeyPatch):
-    seen, nystrom_of_layers = [], batch_module.nystrom
+    calls, nystrom_of_layers = [], batch_module.nystrom
 
     def remember(*given: object) -> object:
-        seen.append((len(given[0]), given[-1]))
+        calls.append((len(given[0]), given[-1]))
         return nystrom_of_layers(*given)
 
     kinds = [(20, torch.float32), (20, torch.float64), (24, torch.float64)]
@@ -162,7 +162,7 @@ def test_layers_of_one_width_and_dtype_are_decomposed_in_one_call(monkeypatch: p
     monkeypatch.setattr(_host, "reads_are_free", lambda device: False)
     monkeypatch.setattr(batch_module, "nystrom", remember)
     fold_streams(streams)
-    assert seen == [(1, torch.float32), (2, torch.float64)]
+    assert calls == [(1, torch.float32), (2, torch.float64)]
 
 
 def test_other_features_are_found_beside_outliers():

@@ -104,9 +104,9 @@ def test_bad_step_keeps_the_previous_state(method: str, device: torch.device) ->
     for part in others:
         step([stream, other], part)
     assert stream.tokens == other.tokens
-    found, wanted = stream.spectrum(), other.spectrum()
-    torch.testing.assert_close(found.components, wanted.components, rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.singular_values, wanted.singular_values, rtol=1e-4, atol=0)
+    found, expected = stream.spectrum(), other.spectrum()
+    torch.testing.assert_close(found.components, expected.components, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.singular_values, expected.singular_values, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
@@ -121,9 +121,9 @@ def test_stream_restored_from_a_file_continues_with_the_same_bits(
             record, tensors = export_stream(stream)
             restore_stream(other, record, {name: t.cpu() for name, t in tensors.items()})
         step([stream, other] if i >= 2 else [stream], part)
-    found, wanted = other.spectrum(), stream.spectrum()
-    assert torch.equal(found.components, wanted.components)
-    assert torch.equal(found.singular_values, wanted.singular_values)
+    found, expected = other.spectrum(), stream.spectrum()
+    assert torch.equal(found.components, expected.components)
+    assert torch.equal(found.singular_values, expected.singular_values)
 
 
 def test_incremental_pca_stays_on_the_device(device: torch.device) -> None:
@@ -134,7 +134,7 @@ def test_incremental_pca_stays_on_the_device(device: torch.device) -> None:
     assert {found.components_.device, found.var_.device, found.mean_.device} == {device}
     assert lost_variance(x, found.components_.cpu()) <= 1e-4
     near = found.inverse_transform(found.transform(x.to(device))).cpu()
-    wanted = x.double() - x.double().mean(0)
-    miss = (near.double() - x.double()).square().sum() / wanted.square().sum()
+    centred = x.double() - x.double().mean(0)
+    miss = (near.double() - x.double()).square().sum() / centred.square().sum()
     values = exact(x)[0].square()
     assert float(miss) == pytest.approx(float(values[8:].sum() / values.sum()), rel=1e-2)

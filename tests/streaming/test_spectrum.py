@@ -118,15 +118,15 @@ def test_number_of_operators_does_not_grow_with_the_streams(
 
     def calls(count: int) -> int:
         streams = [feed(make_stream(24, 4, method=method), [x[:60]]) for _ in range(count)]
-        with counted(monkeypatch) as seen:
+        with counted(monkeypatch) as counts:
             spectra(streams, CPU)
-        assert seen.waits["read"] == reads
-        found = seen.calls.total()
+        assert counts.waits["read"] == reads
+        found = counts.calls.total()
         for stream in streams:
             stream.add(x[60:])
-        with counted(monkeypatch) as seen:
+        with counted(monkeypatch) as counts:
             spectra(streams, CPU)
-        assert seen.waits["read"] == 1 + reads  # all pending steps are folded in one call
+        assert counts.waits["read"] == 1 + reads  # all pending steps are folded in one call
         return found
 
     assert calls(12) == calls(3)
@@ -143,12 +143,12 @@ def test_constant_features_are_not_decomposed(
     truth = torch.linalg.svdvals((x - x.mean(0)).double())[:6]
     sizes, eigh = [], torch.linalg.eigh
 
-    def seen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def recording_eigh(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sizes.append(matrix.shape[-1])
         return eigh(matrix)
 
     stream = feed(make_stream(features, 6, method="gram"), [x[:60], x[60:]])
-    monkeypatch.setattr(torch.linalg, "eigh", seen)
+    monkeypatch.setattr(torch.linalg, "eigh", recording_eigh)
     answer = stream.spectrum()
     assert sizes == [alive]
     rank = min(alive, 6)
@@ -193,10 +193,10 @@ def test_rank_is_less_than_the_number_of_tokens() -> None:
 
 
 def test_spectra_without_tokens_raises() -> None:
-    seen = feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))])
-    seen.add(torch.randn(5, 12))
+    stream = feed(make_stream(12, 4), [with_spectrum(60, 12, decaying(12))])
+    stream.add(torch.randn(5, 12))
     with pytest.raises(EvaValueError, match="no tokens were seen"):
-        spectra([seen, make_stream(12, 4)])
-    assert (seen.pending, seen.folds) == (5, 1)
+        spectra([stream, make_stream(12, 4)])
+    assert (stream.pending, stream.folds) == (5, 1)
     assert spectra([]) == []
     assert leading_ratios([]).size == 0
