@@ -46,8 +46,8 @@ class TokenMask:
         encoder_decoder: ``main`` is the mask of the encoder only, whatever the shapes.
         cross_masks: bool (B, S) each: tokens of hidden states from elsewhere, for cross attention,
             or the prompt that images are generated from.
-        window: the model pads texts on the right to a multiple of this many tokens.
-        frame_lengths: of a model that turns T samples of sound into fewer frames: see
+        padding_multiple: the model pads texts on the right to a multiple of this many tokens.
+        frame_length_functions: of a model that turns T samples of sound into fewer frames: see
             :class:`eva_peft.model.architecture.Architecture`.
         text_first: whether text comes first in a sequence that is longer than the text; ``None``
             if unknown.
@@ -87,8 +87,8 @@ class TokenMask:
         multimodal: bool = False,
         encoder_decoder: bool = False,
         cross_masks: Sequence[Tensor] = (),
-        window: int = 1,
-        frame_lengths: Sequence[FrameLengthFunction] = (),
+        padding_multiple: int = 1,
+        frame_length_functions: Sequence[FrameLengthFunction] = (),
         text_first: bool | None = None,
         non_text_mask: Tensor | None = None,
         qformer_mask: Tensor | None = None,
@@ -105,7 +105,8 @@ class TokenMask:
     ) -> None:
         self.main, self.decoder, self.tokens_per_position = main, decoder, tokens_per_position
         self.multimodal, self.encoder_decoder = multimodal, encoder_decoder
-        self.cross_masks, self.window, self.frame_lengths = cross_masks, window, frame_lengths
+        self.cross_masks, self.padding_multiple = cross_masks, padding_multiple
+        self.frame_length_functions = frame_length_functions
         self.text_first = text_first
         self.non_text_mask, self.qformer_mask = non_text_mask, qformer_mask
         self.audio_mask, self.pixel_masks, self.tile_mask = audio_mask, pixel_masks, tile_mask
@@ -299,7 +300,10 @@ class TokenMask:
         if layer not in self._stream_fits:
             streams = self._readable_streams(layer)
             present = [FittedMask(key, mask) for key, mask in streams if mask is not None]
-            self._stream_fits[layer] = [*present, *padded_to_windows(present, self.window)]
+            self._stream_fits[layer] = [
+                *present,
+                *padded_to_windows(present, self.padding_multiple),
+            ]
         return self._stream_fits[layer]
 
     def _readable_streams(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
@@ -369,7 +373,9 @@ class TokenMask:
         if len(leading) < 2 or leading[0] != len(mask):
             return None
         counts = [mask.shape[1], *mask.sum(1).tolist()]
-        for count_frames, options in itertools.product(self.frame_lengths, _ADAPTER_OPTIONS):
+        for count_frames, options in itertools.product(
+            self.frame_length_functions, _ADAPTER_OPTIONS
+        ):
             try:
                 found = [count_frames(torch.tensor([n], device="cpu"), **options) for n in counts]
                 stages = list(zip(*map(_as_ints, found), strict=True))
@@ -398,7 +404,7 @@ class TokenMask:
             yield "sound", frame_mask_for(self.audio_mask, leading)
         audio_alone = self.audio_only and not self.multimodal and self._reads_audio(layer)
         if audio_alone and self.main is not None and not holds_more_than(leading, self.main):
-            yield "frames", frame_mask_for(self.main, leading)  # not by the model's frame_lengths
+            yield "frames", frame_mask_for(self.main, leading)  # not by the model's functions
         for pixels in self.pixel_masks if self._reads_pixels(layer) else ():
             yield "pixels", patch_mask_for(pixels, leading, self.patch_sizes)
         if self.tile_mask is not None and (layer.reads_no_text or layer.reads_encoder):

@@ -285,7 +285,7 @@ def test_length_function_is_tried_with_each_config() -> None:
     whole.encoder = encoder
     lengths = architecture_of(whole).frame_length_functions
     assert len(lengths) == 2
-    rule = TokenMask(torch.arange(48) < torch.tensor([[48], [32]]), frame_lengths=lengths)
+    rule = TokenMask(torch.arange(48) < torch.tensor([[48], [32]]), frame_length_functions=lengths)
     rows = rule.rows(torch.Size((2, 12, 8)), CPU, "encoder.layer")
     assert rows is not None
     assert rows.tolist() == [*range(12), *range(12, 12 + 8)]
@@ -329,7 +329,7 @@ def no_lengths(samples: Tensor) -> None: ...
 def test_length_functions_of_every_form_give_frame_masks(lengths: Any, known: bool) -> None:
     counts = torch.tensor([50, 26, 14])
     mask = torch.arange(50) < counts[:, None]
-    rule = TokenMask(mask, frame_lengths=[lengths])
+    rule = TokenMask(mask, frame_length_functions=[lengths])
     shape, cpu = torch.Size((3, 11, 8)), torch.device("cpu")
     if not known:
         with pytest.warns(EvaWarning, match="no token mask fits"):
@@ -342,7 +342,7 @@ def test_length_functions_of_every_form_give_frame_masks(lengths: Any, known: bo
     assert rows is not None
     heads = torch.arange(11)[None, None] < torch.tensor([11, 5, 2])[:, None, None].expand(3, 2, 1)
     assert rows.tolist() == heads.flatten().nonzero().flatten().tolist()
-    written = TokenMask(None, mask, encoder_decoder=True, frame_lengths=[lengths])
+    written = TokenMask(None, mask, encoder_decoder=True, frame_length_functions=[lengths])
     with pytest.warns(EvaWarning, match="no token mask fits"):  # the decoder reads text
         assert written.rows(shape, cpu, "decoder.layer") is None
 
