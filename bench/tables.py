@@ -23,11 +23,9 @@ def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
 
 def whole_pass(folder: Path = RESULTS) -> str:
     """Render the table of the whole initialisation."""
-    record, memory, ranks = (
-        load("initialize", folder),
-        load("memory", folder),
-        load("ranks", folder),
-    )
+    record = load("initialize", folder)
+    memory = load("memory", folder)
+    ranks = load("ranks", folder)
     settings = record["settings"]
     headers = ["", *(f"padded to {row['padded_to']}" for row in record["rows"])]
 

@@ -146,16 +146,12 @@ def machine_ceilings(device: torch.device) -> Ceilings:
     seconds = {name: found["ms"]["p20"] / 1e3 for name, found in times.items()}
     flops = 2.0 * MATMUL_SIDE**3
     if device.type == "cpu":
-        bytes_per_second, flops_per_second = (
-            2 * COPY_BYTES / seconds["copy"],
-            flops / seconds["narrow"],
-        )
+        bytes_per_second = 2 * COPY_BYTES / seconds["copy"]
+        flops_per_second = flops / seconds["narrow"]
     else:
         library_ceilings = measure_ceilings(device)
-        bytes_per_second, flops_per_second = (
-            library_ceilings["bytes_per_second"],
-            library_ceilings["flops_per_second"],
-        )
+        bytes_per_second = library_ceilings["bytes_per_second"]
+        flops_per_second = library_ceilings["flops_per_second"]
     return Ceilings(bytes_per_second, flops_per_second, flops / seconds["wide"])
 
 

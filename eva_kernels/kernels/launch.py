@@ -289,9 +289,8 @@ def splits_to_fill(
     concurrent_programs = arch.processors * max(1, 8 // tile.num_warps)
 
     def duration(splits: int) -> int:
-        return math.ceil(num_programs * splits / concurrent_programs) * math.ceil(
-            iterations / splits
-        )
+        waves = math.ceil(num_programs * splits / concurrent_programs)
+        return waves * math.ceil(iterations / splits)
 
     candidates = range(1, max(1, min(max_splits, iterations)) + 1)
     shortest = min(map(duration, candidates))

@@ -87,9 +87,8 @@ def begin_fold(streams: Iterable[InputStream], *, final: bool = False) -> Fold:
     groups = _group_by_shape(due)
     for group in groups:
         (cpu_groups if _host.reads_are_free(group[0].device) else accelerator_groups).append(group)
-    return Fold(
-        groups, cpu_groups, _QueuedFold(accelerator_groups, due) if accelerator_groups else None
-    )
+    queued = _QueuedFold(accelerator_groups, due) if accelerator_groups else None
+    return Fold(groups, cpu_groups, queued)
 
 
 class Fold:

@@ -300,10 +300,8 @@ class TokenMask:
         if layer not in self._stream_fits:
             streams = self._readable_streams(layer)
             present = [FittedMask(key, mask) for key, mask in streams if mask is not None]
-            self._stream_fits[layer] = [
-                *present,
-                *padded_to_windows(present, self.padding_multiple),
-            ]
+            padded = padded_to_windows(present, self.padding_multiple)
+            self._stream_fits[layer] = [*present, *padded]
         return self._stream_fits[layer]
 
     def _readable_streams(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
@@ -373,9 +371,8 @@ class TokenMask:
         if len(leading) < 2 or leading[0] != len(mask):
             return None
         counts = [mask.shape[1], *mask.sum(1).tolist()]
-        for count_frames, options in itertools.product(
-            self.frame_length_functions, _ADAPTER_OPTIONS
-        ):
+        functions = self.frame_length_functions
+        for count_frames, options in itertools.product(functions, _ADAPTER_OPTIONS):
             try:
                 found = [count_frames(torch.tensor([n], device="cpu"), **options) for n in counts]
                 stages = list(zip(*map(_as_ints, found), strict=True))

@@ -310,11 +310,8 @@ class SpeechToText(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder, self.words, self.decoder = (
-            nn.Linear(8, 16),
-            nn.Embedding(96, 16),
-            Decoder(),
-        )
+        self.encoder = nn.Linear(8, 16)
+        self.words, self.decoder = nn.Embedding(96, 16), Decoder()
 
     def forward(self, mel: Tensor, tokens: Tensor) -> Tensor:
         return self.decoder(self.words(tokens), self.encoder(mel))

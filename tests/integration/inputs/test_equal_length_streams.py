@@ -172,11 +172,8 @@ def test_context_mask_of_a_part_applies_only_to_its_context(steps: int) -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.encoder, self.decoder = (
-                nn.Embedding(VOCABULARY, 16),
-                KeepBlock(),
-                ContextBlock(),
-            )
+            self.words = nn.Embedding(VOCABULARY, 16)
+            self.encoder, self.decoder = KeepBlock(), ContextBlock()
 
         def forward(self, source: Tensor, target: Tensor, mask: Tensor) -> Tensor:
             context = self.encoder(self.words(source), mask=mask)
@@ -261,11 +258,8 @@ def test_source_and_target_masks_apply_to_their_streams(steps: int) -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.encoder, self.decoder = (
-                nn.Embedding(VOCABULARY, 16),
-                KeepBlock(),
-                DecoderBlock(),
-            )
+            self.words = nn.Embedding(VOCABULARY, 16)
+            self.encoder, self.decoder = KeepBlock(), DecoderBlock()
 
         def forward(self, src: Tensor, tgt: Tensor, src_mask: Tensor, tgt_mask: Tensor) -> Tensor:
             memory = self.encoder(self.words(src), src_mask)
@@ -290,11 +284,8 @@ def test_text_without_padding_is_whole_after_a_padded_one(kind: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.block, self.behind = (
-                nn.Embedding(VOCABULARY, 16),
-                KeepBlock(),
-                KeepBlock(),
-            )
+            self.words = nn.Embedding(VOCABULARY, 16)
+            self.block, self.behind = KeepBlock(), KeepBlock()
 
         def forward(self, first: Tensor, second: Tensor) -> Tensor:
             return self.encode(first).sum() + self.encode(second).sum()
@@ -321,11 +312,8 @@ def test_layer_behind_words_keeps_their_mask_after_spans(mask_in_batch: bool) ->
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.text, self.reads, self.spans = (
-                nn.Embedding(VOCABULARY, 16),
-                KeepBlock(),
-                KeepBlock(),
-            )
+            self.text = nn.Embedding(VOCABULARY, 16)
+            self.reads, self.spans = KeepBlock(), KeepBlock()
             self.behind, self.vision_head = nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(

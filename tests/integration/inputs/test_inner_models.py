@@ -129,11 +129,8 @@ def test_inner_layer_called_without_samples() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.words, self.other, self.chosen = (
-                nn.Embedding(VOCABULARY, 32),
-                make_bert(),
-                PrefixReader(),
-            )
+            self.words = nn.Embedding(VOCABULARY, 32)
+            self.other, self.chosen = make_bert(), PrefixReader()
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
             self.other(input_ids, attention_mask)

@@ -108,11 +108,8 @@ class ContextModel(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.words, self.last = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 4)
-        self.part, self.looks, self.masks = (
-            Outer(masks) if within else KeepBlock(),
-            CrossLayer(),
-            masks,
-        )
+        self.part = Outer(masks) if within else KeepBlock()
+        self.looks, self.masks = CrossLayer(), masks
 
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.part(self.words(ids), ids.ne(0))
@@ -255,11 +252,8 @@ def test_mask_changed_in_place_applies_as_each_part_receives_it() -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
-            self.words, self.first, self.second = (
-                nn.Embedding(VOCABULARY, 16),
-                KeepBlock(),
-                KeepBlock(),
-            )
+            self.words = nn.Embedding(VOCABULARY, 16)
+            self.first, self.second = KeepBlock(), KeepBlock()
 
         def forward(self, ids: Tensor) -> Tensor:
             mask = ids.ne(0)

@@ -107,10 +107,8 @@ def padded_to_24(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("kind", ["flattened", "positions", "pooled"])
 def test_no_trimming_in_front_of_a_users_layers(kind: str) -> None:
-    model, texts = (
-        FixedLengthHead(kind).eval(),
-        [padded_to_24(batch) for batch in text_batches(4, length=20)],
-    )
+    model = FixedLengthHead(kind).eval()
+    texts = [padded_to_24(batch) for batch in text_batches(4, length=20)]
     config = lora(tau=1.0, target_modules=["inner.encoder.layer.0.intermediate.dense", "head"])
     result = run(model, iter(texts), config, method="gram", max_steps=4)
     for name, x in layer_inputs(model, texts, list(result.components)).items():
@@ -423,10 +421,8 @@ def test_cross_attention_beside_images() -> None:
     """Layers of text attend to images; layers of images may attend to text."""
     text = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]).bool()
     rule = TokenMask(text, multimodal=True, has_media=True)
-    images, texts = (
-        "language_model.layers.1.cross_attn.k_proj",
-        "detr_encoder.layers.0.cross_attn.k_proj",
-    )
+    images = "language_model.layers.1.cross_attn.k_proj"
+    texts = "detr_encoder.layers.0.cross_attn.k_proj"
     shape, cpu = torch.Size((2, 4, 8)), torch.device("cpu")
     assert rule.rows(shape, cpu, images) is None
     scores = TokenMask(text, multimodal=True)  # no images, so that there is only text

@@ -84,10 +84,8 @@ def test_batched_products_of_all_experts_are_detected() -> None:
 
 def test_products_with_other_parts_of_a_parameter_are_ignored() -> None:
     called: list[int] = []
-    weight, x = (
-        torch.randn(100)[4:52].view(3, 4, 4),
-        torch.randn(2, 4),
-    )  # at an offset in its storage
+    weight = torch.randn(100)[4:52].view(3, 4, 4)  # at an offset in its storage
+    x = torch.randn(2, 4)
     weights = [(i + 10, ExpertWeight(weight, i)) for i in (0, 2)]
     transposed_weights = [(i + 20, ExpertWeight(weight, i, transposed=True)) for i in (0, 2)]
     for watched in (weights, transposed_weights):
@@ -317,11 +315,9 @@ def test_samples_sorted_for_a_recurrent_network(by_hand: bool, between: str, wid
 
 def test_label_mask_after_a_recurrent_network() -> None:
     """Labels of the first piece of each word, and none of the first and last token."""
-    model, texts, tokens = (
-        RecurrentModel(False, "").eval(),
-        text_batches(4, samples=6, labels=True),
-        [],
-    )
+    model = RecurrentModel(False, "").eval()
+    texts = text_batches(4, samples=6, labels=True)
+    tokens = []
     for batch in texts:
         length = batch["attention_mask"].sum(1, keepdim=True)
         place = torch.arange(batch["labels"].shape[1])
