@@ -6,12 +6,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from .common import RESULTS
+from .processes import exit_on_signal
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -304,7 +304,7 @@ def gpu_check(
 
     total = TOTAL_SECONDS if seconds is None else seconds
     # shut down cleanly, ending the running stage, too
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     try:
         check = Check(
             out, dry_run=dry_run, skip=skip or (), also=also or (), resume=resume, total=total
@@ -312,10 +312,6 @@ def gpu_check(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(0 if check.run() else 1)
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 def _make_saver(out: Path | None) -> Callable[[Any], None]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from .files import ROOT
@@ -144,3 +145,8 @@ def _terminate_group(process: subprocess.Popen[bytes]) -> None:
             process.wait(timeout=timeout)
         except subprocess.TimeoutExpired:
             continue
+
+
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by an exception, so that what was started is ended."""
+    sys.exit(128 + number)

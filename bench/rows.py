@@ -49,7 +49,7 @@ class Rows:
                     key, row = json.loads(line)
                 except json.JSONDecodeError:  # cut off by the end of the run before
                     break
-                self._finished_rows[_key_text(key)] = row
+                self._finished_rows[key_text(key)] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept_rows = [[json.loads(key), row] for key, row in self._finished_rows.items()]
         text = "".join(json.dumps(entry) + "\n" for entry in [self._header, *kept_rows])
@@ -68,7 +68,7 @@ class Rows:
         """
         bar = tqdm(keys, desc=self.part, unit="run", disable=self.quiet)
         for key in bar:
-            if _key_text(key) in self._finished_rows:
+            if key_text(key) in self._finished_rows:
                 continue
             bar.set_postfix_str(" ".join(str(value) for value in key.values()))
             try:
@@ -76,10 +76,10 @@ class Rows:
             except Exception as error:  # why a row has no numbers is what the row tells
                 first_line = (str(error).strip().splitlines() or [""])[0]
                 row = {"error": f"{type(error).__name__}: {first_line}"[:300]}
-            self._finished_rows[_key_text(key)] = row
+            self._finished_rows[key_text(key)] = row
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([dict(key), row]) + "\n")
-        return [{**key, **self._finished_rows[_key_text(key)]} for key in keys]
+        return [{**key, **self._finished_rows[key_text(key)]} for key in keys]
 
     def finish(self, rows: Any) -> Path:
         """Write the result file, and forget the unfinished one."""
@@ -88,5 +88,6 @@ class Rows:
         return path
 
 
-def _key_text(key: Key) -> str:
+def key_text(key: Key) -> str:
+    """Return the same text for equal keys, whatever their order."""
     return json.dumps(dict(key), sort_keys=True)

@@ -9,8 +9,8 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
 
+from ..processes import exit_on_signal
 from .context import Context, StageFailed, StageSkipped
 from .plan import STAGES
 
@@ -51,16 +51,12 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     # Raises an exception, so that children in their own process groups are ended, too.
     for number in (signal.SIGTERM, signal.SIGALRM):
-        signal.signal(number, _exit_on_signal)
+        signal.signal(number, exit_on_signal)
     # In case the parent is killed and cannot end this process. The second timer is for native code
     # that does not return: Python handles no signals meanwhile.
     signal.alarm(int(options.seconds) + OVERTIME_SECONDS)
     faulthandler.dump_traceback_later(options.seconds + 2 * OVERTIME_SECONDS, exit=True)
     return run_stage(Context(options.stage, options.out, options.dry_run, options.seconds))
-
-
-def _exit_on_signal(number: int, frame: FrameType | None) -> None:
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

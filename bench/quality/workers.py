@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -17,7 +16,8 @@ from typing import Any
 
 import torch
 
-Key = Mapping[str, Any]
+from ..rows import Key, key_text
+
 Make = Callable[[Key], Mapping[str, Any]]
 
 
@@ -77,10 +77,10 @@ class Workers:
             if not futures:
                 remaining_keys = list(keys)[list(keys).index(key) :]
                 futures.update(
-                    {_key_text(k): pool.submit(_row_or_error, make, k) for k in remaining_keys}
+                    {key_text(k): pool.submit(_row_or_error, make, k) for k in remaining_keys}
                 )
             try:
-                return futures[_key_text(key)].result()
+                return futures[key_text(key)].result()
             except BrokenProcessPool as error:
                 # not an Exception: the row must not be stored as one that cannot be made
                 raise SystemExit("a worker process has died; the rows so far are kept") from error
@@ -118,7 +118,3 @@ def _initialize_worker() -> None:
             os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _key_text(key: Key) -> str:
-    return json.dumps(dict(key), sort_keys=True)
