@@ -211,7 +211,9 @@ class CalibrationPass:
         keeper = self.checkpoint_keeper
         if keeper.all_converged or (self.forwards and self.limit_reached()):
             return keeper.all_converged  # resumed from a checkpoint of a finished pass
-        all_batches = batches.iterate(loader, lambda: self.tokens > 0, keeper.begin_epoch)
+        all_batches = batches.iterate(
+            loader, lambda: self.tokens > 0, keeper.begin_epoch, keeper.on_batch
+        )
         # closed immediately, so that a loader's workers end before a traceback is released
         with (
             closing(keeper.skip_seen(all_batches)) as stream,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -117,6 +118,18 @@ def resumed_with_fewer_batches(rank: int) -> Any:
         kept = {"checkpoint": folder / "pass.safetensors"} if rank == 0 else {}
         calibrate(make_llama(), iter(own_batches(rank, 3)), max_steps=3, **kept)
         calibrate(make_llama(), iter(own_batches(rank, 2 - rank)), max_steps=5, **kept)
+
+
+@scenario
+def resumed_with_other_batches_in_one(rank: int) -> Any:
+    """Return the warnings of a resumed pass whose second process gets its batches in reverse."""
+    with shared_folder() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", eva_kernels.EvaWarning)
+        kept = {"checkpoint": folder / "pass.safetensors"}
+        calibrate(make_llama(), own_batches(rank), max_steps=2, **kept)
+        batches = own_batches(rank)[:: 1 - 2 * rank]
+        calibrate(make_llama(), batches, max_steps=3, **kept)
+    return [str(w.message) for w in caught if "does not yield" in str(w.message)]
 
 
 def resumed_after_three_batches(

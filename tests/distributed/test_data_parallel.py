@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 
 import eva_kernels
+from distributed.scenarios import own_batches
 from distributed.shards import PEFT_LOADS_DIVIDED
-from integration.conftest import (
-    QUIET,
-    exact_pca,
-    layer_inputs,
-    lora,
-    lost,
-    make_llama,
-    text_batches,
-)
+from integration.conftest import QUIET, exact_pca, layer_inputs, lora, lost, make_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -60,7 +53,7 @@ def same(one: Any, other: Any) -> bool:
 
 def union(count: int = 4) -> list[dict[str, Tensor]]:
     """Return the batches of both processes joined step by step."""
-    parts = [text_batches(count, padded=False, seed=10 + rank) for rank in (0, 1)]
+    parts = [own_batches(rank, count) for rank in (0, 1)]
     return [{k: torch.cat([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
 
 
@@ -129,8 +122,7 @@ def test_process_outside_the_group_raises(results: Results) -> None:
 
 def test_without_a_group_processes_are_independent(results: Results) -> None:
     for rank in (0, 1):
-        batches = text_batches(4, padded=False, seed=10 + rank)
-        alone = eva_kernels.calibrate(make_llama(), batches, lora(), max_steps=4, **QUIET)
+        alone = eva_kernels.calibrate(make_llama(), own_batches(rank), lora(), max_steps=4, **QUIET)
         assert same(results[rank]["alone"]["components"], alone.components)
         assert results[rank]["alone"]["tokens"] == alone.tokens
 
@@ -493,3 +485,10 @@ def test_resuming_with_fewer_processes_raises(results: Results) -> None:
     kind, message = results[0]["resumed_by_one_process"]
     assert kind == "EvaValueError"
     assert "belongs to another pass: processes: 2 in the file, 1 now. To continue" in message
+
+
+def test_other_batches_are_warned_about_in_the_process_that_got_them(results: Results) -> None:
+    assert results[0]["resumed_with_other_batches_in_one"] == []
+    (message,) = results[1]["resumed_with_other_batches_in_one"]
+    assert "the loader of process 1 does not yield the batches again" in message
+    assert "pass.safetensors has counted: batch 2 differs" in message

@@ -34,6 +34,7 @@ def main(folder: Path) -> None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", "the loader", eva_kernels.EvaWarning)
                 found[name] = plain(run(rank))
         except Exception as error:
             found[name] = (type(error).__name__, str(error))

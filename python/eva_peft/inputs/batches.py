@@ -43,6 +43,7 @@ def iterate(
     loader: Iterable[Any],
     another_epoch: Callable[[], bool] = lambda: True,
     begin_epoch: Callable[[], object] = lambda: None,
+    on_batch: Callable[[Any], object] = lambda batch: None,
 ) -> Generator[Any]:
     """Yield batches, starting another epoch whenever a loader can be iterated again.
 
@@ -50,6 +51,7 @@ def iterate(
         loader: any iterable.
         another_epoch: called after each epoch; iteration ends if it returns false.
         begin_epoch: called before each epoch.
+        on_batch: called with each batch before it is yielded.
 
     Raises:
         EvaTypeError: not iterable, or a mapping. EvaValueError: it yields no batch at all.
@@ -70,6 +72,7 @@ def iterate(
             empty = True
             for batch in epoch:
                 empty = nothing_yet = False
+                on_batch(batch)
                 yield batch
                 del batch  # no batch is kept while the next one is being made
             if nothing_yet:

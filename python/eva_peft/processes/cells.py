@@ -20,6 +20,7 @@ from ..passes.shared_inputs import Slot
 
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
+    from ..resume.checkpoint import LoaderState
 
 __all__ = [
     "Cell",
@@ -66,8 +67,7 @@ class ForwardReport:
         max_calls: of each layer in one forward pass, so far.
         largest_batch: size of batches that were run to the end, see
             :func:`eva_peft.inputs.batches.samples_and_elements`.
-        random_states: global states, for a checkpoint; see
-            :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
+        loader_state: for a checkpoint, if one is written.
     """
 
     had_batch: bool
@@ -75,7 +75,7 @@ class ForwardReport:
     slots: tuple[PendingSlot, ...]
     max_calls: dict[int, int]
     largest_batch: tuple[int, int]
-    random_states: tuple[Tensor, ...]
+    loader_state: LoaderState | None
 
     @functools.cached_property
     def pending_by_layer(self) -> dict[int, PendingSlot]:

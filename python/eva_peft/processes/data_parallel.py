@@ -31,7 +31,6 @@ from ..model.divided import sharded_by
 from ..options import AUTO
 from ..passes.progress import record_step
 from ..resume.fingerprint import check_requests, check_weights, request_of, sample_weights
-from ..surroundings.random_state import set_random_state
 from .cells import (
     ForwardReport,
     PendingSlot,
@@ -132,7 +131,8 @@ class _ResumeState:
         path: of the file, which the other processes need not know.
         forwards, tokens: of the pass so far.
         max_calls, largest_batch: see :class:`.cells.ForwardReport`.
-        begun, random_states: see :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
+        epoch_random, latest_random, batch_digests: see
+            :class:`eva_peft.resume.checkpoint.CheckpointKeeper`.
         decision: that of the last step.
     """
 
@@ -141,8 +141,9 @@ class _ResumeState:
     tokens: int
     max_calls: dict[int, int]
     largest_batch: tuple[int, int]
-    begun: Sequence[Sequence[Tensor]]
-    random_states: Sequence[Tensor]
+    epoch_random: Sequence[Sequence[Tensor]]
+    latest_random: Sequence[Tensor]
+    batch_digests: Sequence[str]
     decision: _Decision
 
 
@@ -176,15 +177,16 @@ class Processes:
         # The choice of "auto" depends on the memory of each device.
         run.plan = self._channel.broadcast_object(run.plan)
         with ExitStack() as stack:
+            keeper = run.checkpoint_keeper
             all_batches = batches.iterate(
-                loader, lambda: self._total_tokens > 0, run.checkpoint_keeper.begin_epoch
+                loader, lambda: self._total_tokens > 0, keeper.begin_epoch, keeper.on_batch
             )
             stream = stack.enter_context(closing(all_batches))
             prepared_batches = map(run.prepare, stream)
-            stack.enter_context(run.checkpoint_keeper)
+            stack.enter_context(keeper)
             decision = self._start_or_resume(run, stream)
             while not decision.stop:
-                run.checkpoint_keeper.begin_forward()
+                keeper.begin_forward()
                 decision = self._step(run, prepared_batches)
             self.peers.attempt(stack.close)  # the others are told with the result
         if self.is_leader:
@@ -206,8 +208,8 @@ class Processes:
             frozen = frozenset(run.collector.frozen)
             decision = _Decision(keeper.all_converged, stop, frozen, renewed, run.steps)
             passes = run.forwards, run.tokens, run.collector.max_calls, run.collector.largest_batch
-            rest = keeper.epoch_random, keeper.latest_random, decision
-            resume = _ResumeState(str(keeper.path), *passes, *rest)
+            loaders = keeper.epoch_random, keeper.latest_random, keeper.batch_digests
+            resume = _ResumeState(str(keeper.path), *passes, *loaders, decision)
         resume = self._channel.broadcast_object(resume)
         if resume is None:
             return _Decision(stop=False)
@@ -222,10 +224,9 @@ class Processes:
         self, run: CalibrationPass, stream: Iterator[Any], resume: _ResumeState
     ) -> None:
         """Skip the batches that the checkpoint has seen."""
-        rank = self._channel.rank
-        run.checkpoint_keeper.replay_epochs(resume.begun[rank])
+        rank, keeper = self._channel.rank, run.checkpoint_keeper
+        keeper.replay_epochs(resume.epoch_random[rank])
         skipped = self.peers.attempt(lambda: sum(1 for _ in islice(stream, resume.forwards))) or 0
-        set_random_state(resume.random_states[rank], run.device)
         if not self.is_leader:
             run.forwards = skipped
         most_skipped = max(self.peers.gather(skipped))
@@ -235,6 +236,9 @@ class Processes:
                 f"the checkpoint {resume.path} was written after {seen}, but all loaders ended "
                 f"after {most_skipped}; to resume, they must yield the same batches again"
             )
+        saved = resume.latest_random[rank], resume.batch_digests[rank]
+        # where warnings are errors, the others are told after the next forward pass
+        self.peers.attempt(keeper.end_skipping, *saved, resume.path, f" of process {rank}")
 
     def _step(self, run: CalibrationPass, prepared_batches: Iterator[PreparedBatch]) -> _Decision:
         reports = self.peers.gather(self._forward(run, prepared_batches))
@@ -305,11 +309,11 @@ class Processes:
             PendingSlot(tuple(s.members), s.stream.pending, s.stream.skipped, s.stream.dtype)
             for s in run.collector.slots
         )
-        random = (
-            run.checkpoint_keeper.take_random_states() if run.checkpoint_keeper.is_enabled else ()
-        )
+        keeper = run.checkpoint_keeper
+        loader_state = keeper.take_loader_state() if keeper.is_enabled else None
         passes = dict(run.collector.max_calls), run.collector.largest_batch
-        return ForwardReport(ready is not None, run.tokens - tokens_before, slots, *passes, random)
+        tokens = run.tokens - tokens_before
+        return ForwardReport(ready is not None, tokens, slots, *passes, loader_state)
 
     def _next_ready(
         self, run: CalibrationPass, prepared_batches: Iterator[PreparedBatch]
@@ -374,8 +378,8 @@ class Processes:
             run.checkpoint_keeper.leader_basis_layers = self._exchange.in_sync.union(
                 *(cell for cell, _, _ in renewed)
             )
-            random = [report.random_states for report in reports]
-            run.checkpoint_keeper.end_forward(run.elapsed(), done, random)
+            states = [r.loader_state for r in reports if r.loader_state is not None]
+            run.checkpoint_keeper.end_forward(run.elapsed(), done, states)
             run.run_callback(numbers)
             stop = not had_batch or done or run.limit_reached()
             return _Decision(done, stop, frozenset(run.collector.frozen), renewed, run.steps)

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,16 +23,31 @@ from eva_kernels.streaming import export_stream, restore_stream
 
 from ..errors import EvaValueError, counted, warn
 from ..surroundings.random_state import read_random_state, set_random_state
+from .batch_digest import digest_of_batch
 from .checkpoint_file import REMEDY, check_path, read_checkpoint, write_checkpoint
 from .fingerprint import differences, fingerprint_of, join_differences
 
 if TYPE_CHECKING:
     from ..calibrate import CalibrationPass
 
-__all__ = ["CheckpointKeeper"]
+__all__ = ["CheckpointKeeper", "LoaderState"]
 
 _LOGGER = logging.getLogger("eva_kernels")
 _COUNTS = ("forwards", "steps", "tokens", "seconds", "history")
+
+
+class LoaderState(NamedTuple):
+    """What a process must know to continue with the next batch of its loader.
+
+    Attributes:
+        random: the global random state now.
+        new_epochs: those in which epochs began, since the last forward pass.
+        batch_digest: digest of the last batch; empty if there was none.
+    """
+
+    random: Tensor
+    new_epochs: tuple[Tensor, ...]
+    batch_digest: str
 
 
 class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
@@ -50,6 +65,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         is_enabled: a checkpoint is written, by this process or by the first of several.
         latest_random, epoch_random: the global random states of each process, now and when each
             epoch began.
+        batch_digests: digest of the last batch of each process.
         leader_basis_layers: layers that all processes accumulate about the leader's basis.
     """
 
@@ -64,10 +80,12 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         self.is_enabled = self.path is not None
         self.latest_random: list[Tensor] = []
         self.epoch_random: list[list[Tensor]] = []
+        self.batch_digests: list[str] = []
         # Random states at epoch starts in this process: those of the checkpoint that are still to
         # be replayed, and new ones that are not in ``epoch_random`` yet.
         self._epochs_to_replay: list[Tensor] = []
         self._new_epochs: list[Tensor] = []
+        self._batch_digest = ""
         self.leader_basis_layers: set[int] = set()
 
     def open(self) -> None:
@@ -90,6 +108,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
 
         Raises:
             EvaValueError: there are fewer batches than were seen.
+            EvaWarning: as a warning, if the last of these is another one.
         """
         for number in range(self.run.forwards):
             if next(batches, self) is self:
@@ -99,8 +118,35 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
                     f"after {number}: to resume, it must yield the same batches again"
                 )
         if self.run.forwards:
-            set_random_state(self.latest_random[0], self.run.device)
+            self.end_skipping(self.latest_random[0], self.batch_digests[0], self.path)
         yield from batches
+
+    def on_batch(self, batch: Any) -> None:
+        """Note a batch of the loader, before it is used or skipped."""
+        if self.is_enabled:
+            self._batch_digest = digest_of_batch(batch)
+
+    def end_skipping(self, random: Tensor, digest: str, path: object, place: str = "") -> None:
+        """Restore the random state of the checkpoint, after its batches have been skipped.
+
+        Warn if the last of them is another than in the first run. Batches that are made with random
+        numbers may be, if forward passes drew some, too: the random state after them then differs.
+
+        Args:
+            random, digest: random state and last batch of this process, in the checkpoint.
+            path: of the checkpoint.
+            place: " of process 1", if there are several.
+        """
+        same_random = torch.equal(random, read_random_state(self.run.device))
+        set_random_state(random, self.run.device)
+        if same_random and digest != self._batch_digest:
+            warn(
+                f"the loader{place} does not yield the batches again that the checkpoint {path} "
+                f"has counted: batch {self.run.forwards} differs. The pass continues after it, but "
+                "may count some samples twice and others not at all. To resume exactly, use the "
+                "same data in the same order (a generator with a seed of its own must be seeded "
+                f"again); or {REMEDY}"
+            )
 
     def begin_epoch(self) -> None:
         """Record the random state in which the loader starts an epoch, or restore a recorded one.
@@ -119,10 +165,10 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         """Replay the epochs of the checkpoint, which this process began in these random states."""
         self._epochs_to_replay = list(epoch_random)
 
-    def take_random_states(self) -> tuple[Tensor, ...]:
-        """Return the current random state, and those of epochs that began since the last call."""
-        new_epochs, self._new_epochs = self._new_epochs, []
-        return read_random_state(self.run.device), *new_epochs
+    def take_loader_state(self) -> LoaderState:
+        """Return the state of the loader, with the epochs that began since the last call."""
+        new_epochs, self._new_epochs = tuple(self._new_epochs), []
+        return LoaderState(read_random_state(self.run.device), new_epochs, self._batch_digest)
 
     def begin_forward(self) -> None:
         """Mark the state as incomplete."""
@@ -132,22 +178,23 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
         self,
         elapsed_seconds: float,
         all_converged: bool,
-        random_states: Sequence[tuple[Tensor, ...]] = (),
+        loader_states: Sequence[LoaderState] = (),
     ) -> None:
         """Mark the state as complete again, and write it if it is due.
 
         Args:
             elapsed_seconds: seconds that the pass has taken.
             all_converged: every layer has converged.
-            random_states: with several processes, the :meth:`take_random_states` of each.
+            loader_states: with several processes, the :meth:`take_loader_state` of each.
         """
         self.all_converged, self.elapsed_seconds = all_converged, elapsed_seconds
         if self.path is None:
             return
-        states = random_states or [self.take_random_states()]
-        self.latest_random = [now for now, *_ in states]
-        for epoch_random, (_, *new_epochs) in zip(self.epoch_random, states, strict=True):
-            epoch_random += new_epochs
+        states = loader_states or [self.take_loader_state()]
+        self.latest_random = [state.random for state in states]
+        self.batch_digests = [state.batch_digest for state in states]
+        for epoch_random, state in zip(self.epoch_random, states, strict=True):
+            epoch_random += state.new_epochs
         self._state_complete = True
         if self.run.forwards - self._forwards_at_write >= self.run.options.checkpoint_every:
             self._write(self.path)
@@ -205,6 +252,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             "alone": sorted(names[i] for i in collector.unshared),
             "frozen": sorted(names[i] for i in collector.frozen),
             "known": sorted(names[i] for i in self.leader_basis_layers),
+            "batch_digests": self.batch_digests,
         }
         return state, tensors
 
@@ -258,6 +306,7 @@ class CheckpointKeeper(AbstractContextManager["CheckpointKeeper"]):
             [state.clone() for state in tensors[epoch_random]] for epoch_random, _ in keys
         ]
         self.latest_random = [tensors[now] for _, now in keys]
+        self.batch_digests = state["batch_digests"]
         self.replay_epochs(self.epoch_random[0])
 
     @property

@@ -1,0 +1,71 @@
+"""A digest of a batch: does a loader yield the batches that a checkpoint has counted?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["digest_of_batch"]
+
+# Elements of a tensor or array that count, evenly spaced if it has more: all of a batch of tokens,
+# and enough of one of images.
+MAX_ELEMENTS = 1 << 16
+
+
+def digest_of_batch(batch: Any) -> str:
+    """Return a digest of a batch's contents, the same in every process and on every device.
+
+    Tensors, arrays and texts count in nested mappings, sequences and dataclasses; of other objects,
+    and of tensors whose elements cannot be read, only the type.
+
+    Args:
+        batch: as it came from the loader.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(batch):
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:  # its bytes are addresses
+        yield from _parts(value.tolist())
+    elif isinstance(value, (Tensor, np.ndarray)):
+        yield from _array_parts(value)
+    elif isinstance(value, (bytes, bytearray)):
+        yield bytes(value)
+    elif isinstance(value, Mapping):
+        yield b"{"
+        for key, each in value.items():
+            yield repr(key).encode(errors="replace") if isinstance(key, (str, int)) else b"key"
+            yield from _parts(each)
+        yield b"}"
+    elif isinstance(value, (tuple, list)):
+        yield b"["
+        for each in value:
+            yield from _parts(each)
+        yield b"]"
+    elif isinstance(value, (str, int, float, complex, np.generic)) or value is None:
+        yield repr(value).encode(errors="replace")
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _parts({field.name: getattr(value, field.name) for field in fields(value)})
+    else:
+        yield type(value).__qualname__.encode()
+
+
+def _array_parts(value: Tensor | np.ndarray) -> tuple[bytes, ...]:
+    try:
+        flat = (value.detach() if isinstance(value, Tensor) else value).reshape(-1)
+        chosen = flat[:: max(1, -(-len(flat) // MAX_ELEMENTS))]
+        if isinstance(chosen, Tensor):
+            chosen = chosen.cpu().contiguous().view(torch.uint8).numpy()
+        return f"{value.dtype} {tuple(value.shape)}".encode(), chosen.tobytes()
+    except (NotImplementedError, RuntimeError, TypeError):  # nested, sparse, on the meta device
+        return (type(value).__qualname__.encode(),)
