@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -120,16 +121,32 @@ def resumed_with_fewer_batches(rank: int) -> Any:
         calibrate(make_llama(), iter(own_batches(rank, 2 - rank)), max_steps=5, **kept)
 
 
+@contextmanager
+def recorded_warnings(about: str) -> Iterator[Callable[[], list[str]]]:
+    """Yield a function that returns the package's warnings so far with some text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", eva_kernels.EvaWarning)
+        yield lambda: [str(w.message) for w in caught if about in str(w.message)]
+
+
 @scenario
 def resumed_with_other_batches_in_one(rank: int) -> Any:
     """Return the warnings of a resumed pass whose second process gets its batches in reverse."""
-    with shared_folder() as folder, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", eva_kernels.EvaWarning)
+    with shared_folder() as folder, recorded_warnings("not yield") as messages:
         kept = {"checkpoint": folder / "pass.safetensors"}
         calibrate(make_llama(), own_batches(rank), max_steps=2, **kept)
         batches = own_batches(rank)[:: 1 - 2 * rank]
         calibrate(make_llama(), batches, max_steps=3, **kept)
-    return [str(w.message) for w in caught if "does not yield" in str(w.message)]
+        return messages()
+
+
+@scenario
+def checkpoint_in_follower_only(rank: int) -> Any:
+    """Return the warnings of a pass, and the files that it wrote."""
+    with shared_folder() as folder, recorded_warnings("checkpoint") as messages:
+        kept = {"checkpoint": folder / "pass.safetensors"} if rank == 1 else {}
+        calibrate(make_llama(), own_batches(rank), max_steps=1, **kept)
+        return messages(), list(folder.iterdir())
 
 
 def resumed_after_three_batches(

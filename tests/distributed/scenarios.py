@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 
 import eva_kernels
@@ -28,6 +29,12 @@ def calibrate(model: nn.Module, data: Any, **options: Any) -> eva_kernels.EvaRes
 
 def own_batches(rank: int, count: int = 4) -> list[dict[str, Tensor]]:
     return text_batches(count, padded=False, seed=10 + rank)
+
+
+def union(count: int = 4) -> list[dict[str, Tensor]]:
+    """Return the batches of both processes joined step by step."""
+    parts = [own_batches(rank, count) for rank in (0, 1)]
+    return [{k: torch.cat([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
 
 
 def failing_batches(rank: int) -> Iterator[dict[str, Tensor]]:
@@ -53,3 +60,11 @@ def shared_folder() -> Iterator[Path]:
             yield Path(folder[0])
         finally:
             distributed.barrier()
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[k], other[k]) for k in one)
+    return bool(one == other)

@@ -197,6 +197,27 @@ def shards_without_a_group(rank: int) -> Any:
     return calibrate(sharded(make_llama()), own_batches(rank), group=None)
 
 
+@scenario
+def shards_in_smaller_groups(rank: int) -> Any:
+    groups = [distributed.new_group([r]) for r in (0, 1)]
+    return calibrate(sharded(make_llama()), own_batches(rank), group=groups[rank])
+
+
+@scenario
+def flattened_in_smaller_groups(rank: int) -> Any:
+    groups = [distributed.new_group([r]) for r in (0, 1)]
+    flat = FullyShardedDataParallel(make_llama(), device_id=torch.device("cpu"))
+    return calibrate(flat, own_batches(rank), group=groups[rank])
+
+
+@scenario
+def replicated_shards_without_a_group(rank: int) -> Any:
+    """Calibrate in each process alone a model whose every copy is sharded over one process."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(make_llama(), mesh=mesh)
+    return calibrate(model, own_batches(rank, 4 - rank), max_steps=4 - rank, group=None)
+
+
 @contextmanager
 def saved(model: Any) -> Iterator[Path]:
     """Save a model in the first process, and yield the shared folder."""

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import eva_kernels
-from distributed.scenarios import own_batches
+from distributed.scenarios import own_batches, same, union
 from distributed.shards import PEFT_LOADS_DIVIDED
 from integration.conftest import QUIET, exact_pca, layer_inputs, lora, lost, make_llama
 
@@ -41,20 +40,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = (torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     return one, other
-
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[k], other[k]) for k in one)
-    return bool(one == other)
-
-
-def union(count: int = 4) -> list[dict[str, Tensor]]:
-    """Return the batches of both processes joined step by step."""
-    parts = [own_batches(rank, count) for rank in (0, 1)]
-    return [{k: torch.cat([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
 
 
 ANSWERS = [
@@ -220,14 +205,16 @@ def test_failed_pass_frees_its_hook_collectors(results: Results) -> None:
             "EvaValueError",
             "pass.safetensors was written after 3 batches, but all loaders ended after 2",
         ),
-        ("shards_without_a_group", "EvaValueError", "sharded by FSDP, whose processes wait for"),
+        ("shards_without_a_group", "EvaValueError", "group=None: the model is sharded by FSDP"),
+        ("shards_in_smaller_groups", "EvaValueError", "sharded by FSDP over the ranks 0, 1, which"),
+        ("flattened_in_smaller_groups", "EvaValueError", "group=a group of the ranks {rank}: the"),
         ("invalid_group", "EvaTypeError", "group='all' must be a torch.distributed process group"),
     ],
 )
 def test_error_is_the_same_in_all(name: str, error: str, message: str, results: Results) -> None:
     for rank in (0, 1):
         assert results[rank][name][0] == error
-        assert message in results[rank][name][1]
+        assert message.format(rank=rank) in results[rank][name][1]
 
 
 @pytest.mark.parametrize(
@@ -409,6 +396,11 @@ def test_shards_run_equally_many_forwards_if_lengths_differ(results: Results) ->
         torch.testing.assert_close(found["singular_values"][name], values, rtol=1e-4, atol=1e-4)
 
 
+def test_replicas_that_are_whole_may_run_alone(results: Results) -> None:
+    for rank in (0, 1):
+        assert results[rank]["replicated_shards_without_a_group"]["forwards"] == 4 - rank
+
+
 def test_shards_stop_at_the_end_of_the_shortest_loader(results: Results) -> None:
     found = results[0]["numbers_of_batches_differ_in_shards"]
     assert found["tokens"] == 2 * 3 * 4 * 24
@@ -492,3 +484,10 @@ def test_other_batches_are_warned_about_in_the_process_that_got_them(results: Re
     (message,) = results[1]["resumed_with_other_batches_in_one"]
     assert "the loader of process 1 does not yield the batches again" in message
     assert "pass.safetensors has counted: batch 2 differs" in message
+
+
+def test_checkpoint_of_a_process_other_than_the_first_has_no_effect(results: Results) -> None:
+    assert results[0]["checkpoint_in_follower_only"] == ([], [])
+    (message,), files = results[1]["checkpoint_in_follower_only"]
+    assert "pass.safetensors' has no effect in process 1" in message
+    assert files == []

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, distributed, nn
 
 from .._peft_compat import LoraConfig, ParamWrapper, has_adapters, resolved_config
 from ..errors import EvaRuntimeError
@@ -16,6 +19,7 @@ __all__ = [
     "is_sharded",
     "may_stop_early",
     "sharded_by",
+    "sharding_ranks",
 ]
 
 _FSDP_CLASSES = frozenset(["FullyShardedDataParallel", "FSDPModule"])
@@ -38,6 +42,32 @@ def sharded_by(model: nn.Module) -> str | None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return "DeepSpeed (ZeRO-3)"
     return "FSDP" if _all_class_names(model) & _FSDP_CLASSES else None
+
+
+def sharding_ranks(model: nn.Module) -> set[int]:
+    """Return the ranks among which a model is sharded and this process waits for the others.
+
+    All ranks, if its parameters and wrappers do not tell.
+
+    Args:
+        model: a sharded one, see :func:`sharded_by`.
+    """
+    groups = _sharding_groups(model)
+    ranks = {rank for group in groups for rank in distributed.get_process_group_ranks(group)}
+    return ranks or set(range(distributed.get_world_size()))
+
+
+def _sharding_groups(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if "FullyShardedDataParallel" in class_names(module):
+            yield module.process_group
+    parameters: Iterator[Any] = model.parameters()
+    for parameter in parameters:
+        if getattr(parameter, "ds_process_group", None) is not None:
+            yield parameter.ds_process_group
+        for i, placement in enumerate(getattr(parameter, "placements", ())):
+            if not placement.is_replicate():
+                yield parameter.device_mesh.get_group(i)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -24,10 +24,10 @@ from torch import Tensor, distributed, nn
 
 from eva_kernels.streaming import InputStream
 
-from ..errors import EvaTypeError, EvaValueError, NotConvergedError, counted
+from ..errors import EvaTypeError, EvaValueError, NotConvergedError, counted, listed, warn
 from ..inputs import batches
 from ..inputs.prepare import PreparedBatch
-from ..model.divided import sharded_by
+from ..model.divided import sharded_by, sharding_ranks
 from ..options import AUTO
 from ..passes.progress import record_step
 from ..resume.fingerprint import check_requests, check_weights, request_of, sample_weights
@@ -61,30 +61,43 @@ def processes_of(model: nn.Module, group: Any) -> Processes | None:
 
     Raises:
         EvaTypeError: ``group`` is not a process group.
-        EvaValueError: a sharded model, but each process would run by itself.
+        EvaValueError: the model is sharded over processes outside the group.
     """
     running = distributed.is_available() and distributed.is_initialized()
-    if group is None and running and distributed.get_world_size() > 1:
-        kind = sharded_by(model)
-        if kind is not None:
-            raise EvaValueError(
-                f"group=None: the model is sharded by {kind}, whose processes wait for each other "
-                "in every forward pass, but without a group each would stop after a number of "
-                "passes of its own. Leave group out, or pass the group over which the model is "
-                "sharded"
-            )
-    if group is None or (group == AUTO and not running):
-        return None
     if group == AUTO:
-        group = distributed.group.WORLD
-    if not (running and isinstance(group, distributed.ProcessGroup)):
+        group = distributed.group.WORLD if running else None
+    if group is not None and not (running and isinstance(group, distributed.ProcessGroup)):
         raise EvaTypeError(
             f"group={group!r} must be a torch.distributed process group that this process is in "
             "(of a DeviceMesh: mesh.get_group(name)), or None"
         )
-    if distributed.get_world_size(group) < 2:
+    if running:
+        _check_includes_shards(model, group)
+    if group is None or distributed.get_world_size(group) < 2:
         return None
     return Processes(group)
+
+
+def _check_includes_shards(model: nn.Module, group: Any) -> None:
+    """Refuse a model that is sharded over processes outside the group, or over any if it is None.
+
+    Raises:
+        EvaValueError: it is such a model.
+    """
+    kind = sharded_by(model)
+    if kind is None:
+        return
+    own_ranks = [distributed.get_rank()]
+    ranks = own_ranks if group is None else distributed.get_process_group_ranks(group)
+    sharding = sharding_ranks(model)
+    if not sharding <= set(ranks):
+        given = "None" if group is None else f"a group of the ranks {listed(map(str, ranks))}"
+        raise EvaValueError(
+            f"group={given}: the model is sharded by {kind} over the ranks "
+            f"{listed(map(str, sorted(sharding)))}, which wait for each other in every forward "
+            "pass, so all of them must take part. Leave group out, or pass the group over which "
+            "the model is sharded"
+        )
 
 
 @contextmanager
@@ -212,6 +225,13 @@ class Processes:
             resume = _ResumeState(str(keeper.path), *passes, *loaders, decision)
         resume = self._channel.broadcast_object(resume)
         if resume is None:
+            if run.options.checkpoint is not None:
+                self.peers.attempt(
+                    warn,
+                    f"checkpoint={str(run.options.checkpoint)!r} has no effect in process "
+                    f"{self._channel.rank}: process 0 writes the checkpoint for all, and was given "
+                    "none. Give it to process 0, too",
+                )
             return _Decision(stop=False)
         keeper.is_enabled = True
         run.collector.record_passes(resume.max_calls, resume.largest_batch)
