@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from eva_kernels.streaming import InputStream, NonFiniteStepError
 
-from ..errors import DeferredError, EvaTypeError, EvaValueError, NonFiniteError, warn
+from ..errors import DeferredError, EvaTypeError, NonFiniteError, warn
 from ..inputs.selectors import Selector
 from ..inputs.token_mask import TokenMask
-from ..model.layers import Patches
 from ..model.routing import EagerExperts, RoutedInputs
 from ..model.targets import Target
 from ..surroundings.interrupts import run_to_completion
 from ..surroundings.snapshot import remove_hook
+from .layer_tokens import LayerTokens
 from .shared_inputs import SeenTensor, Slot
 
 __all__ = ["InputCollector", "StopForward"]
@@ -66,8 +66,6 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         self.tokens = 0
         self._earlier_tokens = 0  # of these, the tokens of earlier calls of the model
         self._make_stream = make_stream
-        self._mask = TokenMask(None)
-        self._model_input: Any = None
         self._new_slots: dict[Slot, None] = {}  # ordered set of slots created in this forward pass
         self._new_slots_by_id: dict[int, list[Slot]] = {}  # by the id of the tensor they began with
         self._num_uncalled = 0  # needed layers not called yet in this forward pass
@@ -80,8 +78,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         # a weak reference: a cycle would keep all streams on the device until garbage collection
         on_multiplied = functools.partial(InputCollector._on_multiplied, weakref.proxy(self))
         self.routed = RoutedInputs(weights, on_multiplied)
-        # whether inputs are selected tokens; None: unknown yet
-        self._inputs_are_routed: bool | None = None
+        self._layer_tokens = LayerTokens(targets, selectors, self.routed)
         self._eager_experts = EagerExperts([t.module for t in targets if t.weight is not None])
 
     def __enter__(self) -> InputCollector:
@@ -169,12 +166,11 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 all that were run to the end (a model may split it into parts).
             size: of the batch, see :func:`eva_peft.inputs.batches.samples_and_elements`.
         """
-        self._mask, self._model_input = mask, model_input
+        self._layer_tokens.begin_forward(mask, model_input, self.step)
         self._call_counts, self.stopped = {}, False
         self.tokens = self._earlier_tokens = 0
         self._forget_new_slots()
         self._num_uncalled = len(self.targets) - len(self.frozen)
-        self.routed.tracks_tokens = mask.excludes_tokens and self._inputs_are_routed is not False
         all_called_once = all(self.max_calls.get(i) == 1 for i in range(len(self.targets)))
         self._size = size
         known_size = all(n <= most for n, most in zip(size, self.largest_batch, strict=True))
@@ -188,7 +184,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def use_mask(self, mask: TokenMask | None = None) -> TokenMask:
         """Use another mask, if given, from here on in a forward pass; return the previous one."""
-        previous, self._mask = self._mask, self._mask if mask is None else mask
+        previous = self._layer_tokens.mask
+        if mask is not None:
+            self._layer_tokens.mask = mask
         return previous
 
     def end_forward(self) -> set[int]:
@@ -209,16 +207,12 @@ class InputCollector(AbstractContextManager["InputCollector"]):
                 unshared |= set(slot.members)
                 self._drop_slot(slot)
         self.record_passes(self._call_counts, self._size)
-        if self.routed.tracks_tokens:
-            # now every needed layer was called
-            self._inputs_are_routed = bool(self._inputs_are_routed)
         self._only_layers = None
         self.unshared |= unshared
         self._forget_new_slots()
-        self.routed.clear_tokens()
-        self._mask, self._model_input = TokenMask(None), None  # do not keep the batch
+        self._layer_tokens.end_forward()
         for slot in self.slots:
-            slot.calls.clear()  # nor its masks
+            slot.calls.clear()  # which keep masks
         self.seconds += time.perf_counter() - begin
         return unshared
 
@@ -284,7 +278,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
             first = slot.members[0]
             if self.selectors[first] is not None or self.targets[first].patches != patches:
                 continue
-            if slot.calls[0].is_shared(x, self._mask):
+            if slot.calls[0].is_shared(x, self._layer_tokens.mask):
                 slot.members.append(i)
                 slot.call_counts[i] = 0
                 self.slot_of[i] = slot
@@ -295,7 +289,7 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         stream = self._make_stream(self.targets[i], x.dtype, x.device)
         slot = Slot(stream, [i], call_counts={i: 0})
         self._accumulate(slot, i, x, args)
-        slot.calls.append(SeenTensor(x, self._mask))
+        slot.calls.append(SeenTensor(x, self._layer_tokens.mask))
         slot.call_counts[i] = 1
         self.slots.append(slot)
         self._new_slots[slot] = None
@@ -307,14 +301,14 @@ class InputCollector(AbstractContextManager["InputCollector"]):
     def _on_new_input(self, slot: Slot, i: int, x: Tensor, args: tuple[Any, ...]) -> None:
         slot.call_counts[i] += 1
         shared = len(slot.members) > 1 and slot not in self._new_slots
-        slot.calls.append(SeenTensor(x, self._mask, held=shared))
+        slot.calls.append(SeenTensor(x, self._layer_tokens.mask, held=shared))
         if not shared:
             self._accumulate(slot, i, x, args)
 
     def _on_repeated_input(
         self, slot: Slot, i: int, call: int, x: Tensor, args: tuple[Any, ...]
     ) -> None:
-        if not slot.calls[call].is_shared(x, self._mask):
+        if not slot.calls[call].is_shared(x, self._layer_tokens.mask):
             if slot in self._new_slots:
                 return  # the counts now differ, so end_forward requests another run
             self._accumulate(self._split_off(slot, i, call), i, x, args)
@@ -339,9 +333,9 @@ class InputCollector(AbstractContextManager["InputCollector"]):
 
     def _accumulate_with(self, slot: Slot, i: int, x: Tensor, mask: TokenMask) -> None:
         """Accumulate a held input with the mask of its call, which may differ from the current."""
-        current, self._mask = self._mask, mask
+        current = self.use_mask(mask)
         self._accumulate(slot, i, x, (x,))
-        self._mask = current
+        self.use_mask(current)
 
     def _split_off(self, slot: Slot, i: int, num_shared: int) -> Slot:
         """Give a layer that no longer shares its input a copy of everything shared so far."""
@@ -349,9 +343,8 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         for seen in slot.calls[:num_shared]:  # shared, but held until a third layer is called
             if seen.held is not None and seen.is_unchanged:
                 self._accumulate_with(new, i, *seen.held)
-        new.calls = [
-            SeenTensor(torch.empty(0, device="cpu"), self._mask) for _ in range(num_shared + 1)
-        ]
+        placeholder = SeenTensor(torch.empty(0, device="cpu"), self._layer_tokens.mask)
+        new.calls = [placeholder] * (num_shared + 1)
         slot.members.remove(i)
         new.call_counts[i] = slot.call_counts.pop(i) + 1
         self.slot_of[i] = new
@@ -405,73 +398,14 @@ class InputCollector(AbstractContextManager["InputCollector"]):
         target = self.targets[i]
         self.current_layer, self.routed.paused = target.name, True
         try:
-            if self.selectors[i] is None and target.patches is None:  # nearly always
-                rows = self._masked_rows(x, target.name)
-                num_used = slot.stream.add(self._as_matrix(target, x), rows)
-            else:
-                matrices = self._selected_matrices(i, x, args)
-                num_used = sum(slot.stream.add(part, rows) for part, rows in matrices)
+            matrices = self._layer_tokens.matrices(i, x, args)
+            num_used = sum(slot.stream.add(part, rows) for part, rows in matrices)
         except NonFiniteError as error:
             raise self._with_location(target.name, error) from None
         finally:
             self.routed.paused = False
         self.tokens = max(self.tokens, self._earlier_tokens + num_used)
         self.current_layer = None
-
-    def _as_matrix(self, target: Target, x: Tensor) -> Tensor:
-        """Return the tokens of a layer as a matrix, (N, D)."""
-        self._check_tokens(target, x, not x.is_nested and x.shape[-1:] == (target.in_features,))
-        x = x.detach() if x.requires_grad else x
-        return x if x.dim() == 2 else x.reshape(-1, target.in_features)
-
-    def _selected_matrices(
-        self, i: int, x: Tensor, args: tuple[Any, ...]
-    ) -> Iterable[tuple[Tensor, Tensor | None]]:
-        """Return (N, D) matrices from a user's selector or of patches, each with rows to use."""
-        target, selector = self.targets[i], self.selectors[i]
-        if selector is None:
-            assert target.patches is not None
-            return self._patch_matrices(target, target.patches, x)
-        x = selector(args or (x,), self._model_input, target.name)
-        return ((self._as_matrix(target, x), None),)
-
-    def _patch_matrices(
-        self, target: Target, patches: Patches, x: Tensor
-    ) -> Iterator[tuple[Tensor, None]]:
-        self._check_tokens(target, x, x.dim() - len(patches.kernel) in (1, 2))
-        windows = patches.windows(x.detach())
-        shape = torch.Size([*windows.shape[: windows.dim() // 2], target.in_features])
-        rows = self._mask.rows(shape, x.device, target.name)
-        for part in patches.token_chunks(windows, rows):
-            yield part, None
-
-    def _masked_rows(self, x: Tensor, name: str) -> Tensor | None:
-        routed = self.routed.token_indices(x)
-        if routed is not None:
-            has_mask, rows = self._mask.rows_of_selected(*routed, name)
-            if has_mask:
-                self._inputs_are_routed = True
-                return rows
-        return self._mask.for_input(x).rows(x.shape, x.device, name, x)
-
-    def _check_tokens(self, target: Target, x: Tensor, has_expected_shape: bool) -> None:
-        if x.is_nested or x.layout != torch.strided:
-            kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
-            raise EvaValueError(
-                f"layer {target.name}, step {self.step + 1}: expected a dense tensor, got {kind}; "
-                "pass prepare_layer_inputs_fn to convert the layer's input"
-            )
-        if x.is_floating_point() and has_expected_shape:
-            return
-        expected = f"floating-point tokens of {target.in_features} features"
-        if target.patches is not None and not has_expected_shape:
-            sizes = ", ".join("space" for _ in target.patches.kernel)
-            expected += f", or an input of shape (samples, {target.patches.channels}, {sizes})"
-        raise EvaValueError(
-            f"layer {target.name}, step {self.step + 1}: expected {expected}, got "
-            f"a tensor of shape {tuple(x.shape)} and dtype {x.dtype}; pass "
-            "prepare_layer_inputs_fn to convert the layer's input"
-        )
 
     def record_passes(self, call_counts: Mapping[int, int], largest_batch: tuple[int, int]) -> None:
         """Record calls and largest batch of forward passes, to decide when one may stop early."""
