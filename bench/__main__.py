@@ -300,7 +300,8 @@ def gpu_check(
     ] = None,
 ) -> None:
     """Build, test, sanitise and measure on a GPU within nine minutes; fails unless all passed."""
-    from .gpu_check.runner import TOTAL_SECONDS, Check
+    from .gpu_check.plan import TOTAL_SECONDS
+    from .gpu_check.runner import Check
 
     total = TOTAL_SECONDS if seconds is None else seconds
     # shut down cleanly, ending the running stage, too

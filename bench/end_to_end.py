@@ -6,6 +6,7 @@ depends on the values of the weights.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import statistics
@@ -219,7 +220,7 @@ def measure_ours(bench: Bench) -> dict[str, Any]:
         seconds += _differences(stamps[1:])
     peak = bench.peak_bytes_above(lambda: bench.calibrate(2))
     few, many = (
-        count_device_calls(lambda n=n: bench.calibrate(n), bench.device) for n in (2, steps)
+        count_device_calls(functools.partial(bench.calibrate, n), bench.device) for n in (2, steps)
     )
     return {
         "step_s": spread(seconds),

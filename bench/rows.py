@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .common import RESULTS, commit, machine, save
+from .common import RESULTS, machine, save
+from .files import commit
 
 Key = Mapping[str, Any]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def measure(steps: int = 46) -> list[dict[str, Any]]:
     return [_measure_layer(label, inputs[name]) for label, name in LAYERS.items()]
 
 
+def _fold(stream: InputStream, x: torch.Tensor) -> None:
+    stream.add(x)
+    fold_streams([stream])
+
+
+def _partial_fit(pca: IncrementalPCA, x: torch.Tensor) -> None:
+    pca.partial_fit(x.float())
+
+
 def _measure_layer(label: str, tokens_by_step: list[torch.Tensor]) -> dict[str, Any]:
     features = tokens_by_step[0].shape[1]
     width = OVERSAMPLE * COMPONENTS
@@ -43,12 +53,8 @@ def _measure_layer(label: str, tokens_by_step: list[torch.Tensor]) -> dict[str, 
         for _ in range(ROUNDS):
             ours = InputStream(features, COMPONENTS, width, CPU, options=Options("sketch"))
             peft_pca = IncrementalPCA(COMPONENTS, copy=True, lowrank=True, lowrank_seed=42)
-            seconds["ours"] += _step_seconds(
-                tokens_by_step, lambda x, s=ours: (s.add(x), fold_streams([s]))
-            )
-            seconds["peft"] += _step_seconds(
-                tokens_by_step, lambda x, p=peft_pca: p.partial_fit(x.float())
-            )
+            seconds["ours"] += _step_seconds(tokens_by_step, partial(_fold, ours))
+            seconds["peft"] += _step_seconds(tokens_by_step, partial(_partial_fit, peft_pca))
             components_by_method = {
                 "ours": ours.spectrum().components,
                 "peft": peft_pca.components_,

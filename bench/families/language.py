@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -123,7 +124,8 @@ class RoutedBlock(nn.Module):
         tokens = hidden.reshape(-1, hidden.shape[-1])
         weights, chosen = self.gate(tokens).softmax(-1).topk(2)
         out = torch.zeros_like(tokens)
-        for e, expert in enumerate(self.experts):
+        experts: Iterable[Any] = self.experts
+        for e, expert in enumerate(experts):
             token, place = torch.where(chosen == e)
             if len(token):
                 x = tokens[token]
@@ -156,7 +158,9 @@ _FUSED = {
 
 LANGUAGE: dict[str, Family] = {
     "Llama": Family(seeded(_llama), _causal, {"task_type": "CAUSAL_LM"}),
-    "Llama, bare": Family(seeded(lambda: _llama().model), text_batches, loss=mean_square),
+    "Llama, bare": Family(
+        seeded(lambda: _llama().get_submodule("model")), text_batches, loss=mean_square
+    ),
     "Qwen2": Family(seeded(_qwen2), _causal, {"task_type": "CAUSAL_LM"}),
     "Qwen3, left padding": Family(
         seeded(_qwen3),

@@ -234,8 +234,8 @@ def _qwen2_audio_batches(count: int) -> list[Batch]:
         batch["input_ids"].masked_fill_(is_audio, AUDIO_TOKEN)
         batch["labels"].masked_fill_(is_audio, -100)
         batch["attention_mask"] |= is_audio
-        audio = {"input_features": audio, "feature_attention_mask": mask.long()}
-        batches.append({**batch, **audio})
+        inputs = {"input_features": audio, "feature_attention_mask": mask.long()}
+        batches.append({**batch, **inputs})
     return batches
 
 

@@ -51,7 +51,7 @@ def _run_stages(family: Family, side: str, outcome: dict[str, Any]) -> None:
 
     base, data = family.make_model(), family.make_batches(BATCHES)
     counter = base.register_forward_pre_hook(_forward_counter(outcome), prepend=True)
-    model = (_initialize_ours if side == "ours" else _initialize_peft)(base, data, family)
+    model: Any = (_initialize_ours if side == "ours" else _initialize_peft)(base, data, family)
     counter.remove()
     outcome["layers"] = sum(hasattr(m, "lora_A") and bool(m.lora_A) for m in model.modules())
     outcome["stage"] = "train"

@@ -198,7 +198,7 @@ def _profile_counts(run: Run) -> dict[str, int]:
     with torch.profiler.profile(activities=activities) as profile:
         run()
         torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
+    on_device = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
     return count_events(Counter((e.name, e.device_type == on_device) for e in profile.events()))
 
 

@@ -42,7 +42,7 @@ def _make(d: int, n: int, dtype: torch.dtype, precision: str, device: torch.devi
     pivot = x[: n // 4].float().mean(0)
 
     def zero_sums() -> tuple[torch.Tensor, ...]:
-        float64 = {"dtype": torch.float64, "device": device}
+        float64: dict[str, Any] = {"dtype": torch.float64, "device": device}
         return (
             torch.zeros(d, d, device=device),
             torch.zeros(d, **float64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def _make(
     basis = torch.linalg.qr(torch.randn(d, q, device=device)).Q.mT.contiguous()
 
     def zero_sums() -> tuple[torch.Tensor, ...]:
-        float64 = {"dtype": torch.float64, "device": device}
+        float64: dict[str, Any] = {"dtype": torch.float64, "device": device}
         products = torch.zeros(q, d, device=device)
         return products, torch.zeros(d, **float64), torch.zeros((), **float64)
 
@@ -85,7 +86,9 @@ def _make(
     exact_sums = truth(x, basis, pivot)
     errors = {name: _error(functools.partial(run, name), zero_sums(), exact_sums) for name in names}
     sums = {name: zero_sums() for name in names}
-    competitors = {name: functools.partial(run, name, sums[name]) for name in names}
+    competitors: dict[str, Callable[[], Any]] = {
+        name: functools.partial(run, name, sums[name]) for name in names
+    }
     if with_peft:
         # PEFT imports transformers, which takes seconds
         from peft.utils.incremental_pca import IncrementalPCA

@@ -19,7 +19,7 @@ import torch
 
 from eva_kernels import ops
 from eva_kernels.kernels import sketch_plan
-from eva_kernels.kernels.launch import Arch, Tile, arch_of
+from eva_kernels.kernels.launch import SKETCH_TILES, Arch, Tile, arch_of
 
 from . import sketch as cases
 from ._case import ERROR_LIMITS
@@ -195,7 +195,7 @@ def run(
     arch = arch_of(device)
     if isinstance(arch, str):
         raise RuntimeError(arch)
-    tiles: dict[str, Any] = dict(sketch_plan.SKETCH_TILES)
+    tiles: dict[str, Any] = dict(SKETCH_TILES)
     with mock.patch.object(sketch_plan, "SKETCH_TILES", tiles):
         for n, d, q in [(64, 96, 16)] if small else SHAPES:
             width = min(width for width in CANDIDATES if width >= q)

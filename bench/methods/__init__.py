@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import covariances, eva, gradients, weights
 from ._job import Batch, Job, Method, forward, lora_layers, rank_of
 
@@ -17,6 +19,6 @@ METHODS: dict[str, Method] = {
 
 def after_step(model: object, step: int) -> None:
     """Let a method act after optimizer step ``step`` (1, 2, ...), as AdaLoRA has to."""
-    base = getattr(model, "base_model", None)
+    base: Any = getattr(model, "base_model", None)
     if hasattr(base, "update_and_allocate"):
         base.update_and_allocate(step)

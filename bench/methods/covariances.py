@@ -41,6 +41,6 @@ def _start_corda(kind: Literal["ipm", "kpm"]) -> Callable[[nn.Module, Job, Meter
 
 
 METHODS = {
-    f"corda-{kind}": Method(f"CorDA ({kind})", _start_corda(kind), "PEFT", True, True)  # type: ignore[arg-type]
+    f"corda-{kind}": Method(f"CorDA ({kind})", _start_corda(kind), "PEFT", True, True)
     for kind in ("ipm", "kpm")
 }
