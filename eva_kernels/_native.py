@@ -25,11 +25,12 @@ MODULES = {"cpu": "eva_kernels._C", "cuda": "eva_kernels._cuda"}
 
 
 @functools.cache
-def _module_or_reason(device_type: str) -> ModuleType | str:
-    """Return the module for a device type, or the reason why there is none."""
-    name = MODULES.get(device_type)
+def _module_or_reason(device: torch.device | str) -> ModuleType | str:
+    """Return the module for a device, or the reason why there is none."""
+    device = torch.device(device)
+    name = MODULES.get(device.type)
     if name is None:
-        return f"there is no native code for device type {device_type!r}"
+        return f"there is no native code for device type {device.type!r}"
     try:
         # `from eva_kernels import _C` would report a missing file as a circular import.
         module = importlib.import_module(name)
@@ -37,27 +38,27 @@ def _module_or_reason(device_type: str) -> ModuleType | str:
         return (
             f"the compiled module {name} cannot be imported ({error}); "
             "install from source with a C++ compiler"
-            + (", nvcc and EVA_KERNELS_CUDA=1" if device_type == "cuda" else "")
+            + (", nvcc and EVA_KERNELS_CUDA=1" if device.type == "cuda" else "")
         )
-    reason = _reason_unfit_for_gpus(module) if device_type == "cuda" else None
+    reason = _reason_unfit_for_gpu(module, device.index) if device.type == "cuda" else None
     return module if reason is None else f"the compiled module {name} cannot run: {reason}"
 
 
-def _reason_unfit_for_gpus(module: ModuleType) -> str | None:
-    """Return why a CUDA module cannot run on a GPU that torch sees, or None."""
+def _reason_unfit_for_gpu(module: ModuleType, index: int | None) -> str | None:
+    """Return why a CUDA module cannot run on a GPU, or None; without an index on the current."""
     if not torch.cuda.is_available():
         return None
     if module.device_count() == 0:
         version = f"{module.toolkit // 1000}.{module.toolkit % 1000 // 10}"
         return f"it was built with CUDA {version}, which finds no GPU; the driver may be too old"
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        if not _code_runs_on(module.archs.split(), 10 * major + minor):
-            return (
-                f"GPU {index} has compute capability {major}.{minor}, but it was built for "
-                f"{module.archs}; rebuild it with EVA_KERNELS_CUDA_ARCHS={10 * major + minor}"
-            )
-    return None
+    index = torch.cuda.current_device() if index is None else index
+    major, minor = torch.cuda.get_device_capability(index)
+    if _code_runs_on(module.archs.split(), 10 * major + minor):
+        return None
+    return (
+        f"GPU {index} has compute capability {major}.{minor}, but it was built for "
+        f"{module.archs}; rebuild it with EVA_KERNELS_CUDA_ARCHS={10 * major + minor}"
+    )
 
 
 def _code_runs_on(built_archs: list[str], capability: int) -> bool:
@@ -78,28 +79,28 @@ def _code_runs_on(built_archs: list[str], capability: int) -> bool:
     return built_archs[-1].isdigit() and int(built_archs[-1]) <= capability
 
 
-def unavailable_reason(device_type: str) -> str | None:
-    """Return why no native code can run on `device_type`, or None if it can."""
-    found = _module_or_reason(device_type)
+def unavailable_reason(device: torch.device | str) -> str | None:
+    """Return why no native code can run on a device, or None if it can."""
+    found = _module_or_reason(device)
     return found if isinstance(found, str) else None
 
 
-def load(device_type: str) -> ModuleType:
-    """Return the compiled module for `device_type` ("cpu", "cuda").
+def load(device: torch.device | str) -> ModuleType:
+    """Return the compiled module for a device.
 
     Raises:
         EvaRuntimeError: with the reason, if there is none.
     """
-    found = _module_or_reason(device_type)
+    found = _module_or_reason(device)
     if isinstance(found, str):
         raise EvaRuntimeError(f"backend='native' cannot run: {found}")
     return found
 
 
 @functools.cache
-def load_or_none(device_type: str) -> ModuleType | None:
+def load_or_none(device: torch.device | str) -> ModuleType | None:
     """Return the compiled module, or None; the reason is logged the first time."""
-    found = _module_or_reason(device_type)
+    found = _module_or_reason(device)
     if isinstance(found, str):
         logger.info("running without native code: %s", found)
         return None

@@ -187,7 +187,7 @@ class LaunchSequence:
         """Return a function that launches compiled kernels again, by native code if possible."""
         sources = {name: (GIVEN, i) for i, name in enumerate(self.tensor_names)}
         sources |= {name: (WORKSPACE, offset) for name, (offset, _) in self.parts.items()}
-        module, index = _native.load_or_none("cuda"), device.index
+        module, index = _native.load_or_none(device), device.index
         launches = None
         if module is not None:
             launches = native_launches(module, self.calls, compiled, sources)

@@ -62,10 +62,10 @@ def convergence(
         raise EvaValueError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if not current or backend == "torch":
         return reference.convergence(previous, current, ranks, tau)
-    kind = current[0].device.type
-    if backend == "native" and kind not in _native.MODULES:
-        _native.load(kind)  # raises, and says why
-    if kind not in _native.MODULES:
+    device = current[0].device
+    if backend == "native" and device.type not in _native.MODULES:
+        _native.load(device)  # raises, and says why
+    if device.type not in _native.MODULES:
         return reference.convergence(previous, current, ranks, tau)
     arguments = list(previous), list(current), [int(rank) for rank in ranks], float(tau)
     return _compare(*arguments, backend == "auto")
@@ -81,8 +81,8 @@ def _run(
     may_fall_back: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run native code; ``may_fall_back`` allows PyTorch where it was not built."""
-    kind = current[0].device.type
-    module = _native.load_or_none(kind) if may_fall_back else _native.load(kind)
+    device = current[0].device
+    module = _native.load_or_none(device) if may_fall_back else _native.load(device)
     if module is None:
         return reference.convergence(previous, current, ranks, tau)
     return _launch(module, previous, current, ranks, tau)
@@ -181,7 +181,7 @@ def cosines(
 def _run_cosines(
     saved: list[Tensor], bases: list[Tensor], num_saved: list[int], layers_per_group: list[int]
 ) -> Tensor:
-    module = _native.load_or_none(bases[0].device.type)
+    module = _native.load_or_none(bases[0].device)
     if module is None:
         return _cosines_by_torch(saved, bases, num_saved, layers_per_group)
     entries = np.zeros((len(bases), 8), np.int64)

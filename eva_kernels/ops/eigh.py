@@ -60,7 +60,7 @@ def eigh(matrices: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         if width > MAX_WIDTH:
             raise EvaValueError(f"backend='native' takes Q up to {MAX_WIDTH}, not {width}")
         if kind not in _native.MODULES:
-            _native.load(kind)  # raises, and says why
+            _native.load(matrices.device)  # raises, and says why
         return _decompose(matrices, False)
     if backend == "auto" and kind == "cuda":
         if width <= MAX_WIDTH:
@@ -110,10 +110,11 @@ def _decompose(matrices: Tensor, may_fall_back: bool) -> tuple[Tensor, Tensor]:
 
 @_decompose.register_kernel("cuda")
 def _decompose_cuda(matrices: Tensor, may_fall_back: bool) -> tuple[Tensor, Tensor]:
-    module = _native.load_or_none("cuda") if may_fall_back else _native.load("cuda")
+    device = matrices.device
+    module = _native.load_or_none(device) if may_fall_back else _native.load(device)
     if module is None:
         return _eigh_by_torch(matrices)
-    max_width = max_native_width(matrices.device.index)
+    max_width = max_native_width(device.index)
     if matrices.shape[-1] <= max_width:
         return _launch(module, matrices)
     reason = f"a block of this GPU has shared memory for Q up to {max_width}"
@@ -146,7 +147,7 @@ def _launch(module: ModuleType, matrices: Tensor) -> tuple[Tensor, Tensor]:
 @functools.cache
 def max_native_width(device_index: int) -> int:
     """Return the largest Q that a block of this GPU has shared memory for."""
-    return int(_native.load("cuda").eigh_max_width(device_index))
+    return int(_native.load(f"cuda:{device_index}").eigh_max_width(device_index))
 
 
 def _eigh_by_torch(matrices: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def runs_natively(basis: Tensor) -> bool:
     """
     if basis.device.type != "cuda" or basis.dtype != torch.float32 or len(basis) > MAX_WIDTH:
         return False
-    return isinstance(basis, FakeTensor) or _native.load_or_none("cuda") is not None
+    return isinstance(basis, FakeTensor) or _native.load_or_none(basis.device) is not None
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _bound_pass(
     """Return a function of the module with the arguments that all passes share."""
     device, (count, columns) = numbers.device, numbers.shape
     shape = count, columns - HEADER_SIZE, delta.shape[1]
-    module = _native.load(device.type)
+    module = _native.load(device)
     shared_arguments = table.data_ptr(), *shape, numbers.data_ptr(), delta.data_ptr(), along_address
     return functools.partial(_native.call, module, name, *shared_arguments, device=device)
 
@@ -316,7 +316,7 @@ def check_layers(tensors_by_kind: Sequence[Sequence[Tensor]], num_saved: Sequenc
             f"not {tuple(like.shape)}"
         )
     if not isinstance(like, FakeTensor):
-        _native.load(like.device.type)  # raises, and says why
+        _native.load(like.device)  # raises, and says why
     q, d = like.shape
     float32, float64 = torch.float32, torch.float64
     # A step has hundreds of layers, all alike: only the first tensor of each kind is checked.

@@ -27,7 +27,7 @@ def runs_natively(core: Tensor) -> bool:
         return False
     if isinstance(core, FakeTensor):
         return True
-    return _native.load_or_none("cuda") is not None and width <= max_native_width(device.index)
+    return _native.load_or_none(device) is not None and width <= max_native_width(device.index)
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def nystrom(
 def _run(
     core: Tensor, metric: Tensor, ceiling: Tensor, tolerance: float, goal: int
 ) -> tuple[Tensor, Tensor]:
-    module = _native.load(core.device.type)
+    module = _native.load(core.device)
     mixing, summary = _empty_results(core)
     count, width = core.shape[:2]
     scratch = core.new_empty(SCRATCH_MATRICES * core.numel() if core.device.type == "cuda" else 0)

@@ -59,7 +59,7 @@ def _run(
 ) -> None:
     q, d = basis.shape
     columns = columns_per_split(1, q, d)
-    module = _native.load(basis.device.type)
+    module = _native.load(basis.device)
     nbytes = module.start_bytes(q, d, columns)
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=basis.device)
     tensors = (tensor.data_ptr() for tensor in (basis, products, shift, square, mean))

@@ -127,7 +127,7 @@ GPUS = [
 
 @pytest.mark.usefixtures("no_cached_modules")
 @pytest.mark.parametrize(("archs", "gpus", "message"), GPUS)
-def test_cuda_module_is_used_only_if_all_gpus_can_run_it(
+def test_cuda_module_is_used_on_gpus_that_can_run_it(
     archs: str, gpus: list[tuple[int, int]], message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = SimpleNamespace(archs=archs, toolkit=13010, device_count=lambda: len(gpus))
@@ -135,10 +135,17 @@ def test_cuda_module_is_used_only_if_all_gpus_can_run_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.__getitem__)
-    assert _native.load_or_none("cuda") is (module if message is None else None)
-    if message is not None:
-        with pytest.raises(EvaRuntimeError, match=re.escape(message)):
-            _native.load("cuda")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for index in range(max(1, len(gpus))):
+        device = torch.device("cuda", index)
+        if message is None or (message.startswith("GPU") and f"GPU {index}" not in message):
+            assert _native.load_or_none(device) is _native.load(device) is module
+        else:
+            assert _native.load_or_none(device) is None
+            with pytest.raises(EvaRuntimeError, match=re.escape(message)):
+                _native.load(device)
+    on_first = _native.load_or_none(torch.device("cuda", 0))
+    assert _native.load_or_none("cuda") is on_first  # the current one
 
 
 @pytest.mark.usefixtures("no_cached_modules")
