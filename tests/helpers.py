@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eva_kernels.ops._dispatch import triton_unavailable
-from eva_kernels.streaming import InputStream, Options, fold_streams
+from eva_kernels.streaming import InputStream, Options, export_stream, fold_streams
 
 CPU = torch.device("cpu")
 
@@ -158,3 +158,17 @@ def feed(stream: InputStream, batches: Sequence[Tensor]) -> InputStream:
         stream.add(batch)
         fold_streams([stream])
     return stream
+
+
+def snapshot(stream: InputStream) -> dict[str, object]:
+    """Return a copy of everything that a stream holds."""
+    record, tensors = export_stream(stream)
+    return {**record, **{name: tensor.clone() for name, tensor in tensors.items()}}
+
+
+def same(left: dict[str, object], right: dict[str, object]) -> bool:
+    """Tell whether two snapshots are equal bit by bit."""
+    return left.keys() == right.keys() and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else a == b or a != a
+        for a, b in ((left[key], right[key]) for key in left)
+    )
