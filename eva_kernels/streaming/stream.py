@@ -324,6 +324,7 @@ class InputStream:
         count = 0 if bad is None else int(bad)
         if bad is not None and count:
             message = _nonfinite_message(count, pending)
+            message += f", or numbers whose squares overflow {self.dtype}"
             self.sums.count -= count
             self.pending -= count
             bad.zero_()
