@@ -25,8 +25,12 @@ def _centred_tiles(x: Tensor, pivot: Tensor, rows: Tensor | None) -> Iterator[Te
     for begin in range(0, count, TILE_ROWS):
         end = min(begin + TILE_ROWS, count)
         tile = x[begin:end] if rows is None else x.index_select(0, rows[begin:end])
-        # Widen before subtracting: the difference of two 16-bit numbers would be rounded.
-        yield torch.sub(tile.to(pivot.dtype), pivot, out=buffer[: end - begin])
+        centred = buffer[: end - begin]
+        if tile.dtype == centred.dtype:
+            torch.sub(tile, pivot, out=centred)
+        else:  # widened first: the difference of two 16-bit numbers would be rounded
+            centred.copy_(tile).sub_(pivot)
+        yield centred
 
 
 def _sum_of_squares(centred: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import EvaValueError, NonFiniteError
 from ..ops import SketchInto, check_precision, check_tokens, gram, sketch_unchecked
+from ..reference import TILE_ROWS
 from . import _host
 from ._autocast import without_autocast, without_subclass
 from ._host import Array
@@ -146,6 +147,7 @@ class InputStream:
                 rows of another kind.
         """
         x = without_subclass(x)
+        x = x.detach() if x.requires_grad else x
         if self._sketcher is not None:
             if not self._sketcher.adds_to(self._sketch_arguments()):
                 self._sketcher = None
@@ -208,20 +210,20 @@ class InputStream:
         # them, without a read: replacing a token by the pivot makes it add nothing (except the
         # pivot's rounding to the dtype of x).
         dtype = torch.promote_types(x.dtype, self.dtype)
-        finite = torch.linalg.vector_norm(x, dim=1, dtype=dtype).isfinite()
+        finite = _token_norms(x, dtype).isfinite()
         finite_used = finite if rows is None else finite.index_select(0, rows)
         num_bad = len(finite_used) - finite_used.sum(dtype=torch.float64)
         pivot = self.state.pivot if isinstance(self.state, GramState) else x.new_zeros(())
         return torch.where(finite[:, None], x, pivot.to(x.dtype)), num_bad
 
     def _finite_rows(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
-        # One pass over X at memory bandwidth on a CPU. Rows masked out may hold anything, so only
-        # the slow path below checks row by row. It also subtracts the pivot, which may be as large
-        # as the tokens and of opposite sign.
+        # The norm of X - p is at most this sum; p may be as large as the tokens, of opposite sign.
         dtype, pivot = torch.promote_types(x.dtype, self.dtype), self._pivot()
-        norm = torch.linalg.vector_norm(x, dtype=dtype)
+        norms = _token_norms(x, dtype)
+        used_norms = norms if rows is None else norms.index_select(0, rows)
+        norm = used_norms.double().square().sum().sqrt()
         if pivot is not None:
-            norm = norm + math.sqrt(len(x)) * torch.linalg.vector_norm(pivot)
+            norm = norm + math.sqrt(len(used_norms)) * torch.linalg.vector_norm(pivot)
         if self._norm_fits(norm):
             return rows
         used_tokens = x if rows is None else x.index_select(0, rows)
@@ -381,6 +383,20 @@ class InputStream:
             EvaValueError: no token was seen.
         """
         return spectra([self])[0]
+
+
+def _token_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the norm of each token in ``dtype``; NaN or infinity where it is not finite."""
+    if x.dtype == dtype or x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    # on a CPU that would widen all of X before it sums
+    norms = x.new_empty(len(x), dtype=dtype)
+    buffer = x.new_empty(min(len(x), TILE_ROWS), x.shape[1], dtype=dtype)
+    for begin in range(0, len(x), TILE_ROWS):
+        tile = x[begin : begin + TILE_ROWS]
+        part = norms[begin : begin + TILE_ROWS]
+        torch.linalg.vector_norm(buffer[: len(tile)].copy_(tile), dim=1, out=part)
+    return norms
 
 
 def _square_fits(total: Tensor, dtype: torch.dtype) -> bool:

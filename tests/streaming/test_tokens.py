@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile
 
 from eva_kernels import IncrementalPCA
+from eva_kernels.reference import TILE_ROWS
 from eva_kernels.streaming import _host
 from helpers import TOLERANCES, decaying, exact, feed, make_stream, relative, with_spectrum
 
@@ -26,6 +28,18 @@ def test_tokens_of_another_dtype_than_the_state(
     assert relative(answer.singular_values, exact(x)[0][:4]) <= limit
 
 
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_short_floats_are_widened_tile_by_tile(method: str, chosen: bool) -> None:
+    x = torch.randn(8 * TILE_ROWS, 32).bfloat16()
+    rows = torch.arange(0, len(x), 2) if chosen else None
+    stream = feed(make_stream(32, 4, method=method), [x])
+    with profile(profile_memory=True) as profiled:
+        stream.add(x, rows)
+    largest = max(event.cpu_memory_usage for event in profiled.function_events)
+    assert largest <= TILE_ROWS * 32 * 4
+
+
 @pytest.mark.parametrize("method", ["sketch", "gram"])
 def test_large_finite_tokens_are_kept_beside_a_bad_one(method: str) -> None:
     # The norm of the finite tokens overflows in half precision, no entry does.
@@ -37,6 +51,18 @@ def test_large_finite_tokens_are_kept_beside_a_bad_one(method: str) -> None:
     kept = torch.cat([x[:9], x[10:]])
     found = stream.spectrum().singular_values
     assert relative(found[:1], exact(kept)[0][:1]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["sketch", "gram"])
+def test_no_gradient_is_tracked(method: str, dtype: torch.dtype) -> None:
+    parts = [part.to(dtype) for part in with_spectrum(100, 16, decaying(16)).split(50)]
+    found, expected = (
+        feed(make_stream(16, 4, 8, method=method, backend="torch"), given).spectrum().components
+        for given in ([part.clone().requires_grad_() for part in parts], parts)
+    )
+    assert not found.requires_grad
+    assert torch.equal(found, expected)
 
 
 class CustomTensor(Tensor):
