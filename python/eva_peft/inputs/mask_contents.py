@@ -43,11 +43,13 @@ def kept_by_attention(mask: Tensor) -> Tensor | None:
 def kept_by_padding(mask: Tensor) -> Tensor | None:
     """Return which tokens a padding mask keeps, bool (B, T), ``None`` if it is not understood.
 
-    Padding is true, or -inf; or false, if a whole sample would be padding otherwise.
+    Padding is true, or -inf; or 0 in a mask of integers, as feature extractors of transformers make
+    them. If a whole sample would be padding, it is the other way round.
     """
     if mask.dim() != 2:
         return None
     kept = mask.cpu() == 0
+    kept = ~kept if mask.dtype in (torch.int32, torch.int64) else kept
     if not _keeps_every_sample(kept):
         kept = ~kept
     return kept if _keeps_every_sample(kept) else None

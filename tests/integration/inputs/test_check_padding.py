@@ -295,6 +295,25 @@ def test_true_marks_padding_in_a_padding_mask(additive: bool) -> None:
     assert (lin.counted, lin.padding, lin.padding_counted) == (40 - count, count, 0)
 
 
+class SpeechEncoder(nn.Module):
+    """Receives a mask of samples as feature extractors of transformers make it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.lin = nn.Conv1d(1, 8, 4, 4), nn.Linear(8, 4)
+
+    def forward(self, input_values: Tensor, padding_mask: Tensor) -> Tensor:
+        return self.lin(self.conv(input_values).mT) * padding_mask[:, ::4, None]
+
+
+def test_integers_are_zero_at_padding_even_if_every_sample_is_padded() -> None:
+    mask = (torch.arange(80) < torch.tensor([[60], [40], [72]])).int()
+    batch = {"input_values": torch.randn(3, 1, 80), "padding_mask": mask}
+    found = eva_kernels.check_padding(SpeechEncoder(), batch, lora(target_modules=["lin"]))
+    lin = found.layers["lin"]
+    assert (lin.rows, lin.counted, lin.padding, lin.padding_counted) == (60, 43, 17, 0)
+
+
 def test_context_uses_the_mask_of_its_name() -> None:
     kept = text()["attention_mask"].flip(0)
     batch = {

@@ -380,7 +380,7 @@ def test_masks_made_for_each_layer_are_freed() -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-@pytest.mark.parametrize("kind", ["row", "padding_mask"])
+@pytest.mark.parametrize("kind", ["row", "padding_mask", "integers"])
 @pytest.mark.parametrize("full", [False, True])
 def test_ambiguous_mask_is_ignored_where_every_sample_is_padded(kind: str, full: bool) -> None:
     class Row(Block):
@@ -398,11 +398,13 @@ def test_ambiguous_mask_is_ignored_where_every_sample_is_padded(kind: str, full:
             self.block = Row() if kind == "row" else Padding()
 
         def forward(self, ids: Tensor) -> Tensor:  # as in OpenNMT and EnCodec
-            return self.block(self.words(ids), ids.eq(0)[:, None] if kind == "row" else ids.ne(0))
+            kept = ids.ne(0).long() if kind == "integers" else ids.ne(0)
+            return self.block(self.words(ids), ids.eq(0)[:, None] if kind == "row" else kept)
 
     data = batches() if full else [{"ids": pad(b["ids"], (0, 2))} for b in batches()]
     config = lora(tau=1.0, target_modules=["block.before", "block.behind"])
-    applies = full and kind == "padding_mask"  # as no sample is all padding
+    # no sample is all padding, and integers are zero at padding
+    applies = (full and kind == "padding_mask") or kind == "integers"
     expected = KEPT.sum() if applies else data[0]["ids"].numel()
     assert run(Model().eval(), data, config, **EXACT).tokens == 4 * int(expected)
 
