@@ -24,6 +24,7 @@ def kept_by_attention(mask: Tensor) -> Tensor | None:
     distances.
     """
     whole, mask = mask, mask[:, 0] if mask.dim() == 4 else mask
+    pairs = mask if mask.dim() == 3 and 1 < mask.shape[1] == mask.shape[2] else None
     if mask.dim() == 3 and mask.shape[1] in (1, mask.shape[2]):
         mask = mask[:, 0] if mask.shape[1] == 1 else mask.diagonal(dim1=1, dim2=2)
     if mask.dim() != 2:
@@ -34,10 +35,21 @@ def kept_by_attention(mask: Tensor) -> Tensor | None:
     zero, one, hidden = values == 0, values == 1, values < -1
     if not (zero | one).all() and not (zero | hidden).all():
         return None
-    kept = zero if hidden.any() else one
+    additive = bool(hidden.any())
+    kept = zero if additive else one
     if square and kept.diagonal().all() and not kept.triu(1).any():
         return None  # pairwise and causal: each token sees itself, and none after it
+    if pairs is not None and _sees_padding(pairs, kept, additive):
+        return None  # of other things, such as the values in as many patches
     return kept if _keeps_every_sample(kept) else None
+
+
+def _sees_padding(pairs: Tensor, kept: Tensor, additive: bool) -> bool:
+    """Tell whether a token that pairs keep sees the first of its sample that they hide."""
+    samples, first_hidden = torch.arange(len(kept), device="cpu"), kept.int().argmin(1)
+    column = pairs[samples, :, first_hidden].cpu()
+    seen = column == 0 if additive else column == 1
+    return bool((seen & kept & ~kept[samples, first_hidden, None]).any())
 
 
 def kept_by_padding(mask: Tensor) -> Tensor | None:

@@ -289,3 +289,22 @@ def test_float_masks_apply_where_they_are_additive(added: bool) -> None:
 
     result = run(Model(), batches(), lora(tau=1.0, target_modules=["layer"]), **EXACT)
     assert result.tokens == 4 * int(KEPT.sum() if added else KEPT.numel())
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_mask_of_values_in_as_many_patches_hides_no_token(additive: bool) -> None:
+    class Model(nn.Module):  # as Moirai, whose scaler does not see what is to be predicted
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads = nn.Linear(16, 4)
+
+        def forward(self, target: Tensor, observed_mask: Tensor) -> Tensor:
+            return self.reads(target)
+
+    observed = torch.ones(3, 16, 16, dtype=torch.bool)
+    observed[:, 12:] = False
+    hidden = torch.zeros(3, 16, 16).masked_fill(~observed, -torch.inf)
+    mask = hidden if additive else observed
+    data = [{"target": torch.randn(3, 16, 16), "observed_mask": mask} for _ in range(4)]
+    result = run(Model().eval(), data, lora(tau=1.0, target_modules=["reads"]), **EXACT)
+    assert result.tokens == 4 * 48
