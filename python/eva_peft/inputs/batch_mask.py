@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .._peft_compat import LoraConfig, eva_config_of
 from ..errors import warn
@@ -224,7 +225,10 @@ def _labelled_step_mask(
         return (labels.cpu() != eva.label_mask_value).any(-1)
     if not _are_token_labels(labels, architecture.config):
         return None
-    labelled = labels.cpu() != eva.label_mask_value
+    given, blank = labels.cpu(), getattr(architecture.config, "blank_token_id", None)
+    labelled = given != eva.label_mask_value
+    if blank is not None:  # a transducer's labels are padded with it
+        labelled &= given != blank
     if not _has_rows_of_codes(labelled, num_samples):
         return labelled
     return labelled.view(num_samples, -1, labelled.shape[1]).any(1)
@@ -243,6 +247,11 @@ def _decoder_mask(
         label_mask: see :func:`_labelled_step_mask`. Tokens made from labels have the labels' shape.
     """
     labels, made = batch.get("labels"), not has_decoder_inputs(batch)
+    if label_mask is not None:
+        with_first = functional.pad(label_mask, (1, 0), value=True)
+        given = (value for key, value in batch.items() if is_decoder_input(key))
+        if any(isinstance(value, Tensor) and value.shape == with_first.shape for value in given):
+            label_mask = with_first  # a transducer's blank comes before all labels
     if own_mask is None or label_mask is None:
         mask = label_mask if own_mask is None else own_mask
     elif own_mask.shape == label_mask.shape:

@@ -15,6 +15,7 @@ __all__ = [
     "are_same_tensors",
     "holds_more_than",
     "longest_sample",
+    "mask_of_pairs",
     "padded_to_windows",
     "repeated_per_frame",
     "repeated_per_head",
@@ -114,3 +115,16 @@ def repeated_per_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     if (leading[0], leading[2]) == tuple(mask.shape):
         return mask[:, None].expand(leading)
     return mask[:, :, None].expand(leading) if leading[:2] == tuple(mask.shape) else None
+
+
+def mask_of_pairs(frames: Tensor, steps: Tensor | None, leading: tuple[int, ...]) -> Tensor:
+    """Return the mask of all pairs of a frame and a decoder's step, (B, T, U), of transducers.
+
+    Args:
+        frames: bool (B, T).
+        steps: bool (B, U); all count if it is of another shape.
+        leading: (B, T, U).
+    """
+    if steps is None or tuple(steps.shape) != (leading[0], leading[2]):
+        return frames[:, :, None].expand(leading)
+    return frames[:, :, None] & steps[:, None]

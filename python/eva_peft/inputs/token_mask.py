@@ -22,6 +22,7 @@ from .fits import (
     are_same_tensors,
     holds_more_than,
     longest_sample,
+    mask_of_pairs,
     padded_to_windows,
     repeated_per_frame,
     repeated_per_head,
@@ -335,6 +336,11 @@ class TokenMask:
             flat = len(leading) == 1 and leading[0] == mask.numel() != mask.shape[0]
             if flat or leading in (tuple(mask.shape), tuple(mask.shape)[::-1]):
                 yield FittedMask(key, mask.reshape(-1) if flat else mask)
+        if len(leading) == 3 and self.encoder_decoder and self.main is not None:
+            frames = self._frame_mask(self.main, leading[:2])
+            if frames is not None:
+                pairs = mask_of_pairs(frames, self.decoder, leading)
+                yield FittedMask(f"pairs {leading}", pairs)
         for key, mask in texts:
             for expanded in self._expanded_masks(key, mask, leading):
                 yield FittedMask(f"{key} {leading}", expanded)
