@@ -47,7 +47,7 @@ class TokenMask:
         encoder_decoder: ``main`` is the mask of the encoder only, whatever the shapes.
         cross_masks: bool (B, S) each: tokens of hidden states from elsewhere, for cross attention,
             or the prompt that images are generated from.
-        padding_multiple: the model pads texts on the right to a multiple of this many tokens.
+        padding_multiple: the model pads texts, or frames of sound, on the right to a multiple.
         frame_length_functions: of a model that turns T samples of sound into fewer frames: see
             :class:`eva_peft.model.architecture.Architecture`.
         text_first: whether text comes first in a sequence that is longer than the text; ``None``
@@ -377,7 +377,7 @@ class TokenMask:
         if len(leading) < 2 or leading[0] != len(mask):
             return None
         counts = [mask.shape[1], *mask.sum(1).tolist()]
-        functions = self.frame_length_functions
+        functions, window = self.frame_length_functions, self.padding_multiple
         for count_frames, options in itertools.product(functions, _ADAPTER_OPTIONS):
             try:
                 found = [count_frames(torch.tensor([n], device="cpu"), **options) for n in counts]
@@ -385,7 +385,7 @@ class TokenMask:
             except (TypeError, ValueError, RuntimeError, AttributeError):  # other arguments
                 continue
             for stage_counts in stages:
-                if stage_counts[0] == leading[-1]:
+                if leading[-1] in (stage_counts[0], -(-stage_counts[0] // window) * window):
                     kept = torch.tensor(stage_counts[1:], device="cpu")
                     return torch.arange(leading[-1], device="cpu") < kept[:, None]
         return None

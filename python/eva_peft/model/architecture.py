@@ -125,7 +125,7 @@ class Architecture:
 
     @property
     def padding_multiple(self) -> int:
-        """The multiple to which the model pads texts on the right; 1 if it does not."""
+        """The multiple to which the model pads texts, or frames, on the right; 1 if it does not."""
         kind = getattr(self.config, "model_type", None)
         if kind in ("longformer", "led"):
             windows = self.config.attention_window
@@ -136,6 +136,8 @@ class Architecture:
         if kind == "reformer":
             layers = set(self.config.attn_layers)
             return math.lcm(*(int(getattr(self.config, f"{n}_attn_chunk_length")) for n in layers))
+        if kind in ("granite_speech5_ctc", "granite_speech5_encoder"):
+            return int(getattr(self.config, "encoder_config", self.config).context_size)
         return 1
 
 
@@ -305,6 +307,9 @@ def _find_frame_lengths(model: nn.Module) -> Iterator[FrameLengthFunction]:
         factor = getattr(config, "squeeze_factor", None)
         if factor:  # SEW merges this many frames into one
             yield _squeeze_frames(frame_lengths, int(factor))
+        halving_layers = getattr(config, "subsample_layers", None)
+        if halving_layers:  # of Granite Speech 5, which has layers between them
+            yield _halve_frames(len(halving_layers))
 
 
 def _frames_from_mask(lengths_from_mask: Callable[[Tensor], Any]) -> FrameLengthFunction:
@@ -317,5 +322,12 @@ def _frames_from_mask(lengths_from_mask: Callable[[Tensor], Any]) -> FrameLength
 def _squeeze_frames(frame_lengths: FrameLengthFunction, factor: int) -> FrameLengthFunction:
     def frames(num_samples: Any, **options: Any) -> Any:
         return frame_lengths(num_samples, **options) // factor
+
+    return frames
+
+
+def _halve_frames(times: int) -> FrameLengthFunction:
+    def frames(num_samples: Any) -> Any:
+        return tuple(num_samples // 2**i for i in range(1, times + 1))
 
     return frames

@@ -410,3 +410,34 @@ def test_seamless_adapter_and_cross_attention_mask_frames() -> None:
     result = run(model, [batch], lora(tau=1.0, target_modules=names), method="gram")
     for name, x in layer_inputs(model, [batch], names, masked=False).items():
         assert lost(result.components[name], x[kept]) < 1e-6, name
+
+
+class Halving(nn.Module):
+    """As Granite Speech 5, halves the frames in two layers, and pads them to whole blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"context_size": 16, "subsample_layers": [1, 2]}
+        self.config = SimpleNamespace(model_type="granite_speech5_encoder", **sizes)
+
+    def _get_subsampling_output_length(self, lengths: Tensor) -> Tensor:
+        return lengths // 2 // 2
+
+
+@pytest.mark.parametrize(
+    ("frames", "kept"),
+    [
+        (83, [83, 60, 45]),
+        (96, [83, 60, 45]),
+        (41, [41, 30, 22]),
+        (48, [41, 30, 22]),
+        (32, [20, 15, 11]),
+    ],
+)
+def test_frames_are_halved_and_padded_to_whole_blocks(frames: int, kept: list[int]) -> None:
+    mask = torch.arange(83) < torch.tensor([83, 60, 45])[:, None]
+    batch = {"input_features": torch.randn(3, 83, 8), "attention_mask": mask.long()}
+    rule = mask_of_batch(batch, lora(), architecture_of(Halving()))
+    rows = rule.rows(torch.Size((3, frames, 8)), CPU, "encoder.layers.2.self_attn.q_proj")
+    found = torch.arange(3 * frames) if rows is None else rows
+    assert torch.bincount(found // frames, minlength=3).tolist() == kept
