@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..errors import EvaValueError, NonFiniteError
 from ..ops import SketchInto, check_precision, check_tokens, gram, sketch_unchecked
-from ..reference import TILE_ROWS
 from . import _host
 from ._autocast import without_autocast, without_subclass
 from ._host import Array
@@ -37,6 +36,8 @@ __all__ = ["InputStream", "Options"]
 
 # The first basis is computed from at most this many tokens per row of the sketch: a rough one does.
 WARM_UP_TOKENS = 4
+# Tokens of another dtype are checked in tiles of so many, which fit the cache.
+TILE_ROWS = 512
 
 
 @dataclass(frozen=True)
