@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable
 from weakref import ref
 
 import torch
 from torch import Tensor
 
 from ..errors import warn
-from ..model.architecture import FrameLengthFunction
 from ..model.layer_kind import LayerKind, kind_of_layer
 from ..surroundings.devices import copy_to_device
 from .fits import (
@@ -21,49 +18,18 @@ from .fits import (
     TokenSlice,
     are_same_tensors,
     holds_more_than,
-    longest_sample,
-    mask_of_pairs,
-    padded_to_windows,
-    repeated_per_frame,
-    repeated_per_head,
     token_slice_of,
 )
-from .media_masks import frame_mask_for, patch_mask_for, tile_mask_for
+from .fitting_masks import BatchMasks
 from .subsample import Draw
 
 __all__ = ["TokenMask"]
 
-_ADAPTER_OPTIONS: tuple[dict[str, bool], ...] = ({}, {"add_adapter": False}, {"add_adapter": True})
 
-
-class TokenMask:
+class TokenMask(BatchMasks):
     """The tokens of one batch that EVA uses.
 
-    Args:
-        main: bool (B, T): tokens of the model's only, or encoder's, stream; all if ``None``.
-        decoder: bool (B, T_dec): tokens of an encoder-decoder model's decoder stream.
-        tokens_per_position: how many tokens of a layer's input one position of ``main`` stands for.
-        multimodal: the batch holds other modalities besides text (images, sound).
-        encoder_decoder: ``main`` is the mask of the encoder only, whatever the shapes.
-        cross_masks: bool (B, S) each: tokens of hidden states from elsewhere, for cross attention,
-            or the prompt that images are generated from.
-        padding_multiple: the model pads texts, or frames of sound, on the right to a multiple.
-        frame_length_functions: of a model that turns T samples of sound into fewer frames: see
-            :class:`eva_peft.model.architecture.Architecture`.
-        text_first: whether text comes first in a sequence that is longer than the text; ``None``
-            if unknown.
-        non_text_mask: bool (B, V): tokens other than text that have a mask: boxes of images,
-            entities.
-        qformer_mask: bool (B, T): the text that a Q-Former reads after its queries.
-        audio_mask, pixel_masks, tile_mask: with or without text; see ``media_masks``.
-        audio_only: there is sound, and nothing else except possibly text.
-        has_media: there is sound, or there are images.
-        patch_sizes: of images in pixels, if the model has them in its config.
-        ignored_prefixes: of layer names, to be ignored when judging by the name what a layer reads.
-        unit_masks: bool (B, W) each: masks of units other than tokens, such as words or spans.
-        unmasked_prefixes: of the names of layers that may read inputs without a mask: only inputs
-            of exactly the text's shape are taken for text there.
-        unpadded: bool (B, T): the mask of padding only, if labels mask more than that.
+    Args: see :class:`BatchMasks`.
 
     Attributes:
         masks: all token masks; layers that read one tensor share a stream only if these are the
@@ -80,42 +46,10 @@ class TokenMask:
             ``main``.
     """
 
-    def __init__(
-        self,
-        main: Tensor | None,
-        decoder: Tensor | None = None,
-        tokens_per_position: int = 1,
-        multimodal: bool = False,
-        encoder_decoder: bool = False,
-        cross_masks: Sequence[Tensor] = (),
-        padding_multiple: int = 1,
-        frame_length_functions: Sequence[FrameLengthFunction] = (),
-        text_first: bool | None = None,
-        non_text_mask: Tensor | None = None,
-        qformer_mask: Tensor | None = None,
-        audio_mask: Tensor | None = None,
-        pixel_masks: Sequence[Tensor] = (),
-        tile_mask: Tensor | None = None,
-        audio_only: bool = False,
-        has_media: bool = False,
-        patch_sizes: tuple[int, ...] = (),
-        ignored_prefixes: tuple[str, ...] = (),
-        unmasked_prefixes: tuple[str, ...] = (),
-        unpadded: Tensor | None = None,
-        unit_masks: Sequence[Tensor] = (),
-    ) -> None:
-        self.main, self.decoder, self.tokens_per_position = main, decoder, tokens_per_position
-        self.multimodal, self.encoder_decoder = multimodal, encoder_decoder
-        self.cross_masks, self.padding_multiple = cross_masks, padding_multiple
-        self.frame_length_functions = frame_length_functions
-        self.text_first = text_first
-        self.non_text_mask, self.qformer_mask = non_text_mask, qformer_mask
-        self.audio_mask, self.pixel_masks, self.tile_mask = audio_mask, pixel_masks, tile_mask
-        self.audio_only, self.has_media = audio_only, has_media
-        self.patch_sizes = patch_sizes
-        self.ignored_prefixes, self.unmasked_prefixes = ignored_prefixes, unmasked_prefixes
-        self.unpadded, self.unit_masks = unpadded, unit_masks
-        self.masks = (main, decoder, non_text_mask, qformer_mask, *cross_masks, *unit_masks)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        masks = self.main, self.decoder, self.non_text_mask, self.qformer_mask
+        self.masks = (*masks, *self.cross_masks, *self.unit_masks)
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
         self.suppress_warnings = self.skips_media_layers = False
@@ -123,7 +57,6 @@ class TokenMask:
         self.sequence_first: dict[str, bool] = {}
         self.attended_states: ref[Tensor] | None = None
         self._attended_mask: TokenMask | None = None
-        self._stream_fits: dict[LayerKind, list[FittedMask]] = {}
         self._fits: dict[tuple[LayerKind, tuple[int, ...]], FittedMask | None] = {}
         self._rows: dict[tuple[str, bool, torch.device], Tensor | None] = {}
         self._flat_masks: dict[tuple[str, torch.device], Tensor | None] = {}
@@ -251,11 +184,11 @@ class TokenMask:
     ) -> FittedMask | None:
         if unmasked:  # such a part may read the text as well as tokens of its own
             shapes = leading, leading[::-1]
-            fits = (fit for fit in self._token_streams(layer) if tuple(fit.mask.shape) in shapes)
+            fits = (fit for fit in self.token_streams(layer) if tuple(fit.mask.shape) in shapes)
             return next(fits, None)
         key = layer, leading
         if key not in self._fits:
-            self._fits[key] = next(self._matching_fits(layer, leading), None)
+            self._fits[key] = next(self.matching_fits(layer, leading), None)
         return self._fits[key]
 
     def _fit_units(self, leading: tuple[int, ...]) -> FittedMask | None:
@@ -276,7 +209,7 @@ class TokenMask:
         Returns:
             Whether there is a mask over ``num_tokens`` tokens; and the rows, all if ``None``.
         """
-        for fit in self._token_streams(self._layer_kind(name)):
+        for fit in self.token_streams(self._layer_kind(name)):
             if fit.mask.numel() == num_tokens:
                 last_indices, last_key, _ = self._last_selected
                 if last_indices is not token_indices or last_key != fit.key:
@@ -295,141 +228,6 @@ class TokenMask:
 
     def _layer_kind(self, name: str) -> LayerKind:
         return kind_of_layer(name, self.ignored_prefixes)
-
-    def _token_streams(self, layer: LayerKind) -> list[FittedMask]:
-        """Return the masks of the token streams that a layer may read, the likeliest first."""
-        if layer not in self._stream_fits:
-            streams = self._readable_streams(layer)
-            present = [FittedMask(key, mask) for key, mask in streams if mask is not None]
-            padded = padded_to_windows(present, self.padding_multiple)
-            self._stream_fits[layer] = [*present, *padded]
-        return self._stream_fits[layer]
-
-    def _readable_streams(self, layer: LayerKind) -> list[tuple[str, Tensor | None]]:
-        main, decoder = ("main", self.main), ("decoder", self.decoder)
-        if layer.in_qformer and self.qformer_mask is not None:
-            reads_no_text = layer.reads_encoder or layer.reads_queries
-            return [] if reads_no_text else [("qformer", self.qformer_mask)]
-        if self.cross_masks and (layer.reads_encoder or (layer.reads_prompt and self.main is None)):
-            return [(f"attended {i}", mask) for i, mask in enumerate(self.cross_masks)]
-        if self.multimodal and layer.reads_no_text and (self.has_media or not layer.in_projector):
-            # text only if the other modality has a mask, too: the same layers of LXMERT's cross
-            # attention read either
-            return [] if self.non_text_mask is None else [("non-text", self.non_text_mask), main]
-        in_text_decoder = self.encoder_decoder and layer.in_decoder  # attends to an encoder's text
-        reads_media = layer.in_text and layer.reads_encoder and not in_text_decoder
-        if self.multimodal and self.has_media and reads_media:
-            return []
-        if not self.encoder_decoder:  # any layer may read attended tokens, of another shape
-            attended = [] if self.main is None else self.cross_masks
-            return [main, decoder, *((f"attended {i}", mask) for i, mask in enumerate(attended))]
-        if layer.reads_encoder or (layer.in_encoder and not layer.in_decoder):
-            return [main]
-        # a decoder may read the encoder's tokens in layers whose names do not show it
-        return [decoder, main]
-
-    def _matching_fits(self, layer: LayerKind, leading: tuple[int, ...]) -> Iterator[FittedMask]:
-        """Yield the masks that fit an input of a shape, the likeliest first."""
-        others = [] if self.non_text_mask is None else [FittedMask("non-text", self.non_text_mask)]
-        texts = [repeated_per_frame(fit, leading) for fit in self._token_streams(layer)]
-        for key, mask in [*texts, *others]:
-            flat = len(leading) == 1 and leading[0] == mask.numel() != mask.shape[0]
-            if flat or leading in (tuple(mask.shape), tuple(mask.shape)[::-1]):
-                yield FittedMask(key, mask.reshape(-1) if flat else mask)
-        if len(leading) == 3 and self.encoder_decoder and self.main is not None:
-            frames = self._frame_mask(self.main, leading[:2])
-            if frames is not None:
-                pairs = mask_of_pairs(frames, self.decoder, leading)
-                yield FittedMask(f"pairs {leading}", pairs)
-        for key, mask in texts:
-            for expanded in self._expanded_masks(key, mask, leading):
-                yield FittedMask(f"{key} {leading}", expanded)
-        for kind, media_mask in self._media_masks(layer, leading):
-            if media_mask is not None:
-                yield FittedMask(f"{kind} {leading}", media_mask)
-
-    def _expanded_masks(self, key: str, mask: Tensor, leading: tuple[int, ...]) -> Iterator[Tensor]:
-        """Yield a mask, (B, T), adapted to inputs with more or fewer rows."""
-        if leading == (len(mask), mask.shape[1] * self.tokens_per_position):
-            yield mask.repeat_interleave(self.tokens_per_position, dim=1)
-        frames = self._frame_mask(mask, leading) if key == "main" else None
-        for token_mask in (mask, frames):
-            heads = None if token_mask is None else repeated_per_head(token_mask, leading)
-            if heads is not None:
-                yield heads
-        if frames is not None and tuple(frames.shape) == leading:
-            yield frames
-        if len(leading) == 2 and leading[0] == mask.numel() > max(mask.shape):
-            yield mask.reshape(-1, 1).expand(leading)  # for each token the outputs of n layers
-        seen = self.unpadded if key == "main" and self.unpadded is not None else mask
-        longest = longest_sample(seen)  # the length to which a packed sequence is padded again
-        if leading in ((len(mask), longest), (longest, len(mask))) and not mask[:, longest:].any():
-            yield mask[:, :longest]
-        if leading[:-1] in ((), (1,)) and leading[-1:] == (int(seen.sum()),):
-            yield mask[seen].view(leading)  # all samples concatenated, without padding
-        qformer = key.startswith("qformer")
-        text_first = False if qformer else self.text_first
-        if (qformer or key == "main") and text_first is not None and holds_more_than(leading, mask):
-            yield self._with_other_tokens(mask, leading, text_first)
-
-    def _frame_mask(self, mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
-        """Return the mask of frames, (B, T'), of a mask over samples of sound, (B, T)."""
-        if len(leading) < 2 or leading[0] != len(mask):
-            return None
-        counts = [mask.shape[1], *mask.sum(1).tolist()]
-        functions, window = self.frame_length_functions, self.padding_multiple
-        for count_frames, options in itertools.product(functions, _ADAPTER_OPTIONS):
-            try:
-                found = [count_frames(torch.tensor([n], device="cpu"), **options) for n in counts]
-                stages = list(zip(*map(_as_ints, found), strict=True))
-            except (TypeError, ValueError, RuntimeError, AttributeError):  # other arguments
-                continue
-            for stage_counts in stages:
-                if leading[-1] in (stage_counts[0], -(-stage_counts[0] // window) * window):
-                    kept = torch.tensor(stage_counts[1:], device="cpu")
-                    return torch.arange(leading[-1], device="cpu") < kept[:, None]
-        return None
-
-    def _with_other_tokens(
-        self, mask: Tensor, leading: tuple[int, ...], text_first: bool
-    ) -> Tensor:
-        """Return the mask of one sequence of text, masked by (B, T), and other tokens."""
-        others = mask.new_ones(len(mask), leading[1] - mask.shape[1])
-        if self.non_text_mask is not None and self.non_text_mask.shape == others.shape:
-            others = self.non_text_mask
-        return torch.cat([mask, others] if text_first else [others, mask], dim=1)
-
-    def _media_masks(
-        self, layer: LayerKind, leading: tuple[int, ...]
-    ) -> Iterator[tuple[str, Tensor | None]]:
-        if self.audio_mask is not None and self._reads_audio(layer):
-            yield "sound", self._frame_mask(self.audio_mask, leading)
-            yield "sound", frame_mask_for(self.audio_mask, leading)
-        audio_alone = self.audio_only and not self.multimodal and self._reads_audio(layer)
-        if audio_alone and self.main is not None and not holds_more_than(leading, self.main):
-            yield "frames", frame_mask_for(self.main, leading)  # not by the model's functions
-        for pixels in self.pixel_masks if self._reads_pixels(layer) else ():
-            yield "pixels", patch_mask_for(pixels, leading, self.patch_sizes)
-        if self.tile_mask is not None and (layer.reads_no_text or layer.reads_encoder):
-            yield "tiles", tile_mask_for(self.tile_mask, leading)
-
-    def _reads_audio(self, layer: LayerKind) -> bool:
-        if layer.reads_distances:
-            return False
-        if layer.reads_audio or not self.audio_only:
-            return layer.reads_audio
-        if self.multimodal:  # a text encoder uses the text's mask; if there is one, it was tried
-            in_encoder = layer.in_encoder and not layer.in_decoder
-            return layer.reads_no_text or (in_encoder and self.main is not None)
-        return layer.reads_encoder or not layer.in_decoder
-
-    def _reads_pixels(self, layer: LayerKind) -> bool:
-        if layer.reads_queries:
-            return False
-        if layer.reads_no_text or self.multimodal:
-            return layer.reads_no_text and not layer.reads_audio
-        # after the encoder's patches there may be queries, whose number may fit by chance
-        return layer.reads_encoder or (layer.in_encoder and not layer.in_decoder)
 
     def _is_sequence_first(self, mask: Tensor, leading: tuple[int, ...], name: str) -> bool:
         """Tell whether a layer takes the sequence first; a square mask cannot show it."""
@@ -454,7 +252,7 @@ class TokenMask:
         return self._rows[key]
 
     def _warn_unmatched(self, layer: LayerKind, leading: tuple[int, ...], name: str) -> None:
-        masks = [fit.mask for fit in self._token_streams(layer)]
+        masks = [fit.mask for fit in self.token_streams(layer)]
         # Every row is to be used, without a warning: without a mask, with one that keeps all, for
         # pooled inputs (one row for one or several samples), for tokens without padding, as in
         # packed sequences, for inputs common to all samples (position embeddings), and for other
@@ -463,7 +261,7 @@ class TokenMask:
         one_for_all = one_for_all or layer.reads_distances
         if self.multimodal:  # warn only of inputs that may hold text and others in one sequence
             masks = [m for m in masks if not layer.reads_encoder and holds_more_than(leading, m)]
-        if self.pixel_masks and layer.in_encoder and self._reads_pixels(layer):
+        if self.pixel_masks and layer.in_encoder and self.reads_pixels(layer):
             masks = [m for m in self.pixel_masks if leading[:-1] == (len(m),)]
         kind = ".".join("*" if part.isdecimal() else part for part in name.split("."))
         if self.suppress_warnings or kind in self.warned or one_for_all:
@@ -482,11 +280,6 @@ class TokenMask:
             f"shape {tuple(masks[0].shape)}), so all of its rows are used, padding included. To "
             f"select rows, pass prepare_layer_inputs_fn{others}",
         )
-
-
-def _as_ints(counts: Any) -> list[int]:
-    """Return numbers of frames as a list: a model may give one after each of several parts."""
-    return [int(count) for count in (counts if isinstance(counts, tuple) else (counts,))]
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
