@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..inputs.batches import dataclass_fields
 
 __all__ = ["digest_of_batch"]
 
@@ -22,15 +24,19 @@ def digest_of_batch(batch: Any) -> str:
     """Return a digest of a batch's contents, the same in every process and on every device.
 
     Tensors, arrays and texts count in nested mappings, sequences and dataclasses; of other objects,
-    and of tensors whose elements cannot be read, only the type.
+    and of tensors or a whole batch that cannot be read, only the type.
 
     Args:
         batch: as it came from the loader.
     """
     digest = hashlib.sha256()
-    for part in _parts(batch):
-        digest.update(len(part).to_bytes(8, "big"))
-        digest.update(part)
+    try:
+        for part in _parts(batch):
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
+    except Exception:  # of a class of the user's, or it contains itself
+        # nothing that was read before: where a recursion ends depends on the caller
+        return type(batch).__qualname__
     return digest.hexdigest()[:16]
 
 
@@ -55,7 +61,7 @@ def _parts(value: Any) -> Iterator[bytes]:
     elif isinstance(value, (str, int, float, complex, np.generic)) or value is None:
         yield repr(value).encode(errors="replace")
     elif is_dataclass(value) and not isinstance(value, type):
-        yield from _parts({field.name: getattr(value, field.name) for field in fields(value)})
+        yield from _parts(dataclass_fields(value))
     else:
         yield type(value).__qualname__.encode()
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections import UserDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,19 @@ OTHER_BATCH = "batch 3 differs.*may count some samples twice"
 class Sample:
     x: Tensor
     name: str = "a"
+
+
+@dataclass
+class WithState(Sample):
+    """A batch that notes something about itself only later."""
+
+    state: Any = field(init=False)
+
+
+def contained_in_itself() -> list[Any]:
+    batch: list[Any] = [torch.ones(2)]
+    batch.append(batch)
+    return batch
 
 
 BATCHES: dict[str, Callable[[], Any]] = {
@@ -84,6 +97,12 @@ def test_digest_changes_with_values_shapes_dtypes_and_names(changed: Any) -> Non
     assert digest_of_batch(changed) != digest_of_batch(BATCHES["mapping"]())
 
 
+def test_digest_of_a_dataclass_reads_what_its_constructor_takes() -> None:
+    batch = WithState(torch.arange(3))
+    assert digest_of_batch(batch) == digest_of_batch(WithState(torch.arange(3)))
+    assert digest_of_batch(batch) != digest_of_batch(WithState(torch.arange(4)))
+
+
 def test_digest_reads_elements_regardless_of_memory_layout() -> None:
     x = torch.arange(12.0).reshape(3, 4)
     assert digest_of_batch(x.t().contiguous().t()) == digest_of_batch(x)
@@ -105,6 +124,14 @@ def test_digest_reads_elements_regardless_of_memory_layout() -> None:
 def test_digest_of_what_cannot_be_read(unreadable: Any) -> None:
     assert digest_of_batch([unreadable, 1]) == digest_of_batch([unreadable, 1])
     assert digest_of_batch([unreadable, 1]) != digest_of_batch([unreadable, 2])
+
+
+@pytest.mark.parametrize("make", [contained_in_itself, lambda: [10**5000]], ids=["cycle", "long"])
+def test_digest_of_a_container_that_cannot_be_read(make: Callable[[], Any]) -> None:
+    def digest_at_depth(depth: int) -> str:
+        return digest_at_depth(depth - 1) if depth else digest_of_batch(make())
+
+    assert digest_at_depth(0) == digest_at_depth(50)
 
 
 def test_other_batches_are_warned_about(tmp_path: Path) -> None:
