@@ -49,9 +49,10 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield bytes(value)
     elif isinstance(value, Mapping):
         yield b"{"
-        for key, each in value.items():
-            yield repr(key).encode(errors="replace") if isinstance(key, (str, int)) else b"key"
-            yield from _parts(each)
+        # sorted: a collator may take them from a set, whose order is another in each process
+        for name in sorted(value, key=_name):
+            yield _name(name)
+            yield from _parts(value[name])
         yield b"}"
     elif isinstance(value, (tuple, list)):
         yield b"["
@@ -64,6 +65,10 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield from _parts(dataclass_fields(value))
     else:
         yield type(value).__qualname__.encode()
+
+
+def _name(key: Any) -> bytes:
+    return repr(key).encode(errors="replace") if isinstance(key, (str, int)) else b"key"
 
 
 def _array_parts(value: Tensor | np.ndarray) -> tuple[bytes, ...]:

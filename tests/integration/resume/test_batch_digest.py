@@ -97,6 +97,13 @@ def test_digest_changes_with_values_shapes_dtypes_and_names(changed: Any) -> Non
     assert digest_of_batch(changed) != digest_of_batch(BATCHES["mapping"]())
 
 
+def test_digest_does_not_depend_on_the_order_of_names() -> None:
+    batch = {"input_ids": torch.arange(12), "labels": torch.arange(12), 0: "one"}
+    assert digest_of_batch(dict(reversed(batch.items()))) == digest_of_batch(batch)
+    swapped = {**batch, "labels": batch["input_ids"] + 1}
+    assert digest_of_batch(swapped) != digest_of_batch(batch)
+
+
 def test_digest_of_a_dataclass_reads_what_its_constructor_takes() -> None:
     batch = WithState(torch.arange(3))
     assert digest_of_batch(batch) == digest_of_batch(WithState(torch.arange(3)))
