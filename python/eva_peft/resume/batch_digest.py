@@ -18,6 +18,7 @@ __all__ = ["digest_of_batch"]
 # Elements of a tensor or array that count, evenly spaced if it has more: all of a batch of tokens,
 # and enough of one of images.
 MAX_ELEMENTS = 1 << 16
+_NUMBERS = {bool, int, float}
 
 
 def digest_of_batch(batch: Any) -> str:
@@ -56,7 +57,9 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield b"}"
     elif isinstance(value, (tuple, list)):
         yield b"["
-        for each in value:
+        # at once, if they are numbers: datasets yield the pixels of images in lists
+        array = np.array(value) if set(map(type, value)) <= _NUMBERS else None
+        for each in value if array is None or array.dtype.hasobject else [array]:
             yield from _parts(each)
         yield b"]"
     elif isinstance(value, (str, int, float, complex, np.generic)) or value is None:

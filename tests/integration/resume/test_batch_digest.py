@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from eva_kernels import EvaWarning
-from eva_peft.resume.batch_digest import MAX_ELEMENTS, digest_of_batch
+from eva_peft.resume.batch_digest import MAX_ELEMENTS, _parts, digest_of_batch
 from integration.conftest import lora, make_mlp, run, vectors
 from integration.resume.resumed_passes import (
     CASES,
@@ -102,6 +102,17 @@ def test_digest_does_not_depend_on_the_order_of_names() -> None:
     assert digest_of_batch(dict(reversed(batch.items()))) == digest_of_batch(batch)
     swapped = {**batch, "labels": batch["input_ids"] + 1}
     assert digest_of_batch(swapped) != digest_of_batch(batch)
+
+
+def test_digest_of_lists_takes_no_step_for_each_number() -> None:
+    pixels = torch.rand(4, 3, 32, 32).tolist()
+    assert len(list(_parts(pixels))) < 4 * 3 * 32 * 32 / 4
+    other = torch.tensor(pixels).tolist()
+    assert digest_of_batch(other) == digest_of_batch(pixels)
+    other[3][2][31][31] += 1.0
+    assert digest_of_batch(other) != digest_of_batch(pixels)
+    assert digest_of_batch([1, 2**70]) == digest_of_batch([1, 2**70 + 0])
+    assert digest_of_batch([1, 2**70]) != digest_of_batch([1, 2**71])
 
 
 def test_digest_of_a_dataclass_reads_what_its_constructor_takes() -> None:
