@@ -218,6 +218,16 @@ def replicated_shards_without_a_group(rank: int) -> Any:
     return calibrate(model, own_batches(rank, 4 - rank), max_steps=4 - rank, group=None)
 
 
+@scenario
+def replicated_shards_twice(rank: int) -> Any:
+    """Calibrate in the sharding group, and again when FSDP has left the weights whole."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    model = fully_shard(make_llama(), mesh=mesh)
+    for _ in range(2):
+        result = calibrate(model, own_batches(rank), group=mesh.get_group("shard"))
+    return result
+
+
 @contextmanager
 def saved(model: Any) -> Iterator[Path]:
     """Save a model in the first process, and yield the shared folder."""

@@ -401,6 +401,11 @@ def test_replicas_that_are_whole_may_run_alone(results: Results) -> None:
         assert results[rank]["replicated_shards_without_a_group"]["forwards"] == 4 - rank
 
 
+def test_sharding_group_is_accepted_again_after_a_pass(results: Results) -> None:
+    for rank in (0, 1):
+        assert "forwards" in results[rank]["replicated_shards_twice"]
+
+
 def test_shards_stop_at_the_end_of_the_shortest_loader(results: Results) -> None:
     found = results[0]["numbers_of_batches_differ_in_shards"]
     assert found["tokens"] == 2 * 3 * 4 * 24

@@ -47,14 +47,14 @@ def sharded_by(model: nn.Module) -> str | None:
 def sharding_ranks(model: nn.Module) -> set[int]:
     """Return the ranks among which a model is sharded and this process waits for the others.
 
-    All ranks, if its parameters and wrappers do not tell.
+    None, if its parameters and wrappers do not tell: FSDP2 leaves the weights of its outermost
+    module whole after a forward pass.
 
     Args:
         model: a sharded one, see :func:`sharded_by`.
     """
     groups = _sharding_groups(model)
-    ranks = {rank for group in groups for rank in distributed.get_process_group_ranks(group)}
-    return ranks or set(range(distributed.get_world_size()))
+    return {rank for group in groups for rank in distributed.get_process_group_ranks(group)}
 
 
 def _sharding_groups(model: nn.Module) -> Iterator[Any]:

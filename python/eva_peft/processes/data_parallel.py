@@ -87,9 +87,12 @@ def _check_includes_shards(model: nn.Module, group: Any) -> None:
     kind = sharded_by(model)
     if kind is None:
         return
-    own_ranks = [distributed.get_rank()]
-    ranks = own_ranks if group is None else distributed.get_process_group_ranks(group)
     sharding = sharding_ranks(model)
+    if group is None:
+        ranks = [distributed.get_rank()]
+        sharding = sharding or set(range(distributed.get_world_size()))
+    else:
+        ranks = distributed.get_process_group_ranks(group)
     if not sharding <= set(ranks):
         given = "None" if group is None else f"a group of the ranks {listed(map(str, ranks))}"
         raise EvaValueError(
