@@ -94,13 +94,14 @@ class CalibrateOptions:
             it, with the same result as an uninterrupted run: the loader starts again, and the
             batches that were seen are skipped without running the model. So the loader must yield
             the same batches in the same order; a warning says if the last one that is skipped is
-            another. One that draws from the global random states of torch, NumPy or Python, such as
-            a shuffling ``DataLoader``, does, since the file saves them (also for what a
-            ``forward_fn`` draws, and on the model's device); one with its own random generator
-            needs the same seed, and a one-shot iterator must yield the same stream from its
-            beginning. ``max_steps``, ``max_tokens`` and ``max_seconds`` count all runs together.
-            With several processes the first writes and reads the file for all; the number of
-            processes must stay the same. The file of another model, config or data type is refused.
+            another, unless forward passes draw random numbers. One that draws from the global
+            random states of torch, NumPy or Python, such as a shuffling ``DataLoader``, does, since
+            the file saves them (also for what a ``forward_fn`` draws, and on the model's device);
+            one with its own random generator needs the same seed, and a one-shot iterator must
+            yield the same stream from its beginning. ``max_steps``, ``max_tokens`` and
+            ``max_seconds`` count all runs together. With several processes the first writes and
+            reads the file for all; the number of processes must stay the same. The file of another
+            model, config or data type is refused.
         checkpoint_every: forward passes between two writes.
         group: ``torch.distributed`` process group whose processes share one pass, each with its own
             batches: all get the same result, from the tokens of all. ``"auto"`` is the default
