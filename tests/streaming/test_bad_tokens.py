@@ -114,7 +114,7 @@ def test_fold_raises_for_bad_tokens_and_changes_no_state(method: str, value: flo
     open_ = snapshot(other)
     message = "2 of 100 tokens hold NaN" if method == "gram" else "some of 100 tokens hold NaN"
     if value == 1e25:
-        message = "squares overflow torch.float32"
+        message = "squares overflow torch.float32" + "; .* float64" * (method == "sketch")
     with pytest.raises(NonFiniteStepError, match=message) as caught:
         fold_streams([other, bad])
     assert caught.value.stream is bad
