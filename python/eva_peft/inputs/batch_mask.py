@@ -225,10 +225,10 @@ def _labelled_step_mask(
         return (labels.cpu() != eva.label_mask_value).any(-1)
     if not _are_token_labels(labels, architecture.config):
         return None
-    given, blank = labels.cpu(), getattr(architecture.config, "blank_token_id", None)
+    given = labels.cpu()
     labelled = given != eva.label_mask_value
-    if blank is not None:  # a transducer's labels are padded with it
-        labelled &= given != blank
+    for token in _label_padding(architecture):
+        labelled &= given != token
     if not _has_rows_of_codes(labelled, num_samples):
         return labelled
     return labelled.view(num_samples, -1, labelled.shape[1]).any(1)
@@ -247,7 +247,7 @@ def _decoder_mask(
         label_mask: see :func:`_labelled_step_mask`. Tokens made from labels have the labels' shape.
     """
     labels, made = batch.get("labels"), not has_decoder_inputs(batch)
-    if label_mask is not None:
+    if label_mask is not None and _label_padding(architecture):
         with_first = functional.pad(label_mask, (1, 0), value=True)
         given = (value for key, value in batch.items() if is_decoder_input(key))
         if any(isinstance(value, Tensor) and value.shape == with_first.shape for value in given):
@@ -263,6 +263,12 @@ def _decoder_mask(
         reduction = int(getattr(architecture.config, "reduction_factor", 1))
         mask = mask[:, reduction - 1 :: reduction]
     return mask
+
+
+def _label_padding(architecture: Architecture) -> list[int]:
+    """Return the tokens that pad the labels of a transducer; none for others."""
+    blank = getattr(architecture.config, "blank_token_id", None)
+    return [] if blank is None else [blank]
 
 
 def _all_steps_mask(batch: Mapping[str, Any], num_samples: int) -> Tensor | None:

@@ -260,6 +260,24 @@ def test_labels_mask_the_decoder_of_a_custom_model(name: str) -> None:
     check_shares(result, "decoder.0", torch.cat(steps).detach())
 
 
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_labels_mask_a_decoder_that_reads_all_but_the_last_of_its_tokens() -> None:
+    class Translator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.decoder = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16)
+
+        def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
+            return self.decoder(self.words(tgt[:, :-1]) + self.words(src).mean(1, keepdim=True))
+
+    kept = torch.arange(6) < torch.tensor([6, 4, 2])[:, None]
+    ids = torch.randint(1, VOCABULARY, (3, 7))
+    batch = {"src": ids, "tgt": ids, "labels": ids[:, 1:].masked_fill(~kept, -100)}
+    config = lora(tau=1.0, target_modules=["decoder"])
+    result = run(Translator().eval(), [batch] * 4, config, method="gram", max_steps=4)
+    assert result.tokens == 4 * 12
+
+
 def test_masks_of_other_units_than_tokens() -> None:
     kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "span_mask": kept}
