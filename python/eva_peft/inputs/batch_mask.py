@@ -266,9 +266,10 @@ def _decoder_mask(
 
 
 def _label_padding(architecture: Architecture) -> list[int]:
-    """Return the tokens that pad the labels of a transducer; none for others."""
-    blank = getattr(architecture.config, "blank_token_id", None)
-    return [] if blank is None else [blank]
+    """Return the tokens that pad the labels of a transducer, an RNN-T or a TDT; none for others."""
+    names = ("blank_token_id", "pad_token_id")
+    blank, pad = (getattr(architecture.config, name, None) for name in names)
+    return [] if blank is None else [token for token in (blank, pad) if token is not None]
 
 
 def _all_steps_mask(batch: Mapping[str, Any], num_samples: int) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from integration.conftest import exact_pca, lora, run
 
-FEATURES, BLANK = 8, 9
+FEATURES, BLANK, PAD = 8, 9, 0
 FRAMES, STEPS = torch.tensor([40, 24, 12]), torch.tensor([3, 6, 4])
 
 
@@ -19,7 +19,9 @@ class Transducer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(model_type="transducer", blank_token_id=BLANK)
+        self.config = SimpleNamespace(
+            model_type="transducer", blank_token_id=BLANK, pad_token_id=PAD
+        )
         self.encoder = nn.Conv1d(FEATURES, 16, 4, 4)
         self.words, self.decoder_projector = nn.Embedding(BLANK + 1, 16), nn.Linear(16, 16)
         self.head = nn.Linear(16, BLANK + 1)
@@ -54,14 +56,14 @@ def padded_batch(samples: list[dict[str, Tensor]], padding: int) -> dict[str, Te
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-@pytest.mark.parametrize("padding", [-100, BLANK])
+@pytest.mark.parametrize("padding", [-100, BLANK, PAD])
 def test_pairs_of_padding_do_not_count(padding: int) -> None:
     torch.manual_seed(0)
     model, read = Transducer().eval(), {"decoder_projector": [], "head": []}
     samples = [
         {
             "input_features": torch.randn(1, frames, FEATURES),
-            "decoder_input_ids": torch.tensor([[BLANK, *torch.randint(0, BLANK, (steps - 1,))]]),
+            "decoder_input_ids": torch.tensor([[BLANK, *torch.randint(1, BLANK, (steps - 1,))]]),
         }
         for frames, steps in zip(FRAMES.tolist(), STEPS.tolist(), strict=True)
     ]
