@@ -165,18 +165,25 @@ class BatchMasks:
         if len(leading) < 2 or leading[0] != len(mask):
             return None
         counts = [mask.shape[1], *mask.sum(1).tolist()]
-        functions, window = self.frame_length_functions, self.padding_multiple
-        for count_frames, options in itertools.product(functions, _ADAPTER_OPTIONS):
+        # padded frames may be as many as those of an earlier stage, without padding
+        for window in dict.fromkeys((1, self.padding_multiple)):
+            for total, *kept in self._frame_counts(counts):
+                if leading[-1] == -(-total // window) * window:
+                    lengths = torch.tensor(kept, device="cpu")
+                    return torch.arange(leading[-1], device="cpu") < lengths[:, None]
+        return None
+
+    def _frame_counts(self, counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Yield how many frames are made of so many samples of sound each, for every stage."""
+        for count_frames, options in itertools.product(
+            self.frame_length_functions, _ADAPTER_OPTIONS
+        ):
             try:
                 found = [count_frames(torch.tensor([n], device="cpu"), **options) for n in counts]
                 stages = list(zip(*map(_as_ints, found), strict=True))
             except (TypeError, ValueError, RuntimeError, AttributeError):  # other arguments
                 continue
-            for stage_counts in stages:
-                if leading[-1] in (stage_counts[0], -(-stage_counts[0] // window) * window):
-                    kept = torch.tensor(stage_counts[1:], device="cpu")
-                    return torch.arange(leading[-1], device="cpu") < kept[:, None]
-        return None
+            yield from stages
 
     def _with_other_tokens(
         self, mask: Tensor, leading: tuple[int, ...], text_first: bool

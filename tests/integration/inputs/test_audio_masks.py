@@ -441,3 +441,12 @@ def test_frames_are_halved_and_padded_to_whole_blocks(frames: int, kept: list[in
     rows = rule.rows(torch.Size((3, frames, 8)), CPU, "encoder.layers.2.self_attn.q_proj")
     found = torch.arange(3 * frames) if rows is None else rows
     assert torch.bincount(found // frames, minlength=3).tolist() == kept
+
+
+def test_frames_that_fit_as_they_are_are_not_taken_for_padded_ones() -> None:
+    mask = torch.arange(33) < torch.tensor([33, 32, 16])[:, None]  # halved twice: 8, padded to 16
+    batch = {"input_features": torch.randn(3, 33, 8), "attention_mask": mask.long()}
+    rule = mask_of_batch(batch, lora(), architecture_of(Halving()))
+    rows = rule.rows(torch.Size((3, 16, 8)), CPU, "encoder.layers.1.feed_forward2.linear1")
+    assert rows is not None
+    assert torch.bincount(rows // 16, minlength=3).tolist() == [16, 16, 8]
