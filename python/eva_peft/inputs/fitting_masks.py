@@ -127,7 +127,9 @@ class BatchMasks:
         if len(leading) == 3 and self.encoder_decoder and self.main is not None:
             frames = self._frame_mask(self.main, leading[:2])
             if frames is not None:
-                pairs = mask_of_pairs(frames, self.decoder, leading)
+                # an encoder's convolutions read bands of the frames, perhaps as many as steps
+                in_encoder = layer.in_encoder and not layer.in_decoder
+                pairs = mask_of_pairs(frames, None if in_encoder else self.decoder, leading)
                 yield FittedMask(f"pairs {leading}", pairs)
         for key, mask in texts:
             for expanded in self._expanded_masks(key, mask, leading):

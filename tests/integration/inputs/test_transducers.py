@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.model.architecture import architecture_of
 from integration.conftest import exact_pca, lora, run
 
 FEATURES, BLANK, PAD = 8, 9, 0
@@ -81,3 +83,13 @@ def test_pairs_of_padding_do_not_count(padding: int) -> None:
         values = exact_pca(expected[name])[0].sqrt()
         found = result.singular_values[name].double()
         torch.testing.assert_close(found, values[: len(found)], rtol=1e-4, atol=1e-4)
+
+
+def test_bands_of_frames_that_are_as_many_as_steps_all_count() -> None:
+    sample = {"input_features": torch.randn(1, 40, FEATURES)}
+    samples = [{**sample, "decoder_input_ids": torch.ones(1, n, dtype=torch.long)} for n in STEPS]
+    rule = mask_of_batch(padded_batch(samples, PAD), lora(), architecture_of(Transducer()))
+    leading = (3, 10, 6)  # samples, frames, bands
+    rows = rule.rows(torch.Size((*leading, 4)), torch.device("cpu"), "encoder.subsampling.layers.6")
+    assert rows is not None
+    assert torch.bincount(rows // 60).tolist() == [60, 36, 18]
