@@ -220,11 +220,10 @@ class InputStream:
     def _finite_rows(self, x: Tensor, rows: Tensor | None) -> Tensor | None:
         # The norm of X - p is at most this sum; p may be as large as the tokens, of opposite sign.
         dtype, pivot = torch.promote_types(x.dtype, self.dtype), self._pivot()
-        norms = _token_norms(x, dtype)
-        used_norms = norms if rows is None else norms.index_select(0, rows)
-        norm = used_norms.double().square().sum().sqrt()
+        norm = _used_norm(x, rows, dtype)
         if pivot is not None:
-            norm = norm + math.sqrt(len(used_norms)) * torch.linalg.vector_norm(pivot)
+            count = len(x if rows is None else rows)
+            norm = norm + math.sqrt(count) * torch.linalg.vector_norm(pivot)
         if self._norm_fits(norm):
             return rows
         used_tokens = x if rows is None else x.index_select(0, rows)
@@ -384,6 +383,14 @@ class InputStream:
             EvaValueError: no token was seen.
         """
         return spectra([self])[0]
+
+
+def _used_norm(x: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the norm of the tokens to be used, or of all if that is much faster."""
+    if x.stride(1) != 1:  # sums of single rows would jump through memory
+        return torch.linalg.vector_norm(x, dtype=dtype)
+    norms = _token_norms(x, dtype)
+    return (norms if rows is None else norms.index_select(0, rows)).double().square().sum().sqrt()
 
 
 def _token_norms(x: Tensor, dtype: torch.dtype) -> Tensor:

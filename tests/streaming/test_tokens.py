@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +40,21 @@ def test_short_floats_are_widened_tile_by_tile(method: str, chosen: bool) -> Non
         stream.add(x, rows)
     largest = max(event.cpu_memory_usage for event in profiled.function_events)
     assert largest <= TILE_ROWS * 32 * 4
+
+
+def test_tokens_whose_features_are_far_apart_in_memory_are_checked_as_fast() -> None:
+    x = torch.randn(2048, 2048)
+    stream = feed(make_stream(2048, 4), [x])
+
+    def seconds(tokens: Tensor) -> float:
+        begin = time.perf_counter()
+        stream._finite_rows(tokens, None)
+        return time.perf_counter() - begin
+
+    transposed = x.mT.contiguous().mT
+    times = [(seconds(x), seconds(transposed)) for _ in range(9)]
+    usual, found = map(min, zip(*times, strict=True))
+    assert found <= 8 * usual  # row by row it takes 50 times as long
 
 
 @pytest.mark.parametrize("method", ["sketch", "gram"])
