@@ -111,7 +111,7 @@ class BatchMasks:
         if not self.encoder_decoder:  # any layer may read attended tokens, of another shape
             attended = [] if self.main is None else self.cross_masks
             return [main, decoder, *((f"attended {i}", mask) for i, mask in enumerate(attended))]
-        if layer.reads_encoder or (layer.in_encoder and not layer.in_decoder):
+        if layer.reads_encoder or layer.in_encoder_only:
             return [main]
         # a decoder may read the encoder's tokens in layers whose names do not show it
         return [decoder, main]
@@ -128,9 +128,8 @@ class BatchMasks:
             frames = self._frame_mask(self.main, leading[:2])
             if frames is not None:
                 # an encoder's convolutions read bands of the frames, perhaps as many as steps
-                in_encoder = layer.in_encoder and not layer.in_decoder
-                pairs = mask_of_pairs(frames, None if in_encoder else self.decoder, leading)
-                yield FittedMask(f"pairs {leading}", pairs)
+                steps = None if layer.in_encoder_only else self.decoder
+                yield FittedMask(f"pairs {leading}", mask_of_pairs(frames, steps, leading))
         for key, mask in texts:
             for expanded in self._expanded_masks(key, mask, leading):
                 yield FittedMask(f"{key} {leading}", expanded)
@@ -216,8 +215,7 @@ class BatchMasks:
         if layer.reads_audio or not self.audio_only:
             return layer.reads_audio
         if self.multimodal:  # a text encoder uses the text's mask; if there is one, it was tried
-            in_encoder = layer.in_encoder and not layer.in_decoder
-            return layer.reads_no_text or (in_encoder and self.main is not None)
+            return layer.reads_no_text or (layer.in_encoder_only and self.main is not None)
         return layer.reads_encoder or not layer.in_decoder
 
     def reads_pixels(self, layer: LayerKind) -> bool:
@@ -227,7 +225,7 @@ class BatchMasks:
         if layer.reads_no_text or self.multimodal:
             return layer.reads_no_text and not layer.reads_audio
         # after the encoder's patches there may be queries, whose number may fit by chance
-        return layer.reads_encoder or (layer.in_encoder and not layer.in_decoder)
+        return layer.reads_encoder or layer.in_encoder_only
 
 
 def _as_ints(counts: Any) -> list[int]:

@@ -57,6 +57,11 @@ class LayerKind(NamedTuple):
     in_text: bool
     in_projector: bool
 
+    @property
+    def in_encoder_only(self) -> bool:
+        """Whether it is in an encoder, and not in a decoder whose name says "encoder", too."""
+        return self.in_encoder and not self.in_decoder
+
 
 @functools.cache
 def kind_of_layer(name: str, prefixes: tuple[str, ...]) -> LayerKind:
