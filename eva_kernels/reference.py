@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["convergence", "fold_measure", "fold_prepare", "fold_rows", "gram", "sketch"]
+__all__ = [
+    "convergence",
+    "fold_measure",
+    "fold_prepare",
+    "fold_rows",
+    "gram",
+    "sketch",
+    "token_norms",
+]
 
 # Rows are streamed in tiles that fit the cache: the centred copy of a tile is written and read
 # twice there, so X itself is read from memory once and never copied as a whole.
@@ -100,6 +108,25 @@ def gram(
         scatter.addmm_(centred.mT, centred)
         shift += centred.sum(0)
         square += _sum_of_squares(centred)
+
+
+def token_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the norm of each token; NaN or infinity where it is not finite.
+
+    Args:
+        x: tokens, (N, D), any floating dtype.
+        dtype: of the computation and the result, (N,).
+    """
+    if x.dtype == dtype or x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, dim=1, dtype=dtype)
+    # on a CPU that would widen all of X before it sums
+    norms = x.new_empty(len(x), dtype=dtype)
+    buffer = x.new_empty(min(len(x), TILE_ROWS), x.shape[1], dtype=dtype)
+    for begin in range(0, len(x), TILE_ROWS):
+        tile = x[begin : begin + TILE_ROWS]
+        part = norms[begin : begin + TILE_ROWS]
+        torch.linalg.vector_norm(buffer[: len(tile)].copy_(tile), dim=1, out=part)
+    return norms
 
 
 def convergence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _native
+from ..reference import token_norms
 from ._dispatch import (
     BACKENDS,
     PRECISIONS,
@@ -43,6 +44,7 @@ __all__ = [
     "sketch_unchecked",
     "sketch_workspace_bytes",
     "start",
+    "token_norms",
 ]
 
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from ..errors import EvaValueError, NonFiniteError
-from ..ops import SketchInto, check_precision, check_tokens, gram, sketch_unchecked
+from ..ops import (
+    SketchInto,
+    check_precision,
+    check_tokens,
+    gram,
+    sketch_unchecked,
+    token_norms,
+)
 from . import _host
 from ._autocast import without_autocast, without_subclass
 from ._host import Array
@@ -36,8 +43,6 @@ __all__ = ["InputStream", "Options"]
 
 # The first basis is computed from at most this many tokens per row of the sketch: a rough one does.
 WARM_UP_TOKENS = 4
-# Tokens of another dtype are checked in tiles of so many, which fit the cache.
-TILE_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -211,7 +216,7 @@ class InputStream:
         # them, without a read: replacing a token by the pivot makes it add nothing (except the
         # pivot's rounding to the dtype of x).
         dtype = torch.promote_types(x.dtype, self.dtype)
-        finite = _token_norms(x, dtype).isfinite()
+        finite = token_norms(x, dtype).isfinite()
         finite_used = finite if rows is None else finite.index_select(0, rows)
         num_bad = len(finite_used) - finite_used.sum(dtype=torch.float64)
         pivot = self.state.pivot if isinstance(self.state, GramState) else x.new_zeros(())
@@ -389,22 +394,8 @@ def _used_norm(x: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the norm of the tokens to be used, or of all if that is much faster."""
     if x.stride(1) != 1:  # sums of single rows would jump through memory
         return torch.linalg.vector_norm(x, dtype=dtype)
-    norms = _token_norms(x, dtype)
+    norms = token_norms(x, dtype)
     return (norms if rows is None else norms.index_select(0, rows)).double().square().sum().sqrt()
-
-
-def _token_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the norm of each token in ``dtype``; NaN or infinity where it is not finite."""
-    if x.dtype == dtype or x.device.type != "cpu":
-        return torch.linalg.vector_norm(x, dim=1, dtype=dtype)
-    # on a CPU that would widen all of X before it sums
-    norms = x.new_empty(len(x), dtype=dtype)
-    buffer = x.new_empty(min(len(x), TILE_ROWS), x.shape[1], dtype=dtype)
-    for begin in range(0, len(x), TILE_ROWS):
-        tile = x[begin : begin + TILE_ROWS]
-        part = norms[begin : begin + TILE_ROWS]
-        torch.linalg.vector_norm(buffer[: len(tile)].copy_(tile), dim=1, out=part)
-    return norms
 
 
 def _square_fits(total: Tensor, dtype: torch.dtype) -> bool:

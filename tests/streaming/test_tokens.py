@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.profiler import profile
 
 from eva_kernels import IncrementalPCA
+from eva_kernels.reference import TILE_ROWS
 from eva_kernels.streaming import _host
-from eva_kernels.streaming.stream import TILE_ROWS
 from helpers import TOLERANCES, decaying, exact, feed, make_stream, relative, with_spectrum
 
 
