@@ -4,141 +4,49 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, PromptTuningConfig, get_peft_model
+from peft import IA3Config, get_peft_model
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 import eva_kernels
 from eva_kernels import EvaError, EvaResult
-from integration.conftest import (
-    QUIET,
-    lora,
-    make_llama,
-    make_mlp,
-    perturb_b,
-    run,
-    vectors,
-    wrapped,
+from integration.conftest import QUIET, lora, make_llama, make_mlp, wrapped
+from integration.fault_calls import (
+    Broken,
+    Complex,
+    DictInput,
+    RaisesAtOnce,
+    adalora_config,
+    another_file,
+    bad_values,
+    checkpoint,
+    fail,
+    fewer_batches,
+    float16_overflow,
+    interrupt,
+    merged_adapter,
+    on_llama,
+    on_mlp,
+    option,
+    other_adapter_merged,
+    prompt_model,
+    quick_result,
+    raising_iterator,
+    result_file,
+    saved_bytes,
+    state_dict,
+    trained_adapter,
+    truncated_file,
+    two_active_adapters,
 )
 from integration.fault_setup import MLP, Setup
-
-
-class Broken(Exception):
-    """An error raised by the user's own code."""
-
-
-def on_llama(setup: Setup, batches: Any, config: Any = None, **options: Any) -> Any:
-    return eva_kernels.initialize(
-        setup.llama, batches, config or setup.config, **{**QUIET, **options}
-    )
-
-
-def on_mlp(setup: Setup, data: Any = None, config: Any = None, **options: Any) -> Any:
-    data = setup.data if data is None else data
-    return eva_kernels.initialize(
-        setup.mlp, data, config or setup.mlp_config, **{**QUIET, **options}
-    )
-
-
-def option(**value: Any) -> Callable[[Setup], Any]:
-    return lambda s: on_mlp(s, **value)
-
-
-def state_dict(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Setup], Any]:
-    def call(setup: Setup) -> Any:
-        state = quick_result().state_dict()
-        change(state)
-        return eva_kernels.initialize_lora_eva_weights(setup.peft, eva_state_dict=state)
-
-    return call
-
-
-def result_file(content: Callable[[Path], Any]) -> Callable[[Setup], Any]:
-    def call(setup: Setup) -> Any:
-        path = setup.folder / "eva.safetensors"
-        content(path)
-        return EvaResult.load(path).apply(setup.peft)
-
-    return call
-
-
-def quick_result() -> EvaResult:
-    with torch.random.fork_rng(devices=[]):
-        return run(make_mlp(), vectors(), lora(**MLP), max_steps=2)
-
-
-def saved_bytes(path: Path) -> bytes:
-    quick_result().save(path)
-    return path.read_bytes()
-
-
-def checkpoint(second: Callable[[Setup, Path], Any]) -> Callable[[Setup], Any]:
-    def call(setup: Setup) -> Any:
-        path = setup.folder / "pass.safetensors"
-        with torch.random.fork_rng(devices=[]):
-            run(make_mlp(), vectors(), lora(tau=1.0, **MLP), max_steps=3, checkpoint=path)
-        return second(setup, path)
-
-    return call
-
-
-def bad_values(value: float) -> Callable[[Setup], Any]:
-    def call(setup: Setup) -> Any:
-        data = [x.clone() for x in setup.data]
-        data[1][3, 2] = value
-        return on_mlp(setup, data, lora(tau=1.0, **MLP))
-
-    return call
-
-
-def raising_iterator(number: int) -> Iterator[Tensor]:
-    yield from vectors()[:number]
-    raise Broken("disk")
-
-
-class RaisesAtOnce:
-    def __iter__(self) -> Iterator[Tensor]:
-        raise Broken("no file")
-
-
-class DictInput(nn.Module):
-    """A model whose layer is called with a dict instead of a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = DictInputLinear(20, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a({"x": x})
-
-
-class DictInputLinear(nn.Linear):
-    def forward(self, x: Any) -> Tensor:
-        return super().forward(x["x"])
-
-
-class Complex(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(20, 4, dtype=torch.complex64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.a(x.to(torch.complex64)).abs()
-
-
-def fail(*args: Any, **kwargs: Any) -> Any:
-    raise Broken("mine")
-
-
-def interrupt(*args: Any, **kwargs: Any) -> Any:
-    raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -148,77 +56,6 @@ class Fault:
     call: Callable[[Setup], Any]
     error: type[BaseException] | tuple[type[BaseException], ...]
     text: str
-
-
-def _merged(setup: Setup) -> Any:
-    model = wrapped(make_mlp(), lora(init_lora_weights=True, **MLP))
-    perturb_b(model)
-    model.merge_adapter()
-    return eva_kernels.calibrate(setup.add_model(model), setup.data, **QUIET)
-
-
-def _other_merged(setup: Setup, write: bool = False) -> Any:
-    model = wrapped(make_mlp(), lora(target_modules=["0"]))
-    model.add_adapter("other", lora(init_lora_weights=True, target_modules=["2"]))
-    perturb_b(model, "other")
-    model.base_model.merge_adapter(["other"])
-    if write:
-        result = run(make_mlp(), vectors(), lora(target_modules=["0"]), max_steps=2)
-        return result.apply(setup.add_model(model))
-    return eva_kernels.calibrate(setup.add_model(model), setup.data, **QUIET)
-
-
-def _prompts(setup: Setup) -> Any:
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = setup.add_model(get_peft_model(make_llama(), config))
-    return eva_kernels.initialize(model, setup.texts, lora(), **QUIET)
-
-
-def _adalora(setup: Setup) -> Any:
-    return on_mlp(setup, config=AdaLoraConfig(total_step=9, **MLP))
-
-
-def _trained(setup: Setup) -> Any:
-    model = wrapped(make_mlp(), lora(**MLP))
-    perturb_b(model)
-    return eva_kernels.initialize(setup.add_model(model), setup.data, **QUIET)
-
-
-def _two_active(setup: Setup) -> Any:
-    model = wrapped(make_mlp(), lora(**MLP))
-    model.add_adapter("other", lora(init_lora_weights=True, **MLP))
-    model.base_model.set_adapter(["default", "other"])
-    return eva_kernels.initialize_lora_eva_weights(setup.add_model(model), setup.data)
-
-
-def _overflow(setup: Setup) -> Any:
-    model = setup.add_model(make_llama(torch.float16))
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.fill_(6e4)
-    setup.snapshot()
-    return eva_kernels.initialize(model, setup.texts, setup.config, **QUIET)
-
-
-def _fewer(setup: Setup, path: Path) -> Any:
-    config = lora(tau=1.0, **MLP)
-    return eva_kernels.calibrate(
-        setup.mlp, iter(vectors()[:2]), config, checkpoint=path, max_steps=9, **QUIET
-    )
-
-
-def _resume(setup: Setup, path: Path, **options: Any) -> Any:
-    return on_mlp(setup, config=lora(tau=1.0, **MLP), checkpoint=path, max_steps=9, **options)
-
-
-def _truncated(setup: Setup, path: Path) -> Any:
-    path.write_bytes(path.read_bytes()[:-200])
-    return _resume(setup, path)
-
-
-def _other_file(setup: Setup, path: Path) -> Any:
-    path.unlink()
-    save_file({"x": torch.zeros(2)}, path)
-    return _resume(setup, path)
 
 
 V, T, R = ValueError, TypeError, RuntimeError
@@ -272,7 +109,7 @@ FAULTS: dict[str, Fault] = {
         bad_values(float("inf")), FloatingPointError, "layer 0, step 2: 1 of 40 tokens .*overflow"
     ),
     "values: float16 overflows": Fault(
-        _overflow, R, r"layer model\.layers\.0\.mlp\.down_proj, step 1: .* hold NaN.*float16"
+        float16_overflow, R, r"layer model\.layers\.0\.mlp\.down_proj, step 1: .* hold NaN.*float16"
     ),
     # configs and targets
     "config: a dict": Fault(
@@ -315,18 +152,20 @@ FAULTS: dict[str, Fault] = {
         V,
         "init_lora_weights='eva'.*allow_any_init=True",
     ),
-    "adapter: merged": Fault(_merged, R, r"layer 0 has merged.*unmerge_adapter\(\).*unfuse_lora"),
+    "adapter: merged": Fault(
+        merged_adapter, R, r"layer 0 has merged.*unmerge_adapter\(\).*unfuse_lora"
+    ),
     "adapter: another one merged": Fault(
-        _other_merged, R, r"layer 2 has merged adapters \['other'\].*unmerge_adapter\(\)"
+        other_adapter_merged, R, r"layer 2 has merged adapters \['other'\].*unmerge_adapter\(\)"
     ),
     "adapter: another one merged, apply": Fault(
-        lambda s: _other_merged(s, write=True), R, r"layer 2 has merged adapters \['other'\]"
+        lambda s: other_adapter_merged(s, write=True), R, r"layer 2 has merged adapters \['other'\]"
     ),
     "adapter: virtual tokens": Fault(
-        _prompts, T, "adapter 'default' is of type PROMPT_TUNING; EVA initialises LoRA adapters"
+        prompt_model, T, "adapter 'default' is of type PROMPT_TUNING; EVA initialises LoRA adapters"
     ),
-    "config: AdaLoRA": Fault(_adalora, T, "expected a LoraConfig, got .*AdaLoraConfig"),
-    "adapter: trained": Fault(_trained, V, "layers 0, 2.*overwrite_trained=True"),
+    "config: AdaLoRA": Fault(adalora_config, T, "expected a LoraConfig, got .*AdaLoraConfig"),
+    "adapter: trained": Fault(trained_adapter, V, "layers 0, 2.*overwrite_trained=True"),
     "adapter: another method": Fault(
         lambda s: eva_kernels.initialize(
             s.add_model(get_peft_model(make_llama(), IA3Config())), s.texts, **QUIET
@@ -406,7 +245,7 @@ FAULTS: dict[str, Fault] = {
     "PEFT's name: no data": Fault(
         lambda s: eva_kernels.initialize_lora_eva_weights(s.peft), V, "dataloader is required"
     ),
-    "PEFT's name: several active": Fault(_two_active, V, "single active adapter"),
+    "PEFT's name: several active": Fault(two_active_adapters, V, "single active adapter"),
     "PEFT's name: no config": Fault(
         lambda s: eva_kernels.get_eva_state_dict(s.mlp, s.data), V, "peft_config is required"
     ),
@@ -454,10 +293,10 @@ FAULTS: dict[str, Fault] = {
     "checkpoint: another model": Fault(
         checkpoint(lambda s, p: on_llama(s, s.texts, checkpoint=p)), V, "Sequential.*Llama"
     ),
-    "checkpoint: truncated": Fault(checkpoint(_truncated), V, "pass.safetensors"),
-    "checkpoint: another file": Fault(checkpoint(_other_file), V, "pass.safetensors"),
+    "checkpoint: truncated": Fault(checkpoint(truncated_file), V, "pass.safetensors"),
+    "checkpoint: another file": Fault(checkpoint(another_file), V, "pass.safetensors"),
     "checkpoint: fewer batches": Fault(
-        checkpoint(_fewer), V, "written after 3 batches, but the loader ended after 2"
+        checkpoint(fewer_batches), V, "written after 3 batches, but the loader ended after 2"
     ),
     "checkpoint: no folder can be made": Fault(
         option(checkpoint="/proc/nowhere/c.safetensors", max_steps=2), (EvaError, OSError), "proc"
