@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import PeftModel, import_utils
@@ -31,6 +32,7 @@ from distributed.scenarios import (
     scenario,
     shared_folder,
 )
+from eva_peft.processes import data_parallel
 from integration.conftest import QUIET, lora, make_llama, text_batches, wrapped
 
 
@@ -208,6 +210,14 @@ def flattened_in_smaller_groups(rank: int) -> Any:
     groups = [distributed.new_group([r]) for r in (0, 1)]
     flat = FullyShardedDataParallel(make_llama(), device_id=torch.device("cpu"))
     return calibrate(flat, own_batches(rank), group=groups[rank])
+
+
+@scenario
+def shards_of_one_process_leave_the_group(rank: int) -> Any:
+    """Calibrate where only the second process shares its shards with one outside the group."""
+    shards = mock.patch.object(data_parallel, "sharding_ranks", return_value={rank, 2 * rank})
+    with shards, mock.patch.object(data_parallel, "sharded_by", return_value="FSDP"):
+        return calibrate(make_llama(), own_batches(rank), group=group_with_timeout())
 
 
 @scenario

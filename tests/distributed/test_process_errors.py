@@ -82,6 +82,12 @@ def test_error_is_the_same_in_all(name: str, error: str, message: str, results: 
             "EvaValueError",
             "accumulated in torch.float64 in one process and in torch.float32 in another; load",
         ),
+        (
+            "shards_of_one_process_leave_the_group",
+            1,
+            "EvaValueError",
+            "group=a group of the ranks 0, 1: the model is sharded by FSDP over the ranks 1, 2",
+        ),
         ("leader_finds_no_layer", 0, "EvaValueError", "no layer to initialise"),
         ("checkpoint_cannot_be_written", 0, "EvaValueError", "cannot be written"),
         ("follower_nan_step_3", 1, "NonFiniteError", "self_attn.q_proj, step 3: 96 of 96 tokens"),

@@ -71,11 +71,12 @@ def processes_of(model: nn.Module, group: Any) -> Processes | None:
             f"group={group!r} must be a torch.distributed process group that this process is in "
             "(of a DeviceMesh: mesh.get_group(name)), or None"
         )
+    alone = group is None or distributed.get_world_size(group) < 2
+    processes = None if alone else Processes(group)
     if running:
-        _check_includes_shards(model, group)
-    if group is None or distributed.get_world_size(group) < 2:
-        return None
-    return Processes(group)
+        with reporting_start_failures(processes):
+            _check_includes_shards(model, group)
+    return processes
 
 
 def _check_includes_shards(model: nn.Module, group: Any) -> None:
