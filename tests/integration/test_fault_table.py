@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,6 +217,16 @@ FAULTS: dict[str, Fault] = {
     "function: callback fails": Fault(option(callback=fail), Broken, "mine"),
     "function: interrupted": Fault(option(callback=interrupt), KeyboardInterrupt, ""),
     # models
+    "model: a pipeline": Fault(
+        lambda s: eva_kernels.initialize(SimpleNamespace(unet=s.mlp), s.data, s.mlp_config),
+        T,
+        "expected a torch.nn.Module, got .*SimpleNamespace.*pass the model itself",
+    ),
+    "model: TorchScript": Fault(
+        lambda s: eva_kernels.initialize(torch.jit.trace(s.mlp, s.data[0]), s.data, s.mlp_config),
+        T,
+        "TorchScript.*pass the module that it was made from",
+    ),
     "model: a layer without a tensor": Fault(
         lambda s: eva_kernels.initialize(
             s.add_model(DictInput()), s.data, lora(target_modules=["a"])
@@ -306,6 +317,7 @@ FAULTS: dict[str, Fault] = {
 
 # torch warns of complex adapters when PEFT makes them, and one fault has such a layer
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_raises_its_error_and_changes_nothing(name: str, tmp_path: Path) -> None:
     fault, setup = FAULTS[name], Setup(tmp_path)

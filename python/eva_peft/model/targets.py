@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -155,12 +156,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     """Return the model below (Distributed)DataParallel, torch.compile and other wrappers.
 
     Raises:
-        EvaTypeError: not a module.
+        EvaTypeError: not a module, or one of TorchScript.
     """
     if not isinstance(model, nn.Module):
         raise EvaTypeError(
             f"expected a torch.nn.Module, got {type(model)}; of a pipeline, or another object "
             "that holds a model, pass the model itself (such as pipeline.unet, or model_body)"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise EvaTypeError(
+            "the model is TorchScript, whose layers PEFT cannot replace; pass the module that it "
+            "was made from"
         )
     *_, inner = _wrapper_chain(model)
     return inner
